@@ -1,0 +1,19 @@
+"""Fine-tune 4- and 8-bit language models with Kronecker-structured adapters.
+
+Importing this package registers its methods with PEFT.
+"""
+
+import logging
+
+# bitsandbytes looks on the hub for a CPU inference kernel that training never uses, and warns when it is not there
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+from lsr_scale import adapters as _adapters  # registers every method with PEFT
+from lsr_scale.adapters.kron_lora import KronLoraConfig
+from lsr_scale.adapters.lsr import LsrConfig
+from lsr_scale.errors import UserError
+
+__version__ = "0.1.0"
+__all__ = ["KronLoraConfig", "LsrConfig", "UserError"]
+
+del _adapters

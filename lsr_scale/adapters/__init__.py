@@ -1,0 +1,67 @@
+"""The adapter methods. Every file beside this one that registers a method is found by importing it."""
+
+import dataclasses
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from typing import Any
+
+from peft import PeftConfig
+
+from lsr_scale.adapters.base import METHODS, AdapterConfig, AdapterLinear, AdapterMethod
+from lsr_scale.adapters.lora import LoraOptions
+from lsr_scale.errors import UserError, did_you_mean
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")
+
+
+def method_names() -> list[str]:
+    """Return the names that `adapter.method` takes: ours, and PEFT's LoRA."""
+    return [*METHODS, "lora"]
+
+
+def options(method: str) -> type:
+    """Return a dataclass whose fields are the options of a method, each with its help in `metadata['help']`.
+
+    PEFT's bookkeeping fields (task type, base model name, version) are not among them.
+    """
+    source = LoraOptions if method == "lora" else _find(method).config_class
+    chosen = [field for field in dataclasses.fields(source) if "help" in field.metadata]
+    copied = [(f.name, f.type, _copy_field(f)) for f in chosen]
+    return dataclasses.make_dataclass(f"{method.title().replace('_', '')}Options", copied)
+
+
+def peft_config(method: str, values: Mapping[str, Any], task_type: str | None = None) -> PeftConfig:
+    """Return the PEFT config of a method.
+
+    Args:
+        method: One of `method_names()`.
+        values: Its options; see `options(method)`.
+        task_type: PEFT's task type, for instance "CAUSAL_LM" or "SEQ_CLS".
+
+    Raises:
+        UserError: for an unknown method or option, or an impossible value.
+    """
+    known = {field.name for field in dataclasses.fields(options(method))}
+    for name in values:
+        if name not in known:
+            raise UserError(f"adapter.{name}: not an option of {method}; {did_you_mean(name, known)}")
+    config = LoraOptions(**values).to_peft() if method == "lora" else _find(method).config_class(**values)
+    config.task_type = task_type  # pyright: ignore[reportAttributeAccessIssue]
+    return config
+
+
+def _find(method: str) -> type[AdapterMethod]:
+    if method not in METHODS:
+        raise UserError(f"adapter.method: unknown method {method!r}; {did_you_mean(method, method_names())}")
+    return METHODS[method]
+
+
+def _copy_field(field: dataclasses.Field) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return dataclasses.field(default_factory=field.default_factory, metadata=field.metadata)
+    return dataclasses.field(default=field.default, metadata=field.metadata)
+
+
+__all__ = ["METHODS", "AdapterConfig", "AdapterLinear", "AdapterMethod", "method_names", "options", "peft_config"]

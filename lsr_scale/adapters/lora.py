@@ -1,0 +1,34 @@
+"""LoRA (arXiv 2106.09685), PEFT's own, under this package's option names: the method that ours are compared with."""
+
+import dataclasses
+
+from peft import LoraConfig
+
+from lsr_scale.adapters.base import option
+
+
+@dataclasses.dataclass
+class LoraOptions:
+    """Options of LoRA; everything else stays at PEFT's default."""
+
+    target_modules: list[str] | str | None = option(
+        None, "Names (or one regular expression) of the modules to adapt, or 'all-linear'."
+    )
+    exclude_modules: list[str] | str | None = option(None, "Names (or one regular expression) of modules to leave out.")
+    rank: int = option(8, "Rank of the adapter.")
+    alpha: float | None = option(None, "Numerator of the scaling alpha / rank; 2 * rank by default.")
+    dropout: float = option(0.0, "Dropout on the adapter's input, in training; 0 keeps the fast path.")
+    use_rslora: bool = option(False, "Scale by alpha / sqrt(rank) instead of alpha / rank.")
+    rank_pattern: dict[str, int] = option(dict, "Rank by module.")
+    alpha_pattern: dict[str, float] = option(dict, "Alpha by module.")
+    layers_to_transform: list[int] | int | None = option(None, "Indices of the layers to adapt; all by default.")
+    layers_pattern: list[str] | str | None = option(None, "Name of the layer list, if layers_to_transform needs it.")
+    modules_to_save: list[str] | None = option(None, "Modules trained whole and saved with the adapter.")
+
+    def to_peft(self) -> LoraConfig:
+        """Return PEFT's config of the same meaning."""
+        same = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        rank, alpha, dropout = same.pop("rank"), same.pop("alpha"), same.pop("dropout")
+        return LoraConfig(
+            r=rank, lora_alpha=2 * rank if alpha is None else alpha, lora_dropout=dropout, bias="none", **same
+        )

@@ -1,0 +1,178 @@
+"""LSR-Adapt (arXiv 2502.13568): both low-rank matrices of LoRA as sums of Kronecker products.
+
+    dW = scaling * (sum_k A_k^1 (x) A_k^2) (sum_k B_k^1 (x) B_k^2)
+
+The sums come first, then the product: all `separation_rank^2` cross terms. `up` is the first sum, `[out, rank]`, and
+`down` the second, `[rank, in]`, so the update is a LoRA of that rank whose matrices have few parameters.
+
+Shape legend: S separation_rank; upper case is the left factor's share of a dimension, lower case the right one's:
+in = I*i, out = O*o, rank = R*r (the split of the rank may differ between the two sides).
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lsr_scale.adapters.base import AdapterConfig, AdapterMethod, Params, Shapes, option, register
+from lsr_scale.errors import UserError
+from lsr_scale.factorize import balanced_split, divisors
+
+PAPER_SCALING = 4096.0  # alpha 8192 over factor rank 2 in the authors' code
+
+
+@dataclasses.dataclass
+class LsrConfig(AdapterConfig):
+    """Options of LSR-Adapt; `alpha` is 2 * rank by default, or 4096 * rank (the authors' scaling) with init 'paper'."""
+
+    rank: int = option(16, "Rank of the update.")
+    separation_rank: int = option(16, "How many Kronecker products are summed on each side.")
+    separation_rank_pattern: dict[str, int] = option(dict, "Separation rank by module.")
+    left_in: int | None = option(None, "Left factor's share of in_features; the most balanced split by default.")
+    left_out: int | None = option(None, "Left factor's share of out_features; the most balanced split by default.")
+    left_rank: int | None = option(None, "Left factor's share of the rank; the larger dimension takes the smaller one.")
+    left_in_pattern: dict[str, int] = option(dict, "left_in by module.")
+    left_out_pattern: dict[str, int] = option(dict, "left_out by module.")
+    left_rank_pattern: dict[str, int] = option(dict, "left_rank by module.")
+    term_weights: bool = option(False, "Train a weight per term and side (the paper's lambdas); folded in otherwise.")
+    init: Literal["zero", "paper"] = option("zero", "zero: dW = 0 at the start; paper: every factor 0.01 * N(0, 1).")
+
+    def __post_init__(self) -> None:
+        """Validate, and fill in alpha."""
+        super().__post_init__()
+        if self.init not in ("zero", "paper"):
+            raise UserError(f"init: expected 'zero' or 'paper', got {self.init!r}")
+        terms = {"separation_rank": self.separation_rank, **self.separation_rank_pattern}
+        for name, value in terms.items():
+            if not isinstance(value, int) or value < 1:
+                raise UserError(f"{name}: expected a separation rank, an integer >= 1, got {value!r}")
+        if self.alpha is None:
+            self.alpha = PAPER_SCALING * self.rank if self.init == "paper" else 2.0 * self.rank
+
+
+def _split(size: int, left: int | None, dimension: str, option_name: str) -> tuple[int, int]:
+    """Return `(left, right)` of a dimension, by the option if set, else the most balanced one."""
+    if left is None:
+        pair = balanced_split(size)
+        if pair[1] == 1 and size > 1:
+            raise UserError(
+                f"{dimension}={size} has no useful split into two factors; leave the module out with exclude_modules, "
+                f"or accept the trivial one with {option_name}_pattern: {{<module>: 1}}"
+            )
+        return pair
+    if left < 1 or size % left:
+        raise UserError(f"{option_name}={left} must divide {dimension}={size}; one of {divisors(size)} does")
+    return left, size // left
+
+
+def _side(
+    size: int, dimension: str, config: LsrConfig, left: int | None, option_name: str
+) -> tuple[int, int, int, int]:
+    """Return `(left, right, left_rank, right_rank)` of one side."""
+    left_size, right_size = _split(size, left, dimension, option_name)
+    if config.left_rank is None:
+        larger, smaller = balanced_split(config.rank)
+        left_rank, right_rank = (smaller, larger) if left_size >= right_size else (larger, smaller)
+    else:
+        left_rank, right_rank = _split(config.rank, config.left_rank, "rank", "left_rank")
+    return left_size, right_size, left_rank, right_rank
+
+
+def _kron_sum(left: Tensor, right: Tensor) -> Tensor:
+    """Return `sum_k left_k (x) right_k`: `[..., S, M, N]` and `[..., S, m, n]` to `[..., M*m, N*n]`."""
+    summed = torch.einsum("...sMN,...smn->...MmNn", left, right)
+    return summed.flatten(-2).flatten(-3, -2)
+
+
+@register
+class Lsr(AdapterMethod):
+    """LSR-Adapt."""
+
+    name = "lsr"
+    prefix = "lsr_"
+    config_class = LsrConfig
+    parameter_names = ("down_left", "down_right", "up_left", "up_right", "down_weight", "up_weight")
+
+    @staticmethod
+    def parameter_shapes(in_features: int, out_features: int, config: LsrConfig) -> Shapes:
+        """Return the factors' shapes; raise UserError where a dimension or the rank cannot be split."""
+        if config.rank > min(in_features, out_features):
+            raise UserError(
+                f"rank={config.rank} is larger than the smaller dimension of the layer, {in_features} -> "
+                f"{out_features}; lower rank, or set rank_pattern for this module"
+            )
+        terms = config.separation_rank
+        left_in, right_in, left_rank, right_rank = _side(in_features, "in_features", config, config.left_in, "left_in")
+        shapes: Shapes = {
+            "down_left": (terms, left_rank, left_in),
+            "down_right": (terms, right_rank, right_in),
+        }
+        left_out, right_out, left_rank, right_rank = _side(
+            out_features, "out_features", config, config.left_out, "left_out"
+        )
+        shapes |= {"up_left": (terms, left_out, left_rank), "up_right": (terms, right_out, right_rank)}
+        if config.term_weights:
+            shapes |= {"down_weight": (terms,), "up_weight": (terms,)}
+        return shapes
+
+    @staticmethod
+    def init_parameters(params: Params, config: LsrConfig) -> None:
+        """Fill the factors: dW = 0 with a gradient ('zero'), or 0.01 * randn everywhere ('paper')."""
+        for name in ("down_weight", "up_weight"):
+            if name in params:
+                params[name].fill_(1.0)
+        factors = [params[name] for name in ("down_left", "down_right", "up_left", "up_right")]
+        if config.init == "paper":
+            for factor in factors:
+                factor.normal_(0.0, 0.01)
+            return
+        down_left, down_right, up_left, up_right = factors
+        terms = down_left.shape[0]
+        in_features = down_left.shape[-1] * down_right.shape[-1]
+        # a sum of S products of two N(0, sigma^2) has variance S sigma^4 = 1 / in, that of LoRA's (Gaussian) A
+        sigma = (terms * in_features) ** -0.25
+        down_left.normal_(0.0, sigma)
+        down_right.normal_(0.0, sigma)
+        up_left.normal_(0.0, terms**-0.5)
+        up_right.zero_()
+
+    @staticmethod
+    def delta_weight(params: Mapping[str, Tensor]) -> Tensor:
+        """Return `(sum_k A_k^1 (x) A_k^2)(sum_k B_k^1 (x) B_k^2)` as it stands in the paper."""
+        sums = []
+        for side in ("up", "down"):
+            left, right = params[f"{side}_left"], params[f"{side}_right"]
+            weight = params.get(f"{side}_weight", torch.ones_like(left[:, 0, 0]))
+            terms = [w * torch.kron(a, b) for w, a, b in zip(weight, left, right, strict=True)]
+            sums.append(torch.stack(terms).sum(0))
+        up, down = sums
+        return up @ down
+
+    @staticmethod
+    def materialize(params: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return the two sums: `down [rank, in]` and `up [out, rank]`."""
+        pair = []
+        for side in ("down", "up"):
+            left = params[f"{side}_left"]
+            if f"{side}_weight" in params:
+                left = left * params[f"{side}_weight"][..., None, None]
+            pair.append(_kron_sum(left, params[f"{side}_right"]))
+        return pair[0], pair[1]
+
+    @classmethod
+    def oversized_sides(cls, in_features: int, out_features: int, config: LsrConfig) -> list[str]:
+        """Return a line for each side whose factors outnumber the dense `[rank, in]` or `[out, rank]` matrix."""
+        shapes = cls.parameter_shapes(in_features, out_features, config)
+        lines = []
+        for side, size in (("down", in_features), ("up", out_features)):
+            per_term = sum(shapes[f"{side}_{half}"][1] * shapes[f"{side}_{half}"][2] for half in ("left", "right"))
+            dense = size * config.rank
+            if config.separation_rank * per_term > dense:
+                lines.append(
+                    f"separation_rank={config.separation_rank} gives the {side} side of a rank-{config.rank} update "
+                    f"{config.separation_rank * per_term} parameters, more than its dense form's {dense}; "
+                    f"lower separation_rank to {max(1, dense // per_term)} or less"
+                )
+        return lines

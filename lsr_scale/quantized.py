@@ -1,0 +1,118 @@
+"""Frozen bitsandbytes linear layers for training: the weight is dequantized when needed and nothing is kept alive.
+
+bitsandbytes' own autograd functions hold the packed weight (4-bit) or the input activation (int8) on the autograd
+context, which defeats activation checkpointing and ZeRO-3, and its 4-bit layer repacks the weight in eval mode on CPUs
+with AVX512-BF16, after which gradients silently stop. The layers here hold only the module, re-read its weight in the
+backward pass, and never repack.
+
+int8 means weight-only here, on every path: `y = x (CB * SCB / 127)^T` with activations in their own dtype (bf16 in
+training). bitsandbytes' `Linear8bitLt` quantizes the activations too (LLM.int8()); results differ by that rounding.
+"""
+
+from typing import Any
+
+import bitsandbytes as bnb
+import bitsandbytes.functional as bnb_functional
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lsr_scale.errors import UserError
+
+
+def dequantize(layer: nn.Linear, dtype: torch.dtype) -> Tensor:
+    """Return the weight of a bitsandbytes linear layer as a new tensor.
+
+    Args:
+        layer: A `Linear4bit` (NF4 or FP4, double quantization or not) or `Linear8bitLt` holding quantized data.
+        dtype: dtype of the result; the arithmetic is bitsandbytes' own (float32 for int8).
+
+    Returns:
+        The weight, `[out_features, in_features]`.
+
+    Raises:
+        UserError: if the weight was never quantized, or is in bitsandbytes' packed CPU inference layout.
+    """
+    weight: Any = layer.weight
+    if isinstance(layer, bnb.nn.Linear4bit):
+        state = getattr(weight, "quant_state", None)
+        if state is None:
+            raise UserError(
+                f"Linear4bit {layer.in_features} -> {layer.out_features}: the weight is not quantized yet; "
+                "move the model to its device (.to('cpu') or .to('cuda')) before the first forward"
+            )
+        if getattr(state, "packing_format_for_cpu", False):
+            raise UserError(
+                f"Linear4bit {layer.in_features} -> {layer.out_features}: the weight was repacked for CPU inference "
+                "(bitsandbytes does so on an eval-mode forward), which has no gradient; load the model again and "
+                "inject the adapter, or call lsr_scale.quantized.freeze_quantized(model), before any forward"
+            )
+        return bnb_functional.dequantize_4bit(weight.data, state).to(dtype)
+    assert isinstance(layer, bnb.nn.Linear8bitLt)
+    scale = weight.SCB if weight.SCB is not None else layer.state.SCB
+    if scale is None or weight.dtype != torch.int8:
+        raise UserError(
+            f"Linear8bitLt {layer.in_features} -> {layer.out_features}: the weight is {weight.dtype}, not int8 with "
+            "row scales; move the model to its device before the first forward"
+        )
+    return bnb_functional.int8_vectorwise_dequant(weight.data, scale.to(weight.device)).to(dtype)
+
+
+class _FrozenLinear(torch.autograd.Function):
+    """`y = x W^T + b` with W dequantized in forward and again in backward; the context holds only the module."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, layer: nn.Linear) -> Tensor:
+        ctx.layer = layer
+        return functional.linear(x, dequantize(layer, x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        (grad,) = grads
+        grad_x = grad @ dequantize(ctx.layer, grad.dtype) if ctx.needs_input_grad[0] else None
+        grad_bias = grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
+        return grad_x, grad_bias, None
+
+
+class FrozenLinear4bit(bnb.nn.Linear4bit):
+    """A `Linear4bit` whose forward keeps no weight alive and never repacks it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return `x W^T + b` in the dtype of `x`, computed in the layer's compute dtype where one is set."""
+        compute_dtype = self.compute_dtype or x.dtype
+        bias = None if self.bias is None else self.bias.to(compute_dtype)
+        return _FrozenLinear.apply(x.to(compute_dtype), bias, self).to(x.dtype)  # pyright: ignore
+
+
+class FrozenLinear8bit(bnb.nn.Linear8bitLt):
+    """A `Linear8bitLt` computed weight-only: dequantized weight, activations untouched (see the module docstring)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return `x W^T + b` in the dtype of `x`."""
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return _FrozenLinear.apply(x, bias, self)  # pyright: ignore
+
+
+def freeze_quantized(model: nn.Module) -> int:
+    """Turn every bitsandbytes linear layer of `model`, itself included, into its frozen form, in place.
+
+    Layers keep their identity, parameters, hooks and `isinstance` relations; only the class changes. int8 layers that
+    still train in fp16 (`has_fp16_weights`) are left alone.
+
+    Returns:
+        How many layers are in frozen form afterwards.
+    """
+    num_frozen = 0
+    for layer in model.modules():
+        if type(layer) in (bnb.nn.Linear4bit, bnb.nn.LinearNF4, bnb.nn.LinearFP4):
+            layer.__class__ = FrozenLinear4bit
+        elif type(layer) is bnb.nn.Linear8bitLt and not layer.state.has_fp16_weights:
+            layer.__class__ = FrozenLinear8bit
+            weight: Any = layer.weight
+            if weight.SCB is None:
+                weight.SCB = layer.state.SCB
+            # A second reference to the codes would keep them whole on every rank under ZeRO-3.
+            weight.CB = None
+            layer.state.reset_grads()
+        num_frozen += isinstance(layer, FrozenLinear4bit | FrozenLinear8bit)
+    return num_frozen

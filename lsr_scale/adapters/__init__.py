@@ -27,7 +27,8 @@ def options(method: str) -> type:
     PEFT's bookkeeping fields (task type, base model name, version) are not among them.
     """
     source = LoraOptions if method == "lora" else _find(method).config_class
-    chosen = [field for field in dataclasses.fields(source) if "help" in field.metadata]
+    bookkeeping = {field.name for field in dataclasses.fields(PeftConfig)}
+    chosen = [field for field in dataclasses.fields(source) if field.name not in bookkeeping]
     copied = [(f.name, f.type, _copy_field(f)) for f in chosen]
     return dataclasses.make_dataclass(f"{method.title().replace('_', '')}Options", copied)
 

@@ -1,0 +1,71 @@
+"""What a multiple-choice score is: predictions, two accuracies with their standard errors, a paired comparison."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from lsr_scale.errors import UserError
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the model made of one example.
+
+    Attributes:
+        id: The example's id.
+        answer: 0-based index of the right choice.
+        log_likelihoods: Sum of the log-probabilities of each continuation's tokens, in nats.
+        choice: The most likely continuation, the first of equals.
+        choice_norm: The most likely one per character of the choice.
+    """
+
+    id: str
+    answer: int
+    log_likelihoods: tuple[float, ...]
+    choice: int
+    choice_norm: int
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """Accuracies in [0, 1] with the standard errors of their means: sample deviation / sqrt(num_examples)."""
+
+    num_examples: int
+    accuracy: float
+    accuracy_stderr: float
+    acc_norm: float
+    acc_norm_stderr: float
+    predictions: tuple[Prediction, ...] = field(repr=False)
+
+    @classmethod
+    def of(cls, predictions: Sequence[Prediction]) -> "TaskScore":
+        """Sum up predictions, whichever process made them."""
+        num = len(predictions)
+        values: list[float] = []
+        for hits in (
+            sum(p.choice == p.answer for p in predictions),
+            sum(p.choice_norm == p.answer for p in predictions),
+        ):
+            # the sample variance of zeros and ones is n / (n - 1) * p (1 - p); a single example has none
+            values += [hits / num, math.sqrt(hits / num * (1 - hits / num) / max(1, num - 1))]
+        return cls(num, *values, tuple(predictions))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values, the predictions among them."""
+        return asdict(self)
+
+
+def mcnemar(before: TaskScore, after: TaskScore) -> tuple[int, int, float]:
+    """Compare two scores of the same examples: newly right, newly wrong, exact two-sided p of McNemar's test.
+
+    Raises:
+        UserError: The two are not of the same examples in the same order.
+    """
+    if [p.id for p in before.predictions] != [p.id for p in after.predictions]:
+        raise UserError("McNemar's test: expected two scores of the same examples, got different ones")
+    both = zip(before.predictions, after.predictions, strict=True)
+    pairs = [(old.choice == old.answer, new.choice == new.answer) for old, new in both]
+    gained, lost = pairs.count((False, True)), pairs.count((True, False))
+    tail = sum(math.comb(gained + lost, k) for k in range(min(gained, lost) + 1))
+    return gained, lost, min(1.0, 2 * tail / 2 ** (gained + lost))

@@ -1,0 +1,267 @@
+"""The command line: parse, call, and say what went wrong in words. No logic of its own."""
+
+import argparse
+import json
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lsr_scale.errors import UserError
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lsr-scale",
+        description="Fine-tune 4- and 8-bit language models with Kronecker-structured adapters.",
+    )
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("--debug", action="store_true", help="show tracebacks and the libraries' own messages")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, text: str) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=text, description=text, parents=[shared])
+
+    def takes_run(sub: argparse.ArgumentParser, required: bool = True) -> None:
+        sub.add_argument("config_path", nargs="?", metavar="CONFIG", help="the run's YAML file")
+        sub.add_argument("--config", help="the same, by name")
+        sub.add_argument(
+            "--set", action="append", default=[], metavar="KEY=VALUE", help="for instance training.learning_rate=1e-3"
+        )
+        sub.set_defaults(needs_config=required)
+
+    sub = command("train", "Train a run: score, train, score again, save the adapter.")
+    takes_run(sub)
+    sub.add_argument("--resume", metavar="auto|CHECKPOINT", help="go on from the newest checkpoint, or from this one")
+    sub.add_argument("--overwrite", action="store_true", help="start again in a folder that holds a run")
+    sub.add_argument("--quiet", action="store_true", help="print results only")
+    sub.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # the launcher appends it
+
+    sub = command("eval", "Load a run's adapter onto its base again and score multiple-choice tasks.")
+    sub.add_argument("run", help="the run's folder")
+    sub.add_argument(
+        "--tasks", nargs="+", metavar="TASK", help="task names, files or folders; the run's own by default"
+    )
+    sub.add_argument("--limit", type=int, help="score only the first so many questions of each task")
+    sub.add_argument("--base-only", action="store_true", help="score the base without the adapter")
+    sub.add_argument("--without-questions", action="store_true", help="a control: score the choices alone")
+    sub.add_argument("--json", action="store_true", help="print JSON")
+
+    sub = command("generate", "Try a run: continue a prompt.")
+    sub.add_argument("run", help="the run's folder")
+    sub.add_argument("--prompt", required=True)
+    sub.add_argument("--max-new-tokens", type=int, default=64)
+    sub.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
+    sub.add_argument("--base-only", action="store_true", help="without the adapter")
+
+    sub = command("preview", "Show a few training samples as tokens, and what of them is supervised.")
+    takes_run(sub)
+    sub.add_argument("--samples", type=int, default=3)
+
+    sub = command("plan", "Tell parameters, bytes and memory of a run; needs no weights, network or GPU.")
+    takes_run(sub)
+    sub.add_argument("--gpus", type=int, default=1)
+    sub.add_argument("--json", action="store_true", help="print JSON")
+
+    sub = command("doctor", "Report versions, hardware, which fast paths are on, and known bad combinations.")
+    sub.add_argument("--json", action="store_true", help="print JSON")
+
+    sub = command("config", "Check a run and print it with every value resolved.")
+    takes_run(sub, required=False)
+    sub.add_argument("--json-schema", action="store_true", help="print the JSON schema of a run's file instead")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; return the exit status: 0, 1 (doctor found something), 2 (a mistake), 130 (interrupted)."""
+    args = _parser().parse_args(arguments)
+    _quiet_libraries(args.debug)
+    try:
+        status = _COMMANDS[args.command](args)
+    except KeyboardInterrupt:
+        _say_error("interrupted; if a checkpoint was saved, the same command with --resume auto goes on from it")
+        status = 130
+    except UserError as error:
+        if args.debug:
+            traceback.print_exc()
+        _say_error(str(error))
+        status = 2
+    except OSError as error:
+        if args.debug or error.errno is None:
+            raise
+        _say_error(f"{error.filename or 'the system'}: {error.strerror}; the run's last checkpoint is as it was")
+        status = 2
+    except Exception as error:
+        known = _remedy(error)
+        if known is None or args.debug:
+            raise
+        _say_error(known)
+        status = 2
+    if status and "WORLD_SIZE" in os.environ:
+        # the other processes wait for this one in a collective; ending at once lets the launcher end them
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
+
+
+def _say_error(text: str) -> None:
+    rank = os.environ.get("RANK")
+    print(f"\nlsr-scale: {'' if rank in (None, '0') else f'rank {rank}: '}{text}", file=sys.stderr, flush=True)
+
+
+def _remedy(error: Exception) -> str | None:
+    """Return words for a failure of the machine rather than of the program, None for a bug."""
+    import torch
+    from safetensors import SafetensorError
+
+    if isinstance(error, torch.OutOfMemoryError):
+        return (
+            "the GPU's memory ran out; lower training.per_device_train_batch_size or training.max_length, or set "
+            "training.gradient_checkpointing: true (lsr-scale plan tells what each takes)"
+        )
+    text = str(error)
+    if "No space left on device" in text:
+        return "the disk is full; free some space and continue with --resume auto (what was saved before is whole)"
+    if isinstance(error, SafetensorError):
+        return f"a weight file is damaged or cut short ({text}); restore it, or resume from the checkpoint before"
+    return None
+
+
+def _quiet_libraries(debug: bool) -> None:
+    """Leave the screen to the run: the libraries' warnings and bars only with --debug."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.basicConfig(level=logging.INFO if debug else logging.WARNING, format="%(name)s: %(message)s")
+    if debug:
+        return
+    os.environ.setdefault("DS_LOG_LEVEL", "error")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    import warnings
+
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    for name in ("deepspeed", "DeepSpeed", "torch.distributed", "trl", "peft", "accelerate", "torchao"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _run_of(args: argparse.Namespace) -> Any:
+    from lsr_scale.config import load_run
+
+    path = args.config or args.config_path
+    if path is None or (args.config and args.config_path and args.config != args.config_path):
+        raise UserError("expected one configuration: --config configs/NAME.yaml")
+    return load_run(path, args.set)
+
+
+def _train(args: argparse.Namespace) -> int:
+    from lsr_scale.train import train
+
+    run = _run_of(args)
+    train(run, Path(args.config or args.config_path).stem, args.resume, args.overwrite, args.quiet)
+    return 0
+
+
+def _eval(args: argparse.Namespace) -> int:
+    from lsr_scale import evaluate
+
+    result = evaluate.evaluate_run(args.run, args.tasks, args.limit, args.base_only, args.without_questions)
+    if args.json:
+        print(json.dumps(result, indent=2))
+    else:
+        evaluate.print_accuracy(result)
+    return 0
+
+
+def _generate(args: argparse.Namespace) -> int:
+    from lsr_scale import evaluate
+
+    model, tokenizer, _ = evaluate.load_run_model(args.run, args.base_only)
+    print(evaluate.generate(model, tokenizer, args.prompt, args.max_new_tokens, args.chat))
+    return 0
+
+
+def _preview(args: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.text import Text
+
+    from lsr_scale.data.formats import KIND_MEANING, build_dataset
+    from lsr_scale.data.preview import preview
+    from lsr_scale.model import load_tokenizer
+
+    run = _run_of(args)
+    dataset, kind = build_dataset(run.data.train, model_task=run.model.task)
+    tokenizer = load_tokenizer(run.model.name, revision=run.model.revision, chat_template=run.model.chat_template)
+    shown = preview(dataset, kind, tokenizer, args.samples, run.training)
+    console = Console(highlight=False)
+    console.print(f"{len(dataset):,} rows, {kind}: {KIND_MEANING[kind]}. Supervised tokens are [bold green]green[/].")
+    for index, sample in enumerate(shown.samples):
+        supervised = sum(token.supervised for token in sample)
+        label = "" if shown.labels is None else f", label {shown.labels[index]}"
+        console.print(f"\n[bold]{index + 1}[/]  {len(sample)} tokens, {supervised} supervised{label}")
+        # the bars keep the tokens, and with them what is supervised, apart without colours too
+        parts = [(t.text, "bold green reverse" if t.supervised else "") for t in sample]
+        console.print(Text.assemble(*parts), soft_wrap=True)
+        console.print(Text("supervised: " + repr("".join(t.text for t in sample if t.supervised))), soft_wrap=True)
+    for note in shown.notes:
+        console.print(f"\nnote: {note}", soft_wrap=True, markup=False)
+    return 0
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from lsr_scale.plan import plan, render
+
+    if args.gpus < 1:
+        raise UserError(f"--gpus: expected at least 1, got {args.gpus}")
+    result = plan(_run_of(args), args.gpus)
+    if args.json:
+        print(result.to_json())
+    else:
+        Console(highlight=False).print(render(result))
+    return 0
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from lsr_scale.doctor import doctor, render
+
+    report = doctor()
+    if args.json:
+        print(report.to_json())
+    else:
+        Console(highlight=False).print(render(report))
+    return report.exit_code
+
+
+def _config(args: argparse.Namespace) -> int:
+    from lsr_scale import config
+
+    if args.json_schema:
+        print(json.dumps(config.json_schema(), indent=2))
+    else:
+        print(config.dump_yaml(_run_of(args)), end="")
+    return 0
+
+
+_COMMANDS = {
+    "train": _train,
+    "eval": _eval,
+    "generate": _generate,
+    "preview": _preview,
+    "plan": _plan,
+    "doctor": _doctor,
+    "config": _config,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Data: rows from anywhere, multiple-choice prompt forms, and the datasets that the trainer takes."""

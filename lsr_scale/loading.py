@@ -1,0 +1,110 @@
+"""What the name of a model means, and words for what goes wrong when it is loaded."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from huggingface_hub import errors as hub
+from huggingface_hub.utils import validate_repo_id
+from safetensors import SafetensorError
+
+from lsr_scale import embedded
+from lsr_scale.errors import UserError, did_you_mean
+from lsr_scale.shapes import known_names
+
+NAME_FORMS = "a hub name (organization/model), a local folder with a config.json, or builtin:smollm2-135m-instruct"
+
+
+def resolve(name: str) -> str:
+    """Return what Transformers loads a model by: a local folder, or the hub name unchanged.
+
+    `builtin:` names are converted into a folder on first use (see `embedded`).
+
+    Raises:
+        UserError: for a folder that is not there, a file, or a name that no model can have.
+    """
+    if name.startswith(embedded.PREFIX):
+        return str(embedded.ensure(name))
+    folder = local_folder(name)
+    return name if folder is None else str(folder)
+
+
+def local_folder(name: str) -> Path | None:
+    """Return the folder that a name means, or None if it is a hub name."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_file():
+        raise UserError(f"model.name {name!r}: expected {NAME_FORMS}, got a file; give the folder that it lies in")
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
+    if not looks_local:
+        try:
+            validate_repo_id(name)
+            return None
+        except hub.HFValidationError:
+            pass
+    near = did_you_mean(name, [*known_names(), *(embedded.PREFIX + model for model in embedded.MODELS)])
+    what = "there is no such folder" if looks_local else "this is none"
+    raise UserError(f"model.name {name!r}: expected {NAME_FORMS}; {what}; {near}")
+
+
+@contextmanager
+def explained(name: str, revision: str | None) -> Iterator[None]:
+    """Turn what goes wrong in loading a model into one sentence with a remedy."""
+    where = f"model.name {name!r}" + (f" (revision {revision!r})" if revision else "")
+    try:
+        yield
+    except UserError:
+        raise
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"{where}: the GPU's memory does not hold the model; `lsr-scale plan` says what it takes"
+        ) from error
+    except Exception as error:
+        remedy = _remedy(error)
+        if remedy is None:
+            raise
+        raise UserError(f"{where}: {remedy}") from error
+
+
+def _remedy(error: BaseException) -> str | None:
+    chain: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None and link not in chain:
+        chain.append(link)
+        link = link.__cause__ or link.__context__
+    text = " ".join(str(error).split())
+
+    def caused_by(*kinds: type[BaseException]) -> bool:
+        return any(isinstance(link, kinds) for link in chain)
+
+    if caused_by(SafetensorError):
+        return f"a weight file is damaged or cut short ({chain[-1]}); fetch the model again"
+    if caused_by(hub.GatedRepoError):
+        return "access needs its licence accepted on its hub page, and a token; then run: hf auth login"
+    if caused_by(hub.RevisionNotFoundError):
+        return "the model has no such revision; leave model.revision out for the newest"
+    if caused_by(hub.RepositoryNotFoundError):
+        near = did_you_mean(text.split()[0], known_names())
+        return f"the hub knows no such model (a private one needs: hf auth login); expected {NAME_FORMS}; {near}"
+    if "trust_remote_code" in text:
+        return (
+            "it needs Python code from its repository, which is never run here; choose a model that Transformers knows"
+        )
+    if "does not recognize this architecture" in text or "Unrecognized model" in text:
+        return "this version of Transformers does not know its architecture; `lsr-scale doctor` shows what is installed"
+    if "size mismatch" in text or "mismatched" in text:
+        return f"its weight files do not have the shapes that its config.json says ({text[:300]})"
+    if caused_by(hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled, ConnectionError) or "couldn't connect" in text:
+        return (
+            "it is not on this machine and the hub cannot be reached; fetch it where there is a network "
+            f"(hf download NAME --local-dir FOLDER) and give the folder; expected {NAME_FORMS}"
+        )
+    if isinstance(error, ImportError) and "flashattention" in text.lower().replace(" ", ""):
+        return "model.attention asks for FlashAttention, whose package flash-attn is not installed; set it to auto"
+    if isinstance(error, ImportError) or ("attention" in text.lower() and isinstance(error, ValueError)):
+        return text[:400]
+    if isinstance(error, OSError):
+        return f"it cannot be loaded ({text[:400]})"
+    return None

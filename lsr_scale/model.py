@@ -1,0 +1,296 @@
+"""The base model: its name to a folder or hub id, its configuration, skeleton and tokenizer, and loading it frozen.
+
+The base is held in bfloat16 (or another dtype), or with its linear layers in 4 bits (NF4, FP4; double quantization) or
+8 bits by bitsandbytes; heads outside the base stay in the model's dtype. Code from a model repository is never run.
+"""
+
+import json
+import logging
+import os
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.models.auto import modeling_auto
+
+from lsr_scale import embedded
+from lsr_scale.errors import UserError, did_you_mean
+from lsr_scale.identity import base_description, check_base
+from lsr_scale.loading import NAME_FORMS, explained, local_folder, resolve
+from lsr_scale.quantized import freeze_quantized
+from lsr_scale.random_weights import random_base
+from lsr_scale.shapes import known_config
+from lsr_scale.tokenizer import load_tokenizer
+from lsr_scale.zero3 import sharded_in, without_deepspeed
+
+logger = logging.getLogger(__name__)
+
+Task = Literal["causal_lm", "seq_cls"]
+Quantization = Literal["nf4", "fp4", "int8", "none"]
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_MODEL_CLASSES: dict[str, Any] = {"causal_lm": AutoModelForCausalLM, "seq_cls": AutoModelForSequenceClassification}
+_CLASS_NAMES = {
+    "causal_lm": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    "seq_cls": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+}
+
+
+def load_config(name: str, revision: str | None = None) -> PreTrainedConfig:
+    """Return the configuration of a model, no weights and, where it can be avoided, no network.
+
+    A local folder is read; a hub name is looked up in the hub cache, then among the well-known models that come with
+    this package (`model_shapes.json`), then on the hub.
+
+    Raises:
+        UserError: for an unknown model, an unreadable configuration, or one that needs code from its repository.
+    """
+    if name.startswith(embedded.PREFIX):
+        config = known_config(embedded.find(name).hub_name)
+        assert config is not None
+        return config
+    folder = local_folder(name)
+    if folder is not None:
+        _check_config_file(name, folder)
+        with explained(name, revision):
+            return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    try:
+        return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError):
+        pass  # not in the cache; the hub's own answer is the one to report
+    config = known_config(name) if revision is None else None
+    if config is not None:
+        return config
+    with explained(name, revision):
+        return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+
+
+def _check_config_file(name: str, folder: Path) -> None:
+    file = folder / "config.json"
+    if not file.is_file():
+        if (folder / "adapter_config.json").is_file():
+            raise UserError(
+                f"model.name {name!r}: this is an adapter, without its base model; name the base that its "
+                "adapter_config.json gives as base_model_name_or_path"
+            )
+        raise UserError(f"model.name {name!r}: there is no config.json in this folder; expected {NAME_FORMS}")
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"expected an object, got {type(content).__name__}")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: not a readable JSON configuration ({error}); fetch the model again") from error
+    if "model_type" not in content:
+        raise UserError(f"{file}: there is no model_type in it, which says the architecture; fetch the model again")
+
+
+def model_class(config: PreTrainedConfig, task: Task) -> Any:
+    """Return the auto class for a task.
+
+    Raises:
+        UserError: if the architecture has no such head, or is an encoder asked to be a causal language model.
+    """
+    if task not in _MODEL_CLASSES:
+        raise UserError(f"model.task {task!r}: {did_you_mean(task, _MODEL_CLASSES)}")
+    kind = config.model_type
+    trained_as = ", ".join(config.architectures or ()) or kind
+    if kind not in _CLASS_NAMES[task]:
+        raise UserError(
+            f"model.task: {trained_as} (model_type {kind!r}) cannot do {task}; choose another model, or "
+            f"{'causal_lm' if task == 'seq_cls' else 'seq_cls'} if that is what you want to train"
+        )
+    is_encoder = kind in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
+    causal = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in config.architectures or ())
+    if task == "causal_lm" and is_encoder and not causal:
+        raise UserError(
+            f"model.task: {trained_as} (model_type {kind!r}) is an encoder, it sees the words that it should predict; "
+            "set model.task: seq_cls, or choose a decoder"
+        )
+    return _MODEL_CLASSES[task]
+
+
+def skeleton(
+    config: PreTrainedConfig,
+    task: Task = "causal_lm",
+    num_labels: int | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    attention: str = "auto",
+) -> PreTrainedModel:
+    """Return the model on the meta device: every module and shape, nothing allocated.
+
+    Args:
+        config: Its configuration; left as it is.
+        task: The head.
+        num_labels: Number of labels of a classifier.
+        dtype: dtype of its parameters.
+        attention: Name of the attention implementation, or "auto" (SDPA where the model has it).
+    """
+    chosen = model_class(config, task)
+    config = type(config).from_dict(config.to_dict())
+    if num_labels is not None:
+        config.num_labels = num_labels
+    kwargs: dict[str, Any] = {"dtype": dtype, "trust_remote_code": False}
+    if attention != "auto":
+        kwargs["attn_implementation"] = attention
+    with without_deepspeed(), torch.device("meta"):
+        model = chosen.from_config(config, **kwargs)
+    return model.requires_grad_(False)
+
+
+def head_modules(model: PreTrainedModel) -> list[str] | None:
+    """Return the modules outside the base (lm_head, score, classifier, ...), which quantization leaves alone.
+
+    None if the model does not tell its base apart; Transformers' own choice stands then.
+    """
+    children = [name for name, _ in model.named_children()]
+    if model.base_model_prefix not in children:
+        return None
+    return [name for name in children if name != model.base_model_prefix]
+
+
+def quantization_config(
+    quantization: Quantization, double_quantization: bool, dtype: torch.dtype, skip: list[str] | None
+) -> BitsAndBytesConfig | None:
+    """Return bitsandbytes' configuration, None for "none".
+
+    The 4-bit storage is always uint8: DeepSpeed's engine casts packed weights of any floating storage dtype other than
+    its own, which destroys them silently.
+    """
+    if quantization == "none":
+        return None
+    if quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quantization,
+        bnb_4bit_use_double_quant=double_quantization,
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=torch.uint8,
+        llm_int8_skip_modules=skip,
+    )
+
+
+def local_device() -> torch.device:
+    """Return this process's GPU (by LOCAL_RANK), or the CPU where there is none."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK") or 0) % torch.cuda.device_count())
+    return torch.device("cpu")
+
+
+def load_base(
+    name: str,
+    *,
+    revision: str | None = None,
+    task: Task = "causal_lm",
+    num_labels: int | None = None,
+    quantization: Quantization = "nf4",
+    double_quantization: bool = True,
+    dtype: str | torch.dtype = "bfloat16",
+    attention: str = "auto",
+    random_weights: bool = False,
+    seed: int = 0,
+    device: torch.device | None = None,
+) -> PreTrainedModel:
+    """Return the frozen base model on this process's device, ready for an adapter.
+
+    Args:
+        name: Hub name, local folder, or `builtin:` name.
+        revision: Commit, branch or tag on the hub.
+        task: "causal_lm", or "seq_cls" (a classifier; a new head trains if the checkpoint has none).
+        num_labels: Number of labels of a classifier.
+        quantization: "nf4", "fp4", "int8" or "none".
+        double_quantization: Quantize the 4-bit scales too.
+        dtype: "bfloat16", "float16" or "float32": of everything not quantized, and of the computation.
+        attention: "auto" (SDPA where the model has it), or a name that Transformers knows.
+        random_weights: Take the architecture with random weights, for speed and memory work; needs no checkpoint.
+        seed: Seed of the random weights and of a new head.
+        device: Where to; `local_device()` by default.
+
+    Raises:
+        UserError: for an unknown model or task, weights that are missing, damaged or of another shape, or too little
+            memory.
+    """
+    dtype = DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
+    if isinstance(dtype, str):
+        raise UserError(f"model.dtype: {did_you_mean(dtype, DTYPES)}")
+    device = device or local_device()
+    config = load_config(name, revision)
+    on_gpu = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    with on_gpu, explained(name, revision), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        empty = skeleton(config, task, num_labels, dtype, attention)
+        quantizer = quantization_config(quantization, double_quantization, dtype, head_modules(empty))
+        if random_weights:
+            model = random_base(empty, quantizer, device)
+        else:
+            path = resolve(name)
+            kwargs: dict[str, Any] = {} if num_labels is None else {"num_labels": num_labels}
+            if attention != "auto":
+                kwargs["attn_implementation"] = attention
+            if not is_deepspeed_zero3_enabled():  # which shards by itself and refuses a device map
+                kwargs["device_map"] = {"": str(device)}
+            with sharded_in(dtype):
+                model, report = model_class(config, task).from_pretrained(
+                    path,
+                    revision=revision,
+                    dtype=dtype,
+                    quantization_config=quantizer,
+                    trust_remote_code=False,
+                    output_loading_info=True,
+                    **kwargs,
+                )
+            _check_complete(name, model, report["missing_keys"])
+    model.requires_grad_(False)
+    model.config.use_cache = False
+    # before anything can run a forward: bitsandbytes' own eval-mode forward repacks 4-bit weights on some CPUs
+    freeze_quantized(model)
+    return model
+
+
+def base_of(section: Any, seed: int) -> PreTrainedModel:
+    """Return the frozen base model that a run's `model` section describes."""
+    names = ("revision", "task", "num_labels", "quantization", "double_quantization", "dtype", "attention")
+    values = {name: getattr(section, name) for name in names}
+    return load_base(section.name, random_weights=section.random_weights, seed=seed, **values)
+
+
+def _check_complete(name: str, model: PreTrainedModel, missing: Any) -> None:
+    """Raise if the checkpoint lacks weights of the base; a head that it lacks is new, which is said."""
+    prefix = f"{model.base_model_prefix}."
+    base = sorted(key for key in missing if key.startswith(prefix))
+    if base:
+        more = f" and {len(base) - 3} more" if len(base) > 3 else ""
+        raise UserError(
+            f"model.name {name!r}: its weight files lack {', '.join(base[:3])}{more}, so they do not belong to the "
+            "architecture in its config.json; fetch the model again"
+        )
+    if missing:
+        logger.warning("%s has no weights for %s: they start at random", name, ", ".join(sorted(missing)))
+
+
+__all__ = [
+    "Quantization",
+    "Task",
+    "base_description",
+    "base_of",
+    "check_base",
+    "head_modules",
+    "load_base",
+    "load_config",
+    "load_tokenizer",
+    "local_device",
+    "model_class",
+    "quantization_config",
+    "resolve",
+    "skeleton",
+]

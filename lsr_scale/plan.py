@@ -1,0 +1,277 @@
+"""What a run will take, known at a glance: trainable parameters, adapter size, and one GPU's memory.
+
+Nothing is downloaded, allocated or run on a GPU: the model is built on the meta device, the adapter is injected into it
+for real, and one step is run on fake tensors (`memory.trace_step`).
+
+Exact: parameter counts, the adapter's file, the bytes of the frozen base and of the adapter, its gradients and AdamW's
+two moments (float32). Estimated: activations and workspace (every row at the full `max_length`, every position
+supervised), DeepSpeed's buffers, and what ZeRO-3 holds gathered. Sizes are what torch's allocator counts
+(`torch.cuda.max_memory_allocated`); nvidia-smi shows about 0.5 GiB more for CUDA itself.
+"""
+
+import json
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import peft
+from peft.tuners.tuners_utils import BaseTunerLayer
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+from torch import nn
+
+from lsr_scale import adapters, memory
+from lsr_scale.adapters.base import AdapterLinear, features
+from lsr_scale.config import RunConfig
+from lsr_scale.deepspeed_files import SHIPPED
+from lsr_scale.model import DTYPES, load_config, skeleton
+from lsr_scale.sizes import FrozenBytes, adapter_file_bytes, frozen_bytes, quantized_layers
+
+GIB = 2**30
+# PyTorch's own cuBLAS workspace on a GPU of compute capability 9.0 (CUBLAS_WORKSPACE_CONFIG :4096:8).
+CUBLAS_WORKSPACE = 32 * 2**20
+
+
+@dataclass(frozen=True)
+class Memory:
+    """One GPU's memory in GiB, by what holds it.
+
+    `weights` is the frozen base and the adapter, `activations` what the forward pass keeps for the backward pass,
+    `workspace` everything that comes and goes above that (gradients of activations, a dequantized weight, tiles of the
+    head, cuBLAS, DeepSpeed's buckets, and layers that ZeRO-3 has gathered).
+    """
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    workspace: float
+    total: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """Memory under one DeepSpeed stage, with or without checkpointing."""
+
+    stage: str
+    checkpointing: bool
+    memory_gib: Memory
+
+
+@dataclass(frozen=True)
+class Plan:
+    """See the module's docstring for what is exact and what is not."""
+
+    model: str
+    architecture: str
+    quantization: str
+    method: str
+    gpus: int
+    tokens_per_gpu: int
+    trainable_parameters: int
+    adapter_parameters: int
+    base_parameters: int
+    adapted_modules: int
+    lora8_parameters: int
+    lora16_parameters: int
+    share_of_lora8: float
+    share_of_lora16: float
+    adapter_bytes: int
+    frozen_bytes: int
+    memory_gib: Memory
+    table: list[Row]
+    warnings: list[str] = field(default_factory=list)
+
+    def to_json(self) -> str:
+        """Return the plan as a JSON document."""
+        return json.dumps(asdict(self), indent=2)
+
+
+def plan(run: RunConfig, gpus: int = 1) -> Plan:
+    """Return what a run takes on each of `gpus` GPUs.
+
+    Raises:
+        UserError: for an unknown model, a target that matches nothing, a rank or split that does not fit.
+    """
+    section, training = run.model, run.training
+    batch = _batch(run)
+    eager = section.attention == "eager"
+    base: Any = skeleton(
+        load_config(section.name, section.revision),
+        section.task,
+        section.num_labels,
+        DTYPES[section.dtype],
+        "eager" if eager else memory.attention_name(batch.masked),
+    )
+    quantized = quantized_layers(base) if section.quantization != "none" else []
+    frozen = frozen_bytes(base, quantized, section.quantization, section.double_quantization)
+    base_parameters = sum(parameter.numel() for parameter in base.parameters())
+    memory.count_dequantization(base, quantized, section.quantization)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # oversized sides are told below, per shape
+        task_type = {"causal_lm": "CAUSAL_LM", "seq_cls": "SEQ_CLS"}[section.task]
+        model = peft.get_peft_model(base, adapters.peft_config(run.adapter.method, run.adapter.options, task_type))
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    sizes = [features(layer.get_base_layer()) or (0, 0) for layer in layers]
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    num_trainable = sum(parameter.numel() for parameter in trainable)
+    whole = sum(p.numel() for name, p in model.named_parameters() if p.requires_grad and "modules_to_save" in name)
+    lora = sum(in_features + out_features for in_features, out_features in sizes)
+    adapter_bytes = adapter_file_bytes(model)
+    trainable_bytes = sum(parameter.numel() * parameter.element_size() for parameter in trainable)
+    notes = _oversized(model)
+
+    steps = memory.trace_step(model, batch, section.task)
+    parts = _Parts(frozen, trainable_bytes, steps, base.config.get_text_config().hidden_size, gpus)
+    stages = {**SHIPPED, "run": run.deepspeed.config or {}}
+    table = [
+        Row(stage, checkpointing, parts.under(stages[stage], checkpointing))
+        for stage in SHIPPED
+        for checkpointing in (True, False)
+    ]
+    return Plan(
+        model=section.name,
+        architecture=(base.config.architectures or [base.config.model_type])[0],
+        quantization=section.quantization,
+        method=run.adapter.method,
+        gpus=gpus,
+        tokens_per_gpu=batch.rows * batch.length,
+        trainable_parameters=num_trainable,
+        adapter_parameters=num_trainable - whole,
+        base_parameters=base_parameters,
+        adapted_modules=len(layers),
+        lora8_parameters=8 * lora,
+        lora16_parameters=16 * lora,
+        share_of_lora8=(num_trainable - whole) / (8 * lora),
+        share_of_lora16=(num_trainable - whole) / (16 * lora),
+        adapter_bytes=adapter_bytes,
+        frozen_bytes=frozen.total,
+        # one process runs without DeepSpeed
+        memory_gib=parts.under(stages["run"] if gpus > 1 else {}, bool(training.get("gradient_checkpointing"))),
+        table=table,
+        warnings=notes,
+    )
+
+
+def render(plan: Plan) -> Group:
+    """Return the plan for a person, to be printed by a rich console."""
+
+    def percent(share: float) -> str:
+        return f"{100 * share:.3g} %"
+
+    facts = Table.grid(padding=(0, 2))
+    for name, text in (
+        ("base", f"{plan.model} ({plan.architecture}), {plan.base_parameters:,} parameters, {plan.quantization}"),
+        ("frozen bytes", f"{plan.frozen_bytes:,} ({plan.frozen_bytes / GIB:.2f} GiB), exact"),
+        ("adapter", f"{plan.method} on {plan.adapted_modules} modules"),
+        ("trainable", f"{plan.trainable_parameters:,} parameters"),
+        (
+            "of LoRA",
+            f"{percent(plan.share_of_lora8)} of rank 8 ({plan.lora8_parameters:,}), "
+            f"{percent(plan.share_of_lora16)} of rank 16, at the same modules",
+        ),
+        ("adapter file", f"{plan.adapter_bytes:,} bytes ({plan.adapter_bytes / 2**20:.1f} MiB)"),
+    ):
+        facts.add_row(Text(name, style="bold"), text)
+
+    columns = ("weights", "gradients", "optimizer", "activations", "workspace", "total")
+    title = f"GiB on one of {plan.gpus} GPUs" if plan.gpus > 1 else "GiB on one GPU"
+    table = Table(
+        "stage", "checkpointing", title=f"{title}, {plan.tokens_per_gpu:,} tokens at once", title_justify="left"
+    )
+    for column in columns:
+        table.add_column(column, justify="right")
+
+    def add(stage: str, checkpointing: str, memory: Memory, style: str = "") -> None:
+        table.add_row(stage, checkpointing, *(f"{getattr(memory, column):.2f}" for column in columns), style=style)
+
+    add("this run", "", plan.memory_gib, "bold")
+    table.add_section()
+    for row in plan.table:
+        add(row.stage, "on" if row.checkpointing else "off", row.memory_gib)
+    note = Text(
+        "weights (of zero0 to zero2), gradients and optimizer are exact; activations and workspace are estimated, with "
+        "every row at max_length. nvidia-smi shows about 0.5 GiB more, for CUDA itself.",
+        style="dim",
+    )
+    warned = [Text(f"warning: {line}", style="yellow") for line in plan.warnings]
+    return Group(facts, Text(), table, note, *warned)
+
+
+def _batch(run: RunConfig) -> memory.Batch:
+    """Return the micro-batch at its largest; packing makes one long row of it."""
+    training = run.training
+    rows, length = training["per_device_train_batch_size"], training.get("max_length")
+    if length is None:
+        length = 1024
+    flash = run.model.attention == "flash_attention_2"
+    if training.get("packing"):
+        return memory.Batch(1, rows * length, masked=not flash)
+    return memory.Batch(rows, length, masked=rows > 1 and not flash)
+
+
+def _oversized(model: nn.Module) -> list[str]:
+    """Return a line for each shape one of whose sides has more parameters than its dense form."""
+    where: dict[str, list[str]] = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, AdapterLinear):
+            for config in layer.adapter_configs.values():
+                for line in layer.method.oversized_sides(layer.in_features, layer.out_features, config):
+                    where.setdefault(line, []).append(name.removeprefix("base_model.model."))
+    return [
+        f"{names[0]}{f' and {len(names) - 1} more of that shape' if len(names) > 1 else ''}: {line}"
+        for line, names in where.items()
+    ]
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What is the same under every stage, in bytes, and how the stages divide it."""
+
+    frozen: FrozenBytes
+    trainable: int
+    steps: Mapping[bool, memory.StepMemory]
+    hidden_size: int
+    gpus: int
+
+    def under(self, deepspeed: Mapping[str, Any], checkpointing: bool) -> Memory:
+        """Return one GPU's memory; an empty `deepspeed` is a run without it.
+
+        AdamW holds two moments of each trainable parameter. From stage 1 on DeepSpeed also holds a float32 master copy,
+        all three divided by the number of GPUs, and a bucket for gradients; stage 2 divides the gradients, stage 3 the
+        parameters too (not the quantization state), of which it holds gathered up to stage3_max_live_parameters.
+        """
+        zero = deepspeed.get("zero_optimization", {})
+        stage = zero.get("stage", 0)
+        step = self.steps[checkpointing]
+        weights = self.frozen.total + self.trainable
+        gradients, optimizer = self.trainable, 2 * self.trainable
+        workspace = step.peak - step.saved + CUBLAS_WORKSPACE
+        if stage == 0 and self.gpus > 1:
+            workspace += self.trainable  # the buckets that are reduced
+        if stage >= 1:
+            optimizer = 3 * self.trainable // self.gpus
+            # a bucket is reserved whole
+            workspace += 4 * self._elements(zero, "reduce_bucket_size", 500_000_000)
+        if stage >= 2:
+            gradients = self.trainable // self.gpus
+        if stage == 3:
+            share = self.frozen.parameters // self.gpus
+            offloaded = (zero.get("offload_param") or {}).get("device", "none") != "none"
+            weights = self.frozen.state + self.trainable + (0 if offloaded else share)
+            most = self._elements(zero, "stage3_max_live_parameters", 1_000_000_000)
+            most += self._elements(zero, "stage3_prefetch_bucket_size", 50_000_000)
+            workspace += self.frozen.parameters * min(most, self.frozen.elements) // self.frozen.elements
+        if (zero.get("offload_optimizer") or {}).get("device", "none") != "none":
+            optimizer = 0
+        parts = [weights, gradients, optimizer, step.saved, workspace]
+        return Memory(*(round(part / GIB, 4) for part in parts), total=round(sum(parts) / GIB, 4))
+
+    def _elements(self, zero: Mapping[str, Any], name: str, default: int) -> int:
+        """Return a DeepSpeed size; "auto" is what Transformers fills in."""
+        value = zero.get(name, default)
+        if value == "auto":
+            return self.hidden_size**2 if name == "reduce_bucket_size" else int(0.9 * self.hidden_size**2)
+        return int(value)

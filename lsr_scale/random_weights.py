@@ -1,0 +1,64 @@
+"""A base model with random weights in place of a checkpoint, quantized as it is made: for speed and memory work.
+
+Shapes decide speed and memory, knowledge does not; such a model predicts nothing. No layer exists in full precision
+for longer than it takes to quantize it, so a 7B model in 4 bits needs little more than its 4 bits.
+"""
+
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+from bitsandbytes import functional
+from torch import nn
+from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers.modeling_utils import local_torch_dtype
+from transformers.quantizers import AutoHfQuantizer
+
+
+def random_base(model: PreTrainedModel, quantizer: BitsAndBytesConfig | None, device: torch.device) -> PreTrainedModel:
+    """Fill a skeleton with the random weights that its architecture starts training with, in place.
+
+    Args:
+        model: The model on the meta device, see `lsr_scale.model.skeleton`.
+        quantizer: How to quantize its linear layers; None leaves them in their dtype.
+        device: Where to. Deterministic by torch's seed, per kind of device.
+
+    Returns:
+        The model, in eval mode, as `from_pretrained` would have returned it.
+    """
+    hub_quantizer: Any = None
+    if quantizer is not None:
+        hub_quantizer = AutoHfQuantizer.from_config(quantizer, pre_quantized=False)
+        # makes the layers in the default dtype, which from_pretrained sets for it
+        with local_torch_dtype(model.dtype, type(model).__name__):
+            hub_quantizer.preprocess_model(model=model, device_map={"": device})
+    for module in list(model.modules()):
+        if isinstance(module, bnb.nn.Linear4bit | bnb.nn.Linear8bitLt):
+            _quantize(model, module, device)
+        else:
+            module.to_empty(device=device, recurse=False)
+    model.initialize_weights()  # skips what carries the mark of being initialized
+    model.tie_weights()
+    if hub_quantizer is not None:
+        model.hf_quantizer = hub_quantizer  # pyright: ignore[reportAttributeAccessIssue]
+        hub_quantizer.postprocess_model(model)
+    model.config.name_or_path = f"{model.config.name_or_path or model.config.model_type} (random weights)"
+    return model.eval()
+
+
+def _quantize(model: PreTrainedModel, layer: Any, device: torch.device) -> None:
+    """Draw the weight of one layer as the model's own initialization would, and quantize it."""
+    dtype = layer.weight.dtype
+    with torch.device(device):
+        full = nn.Linear(layer.in_features, layer.out_features, bias=False, dtype=dtype)
+    model._init_weights(full)
+    parameter: Any = type(layer.weight)
+    if isinstance(layer, bnb.nn.Linear4bit):
+        weight = parameter(full.weight.data, requires_grad=False, **layer.weight.__dict__).to(device)
+    else:
+        codes, scales, _ = functional.int8_vectorwise_quant(full.weight.data.to(torch.float16))
+        weight = parameter(codes, requires_grad=False, CB=codes, SCB=scales)
+    weight._is_hf_initialized = True
+    layer.weight = weight
+    if layer.bias is not None:
+        layer.bias = nn.Parameter(torch.zeros(layer.out_features, dtype=layer.bias.dtype, device=device), False)

@@ -1,0 +1,97 @@
+"""What a run leaves on disk and how: files appear whole or not at all, and say what they were made with."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from lsr_scale.errors import UserError
+
+PACKAGES = (
+    *("torch", "transformers", "peft", "trl", "accelerate", "deepspeed", "bitsandbytes", "datasets", "tokenizers"),
+    *("safetensors", "triton"),
+)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file aside and move it into place, so that a full disk or a kill leaves the old one as it was.
+
+    Raises:
+        UserError: if the file cannot be written.
+    """
+    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with aside.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        aside.replace(path)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        raise UserError(f"{path}: cannot be written ({error.strerror}); free some space or write elsewhere") from error
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON as `write_text` does."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path, what: str) -> Any:
+    """Return the content of a JSON file.
+
+    Args:
+        path: The file.
+        what: What it is, for the message.
+
+    Raises:
+        UserError: if it is missing or not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no {what} here") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: the {what} cannot be read ({error}); restore it or make it again") from error
+
+
+def environment() -> dict[str, Any]:
+    """Return what a result depends on: versions, machine, and this package's commit where it is run from a checkout."""
+    import torch
+
+    import lsr_scale
+
+    versions: dict[str, str | None] = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return {
+        "lsr_scale": lsr_scale.__version__,
+        "commit": _commit(),
+        "python": platform.python_version(),
+        **versions,
+        "cuda": torch.version.cuda,  # pyright: ignore[reportAttributeAccessIssue]
+        "gpus": gpus,
+        "cpu": f"{platform.machine()}, {os.cpu_count()} cores",
+        "system": platform.platform(),
+    }
+
+
+def _commit() -> str | None:
+    """Return the commit of the checkout that this package lies in, with "+changes" where it has uncommitted ones."""
+    here = Path(__file__).resolve().parent.parent
+    if not (here / ".git").exists():
+        return None
+    try:
+        run = lambda *words: subprocess.run(  # noqa: E731
+            ["git", "-C", str(here), *words], capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
+        return run("rev-parse", "HEAD") + ("+changes" if run("status", "--porcelain") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,111 @@
+"""The folder of a run: where it lies, what is in it, and how a new one is kept from overwriting an old one."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from lsr_scale.errors import UserError
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths in a run folder. `config.yaml` marks it as one.
+
+    config.yaml        the resolved run            adapter/        the adapter, as PEFT saves it, with base.json
+    env.json           versions and machine        checkpoint-*/   what resuming needs
+    metrics.jsonl      one line a logging step     eval/           predictions before and after
+    loss.png           the loss curve              results.json    counts, times, accuracies
+    """
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The resolved run."""
+        return self.path / "config.yaml"
+
+    @property
+    def environment(self) -> Path:
+        """Versions and machine."""
+        return self.path / "env.json"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object a logging step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def curve(self) -> Path:
+        """The loss curve."""
+        return self.path / "loss.png"
+
+    @property
+    def adapter(self) -> Path:
+        """The trained adapter."""
+        return self.path / "adapter"
+
+    @property
+    def results(self) -> Path:
+        """Counts, times, accuracies."""
+        return self.path / "results.json"
+
+    def predictions(self, task: str, when: str) -> Path:
+        """The predictions of a task, `when` being "before", "after" or the name of another evaluation."""
+        return self.path / "eval" / f"{re.sub(r'[^A-Za-z0-9_.-]+', '_', task)}-{when}.jsonl"
+
+    def checkpoints(self) -> list[Path]:
+        """Return the checkpoints, the oldest first."""
+        found = [path for path in self.path.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
+        return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+
+    def is_run(self) -> bool:
+        """Tell whether a run was started here."""
+        return self.config.is_file()
+
+
+def open_run(path: str | Path) -> RunFolder:
+    """Return an existing run folder.
+
+    Raises:
+        UserError: if there is none.
+    """
+    folder = RunFolder(Path(path).expanduser())
+    if not folder.is_run():
+        runs = sorted(p.parent.name for p in Path("runs").glob("*/config.yaml"))
+        known = f"; runs here: {', '.join(f'runs/{name}' for name in runs[:8])}" if runs else ""
+        raise UserError(f"{path}: not a run folder (there is no config.yaml in it){known}")
+    return folder
+
+
+def choose(output_dir: str | None, name: str, resume: bool, overwrite: bool) -> RunFolder:
+    """Return the folder for a run that starts now.
+
+    Without `output_dir` it is `runs/NAME`, or `runs/NAME-2` and so on where that is taken; resuming takes the newest of
+    them. A named folder that holds a run already is refused unless the run is resumed or overwritten.
+
+    Args:
+        output_dir: `training.output_dir`.
+        name: Stem of the configuration file.
+        resume: Continue the run that lies there, if one does.
+        overwrite: Start again in a folder that holds a run.
+
+    Raises:
+        UserError: if the folder is taken.
+    """
+    if output_dir is not None:
+        folder = RunFolder(Path(output_dir).expanduser())
+        if folder.is_run() and not resume and not overwrite:
+            raise UserError(
+                f"{folder.path}: holds a run already; --resume auto continues it, --overwrite starts it again, "
+                "--set training.output_dir=... goes elsewhere"
+            )
+        return folder
+    taken = []
+    index = 1
+    while True:
+        folder = RunFolder(Path("runs") / (name if index == 1 else f"{name}-{index}"))
+        if not folder.path.exists():
+            break
+        taken.append(folder)
+        index += 1
+    return taken[-1] if taken and (resume or overwrite) else folder

@@ -1,0 +1,183 @@
+"""Multiple-choice scoring: which choice does the model find the most likely, and how often is that the right one.
+
+Equal to lm-eval's `HFLM` example by example, and small: inputs are sorted by length and batched by tokens, only the
+positions of the continuations are projected onto the vocabulary, and choices that differ in their last token alone
+(yes / no) share one forward pass.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from lsr_scale.accuracy import Prediction, TaskScore
+from lsr_scale.data.tasks import Example, scored_pair
+from lsr_scale.errors import UserError
+
+
+def encode_pairs(
+    tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]]
+) -> list[tuple[list[int], list[int]]]:
+    """Encode (context, continuation) texts to token ids, as lm-eval does for causal models.
+
+    The whole text is encoded and cut behind as many tokens as the context has alone, with the special tokens that the
+    tokenizer adds by itself (LLaMA's and Mistral's add one at the beginning, SmolLM2's does not). An empty context
+    becomes the beginning-of-sequence token, or the end-of-sequence token where there is none.
+    """
+    prefix_id: Any = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    if prefix_id is None:
+        raise UserError("scoring: the tokenizer has neither a beginning- nor an end-of-sequence token; set one")
+    prefix = str(tokenizer.decode([prefix_id]))
+
+    def encode(texts: list[str]) -> list[list[int]]:
+        ids: list[list[int]] = tokenizer(texts).input_ids
+        for index, text in enumerate(texts):
+            if text.startswith(prefix):  # a text that spells out the special token gets no second one
+                ids[index] = tokenizer.encode(text, add_special_tokens=False)
+        return ids
+
+    moved = [scored_pair(context, continuation) for context, continuation in pairs]
+    distinct = list(dict.fromkeys(context for context, _ in moved))
+    context_ids = dict(zip(distinct, encode(distinct), strict=True))
+    encoded = []
+    for (context, continuation), whole in zip(moved, encode(["".join(pair) for pair in moved]), strict=True):
+        if context:
+            encoded.append((context_ids[context], whole[len(context_ids[context]) :]))
+        else:
+            ids = tokenizer.encode(continuation, add_special_tokens=False)
+            encoded.append((ids[:1], ids[1:]) if ids[:1] == [prefix_id] else ([prefix_id], ids))
+    return encoded
+
+
+def _logits_at(model: nn.Module, ids: Tensor, mask: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Run the model and return the logits [N, vocabulary] of the positions (rows[n], columns[n]) alone.
+
+    The model's own forward stays, with whatever it does to its logits (soft caps, scales); the input of its output
+    embedding is narrowed to those positions on the way.
+    """
+    narrowed = False
+
+    def narrow(_: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        nonlocal narrowed
+        hidden = arguments[0]
+        virtual = hidden.shape[1] - ids.shape[1]  # positions that a prompt-tuning adapter puts in front
+        narrowed = True
+        return hidden[rows.to(hidden.device), columns.to(hidden.device) + virtual].unsqueeze(0), *arguments[1:]
+
+    head = model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
+    handle = head.register_forward_pre_hook(narrow)
+    try:
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    finally:
+        handle.remove()
+    assert narrowed, "the model's forward does not call its output embedding"
+    return logits[0]
+
+
+def _score_batch(
+    model: nn.Module, batch: list[tuple[int, ...]], targets: list[list[list[int]]], device: Any
+) -> list[float]:
+    """Return one log-likelihood for each list of target ids; they stand at the end of their input, shifted by one."""
+    longest = len(batch[0])
+    ids = torch.tensor([inputs + (0,) * (longest - len(inputs)) for inputs in batch], device=device)
+    mask = torch.tensor([[1] * len(inputs) + [0] * (longest - len(inputs)) for inputs in batch], device=device)
+    spans = [(row, wanted) for row, several in enumerate(targets) for wanted in several]
+    rows = torch.tensor([row for row, wanted in spans for _ in wanted])
+    columns = torch.tensor([c for row, wanted in spans for c in range(len(batch[row]) - len(wanted), len(batch[row]))])
+    logits = _logits_at(model, ids, mask, rows, columns)
+    picks = torch.tensor([token for _, wanted in spans for token in wanted], device=logits.device)[:, None]
+    parts = zip(logits.split(256), picks.split(256), strict=True)  # float32 a little at a time
+    values = torch.cat([part.float().log_softmax(-1).gather(1, pick)[:, 0] for part, pick in parts])
+    return [float(span.sum()) for span in values.cpu().split([len(wanted) for _, wanted in spans])]
+
+
+def _batches(groups: Iterable[tuple[int, ...]], batch_tokens: int) -> list[list[tuple[int, ...]]]:
+    """Put inputs of like length together, the longest first, so that memory runs out at once or never."""
+    batches: list[list[tuple[int, ...]]] = []
+    for inputs in sorted(groups, key=lambda ids: (-len(ids), ids)):
+        if not batches or (len(batches[-1]) + 1) * len(batches[-1][0]) > batch_tokens:
+            batches.append([])
+        batches[-1].append(inputs)
+    return batches
+
+
+def _prediction(example: Example, log_likelihoods: tuple[float, ...]) -> Prediction:
+    if not all(map(math.isfinite, log_likelihoods)):
+        raise UserError(
+            f"scoring: the log-likelihoods of example {example.id} are not finite {log_likelihoods}; the training "
+            "diverged (lower the learning rate) or the dtype overflowed (use bfloat16 or float32)"
+        )
+    per_character = [value / size for value, size in zip(log_likelihoods, example.normalizers, strict=True)]
+    best, best_norm = log_likelihoods.index(max(log_likelihoods)), per_character.index(max(per_character))
+    return Prediction(example.id, example.answer, log_likelihoods, best, best_norm)
+
+
+@torch.no_grad()  # not inference mode: a tensor that a module keeps from here must still serve training
+def score(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    *,
+    batch_tokens: int = 4096,
+    max_length: int | None = None,
+    device: torch.device | str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    unconditional: bool = False,
+) -> TaskScore:
+    """Score multiple-choice examples with a causal language model (plain, quantized or a PeftModel).
+
+    Args:
+        model: The model; put into evaluation mode and back into the modes that it was in.
+        tokenizer: Its tokenizer.
+        examples: What to score (`lsr_scale.data.tasks.examples`).
+        batch_tokens: Padded tokens in one forward pass.
+        max_length: Longest input in tokens, a longer one loses its beginning; None: the model's own limit.
+        device: Where the inputs go; None: where the model's first parameter is.
+        progress: Called as progress(tokens done, tokens in all) after each batch.
+        unconditional: Score the choices without their contexts: a control that shows what they give away.
+
+    Raises:
+        UserError: Nothing to score, a continuation longer than `max_length`, log-likelihoods that are not finite, or
+            `unconditional` where all choices share one continuation (WinoGrande).
+    """
+    if not examples:
+        raise UserError("scoring: expected at least one example, got none")
+    if unconditional and any(len(set(example.continuations)) == 1 for example in examples):
+        raise UserError("scoring without contexts: the choices of these examples share one continuation (WinoGrande)")
+    pairs = [
+        ("" if unconditional else context, continuation)
+        for example in examples
+        for context, continuation in zip(example.contexts, example.continuations, strict=True)
+    ]
+    config: Any = model.config
+    config = config.get_text_config()
+    limit: int = max_length or getattr(config, "max_position_embeddings", None) or 2**31
+    groups: dict[tuple[int, ...], dict[int, list[int]]] = defaultdict(dict)  # inputs -> {request: target ids}
+    for request, (context_ids, target_ids) in enumerate(encode_pairs(tokenizer, pairs)):
+        if not 1 <= len(target_ids) <= limit:
+            what = f"got {len(target_ids)} for {pairs[request][1][:60]!r}"
+            raise UserError(f"scoring: expected a continuation of 1 to {limit} tokens (max_length), {what}")
+        groups[tuple((context_ids + target_ids)[-limit - 1 : -1])][request] = target_ids
+
+    where = torch.device(device) if device is not None else next(model.parameters()).device
+    values = [math.nan] * len(pairs)
+    total, done = sum(map(len, groups)), 0
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        for batch in _batches(groups, batch_tokens):
+            found = _score_batch(model, batch, [list(groups[inputs].values()) for inputs in batch], where)
+            for request, value in zip((r for inputs in batch for r in groups[inputs]), found, strict=True):
+                values[request] = value
+            done += sum(map(len, batch))
+            if progress is not None:
+                progress(done, total)
+    finally:
+        for module, training in modes:
+            module.training = training
+    remaining = iter(values)
+    return TaskScore.of([_prediction(e, tuple(next(remaining) for _ in e.continuations)) for e in examples])

@@ -1,0 +1,30 @@
+"""Configurations of well-known models, so that a plan needs no network: `model_shapes.json` beside this file.
+
+An entry has the names under which a model is published and the values of its Transformers configuration that differ
+from the defaults of its `model_type`. Variants with the same shapes (instruct versions, mirrors) share an entry where
+every value is the same.
+"""
+
+import functools
+import importlib.resources
+import json
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+
+
+@functools.cache
+def _entries() -> dict[str, dict[str, Any]]:
+    text = importlib.resources.files("lsr_scale").joinpath("model_shapes.json").read_text(encoding="utf-8")
+    return {name.lower(): entry for entry in json.loads(text) for name in entry["names"]}
+
+
+def known_names() -> list[str]:
+    """Return the hub names in the table, in their published spelling."""
+    return sorted({name for entry in _entries().values() for name in entry["names"]})
+
+
+def known_config(name: str) -> PreTrainedConfig | None:
+    """Return the configuration of a well-known model by its hub name, or None if it is not in the table."""
+    entry = _entries().get(name.lower())
+    return None if entry is None else AutoConfig.for_model(**entry["config"])

@@ -1,0 +1,89 @@
+"""Exact sizes in bytes, from a skeleton: the frozen base as bitsandbytes holds it, and an adapter's file."""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import peft
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
+
+from lsr_scale.adapters.base import features
+from lsr_scale.model import head_modules
+
+# bitsandbytes: elements per 4-bit block, blocks per second-level block
+BLOCK, NESTED_BLOCK = 64, 256
+
+
+@dataclass(frozen=True)
+class FrozenBytes:
+    """Bytes of the frozen base: parameters, which ZeRO-3 shards, and quantization state and buffers, which it does not.
+
+    `elements` counts parameters as stored, two 4-bit weights to one: what DeepSpeed's limits are in.
+    """
+
+    parameters: int
+    state: int
+    elements: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.parameters + self.state
+
+
+def quantized_layers(model: Any) -> list[str]:
+    """Return the linear layers of a skeleton that quantization replaces."""
+    skip = HfQuantizer.get_modules_to_not_convert(model, head_modules(model), model._keep_in_fp32_modules)
+    return [
+        name
+        for name, module in model.named_modules()
+        if type(module) in (nn.Linear, Conv1D) and should_convert_module(name, skip)
+    ]
+
+
+def frozen_bytes(model: nn.Module, quantized: list[str], quantization: str, double_quantization: bool) -> FrozenBytes:
+    """Return the exact bytes of a base as bitsandbytes holds it, from its skeleton.
+
+    4-bit: two weights a byte; a float32 scale per block of 64, or with double quantization a uint8 scale per block, a
+    float32 scale per 256 blocks and one float32 offset; a table of 16 float32 values per layer, and one of 256 for all.
+    int8: a byte a weight and a float32 scale per row. Everything else in its dtype, tied weights once.
+    """
+    weights = {id(model.get_submodule(name).weight): model.get_submodule(name) for name in quantized}
+    parameters = state = elements = 0
+    for parameter in model.parameters():  # each once
+        layer = weights.get(id(parameter)) if quantization != "none" else None
+        if layer is None:
+            parameters += parameter.numel() * parameter.element_size()
+            elements += parameter.numel()
+            continue
+        count = parameter.numel()
+        blocks = -(-count // BLOCK)
+        if quantization == "int8":
+            size = features(layer)
+            assert size is not None
+            stored, extra = count, 4 * size[1]
+        else:
+            stored = -(-count // 2)
+            nested = blocks + 4 * -(-blocks // NESTED_BLOCK) + 4 + 256 * 4
+            extra = 16 * 4 + (nested if double_quantization else 4 * blocks)
+        parameters, state, elements = parameters + stored, state + extra, elements + stored
+    buffers = {id(buffer): buffer.numel() * buffer.element_size() for buffer in model.buffers()}
+    return FrozenBytes(parameters, state + sum(buffers.values()), elements)
+
+
+def adapter_file_bytes(model: Any) -> int:
+    """Return the size of `adapter_model.safetensors` that PEFT will write: header and data."""
+    tensors = peft.get_peft_model_state_dict(model)
+    names = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])):
+        end = offset + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":"))
+    return 8 + -(-len(text) // 8) * 8 + offset

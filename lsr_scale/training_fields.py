@@ -1,0 +1,232 @@
+"""The `training` section: our defaults, the fields that are ours, and the rest as TRL and transformers declare them.
+
+Any field of `trl.SFTConfig` (`model.task: causal_lm`) or `transformers.TrainingArguments` (`seq_cls`) is taken by its
+own name and checked against the dataclass of the installed version, so nothing here has to follow their releases.
+"""
+
+import dataclasses
+import enum
+import functools
+import types
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, create_model
+
+Task = Literal["causal_lm", "seq_cls"]
+
+# What a run gets where its file says nothing; every other field keeps the default of the installed libraries.
+DEFAULTS: dict[str, Any] = {
+    "output_dir": None,  # null: a folder of its own under runs/
+    "seed": 42,
+    "num_train_epochs": 3,
+    "per_device_train_batch_size": 8,
+    "gradient_accumulation_steps": 2,
+    "per_device_eval_batch_size": 8,
+    "optim": "adamw_torch",
+    "learning_rate": 2e-4,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.03,  # below 1: a share of all steps
+    "weight_decay": 0.0,
+    "max_grad_norm": 1.0,
+    "gradient_checkpointing": True,
+    "logging_steps": 10,
+    "save_strategy": "steps",
+    "save_steps": 0.1,  # below 1: a share of all steps
+    "save_total_limit": 2,
+    "report_to": "none",
+    "disable_tqdm": True,  # the progress line is ours
+}
+TASK_DEFAULTS: dict[Task, dict[str, Any]] = {
+    # Without prediction_loss_only, evaluation keeps the logits of the whole vocabulary for every token.
+    "causal_lm": {"max_length": 1024, "packing": False, "prediction_loss_only": True},
+    "seq_cls": {"max_length": 512},
+}
+
+_NO_FSDP = "sharding is DeepSpeed's: set deepspeed.config to zero3"
+_NO_AUTOCAST = (
+    "the base runs in model.dtype and the adapter's factors stay float32, so autocast is always off: set model.dtype"
+)
+_NOT_USED = "the trainer does not read it; what runs follows from the sections data and eval"
+
+# Fields that the rest of the run decides, with what to set instead.
+OWNED: dict[str, str] = {
+    "deepspeed": "set deepspeed.config",
+    "local_rank": "the launcher passes it: deepspeed launch/train.py, or torchrun launch/train.py",
+    "bf16": _NO_AUTOCAST,
+    "fp16": _NO_AUTOCAST,
+    "bf16_full_eval": "it would cast the adapter's float32 factors: set model.dtype",
+    "fp16_full_eval": "it would cast the adapter's float32 factors: set model.dtype",
+    "model_init_kwargs": "the section model loads the model: set model.dtype, model.attention, model.quantization",
+    "trust_remote_code": "models that bring their own code are not loaded: use one that transformers itself implements",
+    "chat_template_path": "set model.chat_template",
+    "pad_token": "TRL is about to remove it; the tokenizer's own pad token is used, or its end-of-text token",
+    "resume_from_checkpoint": "resuming belongs to the command, not to the run: lsr-scale train --resume auto",
+    "hub_token": "a run folder holds a copy of its configuration: log in with `hf auth login`, or set HF_TOKEN",
+    "fsdp": _NO_FSDP,
+    "fsdp_config": _NO_FSDP,
+    "parallelism_config": "it cannot be written in YAML, and tensor parallelism cannot split a quantized layer",
+    "do_train": _NOT_USED,
+    "do_eval": _NOT_USED,
+    "do_predict": _NOT_USED,
+}
+
+# Bounds that the dataclasses leave to a crash later on.
+_BOUNDS: dict[str, dict[str, float]] = {
+    "seed": {"ge": 0, "lt": 2**32},
+    "data_seed": {"ge": 0, "lt": 2**32},
+    "num_train_epochs": {"gt": 0},
+    "per_device_train_batch_size": {"ge": 1},
+    "per_device_eval_batch_size": {"ge": 1},
+    "gradient_accumulation_steps": {"ge": 1},
+    "max_length": {"ge": 1},
+    "learning_rate": {"ge": 0},
+    "warmup_steps": {"ge": 0},
+    "weight_decay": {"ge": 0},
+    "max_grad_norm": {"ge": 0},
+    "logging_steps": {"gt": 0},
+    "save_steps": {"gt": 0},
+    "eval_steps": {"gt": 0},
+    "save_total_limit": {"ge": 1},
+}
+
+# transformers 5.23 renames the first of each pair to the second; both are taken with every version.
+_RENAMED = {
+    "gradient_checkpointing": "activation_checkpointing",
+    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
+}
+
+
+class TrainingFields(BaseModel):
+    """What the models of both tasks share; `training_model` adds the fields."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+def _flag(value: Any) -> Any:
+    """Take YAML 1.1's words for a boolean where, and only where, a boolean is expected."""
+    words = {"yes": True, "on": True, "no": False, "off": False}
+    return words.get(value.lower(), value) if isinstance(value, str) else value
+
+
+Flag = Annotated[bool, BeforeValidator(_flag, json_schema_input_type=bool)]
+
+
+def yaml_type(annotation: Any, choices: Any = None) -> Any:
+    """Return the type that a dataclass field has in YAML: enumerations as their values, sets and tuples as lists.
+
+    Args:
+        annotation: The field's type.
+        choices: The only values it takes, if the dataclass says so beside the type.
+    """
+    members = _members(annotation)
+    enums = [member for member in members if isinstance(member, type) and issubclass(member, enum.Enum)]
+    values = [*(choices or ()), *(item.value for member in enums for item in member)]
+    if values:
+        rest = [yaml_type(member) for member in members if member is types.NoneType or get_origin(member) is list]
+        return Union[(Literal[tuple(values)], *rest)]
+    if len(members) > 1:
+        # Beside str, "no" is text; a boolean there has to be written true or false.
+        kinds = [member if member is bool and str in members else yaml_type(member) for member in members]
+        return Union[tuple(kinds)]  # noqa: UP007
+    if annotation is bool:
+        return Flag
+    if get_origin(annotation) in (list, set, frozenset, tuple):
+        return list[yaml_type(get_args(annotation)[0])]
+    return annotation
+
+
+def training_arguments_class(task: Task) -> type:
+    """Return the dataclass that the trainer of a task is given; the import takes seconds."""
+    if task == "seq_cls":
+        from transformers import TrainingArguments
+
+        return TrainingArguments
+    from trl import SFTConfig
+
+    return SFTConfig
+
+
+@functools.cache
+def training_model(task: Task) -> type[TrainingFields]:
+    """Return the model of the `training` section: the installed dataclass, our defaults in place of its own."""
+    source = training_arguments_class(task)
+    hints = get_type_hints(source)
+    defaults = {**DEFAULTS, **TASK_DEFAULTS[task]}
+    fields: dict[str, Any] = {}
+    for field in dataclasses.fields(source):
+        if field.init and field.name not in OWNED:
+            kind = _buildable(yaml_type(hints[field.name], field.metadata.get("choices")))
+            default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+            text = field.metadata.get("help", "").replace("%%", "%")
+            fields[field.name] = _field(field.name, kind, defaults.get(field.name, default), text)
+    for old, new in _RENAMED.items():
+        kind, described = fields.get(new, fields[old])
+        kind = kind if old.endswith("_kwargs") else Flag
+        fields[old] = (kind, Field(default=DEFAULTS.get(old), description=described.description))
+        fields[new] = (kind, Field(default=None, description=f"The name of {old} from transformers 5.23 on."))
+    if task == "seq_cls":
+        text = "Longest sequence in tokens; longer ones are cut."
+        fields["max_length"] = _field("max_length", int | None, defaults["max_length"], text)
+    return create_model("TrainingSection", __base__=TrainingFields, **fields)
+
+
+def check_training(values: Any, task: Task) -> dict[str, Any]:
+    """Return the section as written, checked, with our defaults for what it leaves out.
+
+    Raises:
+        pydantic.ValidationError: for unknown names and wrong types or values.
+        ValueError: for the two names of a renamed field, set differently.
+    """
+    checked = training_model(task).model_validate(values)
+    given = {name: _as_written(values[name], getattr(checked, name)) for name in values}
+    for old, new in _RENAMED.items():
+        if new in given:
+            if given.get(old, given[new]) != given[new]:
+                raise ValueError(f"{old} and {new} are two names of one field, set to different values; keep one")
+            given[old] = given.pop(new)
+    return {**DEFAULTS, **TASK_DEFAULTS[task], **given}
+
+
+def training_kwargs(training: Mapping[str, Any], task: Task) -> dict[str, Any]:
+    """Return keyword arguments for `SFTConfig` or `TrainingArguments` of the installed version.
+
+    `bf16` and `fp16` are explicitly off, for TRL turns bf16 on by itself: the factors are float32 in the forward, and
+    the base computes in the dtype it was loaded in.
+    """
+    known = {field.name for field in dataclasses.fields(training_arguments_class(task))}
+    kwargs = dict(training)
+    if task == "seq_cls":
+        del kwargs["max_length"]  # ours: the tokenizer cuts, not the trainer
+    if kwargs["output_dir"] is None:
+        del kwargs["output_dir"]
+    for old, new in _RENAMED.items():
+        if old in kwargs and new in known:
+            kwargs[new] = kwargs.pop(old)
+    return {**kwargs, "bf16": False, "fp16": False}
+
+
+def _field(name: str, kind: Any, default: Any, text: str) -> tuple[Any, Any]:
+    if name in _BOUNDS:
+        present = [member for member in _members(kind) if member is not types.NoneType]
+        bounded = Annotated[Union[tuple(present)], Field(**_BOUNDS[name])]  # noqa: UP007  # pyright: ignore
+        kind = bounded if len(present) == len(_members(kind)) else Union[bounded, None]  # noqa: UP007
+    return kind, Field(default=default.value if isinstance(default, enum.Enum) else default, description=text)
+
+
+def _members(annotation: Any) -> list[Any]:
+    return list(get_args(annotation)) if get_origin(annotation) in (Union, types.UnionType) else [annotation]
+
+
+def _buildable(annotation: Any) -> Any:
+    """Return `annotation` if pydantic can check it, else Any: a release may declare what no file can hold."""
+    try:
+        TypeAdapter(annotation).json_schema()
+    except Exception:
+        return Any
+    return annotation
+
+
+def _as_written(raw: Any, checked: Any) -> Any:
+    """Keep `10` an integer where the field is a float, so that a resolved run reads as it was written."""
+    return raw if isinstance(raw, int) and isinstance(checked, float) else checked

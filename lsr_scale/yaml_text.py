@@ -1,0 +1,221 @@
+"""YAML text to plain data and back, by the rules of YAML 1.2, knowing on which line every value stands.
+
+PyYAML follows YAML 1.1, where `1e-3` is a string, `no` is false, `010` is eight and `1:30` is ninety. Here a number
+looks as it does in Python or JSON, and only true and false are booleans.
+"""
+
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lsr_scale.errors import UserError
+
+KeyPath = tuple[str | int, ...]
+Places = dict[KeyPath, str]
+
+_INT = re.compile(r"[-+]?[0-9]+$|0o[0-7]+$|0x[0-9a-fA-F]+$")
+_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$")
+
+
+class _Loader(yaml.SafeLoader):
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 - replaces PyYAML's own table of YAML 1.1 rules
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what either YAML version would take for something else than text."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+_Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"(~|null|Null|NULL|)$"), ["~", "n", "N", ""])
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", _INT, list("-+0123456789"))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:merge", re.compile(r"<<$"), ["<"])
+_Loader.add_constructor(
+    "tag:yaml.org,2002:int",
+    lambda loader, node: int(node.value, 0 if node.value[:2] in ("0o", "0x") else 10),  # pyright: ignore
+)
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:int", _INT, list("-+0123456789"))
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
+
+
+def dotted(path: KeyPath) -> str:
+    """Return a path as it is written on the command line: `data.train.0.limit`."""
+    return ".".join(str(key) for key in path)
+
+
+def place_of(path: KeyPath, places: Places, otherwise: str) -> str:
+    """Return where a value stands, or what nearest contains it, or `otherwise`."""
+    return next((places[path[:end]] for end in range(len(path), 0, -1) if path[:end] in places), otherwise)
+
+
+def dump(data: Any) -> str:
+    """Return YAML text that `parse` reads back as equal data."""
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+def parse(text: str, where: str) -> tuple[Any, Places]:
+    """Return the data of one YAML document and, by path, where each value stands (`file:line`).
+
+    Raises:
+        UserError: for malformed YAML, a key that stands twice, or a value that contains itself.
+    """
+    try:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        places: Places = {}
+        duplicates: list[str] = []
+        if node is not None:
+            _walk(node, (), f"{where}:{node.start_mark.line + 1}", where, places, duplicates, ())
+        if duplicates:
+            raise UserError("\n".join(duplicates))
+        return (None if node is None else loader.construct_document(node)), places
+    except yaml.MarkedYAMLError as error:
+        raise UserError(_syntax_error(error, where)) from None
+    except yaml.reader.ReaderError as error:
+        raise UserError(f"{where}: not text: character #x{error.character:04x} is not allowed in YAML") from None
+
+
+def read(path: Path) -> str:
+    """Return the text of a file.
+
+    Raises:
+        UserError: if it is missing (with the nearest file names), empty, a folder, unreadable, or no text.
+    """
+    if path.is_dir():
+        raise UserError(f"{path}: expected a file, got a folder; {_nearest_files(path / path.name, path)}")
+    if not path.exists():
+        raise UserError(f"{path}: no such file; {_nearest_files(path, path.parent)}")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path}: expected UTF-8 text, got other bytes at offset {error.start}; is it the right file?"
+        ) from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    if not text.strip():
+        raise UserError(f"{path}: the file is empty")
+    return text
+
+
+def override(data: dict[str, Any], places: Places, overrides: Iterable[str], shorthand: str) -> None:
+    """Apply `a.b.0.c=value` assignments to parsed data, in order and in place; values are YAML.
+
+    Args:
+        data: What `parse` returned.
+        places: Its places; those of what is assigned become the assignment itself.
+        overrides: The assignments.
+        shorthand: The key that a plain string in a list stands for where the path goes on below it.
+
+    Raises:
+        UserError: for an assignment without `=`, a malformed value, or a path through something that is no container.
+    """
+    for assignment in overrides:
+        where = f"--set {assignment}"
+        dotted_path, equals, text = assignment.partition("=")
+        keys = dotted_path.strip().split(".")
+        if not equals or not all(keys):
+            raise UserError(f"{where}: expected section.name=value, such as training.learning_rate=1e-3")
+        value, _ = parse(text, where)
+        path = _assign(data, keys, value, where, shorthand)
+        for place in [place for place in places if place[: len(path)] == path]:
+            del places[place]
+        for end in range(1, len(path) + 1):
+            places.setdefault(path[:end], where)
+
+
+def _assign(data: dict[str, Any], keys: Sequence[str], value: Any, where: str, shorthand: str) -> KeyPath:
+    container: Any = data
+    path: KeyPath = ()
+    for depth, key in enumerate(keys):
+        place: Any = key
+        if isinstance(container, list):
+            if not re.fullmatch(r"-?[0-9]+", key) or not -len(container) <= int(key) < len(container):
+                valid = f"an index from 0 to {len(container) - 1}" if container else "a list as the value: it is empty"
+                raise UserError(f"{where}: {dotted(path)} is a list; expected {valid}, got {key!r}")
+            place = int(key) % len(container)
+        elif not isinstance(container, dict):
+            raise UserError(f"{where}: {dotted(path)} is {container!r}, which has nothing named {key!r} in it")
+        path = (*path, place)
+        if depth == len(keys) - 1:
+            container[place] = value
+        else:
+            if isinstance(container, list) and isinstance(container[place], str):
+                container[place] = {shorthand: container[place]}
+            elif isinstance(container, dict) and container.get(place) is None:
+                container[place] = {}
+            container = container[place]
+    return path
+
+
+def _walk(
+    node: yaml.Node,
+    path: KeyPath,
+    place: str,
+    where: str,
+    places: Places,
+    duplicates: list[str],
+    ancestors: tuple[yaml.Node, ...],
+) -> None:
+    """Record the place of `node` and all below it, and every key that stands twice in one mapping."""
+    if node in ancestors:
+        raise UserError(
+            f"{place}: {dotted(path)} contains itself; an alias (*name) may not stand inside its own anchor"
+        )
+    places[path] = place
+    if isinstance(node, yaml.SequenceNode):
+        for index, item in enumerate(node.value):
+            line = f"{where}:{item.start_mark.line + 1}"
+            _walk(item, (*path, index), line, where, places, duplicates, (*ancestors, node))
+    elif isinstance(node, yaml.MappingNode):
+        lines: dict[str, int] = {}
+        for key_node, value_node in node.value:
+            line = key_node.start_mark.line + 1
+            key = key_node.value if isinstance(key_node, yaml.ScalarNode) else str(key_node.start_mark)
+            child = (*path, key)
+            if key in lines and not key_node.tag.endswith(":merge"):
+                duplicates.append(
+                    f"{where}:{line}: {dotted(child)}: already set on line {lines[key]}; keep one of them"
+                )
+            lines[key] = line
+            _walk(value_node, child, f"{where}:{line}", where, places, duplicates, (*ancestors, node))
+
+
+def _syntax_error(error: yaml.MarkedYAMLError, where: str) -> str:
+    mark = error.problem_mark or error.context_mark
+    place = f"{where}:{mark.line + 1}:{mark.column + 1}" if mark else where
+    problem = f"{error.context}: {error.problem}" if error.context else str(error.problem)
+    remedy = ""
+    if "'\\t'" in problem:
+        remedy = "; indent with spaces, not tabs"
+    elif "mapping values are not allowed" in problem:
+        remedy = "; check the indentation, and put a value that contains ': ' in quotes"
+    elif "could not determine a constructor" in problem:
+        remedy = "; tags (!name) have no meaning here"
+    elif "expected a single document" in problem:
+        remedy = "; remove the line '---' between the documents"
+    elif "alias" in problem or "cannot start any token" in problem or "anchor" in problem:
+        remedy = "; put a value that begins with one of * & ! % @ ` in quotes"
+    shown = mark.get_snippet(indent=2) if mark else None
+    return f"{place}: not valid YAML: {problem}{remedy}" + (f"\n{shown}" if shown else "")
+
+
+def _nearest_files(wanted: Path, folder: Path) -> str:
+    folders = {folder, folder / "configs"}
+    found = sorted(str(path) for near in folders for pattern in ("*.yaml", "*.yml") for path in near.glob(pattern))
+    names = {Path(path).stem: path for path in found}
+    nearest = difflib.get_close_matches(wanted.stem, names, n=3, cutoff=0.4)
+    if nearest:
+        return f"did you mean {' or '.join(names[name] for name in nearest)}?"
+    if found:
+        return f"there are: {', '.join(found[:12])}{', ...' if len(found) > 12 else ''}"
+    return f"there is no YAML file in {folder}/ either"

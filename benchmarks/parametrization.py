@@ -44,6 +44,7 @@ class PairedLinear(nn.Linear):
     pair: tuple[Tensor, Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return `x W^T`, plus the pair's update if one is set."""
         y = functional.linear(x, self.weight)
         if self.pair is None:
             return y
@@ -117,6 +118,7 @@ class Trainee:
         return params, method, config.scaling
 
     def set_pairs(self) -> None:
+        """Materialize every group's factors and hand each layer its pair."""
         for modules, stacked, method, scaling in self.groups:
             down, up = (stacked["down"], stacked["up"]) if method is None else method.materialize(stacked)
             downs, ups = down.bfloat16().unbind(), (up * scaling).bfloat16().unbind()

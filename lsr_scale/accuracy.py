@@ -41,19 +41,19 @@ class TaskScore:
     @classmethod
     def of(cls, predictions: Sequence[Prediction]) -> "TaskScore":
         """Sum up predictions, whichever process made them."""
-        num = len(predictions)
-        values: list[float] = []
-        for hits in (
-            sum(p.choice == p.answer for p in predictions),
-            sum(p.choice_norm == p.answer for p in predictions),
-        ):
-            # the sample variance of zeros and ones is n / (n - 1) * p (1 - p); a single example has none
-            values += [hits / num, math.sqrt(hits / num * (1 - hits / num) / max(1, num - 1))]
-        return cls(num, *values, tuple(predictions))
+        plain = _mean_and_error([p.choice == p.answer for p in predictions])
+        normalized = _mean_and_error([p.choice_norm == p.answer for p in predictions])
+        return cls(len(predictions), *plain, *normalized, tuple(predictions))
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values, the predictions among them."""
         return asdict(self)
+
+
+def _mean_and_error(hits: Sequence[bool]) -> tuple[float, float]:
+    num, mean = len(hits), sum(hits) / len(hits)
+    # the sample variance of zeros and ones is n / (n - 1) * p (1 - p); a single example has none
+    return mean, math.sqrt(mean * (1 - mean) / max(1, num - 1))
 
 
 def mcnemar(before: TaskScore, after: TaskScore) -> tuple[int, int, float]:

@@ -38,17 +38,23 @@ def start(use_deepspeed: bool) -> None:
     """
     if not is_launched():
         return
-    if not torch.cuda.is_available():
+    has_gpu = torch.cuda.is_available()
+    if has_gpu:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK") or 0) % torch.cuda.device_count())
+    else:
         local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size())
         threads = int(os.environ.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // max(1, local)))))
         torch.set_num_threads(threads)
+    backend = "nccl" if has_gpu else "gloo"
     if use_deepspeed:
         import deepspeed
         import deepspeed.ops
 
-        if not torch.cuda.is_available():
+        if not has_gpu:
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # pyright: ignore
-        deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+        deepspeed.init_distributed(dist_backend=backend, verbose=False)
+    elif not torch.distributed.is_initialized():
+        torch.distributed.init_process_group(backend)
 
 
 def gather(value: list) -> list:

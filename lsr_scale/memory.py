@@ -225,12 +225,12 @@ def trace_step(model: Any, batch: Batch, task: str, supervised: int | None = Non
         if checkpointing:
             _enable_checkpointing(model)
         runs = []
-        for num_layers in (1, min(2, depth)):
+        for num_layers in dict.fromkeys((1, min(2, depth))):
             if stack:
                 parent, name, layers = stack
                 setattr(parent, name, nn.ModuleList(_most_adapted(layers, num_layers)))
             runs.append(_run(model, mode, batch, task, supervised))
-        (saved, peaks), (saved_two, peaks_two) = runs
+        (saved, peaks), (saved_two, peaks_two) = runs[0], runs[-1]
         memory[checkpointing] = StepMemory(
             saved=saved + (depth - 1) * (saved_two - saved),
             peak=max(peaks[stage] + (depth - 1) * (peaks_two[stage] - peaks[stage]) for stage in STAGES),

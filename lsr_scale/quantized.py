@@ -55,7 +55,10 @@ def dequantize(layer: nn.Linear, dtype: torch.dtype) -> Tensor:
             f"Linear8bitLt {layer.in_features} -> {layer.out_features}: the weight is {weight.dtype}, not int8 with "
             "row scales; move the model to its device before the first forward"
         )
-    return bnb_functional.int8_vectorwise_dequant(weight.data, scale.to(weight.device)).to(dtype)
+    if scale.device != weight.device:
+        # moving a whole model leaves this attribute of its weights behind; a copy per call would stall the GPU
+        weight.SCB = scale = scale.to(weight.device)
+    return bnb_functional.int8_vectorwise_dequant(weight.data, scale).to(dtype)
 
 
 class _FrozenLinear(torch.autograd.Function):

@@ -1,5 +1,7 @@
 """What a run leaves on disk and how: files appear whole or not at all, and say what they were made with."""
 
+import contextlib
+import errno
 import importlib.metadata
 import json
 import os
@@ -16,7 +18,7 @@ PACKAGES = (
 )
 
 
-def write_text(path: Path, text: str) -> None:
+def write_bytes(path: Path, content: bytes) -> None:
     """Write a file aside and move it into place, so that a full disk or a kill leaves the old one as it was.
 
     Raises:
@@ -25,14 +27,27 @@ def write_text(path: Path, text: str) -> None:
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with aside.open("w", encoding="utf-8") as stream:
-            stream.write(text)
+        with aside.open("wb") as stream:
+            stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
         aside.replace(path)
     except OSError as error:
-        aside.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot be written ({error.strerror}); free some space or write elsewhere") from error
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
+        raise cannot_write(path, error) from error
+
+
+def cannot_write(path: Path, error: OSError) -> UserError:
+    """Return the words for a failed write: what is wrong, and what to do about that."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    remedy = "free some space, then repeat the command" if full else "check the path and who may write there"
+    return UserError(f"{path}: cannot be written: {error.strerror or error}; {remedy}")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write text as `write_bytes` does."""
+    write_bytes(path, text.encode("utf-8"))
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -1,10 +1,13 @@
 """The folder of a run: where it lies, what is in it, and how a new one is kept from overwriting an old one."""
 
+import contextlib
 import re
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from lsr_scale.errors import UserError
+from lsr_scale.record import cannot_write
 
 
 @dataclass(frozen=True)
@@ -54,13 +57,43 @@ class RunFolder:
         return self.path / "eval" / f"{re.sub(r'[^A-Za-z0-9_.-]+', '_', task)}-{when}.jsonl"
 
     def checkpoints(self) -> list[Path]:
-        """Return the checkpoints, the oldest first."""
-        found = [path for path in self.path.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
-        return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+        """Return the checkpoints, the oldest first; one that a kill cut short is among them."""
+        return sorted(
+            (path for path in self.path.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()), key=step_of
+        )
 
     def is_run(self) -> bool:
         """Tell whether a run was started here."""
         return self.config.is_file()
+
+    def claim(self) -> bool:
+        """Make the folder and see that it can be written; return False if it was there already.
+
+        Raises:
+            UserError: if it cannot be made or written.
+        """
+        try:
+            try:
+                self.path.mkdir(parents=True)
+                is_new = True
+            except FileExistsError:
+                is_new = False
+                if not self.path.is_dir():
+                    raise UserError(f"{self.path}: expected a folder for the run, got a file; name another") from None
+            with tempfile.TemporaryFile(dir=self.path):
+                return is_new
+        except OSError as error:
+            raise cannot_write(self.path, error) from error
+
+    def release(self) -> None:
+        """Remove the folder if nothing is in it: a run that never began leaves none."""
+        with contextlib.suppress(OSError):
+            self.path.rmdir()
+
+
+def step_of(checkpoint: Path) -> int:
+    """Return the training step after which a checkpoint was saved."""
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def open_run(path: str | Path) -> RunFolder:
@@ -78,7 +111,7 @@ def open_run(path: str | Path) -> RunFolder:
 
 
 def choose(output_dir: str | None, name: str, resume: bool, overwrite: bool) -> RunFolder:
-    """Return the folder for a run that starts now.
+    """Return the folder for a run that starts now; it exists, and can be written.
 
     Without `output_dir` it is `runs/NAME`, or `runs/NAME-2` and so on where that is taken; resuming takes the newest of
     them. A named folder that holds a run already is refused unless the run is resumed or overwritten.
@@ -90,7 +123,7 @@ def choose(output_dir: str | None, name: str, resume: bool, overwrite: bool) -> 
         overwrite: Start again in a folder that holds a run.
 
     Raises:
-        UserError: if the folder is taken.
+        UserError: if the folder is taken, or cannot be made or written.
     """
     if output_dir is not None:
         folder = RunFolder(Path(output_dir).expanduser())
@@ -99,13 +132,17 @@ def choose(output_dir: str | None, name: str, resume: bool, overwrite: bool) -> 
                 f"{folder.path}: holds a run already; --resume auto continues it, --overwrite starts it again, "
                 "--set training.output_dir=... goes elsewhere"
             )
+        folder.claim()
         return folder
-    taken = []
+    taken: list[RunFolder] = []
     index = 1
     while True:
         folder = RunFolder(Path("runs") / (name if index == 1 else f"{name}-{index}"))
-        if not folder.path.exists():
-            break
-        taken.append(folder)
+        if folder.path.exists():
+            taken.append(folder)
+        elif taken and (resume or overwrite):
+            taken[-1].claim()
+            return taken[-1]
+        elif folder.claim():
+            return folder
         index += 1
-    return taken[-1] if taken and (resume or overwrite) else folder

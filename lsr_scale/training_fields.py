@@ -24,7 +24,7 @@ DEFAULTS: dict[str, Any] = {
     "gradient_accumulation_steps": 2,
     "per_device_eval_batch_size": 8,
     "optim": "adamw_torch",
-    "learning_rate": 2e-4,
+    "learning_rate": 1e-3,
     "lr_scheduler_type": "cosine",
     "warmup_steps": 0.03,  # below 1: a share of all steps
     "weight_decay": 0.0,

@@ -87,7 +87,7 @@ def test_every_problem_is_listed_at_once_in_the_order_of_the_file():
         "run.yaml:4: adapter.rnak: unknown key; did you mean 'rank'?",
         "run.yaml:5: adapter.rank: expected int, got '8'; remove the quotes",
         "run.yaml:6: data.train: expected list, got 'x'; write a list, one '- item' a line, or [item, item]",
-        "run.yaml:7: training.learning_rate: expected float, got 'fast'; the default is 0.0002",
+        "run.yaml:7: training.learning_rate: expected float, got 'fast'; the default is 0.001",
     ]
 
 

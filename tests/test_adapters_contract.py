@@ -140,6 +140,24 @@ def test_save_and_load_are_bit_equal(name, ids, tmp_path):
     assert not [key for key, _ in through_transformers.named_parameters() if METHODS[name].prefix in key]
 
 
+def test_loading_without_allocating_twice_and_going_on_training(name, ids, tmp_path):
+    model = randomize(adapted(name, torch.float32))
+    expected = logits(model.eval(), ids)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path, low_cpu_mem_usage=True, is_trainable=True)
+    assert not any(parameter.is_meta for parameter in loaded.parameters())
+    assert torch.equal(logits(loaded.eval(), ids), expected)
+    loaded(input_ids=ids, labels=ids).loss.backward()
+    assert all(parameter.grad is not None for parameter in trainable(loaded).values())
+    assert len(trainable(loaded)) == len(trainable(model))
+
+
+def test_a_model_of_another_width_is_refused_with_the_shapes(name, tmp_path):
+    adapted(name, torch.float32).save_pretrained(tmp_path)
+    with pytest.raises((RuntimeError, ValueError), match="shape|size mismatch"):
+        PeftModel.from_pretrained(tiny_llama(hidden_size=96, num_attention_heads=8), tmp_path)
+
+
 def test_two_adapters_switch_add_disable_and_delete(name, ids):
     model = randomize(adapted(name))
     base = logits(tiny_llama(torch.float64), ids)

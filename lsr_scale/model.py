@@ -22,6 +22,7 @@ from transformers import (
 )
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.models.auto import modeling_auto
+from transformers.pytorch_utils import Conv1D
 
 from lsr_scale import embedded
 from lsr_scale.errors import UserError, did_you_mean
@@ -250,6 +251,7 @@ def load_base(
                     **kwargs,
                 )
             _check_complete(name, model, report["missing_keys"])
+            _check_shapes(name, model, empty)
     model.requires_grad_(False)
     model.config.use_cache = False
     # before anything can run a forward: bitsandbytes' own eval-mode forward repacks 4-bit weights on some CPUs
@@ -276,6 +278,31 @@ def _check_complete(name: str, model: PreTrainedModel, missing: Any) -> None:
         )
     if missing:
         logger.warning("%s has no weights for %s: they start at random", name, ", ".join(sorted(missing)))
+
+
+def _check_shapes(name: str, model: PreTrainedModel, empty: PreTrainedModel) -> None:
+    """Raise if weights have other shapes than the architecture: some Transformers quantize them as they are."""
+    wrong = []
+    loaded: Any
+    expected = dict(empty.named_parameters())
+    for path, loaded in model.named_parameters():
+        if path not in expected:
+            continue
+        state = getattr(loaded, "quant_state", None)
+        shape = list(state.shape if state is not None else getattr(loaded, "ds_shape", loaded.shape))
+        wanted = list(expected[path].shape)
+        if loaded.dtype in (torch.uint8, torch.int8) and isinstance(
+            empty.get_submodule(path.rpartition(".")[0]), Conv1D
+        ):
+            wanted.reverse()  # GPT-2's layers hold [in, out] until they are quantized
+        if shape != wanted:
+            wrong.append(f"{path}: {shape} instead of {wanted}")
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise UserError(
+            f"model.name {name!r}: its weight files do not have the shapes that its config.json says "
+            f"({', '.join(wrong[:3])}{more}); fetch the model again"
+        )
 
 
 __all__ = [

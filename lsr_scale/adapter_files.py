@@ -1,18 +1,23 @@
 """The adapter on disk: saved whole or not at all, and loaded only onto the base that it belongs to."""
 
+import errno
 import json
 import math
+import os
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING
+from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from transformers import Trainer
 
 from lsr_scale import distributed, record
-from lsr_scale.errors import UserError
-from lsr_scale.identity import base_description, check_base
+from lsr_scale.errors import UserError, did_you_mean
+from lsr_scale.model.identity import base_description, check_base
 
 
 def is_sharded(model: Any) -> bool:
@@ -34,21 +39,29 @@ def save_adapter(trainer: Trainer, target: Path) -> None:
     if not distributed.is_main():
         return
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
-    aside = target.with_name(f".{target.name}.part")
-    shutil.rmtree(aside, ignore_errors=True)
+    aside, old = (target.with_name(f".{target.name}.{word}") for word in ("part", "old"))
+    for left_over in (aside, old):
+        shutil.rmtree(left_over, ignore_errors=True)
     try:
         model.save_pretrained(aside, state_dict=state)
         (aside / "base.json").write_text(json.dumps(base_description(model), indent=1) + "\n")
         _check_saved(aside)
-        old = target.with_name(f".{target.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
         if target.exists():
             target.rename(old)
         aside.rename(target)
-        shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
+        if old.exists() and not target.exists():
+            old.rename(target)
+        raise _cannot_save(target, error) from error
+    finally:
         shutil.rmtree(aside, ignore_errors=True)
-        raise UserError(f"{target}: cannot be written ({error.strerror or error}); free some space") from error
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _cannot_save(target: Path, error: OSError | SafetensorError) -> UserError:
+    if "No space left" in str(error):  # safetensors keeps the number of the system's error in its text
+        error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    return record.cannot_write(target, error if isinstance(error, OSError) else OSError(str(error)))
 
 
 def _check_saved(folder: Path) -> None:
@@ -66,25 +79,67 @@ def load_adapter(base: Any, folder: Path, trainable: bool = False) -> tuple[Peft
     Raises:
         UserError: if the adapter is missing, damaged, or from another base model (shapes named).
     """
-    if not (folder / "adapter_config.json").is_file():
+    _check_files(folder)
+    described = folder / "base.json"
+    notes = ["there is no base.json beside the adapter, so its base model could not be checked"]
+    if described.is_file():
+        notes = check_base(_read_description(described), base, str(folder))
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Found missing adapter keys")  # refused below
+            model = PeftModel.from_pretrained(base, folder, is_trainable=trainable)
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from error
+    except (KeyError, ValueError, RuntimeError, TypeError) as error:
+        raise UserError(f"{folder}: this adapter does not fit the base model: {str(error)[:600]}") from error
+    wrong = misfits(model, folder)
+    if wrong:
+        raise UserError(f"{folder}: the weights are not those that adapter_config.json describes\n" + "\n".join(wrong))
+    return model, notes
+
+
+def misfits(model: Any, folder: Path) -> list[str]:
+    """Return a line for every tensor that an adapter's file and a model with that adapter do not share, six at most."""
+    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+        stored = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    held = get_peft_model_state_dict(model, save_embedding_layers=False)
+    shapes = {name: list(getattr(tensor, "ds_shape", tensor.shape)) for name, tensor in held.items()}
+    prefix = PEFT_TYPE_TO_PREFIX_MAPPING[model.active_peft_config.peft_type]
+    # PEFT saves a whole embedding beside the factors where it was adapted
+    names = sorted(name for name in {*stored, *shapes} if name in shapes or prefix in name)
+    lines = [
+        f"{name}: {stored.get(name, 'missing')} in the file, {shapes.get(name, 'missing')} in the model"
+        for name in names
+        if stored.get(name) != shapes.get(name)
+    ]
+    return [*lines[:6], f"... and {len(lines) - 6} more"] if len(lines) > 6 else lines
+
+
+def _check_files(folder: Path) -> None:
+    """Raise if an adapter's files are not there or cannot be read."""
+    file = folder / "adapter_config.json"
+    if not file.is_file():
         raise UserError(f"{folder}: there is no adapter in this folder (adapter_config.json is missing)")
-    record.read_json(folder / "adapter_config.json", "adapter's configuration")
+    content = record.read_json(file, "adapter's configuration")
+    kind = content.get("peft_type") if isinstance(content, dict) else None
+    known = [name.value for name in PEFT_TYPE_TO_CONFIG_MAPPING]
+    if kind not in known:
+        hint = f"; {did_you_mean(kind, known)}" if isinstance(kind, str) else ""
+        raise UserError(f"{file}: peft_type {kind!r} is no adapter method that is known here{hint}")
     weights = folder / "adapter_model.safetensors"
     if not weights.is_file():
         raise UserError(f"{weights}: there is no such file; save the adapter again")
     try:
         with safe_open(weights, "pt") as file:
-            list(file.keys())
+            file.keys()
     except (SafetensorError, OSError) as error:
         raise UserError(f"{weights}: damaged or cut short ({error}); restore it or train again") from error
-    described = folder / "base.json"
-    notes = ["there is no base.json beside the adapter, so its base model could not be checked"]
-    if described.is_file():
-        notes = check_base(record.read_json(described, "base model's description"), base, str(folder))
-    try:
-        model = PeftModel.from_pretrained(base, folder, is_trainable=trainable)
-    except UserError:
-        raise
-    except (KeyError, ValueError, RuntimeError) as error:
-        raise UserError(f"{folder}: this adapter does not fit the base model: {str(error)[:600]}") from error
-    return model, notes
+
+
+def _read_description(file: Path) -> Any:
+    content = record.read_json(file, "base model's description")
+    needed = ("name", "architecture", "linear_shapes", "config_sha256", "quantization")
+    lacking = [name for name in needed if not isinstance(content, dict) or name not in content]
+    if lacking:
+        raise UserError(f"{file}: not a description of a base model (no {', '.join(lacking)}); restore or remove it")
+    return content

@@ -14,8 +14,12 @@ from lsr_scale.config import RunConfig
 from lsr_scale.errors import UserError
 from lsr_scale.run_folder import RunFolder
 
-# What must not change between a checkpoint and its continuation; anything else may, and is said.
-_FIXED = re.compile(r"adapter\..*|model\.(task|num_labels|quantization|double_quantization|dtype)")
+# What must not change between a checkpoint and its continuation, or would not be heeded, for the optimizer's state has
+# it too. Anything else may change, and is said.
+_FIXED = re.compile(
+    r"adapter\..*|model\.(task|num_labels|quantization|double_quantization|dtype)"
+    r"|training\.(optim|learning_rate|weight_decay)"
+)
 
 
 def damage(checkpoint: Path) -> str | None:
@@ -24,8 +28,8 @@ def damage(checkpoint: Path) -> str | None:
     if not state.is_file():
         return "there is no trainer_state.json in it" if checkpoint.is_dir() else "there is no such folder"
     try:
-        json.loads(state.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        step(checkpoint)
+    except (OSError, ValueError, KeyError, TypeError) as error:
         return f"trainer_state.json cannot be read ({error})"
     for file in sorted((*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth"), *checkpoint.glob("global_step*/*.pt"))):
         if not zipfile.is_zipfile(file):
@@ -37,6 +41,11 @@ def damage(checkpoint: Path) -> str | None:
         except (SafetensorError, OSError) as error:
             return f"{file.name} is damaged or cut short ({error})"
     return None
+
+
+def step(checkpoint: Path) -> int:
+    """Return the training step after which a whole checkpoint was saved, whatever its folder is called."""
+    return json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
 
 
 def newest(folder: RunFolder) -> tuple[Path | None, list[str]]:

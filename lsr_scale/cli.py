@@ -5,12 +5,15 @@ import json
 import logging
 import os
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from lsr_scale.errors import UserError
+
+SECONDS_FOR_RANK_0 = 4.0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -45,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--tasks", nargs="+", metavar="TASK", help="task names, files or folders; the run's own by default"
     )
-    sub.add_argument("--limit", type=int, help="score only the first so many questions of each task")
+    sub.add_argument("--limit", type=_count, help="score only the first so many questions of each task")
     sub.add_argument("--base-only", action="store_true", help="score the base without the adapter")
     sub.add_argument("--without-questions", action="store_true", help="a control: score the choices alone")
     sub.add_argument("--json", action="store_true", help="print JSON")
@@ -53,17 +56,17 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("generate", "Try a run: continue a prompt.")
     sub.add_argument("run", help="the run's folder")
     sub.add_argument("--prompt", required=True)
-    sub.add_argument("--max-new-tokens", type=int, default=64)
+    sub.add_argument("--max-new-tokens", type=_count, default=64)
     sub.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
     sub.add_argument("--base-only", action="store_true", help="without the adapter")
 
     sub = command("preview", "Show a few training samples as tokens, and what of them is supervised.")
     takes_run(sub)
-    sub.add_argument("--samples", type=int, default=3)
+    sub.add_argument("--samples", type=_count, default=3)
 
     sub = command("plan", "Tell parameters, bytes and memory of a run; needs no weights, network or GPU.")
     takes_run(sub)
-    sub.add_argument("--gpus", type=int, default=1)
+    sub.add_argument("--gpus", type=_count, default=1)
     sub.add_argument("--json", action="store_true", help="print JSON")
 
     sub = command("doctor", "Report versions, hardware, which fast paths are on, and known bad combinations.")
@@ -75,30 +78,34 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _count(text: str) -> int:
+    """Return a number from 1 on, for argparse."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, got {text!r}")
+    return int(text)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; return the exit status: 0, 1 (doctor found something), 2 (a mistake), 130 (interrupted)."""
     args = _parser().parse_args(arguments)
-    _quiet_libraries(args.debug)
     try:
+        _quiet_libraries(args.debug)
         status = _COMMANDS[args.command](args)
+        sys.stdout.flush()
     except KeyboardInterrupt:
-        _say_error("interrupted; if a checkpoint was saved, the same command with --resume auto goes on from it")
+        saved = "; where a checkpoint was saved, the same command with --resume auto goes on from it"
+        _say_error("interrupted" + (saved if args.command == "train" else ""))
         status = 130
-    except UserError as error:
+    except BrokenPipeError:  # the reader of our output left, as head does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 0
+    except Exception as error:
+        words = str(error) if isinstance(error, UserError) else _remedy(error)
+        if words is None:
+            raise
         if args.debug:
             traceback.print_exc()
-        _say_error(str(error))
-        status = 2
-    except OSError as error:
-        if args.debug or error.errno is None:
-            raise
-        _say_error(f"{error.filename or 'the system'}: {error.strerror}; the run's last checkpoint is as it was")
-        status = 2
-    except Exception as error:
-        known = _remedy(error)
-        if known is None or args.debug:
-            raise
-        _say_error(known)
+        _say_error(words)
         status = 2
     if status and "WORLD_SIZE" in os.environ:
         # the other processes wait for this one in a collective; ending at once lets the launcher end them
@@ -109,8 +116,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _say_error(text: str) -> None:
-    rank = os.environ.get("RANK")
-    print(f"\nlsr-scale: {'' if rank in (None, '0') else f'rank {rank}: '}{text}", file=sys.stderr, flush=True)
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":
+        # Most mistakes stop all processes alike: the first one says it and ends, and the launcher ends this one before
+        # it has waited to the end. What only this process met, it says.
+        time.sleep(SECONDS_FOR_RANK_0)
+        text = f"rank {rank}: {text}"
+    print(f"\nlsr-scale: {text}", file=sys.stderr, flush=True)
 
 
 def _remedy(error: Exception) -> str | None:
@@ -118,16 +130,21 @@ def _remedy(error: Exception) -> str | None:
     import torch
     from safetensors import SafetensorError
 
+    text = str(error)
     if isinstance(error, torch.OutOfMemoryError):
         return (
             "the GPU's memory ran out; lower training.per_device_train_batch_size or training.max_length, or set "
             "training.gradient_checkpointing: true (lsr-scale plan tells what each takes)"
         )
-    text = str(error)
-    if "No space left on device" in text:
-        return "the disk is full; free some space and continue with --resume auto (what was saved before is whole)"
+    if "No space left on device" in text or "PytorchStreamWriter failed writing" in text:
+        return (
+            "the disk is full; free some space, then go on with --resume auto (whole checkpoints stay, and one cut "
+            "short is passed over)"
+        )
     if isinstance(error, SafetensorError):
         return f"a weight file is damaged or cut short ({text}); restore it, or resume from the checkpoint before"
+    if isinstance(error, OSError) and error.errno is not None:
+        return f"{error.filename or 'the system'}: {error.strerror}"
     return None
 
 
@@ -137,7 +154,6 @@ def _quiet_libraries(debug: bool) -> None:
     logging.basicConfig(level=logging.INFO if debug else logging.WARNING, format="%(name)s: %(message)s")
     if debug:
         return
-    os.environ.setdefault("DS_LOG_LEVEL", "error")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     import warnings
@@ -148,8 +164,12 @@ def _quiet_libraries(debug: bool) -> None:
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
-    for name in ("deepspeed", "DeepSpeed", "torch.distributed", "trl", "peft", "accelerate", "torchao"):
+    for name in ("deepspeed", "torch.distributed", "trl", "peft", "accelerate", "torchao"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    # this one sets its level when it is imported, so a filter; it warns that there is no GPU, and the like
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
+    if os.environ.get("RANK", "0") != "0":
+        logging.getLogger().setLevel(logging.ERROR)  # the first process speaks for all
 
 
 def _run_of(args: argparse.Namespace) -> Any:
@@ -220,8 +240,6 @@ def _plan(args: argparse.Namespace) -> int:
 
     from lsr_scale.plan import plan, render
 
-    if args.gpus < 1:
-        raise UserError(f"--gpus: expected at least 1, got {args.gpus}")
     result = plan(_run_of(args), args.gpus)
     if args.json:
         print(result.to_json())

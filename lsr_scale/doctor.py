@@ -29,7 +29,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
-from lsr_scale import embedded
+from lsr_scale.model import embedded
 from lsr_scale.quantized import dequantize, freeze_quantized
 
 GIB = 2**30

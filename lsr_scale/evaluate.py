@@ -2,62 +2,85 @@
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from lsr_scale import distributed, record
-from lsr_scale.accuracy import Prediction, TaskScore, mcnemar
-from lsr_scale.config import RunConfig
+from lsr_scale.adapter_files import load_adapter
+from lsr_scale.config import RunConfig, load_run, run_from_dict
 from lsr_scale.data.formats import load_source, source_fields
-from lsr_scale.data.tasks import examples
+from lsr_scale.data.tasks import Example, examples
 from lsr_scale.errors import UserError
-from lsr_scale.run_folder import RunFolder
+from lsr_scale.model import base_of, load_tokenizer
+from lsr_scale.progress import show_live
+from lsr_scale.run_folder import RunFolder, open_run
 from lsr_scale.scoring import score
+from lsr_scale.scoring.accuracy import Prediction, TaskScore, mcnemar
 
 Say = Callable[[str], None]
 
 
-def task_name(source: Any) -> str:
-    """Return the name a source's scores are filed under: its task, else the end of its path."""
-    fields = source_fields(source)
-    return fields.get("task") or Path(fields["path"]).name.removesuffix(".gz").removesuffix(".jsonl")
+def load_tasks(section: Any) -> dict[str, list[Example]]:
+    """Return the examples of every source in an `eval` section, by the name that its scores are filed under.
+
+    The name is the task of the rows, else the end of the source's path; numbered where it stands twice.
+
+    Raises:
+        UserError: if a source cannot be read or a row does not fit.
+    """
+    found: dict[str, list[Example]] = {}
+    for source in section.tasks:
+        fields = source_fields(source)
+        rows = load_source(source, None)
+        plain = rows.task or Path(fields["path"]).name.removesuffix(".gz").removesuffix(".jsonl")
+        name, number = plain, 1
+        while name in found:
+            number += 1
+            name = f"{plain}-{number}"
+        found[name] = examples(rows)[: section.limit]
+    return found
 
 
 def score_tasks(
-    run: RunConfig,
+    tasks: dict[str, list[Example]],
     model: Any,
     tokenizer: Any,
     say: Say,
     when: str,
+    batch_tokens: int,
     split: bool = True,
     unconditional: bool = False,
+    live: bool = False,
 ) -> dict[str, TaskScore]:
-    """Score every task of `run.eval`, the examples dealt out over the processes.
+    """Score every task, the examples dealt out over the processes.
 
     Args:
-        run: The run; its `eval` section is used.
+        tasks: What `load_tasks` returns.
         model: The model, adapter and all.
         tokenizer: Its tokenizer.
         say: Called with a line per task.
         when: For that line.
+        batch_tokens: Padded tokens in one forward pass.
         split: Deal the examples out; off where all processes must do the same forwards (ZeRO-3).
         unconditional: Score the choices without their contexts.
+        live: Show how far it is, on a terminal.
     """
     found: dict[str, TaskScore] = {}
     rank, size = (distributed.rank(), distributed.world_size()) if split else (0, 1)
-    for source in run.eval.tasks:
-        rows = load_source(source, None)
-        items = examples(rows)[: run.eval.limit]
+    options: dict[str, Any] = {"batch_tokens": batch_tokens, "unconditional": unconditional}
+    for name, items in tasks.items():
+        if live:
+            options["progress"] = lambda done, total, name=name: show_live(f"{when}: {name} {done / total:.0%}")
         own = items[rank::size]
-        options: dict[str, Any] = {"batch_tokens": run.eval.batch_tokens, "unconditional": unconditional}
         predictions = list(enumerate(score(model, tokenizer, own, **options).predictions)) if own else []
         numbered = [(rank + size * index, prediction) for index, prediction in predictions]
         everyone = sorted(distributed.gather(numbered) if split else numbered, key=lambda pair: pair[0])
-        found[task_name(source)] = result = TaskScore.of([prediction for _, prediction in everyone])
-        say(f"{when}: {task_name(source)} {_percent(result)} on {result.num_examples} questions")
+        found[name] = result = TaskScore.of([prediction for _, prediction in everyone])
+        show_live("")
+        say(f"{when}: {name} {_percent(result)} on {result.num_examples} questions")
     return found
 
 
@@ -70,13 +93,15 @@ def save_predictions(folder: RunFolder, scores: dict[str, TaskScore], when: str)
         record.write_text(folder.predictions(task, when), "\n".join(lines) + "\n")
 
 
-def read_scores(folder: RunFolder, when: str) -> dict[str, dict[str, TaskScore]]:
-    """Return `{when: scores}` from saved predictions, empty where there are none."""
+def read_scores(folder: RunFolder, names: Iterable[str], when: str) -> dict[str, dict[str, TaskScore]]:
+    """Return `{when: scores}` from the saved predictions of these tasks, empty where there are none."""
     found: dict[str, TaskScore] = {}
-    for file in sorted((folder.path / "eval").glob(f"*-{when}.jsonl")):
-        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-        predictions = [Prediction(**{**row, "log_likelihoods": tuple(row["log_likelihoods"])}) for row in rows]
-        found[file.name.removesuffix(f"-{when}.jsonl")] = TaskScore.of(predictions)
+    for name in names:
+        file = folder.predictions(name, when)
+        if file.is_file():
+            rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+            predictions = [Prediction(**{**row, "log_likelihoods": tuple(row["log_likelihoods"])}) for row in rows]
+            found[name] = TaskScore.of(predictions)
     return {when: found} if found else {}
 
 
@@ -99,24 +124,24 @@ def summary(scores: dict[str, dict[str, TaskScore]]) -> dict[str, Any]:
 
 def print_results(folder: RunFolder, results: dict[str, Any], scores: dict[str, dict[str, TaskScore]]) -> None:
     """Print the small table at the end of a run, and where things lie."""
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(width=None if Console().is_terminal else 110, highlight=False)
+    console = Console(highlight=False)
     if scores:
-        table = Table(title="Accuracy, % (standard error)")
-        table.add_column("task")
-        for when in scores:
-            table.add_column(when, justify="right")
-        table.add_column("questions", justify="right")
-        table.add_column("newly right / wrong, p", justify="right")
+        table = Table(title="Accuracy, % (standard error)", box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left")
+        table.add_column("task", overflow="fold")
+        for column in ("n", *scores, "gained / lost", "p"):
+            table.add_column(column, justify="right")
         for task, values in results["accuracy"].items():
             paired = values.get("mcnemar")
             table.add_row(
                 task,
+                str(next(by_task[task].num_examples for by_task in scores.values() if task in by_task)),
                 *(_percent(scores[when][task]) if task in scores[when] else "" for when in scores),
-                str(next(iter(scores.values()))[task].num_examples if task in next(iter(scores.values())) else ""),
-                f"{paired['newly_right']} / {paired['newly_wrong']}, {paired['p']:.2g}" if paired else "",
+                f"{paired['newly_right']} / {paired['newly_wrong']}" if paired else "",
+                f"{paired['p']:.2g}" if paired else "",
             )
         console.print(table)
     size = results["adapter_bytes"] / 1e6
@@ -141,17 +166,40 @@ def generate(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int = 64, 
         prompt: The text; put into the chat template as a user's turn with `chat`.
         max_new_tokens: When to stop at the latest.
         chat: Use the chat template.
+
+    Raises:
+        UserError: if there is no chat template, or nothing to continue.
     """
+    if chat and not tokenizer.chat_template:
+        raise UserError("--chat: the model's tokenizer has no chat template; leave it out, or set model.chat_template")
     if chat:
         prompt = tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
         )
     model.eval()
     inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat).to(model.device)
+    if inputs["input_ids"].shape[1] == 0:
+        raise UserError("--prompt: expected some text to continue, got none")
     out = model.generate(
         **inputs, max_new_tokens=max_new_tokens, do_sample=False, use_cache=True, pad_token_id=tokenizer.pad_token_id
     )
     return tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def open_trained(path: str | Path, base_only: bool = False) -> tuple[RunFolder, RunConfig]:
+    """Return the folder and the configuration of a language model's run that has an adapter.
+
+    Raises:
+        UserError: if the folder holds no run, none of a language model, or (unless `base_only`) no adapter yet.
+    """
+    folder = open_run(path)
+    run = load_run(folder.config)
+    if run.model.task != "causal_lm":
+        raise UserError(f"{folder.path}: a {run.model.task} run; only language models answer questions or generate")
+    if not base_only and not folder.adapter.is_dir():
+        remedy = "it was interrupted: continue it with --resume auto" if folder.checkpoints() else "train it first"
+        raise UserError(f"{folder.path}: the run has no adapter yet; {remedy}")
+    return folder, run
 
 
 def load_run_model(path: str | Path, base_only: bool = False) -> tuple[Any, Any, RunConfig]:
@@ -160,19 +208,7 @@ def load_run_model(path: str | Path, base_only: bool = False) -> tuple[Any, Any,
     Raises:
         UserError: if the folder holds no run, or no adapter that fits.
     """
-    from lsr_scale.adapter_files import load_adapter
-    from lsr_scale.config import load_run
-    from lsr_scale.model import base_of, load_tokenizer
-    from lsr_scale.run_folder import open_run
-
-    folder = open_run(path)
-    if not base_only and not folder.adapter.is_dir():
-        left = folder.checkpoints()
-        remedy = f"it was interrupted: continue it with --resume {left[-1]}" if left else "train it first"
-        raise UserError(f"{folder.path}: the run has no adapter yet; {remedy}")
-    run = load_run(folder.config)
-    if run.model.task != "causal_lm":
-        raise UserError(f"{folder.path}: a {run.model.task} run; only language models answer questions or generate")
+    folder, run = open_trained(path, base_only)
     tokenizer = load_tokenizer(run.model.name, revision=run.model.revision, chat_template=run.model.chat_template)
     model: Any = base_of(run.model, run.training["seed"])
     if not base_only:
@@ -201,31 +237,35 @@ def evaluate_run(
     Returns:
         `{"run", "adapter", "accuracy": {task: {...}}}`; the same lies in the run folder under `eval/`.
     """
-    from lsr_scale.config import EvalSection
-    from lsr_scale.run_folder import open_run
-
-    model, tokenizer, run = load_run_model(path, base_only)
+    folder, run = open_trained(path, base_only)
     changes = {key: value for key, value in (("tasks", tasks), ("limit", limit)) if value is not None}
-    section = EvalSection.model_validate({**run.eval.model_dump(), **changes})
-    if not section.tasks:
+    run = run_from_dict({**run.model_dump(), "eval": {**run.eval.model_dump(), **changes}}, "lsr-scale eval")
+    if not run.eval.tasks:
         raise UserError(
             f"{path}: the run names no tasks (eval.tasks); give some: lsr-scale eval {path} --tasks arc_easy"
         )
+    loaded = load_tasks(run.eval)
+    model, tokenizer, _ = load_run_model(path, base_only)
     when = ("base" if base_only else "adapter") + ("-without-questions" if without_questions else "")
-    say = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
-    run = run.model_copy(update={"eval": section})
-    scores = score_tasks(run, model, tokenizer, say, when, unconditional=without_questions)
-    folder = open_run(path)
+
+    def say(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    scores = score_tasks(
+        loaded, model, tokenizer, say, when, run.eval.batch_tokens, unconditional=without_questions, live=True
+    )
     save_predictions(folder, scores, f"eval-{when}")
     return {"run": str(path), "scored": when, "accuracy": summary({when: scores})}
 
 
 def print_accuracy(result: dict[str, Any]) -> None:
     """Print what `evaluate_run` returns as a table."""
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"{result['run']}: accuracy, % (standard error), {result['scored']}")
+    title = f"{result['run']}: accuracy, % (standard error), {result['scored']}"
+    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left")
     for column in ("task", "accuracy", "length-normalized", "questions"):
         table.add_column(column, justify="left" if column == "task" else "right")
     for task, by_moment in result["accuracy"].items():

@@ -1,6 +1,9 @@
 """What a run says while it trains: a live line on the screen, `metrics.jsonl` on disk, the loss curve at the end."""
 
+import io
 import json
+import math
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -10,9 +13,28 @@ import psutil
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from lsr_scale import record
+from lsr_scale.errors import UserError
+
+
+def show_live(text: str) -> None:
+    """Put text on the live line in place of what stands there, "" clearing it; nothing where there is no terminal."""
+    if sys.stdout.isatty():
+        width = shutil.get_terminal_size().columns
+        print(f"\r\x1b[2K{text[: width - 1]}", end="", flush=True)
+
+
+def print_line(text: str) -> None:
+    """Print a line that stays, where the live line may stand."""
+    show_live("")
+    print(text, flush=True)
+
 
 class Progress(TrainerCallback):
-    """A callback that prints and records each logging step: loss, tokens/s, memory, time left. Main process only."""
+    """A callback that shows and records each logging step: loss, tokens/s, memory, time left. Main process only.
+
+    On every process it ends a run whose numbers are no longer finite, before such factors are saved.
+    """
 
     def __init__(self, metrics: Path, quiet: bool = False) -> None:
         self.metrics = metrics
@@ -20,18 +42,30 @@ class Progress(TrainerCallback):
         self.started = self.last_time = time.monotonic()
         self.last_tokens = 0.0
         self.first_step = 0
-        self.live = sys.stdout.isatty()
+        # what the metrics file counts already where a run goes on: the clock and TRL's token count start again
+        self.wall_s_before = self.tokens_before = 0.0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Start the clocks; drop recorded steps that a resumed run does again."""
-        self.started = self.last_time = time.monotonic()
         self.first_step = state.global_step
+        state.compute_steps(args, state.max_steps)  # a checkpoint's intervals would stand in place of the run's
         if state.is_world_process_zero:
-            self.metrics.parent.mkdir(parents=True, exist_ok=True)
             kept = [row for row in read_metrics(self.metrics) if row["step"] <= state.global_step]
-            self.metrics.write_text("".join(json.dumps(row) + "\n" for row in kept if state.global_step))
+            kept = kept if state.global_step else []
+            record.write_text(self.metrics, "".join(json.dumps(row) + "\n" for row in kept))
+            if kept:
+                self.wall_s_before = kept[-1]["wall_s"]
+                self.tokens_before = max((row.get("num_tokens", 0.0) for row in kept), default=0.0)
+        # transformers' own count goes on by itself
+        self.last_tokens = float(state.num_input_tokens_seen)
+        self.started = self.last_time = time.monotonic()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Refuse to save a checkpoint that nothing can go on from."""
+        if control.should_save:
+            check_finite(kwargs["model"], f"after step {state.global_step}")
 
     def on_log(
         self,
@@ -42,41 +76,65 @@ class Progress(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Record one logging step."""
-        if not state.is_world_process_zero or not logs or "train_runtime" in logs:
+        if not logs or "train_loss" in logs:  # the summary at the end
+            return
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(logs.get(name, 0.0)):
+                raise _diverged(f"{name} is {logs[name]} at step {state.global_step}")
+        if not state.is_world_process_zero:
             return
         now = time.monotonic()
         row: dict[str, Any] = {"step": state.global_step, "epoch": round(state.epoch or 0.0, 4)}
-        row["wall_s"] = round(now - self.started, 3)
+        row["wall_s"] = round(self.wall_s_before + now - self.started, 3)
         tokens = logs.get("num_tokens", logs.get("num_input_tokens_seen", 0.0))
         if "loss" in logs and tokens > self.last_tokens:
             row["tokens_per_s"] = round((tokens - self.last_tokens) / max(1e-9, now - self.last_time), 1)
             self.last_time, self.last_tokens = now, tokens
         row["memory_gib"] = round(memory_gib(), 3)
-        row |= {name: value for name, value in logs.items() if name != "epoch"}
+        row |= {name: value for name, value in logs.items() if name != "epoch" and not name.startswith("train_")}
+        if "num_tokens" in row:
+            row["num_tokens"] += self.tokens_before
         with self.metrics.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(row) + "\n")
         if not self.quiet:
-            self._show(row, state)
+            self._show(row, state, now)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Leave the live line standing."""
-        if self.live and not self.quiet and state.is_world_process_zero:
+        if sys.stdout.isatty() and not self.quiet and state.is_world_process_zero:
             print(flush=True)
 
-    def _show(self, row: dict[str, Any], state: TrainerState) -> None:
+    def _show(self, row: dict[str, Any], state: TrainerState, now: float) -> None:
         if "loss" not in row:
-            shown = ", ".join(f"{k} {v:.4f}" for k, v in row.items() if k == "eval_loss")
+            shown = ", ".join(f"{k} {v:.4f}" for k, v in row.items() if k in ("eval_loss", "eval_accuracy"))
             if shown:
-                print(f"{'' if not self.live else chr(10)}step {row['step']}: {shown}", flush=True)
+                print_line(f"step {row['step']}: {shown}")
             return
         done = row["step"] - self.first_step
-        left = row["wall_s"] / max(1, done) * (state.max_steps - row["step"])
-        speed = f"{row.get('tokens_per_s', 0):,.0f} tokens/s"
+        left = (now - self.started) / max(1, done) * (state.max_steps - row["step"])
+        speed = f"  {row['tokens_per_s']:,.0f} tokens/s" if "tokens_per_s" in row else ""
         memory = f"{row['memory_gib']:.1f} GiB"
-        line = f"step {row['step']}/{state.max_steps}  loss {row['loss']:.4f}  {speed}  {memory}  {clock(left)} left"
-        print(f"\r\x1b[2K{line}" if self.live else line, end="" if self.live else "\n", flush=True)
+        line = f"step {row['step']}/{state.max_steps}  loss {row['loss']:.4f}{speed}  {memory}  {clock(left)} left"
+        if sys.stdout.isatty():
+            show_live(line)
+        else:
+            print(line, flush=True)
+
+
+def check_finite(model: torch.nn.Module, when: str) -> None:
+    """Raise if a trained parameter is not finite; `when` is for the message, such as "after step 12"."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not torch.isfinite(parameter).all():
+            raise _diverged(f"{name} is not finite {when}, so it is not saved")
+
+
+def _diverged(what: str) -> UserError:
+    return UserError(
+        f"training diverged: {what}; lower training.learning_rate or lengthen training.warmup_steps, and start again "
+        "with --overwrite"
+    )
 
 
 def clock(seconds: float) -> str:
@@ -104,6 +162,25 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def summarize_metrics(path: Path) -> dict[str, Any]:
+    """Return what the results say of a metrics file: the loss at the end (mean of the last tenth), tokens, memory."""
+    rows = read_metrics(path)
+    steps = [row for row in rows if "loss" in row]
+    if not steps:
+        return {}
+    last = steps[-max(1, len(steps) // 10) :]
+    speeds = sorted(row["tokens_per_s"] for row in steps if "tokens_per_s" in row)
+    evaluations = [row for row in rows if "eval_loss" in row]
+    found = {
+        "final_loss": round(sum(row["loss"] for row in last) / len(last), 4),
+        "tokens": steps[-1].get("num_tokens", steps[-1].get("num_input_tokens_seen")),
+        "tokens_per_s": speeds[len(speeds) // 2] if speeds else None,
+        "peak_memory_gib": max(row["memory_gib"] for row in steps),
+    }
+    names = ("eval_loss", "eval_accuracy")
+    return found | {name: round(evaluations[-1][name], 6) for name in names if evaluations and name in evaluations[-1]}
+
+
 def draw_losses(metrics: Path, picture: Path, title: str) -> None:
     """Draw the training (and evaluation) loss over the steps as a PNG."""
     import matplotlib
@@ -113,16 +190,16 @@ def draw_losses(metrics: Path, picture: Path, title: str) -> None:
 
     rows = read_metrics(metrics)
     figure, axes = pyplot.subplots(figsize=(7, 4), dpi=120)
-    for key, label, style in (("loss", "training", "-"), ("eval_loss", "validation", "o-")):
+    for key, label, style, color in (("loss", "training", "-", "C0"), ("eval_loss", "validation", "o-", "C1")):
         points = [(row["step"], row[key]) for row in rows if key in row]
         if not points:
             continue
         steps, values = zip(*points, strict=True)
-        axes.plot(steps, values, style, label=label, alpha=0.35 if len(values) > 20 else 1.0, color="C0")
+        axes.plot(steps, values, style, label=label, alpha=0.35 if len(values) > 20 else 1.0, color=color)
         if len(values) > 20:
             width = max(2, len(values) // 10)
             means = [sum(values[max(0, i - width + 1) : i + 1]) / min(i + 1, width) for i in range(len(values))]
-            axes.plot(steps, means, color="C0", label=f"{label}, mean of {width}")
+            axes.plot(steps, means, color=color, label=f"{label}, mean of {width}")
     axes.set_xlabel("step")
     axes.set_ylabel("loss, nats per token")
     axes.set_title(title)
@@ -130,6 +207,8 @@ def draw_losses(metrics: Path, picture: Path, title: str) -> None:
     if axes.lines:
         axes.legend()
     figure.tight_layout()
+    drawn = io.BytesIO()
     # no date or version in the file: the same run draws the same bytes
-    figure.savefig(picture, metadata={"Software": None})
+    figure.savefig(drawn, metadata={"Software": None})
     pyplot.close(figure)
+    record.write_bytes(picture, drawn.getvalue())

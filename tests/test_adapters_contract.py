@@ -154,7 +154,7 @@ def test_loading_without_allocating_twice_and_going_on_training(name, ids, tmp_p
 
 def test_a_model_of_another_width_is_refused_with_the_shapes(name, tmp_path):
     adapted(name, torch.float32).save_pretrained(tmp_path)
-    with pytest.raises((RuntimeError, ValueError), match="shape|size mismatch"):
+    with pytest.raises((RuntimeError, ValueError), match=r"shape|size mismatch"):
         PeftModel.from_pretrained(tiny_llama(hidden_size=96, num_attention_heads=8), tmp_path)
 
 

@@ -5,7 +5,10 @@ from typing import get_args
 import pytest
 from run_text import CONFIGS, MINIMAL, load, problem
 
-from lsr_scale import adapters, config, training_fields, yaml_text
+from lsr_scale import adapters
+from lsr_scale.config import run as config
+from lsr_scale.config import training as training_fields
+from lsr_scale.config import yaml_text
 from lsr_scale.data.formats import FORMATS
 from lsr_scale.data.sources import load_rows
 from lsr_scale.errors import UserError

@@ -9,9 +9,8 @@ import torch
 from conftest import tiny_llama
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from lsr_scale import shapes
 from lsr_scale.errors import UserError
-from lsr_scale.model import load_base, load_config, model_class, resolve, skeleton
+from lsr_scale.model import load_base, load_config, model_class, resolve, shapes, skeleton
 from lsr_scale.quantized import FrozenLinear4bit, FrozenLinear8bit
 
 SMOLLM2 = "builtin:smollm2-135m-instruct"

@@ -6,10 +6,9 @@ import socket
 import pytest
 from rich.console import Console
 
-from lsr_scale import memory
 from lsr_scale.config import run_from_dict
 from lsr_scale.errors import UserError
-from lsr_scale.plan import plan, render
+from lsr_scale.plan import memory, plan, render
 
 MISTRAL = "mistralai/Mistral-7B-v0.1"
 SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

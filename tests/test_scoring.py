@@ -11,10 +11,10 @@ from peft import LoraConfig, get_peft_model
 from smollm2 import beginning_marked, smollm2_tokenizer
 from test_data_tasks import HUB_ROWS
 
-from lsr_scale.accuracy import Prediction, TaskScore, mcnemar
 from lsr_scale.data.tasks import TASKS, Example, to_example
 from lsr_scale.errors import UserError
 from lsr_scale.scoring import encode_pairs, score
+from lsr_scale.scoring.accuracy import Prediction, TaskScore, mcnemar
 
 SHIPPED = {
     "piqa": "piqa/piqa.yaml",

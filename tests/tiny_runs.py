@@ -24,7 +24,13 @@ from lsr_scale.train import train
 
 TOOLS = [
     *("a knife cuts bread", "a broom sweeps floors", "a needle sews cloth", "a hammer drives nails", "a saw cuts wood"),
-    *("a ladle serves soup", "a spade digs holes", "a kettle boils water", "a mop cleans tiles", "a rake gathers leaves"),
+    *(
+        "a ladle serves soup",
+        "a spade digs holes",
+        "a kettle boils water",
+        "a mop cleans tiles",
+        "a rake gathers leaves",
+    ),
 ]
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}</s>{% endfor %}"
@@ -40,7 +46,9 @@ def byte_tokenizer() -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<pad>", "<s>", "</s>", "<|user|>", "<|assistant|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
     tokenizer.train_from_iterator(TOOLS, trainer)
     return tokenizer
 
@@ -116,8 +124,7 @@ def questions(num: int = 6) -> list[dict[str, Any]]:
 def labelled(num: int = 16) -> list[dict[str, Any]]:
     """Return sentence pairs that are equal (1) or not (0)."""
     return [
-        {"sentence1": TOOLS[i % 10], "sentence2": TOOLS[(i + 3 * (i % 2)) % 10], "label": 1 - i % 2}
-        for i in range(num)
+        {"sentence1": TOOLS[i % 10], "sentence2": TOOLS[(i + 3 * (i % 2)) % 10], "label": 1 - i % 2} for i in range(num)
     ]
 
 
@@ -157,9 +164,19 @@ def do(run: RunConfig, **options: Any) -> RunFolder:
     return train(run, quiet=True, **options)
 
 
-def factors(folder: RunFolder) -> dict[str, torch.Tensor]:
-    """Return the saved adapter's tensors."""
-    return load_file(folder.adapter / "adapter_model.safetensors")
+def factors(folder: RunFolder, part: str = "adapter") -> dict[str, torch.Tensor]:
+    """Return the tensors of the saved adapter, or of a checkpoint by its name."""
+    return load_file(folder.path / part / "adapter_model.safetensors")
+
+
+def metrics(folder: RunFolder) -> list[dict[str, Any]]:
+    """Return the rows of metrics.jsonl, every one of which must be whole."""
+    return [json.loads(line) for line in folder.metrics.read_text(encoding="utf-8").splitlines()]
+
+
+def results(folder: RunFolder) -> dict[str, Any]:
+    """Return results.json."""
+    return json.loads(folder.results.read_text(encoding="utf-8"))
 
 
 def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:

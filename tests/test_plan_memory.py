@@ -7,8 +7,9 @@ from conftest import SEVEN_LINEARS
 from torch import nn
 from transformers import LlamaConfig, RobertaConfig
 
-from lsr_scale import adapters, memory
+from lsr_scale import adapters
 from lsr_scale.model import load_base, skeleton
+from lsr_scale.plan import memory
 
 LLAMA = LlamaConfig(
     hidden_size=64,

@@ -9,9 +9,9 @@ from huggingface_hub import errors as hub
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 
-from lsr_scale import embedded
 from lsr_scale.errors import UserError, did_you_mean
-from lsr_scale.shapes import known_names
+from lsr_scale.model import embedded
+from lsr_scale.model.shapes import known_names
 
 NAME_FORMS = "a hub name (organization/model), a local folder with a config.json, or builtin:smollm2-135m-instruct"
 

@@ -21,11 +21,12 @@ from pydantic import (
     model_validator,
 )
 
-from lsr_scale import adapters, yaml_text
-from lsr_scale.config_errors import Problem, explain, raise_problems
-from lsr_scale.deepspeed_files import SHIPPED, resolve_deepspeed
+from lsr_scale import adapters
+from lsr_scale.config import yaml_text
+from lsr_scale.config.deepspeed import SHIPPED, resolve_deepspeed
+from lsr_scale.config.messages import Problem, explain, raise_problems
+from lsr_scale.config.training import Flag, Task, check_training, training_kwargs, training_model, yaml_type
 from lsr_scale.errors import UserError
-from lsr_scale.training_fields import Flag, Task, check_training, training_kwargs, training_model, yaml_type
 
 
 class Section(BaseModel):

@@ -2,7 +2,8 @@ import pytest
 import yaml
 from run_text import CONFIGS, MINIMAL, load, problem
 
-from lsr_scale import config, yaml_text
+from lsr_scale import config
+from lsr_scale.config import yaml_text
 from lsr_scale.errors import UserError
 
 

@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from lsr_scale.errors import UserError, did_you_mean
-from lsr_scale.shapes import known_config
-from lsr_scale.zero3 import without_deepspeed
+from lsr_scale.model.shapes import known_config
+from lsr_scale.model.zero3 import without_deepspeed
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lsr_scale.errors import UserError
-from lsr_scale.loading import NAME_FORMS, explained, resolve
+from lsr_scale.model.names import NAME_FORMS, explained, resolve
 
 logger = logging.getLogger(__name__)
 

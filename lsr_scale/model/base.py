@@ -24,15 +24,13 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.models.auto import modeling_auto
 from transformers.pytorch_utils import Conv1D
 
-from lsr_scale import embedded
 from lsr_scale.errors import UserError, did_you_mean
-from lsr_scale.identity import base_description, check_base
-from lsr_scale.loading import NAME_FORMS, explained, local_folder, resolve
+from lsr_scale.model import embedded
+from lsr_scale.model.names import NAME_FORMS, explained, local_folder, resolve
+from lsr_scale.model.random_weights import random_base
+from lsr_scale.model.shapes import known_config
+from lsr_scale.model.zero3 import sharded_in, without_deepspeed
 from lsr_scale.quantized import freeze_quantized
-from lsr_scale.random_weights import random_base
-from lsr_scale.shapes import known_config
-from lsr_scale.tokenizer import load_tokenizer
-from lsr_scale.zero3 import sharded_in, without_deepspeed
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +49,7 @@ def load_config(name: str, revision: str | None = None) -> PreTrainedConfig:
     """Return the configuration of a model, no weights and, where it can be avoided, no network.
 
     A local folder is read; a hub name is looked up in the hub cache, then among the well-known models that come with
-    this package (`model_shapes.json`), then on the hub.
+    this package (`shapes.json`), then on the hub.
 
     Raises:
         UserError: for an unknown model, an unreadable configuration, or one that needs code from its repository.
@@ -303,21 +301,3 @@ def _check_shapes(name: str, model: PreTrainedModel, empty: PreTrainedModel) -> 
             f"model.name {name!r}: its weight files do not have the shapes that its config.json says "
             f"({', '.join(wrong[:3])}{more}); fetch the model again"
         )
-
-
-__all__ = [
-    "Quantization",
-    "Task",
-    "base_description",
-    "base_of",
-    "check_base",
-    "head_modules",
-    "load_base",
-    "load_config",
-    "load_tokenizer",
-    "local_device",
-    "model_class",
-    "quantization_config",
-    "resolve",
-    "skeleton",
-]

@@ -23,12 +23,13 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
-from lsr_scale import adapters, memory
+from lsr_scale import adapters
 from lsr_scale.adapters.base import AdapterLinear, features
 from lsr_scale.config import RunConfig
-from lsr_scale.deepspeed_files import SHIPPED
+from lsr_scale.config.deepspeed import SHIPPED
 from lsr_scale.model import DTYPES, load_config, skeleton
-from lsr_scale.sizes import FrozenBytes, adapter_file_bytes, frozen_bytes, quantized_layers
+from lsr_scale.plan import memory
+from lsr_scale.plan.sizes import FrozenBytes, adapter_file_bytes, frozen_bytes, quantized_layers
 
 GIB = 2**30
 # PyTorch's own cuBLAS workspace on a GPU of compute capability 9.0 (CUBLAS_WORKSPACE_CONFIG :4096:8).

@@ -3,12 +3,12 @@ import json
 import pytest
 from run_text import CONFIGS, MINIMAL, load, problem
 
-from lsr_scale.deepspeed_files import SHIPPED
+from lsr_scale.config.deepspeed import SHIPPED
 
 
 def test_shipped_deepspeed_files_are_the_dictionaries_of_the_package():
     on_disk = {path.stem: json.loads(path.read_text()) for path in (CONFIGS / "deepspeed").glob("*.json")}
-    assert on_disk == SHIPPED, "regenerate with lsr_scale.deepspeed_files.write_shipped(Path('configs/deepspeed'))"
+    assert on_disk == SHIPPED, "regenerate with lsr_scale.config.deepspeed.write_shipped(Path('configs/deepspeed'))"
 
 
 @pytest.mark.parametrize("name", SHIPPED)

@@ -10,9 +10,8 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoTokenizer
 
-from lsr_scale import embedded
 from lsr_scale.errors import UserError
-from lsr_scale.model import load_base, load_config, load_tokenizer, resolve
+from lsr_scale.model import embedded, load_base, load_config, load_tokenizer, resolve
 
 SMOLLM2 = "builtin:smollm2-135m-instruct"
 CPU = torch.device("cpu")

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from transformers.integrations import deepspeed
@@ -30,7 +31,7 @@ def sharded_in(dtype: torch.dtype) -> Iterator[None]:
         yield
         return
     reference = deepspeed._hf_deepspeed_config_weak_ref
-    content = copy.deepcopy(deepspeed.deepspeed_config())
+    content: Any = copy.deepcopy(deepspeed.deepspeed_config())
     for name, kind in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
         content[name] = {"enabled": dtype == kind}
     for_loading = deepspeed.HfDeepSpeedConfig(content)

@@ -4,7 +4,8 @@ from dataclasses import dataclass, fields
 import pytest
 from run_text import CONFIGS, MINIMAL, load, problem
 
-from lsr_scale import config, training_fields
+from lsr_scale import config
+from lsr_scale.config import training as training_fields
 
 
 def test_owned_training_fields_exist_and_each_says_what_to_set_instead():

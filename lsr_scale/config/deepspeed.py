@@ -12,9 +12,9 @@ from typing import Any
 
 from pydantic import ValidationInfo
 
-from lsr_scale.config_errors import Problem, raise_problems
+from lsr_scale.config.messages import Problem, raise_problems
+from lsr_scale.config.yaml_text import read
 from lsr_scale.errors import UserError, did_you_mean
-from lsr_scale.yaml_text import read
 
 # "auto" is filled from the training section by transformers' DeepSpeed integration. No bf16 or fp16 section: the engine
 # then casts nothing, so the base stays as it was loaded (packed bytes and model.dtype) and the factors stay float32.

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers.integrations import deepspeed
 
-from lsr_scale.zero3 import sharded_in, without_deepspeed
+from lsr_scale.model.zero3 import sharded_in, without_deepspeed
 
 
 @pytest.fixture

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError, PydanticUndefined
 
+from lsr_scale.config.training import OWNED, TASK_DEFAULTS
+from lsr_scale.config.yaml_text import KeyPath, Places, dotted, place_of
 from lsr_scale.errors import did_you_mean
-from lsr_scale.training_fields import OWNED, TASK_DEFAULTS
-from lsr_scale.yaml_text import KeyPath, Places, dotted, place_of
 
 # Names from axolotl, LLaMA-Factory, PEFT, bitsandbytes and older transformers, and what they are called here.
 _ELSEWHERE: dict[str, str] = {

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from lsr_scale.accuracy import Prediction, TaskScore
 from lsr_scale.data.tasks import Example, scored_pair
 from lsr_scale.errors import UserError
+from lsr_scale.scoring.accuracy import Prediction, TaskScore
 
 
 def encode_pairs(

@@ -1,0 +1,196 @@
+"""From a run to its trainer: TRL's SFTTrainer, for classifiers transformers' Trainer, with nothing of the loop our own.
+
+The trainer's arguments come first: under ZeRO-3 a DeepSpeed configuration must exist before the model is loaded. The
+adapter is injected by us, so that a refused target costs seconds, and its factors are kept in float32: on a quantized
+base SFTTrainer casts what trains to bfloat16 in place, which is undone after its constructor.
+"""
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model
+from peft.utils import ModulesToSaveWrapper
+from transformers import PrinterCallback, Trainer, TrainerCallback, set_seed
+
+from lsr_scale import adapters, config, distributed
+from lsr_scale.config import RunConfig
+from lsr_scale.config.training import training_arguments_class
+from lsr_scale.data.formats import build_dataset
+from lsr_scale.data.preview import prepare_tokenizer, tokenize_classification
+from lsr_scale.errors import UserError
+from lsr_scale.model import base_of, load_tokenizer
+from lsr_scale.run_folder import RunFolder
+
+logger = logging.getLogger(__name__)
+
+TASK_TYPES = {"causal_lm": "CAUSAL_LM", "seq_cls": "SEQ_CLS"}
+
+
+def build_trainer(run: RunConfig, folder: RunFolder, callbacks: list[TrainerCallback] | None = None) -> Trainer:
+    """Return the trainer of a run, its model loaded, quantized and adapted.
+
+    Args:
+        run: The run.
+        folder: Where checkpoints go.
+        callbacks: Added to the trainer's own.
+
+    Raises:
+        UserError: for a model, data or adapter that do not go together.
+    """
+    arguments = _arguments(run, folder)
+    tokenizer = load_tokenizer(run.model.name, revision=run.model.revision, chat_template=run.model.chat_template)
+    datasets = {"train": build_dataset(run.data.train, "train", model_task=run.model.task)}
+    if run.data.validation:
+        datasets["eval"] = build_dataset(run.data.validation, "validation", model_task=run.model.task)
+    kind = datasets["train"][1]
+    if any(other != kind for _, other in datasets.values()):
+        raise UserError(f"data.validation: is {datasets['eval'][1]}, but data.train is {kind}; give rows of one kind")
+    for note in prepare_tokenizer(tokenizer, kind):
+        logger.info(note)
+    model = adapt(run, base_of(run.model, run.training["seed"]))
+
+    common: dict[str, Any] = {
+        "model": model,
+        "args": arguments,
+        "processing_class": tokenizer,
+        "callbacks": callbacks,
+        "train_dataset": datasets["train"][0],
+        "eval_dataset": datasets["eval"][0] if "eval" in datasets else None,
+    }
+    with _factors_untouched(model), only_new_warnings(), _explained(run):
+        trainer = _classifier_trainer(run, common) if run.model.task == "seq_cls" else _sft_trainer(common)
+    if not len(trainer.train_dataset):  # pyright: ignore[reportArgumentType]
+        limit = run.training["max_length"]
+        raise UserError(
+            f"data.train: training.max_length ({limit}) cuts off everything to be learned in all rows; raise it"
+        )
+    trainer.remove_callback(PrinterCallback)  # prints what Progress prints
+    if not arguments.push_to_hub:
+        trainer.create_model_card = lambda *_, **__: None  # a template for the hub, among files to be read
+    return trainer
+
+
+def _arguments(run: RunConfig, folder: RunFolder) -> Any:
+    values = config.training_arguments(run) | {"output_dir": str(folder.path), "use_cpu": not torch.cuda.is_available()}
+    values.setdefault("log_level_replica", "error")  # the main process speaks for all
+    if run.model.task == "seq_cls":
+        values.setdefault("include_num_input_tokens_seen", "non_padding")  # for tokens/s; SFTTrainer counts by itself
+    if uses_deepspeed(run):
+        values["deepspeed"] = run.deepspeed.config
+    try:
+        arguments: Any = training_arguments_class(run.model.task)(**values)
+    except (ValueError, ImportError) as error:
+        raise UserError(f"training: {error}") from error
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # one process, one GPU: torch's DataParallel cannot copy a quantized layer
+    return arguments
+
+
+def adapt(run: RunConfig, base: Any) -> PeftModel:
+    """Return the base with the run's adapter in it, initialized by the run's seed."""
+    peft_config = adapters.peft_config(run.adapter.method, run.adapter.options, TASK_TYPES[run.model.task])
+    set_seed(run.training["seed"])
+    model: Any = get_peft_model(base, peft_config)
+    if run.model.task == "seq_cls":
+        _train_heads_in_float32(model)
+    return model
+
+
+def _train_heads_in_float32(model: PeftModel) -> None:
+    """Hold a classifier's head, which trains whole, in float32: in bfloat16 small updates would be rounded away."""
+    heads = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
+    for head in (copy for wrapper in heads for copy in wrapper.modules_to_save.values()):
+        if not any(hasattr(parameter, "ds_id") for parameter in head.parameters()):  # ZeRO-3 sharded it as it is
+            head.float().register_forward_pre_hook(lambda _, inputs: (inputs[0].float(), *inputs[1:]))
+
+
+def _sft_trainer(common: dict[str, Any]) -> Trainer:
+    from trl import SFTTrainer
+
+    return SFTTrainer(**common)
+
+
+def _classifier_trainer(run: RunConfig, common: dict[str, Any]) -> Trainer:
+    for split in ("train_dataset", "eval_dataset"):
+        if common[split] is not None:
+            _check_labels(common[split]["label"], run.model.num_labels, split.replace("_dataset", ""))
+            common[split] = tokenize_classification(
+                common[split], common["processing_class"], run.training["max_length"]
+            )
+    return Trainer(**common, compute_metrics=_classification_metrics if run.model.num_labels != 1 else None)
+
+
+def _check_labels(labels: Any, num_labels: int | None, split: str) -> None:
+    """Raise for a label that the classifier has no output for, which would end in an index error or a dead GPU."""
+    if num_labels == 1:
+        return
+    for index, label in enumerate(labels):
+        if isinstance(label, float) or not 0 <= label < (num_labels or 0):
+            where = "validation" if split == "eval" else split
+            raise UserError(
+                f"data.{where}: row {index + 1} has the label {label}, but model.num_labels is {num_labels}: labels go "
+                f"from 0 to {(num_labels or 0) - 1}; set num_labels, or 1 for scores (regression)"
+            )
+
+
+def _classification_metrics(prediction: Any) -> dict[str, float]:
+    hits = prediction.predictions.argmax(-1) == prediction.label_ids
+    return {"accuracy": float(hits.mean())}
+
+
+@contextmanager
+def _factors_untouched(model: torch.nn.Module) -> Iterator[None]:
+    """Undo SFTTrainer's cast of trainable parameters to bfloat16, rounding included."""
+    kept = {
+        name: parameter.data
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and parameter.dtype == torch.float32
+    }
+    yield
+    for name, parameter in model.named_parameters():
+        if name in kept and parameter.dtype != torch.float32:
+            parameter.data = kept[name].to(parameter.device)
+
+
+@contextmanager
+def only_new_warnings() -> Iterator[None]:
+    """Leave out what transformers and TRL warn of in each other's names."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft|accelerate)\b.*")
+        # PEFT would compare the vocabulary with the hub's; no embedding is ever resized here
+        warnings.filterwarnings("ignore", message="Could not find a config file in")
+        yield
+
+
+@contextmanager
+def _explained(run: RunConfig) -> Iterator[None]:
+    """Say in words why a trainer refuses its arguments, or that the hub it shall push to is out of reach."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        words = str(error)[:400]
+        if type(error).__module__.startswith(("httpx", "huggingface_hub")):
+            words = f"training.push_to_hub: {words}; log in with hf auth login, or set it to false"
+        elif isinstance(error, ImportError | RuntimeError) and "installed" in words:
+            words = f"training.report_to {run.training['report_to']!r}: {words}; install it, or set report_to to none"
+        elif isinstance(error, ValueError):
+            words = f"training: {words}"
+        else:
+            raise
+        raise UserError(words) from error
+
+
+def zero_stage(run: RunConfig) -> int:
+    """Return the ZeRO stage of a run's DeepSpeed configuration."""
+    return (run.deepspeed.config or {}).get("zero_optimization", {}).get("stage", 0)
+
+
+def uses_deepspeed(run: RunConfig) -> bool:
+    """Tell whether these processes train a run under DeepSpeed."""
+    return distributed.is_launched() and run.deepspeed.config is not None

@@ -1,0 +1,36 @@
+"""The base model: found by its name, loaded, quantized and frozen, and recognized again beside its adapter."""
+
+from lsr_scale.model.base import (
+    DTYPES,
+    Quantization,
+    Task,
+    base_of,
+    head_modules,
+    load_base,
+    load_config,
+    local_device,
+    model_class,
+    quantization_config,
+    skeleton,
+)
+from lsr_scale.model.identity import base_description, check_base
+from lsr_scale.model.names import resolve
+from lsr_scale.model.tokenizer import load_tokenizer
+
+__all__ = [
+    "DTYPES",
+    "Quantization",
+    "Task",
+    "base_description",
+    "base_of",
+    "check_base",
+    "head_modules",
+    "load_base",
+    "load_config",
+    "load_tokenizer",
+    "local_device",
+    "model_class",
+    "quantization_config",
+    "resolve",
+    "skeleton",
+]

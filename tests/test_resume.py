@@ -1,0 +1,297 @@
+"""Runs that stop and go on: the same adapter in the end, every step recorded once, and nothing good lost on the way."""
+
+import json
+import os
+import shutil
+import signal
+
+import pytest
+import yaml
+from tiny_runs import completions, do, factors, metrics, same, save_llama, tiny_run, write_rows
+from transformers import TrainerCallback
+
+from lsr_scale import UserError, cli, progress
+from lsr_scale.checkpoints import damage
+from lsr_scale.run_folder import RunFolder
+
+# dropout makes the random state count
+DROPOUT = {"method": "kron_lora", "rank": 4, "left_out": 4, "dropout": 0.2}
+
+
+class Killed(BaseException):
+    """Ends a run as a kill would, as far as files go."""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("resume")
+    save_llama(folder / "model")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def undisturbed(place):
+    """Return the folder of a run that nothing stopped."""
+    return do(tiny_run(place, adapter=DROPOUT, training={"output_dir": str(place / "undisturbed")}))
+
+
+def run_in(place, folder, **sections):
+    training = {"output_dir": str(folder), **sections.pop("training", {})}
+    return tiny_run(place, adapter=sections.pop("adapter", DROPOUT), training=training, **sections)
+
+
+@pytest.fixture
+def stop_at(monkeypatch):
+    """Return a function that makes the next run end with an exception (or a signal) in the middle of a step's log."""
+    on_log = progress.Progress.on_log
+
+    def arrange(step, how=Killed):
+        def on_log_then_stop(self, args, state, control, logs=None, **kwargs):
+            on_log(self, args, state, control, logs=logs, **kwargs)
+            if state.global_step == step:
+                monkeypatch.setattr(progress.Progress, "on_log", on_log)
+                if isinstance(how, type):
+                    raise how
+                os.kill(os.getpid(), how)
+
+        monkeypatch.setattr(progress.Progress, "on_log", on_log_then_stop)
+
+    return arrange
+
+
+@pytest.fixture
+def stopped(place, tmp_path, stop_at):
+    """Return the folder of a run that was killed in its fifth step, with checkpoints of its second and fourth."""
+    stop_at(5)
+    with pytest.raises(Killed):
+        do(run_in(place, tmp_path / "run"))
+    return RunFolder(tmp_path / "run")
+
+
+def test_a_killed_run_goes_on_to_the_same_adapter_with_every_step_recorded_once(place, undisturbed, stopped):
+    assert [path.name for path in stopped.checkpoints()] == ["checkpoint-2", "checkpoint-4"]
+    assert [row["step"] for row in metrics(stopped)] == [1, 2, 3, 4, 5]
+    assert not stopped.adapter.exists()
+    do(run_in(place, stopped.path), resume="auto")
+    assert same(factors(undisturbed), factors(stopped))
+    rows, expected = metrics(stopped), metrics(undisturbed)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    for name in ("loss", "num_tokens", "learning_rate", "epoch"):
+        assert [row[name] for row in rows] == [row[name] for row in expected]
+    times = [row["wall_s"] for row in rows]
+    assert times == sorted(times)
+    assert (
+        stopped.predictions("questions", "after").read_bytes()
+        == undisturbed.predictions("questions", "after").read_bytes()
+    )
+    accuracy = json.loads(stopped.results.read_text())["accuracy"]
+    assert accuracy == json.loads(undisturbed.results.read_text())["accuracy"], "before comes from the first part"
+
+
+def test_a_half_written_last_line_is_dropped_and_written_again(place, undisturbed, stopped):
+    text = stopped.metrics.read_text()
+    stopped.metrics.write_text(text[: text.rindex("{") + 20])
+    do(run_in(place, stopped.path), resume="auto")
+    assert [row["step"] for row in metrics(stopped)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_an_earlier_checkpoint_by_its_path_takes_the_later_ones_place(place, undisturbed, stopped):
+    do(run_in(place, stopped.path, training={"save_steps": 5}), resume=str(stopped.path / "checkpoint-2"))
+    assert same(factors(undisturbed), factors(stopped))
+    assert [row["step"] for row in metrics(stopped)] == [1, 2, 3, 4, 5, 6]
+    # those of the run as it is now: its save_steps, not the first part's
+    assert [path.name for path in stopped.checkpoints()] == ["checkpoint-2", "checkpoint-5", "checkpoint-6"]
+
+
+@pytest.mark.parametrize("lost", ["trainer_state.json", "optimizer.pt", "adapter_model.safetensors", "rng_state.pth"])
+def test_a_checkpoint_that_was_cut_short_is_passed_over(place, undisturbed, stopped, lost, capsys):
+    file = stopped.path / "checkpoint-4" / lost
+    file.write_bytes(file.read_bytes()[:-30] if lost != "trainer_state.json" else b"")
+    if lost == "trainer_state.json":
+        file.unlink()
+    from lsr_scale.train import train
+
+    train(run_in(place, stopped.path), resume="auto")
+    said = capsys.readouterr().out
+    assert f"checkpoint-4 is left out: {'there is no ' if lost == 'trainer_state.json' else ''}{lost}" in said
+    assert f"resuming from {stopped.path}/checkpoint-2" in said
+    assert same(factors(undisturbed), factors(stopped))
+
+
+def test_a_damaged_checkpoint_by_its_path_is_refused(place, stopped):
+    (stopped.path / "checkpoint-4" / "optimizer.pt").write_bytes(b"PK broken")
+    with pytest.raises(UserError, match=r"checkpoint-4: not a checkpoint to go on from: optimizer\.pt is damaged"):
+        do(run_in(place, stopped.path), resume=str(stopped.path / "checkpoint-4"))
+    assert damage(stopped.path / "checkpoint-2") is None
+
+
+@pytest.mark.parametrize("path", ["nowhere/checkpoint-3", "."])
+def test_a_path_that_is_no_checkpoint_is_refused_and_nothing_is_made(place, tmp_path, path):
+    with pytest.raises(UserError, match="not a checkpoint to go on from: there is no"):
+        do(run_in(place, tmp_path / "run"), resume=str(tmp_path / path))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_to_resume_is_a_start_from_the_beginning(place, undisturbed, tmp_path):
+    done = do(run_in(place, tmp_path / "run"), resume="auto")
+    assert same(factors(undisturbed), factors(done))
+
+
+def test_a_finished_run_goes_on_to_itself(place, stopped, undisturbed):
+    do(run_in(place, stopped.path), resume="auto")
+    before = metrics(stopped)
+    do(run_in(place, stopped.path), resume="auto")
+    assert same(factors(undisturbed), factors(stopped))
+    assert metrics(stopped) == before
+
+
+def test_a_finished_run_without_checkpoints_is_not_thrown_away_by_resume(place, tmp_path):
+    run = run_in(place, tmp_path / "run", training={"save_strategy": "no"}, eval={"tasks": []})
+    done = do(run)
+    kept = factors(done)
+    with pytest.raises(UserError, match="the run is finished, and no whole checkpoint is left"):
+        do(run, resume="auto")
+    assert same(kept, factors(done))
+
+
+def test_more_steps_can_be_added_and_what_changed_is_said(place, stopped, capsys):
+    from lsr_scale.train import train
+
+    train(run_in(place, stopped.path, training={"num_train_epochs": 2}), resume="auto")
+    assert "note: changed since the run began: training.num_train_epochs: 1 -> 2" in capsys.readouterr().out
+    assert [row["step"] for row in metrics(stopped)] == list(range(1, 13))
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"adapter": {**DROPOUT, "rank": 2}}, r"adapter\.rank: 4 -> 2"),
+        ({"adapter": {"method": "lsr", "rank": 4}}, r"adapter\.method: 'kron_lora' -> 'lsr'"),
+        ({"model": {"quantization": "int8"}}, r"model\.quantization: 'nf4' -> 'int8'"),
+        ({"training": {"learning_rate": 1e-9}}, r"training\.learning_rate: 0\.005 -> 1e-09"),
+    ],
+)
+def test_another_adapter_or_base_is_refused_and_the_run_left_as_it_was(place, stopped, sections, words):
+    before = stopped.config.read_text()
+    with pytest.raises(UserError, match=rf"saved by a run with another .*{words}.*go on with its own configuration"):
+        do(run_in(place, stopped.path, **sections), resume="auto")
+    assert stopped.config.read_text() == before
+    assert len(stopped.checkpoints()) == 2
+
+
+def test_a_checkpoint_of_other_shapes_is_refused_with_them(place, stopped, tmp_path):
+    stopped.config.unlink()
+    run = run_in(place, stopped.path, adapter={**DROPOUT, "rank": 2})
+    with pytest.raises(UserError, match=r"kron_right_up: \[12, 4\] in the file, \[12, 2\] in the model"):
+        do(run, resume=str(stopped.path / "checkpoint-4"))
+
+
+def test_a_checkpoint_of_several_processes_names_how_to_go_on(place, stopped):
+    checkpoint = stopped.path / "checkpoint-4"
+    for rank in (0, 1):
+        shutil.copy(checkpoint / "rng_state.pth", checkpoint / f"rng_state_{rank}.pth")
+    (checkpoint / "latest").write_text("global_step4")
+    with pytest.raises(
+        UserError, match=r"saved by 2 process\(es\) under DeepSpeed.*deepspeed --num_gpus 2 launch/train"
+    ):
+        do(run_in(place, stopped.path), resume="auto")
+
+
+def test_a_folder_with_a_run_is_refused_and_overwrite_begins_it_again(place, stopped, undisturbed):
+    with pytest.raises(
+        UserError, match=r"holds a run already; --resume auto continues it, --overwrite starts it again"
+    ):
+        do(run_in(place, stopped.path))
+    (stopped.path / "notes.txt").write_text("mine")
+    do(run_in(place, stopped.path), overwrite=True)
+    assert same(factors(undisturbed), factors(stopped))
+    assert [row["step"] for row in metrics(stopped)] == [1, 2, 3, 4, 5, 6]
+    assert (stopped.path / "notes.txt").read_text() == "mine"
+    with pytest.raises(UserError, match="give one of them"):
+        do(run_in(place, stopped.path), overwrite=True, resume="auto")
+
+
+def test_overwriting_with_a_run_that_cannot_begin_loses_nothing(place, undisturbed, tmp_path):
+    shutil.copytree(undisturbed.path, tmp_path / "run")
+    before = {p.relative_to(tmp_path): p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    rows = write_rows(tmp_path / "bad.jsonl", [*completions(2), {"prompt": "a"}])
+    for sections, words in (
+        ({"model": {"name": str(place / "modle")}}, "modle"),
+        ({"data": {"train": [rows]}}, r"bad\.jsonl, line 3"),
+        ({"adapter": {"rank": 1000}}, "rank=1000 is larger"),
+    ):
+        with pytest.raises(UserError, match=words):
+            do(run_in(place, tmp_path / "run", **sections), overwrite=True)
+    after = {p.relative_to(tmp_path): p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    assert after == before
+
+
+def config_file(place, tmp_path):
+    values = run_in(place, tmp_path / "run").model_dump(exclude={"deepspeed"})
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+    return str(tmp_path / "run.yaml")
+
+
+def test_ctrl_c_gives_one_message_and_status_130_and_the_run_goes_on(place, undisturbed, tmp_path, stop_at, capfd):
+    file = config_file(place, tmp_path)
+    stop_at(3, signal.SIGINT)
+    assert cli.main(["train", file]) == 130
+    said = capfd.readouterr().err
+    assert "lsr-scale: interrupted; where a checkpoint was saved, the same command with --resume auto" in said
+    assert "Traceback" not in said
+    folder = RunFolder(tmp_path / "run")
+    assert not folder.adapter.exists()
+    assert not folder.results.exists()
+    assert [row["step"] for row in metrics(folder)] == [1, 2, 3]
+    assert cli.main(["train", file, "--resume", "auto", "--quiet"]) == 0
+    assert same(factors(undisturbed), factors(folder))
+
+
+def test_a_full_disk_in_a_checkpoint_leaves_the_one_before_to_go_on_from(
+    place, undisturbed, tmp_path, monkeypatch, capfd
+):
+    import torch
+
+    file = config_file(place, tmp_path)
+    save, num_saved = torch.save, 0
+
+    def full(content, target, *args, **kwargs):
+        nonlocal num_saved
+        num_saved += "optimizer.pt" in str(target)
+        if num_saved == 2:
+            raise RuntimeError(
+                "[enforce fail at inline_container.cc:672] . PytorchStreamWriter failed writing file data/0"
+            )
+        return save(content, target, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "save", full)
+    assert cli.main(["train", file]) == 2
+    assert "lsr-scale: the disk is full; free some space, then go on with --resume auto" in capfd.readouterr().err
+    monkeypatch.setattr(torch, "save", save)
+    folder = RunFolder(tmp_path / "run")
+    assert [path.name for path in folder.checkpoints()] == ["checkpoint-2", "checkpoint-4"]
+    assert cli.main(["train", file, "--resume", "auto"]) == 0
+    assert "checkpoint-4 is left out: there is no trainer_state.json" in capfd.readouterr().out
+    assert same(factors(undisturbed), factors(folder))
+
+
+def test_a_full_disk_under_the_metrics_ends_the_run_in_words(place, tmp_path, monkeypatch, capfd):
+    if not os.path.exists("/dev/full"):
+        pytest.skip("needs /dev/full")
+    file = config_file(place, tmp_path)
+
+    class FillMetrics(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            metrics_file = tmp_path / "run" / "metrics.jsonl"
+            if state.global_step == 3:
+                metrics_file.rename(tmp_path / "kept.jsonl")
+                metrics_file.symlink_to("/dev/full")
+
+    from lsr_scale import train as module
+
+    original = module.build_trainer
+    monkeypatch.setattr(
+        module, "build_trainer", lambda run, folder, callbacks: original(run, folder, [FillMetrics(), *callbacks])
+    )
+    assert cli.main(["train", file]) == 2
+    assert "lsr-scale: the disk is full; free some space" in capfd.readouterr().err

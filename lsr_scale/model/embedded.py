@@ -121,16 +121,21 @@ def ensure(name: str) -> Path:
     import filelock
 
     folder = folder_of(name)
-    if folder.is_dir():
+    if _is_whole(folder):
         return folder
     with _explained(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(f"{folder}.lock"):
-            if not folder.is_dir():
+            if not _is_whole(folder):
+                shutil.rmtree(folder, ignore_errors=True)
                 for left_over in folder.parent.glob(f"{folder.name}.tmp-*"):
                     shutil.rmtree(left_over, ignore_errors=True)
                 _convert(name, folder)
     return folder
+
+
+def _is_whole(folder: Path) -> bool:
+    return all((folder / file).is_file() for file in ("config.json", "model.safetensors", "tokenizer.json"))
 
 
 def _convert(name: str, folder: Path) -> None:
@@ -138,7 +143,7 @@ def _convert(name: str, folder: Path) -> None:
         raise UserError(f"model {name!r}: reading its file takes the package gguf; run: pip install gguf")
     if shutil.disk_usage(folder.parent).free < NEEDED_BYTES:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    logger.info("converting %s into %s (once, about 20 s)", name, folder)
+    logger.warning("converting %s into %s: once, about 20 s", name, folder)
     temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.tmp-", dir=folder.parent))
     try:
         _write(gguf_file(name), find(name), temporary)
@@ -188,9 +193,12 @@ def _write(gguf: Path, packaged: PackagedModel, folder: Path) -> None:
     tokenizer.model_max_length = model.config.max_position_embeddings
     for config in (model.config, model.generation_config):
         config.pad_token_id = tokenizer.pad_token_id
+    # whichever rank of a group converts, it has to write: transformers leaves that to rank 0
+    model.should_save_on_this_rank = lambda is_main_process: True
     with _quietly():
         model.to(torch.bfloat16).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+    assert _is_whole(folder), f"transformers saved only {sorted(file.name for file in folder.iterdir())}"
     for file in folder.iterdir():
         file.chmod(0o644)  # safetensors makes its file private; a cache may be shared
 

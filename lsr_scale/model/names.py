@@ -92,7 +92,9 @@ def _remedy(error: BaseException) -> str | None:
         return (
             "it needs Python code from its repository, which is never run here; choose a model that Transformers knows"
         )
-    if "does not recognize this architecture" in text or "Unrecognized model" in text:
+    if "Unrecognized model" in text:
+        return "there is no config.json with a model_type in it; fetch the model again"
+    if "does not recognize this architecture" in text:
         return "this version of Transformers does not know its architecture; `lsr-scale doctor` shows what is installed"
     if "size mismatch" in text or "mismatched" in text:
         return f"its weight files do not have the shapes that its config.json says ({text[:300]})"

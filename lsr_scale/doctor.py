@@ -280,17 +280,13 @@ def _quantized_layer(bnb: Any, kind: str, dense: torch.Tensor) -> nn.Module:
     return layer
 
 
-# DeepSpeed's helper, model and caches
+# DeepSpeed and the embedded model
 
 
 def helpers() -> Iterator[Finding]:
-    """Tell whether DeepSpeed's CPU helper is compiled or can be, and where the embedded model is."""
-    if torch.cuda.is_available():
-        yield Finding("helpers", "DeepSpeed on GPUs", "needs nothing compiled by the shipped configurations")
-    else:
-        compiler = os.environ.get("CXX", "c++")
-        ninja = shutil.which("ninja") is not None or importlib.util.find_spec("ninja") is not None
-        yield check_cpu_helper(compiler, shutil.which(compiler) is not None, ninja, bool(_compiled_helpers()))
+    """Tell what several processes need, and where the embedded model is."""
+    where = "GPUs: NCCL" if torch.cuda.is_available() else "CPUs: gloo"
+    yield Finding("helpers", "DeepSpeed", f"several processes talk over {where}; nothing is compiled")
     name = next(iter(embedded.MODELS))
     packaged = embedded.MODELS[name]
     if importlib.util.find_spec(packaged.package) is None:
@@ -298,26 +294,6 @@ def helpers() -> Iterator[Finding]:
     else:
         converted = embedded.folder_of(name).is_dir()
         yield Finding("helpers", f"model {name}", "converted" if converted else "installed; converted on first use")
-
-
-def _compiled_helpers() -> list[Path]:
-    root = os.environ.get("TORCH_EXTENSIONS_DIR")
-    from torch.utils.cpp_extension import get_default_build_root
-
-    return list(Path(root or get_default_build_root()).glob("**/deepspeed_shm_comm/*.so"))
-
-
-def check_cpu_helper(compiler: str, has_compiler: bool, has_ninja: bool, is_compiled: bool) -> Finding:
-    """Judge whether several CPU processes can talk: DeepSpeed compiles a helper for them on the first start."""
-    name = "DeepSpeed on CPUs"
-    if not has_compiler or not has_ninja:
-        missing = "pip install ninja" if has_compiler else f"install a C++ compiler ({compiler}; apt-get install g++)"
-        remedy = f"{missing}, or train in one process: lsr-scale train"
-        what = "ninja" if has_compiler else f"a C++ compiler ({compiler})"
-        return Finding("helpers", name, f"{what} is missing, and the launcher's processes need it", "bad", remedy)
-    return Finding(
-        "helpers", name, "helper compiled" if is_compiled else "the first start compiles a helper (a minute)"
-    )
 
 
 # surroundings

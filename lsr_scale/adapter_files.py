@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import re
 import shutil
 import warnings
 from pathlib import Path
@@ -18,6 +19,9 @@ from transformers import Trainer
 from lsr_scale import distributed, record
 from lsr_scale.errors import UserError, did_you_mean
 from lsr_scale.model.identity import base_description, check_base
+
+# torch's words for two tensors that should be of one shape
+_MISMATCH = re.compile(r"size mismatch for (\S+): .*?\[(.*?)\].*?\[(.*?)\]")
 
 
 def is_sharded(model: Any) -> bool:
@@ -91,7 +95,9 @@ def load_adapter(base: Any, folder: Path, trainable: bool = False) -> tuple[Peft
     except UserError as error:
         raise UserError(f"{folder}: {error}") from error
     except (KeyError, ValueError, RuntimeError, TypeError) as error:
-        raise UserError(f"{folder}: this adapter does not fit the base model: {str(error)[:600]}") from error
+        shapes = [f"{name}: [{a}] in the file, [{b}] in the model" for name, a, b in _MISMATCH.findall(str(error))]
+        words = "\n" + "\n".join(_first(shapes)) if shapes else f" {str(error)[:600]}"
+        raise UserError(f"{folder}: this adapter does not fit the base model:{words}") from error
     wrong = misfits(model, folder)
     if wrong:
         raise UserError(f"{folder}: the weights are not those that adapter_config.json describes\n" + "\n".join(wrong))
@@ -112,6 +118,10 @@ def misfits(model: Any, folder: Path) -> list[str]:
         for name in names
         if stored.get(name) != shapes.get(name)
     ]
+    return _first(lines)
+
+
+def _first(lines: list[str]) -> list[str]:
     return [*lines[:6], f"... and {len(lines) - 6} more"] if len(lines) > 6 else lines
 
 

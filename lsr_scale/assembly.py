@@ -51,7 +51,8 @@ def build_trainer(run: RunConfig, folder: RunFolder, callbacks: list[TrainerCall
         raise UserError(f"data.validation: is {datasets['eval'][1]}, but data.train is {kind}; give rows of one kind")
     for note in prepare_tokenizer(tokenizer, kind):
         logger.info(note)
-    model = adapt(run, base_of(run.model, run.training["seed"]))
+    with only_new_warnings():
+        model = adapt(run, base_of(run.model, run.training["seed"]))
 
     common: dict[str, Any] = {
         "model": model,
@@ -79,6 +80,7 @@ def _arguments(run: RunConfig, folder: RunFolder) -> Any:
     values.setdefault("log_level_replica", "error")  # the main process speaks for all
     if run.model.task == "seq_cls":
         values.setdefault("include_num_input_tokens_seen", "non_padding")  # for tokens/s; SFTTrainer counts by itself
+    values.setdefault("ddp_find_unused_parameters", False)  # every factor takes part in every step
     if uses_deepspeed(run):
         values["deepspeed"] = run.deepspeed.config
     try:

@@ -14,6 +14,8 @@ from typing import Any
 from lsr_scale.errors import UserError
 
 SECONDS_FOR_RANK_0 = 4.0
+# the system's words, and what torch.save makes of them
+_FULL_DISK = ("No space left on device", "PytorchStreamWriter", "inline_container", "iostream error")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -136,7 +138,7 @@ def _remedy(error: Exception) -> str | None:
             "the GPU's memory ran out; lower training.per_device_train_batch_size or training.max_length, or set "
             "training.gradient_checkpointing: true (lsr-scale plan tells what each takes)"
         )
-    if "No space left on device" in text or "PytorchStreamWriter failed writing" in text:
+    if any(words in text for words in _FULL_DISK) and "Reader" not in text:
         return (
             "the disk is full; free some space, then go on with --resume auto (whole checkpoints stay, and one cut "
             "short is passed over)"

@@ -194,8 +194,8 @@ def _begin(run: RunConfig, folder: RunFolder, checkpoint: Path | None, say: Call
             shutil.rmtree(path, ignore_errors=True)
         if not goes_on:
             _clear(folder)
-        record.write_text(folder.config, config.dump_yaml(run))
         record.write_json(folder.environment, record.environment())
+        record.write_text(folder.config, config.dump_yaml(run))  # last: it makes the folder a run
     distributed.broadcast(None)  # nobody writes before that
 
 

@@ -1,9 +1,11 @@
 """Runs that stop and go on: the same adapter in the end, every step recorded once, and nothing good lost on the way."""
 
+import functools
 import json
 import os
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
 import yaml
@@ -43,29 +45,37 @@ def run_in(place, folder, **sections):
 @pytest.fixture
 def stop_at(monkeypatch):
     """Return a function that makes the next run end with an exception (or a signal) in the middle of a step's log."""
+    return functools.partial(arrange_stop, monkeypatch)
+
+
+def arrange_stop(patch, step, how=Killed):
     on_log = progress.Progress.on_log
 
-    def arrange(step, how=Killed):
-        def on_log_then_stop(self, args, state, control, logs=None, **kwargs):
-            on_log(self, args, state, control, logs=logs, **kwargs)
-            if state.global_step == step:
-                monkeypatch.setattr(progress.Progress, "on_log", on_log)
-                if isinstance(how, type):
-                    raise how
-                os.kill(os.getpid(), how)
+    def on_log_then_stop(self, args, state, control, logs=None, **kwargs):
+        on_log(self, args, state, control, logs=logs, **kwargs)
+        if state.global_step == step:
+            patch.setattr(progress.Progress, "on_log", on_log)
+            if isinstance(how, type):
+                raise how
+            os.kill(os.getpid(), how)
 
-        monkeypatch.setattr(progress.Progress, "on_log", on_log_then_stop)
+    patch.setattr(progress.Progress, "on_log", on_log_then_stop)
 
-    return arrange
+
+@pytest.fixture(scope="module")
+def killed(place):
+    """Return the folder of a run that was killed in its fifth step, with checkpoints of its second and fourth."""
+    with pytest.MonkeyPatch.context() as patch:
+        arrange_stop(patch, 5)
+        with pytest.raises(Killed):
+            do(run_in(place, place / "killed"))
+    return place / "killed"
 
 
 @pytest.fixture
-def stopped(place, tmp_path, stop_at):
-    """Return the folder of a run that was killed in its fifth step, with checkpoints of its second and fourth."""
-    stop_at(5)
-    with pytest.raises(Killed):
-        do(run_in(place, tmp_path / "run"))
-    return RunFolder(tmp_path / "run")
+def stopped(killed, tmp_path):
+    """Return a copy of the killed run, a test's own."""
+    return RunFolder(Path(shutil.copytree(killed, tmp_path / "run")))
 
 
 def test_a_killed_run_goes_on_to_the_same_adapter_with_every_step_recorded_once(place, undisturbed, stopped):

@@ -1,6 +1,7 @@
 """Whole runs that take a second: tiny random models with a tokenizer, saved as a user's own folder would be."""
 
 import functools
+import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -161,6 +162,7 @@ def tiny_run(folder: Path, **sections: dict[str, Any]) -> RunConfig:
 
 def do(run: RunConfig, **options: Any) -> RunFolder:
     """Train quietly."""
+    gc.freeze()  # every run collects garbage, and need not look through half a million objects of the libraries
     return train(run, quiet=True, **options)
 
 

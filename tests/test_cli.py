@@ -1,0 +1,339 @@
+"""Every command once, what each prints, and every mistake: one screen that names the place and the remedy, status 2."""
+
+import json
+import os
+import shutil
+
+import pytest
+from tiny_runs import TOOLS, completions, do, factors, questions, save_llama, tiny_run, write_rows
+
+from lsr_scale import cli
+from lsr_scale.config import dump_yaml
+from lsr_scale.run_folder import RunFolder
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Return a folder with a model, run.yaml, and the finished run `done`."""
+    folder = tmp_path_factory.mktemp("cli")
+    save_llama(folder / "model", chat=True)
+    run = tiny_run(folder, training={"output_dir": str(folder / "done"), "save_strategy": "no"})
+    (folder / "run.yaml").write_text(dump_yaml(run))
+    do(run)
+    return folder
+
+
+@pytest.fixture
+def done(place, tmp_path):
+    """Return a copy of the finished run, a test's own."""
+    return RunFolder(type(place)(shutil.copytree(place / "done", tmp_path / "done")))
+
+
+@pytest.fixture
+def call(capfd, monkeypatch):
+    """Return a function that runs a command and returns its status, stdout and stderr."""
+    monkeypatch.setenv("COLUMNS", "80")
+
+    def run(*words):
+        capfd.readouterr()
+        try:
+            status = cli.main([str(word) for word in words])
+        except SystemExit as ended:  # argparse
+            status = ended.code
+        said = capfd.readouterr()
+        return status, said.out, said.err
+
+    return run
+
+
+def refused(call, *words, status=2):
+    """Run a command that must fail in words; return them."""
+    code, out, err = call(*words)
+    assert code == status, out + err
+    assert "Traceback" not in out + err
+    said = err[err.index("lsr-scale: ") :]
+    assert len(said) < 24 * 80, "one screen"
+    assert said.count("\n") < 20, "one screen"
+    return said
+
+
+def test_train_prints_what_happens_and_ends_with_a_table_of_80_columns(call, place, tmp_path):
+    status, out, err = call("train", place / "run.yaml", "--set", f"training.output_dir={tmp_path / 'run'}")
+    assert status == 0, err
+    lines = out.splitlines()
+    assert lines[0] == f"run folder: {tmp_path / 'run'}"
+    assert "trainable parameters: 1,600 of " in out
+    assert "before training: questions" in out
+    assert sum(line.startswith("step ") for line in lines) == 6
+    table = lines[lines.index("adapter saved: " + str(tmp_path / "run" / "adapter")) :]
+    assert any("before" in line and "after" in line and "gained / lost" in line for line in table)
+    assert max(len(line) for line in table if str(tmp_path) not in line) <= 80
+    assert lines[-1].startswith("done in 0:")
+    for name in ("adapter", "loss.png", "results.json"):
+        assert str(tmp_path / "run" / name) in out
+    assert "\x1b" not in out, "no terminal, no escapes"
+
+
+def test_quiet_prints_results_only(call, place, tmp_path):
+    status, out, _ = call(
+        "train", "--quiet", "--config", place / "run.yaml", "--set", f"training.output_dir={tmp_path}/run"
+    )
+    assert status == 0
+    assert "step " not in out
+    assert out.lstrip().startswith("Accuracy")
+
+
+def test_eval_reloads_the_adapter_and_gives_exactly_the_predictions_that_training_saved(call, done):
+    status, out, err = call("eval", done.path)
+    assert status == 0, err
+    assert "adapter: questions" in err
+    assert "note" not in err
+    assert max(map(len, out.splitlines()[1:])) <= 80
+    saved, again = (done.predictions("questions", when).read_bytes() for when in ("after", "eval-adapter"))
+    assert saved == again
+    assert call("eval", done.path, "--base-only")[0] == 0
+    assert (
+        done.predictions("questions", "eval-base").read_bytes() == done.predictions("questions", "before").read_bytes()
+    )
+
+
+def test_eval_takes_other_tasks_a_limit_and_prints_json(call, done, tmp_path):
+    rows = write_rows(tmp_path / "other" / "test.jsonl", questions(5))
+    status, out, _ = call("eval", done.path, "--json", "--limit", 3, "--tasks", tmp_path / "other", rows)
+    assert status == 0
+    found = json.loads(out)
+    assert found["scored"] == "adapter"
+    assert {name: values["adapter"]["num_examples"] for name, values in found["accuracy"].items()} == {
+        "other": 3,
+        "test": 3,
+    }
+
+
+def test_eval_scores_choices_without_their_questions(call, done):
+    status, out, _ = call("eval", done.path, "--without-questions", "--json")
+    assert status == 0
+    assert json.loads(out)["scored"] == "adapter-without-questions"
+    assert done.predictions("questions", "eval-adapter-without-questions").is_file()
+    assert "after" in json.loads(done.results.read_text())["accuracy"]["questions"], "the run's own results stay"
+
+
+def test_generate_continues_a_prompt_the_same_each_time(call, done):
+    status, first, err = call("generate", done.path, "--prompt", TOOLS[0], "--max-new-tokens", 5)
+    assert (status, err) == (0, "")
+    assert call("generate", done.path, "--prompt", TOOLS[0], "--max-new-tokens", 5)[1] == first
+    assert call("generate", done.path, "--prompt", TOOLS[0], "--max-new-tokens", 5, "--chat")[0] == 0
+    assert call("generate", done.path, "--prompt", TOOLS[0], "--max-new-tokens", 5, "--base-only")[0] == 0
+
+
+def test_preview_shows_tokens_and_what_is_supervised(call, place):
+    status, out, err = call("preview", place / "run.yaml", "--samples", 2)
+    assert status == 0, err
+    assert "12 rows, prompt_completion: raw text, loss on the completion" in out
+    assert "supervised: ' cuts bread</s>'" in out
+    assert out.count("supervised: ") == 2
+
+
+def test_plan_tells_parameters_as_words_and_as_json(call, place):
+    status, out, _ = call("plan", "--config", place / "run.yaml", "--json", "--gpus", 2)
+    assert status == 0
+    found = json.loads(out)
+    assert found["trainable_parameters"] == sum(t.numel() for t in factors(RunFolder(place / "done")).values())
+    assert {"base_parameters", "adapter_bytes", "memory_gib"} <= set(found)
+    status, out, _ = call("plan", place / "run.yaml")
+    assert status == 0
+    assert "1,600" in out
+
+
+def test_doctor_reports_and_its_status_says_whether_something_is_bad(call):
+    status, out, _ = call("doctor", "--json")
+    found = json.loads(out)
+    assert status in (0, 1)
+    assert found
+
+
+def test_config_prints_the_resolved_run_and_the_schema(call, place):
+    status, out, _ = call("config", place / "run.yaml", "--set", "training.learning_rate=1e-3")
+    assert status == 0
+    assert "learning_rate: 0.001" in out
+    assert "double_quantization: true" in out
+    status, out, _ = call("config", "--json-schema")
+    assert status == 0
+    assert "learning_rate" in json.loads(out)["properties"]["training"]["properties"]
+
+
+def test_help_names_every_command(call):
+    status, out, _ = call("--help")
+    assert status == 0
+    assert all(command in out for command in ("train", "eval", "generate", "preview", "plan", "doctor", "config"))
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["tarin"], "invalid choice: 'tarin'"),
+        (["train", "--resmue", "auto"], "unrecognized arguments: --resmue"),
+        (["plan", "run.yaml", "--gpus", "0"], "argument --gpus: expected a whole number from 1 on, got '0'"),
+        (["eval", "run", "--limit", "-3"], "argument --limit"),
+        (["generate", "run"], "the following arguments are required: --prompt"),
+    ],
+)
+def test_wrong_words_on_the_command_line_end_with_status_2(call, words, expected):
+    status, _, err = call(*words)
+    assert status == 2
+    assert expected in err
+
+
+def test_train_without_a_configuration_or_with_two_says_so(call):
+    assert "expected one configuration: --config configs/NAME.yaml" in refused(call, "train")
+    assert "expected one configuration" in refused(call, "train", "a.yaml", "--config", "b.yaml")
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ("adapter.rnak=4", "did you mean 'rank'"),
+        ("training.learning_rat=4", "did you mean 'learning_rate'"),
+        ("training.learning_rate=fast", "training.learning_rate"),
+        ("model.name=no/such/model/anywhere", "there is no such folder"),
+        ("model.name=nobody/nothing-here", "the hub cannot be reached"),
+        ("data.train=[nowhere.jsonl]", "no such file or folder"),
+        ("data.train=[BAD]", "bad.jsonl, line 3: expected a text under 'completion', got nothing"),
+        ("eval.tasks=[nowhere.jsonl]", "no such file or folder"),
+        ("eval.tasks=[BAD]", "bad.jsonl, line 1"),
+        ("data.validation=[nowhere.jsonl]", "no such file or folder"),
+        ("adapter.rank=1000", "rank=1000 is larger than the smaller dimension of the layer, 48 -> 48; lower rank"),
+        ("adapter.target_modules=[q_porj]", "target_modules: 'q_porj' matches no module; did you mean 'q_proj'"),
+        ("adapter.left_in=7", "left_in=7 must divide in_features=48"),
+        ("model.chat_template=none.jinja", "model.chat_template 'none.jinja': cannot be read"),
+        ("training.output_dir=/proc/nowhere", "/proc/nowhere: cannot be written"),
+        ("training.assistant_only_loss=true", "training: You set `assistant_only_loss=True`"),
+        ("training.optim=adamw_torchh", "training.optim"),
+    ],
+)
+def test_a_mistake_in_a_run_is_said_with_its_place_and_leaves_nothing_behind(call, place, tmp_path, change, expected):
+    rows = write_rows(tmp_path / "bad.jsonl", [*completions(2), {"prompt": "a"}])
+    target = tmp_path / "run"
+    words = ["--set", f"training.output_dir={target}", "--set", change.replace("BAD", rows)]
+    assert expected in refused(call, "train", place / "run.yaml", *words)
+    assert not target.exists()
+    assert not os.path.exists("runs")
+
+
+def test_a_missing_configuration_names_the_nearest(call, place):
+    assert f"did you mean {place / 'run.yaml'}?" in refused(call, "train", place / "rnu.yaml")
+
+
+def test_a_tokenizer_with_nothing_to_pad_with_is_refused(call, place, tmp_path):
+    shutil.copytree(place / "model", tmp_path / "model")
+    config, vocabulary = tmp_path / "model" / "tokenizer_config.json", tmp_path / "model" / "tokenizer.json"
+    values = json.loads(config.read_text())
+    kept = {name: value for name, value in values.items() if name not in ("pad_token", "eos_token", "bos_token")}
+    config.write_text(json.dumps(kept))
+    vocabulary.write_text(vocabulary.read_text().replace('"<pad>"', '"<zzz>"'))
+    words = (
+        "train",
+        place / "run.yaml",
+        "--set",
+        f"training.output_dir={tmp_path}/run",
+        "--set",
+        f"model.name={tmp_path}/model",
+    )
+    assert "its tokenizer has neither a padding nor an end token to pad with; set pad_token" in refused(call, *words)
+    config.write_text(json.dumps({**kept, "eos_token": "</s>"}))
+    assert call(*words)[0] == 0, "the end token does, if it must"
+
+
+@pytest.mark.parametrize("command", [["eval"], ["generate", "--prompt", "a"]])
+def test_a_folder_without_a_run_or_adapter_is_refused(call, done, tmp_path, command):
+    assert "not a run folder (there is no config.yaml in it)" in refused(call, *command, tmp_path)
+    shutil.rmtree(done.adapter)
+    assert "the run has no adapter yet; train it first" in refused(call, *command, done.path)
+    (done.path / "checkpoint-2").mkdir()
+    assert "it was interrupted: continue it with --resume auto" in refused(call, *command, done.path)
+
+
+def test_a_damaged_adapter_or_run_is_refused(call, done):
+    weights = done.adapter / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    assert "adapter_model.safetensors: damaged or cut short" in refused(call, "eval", done.path)
+    done.config.write_text("model: [")
+    assert "config.yaml:1:" in refused(call, "eval", done.path)
+
+
+def test_an_adapter_on_another_base_is_refused_with_the_shapes(call, done, tmp_path):
+    save_llama(tmp_path / "wide", hidden_size=64)
+    done.config.write_text(
+        done.config.read_text().replace("model\n", "wide\n", 1).replace(str(done.path), str(tmp_path))
+    )
+    text = done.config.read_text()
+    line = next(line for line in text.splitlines() if line.startswith("  name: "))
+    done.config.write_text(text.replace(line, f"  name: {tmp_path / 'wide'}"))
+    said = refused(call, "eval", done.path)
+    assert "this adapter was trained on" in said
+    assert "lm_head: [304, 48] -> [304, 64]" in said
+
+
+def test_mistakes_after_training_are_said_too(call, done):
+    assert "no such file or folder" in refused(call, "eval", done.path, "--tasks", "nowhere.jsonl")
+    assert "tasks" in refused(call, "eval", done.path, "--tasks", "")
+    assert "--prompt: expected some text to continue, got none" in refused(call, "generate", done.path, "--prompt", "")
+    (done.path.parent / "empty.jinja").write_text("")
+    model = done.path.parent / "model"
+    text = done.config.read_text()
+    save_llama(model)
+    line = next(line for line in text.splitlines() if line.startswith("  name: "))
+    done.config.write_text(text.replace(line, f"  name: {model}"))
+    assert "--chat: the model's tokenizer has no chat template" in refused(
+        call, "generate", done.path, "--prompt", "a", "--chat"
+    )
+
+
+def test_debug_shows_the_traceback_beside_the_words(call, tmp_path):
+    status, _, err = call("config", tmp_path / "none.yaml", "--debug")
+    assert status == 2
+    assert "Traceback" in err
+    assert "lsr-scale: " in err
+
+
+def test_a_bug_is_no_mistake_and_keeps_its_traceback(monkeypatch):
+    def broken(_):
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setitem(cli._COMMANDS, "doctor", broken)
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["doctor"])
+
+
+@pytest.mark.parametrize(
+    ("error", "expected", "status"),
+    [
+        (KeyboardInterrupt(), "lsr-scale: interrupted", 130),
+        (OSError(28, "No space left on device"), "the disk is full; free some space", 2),
+        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"), "the disk is full", 2),
+        (PermissionError(13, "Permission denied", "/some/file"), "lsr-scale: /some/file: Permission denied", 2),
+    ],
+)
+def test_failures_of_the_machine_are_said_in_words(call, monkeypatch, error, expected, status):
+    def fail(_):
+        raise error
+
+    monkeypatch.setitem(cli._COMMANDS, "doctor", fail)
+    assert expected in refused(call, "doctor", status=status)
+
+
+def test_a_gpu_without_memory_is_said_with_what_to_lower(call, monkeypatch):
+    import torch
+
+    def fail(_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setitem(cli._COMMANDS, "doctor", fail)
+    assert "lower training.per_device_train_batch_size" in refused(call, "doctor")
+
+
+def test_another_rank_names_itself_and_waits_for_the_first_to_speak(call, monkeypatch):
+    waited = []
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(cli.time, "sleep", waited.append)
+    assert "lsr-scale: rank 1: " in refused(call, "train")
+    assert waited == [cli.SECONDS_FOR_RANK_0]

@@ -1,0 +1,132 @@
+"""The progress line and what is recorded of each step."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+from transformers import TrainerState
+
+from lsr_scale import UserError, progress
+from lsr_scale.progress import Progress, clock, print_line, show_live
+
+
+@pytest.fixture
+def clocked(monkeypatch):
+    """Return a clock that the test moves on."""
+    now = SimpleNamespace(value=100.0)
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now.value)
+    return now
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    """Make stdout a terminal of 30 columns."""
+    monkeypatch.setattr(progress, "sys", SimpleNamespace(stdout=SimpleNamespace(isatty=lambda: True)))
+    monkeypatch.setenv("COLUMNS", "30")
+
+
+ARGUMENTS = SimpleNamespace(logging_steps=1, eval_steps=None, save_steps=500)
+
+
+def state(step=0, max_steps=10, main=True):
+    return TrainerState(global_step=step, max_steps=max_steps, epoch=step / max_steps, is_world_process_zero=main)
+
+
+def log(callback, step, **logs):
+    callback.on_log(ARGUMENTS, state(step), None, logs={"loss": 2.0, **logs})
+
+
+def test_time_left_is_that_of_the_steps_left_at_the_pace_so_far(tmp_path, clocked, capsys):
+    callback = Progress(tmp_path / "metrics.jsonl")
+    callback.on_train_begin(ARGUMENTS, state(), None)
+    for step in (1, 2):
+        clocked.value += 30
+        log(callback, step, num_tokens=600.0 * step)
+    assert capsys.readouterr().out.splitlines()[-1].startswith("step 2/10  loss 2.0000  20 tokens/s  ")
+    clocked.value += 30
+    log(callback, 3, num_tokens=1800.0)
+    assert (
+        callback.metrics.read_text()
+        .splitlines()[-1]
+        .startswith('{"step": 3, "epoch": 0.3, "wall_s": 90.0, "tokens_per_s": 20.0')
+    )
+    assert capsys.readouterr().out.rstrip().endswith("3:30 left")
+
+
+def test_a_run_that_goes_on_counts_its_own_steps_and_keeps_the_time_and_tokens_before(tmp_path, clocked, capsys):
+    file = tmp_path / "metrics.jsonl"
+    rows = [
+        {"step": s, "wall_s": 10.0 * s, "loss": 3.0, "num_tokens": 100.0 * s, "memory_gib": 1.0}
+        for s in (1, 2, 3, 4, 5)
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    callback = Progress(file)
+    callback.on_train_begin(ARGUMENTS, state(4), None)
+    clocked.value += 2
+    log(callback, 5, num_tokens=150.0)  # TRL's count starts again at zero
+    found = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [row["step"] for row in found] == [1, 2, 3, 4, 5]
+    assert (found[-1]["wall_s"], found[-1]["num_tokens"], found[-1]["tokens_per_s"]) == (42.0, 550.0, 75.0)
+    assert capsys.readouterr().out.rstrip().endswith("0:10 left")
+
+
+def test_a_fresh_run_drops_what_an_older_one_recorded(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "loss": 1.0}\n')
+    Progress(tmp_path / "metrics.jsonl").on_train_begin(ARGUMENTS, state(), None)
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
+
+
+def test_on_a_terminal_one_line_is_rewritten_and_never_wraps(tmp_path, clocked, terminal, capsys):
+    callback = Progress(tmp_path / "metrics.jsonl")
+    callback.on_train_begin(ARGUMENTS, state(), None)
+    for step in (1, 2):
+        clocked.value += 1
+        log(callback, step, num_tokens=1e6 * step)
+    callback.on_train_end(ARGUMENTS, state(2), None)
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1
+    shown = out.rstrip("\n").split("\r\x1b[2K")[1:]
+    assert [line[:9] for line in shown] == ["step 1/10", "step 2/10"]
+    assert all(len(line) <= 29 for line in shown)
+
+
+def test_a_line_that_stays_replaces_the_live_one(terminal, capsys):
+    show_live("half done")
+    print_line("done")
+    assert capsys.readouterr().out == "\r\x1b[2Khalf done\r\x1b[2Kdone\n"
+
+
+def test_without_a_terminal_every_step_is_a_plain_line(tmp_path, clocked, capsys):
+    show_live("never seen")
+    callback = Progress(tmp_path / "metrics.jsonl")
+    callback.on_train_begin(ARGUMENTS, state(), None)
+    log(callback, 1)
+    callback.on_log(ARGUMENTS, state(1), None, logs={"eval_loss": 1.5, "eval_accuracy": 0.75, "eval_runtime": 1.0})
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("step 1/10  loss 2.0000  ")
+    assert lines[1] == "step 1: eval_loss 1.5000, eval_accuracy 0.7500"
+
+
+def test_quiet_records_and_says_nothing(tmp_path, clocked, capsys):
+    callback = Progress(tmp_path / "metrics.jsonl", quiet=True)
+    callback.on_train_begin(ARGUMENTS, state(), None)
+    log(callback, 1)
+    callback.on_train_end(ARGUMENTS, state(1), None)
+    assert capsys.readouterr().out == ""
+    assert callback.metrics.read_text().count("\n") == 1
+
+
+def test_other_processes_record_nothing_and_stop_at_numbers_that_are_not_finite(tmp_path, capsys):
+    callback = Progress(tmp_path / "metrics.jsonl")
+    callback.on_train_begin(ARGUMENTS, state(main=False), None)
+    callback.on_log(ARGUMENTS, state(1, main=False), None, logs={"loss": 2.0})
+    assert not callback.metrics.exists()
+    for logs in ({"loss": float("nan")}, {"loss": 1.0, "grad_norm": float("inf")}):
+        with pytest.raises(UserError, match=r"training diverged: (loss is nan|grad_norm is inf) at step 2"):
+            callback.on_log(ARGUMENTS, state(2, main=False), None, logs=logs)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0.4, "0:00"), (59.6, "1:00"), (3599, "59:59"), (3661, "1:01:01")])
+def test_durations_read_as_on_a_clock(seconds, text):
+    assert clock(seconds) == text

@@ -1,0 +1,152 @@
+"""Where a run's files go: names, claims, refusals, and files that appear whole or not at all."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from lsr_scale import UserError, record
+from lsr_scale.progress import draw_losses, read_metrics, summarize_metrics
+from lsr_scale.run_folder import RunFolder, choose, open_run
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_place(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def begun(folder):
+    record.write_text(folder.config, "model: {}\n")
+    return folder
+
+
+def test_unnamed_runs_are_numbered_and_resuming_takes_the_newest():
+    first = begun(choose(None, "arc", resume=False, overwrite=False))
+    second = begun(choose(None, "arc", resume=False, overwrite=False))
+    assert [str(folder.path) for folder in (first, second)] == ["runs/arc", "runs/arc-2"]
+    assert choose(None, "arc", resume=True, overwrite=False) == second
+    assert choose(None, "arc", resume=False, overwrite=True) == second
+    assert str(choose(None, "other", resume=True, overwrite=False).path) == "runs/other"
+
+
+def test_two_runs_that_start_together_get_two_folders(monkeypatch):
+    mkdir = Path.mkdir
+    raced = []
+
+    def another_is_faster(self, *args, **kwargs):
+        if self.name == "arc" and not raced:
+            raced.append(self)
+            mkdir(self, parents=True)
+        return mkdir(self, *args, **kwargs)
+
+    monkeypatch.setattr("pathlib.Path.mkdir", another_is_faster)
+    assert str(choose(None, "arc", resume=False, overwrite=False).path) == "runs/arc-2"
+
+
+def test_a_named_folder_with_a_run_is_refused_unless_resumed_or_overwritten(tmp_path):
+    begun(choose("mine", "arc", resume=False, overwrite=False))
+    with pytest.raises(UserError, match=r"mine: holds a run already; --resume auto continues it, --overwrite"):
+        choose("mine", "arc", resume=False, overwrite=False)
+    for how in ({"resume": True, "overwrite": False}, {"resume": False, "overwrite": True}):
+        assert choose("mine", "arc", **how).is_run()
+
+
+def test_a_folder_with_other_files_is_taken_and_kept(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("x")
+    folder = choose("mine", "arc", resume=False, overwrite=False)
+    folder.release()
+    assert (tmp_path / "mine" / "notes.txt").exists()
+
+
+def test_a_folder_that_was_only_claimed_is_released():
+    folder = choose("deep/er/mine", "arc", resume=False, overwrite=False)
+    assert folder.path.is_dir()
+    folder.release()
+    assert not folder.path.exists()
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_anything_is_done(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="file: expected a folder for the run, got a file; name another"):
+        choose("file", "arc", resume=False, overwrite=False)
+    with pytest.raises(UserError, match="file/below: cannot be written: Not a directory; check the path"):
+        choose("file/below", "arc", resume=False, overwrite=False)
+    with pytest.raises(UserError, match=r"/proc/nowhere: cannot be written: "):
+        choose("/proc/nowhere", "arc", resume=False, overwrite=False)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_of_someone_elses_is_refused(tmp_path):
+    (tmp_path / "locked").mkdir(mode=0o500)
+    with pytest.raises(UserError, match="cannot be written: Permission denied; check the path and who may write"):
+        choose("locked", "arc", resume=False, overwrite=False)
+
+
+def test_opening_what_is_no_run_names_the_runs_that_are_there():
+    begun(choose(None, "arc", resume=False, overwrite=False))
+    with pytest.raises(UserError, match=r"runs/ark: not a run folder .*; runs here: runs/arc"):
+        open_run("runs/ark")
+    assert open_run("runs/arc").is_run()
+
+
+def test_checkpoints_are_in_the_order_of_their_steps(tmp_path):
+    for name in ("checkpoint-10", "checkpoint-9", "checkpoint-best", "checkpoint-100"):
+        (tmp_path / name).mkdir()
+    assert [path.name for path in RunFolder(tmp_path).checkpoints()] == [
+        "checkpoint-9",
+        "checkpoint-10",
+        "checkpoint-100",
+    ]
+
+
+def test_tasks_with_any_name_have_a_file_of_predictions():
+    assert RunFolder(Path("run")).predictions("builtin:a b/c", "x") == Path("run/eval/builtin_a_b_c-x.jsonl")
+
+
+@pytest.mark.parametrize("fails", ["write", "fsync", "replace"])
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_beside_it(tmp_path, monkeypatch, fails):
+    target = tmp_path / "results.json"
+    record.write_json(target, {"good": 1})
+
+    def full(*_, **__):
+        raise OSError(28, os.strerror(28))
+
+    if fails == "write":
+        monkeypatch.setattr("pathlib.Path.open", full)
+    else:
+        monkeypatch.setattr("os.fsync" if fails == "fsync" else "pathlib.Path.replace", full)
+    with pytest.raises(UserError, match=r"results\.json: cannot be written: No space left on device; free some space"):
+        record.write_json(target, {"good": 2})
+    monkeypatch.undo()
+    assert json.loads(target.read_text()) == {"good": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_metrics_are_read_up_to_a_line_that_a_kill_cut_short(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"step": 1, "loss": 2.0, "memory_gib": 1.5}\n{"step": 2, "lo')
+    assert read_metrics(file) == [{"step": 1, "loss": 2.0, "memory_gib": 1.5}]
+    assert summarize_metrics(file) == {"final_loss": 2.0, "tokens": None, "tokens_per_s": None, "peak_memory_gib": 1.5}
+    assert summarize_metrics(tmp_path / "none.jsonl") == {}
+
+
+def test_the_same_losses_draw_the_same_bytes_and_a_full_disk_keeps_the_old_curve(tmp_path, monkeypatch):
+    file = tmp_path / "metrics.jsonl"
+    rows = [{"step": i, "loss": 3.0 / i} for i in range(1, 40)] + [{"step": 20, "eval_loss": 1.0}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name in ("a.png", "b.png"):
+        draw_losses(file, tmp_path / name, "losses")
+    drawn = (tmp_path / "a.png").read_bytes()
+    assert drawn.startswith(b"\x89PNG")
+    assert drawn == (tmp_path / "b.png").read_bytes()
+    file.write_text(json.dumps(rows[0]) + "\n")
+
+    def full(_):
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(UserError, match=r"a\.png: cannot be written: No space left"):
+        draw_losses(file, tmp_path / "a.png", "losses")
+    assert (tmp_path / "a.png").read_bytes() == drawn

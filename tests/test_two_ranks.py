@@ -1,0 +1,150 @@
+"""Two CPU processes under the launcher: every ZeRO stage, plain DDP, stopping and going on, and mistakes."""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_runs import completions, factors, metrics, results, same, save_llama, tiny_run, write_rows
+
+from lsr_scale.config import dump_yaml
+from lsr_scale.run_folder import RunFolder
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(torch.cuda.is_available(), reason="of CPU processes; a GPU would be shared by both"),
+]
+ROOT = Path(__file__).parents[1]
+STAGES = ["zero0", "zero1", "zero2", "zero3"]
+
+
+LAUNCHERS = {
+    "deepspeed": ["-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port"],
+    "torchrun": ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port"],
+}
+
+
+def launch(launcher, *command, timeout=240):
+    """Run a script on two processes; return the status, stdout without the launcher's own lines, stderr, seconds."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    begun = time.monotonic()
+    words = [sys.executable, *LAUNCHERS[launcher], port, *map(str, command)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=timeout, env=environment, check=False)
+    lines = done.stdout.splitlines()
+    own = [line for line in lines if not re.match(r"\[20\d\d-.*(launch|runner|real_accelerator)\.py", line)]
+    return done.returncode, "\n".join(own), done.stderr, time.monotonic() - begun
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    save_llama(folder / "model")
+    tiny_run(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ran(place):
+    """Run two_ranks.py once for all tests, over 16 rows so that each of the two processes has four steps."""
+    write_rows(place / "rows.jsonl", completions(16))
+    status, out, err, _ = launch("torchrun", ROOT / "tests" / "two_ranks.py", place)
+    assert status == 0, out + err
+    seen = [json.loads((place / f"seen-{rank}.json").read_text()) for rank in (0, 1)]
+    return place, seen, out, err
+
+
+@pytest.mark.parametrize("name", [*STAGES, "zero3-bfloat16", "ddp"])
+def test_factors_are_float32_in_the_engine_and_in_the_forward_on_both_ranks(ran, name):
+    _, seen, _, _ = ran
+    for rank in (0, 1):
+        assert seen[rank][name]["status"] == 0
+        assert seen[rank][name]["trained"] == ["torch.float32"]
+        assert seen[rank][name]["forward"] == ["torch.float32"]
+        engine = "DistributedDataParallel" if name == "ddp" else "DeepSpeedEngine"
+        assert seen[rank][name]["engine"] == engine
+        if name != "ddp":
+            assert seen[rank][name]["stage"] == int(name[4])
+
+
+@pytest.mark.parametrize("name", [*STAGES, "ddp"])
+def test_every_engine_trains_the_same_adapter(ran, name):
+    place, *_ = ran
+    expected, found = factors(RunFolder(place / "zero2")), factors(RunFolder(place / name))
+    assert found.keys() == expected.keys()
+    assert {t.dtype for t in found.values()} == {torch.float32}
+    for key, tensor in found.items():
+        # each step moves an element by up to the learning rate, 5e-3; sums are made in another order
+        torch.testing.assert_close(tensor, expected[key], rtol=0, atol=1e-3)
+    assert results(RunFolder(place / name))["steps"] == 4
+    assert results(RunFolder(place / name))["num_processes"] == 2
+
+
+def test_zero3_shards_an_unquantized_base_and_saves_whole_factors(ran):
+    place, *_ = ran
+    folder = RunFolder(place / "zero3-bfloat16")
+    assert {n: t.shape for n, t in factors(folder).items()} == {
+        n: t.shape for n, t in factors(RunFolder(place / "zero2")).items()
+    }
+    assert set(results(folder)["accuracy"]["questions"]) == {"after"}
+    assert json.loads((folder.adapter / "base.json").read_text())["linear_shapes"]["lm_head"] == [304, 48]
+
+
+@pytest.mark.parametrize("name", ["zero2", "zero3"])
+def test_a_stopped_run_goes_on_to_the_same_adapter_bit_for_bit(ran, name):
+    place, *_ = ran
+    whole, continued = RunFolder(place / name), RunFolder(place / f"{name}-stopped")
+    assert same(factors(whole), factors(continued))
+    rows, expected = metrics(continued), metrics(whole)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert [row["loss"] for row in rows] == [row["loss"] for row in expected]
+    assert [row["num_tokens"] for row in rows] == [row["num_tokens"] for row in expected]
+
+
+def test_tokens_of_both_ranks_are_counted_and_all_questions_scored(ran):
+    from tiny_runs import byte_tokenizer
+
+    place, *_ = ran
+    count = lambda text: len(byte_tokenizer().encode(text).ids)  # noqa: E731
+    tokens = sum(count(row["prompt"]) + count(row["completion"]) + 1 for row in completions(16))
+    assert metrics(RunFolder(place / "zero2"))[-1]["num_tokens"] == tokens
+    for when in ("before", "after"):
+        rows = [
+            json.loads(line)
+            for line in RunFolder(place / "zero2").predictions("questions", when).read_text().splitlines()
+        ]
+        assert [row["id"] for row in rows] == [f"tools-{number}" for number in range(6)]
+
+
+def test_only_the_first_process_speaks_and_libraries_are_silent(ran):
+    _, seen, out, err = ran
+    assert out.count("run folder: ") == len(seen[0]) + 2, "once a run, stopped ones twice"
+    assert out.count("step 4/4") == len(seen[0])
+    assert out.count("2 processes on CPU, DeepSpeed, ZeRO stage 3") == 4
+    assert out.count("2 processes on CPU, no DeepSpeed") == 1
+    noise = [
+        line for line in (out + "\n" + err).splitlines() if re.search(r"warn|deprecat|examples/s|\[rank", line, re.I)
+    ]
+    assert noise == []
+
+
+def test_a_mistake_is_said_once_and_ends_both_processes_at_once(place):
+    run = tiny_run(place, training={"output_dir": str(place / "bad")}, adapter={"rank": 999})
+    (place / "bad.yaml").write_text(dump_yaml(run))
+    status, out, err, seconds = launch("deepspeed", ROOT / "launch" / "train.py", "--config", place / "bad.yaml")
+    assert status == 2
+    said = [line for line in (out + err).splitlines() if "lsr-scale: " in line]
+    assert len(said) == 1
+    assert "rank=999 is larger than the smaller dimension of the layer" in said[0]
+    assert "Traceback" not in out + err
+    assert not (place / "bad").exists()
+    assert seconds < 60

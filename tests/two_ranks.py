@@ -1,0 +1,104 @@
+"""What test_two_ranks.py has two processes do, in one launch: run after run, each under another engine.
+
+    torchrun --nproc_per_node 2 tests/two_ranks.py FOLDER
+
+The folder holds a model and the data of `tiny_runs`; what was seen goes to seen-RANK.json in it.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from transformers import TrainerCallback
+
+from lsr_scale import cli
+
+QUICK = {"training": {"save_strategy": "no"}, "eval": {"tasks": []}}
+ENGINES = {
+    "ddp": {"deepspeed": {"config": None}, **QUICK},  # first: DeepSpeed leaves its mark in the environment
+    "zero0": {"deepspeed": {"config": "zero0"}, **QUICK},
+    "zero1": {"deepspeed": {"config": "zero1"}, **QUICK},
+    "zero2": {"deepspeed": {"config": "zero2"}},
+    "zero3": {"deepspeed": {"config": "zero3"}, "eval": {"tasks": []}},
+    "zero3-bfloat16": {"deepspeed": {"config": "zero3"}, "model": {"quantization": "none"}},
+}
+
+
+class Killed(BaseException):
+    """Ends a run as a kill would, as far as files go."""
+
+
+class Watch(TrainerCallback):
+    """Notes which engine trains, and the dtypes of what it trains; stops the run after a step, if wanted."""
+
+    def __init__(self, stop_after: int | None = None) -> None:
+        self.stop_after = stop_after
+        self.seen: dict = {}
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        model = kwargs["model"]
+        trained = {str(p.dtype) for p in model.parameters() if p.requires_grad}
+        self.seen |= {
+            "trained": sorted(trained),
+            "stage": getattr(self.trainer.model_wrapped, "zero_optimization_stage", list)(),
+        }
+        self.seen["engine"] = type(self.trainer.model_wrapped).__name__
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step - 1 == self.stop_after:
+            raise Killed
+
+
+def main() -> None:
+    cli._quiet_libraries(debug=False)  # as the command does, before what reads these settings is imported
+    from accelerate.state import AcceleratorState
+    from tiny_runs import tiny_run
+
+    from lsr_scale import adapters, assembly, distributed, train
+    from lsr_scale.config import dump_yaml
+
+    folder, rank = Path(sys.argv[-1]), distributed.rank()
+    seen: dict[str, dict] = {}
+    forward: set[str] = set()
+    materialize = adapters.METHODS["lsr"].materialize
+
+    def spy(params):
+        forward.update(str(p.dtype) for p in params.values())
+        return materialize(params)
+
+    adapters.METHODS["lsr"].materialize = staticmethod(spy)
+    build, watch = assembly.build_trainer, Watch()
+
+    def build_and_watch(run, where, callbacks):
+        watch.trainer = build(run, where, [*callbacks, watch])
+        return watch.trainer
+
+    train.build_trainer = build_and_watch
+    distributed.stop = lambda: None  # the processes stay together for the next run
+
+    def do(name: str, *options: str, stop_after: int | None = None, **sections) -> None:
+        nonlocal watch
+        watch = Watch(stop_after)
+        forward.clear()
+        training = {"output_dir": str(folder / name), **sections.pop("training", {})}
+        file = folder / f"{name}-{rank}.yaml"
+        file.write_text(dump_yaml(tiny_run(folder, training=training, **sections)))
+        try:
+            # the launcher's own flag comes first
+            status = cli.main(["train", f"--local_rank={rank}", "--config", str(file), *options])
+            seen[name] = {**watch.seen, "status": status, "forward": sorted(forward)}
+        except Killed:
+            seen[name] = {**watch.seen, "status": "killed"}
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+    for name, sections in ENGINES.items():
+        do(name, **sections)
+    for name in ("zero2", "zero3"):
+        # 16 rows are four steps of two on each rank: checkpoints after 2 and 4, the stop in the third
+        do(f"{name}-stopped", stop_after=2, **ENGINES[name])
+        do(f"{name}-stopped", "--resume", "auto", **ENGINES[name])
+    (folder / f"seen-{rank}.json").write_text(json.dumps(seen))
+
+
+if __name__ == "__main__":
+    main()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import SEVEN_LINEARS, randomize, tiny_llama
-from peft import LoKrConfig, get_peft_model
+from peft import LoKrConfig, LoraConfig, get_peft_model
 from transformers import (
     DistilBertConfig,
     DistilBertModel,
@@ -111,3 +111,15 @@ def test_the_narrower_of_the_two_exact_forms_is_taken():
 def test_impossible_splits_say_what_to_set(sizes, options, message):
     with pytest.raises(UserError, match=message):
         KronLora.parameter_shapes(*sizes, KronLoraConfig(**options))
+
+
+def test_loras_own_counts_stand_beside():
+    def count(model_class, config, targets, rank):
+        with torch.device("meta"):
+            model = get_peft_model(model_class(config), LoraConfig(r=rank, target_modules=targets))
+        return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+    assert count(MistralForCausalLM, MistralConfig(), SEVEN_LINEARS, 8) == 20_971_520
+    assert count(MistralForCausalLM, MistralConfig(), [*SEVEN_LINEARS, "lm_head"], 8) == 21_260_288
+    assert count(LlamaForCausalLM, SMOLLM2, SEVEN_LINEARS, 8) == 2_442_240
+    assert count(DistilBertModel, DistilBertConfig(n_layers=1), ["q_lin"], 8) == 12_288

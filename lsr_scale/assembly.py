@@ -6,12 +6,14 @@ base SFTTrainer casts what trains to bfloat16 in place, which is undone after it
 """
 
 import logging
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from packaging.version import Version
 from peft import PeftModel, get_peft_model
 from peft.utils import ModulesToSaveWrapper
 from transformers import PrinterCallback, Trainer, TrainerCallback, set_seed
@@ -111,8 +113,15 @@ def _train_heads_in_float32(model: PeftModel) -> None:
 
 
 def _sft_trainer(common: dict[str, Any]) -> Trainer:
+    import trl
     from trl import SFTTrainer
 
+    has_triton = torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
+    if Version(trl.__version__) < Version("1.16") and not has_triton:
+        raise UserError(
+            f"TRL {trl.__version__} computes its loss with Triton, on a GPU only; to train on the CPU: "
+            "pip install 'trl>=1.16,<1.17'"
+        )
     return SFTTrainer(**common)
 
 

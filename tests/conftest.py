@@ -1,6 +1,8 @@
 """Shared fixtures: tiny random models of several architectures, and adapters whose update is not zero."""
 
+import logging
 import os
+import signal
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -83,3 +85,14 @@ def randomize(model: nn.Module, seed: int = 1, scale: float = 0.3) -> nn.Module:
 def ids() -> torch.Tensor:
     """Return a batch of token ids for `tiny_llama`."""
     return torch.randint(1, 96, (2, 11), generator=torch.Generator().manual_seed(5))
+
+
+@pytest.fixture(autouse=True)
+def _as_in_a_fresh_process():
+    """Undo what a command that ran in this process set for the whole of it; take Ctrl-C as a terminal gives it."""
+    level = logging.getLogger().level
+    # a shell's background job, such as a CI's, starts with SIGINT ignored
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, handler)
+    logging.getLogger().setLevel(level)

@@ -144,6 +144,9 @@ def print_results(folder: RunFolder, results: dict[str, Any], scores: dict[str, 
                 f"{paired['p']:.2g}" if paired else "",
             )
         console.print(table)
+    if "eval_loss" in results:
+        accuracy = f", accuracy {100 * results['eval_accuracy']:.1f} %" if "eval_accuracy" in results else ""
+        console.print(f"validation  loss {results['eval_loss']:.4f}{accuracy}")
     size = results["adapter_bytes"] / 1e6
     console.print(
         f"adapter  {folder.adapter}  ({results['trainable_parameters']:,} parameters, {size:.1f} MB)\n"

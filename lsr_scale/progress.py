@@ -171,9 +171,9 @@ def summarize_metrics(path: Path) -> dict[str, Any]:
     last = steps[-max(1, len(steps) // 10) :]
     speeds = sorted(row["tokens_per_s"] for row in steps if "tokens_per_s" in row)
     evaluations = [row for row in rows if "eval_loss" in row]
-    found = {
+    found: dict[str, Any] = {
         "final_loss": round(sum(row["loss"] for row in last) / len(last), 4),
-        "tokens": steps[-1].get("num_tokens", steps[-1].get("num_input_tokens_seen")),
+        "tokens": round(steps[-1].get("num_tokens", steps[-1].get("num_input_tokens_seen", 0))),
         "tokens_per_s": speeds[len(speeds) // 2] if speeds else None,
         "peak_memory_gib": max(row["memory_gib"] for row in steps),
     }

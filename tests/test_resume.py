@@ -221,6 +221,14 @@ def test_a_folder_with_a_run_is_refused_and_overwrite_begins_it_again(place, sto
         do(run_in(place, stopped.path), overwrite=True, resume="auto")
 
 
+def test_an_overwritten_run_leaves_no_results_beside_the_new_configuration(place, undisturbed, tmp_path, stop_at):
+    folder = RunFolder(Path(shutil.copytree(undisturbed.path, tmp_path / "run")))
+    stop_at(1)
+    with pytest.raises(Killed):
+        do(run_in(place, folder.path, eval={"tasks": []}), overwrite=True)
+    assert {path.name for path in folder.path.iterdir()} == {"config.yaml", "env.json", "metrics.jsonl"}
+
+
 def test_overwriting_with_a_run_that_cannot_begin_loses_nothing(place, undisturbed, tmp_path):
     shutil.copytree(undisturbed.path, tmp_path / "run")
     before = {p.relative_to(tmp_path): p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}

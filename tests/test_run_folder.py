@@ -128,7 +128,7 @@ def test_metrics_are_read_up_to_a_line_that_a_kill_cut_short(tmp_path):
     file = tmp_path / "metrics.jsonl"
     file.write_text('{"step": 1, "loss": 2.0, "memory_gib": 1.5}\n{"step": 2, "lo')
     assert read_metrics(file) == [{"step": 1, "loss": 2.0, "memory_gib": 1.5}]
-    assert summarize_metrics(file) == {"final_loss": 2.0, "tokens": None, "tokens_per_s": None, "peak_memory_gib": 1.5}
+    assert summarize_metrics(file) == {"final_loss": 2.0, "tokens": 0, "tokens_per_s": None, "peak_memory_gib": 1.5}
     assert summarize_metrics(tmp_path / "none.jsonl") == {}
 
 

@@ -1,6 +1,8 @@
 """Whole runs on one process: what trains, in which dtype, on which data, and what the folder holds afterwards."""
 
 import json
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -331,21 +333,50 @@ def test_two_sources_of_one_name_are_scored_apart(place, tmp_path):
     assert set(results(done)["accuracy"]["questions"]) == {"after"}
 
 
-def test_tensorboard_and_the_hub_are_passed_through_and_say_what_they_lack(place, tmp_path, monkeypatch):
+def test_tensorboard_gets_the_losses(place, tmp_path, monkeypatch):
+    from transformers.integrations import integration_utils
+
+    written = {}
+
+    class Writer:
+        def __init__(self, log_dir=None):
+            written["folder"] = log_dir
+
+        def add_scalar(self, name, value, step):
+            written.setdefault(name, []).append(step)
+
+        def __getattr__(self, name):
+            return lambda *_, **__: None
+
+    monkeypatch.setattr(integration_utils, "is_tensorboard_available", lambda: True)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
+    do(run_in(place, tmp_path, training={"report_to": "tensorboard"}, eval={"tasks": []}))
+    assert written["train/loss"] == [1, 2, 3, 4, 5, 6]
+    assert str(written["folder"]).startswith(str(tmp_path))
+
+
+def test_a_missing_reporter_or_hub_is_said(place, tmp_path, monkeypatch):
+    from huggingface_hub.errors import OfflineModeIsEnabled
     from transformers.integrations import integration_utils
 
     monkeypatch.setattr(integration_utils, "is_tensorboard_available", lambda: False)
     with pytest.raises(UserError, match=r"training\.report_to 'tensorboard': .*installed.*set report_to to none"):
         do(run_in(place, tmp_path / "a", training={"report_to": "tensorboard"}))
 
-    def refuse(self):
-        from huggingface_hub.errors import OfflineModeIsEnabled
-
+    def refuse(_):
         raise OfflineModeIsEnabled("the hub is out of reach")
 
     monkeypatch.setattr("transformers.Trainer.init_hf_repo", refuse)
     with pytest.raises(UserError, match=r"training\.push_to_hub: the hub is out of reach; log in"):
         do(run_in(place, tmp_path / "b", training={"push_to_hub": True}))
+
+
+def test_a_trl_that_cannot_train_on_this_machine_is_said(place, tmp_path, monkeypatch):
+    monkeypatch.setattr("trl.__version__", "1.15.0")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match=r"TRL 1\.15\.0 computes its loss with Triton, on a GPU only"):
+        do(run_in(place, tmp_path / "run"))
 
 
 def test_a_run_never_talks_to_the_hub(place, tmp_path, monkeypatch):

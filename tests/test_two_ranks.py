@@ -13,6 +13,7 @@ import pytest
 import torch
 from tiny_runs import completions, factors, metrics, results, same, save_llama, tiny_run, write_rows
 
+from lsr_scale import cli
 from lsr_scale.config import dump_yaml
 from lsr_scale.run_folder import RunFolder
 
@@ -123,6 +124,22 @@ def test_tokens_of_both_ranks_are_counted_and_all_questions_scored(ran):
             for line in RunFolder(place / "zero2").predictions("questions", when).read_text().splitlines()
         ]
         assert [row["id"] for row in rows] == [f"tools-{number}" for number in range(6)]
+
+
+def test_one_process_scores_the_saved_adapter_as_the_two_did(ran, capsys):
+    place, *_ = ran
+    folder = RunFolder(place / "zero2")
+    assert cli.main(["eval", str(folder.path)]) == 0
+    two, one = (
+        [json.loads(line) for line in folder.predictions("questions", when).read_text().splitlines()]
+        for when in ("after", "eval-adapter")
+    )
+    assert [(row["id"], row["choice"], row["choice_norm"]) for row in two] == [
+        (row["id"], row["choice"], row["choice_norm"]) for row in one
+    ]
+    for ours, theirs in zip(one, two, strict=True):
+        # the two had other batches, whose padding moves sums in bfloat16
+        assert ours["log_likelihoods"] == pytest.approx(theirs["log_likelihoods"], abs=0.05)
 
 
 def test_only_the_first_process_speaks_and_libraries_are_silent(ran):

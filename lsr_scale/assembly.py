@@ -29,8 +29,6 @@ from lsr_scale.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
 
-TASK_TYPES = {"causal_lm": "CAUSAL_LM", "seq_cls": "SEQ_CLS"}
-
 
 def build_trainer(run: RunConfig, folder: RunFolder, callbacks: list[TrainerCallback] | None = None) -> Trainer:
     """Return the trainer of a run, its model loaded, quantized and adapted.
@@ -96,7 +94,7 @@ def _arguments(run: RunConfig, folder: RunFolder) -> Any:
 
 def adapt(run: RunConfig, base: Any) -> PeftModel:
     """Return the base with the run's adapter in it, initialized by the run's seed."""
-    peft_config = adapters.peft_config(run.adapter.method, run.adapter.options, TASK_TYPES[run.model.task])
+    peft_config = adapters.peft_config(run.adapter.method, run.adapter.options, adapters.TASK_TYPES[run.model.task])
     set_seed(run.training["seed"])
     model: Any = get_peft_model(base, peft_config)
     if run.model.task == "seq_cls":

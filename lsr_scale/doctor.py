@@ -29,6 +29,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
+from lsr_scale import distributed
 from lsr_scale.model import embedded
 from lsr_scale.quantized import dequantize, freeze_quantized
 
@@ -147,7 +148,7 @@ def hardware() -> Iterator[Finding]:
     """Tell processor, memory and GPUs, and whether torch can use them."""
     import psutil
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = distributed.num_cores()
     memory = psutil.virtual_memory()
     yield Finding("hardware", "CPU", f"{platform.machine()}, {cores} cores usable, {torch.get_num_threads()} threads")
     yield Finding("hardware", "memory", f"{memory.available / GIB:.1f} of {memory.total / GIB:.1f} GiB free")

@@ -12,6 +12,9 @@ from lsr_scale.adapters.base import METHODS, AdapterConfig, AdapterLinear, Adapt
 from lsr_scale.adapters.lora import LoraOptions
 from lsr_scale.errors import UserError, did_you_mean
 
+# PEFT's name of each `model.task`
+TASK_TYPES = {"causal_lm": "CAUSAL_LM", "seq_cls": "SEQ_CLS"}
+
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
 
@@ -65,4 +68,13 @@ def _copy_field(field: dataclasses.Field) -> Any:
     return dataclasses.field(default=field.default, metadata=field.metadata)
 
 
-__all__ = ["METHODS", "AdapterConfig", "AdapterLinear", "AdapterMethod", "method_names", "options", "peft_config"]
+__all__ = [
+    "METHODS",
+    "TASK_TYPES",
+    "AdapterConfig",
+    "AdapterLinear",
+    "AdapterMethod",
+    "method_names",
+    "options",
+    "peft_config",
+]

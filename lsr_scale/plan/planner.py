@@ -117,7 +117,7 @@ def plan(run: RunConfig, gpus: int = 1) -> Plan:
     memory.count_dequantization(base, quantized, section.quantization)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # oversized sides are told below, per shape
-        task_type = {"causal_lm": "CAUSAL_LM", "seq_cls": "SEQ_CLS"}[section.task]
+        task_type = adapters.TASK_TYPES[section.task]
         model = peft.get_peft_model(base, adapters.peft_config(run.adapter.method, run.adapter.options, task_type))
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     sizes = [features(layer.get_base_layer()) or (0, 0) for layer in layers]

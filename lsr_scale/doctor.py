@@ -205,15 +205,10 @@ def check_torch_build(cuda: str | None, driver: str | None, usable: bool) -> Fin
 def fast_paths() -> Iterator[Finding]:
     """Tell which fast paths are on, and try the quantized layers on every device that a run would use."""
     group, gpu = "fast paths", torch.cuda.is_available()
-    yield Finding(
-        group,
-        "fused adapter",
-        "off: not in this version; each linear layer dequantizes, multiplies and adds its adapter by itself",
-        "note",
-    )
+    yield try_fused(torch.device("cuda" if gpu else "cpu"))
     triton = installed_version("triton")
     if gpu and triton is None:
-        remedy = "pip install triton; without it TRL's head scores every position, prompts too"
+        remedy = "pip install triton; without it the fused layers' kernels, and TRL's head, run as plain torch, slowly"
         yield Finding(group, "triton", "not installed", "note", remedy)
     else:
         yield Finding(group, "triton", f"{triton or 'not installed'}{'' if gpu else ' (only GPUs use it)'}")
@@ -225,6 +220,66 @@ def fast_paths() -> Iterator[Finding]:
             yield try_quantized(kind, torch.device(device))
     if _has_avx512_bf16():
         yield Finding(group, "AVX512-BF16", "bitsandbytes' eval-mode repacking, which stops gradients, is switched off")
+
+
+def try_fused(device: torch.device) -> Finding:
+    """Run one adapted 4-bit layer fused and per linear, and compare the loss and every factor's gradient."""
+    layers = "LLaMA, Mistral, Qwen2 and Qwen3 layers"
+    if device.type == "cpu":
+        return Finding("fast paths", "fused layers", f"on a GPU {layers} run as one function each; here per linear")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            worst, backend = _fused_against_per_linear(device)
+    except Exception as error:
+        text = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        return Finding(
+            "fast paths", "fused layers", text, "bad", "report it, with the output of lsr-scale doctor --json"
+        )
+    found = (
+        f"{layers}; attention by {backend}; a trial layer differs from per linear by {worst:.1%} (bfloat16 rounding)"
+    )
+    if worst > 0.05:
+        return Finding("fast paths", "fused layers", found, "bad", "more than rounding explains: report it")
+    return Finding("fast paths", "fused layers", found)
+
+
+def _fused_against_per_linear(device: torch.device) -> tuple[float, str]:
+    """Return the largest relative difference among loss and gradients, and the attention backend in use."""
+    from peft import get_peft_model
+    from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+
+    from lsr_scale.adapters import peft_config
+    from lsr_scale.fused import fuse
+    from lsr_scale.kernels.attention import Sequences, choose_backend
+    from lsr_scale.model.random_weights import random_base
+
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = LlamaConfig(**sizes, num_hidden_layers=1, vocab_size=512, attn_implementation="sdpa")
+    with torch.device("meta"):
+        skeleton = LlamaForCausalLM(config).to(torch.bfloat16)
+    quantizer = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    generator = torch.random.get_rng_state()
+    try:
+        base = random_base(skeleton, quantizer, device)
+        options = {"target_modules": "all-linear", "init": "paper", "rank": 4, "separation_rank": 4}
+        model: Any = get_peft_model(base, peft_config("lsr", options, "CAUSAL_LM")).train()
+        ids = torch.randint(512, (2, 64), device=device)
+    finally:
+        torch.random.set_rng_state(generator)
+    found = []
+    for fused in (False, True):
+        if fused:
+            report = fuse(model)
+            assert report.fused, str(report)
+        model.zero_grad()
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        found.append([loss.detach().float(), *(p.grad.flatten() for p in model.parameters() if p.grad is not None)])
+    pairs = zip(*found, strict=True)
+    worst = max(float((a - b).norm() / b.norm().clamp_min(1e-12)) for b, a in pairs)
+    heads = torch.empty(1, 64, 4, 64, dtype=torch.bfloat16, device=device)
+    return worst, choose_backend(heads, heads[:, :, :2], Sequences(scale=1.0))
 
 
 def _has_avx512_bf16() -> bool:

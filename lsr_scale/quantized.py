@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lsr_scale.errors import UserError
+from lsr_scale.kernels import dequantize as kernels
+from lsr_scale.kernels.backend import use_triton
 
 
 def dequantize(layer: nn.Linear, dtype: torch.dtype) -> Tensor:
@@ -33,22 +35,33 @@ def dequantize(layer: nn.Linear, dtype: torch.dtype) -> Tensor:
     Raises:
         UserError: if the weight was never quantized, or is in bitsandbytes' packed CPU inference layout.
     """
-    weight: Any = layer.weight
     if isinstance(layer, bnb.nn.Linear4bit):
-        state = getattr(weight, "quant_state", None)
-        if state is None:
-            raise UserError(
-                f"Linear4bit {layer.in_features} -> {layer.out_features}: the weight is not quantized yet; "
-                "move the model to its device (.to('cpu') or .to('cuda')) before the first forward"
-            )
-        if getattr(state, "packing_format_for_cpu", False):
-            raise UserError(
-                f"Linear4bit {layer.in_features} -> {layer.out_features}: the weight was repacked for CPU inference "
-                "(bitsandbytes does so on an eval-mode forward), which has no gradient; load the model again and "
-                "inject the adapter, or call lsr_scale.quantized.freeze_quantized(model), before any forward"
-            )
-        return bnb_functional.dequantize_4bit(weight.data, state).to(dtype)
+        return bnb_functional.dequantize_4bit(layer.weight.data, _state_of(layer)).to(dtype)
     assert isinstance(layer, bnb.nn.Linear8bitLt)
+    scale = _row_scales(layer)
+    return bnb_functional.int8_vectorwise_dequant(layer.weight.data, scale).to(dtype)
+
+
+def _state_of(layer: bnb.nn.Linear4bit) -> Any:
+    """Return how a 4-bit weight is packed; raise UserError where it is not, or not for training."""
+    state = getattr(layer.weight, "quant_state", None)
+    if state is None:
+        raise UserError(
+            f"Linear4bit {layer.in_features} -> {layer.out_features}: the weight is not quantized yet; "
+            "move the model to its device (.to('cpu') or .to('cuda')) before the first forward"
+        )
+    if getattr(state, "packing_format_for_cpu", False):
+        raise UserError(
+            f"Linear4bit {layer.in_features} -> {layer.out_features}: the weight was repacked for CPU inference "
+            "(bitsandbytes does so on an eval-mode forward), which has no gradient; load the model again and "
+            "inject the adapter, or call lsr_scale.quantized.freeze_quantized(model), before any forward"
+        )
+    return state
+
+
+def _row_scales(layer: bnb.nn.Linear8bitLt) -> Tensor:
+    """Return the row scales of an int8 weight, on its device; raise UserError where it has none."""
+    weight: Any = layer.weight
     scale = weight.SCB if weight.SCB is not None else layer.state.SCB
     if scale is None or weight.dtype != torch.int8:
         raise UserError(
@@ -58,7 +71,49 @@ def dequantize(layer: nn.Linear, dtype: torch.dtype) -> Tensor:
     if scale.device != weight.device:
         # moving a whole model leaves this attribute of its weights behind; a copy per call would stall the GPU
         weight.SCB = scale = scale.to(weight.device)
-    return bnb_functional.int8_vectorwise_dequant(weight.data, scale).to(dtype)
+    return scale
+
+
+def dequantize_into(
+    layer: nn.Linear,
+    out: Tensor,
+    *,
+    up: Tensor | None = None,
+    up_column: int = 0,
+    down: Tensor | None = None,
+    down_out: Tensor | None = None,
+) -> None:
+    """Write the weight of a frozen linear layer, and an adapter's pair beside and below it, into a given matrix.
+
+    One launch per layer on a GPU, for NF4, FP4 and int8 alike, bit-equal to `dequantize(layer, out.dtype)`.
+
+    Args:
+        layer: A `Linear4bit`, a `Linear8bitLt`, or a plain linear layer.
+        out: `[out_features, in_features + R]`, unit column stride: the weight, then `up` in a field of zeros.
+        up: `[out_features, r]`, for the columns from `in_features + up_column`.
+        up_column: See up.
+        down: `[r, in_features]`, for the first rows of `down_out`.
+        down_out: `[>= r, in_features]`; rows beyond `down` are zeroed.
+
+    Raises:
+        UserError: as `dequantize`.
+    """
+    pair: dict[str, Any] = {"up": up, "up_column": up_column, "down": down, "down_out": down_out}
+    weight: Any = layer.weight
+    quantized = isinstance(layer, bnb.nn.Linear4bit | bnb.nn.Linear8bitLt)
+    if not quantized or not use_triton(out):
+        kernels.copy_weight(dequantize(layer, out.dtype) if quantized else weight, out, **pair)
+    elif isinstance(layer, bnb.nn.Linear4bit):
+        state = _state_of(layer)
+        nested = None
+        if state.nested:
+            nested = (state.state2.absmax, state.state2.code, state.offset, state.state2.blocksize)
+        packed = weight.data.view(torch.uint8)
+        kernels.dequantize_4bit(
+            packed, state.absmax, state.code, out, block_size=state.blocksize, nested=nested, **pair
+        )
+    else:
+        kernels.dequantize_int8(weight.data, _row_scales(layer), out, **pair)
 
 
 class _FrozenLinear(torch.autograd.Function):

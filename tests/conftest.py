@@ -7,9 +7,14 @@ import signal
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import torch
+
+if not torch.cuda.is_available():
+    # kernels run in Triton's interpreter; read when one is decorated, so before anything imports triton
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 import bitsandbytes as bnb
 import pytest
-import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -79,6 +84,12 @@ def randomize(model: nn.Module, seed: int = 1, scale: float = 0.3) -> nn.Module:
                 noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
                 parameter.copy_((noise * scale).to(parameter.dtype))
     return model
+
+
+@pytest.fixture
+def device() -> str:
+    """Return where kernels are tested: the GPU, or the CPU through Triton's interpreter."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.fixture

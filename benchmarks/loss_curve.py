@@ -1,0 +1,128 @@
+"""Does the fused path train as the per-linear one does? One real model, one seed, 200 steps, three times.
+
+    python benchmarks/loss_curve.py --out benchmarks/results/loss_curve/NAME.json      (JSON, and a PNG beside it)
+
+float32      per linear, computed in float32 on the same NF4 base: the reference
+per linear   bfloat16, each linear by itself
+fused        bfloat16, fused layers
+
+All start from the same factors and see the same tokens (the embedded questions and their answers, shuffled by the
+seed). bfloat16 moves a curve by some amount, which `per linear` minus `float32` shows; the fused curve may stray from
+the reference by about as much, not more.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+from peft import get_peft_model
+
+import lsr_scale
+from lsr_scale import record
+from lsr_scale.adapters import peft_config
+from lsr_scale.data import facts
+from lsr_scale.model import load_base, load_tokenizer
+
+MODEL = "builtin:smollm2-135m-instruct"
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def batches(steps: int, batch: int, length: int, seed: int) -> list[torch.Tensor]:
+    """Return `steps` batches `[batch, length]` of the embedded questions with their answers, one after the other."""
+    tokenizer = load_tokenizer(MODEL)
+    rows = facts.rows("train")
+    generator = torch.Generator().manual_seed(seed)
+    stream: list[int] = []
+    while len(stream) < steps * batch * length:
+        for index in torch.randperm(len(rows), generator=generator).tolist():
+            row: Any = rows[index]
+            text = f"Question: {row['question']}\nAnswer: {row['choices'][row['answer']]}"
+            stream += [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+    return list(torch.tensor(stream[: steps * batch * length]).view(steps, batch, length))
+
+
+def curve(kind: str, data: list[torch.Tensor], method: str, rate: float, seed: int) -> list[float]:
+    """Train once and return the loss of every step."""
+    dtype = "float32" if kind == "float32" else "bfloat16"
+    torch.manual_seed(seed)
+    options = {"target_modules": TARGETS, "rank": 16, **({"separation_rank": 16} if method == "lsr" else {})}
+    model: Any = get_peft_model(load_base(MODEL, dtype=dtype), peft_config(method, options, "CAUSAL_LM")).train()
+    if kind == "fused":
+        print(lsr_scale.fuse(model))
+    factors = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(factors, lr=rate)
+    device, losses = factors[0].device, []
+    for batch in data:
+        loss = model(input_ids=batch.to(device), labels=batch.to(device)).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(loss.detach())
+    return torch.stack(losses).tolist()
+
+
+def differences(curves: dict[str, list[float]], last: int = 50) -> dict[str, dict[str, float]]:
+    """Return how far the bfloat16 curves are from the reference: per step, and in the mean of the last steps."""
+    reference = torch.tensor(curves["float32"])
+    found = {}
+    for name in ("per linear", "fused"):
+        difference = torch.tensor(curves[name]) - reference
+        found[name] = {
+            "rms": float(difference.square().mean().sqrt()),
+            "largest": float(difference.abs().max()),
+            f"mean_of_last_{last}": float(difference[-last:].mean()),
+        }
+    return found
+
+
+def plot(curves: dict[str, list[float]], path: Path) -> None:
+    """Draw the three curves, and below them their distance from the reference."""
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (upper, lower) = pyplot.subplots(2, 1, figsize=(8, 6), sharex=True, height_ratios=[2, 1])
+    for name, style in (("float32", "k-"), ("per linear", "C0-"), ("fused", "C1--")):
+        upper.plot(curves[name], style, label=name, linewidth=1.2)
+        if name != "float32":
+            difference = [a - b for a, b in zip(curves[name], curves["float32"], strict=True)]
+            lower.plot(difference, style, label=f"{name} - float32", linewidth=1)
+    upper.set_ylabel("loss, nats per token")
+    lower.set_ylabel("difference")
+    lower.set_xlabel("step")
+    for axis in (upper, lower):
+        axis.legend(frameon=False)
+        axis.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+
+
+def main() -> None:
+    """Run the three, write the JSON and the plot."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--method", default="lsr")
+    parser.add_argument("--rate", type=float, default=2e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    if args.out.exists():
+        raise SystemExit(f"{args.out} exists; a rerun is a new file")
+    data = batches(args.steps, args.batch, args.length, args.seed)
+    curves = {}
+    for kind in ("float32", "per linear", "fused"):
+        curves[kind] = curve(kind, data, args.method, args.rate, args.seed)
+        print(f"{kind}: {curves[kind][0]:.4f} -> {sum(curves[kind][-20:]) / 20:.4f}", flush=True)
+    config = {name: value for name, value in vars(args).items() if name != "out"} | {"model": MODEL, "base": "nf4"}
+    content = {"env": record.environment(), "config": config, "differences": differences(curves), "loss": curves}
+    record.write_json(args.out, content)
+    plot(curves, args.out.with_suffix(".png"))
+    for name, values in content["differences"].items():
+        print(name, {key: round(value, 5) for key, value in values.items()})
+
+
+if __name__ == "__main__":
+    main()

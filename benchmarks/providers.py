@@ -1,0 +1,564 @@
+"""The providers of `throughput.py`: how each builds its model, switches checkpointing and takes a step.
+
+A provider is a class made with the run's configuration; its worker calls `build` once, then `turn` for every
+measurement and `rest` after each. Packages are imported where they are used, since some patch others.
+"""
+
+import functools
+import gc
+import importlib.util
+import os
+import statistics
+import tempfile
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from throughput import MissingError
+from torch import Tensor
+from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+SEVEN_LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+LORA = {"rank": 16, "alpha": 32.0}
+LEARNING_RATE = 1e-4
+
+
+def model_config(config: dict[str, Any]) -> Any:
+    """Return the Transformers configuration of the run's model."""
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model(**config["values"])
+
+
+def random_model(config: dict[str, Any]) -> Any:
+    """Return the model with random weights, quantized layer by layer as it is made; the same for every provider."""
+    from lsr_scale.model.base import head_modules, quantization_config, skeleton
+    from lsr_scale.model.random_weights import random_base
+
+    torch.manual_seed(config["seed"])
+    empty = skeleton(model_config(config), "causal_lm", dtype=torch.bfloat16, attention="sdpa")
+    kind = "none" if config["base"] == "bf16" else config["base"]
+    quantizer = quantization_config(kind, True, torch.bfloat16, head_modules(empty))
+    device = torch.device("cuda", 0) if config["device"] == "cuda" else torch.device("cpu")
+    model = random_base(empty, quantizer, device)
+    model.requires_grad_(False)
+    model.config.use_cache = False
+    return model
+
+
+class Provider:
+    """What all trainers share: batches, the timed step, memory, profile."""
+
+    packages: tuple[str, ...] = ()
+    autocast = True
+    name = ""
+    model: Any  # takes input_ids and labels, returns what has a loss
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self.config = config
+        self.device = torch.device("cuda", 0) if config["device"] == "cuda" else torch.device("cpu")
+        self.notes: list[str] = []
+        self.mode: str | None = None
+
+    def build(self) -> None:
+        """Make the model and its adapters.
+
+        Raises:
+            MissingError: if a package is absent.
+        """
+        for package in self.packages:
+            if importlib.util.find_spec(package) is None:
+                raise MissingError(f"{package} is not installed")
+        self.make()
+        self.model.train()
+        self.trainable = [p for p in self.model.parameters() if p.requires_grad]
+        self.start = [p.detach().to("cpu", copy=True) for p in self.trainable]
+        self.rest()
+
+    def make(self) -> None:
+        """Set `self.model`."""
+        raise NotImplementedError
+
+    def checkpoint(self, mode: str) -> None:
+        """Switch activation checkpointing: Transformers' own, per decoder layer, not reentrant."""
+        base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        if mode == "none":
+            base.gradient_checkpointing_disable()
+        else:
+            base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+    def rest(self) -> None:
+        """Give back what the step allocated."""
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def synchronize(self) -> None:
+        """Wait for the device."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def turn(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Warm up, time the steps, and return times (ms), peak memory (GiB), losses and the parameter count."""
+        config = self.config
+        if request["mode"] != self.mode:
+            self.checkpoint(request["mode"])
+            self.mode = request["mode"]
+        trainable = self.trainable
+        with torch.no_grad():
+            for parameter, value in zip(trainable, self.start, strict=True):
+                parameter.copy_(value)  # every turn trains the same thing
+        on_gpu = self.device.type == "cuda"
+        optimizer = torch.optim.AdamW(trainable, lr=LEARNING_RATE, fused=on_gpu) if trainable else None
+        generator = torch.Generator().manual_seed(config["seed"])
+        count = config["warmup"] + config["steps"]
+        shape = (count, config["tokens"] // config["seq_len"], config["seq_len"])
+        batches = torch.randint(0, config["shape"]["vocab"], shape, generator=generator).to(self.device)
+        autocast = self.autocast and self.name not in config["without_autocast"]
+
+        def step(ids: Tensor) -> Tensor:
+            with torch.autocast(self.device.type, torch.bfloat16) if autocast else nullcontext():
+                loss = self.model(input_ids=ids, labels=ids).loss
+            loss.backward()
+            if optimizer is not None:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            return loss.detach()
+
+        self.rest()
+        times, losses, warm_peak = [], [], 0
+        for index in range(count):
+            if on_gpu and index in (0, config["warmup"]):
+                warm_peak = torch.cuda.max_memory_allocated() if index else 0
+                torch.cuda.reset_peak_memory_stats()
+            self.synchronize()
+            began = time.perf_counter()
+            losses.append(step(batches[index]))
+            self.synchronize()
+            times.append(1e3 * (time.perf_counter() - began))
+        peak = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None
+        if request.get("profile"):
+            self.profile(lambda: step(batches[0]), Path(request["profile"]))
+        values = [float(loss) for loss in losses]
+        return {
+            "step_ms": times[config["warmup"] :],
+            "warmup_ms": times[: config["warmup"]],
+            "peak_memory_gib": peak,
+            "peak_memory_warmup_gib": warm_peak / 2**30 if on_gpu else None,
+            "trainable_parameters": sum(p.numel() for p in trainable),
+            "loss_initial": values[0],
+            "loss_first": values[config["warmup"]],
+            "loss_last": values[-1],
+            "notes": list(self.notes),
+        }
+
+    def profile(self, step: Any, path: Path) -> None:
+        """Write the 40 kernels that take the most time in one step."""
+        from torch.profiler import ProfilerActivity, profile
+
+        kinds = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if self.device.type == "cuda" else [])
+        with profile(activities=kinds) as found:
+            step()
+            self.synchronize()
+        order = "cuda_time_total" if self.device.type == "cuda" else "cpu_time_total"
+        text = found.key_averages().table(sort_by=order, row_limit=40, max_name_column_width=100)
+        path.write_text(text + "\n", encoding="utf-8")
+
+
+# ------------------------------------------------------------------------------------------------- this library
+
+
+class Own(Provider):
+    """An adapter of this library, or PEFT's LoRA, on the fused path; without a method, the frozen base alone."""
+
+    method: str | None = None
+    options: dict[str, Any] = {}  # noqa: RUF012
+    fused = True
+
+    def make(self) -> None:
+        """Build the base, inject the adapter; `checkpoint` fuses."""
+        import lsr_scale
+        from lsr_scale.adapters import peft_config
+        from lsr_scale.quantized import freeze_quantized
+
+        if self.fused and not hasattr(lsr_scale, "fuse"):
+            raise MissingError("lsr_scale.fuse does not exist in this version")
+        base = random_model(self.config)
+        freeze_quantized(base)
+        self.model = base
+        if self.method is not None:
+            from peft import get_peft_model
+
+            options = {"target_modules": SEVEN_LINEARS, **self.options}
+            self.model = get_peft_model(base, peft_config(self.method, options, "CAUSAL_LM"))
+        else:
+            base.enable_input_require_grads()
+
+    def checkpoint(self, mode: str) -> None:
+        """Fuse again with the wanted recomputation; unfused, Transformers' checkpointing."""
+        if not self.fused:
+            return super().checkpoint(mode)
+        import lsr_scale
+
+        if self.mode is not None and hasattr(lsr_scale, "unfuse"):
+            lsr_scale.unfuse(self.model)
+        report = lsr_scale.fuse(self.model, recompute=mode)
+        self.notes = [str(report)]
+        print(f"fuse(recompute={mode!r}): {report}", flush=True)
+
+
+class LsrAdapter(Own):
+    """LSR-Adapt, fused."""
+
+    method = "lsr"
+    options = {**LORA, "separation_rank": 16}  # noqa: RUF012
+
+
+class LsrUnfused(LsrAdapter):
+    """LSR-Adapt, every linear by itself."""
+
+    fused = False
+
+
+class KronLoraAdapter(Own):
+    """Kron-LoRA at its defaults, without the dropout that would leave the fused path."""
+
+    method = "kron_lora"
+    options = {"dropout": 0.0}  # noqa: RUF012
+
+
+class LoraAdapter(Own):
+    """PEFT's LoRA modules on the fused path."""
+
+    method = "lora"
+    options = LORA
+
+
+class Frozen(Own):
+    """No adapters: what a step costs whose gradient only flows through the base."""
+
+
+# --------------------------------------------------------------------------------------------------------- PEFT
+
+
+class PeftLora(Provider):
+    """PEFT's LoRA on Transformers."""
+
+    packages = ("peft",)
+    liger = False
+
+    def make(self) -> None:
+        """Build the base and inject PEFT's adapter."""
+        if self.liger:
+            self.apply_liger()
+        self.model = self.adapted(random_model(self.config))
+
+    def adapted(self, base: Any) -> Any:
+        """Return the base with its adapters."""
+        from peft import LoraConfig, get_peft_model
+
+        shared = {"target_modules": SEVEN_LINEARS, "task_type": "CAUSAL_LM", "lora_dropout": 0.0, "bias": "none"}
+        return get_peft_model(base, LoraConfig(r=LORA["rank"], lora_alpha=LORA["alpha"], **shared))
+
+    def apply_liger(self) -> None:
+        """Patch the model's architecture before it is made: RoPE, RMSNorm, SwiGLU, fused linear cross-entropy."""
+        from liger_kernel import transformers as liger
+
+        kind = self.config["values"]["model_type"]
+        apply = {"llama": liger.apply_liger_kernel_to_llama, "mistral": liger.apply_liger_kernel_to_mistral}[kind]
+        apply(rope=True, rms_norm=True, swiglu=True, cross_entropy=False, fused_linear_cross_entropy=True)
+
+
+class PeftLoraLiger(PeftLora):
+    """PEFT's LoRA on Liger's kernels."""
+
+    packages = ("peft", "liger_kernel")
+    liger = True
+
+
+class PeftFrozenLiger(PeftLoraLiger):
+    """Liger's kernels without adapters; the embeddings' output requires a gradient, so it flows through every layer."""
+
+    def adapted(self, base: Any) -> Any:
+        """Return the base itself."""
+        base.enable_input_require_grads()
+        return base
+
+
+class PeftLokr(PeftLora):
+    """PEFT's LoKr; it does not take a quantized base."""
+
+    def adapted(self, base: Any) -> Any:
+        """Return the base with LoKr adapters."""
+        from peft import LoKrConfig, get_peft_model
+
+        config = LoKrConfig(r=LORA["rank"], alpha=LORA["alpha"], target_modules=SEVEN_LINEARS, task_type="CAUSAL_LM")
+        return get_peft_model(base, config)
+
+
+# ------------------------------------------------------------------------------------------------------ Unsloth
+
+
+class UnslothLora(Provider):
+    """Unsloth's own path: `FastLanguageModel.from_pretrained` on a local folder, then its `get_peft_model`.
+
+    The folder holds a configuration and a tokenizer of a few words. Where Unsloth asks Transformers for the weights it
+    gets the random model of every other provider, so that no checkpoint is written and all its patches happen as
+    usual. If that fails, the same model is saved and loaded as any other quantized checkpoint.
+    """
+
+    packages = ("unsloth", "unsloth_zoo")
+    modes = {"none": False, "full": True, "offload": "unsloth"}  # noqa: RUF012
+
+    def build(self) -> None:
+        """Set what Unsloth reads when it is imported, import it before anything that it patches, and build."""
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+        os.environ["UNSLOTH_DISABLE_STATISTICS"] = "1"
+        self.scratch = tempfile.TemporaryDirectory(prefix="unsloth-")
+        os.environ["UNSLOTH_COMPILE_LOCATION"] = str(Path(self.scratch.name) / "unsloth_compiled_cache")
+        os.chdir(self.scratch.name)  # it writes into the working folder
+        super().build()
+
+    def make(self) -> None:
+        """Load, then adapt; the checkpointing is the worker's, for good."""
+        from unsloth import FastLanguageModel
+
+        if self.config["base"] == "int8":
+            raise RuntimeError("Unsloth's kernels take a 4-bit or 16-bit base; on int8 it leaves its fast path")
+        folder = Path(self.scratch.name) / f"random-{self.config['model']}"
+        self.write_folder(folder)
+        try:
+            model = self.loaded(FastLanguageModel, folder, in_memory=True)
+            self.notes.append("weights handed to Unsloth's loader in memory")
+        except Exception as error:
+            import traceback
+
+            traceback.print_exc()
+            print(f"in memory: {type(error).__name__}; through a saved checkpoint instead", flush=True)
+            self.rest()
+            base = random_model(self.config)
+            base.save_pretrained(folder)
+            del base
+            self.rest()
+            model = self.loaded(FastLanguageModel, folder, in_memory=False)
+            self.notes.append("loaded from a saved checkpoint")
+        self.model = FastLanguageModel.get_peft_model(
+            model,
+            r=LORA["rank"],
+            lora_alpha=LORA["alpha"],
+            lora_dropout=0.0,
+            bias="none",
+            target_modules=SEVEN_LINEARS,
+            use_gradient_checkpointing=self.modes[self.config["mode"]],
+            random_state=self.config["seed"],
+        )
+        self.model.for_training()
+
+    def loaded(self, loader: Any, folder: Path, in_memory: bool) -> Any:
+        """Return the base as Unsloth loads it."""
+        import unsloth.models.llama as target
+
+        config = self.config
+        original = target.AutoModelForCausalLM
+
+        class Handed:
+            """Stands where Unsloth's loader asks Transformers for a model."""
+
+            @staticmethod
+            def from_pretrained(*args: Any, **kwargs: Any) -> Any:
+                return random_model(config)
+
+        if in_memory:
+            target.AutoModelForCausalLM = Handed
+        try:
+            model, _ = loader.from_pretrained(
+                str(folder),
+                max_seq_length=config["seq_len"],
+                dtype=torch.bfloat16,
+                load_in_4bit=config["base"] == "nf4",
+                load_in_16bit=config["base"] == "bf16",
+                use_gradient_checkpointing=self.modes[config["mode"]],
+                use_exact_model_name=True,
+                fix_tokenizer=False,
+                local_files_only=True,
+                device_map={"": str(self.device)},
+            )
+        finally:
+            target.AutoModelForCausalLM = original
+        return model
+
+    def write_folder(self, folder: Path) -> None:
+        """Write the configuration and a word-level tokenizer."""
+        from tokenizers import Tokenizer, models, pre_tokenizers
+        from transformers import PreTrainedTokenizerFast
+
+        config = model_config(self.config)
+        config.architectures = ["MistralForCausalLM" if config.model_type == "mistral" else "LlamaForCausalLM"]
+        config.dtype = torch.bfloat16
+        config.save_pretrained(folder)
+        words = ["<unk>", "<s>", "</s>", "<pad>", *"abcdefghijklmnopqrstuvwxyz"]
+        tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+        special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+
+    def checkpoint(self, mode: str) -> None:
+        """Nothing: Unsloth's mode is fixed when the adapters are made."""
+        if mode != self.config["mode"]:
+            raise RuntimeError(f"this worker was built for {self.config['mode']}, not {mode}")
+
+
+# ----------------------------------------------------------------------------------------------------- ceilings
+
+
+class Ceilings:
+    """What the machine gives at best, for the shapes of this run; see `throughput.floor_ms`."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self.config = config
+
+    def build(self) -> None:
+        """Nothing: operands are made when they are needed."""
+        torch.zeros(1, device=self.config["device"])
+
+    def rest(self) -> None:
+        """Give back what was allocated."""
+        gc.collect()
+        torch.cuda.empty_cache()
+
+    def turn(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Measure and return all ceilings."""
+        found = {"copy_bytes_per_s": copy_bandwidth(), **gemms(self.config)}
+        self.rest()
+        return {"ceilings": {**found, **attention(self.config)}}
+
+
+def median_ms(function: Any, seconds: float = 0.4) -> float:
+    """Return the median time of a call on the GPU, after three to warm up."""
+    for _ in range(3):
+        function()
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    function()
+    torch.cuda.synchronize()
+    count = max(5, min(200, int(seconds / max(1e-5, time.perf_counter() - began))))
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
+    for start, end in events:
+        start.record()
+        function()
+        end.record()
+    torch.cuda.synchronize()
+    return statistics.median(start.elapsed_time(end) for start, end in events)
+
+
+def copy_bandwidth() -> float:
+    """Return the bytes a second, read and written, of a copy of 2 GiB."""
+    source = torch.empty(2**31, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.numel() / (1e-3 * median_ms(lambda: target.copy_(source)))
+
+
+def gemms(config: dict[str, Any]) -> dict[str, float]:
+    """Return the times of one layer's four grouped linears and of lm_head, in bf16, forward and dX."""
+    shape, tokens = config["shape"], config["tokens"]
+    queries, keys = shape["heads"] * shape["head_dim"], shape["kv_heads"] * shape["head_dim"]
+    hidden, intermediate = shape["hidden"], shape["intermediate"]
+    sizes = {
+        "qkv": (hidden, queries + 2 * keys),
+        "o": (queries, hidden),
+        "gate_up": (hidden, 2 * intermediate),
+        "down": (intermediate, hidden),
+        "lm_head": (hidden, shape["vocab"]),
+    }
+    new = lambda *size: torch.randn(*size, device="cuda", dtype=torch.bfloat16)  # noqa: E731
+    operands = {name: (new(tokens, k), new(n, k) * k**-0.5) for name, (k, n) in sizes.items() if name != "lm_head"}
+    outputs = {name: new(tokens, n) for name, (_, n) in sizes.items() if name != "lm_head"}
+
+    def forward(names: tuple[str, ...]) -> None:
+        for name in names:
+            torch.mm(operands[name][0], operands[name][1].t(), out=outputs[name])
+
+    found: dict[str, float] = {"layer_gemm_recompute_ms": median_ms(lambda: forward(("qkv", "o", "gate_up")))}
+    grads = {name: torch.empty_like(x) for name, (x, _) in operands.items()}
+    dy = {name: torch.randn_like(y) for name, y in outputs.items()}
+
+    def both() -> None:
+        for name, (x, weight) in operands.items():
+            torch.mm(x, weight.t(), out=outputs[name])
+            torch.mm(dy[name], weight, out=grads[name])
+
+    found["layer_gemm_ms"] = median_ms(both)
+    for made in (operands, outputs, grads, dy):
+        made.clear()
+    x, weight = new(tokens, hidden), new(shape["vocab"], hidden) * hidden**-0.5
+    logits = new(tokens, shape["vocab"])
+    grad = torch.empty_like(x)
+
+    def head() -> None:
+        torch.mm(x, weight.t(), out=logits)
+        torch.mm(logits, weight, out=grad)
+
+    found["lm_head_ms"] = median_ms(head)
+    return found
+
+
+def attention(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the times of causal attention, forward and with backward, on the fastest backend (named)."""
+    shape, batch = config["shape"], config["tokens"] // config["seq_len"]
+    new = lambda heads: torch.randn(  # noqa: E731
+        batch, config["seq_len"], heads, shape["head_dim"], device="cuda", dtype=torch.bfloat16
+    )
+    q, k, v = (new(n).transpose(1, 2).requires_grad_() for n in (shape["heads"], shape["kv_heads"], shape["kv_heads"]))
+    grad = torch.randn(q.shape, device="cuda", dtype=torch.bfloat16)
+    found: dict[str, dict[str, Any]] = {}
+    repeats = shape["heads"] // shape["kv_heads"]
+    wide = [x.detach().repeat_interleave(repeats, 1).requires_grad_() for x in (k, v)]
+    grouped, repeated = ((q, k, v), True), ((q, *wide), False)
+    cases = {
+        "cudnn": (SDPBackend.CUDNN_ATTENTION, grouped),
+        "cudnn, keys and values repeated": (SDPBackend.CUDNN_ATTENTION, repeated),
+        "flash": (SDPBackend.FLASH_ATTENTION, grouped),
+    }
+
+    def direct() -> Tensor:
+        return torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, True)[0]
+
+    cases["cudnn, called directly"] = (SDPBackend.CUDNN_ATTENTION, grouped)
+    for name, (backend, (inputs, gqa)) in cases.items():
+        usual = functools.partial(functional.scaled_dot_product_attention, *inputs, is_causal=True, enable_gqa=gqa)
+        forward = direct if "directly" in name else usual
+
+        def both(forward: Any = forward, inputs: tuple[Tensor, ...] = inputs) -> None:
+            torch.autograd.grad(forward(), inputs, grad)
+
+        try:
+            with sdpa_kernel(backend):
+                with torch.no_grad():
+                    ahead = median_ms(forward)
+                found[name] = {"attention_forward_ms": ahead, "attention_ms": median_ms(both)}
+        except RuntimeError as error:
+            print(f"attention, {name}: {str(error).splitlines()[0]}", flush=True)
+    if not found:
+        raise RuntimeError("no fused attention backend takes these shapes")
+    best = min(found, key=lambda name: found[name]["attention_ms"])
+    return {**found[best], "attention_backend": best}
+
+
+CLASSES: dict[str, type] = {
+    "lsr": LsrAdapter,
+    "lsr_unfused": LsrUnfused,
+    "kron_lora": KronLoraAdapter,
+    "lora": LoraAdapter,
+    "frozen": Frozen,
+    "peft_lora": PeftLora,
+    "peft_lora_liger": PeftLoraLiger,
+    "peft_frozen_liger": PeftFrozenLiger,
+    "peft_lokr": PeftLokr,
+    "unsloth_lora": UnslothLora,
+    "ceilings": Ceilings,
+}
+for _name, _provider in CLASSES.items():
+    _provider.name = _name  # pyright: ignore[reportAttributeAccessIssue]

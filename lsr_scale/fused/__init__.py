@@ -1,0 +1,5 @@
+"""The fused path: decoder layers as single autograd functions over a frozen base, for any low-rank adapter method."""
+
+from lsr_scale.fused.models import FuseReport, fuse, unfuse
+
+__all__ = ["FuseReport", "fuse", "unfuse"]

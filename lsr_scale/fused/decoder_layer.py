@@ -1,0 +1,347 @@
+"""A decoder layer of the LLaMA family as one autograd function, on a frozen base with low-rank pairs.
+
+    n1 = rms_norm(x);        q, k, v = n1 [W_qkv + up down]^T;     q, k rotated
+    m  = x + attention(q, k, v) [W_o + up down]^T
+    n2 = rms_norm(m);        gate, up = n2 [W_gate_up + up down]^T
+    y  = m + (silu(gate) * up) [W_down + up down]^T
+
+Each bracket is one GEMM over a group's matrix (see `groups`). Kept for the backward pass, per token: x, q k v, the
+attention's output, m, gate and up (92 KB a layer on Mistral-7B, everything else is made again elementwise or is tiny);
+with `recompute="mlp"` all but gate and up (36 KB); with `recompute="full"` x alone (8 KB), and then the backward pass
+computes the layer again up to gate and up: SwiGLU's output and the GEMM of down_proj are never needed twice. Matrices
+dequantized for that are used again for the input gradients.
+
+No weight is kept, only the module: it is read again in the backward pass.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lsr_scale.fused.groups import Group, mm_float
+from lsr_scale.fused.pairs import Pair
+from lsr_scale.kernels.attention import Sequences, attention, attention_backward
+from lsr_scale.kernels.rms_norm import rms_norm, rms_norm_backward
+from lsr_scale.kernels.rotary import rotate
+from lsr_scale.kernels.swiglu import swiglu, swiglu_adapter_backward, swiglu_backward
+
+Recompute = Literal["none", "mlp", "full"]
+Kept = dict[str, Tensor]
+
+# what each way of recomputing leaves out of memory; x, and what down_proj's adapter needs, always stay
+_DROPPED: dict[str, tuple[str, ...]] = {
+    "none": (),
+    "mlp": ("gate_up", "xa_gate_up"),
+    "full": ("gate_up", "xa_gate_up", "rstd_2", "middle", "qkv", "xa_qkv", "rstd_1", "attended", "xa_o")
+    + ("q", "k", "rstd_q", "rstd_k", "attention_0", "attention_1", "attention_2"),
+}
+
+
+def linears_of(layer: Any) -> list[nn.Module]:
+    """Return a decoder layer's seven linears: q, k, v, o, gate, up, down."""
+    attention_, mlp = layer.self_attn, layer.mlp
+    return [
+        *(attention_.q_proj, attention_.k_proj, attention_.v_proj, attention_.o_proj),
+        *(mlp.gate_proj, mlp.up_proj, mlp.down_proj),
+    ]
+
+
+@dataclass
+class Positions:
+    """Where tokens stand and whom they see: one for all layers of a forward pass.
+
+    Attributes:
+        batch: Number of rows B of the batch.
+        cos: `[P, head_dim]`, P = S (every row alike) or B * S.
+        sin: As cos.
+        sequences: Mask, packed documents, window; `scale` is the layer's own.
+    """
+
+    batch: int
+    cos: Tensor
+    sin: Tensor
+    sequences: Sequences
+
+
+class _Layer:
+    """What a pass reads from a layer's module."""
+
+    def __init__(self, module: Any, pairs: list[Pair | None]) -> None:
+        linears = linears_of(module)
+        self.qkv = Group(linears[:3], pairs[:3])
+        self.o = Group(linears[3:4], pairs[3:4])
+        self.gate_up = Group(linears[4:6], pairs[4:6])
+        self.down = Group(linears[6:], pairs[6:])
+        self.norm_1, self.norm_2 = module.input_layernorm, module.post_attention_layernorm
+        self.q_norm: Any = getattr(module.self_attn, "q_norm", None)
+        self.k_norm: Any = getattr(module.self_attn, "k_norm", None)
+        self.head_dim: int = module.self_attn.head_dim
+        self.heads, self.kv_heads = (size // self.head_dim for size in self.qkv.sizes[:2])
+
+    def heads_of(self, qkv: Tensor, batch: int) -> list[Tensor]:
+        """Return q, k, v as views `[B, S, heads, head_dim]` of the rows of `[T, N]`."""
+        parts = qkv.split(self.qkv.sizes, dim=1)
+        return [part.unflatten(1, (-1, self.head_dim)).unflatten(0, (batch, -1)) for part in parts]
+
+
+class FusedLayer(torch.autograd.Function):
+    """`y = layer(x)`; gradients to x and to every pair."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, module: nn.Module, positions: Positions, recompute: Recompute, *pairs: Tensor | None
+    ) -> Tensor:
+        """Run the layer.
+
+        Args:
+            ctx: Autograd's.
+            x: Hidden states `[B, S, hidden]`.
+            module: The decoder layer.
+            positions: See `Positions`.
+            recompute: What the backward pass computes again.
+            pairs: down and up of each of `linears_of(module)`, or None twice.
+        """
+        ctx.module, ctx.positions = module, positions
+        layer = _Layer(module, _paired(pairs))
+        kept: Kept = {"x": x.reshape(-1, x.shape[-1])}
+        with torch.autocast(x.device.type, enabled=False):
+            _attend(layer, kept, positions, {})
+            _gate_up(layer, kept, {})
+            y = _down(layer, kept)
+        dropped = _DROPPED[recompute]
+        kept = {name: value for name, value in kept.items() if name not in dropped}
+        ctx.names = list(kept)
+        ctx.save_for_backward(*kept.values(), *pairs)
+        return y.view(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        """Return the gradients of x and of each pair (float32)."""
+        (grad,) = grads
+        tensors = ctx.saved_tensors
+        kept: Kept = dict(zip(ctx.names, tensors[: len(ctx.names)], strict=True))
+        pairs = tensors[len(ctx.names) :]
+        layer = _Layer(ctx.module, _paired(pairs))
+        matrices: dict[str, Tensor] = {}
+        with torch.autocast(grad.device.type, enabled=False):
+            if "qkv" not in kept:
+                _attend(layer, kept, ctx.positions, matrices)
+            if "gate_up" not in kept:
+                _gate_up(layer, kept, matrices)
+            grad_rows = grad.reshape(-1, grad.shape[-1])
+            d_middle, d_mlp = _mlp_backward(layer, kept, matrices, grad_rows)
+            d_x, d_attention = _attention_backward(
+                layer, kept, ctx.positions, matrices, d_middle, ctx.needs_input_grad[0]
+            )
+        flat = [part for pair in (*d_attention, *d_mlp) for part in pair]
+        return d_x.view(grad.shape) if d_x is not None else None, None, None, None, *flat
+
+
+def _paired(flat: tuple[Tensor | None, ...]) -> list[Pair | None]:
+    return [None if down is None or up is None else (down, up) for down, up in zip(flat[::2], flat[1::2], strict=True)]
+
+
+def _attend(layer: _Layer, kept: Kept, positions: Positions, matrices: dict[str, Tensor]) -> None:
+    """From x to m (`middle`); `matrices` receives what was dequantized."""
+    x = kept["x"]
+    tokens, width = x.shape
+    matrices["qkv"] = layer.qkv.matrix(x.dtype, x.device)
+    normed = layer.qkv.input_buffer(tokens, x)
+    kept["rstd_1"] = rms_norm(x, layer.norm_1.weight, layer.norm_1.variance_epsilon, normed[:, :width])
+    qkv, xa = layer.qkv.project(normed, matrices["qkv"])
+    del normed
+    kept["qkv"] = qkv
+    if xa is not None:
+        kept["xa_qkv"] = xa
+    rotated = (layer.heads + layer.kv_heads) * layer.head_dim
+    if layer.q_norm is None:
+        both = qkv[:, :rotated].unflatten(1, (-1, layer.head_dim))
+        rotate(both, positions.cos, positions.sin, both)
+    else:
+        for name, norm, part in zip("qk", (layer.q_norm, layer.k_norm), qkv.split(layer.qkv.sizes, 1), strict=False):
+            heads = part.unflatten(1, (-1, layer.head_dim))
+            kept[name] = heads.new_empty(heads.shape)
+            kept["rstd_" + name] = rms_norm(heads, norm.weight, norm.variance_epsilon, kept[name])
+            rotate(kept[name], positions.cos, positions.sin, kept[name])
+    q, k, v = _qkv_heads(layer, kept, positions.batch)
+    attended, statistics = attention(q, k, v, positions.sequences)
+    kept["attended"] = attended.reshape(tokens, -1)
+    kept |= {f"attention_{index}": value for index, value in enumerate(statistics)}
+    if "middle" not in kept:
+        matrices["o"] = layer.o.matrix(x.dtype, x.device)
+        out, xa = layer.o.project(kept["attended"], matrices["o"])
+        if xa is not None:
+            kept["xa_o"] = xa
+        kept["attention_out"] = out
+
+
+def _qkv_heads(layer: _Layer, kept: Kept, batch: int) -> list[Tensor]:
+    """Return q, k, v as attention reads them, `[B, S, heads, head_dim]`."""
+    heads = layer.heads_of(kept["qkv"], batch)
+    if layer.q_norm is not None:
+        for index, name in enumerate("qk"):
+            heads[index] = kept[name].view(heads[index].shape)
+    return heads
+
+
+def _gate_up(layer: _Layer, kept: Kept, matrices: dict[str, Tensor]) -> None:
+    """From the attention's output, or from m, to gate and up."""
+    x = kept["x"]
+    tokens, width = x.shape
+    normed = layer.gate_up.input_buffer(tokens, x)
+    out, norm = normed[:, :width], layer.norm_2
+    if "middle" in kept:
+        kept["rstd_2"] = rms_norm(kept["middle"], norm.weight, norm.variance_epsilon, out)
+    else:
+        kept["middle"] = torch.empty_like(x)
+        kept["rstd_2"] = rms_norm(
+            kept.pop("attention_out"), norm.weight, norm.variance_epsilon, out, residual=x, residual_out=kept["middle"]
+        )
+    matrices["gate_up"] = layer.gate_up.matrix(x.dtype, x.device)
+    kept["gate_up"], xa = layer.gate_up.project(normed, matrices["gate_up"])
+    if xa is not None:
+        kept["xa_gate_up"] = xa
+
+
+def _down(layer: _Layer, kept: Kept) -> Tensor:
+    """From gate and up to y."""
+    matrix = layer.down.matrix(kept["x"].dtype, kept["x"].device)
+    hidden = layer.down.input_buffer(len(kept["x"]), kept["x"])
+    swiglu(kept["gate_up"], hidden[:, : layer.down.in_features])
+    y, xa = layer.down.project(hidden, matrix)
+    if xa is not None:
+        kept["xa_down"] = xa
+    return y.add_(kept["middle"])
+
+
+def _mlp_backward(
+    layer: _Layer, kept: Kept, matrices: dict[str, Tensor], grad: Tensor
+) -> tuple[Tensor, list[tuple[Tensor | None, Tensor | None]]]:
+    """Return dm as the buffer `[T, hidden + R_o]` that `o` reads, and the gradients of the pairs of gate, up, down."""
+    tokens, width = grad.shape
+    down, gate_up = layer.down, layer.gate_up
+    gate_up_matrix = _take(matrices, "gate_up", gate_up, grad)
+    down_matrix = down.matrix(grad.dtype, grad.device)
+    d_up_down: list[Tensor | None] = [None]
+    d_gate_up = gate_up.gradient_buffer(tokens, grad)
+    N = gate_up.out_features
+    inner = d_gate_up[:, :N]
+
+    if down.width:
+        extended = down.gradient_buffer(tokens, grad)
+        extended[:, :width] = grad
+        d_up_down = down.output_products(extended, kept["xa_down"], down_matrix)
+        ds_down = extended[:, width:]
+        d_hidden = down.input_gradient(extended, down_matrix)
+    else:
+        ds_down = None
+        d_hidden = down.input_gradient(grad, down_matrix)
+    del down_matrix
+
+    gate_rank, up_rank = gate_up.ranks
+    down_rank = down.ranks[0]
+    if ds_down is not None and gate_rank and up_rank and max(*gate_up.ranks, down_rank) <= 64:
+        d_gate, d_up, d_down_down = swiglu_adapter_backward(
+            d_hidden,
+            kept["gate_up"],
+            kept["xa_gate_up"],
+            gate_up_matrix[:N, gate_up.in_features :],
+            (0, gate_rank),
+            (gate_rank, up_rank),
+            ds_down,
+            down_rank,
+            inner,
+            d_gate_up[:, N:],
+        )
+        d_ups: list[Tensor | None] = [d_gate[:, :gate_rank], d_up[:, :up_rank]]
+    else:
+        hidden, d_down_down = None, None
+        if ds_down is not None:
+            hidden = d_hidden.new_empty(d_hidden.shape)
+        swiglu_backward(d_hidden, kept["gate_up"], inner, hidden)
+        if ds_down is not None and hidden is not None:
+            d_down_down = mm_float(ds_down.t(), hidden)[:down_rank]
+        del hidden
+        d_ups = gate_up.output_products(d_gate_up, kept["xa_gate_up"], gate_up_matrix) if gate_up.width else [None] * 2
+    del d_hidden
+
+    d_normed = gate_up.input_gradient(d_gate_up, gate_up_matrix)
+    d_downs: list[Tensor | None] = [None, None]
+    if gate_up.width:
+        d_downs = _down_gradients(gate_up, d_gate_up[:, N:], kept["middle"], kept["rstd_2"], layer.norm_2)
+    d_middle = layer.o.gradient_buffer(tokens, grad)
+    rms_norm_backward(
+        d_normed, kept["middle"], layer.norm_2.weight, kept["rstd_2"], d_middle[:, :width], residual_grad=grad
+    )
+    pairs = [*zip(d_downs, d_ups, strict=True), (d_down_down, d_up_down[0])]
+    return d_middle, pairs
+
+
+def _attention_backward(
+    layer: _Layer,
+    kept: Kept,
+    positions: Positions,
+    matrices: dict[str, Tensor],
+    d_middle: Tensor,
+    wants_x: bool,
+) -> tuple[Tensor | None, list[tuple[Tensor | None, Tensor | None]]]:
+    """Return dx, and the gradients of the pairs of q, k, v, o."""
+    tokens, width = kept["x"].shape
+    o, qkv = layer.o, layer.qkv
+    o_matrix = _take(matrices, "o", o, d_middle)
+    o_pair: tuple[Tensor | None, Tensor | None] = (None, None)
+    if o.width:
+        (d_up,) = o.output_products(d_middle, kept["xa_o"], o_matrix)
+        (d_down,) = o.down_gradients(mm_float(d_middle[:, width:].t(), kept["attended"]))
+        o_pair = d_down, d_up
+    d_attended = o.input_gradient(d_middle, o_matrix)
+    del o_matrix
+
+    q, k, v = _qkv_heads(layer, kept, positions.batch)
+    statistics = tuple(kept[f"attention_{index}"] for index in range(3) if f"attention_{index}" in kept)
+    d_q, d_k, d_v = attention_backward(
+        d_attended.view(q.shape), q, k, v, kept["attended"].view(q.shape), statistics, positions.sequences
+    )
+    d_qkv = qkv.gradient_buffer(tokens, d_middle)
+    outs = layer.heads_of(d_qkv[:, : qkv.out_features], positions.batch)
+    raw = kept["qkv"].split(qkv.sizes, 1)
+    for index, (gradient, norm) in enumerate(zip((d_q, d_k), (layer.q_norm, layer.k_norm), strict=True)):
+        rows, out = gradient.flatten(0, 1), outs[index].flatten(0, 1)
+        if norm is None:
+            rotate(rows, positions.cos, positions.sin, out, inverse=True)
+            continue
+        turned = rows.new_empty(rows.shape)
+        rotate(rows, positions.cos, positions.sin, turned, inverse=True)
+        heads = raw[index].unflatten(1, (-1, layer.head_dim))
+        rms_norm_backward(turned, heads, norm.weight, kept["rstd_" + "qk"[index]], out)
+    outs[2].copy_(d_v)
+    del d_q, d_k, d_v
+
+    matrix = _take(matrices, "qkv", qkv, d_middle)
+    qkv_pairs: list[tuple[Tensor | None, Tensor | None]] = [(None, None)] * 3
+    if qkv.width:
+        d_ups = qkv.output_products(d_qkv, kept["xa_qkv"], matrix)
+        d_downs = _down_gradients(qkv, d_qkv[:, qkv.out_features :], kept["x"], kept["rstd_1"], layer.norm_1)
+        qkv_pairs = list(zip(d_downs, d_ups, strict=True))
+    d_x = None
+    if wants_x:
+        d_normed = qkv.input_gradient(d_qkv, matrix)
+        d_x = torch.empty_like(d_normed)
+        rms_norm_backward(
+            d_normed, kept["x"], layer.norm_1.weight, kept["rstd_1"], d_x, residual_grad=d_middle[:, :width]
+        )
+    return d_x, [*qkv_pairs, o_pair]
+
+
+def _down_gradients(group: Group, ds: Tensor, x: Tensor, rstd: Tensor, norm: Any) -> list[Tensor | None]:
+    """Return each `d down_i = ds_i^T n`, n = x * rstd * weight; n is not made, its norm goes to the thin sides."""
+    scaled = (ds * rstd[:, None]).to(ds.dtype)
+    return group.down_gradients(mm_float(scaled.t(), x) * norm.weight)
+
+
+def _take(matrices: dict[str, Tensor], name: str, group: Group, like: Tensor) -> Tensor:
+    """Return a group's matrix, left by the recomputation or dequantized now."""
+    found = matrices.pop(name, None)
+    return group.matrix(like.dtype, like.device) if found is None else found

@@ -1,0 +1,167 @@
+"""Linears that share an input, with their adapters, as one matrix: the K-extension.
+
+For linears `W_i [N_i, K]` with pairs `(down_i [r_i, K], up_i [N_i, r_i])`, N = sum N_i and R = sum r_i padded, the
+matrix
+
+    rows 0 .. N:      [ W_0; W_1; ... (K columns) | block-diagonal of the up_i (R columns) ]
+    rows N .. N + R:  [ down_0; down_1; ... (zero rows as padding)      | unused ]
+
+turns forward and input gradient into one GEMM each, adapters included, with one rounding:
+
+    Y  = [x  | x down^T] @ rows[:N]^T
+    dX = [dY | dY up   ] @ rows[:, :K]
+
+Nothing is ever added to a quantized weight: in bfloat16 an update 4e-4 of the weight's size would lose 91 % of itself.
+The matrix lives as long as a pass needs it, in memory that the allocator reuses from group to group.
+"""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from lsr_scale.fused.pairs import Pair
+from lsr_scale.kernels.output_gradients import output_gradients
+from lsr_scale.quantized import dequantize_into
+
+# cuBLAS is fastest with this many extra columns; 16 cost four times as much on an H100 (benchmarks/LOG.md)
+ALIGNMENT = 64
+# rows of a group that output_gradients' blocks must not mix
+BLOCK = 64
+
+
+def base_of(linear: nn.Module) -> Any:
+    """Return the frozen linear layer under any adapters."""
+    return linear.get_base_layer() if isinstance(linear, BaseTunerLayer) else linear
+
+
+@dataclass
+class Group:
+    """Linears that read one input, and the pair of each (None: no active adapter)."""
+
+    linears: Sequence[nn.Module]
+    pairs: Sequence[Pair | None]
+
+    def __post_init__(self) -> None:
+        self.bases = [base_of(linear) for linear in self.linears]
+        self.in_features: int = self.bases[0].in_features
+        self.sizes: list[int] = [base.out_features for base in self.bases]
+        self.out_features = sum(self.sizes)
+        self.ranks = [0 if pair is None else pair[0].shape[0] for pair in self.pairs]
+        rank = sum(self.ranks)
+        self.width = -(-rank // ALIGNMENT) * ALIGNMENT
+
+    def columns(self, index: int) -> slice:
+        """Return the columns of a linear's adapter among the group's R."""
+        start = sum(self.ranks[:index])
+        return slice(start, start + self.ranks[index])
+
+    def rows(self, index: int) -> slice:
+        """Return the rows of a linear among the group's N."""
+        start = sum(self.sizes[:index])
+        return slice(start, start + self.sizes[index])
+
+    def matrix(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Return the group's matrix `[N + R, K + R]`, weights dequantized."""
+        N, K, R = self.out_features, self.in_features, self.width
+        matrix = torch.empty(N + R, K + R, dtype=dtype, device=device)
+        down_row = N
+        for index, (base, pair) in enumerate(zip(self.bases, self.pairs, strict=True)):
+            last = index == len(self.bases) - 1
+            down_end = N + R if last else down_row + self.ranks[index]
+            down, up = pair if pair is not None else (None, None)
+            dequantize_into(
+                base,
+                matrix[self.rows(index)],
+                up=up,
+                up_column=self.columns(index).start,
+                down=down,
+                down_out=matrix[down_row:down_end, :K] if down_end > down_row else None,
+            )
+            down_row = down_end
+        return matrix
+
+    def bias(self, dtype: torch.dtype) -> Tensor | None:
+        """Return the biases in a row `[N]`, or None."""
+        if all(base.bias is None for base in self.bases):
+            return None
+        device = next(base.bias.device for base in self.bases if base.bias is not None)
+        parts = [
+            torch.zeros(size, dtype=dtype, device=device) if base.bias is None else base.bias.to(dtype)
+            for base, size in zip(self.bases, self.sizes, strict=True)
+        ]
+        return torch.cat(parts)
+
+    def input_buffer(self, rows: int, like: Tensor) -> Tensor:
+        """Return an uninitialized `[T, K + R]` for the group's input, whose tail `project` fills."""
+        return like.new_empty(rows, self.in_features + self.width)
+
+    def gradient_buffer(self, rows: int, like: Tensor) -> Tensor:
+        """Return an uninitialized `[T, N + R]` for the group's output gradient, whose tail `gradients` fills."""
+        return like.new_empty(rows, self.out_features + self.width)
+
+    def project(self, x: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return `(Y [T, N], xA [T, R])`.
+
+        Args:
+            x: The input `[T, K + R]` with its tail free to be written (see `input_buffer`); or `[T, K]`, then the
+                adapters are added by a second, thin GEMM.
+            matrix: See `matrix`.
+        """
+        N, K = self.out_features, self.in_features
+        bias = self.bias(x.dtype)
+        if not self.width:
+            return _gemm(x, matrix.t(), bias), None
+        if x.shape[1] == K:
+            out = _gemm(x, matrix[:N, :K].t(), bias)
+            xa = x @ matrix[N:, :K].t()
+            return out.addmm_(xa, matrix[:N, K:].t()), xa
+        xa = x[:, :K] @ matrix[N:, :K].t()
+        x[:, K:] = xa
+        return _gemm(x, matrix[:N].t(), bias), xa
+
+    def input_gradient(self, grad: Tensor, matrix: Tensor) -> Tensor:
+        """Return `dX [T, K]` from the output gradient `[T, N + R]`, its tail filled."""
+        return grad @ matrix[:, : self.in_features]
+
+    def output_products(self, grad: Tensor, xa: Tensor, matrix: Tensor) -> list[Tensor | None]:
+        """Fill the tail of `grad [T, N + R]` with `dY up`, and return each `d up_i = dY_i^T xA_i` in float32."""
+        N, K = self.out_features, self.in_features
+        up = matrix[:N, K:]
+        width = -(-max(self.ranks) // 16) * 16
+        if grad.is_cuda and width <= BLOCK and all(size % BLOCK == 0 for size in self.sizes):
+            offsets = _offsets(tuple(self.sizes), tuple(self.ranks), grad.device)
+            _, d_up = output_gradients(grad[:, :N], xa, up, offsets, width, ds_out=grad[:, N:])
+            return [d_up[self.rows(index), :rank] if rank else None for index, rank in enumerate(self.ranks)]
+        grad[:, N:] = grad[:, :N] @ up
+        return [
+            mm_float(grad[:, self.rows(index)].t(), xa[:, self.columns(index)]) if rank else None
+            for index, rank in enumerate(self.ranks)
+        ]
+
+    def down_gradients(self, d_down: Tensor) -> list[Tensor | None]:
+        """Cut `ds^T x [R, K]` into each `d down_i`."""
+        return [d_down[self.columns(index)] if rank else None for index, rank in enumerate(self.ranks)]
+
+
+@functools.cache
+def _offsets(sizes: tuple[int, ...], ranks: tuple[int, ...], device: torch.device) -> Tensor:
+    """Return the first adapter column of every block of rows, int32 on the device (made once per shape)."""
+    starts = [sum(ranks[:index]) for index in range(len(ranks))]
+    blocks = [start for start, size in zip(starts, sizes, strict=True) for _ in range(size // BLOCK)]
+    return torch.tensor(blocks, dtype=torch.int32, device=device)
+
+
+def _gemm(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+    return a @ b if bias is None else torch.addmm(bias, a, b)
+
+
+def mm_float(a: Tensor, b: Tensor) -> Tensor:
+    """Return `a @ b` in float32 (float64 for such operands), never rounded to half precision."""
+    if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return (a.float() @ b.float()) if a.dtype in (torch.bfloat16, torch.float16) else a @ b

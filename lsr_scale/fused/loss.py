@@ -1,0 +1,89 @@
+"""Cross-entropy of a language model's head, chunk by chunk: the logits never exist whole.
+
+    loss = sum_t [logsumexp(h_t W^T) - (h_t W^T)_label(t)] / n      over supervised positions t
+
+The gradient to h is computed in the forward pass, while a chunk's logits are there: `dh = (softmax - onehot) W / n`.
+The head is frozen. Logits are kept in the hidden states' dtype, softmax is computed in float32.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+IGNORED = -100
+# 1,024 rows of a 32k vocabulary: 64 MB of logits in bfloat16, 128 MB in float32
+CHUNK_ELEMENTS = 2**25
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """`(h [T, hidden], W [vocabulary, hidden], labels [T]) -> sum of the losses`, float32."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        wants = ctx.needs_input_grad[0]
+        gradient = torch.empty_like(hidden) if wants else None
+        total = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
+        rows = max(1, CHUNK_ELEMENTS // weight.shape[0])
+        for start in range(0, len(hidden), rows):
+            part = slice(start, start + rows)
+            logits = (hidden[part] @ weight.t()).to(total.dtype)
+            log_probs = torch.log_softmax(logits, dim=-1)
+            total -= log_probs.gather(1, labels[part, None]).sum()
+            if gradient is not None:
+                probs = log_probs.exp_()
+                probs.scatter_add_(1, labels[part, None], probs.new_full((len(probs), 1), -1.0))
+                torch.mm(probs.to(hidden.dtype), weight, out=gradient[part])
+        ctx.gradient = gradient
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None]:
+        gradient, ctx.gradient = ctx.gradient, None
+        return None if gradient is None else gradient.mul_(grads[0].to(gradient.dtype)), None, None
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """Return the summed cross-entropy of `hidden @ weight^T` against labels, float32, differentiable in `hidden`.
+
+    Args:
+        hidden: `[T, hidden]`.
+        weight: `[vocabulary, hidden]`, frozen.
+        labels: `[T]` in `[0, vocabulary)`: no ignored ones, they are left out before.
+    """
+    if weight.requires_grad:
+        return functional.cross_entropy((hidden @ weight.t()).float(), labels, reduction="sum")
+    return _LinearCrossEntropy.apply(hidden, weight, labels)  # pyright: ignore[reportReturnType]
+
+
+def causal_lm_loss(
+    module: Any,
+    labels: Tensor,
+    shift_labels: Tensor | None = None,
+    num_items_in_batch: Tensor | int | None = None,
+    **kwargs: Any,
+) -> CausalLMOutputWithPast:
+    """Run a causal language model and return its mean loss over supervised positions; `logits` is None.
+
+    Args:
+        module: The transformers model.
+        labels: `[B, S]`, -100 where nothing is to be learned; shifted here, as transformers does.
+        shift_labels: Labels that are shifted already; then `labels` is not used.
+        num_items_in_batch: What the sum is divided by, if not by the number of supervised positions.
+        kwargs: Everything else, for the model under the head.
+    """
+    kwargs.pop("logits_to_keep", None)
+    outputs = module.model(**kwargs)
+    hidden = outputs.last_hidden_state
+    if shift_labels is None:
+        shift_labels = functional.pad(labels, (0, 1), value=IGNORED)[..., 1:]
+    targets = shift_labels.reshape(-1).to(hidden.device)
+    supervised = (targets != IGNORED).nonzero().flatten()
+    rows = hidden.reshape(-1, hidden.shape[-1])[supervised]
+    loss = linear_cross_entropy(rows.to(module.lm_head.weight.dtype), module.lm_head.weight, targets[supervised])
+    divisor = max(len(supervised), 1) if num_items_in_batch is None else num_items_in_batch
+    return CausalLMOutputWithPast(
+        loss=loss / divisor, logits=None, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+    )

@@ -1,0 +1,330 @@
+"""Models whose decoder layers run fused: `fuse` and `unfuse`, by subclass.
+
+Three classes of a model are replaced by subclasses of themselves, in place: the causal language model (its loss without
+logits), the stack of layers (everything that all layers share is made once a forward) and each layer (which decides
+at every forward whether it runs fused, see `eligibility`). Parameters, names, hooks and `isinstance` stay as they are.
+An instance's `forward` is never set: transformers' checkpointing would then be lost without a word.
+"""
+
+import functools
+import itertools
+import logging
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import torch
+from torch import Tensor, nn
+from transformers.models.llama import modeling_llama
+from transformers.models.mistral import modeling_mistral
+from transformers.models.qwen2 import modeling_qwen2
+from transformers.models.qwen3 import modeling_qwen3
+
+from lsr_scale.errors import UserError
+from lsr_scale.fused.decoder_layer import FusedLayer, Positions, Recompute, linears_of
+from lsr_scale.fused.eligibility import why_not_call, why_not_layer
+from lsr_scale.fused.loss import causal_lm_loss
+from lsr_scale.fused.pairs import Adapter, Pair, active_adapters, materialize
+from lsr_scale.kernels.attention import Sequences
+from lsr_scale.quantized import freeze_quantized
+
+logger = logging.getLogger(__name__)
+
+_FAMILIES = {"Llama": modeling_llama, "Mistral": modeling_mistral, "Qwen2": modeling_qwen2, "Qwen3": modeling_qwen3}
+_LAYERS = {getattr(module, name + "DecoderLayer") for name, module in _FAMILIES.items()}
+_STACKS = {getattr(module, name + "Model") for name, module in _FAMILIES.items()}
+_HEADS = {getattr(module, name + "ForCausalLM") for name, module in _FAMILIES.items()}
+
+
+@dataclass
+class FusedForward:
+    """What the layers of one forward pass share; handed down to them among their keyword arguments.
+
+    Attributes:
+        stack: The model around the layers.
+        cu_seqlens: Boundaries of packed documents, or None.
+        max_seqlen: Length of the longest.
+        placeholder: The attention mask is a stand-in: packed documents are told by `cu_seqlens`.
+    """
+
+    stack: Any
+    cu_seqlens: Tensor | None = None
+    max_seqlen: int = 0
+    placeholder: bool = False
+
+    def __post_init__(self) -> None:
+        self._grad = torch.is_grad_enabled()
+        self._reasons: dict[int, str | None] = {}
+        self._pairs: dict[int, Pair] = {}
+        self._chunks = _chunks(list(self.stack.layers))
+
+    def reason(self, layer: nn.Module) -> str | None:
+        """Return why a layer runs per linear in this forward pass, or None."""
+        if id(layer) not in self._reasons:
+            self._reasons[id(layer)] = why_not_layer(layer)
+        return self._reasons[id(layer)]
+
+    def pairs(self, layer: nn.Module) -> list[Tensor | None]:
+        """Return down and up of each linear of a layer, or None twice; made with its chunk's when first asked for."""
+        chunk = self._chunks.get(id(layer), [])
+        for other in chunk:
+            del self._chunks[id(other)]
+        if chunk:
+            # reentrant checkpointing runs the layer without gradients, which the pairs need nevertheless
+            with torch.set_grad_enabled(self._grad):
+                self._pairs |= _pairs(self.stack, [other for other in chunk if self.reason(other) is None])
+        flat: list[Tensor | None] = []
+        for linear in linears_of(layer):
+            flat += self._pairs.get(id(linear), (None, None))
+        return flat
+
+
+# layers whose pairs are made at once: many, for few launches, but few where the GPU waits for it, which is before the
+# first layer and, in the backward pass, after it
+_CHUNKS = (1, 3, 4, 8)
+
+
+def _chunks(layers: list[nn.Module]) -> dict[int, list[nn.Module]]:
+    """Return the chunk that each layer is in, by the layer's identity."""
+    found: dict[int, list[nn.Module]] = {}
+    start = 0
+    for size in itertools.chain(_CHUNKS, itertools.repeat(_CHUNKS[-1])):
+        if start >= len(layers):
+            break
+        chunk = layers[start : start + size]
+        found |= {id(layer): chunk for layer in chunk}
+        start += size
+    return found
+
+
+class _Fused:
+    """Marks a class made by `fuse`; `original` is what it was made from."""
+
+    original: type
+
+
+class _FusedLayer(_Fused):
+    """A decoder layer that runs as one autograd function where it can."""
+
+    recompute: Recompute = "none"
+    told: str | None = None
+
+    def forward(self, hidden_states: Tensor, *args: Any, fused: FusedForward | None = None, **kwargs: Any) -> Tensor:
+        """Run the layer, fused if `eligibility` finds nothing against it, else as its own class does."""
+        module: Any = self
+        if fused is None or args:
+            reason = "called by other than its model"
+        else:
+            reason = fused.reason(module) or why_not_call(hidden_states, kwargs)
+        if reason:
+            if reason != self.told and module.training:
+                logger.warning("%s %s runs per linear: %s", self.original.__name__, module.self_attn.layer_idx, reason)
+                self.told = reason
+            return super().forward(hidden_states, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        assert fused is not None
+        positions = _positions(module, hidden_states, fused, kwargs)
+        return FusedLayer.apply(hidden_states, self, positions, self.recompute, *fused.pairs(module))  # pyright: ignore
+
+
+def _positions(layer: Any, hidden: Tensor, fused: FusedForward, arguments: dict[str, Any]) -> Positions:
+    """Gather what `FusedLayer` asks from a layer's keyword arguments."""
+    cos, sin = arguments["position_embeddings"]
+    batch, length = hidden.shape[:2]
+    if cos.shape[0] not in (1, batch):
+        raise ValueError(f"position embeddings are {tuple(cos.shape)}; expected 1 or {batch} rows of them")
+    window = _window_of(layer)
+    longest = fused.max_seqlen or length
+    sequences = Sequences(
+        scale=layer.self_attn.scaling,
+        mask=None if fused.placeholder else arguments.get("attention_mask"),
+        cu_seqlens=fused.cu_seqlens,
+        max_seqlen=fused.max_seqlen,
+        window=window if window is not None and window < longest else None,
+    )
+    if sequences.mask is not None:
+        # transformers' masks hold everything
+        sequences = Sequences(scale=sequences.scale, mask=sequences.mask)
+    return Positions(batch, cos.reshape(-1, cos.shape[-1]), sin.reshape(-1, sin.shape[-1]), sequences)
+
+
+def _window_of(layer: Any) -> int | None:
+    """Return the sliding window of a layer's attention, where it has one."""
+    attention = layer.self_attn
+    if hasattr(attention, "sliding_window"):
+        return attention.sliding_window
+    # Mistral's attention reads it from the configuration
+    return getattr(attention.config, "sliding_window", None) if "Mistral" in type(attention).__name__ else None
+
+
+class _FusedStack(_Fused):
+    """A stack of decoder layers that makes once what all of them need: pairs, and boundaries of packed documents."""
+
+    pair_cache: dict[Any, tuple[Any, dict[int, Pair]]] | None = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model."""
+        module: Any = self
+        if module.training and kwargs.get("past_key_values") is None:
+            # transformers would build a cache in training too, which nothing reads
+            kwargs["use_cache"] = False
+        fused = FusedForward(self)
+        if kwargs.get("attention_mask") is None and kwargs.get("past_key_values") is None:
+            fused.cu_seqlens, fused.max_seqlen = _documents(kwargs)
+            if fused.cu_seqlens is not None and not any(map(fused.reason, module.layers)):
+                # no layer reads it, and the real one has a square of the tokens
+                device = fused.cu_seqlens.device
+                kwargs["attention_mask"] = torch.empty(1, 1, 1, 1, device=device)
+                fused.placeholder = True
+        return super().forward(*args, fused=fused, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _pairs(stack: Any, layers: list[nn.Module]) -> dict[int, Pair]:
+    """Return the pairs of the adapted linears of some layers; in evaluation kept until a factor changes."""
+    adapters: list[Adapter] = []
+    for layer in layers:
+        adapters += [adapter for linear in linears_of(layer) for adapter in active_adapters(linear)]
+    key, version = tuple(map(id, layers)), None
+    if stack.training or torch.is_grad_enabled():
+        stack.pair_cache = None
+    else:
+        factors = [factor for adapter in adapters for factor in adapter.factors().values()]
+        version = (
+            tuple((id(adapter.linear), adapter.name, adapter.scaling) for adapter in adapters),
+            tuple((factor.data_ptr(), factor._version) for factor in factors),
+        )
+        stack.pair_cache = stack.pair_cache or {}
+        if key in stack.pair_cache and stack.pair_cache[key][0] == version:
+            return stack.pair_cache[key][1]
+    pairs: dict[int, Pair] = {}
+    for adapter, (down, up) in zip(adapters, materialize(adapters), strict=True):
+        held = pairs.get(id(adapter.linear))
+        if held is not None:
+            # several active adapters of one linear stand side by side in R
+            down, up = torch.cat([held[0], down]), torch.cat([held[1], up], dim=1)
+        pairs[id(adapter.linear)] = down, up
+    if version is not None:
+        stack.pair_cache[key] = version, pairs
+    return pairs
+
+
+def _documents(arguments: dict[str, Any]) -> tuple[Tensor | None, int]:
+    """Return the boundaries of the documents packed in a batch of one row, and the longest's length.
+
+    They are given by the collator (transformers' names), or told by positions that do not go on by one; the latter
+    costs one wait for the GPU a forward.
+    """
+    if arguments.get("cu_seq_lens_q") is not None:
+        return arguments["cu_seq_lens_q"].to(torch.int32), int(arguments["max_length_q"])
+    positions = arguments.get("position_ids")
+    if positions is None or positions.dim() != 2 or positions.shape[0] != 1:
+        return None, 0
+    row = positions[0]
+    starts = (row.diff() != 1).nonzero().flatten() + 1
+    if not len(starts):
+        return None, 0
+    ends = torch.tensor([len(row)], device=row.device)
+    boundaries = torch.cat([torch.zeros_like(ends), starts, ends]).to(torch.int32)
+    return boundaries, int(boundaries.diff().max())
+
+
+class _FusedHead(_Fused):
+    """A causal language model whose training loss is computed without the logits ever existing whole."""
+
+    def forward(self, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
+        """Run the model; in training with labels, `logits` is None in what is returned."""
+        module: Any = self
+        plain = not module.training or kwargs.get("logits_to_keep") or args
+        if labels is None or plain or "loss_function" in module.__dict__ or module.lm_head.bias is not None:
+            return super().forward(*args, labels=labels, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        return causal_lm_loss(module, labels, **kwargs)
+
+
+@dataclass
+class FuseReport:
+    """What `fuse` did.
+
+    Attributes:
+        fused: Names of the decoder layers that will run fused.
+        per_linear: Names of the decoder layers that will not, with the reason.
+    """
+
+    fused: list[str]
+    per_linear: dict[str, str]
+
+    def __str__(self) -> str:
+        """Return one line, two if something stays per linear."""
+        text = f"{len(self.fused)} of {len(self.fused) + len(self.per_linear)} decoder layers run fused"
+        reasons = sorted(set(self.per_linear.values()))
+        return text + (f"; the others per linear: {'; '.join(reasons)}" if reasons else "")
+
+
+def fuse(model: nn.Module, recompute: Recompute = "none") -> FuseReport:
+    """Make the decoder layers of a model run fused, in place: faster, with less memory, the same function.
+
+    For loops of your own. Call it on a PEFT model (LSR-Adapt, Kron-LoRA, LoRA) or a frozen one, after its adapters are
+    there, before any wrapper (DeepSpeed, DDP). `unfuse` undoes it.
+
+    Args:
+        model: A model of the LLaMA, Mistral, Qwen2 or Qwen3 architecture, or anything that contains one.
+        recompute: What the backward pass computes again instead of keeping it: "none", "mlp" (gate and up) or "full"
+            (everything but the layer's input). Leave transformers' own gradient checkpointing off.
+
+    Returns:
+        Which layers run fused, and why others do not. Layers are asked again at every forward.
+
+    Raises:
+        UserError: if the model has no such architecture in it, or for an unknown `recompute`.
+    """
+    if recompute not in get_args(Recompute):
+        raise UserError(f"recompute: expected one of {', '.join(get_args(Recompute))}; got {recompute!r}")
+    freeze_quantized(model)
+    report = FuseReport([], {})
+    stacks = [module for module in model.modules() if _original(module) in _STACKS]
+    if not stacks:
+        names = ", ".join(_FAMILIES)
+        raise UserError(f"{type(model).__name__} has no decoder that can run fused; known architectures: {names}")
+    for name, module in model.named_modules():
+        original = _original(module)
+        for mixin, known in ((_FusedLayer, _LAYERS), (_FusedStack, _STACKS), (_FusedHead, _HEADS)):
+            if original in known:
+                module.__class__ = _subclass(mixin, original)
+        if isinstance(module, _FusedLayer):
+            module.recompute = recompute
+            reason = why_not_layer(module)
+            if reason:
+                report.per_linear[name] = reason
+            else:
+                report.fused.append(name)
+    return report
+
+
+def unfuse(model: nn.Module) -> None:
+    """Give every module of a fused model its own class back."""
+    for module in model.modules():
+        if isinstance(module, _Fused):
+            module.__class__ = module.original
+            for name in ("recompute", "told", "pair_cache"):
+                module.__dict__.pop(name, None)
+
+
+def _original(module: nn.Module) -> type:
+    return module.original if isinstance(module, _Fused) else type(module)
+
+
+_SUBCLASSES: dict[tuple[type, type], type] = {}
+
+
+def _subclass(mixin: type, original: type) -> type:
+    """Return the subclass of both, always the same one, so that it can be pickled by name."""
+    key = mixin, original
+    if key not in _SUBCLASSES:
+        name = "Fused" + original.__name__
+
+        # generation and the Trainer read the signature to know what a model takes
+        @functools.wraps(original.forward)
+        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+            return mixin.forward(self, *args, **kwargs)
+
+        members = {"original": original, "forward": forward, "__module__": __name__}
+        _SUBCLASSES[key] = type(name, (mixin, original), members)
+        globals()[name] = _SUBCLASSES[key]
+    return _SUBCLASSES[key]

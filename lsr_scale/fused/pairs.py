@@ -1,0 +1,150 @@
+"""The pairs of many adapted linears at once: one autograd node, a handful of kernels, whatever the method.
+
+`materialize` of a method takes stacks of modules, so linears whose factors have the same shapes are stacked, and the
+whole model's pairs `(down [r, in], scaling * up [out, r])` cost a few launches instead of some per module. The node
+keeps modules, never tensors: factors are read again in the backward pass (under ZeRO-3 they may have been freed in
+between), and a part of the model can be differentiated at a time, which reentrant checkpointing does.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from lsr_scale.adapters.base import AdapterLinear, AdapterMethod
+
+Pair = tuple[Tensor, Tensor]
+
+
+class _Lora(AdapterMethod):
+    """PEFT's LoRA seen as a method: its factors are the pair."""
+
+    parameter_names = ("down", "up")
+
+    @staticmethod
+    def materialize(params: Any) -> Pair:
+        return params["down"], params["up"]
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One adapter of one linear."""
+
+    linear: nn.Module
+    name: str
+
+    @property
+    def method(self) -> type[AdapterMethod]:
+        """How its factors make its pair."""
+        return self.linear.method if isinstance(self.linear, AdapterLinear) else _Lora
+
+    @property
+    def scaling(self) -> float:
+        """The factor on its update."""
+        linear: Any = self.linear
+        ours = isinstance(linear, AdapterLinear)
+        return linear.adapter_configs[self.name].scaling if ours else linear.scaling[self.name]
+
+    def factors(self) -> dict[str, Tensor]:
+        """Return its parameters by the method's names."""
+        linear: Any = self.linear
+        if isinstance(linear, AdapterLinear):
+            held = {name: getattr(linear, linear.method.prefix + name) for name in linear.method.parameter_names}
+            return {name: values[self.name] for name, values in held.items() if self.name in values}
+        return {"down": linear.lora_A[self.name].weight, "up": linear.lora_B[self.name].weight}
+
+
+def active_adapters(linear: nn.Module) -> list[Adapter]:
+    """Return the adapters that take part in a linear's forward, in order; none for a plain or disabled linear."""
+    if isinstance(linear, AdapterLinear):
+        held: Any = linear.adapter_configs
+    elif isinstance(linear, LoraLayer):
+        held = linear.lora_A
+    else:
+        return []
+    if linear.disable_adapters:
+        return []
+    return [Adapter(linear, name) for name in linear.active_adapters if name in held]
+
+
+def materialize(adapters: Sequence[Adapter]) -> list[Pair]:
+    """Return the pair of every adapter, scaling in `up`: float32 (float64 for such factors), differentiable."""
+    if not adapters:
+        return []
+    factors = [list(adapter.factors().values()) for adapter in adapters]
+    flat = _Materialize.apply(list(adapters), *(factor for group in factors for factor in group))  # pyright: ignore
+    return list(zip(flat[::2], flat[1::2], strict=True))
+
+
+def _stacks(
+    adapters: Sequence[Adapter], factors: Sequence[dict[str, Tensor]], wanted: Sequence[int]
+) -> list[list[int]]:
+    """Group adapters of one method, scaling and set of shapes: lists of positions among `adapters`."""
+    groups: dict[Any, list[int]] = {}
+    for index in wanted:
+        adapter = adapters[index]
+        shapes = tuple((name, factor.shape, factor.dtype) for name, factor in factors[index].items())
+        groups.setdefault((adapter.method, adapter.scaling, shapes), []).append(index)
+    return list(groups.values())
+
+
+def _stacked(held: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Return each factor of some adapters of equal shapes as one tensor, float32 or wider."""
+    stacks = {name: torch.stack([factors[name] for factors in held]) for name in held[0]}
+    return {name: x.float() if x.dtype in (torch.bfloat16, torch.float16) else x for name, x in stacks.items()}
+
+
+class _Materialize(torch.autograd.Function):
+    """`(factors of every adapter) -> (down, up of every adapter)`."""
+
+    @staticmethod
+    def forward(ctx: Any, adapters: list[Adapter], *factors: Tensor) -> tuple[Tensor, ...]:
+        ctx.adapters = adapters
+        ctx.set_materialize_grads(False)
+        # apart from their device, factors are read from the modules, here and in backward
+        device = factors[0].device.type
+        held = [adapter.factors() for adapter in adapters]
+        flat: list[Any] = [None] * (2 * len(adapters))
+        for group in _stacks(adapters, held, range(len(adapters))):
+            with torch.autocast(device, enabled=False):
+                first = adapters[group[0]]
+                down, up = first.method.materialize(_stacked([held[index] for index in group]))
+                up = up * first.scaling
+            for position, index in enumerate(group):
+                flat[2 * index], flat[2 * index + 1] = down[position], up[position]
+        return tuple(flat)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        adapters: list[Adapter] = ctx.adapters
+        held = [{name: factor.detach() for name, factor in a.factors().items()} for a in adapters]
+        results: list[list[Tensor | None]] = [[None] * len(factors) for factors in held]
+        wanted = [
+            index for index in range(len(adapters)) if grads[2 * index] is not None or grads[2 * index + 1] is not None
+        ]
+        for group in _stacks(adapters, held, wanted):
+            first = adapters[group[0]]
+            device = next(iter(held[group[0]].values())).device.type
+            with torch.enable_grad(), torch.autocast(device, enabled=False):
+                stacked = _stacked([held[index] for index in group])
+                stacks = {name: stack.requires_grad_() for name, stack in stacked.items()}
+                pair = first.method.materialize(stacks)
+            # d/d(up before scaling) = scaling * d/d(up)
+            gradients = [
+                _stack_gradients([grads[2 * index + side] for index in group], pair[side], (1.0, first.scaling)[side])
+                for side in (0, 1)
+            ]
+            found = torch.autograd.grad(pair, list(stacks.values()), gradients)
+            for position, index in enumerate(group):
+                for place, (stack, factor) in enumerate(zip(found, held[index].values(), strict=True)):
+                    results[index][place] = stack[position].to(factor.dtype)
+        return None, *(gradient for group in results for gradient in group)
+
+
+def _stack_gradients(grads: Sequence[Tensor | None], like: Tensor, scale: float) -> Tensor:
+    present = [torch.zeros_like(like[0]) if grad is None else grad for grad in grads]
+    stacked = torch.stack(present).to(like.dtype)
+    return stacked if scale == 1.0 else stacked * scale

@@ -1,0 +1,514 @@
+"""Decode a frozen weight into a pitched scratch together with its adapter's pair, in one launch.
+
+    out = [ W | 0 | up | 0 ]   rows 0..N: the weight in K columns, then R columns that hold `up` and zeros
+    down_out = [ down ; 0 ]    r2 rows of K columns, padded with rows of zeros
+
+    4-bit: W.flat[i] = code[q_i] * absmax[i // block_size]
+           where, doubly quantized, absmax[b] = code2[a_b] * absmax2[b // block_size2] + offset
+    int8:  W[n, k] = codes[n, k] * row_scales[n] * (1 / 127)
+
+Values are bit-equal to those of bitsandbytes: float32, each operation rounded by itself (no fused multiply-add), in its
+order, then rounded once to the dtype of `out`. In bytes: half (4-bit) or one (int8) read and two (bf16) written for a
+weight, which bounds the time. Blocks of quantization run over the flattened weight and may straddle its rows.
+
+A *word* here is eight weights in a row: four packed bytes, sixteen bytes of bf16. A thread turns one 4-byte load into
+one 16-byte store, neighbours beside each other on both sides.
+"""
+
+# pyright: reportInvalidTypeForm=false
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lsr_scale.kernels.backend import jit, tl, use_triton
+
+# absmax (fp32), code (fp32 [256]), offset (fp32, one element) and block size of a twice quantized absmax
+Nested = tuple[Tensor, Tensor, Tensor, int]
+
+# float64 for the references
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def _fill_adapter_reference(
+    out: Tensor, in_features: int, up: Tensor | None, up_column: int, down: Tensor | None, down_out: Tensor | None
+) -> None:
+    """Write everything but the weight: the tail columns of `out`, and `down_out`."""
+    out[:, in_features:] = 0
+    if up is not None:
+        first = in_features + up_column
+        out[:, first : first + up.shape[1]] = up
+    if down_out is not None:
+        rank = 0 if down is None else down.shape[0]
+        if down is not None:
+            down_out[:rank] = down
+        down_out[rank:] = 0
+
+
+def dequantize_4bit_reference(
+    packed: Tensor,
+    absmax: Tensor,
+    code: Tensor,
+    out: Tensor,
+    *,
+    block_size: int,
+    nested: Nested | None = None,
+    up: Tensor | None = None,
+    up_column: int = 0,
+    down: Tensor | None = None,
+    down_out: Tensor | None = None,
+) -> None:
+    """Do what `dequantize_4bit` does in plain torch."""
+    packed, in_features = _check_4bit(packed, out, block_size)
+    _check_adapter(out, in_features, up, up_column, down, down_out)
+    num_values = out.shape[0] * in_features
+    if nested is None:
+        scales = absmax.float().view(-1)
+    else:
+        absmax2, code2, offset, block_size2 = nested
+        blocks = torch.arange(absmax.numel(), device=absmax.device) // block_size2
+        scales = code2.float()[absmax.view(-1).long()] * absmax2.float()[blocks]
+        scales = scales + offset.float()
+    flat = packed.view(-1)
+    values = code.float()[torch.stack((flat >> 4, flat & 15), dim=1).view(-1).long()]
+    values = values * scales[torch.arange(num_values, device=flat.device) // block_size]
+    out[:, :in_features] = values.view(-1, in_features).to(out.dtype)
+    _fill_adapter_reference(out, in_features, up, up_column, down, down_out)
+
+
+def dequantize_int8_reference(
+    codes: Tensor,
+    row_scales: Tensor,
+    out: Tensor,
+    *,
+    up: Tensor | None = None,
+    up_column: int = 0,
+    down: Tensor | None = None,
+    down_out: Tensor | None = None,
+) -> None:
+    """Do what `dequantize_int8` does in plain torch."""
+    _check_rows(codes, row_scales, out)
+    _check_adapter(out, codes.shape[1], up, up_column, down, down_out)
+    out[:, : codes.shape[1]] = (codes * row_scales.float().view(-1, 1) * _ONE_OVER_127).to(out.dtype)
+    _fill_adapter_reference(out, codes.shape[1], up, up_column, down, down_out)
+
+
+def copy_weight_reference(
+    weight: Tensor,
+    out: Tensor,
+    *,
+    up: Tensor | None = None,
+    up_column: int = 0,
+    down: Tensor | None = None,
+    down_out: Tensor | None = None,
+) -> None:
+    """Do what `copy_weight` does in plain torch."""
+    _check_rows(weight, None, out)
+    _check_adapter(out, weight.shape[1], up, up_column, down, down_out)
+    out[:, : weight.shape[1]] = weight
+    _fill_adapter_reference(out, weight.shape[1], up, up_column, down, down_out)
+
+
+# 1 / 127 as bitsandbytes writes it
+_ONE_OVER_127 = 7.874015718698502e-3
+
+
+@jit
+def _dequantize_kernel(
+    weight,
+    weight_pitch,
+    scales,
+    code,
+    absmax2,
+    code2,
+    offset,
+    out,
+    out_pitch,
+    num_rows,
+    num_tail,
+    up,
+    up_pitch,
+    up_column,
+    up_rank,
+    down,
+    down_pitch,
+    down_rank,
+    down_out,
+    down_out_pitch,
+    KIND: tl.constexpr,
+    NESTED: tl.constexpr,
+    HAS_UP: tl.constexpr,
+    HAS_DOWN: tl.constexpr,
+    ROW_WORDS: tl.constexpr,
+    BLOCK_WORDS: tl.constexpr,
+    BLOCK2: tl.constexpr,
+    ONE_OVER_127: tl.constexpr,
+    WORDS: tl.constexpr,
+    LOAD_WORDS: tl.constexpr,
+    SHARED_CODE: tl.constexpr,
+    TAIL_ROWS: tl.constexpr,
+    TAIL_COLUMNS: tl.constexpr,
+    DOWN_COLUMNS: tl.constexpr,
+):
+    """Decode WORDS words of the flattened weight (KIND "4bit", "int8" or "copy") or, past its end, write the pair.
+
+    The programs are in this order: the weight's, the tail columns' tiles, the tiles of `down_out`.
+    """
+    program = tl.program_id(0)
+    dtype = out.dtype.element_ty
+    num_words = num_rows * ROW_WORDS
+    weight_programs = (num_words + WORDS - 1) // WORDS
+    row_tiles = (num_rows + TAIL_ROWS - 1) // TAIL_ROWS
+    tail_programs = row_tiles * ((num_tail + TAIL_COLUMNS - 1) // TAIL_COLUMNS)
+    if program < weight_programs:
+        words = program * WORDS + tl.arange(0, WORDS)
+        valid = words < num_words
+        nth = tl.arange(0, 8)
+        rows = words // ROW_WORDS
+        columns = words % ROW_WORDS * 8
+        if KIND == "4bit":
+            if LOAD_WORDS:
+                # of the two weights in a byte the upper half is the first
+                word = tl.load(weight.to(tl.pointer_type(tl.int32)) + words, mask=valid, other=0)
+                index = (word[:, None] >> ((nth ^ 1) * 4)[None, :]) & 15
+            else:
+                pairs = tl.load(weight + words[:, None] * 4 + tl.arange(0, 4)[None, :], mask=valid[:, None], other=0)
+                pairs = pairs.to(tl.int32)
+                index = tl.reshape(tl.join(pairs >> 4, pairs & 15), (WORDS, 8))
+            # a block holds whole words, also where it straddles rows
+            blocks = words // BLOCK_WORDS
+            if NESTED:
+                scale = tl.load(code2 + tl.load(scales + blocks, mask=valid, other=0).to(tl.int32)).to(tl.float32)
+                scale = scale * tl.load(absmax2 + blocks // BLOCK2, mask=valid, other=0.0).to(tl.float32)
+                scale = scale + tl.load(offset).to(tl.float32)
+            else:
+                scale = tl.load(scales + blocks, mask=valid, other=0.0).to(tl.float32)
+            if SHARED_CODE:
+                table = tl.load(code + tl.arange(0, 16)).to(tl.float32)
+                values = tl.reshape(tl.gather(table, tl.reshape(index, (WORDS * 8,)), 0), (WORDS, 8))
+            else:
+                values = tl.load(code + index).to(tl.float32)
+            values = values * scale[:, None]
+        else:
+            source = rows.to(tl.int64) * weight_pitch + columns
+            values = tl.load(weight + source[:, None] + nth[None, :], mask=valid[:, None], other=0).to(tl.float32)
+            if KIND == "int8":
+                scale = tl.load(scales + rows, mask=valid, other=0.0).to(tl.float32)
+                values = values * scale[:, None] * ONE_OVER_127
+        first = rows.to(tl.int64) * out_pitch + columns
+        tl.store(out + first[:, None] + nth[None, :], values.to(dtype), mask=valid[:, None])
+    elif program < weight_programs + tail_programs:
+        tile = program - weight_programs
+        rows = tile % row_tiles * TAIL_ROWS + tl.arange(0, TAIL_ROWS)
+        valid_rows = (rows < num_rows)[:, None]
+        rows = rows.to(tl.int64)[:, None]
+        tail = (tile // row_tiles * TAIL_COLUMNS + tl.arange(0, TAIL_COLUMNS))[None, :]
+        if HAS_UP:
+            inside = valid_rows & (tail >= up_column) & (tail < up_column + up_rank)
+            pair = tl.load(up + rows * up_pitch + (tail - up_column), mask=inside, other=0.0).to(dtype)
+        else:
+            pair = tl.full((TAIL_ROWS, TAIL_COLUMNS), 0, dtype)
+        tl.store(out + rows * out_pitch + ROW_WORDS * 8 + tail, pair, mask=valid_rows & (tail < num_tail))
+    else:
+        tile = program - weight_programs - tail_programs
+        row_programs = (ROW_WORDS * 8 + DOWN_COLUMNS - 1) // DOWN_COLUMNS
+        down_row = (tile // row_programs).to(tl.int64)
+        down_columns = tile % row_programs * DOWN_COLUMNS + tl.arange(0, DOWN_COLUMNS)
+        inside_row = down_columns < ROW_WORDS * 8
+        if HAS_DOWN:
+            filled = inside_row & (down_row < down_rank)
+            line = tl.load(down + down_row * down_pitch + down_columns, mask=filled, other=0.0).to(dtype)
+        else:
+            line = tl.full((DOWN_COLUMNS,), 0, dtype)
+        tl.store(down_out + down_row * down_out_pitch + down_columns, line, mask=inside_row)
+
+
+_TAIL_ROWS = 32
+_TAIL_COLUMNS = 64
+_DOWN_COLUMNS = 2048
+
+
+def _launch(
+    weight: Tensor,
+    scales: Tensor,
+    tables: tuple[Tensor, Tensor, Tensor, Tensor],
+    out: Tensor,
+    in_features: int,
+    up: Tensor | None,
+    up_column: int,
+    down: Tensor | None,
+    down_out: Tensor | None,
+    words: int,
+    **options: Any,
+) -> None:
+    """Launch the kernel with a program for each piece of work; `out` stands for a pointer that is not read."""
+    num_rows, num_tail = out.shape[0], out.shape[1] - in_features
+    programs = -(-num_rows * in_features // (8 * words)) + -(-num_rows // _TAIL_ROWS) * -(-num_tail // _TAIL_COLUMNS)
+    if down_out is not None:
+        programs += down_out.shape[0] * -(-in_features // _DOWN_COLUMNS)
+    _dequantize_kernel[(programs,)](
+        weight,
+        weight.stride(0),
+        scales,
+        *tables,
+        out,
+        out.stride(0),
+        num_rows,
+        num_tail,
+        *((out, 0, 0, 0) if up is None else (up, up.stride(0), up_column, up.shape[1])),
+        *((out, 0, 0) if down is None else (down, down.stride(0), down.shape[0])),
+        *((out, 0) if down_out is None else (down_out, down_out.stride(0))),
+        HAS_UP=up is not None,
+        HAS_DOWN=down is not None,
+        ROW_WORDS=in_features // 8,
+        ONE_OVER_127=_ONE_OVER_127,
+        WORDS=words,
+        TAIL_ROWS=_TAIL_ROWS,
+        TAIL_COLUMNS=_TAIL_COLUMNS,
+        DOWN_COLUMNS=_DOWN_COLUMNS,
+        # a fused multiply-add of code2 * absmax2 + offset would round once, bitsandbytes rounds twice
+        enable_fp_fusion=False,
+        **options,
+    )
+
+
+def dequantize_4bit_triton(
+    packed: Tensor,
+    absmax: Tensor,
+    code: Tensor,
+    out: Tensor,
+    *,
+    block_size: int,
+    nested: Nested | None = None,
+    up: Tensor | None = None,
+    up_column: int = 0,
+    down: Tensor | None = None,
+    down_out: Tensor | None = None,
+    words: int = 512,
+    num_warps: int = 4,
+    load_words: bool = False,
+    shared_code: bool = True,
+) -> None:
+    """Do what `dequantize_4bit` does in one Triton launch.
+
+    Args:
+        packed, absmax, code, out, block_size, nested, up, up_column, down, down_out: As there.
+        words: Words (of eight weights) per program, a power of two.
+        num_warps: Warps per program.
+        load_words: Load 16 bytes a thread and pass them on through shared memory, instead of 4 bytes in place.
+        shared_code: Keep the table of 16 values in shared memory instead of the first-level cache.
+    """
+    packed, in_features = _check_4bit(packed, out, block_size)
+    _check_adapter(out, in_features, up, up_column, down, down_out)
+    absmax2, code2, offset, block_size2 = (absmax, code, code, 256) if nested is None else nested
+    _launch(
+        packed,
+        absmax,
+        (code, absmax2, code2, offset),
+        out,
+        in_features,
+        up,
+        up_column,
+        down,
+        down_out,
+        words,
+        KIND="4bit",
+        NESTED=nested is not None,
+        BLOCK_WORDS=block_size // 8,
+        BLOCK2=block_size2,
+        LOAD_WORDS=load_words and packed.data_ptr() % 4 == 0,
+        SHARED_CODE=shared_code,
+        num_warps=num_warps,
+    )
+
+
+def dequantize_int8_triton(
+    codes: Tensor,
+    row_scales: Tensor | None,
+    out: Tensor,
+    *,
+    up: Tensor | None = None,
+    up_column: int = 0,
+    down: Tensor | None = None,
+    down_out: Tensor | None = None,
+    words: int = 512,
+    num_warps: int = 4,
+) -> None:
+    """Do what `dequantize_int8` does, or without `row_scales` `copy_weight`, in one Triton launch.
+
+    Args:
+        codes, row_scales, out, up, up_column, down, down_out: As there.
+        words: Words (of eight weights) per program, a power of two.
+        num_warps: Warps per program.
+    """
+    _check_rows(codes, row_scales, out)
+    _check_adapter(out, codes.shape[1], up, up_column, down, down_out)
+    scales = codes if row_scales is None else row_scales
+    _launch(
+        codes,
+        scales,
+        (scales, scales, scales, scales),
+        out,
+        codes.shape[1],
+        up,
+        up_column,
+        down,
+        down_out,
+        words,
+        KIND="copy" if row_scales is None else "int8",
+        NESTED=False,
+        BLOCK_WORDS=1,
+        BLOCK2=1,
+        LOAD_WORDS=False,
+        SHARED_CODE=False,
+        num_warps=num_warps,
+    )
+
+
+def _check_4bit(packed: Tensor, out: Tensor, block_size: int) -> tuple[Tensor, int]:
+    """Return the packed weight as bytes and the weight's number of columns, or raise."""
+    if packed.dtype != torch.uint8:
+        packed = packed.view(torch.uint8)
+    if out.dtype not in _DTYPES or out.dim() != 2 or out.stride(1) != 1:
+        raise ValueError(f"out: expected floating rows of unit column stride, got {out.dtype} {tuple(out.shape)}")
+    num_rows = out.shape[0]
+    in_features = packed.numel() * 2 // num_rows
+    if in_features * num_rows != packed.numel() * 2 or in_features % 8 or in_features > out.shape[1]:
+        raise ValueError(
+            f"packed weight of {packed.numel()} bytes does not fit {num_rows} rows of at most {out.shape[1]} columns "
+            "(a multiple of 8)"
+        )
+    if block_size % 8 or not packed.is_contiguous() or packed.numel() >= 2**30:
+        raise ValueError(f"expected a contiguous packed weight and whole words in a block, got block size {block_size}")
+    return packed, in_features
+
+
+def _check_rows(codes: Tensor, row_scales: Tensor | None, out: Tensor) -> None:
+    """Raise unless `out` has room for the matrix, and the scales are one per row."""
+    if out.dtype not in _DTYPES or out.dim() != 2 or out.stride(1) != 1:
+        raise ValueError(f"out: expected floating rows of unit column stride, got {out.dtype} {tuple(out.shape)}")
+    num_rows, in_features = codes.shape
+    if num_rows != out.shape[0] or in_features > out.shape[1] or in_features % 8 or codes.stride(1) != 1:
+        raise ValueError(f"weight {tuple(codes.shape)} does not fit out {tuple(out.shape)} (columns: a multiple of 8)")
+    if row_scales is not None and (codes.dtype != torch.int8 or row_scales.numel() != num_rows):
+        raise ValueError(f"expected int8 codes and {num_rows} scales, got {codes.dtype} and {row_scales.numel()}")
+    if num_rows * in_features >= 2**31:
+        raise ValueError(f"weight {tuple(codes.shape)} is too large for 32-bit indices")
+
+
+def _check_adapter(
+    out: Tensor, in_features: int, up: Tensor | None, up_column: int, down: Tensor | None, down_out: Tensor | None
+) -> None:
+    """Raise unless the pair fits where it is to go."""
+    if up is not None:
+        last = up_column + up.shape[1]
+        if up.shape[0] != out.shape[0] or last > out.shape[1] - in_features or (up.stride(1) != 1 < up.shape[1]):
+            raise ValueError(
+                f"up {tuple(up.shape)} at column {up_column} does not fit out {tuple(out.shape)} beside "
+                f"{in_features} columns of weight"
+            )
+    if down is not None:
+        if down_out is None:
+            raise ValueError("down: given without down_out")
+        if down.shape[1] != in_features or down.shape[0] > down_out.shape[0] or down.stride(1) != 1:
+            raise ValueError(f"down {tuple(down.shape)} does not fit down_out {tuple(down_out.shape)}")
+    if down_out is not None and (
+        down_out.shape[1] != in_features or down_out.stride(1) != 1 or down_out.dtype != out.dtype
+    ):
+        raise ValueError(
+            f"down_out {tuple(down_out.shape)} {down_out.dtype}: expected {in_features} columns, {out.dtype}"
+        )
+
+
+def dequantize_4bit(
+    packed: Tensor,
+    absmax: Tensor,
+    code: Tensor,
+    out: Tensor,
+    *,
+    block_size: int,
+    nested: Nested | None = None,
+    up: Tensor | None = None,
+    up_column: int = 0,
+    down: Tensor | None = None,
+    down_out: Tensor | None = None,
+) -> None:
+    """Decode a 4-bit weight of bitsandbytes into `out`, beside its adapter's pair.
+
+    Args:
+        packed: The packed weight, any shape: row-major `[N, K]`, two weights a byte, the first in the upper half.
+        absmax: Scale of each quantization block, floating, or uint8 codes of it with `nested`.
+        code: The 16 values of the table (NF4, FP4), float32.
+        out: `[N, K + R]`, unit column stride; bf16, fp16 or fp32. K is a multiple of 8.
+        block_size: Weights per quantization block, a multiple of 8.
+        nested: `(absmax2, code2, offset, block_size2)` of a doubly quantized `absmax`; all tensors on the device.
+        up: `[N, r]`, written to columns `K + up_column ..`; the other tail columns become zero.
+        up_column: Where among the tail columns `up` begins.
+        down: `[r, K]`, written to the first rows of `down_out`; the others become zero.
+        down_out: `[r2 >= r, K]` in the dtype of `out`, or None for nothing.
+
+    Raises:
+        ValueError: if shapes or dtypes do not fit each other.
+    """
+    run = dequantize_4bit_triton if use_triton(out) else dequantize_4bit_reference
+    run(
+        packed,
+        absmax,
+        code,
+        out,
+        block_size=block_size,
+        nested=nested,
+        up=up,
+        up_column=up_column,
+        down=down,
+        down_out=down_out,
+    )
+
+
+def dequantize_int8(
+    codes: Tensor,
+    row_scales: Tensor,
+    out: Tensor,
+    *,
+    up: Tensor | None = None,
+    up_column: int = 0,
+    down: Tensor | None = None,
+    down_out: Tensor | None = None,
+) -> None:
+    """Decode an int8 weight with row scales into `out`, beside its adapter's pair.
+
+    Args:
+        codes: int8 `[N, K]`, K a multiple of 8.
+        row_scales: `[N]`, the largest magnitude of each row.
+        out, up, up_column, down, down_out: As in `dequantize_4bit`.
+
+    Raises:
+        ValueError: if shapes or dtypes do not fit each other.
+    """
+    run = dequantize_int8_triton if use_triton(out) else dequantize_int8_reference
+    run(codes, row_scales, out, up=up, up_column=up_column, down=down, down_out=down_out)
+
+
+def copy_weight(
+    weight: Tensor,
+    out: Tensor,
+    *,
+    up: Tensor | None = None,
+    up_column: int = 0,
+    down: Tensor | None = None,
+    down_out: Tensor | None = None,
+) -> None:
+    """Copy an unquantized weight into `out`, beside its adapter's pair.
+
+    Args:
+        weight: floating `[N, K]`, K a multiple of 8, unit column stride.
+        out, up, up_column, down, down_out: As in `dequantize_4bit`.
+
+    Raises:
+        ValueError: if shapes do not fit each other.
+    """
+    if use_triton(out):
+        dequantize_int8_triton(weight, None, out, up=up, up_column=up_column, down=down, down_out=down_out)
+    else:
+        copy_weight_reference(weight, out, up=up, up_column=up_column, down=down, down_out=down_out)

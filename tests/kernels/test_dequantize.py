@@ -1,0 +1,213 @@
+"""Dequantization is bit-equal to bitsandbytes, wherever the weight, the pair and the padding go."""
+
+import copy
+
+import bitsandbytes.functional as bnb_functional
+import pytest
+import torch
+from bitsandbytes.backends.default.ops import _dequantize_4bit_compute
+from checks import compile_for, pitched, poisoned
+
+from lsr_scale.kernels import dequantize as ops
+
+pytest.importorskip("triton", reason="Triton is not installed: kernels cannot be tested")
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+# the interpreter cuts float32 to bfloat16 instead of rounding it: those values are checked on a GPU
+KERNEL_DTYPES = DTYPES if torch.cuda.is_available() else DTYPES[:2]
+
+
+def quantized(num_rows, in_features, block_size, kind, nested, dtype, device):
+    """Return bitsandbytes' packed weight and state, and what it decodes them to."""
+    torch.manual_seed(num_rows + in_features)
+    weight = (torch.randn(num_rows, in_features) * 0.02).to(dtype).to(device)
+    packed, state = bnb_functional.quantize_4bit(
+        weight, blocksize=block_size, quant_type=kind, compress_statistics=nested
+    )
+    if device == "cpu" and in_features % block_size:
+        # bitsandbytes' AVX512 code takes wrong scales where blocks straddle rows; its generic code is right
+        absmax = state.absmax
+        if nested:
+            absmax = bnb_functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
+        shape = (num_rows, in_features)
+        return packed, state, _dequantize_4bit_compute(packed.view(-1), absmax, state.code, block_size, shape, dtype)
+    return packed, state, bnb_functional.dequantize_4bit(packed, state)
+
+
+def arguments(state) -> dict:
+    """Return a quantization state as the arguments of `dequantize_4bit`."""
+    nested = None
+    if state.nested:
+        nested = (state.state2.absmax, state.state2.code, state.offset, state.state2.blocksize)
+    return dict(absmax=state.absmax, code=state.code, block_size=state.blocksize, nested=nested)
+
+
+def pair(num_rows, in_features, tail, rank, padding, dtype, device):
+    """Return a poisoned scratch as `out` and `down_out`, and a pair whose rows have a pitch."""
+    scratch = poisoned((num_rows + rank + padding, in_features + tail + 8), dtype, device)
+    out = scratch[:num_rows, : in_features + tail]
+    down_out = scratch[num_rows:, :in_features]
+    up = pitched(torch.randn(num_rows, rank, device=device), 3)
+    down = pitched(torch.randn(rank, in_features, device=device), 5)
+    return scratch, out, dict(up=up, down=down, down_out=down_out)
+
+
+def check(scratch, out, weight, up_column, up, down, down_out):
+    """Fail unless every element is right to the bit, and nothing else was written."""
+    num_rows, in_features = weight.shape
+    tail = torch.zeros(num_rows, out.shape[1] - in_features, dtype=out.dtype, device=out.device)
+    if up is not None:
+        tail[:, up_column : up_column + up.shape[1]] = up.to(out.dtype)
+    rows = torch.zeros_like(down_out)
+    if down is not None:
+        rows[: down.shape[0]] = down.to(out.dtype)
+    assert torch.equal(out[:, :in_features], weight)
+    assert torch.equal(out[:, in_features:], tail)
+    assert torch.equal(down_out, rows)
+    assert scratch[:, out.shape[1] :].isnan().all(), "wrote beyond the rows of out"
+    assert scratch[num_rows:, in_features:].isnan().all(), "wrote beyond the rows of down_out"
+
+
+@pytest.mark.parametrize(
+    ("kind", "nested", "block_size", "shape"),
+    [
+        ("nf4", True, 64, (96, 192)),
+        ("fp4", False, 128, (7, 384)),
+        ("nf4", True, 32, (257, 160)),
+        ("nf4", True, 64, (31, 96)),  # blocks straddle rows
+        ("nf4", False, 4096, (40, 200)),  # a block of many rows, the last one partial
+        ("fp4", True, 2048, (24, 328)),
+        ("nf4", True, 64, (1, 64)),
+        ("nf4", False, 64, (1, 8)),
+    ],
+)
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+@pytest.mark.parametrize("variant", [{}, {"load_words": True, "shared_code": False, "words": 256}])
+def test_4bit_is_bit_equal_to_bitsandbytes(kind, nested, block_size, shape, dtype, variant, device):
+    packed, state, weight = quantized(*shape, block_size, kind, nested, dtype, device)
+    scratch, out, adapter = pair(*shape, 24, 5, 2, dtype, device)
+    ops.dequantize_4bit_triton(packed, out=out, up_column=8, **arguments(state), **adapter, **variant)
+    check(scratch, out, weight, 8, **adapter)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("block_size", [32, 64, 128, 256, 512, 1024, 2048, 4096])
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_4bit_reference_is_bit_equal_to_bitsandbytes(kind, block_size, dtype, nested):
+    packed, state, weight = quantized(37, 232, block_size, kind, nested, dtype, "cpu")
+    scratch, out, adapter = pair(37, 232, 64, 16, 48, dtype, "cpu")
+    ops.dequantize_4bit(packed, out=out, up_column=48, **arguments(state), **adapter)
+    check(scratch, out, weight, 48, **adapter)
+
+
+@pytest.mark.parametrize("scale_dtype", DTYPES)
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+def test_int8_is_bit_equal_to_bitsandbytes(dtype, scale_dtype, device):
+    for shape in [(96, 192), (31, 1000), (1, 8)]:
+        torch.manual_seed(shape[0])
+        codes = torch.randint(-127, 128, shape, dtype=torch.int8, device=device)
+        scales = torch.rand(shape[0], device=device).to(scale_dtype)
+        weight = bnb_functional.int8_vectorwise_dequant(codes, scales.float()).to(dtype)
+        for run in (ops.dequantize_int8_triton, ops.dequantize_int8_reference):
+            scratch, out, adapter = pair(*shape, 64, 4, 3, dtype, device)
+            run(codes, scales, out, up_column=60, **adapter)
+            check(scratch, out, weight, 60, **adapter)
+
+
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+def test_copy_of_an_unquantized_weight(dtype, device):
+    for weight_dtype in DTYPES:
+        weight = pitched(torch.randn(33, 40, device=device).to(weight_dtype), 8)
+        for run in (lambda *a, **k: ops.dequantize_int8_triton(a[0], None, *a[1:], **k), ops.copy_weight):
+            scratch, out, adapter = pair(33, 40, 16, 2, 1, dtype, device)
+            run(weight, out, up_column=3, **adapter)
+            check(scratch, out, weight.to(dtype), 3, **adapter)
+
+
+@pytest.mark.parametrize("run", [ops.dequantize_4bit_triton, ops.dequantize_4bit_reference])
+def test_without_a_pair_the_padding_is_zero(run, device):
+    packed, state, weight = quantized(9, 64, 64, "nf4", True, torch.float16, device)
+    scratch = poisoned((9 + 4, 64 + 100), torch.float16, device)
+    adapter = dict(up=None, down=None, down_out=scratch[9:, :64])
+    run(packed, out=scratch[:9, : 64 + 100], **arguments(state), **adapter)
+    check(scratch, scratch[:9], weight, 0, **adapter)
+    alone = poisoned((9, 64), torch.float16, device)
+    run(packed, out=alone, **arguments(state))
+    assert torch.equal(alone, weight)
+
+
+@pytest.mark.parametrize("run", [ops.dequantize_4bit_triton, ops.dequantize_4bit_reference])
+def test_narrow_statistics_of_a_prequantized_checkpoint(run, device):
+    packed, state, _ = quantized(16, 64, 64, "nf4", True, torch.float32, device)
+    state.offset = state.offset.bfloat16()
+    state.state2.absmax = state.state2.absmax.bfloat16()
+    plain = copy.copy(state)
+    plain.nested = False
+    plain.absmax = state.state2.code[state.absmax.long()] * state.state2.absmax.float() + state.offset.float()
+    found = poisoned((16, 64), torch.float32, device)
+    run(packed, out=found, **arguments(state))
+    assert torch.equal(found, bnb_functional.dequantize_4bit(packed, plain))
+    narrow = plain.absmax.bfloat16()
+    run(packed, narrow, state.code, found, block_size=64)
+    plain.absmax = narrow.float()
+    assert torch.equal(found, bnb_functional.dequantize_4bit(packed, plain))
+
+
+def test_byte_views_and_shapes_that_do_not_fit():
+    packed, state, weight = quantized(16, 64, 64, "nf4", False, torch.float32, "cpu")
+    out = poisoned((16, 64), torch.float32)
+    ops.dequantize_4bit(packed.view(1, -1).view(torch.bfloat16), out=out, **arguments(state))
+    assert torch.equal(out, weight)
+    for run in (ops.dequantize_4bit, ops.dequantize_4bit_triton):
+        with pytest.raises(ValueError, match="does not fit 15 rows"):
+            run(packed, out=poisoned((15, 64), torch.float32), **arguments(state))
+        with pytest.raises(ValueError, match="does not fit 16 rows of at most 56"):
+            run(packed, out=poisoned((16, 56), torch.float32), **arguments(state))
+        with pytest.raises(ValueError, match="unit column stride"):
+            run(packed, out=poisoned((64, 16), torch.float32).T, **arguments(state))
+        with pytest.raises(ValueError, match=r"up \(16, 4\) at column 1 does not fit"):
+            run(packed, out=poisoned((16, 68), torch.float32), up=torch.ones(16, 4), up_column=1, **arguments(state))
+        with pytest.raises(ValueError, match="without down_out"):
+            run(packed, out=out, down=torch.ones(4, 64), **arguments(state))
+    with pytest.raises(ValueError, match="int8 codes and 16 scales"):
+        ops.dequantize_int8(torch.zeros(16, 64, dtype=torch.int8), torch.ones(15), out)
+    with pytest.raises(ValueError, match="does not fit out"):
+        ops.copy_weight(torch.zeros(16, 72), out)
+
+
+@pytest.mark.parametrize("kind", ["4bit", "int8", "copy"])
+@pytest.mark.parametrize(("words", "num_warps", "load_words"), [(512, 4, False), (1024, 8, True)])
+def test_compiles_for_ampere_and_hopper(kind, words, num_warps, load_words):
+    names = ["weight_pitch", "out_pitch", "num_rows", "num_tail", "up_pitch", "up_column", "up_rank"]
+    names += ["down_pitch", "down_rank", "down_out_pitch"]
+    weight, scales = {"4bit": ("*u8", "*u8"), "int8": ("*i8", "*fp32"), "copy": ("*bf16", "*bf16")}[kind]
+    signature = dict(weight=weight, scales=scales, out="*bf16", up="*fp32", down="*fp32", down_out="*bf16")
+    signature |= dict.fromkeys(["code", "absmax2", "code2", "offset"], "*fp32") | dict.fromkeys(names, "i32")
+    constexprs = dict(KIND=kind, NESTED=kind == "4bit", HAS_UP=True, HAS_DOWN=True, ROW_WORDS=512, BLOCK_WORDS=8)
+    constexprs |= dict(BLOCK2=256, ONE_OVER_127=1 / 127, WORDS=words, LOAD_WORDS=load_words, SHARED_CODE=True)
+    constexprs |= dict(TAIL_ROWS=32, TAIL_COLUMNS=64, DOWN_COLUMNS=2048)
+    for metadata in compile_for(ops._dequantize_kernel, signature, constexprs, num_warps).values():
+        assert metadata.shared <= 16 * 1024
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: bit-equality on 7B shapes in bf16")
+@pytest.mark.parametrize("shape", [(1024, 4096), (4096, 14336)])
+@pytest.mark.parametrize("nested", [False, True])
+def test_7b_shapes_on_a_gpu(shape, nested):
+    packed, state, weight = quantized(*shape, 64, "nf4", nested, torch.bfloat16, "cuda")
+    codes = torch.randint(-127, 128, shape, dtype=torch.int8, device="cuda")
+    scales = torch.rand(shape[0], device="cuda")
+    for load_words, shared_code in [(False, False), (False, True), (True, False), (True, True)]:
+        scratch, out, adapter = pair(*shape, 64, 16, 48, torch.bfloat16, "cuda")
+        variant = dict(load_words=load_words, shared_code=shared_code)
+        ops.dequantize_4bit_triton(packed, out=out, up_column=16, **arguments(state), **adapter, **variant)
+        check(scratch, out, weight, 16, **adapter)
+    scratch, out, adapter = pair(*shape, 64, 16, 48, torch.bfloat16, "cuda")
+    ops.dequantize_int8(codes, scales, out, **adapter)
+    check(scratch, out, bnb_functional.int8_vectorwise_dequant(codes, scales).bfloat16(), 0, **adapter)
+    scratch, out, adapter = pair(*shape, 64, 16, 48, torch.bfloat16, "cuda")
+    ops.copy_weight(weight, out, **adapter)
+    check(scratch, out, weight, 0, **adapter)

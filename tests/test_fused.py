@@ -1,0 +1,341 @@
+"""The fused path against the per-linear one: outputs, every gradient, and when it must step aside."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from conftest import SEVEN_LINEARS, quantize, randomize, tiny_llama
+from peft import get_peft_model
+from torch import nn
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+import lsr_scale
+from lsr_scale.adapters import METHODS, method_names, peft_config
+from lsr_scale.errors import UserError
+from lsr_scale.fused import decoder_layer
+
+RANKS = {"lsr": {"rank": 4, "separation_rank": 2}, "kron_lora": {"rank": 2, "dropout": 0.0}, "lora": {"rank": 3}}
+SIZES = dict(
+    hidden_size=48,
+    intermediate_size=80,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    vocab_size=96,
+    max_position_embeddings=128,
+    tie_word_embeddings=False,
+    pad_token_id=0,
+    attn_implementation="sdpa",
+)
+
+
+# transformers' norms compute in float32 on a float64 model too: what is compared with is no more exact than that
+SAME = 2e-5
+
+
+def adapted(base: nn.Module, method: str = "lsr", **options) -> nn.Module:
+    """Return the base with an adapter that changes it, in training mode."""
+    values = {"target_modules": SEVEN_LINEARS, **RANKS[method], **options}
+    return randomize(get_peft_model(base, peft_config(method, values, "CAUSAL_LM"))).train()
+
+
+def results(model: nn.Module, ids: torch.Tensor, **inputs) -> dict[str, torch.Tensor]:
+    """Return logits of an evaluation, and loss and gradients of a training step."""
+    found = {}
+    model.eval()
+    with torch.no_grad():
+        found["logits"] = model(input_ids=ids, use_cache=False, **inputs).logits
+    model.train()
+    model.zero_grad()
+    loss = model(input_ids=ids, labels=ids, use_cache=False, **inputs).loss
+    loss.backward()
+    found["loss"] = loss.detach()
+    return found | {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(found: dict, expected: dict, tolerance: float) -> None:
+    """Compare by norm, name by name."""
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        difference = (found[name].double() - value.double()).norm() / value.double().norm().clamp_min(1e-30)
+        assert difference <= tolerance, f"{name}: {difference:.1e}"
+
+
+@pytest.mark.parametrize("method", method_names())
+@pytest.mark.parametrize("recompute", ["none", "mlp", "full"])
+def test_logits_loss_and_every_gradient_equal_the_per_linear_path(method, recompute, ids):
+    model = adapted(tiny_llama(torch.float64), method)
+    expected = results(model, ids)
+    assert len(expected) == 2 + sum(p.requires_grad for p in model.parameters())
+    report = lsr_scale.fuse(model, recompute=recompute)
+    assert len(report.fused) == 2
+    assert not report.per_linear
+    assert_same(results(model, ids), expected, SAME)
+
+
+@pytest.mark.parametrize(
+    ("config", "cls", "options"),
+    [
+        (LlamaConfig, LlamaForCausalLM, {"attention_bias": True, "mlp_bias": True}),
+        (MistralConfig, MistralForCausalLM, {"head_dim": 16, "sliding_window": None}),
+        (MistralConfig, MistralForCausalLM, {"head_dim": 12, "sliding_window": 4}),
+        (Qwen2Config, Qwen2ForCausalLM, {}),
+        (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 16}),
+    ],
+)
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_every_family(config, cls, options, recompute, ids):
+    torch.manual_seed(0)
+    base = cls(config(**{**SIZES, **options})).double()
+    for name, parameter in base.named_parameters():
+        if "bias" in name or "norm" in name:
+            nn.init.normal_(parameter, 0.5)
+    model = adapted(base)
+    expected = results(model, ids)
+    assert len(lsr_scale.fuse(model, recompute=recompute).fused) == 2
+    assert_same(results(model, ids), expected, SAME)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "nf4-single", "fp4", "int8"])
+def test_quantized_bases(kind, ids):
+    model = adapted(quantize(tiny_llama(), kind, torch.float32))
+    expected = results(model, ids)
+    lsr_scale.fuse(model)
+    assert_same(results(model, ids), expected, 1e-4)
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["down_proj"], ["gate_proj", "o_proj"]])
+def test_any_subset_of_targets(targets, ids):
+    model = adapted(tiny_llama(torch.float64), target_modules=targets)
+    expected = results(model, ids)
+    lsr_scale.fuse(model)
+    assert_same(results(model, ids), expected, SAME)
+
+
+def test_ranks_by_module_and_layers_without_adapter(ids):
+    model = adapted(tiny_llama(torch.float64), rank_pattern={"v_proj": 6, "down_proj": 1}, layers_to_transform=[1])
+    expected = results(model, ids)
+    assert len(lsr_scale.fuse(model).fused) == 2
+    assert_same(results(model, ids), expected, SAME)
+
+
+def test_several_active_adapters_stand_side_by_side(ids):
+    model = adapted(tiny_llama(torch.float64))
+    model.add_adapter("other", peft_config("lsr", {"target_modules": ["q_proj", "up_proj"], "rank": 2}, "CAUSAL_LM"))
+    model.base_model.set_adapter(["default", "other"])
+    randomize(model, seed=3)
+    expected = results(model, ids)
+    assert any("other" in name for name in expected)
+    lsr_scale.fuse(model)
+    assert_same(results(model, ids), expected, SAME)
+
+
+def test_padding_on_either_side(ids):
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    mask[1, -2:] = 0
+    model = adapted(tiny_llama(torch.float64))
+    expected = results(model, ids, attention_mask=mask)
+    lsr_scale.fuse(model)
+    assert_same(results(model, ids, attention_mask=mask), expected, SAME)
+
+
+def test_packed_documents_do_not_see_each_other(ids):
+    packed, positions = ids.reshape(1, -1), torch.tensor([[*range(5), *range(11), *range(6)]])
+    model = adapted(tiny_llama(torch.float64))
+    expected = results(model, packed, position_ids=positions)
+    lsr_scale.fuse(model)
+    assert_same(results(model, packed, position_ids=positions), expected, SAME)
+    boundaries = dict(
+        cu_seq_lens_q=torch.tensor([0, 5, 16, 22], dtype=torch.int32),
+        cu_seq_lens_k=torch.tensor([0, 5, 16, 22], dtype=torch.int32),
+        max_length_q=11,
+        max_length_k=11,
+    )
+    assert_same(results(model, packed, position_ids=positions, **boundaries), expected, SAME)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_transformers_checkpointing_around_fused_layers(use_reentrant, ids, monkeypatch):
+    model = adapted(tiny_llama(torch.float64))
+    expected = results(model, ids)
+    lsr_scale.fuse(model)
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+    calls = []
+    original = decoder_layer._attend
+    monkeypatch.setattr(decoder_layer, "_attend", lambda *args: (calls.append(1), original(*args))[1])
+    assert_same(results(model, ids), expected, SAME)
+    # two layers: evaluation, forward, and forward again in the backward pass
+    assert len(calls) == 6
+
+
+@pytest.mark.parametrize(("recompute", "counts"), [("none", (2, 2, 2)), ("mlp", (2, 4, 2)), ("full", (4, 4, 2))])
+def test_what_is_computed_again_is_what_was_asked_for(recompute, counts, ids, monkeypatch):
+    model = adapted(tiny_llama())
+    lsr_scale.fuse(model, recompute=recompute)
+    calls = dict.fromkeys(("_attend", "_gate_up", "_down"), 0)
+    for name in calls:
+        original = getattr(decoder_layer, name)
+
+        def counted(*args, name=name, original=original):
+            calls[name] += 1
+            return original(*args)
+
+        monkeypatch.setattr(decoder_layer, name, counted)
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert tuple(calls.values()) == counts
+
+
+@pytest.mark.parametrize(
+    ("recompute", "per_token"), [("none", 240 + 160 + 4 * 64), ("mlp", 240 + 3 * 64), ("full", 48 + 64)]
+)
+def test_what_is_kept_for_the_backward_pass(recompute, per_token, ids):
+    """Values per token: x, m, q k v, attended (48 + 48 + 96 + 48), gate and up (160), 64 per group's `x down^T`."""
+    model = adapted(tiny_llama())
+    lsr_scale.fuse(model, recompute=recompute)
+    sizes = {}
+
+    def pack(tensor):
+        sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes() / tensor.element_size()
+        return tensor
+
+    layer = model.base_model.model.model.layers[1]
+    tokens = torch.randn(64, 16, 48).requires_grad_()
+    stack = model.base_model.model.model
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        stack.layers = nn.ModuleList([layer])
+        stack.config.num_hidden_layers = 1
+        stack(inputs_embeds=tokens)
+    big = sum(size for size in sizes.values() if size >= 1024 * 40) / 1024
+    assert per_token + 48 <= big <= per_token + 48  # the final norm of transformers keeps its input
+
+
+def test_disabled_adapters_leave_a_fused_frozen_model(ids):
+    model = adapted(tiny_llama(torch.float64))
+    with model.disable_adapter():
+        expected = model.eval()(input_ids=ids, use_cache=False).logits
+    lsr_scale.fuse(model)
+    with model.disable_adapter():
+        assert torch.allclose(model(input_ids=ids, use_cache=False).logits, expected, atol=1e-6)
+    assert not torch.allclose(model(input_ids=ids, use_cache=False).logits, expected, atol=1e-3)
+
+
+def test_a_frozen_model_gives_its_input_a_gradient(ids):
+    base = tiny_llama(torch.float64).requires_grad_(False).train()
+    embedded = base.get_input_embeddings()(ids).detach().requires_grad_()
+    (expected,) = torch.autograd.grad(base(inputs_embeds=embedded, labels=ids).loss, embedded)
+    lsr_scale.fuse(base, recompute="full")
+    (found,) = torch.autograd.grad(base(inputs_embeds=embedded, labels=ids).loss, embedded)
+    assert torch.allclose(found, expected, atol=1e-6)
+
+
+def test_generation_is_the_same(ids):
+    model = adapted(tiny_llama(torch.float64)).eval()
+    expected = model.generate(input_ids=ids, max_new_tokens=6, do_sample=False)
+    lsr_scale.fuse(model)
+    assert torch.equal(model.generate(input_ids=ids, max_new_tokens=6, do_sample=False), expected)
+
+
+def test_pairs_are_kept_in_evaluation_until_a_factor_changes(ids, monkeypatch):
+    model = adapted(tiny_llama()).eval()
+    lsr_scale.fuse(model)
+    calls = []
+    original = METHODS["lsr"].materialize
+    monkeypatch.setattr(METHODS["lsr"], "materialize", staticmethod(lambda p: (calls.append(1), original(p))[1]))
+    with torch.no_grad():
+        first = model(input_ids=ids, use_cache=False).logits
+        made = len(calls)
+        assert torch.equal(model(input_ids=ids, use_cache=False).logits, first)
+        assert len(calls) == made > 0
+        next(p for p in model.parameters() if p.requires_grad).add_(0.5)
+        assert not torch.equal(model(input_ids=ids, use_cache=False).logits, first)
+        assert len(calls) > made
+
+
+def test_unfuse_gives_the_classes_back_and_fuse_may_be_repeated(ids):
+    model = adapted(tiny_llama())
+    classes = [type(module) for module in model.modules()]
+    lsr_scale.fuse(model)
+    assert [type(module) for module in model.modules()] != classes
+    assert len(lsr_scale.fuse(model, recompute="full").fused) == 2
+    lsr_scale.unfuse(model)
+    assert [type(module) for module in model.modules()] == classes
+    assert all("recompute" not in module.__dict__ for module in model.modules())
+
+
+def test_a_fused_model_is_copied_pickled_and_saved(ids, tmp_path):
+    model = adapted(tiny_llama()).eval()
+    lsr_scale.fuse(model, recompute="full")
+    expected = model(input_ids=ids, use_cache=False).logits
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model.base_model.model.model.layers[0]))):
+        if hasattr(other, "generate"):
+            assert torch.equal(other(input_ids=ids, use_cache=False).logits, expected)
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "adapter_model.safetensors").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda m: m.merge_adapter(), "merged"),
+        (lambda m: m.base_model.model.model.layers[0].mlp.register_forward_hook(lambda *_: None), "mlp has hooks"),
+        (lambda m: m.base_model.model.model.layers[0].input_layernorm.requires_grad_(), "is trained itself"),
+        (lambda m: m.set_attn_implementation("eager"), "attn_implementation"),
+        (lambda m: setattr(m.base_model.model.model.layers[0].self_attn.config, "attention_dropout", 0.1), "dropout"),
+    ],
+)
+def test_stepping_aside_is_said_once_and_gives_the_same(change, reason, ids, caplog):
+    model = adapted(tiny_llama(torch.float64))
+    change(model)
+    model.eval()
+    expected = model(input_ids=ids, use_cache=False).logits
+    lsr_scale.fuse(model)
+    assert torch.allclose(model(input_ids=ids, use_cache=False).logits, expected, atol=1e-6)
+    model.train()
+    for _ in range(2):
+        model(input_ids=ids, labels=ids)
+    lines = [record.message for record in caplog.records if "layer" in record.message.lower()]
+    assert any(reason in line for line in lines)
+    assert len(lines) == len(set(lines))
+
+
+def test_adapter_dropout_steps_aside_only_in_training(ids):
+    model = adapted(tiny_llama(torch.float64), dropout=0.5)
+    report = lsr_scale.fuse(model)
+    assert "dropout" in next(iter(report.per_linear.values()))
+    assert not lsr_scale.fuse(model.eval()).per_linear
+
+
+def test_what_fuse_cannot_do_is_said():
+    with pytest.raises(UserError, match="no decoder that can run fused; known architectures: Llama"):
+        lsr_scale.fuse(nn.Linear(2, 2))
+    with pytest.raises(UserError, match="recompute: expected one of none, mlp, full; got 'all'"):
+        lsr_scale.fuse(tiny_llama(), recompute="all")  # pyright: ignore[reportArgumentType]
+
+
+def test_the_head_computes_the_same_loss_in_chunks(ids, monkeypatch):
+    model = adapted(tiny_llama(torch.float64))
+    labels = ids.clone()
+    labels[0, :6] = -100
+    expected = model(input_ids=ids, labels=labels).loss.double()  # transformers computes it in float32
+    lsr_scale.fuse(model)
+    monkeypatch.setattr("lsr_scale.fused.loss.CHUNK_ELEMENTS", 96 * 4)
+    output = model(input_ids=ids, labels=labels)
+    assert output.logits is None
+    assert torch.allclose(output.loss, expected, atol=1e-6)
+    again = model(input_ids=ids, labels=labels, num_items_in_batch=7)
+    assert torch.allclose(again.loss, expected * int((labels[:, 1:] != -100).sum()) / 7, atol=1e-5)
+    nothing = model(input_ids=ids, labels=torch.full_like(ids, -100)).loss
+    nothing.backward()
+    assert nothing == 0

@@ -1,0 +1,290 @@
+"""The throughput benchmark without a GPU: its arithmetic, its rows, and what happens when a provider misbehaves."""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+import throughput
+
+# an H100's, as measured: ms for 8,192 tokens of Mistral-7B
+H100 = {
+    **{"copy_bytes_per_s": 3.0e12, "layer_gemm_ms": 9.78, "layer_gemm_recompute_ms": 3.57, "lm_head_ms": 6.0},
+    **{"attention_ms": 1.22, "attention_forward_ms": 0.271},
+}
+FIELDS = (
+    *("provider", "model", "base", "tokens", "seq_len", "checkpointing", "num_gpus", "zero_stage", "status"),
+    *("tokens_per_s", "step_ms", "peak_memory_gib", "mfu", "floor_fraction", "ratio_to", "trainable_parameters"),
+)
+
+
+class Fake:
+    """A provider that answers at once."""
+
+    def __init__(self, config):
+        self.config = config
+
+    def build(self):
+        pass
+
+    def rest(self):
+        pass
+
+    def turn(self, request):
+        losses = {"loss_initial": 5.0, "loss_first": 4.0, "loss_last": 3.0}
+        return {"step_ms": [10.0, 20.0], "peak_memory_gib": 1.5, "trainable_parameters": 7, **losses}
+
+
+class Twice(Fake):
+    def turn(self, request):
+        return {**super().turn(request), "step_ms": [30.0, 30.0]}
+
+
+class Raises(Fake):
+    def turn(self, request):
+        raise ValueError("the kernels of this provider do not like this model")
+
+
+class RunsOut(Fake):
+    def turn(self, request):
+        import torch
+
+        raise torch.OutOfMemoryError("tried to allocate everything")
+
+
+class Hangs(Fake):
+    def turn(self, request):
+        time.sleep(60)
+
+
+class HangsInBuild(Fake):
+    def build(self):
+        time.sleep(60)
+
+
+class Dies(Fake):
+    def turn(self, request):
+        os._exit(3)
+
+
+class IsMissing(Fake):
+    def build(self):
+        raise throughput.MissingError("a_package is not installed")
+
+
+def arguments(out: Path, *providers: str, **options: str) -> list[str]:
+    """Return a command line that measures fakes of this file, or providers of its own, on a tiny model."""
+    names = [name if name in throughput.PROVIDERS else f"{__name__}:{name}" for name in providers]
+    values = {"model": "tiny", "device": "cpu", "base": "bf16", "tokens": "64", "seq-len": "32", "rounds": "2"}
+    values.update({"steps": "2", "checkpointing": "none", "turn-limit": "5", "build-limit": "60"})
+    values.update({name.replace("_", "-"): value for name, value in options.items()})
+    return ["--providers", ",".join(names), "--out", str(out), *(f"--{k}={v}" for k, v in values.items())]
+
+
+def measured(out: Path, *providers: str, **options: str) -> dict[tuple[str, str], dict]:
+    """Run the benchmark and return the rows of its file."""
+    throughput.main(arguments(out, *providers, **options))
+    rows = json.loads(out.read_text())["rows"]
+    return {(row["provider"].rpartition(":")[2], row["checkpointing"]): row for row in rows}
+
+
+def mistral() -> dict[str, int]:
+    return throughput.shape_of(throughput.model_values("mistral-7b"))
+
+
+def test_shapes_of_the_models():
+    shape = mistral()
+    assert shape == {
+        **{"hidden": 4096, "intermediate": 14336, "layers": 32, "heads": 32, "kv_heads": 8, "head_dim": 128},
+        "vocab": 32000,
+    }
+    # q, o 4096 x 4096; k, v 1024 x 4096; three of 14336 x 4096
+    assert throughput.layer_weights(shape) == 218_103_808
+    assert throughput.shape_of(throughput.model_values("llama2-7b"))["kv_heads"] == 32
+    assert throughput.shape_of(throughput.model_values("llama3-8b", layers=3))["layers"] == 3
+    assert throughput.model_values("mistral-7b")["sliding_window"] is None
+
+
+def test_floor_without_checkpointing_by_hand():
+    floor = throughput.floor_ms(mistral(), 8192, "nf4", "none", H100)
+    assert floor["gemm"] == pytest.approx(32 * 9.78)
+    assert floor["attention"] == pytest.approx(39.04)
+    # 6,979,321,856 weights, twice, 0.5 + 1/64 + 4/16384 + 2 bytes
+    assert floor["dequantization"] == pytest.approx(6_979_321_856 * 2 * 2.515869140625 / 3e9, rel=1e-6)
+    assert floor["dequantization"] == pytest.approx(11.7, abs=0.05)
+    # (24 x 8,192 + 9 x 28,672) bytes a token and layer
+    assert floor["traffic"] == pytest.approx(8192 * 32 * 454_656 / 3e9, rel=1e-6)
+    assert floor["traffic"] == pytest.approx(39.7, abs=0.05)
+    assert floor["recomputation"] == 0
+    assert floor["total"] == pytest.approx(409.4, abs=0.2)
+    assert throughput.floor_ms(mistral(), 8192, "bf16", "none", H100)["dequantization"] == 0
+
+
+def test_floor_with_checkpointing_by_hand():
+    floor = throughput.floor_ms(mistral(), 8192, "nf4", "full", H100)
+    # 32 x (3.57 + 0.271) and 8192 x 32 x (12 x 8,192 + 3 x 28,672) bytes
+    assert floor["recomputation"] == pytest.approx(122.912 + 8192 * 32 * 184_320 / 3e9, rel=1e-6)
+    assert floor["total"] == pytest.approx(548.4, abs=0.3)
+
+
+def test_flop_by_hand():
+    # 4 x 8192 x (6,979,321,856 + 131,072,000) + 6 x 8192 x 2048 x 4096 x 32
+    found = throughput.step_flop(mistral(), 8192, 2048)
+    assert found == pytest.approx(4 * 8192 * 7_110_393_856 + 6 * 8192 * 2048 * 4096 * 32)
+
+
+def test_a_row_has_the_fields_of_the_format_whatever_happened(tmp_path):
+    _, config = throughput.parse(arguments(tmp_path / "a.json", "Fake"))
+    config["shape"] = mistral()
+    machine = {"ceilings": H100, "nominal_tflops": 989.4}
+    turn = {"status": "ok", **Fake(config).turn({})}
+    good = throughput.row_of("lsr", "none", config, [turn, turn], machine)
+    failed = throughput.row_of("lsr", "none", config, [{"status": "oom", "detail": "much"}], machine)
+    unreached = throughput.row_of("lsr", "none", config, [], machine)
+    for row in (good, failed, unreached):
+        assert set(FIELDS) <= set(row)
+    assert (good["status"], failed["status"], unreached["status"]) == ("ok", "oom", "error")
+    assert good["step_ms"] == {"p20": 10.0, "p50": 15.0, "p80": 20.0}
+    assert good["tokens_per_s"] == pytest.approx(64 / 15e-3)
+    floor = throughput.floor_ms(mistral(), 64, "bf16", "none", H100)["total"]
+    assert good["floor_fraction"] == pytest.approx(floor / 15)
+    assert good["mfu"] == pytest.approx(throughput.step_flop(mistral(), 64, 32) / 15e-3 / 989.4e12)
+    assert failed["tokens_per_s"] is None
+    assert "not reached" in unreached["detail"]
+
+
+def test_a_turn_that_fails_later_is_told_beside_the_figures(tmp_path):
+    _, config = throughput.parse(arguments(tmp_path / "a.json", "Fake"))
+    turns = [{"status": "ok", **Fake(config).turn({})}, {"status": "error", "detail": "then it broke"}]
+    row = throughput.row_of("lsr", "none", config, turns, {})
+    assert row["status"] == "ok"
+    assert "then it broke" in row["detail"]
+
+
+def test_ratios_compare_rows_of_the_same_checkpointing():
+    def row(provider, mode, speed):
+        status = "ok" if speed else "oom"
+        return {
+            **{"provider": provider, "checkpointing": mode, "status": status, "tokens_per_s": speed, "ratio_to": {}},
+        }
+
+    rows = [row("a", "none", 300.0), row("b", "none", 200.0), row("a", "full", 150.0), row("b", "full", 100.0)]
+    rows += [row("b", "offload", 50.0), row("c", "none", None)]
+    throughput.add_ratios(rows)
+    assert rows[0]["ratio_to"] == {"b": 1.5}
+    assert rows[2]["ratio_to"] == {"b": 1.5, "b/offload": 3.0}
+    assert rows[3]["ratio_to"] == {"a": pytest.approx(2 / 3), "b/offload": 2.0}
+    assert rows[5]["ratio_to"] == {}
+
+
+def test_quantiles():
+    assert throughput.quantile([3.0, 1.0, 2.0], 0.5) == 2.0
+    assert throughput.quantile([0.0, 10.0], 0.2) == 2.0
+    assert throughput.quantile([4.0], 0.8) == 4.0
+
+
+@pytest.mark.slow
+def test_providers_that_fail_cost_a_row_not_the_run(tmp_path):
+    out = tmp_path / "deep" / "a.json"
+    names = ("Fake", "Raises", "RunsOut", "Hangs", "Dies", "IsMissing", "Twice")
+    rows = measured(out, *names, checkpointing="none,full", turn_limit="3")
+    assert len(rows) == 2 * len(names)
+    by = lambda name: rows[name, "none"]  # noqa: E731
+    assert by("Fake")["status"] == "ok"
+    assert by("Fake")["steps_ms"] == [10.0, 20.0, 10.0, 20.0]
+    assert by("Fake")["ratio_to"][f"{__name__}:Twice"] == pytest.approx(2.0)
+    assert (by("Fake")["peak_memory_gib"], by("Fake")["trainable_parameters"]) == (1.5, 7)
+    assert (by("Fake")["loss_first"], by("Fake")["loss_last"]) == (4.0, 3.0)
+    assert by("Raises")["status"] == "error"
+    assert "do not like this model" in by("Raises")["detail"]
+    assert by("RunsOut")["status"] == "oom"
+    assert by("Hangs")["status"] == "error"
+    assert "more than 3 s" in by("Hangs")["detail"]
+    assert "exit code 3" in by("Dies")["detail"]
+    assert by("IsMissing")["status"] == "missing"
+    logs = "".join(path.read_text() for path in out.parent.glob("*.log"))
+    assert "Traceback" in logs
+    result = json.loads(out.read_text())
+    assert set(result) >= {"env", "config", "rows"}
+    assert {"torch", "triton", "bitsandbytes", "unsloth", "liger-kernel", "commit", "date"} <= set(result["env"])
+
+
+@pytest.mark.slow
+def test_one_model_at_a_time_and_a_build_that_never_ends(tmp_path):
+    rows = measured(tmp_path / "a.json", "Fake", "HangsInBuild", resident="no", build_limit="10", rounds="1")
+    assert rows["Fake", "none"]["status"] == "ok"
+    assert rows["HangsInBuild", "none"]["status"] == "error"
+    assert "building" in rows["HangsInBuild", "none"]["detail"]
+
+
+@pytest.mark.slow
+def test_trainers_run_end_to_end_on_a_cpu(tmp_path):
+    out = tmp_path / "a.json"
+    names = ("lsr_unfused", "peft_lora")
+    rows = measured(out, *names, checkpointing="none,full", layers="1", rounds="1", turn_limit="60")
+    for name in names:
+        for mode in ("none", "full"):
+            row = rows[name, mode]
+            assert row["status"] == "ok", row
+            assert row["trainable_parameters"] > 0
+            # random weights know nothing: ln 256
+            assert row["loss_initial"] == pytest.approx(5.545, abs=0.1)
+    assert rows["lsr_unfused", "none"]["loss_initial"] == pytest.approx(rows["peft_lora", "none"]["loss_initial"], 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--providers=lrs"], "unknown provider 'lrs'"),
+        (["--checkpointing=all"], "unknown kind 'all'"),
+        (["--tokens=100", "--seq-len=64"], "no multiple"),
+        (["--rounds=0"], "--rounds: expected at least 1"),
+        (["--seq-len=65536", "--tokens=65536"], "32768 positions"),
+        (["--out=result.txt"], "should end in .json"),
+    ],
+)
+def test_wrong_values_are_told_in_one_line(options, message, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        throughput.parse([f"--out={tmp_path / 'a.json'}", *options])
+    assert message in capsys.readouterr().err.strip().split("\n")[-1]
+
+
+def test_a_result_is_never_overwritten(tmp_path, capsys):
+    out = tmp_path / "a.json"
+    out.write_text("{}")
+    with pytest.raises(SystemExit):
+        throughput.parse([f"--out={out}"])
+    assert "never overwritten" in capsys.readouterr().err
+    assert out.read_text() == "{}"
+
+
+def test_only_some_can_offload_and_their_process_knows_one_mode(tmp_path):
+    _, config = throughput.parse(
+        arguments(tmp_path / "a.json", "lsr", "unsloth_lora", checkpointing="none,full,offload")
+    )
+    workers = throughput.plan_workers(config, lambda name: tmp_path / name)
+    found = [(worker.provider, worker.modes) for worker in workers]
+    assert found[0] == ("lsr", ["none", "full"])
+    assert found[1:] == [("unsloth_lora", [mode]) for mode in ("none", "full", "offload")]
+
+
+def test_models_stay_resident_only_where_they_leave_room(tmp_path):
+    _, config = throughput.parse(["--model=mistral-7b", "--base=nf4", f"--out={tmp_path / 'a.json'}"])
+    assert throughput.stays_resident(config, 11, 139.0)
+    assert not throughput.stays_resident(config, 11, 79.0)
+
+
+def test_smoke_shrinks_the_run(tmp_path):
+    _, config = throughput.parse(["--smoke", f"--out={tmp_path / 'a.json'}"])
+    assert (config["layers"], config["tokens"], config["seq_len"], config["rounds"], config["steps"]) == (
+        2,
+        512,
+        256,
+        1,
+        2,
+    )
+    assert config["shape"]["layers"] == 2

@@ -59,6 +59,8 @@ $(VENV)/installed: $(BIN)/python pyproject.toml Makefile
 $(VENV)/installed-dev: $(VENV)/installed
 	$(PIP) install -q $(DEV_PINS)
 	$(PIP) install -q --no-deps --upgrade --target $(VENV)/oldest-peft $(OLDEST_PEFT)
+	@# CUDA builds of PyTorch bring their own; on a CPU the kernels are tested in its interpreter and compiled
+	$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) install -q triton==3.6.0
 	@touch $@
 
 clean:

@@ -279,6 +279,19 @@ class PeftLoraLiger(PeftLora):
     liger = True
 
 
+class PeftKbitLiger(PeftLoraLiger):
+    """PEFT's documented recipe for quantized bases on Liger's kernels: `prepare_model_for_kbit_training` comes first.
+
+    It holds norms, embeddings and head in float32, and with them the hidden states.
+    """
+
+    def adapted(self, base: Any) -> Any:
+        """Return the base with its adapters."""
+        from peft import prepare_model_for_kbit_training
+
+        return super().adapted(prepare_model_for_kbit_training(base, use_gradient_checkpointing=False))
+
+
 class PeftFrozenLiger(PeftLoraLiger):
     """Liger's kernels without adapters; the embeddings' output requires a gradient, so it flows through every layer."""
 
@@ -555,6 +568,7 @@ CLASSES: dict[str, type] = {
     "frozen": Frozen,
     "peft_lora": PeftLora,
     "peft_lora_liger": PeftLoraLiger,
+    "peft_kbit_liger": PeftKbitLiger,
     "peft_frozen_liger": PeftFrozenLiger,
     "peft_lokr": PeftLokr,
     "unsloth_lora": UnslothLora,

@@ -47,7 +47,7 @@ from typing import Any
 
 PROVIDERS = (
     *("lsr", "kron_lora", "lora", "frozen", "lsr_unfused"),
-    *("peft_lora", "peft_lora_liger", "peft_frozen_liger", "peft_lokr", "unsloth_lora"),
+    *("peft_lora", "peft_lora_liger", "peft_kbit_liger", "peft_frozen_liger", "peft_lokr", "unsloth_lora"),
 )
 DEFAULT_PROVIDERS = tuple(name for name in PROVIDERS if name != "lsr_unfused")
 MODELS = {
@@ -230,7 +230,8 @@ def add_ratios(rows: list[dict]) -> None:
 
 def table(rows: list[dict]) -> str:
     """Return the rows as text, with the ratio to the strongest peers that were measured."""
-    peers = [peer for peer in ("unsloth_lora", "peft_lora_liger") if any(peer in row["ratio_to"] for row in rows)]
+    strongest = ("unsloth_lora", "peft_lora_liger", "peft_kbit_liger")
+    peers = [peer for peer in strongest if any(peer in row["ratio_to"] for row in rows)]
     head = ["provider", "checkpointing", "status", "tokens/s", "step ms", "GiB", "mfu", "of floor", "loss"]
     lines = [head + [f"x {peer}" for peer in peers]]
     show = lambda value, form: "-" if value is None else format(value, form)  # noqa: E731

@@ -254,10 +254,11 @@ def _fused_against_per_linear(device: torch.device) -> tuple[float, str]:
     from lsr_scale.kernels.attention import Sequences, choose_backend
     from lsr_scale.model.random_weights import random_base
 
-    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
-    config = LlamaConfig(**sizes, num_hidden_layers=1, vocab_size=512, attn_implementation="sdpa")
+    sizes: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 1, "vocab_size": 512}
+    heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2, "attn_implementation": "sdpa"}
     with torch.device("meta"):
-        skeleton = LlamaForCausalLM(config).to(torch.bfloat16)
+        skeleton: Any = LlamaForCausalLM(LlamaConfig(**sizes, **heads))
+        skeleton = skeleton.to(torch.bfloat16)
     quantizer = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
     generator = torch.random.get_rng_state()
     try:
@@ -278,8 +279,8 @@ def _fused_against_per_linear(device: torch.device) -> tuple[float, str]:
         found.append([loss.detach().float(), *(p.grad.flatten() for p in model.parameters() if p.grad is not None)])
     pairs = zip(*found, strict=True)
     worst = max(float((a - b).norm() / b.norm().clamp_min(1e-12)) for b, a in pairs)
-    heads = torch.empty(1, 64, 4, 64, dtype=torch.bfloat16, device=device)
-    return worst, choose_backend(heads, heads[:, :, :2], Sequences(scale=1.0))
+    q = torch.empty(1, 64, 4, 64, dtype=torch.bfloat16, device=device)
+    return worst, choose_backend(q, q[:, :, :2], Sequences(scale=1.0))
 
 
 def _has_avx512_bf16() -> bool:

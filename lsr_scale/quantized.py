@@ -35,6 +35,10 @@ def dequantize(layer: nn.Linear, dtype: torch.dtype) -> Tensor:
     Raises:
         UserError: if the weight was never quantized, or is in bitsandbytes' packed CPU inference layout.
     """
+    if _kernel_fits(layer, dtype):
+        out = torch.empty(layer.out_features, layer.in_features, dtype=dtype, device=layer.weight.device)
+        dequantize_into(layer, out)
+        return out
     if isinstance(layer, bnb.nn.Linear4bit):
         return bnb_functional.dequantize_4bit(layer.weight.data, _state_of(layer)).to(dtype)
     assert isinstance(layer, bnb.nn.Linear8bitLt)
@@ -101,7 +105,7 @@ def dequantize_into(
     pair: dict[str, Any] = {"up": up, "up_column": up_column, "down": down, "down_out": down_out}
     weight: Any = layer.weight
     quantized = isinstance(layer, bnb.nn.Linear4bit | bnb.nn.Linear8bitLt)
-    if not quantized or not use_triton(out):
+    if not quantized or not _kernel_fits(layer, out.dtype):
         kernels.copy_weight(dequantize(layer, out.dtype) if quantized else weight, out, **pair)
     elif isinstance(layer, bnb.nn.Linear4bit):
         state = _state_of(layer)
@@ -114,6 +118,14 @@ def dequantize_into(
         )
     else:
         kernels.dequantize_int8(weight.data, _row_scales(layer), out, **pair)
+
+
+def _kernel_fits(layer: nn.Linear, dtype: torch.dtype) -> bool:
+    """Tell whether the dequantization kernel takes a layer: on a GPU, rows and blocks of whole eights."""
+    weight: Any = layer.weight
+    state = getattr(weight, "quant_state", None)
+    eights = layer.in_features % 8 == 0 and (state is None or state.blocksize % 8 == 0)
+    return eights and use_triton(weight, dtype)
 
 
 class _FrozenLinear(torch.autograd.Function):

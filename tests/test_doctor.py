@@ -25,10 +25,15 @@ def test_the_machine_of_the_tests_is_fit(report):
     assert {"python", "torch", "peft", "trl", "deepspeed", "bitsandbytes", "nf4 on cpu", "int8 on cpu"} <= names
 
 
-def test_the_fused_path_is_not_claimed(report):
-    (fused,) = [finding for finding in report.findings if finding.name == "fused adapter"]
-    assert fused.status == "note"
-    assert fused.found.startswith("off")
+def test_the_fused_path_is_not_claimed_without_a_gpu(report):
+    (fused,) = [finding for finding in report.findings if finding.name == "fused layers"]
+    assert fused.found.startswith("on a GPU LLaMA, Mistral") or torch.cuda.is_available()
+
+
+def test_the_fused_path_is_tried_not_concluded():
+    worst, backend = module._fused_against_per_linear(torch.device("cpu"))
+    assert 0 < worst < 0.05
+    assert backend == "sdpa"
 
 
 def test_the_report_is_json_and_a_page(report):

@@ -9,6 +9,8 @@ from conftest import SEVEN_LINEARS, quantize, randomize, tiny_llama
 from peft import get_peft_model
 from torch import nn
 from transformers import (
+    GemmaConfig,
+    GemmaForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -22,7 +24,8 @@ from transformers import (
 import lsr_scale
 from lsr_scale.adapters import METHODS, method_names, peft_config
 from lsr_scale.errors import UserError
-from lsr_scale.fused import decoder_layer
+from lsr_scale.fused import decoder_layer, linear
+from lsr_scale.quantized import freeze_quantized
 
 RANKS = {"lsr": {"rank": 4, "separation_rank": 2}, "kron_lora": {"rank": 2, "dropout": 0.0}, "lora": {"rank": 3}}
 SIZES = dict(
@@ -263,6 +266,40 @@ def test_pairs_are_kept_in_evaluation_until_a_factor_changes(ids, monkeypatch):
         assert len(calls) > made
 
 
+@pytest.mark.parametrize("method", method_names())
+@pytest.mark.parametrize("kind", [None, "nf4"])
+def test_other_architectures_fuse_linear_by_linear(method, kind, ids):
+    torch.manual_seed(0)
+    base = GemmaForCausalLM(GemmaConfig(**{**SIZES, "head_dim": 12, "hidden_activation": "gelu"}))
+    base = quantize(base, kind, torch.float32) if kind else base.double()
+    freeze_quantized(base)
+    model = adapted(base, method)
+    expected = results(model, ids)
+    report = lsr_scale.fuse(model)
+    assert str(report).startswith("14 adapted linears fused one by one")
+    assert_same(results(model, ids), expected, 1e-4 if kind else SAME)
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable()
+    assert_same(results(model, ids), expected, 1e-4 if kind else SAME)
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda x: pytest.fail("kept") if x.numel() == 48 * 80 else x, lambda x: x
+    ):
+        gate = model.base_model.model.model.layers[0].mlp.gate_proj
+        gate(torch.randn(1, 2, 48, dtype=next(model.parameters()).dtype))  # no weight among what is kept
+
+
+def test_where_a_layer_steps_aside_its_linears_stay_fused(ids, monkeypatch):
+    model = adapted(tiny_llama(torch.float64))
+    model.base_model.model.model.layers[0].mlp.register_forward_hook(lambda *_: None)
+    expected = results(model, ids)
+    lsr_scale.fuse(model)
+    calls = []
+    original = linear.FusedLinear.forward
+    monkeypatch.setattr(linear.FusedLinear, "forward", lambda *args: (calls.append(1), original(*args))[1])
+    assert_same(results(model, ids), expected, SAME)
+    assert len(calls) == 7
+
+
 def test_unfuse_gives_the_classes_back_and_fuse_may_be_repeated(ids):
     model = adapted(tiny_llama())
     classes = [type(module) for module in model.modules()]
@@ -318,7 +355,7 @@ def test_adapter_dropout_steps_aside_only_in_training(ids):
 
 
 def test_what_fuse_cannot_do_is_said():
-    with pytest.raises(UserError, match="no decoder that can run fused; known architectures: Llama"):
+    with pytest.raises(UserError, match=r"no adapters, and no decoder layers that can fuse \(Llama"):
         lsr_scale.fuse(nn.Linear(2, 2))
     with pytest.raises(UserError, match="recompute: expected one of none, mlp, full; got 'all'"):
         lsr_scale.fuse(tiny_llama(), recompute="all")  # pyright: ignore[reportArgumentType]

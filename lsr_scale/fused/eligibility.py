@@ -29,7 +29,7 @@ def why_not_layer(layer: Any) -> str | None:
     if not isinstance(layer.mlp.act_fn, SiLUActivation | nn.SiLU):
         return f"the activation is {type(layer.mlp.act_fn).__name__}, not SiLU"
     for linear in linears_of(layer):
-        reason = _why_not_linear(linear)
+        reason = why_not_linear(linear)
         if reason:
             return reason
     for name in _SUBMODULES:
@@ -40,7 +40,8 @@ def why_not_layer(layer: Any) -> str | None:
     return None
 
 
-def _why_not_linear(linear: Any) -> str | None:
+def why_not_linear(linear: Any) -> str | None:
+    """Return why a linear layer, adapted or not, cannot take part as it stands, or None."""
     base = base_of(linear)
     module = linear
     if type(base) not in (nn.Linear, FrozenLinear4bit, FrozenLinear8bit):

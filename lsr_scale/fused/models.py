@@ -13,17 +13,21 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers.models.llama import modeling_llama
 from transformers.models.mistral import modeling_mistral
 from transformers.models.qwen2 import modeling_qwen2
 from transformers.models.qwen3 import modeling_qwen3
 
+from lsr_scale.adapters.base import AdapterLinear
 from lsr_scale.errors import UserError
 from lsr_scale.fused.decoder_layer import FusedLayer, Positions, Recompute, linears_of
 from lsr_scale.fused.eligibility import why_not_call, why_not_layer
+from lsr_scale.fused.groups import base_of
+from lsr_scale.fused.linear import FusedAdapter
 from lsr_scale.fused.loss import causal_lm_loss
-from lsr_scale.fused.pairs import Adapter, Pair, active_adapters, materialize
+from lsr_scale.fused.pairs import Adapter, Pair, active_adapters, joined, materialize
 from lsr_scale.kernels.attention import Sequences
 from lsr_scale.quantized import freeze_quantized
 
@@ -183,6 +187,7 @@ def _pairs(stack: Any, layers: list[nn.Module]) -> dict[int, Pair]:
     for layer in layers:
         adapters += [adapter for linear in linears_of(layer) for adapter in active_adapters(linear)]
     key, version = tuple(map(id, layers)), None
+    cache: dict[Any, tuple[Any, dict[int, Pair]]] = {}
     if stack.training or torch.is_grad_enabled():
         stack.pair_cache = None
     else:
@@ -191,18 +196,12 @@ def _pairs(stack: Any, layers: list[nn.Module]) -> dict[int, Pair]:
             tuple((id(adapter.linear), adapter.name, adapter.scaling) for adapter in adapters),
             tuple((factor.data_ptr(), factor._version) for factor in factors),
         )
-        stack.pair_cache = stack.pair_cache or {}
-        if key in stack.pair_cache and stack.pair_cache[key][0] == version:
-            return stack.pair_cache[key][1]
-    pairs: dict[int, Pair] = {}
-    for adapter, (down, up) in zip(adapters, materialize(adapters), strict=True):
-        held = pairs.get(id(adapter.linear))
-        if held is not None:
-            # several active adapters of one linear stand side by side in R
-            down, up = torch.cat([held[0], down]), torch.cat([held[1], up], dim=1)
-        pairs[id(adapter.linear)] = down, up
+        cache = stack.pair_cache = stack.pair_cache or {}
+        if key in cache and cache[key][0] == version:
+            return cache[key][1]
+    pairs = joined(adapters, materialize(adapters))
     if version is not None:
-        stack.pair_cache[key] = version, pairs
+        cache[key] = version, pairs
     return pairs
 
 
@@ -226,6 +225,10 @@ def _documents(arguments: dict[str, Any]) -> tuple[Tensor | None, int]:
     return boundaries, int(boundaries.diff().max())
 
 
+class _FusedLinear(FusedAdapter, _Fused):
+    """An adapted linear layer with the fused operations."""
+
+
 class _FusedHead(_Fused):
     """A causal language model whose training loss is computed without the logits ever existing whole."""
 
@@ -245,48 +248,54 @@ class FuseReport:
     Attributes:
         fused: Names of the decoder layers that will run fused.
         per_linear: Names of the decoder layers that will not, with the reason.
+        linears: How many adapted linear layers have the fused operations by themselves, which they use where no
+            fused layer does.
     """
 
     fused: list[str]
     per_linear: dict[str, str]
+    linears: int = 0
 
     def __str__(self) -> str:
-        """Return one line, two if something stays per linear."""
+        """Return one line."""
+        if not self.fused and not self.per_linear:
+            names = ", ".join(_FAMILIES)
+            return f"{self.linears} adapted linears fused one by one (whole layers fuse in {names} models)"
         text = f"{len(self.fused)} of {len(self.fused) + len(self.per_linear)} decoder layers run fused"
         reasons = sorted(set(self.per_linear.values()))
         return text + (f"; the others per linear: {'; '.join(reasons)}" if reasons else "")
 
 
 def fuse(model: nn.Module, recompute: Recompute = "none") -> FuseReport:
-    """Make the decoder layers of a model run fused, in place: faster, with less memory, the same function.
+    """Make a model run fused, in place: faster, with less memory, the same function.
 
     For loops of your own. Call it on a PEFT model (LSR-Adapt, Kron-LoRA, LoRA) or a frozen one, after its adapters are
-    there, before any wrapper (DeepSpeed, DDP). `unfuse` undoes it.
+    there, before any wrapper (DeepSpeed, DDP). `unfuse` undoes it. In LLaMA, Mistral, Qwen2 and Qwen3 models whole
+    decoder layers fuse, and the loss is computed without logits; in all others each adapted linear does by itself.
 
     Args:
-        model: A model of the LLaMA, Mistral, Qwen2 or Qwen3 architecture, or anything that contains one.
-        recompute: What the backward pass computes again instead of keeping it: "none", "mlp" (gate and up) or "full"
-            (everything but the layer's input). Leave transformers' own gradient checkpointing off.
+        model: The model.
+        recompute: What the backward pass of a layer computes again instead of keeping it: "none", "mlp" (gate and up)
+            or "full" (everything but the layer's input). Leave transformers' own gradient checkpointing off.
 
     Returns:
         Which layers run fused, and why others do not. Layers are asked again at every forward.
 
     Raises:
-        UserError: if the model has no such architecture in it, or for an unknown `recompute`.
+        UserError: if the model has neither such decoder layers nor adapters, or for an unknown `recompute`.
     """
     if recompute not in get_args(Recompute):
         raise UserError(f"recompute: expected one of {', '.join(get_args(Recompute))}; got {recompute!r}")
     freeze_quantized(model)
     report = FuseReport([], {})
-    stacks = [module for module in model.modules() if _original(module) in _STACKS]
-    if not stacks:
-        names = ", ".join(_FAMILIES)
-        raise UserError(f"{type(model).__name__} has no decoder that can run fused; known architectures: {names}")
-    for name, module in model.named_modules():
+    for name, module in list(model.named_modules()):
         original = _original(module)
         for mixin, known in ((_FusedLayer, _LAYERS), (_FusedStack, _STACKS), (_FusedHead, _HEADS)):
             if original in known:
                 module.__class__ = _subclass(mixin, original)
+        if isinstance(module, AdapterLinear | LoraLayer) and isinstance(base_of(module), nn.Linear):  # pyright: ignore
+            module.__class__ = _subclass(_FusedLinear, original)
+            report.linears += 1
         if isinstance(module, _FusedLayer):
             module.recompute = recompute
             reason = why_not_layer(module)
@@ -294,6 +303,9 @@ def fuse(model: nn.Module, recompute: Recompute = "none") -> FuseReport:
                 report.per_linear[name] = reason
             else:
                 report.fused.append(name)
+    if not (report.fused or report.per_linear or report.linears):
+        names = ", ".join(_FAMILIES)
+        raise UserError(f"{type(model).__name__} has no adapters, and no decoder layers that can fuse ({names})")
     return report
 
 
@@ -318,6 +330,8 @@ def _subclass(mixin: type, original: type) -> type:
     key = mixin, original
     if key not in _SUBCLASSES:
         name = "Fused" + original.__name__
+        if name in globals():  # PEFT has a Linear for every kind of base
+            name += "_" + original.__module__.replace(".", "_")
 
         # generation and the Trainer read the signature to know what a model takes
         @functools.wraps(original.forward)

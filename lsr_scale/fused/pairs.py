@@ -79,6 +79,17 @@ def materialize(adapters: Sequence[Adapter]) -> list[Pair]:
     return list(zip(flat[::2], flat[1::2], strict=True))
 
 
+def joined(adapters: Sequence[Adapter], pairs: Sequence[Pair]) -> dict[int, Pair]:
+    """Return the pair of each linear, by its identity: several adapters of one linear stand side by side in R."""
+    found: dict[int, Pair] = {}
+    for adapter, (down, up) in zip(adapters, pairs, strict=True):
+        held = found.get(id(adapter.linear))
+        if held is not None:
+            down, up = torch.cat([held[0], down]), torch.cat([held[1], up], dim=1)
+        found[id(adapter.linear)] = down, up
+    return found
+
+
 def _stacks(
     adapters: Sequence[Adapter], factors: Sequence[dict[str, Tensor]], wanted: Sequence[int]
 ) -> list[list[int]]:
@@ -137,7 +148,8 @@ class _Materialize(torch.autograd.Function):
                 _stack_gradients([grads[2 * index + side] for index in group], pair[side], (1.0, first.scaling)[side])
                 for side in (0, 1)
             ]
-            found = torch.autograd.grad(pair, list(stacks.values()), gradients)
+            # contiguous, or autograd would copy the factors' gradients one by one
+            found = [stack.contiguous() for stack in torch.autograd.grad(pair, list(stacks.values()), gradients)]
             for position, index in enumerate(group):
                 for place, (stack, factor) in enumerate(zip(found, held[index].values(), strict=True)):
                     results[index][place] = stack[position].to(factor.dtype)

@@ -10,16 +10,20 @@ from torch._subclasses.fake_tensor import FakeTensor
 has_triton = find_spec("triton") is not None
 
 
-class _Missing:
-    """Stands for `triton.language` in annotations when Triton is not installed."""
+class _Anything(type):
+    """A class of which everything may be asked: Triton's modules, to the type checker and where Triton is missing."""
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(cls, name: str) -> Any:
         return Any
 
 
 if TYPE_CHECKING or not has_triton:
-    triton: Any = _Missing()
-    tl: Any = _Missing()
+
+    class triton(metaclass=_Anything):  # noqa: N801, D101
+        pass
+
+    class tl(metaclass=_Anything):  # noqa: N801, D101
+        constexpr = Any
 
     def jit(kernel: Any) -> Any:
         """Return the function as it is: it is never launched without Triton."""
@@ -31,11 +35,16 @@ else:
     jit = triton.jit
 
 
-def use_triton(x: Tensor) -> bool:
-    """Tell whether kernels run in Triton for a tensor like `x`: on a GPU, in bf16, fp16 or fp32, with real data."""
+def use_triton(x: Tensor, dtype: torch.dtype | None = None) -> bool:
+    """Tell whether kernels run in Triton for a tensor like `x`: on a GPU, with real data, in bf16, fp16 or fp32.
+
+    Args:
+        x: The tensor.
+        dtype: What is computed with, if not the dtype of `x`.
+    """
     return (
         has_triton
         and x.is_cuda
-        and x.dtype in (torch.bfloat16, torch.float16, torch.float32)
+        and (dtype or x.dtype) in (torch.bfloat16, torch.float16, torch.float32)
         and not isinstance(x, FakeTensor)
     )

@@ -15,8 +15,6 @@ A *word* here is eight weights in a row: four packed bytes, sixteen bytes of bf1
 one 16-byte store, neighbours beside each other on both sides.
 """
 
-# pyright: reportInvalidTypeForm=false
-
 from typing import Any
 
 import torch

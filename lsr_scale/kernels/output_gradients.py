@@ -9,8 +9,6 @@ product, plus float32 partial sums of `parts` times [T, R] and `T / BLOCK_T` tim
 a fixed order of summation, so the same gradients every time.
 """
 
-# pyright: reportInvalidTypeForm=false
-
 import torch
 from torch import Tensor
 

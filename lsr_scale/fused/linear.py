@@ -1,0 +1,66 @@
+"""One adapted linear layer with the fused path's operations: for other architectures, and where a layer steps aside.
+
+    y = [x | x down^T] [W | up]^T,      dX = [dY | dY up] [W; down]
+
+The weight is dequantized in one launch, forward and again backward; the adapter's products read dY once. Kept for the
+backward pass: x, which the gradient of `down` needs, and the thin `x down^T`.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lsr_scale.fused.eligibility import why_not_linear
+from lsr_scale.fused.groups import Group, mm_float
+from lsr_scale.fused.pairs import Pair, active_adapters, joined, materialize
+
+
+class FusedLinear(torch.autograd.Function):
+    """`y = x (W + up down)^T + b`; gradients to x, down and up."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, linear: nn.Module, down: Tensor, up: Tensor) -> Tensor:
+        """Run the layer on `x [..., in]`; `linear` is the adapted module, of which nothing else is kept."""
+        ctx.linear = linear
+        group, rows = Group([linear], [(down, up)]), x.reshape(-1, x.shape[-1])
+        with torch.autocast(x.device.type, enabled=False):
+            out, xa = group.project(rows, group.matrix(x.dtype, x.device))
+        assert xa is not None
+        ctx.save_for_backward(rows, xa, down, up)
+        return out.view(*x.shape[:-1], group.out_features)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, Tensor | None, Tensor | None]:
+        """Return the gradients of x, down and up (these in float32)."""
+        (grad,) = grads
+        rows, xa, down, up = ctx.saved_tensors
+        group = Group([ctx.linear], [(down, up)])
+        with torch.autocast(grad.device.type, enabled=False):
+            matrix = group.matrix(grad.dtype, grad.device)
+            extended = group.gradient_buffer(len(rows), grad)
+            extended[:, : group.out_features] = grad.reshape(-1, group.out_features)
+            (d_up,) = group.output_products(extended, xa, matrix)
+            (d_down,) = group.down_gradients(mm_float(extended[:, group.out_features :].t(), rows))
+            d_x = group.input_gradient(extended, matrix) if ctx.needs_input_grad[0] else None
+        return None if d_x is None else d_x.view(*grad.shape[:-1], -1), None, d_down, d_up
+
+
+class FusedAdapter:
+    """An adapted linear layer that trains by `FusedLinear` where it can; in evaluation it is its own class."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return `base_layer(x)` plus the active adapters' updates, `[..., out_features]`."""
+        module: Any = self
+        adapters = active_adapters(module)
+        autocast = torch.is_autocast_enabled(x.device.type)
+        dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+        if args or kwargs or not adapters or not torch.is_grad_enabled() or why_not_linear(module) is not None:
+            return super().forward(x, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        ((down, up),) = _pairs_of_one(module)
+        return FusedLinear.apply(x.to(dtype), module, down, up)  # pyright: ignore[reportReturnType]
+
+
+def _pairs_of_one(module: nn.Module) -> list[Pair]:
+    adapters = active_adapters(module)
+    return list(joined(adapters, materialize(adapters)).values())

@@ -24,6 +24,7 @@ from lsr_scale.config.training import training_arguments_class
 from lsr_scale.data.formats import build_dataset
 from lsr_scale.data.preview import prepare_tokenizer, tokenize_classification
 from lsr_scale.errors import UserError
+from lsr_scale.fused import fuse
 from lsr_scale.model import base_of, load_tokenizer
 from lsr_scale.run_folder import RunFolder
 
@@ -53,6 +54,7 @@ def build_trainer(run: RunConfig, folder: RunFolder, callbacks: list[TrainerCall
         logger.info(note)
     with only_new_warnings():
         model = adapt(run, base_of(run.model, run.training["seed"]))
+    _fuse(run, model, arguments)
 
     common: dict[str, Any] = {
         "model": model,
@@ -90,6 +92,23 @@ def _arguments(run: RunConfig, folder: RunFolder) -> Any:
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # one process, one GPU: torch's DataParallel cannot copy a quantized layer
     return arguments
+
+
+def _fuse(run: RunConfig, model: PeftModel, arguments: Any) -> None:
+    """Make the model's layers run fused, if the run wants it and they can, and say what came of it."""
+    wanted = run.training["fused"]
+    if wanted == "off" or (wanted == "auto" and not torch.cuda.is_available()):
+        return
+    if zero_stage(run) == 3 and uses_deepspeed(run):
+        # DeepSpeed gathers weights by hooks on every module, which a fused layer does not call
+        logger.info("training.fused: layers run per linear under ZeRO-3")
+        return
+    recompute = "full" if run.training["gradient_checkpointing"] else "none"
+    report = fuse(model, recompute)
+    if report.fused and not report.per_linear:
+        # the layers see to it themselves; transformers 5.23 reads the second name
+        arguments.gradient_checkpointing = arguments.activation_checkpointing = False
+    logger.info(f"{report}, recomputing {'all' if recompute == 'full' else 'nothing'} in the backward pass")
 
 
 def adapt(run: RunConfig, base: Any) -> PeftModel:

@@ -31,6 +31,7 @@ from lsr_scale import UserError
 from lsr_scale.adapters.lsr import Lsr
 from lsr_scale.assembly import adapt, build_trainer
 from lsr_scale.config import dump_yaml, load_run
+from lsr_scale.fused import decoder_layer
 from lsr_scale.model import base_of
 from lsr_scale.run_folder import RunFolder
 
@@ -169,6 +170,29 @@ def test_checkpointing_changes_memory_and_not_the_adapter(place, plain, tmp_path
     assert load_run(plain.config).training["gradient_checkpointing"] is True
     done = do(run_in(place, tmp_path, training={"gradient_checkpointing": False}))
     assert same(factors(plain), factors(done))
+
+
+@pytest.mark.parametrize("training", [{}, {"gradient_checkpointing": False}, {"packing": True, "max_length": 64}])
+@pytest.mark.parametrize("method", [{}, LORA], ids=["lsr", "lora"])
+def test_fused_layers_train_the_same(place, tmp_path, method, training, monkeypatch):
+    def trained(fused, **changes):
+        model = {"quantization": "nf4", "dtype": "float32"}
+        values = {"save_strategy": "no", **training, "fused": fused, **changes}
+        return do(run_in(place, tmp_path / fused, model=model, adapter=method, training=values, eval={"tasks": []}))
+
+    calls = []
+    original = decoder_layer._attend
+    monkeypatch.setattr(decoder_layer, "_attend", lambda *args: (calls.append(1), original(*args))[1])
+    per_linear = trained("off")
+    assert not calls
+    fused = trained("on")
+    # two layers a step, and once more in the backward pass where nothing is kept
+    again = 1 if training.get("gradient_checkpointing") is False else 2
+    assert len(calls) == 2 * again * len(metrics(fused))
+    losses = [[row["loss"] for row in metrics(done) if "loss" in row] for done in (fused, per_linear)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    for name, value in factors(per_linear).items():
+        assert torch.allclose(factors(fused)[name], value, atol=2e-4), name
 
 
 def test_packed_sequences_do_not_see_each_other(place, tmp_path):

@@ -84,7 +84,7 @@ class FusedForward:
 
 # layers whose pairs are made at once: many, for few launches, but few where the GPU waits for it, which is before the
 # first layer and, in the backward pass, after it
-_CHUNKS = (1, 3, 4, 8)
+_CHUNKS = (1, 3, 8, 20)
 
 
 def _chunks(layers: list[nn.Module]) -> dict[int, list[nn.Module]]:

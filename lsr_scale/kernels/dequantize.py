@@ -143,8 +143,6 @@ def _dequantize_kernel(
     BLOCK2: tl.constexpr,
     ONE_OVER_127: tl.constexpr,
     WORDS: tl.constexpr,
-    LOAD_WORDS: tl.constexpr,
-    SHARED_CODE: tl.constexpr,
     TAIL_ROWS: tl.constexpr,
     TAIL_COLUMNS: tl.constexpr,
     DOWN_COLUMNS: tl.constexpr,
@@ -166,14 +164,10 @@ def _dequantize_kernel(
         rows = words // ROW_WORDS
         columns = words % ROW_WORDS * 8
         if KIND == "4bit":
-            if LOAD_WORDS:
-                # of the two weights in a byte the upper half is the first
-                word = tl.load(weight.to(tl.pointer_type(tl.int32)) + words, mask=valid, other=0)
-                index = (word[:, None] >> ((nth ^ 1) * 4)[None, :]) & 15
-            else:
-                pairs = tl.load(weight + words[:, None] * 4 + tl.arange(0, 4)[None, :], mask=valid[:, None], other=0)
-                pairs = pairs.to(tl.int32)
-                index = tl.reshape(tl.join(pairs >> 4, pairs & 15), (WORDS, 8))
+            pairs = tl.load(weight + words[:, None] * 4 + tl.arange(0, 4)[None, :], mask=valid[:, None], other=0)
+            pairs = pairs.to(tl.int32)
+            # of the two weights in a byte the upper half is the first
+            index = tl.reshape(tl.join(pairs >> 4, pairs & 15), (WORDS, 8))
             # a block holds whole words, also where it straddles rows
             blocks = words // BLOCK_WORDS
             if NESTED:
@@ -182,11 +176,9 @@ def _dequantize_kernel(
                 scale = scale + tl.load(offset).to(tl.float32)
             else:
                 scale = tl.load(scales + blocks, mask=valid, other=0.0).to(tl.float32)
-            if SHARED_CODE:
-                table = tl.load(code + tl.arange(0, 16)).to(tl.float32)
-                values = tl.reshape(tl.gather(table, tl.reshape(index, (WORDS * 8,)), 0), (WORDS, 8))
-            else:
-                values = tl.load(code + index).to(tl.float32)
+            # from shared memory: a little faster than from the first-level cache
+            table = tl.load(code + tl.arange(0, 16)).to(tl.float32)
+            values = tl.reshape(tl.gather(table, tl.reshape(index, (WORDS * 8,)), 0), (WORDS, 8))
             values = values * scale[:, None]
         else:
             source = rows.to(tl.int64) * weight_pitch + columns
@@ -285,8 +277,6 @@ def dequantize_4bit_triton(
     down_out: Tensor | None = None,
     words: int = 512,
     num_warps: int = 4,
-    load_words: bool = False,
-    shared_code: bool = True,
 ) -> None:
     """Do what `dequantize_4bit` does in one Triton launch.
 
@@ -294,8 +284,6 @@ def dequantize_4bit_triton(
         packed, absmax, code, out, block_size, nested, up, up_column, down, down_out: As there.
         words: Words (of eight weights) per program, a power of two.
         num_warps: Warps per program.
-        load_words: Load 16 bytes a thread and pass them on through shared memory, instead of 4 bytes in place.
-        shared_code: Keep the table of 16 values in shared memory instead of the first-level cache.
     """
     packed, in_features = _check_4bit(packed, out, block_size)
     _check_adapter(out, in_features, up, up_column, down, down_out)
@@ -315,8 +303,6 @@ def dequantize_4bit_triton(
         NESTED=nested is not None,
         BLOCK_WORDS=block_size // 8,
         BLOCK2=block_size2,
-        LOAD_WORDS=load_words and packed.data_ptr() % 4 == 0,
-        SHARED_CODE=shared_code,
         num_warps=num_warps,
     )
 
@@ -358,8 +344,6 @@ def dequantize_int8_triton(
         NESTED=False,
         BLOCK_WORDS=1,
         BLOCK2=1,
-        LOAD_WORDS=False,
-        SHARED_CODE=False,
         num_warps=num_warps,
     )
 

@@ -83,7 +83,7 @@ def check(scratch, out, weight, up_column, up, down, down_out):
     ],
 )
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES)
-@pytest.mark.parametrize("variant", [{}, {"load_words": True, "shared_code": False, "words": 256}])
+@pytest.mark.parametrize("variant", [{}, {"words": 256}])
 def test_4bit_is_bit_equal_to_bitsandbytes(kind, nested, block_size, shape, dtype, variant, device):
     packed, state, weight = quantized(*shape, block_size, kind, nested, dtype, device)
     scratch, out, adapter = pair(*shape, 24, 5, 2, dtype, device)
@@ -178,15 +178,15 @@ def test_byte_views_and_shapes_that_do_not_fit():
 
 
 @pytest.mark.parametrize("kind", ["4bit", "int8", "copy"])
-@pytest.mark.parametrize(("words", "num_warps", "load_words"), [(512, 4, False), (1024, 8, True)])
-def test_compiles_for_ampere_and_hopper(kind, words, num_warps, load_words):
+@pytest.mark.parametrize(("words", "num_warps"), [(512, 4), (1024, 8)])
+def test_compiles_for_ampere_and_hopper(kind, words, num_warps):
     names = ["weight_pitch", "out_pitch", "num_rows", "num_tail", "up_pitch", "up_column", "up_rank"]
     names += ["down_pitch", "down_rank", "down_out_pitch"]
     weight, scales = {"4bit": ("*u8", "*u8"), "int8": ("*i8", "*fp32"), "copy": ("*bf16", "*bf16")}[kind]
     signature = dict(weight=weight, scales=scales, out="*bf16", up="*fp32", down="*fp32", down_out="*bf16")
     signature |= dict.fromkeys(["code", "absmax2", "code2", "offset"], "*fp32") | dict.fromkeys(names, "i32")
     constexprs = dict(KIND=kind, NESTED=kind == "4bit", HAS_UP=True, HAS_DOWN=True, ROW_WORDS=512, BLOCK_WORDS=8)
-    constexprs |= dict(BLOCK2=256, ONE_OVER_127=1 / 127, WORDS=words, LOAD_WORDS=load_words, SHARED_CODE=True)
+    constexprs |= dict(BLOCK2=256, ONE_OVER_127=1 / 127, WORDS=words)
     constexprs |= dict(TAIL_ROWS=32, TAIL_COLUMNS=64, DOWN_COLUMNS=2048)
     for metadata in compile_for(ops._dequantize_kernel, signature, constexprs, num_warps).values():
         assert metadata.shared <= 16 * 1024
@@ -200,11 +200,9 @@ def test_7b_shapes_on_a_gpu(shape, nested):
     packed, state, weight = quantized(*shape, 64, "nf4", nested, torch.bfloat16, "cuda")
     codes = torch.randint(-127, 128, shape, dtype=torch.int8, device="cuda")
     scales = torch.rand(shape[0], device="cuda")
-    for load_words, shared_code in [(False, False), (False, True), (True, False), (True, True)]:
-        scratch, out, adapter = pair(*shape, 64, 16, 48, torch.bfloat16, "cuda")
-        variant = dict(load_words=load_words, shared_code=shared_code)
-        ops.dequantize_4bit_triton(packed, out=out, up_column=16, **arguments(state), **adapter, **variant)
-        check(scratch, out, weight, 16, **adapter)
+    scratch, out, adapter = pair(*shape, 64, 16, 48, torch.bfloat16, "cuda")
+    ops.dequantize_4bit_triton(packed, out=out, up_column=16, **arguments(state), **adapter)
+    check(scratch, out, weight, 16, **adapter)
     scratch, out, adapter = pair(*shape, 64, 16, 48, torch.bfloat16, "cuda")
     ops.dequantize_int8(codes, scales, out, **adapter)
     check(scratch, out, bnb_functional.int8_vectorwise_dequant(codes, scales).bfloat16(), 0, **adapter)

@@ -24,22 +24,25 @@ torch.set_num_threads(1)
 SEVEN_LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
+# grouped-query attention, dimensions that are no powers of two
+TINY_SIZES = dict(
+    hidden_size=48,
+    intermediate_size=80,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    vocab_size=96,
+    max_position_embeddings=128,
+    tie_word_embeddings=False,
+    pad_token_id=0,
+    attn_implementation="sdpa",
+)
+
+
 def tiny_llama(dtype: torch.dtype = torch.float32, **changes) -> LlamaForCausalLM:
-    """Return a random two-layer LLaMA with grouped-query attention and dimensions that are no powers of two."""
+    """Return a random two-layer LLaMA of `TINY_SIZES`."""
     torch.manual_seed(0)
-    values = dict(
-        hidden_size=48,
-        intermediate_size=80,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=96,
-        max_position_embeddings=128,
-        tie_word_embeddings=False,
-        pad_token_id=0,
-        attn_implementation="sdpa",
-    )
-    return LlamaForCausalLM(LlamaConfig(**{**values, **changes})).to(dtype)
+    return LlamaForCausalLM(LlamaConfig(**{**TINY_SIZES, **changes})).to(dtype)
 
 
 def quantize(model: nn.Module, kind: str, dtype: torch.dtype = torch.bfloat16) -> nn.Module:

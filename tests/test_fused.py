@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from conftest import SEVEN_LINEARS, quantize, randomize, tiny_llama
+from conftest import SEVEN_LINEARS, TINY_SIZES, quantize, randomize, tiny_llama
 from peft import get_peft_model
 from torch import nn
 from transformers import (
@@ -28,20 +28,6 @@ from lsr_scale.fused import decoder_layer, linear
 from lsr_scale.quantized import freeze_quantized
 
 RANKS = {"lsr": {"rank": 4, "separation_rank": 2}, "kron_lora": {"rank": 2, "dropout": 0.0}, "lora": {"rank": 3}}
-SIZES = dict(
-    hidden_size=48,
-    intermediate_size=80,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    vocab_size=96,
-    max_position_embeddings=128,
-    tie_word_embeddings=False,
-    pad_token_id=0,
-    attn_implementation="sdpa",
-)
-
-
 # transformers' norms compute in float32 on a float64 model too: what is compared with is no more exact than that
 SAME = 2e-5
 
@@ -99,7 +85,7 @@ def test_logits_loss_and_every_gradient_equal_the_per_linear_path(method, recomp
 @pytest.mark.parametrize("recompute", ["none", "full"])
 def test_every_family(config, cls, options, recompute, ids):
     torch.manual_seed(0)
-    base = cls(config(**{**SIZES, **options})).double()
+    base = cls(config(**{**TINY_SIZES, **options})).double()
     for name, parameter in base.named_parameters():
         if "bias" in name or "norm" in name:
             nn.init.normal_(parameter, 0.5)
@@ -270,7 +256,7 @@ def test_pairs_are_kept_in_evaluation_until_a_factor_changes(ids, monkeypatch):
 @pytest.mark.parametrize("kind", [None, "nf4"])
 def test_other_architectures_fuse_linear_by_linear(method, kind, ids):
     torch.manual_seed(0)
-    base = GemmaForCausalLM(GemmaConfig(**{**SIZES, "head_dim": 12, "hidden_activation": "gelu"}))
+    base = GemmaForCausalLM(GemmaConfig(**{**TINY_SIZES, "head_dim": 12, "hidden_activation": "gelu"}))
     base = quantize(base, kind, torch.float32) if kind else base.double()
     freeze_quantized(base)
     model = adapted(base, method)

@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from lsr_scale.fused.groups import Group, mm_float
 from lsr_scale.fused.pairs import Pair
 from lsr_scale.kernels.attention import Sequences, attention, attention_backward
-from lsr_scale.kernels.rms_norm import rms_norm, rms_norm_backward
+from lsr_scale.kernels.rms_norm import rms_norm, rms_norm_backward, rms_norm_project
 from lsr_scale.kernels.rotary import rotate
-from lsr_scale.kernels.swiglu import swiglu, swiglu_adapter_backward, swiglu_backward
+from lsr_scale.kernels.swiglu import swiglu, swiglu_backward, swiglu_pair_gradients
+from lsr_scale.kernels.swiglu_project import swiglu_project
 
 Recompute = Literal["none", "mlp", "full"]
 Kept = dict[str, Tensor]
@@ -146,15 +147,11 @@ def _paired(flat: tuple[Tensor | None, ...]) -> list[Pair | None]:
 def _attend(layer: _Layer, kept: Kept, positions: Positions, matrices: dict[str, Tensor]) -> None:
     """From x to m (`middle`); `matrices` receives what was dequantized."""
     x = kept["x"]
-    tokens, width = x.shape
-    matrices["qkv"] = layer.qkv.matrix(x.dtype, x.device)
-    normed = layer.qkv.input_buffer(tokens, x)
-    kept["rstd_1"] = rms_norm(x, layer.norm_1.weight, layer.norm_1.variance_epsilon, normed[:, :width])
-    qkv, xa = layer.qkv.project(normed, matrices["qkv"])
+    tokens = len(x)
+    matrix = matrices["qkv"] = layer.qkv.matrix(x.dtype, x.device)
+    normed = _norm(layer.qkv, layer.norm_1, x, matrix, kept, ("rstd_1", "xa_qkv"))
+    qkv = kept["qkv"] = layer.qkv.multiply(normed, matrix)
     del normed
-    kept["qkv"] = qkv
-    if xa is not None:
-        kept["xa_qkv"] = xa
     rotated = (layer.heads + layer.kv_heads) * layer.head_dim
     if layer.q_norm is None:
         both = qkv[:, :rotated].unflatten(1, (-1, layer.head_dim))
@@ -189,31 +186,42 @@ def _qkv_heads(layer: _Layer, kept: Kept, batch: int) -> list[Tensor]:
 def _gate_up(layer: _Layer, kept: Kept, matrices: dict[str, Tensor]) -> None:
     """From the attention's output, or from m, to gate and up."""
     x = kept["x"]
-    tokens, width = x.shape
-    normed = layer.gate_up.input_buffer(tokens, x)
-    out, norm = normed[:, :width], layer.norm_2
+    matrix = matrices["gate_up"] = layer.gate_up.matrix(x.dtype, x.device)
+    names = "rstd_2", "xa_gate_up"
     if "middle" in kept:
-        kept["rstd_2"] = rms_norm(kept["middle"], norm.weight, norm.variance_epsilon, out)
+        normed = _norm(layer.gate_up, layer.norm_2, kept["middle"], matrix, kept, names)
     else:
-        kept["middle"] = torch.empty_like(x)
-        kept["rstd_2"] = rms_norm(
-            kept.pop("attention_out"), norm.weight, norm.variance_epsilon, out, residual=x, residual_out=kept["middle"]
-        )
-    matrices["gate_up"] = layer.gate_up.matrix(x.dtype, x.device)
-    kept["gate_up"], xa = layer.gate_up.project(normed, matrices["gate_up"])
-    if xa is not None:
-        kept["xa_gate_up"] = xa
+        out, kept["middle"] = kept.pop("attention_out"), torch.empty_like(x)
+        sums = {"residual": x, "residual_out": kept["middle"]}
+        normed = _norm(layer.gate_up, layer.norm_2, out, matrix, kept, names, **sums)
+    kept["gate_up"] = layer.gate_up.multiply(normed, matrix)
+
+
+def _norm(
+    group: Group, norm: Any, x: Tensor, matrix: Tensor, kept: Kept, names: tuple[str, str], **sums: Tensor
+) -> Tensor:
+    """Return a group's input `[T, K + R]`, the normalized x and its `x down^T`; keep rstd and the latter by `names`."""
+    normed = group.input_buffer(len(x), x)
+    if not group.width:
+        kept[names[0]] = rms_norm(x, norm.weight, norm.variance_epsilon, normed, **sums)
+        return normed
+    xa = kept[names[1]] = x.new_empty(len(x), group.width)
+    downs, rank = group.downs(matrix), sum(group.ranks)
+    kept[names[0]] = rms_norm_project(x, norm.weight, norm.variance_epsilon, normed, downs, xa, rank=rank, **sums)
+    return normed
 
 
 def _down(layer: _Layer, kept: Kept) -> Tensor:
     """From gate and up to y."""
-    matrix = layer.down.matrix(kept["x"].dtype, kept["x"].device)
-    hidden = layer.down.input_buffer(len(kept["x"]), kept["x"])
-    swiglu(kept["gate_up"], hidden[:, : layer.down.in_features])
-    y, xa = layer.down.project(hidden, matrix)
-    if xa is not None:
-        kept["xa_down"] = xa
-    return y.add_(kept["middle"])
+    down, gate_up = layer.down, kept["gate_up"]
+    matrix = down.matrix(gate_up.dtype, gate_up.device)
+    hidden = down.input_buffer(len(gate_up), gate_up)
+    if down.width:
+        kept["xa_down"] = gate_up.new_empty(len(gate_up), down.width)
+        swiglu_project(gate_up, hidden, down.downs(matrix), kept["xa_down"], rank=sum(down.ranks))
+    else:
+        swiglu(gate_up, hidden)
+    return down.multiply(hidden, matrix).add_(kept["middle"])
 
 
 def _mlp_backward(
@@ -221,62 +229,64 @@ def _mlp_backward(
 ) -> tuple[Tensor, list[tuple[Tensor | None, Tensor | None]]]:
     """Return dm as the buffer `[T, hidden + R_o]` that `o` reads, and the gradients of the pairs of gate, up, down."""
     tokens, width = grad.shape
-    down, gate_up = layer.down, layer.gate_up
-    gate_up_matrix = _take(matrices, "gate_up", gate_up, grad)
-    down_matrix = down.matrix(grad.dtype, grad.device)
-    d_up_down: list[Tensor | None] = [None]
+    gate_up = layer.gate_up
+    d_hidden, ds_down, d_up_down = _down_backward(layer.down, kept, grad)
     d_gate_up = gate_up.gradient_buffer(tokens, grad)
-    N = gate_up.out_features
-    inner = d_gate_up[:, :N]
-
-    if down.width:
-        extended = down.gradient_buffer(tokens, grad)
-        extended[:, :width] = grad
-        d_up_down = down.output_products(extended, kept["xa_down"], down_matrix)
-        ds_down = extended[:, width:]
-        d_hidden = down.input_gradient(extended, down_matrix)
-    else:
-        ds_down = None
-        d_hidden = down.input_gradient(grad, down_matrix)
-    del down_matrix
-
-    gate_rank, up_rank = gate_up.ranks
-    down_rank = down.ranks[0]
-    if ds_down is not None and gate_rank and up_rank and max(*gate_up.ranks, down_rank) <= 64:
-        d_gate, d_up, d_down_down = swiglu_adapter_backward(
-            d_hidden,
-            kept["gate_up"],
-            kept["xa_gate_up"],
-            gate_up_matrix[:N, gate_up.in_features :],
-            (0, gate_rank),
-            (gate_rank, up_rank),
-            ds_down,
-            down_rank,
-            inner,
-            d_gate_up[:, N:],
-        )
-        d_ups: list[Tensor | None] = [d_gate[:, :gate_rank], d_up[:, :up_rank]]
-    else:
-        hidden, d_down_down = None, None
-        if ds_down is not None:
-            hidden = d_hidden.new_empty(d_hidden.shape)
-        swiglu_backward(d_hidden, kept["gate_up"], inner, hidden)
-        if ds_down is not None and hidden is not None:
-            d_down_down = mm_float(ds_down.t(), hidden)[:down_rank]
-        del hidden
-        d_ups = gate_up.output_products(d_gate_up, kept["xa_gate_up"], gate_up_matrix) if gate_up.width else [None] * 2
+    inner = d_gate_up[:, : gate_up.out_features]
+    d_ups, d_down_down = _swiglu_backward(layer, kept, d_hidden, ds_down, inner)
     del d_hidden
 
-    d_normed = gate_up.input_gradient(d_gate_up, gate_up_matrix)
+    matrix = _take(matrices, "gate_up", gate_up, grad)
+    gate_up.fill_tail(d_gate_up, matrix)
+    d_normed = gate_up.input_gradient(d_gate_up, matrix)
     d_downs: list[Tensor | None] = [None, None]
     if gate_up.width:
-        d_downs = _down_gradients(gate_up, d_gate_up[:, N:], kept["middle"], kept["rstd_2"], layer.norm_2)
+        d_downs = _down_gradients(gate_up, gate_up.tail(d_gate_up), kept["middle"], kept["rstd_2"], layer.norm_2)
+    del d_gate_up, inner, matrix
     d_middle = layer.o.gradient_buffer(tokens, grad)
     rms_norm_backward(
         d_normed, kept["middle"], layer.norm_2.weight, kept["rstd_2"], d_middle[:, :width], residual_grad=grad
     )
-    pairs = [*zip(d_downs, d_ups, strict=True), (d_down_down, d_up_down[0])]
-    return d_middle, pairs
+    return d_middle, [*zip(d_downs, d_ups, strict=True), (d_down_down, d_up_down)]
+
+
+def _down_backward(down: Group, kept: Kept, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return the gradient of SwiGLU's output, and for down_proj's adapter ds `[T, R]` and `d up`."""
+    matrix = down.matrix(grad.dtype, grad.device)
+    if not down.width:
+        return down.input_gradient(grad, matrix), None, None
+    extended = down.gradient_buffer(len(grad), grad)
+    extended[:, : grad.shape[1]] = grad
+    (d_up,) = down.output_products(extended, kept["xa_down"], matrix)
+    return down.input_gradient(extended, matrix), down.tail(extended).clone(), d_up
+
+
+def _swiglu_backward(
+    layer: _Layer, kept: Kept, d_hidden: Tensor, ds_down: Tensor | None, d_gate_up: Tensor
+) -> tuple[list[Tensor | None], Tensor | None]:
+    """Fill `d_gate_up [T, 2F]`; return `d up` of gate's and up's adapters and `d down` of down_proj's."""
+    (gate_rank, up_rank), (down_rank,) = layer.gate_up.ranks, layer.down.ranks
+    # beyond that the accumulators leave no registers, and separate products are faster
+    if ds_down is not None and gate_rank and up_rank and max(gate_rank, up_rank, down_rank) <= 32:
+        d_gate, d_up, d_down = swiglu_pair_gradients(
+            d_hidden,
+            kept["gate_up"],
+            kept["xa_gate_up"],
+            (0, gate_rank),
+            (gate_rank, up_rank),
+            ds_down,
+            down_rank,
+            d_gate_up,
+        )
+        return [d_gate, d_up], d_down
+    hidden = None if ds_down is None else d_hidden.new_empty(d_hidden.shape)
+    swiglu_backward(d_hidden, kept["gate_up"], d_gate_up, hidden)
+    d_ups: list[Tensor | None] = [None, None]
+    if layer.gate_up.width:
+        d_ups = layer.gate_up.up_gradients(d_gate_up, kept["xa_gate_up"])
+    if ds_down is None or hidden is None:
+        return d_ups, None
+    return d_ups, mm_float(ds_down.t(), hidden)[:down_rank]
 
 
 def _attention_backward(
@@ -294,7 +304,7 @@ def _attention_backward(
     o_pair: tuple[Tensor | None, Tensor | None] = (None, None)
     if o.width:
         (d_up,) = o.output_products(d_middle, kept["xa_o"], o_matrix)
-        (d_down,) = o.down_gradients(mm_float(d_middle[:, width:].t(), kept["attended"]))
+        (d_down,) = o.down_gradients(mm_float(o.tail(d_middle).t(), kept["attended"]))
         o_pair = d_down, d_up
     d_attended = o.input_gradient(d_middle, o_matrix)
     del o_matrix
@@ -323,7 +333,7 @@ def _attention_backward(
     qkv_pairs: list[tuple[Tensor | None, Tensor | None]] = [(None, None)] * 3
     if qkv.width:
         d_ups = qkv.output_products(d_qkv, kept["xa_qkv"], matrix)
-        d_downs = _down_gradients(qkv, d_qkv[:, qkv.out_features :], kept["x"], kept["rstd_1"], layer.norm_1)
+        d_downs = _down_gradients(qkv, qkv.tail(d_qkv), kept["x"], kept["rstd_1"], layer.norm_1)
         qkv_pairs = list(zip(d_downs, d_ups, strict=True))
     d_x = None
     if wants_x:

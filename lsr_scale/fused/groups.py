@@ -97,36 +97,43 @@ class Group:
         return torch.cat(parts)
 
     def input_buffer(self, rows: int, like: Tensor) -> Tensor:
-        """Return an uninitialized `[T, K + R]` for the group's input, whose tail `project` fills."""
+        """Return an uninitialized `[T, K + R]` for the group's input and `x down^T`."""
         return like.new_empty(rows, self.in_features + self.width)
 
     def gradient_buffer(self, rows: int, like: Tensor) -> Tensor:
-        """Return an uninitialized `[T, N + R]` for the group's output gradient, whose tail `gradients` fills."""
+        """Return an uninitialized `[T, N + R]` for the group's output gradient, whose tail
+        `output_products` fills."""
         return like.new_empty(rows, self.out_features + self.width)
 
-    def project(self, x: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return `(Y [T, N], xA [T, R])`.
+    def downs(self, matrix: Tensor) -> Tensor:
+        """Return the view `[R, K]` of the matrix that holds every `down`, then zero rows."""
+        return matrix[self.out_features :, : self.in_features]
 
-        Args:
-            x: The input `[T, K + R]` with its tail free to be written (see `input_buffer`); or `[T, K]`, then the
-                adapters are added by a second, thin GEMM.
-            matrix: See `matrix`.
-        """
+    def multiply(self, x: Tensor, matrix: Tensor) -> Tensor:
+        """Return `Y [T, N]` from the input `[T, K + R]` with `x down^T` in its tail."""
+        return _gemm(x, matrix[: self.out_features].t(), self.bias(x.dtype))
+
+    def project(self, x: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return `(Y [T, N], xA [T, R])` from an input `[T, K]` without a tail: a thin GEMM adds the adapters."""
         N, K = self.out_features, self.in_features
-        bias = self.bias(x.dtype)
+        out = _gemm(x, matrix[:N, :K].t(), self.bias(x.dtype))
         if not self.width:
-            return _gemm(x, matrix.t(), bias), None
-        if x.shape[1] == K:
-            out = _gemm(x, matrix[:N, :K].t(), bias)
-            xa = x @ matrix[N:, :K].t()
-            return out.addmm_(xa, matrix[:N, K:].t()), xa
-        xa = x[:, :K] @ matrix[N:, :K].t()
-        x[:, K:] = xa
-        return _gemm(x, matrix[:N].t(), bias), xa
+            return out, None
+        xa = x @ self.downs(matrix).t()
+        return out.addmm_(xa, matrix[:N, K:].t()), xa
 
     def input_gradient(self, grad: Tensor, matrix: Tensor) -> Tensor:
         """Return `dX [T, K]` from the output gradient `[T, N + R]`, its tail filled."""
         return grad @ matrix[:, : self.in_features]
+
+    def fill_tail(self, grad: Tensor, matrix: Tensor) -> None:
+        """Write `ds = dY up` into the tail of the output gradient `[T, N + R]`."""
+        if self.width:
+            torch.mm(grad[:, : self.out_features], matrix[: self.out_features, self.in_features :], out=self.tail(grad))
+
+    def tail(self, grad: Tensor) -> Tensor:
+        """Return the tail `ds [T, R]` of an output gradient `[T, N + R]`."""
+        return grad[:, self.out_features :]
 
     def output_products(self, grad: Tensor, xa: Tensor, matrix: Tensor) -> list[Tensor | None]:
         """Fill the tail of `grad [T, N + R]` with `dY up`, and return each `d up_i = dY_i^T xA_i` in float32."""
@@ -135,9 +142,13 @@ class Group:
         width = -(-max(self.ranks) // 16) * 16
         if grad.is_cuda and width <= BLOCK and all(size % BLOCK == 0 for size in self.sizes):
             offsets = _offsets(tuple(self.sizes), tuple(self.ranks), grad.device)
-            _, d_up = output_gradients(grad[:, :N], xa, up, offsets, width, ds_out=grad[:, N:])
+            _, d_up = output_gradients(grad[:, :N], xa, up, offsets, width, ds_out=self.tail(grad))
             return [d_up[self.rows(index), :rank] if rank else None for index, rank in enumerate(self.ranks)]
-        grad[:, N:] = grad[:, :N] @ up
+        self.fill_tail(grad, matrix)
+        return self.up_gradients(grad, xa)
+
+    def up_gradients(self, grad: Tensor, xa: Tensor) -> list[Tensor | None]:
+        """Return each `d up_i = dY_i^T xA_i` in float32, from the output gradient `[T, >= N]`."""
         return [
             mm_float(grad[:, self.rows(index)].t(), xa[:, self.columns(index)]) if rank else None
             for index, rank in enumerate(self.ranks)

@@ -41,7 +41,7 @@ class FusedLinear(torch.autograd.Function):
             extended = group.gradient_buffer(len(rows), grad)
             extended[:, : group.out_features] = grad.reshape(-1, group.out_features)
             (d_up,) = group.output_products(extended, xa, matrix)
-            (d_down,) = group.down_gradients(mm_float(extended[:, group.out_features :].t(), rows))
+            (d_down,) = group.down_gradients(mm_float(group.tail(extended).t(), rows))
             d_x = group.input_gradient(extended, matrix) if ctx.needs_input_grad[0] else None
         return None if d_x is None else d_x.view(*grad.shape[:-1], -1), None, d_down, d_up
 

@@ -7,20 +7,28 @@
 `gate_up` holds gate in columns [0, F) and up in [F, 2F), as one GEMM leaves them. Float32 arithmetic, one rounding.
 Bytes per element of h in a 16-bit dtype: forward 6, backward 10 (12 with h).
 
-`swiglu_adapter_backward` also computes, from d gate, d up and h while they are in registers,
+`swiglu_pair_gradients` also computes, from d gate, d up and h while they are in registers,
 
-    ds = [d gate | d up] @ up_rows                    [T, R]    what the frozen GEMM's K-extension multiplies by `down`
     d gate_pair = d gate^T @ xa[:, gate's columns]    [F, r_gate]       gradient of gate's up-projection
     d up_pair = d up^T @ xa[:, up's columns]          [F, r_up]         gradient of up's up-projection
     d down = ds_down^T @ h                            [r_down, F]       gradient of the down layer's down-projection
 
-so that neither is read from memory again and h is never written: 10 bytes per element instead of 20. A program owns
-BLOCK_F columns and walks over a range of tokens: the pair gradients stay in its accumulators, and its share of ds
-(float32, `8 (r_gate + r_up) / BLOCK_F` bytes per element, written and read) is summed by a second kernel in a fixed
-order. There are no atomics: results do not change from run to run.
+so that neither is read from memory again and h is never written: 10 bytes per element instead of 18. A program owns a
+block of columns and walks over a range of tokens with the products in its accumulators; the ranges' results are summed
+in a fixed order. There are no atomics: results do not change from run to run.
+
+In 16-bit dtypes its loop has neither shared memory nor barriers. A tensor-core instruction wants each thread to hold
+four tokens of a column, where a wide memory access gives it neighbouring columns of a token. Yet the order in which
+tokens are summed and in which columns stand in the product is free: a tile is loaded as `[4 (lanes), 8 (lanes), warps,
+tokens of a thread, columns of a thread]`, the order in which the compiler deals elements out to lanes and warps, and is
+*named* anew by reshapes as the `[tokens, columns]` that a thread's registers already are. So that no warp needs
+another's data, the products are batched: a batch is a warp. (Should a compiler deal out elements otherwise, results
+stay right and the loop gets slower.)
 """
 
 # pyright: reportInvalidTypeForm=false
+
+import math
 
 import torch
 from torch import Tensor
@@ -40,35 +48,33 @@ def swiglu_backward_reference(grad: Tensor, gate_up: Tensor, out: Tensor, h_out:
     # copies, as outputs may be the same memory
     gate, up = gate_up.to(wide, copy=True).chunk(2, -1)
     grad, sigmoid = grad.to(wide, copy=True), gate.sigmoid()
-    out.copy_(torch.cat((grad * up * sigmoid * (1 + gate * (1 - sigmoid)), grad * gate * sigmoid), -1))
+    out.copy_(
+        torch.cat(
+            (grad * up * sigmoid * (1 + gate * (1 - sigmoid)), grad * gate * sigmoid),
+            -1,
+        )
+    )
     if h_out is not None:
         h_out.copy_(gate * sigmoid * up)
 
 
-def swiglu_adapter_backward_reference(
+def swiglu_pair_gradients_reference(
     grad: Tensor,
     gate_up: Tensor,
     xa: Tensor,
-    up: Tensor,
     gate_columns: tuple[int, int],
     up_columns: tuple[int, int],
     ds_down: Tensor,
     down_rank: int,
     out: Tensor,
-    ds_out: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute `swiglu_adapter_backward` in plain torch, in float32 or, for float64 tensors, in float64."""
+    """Compute `swiglu_pair_gradients` in plain torch, in float32 or, for float64 tensors, in float64."""
     wide = torch.promote_types(gate_up.dtype, torch.float32)
-    features = grad.shape[1]
     h = torch.empty_like(grad, memory_format=torch.contiguous_format)
     swiglu_backward_reference(grad, gate_up, out, h)
-    ds_out.zero_()
     pairs = []
-    for nth, (start, rank) in enumerate((gate_columns, up_columns)):
-        rows, columns = slice(nth * features, (nth + 1) * features), slice(start, start + rank)
-        found = out[:, rows].to(wide)
-        ds_out[:, columns] = (found @ up[rows, columns].to(wide)).to(ds_out.dtype)
-        pairs.append(found.T @ xa[:, columns].to(wide))
+    for found, (start, rank) in zip(out.to(wide).chunk(2, -1), (gate_columns, up_columns), strict=True):
+        pairs.append(found.T @ xa[:, start : start + rank].to(wide))
     return pairs[0], pairs[1], ds_down[:, :down_rank].to(wide).T @ h.to(wide)
 
 
@@ -117,14 +123,53 @@ def _swiglu_backward_kernel(
 
 
 @jit
-def _swiglu_adapter_backward_kernel(
+def _load_rank_operand(
+    base,
+    width,
+    token,
+    limit,
+    pitch,
+    WHOLE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    WARPS: tl.constexpr,
+):
+    """Load `[BLOCK_T, WIDTH]` as a product's left operand `[WARPS, WIDTH, BLOCK_T]`, the same for each warp."""
+    PER_THREAD: tl.constexpr = WIDTH // 8
+    rank = PER_THREAD * tl.arange(0, 8)[None, :, None, None, None]
+    rank += tl.arange(0, PER_THREAD)[None, None, None, None, :]
+    # zeros give the offsets their full shape, warps included
+    offsets = token * pitch + rank + tl.zeros([4, 8, WARPS, BLOCK_T // 4, PER_THREAD], tl.int32)
+    # other modules' columns fill rows of the product that are not stored, if memory has them: no mask, wide loads
+    mask = token < limit
+    if not WHOLE:
+        mask = mask & (rank < width)
+    x = tl.load(base + offsets, mask=mask, other=0.0)
+    x = tl.reshape(x, [4, 8, WARPS, BLOCK_T // 8, 2, PER_THREAD])
+    return tl.reshape(tl.permute(x, [2, 5, 1, 3, 0, 4]), [WARPS, WIDTH, BLOCK_T])
+
+
+@jit
+def _as_column_operand(tile, BLOCK_T: tl.constexpr, VECTOR: tl.constexpr, WARPS: tl.constexpr):
+    """Name a tile's elements anew as a product's right operand `[WARPS, BLOCK_T, 8 * VECTOR]`: nothing moves."""
+    x = tl.reshape(tile, [4, 8, WARPS, BLOCK_T // 8, 2, VECTOR])
+    return tl.reshape(tl.permute(x, [2, 3, 0, 4, 5, 1]), [WARPS, BLOCK_T, 8 * VECTOR])
+
+
+@jit
+def _by_column(pair, WIDTH: tl.constexpr, VECTOR: tl.constexpr, WARPS: tl.constexpr):
+    """Give a product back as `[columns, WIDTH]`, both in their order in memory."""
+    x = tl.permute(tl.reshape(pair, [WARPS, WIDTH // 8, 8, VECTOR, 8]), [0, 4, 3, 2, 1])
+    return tl.reshape(x, [WARPS * 8 * VECTOR, WIDTH])
+
+
+@jit
+def _swiglu_pair_gradients_kernel(
     grad,
     gate_up,
     xa,
-    up_rows,
     ds_down,
     out,
-    ds_partial,
     pair_partial,
     num_rows,
     features,
@@ -136,142 +181,107 @@ def _swiglu_adapter_backward_kernel(
     grad_pitch,
     gate_up_pitch,
     xa_pitch,
-    up_pitch,
     ds_down_pitch,
     out_pitch,
     steps,
     STEPS: tl.constexpr,
+    UNIT: tl.constexpr,
+    WHOLE: tl.constexpr,
     BLOCK_T: tl.constexpr,
-    BLOCK_F: tl.constexpr,
+    VECTOR: tl.constexpr,
+    WARPS: tl.constexpr,
     GATE: tl.constexpr,
     UP: tl.constexpr,
     DOWN: tl.constexpr,
-    PIN: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
 ):
+    BLOCK_F: tl.constexpr = 8 * VECTOR * WARPS
     dtype = out.dtype.element_ty
-    block = tl.program_id(0)
+    first = tl.program_id(0) * BLOCK_F
     split = tl.program_id(1)
-    first = block * BLOCK_F
-    columns = tl.arange(0, BLOCK_F)
-    rows = tl.arange(0, BLOCK_T)
-    in_width = first + columns < features
-    gate_w = tl.arange(0, GATE)
-    up_w = tl.arange(0, UP)
-    down_w = tl.arange(0, DOWN)
-    # a module's own columns only: the block-diagonal scratch holds unspecified memory beside them
-    feature_rows = (first + columns).to(tl.int64)[:, None]
-    gate_rows = tl.load(
-        up_rows + feature_rows * up_pitch + gate_start + gate_w[None, :],
-        mask=in_width[:, None] & (gate_w < gate_rank)[None, :],
-        other=0.0,
-    )
-    up_rows = tl.load(
-        up_rows + (features + feature_rows) * up_pitch + up_start + up_w[None, :],
-        mask=in_width[:, None] & (up_w < up_rank)[None, :],
-        other=0.0,
-    )
-    gate_pair = tl.full([BLOCK_F, GATE], 0.0, tl.float32)
-    up_pair = tl.full([BLOCK_F, UP], 0.0, tl.float32)
-    down_pair = tl.full([BLOCK_F, DOWN], 0.0, tl.float32)
+    # [4, 8, WARPS, BLOCK_T // 4, VECTOR]; the order of tokens is the instruction's, so that xa needs no shuffle either
+    quad = tl.arange(0, 4)[:, None, None, None, None]
+    nth = tl.arange(0, BLOCK_T // 4)[None, None, None, :, None]
+    inside = 2 * quad + nth // 2 * 8 + nth % 2
+    group = VECTOR * tl.arange(0, 8)[None, :, None, None, None]
+    group += 8 * VECTOR * tl.arange(0, WARPS)[None, None, :, None, None]
+    columns = group + tl.arange(0, VECTOR)[None, None, None, None, :]
+    # F is a multiple of 8, so a thread's columns are all in or all out
+    in_width = first + group < features
+    gate_pair = tl.full([WARPS, GATE, 8 * VECTOR], 0.0, tl.float32)
+    up_pair = tl.full([WARPS, UP, 8 * VECTOR], 0.0, tl.float32)
+    down_pair = tl.full([WARPS, DOWN, 8 * VECTOR], 0.0, tl.float32)
+    # 64 bits where a program starts, as tokens times pitch exceeds 2^31 for long batches; 32 inside its range
+    row = split * steps * BLOCK_T
+    limit = num_rows - row
+    wide_row = row.to(tl.int64)
+    grad += wide_row * grad_pitch + first
+    gate_up += wide_row * gate_up_pitch + first
+    out += wide_row * out_pitch + first
+    gate_xa = xa + wide_row * xa_pitch + UNIT * gate_start
+    up_xa = xa + wide_row * xa_pitch + UNIT * up_start
+    ds_down += wide_row * ds_down_pitch
     # compiled in (interpreter: NumPy refuses its numbers as a bound of range) or, if 0, given at run time
     for step in range(STEPS if STEPS > 0 else steps):
-        row = (split * steps + step) * BLOCK_T
-        # scalars in 64 bits, as tokens times pitch exceeds 2^31 for long batches; offsets inside a tile in 32
-        wide_row = row.to(tl.int64)
-        valid = row + rows < num_rows
-        mask = valid[:, None] & in_width[None, :]
-        dh = tl.load(
-            grad + wide_row * grad_pitch + first + rows[:, None] * grad_pitch + columns[None, :], mask=mask, other=0.0
-        ).to(tl.float32)
-        tile = gate_up + wide_row * gate_up_pitch + first + rows[:, None] * gate_up_pitch + columns[None, :]
+        token = step * BLOCK_T + inside
+        mask = (token < limit) & in_width
+        dh = tl.load(grad + token * grad_pitch + columns, mask=mask, other=0.0).to(tl.float32)
+        tile = gate_up + token * gate_up_pitch + columns
         gate = tl.load(tile, mask=mask, other=0.0).to(tl.float32)
         up = tl.load(tile + features, mask=mask, other=0.0).to(tl.float32)
-        xa_tile = xa + wide_row * xa_pitch + rows[:, None] * xa_pitch
-        gate_xa = tl.load(
-            xa_tile + gate_start + gate_w[None, :], mask=valid[:, None] & (gate_w < gate_rank)[None, :], other=0.0
-        )
-        up_xa = tl.load(xa_tile + up_start + up_w[None, :], mask=valid[:, None] & (up_w < up_rank)[None, :], other=0.0)
-        down_ds = tl.load(
-            ds_down + wide_row * ds_down_pitch + rows[:, None] * ds_down_pitch + down_w[None, :],
-            mask=valid[:, None] & (down_w < down_rank)[None, :],
-            other=0.0,
-        )
+        gate_left = _load_rank_operand(gate_xa, gate_rank, token, limit, xa_pitch, WHOLE, GATE, BLOCK_T, WARPS)
+        up_left = _load_rank_operand(up_xa, up_rank, token, limit, xa_pitch, WHOLE, UP, BLOCK_T, WARPS)
+        down_left = _load_rank_operand(ds_down, down_rank, token, limit, ds_down_pitch, WHOLE, DOWN, BLOCK_T, WARPS)
         # masked elements are zero in all three tiles, so what follows from them is zero in every product
-        sigmoid = 1.0 / (1.0 + tl.exp(-gate))
+        if ASSEMBLY:
+            # the same instructions without their cases for subnormal numbers, which were a fifth of the loop
+            sigmoid = tl.inline_asm_elementwise(
+                "{ .reg .f32 t; mul.ftz.f32 t, $1, 0fBFB8AA3B; ex2.approx.ftz.f32 t, t;"
+                " add.ftz.f32 t, t, 0f3F800000; rcp.approx.ftz.f32 $0, t; }",
+                "=r,r",
+                [gate],
+                dtype=tl.float32,
+                is_pure=True,
+                pack=1,
+            )
+        else:
+            sigmoid = 1.0 / (1.0 + tl.exp(-gate))
         silu = gate * sigmoid
         d_gate = (dh * up * (sigmoid + silu * (1.0 - sigmoid))).to(dtype)
         d_up = (dh * silu).to(dtype)
         h = (silu * up).to(dtype)
-        if PIN:
-            # Opaque copies: without them the compiler recomputes these tiles, and loads them again, once per layout
-            # that a product below wants an operand in, and spills registers. So a tile goes through shared memory.
-            d_gate = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [d_gate], dtype=dtype, is_pure=False, pack=2)
-            d_up = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [d_up], dtype=dtype, is_pure=False, pack=2)
-            h = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [h], dtype=dtype, is_pure=False, pack=2)
-        tile = out + wide_row * out_pitch + first + rows[:, None] * out_pitch + columns[None, :]
+        tile = out + token * out_pitch + columns
         tl.store(tile, d_gate, mask=mask)
         tl.store(tile + features, d_up, mask=mask)
-        gate_ds = tl.dot(d_gate, gate_rows, input_precision="ieee")
-        up_ds = tl.dot(d_up, up_rows, input_precision="ieee")
-        gate_pair = tl.dot(tl.trans(d_gate), gate_xa, gate_pair, input_precision="ieee")
-        up_pair = tl.dot(tl.trans(d_up), up_xa, up_pair, input_precision="ieee")
-        down_pair = tl.dot(tl.trans(h), down_ds, down_pair, input_precision="ieee")
-        partial = ds_partial + (block.to(tl.int64) * num_rows + row + rows)[:, None] * (GATE + UP)
-        tl.store(partial + gate_w[None, :], gate_ds, mask=valid[:, None])
-        tl.store(partial + GATE + up_w[None, :], up_ds, mask=valid[:, None])
+        right = _as_column_operand(d_gate, BLOCK_T, VECTOR, WARPS)
+        gate_pair = tl.dot(gate_left, right, gate_pair, input_precision="ieee")
+        right = _as_column_operand(d_up, BLOCK_T, VECTOR, WARPS)
+        up_pair = tl.dot(up_left, right, up_pair, input_precision="ieee")
+        right = _as_column_operand(h, BLOCK_T, VECTOR, WARPS)
+        down_pair = tl.dot(down_left, right, down_pair, input_precision="ieee")
     pair_partial += split.to(tl.int64) * features * (gate_rank + up_rank + down_rank)
+    column = first + tl.arange(0, BLOCK_F)
+    gate_w = tl.arange(0, GATE)
+    up_w = tl.arange(0, UP)
+    down_w = tl.arange(0, DOWN)
+    in_width = column < features
     tl.store(
-        pair_partial + feature_rows * gate_rank + gate_w[None, :],
-        gate_pair,
+        pair_partial + column[:, None] * gate_rank + gate_w[None, :],
+        _by_column(gate_pair, GATE, VECTOR, WARPS),
         mask=in_width[:, None] & (gate_w < gate_rank)[None, :],
     )
     pair_partial += features * gate_rank
     tl.store(
-        pair_partial + feature_rows * up_rank + up_w[None, :],
-        up_pair,
+        pair_partial + column[:, None] * up_rank + up_w[None, :],
+        _by_column(up_pair, UP, VECTOR, WARPS),
         mask=in_width[:, None] & (up_w < up_rank)[None, :],
     )
     pair_partial += features * up_rank
     tl.store(
-        pair_partial + feature_rows + down_w[None, :] * features,
-        down_pair,
-        mask=in_width[:, None] & (down_w < down_rank)[None, :],
+        pair_partial + down_w[:, None] * features + column[None, :],
+        tl.trans(_by_column(down_pair, DOWN, VECTOR, WARPS)),
+        mask=(down_w < down_rank)[:, None] & in_width[None, :],
     )
-
-
-@jit
-def _sum_ds_kernel(
-    ds_partial,
-    ds_out,
-    num_rows,
-    num_columns,
-    gate_start,
-    up_start,
-    gate_rank,
-    up_rank,
-    ds_pitch,
-    NUM_BLOCKS: tl.constexpr,
-    GATE: tl.constexpr,
-    UP: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    # 64 bits for the partials only; tokens times ranks stay below 2^31
-    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    row = index // num_columns
-    column = index % num_columns
-    in_gate = (column >= gate_start) & (column < gate_start + gate_rank)
-    in_up = (column >= up_start) & (column < up_start + up_rank)
-    source = row * (GATE + UP) + tl.where(in_gate, column - gate_start, GATE + column - up_start)
-    mask = (row < num_rows) & (in_gate | in_up)
-    stride = tl.full([], GATE + UP, tl.int64) * num_rows
-    total = tl.full([BLOCK], 0.0, tl.float32)
-    for start in range(0, NUM_BLOCKS, 8):
-        # eight loads in flight
-        for nth in tl.static_range(8):
-            inside = mask & (start + nth < NUM_BLOCKS)
-            total += tl.load(ds_partial + (start + nth) * stride + source, mask=inside, other=0.0)
-    # columns of no module become zero
-    tl.store(ds_out + row.to(tl.int64) * ds_pitch + column, total.to(ds_out.dtype.element_ty), mask=row < num_rows)
 
 
 def _pitch(x: Tensor) -> int:
@@ -322,107 +332,107 @@ def _accumulator_width(rank: int) -> int:
     return max(16, triton.next_power_of_2(rank))
 
 
-# By the sum of the accumulators' widths: columns of h and warps per program.
-_ADAPTER_BLOCKS = {48: (128, 4), 96: (128, 16), 192: (64, 8)}
+# By the sum of the accumulators' widths: columns per thread, warps per program, most registers per thread. A thread's
+# accumulators are `sum(widths) * columns / 4` registers; at 168 registers 12 warps share a multiprocessor. For ranks of
+# 16 on an H200 that was faster than 128 registers and 16 warps, with some spills: 0.351 ms against 0.374.
+_PAIR_BLOCKS = {48: (4, 4, 168), 96: (4, 4, 168), 192: (2, 4, 168)}
 
 
-def swiglu_adapter_backward_triton(
+def _token_ranges(blocks: int, num_programs: int, cost: float) -> int:
+    """Return in how many ranges to split the tokens so that programs run in one to three rounds, the last almost full.
+
+    Args:
+        blocks: Programs per range.
+        num_programs: Programs that run at once.
+        cost: What a range's partial results cost, as a share of all time.
+    """
+    ranges = [max(1, rounds * num_programs // blocks) for rounds in (1, 2, 3)]
+    return max(ranges, key=lambda n: n * blocks / (-(-n * blocks // num_programs) * num_programs) - cost * n)
+
+
+def swiglu_pair_gradients_triton(
     grad: Tensor,
     gate_up: Tensor,
     xa: Tensor,
-    up: Tensor,
     gate_columns: tuple[int, int],
     up_columns: tuple[int, int],
     ds_down: Tensor,
     down_rank: int,
     out: Tensor,
-    ds_out: Tensor,
     *,
-    block_t: int = 32,
-    block_f: int | None = None,
-    num_warps: int = 8,
-    num_stages: int = 2,
-    num_programs: int = 792,
+    block_t: int = 16,
+    vector: int | None = None,
+    num_warps: int = 4,
+    max_registers: int | None = 128,
+    num_stages: int = 1,
+    num_programs: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Launch the fused kernel and the sum of its shares; the arguments are `swiglu_adapter_backward`'s, then these.
+    """Launch the fused kernel and sum its shares; the arguments are `swiglu_pair_gradients`'s, then these.
 
-    `block_t` tokens per step of a program; `block_f` columns of h per program, by default chosen, with the warps, from
-    the ranks (`num_warps` counts only if it is given); `num_stages` of software pipelining; and at most about
-    `num_programs` programs: a multiple of the GPU's multiprocessors leaves few of them idle at the end.
+    `block_t` tokens per step of a program, 16 or more; `vector` neighbouring columns per thread (2, 4 or 8; a program
+    has `8 * vector * num_warps`), by default chosen, with the warps and their most registers, from the ranks (both
+    count only if it is given); `num_stages` of software pipelining, above 1 through shared memory; `num_programs` that
+    run at once, by default what the registers of a large GPU's 132 multiprocessors hold.
     """
     rows, features = grad.shape
     (gate_start, gate_rank), (up_start, up_rank) = gate_columns, up_columns
     assert gate_up.shape == out.shape == (rows, 2 * features)
-    assert up.shape[0] == 2 * features
-    assert xa.shape[0] == ds_down.shape[0] == ds_out.shape[0] == rows
-    assert max(gate_start + gate_rank, up_start + up_rank) <= min(xa.shape[1], up.shape[1], ds_out.shape[1])
-    assert gate_start + gate_rank <= up_start or up_start + up_rank <= gate_start, "columns overlap"
+    assert features % 8 == 0, f"{features} columns: not a multiple of 8"
+    assert xa.shape[0] == ds_down.shape[0] == rows
+    assert max(gate_start + gate_rank, up_start + up_rank) <= xa.shape[1]
     assert down_rank <= ds_down.shape[1]
     assert max(gate_rank, up_rank, down_rank) <= 64, "ranks above 64 want accumulators that no program has room for"
     widths = tuple(_accumulator_width(rank) for rank in (gate_rank, up_rank, down_rank))
-    if block_f is None:
-        # so that the accumulators, `sum(widths) * block_f` in float32, leave registers for the tiles
-        block_f, num_warps = _ADAPTER_BLOCKS[min(key for key in _ADAPTER_BLOCKS if key >= sum(widths))]
+    if vector is None:
+        vector, num_warps, max_registers = _PAIR_BLOCKS[min(key for key in _PAIR_BLOCKS if key >= sum(widths))]
         if grad.dtype.itemsize == 4:
-            # twice the shared memory, and products without tensor cores
-            block_f, num_warps = 64, 4
-    blocks = triton.cdiv(features, block_f)
+            # products without tensor cores, whose operands go through shared memory
+            vector, num_warps, max_registers = 2, 4, None
+    if num_programs is None:
+        num_programs = 132 * max(1, 65536 // (32 * num_warps * (max_registers or 255)))
+    pitches = [_pitch(x) for x in (grad, gate_up, xa, ds_down, out)]
+    blocks = triton.cdiv(features, 8 * vector * num_warps)
     tiles = triton.cdiv(rows, block_t)
-    steps = triton.cdiv(tiles, max(1, num_programs // blocks))
+    # partial results are written and read in float32, to ten bytes per element of h in a 16-bit dtype
+    cost = 0.8 * (gate_rank + up_rank + down_rank) / rows
+    steps = triton.cdiv(tiles, min(tiles, _token_ranges(blocks, num_programs, cost)))
+    # a program's offsets fit in 32 bits
+    steps = min(steps, max(1, 2**30 // (block_t * max(pitches))))
     splits = triton.cdiv(tiles, steps)
-    ds_partial = torch.empty((blocks, rows, widths[0] + widths[1]), dtype=torch.float32, device=grad.device)
     sizes = [features * rank for rank in (gate_rank, up_rank, down_rank)]
     pair_partial = torch.empty((splits, sum(sizes)), dtype=torch.float32, device=grad.device)
-    _swiglu_adapter_backward_kernel[(blocks, splits)](
+    # what divides both starts, so that the compiler sees that loads are aligned
+    unit = math.gcd(8, gate_start, up_start)
+    _swiglu_pair_gradients_kernel[(blocks, splits)](
         grad,
         gate_up,
         xa,
-        up,
         ds_down,
         out,
-        ds_partial,
         pair_partial,
         rows,
         features,
-        gate_start,
-        up_start,
+        gate_start // unit,
+        up_start // unit,
         gate_rank,
         up_rank,
         down_rank,
-        _pitch(grad),
-        _pitch(gate_up),
-        _pitch(xa),
-        _pitch(up),
-        _pitch(ds_down),
-        _pitch(out),
+        *pitches,
         steps,
         STEPS=0 if grad.is_cuda else steps,
+        UNIT=unit,
+        WHOLE=max(gate_start + widths[0], up_start + widths[1]) <= xa.shape[1] and widths[2] <= ds_down.shape[1],
         BLOCK_T=block_t,
-        BLOCK_F=block_f,
+        VECTOR=vector,
+        WARPS=num_warps,
         GATE=widths[0],
         UP=widths[1],
         DOWN=widths[2],
-        # two 16-bit elements per register; the interpreter knows no assembly
-        PIN=grad.is_cuda and grad.dtype.itemsize == 2,
+        # the interpreter knows no assembly
+        ASSEMBLY=grad.is_cuda,
         num_warps=num_warps,
         num_stages=num_stages,
-    )
-    block = 256
-    _sum_ds_kernel[(triton.cdiv(rows * ds_out.shape[1], block),)](
-        ds_partial,
-        ds_out,
-        rows,
-        ds_out.shape[1],
-        gate_start,
-        up_start,
-        gate_rank,
-        up_rank,
-        _pitch(ds_out),
-        NUM_BLOCKS=blocks,
-        GATE=widths[0],
-        UP=widths[1],
-        BLOCK=block,
-        num_warps=4,
+        maxnreg=max_registers,
     )
     gate_pair, up_pair, down = (pair_partial[0] if splits == 1 else pair_partial.sum(0)).split(sizes)
     return gate_pair.view(features, gate_rank), up_pair.view(features, up_rank), down.view(down_rank, features)
@@ -452,39 +462,35 @@ def swiglu_backward(grad: Tensor, gate_up: Tensor, out: Tensor, h_out: Tensor | 
     run(grad, gate_up, out, h_out)
 
 
-def swiglu_adapter_backward(
+def swiglu_pair_gradients(
     grad: Tensor,
     gate_up: Tensor,
     xa: Tensor,
-    up: Tensor,
     gate_columns: tuple[int, int],
     up_columns: tuple[int, int],
     ds_down: Tensor,
     down_rank: int,
     out: Tensor,
-    ds_out: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute `swiglu_backward` and every adapter product of its results, which are rounded to the dtype first.
+    """Compute `swiglu_backward` and the adapter gradients that its results give, which are rounded to the dtype first.
 
-    Rows of all tensors may have any pitch. A rank of 0 leaves a module out.
+    Rows of all tensors may have any pitch. A rank of 0 leaves a module out; none is above 64.
 
     Args:
-        grad: Gradient of h, `[T, F]`.
+        grad: Gradient of h, `[T, F]`, F a multiple of 8.
         gate_up: `[T, 2F]`, what `swiglu` was given.
-        xa: `[T, R]`: the input of gate and up times their down-projections, in the columns named below.
-        up: `[2F, R]`: gate's up-projection in rows 0..F of its columns, up's in the other rows of its own; nothing
-            else of it is read.
+        xa: `[T, R]`: the input of gate and up times their down-projections, in the columns named below; other columns
+            may hold anything. Fastest if their first columns are even and R leaves 16 columns (or the next power of
+            two that holds a rank) from each.
         gate_columns: First column and rank of gate's pair.
-        up_columns: First column and rank of up's pair; the two do not overlap.
-        ds_down: `[T, >= down_rank]`: gradient of the down layer's output times its up-projection.
-        down_rank: How many columns of `ds_down` count.
+        up_columns: First column and rank of up's pair.
+        ds_down: `[T, >= down_rank]`: gradient of the down layer's output times its up-projection; fastest if 16 wide.
+        down_rank: How many columns of `ds_down` count; others may hold anything.
         out: Where the gradients of gate and up go, `[T, 2F]`; may be `gate_up` itself.
-        ds_out: Where `[d gate | d up] @ up` goes, `[T, R]`; columns of neither module become zero. May be the columns
-            right behind `out` in the same buffer.
 
     Returns:
         `(d gate_pair [F, r_gate], d up_pair [F, r_up], d down [down_rank, F])`, contiguous and in float32 (float64 for
         float64 inputs).
     """
-    run = swiglu_adapter_backward_triton if use_triton(gate_up) else swiglu_adapter_backward_reference
-    return run(grad, gate_up, xa, up, gate_columns, up_columns, ds_down, down_rank, out, ds_out)
+    run = swiglu_pair_gradients_triton if use_triton(gate_up) else swiglu_pair_gradients_reference
+    return run(grad, gate_up, xa, gate_columns, up_columns, ds_down, down_rank, out)

@@ -8,10 +8,10 @@ from torch.nn import functional
 from lsr_scale.kernels import swiglu as module
 from lsr_scale.kernels.swiglu import (
     swiglu,
-    swiglu_adapter_backward,
-    swiglu_adapter_backward_triton,
     swiglu_backward,
     swiglu_backward_triton,
+    swiglu_pair_gradients,
+    swiglu_pair_gradients_triton,
     swiglu_triton,
 )
 
@@ -29,6 +29,7 @@ def gradients(grad, gate_up):
     gate, up = leaf.chunk(2, -1)
     h = functional.silu(gate) * up
     h.backward(grad)
+    assert leaf.grad is not None
     return h.detach(), leaf.grad
 
 
@@ -74,33 +75,25 @@ def test_large_gates_give_neither_nan_nor_infinity(device):
 
 
 def adapter_case(rows, features, gate_columns, up_columns, down_rank, dtype, device, width=None):
-    """Return the fused operation's arguments, everything that it must not read being NaN."""
-    used = max(sum(gate_columns), sum(up_columns))
-    width = used + 8 if width is None else width
+    """Return the fused operation's arguments, everything that is no input being NaN."""
+    width = max(sum(gate_columns), sum(up_columns)) if width is None else width
     gate_up = pitched(randn(rows, 2 * features, dtype=dtype, device=device, scale=2.0), 8)
     grad = pitched(randn(rows, features, dtype=dtype, device=device, seed=1), 16)
-    xa, up = poisoned((rows, width + 8), dtype, device)[:, :width], poisoned((2 * features, width + 40), dtype, device)
-    up = up[:, 40:]
+    xa = poisoned((rows, width + 8), dtype, device)[:, :width]
     for nth, (start, rank) in enumerate((gate_columns, up_columns)):
         xa[:, start : start + rank] = randn(rows, rank, dtype=dtype, device=device, seed=2 + nth)
-        up[nth * features : (nth + 1) * features, start : start + rank] = randn(
-            features, rank, dtype=dtype, device=device, seed=4 + nth, scale=0.1
-        )
-    ds_down = poisoned((rows, down_rank + 5), dtype, device)
+    ds_down = poisoned((rows, max(width, down_rank) + 8), dtype, device)[:, : max(width, down_rank)]
     ds_down[:, :down_rank] = randn(rows, down_rank, dtype=dtype, device=device, seed=6)
-    return grad, gate_up, xa, up, gate_columns, up_columns, ds_down, down_rank
+    return grad, gate_up, xa, gate_columns, up_columns, ds_down, down_rank
 
 
-def separate(grad, gate_up, xa, up, gate_columns, up_columns, ds_down, down_rank):
+def separate(grad, gate_up, xa, gate_columns, up_columns, ds_down, down_rank):
     """Return all results by autograd and plain products in the tensors' own dtype."""
-    features = grad.shape[1]
     h, found = gradients(grad, gate_up)
-    ds, pairs = torch.zeros_like(xa), []
-    for nth, (start, rank) in enumerate((gate_columns, up_columns)):
-        rows, columns = slice(nth * features, (nth + 1) * features), slice(start, start + rank)
-        ds[:, columns] = found[:, rows] @ up[rows, columns]
-        pairs.append(found[:, rows].T @ xa[:, columns])
-    return found, ds, *pairs, ds_down[:, :down_rank].T @ h
+    pairs = []
+    for one, (start, rank) in zip(found.chunk(2, -1), (gate_columns, up_columns), strict=True):
+        pairs.append(one.T @ xa[:, start : start + rank])
+    return found, *pairs, ds_down[:, :down_rank].T @ h
 
 
 def doubled(arguments):
@@ -109,13 +102,12 @@ def doubled(arguments):
 
 def check_fused(rows, features, gate_columns, up_columns, down_rank, dtype, device, width=None, **config):
     arguments = adapter_case(rows, features, gate_columns, up_columns, down_rank, dtype, device, width)
-    width = arguments[2].shape[1]
-    # one buffer, as the K-extended GEMM reads it; NaN beside it stays
-    buffer = poisoned((rows, 2 * features + width + 8), dtype, device)
-    out, ds = buffer[:, : 2 * features], buffer[:, 2 * features : 2 * features + width]
-    pairs = swiglu_adapter_backward_triton(*arguments, out, ds, **config)
-    assert buffer[:, 2 * features + width :].isnan().all()
-    found = (out, ds, *pairs)
+    # a wider buffer, as the K-extended GEMM reads it; NaN beside it stays
+    buffer = poisoned((rows, 2 * features + 24), dtype, device)
+    out = buffer[:, : 2 * features]
+    pairs = swiglu_pair_gradients_triton(*arguments, out, **config)
+    assert buffer[:, 2 * features :].isnan().all()
+    found = (out, *pairs)
     expected = separate(*doubled(arguments))
     for one, reference, eager in zip(found, expected, separate(*arguments), strict=True):
         # ranks' products round d gate, d up and h first: the dtype's own error, averaged
@@ -123,59 +115,76 @@ def check_fused(rows, features, gate_columns, up_columns, down_rank, dtype, devi
     for pair in pairs:
         assert pair.dtype == torch.float32
         assert pair.is_contiguous()
-    ours = torch.zeros(width, dtype=torch.bool, device=device)
-    for start, rank in (gate_columns, up_columns):
-        ours[start : start + rank] = True
-    assert (ds[:, ~ours] == 0).all()
     # same bits again, and in place
     gate_up = arguments[1]
-    again = poisoned(ds.shape, dtype, device)
-    pairs_again = swiglu_adapter_backward_triton(*arguments, gate_up, again, **config)
-    for one, other in zip(found, (gate_up, again, *pairs_again), strict=True):
+    pairs_again = swiglu_pair_gradients_triton(*arguments, gate_up, **config)
+    for one, other in zip(found, (gate_up, *pairs_again), strict=True):
         assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(
-    ("rows", "features", "gate_columns", "up_columns", "down_rank"),
+    ("rows", "features", "gate_columns", "up_columns", "down_rank", "width"),
     [
-        (1, 8, (0, 1), (1, 1), 1),
-        (37, 200, (0, 4), (4, 4), 4),
-        (70, 136, (0, 16), (16, 16), 16),
-        (33, 72, (24, 5), (3, 20), 33),
-        (64, 64, (0, 64), (64, 40), 3),
+        (1, 8, (0, 1), (1, 1), 1, None),
+        (37, 200, (0, 4), (4, 4), 4, 64),
+        (70, 136, (0, 16), (16, 16), 16, 64),
+        (33, 72, (24, 5), (3, 20), 33, None),
+        (33, 72, (0, 5), (5, 16), 1, 64),
+        (64, 64, (0, 64), (64, 40), 3, None),
     ],
 )
-def test_fused_backward_agrees_with_float64(rows, features, gate_columns, up_columns, down_rank, dtype, device):
-    config = {"block_t": 16, "block_f": 64, "num_programs": 8} if device == "cpu" else {}
-    check_fused(rows, features, gate_columns, up_columns, down_rank, dtype, device, **config)
+def test_fused_backward_agrees_with_float64(rows, features, gate_columns, up_columns, down_rank, width, dtype, device):
+    config = {"vector": 4, "num_warps": 2, "num_programs": 8} if device == "cpu" else {}
+    check_fused(rows, features, gate_columns, up_columns, down_rank, dtype, device, width, **config)
 
 
 @pytest.mark.parametrize("num_programs", [1, 1000])
-def test_fused_backward_splits_tokens_or_not(num_programs, device):
-    check_fused(150, 72, (0, 8), (8, 8), 8, torch.float32, device, block_t=16, block_f=32, num_programs=num_programs)
+@pytest.mark.parametrize("vector", [2, 8])
+def test_fused_backward_splits_tokens_or_not(num_programs, vector, device):
+    config = {"vector": vector, "block_t": 32, "num_warps": 1, "max_registers": None, "num_programs": num_programs}
+    check_fused(150, 72, (0, 8), (8, 8), 8, torch.float32, device, **config)
+
+
+def test_programs_fill_whole_rounds_and_partial_results_stay_few():
+    assert module._token_ranges(112, 528, 0.0047) == 14
+    assert module._token_ranges(112, 528, 0.05) == 4
+    assert module._token_ranges(86, 528, 0.0047) == 6
+    assert module._token_ranges(1000, 528, 0.0) == 1
 
 
 def test_fused_backward_takes_the_defaults_and_a_module_without_adapter(device):
     check_fused(40, 264, (0, 8), (8, 4), 4, torch.float16, device)
     arguments = adapter_case(20, 40, (0, 0), (0, 8), 4, torch.float16, device)
-    out, ds = poisoned((20, 80), torch.float16, device), poisoned((20, 16), torch.float16, device)
-    gate_pair, up_pair, down = swiglu_adapter_backward_triton(*arguments, out, ds)
+    out = poisoned((20, 80), torch.float16, device)
+    gate_pair, up_pair, down = swiglu_pair_gradients_triton(*arguments, out)
     assert (gate_pair.shape, up_pair.shape, down.shape) == ((40, 0), (40, 8), (4, 40))
     expected, eager = separate(*doubled(arguments)), separate(*arguments)
-    for nth, one in ((0, out), (1, ds), (3, up_pair), (4, down)):
+    for nth, one in ((0, out), (2, up_pair), (3, down)):
         assert_close_to_float64(one, expected[nth], eager[nth], FLOORS[torch.float16])
+
+
+def test_large_gates_give_finite_fused_results(device):
+    gate_up = torch.tensor([[-200.0, 200.0, -90.0, 0.0, 1e30, -1e30, 1.0, 1.0] + [1.0] * 8], device=device)
+    ones = torch.ones(1, 16, device=device)
+    out = poisoned((1, 16), torch.float32, device)
+    found = swiglu_pair_gradients_triton(ones[:, :8], gate_up, ones, (0, 1), (1, 1), ones, 1, out)
+    expected = swiglu_pair_gradients(
+        ones[:, :8].double(), gate_up.double(), ones.double(), (0, 1), (1, 1), ones.double(), 1, out64 := out.double()
+    )
+    for one, reference in zip((out, *found), (out64, *expected), strict=True):
+        torch.testing.assert_close(one.double(), reference, rtol=1e-5, atol=1e-6)
 
 
 def test_references_are_float64_exact_and_are_what_runs_without_a_gpu():
     arguments = adapter_case(9, 24, (0, 3), (3, 5), 2, torch.float64, "cpu", width=16)
     grad, gate_up = arguments[:2]
     h64, d64 = gradients(grad, gate_up)
-    out, ds, h = poisoned((9, 48), torch.float64), poisoned((9, 16), torch.float64), poisoned((9, 24), torch.float64)
+    out, h = poisoned((9, 48), torch.float64), poisoned((9, 24), torch.float64)
     swiglu(gate_up, h)
     assert error(h, h64) < 1e-14
-    pairs = swiglu_adapter_backward(*arguments, out, ds)
-    for one, expected in zip((out, ds, *pairs), separate(*arguments), strict=True):
+    pairs = swiglu_pair_gradients(*arguments, out)
+    for one, expected in zip((out, *pairs), separate(*arguments), strict=True):
         assert error(one, expected) < 1e-14
     swiglu_backward(grad, gate_up, gate_up, grad)
     assert error(gate_up, d64) < 1e-14
@@ -194,31 +203,26 @@ def test_elementwise_kernels_compile_for_sm80_and_sm90():
 
 
 @pytest.mark.parametrize(
-    ("block_t", "block_f", "num_warps", "width"),
-    [(32, 256, 16, 16), (32, 128, 8, 16), (32, 128, 16, 32), (32, 64, 8, 64)],
+    ("dtype", "width", "vector", "num_warps"),
+    [("bf16", 16, 4, 4), ("bf16", 32, 4, 4), ("bf16", 64, 2, 4), ("fp32", 16, 2, 4), ("fp32", 64, 2, 4)],
 )
-def test_fused_kernels_compile_for_sm80_and_sm90(block_t, block_f, num_warps, width):
-    columns = "gate_start up_start gate_rank up_rank"
-    pitches = "grad_pitch gate_up_pitch xa_pitch up_pitch ds_down_pitch out_pitch"
+def test_fused_kernel_compiles_for_sm80_and_sm90(dtype, width, vector, num_warps):
+    numbers = "num_rows features gate_start up_start gate_rank up_rank down_rank steps"
+    pitches = "grad_pitch gate_up_pitch xa_pitch ds_down_pitch out_pitch"
     signature = {
-        **dict.fromkeys(["grad", "gate_up", "xa", "up_rows", "ds_down", "out"], "*bf16"),
-        **dict.fromkeys(["ds_partial", "pair_partial"], "*fp32"),
-        **dict.fromkeys(["num_rows", "features", "down_rank", "steps", *columns.split(), *pitches.split()], "i32"),
+        **dict.fromkeys(["grad", "gate_up", "xa", "ds_down", "out"], f"*{dtype}"),
+        "pair_partial": "*fp32",
+        **dict.fromkeys([*numbers.split(), *pitches.split()], "i32"),
     }
-    widths = {"GATE": width, "UP": width}
-    constants = {"STEPS": 0, "BLOCK_T": block_t, "BLOCK_F": block_f, "DOWN": width, "PIN": True, **widths}
-    kernel = module._swiglu_adapter_backward_kernel
-    # the widest is for GPUs with 163 KiB (A100) or 227 (H100) only: the launcher asks
-    limit = 160 * 1024 if block_f == 256 else 99 * 1024
-    for metadata in compile_for(kernel, signature, constants, num_warps=num_warps, num_stages=2).values():
-        assert metadata.shared <= limit
-    signature = {
-        "ds_partial": "*fp32",
-        "ds_out": "*bf16",
-        **dict.fromkeys(["num_rows", "num_columns", "ds_pitch", *columns.split()], "i32"),
+    constants = {
+        **{"STEPS": 0, "UNIT": 8, "WHOLE": True, "ASSEMBLY": True, "BLOCK_T": 16, "VECTOR": vector},
+        **{"WARPS": num_warps, "GATE": width, "UP": width, "DOWN": width},
     }
-    for metadata in compile_for(module._sum_ds_kernel, signature, {"NUM_BLOCKS": 224, "BLOCK": 256, **widths}).values():
-        assert metadata.shared <= 99 * 1024
+    kernel = module._swiglu_pair_gradients_kernel
+    for metadata in compile_for(kernel, signature, constants, num_warps=num_warps, num_stages=1).values():
+        # in 16 bits no more than the products' way out at the end: `4 * width` bytes per column
+        allowed = 4 * width * 8 * vector * num_warps if dtype == "bf16" else 99 * 1024
+        assert metadata.shared <= allowed
 
 
 @pytest.mark.gpu
@@ -231,7 +235,14 @@ def test_bf16_on_the_gpu(rows, features):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
 @pytest.mark.parametrize(
-    "columns", [((0, 16), (16, 16), 16, 64), ((0, 4), (4, 4), 4, 64), ((0, 64), (64, 64), 64, 128)]
+    "columns",
+    [
+        ((0, 16), (16, 16), 16, 64),
+        ((0, 5), (5, 16), 1, 64),
+        ((0, 4), (4, 4), 4, 8),
+        ((0, 32), (32, 32), 32, 64),
+        ((0, 64), (64, 64), 64, 128),
+    ],
 )
 @pytest.mark.parametrize(("rows", "features"), [(1, 11008), (2048, 14336), (1037, 4864)])
 def test_fused_backward_in_bf16_on_the_gpu(rows, features, columns):

@@ -650,7 +650,9 @@ def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, dict[
     config["checkpointing"] = list(dict.fromkeys(args.checkpointing))
     config["ceilings"] = not args.no_ceilings and args.device == "cuda"
     config["values"], config["shape"] = values, shape_of(values)
-    config["command"] = " ".join(["python", "benchmarks/throughput.py", *(arguments or sys.argv[1:])])
+    # without the folder that this machine happens to write to
+    given = [Path(text).name if text == str(args.out) else text for text in arguments or sys.argv[1:]]
+    config["command"] = " ".join(["python", "benchmarks/throughput.py", *given])
     return args, config
 
 

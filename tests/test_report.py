@@ -1,0 +1,33 @@
+"""README's figures are the committed measurements'."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import report
+
+
+def test_readme_and_plots_are_what_the_measurements_say(capsys):
+    assert report.main(["--check"]) == 0, capsys.readouterr().err
+
+
+def test_a_changed_figure_is_noticed(tmp_path, monkeypatch, capsys):
+    for path in report.RESULTS.glob("mistral-7b-nf4-*.json"):
+        run = json.loads(path.read_text())
+        run["rows"][0]["tokens_per_s"] += 100
+        (tmp_path / path.name).write_text(json.dumps(run))
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    assert report.main(["--check"]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2
+    assert "README.md is not what the measurements say" in lines[0]
+
+
+def test_a_readme_without_the_place_is_said():
+    with pytest.raises(SystemExit, match=r"README.md has no place for throughput: put <!-- throughput"):
+        report.with_table("nothing here", "throughput", "table")

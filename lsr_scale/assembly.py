@@ -104,11 +104,11 @@ def _fuse(run: RunConfig, model: PeftModel, arguments: Any) -> None:
         logger.info("training.fused: layers run per linear under ZeRO-3")
         return
     recompute = "full" if run.training["gradient_checkpointing"] else "none"
-    report = fuse(model, recompute)
-    if report.fused and not report.per_linear:
-        # the layers see to it themselves; transformers 5.23 reads the second name
+    report = fuse(model.train(), recompute)
+    if report.fused or report.per_linear:
+        # the layers see to it themselves, fused or not; transformers 5.23 reads the second name
         arguments.gradient_checkpointing = arguments.activation_checkpointing = False
-    logger.info(f"{report}, recomputing {'all' if recompute == 'full' else 'nothing'} in the backward pass")
+    logger.info(str(report))
 
 
 def adapt(run: RunConfig, base: Any) -> PeftModel:

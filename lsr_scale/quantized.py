@@ -105,8 +105,10 @@ def dequantize_into(
     pair: dict[str, Any] = {"up": up, "up_column": up_column, "down": down, "down_out": down_out}
     weight: Any = layer.weight
     quantized = isinstance(layer, bnb.nn.Linear4bit | bnb.nn.Linear8bitLt)
-    if not quantized or not _kernel_fits(layer, out.dtype):
-        kernels.copy_weight(dequantize(layer, out.dtype) if quantized else weight, out, **pair)
+    if not _kernel_fits(layer, out.dtype):
+        kernels.copy_weight_reference(dequantize(layer, out.dtype) if quantized else weight, out, **pair)
+    elif not quantized:
+        kernels.copy_weight(weight, out, **pair)
     elif isinstance(layer, bnb.nn.Linear4bit):
         state = _state_of(layer)
         nested = None

@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 from conftest import SEVEN_LINEARS, TINY_SIZES, quantize, randomize, tiny_llama
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import (
     GemmaConfig,
@@ -20,11 +20,13 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 import lsr_scale
 from lsr_scale.adapters import METHODS, method_names, peft_config
 from lsr_scale.errors import UserError
 from lsr_scale.fused import decoder_layer, linear
+from lsr_scale.fused import models as fused_models
 from lsr_scale.quantized import freeze_quantized
 
 RANKS = {"lsr": {"rank": 4, "separation_rank": 2}, "kron_lora": {"rank": 2, "dropout": 0.0}, "lora": {"rank": 3}}
@@ -280,8 +282,8 @@ def test_where_a_layer_steps_aside_its_linears_stay_fused(ids, monkeypatch):
     expected = results(model, ids)
     lsr_scale.fuse(model)
     calls = []
-    original = linear.FusedLinear.forward
-    monkeypatch.setattr(linear.FusedLinear, "forward", lambda *args: (calls.append(1), original(*args))[1])
+    original = linear.LinearFunction.forward
+    monkeypatch.setattr(linear.LinearFunction, "forward", lambda *args: (calls.append(1), original(*args))[1])
     assert_same(results(model, ids), expected, SAME)
     assert len(calls) == 7
 
@@ -308,6 +310,23 @@ def test_a_fused_model_is_copied_pickled_and_saved(ids, tmp_path):
     assert (tmp_path / "adapter_model.safetensors").stat().st_size > 1000
 
 
+class OtherMLP(nn.Module):
+    """A feed-forward part that is not the family's."""
+
+    def __init__(self, model):
+        super().__init__()
+        mlp = model.base_model.model.model.layers[0].mlp
+        self.gate_proj, self.up_proj, self.down_proj, self.act_fn = (
+            mlp.gate_proj,
+            mlp.up_proj,
+            mlp.down_proj,
+            mlp.act_fn,
+        )
+
+    def forward(self, x):
+        return -self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
@@ -315,7 +334,9 @@ def test_a_fused_model_is_copied_pickled_and_saved(ids, tmp_path):
         (lambda m: m.base_model.model.model.layers[0].mlp.register_forward_hook(lambda *_: None), "mlp has hooks"),
         (lambda m: m.base_model.model.model.layers[0].input_layernorm.requires_grad_(), "is trained itself"),
         (lambda m: m.set_attn_implementation("eager"), "attn_implementation"),
-        (lambda m: setattr(m.base_model.model.model.layers[0].self_attn.config, "attention_dropout", 0.1), "dropout"),
+        (lambda m: setattr(m.base_model.model.model.layers[0].self_attn, "attention_dropout", 0.1), "dropout"),
+        (lambda m: setattr(m.base_model.model.model.layers[0].self_attn, "is_causal", False), "not causal"),
+        (lambda m: setattr(m.base_model.model.model.layers[0], "mlp", OtherMLP(m)), "mlp is a OtherMLP"),
     ],
 )
 def test_stepping_aside_is_said_once_and_gives_the_same(change, reason, ids, caplog):
@@ -362,3 +383,149 @@ def test_the_head_computes_the_same_loss_in_chunks(ids, monkeypatch):
     nothing = model(input_ids=ids, labels=torch.full_like(ids, -100)).loss
     nothing.backward()
     assert nothing == 0
+
+
+def test_packed_evaluation_with_a_cache_stays_causal(ids):
+    packed, positions = ids.reshape(1, -1), torch.tensor([[*range(5), *range(11), *range(6)]])
+    other = packed.clone()
+    other[0, -1] += 1
+    model = adapted(tiny_llama(torch.float64)).eval()
+    expected = model(input_ids=packed, position_ids=positions, use_cache=True).logits
+    lsr_scale.fuse(model)
+    found = [model(input_ids=x, position_ids=positions, use_cache=True).logits for x in (packed, other)]
+    assert torch.allclose(found[0], expected, atol=1e-6)
+    assert torch.equal(found[0][:, :-1], found[1][:, :-1])
+
+
+def test_packed_positions_of_one_row_for_two_are_masks(ids):
+    positions = torch.tensor([[*range(5), *range(6)]])
+    model = adapted(tiny_llama(torch.float64))
+    expected = results(model, ids, position_ids=positions)
+    lsr_scale.fuse(model)
+    assert_same(results(model, ids, position_ids=positions), expected, SAME)
+    with pytest.raises(UserError, match="cu_seq_lens_q ends at 5, but the packed row has 22 tokens"):
+        model(input_ids=ids.reshape(1, -1), cu_seq_lens_q=torch.tensor([0, 5]), max_length_q=5)
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_a_layer_that_steps_aside_is_checkpointed_if_fused_ones_would_be(recompute, ids, monkeypatch):
+    model = adapted(tiny_llama(torch.float64), dropout=0.1)
+    lsr_scale.fuse(model, recompute=recompute)
+    calls = []
+    original = LlamaMLP.forward
+    monkeypatch.setattr(LlamaMLP, "forward", lambda *args: (calls.append(1), original(*args))[1])
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert len(calls) == {"none": 2, "full": 4}[recompute]
+
+
+def test_factors_that_an_optimizer_writes_unseen_are_seen_after_training(ids):
+    model = adapted(tiny_llama(), dropout=0.1).eval()
+    lsr_scale.fuse(model)
+    with torch.no_grad():
+        before = model(input_ids=ids, use_cache=False).logits
+        model.train()
+        next(p for p in model.parameters() if p.requires_grad).data.add_(0.5)  # no version is counted
+        assert not torch.equal(model.eval()(input_ids=ids, use_cache=False).logits, before)
+
+
+def test_hooks_and_trained_biases_inside_a_linear_are_heeded(ids):
+    torch.manual_seed(0)
+    base = Qwen2ForCausalLM(Qwen2Config(**TINY_SIZES)).double()
+    config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], bias="all", task_type="CAUSAL_LM")
+    model = randomize(get_peft_model(base, config)).train()
+    gate = model.base_model.model.model.layers[1].self_attn.v_proj
+    gate.base_layer.register_forward_hook(lambda module, inputs, output: 2 * output)
+    expected = results(model, ids)
+    lsr_scale.fuse(model)
+    assert_same(results(model, ids), expected, SAME)
+    assert any("bias" in name for name in expected)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"ignore_index": 7},
+        {"return_dict": False},
+        {"logits_to_keep": torch.arange(11)},
+        {"shift_labels": None},
+        {"num_items_in_batch": torch.tensor(9)},
+    ],
+    ids=lambda arguments: next(iter(arguments)),
+)
+def test_the_head_heeds_its_arguments(arguments, ids):
+    model = adapted(tiny_llama(torch.float64))
+
+    def loss():
+        output = model(input_ids=ids, labels=ids, **arguments)
+        return (output[0] if isinstance(output, tuple) else output.loss).double()
+
+    expected = loss()
+    lsr_scale.fuse(model)
+    assert torch.allclose(loss(), expected, atol=1e-6)
+
+
+def test_a_head_of_its_own_kind_keeps_its_loss(ids):
+    for change in ("adapter", "loss", "hook"):
+        targets = [*SEVEN_LINEARS, "lm_head"] if change == "adapter" else SEVEN_LINEARS
+        model = adapted(tiny_llama(torch.float64), target_modules=targets)
+        inner = model.base_model.model
+        if change == "loss":
+            inner.loss_function = lambda logits, labels, **_: logits.square().mean()
+        if change == "hook":
+            inner.lm_head.register_forward_hook(lambda module, inputs, output: 2 * output)
+        expected = results(model, ids)
+        lsr_scale.fuse(model)
+        assert_same(results(model, ids), expected, SAME)
+
+
+def test_backward_twice_and_gradients_of_gradients(ids):
+    model = adapted(tiny_llama(torch.float64))
+    lsr_scale.fuse(model)
+    factor = next(p for p in model.parameters() if p.requires_grad)
+    loss = model(input_ids=ids, labels=ids).loss
+    (first,) = torch.autograd.grad(loss, factor, retain_graph=True)
+    (second,) = torch.autograd.grad(loss, factor)
+    assert torch.equal(first, second)
+    assert first.any()
+    (gradient,) = torch.autograd.grad(model(input_ids=ids, labels=ids).loss, factor, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.square().sum().backward()
+
+
+def test_factors_changed_before_the_backward_pass_are_an_error(ids):
+    model = adapted(tiny_llama())
+    lsr_scale.fuse(model)
+    loss = model(input_ids=ids, labels=ids).loss
+    with torch.no_grad():
+        next(p for p in model.parameters() if p.requires_grad).add_(1)
+    with pytest.raises(RuntimeError, match="changed between the forward and the backward pass"):
+        loss.backward()
+
+
+def test_hidden_states_are_recorded_and_recorders_do_not_count_as_hooks(ids):
+    model = adapted(tiny_llama(torch.float64)).eval()
+    expected = model(input_ids=ids, output_hidden_states=True, use_cache=False).hidden_states
+    lsr_scale.fuse(model)
+    found = model(input_ids=ids, output_hidden_states=True, use_cache=False).hidden_states
+    assert len(found) == len(expected) == 3
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(found, expected, strict=True))
+    assert len(lsr_scale.fuse(model).fused) == 2
+
+
+def test_pickles_load_where_nothing_was_fused_yet(ids, monkeypatch):
+    model = adapted(tiny_llama()).eval()
+    lsr_scale.fuse(model)
+    expected, written = model(input_ids=ids, use_cache=False).logits, pickle.dumps(model)
+    monkeypatch.setattr(fused_models, "_SUBCLASSES", {})
+    other = pickle.loads(written)
+    assert torch.equal(other(input_ids=ids, use_cache=False).logits, expected)
+    lsr_scale.unfuse(other)
+    assert type(other.base_model.model) is LlamaForCausalLM
+
+
+def test_a_linear_without_rows(ids):
+    model = adapted(GemmaForCausalLM(GemmaConfig(**{**TINY_SIZES, "head_dim": 12})).double())
+    lsr_scale.fuse(model)
+    x = torch.zeros(0, 48, dtype=torch.float64, requires_grad=True)
+    model.base_model.model.model.layers[0].mlp.gate_proj(x).sum().backward()
+    assert x.grad.shape == (0, 48)

@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from lsr_scale.fused.groups import Group, mm_float
 from lsr_scale.fused.pairs import Pair
@@ -87,7 +88,7 @@ class _Layer:
         return [part.unflatten(1, (-1, self.head_dim)).unflatten(0, (batch, -1)) for part in parts]
 
 
-class FusedLayer(torch.autograd.Function):
+class DecoderLayerFunction(torch.autograd.Function):
     """`y = layer(x)`; gradients to x and to every pair."""
 
     @staticmethod
@@ -118,6 +119,7 @@ class FusedLayer(torch.autograd.Function):
         return y.view(x.shape)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         """Return the gradients of x and of each pair (float32)."""
         (grad,) = grads
@@ -145,7 +147,7 @@ def _paired(flat: tuple[Tensor | None, ...]) -> list[Pair | None]:
 
 
 def _attend(layer: _Layer, kept: Kept, positions: Positions, matrices: dict[str, Tensor]) -> None:
-    """From x to m (`middle`); `matrices` receives what was dequantized."""
+    """From x to the output of o_proj; `matrices` receives what was dequantized."""
     x = kept["x"]
     tokens = len(x)
     matrix = matrices["qkv"] = layer.qkv.matrix(x.dtype, x.device)
@@ -166,12 +168,11 @@ def _attend(layer: _Layer, kept: Kept, positions: Positions, matrices: dict[str,
     attended, statistics = attention(q, k, v, positions.sequences)
     kept["attended"] = attended.reshape(tokens, -1)
     kept |= {f"attention_{index}": value for index, value in enumerate(statistics)}
-    if "middle" not in kept:
-        matrices["o"] = layer.o.matrix(x.dtype, x.device)
-        out, xa = layer.o.project(kept["attended"], matrices["o"])
-        if xa is not None:
-            kept["xa_o"] = xa
-        kept["attention_out"] = out
+    matrices["o"] = layer.o.matrix(x.dtype, x.device)
+    # for _gate_up, which takes it away
+    kept["attention_out"], xa = layer.o.project(kept["attended"], matrices["o"])
+    if xa is not None:
+        kept["xa_o"] = xa
 
 
 def _qkv_heads(layer: _Layer, kept: Kept, batch: int) -> list[Tensor]:

@@ -5,8 +5,13 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers.activations import SiLUActivation
+from transformers.models.llama import modeling_llama
+from transformers.models.mistral import modeling_mistral
+from transformers.models.qwen2 import modeling_qwen2
+from transformers.models.qwen3 import modeling_qwen3
 
 from lsr_scale.adapters.base import AdapterLinear
 from lsr_scale.fused.decoder_layer import linears_of
@@ -15,26 +20,47 @@ from lsr_scale.fused.pairs import active_adapters
 from lsr_scale.quantized import FrozenLinear4bit, FrozenLinear8bit
 
 ATTENTION_IMPLEMENTATIONS = ("sdpa", "flash_attention_2", "flash_attention_3")
-_SUBMODULES = ("self_attn", "mlp", "input_layernorm", "post_attention_layernorm")
+
+FAMILIES = {"Llama": modeling_llama, "Mistral": modeling_mistral, "Qwen2": modeling_qwen2, "Qwen3": modeling_qwen3}
+LINEARS = {"self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"), "mlp": ("gate_proj", "up_proj", "down_proj")}
+
+
+def _parts(name: str, module: Any) -> dict[str, type]:
+    attention, mlp, norm = (getattr(module, name + part) for part in ("Attention", "MLP", "RMSNorm"))
+    return {"self_attn": attention, "mlp": mlp, "input_layernorm": norm, "post_attention_layernorm": norm}
+
+
+# a layer's class, and the classes of its parts: what computes something else has another class
+LAYERS = {getattr(module, name + "DecoderLayer"): _parts(name, module) for name, module in FAMILIES.items()}
 
 
 def why_not_layer(layer: Any) -> str | None:
     """Return why a decoder layer cannot run fused as it stands, or None: a matter of its modules and adapters."""
-    config = layer.self_attn.config
-    if config._attn_implementation not in ATTENTION_IMPLEMENTATIONS:
+    if "forward" in layer.__dict__:
+        return "the layer has a forward of its own (a device map or a patch)"
+    for name, expected in LAYERS[layer.original].items():
+        part = getattr(layer, name)
+        if type(part) is not expected:
+            return f"{name} is a {type(part).__name__}, not a {expected.__name__}"
+    attention = layer.self_attn
+    if attention.config._attn_implementation not in ATTENTION_IMPLEMENTATIONS:
         wanted = " or ".join(ATTENTION_IMPLEMENTATIONS)
-        return f"attn_implementation is {config._attn_implementation!r}; it must be {wanted}"
-    if layer.training and config.attention_dropout:
-        return f"attention_dropout is {config.attention_dropout}, and training"
+        return f"attn_implementation is {attention.config._attn_implementation!r}; it must be {wanted}"
+    if not attention.is_causal or getattr(attention.config, "is_causal", True) is False:
+        return "its attention is not causal"
+    if layer.training and attention.attention_dropout:
+        return f"attention_dropout is {attention.attention_dropout}, and training"
     if not isinstance(layer.mlp.act_fn, SiLUActivation | nn.SiLU):
         return f"the activation is {type(layer.mlp.act_fn).__name__}, not SiLU"
     for linear in linears_of(layer):
         reason = why_not_linear(linear)
         if reason:
             return reason
-    for name in _SUBMODULES:
-        for child_name, child in getattr(layer, name).named_modules(prefix=name):
-            reason = _why_not_child(child_name, child)
+    for name in LAYERS[layer.original]:
+        part = getattr(layer, name)
+        children = {key: child for key, child in part.named_children() if key not in LINEARS.get(name, ())}
+        for key, child in {"": part, **children}.items():
+            reason = _why_not_child(f"{name}.{key}".rstrip("."), child)
             if reason:
                 return reason
     return None
@@ -42,27 +68,39 @@ def why_not_layer(layer: Any) -> str | None:
 
 def why_not_linear(linear: Any) -> str | None:
     """Return why a linear layer, adapted or not, cannot take part as it stands, or None."""
-    base = base_of(linear)
-    module = linear
+    base, children = base_of(linear), linear.named_modules(prefix="a linear layer")
     if type(base) not in (nn.Linear, FrozenLinear4bit, FrozenLinear8bit):
         return f"a base layer is {type(base).__name__}"
+    if base.weight.is_cuda and base.in_features % 8:
+        return f"a base layer has {base.in_features} inputs, no multiple of 8"
+    if isinstance(linear, BaseTunerLayer):
+        reason = _why_not_adapted(linear)
+        if reason:
+            return reason
+    for name, child in children:
+        reason = _why_not_child(name, child)
+        if reason:
+            return reason
+    return None
+
+
+def _why_not_adapted(linear: Any) -> str | None:
+    adapters = active_adapters(linear)
     if isinstance(linear, AdapterLinear):
         if not linear.method.is_low_rank():
             return f"{linear.method.name} has no low-rank pair"
         dropouts = linear.adapter_dropout
     elif isinstance(linear, LoraLayer):
-        if linear.lora_variant or any(linear.use_rslora.get(name) is None for name in linear.lora_A):
+        if linear.lora_variant:
             return "a LoRA variant (DoRA and the like)"
         if any(linear.lora_bias.values()):
             return "LoRA with a bias of its own"
         dropouts = linear.lora_dropout
-    elif isinstance(linear, BaseTunerLayer):
-        return f"an adapter of type {type(linear).__name__}"
     else:
-        return None
+        return f"an adapter of type {type(linear).__name__}"
     if linear.merged:
         return "an adapter is merged"
-    for adapter in active_adapters(module):
+    for adapter in adapters:
         dropout: Any = dropouts[adapter.name]
         if dropout.training and getattr(dropout, "p", 0):
             return "dropout on the adapter's input, and training"
@@ -72,25 +110,60 @@ def why_not_linear(linear: Any) -> str | None:
 def _why_not_child(name: str, child: nn.Module) -> str | None:
     if "forward" in child.__dict__:
         return f"{name} has a forward of its own (a device map or a patch)"
-    if child._forward_hooks or child._forward_pre_hooks or child._backward_hooks or child._backward_pre_hooks:
+    hooks = [child._forward_hooks, child._forward_pre_hooks, child._backward_hooks, child._backward_pre_hooks]
+    # transformers' recorders of outputs do nothing unless outputs are asked for, see why_not_call
+    if any(hook.__module__ != "transformers.utils.output_capturing" for held in hooks for hook in held.values()):
         return f"{name} has hooks"
-    trains_itself = not isinstance(child, BaseTunerLayer | nn.ParameterDict | nn.ModuleDict)
-    if trains_itself and "lora_" not in name and any(p.requires_grad for p in child.parameters(recurse=False)):
+    if not _holds_factors(child, name) and any(p.requires_grad for p in child.parameters(recurse=False)):
         return f"{name} is trained itself"
     return None
 
 
-def why_not_call(hidden: Tensor, arguments: dict[str, Any]) -> str | None:
+def _holds_factors(child: nn.Module, name: str) -> bool:
+    """Tell whether a module's own parameters are an adapter's: PEFT's LoRA keeps linears in dicts of that name."""
+    return isinstance(child, nn.ParameterDict) or any(
+        part in LoraLayer.adapter_layer_names for part in name.split(".")[:-1]
+    )
+
+
+def why_not_call(layer: Any, hidden: Tensor, arguments: dict[str, Any]) -> str | None:
     """Return why a layer cannot run fused on these arguments, or None."""
     if arguments.get("past_key_values") is not None:
         return "a key/value cache is in use"
     if arguments.get("output_attentions"):
         return "attention weights are asked for"
+    if arguments.get("is_causal") is False:
+        return "attention that is not causal is asked for"
     device = hidden.device.type
     if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) != hidden.dtype:
         wanted = str(torch.get_autocast_dtype(device)).removeprefix("torch.")
         return f"hidden states are {hidden.dtype} under autocast to {wanted}; load the model in {wanted}"
+    for linear in linears_of(layer):
+        compute = getattr(base_of(linear), "compute_dtype", None)
+        if compute not in (None, hidden.dtype):
+            return f"hidden states are {hidden.dtype}, but the 4-bit layers compute in {compute}"
     mask = arguments.get("attention_mask")
     if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 4):
         return "the attention mask is not four-dimensional"
+    return None
+
+
+def why_not_head(model: Any, arguments: dict[str, Any]) -> str | None:
+    """Return why a causal language model's loss must be computed with logits, or None."""
+    head = model.lm_head
+    if not isinstance(head, ModulesToSaveWrapper) and type(head) is not nn.Linear:
+        return f"lm_head is a {type(head).__name__}"
+    if head.bias is not None:
+        return "lm_head has a bias"
+    for name, child in head.named_modules(prefix="lm_head"):
+        trained = isinstance(head, ModulesToSaveWrapper)
+        reason = _why_not_child(name, child)
+        if reason and not (trained and reason.endswith("is trained itself")):
+            return reason
+    if getattr(model, "_loss_function", None) is not None or model.loss_type not in (None, "ForCausalLM"):
+        return "the model has a loss of its own"
+    for name, plain in (("ignore_index", -100), ("return_dict", None), ("logits_to_keep", 0)):
+        given = arguments.get(name, plain)
+        if not (given is None or given is True or (isinstance(given, int) and given == plain)):
+            return f"{name} is given"
     return None

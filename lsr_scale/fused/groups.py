@@ -140,7 +140,7 @@ class Group:
         N, K = self.out_features, self.in_features
         up = matrix[:N, K:]
         width = -(-max(self.ranks) // 16) * 16
-        if grad.is_cuda and width <= BLOCK and all(size % BLOCK == 0 for size in self.sizes):
+        if grad.is_cuda and len(grad) and width <= BLOCK and all(size % BLOCK == 0 for size in self.sizes):
             offsets = _offsets(tuple(self.sizes), tuple(self.ranks), grad.device)
             _, d_up = output_gradients(grad[:, :N], xa, up, offsets, width, ds_out=self.tail(grad))
             return [d_up[self.rows(index), :rank] if rank else None for index, rank in enumerate(self.ranks)]

@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from lsr_scale.fused.eligibility import why_not_linear
 from lsr_scale.fused.groups import Group, mm_float
-from lsr_scale.fused.pairs import Pair, active_adapters, joined, materialize
+from lsr_scale.fused.pairs import active_adapters, joined, materialize
 
 
-class FusedLinear(torch.autograd.Function):
+class LinearFunction(torch.autograd.Function):
     """`y = x (W + up down)^T + b`; gradients to x, down and up."""
 
     @staticmethod
@@ -31,6 +32,7 @@ class FusedLinear(torch.autograd.Function):
         return out.view(*x.shape[:-1], group.out_features)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, Tensor | None, Tensor | None]:
         """Return the gradients of x, down and up (these in float32)."""
         (grad,) = grads
@@ -43,11 +45,11 @@ class FusedLinear(torch.autograd.Function):
             (d_up,) = group.output_products(extended, xa, matrix)
             (d_down,) = group.down_gradients(mm_float(group.tail(extended).t(), rows))
             d_x = group.input_gradient(extended, matrix) if ctx.needs_input_grad[0] else None
-        return None if d_x is None else d_x.view(*grad.shape[:-1], -1), None, d_down, d_up
+        return None if d_x is None else d_x.view(*grad.shape[:-1], group.in_features), None, d_down, d_up
 
 
-class FusedAdapter:
-    """An adapted linear layer that trains by `FusedLinear` where it can; in evaluation it is its own class."""
+class LinearMixin:
+    """An adapted linear layer that trains by `LinearFunction` where it can; in evaluation it is its own class."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return `base_layer(x)` plus the active adapters' updates, `[..., out_features]`."""
@@ -57,10 +59,5 @@ class FusedAdapter:
         dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
         if args or kwargs or not adapters or not torch.is_grad_enabled() or why_not_linear(module) is not None:
             return super().forward(x, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
-        ((down, up),) = _pairs_of_one(module)
-        return FusedLinear.apply(x.to(dtype), module, down, up)  # pyright: ignore[reportReturnType]
-
-
-def _pairs_of_one(module: nn.Module) -> list[Pair]:
-    adapters = active_adapters(module)
-    return list(joined(adapters, materialize(adapters)).values())
+        ((down, up),) = joined(adapters, materialize(adapters)).values()
+        return LinearFunction.apply(x.to(dtype), module, down, up)  # pyright: ignore[reportReturnType]

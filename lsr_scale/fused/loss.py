@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -35,13 +36,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
             total += cross_entropy(logits, labels[part], gradient=gradient is not None).sum()
             if gradient is not None:
                 torch.mm(logits, weight, out=gradient[part])
-        ctx.gradient = gradient
+        if gradient is not None:
+            ctx.save_for_backward(gradient)
         return total
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None]:
-        gradient, ctx.gradient = ctx.gradient, None
-        return None if gradient is None else gradient.mul_(grads[0].to(gradient.dtype)), None, None
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * grads[0].to(gradient.dtype), None, None
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -54,7 +57,8 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tens
     """
     if weight.requires_grad:
         return functional.cross_entropy((hidden @ weight.t()).float(), labels, reduction="sum")
-    return _LinearCrossEntropy.apply(hidden, weight, labels)  # pyright: ignore[reportReturnType]
+    with torch.autocast(hidden.device.type, enabled=False):
+        return _LinearCrossEntropy.apply(hidden, weight, labels)  # pyright: ignore[reportReturnType]
 
 
 def causal_lm_loss(
@@ -73,7 +77,8 @@ def causal_lm_loss(
         num_items_in_batch: What the sum is divided by, if not by the number of supervised positions.
         kwargs: Everything else, for the model under the head.
     """
-    kwargs.pop("logits_to_keep", None)
+    for name in ("logits_to_keep", "ignore_index", "return_dict"):
+        kwargs.pop(name, None)
     outputs = module.model(**kwargs)
     hidden = outputs.last_hidden_state
     if shift_labels is None:
@@ -83,6 +88,8 @@ def causal_lm_loss(
     rows = hidden.reshape(-1, hidden.shape[-1])[supervised]
     loss = linear_cross_entropy(rows.to(module.lm_head.weight.dtype), module.lm_head.weight, targets[supervised])
     divisor = max(len(supervised), 1) if num_items_in_batch is None else num_items_in_batch
+    if isinstance(divisor, Tensor):
+        divisor = divisor.to(loss.device)
     return CausalLMOutputWithPast(
         loss=loss / divisor, logits=None, hidden_states=outputs.hidden_states, attentions=outputs.attentions
     )

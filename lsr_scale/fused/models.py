@@ -15,17 +15,15 @@ from typing import Any, get_args
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from transformers.models.llama import modeling_llama
-from transformers.models.mistral import modeling_mistral
-from transformers.models.qwen2 import modeling_qwen2
-from transformers.models.qwen3 import modeling_qwen3
+from torch.utils.checkpoint import checkpoint
+from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from lsr_scale.adapters.base import AdapterLinear
 from lsr_scale.errors import UserError
-from lsr_scale.fused.decoder_layer import FusedLayer, Positions, Recompute, linears_of
-from lsr_scale.fused.eligibility import why_not_call, why_not_layer
+from lsr_scale.fused.decoder_layer import DecoderLayerFunction, Positions, Recompute, linears_of
+from lsr_scale.fused.eligibility import FAMILIES, LAYERS, why_not_call, why_not_head, why_not_layer
 from lsr_scale.fused.groups import base_of
-from lsr_scale.fused.linear import FusedAdapter
+from lsr_scale.fused.linear import LinearMixin
 from lsr_scale.fused.loss import causal_lm_loss
 from lsr_scale.fused.pairs import Adapter, Pair, active_adapters, joined, materialize
 from lsr_scale.kernels.attention import Sequences
@@ -33,10 +31,8 @@ from lsr_scale.quantized import freeze_quantized
 
 logger = logging.getLogger(__name__)
 
-_FAMILIES = {"Llama": modeling_llama, "Mistral": modeling_mistral, "Qwen2": modeling_qwen2, "Qwen3": modeling_qwen3}
-_LAYERS = {getattr(module, name + "DecoderLayer") for name, module in _FAMILIES.items()}
-_STACKS = {getattr(module, name + "Model") for name, module in _FAMILIES.items()}
-_HEADS = {getattr(module, name + "ForCausalLM") for name, module in _FAMILIES.items()}
+_STACKS = {getattr(module, name + "Model") for name, module in FAMILIES.items()}
+_HEADS = {getattr(module, name + "ForCausalLM") for name, module in FAMILIES.items()}
 
 
 @dataclass
@@ -47,13 +43,11 @@ class FusedForward:
         stack: The model around the layers.
         cu_seqlens: Boundaries of packed documents, or None.
         max_seqlen: Length of the longest.
-        placeholder: The attention mask is a stand-in: packed documents are told by `cu_seqlens`.
     """
 
     stack: Any
     cu_seqlens: Tensor | None = None
     max_seqlen: int = 0
-    placeholder: bool = False
 
     def __post_init__(self) -> None:
         self._grad = torch.is_grad_enabled()
@@ -71,7 +65,7 @@ class FusedForward:
         """Return down and up of each linear of a layer, or None twice; made with its chunk's when first asked for."""
         chunk = self._chunks.get(id(layer), [])
         for other in chunk:
-            del self._chunks[id(other)]
+            self._chunks.pop(id(other), None)
         if chunk:
             # reentrant checkpointing runs the layer without gradients, which the pairs need nevertheless
             with torch.set_grad_enabled(self._grad):
@@ -101,9 +95,15 @@ def _chunks(layers: list[nn.Module]) -> dict[int, list[nn.Module]]:
 
 
 class _Fused:
-    """Marks a class made by `fuse`; `original` is what it was made from."""
+    """Marks a class made by `fuse`; `mixin` and `original` are what it was made from."""
 
     original: type
+    mixin: type
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Let copies and pickles find the class by what it was made from: its own name stands in no module."""
+        _, _, *state = super().__reduce_ex__(protocol)
+        return (_new, (self.mixin, self.original), *state)
 
 
 class _FusedLayer(_Fused):
@@ -118,35 +118,37 @@ class _FusedLayer(_Fused):
         if fused is None or args:
             reason = "called by other than its model"
         else:
-            reason = fused.reason(module) or why_not_call(hidden_states, kwargs)
+            reason = fused.reason(module) or why_not_call(module, hidden_states, kwargs)
         if reason:
             if reason != self.told and module.training:
                 logger.warning("%s %s runs per linear: %s", self.original.__name__, module.self_attn.layer_idx, reason)
                 self.told = reason
-            return super().forward(hidden_states, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+            run = super().forward  # pyright: ignore[reportAttributeAccessIssue]
+            if self.recompute == "none" or not (module.training and torch.is_grad_enabled()):
+                return run(hidden_states, *args, **kwargs)
+            # what was to save memory still does
+            return checkpoint(run, hidden_states, *args, use_reentrant=False, **kwargs)  # pyright: ignore
         assert fused is not None
         positions = _positions(module, hidden_states, fused, kwargs)
-        return FusedLayer.apply(hidden_states, self, positions, self.recompute, *fused.pairs(module))  # pyright: ignore
+        return DecoderLayerFunction.apply(hidden_states, self, positions, self.recompute, *fused.pairs(module))  # pyright: ignore
 
 
 def _positions(layer: Any, hidden: Tensor, fused: FusedForward, arguments: dict[str, Any]) -> Positions:
-    """Gather what `FusedLayer` asks from a layer's keyword arguments."""
+    """Gather what `DecoderLayerFunction` asks from a layer's keyword arguments."""
     cos, sin = arguments["position_embeddings"]
     batch, length = hidden.shape[:2]
     if cos.shape[0] not in (1, batch):
         raise ValueError(f"position embeddings are {tuple(cos.shape)}; expected 1 or {batch} rows of them")
-    window = _window_of(layer)
+    window, scale = _window_of(layer), layer.self_attn.scaling
     longest = fused.max_seqlen or length
-    sequences = Sequences(
-        scale=layer.self_attn.scaling,
-        mask=None if fused.placeholder else arguments.get("attention_mask"),
-        cu_seqlens=fused.cu_seqlens,
-        max_seqlen=fused.max_seqlen,
-        window=window if window is not None and window < longest else None,
-    )
-    if sequences.mask is not None:
-        # transformers' masks hold everything
-        sequences = Sequences(scale=sequences.scale, mask=sequences.mask)
+    if window is not None and window >= longest:
+        window = None
+    if fused.cu_seqlens is not None:
+        sequences = Sequences(scale, cu_seqlens=fused.cu_seqlens, max_seqlen=longest, window=window)
+    elif arguments.get("attention_mask") is not None:
+        sequences = Sequences(scale, mask=arguments["attention_mask"])  # transformers' holds causality and window too
+    else:
+        sequences = Sequences(scale, window=window)
     return Positions(batch, cos.reshape(-1, cos.shape[-1]), sin.reshape(-1, sin.shape[-1]), sequences)
 
 
@@ -164,20 +166,24 @@ class _FusedStack(_Fused):
 
     pair_cache: dict[Any, tuple[Any, dict[int, Pair]]] | None = None
 
+    def train(self, mode: bool = True) -> Any:
+        """Switch between training and evaluation; kept pairs are dropped (an engine may write factors unseen)."""
+        self.pair_cache = None
+        return super().train(mode)  # pyright: ignore[reportAttributeAccessIssue]
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model."""
+        """Run the model. In training there is no key/value cache, whatever `use_cache` says: nothing would read it."""
         module: Any = self
+        if module.training or torch.is_grad_enabled():
+            self.pair_cache = None
         if module.training and kwargs.get("past_key_values") is None:
-            # transformers would build a cache in training too, which nothing reads
             kwargs["use_cache"] = False
         fused = FusedForward(self)
-        if kwargs.get("attention_mask") is None and kwargs.get("past_key_values") is None:
-            fused.cu_seqlens, fused.max_seqlen = _documents(kwargs)
-            if fused.cu_seqlens is not None and not any(map(fused.reason, module.layers)):
-                # no layer reads it, and the real one has a square of the tokens
-                device = fused.cu_seqlens.device
-                kwargs["attention_mask"] = torch.empty(1, 1, 1, 1, device=device)
-                fused.placeholder = True
+        tokens = args[0] if args else kwargs.get("input_ids")
+        tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
+        nothing_else = kwargs.get("attention_mask") is None and kwargs.get("past_key_values") is None
+        if len(args) < 2 and nothing_else and isinstance(tokens, Tensor) and tokens.shape[0] == 1:
+            fused.cu_seqlens, fused.max_seqlen = _documents(kwargs, tokens.shape[1])
         return super().forward(*args, fused=fused, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
 
@@ -188,9 +194,7 @@ def _pairs(stack: Any, layers: list[nn.Module]) -> dict[int, Pair]:
         adapters += [adapter for linear in linears_of(layer) for adapter in active_adapters(linear)]
     key, version = tuple(map(id, layers)), None
     cache: dict[Any, tuple[Any, dict[int, Pair]]] = {}
-    if stack.training or torch.is_grad_enabled():
-        stack.pair_cache = None
-    else:
+    if not (stack.training or torch.is_grad_enabled()):
         factors = [factor for adapter in adapters for factor in adapter.factors().values()]
         version = (
             tuple((id(adapter.linear), adapter.name, adapter.scaling) for adapter in adapters),
@@ -205,14 +209,17 @@ def _pairs(stack: Any, layers: list[nn.Module]) -> dict[int, Pair]:
     return pairs
 
 
-def _documents(arguments: dict[str, Any]) -> tuple[Tensor | None, int]:
-    """Return the boundaries of the documents packed in a batch of one row, and the longest's length.
+def _documents(arguments: dict[str, Any], length: int) -> tuple[Tensor | None, int]:
+    """Return the boundaries of the documents packed in a row of `length` tokens, and the longest's length.
 
-    They are given by the collator (transformers' names), or told by positions that do not go on by one; the latter
-    costs one wait for the GPU a forward.
+    They are given by the collator (transformers' names), or told by positions that do not go on by one; either costs
+    one wait for the GPU a forward.
     """
-    if arguments.get("cu_seq_lens_q") is not None:
-        return arguments["cu_seq_lens_q"].to(torch.int32), int(arguments["max_length_q"])
+    given = arguments.get("cu_seq_lens_q")
+    if given is not None:
+        if int(given[-1]) != length:
+            raise UserError(f"cu_seq_lens_q ends at {int(given[-1])}, but the packed row has {length} tokens")
+        return given.to(torch.int32), int(arguments["max_length_q"])
     positions = arguments.get("position_ids")
     if positions is None or positions.dim() != 2 or positions.shape[0] != 1:
         return None, 0
@@ -225,7 +232,7 @@ def _documents(arguments: dict[str, Any]) -> tuple[Tensor | None, int]:
     return boundaries, int(boundaries.diff().max())
 
 
-class _FusedLinear(FusedAdapter, _Fused):
+class _FusedLinear(LinearMixin, _Fused):
     """An adapted linear layer with the fused operations."""
 
 
@@ -235,8 +242,7 @@ class _FusedHead(_Fused):
     def forward(self, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
         """Run the model; in training with labels, `logits` is None in what is returned."""
         module: Any = self
-        plain = not module.training or kwargs.get("logits_to_keep") or args
-        if labels is None or plain or "loss_function" in module.__dict__ or module.lm_head.bias is not None:
+        if labels is None or not module.training or args or why_not_head(module, kwargs):
             return super().forward(*args, labels=labels, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
         return causal_lm_loss(module, labels, **kwargs)
 
@@ -259,7 +265,7 @@ class FuseReport:
     def __str__(self) -> str:
         """Return one line."""
         if not self.fused and not self.per_linear:
-            names = ", ".join(_FAMILIES)
+            names = ", ".join(FAMILIES)
             return f"{self.linears} adapted linears fused one by one (whole layers fuse in {names} models)"
         text = f"{len(self.fused)} of {len(self.fused) + len(self.per_linear)} decoder layers run fused"
         reasons = sorted(set(self.per_linear.values()))
@@ -275,8 +281,9 @@ def fuse(model: nn.Module, recompute: Recompute = "none") -> FuseReport:
 
     Args:
         model: The model.
-        recompute: What the backward pass of a layer computes again instead of keeping it: "none", "mlp" (gate and up)
-            or "full" (everything but the layer's input). Leave transformers' own gradient checkpointing off.
+        recompute: What the backward pass of a decoder layer computes again instead of keeping it: "none", "mlp" (gate
+            and up) or "full" (everything but the layer's input). Leave transformers' own gradient checkpointing off: a
+            layer that cannot run fused is checkpointed whole. Models without such layers need their own.
 
     Returns:
         Which layers run fused, and why others do not. Layers are asked again at every forward.
@@ -290,7 +297,7 @@ def fuse(model: nn.Module, recompute: Recompute = "none") -> FuseReport:
     report = FuseReport([], {})
     for name, module in list(model.named_modules()):
         original = _original(module)
-        for mixin, known in ((_FusedLayer, _LAYERS), (_FusedStack, _STACKS), (_FusedHead, _HEADS)):
+        for mixin, known in ((_FusedLayer, LAYERS), (_FusedStack, _STACKS), (_FusedHead, _HEADS)):
             if original in known:
                 module.__class__ = _subclass(mixin, original)
         if isinstance(module, AdapterLinear | LoraLayer) and isinstance(base_of(module), nn.Linear):  # pyright: ignore
@@ -304,13 +311,13 @@ def fuse(model: nn.Module, recompute: Recompute = "none") -> FuseReport:
             else:
                 report.fused.append(name)
     if not (report.fused or report.per_linear or report.linears):
-        names = ", ".join(_FAMILIES)
+        names = ", ".join(FAMILIES)
         raise UserError(f"{type(model).__name__} has no adapters, and no decoder layers that can fuse ({names})")
     return report
 
 
 def unfuse(model: nn.Module) -> None:
-    """Give every module of a fused model its own class back."""
+    """Give every module of a fused model its own class back; bitsandbytes layers stay in their frozen form."""
     for module in model.modules():
         if isinstance(module, _Fused):
             module.__class__ = module.original
@@ -325,20 +332,26 @@ def _original(module: nn.Module) -> type:
 _SUBCLASSES: dict[tuple[type, type], type] = {}
 
 
+def _new(mixin: type, original: type) -> Any:
+    """Return an empty instance of the subclass of both, for pickle, in whatever process."""
+    found = _subclass(mixin, original)
+    return found.__new__(found)  # pyright: ignore[reportCallIssue]
+
+
 def _subclass(mixin: type, original: type) -> type:
-    """Return the subclass of both, always the same one, so that it can be pickled by name."""
+    """Return the subclass of both, always the same one."""
     key = mixin, original
     if key not in _SUBCLASSES:
         name = "Fused" + original.__name__
-        if name in globals():  # PEFT has a Linear for every kind of base
-            name += "_" + original.__module__.replace(".", "_")
 
         # generation and the Trainer read the signature to know what a model takes
         @functools.wraps(original.forward)
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
             return mixin.forward(self, *args, **kwargs)
 
-        members = {"original": original, "forward": forward, "__module__": __name__}
+        members = {"original": original, "mixin": mixin, "forward": forward, "__module__": __name__}
         _SUBCLASSES[key] = type(name, (mixin, original), members)
-        globals()[name] = _SUBCLASSES[key]
+        if hasattr(original, "_can_record_outputs"):
+            # transformers looks up by the class's name what hidden states and attentions are
+            dict.__setitem__(_CAN_RECORD_REGISTRY, str(_SUBCLASSES[key]), original._can_record_outputs)
     return _SUBCLASSES[key]

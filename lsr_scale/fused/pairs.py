@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from lsr_scale.adapters.base import AdapterLinear, AdapterMethod
 
@@ -102,6 +103,14 @@ def _stacks(
     return list(groups.values())
 
 
+def _versions(adapters: Sequence[Adapter], held: Sequence[dict[str, Tensor]]) -> list[Any]:
+    """Return what changes when a factor is changed in place or a scaling is set; ZeRO-3 frees and gathers factors."""
+    return [
+        (adapter.scaling, [None if hasattr(factor, "ds_id") else factor._version for factor in factors.values()])
+        for adapter, factors in zip(adapters, held, strict=True)
+    ]
+
+
 def _stacked(held: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Return each factor of some adapters of equal shapes as one tensor, float32 or wider."""
     stacks = {name: torch.stack([factors[name] for factors in held]) for name in held[0]}
@@ -118,6 +127,7 @@ class _Materialize(torch.autograd.Function):
         # apart from their device, factors are read from the modules, here and in backward
         device = factors[0].device.type
         held = [adapter.factors() for adapter in adapters]
+        ctx.versions = _versions(adapters, held)
         flat: list[Any] = [None] * (2 * len(adapters))
         for group in _stacks(adapters, held, range(len(adapters))):
             with torch.autocast(device, enabled=False):
@@ -129,9 +139,15 @@ class _Materialize(torch.autograd.Function):
         return tuple(flat)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         adapters: list[Adapter] = ctx.adapters
-        held = [{name: factor.detach() for name, factor in a.factors().items()} for a in adapters]
+        held = [adapter.factors() for adapter in adapters]
+        if _versions(adapters, held) != ctx.versions:
+            raise RuntimeError(
+                "an adapter's factors or scaling were changed between the forward and the backward pass; "
+                "change them after backward()"
+            )
         results: list[list[Tensor | None]] = [[None] * len(factors) for factors in held]
         wanted = [
             index for index in range(len(adapters)) if grads[2 * index] is not None or grads[2 * index + 1] is not None

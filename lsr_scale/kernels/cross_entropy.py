@@ -53,7 +53,9 @@ def _cross_entropy_kernel(
         largest = higher
     top = tl.max(largest, axis=0)
     log_sum = top + tl.log(tl.sum(tl.where(largest > float("-inf"), total * tl.exp(largest - top), 0.0), axis=0))
-    tl.store(losses + row, log_sum - tl.load(logits + label).to(tl.float32))
+    # a label outside the vocabulary gives NaN, not what lies in memory there
+    known = (label >= 0) & (label < vocabulary)
+    tl.store(losses + row, log_sum - tl.load(logits + label, mask=known, other=float("nan")).to(tl.float32))
     if GRADIENT:
         # no thread may still need a logit that another one replaces
         tl.debug_barrier()

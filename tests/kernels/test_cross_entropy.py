@@ -76,3 +76,10 @@ def test_bfloat16_on_a_gpu(vocabulary):
     found = module.cross_entropy(logits, labels, gradient=True)
     assert_close_to_float64(found, losses, eager_losses, 1e-6)
     assert_close_to_float64(logits, gradient, eager, 1e-4)
+
+
+def test_a_label_outside_the_vocabulary_is_not_a_number(device):
+    losses = module.cross_entropy_triton(
+        torch.zeros(3, 8, device=device), torch.tensor([8, -1, 2], device=device), gradient=False
+    )
+    assert losses.isnan().tolist() == [True, True, False]

@@ -8,6 +8,7 @@ low-rank form that the forward pass, the fused path and the exports share. Every
 import copy
 import dataclasses
 import re
+import sys
 import types
 import warnings
 from abc import ABC, abstractmethod
@@ -199,6 +200,7 @@ def register(method: type[AdapterMethod]) -> type[AdapterMethod]:
     method.config_class.method = method
     tuner = types.new_class(f"{method.__name__}Model", (AdapterModel,))
     tuner.prefix, tuner.method, tuner.__module__ = method.prefix, method, method.__module__  # pyright: ignore
+    setattr(sys.modules[method.__module__], tuner.__name__, tuner)  # where pickle looks for it
     register_peft_method(name=method.name, config_cls=method.config_class, model_cls=tuner, prefix=method.prefix)
     METHODS[method.name] = method
     return method

@@ -529,3 +529,21 @@ def test_a_linear_without_rows(ids):
     x = torch.zeros(0, 48, dtype=torch.float64, requires_grad=True)
     model.base_model.model.model.layers[0].mlp.gate_proj(x).sum().backward()
     assert x.grad.shape == (0, 48)
+
+
+@pytest.mark.parametrize(("config", "cls"), [(LlamaConfig, LlamaForCausalLM), (Qwen2Config, Qwen2ForCausalLM)])
+def test_packed_documents_where_a_layer_steps_aside(config, cls, ids, monkeypatch):
+    packed, positions = ids.reshape(1, -1), torch.tensor([[*range(5), *range(11), *range(6)]])
+    windows = (
+        {"sliding_window": 4, "use_sliding_window": True, "max_window_layers": 1} if cls is Qwen2ForCausalLM else {}
+    )
+    torch.manual_seed(0)
+    model = adapted(cls(config(**{**TINY_SIZES, **windows})).double())
+    model.base_model.model.model.layers[1].mlp.register_forward_hook(lambda *_: None)
+    expected = results(model, packed, position_ids=positions)
+    lsr_scale.fuse(model)
+    seen = []
+    original = fused_models._packed_mask
+    monkeypatch.setattr(fused_models, "_packed_mask", lambda *args: (seen.append(1), original(*args))[1])
+    assert_same(results(model, packed, position_ids=positions), expected, SAME)
+    assert len(seen) == 2  # one layer, in evaluation and in training: no other made a mask

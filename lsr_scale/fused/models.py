@@ -26,7 +26,7 @@ from lsr_scale.fused.groups import base_of
 from lsr_scale.fused.linear import LinearMixin
 from lsr_scale.fused.loss import causal_lm_loss
 from lsr_scale.fused.pairs import Adapter, Pair, active_adapters, joined, materialize
-from lsr_scale.kernels.attention import Sequences
+from lsr_scale.kernels.attention import Sequences, dense_mask
 from lsr_scale.quantized import freeze_quantized
 
 logger = logging.getLogger(__name__)
@@ -43,11 +43,14 @@ class FusedForward:
         stack: The model around the layers.
         cu_seqlens: Boundaries of packed documents, or None.
         max_seqlen: Length of the longest.
+        placeholder: Stands for the attention mask of packed documents, which has a square of the tokens and which only
+            a layer that steps aside needs.
     """
 
     stack: Any
     cu_seqlens: Tensor | None = None
     max_seqlen: int = 0
+    placeholder: Tensor | None = None
 
     def __post_init__(self) -> None:
         self._grad = torch.is_grad_enabled()
@@ -123,6 +126,8 @@ class _FusedLayer(_Fused):
             if reason != self.told and module.training:
                 logger.warning("%s %s runs per linear: %s", self.original.__name__, module.self_attn.layer_idx, reason)
                 self.told = reason
+            if fused is not None and fused.placeholder is not None and kwargs.get("attention_mask") is not None:
+                kwargs["attention_mask"] = _packed_mask(module, hidden_states, fused)
             run = super().forward  # pyright: ignore[reportAttributeAccessIssue]
             if self.recompute == "none" or not (module.training and torch.is_grad_enabled()):
                 return run(hidden_states, *args, **kwargs)
@@ -150,6 +155,12 @@ def _positions(layer: Any, hidden: Tensor, fused: FusedForward, arguments: dict[
     else:
         sequences = Sequences(scale, window=window)
     return Positions(batch, cos.reshape(-1, cos.shape[-1]), sin.reshape(-1, sin.shape[-1]), sequences)
+
+
+def _packed_mask(layer: Any, hidden: Tensor, fused: FusedForward) -> Tensor:
+    """Return the bool mask `[1, 1, S, S]` of packed documents, as transformers would have made it for a layer."""
+    sequences = Sequences(layer.self_attn.scaling, cu_seqlens=fused.cu_seqlens, window=_window_of(layer))
+    return dense_mask(hidden.shape[1], sequences, hidden.device)[None, None]
 
 
 def _window_of(layer: Any) -> int | None:
@@ -184,6 +195,10 @@ class _FusedStack(_Fused):
         nothing_else = kwargs.get("attention_mask") is None and kwargs.get("past_key_values") is None
         if len(args) < 2 and nothing_else and isinstance(tokens, Tensor) and tokens.shape[0] == 1:
             fused.cu_seqlens, fused.max_seqlen = _documents(kwargs, tokens.shape[1])
+            cached = module.config.use_cache if kwargs.get("use_cache") is None else kwargs["use_cache"]
+            if fused.cu_seqlens is not None and module.config._attn_implementation == "sdpa" and not cached:
+                # four dimensions: transformers hands it on as it is
+                fused.placeholder = kwargs["attention_mask"] = torch.zeros(1, 1, 1, 1, device=tokens.device)
         return super().forward(*args, fused=fused, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
 

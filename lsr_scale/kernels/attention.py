@@ -125,7 +125,7 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences) -
     mask = sequences.mask
     if sequences.cu_seqlens is not None or sequences.window is not None:
         assert mask is None, "a mask says all there is to say"
-        mask = _dense_mask(q.shape[1], sequences, q.device)
+        mask = dense_mask(q.shape[1], sequences, q.device)
     groups = q.shape[2] // k.shape[2]
     if mask is not None and groups > 1:
         # with a mask only the slow backends take grouped heads
@@ -141,7 +141,7 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences) -
     return out.transpose(1, 2).contiguous()
 
 
-def _dense_mask(length: int, sequences: Sequences, device: torch.device) -> Tensor:
+def dense_mask(length: int, sequences: Sequences, device: torch.device) -> Tensor:
     """Return the bool mask `[S, S]` of packed or windowed causal sequences."""
     position = torch.arange(length, device=device)
     distance = position[:, None] - position[None, :]

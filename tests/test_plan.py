@@ -2,6 +2,7 @@
 
 import json
 import socket
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -31,7 +32,7 @@ def run(model, adapter, training=None, **section):
 def counts_only(monkeypatch):
     """Leave out the step on fake tensors, which counts need nothing of."""
     step = memory.StepMemory(0, 0)
-    monkeypatch.setattr(memory, "trace_step", lambda *args: {False: step, True: step})
+    monkeypatch.setattr(memory, "trace_step", lambda *args, **kwargs: {False: step, True: step})
 
 
 @pytest.mark.parametrize(
@@ -100,7 +101,7 @@ MEASURED = [
 
 @pytest.mark.parametrize(("adapter", "section", "rows", "length", "peaks"), MEASURED)
 def test_memory_is_within_five_percent_of_measured_peaks(adapter, section, rows, length, peaks):
-    training = {"per_device_train_batch_size": rows, "max_length": length}
+    training = {"per_device_train_batch_size": rows, "max_length": length, "fused": "off"}
     result = plan(run(MISTRAL, adapter, training, **section))
     planned = {(row.stage, row.checkpointing): row.memory_gib.total for row in result.table}
     for key, peak in peaks.items():
@@ -108,9 +109,38 @@ def test_memory_is_within_five_percent_of_measured_peaks(adapter, section, rows,
     assert result.memory_gib.total == planned["zero0", True]
 
 
+THROUGHPUT = Path(__file__).parents[1] / "benchmarks/results/throughput"
+LORA16 = {"method": "lora", "rank": 16, "target_modules": SEVEN}
+
+
+@pytest.mark.parametrize("path", sorted(THROUGHPUT.glob("mistral-7b-*.json")), ids=lambda path: path.stem)
+def test_fused_memory_is_within_five_percent_of_every_committed_measurement(path):
+    measured = json.loads(path.read_text())
+    config, adapters = measured["config"], {"lsr": LSR, "kron_lora": KRON, "lora": LORA16}
+    rows = config["tokens"] // config["seq_len"]
+    training = {"per_device_train_batch_size": rows, "max_length": config["seq_len"]}
+    compared = 0
+    for method, adapter in adapters.items():
+        peaks = {r["checkpointing"]: r["peak_memory_gib"] for r in measured["rows"] if r["provider"] == method}
+        if not peaks:
+            continue
+        result = plan(run(MISTRAL, adapter, training, quantization=config["base"]))
+        assert result.fused
+        planned = {r.checkpointing: r.memory_gib.total for r in result.table if r.stage == "zero0"}
+        for mode, peak in peaks.items():
+            assert planned[mode == "full"] == pytest.approx(peak, rel=0.05), (method, mode)
+            compared += 1
+    assert compared
+
+
+def test_what_cannot_run_fused_is_planned_per_linear():
+    result = plan(run(MISTRAL, {**KRON, "dropout": 0.1}, {"max_length": 512, "per_device_train_batch_size": 1}))
+    assert not result.fused
+
+
 def test_the_stages_divide_what_they_say(monkeypatch):
     step = memory.StepMemory(2**30, 2 * 2**30)
-    monkeypatch.setattr(memory, "trace_step", lambda *args: {False: step, True: step})
+    monkeypatch.setattr(memory, "trace_step", lambda *args, **kwargs: {False: step, True: step})
     configured = run(MISTRAL, {"method": "lora", "rank": 64, "target_modules": SEVEN})
     one, four = plan(configured, 1), plan(configured, 4)
     rows = {row.stage: row.memory_gib for row in four.table if row.checkpointing}
@@ -134,7 +164,7 @@ def test_the_stages_divide_what_they_say(monkeypatch):
 def test_packing_and_padding_and_windows_decide_the_mask(monkeypatch):
     seen = []
 
-    def record(model, batch, task):
+    def record(model, batch, task, fused=False):
         seen.append(batch)
         return {on: memory.StepMemory(0, 0) for on in (False, True)}
 

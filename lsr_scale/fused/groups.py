@@ -25,6 +25,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from lsr_scale.fused.pairs import Pair
+from lsr_scale.kernels.backend import is_fake
 from lsr_scale.kernels.output_gradients import output_gradients
 from lsr_scale.quantized import dequantize_into
 
@@ -173,6 +174,8 @@ def _gemm(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
 
 def mm_float(a: Tensor, b: Tensor) -> Tensor:
     """Return `a @ b` in float32 (float64 for such operands), never rounded to half precision."""
+    if is_fake(a):
+        return a.new_empty(a.shape[0], b.shape[1], dtype=torch.promote_types(a.dtype, torch.float32))
     if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
         return torch.mm(a, b, out_dtype=torch.float32)
     return (a.float() @ b.float()) if a.dtype in (torch.bfloat16, torch.float16) else a @ b

@@ -35,6 +35,11 @@ else:
     jit = triton.jit
 
 
+def is_fake(x: Tensor) -> bool:
+    """Tell whether a tensor is a shape without data: an operation then makes its results and computes nothing."""
+    return isinstance(x, FakeTensor)
+
+
 def use_triton(x: Tensor, dtype: torch.dtype | None = None) -> bool:
     """Tell whether kernels run in Triton for a tensor like `x`: on a GPU, with real data, in bf16, fp16 or fp32.
 
@@ -46,5 +51,5 @@ def use_triton(x: Tensor, dtype: torch.dtype | None = None) -> bool:
         has_triton
         and x.is_cuda
         and (dtype or x.dtype) in (torch.bfloat16, torch.float16, torch.float32)
-        and not isinstance(x, FakeTensor)
+        and not is_fake(x)
     )

@@ -27,7 +27,7 @@ from the L2 cache. The product is of the rounded values, as a GEMM's would be.
 import torch
 from torch import Tensor
 
-from lsr_scale.kernels.backend import has_triton, jit, tl, triton, use_triton
+from lsr_scale.kernels.backend import has_triton, is_fake, jit, tl, triton, use_triton
 
 
 def rms_norm_reference(
@@ -531,6 +531,8 @@ def rms_norm(
     Returns:
         rstd, float32 (float64 for float64 inputs) `[T]` or `[T, H]`: what the backward pass needs.
     """
+    if is_fake(x):
+        return x.new_empty(x.shape[:-1], dtype=torch.float32)
     run = rms_norm_triton if use_triton(x) else rms_norm_reference
     return run(x, weight, eps, out, residual=residual, residual_out=residual_out)
 
@@ -565,6 +567,8 @@ def rms_norm_project(
     Returns:
         rstd, float32 (float64 for float64 inputs) `[T]`.
     """
+    if is_fake(x):
+        return x.new_empty(len(x), dtype=torch.float32)
     if not use_triton(x):
         run = rms_norm_project_reference
     elif x.dtype.itemsize == 2 and (down.shape[0] if rank is None else rank) <= 128:
@@ -593,5 +597,7 @@ def rms_norm_backward(
         out: Where the gradient goes, like `grad`.
         residual_grad: Gradient of the sum that reaches it past the norm, like `grad`; may be `out`.
     """
+    if is_fake(x):
+        return
     run = rms_norm_backward_triton if use_triton(x) else rms_norm_backward_reference
     run(grad, x, weight, rstd, out, residual_grad=residual_grad)

@@ -11,7 +11,7 @@ rounding; bytes: `x` once, `out` once (4 per element of a 16-bit dtype), and the
 import torch
 from torch import Tensor
 
-from lsr_scale.kernels.backend import jit, tl, triton, use_triton
+from lsr_scale.kernels.backend import is_fake, jit, tl, triton, use_triton
 
 
 def rotate_reference(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, *, inverse: bool = False) -> None:
@@ -124,5 +124,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, *, inverse: bool = 
         out: Where the result goes, like `x`; may be `x` itself, else must not overlap it.
         inverse: Apply the transposed map: `x` is then the gradient of the rotated heads.
     """
+    if is_fake(x):
+        return
     run = rotate_triton if use_triton(x) else rotate_reference
     run(x, cos, sin, out, inverse=inverse)

@@ -33,7 +33,7 @@ import math
 import torch
 from torch import Tensor
 
-from lsr_scale.kernels.backend import jit, tl, triton, use_triton
+from lsr_scale.kernels.backend import is_fake, jit, tl, triton, use_triton
 
 
 def swiglu_reference(gate_up: Tensor, out: Tensor) -> None:
@@ -445,6 +445,8 @@ def swiglu(gate_up: Tensor, out: Tensor) -> None:
         gate_up: `[T, 2F]`, gate in the first F columns; rows may have any pitch.
         out: `[T, F]`, rows of any pitch; may be gate's or up's half of `gate_up`, else must not overlap it.
     """
+    if is_fake(gate_up):
+        return
     run = swiglu_triton if use_triton(gate_up) else swiglu_reference
     run(gate_up, out)
 
@@ -458,6 +460,8 @@ def swiglu_backward(grad: Tensor, gate_up: Tensor, out: Tensor, h_out: Tensor | 
         out: `[T, 2F]`: the gradient of gate in the first F columns, of up in the rest; may be `gate_up` itself.
         h_out: Where h goes, `[T, F]`; may be `grad` itself.
     """
+    if is_fake(gate_up):
+        return
     run = swiglu_backward_triton if use_triton(gate_up) else swiglu_backward_reference
     run(grad, gate_up, out, h_out)
 
@@ -492,5 +496,9 @@ def swiglu_pair_gradients(
         `(d gate_pair [F, r_gate], d up_pair [F, r_up], d down [down_rank, F])`, contiguous and in float32 (float64 for
         float64 inputs).
     """
+    if is_fake(gate_up):
+        ranks = gate_columns[1], up_columns[1], down_rank
+        d_gate, d_up, d_down = (gate_up.new_empty(grad.shape[1], rank, dtype=torch.float32) for rank in ranks)
+        return d_gate, d_up, d_down.t()
     run = swiglu_pair_gradients_triton if use_triton(gate_up) else swiglu_pair_gradients_reference
     return run(grad, gate_up, xa, gate_columns, up_columns, ds_down, down_rank, out)

@@ -15,7 +15,7 @@ as are not zero, and `T / BLOCK_T` reads of `down`, which come from the L2 cache
 import torch
 from torch import Tensor
 
-from lsr_scale.kernels.backend import jit, tl, triton, use_triton
+from lsr_scale.kernels.backend import is_fake, jit, tl, triton, use_triton
 from lsr_scale.kernels.swiglu import swiglu, swiglu_reference
 
 
@@ -201,6 +201,8 @@ def swiglu_project(gate_up: Tensor, out: Tensor, down: Tensor, xa_out: Tensor, *
         xa_out: `[T, R]`, contiguous, in the dtype of `gate_up`.
         rank: How many rows of `down` are not zero (only these need be read); all if not given.
     """
+    if is_fake(gate_up):
+        return
     if not use_triton(gate_up):
         swiglu_project_reference(gate_up, out, down, xa_out, rank=rank)
     elif gate_up.dtype.itemsize == 2 and (down.shape[0] if rank is None else rank) <= 128:

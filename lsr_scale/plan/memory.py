@@ -5,7 +5,8 @@ storage that it makes is counted from its first use until nothing refers to it. 
 adapter saves for the backward pass is counted, per layer and token, by construction: for LLaMA in bfloat16 two float32
 copies in each RMSNorm, the inputs of the adapted linears, q, k, v, the attention's output, and four tensors in the MLP.
 
-Three things stand in for what the fake run cannot show:
+Fused layers run as they are, their kernels making their results and nothing else. Otherwise three things stand in
+for what the fake run cannot show:
 - attention counts as one fused kernel: q, k, v, its output and a float32 log-sum-exp per head and token are saved, no
   S x S scores; with a padding or packing mask k and v are first repeated for every query head and the mask is saved
   once per layer in the model's dtype, as PyTorch's SDPA does;
@@ -30,6 +31,8 @@ from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
+
+from lsr_scale.fused import fuse
 
 HEAD_TILE = 4096, 32768  # trl.kernels.chunked_logprob.TOKEN_CHUNK_SIZE, trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE
 STAGES = ("forward", "head", "backward")
@@ -202,7 +205,9 @@ def layer_list(model: nn.Module) -> tuple[nn.Module, str, nn.ModuleList] | None:
     return max(found, key=lambda item: len(item[2]), default=None)
 
 
-def trace_step(model: Any, batch: Batch, task: str, supervised: int | None = None) -> dict[bool, StepMemory]:
+def trace_step(
+    model: Any, batch: Batch, task: str, supervised: int | None = None, fused: bool = False
+) -> dict[bool, StepMemory]:
     """Return the memory of one step of a `PeftModel` on the meta device, without and with checkpointing.
 
     The model is used up: its layers are cut to two and its tensors become fake ones.
@@ -212,6 +217,7 @@ def trace_step(model: Any, batch: Batch, task: str, supervised: int | None = Non
         batch: The micro-batch.
         task: "causal_lm" or "seq_cls".
         supervised: Positions that the loss is taken at; all but one a row by default.
+        fused: The model's layers were fused; it was built with "sdpa" then, and nothing was prepared.
 
     Returns:
         By `checkpointing`: False, True.
@@ -222,7 +228,9 @@ def trace_step(model: Any, batch: Batch, task: str, supervised: int | None = Non
     _to_fake(model, mode, stack)
     memory = {}
     for checkpointing in (False, True):
-        if checkpointing:
+        if checkpointing and fused:
+            fuse(model, "full")
+        elif checkpointing:
             _enable_checkpointing(model)
         runs = []
         for num_layers in dict.fromkeys((1, min(2, depth))):

@@ -27,6 +27,7 @@ from lsr_scale import adapters
 from lsr_scale.adapters.base import AdapterLinear, features
 from lsr_scale.config import RunConfig
 from lsr_scale.config.deepspeed import SHIPPED
+from lsr_scale.fused import fuse
 from lsr_scale.model import DTYPES, load_config, skeleton
 from lsr_scale.plan import memory
 from lsr_scale.plan.sizes import FrozenBytes, adapter_file_bytes, frozen_bytes, quantized_layers
@@ -84,6 +85,7 @@ class Plan:
     share_of_lora16: float
     adapter_bytes: int
     frozen_bytes: int
+    fused: bool
     memory_gib: Memory
     table: list[Row]
     warnings: list[str] = field(default_factory=list)
@@ -131,7 +133,8 @@ def plan(run: RunConfig, gpus: int = 1) -> Plan:
     if training.get("optim") not in ("adamw_torch", "adamw_torch_fused"):
         notes.append(f"the optimizer is counted as AdamW in float32; {training.get('optim')} may take less or more")
 
-    steps = memory.trace_step(model, batch, section.task)
+    fused = _fused_step(run, config, batch)
+    steps = fused or memory.trace_step(model, batch, section.task)
     parts = _Parts(frozen, trainable_bytes, steps, text.hidden_size, text.num_hidden_layers, gpus)
     stages = {**SHIPPED, "run": run.deepspeed.config or {}}
     table = [
@@ -156,6 +159,7 @@ def plan(run: RunConfig, gpus: int = 1) -> Plan:
         share_of_lora16=(num_trainable - whole) / (16 * lora),
         adapter_bytes=adapter_bytes,
         frozen_bytes=frozen.total,
+        fused=fused is not None,
         # one process runs without DeepSpeed
         memory_gib=parts.under(stages["run"] if gpus > 1 else {}, bool(training.get("gradient_checkpointing"))),
         table=table,
@@ -180,6 +184,7 @@ def render(plan: Plan) -> Group:
             f"{percent(plan.share_of_lora8)} of rank 8 ({plan.lora8_parameters:,}), "
             f"{percent(plan.share_of_lora16)} of rank 16, at the same modules",
         ),
+        ("layers", "fused, as on a GPU" if plan.fused else "each linear by itself"),
         ("adapter file", f"{plan.adapter_bytes:,} bytes ({plan.adapter_bytes / 2**20:.1f} MiB)"),
     ):
         facts.add_row(Text(name, style="bold"), text)
@@ -209,6 +214,23 @@ def render(plan: Plan) -> Group:
     )
     warned = [Text(f"warning: {line}", style="yellow") for line in plan.warnings]
     return Group(facts, Text(), table, note, *warned)
+
+
+def _fused_step(run: RunConfig, config: Any, batch: memory.Batch) -> dict[bool, memory.StepMemory] | None:
+    """Return the memory of a step whose layers all run fused, as on a GPU they would; None if they do not."""
+    section = run.model
+    if run.training["fused"] == "off" or section.attention not in ("auto", "sdpa"):
+        return None
+    base = skeleton(config, section.task, section.num_labels, DTYPES[section.dtype], "sdpa")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        task_type = adapters.TASK_TYPES[section.task]
+        options = adapters.peft_config(run.adapter.method, run.adapter.options, task_type)
+        model = peft.get_peft_model(base, options).train()
+    report = fuse(model)
+    if report.per_linear or not report.fused:
+        return None
+    return memory.trace_step(model, batch, section.task, fused=True)
 
 
 def _batch(run: RunConfig, sliding_window: int | None) -> memory.Batch:

@@ -64,23 +64,24 @@ def ran(place):
     return place, seen, out, err
 
 
-@pytest.mark.parametrize("name", [*STAGES, "zero3-bfloat16", "ddp"])
+@pytest.mark.parametrize("name", [*STAGES, "zero3-bfloat16", "zero2-fused", "ddp", "ddp-fused"])
 def test_factors_are_float32_in_the_engine_and_in_the_forward_on_both_ranks(ran, name):
     _, seen, _, _ = ran
     for rank in (0, 1):
         assert seen[rank][name]["status"] == 0
         assert seen[rank][name]["trained"] == ["torch.float32"]
         assert seen[rank][name]["forward"] == ["torch.float32"]
-        engine = "DistributedDataParallel" if name == "ddp" else "DeepSpeedEngine"
+        engine = "DistributedDataParallel" if name.startswith("ddp") else "DeepSpeedEngine"
         assert seen[rank][name]["engine"] == engine
-        if name != "ddp":
+        if name.startswith("zero"):
             assert seen[rank][name]["stage"] == int(name[4])
 
 
-@pytest.mark.parametrize("name", [*STAGES, "ddp"])
+@pytest.mark.parametrize("name", [*STAGES, "ddp", "ddp-fused"])
 def test_every_engine_trains_the_same_adapter(ran, name):
     place, *_ = ran
-    expected, found = factors(RunFolder(place / "zero2")), factors(RunFolder(place / name))
+    other = "zero2-fused" if name == "ddp-fused" else "zero2"
+    expected, found = factors(RunFolder(place / other)), factors(RunFolder(place / name))
     assert found.keys() == expected.keys()
     assert {t.dtype for t in found.values()} == {torch.float32}
     for key, tensor in found.items():
@@ -88,6 +89,13 @@ def test_every_engine_trains_the_same_adapter(ran, name):
         torch.testing.assert_close(tensor, expected[key], rtol=0, atol=1e-3)
     assert results(RunFolder(place / name))["steps"] == 4
     assert results(RunFolder(place / name))["num_processes"] == 2
+
+
+def test_fused_layers_have_the_same_losses_under_an_engine(ran):
+    place, *_ = ran
+    fused, plain = ([row["loss"] for row in metrics(RunFolder(place / name))] for name in ("zero2-fused", "zero2"))
+    assert fused == pytest.approx(plain, rel=1e-2)
+    assert fused != plain, "another order of roundings"
 
 
 def test_zero3_shards_an_unquantized_base_and_saves_whole_factors(ran):
@@ -147,7 +155,7 @@ def test_only_the_first_process_speaks_and_libraries_are_silent(ran):
     assert out.count("run folder: ") == len(seen[0]) + 2, "once a run, stopped ones twice"
     assert out.count("step 4/4") == len(seen[0])
     assert out.count("2 processes on CPU, DeepSpeed, ZeRO stage 3") == 4
-    assert out.count("2 processes on CPU, no DeepSpeed") == 1
+    assert out.count("2 processes on CPU, no DeepSpeed") == 2
     noise = [
         line for line in (out + "\n" + err).splitlines() if re.search(r"warn|deprecat|examples/s|\[rank", line, re.I)
     ]

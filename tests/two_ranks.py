@@ -14,11 +14,14 @@ from transformers import TrainerCallback
 from lsr_scale import cli
 
 QUICK = {"training": {"save_strategy": "no"}, "eval": {"tasks": []}}
+FUSED = {"training": {"save_strategy": "no", "fused": "on"}, "eval": {"tasks": []}}
 ENGINES = {
     "ddp": {"deepspeed": {"config": None}, **QUICK},  # first: DeepSpeed leaves its mark in the environment
+    "ddp-fused": {"deepspeed": {"config": None}, **FUSED},
     "zero0": {"deepspeed": {"config": "zero0"}, **QUICK},
     "zero1": {"deepspeed": {"config": "zero1"}, **QUICK},
     "zero2": {"deepspeed": {"config": "zero2"}},
+    "zero2-fused": {"deepspeed": {"config": "zero2"}, **FUSED},
     "zero3": {"deepspeed": {"config": "zero3"}, "eval": {"tasks": []}},
     "zero3-bfloat16": {"deepspeed": {"config": "zero3"}, "model": {"quantization": "none"}},
 }

@@ -40,7 +40,13 @@ def dequantize(layer: nn.Linear, dtype: torch.dtype) -> Tensor:
         dequantize_into(layer, out)
         return out
     if isinstance(layer, bnb.nn.Linear4bit):
-        return bnb_functional.dequantize_4bit(layer.weight.data, _state_of(layer)).to(dtype)
+        state = _state_of(layer)
+        if layer.in_features % state.blocksize and layer.weight.device.type == "cpu":
+            # bitsandbytes' kernel for AVX512 CPUs gives wrong weights where a block goes over the end of a row
+            out = torch.empty(layer.out_features, layer.in_features, dtype=dtype)
+            kernels.dequantize_4bit_reference(layer.weight.data, out=out, **_tables(state))
+            return out
+        return bnb_functional.dequantize_4bit(layer.weight.data, state).to(dtype)
     assert isinstance(layer, bnb.nn.Linear8bitLt)
     scale = _row_scales(layer)
     return bnb_functional.int8_vectorwise_dequant(layer.weight.data, scale).to(dtype)
@@ -61,6 +67,12 @@ def _state_of(layer: bnb.nn.Linear4bit) -> Any:
             "inject the adapter, or call lsr_scale.quantized.freeze_quantized(model), before any forward"
         )
     return state
+
+
+def _tables(state: Any) -> dict[str, Any]:
+    """Return what the 4-bit kernels ask of a quantization state."""
+    nested = (state.state2.absmax, state.state2.code, state.offset, state.state2.blocksize) if state.nested else None
+    return {"absmax": state.absmax, "code": state.code, "block_size": state.blocksize, "nested": nested}
 
 
 def _row_scales(layer: bnb.nn.Linear8bitLt) -> Tensor:
@@ -110,14 +122,7 @@ def dequantize_into(
     elif not quantized:
         kernels.copy_weight(weight, out, **pair)
     elif isinstance(layer, bnb.nn.Linear4bit):
-        state = _state_of(layer)
-        nested = None
-        if state.nested:
-            nested = (state.state2.absmax, state.state2.code, state.offset, state.state2.blocksize)
-        packed = weight.data.view(torch.uint8)
-        kernels.dequantize_4bit(
-            packed, state.absmax, state.code, out, block_size=state.blocksize, nested=nested, **pair
-        )
+        kernels.dequantize_4bit(weight.data.view(torch.uint8), out=out, **_tables(_state_of(layer)), **pair)
     else:
         kernels.dequantize_int8(weight.data, _row_scales(layer), out, **pair)
 

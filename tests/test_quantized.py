@@ -93,3 +93,15 @@ def test_a_whole_model_is_frozen_in_place_and_int8_codes_have_one_owner():
     moved = layer.to("cpu")
     assert moved.weight.SCB is not None
     assert "SCB" in moved.state_dict()
+
+
+@pytest.mark.parametrize("kind", ["nf4", "nf4-single", "fp4"])
+@pytest.mark.parametrize("in_features", [48, 64, 96, 160])
+def test_blocks_that_go_over_the_end_of_a_row_are_dequantized_right(kind, in_features):
+    torch.manual_seed(0)
+    dense = torch.randn(32, in_features) * torch.rand(32, 1)  # rows of different sizes tell blocks apart
+    linear = nn.Linear(in_features, 32, bias=False)
+    linear.weight.data.copy_(dense)
+    layer = quantize(nn.Sequential(linear), kind, torch.float32)[0]
+    freeze_quantized(layer)
+    assert (dequantize(layer, torch.float32) - dense).norm() / dense.norm() < 0.16

@@ -220,7 +220,7 @@ def test_validation_loss_is_recorded_and_kept_in_the_results(place, tmp_path):
 
 def test_the_best_checkpoint_can_be_the_one_that_is_kept(place, tmp_path):
     rows = write_rows(tmp_path / "held.jsonl", [{"prompt": "a", "completion": "@#{}[]|~^"}])
-    training = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True, "learning_rate": 5e-2}
+    training = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True, "learning_rate": 0.2}
     done = do(run_in(place, tmp_path / "run", data={"validation": [rows]}, training=training))
     losses = {row["step"]: row["eval_loss"] for row in metrics(done) if "eval_loss" in row}
     best = min(losses, key=losses.get)

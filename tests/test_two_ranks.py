@@ -85,8 +85,9 @@ def test_every_engine_trains_the_same_adapter(ran, name):
     assert found.keys() == expected.keys()
     assert {t.dtype for t in found.values()} == {torch.float32}
     for key, tensor in found.items():
-        # each step moves an element by up to the learning rate, 5e-3; sums are made in another order
-        torch.testing.assert_close(tensor, expected[key], rtol=0, atol=1e-3)
+        # sums are made in another order, and Adam moves an element whose gradient is near zero by the sign of that:
+        # so they are compared by norm
+        assert (tensor - expected[key]).norm() <= 0.02 * expected[key].norm(), key
     assert results(RunFolder(place / name))["steps"] == 4
     assert results(RunFolder(place / name))["num_processes"] == 2
 

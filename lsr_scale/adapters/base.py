@@ -218,6 +218,11 @@ def features(layer: nn.Module) -> tuple[int, int] | None:
     return None
 
 
+def upcast(params: Params) -> Params:
+    """Return the tensors with half-precision ones in float32: what factors are materialized in."""
+    return {name: p.float() if p.dtype in (torch.bfloat16, torch.float16) else p for name, p in params.items()}
+
+
 class AdapterLinear(nn.Module, BaseTunerLayer):
     """A frozen linear layer plus `scaling * delta_weight`, for any method, with any number of named adapters.
 
@@ -280,21 +285,20 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
             if adapter_name in container and not container[adapter_name].is_meta:
                 container[adapter_name] = container[adapter_name].to(target)
 
+    def factors(self, adapter_name: str) -> Params:
+        """Return the factors of an adapter by the method's names, the parameters themselves."""
+        prefixed = {name: getattr(self, self.method.prefix + name) for name in self.method.parameter_names}
+        return {name: held[adapter_name] for name, held in prefixed.items() if adapter_name in held}
+
     def params(self, adapter_name: str) -> Params:
         """Return the factors of an adapter by the method's names; half-precision ones are upcast to float32."""
-        prefixed = {name: getattr(self, self.method.prefix + name) for name in self.method.parameter_names}
-        found = {name: held[adapter_name] for name, held in prefixed.items() if adapter_name in held}
-        return {name: p.float() if p.dtype in (torch.bfloat16, torch.float16) else p for name, p in found.items()}
+        return upcast(self.factors(adapter_name))
 
     def pair(self, adapter_name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return `(down [R, in], scaling * up [out, R])` of an adapter, materialized in float32 and cast to `dtype`."""
         if self.training or torch.is_grad_enabled():
             return self._materialized(adapter_name, dtype)
-        held = [
-            getattr(self, name)[adapter_name]
-            for name in self.adapter_layer_names
-            if adapter_name in getattr(self, name)
-        ]
+        held = self.factors(adapter_name).values()
         version = tuple((p.data_ptr(), p._version) for p in held), self.adapter_configs[adapter_name].scaling
         cached = self._pair_cache.get((adapter_name, dtype))
         if cached is None or cached[0] != version:

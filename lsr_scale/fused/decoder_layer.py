@@ -32,22 +32,20 @@ from lsr_scale.kernels.swiglu_project import swiglu_project
 Recompute = Literal["none", "mlp", "full"]
 Kept = dict[str, Tensor]
 
-# what each way of recomputing leaves out of memory; x, and what down_proj's adapter needs, always stay
-_DROPPED: dict[str, tuple[str, ...]] = {
-    "none": (),
-    "mlp": ("gate_up", "xa_gate_up"),
-    "full": ("gate_up", "xa_gate_up", "rstd_2", "middle", "qkv", "xa_qkv", "rstd_1", "attended", "xa_o")
-    + ("q", "k", "rstd_q", "rstd_k", "attention_0", "attention_1", "attention_2"),
-}
+# a decoder layer's linears, by the part that holds them
+LINEARS = {"self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"), "mlp": ("gate_proj", "up_proj", "down_proj")}
 
 
 def linears_of(layer: Any) -> list[nn.Module]:
     """Return a decoder layer's seven linears: q, k, v, o, gate, up, down."""
-    attention_, mlp = layer.self_attn, layer.mlp
-    return [
-        *(attention_.q_proj, attention_.k_proj, attention_.v_proj, attention_.o_proj),
-        *(mlp.gate_proj, mlp.up_proj, mlp.down_proj),
-    ]
+    return [getattr(getattr(layer, part), name) for part, names in LINEARS.items() for name in names]
+
+
+def _stays(name: str, recompute: Recompute) -> bool:
+    """Tell whether something is kept for the backward pass; x, and what down_proj's adapter needs, always are."""
+    if recompute == "full":
+        return name in ("x", "xa_down")
+    return recompute == "none" or name not in ("gate_up", "xa_gate_up")
 
 
 @dataclass
@@ -112,8 +110,7 @@ class DecoderLayerFunction(torch.autograd.Function):
             _attend(layer, kept, positions, {})
             _gate_up(layer, kept, {})
             y = _down(layer, kept)
-        dropped = _DROPPED[recompute]
-        kept = {name: value for name, value in kept.items() if name not in dropped}
+        kept = {name: value for name, value in kept.items() if _stays(name, recompute)}
         ctx.names = list(kept)
         ctx.save_for_backward(*kept.values(), *pairs)
         return y.view(x.shape)
@@ -256,8 +253,7 @@ def _down_backward(down: Group, kept: Kept, grad: Tensor) -> tuple[Tensor, Tenso
     matrix = down.matrix(grad.dtype, grad.device)
     if not down.width:
         return down.input_gradient(grad, matrix), None, None
-    extended = down.gradient_buffer(len(grad), grad)
-    extended[:, : grad.shape[1]] = grad
+    extended = down.extended(grad)
     (d_up,) = down.output_products(extended, kept["xa_down"], matrix)
     return down.input_gradient(extended, matrix), down.tail(extended).clone(), d_up
 

@@ -14,7 +14,7 @@ from transformers.models.qwen2 import modeling_qwen2
 from transformers.models.qwen3 import modeling_qwen3
 
 from lsr_scale.adapters.base import AdapterLinear
-from lsr_scale.fused.decoder_layer import linears_of
+from lsr_scale.fused.decoder_layer import LINEARS, linears_of
 from lsr_scale.fused.groups import base_of
 from lsr_scale.fused.pairs import active_adapters
 from lsr_scale.quantized import FrozenLinear4bit, FrozenLinear8bit
@@ -22,7 +22,6 @@ from lsr_scale.quantized import FrozenLinear4bit, FrozenLinear8bit
 ATTENTION_IMPLEMENTATIONS = ("sdpa", "flash_attention_2", "flash_attention_3")
 
 FAMILIES = {"Llama": modeling_llama, "Mistral": modeling_mistral, "Qwen2": modeling_qwen2, "Qwen3": modeling_qwen3}
-LINEARS = {"self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"), "mlp": ("gate_proj", "up_proj", "down_proj")}
 
 
 def _parts(name: str, module: Any) -> dict[str, type]:
@@ -108,14 +107,22 @@ def _why_not_adapted(linear: Any) -> str | None:
 
 
 def _why_not_child(name: str, child: nn.Module) -> str | None:
+    reason = _why_not_skipped(name, child)
+    if reason:
+        return reason
+    if not _holds_factors(child, name) and any(p.requires_grad for p in child.parameters(recurse=False)):
+        return f"{name} is trained itself"
+    return None
+
+
+def _why_not_skipped(name: str, child: nn.Module) -> str | None:
+    """Return why a module's call must not be left out, or None: something happens there besides its class's forward."""
     if "forward" in child.__dict__:
         return f"{name} has a forward of its own (a device map or a patch)"
     hooks = [child._forward_hooks, child._forward_pre_hooks, child._backward_hooks, child._backward_pre_hooks]
     # transformers' recorders of outputs do nothing unless outputs are asked for, see why_not_call
     if any(hook.__module__ != "transformers.utils.output_capturing" for held in hooks for hook in held.values()):
         return f"{name} has hooks"
-    if not _holds_factors(child, name) and any(p.requires_grad for p in child.parameters(recurse=False)):
-        return f"{name} is trained itself"
     return None
 
 
@@ -155,15 +162,17 @@ def why_not_head(model: Any, arguments: dict[str, Any]) -> str | None:
         return f"lm_head is a {type(head).__name__}"
     if head.bias is not None:
         return "lm_head has a bias"
+    why_not = _why_not_skipped if isinstance(head, ModulesToSaveWrapper) else _why_not_child
     for name, child in head.named_modules(prefix="lm_head"):
-        trained = isinstance(head, ModulesToSaveWrapper)
-        reason = _why_not_child(name, child)
-        if reason and not (trained and reason.endswith("is trained itself")):
+        reason = why_not(name, child)
+        if reason:
             return reason
     if getattr(model, "_loss_function", None) is not None or model.loss_type not in (None, "ForCausalLM"):
         return "the model has a loss of its own"
-    for name, plain in (("ignore_index", -100), ("return_dict", None), ("logits_to_keep", 0)):
-        given = arguments.get(name, plain)
-        if not (given is None or given is True or (isinstance(given, int) and given == plain)):
+    if arguments.get("return_dict") is False:
+        return "return_dict is False"
+    for name, plain in (("ignore_index", -100), ("logits_to_keep", 0)):
+        given = arguments.get(name)
+        if given is not None and (isinstance(given, Tensor) or given != plain):
             return f"{name} is given"
     return None

@@ -102,9 +102,14 @@ class Group:
         return like.new_empty(rows, self.in_features + self.width)
 
     def gradient_buffer(self, rows: int, like: Tensor) -> Tensor:
-        """Return an uninitialized `[T, N + R]` for the group's output gradient, whose tail
-        `output_products` fills."""
+        """Return an uninitialized `[T, N + R]` for the output gradient, whose tail `output_products` fills."""
         return like.new_empty(rows, self.out_features + self.width)
+
+    def extended(self, grad: Tensor) -> Tensor:
+        """Return a copy of the output gradient `[T, N]` in a `gradient_buffer`."""
+        buffer = self.gradient_buffer(len(grad), grad)
+        buffer[:, : self.out_features] = grad
+        return buffer
 
     def downs(self, matrix: Tensor) -> Tensor:
         """Return the view `[R, K]` of the matrix that holds every `down`, then zero rows."""

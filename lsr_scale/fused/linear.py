@@ -40,8 +40,7 @@ class LinearFunction(torch.autograd.Function):
         group = Group([ctx.linear], [(down, up)])
         with torch.autocast(grad.device.type, enabled=False):
             matrix = group.matrix(grad.dtype, grad.device)
-            extended = group.gradient_buffer(len(rows), grad)
-            extended[:, : group.out_features] = grad.reshape(-1, group.out_features)
+            extended = group.extended(grad.reshape(-1, group.out_features))
             (d_up,) = group.output_products(extended, xa, matrix)
             (d_down,) = group.down_gradients(mm_float(group.tail(extended).t(), rows))
             d_x = group.input_gradient(extended, matrix) if ctx.needs_input_grad[0] else None

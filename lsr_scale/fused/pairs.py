@@ -15,7 +15,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lsr_scale.adapters.base import AdapterLinear, AdapterMethod
+from lsr_scale.adapters.base import AdapterLinear, AdapterMethod, upcast
 
 Pair = tuple[Tensor, Tensor]
 
@@ -53,8 +53,7 @@ class Adapter:
         """Return its parameters by the method's names."""
         linear: Any = self.linear
         if isinstance(linear, AdapterLinear):
-            held = {name: getattr(linear, linear.method.prefix + name) for name in linear.method.parameter_names}
-            return {name: values[self.name] for name, values in held.items() if self.name in values}
+            return linear.factors(self.name)
         return {"down": linear.lora_A[self.name].weight, "up": linear.lora_B[self.name].weight}
 
 
@@ -75,8 +74,10 @@ def materialize(adapters: Sequence[Adapter]) -> list[Pair]:
     """Return the pair of every adapter, scaling in `up`: float32 (float64 for such factors), differentiable."""
     if not adapters:
         return []
-    factors = [list(adapter.factors().values()) for adapter in adapters]
-    flat = _Materialize.apply(list(adapters), *(factor for group in factors for factor in group))  # pyright: ignore
+    held = [adapter.factors() for adapter in adapters]
+    flat = _Materialize.apply(  # pyright: ignore
+        list(adapters), held, *(factor for factors in held for factor in factors.values())
+    )
     return list(zip(flat[::2], flat[1::2], strict=True))
 
 
@@ -113,20 +114,20 @@ def _versions(adapters: Sequence[Adapter], held: Sequence[dict[str, Tensor]]) ->
 
 def _stacked(held: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Return each factor of some adapters of equal shapes as one tensor, float32 or wider."""
-    stacks = {name: torch.stack([factors[name] for factors in held]) for name in held[0]}
-    return {name: x.float() if x.dtype in (torch.bfloat16, torch.float16) else x for name, x in stacks.items()}
+    return upcast({name: torch.stack([factors[name] for factors in held]) for name in held[0]})
 
 
 class _Materialize(torch.autograd.Function):
     """`(factors of every adapter) -> (down, up of every adapter)`."""
 
     @staticmethod
-    def forward(ctx: Any, adapters: list[Adapter], *factors: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, adapters: list[Adapter], held: list[dict[str, Tensor]], *factors: Tensor
+    ) -> tuple[Tensor, ...]:
         ctx.adapters = adapters
         ctx.set_materialize_grads(False)
-        # apart from their device, factors are read from the modules, here and in backward
+        # by name they are in `held`, which is not kept: the backward pass reads the modules again
         device = factors[0].device.type
-        held = [adapter.factors() for adapter in adapters]
         ctx.versions = _versions(adapters, held)
         flat: list[Any] = [None] * (2 * len(adapters))
         for group in _stacks(adapters, held, range(len(adapters))):
@@ -169,7 +170,7 @@ class _Materialize(torch.autograd.Function):
             for position, index in enumerate(group):
                 for place, (stack, factor) in enumerate(zip(found, held[index].values(), strict=True)):
                     results[index][place] = stack[position].to(factor.dtype)
-        return None, *(gradient for group in results for gradient in group)
+        return None, None, *(gradient for group in results for gradient in group)
 
 
 def _stack_gradients(grads: Sequence[Tensor | None], like: Tensor, scale: float) -> Tensor:

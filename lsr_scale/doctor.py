@@ -247,27 +247,24 @@ def try_fused(device: torch.device) -> Finding:
 def _fused_against_per_linear(device: torch.device) -> tuple[float, str]:
     """Return the largest relative difference among loss and gradients, and the attention backend in use."""
     from peft import get_peft_model
-    from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaConfig
 
     from lsr_scale.adapters import peft_config
     from lsr_scale.fused import fuse
     from lsr_scale.kernels.attention import Sequences, choose_backend
+    from lsr_scale.model import skeleton
+    from lsr_scale.model.base import head_modules, quantization_config
     from lsr_scale.model.random_weights import random_base
 
     sizes: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 1, "vocab_size": 512}
-    heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2, "attn_implementation": "sdpa"}
-    with torch.device("meta"):
-        skeleton: Any = LlamaForCausalLM(LlamaConfig(**sizes, **heads))
-        skeleton = skeleton.to(torch.bfloat16)
-    quantizer = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
-    generator = torch.random.get_rng_state()
-    try:
-        base = random_base(skeleton, quantizer, device)
+    heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    empty = skeleton(LlamaConfig(**sizes, **heads))
+    quantizer = quantization_config("nf4", True, torch.bfloat16, head_modules(empty))
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        base = random_base(empty, quantizer, device)
         options = {"target_modules": "all-linear", "init": "paper", "rank": 4, "separation_rank": 4}
         model: Any = get_peft_model(base, peft_config("lsr", options, "CAUSAL_LM")).train()
         ids = torch.randint(512, (2, 64), device=device)
-    finally:
-        torch.random.set_rng_state(generator)
     found = []
     for fused in (False, True):
         if fused:

@@ -136,7 +136,7 @@ def _remedy(error: Exception) -> str | None:
     if isinstance(error, torch.OutOfMemoryError):
         return (
             "the GPU's memory ran out; lower training.per_device_train_batch_size or training.max_length, or set "
-            "training.gradient_checkpointing: true (lsr-scale plan tells what each takes)"
+            "training.memory: save (lsr-scale plan tells what each takes)"
         )
     if any(words in text for words in _FULL_DISK) and "Reader" not in text:
         return (

@@ -61,7 +61,7 @@ def train(
         tasks = evaluate.load_tasks(run.eval)
         say(f"loading {run.model.name} ({run.model.quantization}) and adapting it with {run.adapter.method}")
         progress = Progress(folder.metrics, quiet=quiet)
-        trainer = build_trainer(run, folder, [progress])
+        trainer = build_trainer(run, folder, [progress], say)
         model: Any = trainer.model
         if checkpoint:
             _check_adapter(model, checkpoint)

@@ -1,6 +1,7 @@
 """What fused layers keep by the memory there is, and weights held dequantized."""
 
 import itertools
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import lsr_scale
 from lsr_scale.fused import FuseReport, release_weights
 from lsr_scale.fused.decoder_layer import DecoderLayerFunction
 from lsr_scale.fused.memory import _cost
+from lsr_scale.memory_policy import KeepWhatFits
 
 
 def layers_of(model: Any) -> Any:
@@ -128,3 +130,56 @@ def test_a_model_without_fused_layers_has_nothing_to_fit(ids):
     model = adapted(tiny_llama())
     results(model, ids)
     assert lsr_scale.fit_memory(model, 1e9, 10) is None
+
+
+class Gpu:
+    """Memory as a GPU would tell it, in bytes: at rest, at the peak of a step, and in all."""
+
+    def __init__(self, rest: int, peak: int, total: int) -> None:
+        self.rest, self.peak, self.total, self.emptied = rest, peak, total, 0
+
+    def memory_allocated(self) -> int:
+        return self.rest
+
+    def memory_reserved(self) -> int:
+        return self.peak
+
+    def max_memory_allocated(self) -> int:
+        return self.peak
+
+    def mem_get_info(self) -> tuple[int, int]:
+        return self.total - self.peak, self.total
+
+    def reset_peak_memory_stats(self) -> None:
+        pass
+
+    def empty_cache(self) -> None:
+        self.emptied += 1
+
+
+@pytest.mark.parametrize(
+    ("total", "largest", "rungs"),
+    [
+        (2_000_000, 20, {("full", False): 2}),  # the first step filled it
+        (3_000_000, 20, {("none", True): 2}),
+        (2_400_000, 200, {("full", False): 2}),  # a larger step would need it
+        (20_000_000, 200, {("none", True): 2}),
+        (2_400_000, None, {("full", False): 2}),  # unknown
+    ],
+)
+def test_what_the_first_step_left_is_spent(total, largest, rungs, ids):
+    model = adapted(tiny_llama())
+    lsr_scale.fuse(model, "full")
+    said: list[str] = []
+    policy = KeepWhatFits(largest, said.append, Gpu(1_000_000, 2_000_000, total))
+    anything: Any = None
+    policy.on_train_begin(anything, anything, anything)
+    for _ in range(2):
+        model.train()
+        model(input_ids=ids, labels=ids).loss.backward()
+        policy.on_step_end(anything, anything, anything, model=model)
+    found = Counter((layer.recompute, bool(layer.held)) for layer in layers_of(model))
+    assert found == rungs
+    assert len(said) == (largest is not None)
+    policy.on_train_end(anything, anything, anything, model=model)
+    assert not any(layer.held for layer in layers_of(model))

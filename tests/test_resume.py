@@ -309,7 +309,9 @@ def test_a_full_disk_under_the_metrics_ends_the_run_in_words(place, tmp_path, mo
 
     original = module.build_trainer
     monkeypatch.setattr(
-        module, "build_trainer", lambda run, folder, callbacks: original(run, folder, [FillMetrics(), *callbacks])
+        module,
+        "build_trainer",
+        lambda run, folder, callbacks, say: original(run, folder, [FillMetrics(), *callbacks], say),
     )
     assert cli.main(["train", file]) == 2
     assert "lsr-scale: the disk is full; free some space" in capfd.readouterr().err

@@ -27,11 +27,13 @@ from tiny_runs import (
 )
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from lsr_scale import UserError
+from lsr_scale import UserError, assembly
 from lsr_scale.adapters.lsr import Lsr
 from lsr_scale.assembly import adapt, build_trainer
 from lsr_scale.config import dump_yaml, load_run
+from lsr_scale.config.training import checkpoints_layers
 from lsr_scale.fused import decoder_layer
+from lsr_scale.memory_policy import KeepWhatFits
 from lsr_scale.model import base_of
 from lsr_scale.run_folder import RunFolder
 
@@ -167,7 +169,7 @@ def test_other_bases_go_the_same_way(place, plain, tmp_path, quantization):
 
 
 def test_checkpointing_changes_memory_and_not_the_adapter(place, plain, tmp_path):
-    assert load_run(plain.config).training["gradient_checkpointing"] is True
+    assert checkpoints_layers(load_run(plain.config).training)
     done = do(run_in(place, tmp_path, training={"gradient_checkpointing": False}))
     assert same(factors(plain), factors(done))
 
@@ -420,3 +422,32 @@ def test_the_resolved_run_in_the_folder_trains_the_same_adapter_again(plain, tmp
     assert values["adapter"]["target_modules"] == SEVEN_LINEARS
     again = do(load_run(plain.config, [f"training.output_dir={tmp_path}"]))
     assert same(factors(plain), factors(again))
+
+
+def test_memory_auto_keeps_more_after_the_first_step(place, tmp_path, monkeypatch):
+    """On a CPU there is nothing to fit into: a GPU's memory is told by hand, the rest is the run's own."""
+    from test_fused_memory import Gpu
+
+    policies = []
+
+    def policy(largest, say):
+        policies.append(KeepWhatFits(largest, say, Gpu(1000, 10**6, 10**9)))
+        return policies[-1]
+
+    monkeypatch.setattr(assembly, "KeepWhatFits", policy)
+    monkeypatch.setattr(assembly, "_fits_memory", lambda run: run.training["memory"] == "auto")
+    training = {"save_strategy": "no", "fused": "on", "logging_steps": 1}
+    model = {"quantization": "nf4", "dtype": "float32"}
+    runs = {
+        memory: do(
+            run_in(place, tmp_path / memory, model=model, training={**training, "memory": memory}, eval={"tasks": []})
+        )
+        for memory in ("auto", "save", "speed")
+    }
+    (only,) = policies  # save and speed have none
+    assert only.decided
+    # rows of a few tokens, two at once, not training.max_length
+    assert 2 <= only.largest < 2 * load_run(runs["auto"].config).training["max_length"]
+    for done in runs.values():
+        for name, value in factors(runs["save"]).items():
+            assert torch.allclose(factors(done)[name], value, atol=2e-4), name

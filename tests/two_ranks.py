@@ -72,8 +72,8 @@ def main() -> None:
     adapters.METHODS["lsr"].materialize = staticmethod(spy)
     build, watch = assembly.build_trainer, Watch()
 
-    def build_and_watch(run, where, callbacks):
-        watch.trainer = build(run, where, [*callbacks, watch])
+    def build_and_watch(run, where, callbacks, say):
+        watch.trainer = build(run, where, [*callbacks, watch], say)
         return watch.trainer
 
     train.build_trainer = build_and_watch

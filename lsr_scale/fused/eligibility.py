@@ -99,6 +99,8 @@ def _why_not_adapted(linear: Any) -> str | None:
         return f"an adapter of type {type(linear).__name__}"
     if linear.merged:
         return "an adapter is merged"
+    if getattr(linear, "rows", None) is not None:
+        return "the rows of the batch use different adapters"
     for adapter in adapters:
         dropout: Any = dropouts[adapter.name]
         if dropout.training and getattr(dropout, "p", 0):

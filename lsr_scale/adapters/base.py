@@ -291,8 +291,11 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
 
     def factors(self, adapter_name: str) -> Params:
         """Return the factors of an adapter by the method's names, the parameters themselves."""
-        prefixed = {name: getattr(self, self.method.prefix + name) for name in self.method.parameter_names}
-        return {name: held[adapter_name] for name, held in prefixed.items() if adapter_name in held}
+        # where modules keep what is in them: by attribute it takes twenty times as long, in every step
+        modules: Any = self._modules
+        held = [modules[name]._parameters for name in self.adapter_layer_names]
+        names = zip(self.method.parameter_names, held, strict=True)
+        return {name: factors[adapter_name] for name, factors in names if adapter_name in factors}
 
     def params(self, adapter_name: str) -> Params:
         """Return the factors of an adapter by the method's names; half-precision ones are upcast to float32."""

@@ -88,7 +88,7 @@ class _Layer:
     """What a pass reads from a layer's module."""
 
     def __init__(self, module: Any, pairs: list[Pair | None]) -> None:
-        linears, held = linears_of(module), module.held
+        linears, held = module.verdict.bases, module.held
         parts = (slice(0, 3), slice(3, 4), slice(4, 6), slice(6, 7))
         self.qkv, self.o, self.gate_up, self.down = (
             Group(linears[part], pairs[part], held.get(name)) for name, part in zip(GROUPS, parts, strict=True)

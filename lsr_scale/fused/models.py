@@ -12,7 +12,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -107,8 +107,9 @@ class _Fused:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Let copies and pickles find the class by what it was made from: its own name stands in no module."""
-        _, _, *state = super().__reduce_ex__(protocol)
-        return (_new, (self.mixin, self.original), *state)
+        _, _, state, *rest = cast(Any, super().__reduce_ex__(protocol))
+        kept = {name: value for name, value in state.items() if name != "verdict"}  # names classes like this one
+        return (_new, (self.mixin, self.original), kept, *rest)
 
 
 class FusedLayer(_Fused):
@@ -121,6 +122,7 @@ class FusedLayer(_Fused):
     recompute: Recompute = "none"
     told: str | None = None
     sizes: LayerSizes | None = None
+    verdict: Any = None  # what eligibility last said, and of what
     held: Mapping[str, HeldMatrix] = MappingProxyType({})
 
     def forward(self, hidden_states: Tensor, *args: Any, fused: FusedForward | None = None, **kwargs: Any) -> Tensor:
@@ -356,7 +358,7 @@ def unfuse(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, _Fused):
             module.__class__ = module.original
-            for name in ("recompute", "told", "sizes", "held", "pair_cache", "most_tokens"):
+            for name in ("recompute", "told", "sizes", "verdict", "held", "pair_cache", "most_tokens"):
                 module.__dict__.pop(name, None)
 
 

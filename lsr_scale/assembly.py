@@ -26,6 +26,7 @@ from lsr_scale.data.preview import prepare_tokenizer, tokenize_classification
 from lsr_scale.errors import UserError
 from lsr_scale.fused import fuse
 from lsr_scale.model import base_of, load_tokenizer
+from lsr_scale.resumable import Resumable
 from lsr_scale.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
@@ -71,6 +72,7 @@ def build_trainer(run: RunConfig, folder: RunFolder, callbacks: list[TrainerCall
         raise UserError(
             f"data.train: training.max_length ({limit}) cuts off everything to be learned in all rows; raise it"
         )
+    trainer.on_nonfinite = run.training["on_nonfinite"]  # pyright: ignore[reportAttributeAccessIssue]
     trainer.remove_callback(PrinterCallback)  # prints what Progress prints
     if not arguments.push_to_hub:
         trainer.create_model_card = lambda *_, **__: None  # a template for the hub, among files to be read
@@ -139,7 +141,11 @@ def _sft_trainer(common: dict[str, Any]) -> Trainer:
             f"TRL {trl.__version__} computes its loss with Triton, on a GPU only; to train on the CPU: "
             "pip install 'trl>=1.16,<1.17'"
         )
-    return SFTTrainer(**common)
+
+    class ResumableSFTTrainer(Resumable, SFTTrainer):
+        pass
+
+    return ResumableSFTTrainer(**common)
 
 
 def _classifier_trainer(run: RunConfig, common: dict[str, Any]) -> Trainer:
@@ -149,7 +155,7 @@ def _classifier_trainer(run: RunConfig, common: dict[str, Any]) -> Trainer:
             common[split] = tokenize_classification(
                 common[split], common["processing_class"], run.training["max_length"]
             )
-    return Trainer(**common, compute_metrics=_classification_metrics if run.model.num_labels != 1 else None)
+    return Resumable(**common, compute_metrics=_classification_metrics if run.model.num_labels != 1 else None)
 
 
 def _check_labels(labels: Any, num_labels: int | None, split: str) -> None:

@@ -88,7 +88,10 @@ def _count(text: str) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; return the exit status: 0, 1 (doctor found something), 2 (a mistake), 130 (interrupted)."""
+    """Run a command; return the exit status.
+
+    0; 1, doctor found something; 2, a mistake; 130, interrupted; 143, ended by SIGTERM, a checkpoint saved.
+    """
     args = _parser().parse_args(arguments)
     try:
         _quiet_libraries(args.debug)
@@ -102,13 +105,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 0
     except Exception as error:
-        words = str(error) if isinstance(error, UserError) else _remedy(error)
+        from lsr_scale.faults import Terminated
+
+        words = str(error) if isinstance(error, UserError | Terminated) else _remedy(error)
         if words is None:
             raise
         if args.debug:
             traceback.print_exc()
         _say_error(words)
-        status = 2
+        status = 143 if isinstance(error, Terminated) else 2
     if status and "WORLD_SIZE" in os.environ:
         # the other processes wait for this one in a collective; ending at once lets the launcher end them
         sys.stdout.flush()

@@ -75,6 +75,16 @@ def broadcast(value: object) -> object:
     return box[0]
 
 
+def any_of(flag: bool) -> bool:
+    """Tell, alike on every process, whether the flag is set on any."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return flag
+    on_gpu = torch.distributed.get_backend() == "nccl"
+    box = torch.tensor(int(flag), device="cuda" if on_gpu else "cpu")
+    torch.distributed.all_reduce(box, torch.distributed.ReduceOp.MAX)
+    return bool(box)
+
+
 def stop() -> None:
     """Leave the process group."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():

@@ -31,6 +31,7 @@ DEFAULTS: dict[str, Any] = {
     "max_grad_norm": 1.0,
     "gradient_checkpointing": True,
     "fused": "auto",  # ours, like max_length of a classifier
+    "on_nonfinite": "stop",  # ours too
     "logging_steps": 10,
     "save_strategy": "steps",
     "save_steps": 0.1,  # below 1: a share of all steps
@@ -171,6 +172,8 @@ def training_model(task: Task) -> type[TrainingFields]:
         fields["max_length"] = _field("max_length", int | None, defaults["max_length"], text)
     text = "Run decoder layers fused: 'on', 'off', or 'auto' (on a GPU). Fused layers do their own checkpointing."
     fields["fused"] = (Literal["auto", "on", "off"], Field(default=defaults["fused"], description=text))
+    text = "A batch whose loss is not finite ends the run ('stop') or counts for nothing ('skip'); both note its rows."
+    fields["on_nonfinite"] = (Literal["stop", "skip"], Field(default=defaults["on_nonfinite"], description=text))
     return create_model("TrainingSection", __base__=TrainingFields, **fields)
 
 
@@ -199,7 +202,7 @@ def training_kwargs(training: Mapping[str, Any], task: Task) -> dict[str, Any]:
     """
     known = {field.name for field in dataclasses.fields(training_arguments_class(task))}
     kwargs = dict(training)
-    del kwargs["fused"]  # ours
+    del kwargs["fused"], kwargs["on_nonfinite"]  # ours
     if task == "seq_cls":
         del kwargs["max_length"]  # ours: the tokenizer cuts, not the trainer
     if kwargs["output_dir"] is None:

@@ -16,6 +16,8 @@ from lsr_scale.errors import UserError
 SECONDS_FOR_RANK_0 = 4.0
 # the system's words, and what torch.save makes of them
 _FULL_DISK = ("No space left on device", "PytorchStreamWriter", "inline_container", "iostream error")
+# a peer's end, in gloo's words and NCCL's
+_LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "ncclRemoteError", "ncclSystemError")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -147,6 +149,11 @@ def _remedy(error: Exception) -> str | None:
         return (
             "the disk is full; free some space, then go on with --resume auto (whole checkpoints stay, and one cut "
             "short is passed over)"
+        )
+    if any(words in text for words in _LOST_PEER):
+        return (
+            "another process of the run ended or cannot be reached; what it said tells why; go on from the last "
+            "checkpoint with --resume auto"
         )
     if isinstance(error, SafetensorError):
         return f"a weight file is damaged or cut short ({text}); restore it, or resume from the checkpoint before"

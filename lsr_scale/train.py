@@ -43,7 +43,7 @@ def train(
         UserError: for what a user can mend.
     """
     started = time.monotonic()
-    distributed.start(run.deepspeed.config is not None)
+    distributed.start(run.deepspeed.config is not None, run.training.get("ddp_timeout", distributed.TIMEOUT_S))
     main = distributed.is_main()
     live = main and not quiet
 

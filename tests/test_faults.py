@@ -4,13 +4,20 @@ import json
 import math
 import os
 import signal
+import subprocess
+import sys
+import time
 
 import pytest
+import torch
 from test_resume import arrange_stop, config_file
+from test_two_ranks import ROOT, free_port, launch
 from tiny_runs import do, factors, metrics, same, save_llama, tiny_run
 from trl import SFTTrainer
 
-from lsr_scale import cli
+from lsr_scale import cli, progress
+from lsr_scale.checkpoints import damage
+from lsr_scale.config import dump_yaml
 from lsr_scale.run_folder import RunFolder
 
 
@@ -41,13 +48,13 @@ def test_sigterm_saves_at_the_end_of_the_step_and_the_run_goes_on(place, tmp_pat
 UNDISTURBED = {"adapter": {"method": "kron_lora", "rank": 4, "left_out": 4, "dropout": 0.2}}
 
 
-def poison(monkeypatch, steps, process=0):
-    """Make the loss of these steps infinite, once, on one process."""
+def poison(monkeypatch, steps):
+    """Make the loss of these steps infinite."""
     compute = SFTTrainer.compute_loss
 
     def poisoned(self, model, inputs, *args, **kwargs):
         result = compute(self, model, inputs, *args, **kwargs)
-        if model.training and self.state.global_step + 1 in steps and int(os.environ.get("RANK", 0)) == process:
+        if model.training and self.state.global_step + 1 in steps:
             return (result[0] * math.inf, *result[1:]) if isinstance(result, tuple) else result * math.inf
         return result
 
@@ -77,3 +84,82 @@ def test_a_batch_that_is_skipped_counts_for_nothing(place, tmp_path, monkeypatch
     assert [line["step"] for line in lines] == [2] * accumulation
     noted = [row for line in lines for row in line["rows"]]
     assert len(set(noted)) == 2 * accumulation, "every micro-batch has rows of its own"
+
+
+def start_rank(rank, file, port, *options):
+    """Start one of two processes by itself, as on two hosts."""
+    environment = {
+        **os.environ,
+        **{"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"},
+        **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+    }
+    command = [sys.executable, str(ROOT / "launch" / "train.py"), "--config", str(file), *options]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_steps(folder, more_than, ranks):
+    """Return the steps recorded once there are more than so many."""
+    deadline = time.monotonic() + 120
+    while (steps := len(progress.read_metrics(folder.metrics))) <= more_than:
+        assert all(rank.poll() is None for rank in ranks), [rank.communicate() for rank in ranks]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return steps
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of CPU processes; a GPU would be shared by both")
+def test_ranks_started_one_by_one_meet_and_end_together(place, tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    training = {"output_dir": str(folder.path), "max_steps": 5000, "save_steps": 20}
+    file = tmp_path / "run.yaml"
+    file.write_text(dump_yaml(tiny_run(place, training=training, eval={"tasks": []})))
+
+    port = free_port()
+    ranks = [start_rank(rank, file, port) for rank in (0, 1)]
+    wait_for_steps(folder, 3, ranks)
+    ranks[1].send_signal(signal.SIGTERM)
+    said = [rank.communicate(timeout=60) for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [143, 143], said
+    assert "lsr-scale: ended by SIGTERM after step" in said[0][1]
+    steps = len(metrics(folder))
+    assert damage(folder.path / f"checkpoint-{steps}") is None
+
+    port = free_port()
+    ranks = [start_rank(rank, file, port, "--resume", "auto") for rank in (0, 1)]
+    wait_for_steps(folder, steps + 2, ranks)
+    ranks[1].kill()
+    ranks[1].communicate()
+    killed = time.monotonic()
+    out, err = ranks[0].communicate(timeout=60)
+    assert time.monotonic() - killed < 20
+    assert ranks[0].returncode == 2, err
+    assert f"resuming from {folder.path}/checkpoint-{steps}" in out
+    assert "lsr-scale: another process of the run ended or cannot be reached" in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.slow
+def test_a_rank_whose_peer_never_comes_says_so(place, tmp_path):
+    training = {"output_dir": str(tmp_path / "run"), "ddp_timeout": 3}
+    (tmp_path / "run.yaml").write_text(dump_yaml(tiny_run(place, training=training, eval={"tasks": []})))
+    port = free_port()
+    rank = start_rank(0, tmp_path / "run.yaml", port)
+    _, err = rank.communicate(timeout=60)
+    assert rank.returncode == 2, err
+    assert f"lsr-scale: process 0 of 2 did not meet the others at 127.0.0.1:{port} within 3 s: see that all" in err
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of CPU processes; a GPU would be shared by both")
+def test_the_failing_rank_speaks_first_and_ends_the_run(place, tmp_path):
+    run = tiny_run(place, training={"output_dir": str(tmp_path / "run")}, eval={"tasks": []})
+    (tmp_path / "run.yaml").write_text(dump_yaml(run))
+    script = ROOT / "tests" / "poisoned_rank.py"
+    status, out, err, seconds = launch("torchrun", script, "--config", tmp_path / "run.yaml")
+    assert status != 0
+    said = [line for line in (out + err).splitlines() if "lsr-scale: " in line]
+    assert "lsr-scale: rank 1: training diverged: the loss is inf at step 2, on rows [" in said[0]
+    assert seconds < 60
+    (line,) = (tmp_path / "run" / "nonfinite.jsonl").read_text().splitlines()
+    assert json.loads(line)["process"] == 1

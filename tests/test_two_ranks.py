@@ -38,11 +38,16 @@ LAUNCHERS = {
 }
 
 
-def launch(launcher, *command, timeout=240):
-    """Run a script on two processes; return the status, stdout without the launcher's own lines, stderr, seconds."""
+def free_port():
+    """Return the number of a port that nobody listens on."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+        return str(free.getsockname()[1])
+
+
+def launch(launcher, *command, timeout=240):
+    """Run a script on two processes; return the status, stdout without the launcher's own lines, stderr, seconds."""
+    port = free_port()
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
     begun = time.monotonic()

@@ -97,10 +97,10 @@ def is_aside(folder: RunFolder) -> bool:
     return any(folder.path.glob(".checkpoint-*.part"))
 
 
-def save_seconds(runs: Runs) -> float:
-    """Return how long a save of this run takes, by the time for which the folder aside is there."""
-    process, times, begun = runs.start("timed"), [], None
-    folder = runs.folder("timed")
+def undisturbed(runs: Runs) -> tuple[float, float, str]:
+    """Do a run to its end; return its seconds, those of a save (the folder aside is there), the adapter's SHA-256."""
+    started, times, begun = time.monotonic(), [], None
+    process, folder = runs.start("undisturbed"), runs.folder("undisturbed")
     while process.poll() is None:
         now, aside = time.monotonic(), is_aside(folder)
         if aside and begun is None:
@@ -109,7 +109,10 @@ def save_seconds(runs: Runs) -> float:
             times.append(now - begun)
             begun = None
         time.sleep(0.0005)
-    return sorted(times)[len(times) // 2]
+    digest = runs.digest("undisturbed")
+    if process.returncode or digest is None:
+        raise SystemExit((runs.place / "undisturbed.log").read_text()[-2000:])
+    return time.monotonic() - started, sorted(times)[len(times) // 2], digest
 
 
 def kill_in_save(runs: Runs, name: str, which: int, delay: float) -> bool:
@@ -154,12 +157,7 @@ def measure(kills: int, in_saves: int, processes: int, steps: int, save_steps: i
     place = Path(tempfile.mkdtemp(prefix="faults-"))
     runs = Runs(place, processes, steps, save_steps)
     try:
-        assert runs.finish("warm") == 0, (place / "warm.log").read_text()[-2000:]
-        started = time.monotonic()
-        assert runs.finish("undisturbed") == 0
-        total = time.monotonic() - started
-        expected = runs.digest("undisturbed")
-        saving = save_seconds(runs)
+        total, saving, expected = undisturbed(runs)
         # strata, so that the moments spread evenly
         others = kills - in_saves
         moments = [total * (index + draw.random()) / others for index in range(others)]

@@ -113,7 +113,19 @@ class Resumable(_Base):
         shutil.rmtree(old, ignore_errors=True)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """Make the optimizer without groups of no parameters, which some engines drop: so its groups are the same."""
+        """Make the optimizer without groups of no parameters, which some engines drop: so its groups are the same.
+
+        Raises:
+            UserError: for an 8-bit optimizer under ZeRO-1 to 3, whose blocks belong to no single parameter.
+        """
+        plugin = self.accelerator.state.deepspeed_plugin if self.is_deepspeed_enabled else None
+        name = getattr(self.args.optim, "value", self.args.optim)
+        if plugin is not None and plugin.zero_stage > 0 and "8bit" in name:
+            raise UserError(
+                f"training.optim: {name} keeps its state in blocks over "
+                f"all parameters, which no checkpoint can hold by parameter under ZeRO-{plugin.zero_stage}; use "
+                "adamw_torch, or set deepspeed.config to zero0"
+            )
         optimizer = super().create_optimizer(*args, **kwargs)
         optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
         return optimizer

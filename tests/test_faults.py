@@ -15,7 +15,7 @@ from test_two_ranks import ROOT, free_port, launch
 from tiny_runs import do, factors, metrics, same, save_llama, tiny_run
 from trl import SFTTrainer
 
-from lsr_scale import cli, progress
+from lsr_scale import UserError, cli, distributed, progress
 from lsr_scale.checkpoints import damage
 from lsr_scale.config import dump_yaml
 from lsr_scale.run_folder import RunFolder
@@ -139,15 +139,24 @@ def test_ranks_started_one_by_one_meet_and_end_together(place, tmp_path):
     assert "Traceback" not in err
 
 
-@pytest.mark.slow
-def test_a_rank_whose_peer_never_comes_says_so(place, tmp_path):
-    training = {"output_dir": str(tmp_path / "run"), "ddp_timeout": 3}
-    (tmp_path / "run.yaml").write_text(dump_yaml(tiny_run(place, training=training, eval={"tasks": []})))
+def test_a_rank_whose_peer_never_comes_says_so(monkeypatch):
     port = free_port()
-    rank = start_rank(0, tmp_path / "run.yaml", port)
-    _, err = rank.communicate(timeout=60)
-    assert rank.returncode == 2, err
-    assert f"lsr-scale: process 0 of 2 did not meet the others at 127.0.0.1:{port} within 3 s: see that all" in err
+    places = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for name, value in {**places, "OMP_NUM_THREADS": str(torch.get_num_threads())}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=f"process 0 of 2 did not meet the others at 127.0.0.1:{port} within 1 s: see"):
+        distributed.start(use_deepspeed=False, timeout_s=1)
+
+
+@pytest.mark.slow
+def test_a_run_killed_within_a_save_goes_on_to_the_same_adapter(tmp_path):
+    """The short form of benchmarks/faults.py."""
+    script, out = ROOT / "benchmarks" / "faults.py", tmp_path / "faults.json"
+    options = ["--kills", "1", "--in-saves", "1", "--steps", "8", "--save-steps", "2", "--seed", "1", "--out", str(out)]
+    done = subprocess.run([sys.executable, script, *options], capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(out.read_text())
+    assert (found["phases"], found["resumed"], found["same_adapter"]) == ({"save": 1}, 1, 1)
 
 
 @pytest.mark.slow

@@ -70,7 +70,7 @@ def place(tmp_path_factory):
 def ran(place):
     """Run two_ranks.py once for all tests, over 16 rows so that each of the two processes has four steps."""
     write_rows(place / "rows.jsonl", completions(16))
-    for after in ("zero1", "zero2", "zero3"):  # one process begins these
+    for after in ("zero1", "zero3"):  # one process begins these
         with pytest.MonkeyPatch.context() as patch:
             arrange_stop(patch, 3)
             with pytest.raises(Killed):
@@ -137,10 +137,7 @@ def test_a_stopped_run_goes_on_to_the_same_adapter_bit_for_bit(ran, name):
     assert [row["num_tokens"] for row in rows] == [row["num_tokens"] for row in expected]
 
 
-CHANGES = [
-    *("zero3-to-zero2", "zero2-to-zero3", "zero1-to-zero0", "zero0-to-zero1"),
-    *("one-to-zero1", "one-to-zero2", "one-to-zero3"),
-]
+CHANGES = ["zero3-to-zero2", "zero2-to-zero3", "one-to-zero1", "one-to-zero3"]
 
 
 @pytest.mark.parametrize("name", [*(f"{stage}-halved" for stage in STAGES), *CHANGES])

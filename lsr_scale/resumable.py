@@ -127,7 +127,8 @@ class Resumable(_Base):
                 "adamw_torch, or set deepspeed.config to zero0"
             )
         optimizer = super().create_optimizer(*args, **kwargs)
-        optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+        if hasattr(optimizer, "param_groups"):  # a DeepSpeed file's own optimizer is made later
+            optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
         return optimizer
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:

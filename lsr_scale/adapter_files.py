@@ -1,9 +1,7 @@
 """The adapter on disk: saved whole or not at all, and loaded only onto the base that it belongs to."""
 
-import errno
 import json
 import math
-import os
 import re
 import shutil
 import warnings
@@ -37,7 +35,7 @@ def save_adapter(trainer: Trainer, target: Path) -> None:
     Raises:
         UserError: if the disk is full or the folder cannot be written.
     """
-    state = None
+    state: Any = None
     if is_sharded(trainer.model):
         state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if not distributed.is_main():
@@ -47,9 +45,7 @@ def save_adapter(trainer: Trainer, target: Path) -> None:
     for left_over in (aside, old):
         shutil.rmtree(left_over, ignore_errors=True)
     try:
-        model.save_pretrained(aside, state_dict=state)
-        (aside / "base.json").write_text(json.dumps(base_description(model), indent=1) + "\n")
-        _check_saved(aside)
+        write_adapter(model, aside, state)
         if target.exists():
             target.rename(old)
         aside.rename(target)
@@ -62,10 +58,19 @@ def save_adapter(trainer: Trainer, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def write_adapter(model: Any, folder: Path, state: dict[str, Any] | None = None) -> None:
+    """Write the adapter as PEFT does, with `base.json` beside it; `state` has its tensors where the model is sharded.
+
+    Raises:
+        AssertionError: for an empty tensor.
+    """
+    model.save_pretrained(folder, state_dict=state if is_sharded(model) else None)
+    (folder / "base.json").write_text(json.dumps(base_description(model), indent=1) + "\n")
+    _check_saved(folder)
+
+
 def _cannot_save(target: Path, error: OSError | SafetensorError) -> UserError:
-    if "No space left" in str(error):  # safetensors keeps the number of the system's error in its text
-        error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    return record.cannot_write(target, error if isinstance(error, OSError) else OSError(str(error)))
+    return record.cannot_write(target, record.system_error(error))
 
 
 def _check_saved(folder: Path) -> None:

@@ -26,6 +26,7 @@ from lsr_scale.errors import UserError
 from lsr_scale.fused import FuseReport, fuse
 from lsr_scale.memory_policy import KeepWhatFits, largest_forward
 from lsr_scale.model import base_of, load_tokenizer
+from lsr_scale.resumable import Resumable
 from lsr_scale.run_folder import RunFolder
 
 
@@ -79,6 +80,7 @@ def build_trainer(
         )
     if report is not None and report.fused and _fits_memory(run):
         trainer.add_callback(KeepWhatFits(largest_forward(trainer), say))
+    trainer.on_nonfinite = run.training["on_nonfinite"]  # pyright: ignore[reportAttributeAccessIssue]
     trainer.remove_callback(PrinterCallback)  # prints what Progress prints
     if not arguments.push_to_hub:
         trainer.create_model_card = lambda *_, **__: None  # a template for the hub, among files to be read
@@ -152,7 +154,11 @@ def _sft_trainer(common: dict[str, Any]) -> Trainer:
             f"TRL {trl.__version__} computes its loss with Triton, on a GPU only; to train on the CPU: "
             "pip install 'trl>=1.16,<1.17'"
         )
-    return SFTTrainer(**common)
+
+    class ResumableSFTTrainer(Resumable, SFTTrainer):
+        pass
+
+    return ResumableSFTTrainer(**common)
 
 
 def _classifier_trainer(run: RunConfig, common: dict[str, Any]) -> Trainer:
@@ -162,7 +168,7 @@ def _classifier_trainer(run: RunConfig, common: dict[str, Any]) -> Trainer:
             common[split] = tokenize_classification(
                 common[split], common["processing_class"], run.training["max_length"]
             )
-    return Trainer(**common, compute_metrics=_classification_metrics if run.model.num_labels != 1 else None)
+    return Resumable(**common, compute_metrics=_classification_metrics if run.model.num_labels != 1 else None)
 
 
 def _check_labels(labels: Any, num_labels: int | None, split: str) -> None:

@@ -16,6 +16,8 @@ from lsr_scale.errors import UserError
 SECONDS_FOR_RANK_0 = 4.0
 # the system's words, and what torch.save makes of them
 _FULL_DISK = ("No space left on device", "PytorchStreamWriter", "inline_container", "iostream error")
+# a peer's end, in gloo's words and NCCL's
+_LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "ncclRemoteError", "ncclSystemError")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -88,7 +90,10 @@ def _count(text: str) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; return the exit status: 0, 1 (doctor found something), 2 (a mistake), 130 (interrupted)."""
+    """Run a command; return the exit status.
+
+    0; 1, doctor found something; 2, a mistake; 130, interrupted; 143, ended by SIGTERM, a checkpoint saved.
+    """
     args = _parser().parse_args(arguments)
     try:
         _quiet_libraries(args.debug)
@@ -102,13 +107,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 0
     except Exception as error:
-        words = str(error) if isinstance(error, UserError) else _remedy(error)
+        from lsr_scale.faults import Terminated
+
+        words = str(error) if isinstance(error, UserError | Terminated) else _remedy(error)
         if words is None:
             raise
         if args.debug:
             traceback.print_exc()
         _say_error(words)
-        status = 2
+        status = 143 if isinstance(error, Terminated) else 2
     if status and "WORLD_SIZE" in os.environ:
         # the other processes wait for this one in a collective; ending at once lets the launcher end them
         sys.stdout.flush()
@@ -142,6 +149,11 @@ def _remedy(error: Exception) -> str | None:
         return (
             "the disk is full; free some space, then go on with --resume auto (whole checkpoints stay, and one cut "
             "short is passed over)"
+        )
+    if any(words in text for words in _LOST_PEER):
+        return (
+            "another process of the run ended or cannot be reached; what it said tells why; go on from the last "
+            "checkpoint with --resume auto"
         )
     if isinstance(error, SafetensorError):
         return f"a weight file is damaged or cut short ({text}); restore it, or resume from the checkpoint before"

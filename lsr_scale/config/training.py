@@ -30,8 +30,9 @@ DEFAULTS: dict[str, Any] = {
     "weight_decay": 0.0,
     "max_grad_norm": 1.0,
     "gradient_checkpointing": None,  # null: as memory has it
-    "fused": "auto",  # ours, like memory, and max_length of a classifier
+    "fused": "auto",  # ours, like memory, on_nonfinite, and max_length of a classifier
     "memory": "auto",
+    "on_nonfinite": "stop",
     "logging_steps": 10,
     "save_strategy": "steps",
     "save_steps": 0.1,  # below 1: a share of all steps
@@ -178,6 +179,8 @@ def training_model(task: Task) -> type[TrainingFields]:
         "what fits after the first step."
     )
     fields["memory"] = (Literal["auto", "save", "speed"], Field(default=defaults["memory"], description=text))
+    text = "A batch whose loss is not finite ends the run ('stop') or counts for nothing ('skip'); both note its rows."
+    fields["on_nonfinite"] = (Literal["stop", "skip"], Field(default=defaults["on_nonfinite"], description=text))
     return create_model("TrainingSection", __base__=TrainingFields, **fields)
 
 
@@ -219,7 +222,8 @@ def training_kwargs(training: Mapping[str, Any], task: Task) -> dict[str, Any]:
     known = {field.name for field in dataclasses.fields(training_arguments_class(task))}
     kwargs = dict(training)
     kwargs["gradient_checkpointing"] = checkpoints_layers(kwargs)
-    del kwargs["fused"], kwargs["memory"]  # ours
+    for name in ("fused", "memory", "on_nonfinite"):  # ours
+        del kwargs[name]
     if task == "seq_cls":
         del kwargs["max_length"]  # ours: the tokenizer cuts, not the trainer
     if kwargs["output_dir"] is None:

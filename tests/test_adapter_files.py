@@ -17,7 +17,13 @@ from lsr_scale.adapter_files import load_adapter, save_adapter
 from lsr_scale.adapters import METHODS, peft_config
 from lsr_scale.quantized import freeze_quantized
 
-OPTIONS = {"lsr": {"rank": 4, "separation_rank": 3}, "kron_lora": {"rank": 4, "left_out": 4}, "lora": {"rank": 4}}
+OPTIONS = {
+    "lsr": {"rank": 4, "separation_rank": 3},
+    "kron_lora": {"rank": 4, "left_out": 4},
+    "krona": {},
+    "kadaptation": {"rank": 2, "phm_dim": 4},
+    "lora": {"rank": 4},
+}
 
 
 class StandInTrainer:

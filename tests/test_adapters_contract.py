@@ -16,7 +16,13 @@ from lsr_scale.adapters.base import AdapterLinear
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*more than its dense form.*")
 METHOD_NAMES = sorted(METHODS)
-SMALL = {"lsr": {"rank": 4, "separation_rank": 3}, "kron_lora": {"rank": 4, "left_out": 4, "dropout": 0.0}}
+SMALL = {
+    "lsr": {"rank": 4, "separation_rank": 3},
+    "kron_lora": {"rank": 4, "left_out": 4, "dropout": 0.0},
+    "kadaptation": {"rank": 4, "phm_dim": 2, "alpha": 8.0},
+}
+OTHER = {"krona": {"left_in": 2}}  # another size; by the rank where there is one
+TINY = {"kron_lora": {"left_out": 2}, "kadaptation": {"phm_dim": 2}}  # divides 6 and 4
 LOW_RANK = [name for name in METHOD_NAMES if METHODS[name].is_low_rank()]
 
 
@@ -120,7 +126,7 @@ def test_the_pair_is_the_definition_also_for_a_stack_of_modules(name):
 @pytest.mark.parametrize("name", LOW_RANK)
 def test_gradcheck_of_the_materialization(name):
     method = METHODS[name]
-    shapes = method.parameter_shapes(6, 4, config_of(name, rank=2, **({"left_out": 2} if name == "kron_lora" else {})))
+    shapes = method.parameter_shapes(6, 4, config_of(name, rank=2, **TINY.get(name, {})))
     values = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes.values()]
     assert torch.autograd.gradcheck(lambda *v: method.materialize(dict(zip(shapes, v, strict=True))), values)
 
@@ -162,7 +168,7 @@ def test_two_adapters_switch_add_disable_and_delete(name, ids):
     model = randomize(adapted(name))
     base = logits(tiny_llama(torch.float64), ids)
     first = logits(model, ids)
-    model.add_adapter("second", config_of(name, rank=2))
+    model.add_adapter("second", config_of(name, **OTHER.get(name, {"rank": 2})))
     assert torch.equal(logits(model, ids), first), "an added adapter is not active"
     model.set_adapter("second")
     randomize(model, seed=2)
@@ -293,6 +299,7 @@ def test_conv1d_targets_transpose(name, ids):
     torch.testing.assert_close(logits(merged, ids), expected, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("name", [name for name in METHOD_NAMES if name not in OTHER])
 def test_patterns_set_the_rank_and_alpha_of_single_modules(name):
     model = adapted(name, rank_pattern={"down_proj": 2}, alpha_pattern={"layers.0.self_attn.q_proj": 1.0})
     down = model.base_model.model.model.layers[1].mlp.down_proj
@@ -319,6 +326,8 @@ def test_patterns_set_the_rank_and_alpha_of_single_modules(name):
 )
 def test_mistakes_name_the_place_and_the_remedy_and_leave_the_model_untouched(name, changes, message):
     model = tiny_llama()
+    if name in OTHER and changes in ({"rank": 4096}, {"rank_pattern": {"q_prj": 2}}):
+        message = "rank: .* has none"
     with pytest.raises(UserError, match=message):
         get_peft_model(model, config_of(name, **changes))
     assert not layers_of(model)

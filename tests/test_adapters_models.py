@@ -60,7 +60,11 @@ ARCHITECTURES = {
         4,
     ),
 }
-OPTIONS = {"lsr": {"rank": 4, "separation_rank": 2}, "kron_lora": {"rank": 4, "left_out": 4}}
+OPTIONS = {
+    "lsr": {"rank": 4, "separation_rank": 2},
+    "kron_lora": {"rank": 4, "left_out": 4},
+    "kadaptation": {"phm_dim": 4},
+}
 
 
 def inputs(model):

@@ -23,14 +23,19 @@ from transformers import (
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 import lsr_scale
-from lsr_scale.adapters import METHODS, method_names, peft_config
+from lsr_scale.adapters import METHODS, peft_config
 from lsr_scale.errors import UserError
 from lsr_scale.fused import decoder_layer, linear
 from lsr_scale.fused import models as fused_models
 from lsr_scale.fused.eligibility import why_not_layer
 from lsr_scale.quantized import freeze_quantized
 
-RANKS = {"lsr": {"rank": 4, "separation_rank": 2}, "kron_lora": {"rank": 2, "dropout": 0.0}, "lora": {"rank": 3}}
+RANKS = {
+    "lsr": {"rank": 4, "separation_rank": 2},
+    "kron_lora": {"rank": 2, "dropout": 0.0},
+    "kadaptation": {"phm_dim": 4, "alpha": 1.0},
+    "lora": {"rank": 3},
+}
 # transformers' norms compute in float32 on a float64 model too: what is compared with is no more exact than that
 SAME = 2e-5
 
@@ -63,7 +68,7 @@ def assert_same(found: dict, expected: dict, tolerance: float) -> None:
         assert difference <= tolerance, f"{name}: {difference:.1e}"
 
 
-@pytest.mark.parametrize("method", method_names())
+@pytest.mark.parametrize("method", RANKS)
 @pytest.mark.parametrize("recompute", ["none", "mlp", "full"])
 def test_logits_loss_and_every_gradient_equal_the_per_linear_path(method, recompute, ids):
     model = adapted(tiny_llama(torch.float64), method)
@@ -255,7 +260,7 @@ def test_pairs_are_kept_in_evaluation_until_a_factor_changes(ids, monkeypatch):
         assert len(calls) > made
 
 
-@pytest.mark.parametrize("method", method_names())
+@pytest.mark.parametrize("method", RANKS)
 @pytest.mark.parametrize("kind", [None, "nf4"])
 def test_other_architectures_fuse_linear_by_linear(method, kind, ids):
     torch.manual_seed(0)

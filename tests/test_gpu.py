@@ -46,7 +46,11 @@ def test_int8_dequantizes_on_the_gpu_to_codes_times_row_scales():
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_training_on_a_quantized_base_follows_the_cpu(name, kind):
-    options = {"lsr": {"rank": 4, "separation_rank": 3}, "kron_lora": {"rank": 4, "left_out": 4, "dropout": 0.0}}
+    options = {
+        "lsr": {"rank": 4, "separation_rank": 3},
+        "kron_lora": {"rank": 4, "left_out": 4, "dropout": 0.0},
+        "kadaptation": {"rank": 2, "phm_dim": 4},
+    }
     ids = torch.randint(1, 96, (4, 16), generator=torch.Generator().manual_seed(0))
     losses = {}
     for device in ("cpu", "cuda"):

@@ -9,19 +9,22 @@ from typing import Any
 from peft import PeftConfig
 
 from lsr_scale.adapters.base import METHODS, AdapterConfig, AdapterLinear, AdapterMethod
+from lsr_scale.adapters.lokr import LokrOptions
 from lsr_scale.adapters.lora import LoraOptions
 from lsr_scale.errors import UserError, did_you_mean
 
 # PEFT's name of each `model.task`
 TASK_TYPES = {"causal_lm": "CAUSAL_LM", "seq_cls": "SEQ_CLS"}
+# PEFT's own methods, by the dataclass that maps our option names to theirs
+PEFT_METHODS: dict[str, type[LoraOptions] | type[LokrOptions]] = {"lora": LoraOptions, "lokr": LokrOptions}
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
 
 
 def method_names() -> list[str]:
-    """Return the names that `adapter.method` takes: ours, and PEFT's LoRA."""
-    return [*METHODS, "lora"]
+    """Return the names that `adapter.method` takes: ours, and PEFT's LoRA and LoKr."""
+    return [*METHODS, *PEFT_METHODS]
 
 
 def options(method: str) -> type:
@@ -29,7 +32,7 @@ def options(method: str) -> type:
 
     PEFT's bookkeeping fields (task type, base model name, version) are not among them.
     """
-    source = LoraOptions if method == "lora" else _find(method).config_class
+    source = PEFT_METHODS.get(method) or _find(method).config_class
     bookkeeping = {field.name for field in dataclasses.fields(PeftConfig)}
     chosen = [field for field in dataclasses.fields(source) if field.name not in bookkeeping]
     copied = [(f.name, f.type, _copy_field(f)) for f in chosen]
@@ -51,7 +54,10 @@ def peft_config(method: str, values: Mapping[str, Any], task_type: str | None = 
     for name in values:
         if name not in known:
             raise UserError(f"adapter.{name}: not an option of {method}; {did_you_mean(name, known)}")
-    config = LoraOptions(**values).to_peft() if method == "lora" else _find(method).config_class(**values)
+    if method in PEFT_METHODS:
+        config: PeftConfig = PEFT_METHODS[method](**values).to_peft()
+    else:
+        config = _find(method).config_class(**values)
     config.task_type = task_type  # pyright: ignore[reportAttributeAccessIssue]
     return config
 
@@ -70,6 +76,7 @@ def _copy_field(field: dataclasses.Field) -> Any:
 
 __all__ = [
     "METHODS",
+    "PEFT_METHODS",
     "TASK_TYPES",
     "AdapterConfig",
     "AdapterLinear",

@@ -222,6 +222,12 @@ def _conflicts(run: RunConfig) -> Iterable[Problem]:
             )
     elif model.num_labels is not None:
         yield Problem(("model", "num_labels"), "only task seq_cls has labels; set model.task: seq_cls, or remove it")
+    if run.adapter.method == "lokr" and model.quantization in ("nf4", "fp4"):
+        yield Problem(
+            ("adapter", "method"),
+            "PEFT's LoKr reads the base weight's shape, which a 4-bit weight does not have; set method: kron_lora, or "
+            "model.quantization: none",
+        )
     targets = run.adapter.options.get("target_modules")
     if isinstance(targets, str) and not _is_pattern(targets):
         yield Problem(

@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command("export", "Write a trained adapter for other programs, and verify it.")
     sub.add_argument("source", metavar="RUN_OR_ADAPTER", help="a run's folder, or an adapter's")
-    sub.add_argument("--to", required=True, choices=("adapter", "lora"), help="the format")
+    sub.add_argument("--to", required=True, choices=("adapter", "lora", "merged", "gguf"), help="the format")
     sub.add_argument("--out", required=True, metavar="DIR", help="a new folder")
     sub.add_argument("--bits", type=int, choices=(16, 8, 4), default=16, help="of the factors, for adapter")
     sub.add_argument("--max-rank", type=_count, help="truncate to this rank, for lora and gguf")

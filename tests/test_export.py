@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 
+import gguf
 import pytest
 import torch
 from conftest import SEVEN_LINEARS, randomize
@@ -14,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_adapter_files import StandInTrainer
 from tiny_runs import save_llama
+from transformers import AutoModelForCausalLM
 
 from lsr_scale import UserError
 from lsr_scale.adapter_files import load_adapter, save_adapter
@@ -24,6 +26,7 @@ from lsr_scale.export.pairs import truncate
 from lsr_scale.export.verify import in_float32
 from lsr_scale.model import load_base
 from lsr_scale.packed_factors import GROUP, dequantize_groups, pack, quantize_groups, unpack
+from lsr_scale.quantized import dequantize, freeze_quantized
 
 OPTIONS = {
     "lsr": {"rank": 4, "separation_rank": 3, "rank_pattern": {"o_proj": 6}},
@@ -247,3 +250,43 @@ def test_a_configuration_that_is_not_an_adapters_is_refused(base_folder, tmp_pat
     shutil.rmtree(adapter)
     with pytest.raises(UserError, match="there is no adapter"):
         open_adapter(adapter)
+
+
+@pytest.mark.parametrize(("quantization", "dtype"), [("none", "bfloat16"), ("nf4", "float32"), ("int8", "float32")])
+def test_transformers_alone_gives_the_logits_of_a_merged_model(base_folder, tmp_path, monkeypatch, quantization, dtype):
+    monkeypatch.setattr("lsr_scale.export.merged.SHARD_BYTES", 30_000)  # several files, as a large model has
+    adapter = saved(base_folder, tmp_path / "adapter", quantization=quantization)
+    result = export(adapter, "merged", tmp_path / "out", dtype=dtype, say=silent)
+    assert result["files"] > 2
+    program = (
+        "import sys, torch, transformers\n"
+        "model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)"
+    )
+    got, wanted = alone(tmp_path, program, tmp_path / "out"), logits(adapted(base_folder, quantization=quantization))
+    assert (got - wanted).norm() < {"bfloat16": 2e-2, "float32": 1e-5}[dtype] * wanted.norm()
+
+
+def test_a_merged_model_in_4_bits_holds_the_codes_whose_error_it_reports(base_folder, tmp_path):
+    adapter = saved(base_folder, tmp_path / "adapter", quantization="nf4", scale=0.1)
+    result = export(adapter, "merged", tmp_path / "out", dtype="nf4", say=silent)
+    export(adapter, "merged", tmp_path / "whole", dtype="float32", verify=False, say=silent)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
+    assert model.config.quantization_config.load_in_4bit
+    freeze_quantized(model)
+    errors = []
+    for name, wanted in load_file(tmp_path / "whole" / "model.safetensors").items():
+        if "_proj" in name:
+            got = dequantize(model.get_submodule(name.removesuffix(".weight")), torch.float32)
+            errors.append(float((got - wanted).norm() / wanted.norm()))
+    assert result["relative error of quantizing again, median"] == pytest.approx(sorted(errors)[7], rel=0.02)
+    assert 0.01 < max(errors) < 0.15
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bf16"])
+def test_a_gguf_adapter_reads_back_as_the_pairs(base_folder, tmp_path, dtype):
+    adapter = saved(base_folder, tmp_path / "adapter", "kron_lora")
+    result = export(adapter, "gguf", tmp_path / "out", dtype=dtype, say=silent)
+    assert result["agreement"]["relative_error"] < {"float32": 1e-5, "bf16": 5e-2}[dtype]
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "out" / "adapter.gguf").tensors}
+    assert len(tensors) == 28
+    assert tensors["blk.1.attn_k.weight.lora_b"].shape.tolist() == [8, 24]

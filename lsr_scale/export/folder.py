@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,9 +20,9 @@ from lsr_scale.errors import UserError
 from lsr_scale.export import pairs as lora
 from lsr_scale.export.card import write_card
 from lsr_scale.export.source import AdapterSource, describe_file, open_adapter
-from lsr_scale.export.verify import EXACT, Agreement, Reference
+from lsr_scale.export.verify import EXACT, Agreement, Reference, base_section
 
-KINDS = ("adapter", "lora")
+KINDS = ("adapter", "lora", "merged", "gguf")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _NICKNAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "f32": "float32", "f16": "float16"}
 
@@ -82,13 +83,27 @@ def export(
             lora.write_lora(folder, kept, source, DTYPES[dtype], lora.metadata_of(source, kind, dtype=dtype))
             facts |= {"dtype": dtype, **_ranks(kept, errors)}
             _copy_base(source, folder)
+        elif kind == "merged":
+            from lsr_scale.export.merged import write_merged
+
+            metadata = lora.metadata_of(source, kind, dtype=dtype)
+            facts |= write_merged(folder, source, base_section(source, base), dtype, metadata)
         else:
-            raise UserError(f"--to {kind}: not there yet")
+            from lsr_scale.export.gguf_file import write_gguf
+
+            kept, errors = lora.truncated({name: source.pair(name) for name in source.modules}, max_rank)
+            facts |= {"dtype": dtype, **_ranks(kept, errors)}
+            facts |= write_gguf(folder, kept, base_section(source, base), DTYPES[dtype], source)
         facts |= _sizes(folder, source)
         facts["seconds to write"] = round(time.perf_counter() - started, 2)
         if verify:
             reference = Reference(source, base)
-            agreement = reference.of_model(folder) if kind == "merged" else reference.of_adapter(folder)
+            if kind == "merged":
+                agreement = reference.of_model(folder)
+            elif kind == "gguf":
+                agreement = _read_back_agrees(folder, source, reference)
+            else:
+                agreement = reference.of_adapter(folder)
             exact = not ({"truncation error, largest"} & facts.keys()) and bits == 16 and dtype != "nf4"
             _judge(agreement, EXACT[DTYPES[dtype]] if exact and kind != "adapter" else EXACT[torch.float16], exact)
             facts |= {"logits": agreement.line()}
@@ -150,6 +165,16 @@ def merge(
     for name, value in facts.items():
         say(f"{name}: {value}")
     return facts
+
+
+def _read_back_agrees(folder: Path, source: AdapterSource, reference: Reference) -> Agreement:
+    """Return the agreement of a GGUF adapter's own bytes, read again and put into PEFT's format for the comparison."""
+    from lsr_scale.export.gguf_file import FILE, read_back
+
+    pairs = read_back(folder / FILE, {name: source.pair(name) for name in source.modules}, reference.section)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}.") as again:
+        lora.write_lora(Path(again), pairs, source, torch.float32, {})
+        return reference.of_adapter(Path(again))
 
 
 def _judge(agreement: Agreement, tolerance: float, exact: bool) -> None:

@@ -5,14 +5,17 @@ import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import gguf
 import pytest
 import torch
 from conftest import SEVEN_LINEARS, randomize
+from fuzz_adapters import fuzz
 from peft import PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from smollm2 import smollm2_tokenizer
 from test_adapter_files import StandInTrainer
 from tiny_runs import save_llama
 from transformers import AutoModelForCausalLM
@@ -22,9 +25,10 @@ from lsr_scale.adapter_files import load_adapter, save_adapter
 from lsr_scale.adapters import METHODS, peft_config
 from lsr_scale.cli import main
 from lsr_scale.export import export, merge, open_adapter
+from lsr_scale.export.gguf_file import from_rotary_order, to_rotary_order
 from lsr_scale.export.pairs import truncate
 from lsr_scale.export.verify import in_float32
-from lsr_scale.model import load_base
+from lsr_scale.model import embedded, load_base, resolve
 from lsr_scale.packed_factors import GROUP, dequantize_groups, pack, quantize_groups, unpack
 from lsr_scale.quantized import dequantize, freeze_quantized
 
@@ -290,3 +294,25 @@ def test_a_gguf_adapter_reads_back_as_the_pairs(base_folder, tmp_path, dtype):
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "out" / "adapter.gguf").tensors}
     assert len(tensors) == 28
     assert tensors["blk.1.attn_k.weight.lora_b"].shape.tolist() == [8, 24]
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_damaged_adapters_are_refused_in_words_or_still_whole(tmp_path, seed):
+    counts = fuzz(60, seed, tmp_path)
+    assert all(count["refused"] + count["whole"] == 10 for count in counts.values())
+    assert counts["truncated"]["whole"] == 0
+    assert sum(count["refused"] for count in counts.values()) > 30
+
+
+def test_rotary_order_is_that_of_a_published_gguf():
+    smollm2_tokenizer()  # or skip
+    name = "builtin:smollm2-135m-instruct"
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(embedded.gguf_file(name)).tensors}
+    with safe_open(Path(resolve(name)) / "model.safetensors", "pt") as file:
+        for module, short, heads in (("q_proj", "attn_q", 9), ("k_proj", "attn_k", 3)):
+            ours = file.get_tensor(f"model.layers.3.self_attn.{module}.weight").float()
+            tensor = tensors[f"blk.3.{short}.weight"]
+            theirs = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())
+            torch.testing.assert_close(to_rotary_order(ours, heads), theirs, rtol=2**-8, atol=1e-6)
+            assert torch.equal(from_rotary_order(to_rotary_order(ours, heads), heads), ours)
+            assert not torch.allclose(ours, theirs, rtol=0.1)

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lsr_scale.adapters import METHODS, AdapterConfig
-from lsr_scale.adapters.base import Params, upcast
+from lsr_scale.adapters.base import Params
 from lsr_scale.config import RunConfig, load_run
 from lsr_scale.errors import UserError, did_you_mean
 from lsr_scale.packed_factors import is_packed, unpack
@@ -32,6 +32,7 @@ _MAX_CONFIG_BYTES = 16 * 2**20
 _MAX_PAIR_ELEMENTS = 2**28
 _MAX_NAME = 300
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_PACKED = (torch.float16, torch.uint8, torch.int8)
 _LORA_NAMES = {"lora_A.weight": "down", "lora_B.weight": "up"}
 _LORA_VARIANTS = ("use_dora", "lora_bias", "megatron_config", "layer_replication", "alora_invocation_tokens")
 
@@ -69,9 +70,11 @@ class AdapterSource:
 
     def pair(self, module: str) -> tuple[Tensor, Tensor]:
         """Return the exact `(down [R, in], up [out, R])` of a module, float32, its scaling in `up`."""
-        params = upcast(self.modules[module])
-        down, up = _materialize(self.method, params)
-        return down, up * self.scaling(module)
+        down, up = _materialize(self.method, {name: value.float() for name, value in self.modules[module].items()})
+        up = up * self.scaling(module)
+        if not (torch.isfinite(down).all() and torch.isfinite(up).all()):
+            raise UserError(f"{self.folder}: {module}: its update is beyond float32; the training diverged")
+        return down, up
 
     def num_parameters(self) -> int:
         """Return the number of the factors' elements."""
@@ -166,7 +169,7 @@ def _check_values(file: Path, values: Mapping[str, Any]) -> None:
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or value != value):
             raise UserError(f"{file}: {name}: expected a number, got {str(value)[:80]!r}")
     for name, value in values.items():
-        if name.endswith("_pattern") and name != "layers_pattern" and value is not None:
+        if name.endswith("_pattern") and name != "layers_pattern":
             if not isinstance(value, dict) or not all(
                 type(number) in (int, float) and 0 < number <= 1e9 for number in value.values()
             ):
@@ -207,9 +210,8 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
     except (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
         raise UserError(f"{file}: damaged or cut short ({str(error)[:200]}); restore it or train again") from error
     for name, value in tensors.items():
-        packed = name.startswith("packed.")
-        if value.dtype not in _FLOATS and not packed:
-            raise UserError(f"{file}: {name[:_MAX_NAME]}: expected floating-point values, got {value.dtype}")
+        if value.dtype not in (_PACKED if name.startswith("packed.") else _FLOATS):
+            raise UserError(f"{file}: {name[:_MAX_NAME]}: an adapter has no values of {value.dtype}; save it again")
         if value.numel() == 0:
             raise UserError(f"{file}: {name[:_MAX_NAME]}: is empty, {list(value.shape)}; save the adapter again")
         if value.is_floating_point() and not torch.isfinite(value).all():
@@ -291,7 +293,7 @@ def _check_module(source: AdapterSource, module: str) -> None:
             ranks = source.config.rank_pattern or {}
             wrong = rank != ranks.get(get_pattern_key(list(ranks), module), source.config.r)
             expected = f"a rank of {source.config.r}"
-    except (UserError, TypeError, RecursionError) as error:
+    except (UserError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
         raise UserError(f"{where}: its configuration does not fit its factors {shapes}: {str(error)[:200]}") from error
     if wrong:
         raise UserError(f"{where}: the configuration asks for {expected}, the file has {shapes}; restore the adapter")

@@ -17,6 +17,7 @@ from transformers import Trainer
 from lsr_scale import distributed, record
 from lsr_scale.errors import UserError, did_you_mean
 from lsr_scale.model.identity import base_description, check_base
+from lsr_scale.packed_factors import is_packed, unpack
 
 # torch's words for two tensors that should be of one shape
 _MISMATCH = re.compile(r"size mismatch for (\S+): .*?\[(.*?)\].*?\[(.*?)\]")
@@ -113,6 +114,9 @@ def misfits(model: Any, folder: Path) -> list[str]:
     """Return a line for every tensor that an adapter's file and a model with that adapter do not share, six at most."""
     with safe_open(folder / "adapter_model.safetensors", "pt") as file:
         stored = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        if is_packed(stored):
+            unpacked = unpack({name: file.get_tensor(name) for name in stored})
+            stored = {name: list(value.shape) for name, value in unpacked.items()}
     held = get_peft_model_state_dict(model, save_embedding_layers=False)
     shapes = {name: list(getattr(tensor, "ds_shape", tensor.shape)) for name, tensor in held.items()}
     prefix = PEFT_TYPE_TO_PREFIX_MAPPING[model.active_peft_config.peft_type]

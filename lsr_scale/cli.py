@@ -64,6 +64,23 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
     sub.add_argument("--base-only", action="store_true", help="without the adapter")
 
+    sub = command("export", "Write a trained adapter for other programs, and verify it.")
+    sub.add_argument("source", metavar="RUN_OR_ADAPTER", help="a run's folder, or an adapter's")
+    sub.add_argument("--to", required=True, choices=("adapter", "lora", "merged", "gguf"), help="the format")
+    sub.add_argument("--out", required=True, metavar="DIR", help="a new folder")
+    sub.add_argument("--bits", type=int, choices=(16, 8, 4), default=16, help="of the factors, for adapter")
+    sub.add_argument("--max-rank", type=_count, help="truncate to this rank, for lora and gguf")
+    sub.add_argument("--dtype", help="lora, gguf: float32, bfloat16, float16; merged: bfloat16, float32, nf4")
+    sub.add_argument("--base", help="the base model, where nothing beside the adapter names it")
+    sub.add_argument("--verify", action=argparse.BooleanOptionalAction, default=True, help="compare logits")
+
+    sub = command("merge", "Add adapters of one base up, exactly, into one LoRA adapter.")
+    sub.add_argument("sources", nargs="+", metavar="RUN_OR_ADAPTER")
+    sub.add_argument("--weights", nargs="+", type=float, help="one for each; 1 by default")
+    sub.add_argument("--out", required=True, metavar="DIR", help="a new folder")
+    sub.add_argument("--max-rank", type=_count, help="truncate the sum to this rank")
+    sub.add_argument("--dtype", default="float32", help="float32, bfloat16, float16")
+
     sub = command("preview", "Show a few training samples as tokens, and what of them is supervised.")
     takes_run(sub)
     sub.add_argument("--samples", type=_count, default=3)
@@ -222,6 +239,21 @@ def _generate(args: argparse.Namespace) -> int:
     return 0
 
 
+def _export(args: argparse.Namespace) -> int:
+    from lsr_scale.export import export
+
+    options = {"bits": args.bits, "max_rank": args.max_rank, "dtype": args.dtype}
+    export(args.source, args.to, args.out, **options, verify=args.verify, base=args.base)
+    return 0
+
+
+def _merge(args: argparse.Namespace) -> int:
+    from lsr_scale.export import merge
+
+    merge(args.sources, args.weights, args.out, max_rank=args.max_rank, dtype=args.dtype)
+    return 0
+
+
 def _preview(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.text import Text
@@ -289,6 +321,8 @@ _COMMANDS = {
     "train": _train,
     "eval": _eval,
     "generate": _generate,
+    "export": _export,
+    "merge": _merge,
     "preview": _preview,
     "plan": _plan,
     "doctor": _doctor,

@@ -37,6 +37,7 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from lsr_scale.errors import UserError, did_you_mean
+from lsr_scale.packed_factors import is_packed, unpack
 from lsr_scale.quantized import freeze_quantized
 
 Params = dict[str, Tensor]
@@ -449,6 +450,15 @@ class AdapterModel(BaseTuner):
         )
         self.method.prepare_config(peft_config, next((size for size in sizes if isinstance(size, int)), None))
         return peft_config
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Unpack factors that were exported in 8 or 4 bits; the rest is PEFT's."""
+        if is_packed(state_dict):
+            state_dict = unpack(state_dict)
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
         """Check every target before the first one is touched: a refused injection leaves the model as it was."""

@@ -4,11 +4,9 @@ A provider is a class made with the run's configuration; its worker calls `build
 measurement and `rest` after each. Packages are imported where they are used, since some patch others.
 """
 
-import functools
 import gc
 import importlib.util
 import os
-import statistics
 import tempfile
 import time
 from contextlib import nullcontext
@@ -16,10 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from throughput import MissingError
 from torch import Tensor
-from torch.nn import functional
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from workers import MissingError
 
 SEVEN_LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LORA = {"rank": 16, "alpha": 32.0}
@@ -101,9 +97,15 @@ class Provider:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
+    def first_step_begins(self, tokens: int) -> None:
+        """What a provider does before the first step of a turn, which has so many tokens."""
+
+    def first_step_ends(self) -> None:
+        """What a provider does after it."""
+
     def turn(self, request: dict[str, Any]) -> dict[str, Any]:
         """Warm up, time the steps, and return times (ms), peak memory (GiB), losses and the parameter count."""
-        config = self.config
+        config, tokens, seq_len = self.config, request["tokens"], request["seq_len"]
         if request["mode"] != self.mode:
             self.checkpoint(request["mode"])
             self.mode = request["mode"]
@@ -115,7 +117,7 @@ class Provider:
         optimizer = torch.optim.AdamW(trainable, lr=LEARNING_RATE, fused=on_gpu) if trainable else None
         generator = torch.Generator().manual_seed(config["seed"])
         count = config["warmup"] + config["steps"]
-        shape = (count, config["tokens"] // config["seq_len"], config["seq_len"])
+        shape = (count, tokens // seq_len, seq_len)
         batches = torch.randint(0, config["shape"]["vocab"], shape, generator=generator).to(self.device)
         autocast = self.autocast and self.name not in config["without_autocast"]
 
@@ -128,17 +130,23 @@ class Provider:
                 optimizer.zero_grad(set_to_none=True)
             return loss.detach()
 
-        self.rest()
+        gc.collect()
+        if on_gpu:
+            torch.cuda.empty_cache()
         times, losses, warm_peak = [], [], 0
         for index in range(count):
             if on_gpu and index in (0, config["warmup"]):
                 warm_peak = torch.cuda.max_memory_allocated() if index else 0
                 torch.cuda.reset_peak_memory_stats()
             self.synchronize()
+            if not index:
+                self.first_step_begins(tokens)
             began = time.perf_counter()
             losses.append(step(batches[index]))
             self.synchronize()
             times.append(1e3 * (time.perf_counter() - began))
+            if not index:
+                self.first_step_ends()
         peak = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None
         if request.get("profile"):
             self.profile(lambda: step(batches[0]), Path(request["profile"]))
@@ -177,15 +185,14 @@ class Own(Provider):
     method: str | None = None
     options: dict[str, Any] = {}  # noqa: RUF012
     fused = True
+    held = False
+    policy: Any = None
 
     def make(self) -> None:
         """Build the base, inject the adapter; `checkpoint` fuses."""
-        import lsr_scale
         from lsr_scale.adapters import peft_config
         from lsr_scale.quantized import freeze_quantized
 
-        if self.fused and not hasattr(lsr_scale, "fuse"):
-            raise MissingError("lsr_scale.fuse does not exist in this version")
         base = random_model(self.config)
         freeze_quantized(base)
         self.model = base
@@ -203,11 +210,34 @@ class Own(Provider):
             return super().checkpoint(mode)
         import lsr_scale
 
-        if self.mode is not None and hasattr(lsr_scale, "unfuse"):
-            lsr_scale.unfuse(self.model)
-        report = lsr_scale.fuse(self.model, recompute=mode)
+        lsr_scale.unfuse(self.model)
+        recompute: Any = "full" if mode == "auto" else mode
+        report = lsr_scale.fuse(self.model, recompute=recompute, hold_weights=self.held)
         self.notes = [str(report)]
-        print(f"fuse(recompute={mode!r}): {report}", flush=True)
+        print(f"fuse(recompute={recompute!r}, hold_weights={self.held}): {report}", flush=True)
+        self.policy = None
+
+    def first_step_begins(self, tokens: int) -> None:
+        """With "auto", begin as a run's first step begins."""
+        if self.mode == "auto" and self.policy is None and self.device.type == "cuda":
+            from lsr_scale.memory_policy import KeepWhatFits
+
+            self.policy = KeepWhatFits(tokens, self.notes.append)
+            self.policy.on_train_begin(None, None, None)
+
+    def first_step_ends(self) -> None:
+        """With "auto", let layers keep what fits, as a run does after its first step."""
+        if self.policy is not None:
+            self.policy.on_step_end(None, None, None, model=self.model)
+
+    def rest(self) -> None:
+        """Give back what the step allocated, held weights too: the next turn makes them again."""
+        if self.held or self.mode == "auto":
+            from lsr_scale.fused import release_weights
+
+            release_weights(self.model)
+            self.mode = None
+        super().rest()
 
 
 class LsrAdapter(Own):
@@ -215,6 +245,12 @@ class LsrAdapter(Own):
 
     method = "lsr"
     options = {**LORA, "separation_rank": 16}  # noqa: RUF012
+
+
+class LsrHeld(LsrAdapter):
+    """LSR-Adapt, fused, with the weights dequantized once and held in bf16 beside the quantized ones."""
+
+    held = True
 
 
 class LsrUnfused(LsrAdapter):
@@ -389,7 +425,7 @@ class UnslothLora(Provider):
         try:
             model, _ = loader.from_pretrained(
                 str(folder),
-                max_seq_length=config["seq_len"],
+                max_seq_length=max(seq_len for _, seq_len in config["points"]),
                 dtype=torch.bfloat16,
                 load_in_4bit=config["base"] == "nf4",
                 load_in_16bit=config["base"] == "bf16",
@@ -424,144 +460,9 @@ class UnslothLora(Provider):
             raise RuntimeError(f"this worker was built for {self.config['mode']}, not {mode}")
 
 
-# ----------------------------------------------------------------------------------------------------- ceilings
-
-
-class Ceilings:
-    """What the machine gives at best, for the shapes of this run; see `throughput.floor_ms`."""
-
-    def __init__(self, config: dict[str, Any]) -> None:
-        self.config = config
-
-    def build(self) -> None:
-        """Nothing: operands are made when they are needed."""
-        torch.zeros(1, device=self.config["device"])
-
-    def rest(self) -> None:
-        """Give back what was allocated."""
-        gc.collect()
-        torch.cuda.empty_cache()
-
-    def turn(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Measure and return all ceilings."""
-        found = {"copy_bytes_per_s": copy_bandwidth(), **gemms(self.config)}
-        self.rest()
-        return {"ceilings": {**found, **attention(self.config)}}
-
-
-def median_ms(function: Any, seconds: float = 0.4) -> float:
-    """Return the median time of a call on the GPU, after three to warm up."""
-    for _ in range(3):
-        function()
-    torch.cuda.synchronize()
-    began = time.perf_counter()
-    function()
-    torch.cuda.synchronize()
-    count = max(5, min(200, int(seconds / max(1e-5, time.perf_counter() - began))))
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
-    for start, end in events:
-        start.record()
-        function()
-        end.record()
-    torch.cuda.synchronize()
-    return statistics.median(start.elapsed_time(end) for start, end in events)
-
-
-def copy_bandwidth() -> float:
-    """Return the bytes a second, read and written, of a copy of 2 GiB."""
-    source = torch.empty(2**31, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    return 2 * source.numel() / (1e-3 * median_ms(lambda: target.copy_(source)))
-
-
-def gemms(config: dict[str, Any]) -> dict[str, float]:
-    """Return the times of one layer's four grouped linears and of lm_head, in bf16, forward and dX."""
-    shape, tokens = config["shape"], config["tokens"]
-    queries, keys = shape["heads"] * shape["head_dim"], shape["kv_heads"] * shape["head_dim"]
-    hidden, intermediate = shape["hidden"], shape["intermediate"]
-    sizes = {
-        "qkv": (hidden, queries + 2 * keys),
-        "o": (queries, hidden),
-        "gate_up": (hidden, 2 * intermediate),
-        "down": (intermediate, hidden),
-        "lm_head": (hidden, shape["vocab"]),
-    }
-    new = lambda *size: torch.randn(*size, device="cuda", dtype=torch.bfloat16)  # noqa: E731
-    operands = {name: (new(tokens, k), new(n, k) * k**-0.5) for name, (k, n) in sizes.items() if name != "lm_head"}
-    outputs = {name: new(tokens, n) for name, (_, n) in sizes.items() if name != "lm_head"}
-
-    def forward(names: tuple[str, ...]) -> None:
-        for name in names:
-            torch.mm(operands[name][0], operands[name][1].t(), out=outputs[name])
-
-    found: dict[str, float] = {"layer_gemm_recompute_ms": median_ms(lambda: forward(("qkv", "o", "gate_up")))}
-    grads = {name: torch.empty_like(x) for name, (x, _) in operands.items()}
-    dy = {name: torch.randn_like(y) for name, y in outputs.items()}
-
-    def both() -> None:
-        for name, (x, weight) in operands.items():
-            torch.mm(x, weight.t(), out=outputs[name])
-            torch.mm(dy[name], weight, out=grads[name])
-
-    found["layer_gemm_ms"] = median_ms(both)
-    for made in (operands, outputs, grads, dy):
-        made.clear()
-    x, weight = new(tokens, hidden), new(shape["vocab"], hidden) * hidden**-0.5
-    logits = new(tokens, shape["vocab"])
-    grad = torch.empty_like(x)
-
-    def head() -> None:
-        torch.mm(x, weight.t(), out=logits)
-        torch.mm(logits, weight, out=grad)
-
-    found["lm_head_ms"] = median_ms(head)
-    return found
-
-
-def attention(config: dict[str, Any]) -> dict[str, Any]:
-    """Return the times of causal attention, forward and with backward, on the fastest backend (named)."""
-    shape, batch = config["shape"], config["tokens"] // config["seq_len"]
-    new = lambda heads: torch.randn(  # noqa: E731
-        batch, config["seq_len"], heads, shape["head_dim"], device="cuda", dtype=torch.bfloat16
-    )
-    q, k, v = (new(n).transpose(1, 2).requires_grad_() for n in (shape["heads"], shape["kv_heads"], shape["kv_heads"]))
-    grad = torch.randn(q.shape, device="cuda", dtype=torch.bfloat16)
-    found: dict[str, dict[str, Any]] = {}
-    repeats = shape["heads"] // shape["kv_heads"]
-    wide = [x.detach().repeat_interleave(repeats, 1).requires_grad_() for x in (k, v)]
-    grouped, repeated = ((q, k, v), True), ((q, *wide), False)
-    cases = {
-        "cudnn": (SDPBackend.CUDNN_ATTENTION, grouped),
-        "cudnn, keys and values repeated": (SDPBackend.CUDNN_ATTENTION, repeated),
-        "flash": (SDPBackend.FLASH_ATTENTION, grouped),
-    }
-
-    def direct() -> Tensor:
-        return torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, True)[0]
-
-    cases["cudnn, called directly"] = (SDPBackend.CUDNN_ATTENTION, grouped)
-    for name, (backend, (inputs, gqa)) in cases.items():
-        usual = functools.partial(functional.scaled_dot_product_attention, *inputs, is_causal=True, enable_gqa=gqa)
-        forward = direct if "directly" in name else usual
-
-        def both(forward: Any = forward, inputs: tuple[Tensor, ...] = inputs) -> None:
-            torch.autograd.grad(forward(), inputs, grad)
-
-        try:
-            with sdpa_kernel(backend):
-                with torch.no_grad():
-                    ahead = median_ms(forward)
-                found[name] = {"attention_forward_ms": ahead, "attention_ms": median_ms(both)}
-        except RuntimeError as error:
-            print(f"attention, {name}: {str(error).splitlines()[0]}", flush=True)
-    if not found:
-        raise RuntimeError("no fused attention backend takes these shapes")
-    best = min(found, key=lambda name: found[name]["attention_ms"])
-    return {**found[best], "attention_backend": best}
-
-
 CLASSES: dict[str, type] = {
     "lsr": LsrAdapter,
+    "lsr_held": LsrHeld,
     "lsr_unfused": LsrUnfused,
     "kron_lora": KronLoraAdapter,
     "lora": LoraAdapter,
@@ -572,7 +473,6 @@ CLASSES: dict[str, type] = {
     "peft_frozen_liger": PeftFrozenLiger,
     "peft_lokr": PeftLokr,
     "unsloth_lora": UnslothLora,
-    "ceilings": Ceilings,
 }
 for _name, _provider in CLASSES.items():
     _provider.name = _name  # pyright: ignore[reportAttributeAccessIssue]

@@ -3,8 +3,8 @@
     python benchmarks/report.py            write README's table and the plots beside the JSON
     python benchmarks/report.py --check    fail if any of them is not what the JSON says
 
-The newest file of a model, a base and a GPU is shown. A table stands in README.md between the two markers that name it;
-a plot carries a digest of its rows.
+The newest file of a model and a base that has 4 x 2,048 tokens is shown. A table stands in README.md between the two
+markers that name it; a plot carries a digest of its rows.
 """
 
 import argparse
@@ -32,11 +32,15 @@ LABELS = {
 }
 COLORS = {name: f"C{index}" for index, name in enumerate(LABELS)}
 MODES = {"none": "kept", "full": "recomputed"}
+TOKENS, LENGTH = 8192, 2048
 
 
 def newest(model: str, base: str) -> dict[str, Any]:
-    """Return the newest measurement of a model and base."""
+    """Return the newest measurement of a model and base, its rows those of 4 x 2,048 tokens alone."""
     found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob(f"{model}-{base}-*.json"))]
+    for run in found:
+        run["rows"] = [row for row in run["rows"] if (row["tokens"], row["seq_len"]) == (TOKENS, LENGTH)]
+    found = [run for run in found if run["rows"]]
     if not found:
         raise SystemExit(f"no {model}-{base}-*.json in {RESULTS.relative_to(ROOT)}; run benchmarks/throughput.py")
     return max(found, key=lambda run: run["env"]["date"])
@@ -51,7 +55,6 @@ def by_provider(run: dict[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
 def table(run: dict[str, Any]) -> str:
     """Return the Markdown table of one measurement."""
     config = run["config"]
-    batch, length = config["tokens"] // config["seq_len"], config["seq_len"]
     lines = [
         "| | " + " | ".join(f"{word}: tokens/s | GiB | LSR over it" for word in MODES.values()) + " |",
         "|---|" + "---:|" * 3 * len(MODES),
@@ -68,7 +71,7 @@ def table(run: dict[str, Any]) -> str:
             cells += [f"{row['tokens_per_s']:,.0f}", f"{row['peak_memory_gib']:.1f}", f"{ratio:.2f}" if ratio else ""]
         lines.append("| " + " | ".join(cells) + " |")
     gpu, date = run["env"]["gpus"][0].removeprefix("NVIDIA "), run["env"]["date"][:10]
-    where = f"{config['model']}, {config['base'].upper()}, {batch} x {length:,} tokens, one {gpu}, {date}"
+    where = f"{config['model']}, {config['base'].upper()}, {TOKENS // LENGTH} x {LENGTH:,} tokens, one {gpu}, {date}"
     return "\n".join([f"{where}; activations kept, or recomputed in the backward pass:", "", *lines])
 
 
@@ -119,7 +122,7 @@ def plot(run: dict[str, Any], path: Path) -> None:
     axis.legend(frameon=False, fontsize=8, loc="lower right", title="filled: activations kept; open: recomputed")
     config = run["config"]
     gpu = run["env"]["gpus"][0].removeprefix("NVIDIA ")
-    axis.set_title(f"{config['model']}, {config['base'].upper()}, {config['tokens']:,} tokens a step, one {gpu}")
+    axis.set_title(f"{config['model']}, {config['base'].upper()}, {TOKENS:,} tokens a step, one {gpu}")
     figure.tight_layout()
     figure.savefig(path, dpi=130, metadata={"Source": digest(run)})
 

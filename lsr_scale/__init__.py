@@ -9,12 +9,13 @@ import logging
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 from lsr_scale import adapters as _adapters  # registers every method with PEFT
+from lsr_scale.adapter_bank import AdapterBank
 from lsr_scale.adapters.kron_lora import KronLoraConfig
 from lsr_scale.adapters.lsr import LsrConfig
 from lsr_scale.errors import UserError
-from lsr_scale.fused import fuse, unfuse
+from lsr_scale.fused import fit_memory, fuse, unfuse
 
 __version__ = "0.1.0"
-__all__ = ["KronLoraConfig", "LsrConfig", "UserError", "fuse", "unfuse"]
+__all__ = ["AdapterBank", "KronLoraConfig", "LsrConfig", "UserError", "fit_memory", "fuse", "unfuse"]
 
 del _adapters

@@ -1,9 +1,7 @@
 """The adapter on disk: saved whole or not at all, and loaded only onto the base that it belongs to."""
 
-import errno
 import json
 import math
-import os
 import re
 import shutil
 import warnings
@@ -19,6 +17,7 @@ from transformers import Trainer
 from lsr_scale import distributed, record
 from lsr_scale.errors import UserError, did_you_mean
 from lsr_scale.model.identity import base_description, check_base
+from lsr_scale.packed_factors import is_packed, unpack
 
 # torch's words for two tensors that should be of one shape
 _MISMATCH = re.compile(r"size mismatch for (\S+): .*?\[(.*?)\].*?\[(.*?)\]")
@@ -37,7 +36,7 @@ def save_adapter(trainer: Trainer, target: Path) -> None:
     Raises:
         UserError: if the disk is full or the folder cannot be written.
     """
-    state = None
+    state: Any = None
     if is_sharded(trainer.model):
         state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if not distributed.is_main():
@@ -47,9 +46,7 @@ def save_adapter(trainer: Trainer, target: Path) -> None:
     for left_over in (aside, old):
         shutil.rmtree(left_over, ignore_errors=True)
     try:
-        model.save_pretrained(aside, state_dict=state)
-        (aside / "base.json").write_text(json.dumps(base_description(model), indent=1) + "\n")
-        _check_saved(aside)
+        write_adapter(model, aside, state)
         if target.exists():
             target.rename(old)
         aside.rename(target)
@@ -62,10 +59,19 @@ def save_adapter(trainer: Trainer, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def write_adapter(model: Any, folder: Path, state: dict[str, Any] | None = None) -> None:
+    """Write the adapter as PEFT does, with `base.json` beside it; `state` has its tensors where the model is sharded.
+
+    Raises:
+        AssertionError: for an empty tensor.
+    """
+    model.save_pretrained(folder, state_dict=state if is_sharded(model) else None)
+    (folder / "base.json").write_text(json.dumps(base_description(model), indent=1) + "\n")
+    _check_saved(folder)
+
+
 def _cannot_save(target: Path, error: OSError | SafetensorError) -> UserError:
-    if "No space left" in str(error):  # safetensors keeps the number of the system's error in its text
-        error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    return record.cannot_write(target, error if isinstance(error, OSError) else OSError(str(error)))
+    return record.cannot_write(target, record.system_error(error))
 
 
 def _check_saved(folder: Path) -> None:
@@ -108,6 +114,9 @@ def misfits(model: Any, folder: Path) -> list[str]:
     """Return a line for every tensor that an adapter's file and a model with that adapter do not share, six at most."""
     with safe_open(folder / "adapter_model.safetensors", "pt") as file:
         stored = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        if is_packed(stored):
+            unpacked = unpack({name: file.get_tensor(name) for name in stored})
+            stored = {name: list(value.shape) for name, value in unpacked.items()}
     held = get_peft_model_state_dict(model, save_embedding_layers=False)
     shapes = {name: list(getattr(tensor, "ds_shape", tensor.shape)) for name, tensor in held.items()}
     prefix = PEFT_TYPE_TO_PREFIX_MAPPING[model.active_peft_config.peft_type]

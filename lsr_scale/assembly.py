@@ -5,10 +5,9 @@ adapter is injected by us, so that a refused target costs seconds, and its facto
 base SFTTrainer casts what trains to bfloat16 in place, which is undone after its constructor.
 """
 
-import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,24 +19,30 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, set_seed
 
 from lsr_scale import adapters, config, distributed
 from lsr_scale.config import RunConfig
-from lsr_scale.config.training import training_arguments_class
+from lsr_scale.config.training import checkpoints_layers, training_arguments_class
 from lsr_scale.data.formats import build_dataset
 from lsr_scale.data.preview import prepare_tokenizer, tokenize_classification
 from lsr_scale.errors import UserError
-from lsr_scale.fused import fuse
+from lsr_scale.fused import FuseReport, fuse
+from lsr_scale.memory_policy import KeepWhatFits, largest_forward
 from lsr_scale.model import base_of, load_tokenizer
+from lsr_scale.resumable import Resumable
 from lsr_scale.run_folder import RunFolder
 
-logger = logging.getLogger(__name__)
 
-
-def build_trainer(run: RunConfig, folder: RunFolder, callbacks: list[TrainerCallback] | None = None) -> Trainer:
+def build_trainer(
+    run: RunConfig,
+    folder: RunFolder,
+    callbacks: list[TrainerCallback] | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> Trainer:
     """Return the trainer of a run, its model loaded, quantized and adapted.
 
     Args:
         run: The run.
         folder: Where checkpoints go.
         callbacks: Added to the trainer's own.
+        say: Told, in a line each, what a user should know of how the run is set up.
 
     Raises:
         UserError: for a model, data or adapter that do not go together.
@@ -51,10 +56,12 @@ def build_trainer(run: RunConfig, folder: RunFolder, callbacks: list[TrainerCall
     if any(other != kind for _, other in datasets.values()):
         raise UserError(f"data.validation: is {datasets['eval'][1]}, but data.train is {kind}; give rows of one kind")
     for note in prepare_tokenizer(tokenizer, kind):
-        logger.info(note)
+        say(note)
     with only_new_warnings():
         model = adapt(run, base_of(run.model, run.training["seed"]))
-    _fuse(run, model, arguments)
+    report = _fuse(run, model, arguments)
+    if report is not None:
+        say(str(report))
 
     common: dict[str, Any] = {
         "model": model,
@@ -71,6 +78,9 @@ def build_trainer(run: RunConfig, folder: RunFolder, callbacks: list[TrainerCall
         raise UserError(
             f"data.train: training.max_length ({limit}) cuts off everything to be learned in all rows; raise it"
         )
+    if report is not None and report.fused and _fits_memory(run):
+        trainer.add_callback(KeepWhatFits(largest_forward(trainer), say))
+    trainer.on_nonfinite = run.training["on_nonfinite"]  # pyright: ignore[reportAttributeAccessIssue]
     trainer.remove_callback(PrinterCallback)  # prints what Progress prints
     if not arguments.push_to_hub:
         trainer.create_model_card = lambda *_, **__: None  # a template for the hub, among files to be read
@@ -94,21 +104,26 @@ def _arguments(run: RunConfig, folder: RunFolder) -> Any:
     return arguments
 
 
-def _fuse(run: RunConfig, model: PeftModel, arguments: Any) -> None:
-    """Make the model's layers run fused, if the run wants it and they can, and say what came of it."""
+def _fuse(run: RunConfig, model: PeftModel, arguments: Any) -> FuseReport | None:
+    """Make the model's layers run fused, if the run wants it and they can, and return what came of it."""
     wanted = run.training["fused"]
     if wanted == "off" or (wanted == "auto" and not torch.cuda.is_available()):
-        return
+        return None
     if zero_stage(run) == 3 and uses_deepspeed(run):
         # DeepSpeed gathers weights by hooks on every module, which a fused layer does not call
-        logger.info("training.fused: layers run per linear under ZeRO-3")
-        return
-    recompute = "full" if run.training["gradient_checkpointing"] else "none"
-    report = fuse(model.train(), recompute)
+        return None
+    recompute = "full" if checkpoints_layers(run.training) else "none"
+    report = fuse(model.train(), recompute, hold_weights=run.training["memory"] == "speed")
     if report.fused or report.per_linear:
         # the layers see to it themselves, fused or not; transformers 5.23 reads the second name
         arguments.gradient_checkpointing = arguments.activation_checkpointing = False
-    logger.info(str(report))
+    return report
+
+
+def _fits_memory(run: RunConfig) -> bool:
+    """Tell whether a run's fused layers shall keep what fits, and have a GPU to fit it into."""
+    training = run.training
+    return training["memory"] == "auto" and training["gradient_checkpointing"] is None and torch.cuda.is_available()
 
 
 def adapt(run: RunConfig, base: Any) -> PeftModel:
@@ -139,7 +154,11 @@ def _sft_trainer(common: dict[str, Any]) -> Trainer:
             f"TRL {trl.__version__} computes its loss with Triton, on a GPU only; to train on the CPU: "
             "pip install 'trl>=1.16,<1.17'"
         )
-    return SFTTrainer(**common)
+
+    class ResumableSFTTrainer(Resumable, SFTTrainer):
+        pass
+
+    return ResumableSFTTrainer(**common)
 
 
 def _classifier_trainer(run: RunConfig, common: dict[str, Any]) -> Trainer:
@@ -149,7 +168,7 @@ def _classifier_trainer(run: RunConfig, common: dict[str, Any]) -> Trainer:
             common[split] = tokenize_classification(
                 common[split], common["processing_class"], run.training["max_length"]
             )
-    return Trainer(**common, compute_metrics=_classification_metrics if run.model.num_labels != 1 else None)
+    return Resumable(**common, compute_metrics=_classification_metrics if run.model.num_labels != 1 else None)
 
 
 def _check_labels(labels: Any, num_labels: int | None, split: str) -> None:

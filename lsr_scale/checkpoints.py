@@ -1,18 +1,19 @@
 """Going on from a checkpoint: which one, whether it is whole, and whether this run and these processes fit it."""
 
+import hashlib
 import json
 import re
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
-from lsr_scale import config
+from lsr_scale import config, record
 from lsr_scale.config import RunConfig
 from lsr_scale.errors import UserError
 from lsr_scale.run_folder import RunFolder
+
+MANIFEST, STATE, TENSORS = "manifest.json", "training_state.json", "training_state.safetensors"
+_BATCH, _ACCUMULATION = "per_device_train_batch_size", "gradient_accumulation_steps"
 
 # What must not change between a checkpoint and its continuation, or would not be heeded, for the optimizer's state has
 # it too. Anything else may change, and is said.
@@ -22,30 +23,66 @@ _FIXED = re.compile(
 )
 
 
+def write_manifest(folder: Path) -> None:
+    """Write the size and SHA-256 of every file in a folder, and see all of it onto the disk."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+    listed = {str(f.relative_to(folder)): {"bytes": f.stat().st_size, "sha256": _sha256(f)} for f in files}
+    for file in files:
+        record.sync(file)
+    record.write_json(folder / MANIFEST, {"files": listed})
+    record.sync(folder)
+
+
 def damage(checkpoint: Path) -> str | None:
-    """Return what is wrong with a checkpoint's files, None if nothing is; one cut short lacks its last file."""
-    state = checkpoint / "trainer_state.json"  # written after everything else
-    if not state.is_file():
-        return "there is no trainer_state.json in it" if checkpoint.is_dir() else "there is no such folder"
+    """Return what is wrong with a checkpoint's files by its manifest, None if nothing is."""
+    if not checkpoint.is_dir():
+        return "there is no such folder"
+    manifest = checkpoint / MANIFEST
+    if not manifest.is_file():
+        return f"there is no {MANIFEST} in it"
     try:
-        step(checkpoint)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"trainer_state.json cannot be read ({error})"
-    for file in sorted((*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth"), *checkpoint.glob("global_step*/*.pt"))):
-        if not zipfile.is_zipfile(file):
-            return f"{file.relative_to(checkpoint)} is damaged or cut short"
-    for file in checkpoint.glob("*.safetensors"):
-        try:
-            with safe_open(file, "pt") as tensors:
-                tensors.keys()
-        except (SafetensorError, OSError) as error:
-            return f"{file.name} is damaged or cut short ({error})"
-    return None
+        listed = json.loads(manifest.read_text(encoding="utf-8"))["files"]
+        for name, expected in listed.items():
+            file = checkpoint / name
+            if not file.is_file():
+                return f"there is no {name} in it, which {MANIFEST} lists"
+            if (size := file.stat().st_size) != expected["bytes"]:
+                return f"{name} is cut short or altered: {size} bytes, {expected['bytes']} in {MANIFEST}"
+            if _sha256(file) != expected["sha256"]:
+                return f"{name} is altered: its SHA-256 is not that in {MANIFEST}"
+        lacking = [name for name in (STATE, TENSORS, "trainer_state.json") if name not in listed]
+        return f"{MANIFEST} does not list {lacking[0]}" if lacking else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{MANIFEST} cannot be read ({error})"
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def step(checkpoint: Path) -> int:
     """Return the training step after which a whole checkpoint was saved, whatever its folder is called."""
-    return json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
+    return _state(checkpoint)["step"]
+
+
+def _state(checkpoint: Path) -> dict[str, Any]:
+    return json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+
+
+def fit(checkpoint: Path, run: RunConfig, num_processes: int) -> RunConfig:
+    """Return the run with its accumulation such that a step has as many rows as before, on these many processes.
+
+    The position in the data is a number of steps, so a step must have the rows that it had; `check` refuses the rest.
+    """
+    if damage(checkpoint) is not None:
+        return run
+    state = _state(checkpoint)
+    rows, batch, accumulation = state["rows_per_step"], *(run.training[name] for name in (_BATCH, _ACCUMULATION))
+    as_begun = batch * accumulation * state["first_num_processes"] == rows
+    if not as_begun or rows % (batch * num_processes):
+        return run  # another batch size or accumulation was asked for, which `check` judges
+    return run.model_copy(update={"training": {**run.training, _ACCUMULATION: rows // (batch * num_processes)}})
 
 
 def newest(folder: RunFolder) -> tuple[Path | None, list[str]]:
@@ -59,35 +96,36 @@ def newest(folder: RunFolder) -> tuple[Path | None, list[str]]:
     return None, notes
 
 
-def check(checkpoint: Path, run: RunConfig, num_processes: int, uses_deepspeed: bool) -> list[str]:
+def check(checkpoint: Path, run: RunConfig, num_processes: int) -> list[str]:
     """Return what changed since a checkpoint was saved, one line each.
 
     Args:
         checkpoint: The checkpoint, in a run's folder.
-        run: The run that shall go on from it.
+        run: The run that shall go on from it, as `fit` returned it.
         num_processes: How many processes train now.
-        uses_deepspeed: Whether they do under DeepSpeed.
 
     Raises:
-        UserError: if the checkpoint is damaged, was saved by other processes than these, or by a run of another model
-            or adapter.
+        UserError: if the checkpoint is damaged, was saved with other rows a step, or by a run of another model or
+            adapter.
     """
     problem = damage(checkpoint)
     if problem is not None:
         raise UserError(f"--resume {checkpoint}: not a checkpoint to go on from: {problem}")
-    before, had_deepspeed = _saved_by(checkpoint)
-    if (had_deepspeed, before if had_deepspeed else 0) != (uses_deepspeed, num_processes if uses_deepspeed else 0):
-        engine = "DeepSpeed" if had_deepspeed else "no DeepSpeed"
+    state = _state(checkpoint)
+    before, rows = state["num_processes"], state["rows_per_step"]
+    batch = run.training[_BATCH]
+    now = batch * run.training[_ACCUMULATION] * num_processes
+    if now != rows:
+        whole = rows % (batch * num_processes) == 0
         remedy = (
-            f"deepspeed --num_gpus {before} launch/train.py"
-            if had_deepspeed
-            else "lsr-scale train"
-            if before == 1
-            else f"torchrun --nproc_per_node {before} launch/train.py, with deepspeed.config: null"
+            f"training.{_ACCUMULATION}={rows // (batch * num_processes)}"
+            if whole
+            else f"training.{_BATCH} and training.{_ACCUMULATION} whose product is "
+            f"{rows / num_processes:g}, or {before} process(es)"
         )
         raise UserError(
-            f"--resume {checkpoint}: saved by {before} process(es) under {engine}; its optimizer state fits only the "
-            f"same number and engine: {remedy}"
+            f"--resume {checkpoint}: its steps had {rows} rows ({before} process(es)), these would have {now}, so the "
+            f"position in the data would be lost; set {remedy}"
         )
     notes = [] if before == num_processes else [f"{before} process(es) saved the checkpoint, {num_processes} go on"]
     saved = RunFolder(checkpoint.parent)
@@ -101,12 +139,6 @@ def check(checkpoint: Path, run: RunConfig, num_processes: int, uses_deepspeed: 
             f"--config {saved.config}"
         )
     return [*notes, *(f"changed since the run began: {text}" for path, text in changes if not path.endswith("_dir"))]
-
-
-def _saved_by(checkpoint: Path) -> tuple[int, bool]:
-    """Return how many processes saved a checkpoint, and whether they did under DeepSpeed."""
-    states = len(list(checkpoint.glob("rng_state_*.pth")))
-    return max(1, states), (checkpoint / "latest").is_file()
 
 
 def _changes(before: Any, after: Any, path: str = "") -> Iterator[tuple[str, str]]:

@@ -16,6 +16,8 @@ from lsr_scale.errors import UserError
 SECONDS_FOR_RANK_0 = 4.0
 # the system's words, and what torch.save makes of them
 _FULL_DISK = ("No space left on device", "PytorchStreamWriter", "inline_container", "iostream error")
+# a peer's end, in gloo's words and NCCL's
+_LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "ncclRemoteError", "ncclSystemError")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -62,6 +64,23 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
     sub.add_argument("--base-only", action="store_true", help="without the adapter")
 
+    sub = command("export", "Write a trained adapter for other programs, and verify it.")
+    sub.add_argument("source", metavar="RUN_OR_ADAPTER", help="a run's folder, or an adapter's")
+    sub.add_argument("--to", required=True, choices=("adapter", "lora", "merged", "gguf"), help="the format")
+    sub.add_argument("--out", required=True, metavar="DIR", help="a new folder")
+    sub.add_argument("--bits", type=int, choices=(16, 8, 4), default=16, help="of the factors, for adapter")
+    sub.add_argument("--max-rank", type=_count, help="truncate to this rank, for lora and gguf")
+    sub.add_argument("--dtype", help="lora, gguf: float32, bfloat16, float16; merged: bfloat16, float32, nf4")
+    sub.add_argument("--base", help="the base model, where nothing beside the adapter names it")
+    sub.add_argument("--verify", action=argparse.BooleanOptionalAction, default=True, help="compare logits")
+
+    sub = command("merge", "Add adapters of one base up, exactly, into one LoRA adapter.")
+    sub.add_argument("sources", nargs="+", metavar="RUN_OR_ADAPTER")
+    sub.add_argument("--weights", nargs="+", type=float, help="one for each; 1 by default")
+    sub.add_argument("--out", required=True, metavar="DIR", help="a new folder")
+    sub.add_argument("--max-rank", type=_count, help="truncate the sum to this rank")
+    sub.add_argument("--dtype", default="float32", help="float32, bfloat16, float16")
+
     sub = command("preview", "Show a few training samples as tokens, and what of them is supervised.")
     takes_run(sub)
     sub.add_argument("--samples", type=_count, default=3)
@@ -88,7 +107,10 @@ def _count(text: str) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; return the exit status: 0, 1 (doctor found something), 2 (a mistake), 130 (interrupted)."""
+    """Run a command; return the exit status.
+
+    0; 1, doctor found something; 2, a mistake; 130, interrupted; 143, ended by SIGTERM, a checkpoint saved.
+    """
     args = _parser().parse_args(arguments)
     try:
         _quiet_libraries(args.debug)
@@ -102,13 +124,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 0
     except Exception as error:
-        words = str(error) if isinstance(error, UserError) else _remedy(error)
+        from lsr_scale.faults import Terminated
+
+        words = str(error) if isinstance(error, UserError | Terminated) else _remedy(error)
         if words is None:
             raise
         if args.debug:
             traceback.print_exc()
         _say_error(words)
-        status = 2
+        status = 143 if isinstance(error, Terminated) else 2
     if status and "WORLD_SIZE" in os.environ:
         # the other processes wait for this one in a collective; ending at once lets the launcher end them
         sys.stdout.flush()
@@ -136,12 +160,17 @@ def _remedy(error: Exception) -> str | None:
     if isinstance(error, torch.OutOfMemoryError):
         return (
             "the GPU's memory ran out; lower training.per_device_train_batch_size or training.max_length, or set "
-            "training.gradient_checkpointing: true (lsr-scale plan tells what each takes)"
+            "training.memory: save (lsr-scale plan tells what each takes)"
         )
     if any(words in text for words in _FULL_DISK) and "Reader" not in text:
         return (
             "the disk is full; free some space, then go on with --resume auto (whole checkpoints stay, and one cut "
             "short is passed over)"
+        )
+    if any(words in text for words in _LOST_PEER):
+        return (
+            "another process of the run ended or cannot be reached; what it said tells why; go on from the last "
+            "checkpoint with --resume auto"
         )
     if isinstance(error, SafetensorError):
         return f"a weight file is damaged or cut short ({text}); restore it, or resume from the checkpoint before"
@@ -207,6 +236,21 @@ def _generate(args: argparse.Namespace) -> int:
 
     model, tokenizer, _ = evaluate.load_run_model(args.run, args.base_only)
     print(evaluate.generate(model, tokenizer, args.prompt, args.max_new_tokens, args.chat))
+    return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    from lsr_scale.export import export
+
+    options = {"bits": args.bits, "max_rank": args.max_rank, "dtype": args.dtype}
+    export(args.source, args.to, args.out, **options, verify=args.verify, base=args.base)
+    return 0
+
+
+def _merge(args: argparse.Namespace) -> int:
+    from lsr_scale.export import merge
+
+    merge(args.sources, args.weights, args.out, max_rank=args.max_rank, dtype=args.dtype)
     return 0
 
 
@@ -277,6 +321,8 @@ _COMMANDS = {
     "train": _train,
     "eval": _eval,
     "generate": _generate,
+    "export": _export,
+    "merge": _merge,
     "preview": _preview,
     "plan": _plan,
     "doctor": _doctor,

@@ -1,8 +1,13 @@
 """Whether this process is one of several, and starting up so that they find each other, on GPUs or CPUs."""
 
+import datetime
 import os
 
 import torch
+
+from lsr_scale.errors import UserError
+
+TIMEOUT_S = 600.0
 
 
 def is_launched() -> bool:
@@ -30,11 +35,16 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def start(use_deepspeed: bool) -> None:
+def start(use_deepspeed: bool, timeout_s: float = TIMEOUT_S) -> None:
     """Join the process group, if there is one, and share the CPU cores among the processes of this machine.
+
+    Processes wait for each other at most `timeout_s` seconds, here and in every collective.
 
     On CPUs DeepSpeed would compile a shared-memory helper first, a minute on two cores and in need of a C++ compiler;
     an adapter's gradients are a few MB, for which gloo does, so the helper is left out.
+
+    Raises:
+        UserError: if the others did not come.
     """
     if not is_launched():
         return
@@ -45,16 +55,23 @@ def start(use_deepspeed: bool) -> None:
         local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size())
         threads = int(os.environ.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // max(1, local)))))
         torch.set_num_threads(threads)
-    backend = "nccl" if has_gpu else "gloo"
-    if use_deepspeed:
-        import deepspeed
-        import deepspeed.ops
+    backend, timeout = "nccl" if has_gpu else "gloo", datetime.timedelta(seconds=timeout_s)
+    try:
+        if use_deepspeed:
+            import deepspeed
+            import deepspeed.ops
 
-        if not has_gpu:
-            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # pyright: ignore
-        deepspeed.init_distributed(dist_backend=backend, verbose=False)
-    elif not torch.distributed.is_initialized():
-        torch.distributed.init_process_group(backend)
+            if not has_gpu:
+                deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # pyright: ignore
+            deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timeout)
+        elif not torch.distributed.is_initialized():
+            torch.distributed.init_process_group(backend, timeout=timeout)
+    except torch.distributed.DistError as error:
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise UserError(
+            f"process {rank()} of {world_size()} did not meet the others at {where} within {timeout_s:g} s: see that "
+            f"all were started, with one MASTER_ADDR and MASTER_PORT that every host reaches ({str(error)[:200]})"
+        ) from error
 
 
 def gather(value: list) -> list:
@@ -73,6 +90,16 @@ def broadcast(value: object) -> object:
     box = [value]
     torch.distributed.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def any_of(flag: bool) -> bool:
+    """Tell, alike on every process, whether the flag is set on any."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return flag
+    on_gpu = torch.distributed.get_backend() == "nccl"
+    box = torch.tensor(int(flag), device="cuda" if on_gpu else "cpu")
+    torch.distributed.all_reduce(box, torch.distributed.ReduceOp.MAX)
+    return bool(box)
 
 
 def stop() -> None:

@@ -90,15 +90,7 @@ def _row_scales(layer: bnb.nn.Linear8bitLt) -> Tensor:
     return scale
 
 
-def dequantize_into(
-    layer: nn.Linear,
-    out: Tensor,
-    *,
-    up: Tensor | None = None,
-    up_column: int = 0,
-    down: Tensor | None = None,
-    down_out: Tensor | None = None,
-) -> None:
+def dequantize_into(layer: nn.Linear, out: Tensor, extension: kernels.Extension = kernels.NOTHING) -> None:
     """Write the weight of a frozen linear layer, and an adapter's pair beside and below it, into a given matrix.
 
     One launch per layer on a GPU, for NF4, FP4 and int8 alike, bit-equal to `dequantize(layer, out.dtype)`.
@@ -106,25 +98,23 @@ def dequantize_into(
     Args:
         layer: A `Linear4bit`, a `Linear8bitLt`, or a plain linear layer.
         out: `[out_features, in_features + R]`, unit column stride: the weight, then `up` in a field of zeros.
-        up: `[out_features, r]`, for the columns from `in_features + up_column`.
-        up_column: See up.
-        down: `[r, in_features]`, for the first rows of `down_out`.
-        down_out: `[>= r, in_features]`; rows beyond `down` are zeroed.
+        extension: The pair, and where it goes.
 
     Raises:
         UserError: as `dequantize`.
     """
-    pair: dict[str, Any] = {"up": up, "up_column": up_column, "down": down, "down_out": down_out}
     weight: Any = layer.weight
     quantized = isinstance(layer, bnb.nn.Linear4bit | bnb.nn.Linear8bitLt)
     if not _kernel_fits(layer, out.dtype):
-        kernels.copy_weight_reference(dequantize(layer, out.dtype) if quantized else weight, out, **pair)
+        whole = dequantize(layer, out.dtype) if quantized else weight
+        kernels.copy_weight_reference(whole, out, extension=extension)
     elif not quantized:
-        kernels.copy_weight(weight, out, **pair)
+        kernels.copy_weight(weight, out, extension=extension)
     elif isinstance(layer, bnb.nn.Linear4bit):
-        kernels.dequantize_4bit(weight.data.view(torch.uint8), out=out, **_tables(_state_of(layer)), **pair)
+        tables, packed = _tables(_state_of(layer)), weight.data.view(torch.uint8)
+        kernels.dequantize_4bit(packed, out=out, **tables, extension=extension)
     else:
-        kernels.dequantize_int8(weight.data, _row_scales(layer), out, **pair)
+        kernels.dequantize_int8(weight.data, _row_scales(layer), out, extension=extension)
 
 
 def _kernel_fits(layer: nn.Linear, dtype: torch.dtype) -> bool:

@@ -45,6 +45,24 @@ def cannot_write(path: Path, error: OSError) -> UserError:
     return UserError(f"{path}: cannot be written: {error.strerror or error}; {remedy}")
 
 
+def system_error(error: Exception) -> OSError:
+    """Return the system's error behind one of a library that keeps its number in the text, as safetensors does."""
+    if isinstance(error, OSError):
+        return error
+    if "No space left" in str(error):
+        return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    return OSError(str(error))
+
+
+def sync(path: Path) -> None:
+    """See a file's content, or the names in a folder, onto the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write text as `write_bytes` does."""
     write_bytes(path, text.encode("utf-8"))

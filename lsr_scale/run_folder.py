@@ -18,6 +18,7 @@ class RunFolder:
     env.json           versions and machine        checkpoint-*/   what resuming needs
     metrics.jsonl      one line a logging step     eval/           predictions before and after
     loss.png           the loss curve              results.json    counts, times, accuracies
+    nonfinite.jsonl    batches without a finite loss, if there were any
     """
 
     path: Path

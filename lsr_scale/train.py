@@ -13,6 +13,7 @@ from lsr_scale.adapter_files import is_sharded, misfits, save_adapter
 from lsr_scale.assembly import build_trainer, only_new_warnings, uses_deepspeed, zero_stage
 from lsr_scale.config import RunConfig
 from lsr_scale.errors import UserError
+from lsr_scale.faults import NONFINITE, StopOnSignal, Terminated
 from lsr_scale.model import base_description
 from lsr_scale.progress import Progress, check_finite, clock, draw_losses, print_line, summarize_metrics
 from lsr_scale.run_folder import RunFolder, step_of
@@ -42,7 +43,7 @@ def train(
         UserError: for what a user can mend.
     """
     started = time.monotonic()
-    distributed.start(run.deepspeed.config is not None)
+    distributed.start(run.deepspeed.config is not None, run.training.get("ddp_timeout", distributed.TIMEOUT_S))
     main = distributed.is_main()
     live = main and not quiet
 
@@ -50,7 +51,7 @@ def train(
         if live:
             print_line(text)
 
-    folder, checkpoint, notes = _agree(run, name, resume, overwrite)
+    run, folder, checkpoint, notes = _agree(run, name, resume, overwrite)
     try:
         say(f"run folder: {folder.path}")
         for note in notes:
@@ -61,7 +62,9 @@ def train(
         tasks = evaluate.load_tasks(run.eval)
         say(f"loading {run.model.name} ({run.model.quantization}) and adapting it with {run.adapter.method}")
         progress = Progress(folder.metrics, quiet=quiet)
-        trainer = build_trainer(run, folder, [progress])
+        stop = StopOnSignal()
+        # in this order: progress refuses what is not finite
+        trainer = build_trainer(run, folder, [stop, progress], say)
         model: Any = trainer.model
         if checkpoint:
             _check_adapter(model, checkpoint)
@@ -98,8 +101,13 @@ def train(
         scores |= evaluate.read_scores(folder, tasks, "before")
     before_training = time.monotonic()
     say("training")
-    with only_new_warnings():
+    with only_new_warnings(), stop.listening():
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if stop.stopped:
+        raise Terminated(
+            f"ended by SIGTERM after step {trainer.state.global_step}, a checkpoint is saved in {folder.path}; "
+            "the same command with --resume auto goes on"
+        )
     trained = time.monotonic()
     check_finite(model, "after training")
     with only_new_warnings():
@@ -140,46 +148,56 @@ def _say_machine(run: RunConfig, say: Callable[[str], None]) -> None:
         say(f"one of {torch.cuda.device_count()} GPUs is used; for all: deepspeed launch/train.py --config ...")
 
 
-def _agree(run: RunConfig, name: str, resume: str | None, overwrite: bool) -> tuple[RunFolder, Path | None, list[str]]:
+_Chosen = tuple[RunConfig, RunFolder, Path | None, list[str]]
+
+
+def _agree(run: RunConfig, name: str, resume: str | None, overwrite: bool) -> _Chosen:
     """Return what `_choose` returns to the main process, or raise what it raises, on every process."""
     chosen: Any = None
     if distributed.is_main():
         try:
-            chosen = _choose(run, name, resume, overwrite)
+            fitted, *rest = _choose(run, name, resume, overwrite)
+            chosen = (fitted.training, *rest)  # a run cannot be pickled
         except UserError as error:
             chosen = str(error)
     chosen = distributed.broadcast(chosen)
     if isinstance(chosen, str):
         raise UserError(chosen)
-    return chosen
+    training, *rest = chosen
+    return run.model_copy(update={"training": training}), *rest
 
 
-def _choose(run: RunConfig, name: str, resume: str | None, overwrite: bool) -> tuple[RunFolder, Path | None, list[str]]:
-    """Return the run's folder, the checkpoint to go on from, and what the user should know about that."""
+def _choose(run: RunConfig, name: str, resume: str | None, overwrite: bool) -> _Chosen:
+    """Return the run, its folder, the checkpoint to go on from, and what the user should know about that.
+
+    The run is the one given, but for the gradient accumulation where another number of processes goes on.
+    """
     if resume and overwrite:
         raise UserError("--resume goes on with a run, --overwrite starts it again: give one of them")
     output_dir = run.training["output_dir"]
 
-    def check(checkpoint: Path) -> list[str]:
-        return checkpoints.check(checkpoint, run, distributed.world_size(), uses_deepspeed(run))
+    def check(checkpoint: Path) -> tuple[RunConfig, list[str]]:
+        fitted = checkpoints.fit(checkpoint, run, distributed.world_size())
+        return fitted, checkpoints.check(checkpoint, fitted, distributed.world_size())
 
     if resume not in (None, "auto"):
         checkpoint = Path(resume).expanduser()
-        notes, home = check(checkpoint), checkpoint.resolve().parent
+        (run, notes), home = check(checkpoint), checkpoint.resolve().parent
         goes_on = output_dir is None or Path(output_dir).expanduser().resolve() == home
-        return run_folder.choose(output_dir or str(home), name, goes_on, overwrite), checkpoint, notes
+        return run, run_folder.choose(output_dir or str(home), name, goes_on, overwrite), checkpoint, notes
     folder = run_folder.choose(output_dir, name, resume == "auto", overwrite)
     if resume is None:
-        return folder, None, []
+        return run, folder, None, []
     newest, notes = checkpoints.newest(folder)
     if newest is not None:
-        return folder, newest, [*notes, *check(newest)]
+        run, changed = check(newest)
+        return run, folder, newest, [*notes, *changed]
     if folder.adapter.exists():
         raise UserError(
             f"{folder.path}: the run is finished, and no whole checkpoint is left to go on from; --overwrite starts "
             "it again"
         )
-    return folder, None, notes
+    return run, folder, None, notes
 
 
 def _begin(run: RunConfig, folder: RunFolder, checkpoint: Path | None, say: Callable[[str], None]) -> None:
@@ -190,7 +208,7 @@ def _begin(run: RunConfig, folder: RunFolder, checkpoint: Path | None, say: Call
         old = [path for path in folder.checkpoints() if step_of(path) > after]
         if old:
             say(f"removing what an earlier run left: {', '.join(path.name for path in old)}")
-        for path in old:
+        for path in (*old, *folder.path.glob(".checkpoint-*")):  # the latter a kill left in the midst of a save
             shutil.rmtree(path, ignore_errors=True)
         if not goes_on:
             _clear(folder)
@@ -203,7 +221,7 @@ def _clear(folder: RunFolder) -> None:
     """Remove what a run wrote, and nothing else that lies in its folder."""
     for path in (folder.adapter, folder.path / "eval"):
         shutil.rmtree(path, ignore_errors=True)
-    for path in (folder.metrics, folder.curve, folder.results):
+    for path in (folder.metrics, folder.curve, folder.results, folder.path / NONFINITE):
         path.unlink(missing_ok=True)
 
 

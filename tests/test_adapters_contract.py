@@ -333,10 +333,36 @@ def test_mistakes_name_the_place_and_the_remedy_and_leave_the_model_untouched(na
     assert not layers_of(model)
 
 
-def test_mixed_batches_are_refused_rather_than_ignored(name, ids):
-    model = adapted(name)
-    with pytest.raises(NotImplementedError, match="adapter_names"):
-        model(input_ids=ids, adapter_names=["default", "default"])
+def test_rows_of_a_batch_use_the_adapters_they_name(name, ids):
+    model = randomize(adapted(name))
+    model.add_adapter("other", config_of(name, rank=1))
+    randomize(model, seed=4).eval()
+    names = ["other", "__base__", "default", "other"]
+    ids = torch.cat([ids, ids.flip(1)])
+    if not METHODS[name].is_low_rank():
+        with pytest.raises(UserError, match="no low-rank form"):
+            model(input_ids=ids, adapter_names=names)
+        return
+    with torch.no_grad():
+        found = model(input_ids=ids, adapter_names=names).logits
+        for row, adapter in enumerate(names):
+            if adapter == "__base__":
+                with model.disable_adapter():
+                    expected = model(input_ids=ids[row : row + 1]).logits
+            else:
+                model.set_adapter(adapter)
+                expected = model(input_ids=ids[row : row + 1]).logits
+            torch.testing.assert_close(found[row : row + 1], expected, rtol=1e-9, atol=1e-9)
+        assert not torch.allclose(found[0], found[3]), "rows differ, or this test sees nothing"
+        assert all(layer.rows is None for layer in layers_of(model))
+        with pytest.raises(UserError, match="no adapter 'othr'; did you mean 'other'"):
+            model(input_ids=ids, adapter_names=["othr"] * 4)
+        with pytest.raises(UserError, match="2 names for a batch of 4 rows"):
+            model(input_ids=ids, adapter_names=["other"] * 2)
+        assert all(layer.rows is None for layer in layers_of(model))
+    model.train()
+    with pytest.raises(UserError, match=r"model\.eval"):
+        model(input_ids=ids, adapter_names=names)
 
 
 def test_all_linear_spares_the_head(name):

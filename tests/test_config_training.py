@@ -43,7 +43,8 @@ def test_both_names_of_checkpointing_are_taken_and_mean_the_same(name):
     run = load(MINIMAL, f"training.{name}=no")
     assert run.training["gradient_checkpointing"] is False
     assert "activation_checkpointing" not in run.training
-    assert load(MINIMAL).training["gradient_checkpointing"] is True
+    assert load(MINIMAL).training["gradient_checkpointing"] is None
+    assert not training_fields.checkpoints_layers(run.training)
 
 
 def test_checkpointing_has_the_name_that_the_installed_class_knows(monkeypatch):
@@ -60,6 +61,20 @@ def test_checkpointing_has_the_name_that_the_installed_class_knows(monkeypatch):
         monkeypatch.setattr(training_fields, "training_arguments_class", lambda task, source=source: source)
         kwargs = training_fields.training_kwargs(training, "causal_lm")
         assert {key for key in kwargs if "checkpointing" in key} == {name}
+
+
+@pytest.mark.parametrize(("memory", "expected"), [("auto", True), ("save", True), ("speed", False)])
+def test_memory_says_whether_layers_are_checkpointed(memory, expected):
+    run = load(MINIMAL, f"training.memory={memory}")
+    assert training_fields.checkpoints_layers(run.training) is expected
+    kwargs = config.training_arguments(run)
+    assert [value for key, value in kwargs.items() if key.endswith("_checkpointing")] == [expected]
+    assert "memory" not in kwargs
+    other = f"training: {{memory: {memory}, gradient_checkpointing: {str(not expected).lower()}}}"
+    if memory == "auto":
+        assert not training_fields.checkpoints_layers(load(MINIMAL + other).training)
+    else:
+        assert f"memory: {memory} and gradient_checkpointing: {not expected} contradict" in problem(MINIMAL + other)
 
 
 def test_checkpointing_set_to_two_values_is_refused():

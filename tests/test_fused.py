@@ -27,9 +27,15 @@ from lsr_scale.adapters import METHODS, peft_config
 from lsr_scale.errors import UserError
 from lsr_scale.fused import decoder_layer, linear
 from lsr_scale.fused import models as fused_models
+from lsr_scale.fused.eligibility import why_not_layer
 from lsr_scale.quantized import freeze_quantized
 
-RANKS = {"lsr": {"rank": 4, "separation_rank": 2}, "kron_lora": {"rank": 2, "dropout": 0.0}, "lora": {"rank": 3}}
+RANKS = {
+    "lsr": {"rank": 4, "separation_rank": 2},
+    "kron_lora": {"rank": 2, "dropout": 0.0},
+    "kadaptation": {"phm_dim": 4, "alpha": 1.0},
+    "lora": {"rank": 3},
+}
 # transformers' norms compute in float32 on a float64 model too: what is compared with is no more exact than that
 SAME = 2e-5
 
@@ -352,6 +358,96 @@ def test_stepping_aside_is_said_once_and_gives_the_same(change, reason, ids, cap
     lines = [record.message for record in caplog.records if "layer" in record.message.lower()]
     assert any(reason in line for line in lines)
     assert len(lines) == len(set(lines))
+
+
+def first(model):
+    return model.base_model.model.model.layers[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "undo", "reason"),
+    [
+        (lambda m: m.merge_adapter(), lambda m: m.unmerge_adapter(), "merged"),
+        (
+            lambda m: setattr(first(m), "handle", first(m).mlp.gate_proj.register_forward_hook(lambda *_: None)),
+            lambda m: first(m).handle.remove(),
+            "has hooks",
+        ),
+        (
+            lambda m: setattr(first(m), "handle", first(m).mlp.up_proj.base_layer.register_full_backward_hook(print)),
+            lambda m: first(m).handle.remove(),
+            "has hooks",
+        ),
+        (
+            lambda m: first(m).input_layernorm.requires_grad_(),
+            lambda m: first(m).input_layernorm.requires_grad_(False),
+            "is trained itself",
+        ),
+        (
+            lambda m: first(m).self_attn.v_proj.base_layer.weight.requires_grad_(),
+            lambda m: first(m).self_attn.v_proj.base_layer.weight.requires_grad_(False),
+            "is trained itself",
+        ),
+        (
+            lambda m: m.set_attn_implementation("eager"),
+            lambda m: m.set_attn_implementation("sdpa"),
+            "attn_implementation",
+        ),
+        (
+            lambda m: setattr(first(m).self_attn, "attention_dropout", 0.1),
+            lambda m: setattr(first(m).self_attn, "attention_dropout", 0.0),
+            "attention_dropout",
+        ),
+        (
+            lambda m: setattr(first(m).self_attn.q_proj, "forward", first(m).self_attn.q_proj.forward),
+            lambda m: first(m).self_attn.q_proj.__dict__.pop("forward"),
+            "forward of its own",
+        ),
+        (
+            lambda m: first(m).self_attn.k_proj.adapter_dropout.update({"default": nn.Dropout(0.5)}),
+            lambda m: first(m).self_attn.k_proj.adapter_dropout.update({"default": nn.Identity()}),
+            "dropout",
+        ),
+        (
+            lambda m: setattr(first(m).mlp, "act_fn", nn.GELU()),
+            lambda m: setattr(first(m).mlp, "act_fn", nn.SiLU()),
+            "the activation is GELU",
+        ),
+        (
+            lambda m: setattr(first(m).self_attn.o_proj, "rows", object()),
+            lambda m: setattr(first(m).self_attn.o_proj, "rows", None),
+            "different adapters",
+        ),
+    ],
+)
+def test_what_changes_after_a_step_is_noticed_and_noticed_again(change, undo, reason, ids):
+    model = adapted(tiny_llama())
+    lsr_scale.fuse(model)
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert first(model).verdict.reason is None
+    remembered = first(model).verdict
+    assert why_not_layer(first(model)) is None
+    assert first(model).verdict is remembered, "looked again for nothing"
+    for _ in range(2):
+        change(model)
+        assert reason in (why_not_layer(first(model)) or "")
+        undo(model)
+        assert why_not_layer(first(model)) is None
+
+
+def test_dropout_counts_in_training_alone_and_adapters_come_and_go(ids):
+    model = adapted(tiny_llama(), dropout=0.5)
+    lsr_scale.fuse(model)
+    assert "dropout" in (why_not_layer(first(model)) or "")
+    assert why_not_layer(first(model.eval())) is None
+    assert "dropout" in (why_not_layer(first(model.train())) or "")
+    model.add_adapter("other", peft_config("lsr", {"target_modules": ["q_proj"], "rank": 2}, "CAUSAL_LM"))
+    model.set_adapter("other")
+    assert why_not_layer(first(model)) is None
+    model.set_adapter("default")
+    assert "dropout" in (why_not_layer(first(model)) or "")
+    with model.disable_adapter():
+        assert why_not_layer(first(model)) is None
 
 
 def test_adapter_dropout_steps_aside_only_in_training(ids):

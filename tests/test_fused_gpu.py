@@ -9,6 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 import lsr_scale
 from lsr_scale.adapters import peft_config
 from lsr_scale.fused.groups import base_of
+from lsr_scale.kernels.dequantize import Extension
 from lsr_scale.quantized import dequantize, dequantize_into
 
 pytestmark = [
@@ -150,7 +151,7 @@ def test_weights_are_written_bit_equal_to_bitsandbytes(kind):
     layer = quantize(torch.nn.Sequential(torch.nn.Linear(576, 1536, bias=False)), kind)[0].cuda()
     up, down = torch.randn(1536, 5, device="cuda"), torch.randn(5, 576, device="cuda")
     matrix = torch.full((1536 + 64, 576 + 64), float("nan"), device="cuda", dtype=torch.bfloat16)
-    dequantize_into(layer, matrix[:1536], up=up, up_column=7, down=down, down_out=matrix[1536:, :576])
+    dequantize_into(layer, matrix[:1536], Extension(up, 7, down, matrix[1536:, :576]))
     assert torch.equal(matrix[:1536, :576], dequantize(layer, torch.bfloat16))
     assert torch.equal(matrix[:1536, 583:588], up.bfloat16())
     assert torch.equal(matrix[1536:1541, :576], down.bfloat16())

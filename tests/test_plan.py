@@ -2,6 +2,7 @@
 
 import json
 import socket
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,10 @@ from rich.console import Console
 from lsr_scale.config import run_from_dict
 from lsr_scale.errors import UserError
 from lsr_scale.plan import memory, plan, render
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+from floors import MODELS
 
 MISTRAL = "mistralai/Mistral-7B-v0.1"
 SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -113,24 +118,24 @@ THROUGHPUT = Path(__file__).parents[1] / "benchmarks/results/throughput"
 LORA16 = {"method": "lora", "rank": 16, "target_modules": SEVEN}
 
 
-@pytest.mark.parametrize("path", sorted(THROUGHPUT.glob("mistral-7b-*.json")), ids=lambda path: path.stem)
+ADAPTERS = {"lsr": LSR, "kron_lora": KRON, "lora": LORA16}
+
+
+@pytest.mark.parametrize("path", sorted(THROUGHPUT.glob("*.json")), ids=lambda path: path.stem)
 def test_fused_memory_is_within_five_percent_of_every_committed_measurement(path):
-    measured = json.loads(path.read_text())
-    config, adapters = measured["config"], {"lsr": LSR, "kron_lora": KRON, "lora": LORA16}
-    rows = config["tokens"] // config["seq_len"]
-    training = {"per_device_train_batch_size": rows, "max_length": config["seq_len"]}
-    compared = 0
-    for method, adapter in adapters.items():
-        peaks = {r["checkpointing"]: r["peak_memory_gib"] for r in measured["rows"] if r["provider"] == method}
-        if not peaks:
-            continue
-        result = plan(run(MISTRAL, adapter, training, quantization=config["base"]))
+    peaks: dict[tuple, dict[bool, float]] = {}
+    for row in json.loads(path.read_text())["rows"]:
+        if row["provider"] in ADAPTERS and row["status"] == "ok" and row["checkpointing"] in ("none", "full"):
+            key = row["provider"], row["model"], row["base"], row["tokens"], row["seq_len"]
+            peaks.setdefault(key, {})[row["checkpointing"] == "full"] = row["peak_memory_gib"]
+    assert peaks
+    for (method, model, base, tokens, length), measured in peaks.items():
+        training = {"per_device_train_batch_size": tokens // length, "max_length": length}
+        result = plan(run(MODELS[model], ADAPTERS[method], training, quantization="none" if base == "bf16" else base))
         assert result.fused
         planned = {r.checkpointing: r.memory_gib.total for r in result.table if r.stage == "zero0"}
-        for mode, peak in peaks.items():
-            assert planned[mode == "full"] == pytest.approx(peak, rel=0.05), (method, mode)
-            compared += 1
-    assert compared
+        for recomputed, peak in measured.items():
+            assert planned[recomputed] == pytest.approx(peak, rel=0.05), (method, model, tokens, length, recomputed)
 
 
 def test_what_cannot_run_fused_is_planned_per_linear():

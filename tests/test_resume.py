@@ -8,7 +8,10 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from tiny_runs import completions, do, factors, metrics, same, save_llama, tiny_run, write_rows
 from transformers import TrainerCallback
 
@@ -113,24 +116,62 @@ def test_an_earlier_checkpoint_by_its_path_takes_the_later_ones_place(place, und
     assert [path.name for path in stopped.checkpoints()] == ["checkpoint-2", "checkpoint-5", "checkpoint-6"]
 
 
-@pytest.mark.parametrize("lost", ["trainer_state.json", "optimizer.pt", "adapter_model.safetensors", "rng_state.pth"])
-def test_a_checkpoint_that_was_cut_short_is_passed_over(place, undisturbed, stopped, lost, capsys):
-    file = stopped.path / "checkpoint-4" / lost
-    file.write_bytes(file.read_bytes()[:-30] if lost != "trainer_state.json" else b"")
-    if lost == "trainer_state.json":
-        file.unlink()
+def cut(file):
+    file.write_bytes(file.read_bytes()[:-30])
+
+
+def alter(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def test_a_checkpoint_is_few_files_whole_by_parameter_name(undisturbed):
+    folder = undisturbed.path / "checkpoint-4"
+    assert {path.name for path in folder.iterdir()} == {
+        *("adapter_config.json", "adapter_model.safetensors", "base.json", "README.md", "manifest.json"),
+        *("trainer_state.json", "training_state.json", "training_state.safetensors"),
+    }
+    state = load_file(folder / "training_state.safetensors")
+    adapter = {name.removeprefix("base_model."): tensor for name, tensor in factors(undisturbed, folder.name).items()}
+    for name, tensor in adapter.items():
+        stem, _, leaf = name.rpartition(".")
+        found = [key for key in state if key.startswith(f"parameter/base_model.{stem}") and leaf in key]
+        assert len(found) == 1, name
+        assert torch.equal(state[found[0]], tensor)
+        for moment in ("exp_avg", "exp_avg_sq"):
+            assert state[found[0].replace("parameter/", "optimizer/") + f"/{moment}"].shape == tensor.shape
+    assert {tensor.dtype for tensor in state.values()} == {torch.float32}
+    assert len(state) == 4 * len(adapter), "a parameter, two moments and a step each"
+
+
+@pytest.mark.parametrize("harm", [cut, alter, Path.unlink])
+@pytest.mark.parametrize(
+    "name", ["training_state.safetensors", "training_state.json", "trainer_state.json", "manifest.json"]
+)
+def test_harm_to_any_file_is_recognized(undisturbed, tmp_path, name, harm):
+    checkpoint = Path(shutil.copytree(undisturbed.path / "checkpoint-4", tmp_path / "checkpoint-4"))
+    assert damage(checkpoint) is None
+    harm(checkpoint / name)
+    assert name in (damage(checkpoint) or "")
+
+
+@pytest.mark.parametrize("harm", [cut, alter, Path.unlink])
+def test_a_harmed_checkpoint_is_passed_over(place, undisturbed, stopped, harm, capsys):
+    harm(stopped.path / "checkpoint-4" / "training_state.safetensors")
     from lsr_scale.train import train
 
     train(run_in(place, stopped.path), resume="auto")
     said = capsys.readouterr().out
-    assert f"checkpoint-4 is left out: {'there is no ' if lost == 'trainer_state.json' else ''}{lost}" in said
+    words = {cut: "training_state.safetensors is cut short", alter: "training_state.safetensors is altered"}
+    assert f"checkpoint-4 is left out: {words.get(harm, 'there is no training_state.safetensors')}" in said
     assert f"resuming from {stopped.path}/checkpoint-2" in said
     assert same(factors(undisturbed), factors(stopped))
 
 
 def test_a_damaged_checkpoint_by_its_path_is_refused(place, stopped):
-    (stopped.path / "checkpoint-4" / "optimizer.pt").write_bytes(b"PK broken")
-    with pytest.raises(UserError, match=r"checkpoint-4: not a checkpoint to go on from: optimizer\.pt is damaged"):
+    cut(stopped.path / "checkpoint-4" / "training_state.json")
+    with pytest.raises(UserError, match=r"checkpoint-4: not a checkpoint to go on from: training_state\.json is cut"):
         do(run_in(place, stopped.path), resume=str(stopped.path / "checkpoint-4"))
     assert damage(stopped.path / "checkpoint-2") is None
 
@@ -196,15 +237,31 @@ def test_a_checkpoint_of_other_shapes_is_refused_with_them(place, stopped, tmp_p
         do(run, resume=str(stopped.path / "checkpoint-4"))
 
 
-def test_a_checkpoint_of_several_processes_names_how_to_go_on(place, stopped):
-    checkpoint = stopped.path / "checkpoint-4"
-    for rank in (0, 1):
-        shutil.copy(checkpoint / "rng_state.pth", checkpoint / f"rng_state_{rank}.pth")
-    (checkpoint / "latest").write_text("global_step4")
-    with pytest.raises(
-        UserError, match=r"saved by 2 process\(es\) under DeepSpeed.*deepspeed --num_gpus 2 launch/train"
-    ):
-        do(run_in(place, stopped.path), resume="auto")
+def test_other_rows_a_step_are_refused_with_the_remedy(place, stopped):
+    run = run_in(place, stopped.path, training={"per_device_train_batch_size": 1})
+    words = r"its steps had 2 rows .*, these would have 1, so .* set training\.gradient_accumulation_steps=2"
+    with pytest.raises(UserError, match=words):
+        do(run, resume="auto")
+    run = run_in(place, stopped.path, training={"per_device_train_batch_size": 3})
+    with pytest.raises(UserError, match=r"these would have 3, .* whose product is 2"):
+        do(run, resume="auto")
+
+
+def test_the_same_rows_in_smaller_batches_go_on(place, stopped, capsys):
+    training = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
+    do(run_in(place, stopped.path, training=training), resume="auto")
+    assert [row["step"] for row in metrics(stopped)] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("optim", ["sgd", "adafactor", "adamw_torch_fused", "paged_adamw_8bit", "lion_32bit"])
+def test_any_optimizer_goes_on_bit_for_bit(place, tmp_path, stop_at, optim):
+    settings = {"training": {"optim": optim}, "eval": {"tasks": []}}
+    whole = do(run_in(place, tmp_path / "whole", **settings))
+    stop_at(5)
+    with pytest.raises(Killed):
+        do(run_in(place, tmp_path / "run", **settings))
+    continued = do(run_in(place, tmp_path / "run", **settings), resume="auto")
+    assert same(factors(whole), factors(continued))
 
 
 def test_a_folder_with_a_run_is_refused_and_overwrite_begins_it_again(place, stopped, undisturbed):
@@ -268,28 +325,26 @@ def test_ctrl_c_gives_one_message_and_status_130_and_the_run_goes_on(place, undi
 def test_a_full_disk_in_a_checkpoint_leaves_the_one_before_to_go_on_from(
     place, undisturbed, tmp_path, monkeypatch, capfd
 ):
-    import torch
+    from lsr_scale import resumable
 
     file = config_file(place, tmp_path)
-    save, num_saved = torch.save, 0
+    save, num_saved = resumable.save_file, 0
 
-    def full(content, target, *args, **kwargs):
+    def full(tensors, target):
         nonlocal num_saved
-        num_saved += "optimizer.pt" in str(target)
+        num_saved += 1
+        save(tensors, target)
         if num_saved == 2:
-            raise RuntimeError(
-                "[enforce fail at inline_container.cc:672] . PytorchStreamWriter failed writing file data/0"
-            )
-        return save(content, target, *args, **kwargs)
+            cut(target)
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(torch, "save", full)
+    monkeypatch.setattr(resumable, "save_file", full)
     assert cli.main(["train", file]) == 2
-    assert "lsr-scale: the disk is full; free some space, then go on with --resume auto" in capfd.readouterr().err
-    monkeypatch.setattr(torch, "save", save)
+    assert "checkpoint-4: cannot be written: No space left on device; free some space" in capfd.readouterr().err
+    monkeypatch.setattr(resumable, "save_file", save)
     folder = RunFolder(tmp_path / "run")
-    assert [path.name for path in folder.checkpoints()] == ["checkpoint-2", "checkpoint-4"]
+    assert [path.name for path in folder.path.glob("*checkpoint-*")] == ["checkpoint-2"]
     assert cli.main(["train", file, "--resume", "auto"]) == 0
-    assert "checkpoint-4 is left out: there is no trainer_state.json" in capfd.readouterr().out
     assert same(factors(undisturbed), factors(folder))
 
 
@@ -309,7 +364,9 @@ def test_a_full_disk_under_the_metrics_ends_the_run_in_words(place, tmp_path, mo
 
     original = module.build_trainer
     monkeypatch.setattr(
-        module, "build_trainer", lambda run, folder, callbacks: original(run, folder, [FillMetrics(), *callbacks])
+        module,
+        "build_trainer",
+        lambda run, folder, callbacks, say: original(run, folder, [FillMetrics(), *callbacks], say),
     )
     assert cli.main(["train", file]) == 2
     assert "lsr-scale: the disk is full; free some space" in capfd.readouterr().err

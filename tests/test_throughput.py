@@ -9,7 +9,11 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+import floors
+import rows as result_rows
 import throughput
+import workers
+from rows import Case
 
 # an H100's, as measured: ms for 8,192 tokens of Mistral-7B
 H100 = {
@@ -73,7 +77,7 @@ class Dies(Fake):
 
 class IsMissing(Fake):
     def build(self):
-        raise throughput.MissingError("a_package is not installed")
+        raise workers.MissingError("a_package is not installed")
 
 
 def arguments(out: Path, *providers: str, **options: str) -> list[str]:
@@ -81,8 +85,9 @@ def arguments(out: Path, *providers: str, **options: str) -> list[str]:
     names = [name if name in throughput.PROVIDERS else f"{__name__}:{name}" for name in providers]
     values = {"model": "tiny", "device": "cpu", "base": "bf16", "tokens": "64", "seq-len": "32", "rounds": "2"}
     values.update({"steps": "2", "checkpointing": "none", "turn-limit": "5", "build-limit": "60"})
+    flags = options.pop("flags", "--no-parity").split()
     values.update({name.replace("_", "-"): value for name, value in options.items()})
-    return ["--providers", ",".join(names), "--out", str(out), *(f"--{k}={v}" for k, v in values.items())]
+    return ["--providers", ",".join(names), "--out", str(out), *flags, *(f"--{k}={v}" for k, v in values.items())]
 
 
 def measured(out: Path, *providers: str, **options: str) -> dict[tuple[str, str], dict]:
@@ -93,7 +98,7 @@ def measured(out: Path, *providers: str, **options: str) -> dict[tuple[str, str]
 
 
 def mistral() -> dict[str, int]:
-    return throughput.shape_of(throughput.model_values("mistral-7b"))
+    return floors.shape_of(floors.model_values("mistral-7b"))
 
 
 def test_shapes_of_the_models():
@@ -103,14 +108,14 @@ def test_shapes_of_the_models():
         "vocab": 32000,
     }
     # q, o 4096 x 4096; k, v 1024 x 4096; three of 14336 x 4096
-    assert throughput.layer_weights(shape) == 218_103_808
-    assert throughput.shape_of(throughput.model_values("llama2-7b"))["kv_heads"] == 32
-    assert throughput.shape_of(throughput.model_values("llama3-8b", layers=3))["layers"] == 3
-    assert throughput.model_values("mistral-7b")["sliding_window"] is None
+    assert floors.layer_weights(shape) == 218_103_808
+    assert floors.shape_of(floors.model_values("llama2-7b"))["kv_heads"] == 32
+    assert floors.shape_of(floors.model_values("llama3-8b", layers=3))["layers"] == 3
+    assert floors.model_values("mistral-7b")["sliding_window"] is None
 
 
 def test_floor_without_checkpointing_by_hand():
-    floor = throughput.floor_ms(mistral(), 8192, "nf4", "none", H100)
+    floor = floors.floor_ms(mistral(), 8192, "nf4", "none", H100)
     assert floor["gemm"] == pytest.approx(32 * 9.78)
     assert floor["attention"] == pytest.approx(39.04)
     # 6,979,321,856 weights, twice, 0.5 + 1/64 + 4/16384 + 2 bytes
@@ -121,11 +126,11 @@ def test_floor_without_checkpointing_by_hand():
     assert floor["traffic"] == pytest.approx(39.7, abs=0.05)
     assert floor["recomputation"] == 0
     assert floor["total"] == pytest.approx(409.4, abs=0.2)
-    assert throughput.floor_ms(mistral(), 8192, "bf16", "none", H100)["dequantization"] == 0
+    assert floors.floor_ms(mistral(), 8192, "bf16", "none", H100)["dequantization"] == 0
 
 
 def test_floor_with_checkpointing_by_hand():
-    floor = throughput.floor_ms(mistral(), 8192, "nf4", "full", H100)
+    floor = floors.floor_ms(mistral(), 8192, "nf4", "full", H100)
     # 32 x (3.57 + 0.271) and 8192 x 32 x (12 x 8,192 + 3 x 28,672) bytes
     assert floor["recomputation"] == pytest.approx(122.912 + 8192 * 32 * 184_320 / 3e9, rel=1e-6)
     assert floor["total"] == pytest.approx(548.4, abs=0.3)
@@ -133,26 +138,26 @@ def test_floor_with_checkpointing_by_hand():
 
 def test_flop_by_hand():
     # 4 x 8192 x (6,979,321,856 + 131,072,000) + 6 x 8192 x 2048 x 4096 x 32
-    found = throughput.step_flop(mistral(), 8192, 2048)
+    found = floors.step_flop(mistral(), 8192, 2048)
     assert found == pytest.approx(4 * 8192 * 7_110_393_856 + 6 * 8192 * 2048 * 4096 * 32)
 
 
 def test_a_row_has_the_fields_of_the_format_whatever_happened(tmp_path):
     _, config = throughput.parse(arguments(tmp_path / "a.json", "Fake"))
     config["shape"] = mistral()
-    machine = {"ceilings": H100, "nominal_tflops": 989.4}
+    machine = {"ceilings": {"64x32": H100}, "nominal_tflops": 989.4}
     turn = {"status": "ok", **Fake(config).turn({})}
-    good = throughput.row_of("lsr", "none", config, [turn, turn], machine)
-    failed = throughput.row_of("lsr", "none", config, [{"status": "oom", "detail": "much"}], machine)
-    unreached = throughput.row_of("lsr", "none", config, [], machine)
+    good = result_rows.row_of(Case("lsr", "none", 64, 32), config, [turn, turn], machine)
+    failed = result_rows.row_of(Case("lsr", "none", 64, 32), config, [{"status": "oom", "detail": "much"}], machine)
+    unreached = result_rows.row_of(Case("lsr", "none", 64, 32), config, [], machine)
     for row in (good, failed, unreached):
         assert set(FIELDS) <= set(row)
     assert (good["status"], failed["status"], unreached["status"]) == ("ok", "oom", "error")
     assert good["step_ms"] == {"p20": 10.0, "p50": 15.0, "p80": 20.0}
     assert good["tokens_per_s"] == pytest.approx(64 / 15e-3)
-    floor = throughput.floor_ms(mistral(), 64, "bf16", "none", H100)["total"]
+    floor = floors.floor_ms(mistral(), 64, "bf16", "none", H100)["total"]
     assert good["floor_fraction"] == pytest.approx(floor / 15)
-    assert good["mfu"] == pytest.approx(throughput.step_flop(mistral(), 64, 32) / 15e-3 / 989.4e12)
+    assert good["mfu"] == pytest.approx(floors.step_flop(mistral(), 64, 32) / 15e-3 / 989.4e12)
     assert failed["tokens_per_s"] is None
     assert "not reached" in unreached["detail"]
 
@@ -160,7 +165,7 @@ def test_a_row_has_the_fields_of_the_format_whatever_happened(tmp_path):
 def test_a_turn_that_fails_later_is_told_beside_the_figures(tmp_path):
     _, config = throughput.parse(arguments(tmp_path / "a.json", "Fake"))
     turns = [{"status": "ok", **Fake(config).turn({})}, {"status": "error", "detail": "then it broke"}]
-    row = throughput.row_of("lsr", "none", config, turns, {})
+    row = result_rows.row_of(Case("lsr", "none", 64, 32), config, turns, {})
     assert row["status"] == "ok"
     assert "then it broke" in row["detail"]
 
@@ -170,21 +175,65 @@ def test_ratios_compare_rows_of_the_same_checkpointing():
         status = "ok" if speed else "oom"
         return {
             **{"provider": provider, "checkpointing": mode, "status": status, "tokens_per_s": speed, "ratio_to": {}},
+            **{"tokens": 64 if provider != "d" else 128, "seq_len": 32},
         }
 
     rows = [row("a", "none", 300.0), row("b", "none", 200.0), row("a", "full", 150.0), row("b", "full", 100.0)]
-    rows += [row("b", "offload", 50.0), row("c", "none", None)]
-    throughput.add_ratios(rows)
+    rows += [row("b", "offload", 50.0), row("c", "none", None), row("d", "none", 900.0)]
+    result_rows.add_ratios(rows)
     assert rows[0]["ratio_to"] == {"b": 1.5}
     assert rows[2]["ratio_to"] == {"b": 1.5, "b/offload": 3.0}
     assert rows[3]["ratio_to"] == {"a": pytest.approx(2 / 3), "b/offload": 2.0}
-    assert rows[5]["ratio_to"] == {}
+    assert rows[5]["ratio_to"] == rows[6]["ratio_to"] == {}, "another batch is another comparison"
+
+
+def test_slopes_are_bytes_a_token_and_layer():
+    def row(tokens, peak, mode="none", status="ok"):
+        return {
+            **{"provider": "a", "checkpointing": mode, "status": status, "tokens": tokens, "seq_len": 512},
+            **{"peak_memory_gib": peak},
+        }
+
+    rows = [row(1024, 4.0), row(2048, 4.5), row(8192, 8.0, status="oom"), row(4096, 7.0)]
+    rows += [row(1024, 4.0, "full"), row(1024, 4.0, "auto"), row(2048, 5.0, "auto")]
+    (found,) = result_rows.slopes(rows, 32)
+    assert found["tokens"] == [1024, 4096]
+    assert found["bytes_per_token_and_layer"] == round(3 * 2**30 / 3072 / 32)
+
+
+@pytest.mark.parametrize("base", ["nf4", "int8", "bf16"])
+def test_the_gate_is_green_as_it_is_and_red_when_a_gradient_is_wrong(base, tmp_path, monkeypatch):
+    # not above: the processes of the fakes import this file
+    import parity
+
+    from lsr_scale.fused import groups
+
+    _, config = throughput.parse(arguments(tmp_path / "a.json", "lsr", "lora", "frozen", "peft_lora", base=base))
+    rows = parity.Parity(config).turn({})["parity"]
+    assert {row["method"] for row in rows} == {"lsr", "lora"}
+    assert len(rows) == 2 * len(parity.VARIANTS)
+    assert not any(row["problems"] for row in rows)
+    assert all(0 < row["worst_ratio"] < 2 for row in rows)
+    right = groups.Group.up_gradients
+    wrong = lambda *args: [None if each is None else 1.1 * each for each in right(*args)]  # noqa: E731
+    monkeypatch.setattr(groups.Group, "up_gradients", wrong)
+    rows = parity.Parity(config).turn({})["parity"]
+    assert all("is off by" in row["problems"][0] for row in rows)
+
+
+def test_nothing_is_written_behind_a_red_gate(tmp_path, monkeypatch, capsys):
+    found = [{"method": "lsr", "recompute": "none", "worst_ratio": 9.0, "problems": ["lsr: loss is off by 1e-1"]}]
+    monkeypatch.setattr(throughput.Measurement, "_ask_once", lambda *_: {"status": "ok", "parity": found})
+    out = tmp_path / "a.json"
+    assert throughput.main(arguments(out, "lsr", flags="")) == 3
+    assert "parity: red, nothing is measured\nlsr: loss is off by 1e-1" in capsys.readouterr().err
+    assert not out.exists()
 
 
 def test_quantiles():
-    assert throughput.quantile([3.0, 1.0, 2.0], 0.5) == 2.0
-    assert throughput.quantile([0.0, 10.0], 0.2) == 2.0
-    assert throughput.quantile([4.0], 0.8) == 4.0
+    assert result_rows.quantile([3.0, 1.0, 2.0], 0.5) == 2.0
+    assert result_rows.quantile([0.0, 10.0], 0.2) == 2.0
+    assert result_rows.quantile([4.0], 0.8) == 4.0
 
 
 @pytest.mark.slow
@@ -224,16 +273,19 @@ def test_one_model_at_a_time_and_a_build_that_never_ends(tmp_path):
 @pytest.mark.slow
 def test_trainers_run_end_to_end_on_a_cpu(tmp_path):
     out = tmp_path / "a.json"
-    names = ("lsr_unfused", "peft_lora")
-    rows = measured(out, *names, checkpointing="none,full", layers="1", rounds="1", turn_limit="60")
-    for name in names:
-        for mode in ("none", "full"):
-            row = rows[name, mode]
-            assert row["status"] == "ok", row
-            assert row["trainable_parameters"] > 0
-            # random weights know nothing: ln 256
-            assert row["loss_initial"] == pytest.approx(5.545, abs=0.1)
-    assert rows["lsr_unfused", "none"]["loss_initial"] == pytest.approx(rows["peft_lora", "none"]["loss_initial"], 1e-3)
+    names = ("lsr", "lsr_held", "peft_lora")
+    options = {"checkpointing": "none,full,auto", "layers": "1", "rounds": "1", "turn_limit": "60", "tokens": "64,128"}
+    throughput.main(arguments(out, *names, **options, flags=""))
+    result = json.loads(out.read_text())
+    assert {row["method"] for row in result["parity"]} == {"lsr"}
+    cases = [(row["provider"], row["checkpointing"], row["tokens"]) for row in result["rows"]]
+    assert len(cases) == len(set(cases)) == 2 * (3 + 2 + 2)
+    for row in result["rows"]:
+        assert row["status"] == "ok", row
+        assert row["trainable_parameters"] > 0
+        # random weights know nothing: ln 256
+        assert row["loss_initial"] == pytest.approx(5.545, abs=0.1)
+    assert result["loss_spread"] < 1e-2
 
 
 @pytest.mark.parametrize(
@@ -242,6 +294,7 @@ def test_trainers_run_end_to_end_on_a_cpu(tmp_path):
         (["--providers=lrs"], "unknown provider 'lrs'"),
         (["--checkpointing=all"], "unknown kind 'all'"),
         (["--tokens=100", "--seq-len=64"], "no multiple"),
+        (["--tokens=0"], "--tokens: expected at least 1"),
         (["--rounds=0"], "--rounds: expected at least 1"),
         (["--seq-len=65536", "--tokens=65536"], "32768 positions"),
         (["--out=result.txt"], "should end in .json"),
@@ -280,11 +333,5 @@ def test_models_stay_resident_only_where_they_leave_room(tmp_path):
 
 def test_smoke_shrinks_the_run(tmp_path):
     _, config = throughput.parse(["--smoke", f"--out={tmp_path / 'a.json'}"])
-    assert (config["layers"], config["tokens"], config["seq_len"], config["rounds"], config["steps"]) == (
-        2,
-        512,
-        256,
-        1,
-        2,
-    )
+    assert (config["layers"], config["points"], config["rounds"], config["steps"]) == (2, [[512, 256]], 1, 2)
     assert config["shape"]["layers"] == 2

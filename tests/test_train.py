@@ -1,6 +1,7 @@
 """Whole runs on one process: what trains, in which dtype, on which data, and what the folder holds afterwards."""
 
 import json
+import math
 import sys
 from types import SimpleNamespace
 
@@ -27,11 +28,13 @@ from tiny_runs import (
 )
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from lsr_scale import UserError
+from lsr_scale import UserError, assembly
 from lsr_scale.adapters.lsr import Lsr
 from lsr_scale.assembly import adapt, build_trainer
 from lsr_scale.config import dump_yaml, load_run
+from lsr_scale.config.training import checkpoints_layers
 from lsr_scale.fused import decoder_layer
+from lsr_scale.memory_policy import KeepWhatFits
 from lsr_scale.model import base_of
 from lsr_scale.run_folder import RunFolder
 
@@ -167,7 +170,7 @@ def test_other_bases_go_the_same_way(place, plain, tmp_path, quantization):
 
 
 def test_checkpointing_changes_memory_and_not_the_adapter(place, plain, tmp_path):
-    assert load_run(plain.config).training["gradient_checkpointing"] is True
+    assert checkpoints_layers(load_run(plain.config).training)
     done = do(run_in(place, tmp_path, training={"gradient_checkpointing": False}))
     assert same(factors(plain), factors(done))
 
@@ -320,22 +323,31 @@ def test_a_label_without_an_output_is_refused_with_its_row(tmp_path):
         do(tiny_run(tmp_path, model=model, adapter=adapter, data=data, eval={"tasks": []}))
 
 
+@pytest.mark.parametrize("logging_steps", [1, 100])
+def test_a_loss_that_is_not_finite_ends_the_run_with_its_rows_noted(place, tmp_path, logging_steps):
+    training = {"learning_rate": 1e30, "max_grad_norm": 0.0, "logging_steps": logging_steps}
+    words = r"diverged: the loss is nan at step 3, on rows \[\d+, \d+\] of the training data .*; lower training\.learn"
+    with pytest.raises(UserError, match=words):
+        do(run_in(place, tmp_path, training=training, eval={"tasks": []}))
+    (line,) = (json.loads(text) for text in (tmp_path / "nonfinite.jsonl").read_text().splitlines())
+    assert (line["step"], line["process"], line["loss"]) == (3, 0, "nan")
+    tokenizer = byte_tokenizer()
+    rows = completions()
+    for row, ids in zip(line["rows"], line["input_ids"], strict=True):
+        assert rows[row]["prompt"] + rows[row]["completion"] in tokenizer.decode(ids)
+
+
 @pytest.mark.parametrize(
     ("training", "words"),
-    [
-        (
-            {"learning_rate": 1e30, "max_grad_norm": 0.0},
-            r"diverged: (grad_norm|loss) is nan at step \d; lower training.learn",
-        ),
-        (
-            {"learning_rate": 1e30, "logging_steps": 100},
-            r"diverged: .*lsr_.* is not finite after step 4, so it is not sav",
-        ),
-        ({"learning_rate": 1e30, "logging_steps": 100, "save_strategy": "no"}, "not finite after training"),
-    ],
-    ids=["logged", "at a checkpoint", "at the end"],
+    [({"save_steps": 1}, "is not finite after step 1, so it is not sav"), ({}, "not finite after training")],
+    ids=["at a checkpoint", "at the end"],
 )
-def test_numbers_that_are_not_finite_end_the_run_and_are_not_saved(place, tmp_path, training, words):
+def test_factors_that_are_not_finite_are_not_saved(place, tmp_path, monkeypatch, training, words):
+    def poison(self, args, state, control, model, **kwargs):
+        next(p for p in model.parameters() if p.requires_grad).data.fill_(math.inf)
+
+    monkeypatch.setattr("lsr_scale.faults.StopOnSignal.on_step_end", poison)
+    training = {"max_steps": 1, "save_strategy": "steps" if training else "no", **training}
     with pytest.raises(UserError, match=words):
         do(run_in(place, tmp_path, training=training, eval={"tasks": []}))
     done = RunFolder(tmp_path)
@@ -420,3 +432,32 @@ def test_the_resolved_run_in_the_folder_trains_the_same_adapter_again(plain, tmp
     assert values["adapter"]["target_modules"] == SEVEN_LINEARS
     again = do(load_run(plain.config, [f"training.output_dir={tmp_path}"]))
     assert same(factors(plain), factors(again))
+
+
+def test_memory_auto_keeps_more_after_the_first_step(place, tmp_path, monkeypatch):
+    """On a CPU there is nothing to fit into: a GPU's memory is told by hand, the rest is the run's own."""
+    from test_fused_memory import Gpu
+
+    policies = []
+
+    def policy(largest, say):
+        policies.append(KeepWhatFits(largest, say, Gpu(1000, 10**6, 10**9)))
+        return policies[-1]
+
+    monkeypatch.setattr(assembly, "KeepWhatFits", policy)
+    monkeypatch.setattr(assembly, "_fits_memory", lambda run: run.training["memory"] == "auto")
+    training = {"save_strategy": "no", "fused": "on", "logging_steps": 1}
+    model = {"quantization": "nf4", "dtype": "float32"}
+    runs = {
+        memory: do(
+            run_in(place, tmp_path / memory, model=model, training={**training, "memory": memory}, eval={"tasks": []})
+        )
+        for memory in ("auto", "save", "speed")
+    }
+    (only,) = policies  # save and speed have none
+    assert only.decided
+    # rows of a few tokens, two at once, not training.max_length
+    assert 2 <= only.largest < 2 * load_run(runs["auto"].config).training["max_length"]
+    for done in runs.values():
+        for name, value in factors(runs["save"]).items():
+            assert torch.allclose(factors(done)[name], value, atol=2e-4), name

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import completions, factors, metrics, results, same, save_llama, tiny_run, write_rows
+from test_resume import Killed, arrange_stop
+from tiny_runs import completions, do, factors, metrics, results, same, save_llama, tiny_run, write_rows
 
 from lsr_scale import cli
 from lsr_scale.config import dump_yaml
@@ -25,17 +26,28 @@ ROOT = Path(__file__).parents[1]
 STAGES = ["zero0", "zero1", "zero2", "zero3"]
 
 
+def one_process(place, name):
+    """Return a run of one process that has as many rows a step as two."""
+    training = {"output_dir": str(place / name), "gradient_accumulation_steps": 2}
+    return tiny_run(place, training=training, eval={"tasks": []})
+
+
 LAUNCHERS = {
     "deepspeed": ["-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port"],
     "torchrun": ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port"],
 }
 
 
-def launch(launcher, *command, timeout=240):
-    """Run a script on two processes; return the status, stdout without the launcher's own lines, stderr, seconds."""
+def free_port():
+    """Return the number of a port that nobody listens on."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+        return str(free.getsockname()[1])
+
+
+def launch(launcher, *command, timeout=240):
+    """Run a script on two processes; return the status, stdout without the launcher's own lines, stderr, seconds."""
+    port = free_port()
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
     begun = time.monotonic()
@@ -58,6 +70,11 @@ def place(tmp_path_factory):
 def ran(place):
     """Run two_ranks.py once for all tests, over 16 rows so that each of the two processes has four steps."""
     write_rows(place / "rows.jsonl", completions(16))
+    for after in ("zero1", "zero3"):  # one process begins these
+        with pytest.MonkeyPatch.context() as patch:
+            arrange_stop(patch, 3)
+            with pytest.raises(Killed):
+                do(one_process(place, f"one-to-{after}"))
     status, out, err, _ = launch("torchrun", ROOT / "tests" / "two_ranks.py", place)
     assert status == 0, out + err
     seen = [json.loads((place / f"seen-{rank}.json").read_text()) for rank in (0, 1)]
@@ -109,7 +126,7 @@ def test_zero3_shards_an_unquantized_base_and_saves_whole_factors(ran):
     assert json.loads((folder.adapter / "base.json").read_text())["linear_shapes"]["lm_head"] == [304, 48]
 
 
-@pytest.mark.parametrize("name", ["zero2", "zero3"])
+@pytest.mark.parametrize("name", STAGES)
 def test_a_stopped_run_goes_on_to_the_same_adapter_bit_for_bit(ran, name):
     place, *_ = ran
     whole, continued = RunFolder(place / name), RunFolder(place / f"{name}-stopped")
@@ -118,6 +135,25 @@ def test_a_stopped_run_goes_on_to_the_same_adapter_bit_for_bit(ran, name):
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert [row["loss"] for row in rows] == [row["loss"] for row in expected]
     assert [row["num_tokens"] for row in rows] == [row["num_tokens"] for row in expected]
+
+
+CHANGES = ["zero3-to-zero2", "zero2-to-zero3", "one-to-zero1", "one-to-zero3"]
+
+
+@pytest.mark.parametrize("name", [*(f"{stage}-halved" for stage in STAGES), *CHANGES])
+def test_another_number_of_processes_or_engine_goes_on_with_the_same_samples(ran, name):
+    place, *_ = ran
+    if name.endswith("-halved"):
+        do(tiny_run(place, training={"output_dir": str(place / name)}, eval={"tasks": []}), resume="auto")
+    whole, continued = RunFolder(place / "zero2"), RunFolder(place / name)
+    rows, expected = metrics(continued), metrics(whole)
+    assert [row["num_tokens"] for row in rows] == [row["num_tokens"] for row in expected]
+    assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in expected], rel=1e-3)
+    found, wanted = factors(continued), factors(whole)
+    assert found.keys() == wanted.keys()
+    # ZeRO-3 sums gradients in another order; the others continue bit for bit here
+    flat = [torch.cat([tensors[key].flatten() for key in sorted(wanted)]) for tensors in (found, wanted)]
+    assert (flat[0] - flat[1]).norm() <= 1e-3 * flat[1].norm()
 
 
 def test_tokens_of_both_ranks_are_counted_and_all_questions_scored(ran):
@@ -153,9 +189,9 @@ def test_one_process_scores_the_saved_adapter_as_the_two_did(ran, capsys):
 
 def test_only_the_first_process_speaks_and_libraries_are_silent(ran):
     _, seen, out, err = ran
-    assert out.count("run folder: ") == len(seen[0]) + 2, "once a run, stopped ones twice"
+    assert out.count("run folder: ") == len(seen[0]) + len(STAGES), "once a run, stopped ones twice"
     assert out.count("step 4/4") == len(seen[0])
-    assert out.count("2 processes on CPU, DeepSpeed, ZeRO stage 3") == 4
+    assert out.count("2 processes on CPU, DeepSpeed, ZeRO stage 3") == 6
     assert out.count("2 processes on CPU, no DeepSpeed") == 2
     noise = [
         line for line in (out + "\n" + err).splitlines() if re.search(r"warn|deprecat|examples/s|\[rank", line, re.I)

@@ -6,6 +6,7 @@ The folder holds a model and the data of `tiny_runs`; what was seen goes to seen
 """
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -25,6 +26,7 @@ ENGINES = {
     "zero3": {"deepspeed": {"config": "zero3"}, "eval": {"tasks": []}},
     "zero3-bfloat16": {"deepspeed": {"config": "zero3"}, "model": {"quantization": "none"}},
 }
+SAVING = {name: {"deepspeed": {"config": name}, "eval": {"tasks": []}} for name in ("zero0", "zero1", "zero2", "zero3")}
 
 
 class Killed(BaseException):
@@ -72,8 +74,8 @@ def main() -> None:
     adapters.METHODS["lsr"].materialize = staticmethod(spy)
     build, watch = assembly.build_trainer, Watch()
 
-    def build_and_watch(run, where, callbacks):
-        watch.trainer = build(run, where, [*callbacks, watch])
+    def build_and_watch(run, where, callbacks, say):
+        watch.trainer = build(run, where, [*callbacks, watch], say)
         return watch.trainer
 
     train.build_trainer = build_and_watch
@@ -96,10 +98,20 @@ def main() -> None:
 
     for name, sections in ENGINES.items():
         do(name, **sections)
-    for name in ("zero2", "zero3"):
-        # 16 rows are four steps of two on each rank: checkpoints after 2 and 4, the stop in the third
-        do(f"{name}-stopped", stop_after=2, **ENGINES[name])
-        do(f"{name}-stopped", "--resume", "auto", **ENGINES[name])
+    # 16 rows are four steps of two on each rank: checkpoints after 2 and 4, the stop in the third
+    for name in ("zero0", "zero1", "zero2", "zero3"):
+        do(f"{name}-stopped", stop_after=2, **SAVING[name])
+        if rank == 0:
+            shutil.copytree(folder / f"{name}-stopped", folder / f"{name}-halved")
+        do(f"{name}-stopped", "--resume", "auto", **SAVING[name])
+    for before, after in (("zero3", "zero2"), ("zero2", "zero3")):
+        name = f"{before}-to-{after}"
+        if rank == 0:
+            shutil.copytree(folder / f"{before}-halved", folder / name)
+        distributed.broadcast(None)
+        do(name, "--resume", "auto", **SAVING[after])
+    for after in ("zero1", "zero3"):
+        do(f"one-to-{after}", "--resume", "auto", **SAVING[after])
     (folder / f"seen-{rank}.json").write_text(json.dumps(seen))
 
 

@@ -12,7 +12,7 @@ import sys
 import types
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, cast
 
@@ -31,15 +31,19 @@ from peft.utils import (
     register_peft_method,
     resolve_quantization_backend,
 )
-from peft.utils.other import get_pattern_key
+from peft.utils.other import ModulesToSaveWrapper, get_pattern_key
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from lsr_scale.errors import UserError, did_you_mean
+from lsr_scale.packed_factors import is_packed, unpack
 from lsr_scale.quantized import freeze_quantized
 
 Params = dict[str, Tensor]
+Pair = tuple[Tensor, Tensor]
+# PEFT's name for rows of a batch that use no adapter
+BASE_ROW = "__base__"
 Shapes = dict[str, tuple[int, ...]]
 
 # Where neither PEFT nor the user names target modules: the attention projections that LoRA's defaults take elsewhere.
@@ -251,6 +255,7 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._pair_cache: dict[tuple[str, torch.dtype], tuple[Any, tuple[Tensor, Tensor]]] = {}
+        self.rows: Any = None  # the adapters of a batch's rows, `NamedRows` or a bank's, while they differ
 
     def update_layer(self, adapter_name: str, config: AdapterConfig, inference_mode: bool = False) -> None:
         """Add an adapter with freshly initialized factors.
@@ -287,8 +292,11 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
 
     def factors(self, adapter_name: str) -> Params:
         """Return the factors of an adapter by the method's names, the parameters themselves."""
-        prefixed = {name: getattr(self, self.method.prefix + name) for name in self.method.parameter_names}
-        return {name: held[adapter_name] for name, held in prefixed.items() if adapter_name in held}
+        # where modules keep what is in them: by attribute it takes twenty times as long, in every step
+        modules: Any = self._modules
+        held = [modules[name]._parameters for name in self.adapter_layer_names]
+        names = zip(self.method.parameter_names, held, strict=True)
+        return {name: factors[adapter_name] for name, factors in names if adapter_name in factors}
 
     def params(self, adapter_name: str) -> Params:
         """Return the factors of an adapter by the method's names; half-precision ones are upcast to float32."""
@@ -324,6 +332,8 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
         result = self.base_layer(x, *args, **kwargs)
+        if self.rows is not None:
+            return _add_rows(result, x, *self.rows.pair(self, x.dtype))
         if self.merged:
             return result
         for adapter_name in self.active_adapters:
@@ -389,11 +399,45 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
         return f"{self.method.name}.{super().__repr__()}"
 
 
+def _add_rows(result: Tensor, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
+    """Return `result + up_b (down_b x_b)` for `x [B, ..., in]`, `down [B, R, in]` and `up [B, out, R]`."""
+    if len(x) != len(down):
+        raise UserError(f"adapter_names: {len(down)} names for a batch of {len(x)} rows; give one for each row")
+    xa = torch.bmm(x.reshape(len(x), -1, x.shape[-1]), down.transpose(1, 2))
+    flat = result.reshape(len(result), -1, result.shape[-1])
+    return torch.baddbmm(flat, xa.to(flat.dtype), up.transpose(1, 2).to(flat.dtype)).view(result.shape)
+
+
+class NamedRows:
+    """The pairs of a batch's rows, each row under one of the adapters that the model holds."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.distinct = list(dict.fromkeys(names))
+        self.index = [self.distinct.index(name) for name in names]
+        self._pairs: dict[tuple[int, torch.dtype], Pair] = {}
+
+    def pair(self, layer: AdapterLinear, dtype: torch.dtype) -> Pair:
+        """Return `(down [B, R, in], scaling * up [B, out, R])`; smaller ranks are filled up with zeros."""
+        key = id(layer), dtype
+        if key not in self._pairs:
+            held = [layer.pair(name, dtype) if name in layer.adapter_configs else None for name in self.distinct]
+            rank = max((pair[0].shape[0] for pair in held if pair), default=1)
+            like = next((pair[0] for pair in held if pair), torch.empty(0, dtype=dtype))
+            downs = like.new_zeros(len(held), rank, layer.in_features)
+            ups = like.new_zeros(len(held), layer.out_features, rank)
+            for index, pair in enumerate(held):
+                if pair:
+                    downs[index, : len(pair[0])], ups[index, :, : len(pair[0])] = pair
+            self._pairs[key] = downs[self.index], ups[self.index]
+        return self._pairs[key]
+
+
 class AdapterModel(BaseTuner):
     """PEFT's tuner model for any method: finds the target modules, checks them all, then wraps them."""
 
     method: ClassVar[type[AdapterMethod]]
     tuner_layer_cls = AdapterLinear
+    bank: Any = None  # an `AdapterBank`, where rows of a batch name adapters that lie in folders
     target_module_mapping = DEFAULT_TARGETS  # pyright: ignore[reportAssignmentType]
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
@@ -406,6 +450,15 @@ class AdapterModel(BaseTuner):
         )
         self.method.prepare_config(peft_config, next((size for size in sizes if isinstance(size, int)), None))
         return peft_config
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Unpack factors that were exported in 8 or 4 bits; the rest is PEFT's."""
+        if is_packed(state_dict):
+            state_dict = unpack(state_dict)
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
         """Check every target before the first one is touched: a refused injection leaves the model as it was."""
@@ -491,10 +544,37 @@ class AdapterModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Refuse `adapter_names`: PEFT would drop it without a word for a tuner that does not know it."""
-        if kwargs.get("adapter_names") is not None:
-            raise NotImplementedError(
-                f"adapter_names: rows of one batch with different {self.method.name} adapters are not supported yet; "
-                "call the model once per adapter (set_adapter), or convert the adapters to LoRA"
+        """Have each row of the batch use the adapter that `adapter_names` gives it, for one forward or generation."""
+        names = kwargs.get("adapter_names")
+        if names is None:
+            yield
+            return
+        beams = kwargs.get("num_beams") or 1
+        names = [name for name in names for _ in range(beams)]
+        layers = [layer for layer in self.modules() if isinstance(layer, AdapterLinear)]
+        self._check_rows(names, layers)
+        rows = self.bank.rows(names) if self.bank is not None else NamedRows(names)
+        for layer in layers:
+            layer.rows = rows
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.rows = None
+
+    def _check_rows(self, names: Sequence[str], layers: Sequence[AdapterLinear]) -> None:
+        """Raise UserError where rows of one batch cannot use different adapters."""
+        if self.training:
+            raise UserError("adapter_names: for evaluation only; call model.eval() first")
+        if not self.method.is_low_rank():
+            raise UserError(
+                f"adapter_names: {self.method.name} has no low-rank form; call the model once per adapter (set_adapter)"
             )
-        yield
+        if any(layer.merged for layer in layers):
+            raise UserError("adapter_names: an adapter is merged into the base; call unmerge_adapter() first")
+        if any(isinstance(module, ModulesToSaveWrapper) for module in self.modules()):
+            raise UserError("adapter_names: modules_to_save trained a whole module, which is one for all rows")
+        known = {BASE_ROW, *(name for layer in layers for name in layer.adapter_configs)}
+        unknown = sorted({*names} - known) if self.bank is None else []
+        if unknown:
+            raise UserError(f"adapter_names: no adapter {unknown[0]!r}; {did_you_mean(unknown[0], known)}")

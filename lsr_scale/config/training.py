@@ -29,8 +29,10 @@ DEFAULTS: dict[str, Any] = {
     "warmup_steps": 0.03,  # below 1: a share of all steps
     "weight_decay": 0.0,
     "max_grad_norm": 1.0,
-    "gradient_checkpointing": True,
-    "fused": "auto",  # ours, like max_length of a classifier
+    "gradient_checkpointing": None,  # null: as memory has it
+    "fused": "auto",  # ours, like memory, on_nonfinite, and max_length of a classifier
+    "memory": "auto",
+    "on_nonfinite": "stop",
     "logging_steps": 10,
     "save_strategy": "steps",
     "save_steps": 0.1,  # below 1: a share of all steps
@@ -163,7 +165,7 @@ def training_model(task: Task) -> type[TrainingFields]:
             fields[field.name] = _field(field.name, kind, defaults.get(field.name, default), text)
     for old, new in _RENAMED.items():
         kind, described = fields.get(new, fields[old])
-        kind = kind if old.endswith("_kwargs") else Flag
+        kind = kind if old.endswith("_kwargs") else Flag | None  # pyright: ignore[reportOperatorIssue]
         fields[old] = (kind, Field(default=DEFAULTS.get(old), description=described.description))
         fields[new] = (kind, Field(default=None, description=f"The name of {old} from transformers 5.23 on."))
     if task == "seq_cls":
@@ -171,6 +173,14 @@ def training_model(task: Task) -> type[TrainingFields]:
         fields["max_length"] = _field("max_length", int | None, defaults["max_length"], text)
     text = "Run decoder layers fused: 'on', 'off', or 'auto' (on a GPU). Fused layers do their own checkpointing."
     fields["fused"] = (Literal["auto", "on", "off"], Field(default=defaults["fused"], description=text))
+    text = (
+        "What memory is spent on: 'save' keeps each layer's input and computes the rest again, 'speed' keeps "
+        "everything, in fused layers the dequantized weights too, 'auto' starts as 'save' and lets fused layers keep "
+        "what fits after the first step."
+    )
+    fields["memory"] = (Literal["auto", "save", "speed"], Field(default=defaults["memory"], description=text))
+    text = "A batch whose loss is not finite ends the run ('stop') or counts for nothing ('skip'); both note its rows."
+    fields["on_nonfinite"] = (Literal["stop", "skip"], Field(default=defaults["on_nonfinite"], description=text))
     return create_model("TrainingSection", __base__=TrainingFields, **fields)
 
 
@@ -188,7 +198,19 @@ def check_training(values: Any, task: Task) -> dict[str, Any]:
             if given.get(old, given[new]) != given[new]:
                 raise ValueError(f"{old} and {new} are two names of one field, set to different values; keep one")
             given[old] = given.pop(new)
-    return {**DEFAULTS, **TASK_DEFAULTS[task], **given}
+    filled = {**DEFAULTS, **TASK_DEFAULTS[task], **given}
+    checkpointing, memory = filled["gradient_checkpointing"], filled["memory"]
+    if checkpointing is not None and memory != "auto" and checkpointing != (memory == "save"):
+        raise ValueError(
+            f"memory: {memory} and gradient_checkpointing: {checkpointing} contradict each other; keep one"
+        )
+    return filled
+
+
+def checkpoints_layers(training: Mapping[str, Any]) -> bool:
+    """Tell whether a run's layers compute activations again in the backward pass, in its first step at least."""
+    given = training["gradient_checkpointing"]
+    return training["memory"] != "speed" if given is None else given
 
 
 def training_kwargs(training: Mapping[str, Any], task: Task) -> dict[str, Any]:
@@ -199,7 +221,9 @@ def training_kwargs(training: Mapping[str, Any], task: Task) -> dict[str, Any]:
     """
     known = {field.name for field in dataclasses.fields(training_arguments_class(task))}
     kwargs = dict(training)
-    del kwargs["fused"]  # ours
+    kwargs["gradient_checkpointing"] = checkpoints_layers(kwargs)
+    for name in ("fused", "memory", "on_nonfinite"):  # ours
+        del kwargs[name]
     if task == "seq_cls":
         del kwargs["max_length"]  # ours: the tokenizer cuts, not the trainer
     if kwargs["output_dir"] is None:

@@ -15,7 +15,7 @@ No weight is kept, only the module: it is read again in the backward pass.
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -41,11 +41,30 @@ def linears_of(layer: Any) -> list[nn.Module]:
     return [getattr(getattr(layer, part), name) for part, names in LINEARS.items() for name in names]
 
 
+# those that share an input, whose matrices a layer may hold
+GROUPS = ("qkv", "o", "gate_up", "down")
+
+
 def _stays(name: str, recompute: Recompute) -> bool:
     """Tell whether something is kept for the backward pass; x, and what down_proj's adapter needs, always are."""
     if recompute == "full":
         return name in ("x", "xa_down")
     return recompute == "none" or name not in ("gate_up", "xa_gate_up")
+
+
+@dataclass(frozen=True)
+class LayerSizes:
+    """What a layer may keep.
+
+    Attributes:
+        kept: Bytes a token for the backward pass, by what is computed again.
+        matrices: Bytes of its dequantized matrices.
+        dtype: Of both, but for some statistics.
+    """
+
+    kept: dict[Recompute, float]
+    matrices: int
+    dtype: torch.dtype
 
 
 @dataclass
@@ -69,11 +88,11 @@ class _Layer:
     """What a pass reads from a layer's module."""
 
     def __init__(self, module: Any, pairs: list[Pair | None]) -> None:
-        linears = linears_of(module)
-        self.qkv = Group(linears[:3], pairs[:3])
-        self.o = Group(linears[3:4], pairs[3:4])
-        self.gate_up = Group(linears[4:6], pairs[4:6])
-        self.down = Group(linears[6:], pairs[6:])
+        linears, held = module.verdict.bases, module.held
+        parts = (slice(0, 3), slice(3, 4), slice(4, 6), slice(6, 7))
+        self.qkv, self.o, self.gate_up, self.down = (
+            Group(linears[part], pairs[part], held.get(name)) for name, part in zip(GROUPS, parts, strict=True)
+        )
         self.norm_1, self.norm_2 = module.input_layernorm, module.post_attention_layernorm
         self.q_norm: Any = getattr(module.self_attn, "q_norm", None)
         self.k_norm: Any = getattr(module.self_attn, "k_norm", None)
@@ -91,14 +110,14 @@ class DecoderLayerFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, module: nn.Module, positions: Positions, recompute: Recompute, *pairs: Tensor | None
+        ctx: Any, x: Tensor, module: Any, positions: Positions, recompute: Recompute, *pairs: Tensor | None
     ) -> Tensor:
         """Run the layer.
 
         Args:
             ctx: Autograd's.
             x: Hidden states `[B, S, hidden]`.
-            module: The decoder layer.
+            module: The decoder layer, of a class made by `fuse`.
             positions: See `Positions`.
             recompute: What the backward pass computes again.
             pairs: down and up of each of `linears_of(module)`, or None twice.
@@ -110,6 +129,8 @@ class DecoderLayerFunction(torch.autograd.Function):
             _attend(layer, kept, positions, {})
             _gate_up(layer, kept, {})
             y = _down(layer, kept)
+        if module.sizes is None:
+            module.sizes = _sizes(layer, kept)
         kept = {name: value for name, value in kept.items() if _stays(name, recompute)}
         ctx.names = list(kept)
         ctx.save_for_backward(*kept.values(), *pairs)
@@ -137,6 +158,18 @@ class DecoderLayerFunction(torch.autograd.Function):
             )
         flat = [part for pair in (*d_attention, *d_mlp) for part in pair]
         return d_x.view(grad.shape) if d_x is not None else None, None, None, None, *flat
+
+
+def _sizes(layer: _Layer, kept: Kept) -> LayerSizes:
+    """Return the sizes of a layer from all that its forward pass made."""
+    x = kept["x"]
+    by_level = {
+        level: sum(value.nbytes for name, value in kept.items() if _stays(name, level)) / max(1, len(x))
+        for level in get_args(Recompute)
+    }
+    groups = layer.qkv, layer.o, layer.gate_up, layer.down
+    weights = sum((group.out_features + group.width) * (group.in_features + group.width) for group in groups)
+    return LayerSizes(by_level, weights * x.element_size(), x.dtype)
 
 
 def _paired(flat: tuple[Tensor | None, ...]) -> list[Pair | None]:

@@ -1,5 +1,7 @@
 """Which layers can run fused, and why not: decided at every forward, since any of it may change in between."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,8 +35,66 @@ def _parts(name: str, module: Any) -> dict[str, type]:
 LAYERS = {getattr(module, name + "DecoderLayer"): _parts(name, module) for name, module in FAMILIES.items()}
 
 
+@dataclass(frozen=True)
+class Verdict:
+    """An answer of `why_not_layer`, good as long as nothing that it looked at has changed.
+
+    Looking takes longer than launching the layer's kernels on a small model; comparing does not.
+
+    Attributes:
+        reason: The answer.
+        modules: The layer and everything in it but dictionaries of factors.
+        state: What `_state` said of them.
+        bases: The frozen linears: q, k, v, o, gate, up, down.
+    """
+
+    reason: str | None
+    modules: tuple[nn.Module, ...]
+    state: tuple[Any, ...]
+    bases: tuple[nn.Module, ...]
+
+
 def why_not_layer(layer: Any) -> str | None:
     """Return why a decoder layer cannot run fused as it stands, or None: a matter of its modules and adapters."""
+    last: Verdict | None = layer.verdict
+    if last is not None and last.state == _state(layer, last.modules):
+        return last.reason
+    reason = _look(layer)
+    modules = tuple(module for module in layer.modules() if not isinstance(module, nn.ParameterDict))
+    bases = tuple(base_of(linear) for linear in linears_of(layer))
+    layer.verdict = Verdict(reason, modules, _state(layer, modules), bases)
+    return reason
+
+
+def _state(layer: Any, modules: Sequence[nn.Module]) -> tuple[Any, ...]:
+    """Return all that `_look` looks at, in what can be compared: modules by identity, the rest by value."""
+    attention = layer.self_attn
+    config = attention.config
+    found: list[Any] = [
+        *(config._attn_implementation, getattr(config, "is_causal", True)),
+        *(attention.is_causal, attention.attention_dropout),
+    ]
+    for module in modules:
+        held = module.__dict__  # an attribute of a module is found there ten times as fast
+        for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+            if held[name]:
+                found.append(tuple(held[name].values()))
+        for parameter in held["_parameters"].values():
+            if parameter is not None:
+                found.append((parameter.requires_grad, parameter.is_cuda))
+        # p is a dropout's
+        shared = module.__class__, "forward" in held, held["training"], held.get("p")
+        found.append((*shared, *held["_modules"].values()))
+        if isinstance(module, BaseTunerLayer):
+            active = module._active_adapter
+            names = active if isinstance(active, str) else tuple(active)
+            merged = tuple(held["merged_adapters"])
+            variants = tuple(held.get("lora_variant") or ()), tuple((held.get("lora_bias") or {}).items())
+            found.append((names, held["_disable_adapters"], merged, held.get("rows") is None, variants))
+    return tuple(found)
+
+
+def _look(layer: Any) -> str | None:
     if "forward" in layer.__dict__:
         return "the layer has a forward of its own (a device map or a patch)"
     for name, expected in LAYERS[layer.original].items():
@@ -99,6 +159,8 @@ def _why_not_adapted(linear: Any) -> str | None:
         return f"an adapter of type {type(linear).__name__}"
     if linear.merged:
         return "an adapter is merged"
+    if getattr(linear, "rows", None) is not None:
+        return "the rows of the batch use different adapters"
     for adapter in adapters:
         dropout: Any = dropouts[adapter.name]
         if dropout.training and getattr(dropout, "p", 0):
@@ -145,8 +207,8 @@ def why_not_call(layer: Any, hidden: Tensor, arguments: dict[str, Any]) -> str |
     if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) != hidden.dtype:
         wanted = str(torch.get_autocast_dtype(device)).removeprefix("torch.")
         return f"hidden states are {hidden.dtype} under autocast to {wanted}; load the model in {wanted}"
-    for linear in linears_of(layer):
-        compute = getattr(base_of(linear), "compute_dtype", None)
+    for base in layer.verdict.bases:
+        compute = base.__dict__.get("compute_dtype")
         if compute not in (None, hidden.dtype):
             return f"hidden states are {hidden.dtype}, but the 4-bit layers compute in {compute}"
     mask = arguments.get("attention_mask")

@@ -12,7 +12,8 @@ turns forward and input gradient into one GEMM each, adapters included, with one
     dX = [dY | dY up   ] @ rows[:, :K]
 
 Nothing is ever added to a quantized weight: in bfloat16 an update 4e-4 of the weight's size would lose 91 % of itself.
-The matrix lives as long as a pass needs it, in memory that the allocator reuses from group to group.
+The matrix lives as long as a pass needs it, in memory that the allocator reuses from group to group; where there is
+memory to spare a layer holds it (`HeldMatrix`), and a pass writes the pairs alone.
 """
 
 import functools
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 
 from lsr_scale.fused.pairs import Pair
 from lsr_scale.kernels.backend import is_fake
+from lsr_scale.kernels.dequantize import Extension, fill_extension
 from lsr_scale.kernels.output_gradients import output_gradients
 from lsr_scale.quantized import dequantize_into
 
@@ -41,11 +43,25 @@ def base_of(linear: nn.Module) -> Any:
 
 
 @dataclass
+class HeldMatrix:
+    """A group's matrix with its weights in place, held from pass to pass.
+
+    Attributes:
+        matrix: `[N + R, K + R]`, or None until it is first needed.
+        made_of: Address and version of every weight in it: one that was loaded, moved or merged is dequantized anew.
+    """
+
+    matrix: Tensor | None = None
+    made_of: tuple[Any, ...] = ()
+
+
+@dataclass
 class Group:
-    """Linears that read one input, and the pair of each (None: no active adapter)."""
+    """Linears that read one input, the pair of each (None: no active adapter), and where their matrix is held if so."""
 
     linears: Sequence[nn.Module]
     pairs: Sequence[Pair | None]
+    held: HeldMatrix | None = None
 
     def __post_init__(self) -> None:
         self.bases = [base_of(linear) for linear in self.linears]
@@ -67,24 +83,34 @@ class Group:
         return slice(start, start + self.sizes[index])
 
     def matrix(self, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Return the group's matrix `[N + R, K + R]`, weights dequantized."""
+        """Return the group's matrix `[N + R, K + R]`, weights dequantized or held, pairs written into it."""
         N, K, R = self.out_features, self.in_features, self.width
+        matrix, held = None, self.held
+        if held is not None:
+            made_of = dtype, device, *((base.weight.data_ptr(), base.weight._version) for base in self.bases)
+            if held.matrix is not None and held.made_of == made_of and held.matrix.shape[1] >= K + R:
+                matrix = held.matrix[: N + R, : K + R]
+            else:
+                held.matrix = None  # before there is another
+        if matrix is not None:
+            for index in range(len(self.bases)):
+                fill_extension(matrix[self.rows(index)], K, self._extension(index, matrix))
+            return matrix
         matrix = torch.empty(N + R, K + R, dtype=dtype, device=device)
-        down_row = N
-        for index, (base, pair) in enumerate(zip(self.bases, self.pairs, strict=True)):
-            last = index == len(self.bases) - 1
-            down_end = N + R if last else down_row + self.ranks[index]
-            down, up = pair if pair is not None else (None, None)
-            dequantize_into(
-                base,
-                matrix[self.rows(index)],
-                up=up,
-                up_column=self.columns(index).start,
-                down=down,
-                down_out=matrix[down_row:down_end, :K] if down_end > down_row else None,
-            )
-            down_row = down_end
+        for index, base in enumerate(self.bases):
+            dequantize_into(base, matrix[self.rows(index)], self._extension(index, matrix))
+        if held is not None:
+            held.matrix, held.made_of = matrix, made_of
         return matrix
+
+    def _extension(self, index: int, matrix: Tensor) -> Extension:
+        """Return where a linear's pair goes in the matrix; the last one's has the padding below it too."""
+        N, K = self.out_features, self.in_features
+        down, up = self.pairs[index] or (None, None)
+        columns = self.columns(index)
+        end = len(matrix) if index == len(self.bases) - 1 else N + columns.stop
+        down_out = matrix[N + columns.start : end, :K] if end > N + columns.start else None
+        return Extension(up, columns.start, down, down_out)
 
     def bias(self, dtype: torch.dtype) -> Tensor | None:
         """Return the biases in a row `[N]`, or None."""

@@ -9,8 +9,10 @@ An instance's `forward` is never set: transformers' checkpointing would then be 
 import functools
 import itertools
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, get_args
+from types import MappingProxyType
+from typing import Any, cast, get_args
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -20,9 +22,9 @@ from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from lsr_scale.adapters.base import AdapterLinear
 from lsr_scale.errors import UserError
-from lsr_scale.fused.decoder_layer import DecoderLayerFunction, Positions, Recompute, linears_of
+from lsr_scale.fused.decoder_layer import GROUPS, DecoderLayerFunction, LayerSizes, Positions, Recompute, linears_of
 from lsr_scale.fused.eligibility import FAMILIES, LAYERS, why_not_call, why_not_head, why_not_layer
-from lsr_scale.fused.groups import base_of
+from lsr_scale.fused.groups import HeldMatrix, base_of
 from lsr_scale.fused.linear import LinearMixin
 from lsr_scale.fused.loss import causal_lm_loss
 from lsr_scale.fused.pairs import Adapter, Pair, active_adapters, joined, materialize
@@ -105,15 +107,23 @@ class _Fused:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Let copies and pickles find the class by what it was made from: its own name stands in no module."""
-        _, _, *state = super().__reduce_ex__(protocol)
-        return (_new, (self.mixin, self.original), *state)
+        _, _, state, *rest = cast(Any, super().__reduce_ex__(protocol))
+        kept = {name: value for name, value in state.items() if name != "verdict"}  # names classes like this one
+        return (_new, (self.mixin, self.original), kept, *rest)
 
 
-class _FusedLayer(_Fused):
-    """A decoder layer that runs as one autograd function where it can."""
+class FusedLayer(_Fused):
+    """A decoder layer that runs as one autograd function where it can.
+
+    `sizes` is known after the first forward; `held` are the matrices that stay in memory from pass to pass, by the
+    group's name.
+    """
 
     recompute: Recompute = "none"
     told: str | None = None
+    sizes: LayerSizes | None = None
+    verdict: Any = None  # what eligibility last said, and of what
+    held: Mapping[str, HeldMatrix] = MappingProxyType({})
 
     def forward(self, hidden_states: Tensor, *args: Any, fused: FusedForward | None = None, **kwargs: Any) -> Tensor:
         """Run the layer, fused if `eligibility` finds nothing against it, else as its own class does."""
@@ -176,6 +186,7 @@ class _FusedStack(_Fused):
     """A stack of decoder layers that makes once what all of them need: pairs, and boundaries of packed documents."""
 
     pair_cache: dict[Any, tuple[Any, dict[int, Pair]]] | None = None
+    most_tokens: int = 0  # in one training forward so far
 
     def train(self, mode: bool = True) -> Any:
         """Switch between training and evaluation; kept pairs are dropped (an engine may write factors unseen)."""
@@ -192,6 +203,8 @@ class _FusedStack(_Fused):
         fused = FusedForward(self)
         tokens = args[0] if args else kwargs.get("input_ids")
         tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
+        if module.training and isinstance(tokens, Tensor):
+            self.most_tokens = max(self.most_tokens, tokens.shape[:2].numel())
         nothing_else = kwargs.get("attention_mask") is None and kwargs.get("past_key_values") is None
         if len(args) < 2 and nothing_else and isinstance(tokens, Tensor) and tokens.shape[0] == 1:
             fused.cu_seqlens, fused.max_seqlen = _documents(kwargs, tokens.shape[1])
@@ -287,7 +300,7 @@ class FuseReport:
         return text + (f"; the others per linear: {'; '.join(reasons)}" if reasons else "")
 
 
-def fuse(model: nn.Module, recompute: Recompute = "none") -> FuseReport:
+def fuse(model: nn.Module, recompute: Recompute = "none", hold_weights: bool = False) -> FuseReport:
     """Make a model run fused, in place: faster, with less memory, the same function.
 
     For loops of your own. Call it on a PEFT model (LSR-Adapt, Kron-LoRA, LoRA) or a frozen one, after its adapters are
@@ -299,6 +312,8 @@ def fuse(model: nn.Module, recompute: Recompute = "none") -> FuseReport:
         recompute: What the backward pass of a decoder layer computes again instead of keeping it: "none", "mlp" (gate
             and up) or "full" (everything but the layer's input). Leave transformers' own gradient checkpointing off: a
             layer that cannot run fused is checkpointed whole. Models without such layers need their own.
+        hold_weights: Dequantize the weights of fused layers once and hold them, in the dtype that they compute in,
+            beside the quantized ones: 2 bytes a weight more, 13 GiB for a 7B model. `fit_memory` chooses by layer.
 
     Returns:
         Which layers run fused, and why others do not. Layers are asked again at every forward.
@@ -312,14 +327,15 @@ def fuse(model: nn.Module, recompute: Recompute = "none") -> FuseReport:
     report = FuseReport([], {})
     for name, module in list(model.named_modules()):
         original = _original(module)
-        for mixin, known in ((_FusedLayer, LAYERS), (_FusedStack, _STACKS), (_FusedHead, _HEADS)):
+        for mixin, known in ((FusedLayer, LAYERS), (_FusedStack, _STACKS), (_FusedHead, _HEADS)):
             if original in known:
                 module.__class__ = _subclass(mixin, original)
         if isinstance(module, AdapterLinear | LoraLayer) and isinstance(base_of(module), nn.Linear):  # pyright: ignore
             module.__class__ = _subclass(_FusedLinear, original)
             report.linears += 1
-        if isinstance(module, _FusedLayer):
-            module.recompute = recompute
+        if isinstance(module, FusedLayer):
+            module.recompute, module.sizes = recompute, None
+            hold(module, hold_weights)
             reason = why_not_layer(module)
             if reason:
                 report.per_linear[name] = reason
@@ -331,12 +347,18 @@ def fuse(model: nn.Module, recompute: Recompute = "none") -> FuseReport:
     return report
 
 
+def hold(layer: Any, wanted: bool) -> None:
+    """Have a fused decoder layer hold its dequantized weights from its next forward on, or no longer."""
+    if bool(layer.held) != wanted:
+        layer.held = {name: HeldMatrix() for name in GROUPS} if wanted else {}
+
+
 def unfuse(model: nn.Module) -> None:
     """Give every module of a fused model its own class back; bitsandbytes layers stay in their frozen form."""
     for module in model.modules():
         if isinstance(module, _Fused):
             module.__class__ = module.original
-            for name in ("recompute", "told", "pair_cache"):
+            for name in ("recompute", "told", "sizes", "verdict", "held", "pair_cache", "most_tokens"):
                 module.__dict__.pop(name, None)
 
 

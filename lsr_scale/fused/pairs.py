@@ -134,7 +134,8 @@ class _Materialize(torch.autograd.Function):
             with torch.autocast(device, enabled=False):
                 first = adapters[group[0]]
                 down, up = first.method.materialize(_stacked([held[index] for index in group]))
-                up = up * first.scaling
+                # kernels read rows; a method may return them in any layout
+                down, up = down.contiguous(), (up * first.scaling).contiguous()
             for position, index in enumerate(group):
                 flat[2 * index], flat[2 * index + 1] = down[position], up[position]
         return tuple(flat)

@@ -15,7 +15,7 @@ A *word* here is eight weights in a row: four packed bytes, sixteen bytes of bf1
 one 16-byte store, neighbours beside each other on both sides.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,14 +25,55 @@ from lsr_scale.kernels.backend import jit, tl, use_triton
 # absmax (fp32), code (fp32 [256]), offset (fp32, one element) and block size of a twice quantized absmax
 Nested = tuple[Tensor, Tensor, Tensor, int]
 
+
+class Extension(NamedTuple):
+    """An adapter's pair, and where it goes beside and below a weight `[N, K]` that is written to `out [N, K + R]`.
+
+    Attributes:
+        up: `[N, r]`, written to the columns K + up_column .. of `out`; its other tail columns become zero.
+        up_column: Where among the R tail columns `up` begins.
+        down: `[r, K]`, written to the first rows of `down_out`; its others become zero.
+        down_out: `[r2 >= r, K]`, unit column stride, in the dtype of `out`, or None for nothing.
+    """
+
+    up: Tensor | None = None
+    up_column: int = 0
+    down: Tensor | None = None
+    down_out: Tensor | None = None
+
+    def check(self, out: Tensor, in_features: int) -> None:
+        """Raise ValueError unless the pair fits where it is to go."""
+        up, down, down_out = self.up, self.down, self.down_out
+        if up is not None:
+            last = self.up_column + up.shape[1]
+            if up.shape[0] != out.shape[0] or last > out.shape[1] - in_features or (up.stride(1) != 1 < up.shape[1]):
+                raise ValueError(
+                    f"up {tuple(up.shape)} at column {self.up_column} does not fit out {tuple(out.shape)} beside "
+                    f"{in_features} columns of weight"
+                )
+        if down is not None:
+            if down_out is None:
+                raise ValueError("down: given without down_out")
+            if down.shape[1] != in_features or down.shape[0] > down_out.shape[0] or down.stride(1) != 1:
+                raise ValueError(f"down {tuple(down.shape)} does not fit down_out {tuple(down_out.shape)}")
+        if down_out is not None and (
+            down_out.shape[1] != in_features or down_out.stride(1) != 1 or down_out.dtype != out.dtype
+        ):
+            raise ValueError(
+                f"down_out {tuple(down_out.shape)} {down_out.dtype}: expected {in_features} columns, {out.dtype}"
+            )
+
+
+NOTHING = Extension()
+
 # float64 for the references
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
-def _fill_adapter_reference(
-    out: Tensor, in_features: int, up: Tensor | None, up_column: int, down: Tensor | None, down_out: Tensor | None
-) -> None:
-    """Write everything but the weight: the tail columns of `out`, and `down_out`."""
+def fill_extension_reference(out: Tensor, in_features: int, extension: Extension) -> None:
+    """Do what `fill_extension` does in plain torch."""
+    extension.check(out, in_features)
+    up, up_column, down, down_out = extension
     out[:, in_features:] = 0
     if up is not None:
         first = in_features + up_column
@@ -52,14 +93,10 @@ def dequantize_4bit_reference(
     *,
     block_size: int,
     nested: Nested | None = None,
-    up: Tensor | None = None,
-    up_column: int = 0,
-    down: Tensor | None = None,
-    down_out: Tensor | None = None,
+    extension: Extension = NOTHING,
 ) -> None:
     """Do what `dequantize_4bit` does in plain torch."""
     packed, in_features = _check_4bit(packed, out, block_size)
-    _check_adapter(out, in_features, up, up_column, down, down_out)
     num_values = out.shape[0] * in_features
     if nested is None:
         scales = absmax.float().view(-1)
@@ -72,7 +109,7 @@ def dequantize_4bit_reference(
     values = code.float()[torch.stack((flat >> 4, flat & 15), dim=1).view(-1).long()]
     values = values * scales[torch.arange(num_values, device=flat.device) // block_size]
     out[:, :in_features] = values.view(-1, in_features).to(out.dtype)
-    _fill_adapter_reference(out, in_features, up, up_column, down, down_out)
+    fill_extension_reference(out, in_features, extension)
 
 
 def dequantize_int8_reference(
@@ -80,32 +117,24 @@ def dequantize_int8_reference(
     row_scales: Tensor,
     out: Tensor,
     *,
-    up: Tensor | None = None,
-    up_column: int = 0,
-    down: Tensor | None = None,
-    down_out: Tensor | None = None,
+    extension: Extension = NOTHING,
 ) -> None:
     """Do what `dequantize_int8` does in plain torch."""
     _check_rows(codes, row_scales, out)
-    _check_adapter(out, codes.shape[1], up, up_column, down, down_out)
     out[:, : codes.shape[1]] = (codes * row_scales.float().view(-1, 1) * _ONE_OVER_127).to(out.dtype)
-    _fill_adapter_reference(out, codes.shape[1], up, up_column, down, down_out)
+    fill_extension_reference(out, codes.shape[1], extension)
 
 
 def copy_weight_reference(
     weight: Tensor,
     out: Tensor,
     *,
-    up: Tensor | None = None,
-    up_column: int = 0,
-    down: Tensor | None = None,
-    down_out: Tensor | None = None,
+    extension: Extension = NOTHING,
 ) -> None:
     """Do what `copy_weight` does in plain torch."""
     _check_rows(weight, None, out)
-    _check_adapter(out, weight.shape[1], up, up_column, down, down_out)
     out[:, : weight.shape[1]] = weight
-    _fill_adapter_reference(out, weight.shape[1], up, up_column, down, down_out)
+    fill_extension_reference(out, weight.shape[1], extension)
 
 
 # 1 / 127 as bitsandbytes writes it
@@ -149,12 +178,14 @@ def _dequantize_kernel(
 ):
     """Decode WORDS words of the flattened weight (KIND "4bit", "int8" or "copy") or, past its end, write the pair.
 
-    The programs are in this order: the weight's, the tail columns' tiles, the tiles of `down_out`.
+    The programs are in this order: the weight's (KIND "none" has none), the tail columns' tiles, those of `down_out`.
     """
     program = tl.program_id(0)
     dtype = out.dtype.element_ty
     num_words = num_rows * ROW_WORDS
     weight_programs = (num_words + WORDS - 1) // WORDS
+    if KIND == "none":
+        weight_programs = 0
     row_tiles = (num_rows + TAIL_ROWS - 1) // TAIL_ROWS
     tail_programs = row_tiles * ((num_tail + TAIL_COLUMNS - 1) // TAIL_COLUMNS)
     if program < weight_programs:
@@ -225,16 +256,17 @@ def _launch(
     tables: tuple[Tensor, Tensor, Tensor, Tensor],
     out: Tensor,
     in_features: int,
-    up: Tensor | None,
-    up_column: int,
-    down: Tensor | None,
-    down_out: Tensor | None,
+    extension: Extension,
     words: int,
     **options: Any,
 ) -> None:
     """Launch the kernel with a program for each piece of work; `out` stands for a pointer that is not read."""
+    extension.check(out, in_features)
+    up, up_column, down, down_out = extension
     num_rows, num_tail = out.shape[0], out.shape[1] - in_features
-    programs = -(-num_rows * in_features // (8 * words)) + -(-num_rows // _TAIL_ROWS) * -(-num_tail // _TAIL_COLUMNS)
+    programs = -(-num_rows // _TAIL_ROWS) * -(-num_tail // _TAIL_COLUMNS)
+    if options["KIND"] != "none":
+        programs += -(-num_rows * in_features // (8 * words))
     if down_out is not None:
         programs += down_out.shape[0] * -(-in_features // _DOWN_COLUMNS)
     _dequantize_kernel[(programs,)](
@@ -271,22 +303,18 @@ def dequantize_4bit_triton(
     *,
     block_size: int,
     nested: Nested | None = None,
-    up: Tensor | None = None,
-    up_column: int = 0,
-    down: Tensor | None = None,
-    down_out: Tensor | None = None,
+    extension: Extension = NOTHING,
     words: int = 512,
     num_warps: int = 4,
 ) -> None:
     """Do what `dequantize_4bit` does in one Triton launch.
 
     Args:
-        packed, absmax, code, out, block_size, nested, up, up_column, down, down_out: As there.
+        packed, absmax, code, out, block_size, nested, extension: As there.
         words: Words (of eight weights) per program, a power of two.
         num_warps: Warps per program.
     """
     packed, in_features = _check_4bit(packed, out, block_size)
-    _check_adapter(out, in_features, up, up_column, down, down_out)
     absmax2, code2, offset, block_size2 = (absmax, code, code, 256) if nested is None else nested
     _launch(
         packed,
@@ -294,10 +322,7 @@ def dequantize_4bit_triton(
         (code, absmax2, code2, offset),
         out,
         in_features,
-        up,
-        up_column,
-        down,
-        down_out,
+        extension,
         words,
         KIND="4bit",
         NESTED=nested is not None,
@@ -312,22 +337,18 @@ def dequantize_int8_triton(
     row_scales: Tensor | None,
     out: Tensor,
     *,
-    up: Tensor | None = None,
-    up_column: int = 0,
-    down: Tensor | None = None,
-    down_out: Tensor | None = None,
+    extension: Extension = NOTHING,
     words: int = 512,
     num_warps: int = 4,
 ) -> None:
     """Do what `dequantize_int8` does, or without `row_scales` `copy_weight`, in one Triton launch.
 
     Args:
-        codes, row_scales, out, up, up_column, down, down_out: As there.
+        codes, row_scales, out, extension: As there.
         words: Words (of eight weights) per program, a power of two.
         num_warps: Warps per program.
     """
     _check_rows(codes, row_scales, out)
-    _check_adapter(out, codes.shape[1], up, up_column, down, down_out)
     scales = codes if row_scales is None else row_scales
     _launch(
         codes,
@@ -335,10 +356,7 @@ def dequantize_int8_triton(
         (scales, scales, scales, scales),
         out,
         codes.shape[1],
-        up,
-        up_column,
-        down,
-        down_out,
+        extension,
         words,
         KIND="copy" if row_scales is None else "int8",
         NESTED=False,
@@ -346,6 +364,13 @@ def dequantize_int8_triton(
         BLOCK2=1,
         num_warps=num_warps,
     )
+
+
+def fill_extension_triton(out: Tensor, in_features: int, extension: Extension) -> None:
+    """Do what `fill_extension` does in one Triton launch."""
+    if out.shape[1] > in_features or extension.down_out is not None:
+        kind = {"KIND": "none", "NESTED": False, "BLOCK_WORDS": 1, "BLOCK2": 1}
+        _launch(out, out, (out, out, out, out), out, in_features, extension, 512, num_warps=4, **kind)
 
 
 def _check_4bit(packed: Tensor, out: Tensor, block_size: int) -> tuple[Tensor, int]:
@@ -379,30 +404,6 @@ def _check_rows(codes: Tensor, row_scales: Tensor | None, out: Tensor) -> None:
         raise ValueError(f"weight {tuple(codes.shape)} is too large for 32-bit indices")
 
 
-def _check_adapter(
-    out: Tensor, in_features: int, up: Tensor | None, up_column: int, down: Tensor | None, down_out: Tensor | None
-) -> None:
-    """Raise unless the pair fits where it is to go."""
-    if up is not None:
-        last = up_column + up.shape[1]
-        if up.shape[0] != out.shape[0] or last > out.shape[1] - in_features or (up.stride(1) != 1 < up.shape[1]):
-            raise ValueError(
-                f"up {tuple(up.shape)} at column {up_column} does not fit out {tuple(out.shape)} beside "
-                f"{in_features} columns of weight"
-            )
-    if down is not None:
-        if down_out is None:
-            raise ValueError("down: given without down_out")
-        if down.shape[1] != in_features or down.shape[0] > down_out.shape[0] or down.stride(1) != 1:
-            raise ValueError(f"down {tuple(down.shape)} does not fit down_out {tuple(down_out.shape)}")
-    if down_out is not None and (
-        down_out.shape[1] != in_features or down_out.stride(1) != 1 or down_out.dtype != out.dtype
-    ):
-        raise ValueError(
-            f"down_out {tuple(down_out.shape)} {down_out.dtype}: expected {in_features} columns, {out.dtype}"
-        )
-
-
 def dequantize_4bit(
     packed: Tensor,
     absmax: Tensor,
@@ -411,10 +412,7 @@ def dequantize_4bit(
     *,
     block_size: int,
     nested: Nested | None = None,
-    up: Tensor | None = None,
-    up_column: int = 0,
-    down: Tensor | None = None,
-    down_out: Tensor | None = None,
+    extension: Extension = NOTHING,
 ) -> None:
     """Decode a 4-bit weight of bitsandbytes into `out`, beside its adapter's pair.
 
@@ -425,27 +423,13 @@ def dequantize_4bit(
         out: `[N, K + R]`, unit column stride; bf16, fp16 or fp32. K is a multiple of 8.
         block_size: Weights per quantization block, a multiple of 8.
         nested: `(absmax2, code2, offset, block_size2)` of a doubly quantized `absmax`; all tensors on the device.
-        up: `[N, r]`, written to columns `K + up_column ..`; the other tail columns become zero.
-        up_column: Where among the tail columns `up` begins.
-        down: `[r, K]`, written to the first rows of `down_out`; the others become zero.
-        down_out: `[r2 >= r, K]` in the dtype of `out`, or None for nothing.
+        extension: The pair, and where it goes.
 
     Raises:
         ValueError: if shapes or dtypes do not fit each other.
     """
     run = dequantize_4bit_triton if use_triton(out) else dequantize_4bit_reference
-    run(
-        packed,
-        absmax,
-        code,
-        out,
-        block_size=block_size,
-        nested=nested,
-        up=up,
-        up_column=up_column,
-        down=down,
-        down_out=down_out,
-    )
+    run(packed, absmax, code, out, block_size=block_size, nested=nested, extension=extension)
 
 
 def dequantize_int8(
@@ -453,44 +437,55 @@ def dequantize_int8(
     row_scales: Tensor,
     out: Tensor,
     *,
-    up: Tensor | None = None,
-    up_column: int = 0,
-    down: Tensor | None = None,
-    down_out: Tensor | None = None,
+    extension: Extension = NOTHING,
 ) -> None:
     """Decode an int8 weight with row scales into `out`, beside its adapter's pair.
 
     Args:
         codes: int8 `[N, K]`, K a multiple of 8.
         row_scales: `[N]`, the largest magnitude of each row.
-        out, up, up_column, down, down_out: As in `dequantize_4bit`.
+        out, extension: As in `dequantize_4bit`.
 
     Raises:
         ValueError: if shapes or dtypes do not fit each other.
     """
     run = dequantize_int8_triton if use_triton(out) else dequantize_int8_reference
-    run(codes, row_scales, out, up=up, up_column=up_column, down=down, down_out=down_out)
+    run(codes, row_scales, out, extension=extension)
 
 
 def copy_weight(
     weight: Tensor,
     out: Tensor,
     *,
-    up: Tensor | None = None,
-    up_column: int = 0,
-    down: Tensor | None = None,
-    down_out: Tensor | None = None,
+    extension: Extension = NOTHING,
 ) -> None:
     """Copy an unquantized weight into `out`, beside its adapter's pair.
 
     Args:
         weight: floating `[N, K]`, K a multiple of 8, unit column stride.
-        out, up, up_column, down, down_out: As in `dequantize_4bit`.
+        out, extension: As in `dequantize_4bit`.
 
     Raises:
         ValueError: if shapes do not fit each other.
     """
     if use_triton(out):
-        dequantize_int8_triton(weight, None, out, up=up, up_column=up_column, down=down, down_out=down_out)
+        dequantize_int8_triton(weight, None, out, extension=extension)
     else:
-        copy_weight_reference(weight, out, up=up, up_column=up_column, down=down, down_out=down_out)
+        copy_weight_reference(weight, out, extension=extension)
+
+
+def fill_extension(out: Tensor, in_features: int, extension: Extension) -> None:
+    """Write everything but the weight, which `out` holds already: the tail columns of `out`, and `down_out`.
+
+    Args:
+        out: `[N, K + R]`, unit column stride.
+        in_features: K, a multiple of 8.
+        extension: The pair, and where it goes.
+
+    Raises:
+        ValueError: if shapes do not fit each other.
+    """
+    if use_triton(out):
+        fill_extension_triton(out, in_features, extension)
+    else:
+        fill_extension_reference(out, in_features, extension)

@@ -27,6 +27,7 @@ from lsr_scale import adapters
 from lsr_scale.adapters.base import AdapterLinear, features
 from lsr_scale.config import RunConfig
 from lsr_scale.config.deepspeed import SHIPPED
+from lsr_scale.config.training import checkpoints_layers
 from lsr_scale.fused import fuse
 from lsr_scale.model import DTYPES, load_config, skeleton
 from lsr_scale.plan import memory
@@ -161,7 +162,7 @@ def plan(run: RunConfig, gpus: int = 1) -> Plan:
         frozen_bytes=frozen.total,
         fused=fused is not None,
         # one process runs without DeepSpeed
-        memory_gib=parts.under(stages["run"] if gpus > 1 else {}, bool(training.get("gradient_checkpointing"))),
+        memory_gib=parts.under(stages["run"] if gpus > 1 else {}, checkpoints_layers(training)),
         table=table,
         warnings=notes,
     )

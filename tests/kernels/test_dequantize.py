@@ -43,18 +43,19 @@ def arguments(state) -> dict:
     return dict(absmax=state.absmax, code=state.code, block_size=state.blocksize, nested=nested)
 
 
-def pair(num_rows, in_features, tail, rank, padding, dtype, device):
+def pair(num_rows, in_features, tail, rank, padding, up_column, dtype, device):
     """Return a poisoned scratch as `out` and `down_out`, and a pair whose rows have a pitch."""
     scratch = poisoned((num_rows + rank + padding, in_features + tail + 8), dtype, device)
     out = scratch[:num_rows, : in_features + tail]
     down_out = scratch[num_rows:, :in_features]
     up = pitched(torch.randn(num_rows, rank, device=device), 3)
     down = pitched(torch.randn(rank, in_features, device=device), 5)
-    return scratch, out, dict(up=up, down=down, down_out=down_out)
+    return scratch, out, ops.Extension(up, up_column, down, down_out)
 
 
-def check(scratch, out, weight, up_column, up, down, down_out):
+def check(scratch, out, weight, extension):
     """Fail unless every element is right to the bit, and nothing else was written."""
+    up, up_column, down, down_out = extension
     num_rows, in_features = weight.shape
     tail = torch.zeros(num_rows, out.shape[1] - in_features, dtype=out.dtype, device=out.device)
     if up is not None:
@@ -86,9 +87,9 @@ def check(scratch, out, weight, up_column, up, down, down_out):
 @pytest.mark.parametrize("variant", [{}, {"words": 256}])
 def test_4bit_is_bit_equal_to_bitsandbytes(kind, nested, block_size, shape, dtype, variant, device):
     packed, state, weight = quantized(*shape, block_size, kind, nested, dtype, device)
-    scratch, out, adapter = pair(*shape, 24, 5, 2, dtype, device)
-    ops.dequantize_4bit_triton(packed, out=out, up_column=8, **arguments(state), **adapter, **variant)
-    check(scratch, out, weight, 8, **adapter)
+    scratch, out, extension = pair(*shape, 24, 5, 2, 8, dtype, device)
+    ops.dequantize_4bit_triton(packed, out=out, **arguments(state), extension=extension, **variant)
+    check(scratch, out, weight, extension)
 
 
 @pytest.mark.parametrize("nested", [False, True])
@@ -97,9 +98,9 @@ def test_4bit_is_bit_equal_to_bitsandbytes(kind, nested, block_size, shape, dtyp
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 def test_4bit_reference_is_bit_equal_to_bitsandbytes(kind, block_size, dtype, nested):
     packed, state, weight = quantized(37, 232, block_size, kind, nested, dtype, "cpu")
-    scratch, out, adapter = pair(37, 232, 64, 16, 48, dtype, "cpu")
-    ops.dequantize_4bit(packed, out=out, up_column=48, **arguments(state), **adapter)
-    check(scratch, out, weight, 48, **adapter)
+    scratch, out, extension = pair(37, 232, 64, 16, 48, 48, dtype, "cpu")
+    ops.dequantize_4bit(packed, out=out, **arguments(state), extension=extension)
+    check(scratch, out, weight, extension)
 
 
 @pytest.mark.parametrize("scale_dtype", DTYPES)
@@ -111,9 +112,9 @@ def test_int8_is_bit_equal_to_bitsandbytes(dtype, scale_dtype, device):
         scales = torch.rand(shape[0], device=device).to(scale_dtype)
         weight = bnb_functional.int8_vectorwise_dequant(codes, scales.float()).to(dtype)
         for run in (ops.dequantize_int8_triton, ops.dequantize_int8_reference):
-            scratch, out, adapter = pair(*shape, 64, 4, 3, dtype, device)
-            run(codes, scales, out, up_column=60, **adapter)
-            check(scratch, out, weight, 60, **adapter)
+            scratch, out, extension = pair(*shape, 64, 4, 3, 60, dtype, device)
+            run(codes, scales, out, extension=extension)
+            check(scratch, out, weight, extension)
 
 
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES)
@@ -121,18 +122,32 @@ def test_copy_of_an_unquantized_weight(dtype, device):
     for weight_dtype in DTYPES:
         weight = pitched(torch.randn(33, 40, device=device).to(weight_dtype), 8)
         for run in (lambda *a, **k: ops.dequantize_int8_triton(a[0], None, *a[1:], **k), ops.copy_weight):
-            scratch, out, adapter = pair(33, 40, 16, 2, 1, dtype, device)
-            run(weight, out, up_column=3, **adapter)
-            check(scratch, out, weight.to(dtype), 3, **adapter)
+            scratch, out, extension = pair(33, 40, 16, 2, 1, 3, dtype, device)
+            run(weight, out, extension=extension)
+            check(scratch, out, weight.to(dtype), extension)
+
+
+@pytest.mark.parametrize("run", [ops.fill_extension_triton, ops.fill_extension_reference])
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+def test_a_pair_alone_leaves_the_weight_as_it_is(run, dtype, device):
+    weight = torch.randn(70, 40, device=device).to(dtype)
+    scratch, out, extension = pair(70, 40, 64, 16, 48, 5, dtype, device)
+    out[:, :40] = weight
+    run(out, 40, extension)
+    check(scratch, out, weight, extension)
+    run(out, 40, ops.Extension(down_out=extension.down_out))  # and without one the padding is zero
+    check(scratch, out, weight, ops.Extension(down_out=extension.down_out))
+    with pytest.raises(ValueError, match="does not fit"):
+        run(out, 40, ops.Extension(extension.up, 60))
 
 
 @pytest.mark.parametrize("run", [ops.dequantize_4bit_triton, ops.dequantize_4bit_reference])
 def test_without_a_pair_the_padding_is_zero(run, device):
     packed, state, weight = quantized(9, 64, 64, "nf4", True, torch.float16, device)
     scratch = poisoned((9 + 4, 64 + 100), torch.float16, device)
-    adapter = dict(up=None, down=None, down_out=scratch[9:, :64])
-    run(packed, out=scratch[:9, : 64 + 100], **arguments(state), **adapter)
-    check(scratch, scratch[:9], weight, 0, **adapter)
+    extension = ops.Extension(down_out=scratch[9:, :64])
+    run(packed, out=scratch[:9, : 64 + 100], **arguments(state), extension=extension)
+    check(scratch, scratch[:9], weight, extension)
     alone = poisoned((9, 64), torch.float16, device)
     run(packed, out=alone, **arguments(state))
     assert torch.equal(alone, weight)
@@ -167,22 +182,28 @@ def test_byte_views_and_shapes_that_do_not_fit():
             run(packed, out=poisoned((16, 56), torch.float32), **arguments(state))
         with pytest.raises(ValueError, match="unit column stride"):
             run(packed, out=poisoned((64, 16), torch.float32).T, **arguments(state))
+        wide = poisoned((16, 68), torch.float32)
         with pytest.raises(ValueError, match=r"up \(16, 4\) at column 1 does not fit"):
-            run(packed, out=poisoned((16, 68), torch.float32), up=torch.ones(16, 4), up_column=1, **arguments(state))
+            run(packed, out=wide, extension=ops.Extension(torch.ones(16, 4), 1), **arguments(state))
         with pytest.raises(ValueError, match="without down_out"):
-            run(packed, out=out, down=torch.ones(4, 64), **arguments(state))
+            run(packed, out=out, extension=ops.Extension(down=torch.ones(4, 64)), **arguments(state))
     with pytest.raises(ValueError, match="int8 codes and 16 scales"):
         ops.dequantize_int8(torch.zeros(16, 64, dtype=torch.int8), torch.ones(15), out)
     with pytest.raises(ValueError, match="does not fit out"):
         ops.copy_weight(torch.zeros(16, 72), out)
 
 
-@pytest.mark.parametrize("kind", ["4bit", "int8", "copy"])
+@pytest.mark.parametrize("kind", ["4bit", "int8", "copy", "none"])
 @pytest.mark.parametrize(("words", "num_warps"), [(512, 4), (1024, 8)])
 def test_compiles_for_ampere_and_hopper(kind, words, num_warps):
     names = ["weight_pitch", "out_pitch", "num_rows", "num_tail", "up_pitch", "up_column", "up_rank"]
     names += ["down_pitch", "down_rank", "down_out_pitch"]
-    weight, scales = {"4bit": ("*u8", "*u8"), "int8": ("*i8", "*fp32"), "copy": ("*bf16", "*bf16")}[kind]
+    weight, scales = {
+        "4bit": ("*u8", "*u8"),
+        "int8": ("*i8", "*fp32"),
+        "copy": ("*bf16", "*bf16"),
+        "none": ("*bf16", "*bf16"),
+    }[kind]
     signature = dict(weight=weight, scales=scales, out="*bf16", up="*fp32", down="*fp32", down_out="*bf16")
     signature |= dict.fromkeys(["code", "absmax2", "code2", "offset"], "*fp32") | dict.fromkeys(names, "i32")
     constexprs = dict(KIND=kind, NESTED=kind == "4bit", HAS_UP=True, HAS_DOWN=True, ROW_WORDS=512, BLOCK_WORDS=8)
@@ -200,12 +221,12 @@ def test_7b_shapes_on_a_gpu(shape, nested):
     packed, state, weight = quantized(*shape, 64, "nf4", nested, torch.bfloat16, "cuda")
     codes = torch.randint(-127, 128, shape, dtype=torch.int8, device="cuda")
     scales = torch.rand(shape[0], device="cuda")
-    scratch, out, adapter = pair(*shape, 64, 16, 48, torch.bfloat16, "cuda")
-    ops.dequantize_4bit_triton(packed, out=out, up_column=16, **arguments(state), **adapter)
-    check(scratch, out, weight, 16, **adapter)
-    scratch, out, adapter = pair(*shape, 64, 16, 48, torch.bfloat16, "cuda")
-    ops.dequantize_int8(codes, scales, out, **adapter)
-    check(scratch, out, bnb_functional.int8_vectorwise_dequant(codes, scales).bfloat16(), 0, **adapter)
-    scratch, out, adapter = pair(*shape, 64, 16, 48, torch.bfloat16, "cuda")
-    ops.copy_weight(weight, out, **adapter)
-    check(scratch, out, weight, 0, **adapter)
+    scratch, out, extension = pair(*shape, 64, 16, 48, 16, torch.bfloat16, "cuda")
+    ops.dequantize_4bit_triton(packed, out=out, **arguments(state), extension=extension)
+    check(scratch, out, weight, extension)
+    scratch, out, extension = pair(*shape, 64, 16, 48, 16, torch.bfloat16, "cuda")
+    ops.dequantize_int8(codes, scales, out, extension=extension)
+    check(scratch, out, bnb_functional.int8_vectorwise_dequant(codes, scales).bfloat16(), extension)
+    scratch, out, extension = pair(*shape, 64, 16, 48, 16, torch.bfloat16, "cuda")
+    ops.copy_weight(weight, out, extension=extension)
+    check(scratch, out, weight, extension)

@@ -1,0 +1,134 @@
+"""The gate of the throughput benchmark: fused layers must be as near to float32 as plain bfloat16 is.
+
+Two layers of the run's shapes and base, factors away from their start, random tokens. The loss and the gradient of
+every factor are computed three ways: per linear in float32 on the very weights that bfloat16 computes with (the
+reference), per linear in bfloat16, and fused. Errors are relative by norm, tensor by tensor, and their root mean square
+over the factors of one kind (one factor may have four entries, and luck). The fused one may be twice that of plain
+bfloat16 plus 2e-3, whatever is computed again and wherever the weights are held.
+"""
+
+from typing import Any
+
+import torch
+from providers import CLASSES, Own
+from torch import Tensor, nn
+
+TOKENS = 512
+FLOOR = 2e-3
+# what is computed again, and whether weights are held
+VARIANTS = (("none", False), ("mlp", False), ("full", False), ("none", True))
+
+
+class Parity:
+    """Checks the methods of ours that are to be measured; a worker's provider."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        values = {**config["values"], "num_hidden_layers": 2}
+        self.config = {**config, "values": values, "shape": {**config["shape"], "layers": 2}}
+        owners = [CLASSES.get(name) for name in config["providers"]]
+        self.methods = {own.method: own.options for own in owners if own and issubclass(own, Own) and own.method}
+
+    def build(self) -> None:
+        """Nothing: models are made one after the other."""
+
+    def rest(self) -> None:
+        """Give back what was allocated."""
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def turn(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Return a row for each method and variant, with what is wrong with it."""
+        rows = []
+        for method, options in self.methods.items():
+            rows += self.check(method, options)
+            self.rest()
+        return {"parity": rows}
+
+    def check(self, method: str, options: dict[str, Any]) -> list[dict[str, Any]]:
+        """Return the rows of one method."""
+        import lsr_scale
+
+        provider = CLASSES["frozen"](self.config)
+        provider.method, provider.options = method, options
+        provider.make()
+        model = provider.model.train()
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for factor in (p for p in model.parameters() if p.requires_grad):
+                # of the size that it has: an update of zero would hide what is wrong
+                noise = torch.randn(factor.shape, generator=generator).to(factor)
+                factor.add_(noise * factor.abs().mean().clamp_min(0.02))
+        length = min(TOKENS // 2, min(seq_len for _, seq_len in self.config["points"]))
+        vocabulary = self.config["shape"]["vocab"]
+        ids = torch.randint(0, vocabulary, (2, length), generator=generator).to(provider.device)
+        plain = gradients(model, ids)
+        fused = {}
+        for recompute, held in VARIANTS:
+            report = lsr_scale.fuse(model, recompute=recompute, hold_weights=held)
+            if report.per_linear:
+                raise RuntimeError(f"{method}: layers do not run fused: {report}")
+            fused[recompute, held] = gradients(model, ids)
+            lsr_scale.unfuse(model)
+        exact = gradients(in_float32(model), ids)
+        return [row_of(method, variant, found, plain, exact) for variant, found in fused.items()]
+
+
+def gradients(model: Any, ids: Tensor) -> dict[str, Tensor]:
+    """Return the loss of a step and the gradient of every factor, in float64."""
+    model.zero_grad()
+    loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {name: value.detach().double() for name, value in {"loss": loss, **found}.items()}
+
+
+def in_float32(model: Any) -> Any:
+    """Return the model computing in float32, in place, on the weights that bfloat16 computes with."""
+    from lsr_scale.fused.groups import base_of
+    from lsr_scale.quantized import dequantize
+
+    for module in model.modules():
+        base = base_of(module)
+        if base is not module and hasattr(module, "base_layer") and not isinstance(base, nn.Embedding):
+            quantized = base.weight.dtype in (torch.uint8, torch.int8)
+            weight = dequantize(base, torch.bfloat16) if quantized else base.weight
+            plain = nn.Linear(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
+            plain.weight = nn.Parameter(weight.float(), requires_grad=False)
+            if base.bias is not None:
+                plain.bias = nn.Parameter(base.bias.float(), requires_grad=False)
+            module.base_layer = plain
+    return model.float()
+
+
+def row_of(
+    method: str, variant: tuple[str, bool], found: dict[str, Tensor], plain: dict[str, Tensor], exact: dict[str, Tensor]
+) -> dict[str, Any]:
+    """Return what one variant's errors are, beside those of plain bfloat16."""
+    problems, worst = [], 0.0
+    if found.keys() != exact.keys() or plain.keys() != exact.keys():
+        problems.append(f"{method} {variant}: gradients of {len(found)} tensors, expected {len(exact)}")
+    kinds: dict[str, list[str]] = {}
+    for name in found.keys() & plain.keys() & exact.keys():
+        # ...q_proj.lsr_down_left.default, ...q_proj.lora_A.default.weight
+        kind = name.removesuffix(".weight").split(".")[-2] if "." in name else name
+        kinds.setdefault(kind, []).append(name)
+    for kind, names in kinds.items():
+        ours, theirs = (rms([relative(each[name], exact[name]) for name in names]) for each in (found, plain))
+        worst = max(worst, ours / (theirs + FLOOR))
+        if not ours <= 2 * theirs + FLOOR:
+            problems.append(f"{method} {variant}: {kind} is off by {ours:.1e}, plain bfloat16 by {theirs:.1e}")
+    recompute, held = variant
+    return {
+        **{"method": method, "recompute": recompute, "held": held, "tensors": len(found)},
+        **{"worst_ratio": worst, "problems": sorted(problems)[:10]},
+    }
+
+
+def relative(found: Tensor, exact: Tensor) -> float:
+    """Return `|found - exact| / |exact|`."""
+    return float((found - exact).norm() / exact.norm().clamp_min(1e-30))
+
+
+def rms(values: list[float]) -> float:
+    """Return the root mean square."""
+    return (sum(value * value for value in values) / len(values)) ** 0.5

@@ -1,0 +1,208 @@
+"""Many adapters over one base: a batch whose rows use different ones, loaded when named, evicted when memory is short.
+
+    bank = AdapterBank(model, "adapters/", memory_gib=4)
+    model.generate(**inputs, adapter_names=["alice", "bob", "__base__"])
+
+The factors of all adapters of one method and one set of shapes lie in one tensor per factor, `[capacity, modules,
+...]`, so a thousand adapters are a few tensors, not half a million parameters. A batch gathers the factors of its
+distinct adapters, materializes them at once, and every linear adds two batched products:
+
+    y_b = W x_b + up[a_b] (down[a_b] x_b),        a_b the adapter of row b
+
+exact for any low-rank method, whatever share of the rows each adapter has.
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from lsr_scale.adapters.base import BASE_ROW, AdapterConfig, AdapterLinear, Pair
+from lsr_scale.errors import UserError
+
+
+@dataclass
+class _Shelf:
+    """The factors of all modules of one set of shapes, each `[capacity, modules, ...]`, and scalings of that size."""
+
+    modules: int = 0
+    factors: dict[str, Tensor] = field(default_factory=dict)
+    scalings: Tensor = field(default_factory=lambda: torch.empty(0))
+
+
+class AdapterBank:
+    """Adapters out of the folders of one folder, as many as fit; the least recently used one leaves first."""
+
+    def __init__(
+        self, model: PeftModel, folder: str | Path, memory_gib: float, dtype: torch.dtype = torch.float32
+    ) -> None:
+        """Reserve the memory and answer the model's `adapter_names` from now on.
+
+        Args:
+            model: A PEFT model with one adapter of the method and shapes that all of them have; it stays as it is.
+            folder: Holds one folder per adapter, named as rows name it, as `save_pretrained` writes them.
+            memory_gib: What the factors may take, on the device of the model.
+            dtype: What the factors are held in; they are materialized in float32 in any case.
+
+        Raises:
+            UserError: if the memory holds no adapter, or the model's adapter has no low-rank form.
+        """
+        self.folder = Path(folder).expanduser()
+        self.slots: OrderedDict[str, int] = OrderedDict()
+        self.loads = self.evictions = 0
+        tuner: Any = model.base_model
+        layers = {name: layer for name, layer in tuner.named_modules() if isinstance(layer, AdapterLinear)}
+        if not layers:
+            raise UserError("AdapterBank: the model has no adapter of this library; inject one of the wanted shapes")
+        adapter = model.active_adapter if isinstance(model.active_adapter, str) else model.active_adapter[0]
+        self.method = next(iter(layers.values())).method
+        if not self.method.is_low_rank():
+            raise UserError(f"AdapterBank: {self.method.name} has no low-rank form; rows cannot use different ones")
+        shelves: dict[Any, _Shelf] = {}
+        self._places: dict[str, tuple[_Shelf, int]] = {}
+        self._names = {id(layer): name for name, layer in layers.items()}
+        for name, layer in layers.items():
+            shapes = tuple((key, tuple(factor.shape)) for key, factor in layer.factors(adapter).items())
+            shelf = shelves.setdefault(shapes, _Shelf())
+            self._places[name] = shelf, shelf.modules
+            shelf.modules += 1
+        size = sum(factor.numel() for layer in layers.values() for factor in layer.factors(adapter).values())
+        self.adapter_bytes = size * dtype.itemsize
+        self.capacity = int(memory_gib * 2**30) // self.adapter_bytes
+        if self.capacity < 1:
+            raise UserError(
+                f"AdapterBank: memory_gib={memory_gib} holds no adapter; one takes {self.adapter_bytes / 2**30:.3g} GiB"
+            )
+        device = next(iter(next(iter(layers.values())).factors(adapter).values())).device
+        for shapes, shelf in shelves.items():
+            size = self.capacity, shelf.modules
+            # zeros: rows of the base read a slot too, times a scaling of zero
+            shelf.factors = {key: torch.zeros(*size, *shape, dtype=dtype, device=device) for key, shape in shapes}
+            shelf.scalings = torch.zeros(size, device=device)
+        tuner.bank = self
+
+    def load(self, name: str) -> int:
+        """Read an adapter from its folder unless it is there, and return its slot; another leaves if none is free.
+
+        Raises:
+            UserError: if there is no such adapter, or it is damaged or of other shapes. The bank stays as it was.
+        """
+        if name in self.slots:
+            self.slots.move_to_end(name)
+            return self.slots[name]
+        config, tensors = self._read(name)
+        if len(self.slots) < self.capacity:
+            slot = min(set(range(self.capacity)) - set(self.slots.values()))
+        else:
+            _, slot = self.slots.popitem(last=False)
+            self.evictions += 1
+        for (module, key), tensor in tensors.items():
+            shelf, position = self._places[module]
+            shelf.factors[key][slot, position].copy_(tensor)
+            shelf.scalings[slot, position] = config.for_module(module.removeprefix("model.")).scaling
+        self.slots[name] = slot
+        self.loads += 1
+        return slot
+
+    def evict(self, name: str) -> None:
+        """Forget an adapter; its slot is free."""
+        self.slots.pop(name, None)
+
+    def rows(self, names: Sequence[str]) -> "BankRows":
+        """Return the adapters of the rows of one batch, all in memory."""
+        distinct = [name for name in dict.fromkeys(names) if name != BASE_ROW]
+        if len(distinct) > self.capacity:
+            raise UserError(
+                f"adapter_names: {len(distinct)} different adapters in one batch, but the bank's memory holds "
+                f"{self.capacity}; raise memory_gib or make the batch smaller"
+            )
+        for name in distinct:  # first those that are there, so that none of them leaves for another
+            if name in self.slots:
+                self.slots.move_to_end(name)
+        slots = [self.load(name) for name in distinct]
+        index = [distinct.index(name) if name != BASE_ROW else len(distinct) for name in names]
+        return BankRows(self, slots, index)
+
+    def place(self, layer: AdapterLinear) -> tuple["_Shelf", int]:
+        """Return where the factors of a linear lie."""
+        return self._places[self._names[id(layer)]]
+
+    def _read(self, name: str) -> tuple[AdapterConfig, dict[tuple[str, str], Tensor]]:
+        """Return an adapter's configuration, and its factors by module and name, checked before one is kept."""
+        where = self.folder / name
+        if where.resolve().parent != self.folder.resolve():
+            raise UserError(f"adapter_names: {name!r} is no name of a folder in {self.folder}")
+        if not (where / "adapter_config.json").is_file():
+            raise UserError(f"adapter_names: there is no adapter {name!r} in {self.folder}")
+        try:
+            config = PeftConfig.from_pretrained(str(where))
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(f"{where}: adapter_config.json cannot be read ({error})") from error
+        if not isinstance(config, self.method.config_class):
+            kind = getattr(config.peft_type, "value", config.peft_type)
+            raise UserError(f"{where}: a {kind} adapter; this bank holds {self.method.name} adapters")
+        tensors: dict[tuple[str, str], Tensor] = {}
+        try:
+            with safe_open(where / "adapter_model.safetensors", "pt") as file:
+                stored = set(file.keys())
+                for module, (shelf, _) in self._places.items():
+                    for key, held in shelf.factors.items():
+                        tensors[module, key] = self._factor(file, stored, f"{module}.{self.method.prefix}{key}", held)
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{where}: adapter_model.safetensors is missing, damaged or cut short ({error})") from error
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from error
+        if stored:
+            raise UserError(f"{where}: {len(stored)} tensors that this bank's adapters do not have: {min(stored)}")
+        return config, tensors
+
+    @staticmethod
+    def _factor(file: Any, stored: set[str], name: str, held: Tensor) -> Tensor:
+        """Return one factor, its shape checked before it is read; its name leaves `stored`."""
+        full = f"base_model.{name}"
+        if full not in stored:
+            raise UserError(f"{full} is missing")
+        stored.discard(full)
+        shape = file.get_slice(full).get_shape()
+        if shape != list(held.shape[2:]):
+            raise UserError(f"{full} is {shape}, this bank's adapters have {list(held.shape[2:])}")
+        tensor = file.get_tensor(full)
+        if not torch.isfinite(tensor).all():
+            raise UserError(f"{full} is not finite")
+        return tensor
+
+
+class BankRows:
+    """The pairs of a batch's rows, made when a linear first asks, for all linears of its shapes at once."""
+
+    def __init__(self, bank: AdapterBank, slots: list[int], index: list[int]) -> None:
+        self.bank, self.slots, self.index = bank, slots, index
+        self._pairs: dict[tuple[int, torch.dtype], Pair] = {}
+
+    def pair(self, layer: AdapterLinear, dtype: torch.dtype) -> Pair:
+        """Return `(down [B, R, in], scaling * up [B, out, R])` of the rows at a linear."""
+        shelf, position = self.bank.place(layer)
+        key = id(shelf), dtype
+        if key not in self._pairs:
+            self._pairs[key] = self._materialized(shelf, dtype)
+        down, up = self._pairs[key]
+        return down[:, position], up[:, position]
+
+    def _materialized(self, shelf: _Shelf, dtype: torch.dtype) -> Pair:
+        device = shelf.scalings.device
+        # the last one is the base's: any slot, scaled by zero
+        slots = torch.tensor([*self.slots, 0], device=device)
+        scalings = shelf.scalings[slots]
+        scalings[-1] = 0
+        wide = {key: held[slots] for key, held in shelf.factors.items()}
+        wide = {key: held.float() if held.dtype.itemsize < 4 else held for key, held in wide.items()}
+        down, up = self.bank.method.materialize(wide)
+        up = up * scalings[..., None, None]
+        rows = torch.tensor(self.index, device=device)
+        return down.to(dtype)[rows], up.to(dtype)[rows]

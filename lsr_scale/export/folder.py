@@ -1,0 +1,232 @@
+"""An export from the first line to its folder, which appears whole and verified or not at all."""
+
+import dataclasses
+import json
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from lsr_scale import record
+from lsr_scale.errors import UserError
+from lsr_scale.export import pairs as lora
+from lsr_scale.export.card import write_card
+from lsr_scale.export.source import AdapterSource, describe_file, open_adapter
+from lsr_scale.export.verify import EXACT, Agreement, Reference, base_section
+
+KINDS = ("adapter", "lora", "merged", "gguf")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_NICKNAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "f32": "float32", "f16": "float16"}
+
+Say = Callable[[str], None]
+
+
+def export(
+    path: str | Path,
+    kind: str,
+    out: str | Path,
+    *,
+    bits: int = 16,
+    max_rank: int | None = None,
+    dtype: str | None = None,
+    verify: bool = True,
+    base: str | None = None,
+    say: Say = print,
+) -> dict[str, Any]:
+    """Export the adapter of a run or of a folder; nothing is left behind where it fails.
+
+    Args:
+        path: A run folder or an adapter folder.
+        kind: "adapter", "lora", "merged" or "gguf".
+        out: The folder to make; it must not hold anything yet.
+        bits: Of the factors, for "adapter": 16, 8 or 4.
+        max_rank: Truncate to it, for "lora" and "gguf".
+        dtype: Of what is written: float32 (default), bfloat16, float16 for "lora" and "gguf"; bfloat16 (default),
+            float32 or nf4 for "merged".
+        verify: Compare logits with those of the adapter as trained before the folder appears.
+        base: The base model, where neither run nor base.json names it.
+        say: Called with a line at a time.
+
+    Returns:
+        What is also in `export.json`: sizes, errors, agreement.
+
+    Raises:
+        UserError: for an adapter that cannot be read, an option that does not fit, a folder that is taken, or logits
+            that are not those of the adapter.
+    """
+    if kind not in KINDS:
+        raise UserError(f"--to: expected one of {', '.join(KINDS)}, got {kind!r}")
+    if bits not in (16, 8, 4):
+        raise UserError(f"--bits: expected 16, 8 or 4, got {bits}")
+    dtype = _NICKNAMES.get(dtype or "", dtype) or ("bfloat16" if kind == "merged" else "float32")
+    allowed = ("bfloat16", "float32", "nf4") if kind == "merged" else tuple(DTYPES)
+    if dtype not in allowed:
+        raise UserError(f"--dtype: expected one of {', '.join(allowed)} for --to {kind}, got {dtype!r}")
+    started = time.perf_counter()
+    source = open_adapter(path)
+    with _appears_whole(Path(out)) as folder:
+        facts: dict[str, Any] = {}
+        if kind == "adapter":
+            lora.write_factors(folder, source, bits, lora.metadata_of(source, kind, bits=bits))
+            facts |= {"bits": bits}
+            _copy_base(source, folder)
+        elif kind == "lora":
+            kept, errors = lora.truncated({name: source.pair(name) for name in source.modules}, max_rank)
+            lora.write_lora(folder, kept, source, DTYPES[dtype], lora.metadata_of(source, kind, dtype=dtype))
+            facts |= {"dtype": dtype, **_ranks(kept, errors)}
+            _copy_base(source, folder)
+        elif kind == "merged":
+            from lsr_scale.export.merged import write_merged
+
+            metadata = lora.metadata_of(source, kind, dtype=dtype)
+            facts |= write_merged(folder, source, base_section(source, base), dtype, metadata)
+        else:
+            from lsr_scale.export.gguf_file import write_gguf
+
+            kept, errors = lora.truncated({name: source.pair(name) for name in source.modules}, max_rank)
+            facts |= {"dtype": dtype, **_ranks(kept, errors)}
+            facts |= write_gguf(folder, kept, base_section(source, base), DTYPES[dtype], source)
+        facts |= _sizes(folder, source)
+        facts["seconds to write"] = round(time.perf_counter() - started, 2)
+        if verify:
+            reference = Reference(source, base)
+            if kind == "merged":
+                agreement = reference.of_model(folder)
+            elif kind == "gguf":
+                agreement = _read_back_agrees(folder, source, reference)
+            else:
+                agreement = reference.of_adapter(folder)
+            exact = not ({"truncation error, largest"} & facts.keys()) and bits == 16 and dtype != "nf4"
+            _judge(agreement, EXACT[DTYPES[dtype]] if exact and kind != "adapter" else EXACT[torch.float16], exact)
+            facts |= {"logits": agreement.line()}
+        result = {"kind": kind, **facts, **({"agreement": dataclasses.asdict(agreement)} if verify else {})}
+        write_card(folder, source, kind, facts)
+        record.write_json(folder / "export.json", result)
+    for name, value in facts.items():
+        say(f"{name}: {value}")
+    if not verify:
+        say("not verified (--no-verify)")
+    return result
+
+
+def merge(
+    paths: Sequence[str | Path],
+    weights: Sequence[float] | None,
+    out: str | Path,
+    *,
+    max_rank: int | None = None,
+    dtype: str = "float32",
+    say: Say = print,
+) -> dict[str, Any]:
+    """Write the weighted sum of several adapters as one LoRA adapter, exactly: their pairs side by side.
+
+    Args:
+        paths: Run folders or adapter folders of one base, of any methods.
+        weights: One a path; 1 each by default.
+        out: The folder to make.
+        max_rank: Truncate to it, and report the error.
+        dtype: Of what is written.
+        say: Called with a line at a time.
+
+    Raises:
+        UserError: if the adapters do not belong together, or the folder is taken.
+    """
+    weights = [1.0] * len(paths) if weights is None else list(weights)
+    if len(paths) < 2 or len(weights) != len(paths):
+        raise UserError(f"merge: expected two adapters or more and a weight for each, got {len(paths)}, {len(weights)}")
+    if not all(-1e6 < weight < 1e6 for weight in weights):
+        raise UserError(f"--weights: expected finite numbers, got {weights}")
+    dtype = _NICKNAMES.get(dtype, dtype)
+    if dtype not in DTYPES:
+        raise UserError(f"--dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
+    sources = [open_adapter(path) for path in paths]
+    bases = {str(source.base["config_sha256"]): source for source in sources if source.base}
+    if len(bases) > 1:
+        names = ", ".join(f"{source.folder}: {(source.base or {}).get('name')}" for source in bases.values())
+        raise UserError(f"merge: the adapters belong to different bases ({names})")
+    whole = lora.concatenate(sources, weights)
+    kept, errors = lora.truncated(whole, max_rank)
+    with _appears_whole(Path(out)) as folder:
+        metadata = lora.metadata_of(sources[0], "merge", weights=list(weights))
+        targets = {"target_modules": sorted(kept)}
+        lora.write_lora(folder, kept, sources[0], DTYPES[dtype], metadata, targets)
+        _copy_base(sources[0], folder)
+        facts = {"weights": list(weights), "dtype": dtype, **_ranks(kept, errors), **_sizes(folder, sources[0])}
+        write_card(folder, sources[0], "lora", {"merged from": len(sources), **facts})
+        record.write_json(folder / "export.json", {"kind": "merge", **facts})
+    for name, value in facts.items():
+        say(f"{name}: {value}")
+    return facts
+
+
+def _read_back_agrees(folder: Path, source: AdapterSource, reference: Reference) -> Agreement:
+    """Return the agreement of a GGUF adapter's own bytes, read again and put into PEFT's format for the comparison."""
+    from lsr_scale.export.gguf_file import FILE, read_back
+
+    pairs = read_back(folder / FILE, {name: source.pair(name) for name in source.modules}, reference.section)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}.") as again:
+        lora.write_lora(Path(again), pairs, source, torch.float32, {})
+        return reference.of_adapter(Path(again))
+
+
+def _judge(agreement: Agreement, tolerance: float, exact: bool) -> None:
+    if exact and agreement.relative_error > tolerance:
+        raise UserError(
+            f"the exported model is not the trained one: {agreement.line()}; expected a relative error of at most "
+            f"{tolerance:g}; nothing was exported"
+        )
+
+
+def _ranks(pairs: lora.Pairs, errors: dict[str, float]) -> dict[str, Any]:
+    ranks = sorted({down.shape[0] for down, _ in pairs.values()})
+    facts: dict[str, Any] = {"ranks": ", ".join(map(str, ranks))}
+    if errors:
+        facts["truncation error, median"] = float(f"{statistics.median(errors.values()):.3g}")
+        facts["truncation error, largest"] = float(f"{max(errors.values()):.3g}")
+    return facts
+
+
+def _sizes(folder: Path, source: AdapterSource) -> dict[str, Any]:
+    file = folder / "adapter_model.safetensors"
+    if not file.is_file():
+        return {}
+    sizes = describe_file(file)
+    whole = sum(value.numel() for value in source.extra.values())
+    in_16_bits = 2 * (source.num_parameters() + whole)
+    return {
+        "bytes of tensors": sizes["tensors"],
+        "bytes of the file": sizes["file"],
+        "tensors, of the 16-bit factors'": round(sizes["tensors"] / in_16_bits, 4),
+    }
+
+
+def _copy_base(source: AdapterSource, folder: Path) -> None:
+    if source.base is not None:
+        (folder / "base.json").write_text(json.dumps(source.base, indent=1) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def _appears_whole(out: Path) -> Iterator[Path]:
+    """Give a folder beside `out` to write into; it becomes `out` at the end, or is removed."""
+    out = out.expanduser()
+    if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
+        raise UserError(f"{out}: there is something already; export into a new folder")
+    aside = out.with_name(f".{out.name}.{os.getpid()}.part")
+    try:
+        aside.mkdir(parents=True)
+        yield aside
+        if out.exists():
+            out.rmdir()
+        aside.rename(out)
+    except (OSError, SafetensorError) as error:
+        raise record.cannot_write(out, error if isinstance(error, OSError) else OSError(str(error))) from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)

@@ -1,0 +1,128 @@
+"""llama.cpp's LoRA adapter: the pairs under its tensor names, rows of q and k in its order.
+
+For the LLaMA architecture llama.cpp keeps the rows of q_proj and k_proj of each head interleaved (its rotary form), so
+`up` is permuted as the base's weights were when they became a GGUF. The scaling stands in `up`: alpha equals the rank,
+or is 0 where ranks differ, which llama.cpp reads as "no scaling".
+"""
+
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from torch import Tensor
+
+from lsr_scale.errors import UserError
+from lsr_scale.export.pairs import Pairs, metadata_of
+from lsr_scale.export.source import AdapterSource
+from lsr_scale.model import load_config
+
+# Transformers' model types whose GGUF names and order of rows are known here
+ARCHITECTURES = {
+    "llama": gguf.MODEL_ARCH.LLAMA,
+    "mistral": gguf.MODEL_ARCH.LLAMA,
+    "qwen2": gguf.MODEL_ARCH.QWEN2,
+    "qwen3": gguf.MODEL_ARCH.QWEN3,
+}
+_PERMUTED = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}
+FILE = "adapter.gguf"
+
+
+def to_rotary_order(rows: Tensor, num_heads: int) -> Tensor:
+    """Return a matrix `[heads * size, n]` with each head's two halves of rows interleaved, as llama.cpp has them."""
+    return rows.unflatten(0, (num_heads, 2, -1)).transpose(1, 2).flatten(0, 2).contiguous()
+
+
+def from_rotary_order(rows: Tensor, num_heads: int) -> Tensor:
+    """Return the inverse of `to_rotary_order`."""
+    return rows.unflatten(0, (num_heads, -1, 2)).transpose(1, 2).flatten(0, 2).contiguous()
+
+
+def write_gguf(
+    folder: Path, pairs: Pairs, section: dict[str, Any], dtype: torch.dtype, source: AdapterSource
+) -> dict[str, Any]:
+    """Write `adapter.gguf`.
+
+    Args:
+        folder: An existing folder.
+        pairs: By module.
+        section: Arguments of `load_base` for the base, whose configuration is read.
+        dtype: float32, float16 or bfloat16.
+        source: For the metadata.
+
+    Returns:
+        What the model card says.
+
+    Raises:
+        UserError: for an architecture or a layer that llama.cpp's names are not known of.
+    """
+    if source.extra:
+        raise UserError(f"--to gguf: {sorted(source.extra)[0]} was trained whole; llama.cpp's adapters hold pairs only")
+    config: Any = load_config(section["name"], section["revision"])
+    names, permuted, architecture = _names(pairs, config)
+    writer = gguf.GGUFWriter(folder / FILE, gguf.MODEL_ARCH_NAMES[architecture])
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    ranks = {down.shape[0] for down, _ in pairs.values()}
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(ranks.pop()) if len(ranks) == 1 else 0.0)
+    writer.add_name(f"{source.method} adapter")
+    for name, value in metadata_of(source, "gguf").items():
+        writer.add_string(f"lsr_scale.{name}", value)
+    for module, (down, up) in pairs.items():
+        if module in permuted:
+            up = to_rotary_order(up, permuted[module])
+        for part, value in (("lora_a", down), ("lora_b", up)):
+            kind, array = _array(value, dtype)
+            writer.add_tensor(f"{names[module]}.weight.{part}", array, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return {"bytes of the file": (folder / FILE).stat().st_size, "architecture": gguf.MODEL_ARCH_NAMES[architecture]}
+
+
+def read_back(file: Path, pairs: Pairs, section: dict[str, Any]) -> Pairs:
+    """Return the pairs that lie in a file that `write_gguf` wrote, by module; `pairs` gives the modules."""
+    names, permuted, _ = _names(pairs, load_config(section["name"], section["revision"]))
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
+    found: Pairs = {}
+    for module, name in names.items():
+        parts = []
+        for part in ("lora_a", "lora_b"):
+            tensor = tensors[f"{name}.weight.{part}"]
+            parts.append(torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy()))
+        down, up = parts
+        found[module] = down, from_rotary_order(up, permuted[module]) if module in permuted else up
+    return found
+
+
+def _names(pairs: Pairs, config: Any) -> tuple[dict[str, str], dict[str, int], Any]:
+    """Return llama.cpp's name of every module, the number of heads of those in rotary order, and the architecture."""
+    architecture = ARCHITECTURES.get(config.model_type)
+    if architecture is None:
+        raise UserError(
+            f"--to gguf: model_type {config.model_type!r} is none of {', '.join(ARCHITECTURES)}; export lora, and use "
+            "llama.cpp's convert_lora_to_gguf.py"
+        )
+    table = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
+    names: dict[str, str] = {}
+    permuted: dict[str, int] = {}
+    for module in pairs:
+        name = table.get_name(module)
+        if name is None:
+            raise UserError(
+                f"--to gguf: llama.cpp has no name for {module} of {config.model_type}; export lora instead"
+            )
+        names[module] = name
+        kind = name.rpartition(".")[2]
+        if architecture == gguf.MODEL_ARCH.LLAMA and kind in _PERMUTED:
+            permuted[module] = getattr(config, _PERMUTED[kind], None) or config.num_attention_heads
+    return names, permuted, architecture
+
+
+def _array(value: Tensor, dtype: torch.dtype) -> tuple[Any, np.ndarray]:
+    if dtype == torch.bfloat16:
+        kind = gguf.GGMLQuantizationType.BF16
+        return kind, gguf.quants.quantize(value.float().contiguous().numpy(), kind)
+    return None, value.to(dtype).contiguous().numpy()

@@ -1,0 +1,244 @@
+"""A full model: the adapter added to the base that it was trained on, one weight at a time.
+
+    W = dequantize(quantize(W0)) + scaling * up down
+
+The base's own safetensors files are read tensor by tensor; each linear layer that training held in 4 or 8 bits goes
+through the same quantization and back, the pair is added in float32, and files of at most `SHARD_BYTES` are written.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from lsr_scale.errors import UserError
+from lsr_scale.export.source import AdapterSource
+from lsr_scale.model import DTYPES, head_modules, load_config, quantization_config, resolve, skeleton
+from lsr_scale.quantized import dequantize
+
+SHARD_BYTES = 2**29
+_BESIDE = (
+    "generation_config.json",
+    "chat_template.jinja",
+    "merges.txt",
+    "vocab.json",
+    "vocab.txt",
+    "added_tokens.json",
+)
+_BESIDE_STARTS = ("tokenizer", "special_tokens")
+
+
+def write_merged(
+    folder: Path, source: AdapterSource, section: dict[str, Any], dtype: str, metadata: dict[str, str]
+) -> dict[str, Any]:
+    """Write a Transformers folder of the adapted model.
+
+    Args:
+        folder: An existing, empty folder.
+        source: The adapter.
+        section: Arguments of `load_base` for its base.
+        dtype: "bfloat16", "float32", or "nf4", which quantizes the sum again.
+        metadata: Of the safetensors files.
+
+    Returns:
+        What the model card says: tensors, bytes, and for nf4 the relative error of the merged weights.
+
+    Raises:
+        UserError: if the base has no safetensors files, or an adapted layer is not among their tensors.
+    """
+    if section["random_weights"]:
+        raise UserError("--to merged: the run's base has random weights, which lie in no file; merging them is no use")
+    if source.extra:
+        raise UserError(f"--to merged: {sorted(source.extra)[0]} was trained whole; export lora, and merge with PEFT")
+    path = Path(resolve(section["name"]))
+    if not path.is_dir():
+        from huggingface_hub import snapshot_download
+
+        wanted = ["*.safetensors*", "*.json", "*.jinja", "*.txt", "tokenizer*"]
+        path = Path(snapshot_download(section["name"], revision=section["revision"], allow_patterns=wanted))
+    files = _files(path)
+    config = load_config(section["name"], section["revision"])
+    trained_in = DTYPES[section.get("dtype", "bfloat16")]
+    empty = skeleton(config, dtype=trained_in)
+    quantized = _Quantized(empty, section, trained_in)
+    known = set(dict(empty.named_parameters(remove_duplicate=False))) | set(dict(empty.named_buffers()))
+    stored = {name for file in files for name in _names(file)}
+    lacking = sorted(f"{module}.weight" for module in source.modules if f"{module}.weight" not in stored)
+    unknown = sorted(stored - known)
+    if lacking or unknown:
+        raise UserError(
+            f"{path}: its tensors have other names than the model's ({(lacking or unknown)[0]}); load it, and "
+            "merge with PEFT's merge_and_unload"
+        )
+    requantize = dtype == "nf4"
+    out_dtype = trained_in if requantize else DTYPES[dtype]
+    writer = _Shards(folder, metadata)
+    errors: list[float] = []
+    for file in files:
+        with safe_open(file, "pt") as opened:
+            for name in opened.keys():  # noqa: SIM118
+                value = opened.get_tensor(name)
+                module = name.removesuffix(".weight")
+                if name.endswith(".weight") and module in quantized.layers:
+                    merged = _merged(quantized.seen(module, value.to(trained_in)), module, source, quantized)
+                    if requantize:
+                        packed, error = quantized.again(module, merged)
+                        errors += [error] if module in source.modules else []
+                        for part, tensor in packed.items():
+                            writer.add(f"{module}.{part}", tensor)
+                        continue
+                    value = merged
+                elif value.is_floating_point():
+                    value = value.to(trained_in)
+                    if module in source.modules and name.endswith(".weight"):
+                        value = _merged(value.float(), module, source, quantized)
+                writer.add(name, value.to(out_dtype) if value.is_floating_point() else value)
+    writer.finish()
+    written: dict[str, Any] = config.to_dict()
+    written.pop("quantization_config", None)
+    written["dtype"] = str(out_dtype).removeprefix("torch.")
+    written["architectures"] = [type(empty).__name__]
+    if requantize:
+        again = quantization_config("nf4", True, trained_in, head_modules(empty))
+        assert again is not None
+        written["quantization_config"] = again.to_dict()
+    (folder / "config.json").write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    for file in path.iterdir():
+        if file.is_file() and (file.name in _BESIDE or file.name.startswith(_BESIDE_STARTS)):
+            shutil.copyfile(file, folder / file.name)
+    facts: dict[str, Any] = {"dtype": dtype, "files": len(writer.files), "bytes of tensors": writer.total}
+    if errors:
+        facts["relative error of quantizing again, median"] = float(f"{sorted(errors)[len(errors) // 2]:.3g}")
+    return facts
+
+
+def _merged(weight: Tensor, module: str, source: AdapterSource, quantized: "_Quantized") -> Tensor:
+    """Return a float32 weight in the file's layout plus the module's update."""
+    if module not in source.modules:
+        return weight
+    transposed = module in quantized.transposed
+    if source.is_low_rank:
+        down, up = source.pair(module)
+        left, right = (down.T, up.T) if transposed else (up, down)
+        shape = [left.shape[0], right.shape[1]]
+    else:
+        delta = source.delta(module)
+        left, right = delta.T if transposed else delta, None
+        shape = list(left.shape)
+    if list(weight.shape) != shape:
+        raise UserError(f"{source.folder}: {module}: the update is of {shape}, the base has {list(weight.shape)} there")
+    return weight + left if right is None else torch.addmm(weight, left, right)
+
+
+class _Quantized:
+    """The linear layers of a base that training holds quantized, and what quantization makes of their weights."""
+
+    def __init__(self, empty: Any, section: dict[str, Any], dtype: torch.dtype) -> None:
+        self.kind, self.dtype = section["quantization"], dtype
+        self.double = section.get("double_quantization", True)
+        self.transposed = {name for name, module in empty.named_modules() if isinstance(module, Conv1D)}
+        heads = set(head_modules(empty) or ())
+        self.layers = {
+            name
+            for name, module in empty.named_modules()
+            if isinstance(module, nn.Linear | Conv1D) and name.split(".")[0] not in heads and self.kind != "none"
+        }
+
+    def _layer(self, weight: Tensor, kind: str, double: bool) -> Any:
+        new: Any
+        out_features, in_features = weight.shape
+        if kind == "int8":
+            layer = bnb.nn.Linear8bitLt(in_features, out_features, bias=False, has_fp16_weights=False, device="meta")
+            new = bnb.nn.Int8Params
+            layer.weight = new(weight, has_fp16_weights=False, requires_grad=False)
+        else:
+            options = {"compress_statistics": double, "quant_type": kind}
+            layer = bnb.nn.Linear4bit(in_features, out_features, bias=False, device="meta", **options)
+            new = bnb.nn.Params4bit
+            layer.weight = new(weight, requires_grad=False, module=layer, **options)
+        return layer.to("cpu")
+
+    def seen(self, module: str, weight: Tensor) -> Tensor:
+        """Return the weight that training saw, float32, in the layout given."""
+        straight = weight.T if module in self.transposed else weight
+        seen = dequantize(self._layer(straight.contiguous(), self.kind, self.double), torch.float32)
+        return seen.T.contiguous() if module in self.transposed else seen
+
+    def again(self, module: str, weight: Tensor) -> tuple[dict[str, Tensor], float]:
+        """Return the tensors of an NF4 layer as bitsandbytes stores it, and the relative error of its weight."""
+        straight = (weight.T if module in self.transposed else weight).contiguous()
+        layer = self._layer(straight.to(self.dtype), "nf4", True)
+        back = dequantize(layer, torch.float32)
+        return dict(layer.state_dict()), float((back - straight).norm() / straight.norm())
+
+
+class _Shards:
+    """Safetensors files of a limited size, and the index that Transformers reads."""
+
+    def __init__(self, folder: Path, metadata: dict[str, str]) -> None:
+        self.folder, self.metadata = folder, {"format": "pt", **metadata}
+        self.held: dict[str, Tensor] = {}
+        self.held_bytes = self.total = 0
+        self.files: list[list[str]] = []
+
+    def add(self, name: str, value: Tensor) -> None:
+        """Hold a tensor until its file is full."""
+        size = value.numel() * value.element_size()
+        if self.held and self.held_bytes + size > SHARD_BYTES:
+            self._flush()
+        # a copy: what is mapped from the base's file would otherwise be held until the flush
+        self.held[name] = value.contiguous().clone()
+        self.held_bytes += size
+        self.total += size
+
+    def _flush(self) -> None:
+        save_file(self.held, self.folder / f"part-{len(self.files)}.safetensors", metadata=self.metadata)
+        self.files.append(list(self.held))
+        self.held, self.held_bytes = {}, 0
+
+    def finish(self) -> None:
+        """Write what is left; name the files and write their index."""
+        self._flush()
+        if len(self.files) == 1:
+            (self.folder / "part-0.safetensors").rename(self.folder / "model.safetensors")
+            return
+        places: dict[str, str] = {}
+        for number, names in enumerate(self.files):
+            name = f"model-{number + 1:05}-of-{len(self.files):05}.safetensors"
+            (self.folder / f"part-{number}.safetensors").rename(self.folder / name)
+            places |= dict.fromkeys(names, name)
+        index = {"metadata": {"total_size": self.total}, "weight_map": places}
+        (self.folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+
+
+def _files(path: Path) -> list[Path]:
+    """Return the safetensors files of a base; what an index names has to lie in the folder."""
+    index = path / "model.safetensors.index.json"
+    if not index.is_file():
+        if (path / "model.safetensors").is_file():
+            return [path / "model.safetensors"]
+        raise UserError(f"{path}: there are no safetensors weights here; other formats are not read")
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{index}: cannot be read ({error}); fetch the model again") from error
+    wrong = [name for name in names if not isinstance(name, str) or Path(name).name != name]
+    if wrong:
+        raise UserError(f"{index}: {wrong[0]!r} is not the name of a file in this folder; fetch the model again")
+    return [path / name for name in names]
+
+
+def _names(file: Path) -> Iterator[str]:
+    try:
+        with safe_open(file, "pt") as opened:
+            yield from opened.keys()
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file}: damaged or missing ({error}); fetch the model again") from error

@@ -1,0 +1,173 @@
+"""Standard LoRA out of exact pairs: truncated without a full SVD, concatenated without any, written as PEFT does."""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lsr_scale.errors import UserError
+from lsr_scale.export.source import WRAPPER, AdapterSource
+
+Pair = tuple[Tensor, Tensor]
+Pairs = dict[str, Pair]
+
+
+def truncate(down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
+    """Return the best pair of a smaller rank, and the relative error (Frobenius) of its product.
+
+    QR of both thin matrices, then the SVD of the small core: `up down = Q_u (R_u R_d^T) Q_d^T`. Exact where `rank` is
+    at least that of the product; the singular values' square roots go to both sides.
+
+    Args:
+        down: `[R, in]`.
+        up: `[out, R]`.
+        rank: Of the result, at most R.
+
+    Returns:
+        down `[rank, in]` and up `[out, rank]` in the dtype given, computed in float64, and the error.
+    """
+    if rank >= down.shape[0]:
+        return down, up, 0.0
+    up_q, up_r = torch.linalg.qr(up.double())
+    down_q, down_r = torch.linalg.qr(down.double().T)
+    left, values, right = torch.linalg.svd(up_r @ down_r.T)
+    root = values[:rank].sqrt()
+    new_down, new_up = root[:, None] * right[:rank] @ down_q.T, up_q @ left[:, :rank] * root
+    error = float(values[rank:].norm() / values.norm()) if values[0] > 0 else 0.0
+    return new_down.to(down.dtype), new_up.to(up.dtype), error
+
+
+def truncated(pairs: Pairs, rank: int | None) -> tuple[Pairs, dict[str, float]]:
+    """Return pairs of at most `rank`, and the relative error of every module that was truncated."""
+    found: Pairs = {}
+    errors: dict[str, float] = {}
+    for name, (down, up) in pairs.items():
+        if rank is None or rank >= down.shape[0]:
+            found[name] = down, up
+        else:
+            down, up, errors[name] = truncate(down, up, rank)
+            found[name] = down, up
+    return found, errors
+
+
+def concatenate(sources: Sequence[AdapterSource], weights: Sequence[float]) -> Pairs:
+    """Return the pairs of `sum_i weights[i] * update_i`, exactly: ranks add.
+
+    Raises:
+        UserError: if the adapters are of layers of different shapes, or have modules trained whole.
+    """
+    found: Pairs = {}
+    for source, weight in zip(sources, weights, strict=True):
+        if source.extra:
+            raise UserError(f"{source.folder}: has modules trained whole ({sorted(source.extra)[0]}), which do not add")
+        for module in source.modules:
+            down, up = source.pair(module)
+            if module in found:
+                old_down, old_up = found[module]
+                if old_down.shape[1] != down.shape[1] or old_up.shape[0] != up.shape[0]:
+                    raise UserError(
+                        f"{source.folder}: {module} is {[up.shape[0], down.shape[1]]}, in {sources[0].folder} "
+                        f"{[old_up.shape[0], old_down.shape[1]]}; merge adapters of one base"
+                    )
+                down, up = torch.cat([old_down, down]), torch.cat([old_up, weight * up], 1)
+            else:
+                up = weight * up
+            found[module] = down, up
+    return found
+
+
+def write_lora(
+    folder: Path,
+    pairs: Mapping[str, Pair],
+    source: AdapterSource,
+    dtype: torch.dtype,
+    metadata: dict[str, str],
+    targets: dict[str, Any] | None = None,
+) -> None:
+    """Write a PEFT LoRA adapter whose scaling is 1: it stands in lora_B, so that every reader applies the same.
+
+    Args:
+        folder: An existing folder.
+        pairs: By module.
+        source: Where configuration and modules trained whole come from.
+        dtype: Of the factors.
+        metadata: Of the safetensors file.
+        targets: Which modules; those of the source's own configuration by default.
+    """
+    ranks = {name: down.shape[0] for name, (down, _) in pairs.items()}
+    rank = max(ranks.values())
+    others = {name: value for name, value in ranks.items() if value != rank}
+    names = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+    config: Any = LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        lora_dropout=0.0,
+        bias="none",
+        rank_pattern=others,
+        alpha_pattern=dict(others),
+        task_type=source.config.task_type,
+        inference_mode=True,
+        modules_to_save=source.config.modules_to_save,
+        base_model_name_or_path=source.config.base_model_name_or_path,
+        **({name: getattr(source.config, name) for name in names} if targets is None else targets),
+    )
+    config.save_pretrained(str(folder))
+    tensors = dict(source.extra)
+    for name, (down, up) in pairs.items():
+        tensors[f"{WRAPPER}{name}.lora_A.weight"] = down.to(dtype).contiguous()
+        tensors[f"{WRAPPER}{name}.lora_B.weight"] = up.to(dtype).contiguous()
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt", **metadata})
+
+
+def write_factors(folder: Path, source: AdapterSource, bits: int, metadata: dict[str, str]) -> None:
+    """Write the factors themselves in 16 (float16), 8 or 4 bits, in PEFT's folder layout.
+
+    Raises:
+        UserError: for LoRA in 8 or 4 bits, whose loading is not this package's.
+    """
+    from lsr_scale.packed_factors import pack
+
+    if source.method == "lora" and bits != 16:
+        raise UserError("--bits: PEFT's own LoRA loads 16 bits only; --to lora --max-rank makes it smaller")
+    config = dataclasses.replace(source.config)
+    config.inference_mode = True
+    config.save_pretrained(str(folder))
+    names = {"down": "lora_A.weight", "up": "lora_B.weight"} if source.method == "lora" else {}
+    named = {
+        module: {names.get(name, source.prefix + name): value for name, value in params.items()}
+        for module, params in source.modules.items()
+    }
+    tensors = {name: value.contiguous() for name, value in source.extra.items()}
+    if bits == 16:
+        for module, params in named.items():
+            for name, value in params.items():
+                half = value.half()
+                if not torch.isfinite(half).all():
+                    raise UserError(f"{module}.{name}: values beyond float16's 65504; the training diverged")
+                tensors[f"{WRAPPER}{module}.{name}"] = half.contiguous()
+    else:
+        tensors |= pack(named, bits)
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt", **metadata})
+
+
+def metadata_of(source: AdapterSource, kind: str, **more: Any) -> dict[str, str]:
+    """Return the provenance that goes into a file's metadata, as text."""
+    import lsr_scale
+
+    base = source.base or {}
+    values = {
+        "producer": f"lsr_scale {lsr_scale.__version__}",
+        "export": kind,
+        "method": source.method,
+        "base": base.get("name") or source.config.base_model_name_or_path or "",
+        "base_quantization": base.get("quantization", "unknown"),
+        "base_config_sha256": str(base.get("config_sha256", "")),
+        **more,
+    }
+    return {name: value if isinstance(value, str) else json.dumps(value) for name, value in values.items()}

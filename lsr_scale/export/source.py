@@ -1,0 +1,344 @@
+"""An adapter read from disk without its base model: every byte is checked before it is believed.
+
+Only JSON and safetensors are read. Nothing in a file is used as a path, and sizes are computed on shapes before any
+tensor is made.
+"""
+
+import dataclasses
+import json
+import re
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from lsr_scale.adapters import METHODS, AdapterConfig
+from lsr_scale.adapters.base import Params
+from lsr_scale.config import RunConfig, load_run
+from lsr_scale.errors import UserError, did_you_mean
+from lsr_scale.packed_factors import is_packed, unpack
+from lsr_scale.record import read_json
+from lsr_scale.run_folder import RunFolder
+
+WRAPPER = "base_model.model."
+_MAX_CONFIG_BYTES = 16 * 2**20
+_MAX_PAIR_ELEMENTS = 2**28
+_MAX_NAME = 300
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_PACKED = (torch.float16, torch.uint8, torch.int8)
+_LORA_NAMES = {"lora_A.weight": "down", "lora_B.weight": "up"}
+_LORA_VARIANTS = ("use_dora", "lora_bias", "megatron_config", "layer_replication", "alora_invocation_tokens")
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterSource:
+    """A saved adapter: configuration, factors by module, and what is known of its base."""
+
+    folder: Path
+    config: Any
+    modules: dict[str, Params]
+    extra: dict[str, Tensor]  # modules trained whole, under their names in the file
+    base: dict[str, Any] | None
+    run: RunConfig | None = None
+    results: dict[str, Any] | None = None
+
+    @property
+    def method(self) -> str:
+        """The method's name, as `adapter.method` takes it."""
+        return str(self.config.peft_type.value).lower()
+
+    @property
+    def prefix(self) -> str:
+        """What the names of the factors begin with, in the file."""
+        return "" if self.method == "lora" else METHODS[self.method].prefix
+
+    def scaling(self, module: str) -> float:
+        """Return the factor on a module's update."""
+        if isinstance(self.config, AdapterConfig):
+            return self.config.for_module(module).scaling
+        ranks, alphas = self.config.rank_pattern or {}, self.config.alpha_pattern or {}
+        rank = ranks.get(get_pattern_key(list(ranks), module), self.config.r)
+        alpha = alphas.get(get_pattern_key(list(alphas), module), self.config.lora_alpha)
+        return alpha / (rank**0.5 if self.config.use_rslora else rank)
+
+    @property
+    def is_low_rank(self) -> bool:
+        """Whether the updates are exact pairs; where not, they exist as dense matrices only."""
+        return self.method == "lora" or METHODS[self.method].is_low_rank()
+
+    def delta(self, module: str) -> Tensor:
+        """Return the dense update `[out, in]` of a module whose method has no pair, float32, scaled."""
+        params = {name: value.float() for name, value in self.modules[module].items()}
+        return self._finite(module, METHODS[self.method].delta_weight(params) * self.scaling(module))[0]
+
+    def pair(self, module: str) -> tuple[Tensor, Tensor]:
+        """Return the exact `(down [R, in], up [out, R])` of a module, float32, its scaling in `up`.
+
+        Raises:
+            UserError: if the method's updates are of full rank, or one is not finite.
+        """
+        if not self.is_low_rank:
+            raise UserError(
+                f"{self.folder}: {self.method}'s updates are of full rank, so no LoRA holds them; --to adapter keeps "
+                "the factors, --to merged the whole model"
+            )
+        down, up = _materialize(self.method, {name: value.float() for name, value in self.modules[module].items()})
+        down, up = self._finite(module, down, up * self.scaling(module))
+        return down, up
+
+    def _finite(self, module: str, *values: Tensor) -> tuple[Tensor, ...]:
+        if not all(torch.isfinite(value).all() for value in values):
+            raise UserError(f"{self.folder}: {module}: its update is beyond float32; the training diverged")
+        return values
+
+    def num_parameters(self) -> int:
+        """Return the number of the factors' elements."""
+        return sum(value.numel() for params in self.modules.values() for value in params.values())
+
+
+def _materialize(method: str, params: Params) -> tuple[Tensor, Tensor]:
+    if method == "lora":
+        return params["down"], params["up"]
+    return METHODS[method].materialize(params)
+
+
+def open_adapter(path: str | Path) -> AdapterSource:
+    """Return the adapter of a run folder or of an adapter folder.
+
+    Raises:
+        UserError: if there is none, or its files are damaged, inconsistent, of an unknown method, or hold values that
+            are not finite.
+    """
+    folder, run, results = Path(path).expanduser(), None, None
+    if (folder / "config.yaml").is_file():
+        run_folder = RunFolder(folder)
+        run = load_run(run_folder.config)
+        if run_folder.results.is_file():
+            results = read_json(run_folder.results, "run's results")
+        folder = run_folder.adapter
+        if not folder.is_dir():
+            raise UserError(f"{path}: the run has no adapter yet; train it, or go on with --resume auto")
+    config = _read_config(folder)
+    tensors = _read_tensors(folder / "adapter_model.safetensors")
+    if is_packed(tensors):
+        tensors = _at(folder, unpack, tensors)
+    base = None
+    if (folder / "base.json").is_file():
+        base = _read_base(folder / "base.json")
+    modules, extra = _sort(folder, config, tensors)
+    source = AdapterSource(folder, config, modules, extra, base, run, results)
+    for module in modules:
+        _check_module(source, module)
+    return source
+
+
+def _at(folder: Path, function: Any, *arguments: Any) -> Any:
+    try:
+        return function(*arguments)
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from error
+
+
+def _read_config(folder: Path) -> PeftConfig:
+    file = folder / "adapter_config.json"
+    if not file.is_file():
+        raise UserError(f"{folder}: there is no adapter in this folder (adapter_config.json is missing)")
+    if file.stat().st_size > _MAX_CONFIG_BYTES:
+        raise UserError(f"{file}: {file.stat().st_size} bytes are no adapter's configuration; restore it")
+    try:
+        content = read_json(file, "adapter's configuration")
+    except RecursionError as error:
+        raise UserError(f"{file}: nested too deeply for an adapter's configuration; restore it") from error
+    kind = content.get("peft_type") if isinstance(content, dict) else None
+    known = ["LORA", *(name.upper() for name in METHODS)]
+    if kind not in known:
+        hint = f"; {did_you_mean(kind, known)}" if isinstance(kind, str) else f"; valid: {', '.join(known)}"
+        raise UserError(f"{file}: peft_type {str(kind)[:80]!r} cannot be exported{hint}")
+    config_class = PEFT_TYPE_TO_CONFIG_MAPPING[kind]
+    fields = {field.name: field for field in dataclasses.fields(config_class) if field.init}
+    values = {name: value for name, value in content.items() if name in fields and name != "auto_mapping"}
+    _check_values(file, values)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            config: Any = config_class(**values)
+            scalings = [config.scaling] if isinstance(config, AdapterConfig) else [config.lora_alpha / config.r]
+    except (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError, AssertionError, re.error) as error:
+        raise UserError(f"{file}: {str(error)[:300]}; restore the file, or save the adapter again") from error
+    variants = [name for name in _LORA_VARIANTS if getattr(config, name, None)]
+    if isinstance(config, LoraConfig) and (variants or config.bias != "none"):
+        raise UserError(f"{file}: LoRA with {', '.join(variants) or 'bias'} is not a plain pair; it cannot be exported")
+    if not all(isinstance(value, int | float) and 0 < abs(value) < 1e30 for value in scalings):
+        raise UserError(f"{file}: rank and alpha give the scaling {scalings[0]!r}; restore the file")
+    return config
+
+
+def _check_values(file: Path, values: Mapping[str, Any]) -> None:
+    """Raise for a value of a type that the export could stumble over, or an expression that could run for ever."""
+    for name in ("rank", "r", "separation_rank"):
+        value = values.get(name, 1)
+        if type(value) is not int or not 1 <= value <= 65536:
+            raise UserError(f"{file}: {name}: expected a whole number from 1 to 65536, got {str(value)[:80]!r}")
+    for name in ("alpha", "lora_alpha"):
+        value = values.get(name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or value != value):
+            raise UserError(f"{file}: {name}: expected a number, got {str(value)[:80]!r}")
+    for name, value in values.items():
+        if name.endswith("_pattern") and name != "layers_pattern":
+            if not isinstance(value, dict) or not all(
+                type(number) in (int, float) and 0 < number <= 1e9 for number in value.values()
+            ):
+                raise UserError(f"{file}: {name}: expected numbers by module, got {str(value)[:80]!r}")
+            for expression in value:
+                _check_expression(file, name, expression)
+        if name in ("target_modules", "exclude_modules", "modules_to_save") and value is not None:
+            if isinstance(value, str):
+                _check_expression(file, name, value)
+            elif not isinstance(value, list) or not all(isinstance(part, str) for part in value):
+                raise UserError(f"{file}: {name}: expected names, got {str(value)[:80]!r}")
+    layers = values.get("layers_to_transform")
+    indices = layers if isinstance(layers, list) else [layers]
+    if layers is not None and not all(type(index) is int for index in indices):
+        raise UserError(f"{file}: layers_to_transform: expected whole numbers, got {str(layers)[:80]!r}")
+    name = values.get("base_model_name_or_path")
+    if name is not None and (not isinstance(name, str) or len(name) > 4096 or "\0" in name):
+        raise UserError(f"{file}: base_model_name_or_path: expected a name, got {str(name)[:80]!r}")
+
+
+def _check_expression(file: Path, name: str, expression: str) -> None:
+    # a repeated group, or many repetitions in a row, can take the matcher exponential time
+    if len(expression) > _MAX_NAME or len(re.findall(r"[*+{]", expression)) > 3 or re.search(r"\)[*+{]", expression):
+        raise UserError(f"{file}: {name}: {expression[:80]!r} is no pattern of module names that would be matched here")
+    try:
+        re.compile(expression)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise UserError(f"{file}: {name}: {expression[:80]!r} is no regular expression ({error})") from error
+
+
+def _read_tensors(file: Path) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file, each of a type that an adapter has and finite."""
+    if not file.is_file():
+        raise UserError(f"{file}: there is no such file; save the adapter again")
+    try:
+        with safe_open(file, "pt") as opened:
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        raise UserError(f"{file}: damaged or cut short ({str(error)[:200]}); restore it or train again") from error
+    for name, value in tensors.items():
+        if value.dtype not in (_PACKED if name.startswith("packed.") else _FLOATS):
+            raise UserError(f"{file}: {name[:_MAX_NAME]}: an adapter has no values of {value.dtype}; save it again")
+        if value.numel() == 0:
+            raise UserError(f"{file}: {name[:_MAX_NAME]}: is empty, {list(value.shape)}; save the adapter again")
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise UserError(f"{file}: {name[:_MAX_NAME]}: holds values that are not finite; train or save it again")
+    return tensors
+
+
+def _read_base(file: Path) -> dict[str, Any]:
+    try:
+        content = read_json(file, "base model's description")
+    except RecursionError as error:
+        raise UserError(f"{file}: nested too deeply; restore or remove it") from error
+    shapes = content.get("linear_shapes") if isinstance(content, dict) else None
+    good = isinstance(shapes, dict) and all(
+        isinstance(shape, list) and len(shape) == 2 and all(type(size) is int for size in shape)
+        for shape in shapes.values()
+    )
+    words = ("name", "architecture", "quantization")
+    if not good or not all(isinstance(content.get(word), str) for word in words):
+        raise UserError(f"{file}: not a description of a base model; restore or remove it")
+    return content
+
+
+def _sort(folder: Path, config: Any, tensors: dict[str, Tensor]) -> tuple[dict[str, Params], dict[str, Tensor]]:
+    """Return factors by module, and the tensors of modules trained whole."""
+    method = str(config.peft_type.value).lower()
+    saved = tuple(config.modules_to_save or ())
+    modules: dict[str, Params] = {}
+    extra: dict[str, Tensor] = {}
+    for name in sorted(tensors):
+        where = f"{folder / 'adapter_model.safetensors'}: {name[:_MAX_NAME]!r}"
+        if len(name) > _MAX_NAME or not re.fullmatch(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*", name):
+            raise UserError(f"{where}: not a name of an adapter's tensor; save the adapter again")
+        inner = name.removeprefix(WRAPPER)
+        module, factor = _split(method, inner)
+        if factor is not None and name.startswith(WRAPPER):
+            modules.setdefault(module, {})[factor] = tensors[name]
+        elif any(f".{part}." in f".{inner}" for part in saved):
+            extra[name] = tensors[name]
+        else:
+            raise UserError(f"{where}: belongs to no factor of {method}; the file is not that of its configuration")
+    if not modules:
+        raise UserError(f"{folder / 'adapter_model.safetensors'}: there are no factors of {method} in this file")
+    return modules, extra
+
+
+def _split(method: str, name: str) -> tuple[str, str | None]:
+    """Return the module and the method's name of a factor, None where it is not one."""
+    if method == "lora":
+        head, last = ".".join(name.split(".")[:-2]), ".".join(name.split(".")[-2:])
+        return head, _LORA_NAMES.get(last) if head else None
+    head, _, last = name.rpartition(".")
+    factor = last.removeprefix(METHODS[method].prefix)
+    known = last.startswith(METHODS[method].prefix) and factor in METHODS[method].parameter_names
+    return head, factor if known and head else None
+
+
+def _check_module(source: AdapterSource, module: str) -> None:
+    """Raise unless a module's factors make a pair of a sane size, of the shapes that configuration and base give."""
+    params = source.modules[module]
+    where = f"{source.folder}: {module}"
+    shapes = {name: list(value.shape) for name, value in params.items()}
+    try:
+        on_meta = {name: value.float().to("meta") for name, value in params.items()}
+        if source.is_low_rank:
+            down, up = _materialize(source.method, on_meta)
+            (rank, in_features), (out_features, up_rank) = down.shape, up.shape
+            if rank != up_rank:
+                raise ValueError(f"the pair is {list(down.shape)} and {list(up.shape)}")
+        else:
+            (out_features, in_features), rank = METHODS[source.method].delta_weight(on_meta).shape, 1
+    except (KeyError, ValueError, RuntimeError, IndexError, TypeError) as error:
+        raise UserError(
+            f"{where}: its factors {shapes} make no update ({str(error)[:150]}); restore the file"
+        ) from error
+    if rank * (in_features + out_features) > _MAX_PAIR_ELEMENTS or max(in_features, out_features) > 2**22:
+        raise UserError(f"{where}: its factors {shapes} would make a pair of {rank} x {in_features}, {out_features}")
+    try:
+        if isinstance(source.config, AdapterConfig):
+            config: Any = source.config.for_module(module)
+            expected = METHODS[source.method].parameter_shapes(in_features, out_features, config)
+            wrong = {name: list(shape) for name, shape in expected.items()} != shapes
+        else:
+            ranks = source.config.rank_pattern or {}
+            wrong = rank != ranks.get(get_pattern_key(list(ranks), module), source.config.r)
+            expected = f"a rank of {source.config.r}"
+    except (UserError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
+        raise UserError(f"{where}: its configuration does not fit its factors {shapes}: {str(error)[:200]}") from error
+    if wrong:
+        raise UserError(f"{where}: the configuration asks for {expected}, the file has {shapes}; restore the adapter")
+    if source.base is not None:
+        pattern = ".".join("*" if part.isdigit() else part for part in module.split("."))
+        base_shape = source.base["linear_shapes"].get(pattern)
+        if base_shape != [out_features, in_features]:
+            raise UserError(
+                f"{where}: the pair is for a layer [{out_features}, {in_features}], its base has {base_shape} there "
+                "(base.json); restore the adapter"
+            )
+
+
+def describe_file(file: Path) -> dict[str, int]:
+    """Return the bytes of a safetensors file: all of it, its header, and its tensors (names' index left out)."""
+    total = file.stat().st_size
+    with file.open("rb") as stream:
+        header_size = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(header_size))
+    index = header.get("packed.index", {"data_offsets": [0, 0]})["data_offsets"]
+    return {"file": total, "header": 8 + header_size, "tensors": total - 8 - header_size - (index[1] - index[0])}

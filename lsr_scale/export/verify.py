@@ -1,0 +1,155 @@
+"""The proof before an export is called done: logits of what was written against those of the adapter as trained.
+
+The base is held as in training and computed in float32, so that what remains is the export's own error.
+"""
+
+import contextlib
+import dataclasses
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lsr_scale.adapter_files import load_adapter
+from lsr_scale.errors import UserError
+from lsr_scale.export.source import AdapterSource
+from lsr_scale.model import load_base, load_tokenizer
+
+PROMPTS = (
+    "Question: Which is heavier, a feather or a brick?\nAnswer:",
+    "The capital of France is",
+    "def add(a, b):\n    return",
+    "Water boils at a temperature of",
+)
+# relative error of the logits (Frobenius) that an export without loss may have, by the dtype of what was written
+EXACT = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+@dataclasses.dataclass(frozen=True)
+class Agreement:
+    """How near logits are to those of the adapter as trained, over a few prompts."""
+
+    max_difference: float
+    relative_error: float  # ||got - trained|| / ||trained||
+    share_of_effect: float  # ||got - trained|| / ||trained - base without adapter||
+    same_next_token: float  # share of positions
+    positions: int
+
+    def line(self) -> str:
+        """Return it in words."""
+        return (
+            f"logits differ by {self.max_difference:.2g} at most, relatively {self.relative_error:.2g} "
+            f"({100 * self.share_of_effect:.3g} % of what the adapter changes); next token the same at "
+            f"{100 * self.same_next_token:.1f} % of {self.positions} positions"
+        )
+
+
+def compare(got: list[Tensor], trained: list[Tensor], base: list[Tensor]) -> Agreement:
+    """Return the agreement of logits `[tokens, vocabulary]` of a few prompts.
+
+    Raises:
+        UserError: if logits are not finite.
+    """
+    one, two, zero = (torch.cat(logits).double() for logits in (got, trained, base))
+    if not torch.isfinite(one).all():
+        raise UserError("the exported model's logits are not finite; nothing was exported")
+    difference = (one - two).norm()
+    return Agreement(
+        float((one - two).abs().max()),
+        float(difference / two.norm()),
+        float(difference / (two - zero).norm().clamp_min(1e-30)),
+        float((one.argmax(-1) == two.argmax(-1)).double().mean()),
+        len(one),
+    )
+
+
+class Reference:
+    """The adapter as trained on its own base, and its logits."""
+
+    def __init__(self, source: AdapterSource, base_name: str | None = None) -> None:
+        """Load the base that the run, or base.json, names.
+
+        Raises:
+            UserError: if neither names one, or it cannot be loaded.
+        """
+        self.source = source
+        self.section = base_section(source, base_name)
+        self.model: Any = in_float32(load_base(**self.section))
+        self.tokenizer: Any = None
+        with contextlib.suppress(UserError):  # random token ids do as well
+            self.tokenizer = load_tokenizer(self.section["name"], revision=self.section["revision"])
+        self.prompts = self._prompts()
+        self.without = self.logits(self.model)
+        self.model, _ = load_adapter(self.model, source.folder)
+        self.trained = self.logits(self.model)
+        self.model = self.model.unload()
+
+    def _prompts(self) -> list[Tensor]:
+        if self.tokenizer is not None:
+            return [self.tokenizer(text, return_tensors="pt")["input_ids"] for text in PROMPTS]
+        generator = torch.Generator().manual_seed(0)
+        return [torch.randint(self.model.config.vocab_size, (1, 16), generator=generator) for _ in range(4)]
+
+    @torch.no_grad()
+    def logits(self, model: Any) -> list[Tensor]:
+        """Return the logits `[tokens, vocabulary]` of every prompt, float32."""
+        model.eval()
+        device = next(model.parameters()).device
+        return [model(input_ids=ids.to(device)).logits[0].float().cpu() for ids in self.prompts]
+
+    def of_adapter(self, folder: Path) -> Agreement:
+        """Return the agreement of an adapter folder, loaded by PEFT onto the same base."""
+        from peft import PeftModel
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model: Any = PeftModel.from_pretrained(self.model, str(folder))
+        agreement = compare(self.logits(model), self.trained, self.without)
+        self.model = model.unload()
+        return agreement
+
+    def of_model(self, folder: Path) -> Agreement:
+        """Return the agreement of a whole model's folder, loaded by Transformers."""
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, trust_remote_code=False, use_safetensors=True, dtype=torch.float32
+        )
+        return compare(self.logits(in_float32(model)), self.trained, self.without)
+
+
+def base_section(source: AdapterSource, base_name: str | None) -> dict[str, Any]:
+    """Return the arguments of `load_base` for the base that an adapter was trained on.
+
+    Raises:
+        UserError: if nothing names it, or it is no language model.
+    """
+    if source.run is not None:
+        section = source.run.model
+        if section.task != "causal_lm":
+            raise UserError(f"{source.folder}: a {section.task} run; verify compares language models; use --no-verify")
+        words = ("name", "revision", "quantization", "double_quantization", "dtype", "random_weights")
+        values = {word: getattr(section, word) for word in words} | {"seed": source.run.training["seed"]}
+        return values if base_name is None else values | {"name": base_name}
+    described = source.base or {}
+    name = base_name or described.get("name") or source.config.base_model_name_or_path
+    if not name:
+        raise UserError(f"{source.folder}: nothing says which base it belongs to; name it: --base NAME")
+    kind = described.get("quantization", "none")
+    if kind not in ("nf4", "fp4", "int8", "none"):
+        raise UserError(f"{source.folder}: base.json: quantization {kind!r} is none of nf4, fp4, int8, none")
+    return {"name": name, "revision": None, "quantization": kind, "random_weights": False, "seed": 0}
+
+
+def in_float32(model: Any) -> Any:
+    """Return the model computing in float32, in place; quantized weights keep the values that training saw."""
+    from lsr_scale.quantized import freeze_quantized
+
+    freeze_quantized(model)
+    torch.nn.Module.float(model)  # Transformers refuses it on a quantized model, whose codes it leaves alone
+    for module in model.modules():
+        if hasattr(module, "compute_dtype"):
+            module.compute_dtype = torch.float32
+    return model

@@ -1,0 +1,92 @@
+"""What a run does when it is told to end, and when its loss is not finite."""
+
+import itertools
+import json
+import math
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from lsr_scale import distributed
+from lsr_scale.errors import UserError
+
+NONFINITE = "nonfinite.jsonl"
+
+
+class Terminated(Exception):  # noqa: N818
+    """SIGTERM came; the run saved a checkpoint after its step and ended there."""
+
+
+class StopOnSignal(TrainerCallback):
+    """Saves a checkpoint at the end of the step in which SIGTERM came to any process, and ends training."""
+
+    def __init__(self) -> None:
+        self.asked = self.stopped = False
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Agree with the other processes, for the signal reaches them in different steps."""
+        if distributed.any_of(self.asked):
+            self.stopped = control.should_save = control.should_training_stop = True
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Take SIGTERM as a request here; outside it ends the process at once, as there is nothing to save."""
+
+        def ask(number: int, frame: Any) -> None:
+            self.asked = True
+
+        try:
+            before = signal.signal(signal.SIGTERM, ask)
+        except ValueError:  # not the main thread, as in a notebook's server: the signal is not ours
+            yield
+            return
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+
+def on_nonfinite(trainer: Trainer, loss: float, inputs: dict[str, Any]) -> None:
+    """Note the batch in `nonfinite.jsonl` of the run's folder, and end the run unless it is to skip such batches.
+
+    Raises:
+        UserError: where `training.on_nonfinite` is "stop".
+    """
+    file = Path(str(trainer.args.output_dir)) / NONFINITE
+    rows = _rows_in_hand(trainer)
+    line = {
+        "step": trainer.state.global_step + 1,
+        "process": distributed.rank(),
+        "loss": str(loss),
+        "rows": rows,
+        "input_ids": inputs["input_ids"].tolist(),
+    }
+    with file.open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(line) + "\n")
+    if getattr(trainer, "on_nonfinite", "stop") == "skip":
+        return
+    raise UserError(
+        f"training diverged: the loss is {loss} at step {line['step']}, on rows {rows} of the training data (process "
+        f"{line['process']}; the tokens are in {file}); lower training.learning_rate, lengthen training.warmup_steps, "
+        "mend these rows, or set training.on_nonfinite: skip; then go on with --resume auto"
+    )
+
+
+def _rows_in_hand(trainer: Any) -> list[int] | None:
+    """Return the numbers of the rows in the current micro-batch, by the sampler's order; None where it has none."""
+    loader: Any = trainer.callback_handler.train_dataloader
+    sampler: Any = getattr(loader, "batch_sampler", None)
+    order = sampler
+    while order is not None and not hasattr(order, "set_epoch"):
+        order = getattr(order, "batch_sampler", None) or getattr(order, "sampler", None)
+    if sampler is None or order is None:
+        return None
+    accumulation = trainer.args.gradient_accumulation_steps
+    epoch, done = divmod(trainer.state.global_step, max(1, math.ceil(len(loader) / accumulation)))
+    order.set_epoch(epoch)
+    micro = done * accumulation + trainer.micro_step
+    return next(itertools.islice(iter(sampler), micro, None), None)

@@ -1,0 +1,216 @@
+"""A trainer whose checkpoints fit any number of processes and any engine, and appear whole or not at all.
+
+    checkpoint-N/adapter_model.safetensors, adapter_config.json, base.json    the adapter, as PEFT saves it
+    checkpoint-N/training_state.safetensors    float32 masters and the optimizer's tensors, whole, by parameter name
+    checkpoint-N/training_state.json           the optimizer's and the schedule's numbers, each process's random state
+    checkpoint-N/trainer_state.json            transformers' own: the step, and with it the position in the data
+    checkpoint-N/manifest.json                 every file's size and SHA-256, written last
+
+The loop is transformers'; `Resumable` goes before `Trainer` or a subclass of it among a class's bases.
+"""
+
+import json
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import Trainer
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import rotate_checkpoints
+
+from lsr_scale import distributed, faults, record, training_state
+from lsr_scale.adapter_files import write_adapter
+from lsr_scale.checkpoints import STATE, TENSORS, write_manifest
+from lsr_scale.errors import UserError
+
+_Base: Any = Trainer
+
+
+class Resumable(_Base):
+    """Saving and going on for `Trainer`, and what a loss does that is not finite."""
+
+    on_nonfinite = "stop"
+    first_num_processes = 0  # those that the run began with
+    micro_step = 0  # of the step under way
+    _micro_step_of = -1
+    _drop = _hooked = False
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Save a checkpoint aside and move it into place; every process takes part, the main one writes."""
+        self.store_flos()
+        target = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        tensors, scalars = training_state.collect(self)
+        states = distributed.gather([_random_state()])
+        best = self.state.best_global_step
+        if best:
+            folder = target.with_name(f"checkpoint-{best}")
+            if best == self.state.global_step or folder.exists():
+                self.state.best_model_checkpoint = str(folder)
+        problem = None
+        if self.args.should_save:
+            try:
+                self._write(target, tensors, scalars, states)
+            except UserError as error:
+                problem = str(error)
+        problem = distributed.broadcast(problem)
+        if problem is not None:
+            raise UserError(str(problem))
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(target))
+        if self.args.should_save:
+            rotate_checkpoints(
+                output_dir=str(target.parent),
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
+
+    def _write(self, target: Path, tensors: dict[str, torch.Tensor], scalars: dict[str, Any], states: list) -> None:
+        aside, old = (target.with_name(f".{target.name}.{word}") for word in ("part", "old"))
+        for left_over in (aside, old):
+            shutil.rmtree(left_over, ignore_errors=True)
+        for callback in (*self.callback_handler.callbacks, self.control):
+            if isinstance(callback, ExportableState):
+                kept = self.state.stateful_callbacks
+                name = type(callback).__name__
+                if isinstance(kept[name], list):
+                    kept[name].append(callback.state())
+                else:
+                    kept[name] = callback.state()
+        content = {
+            "step": self.state.global_step,
+            "num_processes": distributed.world_size(),
+            "first_num_processes": self.first_num_processes or distributed.world_size(),
+            "rows_per_step": self._train_batch_size * self.args.gradient_accumulation_steps * distributed.world_size(),
+            "optimizer": type(training_state.base_optimizer(self)).__name__,
+            "scalars": scalars,
+            "groups": training_state.parameter_groups(self),
+            "scheduler": self.lr_scheduler.state_dict(),
+            "random": states,
+        }
+        try:
+            aside.mkdir(parents=True)
+            prefix = training_state.PARAMETER
+            factors = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+            write_adapter(self.accelerator.unwrap_model(self.model), aside, factors)
+            save_file(tensors, aside / TENSORS)
+            (aside / STATE).write_text(json.dumps(content), encoding="utf-8")
+            self.state.save_to_json(str(aside / "trainer_state.json"))
+            write_manifest(aside)
+            if target.exists():
+                target.rename(old)
+            aside.rename(target)
+            record.sync(target.parent)
+        except Exception as error:
+            shutil.rmtree(aside, ignore_errors=True)
+            if isinstance(error, OSError) or "No space left" in str(error):
+                raise record.cannot_write(target, record.system_error(error)) from error
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """Make the optimizer without groups of no parameters, which some engines drop: so its groups are the same.
+
+        Raises:
+            UserError: for an 8-bit optimizer under ZeRO-1 to 3, whose blocks belong to no single parameter.
+        """
+        plugin = self.accelerator.state.deepspeed_plugin if self.is_deepspeed_enabled else None
+        name = getattr(self.args.optim, "value", self.args.optim)
+        if plugin is not None and plugin.zero_stage > 0 and "8bit" in name:
+            raise UserError(
+                f"training.optim: {name} keeps its state in blocks over "
+                f"all parameters, which no checkpoint can hold by parameter under ZeRO-{plugin.zero_stage}; use "
+                "adamw_torch, or set deepspeed.config to zero0"
+            )
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if hasattr(optimizer, "param_groups"):  # a DeepSpeed file's own optimizer is made later
+            optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+        return optimizer
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        """Set up the engine as if nothing were resumed, then give it what the checkpoint holds."""
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        if resume_from_checkpoint is not None:
+            folder = Path(resume_from_checkpoint)
+            content = json.loads((folder / STATE).read_text(encoding="utf-8"))
+            optimizer = type(training_state.base_optimizer(self)).__name__
+            if content["optimizer"] != optimizer:
+                raise UserError(
+                    f"--resume {folder}: saved with the optimizer {content['optimizer']}, this run has {optimizer}; "
+                    "set training.optim as it was"
+                )
+            self.first_num_processes = content["first_num_processes"]
+            training_state.restore(self, load_file(folder / TENSORS), content["scalars"])
+            training_state.restore_groups(self, content["groups"])
+            self.lr_scheduler.load_state_dict(content["scheduler"])
+        return prepared
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Leave it to `_prepare_for_training`, where every engine is ready."""
+
+    def _load_best_model(self) -> None:
+        training_state.restore_parameters(self, load_file(Path(self.state.best_model_checkpoint) / TENSORS))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Go on with this process's random numbers; where the number of processes is another, with new ones."""
+        if checkpoint is None:
+            return
+        content = json.loads((Path(checkpoint) / STATE).read_text(encoding="utf-8"))
+        states = content["random"]
+        if len(states) == distributed.world_size():
+            _set_random_state(states[distributed.rank()])
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """Compute the loss as the trainer does; what it is when not finite, `training.on_nonfinite` says."""
+        result = super().compute_loss(model, inputs, *args, **kwargs)
+        if not model.training:
+            return result
+        loss = result[0] if isinstance(result, tuple) else result
+        self._drop = not bool(torch.isfinite(loss.detach()).all())
+        if self._drop:
+            faults.on_nonfinite(self, float(loss.detach()), inputs)
+        return result
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        """Do a micro-batch; one whose loss is not finite leaves zero gradients, if it does not end the run."""
+        step = self.state.global_step
+        self.micro_step = self.micro_step + 1 if step == self._micro_step_of else 0
+        self._micro_step_of = step
+        if self.on_nonfinite == "skip" and not self._hooked:
+            self._hooked = True
+            for parameter in self.model.parameters():
+                if parameter.requires_grad:  # before any engine sees the gradient, so that all ranks stay in step
+                    parameter.register_hook(lambda gradient: torch.zeros_like(gradient) if self._drop else None)
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        return torch.zeros_like(loss) if self._drop else loss
+
+
+def _random_state() -> dict[str, Any]:
+    """Return the state of this process's random number generators, as JSON holds it."""
+    name, keys, *rest = numpy.random.get_state()
+    state = {
+        "python": random.getstate(),
+        "numpy": [name, numpy.asarray(keys).tolist(), *rest],
+        "torch": torch.get_rng_state().numpy().tobytes().hex(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state().numpy().tobytes().hex()
+    return state
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, *rest = state["numpy"]
+    numpy.random.set_state((name, numpy.array(keys, dtype=numpy.uint32), *rest))
+    torch.set_rng_state(_bytes(state["torch"]))
+    if torch.cuda.is_available() and "cuda" in state:
+        torch.cuda.set_rng_state(_bytes(state["cuda"]))
+
+
+def _bytes(text: str) -> torch.Tensor:
+    return torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)

@@ -1,0 +1,216 @@
+"""What trains and its optimizer's state, whole and by parameter name, taken from any engine and given back to any.
+
+An engine cuts these tensors up in its own way: ZeRO-1 and 2 hold a slice of one flat float32 tensor a group, ZeRO-3 a
+slice of every parameter, DDP and a single process hold all. A checkpoint knows nothing of that. Nothing here computes:
+tensors are copied, so a continuation on the same number of processes is equal bit for bit.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from transformers import Trainer
+
+from lsr_scale.errors import UserError
+
+PARAMETER, OPTIMIZER = "parameter/", "optimizer/"
+
+
+def collect(trainer: Trainer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Return the tensors by name, on the CPU, and the scalars; every process must call it, for parts are gathered.
+
+    Names are `parameter/NAME` (float32 masters, whole) and `optimizer/NAME/KEY`, such as `optimizer/NAME/exp_avg`;
+    NAME is the parameter's in the model.
+
+    Raises:
+        UserError: for an optimizer whose state under ZeRO belongs to no single parameter.
+        AssertionError: for a tensor that is empty, of another shape than the model's, or not finite.
+    """
+    zero = _zero_optimizer(trainer)
+    flats = _flats(zero) if zero else {}
+    plain = {} if zero else _plain_state(trainer)
+    tensors: dict[str, torch.Tensor] = {}
+    scalars: dict[str, Any] = {}
+    for name, parameter in _trained(trainer):
+        if zero:
+            whole, state = _from_zero(zero, name, parameter, flats[id(parameter)])
+        else:
+            whole, state = parameter, plain[name]
+        tensors[PARAMETER + name] = whole.detach().to("cpu", torch.float32, copy=True).contiguous()
+        for path, value in _leaves(state, OPTIMIZER + name):
+            if isinstance(value, torch.Tensor):
+                tensors[path] = value.detach().to("cpu", copy=True).contiguous()
+            else:
+                scalars[path] = value
+        saved, shape = tensors[PARAMETER + name], shape_of(parameter)
+        assert list(saved.shape) == shape, f"{name}: {list(saved.shape)} gathered, {shape} in the model"
+        assert torch.isfinite(saved).all(), f"{name}: not finite, so not saved"
+    empty = [path for path, tensor in tensors.items() if tensor.numel() == 0]
+    assert not empty, f"empty tensors: {empty[:3]}"
+    return tensors, scalars
+
+
+def restore(trainer: Trainer, tensors: dict[str, torch.Tensor], scalars: dict[str, Any]) -> None:
+    """Give back what `collect` returned, under the same engine or another, with as many processes or not."""
+    restore_parameters(trainer, tensors)
+    zero = _zero_optimizer(trainer)
+    states: dict[str, dict[str, Any]] = {name: {} for name, _ in _trained(trainer)}
+    for path, value in (*tensors.items(), *scalars.items()):
+        if path.startswith(OPTIMIZER):
+            name, *keys = path.removeprefix(OPTIMIZER).split("/")
+            inner = states[name]
+            for key in keys[:-1]:
+                inner = inner.setdefault(key, {})
+            inner[keys[-1]] = value
+    if zero:
+        _into_zero(zero, trainer, states)
+        return
+    optimizer, names = base_optimizer(trainer), _names_in_order(trainer)
+    current = optimizer.state_dict()
+    current["state"] = {index: states[name] for index, name in enumerate(names) if states[name]}
+    optimizer.load_state_dict(current)
+
+
+def restore_parameters(trainer: Trainer, tensors: dict[str, torch.Tensor]) -> None:
+    """Give back the parameters alone."""
+    zero = _zero_optimizer(trainer)
+    flats = _flats(zero) if zero else {}
+    for name, parameter in _trained(trainer):
+        value = tensors[PARAMETER + name]
+        if hasattr(parameter, "ds_id"):
+            import deepspeed
+
+            # the rank named here writes, the others receive, and each keeps its slice
+            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+                parameter.data.copy_(value)
+        else:
+            parameter.data.copy_(value)
+        if zero:
+            from deepspeed.utils import safe_set_full_fp32_param
+
+            safe_set_full_fp32_param(parameter, value.to(flats[id(parameter)].device))
+
+
+def shape_of(parameter: torch.nn.Parameter) -> list[int]:
+    """Return a parameter's whole shape, which ZeRO-3 keeps beside an empty tensor."""
+    return list(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def base_optimizer(trainer: Trainer) -> torch.optim.Optimizer:
+    """Return torch's (or bitsandbytes') optimizer under what accelerate and DeepSpeed wrapped around it."""
+    zero = _zero_optimizer(trainer)
+    if zero:
+        return zero.optimizer
+    optimizer: Any = trainer.optimizer
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def parameter_groups(trainer: Trainer) -> list[dict[str, Any]]:
+    """Return the optimizer's settings as they stand, such as `lr`, one dictionary a group."""
+    groups = base_optimizer(trainer).param_groups
+    return [{key: value for key, value in group.items() if _is_plain(value)} for group in groups]
+
+
+def restore_groups(trainer: Trainer, saved: list[dict[str, Any]]) -> None:
+    """Give back what `parameter_groups` returned."""
+    groups = base_optimizer(trainer).param_groups
+    for group, values in zip(groups, saved, strict=True):
+        group.update({k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k != "params"})
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, tuple | list):
+        return all(isinstance(item, int | float | str) for item in value) and len(value) > 0
+    return value is None or isinstance(value, int | float | str)
+
+
+def _trained(trainer: Trainer) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    model: Any = trainer.model
+    return ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
+
+
+def _leaves(tree: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """Yield (path, value) of everything in nested dictionaries."""
+    if isinstance(tree, dict):
+        for key, value in tree.items():
+            yield from _leaves(value, f"{path}/{key}")
+    else:
+        yield path, tree
+
+
+def _names_in_order(trainer: Trainer) -> list[str]:
+    """Return the parameters' names in the order in which the optimizer numbers them."""
+    names = {id(parameter): name for name, parameter in _trained(trainer)}
+    return [names[id(p)] for group in base_optimizer(trainer).param_groups for p in group["params"]]
+
+
+def _plain_state(trainer: Trainer) -> dict[str, dict[str, Any]]:
+    state = base_optimizer(trainer).state_dict()["state"]
+    return {name: state.get(index, {}) for index, name in enumerate(_names_in_order(trainer))}
+
+
+def _zero_optimizer(trainer: Trainer) -> Any:
+    """Return DeepSpeed's ZeRO optimizer, None where every process holds the whole state."""
+    if not trainer.is_deepspeed_enabled:
+        return None
+    from deepspeed.runtime.base_optimizer import ZeROOptimizer
+
+    optimizer = getattr(trainer.model_wrapped, "optimizer", None)
+    return optimizer if isinstance(optimizer, ZeROOptimizer) else None
+
+
+def _flats(zero: Any) -> dict[int, torch.Tensor]:
+    """Return the flat float32 partition in which each parameter's slice lies, by the parameter's id."""
+    if hasattr(zero, "fp32_partitioned_groups_flat"):  # ZeRO-3
+        flats, groups = zero.fp32_partitioned_groups_flat, zero.fp16_groups
+    else:
+        flats, groups = zero.single_partition_of_fp32_groups, zero.bit16_groups
+    return {id(parameter): flat for flat, group in zip(flats, groups, strict=True) for parameter in group}
+
+
+def _from_zero(
+    zero: Any, name: str, parameter: torch.nn.Parameter, flat: torch.Tensor
+) -> tuple[torch.Tensor, dict[str, Any]]:
+    """Return a parameter's master and state, whole, from the slices of all processes."""
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    state: dict[str, Any] = {}
+    for key, value in zero.optimizer.state[flat].items():
+        if isinstance(value, torch.Tensor) and value.shape == flat.shape and value.is_floating_point():
+            state[key] = safe_get_full_optimizer_state(parameter, key)
+        elif isinstance(value, torch.Tensor) and value.numel() != 1:
+            raise UserError(
+                f"training.optim: {type(zero.optimizer).__name__} keeps {key!r} of {name} in blocks over all "
+                "parameters, which cannot be saved by parameter under ZeRO-1 to 3; use adamw_torch, or set "
+                "deepspeed.config to zero0"
+            )
+        else:
+            state[key] = value
+    whole = safe_get_full_fp32_param(parameter)
+    assert whole is not None, f"{name}: no float32 master in the engine"
+    return whole, state
+
+
+def _into_zero(zero: Any, trainer: Trainer, states: dict[str, dict[str, Any]]) -> None:
+    from deepspeed.utils import safe_set_full_optimizer_state
+
+    flats = _flats(zero)
+    fused = any(group.get("fused") or group.get("capturable") for group in zero.optimizer.param_groups)
+    for name, parameter in _trained(trainer):
+        flat, shape = flats[id(parameter)], shape_of(parameter)
+        for key, value in states[name].items():
+            held = zero.optimizer.state[flat]
+            if not isinstance(value, torch.Tensor):
+                held[key] = value
+            elif list(value.shape) != shape:
+                held[key] = value.to(flat.device) if fused else value.clone()
+            elif key not in held:
+                held[key] = torch.zeros_like(flat)
+    if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
+        zero._lazy_init_hp_params_optimizer_state()  # what ZeRO-1 and 2 do after their first step
+    for name, parameter in _trained(trainer):
+        for key, value in states[name].items():
+            if isinstance(value, torch.Tensor) and list(value.shape) == shape_of(parameter):
+                safe_set_full_optimizer_state(parameter, value.to(flats[id(parameter)].device), key)

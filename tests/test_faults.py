@@ -1,0 +1,174 @@
+"""What happens to a run from outside: SIGTERM, a batch whose loss is not finite, kills, and a rank that dies."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from test_resume import arrange_stop, config_file
+from test_two_ranks import ROOT, free_port, launch
+from tiny_runs import do, factors, metrics, same, save_llama, tiny_run
+from trl import SFTTrainer
+
+from lsr_scale import UserError, cli, distributed, progress
+from lsr_scale.checkpoints import damage
+from lsr_scale.config import dump_yaml
+from lsr_scale.run_folder import RunFolder
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("faults")
+    save_llama(folder / "model")
+    tiny_run(folder)
+    return folder
+
+
+def test_sigterm_saves_at_the_end_of_the_step_and_the_run_goes_on(place, tmp_path, monkeypatch, capfd):
+    file = config_file(place, tmp_path)
+    # a step's log comes after its end, so the signal is heeded at the end of the fourth
+    arrange_stop(monkeypatch, 3, signal.SIGTERM)
+    before = signal.getsignal(signal.SIGTERM)
+    assert cli.main(["train", file]) == 143
+    assert "lsr-scale: ended by SIGTERM after step 4" in capfd.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) == before
+    folder = RunFolder(tmp_path / "run")
+    assert [path.name for path in folder.checkpoints()] == ["checkpoint-2", "checkpoint-4"]
+    assert not folder.adapter.exists()
+    assert cli.main(["train", file, "--resume", "auto"]) == 0
+    whole = do(tiny_run(place, **UNDISTURBED, training={"output_dir": str(tmp_path / "whole")}))
+    assert same(factors(whole), factors(folder))
+
+
+UNDISTURBED = {"adapter": {"method": "kron_lora", "rank": 4, "left_out": 4, "dropout": 0.2}}
+
+
+def poison(monkeypatch, steps):
+    """Make the loss of these steps infinite."""
+    compute = SFTTrainer.compute_loss
+
+    def poisoned(self, model, inputs, *args, **kwargs):
+        result = compute(self, model, inputs, *args, **kwargs)
+        if model.training and self.state.global_step + 1 in steps:
+            return (result[0] * math.inf, *result[1:]) if isinstance(result, tuple) else result * math.inf
+        return result
+
+    monkeypatch.setattr(SFTTrainer, "compute_loss", poisoned)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_batch_that_is_skipped_counts_for_nothing(place, tmp_path, monkeypatch, accumulation):
+    poison(monkeypatch, {2})
+    training = {
+        "output_dir": str(tmp_path),
+        "on_nonfinite": "skip",
+        "gradient_accumulation_steps": accumulation,
+        "lr_scheduler_type": "constant",
+        "warmup_steps": 0,
+        "optim": "sgd",
+        "save_steps": 1,
+    }
+    done = do(tiny_run(place, training=training, eval={"tasks": []}))
+    rows = metrics(done)
+    assert len(rows) == 6 // accumulation
+    assert rows[1]["loss"] == 0
+    assert rows[1]["grad_norm"] == 0
+    assert same(factors(done, "checkpoint-1"), factors(done, "checkpoint-2")), "no gradient, no step"
+    assert not same(factors(done, "checkpoint-2"), factors(done, "checkpoint-3"))
+    lines = [json.loads(line) for line in (tmp_path / "nonfinite.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2] * accumulation
+    noted = [row for line in lines for row in line["rows"]]
+    assert len(set(noted)) == 2 * accumulation, "every micro-batch has rows of its own"
+
+
+def start_rank(rank, file, port, *options):
+    """Start one of two processes by itself, as on two hosts."""
+    environment = {
+        **os.environ,
+        **{"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"},
+        **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+    }
+    command = [sys.executable, str(ROOT / "launch" / "train.py"), "--config", str(file), *options]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_steps(folder, more_than, ranks):
+    """Return the steps recorded once there are more than so many."""
+    deadline = time.monotonic() + 120
+    while (steps := len(progress.read_metrics(folder.metrics))) <= more_than:
+        assert all(rank.poll() is None for rank in ranks), [rank.communicate() for rank in ranks]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return steps
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of CPU processes; a GPU would be shared by both")
+def test_ranks_started_one_by_one_meet_and_end_together(place, tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    training = {"output_dir": str(folder.path), "max_steps": 5000, "save_steps": 20}
+    file = tmp_path / "run.yaml"
+    file.write_text(dump_yaml(tiny_run(place, training=training, eval={"tasks": []})))
+
+    port = free_port()
+    ranks = [start_rank(rank, file, port) for rank in (0, 1)]
+    wait_for_steps(folder, 3, ranks)
+    ranks[1].send_signal(signal.SIGTERM)
+    said = [rank.communicate(timeout=60) for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [143, 143], said
+    assert "lsr-scale: ended by SIGTERM after step" in said[0][1]
+    steps = len(metrics(folder))
+    assert damage(folder.path / f"checkpoint-{steps}") is None
+
+    port = free_port()
+    ranks = [start_rank(rank, file, port, "--resume", "auto") for rank in (0, 1)]
+    wait_for_steps(folder, steps + 2, ranks)
+    ranks[1].kill()
+    ranks[1].communicate()
+    killed = time.monotonic()
+    out, err = ranks[0].communicate(timeout=60)
+    assert time.monotonic() - killed < 20
+    assert ranks[0].returncode == 2, err
+    assert f"resuming from {folder.path}/checkpoint-{steps}" in out
+    assert "lsr-scale: another process of the run ended or cannot be reached" in err
+    assert "Traceback" not in err
+
+
+def test_a_rank_whose_peer_never_comes_says_so(monkeypatch):
+    port = free_port()
+    places = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for name, value in {**places, "OMP_NUM_THREADS": str(torch.get_num_threads())}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=f"process 0 of 2 did not meet the others at 127.0.0.1:{port} within 1 s: see"):
+        distributed.start(use_deepspeed=False, timeout_s=1)
+
+
+@pytest.mark.slow
+def test_a_run_killed_within_a_save_goes_on_to_the_same_adapter(tmp_path):
+    """The short form of benchmarks/faults.py."""
+    script, out = ROOT / "benchmarks" / "faults.py", tmp_path / "faults.json"
+    options = ["--kills", "1", "--in-saves", "1", "--steps", "8", "--save-steps", "2", "--seed", "1", "--out", str(out)]
+    done = subprocess.run([sys.executable, script, *options], capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(out.read_text())
+    assert (found["phases"], found["resumed"], found["same_adapter"]) == ({"save": 1}, 1, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of CPU processes; a GPU would be shared by both")
+def test_the_failing_rank_speaks_first_and_ends_the_run(place, tmp_path):
+    run = tiny_run(place, training={"output_dir": str(tmp_path / "run")}, eval={"tasks": []})
+    (tmp_path / "run.yaml").write_text(dump_yaml(run))
+    script = ROOT / "tests" / "poisoned_rank.py"
+    status, out, err, seconds = launch("torchrun", script, "--config", tmp_path / "run.yaml")
+    assert status != 0
+    said = [line for line in (out + err).splitlines() if "lsr-scale: " in line]
+    assert "lsr-scale: rank 1: training diverged: the loss is inf at step 2, on rows [" in said[0]
+    assert seconds < 60
+    (line,) = (tmp_path / "run" / "nonfinite.jsonl").read_text().splitlines()
+    assert json.loads(line)["process"] == 1

@@ -21,6 +21,7 @@ README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks/results/throughput"
 LABELS = {
     "lsr": "**LSR-Adapt** r=16 s=16, fused",
+    "lsr_held": "the same, weights held in bfloat16",
     "kron_lora": "**Kron-LoRA** r=8, fused",
     "lora": "LoRA r=16, fused by us",
     "unsloth_lora": "LoRA r=16, Unsloth",
@@ -107,12 +108,14 @@ def plot(run: dict[str, Any], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axis = pyplot.subplots(figsize=(8, 5))
-    for name, modes in by_provider(run).items():
+    providers = by_provider(run)
+    for depth, (name, modes) in enumerate(providers.items()):
         points = {mode: row for mode, row in modes.items() if row["status"] == "ok" and mode in MODES}
         for mode, row in points.items():
             face = COLORS[name] if mode == "none" else "none"
             label = LABELS[name].replace("*", "").replace("`", "") if mode == "none" else None
             style = {"marker": "o", "s": 70, "facecolors": face, "edgecolors": COLORS[name], "label": label}
+            style["zorder"] = 3 + len(providers) - depth  # ours on top
             axis.scatter(row["peak_memory_gib"], row["tokens_per_s"], **style)
     axis.set_xlabel("peak memory, GiB")
     axis.set_ylabel("tokens/s")

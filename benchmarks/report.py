@@ -1,6 +1,6 @@
 """Tables and plots from the committed measurements; nothing here is typed by hand.
 
-    python benchmarks/report.py            write README's table and the plots beside the JSON
+    python benchmarks/report.py            write README's table, RESULTS.md and the plots beside the JSON
     python benchmarks/report.py --check    fail if any of them is not what the JSON says
 
 The newest file of a model and a base that has 4 x 2,048 tokens is shown. A table stands in README.md between the two
@@ -14,11 +14,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import results_page
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks/results/throughput"
+PAGE = ROOT / "benchmarks/RESULTS.md"
 LABELS = {
     "lsr": "**LSR-Adapt** r=16 s=16, fused",
     "lsr_held": "the same, weights held in bfloat16",
@@ -138,9 +140,11 @@ def main(arguments: list[str] | None = None) -> int:
     run, picture = newest("mistral-7b", "nf4"), RESULTS / "mistral-7b-nf4.png"
     text = README.read_text(encoding="utf-8")
     wanted = with_table(text, "throughput", table(run))
-    stale = []
+    page, stale = results_page.page(RESULTS.parent), []
     if wanted != text:
         stale.append("README.md")
+    if not PAGE.exists() or PAGE.read_text(encoding="utf-8") != page:
+        stale.append("benchmarks/RESULTS.md")
     if not picture.exists() or Image.open(picture).info.get("Source") != digest(run):
         stale.append(str(picture.relative_to(ROOT)))
     if check:
@@ -148,6 +152,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{name} is not what the measurements say; run python benchmarks/report.py", file=sys.stderr)
         return int(bool(stale))
     README.write_text(wanted, encoding="utf-8")
+    PAGE.write_text(page, encoding="utf-8")
     plot(run, picture)
     print(f"written: {', '.join(stale) or 'nothing new'}")
     return 0

@@ -99,6 +99,12 @@ def bare(memory: str, args: argparse.Namespace, values: dict[str, Any], log: Pat
     return 1e3 * args.tokens / statistics.median(reply["step_ms"])
 
 
+def row_of(memory: str, found: dict[str, list[float]]) -> dict[str, Any]:
+    """Return a row of the result: the speeds of all rounds so far, and the ratio of their medians."""
+    ratio = statistics.median(found["command"]) / statistics.median(found["bare"])
+    return {"memory": memory, **found, "ratio": ratio}
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Measure in turns and write the result."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -123,6 +129,8 @@ def main(arguments: list[str] | None = None) -> int:
 
     values = model_values(args.model, args.layers)
     args.out.parent.mkdir(parents=True, exist_ok=True)
+    config = {name: value for name, value in vars(args).items() if name not in ("out", "limit")}
+    table: list[dict[str, Any]] = []
     rows: dict[str, dict[str, list[float]]] = {memory: {"command": [], "bare": []} for memory in args.memory}
     with tempfile.TemporaryDirectory(prefix="front-door-") as name:
         folder = Path(name)
@@ -133,12 +141,8 @@ def main(arguments: list[str] | None = None) -> int:
                 found["bare"].append(bare(memory, args, values, args.out.with_suffix(f".{memory}.log")))
                 found["command"].append(command(folder, memory, args))
                 say(f"round {number + 1}: {memory}: {json.dumps({key: round(v[-1]) for key, v in found.items()})}")
-    config = {name: value for name, value in vars(args).items() if name not in ("out", "limit")}
-    table = [
-        {"memory": memory, **found, "ratio": statistics.median(found["command"]) / statistics.median(found["bare"])}
-        for memory, found in rows.items()
-    ]
-    record.write_json(args.out, {"env": record.environment(), "config": config, "rows": table})
+                table = [row_of(memory, found) for memory, found in rows.items() if found["command"]]
+                record.write_json(args.out, {"env": record.environment(), "config": config, "rows": table})
     for row in table:
         say(f"{row['memory']}: the command has {row['ratio']:.3f} of the bare loop's speed")
     return 0

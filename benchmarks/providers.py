@@ -6,6 +6,7 @@ measurement and `rest` after each. Packages are imported where they are used, si
 
 import gc
 import importlib.util
+import itertools
 import os
 import tempfile
 import time
@@ -43,6 +44,11 @@ def random_model(config: dict[str, Any]) -> Any:
     model.requires_grad_(False)
     model.config.use_cache = False
     return model
+
+
+def elapsed_ms(begin: Any, end: Any) -> float:
+    """Return the milliseconds between two of a provider's marks."""
+    return 1e3 * (end - begin) if isinstance(begin, float) else begin.elapsed_time(end)
 
 
 class Provider:
@@ -97,6 +103,14 @@ class Provider:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
+    def mark(self) -> Any:
+        """Return a mark of now in the device's queue of work."""
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
     def first_step_begins(self, tokens: int) -> None:
         """What a provider does before the first step of a turn, which has so many tokens."""
 
@@ -104,7 +118,10 @@ class Provider:
         """What a provider does after it."""
 
     def turn(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Warm up, time the steps, and return times (ms), peak memory (GiB), losses and the parameter count."""
+        """Warm up, time the steps, and return times (ms), peak memory (GiB), losses and the parameter count.
+
+        Nobody waits for the GPU between steps, as in training: a step's time is that between two marks in its queue.
+        """
         config, tokens, seq_len = self.config, request["tokens"], request["seq_len"]
         if request["mode"] != self.mode:
             self.checkpoint(request["mode"])
@@ -133,20 +150,22 @@ class Provider:
         gc.collect()
         if on_gpu:
             torch.cuda.empty_cache()
-        times, losses, warm_peak = [], [], 0
+        marks, losses, warm_peak = [self.mark()], [], 0
         for index in range(count):
-            if on_gpu and index in (0, config["warmup"]):
-                warm_peak = torch.cuda.max_memory_allocated() if index else 0
-                torch.cuda.reset_peak_memory_stats()
-            self.synchronize()
+            if index in (0, config["warmup"]):
+                self.synchronize()
+                if on_gpu:
+                    warm_peak = torch.cuda.max_memory_allocated() if index else 0
+                    torch.cuda.reset_peak_memory_stats()
             if not index:
                 self.first_step_begins(tokens)
-            began = time.perf_counter()
             losses.append(step(batches[index]))
-            self.synchronize()
-            times.append(1e3 * (time.perf_counter() - began))
+            marks.append(self.mark())
             if not index:
+                self.synchronize()
                 self.first_step_ends()
+        self.synchronize()
+        times = [elapsed_ms(begin, end) for begin, end in itertools.pairwise(marks)]
         peak = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None
         if request.get("profile"):
             self.profile(lambda: step(batches[0]), Path(request["profile"]))

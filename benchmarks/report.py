@@ -1,6 +1,6 @@
 """Tables and plots from the committed measurements; nothing here is typed by hand.
 
-    python benchmarks/report.py            write README's table and the plots beside the JSON
+    python benchmarks/report.py            write README's table, RESULTS.md and the plots beside the JSON
     python benchmarks/report.py --check    fail if any of them is not what the JSON says
 
 The newest file of a model and a base that has 4 x 2,048 tokens is shown. A table stands in README.md between the two
@@ -14,13 +14,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import results_page
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks/results/throughput"
+PAGE = ROOT / "benchmarks/RESULTS.md"
 LABELS = {
     "lsr": "**LSR-Adapt** r=16 s=16, fused",
+    "lsr_held": "the same, weights held in bfloat16",
     "kron_lora": "**Kron-LoRA** r=8, fused",
     "lora": "LoRA r=16, fused by us",
     "unsloth_lora": "LoRA r=16, Unsloth",
@@ -107,12 +110,14 @@ def plot(run: dict[str, Any], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axis = pyplot.subplots(figsize=(8, 5))
-    for name, modes in by_provider(run).items():
+    providers = by_provider(run)
+    for depth, (name, modes) in enumerate(providers.items()):
         points = {mode: row for mode, row in modes.items() if row["status"] == "ok" and mode in MODES}
         for mode, row in points.items():
             face = COLORS[name] if mode == "none" else "none"
             label = LABELS[name].replace("*", "").replace("`", "") if mode == "none" else None
             style = {"marker": "o", "s": 70, "facecolors": face, "edgecolors": COLORS[name], "label": label}
+            style["zorder"] = 3 + len(providers) - depth  # ours on top
             axis.scatter(row["peak_memory_gib"], row["tokens_per_s"], **style)
     axis.set_xlabel("peak memory, GiB")
     axis.set_ylabel("tokens/s")
@@ -135,9 +140,11 @@ def main(arguments: list[str] | None = None) -> int:
     run, picture = newest("mistral-7b", "nf4"), RESULTS / "mistral-7b-nf4.png"
     text = README.read_text(encoding="utf-8")
     wanted = with_table(text, "throughput", table(run))
-    stale = []
+    page, stale = results_page.page(RESULTS.parent), []
     if wanted != text:
         stale.append("README.md")
+    if not PAGE.exists() or PAGE.read_text(encoding="utf-8") != page:
+        stale.append("benchmarks/RESULTS.md")
     if not picture.exists() or Image.open(picture).info.get("Source") != digest(run):
         stale.append(str(picture.relative_to(ROOT)))
     if check:
@@ -145,6 +152,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{name} is not what the measurements say; run python benchmarks/report.py", file=sys.stderr)
         return int(bool(stale))
     README.write_text(wanted, encoding="utf-8")
+    PAGE.write_text(page, encoding="utf-8")
     plot(run, picture)
     print(f"written: {', '.join(stale) or 'nothing new'}")
     return 0

@@ -6,9 +6,10 @@
     python benchmarks/throughput.py --smoke --out NAME.json        # two layers, seconds: does every provider run?
 
 Random weights on a model's shapes, random tokens, every label supervised. A step is forward, loss, backward, fused
-AdamW on the adapters, gradients dropped. Every provider lives in a process of its own, because some patch libraries
-globally. All processes are started side by side, then measured strictly one at a time, in rounds; a row's figures are
-taken over the timed steps of all rounds. The file is written anew after every turn; an existing one is never touched.
+AdamW on the adapters, gradients dropped; steps follow each other without a wait for the GPU, as in training. Every
+provider lives in a process of its own, because some patch libraries globally. All processes are started side by side,
+then measured strictly one at a time, in rounds; a row's figures are taken over the timed steps of all rounds. The file
+is written anew after every turn; an existing one is never touched.
 
 Before anything is timed, the gate (`parity.py`): the fused layers of every method of ours that is to be measured, on
 two layers of the same shapes and base, must be as near to float32 as plain bfloat16 is. If they are not, nothing is

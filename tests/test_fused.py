@@ -1,6 +1,7 @@
 """The fused path against the per-linear one: outputs, every gradient, and when it must step aside."""
 
 import copy
+import itertools
 import pickle
 
 import pytest
@@ -28,6 +29,7 @@ from lsr_scale.errors import UserError
 from lsr_scale.fused import decoder_layer, linear
 from lsr_scale.fused import models as fused_models
 from lsr_scale.fused.eligibility import why_not_layer
+from lsr_scale.fused.groups import Group
 from lsr_scale.quantized import freeze_quantized
 
 RANKS = {
@@ -103,6 +105,41 @@ def test_every_family(config, cls, options, recompute, ids):
     assert_same(results(model, ids), expected, SAME)
 
 
+def double_in_place(gradient):
+    gradient.mul_(2)
+
+
+@pytest.mark.parametrize(("between", "copies"), [(None, 1), (lambda gradient: 2 * gradient, 2), (double_in_place, 1)])
+def test_a_gradient_is_handed_down_in_the_buffer_that_the_layer_below_reads(between, copies, ids, monkeypatch):
+    def observe(out):
+        if out.requires_grad:
+            out.register_hook(between)
+
+    model = adapted(tiny_llama(torch.float64))
+    lower = model.get_base_model().model.layers[0]
+    if between is not None:
+        lower.register_forward_hook(lambda _, args, out: observe(out))
+    expected = results(model, ids)
+    made, original = [], Group.extended
+    monkeypatch.setattr(Group, "extended", lambda *args: (made.append(1), original(*args))[1])
+    lsr_scale.fuse(model)
+    assert_same(results(model, ids), expected, SAME)
+    assert len(made) == copies  # the last layer's gradient comes from the head
+
+
+def test_a_gradient_that_the_loss_adds_to_between_two_layers(ids):
+    def gradients(model):
+        model.zero_grad(set_to_none=True)
+        out = model(input_ids=ids, labels=ids, output_hidden_states=True)
+        (out.loss + out.hidden_states[1].square().sum()).backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    model = adapted(tiny_llama(torch.float64))
+    expected = gradients(model)
+    lsr_scale.fuse(model)
+    assert_same(gradients(model), expected, SAME)
+
+
 @pytest.mark.parametrize("kind", ["nf4", "nf4-single", "fp4", "int8"])
 def test_quantized_bases(kind, ids):
     model = adapted(quantize(tiny_llama(), kind, torch.float32))
@@ -147,17 +184,19 @@ def test_padding_on_either_side(ids):
     assert_same(results(model, ids, attention_mask=mask), expected, SAME)
 
 
-def test_packed_documents_do_not_see_each_other(ids):
-    packed, positions = ids.reshape(1, -1), torch.tensor([[*range(5), *range(11), *range(6)]])
+@pytest.mark.parametrize("lengths", [(5, 11, 6), (11, 11), (2,) * 11])
+def test_packed_documents_do_not_see_each_other(lengths, ids):
+    packed = ids.reshape(1, -1)
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
     model = adapted(tiny_llama(torch.float64))
     expected = results(model, packed, position_ids=positions)
     lsr_scale.fuse(model)
     assert_same(results(model, packed, position_ids=positions), expected, SAME)
     boundaries = dict(
-        cu_seq_lens_q=torch.tensor([0, 5, 16, 22], dtype=torch.int32),
-        cu_seq_lens_k=torch.tensor([0, 5, 16, 22], dtype=torch.int32),
-        max_length_q=11,
-        max_length_k=11,
+        cu_seq_lens_q=torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32),
+        cu_seq_lens_k=torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32),
+        max_length_q=max(lengths),
+        max_length_k=max(lengths),
     )
     assert_same(results(model, packed, position_ids=positions, **boundaries), expected, SAME)
 

@@ -122,8 +122,9 @@ def test_uneven_ranks_and_rows(ids):
     compare(*models("nf4", "lora", rank_pattern={"k_proj": 5, "down_proj": 40, "up_proj": 3}), ids[:3, :101])
 
 
-def test_packed_documents(ids):
-    positions = torch.cat([torch.arange(n) for n in (300, 7, 517, 200)]).cuda()[None]
+@pytest.mark.parametrize("lengths", [(300, 7, 517, 200), (256,) * 4])
+def test_packed_documents(lengths, ids):
+    positions = torch.cat([torch.arange(n) for n in lengths]).cuda()[None]
     compare(*models("nf4", "lsr"), ids.reshape(1, -1), position_ids=positions)
 
 

@@ -16,16 +16,21 @@ def test_readme_and_plots_are_what_the_measurements_say(capsys):
 
 
 def test_a_changed_figure_is_noticed(tmp_path, monkeypatch, capsys):
+    results = tmp_path / "throughput"
+    results.mkdir()
     for path in report.RESULTS.glob("mistral-7b-nf4-*.json"):
         run = json.loads(path.read_text())
         run["rows"][0]["tokens_per_s"] += 100
-        (tmp_path / path.name).write_text(json.dumps(run))
-    monkeypatch.setattr(report, "RESULTS", tmp_path)
+        (results / path.name).write_text(json.dumps(run))
+    monkeypatch.setattr(report, "RESULTS", results)
     monkeypatch.setattr(report, "ROOT", tmp_path)
     assert report.main(["--check"]) == 1
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 2
-    assert "README.md is not what the measurements say" in lines[0]
+    assert [line.split()[0] for line in lines] == [
+        "README.md",
+        "benchmarks/RESULTS.md",
+        "throughput/mistral-7b-nf4.png",
+    ]
 
 
 def test_a_readme_without_the_place_is_said():

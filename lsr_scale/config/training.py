@@ -23,7 +23,7 @@ DEFAULTS: dict[str, Any] = {
     "per_device_train_batch_size": 8,
     "gradient_accumulation_steps": 2,
     "per_device_eval_batch_size": 8,
-    "optim": "adamw_torch",
+    "optim": "adamw_torch_fused",
     "learning_rate": 1e-3,
     "lr_scheduler_type": "cosine",
     "warmup_steps": 0.03,  # below 1: a share of all steps
@@ -34,6 +34,7 @@ DEFAULTS: dict[str, Any] = {
     "memory": "auto",
     "on_nonfinite": "stop",
     "logging_steps": 10,
+    "logging_nan_inf_filter": False,  # would wait for the GPU at every step; on_nonfinite looks instead
     "save_strategy": "steps",
     "save_steps": 0.1,  # below 1: a share of all steps
     "save_total_limit": 2,

@@ -14,7 +14,7 @@ dequantized for that are used again for the input gradients.
 No weight is kept, only the module: it is read again in the backward pass.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import torch
@@ -68,6 +68,25 @@ class LayerSizes:
 
 
 @dataclass
+class Handed:
+    """The gradient that a layer's backward pass handed down last, `[T, N]` in a buffer `[T, N + R]`.
+
+    The layer below finds room for its `dY up` beside it, and copies nothing. Whatever else autograd does with the
+    gradient in between (add another one, call hooks) leaves a tensor at another address, or the sum at this one.
+    """
+
+    buffer: Tensor | None = None
+
+    def take(self, grad: Tensor, width: int) -> Tensor | None:
+        """Return the buffer if `grad [T, N]` lies in it and is followed by so many columns; it is given once."""
+        buffer, self.buffer = self.buffer, None
+        if buffer is None or buffer.data_ptr() != grad.data_ptr() or buffer.dtype != grad.dtype:
+            return None
+        fits = buffer.shape == (len(grad), grad.shape[1] + width) and grad.stride() == buffer.stride()
+        return buffer if fits else None
+
+
+@dataclass
 class Positions:
     """Where tokens stand and whom they see: one for all layers of a forward pass.
 
@@ -76,12 +95,14 @@ class Positions:
         cos: `[P, head_dim]`, P = S (every row alike) or B * S.
         sin: As cos.
         sequences: Mask, packed documents, window; `scale` is the layer's own.
+        handed: What goes down from layer to layer in the backward pass.
     """
 
     batch: int
     cos: Tensor
     sin: Tensor
     sequences: Sequences
+    handed: Handed = field(default_factory=Handed)
 
 
 class _Layer:
@@ -152,7 +173,7 @@ class DecoderLayerFunction(torch.autograd.Function):
             if "gate_up" not in kept:
                 _gate_up(layer, kept, matrices)
             grad_rows = grad.reshape(-1, grad.shape[-1])
-            d_middle, d_mlp = _mlp_backward(layer, kept, matrices, grad_rows)
+            d_middle, d_mlp = _mlp_backward(layer, kept, matrices, grad_rows, ctx.positions.handed)
             d_x, d_attention = _attention_backward(
                 layer, kept, ctx.positions, matrices, d_middle, ctx.needs_input_grad[0]
             )
@@ -256,12 +277,12 @@ def _down(layer: _Layer, kept: Kept) -> Tensor:
 
 
 def _mlp_backward(
-    layer: _Layer, kept: Kept, matrices: dict[str, Tensor], grad: Tensor
+    layer: _Layer, kept: Kept, matrices: dict[str, Tensor], grad: Tensor, handed: Handed
 ) -> tuple[Tensor, list[tuple[Tensor | None, Tensor | None]]]:
     """Return dm as the buffer `[T, hidden + R_o]` that `o` reads, and the gradients of the pairs of gate, up, down."""
     tokens, width = grad.shape
     gate_up = layer.gate_up
-    d_hidden, ds_down, d_up_down = _down_backward(layer.down, kept, grad)
+    d_hidden, ds_down, d_up_down = _down_backward(layer.down, kept, grad, handed)
     d_gate_up = gate_up.gradient_buffer(tokens, grad)
     inner = d_gate_up[:, : gate_up.out_features]
     d_ups, d_down_down = _swiglu_backward(layer, kept, d_hidden, ds_down, inner)
@@ -281,12 +302,16 @@ def _mlp_backward(
     return d_middle, [*zip(d_downs, d_ups, strict=True), (d_down_down, d_up_down)]
 
 
-def _down_backward(down: Group, kept: Kept, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def _down_backward(
+    down: Group, kept: Kept, grad: Tensor, handed: Handed
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Return the gradient of SwiGLU's output, and for down_proj's adapter ds `[T, R]` and `d up`."""
     matrix = down.matrix(grad.dtype, grad.device)
     if not down.width:
         return down.input_gradient(grad, matrix), None, None
-    extended = down.extended(grad)
+    extended = handed.take(grad, down.width)
+    if extended is None:
+        extended = down.extended(grad)
     (d_up,) = down.output_products(extended, kept["xa_down"], matrix)
     return down.input_gradient(extended, matrix), down.tail(extended).clone(), d_up
 
@@ -368,7 +393,8 @@ def _attention_backward(
     d_x = None
     if wants_x:
         d_normed = qkv.input_gradient(d_qkv, matrix)
-        d_x = torch.empty_like(d_normed)
+        buffer = positions.handed.buffer = layer.down.gradient_buffer(tokens, d_normed)
+        d_x = buffer[:, :width]
         rms_norm_backward(
             d_normed, kept["x"], layer.norm_1.weight, kept["rstd_1"], d_x, residual_grad=d_middle[:, :width]
         )

@@ -22,7 +22,15 @@ from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from lsr_scale.adapters.base import AdapterLinear
 from lsr_scale.errors import UserError
-from lsr_scale.fused.decoder_layer import GROUPS, DecoderLayerFunction, LayerSizes, Positions, Recompute, linears_of
+from lsr_scale.fused.decoder_layer import (
+    GROUPS,
+    DecoderLayerFunction,
+    Handed,
+    LayerSizes,
+    Positions,
+    Recompute,
+    linears_of,
+)
 from lsr_scale.fused.eligibility import FAMILIES, LAYERS, why_not_call, why_not_head, why_not_layer
 from lsr_scale.fused.groups import HeldMatrix, base_of
 from lsr_scale.fused.linear import LinearMixin
@@ -56,6 +64,7 @@ class FusedForward:
 
     def __post_init__(self) -> None:
         self._grad = torch.is_grad_enabled()
+        self.handed = Handed()
         self._reasons: dict[int, str | None] = {}
         self._pairs: dict[int, Pair] = {}
         self._chunks = _chunks(list(self.stack.layers))
@@ -156,15 +165,19 @@ def _positions(layer: Any, hidden: Tensor, fused: FusedForward, arguments: dict[
         raise ValueError(f"position embeddings are {tuple(cos.shape)}; expected 1 or {batch} rows of them")
     window, scale = _window_of(layer), layer.self_attn.scaling
     longest = fused.max_seqlen or length
+    documents = 0 if fused.cu_seqlens is None else len(fused.cu_seqlens) - 1
+    if documents * longest == length and batch == 1:
+        # equally long documents are the rows of a batch, which attention is faster on
+        batch, documents = documents, 0
     if window is not None and window >= longest:
         window = None
-    if fused.cu_seqlens is not None:
+    if documents:
         sequences = Sequences(scale, cu_seqlens=fused.cu_seqlens, max_seqlen=longest, window=window)
-    elif arguments.get("attention_mask") is not None:
+    elif fused.cu_seqlens is None and arguments.get("attention_mask") is not None:
         sequences = Sequences(scale, mask=arguments["attention_mask"])  # transformers' holds causality and window too
     else:
         sequences = Sequences(scale, window=window)
-    return Positions(batch, cos.reshape(-1, cos.shape[-1]), sin.reshape(-1, sin.shape[-1]), sequences)
+    return Positions(batch, cos.reshape(-1, cos.shape[-1]), sin.reshape(-1, sin.shape[-1]), sequences, fused.handed)
 
 
 def _packed_mask(layer: Any, hidden: Tensor, fused: FusedForward) -> Tensor:
@@ -240,12 +253,14 @@ def _pairs(stack: Any, layers: list[nn.Module]) -> dict[int, Pair]:
 def _documents(arguments: dict[str, Any], length: int) -> tuple[Tensor | None, int]:
     """Return the boundaries of the documents packed in a row of `length` tokens, and the longest's length.
 
-    They are given by the collator (transformers' names), or told by positions that do not go on by one; either costs
-    one wait for the GPU a forward.
+    They are given by the collator (transformers' names), or told by positions that do not go on by one, which costs a
+    wait for the GPU a forward.
     """
     given = arguments.get("cu_seq_lens_q")
     if given is not None:
-        if int(given[-1]) != length:
+        if given.is_cuda:
+            torch._assert_async(given[-1] == length)  # without a wait: the GPU reports it
+        elif int(given[-1]) != length:
             raise UserError(f"cu_seq_lens_q ends at {int(given[-1])}, but the packed row has {length} tokens")
         return given.to(torch.int32), int(arguments["max_length_q"])
     positions = arguments.get("position_ids")

@@ -1,0 +1,153 @@
+"""`benchmarks/RESULTS.md`: every committed measurement of speed as a table, with the command that makes it again."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+Run = dict[str, Any]
+HEAD = """# Results
+
+Made by `python benchmarks/report.py` from the JSON under `results/`; not edited by hand. `LOG.md` tells what was
+expected and what it taught.
+"""
+
+
+def read(folder: Path) -> list[tuple[Path, Run]]:
+    """Return the measurements in a folder by file, the oldest first."""
+    found = [(path, json.loads(path.read_text(encoding="utf-8"))) for path in sorted(folder.glob("*.json"))]
+    return sorted(found, key=lambda pair: str(pair[1].get("env", {}).get("date", "")))
+
+
+def grid(head: list[str], rows: list[list[str]]) -> str:
+    """Return a Markdown table, its first column left-aligned."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def number(value: float | None, form: str = ",.0f") -> str:
+    """Return a number, or nothing where there is none."""
+    return "" if value is None else format(value, form)
+
+
+def where(run: Run, path: Path) -> str:
+    """Return the machine, versions and file of a run."""
+    env = run["env"]
+    machine = ", ".join(env.get("gpus") or [env["cpu"]]).replace("NVIDIA ", "")
+    names = ("torch", "transformers", "peft", "unsloth", "liger-kernel")
+    versions = ", ".join(f"{name} {env[name]}" for name in names if env.get(name))
+    return f"`{path.parent.name}/{path.name}`: {machine}; {versions}."
+
+
+def throughput(path: Path, run: Run) -> str:
+    """Return all rows of one throughput measurement."""
+    rows = []
+    for row in run["rows"]:
+        name = f"{row['provider']} {row['checkpointing']}"
+        batch = f"{row['tokens'] // row['seq_len']} x {row['seq_len']:,}"
+        if row["status"] != "ok":
+            rows.append([name, batch, row["status"], *[""] * 5])
+            continue
+        step = row["step_ms"]
+        ratio = next((value for peer, value in row["ratio_to"].items() if peer.startswith("unsloth")), None)
+        rows.append(
+            [
+                *(name, batch, number(row["tokens_per_s"])),
+                f"{step['p50']:.1f} ({step['p20']:.1f}, {step['p80']:.1f})",
+                number(row["peak_memory_gib"], ".1f"),
+                *(number(row.get(field), ".2f") for field in ("mfu", "floor_fraction")),
+                number(ratio, ".2f"),
+            ]
+        )
+    head = ["provider, checkpointing", "batch", "tokens/s", "step, ms: p50 (p20, p80)", "GiB", "mfu", "of the floor"]
+    config = run["config"]
+    lines = [f"### {config['model']}, {config['base']}", where(run, path), grid([*head, "over Unsloth"], rows)]
+    if slopes := run.get("slopes"):
+        found = [f"{s['provider']} {s['checkpointing']} {number(s['bytes_per_token_and_layer'])}" for s in slopes]
+        lines.append(f"Bytes that one more token costs in a layer: {'; '.join(found)}.")
+    return "\n\n".join([*lines, f"    {config['command']}"])
+
+
+def kernels(path: Path, run: Run) -> str:
+    """Return the times of single operations beside their bound."""
+    rows = []
+    for row in run["rows"]:
+        other = f"{row['alternative']}: {row['alternative_ms']:.4f}" if "alternative_ms" in row else ""
+        rate = f"{row['gb_per_s']:,.0f} GB/s" if "gb_per_s" in row else f"{row.get('tflop_per_s', 0):,.0f} TFLOP/s"
+        share = number(row.get("share_of_bound"), ".2f")
+        error = number(row.get("error"), ".1e")
+        rows.append([row["name"], row["shape"], f"{row['ms']:.4f}", rate, share, other, error])
+    head = [
+        "operation",
+        "shape",
+        "ms",
+        "rate",
+        "of the copy bandwidth",
+        "in its place, ms",
+        "error, relative to float64",
+    ]
+    copy = run["config"]["copy_bytes_per_s"] / 1e9
+    text = f"{where(run, path)} Copying runs at {copy:,.0f} GB/s."
+    return "\n\n".join([text, grid(head, rows), f"    python benchmarks/kernel_times.py --out {path.name}"])
+
+
+def front_door(path: Path, run: Run) -> str:
+    """Return the training command's speed beside the bare loop's."""
+    rows = [
+        [
+            row["memory"],
+            *(number(sum(row[side]) / len(row[side])) for side in ("command", "bare")),
+            f"{row['ratio']:.3f}",
+        ]
+        for row in run["rows"]
+    ]
+    head = ["memory", "command, tokens/s", "bare loop", "ratio"]
+    return "\n\n".join([where(run, path), grid(head, rows), f"    python benchmarks/front_door.py --out {path.name}"])
+
+
+def loss_curve(path: Path, run: Run) -> str:
+    """Return how far the bfloat16 curves are from float32."""
+    config = run["config"]
+    rows = [
+        [name, *(f"{found[field]:.4f}" for field in ("rms", "largest", "mean_of_last_50"))]
+        for name, found in run["differences"].items()
+    ]
+    text = f"{where(run, path)} {config['steps']} steps of {config['method']}, rate {config['rate']:g}."
+    head = ["minus float32, nats", "rms", "largest", "mean of the last 50"]
+    options = f"--method {config['method']} --rate {config['rate']:g} --seed {config['seed']}"
+    picture = f"![{path.stem}](results/{path.parent.name}/{path.stem}.png)"
+    return "\n\n".join(
+        [text, grid(head, rows), picture, f"    python benchmarks/loss_curve.py {options} --out {path.name}"]
+    )
+
+
+def many_adapters(path: Path, run: Run) -> str:
+    """Return the speed of batches whose rows use different adapters beside the base's."""
+    rows = []
+    for name, row in run["rows"].items():
+        for kind in ("forward", "generation"):
+            speeds = row[kind]["tokens_per_s"]
+            rows.append([f"{name}, {kind}", *(number(speeds[way]) for way in ("base", "rows"))])
+            rows[-1].append(f"{row[kind]['ratio']['rows']:.2f}")
+    config = run["config"]
+    text = f"{where(run, path)} {config['resident']:,} adapters in memory, {config['rows']} rows of as many adapters."
+    head = ["", "base, tokens/s", "with adapters", "ratio"]
+    return "\n\n".join([text, grid(head, rows), f"    python benchmarks/many_adapters.py --out {path.name}"])
+
+
+SECTIONS = {
+    "throughput": ("Training steps", throughput),
+    "front_door": ("The training command beside a bare loop", front_door),
+    "kernel_times": ("Single operations", kernels),
+    "loss_curve": ("Fused training beside float32", loss_curve),
+    "many_adapters": ("Many adapters in one batch", many_adapters),
+}
+
+
+def page(results: Path) -> str:
+    """Return the page: a section a kind of measurement, the newest file first."""
+    parts = [HEAD.strip()]
+    for folder, (title, section) in SECTIONS.items():
+        found = read(results / folder)
+        if found:
+            parts += [f"## {title}", *(section(path, run) for path, run in reversed(found))]
+    return "\n\n".join(parts) + "\n"

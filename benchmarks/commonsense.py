@@ -1,8 +1,8 @@
 """Accuracy of LoRA, LSR-Adapt, Kron-LoRA and their relatives on commonsense questions, with seeds and error bars.
 
-    python benchmarks/commonsense.py run --data DATA --work WORK --dry-run       what would be run, and how long
-    python benchmarks/commonsense.py run --data DATA --work WORK --jobs 6 --time-limit 540
-    python benchmarks/commonsense.py table                                       the tables, from the results alone
+    python benchmarks/commonsense.py --data DATA --work WORK --dry-run       what would be run, and how long
+    python benchmarks/commonsense.py --data DATA --work WORK --jobs 6 --time-limit 540
+    python benchmarks/commonsense_report.py                                  the tables, from the results alone
 
 A run is `lsr-scale train` with a config that WORK keeps, a process of its own. It leaves one JSON in the results, when
 it has ended, and whole: one that was killed is simply done again, a finished one never. After the limit none is
@@ -11,12 +11,8 @@ started.
 Protocol. A tenth of each train part is held out by the hash of its question (of the sentence pair for WinoGrande), and
 the learning rate, with alpha for LSR, is chosen there: five points for every method, one epoch, one seed that no other
 run uses. The test part (the labelled validation part where the test has no labels) is scored once for each seed, on
-the sum of log-likelihoods. HellaSwag has no train part here, so a fifth of its validation questions, by activity, is
-its test; BoolQ is without passages. Neither is comparable with published figures.
-
-Statistics. Methods are compared on the same examples over common seeds: the mean over tasks of the differences, its
-95 % interval and two-sided p by a bootstrap that draws seeds and, within each task, examples, both with replacement.
-An interval that holds zero is "no separation". Error bars are the standard deviation over seeds.
+the sum of log-likelihoods. HellaSwag has no train part here, so a fifth of its validation questions, by their first
+sentence, is its test; BoolQ is without passages. Neither is comparable with published figures.
 """
 
 import argparse
@@ -35,8 +31,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from lsr_scale import record
 from lsr_scale.config import dump_yaml, run_from_dict
 
@@ -46,6 +40,8 @@ LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 JOINT = ("arc_easy", "arc_challenge", "openbookqa", "piqa", "winogrande")
 TEST_SPLITS = {"arc_easy": "test", "arc_challenge": "test", "openbookqa": "test"}  # validation elsewhere
 TUNING_SEED = 1000
+SMOKE: dict[str, dict[str, Any]] = {"training": {"max_steps": 2}, "eval": {"limit": 8}, "source": {"limit": 16}}
+BATCH = 128  # rows a step, about 4,500 tokens: with much fewer a small model waits for the host
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,17 +75,6 @@ PROVIDERS = {
     "krona": Provider("krona", {}, LORA_RATES),
     "kadaptation": Provider("kadaptation", {}, LORA_RATES),
 }
-LABELS = {
-    "zero_shot": "zero-shot",
-    "lora_8": "LoRA r=8",
-    "lora_2": "LoRA r=2",
-    "lsr_4": "**LSR-Adapt** r=4 s=16",
-    "lsr_16": "**LSR-Adapt** r=16 s=16",
-    "kron_lora": "**Kron-LoRA** r=8 (2, 16)",
-    "lokr": "LoKr r=8 (4), PEFT",
-    "krona": "KronA",
-    "kadaptation": "KAdaptation, per module",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,9 +87,9 @@ class Regime:
 
 REGIMES = {
     "joint": Regime(JOINT, 2),
-    "small": Regime(JOINT[:3], 2),
+    "small": Regime(JOINT[:3], 4),
     "joint_long": Regime(JOINT, 6),
-    "hellaswag": Regime(("hellaswag",), 3),
+    "hellaswag": Regime(("hellaswag",), 4),
     "boolq": Regime(("boolq",), 3),
 }
 
@@ -172,8 +157,8 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 def held_out(task: str, row: dict[str, Any], share: int) -> bool:
     """Tell whether a row's group falls into the one of `share` parts that is held out.
 
-    Rows of a group stay together: the two sentences of a WinoGrande pair, the questions of one HellaSwag activity, the
-    rows of one question elsewhere.
+    Rows of a group stay together: the two sentences of a WinoGrande pair, HellaSwag's contexts of one first sentence,
+    the rows of one question elsewhere.
     """
     group = row["question"]
     if task == "winogrande":
@@ -210,27 +195,41 @@ def prepare(data: Path, work: Path) -> dict[str, dict[str, Any]]:
     return described
 
 
-def config_of(run: Run, point: dict[str, float], work: Path, smoke: dict[str, Any]) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What all runs share: where their files are, the model, and whether they are trials that measure nothing."""
+
+    work: Path
+    model: str = MODEL
+    smoke: bool = False
+
+
+def config_of(run: Run, point: dict[str, float], setting: Setting) -> dict[str, Any]:
     """Return the run as its YAML file has it."""
+    work = setting.work
     provider, regime = PROVIDERS[run.provider], REGIMES[run.regime]
     chosen, point = dict(provider.options), dict(point)
     rate = point.pop("learning_rate")
     sources = [{"path": str(work / "data" / task), "split": "train"} for task in regime.tasks]
     part = "dev" if run.tunes else "test"
     config = {
-        "model": {"name": MODEL, "quantization": "none" if run.base == "bf16" else run.base, "dtype": "bfloat16"},
+        "model": {
+            "name": setting.model,
+            "quantization": "none" if run.base == "bf16" else run.base,
+            "dtype": "bfloat16",
+        },
         "adapter": {"method": provider.method, "target_modules": LINEARS, **chosen, **point},
         "data": {"train": sources},
         "training": {
             "output_dir": str(work / "runs" / run.name),
             "seed": run.seed,
             "num_train_epochs": 1 if run.tunes else regime.epochs,
-            "per_device_train_batch_size": 64,
+            "per_device_train_batch_size": BATCH,
             "gradient_accumulation_steps": 1,
             "learning_rate": rate,
-            "max_length": 256,
-            "train_sampling_strategy": "group_by_length",
-            "gradient_checkpointing": False,
+            "max_length": None,  # rows are short; TRL cuts none without padding
+            "padding_free": True,
+            "memory": "speed",
             "save_strategy": "no",
             "logging_steps": 20,
         },
@@ -241,16 +240,17 @@ def config_of(run: Run, point: dict[str, float], work: Path, smoke: dict[str, An
             "batch_tokens": 32768,
         },
     }
-    config["training"] |= smoke.get("training", {})
-    config["eval"] |= smoke.get("eval", {})
-    for source in sources:
-        source.update(smoke.get("source", {}))
+    if setting.smoke:
+        config["training"] |= SMOKE["training"]
+        config["eval"] |= SMOKE["eval"]
+        for source in sources:
+            source.update(SMOKE["source"])
     return config
 
 
-def result_of(run: Run, point: dict[str, float], work: Path, data: dict[str, Any], wall_s: float) -> dict[str, Any]:
+def result_of(job: "Job", setting: Setting, data: dict[str, Any]) -> dict[str, Any]:
     """Return what a finished run leaves: figures, settings, hashes, and which examples were right, by task."""
-    folder = work / "runs" / run.name
+    run, folder = job.run, setting.work / "runs" / job.run.name
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     tasks: dict[str, Any] = {}
     for task in REGIMES[run.regime].tasks:
@@ -267,14 +267,15 @@ def result_of(run: Run, point: dict[str, float], work: Path, data: dict[str, Any
     return {
         **dataclasses.asdict(run),
         "part": "dev" if run.tunes else "test",
-        "settings": point,
+        "settings": job.point,
         **{key: results[key] for key in kept if key in results},
-        "wall_s": round(wall_s, 1),
+        "wall_s": round(time.monotonic() - job.started, 1),
         "command": f"lsr-scale train configs/{run.name}.yaml",
-        "config": json.loads(json.dumps(config_of(run, point, Path("WORK"), {}))),
+        "config": config_of(run, job.point, dataclasses.replace(setting, work=Path("WORK"))),
         "tasks": tasks,
         "data": hashes,
         "env": record.environment(),
+        **({"smoke": True} if setting.smoke else {}),
     }
 
 
@@ -307,11 +308,12 @@ class Job:
     started: float
 
 
-def start(run: Run, point: dict[str, float], work: Path, jobs: int, smoke: dict[str, Any]) -> Job:
+def start(run: Run, point: dict[str, float], setting: Setting, jobs: int) -> Job:
     """Start `lsr-scale train` on a run, its output in `work/logs`."""
+    work = setting.work
     shutil.rmtree(work / "runs" / run.name, ignore_errors=True)
     config = work / "configs" / f"{run.name}.yaml"
-    record.write_text(config, dump_yaml(run_from_dict(config_of(run, point, work, smoke), run.name)))
+    record.write_text(config, dump_yaml(run_from_dict(config_of(run, point, setting), run.name)))
     log = work / "logs" / f"{run.name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     threads = str(max(1, (os.cpu_count() or 1) // jobs))
@@ -332,11 +334,10 @@ def _startable(waiting: list[Run], results: Path) -> Iterator[tuple[Run, dict[st
 def execute(
     runs: list[Run],
     data: dict[str, Any],
-    work: Path,
+    setting: Setting,
     results: Path,
     jobs: int,
     time_limit: float,
-    smoke: dict[str, Any],
 ) -> int:
     """Do the runs that have no result yet, so many at a time; return how many failed or could not be started."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a kill ends the runs as well
@@ -350,20 +351,19 @@ def execute(
                 if ready is None:
                     break
                 waiting.remove(ready[0])
-                running.append(start(*ready, work, jobs, smoke))
+                running.append(start(*ready, setting, jobs))
             if not running:
                 break
             time.sleep(0.2)
             for job in [job for job in running if job.process.poll() is not None]:
                 running.remove(job)
-                wall_s = time.monotonic() - job.started
                 if job.process.returncode:
                     failed += 1
-                    print(f"{job.run.name}: failed ({job.process.returncode}), see {work / 'logs'}", flush=True)
+                    print(f"{job.run.name}: failed ({job.process.returncode}), see {setting.work / 'logs'}", flush=True)
                     continue
-                result = result_of(job.run, job.point, work, data, wall_s)
-                record.write_json(results / f"{job.run.name}.json", result | ({"smoke": smoke} if smoke else {}))
-                print(f"{job.run.name}: {mean_accuracy(result):.2f} % in {wall_s:.0f} s", flush=True)
+                result = result_of(job, setting, data)
+                record.write_json(results / f"{job.run.name}.json", result)
+                print(f"{job.run.name}: {mean_accuracy(result):.2f} % in {result['wall_s']:.0f} s", flush=True)
     finally:
         for job in running:
             job.process.kill()
@@ -387,7 +387,7 @@ def describe(runs: list[Run], data: dict[str, Any], results: Path, jobs: int) ->
         left = [run for run in runs if (run.regime, run.base, run.tunes) == (regime, base, tunes)]
         left = [run for run in left if run.name not in done]
         tasks, epochs = REGIMES[regime].tasks, 1 if tunes else REGIMES[regime].epochs
-        steps = epochs * sum(data[task]["train"]["rows"] for task in tasks) // 64
+        steps = epochs * sum(data[task]["train"]["rows"] for task in tasks) // BATCH
         tokens = epochs * sum(data[task]["train"]["characters"] for task in tasks) / CHARACTERS_PER_TOKEN
         seconds = len(left) * (steps * step_s + start_s) / jobs
         total_s += seconds
@@ -403,161 +403,22 @@ def describe(runs: list[Run], data: dict[str, Any], results: Path, jobs: int) ->
     return "\n".join(lines)
 
 
-def load(results: Path) -> list[dict[str, Any]]:
-    """Return all results, by name."""
-    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.glob("*.json"))]
-
-
-def seeds_of(all_results: list[dict[str, Any]], regime: str, base: str, provider: str) -> dict[int, dict[str, Any]]:
-    """Return the test results of a row by seed."""
-    return {
-        result["seed"]: result
-        for result in all_results
-        if (result["regime"], result["base"], result["provider"], result["part"]) == (regime, base, provider, "test")
-    }
-
-
-def compare(
-    ours: dict[int, dict[str, Any]], theirs: dict[int, dict[str, Any]], draws: int = 2000
-) -> tuple[float, float, float, float] | None:
-    """Return the difference of the means over tasks in points, its 95 % interval and two-sided p, by bootstrap.
-
-    Seeds, and within each task examples, are drawn with replacement. None without two common seeds.
-
-    Raises:
-        ValueError: if the two were not scored on the same examples.
-    """
-    seeds = sorted(ours.keys() & theirs.keys())
-    if len(seeds) < 2:
-        return None
-    generator = np.random.default_rng(0)
-    drawn = generator.integers(len(seeds), size=(draws, len(seeds)))
-    weights = np.stack([(drawn == index).mean(1) for index in range(len(seeds))], 1)  # [draws, seeds]
-    means, sampled = [], np.zeros(draws)
-    tasks = ours[seeds[0]]["tasks"]
-    for task in tasks:
-        rows = []
-        for seed in seeds:
-            pair = [results[seed]["tasks"][task]["after"] for results in (ours, theirs)]
-            if pair[0]["ids_sha256"] != pair[1]["ids_sha256"]:
-                raise ValueError(f"{task}, seed {seed}: the two were scored on different examples")
-            hits = [np.frombuffer(part["right"].encode(), np.uint8).astype(np.int8) for part in pair]
-            rows.append(hits[0] - hits[1])
-        difference = np.stack(rows).astype(np.float64)  # [seeds, examples]
-        size = difference.shape[1]
-        means.append(difference.mean())
-        for start_at in range(0, draws, 250):
-            part = slice(start_at, min(start_at + 250, draws))
-            counts = generator.multinomial(size, np.full(size, 1 / size), size=part.stop - start_at)
-            sampled[part] += ((counts @ difference.T) / size * weights[part]).sum(1)
-    sampled = 100 * sampled / len(tasks)
-    low, high = np.quantile(sampled, [0.025, 0.975])
-    tail = min((sampled <= 0).mean(), (sampled >= 0).mean())
-    return 100 * float(np.mean(means)), float(low), float(high), float(min(1, 2 * max(tail, 1 / draws)))
-
-
-def _versus(row: dict[int, Any], other: dict[int, Any]) -> str:
-    found = compare(row, other) if row is not other else None
-    if found is None:
-        return ""
-    difference, low, high, p = found
-    words = f"{difference:+.2f} ({low:+.2f} to {high:+.2f})"
-    return f"{words}, no separation" if low <= 0 <= high else f"{words}, p = {p:.2g}"
-
-
-def table(all_results: list[dict[str, Any]], regime: str = "joint", base: str = "bf16") -> str:
-    """Return the Markdown table of a regime and base: each row with its seeds' mean, deviation, and paired tests."""
-    tasks = REGIMES[regime].tasks
-    rows = {name: seeds_of(all_results, regime, base, name) for name in PROVIDERS}
-    head = ["", "parameters", "chosen", "seeds", *tasks, "mean", "against LoRA r=8", "against LoRA r=2"]
-    lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
-    before = next(
-        (result for row in rows.values() for result in row.values() if "before" in result["tasks"][tasks[0]]), None
-    )
-    if before:
-        cells = [f"{100 * before['tasks'][task]['before']['accuracy']:.1f}" for task in tasks]
-        lines.append(
-            "| "
-            + " | ".join([LABELS["zero_shot"], "0", "", "", *cells, f"{mean_accuracy(before, 'before'):.2f}", "", ""])
-            + " |"
-        )
-    for name, row in rows.items():
-        if not row:
-            continue
-        some = next(iter(row.values()))
-        cells = [
-            f"{100 * statistics.fmean(r['tasks'][task]['after']['accuracy'] for r in row.values()):.1f}"
-            for task in tasks
-        ]
-        means = [mean_accuracy(result) for result in row.values()]
-        spread = f" +- {statistics.stdev(means):.2f}" if len(means) > 1 else ""
-        chosen = ", ".join(f"{key} {value:g}" for key, value in some["settings"].items())
-        tests = [_versus(row, rows[other]) for other in ("lora_8", "lora_2")]
-        start_of = [
-            LABELS[name],
-            f"{some['trainable_parameters']:,}",
-            chosen.replace("learning_rate", "lr"),
-            str(len(row)),
-        ]
-        lines.append("| " + " | ".join([*start_of, *cells, f"{statistics.fmean(means):.2f}{spread}", *tests]) + " |")
-    return "\n".join(lines)
-
-
-def draw(all_results: list[dict[str, Any]], path: Path, regime: str = "joint", base: str = "bf16") -> None:
-    """Draw the mean accuracy against trainable parameters; bars are the standard deviation over seeds."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axis = pyplot.subplots(figsize=(8, 5))
-    for index, name in enumerate(PROVIDERS):
-        row = seeds_of(all_results, regime, base, name)
-        if row:
-            means = [mean_accuracy(result) for result in row.values()]
-            spread = statistics.stdev(means) if len(means) > 1 else 0.0
-            parameters = next(iter(row.values()))["trainable_parameters"]
-            label = LABELS[name].replace("*", "")
-            axis.errorbar(
-                parameters, statistics.fmean(means), spread, fmt="o", capsize=4, color=f"C{index}", label=label
-            )
-    axis.set_xscale("log")
-    axis.set_xlabel("trainable parameters")
-    axis.set_ylabel(f"mean accuracy of {len(REGIMES[regime].tasks)} tasks, %")
-    axis.grid(alpha=0.3)
-    axis.legend(frameon=False, fontsize=8, title="bars: standard deviation over seeds")
-    axis.set_title(f"SmolLM2-135M, {base} base, {regime}")
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
-
-
 def main(arguments: list[str] | None = None) -> int:
-    """Run or report; return the exit status."""
+    """Do the runs that have no result yet; return the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    sub = commands.add_parser("run", help="do the runs that have no result yet")
-    sub.add_argument("--data", type=Path, required=True, help="folder of <task>/<split>.jsonl.gz")
-    sub.add_argument("--work", type=Path, required=True, help="for the parts, configs, run folders and logs")
-    sub.add_argument("--results", type=Path, default=RESULTS)
-    sub.add_argument("--stages", nargs="+", default=["headline"], choices=["headline", "quantized", *list(REGIMES)[1:]])
-    sub.add_argument("--providers", nargs="+", default=list(PROVIDERS), choices=list(PROVIDERS))
-    sub.add_argument("--seeds", type=int, default=5)
-    sub.add_argument("--jobs", type=int, default=4, help="processes at a time on one GPU")
-    sub.add_argument("--time-limit", type=float, default=float("inf"), help="seconds after which no run is started")
-    sub.add_argument("--dry-run", action="store_true", help="print the plan in numbers")
-    sub.add_argument("--smoke", action="store_true", help="16 rows a task, two steps, 8 questions: is it wired up?")
-    sub = commands.add_parser("table", help="print the table, draw the plot")
-    sub.add_argument("--results", type=Path, default=RESULTS)
-    sub.add_argument("--regime", default="joint", choices=list(REGIMES))
-    sub.add_argument("--base", default="bf16", choices=["bf16", "nf4", "int8"])
+    add = parser.add_argument
+    add("--data", type=Path, required=True, help="folder of <task>/<split>.jsonl.gz")
+    add("--work", type=Path, required=True, help="for the parts, configs, run folders and logs")
+    add("--results", type=Path, default=RESULTS)
+    add("--stages", nargs="+", default=["headline"], choices=["headline", "quantized", *list(REGIMES)[1:]])
+    add("--providers", nargs="+", default=list(PROVIDERS), choices=list(PROVIDERS))
+    add("--seeds", type=int, default=5)
+    add("--model", default=MODEL)
+    add("--jobs", type=int, default=4, help="processes at a time on one GPU")
+    add("--time-limit", type=float, default=float("inf"), help="seconds after which no run is started")
+    add("--dry-run", action="store_true", help="print the plan in numbers")
+    add("--smoke", action="store_true", help="16 rows a task, two steps, 8 questions: is it wired up?")
     given = parser.parse_args(arguments)
-    if given.command == "table":
-        found = load(given.results)
-        print(table(found, given.regime, given.base))
-        draw(found, given.results / f"{given.regime}-{given.base}.png", given.regime, given.base)
-        return 0
     if given.smoke and given.results == RESULTS:
         parser.error("--smoke: its results are no measurements; give another folder with --results")
     work = given.work.resolve()
@@ -566,8 +427,8 @@ def main(arguments: list[str] | None = None) -> int:
     if given.dry_run:
         print(describe(runs, data, given.results, given.jobs))
         return 0
-    smoke = {"training": {"max_steps": 2}, "eval": {"limit": 8}, "source": {"limit": 16}} if given.smoke else {}
-    return int(execute(runs, data, work, given.results, given.jobs, given.time_limit, smoke) > 0)
+    setting = Setting(work, given.model, given.smoke)
+    return int(execute(runs, data, setting, given.results, given.jobs, given.time_limit) > 0)
 
 
 if __name__ == "__main__":

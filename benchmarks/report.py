@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import commonsense_report
 import results_page
 from PIL import Image
 
@@ -132,6 +133,11 @@ def plot(run: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=130, metadata={"Source": digest(run)})
 
 
+def drawn_from(picture: Path) -> str | None:
+    """Return the digest of the results that a plot was drawn from, None where there is no plot."""
+    return Image.open(picture).info.get("Source") if picture.exists() else None
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Write everything, or with --check compare it; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -145,15 +151,18 @@ def main(arguments: list[str] | None = None) -> int:
         stale.append("README.md")
     if not PAGE.exists() or PAGE.read_text(encoding="utf-8") != page:
         stale.append("benchmarks/RESULTS.md")
-    if not picture.exists() or Image.open(picture).info.get("Source") != digest(run):
-        stale.append(str(picture.relative_to(ROOT)))
+    pictures = {picture: (digest(run), lambda: plot(run, picture))}
+    pictures |= commonsense_report.pictures(RESULTS.parent / "commonsense")
+    old = [path for path, (wanted_digest, _) in pictures.items() if drawn_from(path) != wanted_digest]
+    stale += [str(path.relative_to(ROOT)) for path in old]
     if check:
         for name in stale:
             print(f"{name} is not what the measurements say; run python benchmarks/report.py", file=sys.stderr)
         return int(bool(stale))
     README.write_text(wanted, encoding="utf-8")
     PAGE.write_text(page, encoding="utf-8")
-    plot(run, picture)
+    for path in old:
+        pictures[path][1]()
     print(f"written: {', '.join(stale) or 'nothing new'}")
     return 0
 

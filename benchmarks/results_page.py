@@ -1,4 +1,4 @@
-"""`benchmarks/RESULTS.md`: every committed measurement of speed as a table, with the command that makes it again."""
+"""`benchmarks/RESULTS.md`: every committed measurement as a table, with the command that makes it again."""
 
 import json
 from pathlib import Path
@@ -143,6 +143,17 @@ SECTIONS = {
 }
 
 
+def accuracy(results: Path) -> list[str]:
+    """Return the tables of the accuracy comparison, if there are any."""
+    import commonsense_report
+
+    parts = []
+    for stem, (table, found) in commonsense_report.sections(results).items():
+        runs = f"{len(found)} runs. Each has its command and settings in `{results.name}/{stem}-*.json`."
+        parts += [f"### SmolLM2-135M, {stem}", runs, table, f"![{stem}](results/{results.name}/{stem}.png)"]
+    return ["## Accuracy on commonsense questions", *parts] if parts else []
+
+
 def page(results: Path) -> str:
     """Return the page: a section a kind of measurement, the newest file first."""
     parts = [HEAD.strip()]
@@ -150,4 +161,4 @@ def page(results: Path) -> str:
         found = read(results / folder)
         if found:
             parts += [f"## {title}", *(section(path, run) for path, run in reversed(found))]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join([*parts, *accuracy(results / "commonsense")]) + "\n"

@@ -1,0 +1,210 @@
+"""The accuracy comparison's tables, tests and plot, from the results that `commonsense.py` leaves.
+
+    python benchmarks/commonsense_report.py            print every table; the plots go beside the results
+
+Statistics. Methods are compared on the same examples over common seeds: the mean over tasks of the differences, its
+95 % interval and two-sided p by a bootstrap that draws seeds and, within each task, examples, both with replacement.
+An interval that holds zero is "no separation". Error bars are the standard deviation over seeds.
+"""
+
+import functools
+import hashlib
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from commonsense import PROVIDERS, REGIMES, RESULTS, mean_accuracy
+
+LABELS = {
+    "zero_shot": "zero-shot",
+    "lora_8": "LoRA r=8",
+    "lora_2": "LoRA r=2",
+    "lsr_4": "**LSR-Adapt** r=4 s=16",
+    "lsr_16": "**LSR-Adapt** r=16 s=16",
+    "kron_lora": "**Kron-LoRA** r=8 (2, 16)",
+    "lokr": "LoKr r=8 (4), PEFT",
+    "krona": "KronA",
+    "kadaptation": "KAdaptation, per module",
+}
+
+
+def load(results: Path) -> list[dict[str, Any]]:
+    """Return all results, by name.
+
+    Raises:
+        ValueError: if one is of a trial, which measures nothing.
+    """
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.glob("*.json"))]
+    for result in found:
+        if "smoke" in result:
+            raise ValueError(
+                f"{results}: the result of seed {result['seed']}, {result['provider']} is a trial's; remove it"
+            )
+    return found
+
+
+def seeds_of(all_results: list[dict[str, Any]], regime: str, base: str, provider: str) -> dict[int, dict[str, Any]]:
+    """Return the test results of a row by seed."""
+    return {
+        result["seed"]: result
+        for result in all_results
+        if (result["regime"], result["base"], result["provider"], result["part"]) == (regime, base, provider, "test")
+    }
+
+
+def compare(
+    ours: dict[int, dict[str, Any]], theirs: dict[int, dict[str, Any]], draws: int = 2000
+) -> tuple[float, float, float, float] | None:
+    """Return the difference of the means over tasks in points, its 95 % interval and two-sided p, by bootstrap.
+
+    Seeds, and within each task examples, are drawn with replacement. None without two common seeds.
+
+    Raises:
+        ValueError: if the two were not scored on the same examples.
+    """
+    seeds = sorted(ours.keys() & theirs.keys())
+    if len(seeds) < 2:
+        return None
+    generator = np.random.default_rng(0)
+    drawn = generator.integers(len(seeds), size=(draws, len(seeds)))
+    weights = np.stack([(drawn == index).mean(1) for index in range(len(seeds))], 1)  # [draws, seeds]
+    means, sampled = [], np.zeros(draws)
+    tasks = ours[seeds[0]]["tasks"]
+    for task in tasks:
+        rows = []
+        for seed in seeds:
+            pair = [results[seed]["tasks"][task]["after"] for results in (ours, theirs)]
+            if pair[0]["ids_sha256"] != pair[1]["ids_sha256"]:
+                raise ValueError(f"{task}, seed {seed}: the two were scored on different examples")
+            hits = [np.frombuffer(part["right"].encode(), np.uint8).astype(np.int8) for part in pair]
+            rows.append(hits[0] - hits[1])
+        difference = np.stack(rows).astype(np.float64)  # [seeds, examples]
+        size = difference.shape[1]
+        means.append(difference.mean())
+        for start_at in range(0, draws, 250):
+            part = slice(start_at, min(start_at + 250, draws))
+            counts = generator.multinomial(size, np.full(size, 1 / size), size=part.stop - start_at)
+            sampled[part] += ((counts @ difference.T) / size * weights[part]).sum(1)
+    sampled = 100 * sampled / len(tasks)
+    low, high = np.quantile(sampled, [0.025, 0.975])
+    tail = min((sampled <= 0).mean(), (sampled >= 0).mean())
+    return 100 * float(np.mean(means)), float(low), float(high), float(min(1, 2 * max(tail, 1 / draws)))
+
+
+def _versus(row: dict[int, Any], other: dict[int, Any]) -> str:
+    found = compare(row, other) if row is not other else None
+    if found is None:
+        return ""
+    difference, low, high, p = found
+    words = f"{difference:+.2f} ({low:+.2f} to {high:+.2f})"
+    return f"{words}, no separation" if low <= 0 <= high else f"{words}, p = {p:.2g}"
+
+
+def table(all_results: list[dict[str, Any]], regime: str = "joint", base: str = "bf16") -> str:
+    """Return the Markdown table of a regime and base: each row with its seeds' mean, deviation, and paired tests."""
+    tasks = REGIMES[regime].tasks
+    rows = {name: seeds_of(all_results, regime, base, name) for name in PROVIDERS}
+    head = ["", "parameters", "chosen", "seeds", *tasks, "mean", "against LoRA r=8", "against LoRA r=2"]
+    lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
+    before = next(
+        (result for row in rows.values() for result in row.values() if "before" in result["tasks"][tasks[0]]), None
+    )
+    if before:
+        cells = [f"{100 * before['tasks'][task]['before']['accuracy']:.1f}" for task in tasks]
+        lines.append(
+            "| "
+            + " | ".join([LABELS["zero_shot"], "0", "", "", *cells, f"{mean_accuracy(before, 'before'):.2f}", "", ""])
+            + " |"
+        )
+    for name, row in rows.items():
+        if not row:
+            continue
+        some = next(iter(row.values()))
+        cells = [
+            f"{100 * statistics.fmean(r['tasks'][task]['after']['accuracy'] for r in row.values()):.1f}"
+            for task in tasks
+        ]
+        means = [mean_accuracy(result) for result in row.values()]
+        spread = f" +- {statistics.stdev(means):.2f}" if len(means) > 1 else ""
+        chosen = ", ".join(f"{key} {value:g}" for key, value in some["settings"].items())
+        tests = [_versus(row, rows[other]) for other in ("lora_8", "lora_2")]
+        start_of = [
+            LABELS[name],
+            f"{some['trainable_parameters']:,}",
+            chosen.replace("learning_rate", "lr"),
+            str(len(row)),
+        ]
+        lines.append("| " + " | ".join([*start_of, *cells, f"{statistics.fmean(means):.2f}{spread}", *tests]) + " |")
+    return "\n".join(lines)
+
+
+def draw(all_results: list[dict[str, Any]], path: Path, regime: str = "joint", base: str = "bf16") -> None:
+    """Draw the mean accuracy against trainable parameters; bars are the standard deviation over seeds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(8, 5))
+    for index, name in enumerate(PROVIDERS):
+        row = seeds_of(all_results, regime, base, name)
+        if row:
+            means = [mean_accuracy(result) for result in row.values()]
+            spread = statistics.stdev(means) if len(means) > 1 else 0.0
+            parameters = next(iter(row.values()))["trainable_parameters"]
+            label = LABELS[name].replace("*", "")
+            axis.errorbar(
+                parameters, statistics.fmean(means), spread, fmt="o", capsize=4, color=f"C{index}", label=label
+            )
+    axis.set_xscale("log")
+    axis.set_xlabel("trainable parameters")
+    axis.set_ylabel(f"mean accuracy of {len(REGIMES[regime].tasks)} tasks, %")
+    axis.grid(alpha=0.3)
+    axis.legend(frameon=False, fontsize=8, title="bars: standard deviation over seeds")
+    axis.set_title(f"SmolLM2-135M, {base} base, {regime}")
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130, metadata={"Source": digest(all_results)})
+    pyplot.close(figure)
+
+
+def sections(results: Path) -> dict[str, tuple[str, list[dict[str, Any]]]]:
+    """Return, by the stem of its plot, the table of each regime and base that was measured, and its results."""
+    everything, found = load(results), {}
+    for regime, base in dict.fromkeys((result["regime"], result["base"]) for result in everything):
+        some = [r for r in everything if (r["regime"], r["base"], r["part"]) == (regime, base, "test")]
+        if some:
+            found[f"{regime}-{base}"] = table(everything, regime, base), some
+    return found
+
+
+def digest(results: list[dict[str, Any]]) -> str:
+    """Return what a plot of these results is recognized by."""
+    shown = [[r["provider"], r["seed"], mean_accuracy(r), r["trainable_parameters"]] for r in results]
+    return hashlib.sha256(json.dumps(shown).encode()).hexdigest()
+
+
+def pictures(results: Path) -> dict[Path, tuple[str, Callable[[], None]]]:
+    """Return each plot's path, the digest of what it shows, and what draws it."""
+    found: dict[Path, tuple[str, Callable[[], None]]] = {}
+    for stem, (_, some) in sections(results).items():
+        path = results / f"{stem}.png"
+        found[path] = digest(some), functools.partial(draw, some, path, *stem.rsplit("-", 1))
+    return found
+
+
+def main() -> int:
+    """Print the tables and draw the plots."""
+    for stem, (text, _) in sections(RESULTS).items():
+        print(f"{stem}\n\n{text}\n")
+    for _, draw_it in pictures(RESULTS).values():
+        draw_it()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

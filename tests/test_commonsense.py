@@ -1,0 +1,152 @@
+"""The accuracy comparison: its parts do not overlap, its runs are ordinary ones, its statistics find what is there."""
+
+import gzip
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_runs import save_llama
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+import commonsense
+import commonsense_report
+from commonsense import PROVIDERS, REGIMES, TUNING_SEED, Run, Setting
+
+from lsr_scale.config import run_from_dict
+
+
+def rows_of(task, split, count=160):
+    for index in range(count):
+        question = f"{task} {split} question {index // 2}"
+        if task == "hellaswag":
+            question = f"Activity {index // 4}: {question}. more {index}"
+        # WinoGrande's pairs differ by the end of their id, others repeat a question
+        yield {
+            "id": f"{task}-{split}-{index // 2}-{index % 2}",
+            "question": question,
+            "choices": ["a knife", "a broom"],
+            "answer": index % 2,
+        }
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    for task in {task for regime in REGIMES.values() for task in regime.tasks}:
+        (folder / task).mkdir()
+        for split in ("train", "validation", "test"):
+            with gzip.open(folder / task / f"{split}.jsonl.gz", "wt") as stream:
+                stream.writelines(json.dumps(row) + "\n" for row in rows_of(task, split))
+    return folder
+
+
+def test_parts_do_not_overlap_and_pairs_stay_together(data, tmp_path):
+    described = commonsense.prepare(data, tmp_path)
+    for task, parts in described.items():
+        rows = {
+            part: [json.loads(line) for line in (tmp_path / "data" / task / f"{part}.jsonl").read_text().splitlines()]
+            for part in parts
+        }
+        groups = {part: {row["id"].rpartition("-")[0] for row in found} for part, found in rows.items()}
+        if task == "hellaswag":
+            groups = {part: {row["question"].split(". ")[0] for row in found} for part, found in rows.items()}
+        assert groups["train"].isdisjoint(groups["dev"])
+        assert groups["train"].isdisjoint(groups["test"])
+        assert groups["dev"].isdisjoint(groups["test"])
+        assert all(rows.values())
+        if task != "hellaswag":
+            assert len(rows["train"]) + len(rows["dev"]) == 160
+            assert len(rows["dev"]) < 40
+    assert commonsense.prepare(data, tmp_path) == described
+
+
+@pytest.mark.parametrize("name", PROVIDERS)
+def test_every_point_is_a_run_that_a_user_could_write(name, tmp_path):
+    for index, point in enumerate(PROVIDERS[name].points):
+        run = Run("joint", "bf16", name, TUNING_SEED, index)
+        parsed = run_from_dict(commonsense.config_of(run, point, Setting(tmp_path)), run.name)
+        assert parsed.training["learning_rate"] == point["learning_rate"]
+        wanted = PROVIDERS[name].options | point
+        assert {key: parsed.adapter.options[key] for key in wanted if key != "learning_rate"} == {
+            key: value for key, value in wanted.items() if key != "learning_rate"
+        }
+
+
+def test_the_plan_tunes_before_it_compares_and_every_prefix_is_of_use():
+    runs = commonsense.plan(["headline", "quantized"], PROVIDERS, 5)
+    assert len(runs) == len(set(runs)) == 40 + 40 + 18
+    assert all(run.tunes for run in runs[:40])
+    assert [run.seed for run in runs[40:56]] == [0] * 8 + [1] * 8
+    assert {len(provider.points) for provider in PROVIDERS.values()} == {5}  # the same budget for every method
+
+
+@pytest.mark.slow
+def test_runs_leave_a_result_each_and_are_not_done_twice(data, tmp_path, capsys):
+    setting = Setting(tmp_path / "work", str(save_llama(tmp_path / "model")), smoke=True)
+    hashes, results = commonsense.prepare(data, setting.work), tmp_path / "results"
+    tuning = Run("small", "bf16", "lora_2", TUNING_SEED, 3)
+    missing = Run("small", "bf16", "lora_2", 0, None)  # its point is not known before all five were tried
+    assert commonsense.execute([tuning, missing], hashes, setting, results, 1, 60) == 1
+    result = json.loads((results / f"{tuning.name}.json").read_text())
+    assert (result["part"], result["seed"], result["settings"]) == ("dev", TUNING_SEED, {"learning_rate": 2e-3})
+    assert set(result["tasks"]) == set(REGIMES["small"].tasks)
+    assert all(len(task["after"]["right"]) == 8 for task in result["tasks"].values())
+    assert result["trainable_parameters"] > 0
+    assert result["data"]["openbookqa"] == hashes["openbookqa"]
+    assert str(tmp_path / "work") not in json.dumps(result["config"])
+    capsys.readouterr()
+    assert commonsense.execute([tuning], hashes, setting, results, 1, 60) == 0
+    assert capsys.readouterr().out == "0 runs left, 0 failed\n"
+    with pytest.raises(ValueError, match="trial"):
+        commonsense_report.load(results)
+
+
+def made_up(provider, seed, accuracy, parameters=100, examples=400):
+    generator = np.random.default_rng([seed, *provider.encode()])
+    shared = np.random.default_rng(7).random(examples)  # the same questions are hard for all
+    tasks = {}
+    for task in REGIMES["joint"].tasks:
+        right = 0.8 * shared + 0.2 * generator.random(examples) < accuracy
+        word = "".join(str(int(value)) for value in right)
+        tasks[task] = {"after": {"accuracy": float(right.mean()), "ids_sha256": task, "right": word}}
+    return {
+        **{"regime": "joint", "base": "bf16", "provider": provider, "seed": seed, "part": "test"},
+        **{"settings": {"learning_rate": 1e-3}, "trainable_parameters": parameters, "tasks": tasks},
+    }
+
+
+def test_a_difference_is_found_where_there_is_one_and_nowhere_else():
+    seeds = range(5)
+    better, worse, same = (
+        {seed: made_up(name, seed, accuracy) for seed in seeds}
+        for name, accuracy in (("lora_8", 0.60), ("lora_2", 0.55), ("lsr_4", 0.60))
+    )
+    difference, low, high, p = commonsense_report.compare(better, worse)
+    assert low < difference < high
+    assert low > 0
+    assert p < 0.05
+    difference, low, high, p = commonsense_report.compare(better, same)
+    assert low < 0 < high
+    assert p > 0.05
+    assert commonsense_report.compare({0: better[0]}, worse) is None
+    worse[1]["tasks"]["piqa"]["after"]["ids_sha256"] = "others"
+    with pytest.raises(ValueError, match="piqa, seed 1: the two were scored on different examples"):
+        commonsense_report.compare(better, worse)
+
+
+def test_tables_say_no_separation_and_plots_know_their_results(tmp_path):
+    for name, accuracy in (("lora_8", 0.60), ("lora_2", 0.55), ("lsr_4", 0.60)):
+        for seed in range(3):
+            path = tmp_path / f"joint-bf16-{name}-seed{seed}.json"
+            path.write_text(json.dumps(made_up(name, seed, accuracy)))
+    ((stem, (text, results)),) = commonsense_report.sections(tmp_path).items()
+    assert (stem, len(results)) == ("joint-bf16", 9)
+    lines = {line.split("|")[1].strip(): line for line in text.splitlines()}
+    assert "no separation" in lines["**LSR-Adapt** r=4 s=16"].split("|")[-3]
+    assert "p = " in lines["LoRA r=2"]
+    commonsense_report.draw(results, tmp_path / "a.png")
+    from PIL import Image
+
+    assert Image.open(tmp_path / "a.png").info["Source"] == commonsense_report.digest(results)

@@ -64,6 +64,8 @@ def throughput(path: Path, run: Run) -> str:
     if slopes := run.get("slopes"):
         found = [f"{s['provider']} {s['checkpointing']} {number(s['bytes_per_token_and_layer'])}" for s in slopes]
         lines.append(f"Bytes that one more token costs in a layer: {'; '.join(found)}.")
+    if len(config.get("points", ())) > 1:
+        lines.append(f"![{path.stem}](results/{path.parent.name}/{path.stem}.png)")
     return "\n\n".join([*lines, f"    {config['command']}"])
 
 

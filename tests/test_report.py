@@ -36,3 +36,22 @@ def test_a_changed_figure_is_noticed(tmp_path, monkeypatch, capsys):
 def test_a_readme_without_the_place_is_said():
     with pytest.raises(SystemExit, match=r"README.md has no place for throughput: put <!-- throughput"):
         report.with_table("nothing here", "throughput", "table")
+
+
+def test_a_sweep_has_a_plot_and_is_no_headline(tmp_path, monkeypatch):
+    (headline,) = report.RESULTS.glob("mistral-7b-nf4-h200-2.json")
+    run = json.loads(headline.read_text())
+    (row,) = [r for r in run["rows"] if (r["provider"], r["checkpointing"]) == ("lsr", "none")]
+    points = [[1024, 512], [1024, 1024], [8192, 512], [8192, 1024]]
+    rows = [row | {"tokens": tokens, "seq_len": length} for tokens, length in points]
+    sweep = run | {"rows": rows, "config": run["config"] | {"points": points}}
+    sweep["env"] = run["env"] | {"date": "2999-01-01"}
+    results = tmp_path / "throughput"
+    results.mkdir()
+    for name, content in (("mistral-7b-nf4-a.json", run), ("mistral-7b-nf4-sweep.json", sweep)):
+        (results / name).write_text(json.dumps(content))
+    monkeypatch.setattr(report, "RESULTS", results)
+    assert report.newest("mistral-7b", "nf4")["env"]["date"] == run["env"]["date"]
+    report.sweep_plot(sweep, results / "mistral-7b-nf4-sweep.png")
+    assert report.drawn_from(results / "mistral-7b-nf4-sweep.png") == report.digest(sweep) != report.digest(run)
+    assert "mistral-7b-nf4-sweep.png" in report.results_page.page(tmp_path)

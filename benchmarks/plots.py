@@ -1,0 +1,98 @@
+"""Plots of training steps: tokens/s against memory, and against the tokens of a step and of a sequence.
+
+A plot carries a digest of what it shows, so that one that is older than its measurement is found out.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from PIL import Image
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+
+LABELS = {
+    "lsr": "**LSR-Adapt** r=16 s=16, fused",
+    "lsr_held": "the same, weights held in bfloat16",
+    "kron_lora": "**Kron-LoRA** r=8, fused",
+    "lora": "LoRA r=16, fused by us",
+    "unsloth_lora": "LoRA r=16, Unsloth",
+    "peft_lora_liger": "LoRA r=16, PEFT + Liger",
+    "peft_kbit_liger": "the same after `prepare_model_for_kbit_training`",
+    "peft_lora": "LoRA r=16, PEFT",
+    "frozen": "no adapter, fused",
+    "peft_frozen_liger": "no adapter, Liger",
+}
+COLORS = {name: f"C{index}" for index, name in enumerate(LABELS)}
+MODES = {"none": "kept", "full": "recomputed"}
+
+
+def digest(run: dict[str, Any]) -> str:
+    """Return what a plot of these rows is recognized by."""
+    names = ("provider", "checkpointing", "tokens", "seq_len", "tokens_per_s", "peak_memory_gib")
+    shown = [[row[name] for name in names] for row in run["rows"]]
+    return hashlib.sha256(json.dumps(shown).encode()).hexdigest()
+
+
+def drawn_from(picture: Path) -> str | None:
+    """Return the digest of the results that a plot was drawn from, None where there is no plot."""
+    return Image.open(picture).info.get("Source") if picture.exists() else None
+
+
+def by_provider(run: dict[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Return the rows by provider and way of checkpointing, in the order of `LABELS`."""
+    rows = {name: {row["checkpointing"]: row for row in run["rows"] if row["provider"] == name} for name in LABELS}
+    return {name: modes for name, modes in rows.items() if modes}
+
+
+def memory_plot(run: dict[str, Any], path: Path) -> None:
+    """Draw tokens/s against memory: one color a provider, filled where everything is kept."""
+    figure, axis = pyplot.subplots(figsize=(8, 5))
+    providers = by_provider(run)
+    for depth, (name, modes) in enumerate(providers.items()):
+        points = {mode: row for mode, row in modes.items() if row["status"] == "ok" and mode in MODES}
+        for mode, row in points.items():
+            face = COLORS[name] if mode == "none" else "none"
+            label = LABELS[name].replace("*", "").replace("`", "") if mode == "none" else None
+            style = {"marker": "o", "s": 70, "facecolors": face, "edgecolors": COLORS[name], "label": label}
+            style["zorder"] = 3 + len(providers) - depth  # ours on top
+            axis.scatter(row["peak_memory_gib"], row["tokens_per_s"], **style)
+    axis.set_xlabel("peak memory, GiB")
+    axis.set_ylabel("tokens/s")
+    axis.set_xlim(0)
+    axis.set_ylim(0)
+    axis.grid(alpha=0.3)
+    axis.legend(frameon=False, fontsize=8, loc="lower right", title="filled: activations kept; open: recomputed")
+    config = run["config"]
+    gpu = run["env"]["gpus"][0].removeprefix("NVIDIA ")
+    axis.set_title(
+        f"{config['model']}, {config['base'].upper()}, {run['rows'][0]['tokens']:,} tokens a step, one {gpu}"
+    )
+    figure.tight_layout()
+    figure.savefig(path, dpi=130, metadata={"Source": digest(run)})
+
+
+def sweep_plot(run: dict[str, Any], path: Path) -> None:
+    """Draw tokens/s against tokens a step, a panel a sequence length, where everything is kept."""
+    rows = [row for row in run["rows"] if row["status"] == "ok" and row["checkpointing"] == "none"]
+    lengths = sorted({row["seq_len"] for row in rows})
+    figure, axes = pyplot.subplots(1, len(lengths), figsize=(3.2 * len(lengths), 4), sharey=True, squeeze=False)
+    for axis, length in zip(axes[0], lengths, strict=True):
+        for name, label in LABELS.items():
+            points = sorted(
+                (r["tokens"], r["tokens_per_s"]) for r in rows if (r["provider"], r["seq_len"]) == (name, length)
+            )
+            if points:
+                axis.plot(*zip(*points, strict=True), "o-", color=COLORS[name], label=label.replace("*", ""))
+        axis.set_xscale("log", base=2)
+        axis.set_xlabel("tokens a step")
+        axis.set_title(f"sequences of {length:,}")
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel("tokens/s")
+    axes[0][0].set_ylim(0)
+    axes[0][-1].legend(frameon=False, fontsize=8, loc="lower right")
+    figure.tight_layout()
+    figure.savefig(path, dpi=130, metadata={"Source": digest(run)})

@@ -169,9 +169,7 @@ def measure(
         if zero3.is_sharded(adapted):
             gather_by_layer(adapted, report.fused)
     factors = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
-    engine, *_ = deepspeed.initialize(
-        model=adapted, config=config, optimizer=torch.optim.AdamW(factors, lr=1e-3), model_parameters=factors
-    )
+    engine, *_ = deepspeed.initialize(model=adapted, config=config, optimizer=torch.optim.AdamW(factors, lr=1e-3))
     torch.manual_seed(0)
     vocabulary = adapted.config.get_text_config().vocab_size
     batch = torch.randint(0, vocabulary, (ROWS, tokens))

@@ -80,3 +80,27 @@ def gather(parameters: list[nn.Parameter]) -> Any:
     import deepspeed as engine
 
     return engine.zero.GatheredParameters(parameters)
+
+
+@contextmanager
+def gathered_as_called(model: nn.Module) -> Iterator[None]:
+    """Gather the weights of each module of a sharded model when it is called, and let go of them after its forward.
+
+    For forward passes without gradients before there is an engine, whose hooks do the same. Every process must make
+    the same calls.
+    """
+    hooks: list[Any] = []
+
+    def watch(module: nn.Module, own: list[Any]) -> None:
+        hooks.append(module.register_forward_pre_hook(lambda *_: own[0].all_gather(param_list=own)))
+        hooks.append(module.register_forward_hook(lambda *_: own[0].partition(param_list=own)))
+
+    for module in model.modules():
+        own = [parameter for parameter in module.parameters(recurse=False) if hasattr(parameter, "ds_id")]
+        if own:
+            watch(module, own)
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

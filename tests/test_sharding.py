@@ -9,6 +9,9 @@ from test_two_ranks import launch
 from tiny_runs import completions, save_llama, tiny_run, write_rows
 from two_ranks_sharding import BASES, COMBINATIONS, DEFAULT, MEASURED, METHODS, MODES, first_losses
 
+from lsr_scale.model import load_config, skeleton
+from lsr_scale.plan.sizes import frozen_bytes, quantized_layers
+
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(torch.cuda.is_available(), reason="of CPU processes; a GPU would be shared by both"),
@@ -62,10 +65,18 @@ def test_first_losses_are_those_of_one_process_to_four_digits(seen, alone, combi
 
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize(("base", "checkpoint"), MEASURED)
-def test_zero3_holds_a_share_of_the_base_on_each_process_from_the_first_weight_on(seen, rank, base, checkpoint):
+def test_zero3_holds_a_share_of_the_base_on_each_process_from_the_first_weight_on(seen, place, rank, base, checkpoint):
     found = seen[rank]["bytes"][f"{base}/{'checkpoint' if checkpoint else 'random'}"]
     assert found["whole_bytes"] > 2_500_000
     assert 0.5 <= found["after_step_of_whole"] <= 0.55
     assert found["loaded_bytes"] <= 0.55 * found["whole_bytes"]
     assert found["load_peak_of_whole"] < 0.75
     assert found["whole_load_peak_bytes"] >= found["whole_bytes"], "the meter sees what is made"
+    # what lsr-scale plan says: the share, the states, and one weight being quantized (which is mapped from a file)
+    empty = skeleton(load_config(str(place / "larger")))
+    frozen = frozen_bytes(empty, quantized_layers(empty) if base != "none" else [], base, True)
+    share = frozen.state + frozen.parameters // 2
+    assert found["whole_bytes"] == frozen.total
+    assert share < found["load_peak_bytes"] <= 1.06 * (share + frozen.largest)
+    if not checkpoint:
+        assert found["load_peak_bytes"] == pytest.approx(share + frozen.largest, rel=0.02)

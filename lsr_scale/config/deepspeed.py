@@ -35,6 +35,9 @@ _STAGE_3: dict[str, Any] = {
     **_BUCKETS,
     # In elements, and a 4-bit weight holds two weights an element: a Mistral-7B layer is 1.1e8. Two layers ahead.
     "stage3_prefetch_bucket_size": 250_000_000,
+    # What is used again within as many is not let go of: the last layer of the forward pass, which begins the backward
+    # pass, and a layer that is computed again there. By default 1e9, two layers of a 70B model.
+    "stage3_max_reuse_distance": 250_000_000,
     # Factors stay whole on every rank (16 x 14336, LoRA's largest on a 7B model, is 2.3e5), so that no step gathers
     # hundreds of small tensors; the base's linears are 2e6 and more.
     "stage3_param_persistence_threshold": 300_000,

@@ -113,8 +113,26 @@ def _unsafe(content: Mapping[str, Any]) -> Iterator[Problem]:
             yield Problem(
                 ("zero_optimization", name), "works with float16 weights only; set model.quantization instead"
             )
+    if zero.get("stage", 0) == 3:
+        yield from _unsafe_in_stage_3(zero)
     tensor_parallel = content.get("tensor_parallel", {})
     if isinstance(tensor_parallel, dict) and tensor_parallel.get("autotp_size", 0) > 1:
         yield Problem(
             ("tensor_parallel", "autotp_size"), "tensor parallelism cannot split a quantized layer; use ZeRO stage 3"
         )
+
+
+def _unsafe_in_stage_3(zero: Mapping[str, Any]) -> Iterator[Problem]:
+    """Yield ways of sharding that take all parameters to be of one floating dtype, or hold more than a share."""
+    offload = zero.get("offload_param")
+    if isinstance(offload, dict) and offload.get("device") == "nvme":
+        yield Problem(
+            ("zero_optimization", "offload_param", "device"),
+            "nvme swaps parameters through buffers of one floating dtype, which packed weights are not; set it to cpu",
+        )
+    for name, off, words in (
+        ("use_all_reduce_for_fetch_params", False, "gathers parameters of one dtype only; remove it"),
+        ("zero_hpz_partition_size", 1, "was never tried on a quantized base; remove it, or use zero2"),
+    ):
+        if zero.get(name, off) != off:
+            yield Problem(("zero_optimization", name), words)

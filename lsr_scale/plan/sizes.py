@@ -77,10 +77,9 @@ def frozen_bytes(model: nn.Module, quantized: list[str], quantization: str, doub
             nested = blocks + 4 * -(-blocks // NESTED_BLOCK) + 4 + 256 * 4
             extra = 16 * 4 + (nested if double_quantization else 4 * blocks)
         parameters, state, elements = parameters + stored, state + extra, elements + stored
-        # 4-bit scales are float32 before they are quantized themselves
-        largest = max(
-            largest, count * parameter.element_size() + stored + (0 if quantization == "int8" else 4 * blocks)
-        )
+        # int8 is made from a copy in float16; 4-bit scales are float32 before they are quantized themselves
+        between = 2 * count if quantization == "int8" else 4 * blocks
+        largest = max(largest, count * parameter.element_size() + between + stored)
     buffers = {id(buffer): buffer.numel() * buffer.element_size() for buffer in model.buffers()}
     ends: Any = [getattr(model, f"get_{which}_embeddings", lambda: None)() for which in ("input", "output")]
     outside = {id(module.weight): module.weight for module in ends if module is not None}

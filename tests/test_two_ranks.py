@@ -128,14 +128,15 @@ def test_zero3_shards_an_unquantized_base_and_saves_whole_factors(ran):
     assert json.loads((folder.adapter / "base.json").read_text())["linear_shapes"]["lm_head"] == [304, 48]
 
 
-def test_zero3_scores_before_training_as_the_other_stages_do(ran):
+@pytest.mark.parametrize("name", ["zero3", "zero3-fused"])
+def test_zero3_scores_before_training_as_the_other_stages_do(ran, name):
     place, *_ = ran
     two, three = (
         [
             json.loads(line)
             for line in RunFolder(place / name).predictions("questions", "before").read_text().splitlines()
         ]
-        for name in ("zero2", "zero3")
+        for name in ("zero2", name)
     )
     assert [row["id"] for row in two] == [row["id"] for row in three]
     for mine, theirs in zip(three, two, strict=True):

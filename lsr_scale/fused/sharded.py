@@ -30,9 +30,11 @@ def gather_by_layer(model: nn.Module, layers: list[str]) -> None:
             setattr(module, GATHERED, True)
 
     def register(*_: Any) -> None:
+        if not all(hasattr(parameter, "ds_id") for parameter in stack.parameters()):
+            return  # a forward before there is an engine, whose marks these are
         for layer in map(model.get_submodule, layers):
             for parameter in layer.parameters():
                 deepspeed.zero.register_external_parameter(stack if parameter.requires_grad else layer, parameter)
         hook.remove()
 
-    hook = stack.register_forward_pre_hook(register)  # the engine has made its own marks by then
+    hook = stack.register_forward_pre_hook(register)

@@ -17,31 +17,25 @@ from transformers import Trainer
 from lsr_scale import distributed, record
 from lsr_scale.errors import UserError, did_you_mean
 from lsr_scale.model.identity import base_description, check_base
+from lsr_scale.model.zero3 import gather, is_sharded
 from lsr_scale.packed_factors import is_packed, unpack
 
 # torch's words for two tensors that should be of one shape
 _MISMATCH = re.compile(r"size mismatch for (\S+): .*?\[(.*?)\].*?\[(.*?)\]")
 
 
-def is_sharded(model: Any) -> bool:
-    """Tell whether ZeRO-3 holds only a part of the parameters here."""
-    return any(hasattr(parameter, "ds_id") and parameter.numel() == 0 for parameter in model.parameters())
-
-
 def save_adapter(trainer: Trainer, target: Path) -> None:
     """Save the adapter as PEFT does, with `base.json` beside it; the folder appears whole, or the old one stays.
 
-    Under ZeRO-3 the factors are gathered first. Every tensor's shape is checked against the method's own.
+    Under ZeRO-3 what trains is gathered for it, and nothing of the base. Every process must call it.
 
     Raises:
         UserError: if the disk is full or the folder cannot be written.
     """
-    state: Any = None
-    if is_sharded(trainer.model):
-        state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    model: Any = trainer.accelerator.unwrap_model(trainer.model)
+    state = _gathered_state(model) if is_sharded(model) else None
     if not distributed.is_main():
         return
-    model: Any = trainer.accelerator.unwrap_model(trainer.model)
     aside, old = (target.with_name(f".{target.name}.{word}") for word in ("part", "old"))
     for left_over in (aside, old):
         shutil.rmtree(left_over, ignore_errors=True)
@@ -57,6 +51,17 @@ def save_adapter(trainer: Trainer, target: Path) -> None:
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _gathered_state(model: Any) -> dict[str, Any]:
+    """Return what trains, whole and on the CPU, by its name in the model; empty on all but the main process."""
+    state: dict[str, Any] = {}
+    for name, parameter in model.named_parameters():  # one at a time: a trained head may be large
+        if parameter.requires_grad:
+            with gather([parameter]):
+                if distributed.is_main():
+                    state[name] = parameter.detach().to("cpu", copy=True)
+    return state
 
 
 def write_adapter(model: Any, folder: Path, state: dict[str, Any] | None = None) -> None:

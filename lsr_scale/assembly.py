@@ -23,7 +23,7 @@ from lsr_scale.config.training import checkpoints_layers, training_arguments_cla
 from lsr_scale.data.formats import build_dataset
 from lsr_scale.data.preview import prepare_tokenizer, tokenize_classification
 from lsr_scale.errors import UserError
-from lsr_scale.fused import FuseReport, fuse
+from lsr_scale.fused import FuseReport, fuse, gather_by_layer
 from lsr_scale.memory_policy import KeepWhatFits, largest_forward
 from lsr_scale.model import base_of, load_tokenizer
 from lsr_scale.resumable import Resumable
@@ -109,14 +109,16 @@ def _fuse(run: RunConfig, model: PeftModel, arguments: Any) -> FuseReport | None
     wanted = run.training["fused"]
     if wanted == "off" or (wanted == "auto" and not torch.cuda.is_available()):
         return None
-    if zero_stage(run) == 3 and uses_deepspeed(run):
-        # DeepSpeed gathers weights by hooks on every module, which a fused layer does not call
-        return None
+    sharded = zero_stage(run) == 3 and uses_deepspeed(run)
     recompute = "full" if checkpoints_layers(run.training) else "none"
-    report = fuse(model.train(), recompute, hold_weights=run.training["memory"] == "speed")
-    if report.fused or report.per_linear:
+    # what is gathered anew for every pass cannot be held from pass to pass
+    report = fuse(model.train(), recompute, hold_weights=run.training["memory"] == "speed" and not sharded)
+    layers = [*report.fused, *report.per_linear]
+    if layers:
         # the layers see to it themselves, fused or not; transformers 5.23 reads the second name
         arguments.gradient_checkpointing = arguments.activation_checkpointing = False
+    if sharded and layers:
+        gather_by_layer(model, layers)
     return report
 
 

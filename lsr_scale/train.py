@@ -9,12 +9,13 @@ from typing import Any
 import torch
 
 from lsr_scale import checkpoints, config, distributed, evaluate, record, run_folder
-from lsr_scale.adapter_files import is_sharded, misfits, save_adapter
+from lsr_scale.adapter_files import misfits, save_adapter
 from lsr_scale.assembly import build_trainer, only_new_warnings, uses_deepspeed, zero_stage
 from lsr_scale.config import RunConfig
 from lsr_scale.errors import UserError
 from lsr_scale.faults import NONFINITE, StopOnSignal, Terminated
 from lsr_scale.model import base_description
+from lsr_scale.model.zero3 import gathered_as_called, is_sharded
 from lsr_scale.progress import Progress, check_finite, clock, draw_losses, print_line, summarize_metrics
 from lsr_scale.run_folder import RunFolder, step_of
 from lsr_scale.scoring.accuracy import TaskScore
@@ -93,10 +94,9 @@ def train(
         evaluate.save_predictions(folder, scores[when], when)
 
     if tasks and run.eval.before and checkpoint is None:
-        if is_sharded(model):
-            say("the base is sharded: accuracy before training is left out (lsr-scale eval --base-only measures it)")
-        else:
-            score("before", split=True)
+        # the processes of ZeRO-3 gather each layer together, so they must all do the same forwards
+        with gathered_as_called(model):
+            score("before", split=not is_sharded(model))
     elif tasks and checkpoint is not None:
         scores |= evaluate.read_scores(folder, tasks, "before")
     before_training = time.monotonic()
@@ -114,7 +114,6 @@ def train(
         save_adapter(trainer, folder.adapter)
     say(f"adapter saved: {folder.adapter}")
     if tasks:
-        # the processes of ZeRO-3 gather each layer together, so they must all do the same forwards
         score("after", split=not (uses_deepspeed(run) and zero_stage(run) == 3))
     if main:
         results = {

@@ -40,6 +40,15 @@ def test_a_deepspeed_path_is_read_from_beside_the_config_and_from_the_working_di
         ('{"zero_optimization": {"stage": 4}}', "zero_optimization.stage: expected 0, 1, 2 or 3, got 4"),
         ('{"zero_optimization": 2}', "zero_optimization: expected an object, got 2"),
         ('{"zero_optimization": {"zero_quantized_weights": true}}', "works with float16 weights only"),
+        (
+            '{"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}',
+            "zero_optimization.offload_param.device: nvme swaps parameters through buffers of one floating dtype",
+        ),
+        (
+            '{"zero_optimization": {"stage": 3, "use_all_reduce_for_fetch_params": true}}',
+            "use_all_reduce_for_fetch_params: gathers parameters of one dtype only; remove it",
+        ),
+        ('{"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}', "was never tried on a quantized base"),
         ('{"tensor_parallel": {"autotp_size": 2}}', "tensor parallelism cannot split a quantized layer"),
         ('{"a": 1,}', "ds.json:1:9: not valid JSON"),
         ("[1]", "expected one JSON object, got list"),
@@ -61,3 +70,11 @@ def test_runs_do_not_share_their_deepspeed_dictionary(section):
     load(MINIMAL + section).deepspeed.config["zero_optimization"]["stage"] = 0
     assert load(MINIMAL + section).deepspeed.config["zero_optimization"]["stage"] == 2
     assert SHIPPED["zero2"]["zero_optimization"]["stage"] == 2
+
+
+def test_a_head_trained_whole_beside_the_adapter_is_refused_under_zero3_alone():
+    run = MINIMAL + "deepspeed: {config: zero3}\n"
+    words = problem(run, "adapter.modules_to_save=[lm_head]")
+    assert "ZeRO-3 trains tensors of one dtype only; set deepspeed.config: zero2" in words
+    load(MINIMAL, "adapter.modules_to_save=[lm_head]")
+    load(run, "adapter.modules_to_save=[lm_head]", "model.dtype=float32")

@@ -81,7 +81,7 @@ def ran(place):
     return place, seen, out, err
 
 
-@pytest.mark.parametrize("name", [*STAGES, "zero3-bfloat16", "zero2-fused", "ddp", "ddp-fused"])
+@pytest.mark.parametrize("name", [*STAGES, "zero3-bfloat16", "zero2-fused", "zero3-fused", "ddp", "ddp-fused"])
 def test_factors_are_float32_in_the_engine_and_in_the_forward_on_both_ranks(ran, name):
     _, seen, _, _ = ran
     for rank in (0, 1):
@@ -94,10 +94,10 @@ def test_factors_are_float32_in_the_engine_and_in_the_forward_on_both_ranks(ran,
             assert seen[rank][name]["stage"] == int(name[4])
 
 
-@pytest.mark.parametrize("name", [*STAGES, "ddp", "ddp-fused"])
+@pytest.mark.parametrize("name", [*STAGES, "zero3-fused", "ddp", "ddp-fused"])
 def test_every_engine_trains_the_same_adapter(ran, name):
     place, *_ = ran
-    other = "zero2-fused" if name == "ddp-fused" else "zero2"
+    other = "zero2-fused" if name.endswith("-fused") else "zero2"
     expected, found = factors(RunFolder(place / other)), factors(RunFolder(place / name))
     assert found.keys() == expected.keys()
     assert {t.dtype for t in found.values()} == {torch.float32}
@@ -111,9 +111,11 @@ def test_every_engine_trains_the_same_adapter(ran, name):
 
 def test_fused_layers_have_the_same_losses_under_an_engine(ran):
     place, *_ = ran
-    fused, plain = ([row["loss"] for row in metrics(RunFolder(place / name))] for name in ("zero2-fused", "zero2"))
+    names = "zero2-fused", "zero2", "zero3-fused"
+    fused, plain, sharded = ([row["loss"] for row in metrics(RunFolder(place / name))] for name in names)
     assert fused == pytest.approx(plain, rel=1e-2)
     assert fused != plain, "another order of roundings"
+    assert sharded == pytest.approx(fused, rel=1e-3)
 
 
 def test_zero3_shards_an_unquantized_base_and_saves_whole_factors(ran):
@@ -122,8 +124,24 @@ def test_zero3_shards_an_unquantized_base_and_saves_whole_factors(ran):
     assert {n: t.shape for n, t in factors(folder).items()} == {
         n: t.shape for n, t in factors(RunFolder(place / "zero2")).items()
     }
-    assert set(results(folder)["accuracy"]["questions"]) == {"after"}
+    assert {"before", "after"} <= set(results(folder)["accuracy"]["questions"])
     assert json.loads((folder.adapter / "base.json").read_text())["linear_shapes"]["lm_head"] == [304, 48]
+
+
+@pytest.mark.parametrize("name", ["zero3", "zero3-fused"])
+def test_zero3_scores_before_training_as_the_other_stages_do(ran, name):
+    place, *_ = ran
+    two, three = (
+        [
+            json.loads(line)
+            for line in RunFolder(place / name).predictions("questions", "before").read_text().splitlines()
+        ]
+        for name in ("zero2", name)
+    )
+    assert [row["id"] for row in two] == [row["id"] for row in three]
+    for mine, theirs in zip(three, two, strict=True):
+        # each of zero2's processes has half of the rows, so other batches, whose padding moves sums in bfloat16
+        assert mine["log_likelihoods"] == pytest.approx(theirs["log_likelihoods"], abs=0.05)
 
 
 @pytest.mark.parametrize("name", STAGES)
@@ -191,7 +209,7 @@ def test_only_the_first_process_speaks_and_libraries_are_silent(ran):
     _, seen, out, err = ran
     assert out.count("run folder: ") == len(seen[0]) + len(STAGES), "once a run, stopped ones twice"
     assert out.count("step 4/4") == len(seen[0])
-    assert out.count("2 processes on CPU, DeepSpeed, ZeRO stage 3") == 6
+    assert out.count("2 processes on CPU, DeepSpeed, ZeRO stage 3") == 7
     assert out.count("2 processes on CPU, no DeepSpeed") == 2
     noise = [
         line for line in (out + "\n" + err).splitlines() if re.search(r"warn|deprecat|examples/s|\[rank", line, re.I)

@@ -23,7 +23,8 @@ ENGINES = {
     "zero1": {"deepspeed": {"config": "zero1"}, **QUICK},
     "zero2": {"deepspeed": {"config": "zero2"}},
     "zero2-fused": {"deepspeed": {"config": "zero2"}, **FUSED},
-    "zero3": {"deepspeed": {"config": "zero3"}, "eval": {"tasks": []}},
+    "zero3": {"deepspeed": {"config": "zero3"}},
+    "zero3-fused": {"deepspeed": {"config": "zero3"}, "training": {"save_strategy": "no", "fused": "on"}},
     "zero3-bfloat16": {"deepspeed": {"config": "zero3"}, "model": {"quantization": "none"}},
 }
 SAVING = {name: {"deepspeed": {"config": name}, "eval": {"tasks": []}} for name in ("zero0", "zero1", "zero2", "zero3")}

@@ -35,6 +35,9 @@ _STAGE_3: dict[str, Any] = {
     **_BUCKETS,
     # In elements, and a 4-bit weight holds two weights an element: a Mistral-7B layer is 1.1e8. Two layers ahead.
     "stage3_prefetch_bucket_size": 250_000_000,
+    # What is used again within as many is not let go of: the last layer of the forward pass, which begins the backward
+    # pass, and a layer that is computed again there. By default 1e9, two layers of a 70B model.
+    "stage3_max_reuse_distance": 250_000_000,
     # Factors stay whole on every rank (16 x 14336, LoRA's largest on a 7B model, is 2.3e5), so that no step gathers
     # hundreds of small tensors; the base's linears are 2e6 and more.
     "stage3_param_persistence_threshold": 300_000,
@@ -110,8 +113,26 @@ def _unsafe(content: Mapping[str, Any]) -> Iterator[Problem]:
             yield Problem(
                 ("zero_optimization", name), "works with float16 weights only; set model.quantization instead"
             )
+    if zero.get("stage", 0) == 3:
+        yield from _unsafe_in_stage_3(zero)
     tensor_parallel = content.get("tensor_parallel", {})
     if isinstance(tensor_parallel, dict) and tensor_parallel.get("autotp_size", 0) > 1:
         yield Problem(
             ("tensor_parallel", "autotp_size"), "tensor parallelism cannot split a quantized layer; use ZeRO stage 3"
         )
+
+
+def _unsafe_in_stage_3(zero: Mapping[str, Any]) -> Iterator[Problem]:
+    """Yield ways of sharding that take all parameters to be of one floating dtype, or hold more than a share."""
+    offload = zero.get("offload_param")
+    if isinstance(offload, dict) and offload.get("device") == "nvme":
+        yield Problem(
+            ("zero_optimization", "offload_param", "device"),
+            "nvme swaps parameters through buffers of one floating dtype, which packed weights are not; set it to cpu",
+        )
+    for name, off, words in (
+        ("use_all_reduce_for_fetch_params", False, "gathers parameters of one dtype only; remove it"),
+        ("zero_hpz_partition_size", 1, "was never tried on a quantized base; remove it, or use zero2"),
+    ):
+        if zero.get(name, off) != off:
+            yield Problem(("zero_optimization", name), words)

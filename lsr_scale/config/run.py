@@ -241,6 +241,14 @@ def _conflicts(run: RunConfig) -> Iterable[Problem]:
             "SFTTrainer computes the loss from lm_head's own weight, so an adapter there would never train; remove it, "
             "or train the whole matrix with adapter.modules_to_save: [lm_head]",
         )
+    stage = (run.deepspeed.config or {}).get("zero_optimization", {}).get("stage", 0)
+    whole = run.adapter.options.get("modules_to_save")
+    if stage == 3 and whole and model.task == "causal_lm" and model.dtype != "float32":
+        yield Problem(
+            ("adapter", "modules_to_save"),
+            f"{', '.join(whole)} would train in {model.dtype} beside factors in float32, and ZeRO-3 trains tensors of "
+            "one dtype only; set deepspeed.config: zero2, or remove it",
+        )
     if model.attention == "flash_attention_2" and model.dtype == "float32":
         yield Problem(
             ("model", "attention"), "flash_attention_2 has no float32; set model.dtype: bfloat16, or attention: sdpa"

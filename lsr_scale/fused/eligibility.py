@@ -21,6 +21,9 @@ from lsr_scale.fused.groups import base_of
 from lsr_scale.fused.pairs import active_adapters
 from lsr_scale.quantized import FrozenLinear4bit, FrozenLinear8bit
 
+# marks the modules whose weights ZeRO-3 gathers with their layer, see `sharded`: its hooks on them need not be called
+GATHERED = "gathered_with_layer"
+
 ATTENTION_IMPLEMENTATIONS = ("sdpa", "flash_attention_2", "flash_attention_3")
 
 FAMILIES = {"Llama": modeling_llama, "Mistral": modeling_mistral, "Qwen2": modeling_qwen2, "Qwen3": modeling_qwen3}
@@ -183,7 +186,10 @@ def _why_not_skipped(name: str, child: nn.Module) -> str | None:
         return f"{name} has a forward of its own (a device map or a patch)"
     hooks = [child._forward_hooks, child._forward_pre_hooks, child._backward_hooks, child._backward_pre_hooks]
     # transformers' recorders of outputs do nothing unless outputs are asked for, see why_not_call
-    if any(hook.__module__ != "transformers.utils.output_capturing" for held in hooks for hook in held.values()):
+    harmless = ("transformers.utils.output_capturing",)
+    if getattr(child, GATHERED, False):
+        harmless += ("deepspeed.",)
+    if any(not hook.__module__.startswith(harmless) for held in hooks for hook in held.values()):
         return f"{name} has hooks"
     return None
 

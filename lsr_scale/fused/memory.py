@@ -64,7 +64,9 @@ def fit_memory(model: nn.Module, free_bytes: float, tokens: int) -> MemoryReport
         return None
     rungs = [0] * len(layers)
     left = free_bytes
-    for rung in range(1, len(_RUNGS)):
+    # what ZeRO-3 gathers anew for every pass cannot be held from pass to pass
+    sharded = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+    for rung in range(1, len(_RUNGS) - sharded):
         # from the last layer, whose activations live the shortest
         for index in reversed(range(len(layers))):
             cost = _cost(layers[index], rung, tokens) - _cost(layers[index], rung - 1, tokens)

@@ -20,7 +20,6 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.models.auto import modeling_auto
 from transformers.pytorch_utils import Conv1D
 
@@ -29,7 +28,7 @@ from lsr_scale.model import embedded
 from lsr_scale.model.names import NAME_FORMS, explained, local_folder, resolve
 from lsr_scale.model.random_weights import random_base
 from lsr_scale.model.shapes import known_config
-from lsr_scale.model.zero3 import sharded_in, without_deepspeed
+from lsr_scale.model.zero3 import sharding, without_deepspeed
 from lsr_scale.quantized import freeze_quantized
 
 logger = logging.getLogger(__name__)
@@ -230,15 +229,14 @@ def load_base(
         empty = skeleton(config, task, num_labels, dtype, attention)
         quantizer = quantization_config(quantization, double_quantization, dtype, head_modules(empty))
         if random_weights:
-            model = random_base(empty, quantizer, device)
+            with sharding() as shard:
+                model = random_base(empty, quantizer, device, shard)
         else:
             path = resolve(name)
             kwargs: dict[str, Any] = {} if num_labels is None else {"num_labels": num_labels}
             if attention != "auto":
                 kwargs["attn_implementation"] = attention
-            if not is_deepspeed_zero3_enabled():  # which shards by itself and refuses a device map
-                kwargs["device_map"] = {"": str(device)}
-            with sharded_in(dtype):
+            with sharding() as shard:
                 model, report = model_class(config, task).from_pretrained(
                     path,
                     revision=revision,
@@ -246,8 +244,10 @@ def load_base(
                     quantization_config=quantizer,
                     trust_remote_code=False,
                     output_loading_info=True,
+                    device_map={"": str(device)},
                     **kwargs,
                 )
+                shard(model)
             _check_complete(name, model, report["missing_keys"])
             _check_shapes(name, model, empty)
     model.requires_grad_(False)

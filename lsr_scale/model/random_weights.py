@@ -4,6 +4,7 @@ Shapes decide speed and memory, knowledge does not; such a model predicts nothin
 for longer than it takes to quantize it, so a 7B model in 4 bits needs little more than its 4 bits.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import bitsandbytes as bnb
@@ -15,13 +16,19 @@ from transformers.modeling_utils import local_torch_dtype
 from transformers.quantizers import AutoHfQuantizer
 
 
-def random_base(model: PreTrainedModel, quantizer: BitsAndBytesConfig | None, device: torch.device) -> PreTrainedModel:
+def random_base(
+    model: PreTrainedModel,
+    quantizer: BitsAndBytesConfig | None,
+    device: torch.device,
+    shard: Callable[[nn.Module], None] = lambda module: None,
+) -> PreTrainedModel:
     """Fill a skeleton with the random weights that its architecture starts training with, in place.
 
     Args:
         model: The model on the meta device, see `lsr_scale.model.skeleton`.
         quantizer: How to quantize its linear layers; None leaves them in their dtype.
         device: Where to. Deterministic by torch's seed, per kind of device.
+        shard: Told each module whose weights are in place, see `lsr_scale.model.zero3.sharding`.
 
     Returns:
         The model, in eval mode, as `from_pretrained` would have returned it.
@@ -37,13 +44,25 @@ def random_base(model: PreTrainedModel, quantizer: BitsAndBytesConfig | None, de
             _quantize(model, module, device)
         else:
             module.to_empty(device=device, recurse=False)
+            if isinstance(module, nn.Linear | nn.Embedding):
+                _draw(model, module)
+        if isinstance(module, nn.Linear | nn.Embedding):
+            shard(module)  # at once: these are all but a few of a model's bytes
     model.initialize_weights()  # skips what carries the mark of being initialized
     model.tie_weights()
+    shard(model)
     if hub_quantizer is not None:
         model.hf_quantizer = hub_quantizer  # pyright: ignore[reportAttributeAccessIssue]
         hub_quantizer.postprocess_model(model)
     model.config.name_or_path = f"{model.config.name_or_path or model.config.model_type} (random weights)"
     return model.eval()
+
+
+def _draw(model: PreTrainedModel, module: nn.Module) -> None:
+    """Initialize the parameters of one module, and mark them as such."""
+    model._init_weights(module)
+    for parameter in module.parameters(recurse=False):
+        parameter._is_hf_initialized = True  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _quantize(model: PreTrainedModel, layer: Any, device: torch.device) -> None:

@@ -46,7 +46,8 @@ class Memory:
 
     `weights` is the frozen base and the adapter, `activations` what the forward pass keeps for the backward pass,
     `workspace` everything that comes and goes above that (gradients of activations, a dequantized weight, tiles of the
-    head, cuBLAS, DeepSpeed's buckets, and layers that ZeRO-3 has gathered).
+    head, cuBLAS, DeepSpeed's buckets, and layers that ZeRO-3 has gathered). `loading` is the peak while the base is
+    loaded, before there is anything else: all that stays of it, and one weight that is being quantized.
     """
 
     weights: float
@@ -55,6 +56,7 @@ class Memory:
     activations: float
     workspace: float
     total: float
+    loading: float
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Plan:
-    """See the module's docstring for what is exact and what is not."""
+    """See the module's docstring for what is exact and what is not.
+
+    `sharded` is how one GPU's memory under zero3 with checkpointing adds up, in GiB by what it is of.
+    """
 
     model: str
     architecture: str
@@ -89,6 +94,7 @@ class Plan:
     fused: bool
     memory_gib: Memory
     table: list[Row]
+    sharded: dict[str, float]
     warnings: list[str] = field(default_factory=list)
 
     def to_json(self) -> str:
@@ -164,6 +170,7 @@ def plan(run: RunConfig, gpus: int = 1) -> Plan:
         # one process runs without DeepSpeed
         memory_gib=parts.under(stages["run"] if gpus > 1 else {}, checkpoints_layers(training)),
         table=table,
+        sharded={name: round(part / GIB, 4) for name, part in parts.sharded(SHIPPED["zero3"], True).items()},
         warnings=notes,
     )
 
@@ -190,7 +197,7 @@ def render(plan: Plan) -> Group:
     ):
         facts.add_row(Text(name, style="bold"), text)
 
-    columns = ("weights", "gradients", "optimizer", "activations", "workspace", "total")
+    columns = ("weights", "gradients", "optimizer", "activations", "workspace", "total", "loading")
     title = f"GiB on one of {plan.gpus} GPUs" if plan.gpus > 1 else "GiB on one GPU"
     table = Table(
         "stage", "checkpointing", title=f"{title}, {plan.tokens_per_gpu:,} tokens at once", title_justify="left"
@@ -214,7 +221,20 @@ def render(plan: Plan) -> Group:
         style="dim",
     )
     warned = [Text(f"warning: {line}", style="yellow") for line in plan.warnings]
-    return Group(facts, Text(), table, note, *warned)
+    return Group(facts, Text(), table, note, *([_sum(plan)] if plan.gpus > 1 else []), *warned)
+
+
+def _sum(plan: Plan) -> Table:
+    """Return how zero3's memory adds up."""
+    table = Table(title=f"zero3 on one of {plan.gpus} GPUs, checkpointing on", title_justify="left", box=None)
+    table.add_column("GiB", justify="right")
+    table.add_column("of")
+    for name, part in plan.sharded.items():
+        table.add_row(f"{part:.2f}", name)
+    zero3 = next(row.memory_gib for row in plan.table if row.stage == "zero3" and row.checkpointing)
+    table.add_row(f"{zero3.total:.2f}", "in all; PyTorch's fragments, CUDA and NCCL come on top", style="bold")
+    table.add_row(f"{zero3.loading:.2f}", "while loading: the share, the states, and one weight being quantized")
+    return table
 
 
 def _fused_step(run: RunConfig, config: Any, batch: memory.Batch) -> dict[bool, memory.StepMemory] | None:
@@ -279,12 +299,13 @@ class _Parts:
 
         AdamW holds two moments of each trainable parameter. From stage 1 on DeepSpeed also holds a float32 master copy,
         all three divided by the number of GPUs, and a bucket for gradients; stage 2 divides the gradients, stage 3 the
-        parameters too (not the quantization state), of which it holds gathered stage3_max_live_parameters and a layer.
+        frozen parameters too (not the quantization state), of which it holds some gathered, see `_gathered`.
         """
         zero = deepspeed.get("zero_optimization", {})
         stage = zero.get("stage", 0)
         step = self.steps[checkpointing]
         weights = self.frozen.total + self.trainable
+        loading = self.frozen.total + self.frozen.largest
         gradients, optimizer = self.trainable, 2 * self.trainable
         workspace = step.peak - step.saved + CUBLAS_WORKSPACE
         if stage == 0 and self.gpus > 1:
@@ -296,18 +317,51 @@ class _Parts:
         if stage >= 2:
             gradients = self.trainable // self.gpus
         if stage == 3:
-            share = self.frozen.parameters // self.gpus
             offloaded = (zero.get("offload_param") or {}).get("device", "none") != "none"
-            weights = self.frozen.state + self.trainable + (0 if offloaded else share)
+            share = 0 if offloaded else self.frozen.parameters // self.gpus
+            weights = self.frozen.state + self.trainable + share
+            loading = self.frozen.state + share + self.frozen.largest
             # one process that holds all parameters uses them where they are
             if self.gpus > 1 or offloaded:
-                live = self._elements(zero, "stage3_max_live_parameters", 1_000_000_000)
-                live = min(live + self.frozen.elements // self.num_layers, self.frozen.elements)
-                workspace += self.frozen.parameters * live // self.frozen.elements
+                workspace += sum(self._gathered(zero).values())
         if (zero.get("offload_optimizer") or {}).get("device", "none") != "none":
             optimizer = 0
         parts = [weights, gradients, optimizer, step.saved, workspace]
-        return Memory(*(round(part / GIB, 4) for part in parts), total=round(sum(parts) / GIB, 4))
+        total, load = sum(parts), loading
+        return Memory(*(round(part / GIB, 4) for part in (*parts, total, load)))
+
+    def _gathered(self, zero: Mapping[str, Any]) -> dict[str, int]:
+        """Return the bytes that ZeRO-3 holds gathered at once: the head for the whole step, and layers of the stack."""
+        body = self.frozen.parameters - self.frozen.outside
+        elements = self.frozen.elements - self.frozen.outside_elements
+        layer = elements // self.num_layers
+        live = self._elements(zero, "stage3_max_live_parameters", 1_000_000_000)
+        ahead = min(self._elements(zero, "stage3_prefetch_bucket_size", 50_000_000), live)
+        # the last layers of the forward pass: they are come back to after twice their distance from its end
+        kept = self._elements(zero, "stage3_max_reuse_distance", 1_000_000_000) // 2
+        beside = min(ahead + kept, elements - layer)
+        return {
+            "the head, gathered": self.frozen.head,
+            "a layer, gathered": body * layer // elements,
+            "layers gathered ahead, or not let go of": body * beside // elements,
+        }
+
+    def sharded(self, deepspeed: Mapping[str, Any], checkpointing: bool) -> dict[str, int]:
+        """Return how `under` adds up for a stage-3 configuration, in bytes."""
+        zero = deepspeed["zero_optimization"]
+        step = self.steps[checkpointing]
+        bucket = 4 * self._elements(zero, "reduce_bucket_size", 500_000_000)
+        packed = self.frozen.parameters / GIB
+        return {
+            f"1/{self.gpus} of the frozen parameters' {packed:.2f}": self.frozen.parameters // self.gpus,
+            "quantization states and buffers, whole on each": self.frozen.state,
+            "the adapter": self.trainable,
+            f"1/{self.gpus} of its gradients, master copy and moments": 4 * self.trainable // self.gpus,
+            **(self._gathered(zero) if self.gpus > 1 else {}),
+            f"activations kept over {self.num_layers} layers": step.saved,
+            "one layer's other activations and dequantized weights": step.peak - step.saved,
+            "cuBLAS and the bucket of gradients": CUBLAS_WORKSPACE + bucket,
+        }
 
     def _elements(self, zero: Mapping[str, Any], name: str, default: int) -> int:
         """Return a DeepSpeed size; "auto" is what Transformers fills in."""

@@ -22,12 +22,18 @@ BLOCK, NESTED_BLOCK = 64, 256
 class FrozenBytes:
     """Bytes of the frozen base: parameters, which ZeRO-3 shards, and quantization state and buffers, which it does not.
 
-    `elements` counts parameters as stored, two 4-bit weights to one: what DeepSpeed's limits are in.
+    `elements` counts parameters as stored, two 4-bit weights to one: what DeepSpeed's limits are in. `outside` and
+    `outside_elements` are those of the embedding and the head, `head` the bytes of the latter. `largest` is the most
+    that one weight takes for the moment in which it is quantized: as it was in its file, and as it is held.
     """
 
     parameters: int
     state: int
     elements: int
+    outside: int = 0
+    outside_elements: int = 0
+    head: int = 0
+    largest: int = 0
 
     @property
     def total(self) -> int:
@@ -53,26 +59,39 @@ def frozen_bytes(model: nn.Module, quantized: list[str], quantization: str, doub
     int8: a byte a weight and a float32 scale per row. Everything else in its dtype, tied weights once.
     """
     weights = {id(model.get_submodule(name).weight): model.get_submodule(name) for name in quantized}
-    parameters = state = elements = 0
+    parameters = state = elements = largest = 0
     for parameter in model.parameters():  # each once
         layer = weights.get(id(parameter)) if quantization != "none" else None
         if layer is None:
-            parameters += parameter.numel() * parameter.element_size()
-            elements += parameter.numel()
+            size = parameter.numel() * parameter.element_size()
+            parameters, elements, largest = parameters + size, elements + parameter.numel(), max(largest, size)
             continue
         count = parameter.numel()
         blocks = -(-count // BLOCK)
         if quantization == "int8":
-            size = features(layer)
-            assert size is not None
-            stored, extra = count, 4 * size[1]
+            sides = features(layer)
+            assert sides is not None
+            stored, extra = count, 4 * sides[1]
         else:
             stored = -(-count // 2)
             nested = blocks + 4 * -(-blocks // NESTED_BLOCK) + 4 + 256 * 4
             extra = 16 * 4 + (nested if double_quantization else 4 * blocks)
         parameters, state, elements = parameters + stored, state + extra, elements + stored
+        # int8 is made from a copy in float16; 4-bit scales are float32 before they are quantized themselves
+        between = 2 * count if quantization == "int8" else 4 * blocks
+        largest = max(largest, count * parameter.element_size() + between + stored)
     buffers = {id(buffer): buffer.numel() * buffer.element_size() for buffer in model.buffers()}
-    return FrozenBytes(parameters, state + sum(buffers.values()), elements)
+    ends: Any = [getattr(model, f"get_{which}_embeddings", lambda: None)() for which in ("input", "output")]
+    outside = {id(module.weight): module.weight for module in ends if module is not None}
+    return FrozenBytes(
+        parameters,
+        state + sum(buffers.values()),
+        elements,
+        outside=sum(weight.numel() * weight.element_size() for weight in outside.values()),
+        outside_elements=sum(weight.numel() for weight in outside.values()),
+        head=0 if ends[1] is None else ends[1].weight.numel() * ends[1].weight.element_size(),
+        largest=largest,
+    )
 
 
 def adapter_file_bytes(model: Any) -> int:

@@ -1,0 +1,254 @@
+"""How much of a frozen base does each process hold under ZeRO-3, while it is loaded and after a step?
+
+    torchrun --nproc_per_node 2 benchmarks/sharding.py --model meta-llama/Llama-2-7b-hf --out NAME.json
+
+On GPUs or CPUs, whatever there is, for each `--quantization`. The model is loaded twice by every process: whole, as one
+process would, and under ZeRO-3; random weights unless `--checkpoint` says that the model has some. Then its adapter
+trains for three steps. Bytes are those of storages, not elements: of parameters as they stand, of the parts that
+DeepSpeed keeps, of quantization states and of everything else that hangs on the model. Peaks are what lives at once
+beyond what lived before: the allocator's on a GPU, every storage that an operation makes on a CPU.
+
+`first_loss` is to be compared between 1, 2 and more processes: all of them together see the same eight rows.
+"""
+
+import argparse
+import copy
+import gc
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+OPTIONS: dict[str, dict[str, Any]] = {
+    "lsr": {"rank": 4, "separation_rank": 4},
+    "kron_lora": {"rank": 4},
+    "lora": {"rank": 4},
+}
+ROWS, STEPS = 8, 3
+
+
+def held_bytes(model: nn.Module) -> int:
+    """Return the bytes of all storages that hang on a model, each once, but for those of parameters that train.
+
+    Reached are parameters, buffers and every other tensor in the attributes of parameters and modules: the parts that
+    ZeRO-3 keeps (`ds_tensor`), quantization states, int8's codes and scales, and the states of bitsandbytes' layers.
+    """
+    sizes: dict[int, int] = {}
+    seen: set[int] = set()
+
+    def visit(value: Any) -> None:
+        if id(value) in seen:
+            return
+        seen.add(id(value))
+        if isinstance(value, nn.Parameter) and value.requires_grad:
+            return
+        if isinstance(value, torch.Tensor):
+            storage = value.untyped_storage()
+            sizes[storage.data_ptr()] = storage.nbytes()
+            visit(vars(value))
+        elif isinstance(value, dict):
+            for item in list(value.values()):
+                visit(item)
+        elif isinstance(value, list | tuple):
+            for item in value:
+                visit(item)
+        elif type(value).__module__.startswith("bitsandbytes"):
+            visit(vars(value))
+
+    for module in model.modules():
+        visit(vars(module))
+    return sum(sizes.values())
+
+
+class Peak:
+    """The most bytes that lived at once beyond those that lived before; `bytes` is known when `peak_of` ends."""
+
+    bytes = 0
+
+
+@contextmanager
+def peak_of(device: torch.device) -> Iterator[Peak]:
+    """Watch what lives."""
+    from lsr_scale.plan.memory import LiveBytes
+
+    class Allocated(LiveBytes):
+        def _count(self, storage: torch.UntypedStorage) -> None:
+            if storage.device.type != "meta":
+                super()._count(storage)
+
+    peak = Peak()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        yield peak
+        peak.bytes = torch.cuda.max_memory_allocated(device) - before
+        return
+    with Allocated([]) as live:
+        yield peak
+    peak.bytes = max(live.peaks.values())
+
+
+def engine_config(stage: str, rows: int, **zero: Any) -> dict[str, Any]:
+    """Return a shipped DeepSpeed configuration with what the trainer would fill in."""
+    from lsr_scale.config.deepspeed import SHIPPED
+
+    config = copy.deepcopy(SHIPPED[stage])
+    config |= {"train_batch_size": ROWS, "train_micro_batch_size_per_gpu": rows, "gradient_clipping": 1.0}
+    config["gradient_accumulation_steps"] = 1
+    config["zero_optimization"] |= {"reduce_bucket_size": 50_000_000} | zero
+    return config
+
+
+def measure(
+    model: str,
+    quantization: str,
+    *,
+    method: str = "lsr",
+    stage: str = "zero3",
+    fused: bool = True,
+    checkpoint: bool = False,
+    tokens: int = 512,
+    persistent: int | None = None,
+) -> dict[str, Any]:
+    """Return what this process holds of a model under a stage, and the losses of the first steps.
+
+    Args:
+        model: A name or folder, as `model.name` in a run.
+        quantization: As in a run.
+        method: The adapter's.
+        stage: Name of a shipped DeepSpeed configuration.
+        fused: Fuse the layers, all of their activations recomputed; else each linear by itself.
+        checkpoint: The model has weights.
+        tokens: In a row.
+        persistent: Elements up to which a parameter stays whole; the configuration's own by default.
+    """
+    import deepspeed
+    import peft
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig
+
+    from lsr_scale import adapters, distributed
+    from lsr_scale.fused import fuse, gather_by_layer
+    from lsr_scale.model import load_base, local_device, zero3
+
+    device, world = local_device(), distributed.world_size()
+    rows = ROWS // world
+    zero = {} if persistent is None else {"stage3_param_persistence_threshold": persistent}
+    config = engine_config(stage, rows, **zero)
+
+    def load() -> Any:
+        return load_base(model, quantization=quantization, random_weights=not checkpoint)  # pyright: ignore
+
+    with peak_of(device) as whole_peak:
+        whole = load()
+    whole_bytes = held_bytes(whole)
+    del whole
+
+    held = HfDeepSpeedConfig(config)  # a model is sharded while this lives
+    begun = time.perf_counter()
+    with peak_of(device) as load_peak:
+        base = load()
+    load_s = time.perf_counter() - begun
+    loaded_bytes = held_bytes(base)
+    del held
+
+    base.enable_input_require_grads()  # as the trainer does
+    torch.manual_seed(0)
+    options = adapters.peft_config(method, {"target_modules": SEVEN, **OPTIONS[method]}, "CAUSAL_LM")
+    adapted: Any = peft.get_peft_model(base, options).train()
+    if fused:
+        report = fuse(adapted, "full")
+        assert not report.per_linear, str(report)
+        if zero3.is_sharded(adapted):
+            gather_by_layer(adapted, report.fused)
+    factors = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+    engine, *_ = deepspeed.initialize(model=adapted, config=config, optimizer=torch.optim.AdamW(factors, lr=1e-3))
+    torch.manual_seed(0)
+    vocabulary = adapted.config.get_text_config().vocab_size
+    batch = torch.randint(0, vocabulary, (ROWS, tokens))
+    mine = batch[distributed.rank() * rows : (distributed.rank() + 1) * rows].to(device)
+    losses: list[float] = []
+    begun = time.perf_counter()
+    with peak_of(device) as step_peak:
+        for _ in range(STEPS):
+            loss = engine(input_ids=mine, labels=mine).loss
+            engine.backward(loss)
+            engine.step()
+            mean = loss.detach().float().clone()
+            torch.distributed.all_reduce(mean)
+            losses.append(mean.item() / world)
+    steps_s = time.perf_counter() - begun
+    after = held_bytes(adapted)
+    engine.destroy()
+    return {
+        "whole_bytes": whole_bytes,
+        "whole_load_peak_bytes": whole_peak.bytes,
+        "loaded_bytes": loaded_bytes,
+        "load_peak_bytes": load_peak.bytes,
+        "after_step_bytes": after,
+        "step_peak_bytes": step_peak.bytes,
+        "after_step_of_whole": round(after / whole_bytes, 4),
+        "load_peak_of_whole": round(load_peak.bytes / whole_bytes, 4),
+        "losses": losses,
+        "load_s": round(load_s, 2),
+        "steps_s": round(steps_s, 2),
+    }
+
+
+def main() -> None:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="hub name with known shapes, or a folder")
+    parser.add_argument("--quantization", nargs="+", default=["nf4", "int8", "none"])
+    parser.add_argument("--method", default="lsr", choices=list(OPTIONS))
+    parser.add_argument("--stage", default="zero3")
+    parser.add_argument("--per-linear", action="store_true", help="do not fuse")
+    parser.add_argument("--checkpoint", action="store_true", help="the model has weights; random ones otherwise")
+    parser.add_argument("--tokens", type=int, default=512, help="in a row")
+    parser.add_argument("--persistent", type=int, help="elements up to which a parameter stays whole")
+    parser.add_argument("--out", type=Path)
+    options, _ = parser.parse_known_args()  # the launcher's --local_rank
+
+    os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")  # threads would load unseen
+    from lsr_scale import cli, distributed, record
+
+    cli._quiet_libraries(debug=False)
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("MASTER_PORT", "29571")
+    distributed.start(use_deepspeed=True)
+    found: dict[str, Any] = {}
+    for quantization in options.quantization:
+        mine = measure(
+            options.model,
+            quantization,
+            method=options.method,
+            stage=options.stage,
+            fused=not options.per_linear,
+            checkpoint=options.checkpoint,
+            tokens=options.tokens,
+            persistent=options.persistent,
+        )
+        found[quantization] = distributed.gather([mine])
+        if distributed.is_main():
+            for rank, row in enumerate(found[quantization]):
+                shares = (
+                    f"{row['after_step_of_whole']:.3f} after a step, {row['load_peak_of_whole']:.3f} at most in load"
+                )
+                print(f"{quantization} rank {rank}: of {row['whole_bytes']:,} bytes {shares}; losses {row['losses']}")
+    if distributed.is_main() and options.out:
+        chosen = {name: value for name, value in vars(options).items() if name != "out"}
+        content = {"options": chosen, "processes": distributed.world_size(), "environment": record.environment()}
+        record.write_json(options.out, content | {"by_rank": found})
+    distributed.stop()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""ZeRO stages over quantized bases: equal first losses everywhere, and under stage 3 each process holds its share."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_two_ranks import launch
+from tiny_runs import completions, save_llama, tiny_run, write_rows
+from two_ranks_sharding import BASES, COMBINATIONS, DEFAULT, MEASURED, METHODS, MODES, first_losses
+
+from lsr_scale.model import load_config, skeleton
+from lsr_scale.plan.sizes import frozen_bytes, quantized_layers
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(torch.cuda.is_available(), reason="of CPU processes; a GPU would be shared by both"),
+]
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sharding")
+    save_llama(folder / "model")
+    save_llama(folder / "deep", num_hidden_layers=5)
+    save_llama(folder / "larger", hidden_size=256, intermediate_size=688, num_hidden_layers=6, head_dim=64)
+    weights = folder / "larger" / "model.safetensors"
+    save_file({name: value.bfloat16() for name, value in load_file(weights).items()}, weights, {"format": "pt"})
+    write_rows(folder / "rows.jsonl", completions(8))
+    tiny_run(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def seen(place):
+    """Run two_ranks_sharding.py once for all tests."""
+    status, out, err, _ = launch("torchrun", ROOT / "tests" / "two_ranks_sharding.py", place, timeout=400)
+    assert status == 0, out + err
+    return [json.loads((place / f"sharding-{rank}.json").read_text()) for rank in (0, 1)]
+
+
+@pytest.fixture(scope="module")
+def alone(place):
+    """Return the losses of one process without DeepSpeed, which sees the same rows in each step."""
+    losses = {}
+    modes = [(base, "lsr", mode) for base in BASES[1:] for mode in MODES if mode != DEFAULT]
+    for base, method, mode in [*((b, m, DEFAULT) for b in BASES for m in METHODS), *modes]:
+        found, _ = first_losses(place, base, method, mode, training={"gradient_accumulation_steps": 2})
+        losses[base, method, mode] = found
+    return losses
+
+
+@pytest.mark.parametrize("combination", COMBINATIONS, ids="/".join)
+def test_first_losses_are_those_of_one_process_to_four_digits(seen, alone, combination):
+    stage, *rest = combination
+    name = "/".join(combination)
+    found, expected = seen[0]["losses"][name], alone[tuple(rest)]
+    assert len(found) == 2
+    assert found == seen[1]["losses"][name]
+    assert found[0] == pytest.approx(expected[0], rel=5e-5)
+    assert found[1] == pytest.approx(expected[1], rel=2e-4), (
+        "after a step of Adam, which follows the sign of a gradient"
+    )
+    assert seen[0]["sharded"][name] == stage.startswith("zero3")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(("base", "checkpoint"), MEASURED)
+def test_zero3_holds_a_share_of_the_base_on_each_process_from_the_first_weight_on(seen, place, rank, base, checkpoint):
+    found = seen[rank]["bytes"][f"{base}/{'checkpoint' if checkpoint else 'random'}"]
+    assert found["whole_bytes"] > 2_500_000
+    assert 0.5 <= found["after_step_of_whole"] <= 0.55
+    assert found["loaded_bytes"] <= 0.55 * found["whole_bytes"]
+    assert found["load_peak_of_whole"] < 0.75
+    assert found["whole_load_peak_bytes"] >= found["whole_bytes"], "the meter sees what is made"
+    # what lsr-scale plan says: the share, the states, and one weight being quantized
+    empty = skeleton(load_config(str(place / "larger")))
+    frozen = frozen_bytes(empty, quantized_layers(empty) if base != "none" else [], base, True)
+    share = frozen.state + frozen.parameters // 2
+    assert found["whole_bytes"] == frozen.total
+    assert found["load_peak_bytes"] == pytest.approx(share + frozen.largest, rel=0.06)

@@ -1,0 +1,103 @@
+"""What test_sharding.py has two processes do, in one launch: the first two steps of every combination.
+
+    torchrun --nproc_per_node 2 tests/two_ranks_sharding.py FOLDER
+
+The folder holds `model` and the data of `tiny_runs`, `deep`, of five layers (fused layers make the pairs of the second
+to the fourth together), and `larger`, for measuring. What each process saw goes to sharding-RANK.json: the losses by
+combination, and bytes.
+"""
+
+import copy
+import gc
+import json
+import sys
+from pathlib import Path
+
+from lsr_scale import cli
+
+STAGES = ("zero0", "zero1", "zero2", "zero3", "zero3_offload")
+BASES = ("none", "nf4", "int8")
+METHODS = ("lsr", "kron_lora", "lora")
+# fused, gradient_checkpointing, gradient_checkpointing_kwargs; the first is the default on a CPU
+MODES = {
+    "linear-checkpointed": ("off", True, None),
+    "linear": ("off", False, None),
+    "linear-reentrant": ("off", True, {"use_reentrant": True}),
+    "fused": ("on", False, None),
+    "fused-recomputed": ("on", True, None),
+}
+DEFAULT = "linear-checkpointed"
+COMBINATIONS = [
+    *((stage, base, method, DEFAULT) for stage in STAGES for base in BASES for method in METHODS),
+    *(("zero3", base, "lsr", mode) for base in BASES[1:] for mode in MODES if mode != DEFAULT),
+]
+# and whether from a checkpoint, fused then, or with random weights
+MEASURED = [("nf4", True), ("int8", True), ("none", False)]
+
+
+def engine(stage: str) -> dict:
+    """Return a shipped configuration under which even a tiny model's linears are sharded."""
+    from lsr_scale.config.deepspeed import SHIPPED
+
+    config = copy.deepcopy(SHIPPED[stage])
+    if stage.startswith("zero3"):
+        config["zero_optimization"]["stage3_param_persistence_threshold"] = 400
+    return config
+
+
+def first_losses(folder: Path, base: str, method: str, mode: str, **changes) -> tuple[list[float], object]:
+    """Return the losses of the first two steps of a run, and its model."""
+    from tiny_runs import tiny_run
+
+    from lsr_scale import assembly
+    from lsr_scale.run_folder import RunFolder
+
+    fused, checkpointing, kwargs = MODES[mode]
+    training = {
+        "output_dir": str(folder / "unused"),
+        "max_steps": 2,
+        "save_strategy": "no",
+        "fused": fused,
+        "gradient_checkpointing": checkpointing,
+        "gradient_checkpointing_kwargs": kwargs,
+        **changes.pop("training", {}),
+    }
+    model = {"name": str(folder / ("model" if mode == DEFAULT else "deep")), "quantization": base}
+    run = tiny_run(folder, model=model, adapter={"method": method}, training=training, eval={"tasks": []}, **changes)
+    trainer = assembly.build_trainer(run, RunFolder(folder / "unused"))
+    with assembly.only_new_warnings():
+        trainer.train()
+    return [row["loss"] for row in trainer.state.log_history if "loss" in row], trainer.model
+
+
+def main() -> None:
+    cli._quiet_libraries(debug=False)  # as the command does, before what reads these settings is imported
+    import datasets
+    from accelerate.state import AcceleratorState
+
+    from lsr_scale import distributed
+    from lsr_scale.model.zero3 import is_sharded
+
+    sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+    from sharding import measure
+
+    datasets.disable_progress_bars()
+    folder, rank = Path(sys.argv[-1]), distributed.rank()
+    distributed.start(use_deepspeed=True)
+    gc.freeze()
+    seen: dict = {"losses": {}, "sharded": {}, "bytes": {}}
+    for stage, base, method, mode in COMBINATIONS:
+        name = "/".join((stage, base, method, mode))
+        losses, model = first_losses(folder, base, method, mode, deepspeed={"config": engine(stage)})
+        seen["losses"][name], seen["sharded"][name] = losses, is_sharded(model)  # pyright: ignore
+        AcceleratorState._reset_state(reset_partial_state=True)
+    for base, checkpoint in MEASURED:
+        kind = "checkpoint" if checkpoint else "random"
+        seen["bytes"][f"{base}/{kind}"] = measure(
+            str(folder / "larger"), base, checkpoint=checkpoint, tokens=16, persistent=1000, fused=checkpoint
+        )
+    (folder / f"sharding-{rank}.json").write_text(json.dumps(seen))
+
+
+if __name__ == "__main__":
+    main()

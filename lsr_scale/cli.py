@@ -74,6 +74,11 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--base", help="the base model, where nothing beside the adapter names it")
     sub.add_argument("--verify", action=argparse.BooleanOptionalAction, default=True, help="compare logits")
 
+    sub = command("inspect", "Show what is in an adapter: shapes, ranks, size, spectrum and condition of its factors.")
+    sub.add_argument("source", metavar="RUN_OR_ADAPTER", help="a run's folder, or an adapter's")
+    sub.add_argument("--png", metavar="FILE", help="where to draw; spectra.png in the folder by default")
+    sub.add_argument("--json", action="store_true", help="print JSON; drawn only with --png")
+
     sub = command("merge", "Add adapters of one base up, exactly, into one LoRA adapter.")
     sub.add_argument("sources", nargs="+", metavar="RUN_OR_ADAPTER")
     sub.add_argument("--weights", nargs="+", type=float, help="one for each; 1 by default")
@@ -247,6 +252,24 @@ def _export(args: argparse.Namespace) -> int:
     return 0
 
 
+def _inspect(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from lsr_scale.export import inspect
+
+    report = inspect.inspect_adapter(args.source)
+    picture = args.png or (None if args.json else Path(args.source).expanduser() / "spectra.png")
+    if picture is not None:
+        inspect.draw(report, Path(picture))
+    if args.json:
+        print(json.dumps(report, indent=1))
+    else:
+        console = Console(highlight=False)
+        console.print(inspect.render(report))
+        console.print(f"spectra  {picture}", soft_wrap=True, markup=False)
+    return 0
+
+
 def _merge(args: argparse.Namespace) -> int:
     from lsr_scale.export import merge
 
@@ -322,6 +345,7 @@ _COMMANDS = {
     "eval": _eval,
     "generate": _generate,
     "export": _export,
+    "inspect": _inspect,
     "merge": _merge,
     "preview": _preview,
     "plan": _plan,

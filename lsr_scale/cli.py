@@ -70,7 +70,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", required=True, metavar="DIR", help="a new folder")
     sub.add_argument("--bits", type=int, choices=(16, 8, 4), default=16, help="of the factors, for adapter")
     sub.add_argument("--max-rank", type=_count, help="truncate to this rank, for lora and gguf")
-    sub.add_argument("--dtype", help="lora, gguf: float32, bfloat16, float16; merged: bfloat16, float32, nf4")
+    sub.add_argument("--dtype", help="float32, bfloat16, float16; merged: also nf4; gguf --merged: also q8_0")
+    sub.add_argument("--merged", action="store_true", help="a full GGUF rather than an adapter, for gguf")
+    sub.add_argument("--base-gguf", metavar="FILE", help="a GGUF of the base, for gguf --merged: vocabulary, metadata")
     sub.add_argument("--base", help="the base model, where nothing beside the adapter names it")
     sub.add_argument("--verify", action=argparse.BooleanOptionalAction, default=True, help="compare logits")
 
@@ -248,6 +250,7 @@ def _export(args: argparse.Namespace) -> int:
     from lsr_scale.export import export
 
     options = {"bits": args.bits, "max_rank": args.max_rank, "dtype": args.dtype}
+    options |= {"merged": args.merged, "base_gguf": args.base_gguf}
     export(args.source, args.to, args.out, **options, verify=args.verify, base=args.base)
     return 0
 

@@ -24,6 +24,8 @@ from lsr_scale.export.verify import EXACT, Agreement, Reference, base_section
 
 KINDS = ("adapter", "lora", "merged", "gguf")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# where they are not those; the first is the default
+_DTYPES_OF = {"merged": ("bfloat16", "float32", "nf4"), "merged gguf": ("float16", "float32", "bfloat16", "q8_0")}
 _NICKNAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "f32": "float32", "f16": "float16"}
 
 Say = Callable[[str], None]
@@ -37,6 +39,8 @@ def export(
     bits: int = 16,
     max_rank: int | None = None,
     dtype: str | None = None,
+    merged: bool = False,
+    base_gguf: str | None = None,
     verify: bool = True,
     base: str | None = None,
     say: Say = print,
@@ -50,7 +54,9 @@ def export(
         bits: Of the factors, for "adapter": 16, 8 or 4.
         max_rank: Truncate to it, for "lora" and "gguf".
         dtype: Of what is written: float32 (default), bfloat16, float16 for "lora" and "gguf"; bfloat16 (default),
-            float32 or nf4 for "merged".
+            float32 or nf4 for "merged"; float16 (default), float32, bfloat16 or q8_0 for a merged "gguf".
+        merged: Write a full GGUF rather than llama.cpp's LoRA adapter, for "gguf".
+        base_gguf: A GGUF of the base, whose vocabulary and metadata the merged one gets; a built-in model has one.
         verify: Compare logits with those of the adapter as trained before the folder appears.
         base: The base model, where neither run nor base.json names it.
         say: Called with a line at a time.
@@ -66,8 +72,11 @@ def export(
         raise UserError(f"--to: expected one of {', '.join(KINDS)}, got {kind!r}")
     if bits not in (16, 8, 4):
         raise UserError(f"--bits: expected 16, 8 or 4, got {bits}")
-    dtype = _NICKNAMES.get(dtype or "", dtype) or ("bfloat16" if kind == "merged" else "float32")
-    allowed = ("bfloat16", "float32", "nf4") if kind == "merged" else tuple(DTYPES)
+    if (merged or base_gguf) and (kind != "gguf" or not merged or max_rank):
+        raise UserError("--merged: goes with --to gguf and no --max-rank, --base-gguf with both")
+    form = "merged gguf" if merged else kind
+    allowed = _DTYPES_OF.get(form, tuple(DTYPES))
+    dtype = _NICKNAMES.get(dtype or "", dtype) or allowed[0]
     if dtype not in allowed:
         raise UserError(f"--dtype: expected one of {', '.join(allowed)} for --to {kind}, got {dtype!r}")
     started = time.perf_counter()
@@ -88,6 +97,10 @@ def export(
 
             metadata = lora.metadata_of(source, kind, dtype=dtype)
             facts |= write_merged(folder, source, base_section(source, base), dtype, metadata)
+        elif merged:
+            from lsr_scale.export.gguf_model import write_merged_gguf
+
+            facts |= write_merged_gguf(folder, source, base_section(source, base), dtype, base_gguf)
         else:
             from lsr_scale.export.gguf_file import write_gguf
 
@@ -98,17 +111,17 @@ def export(
         facts["seconds to write"] = round(time.perf_counter() - started, 2)
         if verify:
             reference = Reference(source, base)
-            if kind == "merged":
+            if kind == "merged" or merged:
                 agreement = reference.of_model(folder)
             elif kind == "gguf":
                 agreement = _read_back_agrees(folder, source, reference)
             else:
                 agreement = reference.of_adapter(folder)
-            exact = not ({"truncation error, largest"} & facts.keys()) and bits == 16 and dtype != "nf4"
+            exact = "truncation error, largest" not in facts and bits == 16 and dtype in DTYPES
             _judge(agreement, EXACT[DTYPES[dtype]] if exact and kind != "adapter" else EXACT[torch.float16], exact)
             facts |= {"logits": agreement.line()}
-        result = {"kind": kind, **facts, **({"agreement": dataclasses.asdict(agreement)} if verify else {})}
-        write_card(folder, source, kind, facts)
+        result = {"kind": form, **facts, **({"agreement": dataclasses.asdict(agreement)} if verify else {})}
+        write_card(folder, source, form, facts)
         record.write_json(folder / "export.json", result)
     for name, value in facts.items():
         say(f"{name}: {value}")

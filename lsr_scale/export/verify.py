@@ -5,6 +5,7 @@ The base is held as in training and computed in float32, so that what remains is
 
 import contextlib
 import dataclasses
+import io
 import warnings
 from pathlib import Path
 from typing import Any
@@ -111,12 +112,16 @@ class Reference:
         return agreement
 
     def of_model(self, folder: Path) -> Agreement:
-        """Return the agreement of a whole model's folder, loaded by Transformers."""
-        from transformers import AutoModelForCausalLM
+        """Return the agreement of a whole model's folder, safetensors or one GGUF, loaded by Transformers."""
+        from transformers import AutoModelForCausalLM, GgufConfig
 
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, trust_remote_code=False, use_safetensors=True, dtype=torch.float32
-        )
+        options: dict[str, Any] = {"use_safetensors": True}
+        for file in folder.glob("*.gguf"):
+            options = {"gguf_file": file.name, "quantization_config": GgufConfig(dequantize=True)}
+        with contextlib.redirect_stderr(io.StringIO()):  # a plain tqdm bar, which no setting turns off
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                folder, trust_remote_code=False, dtype=torch.float32, **options
+            )
         return compare(self.logits(in_float32(model)), self.trained, self.without)
 
 

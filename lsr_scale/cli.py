@@ -75,6 +75,11 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--base-gguf", metavar="FILE", help="a GGUF of the base, for gguf --merged: vocabulary, metadata")
     sub.add_argument("--base", help="the base model, where nothing beside the adapter names it")
     sub.add_argument("--verify", action=argparse.BooleanOptionalAction, default=True, help="compare logits")
+    sub.add_argument(
+        "--accuracy",
+        action=argparse.BooleanOptionalAction,
+        help="score the run's tasks as trained and exported; by default where the export loses something",
+    )
 
     sub = command("inspect", "Show what is in an adapter: shapes, ranks, size, spectrum and condition of its factors.")
     sub.add_argument("source", metavar="RUN_OR_ADAPTER", help="a run's folder, or an adapter's")
@@ -251,7 +256,7 @@ def _export(args: argparse.Namespace) -> int:
 
     options = {"bits": args.bits, "max_rank": args.max_rank, "dtype": args.dtype}
     options |= {"merged": args.merged, "base_gguf": args.base_gguf}
-    export(args.source, args.to, args.out, **options, verify=args.verify, base=args.base)
+    export(args.source, args.to, args.out, **options, verify=args.verify, accuracy=args.accuracy, base=args.base)
     return 0
 
 

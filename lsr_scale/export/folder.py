@@ -16,11 +16,12 @@ import torch
 from safetensors import SafetensorError
 
 from lsr_scale import record
+from lsr_scale.data.tasks import Example
 from lsr_scale.errors import UserError
 from lsr_scale.export import pairs as lora
 from lsr_scale.export.card import write_card
 from lsr_scale.export.source import AdapterSource, describe_file, open_adapter
-from lsr_scale.export.verify import EXACT, Agreement, Reference, base_section
+from lsr_scale.export.verify import EXACT, Agreement, Reference, base_section, questions_of
 
 KINDS = ("adapter", "lora", "merged", "gguf")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -42,6 +43,7 @@ def export(
     merged: bool = False,
     base_gguf: str | None = None,
     verify: bool = True,
+    accuracy: bool | None = None,
     base: str | None = None,
     say: Say = print,
 ) -> dict[str, Any]:
@@ -58,6 +60,8 @@ def export(
         merged: Write a full GGUF rather than llama.cpp's LoRA adapter, for "gguf".
         base_gguf: A GGUF of the base, whose vocabulary and metadata the merged one gets; a built-in model has one.
         verify: Compare logits with those of the adapter as trained before the folder appears.
+        accuracy: Compare the accuracy on the run's tasks as well, on 200 questions of each at most. None: where the
+            export loses something, and the run has tasks that can be read.
         base: The base model, where neither run nor base.json names it.
         say: Called with a line at a time.
 
@@ -110,16 +114,19 @@ def export(
         facts |= _sizes(folder, source)
         facts["seconds to write"] = round(time.perf_counter() - started, 2)
         if verify:
-            reference = Reference(source, base)
+            exact = "truncation error, largest" not in facts and bits == 16 and dtype in DTYPES
+            tasks, why = _questions(source, accuracy is None, wanted=(not exact) if accuracy is None else accuracy)
+            reference = Reference(source, base, tasks)
             if kind == "merged" or merged:
                 agreement = reference.of_model(folder)
             elif kind == "gguf":
                 agreement = _read_back_agrees(folder, source, reference)
             else:
                 agreement = reference.of_adapter(folder)
-            exact = "truncation error, largest" not in facts and bits == 16 and dtype in DTYPES
             _judge(agreement, EXACT[DTYPES[dtype]] if exact and kind != "adapter" else EXACT[torch.float16], exact)
             facts |= {"logits": agreement.line()}
+            if agreement.accuracy or why:
+                facts["accuracy"] = "; ".join(agreement.accuracy_lines()) or why
         result = {"kind": form, **facts, **({"agreement": dataclasses.asdict(agreement)} if verify else {})}
         write_card(folder, source, form, facts)
         record.write_json(folder / "export.json", result)
@@ -188,6 +195,18 @@ def _read_back_agrees(folder: Path, source: AdapterSource, reference: Reference)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}.") as again:
         lora.write_lora(Path(again), pairs, source, torch.float32, {})
         return reference.of_adapter(Path(again))
+
+
+def _questions(source: AdapterSource, tolerant: bool, wanted: bool) -> tuple[dict[str, list[Example]], str]:
+    """Return the questions to compare accuracies on, or why there are none."""
+    if not wanted:
+        return {}, ""
+    try:
+        return questions_of(source), ""
+    except UserError as error:
+        if not tolerant:
+            raise
+        return {}, f"not compared: {error}"
 
 
 def _judge(agreement: Agreement, tolerance: float, exact: bool) -> None:

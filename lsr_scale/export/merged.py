@@ -84,17 +84,17 @@ class MergedWeights:
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         """Yield names and tensors: what was quantized or adapted in float32, the others as training held them."""
         for file in self.files:
-            with safe_open(file, "pt") as opened:
-                for name in opened.keys():  # noqa: SIM118
+            for name, _ in _shapes(file):
+                with safe_open(file, "pt") as opened:  # again for each: what was mapped would count as memory in use
                     value = opened.get_tensor(name)
-                    if value.is_floating_point():
-                        value = value.to(self.dtype)
-                    module = name.removesuffix(".weight")
-                    if name.endswith(".weight") and module in self.quantized.layers:
-                        value = self.quantized.seen(module, value)
-                    if name.endswith(".weight") and module in self.source.modules:
-                        value = _merged(value.float(), module, self.source, self.quantized)
-                    yield name, value
+                if value.is_floating_point():
+                    value = value.to(self.dtype)
+                module = name.removesuffix(".weight")
+                if name.endswith(".weight") and module in self.quantized.layers:
+                    value = self.quantized.seen(module, value)
+                if name.endswith(".weight") and module in self.source.modules:
+                    value = _merged(value.float(), module, self.source, self.quantized)
+                yield name, value
 
 
 def write_merged(

@@ -24,7 +24,7 @@ def write_card(folder: Path, source: AdapterSource, kind: str, facts: dict[str, 
     header = [
         "---",
         *([f"base_model: {packaged.hub_name if packaged else base}"] if packaged or _is_hub_name(base) else []),
-        f"library_name: {'transformers' if kind == 'merged' else 'peft'}",
+        f"library_name: {'gguf' if 'gguf' in kind else 'transformers' if kind == 'merged' else 'peft'}",
         f"license: {licence}",
         f"tags: [lsr_scale, {source.method}]",
         "---",

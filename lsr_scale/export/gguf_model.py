@@ -1,7 +1,8 @@
 """A full GGUF of the adapted model: merged weights, and all else out of a GGUF of the base.
 
 The vocabulary, the chat template and the architecture's numbers are copied from that GGUF as they stand (llama.cpp's
-own converter makes them for any model); only tensors, their type and the name are new. Tensors are written one by one.
+own converter makes them for any model); tensors and their type are new, and keys `lsr_scale.*` say where they come
+from. Tensors are written one by one.
 """
 
 from pathlib import Path

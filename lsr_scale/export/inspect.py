@@ -32,8 +32,8 @@ def inspect_adapter(path: str | Path) -> dict[str, Any]:
     Returns:
         `method`, `base`, `parameters`, `bytes`, `options`, and `modules`: by name its `shape` `[out, in]`, the `rank`
         of its pair (null where there is none), `scaling`, the `update`'s and every factor's singular values (largest
-        first), `norm` (Frobenius), `condition` (largest over smallest; null where that is zero) and `effective_rank`
-        (Roy and Vetterli 2007: the exponential of the singular values' entropy).
+        first), `norm` (Frobenius), `condition` (largest over smallest; null where that is not finite) and
+        `effective_rank` (Roy and Vetterli 2007: the exponential of the singular values' entropy).
 
     Raises:
         UserError: if there is no adapter, or it is damaged.
@@ -86,11 +86,12 @@ def _spectrum(value: Tensor) -> dict[str, Any]:
     matrix = value.double()
     values = torch.linalg.svdvals(matrix.flatten(1)) if matrix.dim() > 1 else matrix.abs().sort(descending=True).values
     shares = values / values.sum()
+    condition = float(values[0] / values[-1]) if values[-1] > 0 else math.inf
     entropy = -torch.special.xlogy(shares, shares).sum()
     return {
         "shape": list(value.shape),
         "norm": float(values.norm()),
-        "condition": float(values[0] / values[-1]) if values[-1] > 0 else None,
+        "condition": condition if math.isfinite(condition) else None,
         "effective_rank": float(entropy.exp()) if values[0] > 0 else 0.0,
         "singular_values": values.tolist(),
     }

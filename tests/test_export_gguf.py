@@ -7,13 +7,22 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from conftest import TINY_SIZES, randomize
 from test_export import IDS, adapted, base_folder, logits, saved, silent  # noqa: F401
 from tiny_runs import save_llama
+from transformers import (
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from lsr_scale import UserError
 from lsr_scale.cli import main
 from lsr_scale.export import export
-from lsr_scale.export.gguf_file import names_of
+from lsr_scale.export.gguf_file import ARCHITECTURES, names_of
 from lsr_scale.model import load_base, load_config
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
@@ -22,10 +31,11 @@ from llama_cpp_agreement import LlamaCpp
 
 
 def tiny_gguf(base, file, **changes):
-    """Write a GGUF of a tiny LLaMA's shapes without a vocabulary, all of its values zero."""
+    """Write a GGUF of a tiny model's shapes without a vocabulary, all of its values zero."""
     config = load_config(str(base))
     model = load_base(str(base), quantization="none")
-    writer = gguf.GGUFWriter(file, changes.pop("architecture", "llama"))
+    kind = {"mistral": "llama"}.get(config.model_type, config.model_type)
+    writer = gguf.GGUFWriter(file, changes.pop("architecture", kind))
     writer.add_name("tiny")
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q8_0)
     writer.add_array("tiny.words", ["a", "b"])
@@ -37,7 +47,9 @@ def tiny_gguf(base, file, **changes):
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    for add in (writer.add_rope_dimension_count, writer.add_key_length, writer.add_value_length):
+        add(head_size)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     for name, value in model.state_dict().items():
@@ -115,22 +127,52 @@ def test_a_gguf_of_another_model_or_none_is_refused(base_folder, tmp_path, capsy
     assert not (tmp_path / "out").exists()
 
 
-def test_llama_cpp_gives_our_logits(base_folder, tmp_path):  # noqa: F811
+def tiny_model(kind, folder):
+    """Save a random two-layer model of an architecture that llama.cpp's names are known of."""
+    if kind == "llama":
+        return save_llama(folder)
+    config_class, model_class = {
+        "mistral": (MistralConfig, MistralForCausalLM),
+        "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+        "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    }[kind]
+    sizes = {**TINY_SIZES, "vocab_size": 304, **({"head_dim": 16} if kind == "qwen3" else {})}
+    torch.manual_seed(0)
+    model = model_class(config_class(**sizes))
+    randomize(model, scale=0.05)  # so that biases and norms are not at their start
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", sorted(ARCHITECTURES))
+def test_every_architecture_is_read_back_by_transformers(tmp_path, kind):
+    base = tiny_model(kind, tmp_path / "base")
+    adapter = saved(base, tmp_path / "adapter", quantization="nf4")
+    like = tiny_gguf(base, tmp_path / "base.gguf")
+    options = {"merged": True, "dtype": "float32", "base_gguf": str(like), "say": silent}
+    result = export(adapter, "gguf", tmp_path / "out", **options)
+    assert result["agreement"]["relative_error"] < 1e-5
+
+
+@pytest.mark.parametrize("kind", sorted(ARCHITECTURES))
+def test_llama_cpp_gives_our_logits(tmp_path, kind):
     pytest.importorskip("llama_cpp", reason="llama.cpp is not here: pip install llama-cpp-python (minutes)")
-    adapter = saved(base_folder, tmp_path / "adapter")
-    like = tiny_gguf(base_folder, tmp_path / "base.gguf")
+    base = tiny_model(kind, tmp_path / "model")
+    adapter = saved(base, tmp_path / "adapter")
+    still = saved(base, tmp_path / "still", scale=0.0)
+    like = tiny_gguf(base, tmp_path / "base.gguf")
     quiet = {"verify": False, "say": silent}
+    full = {"merged": True, "dtype": "float32", "base_gguf": str(like), **quiet}
     export(adapter, "gguf", tmp_path / "lora", **quiet)
-    export(adapter, "gguf", tmp_path / "full", merged=True, dtype="float32", base_gguf=str(like), **quiet)
-    still = saved(base_folder, tmp_path / "still", scale=0.0)
-    export(still, "gguf", tmp_path / "base", merged=True, dtype="float32", base_gguf=str(like), **quiet)
-    wanted = logits(adapted(base_folder))[0]
-    without = logits(load_base(str(base_folder), quantization="none"))[0]
-    base = tmp_path / "base" / "model.gguf"
+    export(adapter, "gguf", tmp_path / "full", **full)
+    export(still, "gguf", tmp_path / "plain", **full)
+    wanted, without = logits(adapted(base))[0], logits(load_base(str(base), quantization="none"))[0]
+    plain = tmp_path / "plain" / "model.gguf"
     for model, expected in (
-        (LlamaCpp(base), without),
-        (LlamaCpp(base, tmp_path / "lora" / "adapter.gguf"), wanted),
+        (LlamaCpp(plain), without),
+        (LlamaCpp(plain, tmp_path / "lora" / "adapter.gguf"), wanted),
         (LlamaCpp(tmp_path / "full" / "model.gguf"), wanted),
     ):
         got = torch.from_numpy(model.logits(IDS[0].tolist()))
         assert (got - expected).norm() < 1e-4 * expected.norm()
+    assert (without - wanted).norm() > 0.05 * wanted.norm()

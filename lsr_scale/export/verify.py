@@ -17,7 +17,7 @@ from lsr_scale.adapter_files import load_adapter
 from lsr_scale.data.tasks import Example
 from lsr_scale.errors import UserError
 from lsr_scale.export.source import AdapterSource
-from lsr_scale.model import load_base, load_tokenizer
+from lsr_scale.model import load_base, load_config, load_tokenizer
 from lsr_scale.scoring import score
 from lsr_scale.scoring.accuracy import TaskScore, mcnemar
 
@@ -112,7 +112,10 @@ class Reference:
 
     def _prompts(self) -> list[Tensor]:
         if self.tokenizer is not None:
-            return [self.tokenizer(text, return_tensors="pt")["input_ids"] for text in PROMPTS]
+            encoded = [self.tokenizer(text, return_tensors="pt")["input_ids"] for text in PROMPTS]
+            if all(ids.numel() for ids in encoded):  # Transformers makes an empty one where a folder has none
+                return encoded
+            self.tokenizer = None
         generator = torch.Generator().manual_seed(0)
         return [torch.randint(self.model.config.vocab_size, (1, 16), generator=generator) for _ in range(4)]
 
@@ -140,7 +143,9 @@ class Reference:
 
         options: dict[str, Any] = {"use_safetensors": True}
         for file in folder.glob("*.gguf"):
-            options = {"gguf_file": file.name, "quantization_config": GgufConfig(dequantize=True)}
+            # the base's own configuration: Transformers reads no head_dim off Qwen3's GGUF, and rounds rms_norm_eps
+            config = load_config(self.section["name"], self.section["revision"])
+            options = {"gguf_file": file.name, "quantization_config": GgufConfig(dequantize=True), "config": config}
         with contextlib.redirect_stderr(io.StringIO()):  # a plain tqdm bar, which no setting turns off
             model: Any = AutoModelForCausalLM.from_pretrained(
                 folder, trust_remote_code=False, dtype=torch.float32, **options

@@ -143,9 +143,11 @@ class Reference:
 
         options: dict[str, Any] = {"use_safetensors": True}
         for file in folder.glob("*.gguf"):
-            # the base's own configuration: Transformers reads no head_dim off Qwen3's GGUF, and rounds rms_norm_eps
+            options = {"gguf_file": file.name, "quantization_config": GgufConfig(dequantize=True)}
             config = load_config(self.section["name"], self.section["revision"])
-            options = {"gguf_file": file.name, "quantization_config": GgufConfig(dequantize=True), "config": config}
+            # Transformers reads no head_dim off Qwen3's GGUF; Mistral is a llama there, and refused with its own
+            if config.model_type != "mistral":
+                options["config"] = config
         with contextlib.redirect_stderr(io.StringIO()):  # a plain tqdm bar, which no setting turns off
             model: Any = AutoModelForCausalLM.from_pretrained(
                 folder, trust_remote_code=False, dtype=torch.float32, **options

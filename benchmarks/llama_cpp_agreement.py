@@ -208,7 +208,11 @@ def main(arguments: list[str] | None = None) -> int:
         for dtype in ("float32", "float16", "q8_0"):
             export(args.run, "gguf", work / dtype, merged=True, dtype=dtype, **quiet)
             check(f"merged, {dtype}", LlamaCpp(work / dtype / "model.gguf"), trained)
-    described = {"tasks": args.tasks, "limit": args.limit, "llama_cpp_python": llama_cpp.__version__}
+    described = {
+        "tasks": [Path(task).name for task in args.tasks],
+        "limit": args.limit,
+        "llama_cpp_python": llama_cpp.__version__,
+    }
     described |= {"method": source.method, "quantization": run.model.quantization, "results": source.results}
     record.write_json(args.out, {"env": record.environment(), "config": described, "cases": found})
     return 0

@@ -26,7 +26,7 @@ SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_p
 FILE_BYTES = 5 * 10**9
 
 
-def write_base(name: str, folder: Path) -> int:
+def write_base(name: str, folder: Path, layers: int | None) -> int:
     """Write a folder of random weights in a model's shapes; return the number of parameters."""
     from lsr_scale.model import skeleton
     from lsr_scale.model.shapes import known_config
@@ -34,6 +34,7 @@ def write_base(name: str, folder: Path) -> int:
     config = known_config(name)
     if config is None:
         raise SystemExit(f"--model {name}: its shapes are not known; see lsr_scale/model/shapes.json")
+    config.num_hidden_layers = layers or config.num_hidden_layers
     folder.mkdir(parents=True)
     config.save_pretrained(folder)
     held: dict[str, torch.Tensor] = {}
@@ -113,6 +114,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Write the model, export, and write the result."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="mistralai/Mistral-7B-v0.1", help="whose shapes")
+    parser.add_argument("--layers", type=int, help="fewer layers: the most memory stays, the time falls")
     parser.add_argument("--quantization", default="nf4", help="that training held the base in: nf4, fp4, int8, none")
     parser.add_argument("--forms", nargs="+", default=["lora", "merged bfloat16"], help="--to, and --dtype behind it")
     parser.add_argument("--work", type=Path, required=True, help="a folder to make, use and remove again")
@@ -124,7 +126,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     cases: dict[str, Any] = {}
     try:
-        parameters = write_base(args.model, args.work / "base")
+        parameters = write_base(args.model, args.work / "base", args.layers)
         write_adapter(args.work / "base", args.work / "adapter", args.quantization)
         for form in args.forms:
             kind, _, dtype = form.partition(" ")
@@ -136,7 +138,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(form, cases[form], flush=True)
     finally:
         shutil.rmtree(args.work, ignore_errors=True)
-    config = {"model": args.model, "parameters": parameters, "quantization": args.quantization}
+    config = {"model": args.model, "layers": args.layers, "parameters": parameters, "quantization": args.quantization}
     record.write_json(args.out, {"env": record.environment(), "config": config, "cases": cases})
     return 0
 

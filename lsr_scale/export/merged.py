@@ -149,7 +149,7 @@ def write_merged(
 
 
 def _merged(weight: Tensor, module: str, source: AdapterSource, quantized: "_Quantized") -> Tensor:
-    """Return a float32 weight in the file's layout plus the module's update."""
+    """Add a module's update to a float32 weight in the file's layout, in place."""
     transposed = module in quantized.transposed
     if source.is_low_rank:
         down, up = source.pair(module)
@@ -161,7 +161,7 @@ def _merged(weight: Tensor, module: str, source: AdapterSource, quantized: "_Qua
         shape = list(left.shape)
     if list(weight.shape) != shape:
         raise UserError(f"{source.folder}: {module}: the update is of {shape}, the base has {list(weight.shape)} there")
-    return weight + left if right is None else torch.addmm(weight, left, right)
+    return weight.add_(left) if right is None else weight.addmm_(left, right)
 
 
 class _Quantized:

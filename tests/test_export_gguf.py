@@ -1,5 +1,6 @@
 """A full GGUF is the adapted model to Transformers and, where it is installed, to llama.cpp."""
 
+import random
 import sys
 from pathlib import Path
 
@@ -125,6 +126,30 @@ def test_a_gguf_of_another_model_or_none_is_refused(base_folder, tmp_path, capsy
     assert main(["export", str(adapter), "--to", "lora", "--merged", "--out", str(tmp_path / "out")]) == 2
     assert "--merged: goes with --to gguf" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_gguf_is_refused_or_still_whole(base_folder, tmp_path):  # noqa: F811
+    adapter = saved(base_folder, tmp_path / "adapter")
+    whole = tiny_gguf(base_folder, tmp_path / "base.gguf").read_bytes()
+    damaged = tmp_path / "damaged.gguf"
+    options = {"merged": True, "base_gguf": str(damaged), "verify": False, "say": silent}
+    ends = []
+    for seed in range(60):
+        chance = random.Random(seed)
+        content = bytearray(whole)
+        if seed % 3 == 0:
+            del content[chance.randrange(len(content)) :]
+        for _ in range(seed % 3 and chance.choice([1, 2, 8])):
+            content[chance.randrange(chance.choice([64, 3000, len(content)]))] ^= 1 << chance.randrange(8)
+        damaged.write_bytes(bytes(content))
+        out = tmp_path / f"out-{seed}"
+        try:
+            export(adapter, "gguf", out, **options)
+            ends.append("whole")
+        except UserError:
+            ends.append("refused")
+            assert not out.exists()
+    assert ends.count("refused") > 40
 
 
 def tiny_model(kind, folder):

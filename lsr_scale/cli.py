@@ -70,9 +70,21 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", required=True, metavar="DIR", help="a new folder")
     sub.add_argument("--bits", type=int, choices=(16, 8, 4), default=16, help="of the factors, for adapter")
     sub.add_argument("--max-rank", type=_count, help="truncate to this rank, for lora and gguf")
-    sub.add_argument("--dtype", help="lora, gguf: float32, bfloat16, float16; merged: bfloat16, float32, nf4")
+    sub.add_argument("--dtype", help="float32, bfloat16, float16; merged: also nf4; gguf --merged: also q8_0")
+    sub.add_argument("--merged", action="store_true", help="a full GGUF rather than an adapter, for gguf")
+    sub.add_argument("--base-gguf", metavar="FILE", help="a GGUF of the base, for gguf --merged: vocabulary, metadata")
     sub.add_argument("--base", help="the base model, where nothing beside the adapter names it")
     sub.add_argument("--verify", action=argparse.BooleanOptionalAction, default=True, help="compare logits")
+    sub.add_argument(
+        "--accuracy",
+        action=argparse.BooleanOptionalAction,
+        help="score the run's tasks as trained and exported; by default where the export loses something",
+    )
+
+    sub = command("inspect", "Show what is in an adapter: shapes, ranks, size, spectrum and condition of its factors.")
+    sub.add_argument("source", metavar="RUN_OR_ADAPTER", help="a run's folder, or an adapter's")
+    sub.add_argument("--png", metavar="FILE", help="where to draw; spectra.png in the folder by default")
+    sub.add_argument("--json", action="store_true", help="print JSON; drawn only with --png")
 
     sub = command("merge", "Add adapters of one base up, exactly, into one LoRA adapter.")
     sub.add_argument("sources", nargs="+", metavar="RUN_OR_ADAPTER")
@@ -243,7 +255,26 @@ def _export(args: argparse.Namespace) -> int:
     from lsr_scale.export import export
 
     options = {"bits": args.bits, "max_rank": args.max_rank, "dtype": args.dtype}
-    export(args.source, args.to, args.out, **options, verify=args.verify, base=args.base)
+    options |= {"merged": args.merged, "base_gguf": args.base_gguf}
+    export(args.source, args.to, args.out, **options, verify=args.verify, accuracy=args.accuracy, base=args.base)
+    return 0
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from lsr_scale.export import inspect
+
+    report = inspect.inspect_adapter(args.source)
+    picture = args.png or (None if args.json else Path(args.source).expanduser() / "spectra.png")
+    if picture is not None:
+        inspect.draw(report, Path(picture))
+    if args.json:
+        print(json.dumps(report, indent=1))
+    else:
+        console = Console(highlight=False)
+        console.print(inspect.render(report))
+        console.print(f"spectra  {picture}", soft_wrap=True, markup=False)
     return 0
 
 
@@ -322,6 +353,7 @@ _COMMANDS = {
     "eval": _eval,
     "generate": _generate,
     "export": _export,
+    "inspect": _inspect,
     "merge": _merge,
     "preview": _preview,
     "plan": _plan,

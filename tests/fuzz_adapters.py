@@ -1,4 +1,4 @@
-"""Damage adapters at random and open them: each is refused in words or is still whole; nothing else may happen.
+"""Damage adapters at random, open, export and inspect them: each is refused in words or whole; no third way is allowed.
 
     python tests/fuzz_adapters.py --cases 2000 --seed 0
 
@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from lsr_scale.adapters import METHODS, peft_config
 from lsr_scale.errors import UserError
 from lsr_scale.export import export, open_adapter
+from lsr_scale.export.inspect import inspect_adapter
 
 SIZES = {"q_proj": (48, 48), "k_proj": (48, 24), "down_proj": (80, 48)}
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -187,6 +188,7 @@ def fuzz(cases: int, seed: int, place: Path) -> dict[str, dict[str, int]]:
                 source = open_adapter(folder)
                 export(folder, "lora", out, verify=False, say=lambda text: None)
                 assert len(open_adapter(out).modules) == len(source.modules), "exported in part"
+                json.dumps(inspect_adapter(folder), allow_nan=False)
                 end = "whole"
             except UserError:
                 end = "refused"

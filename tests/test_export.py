@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from smollm2 import smollm2_tokenizer
 from test_adapter_files import StandInTrainer
-from tiny_runs import save_llama
+from tiny_runs import do, save_llama, tiny_run
 from transformers import AutoModelForCausalLM
 
 from lsr_scale import UserError
@@ -134,6 +134,28 @@ def test_a_truncated_export_reports_its_error(base_folder, tmp_path):
     assert load_file(tmp_path / "out" / "adapter_model.safetensors")[
         "base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"
     ].shape == (2, 48)
+
+
+def test_a_lossy_export_of_a_run_reports_the_change_of_accuracy(tmp_path, capsys):
+    save_llama(tmp_path / "model")
+    run = do(tiny_run(tmp_path, training={"max_steps": 1}, adapter={"rank": 16})).path
+    file = run / "adapter" / "adapter_model.safetensors"
+    generator = torch.Generator().manual_seed(0)
+    save_file({n: torch.randn(v.shape, generator=generator) for n, v in load_file(file).items()}, file)
+    exact = export(run, "lora", tmp_path / "lora", accuracy=True, say=silent)["agreement"]["accuracy"]["questions"]
+    assert (exact["questions"], exact["answered_otherwise"], exact["exported"]) == (6, 0, exact["trained"])
+    assert export(run, "lora", tmp_path / "other", say=silent)["agreement"]["accuracy"] == {}
+    capsys.readouterr()
+    assert main(["export", str(run), "--to", "lora", "--max-rank", "1", "--out", str(tmp_path / "small")]) == 0
+    assert "accuracy: questions: " in capsys.readouterr().out
+    row = json.loads((tmp_path / "small" / "export.json").read_text())["agreement"]["accuracy"]["questions"]
+    assert row["answered_otherwise"] > 0
+    assert row["exported"] - row["trained"] == pytest.approx((row["newly_right"] - row["newly_wrong"]) / 6)
+    assert "| accuracy | questions: " in (tmp_path / "small" / "README.md").read_text()
+    alone = export(run / "adapter", "adapter", tmp_path / "alone", bits=4, say=silent)
+    assert alone["accuracy"].startswith("not compared: ")
+    with pytest.raises(UserError, match="names tasks"):
+        export(run / "adapter", "lora", tmp_path / "none", accuracy=True, say=silent)
 
 
 def test_all_layers_of_a_7b_are_converted_in_half_a_minute(tmp_path):

@@ -12,6 +12,7 @@ _USE = {
     "merged": "import transformers  # nothing else is needed\n"
     "model = transformers.AutoModelForCausalLM.from_pretrained(FOLDER)",
     "gguf": "llama-cli -m BASE.gguf --lora FOLDER/adapter.gguf -p PROMPT",
+    "merged gguf": "llama-cli -m FOLDER/model.gguf -p PROMPT",
 }
 
 
@@ -23,7 +24,7 @@ def write_card(folder: Path, source: AdapterSource, kind: str, facts: dict[str, 
     header = [
         "---",
         *([f"base_model: {packaged.hub_name if packaged else base}"] if packaged or _is_hub_name(base) else []),
-        f"library_name: {'transformers' if kind == 'merged' else 'peft'}",
+        f"library_name: {'gguf' if 'gguf' in kind else 'transformers' if kind == 'merged' else 'peft'}",
         f"license: {licence}",
         f"tags: [lsr_scale, {source.method}]",
         "---",
@@ -53,7 +54,7 @@ def write_card(folder: Path, source: AdapterSource, kind: str, facts: dict[str, 
             number = next((m["num_examples"] for m in moments.values() if "num_examples" in m), "")
             lines.append(f"| {_cell(task)} | {cells[0]} | {cells[1]} | {number} |")
         lines.append("")
-    lines += ["```python" if kind != "gguf" else "```", _USE[kind], "```", ""]
+    lines += ["```" if "gguf" in kind else "```python", _USE[kind], "```", ""]
     (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
 
 

@@ -16,14 +16,17 @@ import torch
 from safetensors import SafetensorError
 
 from lsr_scale import record
+from lsr_scale.data.tasks import Example
 from lsr_scale.errors import UserError
 from lsr_scale.export import pairs as lora
 from lsr_scale.export.card import write_card
 from lsr_scale.export.source import AdapterSource, describe_file, open_adapter
-from lsr_scale.export.verify import EXACT, Agreement, Reference, base_section
+from lsr_scale.export.verify import EXACT, Agreement, Reference, base_section, questions_of
 
 KINDS = ("adapter", "lora", "merged", "gguf")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# where they are not those; the first is the default
+_DTYPES_OF = {"merged": ("bfloat16", "float32", "nf4"), "merged gguf": ("float16", "float32", "bfloat16", "q8_0")}
 _NICKNAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "f32": "float32", "f16": "float16"}
 
 Say = Callable[[str], None]
@@ -37,7 +40,10 @@ def export(
     bits: int = 16,
     max_rank: int | None = None,
     dtype: str | None = None,
+    merged: bool = False,
+    base_gguf: str | None = None,
     verify: bool = True,
+    accuracy: bool | None = None,
     base: str | None = None,
     say: Say = print,
 ) -> dict[str, Any]:
@@ -50,8 +56,12 @@ def export(
         bits: Of the factors, for "adapter": 16, 8 or 4.
         max_rank: Truncate to it, for "lora" and "gguf".
         dtype: Of what is written: float32 (default), bfloat16, float16 for "lora" and "gguf"; bfloat16 (default),
-            float32 or nf4 for "merged".
+            float32 or nf4 for "merged"; float16 (default), float32, bfloat16 or q8_0 for a merged "gguf".
+        merged: Write a full GGUF rather than llama.cpp's LoRA adapter, for "gguf".
+        base_gguf: A GGUF of the base, whose vocabulary and metadata the merged one gets; a built-in model has one.
         verify: Compare logits with those of the adapter as trained before the folder appears.
+        accuracy: Compare the accuracy on the run's tasks as well, on 200 questions of each at most. None: where the
+            export loses something, and the run has tasks that can be read.
         base: The base model, where neither run nor base.json names it.
         say: Called with a line at a time.
 
@@ -66,8 +76,11 @@ def export(
         raise UserError(f"--to: expected one of {', '.join(KINDS)}, got {kind!r}")
     if bits not in (16, 8, 4):
         raise UserError(f"--bits: expected 16, 8 or 4, got {bits}")
-    dtype = _NICKNAMES.get(dtype or "", dtype) or ("bfloat16" if kind == "merged" else "float32")
-    allowed = ("bfloat16", "float32", "nf4") if kind == "merged" else tuple(DTYPES)
+    if (merged or base_gguf) and (kind != "gguf" or not merged or max_rank):
+        raise UserError("--merged: goes with --to gguf and no --max-rank, --base-gguf with both")
+    form = "merged gguf" if merged else kind
+    allowed = _DTYPES_OF.get(form, tuple(DTYPES))
+    dtype = _NICKNAMES.get(dtype or "", dtype) or allowed[0]
     if dtype not in allowed:
         raise UserError(f"--dtype: expected one of {', '.join(allowed)} for --to {kind}, got {dtype!r}")
     started = time.perf_counter()
@@ -88,6 +101,10 @@ def export(
 
             metadata = lora.metadata_of(source, kind, dtype=dtype)
             facts |= write_merged(folder, source, base_section(source, base), dtype, metadata)
+        elif merged:
+            from lsr_scale.export.gguf_model import write_merged_gguf
+
+            facts |= write_merged_gguf(folder, source, base_section(source, base), dtype, base_gguf)
         else:
             from lsr_scale.export.gguf_file import write_gguf
 
@@ -97,18 +114,21 @@ def export(
         facts |= _sizes(folder, source)
         facts["seconds to write"] = round(time.perf_counter() - started, 2)
         if verify:
-            reference = Reference(source, base)
-            if kind == "merged":
+            exact = "truncation error, largest" not in facts and bits == 16 and dtype in DTYPES
+            tasks, why = _questions(source, accuracy is None, wanted=(not exact) if accuracy is None else accuracy)
+            reference = Reference(source, base, tasks)
+            if kind == "merged" or merged:
                 agreement = reference.of_model(folder)
             elif kind == "gguf":
                 agreement = _read_back_agrees(folder, source, reference)
             else:
                 agreement = reference.of_adapter(folder)
-            exact = not ({"truncation error, largest"} & facts.keys()) and bits == 16 and dtype != "nf4"
             _judge(agreement, EXACT[DTYPES[dtype]] if exact and kind != "adapter" else EXACT[torch.float16], exact)
             facts |= {"logits": agreement.line()}
-        result = {"kind": kind, **facts, **({"agreement": dataclasses.asdict(agreement)} if verify else {})}
-        write_card(folder, source, kind, facts)
+            if agreement.accuracy or why:
+                facts["accuracy"] = "; ".join(agreement.accuracy_lines()) or why
+        result = {"kind": form, **facts, **({"agreement": dataclasses.asdict(agreement)} if verify else {})}
+        write_card(folder, source, form, facts)
         record.write_json(folder / "export.json", result)
     for name, value in facts.items():
         say(f"{name}: {value}")
@@ -175,6 +195,18 @@ def _read_back_agrees(folder: Path, source: AdapterSource, reference: Reference)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}.") as again:
         lora.write_lora(Path(again), pairs, source, torch.float32, {})
         return reference.of_adapter(Path(again))
+
+
+def _questions(source: AdapterSource, tolerant: bool, wanted: bool) -> tuple[dict[str, list[Example]], str]:
+    """Return the questions to compare accuracies on, or why there are none."""
+    if not wanted:
+        return {}, ""
+    try:
+        return questions_of(source), ""
+    except UserError as error:
+        if not tolerant:
+            raise
+        return {}, f"not compared: {error}"
 
 
 def _judge(agreement: Agreement, tolerance: float, exact: bool) -> None:

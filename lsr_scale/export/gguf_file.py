@@ -5,6 +5,7 @@ For the LLaMA architecture llama.cpp keeps the rows of q_proj and k_proj of each
 or is 0 where ranks differ, which llama.cpp reads as "no scaling".
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,12 @@ ARCHITECTURES = {
     "mistral": gguf.MODEL_ARCH.LLAMA,
     "qwen2": gguf.MODEL_ARCH.QWEN2,
     "qwen3": gguf.MODEL_ARCH.QWEN3,
+}
+GGUF_TYPES = {
+    "float32": gguf.GGMLQuantizationType.F32,
+    "float16": gguf.GGMLQuantizationType.F16,
+    "bfloat16": gguf.GGMLQuantizationType.BF16,
+    "q8_0": gguf.GGMLQuantizationType.Q8_0,
 }
 _PERMUTED = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}
 FILE = "adapter.gguf"
@@ -60,7 +67,7 @@ def write_gguf(
     if source.extra:
         raise UserError(f"--to gguf: {sorted(source.extra)[0]} was trained whole; llama.cpp's adapters hold pairs only")
     config: Any = load_config(section["name"], section["revision"])
-    names, permuted, architecture = _names(pairs, config)
+    names, permuted, architecture = names_of(pairs, config)
     writer = gguf.GGUFWriter(folder / FILE, gguf.MODEL_ARCH_NAMES[architecture])
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
@@ -73,7 +80,7 @@ def write_gguf(
         if module in permuted:
             up = to_rotary_order(up, permuted[module])
         for part, value in (("lora_a", down), ("lora_b", up)):
-            kind, array = _array(value, dtype)
+            kind, array = array_of(value, GGUF_TYPES[str(dtype).removeprefix("torch.")])
             writer.add_tensor(f"{names[module]}.weight.{part}", array, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -84,7 +91,7 @@ def write_gguf(
 
 def read_back(file: Path, pairs: Pairs, section: dict[str, Any]) -> Pairs:
     """Return the pairs that lie in a file that `write_gguf` wrote, by module; `pairs` gives the modules."""
-    names, permuted, _ = _names(pairs, load_config(section["name"], section["revision"]))
+    names, permuted, _ = names_of(pairs, load_config(section["name"], section["revision"]))
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
     found: Pairs = {}
     for module, name in names.items():
@@ -97,7 +104,7 @@ def read_back(file: Path, pairs: Pairs, section: dict[str, Any]) -> Pairs:
     return found
 
 
-def _names(pairs: Pairs, config: Any) -> tuple[dict[str, str], dict[str, int], Any]:
+def names_of(modules: Iterable[str], config: Any) -> tuple[dict[str, str], dict[str, int], Any]:
     """Return llama.cpp's name of every module, the number of heads of those in rotary order, and the architecture."""
     architecture = ARCHITECTURES.get(config.model_type)
     if architecture is None:
@@ -108,7 +115,7 @@ def _names(pairs: Pairs, config: Any) -> tuple[dict[str, str], dict[str, int], A
     table = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
     names: dict[str, str] = {}
     permuted: dict[str, int] = {}
-    for module in pairs:
+    for module in modules:
         name = table.get_name(module)
         if name is None:
             raise UserError(
@@ -121,8 +128,8 @@ def _names(pairs: Pairs, config: Any) -> tuple[dict[str, str], dict[str, int], A
     return names, permuted, architecture
 
 
-def _array(value: Tensor, dtype: torch.dtype) -> tuple[Any, np.ndarray]:
-    if dtype == torch.bfloat16:
-        kind = gguf.GGMLQuantizationType.BF16
-        return kind, gguf.quants.quantize(value.float().contiguous().numpy(), kind)
-    return None, value.to(dtype).contiguous().numpy()
+def array_of(value: Tensor, kind: gguf.GGMLQuantizationType) -> tuple[gguf.GGMLQuantizationType, np.ndarray]:
+    """Return a tensor's values in a type, and that type; float16 where a row does not divide into q8_0's blocks."""
+    if value.shape[-1] % gguf.GGML_QUANT_SIZES[kind][0]:
+        kind = gguf.GGMLQuantizationType.F16
+    return kind, gguf.quants.quantize(value.float().contiguous().numpy(), kind)

@@ -36,6 +36,67 @@ _BESIDE = (
 _BESIDE_STARTS = ("tokenizer", "special_tokens")
 
 
+class MergedWeights:
+    """The weights of an adapted model, made one at a time from the base's files."""
+
+    def __init__(self, source: AdapterSource, section: dict[str, Any], kind: str) -> None:
+        """Check that base and adapter fit.
+
+        Args:
+            source: The adapter.
+            section: Arguments of `load_base` for its base.
+            kind: What `--to` was, for messages.
+
+        Raises:
+            UserError: if the base has no safetensors files, or an adapted layer is not among their tensors.
+        """
+        if section["random_weights"]:
+            raise UserError(
+                f"--to {kind}: the run's base has random weights, which lie in no file; merging them is no use"
+            )
+        if source.extra:
+            raise UserError(
+                f"--to {kind}: {sorted(source.extra)[0]} was trained whole; export lora, and merge with PEFT"
+            )
+        self.source = source
+        self.path = Path(resolve(section["name"]))
+        if not self.path.is_dir():
+            from huggingface_hub import snapshot_download
+
+            wanted = ["*.safetensors*", "*.json", "*.jinja", "*.txt", "tokenizer*"]
+            found = snapshot_download(section["name"], revision=section["revision"], allow_patterns=wanted)
+            self.path = Path(found)
+        self.files = _files(self.path)
+        self.config: Any = load_config(section["name"], section["revision"])
+        self.dtype = DTYPES[section.get("dtype", "bfloat16")]
+        self.skeleton = skeleton(self.config, dtype=self.dtype)
+        self.quantized = _Quantized(self.skeleton, section, self.dtype)
+        names = dict(self.skeleton.named_parameters(remove_duplicate=False)) | dict(self.skeleton.named_buffers())
+        self.shapes = {name: shape for file in self.files for name, shape in _shapes(file)}
+        lacking = sorted(f"{module}.weight" for module in source.modules if f"{module}.weight" not in self.shapes)
+        unknown = sorted(set(self.shapes) - set(names))
+        if lacking or unknown:
+            raise UserError(
+                f"{self.path}: its tensors have other names than the model's ({(lacking or unknown)[0]}); load it, and "
+                "merge with PEFT's merge_and_unload"
+            )
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield names and tensors: what was quantized or adapted in float32, the others as training held them."""
+        for file in self.files:
+            for name, _ in _shapes(file):
+                with safe_open(file, "pt") as opened:  # again for each: what was mapped would count as memory in use
+                    value = opened.get_tensor(name)
+                if value.is_floating_point():
+                    value = value.to(self.dtype)
+                module = name.removesuffix(".weight")
+                if name.endswith(".weight") and module in self.quantized.layers:
+                    value = self.quantized.seen(module, value)
+                if name.endswith(".weight") and module in self.source.modules:
+                    value = _merged(value.float(), module, self.source, self.quantized)
+                yield name, value
+
+
 def write_merged(
     folder: Path, source: AdapterSource, section: dict[str, Any], dtype: str, metadata: dict[str, str]
 ) -> dict[str, Any]:
@@ -54,64 +115,31 @@ def write_merged(
     Raises:
         UserError: if the base has no safetensors files, or an adapted layer is not among their tensors.
     """
-    if section["random_weights"]:
-        raise UserError("--to merged: the run's base has random weights, which lie in no file; merging them is no use")
-    if source.extra:
-        raise UserError(f"--to merged: {sorted(source.extra)[0]} was trained whole; export lora, and merge with PEFT")
-    path = Path(resolve(section["name"]))
-    if not path.is_dir():
-        from huggingface_hub import snapshot_download
-
-        wanted = ["*.safetensors*", "*.json", "*.jinja", "*.txt", "tokenizer*"]
-        path = Path(snapshot_download(section["name"], revision=section["revision"], allow_patterns=wanted))
-    files = _files(path)
-    config = load_config(section["name"], section["revision"])
-    trained_in = DTYPES[section.get("dtype", "bfloat16")]
-    empty = skeleton(config, dtype=trained_in)
-    quantized = _Quantized(empty, section, trained_in)
-    known = set(dict(empty.named_parameters(remove_duplicate=False))) | set(dict(empty.named_buffers()))
-    stored = {name for file in files for name in _names(file)}
-    lacking = sorted(f"{module}.weight" for module in source.modules if f"{module}.weight" not in stored)
-    unknown = sorted(stored - known)
-    if lacking or unknown:
-        raise UserError(
-            f"{path}: its tensors have other names than the model's ({(lacking or unknown)[0]}); load it, and "
-            "merge with PEFT's merge_and_unload"
-        )
+    weights = MergedWeights(source, section, "merged")
     requantize = dtype == "nf4"
-    out_dtype = trained_in if requantize else DTYPES[dtype]
+    out_dtype = weights.dtype if requantize else DTYPES[dtype]
     writer = _Shards(folder, metadata)
     errors: list[float] = []
-    for file in files:
-        with safe_open(file, "pt") as opened:
-            for name in opened.keys():  # noqa: SIM118
-                value = opened.get_tensor(name)
-                module = name.removesuffix(".weight")
-                if name.endswith(".weight") and module in quantized.layers:
-                    merged = _merged(quantized.seen(module, value.to(trained_in)), module, source, quantized)
-                    if requantize:
-                        packed, error = quantized.again(module, merged)
-                        errors += [error] if module in source.modules else []
-                        for part, tensor in packed.items():
-                            writer.add(f"{module}.{part}", tensor)
-                        continue
-                    value = merged
-                elif value.is_floating_point():
-                    value = value.to(trained_in)
-                    if module in source.modules and name.endswith(".weight"):
-                        value = _merged(value.float(), module, source, quantized)
-                writer.add(name, value.to(out_dtype) if value.is_floating_point() else value)
+    for name, value in weights:
+        module = name.removesuffix(".weight")
+        if requantize and name.endswith(".weight") and module in weights.quantized.layers:
+            packed, error = weights.quantized.again(module, value)
+            errors += [error] if module in source.modules else []
+            for part, tensor in packed.items():
+                writer.add(f"{module}.{part}", tensor)
+        else:
+            writer.add(name, value.to(out_dtype) if value.is_floating_point() else value)
     writer.finish()
-    written: dict[str, Any] = config.to_dict()
+    written: dict[str, Any] = weights.config.to_dict()
     written.pop("quantization_config", None)
     written["dtype"] = str(out_dtype).removeprefix("torch.")
-    written["architectures"] = [type(empty).__name__]
+    written["architectures"] = [type(weights.skeleton).__name__]
     if requantize:
-        again = quantization_config("nf4", True, trained_in, head_modules(empty))
+        again = quantization_config("nf4", True, weights.dtype, head_modules(weights.skeleton))
         assert again is not None
         written["quantization_config"] = again.to_dict()
     (folder / "config.json").write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    for file in path.iterdir():
+    for file in weights.path.iterdir():
         if file.is_file() and (file.name in _BESIDE or file.name.startswith(_BESIDE_STARTS)):
             shutil.copyfile(file, folder / file.name)
     facts: dict[str, Any] = {"dtype": dtype, "files": len(writer.files), "bytes of tensors": writer.total}
@@ -121,9 +149,7 @@ def write_merged(
 
 
 def _merged(weight: Tensor, module: str, source: AdapterSource, quantized: "_Quantized") -> Tensor:
-    """Return a float32 weight in the file's layout plus the module's update."""
-    if module not in source.modules:
-        return weight
+    """Add a module's update to a float32 weight in the file's layout, in place."""
     transposed = module in quantized.transposed
     if source.is_low_rank:
         down, up = source.pair(module)
@@ -135,7 +161,7 @@ def _merged(weight: Tensor, module: str, source: AdapterSource, quantized: "_Qua
         shape = list(left.shape)
     if list(weight.shape) != shape:
         raise UserError(f"{source.folder}: {module}: the update is of {shape}, the base has {list(weight.shape)} there")
-    return weight + left if right is None else torch.addmm(weight, left, right)
+    return weight.add_(left) if right is None else weight.addmm_(left, right)
 
 
 class _Quantized:
@@ -236,9 +262,10 @@ def _files(path: Path) -> list[Path]:
     return [path / name for name in names]
 
 
-def _names(file: Path) -> Iterator[str]:
+def _shapes(file: Path) -> Iterator[tuple[str, list[int]]]:
     try:
         with safe_open(file, "pt") as opened:
-            yield from opened.keys()
+            for name in opened.keys():  # noqa: SIM118
+                yield name, opened.get_slice(name).get_shape()
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file}: damaged or missing ({error}); fetch the model again") from error

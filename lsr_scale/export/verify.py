@@ -5,6 +5,7 @@ The base is held as in training and computed in float32, so that what remains is
 
 import contextlib
 import dataclasses
+import io
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,12 @@ import torch
 from torch import Tensor
 
 from lsr_scale.adapter_files import load_adapter
+from lsr_scale.data.tasks import Example
 from lsr_scale.errors import UserError
 from lsr_scale.export.source import AdapterSource
-from lsr_scale.model import load_base, load_tokenizer
+from lsr_scale.model import load_base, load_config, load_tokenizer
+from lsr_scale.scoring import score
+from lsr_scale.scoring.accuracy import TaskScore, mcnemar
 
 PROMPTS = (
     "Question: Which is heavier, a feather or a brick?\nAnswer:",
@@ -36,6 +40,8 @@ class Agreement:
     share_of_effect: float  # ||got - trained|| / ||trained - base without adapter||
     same_next_token: float  # share of positions
     positions: int
+    # by task: questions, accuracy trained and exported, and how many are answered otherwise, newly right, newly wrong
+    accuracy: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
     def line(self) -> str:
         """Return it in words."""
@@ -44,6 +50,15 @@ class Agreement:
             f"({100 * self.share_of_effect:.3g} % of what the adapter changes); next token the same at "
             f"{100 * self.same_next_token:.1f} % of {self.positions} positions"
         )
+
+    def accuracy_lines(self) -> list[str]:
+        """Return the change of accuracy in words, a line a task."""
+        return [
+            f"{task}: {100 * row['trained']:.1f} % as trained, {100 * row['exported']:.1f} % exported, of "
+            f"{row['questions']} questions; {row['answered_otherwise']} answered otherwise "
+            f"({row['newly_right']} newly right, {row['newly_wrong']} newly wrong)"
+            for task, row in self.accuracy.items()
+        ]
 
 
 def compare(got: list[Tensor], trained: list[Tensor], base: list[Tensor]) -> Agreement:
@@ -68,8 +83,15 @@ def compare(got: list[Tensor], trained: list[Tensor], base: list[Tensor]) -> Agr
 class Reference:
     """The adapter as trained on its own base, and its logits."""
 
-    def __init__(self, source: AdapterSource, base_name: str | None = None) -> None:
+    def __init__(
+        self, source: AdapterSource, base_name: str | None = None, tasks: dict[str, list[Example]] | None = None
+    ) -> None:
         """Load the base that the run, or base.json, names.
+
+        Args:
+            source: The adapter.
+            base_name: Another name of its base.
+            tasks: Questions by task, to compare accuracies on too.
 
         Raises:
             UserError: if neither names one, or it cannot be loaded.
@@ -84,11 +106,16 @@ class Reference:
         self.without = self.logits(self.model)
         self.model, _ = load_adapter(self.model, source.folder)
         self.trained = self.logits(self.model)
+        self.tasks = tasks if tasks and self.tokenizer is not None else {}
+        self.trained_scores = self._scores(self.model)
         self.model = self.model.unload()
 
     def _prompts(self) -> list[Tensor]:
         if self.tokenizer is not None:
-            return [self.tokenizer(text, return_tensors="pt")["input_ids"] for text in PROMPTS]
+            encoded = [self.tokenizer(text, return_tensors="pt")["input_ids"] for text in PROMPTS]
+            if all(ids.numel() for ids in encoded):  # Transformers makes an empty one where a folder has none
+                return encoded
+            self.tokenizer = None
         generator = torch.Generator().manual_seed(0)
         return [torch.randint(self.model.config.vocab_size, (1, 16), generator=generator) for _ in range(4)]
 
@@ -106,18 +133,67 @@ class Reference:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model: Any = PeftModel.from_pretrained(self.model, str(folder))
-        agreement = compare(self.logits(model), self.trained, self.without)
+        agreement = self._of(model)
         self.model = model.unload()
         return agreement
 
     def of_model(self, folder: Path) -> Agreement:
-        """Return the agreement of a whole model's folder, loaded by Transformers."""
-        from transformers import AutoModelForCausalLM
+        """Return the agreement of a whole model's folder, safetensors or one GGUF, loaded by Transformers."""
+        from transformers import AutoModelForCausalLM, GgufConfig
 
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, trust_remote_code=False, use_safetensors=True, dtype=torch.float32
-        )
-        return compare(self.logits(in_float32(model)), self.trained, self.without)
+        options: dict[str, Any] = {"use_safetensors": True}
+        for file in folder.glob("*.gguf"):
+            options = {"gguf_file": file.name, "quantization_config": GgufConfig(dequantize=True)}
+            config = load_config(self.section["name"], self.section["revision"])
+            # Transformers reads no head_dim off Qwen3's GGUF; Mistral is a llama there, and refused with its own
+            if config.model_type != "mistral":
+                options["config"] = config
+        with contextlib.redirect_stderr(io.StringIO()):  # a plain tqdm bar, which no setting turns off
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                folder, trust_remote_code=False, dtype=torch.float32, **options
+            )
+        return self._of(in_float32(model))
+
+    def _of(self, model: Any) -> Agreement:
+        agreement = compare(self.logits(model), self.trained, self.without)
+        return dataclasses.replace(agreement, accuracy=self._changes(model))
+
+    def _scores(self, model: Any) -> dict[str, TaskScore]:
+        batch_tokens = self.source.run.eval.batch_tokens if self.source.run else 4096
+        return {
+            task: score(model, self.tokenizer, examples, batch_tokens=batch_tokens)
+            for task, examples in self.tasks.items()
+        }
+
+    def _changes(self, model: Any) -> dict[str, dict[str, Any]]:
+        """Return what `Agreement.accuracy` holds."""
+        rows = {}
+        for task, exported in self._scores(model).items():
+            trained = self.trained_scores[task]
+            newly_right, newly_wrong, _ = mcnemar(trained, exported)
+            pairs = zip(trained.predictions, exported.predictions, strict=True)
+            rows[task] = {
+                "questions": exported.num_examples,
+                "trained": trained.accuracy,
+                "exported": exported.accuracy,
+                "answered_otherwise": sum(one.choice != other.choice for one, other in pairs),
+                "newly_right": newly_right,
+                "newly_wrong": newly_wrong,
+            }
+        return rows
+
+
+def questions_of(source: AdapterSource, limit: int = 200) -> dict[str, list[Example]]:
+    """Return the first questions of each task that a run evaluates on, `eval.limit` of them where that is smaller.
+
+    Raises:
+        UserError: if it is no run, names no tasks, or they cannot be read.
+    """
+    from lsr_scale.evaluate import load_tasks
+
+    if source.run is None or not source.run.eval.tasks:
+        raise UserError(f"{source.folder}: no run that names tasks (eval.tasks), so there is no accuracy to compare")
+    return {task: examples[:limit] for task, examples in load_tasks(source.run.eval).items()}
 
 
 def base_section(source: AdapterSource, base_name: str | None) -> dict[str, Any]:

@@ -179,11 +179,13 @@ def test_every_architecture_is_read_back_by_transformers(tmp_path, kind):
     assert result["agreement"]["relative_error"] < 1e-5
 
 
-@pytest.mark.parametrize("kind", sorted(ARCHITECTURES))
-def test_llama_cpp_gives_our_logits(tmp_path, kind):
+@pytest.mark.parametrize(
+    ("kind", "method"), [*((kind, "lsr") for kind in sorted(ARCHITECTURES)), ("llama", "kron_lora"), ("llama", "lora")]
+)
+def test_llama_cpp_gives_our_logits(tmp_path, kind, method):
     pytest.importorskip("llama_cpp", reason="llama.cpp is not here: pip install llama-cpp-python (minutes)")
     base = tiny_model(kind, tmp_path / "model")
-    adapter = saved(base, tmp_path / "adapter")
+    adapter = saved(base, tmp_path / "adapter", method)
     still = saved(base, tmp_path / "still", scale=0.0)
     like = tiny_gguf(base, tmp_path / "base.gguf")
     quiet = {"verify": False, "say": silent}
@@ -191,7 +193,7 @@ def test_llama_cpp_gives_our_logits(tmp_path, kind):
     export(adapter, "gguf", tmp_path / "lora", **quiet)
     export(adapter, "gguf", tmp_path / "full", **full)
     export(still, "gguf", tmp_path / "plain", **full)
-    wanted, without = logits(adapted(base))[0], logits(load_base(str(base), quantization="none"))[0]
+    wanted, without = logits(adapted(base, method))[0], logits(load_base(str(base), quantization="none"))[0]
     plain = tmp_path / "plain" / "model.gguf"
     for model, expected in (
         (LlamaCpp(plain), without),

@@ -24,7 +24,7 @@ from lsr_scale.export.source import AdapterSource
 from lsr_scale.model import DTYPES, head_modules, load_config, quantization_config, resolve, skeleton
 from lsr_scale.quantized import dequantize
 
-SHARD_BYTES = 2**29
+SHARD_BYTES = 2**28
 _BESIDE = (
     "generation_config.json",
     "chat_template.jinja",

@@ -207,8 +207,18 @@ def draw_losses(metrics: Path, picture: Path, title: str) -> None:
     if axes.lines:
         axes.legend()
     figure.tight_layout()
+    save_figure(figure, picture)
+
+
+def save_figure(figure: Any, picture: Path) -> None:
+    """Write a pyplot figure as a PNG and close it; without date or version, so that the same run draws the same bytes.
+
+    Raises:
+        UserError: if the file cannot be written.
+    """
+    from matplotlib import pyplot
+
     drawn = io.BytesIO()
-    # no date or version in the file: the same run draws the same bytes
     figure.savefig(drawn, metadata={"Software": None})
     pyplot.close(figure)
     record.write_bytes(picture, drawn.getvalue())

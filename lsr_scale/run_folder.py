@@ -19,6 +19,7 @@ class RunFolder:
     metrics.jsonl      one line a logging step     eval/           predictions before and after
     loss.png           the loss curve              results.json    counts, times, accuracies
     nonfinite.jsonl    batches without a finite loss, if there were any
+    condition.png      how far the terms of LSR-Adapt's sums cancel
     """
 
     path: Path
@@ -42,6 +43,11 @@ class RunFolder:
     def curve(self) -> Path:
         """The loss curve."""
         return self.path / "loss.png"
+
+    @property
+    def condition(self) -> Path:
+        """The condition numbers over the steps, for methods that have them."""
+        return self.path / "condition.png"
 
     @property
     def adapter(self) -> Path:

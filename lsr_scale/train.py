@@ -11,6 +11,7 @@ import torch
 from lsr_scale import checkpoints, config, distributed, evaluate, record, run_folder
 from lsr_scale.adapter_files import misfits, save_adapter
 from lsr_scale.assembly import build_trainer, only_new_warnings, uses_deepspeed, zero_stage
+from lsr_scale.condition import WatchCondition, draw_conditions
 from lsr_scale.config import RunConfig
 from lsr_scale.errors import UserError
 from lsr_scale.faults import NONFINITE, StopOnSignal, Terminated
@@ -64,8 +65,9 @@ def train(
         say(f"loading {run.model.name} ({run.model.quantization}) and adapting it with {run.adapter.method}")
         progress = Progress(folder.metrics, quiet=quiet)
         stop = StopOnSignal()
-        # in this order: progress refuses what is not finite
-        trainer = build_trainer(run, folder, [stop, progress], say)
+        watch = WatchCondition(run.training["condition_tolerance"], run.training["condition_guard"], say)
+        # in this order: progress refuses what is not finite, and records what was measured before it
+        trainer = build_trainer(run, folder, [stop, watch, progress], say)
         model: Any = trainer.model
         if checkpoint:
             _check_adapter(model, checkpoint)
@@ -131,7 +133,9 @@ def train(
             "accuracy": evaluate.summary(scores),
         }
         record.write_json(folder.results, results)
-        draw_losses(folder.metrics, folder.curve, f"{run.adapter.method} on {run.model.name}")
+        title = f"{run.adapter.method} on {run.model.name}"
+        draw_losses(folder.metrics, folder.curve, title)
+        draw_conditions(folder.metrics, folder.condition, title)
         evaluate.print_results(folder, results, scores)
         say(f"done in {clock(time.monotonic() - started)}")
     distributed.stop()
@@ -220,7 +224,7 @@ def _clear(folder: RunFolder) -> None:
     """Remove what a run wrote, and nothing else that lies in its folder."""
     for path in (folder.adapter, folder.path / "eval"):
         shutil.rmtree(path, ignore_errors=True)
-    for path in (folder.metrics, folder.curve, folder.results, folder.path / NONFINITE):
+    for path in (folder.metrics, folder.curve, folder.condition, folder.results, folder.path / NONFINITE):
         path.unlink(missing_ok=True)
 
 

@@ -135,6 +135,8 @@ class AdapterMethod(ABC):
     prefix: ClassVar[str]
     config_class: ClassVar[type[AdapterConfig]]
     parameter_names: ClassVar[tuple[str, ...]]
+    # sums of Kronecker products, `sum_k <side>_left[k] (x) <side>_right[k]`, whose condition is watched
+    sides: ClassVar[tuple[str, ...]] = ()
 
     @staticmethod
     @abstractmethod

@@ -94,6 +94,7 @@ class Lsr(AdapterMethod):
     prefix = "lsr_"
     config_class = LsrConfig
     parameter_names = ("down_left", "down_right", "up_left", "up_right", "down_weight", "up_weight")
+    sides = ("down", "up")
 
     @staticmethod
     def parameter_shapes(in_features: int, out_features: int, config: LsrConfig) -> Shapes:

@@ -249,6 +249,12 @@ def _conflicts(run: RunConfig) -> Iterable[Problem]:
             f"{', '.join(whole)} would train in {model.dtype} beside factors in float32, and ZeRO-3 trains tensors of "
             "one dtype only; set deepspeed.config: zero2, or remove it",
         )
+    if stage > 0 and training["condition_guard"] != "warn":
+        yield Problem(
+            ("training", "condition_guard"),
+            f"{training['condition_guard']!r} rewrites factors, whose masters ZeRO-{stage} keeps in parts; set it to "
+            "warn, or deepspeed.config: zero0",
+        )
     if model.attention == "flash_attention_2" and model.dtype == "float32":
         yield Problem(
             ("model", "attention"), "flash_attention_2 has no float32; set model.dtype: bfloat16, or attention: sdpa"

@@ -30,9 +30,11 @@ DEFAULTS: dict[str, Any] = {
     "weight_decay": 0.0,
     "max_grad_norm": 1.0,
     "gradient_checkpointing": None,  # null: as memory has it
-    "fused": "auto",  # ours, like memory, on_nonfinite, and max_length of a classifier
+    "fused": "auto",  # ours, like memory, on_nonfinite, condition_*, and max_length of a classifier
     "memory": "auto",
     "on_nonfinite": "stop",
+    "condition_guard": "warn",
+    "condition_tolerance": 2.0**-8,  # bfloat16's unit roundoff, see lsr_scale/condition.py
     "logging_steps": 10,
     "logging_nan_inf_filter": False,  # would wait for the GPU at every step; on_nonfinite looks instead
     "save_strategy": "steps",
@@ -92,6 +94,7 @@ _BOUNDS: dict[str, dict[str, float]] = {
     "save_steps": {"gt": 0},
     "eval_steps": {"gt": 0},
     "save_total_limit": {"ge": 1},
+    "condition_tolerance": {"gt": 0},
 }
 
 # transformers 5.23 renames the first of each pair to the second; both are taken with every version.
@@ -182,6 +185,14 @@ def training_model(task: Task) -> type[TrainingFields]:
     fields["memory"] = (Literal["auto", "save", "speed"], Field(default=defaults["memory"], description=text))
     text = "A batch whose loss is not finite ends the run ('stop') or counts for nothing ('skip'); both note its rows."
     fields["on_nonfinite"] = (Literal["stop", "skip"], Field(default=defaults["on_nonfinite"], description=text))
+    text = (
+        "What is done where the terms of a sum of Kronecker products cancel so far that rounding the factors may "
+        "change an update by more than condition_tolerance: 'warn', 'rescale' (orthogonal terms) or 'fp32'."
+    )
+    guard = defaults["condition_guard"]
+    fields["condition_guard"] = (Literal["warn", "rescale", "fp32"], Field(default=guard, description=text))
+    text = "Relative change of an update by rounding its factors that is put up with."
+    fields["condition_tolerance"] = _field("condition_tolerance", float, defaults["condition_tolerance"], text)
     return create_model("TrainingSection", __base__=TrainingFields, **fields)
 
 
@@ -223,7 +234,7 @@ def training_kwargs(training: Mapping[str, Any], task: Task) -> dict[str, Any]:
     known = {field.name for field in dataclasses.fields(training_arguments_class(task))}
     kwargs = dict(training)
     kwargs["gradient_checkpointing"] = checkpoints_layers(kwargs)
-    for name in ("fused", "memory", "on_nonfinite"):  # ours
+    for name in ("fused", "memory", "on_nonfinite", "condition_guard", "condition_tolerance"):  # ours
         del kwargs[name]
     if task == "seq_cls":
         del kwargs["max_length"]  # ours: the tokenizer cuts, not the trainer

@@ -1,0 +1,254 @@
+"""The condition of a sum of Kronecker products: how much its terms cancel, watched while they train, and mended.
+
+    M = sum_k lambda_k A_k (x) B_k,  ||A_k|| = ||B_k|| = 1        gamma = (sum_k lambda_k^2)^(1/2) / ||M||
+
+(LSR-Adapt, arXiv 2502.13568, definition 3.3, after Beylkin and Mohlenkamp 2005; Frobenius norms.) Rounding the factors
+to a dtype of unit roundoff u changes M by about `gamma u ||M||`: terms that are orthogonal have gamma = 1, terms that
+cancel a large one. With the lambdas folded into the factors, lambda_k = ||A_k|| ||B_k||, and
+
+    ||M||^2 = sum_kl <A_k, A_l> <B_k, B_l>
+
+takes the factors' Gram matrices only; M is never made. By definition gamma = 1 while M = 0.
+
+Shape legend: S separation rank; `[..., S, m, n]` a side's left or right factors, leading dimensions for many modules.
+"""
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from lsr_scale.adapters.base import AdapterLinear
+from lsr_scale.model.zero3 import gather, is_sharded
+from lsr_scale.progress import read_metrics, save_figure
+
+logger = logging.getLogger(__name__)
+
+Guard = Literal["warn", "rescale", "fp32"]
+# bfloat16's unit roundoff: a sum that loses less is better than the dtype that a 7B model computes in anyway
+TOLERANCE = 2.0**-8
+
+
+def condition(left: Tensor, right: Tensor) -> Tensor:
+    """Return gamma of `sum_k left_k (x) right_k`, float64.
+
+    Args:
+        left: `[..., S, M, N]`, any floating dtype.
+        right: `[..., S, m, n]`.
+
+    Returns:
+        `[...]`, at least 1/sqrt(S); 1 where the sum is zero.
+    """
+    a, b = (factor.detach().double().flatten(-2) for factor in (left, right))
+    grams = (a @ a.mT) * (b @ b.mT)  # [..., S, S]
+    squares = grams.diagonal(dim1=-2, dim2=-1).sum(-1)
+    # rounding in float64 bounds from below what cancellation leaves
+    norm = grams.sum((-2, -1)).clamp_min(squares * torch.finfo(torch.float64).eps)
+    return torch.where(squares > 0, (squares / norm.where(squares > 0, squares + 1)).sqrt(), torch.ones_like(squares))
+
+
+def orthogonal_terms(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Return factors of the same sum whose terms are orthogonal, so that gamma = 1, and of equal norm in pairs.
+
+    By Van Loan's rearrangement the sum is the matrix `R = sum_k vec(A_k) vec(B_k)^T`; the terms of its singular value
+    decomposition, from two thin QR and the SVD of an S x S core, are orthogonal. Computed in float64.
+
+    Args:
+        left: `[S, M, N]`.
+        right: `[S, m, n]`.
+
+    Returns:
+        Both in the shapes and dtypes given; terms that the sum does not need are zero on the right and kept on the
+        left, where they still get a gradient.
+    """
+    q_left, r_left = torch.linalg.qr(left.detach().double().flatten(1).T)
+    q_right, r_right = torch.linalg.qr(right.detach().double().flatten(1).T)
+    u, values, v = torch.linalg.svd(r_left @ r_right.T, full_matrices=False)
+    root = values.sqrt()
+    new_left, new_right = (q_left @ u * root).T, (q_right @ v.T * root).T
+    count = len(values)  # less than S where a side has fewer elements
+    found_left, found_right = left.detach().clone(), torch.zeros_like(right)
+    found_left[:count], found_right[:count] = (
+        new.view(count, *like.shape[1:]).to(like.dtype) for new, like in ((new_left, left), (new_right, right))
+    )
+    return found_left, found_right
+
+
+@dataclass(frozen=True)
+class Side:
+    """One sum of one module: the factors, and the parameter of the terms' weights where they are trained."""
+
+    module: str
+    name: str
+    left: nn.Parameter
+    right: nn.Parameter
+    weight: nn.Parameter | None = None
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """All that the sum depends on."""
+        return [self.left, self.right, *([] if self.weight is None else [self.weight])]
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Return both factors, the weights folded into the left one."""
+        left = self.left.detach().float()
+        return (left if self.weight is None else left * self.weight.detach()[:, None, None]), self.right.detach()
+
+
+def sides(model: nn.Module) -> list[Side]:
+    """Return every sum of Kronecker products among a model's active adapters: those of methods that have `sides`."""
+    found = []
+    for module_name, module in model.named_modules():
+        if not isinstance(module, AdapterLinear):
+            continue
+        for adapter in module.active_adapters:
+            held: Any = module.factors(adapter)
+            for name in module.method.sides if held else ():
+                left, right, weight = (held.get(f"{name}_{part}") for part in ("left", "right", "weight"))
+                found.append(Side(module_name.removeprefix("base_model.model."), name, left, right, weight))
+    return found
+
+
+@torch.no_grad()
+def conditions(found: list[Side]) -> Tensor:
+    """Return gamma of each side, float64 on the CPU; sides of one shape are computed together."""
+    groups: dict[Any, list[int]] = {}
+    for index, side in enumerate(found):
+        groups.setdefault((side.left.shape, side.right.shape, side.left.device), []).append(index)
+    values = torch.empty(len(found), dtype=torch.float64)
+    computed = []
+    for members in groups.values():
+        lefts, rights = zip(*(found[index].factors() for index in members), strict=True)
+        computed.append((members, condition(torch.stack(lefts), torch.stack([right.float() for right in rights]))))
+    for members, gammas in computed:
+        values[members] = gammas.cpu()
+    return values
+
+
+def endangered(found: list[Side], gammas: Tensor, tolerance: float) -> list[int]:
+    """Return the indices of the sides that rounding to their factors' dtype changes by more than the tolerance."""
+    roundoff = [max(torch.finfo(p.dtype).eps / 2 for p in (side.left, side.right)) for side in found]
+    return [i for i, (gamma, u) in enumerate(zip(gammas.tolist(), roundoff, strict=True)) if gamma * u > tolerance]
+
+
+@torch.no_grad()
+def mend(side: Side, how: Guard, optimizer: torch.optim.Optimizer | None = None) -> None:
+    """Make a side harmless, in place.
+
+    Args:
+        side: The side.
+        how: "rescale" writes the same sum with orthogonal terms of balanced factors; what the optimizer remembers of
+            the old ones is forgotten. "fp32" holds factors and the optimizer's memory in float32 from now on.
+        optimizer: The one that trains it, if any.
+    """
+    state: Any = optimizer.state if optimizer is not None else {}
+    if how == "fp32":
+        for parameter in side.parameters:
+            parameter.data = parameter.data.float()
+            for name, value in state.get(parameter, {}).items():
+                if isinstance(value, Tensor) and value.is_floating_point() and value.dim():
+                    state[parameter][name] = value.float()
+        return
+    left, right = orthogonal_terms(*side.factors())
+    side.left.copy_(left)
+    side.right.copy_(right)
+    if side.weight is not None:
+        side.weight.fill_(1.0)
+    for parameter in side.parameters:
+        state.pop(parameter, None)
+
+
+class WatchCondition(TrainerCallback):
+    """Logs gamma's median and largest value by side at every logging step, and does what the guard says.
+
+    Put before the callbacks that record: the values stand among the logs, `condition_down_max` and so on.
+    """
+
+    def __init__(self, tolerance: float, guard: Guard, say: Any = logger.warning) -> None:
+        self.guard: Guard = guard
+        self.tolerance, self.say = tolerance, say
+        self.told: set[tuple[str, str]] = set()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Measure, add to the logs, warn, mend."""
+        if not logs or "loss" not in logs:
+            return
+        model = kwargs["model"]
+        found = sides(model)
+        if not found:
+            return
+        if is_sharded(model):
+            with gather([parameter for side in found for parameter in side.parameters]):
+                gammas = conditions(found)
+        else:
+            gammas = conditions(found)
+        for name in dict.fromkeys(side.name for side in found):
+            some = gammas[[index for index, side in enumerate(found) if side.name == name]]
+            logs[f"condition_{name}_median"] = float(some.median())
+            logs[f"condition_{name}_max"] = float(some.max())
+        worst = [found[index] for index in endangered(found, gammas, self.tolerance)]
+        new = [side for side in worst if (side.module, side.name) not in self.told]
+        self.told |= {(side.module, side.name) for side in new}
+        if new:
+            self.say(self._words(new, gammas[[found.index(side) for side in new]]))
+        if self.guard != "warn":
+            for side in worst:
+                mend(side, self.guard, kwargs.get("optimizer"))
+
+    def _words(self, new: list[Side], gammas: Tensor) -> str:
+        first, kind = new[int(gammas.argmax())], str(new[0].left.dtype).removeprefix("torch.")
+        more = f" and {len(new) - 1} more" if len(new) > 1 else ""
+        done = {
+            "warn": "set training.condition_guard to rescale or fp32, or lower separation_rank",
+            "rescale": "their terms are made orthogonal (condition_guard: rescale)",
+            "fp32": "they are held in float32 from now on (condition_guard: fp32)",
+        }
+        return (
+            f"{first.module}, {first.name} side{more}: terms cancel, gamma = {float(gammas.max()):.3g}, so that "
+            f"rounding to {kind} may change the update by more than training.condition_tolerance = {self.tolerance:g}; "
+            f"{done[self.guard]}"
+        )
+
+
+def draw_conditions(metrics: Path, picture: Path, title: str) -> bool:
+    """Draw gamma over the steps of a run, median and largest by side; return False where none was logged."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = [row for row in read_metrics(metrics) if any(name.startswith("condition_") for name in row)]
+    if not rows:
+        return False
+    figure, axes = pyplot.subplots(figsize=(7, 4), dpi=120)
+    for color, name in zip(("C0", "C1", "C2", "C3"), _names(rows), strict=False):
+        for kind, style in (("median", "-"), ("max", "--")):
+            key = f"condition_{name}_{kind}"
+            points = [(row["step"], row[key]) for row in rows if key in row]
+            axes.plot(*zip(*points, strict=True), style, color=color, label=f"{name}, {kind} over the modules")
+    axes.set(xlabel="step", ylabel="condition number gamma", title=title)
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    axes.set_ylim(min(low, 0.5), max(high, 2.0))  # or 2 % would look like a cliff
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    figure.tight_layout()
+    save_figure(figure, picture)
+    return True
+
+
+def _names(rows: Iterable[dict[str, Any]]) -> list[str]:
+    keys = dict.fromkeys(key for row in rows for key in row if key.startswith("condition_") and key.endswith("_max"))
+    return [key.removeprefix("condition_").removesuffix("_max") for key in keys]

@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import commonsense_report
+import export_tables
 import results_page
 from plots import LABELS, MODES, by_provider, digest, drawn_from, memory_plot, sweep_plot
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks/results/throughput"
+EXPORTS = ROOT / "benchmarks/results/export/losses-smollm2-cpu.json"
 PAGE = ROOT / "benchmarks/RESULTS.md"
 TOKENS, LENGTH = 8192, 2048
 
@@ -88,6 +90,8 @@ def main(arguments: list[str] | None = None) -> int:
     run, picture = newest("mistral-7b", "nf4"), RESULTS / "mistral-7b-nf4.png"
     text = README.read_text(encoding="utf-8")
     wanted = with_table(text, "throughput", table(run))
+    exports = export_tables.losses(export_tables.read(EXPORTS), short=True)
+    wanted = with_table(wanted, "exports", f"An LSR adapter (r=16 s=16) after {exports}")
     page, stale = results_page.page(RESULTS.parent), []
     if wanted != text:
         stale.append("README.md")

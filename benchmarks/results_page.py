@@ -163,4 +163,6 @@ def page(results: Path) -> str:
         found = read(results / folder)
         if found:
             parts += [f"## {title}", *(section(path, run) for path, run in reversed(found))]
-    return "\n\n".join([*parts, *accuracy(results / "commonsense")]) + "\n"
+    import export_tables
+
+    return "\n\n".join([*parts, *accuracy(results / "commonsense"), *export_tables.sections(results / "export")]) + "\n"

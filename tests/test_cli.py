@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 from tiny_runs import TOOLS, completions, do, factors, questions, save_llama, tiny_run, write_rows
@@ -337,3 +339,11 @@ def test_another_rank_names_itself_and_waits_for_the_first_to_speak(call, monkey
     monkeypatch.setattr(cli.time, "sleep", waited.append)
     assert "lsr-scale: rank 1: " in refused(call, "train")
     assert waited == [cli.SECONDS_FOR_RANK_0]
+
+
+def test_the_package_runs_as_a_module():
+    ran = subprocess.run(
+        [sys.executable, "-m", "lsr_scale", "plan", "--help"], capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.startswith("usage: lsr-scale plan")

@@ -6,7 +6,7 @@ A model of random weights in bfloat16, LSR-Adapt on all seven linears, `--reside
 an `AdapterBank`, batches of `--rows` rows whose adapters all differ. Two ways to use them: a forward over the prompts,
 and the generation of `--new` tokens. Each is timed in turns: the base alone (the model without adapters), and the batch
 with `adapter_names`. `ratio` is the second's tokens/s over the first's. Beside them, `peft_lora`: as many of PEFT's
-LoRA adapters in one model as there are rows, through PEFT's own `adapter_names`, which loops over them.
+LoRA adapters in one model as there are rows, through PEFT's own `adapter_names`, which loops over them: one round.
 """
 
 import argparse
@@ -111,8 +111,8 @@ def main(arguments: list[str] | None = None) -> int:
     add("--resident", type=int, default=1000, help="adapters in memory")
     add("--rows", type=int, default=64, help="rows of a batch, each with an adapter of its own")
     add("--prompt", type=int, default=128, help="tokens of a prompt")
-    add("--new", type=int, default=32, help="tokens to generate")
-    add("--rounds", type=int, default=5)
+    add("--new", type=int, default=128, help="tokens to generate")
+    add("--rounds", type=int, default=3)
     add("--without-peft", action="store_true", help="leave out PEFT's LoRA")
     add("--out", type=Path, required=True, help="the JSON to write; must not exist yet")
     args = parser.parse_args(arguments)
@@ -156,13 +156,12 @@ def main(arguments: list[str] | None = None) -> int:
         rows["lsr"] = {kind: measure(ways, args.rounds, tokens[kind], device) for kind, ways in ways_of(model).items()}
         rows["lsr"] |= {"adapter_bytes": bank.adapter_bytes, "resident_gib": resident, "load_ms": 1e3 * loading}
         rows["lsr"]["load_ms"] /= args.resident
+    config = {name: value for name, value in vars(args).items() if name != "out"}
+    record.write_json(args.out, {"env": record.environment(), "config": config, "rows": rows})
     if not args.without_peft:
         base = model.unload()
         model = adapted(base, "lora", batch)
-        rows["peft_lora"] = {
-            kind: measure(ways, args.rounds, tokens[kind], device) for kind, ways in ways_of(model).items()
-        }
-    config = {name: value for name, value in vars(args).items() if name != "out"}
+        rows["peft_lora"] = {kind: measure(ways, 1, tokens[kind], device) for kind, ways in ways_of(model).items()}
     record.write_json(args.out, {"env": record.environment(), "config": config, "rows": rows})
     for name, row in rows.items():
         for kind in tokens:

@@ -20,7 +20,8 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from lsr_scale.adapters.base import BASE_ROW, AdapterConfig, AdapterLinear, Pair
@@ -31,7 +32,8 @@ from lsr_scale.errors import UserError
 class _Shelf:
     """The factors of all modules of one set of shapes, each `[capacity, modules, ...]`, and scalings of that size."""
 
-    modules: int = 0
+    modules: list[str] = field(default_factory=list)
+    layers: list[AdapterLinear] = field(default_factory=list)
     factors: dict[str, Tensor] = field(default_factory=dict)
     scalings: Tensor = field(default_factory=lambda: torch.empty(0))
 
@@ -70,10 +72,11 @@ class AdapterBank:
         for name, layer in layers.items():
             shapes = tuple((key, tuple(factor.shape)) for key, factor in layer.factors(adapter).items())
             shelf = shelves.setdefault(shapes, _Shelf())
-            self._places[name] = shelf, shelf.modules
-            shelf.modules += 1
+            self._places[name] = shelf, len(shelf.modules)
+            shelf.modules.append(name)
+            shelf.layers.append(layer)
         size = sum(factor.numel() for layer in layers.values() for factor in layer.factors(adapter).values())
-        self.adapter_bytes = size * dtype.itemsize
+        self._numel, self.adapter_bytes = size, size * dtype.itemsize
         self.capacity = int(memory_gib * 2**30) // self.adapter_bytes
         if self.capacity < 1:
             raise UserError(
@@ -81,10 +84,11 @@ class AdapterBank:
             )
         device = next(iter(next(iter(layers.values())).factors(adapter).values())).device
         for shapes, shelf in shelves.items():
-            size = self.capacity, shelf.modules
+            size = self.capacity, len(shelf.modules)
             # zeros: rows of the base read a slot too, times a scaling of zero
             shelf.factors = {key: torch.zeros(*size, *shape, dtype=dtype, device=device) for key, shape in shapes}
             shelf.scalings = torch.zeros(size, device=device)
+        self._shelves = list(shelves.values())
         tuner.bank = self
 
     def load(self, name: str) -> int:
@@ -102,10 +106,12 @@ class AdapterBank:
         else:
             _, slot = self.slots.popitem(last=False)
             self.evictions += 1
-        for (module, key), tensor in tensors.items():
-            shelf, position = self._places[module]
-            shelf.factors[key][slot, position].copy_(tensor)
-            shelf.scalings[slot, position] = config.for_module(module.removeprefix("model.")).scaling
+        for shelf in self._shelves:
+            for key, held in shelf.factors.items():
+                # one copy to the device for all modules
+                held[slot].copy_(torch.stack([tensors[module, key] for module in shelf.modules]))
+            scalings = [config.for_module(module.removeprefix("model.")).scaling for module in shelf.modules]
+            shelf.scalings[slot].copy_(torch.tensor(scalings))
         self.slots[name] = slot
         self.loads += 1
         return slot
@@ -147,35 +153,33 @@ class AdapterBank:
         if not isinstance(config, self.method.config_class):
             kind = getattr(config.peft_type, "value", config.peft_type)
             raise UserError(f"{where}: a {kind} adapter; this bank holds {self.method.name} adapters")
-        tensors: dict[tuple[str, str], Tensor] = {}
+        file = where / "adapter_model.safetensors"
         try:
-            with safe_open(where / "adapter_model.safetensors", "pt") as file:
-                stored = set(file.keys())
-                for module, (shelf, _) in self._places.items():
-                    for key, held in shelf.factors.items():
-                        tensors[module, key] = self._factor(file, stored, f"{module}.{self.method.prefix}{key}", held)
+            size = file.stat().st_size
+            # whatever it holds takes memory before it can be looked at: float64 factors and a long header at most
+            if size > 2 * 8 * self._numel + 2**20:
+                raise UserError(f"{where}: adapter_model.safetensors has {size} bytes, too many for these adapters")
+            stored = load_file(file)
         except (SafetensorError, OSError) as error:
             raise UserError(f"{where}: adapter_model.safetensors is missing, damaged or cut short ({error})") from error
-        except UserError as error:
-            raise UserError(f"{where}: {error}") from error
+        tensors: dict[tuple[str, str], Tensor] = {}
+        for module, (shelf, _) in self._places.items():
+            for key, held in shelf.factors.items():
+                name = f"base_model.{module}.{self.method.prefix}{key}"
+                tensor = stored.pop(name, None)
+                if tensor is None:
+                    raise UserError(f"{where}: {name} is missing")
+                if tensor.shape != held.shape[2:]:
+                    raise UserError(
+                        f"{where}: {name} is {list(tensor.shape)}, this bank's adapters have {list(held.shape[2:])}"
+                    )
+                tensors[module, key] = tensor
         if stored:
             raise UserError(f"{where}: {len(stored)} tensors that this bank's adapters do not have: {min(stored)}")
+        for (module, key), tensor in tensors.items():
+            if not tensor.isfinite().all():
+                raise UserError(f"{where}: base_model.{module}.{self.method.prefix}{key} is not finite")
         return config, tensors
-
-    @staticmethod
-    def _factor(file: Any, stored: set[str], name: str, held: Tensor) -> Tensor:
-        """Return one factor, its shape checked before it is read; its name leaves `stored`."""
-        full = f"base_model.{name}"
-        if full not in stored:
-            raise UserError(f"{full} is missing")
-        stored.discard(full)
-        shape = file.get_slice(full).get_shape()
-        if shape != list(held.shape[2:]):
-            raise UserError(f"{full} is {shape}, this bank's adapters have {list(held.shape[2:])}")
-        tensor = file.get_tensor(full)
-        if not torch.isfinite(tensor).all():
-            raise UserError(f"{full} is not finite")
-        return tensor
 
 
 class BankRows:
@@ -183,16 +187,18 @@ class BankRows:
 
     def __init__(self, bank: AdapterBank, slots: list[int], index: list[int]) -> None:
         self.bank, self.slots, self.index = bank, slots, index
-        self._pairs: dict[tuple[int, torch.dtype], Pair] = {}
+        self._pairs: dict[tuple[AdapterLinear, torch.dtype], Pair] = {}
 
     def pair(self, layer: AdapterLinear, dtype: torch.dtype) -> Pair:
-        """Return `(down [B, R, in], scaling * up [B, out, R])` of the rows at a linear."""
-        shelf, position = self.bank.place(layer)
-        key = id(shelf), dtype
-        if key not in self._pairs:
-            self._pairs[key] = self._materialized(shelf, dtype)
-        down, up = self._pairs[key]
-        return down[:, position], up[:, position]
+        """Return `(down^T [B, in, R], scaling * up^T [B, R, out])` of the rows at a linear."""
+        found = self._pairs.get((layer, dtype))
+        if found is None:
+            shelf, _ = self.bank.place(layer)
+            pairs = [side.unbind(1) for side in self._materialized(shelf, dtype)]
+            for module, down, up in zip(shelf.layers, *pairs, strict=True):
+                self._pairs[module, dtype] = down.transpose(1, 2), up.transpose(1, 2)
+            found = self._pairs[layer, dtype]
+        return found
 
     def _materialized(self, shelf: _Shelf, dtype: torch.dtype) -> Pair:
         device = shelf.scalings.device

@@ -24,8 +24,10 @@ from lsr_scale.data.formats import build_dataset
 from lsr_scale.data.preview import prepare_tokenizer, tokenize_classification
 from lsr_scale.errors import UserError
 from lsr_scale.fused import FuseReport, fuse, gather_by_layer
-from lsr_scale.memory_policy import KeepWhatFits, largest_forward
-from lsr_scale.model import base_of, load_tokenizer
+from lsr_scale.fused.step_graph import StepGraphs, why_not_graphs
+from lsr_scale.graph_steps import GraphSteps, PackedCollator, host_bound
+from lsr_scale.memory_policy import KeepWhatFits, largest_forward, row_lengths
+from lsr_scale.model import base_description, base_of, load_tokenizer
 from lsr_scale.resumable import Resumable
 from lsr_scale.run_folder import RunFolder
 
@@ -80,6 +82,8 @@ def build_trainer(
         )
     if report is not None and report.fused and _fits_memory(run):
         trainer.add_callback(KeepWhatFits(largest_forward(trainer), say))
+    if run.model.task == "causal_lm":
+        _replay_steps(run, trainer, report, say)
     trainer.on_nonfinite = run.training["on_nonfinite"]  # pyright: ignore[reportAttributeAccessIssue]
     trainer.remove_callback(PrinterCallback)  # prints what Progress prints
     if not arguments.push_to_hub:
@@ -122,6 +126,37 @@ def _fuse(run: RunConfig, model: PeftModel, arguments: Any) -> FuseReport | None
     return report
 
 
+def _replay_steps(run: RunConfig, trainer: Any, report: FuseReport | None, say: Callable[[str], None]) -> None:
+    """Have a trainer's steps replay CUDA graphs, if the run wants it and they can, and it pays.
+
+    Raises:
+        UserError: where the run insists on what cannot be.
+    """
+    wanted = run.training["cuda_graphs"]
+    if wanted == "off":
+        return
+    model: Any = trainer.model
+    longest, mean = row_lengths(trainer)
+    reason = None
+    if report is None or report.per_linear or not report.fused:
+        reason = "the decoder layers do not run fused"
+    elif uses_deepspeed(run) or distributed.world_size() > 1:
+        reason = "several processes, or DeepSpeed, handle gradients as they come"
+    elif longest is None or mean is None:
+        reason = "nobody knows how long rows are"
+    reason = reason or why_not_graphs(model.get_base_model(), vars(trainer.args))
+    if reason is not None or longest is None or mean is None:
+        if wanted == "on":
+            raise UserError(f"training.cuda_graphs: on, but they cannot be: {reason}")
+        return
+    tokens = round(mean * trainer.args.per_device_train_batch_size)
+    if wanted == "auto" and not host_bound(base_description(model)["num_parameters"], len(report.fused), tokens):  # pyright: ignore
+        return
+    trainer.graphs, trainer.say = StepGraphs(model.get_base_model()), say
+    trainer.data_collator = PackedCollator(trainer.data_collator, longest)
+    say("steps replay CUDA graphs from the third on")
+
+
 def _fits_memory(run: RunConfig) -> bool:
     """Tell whether a run's fused layers shall keep what fits, and have a GPU to fit it into."""
     training = run.training
@@ -157,7 +192,7 @@ def _sft_trainer(common: dict[str, Any]) -> Trainer:
             "pip install 'trl>=1.16,<1.17'"
         )
 
-    class ResumableSFTTrainer(Resumable, SFTTrainer):
+    class ResumableSFTTrainer(Resumable, GraphSteps, SFTTrainer):
         pass
 
     return ResumableSFTTrainer(**common)

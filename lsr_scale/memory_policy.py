@@ -73,12 +73,18 @@ class KeepWhatFits(TrainerCallback):
 
 def largest_forward(trainer: Trainer) -> int | None:
     """Return the most tokens, padding included, that one forward pass of a trainer can have, None if unknown."""
-    rows: Any = trainer.train_dataset
-    longest = getattr(trainer.args, "max_length", None)
-    if "input_ids" in (getattr(rows, "column_names", None) or ()):
-        import pyarrow.compute as arrow
-
-        lengths = arrow.list_value_length(rows.data.column("input_ids"))  # pyright: ignore[reportAttributeAccessIssue]
-        found = arrow.max(lengths).as_py() or 0  # pyright: ignore[reportAttributeAccessIssue]
-        longest = found if longest is None else min(longest, found)
+    longest = row_lengths(trainer)[0]
     return None if longest is None else longest * trainer.args.per_device_train_batch_size
+
+
+def row_lengths(trainer: Trainer) -> tuple[int | None, float | None]:
+    """Return the tokens of the longest training row of a trainer, and of the mean one; None if unknown."""
+    rows: Any = trainer.train_dataset
+    limit = getattr(trainer.args, "max_length", None)
+    if "input_ids" not in (getattr(rows, "column_names", None) or ()):
+        return limit, limit
+    import pyarrow.compute as arrow
+
+    lengths: Any = arrow.list_value_length(rows.data.column("input_ids"))  # pyright: ignore[reportAttributeAccessIssue]
+    longest, mean = (getattr(arrow, name)(lengths).as_py() or 0 for name in ("max", "mean"))
+    return longest if limit is None else min(longest, limit), mean

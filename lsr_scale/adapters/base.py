@@ -402,12 +402,15 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
 
 
 def _add_rows(result: Tensor, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
-    """Return `result + up_b (down_b x_b)` for `x [B, ..., in]`, `down [B, R, in]` and `up [B, out, R]`."""
+    """Return `result + (x_b down_b) up_b` for `x [B, ..., in]`, `down [B, in, R]` and `up [B, R, out]`."""
     if len(x) != len(down):
         raise UserError(f"adapter_names: {len(down)} names for a batch of {len(x)} rows; give one for each row")
-    xa = torch.bmm(x.reshape(len(x), -1, x.shape[-1]), down.transpose(1, 2))
-    flat = result.reshape(len(result), -1, result.shape[-1])
-    return torch.baddbmm(flat, xa.to(flat.dtype), up.transpose(1, 2).to(flat.dtype)).view(result.shape)
+    # generation does this for every linear and token: what the host does counts
+    xa = torch.bmm(x if x.dim() == 3 else x.reshape(len(x), -1, x.shape[-1]), down)
+    flat = result if result.dim() == 3 else result.reshape(len(result), -1, result.shape[-1])
+    if xa.dtype != flat.dtype:
+        xa, up = xa.to(flat.dtype), up.to(flat.dtype)
+    return torch.baddbmm(flat, xa, up).view(result.shape)
 
 
 class NamedRows:
@@ -419,7 +422,7 @@ class NamedRows:
         self._pairs: dict[tuple[int, torch.dtype], Pair] = {}
 
     def pair(self, layer: AdapterLinear, dtype: torch.dtype) -> Pair:
-        """Return `(down [B, R, in], scaling * up [B, out, R])`; smaller ranks are filled up with zeros."""
+        """Return `(down^T [B, in, R], scaling * up^T [B, R, out])`; smaller ranks are filled up with zeros."""
         key = id(layer), dtype
         if key not in self._pairs:
             held = [layer.pair(name, dtype) if name in layer.adapter_configs else None for name in self.distinct]
@@ -430,7 +433,7 @@ class NamedRows:
             for index, pair in enumerate(held):
                 if pair:
                     downs[index, : len(pair[0])], ups[index, :, : len(pair[0])] = pair
-            self._pairs[key] = downs[self.index], ups[self.index]
+            self._pairs[key] = downs[self.index].transpose(1, 2), ups[self.index].transpose(1, 2)
         return self._pairs[key]
 
 

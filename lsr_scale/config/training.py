@@ -30,7 +30,8 @@ DEFAULTS: dict[str, Any] = {
     "weight_decay": 0.0,
     "max_grad_norm": 1.0,
     "gradient_checkpointing": None,  # null: as memory has it
-    "fused": "auto",  # ours, like memory, on_nonfinite, condition_*, and max_length of a classifier
+    "fused": "auto",  # ours, like cuda_graphs, memory, on_nonfinite, condition_*, and max_length of a classifier
+    "cuda_graphs": "auto",
     "memory": "auto",
     "on_nonfinite": "stop",
     "condition_guard": "warn",
@@ -178,6 +179,12 @@ def training_model(task: Task) -> type[TrainingFields]:
     text = "Run decoder layers fused: 'on', 'off', or 'auto' (on a GPU). Fused layers do their own checkpointing."
     fields["fused"] = (Literal["auto", "on", "off"], Field(default=defaults["fused"], description=text))
     text = (
+        "Replay training steps as CUDA graphs: 'on', 'off', or 'auto' (where the host would take longer to launch a "
+        "step than the GPU to compute it, which is so for small models). Needs fused layers, packing or padding_free, "
+        "no dropout, one process."
+    )
+    fields["cuda_graphs"] = (Literal["auto", "on", "off"], Field(default=defaults["cuda_graphs"], description=text))
+    text = (
         "What memory is spent on: 'save' keeps each layer's input and computes the rest again, 'speed' keeps "
         "everything, in fused layers the dequantized weights too, 'auto' starts as 'save' and lets fused layers keep "
         "what fits after the first step."
@@ -234,7 +241,7 @@ def training_kwargs(training: Mapping[str, Any], task: Task) -> dict[str, Any]:
     known = {field.name for field in dataclasses.fields(training_arguments_class(task))}
     kwargs = dict(training)
     kwargs["gradient_checkpointing"] = checkpoints_layers(kwargs)
-    for name in ("fused", "memory", "on_nonfinite", "condition_guard", "condition_tolerance"):  # ours
+    for name in ("fused", "cuda_graphs", "memory", "on_nonfinite", "condition_guard", "condition_tolerance"):  # ours
         del kwargs[name]
     if task == "seq_cls":
         del kwargs["max_length"]  # ours: the tokenizer cuts, not the trainer

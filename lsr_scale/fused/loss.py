@@ -1,9 +1,10 @@
 """Cross-entropy of a language model's head, chunk by chunk: the logits never exist whole.
 
-    loss = sum_t [logsumexp(h_t W^T) - (h_t W^T)_label(t)] / n      over supervised positions t
+    loss = sum_t weight_t [logsumexp(h_t W^T) - (h_t W^T)_label(t)] / n      over supervised positions t
 
-The gradient to h is computed in the forward pass, while a chunk's logits are there: `dh = (softmax - onehot) W / n`.
-The head is frozen. Logits are kept in the hidden states' dtype, softmax is computed in float32.
+The gradient to h is computed in the forward pass, while a chunk's logits are there:
+`dh = weight (softmax - onehot) W / n`. The head is frozen. Logits are kept in the hidden states' dtype, softmax is
+computed in float32.
 """
 
 from typing import Any
@@ -22,10 +23,10 @@ CHUNK_ELEMENTS = 2**26
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """`(h [T, hidden], W [vocabulary, hidden], labels [T]) -> sum of the losses`, float32."""
+    """`(h [T, hidden], W [vocabulary, hidden], labels [T], weights [T] or None) -> sum of the losses`, float32."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
         wants = ctx.needs_input_grad[0]
         gradient = torch.empty_like(hidden) if wants else None
         total = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
@@ -33,32 +34,37 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
             logits = hidden[part] @ weight.t()
-            total += cross_entropy(logits, labels[part], gradient=gradient is not None).sum()
+            losses = cross_entropy(logits, labels[part], gradient=gradient is not None)
+            total += (losses if weights is None else losses * weights[part]).sum()
             if gradient is not None:
                 torch.mm(logits, weight, out=gradient[part])
         if gradient is not None:
+            if weights is not None:
+                gradient *= weights[:, None].to(gradient.dtype)
             ctx.save_for_backward(gradient)
         return total
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * grads[0].to(gradient.dtype), None, None
+        return gradient * grads[0].to(gradient.dtype), None, None, None
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
     """Return the summed cross-entropy of `hidden @ weight^T` against labels, float32, differentiable in `hidden`.
 
     Args:
         hidden: `[T, hidden]`.
         weight: `[vocabulary, hidden]`, frozen.
         labels: `[T]` in `[0, vocabulary)`: no ignored ones, they are left out before.
+        weights: `[T]`, what each position counts; 1 if not given.
     """
     if weight.requires_grad:
-        return functional.cross_entropy((hidden @ weight.t()).float(), labels, reduction="sum")
+        losses = functional.cross_entropy((hidden @ weight.t()).float(), labels, reduction="none")
+        return (losses if weights is None else losses * weights).sum()
     with torch.autocast(hidden.device.type, enabled=False):
-        return _LinearCrossEntropy.apply(hidden, weight, labels)  # pyright: ignore[reportReturnType]
+        return _LinearCrossEntropy.apply(hidden, weight, labels, weights)  # pyright: ignore[reportReturnType]
 
 
 def causal_lm_loss(

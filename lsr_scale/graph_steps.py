@@ -1,0 +1,152 @@
+"""A trainer whose steps replay CUDA graphs, where a batch has what they need (`fused.step_graph`)."""
+
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Trainer
+
+from lsr_scale import faults
+from lsr_scale.fused.step_graph import StepGraphs, static_batch
+
+# What the host takes at least to launch a decoder layer's kernels, forward and backward, and what a GPU computes at
+# best. Measured: 7 ms a layer (16 cores of a server, LSR-Adapt on seven linears); 650 TFLOP/s (H200).
+HOST_S_PER_LAYER = 4e-3
+GPU_FLOPS = 4e14
+
+_Base: Any = Trainer
+
+
+def host_bound(parameters: int, layers: int, tokens: int) -> bool:
+    """Tell whether a GPU computes a step's forward and backward pass faster than its host launches it.
+
+    Args:
+        parameters: Of the base; each costs 4 FLOP a token, as it is frozen.
+        layers: Decoder layers.
+        tokens: In a micro-batch.
+    """
+    return 4 * parameters * tokens / GPU_FLOPS < HOST_S_PER_LAYER * layers
+
+
+class PackedCollator:
+    """Adds to what a collator of packed rows returns, as `static`, the same batch in a shape that repeats."""
+
+    def __init__(self, collator: Callable[[Any], dict[str, Any]], longest: int) -> None:
+        """Take TRL's collator and an upper bound on the length of a row in tokens."""
+        self.collator = collator
+        self.longest = longest
+
+    def __call__(self, examples: Any) -> dict[str, Any]:
+        """Return a batch."""
+        batch = self.collator(examples)
+        names = ("input_ids", "labels", "position_ids")
+        return {**batch, "static": static_batch(*(batch[name] for name in names), longest=self.longest)}
+
+
+class GraphSteps(_Base):
+    """Training steps by graphs for a trainer; goes before TRL's among a class's bases. Off until `graphs` is set.
+
+    The first two steps of a run are computed as ever: what is decided after the first one (`training.memory: auto`)
+    stays, and kernels are compiled. TRL's entropy and token accuracy are not computed; they need the logits.
+    """
+
+    graphs: StepGraphs | None = None
+    say: Callable[[str], None] = staticmethod(lambda text: None)
+    _first_graph: int | None = None
+    _drop = False
+    _num_parameters: int | None = None
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """Compute the loss as the trainer does."""
+        return super().compute_loss(model, {k: v for k, v in inputs.items() if k != "static"}, *args, **kwargs)
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """Do a micro-batch: its loss is returned, its gradients are the parameters'."""
+        inputs = dict(inputs)
+        static = inputs.pop("static", None)
+        if self._first_graph is None:
+            self._first_graph = self.state.global_step + 2
+            self._unchecked: deque = deque()
+        if self.graphs is None or static is None or self.state.global_step < self._first_graph:
+            return super().training_step(model, inputs, num_items_in_batch)
+        if not model.training:
+            model.train()
+        steps = self.current_gradient_accumulation_steps
+        if num_items_in_batch is None:
+            num_items_in_batch = static["weights"].sum() * steps
+        try:
+            divisor = _at_least_one(num_items_in_batch)
+            loss, gradients = self.graphs.replay(self._prepare_inputs(static), divisor)
+        except RuntimeError as error:
+            if self.graphs.captured:
+                raise
+            # nothing was replayed yet: the run goes on without, unless the GPU itself is at fault
+            torch.cuda.synchronize()
+            self.graphs = None
+            self.say(f"CUDA graphs are off: {str(error).splitlines()[0]}")
+            return super().training_step(model, inputs, num_items_in_batch)
+        self._drop = self._is_dropped(loss, inputs)
+        if self._drop:
+            torch._foreach_zero_(gradients)
+        self.graphs.give(gradients, accumulates=steps > 1)
+        self._total_train_tokens += inputs["input_ids"].numel()
+        self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+        return loss
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Return the trainer's estimate of a batch's operations; it counts the parameters anew for every batch."""
+        if self.graphs is None:
+            return super().floating_point_ops(inputs)
+        if self._num_parameters is None:
+            self._num_parameters = self.model.num_parameters(exclude_embeddings=True)
+        return 6 * inputs["input_ids"].numel() * self._num_parameters
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        """Clip the gradients as the trainer does, without a walk over all modules of the model."""
+        if self.graphs is None:
+            return super()._clip_grad_norm(model)
+        return torch.nn.utils.clip_grad_norm_(self.graphs.parameters, self.args.max_grad_norm)
+
+    def _is_dropped(self, loss: Tensor, inputs: dict[str, Any]) -> bool:
+        """Tell whether a loss is not finite and `training.on_nonfinite` is "skip"; "stop" looks two batches later.
+
+        By then the GPU has computed it, and nobody waits.
+        """
+        if getattr(self, "on_nonfinite", "stop") == "skip":
+            dropped = not bool(torch.isfinite(loss))
+            if dropped:
+                faults.on_nonfinite(self, float(loss), inputs)
+            return dropped
+        on_host = torch.empty((), dtype=loss.dtype, pin_memory=True)
+        on_host.copy_(loss, non_blocking=True)
+        ready: Any = torch.cuda.Event()
+        ready.record()
+        self._unchecked.append((ready, on_host, inputs, self.state.global_step, getattr(self, "micro_step", 0)))
+        self._check(after=2)
+        return False
+
+    def _check(self, after: int = 0) -> None:
+        """Raise for a loss that is not finite among those of which `after` newer ones exist."""
+        while len(self._unchecked) > after:
+            ready, on_host, inputs, step, micro_step = self._unchecked.popleft()
+            ready.synchronize()
+            if not bool(torch.isfinite(on_host)):
+                now = self.state.global_step
+                self.state.global_step, self.micro_step = step, micro_step
+                try:
+                    faults.on_nonfinite(self, float(on_host), inputs)
+                finally:
+                    self.state.global_step = now
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """Log, save and evaluate as the trainer does, nothing of it after a loss that is not finite."""
+        control = self.control
+        if control.should_log or control.should_save or control.should_evaluate or control.should_training_stop:
+            self._check()
+        return super()._maybe_log_save_evaluate(*args, **kwargs)
+
+
+def _at_least_one(number: Any) -> Any:
+    return number.clamp(min=1) if isinstance(number, Tensor) else max(number, 1)

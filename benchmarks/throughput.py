@@ -3,6 +3,7 @@
     python benchmarks/throughput.py --model mistral-7b --base nf4 --tokens 8192 --seq-len 2048 \
         --checkpointing none,full,offload --rounds 2 --steps 4 --out benchmarks/results/throughput/NAME.json
     python benchmarks/throughput.py --tokens 1024,8192,32768 --seq-len 512,2048 ...    # every pair that divides
+    python benchmarks/throughput.py --points 1024x512,8192x512,8192x8192 ...           # these
     python benchmarks/throughput.py --smoke --out NAME.json        # two layers, seconds: does every provider run?
 
 Random weights on a model's shapes, random tokens, every label supervised. A step is forward, loss, backward, fused
@@ -306,6 +307,8 @@ def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, dict[
     numbers = lambda text: [int(part) for part in listed(text)]  # noqa: E731
     add("--tokens", type=numbers, default=[8192], help="tokens a step; several with commas between")
     add("--seq-len", type=numbers, default=[2048], help="as --tokens; pairs that do not divide are left out")
+    pairs = lambda text: [[int(part) for part in pair.split("x")] for pair in listed(text)]  # noqa: E731
+    add("--points", type=pairs, help="instead of --tokens and --seq-len, pairs of them: 1024x512,8192x2048")
     add(
         "--checkpointing",
         type=listed,
@@ -343,6 +346,10 @@ def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, dict[
         if min(given if isinstance(given, list) else [given], default=0) < 1:
             parser.error(f"--{option.replace('_', '-')}: expected at least 1, got {given}")
     points = [[tokens, length] for tokens in args.tokens for length in args.seq_len if tokens % length == 0]
+    if args.points is not None:
+        points = args.points
+        if not points or any(len(pair) != 2 or min(pair) < 1 or pair[0] % pair[1] for pair in points):
+            parser.error("--points: expected pairs like 8192x2048, the first a multiple of the second")
     if not points:
         parser.error(f"--tokens: {args.tokens} is no multiple of --seq-len {args.seq_len}")
     if args.layers is not None and args.layers < 1:

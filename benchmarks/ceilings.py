@@ -53,6 +53,7 @@ def median_ms(function: Any, seconds: float = 0.4) -> float:
     return statistics.median(start.elapsed_time(end) for start, end in events)
 
 
+@functools.cache
 def copy_bandwidth() -> float:
     """Return the bytes a second, read and written, of a copy of 2 GiB."""
     source = torch.empty(2**31, dtype=torch.uint8, device="cuda")

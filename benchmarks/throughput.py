@@ -135,17 +135,17 @@ class Measurement:
         self._finish()
         return self.result["rows"]
 
-    def _ask_once(self, name: str, request: dict[str, Any]) -> dict[str, Any]:
-        """Return the answer of a worker that is started for one request."""
+    def _ask_once(self, name: str, requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Return the answers of a worker that is started for these requests."""
         worker = Worker(name, ["none"], self.config, self.log(name))
         try:
             start_all([worker], min(self.limits["build"], self.left()))
-            return worker.ask(request, min(self.limits["turn"], self.left()))
+            return [worker.ask(request, min(self.limits["turn"], self.left())) for request in requests]
         finally:
             worker.stop()
 
     def _pass_gate(self) -> None:
-        reply = self._ask_once("parity:Parity", {})
+        (reply,) = self._ask_once("parity:Parity", [{}])
         if reply["status"] != "ok":
             raise ParityError(reply["detail"])
         self.result["parity"] = reply["parity"]
@@ -156,9 +156,10 @@ class Measurement:
         say(f"parity: green; largest error over plain bfloat16's: {json.dumps(worst)}")
 
     def _measure_ceilings(self) -> None:
-        for tokens, seq_len in self.config["points"]:
+        points = self.config["points"]
+        requests = [{"tokens": tokens, "seq_len": seq_len} for tokens, seq_len in points]
+        for (tokens, seq_len), reply in zip(points, self._ask_once("ceilings:Ceilings", requests), strict=True):
             point = f"{tokens}x{seq_len}"
-            reply = self._ask_once("ceilings:Ceilings", {"tokens": tokens, "seq_len": seq_len})
             if reply["status"] != "ok":
                 say(f"ceilings {point}: {reply['status']} {last_line(reply)}; its rows will have no floor_fraction")
                 continue

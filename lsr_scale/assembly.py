@@ -25,7 +25,7 @@ from lsr_scale.data.preview import prepare_tokenizer, tokenize_classification
 from lsr_scale.errors import UserError
 from lsr_scale.fused import FuseReport, fuse, gather_by_layer
 from lsr_scale.fused.step_graph import StepGraphs, why_not_graphs
-from lsr_scale.graph_steps import GraphSteps, PackedCollator, host_bound
+from lsr_scale.graph_steps import CheckBeforeUse, GraphSteps, PackedCollator, host_bound
 from lsr_scale.memory_policy import KeepWhatFits, largest_forward, row_lengths
 from lsr_scale.model import base_description, base_of, load_tokenizer
 from lsr_scale.resumable import Resumable
@@ -154,6 +154,7 @@ def _replay_steps(run: RunConfig, trainer: Any, report: FuseReport | None, say: 
         return
     trainer.graphs, trainer.say = StepGraphs(model.get_base_model()), say
     trainer.data_collator = PackedCollator(trainer.data_collator, longest)
+    trainer.callback_handler.callbacks.insert(1, CheckBeforeUse(trainer))  # after the one that decides what is due
     say("steps replay CUDA graphs from the third on")
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lsr_scale import faults
 from lsr_scale.fused.step_graph import StepGraphs, static_batch
@@ -58,6 +58,10 @@ class GraphSteps(_Base):
     _drop = False
     _num_parameters: int | None = None
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._unchecked: deque = deque()
+
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Compute the loss as the trainer does."""
         return super().compute_loss(model, {k: v for k, v in inputs.items() if k != "static"}, *args, **kwargs)
@@ -68,7 +72,6 @@ class GraphSteps(_Base):
         static = inputs.pop("static", None)
         if self._first_graph is None:
             self._first_graph = self.state.global_step + 2
-            self._unchecked: deque = deque()
         if self.graphs is None or static is None or self.state.global_step < self._first_graph:
             return super().training_step(model, inputs, num_items_in_batch)
         if not model.training:
@@ -124,10 +127,10 @@ class GraphSteps(_Base):
         ready: Any = torch.cuda.Event()
         ready.record()
         self._unchecked.append((ready, on_host, inputs, self.state.global_step, getattr(self, "micro_step", 0)))
-        self._check(after=2)
+        self.check_losses(after=2)
         return False
 
-    def _check(self, after: int = 0) -> None:
+    def check_losses(self, after: int = 0) -> None:
         """Raise for a loss that is not finite among those of which `after` newer ones exist."""
         while len(self._unchecked) > after:
             ready, on_host, inputs, step, micro_step = self._unchecked.popleft()
@@ -140,12 +143,17 @@ class GraphSteps(_Base):
                 finally:
                     self.state.global_step = now
 
-    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> Any:
-        """Log, save and evaluate as the trainer does, nothing of it after a loss that is not finite."""
-        control = self.control
+
+class CheckBeforeUse(TrainerCallback):
+    """Has a trainer look at its last losses before anything is logged or saved of them; goes before other callbacks."""
+
+    def __init__(self, trainer: GraphSteps) -> None:
+        self.trainer = trainer
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Raise for a loss that is not finite."""
         if control.should_log or control.should_save or control.should_evaluate or control.should_training_stop:
-            self._check()
-        return super()._maybe_log_save_evaluate(*args, **kwargs)
+            self.trainer.check_losses()
 
 
 def _at_least_one(number: Any) -> Any:

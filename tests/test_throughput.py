@@ -223,7 +223,7 @@ def test_the_gate_is_green_as_it_is_and_red_when_a_gradient_is_wrong(base, tmp_p
 
 def test_nothing_is_written_behind_a_red_gate(tmp_path, monkeypatch, capsys):
     found = [{"method": "lsr", "recompute": "none", "worst_ratio": 9.0, "problems": ["lsr: loss is off by 1e-1"]}]
-    monkeypatch.setattr(throughput.Measurement, "_ask_once", lambda *_: {"status": "ok", "parity": found})
+    monkeypatch.setattr(throughput.Measurement, "_ask_once", lambda *_: [{"status": "ok", "parity": found}])
     out = tmp_path / "a.json"
     assert throughput.main(arguments(out, "lsr", flags="")) == 3
     assert "parity: red, nothing is measured\nlsr: loss is off by 1e-1" in capsys.readouterr().err

@@ -4,8 +4,8 @@
     python benchmarks/glue.py --data DATA --work WORK --model MODEL --jobs 4 --time-limit 540
     python benchmarks/glue.py --table
 
-MODEL is a folder or a hub name: MPNet-base has the modules of 768 x 768 of the paper. MiniLM-L6 with `--rows`, `--epochs`
-and `--batch` is the pilot on a CPU: few steps, so its figures compare methods, not this library with a paper.
+MODEL is a folder or a hub name: MPNet-base has the modules of 768 x 768 of the paper. MiniLM-L6 with `--rows` and
+`--epochs` is the pilot on a CPU: few steps, so its figures compare methods, not this library with a paper.
 
 Protocol. A tenth of each train part is held out by the hash of its first sentence; the learning rate, with alpha for
 LSR, is chosen there: five points a method, one seed that nothing else uses. The validation part, labelled for every

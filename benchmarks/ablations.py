@@ -5,8 +5,8 @@
     python benchmarks/ablations.py --table
 
 Axes: the separation rank at rank 16 (`terms`), the rank at equal parameters (`rank`), balanced against skewed splits,
-at equal terms and at about equal parameters (`split`), how the rank is shared (`left_rank`), the start (`init`), trained
-term weights (`weights`), and alpha / rank against alpha / sqrt(rank) (`scaling`). LoRA stands beside.
+at equal terms and at about equal parameters (`split`), how the rank is shared (`left_rank`), the start (`init`),
+trained term weights (`weights`), and alpha / rank against alpha / sqrt(rank) (`scaling`). LoRA stands beside.
 
 Protocol. ARC-E, ARC-C and OpenBookQA train parts less a tenth by the hash of the question (the parts of
 `commonsense.py`). A rate is chosen by one epoch with a seed of its own; three seeds then train two epochs. All scores

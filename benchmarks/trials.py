@@ -122,8 +122,10 @@ def execute(
         time_limit: Seconds after which no trial is started.
     """
     began, failed = time.monotonic(), 0
-    done = load(results)
-    waiting = [trial for trial in trials if trial.name not in done]
+    # a result of a point that is another one by now is none
+    known = {trial.name for trial in trials if trial.tunes and trial.point is not None}
+    done = {name: result for name, result in load(results).items() if name not in known or _is_point(result, providers)}
+    waiting = [trial for trial in trials if not (trial.tunes and trial.name in done)]
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
         running: dict[Any, Trial] = {}
         while waiting or running:
@@ -131,9 +133,11 @@ def execute(
                 if len(running) >= jobs or time.monotonic() - began > time_limit:
                     break
                 index = trial.point if trial.tunes else best_point(trial.task, trial.provider, done)
-                if index is not None:
-                    waiting.remove(trial)
-                    settings = providers[trial.provider].points[index]
+                if index is None:
+                    continue
+                settings = providers[trial.provider].points[index]
+                waiting.remove(trial)
+                if trial.name not in done or done[trial.name]["settings"] != settings:
                     running[pool.submit(measured, measure, trial, settings)] = trial
             if not running:
                 break
@@ -146,8 +150,13 @@ def execute(
                 done[trial.name] = future.result()
                 record.write_json(results / f"{trial.name}.json", done[trial.name])
                 print(f"{trial.name}: {done[trial.name]['score']} in {done[trial.name]['wall_s']} s", flush=True)
-    print(f"{len(waiting)} trials left, {failed} failed")
-    return failed + len(waiting)
+    left = [trial for trial in waiting if trial.name not in done]
+    print(f"{len(left)} trials left, {failed} failed")
+    return failed + len(left)
+
+
+def _is_point(result: Mapping[str, Any], providers: Mapping[str, Provider]) -> bool:
+    return result["settings"] == providers[result["provider"]].points[result["point"]]
 
 
 def table(done: Mapping[str, Mapping[str, Any]], providers: Iterable[str]) -> list[str]:

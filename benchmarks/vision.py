@@ -27,7 +27,7 @@ from transformers import AutoModelForImageClassification, Trainer, TrainingArgum
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import trials
-from trials import Provider, Trial, lsr_points, rates
+from trials import Provider, Trial, rates
 
 from lsr_scale import record
 from lsr_scale.adapters import peft_config
@@ -37,12 +37,13 @@ TARGETS = r".*\.(query|value|q_proj|v_proj)"  # transformers renamed these withi
 SIZE, BATCH, EPOCHS = 42, 30, 12
 PARTS = {"train": slice(0, 300), "dev": slice(300, 500), "test": slice(500, None)}
 
-RATES = rates(3e-4, 1e-3, 2e-3, 4e-3, 8e-3)
+RATES = rates(1.6e-2, 1e-3, 2e-3, 4e-3, 8e-3)
+LSR_POINTS = (*rates(8e-3, 2e-3, 4e-3, alpha=8.0), *rates(4e-3, 2e-3, alpha=32.0))
 PROVIDERS = {
     "head_only": Provider(None, {}, RATES),
     "lora_8": Provider("lora", {"rank": 8, "alpha": 16.0}, RATES),
     "lora_2": Provider("lora", {"rank": 2, "alpha": 4.0}, RATES),
-    "lsr_4": Provider("lsr", {"rank": 4, "separation_rank": 8}, lsr_points(4)),
+    "lsr_4": Provider("lsr", {"rank": 4, "separation_rank": 8}, LSR_POINTS),
     "kron_lora": Provider("kron_lora", {"rank": 8, "left_in": 2, "left_out": 2, "dropout": 0.0}, RATES),
 }
 

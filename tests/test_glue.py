@@ -39,10 +39,12 @@ def setting(tmp_path_factory):
         vocab_size=len(WORDS), hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
     )
     tf.BertModel(config).save_pretrained(model)
+    tf.MPNetModel(tf.MPNetConfig(**{**config.to_dict(), "pad_token_id": 0})).save_pretrained(folder / "mpnet")
     words = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="[UNK]"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     names = {"unk_token": "[UNK]", "pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-    tf.PreTrainedTokenizerFast(tokenizer_object=words, **names).save_pretrained(model)
+    for saved in (model, folder / "mpnet"):
+        tf.PreTrainedTokenizerFast(tokenizer_object=words, **names).save_pretrained(saved)
     glue.prepare(folder / "data", folder / "work", list(TASKS))
     return Setting(folder / "work", str(model), ("query", "value"), batch=8, max_steps=2)
 
@@ -79,6 +81,13 @@ def test_a_run_trains_what_it_says(setting, provider, task, head):
     num_head = 64 * TASKS[task].num_labels + TASKS[task].num_labels
     assert result["trainable_parameters"] == result["adapter_parameters"] + num_head * (head == "trained")
     assert (result["adapter_parameters"] == 0) == (provider == "head_only")
+
+
+def test_mpnet_takes_the_targets_that_are_the_default(setting):
+    setting = dataclasses.replace(setting, model=str(setting.work.parent / "mpnet"), targets=("q", "v"))
+    trial = trials.Trial("rte", "lora_2", trials.TUNING_SEED, 0)
+    result = glue.measure(setting, trial, dict(PROVIDERS["lora_2"].points[0]))
+    assert result["adapter_parameters"] == 2 * 2 * 2 * (64 + 64)
 
 
 def test_scores_are_accuracy_and_pearson():

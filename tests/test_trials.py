@@ -43,6 +43,17 @@ def test_seeds_run_with_the_best_point_and_only_once(tmp_path, monkeypatch):
     assert [line.count("(2 seeds)") for line in table(done, PROVIDERS)[2:]] == [1, 1]
 
 
+def test_a_changed_point_is_done_again_and_with_it_the_seeds_that_it_changes(tmp_path, capsys):
+    trials = plan(["a"], PROVIDERS, 1)
+    assert execute(trials, PROVIDERS, score, tmp_path) == 0
+    changed = {**PROVIDERS, "one": Provider("lora", {}, rates(1e-4, 2e-4, 2.5e-4, 4e-4, 5e-4))}
+    capsys.readouterr()
+    assert execute(trials, changed, score, tmp_path) == 0
+    again = [line.split(":")[0] for line in capsys.readouterr().out.splitlines()[:-1]]
+    assert again == ["a-one-tune2", "a-one-seed0"]
+    assert load(tmp_path)["a-one-seed0"]["settings"] == {"learning_rate": 2.5e-4}
+
+
 def test_nothing_is_started_after_the_limit(tmp_path):
     assert execute(plan(["a"], ["one"], 1), PROVIDERS, score, tmp_path, time_limit=-1) == NUM_POINTS + 1
     assert not list(tmp_path.iterdir())

@@ -109,9 +109,10 @@ def propose(
     lora_one = sum(map(sum, sizes))
     lora = _lora(sizes, budget, hidden)
     if not found and lora is None:
-        smallest = _count("lsr", sizes, {"rank": 1, "separation_rank": 1})
+        fewest = _count("lsr", sizes, {"rank": 1, "separation_rank": 1})
+        smallest = f"{fewest:,} parameters" if fewest else "no split of their dimensions"
         raise UserError(
-            f"--budget {budget:,}: on these {len(sizes)} modules the smallest LSR-Adapt has {smallest:,} parameters, "
+            f"--budget {budget:,}: on these {len(sizes)} modules the smallest LSR-Adapt has {smallest}, "
             f"LoRA of rank 1 {lora_one:,}; raise it, or adapt fewer modules with --set adapter.target_modules"
         )
     if found and (lora is None or lora.options["rank"] < 2):

@@ -167,7 +167,11 @@ def tables(results: Path) -> list[str]:
         raise ValueError(f"{results}: holds results of a trial of the program, which measure nothing")
     lines: list[str] = []
     for axis, names in AXES.items():
-        lines += [f"**{axis}**", "", *trials.table(done, names), ""]
+        rows = trials.table(done, names)
+        for name in names:
+            if oversized(PROVIDERS[name]):
+                rows = [row.replace(f"| {name} |", f"| {name}, larger than dense |") for row in rows]
+        lines += [f"**{axis}**", "", *rows, ""]
     return lines
 
 

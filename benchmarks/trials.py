@@ -190,4 +190,4 @@ def spread(scores: list[float | None]) -> str:
     if not finite:
         return f"all {len(scores)} diverged"
     deviation = f" +- {statistics.stdev(finite):.1f}" if len(finite) > 1 else ""
-    return f"{statistics.fmean(finite):.1f}{deviation} ({len(scores)} seeds{lost})"
+    return f"{statistics.fmean(finite):.1f}{deviation} ({len(scores)} seed{'s' if len(scores) > 1 else ''}{lost})"

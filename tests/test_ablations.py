@@ -83,6 +83,16 @@ def test_a_run_leaves_its_accuracy_on_the_development_part(tmp_path):
         ablations.tables(path.parent)
 
 
+def test_tables_mark_what_is_larger_than_dense(tmp_path):
+    for name in ("r16_s16", "r16_s48", "lora_8"):
+        trial = Trial("small", name, 0)
+        row = {"task": "small", "provider": name, "seed": 0, "score": 0.5, "settings": {}, "adapter_parameters": 1}
+        (tmp_path / f"{trial.name}.json").write_text(json.dumps(row))
+    lines = ablations.tables(tmp_path)
+    assert sum(line.startswith("| r16_s48, larger than dense | 1 | 50.0 (1 seed)") for line in lines) == 1
+    assert sum(line.startswith("| r16_s16 | 1 |") for line in lines) == 7
+
+
 def test_a_dry_run_counts_shared_settings_once(tmp_path, capsys):
     assert ablations.main(["--dry-run", "--results", str(tmp_path)]) == 0
     out = capsys.readouterr().out

@@ -38,3 +38,12 @@ def test_plots_carry_their_rows(tmp_path):
     for name, (draw, rows) in guidelines.PLOTS.items():
         draw(tmp_path / name)
         assert guidelines.drawn_from(tmp_path / name) == guidelines.digest(rows())
+
+
+def test_what_is_said_of_the_image_runs_is_in_their_results():
+    done = guidelines.trials.load(guidelines.vision.RESULTS)
+    adapted = [result for result in done.values() if result["method"] is not None]
+    assert adapted
+    # a run that diverged has no logits to compare
+    assert all(result["reload_max_difference"] == 0 for result in adapted if result["score"] is not None)
+    assert {result["steps"] for result in done.values()} == {120}

@@ -100,6 +100,8 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("plan", "Tell parameters, bytes and memory of a run; needs no weights, network or GPU.")
     takes_run(sub)
     sub.add_argument("--gpus", type=_count, default=1)
+    sub.add_argument("--budget", metavar="4M", help="propose adapters of so many parameters at most, in place of that")
+    sub.add_argument("--model", metavar="NAME", help="with --budget and no CONFIG: the model, all its linears adapted")
     sub.add_argument("--json", action="store_true", help="print JSON")
 
     sub = command("doctor", "Report versions, hardware, which fast paths are on, and known bad combinations.")
@@ -317,11 +319,39 @@ def _plan(args: argparse.Namespace) -> int:
 
     from lsr_scale.plan import plan, render
 
+    if args.budget:
+        return _plan_budget(args)
+    if args.model:
+        raise UserError(
+            "--model goes with --budget; without it, give a configuration: lsr-scale plan configs/NAME.yaml"
+        )
     result = plan(_run_of(args), args.gpus)
     if args.json:
         print(result.to_json())
     else:
         Console(highlight=False).print(render(result))
+    return 0
+
+
+def _plan_budget(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from lsr_scale.plan import budget
+
+    count = budget.parse_budget(args.budget)
+    if args.model and (args.config or args.config_path):
+        raise UserError("--model and a configuration both name a model; give one of them")
+    if args.model:
+        result = budget.propose(args.model, count)
+    else:
+        run = _run_of(args)
+        targets = run.adapter.options["target_modules"] or "all-linear"
+        section = run.model
+        result = budget.propose(section.name, count, targets, section.task, section.num_labels, section.revision)
+    if args.json:
+        print(result.to_json())
+    else:
+        Console(highlight=False).print(budget.render(result))
     return 0
 
 

@@ -275,6 +275,10 @@ def test_a_tokenizer_that_cannot_serve_the_data_says_what_to_set(tokenizer):
     endless.eos_token = None
     with pytest.raises(UserError, match=r"no end-of-sequence token.*training.eos_token"):
         prepare_tokenizer(endless, "text")
+    with pytest.raises(UserError, match="no end-of-sequence token"):
+        prepare_tokenizer(endless, "classification")  # it would be the padding token
+    # BERT's tokenizers have none, and a classifier needs none
+    assert prepare_tokenizer(endless, "classification", pad_token="<|im_start|>") == []
 
 
 def test_sentence_pairs_are_tokenized_alike_in_every_row(built, tokenizer, tmp_path):

@@ -71,6 +71,8 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, kind: Kind, pad_token:
         if pad_token not in tokenizer.get_vocab():
             raise UserError(f"tokenizer {name!r}: the padding token {pad_token!r} is not in its vocabulary")
         tokenizer.pad_token = pad_token
+    if kind == "classification" and tokenizer.pad_token is not None:
+        return []  # BERT's tokenizers have no end-of-sequence token, and a classifier needs none
     if tokenizer.eos_token is None:
         raise UserError(
             f"tokenizer {name!r}: it has no end-of-sequence token, which ends every training text; "

@@ -1,0 +1,213 @@
+"""What each option of LSR-Adapt does: one option varied at a time on SmolLM2, every setting tuned over five rates.
+
+    python benchmarks/ablations.py --data DATA --work WORK --dry-run
+    python benchmarks/ablations.py --data DATA --work WORK --jobs 6 --time-limit 540      on a GPU
+    python benchmarks/ablations.py --table
+
+Axes: the separation rank at rank 16 (`terms`), the rank at equal parameters (`rank`), balanced against skewed splits,
+at equal terms and at about equal parameters (`split`), how the rank is shared (`left_rank`), the start (`init`),
+trained term weights (`weights`), and alpha / rank against alpha / sqrt(rank) (`scaling`). LoRA stands beside.
+
+Protocol. ARC-E, ARC-C and OpenBookQA train parts less a tenth by the hash of the question (the parts of
+`commonsense.py`). A rate is chosen by one epoch with a seed of its own; three seeds then train two epochs. All scores
+are of the tenth: defaults are chosen here, so no test row is read. A setting that several axes share is run once.
+"""
+
+import argparse
+import functools
+import json
+import math
+import shutil
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import commonsense
+import trials
+from commonsense import LINEARS, MODEL
+from trials import Provider, Trial, rates
+
+from lsr_scale import record
+from lsr_scale.adapters import METHODS
+from lsr_scale.errors import UserError
+
+RESULTS = Path(__file__).parent / "results/ablations"
+TASKS = commonsense.REGIMES["small"].tasks
+EPOCHS = 2
+RATES = rates(5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
+PAPER_RATES = rates(1e-5, 3e-5, 1e-4, 3e-4, 1e-3)  # of the paper's start, whose scaling is 2,048 times the default's
+SMOLLM2_SHAPES = ((576, 576), (576, 192), (576, 1536), (1536, 576))
+
+
+def _lsr(rank: int, terms: int, **options: Any) -> Provider:
+    points = PAPER_RATES if options.get("init") == "paper" else RATES
+    alpha = {} if "alpha" in options or options.get("init") == "paper" else {"alpha": 2.0 * rank}
+    return Provider("lsr", {"rank": rank, "separation_rank": terms, **alpha, **options}, points)
+
+
+BASE = "r16_s16"
+PROVIDERS: dict[str, Provider] = {
+    BASE: _lsr(16, 16),
+    **{f"r16_s{terms}": _lsr(16, terms) for terms in (1, 2, 4, 8, 32, 48)},
+    # a term has as many parameters as the square root of a square rank says
+    **{f"r{rank}_s{terms}": _lsr(rank, terms) for rank, terms in ((1, 64), (4, 32), (64, 8))},
+    "skewed": _lsr(16, 16, left_in=8, left_out=8),
+    "skewed_equal": _lsr(16, 8, left_in=8, left_out=8),
+    **{f"left_rank_{left}": _lsr(16, 16, left_rank=left) for left in (1, 2, 8, 16)},
+    "paper_init": _lsr(16, 16, init="paper"),
+    "weights": _lsr(16, 16, term_weights=True),
+    "r4_s16": _lsr(4, 16),
+    "r64_s16": _lsr(64, 16),
+    # with the scaling of rank 16, which is 2, in the middle
+    **{f"sqrt_r{rank}_s16": _lsr(rank, 16, alpha=8.0, use_rslora=True) for rank in (4, 64)},
+    "lora_2": Provider("lora", {"rank": 2, "alpha": 4.0}, RATES),
+    "lora_8": Provider("lora", {"rank": 8, "alpha": 16.0}, RATES),
+}
+AXES: dict[str, tuple[str, ...]] = {
+    "terms": (*(f"r16_s{terms}" for terms in (1, 2, 4, 8, 16, 32, 48)), "lora_2", "lora_8"),
+    "rank": ("r1_s64", "r4_s32", BASE, "r64_s8"),
+    "split": (BASE, "skewed", "skewed_equal"),
+    "left_rank": (BASE, *(f"left_rank_{left}" for left in (1, 2, 8, 16))),
+    "init": (BASE, "paper_init"),
+    "weights": (BASE, "weights"),
+    "scaling": ("r4_s16", BASE, "r64_s16", "sqrt_r4_s16", "sqrt_r64_s16"),
+}
+
+
+def oversized(provider: Provider, shapes: tuple[tuple[int, int], ...] = SMOLLM2_SHAPES) -> list[tuple[int, int]]:
+    """Return the shapes of layers where a side of the update has more parameters than its dense form."""
+    if provider.method not in METHODS:
+        return []
+    method = METHODS[provider.method]
+    config = method.config_class(**provider.options)
+    return [shape for shape in shapes if method.oversized_sides(*shape, config)]
+
+
+def config_of(work: Path, model: str, smoke: bool, trial: Trial, point: dict[str, float]) -> dict[str, Any]:
+    """Return a run's configuration."""
+    provider = PROVIDERS[trial.provider]
+    data = work / "data"
+    training = {
+        "output_dir": str(work / "runs" / trial.name),
+        "seed": trial.seed,
+        "num_train_epochs": 1 if trial.tunes else EPOCHS,
+        "per_device_train_batch_size": 32,
+        "gradient_accumulation_steps": 1,
+        "learning_rate": point["learning_rate"],
+        "max_length": None,
+        "padding_free": True,
+        "memory": "speed",
+        "save_strategy": "no",
+    }
+    return {
+        "model": {"name": model, "quantization": "none", "dtype": "bfloat16"},
+        "adapter": {"method": provider.method, "target_modules": LINEARS, **provider.options},
+        "data": {
+            "train": [{"path": str(data / task), "split": "train", **({"limit": 8} if smoke else {})} for task in TASKS]
+        },
+        "training": training | ({"max_steps": 2} if smoke else {}),
+        "deepspeed": {"config": None},
+        "eval": {
+            "tasks": [{"path": str(data / task), "split": "dev"} for task in TASKS],
+            "before": False,
+            "batch_tokens": 32768,
+            **({"limit": 4} if smoke else {}),
+        },
+    }
+
+
+def measure(work: Path, model: str, smoke: bool, trial: Trial, point: dict[str, float]) -> dict[str, Any]:
+    """Train once and return the mean accuracy of the development parts."""
+    from lsr_scale.config import run_from_dict
+    from lsr_scale.train import train
+
+    config = config_of(work, model, smoke, trial, point)
+    try:
+        folder = train(run_from_dict(config, trial.name), trial.name, overwrite=True, quiet=True)
+        results = json.loads(folder.results.read_text(encoding="utf-8"))
+    except UserError as error:
+        if "finite" not in str(error):
+            raise
+        return {"score": None, "accuracy": {}, "adapter_parameters": None, "reason": str(error)[:200]}
+    accuracy = {task: found["after"]["accuracy"] for task, found in results["accuracy"].items()}
+    shutil.rmtree(folder.path, ignore_errors=True)
+    return {
+        "part": "dev",
+        "score": statistics.fmean(accuracy.values()),
+        "accuracy": accuracy,
+        "steps": results["steps"],
+        "final_loss": results.get("final_loss"),
+        "adapter_parameters": results["trainable_parameters"],
+        "oversized": [list(shape) for shape in oversized(PROVIDERS[trial.provider])],
+        "config": config_of(Path("WORK"), model, smoke, trial, point),
+        "env": record.environment(),
+        **({"smoke": True} if smoke else {}),
+    }
+
+
+def describe(runs: list[Trial], results: Path) -> str:
+    """Return what is to be run."""
+    done = trials.load(results)
+    settings = {trial.provider for trial in runs}
+    lines = [f"{axis}: {', '.join(name for name in names if name in settings)}" for axis, names in AXES.items()]
+    too_large = [name for name in settings if oversized(PROVIDERS[name])]
+    lines.append(f"larger than dense somewhere: {', '.join(sorted(too_large)) or 'none'}")
+    left = sum(trial.name not in done for trial in runs)
+    times = [result["wall_s"] for result in done.values()]
+    seconds = f"{left * statistics.median(times) / 60:.0f} minutes one at a time" if times else "no run has been timed"
+    return "\n".join([*lines, f"{left} of {len(runs)} runs left, {seconds}"])
+
+
+def tables(results: Path) -> list[str]:
+    """Return Markdown: a table an axis, of what has been run."""
+    done = trials.load(results)
+    if any(result.get("smoke") for result in done.values()):
+        raise ValueError(f"{results}: holds results of a trial of the program, which measure nothing")
+    lines: list[str] = []
+    for axis, names in AXES.items():
+        rows = trials.table(done, names)
+        for name in names:
+            if oversized(PROVIDERS[name]):
+                rows = [row.replace(f"| {name} |", f"| {name}, larger than dense |") for row in rows]
+        lines += [f"**{axis}**", "", *rows, ""]
+    return lines
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Do the runs that have no result yet; return the exit status."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    add = parser.add_argument
+    add("--data", type=Path, help="folder of <task>/<split>.jsonl.gz")
+    add("--work", type=Path, help="for the parts and run folders")
+    add("--results", type=Path, default=RESULTS)
+    add("--model", default=MODEL)
+    add("--axes", nargs="+", default=list(AXES), choices=list(AXES))
+    add("--seeds", type=int, default=3)
+    add("--jobs", type=int, default=4, help="processes at a time on one GPU")
+    add("--time-limit", type=float, default=math.inf, help="seconds after which no run is started")
+    add("--smoke", action="store_true", help="8 rows a task, two steps, 4 questions: is it wired up?")
+    add("--dry-run", action="store_true", help="print the plan in numbers")
+    add("--table", action="store_true", help="print what the results say")
+    given = parser.parse_args(arguments)
+    if given.table:
+        print("\n".join(tables(given.results)))
+        return 0
+    names = dict.fromkeys(name for axis in given.axes for name in AXES[axis])
+    runs = trials.plan(["small"], names, given.seeds)
+    if given.dry_run:
+        print(describe(runs, given.results))
+        return 0
+    if None in (given.data, given.work):
+        parser.error("--data and --work are needed")
+    if given.smoke and given.results == RESULTS:
+        parser.error("--smoke: its results are no measurements; give another folder with --results")
+    work = given.work.resolve()
+    commonsense.prepare(given.data, work)
+    one = functools.partial(measure, work, given.model, given.smoke)
+    return int(trials.execute(runs, PROVIDERS, one, given.results, given.jobs, given.time_limit) > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,265 @@
+"""GLUE in LSR-Adapt's setting: query and value of a small encoder, LSR-Adapt, LoRA, KronA and KAdaptation beside it.
+
+    python benchmarks/glue.py --data DATA --work WORK --model MODEL --dry-run      what would be run, and how long
+    python benchmarks/glue.py --data DATA --work WORK --model MODEL --jobs 4 --time-limit 540
+    python benchmarks/glue.py --table
+
+MODEL is a folder or a hub name: MPNet-base has the modules of 768 x 768 of the paper. MiniLM-L6 with `--rows` and
+`--epochs` is the pilot on a CPU: few steps, so its figures compare methods, not this library with a paper.
+
+Protocol. A tenth of each train part is held out by the hash of its first sentence; the learning rate, with alpha for
+LSR, is chosen there: five points a method, one seed that nothing else uses. The validation part, labelled for every
+task, is scored once a seed: accuracy, for STS-B Pearson's correlation. The new head trains at the same rate, or stays
+as it was drawn (`--head frozen`, as the released LSR-Adapt code has it); it is never counted among the adapter's
+parameters. A run is the library's `build_trainer` on an ordinary configuration.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import math
+import shutil
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import trials
+from commonsense import held_out
+from trials import Provider, Trial, lsr_points, rates
+
+from lsr_scale import record
+
+RESULTS = Path(__file__).parent / "results/glue"
+RATES = rates(2e-4, 5e-4, 1e-3, 2e-3, 4e-3)
+HIGH_RATES = rates(8e-3, 1.6e-2, 1e-3, 2e-3, 4e-3)  # for those that were best at the end of the others' rates
+PROVIDERS = {
+    "lora_8": Provider("lora", {"rank": 8, "alpha": 16.0}, RATES),
+    "lora_2": Provider("lora", {"rank": 2, "alpha": 4.0}, RATES),
+    "lsr_4": Provider("lsr", {"rank": 4, "separation_rank": 16}, lsr_points(4)),
+    "krona": Provider("krona", {}, HIGH_RATES),
+    "kadaptation": Provider("kadaptation", {}, HIGH_RATES),
+    "lsr_4_paper_init": Provider("lsr", {"rank": 4, "separation_rank": 16, "init": "paper"}, RATES),
+    "head_only": Provider(None, {}, RATES),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A task of GLUE: outputs of its classifier, 1 for a score, and how often its train part is seen."""
+
+    num_labels: int
+    epochs: int
+
+
+TASKS = {"mrpc": Task(2, 8), "rte": Task(2, 10), "stsb": Task(1, 5), "sst2": Task(2, 2)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What all runs share."""
+
+    work: Path
+    model: str
+    targets: tuple[str, ...]
+    head: str = "trained"
+    batch: int = 32
+    rows: int | None = None
+    dev_rows: int | None = None
+    epochs: int | None = None
+    max_steps: int = -1
+    dtype: str = "float32"
+
+
+def prepare(data: Path, work: Path, tasks: list[str]) -> dict[str, dict[str, int]]:
+    """Write `work/data/<task>/{train,dev,test}.jsonl` and return the rows of each part."""
+    from lsr_scale.data.sources import load_rows
+
+    described: dict[str, dict[str, int]] = {}
+    for task in tasks:
+        train = load_rows(str(data / task), split="train").rows
+        test = load_rows(str(data / task), split="validation").rows
+        away = [held_out(task, {"question": row["sentence1"]}, 10) for row in train]
+        parts = {
+            "train": [row for row, out in zip(train, away, strict=True) if not out],
+            "dev": [row for row, out in zip(train, away, strict=True) if out],
+            "test": test,
+        }
+        for part, rows in parts.items():
+            kept = [{key: row[key] for key in ("sentence1", "sentence2", "label")} for row in rows]
+            if TASKS[task].num_labels == 1:
+                kept = [{**row, "label": float(row["label"])} for row in kept]
+            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
+            record.write_text(work / "data" / task / f"{part}.jsonl", text)
+        described[task] = {part: len(rows) for part, rows in parts.items()}
+    return described
+
+
+def config_of(setting: Setting, trial: Trial, point: dict[str, float]) -> dict[str, Any]:
+    """Return a run's configuration."""
+    provider, task = PROVIDERS[trial.provider], TASKS[trial.task]
+    chosen = {key: value for key, value in point.items() if key != "learning_rate"}
+    method = provider.method or "lora"
+    adapter = {"method": method, "target_modules": list(setting.targets), **provider.options, **chosen}
+    source = {"path": str(setting.work / "data" / trial.task)}
+    part = {"split": "dev", "limit": setting.dev_rows} if trial.tunes else {"split": "test"}
+    return {
+        "model": {
+            "name": setting.model,
+            "task": "seq_cls",
+            "num_labels": task.num_labels,
+            "quantization": "none",
+            "dtype": setting.dtype,
+        },
+        "adapter": adapter,
+        "data": {
+            "train": [{**source, "split": "train", "limit": setting.rows}],
+            "validation": [{**source, **part}],
+        },
+        "training": {
+            "output_dir": str(setting.work / "runs" / trial.name),
+            "seed": trial.seed,
+            "num_train_epochs": setting.epochs or task.epochs,
+            "max_steps": setting.max_steps,
+            "per_device_train_batch_size": setting.batch,
+            "per_device_eval_batch_size": 64,
+            "gradient_accumulation_steps": 1,
+            "learning_rate": point["learning_rate"],
+            "warmup_steps": 0.06,
+            "max_length": 128,
+            "eval_strategy": "no",
+            "save_strategy": "no",
+            "memory": "speed",
+        },
+        "deepspeed": {"config": None},
+    }
+
+
+def score_of(predictions: np.ndarray, labels: np.ndarray) -> float | None:
+    """Return accuracy, or for one output Pearson's correlation; None for what is not finite."""
+    if not np.isfinite(predictions).all():
+        return None
+    if predictions.ndim == 1 or predictions.shape[-1] == 1:
+        flat = predictions.reshape(-1)
+        # a constant prediction correlates with nothing
+        return float(np.corrcoef(flat, labels)[0, 1]) if flat.std() > 0 else 0.0
+    return float((predictions.argmax(-1) == labels).mean())
+
+
+def measure(setting: Setting, trial: Trial, point: dict[str, float]) -> dict[str, Any]:
+    """Train once and return the score with what it depends on."""
+    from peft.utils import ModulesToSaveWrapper
+
+    from lsr_scale.assembly import build_trainer
+    from lsr_scale.config import run_from_dict
+    from lsr_scale.run_folder import RunFolder
+
+    provider = PROVIDERS[trial.provider]
+    config = config_of(setting, trial, point)
+    run = run_from_dict(config, trial.name)
+    folder = RunFolder(Path(config["training"]["output_dir"]))
+    trainer: Any = build_trainer(run, folder)
+    heads = [module for module in trainer.model.modules() if isinstance(module, ModulesToSaveWrapper)]
+    head = {id(parameter) for module in heads for parameter in module.parameters()}
+    for parameter in trainer.model.parameters():
+        if id(parameter) in head and setting.head == "frozen":
+            parameter.requires_grad_(False)
+        if id(parameter) not in head and provider.method is None:
+            parameter.requires_grad_(False)
+    trained = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
+    num_adapter = sum(parameter.numel() for parameter in trained if id(parameter) not in head)
+    try:
+        outcome = trainer.train()
+        output = trainer.predict(trainer.eval_dataset)
+        score, loss, steps = score_of(output.predictions, output.label_ids), outcome.training_loss, outcome.global_step
+    except ValueError as error:
+        if "finite" not in str(error):
+            raise
+        score, loss, steps = None, None, trainer.state.global_step  # the library stops such a run
+    shutil.rmtree(folder.path, ignore_errors=True)
+    return {
+        "part": "dev" if trial.tunes else "test",
+        "score": score,
+        "metric": "pearson" if TASKS[trial.task].num_labels == 1 else "accuracy",
+        "steps": steps,
+        "train_rows": len(trainer.train_dataset),
+        "scored_rows": len(trainer.eval_dataset),
+        "final_loss": loss if loss is not None and math.isfinite(loss) else None,
+        "adapter_parameters": num_adapter,
+        "trainable_parameters": sum(parameter.numel() for parameter in trained),
+        "head": setting.head,
+        "config": config_of(dataclasses.replace(setting, work=Path("WORK"), model="MODEL"), trial, point),
+    }
+
+
+def describe(runs: list[Trial], rows: dict[str, dict[str, int]], setting: Setting, results: Path, jobs: int) -> str:
+    """Return the plan in numbers: runs, steps, and minutes by the seconds a step of the finished runs."""
+    done = trials.load(results)
+    lines, total = [], 0.0
+    for task in dict.fromkeys(trial.task for trial in runs):
+        left = [trial for trial in runs if trial.task == task and trial.name not in done]
+        seen = min(rows[task]["train"], setting.rows or rows[task]["train"])
+        steps = math.ceil(seen / setting.batch) * (setting.epochs or TASKS[task].epochs)
+        measured = [result["wall_s"] / result["steps"] for result in done.values() if result["task"] == task]
+        time = "no run has been timed"
+        if measured:
+            minutes = len(left) * steps * statistics.median(measured) / jobs / 60
+            total += minutes
+            time = f"{minutes:.0f} minutes with {jobs} at a time"
+        lines.append(
+            f"{task}: {len(left)} of {len([t for t in runs if t.task == task])} runs left, {steps} steps, {time}"
+        )
+    return "\n".join([*lines, f"{total:.0f} minutes in all, of what was timed"])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Do the runs that have no result yet; return the exit status."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    add = parser.add_argument
+    add("--data", type=Path, help="folder of <task>/<split>.jsonl.gz")
+    add("--work", type=Path, help="for the parts and run folders")
+    add("--model", help="folder or hub name")
+    add("--targets", nargs="+", default=["q", "v"], help="q v of MPNet; query value of BERT and RoBERTa")
+    add("--results", type=Path, default=RESULTS)
+    add("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
+    add("--providers", nargs="+", default=list(PROVIDERS), choices=list(PROVIDERS))
+    add("--head", choices=["trained", "frozen"], default="trained")
+    add("--seeds", type=int, default=3)
+    add("--dtype", default="float32", choices=["float32", "bfloat16"])
+    add("--jobs", type=int, default=1, help="processes at a time")
+    add("--time-limit", type=float, default=math.inf, help="seconds after which no run is started")
+    add("--rows", type=int, help="train on the first so many")
+    add("--dev-rows", type=int, help="tune on the first so many of those held out")
+    add("--epochs", type=int, help="in place of each task's own")
+    add("--batch", type=int, default=32)
+    add("--smoke", action="store_true", help="64 rows, two steps: is it wired up?")
+    add("--dry-run", action="store_true", help="print the plan in numbers")
+    add("--table", action="store_true", help="print what the results say")
+    given = parser.parse_args(arguments)
+    if given.table:
+        print("\n".join(trials.table(trials.load(given.results), PROVIDERS)))
+        return 0
+    if None in (given.data, given.work, given.model):
+        parser.error("--data, --work and --model are needed")
+    if given.smoke and RESULTS in (given.results, given.results.parent):
+        parser.error("--smoke: its results are no measurements; give another folder with --results")
+    same = {name: getattr(given, name) for name in ("head", "batch", "rows", "dev_rows", "epochs", "dtype")}
+    setting = Setting(given.work.resolve(), given.model, tuple(given.targets), **same)
+    if given.smoke:
+        setting = dataclasses.replace(setting, rows=64, dev_rows=64, epochs=1, max_steps=2)
+    rows = prepare(given.data, setting.work, given.tasks)
+    runs = trials.plan(given.tasks, given.providers, given.seeds)
+    if given.dry_run:
+        print(describe(runs, rows, setting, given.results, given.jobs))
+        return 0
+    record.write_json(given.results / "env/environment.json", {**record.environment(), "rows": rows})
+    work = functools.partial(measure, setting)
+    return int(trials.execute(runs, PROVIDERS, work, given.results, given.jobs, given.time_limit) > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,193 @@
+"""Short runs compared fairly: each method tuned on equally many points, then trained with several seeds.
+
+A trial leaves one JSON, whole, when it has ended: one that was killed is done again, a finished one never. Workers are
+processes that import once and do trial after trial. Used by `vision.py`, `glue.py` and `ablations.py`.
+"""
+
+import dataclasses
+import itertools
+import json
+import math
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+from lsr_scale import record
+
+TUNING_SEED = 1000  # used by no other trial
+
+
+@dataclasses.dataclass(frozen=True)
+class Provider:
+    """A row of a comparison: a method (None trains the head only), its options, and the points that are tried."""
+
+    method: str | None
+    options: Mapping[str, Any]
+    points: tuple[dict[str, float], ...]
+
+    def __post_init__(self) -> None:
+        """Refuse an unfair comparison."""
+        if len(self.points) != NUM_POINTS:
+            raise ValueError(f"expected {NUM_POINTS} points to tune over, as every method has, got {len(self.points)}")
+
+
+NUM_POINTS = 5
+
+
+def rates(*learning_rates: float, **fixed: float) -> tuple[dict[str, float], ...]:
+    """Return points that differ in their learning rate only."""
+    return tuple({"learning_rate": rate, **fixed} for rate in learning_rates)
+
+
+def lsr_points(rank: int) -> tuple[dict[str, float], ...]:
+    """Return LSR-Adapt's points: three rates with the default alpha, two with four times that."""
+    return (*rates(1e-3, 2e-3, 4e-3, alpha=2.0 * rank), *rates(1e-3, 2e-3, alpha=8.0 * rank))
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """One training: all that its result depends on, besides the model and the data. A seed's point is chosen later."""
+
+    task: str
+    provider: str
+    seed: int
+    point: int | None = None
+
+    @property
+    def tunes(self) -> bool:
+        """Whether it is scored on the development part."""
+        return self.seed == TUNING_SEED
+
+    @property
+    def name(self) -> str:
+        """The stem of its result."""
+        return f"{self.task}-{self.provider}-{f'tune{self.point}' if self.tunes else f'seed{self.seed}'}"
+
+
+Measure = Callable[[Trial, dict[str, float]], dict[str, Any]]
+
+
+def plan(tasks: Iterable[str], providers: Iterable[str], seeds: int) -> list[Trial]:
+    """Return the trials, task by task: tuning first, then seed by seed."""
+    providers = list(providers)
+    trials: list[Trial] = []
+    for task in tasks:
+        trials += [Trial(task, name, TUNING_SEED, index) for name in providers for index in range(NUM_POINTS)]
+        trials += [Trial(task, name, seed) for seed in range(seeds) for name in providers]
+    return trials
+
+
+def load(results: Path) -> dict[str, dict[str, Any]]:
+    """Return the finished trials of a folder by name."""
+    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.glob("*.json"))}
+
+
+def best_point(task: str, provider: str, done: Mapping[str, Mapping[str, Any]]) -> int | None:
+    """Return the point with the best score on the development part; None while a trial is missing."""
+    names = [Trial(task, provider, TUNING_SEED, index).name for index in range(NUM_POINTS)]
+    if any(name not in done for name in names):
+        return None
+    # a run that went to infinity is the worst, not an error: that is what tuning is to find out
+    scores = [done[name]["score"] for name in names]
+    return max(range(NUM_POINTS), key=lambda index: -math.inf if scores[index] is None else scores[index])
+
+
+def measured(measure: Measure, trial: Trial, point: dict[str, float]) -> dict[str, Any]:
+    """Return a trial's result with its settings and how long it took; run in a worker."""
+    began = time.monotonic()
+    result = measure(trial, point)
+    return {**dataclasses.asdict(trial), "settings": point, **result, "wall_s": round(time.monotonic() - began, 1)}
+
+
+def execute(
+    trials: list[Trial],
+    providers: Mapping[str, Provider],
+    measure: Measure,
+    results: Path,
+    jobs: int = 1,
+    time_limit: float = math.inf,
+) -> int:
+    """Do the trials that have no result yet, so many at a time; return how many failed or are left.
+
+    Args:
+        trials: What is to be done, in this order as far as it can be.
+        providers: By the name that a trial has.
+        measure: Trains once and returns at least `score`; sent to the workers, so a function of a module.
+        results: Folder of the results.
+        jobs: Workers.
+        time_limit: Seconds after which no trial is started.
+    """
+    began, failed = time.monotonic(), 0
+    # a result of a point that is another one by now is none
+    known = {trial.name for trial in trials if trial.tunes and trial.point is not None}
+    done = {name: result for name, result in load(results).items() if name not in known or _is_point(result, providers)}
+    waiting = [trial for trial in trials if not (trial.tunes and trial.name in done)]
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        running: dict[Any, Trial] = {}
+        while waiting or running:
+            for trial in list(waiting):
+                if len(running) >= jobs or time.monotonic() - began > time_limit:
+                    break
+                index = trial.point if trial.tunes else best_point(trial.task, trial.provider, done)
+                if index is None:
+                    continue
+                settings = providers[trial.provider].points[index]
+                waiting.remove(trial)
+                if trial.name not in done or done[trial.name]["settings"] != settings:
+                    running[pool.submit(measured, measure, trial, settings)] = trial
+            if not running:
+                break
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                trial = running.pop(future)
+                if future.exception() is not None:
+                    failed += 1
+                    print(f"{trial.name}: failed: {future.exception()!r}", flush=True)
+                    continue
+                done[trial.name] = future.result()
+                record.write_json(results / f"{trial.name}.json", done[trial.name])
+                print(f"{trial.name}: {done[trial.name]['score']} in {done[trial.name]['wall_s']} s", flush=True)
+    left = [trial for trial in waiting if trial.name not in done]
+    print(f"{len(left)} trials left, {failed} failed")
+    return failed + len(left)
+
+
+def _is_point(result: Mapping[str, Any], providers: Mapping[str, Provider]) -> bool:
+    return result["settings"] == providers[result["provider"]].points[result["point"]]
+
+
+def table(done: Mapping[str, Mapping[str, Any]], providers: Iterable[str]) -> list[str]:
+    """Return Markdown: a row a method, a column a task, mean and standard deviation over the seeds that are there."""
+    tests = [result for result in done.values() if result["seed"] != TUNING_SEED]
+    tasks = list(dict.fromkeys(result["task"] for result in tests))
+    lines = [
+        f"| method | adapter's parameters | {' | '.join(tasks)} | chosen settings |",
+        f"|---|---:|{'---:|' * len(tasks)}---|",
+    ]
+    for provider in providers:
+        rows = [result for result in tests if result["provider"] == provider]
+        if not rows:
+            continue
+        cells, chosen = [], []
+        for task, group in itertools.groupby(sorted(rows, key=lambda r: tasks.index(r["task"])), lambda r: r["task"]):
+            group = list(group)
+            cells.append((task, spread([result["score"] for result in group])))
+            chosen.append(", ".join(f"{key} {value:g}" for key, value in group[0]["settings"].items()))
+        by_task = dict(cells)
+        shown = " | ".join(by_task.get(task, "not run") for task in tasks)
+        settings = "; ".join(dict.fromkeys(chosen))
+        lines.append(f"| {provider} | {rows[0]['adapter_parameters']:,} | {shown} | {settings} |")
+    return lines
+
+
+def spread(scores: list[float | None]) -> str:
+    """Return percent as mean +- standard deviation over seeds; a run that diverged is said, not left out."""
+    finite = [100 * score for score in scores if score is not None]
+    lost = f", {len(scores) - len(finite)} diverged" if len(finite) < len(scores) else ""
+    if not finite:
+        return f"all {len(scores)} diverged"
+    deviation = f" +- {statistics.stdev(finite):.1f}" if len(finite) > 1 else ""
+    return f"{statistics.fmean(finite):.1f}{deviation} ({len(scores)} seed{'s' if len(scores) > 1 else ''}{lost})"

@@ -1,0 +1,263 @@
+"""What to train with so many parameters: a proposal a method, from counts that are exact and rates that were measured.
+
+Counts come from the model's own layers. The rest is this package's defaults and what `benchmarks/LOG.md` found; a
+proposal says what of it was measured and what was carried over to another size. GUIDELINES.md has the figures.
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import peft
+from peft.tuners.tuners_utils import BaseTunerLayer
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from lsr_scale import adapters
+from lsr_scale.adapters.base import features
+from lsr_scale.adapters.kron_lora import BLOCK_SIZE
+from lsr_scale.errors import UserError
+from lsr_scale.factorize import balanced_split, divisor_for_block
+from lsr_scale.model import DTYPES, load_config, skeleton
+
+Sizes = list[tuple[int, int]]
+
+RANK, MIN_TERMS, MAX_TERMS = 16, 4, 48  # of LSR-Adapt, where its sweep was measured
+MAX_RANK = 256
+# Learning rate of a narrow model (hidden size up to 1,024), one between, and a wide one (from 4,096). Measured for
+# LSR-Adapt and LoRA on the first; the others are the rates that this package's configurations start from.
+LEARNING_RATES = {
+    "lsr": (2e-3, 1e-3, 5e-4),
+    "kron_lora": (1e-3, 5e-4, 3e-4),
+    "lora": (2e-3, 5e-4, 2e-4),
+}
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """One method within the budget: the options of its `adapter` section, its rate, and where they come from."""
+
+    method: str
+    parameters: int
+    share: float
+    options: dict[str, Any]
+    learning_rate: float
+    splits: list[str]
+    why: str
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What fits a budget on a model, the proposed method first; `lora` is not in it where not even its rank 1 fits."""
+
+    model: str
+    budget: int
+    adapted_modules: int
+    proposals: list[Proposal]
+    reason: str
+    notes: list[str] = field(default_factory=list)
+
+    def to_json(self) -> str:
+        """Return it as a JSON document."""
+        return json.dumps(asdict(self), indent=2)
+
+
+def parse_budget(text: str) -> int:
+    """Return a number of parameters: 4M, 500k, 1.5B or a plain number.
+
+    Raises:
+        UserError: for anything else.
+    """
+    units = {"k": 10**3, "m": 10**6, "b": 10**9}
+    number, unit = (text[:-1], units[text[-1].lower()]) if text[-1:].lower() in units else (text, 1)
+    try:
+        count = float(number.replace(",", "").replace("_", "")) * unit
+        if 1 <= count < 1e13:
+            return round(count)
+    except ValueError:
+        pass
+    raise UserError(f"--budget: expected a number of parameters such as 4M, 500k or 2500000, got {text!r}")
+
+
+def propose(
+    model: str,
+    budget: int,
+    targets: list[str] | str = "all-linear",
+    task: str = "causal_lm",
+    num_labels: int | None = None,
+    revision: str | None = None,
+) -> Budget:
+    """Return what fits `budget` trainable parameters, a classifier's head not counted.
+
+    Args:
+        model: Hub name, local folder or `builtin:` name; its configuration is read, no weights.
+        budget: Parameters of the adapter, all modules together.
+        targets: What is adapted, as `adapter.target_modules` has it.
+        task: "causal_lm" or "seq_cls".
+        num_labels: Of a classifier.
+        revision: Commit, branch or tag on the hub.
+
+    Raises:
+        UserError: for an unknown model or target, or a budget that not even the smallest adapter fits.
+    """
+    config = load_config(model, revision)
+    sizes = _sizes(skeleton(config, task, num_labels, DTYPES["bfloat16"], "auto"), targets, task)  # pyright: ignore
+    hidden = config.get_text_config().hidden_size
+    found = [p for p in (_lsr(sizes, budget, hidden), _kron_lora(sizes, budget, hidden)) if p is not None]
+    lora_one = sum(map(sum, sizes))
+    lora = _lora(sizes, budget, hidden)
+    if not found and lora is None:
+        fewest = _count("lsr", sizes, {"rank": 1, "separation_rank": 1})
+        smallest = f"{fewest:,} parameters" if fewest else "no split of their dimensions"
+        raise UserError(
+            f"--budget {budget:,}: on these {len(sizes)} modules the smallest LSR-Adapt has {smallest}, "
+            f"LoRA of rank 1 {lora_one:,}; raise it, or adapt fewer modules with --set adapter.target_modules"
+        )
+    if found and (lora is None or lora.options["rank"] < 2):
+        reason = (
+            f"LoRA of rank 2 takes {2 * lora_one:,} parameters here, more than the budget, and rank 1 has not been "
+            f"compared; its update has rank {found[0].options['rank']}"
+        )
+        proposals = [*found, *([lora] if lora else [])]
+    else:
+        assert lora is not None
+        reason = (
+            f"LoRA of rank {lora.options['rank']} fits, and where they were compared at like parameters (SmolLM2-135M, "
+            "one seed; GUIDELINES.md) LoRA reached the lower held-out loss; the others are for fewer parameters"
+        )
+        proposals = [lora, *found]
+    notes = [] if hidden <= 1024 else ["learning rates were measured on a model of hidden size 576 only; tune them"]
+    return Budget(model, budget, len(sizes), proposals, reason, notes)
+
+
+def _sizes(base: Any, targets: list[str] | str, task: str) -> Sizes:
+    """Return (in_features, out_features) of every adapted module, found by injecting an adapter."""
+    options = adapters.peft_config("lora", {"target_modules": targets, "rank": 1}, adapters.TASK_TYPES[task])
+    try:
+        model = peft.get_peft_model(base, options)
+    except ValueError as error:
+        raise UserError(f"adapter.target_modules: {error}") from error
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    return [size for layer in layers if (size := features(layer.get_base_layer())) is not None]
+
+
+def _count(method: str, sizes: Iterable[tuple[int, int]], options: dict[str, Any]) -> int | None:
+    """Return a method's parameters over all modules; None where one of them cannot take these options."""
+    tuner = adapters.METHODS[method]
+    config = tuner.config_class(**options)
+    counts: dict[tuple[int, int], int] = {}
+    for size in set(sizes):
+        try:
+            shapes = tuner.parameter_shapes(*size, config)
+        except UserError:
+            return None
+        if tuner.oversized_sides(*size, config):
+            return None  # a dense side would be smaller, and could do more
+        counts[size] = sum(_product(shape) for shape in shapes.values())
+    return sum(counts[size] for size in sizes)
+
+
+def _product(shape: tuple[int, ...]) -> int:
+    result = 1
+    for length in shape:
+        result *= length
+    return result
+
+
+def _rate(method: str, hidden: int) -> float:
+    small, middle, large = LEARNING_RATES[method]
+    return small if hidden <= 1024 else large if hidden >= 4096 else middle
+
+
+def _lsr(sizes: Sizes, budget: int, hidden: int) -> Proposal | None:
+    """Return LSR-Adapt at its default rank with as many terms as fit; another rank only where terms run out."""
+
+    def most_terms(rank: int, least: int) -> tuple[int, int] | None:
+        for terms in range(MAX_TERMS, least - 1, -1):
+            count = _count("lsr", sizes, {"rank": rank, "separation_rank": terms})
+            if count is not None and count <= budget:
+                return terms, count
+        return None
+
+    found = {rank: most_terms(rank, MIN_TERMS) for rank in (RANK, RANK // 2, RANK // 4)}
+    rank = next((rank for rank, fits in found.items() if fits is not None), None)
+    if rank is None:
+        smaller = {rank: most_terms(rank, 1) for rank in (4, 2, 1)}
+        rank = next((rank for rank, fits in smaller.items() if fits is not None), None)
+        found |= smaller
+    best = found[rank] if rank is not None else None
+    if rank is None or best is None:
+        return None
+    while rank < MAX_RANK and rank >= RANK:
+        # more terms than the sweep had, or than a dense side allows, are left to a higher rank
+        wider = most_terms(2 * rank, max(MIN_TERMS, best[0]))
+        if wider is None or wider[1] <= best[1]:
+            break
+        rank, best = 2 * rank, wider
+    terms, count = best
+    options = {"rank": rank, "separation_rank": terms, "alpha": 2.0 * rank}
+    measured = rank == RANK and hidden <= 1024
+    why = (
+        "rank 16 with as many terms as fit: the loss fell with the terms from 4 to 48"
+        if measured
+        else "as many terms as fit, no side larger than its dense form; measured on SmolLM2 at rank 16 only"
+    )
+    splits = [
+        f"{in_features} -> {out_features}: in {_pair(balanced_split(in_features))}, out "
+        f"{_pair(balanced_split(out_features))}, rank {_pair(balanced_split(rank))}"
+        for in_features, out_features in dict.fromkeys(sizes)
+    ]
+    return Proposal("lsr", count, count / budget, options, _rate("lsr", hidden), splits, why)
+
+
+def _pair(split: tuple[int, int]) -> str:
+    return f"{split[0]} x {split[1]}"
+
+
+def _kron_lora(sizes: Sizes, budget: int, hidden: int) -> Proposal | None:
+    """Return Kron-LoRA with the paper's split and scaling, of the largest rank that fits."""
+    split = {"left_in": 2, "left_out": divisor_for_block(hidden, BLOCK_SIZE)}
+    limit = min(min(size) for size in sizes) // max(split.values())
+    for rank in range(min(limit, MAX_RANK), 0, -1):
+        options = {"rank": rank, **split, "alpha": 4.0 * rank, "dropout": 0.0}
+        count = _count("kron_lora", sizes, options)
+        if count is not None and count <= budget:
+            splits = [f"A [{split['left_out']}, {split['left_in']}] in every module"]
+            why = "the paper's split and scaling; its rate was not tuned here"
+            return Proposal("kron_lora", count, count / budget, options, _rate("kron_lora", hidden), splits, why)
+    return None
+
+
+def _lora(sizes: Sizes, budget: int, hidden: int) -> Proposal | None:
+    rank = min(budget // sum(map(sum, sizes)), MAX_RANK, min(min(size) for size in sizes))
+    if rank < 1:
+        return None
+    count = rank * sum(map(sum, sizes))
+    options = {"rank": rank, "alpha": 2.0 * rank}
+    why = "PEFT's own" + ("" if hidden <= 1024 else "; QLoRA's rate" if hidden >= 4096 else "")
+    return Proposal("lora", count, count / budget, options, _rate("lora", hidden), [], why)
+
+
+def render(budget: Budget) -> Group:
+    """Return the proposals for a person, to be printed by a rich console."""
+    title = f"{budget.budget:,} parameters on {budget.adapted_modules} modules of {budget.model}"
+    table = Table("method", title=title, title_justify="left")
+    for column in ("parameters", "of budget"):
+        table.add_column(column, justify="right")
+    for column in ("options", "learning rate", "why"):
+        table.add_column(column)
+    for index, item in enumerate(budget.proposals):
+        options = ", ".join(f"{name} {value:g}" for name, value in item.options.items())
+        cells = (item.method, f"{item.parameters:,}", f"{100 * item.share:.0f} %", options, f"{item.learning_rate:g}")
+        table.add_row(*cells, item.why, style="bold" if index == 0 else "")
+    first = budget.proposals[0]
+    options = " ".join(f"--set adapter.{name}={value:g}" for name, value in first.options.items())
+    lines = [
+        Text(f"{first.method}, because {budget.reason}."),
+        *(Text(f"split {line}", style="dim") for item in budget.proposals for line in item.splits),
+        *(Text(f"note: {line}", style="yellow") for line in budget.notes),
+        Text(f"--set adapter.method={first.method} {options} --set training.learning_rate={first.learning_rate:g}"),
+    ]
+    return Group(table, *lines)

@@ -1,0 +1,99 @@
+"""The ablations: every setting is an ordinary run, equal to others where it says so, and marked where too large."""
+
+import gzip
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_runs import save_llama
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+import ablations
+import commonsense
+import trials
+from ablations import AXES, BASE, PROVIDERS, SMOLLM2_SHAPES
+from trials import TUNING_SEED, Trial
+
+from lsr_scale.adapters import METHODS
+from lsr_scale.config import run_from_dict
+
+
+def parameters(name):
+    provider = PROVIDERS[name]
+    method = METHODS[provider.method]
+    config = method.config_class(**provider.options)
+    total = 0
+    for shape in SMOLLM2_SHAPES:
+        for factor in method.parameter_shapes(*shape, config).values():
+            count = 1
+            for length in factor:
+                count *= length
+            total += count
+    return total
+
+
+def test_every_setting_is_on_an_axis_and_every_axis_has_the_base_or_lora_beside_it():
+    assert {name for names in AXES.values() for name in names} == set(PROVIDERS)
+    assert all(BASE in names for names in AXES.values())
+
+
+@pytest.mark.parametrize("name", PROVIDERS)
+def test_every_setting_is_an_ordinary_run(name, tmp_path):
+    for point in PROVIDERS[name].points:
+        config = ablations.config_of(tmp_path, "builtin:smollm2-135m-instruct", False, Trial("small", name, 0), point)
+        run = run_from_dict(config)
+        assert all(source.split == "dev" for source in run.eval.tasks)  # no test row is read
+
+
+def test_settings_that_are_called_equal_have_equal_parameters():
+    assert len({parameters(name) for name in AXES["rank"]}) == 1
+    assert parameters("skewed") > 1.3 * parameters(BASE)
+    assert parameters("skewed_equal") == pytest.approx(parameters(BASE), rel=0.03)
+
+
+def test_sides_larger_than_dense_are_marked():
+    assert not ablations.oversized(PROVIDERS[BASE])
+    assert (576, 192) in ablations.oversized(PROVIDERS["r1_s64"])
+    assert ablations.oversized(PROVIDERS["lora_8"]) == []
+
+
+def test_a_run_leaves_its_accuracy_on_the_development_part(tmp_path):
+    for task in commonsense.REGIMES["joint_long"].tasks + ("hellaswag", "boolq"):
+        for split in ("train", "validation", "test"):
+            path = tmp_path / "raw" / task / f"{split}.jsonl.gz"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with gzip.open(path, "wt") as stream:
+                for index in range(120):
+                    question = {"id": f"{task}-{split}-{index}-1", "question": f"{task} {split} question {index}"}
+                    row = {**question, "choices": ["a knife", "a broom"], "answer": index % 2}
+                    stream.write(json.dumps(row) + "\n")
+    commonsense.prepare(tmp_path / "raw", tmp_path / "work")
+    model = str(save_llama(tmp_path / "model"))
+    trial = Trial("small", "lora_2", TUNING_SEED, 0)
+    result = ablations.measure(tmp_path / "work", model, True, trial, dict(PROVIDERS["lora_2"].points[0]))
+    assert set(result["accuracy"]) == set(ablations.TASKS)
+    assert result["score"] == pytest.approx(sum(result["accuracy"].values()) / 3)
+    assert result["steps"] == 2
+    assert str(tmp_path) not in json.dumps(result["config"]["data"])
+    path = tmp_path / "results" / f"{trial.name}.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps(result))
+    with pytest.raises(ValueError, match="trial of the program"):
+        ablations.tables(path.parent)
+
+
+def test_tables_mark_what_is_larger_than_dense(tmp_path):
+    for name in ("r16_s16", "r16_s48", "lora_8"):
+        trial = Trial("small", name, 0)
+        row = {"task": "small", "provider": name, "seed": 0, "score": 0.5, "settings": {}, "adapter_parameters": 1}
+        (tmp_path / f"{trial.name}.json").write_text(json.dumps(row))
+    lines = ablations.tables(tmp_path)
+    assert sum(line.startswith("| r16_s48, larger than dense | 1 | 50.0 (1 seed)") for line in lines) == 1
+    assert sum(line.startswith("| r16_s16 | 1 |") for line in lines) == 7
+
+
+def test_a_dry_run_counts_shared_settings_once(tmp_path, capsys):
+    assert ablations.main(["--dry-run", "--results", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert f"{len(PROVIDERS) * (trials.NUM_POINTS + 3)} of " in out

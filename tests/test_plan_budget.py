@@ -1,0 +1,109 @@
+"""Proposals for a budget: never over it, counted as the model itself would be, and usable as they stand."""
+
+import json
+import re
+
+import pytest
+from peft import get_peft_model
+
+from lsr_scale import UserError
+from lsr_scale.adapters import peft_config
+from lsr_scale.cli import main
+from lsr_scale.config import run_from_dict
+from lsr_scale.model import DTYPES, load_config, skeleton
+from lsr_scale.plan.budget import parse_budget, propose
+
+SMOLLM2, MISTRAL = "HuggingFaceTB/SmolLM2-135M", "mistralai/Mistral-7B-v0.1"
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+
+
+@pytest.mark.parametrize(
+    ("text", "count"), [("4M", 4_000_000), ("1.5m", 1_500_000), ("500k", 500_000), ("2,500", 2500), ("1_000", 1000)]
+)
+def test_a_budget_is_read(text, count):
+    assert parse_budget(text) == count
+
+
+@pytest.mark.parametrize("text", ["", "M", "-4M", "0", "nan", "inf", "4 apples"])
+def test_what_is_no_budget_is_refused(text):
+    with pytest.raises(UserError, match="such as 4M"):
+        parse_budget(text)
+
+
+@pytest.mark.parametrize("budget", [22_000, 100_000, 349_440, 1_000_000, 1_400_000, 5_000_000, 20_000_000])
+def test_proposals_keep_to_the_budget_and_count_what_is_injected(budget):
+    result = propose(SMOLLM2, budget)
+    assert result.adapted_modules == 210
+    for proposal in result.proposals:
+        assert proposal.parameters <= budget
+        base = skeleton(load_config(SMOLLM2, None), "causal_lm", None, DTYPES["bfloat16"], "auto")
+        options = {"target_modules": "all-linear", **proposal.options}
+        model = get_peft_model(base, peft_config(proposal.method, options))
+        assert model.get_nb_trainable_parameters()[0] == proposal.parameters
+
+
+def test_more_parameters_never_propose_a_smaller_adapter():
+    grown = [{p.method: p.parameters for p in propose(SMOLLM2, 2**power * 10_000).proposals} for power in range(2, 11)]
+    for method in ("lsr", "kron_lora", "lora"):
+        counts = [found.get(method, 0) for found in grown]
+        assert counts == sorted(counts)
+
+
+def test_lora_comes_first_where_it_was_measured_ahead_and_not_where_it_does_not_fit():
+    small, large = propose(SMOLLM2, 400_000), propose(SMOLLM2, 1_400_000)
+    assert small.proposals[0].method == "lsr"
+    assert small.proposals[0].options == {"rank": 16, "separation_rank": 4, "alpha": 32.0}
+    assert large.proposals[0].method == "lora"
+    assert large.proposals[1].options == {"rank": 16, "separation_rank": 16, "alpha": 32.0}
+    assert not small.notes
+    assert "hidden size 576 only" in propose(MISTRAL, 4_000_000).notes[0]
+
+
+def test_the_measured_order_that_is_claimed_stands_in_the_committed_results():
+    from pathlib import Path
+
+    path = Path(__file__).parents[1] / "benchmarks/results/parametrization/smollm2-h200-first.json"
+    rows = [row for row in json.loads(path.read_text())["rows"] if row["method"] == "lora" or row.get("power") == 0]
+
+    def best(method, **options):
+        chosen = [r for r in rows if r["method"] == method and all(r[key] == value for key, value in options.items())]
+        return min(row["held_out_loss"] for row in chosen)
+
+    terms = [best("lsr", rank=16, separation_rank=terms) for terms in (4, 16, 48)]
+    assert terms == sorted(terms, reverse=True)  # more terms, lower loss
+    assert best("lora", rank=2) < best("lsr", rank=4, separation_rank=16)  # fewer parameters, lower loss
+    assert best("lora", rank=8) < best("lsr", rank=16, separation_rank=48)
+
+
+def test_a_budget_that_nothing_fits_says_what_would():
+    with pytest.raises(UserError, match=r"smallest LSR-Adapt has 21,840 parameters, LoRA of rank 1 305,280"):
+        propose(SMOLLM2, 5000)
+
+
+def test_the_command_prints_settings_that_a_run_takes(capsys):
+    assert main(["plan", "--budget", "400k", "--model", SMOLLM2]) == 0
+    page = capsys.readouterr().out
+    line = " ".join(page[page.index("--set adapter.method") :].split())
+    values = dict(re.findall(r"--set (\S+?)=(\S+)", line))
+    options = {key.removeprefix("adapter."): value for key, value in values.items() if key.startswith("adapter.")}
+    adapter = {"method": options.pop("method"), **{key: int(value) for key, value in options.items()}}
+    training = {"learning_rate": float(values["training.learning_rate"])}
+    run = run_from_dict(
+        {"model": {"name": SMOLLM2}, "adapter": adapter, "data": {"train": ["x"]}, "training": training}
+    )
+    assert run.adapter.options["rank"] == 16
+    assert main(["plan", "--budget", "400k", "--model", SMOLLM2, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["proposals"][0]["parameters"] == 349_440
+
+
+def test_a_configuration_gives_model_and_targets(tmp_path, capsys):
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        f"model: {{name: {SMOLLM2}}}\nadapter: {{method: lora, target_modules: [q_proj, v_proj]}}\n"
+        "data: {train: [x]}\n"
+    )
+    assert main(["plan", str(path), "--budget", "100k", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["adapted_modules"] == 60
+    assert main(["plan", str(path), "--budget", "100k", "--model", SMOLLM2]) == 2
+    assert main(["plan", "--model", SMOLLM2]) == 2
+    assert "--model goes with --budget" in capsys.readouterr().err

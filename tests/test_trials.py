@@ -1,0 +1,66 @@
+"""The grid of short runs: equal tuning, every finished trial kept, none done twice, a diverged one never chosen."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+from trials import NUM_POINTS, TUNING_SEED, Provider, Trial, best_point, execute, load, plan, rates, spread, table
+
+PROVIDERS = {name: Provider("lora", {}, rates(1e-4, 2e-4, 3e-4, 4e-4, 5e-4)) for name in ("one", "two")}
+
+
+def score(trial, point):
+    """Train nothing: the third rate is best, the last one diverges."""
+    if trial.provider == "two" and os.environ.get("TRIALS_FAIL"):
+        raise RuntimeError("no")
+    value = None if point["learning_rate"] > 4.5e-4 else 1 - abs(point["learning_rate"] - 3e-4)
+    return {"score": value, "adapter_parameters": 7}
+
+
+def test_every_provider_is_tuned_on_as_many_points():
+    with pytest.raises(ValueError, match="expected 5 points"):
+        Provider("lora", {}, rates(1e-4, 2e-4))
+
+
+def test_seeds_run_with_the_best_point_and_only_once(tmp_path, monkeypatch):
+    trials = plan(["a"], PROVIDERS, 2)
+    assert len(trials) == 2 * (NUM_POINTS + 2)
+    monkeypatch.setenv("TRIALS_FAIL", "1")
+    # the failed provider's tuning is missing, so its seeds are left, and the other's are all there
+    assert execute(trials, PROVIDERS, score, tmp_path) == NUM_POINTS + 2
+    kept = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.json")}
+    assert set(kept) == {f"{trial.name}.json" for trial in trials if trial.provider == "one"}
+    monkeypatch.delenv("TRIALS_FAIL")
+    assert execute(trials, PROVIDERS, score, tmp_path) == 0
+    assert all((tmp_path / name).stat().st_mtime_ns == when for name, when in kept.items())
+    done = load(tmp_path)
+    assert best_point("a", "one", done) == 2
+    assert {done[trial.name]["settings"]["learning_rate"] for trial in trials if not trial.tunes} == {3e-4}
+    assert [line.count("(2 seeds)") for line in table(done, PROVIDERS)[2:]] == [1, 1]
+
+
+def test_a_changed_point_is_done_again_and_with_it_the_seeds_that_it_changes(tmp_path, capsys):
+    trials = plan(["a"], PROVIDERS, 1)
+    assert execute(trials, PROVIDERS, score, tmp_path) == 0
+    changed = {**PROVIDERS, "one": Provider("lora", {}, rates(1e-4, 2e-4, 2.5e-4, 4e-4, 5e-4))}
+    capsys.readouterr()
+    assert execute(trials, changed, score, tmp_path) == 0
+    again = [line.split(":")[0] for line in capsys.readouterr().out.splitlines()[:-1]]
+    assert again == ["a-one-tune2", "a-one-seed0"]
+    assert load(tmp_path)["a-one-seed0"]["settings"] == {"learning_rate": 2.5e-4}
+
+
+def test_nothing_is_started_after_the_limit(tmp_path):
+    assert execute(plan(["a"], ["one"], 1), PROVIDERS, score, tmp_path, time_limit=-1) == NUM_POINTS + 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_diverged_runs_are_told_and_not_chosen(tmp_path):
+    done = {Trial("a", "one", TUNING_SEED, i).name: {"score": None if i else 0.1} for i in range(NUM_POINTS)}
+    assert best_point("a", "one", json.loads(json.dumps(done))) == 0
+    assert spread([0.5, None]) == "50.0 (2 seeds, 1 diverged)"
+    assert spread([None]) == "all 1 diverged"

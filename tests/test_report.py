@@ -26,9 +26,10 @@ def test_a_changed_figure_is_noticed(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(report, "ROOT", tmp_path)
     assert report.main(["--check"]) == 1
     lines = capsys.readouterr().err.splitlines()
-    assert [line.split()[0] for line in lines] == [
+    assert sorted(line.split()[0] for line in lines) == [
         "README.md",
         "benchmarks/RESULTS.md",
+        "throughput/mistral-7b-nf4-sweep-h200.png",
         "throughput/mistral-7b-nf4.png",
     ]
 

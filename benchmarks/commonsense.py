@@ -1,32 +1,36 @@
 """Accuracy of LoRA, LSR-Adapt, Kron-LoRA and their relatives on commonsense questions, with seeds and error bars.
 
     python benchmarks/commonsense.py --data DATA --work WORK --dry-run       what would be run, and how long
-    python benchmarks/commonsense.py --data DATA --work WORK --jobs 6 --time-limit 540
+    python benchmarks/commonsense.py --data DATA --work WORK --jobs 6 --time-limit 480
     python benchmarks/commonsense_report.py                                  the tables, from the results alone
 
-A run is `lsr-scale train` with a config that WORK keeps, a process of its own. It leaves one JSON in the results, when
-it has ended, and whole: one that was killed is simply done again, a finished one never. After the limit none is
-started.
+A run is `lsr-scale train` with a config that WORK keeps, in one of `--jobs` workers: processes that import once and do
+run after run. It leaves one JSON in the results, when it has ended, and whole: one that was killed is simply done
+again, a finished one never. At the limit runs in hand are ended.
 
 Protocol. A tenth of each train part is held out by the hash of its question (of the sentence pair for WinoGrande), and
 the learning rate, with alpha for LSR, is chosen there: five points for every method, one epoch, one seed that no other
 run uses. The test part (the labelled validation part where the test has no labels) is scored once for each seed, on
 the sum of log-likelihoods. HellaSwag has no train part here, so a fifth of its validation questions, by their first
 sentence, is its test; BoolQ is without passages. Neither is comparable with published figures.
+Questions that stand in the test part with the same answer (the sources repeat a few) are left out of the other parts.
 """
 
 import argparse
 import dataclasses
+import gc
 import gzip
 import hashlib
 import json
+import multiprocessing
+import multiprocessing.connection
 import os
 import shutil
 import signal
 import statistics
-import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -72,6 +76,9 @@ PROVIDERS = {
     "kron_lora": Provider("kron_lora", {"rank": 8, "left_in": 2, "left_out": 16, "dropout": 0.0}, LORA_RATES),
     "lsr_16": Provider("lsr", {"rank": 16, "separation_rank": 16}, _lsr_points(16)),
     "lokr": Provider("lokr", {"rank": 8, "decompose_factor": 4, "alpha": 16.0}, LORA_RATES),
+    # LoRA-2's parameters within 2 %
+    "lsr_4_14": Provider("lsr", {"rank": 4, "separation_rank": 14}, _lsr_points(4)),
+    "kron_lora_7": Provider("kron_lora", {"rank": 7, "left_in": 2, "left_out": 16, "dropout": 0.0}, LORA_RATES),
     "krona": Provider("krona", {}, LORA_RATES),
     "kadaptation": Provider("kadaptation", {}, LORA_RATES),
 }
@@ -92,6 +99,9 @@ REGIMES = {
     "hellaswag": Regime(("hellaswag",), 4),
     "boolq": Regime(("boolq",), 3),
 }
+
+
+STAGES = ["headline", "quantized", *(name + end for name in list(REGIMES)[1:] for end in ("", ":all"))]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,11 +127,14 @@ class Run:
 
 
 def plan(stages: Iterable[str], providers: Iterable[str], seeds: int) -> list[Run]:
-    """Return the runs of some stages in an order of which every prefix is of use: tuning, then seed by seed.
+    """Return the runs of some stages, in an order of which every prefix is of use.
+
+    A provider is tuned and gets its first seed before the next one; further seeds go round.
 
     Args:
         stages: `headline`, `quantized` (NF4 and int8, three methods, three seeds, tuned on bf16), and any regime but
-            joint, in which LoRA-8 and LoRA-2 are tuned and compared over three seeds.
+            joint, in which LoRA-8 and LoRA-2 are tuned and compared over three seeds; all `providers` with `:all`
+            after its name, which is worth while where those two separate.
         providers: Which rows of the headline.
         seeds: Of the headline.
     """
@@ -129,10 +142,10 @@ def plan(stages: Iterable[str], providers: Iterable[str], seeds: int) -> list[Ru
 
     def compare(regime: str, names: Iterable[str], number: int) -> None:
         names = list(names)
-        runs.extend(
-            Run(regime, "bf16", name, TUNING_SEED, i) for name in names for i in range(len(PROVIDERS[name].points))
-        )
-        runs.extend(Run(regime, "bf16", name, seed, None) for seed in range(number) for name in names)
+        for name in names:
+            runs.extend(Run(regime, "bf16", name, TUNING_SEED, i) for i in range(len(PROVIDERS[name].points)))
+            runs.append(Run(regime, "bf16", name, 0, None))
+        runs.extend(Run(regime, "bf16", name, seed, None) for seed in range(1, number) for name in names)
 
     for stage in stages:
         if stage == "headline":
@@ -145,7 +158,8 @@ def plan(stages: Iterable[str], providers: Iterable[str], seeds: int) -> list[Ru
                 for name in ("lora_8", "lsr_4", "kron_lora")
             ]
         else:
-            compare(stage, ("lora_8", "lora_2"), 3)
+            regime, _, which = stage.partition(":")
+            compare(regime, providers if which == "all" else ("lora_8", "lora_2"), 3)
     return list(dict.fromkeys(runs))
 
 
@@ -169,6 +183,13 @@ def held_out(task: str, row: dict[str, Any], share: int) -> bool:
     return int(hashlib.sha256(f"{task}: {group}".encode()).hexdigest(), 16) % share == 0
 
 
+def _answered(row: dict[str, Any]) -> tuple[str, str]:
+    """Return a question with its right answer, whatever their case and spaces."""
+    words = (row["question"], str(row["choices"][row["answer"]]))
+    question, answer = (" ".join(text.lower().split()) for text in words)
+    return question, answer
+
+
 def prepare(data: Path, work: Path) -> dict[str, dict[str, Any]]:
     """Write `work/data/<task>/{train,dev,test}.jsonl` and return the rows, hashes and supervised sizes of each part."""
     described: dict[str, dict[str, Any]] = {}
@@ -184,6 +205,10 @@ def prepare(data: Path, work: Path) -> dict[str, dict[str, Any]]:
             train = _rows(folder / "train.jsonl.gz")
             test = _rows(folder / f"{TEST_SPLITS.get(task, 'validation')}.jsonl.gz")
             dev = [row for row in train if held_out(task, row, 10)]
+        seen = {_answered(row) for row in test}
+        num = len(train)
+        train, dev = ([row for row in rows if _answered(row) not in seen] for rows in (train, dev))
+        left_out = num - len(train)
         chosen = {row["id"] for row in dev}
         parts = {"train": [row for row in train if row["id"] not in chosen], "dev": dev, "test": test}
         for part, rows in parts.items():
@@ -192,6 +217,7 @@ def prepare(data: Path, work: Path) -> dict[str, dict[str, Any]]:
             record.write_text(work / "data" / task / f"{part}.jsonl", text)
             digest = hashlib.sha256(text.encode()).hexdigest()
             described.setdefault(task, {})[part] = {"rows": len(rows), "sha256": digest, "characters": len(text)}
+        described[task]["train"]["left_out"] = left_out
     return described
 
 
@@ -300,28 +326,82 @@ def best_point(run: Run, results: Path) -> int | None:
 
 @dataclasses.dataclass
 class Job:
-    """A run's process."""
+    """A run in hand."""
 
     run: Run
     point: dict[str, float]
-    process: subprocess.Popen
     started: float
 
 
-def start(run: Run, point: dict[str, float], setting: Setting, jobs: int) -> Job:
-    """Start `lsr-scale train` on a run, its output in `work/logs`."""
-    work = setting.work
-    shutil.rmtree(work / "runs" / run.name, ignore_errors=True)
-    config = work / "configs" / f"{run.name}.yaml"
-    record.write_text(config, dump_yaml(run_from_dict(config_of(run, point, setting), run.name)))
-    log = work / "logs" / f"{run.name}.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    threads = str(max(1, (os.cpu_count() or 1) // jobs))
-    environment = {**os.environ, "OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
-    command = [sys.executable, "-m", "lsr_scale.cli", "train", str(config), "--overwrite"]
-    with log.open("w") as stream:
-        process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, env=environment)
-    return Job(run, point, process, time.monotonic())
+class Worker:
+    """A process that does one run after another."""
+
+    def __init__(self, jobs: int) -> None:
+        """Start it; `jobs` of them share the processor's cores."""
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        threads = max(1, (os.cpu_count() or 1) // jobs)
+        self.process = context.Process(target=_work, args=(theirs, threads), daemon=True)
+        self.process.start()
+        theirs.close()
+        self.job: Job | None = None
+
+    def give(self, run: Run, point: dict[str, float], setting: Setting) -> None:
+        """Have it do a run, its output in `work/logs`."""
+        work = setting.work
+        shutil.rmtree(work / "runs" / run.name, ignore_errors=True)
+        config = work / "configs" / f"{run.name}.yaml"
+        record.write_text(config, dump_yaml(run_from_dict(config_of(run, point, setting), run.name)))
+        log = work / "logs" / f"{run.name}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        self.connection.send((str(config), str(log)))
+        self.job = Job(run, point, time.monotonic())
+
+    def take(self) -> tuple[Job, int]:
+        """Return the run that it has ended, and that run's exit status; -1 where the process died of it."""
+        job, self.job = self.job, None
+        assert job is not None
+        try:
+            return job, self.connection.recv()
+        except EOFError:
+            return job, -1
+
+    def stop(self) -> None:
+        """End it, whatever it does."""
+        self.process.kill()
+        self.process.join()
+
+
+def _work(connection: Any, threads: int) -> None:
+    """Do the runs that come, each with its own log; in a process of its own."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    import torch
+
+    from lsr_scale.cli import main as command
+
+    torch.set_num_threads(threads)
+    while True:
+        try:
+            config, log = connection.recv()
+        except EOFError:
+            return
+        with open(log, "w", encoding="utf-8", buffering=1) as stream:
+            os.dup2(stream.fileno(), 1)
+            os.dup2(stream.fileno(), 2)
+            try:
+                status = command(["train", config, "--overwrite"])
+            except SystemExit as end:
+                status = end.code if isinstance(end.code, int) else int(end.code is not None)
+            except Exception:
+                traceback.print_exc()
+                status = 1
+            sys.stdout.flush()
+            sys.stderr.flush()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        connection.send(status or 0)
 
 
 def _startable(waiting: list[Run], results: Path) -> Iterator[tuple[Run, dict[str, float]]]:
@@ -339,39 +419,46 @@ def execute(
     jobs: int,
     time_limit: float,
 ) -> int:
-    """Do the runs that have no result yet, so many at a time; return how many failed or could not be started."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a kill ends the runs as well
+    """Do the runs that have no result yet, so many at a time; return how many failed."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a kill ends the workers as well
     began, failed = time.monotonic(), 0
     waiting = [run for run in runs if not (results / f"{run.name}.json").is_file()]
-    running: list[Job] = []
+    workers: list[Worker] = []
     try:
-        while waiting or running:
-            while len(running) < jobs and time.monotonic() - began < time_limit:
-                ready = next(_startable(waiting, results), None)
-                if ready is None:
-                    break
+        while time.monotonic() - began < time_limit:
+            idle = [worker for worker in workers if worker.job is None]
+            while ready := next(_startable(waiting, results), None) if idle or len(workers) < jobs else None:
+                if not idle:
+                    idle.append(Worker(jobs))
+                    workers.append(idle[0])
                 waiting.remove(ready[0])
-                running.append(start(*ready, setting, jobs))
-            if not running:
+                idle.pop().give(*ready, setting)
+            busy: list[Any] = [worker.connection for worker in workers if worker.job is not None]
+            if not busy:
                 break
-            time.sleep(0.2)
-            for job in [job for job in running if job.process.poll() is not None]:
-                running.remove(job)
-                if job.process.returncode:
+            left = time_limit - (time.monotonic() - began)
+            heard = multiprocessing.connection.wait(busy, timeout=max(0.0, min(left, 3600.0)))
+            for worker in [worker for worker in workers if worker.connection in heard]:
+                job, status = worker.take()
+                if status:
                     failed += 1
-                    print(f"{job.run.name}: failed ({job.process.returncode}), see {setting.work / 'logs'}", flush=True)
+                    print(f"{job.run.name}: failed ({status}), see {setting.work / 'logs'}", flush=True)
+                    if status == -1:
+                        workers.remove(worker)
+                        worker.stop()
                     continue
                 result = result_of(job, setting, data)
                 record.write_json(results / f"{job.run.name}.json", result)
                 print(f"{job.run.name}: {mean_accuracy(result):.2f} % in {result['wall_s']:.0f} s", flush=True)
     finally:
-        for job in running:
-            job.process.kill()
+        for worker in workers:
+            waiting += [worker.job.run] if worker.job is not None else []
+            worker.stop()
     print(f"{len(waiting)} runs left, {failed} failed")
-    return failed + len(waiting)
+    return failed
 
 
-ASSUMED_STEP_S, ASSUMED_START_S = 0.12, 35.0
+ASSUMED_STEP_S, ASSUMED_START_S = 0.06, 15.0
 CHARACTERS_PER_TOKEN = 4.3  # JSON's keys and the wrong choices included: an upper bound on tokens
 
 
@@ -410,12 +497,12 @@ def main(arguments: list[str] | None = None) -> int:
     add("--data", type=Path, required=True, help="folder of <task>/<split>.jsonl.gz")
     add("--work", type=Path, required=True, help="for the parts, configs, run folders and logs")
     add("--results", type=Path, default=RESULTS)
-    add("--stages", nargs="+", default=["headline"], choices=["headline", "quantized", *list(REGIMES)[1:]])
+    add("--stages", nargs="+", default=["headline"], choices=STAGES)
     add("--providers", nargs="+", default=list(PROVIDERS), choices=list(PROVIDERS))
     add("--seeds", type=int, default=5)
     add("--model", default=MODEL)
     add("--jobs", type=int, default=4, help="processes at a time on one GPU")
-    add("--time-limit", type=float, default=float("inf"), help="seconds after which no run is started")
+    add("--time-limit", type=float, default=float("inf"), help="seconds after which what is in hand is ended")
     add("--dry-run", action="store_true", help="print the plan in numbers")
     add("--smoke", action="store_true", help="16 rows a task, two steps, 8 questions: is it wired up?")
     given = parser.parse_args(arguments)
@@ -428,7 +515,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(describe(runs, data, given.results, given.jobs))
         return 0
     setting = Setting(work, given.model, given.smoke)
-    return int(execute(runs, data, setting, given.results, given.jobs, given.time_limit) > 0)
+    return int(
+        execute(runs, data, setting, given.results, given.jobs, given.time_limit) > 0
+    )  # what is left is no fault
 
 
 if __name__ == "__main__":

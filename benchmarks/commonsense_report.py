@@ -4,7 +4,8 @@
 
 Statistics. Methods are compared on the same examples over common seeds: the mean over tasks of the differences, its
 95 % interval and two-sided p by a bootstrap that draws seeds and, within each task, examples, both with replacement.
-An interval that holds zero is "no separation". Error bars are the standard deviation over seeds.
+An interval that holds zero is "no separation", and so is every comparison where LoRA-8 and LoRA-2 do not separate.
+Error bars are the standard deviation over seeds.
 """
 
 import functools
@@ -27,6 +28,8 @@ LABELS = {
     "lsr_16": "**LSR-Adapt** r=16 s=16",
     "kron_lora": "**Kron-LoRA** r=8 (2, 16)",
     "lokr": "LoKr r=8 (4), PEFT",
+    "lsr_4_14": "**LSR-Adapt** r=4 s=14, LoRA-2's size",
+    "kron_lora_7": "**Kron-LoRA** r=7 (2, 16), LoRA-2's size",
     "krona": "KronA",
     "kadaptation": "KAdaptation, per module",
 }
@@ -95,19 +98,26 @@ def compare(
     return 100 * float(np.mean(means)), float(low), float(high), float(min(1, 2 * max(tail, 1 / draws)))
 
 
-def _versus(row: dict[int, Any], other: dict[int, Any]) -> str:
+def separate(rows: dict[str, dict[int, Any]]) -> bool:
+    """Tell whether LoRA-8 and LoRA-2 differ at all: where four times the parameters change nothing, nothing counts."""
+    found = compare(rows["lora_8"], rows["lora_2"])
+    return found is not None and not found[1] <= 0 <= found[2]
+
+
+def _versus(row: dict[int, Any], other: dict[int, Any], counts: bool) -> str:
     found = compare(row, other) if row is not other else None
     if found is None:
         return ""
     difference, low, high, p = found
     words = f"{difference:+.2f} ({low:+.2f} to {high:+.2f})"
-    return f"{words}, no separation" if low <= 0 <= high else f"{words}, p = {p:.2g}"
+    return f"{words}, p = {p:.2g}" if counts and not low <= 0 <= high else f"{words}, no separation"
 
 
 def table(all_results: list[dict[str, Any]], regime: str = "joint", base: str = "bf16") -> str:
     """Return the Markdown table of a regime and base: each row with its seeds' mean, deviation, and paired tests."""
     tasks = REGIMES[regime].tasks
     rows = {name: seeds_of(all_results, regime, base, name) for name in PROVIDERS}
+    counts = separate(rows)
     head = ["", "parameters", "chosen", "seeds", *tasks, "mean", "against LoRA r=8", "against LoRA r=2"]
     lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
     before = next(
@@ -131,7 +141,7 @@ def table(all_results: list[dict[str, Any]], regime: str = "joint", base: str = 
         means = [mean_accuracy(result) for result in row.values()]
         spread = f" +- {statistics.stdev(means):.2f}" if len(means) > 1 else ""
         chosen = ", ".join(f"{key} {value:g}" for key, value in some["settings"].items())
-        tests = [_versus(row, rows[other]) for other in ("lora_8", "lora_2")]
+        tests = [_versus(row, rows[other], counts) for other in ("lora_8", "lora_2")]
         start_of = [
             LABELS[name],
             f"{some['trainable_parameters']:,}",

@@ -45,6 +45,7 @@ JOINT = ("arc_easy", "arc_challenge", "openbookqa", "piqa", "winogrande")
 TEST_SPLITS = {"arc_easy": "test", "arc_challenge": "test", "openbookqa": "test"}  # validation elsewhere
 TUNING_SEED = 1000
 SMOKE: dict[str, dict[str, Any]] = {"training": {"max_steps": 2}, "eval": {"limit": 8}, "source": {"limit": 16}}
+ROUNDED, SEEDS_ROUNDED = (8, 4), 3  # the headline's first seeds are scored with rounded factors as well
 BATCH = 128  # rows a step, about 4,500 tokens: with much fewer a small model waits for the host
 
 
@@ -289,6 +290,7 @@ def result_of(job: "Job", setting: Setting, data: dict[str, Any]) -> dict[str, A
                 accuracy = right.count("1") / len(right)
                 tasks.setdefault(task, {})[when] = {"accuracy": accuracy, "ids_sha256": ids, "right": right}
     hashes = {task: data[task] for task in REGIMES[run.regime].tasks}
+    rounded = folder / "rounded.json"
     kept = ("trainable_parameters", "steps", "final_loss", "tokens", "tokens_per_s", "peak_memory_gib", "training_s")
     return {
         **dataclasses.asdict(run),
@@ -299,14 +301,17 @@ def result_of(job: "Job", setting: Setting, data: dict[str, Any]) -> dict[str, A
         "command": f"lsr-scale train configs/{run.name}.yaml",
         "config": config_of(run, job.point, dataclasses.replace(setting, work=Path("WORK"))),
         "tasks": tasks,
+        **({"rounded": json.loads(rounded.read_text(encoding="utf-8"))} if rounded.is_file() else {}),
         "data": hashes,
         "env": record.environment(),
         **({"smoke": True} if setting.smoke else {}),
     }
 
 
-def mean_accuracy(result: dict[str, Any], when: str = "after") -> float:
-    """Return the mean over tasks of a result's accuracies, in percent."""
+def mean_accuracy(result: dict[str, Any], when: str = "after", bits: str | None = None) -> float:
+    """Return the mean over tasks of a result's accuracies, in percent; with factors rounded to so many bits."""
+    if bits is not None:
+        return 100 * statistics.fmean(task["accuracy"] for task in result["rounded"][bits]["tasks"].values())
     return 100 * statistics.fmean(task[when]["accuracy"] for task in result["tasks"].values())
 
 
@@ -354,7 +359,8 @@ class Worker:
         record.write_text(config, dump_yaml(run_from_dict(config_of(run, point, setting), run.name)))
         log = work / "logs" / f"{run.name}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
-        self.connection.send((str(config), str(log)))
+        rounds = ROUNDED if run.regime == "joint" and run.base == "bf16" and run.seed < SEEDS_ROUNDED else ()
+        self.connection.send((str(config), str(log), str(work / "runs" / run.name), rounds))
         self.job = Job(run, point, time.monotonic())
 
     def take(self) -> tuple[Job, int]:
@@ -376,13 +382,14 @@ def _work(connection: Any, threads: int) -> None:
     """Do the runs that come, each with its own log; in a process of its own."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     import torch
+    from rounded_adapters import score_rounded
 
     from lsr_scale.cli import main as command
 
     torch.set_num_threads(threads)
     while True:
         try:
-            config, log = connection.recv()
+            config, log, folder, rounds = connection.recv()
         except EOFError:
             return
         with open(log, "w", encoding="utf-8", buffering=1) as stream:
@@ -390,6 +397,8 @@ def _work(connection: Any, threads: int) -> None:
             os.dup2(stream.fileno(), 2)
             try:
                 status = command(["train", config, "--overwrite"])
+                if rounds and not status:
+                    record.write_json(Path(folder) / "rounded.json", score_rounded(folder, rounds))
             except SystemExit as end:
                 status = end.code if isinstance(end.code, int) else int(end.code is not None)
             except Exception:

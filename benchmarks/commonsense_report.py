@@ -152,6 +152,22 @@ def table(all_results: list[dict[str, Any]], regime: str = "joint", base: str = 
     return "\n".join(lines)
 
 
+def rounded_table(all_results: list[dict[str, Any]]) -> str:
+    """Return the Markdown table of what rounding the factors to 8 and 4 bits loses, over the seeds that have it."""
+    lines = ["| | seeds | bytes, 8 bits | loses, points | bytes, 4 bits | loses, points |", "|---|" + "---:|" * 5]
+    for name in PROVIDERS:
+        row = [r for r in seeds_of(all_results, "joint", "bf16", name).values() if "rounded" in r]
+        cells = [LABELS[name], str(len(row))]
+        for bits in ("8", "4"):
+            lost = [mean_accuracy(r) - mean_accuracy(r, bits=bits) for r in row]
+            if lost:
+                spread = f" +- {statistics.stdev(lost):.2f}" if len(lost) > 1 else ""
+                cells += [f"{row[0]['rounded'][bits]['bytes']:,}", f"{statistics.fmean(lost):.2f}{spread}"]
+        if row:
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def draw(all_results: list[dict[str, Any]], path: Path, regime: str = "joint", base: str = "bf16") -> None:
     """Draw the mean accuracy against trainable parameters; bars are the standard deviation over seeds."""
     import matplotlib
@@ -211,6 +227,7 @@ def main() -> int:
     """Print the tables and draw the plots."""
     for stem, (text, _) in sections(RESULTS).items():
         print(f"{stem}\n\n{text}\n")
+    print(f"factors rounded\n\n{rounded_table(load(RESULTS))}\n")
     for _, draw_it in pictures(RESULTS).values():
         draw_it()
     return 0

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from tiny_runs import save_llama
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import commonsense
 import commonsense_report
+import rounded_adapters
 from commonsense import PROVIDERS, REGIMES, TUNING_SEED, Run, Setting
 
 from lsr_scale.config import run_from_dict
@@ -98,6 +100,10 @@ def test_runs_leave_a_result_each_and_are_not_done_twice(data, tmp_path, capsys)
     assert result["trainable_parameters"] > 0
     assert result["data"]["openbookqa"] == hashes["openbookqa"]
     assert str(tmp_path / "work") not in json.dumps(result["config"])
+    folder = setting.work / "runs" / tuning.name
+    found = rounded_adapters.score_rounded(folder)
+    assert found["4"]["bytes"] < found["8"]["bytes"]
+    assert {task: len(row["right"]) for task, row in found["8"]["tasks"].items()} == dict.fromkeys(result["tasks"], 8)
     capsys.readouterr()
     assert commonsense.execute([tuning], hashes, setting, results, 1, 60) == 0
     assert capsys.readouterr().out == "0 runs left, 0 failed\n"
@@ -152,3 +158,26 @@ def test_tables_say_no_separation_and_plots_know_their_results(tmp_path):
     from PIL import Image
 
     assert Image.open(tmp_path / "a.png").info["Source"] == commonsense_report.digest(results)
+
+
+def test_rounded_factors_are_near_and_small():
+    generator = torch.Generator().manual_seed(0)
+    names = [f"base_model.model.layers.{n}.self_attn.q_proj.lora_{side}.weight" for n in (0, 1) for side in "AB"]
+    factors = {name: torch.randn(64, 48, generator=generator) for name in names}
+    for bits, error in ((8, 0.01), (4, 0.12)):
+        found, size = rounded_adapters.rounded(factors, bits)
+        assert found.keys() == factors.keys()
+        assert size < 1.35 * sum(factor.numel() for factor in factors.values()) * bits / 8
+        for name, factor in factors.items():
+            assert float((found[name] - factor).norm() / factor.norm()) < error
+    with pytest.raises(ValueError, match="_proj"):
+        rounded_adapters.rounded({"lm_head.lora_A.weight": torch.zeros(2, 2)}, 8)
+
+
+def test_what_rounding_loses_is_a_table():
+    results = [made_up("lsr_4", seed, 0.6) for seed in range(3)]
+    for result in results:
+        tasks = {task: {"accuracy": row["after"]["accuracy"] - 0.01} for task, row in result["tasks"].items()}
+        result["rounded"] = {bits: {"bytes": 1000, "tasks": tasks} for bits in ("8", "4")}
+    row = commonsense_report.rounded_table(results).splitlines()[-1]
+    assert row == "| **LSR-Adapt** r=4 s=16 | 3 | 1,000 | 1.00 +- 0.00 | 1,000 | 1.00 +- 0.00 |"

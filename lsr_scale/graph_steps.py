@@ -83,10 +83,9 @@ class GraphSteps(_Base):
             divisor = _at_least_one(num_items_in_batch)
             loss, gradients = self.graphs.replay(self._prepare_inputs(static), divisor)
         except RuntimeError as error:
-            if self.graphs.captured:
+            if self.graphs.captured and not isinstance(error, torch.OutOfMemoryError):
                 raise
-            # nothing was replayed yet: the run goes on without, unless the GPU itself is at fault
-            torch.cuda.synchronize()
+            # the run goes on without: nothing was replayed yet, or the memory does not hold another shape's graph
             self.graphs = None
             self.say(f"CUDA graphs are off: {str(error).splitlines()[0]}")
             return super().training_step(model, inputs, num_items_in_batch)

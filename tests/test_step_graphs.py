@@ -12,11 +12,15 @@ from tiny_runs import completions, do, factors, metrics, questions, save_llama, 
 from torch.nn.utils.rnn import pad_sequence
 
 import lsr_scale
+from lsr_scale import assembly
 from lsr_scale.adapters import peft_config
 from lsr_scale.errors import UserError
 from lsr_scale.fused.step_graph import StepGraphs, rounded, static_batch, static_loss, why_not_graphs
 from lsr_scale.graph_steps import host_bound
 
+BIG: dict[str, Any] = dict(
+    hidden_size=256, intermediate_size=704, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=3
+)
 on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")]
 LENGTHS = [(5,), (17, 3, 40, 1, 22), (16,) * 8, (64, 64, 63), (33,) * 31, (70, 2)]
 OPTIONS = {"lsr": {"rank": 4, "separation_rank": 4}, "kron_lora": {"rank": 4, "dropout": 0.0}, "lora": {"rank": 4}}
@@ -121,13 +125,59 @@ def test_graphs_that_cannot_be_are_refused(tmp_path):
         do(tiny_run(tmp_path, training={"cuda_graphs": "on"}))
 
 
+class WithoutGraphs(StepGraphs):
+    """Does at every replay what a graph's capture does; the trainer cannot tell."""
+
+    fails_at: int | None = None
+    replays = 0
+
+    def replay(self, batch, divisor):
+        type(self).replays += 1
+        if self.replays == self.fails_at:
+            raise torch.OutOfMemoryError("no room for another graph")
+        loss = static_loss(self.head, batch) / divisor
+        self.captured[0] = None
+        return loss.detach(), list(torch.autograd.grad(loss, self.parameters))
+
+
+@pytest.fixture
+def on_the_cpu(monkeypatch):
+    monkeypatch.setattr(assembly, "StepGraphs", WithoutGraphs)
+    monkeypatch.setattr(assembly, "why_not_graphs", lambda *_: None)
+    monkeypatch.setattr(WithoutGraphs, "replays", 0)
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize("fails_at", [None, 4])
+def test_runs_end_where_they_do_without(tmp_path, monkeypatch, on_the_cpu, accumulation, fails_at):
+    monkeypatch.setattr(WithoutGraphs, "fails_at", fails_at)
+    found = compare_runs(tmp_path, accumulation, fused="on", on_nonfinite="skip")
+    assert WithoutGraphs.replays >= (4 if fails_at else 6)
+    for name, factor in found["on"].items():
+        torch.testing.assert_close(factor, found["off"][name], rtol=1e-3, atol=1e-5)
+
+
+def compare_runs(folder, accumulation, **fields):
+    """Train twice, with graphs and without; return the factors of both, their logs compared."""
+    save_llama(folder / "model", **BIG)
+    write_rows(folder / "rows.jsonl", completions(30))
+    write_rows(folder / "questions.jsonl", questions())
+    found = {}
+    for graphs in ("on", "off"):
+        training = {"cuda_graphs": graphs, "padding_free": True, "max_length": None, "num_train_epochs": 6}
+        training |= {"gradient_accumulation_steps": accumulation, "per_device_train_batch_size": 3}
+        training |= {"output_dir": str(folder / graphs), "learning_rate": 1e-3, **fields}
+        ended = do(tiny_run(folder, model={"dtype": "float32" if fields else "bfloat16"}, training=training))
+        found[graphs] = factors(ended), [row for row in metrics(ended) if "loss" in row]
+    for on, off in zip(found["on"][1], found["off"][1], strict=True):
+        assert on["loss"] == pytest.approx(off["loss"], rel=2e-2)
+        assert on["num_tokens"] == off["num_tokens"]
+        assert on["grad_norm"] == pytest.approx(off["grad_norm"], rel=0.1)
+    return {graphs: factors for graphs, (factors, _) in found.items()}
+
+
 def on_the_gpu(batch):
     return {name: value.cuda() if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
-
-
-BIG: dict[str, Any] = dict(
-    hidden_size=256, intermediate_size=704, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=3
-)
 
 
 class TestOnTheGpu:
@@ -174,28 +224,9 @@ class TestOnTheGpu:
 
     @pytest.mark.parametrize("accumulation", [1, 3])
     def test_runs_end_where_they_do_without(self, tmp_path, accumulation):
-        save_llama(tmp_path / "model", **BIG)
-        write_rows(tmp_path / "rows.jsonl", completions(30))
-        write_rows(tmp_path / "questions.jsonl", questions())
-        found = {}
-        for graphs in ("on", "off"):
-            training = {
-                "cuda_graphs": graphs,
-                "padding_free": True,
-                "max_length": None,
-                "num_train_epochs": 6,
-                "learning_rate": 1e-3,
-            }
-            training |= {"gradient_accumulation_steps": accumulation, "per_device_train_batch_size": 3}
-            training |= {"output_dir": str(tmp_path / graphs)}
-            folder = do(tiny_run(tmp_path, training=training))
-            found[graphs] = factors(folder), [row for row in metrics(folder) if "loss" in row]
-        for on, off in zip(found["on"][1], found["off"][1], strict=True):
-            assert on["loss"] == pytest.approx(off["loss"], rel=2e-2)
-            assert on["num_tokens"] == off["num_tokens"]
-            assert on["grad_norm"] == pytest.approx(off["grad_norm"], rel=0.1)
-        for name, factor in found["on"][0].items():
-            other = found["off"][0][name]
+        found = compare_runs(tmp_path, accumulation)
+        for name, factor in found["on"].items():
+            other = found["off"][name]
             assert float((factor - other).norm() / other.norm()) < 0.05, name
 
     @pytest.mark.parametrize("handling", ["stop", "skip"])

@@ -35,6 +35,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from trials import TUNING_SEED, Provider, lsr_points, rates
+
 from lsr_scale import record
 from lsr_scale.config import dump_yaml, run_from_dict
 
@@ -43,42 +45,23 @@ MODEL = "builtin:smollm2-135m-instruct"
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 JOINT = ("arc_easy", "arc_challenge", "openbookqa", "piqa", "winogrande")
 TEST_SPLITS = {"arc_easy": "test", "arc_challenge": "test", "openbookqa": "test"}  # validation elsewhere
-TUNING_SEED = 1000
 SMOKE: dict[str, dict[str, Any]] = {"training": {"max_steps": 2}, "eval": {"limit": 8}, "source": {"limit": 16}}
 ROUNDED, SEEDS_ROUNDED = (8, 4), 3  # the headline's first seeds are scored with rounded factors as well
 BATCH = 128  # rows a step, about 4,500 tokens: with much fewer a small model waits for the host
 
 
-@dataclasses.dataclass(frozen=True)
-class Provider:
-    """A row of the comparison: a method, its options, and the five points that are tried on the development set."""
-
-    method: str
-    options: dict[str, Any]
-    points: tuple[dict[str, float], ...]
-
-
-def rates(*learning_rates: float, **fixed: float) -> tuple[dict[str, float], ...]:
-    """Return points that differ in their learning rate only."""
-    return tuple({"learning_rate": rate, **fixed} for rate in learning_rates)
-
-
 LORA_RATES = rates(2e-4, 5e-4, 1e-3, 2e-3, 4e-3)
-
-
-def _lsr_points(rank: int) -> tuple[dict[str, float], ...]:
-    return (*rates(1e-3, 2e-3, 4e-3, alpha=2.0 * rank), *rates(1e-3, 2e-3, alpha=8.0 * rank))
 
 
 PROVIDERS = {
     "lora_8": Provider("lora", {"rank": 8, "alpha": 16.0}, LORA_RATES),
-    "lsr_4": Provider("lsr", {"rank": 4, "separation_rank": 16}, _lsr_points(4)),
+    "lsr_4": Provider("lsr", {"rank": 4, "separation_rank": 16}, lsr_points(4)),
     "lora_2": Provider("lora", {"rank": 2, "alpha": 4.0}, LORA_RATES),
     "kron_lora": Provider("kron_lora", {"rank": 8, "left_in": 2, "left_out": 16, "dropout": 0.0}, LORA_RATES),
-    "lsr_16": Provider("lsr", {"rank": 16, "separation_rank": 16}, _lsr_points(16)),
+    "lsr_16": Provider("lsr", {"rank": 16, "separation_rank": 16}, lsr_points(16)),
     "lokr": Provider("lokr", {"rank": 8, "decompose_factor": 4, "alpha": 16.0}, LORA_RATES),
     # LoRA-2's parameters within 2 %
-    "lsr_4_14": Provider("lsr", {"rank": 4, "separation_rank": 14}, _lsr_points(4)),
+    "lsr_4_14": Provider("lsr", {"rank": 4, "separation_rank": 14}, lsr_points(4)),
     "kron_lora_7": Provider("kron_lora", {"rank": 7, "left_in": 2, "left_out": 16, "dropout": 0.0}, LORA_RATES),
     "krona": Provider("krona", {}, LORA_RATES),
     "kadaptation": Provider("kadaptation", {}, LORA_RATES),

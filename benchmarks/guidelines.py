@@ -19,6 +19,7 @@ import trials
 import vision
 from matplotlib import pyplot
 from plots import drawn_from
+from results_page import with_table
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "GUIDELINES.md"
@@ -172,12 +173,7 @@ PLOTS: dict[str, tuple[Callable[[Path], None], Callable[[], list[Row]]]] = {
 def filled(text: str) -> str:
     """Return the page with every table made anew."""
     for name, table in TABLES.items():
-        begin, end = f"<!-- {name}: made by benchmarks/guidelines.py -->\n", f"\n<!-- end of {name} -->"
-        before, found, rest = text.partition(begin)
-        _, closed, after = rest.partition(end)
-        if not found or not closed:
-            raise SystemExit(f"GUIDELINES.md has no place for {name}: put {begin.strip()} and {end.strip()} there")
-        text = before + begin + table() + end + after
+        text = with_table(text, name, table(), PAGE.name, "guidelines.py")
     return text
 
 

@@ -18,6 +18,7 @@ import commonsense_report
 import export_tables
 import results_page
 from plots import LABELS, MODES, by_provider, digest, drawn_from, memory_plot, sweep_plot
+from results_page import with_table
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -64,22 +65,6 @@ def table(run: dict[str, Any]) -> str:
     gpu, date = run["env"]["gpus"][0].removeprefix("NVIDIA "), run["env"]["date"][:10]
     where = f"{config['model']}, {config['base'].upper()}, {TOKENS // LENGTH} x {LENGTH:,} tokens, one {gpu}, {date}"
     return "\n".join([f"{where}; activations kept, or recomputed in the backward pass:", "", *lines])
-
-
-def markers(name: str) -> tuple[str, str]:
-    """Return what a generated part of the README begins and ends with."""
-    return f"<!-- {name}: made by benchmarks/report.py -->\n", f"\n<!-- end of {name} -->"
-
-
-def with_table(text: str, name: str, content: str) -> str:
-    """Return the README's text with a generated part replaced."""
-    begin, end = markers(name)
-    before, found, rest = text.partition(begin)
-    old, closed, after = rest.partition(end)
-    if not found or not closed:
-        raise SystemExit(f"README.md has no place for {name}: put {begin.strip()} and {end.strip()} there")
-    del old
-    return before + begin + content + end + after
 
 
 def main(arguments: list[str] | None = None) -> int:

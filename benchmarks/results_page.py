@@ -24,6 +24,16 @@ def grid(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
+def with_table(text: str, name: str, content: str, page: str = "README.md", script: str = "report.py") -> str:
+    """Return a page's text with the part that a script of this folder generates replaced."""
+    begin, end = f"<!-- {name}: made by benchmarks/{script} -->\n", f"\n<!-- end of {name} -->"
+    before, found, rest = text.partition(begin)
+    _, closed, after = rest.partition(end)
+    if not found or not closed:
+        raise SystemExit(f"{page} has no place for {name}: put {begin.strip()} and {end.strip()} there")
+    return before + begin + content + end + after
+
+
 def number(value: float | None, form: str = ",.0f") -> str:
     """Return a number, or nothing where there is none."""
     return "" if value is None else format(value, form)

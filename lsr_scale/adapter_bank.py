@@ -12,6 +12,7 @@ distinct adapters, materializes them at once, and every linear adds two batched 
 exact for any low-rank method, whatever share of the rows each adapter has.
 """
 
+import itertools
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -32,8 +33,7 @@ from lsr_scale.errors import UserError
 class _Shelf:
     """The factors of all modules of one set of shapes, each `[capacity, modules, ...]`, and scalings of that size."""
 
-    modules: list[str] = field(default_factory=list)
-    layers: list[AdapterLinear] = field(default_factory=list)
+    modules: dict[str, AdapterLinear] = field(default_factory=dict)
     factors: dict[str, Tensor] = field(default_factory=dict)
     scalings: Tensor = field(default_factory=lambda: torch.empty(0))
 
@@ -67,14 +67,12 @@ class AdapterBank:
         if not self.method.is_low_rank():
             raise UserError(f"AdapterBank: {self.method.name} has no low-rank form; rows cannot use different ones")
         shelves: dict[Any, _Shelf] = {}
-        self._places: dict[str, tuple[_Shelf, int]] = {}
-        self._names = {id(layer): name for name, layer in layers.items()}
+        self.shelf_of: dict[AdapterLinear, _Shelf] = {}
         for name, layer in layers.items():
             shapes = tuple((key, tuple(factor.shape)) for key, factor in layer.factors(adapter).items())
             shelf = shelves.setdefault(shapes, _Shelf())
-            self._places[name] = shelf, len(shelf.modules)
-            shelf.modules.append(name)
-            shelf.layers.append(layer)
+            shelf.modules[name] = layer
+            self.shelf_of[layer] = shelf
         size = sum(factor.numel() for layer in layers.values() for factor in layer.factors(adapter).values())
         self._numel, self.adapter_bytes = size, size * dtype.itemsize
         self.capacity = int(memory_gib * 2**30) // self.adapter_bytes
@@ -135,10 +133,6 @@ class AdapterBank:
         index = [distinct.index(name) if name != BASE_ROW else len(distinct) for name in names]
         return BankRows(self, slots, index)
 
-    def place(self, layer: AdapterLinear) -> tuple["_Shelf", int]:
-        """Return where the factors of a linear lie."""
-        return self._places[self._names[id(layer)]]
-
     def _read(self, name: str) -> tuple[AdapterConfig, dict[tuple[str, str], Tensor]]:
         """Return an adapter's configuration, and its factors by module and name, checked before one is kept."""
         where = self.folder / name
@@ -163,8 +157,8 @@ class AdapterBank:
         except (SafetensorError, OSError) as error:
             raise UserError(f"{where}: adapter_model.safetensors is missing, damaged or cut short ({error})") from error
         tensors: dict[tuple[str, str], Tensor] = {}
-        for module, (shelf, _) in self._places.items():
-            for key, held in shelf.factors.items():
+        for shelf in self._shelves:
+            for module, (key, held) in itertools.product(shelf.modules, shelf.factors.items()):
                 name = f"base_model.{module}.{self.method.prefix}{key}"
                 tensor = stored.pop(name, None)
                 if tensor is None:
@@ -173,12 +167,11 @@ class AdapterBank:
                     raise UserError(
                         f"{where}: {name} is {list(tensor.shape)}, this bank's adapters have {list(held.shape[2:])}"
                     )
+                if not tensor.isfinite().all():
+                    raise UserError(f"{where}: {name} is not finite")
                 tensors[module, key] = tensor
         if stored:
             raise UserError(f"{where}: {len(stored)} tensors that this bank's adapters do not have: {min(stored)}")
-        for (module, key), tensor in tensors.items():
-            if not tensor.isfinite().all():
-                raise UserError(f"{where}: base_model.{module}.{self.method.prefix}{key} is not finite")
         return config, tensors
 
 
@@ -193,9 +186,9 @@ class BankRows:
         """Return `(down^T [B, in, R], scaling * up^T [B, R, out])` of the rows at a linear."""
         found = self._pairs.get((layer, dtype))
         if found is None:
-            shelf, _ = self.bank.place(layer)
+            shelf = self.bank.shelf_of[layer]
             pairs = [side.unbind(1) for side in self._materialized(shelf, dtype)]
-            for module, down, up in zip(shelf.layers, *pairs, strict=True):
+            for module, down, up in zip(shelf.modules.values(), *pairs, strict=True):
                 self._pairs[module, dtype] = down.transpose(1, 2), up.transpose(1, 2)
             found = self._pairs[layer, dtype]
         return found

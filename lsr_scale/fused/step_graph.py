@@ -45,12 +45,13 @@ def static_batch(input_ids: Tensor, labels: Tensor, position_ids: Tensor, longes
     ids, wanted, positions = input_ids[0], labels[0], position_ids[0]
     length = len(ids)
     starts = (positions == 0).nonzero().flatten()
-    documents = torch.cat([starts, starts.new_tensor([length])]).diff()
+    bounds = torch.cat([starts, starts.new_tensor([length])])
+    documents = bounds.diff()
     longest = max(longest, int(documents.max()))
     size = max(64, rounded(length, 8))
     added = size - length
     if not added and bool((documents == documents[0]).all()):
-        bounds, longest = torch.cat([starts, starts.new_tensor([length])]), int(documents[0])  # rows of a batch
+        longest = int(documents[0])  # rows of a batch
     else:
         extra = torch.arange(length, size, longest)
         # as many for all batches of this size and number of documents

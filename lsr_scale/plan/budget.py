@@ -5,6 +5,7 @@ proposal says what of it was measured and what was carried over to another size.
 """
 
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -155,15 +156,8 @@ def _count(method: str, sizes: Iterable[tuple[int, int]], options: dict[str, Any
             return None
         if tuner.oversized_sides(*size, config):
             return None  # a dense side would be smaller, and could do more
-        counts[size] = sum(_product(shape) for shape in shapes.values())
+        counts[size] = sum(math.prod(shape) for shape in shapes.values())
     return sum(counts[size] for size in sizes)
-
-
-def _product(shape: tuple[int, ...]) -> int:
-    result = 1
-    for length in shape:
-        result *= length
-    return result
 
 
 def _rate(method: str, hidden: int) -> float:

@@ -29,13 +29,16 @@ class Provider:
     options: Mapping[str, Any]
     points: tuple[dict[str, float], ...]
 
-    def __post_init__(self) -> None:
-        """Refuse an unfair comparison."""
-        if len(self.points) != NUM_POINTS:
-            raise ValueError(f"expected {NUM_POINTS} points to tune over, as every method has, got {len(self.points)}")
-
 
 NUM_POINTS = 5
+
+
+def tuned_alike(providers: Mapping[str, Provider], number: int = NUM_POINTS) -> Mapping[str, Provider]:
+    """Return the rows of a comparison, or refuse an unfair one: each is to be tuned over `number` points."""
+    for name, provider in providers.items():
+        if len(provider.points) != number:
+            raise ValueError(f"{name}: expected {number} points to tune over, as all have, got {len(provider.points)}")
+    return providers
 
 
 def rates(*learning_rates: float, **fixed: float) -> tuple[dict[str, float], ...]:
@@ -121,6 +124,7 @@ def execute(
         jobs: Workers.
         time_limit: Seconds after which no trial is started.
     """
+    tuned_alike(providers)
     began, failed = time.monotonic(), 0
     # a result of a point that is another one by now is none
     known = {trial.name for trial in trials if trial.tunes and trial.point is not None}

@@ -8,7 +8,20 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-from trials import NUM_POINTS, TUNING_SEED, Provider, Trial, best_point, execute, load, plan, rates, spread, table
+from trials import (
+    NUM_POINTS,
+    TUNING_SEED,
+    Provider,
+    Trial,
+    best_point,
+    execute,
+    load,
+    plan,
+    rates,
+    spread,
+    table,
+    tuned_alike,
+)
 
 PROVIDERS = {name: Provider("lora", {}, rates(1e-4, 2e-4, 3e-4, 4e-4, 5e-4)) for name in ("one", "two")}
 
@@ -23,7 +36,7 @@ def score(trial, point):
 
 def test_every_provider_is_tuned_on_as_many_points():
     with pytest.raises(ValueError, match="expected 5 points"):
-        Provider("lora", {}, rates(1e-4, 2e-4))
+        tuned_alike({"one": Provider("lora", {}, rates(1e-4, 2e-4))})
 
 
 def test_seeds_run_with_the_best_point_and_only_once(tmp_path, monkeypatch):

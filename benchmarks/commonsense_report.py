@@ -4,8 +4,9 @@
 
 Statistics. Methods are compared on the same examples over common seeds: the mean over tasks of the differences, its
 95 % interval and two-sided p by a bootstrap that draws seeds and, within each task, examples, both with replacement.
-An interval that holds zero is "no separation", and so is every comparison where LoRA-8 and LoRA-2 do not separate.
-Error bars are the standard deviation over seeds.
+An interval that holds zero is "no separation", and so is every comparison where LoRA-8 and LoRA-2 do not separate
+(on a quantized base, on which LoRA-2 was not run: where they do not on bf16). Error bars are the standard deviation
+over seeds.
 """
 
 import functools
@@ -98,9 +99,9 @@ def compare(
     return 100 * float(np.mean(means)), float(low), float(high), float(min(1, 2 * max(tail, 1 / draws)))
 
 
-def separate(rows: dict[str, dict[int, Any]]) -> bool:
+def separate(all_results: list[dict[str, Any]], regime: str) -> bool:
     """Tell whether LoRA-8 and LoRA-2 differ at all: where four times the parameters change nothing, nothing counts."""
-    found = compare(rows["lora_8"], rows["lora_2"])
+    found = compare(*(seeds_of(all_results, regime, "bf16", name) for name in ("lora_8", "lora_2")))
     return found is not None and not found[1] <= 0 <= found[2]
 
 
@@ -117,19 +118,19 @@ def table(all_results: list[dict[str, Any]], regime: str = "joint", base: str = 
     """Return the Markdown table of a regime and base: each row with its seeds' mean, deviation, and paired tests."""
     tasks = REGIMES[regime].tasks
     rows = {name: seeds_of(all_results, regime, base, name) for name in PROVIDERS}
-    counts = separate(rows)
-    head = ["", "parameters", "chosen", "seeds", *tasks, "mean", "against LoRA r=8", "against LoRA r=2"]
+    counts = separate(all_results, regime)
+    others = {LABELS[name]: dict.fromkeys(rows, rows[name]) for name in ("lora_8", "lora_2") if rows[name]}
+    if base != "bf16":
+        others["itself on bf16"] = {name: seeds_of(all_results, regime, "bf16", name) for name in rows}
+    head = ["", "parameters", "chosen", "seeds", *tasks, "mean", *(f"against {label}" for label in others)]
     lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
     before = next(
         (result for row in rows.values() for result in row.values() if "before" in result["tasks"][tasks[0]]), None
     )
     if before:
         cells = [f"{100 * before['tasks'][task]['before']['accuracy']:.1f}" for task in tasks]
-        lines.append(
-            "| "
-            + " | ".join([LABELS["zero_shot"], "0", "", "", *cells, f"{mean_accuracy(before, 'before'):.2f}", "", ""])
-            + " |"
-        )
+        cells += [f"{mean_accuracy(before, 'before'):.2f}", *("" for _ in others)]
+        lines.append("| " + " | ".join([LABELS["zero_shot"], "0", "", "", *cells]) + " |")
     for name, row in rows.items():
         if not row:
             continue
@@ -141,7 +142,7 @@ def table(all_results: list[dict[str, Any]], regime: str = "joint", base: str = 
         means = [mean_accuracy(result) for result in row.values()]
         spread = f" +- {statistics.stdev(means):.2f}" if len(means) > 1 else ""
         chosen = ", ".join(f"{key} {value:g}" for key, value in some["settings"].items())
-        tests = [_versus(row, rows[other], counts) for other in ("lora_8", "lora_2")]
+        tests = [_versus(row, other[name], counts) for other in others.values()]
         start_of = [
             LABELS[name],
             f"{some['trainable_parameters']:,}",
@@ -150,6 +151,43 @@ def table(all_results: list[dict[str, Any]], regime: str = "joint", base: str = 
         ]
         lines.append("| " + " | ".join([*start_of, *cells, f"{statistics.fmean(means):.2f}{spread}", *tests]) + " |")
     return "\n".join(lines)
+
+
+def short_table(all_results: list[dict[str, Any]]) -> str:
+    """Return README's Markdown table: the joint regime on bf16 and what the rows cost on quantized bases."""
+    counts = separate(all_results, "joint")
+    rows = {name: seeds_of(all_results, "joint", "bf16", name) for name in PROVIDERS}
+    lines = ["| | parameters | mean of 5 tasks, % | over LoRA r=8 | over LoRA r=2 |", "|---|---:|---:|---:|---:|"]
+    for name, row in sorted(rows.items(), key=lambda pair: -_mean(pair[1]) if pair[1] else 0.0):
+        if row:
+            spread = statistics.stdev(mean_accuracy(result) for result in row.values()) if len(row) > 1 else 0.0
+            tests = [_versus(row, rows[other], counts) for other in ("lora_8", "lora_2")]
+            parameters = next(iter(row.values()))["trainable_parameters"]
+            cells = [LABELS[name], f"{parameters:,}", f"{_mean(row):.2f} +- {spread:.2f}", *tests]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _mean(row: dict[int, dict[str, Any]]) -> float:
+    return statistics.fmean(mean_accuracy(result) for result in row.values())
+
+
+def tuning_table(all_results: list[dict[str, Any]], regime: str = "joint") -> str:
+    """Return the Markdown table of the development set's means by point, where all points of a row were run."""
+    lines = []
+    for name, provider in PROVIDERS.items():
+        tuned = {r["point"]: r for r in all_results if (r["regime"], r["provider"], r["part"]) == (regime, name, "dev")}
+        if len(tuned) < len(provider.points):
+            continue
+        means = {index: mean_accuracy(tuned[index]) for index in sorted(tuned)}
+        best = max(means, key=lambda index: means[index])
+        cells = []
+        for index, mean in means.items():
+            point = ", ".join(f"{value:g}" for value in tuned[index]["settings"].values())
+            cells.append(f"**{mean:.2f}** ({point})" if index == best else f"{mean:.2f} ({point})")
+        lines.append("| " + " | ".join([LABELS[name], *cells]) + " |")
+    most = max(line.count("|") for line in lines) - 2 if lines else 0
+    return "\n".join(["|" + " |" * (most + 1), "|---|" + "---:|" * most, *lines])
 
 
 def rounded_table(all_results: list[dict[str, Any]]) -> str:
@@ -227,7 +265,9 @@ def main() -> int:
     """Print the tables and draw the plots."""
     for stem, (text, _) in sections(RESULTS).items():
         print(f"{stem}\n\n{text}\n")
-    print(f"factors rounded\n\n{rounded_table(load(RESULTS))}\n")
+    everything = load(RESULTS)
+    print(f"development set, by point\n\n{tuning_table(everything)}\n")
+    print(f"factors rounded\n\n{rounded_table(everything)}\n")
     for _, draw_it in pictures(RESULTS).values():
         draw_it()
     return 0

@@ -77,6 +77,8 @@ def main(arguments: list[str] | None = None) -> int:
     wanted = with_table(text, "throughput", table(run))
     exports = export_tables.losses(export_tables.read(EXPORTS), short=True)
     wanted = with_table(wanted, "exports", f"An LSR adapter (r=16 s=16) after {exports}")
+    accuracy = commonsense_report.short_table(commonsense_report.load(RESULTS.parent / "commonsense"))
+    wanted = with_table(wanted, "accuracy", accuracy)
     page, stale = results_page.page(RESULTS.parent), []
     if wanted != text:
         stale.append("README.md")

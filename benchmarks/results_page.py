@@ -163,7 +163,18 @@ def accuracy(results: Path) -> list[str]:
     for stem, (table, found) in commonsense_report.sections(results).items():
         runs = f"{len(found)} runs. Each has its command and settings in `{results.name}/{stem}-*.json`."
         parts += [f"### SmolLM2-135M, {stem}", runs, table, f"![{stem}](results/{results.name}/{stem}.png)"]
-    return ["## Accuracy on commonsense questions", *parts] if parts else []
+    if not parts:
+        return []
+    everything = commonsense_report.load(results)
+    parts += [
+        "### Tuning, joint-bf16",
+        "Development means after one epoch, by point (learning rate, alpha of LSR-Adapt); the best one is taken.",
+        commonsense_report.tuning_table(everything),
+        "### Factors rounded after training, joint-bf16",
+        "Points lost, as `lsr-scale export --to adapter --bits` rounds: groups of 64 in 8 bits, of 32 in 4.",
+        commonsense_report.rounded_table(everything),
+    ]
+    return ["## Accuracy on commonsense questions", *parts]
 
 
 def page(results: Path) -> str:

@@ -153,10 +153,35 @@ def test_tables_say_no_separation_and_plots_know_their_results(tmp_path):
     lines = {line.split("|")[1].strip(): line for line in text.splitlines()}
     assert "no separation" in lines["**LSR-Adapt** r=4 s=16"].split("|")[-3]
     assert "p = " in lines["LoRA r=2"]
+    short = commonsense_report.short_table(commonsense_report.load(tmp_path)).splitlines()
+    assert [line.split("|")[1].strip() for line in short[2:]][-1] == "LoRA r=2"  # the best first
     commonsense_report.draw(results, tmp_path / "a.png")
     from PIL import Image
 
     assert Image.open(tmp_path / "a.png").info["Source"] == commonsense_report.digest(results)
+
+
+def test_a_quantized_base_is_compared_with_itself_on_bf16_whose_separation_counts(tmp_path):
+    rows = [made_up(name, seed, 0.6 if name == "lora_8" else 0.5) for name in ("lora_8", "lora_2") for seed in range(3)]
+    worse = [{**made_up("lora_8", seed, 0.55), "base": "nf4"} for seed in range(3)]
+    worse += [{**made_up("lsr_4", seed, 0.5), "base": "nf4"} for seed in range(3)]
+    lines = commonsense_report.table([*rows, *worse], "joint", "nf4").splitlines()
+    assert [cell.strip() for cell in lines[0].split("|")[-3:-1]] == ["against LoRA r=8", "against itself on bf16"]
+    lora, lsr = ([cell.strip() for cell in line.split("|")[-3:-1]] for line in lines[2:])
+    assert lora[0] == ""
+    assert lora[1].startswith("-")
+    assert "p = " in lora[1]
+    assert "p = " in lsr[0]
+    assert lsr[1] == ""  # it was not run on bf16
+
+
+def test_the_best_point_stands_out_and_unfinished_tuning_is_left_out():
+    tuned = [
+        {**made_up("lora_2", TUNING_SEED, 0.5 + 0.02 * point), "point": point, "part": "dev"} for point in range(6)
+    ]
+    lines = commonsense_report.tuning_table([*tuned, {**tuned[0], "provider": "lora_8"}]).splitlines()
+    (row,) = lines[2:]
+    assert [("**" in cell) for cell in row.split("|")[2:-1]] == [False] * 5 + [True]
 
 
 def test_rounded_factors_are_near_and_small():

@@ -313,12 +313,19 @@ def best_point(run: Run, results: Path) -> int | None:
     Quantized bases take the point of bf16.
     """
     found = []
-    for index in range(len(PROVIDERS[run.provider].points)):
-        path = results / f"{Run(run.regime, 'bf16', run.provider, TUNING_SEED, index).name}.json"
-        if not path.is_file():
+    for index, point in enumerate(PROVIDERS[run.provider].points):
+        result = finished(Run(run.regime, "bf16", run.provider, TUNING_SEED, index), point, results)
+        if result is None:
             return None
-        found.append(mean_accuracy(json.loads(path.read_text(encoding="utf-8"))))
+        found.append(mean_accuracy(result))
     return found.index(max(found))
+
+
+def finished(run: Run, point: dict[str, float], results: Path) -> dict[str, Any] | None:
+    """Return a run's result, or None if there is none of these settings."""
+    path = results / f"{run.name}.json"
+    result = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return result if result is not None and result["settings"] == point else None
 
 
 @dataclasses.dataclass
@@ -411,8 +418,8 @@ def _startable(waiting: list[Run], results: Path) -> Iterator[tuple[Run, dict[st
         index = run.point if run.tunes else best_point(run, results)
         if index is None:
             continue
-        point, path = PROVIDERS[run.provider].points[index], results / f"{run.name}.json"
-        if path.is_file() and json.loads(path.read_text(encoding="utf-8"))["settings"] == point:
+        point = PROVIDERS[run.provider].points[index]
+        if finished(run, point, results) is not None:
             waiting.remove(run)
         else:
             yield run, point

@@ -176,10 +176,14 @@ def tuning_table(all_results: list[dict[str, Any]], regime: str = "joint") -> st
     """Return the Markdown table of the development set's means by point, where all points of a row were run."""
     lines = []
     for name, provider in PROVIDERS.items():
-        tuned = {r["point"]: r for r in all_results if (r["regime"], r["provider"], r["part"]) == (regime, name, "dev")}
+        own = [r for r in all_results if (r["regime"], r["provider"], r["part"]) == (regime, name, "dev")]
+        # a result of a point that is another one by now is none
+        tuned = {
+            i: r for i, point in enumerate(provider.points) for r in own if (r["point"], r["settings"]) == (i, point)
+        }
         if len(tuned) < len(provider.points):
             continue
-        means = {index: mean_accuracy(tuned[index]) for index in sorted(tuned)}
+        means = {index: mean_accuracy(result) for index, result in tuned.items()}
         best = max(means, key=lambda index: means[index])
         cells = []
         for index, mean in means.items():

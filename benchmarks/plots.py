@@ -25,6 +25,7 @@ LABELS = {
     "peft_lora": "LoRA r=16, PEFT",
     "frozen": "no adapter, fused",
     "peft_frozen_liger": "no adapter, Liger",
+    "lsr_graphs": "**LSR-Adapt** r=16 s=16, its steps as CUDA graphs",
 }
 COLORS = {name: f"C{index}" for index, name in enumerate(LABELS)}
 MODES = {"none": "kept", "full": "recomputed"}

@@ -117,6 +117,18 @@ class Provider:
     def first_step_ends(self) -> None:
         """What a provider does after it."""
 
+    def inputs(self, ids: Tensor) -> Any:
+        """Return what each step is given: `ids` is `[steps, rows, length]`, on the CPU; all is on the device then."""
+        return ids.to(self.device)
+
+    def loss_of(self, batch: Any) -> Tensor:
+        """Return the loss of a batch, every token of which is supervised."""
+        return self.model(input_ids=batch, labels=batch).loss
+
+    def backward(self, loss: Tensor) -> None:
+        """Give the parameters their gradients."""
+        loss.backward()
+
     def turn(self, request: dict[str, Any]) -> dict[str, Any]:
         """Warm up, time the steps, and return times (ms), peak memory (GiB), losses and the parameter count.
 
@@ -135,13 +147,13 @@ class Provider:
         generator = torch.Generator().manual_seed(config["seed"])
         count = config["warmup"] + config["steps"]
         shape = (count, tokens // seq_len, seq_len)
-        batches = torch.randint(0, config["shape"]["vocab"], shape, generator=generator).to(self.device)
+        batches = self.inputs(torch.randint(0, config["shape"]["vocab"], shape, generator=generator))
         autocast = self.autocast and self.name not in config["without_autocast"]
 
-        def step(ids: Tensor) -> Tensor:
+        def step(batch: Any) -> Tensor:
             with torch.autocast(self.device.type, torch.bfloat16) if autocast else nullcontext():
-                loss = self.model(input_ids=ids, labels=ids).loss
-            loss.backward()
+                loss = self.loss_of(batch)
+            self.backward(loss)
             if optimizer is not None:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
@@ -270,6 +282,40 @@ class LsrHeld(LsrAdapter):
     """LSR-Adapt, fused, with the weights dequantized once and held in bf16 beside the quantized ones."""
 
     held = True
+
+
+class LsrGraphs(LsrAdapter):
+    """LSR-Adapt, fused, its forward and backward passes replayed as CUDA graphs."""
+
+    graphs: Any = None
+
+    def inputs(self, ids: Tensor) -> Any:
+        """Return the batches in the form that graphs take, with the number of supervised tokens."""
+        from lsr_scale.fused.step_graph import StepGraphs, static_batch
+
+        self.graphs = StepGraphs(self.model.get_base_model())
+        positions = torch.arange(ids.shape[2]).repeat(ids.shape[1])[None]
+        made = []
+        for rows in ids:
+            row = rows.reshape(1, -1)
+            batch = static_batch(row, row.masked_fill(positions == 0, -100), positions, longest=ids.shape[2])
+            count = float(batch["weights"].sum())
+            made.append(({k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items()}, count))
+        return made
+
+    def loss_of(self, batch: Any) -> Tensor:
+        """Replay the batch's graph, which makes the gradients as well."""
+        loss, gradients = self.graphs.replay(*batch)
+        self.graphs.give(gradients)
+        return loss
+
+    def backward(self, loss: Tensor) -> None:
+        """Do nothing more."""
+
+    def rest(self) -> None:
+        """Let go of the graphs."""
+        self.graphs = None
+        super().rest()
 
 
 class LsrUnfused(LsrAdapter):
@@ -482,6 +528,7 @@ class UnslothLora(Provider):
 CLASSES: dict[str, type] = {
     "lsr": LsrAdapter,
     "lsr_held": LsrHeld,
+    "lsr_graphs": LsrGraphs,
     "lsr_unfused": LsrUnfused,
     "kron_lora": KronLoraAdapter,
     "lora": LoraAdapter,

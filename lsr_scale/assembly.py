@@ -25,7 +25,9 @@ from lsr_scale.data.preview import prepare_tokenizer, tokenize_classification
 from lsr_scale.errors import UserError
 from lsr_scale.fused import FuseReport, fuse, gather_by_layer
 from lsr_scale.fused.step_graph import StepGraphs, why_not_graphs
-from lsr_scale.graph_steps import CheckBeforeUse, GraphSteps, PackedCollator, host_bound
+from lsr_scale.graph_steps import GraphSteps, PackedCollator, host_bound
+from lsr_scale.head_loss import HeadCollator, HeadLoss, why_not_own_head
+from lsr_scale.loss_check import LossCheck
 from lsr_scale.memory_policy import KeepWhatFits, largest_forward, row_lengths
 from lsr_scale.model import base_description, base_of, load_tokenizer
 from lsr_scale.resumable import Resumable
@@ -82,6 +84,8 @@ def build_trainer(
         )
     if report is not None and report.fused and _fits_memory(run):
         trainer.add_callback(KeepWhatFits(largest_forward(trainer), say))
+    if run.model.task == "causal_lm" and report is not None and report.fused:
+        _use_own_head(run, trainer)
     if run.model.task == "causal_lm":
         _replay_steps(run, trainer, report, say)
     trainer.on_nonfinite = run.training["on_nonfinite"]  # pyright: ignore[reportAttributeAccessIssue]
@@ -96,6 +100,9 @@ def _arguments(run: RunConfig, folder: RunFolder) -> Any:
     values.setdefault("log_level_replica", "error")  # the main process speaks for all
     if run.model.task == "seq_cls":
         values.setdefault("include_num_input_tokens_seen", "non_padding")  # for tokens/s; SFTTrainer counts by itself
+    if torch.cuda.is_available() and values.get("accelerator_config") is None:
+        # or a batch's way to the GPU waits for the step before it
+        values["accelerator_config"] = {"non_blocking": values.get("dataloader_pin_memory", True)}
     values.setdefault("ddp_find_unused_parameters", False)  # every factor takes part in every step
     if uses_deepspeed(run):
         values["deepspeed"] = run.deepspeed.config
@@ -126,6 +133,13 @@ def _fuse(run: RunConfig, model: PeftModel, arguments: Any) -> FuseReport | None
     return report
 
 
+def _use_own_head(run: RunConfig, trainer: Any) -> None:
+    """Have the fused head compute a trainer's loss, where it can."""
+    sharded = zero_stage(run) == 3 and uses_deepspeed(run)  # its weight is gathered by TRL's
+    if not sharded and why_not_own_head(trainer.model.get_base_model(), vars(trainer.args)) is None:
+        trainer.data_collator = HeadCollator(trainer.data_collator)
+
+
 def _replay_steps(run: RunConfig, trainer: Any, report: FuseReport | None, say: Callable[[str], None]) -> None:
     """Have a trainer's steps replay CUDA graphs, if the run wants it and they can, and it pays.
 
@@ -154,7 +168,6 @@ def _replay_steps(run: RunConfig, trainer: Any, report: FuseReport | None, say: 
         return
     trainer.graphs, trainer.say = StepGraphs(model.get_base_model()), say
     trainer.data_collator = PackedCollator(trainer.data_collator, longest)
-    trainer.callback_handler.callbacks.insert(1, CheckBeforeUse(trainer))  # after the one that decides what is due
     say("steps replay CUDA graphs from the third on")
 
 
@@ -193,10 +206,14 @@ def _sft_trainer(common: dict[str, Any]) -> Trainer:
             "pip install 'trl>=1.16,<1.17'"
         )
 
-    class ResumableSFTTrainer(Resumable, GraphSteps, SFTTrainer):
+    class OurSFTTrainer(Resumable, LossCheck, GraphSteps, HeadLoss, SFTTrainer):
         pass
 
-    return ResumableSFTTrainer(**common)
+    return OurSFTTrainer(**common)
+
+
+class OurTrainer(Resumable, LossCheck, Trainer):
+    """Transformers' trainer, with checkpoints and faults as ours are."""
 
 
 def _classifier_trainer(run: RunConfig, common: dict[str, Any]) -> Trainer:
@@ -206,7 +223,7 @@ def _classifier_trainer(run: RunConfig, common: dict[str, Any]) -> Trainer:
             common[split] = tokenize_classification(
                 common[split], common["processing_class"], run.training["max_length"]
             )
-    return Resumable(**common, compute_metrics=_classification_metrics if run.model.num_labels != 1 else None)
+    return OurTrainer(**common, compute_metrics=_classification_metrics if run.model.num_labels != 1 else None)
 
 
 def _check_labels(labels: Any, num_labels: int | None, split: str) -> None:

@@ -1,15 +1,14 @@
 """A trainer whose steps replay CUDA graphs, where a batch has what they need (`fused.step_graph`)."""
 
-from collections import deque
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer
 
-from lsr_scale import faults
 from lsr_scale.fused.step_graph import StepGraphs, static_batch
+from lsr_scale.head_loss import at_least_one
 
 # What the host takes at least to launch a decoder layer's kernels, forward and backward, and what a GPU computes at
 # best. Measured: 7 ms a layer (16 cores of a server, LSR-Adapt on seven linears); 650 TFLOP/s (H200).
@@ -31,10 +30,10 @@ def host_bound(parameters: int, layers: int, tokens: int) -> bool:
 
 
 class PackedCollator:
-    """Adds to what a collator of packed rows returns, as `static`, the same batch in a shape that repeats."""
+    """Adds to a batch of packed rows, as `static`, the same in a shape that repeats; goes around `HeadCollator`."""
 
     def __init__(self, collator: Callable[[Any], dict[str, Any]], longest: int) -> None:
-        """Take TRL's collator and an upper bound on the length of a row in tokens."""
+        """Take a collator and an upper bound on the length of a row in tokens."""
         self.collator = collator
         self.longest = longest
 
@@ -46,21 +45,16 @@ class PackedCollator:
 
 
 class GraphSteps(_Base):
-    """Training steps by graphs for a trainer; goes before TRL's among a class's bases. Off until `graphs` is set.
+    """Training steps by graphs for a trainer; goes before `HeadLoss` among a class's bases. Off until `graphs` is set.
 
     The first two steps of a run are computed as ever: what is decided after the first one (`training.memory: auto`)
-    stays, and kernels are compiled. TRL's entropy and token accuracy are not computed; they need the logits.
+    stays, and kernels are compiled.
     """
 
     graphs: StepGraphs | None = None
     say: Callable[[str], None] = staticmethod(lambda text: None)
     _first_graph: int | None = None
-    _drop = False
     _num_parameters: int | None = None
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._unchecked: deque = deque()
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Compute the loss as the trainer does."""
@@ -80,7 +74,7 @@ class GraphSteps(_Base):
         if num_items_in_batch is None:
             num_items_in_batch = static["weights"].sum() * steps
         try:
-            divisor = _at_least_one(num_items_in_batch)
+            divisor = at_least_one(num_items_in_batch)
             loss, gradients = self.graphs.replay(self._prepare_inputs(static), divisor)
         except RuntimeError as error:
             if self.graphs.captured and not isinstance(error, torch.OutOfMemoryError):
@@ -89,12 +83,11 @@ class GraphSteps(_Base):
             self.graphs = None
             self.say(f"CUDA graphs are off: {str(error).splitlines()[0]}")
             return super().training_step(model, inputs, num_items_in_batch)
-        self._drop = self._is_dropped(loss, inputs)
+        self._drop = self.is_dropped(loss, inputs)
         if self._drop:
             torch._foreach_zero_(gradients)
         self.graphs.give(gradients, accumulates=steps > 1)
-        self._total_train_tokens += inputs["input_ids"].numel()
-        self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+        self.count_tokens(inputs["head"])
         return loss
 
     def floating_point_ops(self, inputs: Any) -> int:
@@ -110,50 +103,3 @@ class GraphSteps(_Base):
         if self.graphs is None:
             return super()._clip_grad_norm(model)
         return torch.nn.utils.clip_grad_norm_(self.graphs.parameters, self.args.max_grad_norm)
-
-    def _is_dropped(self, loss: Tensor, inputs: dict[str, Any]) -> bool:
-        """Tell whether a loss is not finite and `training.on_nonfinite` is "skip"; "stop" looks two batches later.
-
-        By then the GPU has computed it, and nobody waits.
-        """
-        if getattr(self, "on_nonfinite", "stop") == "skip":
-            dropped = not bool(torch.isfinite(loss))
-            if dropped:
-                faults.on_nonfinite(self, float(loss), inputs)
-            return dropped
-        on_host = torch.empty((), dtype=loss.dtype, pin_memory=True)
-        on_host.copy_(loss, non_blocking=True)
-        ready: Any = torch.cuda.Event()
-        ready.record()
-        self._unchecked.append((ready, on_host, inputs, self.state.global_step, getattr(self, "micro_step", 0)))
-        self.check_losses(after=2)
-        return False
-
-    def check_losses(self, after: int = 0) -> None:
-        """Raise for a loss that is not finite among those of which `after` newer ones exist."""
-        while len(self._unchecked) > after:
-            ready, on_host, inputs, step, micro_step = self._unchecked.popleft()
-            ready.synchronize()
-            if not bool(torch.isfinite(on_host)):
-                now = self.state.global_step
-                self.state.global_step, self.micro_step = step, micro_step
-                try:
-                    faults.on_nonfinite(self, float(on_host), inputs)
-                finally:
-                    self.state.global_step = now
-
-
-class CheckBeforeUse(TrainerCallback):
-    """Has a trainer look at its last losses before anything is logged or saved of them; goes before other callbacks."""
-
-    def __init__(self, trainer: GraphSteps) -> None:
-        self.trainer = trainer
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Raise for a loss that is not finite."""
-        if control.should_log or control.should_save or control.should_evaluate or control.should_training_stop:
-            self.trainer.check_losses()
-
-
-def _at_least_one(number: Any) -> Any:
-    return number.clamp(min=1) if isinstance(number, Tensor) else max(number, 1)

@@ -22,7 +22,7 @@ from transformers import Trainer
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import rotate_checkpoints
 
-from lsr_scale import distributed, faults, record, training_state
+from lsr_scale import distributed, record, training_state
 from lsr_scale.adapter_files import write_adapter
 from lsr_scale.checkpoints import STATE, TENSORS, write_manifest
 from lsr_scale.errors import UserError
@@ -31,13 +31,9 @@ _Base: Any = Trainer
 
 
 class Resumable(_Base):
-    """Saving and going on for `Trainer`, and what a loss does that is not finite."""
+    """Saving and going on for `Trainer`."""
 
-    on_nonfinite = "stop"
     first_num_processes = 0  # those that the run began with
-    micro_step = 0  # of the step under way
-    _micro_step_of = -1
-    _drop = _hooked = False
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Save a checkpoint aside and move it into place; every process takes part, the main one writes."""
@@ -163,30 +159,6 @@ class Resumable(_Base):
         states = content["random"]
         if len(states) == distributed.world_size():
             _set_random_state(states[distributed.rank()])
-
-    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """Compute the loss as the trainer does; what it is when not finite, `training.on_nonfinite` says."""
-        result = super().compute_loss(model, inputs, *args, **kwargs)
-        if not model.training:
-            return result
-        loss = result[0] if isinstance(result, tuple) else result
-        self._drop = not bool(torch.isfinite(loss.detach()).all())
-        if self._drop:
-            faults.on_nonfinite(self, float(loss.detach()), inputs)
-        return result
-
-    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
-        """Do a micro-batch; one whose loss is not finite leaves zero gradients, if it does not end the run."""
-        step = self.state.global_step
-        self.micro_step = self.micro_step + 1 if step == self._micro_step_of else 0
-        self._micro_step_of = step
-        if self.on_nonfinite == "skip" and not self._hooked:
-            self._hooked = True
-            for parameter in self.model.parameters():
-                if parameter.requires_grad:  # before any engine sees the gradient, so that all ranks stay in step
-                    parameter.register_hook(lambda gradient: torch.zeros_like(gradient) if self._drop else None)
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        return torch.zeros_like(loss) if self._drop else loss
 
 
 def _random_state() -> dict[str, Any]:

@@ -176,12 +176,31 @@ def test_a_quantized_base_is_compared_with_itself_on_bf16_whose_separation_count
 
 
 def test_the_best_point_stands_out_and_unfinished_tuning_is_left_out():
-    tuned = [
-        {**made_up("lora_2", TUNING_SEED, 0.5 + 0.02 * point), "point": point, "part": "dev"} for point in range(6)
-    ]
-    lines = commonsense_report.tuning_table([*tuned, {**tuned[0], "provider": "lora_8"}]).splitlines()
+    def tuned(provider):
+        return [
+            {**made_up(provider, TUNING_SEED, 0.5 + 0.02 * index), "point": index, "part": "dev", "settings": point}
+            for index, point in enumerate(PROVIDERS[provider].points)
+        ]
+
+    stale = [{**tuned("lsr_4")[0], "settings": {"learning_rate": 7.0}}, *tuned("lsr_4")[1:]]
+    lines = commonsense_report.tuning_table([*tuned("lora_2"), *tuned("lora_8")[:1], *stale]).splitlines()
     (row,) = lines[2:]
+    assert "LoRA r=2" in row
     assert [("**" in cell) for cell in row.split("|")[2:-1]] == [False] * 5 + [True]
+
+
+def test_only_results_of_todays_points_count(tmp_path):
+    points = PROVIDERS["lora_2"].points
+    runs = [Run("joint", "bf16", "lora_2", TUNING_SEED, index) for index in range(len(points))]
+    seed = Run("joint", "bf16", "lora_2", 0, None)
+    for index, run in enumerate(runs):
+        result = {**made_up("lora_2", TUNING_SEED, 0.5 + 0.02 * (index == 3)), "settings": points[index]}
+        (tmp_path / f"{run.name}.json").write_text(json.dumps(result))
+    assert commonsense.best_point(seed, tmp_path) == 3
+    assert commonsense.finished(runs[0], points[0], tmp_path) is not None
+    (tmp_path / f"{runs[0].name}.json").write_text(json.dumps({**result, "settings": {"learning_rate": 7.0}}))
+    assert commonsense.finished(runs[0], points[0], tmp_path) is None
+    assert commonsense.best_point(seed, tmp_path) is None
 
 
 def test_rounded_factors_are_near_and_small():

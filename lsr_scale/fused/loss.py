@@ -72,6 +72,8 @@ def causal_lm_loss(
     labels: Tensor,
     shift_labels: Tensor | None = None,
     num_items_in_batch: Tensor | int | None = None,
+    supervised: Tensor | None = None,
+    targets: Tensor | None = None,
     **kwargs: Any,
 ) -> CausalLMOutputWithPast:
     """Run a causal language model and return its mean loss over supervised positions; `logits` is None.
@@ -81,18 +83,23 @@ def causal_lm_loss(
         labels: `[B, S]`, -100 where nothing is to be learned; shifted here, as transformers does.
         shift_labels: Labels that are shifted already; then `labels` is not used.
         num_items_in_batch: What the sum is divided by, if not by the number of supervised positions.
+        supervised: `[N]`, the positions among the `B S` that predict a label, with `targets` `[N]`; if both are given,
+            no labels are looked at, for which the host would wait for the GPU.
+        targets: See `supervised`.
         kwargs: Everything else, for the model under the head.
     """
     for name in ("logits_to_keep", "ignore_index", "return_dict"):
         kwargs.pop(name, None)
     outputs = module.model(**kwargs)
     hidden = outputs.last_hidden_state
-    if shift_labels is None:
-        shift_labels = functional.pad(labels, (0, 1), value=IGNORED)[..., 1:]
-    targets = shift_labels.reshape(-1).to(hidden.device)
-    supervised = (targets != IGNORED).nonzero().flatten()
+    if supervised is None or targets is None:
+        if shift_labels is None:
+            shift_labels = functional.pad(labels, (0, 1), value=IGNORED)[..., 1:]
+        targets = shift_labels.reshape(-1).to(hidden.device)
+        supervised = (targets != IGNORED).nonzero().flatten()
+        targets = targets[supervised]
     rows = hidden.reshape(-1, hidden.shape[-1])[supervised]
-    loss = linear_cross_entropy(rows.to(module.lm_head.weight.dtype), module.lm_head.weight, targets[supervised])
+    loss = linear_cross_entropy(rows.to(module.lm_head.weight.dtype), module.lm_head.weight, targets)
     divisor = max(len(supervised), 1) if num_items_in_batch is None else num_items_in_batch
     if isinstance(divisor, Tensor):
         divisor = divisor.to(loss.device)

@@ -1,0 +1,84 @@
+"""A trainer whose training loss is the fused head's: TRL's also makes entropies and hits, and waits for the GPU."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+from torch.nn import functional
+from transformers import Trainer
+
+from lsr_scale import distributed
+from lsr_scale.fused.eligibility import why_not_head
+from lsr_scale.fused.loss import IGNORED
+
+_Base: Any = Trainer
+
+
+class HeadCollator:
+    """Adds to a batch, as `head`, what the fused head would have to ask the GPU for: what is supervised, and tokens."""
+
+    def __init__(self, collator: Callable[[Any], dict[str, Any]]) -> None:
+        """Take TRL's collator."""
+        self.collator = collator
+
+    def __call__(self, examples: Any) -> dict[str, Any]:
+        """Return a batch; its `head` has `supervised` and `targets` (see `causal_lm_loss`), and the number `tokens`."""
+        batch = self.collator(examples)
+        wanted = functional.pad(batch["labels"], (0, 1), value=IGNORED)[..., 1:].reshape(-1)
+        supervised = (wanted != IGNORED).nonzero().flatten()
+        mask = batch.get("attention_mask")
+        tokens = batch["input_ids"].numel() if mask is None else int(mask.sum())
+        return {**batch, "head": {"supervised": supervised, "targets": wanted[supervised], "tokens": tokens}}
+
+
+class HeadLoss(_Base):
+    """Goes before TRL's trainer among a class's bases; batches are `HeadCollator`'s, or all is as TRL has it.
+
+    Evaluation stays TRL's in any case.
+    """
+
+    _own_tokens = _told_tokens = 0  # of this process
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Return the mean cross-entropy of a batch's supervised tokens, in value TRL's."""
+        inputs = dict(inputs)
+        head = inputs.pop("head", None)
+        if head is None or return_outputs or not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        known = {name: head[name] for name in ("supervised", "targets")}
+        divisor = None if num_items_in_batch is None else at_least_one(num_items_in_batch)
+        loss = model(**inputs, **known, use_cache=False, num_items_in_batch=divisor).loss
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes  # the engines divide gradients by it
+        self.count_tokens(head)
+        return loss
+
+    def count_tokens(self, head: Mapping[str, Any]) -> None:
+        """Add a batch's tokens to those trained on."""
+        self._own_tokens += head["tokens"]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, with the tokens of all processes; every process takes part."""
+        if self.model.training and self._own_tokens > self._told_tokens:
+            self._told_tokens = self._own_tokens
+            self._metrics["train"]["num_tokens"] = [sum(distributed.gather([self._own_tokens]))]
+        super().log(logs, start_time)
+
+
+def at_least_one(number: Any) -> Any:
+    """Return a count that can be divided by."""
+    return number.clamp(min=1) if isinstance(number, Tensor) else max(number, 1)
+
+
+def why_not_own_head(head: Any, training: Mapping[str, Any]) -> str | None:
+    """Return why TRL must compute the loss of a fused causal language model, or None.
+
+    Args:
+        head: The model (`LlamaForCausalLM` or the like), fused.
+        training: `loss_type` and `label_smoothing_factor` of its trainer.
+    """
+    if training["loss_type"] != "nll" or training["label_smoothing_factor"]:
+        return "the loss is not plain cross-entropy"
+    return why_not_head(head, {})

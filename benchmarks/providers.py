@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cards import Card
 from torch import Tensor
 from workers import MissingError
 
@@ -64,6 +65,8 @@ class Provider:
         self.device = torch.device("cuda", 0) if config["device"] == "cuda" else torch.device("cpu")
         self.notes: list[str] = []
         self.mode: str | None = None
+        limit = config.get("memory_gib")
+        self.gpu: Any = Card(limit, torch.cuda) if limit else torch.cuda
 
     def build(self) -> None:
         """Make the model and its adapters.
@@ -74,6 +77,8 @@ class Provider:
         for package in self.packages:
             if importlib.util.find_spec(package) is None:
                 raise MissingError(f"{package} is not installed")
+        if self.config.get("memory_gib") and self.device.type == "cuda":
+            self.gpu.keep()
         self.make()
         self.model.train()
         self.trainable = [p for p in self.model.parameters() if p.requires_grad]
@@ -253,7 +258,7 @@ class Own(Provider):
         if self.mode == "auto" and self.policy is None and self.device.type == "cuda":
             from lsr_scale.memory_policy import KeepWhatFits
 
-            self.policy = KeepWhatFits(tokens, self.notes.append)
+            self.policy = KeepWhatFits(tokens, self.notes.append, self.gpu)
             self.policy.on_train_begin(None, None, None)
 
     def first_step_ends(self) -> None:

@@ -38,7 +38,7 @@ def newest(model: str, base: str) -> dict[str, Any]:
     found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob(f"{model}-{base}-*.json"))]
     for run in found:
         run["rows"] = [row for row in run["rows"] if (row["tokens"], row["seq_len"]) == (TOKENS, LENGTH)]
-    found = [run for run in found if run["rows"] and not is_sweep(run)]
+    found = [run for run in found if run["rows"] and not is_sweep(run) and not run["config"].get("memory_gib")]
     if not found:
         raise SystemExit(f"no {model}-{base}-*.json in {RESULTS.relative_to(ROOT)}; run benchmarks/throughput.py")
     return max(found, key=lambda run: run["env"]["date"])

@@ -70,10 +70,13 @@ def throughput(path: Path, run: Run) -> str:
         )
     head = ["provider, checkpointing", "batch", "tokens/s", "step, ms: p50 (p20, p80)", "GiB", "mfu", "of the floor"]
     config = run["config"]
-    lines = [f"### {config['model']}, {config['base']}", where(run, path), grid([*head, "over Unsloth"], rows)]
+    card = f", {config['memory_gib']:g} GiB of memory" if config.get("memory_gib") else ""
+    lines = [f"### {config['model']}, {config['base']}{card}", where(run, path), grid([*head, "over Unsloth"], rows)]
     if slopes := run.get("slopes"):
         found = [f"{s['provider']} {s['checkpointing']} {number(s['bytes_per_token_and_layer'])}" for s in slopes]
         lines.append(f"Bytes that one more token costs in a layer: {'; '.join(found)}.")
+    if notes := dict.fromkeys(note for row in run["rows"] if row["checkpointing"] == "auto" for note in row["notes"]):
+        lines.append("`auto` chose: " + "; ".join(notes))
     if len(config.get("points", ())) > 1:
         lines.append(f"![{path.stem}](results/{path.parent.name}/{path.stem}.png)")
     return "\n\n".join([*lines, f"    {config['command']}"])

@@ -42,6 +42,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from cards import CONTEXT_GIB
 from floors import MODELS, NOMINAL_TFLOPS, STORED_BYTES, floor_ms, layer_weights, model_values, shape_of
 from rows import Case, add_ratios, row_of, slopes, table
 from workers import Worker, last_line, say, start_all
@@ -322,6 +323,7 @@ def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, dict[
     add("--seed", type=int, default=0)
     add("--device", default="cuda", choices=["cuda", "cpu"])
     add("--without-autocast", type=listed, default=[], help="providers that run without bf16 autocast")
+    add("--memory-gib", type=float, help="let no process take more of the GPU's memory: what would fit a smaller card")
     add("--profile", action="store_true", help="also write each provider's kernels by time, one step, beside --out")
     add("--no-ceilings", action="store_true", help="measure no ceilings: no floor_fraction")
     add("--no-parity", action="store_true", help="time without the gate; the result says so")
@@ -355,6 +357,8 @@ def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, dict[
         parser.error(f"--tokens: {args.tokens} is no multiple of --seq-len {args.seq_len}")
     if args.layers is not None and args.layers < 1:
         parser.error(f"--layers: expected at least 1, got {args.layers}")
+    if args.memory_gib is not None and args.memory_gib <= CONTEXT_GIB:
+        parser.error(f"--memory-gib: expected more than {CONTEXT_GIB}, got {args.memory_gib:g}")
     if args.out.suffix != ".json":
         parser.error(f"--out: {args.out} should end in .json")
     if args.out.exists():
@@ -368,6 +372,8 @@ def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, dict[
     config["providers"] = list(dict.fromkeys(args.providers))
     config["checkpointing"] = list(dict.fromkeys(args.checkpointing))
     config["points"] = points
+    if args.memory_gib is not None:
+        config["memory_gib"] = args.memory_gib
     config["ceilings"] = not args.no_ceilings and args.device == "cuda"
     config["parity"] = not args.no_parity
     config["values"], config["shape"] = values, shape_of(values)

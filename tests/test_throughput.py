@@ -13,6 +13,7 @@ import floors
 import rows as result_rows
 import throughput
 import workers
+from cards import Card
 from rows import Case
 
 # an H100's, as measured: ms for 8,192 tokens of Mistral-7B
@@ -270,6 +271,26 @@ def test_one_model_at_a_time_and_a_build_that_never_ends(tmp_path):
     assert "building" in rows["HangsInBuild", "none"]["detail"]
 
 
+def test_a_smaller_card_keeps_its_size_and_tells_it():
+    class Gpu:
+        share = None
+
+        def mem_get_info(self):
+            return 100 * 2**30, 140 * 2**30
+
+        def set_per_process_memory_fraction(self, share):
+            self.share = share
+
+        def memory_reserved(self):
+            return 5 * 2**30
+
+    card = Card(24, gpu := Gpu())
+    card.keep()
+    assert gpu.share == pytest.approx(23.4 / 140)
+    assert card.mem_get_info() == (int(23.4 * 2**30) - 5 * 2**30, 24 * 2**30)
+    assert card.memory_reserved() == 5 * 2**30
+
+
 @pytest.mark.slow
 def test_trainers_run_end_to_end_on_a_cpu(tmp_path):
     out = tmp_path / "a.json"
@@ -296,6 +317,7 @@ def test_trainers_run_end_to_end_on_a_cpu(tmp_path):
         (["--tokens=100", "--seq-len=64"], "no multiple"),
         (["--tokens=0"], "--tokens: expected at least 1"),
         (["--rounds=0"], "--rounds: expected at least 1"),
+        (["--memory-gib=0.5"], "--memory-gib: expected more than 0.6, got 0.5"),
         (["--seq-len=65536", "--tokens=65536"], "32768 positions"),
         (["--out=result.txt"], "should end in .json"),
     ],

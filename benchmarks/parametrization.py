@@ -18,6 +18,7 @@ import itertools
 import json
 import math
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,10 +52,10 @@ class PairedLinear(nn.Linear):
         return y + functional.linear(functional.linear(x, self.pair[0]), self.pair[1])
 
 
-def encoded(tokenizer: Any, data: Path) -> tuple[list, list[list]]:
+def encoded(tokenizer: Any, data: Path, tasks: Sequence[str] = TASKS) -> tuple[list, list[tuple]]:
     """Return training pairs (ids, first supervised index) and, per held-out question, all choices with the answer."""
     train, held_out = [], []
-    for task in TASKS:
+    for task in tasks:
         for example in examples(load_rows(str(data / task), split="train", task=task)):
             pairs = encode_pairs(tokenizer, list(zip(example.contexts, example.continuations, strict=True)))
             pairs = [((c + t)[-LENGTH:], max(1, min(len(c), LENGTH - len(t)))) for c, t in pairs]
@@ -67,7 +68,7 @@ def encoded(tokenizer: Any, data: Path) -> tuple[list, list[list]]:
     return train, held_out
 
 
-def padded(pairs: list, device: str) -> tuple[Tensor, Tensor]:
+def padded(pairs: list, device: torch.device | str) -> tuple[Tensor, Tensor]:
     """Return ids and labels (-100 where nothing is supervised), right-padded to LENGTH."""
     ids = torch.zeros(len(pairs), LENGTH, dtype=torch.long)
     labels = torch.full((len(pairs), LENGTH), -100)
@@ -93,6 +94,7 @@ class Trainee:
             stacked = {k: torch.stack([d[0][k] for d in drawn]).cuda().requires_grad_() for k in drawn[0][0]}
             self.groups.append((modules, stacked, drawn[0][1], drawn[0][2]))
         self.parameters = [p for _, stacked, _, _ in self.groups for p in stacked.values()]
+        self.rate_ratios = [1.0] * len(self.parameters)
         self.num_parameters = sum(p.numel() for p in self.parameters)
 
     @staticmethod
@@ -133,9 +135,23 @@ class Trainee:
         return each.view(labels.shape[0], -1).sum(-1)
 
 
-def captured(function, *inputs: Tensor) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...], Tensor]:
+class _Eager:
+    """Stands for a graph on a CPU."""
+
+    def __init__(self, function: Callable[..., Tensor], static: tuple[Tensor, ...]) -> None:
+        self.function, self.static = function, static
+        self.out = function(*static)
+
+    def replay(self) -> None:
+        self.out.copy_(self.function(*self.static))
+
+
+def captured(function: Callable[..., Tensor], *inputs: Tensor) -> tuple[Any, tuple[Tensor, ...], Tensor]:
     """Warm `function` up on a side stream and capture it."""
     static = tuple(value.clone() for value in inputs)
+    if not inputs[0].is_cuda:
+        eager = _Eager(function, static)
+        return eager, static, eager.out
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -148,12 +164,22 @@ def captured(function, *inputs: Tensor) -> tuple[torch.cuda.CUDAGraph, tuple[Ten
     return graph, static, out
 
 
-def run(model: nn.Module, setting: dict[str, Any], train: list, held_out: list, epochs: float, seed: int) -> dict:
+def run(
+    trainee: "Trainee",
+    setting: dict[str, Any],
+    train: list,
+    held_out: list,
+    epochs: float,
+    seed: int,
+    batch: int = BATCH,
+) -> dict[str, Any]:
     """Train one setting and evaluate it."""
     started = time.perf_counter()
-    trainee = Trainee(model, setting, seed)
-    lr = torch.tensor(0.0, device="cuda")
-    optimizer = torch.optim.AdamW(trainee.parameters, lr=lr, weight_decay=0.0, capturable=True, fused=True)
+    device = trainee.parameters[0].device
+    on_gpu = device.type == "cuda"
+    rates = {ratio: torch.tensor(0.0, device=device) for ratio in set(trainee.rate_ratios)}
+    groups = [{"params": [p], "lr": rates[r]} for p, r in zip(trainee.parameters, trainee.rate_ratios, strict=True)]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0, capturable=on_gpu, fused=on_gpu)
 
     def step(ids: Tensor, labels: Tensor) -> Tensor:
         trainee.set_pairs()
@@ -166,11 +192,11 @@ def run(model: nn.Module, setting: dict[str, Any], train: list, held_out: list, 
         return torch.stack([loss.detach(), norm])
 
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed)).tolist()
-    steps = int(len(train) * epochs) // BATCH
-    stream = list(itertools.islice(itertools.cycle(order), steps * BATCH))
-    ids, labels = padded([train[i] for i in stream], "cuda")
+    steps = int(len(train) * epochs) // batch
+    stream = list(itertools.islice(itertools.cycle(order), steps * batch))
+    ids, labels = padded([train[i] for i in stream], device)
     backup = [p.detach().clone() for p in trainee.parameters]
-    graph, (static_ids, static_labels), out = captured(step, ids[:BATCH], labels[:BATCH])
+    graph, (static_ids, static_labels), out = captured(step, ids[:batch], labels[:batch])
     with torch.no_grad():
         for parameter, value in zip(trainee.parameters, backup, strict=True):
             parameter.copy_(value)
@@ -181,8 +207,9 @@ def run(model: nn.Module, setting: dict[str, Any], train: list, held_out: list, 
     warmup = max(1, steps // 20)
     for index in range(steps):
         cosine = 0.5 * (1 + math.cos(math.pi * max(0, index - warmup) / max(1, steps - warmup)))
-        lr.fill_(setting["lr"] * min(1.0, (index + 1) / warmup) * cosine)
-        rows = slice(index * BATCH, (index + 1) * BATCH)
+        for ratio, rate in rates.items():
+            rate.fill_(ratio * setting["lr"] * min(1.0, (index + 1) / warmup) * cosine)
+        rows = slice(index * batch, (index + 1) * batch)
         static_ids.copy_(ids[rows])
         static_labels.copy_(labels[rows])
         graph.replay()
@@ -207,7 +234,7 @@ def evaluate(trainee: Trainee, held_out: list) -> dict[str, float]:
         trainee.set_pairs()
         rows = [pair for pairs, _, _ in held_out for pair in pairs]
         rows += [rows[-1]] * (-len(rows) % 128)
-        ids, labels = padded(rows, "cuda")
+        ids, labels = padded(rows, next(trainee.model.parameters()).device)
         graph, (static_ids, static_labels), out = captured(trainee.losses, ids[:128], labels[:128])
         found = []
         for index in range(0, len(rows), 128):
@@ -280,7 +307,12 @@ def main() -> None:
     print(json.dumps(rows[-1]), flush=True)
     for setting in grid:
         try:
-            rows.append({"status": "ok", **run(model, setting, train, held_out, args.epochs, args.seed)})
+            rows.append(
+                {
+                    "status": "ok",
+                    **run(Trainee(model, setting, args.seed), setting, train, held_out, args.epochs, args.seed),
+                }
+            )
         except RuntimeError as error:
             rows.append({"status": "error", "error": str(error)[:200], **setting})
         short = {k: round(v, 5) if isinstance(v, float) else v for k, v in rows[-1].items()}

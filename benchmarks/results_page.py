@@ -189,4 +189,8 @@ def page(results: Path) -> str:
             parts += [f"## {title}", *(section(path, run) for path, run in reversed(found))]
     import export_tables
 
+    if (results / "variants").is_dir():
+        import variants
+
+        parts += ["## Variants of the methods", (variants.__doc__ or "").strip(), variants.table(results / "variants")]
     return "\n\n".join([*parts, *accuracy(results / "commonsense"), *export_tables.sections(results / "export")]) + "\n"

@@ -1,5 +1,6 @@
 """The adapter on disk: saved whole or not at all, and loaded only onto the base that it belongs to."""
 
+import dataclasses
 import json
 import math
 import re
@@ -8,7 +9,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
@@ -113,6 +114,51 @@ def load_adapter(base: Any, folder: Path, trainable: bool = False) -> tuple[Peft
     if wrong:
         raise UserError(f"{folder}: the weights are not those that adapter_config.json describes\n" + "\n".join(wrong))
     return model, notes
+
+
+# of no meaning once there are factors, or none for training; names that PEFT has for our options
+_FREE = {"init", "init_lora_weights", "init_weights", "runtime_config"}
+_OURS = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "rank_dropout": "dropout"}
+
+
+def find_start(path: str, wanted: PeftConfig) -> Path:
+    """Return the folder of an earlier adapter, its method and options those that a run has.
+
+    Args:
+        path: Folder of a run, or of an adapter as PEFT saves it, packed factors included.
+        wanted: The configuration that the run has.
+
+    Raises:
+        UserError: if there is no such adapter, or it is of another method or other options.
+    """
+    folder = Path(path).expanduser()
+    folder = folder / "adapter" if (folder / "adapter").is_dir() else folder
+    if not folder.is_dir():
+        raise UserError(f"adapter.start_from: {folder}: no such folder; name that of a run or of an adapter")
+    _check_files(folder)
+    saved = PeftConfig.from_pretrained(str(folder))
+    if type(saved) is not type(wanted):
+        kinds = [getattr(config.peft_type, "value", str(config.peft_type)).lower() for config in (saved, wanted)]
+        raise UserError(
+            f"adapter.start_from: {folder} holds an adapter of {kinds[0]}, but adapter.method is {kinds[1]}; "
+            "set it alike"
+        )
+    bookkeeping = {field.name for field in dataclasses.fields(PeftConfig)} | _FREE
+    lines = []
+    for name in (field.name for field in dataclasses.fields(wanted) if field.name not in bookkeeping):
+        here, there = getattr(wanted, name), getattr(saved, name)
+        # null and auto are resolved by the model, as is all-linear
+        if here not in (None, "auto", "all-linear", there):
+            lines.append(f"adapter.{_OURS.get(name, name)}: {_shown(here)} in the run, {_shown(there)} in the adapter")
+    if lines:
+        raise UserError(
+            f"adapter.start_from: {folder} was trained with other options; set them alike\n" + "\n".join(_first(lines))
+        )
+    return folder
+
+
+def _shown(value: Any) -> str:
+    return str(sorted(value)) if isinstance(value, set) else repr(value)
 
 
 def misfits(model: Any, folder: Path) -> list[str]:

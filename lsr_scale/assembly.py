@@ -9,15 +9,17 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from packaging.version import Version
 from peft import PeftModel, get_peft_model
-from peft.utils import ModulesToSaveWrapper
+from peft.utils import ModulesToSaveWrapper, load_peft_weights, set_peft_model_state_dict
 from transformers import PrinterCallback, Trainer, TrainerCallback, set_seed
 
 from lsr_scale import adapters, config, distributed
+from lsr_scale.adapter_files import find_start, load_adapter
 from lsr_scale.config import RunConfig
 from lsr_scale.config.training import checkpoints_layers, training_arguments_class
 from lsr_scale.data.formats import build_dataset
@@ -61,8 +63,11 @@ def build_trainer(
         raise UserError(f"data.validation: is {datasets['eval'][1]}, but data.train is {kind}; give rows of one kind")
     for note in prepare_tokenizer(tokenizer, kind):
         say(note)
+    start = _start_of(run)
     with only_new_warnings():
-        model = adapt(run, base_of(run.model, run.training["seed"]))
+        model, differences = adapt(run, base_of(run.model, run.training["seed"]), start)
+    for note in differences:
+        say(f"note: {note}")
     report = _fuse(run, model, arguments)
     if report is not None:
         say(str(report))
@@ -177,14 +182,34 @@ def _fits_memory(run: RunConfig) -> bool:
     return training["memory"] == "auto" and training["gradient_checkpointing"] is None and torch.cuda.is_available()
 
 
-def adapt(run: RunConfig, base: Any) -> PeftModel:
-    """Return the base with the run's adapter in it, initialized by the run's seed."""
-    peft_config = adapters.peft_config(run.adapter.method, run.adapter.options, adapters.TASK_TYPES[run.model.task])
+def _start_of(run: RunConfig) -> Path | None:
+    """Return the folder of the adapter that a run starts from, looked at before anything large is loaded."""
+    if run.adapter.start_from is None:
+        return None
+    if run.model.task == "seq_cls" and zero_stage(run) == 3 and uses_deepspeed(run):
+        raise UserError("adapter.start_from: a classifier's head cannot be loaded under ZeRO-3; set zero2")
+    return find_start(run.adapter.start_from, _peft_config(run))
+
+
+def _peft_config(run: RunConfig) -> Any:
+    return adapters.peft_config(run.adapter.method, run.adapter.options, adapters.TASK_TYPES[run.model.task])
+
+
+def adapt(run: RunConfig, base: Any, start: Path | None = None) -> tuple[PeftModel, list[str]]:
+    """Return the base with the run's adapter in it, and differences from an earlier training that a user should know.
+
+    Args:
+        run: The run.
+        base: Its base model.
+        start: Folder of the adapter whose factors are taken; None draws them by the run's seed.
+    """
     set_seed(run.training["seed"])
-    model: Any = get_peft_model(base, peft_config)
+    model, notes = load_adapter(base, start, trainable=True) if start else (get_peft_model(base, _peft_config(run)), [])
     if run.model.task == "seq_cls":
-        _train_heads_in_float32(model)
-    return model
+        _train_heads_in_float32(model)  # pyright: ignore[reportArgumentType]
+        if start:  # loaded in the base's dtype the head was rounded
+            set_peft_model_state_dict(model, load_peft_weights(str(start), device="cpu"))
+    return model, notes  # pyright: ignore[reportReturnType]
 
 
 def _train_heads_in_float32(model: PeftModel) -> None:

@@ -62,12 +62,16 @@ def train(
             say(f"resuming from {checkpoint}" if checkpoint else "nothing to resume: starting from the beginning")
         _say_machine(run, say)
         tasks = evaluate.load_tasks(run.eval)
-        say(f"loading {run.model.name} ({run.model.quantization}) and adapting it with {run.adapter.method}")
+        # a checkpoint has factors of its own
+        start = None if checkpoint else run.adapter.start_from
+        begins = run.model_copy(update={"adapter": run.adapter.model_copy(update={"start_from": start})})
+        where = f", starting from {start}" if start else ""
+        say(f"loading {run.model.name} ({run.model.quantization}) and adapting it with {run.adapter.method}{where}")
         progress = Progress(folder.metrics, quiet=quiet)
         stop = StopOnSignal()
         watch = WatchCondition(run.training["condition_tolerance"], run.training["condition_guard"], say)
         # in this order: progress refuses what is not finite, and records what was measured before it
-        trainer = build_trainer(run, folder, [stop, watch, progress], say)
+        trainer = build_trainer(begins, folder, [stop, watch, progress], say)
         model: Any = trainer.model
         if checkpoint:
             _check_adapter(model, checkpoint)

@@ -209,7 +209,7 @@ def test_only_the_first_process_speaks_and_libraries_are_silent(ran):
     _, seen, out, err = ran
     assert out.count("run folder: ") == len(seen[0]) + len(STAGES), "once a run, stopped ones twice"
     assert out.count("step 4/4") == len(seen[0])
-    assert out.count("2 processes on CPU, DeepSpeed, ZeRO stage 3") == 7
+    assert out.count("2 processes on CPU, DeepSpeed, ZeRO stage 3") == 8
     assert out.count("2 processes on CPU, no DeepSpeed") == 2
     noise = [
         line for line in (out + "\n" + err).splitlines() if re.search(r"warn|deprecat|examples/s|\[rank", line, re.I)
@@ -228,3 +228,8 @@ def test_a_mistake_is_said_once_and_ends_both_processes_at_once(place):
     assert "Traceback" not in out + err
     assert not (place / "bad").exists()
     assert seconds < 60
+
+
+@pytest.mark.parametrize("stage", ["zero1", "zero3"])
+def test_runs_start_from_an_earlier_adapter(ran, stage):
+    assert same(factors(RunFolder(ran[0] / f"{stage}-started")), factors(RunFolder(ran[0] / "zero2")))

@@ -99,6 +99,10 @@ def main() -> None:
 
     for name, sections in ENGINES.items():
         do(name, **sections)
+    still = {"training": {"save_strategy": "no", "learning_rate": 0.0}, "eval": {"tasks": []}}
+    for name in ("zero1", "zero3"):
+        start = {"adapter": {"start_from": str(folder / "zero2")}}
+        do(f"{name}-started", deepspeed={"config": name}, **start, **still)
     # 16 rows are four steps of two on each rank: checkpoints after 2 and 4, the stop in the third
     for name in ("zero0", "zero1", "zero2", "zero3"):
         do(f"{name}-stopped", stop_after=2, **SAVING[name])

@@ -64,11 +64,14 @@ class AdapterSection(Section):
     """The adapter: `method`, and beside it the options of that method."""
 
     method: str
+    start_from: str | None = Field(
+        None, description="Folder of a run or of an adapter whose factors training begins with; null begins anew."
+    )
 
     @property
     def options(self) -> dict[str, Any]:
         """What `adapters.peft_config(method, ...)` takes."""
-        return self.model_dump(exclude={"method"})
+        return self.model_dump(exclude={"method", "start_from"})
 
     @model_validator(mode="wrap")
     @classmethod

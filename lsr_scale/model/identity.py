@@ -7,6 +7,7 @@ from typing import Any
 
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from lsr_scale.adapters.base import features
@@ -60,10 +61,17 @@ def _base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield the modules of the base under the names they have without adapters."""
     base: nn.Module = model.get_base_model() if isinstance(model, PeftModel) else model
     inside = tuple(f"{path}." for path, module in base.named_modules() if isinstance(module, BaseTunerLayer))
+    heads = tuple(f"{path}." for path, module in base.named_modules() if isinstance(module, ModulesToSaveWrapper))
     for path, module in base.named_modules():
-        if isinstance(module, BaseTunerLayer):
+        if isinstance(module, BaseTunerLayer | ModulesToSaveWrapper):
             continue
-        if not path.startswith(inside):
+        if path.startswith(heads):
+            # beside a head that trains lies the one that it was copied from
+            whole = next(head for head in heads if path.startswith(head))
+            kind, _, rest = path.removeprefix(whole).partition(".")
+            if kind == "original_module":
+                yield ".".join(part for part in (whole[:-1], rest) if part), module
+        elif not path.startswith(inside):
             yield path, module
         elif path.endswith("base_layer"):
             yield path.removesuffix(".base_layer"), module

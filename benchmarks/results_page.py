@@ -189,6 +189,11 @@ def page(results: Path) -> str:
             parts += [f"## {title}", *(section(path, run) for path, run in reversed(found))]
     import export_tables
 
+    if (results / "sequential").is_dir():
+        import sequential
+
+        text = (sequential.__doc__ or "").strip()
+        parts += ["## One task after another", text, sequential.table(results / "sequential")]
     if (results / "variants").is_dir():
         import variants
 

@@ -5,11 +5,13 @@ processes that import once and do trial after trial. Used by `vision.py`, `glue.
 """
 
 import dataclasses
+import gc
 import itertools
 import json
 import math
 import multiprocessing
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -53,7 +55,10 @@ def lsr_points(rank: int) -> tuple[dict[str, float], ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """One training: all that its result depends on, besides the model and the data. A seed's point is chosen later."""
+    """One training: all that its result depends on, besides the model and the data.
+
+    Where a seed has no point, the one that the trials of tuning find best is taken.
+    """
 
     task: str
     provider: str
@@ -103,6 +108,9 @@ def measured(measure: Measure, trial: Trial, point: dict[str, float]) -> dict[st
     """Return a trial's result with its settings and how long it took; run in a worker."""
     began = time.monotonic()
     result = measure(trial, point)
+    gc.collect()
+    if (torch := sys.modules.get("torch")) is not None and torch.cuda.is_available():
+        torch.cuda.empty_cache()  # the next trial's, and that of other workers
     return {**dataclasses.asdict(trial), "settings": point, **result, "wall_s": round(time.monotonic() - began, 1)}
 
 
@@ -124,19 +132,20 @@ def execute(
         jobs: Workers.
         time_limit: Seconds after which no trial is started.
     """
-    tuned_alike(providers)
+    if any(trial.tunes for trial in trials):
+        tuned_alike(providers)
     began, failed = time.monotonic(), 0
     # a result of a point that is another one by now is none
-    known = {trial.name for trial in trials if trial.tunes and trial.point is not None}
+    known = {trial.name for trial in trials if trial.point is not None}
     done = {name: result for name, result in load(results).items() if name not in known or _is_point(result, providers)}
-    waiting = [trial for trial in trials if not (trial.tunes and trial.name in done)]
+    waiting = [trial for trial in trials if not (trial.name in known and trial.name in done)]
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
         running: dict[Any, Trial] = {}
         while waiting or running:
             for trial in list(waiting):
                 if len(running) >= jobs or time.monotonic() - began > time_limit:
                     break
-                index = trial.point if trial.tunes else best_point(trial.task, trial.provider, done)
+                index = best_point(trial.task, trial.provider, done) if trial.point is None else trial.point
                 if index is None:
                     continue
                 settings = providers[trial.provider].points[index]

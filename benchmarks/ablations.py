@@ -13,10 +13,8 @@ Protocol. ARC-E, ARC-C and OpenBookQA train parts less a tenth by the hash of th
 are of the tenth: defaults are chosen here, so no test row is read. A setting that several axes share is run once.
 """
 
-import argparse
 import functools
 import json
-import math
 import shutil
 import statistics
 import sys
@@ -177,19 +175,10 @@ def tables(results: Path) -> list[str]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Do the runs that have no result yet; return the exit status."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = trials.options(__doc__, RESULTS)
     add = parser.add_argument
-    add("--data", type=Path, help="folder of <task>/<split>.jsonl.gz")
-    add("--work", type=Path, help="for the parts and run folders")
-    add("--results", type=Path, default=RESULTS)
     add("--model", default=MODEL)
     add("--axes", nargs="+", default=list(AXES), choices=list(AXES))
-    add("--seeds", type=int, default=3)
-    add("--jobs", type=int, default=4, help="processes at a time on one GPU")
-    add("--time-limit", type=float, default=math.inf, help="seconds after which no run is started")
-    add("--smoke", action="store_true", help="8 rows a task, two steps, 4 questions: is it wired up?")
-    add("--dry-run", action="store_true", help="print the plan in numbers")
-    add("--table", action="store_true", help="print what the results say")
     given = parser.parse_args(arguments)
     if given.table:
         print("\n".join(tables(given.results)))
@@ -199,10 +188,7 @@ def main(arguments: list[str] | None = None) -> int:
     if given.dry_run:
         print(describe(runs, given.results))
         return 0
-    if None in (given.data, given.work):
-        parser.error("--data and --work are needed")
-    if given.smoke and given.results == RESULTS:
-        parser.error("--smoke: its results are no measurements; give another folder with --results")
+    trials.check_options(parser, given, RESULTS)
     work = given.work.resolve()
     commonsense.prepare(given.data, work)
     one = functools.partial(measure, work, given.model, given.smoke)

@@ -14,7 +14,6 @@ as it was drawn (`--head frozen`, as the released LSR-Adapt code has it); it is 
 parameters. A run is the library's `build_trainer` on an ordinary configuration.
 """
 
-import argparse
 import dataclasses
 import functools
 import json
@@ -218,35 +217,25 @@ def describe(runs: list[Trial], rows: dict[str, dict[str, int]], setting: Settin
 
 def main(arguments: list[str] | None = None) -> int:
     """Do the runs that have no result yet; return the exit status."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = trials.options(__doc__, RESULTS)
     add = parser.add_argument
-    add("--data", type=Path, help="folder of <task>/<split>.jsonl.gz")
-    add("--work", type=Path, help="for the parts and run folders")
     add("--model", help="folder or hub name")
     add("--targets", nargs="+", default=["q", "v"], help="q v of MPNet; query value of BERT and RoBERTa")
-    add("--results", type=Path, default=RESULTS)
     add("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     add("--providers", nargs="+", default=list(PROVIDERS), choices=list(PROVIDERS))
     add("--head", choices=["trained", "frozen"], default="trained")
-    add("--seeds", type=int, default=3)
     add("--dtype", default="float32", choices=["float32", "bfloat16"])
-    add("--jobs", type=int, default=1, help="processes at a time")
-    add("--time-limit", type=float, default=math.inf, help="seconds after which no run is started")
     add("--rows", type=int, help="train on the first so many")
     add("--dev-rows", type=int, help="tune on the first so many of those held out")
     add("--epochs", type=int, help="in place of each task's own")
     add("--batch", type=int, default=32)
-    add("--smoke", action="store_true", help="64 rows, two steps: is it wired up?")
-    add("--dry-run", action="store_true", help="print the plan in numbers")
-    add("--table", action="store_true", help="print what the results say")
     given = parser.parse_args(arguments)
     if given.table:
         print("\n".join(trials.table(trials.load(given.results), PROVIDERS)))
         return 0
-    if None in (given.data, given.work, given.model):
-        parser.error("--data, --work and --model are needed")
-    if given.smoke and RESULTS in (given.results, given.results.parent):
-        parser.error("--smoke: its results are no measurements; give another folder with --results")
+    trials.check_options(parser, given, RESULTS)
+    if given.model is None:
+        parser.error("--model is needed: a folder or hub name")
     same = {name: getattr(given, name) for name in ("head", "batch", "rows", "dev_rows", "epochs", "dtype")}
     setting = Setting(given.work.resolve(), given.model, tuple(given.targets), **same)
     if given.smoke:

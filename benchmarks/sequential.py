@@ -9,11 +9,9 @@ alpha) is the one chosen there on the development set, for 128 rows a step, and 
 paper has 55.18 % left of ARC-C after ARC-E, against 53.17 for LoRA r=8, on another model.
 """
 
-import argparse
 import dataclasses
 import functools
 import json
-import math
 import statistics
 import sys
 from pathlib import Path
@@ -138,28 +136,16 @@ def _spread(values: list[float], sign: str = "") -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Do the runs that have no result yet, or print the table; return the exit status."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = trials.options(__doc__, RESULTS)
     add = parser.add_argument
-    add("--data", type=Path, help="folder of <task>/<split>.jsonl.gz")
-    add("--work", type=Path, help="for the parts and run folders")
-    add("--results", type=Path, default=RESULTS)
     add("--pairs", nargs="+", default=list(PAIRS), choices=list(PAIRS))
     add("--providers", nargs="+", default=list(NAMES), choices=list(NAMES))
-    add("--seeds", type=int, default=3)
     add("--model", default=commonsense.MODEL)
-    add("--jobs", type=int, default=1, help="processes at a time")
-    add("--time-limit", type=float, default=math.inf, help="seconds after which no run is started")
-    add("--smoke", action="store_true", help="16 rows, two steps, 8 questions: is it wired up?")
-    add("--dry-run", action="store_true", help="print what would be run")
-    add("--table", action="store_true", help="print what the results say")
     given = parser.parse_args(arguments)
     if given.table:
         print(table(given.results))
         return 0
-    if None in (given.data, given.work):
-        parser.error("--data and --work are needed")
-    if given.smoke and given.results == RESULTS:
-        parser.error("--smoke: its results are no measurements; give another folder with --results")
+    trials.check_options(parser, given, RESULTS)
     setting = Setting(given.work.resolve(), given.model, given.smoke)
     seeds = range(given.seeds)
     todo = [Trial(pair, name, seed, 0) for pair in given.pairs for seed in seeds for name in given.providers]

@@ -4,6 +4,7 @@ A trial leaves one JSON, whole, when it has ended: one that was killed is done a
 processes that import once and do trial after trial. Used by `vision.py`, `glue.py` and `ablations.py`.
 """
 
+import argparse
 import dataclasses
 import gc
 import itertools
@@ -77,6 +78,35 @@ class Trial:
 
 
 Measure = Callable[[Trial, dict[str, float]], dict[str, Any]]
+
+
+def options(description: str | None, results: Path) -> argparse.ArgumentParser:
+    """Return a parser of what every program of trials takes.
+
+    Args:
+        description: Of the program; its first line is shown.
+        results: Where its results go.
+    """
+    parser = argparse.ArgumentParser(description=(description or "").split("\n")[0])
+    add = parser.add_argument
+    add("--data", type=Path, help="folder of <task>/<split>.jsonl.gz")
+    add("--work", type=Path, help="for the parts and run folders")
+    add("--results", type=Path, default=results)
+    add("--seeds", type=int, default=3)
+    add("--jobs", type=int, default=1, help="processes at a time")
+    add("--time-limit", type=float, default=math.inf, help="seconds after which no run is started")
+    add("--smoke", action="store_true", help="a few rows, two steps: is it wired up?")
+    add("--dry-run", action="store_true", help="print the plan")
+    add("--table", action="store_true", help="print what the results say")
+    return parser
+
+
+def check_options(parser: argparse.ArgumentParser, given: argparse.Namespace, results: Path) -> None:
+    """Refuse what cannot be run, or what would put results of a trial of the program among measurements."""
+    if None in (given.data, given.work):
+        parser.error("--data and --work are needed")
+    if given.smoke and results in (given.results, given.results.parent):
+        parser.error("--smoke: its results are no measurements; give another folder with --results")
 
 
 def plan(tasks: Iterable[str], providers: Iterable[str], seeds: int) -> list[Trial]:

@@ -178,7 +178,8 @@ def run(
     device = trainee.parameters[0].device
     on_gpu = device.type == "cuda"
     rates = {ratio: torch.tensor(0.0, device=device) for ratio in set(trainee.rate_ratios)}
-    groups = [{"params": [p], "lr": rates[r]} for p, r in zip(trainee.parameters, trainee.rate_ratios, strict=True)]
+    pairs = list(zip(trainee.parameters, trainee.rate_ratios, strict=True))
+    groups = [{"params": [p for p, r in pairs if r == ratio], "lr": rate} for ratio, rate in rates.items()]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0, capturable=on_gpu, fused=on_gpu)
 
     def step(ids: Tensor, labels: Tensor) -> Tensor:

@@ -6,7 +6,8 @@
 
 A run is `lsr-scale train` with a config that WORK keeps, in one of `--jobs` workers: processes that import once and do
 run after run. It leaves one JSON in the results, when it has ended, and whole: one that was killed is simply done
-again, a finished one never. At the limit runs in hand are ended.
+again, a finished one never. At the limit runs in hand are ended. (`nvidia-cuda-mps-control -d` before it lets the
+processes' kernels run side by side on one GPU.)
 
 Protocol. A tenth of each train part is held out by the hash of its question (of the sentence pair for WinoGrande), and
 the learning rate, with alpha for LSR, is chosen there: six points for every method, one epoch, one seed that no other

@@ -23,6 +23,7 @@ from lsr_scale.adapter_files import find_start, load_adapter
 from lsr_scale.config import RunConfig
 from lsr_scale.config.training import checkpoints_layers, training_arguments_class
 from lsr_scale.data.formats import build_dataset
+from lsr_scale.data.kept import kept
 from lsr_scale.data.preview import prepare_tokenizer, tokenize_classification
 from lsr_scale.errors import UserError
 from lsr_scale.fused import FuseReport, fuse, gather_by_layer
@@ -77,8 +78,8 @@ def build_trainer(
         "args": arguments,
         "processing_class": tokenizer,
         "callbacks": callbacks,
-        "train_dataset": datasets["train"][0],
-        "eval_dataset": datasets["eval"][0] if "eval" in datasets else None,
+        "train_dataset": kept(datasets["train"][0]),
+        "eval_dataset": kept(datasets["eval"][0]) if "eval" in datasets else None,
     }
     with _factors_untouched(model), only_new_warnings(), _explained(run):
         trainer = _classifier_trainer(run, common) if run.model.task == "seq_cls" else _sft_trainer(common)

@@ -38,6 +38,8 @@ def test_both_tasks_are_trained_and_scored_once(data, tmp_path, capsys):  # noqa
     result = json.loads((tmp_path / "results/arc_challenge-arc_easy-lora_8-seed0.json").read_text())
     for when in ("zero_shot", "after_first", "after_second"):
         assert set(result[when]) == {"arc_challenge", "arc_easy"}
+    assert [Path(run["training"]["output_dir"]).name for run in result["configs"]] == ["first", "second"]
+    assert str(tmp_path / "work") not in json.dumps(result["configs"])
     assert result["score"] == result["after_second"]["arc_challenge"]
     capsys.readouterr()
     assert sequential.main(words) == 0

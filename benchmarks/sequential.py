@@ -6,7 +6,8 @@
 One run is `lsr-scale train` on the first task and another, with `adapter.start_from`, on the second; both tasks' tests
 are scored after each. Model, parts of the data and adapters are those of `commonsense.py`; each adapter's rate (and
 alpha) is the one chosen there on the development set, for 128 rows a step, and halved for the 32 of here; neither that
-nor the epochs were tuned. Kron-LoRA's paper has 55.18 % left of ARC-C after ARC-E, against 53.17 for LoRA r=8, on another model.
+nor the epochs were tuned. Kron-LoRA's paper has 55.18 % left of ARC-C after ARC-E, against 53.17 for LoRA r=8, on
+another model.
 """
 
 import dataclasses

@@ -186,7 +186,7 @@ def tuning_table(all_results: list[dict[str, Any]], regime: str = "joint") -> st
         means = {index: mean_accuracy(result) for index, result in tuned.items()}
         best = max(means, key=lambda index: means[index])
         cells = []
-        for index, mean in means.items():
+        for index, mean in sorted(means.items(), key=lambda item: list(tuned[item[0]]["settings"].values())[::-1]):
             point = ", ".join(f"{value:g}" for value in tuned[index]["settings"].values())
             cells.append(f"**{mean:.2f}** ({point})" if index == best else f"{mean:.2f} ({point})")
         lines.append("| " + " | ".join([LABELS[name], *cells]) + " |")

@@ -27,7 +27,7 @@ LABELS = {
     "peft_frozen_liger": "no adapter, Liger",
     "lsr_graphs": "**LSR-Adapt** r=16 s=16, its steps as CUDA graphs",
 }
-COLORS = {name: f"C{index}" for index, name in enumerate(LABELS)}
+COLORS = {name: f"C{index}" for index, name in enumerate(LABELS)} | {"lsr_graphs": "black"}  # C10 is C0 again
 MODES = {"none": "kept", "full": "recomputed"}
 
 
@@ -76,24 +76,46 @@ def memory_plot(run: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=130, metadata={"Source": digest(run)})
 
 
+PANELS = {
+    "tokens": ("seq_len", "tokens a step, sequences of {:,}"),
+    "seq_len": ("tokens", "length, {:,} tokens a step"),
+}
+
+
+def sweeps(run: dict[str, Any]) -> dict[str, tuple[int, list[int]]]:
+    """Return what a measurement varies alone: `tokens` or `seq_len`, the value of the other, the values of this one."""
+    found = {}
+    for across, (fixed, _) in PANELS.items():
+        values: dict[int, set[int]] = {}
+        for row in run["rows"]:
+            values.setdefault(row[fixed], set()).add(row[across])
+        held = max(values, key=lambda value: (len(values[value]), value))
+        if len(values[held]) > 1:
+            found[across] = held, sorted(values[held])
+    return found
+
+
 def sweep_plot(run: dict[str, Any], path: Path) -> None:
-    """Draw tokens/s against tokens a step, a panel a sequence length, where everything is kept."""
+    """Draw tokens/s where everything is kept: against tokens a step at one length, against length at one number."""
     rows = [row for row in run["rows"] if row["status"] == "ok" and row["checkpointing"] == "none"]
-    lengths = sorted({row["seq_len"] for row in rows})
-    figure, axes = pyplot.subplots(1, len(lengths), figsize=(3.2 * len(lengths), 4), sharey=True, squeeze=False)
-    for axis, length in zip(axes[0], lengths, strict=True):
-        for name, label in LABELS.items():
-            points = sorted(
-                (r["tokens"], r["tokens_per_s"]) for r in rows if (r["provider"], r["seq_len"]) == (name, length)
-            )
+    panels = sweeps(run)
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(9, 4.6), sharey=True, squeeze=False)
+    shown: dict[str, Any] = {}
+    for axis, (across, (held, ticks)) in zip(axes[0], panels.items(), strict=True):
+        fixed, words = PANELS[across]
+        for name in LABELS:
+            points = sorted((r[across], r["tokens_per_s"]) for r in rows if (r["provider"], r[fixed]) == (name, held))
             if points:
-                axis.plot(*zip(*points, strict=True), "o-", color=COLORS[name], label=label.replace("*", ""))
+                (shown[name],) = axis.plot(*zip(*points, strict=True), "o-", color=COLORS[name])
         axis.set_xscale("log", base=2)
-        axis.set_xlabel("tokens a step")
-        axis.set_title(f"sequences of {length:,}")
+        axis.set_xticks(ticks, [f"{value:,}" for value in ticks])
+        axis.set_xlabel(words.format(held))
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("tokens/s")
     axes[0][0].set_ylim(0)
-    axes[0][-1].legend(frameon=False, fontsize=8, loc="lower right")
-    figure.tight_layout()
+    config, gpu = run["config"], run["env"]["gpus"][0].removeprefix("NVIDIA ")
+    figure.suptitle(f"{config['model']}, {config['base'].upper()}, activations kept, one {gpu}")
+    labels = [LABELS[name].replace("*", "") for name in shown]
+    figure.legend(shown.values(), labels, frameon=False, fontsize=8, loc="outside lower center", ncols=3)
+    figure.tight_layout(rect=(0, 0.07, 1, 1))
     figure.savefig(path, dpi=130, metadata={"Source": digest(run)})

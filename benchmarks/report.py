@@ -17,7 +17,7 @@ from typing import Any
 import commonsense_report
 import export_tables
 import results_page
-from plots import LABELS, MODES, by_provider, digest, drawn_from, memory_plot, sweep_plot
+from plots import LABELS, MODES, by_provider, digest, drawn_from, memory_plot, sweep_plot, sweeps
 from results_page import with_table
 
 ROOT = Path(__file__).parents[1]
@@ -86,7 +86,7 @@ def main(arguments: list[str] | None = None) -> int:
         stale.append("benchmarks/RESULTS.md")
     pictures = {picture: (digest(run), lambda: memory_plot(run, picture))}
     for path, sweep in results_page.read(RESULTS):
-        if is_sweep(sweep):
+        if sweeps(sweep):
             drawn = path.with_suffix(".png")
             pictures[drawn] = digest(sweep), functools.partial(sweep_plot, sweep, drawn)
     pictures |= commonsense_report.pictures(RESULTS.parent / "commonsense")

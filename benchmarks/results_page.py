@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from plots import sweeps
+
 Run = dict[str, Any]
 HEAD = """# Results
 
@@ -11,10 +13,22 @@ Made by `python benchmarks/report.py` from the JSON under `results/`; not edited
 expected and what it taught.
 """
 
+OUT_OF_TIME = ("not reached before the time limit", "measuring took more than")
+
 
 def read(folder: Path) -> list[tuple[Path, Run]]:
-    """Return the measurements in a folder by file, the oldest first."""
+    """Return the measurements in a folder by file, the oldest first.
+
+    The peaks of CUDA graphs in files whose config has no `graphs_in_peak` are left out: they were taken while the
+    graphs' memory stood by and did not count.
+    """
     found = [(path, json.loads(path.read_text(encoding="utf-8"))) for path in sorted(folder.glob("*.json"))]
+    for _, run in found:
+        if not run.get("config", {}).get("graphs_in_peak"):
+            run["slopes"] = [line for line in run.get("slopes", ()) if line["provider"] != "lsr_graphs"]
+            for row in run.get("rows", ()):
+                if isinstance(row, dict) and row.get("provider") == "lsr_graphs":
+                    row["peak_memory_gib"] = None
     return sorted(found, key=lambda pair: str(pair[1].get("env", {}).get("date", "")))
 
 
@@ -50,9 +64,12 @@ def where(run: Run, path: Path) -> str:
 
 def throughput(path: Path, run: Run) -> str:
     """Return all rows of one throughput measurement."""
-    rows = []
+    rows, missed = [], []
     for row in run["rows"]:
         name = f"{row['provider']} {row['checkpointing']}"
+        if row.get("detail", "").startswith(OUT_OF_TIME):
+            missed.append(f"{name} {row['tokens'] // row['seq_len']} x {row['seq_len']:,}")
+            continue
         batch = f"{row['tokens'] // row['seq_len']} x {row['seq_len']:,}"
         if row["status"] != "ok":
             rows.append([name, batch, row["status"], *[""] * 5])
@@ -72,12 +89,14 @@ def throughput(path: Path, run: Run) -> str:
     config = run["config"]
     card = f", {config['memory_gib']:g} GiB of memory" if config.get("memory_gib") else ""
     lines = [f"### {config['model']}, {config['base']}{card}", where(run, path), grid([*head, "over Unsloth"], rows)]
+    if missed:
+        lines.append(f"The run's time was over before: {'; '.join(missed)}.")
     if slopes := run.get("slopes"):
         found = [f"{s['provider']} {s['checkpointing']} {number(s['bytes_per_token_and_layer'])}" for s in slopes]
         lines.append(f"Bytes that one more token costs in a layer: {'; '.join(found)}.")
     if notes := dict.fromkeys(note for row in run["rows"] if row["checkpointing"] == "auto" for note in row["notes"]):
         lines.append("`auto` chose: " + "; ".join(notes))
-    if len(config.get("points", ())) > 1:
+    if sweeps(run):
         lines.append(f"![{path.stem}](results/{path.parent.name}/{path.stem}.png)")
     return "\n\n".join([*lines, f"    {config['command']}"])
 
@@ -116,7 +135,14 @@ def front_door(path: Path, run: Run) -> str:
         for row in run["rows"]
     ]
     head = ["memory", "command, tokens/s", "bare loop", "ratio"]
-    return "\n\n".join([where(run, path), grid(head, rows), f"    python benchmarks/front_door.py --out {path.name}"])
+    config = run["config"]
+    title = f"### {config['model']}, {config['tokens'] // config['seq_len']} x {config['seq_len']:,} tokens a step"
+    names = ("model", "layers", "base", "tokens", "seq_len", "steps", "logging_steps", "memory", "rounds")
+    given = {name: config[name] for name in names if config.get(name) is not None}
+    words = {name: " ".join(value) if isinstance(value, list) else value for name, value in given.items()}
+    options = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in words.items())
+    command = f"    python benchmarks/front_door.py {options} --out {path.name}"
+    return "\n\n".join([title, where(run, path), grid(head, rows), command])
 
 
 def loss_curve(path: Path, run: Run) -> str:

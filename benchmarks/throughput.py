@@ -372,6 +372,7 @@ def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, dict[
     config["providers"] = list(dict.fromkeys(args.providers))
     config["checkpointing"] = list(dict.fromkeys(args.checkpointing))
     config["points"] = points
+    config["graphs_in_peak"] = True
     if args.memory_gib is not None:
         config["memory_gib"] = args.memory_gib
     config["ceilings"] = not args.no_ceilings and args.device == "cuda"

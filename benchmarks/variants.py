@@ -304,6 +304,9 @@ def main() -> int:
             trainee = Variant(model, setting, 0, gradients)
             found = run(trainee, setting, train, held_out, 1.0, 0, min(BATCH, len(train)))
             found["held_share"] = sum(trainee.held_share) / len(trainee.held_share) if trainee.held_share else None
+        except torch.OutOfMemoryError as error:
+            # says nothing about the setting
+            raise SystemExit(f"{name}: out of memory with --jobs {args.jobs}; use fewer") from error
         except RuntimeError as error:
             found = {**setting, "error": str(error)[:300]}
         record.write_json(path, {**found, "env": record.environment()})

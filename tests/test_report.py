@@ -29,6 +29,7 @@ def test_a_changed_figure_is_noticed(tmp_path, monkeypatch, capsys):
     assert sorted(line.split()[0] for line in lines) == [
         "README.md",
         "benchmarks/RESULTS.md",
+        "throughput/mistral-7b-nf4-sweep-h200-2.png",
         "throughput/mistral-7b-nf4-sweep-h200.png",
         "throughput/mistral-7b-nf4.png",
     ]

@@ -25,6 +25,7 @@ from workers import Worker, say, start_all
 ROOT = Path(__file__).resolve().parents[1]
 # training.memory, and the bare loop's provider and checkpointing that do the same
 SAME = {"save": ("lsr", "full"), "speed": ("lsr_held", "none")}
+PER_SPEED = 3  # logging steps for a figure: the first two are not counted
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
@@ -48,8 +49,12 @@ def write_rows(path: Path, rows: int, length: int) -> None:
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
 
 
-def command(folder: Path, memory: str, args: argparse.Namespace) -> float:
-    """Run the training command and return its tokens/s."""
+class TrainingError(RuntimeError):
+    """The training command failed; the text is the end of what it said."""
+
+
+def run_of(folder: Path, args: argparse.Namespace, memory: str, name: str) -> dict[str, Any]:
+    """Return the run that is timed, as its YAML file has it."""
     run = {
         "model": {"name": str(folder), "random_weights": True, "quantization": args.base},
         "adapter": {"method": "lsr", "rank": 16, "alpha": 32.0, "separation_rank": 16},
@@ -58,24 +63,38 @@ def command(folder: Path, memory: str, args: argparse.Namespace) -> float:
             **{"max_steps": args.steps, "per_device_train_batch_size": args.tokens // args.seq_len},
             **{"gradient_accumulation_steps": 1, "max_length": args.seq_len, "packing": True, "memory": memory},
             **{"learning_rate": 1e-4, "logging_steps": args.logging_steps, "save_strategy": "no"},
-            **{"output_dir": str(folder / f"run-{memory}"), "fused": "on"},
+            **{"output_dir": str(folder / f"run-{name}"), "fused": "on"},
         },
         "eval": {"tasks": []},
     }
     run["adapter"]["target_modules"] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     if args.device == "cpu":
         run["model"]["dtype"] = "float32"
+    return run
+
+
+def trained(folder: Path, run: dict[str, Any], limit: float, launcher: list[str]) -> tuple[float, list[dict[str, Any]]]:
+    """Run the training command and return its tokens/s and what it logged.
+
+    Raises:
+        TrainingError: if it fails or takes longer than `limit` seconds.
+    """
     config = folder / "run.yaml"
     config.write_text(json.dumps(run), encoding="utf-8")  # JSON is YAML
-    start = [sys.executable, str(ROOT / "launch/train.py"), "--config", str(config), "--overwrite", "--quiet"]
-    done = subprocess.run(start, capture_output=True, text=True, timeout=args.limit, check=False)
+    words = [str(ROOT / "launch/train.py"), "--config", str(config), "--overwrite", "--quiet"]
+    start = [sys.executable, *launcher, *words]
+    try:
+        done = subprocess.run(start, capture_output=True, text=True, timeout=limit, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise TrainingError(f"{' '.join(start)} took more than {limit:.0f} s") from error
     if done.returncode:
-        raise SystemExit(f"{' '.join(start)} failed:\n{done.stderr[-2000:]}")
-    metrics = (folder / f"run-{memory}" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    speeds = [row["tokens_per_s"] for row in map(json.loads, metrics) if "tokens_per_s" in row]
-    if len(speeds) < 3:
-        raise SystemExit(f"{len(speeds)} logging steps are too few; raise --steps")
-    return statistics.median(speeds[2:])
+        raise TrainingError(f"{' '.join(start)} failed:\n{done.stderr[-2000:]}")
+    text = (Path(run["training"]["output_dir"]) / "metrics.jsonl").read_text(encoding="utf-8")
+    metrics = [json.loads(line) for line in text.splitlines()]
+    speeds = [row["tokens_per_s"] for row in metrics if "tokens_per_s" in row]
+    if len(speeds) < PER_SPEED:
+        raise TrainingError(f"{len(speeds)} logging steps are too few; raise --steps")
+    return statistics.median(speeds[PER_SPEED - 1 :]), metrics
 
 
 def bare(memory: str, args: argparse.Namespace, values: dict[str, Any], log: Path) -> float:
@@ -139,7 +158,10 @@ def main(arguments: list[str] | None = None) -> int:
         for number in range(args.rounds):
             for memory, found in rows.items():
                 found["bare"].append(bare(memory, args, values, args.out.with_suffix(f".{memory}.log")))
-                found["command"].append(command(folder, memory, args))
+                try:
+                    found["command"].append(trained(folder, run_of(folder, args, memory, memory), args.limit, [])[0])
+                except TrainingError as error:
+                    raise SystemExit(str(error)) from error
                 say(f"round {number + 1}: {memory}: {json.dumps({key: round(v[-1]) for key, v in found.items()})}")
                 table = [row_of(memory, found) for memory, found in rows.items() if found["command"]]
                 record.write_json(args.out, {"env": record.environment(), "config": config, "rows": table})

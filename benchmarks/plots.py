@@ -119,3 +119,32 @@ def sweep_plot(run: dict[str, Any], path: Path) -> None:
     figure.legend(shown.values(), labels, frameon=False, fontsize=8, loc="outside lower center", ncols=3)
     figure.tight_layout(rect=(0, 0.07, 1, 1))
     figure.savefig(path, dpi=130, metadata={"Source": digest(run)})
+
+
+def scaling_plot(run: dict[str, Any], path: Path) -> None:
+    """Draw tokens/s against the number of GPUs, a line a ZeRO stage, with the line of as many times one GPU."""
+    figure, axis = pyplot.subplots(figsize=(6, 4.2))
+    rows = [row for row in run["rows"] if row["status"] == "ok"]
+    most = max(row["num_gpus"] for row in rows)
+    for row in rows:
+        if row["zero_stage"] is None:
+            axis.plot([1, most], [row["tokens_per_s"], most * row["tokens_per_s"]], "k--", label="times one GPU alone")
+    for stage in sorted({row["zero_stage"] for row in rows} - {None}):
+        points = sorted((row["num_gpus"], row["tokens_per_s"]) for row in rows if row["zero_stage"] == stage)
+        axis.plot(*zip(*points, strict=True), "o-", label=f"ZeRO-{stage}")
+    axis.set_xticks(range(1, most + 1))
+    axis.set_xlabel("GPUs")
+    axis.set_ylabel("tokens/s")
+    axis.set_ylim(0)
+    axis.grid(alpha=0.3)
+    axis.legend(frameon=False)
+    config = run["config"]
+    axis.set_title(f"{config['model']}, {config['base'].upper()}, {config['tokens']:,} tokens a GPU and step")
+    figure.tight_layout()
+    figure.savefig(path, dpi=130, metadata={"Source": scaling_digest(run)})
+
+
+def scaling_digest(run: dict[str, Any]) -> str:
+    """Return what a plot of these rows is recognized by."""
+    shown = [[row[name] for name in ("num_gpus", "zero_stage", "status", "tokens_per_s")] for row in run["rows"]]
+    return hashlib.sha256(json.dumps(shown).encode()).hexdigest()

@@ -17,7 +17,18 @@ from typing import Any
 import commonsense_report
 import export_tables
 import results_page
-from plots import LABELS, MODES, by_provider, digest, drawn_from, memory_plot, sweep_plot, sweeps
+from plots import (
+    LABELS,
+    MODES,
+    by_provider,
+    digest,
+    drawn_from,
+    memory_plot,
+    scaling_digest,
+    scaling_plot,
+    sweep_plot,
+    sweeps,
+)
 from results_page import with_table
 
 ROOT = Path(__file__).parents[1]
@@ -89,6 +100,9 @@ def main(arguments: list[str] | None = None) -> int:
         if sweeps(sweep):
             drawn = path.with_suffix(".png")
             pictures[drawn] = digest(sweep), functools.partial(sweep_plot, sweep, drawn)
+    for path, run in results_page.read(RESULTS.parent / "scaling"):
+        drawn = path.with_suffix(".png")
+        pictures[drawn] = scaling_digest(run), functools.partial(scaling_plot, run, drawn)
     pictures |= commonsense_report.pictures(RESULTS.parent / "commonsense")
     old = [path for path, (wanted_digest, _) in pictures.items() if drawn_from(path) != wanted_digest]
     stale += [str(path.relative_to(ROOT)) for path in old]

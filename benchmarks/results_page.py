@@ -145,6 +145,20 @@ def front_door(path: Path, run: Run) -> str:
     return "\n\n".join([title, where(run, path), grid(head, rows), command])
 
 
+def scaling(path: Path, run: Run) -> str:
+    """Return the training command's speed on several GPUs beside one."""
+    config, rows = run["config"], []
+    for row in run["rows"]:
+        stage = "without DeepSpeed" if row["zero_stage"] is None else f"ZeRO-{row['zero_stage']}"
+        found = [number(row["tokens_per_s"]), number(row["peak_memory_gib"], ".1f"), number(row["scaling"], ".2f")]
+        rows.append([f"{row['num_gpus']}, {stage}", *(found if row["status"] == "ok" else [row["status"], "", ""])])
+    batch = f"{config['tokens'] // config['seq_len']} x {config['seq_len']:,} tokens a GPU and step"
+    title = f"### {config['model']}, {config['base']}, {batch}, `memory: {config['memory']}`"
+    table = grid(["GPUs", "tokens/s", "GiB, each", "times one GPU"], rows)
+    picture = f"![{path.stem}](results/{path.parent.name}/{path.stem}.png)"
+    return "\n\n".join([title, where(run, path), table, picture, f"    {config['command']}"])
+
+
 def loss_curve(path: Path, run: Run) -> str:
     """Return how far the bfloat16 curves are from float32."""
     config = run["config"]
@@ -178,6 +192,7 @@ def many_adapters(path: Path, run: Run) -> str:
 SECTIONS = {
     "throughput": ("Training steps", throughput),
     "front_door": ("The training command beside a bare loop", front_door),
+    "scaling": ("Several GPUs", scaling),
     "kernel_times": ("Single operations", kernels),
     "loss_curve": ("Fused training beside float32", loss_curve),
     "many_adapters": ("Many adapters in one batch", many_adapters),

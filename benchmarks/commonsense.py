@@ -288,6 +288,7 @@ def result_of(job: "Job", setting: Setting, data: dict[str, Any]) -> dict[str, A
     hashes = {task: data[task] for task in REGIMES[run.regime].tasks}
     rounded = folder / "rounded.json"
     kept = ("trainable_parameters", "steps", "final_loss", "tokens", "tokens_per_s", "peak_memory_gib", "training_s")
+    kept += ("condition_down_max", "condition_up_max")
     return {
         **dataclasses.asdict(run),
         "part": "dev" if run.tunes else "test",

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import re
 import shutil
 import sys
 import time
@@ -163,7 +164,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def summarize_metrics(path: Path) -> dict[str, Any]:
-    """Return what the results say of a metrics file: the loss at the end (mean of the last tenth), tokens, memory."""
+    """Return what the results say of a metrics file.
+
+    The loss at the end (mean of the last tenth), tokens, memory, and the largest condition number of each side.
+    """
     rows = read_metrics(path)
     steps = [row for row in rows if "loss" in row]
     if not steps:
@@ -177,6 +181,8 @@ def summarize_metrics(path: Path) -> dict[str, Any]:
         "tokens_per_s": speeds[len(speeds) // 2] if speeds else None,
         "peak_memory_gib": max(row["memory_gib"] for row in steps),
     }
+    for name in dict.fromkeys(name for row in steps for name in row if re.fullmatch("condition_.*_max", name)):
+        found[name] = round(max(row[name] for row in steps if name in row), 4)
     names = ("eval_loss", "eval_accuracy")
     return found | {name: round(evaluations[-1][name], 6) for name in names if evaluations and name in evaluations[-1]}
 

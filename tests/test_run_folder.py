@@ -132,6 +132,16 @@ def test_metrics_are_read_up_to_a_line_that_a_kill_cut_short(tmp_path):
     assert summarize_metrics(tmp_path / "none.jsonl") == {}
 
 
+def test_results_keep_the_largest_condition_number_of_each_side(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    rows = [
+        {"loss": 2.0, "memory_gib": 1.5, "condition_down_max": 1.0 + g, "condition_up_max": 9.0} for g in (0.5, 0.1)
+    ]
+    file.write_text("".join(json.dumps({"step": i, **row}) + "\n" for i, row in enumerate(rows)))
+    found = summarize_metrics(file)
+    assert (found["condition_down_max"], found["condition_up_max"]) == (1.5, 9.0)
+
+
 def test_the_same_losses_draw_the_same_bytes_and_a_full_disk_keeps_the_old_curve(tmp_path, monkeypatch):
     file = tmp_path / "metrics.jsonl"
     rows = [{"step": i, "loss": 3.0 / i} for i in range(1, 40)] + [{"step": 20, "eval_loss": 1.0}]

@@ -19,23 +19,19 @@ Questions that stand in the test part with the same answer (the sources repeat a
 
 import argparse
 import dataclasses
-import gc
+import functools
 import gzip
 import hashlib
 import json
-import multiprocessing
-import multiprocessing.connection
-import os
 import shutil
-import signal
 import statistics
 import sys
 import time
-import traceback
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from pool import Job, do_all
 from trials import TUNING_SEED, Provider, rates, tuned_alike
 
 from lsr_scale import record
@@ -271,9 +267,11 @@ def config_of(run: Run, point: dict[str, float], setting: Setting) -> dict[str, 
     return config
 
 
-def result_of(job: "Job", setting: Setting, data: dict[str, Any]) -> dict[str, Any]:
+def result_of(
+    run: Run, point: dict[str, float], setting: Setting, data: dict[str, Any], wall_s: float
+) -> dict[str, Any]:
     """Return what a finished run leaves: figures, settings, hashes, and which examples were right, by task."""
-    run, folder = job.run, setting.work / "runs" / job.run.name
+    folder = setting.work / "runs" / run.name
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     tasks: dict[str, Any] = {}
     for task in REGIMES[run.regime].tasks:
@@ -292,11 +290,11 @@ def result_of(job: "Job", setting: Setting, data: dict[str, Any]) -> dict[str, A
     return {
         **dataclasses.asdict(run),
         "part": "dev" if run.tunes else "test",
-        "settings": job.point,
+        "settings": point,
         **{key: results[key] for key in kept if key in results},
-        "wall_s": round(time.monotonic() - job.started, 1),
+        "wall_s": round(wall_s, 1),
         "command": f"lsr-scale train configs/{run.name}.yaml",
-        "config": config_of(run, job.point, dataclasses.replace(setting, work=Path("WORK"))),
+        "config": config_of(run, point, dataclasses.replace(setting, work=Path("WORK"))),
         "tasks": tasks,
         **({"rounded": json.loads(rounded.read_text(encoding="utf-8"))} if rounded.is_file() else {}),
         "data": hashes,
@@ -333,88 +331,22 @@ def finished(run: Run, point: dict[str, float], results: Path) -> dict[str, Any]
     return result if result is not None and result["settings"] == point else None
 
 
-@dataclasses.dataclass
-class Job:
-    """A run in hand."""
-
-    run: Run
-    point: dict[str, float]
-    started: float
-
-
-class Worker:
-    """A process that does one run after another."""
-
-    def __init__(self, jobs: int) -> None:
-        """Start it; `jobs` of them share the processor's cores."""
-        context = multiprocessing.get_context("spawn")
-        self.connection, theirs = context.Pipe()
-        threads = max(1, (os.cpu_count() or 1) // jobs)
-        self.process = context.Process(target=_work, args=(theirs, threads), daemon=True)
-        self.process.start()
-        theirs.close()
-        self.job: Job | None = None
-
-    def give(self, run: Run, point: dict[str, float], setting: Setting) -> None:
-        """Have it do a run, its output in `work/logs`."""
-        work = setting.work
-        shutil.rmtree(work / "runs" / run.name, ignore_errors=True)
-        config = work / "configs" / f"{run.name}.yaml"
-        record.write_text(config, dump_yaml(run_from_dict(config_of(run, point, setting), run.name)))
-        log = work / "logs" / f"{run.name}.log"
-        log.parent.mkdir(parents=True, exist_ok=True)
-        rounds = ROUNDED if run.regime == "joint" and run.base == "bf16" and run.seed < SEEDS_ROUNDED else ()
-        self.connection.send((str(config), str(log), str(work / "runs" / run.name), rounds))
-        self.job = Job(run, point, time.monotonic())
-
-    def take(self) -> tuple[Job, int]:
-        """Return the run that it has ended, and that run's exit status; -1 where the process died of it."""
-        job, self.job = self.job, None
-        assert job is not None
-        try:
-            return job, self.connection.recv()
-        except EOFError:
-            return job, -1
-
-    def stop(self) -> None:
-        """End it, whatever it does."""
-        self.process.kill()
-        self.process.join()
-
-
-def _work(connection: Any, threads: int) -> None:
-    """Do the runs that come, each with its own log; in a process of its own."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    import torch
+def train_and_score(setting: Setting, data: dict[str, Any], run: Run, point: dict[str, float]) -> dict[str, Any]:
+    """Do a run as the command would, score rounded factors where they are wanted, return the result; in a worker."""
     from rounded_adapters import score_rounded
 
     from lsr_scale.cli import main as command
 
-    torch.set_num_threads(threads)
-    while True:
-        try:
-            config, log, folder, rounds = connection.recv()
-        except EOFError:
-            return
-        with open(log, "w", encoding="utf-8", buffering=1) as stream:
-            os.dup2(stream.fileno(), 1)
-            os.dup2(stream.fileno(), 2)
-            try:
-                status = command(["train", config, "--overwrite"])
-                if rounds and not status:
-                    record.write_json(Path(folder) / "rounded.json", score_rounded(folder, rounds))
-            except SystemExit as end:
-                status = end.code if isinstance(end.code, int) else int(end.code is not None)
-            except Exception:
-                traceback.print_exc()
-                status = 1
-            sys.stdout.flush()
-            sys.stderr.flush()
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-        connection.send(status or 0)
+    began, work = time.monotonic(), setting.work
+    folder = work / "runs" / run.name
+    shutil.rmtree(folder, ignore_errors=True)
+    config = work / "configs" / f"{run.name}.yaml"
+    record.write_text(config, dump_yaml(run_from_dict(config_of(run, point, setting), run.name)))
+    if status := command(["train", str(config), "--overwrite"]):
+        raise RuntimeError(f"the command's exit status is {status}")
+    if run.regime == "joint" and run.base == "bf16" and run.seed < SEEDS_ROUNDED:
+        record.write_json(folder / "rounded.json", score_rounded(folder, ROUNDED))
+    return result_of(run, point, setting, data, time.monotonic() - began)
 
 
 def _startable(waiting: list[Run], results: Path) -> Iterator[tuple[Run, dict[str, float]]]:
@@ -439,43 +371,24 @@ def execute(
     time_limit: float,
 ) -> int:
     """Do the runs that have no result yet, so many at a time; return how many failed."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a kill ends the workers as well
-    began, failed = time.monotonic(), 0
     waiting = list(runs)
     for _ in _startable(waiting, results):  # what is done leaves
         pass
-    workers: list[Worker] = []
-    try:
-        while time.monotonic() - began < time_limit:
-            idle = [worker for worker in workers if worker.job is None]
-            while ready := next(_startable(waiting, results), None) if idle or len(workers) < jobs else None:
-                if not idle:
-                    idle.append(Worker(jobs))
-                    workers.append(idle[0])
-                waiting.remove(ready[0])
-                idle.pop().give(*ready, setting)
-            busy: list[Any] = [worker.connection for worker in workers if worker.job is not None]
-            if not busy:
-                break
-            left = time_limit - (time.monotonic() - began)
-            heard = multiprocessing.connection.wait(busy, timeout=max(0.0, min(left, 3600.0)))
-            for worker in [worker for worker in workers if worker.connection in heard]:
-                job, status = worker.take()
-                if status:
-                    failed += 1
-                    print(f"{job.run.name}: failed ({status}), see {setting.work / 'logs'}", flush=True)
-                    if status == -1:
-                        workers.remove(worker)
-                        worker.stop()
-                    continue
-                result = result_of(job, setting, data)
-                record.write_json(results / f"{job.run.name}.json", result)
-                print(f"{job.run.name}: {mean_accuracy(result):.2f} % in {result['wall_s']:.0f} s", flush=True)
-    finally:
-        for worker in workers:
-            waiting += [worker.job.run] if worker.job is not None else []
-            worker.stop()
-    print(f"{len(waiting)} runs left, {failed} failed")
+
+    def next_job() -> Job | None:
+        ready = next(_startable(waiting, results), None)
+        if ready is None:
+            return None
+        waiting.remove(ready[0])
+        return Job(ready[0].name, ready)
+
+    def take(job: Job, result: dict[str, Any]) -> None:
+        record.write_json(results / f"{job.name}.json", result)
+        print(f"{job.name}: {mean_accuracy(result):.2f} % in {result['wall_s']:.0f} s", flush=True)
+
+    call = functools.partial(train_and_score, setting, data)
+    failed, ended = do_all(next_job, call, take, jobs, time_limit, setting.work / "logs")
+    print(f"{len(waiting) + len(ended)} runs left, {failed} failed")
     return failed
 
 

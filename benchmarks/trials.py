@@ -6,18 +6,17 @@ processes that import once and do trial after trial. Used by `vision.py`, `glue.
 
 import argparse
 import dataclasses
-import gc
+import functools
 import itertools
 import json
 import math
-import multiprocessing
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any
+
+from pool import Job, do_all
 
 from lsr_scale import record
 
@@ -94,7 +93,7 @@ def options(description: str | None, results: Path) -> argparse.ArgumentParser:
     add("--results", type=Path, default=results)
     add("--seeds", type=int, default=3)
     add("--jobs", type=int, default=1, help="processes at a time")
-    add("--time-limit", type=float, default=math.inf, help="seconds after which no run is started")
+    add("--time-limit", type=float, default=math.inf, help="seconds after which what is in hand is ended")
     add("--smoke", action="store_true", help="a few rows, two steps: is it wired up?")
     add("--dry-run", action="store_true", help="print the plan")
     add("--table", action="store_true", help="print what the results say")
@@ -138,9 +137,6 @@ def measured(measure: Measure, trial: Trial, point: dict[str, float]) -> dict[st
     """Return a trial's result with its settings and how long it took; run in a worker."""
     began = time.monotonic()
     result = measure(trial, point)
-    gc.collect()
-    if (torch := sys.modules.get("torch")) is not None and torch.cuda.is_available():
-        torch.cuda.empty_cache()  # the next trial's, and that of other workers
     return {**dataclasses.asdict(trial), "settings": point, **result, "wall_s": round(time.monotonic() - began, 1)}
 
 
@@ -160,42 +156,35 @@ def execute(
         measure: Trains once and returns at least `score`; sent to the workers, so a function of a module.
         results: Folder of the results.
         jobs: Workers.
-        time_limit: Seconds after which no trial is started.
+        time_limit: Seconds after which the trials in hand are ended.
     """
     if any(trial.tunes for trial in trials):
         tuned_alike(providers)
-    began, failed = time.monotonic(), 0
     # a result of a point that is another one by now is none
     known = {trial.name for trial in trials if trial.point is not None}
     done = {name: result for name, result in load(results).items() if name not in known or _is_point(result, providers)}
     waiting = [trial for trial in trials if not (trial.name in known and trial.name in done)]
-    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
-        running: dict[Any, Trial] = {}
-        while waiting or running:
-            for trial in list(waiting):
-                if len(running) >= jobs or time.monotonic() - began > time_limit:
-                    break
-                index = best_point(trial.task, trial.provider, done) if trial.point is None else trial.point
-                if index is None:
-                    continue
-                settings = providers[trial.provider].points[index]
-                waiting.remove(trial)
-                if trial.name not in done or done[trial.name]["settings"] != settings:
-                    running[pool.submit(measured, measure, trial, settings)] = trial
-            if not running:
-                break
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                trial = running.pop(future)
-                if future.exception() is not None:
-                    failed += 1
-                    print(f"{trial.name}: failed: {future.exception()!r}", flush=True)
-                    continue
-                done[trial.name] = future.result()
-                record.write_json(results / f"{trial.name}.json", done[trial.name])
-                print(f"{trial.name}: {done[trial.name]['score']} in {done[trial.name]['wall_s']} s", flush=True)
-    left = [trial for trial in waiting if trial.name not in done]
-    print(f"{len(left)} trials left, {failed} failed")
-    return failed + len(left)
+
+    def next_job() -> Job | None:
+        for trial in list(waiting):
+            index = best_point(trial.task, trial.provider, done) if trial.point is None else trial.point
+            if index is None:
+                continue
+            settings = providers[trial.provider].points[index]
+            waiting.remove(trial)
+            if trial.name not in done or done[trial.name]["settings"] != settings:
+                return Job(trial.name, (trial, settings))
+        return None
+
+    def take(job: Job, result: dict[str, Any]) -> None:
+        done[job.name] = result
+        record.write_json(results / f"{job.name}.json", result)
+        print(f"{job.name}: {result['score']} in {result['wall_s']} s", flush=True)
+
+    failed, ended = do_all(next_job, functools.partial(measured, measure), take, jobs, time_limit)
+    left = sum(trial.name not in done for trial in waiting) + len(ended)
+    print(f"{left} trials left, {failed} failed")
+    return failed + left
 
 
 def _is_point(result: Mapping[str, Any], providers: Mapping[str, Provider]) -> bool:

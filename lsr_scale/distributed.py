@@ -43,19 +43,23 @@ def start(use_deepspeed: bool, timeout_s: float = TIMEOUT_S) -> None:
     On CPUs DeepSpeed would compile a shared-memory helper first, a minute on two cores and in need of a C++ compiler;
     an adapter's gradients are a few MB, for which gloo does, so the helper is left out.
 
+    Processes talk by NCCL on GPUs and gloo on CPUs, or by what LSR_SCALE_BACKEND names: gloo lets several processes
+    share a GPU, to try out what otherwise takes several GPUs.
+
     Raises:
-        UserError: if the others did not come.
+        UserError: if the others did not come, or this process has no GPU for itself.
     """
     if not is_launched():
         return
     has_gpu = torch.cuda.is_available()
+    backend = os.environ.get("LSR_SCALE_BACKEND") or ("nccl" if has_gpu else "gloo")
     if has_gpu:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK") or 0) % torch.cuda.device_count())
+        torch.cuda.set_device(_own_gpu(backend))
     else:
         local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size())
         threads = int(os.environ.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // max(1, local)))))
         torch.set_num_threads(threads)
-    backend, timeout = "nccl" if has_gpu else "gloo", datetime.timedelta(seconds=timeout_s)
+    timeout = datetime.timedelta(seconds=timeout_s)
     try:
         if use_deepspeed:
             import deepspeed
@@ -72,6 +76,19 @@ def start(use_deepspeed: bool, timeout_s: float = TIMEOUT_S) -> None:
             f"process {rank()} of {world_size()} did not meet the others at {where} within {timeout_s:g} s: see that "
             f"all were started, with one MASTER_ADDR and MASTER_PORT that every host reaches ({str(error)[:200]})"
         ) from error
+
+
+def _own_gpu(backend: str) -> int:
+    """Return the number of this process's GPU; LOCAL_RANK, which accelerate reads too, is made to name it."""
+    local, count = int(os.environ.get("LOCAL_RANK") or 0), torch.cuda.device_count()
+    if local >= count and backend == "nccl":
+        raise UserError(
+            f"process {rank()} is number {local + 1} of this host, which has {count} GPU{'s' * (count > 1)}: start one "
+            f"process a GPU (--num_gpus {count}, --nproc_per_node {count}), or set LSR_SCALE_BACKEND=gloo to try "
+            "several on one, slowly"
+        )
+    os.environ["LOCAL_RANK"] = str(local % count)
+    return local % count
 
 
 def gather(value: list) -> list:

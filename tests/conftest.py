@@ -21,6 +21,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 # Tiny tensors: threads would only wait for each other, above all when test processes run side by side.
 torch.set_num_threads(1)
 
+two_processes = pytest.mark.skipif(
+    torch.cuda.device_count() == 1 and os.environ.get("LSR_SCALE_BACKEND") != "gloo",
+    reason="two processes need two GPUs or none, or LSR_SCALE_BACKEND=gloo",
+)
+
 SEVEN_LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 

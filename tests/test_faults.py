@@ -10,6 +10,7 @@ import time
 
 import pytest
 import torch
+from conftest import two_processes
 from test_resume import arrange_stop, config_file
 from test_two_ranks import ROOT, free_port, launch
 from tiny_runs import do, factors, metrics, same, save_llama, tiny_run
@@ -108,7 +109,7 @@ def wait_for_steps(folder, more_than, ranks):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(torch.cuda.is_available(), reason="of CPU processes; a GPU would be shared by both")
+@two_processes
 def test_ranks_started_one_by_one_meet_and_end_together(place, tmp_path):
     folder = RunFolder(tmp_path / "run")
     training = {"output_dir": str(folder.path), "max_steps": 5000, "save_steps": 20}
@@ -148,6 +149,24 @@ def test_a_rank_whose_peer_never_comes_says_so(monkeypatch):
         distributed.start(use_deepspeed=False, timeout_s=1)
 
 
+@pytest.mark.parametrize(("local", "count", "backend"), [("1", 1, None), ("3", 2, "nccl")])
+def test_a_process_without_a_gpu_of_its_own_is_refused(monkeypatch, local, count, backend):
+    for name, value in {"RANK": local, "WORLD_SIZE": "4", "LOCAL_RANK": local, "LSR_SCALE_BACKEND": backend}.items():
+        monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    found = f"process {local} is number {int(local) + 1} of this host, which has {count} GPU"
+    with pytest.raises(UserError, match=found + r"s?: start one process a GPU \(--num_gpus"):
+        distributed.start(use_deepspeed=False)
+
+
+def test_by_gloo_several_processes_share_a_gpu(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert distributed._own_gpu("gloo") == 1
+    assert os.environ["LOCAL_RANK"] == "1"
+
+
 @pytest.mark.slow
 def test_a_run_killed_within_a_save_goes_on_to_the_same_adapter(tmp_path):
     """The short form of benchmarks/faults.py."""
@@ -160,7 +179,7 @@ def test_a_run_killed_within_a_save_goes_on_to_the_same_adapter(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(torch.cuda.is_available(), reason="of CPU processes; a GPU would be shared by both")
+@two_processes
 def test_the_failing_rank_speaks_first_and_ends_the_run(place, tmp_path):
     run = tiny_run(place, training={"output_dir": str(tmp_path / "run")}, eval={"tasks": []})
     (tmp_path / "run.yaml").write_text(dump_yaml(run))

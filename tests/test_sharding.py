@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
+from conftest import two_processes
 from safetensors.torch import load_file, save_file
 from test_two_ranks import launch
 from tiny_runs import completions, save_llama, tiny_run, write_rows
@@ -13,10 +13,7 @@ from two_ranks_sharding import BASES, COMBINATIONS, DEFAULT, MEASURED, METHODS, 
 from lsr_scale.model import load_config, skeleton
 from lsr_scale.plan.sizes import frozen_bytes, quantized_layers
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(torch.cuda.is_available(), reason="of CPU processes; a GPU would be shared by both"),
-]
+pytestmark = [pytest.mark.slow, two_processes]
 ROOT = Path(__file__).parents[1]
 
 

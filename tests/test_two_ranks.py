@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import two_processes
 from test_resume import Killed, arrange_stop
 from tiny_runs import completions, do, factors, metrics, results, same, save_llama, tiny_run, write_rows
 
@@ -18,10 +19,7 @@ from lsr_scale import cli
 from lsr_scale.config import dump_yaml
 from lsr_scale.run_folder import RunFolder
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(torch.cuda.is_available(), reason="of CPU processes; a GPU would be shared by both"),
-]
+pytestmark = [pytest.mark.slow, two_processes]
 ROOT = Path(__file__).parents[1]
 STAGES = ["zero0", "zero1", "zero2", "zero3"]
 

@@ -56,6 +56,13 @@ class GraphSteps(_Base):
     _first_graph: int | None = None
     _num_parameters: int | None = None
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train, and leave the model as it was."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            vars(self.model).pop("zero_grad", None)
+
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Compute the loss as the trainer does."""
         return super().compute_loss(model, {k: v for k, v in inputs.items() if k != "static"}, *args, **kwargs)
@@ -81,8 +88,11 @@ class GraphSteps(_Base):
                 raise
             # the run goes on without: nothing was replayed yet, or the memory does not hold another shape's graph
             self.graphs = None
+            vars(model).pop("zero_grad", None)
             self.say(f"CUDA graphs are off: {str(error).splitlines()[0]}")
             return super().training_step(model, inputs, num_items_in_batch)
+        # the module's own walks over all modules after every step: 4 ms of the host's 20, for 135M parameters
+        vars(model)["zero_grad"] = self._drop_gradients
         self._drop = self.is_dropped(loss, inputs)
         if self._drop:
             torch._foreach_zero_(gradients)
@@ -97,6 +107,13 @@ class GraphSteps(_Base):
         if self._num_parameters is None:
             self._num_parameters = self.model.num_parameters(exclude_embeddings=True)
         return 6 * inputs["input_ids"].numel() * self._num_parameters
+
+    def _drop_gradients(self, set_to_none: bool = True) -> None:
+        """Let the trained parameters' gradients go."""
+        del set_to_none
+        assert self.graphs is not None
+        for parameter in self.graphs.parameters:
+            parameter.grad = None
 
     def _clip_grad_norm(self, model: Any) -> Any:
         """Clip the gradients as the trainer does, without a walk over all modules of the model."""

@@ -16,7 +16,7 @@ from lsr_scale import assembly
 from lsr_scale.adapters import peft_config
 from lsr_scale.errors import UserError
 from lsr_scale.fused.step_graph import StepGraphs, rounded, static_batch, static_loss, why_not_graphs
-from lsr_scale.graph_steps import host_bound
+from lsr_scale.graph_steps import GraphSteps, host_bound
 
 BIG: dict[str, Any] = dict(
     hidden_size=256, intermediate_size=704, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=3
@@ -151,8 +151,12 @@ def on_the_cpu(monkeypatch):
 @pytest.mark.parametrize("fails_at", [None, 4])
 def test_runs_end_where_they_do_without(tmp_path, monkeypatch, on_the_cpu, accumulation, fails_at):
     monkeypatch.setattr(WithoutGraphs, "fails_at", fails_at)
+    drop, models = GraphSteps._drop_gradients, []
+    monkeypatch.setattr(GraphSteps, "_drop_gradients", lambda self, *a: models.append(self.model) or drop(self, *a))
     found = compare_runs(tmp_path, accumulation, fused="on", on_nonfinite="skip")
     assert WithoutGraphs.replays >= (4 if fails_at else 6)
+    assert models
+    assert "zero_grad" not in vars(models[-1])  # the model's own again
     for name, factor in found["on"].items():
         torch.testing.assert_close(factor, found["off"][name], rtol=1e-3, atol=1e-5)
 

@@ -18,6 +18,7 @@ import json
 import shutil
 import statistics
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ TASKS = commonsense.REGIMES["small"].tasks
 EPOCHS = 2
 RATES = rates(5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
 PAPER_RATES = rates(1e-5, 3e-5, 1e-4, 3e-4, 1e-3)  # of the paper's start, whose scaling is 2,048 times the default's
+CONDITIONS = ("condition_down_max", "condition_up_max")
 SMOLLM2_SHAPES = ((576, 576), (576, 192), (576, 1536), (1536, 576))
 
 
@@ -105,7 +107,7 @@ def config_of(work: Path, model: str, smoke: bool, trial: Trial, point: dict[str
         "data": {
             "train": [{"path": str(data / task), "split": "train", **({"limit": 8} if smoke else {})} for task in TASKS]
         },
-        "training": training | ({"max_steps": 2} if smoke else {}),
+        "training": training | ({"max_steps": 2, "logging_steps": 1} if smoke else {}),
         "deepspeed": {"config": None},
         "eval": {
             "tasks": [{"path": str(data / task), "split": "dev"} for task in TASKS],
@@ -137,7 +139,7 @@ def measure(work: Path, model: str, smoke: bool, trial: Trial, point: dict[str, 
         "accuracy": accuracy,
         "steps": results["steps"],
         "final_loss": results.get("final_loss"),
-        **{name: results[name] for name in ("condition_down_max", "condition_up_max") if name in results},
+        **{name: results[name] for name in CONDITIONS if name in results},
         "adapter_parameters": results["trainable_parameters"],
         "oversized": [list(shape) for shape in oversized(PROVIDERS[trial.provider])],
         "config": config_of(Path("WORK"), model, smoke, trial, point),
@@ -171,7 +173,18 @@ def tables(results: Path) -> list[str]:
             if oversized(PROVIDERS[name]):
                 rows = [row.replace(f"| {name} |", f"| {name}, larger than dense |") for row in rows]
         lines += [f"**{axis}**", "", *rows, ""]
-    return lines
+    return lines + conditions(done)
+
+
+def conditions(done: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return Markdown: the largest condition number that a side of any module had in a run, over the seeds."""
+    lines = ["**largest condition number of a run**", "", "| | down | up |", "|---|---:|---:|"]
+    for name in PROVIDERS:
+        rows = [r for r in done.values() if r["provider"] == name and r["seed"] != trials.TUNING_SEED]
+        sides = [[r[key] for r in rows if key in r] for key in CONDITIONS]
+        if all(sides):
+            lines.append(f"| {name} | {' | '.join(f'{max(side):.2f}' for side in sides)} |")
+    return lines if len(lines) > 4 else []
 
 
 def main(arguments: list[str] | None = None) -> int:

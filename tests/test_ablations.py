@@ -70,8 +70,9 @@ def test_a_run_leaves_its_accuracy_on_the_development_part(tmp_path):
                     stream.write(json.dumps(row) + "\n")
     commonsense.prepare(tmp_path / "raw", tmp_path / "work")
     model = str(save_llama(tmp_path / "model"))
-    trial = Trial("small", "lora_2", TUNING_SEED, 0)
-    result = ablations.measure(tmp_path / "work", model, True, trial, dict(PROVIDERS["lora_2"].points[0]))
+    trial = Trial("small", "r16_s2", TUNING_SEED, 0)
+    result = ablations.measure(tmp_path / "work", model, True, trial, dict(PROVIDERS["r16_s2"].points[0]))
+    assert result["condition_down_max"] > 0
     assert set(result["accuracy"]) == set(ablations.TASKS)
     assert result["score"] == pytest.approx(sum(result["accuracy"].values()) / 3)
     assert result["steps"] == 2
@@ -87,8 +88,11 @@ def test_tables_mark_what_is_larger_than_dense(tmp_path):
     for name in ("r16_s16", "r16_s48", "lora_8"):
         trial = Trial("small", name, 0)
         row = {"task": "small", "provider": name, "seed": 0, "score": 0.5, "settings": {}, "adapter_parameters": 1}
+        if name.startswith("r16"):
+            row |= {"condition_down_max": 1.234, "condition_up_max": 2.0}
         (tmp_path / f"{trial.name}.json").write_text(json.dumps(row))
     lines = ablations.tables(tmp_path)
+    assert lines[-2:] == ["| r16_s16 | 1.23 | 2.00 |", "| r16_s48 | 1.23 | 2.00 |"]
     assert sum(line.startswith("| r16_s48, larger than dense | 1 | 50.0 (1 seed)") for line in lines) == 1
     assert sum(line.startswith("| r16_s16 | 1 |") for line in lines) == 7
 

@@ -34,6 +34,7 @@ from trials import Provider, Trial, lsr_points, rates
 from lsr_scale import record
 
 RESULTS = Path(__file__).parent / "results/glue"
+FROZEN_RESULTS = RESULTS / "frozen"
 RATES = rates(2e-4, 5e-4, 1e-3, 2e-3, 4e-3)
 HIGH_RATES = rates(8e-3, 1.6e-2, 1e-3, 2e-3, 4e-3)  # for those that were best at the end of the others' rates
 PROVIDERS = {

@@ -15,6 +15,7 @@ from typing import Any
 
 import ablations
 import glue
+import sequential
 import trials
 import vision
 from matplotlib import pyplot
@@ -81,19 +82,27 @@ def width_table() -> str:
     return "\n".join(lines)
 
 
+NOT_RUN = "Not run yet."
+
+
+def has_tests(folder: Path) -> bool:
+    """Tell whether a comparison has come further than its tuning."""
+    return any(result["seed"] != trials.TUNING_SEED for result in trials.load(folder).values())
+
+
 def trial_table(folder: Path, providers: Any) -> str:
     """Return a comparison's table, or that it has not been run."""
-    done = trials.load(folder) if folder.is_dir() else {}
-    if not any(result["seed"] != trials.TUNING_SEED for result in done.values()):
-        return "Not run yet."
-    return "\n".join(trials.table(done, providers))
+    return "\n".join(trials.table(trials.load(folder), providers)) if has_tests(folder) else NOT_RUN
 
 
 def ablation_tables() -> str:
     """Return the ablations' tables, or that they have not been run."""
-    if not trials.load(ablations.RESULTS):
-        return "Not run yet: they want a GPU for about an hour."
-    return "\n".join(ablations.tables(ablations.RESULTS)).rstrip()
+    return "\n".join(ablations.tables(ablations.RESULTS)).rstrip() if has_tests(ablations.RESULTS) else NOT_RUN
+
+
+def sequential_tables() -> str:
+    """Return what is left of a first task after a second, or that it has not been run."""
+    return sequential.table(sequential.RESULTS) or NOT_RUN
 
 
 def terms_plot(path: Path) -> None:
@@ -162,6 +171,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "vision": functools.partial(trial_table, vision.RESULTS, vision.PROVIDERS),
     "glue pilot": functools.partial(trial_table, PILOT, glue.PROVIDERS),
     "glue": functools.partial(trial_table, glue.RESULTS, glue.PROVIDERS),
+    "glue frozen": functools.partial(trial_table, glue.FROZEN_RESULTS, glue.PROVIDERS),
+    "sequential": sequential_tables,
     "ablations": ablation_tables,
 }
 PLOTS: dict[str, tuple[Callable[[Path], None], Callable[[], list[Row]]]] = {

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 DIED = "its process died"
+GRACE_S = 20.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,20 +59,38 @@ class Worker:
         except EOFError:
             return job, None, DIED
 
-    def stop(self) -> None:
+    def ask_to_end(self) -> None:
+        """Have it leave by itself: idle it does so at once, busy it lets go of what it does."""
+        if self.job is not None:
+            self.process.terminate()
+        self.connection.close()
+
+    def stop(self, grace_s: float = 0.0) -> None:
         """End it, whatever it does."""
+        self.process.join(grace_s)
         self.process.kill()
         self.process.join()
+
+
+class _Ended(BaseException):
+    """Asked to leave; no `Exception`, which a call may well catch."""
+
+
+def _leave(*_: Any) -> None:
+    raise _Ended
 
 
 def _serve(connection: Any, call: Callable[..., Any], threads: int, logs: Path | None) -> None:
     """Make the calls that come; in a process of its own."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    with contextlib.suppress(_Ended, EOFError, BrokenPipeError):
+        signal.signal(signal.SIGTERM, _leave)
+        _serve_all(connection, call, threads, logs)
+
+
+def _serve_all(connection: Any, call: Callable[..., Any], threads: int, logs: Path | None) -> None:
     while True:
-        try:
-            job = connection.recv()
-        except EOFError:
-            return
+        job = connection.recv()
         if logs is not None:
             logs.mkdir(parents=True, exist_ok=True)
             with open(logs / f"{job.name}.log", "w", encoding="utf-8") as stream:
@@ -82,6 +101,8 @@ def _serve(connection: Any, call: Callable[..., Any], threads: int, logs: Path |
         result, wrong = None, ""
         try:
             result = call(*job.arguments)
+        except _Ended:
+            raise
         except BaseException as error:  # a library's SystemExit too: the process serves others
             traceback.print_exc()
             wrong = f"{type(error).__name__}: {error}"
@@ -143,6 +164,10 @@ def do_all(
                     worker.stop()
     finally:
         ended = [worker.job for worker in workers if worker.job is not None]
+        # under NVIDIA's MPS a process that is killed while kernels of it run takes the others' with it: ask first
         for worker in workers:
-            worker.stop()
+            worker.ask_to_end()
+        until = time.monotonic() + GRACE_S
+        for worker in workers:
+            worker.stop(max(0.0, until - time.monotonic()))
     return failed, ended

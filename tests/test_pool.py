@@ -1,6 +1,7 @@
 """Short runs side by side: one that fails, dies or hangs takes nothing along but itself."""
 
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import pool
 from pool import Job, do_all
 
 
@@ -21,6 +23,14 @@ def act(what):
     if what == "die":
         os._exit(9)
     if what == "hang":
+        time.sleep(600)
+    if what.startswith("tidy "):
+        try:
+            time.sleep(600)
+        finally:
+            Path(what.removeprefix("tidy ")).write_text("left in order")
+    if what == "deaf":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         time.sleep(600)
     return what.upper()
 
@@ -52,3 +62,16 @@ def test_at_the_limit_what_is_in_hand_is_ended():
     failed, ended, found = do(["a", "hang", "never"], time_limit=6.0)
     assert time.monotonic() - began < 20
     assert (failed, ended, found) == (0, ["1-hang"], {"0-a": "A"})
+
+
+def test_what_is_ended_can_leave_in_order(tmp_path):
+    note = tmp_path / "note"
+    assert do([f"tidy {note}"], time_limit=5.0)[1] == [f"0-tidy {note}"]
+    assert note.read_text() == "left in order"
+
+
+def test_what_does_not_leave_is_killed(monkeypatch):
+    monkeypatch.setattr(pool, "GRACE_S", 1.0)
+    began = time.monotonic()
+    assert do(["deaf"], time_limit=5.0)[1] == ["0-deaf"]
+    assert time.monotonic() - began < 20

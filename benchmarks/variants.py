@@ -7,6 +7,7 @@ Each variant gives every linear a pair (down, up) and differs in what of it trai
     lora     dense pairs: LoRA
     lsr      LSR-Adapt; `left_out`/`left_in` choose the split, "heads" puts the boundary between attention heads
     kron     Kron-LoRA with `terms` of them summed
+    full     sums of `terms` Kronecker products in place of a pair, of full rank: KronA where it is one
     train_down: false    only `up` trains, `down` stays as it started (LoRA-FA, arXiv 2308.03303; 2402.16842)
     start: gradient      `down` starts as the top right singular vectors of the weight's gradient over 512 rows (as in
                          LoRA-GA, arXiv 2407.05000), for `lsr` as the nearest sum of Kronecker products
@@ -33,6 +34,7 @@ from parametrization import TARGETS, PairedLinear, encoded, evaluate, padded, ru
 from torch import Tensor, nn
 
 from lsr_scale.adapters.kron_lora import KronLora, KronLoraConfig
+from lsr_scale.adapters.krona import Krona, KronaConfig
 from lsr_scale.adapters.lsr import Lsr, LsrConfig
 
 TASKS = ("arc_easy", "arc_challenge", "openbookqa", "piqa", "winogrande")
@@ -114,6 +116,12 @@ class Variant(parametrization.Trainee):
             down = torch.empty_like(down).uniform_(-bound, bound) if wanted is None else wanted / math.sqrt(3)
             return {"down": down, "up": torch.zeros(count, size_out, rank)}, None, setting["alpha"] / rank
         config: Any
+        if setting["form"] == "full":
+            shapes = Krona.parameter_shapes(size_in, size_out, KronaConfig())
+            left = torch.empty(count, setting["terms"], *shapes["left"])
+            bound = 1 / math.sqrt(left.shape[-1])  # KronA's own start
+            right = torch.zeros(count, setting["terms"], *shapes["right"])
+            return {"left": left.uniform_(-bound, bound), "right": right}, "full", setting["alpha"]
         if setting["form"] == "kron":
             config = KronLoraConfig(rank=rank, left_in=2, left_out=16, alpha=setting["alpha"])
             method: Any = KronLora
@@ -152,6 +160,10 @@ class Variant(parametrization.Trainee):
         for modules, factors, method, scaling in self.kinds:
             if method is None:
                 down, up = factors["down"], factors["up"]
+            elif method == "full":
+                delta = torch.einsum("ltab,ltcd->lacbd", factors["left"], factors["right"])
+                up = delta.flatten(3).flatten(1, 2)
+                down = torch.eye(up.shape[-1], device=up.device)[None]
             elif method == "kron":
                 # a term's pair, then the terms' side by side
                 held = {
@@ -234,6 +246,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "lsr_16_8": lsr(16, 8),
     "lsr_2": lsr(2, 22),
     "lora_4_up_gradient": lora(4, **UP_ONLY, **GRADIENT),
+    "lora_1": lora(1),
+    "krona_1": {"form": "full", "rank": None, "terms": 1, "alpha": 1.0},
+    "krona_2": {"form": "full", "rank": None, "terms": 2, "alpha": 1.0},
+    "krona_4": {"form": "full", "rank": None, "terms": 4, "alpha": 1.0},
 }
 RATES = (8e-3, 4e-3, 1.6e-2)
 

@@ -85,6 +85,20 @@ def test_terms_of_kron_lora_add_up():
         assert float((up @ down - whole).norm() / whole.norm()) < 0.02
 
 
+def test_sums_of_full_rank_are_what_krona_adds_up():
+    trainee = Variant(model(), VARIANTS["krona_2"], 0, {})
+    modules, factors, _, scaling = trainee.kinds[0]
+    with torch.no_grad():
+        for value in factors.values():
+            value.normal_()
+    trainee.set_pairs()
+    whole = scaling * kron_sums(factors["left"].detach(), factors["right"].detach())
+    for layer, module in enumerate(modules):
+        assert module.pair is not None
+        down, up = (m.detach().float() for m in module.pair)
+        assert float((up @ down - whole[layer]).norm() / whole[layer].norm()) < 0.01
+
+
 def test_down_starts_along_the_gradient():
     base = model()
     gradients = weight_gradients(base, rows())

@@ -100,6 +100,20 @@ def ablation_tables() -> str:
     return "\n".join(ablations.tables(ablations.RESULTS)).rstrip() if has_tests(ablations.RESULTS) else NOT_RUN
 
 
+def condition_line() -> str:
+    """Return how far the terms of a sum cancelled in any of the ablations' runs, tuning included."""
+    runs = [run for run in trials.load(ablations.RESULTS).values() if all(key in run for key in ablations.CONDITIONS)]
+    if not runs:
+        return NOT_RUN
+    highest = max(runs, key=lambda run: max(run[key] for key in ablations.CONDITIONS))
+    gamma = max(highest[key] for key in ablations.CONDITIONS)
+    rates = [run["settings"]["learning_rate"] for run in runs]
+    return (
+        f"Constructed to cancel. In {len(runs)} runs of the ablations below, at rates from {min(rates):g} to {max(rates):g}, "
+        f"the largest gamma of a module was {gamma:.2f} ({highest['provider']})."
+    )
+
+
 def sequential_tables() -> str:
     """Return what is left of a first task after a second, or that it has not been run."""
     return sequential.table(sequential.RESULTS) or NOT_RUN
@@ -173,6 +187,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "glue": functools.partial(trial_table, glue.RESULTS, glue.PROVIDERS),
     "glue frozen": functools.partial(trial_table, glue.FROZEN_RESULTS, glue.PROVIDERS),
     "sequential": sequential_tables,
+    "condition": condition_line,
     "ablations": ablation_tables,
 }
 PLOTS: dict[str, tuple[Callable[[Path], None], Callable[[], list[Row]]]] = {

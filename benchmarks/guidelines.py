@@ -109,8 +109,8 @@ def condition_line() -> str:
     gamma = max(highest[key] for key in ablations.CONDITIONS)
     rates = [run["settings"]["learning_rate"] for run in runs]
     return (
-        f"Constructed to cancel. In {len(runs)} runs of the ablations below, at rates from {min(rates):g} to {max(rates):g}, "
-        f"the largest gamma of a module was {gamma:.2f} ({highest['provider']})."
+        f"Constructed to cancel. In {len(runs)} runs of the ablations below, at rates from {min(rates):g} to "
+        f"{max(rates):g}, the largest gamma of a module was {gamma:.2f} ({highest['provider']})."
     )
 
 

@@ -10,8 +10,11 @@ the loop's; 0.97 is wanted.
 """
 
 import argparse
+import contextlib
 import json
+import os
 import random
+import signal
 import statistics
 import subprocess
 import sys
@@ -83,12 +86,18 @@ def trained(folder: Path, run: dict[str, Any], limit: float, launcher: list[str]
     config.write_text(json.dumps(run), encoding="utf-8")  # JSON is YAML
     words = [str(ROOT / "launch/train.py"), "--config", str(config), "--overwrite", "--quiet"]
     start = [sys.executable, *launcher, *words]
-    try:
-        done = subprocess.run(start, capture_output=True, text=True, timeout=limit, check=False)
-    except subprocess.TimeoutExpired as error:
-        raise TrainingError(f"{' '.join(start)} took more than {limit:.0f} s") from error
-    if done.returncode:
-        raise TrainingError(f"{' '.join(start)} failed:\n{done.stderr[-2000:]}")
+    # a session of its own: a launcher's processes are to end with it
+    pipes: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(start, **pipes, start_new_session=True) as process:
+        try:
+            _, said = process.communicate(timeout=limit)
+        except subprocess.TimeoutExpired as error:
+            raise TrainingError(f"{' '.join(start)} took more than {limit:.0f} s") from error
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    if process.returncode:
+        raise TrainingError(f"{' '.join(start)} failed:\n{said[-2000:]}")
     text = (Path(run["training"]["output_dir"]) / "metrics.jsonl").read_text(encoding="utf-8")
     metrics = [json.loads(line) for line in text.splitlines()]
     speeds = [row["tokens_per_s"] for row in metrics if "tokens_per_s" in row]

@@ -77,7 +77,7 @@ def write_adapter(model: Any, folder: Path, state: dict[str, Any] | None = None)
 
 
 def _cannot_save(target: Path, error: OSError | SafetensorError) -> UserError:
-    return record.cannot_write(target, record.system_error(error))
+    return record.cannot_write(target, record.system_error(error) or OSError(str(error)))
 
 
 def _check_saved(folder: Path) -> None:

@@ -54,6 +54,7 @@ def build_trainer(
     Raises:
         UserError: for a model, data or adapter that do not go together.
     """
+    _check_optimizer(run)
     arguments = _arguments(run, folder)
     tokenizer = load_tokenizer(run.model.name, revision=run.model.revision, chat_template=run.model.chat_template)
     datasets = {"train": build_dataset(run.data.train, "train", model_task=run.model.task)}
@@ -119,6 +120,16 @@ def _arguments(run: RunConfig, folder: RunFolder) -> Any:
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # one process, one GPU: torch's DataParallel cannot copy a quantized layer
     return arguments
+
+
+def _check_optimizer(run: RunConfig) -> None:
+    """Refuse, before anything is loaded, an optimizer whose state belongs to no one parameter where it is sharded."""
+    name, stage = run.training["optim"], zero_stage(run)
+    if uses_deepspeed(run) and stage > 0 and "8bit" in name:
+        raise UserError(
+            f"training.optim: {name} keeps its state in blocks over all parameters, which no checkpoint can hold by "
+            f"parameter under ZeRO-{stage}; use adamw_torch, or set deepspeed.config to zero0"
+        )
 
 
 def _fuse(run: RunConfig, model: PeftModel, arguments: Any) -> FuseReport | None:

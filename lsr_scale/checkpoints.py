@@ -13,6 +13,7 @@ from lsr_scale.errors import UserError
 from lsr_scale.run_folder import RunFolder
 
 MANIFEST, STATE, TENSORS = "manifest.json", "training_state.json", "training_state.safetensors"
+_NEEDED = (STATE, TENSORS, "trainer_state.json", "adapter_model.safetensors", "adapter_config.json", "base.json")
 _BATCH, _ACCUMULATION = "per_device_train_batch_size", "gradient_accumulation_steps"
 
 # What must not change between a checkpoint and its continuation, or would not be heeded, for the optimizer's state has
@@ -50,7 +51,7 @@ def damage(checkpoint: Path) -> str | None:
                 return f"{name} is cut short or altered: {size} bytes, {expected['bytes']} in {MANIFEST}"
             if _sha256(file) != expected["sha256"]:
                 return f"{name} is altered: its SHA-256 is not that in {MANIFEST}"
-        lacking = [name for name in (STATE, TENSORS, "trainer_state.json") if name not in listed]
+        lacking = [name for name in _NEEDED if name not in listed]
         return f"{MANIFEST} does not list {lacking[0]}" if lacking else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{MANIFEST} cannot be read ({error})"
@@ -126,6 +127,11 @@ def check(checkpoint: Path, run: RunConfig, num_processes: int) -> list[str]:
         raise UserError(
             f"--resume {checkpoint}: its steps had {rows} rows ({before} process(es)), these would have {now}, so the "
             f"position in the data would be lost; set {remedy}"
+        )
+    if before != num_processes and run.training.get("train_sampling_strategy") == "batch_rebalance":
+        raise UserError(
+            f"--resume {checkpoint}: training.train_sampling_strategy: batch_rebalance orders the rows by the number "
+            f"of processes, so the position in the data would be lost; go on with {before} process(es)"
         )
     notes = [] if before == num_processes else [f"{before} process(es) saved the checkpoint, {num_processes} go on"]
     saved = RunFolder(checkpoint.parent)

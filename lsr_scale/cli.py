@@ -17,6 +17,10 @@ SECONDS_FOR_RANK_0 = 4.0
 # the system's words, and what torch.save makes of them
 _FULL_DISK = ("No space left on device", "PytorchStreamWriter", "inline_container", "iostream error")
 # a peer's end, in gloo's words and NCCL's
+LOST_PEER_TEXT = (
+    "another process of the run ended or cannot be reached; what it said tells why; go on from the last checkpoint "
+    "with --resume auto"
+)
 _LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "ncclRemoteError", "ncclSystemError")
 
 
@@ -157,10 +161,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _say_error(text: str) -> None:
     rank = os.environ.get("RANK", "0")
-    if rank != "0":
+    if text == LOST_PEER_TEXT:
+        time.sleep(1.0)  # the launcher is to see first the one that it lost, and to name that one
+    elif rank != "0":
         # Most mistakes stop all processes alike: the first one says it and ends, and the launcher ends this one before
         # it has waited to the end. What only this process met, it says.
         time.sleep(SECONDS_FOR_RANK_0)
+    if rank != "0":
         text = f"rank {rank}: {text}"
     print(f"\nlsr-scale: {text}", file=sys.stderr, flush=True)
 
@@ -182,10 +189,7 @@ def _remedy(error: Exception) -> str | None:
             "short is passed over)"
         )
     if any(words in text for words in _LOST_PEER):
-        return (
-            "another process of the run ended or cannot be reached; what it said tells why; go on from the last "
-            "checkpoint with --resume auto"
-        )
+        return LOST_PEER_TEXT
     if isinstance(error, SafetensorError):
         return f"a weight file is damaged or cut short ({text}); restore it, or resume from the checkpoint before"
     if isinstance(error, OSError) and error.errno is not None:

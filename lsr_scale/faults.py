@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,14 +23,20 @@ class Terminated(Exception):  # noqa: N818
 
 
 class StopOnSignal(TrainerCallback):
-    """Saves a checkpoint at the end of the step in which SIGTERM came to any process, and ends training."""
+    """Saves a checkpoint at the end of the step in which SIGTERM came to any process, and ends training.
+
+    The `deepspeed` command does not pass the signal on: it ends, and what it started would train on. Its end is taken
+    for the signal.
+    """
 
     def __init__(self) -> None:
         self.asked = self.stopped = False
+        self.runner = _deepspeed_runner()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Agree with the other processes, for the signal reaches them in different steps."""
-        if distributed.any_of(self.asked):
+        alone = self.runner is not None and _parent(os.getppid()) != self.runner
+        if distributed.any_of(self.asked or alone):
             self.stopped = control.should_save = control.should_training_stop = True
 
     @contextmanager
@@ -48,6 +55,25 @@ class StopOnSignal(TrainerCallback):
             yield
         finally:
             signal.signal(signal.SIGTERM, before)
+
+
+def _parent(process: int) -> int | None:
+    """Return the parent of a process, None where the system does not tell."""
+    try:
+        return int(Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[1])
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+def _deepspeed_runner() -> int | None:
+    """Return the process of the `deepspeed` command on this host, by which its launcher started this one, or None."""
+    launcher = os.getppid()
+    runner = _parent(launcher)
+    try:
+        names = [Path(f"/proc/{process}/cmdline").read_bytes() for process in (launcher, runner)]
+    except OSError:
+        return None
+    return runner if b"deepspeed.launcher.launch" in names[0] and b"deepspeed" in names[1] else None
 
 
 def on_nonfinite(trainer: Trainer, loss: float, inputs: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -40,18 +41,24 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 def cannot_write(path: Path, error: OSError) -> UserError:
     """Return the words for a failed write: what is wrong, and what to do about that."""
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-    remedy = "free some space, then repeat the command" if full else "check the path and who may write there"
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    remedy = (
+        "free some space (or raise the limit), then repeat the command, a training run with --resume auto"
+        if full
+        else "check the path and who may write there"
+    )
     return UserError(f"{path}: cannot be written: {error.strerror or error}; {remedy}")
 
 
-def system_error(error: Exception) -> OSError:
-    """Return the system's error behind one of a library that keeps its number in the text, as safetensors does."""
+def system_error(error: Exception) -> OSError | None:
+    """Return the system's error, also behind one of a library that has it as text (safetensors), or None."""
     if isinstance(error, OSError):
         return error
+    if found := re.search(r"\bos error (\d+)", str(error)):
+        return OSError(int(found[1]), os.strerror(int(found[1])))
     if "No space left" in str(error):
         return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    return OSError(str(error))
+    return None
 
 
 def sync(path: Path) -> None:

@@ -18,13 +18,16 @@ from typing import Any
 import numpy
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils.data import RandomSampler, SequentialSampler
 from transformers import Trainer
 from transformers.trainer_callback import ExportableState
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import rotate_checkpoints
 
 from lsr_scale import distributed, record, training_state
 from lsr_scale.adapter_files import write_adapter
 from lsr_scale.checkpoints import STATE, TENSORS, write_manifest
+from lsr_scale.data.order import WholeSteps
 from lsr_scale.errors import UserError
 
 _Base: Any = Trainer
@@ -34,6 +37,19 @@ class Resumable(_Base):
     """Saving and going on for `Trainer`."""
 
     first_num_processes = 0  # those that the run began with
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows in a step of the optimizer, over all processes and micro-batches."""
+        return self._train_batch_size * self.args.gradient_accumulation_steps * distributed.world_size()
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """Return the order of the rows, the same for any number of processes."""
+        order = super()._get_train_sampler(train_dataset)
+        if not isinstance(order, RandomSampler | SequentialSampler | LengthGroupedSampler):
+            return order  # a stream, or an order that is made for so many processes, which `checkpoints.check` heeds
+        seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
+        return WholeSteps(order, self.rows_per_step, seed, self.args.dataloader_drop_last)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Save a checkpoint aside and move it into place; every process takes part, the main one writes."""
@@ -47,7 +63,7 @@ class Resumable(_Base):
             if best == self.state.global_step or folder.exists():
                 self.state.best_model_checkpoint = str(folder)
         problem = None
-        if self.args.should_save:
+        if distributed.is_main():
             try:
                 self._write(target, tensors, scalars, states)
             except UserError as error:
@@ -57,7 +73,7 @@ class Resumable(_Base):
             raise UserError(str(problem))
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(target))
-        if self.args.should_save:
+        if distributed.is_main():
             rotate_checkpoints(
                 output_dir=str(target.parent),
                 save_total_limit=self.args.save_total_limit,
@@ -81,7 +97,7 @@ class Resumable(_Base):
             "step": self.state.global_step,
             "num_processes": distributed.world_size(),
             "first_num_processes": self.first_num_processes or distributed.world_size(),
-            "rows_per_step": self._train_batch_size * self.args.gradient_accumulation_steps * distributed.world_size(),
+            "rows_per_step": self.rows_per_step,
             "optimizer": type(training_state.base_optimizer(self)).__name__,
             "scalars": scalars,
             "groups": training_state.parameter_groups(self),
@@ -103,28 +119,16 @@ class Resumable(_Base):
             record.sync(target.parent)
         except Exception as error:
             shutil.rmtree(aside, ignore_errors=True)
-            if isinstance(error, OSError) or "No space left" in str(error):
-                raise record.cannot_write(target, record.system_error(error)) from error
+            system = record.system_error(error)
+            if system is not None:
+                raise record.cannot_write(target, system) from error
             raise
         shutil.rmtree(old, ignore_errors=True)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """Make the optimizer without groups of no parameters, which some engines drop: so its groups are the same.
-
-        Raises:
-            UserError: for an 8-bit optimizer under ZeRO-1 to 3, whose blocks belong to no single parameter.
-        """
-        plugin = self.accelerator.state.deepspeed_plugin if self.is_deepspeed_enabled else None
-        name = getattr(self.args.optim, "value", self.args.optim)
-        if plugin is not None and plugin.zero_stage > 0 and "8bit" in name:
-            raise UserError(
-                f"training.optim: {name} keeps its state in blocks over "
-                f"all parameters, which no checkpoint can hold by parameter under ZeRO-{plugin.zero_stage}; use "
-                "adamw_torch, or set deepspeed.config to zero0"
-            )
+        """Make the optimizer without groups of no parameters, which some engines drop: so its groups are the same."""
         optimizer = super().create_optimizer(*args, **kwargs)
-        if hasattr(optimizer, "param_groups"):  # a DeepSpeed file's own optimizer is made later
-            optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+        optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
         return optimizer
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:

@@ -1,8 +1,12 @@
 """The folder of a run: where it lies, what is in it, and how a new one is kept from overwriting an old one."""
 
 import contextlib
+import fcntl
+import os
 import re
+import socket
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,6 +95,34 @@ class RunFolder:
                 return is_new
         except OSError as error:
             raise cannot_write(self.path, error) from error
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep other processes' runs out of the folder.
+
+        Raises:
+            UserError: if a run is going on here.
+        """
+        file = self.path / ".lock"
+        with contextlib.ExitStack() as stack:
+            try:
+                stream = stack.enter_context(file.open("a+", encoding="utf-8"))
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                stream.seek(0)
+                whose = stream.read().strip() or "it began just now"
+                raise UserError(
+                    f"{self.path}: a run is going on here ({whose}); wait for its end, or go elsewhere with "
+                    "--set training.output_dir=..."
+                ) from None
+            except OSError:  # some network storage has no locks
+                yield
+                return
+            stream.truncate(0)
+            stream.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            stream.flush()
+            stack.callback(file.unlink, missing_ok=True)
+            yield
 
     def release(self) -> None:
         """Remove the folder if nothing is in it: a run that never began leaves none."""

@@ -3,6 +3,7 @@
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -46,39 +47,55 @@ def train(
     """
     started = time.monotonic()
     distributed.start(run.deepspeed.config is not None, run.training.get("ddp_timeout", distributed.TIMEOUT_S))
-    main = distributed.is_main()
-    live = main and not quiet
 
     def say(text: str) -> None:
-        if live:
+        if distributed.is_main() and not quiet:
             print_line(text)
 
-    run, folder, checkpoint, notes = _agree(run, name, resume, overwrite)
+    chosen, lock = _agree(run, name, resume, overwrite)
     try:
-        say(f"run folder: {folder.path}")
-        for note in notes:
-            say(f"note: {note}")
-        if resume is not None:
-            say(f"resuming from {checkpoint}" if checkpoint else "nothing to resume: starting from the beginning")
-        _say_machine(run, say)
-        tasks = evaluate.load_tasks(run.eval)
-        # a checkpoint has factors of its own
-        start = None if checkpoint else run.adapter.start_from
-        begins = run.model_copy(update={"adapter": run.adapter.model_copy(update={"start_from": start})})
-        where = f", starting from {start}" if start else ""
-        say(f"loading {run.model.name} ({run.model.quantization}) and adapting it with {run.adapter.method}{where}")
-        progress = Progress(folder.metrics, quiet=quiet)
-        stop = StopOnSignal()
-        watch = WatchCondition(run.training["condition_tolerance"], run.training["condition_guard"], say)
-        # in this order: progress refuses what is not finite, and records what was measured before it
-        trainer = build_trainer(begins, folder, [stop, watch, progress], say)
-        model: Any = trainer.model
-        if checkpoint:
-            _check_adapter(model, checkpoint)
-        _begin(run, folder, checkpoint, say)
+        with lock:
+            return _train(*chosen, started=started, say=say, quiet=quiet, resumes=resume is not None)
     finally:
-        if main:
-            folder.release()
+        if distributed.is_main():
+            chosen[1].release()
+
+
+def _train(
+    run: RunConfig,
+    folder: RunFolder,
+    checkpoint: Path | None,
+    notes: list[str],
+    *,
+    started: float,
+    say: Callable[[str], None],
+    quiet: bool,
+    resumes: bool,
+) -> RunFolder:
+    """Do a run in the folder that was chosen for it."""
+    main = distributed.is_main()
+    live = main and not quiet
+    say(f"run folder: {folder.path}")
+    for note in notes:
+        say(f"note: {note}")
+    if resumes:
+        say(f"resuming from {checkpoint}" if checkpoint else "nothing to resume: starting from the beginning")
+    _say_machine(run, say)
+    tasks = evaluate.load_tasks(run.eval)
+    # a checkpoint has factors of its own
+    start = None if checkpoint else run.adapter.start_from
+    begins = run.model_copy(update={"adapter": run.adapter.model_copy(update={"start_from": start})})
+    where = f", starting from {start}" if start else ""
+    say(f"loading {run.model.name} ({run.model.quantization}) and adapting it with {run.adapter.method}{where}")
+    progress = Progress(folder.metrics, quiet=quiet)
+    stop = StopOnSignal()
+    watch = WatchCondition(run.training["condition_tolerance"], run.training["condition_guard"], say)
+    # in this order: progress refuses what is not finite, and records what was measured before it
+    trainer = build_trainer(begins, folder, [stop, watch, progress], say)
+    model: Any = trainer.model
+    if checkpoint:
+        _check_adapter(model, checkpoint)
+    _begin(run, folder, checkpoint, say)
     num_rows = len(trainer.train_dataset)  # pyright: ignore[reportArgumentType]
     trainable, _ = model.get_nb_trainable_parameters()
     say(f"trainable parameters: {trainable:,} of {base_description(model)['num_parameters'] + trainable:,}")
@@ -158,20 +175,25 @@ def _say_machine(run: RunConfig, say: Callable[[str], None]) -> None:
 _Chosen = tuple[RunConfig, RunFolder, Path | None, list[str]]
 
 
-def _agree(run: RunConfig, name: str, resume: str | None, overwrite: bool) -> _Chosen:
-    """Return what `_choose` returns to the main process, or raise what it raises, on every process."""
+def _agree(run: RunConfig, name: str, resume: str | None, overwrite: bool) -> tuple[_Chosen, ExitStack]:
+    """Return what `_choose` returns to the main process, or raise what it raises, on every process.
+
+    With it comes what keeps the folder to this run until it is left.
+    """
     chosen: Any = None
+    lock = ExitStack()
     if distributed.is_main():
         try:
-            fitted, *rest = _choose(run, name, resume, overwrite)
-            chosen = (fitted.training, *rest)  # a run cannot be pickled
+            fitted, folder, *rest = _choose(run, name, resume, overwrite)
+            lock.enter_context(folder.held())
+            chosen = (fitted.training, folder, *rest)  # a run cannot be pickled
         except UserError as error:
             chosen = str(error)
     chosen = distributed.broadcast(chosen)
     if isinstance(chosen, str):
         raise UserError(chosen)
     training, *rest = chosen
-    return run.model_copy(update={"training": training}), *rest
+    return (run.model_copy(update={"training": training}), *rest), lock
 
 
 def _choose(run: RunConfig, name: str, resume: str | None, overwrite: bool) -> _Chosen:

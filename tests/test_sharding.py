@@ -54,13 +54,22 @@ def test_first_losses_are_those_of_one_process_to_four_digits(seen, alone, combi
     stage, *rest = combination
     name = "/".join(combination)
     found, expected = seen[0]["losses"][name], alone[tuple(rest)]
-    assert len(found) == 2
+    assert len(found) == 3
     assert found == seen[1]["losses"][name]
     assert found[0] == pytest.approx(expected[0], rel=5e-5)
-    assert found[1] == pytest.approx(expected[1], rel=2e-4), (
-        "after a step of Adam, which follows the sign of a gradient"
-    )
+    assert found[1:] == pytest.approx(expected[1:], rel=2e-4), "after steps of Adam, which follow a gradient's sign"
     assert seen[0]["sharded"][name] == stage.startswith("zero3")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_those_losses_see_the_gradients(place, alone, method):
+    untrained, _ = first_losses(
+        place, "none", method, DEFAULT, training={"gradient_accumulation_steps": 2, "learning_rate": 1e-12}
+    )
+    found = alone["none", method, DEFAULT]
+    assert found[0] == pytest.approx(untrained[0], rel=1e-6)
+    for after, before in zip(found[1:], untrained[1:], strict=True):
+        assert abs(after - before) > 10 * 2e-4 * before
 
 
 @pytest.mark.parametrize("rank", [0, 1])

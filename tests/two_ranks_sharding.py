@@ -1,4 +1,4 @@
-"""What test_sharding.py has two processes do, in one launch: the first two steps of every combination.
+"""What test_sharding.py has two processes do, in one launch: the first three steps of every combination.
 
     torchrun --nproc_per_node 2 tests/two_ranks_sharding.py FOLDER
 
@@ -46,7 +46,7 @@ def engine(stage: str) -> dict:
 
 
 def first_losses(folder: Path, base: str, method: str, mode: str, **changes) -> tuple[list[float], object]:
-    """Return the losses of the first two steps of a run, and its model."""
+    """Return the losses of the first three steps of a run, and its model: a loss sees the gradients of those before."""
     from tiny_runs import tiny_run
 
     from lsr_scale import assembly
@@ -55,15 +55,22 @@ def first_losses(folder: Path, base: str, method: str, mode: str, **changes) -> 
     fused, checkpointing, kwargs = MODES[mode]
     training = {
         "output_dir": str(folder / "unused"),
-        "max_steps": 2,
+        "max_steps": 3,
+        "warmup_steps": 0,
+        "lr_scheduler_type": "constant",
         "save_strategy": "no",
         "fused": fused,
         "gradient_checkpointing": checkpointing,
         "gradient_checkpointing_kwargs": kwargs,
         **changes.pop("training", {}),
     }
-    model = {"name": str(folder / ("model" if mode == DEFAULT else "deep")), "quantization": base}
-    run = tiny_run(folder, model=model, adapter={"method": method}, training=training, eval={"tasks": []}, **changes)
+    sections = {
+        "model": {"name": str(folder / ("model" if mode == DEFAULT else "deep")), "quantization": base},
+        "adapter": {"method": method, "dropout": 0.0},
+        # the rows of one step, seen in each
+        "data": {"train": [{"path": str(folder / "rows.jsonl"), "limit": 4}]},
+    }
+    run = tiny_run(folder, training=training, eval={"tasks": []}, **sections, **changes)
     trainer = assembly.build_trainer(run, RunFolder(folder / "unused"))
     with assembly.only_new_warnings():
         trainer.train()

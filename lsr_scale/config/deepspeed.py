@@ -102,6 +102,9 @@ def _unsafe(content: Mapping[str, Any]) -> Iterator[Problem]:
                 "would cast the adapter's float32 factors; remove the section, or set enabled to false "
                 "(model.dtype is what the base computes in)",
             )
+    for name, key in (("optimizer", "optim"), ("scheduler", "lr_scheduler_type")):
+        if name in content:
+            yield Problem((name,), f"the trainer makes it; remove the section and set training.{key}")
     zero = content.get("zero_optimization", {})
     if not isinstance(zero, dict):
         yield Problem(("zero_optimization",), f"expected an object, got {zero!r}; such as {{'stage': 2}}")

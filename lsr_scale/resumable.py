@@ -51,6 +51,13 @@ class Resumable(_Base):
         seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
         return WholeSteps(order, self.rows_per_step, seed, self.args.dataloader_drop_last)
 
+    def get_train_dataloader(self) -> Any:
+        """Return the loader of the rows; those that `WholeSteps` repeats count as any others."""
+        loader = super().get_train_dataloader()
+        if hasattr(loader, "_drop_last"):  # accelerate would leave them out of what it gathers in the last step
+            loader._drop_last = True
+        return loader
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Save a checkpoint aside and move it into place; every process takes part, the main one writes."""
         self.store_flos()

@@ -50,6 +50,11 @@ def test_a_deepspeed_path_is_read_from_beside_the_config_and_from_the_working_di
         ),
         ('{"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}', "was never tried on a quantized base"),
         ('{"tensor_parallel": {"autotp_size": 2}}', "tensor parallelism cannot split a quantized layer"),
+        (
+            '{"optimizer": {"type": "Adam"}}',
+            "optimizer: the trainer makes it; remove the section",
+        ),
+        ('{"scheduler": {"type": "WarmupLR"}}', "remove the section and set training.lr_scheduler_type"),
         ('{"a": 1,}', "ds.json:1:9: not valid JSON"),
         ("[1]", "expected one JSON object, got list"),
         ("", "the file is empty"),

@@ -1,5 +1,6 @@
 """What happens to a run from outside: SIGTERM, a batch whose loss is not finite, kills, and a rank that dies."""
 
+import contextlib
 import json
 import math
 import os
@@ -12,7 +13,7 @@ import pytest
 import torch
 from conftest import two_processes
 from test_resume import arrange_stop, config_file
-from test_two_ranks import ROOT, free_port, launch
+from test_two_ranks import LAUNCHERS, ROOT, free_port, launch
 from tiny_runs import do, factors, metrics, same, save_llama, tiny_run
 from trl import SFTTrainer
 
@@ -165,6 +166,41 @@ def test_by_gloo_several_processes_share_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert distributed._own_gpu("gloo") == 1
     assert os.environ["LOCAL_RANK"] == "1"
+
+
+@pytest.mark.slow
+@two_processes
+def test_what_the_deepspeed_command_started_ends_with_it(place, tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    training = {"output_dir": str(folder.path), "max_steps": 5000, "save_steps": 4000}
+    file = tmp_path / "run.yaml"
+    file.write_text(dump_yaml(tiny_run(place, training=training, eval={"tasks": []})))
+    words = [sys.executable, *LAUNCHERS["deepspeed"], free_port(), ROOT / "launch" / "train.py", "--config", file]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+    }
+    pipe, log = subprocess.DEVNULL, tmp_path / "said"
+    with log.open("w") as said:
+        command = subprocess.Popen(
+            list(map(str, words)), stdin=pipe, stdout=said, stderr=said, env=environment, start_new_session=True
+        )
+        try:
+            wait_for_steps(folder, 3, [command])
+            command.terminate()  # it alone; it does not tell those that it started
+            command.wait(timeout=20)
+            deadline = time.monotonic() + 60
+            while (
+                not (saved := folder.checkpoints()) or damage(saved[-1]) is not None or (folder.path / ".lock").exists()
+            ):
+                assert time.monotonic() < deadline, log.read_text()
+                time.sleep(0.1)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(command.pid, signal.SIGKILL)
+    assert len(saved) == 1
+    assert "ended by SIGTERM after step" in log.read_text()
 
 
 @pytest.mark.slow

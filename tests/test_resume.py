@@ -169,6 +169,15 @@ def test_a_harmed_checkpoint_is_passed_over(place, undisturbed, stopped, harm, c
     assert same(factors(undisturbed), factors(stopped))
 
 
+def test_a_manifest_without_the_adapter_is_damage(stopped, tmp_path):
+    checkpoint = Path(shutil.copytree(stopped.path / "checkpoint-2", tmp_path / "checkpoint-2"))
+    listed = json.loads((checkpoint / "manifest.json").read_text())
+    for name in ("adapter_model.safetensors", "adapter_config.json", "base.json"):
+        kept = {"files": {key: value for key, value in listed["files"].items() if key != name}}
+        (checkpoint / "manifest.json").write_text(json.dumps(kept))
+        assert damage(checkpoint) == f"manifest.json does not list {name}"
+
+
 def test_a_damaged_checkpoint_by_its_path_is_refused(place, stopped):
     cut(stopped.path / "checkpoint-4" / "training_state.json")
     with pytest.raises(UserError, match=r"checkpoint-4: not a checkpoint to go on from: training_state\.json is cut"):

@@ -1,10 +1,12 @@
 """Where a run's files go: names, claims, refusals, and files that appear whole or not at all."""
 
+import errno
 import json
 import os
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from lsr_scale import UserError, record
 from lsr_scale.progress import draw_losses, read_metrics, summarize_metrics
@@ -160,3 +162,25 @@ def test_the_same_losses_draw_the_same_bytes_and_a_full_disk_keeps_the_old_curve
     with pytest.raises(UserError, match=r"a\.png: cannot be written: No space left"):
         draw_losses(file, tmp_path / "a.png", "losses")
     assert (tmp_path / "a.png").read_bytes() == drawn
+
+
+def test_a_folder_is_one_run_s_at_a_time(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    folder.claim()
+    words = rf"a run is going on here \(process {os.getpid()} on "
+    with folder.held(), pytest.raises(UserError, match=words), folder.held():
+        pass
+    with folder.held():
+        assert (folder.path / ".lock").is_file()
+    assert not list(folder.path.iterdir())
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_a_library_s_words_for_a_full_disk_are_the_system_s(number):
+    found = record.system_error(SafetensorError(f"Error while serializing: IoError (os error {number})"))
+    assert found is not None
+    assert found.errno == number
+    words = str(record.cannot_write(Path("x"), found))
+    assert os.strerror(number) in words
+    assert "--resume auto" in words
+    assert record.system_error(SafetensorError("invalid header")) is None

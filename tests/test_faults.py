@@ -99,6 +99,14 @@ def start_rank(rank, file, port, *options):
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+def endless_run(place, tmp_path, save_steps):
+    """Return the folder and the file of a run of 5,000 steps."""
+    folder, file = RunFolder(tmp_path / "run"), tmp_path / "run.yaml"
+    training = {"output_dir": str(folder.path), "max_steps": 5000, "save_steps": save_steps}
+    file.write_text(dump_yaml(tiny_run(place, training=training, eval={"tasks": []})))
+    return folder, file
+
+
 def wait_for_steps(folder, more_than, ranks):
     """Return the steps recorded once there are more than so many."""
     deadline = time.monotonic() + 120
@@ -112,10 +120,7 @@ def wait_for_steps(folder, more_than, ranks):
 @pytest.mark.slow
 @two_processes
 def test_ranks_started_one_by_one_meet_and_end_together(place, tmp_path):
-    folder = RunFolder(tmp_path / "run")
-    training = {"output_dir": str(folder.path), "max_steps": 5000, "save_steps": 20}
-    file = tmp_path / "run.yaml"
-    file.write_text(dump_yaml(tiny_run(place, training=training, eval={"tasks": []})))
+    folder, file = endless_run(place, tmp_path, save_steps=20)
 
     port = free_port()
     ranks = [start_rank(rank, file, port) for rank in (0, 1)]
@@ -171,10 +176,7 @@ def test_by_gloo_several_processes_share_a_gpu(monkeypatch):
 @pytest.mark.slow
 @two_processes
 def test_what_the_deepspeed_command_started_ends_with_it(place, tmp_path):
-    folder = RunFolder(tmp_path / "run")
-    training = {"output_dir": str(folder.path), "max_steps": 5000, "save_steps": 4000}
-    file = tmp_path / "run.yaml"
-    file.write_text(dump_yaml(tiny_run(place, training=training, eval={"tasks": []})))
+    folder, file = endless_run(place, tmp_path, save_steps=4000)
     words = [sys.executable, *LAUNCHERS["deepspeed"], free_port(), ROOT / "launch" / "train.py", "--config", file]
     environment = {
         **os.environ,

@@ -7,6 +7,7 @@ import hashlib
 import os
 import shutil
 import time
+import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,7 +37,8 @@ def kept(dataset: "Dataset") -> "Dataset":
             folder.parent.mkdir(parents=True, exist_ok=True)
             if shutil.disk_usage(folder.parent).free < FREE_TIMES * dataset.data.nbytes:
                 return dataset
-            aside = folder.with_name(f".{folder.name}.{os.getpid()}")
+            # nobody else's, on no other node either, where the folder is shared
+            aside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
             dataset.save_to_disk(aside)
             try:
                 aside.rename(folder)

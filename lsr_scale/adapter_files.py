@@ -69,7 +69,7 @@ def write_adapter(model: Any, folder: Path, state: dict[str, Any] | None = None)
     """Write the adapter as PEFT does, with `base.json` beside it; `state` has its tensors where the model is sharded.
 
     Raises:
-        AssertionError: for an empty tensor.
+        RuntimeError: for an empty tensor, which is a bug.
     """
     model.save_pretrained(folder, state_dict=state if is_sharded(model) else None)
     (folder / "base.json").write_text(json.dumps(base_description(model), indent=1) + "\n")
@@ -81,12 +81,14 @@ def _cannot_save(target: Path, error: OSError | SafetensorError) -> UserError:
 
 
 def _check_saved(folder: Path) -> None:
-    """Assert that no empty tensor was saved, which a sharded model gives when it is not gathered."""
+    """Raise if an empty tensor was saved, which a sharded model gives when it is not gathered."""
     with safe_open(folder / "adapter_model.safetensors", "pt") as file:
         names = list(file.keys())
         empty = [name for name in names if math.prod(file.get_slice(name).get_shape()) == 0]
-    assert names, "no tensors in the adapter"
-    assert not empty, f"empty tensors in the adapter: {empty[:3]}"
+    if not names:
+        raise RuntimeError("no tensors in the adapter")
+    if empty:
+        raise RuntimeError(f"empty tensors in the adapter: {empty[:3]}")
 
 
 def load_adapter(base: Any, folder: Path, trainable: bool = False) -> tuple[PeftModel, list[str]]:

@@ -24,7 +24,7 @@ def collect(trainer: Trainer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
 
     Raises:
         UserError: for an optimizer whose state under ZeRO belongs to no single parameter.
-        AssertionError: for a tensor that is empty, of another shape than the model's, or not finite.
+        RuntimeError: for a tensor that is empty, of another shape than the model's, or not finite: a bug.
     """
     zero = _zero_optimizer(trainer)
     flats = _flats(zero) if zero else {}
@@ -43,10 +43,13 @@ def collect(trainer: Trainer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
             else:
                 scalars[path] = value
         saved, shape = tensors[PARAMETER + name], shape_of(parameter)
-        assert list(saved.shape) == shape, f"{name}: {list(saved.shape)} gathered, {shape} in the model"
-        assert torch.isfinite(saved).all(), f"{name}: not finite, so not saved"
+        if list(saved.shape) != shape:
+            raise RuntimeError(f"{name}: {list(saved.shape)} gathered, {shape} in the model")
+        if not torch.isfinite(saved).all():
+            raise RuntimeError(f"{name}: not finite, so not saved")
     empty = [path for path, tensor in tensors.items() if tensor.numel() == 0]
-    assert not empty, f"empty tensors: {empty[:3]}"
+    if empty:
+        raise RuntimeError(f"empty tensors: {empty[:3]}")
     return tensors, scalars
 
 

@@ -1,7 +1,7 @@
 """Kill a run with SIGKILL at many moments, go on with --resume auto, and compare the adapter with an undisturbed run's.
 
     python benchmarks/faults.py --out benchmarks/results/faults/cpu.json                      # one process
-    python benchmarks/faults.py --processes 2 --kills 6 --out benchmarks/results/faults/cpu-2.json
+    python benchmarks/faults.py --processes 2 --out benchmarks/results/faults/cpu-2.json      # two, under torchrun
 
 Moments: `--in-saves` of them within a save (the folder written aside is there, and a delay drawn uniformly from the
 time that a save was measured to take has passed), the rest uniform over the undisturbed run's time from the start of
@@ -9,6 +9,9 @@ its process to its end, so over start-up, steps and saves in proportion. Where e
 a folder aside is a save, a line in the metrics is a step, nothing is start-up. A kill that met no running process is
 drawn again. Each kill has a run of its own: killed, resumed to the end, its adapter's SHA-256 compared. The model is a
 random two-layer LLaMA on an NF4 base with dropout on the adapter, so that random states count.
+
+With several processes the kills take turns: the whole group, then each rank alone. Where one rank was killed, the rest
+must end by itself, with a status that is not 0: within `PROMPT_S` seconds, or the kill does not count as survived.
 """
 
 import argparse
@@ -36,6 +39,8 @@ from lsr_scale.run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
+PROMPT_S = 20
+GROUP = "group"
 
 
 class Runs:
@@ -83,13 +88,50 @@ class Runs:
         return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
 
 
-def kill(process: subprocess.Popen) -> None:
-    """End a run's processes, the launcher with them, as a power cut would."""
+def find(process: subprocess.Popen, victim: str) -> list[psutil.Process]:
+    """Return the processes to kill: all with the launcher, or the one that is the rank named; none if it is not there.
+
+    The launcher alone is not a rank, and a rank is one from the moment that it is started.
+    """
     parent = psutil.Process(process.pid)
-    for one in (*parent.children(recursive=True), parent):
+    children = parent.children(recursive=True)
+    if victim == GROUP:
+        return [*children, parent]
+    found = []
+    for child in children:
+        with contextlib.suppress(psutil.Error):
+            if child.environ().get("RANK") == victim.removeprefix("rank "):
+                found.append(child)
+    return found
+
+
+def kill(processes: list[psutil.Process]) -> bool:
+    """End processes as a power cut would; return whether any was still there."""
+    hit = False
+    for one in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
             one.kill()
+            hit = True
+    return hit
+
+
+def wait_for_rest(process: subprocess.Popen) -> dict[str, Any]:
+    """Wait for all of a run's processes to end; return the launcher's status and the seconds that it took.
+
+    What is still there after three times `PROMPT_S` is killed.
+    """
+    begun = time.monotonic()
+    everyone = find(process, GROUP)
+    try:
+        status = process.wait(timeout=3 * PROMPT_S)
+    except subprocess.TimeoutExpired:
+        status = None
+    _, left = psutil.wait_procs(everyone, timeout=max(0.0, begun + 3 * PROMPT_S - time.monotonic()))
+    seconds = time.monotonic() - begun
+    kill(left)
+    process.kill()
     process.wait()
+    return {"status": status, "seconds_to_end": round(seconds, 2), "left": len(left)}
 
 
 def is_aside(folder: RunFolder) -> bool:
@@ -115,30 +157,27 @@ def undisturbed(runs: Runs) -> tuple[float, float, str]:
     return time.monotonic() - started, sorted(times)[len(times) // 2], digest
 
 
-def kill_in_save(runs: Runs, name: str, which: int, delay: float) -> bool:
-    """Kill a run a moment after a save began; return whether it was still saving."""
-    process, folder = runs.start(name), runs.folder(name)
+def moment_in_save(process: subprocess.Popen, folder: RunFolder, victim: str, which: int, delay: float) -> list:
+    """Return what to kill, a moment after a run's save number `which` began."""
     seen: set[str] = set()
+    found: list[psutil.Process] = []
     while process.poll() is None:
+        if not found and folder.metrics.is_file():
+            found = find(process, victim)  # looking takes longer than a save, so it is done before
         seen |= {path.name for path in folder.path.glob(".checkpoint-*.part")}
         if len(seen) == which:
             time.sleep(delay)
             break
         time.sleep(0.0002)
-    if process.poll() is not None:
-        return False
-    kill(process)
-    return is_aside(folder)
+    return found
 
 
-def kill_after(runs: Runs, name: str, seconds: float) -> bool:
-    """Kill a run that many seconds after its start; return whether it was still running."""
-    process = runs.start(name)
-    time.sleep(seconds)
-    if process.poll() is not None:
-        return False
-    kill(process)
-    return True
+def strike(process: subprocess.Popen, folder: RunFolder, victims: list, steps: int) -> dict[str, Any] | None:
+    """Kill these at this moment; return where that was and how the rest ended, None if none was there any more."""
+    if process.poll() is not None or not kill(victims):
+        return None
+    phase = phase_of(folder, steps)
+    return {"phase": phase, **wait_for_rest(process)}
 
 
 def phase_of(folder: RunFolder, steps: int) -> str:
@@ -161,28 +200,36 @@ def measure(kills: int, in_saves: int, processes: int, steps: int, save_steps: i
         # strata, so that the moments spread evenly
         others = kills - in_saves
         moments = [total * (index + draw.random()) / others for index in range(others)]
+        victims = [GROUP, *(f"rank {rank}" for rank in range(processes))] if processes > 1 else [GROUP]
         rows = []
         for index in track(range(kills), description="kills"):
+            victim = victims[index % len(victims)]
             for attempt in range(20):
                 name = f"kill-{index}-{attempt}"
-                if index < in_saves:
+                folder, process = runs.folder(name), runs.start(name)
+                if in_save := index < in_saves:
                     which = 1 + index % (steps // save_steps)
-                    hit = kill_in_save(runs, name, which, draw.random() * saving)
+                    found = moment_in_save(process, folder, victim, which, draw.random() * saving)
                 else:
                     # a later attempt comes earlier: this run was quicker than the one measured
-                    hit = kill_after(runs, name, moments[index - in_saves] * 0.97**attempt)
-                if hit:
+                    time.sleep(moments[index - in_saves] * 0.97**attempt)
+                    found = find(process, victim) if process.poll() is None else []
+                    if not found and victim != GROUP and process.poll() is None:
+                        victim, found = GROUP, find(process, GROUP)  # that rank is not started yet
+                seen = strike(process, folder, found, steps)
+                if seen and (seen["phase"] == "save" or not in_save):
                     break
+                process.wait(timeout=300)
             else:
                 raise SystemExit(f"no kill number {index} hit a run that was going on")
-            folder = runs.folder(name)
-            row: dict[str, Any] = {"phase": phase_of(folder, steps), "attempts": attempt + 1}
+            row: dict[str, Any] = {"killed": victim, **seen, "attempts": attempt + 1}
+            row["ended"] = row["status"] not in (0, None) and row["seconds_to_end"] <= PROMPT_S and not row["left"]
             row["whole_checkpoints"] = sum(damage(path) is None for path in folder.checkpoints())
             row["damaged_checkpoints"] = len(folder.checkpoints()) - row["whole_checkpoints"]
             row["resumed"] = runs.finish(name, "--resume", "auto") == 0
             row["same_adapter"] = runs.digest(name) == expected
             rows.append(row)
-            if row["resumed"] and row["same_adapter"]:
+            if row["resumed"] and row["same_adapter"] and row["ended"]:
                 shutil.rmtree(folder.path)
         return {
             "command": "python " + " ".join([str(Path(sys.argv[0])), *sys.argv[1:]]),
@@ -194,6 +241,9 @@ def measure(kills: int, in_saves: int, processes: int, steps: int, save_steps: i
             "save_seconds": round(saving, 4),
             "kills": kills,
             "phases": dict(Counter(row["phase"] for row in rows)),
+            "killed": dict(Counter(row["killed"] for row in rows)),
+            "ended": sum(row["ended"] for row in rows),
+            "slowest_end_seconds": max(row["seconds_to_end"] for row in rows),
             "resumed": sum(row["resumed"] for row in rows),
             "same_adapter": sum(row["same_adapter"] for row in rows),
             "adapter_sha256": expected,
@@ -218,11 +268,13 @@ def main() -> int:
     found = measure(args.kills, in_saves, args.processes, args.steps, args.save_steps, args.seed)
     phases = ", ".join(f"{count} in {phase}" for phase, count in sorted(found["phases"].items()))
     print(f"{found['kills']} kills: {phases}")
+    slowest = found["slowest_end_seconds"]
+    print(f"{found['ended']} ended every process with a status that is not 0, the slowest in {slowest} s")
     print(f"{found['resumed']} went on to the end, {found['same_adapter']} to the undisturbed run's adapter")
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(found, indent=1) + "\n")
-    return 0 if found["resumed"] == found["same_adapter"] == found["kills"] else 1
+    return 0 if found["ended"] == found["resumed"] == found["same_adapter"] == found["kills"] else 1
 
 
 if __name__ == "__main__":

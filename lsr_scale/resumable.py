@@ -37,6 +37,7 @@ class Resumable(_Base):
     """Saving and going on for `Trainer`."""
 
     first_num_processes = 0  # those that the run began with
+    _order: Any = None
 
     @property
     def rows_per_step(self) -> int:
@@ -49,7 +50,8 @@ class Resumable(_Base):
         if not isinstance(order, RandomSampler | SequentialSampler | LengthGroupedSampler):
             return order  # a stream, or an order that is made for so many processes, which `checkpoints.check` heeds
         seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
-        return WholeSteps(order, self.rows_per_step, seed, self.args.dataloader_drop_last)
+        self._order = WholeSteps(order, self.rows_per_step, seed, self.args.dataloader_drop_last)
+        return self._order
 
     def get_train_dataloader(self) -> Any:
         """Return the loader of the rows; those that `WholeSteps` repeats count as any others."""
@@ -154,6 +156,9 @@ class Resumable(_Base):
             training_state.restore(self, load_file(folder / TENSORS), content["scalars"])
             training_state.restore_groups(self, content["groups"])
             self.lr_scheduler.load_state_dict(content["scheduler"])
+            if isinstance(self._order, WholeSteps):
+                # where processes share the batches, accelerate's loader that skips those done does not reach the order
+                self._order.set_epoch(content["step"] * self.rows_per_step // len(self._order))
         return prepared
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:

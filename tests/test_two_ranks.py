@@ -153,6 +153,14 @@ def test_a_stopped_run_goes_on_to_the_same_adapter_bit_for_bit(ran, name):
     assert [row["num_tokens"] for row in rows] == [row["num_tokens"] for row in expected]
 
 
+def test_a_run_stopped_in_its_second_epoch_goes_on_with_its_rows(ran):
+    place, *_ = ran
+    whole, continued = RunFolder(place / "epochs"), RunFolder(place / "epochs-stopped")
+    for name in ("num_tokens", "loss"):
+        assert [row[name] for row in metrics(continued)] == [row[name] for row in metrics(whole)]
+    assert same(factors(whole), factors(continued))
+
+
 CHANGES = ["zero3-to-zero2", "zero2-to-zero3", "one-to-zero1", "one-to-zero3"]
 
 
@@ -206,8 +214,8 @@ def test_one_process_scores_the_saved_adapter_as_the_two_did(ran, capsys):
 
 def test_only_the_first_process_speaks_and_libraries_are_silent(ran):
     _, seen, out, err = ran
-    assert out.count("run folder: ") == len(seen[0]) + len(STAGES), "once a run, stopped ones twice"
-    assert out.count("step 4/4") == len(seen[0])
+    assert out.count("run folder: ") == len(seen[0]) + len(STAGES) + 1, "once a run, stopped ones twice"
+    assert out.count("step 4/4") + out.count("step 7/7") == len(seen[0])
     assert out.count("2 processes on CPU, DeepSpeed, ZeRO stage 3") == 8
     assert out.count("2 processes on CPU, no DeepSpeed") == 2
     noise = [

@@ -109,6 +109,12 @@ def main() -> None:
         if rank == 0:
             shutil.copytree(folder / f"{name}-stopped", folder / f"{name}-halved")
         do(f"{name}-stopped", "--resume", "auto", **SAVING[name])
+    # seven steps, saved after the third and the sixth, which is the second epoch's second
+    training = {"num_train_epochs": 2, "max_steps": 7, "save_steps": 3, "per_device_train_batch_size": 2}
+    epochs = {"deepspeed": {"config": "zero2"}, "eval": {"tasks": []}, "adapter": {"dropout": 0.2}}
+    do("epochs", training=training, **epochs)
+    do("epochs-stopped", stop_after=6, training=training, **epochs)
+    do("epochs-stopped", "--resume", "auto", training=training, **epochs)
     for before, after in (("zero3", "zero2"), ("zero2", "zero3")):
         name = f"{before}-to-{after}"
         if rank == 0:

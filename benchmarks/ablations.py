@@ -168,7 +168,7 @@ def tables(results: Path) -> list[str]:
         raise ValueError(f"{results}: holds results of a trial of the program, which measure nothing")
     lines: list[str] = []
     for axis, names in AXES.items():
-        rows = trials.table(done, names)
+        rows = trials.table(done, names, {"small": "accuracy, %"})
         for name in names:
             if oversized(PROVIDERS[name]):
                 rows = [row.replace(f"| {name} |", f"| {name}, larger than dense |") for row in rows]

@@ -51,6 +51,7 @@ BATCH = 128  # rows a step, about 4,500 tokens: with much fewer a small model wa
 # and LSR r=16 at once, and four of five seeds of LSR r=4, for which the tuning seed had found it best (runs in
 # `results/commonsense/rate_0.032`).
 LORA_RATES = rates(1.6e-2, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
+HIGHER_RATES = rates(1.6e-2, 3.2e-2, 1e-3, 2e-3, 4e-3, 8e-3)  # of those whose best was the largest of these
 
 
 def _lsr_points(rank: int) -> tuple[dict[str, float], ...]:
@@ -67,11 +68,19 @@ PROVIDERS = tuned_alike(
         "lsr_16": Provider("lsr", {"rank": 16, "separation_rank": 16}, _lsr_points(16)),
         # LoRA-2's parameters within 2 %
         "lsr_4_14": Provider("lsr", {"rank": 4, "separation_rank": 14}, _lsr_points(4)),
-        "kron_lora_7": Provider("kron_lora", {"rank": 7, "left_in": 2, "left_out": 16, "dropout": 0.0}, LORA_RATES),
+        "kron_lora_7": Provider("kron_lora", {"rank": 7, "left_in": 2, "left_out": 16, "dropout": 0.0}, HIGHER_RATES),
+        # the ablations' better ways to spend LSR r=4's parameters: a higher rank, fewer terms
+        "lsr_16_8": Provider("lsr", {"rank": 16, "separation_rank": 8}, _lsr_points(16)),
+        "lsr_64_4": Provider("lsr", {"rank": 64, "separation_rank": 4}, _lsr_points(64)),
+        "lsr_16_7": Provider("lsr", {"rank": 16, "separation_rank": 7}, _lsr_points(16)),  # LoRA-2's size
+        # half of LoRA-2's size, where KronA is too
+        "lora_1": Provider("lora", {"rank": 1, "alpha": 2.0}, LORA_RATES),
+        "lsr_4_7": Provider("lsr", {"rank": 4, "separation_rank": 7}, _lsr_points(4)),
+        "kron_lora_4": Provider("kron_lora", {"rank": 4, "left_in": 2, "left_out": 16, "dropout": 0.0}, LORA_RATES),
         # several times slower than those above
         "kadaptation": Provider("kadaptation", {}, LORA_RATES),
         "krona": Provider("krona", {}, LORA_RATES),
-        "lokr": Provider("lokr", {"rank": 8, "decompose_factor": 4, "alpha": 16.0}, LORA_RATES),
+        "lokr": Provider("lokr", {"rank": 8, "decompose_factor": 4, "alpha": 16.0}, HIGHER_RATES),
     },
     6,
 )

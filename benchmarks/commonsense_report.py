@@ -31,6 +31,12 @@ LABELS = {
     "lokr": "LoKr r=8 (4), PEFT",
     "lsr_4_14": "**LSR-Adapt** r=4 s=14, LoRA-2's size",
     "kron_lora_7": "**Kron-LoRA** r=7 (2, 16), LoRA-2's size",
+    "lsr_16_8": "**LSR-Adapt** r=16 s=8",
+    "lsr_64_4": "**LSR-Adapt** r=64 s=4",
+    "lsr_16_7": "**LSR-Adapt** r=16 s=7, LoRA-2's size",
+    "lora_1": "LoRA r=1",
+    "lsr_4_7": "**LSR-Adapt** r=4 s=7, LoRA-1's size",
+    "kron_lora_4": "**Kron-LoRA** r=4 (2, 16)",
     "krona": "KronA",
     "kadaptation": "KAdaptation, per module",
 }
@@ -119,7 +125,7 @@ def table(all_results: list[dict[str, Any]], regime: str = "joint", base: str = 
     tasks = REGIMES[regime].tasks
     rows = {name: seeds_of(all_results, regime, base, name) for name in PROVIDERS}
     counts = separate(all_results, regime)
-    others = {LABELS[name]: dict.fromkeys(rows, rows[name]) for name in ("lora_8", "lora_2") if rows[name]}
+    others = {LABELS[name]: dict.fromkeys(rows, rows[name]) for name in ("lora_8", "lora_2", "lora_1") if rows[name]}
     if base != "bf16":
         others["itself on bf16"] = {name: seeds_of(all_results, regime, "bf16", name) for name in rows}
     head = ["", "parameters", "chosen", "seeds", *tasks, "mean", *(f"against {label}" for label in others)]
@@ -217,17 +223,23 @@ def draw(all_results: list[dict[str, Any]], path: Path, regime: str = "joint", b
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axis = pyplot.subplots(figsize=(8, 5))
-    for index, name in enumerate(PROVIDERS):
+    figure, axis = pyplot.subplots(figsize=(9, 5.5))
+    points: dict[str, list[tuple[int, float, float, str]]] = {}
+    for name in PROVIDERS:
         row = seeds_of(all_results, regime, base, name)
         if row:
             means = [mean_accuracy(result) for result in row.values()]
             spread = statistics.stdev(means) if len(means) > 1 else 0.0
             parameters = next(iter(row.values()))["trainable_parameters"]
-            label = LABELS[name].replace("*", "")
-            axis.errorbar(
-                parameters, statistics.fmean(means), spread, fmt="o", capsize=4, color=f"C{index}", label=label
-            )
+            method, _, setting = LABELS[name].replace("*", "").replace(",", "").partition(" ")
+            points.setdefault(method, []).append((parameters, statistics.fmean(means), spread, setting))
+    for method, found in points.items():
+        sizes, means, spreads, settings = zip(*sorted(found), strict=True)
+        line = "-" if method == "LoRA" else ""  # what the others are to be above
+        axis.errorbar(sizes, means, spreads, fmt="o", ls=line, lw=1.5, elinewidth=1, capsize=3, label=method)
+        for size, mean, setting in zip(sizes, means, settings, strict=True):
+            options = " ".join(word for word in setting.split() if "=" in word)
+            axis.annotate(options, (size, mean), (5, 4), textcoords="offset points", fontsize=7)
     axis.set_xscale("log")
     axis.set_xlabel("trainable parameters")
     axis.set_ylabel(f"mean accuracy of {len(REGIMES[regime].tasks)} tasks, %")

@@ -8,6 +8,7 @@ import argparse
 import functools
 import hashlib
 import json
+import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -168,6 +169,48 @@ def width_plot(path: Path) -> None:
     _save(figure, path, width_rows())
 
 
+def ablation_rows() -> list[Row]:
+    """Return the ablations' seeds that did not diverge, by setting."""
+    tests = [run for run in trials.load(ablations.RESULTS).values() if run["seed"] != trials.TUNING_SEED]
+    kept = ("provider", "seed", "score", "adapter_parameters")
+    return [{key: run[key] for key in kept} for run in tests if run["score"] is not None]
+
+
+def ablation_plot(path: Path) -> None:
+    """Draw the accuracy against the parameters: as terms are added, and as rank takes the place of terms."""
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True)
+    found: dict[str, list[float]] = {}
+    for row in ablation_rows():
+        found.setdefault(row["provider"], []).append(100 * row["score"])
+    sizes = {row["provider"]: row["adapter_parameters"] for row in ablation_rows()}
+    for axis, names, label in ((axes[0], ablations.AXES["terms"], "terms"), (axes[1], ablations.AXES["rank"], "rank")):
+        ours = [name for name in names if name in found and not name.startswith("lora")]
+        places = [sizes[name] for name in ours] if label == "terms" else list(range(len(ours)))
+        means, spreads = zip(*((statistics.fmean(found[n]), statistics.stdev(found[n])) for n in ours), strict=True)
+        axis.errorbar(places, means, spreads, fmt="o-", capsize=3, label="LSR-Adapt")
+        for place, mean, name in zip(places, means, ours, strict=True):
+            axis.annotate(name.replace("_", " "), (place, mean), (4, -11), textcoords="offset points", fontsize=7)
+        axis.grid(alpha=0.3)
+        axis.margins(x=0.15)
+    for name in ("lora_2", "lora_8"):
+        axes[0].errorbar(
+            sizes[name],
+            statistics.fmean(found[name]),
+            statistics.stdev(found[name]),
+            fmt="s",
+            capsize=3,
+            label=name.replace("lora_", "LoRA r="),
+        )
+    axes[0].set_xscale("log")
+    axes[0].set_xticks([1e5, 3e5, 1e6, 3e6], ["100k", "300k", "1M", "3M"])
+    axes[0].minorticks_off()
+    axes[0].set(xlabel="trainable parameters: 1 to 48 terms of rank 16", ylabel="accuracy, %; bars: three seeds")
+    axes[0].legend(frameon=False, fontsize=8)
+    axes[1].set(xlabel="rank against terms at 1,397,760 parameters", xticks=[])
+    figure.suptitle("SmolLM2-135M, a tenth of ARC and OpenBookQA held out, two epochs")
+    _save(figure, path, ablation_rows())
+
+
 def _save(figure: Any, path: Path, rows: list[Row]) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=130, metadata={"Source": digest(rows)})
@@ -193,6 +236,7 @@ TABLES: dict[str, Callable[[], str]] = {
 PLOTS: dict[str, tuple[Callable[[Path], None], Callable[[], list[Row]]]] = {
     "terms.png": (terms_plot, sweep_rows),
     "width.png": (width_plot, width_rows),
+    "ablations.png": (ablation_plot, ablation_rows),
 }
 
 

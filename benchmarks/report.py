@@ -102,7 +102,8 @@ def main(arguments: list[str] | None = None) -> int:
             pictures[drawn] = digest(sweep), functools.partial(sweep_plot, sweep, drawn)
     for path, run in results_page.read(RESULTS.parent / "scaling"):
         drawn = path.with_suffix(".png")
-        pictures[drawn] = scaling_digest(run), functools.partial(scaling_plot, run, drawn)
+        if results_page.is_scaling(run):
+            pictures[drawn] = scaling_digest(run), functools.partial(scaling_plot, run, drawn)
     pictures |= commonsense_report.pictures(RESULTS.parent / "commonsense")
     old = [path for path, (wanted_digest, _) in pictures.items() if drawn_from(path) != wanted_digest]
     stale += [str(path.relative_to(ROOT)) for path in old]

@@ -145,6 +145,11 @@ def front_door(path: Path, run: Run) -> str:
     return "\n\n".join([title, where(run, path), grid(head, rows), command])
 
 
+def is_scaling(run: Run) -> bool:
+    """Tell whether more than one number of GPUs was measured, so that there is something to draw."""
+    return len({row["num_gpus"] for row in run["rows"]}) > 1
+
+
 def scaling(path: Path, run: Run) -> str:
     """Return the training command's speed on several GPUs beside one."""
     config, rows = run["config"], []
@@ -155,8 +160,8 @@ def scaling(path: Path, run: Run) -> str:
     batch = f"{config['tokens'] // config['seq_len']} x {config['seq_len']:,} tokens a GPU and step"
     title = f"### {config['model']}, {config['base']}, {batch}, `memory: {config['memory']}`"
     table = grid(["GPUs", "tokens/s", "GiB, each", "times one GPU"], rows)
-    picture = f"![{path.stem}](results/{path.parent.name}/{path.stem}.png)"
-    return "\n\n".join([title, where(run, path), table, picture, f"    {config['command']}"])
+    picture = [f"![{path.stem}](results/{path.parent.name}/{path.stem}.png)"] if is_scaling(run) else []
+    return "\n\n".join([title, where(run, path), table, *picture, f"    {config['command']}"])
 
 
 def loss_curve(path: Path, run: Run) -> str:

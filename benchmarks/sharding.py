@@ -14,6 +14,7 @@ beyond what lived before: the allocator's on a GPU, every storage that an operat
 import argparse
 import copy
 import gc
+import json
 import os
 import time
 from collections.abc import Iterator
@@ -117,6 +118,7 @@ def measure(
     checkpoint: bool = False,
     tokens: int = 512,
     persistent: int | None = None,
+    limits: dict[str, int] | None = None,
 ) -> dict[str, Any]:
     """Return what this process holds of a model under a stage, and the losses of the first steps.
 
@@ -129,6 +131,7 @@ def measure(
         checkpoint: The model has weights.
         tokens: In a row.
         persistent: Elements up to which a parameter stays whole; the configuration's own by default.
+        limits: Other values for the configuration's zero_optimization.
     """
     import deepspeed
     import peft
@@ -141,7 +144,7 @@ def measure(
     device, world = local_device(), distributed.world_size()
     rows = ROWS // world
     zero = {} if persistent is None else {"stage3_param_persistence_threshold": persistent}
-    config = engine_config(stage, rows, **zero)
+    config = engine_config(stage, rows, **zero, **(limits or {}))
 
     def load() -> Any:
         return load_base(model, quantization=quantization, random_weights=not checkpoint)  # pyright: ignore
@@ -213,6 +216,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", action="store_true", help="the model has weights; random ones otherwise")
     parser.add_argument("--tokens", type=int, default=512, help="in a row")
     parser.add_argument("--persistent", type=int, help="elements up to which a parameter stays whole")
+    parser.add_argument("--limits", type=json.loads, help="other values for zero_optimization, as JSON")
     parser.add_argument("--out", type=Path)
     options, _ = parser.parse_known_args()  # the launcher's --local_rank
 
@@ -235,6 +239,7 @@ def main() -> None:
             checkpoint=options.checkpoint,
             tokens=options.tokens,
             persistent=options.persistent,
+            limits=options.limits,
         )
         found[quantization] = distributed.gather([mine])
         if distributed.is_main():

@@ -191,27 +191,40 @@ def _is_point(result: Mapping[str, Any], providers: Mapping[str, Provider]) -> b
     return result["settings"] == providers[result["provider"]].points[result["point"]]
 
 
-def table(done: Mapping[str, Mapping[str, Any]], providers: Iterable[str]) -> list[str]:
-    """Return Markdown: a row a method, a column a task, mean and standard deviation over the seeds that are there."""
+def table(
+    done: Mapping[str, Mapping[str, Any]], providers: Iterable[str], columns: Mapping[str, str] | None = None
+) -> list[str]:
+    """Return Markdown: a row a method, a column a task, mean and standard deviation over the seeds that are there.
+
+    Args:
+        done: Finished trials by name.
+        providers: Which rows, in which order.
+        columns: What a task's column is called, where not as the task.
+    """
     tests = [result for result in done.values() if result["seed"] != TUNING_SEED]
     tasks = list(dict.fromkeys(result["task"] for result in tests))
+    names = [(columns or {}).get(task, task) for task in tasks] + (["mean"] if len(tasks) > 1 else [])
     lines = [
-        f"| method | adapter's parameters | {' | '.join(tasks)} | chosen settings |",
-        f"|---|---:|{'---:|' * len(tasks)}---|",
+        f"| method | parameters | {' | '.join(names)} | seeds | chosen settings |",
+        f"|---|---:|{'---:|' * len(names)}---:|---|",
     ]
     for provider in providers:
-        rows = [result for result in tests if result["provider"] == provider]
+        rows = sorted((r for r in tests if r["provider"] == provider), key=lambda r: tasks.index(r["task"]))
         if not rows:
             continue
-        cells, chosen = [], []
-        for task, group in itertools.groupby(sorted(rows, key=lambda r: tasks.index(r["task"])), lambda r: r["task"]):
-            group = list(group)
-            cells.append((task, spread([result["score"] for result in group])))
-            chosen.append(", ".join(f"{key} {value:g}" for key, value in group[0]["settings"].items()))
-        by_task = dict(cells)
-        shown = " | ".join(by_task.get(task, "not run") for task in tasks)
-        settings = "; ".join(dict.fromkeys(chosen))
-        lines.append(f"| {provider} | {rows[0]['adapter_parameters']:,} | {shown} | {settings} |")
+        groups = {task: list(group) for task, group in itertools.groupby(rows, lambda r: r["task"])}
+        shown = [spread([r["score"] for r in groups[task]]) if task in groups else "not run" for task in tasks]
+        if len(tasks) > 1:
+            by_seed = [[r["score"] for r in rows if r["seed"] == seed] for seed in sorted({r["seed"] for r in rows})]
+            means = [statistics.fmean(s) for s in by_seed if len(s) == len(tasks) and None not in s]
+            shown.append(spread(means) if means else "")
+        counts = sorted({len(group) for group in groups.values()})
+        settings = (
+            ", ".join(f"{key} {value:g}" for key, value in group[0]["settings"].items()).replace("learning_rate", "lr")
+            for group in groups.values()
+        )
+        cells = [provider, f"{rows[0]['adapter_parameters']:,}", *shown, " to ".join(map(str, counts))]
+        lines.append(f"| {' | '.join(cells)} | {'; '.join(dict.fromkeys(settings))} |")
     return lines
 
 
@@ -222,4 +235,4 @@ def spread(scores: list[float | None]) -> str:
     if not finite:
         return f"all {len(scores)} diverged"
     deviation = f" +- {statistics.stdev(finite):.1f}" if len(finite) > 1 else ""
-    return f"{statistics.fmean(finite):.1f}{deviation} ({len(scores)} seed{'s' if len(scores) > 1 else ''}{lost})"
+    return f"{statistics.fmean(finite):.1f}{deviation}{lost}"

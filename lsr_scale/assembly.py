@@ -84,10 +84,15 @@ def build_trainer(
     }
     with _factors_untouched(model), only_new_warnings(), _explained(run):
         trainer = _classifier_trainer(run, common) if run.model.task == "seq_cls" else _sft_trainer(common)
-    if not len(trainer.train_dataset):  # pyright: ignore[reportArgumentType]
-        limit = run.training["max_length"]
+    limit, num_left = run.training["max_length"], len(trainer.train_dataset)  # pyright: ignore[reportArgumentType]
+    if not num_left:
         raise UserError(
             f"data.train: training.max_length ({limit}) cuts off everything to be learned in all rows; raise it"
+        )
+    if (lost := len(datasets["train"][0]) - num_left) > 0 and not run.training.get("packing"):
+        say(
+            f"note: {lost:,} of {lost + num_left:,} training rows are left out: training.max_length ({limit}) cuts off "
+            "all that is to be learned of them; raise it"
         )
     if report is not None and report.fused and _fits_memory(run):
         trainer.add_callback(KeepWhatFits(largest_forward(trainer), say))

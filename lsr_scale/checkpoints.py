@@ -75,15 +75,31 @@ def fit(checkpoint: Path, run: RunConfig, num_processes: int) -> RunConfig:
     """Return the run with its accumulation such that a step has as many rows as before, on these many processes.
 
     The position in the data is a number of steps, so a step must have the rows that it had; `check` refuses the rest.
+    The accumulation given may be meant for as many processes as the run began with, or as saved the checkpoint.
     """
     if damage(checkpoint) is not None:
         return run
     state = _state(checkpoint)
     rows, batch, accumulation = state["rows_per_step"], *(run.training[name] for name in (_BATCH, _ACCUMULATION))
-    as_begun = batch * accumulation * state["first_num_processes"] == rows
-    if not as_begun or rows % (batch * num_processes):
+    meant_for = (state["first_num_processes"], state["num_processes"])
+    if rows not in [batch * accumulation * number for number in meant_for]:
         return run  # another batch size or accumulation was asked for, which `check` judges
-    return run.model_copy(update={"training": {**run.training, _ACCUMULATION: rows // (batch * num_processes)}})
+    return _accumulating(run, rows, num_processes)
+
+
+def as_begun(checkpoint: Path, run: RunConfig) -> RunConfig:
+    """Return the run that `fit` made with the accumulation of the processes that it began with, for its config.yaml.
+
+    So that file can be gone on with on any number of processes, also before this part of the run saves a checkpoint.
+    """
+    state = _state(checkpoint)
+    return _accumulating(run, state["rows_per_step"], state["first_num_processes"])
+
+
+def _accumulating(run: RunConfig, rows: int, num_processes: int) -> RunConfig:
+    """Return the run with the accumulation by which so many processes have so many rows a step, if there is one."""
+    accumulation, lacking = divmod(rows, run.training[_BATCH] * num_processes)
+    return run if lacking else run.model_copy(update={"training": {**run.training, _ACCUMULATION: accumulation}})
 
 
 def newest(folder: RunFolder) -> tuple[Path | None, list[str]]:

@@ -3,11 +3,13 @@
 import argparse
 import json
 import logging
+import math
 import os
 import sys
 import time
 import traceback
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +106,8 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("plan", "Tell parameters, bytes and memory of a run; needs no weights, network or GPU.")
     takes_run(sub)
     sub.add_argument("--gpus", type=_count, default=1)
+    card = "say whether it fits: one card's GiB, as nvidia-smi shows them (MiB / 1024); by default this machine's GPU"
+    sub.add_argument("--card-gib", type=_positive, metavar="24", help=card)
     sub.add_argument("--budget", metavar="4M", help="propose adapters of so many parameters at most, in place of that")
     sub.add_argument("--model", metavar="NAME", help="with --budget and no CONFIG: the model, all its linears adapted")
     sub.add_argument("--json", action="store_true", help="print JSON")
@@ -115,6 +119,17 @@ def _parser() -> argparse.ArgumentParser:
     takes_run(sub, required=False)
     sub.add_argument("--json-schema", action="store_true", help="print the JSON schema of a run's file instead")
     return parser
+
+
+def _positive(text: str) -> float:
+    """Return a number above 0, for argparse."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
+    return number
 
 
 def _count(text: str) -> int:
@@ -231,10 +246,16 @@ def _run_of(args: argparse.Namespace) -> Any:
 
 
 def _train(args: argparse.Namespace) -> int:
+    from lsr_scale.run_folder import RunFolder
     from lsr_scale.train import train
 
-    run = _run_of(args)
-    train(run, Path(args.config or args.config_path).stem, args.resume, args.overwrite, args.quiet)
+    run, file = _run_of(args), Path(args.config or args.config_path).expanduser()
+    name = file.stem
+    if file.resolve() == RunFolder(file.resolve().parent).config:  # a run's own: it means that run, wherever it lies
+        name = file.resolve().parent.name
+        if run.training["output_dir"] is None and (args.overwrite or args.resume == "auto"):
+            run = run.model_copy(update={"training": {**run.training, "output_dir": str(file.parent)}})
+    train(run, name, args.resume, args.overwrite, args.quiet)
     return 0
 
 
@@ -321,7 +342,7 @@ def _preview(args: argparse.Namespace) -> int:
 def _plan(args: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from lsr_scale.plan import plan, render
+    from lsr_scale.plan import fit, plan, render
 
     if args.budget:
         return _plan_budget(args)
@@ -329,12 +350,24 @@ def _plan(args: argparse.Namespace) -> int:
         raise UserError(
             "--model goes with --budget; without it, give a configuration: lsr-scale plan configs/NAME.yaml"
         )
-    result = plan(_run_of(args), args.gpus)
+    run = _run_of(args)
+    result = plan(run, args.gpus)
+    card = args.card_gib or _own_card_gib()
+    verdict = fit(run, result, card) if card else None
     if args.json:
-        print(result.to_json())
+        print(json.dumps({**asdict(result), "fit": None if verdict is None else asdict(verdict)}, indent=2))
     else:
-        Console(highlight=False).print(render(result))
+        console = Console(highlight=False)
+        console.print(render(result))
+        if verdict is not None:
+            console.print(f"[bold]this run {verdict.in_words()}[/bold]")
     return 0
+
+
+def _own_card_gib() -> float | None:
+    import torch
+
+    return torch.cuda.get_device_properties(0).total_memory / 2**30 if torch.cuda.is_available() else None
 
 
 def _plan_budget(args: argparse.Namespace) -> int:

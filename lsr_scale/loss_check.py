@@ -17,6 +17,10 @@ class LossCheck(_Base):
 
     "stop" ends the run: on the CPU at once, on a GPU two batches later, when the loss is computed and nobody waits for
     it; nothing is logged, saved or evaluated in between. "skip" leaves zero gradients, for which the host does wait.
+
+    A skipped micro-batch adds nothing to its step's gradient. The step's others, on this process and on the rest, weigh
+    what they would have weighed beside it: the sum of their losses is divided by the tokens of all, as ever. So no
+    process need hear of another's bad batch, and a step of one process and of several is the same.
     """
 
     on_nonfinite = "stop"

@@ -34,7 +34,8 @@ def print_line(text: str) -> None:
 class Progress(TrainerCallback):
     """A callback that shows and records each logging step: loss, tokens/s, memory, time left. Main process only.
 
-    On every process it ends a run whose numbers are no longer finite, before such factors are saved.
+    Tokens/s are those of training: what saves and evaluations take is in `wall_s` and in the time left only. On every
+    process it ends a run whose numbers are no longer finite, before such factors are saved.
     """
 
     def __init__(self, metrics: Path, quiet: bool = False) -> None:
@@ -42,6 +43,8 @@ class Progress(TrainerCallback):
         self.quiet = quiet
         self.started = self.last_time = time.monotonic()
         self.last_tokens = 0.0
+        self.aside = 0.0  # seconds since last_time in which nothing was trained
+        self.worked_until = self.started  # the last moment that belongs to a step
         self.first_step = 0
         # what the metrics file counts already where a run goes on: the clock and TRL's token count start again
         self.wall_s_before = self.tokens_before = 0.0
@@ -61,12 +64,37 @@ class Progress(TrainerCallback):
                 self.tokens_before = max((row.get("num_tokens", 0.0) for row in kept), default=0.0)
         # transformers' own count goes on by itself
         self.last_tokens = float(state.num_input_tokens_seen)
-        self.started = self.last_time = time.monotonic()
+        self.started = self.last_time = self.worked_until = time.monotonic()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Refuse to save a checkpoint that nothing can go on from."""
+        """End the step's time; refuse to save a checkpoint that nothing can go on from."""
+        self._end_work(control)
         if control.should_save:
             check_finite(kwargs["model"], f"after step {state.global_step}")
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """End the step's time where an epoch's end is what a save or an evaluation waits for."""
+        self._end_work(control)
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Keep the evaluation out of the next step's time."""
+        self._set_aside()
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Keep the save out of the next step's time."""
+        self._set_aside()
+
+    def _end_work(self, control: TrainerControl) -> None:
+        if torch.cuda.is_available() and (control.should_save or control.should_evaluate):
+            torch.cuda.synchronize()  # what the GPU still has to do is the step's, and either waits for it anyway
+        self.worked_until = time.monotonic()
+
+    def _set_aside(self) -> None:
+        now = time.monotonic()
+        self.aside += now - self.worked_until
+        self.worked_until = now
 
     def on_log(
         self,
@@ -89,8 +117,10 @@ class Progress(TrainerCallback):
         row["wall_s"] = round(self.wall_s_before + now - self.started, 3)
         tokens = logs.get("num_tokens", logs.get("num_input_tokens_seen", 0.0))
         if "loss" in logs and tokens > self.last_tokens:
-            row["tokens_per_s"] = round((tokens - self.last_tokens) / max(1e-9, now - self.last_time), 1)
-            self.last_time, self.last_tokens = now, tokens
+            seconds = now - self.last_time - self.aside
+            row["tokens_per_s"] = round((tokens - self.last_tokens) / max(1e-9, seconds), 1)
+            self.last_time, self.last_tokens, self.aside = now, tokens, 0.0
+            self.worked_until = now
         row["memory_gib"] = round(memory_gib(), 3)
         row |= {name: value for name, value in logs.items() if name != "epoch" and not name.startswith("train_")}
         if "num_tokens" in row:

@@ -242,7 +242,8 @@ def _begin(run: RunConfig, folder: RunFolder, checkpoint: Path | None, say: Call
         if not goes_on:
             _clear(folder)
         record.write_json(folder.environment, record.environment())
-        record.write_text(folder.config, config.dump_yaml(run))  # last: it makes the folder a run
+        begun = checkpoints.as_begun(checkpoint, run) if checkpoint is not None else run
+        record.write_text(folder.config, config.dump_yaml(begun))  # last: it makes the folder a run
     distributed.broadcast(None)  # nobody writes before that
 
 

@@ -93,7 +93,7 @@ def test_tables_mark_what_is_larger_than_dense(tmp_path):
         (tmp_path / f"{trial.name}.json").write_text(json.dumps(row))
     lines = ablations.tables(tmp_path)
     assert lines[-2:] == ["| r16_s16 | 1.23 | 2.00 |", "| r16_s48 | 1.23 | 2.00 |"]
-    assert sum(line.startswith("| r16_s48, larger than dense | 1 | 50.0 (1 seed)") for line in lines) == 1
+    assert sum(line.startswith("| r16_s48, larger than dense | 1 | 50.0 | 1 |") for line in lines) == 1
     assert sum(line.startswith("| r16_s16 | 1 |") for line in lines) == 7
 
 

@@ -10,8 +10,9 @@ from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.lora.conversion import save_as_lora
 from transformers.pytorch_utils import Conv1D
 
-from lsr_scale import UserError
+from lsr_scale import KronLoraConfig, LsrConfig, UserError
 from lsr_scale.adapters import METHODS, peft_config
+from lsr_scale.adapters import base as adapters_base
 from lsr_scale.adapters.base import AdapterLinear
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*more than its dense form.*")
@@ -394,3 +395,41 @@ def test_torch_compile_sees_no_graph_break(name):
     layer = layers_of(randomize(adapted(name, torch.float32)))[0]
     explained = torch._dynamo.explain(layer)(torch.randn(3, 48))
     assert explained.graph_break_count == 0, explained.break_reasons
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (
+            LsrConfig(rank=4, separation_rank=5000),
+            r"separation_rank=5000 gives the down side .* lower separation_rank to",
+        ),
+        (LsrConfig(rank=16, separation_rank=48), r"more than the 2,304 of the matrix that it adapts \(48 x 48\)"),
+        (KronLoraConfig(rank=48, left_in=1, left_out=1), r"has 4,609 parameters, more than the 2,304 of"),
+    ],
+)
+def test_an_adapter_larger_than_what_it_adapts_is_refused_before_anything_is_made(config, words, monkeypatch):
+    monkeypatch.setattr(adapters_base, "MANY_PARAMETERS", 0)
+    model = tiny_llama()
+    before = dict(model.named_parameters())
+    config.target_modules = {"q_proj"}
+    with pytest.raises(UserError, match=r"layers\.0\.self_attn\.q_proj: .*" + words):
+        get_peft_model(model, config)
+    assert dict(model.named_parameters()).keys() == before.keys()
+
+
+@pytest.mark.parametrize(
+    "config", [LsrConfig(rank=16, separation_rank=48), KronLoraConfig(rank=48, left_in=1, left_out=1)]
+)
+def test_a_tiny_model_is_only_warned_of_an_adapter_larger_than_its_matrices(config):
+    config.target_modules = {"q_proj"}
+    with pytest.warns(UserWarning, match=r"q_proj and 1 more .* more than the 2,304 of the matrix that it adapts"):
+        get_peft_model(tiny_llama(), config)
+
+
+def test_many_terms_on_a_7b_are_refused_and_what_the_ablations_need_is_not():
+    with pytest.raises(
+        UserError, match=r"2,560,000 parameters, more than 16 times its dense form's 65,536; .* at most 2048"
+    ):
+        METHODS["lsr"].parameter_shapes(4096, 14336, LsrConfig(rank=16, separation_rank=5000))
+    METHODS["lsr"].parameter_shapes(192, 576, LsrConfig(rank=1, separation_rank=64))

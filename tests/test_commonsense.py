@@ -78,10 +78,11 @@ def test_every_point_is_a_run_that_a_user_could_write(name, tmp_path):
 
 def test_every_prefix_of_the_plan_is_of_use():
     runs = commonsense.plan(["headline", "quantized"], PROVIDERS, 5)
-    assert len(runs) == len(set(runs)) == 60 + 50 + 18
+    rows = len(PROVIDERS)
+    assert len(runs) == len(set(runs)) == 6 * rows + 5 * rows + 18
     # six points, then the first seed, for one provider after the other
-    assert [run.tunes for run in runs[:70]] == ([True] * 6 + [False]) * 10
-    assert [run.seed for run in runs[70:90]] == [1] * 10 + [2] * 10
+    assert [run.tunes for run in runs[: 7 * rows]] == ([True] * 6 + [False]) * rows
+    assert [run.seed for run in runs[7 * rows : 9 * rows]] == [1] * rows + [2] * rows
 
 
 @pytest.mark.slow

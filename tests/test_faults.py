@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import two_processes
 from test_resume import arrange_stop, config_file
-from test_two_ranks import LAUNCHERS, ROOT, free_port, launch
+from test_two_ranks import LAUNCHERS, PATHS, ROOT, free_port, launch
 from tiny_runs import do, factors, metrics, same, save_llama, tiny_run
 from trl import SFTTrainer
 
@@ -93,7 +93,7 @@ def start_rank(rank, file, port, *options):
     environment = {
         **os.environ,
         **{"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"},
-        **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "PYTHONPATH": PATHS},
     }
     command = [sys.executable, str(ROOT / "launch" / "train.py"), "--config", str(file), *options]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -178,11 +178,7 @@ def test_by_gloo_several_processes_share_a_gpu(monkeypatch):
 def test_what_the_deepspeed_command_started_ends_with_it(place, tmp_path):
     folder, file = endless_run(place, tmp_path, save_steps=4000)
     words = [sys.executable, *LAUNCHERS["deepspeed"], free_port(), ROOT / "launch" / "train.py", "--config", file]
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
-    }
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": PATHS}
     pipe, log = subprocess.DEVNULL, tmp_path / "said"
     with log.open("w") as said:
         command = subprocess.Popen(
@@ -229,3 +225,51 @@ def test_the_failing_rank_speaks_first_and_ends_the_run(place, tmp_path):
     assert seconds < 60
     (line,) = (tmp_path / "run" / "nonfinite.jsonl").read_text().splitlines()
     assert json.loads(line)["process"] == 1
+
+
+@pytest.fixture(scope="module")
+def skipped(place, tmp_path_factory):
+    """Train a step under each ZeRO stage on two ranks, the second of which has a bad batch; and as it is defined."""
+    where, stages = tmp_path_factory.mktemp("skipped"), ("zero0", "zero2", "zero3")
+    common = {"lr_scheduler_type": "constant", "warmup_steps": 0, "optim": "sgd", "max_grad_norm": 0.0, "max_steps": 1}
+    common |= {"save_strategy": "no", "on_nonfinite": "skip", "learning_rate": 1.0}
+
+    def run(name, **sections):
+        training = {"output_dir": str(where / name), **common, **sections.pop("training", {})}
+        return tiny_run(place, training=training, eval={"tasks": []}, **sections)
+
+    files = []
+    for stage in stages:
+        files.append(where / f"{stage}.yaml")
+        files[-1].write_text(dump_yaml(run(stage, deepspeed={"config": stage})))
+    status, out, err, _ = launch("torchrun", ROOT / "tests" / "two_ranks_skipping.py", *files)
+    assert status == 0, out + err
+    # one process has both batches in turn; of what the second one adds to the sum of the losses, nothing counts
+    compute = SFTTrainer.compute_loss
+
+    def without_the_second(self, *args, **kwargs):
+        loss = compute(self, *args, **kwargs)
+        return loss * 0 if self.micro_step == 1 else loss
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SFTTrainer, "compute_loss", without_the_second)
+        do(run("defined", training={"gradient_accumulation_steps": 2}))
+    do(run("both", training={"gradient_accumulation_steps": 2}))
+    do(run("neither", training={"gradient_accumulation_steps": 2, "learning_rate": 0.0}))
+    return where
+
+
+@pytest.mark.slow
+@two_processes
+@pytest.mark.parametrize("stage", ["zero0", "zero2", "zero3"])
+def test_a_bad_batch_of_one_rank_adds_nothing_and_the_others_weigh_what_they_did(skipped, stage):
+    flat = lambda name: torch.cat([t.flatten() for _, t in sorted(factors(RunFolder(skipped / name)).items())])  # noqa: E731
+    found, defined, both, neither = (flat(name) for name in (stage, "defined", "both", "neither"))
+    moved = (defined - neither).norm()
+    assert moved > 1e-3 * neither.norm()
+    assert (both - defined).norm() > 0.1 * moved, "the bad batch would have mattered"
+    assert (found - defined).norm() <= 1e-6 * defined.norm()
+    assert (found - defined).norm() <= 1e-4 * moved
+    (line,) = [json.loads(line) for line in (skipped / stage / "nonfinite.jsonl").read_text().splitlines()]
+    assert (line["process"], line["step"], line["loss"], len(line["rows"])) == (1, 1, "nan", 2)
+    assert len(line["input_ids"]) == 2

@@ -108,7 +108,7 @@ def test_on_a_gpu_a_loss_that_is_not_finite_is_told_of_its_own_step(tmp_path, mo
         return compute(self, *args, **kwargs) * (math.nan if len(calls) == 2 else 1)
 
     monkeypatch.setattr(assembly.HeadLoss, "compute_loss", poisoned)
-    training = {"fused": "on", "cuda_graphs": "off", "logging_steps": 50, "gradient_accumulation_steps": 1}
+    training = {"fused": "on", "cuda_graphs": "off", "logging_steps": 50, "save_steps": 50}
     with pytest.raises(UserError, match="the loss is nan at step 2"):
         do(tiny_run(tmp_path, training=training))
     assert len(calls) == 4

@@ -1,5 +1,6 @@
 """What `plan` says: counts as published, sizes as measured, and every mistake before anything is loaded."""
 
+import dataclasses
 import io
 import json
 import socket
@@ -9,9 +10,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from lsr_scale.cli import main
 from lsr_scale.config import run_from_dict
 from lsr_scale.errors import UserError
-from lsr_scale.plan import memory, plan, render
+from lsr_scale.plan import fit, memory, plan, render
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
@@ -170,8 +172,8 @@ def test_the_stages_divide_what_they_say(monkeypatch):
     assert rows["zero2"].weights == one.memory_gib.weights
     assert trained < rows["zero3"].weights < 0.4 * one.memory_gib.weights + trained
     assert rows["zero3_offload"].weights < rows["zero3"].weights
-    # a layer, the prefetched, half of the reuse distance, a byte an element, and the head
-    gathered = (109e6 + 250e6 + 125e6 + 2 * 32000 * 4096) / 2**30
+    # as many elements as may live, a byte each, and the head
+    gathered = (500e6 + 2 * 32000 * 4096) / 2**30
     assert rows["zero3"].workspace == pytest.approx(rows["zero2"].workspace + gathered, rel=0.02)
     assert four.memory_gib == rows["zero2"]  # the default of a run
     for memory_gib in rows.values():
@@ -234,7 +236,7 @@ def test_a_plan_needs_no_network_and_is_json_and_a_page(monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     result = plan(run(MISTRAL, LSR), gpus=2)
-    document = json.loads(result.to_json())
+    document = json.loads(json.dumps(dataclasses.asdict(result)))
     assert document["trainable_parameters"] == 4_096_000
     assert document["base_parameters"] == 7_241_732_096
     assert document["adapter_bytes"] > 4 * 4_096_000
@@ -260,6 +262,42 @@ def test_a_plan_needs_no_network_and_is_json_and_a_page(monkeypatch):
 def test_a_mistake_is_said_before_anything_is_loaded(model, adapter, message):
     with pytest.raises(UserError, match=message):
         plan(run(model, adapter))
+
+
+def test_a_verdict_names_what_is_left_or_what_would_fit():
+    small = run(MISTRAL, LSR, {"per_device_train_batch_size": 4, "max_length": 2048})
+    result = plan(small)
+    roomy = fit(small, result, 80.0)
+    assert roomy.nearest is None
+    taken = max(result.memory_gib.total, result.memory_gib.loading)
+    assert roomy.left == pytest.approx(80 - roomy.kept_back - taken, abs=0.02)
+    assert "fits on a card of 80 GiB" in roomy.in_words()
+    least = taken / 0.92 + 0.5 / 0.92  # 8 % and half a GiB are kept back
+    assert fit(small, result, least + 0.1).nearest is None
+    tight = fit(small, result, least - 0.1)
+    assert tight.left < 0
+    assert tight.nearest is not None
+    assert "does not fit" in tight.in_words()
+    single = fit(small, result, 7.5)
+    assert single.nearest == "training.per_device_train_batch_size: 1, training.memory: save"
+    assert fit(small, result, 1.0).nearest == "nothing on up to 8 GPUs"
+
+
+def test_a_proposal_fits_when_it_is_followed():
+    large = run("meta-llama/Llama-2-70b-hf", LSR, {"per_device_train_batch_size": 1, "max_length": 512})
+    alone = fit(large, plan(large), 40.0)
+    assert alone.nearest == "deepspeed.config: zero3_offload, training.memory: save"
+    values = large.model_dump()
+    values["deepspeed"]["config"] = "zero3"
+    sharded = run_from_dict(values)
+    assert fit(sharded, plan(sharded, 4), 24.0).nearest is None
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "x", "inf", "nan"])
+def test_a_card_has_a_size(text, capsys):
+    with pytest.raises(SystemExit):
+        main(["plan", "configs/mistral_lsr.yaml", "--card-gib", text])
+    assert "expected a number above 0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

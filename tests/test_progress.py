@@ -4,7 +4,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
-from transformers import TrainerState
+from transformers import TrainerControl, TrainerState
 
 from lsr_scale import UserError, progress
 from lsr_scale.progress import Progress, clock, print_line, show_live
@@ -51,6 +51,30 @@ def test_time_left_is_that_of_the_steps_left_at_the_pace_so_far(tmp_path, clocke
         .startswith('{"step": 3, "epoch": 0.3, "wall_s": 90.0, "tokens_per_s": 20.0')
     )
     assert capsys.readouterr().out.rstrip().endswith("3:30 left")
+
+
+@pytest.mark.parametrize("logging_steps", [1, 2])
+@pytest.mark.parametrize("at", ["step", "epoch"])
+def test_saves_and_evaluations_are_in_the_wall_time_and_not_in_the_speed(tmp_path, clocked, logging_steps, at):
+    callback = Progress(tmp_path / "metrics.jsonl", quiet=True)
+    callback.on_train_begin(ARGUMENTS, state(), None)
+    clocked.value += 7
+    callback.on_evaluate(ARGUMENTS, state(), TrainerControl())  # eval_on_start
+    for step in (1, 2, 3, 4):
+        clocked.value += 10
+        callback.on_step_end(ARGUMENTS, state(step), TrainerControl())
+        if at == "epoch":
+            callback.on_epoch_end(ARGUMENTS, state(step), TrainerControl())
+        if step % logging_steps == 0:
+            log(callback, step, num_tokens=600.0 * step)
+        clocked.value += 30
+        callback.on_log(ARGUMENTS, state(step), None, logs={"eval_loss": 1.5})
+        callback.on_evaluate(ARGUMENTS, state(step), TrainerControl())
+        clocked.value += 20
+        callback.on_save(ARGUMENTS, state(step), TrainerControl())
+    rows = [row for row in progress.read_metrics(callback.metrics) if "loss" in row]
+    assert [row["tokens_per_s"] for row in rows] == [60.0] * (4 // logging_steps)
+    assert rows[-1]["wall_s"] == 7 + 4 * 10 + 3 * 50
 
 
 def test_a_run_that_goes_on_counts_its_own_steps_and_keeps_the_time_and_tokens_before(tmp_path, clocked, capsys):

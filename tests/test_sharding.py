@@ -8,7 +8,7 @@ from conftest import two_processes
 from safetensors.torch import load_file, save_file
 from test_two_ranks import launch
 from tiny_runs import completions, save_llama, tiny_run, write_rows
-from two_ranks_sharding import BASES, COMBINATIONS, DEFAULT, MEASURED, METHODS, MODES, first_losses
+from two_ranks_sharding import BASES, COMBINATIONS, DEFAULT, GATHERED, MEASURED, METHODS, MODES, first_losses
 
 from lsr_scale.model import load_config, skeleton
 from lsr_scale.plan.sizes import frozen_bytes, quantized_layers
@@ -87,3 +87,14 @@ def test_zero3_holds_a_share_of_the_base_on_each_process_from_the_first_weight_o
     share = frozen.state + frozen.parameters // 2
     assert found["whole_bytes"] == frozen.total
     assert found["load_peak_bytes"] == pytest.approx(share + frozen.largest, rel=0.06)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("name", GATHERED)
+def test_one_layer_is_gathered_at_once_where_nothing_is_gathered_ahead(seen, place, rank, name):
+    empty = skeleton(load_config(str(place / "larger")))
+    frozen = frozen_bytes(empty, quantized_layers(empty), "nf4", True)
+    body = frozen.parameters - frozen.outside
+    found = seen[rank]["gathered"][name]
+    # a fused layer and all factors, or the head; not the layers whose pairs are made together with this one's
+    assert 0.5 * frozen.head <= found <= 1.3 * body / 6

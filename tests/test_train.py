@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import sys
 from types import SimpleNamespace
 
@@ -37,6 +38,7 @@ from lsr_scale.fused import decoder_layer
 from lsr_scale.memory_policy import KeepWhatFits
 from lsr_scale.model import base_of
 from lsr_scale.run_folder import RunFolder
+from lsr_scale.train import train
 
 KRON = {"method": "kron_lora", "rank": 4, "left_out": 4}
 LORA = {"method": "lora", "rank": 4}
@@ -354,6 +356,16 @@ def test_factors_that_are_not_finite_are_not_saved(place, tmp_path, monkeypatch,
     assert not done.adapter.exists()
     for checkpoint in done.checkpoints():
         assert all(torch.isfinite(t).all() for t in factors(done, checkpoint.name).values())
+
+
+def test_rows_that_lose_all_supervision_are_told(place, tmp_path, capsys):
+    train(run_in(place, tmp_path / "run", training={"max_length": 4}, eval={"tasks": []}))
+    said = capsys.readouterr().out
+    found = re.search(r"note: (\d+) of (\d+) training rows are left out: training\.max_length \(4\)", said)
+    assert found
+    lost, rows = map(int, found.groups())
+    assert 0 < lost < rows
+    assert f"training rows: {rows - lost}\n" in said
 
 
 def test_rows_that_lose_all_supervision_are_an_error_where_none_is_left(place, tmp_path):

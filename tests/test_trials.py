@@ -53,7 +53,7 @@ def test_seeds_run_with_the_best_point_and_only_once(tmp_path, monkeypatch):
     done = load(tmp_path)
     assert best_point("a", "one", done) == 2
     assert {done[trial.name]["settings"]["learning_rate"] for trial in trials if not trial.tunes} == {3e-4}
-    assert [line.count("(2 seeds)") for line in table(done, PROVIDERS)[2:]] == [1, 1]
+    assert [line.split(" | ")[-2] for line in table(done, PROVIDERS)[2:]] == ["2", "2"]
 
 
 def test_a_changed_point_is_done_again_and_with_it_the_seeds_that_it_changes(tmp_path, capsys):
@@ -75,5 +75,19 @@ def test_nothing_is_started_after_the_limit(tmp_path):
 def test_diverged_runs_are_told_and_not_chosen(tmp_path):
     done = {Trial("a", "one", TUNING_SEED, i).name: {"score": None if i else 0.1} for i in range(NUM_POINTS)}
     assert best_point("a", "one", json.loads(json.dumps(done))) == 0
-    assert spread([0.5, None]) == "50.0 (2 seeds, 1 diverged)"
+    assert spread([0.5, None]) == "50.0, 1 diverged"
     assert spread([None]) == "all 1 diverged"
+
+
+def test_a_mean_over_tasks_is_of_the_seeds_that_have_all():
+    scores = {("a", 0): 0.5, ("b", 0): 0.7, ("a", 1): 0.6, ("b", 1): 0.6, ("a", 2): 0.9}
+    done = {
+        f"{task}-one-seed{seed}": {
+            **{"task": task, "provider": "one", "seed": seed, "score": value},
+            **{"settings": {"learning_rate": 1e-3}, "adapter_parameters": 7},
+        }
+        for (task, seed), value in scores.items()
+    }
+    head, _, row = table(done, ["one"], {"a": "first"})
+    assert head == "| method | parameters | first | b | mean | seeds | chosen settings |"
+    assert row == "| one | 7 | 66.7 +- 20.8 | 65.0 +- 7.1 | 60.0 +- 0.0 | 2 to 3 | lr 0.001 |"

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -11,16 +12,18 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from conftest import two_processes
 from test_resume import Killed, arrange_stop
 from tiny_runs import completions, do, factors, metrics, results, same, save_llama, tiny_run, write_rows
 
-from lsr_scale import cli
-from lsr_scale.config import dump_yaml
+from lsr_scale import checkpoints, cli
+from lsr_scale.config import dump_yaml, load_run
 from lsr_scale.run_folder import RunFolder
 
 pytestmark = [pytest.mark.slow, two_processes]
 ROOT = Path(__file__).parents[1]
+PATHS = os.pathsep.join([str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])])
 STAGES = ["zero0", "zero1", "zero2", "zero3"]
 
 
@@ -46,8 +49,7 @@ def free_port():
 def launch(launcher, *command, timeout=240):
     """Run a script on two processes; return the status, stdout without the launcher's own lines, stderr, seconds."""
     port = free_port()
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": PATHS}
     begun = time.monotonic()
     words = [sys.executable, *LAUNCHERS[launcher], port, *map(str, command)]
     done = subprocess.run(words, capture_output=True, text=True, timeout=timeout, env=environment, check=False)
@@ -176,6 +178,70 @@ def test_another_number_of_processes_or_engine_goes_on_with_the_same_samples(ran
     found, wanted = factors(continued), factors(whole)
     assert found.keys() == wanted.keys()
     # ZeRO-3 sums gradients in another order; the others continue bit for bit here
+    flat = [torch.cat([tensors[key].flatten() for key in sorted(wanted)]) for tensors in (found, wanted)]
+    assert (flat[0] - flat[1]).norm() <= 1e-3 * flat[1].norm()
+
+
+def in_folder(source, folder):
+    """Copy a run, its config.yaml without the folder's name, as where the run was not given one."""
+    shutil.copytree(source, folder)
+    values = yaml.safe_load((folder / "config.yaml").read_text())
+    del values["training"]["output_dir"]
+    (folder / "config.yaml").write_text(yaml.safe_dump(values))
+    return folder / "config.yaml"
+
+
+@pytest.fixture(scope="module")
+def there(ran):
+    """Return the folder of a run that two processes began and one went on with, which was killed in the third step."""
+    place, *_ = ran
+    folder = place / "there"
+    file = in_folder(place / "there-and-back", folder)
+    with pytest.MonkeyPatch.context() as patch:
+        arrange_stop(patch, 4)
+        words = ["--set", "deepspeed.config=null", "--set", "training.save_steps=1"]
+        with pytest.raises(Killed):
+            cli.main(["train", "--config", str(file), "--resume", "auto", *words])
+    assert [path.name for path in RunFolder(folder).checkpoints()] == ["checkpoint-2", "checkpoint-3"]
+    return folder
+
+
+@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("checkpoint-2", []),
+        ("checkpoint-3", []),
+        # meant for the one process that saved the checkpoint
+        ("checkpoint-3", ["training.gradient_accumulation_steps=2"]),
+    ],
+)
+def test_a_run_that_went_on_elsewhere_has_its_rows_on_any_number_of_processes(there, name, words, number):
+    run = load_run(there / "config.yaml", words)
+    fitted = checkpoints.fit(there / name, run, number)
+    checkpoints.check(there / name, fitted, number)
+    assert fitted.training["gradient_accumulation_steps"] == 2 // number
+    assert checkpoints.as_begun(there / name, fitted).training["gradient_accumulation_steps"] == 1
+
+
+@pytest.mark.parametrize("number", [2, 1])
+def test_a_run_that_went_on_elsewhere_goes_on_from_its_own_config_file(ran, there, tmp_path, number):
+    place, *_ = ran
+    folder = tmp_path / "run"
+    file = in_folder(there, folder)
+    words = ["--config", str(file), "--resume", "auto"]
+    if number == 2:
+        status, out, err, _ = launch("torchrun", ROOT / "launch" / "train.py", *words)
+    else:
+        status, out, err = cli.main(["train", *words]), "", ""
+    assert status == 0, out + err
+    assert yaml.safe_load(file.read_text())["training"]["gradient_accumulation_steps"] == 1, "as two began it"
+    whole, continued = RunFolder(place / "zero2"), RunFolder(folder)
+    assert results(continued)["num_processes"] == number
+    rows, expected = metrics(continued), metrics(whole)
+    assert [row["num_tokens"] for row in rows] == [row["num_tokens"] for row in expected]
+    assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in expected], rel=1e-3)
+    found, wanted = factors(continued), factors(whole)
     flat = [torch.cat([tensors[key].flatten() for key in sorted(wanted)]) for tensors in (found, wanted)]
     assert (flat[0] - flat[1]).norm() <= 1e-3 * flat[1].norm()
 

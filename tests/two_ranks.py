@@ -108,6 +108,8 @@ def main() -> None:
         do(f"{name}-stopped", stop_after=2, **SAVING[name])
         if rank == 0:
             shutil.copytree(folder / f"{name}-stopped", folder / f"{name}-halved")
+            if name == "zero2":
+                shutil.copytree(folder / f"{name}-stopped", folder / "there-and-back")
         do(f"{name}-stopped", "--resume", "auto", **SAVING[name])
     # seven steps, saved after the third and the sixth, which is the second epoch's second
     training = {"num_train_epochs": 2, "max_steps": 7, "save_steps": 3, "per_device_train_batch_size": 2}

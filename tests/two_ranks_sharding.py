@@ -11,6 +11,8 @@ import copy
 import gc
 import json
 import sys
+import time
+import weakref
 from pathlib import Path
 
 from lsr_scale import cli
@@ -33,6 +35,12 @@ COMBINATIONS = [
 ]
 # and whether from a checkpoint, fused then, or with random weights
 MEASURED = [("nf4", True), ("int8", True), ("none", False)]
+
+# what is gathered at once: fused or not, and other limits of ZeRO-3
+GATHERED = {
+    "fused, nothing ahead": (True, {"stage3_prefetch_bucket_size": 0, "stage3_max_reuse_distance": 0}),
+    "per linear, nothing ahead": (False, {"stage3_prefetch_bucket_size": 0, "stage3_max_reuse_distance": 0}),
+}
 
 
 def engine(stage: str) -> dict:
@@ -77,6 +85,44 @@ def first_losses(folder: Path, base: str, method: str, mode: str, **changes) -> 
     return [row["loss"] for row in trainer.state.log_history if "loss" in row], trainer.model
 
 
+class Gathered:
+    """The most bytes of whole weights that ZeRO-3 held at once: the buffers of its gathers, and copies out of them."""
+
+    def __init__(self) -> None:
+        from deepspeed.runtime.zero import partition_parameters
+        from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+
+        self.live: dict[int, int] = {}
+        self.peak = 0
+        gather, wait = partition_parameters._dist_allgather_fn, partition_parameters.AllGatherCoalescedHandle.wait
+        fetch = PartitionedParameterCoordinator.fetch_sub_module
+
+        def gather_and_count(part, whole, group=None):
+            self.count(whole)
+            return gather(part, whole, group)
+
+        def wait_and_count(handle, *args, **kwargs):
+            wait(handle, *args, **kwargs)
+            for parameter in handle.params:
+                self.count(parameter.data)
+
+        def fetch_and_look(*args, **kwargs):
+            fetch(*args, **kwargs)
+            time.sleep(0.005)  # gloo's threads let go of buffers a little later
+            self.peak = max(self.peak, sum(self.live.values()))
+
+        partition_parameters._dist_allgather_fn = gather_and_count
+        partition_parameters.AllGatherCoalescedHandle.wait = wait_and_count  # pyright: ignore
+        PartitionedParameterCoordinator.fetch_sub_module = fetch_and_look
+
+    def count(self, tensor) -> None:
+        """Count a storage until nothing refers to it."""
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.live:
+            self.live[storage._cdata] = storage.nbytes()
+            weakref.finalize(storage, self.live.pop, storage._cdata)
+
+
 def main() -> None:
     cli._quiet_libraries(debug=False)  # as the command does, before what reads these settings is imported
     import datasets
@@ -103,6 +149,12 @@ def main() -> None:
         seen["bytes"][f"{base}/{kind}"] = measure(
             str(folder / "larger"), base, checkpoint=checkpoint, tokens=16, persistent=1000, fused=checkpoint
         )
+    gathered, seen["gathered"] = Gathered(), {}
+    for name, (fused, limits) in GATHERED.items():
+        gathered.peak = 0
+        larger = str(folder / "larger")
+        measure(larger, "nf4", checkpoint=True, tokens=16, persistent=1000, fused=fused, limits=limits)
+        seen["gathered"][name] = gathered.peak
     (folder / f"sharding-{rank}.json").write_text(json.dumps(seen))
 
 

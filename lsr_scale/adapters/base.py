@@ -7,6 +7,7 @@ low-rank form that the forward pass, the fused path and the exports share. Every
 
 import copy
 import dataclasses
+import math
 import re
 import sys
 import types
@@ -42,6 +43,8 @@ from lsr_scale.quantized import freeze_quantized
 
 Params = dict[str, Tensor]
 Pair = tuple[Tensor, Tensor]
+# Of one module's adapter. With fewer, one that is larger than its matrix is warned of only: tests take tiny models.
+MANY_PARAMETERS = 1_000_000
 # PEFT's name for rows of a batch that use no adapter
 BASE_ROW = "__base__"
 Shapes = dict[str, tuple[int, ...]]
@@ -485,10 +488,21 @@ class AdapterModel(BaseTuner):
                 continue
             module_config = config.for_module(name)
             try:
-                self.method.parameter_shapes(*size, module_config)
+                shapes = self.method.parameter_shapes(*size, module_config)
             except UserError as error:
                 problems.append(f"{name}: {error}")
                 continue
+            number = sum(math.prod(shape) for shape in shapes.values())
+            if number > math.prod(size):
+                line = (
+                    f"the adapter has {number:,} parameters, more than the {math.prod(size):,} of the matrix that it "
+                    f"adapts ({size[1]} x {size[0]}); lower rank (separation_rank), or leave the module out of "
+                    "target_modules"
+                )
+                if number > MANY_PARAMETERS and not config.inference_mode:  # one that was trained once can be used
+                    problems.append(f"{name}: {line}")
+                    continue
+                oversized.setdefault(line, []).append(name)
             for line in self.method.oversized_sides(*size, module_config):
                 oversized.setdefault(line, []).append(name)
         if problems:

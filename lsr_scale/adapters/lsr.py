@@ -10,6 +10,7 @@ in = I*i, out = O*o, rank = R*r (the split of the rank may differ between the tw
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Literal
 
@@ -21,6 +22,9 @@ from lsr_scale.errors import UserError
 from lsr_scale.factorize import balanced_split, divisors
 
 PAPER_SCALING = 4096.0  # alpha 8192 over factor rank 2 in the authors' code
+
+# a side so many times larger than its dense form is a slip of the pen; less is warned of (`oversized_sides`)
+MOST_OVERSIZE = 16
 
 
 @dataclasses.dataclass
@@ -98,7 +102,7 @@ class Lsr(AdapterMethod):
 
     @staticmethod
     def parameter_shapes(in_features: int, out_features: int, config: LsrConfig) -> Shapes:
-        """Return the factors' shapes; raise UserError where a dimension or the rank cannot be split."""
+        """Return the factors' shapes; raise UserError where a size cannot be split, or the terms are absurdly many."""
         if config.rank > min(in_features, out_features):
             raise UserError(
                 f"rank={config.rank} is larger than the smaller dimension of the layer, {in_features} -> "
@@ -114,6 +118,15 @@ class Lsr(AdapterMethod):
             out_features, "out_features", config, config.left_out, "left_out"
         )
         shapes |= {"up_left": (terms, left_out, left_rank), "up_right": (terms, right_out, right_rank)}
+        for side, size in (("down", in_features), ("up", out_features)):
+            per_term = sum(math.prod(shapes[f"{side}_{half}"][1:]) for half in ("left", "right"))
+            most = MOST_OVERSIZE * size * config.rank // per_term
+            if terms > most:
+                raise UserError(
+                    f"separation_rank={terms} gives the {side} side {terms * per_term:,} parameters, more than "
+                    f"{MOST_OVERSIZE} times its dense form's {size * config.rank:,}; lower separation_rank to at most "
+                    f"{max(1, most)}, better to {max(1, most // MOST_OVERSIZE)} or less"
+                )
         if config.term_weights:
             shapes |= {"down_weight": (terms,), "up_weight": (terms,)}
         return shapes

@@ -33,8 +33,11 @@ _BUCKETS: dict[str, Any] = {"reduce_bucket_size": "auto"}
 
 _STAGE_3: dict[str, Any] = {
     **_BUCKETS,
-    # In elements, and a 4-bit weight holds two weights an element: a Mistral-7B layer is 1.1e8. Two layers ahead.
+    # In elements, and a 4-bit weight holds two weights an element: a Mistral-7B layer is 1.1e8, one of a 70B 4.3e8.
+    # Each module that is called gathers so many more ahead, whatever was gathered before, until max_live_parameters
+    # are there (1e9 by default). So the latter is what limits memory: half a GB of a quantized base.
     "stage3_prefetch_bucket_size": 250_000_000,
+    "stage3_max_live_parameters": 500_000_000,
     # What is used again within as many is not let go of: the last layer of the forward pass, which begins the backward
     # pass, and a layer that is computed again there. By default 1e9, two layers of a 70B model.
     "stage3_max_reuse_distance": 250_000_000,

@@ -133,7 +133,10 @@ def why_not_linear(linear: Any) -> str | None:
     base, children = base_of(linear), linear.named_modules(prefix="a linear layer")
     if type(base) not in (nn.Linear, FrozenLinear4bit, FrozenLinear8bit):
         return f"a base layer is {type(base).__name__}"
-    if base.weight.is_cuda and base.in_features % 8:
+    # Not base.weight: layers are asked during the forward of another, and ZeRO-3 takes reading an attribute for a use:
+    # it would gather the weight with that other layer from then on.
+    weight = base._parameters.get("weight")
+    if weight is not None and weight.is_cuda and base.in_features % 8:
         return f"a base layer has {base.in_features} inputs, no multiple of 8"
     if isinstance(linear, BaseTunerLayer):
         reason = _why_not_adapted(linear)

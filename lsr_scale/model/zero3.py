@@ -46,8 +46,22 @@ def sharding() -> Iterator[Shard]:
         return
     import deepspeed as engine
 
+    class Init(engine.zero.Init):
+        """What stays whole, as factors do, is gathered after each step: all at once, a thousand small tensors."""
+
+        def _all_gather(self, *args: Any, **kwargs: Any) -> Any:
+            one_by_one, self.allgather_sequential = self.allgather_sequential, False
+            try:
+                return super()._all_gather(*args, **kwargs)
+            finally:
+                self.allgather_sequential = one_by_one
+
     # the engine goes on with this object: it holds where parts live (offload_param) and who shares them
-    zero: Any = engine.zero.Init(module=nn.Module(), config_dict_or_path=deepspeed.deepspeed_config())
+    zero: Any = Init(module=nn.Module(), config_dict_or_path=deepspeed.deepspeed_config())
+    # A buffer for each weight. By default weights that are gathered together are copied out of one buffer, which lives
+    # on until the last of them is used: all of them are held twice. (In the file the option sets prefetching to 1.)
+    limits = (deepspeed.deepspeed_config() or {}).get("zero_optimization", {})
+    zero.allgather_sequential = limits.get("stage3_allgather_sequential", True)
 
     def shard(module: nn.Module) -> None:
         for child in module.modules():

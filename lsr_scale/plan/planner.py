@@ -10,10 +10,9 @@ supervised), DeepSpeed's buffers, and what ZeRO-3 holds gathered. Sizes are what
 H200 (tests/test_plan.py) the totals are within 5 %; ZeRO-3 on several GPUs is not among the measured.
 """
 
-import json
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import peft
@@ -96,10 +95,6 @@ class Plan:
     table: list[Row]
     sharded: dict[str, float]
     warnings: list[str] = field(default_factory=list)
-
-    def to_json(self) -> str:
-        """Return the plan as a JSON document."""
-        return json.dumps(asdict(self), indent=2)
 
 
 def plan(run: RunConfig, gpus: int = 1) -> Plan:
@@ -331,20 +326,30 @@ class _Parts:
         return Memory(*(round(part / GIB, 4) for part in (*parts, total, load)))
 
     def _gathered(self, zero: Mapping[str, Any]) -> dict[str, int]:
-        """Return the bytes that ZeRO-3 holds gathered at once: the head for the whole step, and layers of the stack."""
+        """Return the bytes that ZeRO-3 holds gathered at once: the head, and layers of the stack.
+
+        head + body bytes per element * min(max(live, layer + reuse / 2), the whole body), with DeepSpeed's limits in
+        elements. Each module that is called gathers a prefetch bucket more, whatever was gathered before, until `live`
+        elements are there, so a bucket alone bounds nothing. With `stage3_allgather_sequential: false` weights are
+        copied out of the buffer that they were gathered in, and count twice. On two CPU processes what is gathered was
+        one layer without prefetching; with it, it was above `live` by some weights.
+        """
         body = self.frozen.parameters - self.frozen.outside
         elements = self.frozen.elements - self.frozen.outside_elements
         layer = elements // self.num_layers
-        live = self._elements(zero, "stage3_max_live_parameters", 1_000_000_000)
-        ahead = min(self._elements(zero, "stage3_prefetch_bucket_size", 50_000_000), live)
+        ahead = self._elements(zero, "stage3_prefetch_bucket_size", 50_000_000)
+        live = self._elements(zero, "stage3_max_live_parameters", 1_000_000_000) if ahead else 0
         # the last layers of the forward pass: they are come back to after twice their distance from its end
         kept = self._elements(zero, "stage3_max_reuse_distance", 1_000_000_000) // 2
-        beside = min(ahead + kept, elements - layer)
-        return {
+        beside = min(max(live - layer, kept), elements - layer)
+        parts = {
             "the head, gathered": self.frozen.head,
             "a layer, gathered": body * layer // elements,
             "layers gathered ahead, or not let go of": body * beside // elements,
         }
+        if not zero.get("stage3_allgather_sequential", True):
+            parts["the buffers that they were gathered in"] = sum(parts.values())
+        return parts
 
     def sharded(self, deepspeed: Mapping[str, Any], checkpointing: bool) -> dict[str, int]:
         """Return how `under` adds up for a stage-3 configuration, in bytes."""

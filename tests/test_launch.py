@@ -13,7 +13,8 @@ SCRIPT = Path(__file__).parents[1] / "launch" / "train.slurm"
     ("job", "given", "port"), [("7", None, "20007"), ("123456", None, "23456"), ("123457", "29500", "29500")]
 )
 def test_each_job_has_a_port_of_its_own_unless_one_is_given(tmp_path, job, given, port):
-    programs = {"scontrol": "echo node-1; echo node-2", "srun": "echo $MASTER_ADDR $MASTER_PORT $WORLD_SIZE"}
+    slow = "echo node-1; sleep 0.1; echo node-2"  # as it is on a cluster of many nodes
+    programs = {"scontrol": slow, "srun": "echo $MASTER_ADDR $MASTER_PORT $WORLD_SIZE"}
     for name, line in programs.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
         (tmp_path / name).chmod(0o755)

@@ -4,9 +4,9 @@
 
 On GPUs or CPUs, whatever there is, for each `--quantization`. The model is loaded twice by every process: whole, as one
 process would, and under ZeRO-3; random weights unless `--checkpoint` says that the model has some. Then its adapter
-trains for three steps. Bytes are those of storages, not elements: of parameters as they stand, of the parts that
-DeepSpeed keeps, of quantization states and of everything else that hangs on the model. Peaks are what lives at once
-beyond what lived before: the allocator's on a GPU, every storage that an operation makes on a CPU.
+trains for three steps. Bytes are those of storages, not elements: of parameters as they stand, of the parts of them
+that a process keeps, of quantization states and of everything else that hangs on the model. Peaks are what lives at
+once beyond what lived before: the allocator's on a GPU, every storage that an operation makes on a CPU.
 
 `first_loss` is to be compared between 1, 2 and more processes: all of them together see the same eight rows.
 """
@@ -14,12 +14,12 @@ beyond what lived before: the allocator's on a GPU, every storage that an operat
 import argparse
 import copy
 import gc
-import json
 import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -38,7 +38,8 @@ def held_bytes(model: nn.Module) -> int:
     """Return the bytes of all storages that hang on a model, each once, but for those of parameters that train.
 
     Reached are parameters, buffers and every other tensor in the attributes of parameters and modules: the parts that
-    ZeRO-3 keeps (`ds_tensor`), quantization states, int8's codes and scales, and the states of bitsandbytes' layers.
+    a process keeps, quantization states, int8's codes and scales, the states of bitsandbytes' layers, and whatever
+    hooks refer to, such as what is being gathered.
     """
     sizes: dict[int, int] = {}
     seen: set[int] = set()
@@ -59,7 +60,9 @@ def held_bytes(model: nn.Module) -> int:
         elif isinstance(value, list | tuple):
             for item in value:
                 visit(item)
-        elif type(value).__module__.startswith("bitsandbytes"):
+        elif isinstance(value, FunctionType):
+            visit([cell.cell_contents for cell in value.__closure__ or ()])
+        elif type(value).__module__.startswith(("bitsandbytes", "lsr_scale")) and hasattr(value, "__dict__"):
             visit(vars(value))
 
     for module in model.modules():
@@ -97,14 +100,14 @@ def peak_of(device: torch.device) -> Iterator[Peak]:
     peak.bytes = max(live.peaks.values())
 
 
-def engine_config(stage: str, rows: int, **zero: Any) -> dict[str, Any]:
+def filled_in(stage: str, rows: int) -> dict[str, Any]:
     """Return a shipped DeepSpeed configuration with what the trainer would fill in."""
     from lsr_scale.config.deepspeed import SHIPPED
 
     config = copy.deepcopy(SHIPPED[stage])
     config |= {"train_batch_size": ROWS, "train_micro_batch_size_per_gpu": rows, "gradient_clipping": 1.0}
     config["gradient_accumulation_steps"] = 1
-    config["zero_optimization"] |= {"reduce_bucket_size": 50_000_000} | zero
+    config["zero_optimization"] |= {"reduce_bucket_size": 50_000_000}
     return config
 
 
@@ -117,8 +120,6 @@ def measure(
     fused: bool = True,
     checkpoint: bool = False,
     tokens: int = 512,
-    persistent: int | None = None,
-    limits: dict[str, int] | None = None,
 ) -> dict[str, Any]:
     """Return what this process holds of a model under a stage, and the losses of the first steps.
 
@@ -130,37 +131,34 @@ def measure(
         fused: Fuse the layers, all of their activations recomputed; else each linear by itself.
         checkpoint: The model has weights.
         tokens: In a row.
-        persistent: Elements up to which a parameter stays whole; the configuration's own by default.
-        limits: Other values for the configuration's zero_optimization.
     """
     import deepspeed
     import peft
-    from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
     from lsr_scale import adapters, distributed
-    from lsr_scale.fused import fuse, gather_by_layer
-    from lsr_scale.model import load_base, local_device, zero3
+    from lsr_scale.config import engine_config, offloads_parameters
+    from lsr_scale.fused import fuse
+    from lsr_scale.model import load_base, local_device
+    from lsr_scale.model.sharded import Sharding
 
     device, world = local_device(), distributed.world_size()
     rows = ROWS // world
-    zero = {} if persistent is None else {"stage3_param_persistence_threshold": persistent}
-    config = engine_config(stage, rows, **zero, **(limits or {}))
+    config = filled_in(stage, rows)
 
-    def load() -> Any:
-        return load_base(model, quantization=quantization, random_weights=not checkpoint)  # pyright: ignore
+    def load(sharding: Sharding | None = None) -> Any:
+        return load_base(model, quantization=quantization, random_weights=not checkpoint, sharding=sharding)  # pyright: ignore
 
     with peak_of(device) as whole_peak:
         whole = load()
     whole_bytes = held_bytes(whole)
     del whole
 
-    held = HfDeepSpeedConfig(config)  # a model is sharded while this lives
+    sharding = Sharding(offloads_parameters(config)) if stage.startswith("zero3") else None
     begun = time.perf_counter()
     with peak_of(device) as load_peak:
-        base = load()
+        base = load(sharding)
     load_s = time.perf_counter() - begun
     loaded_bytes = held_bytes(base)
-    del held
 
     base.enable_input_require_grads()  # as the trainer does
     torch.manual_seed(0)
@@ -169,10 +167,10 @@ def measure(
     if fused:
         report = fuse(adapted, "full")
         assert not report.per_linear, str(report)
-        if zero3.is_sharded(adapted):
-            gather_by_layer(adapted, report.fused)
     factors = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
-    engine, *_ = deepspeed.initialize(model=adapted, config=config, optimizer=torch.optim.AdamW(factors, lr=1e-3))
+    engine, *_ = deepspeed.initialize(
+        model=adapted, config=engine_config(config), optimizer=torch.optim.AdamW(factors, lr=1e-3)
+    )
     torch.manual_seed(0)
     vocabulary = adapted.config.get_text_config().vocab_size
     batch = torch.randint(0, vocabulary, (ROWS, tokens))
@@ -215,8 +213,6 @@ def main() -> None:
     parser.add_argument("--per-linear", action="store_true", help="do not fuse")
     parser.add_argument("--checkpoint", action="store_true", help="the model has weights; random ones otherwise")
     parser.add_argument("--tokens", type=int, default=512, help="in a row")
-    parser.add_argument("--persistent", type=int, help="elements up to which a parameter stays whole")
-    parser.add_argument("--limits", type=json.loads, help="other values for zero_optimization, as JSON")
     parser.add_argument("--out", type=Path)
     options, _ = parser.parse_known_args()  # the launcher's --local_rank
 
@@ -238,8 +234,6 @@ def main() -> None:
             fused=not options.per_linear,
             checkpoint=options.checkpoint,
             tokens=options.tokens,
-            persistent=options.persistent,
-            limits=options.limits,
         )
         found[quantization] = distributed.gather([mine])
         if distributed.is_main():

@@ -18,7 +18,6 @@ from transformers import Trainer
 from lsr_scale import distributed, record
 from lsr_scale.errors import UserError, did_you_mean
 from lsr_scale.model.identity import base_description, check_base
-from lsr_scale.model.zero3 import gather, is_sharded
 from lsr_scale.packed_factors import is_packed, unpack
 
 # torch's words for two tensors that should be of one shape
@@ -28,20 +27,17 @@ _MISMATCH = re.compile(r"size mismatch for (\S+): .*?\[(.*?)\].*?\[(.*?)\]")
 def save_adapter(trainer: Trainer, target: Path) -> None:
     """Save the adapter as PEFT does, with `base.json` beside it; the folder appears whole, or the old one stays.
 
-    Under ZeRO-3 what trains is gathered for it, and nothing of the base. Every process must call it.
-
     Raises:
         UserError: if the disk is full or the folder cannot be written.
     """
-    model: Any = trainer.accelerator.unwrap_model(trainer.model)
-    state = _gathered_state(model) if is_sharded(model) else None
     if not distributed.is_main():
         return
+    model: Any = trainer.accelerator.unwrap_model(trainer.model)
     aside, old = (target.with_name(f".{target.name}.{word}") for word in ("part", "old"))
     for left_over in (aside, old):
         shutil.rmtree(left_over, ignore_errors=True)
     try:
-        write_adapter(model, aside, state)
+        write_adapter(model, aside)
         if target.exists():
             target.rename(old)
         aside.rename(target)
@@ -54,24 +50,13 @@ def save_adapter(trainer: Trainer, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _gathered_state(model: Any) -> dict[str, Any]:
-    """Return what trains, whole and on the CPU, by its name in the model; empty on all but the main process."""
-    state: dict[str, Any] = {}
-    for name, parameter in model.named_parameters():  # one at a time: a trained head may be large
-        if parameter.requires_grad:
-            with gather([parameter]):
-                if distributed.is_main():
-                    state[name] = parameter.detach().to("cpu", copy=True)
-    return state
-
-
-def write_adapter(model: Any, folder: Path, state: dict[str, Any] | None = None) -> None:
-    """Write the adapter as PEFT does, with `base.json` beside it; `state` has its tensors where the model is sharded.
+def write_adapter(model: Any, folder: Path) -> None:
+    """Write the adapter as PEFT does, with `base.json` beside it.
 
     Raises:
         RuntimeError: for an empty tensor, which is a bug.
     """
-    model.save_pretrained(folder, state_dict=state if is_sharded(model) else None)
+    model.save_pretrained(folder)
     (folder / "base.json").write_text(json.dumps(base_description(model), indent=1) + "\n")
     _check_saved(folder)
 

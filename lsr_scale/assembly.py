@@ -1,8 +1,8 @@
 """From a run to its trainer: TRL's SFTTrainer, for classifiers transformers' Trainer, with nothing of the loop our own.
 
-The trainer's arguments come first: under ZeRO-3 a DeepSpeed configuration must exist before the model is loaded. The
-adapter is injected by us, so that a refused target costs seconds, and its factors are kept in float32: on a quantized
-base SFTTrainer casts what trains to bfloat16 in place, which is undone after its constructor.
+The trainer's arguments come first: what is wrong with them costs seconds, a model takes minutes. The adapter is
+injected by us, so that a refused target costs seconds too, and its factors are kept in float32: on a quantized base
+SFTTrainer casts what trains to bfloat16 in place, which is undone after its constructor.
 """
 
 import os
@@ -26,13 +26,14 @@ from lsr_scale.data.formats import build_dataset
 from lsr_scale.data.kept import kept
 from lsr_scale.data.preview import prepare_tokenizer, tokenize_classification
 from lsr_scale.errors import UserError
-from lsr_scale.fused import FuseReport, fuse, gather_by_layer
+from lsr_scale.fused import FuseReport, fuse
 from lsr_scale.fused.step_graph import StepGraphs, why_not_graphs
 from lsr_scale.graph_steps import GraphSteps, PackedCollator, host_bound
 from lsr_scale.head_loss import HeadCollator, HeadLoss, why_not_own_head
 from lsr_scale.loss_check import LossCheck
 from lsr_scale.memory_policy import KeepWhatFits, largest_forward, row_lengths
 from lsr_scale.model import base_description, base_of, load_tokenizer
+from lsr_scale.model.sharded import Sharding, is_sharded
 from lsr_scale.resumable import Resumable
 from lsr_scale.run_folder import RunFolder
 
@@ -67,7 +68,7 @@ def build_trainer(
         say(note)
     start = _start_of(run)
     with only_new_warnings():
-        model, differences = adapt(run, base_of(run.model, run.training["seed"]), start)
+        model, differences = adapt(run, base_of(run.model, run.training["seed"], _sharding(run, say)), start)
     for note in differences:
         say(f"note: {note}")
     report = _fuse(run, model, arguments)
@@ -116,8 +117,8 @@ def _arguments(run: RunConfig, folder: RunFolder) -> Any:
         # or a batch's way to the GPU waits for the step before it
         values["accelerator_config"] = {"non_blocking": values.get("dataloader_pin_memory", True)}
     values.setdefault("ddp_find_unused_parameters", False)  # every factor takes part in every step
-    if uses_deepspeed(run):
-        values["deepspeed"] = run.deepspeed.config
+    if run.deepspeed.config is not None and uses_deepspeed(run):
+        values["deepspeed"] = config.engine_config(run.deepspeed.config)
     try:
         arguments: Any = training_arguments_class(run.model.task)(**values)
     except (ValueError, ImportError) as error:
@@ -125,6 +126,17 @@ def _arguments(run: RunConfig, folder: RunFolder) -> Any:
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # one process, one GPU: torch's DataParallel cannot copy a quantized layer
     return arguments
+
+
+def _sharding(run: RunConfig, say: Callable[[str], None]) -> Sharding | None:
+    """Return how a run's base is cut up among its processes, None where each holds it whole."""
+    content = run.deepspeed.config
+    if content is None or zero_stage(run) != 3 or not uses_deepspeed(run):
+        return None
+    unused = config.unused_in_stage_3(content)
+    if unused:
+        say(f"note: deepspeed.config: {', '.join(unused)}: no effect, the frozen base is gathered a layer at a time")
+    return Sharding(config.offloads_parameters(content), run.adapter.options.get("modules_to_save") or ())
 
 
 def _check_optimizer(run: RunConfig) -> None:
@@ -142,23 +154,20 @@ def _fuse(run: RunConfig, model: PeftModel, arguments: Any) -> FuseReport | None
     wanted = run.training["fused"]
     if wanted == "off" or (wanted == "auto" and not torch.cuda.is_available()):
         return None
-    sharded = zero_stage(run) == 3 and uses_deepspeed(run)
     recompute = "full" if checkpoints_layers(run.training) else "none"
     # what is gathered anew for every pass cannot be held from pass to pass
-    report = fuse(model.train(), recompute, hold_weights=run.training["memory"] == "speed" and not sharded)
+    holds = run.training["memory"] == "speed" and not is_sharded(model)
+    report = fuse(model.train(), recompute, hold_weights=holds)
     layers = [*report.fused, *report.per_linear]
     if layers:
         # the layers see to it themselves, fused or not; transformers 5.23 reads the second name
         arguments.gradient_checkpointing = arguments.activation_checkpointing = False
-    if sharded and layers:
-        gather_by_layer(model, layers)
     return report
 
 
 def _use_own_head(run: RunConfig, trainer: Any) -> None:
     """Have the fused head compute a trainer's loss, where it can."""
-    sharded = zero_stage(run) == 3 and uses_deepspeed(run)  # its weight is gathered by TRL's
-    if not sharded and why_not_own_head(trainer.model.get_base_model(), vars(trainer.args)) is None:
+    if why_not_own_head(trainer.model.get_base_model(), vars(trainer.args)) is None:
         trainer.data_collator = HeadCollator(trainer.data_collator)
 
 
@@ -203,8 +212,6 @@ def _start_of(run: RunConfig) -> Path | None:
     """Return the folder of the adapter that a run starts from, looked at before anything large is loaded."""
     if run.adapter.start_from is None:
         return None
-    if run.model.task == "seq_cls" and zero_stage(run) == 3 and uses_deepspeed(run):
-        raise UserError("adapter.start_from: a classifier's head cannot be loaded under ZeRO-3; set zero2")
     return find_start(run.adapter.start_from, _peft_config(run))
 
 
@@ -233,8 +240,7 @@ def _train_heads_in_float32(model: PeftModel) -> None:
     """Hold a classifier's head, which trains whole, in float32: in bfloat16 small updates would be rounded away."""
     heads = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
     for head in (copy for wrapper in heads for copy in wrapper.modules_to_save.values()):
-        if not any(hasattr(parameter, "ds_id") for parameter in head.parameters()):  # ZeRO-3 sharded it as it is
-            head.float().register_forward_pre_hook(lambda _, inputs: (inputs[0].float(), *inputs[1:]))
+        head.float().register_forward_pre_hook(lambda _, inputs: (inputs[0].float(), *inputs[1:]))
 
 
 def _sft_trainer(common: dict[str, Any]) -> Trainer:

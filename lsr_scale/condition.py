@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lsr_scale.adapters.base import AdapterLinear
-from lsr_scale.model.zero3 import gather, is_sharded
 from lsr_scale.progress import read_metrics, save_figure
 
 logger = logging.getLogger(__name__)
@@ -190,11 +189,7 @@ class WatchCondition(TrainerCallback):
         found = sides(model)
         if not found:
             return
-        if is_sharded(model):
-            with gather([parameter for side in found for parameter in side.parameters]):
-                gammas = conditions(found)
-        else:
-            gammas = conditions(found)
+        gammas = conditions(found)
         for name in dict.fromkeys(side.name for side in found):
             some = gammas[[index for index, side in enumerate(found) if side.name == name]]
             logs[f"condition_{name}_median"] = float(some.median())

@@ -23,10 +23,11 @@ from lsr_scale.kernels.backend import use_triton
 
 
 def dequantize(layer: nn.Linear, dtype: torch.dtype) -> Tensor:
-    """Return the weight of a bitsandbytes linear layer as a new tensor.
+    """Return the weight of a frozen linear layer: a new tensor where it is quantized.
 
     Args:
-        layer: A `Linear4bit` (NF4 or FP4, double quantization or not) or `Linear8bitLt` holding quantized data.
+        layer: A `Linear4bit` (NF4 or FP4, double quantization or not) or `Linear8bitLt` holding quantized data, or a
+            plain linear layer.
         dtype: dtype of the result; the arithmetic is bitsandbytes' own (float32 for int8).
 
     Returns:
@@ -35,6 +36,8 @@ def dequantize(layer: nn.Linear, dtype: torch.dtype) -> Tensor:
     Raises:
         UserError: if the weight was never quantized, or is in bitsandbytes' packed CPU inference layout.
     """
+    if not isinstance(layer, bnb.nn.Linear4bit | bnb.nn.Linear8bitLt):
+        return layer.weight.to(dtype)
     if _kernel_fits(layer, dtype):
         out = torch.empty(layer.out_features, layer.in_features, dtype=dtype, device=layer.weight.device)
         dequantize_into(layer, out)
@@ -47,7 +50,6 @@ def dequantize(layer: nn.Linear, dtype: torch.dtype) -> Tensor:
             kernels.dequantize_4bit_reference(layer.weight.data, out=out, **_tables(state))
             return out
         return bnb_functional.dequantize_4bit(layer.weight.data, state).to(dtype)
-    assert isinstance(layer, bnb.nn.Linear8bitLt)
     scale = _row_scales(layer)
     return bnb_functional.int8_vectorwise_dequant(layer.weight.data, scale).to(dtype)
 
@@ -125,7 +127,7 @@ def _kernel_fits(layer: nn.Linear, dtype: torch.dtype) -> bool:
     return eights and use_triton(weight, dtype)
 
 
-class _FrozenLinear(torch.autograd.Function):
+class _FrozenLinearFunction(torch.autograd.Function):
     """`y = x W^T + b` with W dequantized in forward and again in backward; the context holds only the module."""
 
     @staticmethod
@@ -141,6 +143,14 @@ class _FrozenLinear(torch.autograd.Function):
         return grad_x, grad_bias, None
 
 
+class FrozenLinear(nn.Linear):
+    """A linear layer that is not quantized and keeps no weight alive, as `nn.Linear` does (its transpose)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return `x W^T + b`."""
+        return _FrozenLinearFunction.apply(x, self.bias, self)  # pyright: ignore
+
+
 class FrozenLinear4bit(bnb.nn.Linear4bit):
     """A `Linear4bit` whose forward keeps no weight alive and never repacks it."""
 
@@ -148,7 +158,7 @@ class FrozenLinear4bit(bnb.nn.Linear4bit):
         """Return `x W^T + b` in the dtype of `x`, computed in the layer's compute dtype where one is set."""
         compute_dtype = self.compute_dtype or x.dtype
         bias = None if self.bias is None else self.bias.to(compute_dtype)
-        return _FrozenLinear.apply(x.to(compute_dtype), bias, self).to(x.dtype)  # pyright: ignore
+        return _FrozenLinearFunction.apply(x.to(compute_dtype), bias, self).to(x.dtype)  # pyright: ignore
 
 
 class FrozenLinear8bit(bnb.nn.Linear8bitLt):
@@ -157,7 +167,7 @@ class FrozenLinear8bit(bnb.nn.Linear8bitLt):
     def forward(self, x: Tensor) -> Tensor:
         """Return `x W^T + b` in the dtype of `x`."""
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return _FrozenLinear.apply(x, bias, self)  # pyright: ignore
+        return _FrozenLinearFunction.apply(x, bias, self)  # pyright: ignore
 
 
 def freeze_quantized(model: nn.Module) -> int:

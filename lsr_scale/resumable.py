@@ -115,9 +115,7 @@ class Resumable(_Base):
         }
         try:
             aside.mkdir(parents=True)
-            prefix = training_state.PARAMETER
-            factors = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-            write_adapter(self.accelerator.unwrap_model(self.model), aside, factors)
+            write_adapter(self.accelerator.unwrap_model(self.model), aside)
             save_file(tensors, aside / TENSORS)
             (aside / STATE).write_text(json.dumps(content), encoding="utf-8")
             self.state.save_to_json(str(aside / "trainer_state.json"))

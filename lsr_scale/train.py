@@ -17,7 +17,7 @@ from lsr_scale.config import RunConfig
 from lsr_scale.errors import UserError
 from lsr_scale.faults import NONFINITE, StopOnSignal, Terminated
 from lsr_scale.model import base_description
-from lsr_scale.model.zero3 import gathered_as_called, is_sharded
+from lsr_scale.model.sharded import is_sharded
 from lsr_scale.progress import Progress, check_finite, clock, draw_losses, print_line, summarize_metrics
 from lsr_scale.run_folder import RunFolder, step_of
 from lsr_scale.scoring.accuracy import TaskScore
@@ -103,7 +103,7 @@ def _train(
 
     scores: dict[str, dict[str, TaskScore]] = {}
 
-    def score(when: str, split: bool) -> None:
+    def score(when: str) -> None:
         scores[when] = evaluate.score_tasks(
             tasks,
             model,
@@ -111,15 +111,13 @@ def _train(
             say,
             f"{when} training",
             run.eval.batch_tokens,
-            split=split,
+            split=not is_sharded(model),  # a layer is gathered by all processes together, so all do the same forwards
             live=live,
         )
         evaluate.save_predictions(folder, scores[when], when)
 
     if tasks and run.eval.before and checkpoint is None:
-        # the processes of ZeRO-3 gather each layer together, so they must all do the same forwards
-        with gathered_as_called(model):
-            score("before", split=not is_sharded(model))
+        score("before")
     elif tasks and checkpoint is not None:
         scores |= evaluate.read_scores(folder, tasks, "before")
     before_training = time.monotonic()
@@ -137,7 +135,7 @@ def _train(
         save_adapter(trainer, folder.adapter)
     say(f"adapter saved: {folder.adapter}")
     if tasks:
-        score("after", split=not (uses_deepspeed(run) and zero_stage(run) == 3))
+        score("after")
     if main:
         results = {
             "method": run.adapter.method,

@@ -1,8 +1,8 @@
 """What trains and its optimizer's state, whole and by parameter name, taken from any engine and given back to any.
 
-An engine cuts these tensors up in its own way: ZeRO-1 and 2 hold a slice of one flat float32 tensor a group, ZeRO-3 a
-slice of every parameter, DDP and a single process hold all. A checkpoint knows nothing of that. Nothing here computes:
-tensors are copied, so a continuation on the same number of processes is equal bit for bit.
+An engine cuts these tensors up in its own way: DeepSpeed's ZeRO holds a slice of one flat float32 tensor a group, DDP
+and a single process hold all. A checkpoint knows nothing of that. Nothing here computes: tensors are copied, so a
+continuation on the same number of processes is equal bit for bit.
 """
 
 from collections.abc import Iterator
@@ -42,9 +42,9 @@ def collect(trainer: Trainer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
                 tensors[path] = value.detach().to("cpu", copy=True).contiguous()
             else:
                 scalars[path] = value
-        saved, shape = tensors[PARAMETER + name], shape_of(parameter)
-        if list(saved.shape) != shape:
-            raise RuntimeError(f"{name}: {list(saved.shape)} gathered, {shape} in the model")
+        saved = tensors[PARAMETER + name]
+        if saved.shape != parameter.shape:
+            raise RuntimeError(f"{name}: {list(saved.shape)} gathered, {list(parameter.shape)} in the model")
         if not torch.isfinite(saved).all():
             raise RuntimeError(f"{name}: not finite, so not saved")
     empty = [path for path, tensor in tensors.items() if tensor.numel() == 0]
@@ -80,23 +80,11 @@ def restore_parameters(trainer: Trainer, tensors: dict[str, torch.Tensor]) -> No
     flats = _flats(zero) if zero else {}
     for name, parameter in _trained(trainer):
         value = tensors[PARAMETER + name]
-        if hasattr(parameter, "ds_id"):
-            import deepspeed
-
-            # the rank named here writes, the others receive, and each keeps its slice
-            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
-                parameter.data.copy_(value)
-        else:
-            parameter.data.copy_(value)
+        parameter.data.copy_(value)
         if zero:
             from deepspeed.utils import safe_set_full_fp32_param
 
             safe_set_full_fp32_param(parameter, value.to(flats[id(parameter)].device))
-
-
-def shape_of(parameter: torch.nn.Parameter) -> list[int]:
-    """Return a parameter's whole shape, which ZeRO-3 keeps beside an empty tensor."""
-    return list(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def base_optimizer(trainer: Trainer) -> torch.optim.Optimizer:
@@ -166,10 +154,7 @@ def _zero_optimizer(trainer: Trainer) -> Any:
 
 def _flats(zero: Any) -> dict[int, torch.Tensor]:
     """Return the flat float32 partition in which each parameter's slice lies, by the parameter's id."""
-    if hasattr(zero, "fp32_partitioned_groups_flat"):  # ZeRO-3
-        flats, groups = zero.fp32_partitioned_groups_flat, zero.fp16_groups
-    else:
-        flats, groups = zero.single_partition_of_fp32_groups, zero.bit16_groups
+    flats, groups = zero.single_partition_of_fp32_groups, zero.bit16_groups
     return {id(parameter): flat for flat, group in zip(flats, groups, strict=True) for parameter in group}
 
 
@@ -202,18 +187,17 @@ def _into_zero(zero: Any, trainer: Trainer, states: dict[str, dict[str, Any]]) -
     flats = _flats(zero)
     fused = any(group.get("fused") or group.get("capturable") for group in zero.optimizer.param_groups)
     for name, parameter in _trained(trainer):
-        flat, shape = flats[id(parameter)], shape_of(parameter)
+        flat = flats[id(parameter)]
         for key, value in states[name].items():
             held = zero.optimizer.state[flat]
             if not isinstance(value, torch.Tensor):
                 held[key] = value
-            elif list(value.shape) != shape:
+            elif value.shape != parameter.shape:
                 held[key] = value.to(flat.device) if fused else value.clone()
             elif key not in held:
                 held[key] = torch.zeros_like(flat)
-    if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
-        zero._lazy_init_hp_params_optimizer_state()  # what ZeRO-1 and 2 do after their first step
+    zero._lazy_init_hp_params_optimizer_state()  # what ZeRO-1 and 2 do after their first step
     for name, parameter in _trained(trainer):
         for key, value in states[name].items():
-            if isinstance(value, torch.Tensor) and list(value.shape) == shape_of(parameter):
+            if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
                 safe_set_full_optimizer_state(parameter, value.to(flats[id(parameter)].device), key)

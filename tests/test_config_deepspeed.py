@@ -3,7 +3,7 @@ import json
 import pytest
 from run_text import CONFIGS, MINIMAL, load, problem
 
-from lsr_scale.config.deepspeed import SHIPPED
+from lsr_scale.config.deepspeed import SHIPPED, engine_config, offloads_parameters, unused_in_stage_3
 
 
 def test_shipped_deepspeed_files_are_the_dictionaries_of_the_package():
@@ -42,13 +42,12 @@ def test_a_deepspeed_path_is_read_from_beside_the_config_and_from_the_working_di
         ('{"zero_optimization": {"zero_quantized_weights": true}}', "works with float16 weights only"),
         (
             '{"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}',
-            "zero_optimization.offload_param.device: nvme swaps parameters through buffers of one floating dtype",
+            "zero_optimization.offload_param.device: parts of a frozen base are never held on nvme; set it to cpu",
         ),
         (
-            '{"zero_optimization": {"stage": 3, "use_all_reduce_for_fetch_params": true}}',
-            "use_all_reduce_for_fetch_params: gathers parameters of one dtype only; remove it",
+            '{"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}',
+            "zero_optimization.offload_optimizer.device: the optimizer is never held on nvme; set it to cpu",
         ),
-        ('{"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}', "was never tried on a quantized base"),
         ('{"tensor_parallel": {"autotp_size": 2}}', "tensor parallelism cannot split a quantized layer"),
         (
             '{"optimizer": {"type": "Adam"}}',
@@ -77,9 +76,21 @@ def test_runs_do_not_share_their_deepspeed_dictionary(section):
     assert SHIPPED["zero2"]["zero_optimization"]["stage"] == 2
 
 
-def test_a_head_trained_whole_beside_the_adapter_is_refused_under_zero3_alone():
-    run = MINIMAL + "deepspeed: {config: zero3}\n"
-    words = problem(run, "adapter.modules_to_save=[lm_head]")
-    assert "ZeRO-3 trains tensors of one dtype only; set deepspeed.config: zero2" in words
-    load(MINIMAL, "adapter.modules_to_save=[lm_head]")
-    load(run, "adapter.modules_to_save=[lm_head]", "model.dtype=float32")
+def test_stage_3_is_deepspeeds_stage_2_for_what_trains():
+    offload = {"device": "cpu"}
+    zero = {"stage": 3, "reduce_bucket_size": 7, "stage3_prefetch_bucket_size": 5, "offload_param": offload}
+    given = {"gradient_clipping": 1.0, "zero_optimization": {**zero, "offload_optimizer": offload}}
+    told = {"stage": 2, "reduce_bucket_size": 7, "offload_optimizer": offload}
+    assert engine_config(given) == {"gradient_clipping": 1.0, "zero_optimization": told}
+    assert given["zero_optimization"]["stage"] == 3, "left as it was"
+    assert unused_in_stage_3(given) == ["stage3_prefetch_bucket_size"]
+    assert offloads_parameters(given)
+    assert not offloads_parameters(SHIPPED["zero3"])
+    assert offloads_parameters(SHIPPED["zero3_offload"])
+    for name in ("zero0", "zero1", "zero2"):
+        assert engine_config(SHIPPED[name]) == SHIPPED[name]
+
+
+@pytest.mark.parametrize("name", ["zero3", "zero3_offload"])
+def test_what_is_shipped_for_stage_3_is_used(name):
+    assert unused_in_stage_3(SHIPPED[name]) == []

@@ -105,7 +105,8 @@ def test_a_mistral_in_four_bits_takes_what_its_layout_says():
     model = skeleton(load_config("mistralai/Mistral-7B-v0.1"))
     linears = 32 * (2 * 4096 * 4096 + 2 * 1024 * 4096 + 3 * 14336 * 4096)
     frozen = frozen_bytes(model, quantized_layers(model), "nf4", True)
-    dense = 2 * (2 * 32000 * 4096 + 65 * 4096)
-    assert frozen.parameters == linears // 2 + dense
+    assert frozen.embedding == frozen.head == 2 * 32000 * 4096
+    assert frozen.layers == linears // 2
+    assert frozen.matrices == frozen.layers + frozen.embedding + frozen.head
     scales = linears // 64 + 4 * linears // 64 // 256
-    assert frozen.state == scales + 224 * (64 + 4 + 1024) + sum(b.numel() * 4 for b in model.buffers())
+    assert frozen.state == 2 * 65 * 4096 + scales + 224 * (64 + 4 + 1024) + sum(b.numel() * 4 for b in model.buffers())

@@ -7,11 +7,9 @@ to the fourth together), and `larger`, for measuring. What each process saw goes
 combination, and bytes.
 """
 
-import copy
 import gc
 import json
 import sys
-import time
 import weakref
 from pathlib import Path
 
@@ -35,22 +33,8 @@ COMBINATIONS = [
 ]
 # and whether from a checkpoint, fused then, or with random weights
 MEASURED = [("nf4", True), ("int8", True), ("none", False)]
-
-# what is gathered at once: fused or not, and other limits of ZeRO-3
-GATHERED = {
-    "fused, nothing ahead": (True, {"stage3_prefetch_bucket_size": 0, "stage3_max_reuse_distance": 0}),
-    "per linear, nothing ahead": (False, {"stage3_prefetch_bucket_size": 0, "stage3_max_reuse_distance": 0}),
-}
-
-
-def engine(stage: str) -> dict:
-    """Return a shipped configuration under which even a tiny model's linears are sharded."""
-    from lsr_scale.config.deepspeed import SHIPPED
-
-    config = copy.deepcopy(SHIPPED[stage])
-    if stage.startswith("zero3"):
-        config["zero_optimization"]["stage3_param_persistence_threshold"] = 400
-    return config
+# what is whole at once, fused or not
+GATHERED = [("nf4", True), ("nf4", False), ("none", False)]
 
 
 def first_losses(folder: Path, base: str, method: str, mode: str, **changes) -> tuple[list[float], object]:
@@ -86,41 +70,24 @@ def first_losses(folder: Path, base: str, method: str, mode: str, **changes) -> 
 
 
 class Gathered:
-    """The most bytes of whole weights that ZeRO-3 held at once: the buffers of its gathers, and copies out of them."""
+    """The most bytes of whole matrices that lived at once: all that gathers wrote and something still refers to."""
 
     def __init__(self) -> None:
-        from deepspeed.runtime.zero import partition_parameters
-        from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+        from lsr_scale.model import sharded
 
         self.live: dict[int, int] = {}
         self.peak = 0
-        gather, wait = partition_parameters._dist_allgather_fn, partition_parameters.AllGatherCoalescedHandle.wait
-        fetch = PartitionedParameterCoordinator.fetch_sub_module
+        gather = sharded._gather
 
-        def gather_and_count(part, whole, group=None):
-            self.count(whole)
-            return gather(part, whole, group)
-
-        def wait_and_count(handle, *args, **kwargs):
-            wait(handle, *args, **kwargs)
-            for parameter in handle.params:
-                self.count(parameter.data)
-
-        def fetch_and_look(*args, **kwargs):
-            fetch(*args, **kwargs)
-            time.sleep(0.005)  # gloo's threads let go of buffers a little later
+        def gather_and_count(parts, wholes):
+            for whole in wholes:
+                storage = whole.untyped_storage()
+                self.live[storage._cdata] = storage.nbytes()
+                weakref.finalize(storage, self.live.pop, storage._cdata)
             self.peak = max(self.peak, sum(self.live.values()))
+            return gather(parts, wholes)
 
-        partition_parameters._dist_allgather_fn = gather_and_count
-        partition_parameters.AllGatherCoalescedHandle.wait = wait_and_count  # pyright: ignore
-        PartitionedParameterCoordinator.fetch_sub_module = fetch_and_look
-
-    def count(self, tensor) -> None:
-        """Count a storage until nothing refers to it."""
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self.live:
-            self.live[storage._cdata] = storage.nbytes()
-            weakref.finalize(storage, self.live.pop, storage._cdata)
+        sharded._gather = gather_and_count
 
 
 def main() -> None:
@@ -129,7 +96,7 @@ def main() -> None:
     from accelerate.state import AcceleratorState
 
     from lsr_scale import distributed
-    from lsr_scale.model.zero3 import is_sharded
+    from lsr_scale.model.sharded import is_sharded
 
     sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
     from sharding import measure
@@ -141,20 +108,19 @@ def main() -> None:
     seen: dict = {"losses": {}, "sharded": {}, "bytes": {}}
     for stage, base, method, mode in COMBINATIONS:
         name = "/".join((stage, base, method, mode))
-        losses, model = first_losses(folder, base, method, mode, deepspeed={"config": engine(stage)})
+        losses, model = first_losses(folder, base, method, mode, deepspeed={"config": stage})
         seen["losses"][name], seen["sharded"][name] = losses, is_sharded(model)  # pyright: ignore
         AcceleratorState._reset_state(reset_partial_state=True)
     for base, checkpoint in MEASURED:
         kind = "checkpoint" if checkpoint else "random"
         seen["bytes"][f"{base}/{kind}"] = measure(
-            str(folder / "larger"), base, checkpoint=checkpoint, tokens=16, persistent=1000, fused=checkpoint
+            str(folder / "larger"), base, checkpoint=checkpoint, tokens=16, fused=checkpoint
         )
     gathered, seen["gathered"] = Gathered(), {}
-    for name, (fused, limits) in GATHERED.items():
+    for base, fused in GATHERED:
         gathered.peak = 0
-        larger = str(folder / "larger")
-        measure(larger, "nf4", checkpoint=True, tokens=16, persistent=1000, fused=fused, limits=limits)
-        seen["gathered"][name] = gathered.peak
+        measure(str(folder / "larger"), base, checkpoint=True, tokens=16, fused=fused)
+        seen["gathered"][f"{base}/{fused}"] = gathered.peak
     (folder / f"sharding-{rank}.json").write_text(json.dumps(seen))
 
 

@@ -31,32 +31,54 @@ _COMMON: dict[str, Any] = {
 # square of the hidden size, 67 MB at 4096.
 _BUCKETS: dict[str, Any] = {"reduce_bucket_size": "auto"}
 
-_STAGE_3: dict[str, Any] = {
-    **_BUCKETS,
-    # In elements, and a 4-bit weight holds two weights an element: a Mistral-7B layer is 1.1e8, one of a 70B 4.3e8.
-    # Each module that is called gathers so many more ahead, whatever was gathered before, until max_live_parameters
-    # are there (1e9 by default). So the latter is what limits memory: half a GB of a quantized base.
-    "stage3_prefetch_bucket_size": 250_000_000,
-    "stage3_max_live_parameters": 500_000_000,
-    # What is used again within as many is not let go of: the last layer of the forward pass, which begins the backward
-    # pass, and a layer that is computed again there. By default 1e9, two layers of a 70B model.
-    "stage3_max_reuse_distance": 250_000_000,
-    # Factors stay whole on every rank (16 x 14336, LoRA's largest on a 7B model, is 2.3e5), so that no step gathers
-    # hundreds of small tensors; the base's linears are 2e6 and more.
-    "stage3_param_persistence_threshold": 300_000,
-}
-
 SHIPPED: dict[str, dict[str, Any]] = {
     "zero0": {**_COMMON, "zero_optimization": {"stage": 0}},
     "zero1": {**_COMMON, "zero_optimization": {"stage": 1, **_BUCKETS}},
     "zero2": {**_COMMON, "zero_optimization": {"stage": 2, **_BUCKETS}},
-    "zero3": {**_COMMON, "zero_optimization": {"stage": 3, **_STAGE_3}},
+    # The frozen base is cut up by `lsr_scale.model.sharded`; see `engine_config` for what DeepSpeed is told.
+    "zero3": {**_COMMON, "zero_optimization": {"stage": 3, **_BUCKETS}},
     # The optimizer's state is a few times the adapter: it stays on the GPU, and no CPU Adam has to be compiled.
     "zero3_offload": {
         **_COMMON,
-        "zero_optimization": {"stage": 3, **_STAGE_3, "offload_param": {"device": "cpu", "pin_memory": True}},
+        "zero_optimization": {"stage": 3, **_BUCKETS, "offload_param": {"device": "cpu"}},
     },
 }
+
+
+# What steers how DeepSpeed's own stage 3 cuts parameters up and gathers them, beside all that begins with stage3_.
+_OF_STAGE_3 = (
+    *("offload_param", "sub_group_size", "memory_efficient_linear", "module_granularity_threshold"),
+    *("gather_16bit_weights_on_model_save", "use_all_reduce_for_fetch_params", "log_trace_cache_warnings"),
+    *("zero_hpz_partition_size", "mics_shard_size", "mics_hierarchical_params_gather", "zero_quantized_gradients"),
+    *("max_live_parameters", "max_reuse_distance", "prefetch_bucket_size", "param_persistence_threshold"),
+    *("model_persistence_threshold", "zeropp_loco_param", "override_module_apply"),
+)
+
+
+def engine_config(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what DeepSpeed's engine is told: stage 3 is its stage 2 for what trains, the frozen base is cut up here.
+
+    DeepSpeed's own stage 3 would partition, gather and reduce every factor by itself, a thousand small tensors a step.
+    """
+    zero = content.get("zero_optimization", {})
+    if zero.get("stage", 0) != 3:
+        return dict(content)
+    kept = {name: value for name, value in zero.items() if not _is_of_stage_3(name)}
+    return {**content, "zero_optimization": {**kept, "stage": 2}}
+
+
+def offloads_parameters(content: Mapping[str, Any]) -> bool:
+    """Tell whether the parts of a base that is cut up are held on the CPU."""
+    return (content.get("zero_optimization", {}).get("offload_param") or {}).get("device", "none") != "none"
+
+
+def unused_in_stage_3(content: Mapping[str, Any]) -> list[str]:
+    """Return the settings of a stage-3 configuration that nothing here reads."""
+    return [name for name in content["zero_optimization"] if _is_of_stage_3(name) and name != "offload_param"]
+
+
+def _is_of_stage_3(name: str) -> bool:
+    return name.startswith("stage3_") or name in _OF_STAGE_3
 
 
 def write_shipped(folder: Path) -> None:
@@ -129,16 +151,8 @@ def _unsafe(content: Mapping[str, Any]) -> Iterator[Problem]:
 
 
 def _unsafe_in_stage_3(zero: Mapping[str, Any]) -> Iterator[Problem]:
-    """Yield ways of sharding that take all parameters to be of one floating dtype, or hold more than a share."""
-    offload = zero.get("offload_param")
-    if isinstance(offload, dict) and offload.get("device") == "nvme":
-        yield Problem(
-            ("zero_optimization", "offload_param", "device"),
-            "nvme swaps parameters through buffers of one floating dtype, which packed weights are not; set it to cpu",
-        )
-    for name, off, words in (
-        ("use_all_reduce_for_fetch_params", False, "gathers parameters of one dtype only; remove it"),
-        ("zero_hpz_partition_size", 1, "was never tried on a quantized base; remove it, or use zero2"),
-    ):
-        if zero.get(name, off) != off:
-            yield Problem(("zero_optimization", name), words)
+    """Yield places for parameters or states that stage 3 has in DeepSpeed and not here."""
+    for name, where in (("offload_param", "parts of a frozen base are"), ("offload_optimizer", "the optimizer is")):
+        offload = zero.get(name)
+        if isinstance(offload, dict) and offload.get("device") == "nvme":
+            yield Problem(("zero_optimization", name, "device"), f"{where} never held on nvme; set it to cpu")

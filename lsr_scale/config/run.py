@@ -245,13 +245,6 @@ def _conflicts(run: RunConfig) -> Iterable[Problem]:
             "or train the whole matrix with adapter.modules_to_save: [lm_head]",
         )
     stage = (run.deepspeed.config or {}).get("zero_optimization", {}).get("stage", 0)
-    whole = run.adapter.options.get("modules_to_save")
-    if stage == 3 and whole and model.task == "causal_lm" and model.dtype != "float32":
-        yield Problem(
-            ("adapter", "modules_to_save"),
-            f"{', '.join(whole)} would train in {model.dtype} beside factors in float32, and ZeRO-3 trains tensors of "
-            "one dtype only; set deepspeed.config: zero2, or remove it",
-        )
     if stage > 0 and training["condition_guard"] != "warn":
         yield Problem(
             ("training", "condition_guard"),

@@ -2,6 +2,5 @@
 
 from lsr_scale.fused.memory import MemoryReport, fit_memory, release_weights
 from lsr_scale.fused.models import FuseReport, fuse, unfuse
-from lsr_scale.fused.sharded import gather_by_layer
 
-__all__ = ["FuseReport", "MemoryReport", "fit_memory", "fuse", "gather_by_layer", "release_weights", "unfuse"]
+__all__ = ["FuseReport", "MemoryReport", "fit_memory", "fuse", "release_weights", "unfuse"]

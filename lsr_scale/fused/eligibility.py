@@ -19,10 +19,7 @@ from lsr_scale.adapters.base import AdapterLinear
 from lsr_scale.fused.decoder_layer import LINEARS, linears_of
 from lsr_scale.fused.groups import base_of
 from lsr_scale.fused.pairs import active_adapters
-from lsr_scale.quantized import FrozenLinear4bit, FrozenLinear8bit
-
-# marks the modules whose weights ZeRO-3 gathers with their layer, see `sharded`: its hooks on them need not be called
-GATHERED = "gathered_with_layer"
+from lsr_scale.quantized import FrozenLinear, FrozenLinear4bit, FrozenLinear8bit
 
 ATTENTION_IMPLEMENTATIONS = ("sdpa", "flash_attention_2", "flash_attention_3")
 
@@ -131,12 +128,9 @@ def _look(layer: Any) -> str | None:
 def why_not_linear(linear: Any) -> str | None:
     """Return why a linear layer, adapted or not, cannot take part as it stands, or None."""
     base, children = base_of(linear), linear.named_modules(prefix="a linear layer")
-    if type(base) not in (nn.Linear, FrozenLinear4bit, FrozenLinear8bit):
+    if type(base) not in (nn.Linear, FrozenLinear, FrozenLinear4bit, FrozenLinear8bit):
         return f"a base layer is {type(base).__name__}"
-    # Not base.weight: layers are asked during the forward of another, and ZeRO-3 takes reading an attribute for a use:
-    # it would gather the weight with that other layer from then on.
-    weight = base._parameters.get("weight")
-    if weight is not None and weight.is_cuda and base.in_features % 8:
+    if base.weight.is_cuda and base.in_features % 8:
         return f"a base layer has {base.in_features} inputs, no multiple of 8"
     if isinstance(linear, BaseTunerLayer):
         reason = _why_not_adapted(linear)
@@ -189,9 +183,7 @@ def _why_not_skipped(name: str, child: nn.Module) -> str | None:
         return f"{name} has a forward of its own (a device map or a patch)"
     hooks = [child._forward_hooks, child._forward_pre_hooks, child._backward_hooks, child._backward_pre_hooks]
     # transformers' recorders of outputs do nothing unless outputs are asked for, see why_not_call
-    harmless = ("transformers.utils.output_capturing",)
-    if getattr(child, GATHERED, False):
-        harmless += ("deepspeed.",)
+    harmless = "transformers.utils.output_capturing"
     if any(not hook.__module__.startswith(harmless) for held in hooks for hook in held.values()):
         return f"{name} has hooks"
     return None

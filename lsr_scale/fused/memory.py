@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from lsr_scale.fused.models import FusedLayer, hold
+from lsr_scale.model.sharded import is_sharded
 
 # rungs: what is computed again, and whether weights are held
 _RUNGS = (("full", False), ("mlp", False), ("none", False), ("none", True))
@@ -64,9 +65,8 @@ def fit_memory(model: nn.Module, free_bytes: float, tokens: int) -> MemoryReport
         return None
     rungs = [0] * len(layers)
     left = free_bytes
-    # what ZeRO-3 gathers anew for every pass cannot be held from pass to pass
-    sharded = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
-    for rung in range(1, len(_RUNGS) - sharded):
+    # what is gathered anew for every pass cannot be held from pass to pass
+    for rung in range(1, len(_RUNGS) - is_sharded(model)):
         # from the last layer, whose activations live the shortest
         for index in reversed(range(len(layers))):
             cost = _cost(layers[index], rung, tokens) - _cost(layers[index], rung - 1, tokens)

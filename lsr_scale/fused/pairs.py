@@ -105,9 +105,9 @@ def _stacks(
 
 
 def _versions(adapters: Sequence[Adapter], held: Sequence[dict[str, Tensor]]) -> list[Any]:
-    """Return what changes when a factor is changed in place or a scaling is set; ZeRO-3 frees and gathers factors."""
+    """Return what changes when a factor is changed in place or a scaling is set."""
     return [
-        (adapter.scaling, [None if hasattr(factor, "ds_id") else factor._version for factor in factors.values()])
+        (adapter.scaling, [factor._version for factor in factors.values()])
         for adapter, factors in zip(adapters, held, strict=True)
     ]
 

@@ -28,7 +28,7 @@ from lsr_scale.model import embedded
 from lsr_scale.model.names import NAME_FORMS, explained, local_folder, resolve
 from lsr_scale.model.random_weights import random_base
 from lsr_scale.model.shapes import known_config
-from lsr_scale.model.zero3 import sharding, without_deepspeed
+from lsr_scale.model.sharded import Sharding, gather_as_used, make_whole
 from lsr_scale.quantized import freeze_quantized
 
 logger = logging.getLogger(__name__)
@@ -140,7 +140,7 @@ def skeleton(
     kwargs: dict[str, Any] = {"dtype": dtype, "trust_remote_code": False}
     if attention != "auto":
         kwargs["attn_implementation"] = attention
-    with without_deepspeed(), torch.device("meta"):
+    with torch.device("meta"):
         model = chosen.from_config(config, **kwargs)
     return model.requires_grad_(False)
 
@@ -198,6 +198,7 @@ def load_base(
     random_weights: bool = False,
     seed: int = 0,
     device: torch.device | None = None,
+    sharding: Sharding | None = None,
 ) -> PreTrainedModel:
     """Return the frozen base model on this process's device, ready for an adapter.
 
@@ -213,6 +214,7 @@ def load_base(
         random_weights: Take the architecture with random weights, for speed and memory work; needs no checkpoint.
         seed: Seed of the random weights and of a new head.
         device: Where to; `local_device()` by default.
+        sharding: How to cut it up among the processes; whole on each by default.
 
     Raises:
         UserError: for an unknown model or task, weights that are missing, damaged or of another shape, or too little
@@ -228,15 +230,16 @@ def load_base(
         torch.manual_seed(seed)
         empty = skeleton(config, task, num_labels, dtype, attention)
         quantizer = quantization_config(quantization, double_quantization, dtype, head_modules(empty))
+        cutting = nullcontext(lambda module: None) if sharding is None else sharding.loading()
         if random_weights:
-            with sharding() as shard:
-                model = random_base(empty, quantizer, device, shard)
+            with cutting as cut:
+                model = random_base(empty, quantizer, device, cut)
         else:
             path = resolve(name)
             kwargs: dict[str, Any] = {} if num_labels is None else {"num_labels": num_labels}
             if attention != "auto":
                 kwargs["attn_implementation"] = attention
-            with sharding() as shard:
+            with cutting as cut:
                 model, report = model_class(config, task).from_pretrained(
                     path,
                     revision=revision,
@@ -247,21 +250,27 @@ def load_base(
                     device_map={"": str(device)},
                     **kwargs,
                 )
-                shard(model)
+                cut(model)
             _check_complete(name, model, report["missing_keys"])
             _check_shapes(name, model, empty)
     model.requires_grad_(False)
     model.config.use_cache = False
     # before anything can run a forward: bitsandbytes' own eval-mode forward repacks 4-bit weights on some CPUs
     freeze_quantized(model)
+    if sharding is not None and sharding.active:
+        trained = [*sharding.whole, *(head_modules(model) or [] if task == "seq_cls" else [])]
+        for name, module in model.named_modules():
+            if name.endswith(tuple(trained)):  # as PEFT understands modules_to_save
+                make_whole(module)
+        gather_as_used(model, sharding.offload)
     return model
 
 
-def base_of(section: Any, seed: int) -> PreTrainedModel:
+def base_of(section: Any, seed: int, sharding: Sharding | None = None) -> PreTrainedModel:
     """Return the frozen base model that a run's `model` section describes."""
     names = ("revision", "task", "num_labels", "quantization", "double_quantization", "dtype", "attention")
     values = {name: getattr(section, name) for name in names}
-    return load_base(section.name, random_weights=section.random_weights, seed=seed, **values)
+    return load_base(section.name, random_weights=section.random_weights, seed=seed, sharding=sharding, **values)
 
 
 def _check_complete(name: str, model: PreTrainedModel, missing: Any) -> None:

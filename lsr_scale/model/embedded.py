@@ -24,7 +24,6 @@ from typing import Any
 
 from lsr_scale.errors import UserError, did_you_mean
 from lsr_scale.model.shapes import known_config
-from lsr_scale.model.zero3 import without_deepspeed
 
 logger = logging.getLogger(__name__)
 
@@ -164,7 +163,7 @@ def _write(gguf: Path, packaged: PackagedModel, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     source: dict[str, Any] = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-    with _quietly(), without_deepspeed():
+    with _quietly():
         tokenizer = AutoTokenizer.from_pretrained(**source)
         # Dequantized in float32, or the result would still count as quantized and refuse to be saved. The published
         # configuration is known; reading it off the file would take 6 s and rounds rms_norm_eps to a float32.

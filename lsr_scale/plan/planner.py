@@ -5,7 +5,7 @@ for real, and one step is run on fake tensors (`memory.trace_step`).
 
 Exact: parameter counts, the adapter's file, the bytes of the frozen base and of the adapter, its gradients and AdamW's
 two moments (float32). Estimated: activations and workspace (every row at the full `max_length`, every position
-supervised), DeepSpeed's buffers, and what ZeRO-3 holds gathered. Sizes are what torch's allocator counts
+supervised), DeepSpeed's buffers, and what is gathered under ZeRO-3. Sizes are what torch's allocator counts
 (`torch.cuda.max_memory_allocated`); nvidia-smi shows about 0.5 GiB more for CUDA itself. Against peaks measured on an
 H200 (tests/test_plan.py) the totals are within 5 %; ZeRO-3 on several GPUs is not among the measured.
 """
@@ -45,8 +45,8 @@ class Memory:
 
     `weights` is the frozen base and the adapter, `activations` what the forward pass keeps for the backward pass,
     `workspace` everything that comes and goes above that (gradients of activations, a dequantized weight, tiles of the
-    head, cuBLAS, DeepSpeed's buckets, and layers that ZeRO-3 has gathered). `loading` is the peak while the base is
-    loaded, before there is anything else: all that stays of it, and one weight that is being quantized.
+    head, cuBLAS, DeepSpeed's buckets, and the layers that are whole under ZeRO-3). `loading` is the peak while the base
+    is loaded, before there is anything else: all that stays of it, and one weight that is being quantized.
     """
 
     weights: float
@@ -294,7 +294,7 @@ class _Parts:
 
         AdamW holds two moments of each trainable parameter. From stage 1 on DeepSpeed also holds a float32 master copy,
         all three divided by the number of GPUs, and a bucket for gradients; stage 2 divides the gradients, stage 3 the
-        frozen parameters too (not the quantization state), of which it holds some gathered, see `_gathered`.
+        frozen matrices too, of which some are whole at a time, see `_gathered`.
         """
         zero = deepspeed.get("zero_optimization", {})
         stage = zero.get("stage", 0)
@@ -313,56 +313,38 @@ class _Parts:
             gradients = self.trainable // self.gpus
         if stage == 3:
             offloaded = (zero.get("offload_param") or {}).get("device", "none") != "none"
-            share = 0 if offloaded else self.frozen.parameters // self.gpus
+            share = 0 if offloaded else self.frozen.matrices // self.gpus
             weights = self.frozen.state + self.trainable + share
             loading = self.frozen.state + share + self.frozen.largest
-            # one process that holds all parameters uses them where they are
+            # one process that holds all matrices uses them where they are
             if self.gpus > 1 or offloaded:
-                workspace += sum(self._gathered(zero).values())
+                workspace += sum(self._gathered().values())
         if (zero.get("offload_optimizer") or {}).get("device", "none") != "none":
             optimizer = 0
         parts = [weights, gradients, optimizer, step.saved, workspace]
         total, load = sum(parts), loading
         return Memory(*(round(part / GIB, 4) for part in (*parts, total, load)))
 
-    def _gathered(self, zero: Mapping[str, Any]) -> dict[str, int]:
-        """Return the bytes that ZeRO-3 holds gathered at once: the head, and layers of the stack.
-
-        head + body bytes per element * min(max(live, layer + reuse / 2), the whole body), with DeepSpeed's limits in
-        elements. Each module that is called gathers a prefetch bucket more, whatever was gathered before, until `live`
-        elements are there, so a bucket alone bounds nothing. With `stage3_allgather_sequential: false` weights are
-        copied out of the buffer that they were gathered in, and count twice. On two CPU processes what is gathered was
-        one layer without prefetching; with it, it was above `live` by some weights.
-        """
-        body = self.frozen.parameters - self.frozen.outside
-        elements = self.frozen.elements - self.frozen.outside_elements
-        layer = elements // self.num_layers
-        ahead = self._elements(zero, "stage3_prefetch_bucket_size", 50_000_000)
-        live = self._elements(zero, "stage3_max_live_parameters", 1_000_000_000) if ahead else 0
-        # the last layers of the forward pass: they are come back to after twice their distance from its end
-        kept = self._elements(zero, "stage3_max_reuse_distance", 1_000_000_000) // 2
-        beside = min(max(live - layer, kept), elements - layer)
-        parts = {
-            "the head, gathered": self.frozen.head,
-            "a layer, gathered": body * layer // elements,
-            "layers gathered ahead, or not let go of": body * beside // elements,
+    def _gathered(self) -> dict[str, int]:
+        """Return the bytes of what is whole at once: a layer, and what comes after it, on its way."""
+        layer = self.frozen.layers // self.num_layers
+        return {
+            "a layer, whole": layer,
+            "the next one, or the head, on its way": max(layer, self.frozen.head, self.frozen.embedding),
         }
-        if not zero.get("stage3_allgather_sequential", True):
-            parts["the buffers that they were gathered in"] = sum(parts.values())
-        return parts
 
     def sharded(self, deepspeed: Mapping[str, Any], checkpointing: bool) -> dict[str, int]:
         """Return how `under` adds up for a stage-3 configuration, in bytes."""
         zero = deepspeed["zero_optimization"]
         step = self.steps[checkpointing]
         bucket = 4 * self._elements(zero, "reduce_bucket_size", 500_000_000)
-        packed = self.frozen.parameters / GIB
+        packed = self.frozen.matrices / GIB
         return {
-            f"1/{self.gpus} of the frozen parameters' {packed:.2f}": self.frozen.parameters // self.gpus,
-            "quantization states and buffers, whole on each": self.frozen.state,
+            f"1/{self.gpus} of the frozen matrices' {packed:.2f}": self.frozen.matrices // self.gpus,
+            "quantization states, vectors and buffers, whole on each": self.frozen.state,
             "the adapter": self.trainable,
             f"1/{self.gpus} of its gradients, master copy and moments": 4 * self.trainable // self.gpus,
-            **(self._gathered(zero) if self.gpus > 1 else {}),
+            **(self._gathered() if self.gpus > 1 else {}),
             f"activations kept over {self.num_layers} layers": step.saved,
             "one layer's other activations and dequantized weights": step.peak - step.saved,
             "cuBLAS and the bucket of gradients": CUBLAS_WORKSPACE + bucket,

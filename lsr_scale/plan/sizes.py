@@ -20,25 +20,29 @@ BLOCK, NESTED_BLOCK = 64, 256
 
 @dataclass(frozen=True)
 class FrozenBytes:
-    """Bytes of the frozen base: parameters, which ZeRO-3 shards, and quantization state and buffers, which it does not.
+    """Bytes of the frozen base: matrices, which stage 3 cuts up, and `state`, which it does not: all else.
 
-    `elements` counts parameters as stored, two 4-bit weights to one: what DeepSpeed's limits are in. `outside` and
-    `outside_elements` are those of the embedding and the head, `head` the bytes of the latter. `largest` is the most
-    that one weight takes for the moment in which it is quantized: as it was in its file, and as it is held.
+    That is vectors, quantization states and buffers. `embedding` and `head` are among the matrices, and one if they are
+    tied. `largest` is the most that one weight takes for the moment in which it is quantized: as it was in its file,
+    and as it is held.
     """
 
-    parameters: int
+    matrices: int
     state: int
-    elements: int
-    outside: int = 0
-    outside_elements: int = 0
+    embedding: int = 0
     head: int = 0
+    tied: bool = False
     largest: int = 0
+
+    @property
+    def layers(self) -> int:
+        """The matrices but for the embedding and the head."""
+        return self.matrices - self.head - (0 if self.tied else self.embedding)
 
     @property
     def total(self) -> int:
         """All of it."""
-        return self.parameters + self.state
+        return self.matrices + self.state
 
 
 def quantized_layers(model: Any) -> list[str]:
@@ -59,12 +63,16 @@ def frozen_bytes(model: nn.Module, quantized: list[str], quantization: str, doub
     int8: a byte a weight and a float32 scale per row. Everything else in its dtype, tied weights once.
     """
     weights = {id(model.get_submodule(name).weight): model.get_submodule(name) for name in quantized}
-    parameters = state = elements = largest = 0
+    matrices = state = largest = 0
     for parameter in model.parameters():  # each once
         layer = weights.get(id(parameter)) if quantization != "none" else None
         if layer is None:
             size = parameter.numel() * parameter.element_size()
-            parameters, elements, largest = parameters + size, elements + parameter.numel(), max(largest, size)
+            largest = max(largest, size)
+            if parameter.dim() > 1:
+                matrices += size
+            else:
+                state += size
             continue
         count = parameter.numel()
         blocks = -(-count // BLOCK)
@@ -76,20 +84,19 @@ def frozen_bytes(model: nn.Module, quantized: list[str], quantization: str, doub
             stored = -(-count // 2)
             nested = blocks + 4 * -(-blocks // NESTED_BLOCK) + 4 + 256 * 4
             extra = 16 * 4 + (nested if double_quantization else 4 * blocks)
-        parameters, state, elements = parameters + stored, state + extra, elements + stored
+        matrices, state = matrices + stored, state + extra
         # int8 is made from a copy in float16; 4-bit scales are float32 before they are quantized themselves
         between = 2 * count if quantization == "int8" else 4 * blocks
         largest = max(largest, count * parameter.element_size() + between + stored)
     buffers = {id(buffer): buffer.numel() * buffer.element_size() for buffer in model.buffers()}
     ends: Any = [getattr(model, f"get_{which}_embeddings", lambda: None)() for which in ("input", "output")]
-    outside = {id(module.weight): module.weight for module in ends if module is not None}
+    embedding, head = (None if module is None else module.weight for module in ends)
     return FrozenBytes(
-        parameters,
+        matrices,
         state + sum(buffers.values()),
-        elements,
-        outside=sum(weight.numel() * weight.element_size() for weight in outside.values()),
-        outside_elements=sum(weight.numel() for weight in outside.values()),
-        head=0 if ends[1] is None else ends[1].weight.numel() * ends[1].weight.element_size(),
+        embedding=0 if embedding is None else embedding.numel() * embedding.element_size(),
+        head=0 if head is None else head.numel() * head.element_size(),
+        tied=head is not None and head is embedding,
         largest=largest,
     )
 

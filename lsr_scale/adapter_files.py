@@ -18,6 +18,7 @@ from transformers import Trainer
 from lsr_scale import distributed, record
 from lsr_scale.errors import UserError, did_you_mean
 from lsr_scale.model.identity import base_description, check_base
+from lsr_scale.model.sharded import is_sharded
 from lsr_scale.packed_factors import is_packed, unpack
 
 # torch's words for two tensors that should be of one shape
@@ -51,12 +52,13 @@ def save_adapter(trainer: Trainer, target: Path) -> None:
 
 
 def write_adapter(model: Any, folder: Path) -> None:
-    """Write the adapter as PEFT does, with `base.json` beside it.
+    """Write the adapter as PEFT does, with `base.json` beside it; of a base that is cut up nothing, such as embeddings.
 
     Raises:
         RuntimeError: for an empty tensor, which is a bug.
     """
-    model.save_pretrained(folder)
+    trained = {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
+    model.save_pretrained(folder, state_dict=trained if is_sharded(model) else None)
     (folder / "base.json").write_text(json.dumps(base_description(model), indent=1) + "\n")
     _check_saved(folder)
 
@@ -156,7 +158,7 @@ def misfits(model: Any, folder: Path) -> list[str]:
             unpacked = unpack({name: file.get_tensor(name) for name in stored})
             stored = {name: list(value.shape) for name, value in unpacked.items()}
     held = get_peft_model_state_dict(model, save_embedding_layers=False)
-    shapes = {name: list(getattr(tensor, "ds_shape", tensor.shape)) for name, tensor in held.items()}
+    shapes = {name: list(tensor.shape) for name, tensor in held.items()}
     prefix = PEFT_TYPE_TO_PREFIX_MAPPING[model.active_peft_config.peft_type]
     # PEFT saves a whole embedding beside the factors where it was adapted
     names = sorted(name for name in {*stored, *shapes} if name in shapes or prefix in name)

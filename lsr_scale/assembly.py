@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from packaging.version import Version
-from peft import PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from peft.utils import ModulesToSaveWrapper, load_peft_weights, set_peft_model_state_dict
 from transformers import PrinterCallback, Trainer, TrainerCallback, set_seed
 
@@ -68,7 +68,7 @@ def build_trainer(
         say(note)
     start = _start_of(run)
     with only_new_warnings():
-        model, differences = adapt(run, base_of(run.model, run.training["seed"], _sharding(run, say)), start)
+        model, differences = adapt(run, base_of(run.model, run.training["seed"], _sharding(run, start, say)), start)
     for note in differences:
         say(f"note: {note}")
     report = _fuse(run, model, arguments)
@@ -128,15 +128,19 @@ def _arguments(run: RunConfig, folder: RunFolder) -> Any:
     return arguments
 
 
-def _sharding(run: RunConfig, say: Callable[[str], None]) -> Sharding | None:
-    """Return how a run's base is cut up among its processes, None where each holds it whole."""
+def _sharding(run: RunConfig, start: Path | None, say: Callable[[str], None]) -> Sharding | None:
+    """Return how a run's base is cut up among its processes, None where each holds it whole.
+
+    Modules that are trained whole stay whole: those that the run names, or the adapter that it starts from.
+    """
     content = run.deepspeed.config
     if content is None or zero_stage(run) != 3 or not uses_deepspeed(run):
         return None
     unused = config.unused_in_stage_3(content)
     if unused:
         say(f"note: deepspeed.config: {', '.join(unused)}: no effect, the frozen base is gathered a layer at a time")
-    return Sharding(config.offloads_parameters(content), run.adapter.options.get("modules_to_save") or ())
+    options: Any = PeftConfig.from_pretrained(str(start)) if start else _peft_config(run)
+    return Sharding(config.offloads_parameters(content), options.modules_to_save or ())
 
 
 def _check_optimizer(run: RunConfig) -> None:

@@ -17,7 +17,7 @@ from lsr_scale.config import RunConfig
 from lsr_scale.errors import UserError
 from lsr_scale.faults import NONFINITE, StopOnSignal, Terminated
 from lsr_scale.model import base_description
-from lsr_scale.model.sharded import is_sharded
+from lsr_scale.model.sharded import is_sharded, let_go
 from lsr_scale.progress import Progress, check_finite, clock, draw_losses, print_line, summarize_metrics
 from lsr_scale.run_folder import RunFolder, step_of
 from lsr_scale.scoring.accuracy import TaskScore
@@ -114,6 +114,7 @@ def _train(
             split=not is_sharded(model),  # a layer is gathered by all processes together, so all do the same forwards
             live=live,
         )
+        let_go(model)
         evaluate.save_predictions(folder, scores[when], when)
 
     if tasks and run.eval.before and checkpoint is None:

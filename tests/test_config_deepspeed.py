@@ -48,6 +48,7 @@ def test_a_deepspeed_path_is_read_from_beside_the_config_and_from_the_working_di
             '{"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}',
             "zero_optimization.offload_optimizer.device: the optimizer is never held on nvme; set it to cpu",
         ),
+        ('{"zero_optimization": {"stage": 3, "offload_param": "cpu"}}', "offload_param: expected an object, got 'cpu'"),
         ('{"tensor_parallel": {"autotp_size": 2}}', "tensor parallelism cannot split a quantized layer"),
         (
             '{"optimizer": {"type": "Adam"}}',

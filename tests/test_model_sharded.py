@@ -1,15 +1,22 @@
 """A model cut up in one process, its parts held aside as `offload_param` does: what two do is in test_sharding.py."""
 
+import json
+
 import pytest
 import torch
 from conftest import quantize, randomize, tiny_llama
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from test_adapters_models import ARCHITECTURES, OPTIONS, build, inputs
+from tiny_runs import tiny_run
 from torch import nn
-from transformers import modeling_utils
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM, modeling_utils
 
+from lsr_scale import assembly
+from lsr_scale.adapter_files import write_adapter
 from lsr_scale.adapters import peft_config
-from lsr_scale.model.sharded import Sharding, gather_as_used, is_sharded, make_whole, whole_numel, whole_shape
+from lsr_scale.model import load_base
+from lsr_scale.model.sharded import Sharding, gather_as_used, is_sharded, let_go, make_whole, whole_numel, whole_shape
 from lsr_scale.quantized import freeze_quantized
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -90,8 +97,92 @@ def test_a_tied_matrix_is_whole_for_the_embedding_and_for_the_head(ids):
     assert model.lm_head.weight is model.model.embed_tokens.weight
     expected = tiny_llama(tie_word_embeddings=True)(input_ids=ids).logits
     assert torch.equal(model(input_ids=ids).logits, expected)
-    model(input_ids=ids)  # once more, without a backward pass between
-    assert model.lm_head.weight.users == 1, "held by the head alone"
+    assert torch.equal(model(input_ids=ids).logits, expected), "once more, without a backward pass between"
+
+
+def test_the_head_is_let_go_of_when_scoring_is_done(ids):
+    model = cut(tiny_llama())
+    with torch.no_grad():
+        model(input_ids=ids)
+    assert whole_bytes(model) == model.lm_head.weight.nbytes > 0
+    let_go(model)
+    assert whole_bytes(model) == 0
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_error_in_the_midst_of_a_pass_leaves_nothing_broken(ids, tied):
+    model, expected = (tiny_llama(tie_word_embeddings=tied) for _ in range(2))
+    cut(model)
+
+    def fail(*_):
+        raise MemoryError
+
+    hook = model.model.layers[1].mlp.register_forward_hook(fail)
+    with pytest.raises(MemoryError):
+        model(input_ids=ids)
+    hook.remove()
+    assert torch.equal(model(input_ids=ids).logits, expected(input_ids=ids).logits)
+
+
+def test_experts_are_cut_with_their_layer():
+    sizes = dict(hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, vocab_size=64)
+    config = Qwen3MoeConfig(**sizes, num_key_value_heads=2, head_dim=12, num_experts=4, num_experts_per_tok=2)
+
+    def model():
+        torch.manual_seed(0)
+        return Qwen3MoeForCausalLM(config)
+
+    sharded, given = cut(model()), {"input_ids": torch.arange(5, 14)[None]}
+    assert sum(p.numel() for p in sharded.parameters()) < 0.02 * sum(p.numel() for p in model().parameters())
+    same(*(loss_and_gradients(adapted(base, ["q_proj"]), given) for base in (sharded, model())))
+
+
+@pytest.mark.parametrize("name", ["down_proj", "lm_head"])
+def test_a_module_that_is_trained_whole_gets_its_gradient(tmp_path, ids, name):
+    tiny_llama().save_pretrained(tmp_path)
+    sharding = Sharding(offload=True, whole=[name])
+    base = load_base(str(tmp_path), quantization="none", dtype="float32", sharding=sharding)
+    options = {"target_modules": ["q_proj"], "modules_to_save": [name], **OPTIONS["lsr"]}
+    model = get_peft_model(base, peft_config("lsr", options)).train()
+    _, gradients = loss_and_gradients(model, {"input_ids": ids, "labels": ids})
+    assert any("modules_to_save" in key and gradient.abs().sum() > 0 for key, gradient in gradients.items())
+
+
+@pytest.mark.parametrize("equal", [True, False])
+def test_two_matrices_that_a_checkpoint_has_are_tied_only_if_they_are_equal(tmp_path, ids, equal):
+    model = tiny_llama(tie_word_embeddings=False)
+    if equal:
+        model.lm_head.weight = nn.Parameter(model.model.embed_tokens.weight.detach().clone())
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    loaded = load_base(str(tmp_path), quantization="none", dtype="float32", sharding=Sharding(offload=True))
+    assert torch.equal(loaded(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+def test_an_adapter_on_the_embedding_is_saved_without_the_base(tmp_path):
+    options = {"target_modules": ["q_proj", "embed_tokens"], "r": 2}
+    model = get_peft_model(cut(tiny_llama()), LoraConfig(**options))  # pyright: ignore
+    model.config.name_or_path = "tiny"
+    write_adapter(model, tmp_path)
+    names = load_file(tmp_path / "adapter_model.safetensors").keys()
+    assert any("embed_tokens" in name for name in names)
+    assert not any("base_layer" in name for name in names)
+
+
+def test_a_run_leaves_whole_what_it_or_the_adapter_it_starts_from_trains_whole(monkeypatch, tmp_path):
+    monkeypatch.setattr(assembly, "uses_deepspeed", lambda run: True)
+    zero3 = {"deepspeed": {"config": "zero3_offload"}}
+    run = tiny_run(tmp_path, **zero3)
+    plain = assembly._sharding(run, None, print)
+    assert plain is not None
+    assert plain.offload
+    assert plain.whole == ()
+    named = tiny_run(tmp_path, adapter={"modules_to_save": ["lm_head"]}, **zero3)
+    assert assembly._sharding(named, None, print).whole == ("lm_head",)  # pyright: ignore
+    assembly._peft_config(named).save_pretrained(tmp_path / "first")
+    assert assembly._sharding(run, tmp_path / "first", print).whole == ("lm_head",)  # pyright: ignore
+    assert assembly._sharding(tiny_run(tmp_path), None, print) is None
 
 
 def test_matrices_are_cut_and_vectors_are_not(ids):
@@ -109,16 +200,17 @@ def test_matrices_are_cut_and_vectors_are_not(ids):
 
 @pytest.mark.parametrize(
     ("rank", "processes", "expected"),
-    [(0, 2, [1, 2, 3, 4, 5]), (1, 2, [6, 7, 8, 9, 0]), (2, 4, [7, 8, 9]), (3, 4, [0, 0, 0])],
+    [(0, 1, range(40)), (0, 2, range(32)), (1, 2, range(32, 40)), (2, 3, range(32, 40)), (3, 4, [])],
 )
 def test_parts_are_alike_in_size_and_the_last_ones_are_filled_up(monkeypatch, rank, processes, expected):
     monkeypatch.setenv("WORLD_SIZE", str(processes))
     monkeypatch.setenv("RANK", str(rank))
-    layer = nn.Linear(3, 3, bias=False)
-    layer.weight = nn.Parameter(torch.arange(1, 10, dtype=torch.int8).view(3, 3), requires_grad=False)
-    with Sharding().loading() as rest:
+    layer = nn.Linear(8, 5, bias=False)
+    layer.weight = nn.Parameter(torch.arange(40, dtype=torch.int8).view(5, 8), requires_grad=False)
+    with Sharding(offload=True).loading() as rest:
         rest(layer)
-    assert layer.weight.part.tolist() == expected
+    size = {1: 48, 2: 32}.get(processes, 16)
+    assert layer.weight.part.tolist() == [*expected, *[0] * (size - len(expected))]
 
 
 def test_what_will_be_trained_is_made_whole_again():

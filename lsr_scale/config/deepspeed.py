@@ -153,6 +153,10 @@ def _unsafe(content: Mapping[str, Any]) -> Iterator[Problem]:
 def _unsafe_in_stage_3(zero: Mapping[str, Any]) -> Iterator[Problem]:
     """Yield places for parameters or states that stage 3 has in DeepSpeed and not here."""
     for name, where in (("offload_param", "parts of a frozen base are"), ("offload_optimizer", "the optimizer is")):
-        offload = zero.get(name)
-        if isinstance(offload, dict) and offload.get("device") == "nvme":
+        offload = zero.get(name) or {}
+        if not isinstance(offload, dict):
+            yield Problem(
+                ("zero_optimization", name), f"expected an object, got {offload!r}; such as {{'device': 'cpu'}}"
+            )
+        elif offload.get("device") == "nvme":
             yield Problem(("zero_optimization", name, "device"), f"{where} never held on nvme; set it to cpu")

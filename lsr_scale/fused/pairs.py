@@ -2,8 +2,8 @@
 
 `materialize` of a method takes stacks of modules, so linears whose factors have the same shapes are stacked, and the
 whole model's pairs `(down [r, in], scaling * up [out, r])` cost a few launches instead of some per module. The node
-keeps modules, never tensors: factors are read again in the backward pass (under ZeRO-3 they may have been freed in
-between), and a part of the model can be differentiated at a time, which reentrant checkpointing does.
+keeps modules, never tensors: factors are read again in the backward pass, and a part of the model can be differentiated
+at a time, which reentrant checkpointing does.
 """
 
 from collections.abc import Sequence

@@ -28,7 +28,7 @@ from lsr_scale.model import embedded
 from lsr_scale.model.names import NAME_FORMS, explained, local_folder, resolve
 from lsr_scale.model.random_weights import random_base
 from lsr_scale.model.shapes import known_config
-from lsr_scale.model.sharded import Sharding, gather_as_used, make_whole
+from lsr_scale.model.sharded import Sharding, gather_as_used, make_whole, whole_shape
 from lsr_scale.quantized import freeze_quantized
 
 logger = logging.getLogger(__name__)
@@ -230,7 +230,8 @@ def load_base(
         torch.manual_seed(seed)
         empty = skeleton(config, task, num_labels, dtype, attention)
         quantizer = quantization_config(quantization, double_quantization, dtype, head_modules(empty))
-        cutting = nullcontext(lambda module: None) if sharding is None else sharding.loading()
+        tied = bool(getattr(config.get_text_config(), "tie_word_embeddings", False))
+        cutting = nullcontext(lambda module: None) if sharding is None else sharding.loading(tied)
         if random_weights:
             with cutting as cut:
                 model = random_base(empty, quantizer, device, cut)
@@ -296,7 +297,7 @@ def _check_shapes(name: str, model: PreTrainedModel, empty: PreTrainedModel) -> 
         if path not in expected:
             continue
         state = getattr(loaded, "quant_state", None)
-        shape = list(state.shape if state is not None else getattr(loaded, "ds_shape", loaded.shape))
+        shape = list(state.shape if state is not None else whole_shape(loaded))
         wanted = list(expected[path].shape)
         if loaded.dtype in (torch.uint8, torch.int8) and isinstance(
             empty.get_submodule(path.rpartition(".")[0]), Conv1D

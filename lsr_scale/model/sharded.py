@@ -3,14 +3,17 @@
 This is ZeRO-3 for what is frozen. DeepSpeed's own treats every parameter of a model alike, one by one in every step: a
 thousand small factors are cut up and gathered again, which costs a GPU more time than it has to hide, and quantized
 weights it cuts up only once they are all there. So with `stage: 3` DeepSpeed runs its stage 2 for what trains, and the
-base is cut up here. With P processes a matrix of B bytes (its codes, where it is quantized) is P parts of ceil(B / P)
-bytes. Vectors and quantization states stay whole, and what a module has beside modules of its own (a ViT's positions).
+base is cut up here. With P processes a matrix of B bytes (its codes, where it is quantized) is P parts of B / P bytes,
+rounded up to 16. Vectors and quantization states stay whole.
 
 Every weight is cut the moment it is in place while the model is loaded, so no process ever holds more than its share,
 the states, and one weight. Later a layer's matrices are gathered together, in one call, before its forward and before
 its backward pass; meanwhile those of the layer after it (before it, on the way back) are on their way; and when the
-next layer begins they are let go of. So two layers are whole at the most, or one and the head. Whoever reads a matrix
-at another time finds it empty, `[0]`. Every process must run the same layers in the same order.
+next layer begins they are let go of. So two layers are whole at the most, or one and the head or the embedding. Whoever
+reads a matrix at another time finds it empty, `[0]`.
+
+Every process must run the same layers in the same order, and a loss that reads the head again in its backward pass
+needs that before the next forward pass.
 """
 
 import itertools
@@ -29,6 +32,13 @@ from lsr_scale.quantized import FrozenLinear
 
 # torch 2.13 gave it another name
 _all_gather: Any = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
+
+# NCCL copies what is aligned by so many bytes at once, and byte by byte what is not
+_ALIGNED = 16
+# Pinned memory comes in powers of two: a part of its own would take up to twice its bytes.
+_SLAB = 2**28
+# the attribute of a cut model that holds its `_Course`
+_COURSE = "course_of_passes"
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -58,27 +68,33 @@ class Sharding:
     def __init__(self, offload: bool = False, whole: Iterable[str] = ()) -> None:
         self.offload, self.whole = offload, tuple(whole)
         self.active = offload or world_size() > 1
+        self._slab = torch.empty(0, dtype=torch.uint8)  # memory on the CPU that is not yet used
 
     @contextmanager
-    def loading(self) -> Iterator[Callable[[nn.Module], None]]:
+    def loading(self, tied: bool = False) -> Iterator[Callable[[nn.Module], None]]:
         """Cut up what is loaded here. Every process must load the same.
 
         Matrices that are registered with a module after they got their values are cut at once. Transformers marks
         them by `_is_hf_initialized`; others, which it has yet to initialize, wait. What is yielded cuts all that is
         left in a module, itself and all below it.
+
+        Args:
+            tied: Head and embedding shall be one if a checkpoint has equal ones. Then embeddings wait: of two that are
+                cut Transformers could not tell that they differ.
         """
         if not self.active:
             yield lambda module: None
             return
 
         def when_registered(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-            if parameter is not None and not parameter.is_meta and getattr(parameter, "_is_hf_initialized", False):
-                self._cut(module, parameter)
+            if parameter is None or parameter.is_meta or (tied and isinstance(module, nn.Embedding)):
+                return
+            if getattr(parameter, "_is_hf_initialized", False):
+                self._cut(parameter)
 
         def rest(module: nn.Module) -> None:
-            for child in module.modules():
-                for parameter in child.parameters(recurse=False):
-                    self._cut(child, parameter)
+            for parameter in module.parameters():
+                self._cut(parameter)
 
         warm_up = modeling_utils.caching_allocator_warmup
         hook = nn.modules.module.register_module_parameter_registration_hook(when_registered)
@@ -90,82 +106,78 @@ class Sharding:
             hook.remove()
             modeling_utils.caching_allocator_warmup = warm_up
 
-    def _cut(self, module: nn.Module, parameter: Any) -> None:
+    def _cut(self, parameter: Any) -> None:
         """Keep this process's part of a matrix, as bytes, and its shape; the last parts are filled up with zeros."""
-        if parameter.dim() < 2 or hasattr(parameter, "part") or any(True for _ in module.children()):
+        if parameter.dim() < 2 or hasattr(parameter, "part"):
             return
         if hasattr(parameter, "CB"):
             parameter.CB = None  # an int8 weight's second reference to its codes would keep them whole
         data = parameter.requires_grad_(False).data
         held = data.contiguous().reshape(-1).view(torch.uint8)
-        size = -(-held.numel() // world_size())
+        size = -(-held.numel() // (_ALIGNED * world_size())) * _ALIGNED
         mine = held[rank() * size : (rank() + 1) * size]
-        pinned = self.offload and data.is_cuda
-        device = "cpu" if self.offload else data.device
-        parameter.part = torch.zeros(size, dtype=torch.uint8, device=device, pin_memory=pinned)
-        parameter.part[: mine.numel()].copy_(mine)
+        parameter.part = self._take(size, pinned=data.is_cuda) if self.offload else held.new_empty(size)
+        parameter.part[: mine.numel()] = mine
+        parameter.part[mine.numel() :] = 0
         # by DeepSpeed's names, which PEFT and Transformers know
         parameter.ds_shape, parameter.ds_numel = data.shape, data.numel()
         parameter.ds_optim_param = True  # DeepSpeed's sign that each process holds another part: nothing to broadcast
-        parameter.users = 0
         parameter.data = data.new_empty(0)
+
+    def _take(self, size: int, pinned: bool) -> Tensor:
+        """Return so many bytes on the CPU."""
+        if size > len(self._slab):
+            self._slab = torch.empty(max(size, _SLAB if pinned else 0), dtype=torch.uint8, pin_memory=pinned)
+        part, self._slab = self._slab[:size], self._slab[size:]
+        return part
 
 
 class _Unit:
     """Matrices that are gathered together.
 
     Attributes:
-        matrices: Those; one that is tied may belong to two units.
+        matrices: Those; one that is tied belongs to two units.
         before: The unit that the backward pass comes to next, if that is known.
         after: The unit that the forward pass comes to next, if that is known.
     """
 
-    def __init__(self, matrices: Iterable[nn.Parameter]) -> None:
+    def __init__(self, matrices: Iterable[nn.Parameter], stream: Any = None) -> None:
         self.matrices: list[Any] = list(matrices)
+        self.stream = stream
         self.before: _Unit | None = None
         self.after: _Unit | None = None
-        self.state: str = "apart"  # then "on the way", then "whole"
-        self._gathered: list[tuple[Any, Tensor, Tensor]] = []  # matrix, this process's part, all parts
+        self._on_the_way: list[tuple[Any, Tensor, Tensor]] | None = None  # matrix, this process's part, all parts
         self._works: list[Any] = []  # what to wait for
 
-    def start(self, stream: Any) -> None:
+    def start(self) -> None:
         """Begin to gather, unless that has begun; on a stream of its own where parts come from the CPU."""
-        if self.state != "apart":
+        if self._on_the_way is not None:
             return
-        self.state = "on the way"
-        wanted = [matrix for matrix in self.matrices if matrix.users == 0]
-        for matrix in self.matrices:
-            matrix.users += 1
-        num = world_size()
-        wholes = [m.new_empty(num * m.part.numel(), dtype=torch.uint8) for m in wanted] if num > 1 else []
+        num, stream = world_size(), self.stream
+        wholes = [m.new_empty(num * m.part.numel(), dtype=torch.uint8) for m in self.matrices] if num > 1 else []
         if stream is not None:
             stream.wait_stream(torch.cuda.current_stream())  # which may still use the memory that is written here
         with nullcontext() if stream is None else torch.cuda.stream(stream):
-            parts = [matrix.part.to(matrix.device, non_blocking=True) for matrix in wanted]
+            parts = [matrix.part.to(matrix.device, non_blocking=True) for matrix in self.matrices]
             self._works = _gather(parts, wholes) if num > 1 else []
             if stream is not None:
                 self._works.append(stream.record_event())
-        self._gathered = list(zip(wanted, parts, wholes or parts, strict=True))
+        self._on_the_way = list(zip(self.matrices, parts, wholes or parts, strict=True))
 
-    def finish(self, stream: Any) -> None:
+    def make_whole(self) -> None:
         """Make the matrices whole: on a GPU what is launched after this waits for them, not the host."""
-        self.start(stream)
-        if self.state == "whole":
-            return
+        self.start()
         for work in self._works:
             work.wait()
-        for matrix, _, whole in self._gathered:
+        for matrix, _, whole in self._on_the_way or ():
             size = matrix.ds_numel * matrix.dtype.itemsize
             matrix.data = whole[:size].view(matrix.dtype).view(matrix.ds_shape)
-        self.state, self._gathered, self._works = "whole", [], []
+        self._on_the_way, self._works = None, []
 
     def let_go(self) -> None:
-        """Leave the matrices to other units, or empty."""
-        self.state = "apart"
+        """Leave the matrices empty."""
         for matrix in self.matrices:
-            matrix.users -= 1
-            if matrix.users == 0:
-                matrix.data = matrix.data.new_empty(0)
+            matrix.data = matrix.data.new_empty(0)
 
 
 def _gather(parts: list[Tensor], wholes: list[Tensor]) -> list[Any]:
@@ -184,8 +196,7 @@ def _gather(parts: list[Tensor], wholes: list[Tensor]) -> list[Any]:
 class _Course:
     """Where a pass through the model is: what begins is made whole, and what was whole until then is let go of."""
 
-    def __init__(self, offload: bool) -> None:
-        self.stream = torch.cuda.Stream() if offload and torch.cuda.is_available() else None
+    def __init__(self) -> None:
         self.current: _Unit | None = None
         self.backward = -1  # the number of the backward pass at whose end that is let go of
 
@@ -211,10 +222,10 @@ class _Course:
     def _use(self, unit: _Unit, next_one: _Unit | None) -> None:
         if unit is not self.current:
             self.end()
-            unit.finish(self.stream)
+            unit.make_whole()
             self.current = unit
         if next_one is not None:
-            next_one.start(self.stream)
+            next_one.start()
 
     def end(self) -> None:
         """Let go of what is whole; what is on its way stays so."""
@@ -227,21 +238,26 @@ def gather_as_used(model: PreTrainedModel, offload: bool = False) -> None:
     """Have the layers of a cut model gathered when they are used, from now on; before adapters are put into it.
 
     What is gathered together are the matrices of a layer, or else what a module has of its own. The head, which losses
-    read without calling it, is gathered when the layers are done.
+    read without calling it, is gathered when the layers are done. What a module outside layers has beside modules of
+    its own (a ViT's positions) is made whole again, for it would be let go of when one of those begins.
     """
-    course = _Course(offload)
+    course = vars(model)[_COURSE] = _Course()
+    stream = torch.cuda.Stream() if offload and torch.cuda.is_available() else None
     body: nn.Module = model.base_model
-    head = _Unit([] if body is model else _cut_matrices(child for child in model.children() if child is not body))
+    outside = () if body is model else (child for child in model.children() if child is not body)
+    head = _Unit(_cut_matrices(outside), stream)
     layers = _layers(body)
     inside = {id(module) for layer in layers for module in layer.modules()}
-    others = [module for module in body.modules() if id(module) not in inside]
-    units: dict[nn.Module, _Unit] = {}
-    for layer in layers:
-        units[layer] = _Unit(_cut_matrices([layer]))
-        for module in layer.modules():
-            if type(module) is nn.Linear:
-                module.__class__ = FrozenLinear  # nn.Linear would keep what was gathered alive
-    units |= {module: _Unit(_cut_matrices([module], recurse=False)) for module in others}
+    units = {layer: _Unit(_cut_matrices([layer]), stream) for layer in layers}
+    for module in body.modules():
+        if type(module) is nn.Linear and hasattr(module.weight, "part"):
+            module.__class__ = FrozenLinear  # nn.Linear would keep what was gathered alive
+        if id(module) in inside:
+            continue
+        if any(True for _ in module.children()):
+            make_whole(module, recurse=False)
+        else:
+            units[module] = _Unit(_cut_matrices([module]), stream)
     for first, second in itertools.pairwise(layers):
         units[first].after, units[second].before = units[second], units[first]
     embeddings: Any = model.get_input_embeddings()
@@ -254,6 +270,13 @@ def gather_as_used(model: PreTrainedModel, offload: bool = False) -> None:
             _watch(module, unit, course)
     if head.matrices:
         body.register_forward_hook(lambda *_: course.head_begins(head))
+
+
+def let_go(model: nn.Module) -> None:
+    """Let go of what is whole after a forward pass without a backward pass: the head stays so until the next one."""
+    for module in model.modules():
+        if _COURSE in vars(module):
+            vars(module)[_COURSE].end()
 
 
 def _watch(module: nn.Module, unit: _Unit, course: _Course) -> None:
@@ -287,13 +310,12 @@ def _cut_matrices(modules: Iterable[nn.Module], recurse: bool = True) -> list[nn
     return [parameter for parameter in dict.fromkeys(parameters) if hasattr(parameter, "part")]
 
 
-def make_whole(module: nn.Module) -> None:
+def make_whole(module: nn.Module, recurse: bool = True) -> None:
     """Hold the matrices of a module whole again, for good: of one that will be trained. Every process must call it."""
-    unit = _Unit(_cut_matrices([module]))
-    if not unit.matrices:
-        return
-    unit.finish(None)
+    unit = _Unit(_cut_matrices([module], recurse))
+    if unit.matrices:
+        unit.make_whole()
     for matrix in unit.matrices:
         matrix.data = matrix.data.clone()  # not a part of a longer buffer
-        for name in ("part", "ds_shape", "ds_numel", "ds_optim_param", "users"):
+        for name in ("part", "ds_shape", "ds_numel", "ds_optim_param"):
             delattr(matrix, name)

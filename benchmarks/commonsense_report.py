@@ -14,13 +14,15 @@ import hashlib
 import json
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from commonsense import PROVIDERS, REGIMES, RESULTS, mean_accuracy
 
+# README's rows
+HEADLINE = ("lora_8", "lsr_4", "lsr_16", "lora_2", "kadaptation", "lora_1", "krona", "kron_lora", "lokr")
 LABELS = {
     "zero_shot": "zero-shot",
     "lora_8": "LoRA r=8",
@@ -159,13 +161,13 @@ def table(all_results: list[dict[str, Any]], regime: str = "joint", base: str = 
     return "\n".join(lines)
 
 
-def short_table(all_results: list[dict[str, Any]]) -> str:
-    """Return README's Markdown table: the joint regime on bf16 and what the rows cost on quantized bases."""
+def short_table(all_results: list[dict[str, Any]], shown: Iterable[str] = tuple(PROVIDERS)) -> str:
+    """Return a Markdown table of the joint regime on bf16: the means of some rows, the best first."""
     counts = separate(all_results, "joint")
     rows = {name: seeds_of(all_results, "joint", "bf16", name) for name in PROVIDERS}
     lines = ["| | parameters | mean of 5 tasks, % | over LoRA r=8 | over LoRA r=2 |", "|---|---:|---:|---:|---:|"]
     for name, row in sorted(rows.items(), key=lambda pair: -_mean(pair[1]) if pair[1] else 0.0):
-        if row:
+        if row and name in shown:
             spread = statistics.stdev(mean_accuracy(result) for result in row.values()) if len(row) > 1 else 0.0
             tests = [_versus(row, rows[other], counts) for other in ("lora_8", "lora_2")]
             parameters = next(iter(row.values()))["trainable_parameters"]

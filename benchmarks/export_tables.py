@@ -24,20 +24,18 @@ def _accuracy(case: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def losses(run: dict[str, Any], short: bool = False) -> str:
-    """Return what each form loses; `short` leaves out what only a careful reader wants."""
-    head = ["export", "bytes", "of 16 bits", "logits, relative error", "right", "answered otherwise"]
+def losses(run: dict[str, Any]) -> str:
+    """Return what each form loses."""
+    head = ["export", "bytes", "of 16 bits", "logits, relative error"]
+    head += ["of what the adapter changes", "same next token", "right", "answered otherwise"]
     rows = []
     for name, case in run["cases"].items():
         facts, agreement, accuracy = case["facts"], case["agreement"], _accuracy(case)
         size = facts.get("bytes of tensors", facts.get("bytes of the file"))
         share = facts.get("tensors, of the 16-bit factors'")
         rows.append([name, f"{size:,}", "" if share is None else f"{share:.3f}", f"{agreement['relative_error']:.1e}"])
-        if not short:
-            rows[-1] += [f"{100 * agreement[key]:.3g} %" for key in ("share_of_effect", "same_next_token")]
+        rows[-1] += [f"{100 * agreement[key]:.3g} %" for key in ("share_of_effect", "same_next_token")]
         rows[-1] += [f"{100 * accuracy['exported']:.1f} %", str(accuracy["answered_otherwise"])]
-    if not short:
-        head[4:4] = ["of what the adapter changes", "same next token"]
     first = next(iter(run["cases"].values()))
     found = _accuracy(first)
     text = (

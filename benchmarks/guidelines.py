@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import ablations
+import commonsense_report
 import glue
 import sequential
 import trials
@@ -222,7 +223,13 @@ def digest(rows: list[Row]) -> str:
     return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
 
 
+def accuracy_table() -> str:
+    """Return every row of the accuracy comparison."""
+    return commonsense_report.short_table(commonsense_report.load(RESULTS / "commonsense"))
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "accuracy": accuracy_table,
     "sizes": sizes_table,
     "widths": width_table,
     "vision": functools.partial(trial_table, vision.RESULTS, vision.PROVIDERS),

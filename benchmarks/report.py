@@ -1,6 +1,6 @@
 """Tables and plots from the committed measurements; nothing here is typed by hand.
 
-    python benchmarks/report.py            write README's table, RESULTS.md and the plots beside the JSON
+    python benchmarks/report.py            write README's tables, RESULTS.md and the plots beside the JSON
     python benchmarks/report.py --check    fail if any of them is not what the JSON says
 
 The newest file of a model and a base that has 4 x 2,048 tokens is shown. A table stands in README.md between the two
@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import commonsense_report
-import export_tables
 import results_page
 from plots import (
     LABELS,
@@ -34,7 +33,6 @@ from results_page import with_table
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks/results/throughput"
-EXPORTS = ROOT / "benchmarks/results/export/losses-smollm2-cpu.json"
 PAGE = ROOT / "benchmarks/RESULTS.md"
 TOKENS, LENGTH = 8192, 2048
 
@@ -86,9 +84,8 @@ def main(arguments: list[str] | None = None) -> int:
     run, picture = newest("mistral-7b", "nf4"), RESULTS / "mistral-7b-nf4.png"
     text = README.read_text(encoding="utf-8")
     wanted = with_table(text, "throughput", table(run))
-    exports = export_tables.losses(export_tables.read(EXPORTS), short=True)
-    wanted = with_table(wanted, "exports", f"An LSR adapter (r=16 s=16) after {exports}")
-    accuracy = commonsense_report.short_table(commonsense_report.load(RESULTS.parent / "commonsense"))
+    measured = commonsense_report.load(RESULTS.parent / "commonsense")
+    accuracy = commonsense_report.short_table(measured, commonsense_report.HEADLINE)
     wanted = with_table(wanted, "accuracy", accuracy)
     page, stale = results_page.page(RESULTS.parent), []
     if wanted != text:

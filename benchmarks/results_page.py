@@ -147,19 +147,20 @@ def front_door(path: Path, run: Run) -> str:
 
 def is_scaling(run: Run) -> bool:
     """Tell whether more than one number of GPUs was measured, so that there is something to draw."""
-    return len({row["num_gpus"] for row in run["rows"]}) > 1
+    return run["config"]["device"] == "cuda" and len({row["num_gpus"] for row in run["rows"]}) > 1
 
 
 def scaling(path: Path, run: Run) -> str:
-    """Return the training command's speed on several GPUs beside one."""
+    """Return the training command's speed on several GPUs beside one, or in several processes that share a CPU."""
     config, rows = run["config"], []
     for row in run["rows"]:
         stage = "without DeepSpeed" if row["zero_stage"] is None else f"ZeRO-{row['zero_stage']}"
         found = [number(row["tokens_per_s"]), number(row["peak_memory_gib"], ".1f"), number(row["scaling"], ".2f")]
         rows.append([f"{row['num_gpus']}, {stage}", *(found if row["status"] == "ok" else [row["status"], "", ""])])
-    batch = f"{config['tokens'] // config['seq_len']} x {config['seq_len']:,} tokens a GPU and step"
+    one = "GPU" if config["device"] == "cuda" else "CPU process"
+    batch = f"{config['tokens'] // config['seq_len']} x {config['seq_len']:,} tokens a {one} and step"
     title = f"### {config['model']}, {config['base']}, {batch}, `memory: {config['memory']}`"
-    table = grid(["GPUs", "tokens/s", "GiB, each", "times one GPU"], rows)
+    table = grid([f"{one}s", "tokens/s", "GiB, each", f"times one {one}"], rows)
     picture = [f"![{path.stem}](results/{path.parent.name}/{path.stem}.png)"] if is_scaling(run) else []
     return "\n\n".join([title, where(run, path), table, *picture, f"    {config['command']}"])
 

@@ -26,7 +26,7 @@ def test_a_changed_figure_is_noticed(tmp_path, monkeypatch, capsys):
 
 
 def test_a_page_without_a_place_is_said():
-    with pytest.raises(SystemExit, match=r"no place for sizes: put <!-- sizes"):
+    with pytest.raises(SystemExit, match=r"no place for accuracy: put <!-- accuracy"):
         guidelines.filled("nothing")
 
 

@@ -81,12 +81,8 @@ def compare(
     seeds = sorted(ours.keys() & theirs.keys())
     if len(seeds) < 2:
         return None
-    generator = np.random.default_rng(0)
-    drawn = generator.integers(len(seeds), size=(draws, len(seeds)))
-    weights = np.stack([(drawn == index).mean(1) for index in range(len(seeds))], 1)  # [draws, seeds]
-    means, sampled = [], np.zeros(draws)
-    tasks = ours[seeds[0]]["tasks"]
-    for task in tasks:
+    differences = []  # a task each: [seeds, examples]
+    for task in ours[seeds[0]]["tasks"]:
         rows = []
         for seed in seeds:
             pair = [results[seed]["tasks"][task]["after"] for results in (ours, theirs)]
@@ -94,17 +90,35 @@ def compare(
                 raise ValueError(f"{task}, seed {seed}: the two were scored on different examples")
             hits = [np.frombuffer(part["right"].encode(), np.uint8).astype(np.int8) for part in pair]
             rows.append(hits[0] - hits[1])
-        difference = np.stack(rows).astype(np.float64)  # [seeds, examples]
-        size = difference.shape[1]
-        means.append(difference.mean())
-        for start_at in range(0, draws, 250):
-            part = slice(start_at, min(start_at + 250, draws))
-            counts = generator.multinomial(size, np.full(size, 1 / size), size=part.stop - start_at)
-            sampled[part] += ((counts @ difference.T) / size * weights[part]).sum(1)
-    sampled = 100 * sampled / len(tasks)
+        differences.append(np.stack(rows).astype(np.float64))
+    weights, counts = _drawn(len(seeds), tuple(difference.shape[1] for difference in differences), draws)
+    sampled = np.zeros(draws)
+    for difference, count in zip(differences, counts, strict=True):
+        sampled += ((count.astype(np.float64) @ difference.T) / difference.shape[1] * weights).sum(1)
+    sampled = 100 * sampled / len(differences)
     low, high = np.quantile(sampled, [0.025, 0.975])
     tail = min((sampled <= 0).mean(), (sampled >= 0).mean())
-    return 100 * float(np.mean(means)), float(low), float(high), float(min(1, 2 * max(tail, 1 / draws)))
+    mean = 100 * float(np.mean([difference.mean() for difference in differences]))
+    return mean, float(low), float(high), float(min(1, 2 * max(tail, 1 / draws)))
+
+
+@functools.lru_cache(maxsize=4)
+def _drawn(num_seeds: int, sizes: tuple[int, ...], draws: int) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Return how often each seed `[draws, seeds]`, and of each task each example `[draws, examples]`, is drawn.
+
+    The same for every comparison of so many seeds and examples: drawing takes far longer than comparing.
+    """
+    generator = np.random.default_rng(0)
+    drawn = generator.integers(num_seeds, size=(draws, num_seeds))
+    weights = np.stack([(drawn == index).mean(1) for index in range(num_seeds)], 1)
+    counts = []
+    for size in sizes:
+        parts = [
+            generator.multinomial(size, np.full(size, 1 / size), size=min(250, draws - start_at)).astype(np.uint16)
+            for start_at in range(0, draws, 250)
+        ]
+        counts.append(np.concatenate(parts))
+    return weights, counts
 
 
 def separate(all_results: list[dict[str, Any]], regime: str) -> bool:

@@ -160,7 +160,7 @@ def scaling(path: Path, run: Run) -> str:
     one = "GPU" if config["device"] == "cuda" else "CPU process"
     batch = f"{config['tokens'] // config['seq_len']} x {config['seq_len']:,} tokens a {one} and step"
     title = f"### {config['model']}, {config['base']}, {batch}, `memory: {config['memory']}`"
-    table = grid([f"{one}s", "tokens/s", "GiB, each", f"times one {one}"], rows)
+    table = grid(["processes" if one != "GPU" else "GPUs", "tokens/s", "GiB, each", f"times one {one}"], rows)
     picture = [f"![{path.stem}](results/{path.parent.name}/{path.stem}.png)"] if is_scaling(run) else []
     return "\n\n".join([title, where(run, path), table, *picture, f"    {config['command']}"])
 

@@ -2,6 +2,7 @@
 
     python benchmarks/faults.py --out benchmarks/results/faults/cpu.json                      # one process
     python benchmarks/faults.py --processes 2 --out benchmarks/results/faults/cpu-2.json      # two, under torchrun
+    python benchmarks/faults.py --processes 2 --stage zero3 --out benchmarks/results/faults/cpu-2-zero3.json
 
 Moments: `--in-saves` of them within a save (the folder written aside is there, and a delay drawn uniformly from the
 time that a save was measured to take has passed), the rest uniform over the undisturbed run's time from the start of
@@ -33,9 +34,9 @@ import psutil
 from rich.progress import track
 
 from lsr_scale import record
-from lsr_scale.checkpoints import damage
 from lsr_scale.config import dump_yaml
 from lsr_scale.run_folder import RunFolder
+from lsr_scale.training.checkpoints import damage
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
@@ -46,10 +47,11 @@ GROUP = "group"
 class Runs:
     """Starts runs of one configuration, each in a folder of its own."""
 
-    def __init__(self, place: Path, processes: int, steps: int, save_steps: int) -> None:
+    def __init__(self, place: Path, processes: int, stage: str, steps: int, save_steps: int) -> None:
         from tiny_runs import save_llama
 
         self.place, self.processes, self.steps, self.save_steps = place, processes, steps, save_steps
+        self.stage = stage
         save_llama(place / "model")
 
     def start(self, name: str, *options: str) -> subprocess.Popen:
@@ -63,7 +65,8 @@ class Runs:
             "save_total_limit": 2,
         }
         adapter = {"method": "kron_lora", "rank": 4, "left_out": 4, "dropout": 0.2}
-        run = tiny_run(self.place, training=training, adapter=adapter, eval={"tasks": []})
+        engine = {"config": self.stage}
+        run = tiny_run(self.place, training=training, adapter=adapter, deepspeed=engine, eval={"tasks": []})
         file = self.place / f"{name}.yaml"
         file.write_text(dump_yaml(run))
         launcher = []
@@ -190,11 +193,13 @@ def phase_of(folder: RunFolder, steps: int) -> str:
     return "after the last step" if lines >= steps and folder.checkpoints()[-1:] else "steps"
 
 
-def measure(kills: int, in_saves: int, processes: int, steps: int, save_steps: int, seed: int) -> dict[str, Any]:
+def measure(
+    kills: int, in_saves: int, processes: int, stage: str, steps: int, save_steps: int, seed: int
+) -> dict[str, Any]:
     """Kill, resume and compare; return what is written."""
     draw = random.Random(seed)
     place = Path(tempfile.mkdtemp(prefix="faults-"))
-    runs = Runs(place, processes, steps, save_steps)
+    runs = Runs(place, processes, stage, steps, save_steps)
     try:
         total, saving, expected = undisturbed(runs)
         # strata, so that the moments spread evenly
@@ -235,6 +240,7 @@ def measure(kills: int, in_saves: int, processes: int, steps: int, save_steps: i
             "command": "python " + " ".join([str(Path(sys.argv[0])), *sys.argv[1:]]),
             "environment": record.environment(),
             "processes": processes,
+            "stage": stage if processes > 1 else None,
             "steps": steps,
             "save_steps": save_steps,
             "undisturbed_seconds": round(total, 2),
@@ -259,13 +265,14 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--in-saves", type=int, default=None, help="a third of the kills, by default")
     parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--stage", default="zero2", help="deepspeed.config of several processes")
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--save-steps", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     in_saves = args.kills // 3 if args.in_saves is None else args.in_saves
-    found = measure(args.kills, in_saves, args.processes, args.steps, args.save_steps, args.seed)
+    found = measure(args.kills, in_saves, args.processes, args.stage, args.steps, args.save_steps, args.seed)
     phases = ", ".join(f"{count} in {phase}" for phase, count in sorted(found["phases"].items()))
     print(f"{found['kills']} kills: {phases}")
     slowest = found["slowest_end_seconds"]

@@ -154,9 +154,9 @@ def measure(setting: Setting, trial: Trial, point: dict[str, float]) -> dict[str
     """Train once and return the score with what it depends on."""
     from peft.utils import ModulesToSaveWrapper
 
-    from lsr_scale.assembly import build_trainer
     from lsr_scale.config import run_from_dict
     from lsr_scale.run_folder import RunFolder
+    from lsr_scale.training.assembly import build_trainer
 
     provider = PROVIDERS[trial.provider]
     config = config_of(setting, trial, point)

@@ -9,18 +9,19 @@ from typing import Any
 
 import torch
 
-from lsr_scale import checkpoints, config, distributed, evaluate, record, run_folder
+from lsr_scale import config, distributed, evaluate, record, run_folder
 from lsr_scale.adapter_files import misfits, save_adapter
-from lsr_scale.assembly import build_trainer, only_new_warnings, uses_deepspeed, zero_stage
 from lsr_scale.condition import WatchCondition, draw_conditions
 from lsr_scale.config import RunConfig
 from lsr_scale.errors import UserError
-from lsr_scale.faults import NONFINITE, StopOnSignal, Terminated
 from lsr_scale.model import base_description
 from lsr_scale.model.sharded import is_sharded, let_go
 from lsr_scale.progress import Progress, check_finite, clock, draw_losses, print_line, summarize_metrics
 from lsr_scale.run_folder import RunFolder, step_of
 from lsr_scale.scoring.accuracy import TaskScore
+from lsr_scale.training import checkpoints
+from lsr_scale.training.assembly import build_trainer, only_new_warnings, uses_deepspeed, zero_stage
+from lsr_scale.training.faults import NONFINITE, StopOnSignal, Terminated
 
 
 def train(

@@ -18,9 +18,9 @@ from tiny_runs import do, factors, metrics, same, save_llama, tiny_run
 from trl import SFTTrainer
 
 from lsr_scale import UserError, cli, distributed, progress
-from lsr_scale.checkpoints import damage
 from lsr_scale.config import dump_yaml
 from lsr_scale.run_folder import RunFolder
+from lsr_scale.training.checkpoints import damage
 
 
 @pytest.fixture(scope="module")

@@ -11,11 +11,11 @@ from tiny_runs import completions, do, factors, metrics, save_llama, tiny_run, w
 from trl import SFTTrainer
 
 import lsr_scale
-from lsr_scale import assembly
 from lsr_scale.adapters import peft_config
 from lsr_scale.errors import UserError
 from lsr_scale.fused.loss import causal_lm_loss
-from lsr_scale.head_loss import HeadCollator, why_not_own_head
+from lsr_scale.training import assembly
+from lsr_scale.training.head_loss import HeadCollator, why_not_own_head
 
 LAYOUTS = {
     "padded": {},

@@ -12,12 +12,12 @@ from tiny_runs import tiny_run
 from torch import nn
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM, modeling_utils
 
-from lsr_scale import assembly
 from lsr_scale.adapter_files import write_adapter
 from lsr_scale.adapters import peft_config
 from lsr_scale.model import load_base
 from lsr_scale.model.sharded import Sharding, gather_as_used, is_sharded, let_go, make_whole, whole_numel, whole_shape
 from lsr_scale.quantized import freeze_quantized
+from lsr_scale.training import assembly
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -16,8 +16,8 @@ from tiny_runs import completions, do, factors, metrics, same, save_llama, tiny_
 from transformers import TrainerCallback
 
 from lsr_scale import UserError, cli, progress
-from lsr_scale.checkpoints import damage
 from lsr_scale.run_folder import RunFolder
+from lsr_scale.training.checkpoints import damage
 
 # dropout makes the random state count
 DROPOUT = {"method": "kron_lora", "rank": 4, "left_out": 4, "dropout": 0.2}
@@ -334,7 +334,7 @@ def test_ctrl_c_gives_one_message_and_status_130_and_the_run_goes_on(place, undi
 def test_a_full_disk_in_a_checkpoint_leaves_the_one_before_to_go_on_from(
     place, undisturbed, tmp_path, monkeypatch, capfd
 ):
-    from lsr_scale import resumable
+    from lsr_scale.training import resumable
 
     file = config_file(place, tmp_path)
     save, num_saved = resumable.save_file, 0

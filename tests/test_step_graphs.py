@@ -12,11 +12,11 @@ from tiny_runs import completions, do, factors, metrics, questions, save_llama, 
 from torch.nn.utils.rnn import pad_sequence
 
 import lsr_scale
-from lsr_scale import assembly
 from lsr_scale.adapters import peft_config
 from lsr_scale.errors import UserError
 from lsr_scale.fused.step_graph import StepGraphs, rounded, static_batch, static_loss, why_not_graphs
-from lsr_scale.graph_steps import GraphSteps, host_bound
+from lsr_scale.training import assembly
+from lsr_scale.training.graph_steps import GraphSteps, host_bound
 
 BIG: dict[str, Any] = dict(
     hidden_size=256, intermediate_size=704, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=3

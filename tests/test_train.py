@@ -29,16 +29,17 @@ from tiny_runs import (
 )
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from lsr_scale import UserError, assembly
+from lsr_scale import UserError
 from lsr_scale.adapters.lsr import Lsr
-from lsr_scale.assembly import adapt, build_trainer
 from lsr_scale.config import dump_yaml, load_run
 from lsr_scale.config.training import checkpoints_layers
 from lsr_scale.fused import decoder_layer
-from lsr_scale.memory_policy import KeepWhatFits
 from lsr_scale.model import base_of
 from lsr_scale.run_folder import RunFolder
 from lsr_scale.train import train
+from lsr_scale.training import assembly
+from lsr_scale.training.assembly import adapt, build_trainer
+from lsr_scale.training.memory_policy import KeepWhatFits
 
 KRON = {"method": "kron_lora", "rank": 4, "left_out": 4}
 LORA = {"method": "lora", "rank": 4}
@@ -348,7 +349,7 @@ def test_factors_that_are_not_finite_are_not_saved(place, tmp_path, monkeypatch,
     def poison(self, args, state, control, model, **kwargs):
         next(p for p in model.parameters() if p.requires_grad).data.fill_(math.inf)
 
-    monkeypatch.setattr("lsr_scale.faults.StopOnSignal.on_step_end", poison)
+    monkeypatch.setattr("lsr_scale.training.faults.StopOnSignal.on_step_end", poison)
     training = {"max_steps": 1, "save_strategy": "steps" if training else "no", **training}
     with pytest.raises(UserError, match=words):
         do(run_in(place, tmp_path, training=training, eval={"tasks": []}))

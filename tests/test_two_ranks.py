@@ -17,9 +17,10 @@ from conftest import two_processes
 from test_resume import Killed, arrange_stop
 from tiny_runs import completions, do, factors, metrics, results, same, save_llama, tiny_run, write_rows
 
-from lsr_scale import checkpoints, cli
+from lsr_scale import cli
 from lsr_scale.config import dump_yaml, load_run
 from lsr_scale.run_folder import RunFolder
+from lsr_scale.training import checkpoints
 
 pytestmark = [pytest.mark.slow, two_processes]
 ROOT = Path(__file__).parents[1]

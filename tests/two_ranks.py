@@ -60,8 +60,9 @@ def main() -> None:
     from accelerate.state import AcceleratorState
     from tiny_runs import tiny_run
 
-    from lsr_scale import adapters, assembly, distributed, train
+    from lsr_scale import adapters, distributed, train
     from lsr_scale.config import dump_yaml
+    from lsr_scale.training import assembly
 
     folder, rank = Path(sys.argv[-1]), distributed.rank()
     seen: dict[str, dict] = {}

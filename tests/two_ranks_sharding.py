@@ -41,8 +41,8 @@ def first_losses(folder: Path, base: str, method: str, mode: str, **changes) -> 
     """Return the losses of the first three steps of a run, and its model: a loss sees the gradients of those before."""
     from tiny_runs import tiny_run
 
-    from lsr_scale import assembly
     from lsr_scale.run_folder import RunFolder
+    from lsr_scale.training import assembly
 
     fused, checkpointing, kwargs = MODES[mode]
     training = {

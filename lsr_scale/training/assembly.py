@@ -28,14 +28,14 @@ from lsr_scale.data.preview import prepare_tokenizer, tokenize_classification
 from lsr_scale.errors import UserError
 from lsr_scale.fused import FuseReport, fuse
 from lsr_scale.fused.step_graph import StepGraphs, why_not_graphs
-from lsr_scale.graph_steps import GraphSteps, PackedCollator, host_bound
-from lsr_scale.head_loss import HeadCollator, HeadLoss, why_not_own_head
-from lsr_scale.loss_check import LossCheck
-from lsr_scale.memory_policy import KeepWhatFits, largest_forward, row_lengths
 from lsr_scale.model import base_description, base_of, load_tokenizer
 from lsr_scale.model.sharded import Sharding, is_sharded
-from lsr_scale.resumable import Resumable
 from lsr_scale.run_folder import RunFolder
+from lsr_scale.training.graph_steps import GraphSteps, PackedCollator, host_bound
+from lsr_scale.training.head_loss import HeadCollator, HeadLoss, why_not_own_head
+from lsr_scale.training.loss_check import LossCheck
+from lsr_scale.training.memory_policy import KeepWhatFits, largest_forward, row_lengths
+from lsr_scale.training.resumable import Resumable
 
 
 def build_trainer(

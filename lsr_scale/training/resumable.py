@@ -24,11 +24,12 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import rotate_checkpoints
 
-from lsr_scale import distributed, record, training_state
+from lsr_scale import distributed, record
 from lsr_scale.adapter_files import write_adapter
-from lsr_scale.checkpoints import STATE, TENSORS, write_manifest
 from lsr_scale.data.order import WholeSteps
 from lsr_scale.errors import UserError
+from lsr_scale.training import trained_state
+from lsr_scale.training.checkpoints import STATE, TENSORS, write_manifest
 
 _Base: Any = Trainer
 
@@ -64,7 +65,7 @@ class Resumable(_Base):
         """Save a checkpoint aside and move it into place; every process takes part, the main one writes."""
         self.store_flos()
         target = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        tensors, scalars = training_state.collect(self)
+        tensors, scalars = trained_state.collect(self)
         states = distributed.gather([_random_state()])
         best = self.state.best_global_step
         if best:
@@ -107,9 +108,9 @@ class Resumable(_Base):
             "num_processes": distributed.world_size(),
             "first_num_processes": self.first_num_processes or distributed.world_size(),
             "rows_per_step": self.rows_per_step,
-            "optimizer": type(training_state.base_optimizer(self)).__name__,
+            "optimizer": type(trained_state.base_optimizer(self)).__name__,
             "scalars": scalars,
-            "groups": training_state.parameter_groups(self),
+            "groups": trained_state.parameter_groups(self),
             "scheduler": self.lr_scheduler.state_dict(),
             "random": states,
         }
@@ -144,15 +145,15 @@ class Resumable(_Base):
         if resume_from_checkpoint is not None:
             folder = Path(resume_from_checkpoint)
             content = json.loads((folder / STATE).read_text(encoding="utf-8"))
-            optimizer = type(training_state.base_optimizer(self)).__name__
+            optimizer = type(trained_state.base_optimizer(self)).__name__
             if content["optimizer"] != optimizer:
                 raise UserError(
                     f"--resume {folder}: saved with the optimizer {content['optimizer']}, this run has {optimizer}; "
                     "set training.optim as it was"
                 )
             self.first_num_processes = content["first_num_processes"]
-            training_state.restore(self, load_file(folder / TENSORS), content["scalars"])
-            training_state.restore_groups(self, content["groups"])
+            trained_state.restore(self, load_file(folder / TENSORS), content["scalars"])
+            trained_state.restore_groups(self, content["groups"])
             self.lr_scheduler.load_state_dict(content["scheduler"])
             if isinstance(self._order, WholeSteps):
                 # where processes share the batches, accelerate's loader that skips those done does not reach the order
@@ -163,7 +164,7 @@ class Resumable(_Base):
         """Leave it to `_prepare_for_training`, where every engine is ready."""
 
     def _load_best_model(self) -> None:
-        training_state.restore_parameters(self, load_file(Path(self.state.best_model_checkpoint) / TENSORS))
+        trained_state.restore_parameters(self, load_file(Path(self.state.best_model_checkpoint) / TENSORS))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Go on with this process's random numbers; where the number of processes is another, with new ones."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from lsr_scale import faults
+from lsr_scale.training import faults
 
 _Base: Any = Trainer
 

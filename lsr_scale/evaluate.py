@@ -51,7 +51,7 @@ def score_tasks(
     say: Say,
     when: str,
     batch_tokens: int,
-    split: bool = True,
+    together: bool = False,
     unconditional: bool = False,
     live: bool = False,
 ) -> dict[str, TaskScore]:
@@ -64,21 +64,24 @@ def score_tasks(
         say: Called with a line per task.
         when: For that line.
         batch_tokens: Padded tokens in one forward pass.
-        split: Deal the examples out; off where all processes must do the same forwards (ZeRO-3).
+        together: All processes must run the model equally often, for each holds a part of it (ZeRO-3).
         unconditional: Score the choices without their contexts.
         live: Show how far it is, on a terminal.
     """
     found: dict[str, TaskScore] = {}
-    rank, size = (distributed.rank(), distributed.world_size()) if split else (0, 1)
     options: dict[str, Any] = {"batch_tokens": batch_tokens, "unconditional": unconditional}
+    if together:
+        options["passes"] = lambda own: max(distributed.gather([own]))
     for name, items in tasks.items():
         if live:
             options["progress"] = lambda done, total, name=name: show_live(f"{when}: {name} {done / total:.0%}")
+        rank, size = distributed.rank(), distributed.world_size()
         own = items[rank::size]
+        if together and len(items) < size:  # a process without examples has nothing to run
+            rank, size, own = 0, 1, items
         predictions = list(enumerate(score(model, tokenizer, own, **options).predictions)) if own else []
-        numbered = [(rank + size * index, prediction) for index, prediction in predictions]
-        everyone = sorted(distributed.gather(numbered) if split else numbered, key=lambda pair: pair[0])
-        found[name] = result = TaskScore.of([prediction for _, prediction in everyone])
+        numbered = dict(distributed.gather([(rank + size * index, prediction) for index, prediction in predictions]))
+        found[name] = result = TaskScore.of([numbered[index] for index in range(len(items))])
         show_live("")
         say(f"{when}: {name} {_percent(result)} on {result.num_examples} questions")
     return found

@@ -112,7 +112,7 @@ def _train(
             say,
             f"{when} training",
             run.eval.batch_tokens,
-            split=not is_sharded(model),  # a layer is gathered by all processes together, so all do the same forwards
+            together=is_sharded(model),
             live=live,
         )
         let_go(model)

@@ -227,6 +227,25 @@ def test_progress_counts_tokens_to_the_end(model, tokenizer):
     assert calls[-1][0] == calls[-1][1]
 
 
+def test_passes_that_lack_are_made_and_change_nothing(model, tokenizer):
+    ran, told = [], []
+    hook = model.register_forward_hook(lambda *_: ran.append(1))
+
+    def three_more(own):
+        told.append(own)
+        return own + 3
+
+    try:
+        plain = score(model, tokenizer, examples_of("piqa"), batch_tokens=64)
+        own = len(ran)
+        padded = score(model, tokenizer, examples_of("piqa"), batch_tokens=64, passes=three_more)
+    finally:
+        hook.remove()
+    assert told == [own]
+    assert len(ran) == 2 * own + 3
+    assert padded.predictions == plain.predictions
+
+
 def test_errors_say_what_to_do(model, tokenizer):
     import copy
 

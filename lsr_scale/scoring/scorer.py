@@ -127,6 +127,7 @@ def score(
     device: torch.device | str | None = None,
     progress: Callable[[int, int], None] | None = None,
     unconditional: bool = False,
+    passes: Callable[[int], int] | None = None,
 ) -> TaskScore:
     """Score multiple-choice examples with a causal language model (plain, quantized or a PeftModel).
 
@@ -139,6 +140,8 @@ def score(
         device: Where the inputs go; None: where the model's first parameter is.
         progress: Called as progress(tokens done, tokens in all) after each batch.
         unconditional: Score the choices without their contexts: a control that shows what they give away.
+        passes: Told how many forward passes this takes, and returns how many to make, for models that processes run
+            together: the last one is made again for what lacks.
 
     Raises:
         UserError: Nothing to score, a continuation longer than `max_length`, log-likelihoods that are not finite, or
@@ -169,13 +172,15 @@ def score(
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        for batch in _batches(groups, batch_tokens):
+        batches = _batches(groups, batch_tokens)
+        again = 0 if passes is None else passes(len(batches)) - len(batches)
+        for batch in [*batches, *batches[-1:] * again]:
             found = _score_batch(model, batch, [list(groups[inputs].values()) for inputs in batch], where)
             for request, value in zip((r for inputs in batch for r in groups[inputs]), found, strict=True):
                 values[request] = value
             done += sum(map(len, batch))
             if progress is not None:
-                progress(done, total)
+                progress(min(done, total), total)
     finally:
         for module, training in modes:
             module.training = training

@@ -205,6 +205,41 @@ SECTIONS = {
 }
 
 
+def sharding(folder: Path) -> list[str]:
+    """Return what each of several processes holds of a base under ZeRO-3, or nothing where nothing was measured."""
+    rows = []
+    for path, run in read(folder):
+        options, machine = run["options"], (run["environment"]["gpus"] or ["CPU"])[0].removeprefix("NVIDIA ")
+        for base, (first, *_) in run["by_rank"].items():
+            # files of before the base was cut up here have that option
+            by = "" if options["stage"] != "zero3" else "DeepSpeed" if "persistent" in options else "lsr_scale"
+            shares = [f"{first[name]:.3f}" for name in ("after_step_of_whole", "load_peak_of_whole")]
+            sizes = [f"{first[name] / 1e9:.2f}" for name in ("whole_bytes", "step_peak_bytes")]
+            where = f"{run['processes']} on one {machine}"
+            rows.append([f"{path.stem}, {base}", where, by, sizes[0], *shares, sizes[1]])
+    if not rows:
+        return []
+    head = ["file, base", "processes", "cut up by", "whole, GB", "held after a step", "at most while loading"]
+    text = "Shares of the whole base, all storages that hang on it counted; what else a step allocates, at the most."
+    command = "    torchrun --nproc_per_node 2 benchmarks/sharding.py --model MODEL --out NAME.json"
+    return ["## A base cut up among processes", text, grid([*head, "a step, GB"], rows), command]
+
+
+def faults(folder: Path) -> list[str]:
+    """Return how many killed runs went on, or nothing where none was killed."""
+    rows = []
+    for path, run in read(folder):
+        phases = ", ".join(f"{count} {name}" for name, count in sorted(run["phases"].items()))
+        stage = run.get("stage") or ("zero2" if run["processes"] > 1 else "")
+        counts = [str(run[name]) for name in ("kills", "resumed", "same_adapter")]
+        rows.append([path.stem, str(run["processes"]), stage, phases, *counts])
+    if not rows:
+        return []
+    head = ["file", "processes", "stage", "killed in", "kills", "went on", "to the same bits"]
+    text = "Runs killed by SIGKILL at moments spread over start-up, steps and saves, then `--resume auto`."
+    return ["## Kills", text, grid(head, rows), "    python benchmarks/faults.py --processes 2 --out NAME.json"]
+
+
 def accuracy(results: Path) -> list[str]:
     """Return the tables of the accuracy comparison, if there are any."""
     import commonsense_report
@@ -234,6 +269,7 @@ def page(results: Path) -> str:
         found = read(results / folder)
         if found:
             parts += [f"## {title}", *(section(path, run) for path, run in reversed(found))]
+    parts += [*sharding(results / "sharding"), *faults(results / "faults")]
     import export_tables
 
     if (results / "sequential").is_dir():

@@ -30,7 +30,8 @@ DEMO_ARGS ?=
 .PHONY: demo test lint clean
 demo: $(VENV)/installed
 	@echo "== training on $(PROCESSES) process(es), run folder $(DEMO)"
-	$(BIN)/deepspeed --quiet --num_gpus $(PROCESSES) launch/train.py --config configs/smollm2_lsr.yaml \
+	@# a port of its own, as another run on this machine may have the usual one
+	$(BIN)/deepspeed --quiet --num_gpus $(PROCESSES) --master_port $$((20000 + $$$$ % 10000)) launch/train.py --config configs/smollm2_lsr.yaml \
 	    --set training.output_dir=$(DEMO) --overwrite $(DEMO_ARGS)
 	@echo "== loading the saved adapter onto a fresh base, and scoring it again"
 	$(BIN)/lsr-scale eval $(DEMO)

@@ -72,6 +72,11 @@ def start(use_deepspeed: bool, timeout_s: float = TIMEOUT_S) -> None:
             torch.distributed.init_process_group(backend, timeout=timeout)
     except torch.distributed.DistError as error:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        if "address already in use" in str(error):
+            raise UserError(
+                f"process {rank()} of {world_size()}: {where} is taken, most likely by another run on this host; give "
+                "the launcher another port, such as --master_port 29501"
+            ) from error
         raise UserError(
             f"process {rank()} of {world_size()} did not meet the others at {where} within {timeout_s:g} s: see that "
             f"all were started, with one MASTER_ADDR and MASTER_PORT that every host reaches ({str(error)[:200]})"

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -144,6 +145,18 @@ def test_ranks_started_one_by_one_meet_and_end_together(place, tmp_path):
     assert f"resuming from {folder.path}/checkpoint-{steps}" in out
     assert "lsr-scale: another process of the run ended or cannot be reached" in err
     assert "Traceback" not in err
+
+
+def test_a_port_that_another_run_has_is_said(monkeypatch):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        places = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        for name, value in {**places, "OMP_NUM_THREADS": str(torch.get_num_threads())}.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(UserError, match=f"127.0.0.1:{port} is taken, most likely by another run on this host"):
+            distributed.start(use_deepspeed=False, timeout_s=2)
 
 
 def test_a_rank_whose_peer_never_comes_says_so(monkeypatch):

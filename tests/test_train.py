@@ -474,3 +474,9 @@ def test_memory_auto_keeps_more_after_the_first_step(place, tmp_path, monkeypatc
     for done in runs.values():
         for name, value in factors(runs["save"]).items():
             assert torch.allclose(factors(done)[name], value, atol=2e-4), name
+
+
+def test_a_module_to_be_trained_whole_that_is_not_there_is_refused(place):
+    adapter = {"modules_to_save": ["lm_headd"]}
+    with pytest.raises(UserError, match=r"modules_to_save: 'lm_headd' is no module of .*did you mean 'lm_head'"):
+        do(tiny_run(place, adapter=adapter, training={"output_dir": str(place / "misspelt")}))

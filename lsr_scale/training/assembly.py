@@ -25,7 +25,7 @@ from lsr_scale.config.training import checkpoints_layers, training_arguments_cla
 from lsr_scale.data.formats import build_dataset
 from lsr_scale.data.kept import kept
 from lsr_scale.data.preview import prepare_tokenizer, tokenize_classification
-from lsr_scale.errors import UserError
+from lsr_scale.errors import UserError, did_you_mean
 from lsr_scale.fused import FuseReport, fuse
 from lsr_scale.fused.step_graph import StepGraphs, why_not_graphs
 from lsr_scale.model import base_description, base_of, load_tokenizer
@@ -231,6 +231,7 @@ def adapt(run: RunConfig, base: Any, start: Path | None = None) -> tuple[PeftMod
         base: Its base model.
         start: Folder of the adapter whose factors are taken; None draws them by the run's seed.
     """
+    _check_whole(run, base)
     set_seed(run.training["seed"])
     model, notes = load_adapter(base, start, trainable=True) if start else (get_peft_model(base, _peft_config(run)), [])
     if run.model.task == "seq_cls":
@@ -238,6 +239,16 @@ def adapt(run: RunConfig, base: Any, start: Path | None = None) -> tuple[PeftMod
         if start:  # loaded in the base's dtype the head was rounded
             set_peft_model_state_dict(model, load_peft_weights(str(start), device="cpu"))
     return model, notes  # pyright: ignore[reportReturnType]
+
+
+def _check_whole(run: RunConfig, base: torch.nn.Module) -> None:
+    """Refuse modules to be trained whole that the base does not have, of which PEFT says nothing."""
+    names = [name for name, _ in base.named_modules() if name]
+    for wanted in run.adapter.options.get("modules_to_save") or ():
+        if not any(name.endswith(wanted) for name in names):
+            ends = {name.rpartition(".")[2] for name in names}
+            near = did_you_mean(wanted, [end for end in ends if not end.isdigit()])
+            raise UserError(f"adapter.modules_to_save: {wanted!r} is no module of {run.model.name}; {near}")
 
 
 def _train_heads_in_float32(model: PeftModel) -> None:

@@ -157,10 +157,10 @@ def scaling(path: Path, run: Run) -> str:
         stage = "without DeepSpeed" if row["zero_stage"] is None else f"ZeRO-{row['zero_stage']}"
         found = [number(row["tokens_per_s"]), number(row["peak_memory_gib"], ".1f"), number(row["scaling"], ".2f")]
         rows.append([f"{row['num_gpus']}, {stage}", *(found if row["status"] == "ok" else [row["status"], "", ""])])
-    one = "GPU" if config["device"] == "cuda" else "CPU process"
+    one, many = ("GPU", "GPUs") if config["device"] == "cuda" else ("CPU process", "processes")
     batch = f"{config['tokens'] // config['seq_len']} x {config['seq_len']:,} tokens a {one} and step"
     title = f"### {config['model']}, {config['base']}, {batch}, `memory: {config['memory']}`"
-    table = grid(["processes" if one != "GPU" else "GPUs", "tokens/s", "GiB, each", f"times one {one}"], rows)
+    table = grid([many, "tokens/s", "GiB, each", f"times one {one}"], rows)
     picture = [f"![{path.stem}](results/{path.parent.name}/{path.stem}.png)"] if is_scaling(run) else []
     return "\n\n".join([title, where(run, path), table, *picture, f"    {config['command']}"])
 

@@ -57,8 +57,10 @@ def write_adapter(model: Any, folder: Path) -> None:
     Raises:
         RuntimeError: for an empty tensor, which is a bug.
     """
-    trained = {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
-    model.save_pretrained(folder, state_dict=trained if is_sharded(model) else None)
+    trained = None
+    if is_sharded(model):
+        trained = {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
+    model.save_pretrained(folder, state_dict=trained)
     (folder / "base.json").write_text(json.dumps(base_description(model), indent=1) + "\n")
     _check_saved(folder)
 

@@ -24,7 +24,7 @@ from torch import nn
 
 from lsr_scale import adapters
 from lsr_scale.adapters.base import AdapterLinear, features
-from lsr_scale.config import RunConfig
+from lsr_scale.config import RunConfig, offloads_parameters
 from lsr_scale.config.deepspeed import SHIPPED
 from lsr_scale.config.training import checkpoints_layers
 from lsr_scale.fused import fuse
@@ -312,7 +312,7 @@ class _Parts:
         if stage >= 2:
             gradients = self.trainable // self.gpus
         if stage == 3:
-            offloaded = (zero.get("offload_param") or {}).get("device", "none") != "none"
+            offloaded = offloads_parameters(deepspeed)
             share = 0 if offloaded else self.frozen.matrices // self.gpus
             weights = self.frozen.state + self.trainable + share
             loading = self.frozen.state + share + self.frozen.largest

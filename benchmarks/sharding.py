@@ -2,19 +2,21 @@
 
     torchrun --nproc_per_node 2 benchmarks/sharding.py --model meta-llama/Llama-2-7b-hf --out NAME.json
 
-On GPUs or CPUs, whatever there is, for each `--quantization`. The model is loaded twice by every process: whole, as one
-process would, and under ZeRO-3; random weights unless `--checkpoint` says that the model has some. Then its adapter
-trains for three steps. Bytes are those of storages, not elements: of parameters as they stand, of the parts of them
-that a process keeps, of quantization states and of everything else that hangs on the model. Peaks are what lives at
-once beyond what lived before: the allocator's on a GPU, every storage that an operation makes on a CPU.
+On GPUs or CPUs, whatever there is, for each `--quantization`. Every process loads the model whole, as one process
+would, and then under each of `--stages`; random weights unless `--checkpoint` says that the model has some. Then its
+adapter trains for three steps. Bytes are those of storages, not elements: of parameters as they stand, of the parts of
+them that a process keeps, of quantization states and of everything else that hangs on the model. Peaks are what lives
+at once beyond what lived before: the allocator's on a GPU, every storage that an operation makes on a CPU.
 
-`first_loss` is to be compared between 1, 2 and more processes: all of them together see the same eight rows.
+`losses` are to be compared between stages, and between 1, 2 and more processes: all of them together see the same eight
+rows in every step.
 """
 
 import argparse
 import copy
 import gc
 import os
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -105,10 +107,26 @@ def filled_in(stage: str, rows: int) -> dict[str, Any]:
     from lsr_scale.config.deepspeed import SHIPPED
 
     config = copy.deepcopy(SHIPPED[stage])
-    config |= {"train_batch_size": ROWS, "train_micro_batch_size_per_gpu": rows, "gradient_clipping": 1.0}
+    config |= {"train_batch_size": ROWS, "train_micro_batch_size_per_gpu": rows, "gradient_clipping": 0.0}
     config["gradient_accumulation_steps"] = 1
     config["zero_optimization"] |= {"reduce_bucket_size": 50_000_000}
     return config
+
+
+def load(model: str, quantization: str, checkpoint: bool, sharding: Any = None) -> tuple[Any, Peak, float]:
+    """Load a base, whole or cut up; return it, what lived at once meanwhile, and the seconds."""
+    from lsr_scale.model import load_base, local_device
+
+    begun = time.perf_counter()
+    with peak_of(local_device()) as peak:
+        base = load_base(model, quantization=quantization, random_weights=not checkpoint, sharding=sharding)  # pyright: ignore
+    return base, peak, time.perf_counter() - begun
+
+
+def whole_sizes(model: str, quantization: str, checkpoint: bool = False) -> dict[str, int]:
+    """Return what one process holds of a model by itself, and what lives at once while it is loaded, in bytes."""
+    whole, peak, _ = load(model, quantization, checkpoint)
+    return {"whole_bytes": held_bytes(whole), "whole_load_peak_bytes": peak.bytes}
 
 
 def measure(
@@ -120,6 +138,7 @@ def measure(
     fused: bool = True,
     checkpoint: bool = False,
     tokens: int = 512,
+    whole: dict[str, int] | None = None,
 ) -> dict[str, Any]:
     """Return what this process holds of a model under a stage, and the losses of the first steps.
 
@@ -131,6 +150,7 @@ def measure(
         fused: Fuse the layers, all of their activations recomputed; else each linear by itself.
         checkpoint: The model has weights.
         tokens: In a row.
+        whole: What `whole_sizes` found.
     """
     import deepspeed
     import peft
@@ -138,26 +158,15 @@ def measure(
     from lsr_scale import adapters, distributed
     from lsr_scale.config import engine_config, offloads_parameters
     from lsr_scale.fused import fuse
-    from lsr_scale.model import load_base, local_device
+    from lsr_scale.model import local_device
     from lsr_scale.model.sharded import Sharding
 
+    whole = whole or whole_sizes(model, quantization, checkpoint)
     device, world = local_device(), distributed.world_size()
     rows = ROWS // world
     config = filled_in(stage, rows)
-
-    def load(sharding: Sharding | None = None) -> Any:
-        return load_base(model, quantization=quantization, random_weights=not checkpoint, sharding=sharding)  # pyright: ignore
-
-    with peak_of(device) as whole_peak:
-        whole = load()
-    whole_bytes = held_bytes(whole)
-    del whole
-
     sharding = Sharding(offloads_parameters(config)) if stage.startswith("zero3") else None
-    begun = time.perf_counter()
-    with peak_of(device) as load_peak:
-        base = load(sharding)
-    load_s = time.perf_counter() - begun
+    base, load_peak, load_s = load(model, quantization, checkpoint, sharding)
     loaded_bytes = held_bytes(base)
 
     base.enable_input_require_grads()  # as the trainer does
@@ -189,14 +198,13 @@ def measure(
     after = held_bytes(adapted)
     engine.destroy()
     return {
-        "whole_bytes": whole_bytes,
-        "whole_load_peak_bytes": whole_peak.bytes,
+        **whole,
         "loaded_bytes": loaded_bytes,
         "load_peak_bytes": load_peak.bytes,
         "after_step_bytes": after,
         "step_peak_bytes": step_peak.bytes,
-        "after_step_of_whole": round(after / whole_bytes, 4),
-        "load_peak_of_whole": round(load_peak.bytes / whole_bytes, 4),
+        "after_step_of_whole": round(after / whole["whole_bytes"], 4),
+        "load_peak_of_whole": round(load_peak.bytes / whole["whole_bytes"], 4),
         "losses": losses,
         "load_s": round(load_s, 2),
         "steps_s": round(steps_s, 2),
@@ -209,7 +217,8 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="hub name with known shapes, or a folder")
     parser.add_argument("--quantization", nargs="+", default=["nf4", "int8", "none"])
     parser.add_argument("--method", default="lsr", choices=list(OPTIONS))
-    parser.add_argument("--stage", default="zero3")
+    parser.add_argument("--layers", type=int, help="this many layers instead of the model's own")
+    parser.add_argument("--stages", nargs="+", default=["zero3"], help="names of shipped DeepSpeed configurations")
     parser.add_argument("--per-linear", action="store_true", help="do not fuse")
     parser.add_argument("--checkpoint", action="store_true", help="the model has weights; random ones otherwise")
     parser.add_argument("--tokens", type=int, default=512, help="in a row")
@@ -218,34 +227,45 @@ def main() -> None:
 
     os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")  # threads would load unseen
     from lsr_scale import cli, distributed, record
+    from lsr_scale.model import load_config
 
     cli._quiet_libraries(debug=False)
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ.setdefault(name, value)
     os.environ.setdefault("MASTER_PORT", "29571")
     distributed.start(use_deepspeed=True)
-    found: dict[str, Any] = {}
-    for quantization in options.quantization:
-        mine = measure(
-            options.model,
-            quantization,
-            method=options.method,
-            stage=options.stage,
-            fused=not options.per_linear,
-            checkpoint=options.checkpoint,
-            tokens=options.tokens,
-        )
-        found[quantization] = distributed.gather([mine])
-        if distributed.is_main():
-            for rank, row in enumerate(found[quantization]):
-                shares = (
-                    f"{row['after_step_of_whole']:.3f} after a step, {row['load_peak_of_whole']:.3f} at most in load"
+    chosen = {name: value for name, value in vars(options).items() if name != "out"}
+    content = {"options": chosen, "processes": distributed.world_size(), "environment": record.environment()}
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory(prefix="sharding-") as folder:
+        model = options.model
+        if options.layers:
+            shorter: Any = load_config(model)
+            shorter.num_hidden_layers = options.layers
+            shorter.save_pretrained(folder)
+            model = folder
+        for quantization in options.quantization:
+            whole = whole_sizes(model, quantization, options.checkpoint)
+            for stage in options.stages:
+                mine = measure(
+                    model,
+                    quantization,
+                    method=options.method,
+                    stage=stage,
+                    fused=not options.per_linear,
+                    checkpoint=options.checkpoint,
+                    tokens=options.tokens,
+                    whole=whole,
                 )
-                print(f"{quantization} rank {rank}: of {row['whole_bytes']:,} bytes {shares}; losses {row['losses']}")
-    if distributed.is_main() and options.out:
-        chosen = {name: value for name, value in vars(options).items() if name != "out"}
-        content = {"options": chosen, "processes": distributed.world_size(), "environment": record.environment()}
-        record.write_json(options.out, content | {"by_rank": found})
+                rows.append({"base": quantization, "stage": stage, "by_rank": distributed.gather([mine])})
+                if not distributed.is_main():
+                    continue
+                for rank, row in enumerate(rows[-1]["by_rank"]):
+                    held, most = row["after_step_of_whole"], row["load_peak_of_whole"]
+                    shares = f"{held:.3f} of {row['whole_bytes']:,} bytes after a step, {most:.3f} at most in load"
+                    print(f"{quantization} {stage} rank {rank}: {shares}; losses {row['losses']}", flush=True)
+                if options.out:
+                    record.write_json(options.out, content | {"rows": rows})
     distributed.stop()
 
 

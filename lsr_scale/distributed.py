@@ -2,6 +2,8 @@
 
 import datetime
 import os
+from collections import deque
+from typing import Any
 
 import torch
 
@@ -114,14 +116,36 @@ def broadcast(value: object) -> object:
     return box[0]
 
 
-def any_of(flag: bool) -> bool:
-    """Tell, alike on every process, whether the flag is set on any."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return flag
-    on_gpu = torch.distributed.get_backend() == "nccl"
-    box = torch.tensor(int(flag), device="cuda" if on_gpu else "cpu")
-    torch.distributed.all_reduce(box, torch.distributed.ReduceOp.MAX)
-    return bool(box)
+class AnyOf:
+    """Tells, alike on every process, whether a flag is set on any of them.
+
+    On GPUs the answer is that to an earlier question, which is there by now, so that nobody waits.
+    """
+
+    def __init__(self, late: int = 2) -> None:
+        """Take by how many questions an answer may be late."""
+        self._late = late
+        self._asked: deque[tuple[Any, torch.Tensor]] = deque()  # when the answer will be there, and where
+
+    def ask(self, flag: bool) -> bool:
+        """Return whether the flag was set; every process must ask as often."""
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return flag
+        on_gpu = torch.distributed.get_backend() == "nccl"
+        box = torch.tensor(int(flag), pin_memory=on_gpu)
+        if not on_gpu:
+            torch.distributed.all_reduce(box, torch.distributed.ReduceOp.MAX)
+            return bool(box)
+        shared, ready = box.to("cuda", non_blocking=True), torch.cuda.Event()
+        torch.distributed.all_reduce(shared, torch.distributed.ReduceOp.MAX)
+        answer = torch.empty_like(box, pin_memory=True).copy_(shared, non_blocking=True)
+        ready.record()
+        self._asked.append((ready, answer))
+        if len(self._asked) <= self._late:
+            return False
+        ready, answer = self._asked.popleft()
+        ready.synchronize()
+        return bool(answer)
 
 
 def stop() -> None:

@@ -3,7 +3,7 @@ import json
 import pytest
 from run_text import CONFIGS, MINIMAL, load, problem
 
-from lsr_scale.config.deepspeed import SHIPPED, engine_config, offloads_parameters, unused_in_stage_3
+from lsr_scale.config.deepspeed import SHIPPED, engine_config, offloads_optimizer, offloads_parameters, without_effect
 
 
 def test_shipped_deepspeed_files_are_the_dictionaries_of_the_package():
@@ -82,16 +82,23 @@ def test_stage_3_is_deepspeeds_stage_2_for_what_trains():
     zero = {"stage": 3, "reduce_bucket_size": 7, "stage3_prefetch_bucket_size": 5, "offload_param": offload}
     given = {"gradient_clipping": 1.0, "zero_optimization": {**zero, "offload_optimizer": offload}}
     told = {"stage": 2, "reduce_bucket_size": 7, "offload_optimizer": offload}
-    assert engine_config(given) == {"gradient_clipping": 1.0, "zero_optimization": told}
+    quiet = {"timers": {"throughput": {"enabled": False}}}
+    assert engine_config(given) == {**quiet, "gradient_clipping": 1.0, "zero_optimization": told}
+    assert engine_config({**given, "timers": {}})["timers"] == {}, "whoever wants DeepSpeed's timer has it"
     assert given["zero_optimization"]["stage"] == 3, "left as it was"
-    assert unused_in_stage_3(given) == ["stage3_prefetch_bucket_size"]
+    assert without_effect(given) == ["stage3_prefetch_bucket_size"]
+    assert offloads_optimizer(given)
+    del zero["offload_param"]
+    on_gpu = {"communication_data_type": "fp32", "zero_optimization": {**zero, "overlap_comm": True}}
+    names = ["stage3_prefetch_bucket_size", "overlap_comm", "communication_data_type", "reduce_bucket_size"]
+    assert without_effect(on_gpu) == names
     assert offloads_parameters(given)
     assert not offloads_parameters(SHIPPED["zero3"])
     assert offloads_parameters(SHIPPED["zero3_offload"])
     for name in ("zero0", "zero1", "zero2"):
-        assert engine_config(SHIPPED[name]) == SHIPPED[name]
+        assert engine_config(SHIPPED[name]) == {**quiet, **SHIPPED[name]}
 
 
-@pytest.mark.parametrize("name", ["zero3", "zero3_offload"])
-def test_what_is_shipped_for_stage_3_is_used(name):
-    assert unused_in_stage_3(SHIPPED[name]) == []
+@pytest.mark.parametrize("name", SHIPPED)
+def test_what_is_shipped_is_used(name):
+    assert without_effect(SHIPPED[name]) == []

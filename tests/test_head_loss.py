@@ -74,11 +74,11 @@ def test_what_the_collator_knows_gives_the_same_loss(learned):
     mask[1, 9:] = 0
     batch = {"input_ids": ids, "labels": labels, "attention_mask": mask}
     collated = HeadCollator(lambda examples: examples)(batch)
-    known = collated["head"]
-    assert known["tokens"] == 17 + 9 + 17
+    known = collated["head"]["known"]
+    assert collated["head"]["tokens"] == 17 + 9 + 17
     assert len(known["supervised"]) == len(known["targets"]) == int((labels[:, 1:] != -100).sum())
     found = []
-    for more in ({}, {name: known[name] for name in ("supervised", "targets")}):
+    for more in ({}, known):
         model.zero_grad()
         loss = causal_lm_loss(head, num_items_in_batch=7, **batch, **more).loss
         loss.backward()
@@ -86,6 +86,20 @@ def test_what_the_collator_knows_gives_the_same_loss(learned):
     assert math.isfinite(found[0][0])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("lengths", [[9, 1, 7], [17]])
+def test_the_collator_knows_where_packed_documents_begin(monkeypatch, lengths):
+    model = fused_model()
+    ids = torch.randint(5, 60, (1, sum(lengths)), generator=torch.Generator().manual_seed(0))
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    batch = {"input_ids": ids, "labels": ids, "position_ids": positions}
+    known = HeadCollator(lambda examples: examples)(batch)["head"]["known"]
+    expected = causal_lm_loss(model.get_base_model(), **batch).loss
+    assert known["cu_seq_lens_q"].diff().tolist() == lengths
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "nonzero", None)  # which would wait for a GPU
+        torch.testing.assert_close(causal_lm_loss(model.get_base_model(), **batch, **known).loss, expected)
 
 
 def test_other_losses_are_left_to_trl():

@@ -10,6 +10,7 @@ combination, and bytes.
 import gc
 import json
 import sys
+import time
 import weakref
 from pathlib import Path
 
@@ -37,8 +38,17 @@ MEASURED = [("nf4", True), ("int8", True), ("none", False)]
 GATHERED = [("nf4", True), ("nf4", False), ("none", False)]
 
 
-def first_losses(folder: Path, base: str, method: str, mode: str, **changes) -> tuple[list[float], object]:
-    """Return the losses of the first three steps of a run, and its model: a loss sees the gradients of those before."""
+# steps along the gradient, far shorter than it is: these losses see its length
+CLIPPED = {"optim": "sgd", "max_grad_norm": 0.1, "learning_rate": 1.0}
+# and rows in a micro-batch, of two
+ENGINES = [(stage, rows) for stage in STAGES[:4] for rows in (1, 2)]
+
+
+def first_losses(folder: Path, base: str, method: str, mode: str, **changes) -> tuple[list[float], object, list]:
+    """Return the losses of a run's first three steps, its model, and the losses and norms of the gradients as logged.
+
+    A loss sees the gradients of the steps before.
+    """
     from tiny_runs import tiny_run
 
     from lsr_scale.run_folder import RunFolder
@@ -66,7 +76,9 @@ def first_losses(folder: Path, base: str, method: str, mode: str, **changes) -> 
     trainer = assembly.build_trainer(run, RunFolder(folder / "unused"))
     with assembly.only_new_warnings():
         trainer.train()
-    return [row["loss"] for row in trainer.state.log_history if "loss" in row], trainer.model
+    logged = [row for row in trainer.state.log_history if "loss" in row]
+    norms = [[row["loss"], row["grad_norm"]] for row in logged]
+    return [row["loss"] for row in logged], trainer.model, norms
 
 
 class Gathered:
@@ -84,6 +96,7 @@ class Gathered:
                 storage = whole.untyped_storage()
                 self.live[storage._cdata] = storage.nbytes()
                 weakref.finalize(storage, self.live.pop, storage._cdata)
+            time.sleep(0.005)  # gloo's threads let go of what they have gathered a moment later
             self.peak = max(self.peak, sum(self.live.values()))
             return gather(parts, wholes)
 
@@ -105,11 +118,16 @@ def main() -> None:
     folder, rank = Path(sys.argv[-1]), distributed.rank()
     distributed.start(use_deepspeed=True)
     gc.freeze()
-    seen: dict = {"losses": {}, "sharded": {}, "bytes": {}}
+    seen: dict = {"losses": {}, "sharded": {}, "clipped": {}, "bytes": {}}
     for stage, base, method, mode in COMBINATIONS:
         name = "/".join((stage, base, method, mode))
-        losses, model = first_losses(folder, base, method, mode, deepspeed={"config": stage})
+        losses, model, _ = first_losses(folder, base, method, mode, deepspeed={"config": stage})
         seen["losses"][name], seen["sharded"][name] = losses, is_sharded(model)  # pyright: ignore
+        AcceleratorState._reset_state(reset_partial_state=True)
+    for stage, rows in ENGINES:
+        batches = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": 2 // rows}
+        given = {"deepspeed": {"config": stage}, "training": {**CLIPPED, **batches}}
+        *_, seen["clipped"][f"{stage}/{rows}"] = first_losses(folder, "none", "lsr", DEFAULT, **given)
         AcceleratorState._reset_state(reset_partial_state=True)
     for base, checkpoint in MEASURED:
         kind = "checkpoint" if checkpoint else "random"

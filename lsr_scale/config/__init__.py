@@ -1,6 +1,6 @@
 """The run as a YAML file describes it, checked before anything is loaded."""
 
-from lsr_scale.config.deepspeed import engine_config, offloads_parameters, unused_in_stage_3
+from lsr_scale.config.deepspeed import engine_config, offloads_optimizer, offloads_parameters, without_effect
 from lsr_scale.config.run import (
     EvalSection,
     RunConfig,
@@ -18,8 +18,9 @@ __all__ = [
     "engine_config",
     "json_schema",
     "load_run",
+    "offloads_optimizer",
     "offloads_parameters",
     "run_from_dict",
     "training_arguments",
-    "unused_in_stage_3",
+    "without_effect",
 ]

@@ -54,27 +54,55 @@ _OF_STAGE_3 = (
     *("model_persistence_threshold", "zeropp_loco_param", "override_module_apply"),
 )
 
+# What steers how DeepSpeed reduces gradients, beside reduce_bucket_size: `training.engine_steps` does it at once.
+_OF_REDUCTION = (
+    *(
+        "overlap_comm",
+        "contiguous_gradients",
+        "reduce_scatter",
+        "ignore_unused_parameters",
+        "use_multi_rank_bucket_allreduce",
+    ),
+    *("communication_data_type", "prescale_gradients", "gradient_predivide_factor"),
+)
+
 
 def engine_config(content: Mapping[str, Any]) -> dict[str, Any]:
     """Return what DeepSpeed's engine is told: stage 3 is its stage 2 for what trains, the frozen base is cut up here.
 
     DeepSpeed's own stage 3 would partition, gather and reduce every factor by itself, a thousand small tensors a step.
+    Its timer, which would wait for the GPU in every step, is off if nobody asks for it.
     """
+    content = {"timers": {"throughput": {"enabled": False}}, **content}
     zero = content.get("zero_optimization", {})
     if zero.get("stage", 0) != 3:
-        return dict(content)
+        return content
     kept = {name: value for name, value in zero.items() if not _is_of_stage_3(name)}
     return {**content, "zero_optimization": {**kept, "stage": 2}}
 
 
 def offloads_parameters(content: Mapping[str, Any]) -> bool:
     """Tell whether the parts of a base that is cut up are held on the CPU."""
-    return (content.get("zero_optimization", {}).get("offload_param") or {}).get("device", "none") != "none"
+    return _offloads(content, "offload_param")
 
 
-def unused_in_stage_3(content: Mapping[str, Any]) -> list[str]:
-    """Return the settings of a stage-3 configuration that nothing here reads."""
-    return [name for name in content["zero_optimization"] if _is_of_stage_3(name) and name != "offload_param"]
+def offloads_optimizer(content: Mapping[str, Any]) -> bool:
+    """Tell whether DeepSpeed holds the optimizer on the CPU, and then sees to the gradients itself."""
+    return _offloads(content, "offload_optimizer")
+
+
+def _offloads(content: Mapping[str, Any], name: str) -> bool:
+    return (content.get("zero_optimization", {}).get(name) or {}).get("device", "none") != "none"
+
+
+def without_effect(content: Mapping[str, Any]) -> list[str]:
+    """Return the settings of a configuration that nothing here reads."""
+    zero = content.get("zero_optimization", {})
+    found = [name for name in zero if zero.get("stage") == 3 and _is_of_stage_3(name) and name != "offload_param"]
+    if zero.get("stage", 0) > 0 and not offloads_optimizer(content):
+        found += [name for name in (*zero, *content) if name in _OF_REDUCTION]
+        found += ["reduce_bucket_size"] if zero.get("reduce_bucket_size", "auto") != "auto" else []
+    return found
 
 
 def _is_of_stage_3(name: str) -> bool:

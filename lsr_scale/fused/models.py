@@ -220,7 +220,7 @@ class _FusedStack(_Fused):
             self.most_tokens = max(self.most_tokens, tokens.shape[:2].numel())
         nothing_else = kwargs.get("attention_mask") is None and kwargs.get("past_key_values") is None
         if len(args) < 2 and nothing_else and isinstance(tokens, Tensor) and tokens.shape[0] == 1:
-            fused.cu_seqlens, fused.max_seqlen = _documents(kwargs, tokens.shape[1])
+            fused.cu_seqlens, fused.max_seqlen = documents(kwargs, tokens.shape[1])
             cached = module.config.use_cache if kwargs.get("use_cache") is None else kwargs["use_cache"]
             if fused.cu_seqlens is not None and module.config._attn_implementation == "sdpa" and not cached:
                 # four dimensions: transformers hands it on as it is
@@ -250,7 +250,7 @@ def _pairs(stack: Any, layers: list[nn.Module]) -> dict[int, Pair]:
     return pairs
 
 
-def _documents(arguments: dict[str, Any], length: int) -> tuple[Tensor | None, int]:
+def documents(arguments: dict[str, Any], length: int) -> tuple[Tensor | None, int]:
     """Return the boundaries of the documents packed in a row of `length` tokens, and the longest's length.
 
     They are given by the collator (transformers' names), or told by positions that do not go on by one, which costs a

@@ -24,7 +24,7 @@ from torch import nn
 
 from lsr_scale import adapters
 from lsr_scale.adapters.base import AdapterLinear, features
-from lsr_scale.config import RunConfig, offloads_parameters
+from lsr_scale.config import RunConfig, offloads_optimizer, offloads_parameters
 from lsr_scale.config.deepspeed import SHIPPED
 from lsr_scale.config.training import checkpoints_layers
 from lsr_scale.fused import fuse
@@ -293,8 +293,8 @@ class _Parts:
         """Return one GPU's memory; an empty `deepspeed` is a run without it.
 
         AdamW holds two moments of each trainable parameter. From stage 1 on DeepSpeed also holds a float32 master copy,
-        all three divided by the number of GPUs, and a bucket for gradients; stage 2 divides the gradients, stage 3 the
-        frozen matrices too, of which some are whole at a time, see `_gathered`.
+        all three divided by the number of GPUs; stage 3 divides the frozen matrices too, of which some are whole at a
+        time, see `_gathered`. Gradients are joined when they are averaged, see `_averaging`.
         """
         zero = deepspeed.get("zero_optimization", {})
         stage = zero.get("stage", 0)
@@ -303,14 +303,10 @@ class _Parts:
         loading = self.frozen.total + self.frozen.largest
         gradients, optimizer = self.trainable, 2 * self.trainable
         workspace = step.peak - step.saved + CUBLAS_WORKSPACE
-        if stage == 0 and self.gpus > 1:
-            workspace += self.trainable  # the buckets that are reduced
+        if stage >= 1 or self.gpus > 1:
+            workspace += self._averaging(deepspeed)
         if stage >= 1:
             optimizer = 3 * self.trainable // self.gpus
-            # a bucket is reserved whole
-            workspace += 4 * self._elements(zero, "reduce_bucket_size", 500_000_000)
-        if stage >= 2:
-            gradients = self.trainable // self.gpus
         if stage == 3:
             offloaded = offloads_parameters(deepspeed)
             share = 0 if offloaded else self.frozen.matrices // self.gpus
@@ -319,7 +315,7 @@ class _Parts:
             # one process that holds all matrices uses them where they are
             if self.gpus > 1 or offloaded:
                 workspace += sum(self._gathered().values())
-        if (zero.get("offload_optimizer") or {}).get("device", "none") != "none":
+        if offloads_optimizer(deepspeed):
             optimizer = 0
         parts = [weights, gradients, optimizer, step.saved, workspace]
         total, load = sum(parts), loading
@@ -335,22 +331,23 @@ class _Parts:
 
     def sharded(self, deepspeed: Mapping[str, Any], checkpointing: bool) -> dict[str, int]:
         """Return how `under` adds up for a stage-3 configuration, in bytes."""
-        zero = deepspeed["zero_optimization"]
         step = self.steps[checkpointing]
-        bucket = 4 * self._elements(zero, "reduce_bucket_size", 500_000_000)
         packed = self.frozen.matrices / GIB
         return {
             f"1/{self.gpus} of the frozen matrices' {packed:.2f}": self.frozen.matrices // self.gpus,
             "quantization states, vectors and buffers, whole on each": self.frozen.state,
             "the adapter": self.trainable,
-            f"1/{self.gpus} of its gradients, master copy and moments": 4 * self.trainable // self.gpus,
+            "its gradients": self.trainable,
+            f"1/{self.gpus} of its master copy and moments": 3 * self.trainable // self.gpus,
             **(self._gathered() if self.gpus > 1 else {}),
             f"activations kept over {self.num_layers} layers": step.saved,
             "one layer's other activations and dequantized weights": step.peak - step.saved,
-            "cuBLAS and the bucket of gradients": CUBLAS_WORKSPACE + bucket,
+            "cuBLAS, and the gradients joined": CUBLAS_WORKSPACE + self._averaging(deepspeed),
         }
 
-    def _elements(self, zero: Mapping[str, Any], name: str, default: int) -> int:
-        """Return a DeepSpeed size; "auto" is what Transformers fills in."""
-        value = zero.get(name, default)
-        return self.hidden_size**2 if value == "auto" else int(value)
+    def _averaging(self, deepspeed: Mapping[str, Any]) -> int:
+        """Return the bytes in which gradients are averaged: all joined, or DeepSpeed's bucket, reserved whole."""
+        if not offloads_optimizer(deepspeed):
+            return self.trainable
+        elements = deepspeed["zero_optimization"].get("reduce_bucket_size", 500_000_000)
+        return 4 * (self.hidden_size**2 if elements == "auto" else int(elements))  # auto: as Transformers fills it in

@@ -31,6 +31,7 @@ from lsr_scale.fused.step_graph import StepGraphs, why_not_graphs
 from lsr_scale.model import base_description, base_of, load_tokenizer
 from lsr_scale.model.sharded import Sharding, is_sharded
 from lsr_scale.run_folder import RunFolder
+from lsr_scale.training.engine_steps import EngineSteps, leave_gradients
 from lsr_scale.training.graph_steps import GraphSteps, PackedCollator, host_bound
 from lsr_scale.training.head_loss import HeadCollator, HeadLoss, why_not_own_head
 from lsr_scale.training.loss_check import LossCheck
@@ -123,6 +124,8 @@ def _arguments(run: RunConfig, folder: RunFolder) -> Any:
         arguments: Any = training_arguments_class(run.model.task)(**values)
     except (ValueError, ImportError) as error:
         raise UserError(f"training: {error}") from error
+    if "deepspeed" in values:
+        leave_gradients(arguments.hf_deepspeed_config.config)
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # one process, one GPU: torch's DataParallel cannot copy a quantized layer
     return arguments
@@ -134,11 +137,14 @@ def _sharding(run: RunConfig, start: Path | None, say: Callable[[str], None]) ->
     Modules that are trained whole stay whole: those that the run names, or the adapter that it starts from.
     """
     content = run.deepspeed.config
-    if content is None or zero_stage(run) != 3 or not uses_deepspeed(run):
+    if content is None or not uses_deepspeed(run):
         return None
-    unused = config.unused_in_stage_3(content)
+    unused = config.without_effect(content)
     if unused:
-        say(f"note: deepspeed.config: {', '.join(unused)}: no effect, the frozen base is gathered a layer at a time")
+        how = "the frozen base is gathered a layer at a time, and gradients are averaged all at once"
+        say(f"note: deepspeed.config: {', '.join(unused)}: no effect, {how}")
+    if zero_stage(run) != 3:
+        return None
     options: Any = PeftConfig.from_pretrained(str(start)) if start else _peft_config(run)
     return Sharding(config.offloads_parameters(content), options.modules_to_save or ())
 
@@ -269,13 +275,13 @@ def _sft_trainer(common: dict[str, Any]) -> Trainer:
             "pip install 'trl>=1.16,<1.17'"
         )
 
-    class OurSFTTrainer(Resumable, LossCheck, GraphSteps, HeadLoss, SFTTrainer):
+    class OurSFTTrainer(Resumable, LossCheck, EngineSteps, GraphSteps, HeadLoss, SFTTrainer):
         pass
 
     return OurSFTTrainer(**common)
 
 
-class OurTrainer(Resumable, LossCheck, Trainer):
+class OurTrainer(Resumable, LossCheck, EngineSteps, Trainer):
     """Transformers' trainer, with checkpoints and faults as ours are."""
 
 

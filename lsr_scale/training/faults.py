@@ -25,18 +25,21 @@ class Terminated(Exception):  # noqa: N818
 class StopOnSignal(TrainerCallback):
     """Saves a checkpoint at the end of the step in which SIGTERM came to any process, and ends training.
 
+    With several GPUs that is two steps later: by then the processes know of each other without waiting.
+
     The `deepspeed` command does not pass the signal on: it ends, and what it started would train on. Its end is taken
     for the signal.
     """
 
     def __init__(self) -> None:
         self.asked = self.stopped = False
+        self.any_of = distributed.AnyOf()
         self.runner = _deepspeed_runner()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Agree with the other processes, for the signal reaches them in different steps."""
         alone = self.runner is not None and _parent(os.getppid()) != self.runner
-        if distributed.any_of(self.asked or alone):
+        if self.any_of.ask(self.asked or alone):
             self.stopped = control.should_save = control.should_training_stop = True
 
     @contextmanager

@@ -102,8 +102,6 @@ class GraphSteps(_Base):
 
     def floating_point_ops(self, inputs: Any) -> int:
         """Return the trainer's estimate of a batch's operations; it counts the parameters anew for every batch."""
-        if self.graphs is None:
-            return super().floating_point_ops(inputs)
         if self._num_parameters is None:
             self._num_parameters = self.model.num_parameters(exclude_embeddings=True)
         return 6 * inputs["input_ids"].numel() * self._num_parameters

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 from transformers import Trainer
@@ -10,25 +11,36 @@ from transformers import Trainer
 from lsr_scale import distributed
 from lsr_scale.fused.eligibility import why_not_head
 from lsr_scale.fused.loss import IGNORED
+from lsr_scale.fused.models import documents
 
 _Base: Any = Trainer
 
 
 class HeadCollator:
-    """Adds to a batch, as `head`, what the fused head would have to ask the GPU for: what is supervised, and tokens."""
+    """Adds to a batch, as `head`, what the fused model would have to ask the GPU for.
+
+    That is `known`: what is supervised and its `targets` (see `causal_lm_loss`), and where the documents begin that are
+    packed in a row, by transformers' names; and the number of `tokens`.
+    """
 
     def __init__(self, collator: Callable[[Any], dict[str, Any]]) -> None:
         """Take TRL's collator."""
         self.collator = collator
 
     def __call__(self, examples: Any) -> dict[str, Any]:
-        """Return a batch; its `head` has `supervised` and `targets` (see `causal_lm_loss`), and the number `tokens`."""
+        """Return a batch."""
         batch = self.collator(examples)
         wanted = functional.pad(batch["labels"], (0, 1), value=IGNORED)[..., 1:].reshape(-1)
         supervised = (wanted != IGNORED).nonzero().flatten()
         mask = batch.get("attention_mask")
         tokens = batch["input_ids"].numel() if mask is None else int(mask.sum())
-        return {**batch, "head": {"supervised": supervised, "targets": wanted[supervised], "tokens": tokens}}
+        known: dict[str, Any] = {"supervised": supervised, "targets": wanted[supervised]}
+        if mask is None and "cu_seq_lens_q" not in batch:  # TRL tells them from 1.16 on
+            boundaries, longest = documents(batch, length := batch["input_ids"].shape[1])
+            if boundaries is None and len(batch["input_ids"]) == 1:  # one document, which is to be known too
+                boundaries, longest = torch.tensor([0, length], dtype=torch.int32), length
+            known |= {} if boundaries is None else {"cu_seq_lens_q": boundaries, "max_length_q": longest}
+        return {**batch, "head": {"known": known, "tokens": tokens}}
 
 
 class HeadLoss(_Base):
@@ -47,9 +59,8 @@ class HeadLoss(_Base):
         head = inputs.pop("head", None)
         if head is None or return_outputs or not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        known = {name: head[name] for name in ("supervised", "targets")}
         divisor = None if num_items_in_batch is None else at_least_one(num_items_in_batch)
-        loss = model(**inputs, **known, use_cache=False, num_items_in_batch=divisor).loss
+        loss = model(**inputs, **head["known"], use_cache=False, num_items_in_batch=divisor).loss
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # the engines divide gradients by it
         self.count_tokens(head)

@@ -1,9 +1,20 @@
+import importlib
+import inspect
 import json
+import re
 
 import pytest
 from run_text import CONFIGS, MINIMAL, load, problem
 
-from lsr_scale.config.deepspeed import SHIPPED, engine_config, offloads_optimizer, offloads_parameters, without_effect
+from lsr_scale.config.deepspeed import (
+    COMMON,
+    SHIPPED,
+    engine_config,
+    offloads_optimizer,
+    offloads_parameters,
+    without_effect,
+)
+from lsr_scale.config.deepspeed_file import _KNOWN
 
 
 def test_shipped_deepspeed_files_are_the_dictionaries_of_the_package():
@@ -21,12 +32,12 @@ def test_shipped_deepspeed_files_cast_nothing(name):
 
 def test_a_deepspeed_path_is_read_from_beside_the_config_and_from_the_working_directory(tmp_path, monkeypatch):
     (tmp_path / "mine.json").write_text('{"zero_optimization": {"stage": 1}, "bf16": {"enabled": "auto"}}')
-    content = {"zero_optimization": {"stage": 1}, "bf16": {"enabled": "auto"}}
+    content = {**COMMON, "zero_optimization": {"stage": 1}, "bf16": {"enabled": "auto"}}
     assert load(MINIMAL, "deepspeed.config=mine.json", folder=tmp_path).deepspeed.config == content
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     (tmp_path / "elsewhere" / "near.json").write_text("{}")
-    assert load(MINIMAL, "deepspeed.config=near.json").deepspeed.config == {}
+    assert load(MINIMAL, "deepspeed.config=near.json").deepspeed.config == COMMON, "what is left out is auto"
     assert load(MINIMAL, "deepspeed.config={zero_optimization: {stage: 3}}").deepspeed.config is not None
     assert load(MINIMAL, "deepspeed.config=null").deepspeed.config is None
 
@@ -55,6 +66,23 @@ def test_a_deepspeed_path_is_read_from_beside_the_config_and_from_the_working_di
             "optimizer: the trainer makes it; remove the section",
         ),
         ('{"scheduler": {"type": "WarmupLR"}}', "remove the section and set training.lr_scheduler_type"),
+        (
+            '{"zero_optimizaton": {"stage": 2}}',
+            "zero_optimizaton: DeepSpeed knows no such setting; did you mean",
+        ),
+        (
+            '{"zero_optimization": {"stge": 2}}',
+            "zero_optimization.stge: DeepSpeed knows no such setting; did you mean",
+        ),
+        (
+            '{"zero_optimization": {"stage": 2, "reduce_bucket_size": "lots"}}',
+            "reduce_bucket_size: Input should be a valid integer, unable to parse string as an integer, got 'lots'",
+        ),
+        (
+            '{"zero_optimization": {"stage": 3, "offload_param": {"device": "gpu"}}}',
+            "zero_optimization.offload_param.device: Input should be 'none', 'cpu' or 'nvme', got 'gpu'",
+        ),
+        ('{"train_batch_size": "many"}', "train_batch_size: expected auto or a positive number, got 'many'"),
         ('{"a": 1,}', "ds.json:1:9: not valid JSON"),
         ("[1]", "expected one JSON object, got list"),
         ("", "the file is empty"),
@@ -102,3 +130,12 @@ def test_stage_3_is_deepspeeds_stage_2_for_what_trains():
 @pytest.mark.parametrize("name", SHIPPED)
 def test_what_is_shipped_is_used(name):
     assert without_effect(SHIPPED[name]) == []
+
+
+def test_every_name_that_deepspeed_reads_is_known():
+    constants = importlib.import_module("deepspeed.runtime.constants")
+    source = inspect.getsource(importlib.import_module("deepspeed.runtime.config"))
+    read = re.findall(r"(?:get_scalar_param\(param_dict, |param_dict\.get\()([A-Z_]+)", source)
+    names = {getattr(constants, name) for name in read if hasattr(constants, name)}
+    assert len(names) > 10
+    assert names <= set(_KNOWN)

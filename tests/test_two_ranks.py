@@ -94,7 +94,7 @@ def test_factors_are_float32_in_the_engine_and_in_the_forward_on_both_ranks(ran,
         engine = "DistributedDataParallel" if name.startswith("ddp") else "DeepSpeedEngine"
         assert seen[rank][name]["engine"] == engine
         if name.startswith("zero"):
-            assert seen[rank][name]["stage"] == min(int(name[4]), 2), "ZeRO-3 is stage 2 for what trains"
+            assert seen[rank][name]["stage"] == min(int(name[4]), 1), "all else is seen to here"
 
 
 @pytest.mark.parametrize("name", [*STAGES, "zero3-fused", "ddp", "ddp-fused"])

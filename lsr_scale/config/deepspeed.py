@@ -1,24 +1,17 @@
-"""The DeepSpeed configurations that are shipped, and what any other one must not contain.
+"""The DeepSpeed configurations that are shipped, and what DeepSpeed is told of one.
 
 `configs/deepspeed/*.json` are copies of the dictionaries here, for reading and for starting one's own from. Here they
 can be explained, and here they are also where the package is installed without the repository.
 """
 
-import copy
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationInfo
-
-from lsr_scale.config.messages import Problem, raise_problems
-from lsr_scale.config.yaml_text import read
-from lsr_scale.errors import UserError, did_you_mean
-
 # "auto" is filled from the training section by transformers' DeepSpeed integration. No bf16 or fp16 section: the engine
 # then casts nothing, so the base stays as it was loaded (packed bytes and model.dtype) and the factors stay float32.
-_COMMON: dict[str, Any] = {
+COMMON: dict[str, Any] = {
     "train_batch_size": "auto",
     "train_micro_batch_size_per_gpu": "auto",
     "gradient_accumulation_steps": "auto",
@@ -32,14 +25,14 @@ _COMMON: dict[str, Any] = {
 _BUCKETS: dict[str, Any] = {"reduce_bucket_size": "auto"}
 
 SHIPPED: dict[str, dict[str, Any]] = {
-    "zero0": {**_COMMON, "zero_optimization": {"stage": 0}},
-    "zero1": {**_COMMON, "zero_optimization": {"stage": 1, **_BUCKETS}},
-    "zero2": {**_COMMON, "zero_optimization": {"stage": 2, **_BUCKETS}},
+    "zero0": {**COMMON, "zero_optimization": {"stage": 0}},
+    "zero1": {**COMMON, "zero_optimization": {"stage": 1, **_BUCKETS}},
+    "zero2": {**COMMON, "zero_optimization": {"stage": 2, **_BUCKETS}},
     # The frozen base is cut up by `lsr_scale.model.sharded`; see `engine_config` for what DeepSpeed is told.
-    "zero3": {**_COMMON, "zero_optimization": {"stage": 3, **_BUCKETS}},
+    "zero3": {**COMMON, "zero_optimization": {"stage": 3, **_BUCKETS}},
     # The optimizer's state is a few times the adapter: it stays on the GPU, and no CPU Adam has to be compiled.
     "zero3_offload": {
-        **_COMMON,
+        **COMMON,
         "zero_optimization": {"stage": 3, **_BUCKETS, "offload_param": {"device": "cpu"}},
     },
 }
@@ -68,7 +61,7 @@ _OF_REDUCTION = (
 
 
 def engine_config(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what DeepSpeed's engine is told: stage 3 is its stage 2 for what trains, the frozen base is cut up here.
+    """Return what DeepSpeed's engine is told: stage 3 is a lower one for what trains, the frozen base is cut up here.
 
     DeepSpeed's own stage 3 would partition, gather and reduce every factor by itself, a thousand small tensors a step.
     Its timer, which would wait for the GPU in every step, is off if nobody asks for it.
@@ -113,78 +106,3 @@ def write_shipped(folder: Path) -> None:
     """Write the shipped configurations as `<name>.json`."""
     for name, content in SHIPPED.items():
         (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def resolve_deepspeed(value: Any, info: ValidationInfo) -> Any:
-    """Return the content of a DeepSpeed configuration given by name, path or content, once it is known to be safe.
-
-    A relative path is looked for from the working directory, then beside the run's YAML file (`context["folder"]`).
-    """
-    if isinstance(value, str):
-        folder = (info.context or {}).get("folder", Path())
-        value = copy.deepcopy(SHIPPED[value]) if value in SHIPPED else _read_json(value, folder)
-    if isinstance(value, dict):
-        raise_problems(list(_unsafe(value)))
-    return value
-
-
-def _read_json(name: str, folder: Path) -> dict[str, Any]:
-    candidates = [Path(name).expanduser(), folder / name]
-    path = next((candidate for candidate in candidates if candidate.exists()), None)
-    if path is None:
-        raise UserError(
-            f"no such file: {name}; give the path of a DeepSpeed JSON file, or a shipped one by its name: "
-            f"{did_you_mean(Path(name).stem, SHIPPED)}"
-        )
-    try:
-        content = json.loads(read(path))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{error.lineno}:{error.colno}: not valid JSON: {error.msg}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: expected one JSON object, got {type(content).__name__}")
-    return content
-
-
-def _unsafe(content: Mapping[str, Any]) -> Iterator[Problem]:
-    """Yield what would corrupt a quantized base or an adapter without an error."""
-    for name in ("bf16", "fp16", "amp", "bfloat16", "torch_autocast"):
-        section = content.get(name)
-        if isinstance(section, dict) and section.get("enabled") is True:
-            yield Problem(
-                (name, "enabled"),
-                "would cast the adapter's float32 factors; remove the section, or set enabled to false "
-                "(model.dtype is what the base computes in)",
-            )
-    for name, key in (("optimizer", "optim"), ("scheduler", "lr_scheduler_type")):
-        if name in content:
-            yield Problem((name,), f"the trainer makes it; remove the section and set training.{key}")
-    zero = content.get("zero_optimization", {})
-    if not isinstance(zero, dict):
-        yield Problem(("zero_optimization",), f"expected an object, got {zero!r}; such as {{'stage': 2}}")
-        return
-    if zero.get("stage", 0) not in (0, 1, 2, 3):
-        yield Problem(("zero_optimization", "stage"), f"expected 0, 1, 2 or 3, got {zero['stage']!r}")
-    for name in ("zero_quantized_weights", "zero_quantized_nontrainable_weights"):
-        if zero.get(name):
-            yield Problem(
-                ("zero_optimization", name), "works with float16 weights only; set model.quantization instead"
-            )
-    if zero.get("stage", 0) == 3:
-        yield from _unsafe_in_stage_3(zero)
-    tensor_parallel = content.get("tensor_parallel", {})
-    if isinstance(tensor_parallel, dict) and tensor_parallel.get("autotp_size", 0) > 1:
-        yield Problem(
-            ("tensor_parallel", "autotp_size"), "tensor parallelism cannot split a quantized layer; use ZeRO stage 3"
-        )
-
-
-def _unsafe_in_stage_3(zero: Mapping[str, Any]) -> Iterator[Problem]:
-    """Yield places for parameters or states that stage 3 has in DeepSpeed and not here."""
-    for name, where in (("offload_param", "parts of a frozen base are"), ("offload_optimizer", "the optimizer is")):
-        offload = zero.get(name) or {}
-        if not isinstance(offload, dict):
-            yield Problem(
-                ("zero_optimization", name), f"expected an object, got {offload!r}; such as {{'device': 'cpu'}}"
-            )
-        elif offload.get("device") == "nvme":
-            yield Problem(("zero_optimization", name, "device"), f"{where} never held on nvme; set it to cpu")

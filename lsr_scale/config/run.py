@@ -23,7 +23,8 @@ from pydantic import (
 
 from lsr_scale import adapters
 from lsr_scale.config import yaml_text
-from lsr_scale.config.deepspeed import SHIPPED, resolve_deepspeed
+from lsr_scale.config.deepspeed import SHIPPED
+from lsr_scale.config.deepspeed_file import resolve_deepspeed
 from lsr_scale.config.messages import Problem, explain, raise_problems
 from lsr_scale.config.training import Flag, Task, check_training, training_kwargs, training_model, yaml_type
 from lsr_scale.errors import UserError

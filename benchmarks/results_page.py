@@ -206,23 +206,33 @@ SECTIONS = {
 
 
 def sharding(folder: Path) -> list[str]:
-    """Return what each of several processes holds of a base under ZeRO-3, or nothing where nothing was measured."""
-    rows = []
+    """Return what each of several processes holds of a base by ZeRO stage, or nothing where nothing was measured."""
+    held, losses = [], []
     for path, run in read(folder):
-        options, machine = run["options"], (run["environment"]["gpus"] or ["CPU"])[0].removeprefix("NVIDIA ")
-        for base, (first, *_) in run["by_rank"].items():
+        options, gpus = run["options"], run["environment"]["gpus"]
+        machine = (gpus or ["CPU"])[0].removeprefix("NVIDIA ").partition(" ")[0]
+        where = (
+            f"{run['processes']} on one {machine}" if len(gpus) < run["processes"] else f"{run['processes']} {machine}"
+        )
+        # files of before several stages were measured at once
+        of_one_stage = [{"base": b, "stage": options["stage"], "by_rank": r} for b, r in run.get("by_rank", {}).items()]
+        for row in run.get("rows", of_one_stage):
+            first, stage = row["by_rank"][0], row["stage"]
             # files of before the base was cut up here have that option
-            by = "" if options["stage"] != "zero3" else "DeepSpeed" if "persistent" in options else "lsr_scale"
+            by = "" if not stage.startswith("zero3") else "DeepSpeed" if "persistent" in options else "lsr_scale"
             shares = [f"{first[name]:.3f}" for name in ("after_step_of_whole", "load_peak_of_whole")]
             sizes = [f"{first[name] / 1e9:.2f}" for name in ("whole_bytes", "step_peak_bytes")]
-            where = f"{run['processes']} on one {machine}"
-            rows.append([f"{path.stem}, {base}", where, by, sizes[0], *shares, sizes[1]])
-    if not rows:
+            if by:
+                held.append([f"{path.stem}, {row['base']}, {stage}", where, by, sizes[0], *shares, sizes[1]])
+            losses.append([f"{path.stem}, {row['base']}, {stage}", where, *(f"{x:.4f}" for x in first["losses"][:3])])
+    if not held:
         return []
-    head = ["file, base", "processes", "cut up by", "whole, GB", "held after a step", "at most while loading"]
+    head = ["file, base, stage", "processes", "cut up by", "whole, GB", "held after a step", "at most while loading"]
     text = "Shares of the whole base, all storages that hang on it counted; what else a step allocates, at the most."
+    same = "The losses of the first steps, which see the same eight rows on any number of processes:"
     command = "    torchrun --nproc_per_node 2 benchmarks/sharding.py --model MODEL --out NAME.json"
-    return ["## A base cut up among processes", text, grid([*head, "a step, GB"], rows), command]
+    table = grid(["file, base, stage", "processes", "first loss", "second", "third"], losses)
+    return ["## A base cut up among processes", text, grid([*head, "a step, GB"], held), same, table, command]
 
 
 def faults(folder: Path) -> list[str]:

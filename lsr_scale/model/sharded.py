@@ -3,8 +3,8 @@
 This is ZeRO-3 for what is frozen. DeepSpeed's own treats every parameter of a model alike, one by one in every step: a
 thousand small factors are cut up and gathered again, which costs a GPU more time than it has to hide, and quantized
 weights it cuts up only once they are all there. So with `stage: 3` DeepSpeed sees to what trains (see
-`training.engine_steps`), and the base is cut up here. With P processes a matrix of B bytes (its codes, where it is quantized) is P parts of B / P bytes,
-rounded up to 16. Vectors and quantization states stay whole.
+`training.engine_steps`), and the base is cut up here. With P processes a matrix of B bytes (its codes, where it is
+quantized) is P parts of B / P bytes, rounded up to 16. Vectors and quantization states stay whole.
 
 Every weight is cut the moment it is in place while the model is loaded, so no process ever holds more than its share,
 the states, and one weight. Later a layer's matrices are gathered together, in one call, before its forward and before

@@ -61,6 +61,7 @@ def write_adapter(model: Any, folder: Path) -> None:
     if is_sharded(model):
         trained = {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
     model.save_pretrained(folder, state_dict=trained)
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's template, to be filled in; an export has a card
     (folder / "base.json").write_text(json.dumps(base_description(model), indent=1) + "\n")
     _check_saved(folder)
 

@@ -23,4 +23,6 @@ def did_you_mean(name: str, options: Iterable[str], num_nearest: int = 3) -> str
     nearest = difflib.get_close_matches(name, known, n=num_nearest, cutoff=0.5)
     if nearest:
         return f"did you mean {' or '.join(repr(option) for option in nearest)}?"
+    if len(known) > 20:
+        return f"no name that is known here is near it, of {len(known)}"
     return f"valid: {', '.join(known)}" if known else "nothing is valid here"

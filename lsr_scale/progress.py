@@ -67,8 +67,10 @@ class Progress(TrainerCallback):
         self.started = self.last_time = self.worked_until = time.monotonic()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """End the step's time; refuse to save a checkpoint that nothing can go on from."""
+        """End the step's time; record the last one too; refuse to save a checkpoint that nothing can go on from."""
         self._end_work(control)
+        if state.global_step >= state.max_steps and args.logging_strategy != "no":
+            control.should_log = True
         if control.should_save:
             check_finite(kwargs["model"], f"after step {state.global_step}")
 
@@ -231,6 +233,7 @@ def draw_losses(metrics: Path, picture: Path, title: str) -> None:
         if not points:
             continue
         steps, values = zip(*points, strict=True)
+        style = style if len(values) > 2 else "o-"
         axes.plot(steps, values, style, label=label, alpha=0.35 if len(values) > 20 else 1.0, color=color)
         if len(values) > 20:
             width = max(2, len(values) // 10)

@@ -131,6 +131,8 @@ def _train(
             f"ended by SIGTERM after step {trainer.state.global_step}, a checkpoint is saved in {folder.path}; "
             "the same command with --resume auto goes on"
         )
+    if checkpoint and checkpoint.name.endswith(f"-{trainer.state.global_step}"):
+        say("nothing was left to train: the checkpoint is of the last step")
     trained = time.monotonic()
     check_finite(model, "after training")
     with only_new_warnings():

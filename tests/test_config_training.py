@@ -94,3 +94,10 @@ def test_evaluation_during_training_follows_the_validation_data():
     assert load(MINIMAL).training["eval_strategy"] == "no"
     assert load(MINIMAL, "data.validation=[piqa]").training["eval_strategy"] == "epoch"
     assert load(MINIMAL, "data.validation=[piqa]", "training.eval_strategy=no").training["eval_strategy"] == "no"
+
+
+@pytest.mark.parametrize("steps", [0, -5])
+def test_a_number_of_steps_is_one_or_left_out(steps):
+    expected = f"max_steps: expected a number of steps, or -1 for num_train_epochs, got {steps}"
+    assert expected in problem(MINIMAL + f"training: {{max_steps: {steps}}}")
+    assert load(MINIMAL + "training: {max_steps: -1}").training["max_steps"] == -1

@@ -165,6 +165,11 @@ def test_a_missing_path_names_the_nearest(tmp_path):
         load_rows(str(tmp_path / "nowhere" / "train.jsonl"))
 
 
+def test_a_misspelt_task_names_the_nearest():
+    with pytest.raises(UserError, match=r"'piqqa': no task of that name, and no file or folder here; .* 'piqa'"):
+        load_rows("piqqa", default_split=None)
+
+
 def test_a_known_task_is_its_hub_dataset_with_subset_and_split(monkeypatch):
     calls = []
 

@@ -248,6 +248,9 @@ def test_a_plan_needs_no_network_and_is_json_and_a_page(monkeypatch):
     assert "4,096,000 parameters" in page
     assert "of rank 8 (20,971,520)" in page
     assert "one of 2 GPUs" in page
+    narrow = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    narrow.print(render(result))
+    assert "…" not in narrow.export_text(), "no column is cut on a terminal's 80"
 
 
 @pytest.mark.parametrize(

@@ -129,7 +129,7 @@ def alter(file):
 def test_a_checkpoint_is_few_files_whole_by_parameter_name(undisturbed):
     folder = undisturbed.path / "checkpoint-4"
     assert {path.name for path in folder.iterdir()} == {
-        *("adapter_config.json", "adapter_model.safetensors", "base.json", "README.md", "manifest.json"),
+        *("adapter_config.json", "adapter_model.safetensors", "base.json", "manifest.json"),
         *("trainer_state.json", "training_state.json", "training_state.safetensors"),
     }
     state = load_file(folder / "training_state.safetensors")
@@ -197,12 +197,13 @@ def test_nothing_to_resume_is_a_start_from_the_beginning(place, undisturbed, tmp
     assert same(factors(undisturbed), factors(done))
 
 
-def test_a_finished_run_goes_on_to_itself(place, stopped, undisturbed):
+def test_a_finished_run_goes_on_to_itself(place, stopped, undisturbed, capsys):
     do(run_in(place, stopped.path), resume="auto")
     before = metrics(stopped)
-    do(run_in(place, stopped.path), resume="auto")
+    train(run_in(place, stopped.path), resume="auto")
     assert same(factors(undisturbed), factors(stopped))
     assert metrics(stopped) == before
+    assert "nothing was left to train: the checkpoint is of the last step" in capsys.readouterr().out
 
 
 def test_a_finished_run_without_checkpoints_is_not_thrown_away_by_resume(place, tmp_path):

@@ -129,6 +129,12 @@ def test_the_run_folder_holds_what_it_promises(place, plain):
     }
 
 
+@pytest.mark.parametrize("logging_steps", [4, 100])
+def test_the_last_step_is_recorded_whatever_the_others_are(place, tmp_path, logging_steps):
+    done = do(tiny_run(place, training={"output_dir": str(tmp_path / "run"), "logging_steps": logging_steps}))
+    assert [row["step"] for row in metrics(done) if "loss" in row] == ([4, 6] if logging_steps == 4 else [6])
+
+
 def test_metrics_have_one_line_a_step_with_loss_speed_and_time(plain):
     rows = metrics(plain)
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]

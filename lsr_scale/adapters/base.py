@@ -515,7 +515,7 @@ class AdapterModel(BaseTuner):
     @staticmethod
     def _check_all_matched(config: AdapterConfig, names: list[str], targets: list[str]) -> None:
         wanted = config.target_modules
-        ends = {name.rsplit(".", 1)[-1] for name in names}
+        ends = {end for name in names if not (end := name.rsplit(".", 1)[-1]).isdigit()}  # layers have numbers
         if isinstance(wanted, str):
             if not targets:
                 raise UserError(f"target_modules: {wanted!r} matches no module; {did_you_mean(wanted, ends)}")

@@ -218,6 +218,8 @@ def check_training(values: Any, task: Task) -> dict[str, Any]:
                 raise ValueError(f"{old} and {new} are two names of one field, set to different values; keep one")
             given[old] = given.pop(new)
     filled = {**DEFAULTS, **TASK_DEFAULTS[task], **given}
+    if (max_steps := filled.get("max_steps", -1)) != -1 and max_steps < 1:
+        raise ValueError(f"max_steps: expected a number of steps, or -1 for num_train_epochs, got {max_steps}")
     checkpointing, memory = filled["gradient_checkpointing"], filled["memory"]
     if checkpointing is not None and memory != "auto" and checkpointing != (memory == "save"):
         raise ValueError(

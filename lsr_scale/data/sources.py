@@ -106,6 +106,8 @@ def load_rows(
         raise UserError(f"data source {path!r}: no such file or folder; {_nearest_sibling(local)}")
     _check_optional_task(task, path)
     known = TASKS.get(path) or TASKS.get(task or "") or _task_of_hub_dataset(path, name)
+    if known is None and "/" not in path and (near := _nearest(path, TASKS)):
+        raise UserError(f"data source {path!r}: no task of that name, and no file or folder here; {near}")
     hub, subset = (known.hub, name or known.subset) if known and path == known.name else (path, name)
     chosen = split or default_split or (known.eval_split if known else None)
     return _load_hub(path, hub, subset, chosen, task or (known.name if known else None), limit, revision)

@@ -134,6 +134,7 @@ def export(
         say(f"{name}: {value}")
     if not verify:
         say("not verified (--no-verify)")
+    say(f"written: {out}")
     return result
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import peft
 from peft.tuners.tuners_utils import BaseTunerLayer
+from rich import box
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
@@ -194,11 +195,12 @@ def render(plan: Plan) -> Group:
 
     columns = ("weights", "gradients", "optimizer", "activations", "workspace", "total", "loading")
     title = f"GiB on one of {plan.gpus} GPUs" if plan.gpus > 1 else "GiB on one GPU"
-    table = Table(
-        "stage", "checkpointing", title=f"{title}, {plan.tokens_per_gpu:,} tokens at once", title_justify="left"
-    )
-    for column in columns:
-        table.add_column(column, justify="right")
+    table = Table(title=f"{title}, {plan.tokens_per_gpu:,} tokens at once", title_justify="left", box=box.SIMPLE_HEAD)
+    table.padding, table.pad_edge, table.show_edge = (0, 1, 0, 0), False, False  # 80 columns are to hold it
+    table.add_column("stage", no_wrap=True)
+    table.add_column("check-\npointing")
+    for heading in ("weights", "gradi-\nents", "opti-\nmizer", "activa-\ntions", "work-\nspace", "total", "loading"):
+        table.add_column(heading, justify="right", no_wrap=True)
 
     def add(stage: str, checkpointing: str, memory: Memory, style: str = "") -> None:
         table.add_row(stage, checkpointing, *(f"{getattr(memory, column):.2f}" for column in columns), style=style)

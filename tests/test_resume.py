@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 
 from lsr_scale import UserError, cli, progress
 from lsr_scale.run_folder import RunFolder
+from lsr_scale.train import train
 from lsr_scale.training.checkpoints import damage
 
 # dropout makes the random state count

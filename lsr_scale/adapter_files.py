@@ -20,6 +20,7 @@ from lsr_scale.errors import UserError, did_you_mean
 from lsr_scale.model.identity import base_description, check_base
 from lsr_scale.model.sharded import is_sharded
 from lsr_scale.packed_factors import is_packed, unpack
+from lsr_scale.whole_modules import hold_in_float32
 
 # torch's words for two tensors that should be of one shape
 _MISMATCH = re.compile(r"size mismatch for (\S+): .*?\[(.*?)\].*?\[(.*?)\]")
@@ -105,6 +106,7 @@ def load_adapter(base: Any, folder: Path, trainable: bool = False) -> tuple[Peft
     wrong = misfits(model, folder)
     if wrong:
         raise UserError(f"{folder}: the weights are not those that adapter_config.json describes\n" + "\n".join(wrong))
+    hold_in_float32(model, folder)
     return model, notes
 
 

@@ -11,6 +11,7 @@ import torch
 import yaml
 from conftest import SEVEN_LINEARS
 from peft import PeftModel
+from safetensors.torch import load_file
 from tiny_runs import (
     CHAT_TEMPLATE,
     TOOLS,
@@ -30,11 +31,12 @@ from tiny_runs import (
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from lsr_scale import UserError
+from lsr_scale.adapter_files import load_adapter
 from lsr_scale.adapters.lsr import Lsr
 from lsr_scale.config import dump_yaml, load_run
 from lsr_scale.config.training import checkpoints_layers
 from lsr_scale.fused import decoder_layer
-from lsr_scale.model import base_of
+from lsr_scale.model import base_of, load_base
 from lsr_scale.run_folder import RunFolder
 from lsr_scale.train import train
 from lsr_scale.training import assembly
@@ -480,6 +482,31 @@ def test_memory_auto_keeps_more_after_the_first_step(place, tmp_path, monkeypatc
     for done in runs.values():
         for name, value in factors(runs["save"]).items():
             assert torch.allclose(factors(done)[name], value, atol=2e-4), name
+
+
+@pytest.mark.parametrize(("name", "fused"), [("lm_head", "off"), ("lm_head", "on"), ("embed_tokens", "off")])
+def test_what_trains_whole_is_in_float32_so_that_small_updates_count(place, tmp_path, name, fused):
+    whole = {"modules_to_save": [name]}
+    training = {"learning_rate": 1e-6, "warmup_steps": 0, "fused": fused}
+    done = do(tiny_run(place, adapter=whole, training={**training, "output_dir": str(tmp_path / "run")}))
+    trained = next(tensor for key, tensor in factors(done).items() if name in key)
+    before = next(tensor for key, tensor in load_file(place / "model" / "model.safetensors").items() if name in key)
+    moved = (trained - before.to(torch.bfloat16).float()).abs()
+    assert trained.dtype == torch.float32
+    assert 1e-8 < moved.max() < 1e-5, "far below what bfloat16 would show of entries of this size"
+    # a fresh base with it computes what the trained one did
+    model, _ = load_adapter(load_base(str(place / "model"), quantization="none"), done.adapter)
+    assert torch.equal(next(p for key, p in model.named_parameters() if f"{name}.modules_to_save" in key), trained)
+    ids = torch.arange(5, 25)[None]
+    output = model.eval()(input_ids=ids, labels=ids)
+    assert math.isfinite(output.loss)
+    with_start = tiny_run(
+        place,
+        adapter={**whole, "start_from": str(done.path)},
+        training={**training, "output_dir": str(tmp_path / "on")},
+    )
+    again = next(tensor for key, tensor in factors(do(with_start)).items() if name in key)
+    assert 0 < (again - trained).abs().max() < 1e-5
 
 
 def test_a_module_to_be_trained_whole_that_is_not_there_is_refused(place):

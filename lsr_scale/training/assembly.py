@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from packaging.version import Version
 from peft import PeftConfig, PeftModel, get_peft_model
-from peft.utils import ModulesToSaveWrapper, load_peft_weights, set_peft_model_state_dict
 from transformers import PrinterCallback, Trainer, TrainerCallback, set_seed
 
 from lsr_scale import adapters, config, distributed
@@ -37,6 +36,7 @@ from lsr_scale.training.head_loss import HeadCollator, HeadLoss, why_not_own_hea
 from lsr_scale.training.loss_check import LossCheck
 from lsr_scale.training.memory_policy import KeepWhatFits, largest_forward, row_lengths
 from lsr_scale.training.resumable import Resumable
+from lsr_scale.whole_modules import hold_in_float32
 
 
 def build_trainer(
@@ -239,12 +239,11 @@ def adapt(run: RunConfig, base: Any, start: Path | None = None) -> tuple[PeftMod
     """
     _check_whole(run, base)
     set_seed(run.training["seed"])
-    model, notes = load_adapter(base, start, trainable=True) if start else (get_peft_model(base, _peft_config(run)), [])
-    if run.model.task == "seq_cls":
-        _train_heads_in_float32(model)  # pyright: ignore[reportArgumentType]
-        if start:  # loaded in the base's dtype the head was rounded
-            set_peft_model_state_dict(model, load_peft_weights(str(start), device="cpu"))
-    return model, notes  # pyright: ignore[reportReturnType]
+    if start:
+        return load_adapter(base, start, trainable=True)
+    model: Any = get_peft_model(base, _peft_config(run))
+    hold_in_float32(model)
+    return model, []
 
 
 def _check_whole(run: RunConfig, base: torch.nn.Module) -> None:
@@ -255,13 +254,6 @@ def _check_whole(run: RunConfig, base: torch.nn.Module) -> None:
             ends = {name.rpartition(".")[2] for name in names}
             near = did_you_mean(wanted, [end for end in ends if not end.isdigit()])
             raise UserError(f"adapter.modules_to_save: {wanted!r} is no module of {run.model.name}; {near}")
-
-
-def _train_heads_in_float32(model: PeftModel) -> None:
-    """Hold a classifier's head, which trains whole, in float32: in bfloat16 small updates would be rounded away."""
-    heads = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
-    for head in (copy for wrapper in heads for copy in wrapper.modules_to_save.values()):
-        head.float().register_forward_pre_hook(lambda _, inputs: (inputs[0].float(), *inputs[1:]))
 
 
 def _sft_trainer(common: dict[str, Any]) -> Trainer:

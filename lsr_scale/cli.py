@@ -142,7 +142,8 @@ def _count(text: str) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; return the exit status.
 
-    0; 1, doctor found something; 2, a mistake; 130, interrupted; 143, ended by SIGTERM, a checkpoint saved.
+    0; 1, doctor found something; 2, a mistake; 130, interrupted, while training once a checkpoint was saved; 143, ended
+    by SIGTERM, a checkpoint saved.
     """
     args = _parser().parse_args(arguments)
     try:
@@ -165,7 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if args.debug:
             traceback.print_exc()
         _say_error(words)
-        status = 143 if isinstance(error, Terminated) else 2
+        status = error.status if isinstance(error, Terminated) else 2
     if status and "WORLD_SIZE" in os.environ:
         # the other processes wait for this one in a collective; ending at once lets the launcher end them
         sys.stdout.flush()

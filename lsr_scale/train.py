@@ -1,6 +1,7 @@
 """A run from its first line on the screen to a folder that a person can read: score, train, score again, save."""
 
 import shutil
+import signal
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -89,7 +90,7 @@ def _train(
     where = f", starting from {start}" if start else ""
     say(f"loading {run.model.name} ({run.model.quantization}) and adapting it with {run.adapter.method}{where}")
     progress = Progress(folder.metrics, quiet=quiet)
-    stop = StopOnSignal()
+    stop = StopOnSignal(say)
     watch = WatchCondition(run.training["condition_tolerance"], run.training["condition_guard"], say)
     # in this order: progress refuses what is not finite, and records what was measured before it
     trainer = build_trainer(begins, folder, [stop, watch, progress], say)
@@ -128,8 +129,10 @@ def _train(
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if stop.stopped:
         raise Terminated(
-            f"ended by SIGTERM after step {trainer.state.global_step}, a checkpoint is saved in {folder.path}; "
-            "the same command with --resume auto goes on"
+            f"ended by {'Ctrl-C' if stop.signal == signal.SIGINT else 'SIGTERM'} after step "
+            f"{trainer.state.global_step}, a checkpoint is saved in {folder.path}; the same command with --resume auto "
+            "goes on",
+            status=128 + stop.signal,
         )
     if checkpoint and checkpoint.name.endswith(f"-{trainer.state.global_step}"):
         say("nothing was left to train: the checkpoint is of the last step")

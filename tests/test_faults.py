@@ -21,6 +21,7 @@ from trl import SFTTrainer
 from lsr_scale import UserError, cli, distributed, progress
 from lsr_scale.config import dump_yaml
 from lsr_scale.run_folder import RunFolder
+from lsr_scale.training import faults
 from lsr_scale.training.checkpoints import damage
 
 
@@ -32,20 +33,43 @@ def place(tmp_path_factory):
     return folder
 
 
-def test_sigterm_saves_at_the_end_of_the_step_and_the_run_goes_on(place, tmp_path, monkeypatch, capfd):
+@pytest.mark.parametrize(
+    ("number", "status", "name"), [(signal.SIGTERM, 143, "SIGTERM"), (signal.SIGINT, 130, "Ctrl-C")]
+)
+def test_a_signal_saves_at_the_end_of_the_step_and_the_run_goes_on(
+    place, tmp_path, monkeypatch, capfd, number, status, name
+):
     file = config_file(place, tmp_path)
     # a step's log comes after its end, so the signal is heeded at the end of the fourth
-    arrange_stop(monkeypatch, 3, signal.SIGTERM)
-    before = signal.getsignal(signal.SIGTERM)
-    assert cli.main(["train", file]) == 143
-    assert "lsr-scale: ended by SIGTERM after step 4" in capfd.readouterr().err
-    assert signal.getsignal(signal.SIGTERM) == before
+    arrange_stop(monkeypatch, 3, number)
+    before = signal.getsignal(number)
+    assert cli.main(["train", file]) == status
+    assert f"lsr-scale: ended by {name} after step 4" in capfd.readouterr().err
+    assert signal.getsignal(number) == before
     folder = RunFolder(tmp_path / "run")
     assert [path.name for path in folder.checkpoints()] == ["checkpoint-2", "checkpoint-4"]
     assert not folder.adapter.exists()
     assert cli.main(["train", file, "--resume", "auto"]) == 0
     whole = do(tiny_run(place, **UNDISTURBED, training={"output_dir": str(tmp_path / "whole")}))
     assert same(factors(whole), factors(folder))
+
+
+def test_a_second_ctrl_c_ends_the_run_at_once(place, tmp_path, monkeypatch, capfd):
+    file = config_file(place, tmp_path)
+    interrupt = faults.StopOnSignal.on_step_end
+
+    def twice(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+        return interrupt(self, args, state, control, **kwargs)
+
+    monkeypatch.setattr(faults.StopOnSignal, "on_step_end", twice)
+    assert cli.main(["train", file]) == 130
+    captured = capfd.readouterr()
+    assert "interrupted: a checkpoint will be saved after this step; once more ends the run at once" in captured.out
+    assert "lsr-scale: interrupted; where a checkpoint was saved" in captured.err
+    assert [path.name for path in RunFolder(tmp_path / "run").checkpoints()] == ["checkpoint-2"]
 
 
 UNDISTURBED = {"adapter": {"method": "kron_lora", "rank": 4, "left_out": 4, "dropout": 0.2}}

@@ -5,7 +5,7 @@ import json
 import math
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,19 @@ NONFINITE = "nonfinite.jsonl"
 
 
 class Terminated(Exception):  # noqa: N818
-    """SIGTERM came; the run saved a checkpoint after its step and ended there."""
+    """A signal came; the run saved a checkpoint after its step and ended there.
+
+    Attributes:
+        status: The exit status, by the signal.
+    """
+
+    def __init__(self, text: str, status: int) -> None:
+        super().__init__(text)
+        self.status = status
 
 
 class StopOnSignal(TrainerCallback):
-    """Saves a checkpoint at the end of the step in which SIGTERM came to any process, and ends training.
+    """Saves a checkpoint at the end of the step in which SIGTERM or Ctrl-C came to any process, and ends training.
 
     With several GPUs that is two steps later: by then the processes know of each other without waiting.
 
@@ -31,8 +39,10 @@ class StopOnSignal(TrainerCallback):
     for the signal.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, say: Callable[[str], None] = lambda text: None) -> None:
+        self.say = say
         self.asked = self.stopped = False
+        self.signal = signal.SIGTERM  # the one that came
         self.any_of = distributed.AnyOf()
         self.runner = _deepspeed_runner()
 
@@ -44,20 +54,25 @@ class StopOnSignal(TrainerCallback):
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Take SIGTERM as a request here; outside it ends the process at once, as there is nothing to save."""
+        """Take the signals as a request here; outside they end the process at once, as there is nothing to save."""
 
         def ask(number: int, frame: Any) -> None:
-            self.asked = True
+            if number == signal.SIGINT:
+                if self.asked:
+                    raise KeyboardInterrupt
+                self.say("interrupted: a checkpoint will be saved after this step; once more ends the run at once")
+            self.asked, self.signal = True, signal.Signals(number)
 
         try:
-            before = signal.signal(signal.SIGTERM, ask)
-        except ValueError:  # not the main thread, as in a notebook's server: the signal is not ours
+            before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+        except ValueError:  # not the main thread, as in a notebook's server: the signals are not ours
             yield
             return
         try:
             yield
         finally:
-            signal.signal(signal.SIGTERM, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 def _parent(process: int) -> int | None:

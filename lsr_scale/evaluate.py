@@ -51,11 +51,10 @@ def score_tasks(
     say: Say,
     when: str,
     batch_tokens: int,
-    together: bool = False,
     unconditional: bool = False,
     live: bool = False,
 ) -> dict[str, TaskScore]:
-    """Score every task, the examples dealt out over the processes.
+    """Score every task, the forward passes dealt out over the processes.
 
     Args:
         tasks: What `load_tasks` returns.
@@ -64,24 +63,15 @@ def score_tasks(
         say: Called with a line per task.
         when: For that line.
         batch_tokens: Padded tokens in one forward pass.
-        together: All processes must run the model equally often, for each holds a part of it (ZeRO-3).
         unconditional: Score the choices without their contexts.
         live: Show how far it is, on a terminal.
     """
     found: dict[str, TaskScore] = {}
-    options: dict[str, Any] = {"batch_tokens": batch_tokens, "unconditional": unconditional}
-    if together:
-        options["passes"] = lambda own: max(distributed.gather([own]))
+    options: dict[str, Any] = {"batch_tokens": batch_tokens, "unconditional": unconditional, "dealt": True}
     for name, items in tasks.items():
         if live:
             options["progress"] = lambda done, total, name=name: show_live(f"{when}: {name} {done / total:.0%}")
-        rank, size = distributed.rank(), distributed.world_size()
-        own = items[rank::size]
-        if together and len(items) < size:  # a process without examples has nothing to run
-            rank, size, own = 0, 1, items
-        predictions = list(enumerate(score(model, tokenizer, own, **options).predictions)) if own else []
-        numbered = dict(distributed.gather([(rank + size * index, prediction) for index, prediction in predictions]))
-        found[name] = result = TaskScore.of([numbered[index] for index in range(len(items))])
+        found[name] = result = score(model, tokenizer, items, **options)
         show_live("")
         say(f"{when}: {name} {_percent(result)} on {result.num_examples} questions")
     return found

@@ -16,7 +16,7 @@ from lsr_scale.condition import WatchCondition, draw_conditions
 from lsr_scale.config import RunConfig
 from lsr_scale.errors import UserError
 from lsr_scale.model import base_description
-from lsr_scale.model.sharded import is_sharded, let_go
+from lsr_scale.model.sharded import let_go
 from lsr_scale.progress import Progress, check_finite, clock, draw_losses, print_line, summarize_metrics
 from lsr_scale.run_folder import RunFolder, step_of
 from lsr_scale.scoring.accuracy import TaskScore
@@ -113,7 +113,6 @@ def _train(
             say,
             f"{when} training",
             run.eval.batch_tokens,
-            together=is_sharded(model),
             live=live,
         )
         let_go(model)

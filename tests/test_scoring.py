@@ -1,7 +1,9 @@
 """The scorer against lm-eval's HFLM, example by example, for every prompt form; and its own promises."""
 
 import importlib.util
+import itertools
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from test_data_tasks import HUB_ROWS
 
 from lsr_scale.data.tasks import TASKS, Example, to_example
 from lsr_scale.errors import UserError
-from lsr_scale.scoring import encode_pairs, score
+from lsr_scale.scoring import encode_pairs, score, scorer
 from lsr_scale.scoring.accuracy import Prediction, TaskScore, mcnemar
 
 SHIPPED = {
@@ -227,23 +229,31 @@ def test_progress_counts_tokens_to_the_end(model, tokenizer):
     assert calls[-1][0] == calls[-1][1]
 
 
-def test_passes_that_lack_are_made_and_change_nothing(model, tokenizer):
-    ran, told = [], []
+@pytest.mark.parametrize("size", [2, 3, 40])
+def test_processes_make_equally_many_passes_and_find_the_same_to_the_last_bit(model, tokenizer, monkeypatch, size):
+    ran, parts = [], []
     hook = model.register_forward_hook(lambda *_: ran.append(1))
+    options = {"batch_tokens": 64}
 
-    def three_more(own):
-        told.append(own)
-        return own + 3
+    def gather(value):
+        # those that come later are not there yet: stand-ins for what this one did not compute
+        parts.append(value[0])
+        later = [0.0 if all(map(math.isnan, found)) else math.nan for found in zip(*parts, strict=True)]
+        return [*parts, later]
 
     try:
-        plain = score(model, tokenizer, examples_of("piqa"), batch_tokens=64)
-        own = len(ran)
-        padded = score(model, tokenizer, examples_of("piqa"), batch_tokens=64, passes=three_more)
+        plain = score(model, tokenizer, examples_of("piqa"), **options)
+        passes = [len(ran)]
+        monkeypatch.setattr(scorer.distributed, "gather", gather)
+        monkeypatch.setattr(scorer.distributed, "world_size", lambda: size)
+        for rank in range(size):
+            monkeypatch.setattr(scorer.distributed, "rank", lambda rank=rank: rank)
+            dealt = score(model, tokenizer, examples_of("piqa"), dealt=True, **options)
+            passes.append(len(ran))
     finally:
         hook.remove()
-    assert told == [own]
-    assert len(ran) == 2 * own + 3
-    assert padded.predictions == plain.predictions
+    assert {after - before for before, after in itertools.pairwise(passes)} == {-(-passes[0] // size)}
+    assert dealt.predictions == plain.predictions
 
 
 def test_errors_say_what_to_do(model, tokenizer):

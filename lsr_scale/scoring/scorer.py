@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from lsr_scale import distributed
 from lsr_scale.data.tasks import Example, scored_pair
 from lsr_scale.errors import UserError
 from lsr_scale.scoring.accuracy import Prediction, TaskScore
@@ -127,7 +128,7 @@ def score(
     device: torch.device | str | None = None,
     progress: Callable[[int, int], None] | None = None,
     unconditional: bool = False,
-    passes: Callable[[int], int] | None = None,
+    dealt: bool = False,
 ) -> TaskScore:
     """Score multiple-choice examples with a causal language model (plain, quantized or a PeftModel).
 
@@ -140,8 +141,9 @@ def score(
         device: Where the inputs go; None: where the model's first parameter is.
         progress: Called as progress(tokens done, tokens in all) after each batch.
         unconditional: Score the choices without their contexts: a control that shows what they give away.
-        passes: Told how many forward passes this takes, and returns how many to make, for models that processes run
-            together: the last one is made again for what lacks.
+        dealt: The processes of this run share the forward passes, equally many each, for a model may be one that they
+            must run together; every one must call this, and gets all scores. What is in a pass is the same for any
+            number of processes, so that scores are, too.
 
     Raises:
         UserError: Nothing to score, a continuation longer than `max_length`, log-likelihoods that are not finite, or
@@ -173,16 +175,20 @@ def score(
     model.eval()
     try:
         batches = _batches(groups, batch_tokens)
-        again = 0 if passes is None else passes(len(batches)) - len(batches)
-        for batch in [*batches, *batches[-1:] * again]:
+        rank, size = (distributed.rank(), distributed.world_size()) if dealt else (0, 1)
+        batches += batches[:1] * (-len(batches) % size)  # made again for what lacks
+        for batch in batches[rank::size]:
             found = _score_batch(model, batch, [list(groups[inputs].values()) for inputs in batch], where)
             for request, value in zip((r for inputs in batch for r in groups[inputs]), found, strict=True):
                 values[request] = value
-            done += sum(map(len, batch))
+            done += sum(map(len, batch)) * size
             if progress is not None:
                 progress(min(done, total), total)
     finally:
         for module, training in modes:
             module.training = training
+    if size > 1:
+        by_process = zip(*distributed.gather([values]), strict=True)
+        values = [next((value for value in found if not math.isnan(value)), math.nan) for found in by_process]
     remaining = iter(values)
     return TaskScore.of([_prediction(e, tuple(next(remaining) for _ in e.continuations)) for e in examples])

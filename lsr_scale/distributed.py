@@ -116,8 +116,8 @@ def broadcast(value: object) -> object:
     return box[0]
 
 
-class AnyOf:
-    """Tells, alike on every process, whether a flag is set on any of them.
+class Largest:
+    """Tells, alike on every process, the largest of numbers that they have.
 
     On GPUs the answer is that to an earlier question, which is there by now, so that nobody waits.
     """
@@ -127,25 +127,31 @@ class AnyOf:
         self._late = late
         self._asked: deque[tuple[Any, torch.Tensor]] = deque()  # when the answer will be there, and where
 
-    def ask(self, flag: bool) -> bool:
-        """Return whether the flag was set; every process must ask as often."""
+    def ask(self, number: int, wait: bool = False) -> int:
+        """Return the largest, 0 where there is no answer yet; every process must ask as often.
+
+        Args:
+            number: This process's, from 0 on.
+            wait: For the answer to this very question.
+        """
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-            return flag
+            return number
         on_gpu = torch.distributed.get_backend() == "nccl"
-        box = torch.tensor(int(flag), pin_memory=on_gpu)
-        if not on_gpu:
+        box = torch.tensor(number, pin_memory=on_gpu)
+        if wait or not on_gpu:
+            box = box.cuda() if on_gpu else box
             torch.distributed.all_reduce(box, torch.distributed.ReduceOp.MAX)
-            return bool(box)
+            return int(box)
         shared, ready = box.to("cuda", non_blocking=True), torch.cuda.Event()
         torch.distributed.all_reduce(shared, torch.distributed.ReduceOp.MAX)
         answer = torch.empty_like(box, pin_memory=True).copy_(shared, non_blocking=True)
         ready.record()
         self._asked.append((ready, answer))
         if len(self._asked) <= self._late:
-            return False
+            return 0
         ready, answer = self._asked.popleft()
         ready.synchronize()
-        return bool(answer)
+        return int(answer)
 
 
 def stop() -> None:

@@ -1,7 +1,6 @@
 """A run from its first line on the screen to a folder that a person can read: score, train, score again, save."""
 
 import shutil
-import signal
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -127,12 +126,9 @@ def _train(
     with only_new_warnings(), stop.listening():
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if stop.stopped:
-        raise Terminated(
-            f"ended by {'Ctrl-C' if stop.signal == signal.SIGINT else 'SIGTERM'} after step "
-            f"{trainer.state.global_step}, a checkpoint is saved in {folder.path}; the same command with --resume auto "
-            "goes on",
-            status=128 + stop.signal,
-        )
+        step = trainer.state.global_step
+        raise Terminated(stop.stopped, f"after step {step}, a checkpoint is saved in {folder.path}")
+    late = stop.came_late()
     if checkpoint and checkpoint.name.endswith(f"-{trainer.state.global_step}"):
         say("nothing was left to train: the checkpoint is of the last step")
     trained = time.monotonic()
@@ -140,6 +136,8 @@ def _train(
     with only_new_warnings():
         save_adapter(trainer, folder.adapter)
     say(f"adapter saved: {folder.adapter}")
+    if late:
+        raise Terminated(late, f"after the last step, the adapter is saved in {folder.adapter}")
     if tasks:
         score("after")
     if main:

@@ -7,6 +7,7 @@ import torch
 from peft import PeftModel, set_peft_model_state_dict
 from peft.utils import ModulesToSaveWrapper, load_peft_weights
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 
 def hold_in_float32(model: PeftModel, saved: Path | None = None) -> None:
@@ -43,6 +44,11 @@ class _Float32(nn.Module):
 
     def forward(self, *inputs: Any, **options: Any) -> Any:
         """Compute in float32."""
-        given = (x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs)
-        output = super().forward(*given, **options)
-        return output if self.dtype_around is None else output.to(self.dtype_around)
+        given, named = _cast((inputs, options), torch.float32)
+        output = super().forward(*given, **named)
+        return output if self.dtype_around is None else _cast(output, self.dtype_around)
+
+
+def _cast(values: Any, dtype: torch.dtype) -> Any:
+    """Return values, in whatever they are, with floating-point tensors in a dtype."""
+    return tree_map_only(Tensor, lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor, values)

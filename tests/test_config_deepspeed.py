@@ -82,6 +82,10 @@ def test_a_deepspeed_path_is_read_from_beside_the_config_and_from_the_working_di
             '{"zero_optimization": {"stage": 3, "offload_param": {"device": "gpu"}}}',
             "zero_optimization.offload_param.device: Input should be 'none', 'cpu' or 'nvme', got 'gpu'",
         ),
+        (
+            '{"zero_optimization": {"stage": 2, "cpu_offload": true}}',
+            "DeepSpeed's name of old; write offload_optimizer",
+        ),
         ('{"train_batch_size": "many"}', "train_batch_size: expected auto or a positive number, got 'many'"),
         ('{"a": 1,}', "ds.json:1:9: not valid JSON"),
         ("[1]", "expected one JSON object, got list"),

@@ -8,6 +8,7 @@ import datasets
 import pandas as pd
 import pytest
 
+from lsr_scale.data import sources
 from lsr_scale.data.sources import BUILTIN, load_rows
 from lsr_scale.data.tasks import examples
 from lsr_scale.errors import UserError
@@ -168,6 +169,14 @@ def test_a_missing_path_names_the_nearest(tmp_path):
 def test_a_misspelt_task_names_the_nearest():
     with pytest.raises(UserError, match=r"'piqqa': no task of that name, and no file or folder here; .* 'piqa'"):
         load_rows("piqqa", default_split=None)
+
+
+@pytest.mark.parametrize("path", ["ag_news", "race", "sciq"])
+def test_a_hub_dataset_is_not_taken_for_a_misspelt_task(monkeypatch, path):
+    asked = []
+    monkeypatch.setattr(sources, "_load_hub", lambda *arguments: asked.append(arguments[0]))
+    load_rows(path)
+    assert asked == [path]
 
 
 def test_a_known_task_is_its_hub_dataset_with_subset_and_split(monkeypatch):

@@ -72,6 +72,18 @@ def test_a_second_ctrl_c_ends_the_run_at_once(place, tmp_path, monkeypatch, capf
     assert [path.name for path in RunFolder(tmp_path / "run").checkpoints()] == ["checkpoint-2"]
 
 
+def test_a_signal_after_the_last_step_is_not_forgotten(place, tmp_path, monkeypatch, capfd):
+    file = config_file(place, tmp_path)
+    arrange_stop(monkeypatch, 6, signal.SIGINT)  # in the log after it
+    assert cli.main(["train", file]) == 130
+    assert "ended by Ctrl-C after the last step, the adapter is saved in" in capfd.readouterr().err
+    folder = RunFolder(tmp_path / "run")
+    assert folder.adapter.is_dir()
+    assert not folder.results.exists()
+    assert cli.main(["train", file, "--resume", "auto"]) == 0
+    assert folder.results.exists()
+
+
 UNDISTURBED = {"adapter": {"method": "kron_lora", "rank": 4, "left_out": 4, "dropout": 0.2}}
 
 

@@ -91,6 +91,7 @@ def test_factors_are_float32_in_the_engine_and_in_the_forward_on_both_ranks(ran,
         assert seen[rank][name]["status"] == 0
         assert seen[rank][name]["trained"] == ["torch.float32"]
         assert seen[rank][name]["forward"] == ["torch.float32"]
+        assert seen[rank][name]["modes"] == [True], "no module is left in the mode that it was loaded in"
         engine = "DistributedDataParallel" if name.startswith("ddp") else "DeepSpeedEngine"
         assert seen[rank][name]["engine"] == engine
         if name.startswith("zero"):

@@ -51,6 +51,7 @@ class Watch(TrainerCallback):
         self.seen["engine"] = type(self.trainer.model_wrapped).__name__
 
     def on_step_end(self, args, state, control, **kwargs):
+        self.seen["modes"] = sorted({module.training for module in kwargs["model"].modules()})
         if state.global_step - 1 == self.stop_after:
             raise Killed
 

@@ -56,7 +56,7 @@ _OF_REDUCTION = (
         "ignore_unused_parameters",
         "use_multi_rank_bucket_allreduce",
     ),
-    *("communication_data_type", "prescale_gradients", "gradient_predivide_factor"),
+    *("communication_data_type", "prescale_gradients", "gradient_predivide_factor", "gradient_allreduce_op"),
 )
 
 

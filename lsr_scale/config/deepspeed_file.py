@@ -122,6 +122,10 @@ def _unsafe(content: Mapping[str, Any]) -> Iterator[Problem]:
             yield Problem(
                 ("zero_optimization", name), "works with float16 weights only; set model.quantization instead"
             )
+    for name in ("cpu_offload", "cpu_offload_params"):
+        if zero.get(name):
+            new = "offload_param" if name.endswith("params") else "offload_optimizer"
+            yield Problem(("zero_optimization", name), f"DeepSpeed's name of old; write {new}: {{device: cpu}}")
     if zero.get("stage", 0) == 3:
         yield from _unsafe_in_stage_3(zero)
     tensor_parallel = content.get("tensor_parallel", {})

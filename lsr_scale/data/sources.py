@@ -3,6 +3,7 @@
 What was read is written down beside the rows (`Provenance`), so that a run folder can say what it was trained on.
 """
 
+import difflib
 import gzip
 import hashlib
 import json
@@ -106,8 +107,11 @@ def load_rows(
         raise UserError(f"data source {path!r}: no such file or folder; {_nearest_sibling(local)}")
     _check_optional_task(task, path)
     known = TASKS.get(path) or TASKS.get(task or "") or _task_of_hub_dataset(path, name)
-    if known is None and "/" not in path and (near := _nearest(path, TASKS)):
-        raise UserError(f"data source {path!r}: no task of that name, and no file or folder here; {near}")
+    # the hub has names without a slash too, so only what is as good as a task's name is taken for it misspelt
+    near = difflib.get_close_matches(path, TASKS, n=1, cutoff=0.85)
+    if near and known is None and not any(task.hub.endswith(f"/{path}") for task in TASKS.values()):
+        where = "no task of that name, and no file or folder here"
+        raise UserError(f"data source {path!r}: {where}; did you mean {near[0]!r}?")
     hub, subset = (known.hub, name or known.subset) if known and path == known.name else (path, name)
     chosen = split or default_split or (known.eval_split if known else None)
     return _load_hub(path, hub, subset, chosen, task or (known.name if known else None), limit, revision)

@@ -32,6 +32,7 @@ from lsr_scale.fused import fuse
 from lsr_scale.model import DTYPES, load_config, skeleton
 from lsr_scale.plan import memory
 from lsr_scale.plan.sizes import FrozenBytes, adapter_file_bytes, frozen_bytes, quantized_layers
+from lsr_scale.whole_modules import hold_in_float32
 
 GIB = 2**30
 # PyTorch's own cuBLAS workspace on a GPU of compute capability 9.0 (CUBLAS_WORKSPACE_CONFIG :4096:8).
@@ -124,6 +125,7 @@ def plan(run: RunConfig, gpus: int = 1) -> Plan:
         warnings.simplefilter("ignore")  # oversized sides are told below, per shape
         task_type = adapters.TASK_TYPES[section.task]
         model = peft.get_peft_model(base, adapters.peft_config(run.adapter.method, run.adapter.options, task_type))
+        hold_in_float32(model)  # pyright: ignore[reportArgumentType]
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     sizes = [features(layer.get_base_layer()) or (0, 0) for layer in layers]
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -244,7 +246,8 @@ def _fused_step(run: RunConfig, config: Any, batch: memory.Batch) -> dict[bool, 
         warnings.simplefilter("ignore")
         task_type = adapters.TASK_TYPES[section.task]
         options = adapters.peft_config(run.adapter.method, run.adapter.options, task_type)
-        model = peft.get_peft_model(base, options).train()
+        model: Any = peft.get_peft_model(base, options).train()
+        hold_in_float32(model)
     report = fuse(model)
     if report.per_linear or not report.fused:
         return None

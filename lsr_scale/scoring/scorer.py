@@ -143,7 +143,7 @@ def score(
         unconditional: Score the choices without their contexts: a control that shows what they give away.
         dealt: The processes of this run share the forward passes, equally many each, for a model may be one that they
             must run together; every one must call this, and gets all scores. What is in a pass is the same for any
-            number of processes, so that scores are, too.
+            number of processes.
 
     Raises:
         UserError: Nothing to score, a continuation longer than `max_length`, log-likelihoods that are not finite, or

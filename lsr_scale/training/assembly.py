@@ -30,7 +30,7 @@ from lsr_scale.fused.step_graph import StepGraphs, why_not_graphs
 from lsr_scale.model import base_description, base_of, load_tokenizer
 from lsr_scale.model.sharded import Sharding, is_sharded
 from lsr_scale.run_folder import RunFolder
-from lsr_scale.training.engine_steps import EngineSteps, leave_gradients
+from lsr_scale.training.engine_steps import EngineSteps
 from lsr_scale.training.graph_steps import GraphSteps, PackedCollator, host_bound
 from lsr_scale.training.head_loss import HeadCollator, HeadLoss, why_not_own_head
 from lsr_scale.training.loss_check import LossCheck
@@ -124,8 +124,6 @@ def _arguments(run: RunConfig, folder: RunFolder) -> Any:
         arguments: Any = training_arguments_class(run.model.task)(**values)
     except (ValueError, ImportError) as error:
         raise UserError(f"training: {error}") from error
-    if "deepspeed" in values:
-        leave_gradients(arguments.hf_deepspeed_config.config)
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # one process, one GPU: torch's DataParallel cannot copy a quantized layer
     return arguments

@@ -6,6 +6,8 @@ they are joined, averaged and clipped at once, and nothing is read that is not l
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,9 +23,11 @@ class EngineSteps(_Base):
     """Steps by DeepSpeed for a trainer; goes before it among a class's bases. Without DeepSpeed it changes nothing."""
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
-        prepared = super()._prepare_for_training(*args, **kwargs)
-        if self.is_deepspeed_enabled:
-            ease(self.deepspeed, self.args.max_grad_norm)
+        if not self.is_deepspeed_enabled:
+            return super()._prepare_for_training(*args, **kwargs)
+        with left_alone(self.accelerator.state.deepspeed_plugin.deepspeed_config):
+            prepared = super()._prepare_for_training(*args, **kwargs)
+        ease(self.deepspeed, self.args.max_grad_norm)
         return prepared
 
     def _clip_grad_norm(self, model: Any) -> Any:
@@ -37,20 +41,27 @@ class EngineSteps(_Base):
         return super()._get_grad_norm(model, grad_norm)
 
 
-def leave_gradients(config: dict[str, Any]) -> None:
-    """Tell DeepSpeed to leave gradients alone; `ease` sees to them.
+@contextmanager
+def left_alone(config: dict[str, Any]) -> Iterator[None]:
+    """Tell an engine that is made here to leave gradients alone; `ease` sees to them.
 
     Args:
-        config: As the engine is told it, changed in place. One that holds the optimizer on the CPU stays as it is, for
-            there gradients have a way of their own.
+        config: As engines are told it; it is as before after this, since Trainer compares it with its arguments. One
+            that holds the optimizer on the CPU is left as it is, for there gradients have a way of their own.
     """
     if offloads_optimizer(config):
+        yield
         return
-    config["gradient_clipping"] = 0.0
-    zero = config.get("zero_optimization", {})
+    clipping, zero = config.get("gradient_clipping"), config.get("zero_optimization", {})
+    told = dict(zero)
     if zero.get("stage", 0) > 0:
         # stage 2 would hook every parameter; how gradients are shared out is the same in `_AtOnce`
-        zero |= {"stage": 1, "compute_grad_norm": False, "overlap_comm": False, "contiguous_gradients": False}
+        told |= {"stage": 1, "compute_grad_norm": False, "overlap_comm": False, "contiguous_gradients": False}
+    config |= {"gradient_clipping": 0.0, "zero_optimization": told}
+    try:
+        yield
+    finally:
+        config |= {"gradient_clipping": clipping, "zero_optimization": zero}
 
 
 def ease(engine: Any, max_norm: float) -> None:
@@ -61,10 +72,13 @@ def ease(engine: Any, max_norm: float) -> None:
         max_norm: Of all gradients, of all processes, as one vector; 0 clips nothing.
     """
     optimizer, module = engine.optimizer, engine.module
+    module.train()  # all of it: PEFT puts adapters in training mode into a base that is not
     # what walks over all modules of a model in every step
     engine.train = lambda mode=True: module.training == mode or module.train(mode)
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     engine.zero_grad = lambda: [setattr(parameter, "grad", None) for parameter in trained]
+    if engine.gradient_clipping() > 0 or isinstance(optimizer, _AtOnce):
+        return
     if isinstance(optimizer, torch.optim.Optimizer):  # stage 0
 
         def clip(*_: Any) -> None:

@@ -19,15 +19,17 @@ NONFINITE = "nonfinite.jsonl"
 
 
 class Terminated(Exception):  # noqa: N818
-    """A signal came; the run saved a checkpoint after its step and ended there.
+    """A signal came; the run saved what it had and ended there.
 
     Attributes:
         status: The exit status, by the signal.
     """
 
-    def __init__(self, text: str, status: int) -> None:
-        super().__init__(text)
-        self.status = status
+    def __init__(self, number: int, when: str) -> None:
+        """Take the signal, and what was done of the run and where it lies."""
+        name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
+        super().__init__(f"ended by {name} {when}; the same command with --resume auto goes on")
+        self.status = 128 + number
 
 
 class StopOnSignal(TrainerCallback):
@@ -36,32 +38,44 @@ class StopOnSignal(TrainerCallback):
     With several GPUs that is two steps later: by then the processes know of each other without waiting.
 
     The `deepspeed` command does not pass the signal on: it ends, and what it started would train on. Its end is taken
-    for the signal.
+    for SIGTERM.
+
+    Attributes:
+        came: The signal that came to this process first, 0 if none did.
+        stopped: The signal for which training ended before its end, 0 if it did not.
     """
 
     def __init__(self, say: Callable[[str], None] = lambda text: None) -> None:
         self.say = say
-        self.asked = self.stopped = False
-        self.signal = signal.SIGTERM  # the one that came
-        self.any_of = distributed.AnyOf()
+        self.came = self.stopped = 0
+        self.largest = distributed.Largest()
         self.runner = _deepspeed_runner()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Agree with the other processes, for the signal reaches them in different steps."""
+        self.stopped = self.largest.ask(self._came())
+        if self.stopped:
+            control.should_save = control.should_training_stop = True
+
+    def came_late(self) -> int:
+        """Return the signal that came to any process too late to end training, 0 if none did; every one must ask."""
+        return self.largest.ask(self._came(), wait=True)
+
+    def _came(self) -> int:
         alone = self.runner is not None and _parent(os.getppid()) != self.runner
-        if self.any_of.ask(self.asked or alone):
-            self.stopped = control.should_save = control.should_training_stop = True
+        return self.came or (signal.SIGTERM if alone else 0)
 
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Take the signals as a request here; outside they end the process at once, as there is nothing to save."""
+        process = os.getpid()
 
         def ask(number: int, frame: Any) -> None:
-            if number == signal.SIGINT:
-                if self.asked:
+            if number == signal.SIGINT and os.getpid() == process:  # not a loader's worker, which has this handler too
+                if self.came:
                     raise KeyboardInterrupt
                 self.say("interrupted: a checkpoint will be saved after this step; once more ends the run at once")
-            self.asked, self.signal = True, signal.Signals(number)
+            self.came = self.came or number
 
         try:
             before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}

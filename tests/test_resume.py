@@ -323,12 +323,12 @@ def test_ctrl_c_gives_one_message_and_status_130_and_the_run_goes_on(place, undi
     stop_at(3, signal.SIGINT)
     assert cli.main(["train", file]) == 130
     said = capfd.readouterr().err
-    assert "lsr-scale: interrupted; where a checkpoint was saved, the same command with --resume auto" in said
+    assert "lsr-scale: ended by Ctrl-C after step 4, a checkpoint is saved in" in said
     assert "Traceback" not in said
     folder = RunFolder(tmp_path / "run")
     assert not folder.adapter.exists()
     assert not folder.results.exists()
-    assert [row["step"] for row in metrics(folder)] == [1, 2, 3]
+    assert [row["step"] for row in metrics(folder)] == [1, 2, 3, 4]
     assert cli.main(["train", file, "--resume", "auto", "--quiet"]) == 0
     assert same(factors(undisturbed), factors(folder))
 

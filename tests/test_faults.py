@@ -106,6 +106,7 @@ def test_a_batch_that_is_skipped_counts_for_nothing(place, tmp_path, monkeypatch
     training = {
         "output_dir": str(tmp_path),
         "on_nonfinite": "skip",
+        "fused": "off",  # the loss that is poisoned is TRL's
         "gradient_accumulation_steps": accumulation,
         "lr_scheduler_type": "constant",
         "warmup_steps": 0,

@@ -11,16 +11,17 @@ class UserError(ValueError):
     """
 
 
-def did_you_mean(name: str, options: Iterable[str], num_nearest: int = 3) -> str:
+def did_you_mean(name: str, options: Iterable[str], num_nearest: int = 3, cutoff: float = 0.5) -> str:
     """Return `"did you mean 'a' or 'b'?"` for the options nearest to `name`, or the list of all of them.
 
     Args:
         name: What was written.
         options: What could have been written.
         num_nearest: How many suggestions at most.
+        cutoff: How alike they are at least, of 1.
     """
     known = sorted(set(options))
-    nearest = difflib.get_close_matches(name, known, n=num_nearest, cutoff=0.5)
+    nearest = difflib.get_close_matches(name, known, n=num_nearest, cutoff=cutoff)
     if nearest:
         return f"did you mean {' or '.join(repr(option) for option in nearest)}?"
     if len(known) > 20:

@@ -171,7 +171,7 @@ def test_a_misspelt_task_names_the_nearest():
         load_rows("piqqa", default_split=None)
 
 
-@pytest.mark.parametrize("path", ["ag_news", "race", "sciq"])
+@pytest.mark.parametrize("path", ["ag_news", "race", "sciq", "me/commonsense_qa", "u/arc_challenge"])
 def test_a_hub_dataset_is_not_taken_for_a_misspelt_task(monkeypatch, path):
     asked = []
     monkeypatch.setattr(sources, "_load_hub", lambda *arguments: asked.append(arguments[0]))

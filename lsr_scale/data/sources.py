@@ -3,7 +3,6 @@
 What was read is written down beside the rows (`Provenance`), so that a run folder can say what it was trained on.
 """
 
-import difflib
 import gzip
 import hashlib
 import json
@@ -108,10 +107,8 @@ def load_rows(
     _check_optional_task(task, path)
     known = TASKS.get(path) or TASKS.get(task or "") or _task_of_hub_dataset(path, name)
     # the hub has names without a slash too, so only what is as good as a task's name is taken for it misspelt
-    near = difflib.get_close_matches(path, TASKS, n=1, cutoff=0.85)
-    if near and known is None and not any(task.hub.endswith(f"/{path}") for task in TASKS.values()):
-        where = "no task of that name, and no file or folder here"
-        raise UserError(f"data source {path!r}: {where}; did you mean {near[0]!r}?")
+    if known is None and "/" not in path and (near := _nearest(path, TASKS, cutoff=0.85)):
+        raise UserError(f"data source {path!r}: no task of that name, and no file or folder here; {near}")
     hub, subset = (known.hub, name or known.subset) if known and path == known.name else (path, name)
     chosen = split or default_split or (known.eval_split if known else None)
     return _load_hub(path, hub, subset, chosen, task or (known.name if known else None), limit, revision)
@@ -135,9 +132,9 @@ def _nearest_sibling(path: Path) -> str:
     )
 
 
-def _nearest(name: str, options: Iterable[str]) -> str:
+def _nearest(name: str, options: Iterable[str], cutoff: float = 0.5) -> str:
     """`did_you_mean`, but nothing at all where no option is near (folders and the hub hold too many names to list)."""
-    suggestion = did_you_mean(name, options)
+    suggestion = did_you_mean(name, options, cutoff=cutoff)
     return suggestion if suggestion.startswith("did you mean") else ""
 
 

@@ -138,13 +138,12 @@ class Largest:
             return number
         on_gpu = torch.distributed.get_backend() == "nccl"
         box = torch.tensor(number, pin_memory=on_gpu)
-        if wait or not on_gpu:
-            box = box.cuda() if on_gpu else box
-            torch.distributed.all_reduce(box, torch.distributed.ReduceOp.MAX)
-            return int(box)
-        shared, ready = box.to("cuda", non_blocking=True), torch.cuda.Event()
+        shared = box.to("cuda" if on_gpu else "cpu", non_blocking=True)
         torch.distributed.all_reduce(shared, torch.distributed.ReduceOp.MAX)
-        answer = torch.empty_like(box, pin_memory=True).copy_(shared, non_blocking=True)
+        if wait or not on_gpu:
+            return int(shared)
+        answer, ready = torch.empty_like(box, pin_memory=True), torch.cuda.Event()
+        answer.copy_(shared, non_blocking=True)
         ready.record()
         self._asked.append((ready, answer))
         if len(self._asked) <= self._late:

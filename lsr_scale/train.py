@@ -129,7 +129,7 @@ def _train(
         step = trainer.state.global_step
         raise Terminated(stop.stopped, f"after step {step}, a checkpoint is saved in {folder.path}")
     late = stop.came_late()
-    if checkpoint and checkpoint.name.endswith(f"-{trainer.state.global_step}"):
+    if checkpoint and checkpoints.step(checkpoint) == trainer.state.global_step:
         say("nothing was left to train: the checkpoint is of the last step")
     trained = time.monotonic()
     check_finite(model, "after training")

@@ -174,15 +174,15 @@ def test_a_run_leaves_whole_what_it_or_the_adapter_it_starts_from_trains_whole(m
     monkeypatch.setattr(assembly, "uses_deepspeed", lambda run: True)
     zero3 = {"deepspeed": {"config": "zero3_offload"}}
     run = tiny_run(tmp_path, **zero3)
-    plain = assembly._sharding(run, None, print)
+    plain = assembly._sharding(run, None)
     assert plain is not None
     assert plain.offload
     assert plain.whole == ()
     named = tiny_run(tmp_path, adapter={"modules_to_save": ["lm_head"]}, **zero3)
-    assert assembly._sharding(named, None, print).whole == ("lm_head",)  # pyright: ignore
+    assert assembly._sharding(named, None).whole == ("lm_head",)  # pyright: ignore
     assembly._peft_config(named).save_pretrained(tmp_path / "first")
-    assert assembly._sharding(run, tmp_path / "first", print).whole == ("lm_head",)  # pyright: ignore
-    assert assembly._sharding(tiny_run(tmp_path), None, print) is None
+    assert assembly._sharding(run, tmp_path / "first").whole == ("lm_head",)  # pyright: ignore
+    assert assembly._sharding(tiny_run(tmp_path), None) is None
 
 
 def test_matrices_are_cut_and_vectors_are_not(ids):

@@ -321,13 +321,16 @@ def config_file(place, tmp_path):
 def test_ctrl_c_gives_one_message_and_status_130_and_the_run_goes_on(place, undisturbed, tmp_path, stop_at, capfd):
     file = config_file(place, tmp_path)
     stop_at(3, signal.SIGINT)
+    before = signal.getsignal(signal.SIGINT)
     assert cli.main(["train", file]) == 130
+    assert signal.getsignal(signal.SIGINT) == before
     said = capfd.readouterr().err
     assert "lsr-scale: ended by Ctrl-C after step 4, a checkpoint is saved in" in said
     assert "Traceback" not in said
     folder = RunFolder(tmp_path / "run")
     assert not folder.adapter.exists()
     assert not folder.results.exists()
+    assert [path.name for path in folder.checkpoints()] == ["checkpoint-2", "checkpoint-4"]
     assert [row["step"] for row in metrics(folder)] == [1, 2, 3, 4]
     assert cli.main(["train", file, "--resume", "auto", "--quiet"]) == 0
     assert same(factors(undisturbed), factors(folder))

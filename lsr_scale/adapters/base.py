@@ -13,7 +13,7 @@ import sys
 import types
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, cast
 
@@ -225,6 +225,11 @@ def features(layer: nn.Module) -> tuple[int, int] | None:
     if isinstance(layer, Conv1D):
         return layer.nx, layer.nf
     return None
+
+
+def last_names(names: Iterable[str]) -> set[str]:
+    """Return the last parts of modules' names, but for the numbers that layers have."""
+    return {end for name in names if not (end := name.rpartition(".")[2]).isdigit()}
 
 
 def upcast(params: Params) -> Params:
@@ -515,7 +520,7 @@ class AdapterModel(BaseTuner):
     @staticmethod
     def _check_all_matched(config: AdapterConfig, names: list[str], targets: list[str]) -> None:
         wanted = config.target_modules
-        ends = {end for name in names if not (end := name.rsplit(".", 1)[-1]).isdigit()}  # layers have numbers
+        ends = last_names(names)
         if isinstance(wanted, str):
             if not targets:
                 raise UserError(f"target_modules: {wanted!r} matches no module; {did_you_mean(wanted, ends)}")

@@ -49,14 +49,9 @@ _OF_STAGE_3 = (
 
 # What steers how DeepSpeed reduces gradients, beside reduce_bucket_size: `training.engine_steps` does it at once.
 _OF_REDUCTION = (
-    *(
-        "overlap_comm",
-        "contiguous_gradients",
-        "reduce_scatter",
-        "ignore_unused_parameters",
-        "use_multi_rank_bucket_allreduce",
-    ),
-    *("communication_data_type", "prescale_gradients", "gradient_predivide_factor", "gradient_allreduce_op"),
+    *("overlap_comm", "contiguous_gradients", "reduce_scatter", "ignore_unused_parameters"),
+    *("use_multi_rank_bucket_allreduce", "communication_data_type", "prescale_gradients"),
+    *("gradient_predivide_factor", "gradient_allreduce_op"),
 )
 
 

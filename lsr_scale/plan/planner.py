@@ -121,11 +121,7 @@ def plan(run: RunConfig, gpus: int = 1) -> Plan:
     frozen = frozen_bytes(base, quantized, section.quantization, section.double_quantization)
     base_parameters = sum(parameter.numel() for parameter in base.parameters())
     memory.count_dequantization(base, quantized, section.quantization)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # oversized sides are told below, per shape
-        task_type = adapters.TASK_TYPES[section.task]
-        model = peft.get_peft_model(base, adapters.peft_config(run.adapter.method, run.adapter.options, task_type))
-        hold_in_float32(model)  # pyright: ignore[reportArgumentType]
+    model = _adapted(run, base)
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     sizes = [features(layer.get_base_layer()) or (0, 0) for layer in layers]
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -195,13 +191,17 @@ def render(plan: Plan) -> Group:
     ):
         facts.add_row(Text(name, style="bold"), text)
 
-    columns = ("weights", "gradients", "optimizer", "activations", "workspace", "total", "loading")
+    # broken so that 80 columns hold the table
+    columns = {
+        **{"weights": "weights", "gradients": "gradi-\nents", "optimizer": "opti-\nmizer"},
+        **{"activations": "activa-\ntions", "workspace": "work-\nspace", "total": "total", "loading": "loading"},
+    }
     title = f"GiB on one of {plan.gpus} GPUs" if plan.gpus > 1 else "GiB on one GPU"
     table = Table(title=f"{title}, {plan.tokens_per_gpu:,} tokens at once", title_justify="left", box=box.SIMPLE_HEAD)
-    table.padding, table.pad_edge, table.show_edge = (0, 1, 0, 0), False, False  # 80 columns are to hold it
+    table.padding, table.pad_edge, table.show_edge = (0, 1, 0, 0), False, False
     table.add_column("stage", no_wrap=True)
     table.add_column("check-\npointing")
-    for heading in ("weights", "gradi-\nents", "opti-\nmizer", "activa-\ntions", "work-\nspace", "total", "loading"):
+    for heading in columns.values():
         table.add_column(heading, justify="right", no_wrap=True)
 
     def add(stage: str, checkpointing: str, memory: Memory, style: str = "") -> None:
@@ -236,18 +236,23 @@ def _sum(plan: Plan) -> Table:
     return table
 
 
+def _adapted(run: RunConfig, base: Any) -> Any:
+    """Return a base with the run's adapter in it, as it trains."""
+    options = adapters.peft_config(run.adapter.method, run.adapter.options, adapters.TASK_TYPES[run.model.task])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # oversized sides are told by `_oversized`, per shape
+        model: Any = peft.get_peft_model(base, options)
+    hold_in_float32(model)
+    return model
+
+
 def _fused_step(run: RunConfig, config: Any, batch: memory.Batch) -> dict[bool, memory.StepMemory] | None:
     """Return the memory of a step whose layers all run fused, as on a GPU they would; None if they do not."""
     section = run.model
     if run.training["fused"] == "off" or section.attention not in ("auto", "sdpa"):
         return None
     base = skeleton(config, section.task, section.num_labels, DTYPES[section.dtype], "sdpa")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        task_type = adapters.TASK_TYPES[section.task]
-        options = adapters.peft_config(run.adapter.method, run.adapter.options, task_type)
-        model: Any = peft.get_peft_model(base, options).train()
-        hold_in_float32(model)
+    model = _adapted(run, base).train()
     report = fuse(model)
     if report.per_linear or not report.fused:
         return None

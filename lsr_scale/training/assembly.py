@@ -19,6 +19,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, set_seed
 
 from lsr_scale import adapters, config, distributed
 from lsr_scale.adapter_files import find_start, load_adapter
+from lsr_scale.adapters.base import last_names
 from lsr_scale.config import RunConfig
 from lsr_scale.config.training import checkpoints_layers, training_arguments_class
 from lsr_scale.data.formats import build_dataset
@@ -68,8 +69,11 @@ def build_trainer(
     for note in prepare_tokenizer(tokenizer, kind):
         say(note)
     start = _start_of(run)
+    if uses_deepspeed(run) and (unused := config.without_effect(run.deepspeed.config or {})):
+        how = "the frozen base is gathered a layer at a time, and gradients are averaged all at once"
+        say(f"note: deepspeed.config: {', '.join(unused)}: no effect, {how}")
     with only_new_warnings():
-        model, differences = adapt(run, base_of(run.model, run.training["seed"], _sharding(run, start, say)), start)
+        model, differences = adapt(run, base_of(run.model, run.training["seed"], _sharding(run, start)), start)
     for note in differences:
         say(f"note: {note}")
     report = _fuse(run, model, arguments)
@@ -129,19 +133,13 @@ def _arguments(run: RunConfig, folder: RunFolder) -> Any:
     return arguments
 
 
-def _sharding(run: RunConfig, start: Path | None, say: Callable[[str], None]) -> Sharding | None:
+def _sharding(run: RunConfig, start: Path | None) -> Sharding | None:
     """Return how a run's base is cut up among its processes, None where each holds it whole.
 
     Modules that are trained whole stay whole: those that the run names, or the adapter that it starts from.
     """
     content = run.deepspeed.config
-    if content is None or not uses_deepspeed(run):
-        return None
-    unused = config.without_effect(content)
-    if unused:
-        how = "the frozen base is gathered a layer at a time, and gradients are averaged all at once"
-        say(f"note: deepspeed.config: {', '.join(unused)}: no effect, {how}")
-    if zero_stage(run) != 3:
+    if content is None or zero_stage(run) != 3 or not uses_deepspeed(run):
         return None
     options: Any = PeftConfig.from_pretrained(str(start)) if start else _peft_config(run)
     return Sharding(config.offloads_parameters(content), options.modules_to_save or ())
@@ -249,8 +247,7 @@ def _check_whole(run: RunConfig, base: torch.nn.Module) -> None:
     names = [name for name, _ in base.named_modules() if name]
     for wanted in run.adapter.options.get("modules_to_save") or ():
         if not any(name.endswith(wanted) for name in names):
-            ends = {name.rpartition(".")[2] for name in names}
-            near = did_you_mean(wanted, [end for end in ends if not end.isdigit()])
+            near = did_you_mean(wanted, last_names(names))
             raise UserError(f"adapter.modules_to_save: {wanted!r} is no module of {run.model.name}; {near}")
 
 

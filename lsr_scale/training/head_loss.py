@@ -35,11 +35,12 @@ class HeadCollator:
         mask = batch.get("attention_mask")
         tokens = batch["input_ids"].numel() if mask is None else int(mask.sum())
         known: dict[str, Any] = {"supervised": supervised, "targets": wanted[supervised]}
-        if mask is None and "cu_seq_lens_q" not in batch:  # TRL tells them from 1.16 on
-            boundaries, longest = documents(batch, length := batch["input_ids"].shape[1])
-            if boundaries is None and len(batch["input_ids"]) == 1:  # one document, which is to be known too
+        rows, length = batch["input_ids"].shape
+        if rows == 1 and mask is None and "cu_seq_lens_q" not in batch:  # TRL tells them from 1.16 on
+            boundaries, longest = documents(batch, length)
+            if boundaries is None:  # one document, which is to be known too
                 boundaries, longest = torch.tensor([0, length], dtype=torch.int32), length
-            known |= {} if boundaries is None else {"cu_seq_lens_q": boundaries, "max_length_q": longest}
+            known |= {"cu_seq_lens_q": boundaries, "max_length_q": longest}
         return {**batch, "head": {"known": known, "tokens": tokens}}
 
 

@@ -3,13 +3,15 @@
     python benchmarks/faults.py --out benchmarks/results/faults/cpu.json                      # one process
     python benchmarks/faults.py --processes 2 --out benchmarks/results/faults/cpu-2.json      # two, under torchrun
     python benchmarks/faults.py --processes 2 --stage zero3 --out benchmarks/results/faults/cpu-2-zero3.json
+    python benchmarks/faults.py --processes 2 --at-once 4 --out benchmarks/results/faults/gpu-2.json   # on two GPUs
 
 Moments: `--in-saves` of them within a save (the folder written aside is there, and a delay drawn uniformly from the
 time that a save was measured to take has passed), the rest uniform over the undisturbed run's time from the start of
 its process to its end, so over start-up, steps and saves in proportion. Where each kill fell is told by what it left:
 a folder aside is a save, a line in the metrics is a step, nothing is start-up. A kill that met no running process is
 drawn again. Each kill has a run of its own: killed, resumed to the end, its adapter's SHA-256 compared. The model is a
-random two-layer LLaMA on an NF4 base with dropout on the adapter, so that random states count.
+random two-layer LLaMA on an NF4 base with dropout on the adapter, so that random states count. Runs add in a fixed
+order (`training.full_determinism`), which on GPUs attention's backward pass otherwise does not.
 
 With several processes the kills take turns: the whole group, then each rank alone. Where one rank was killed, the rest
 must end by itself, with a status that is not 0: within `PROMPT_S` seconds, or the kill does not count as survived.
@@ -27,6 +29,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +66,7 @@ class Runs:
             "max_steps": self.steps,
             "save_steps": self.save_steps,
             "save_total_limit": 2,
+            "full_determinism": True,
         }
         adapter = {"method": "kron_lora", "rank": 4, "left_out": 4, "dropout": 0.2}
         engine = {"config": self.stage}
@@ -193,49 +197,78 @@ def phase_of(folder: RunFolder, steps: int) -> str:
     return "after the last step" if lines >= steps and folder.checkpoints()[-1:] else "steps"
 
 
+class Kills:
+    """Kills runs and has them go on; which, when and whom is drawn beforehand.
+
+    Args:
+        runs: Starts them.
+        kills: How many.
+        in_saves: So many of them, the first, within a save.
+        seed: Of what is drawn.
+    """
+
+    def __init__(self, runs: Runs, kills: int, in_saves: int, seed: int) -> None:
+        draw = random.Random(seed)
+        self.runs = runs
+        self.total, self.saving, self.expected = undisturbed(runs)
+        self.victims = [GROUP, *(f"rank {rank}" for rank in range(runs.processes))] if runs.processes > 1 else [GROUP]
+        self.draws = [random.Random(draw.random()) for _ in range(kills)]
+        others = kills - in_saves
+        # strata, so that the moments spread evenly; none is within a save on purpose
+        spread = [self.total * (index + draw.random()) / others for index in range(others)]
+        self.moments = [None] * in_saves + spread
+
+    def one(self, index: int) -> dict[str, Any]:
+        """Kill a run, have it go on to its end and return what was seen."""
+        runs = self.runs
+        for attempt in range(20):
+            name = f"kill-{index}-{attempt}"
+            victim, seen = self._hit(name, index, attempt)
+            if seen and (seen["phase"] == "save" or self.moments[index] is not None):
+                break
+        else:
+            raise SystemExit(f"no kill number {index} hit a run that was going on")
+        folder = runs.folder(name)
+        row: dict[str, Any] = {"killed": victim, **seen, "attempts": attempt + 1}
+        row["ended"] = row["status"] not in (0, None) and row["seconds_to_end"] <= PROMPT_S and not row["left"]
+        row["whole_checkpoints"] = sum(damage(path) is None for path in folder.checkpoints())
+        row["damaged_checkpoints"] = len(folder.checkpoints()) - row["whole_checkpoints"]
+        row["resumed"] = runs.finish(name, "--resume", "auto") == 0
+        row["same_adapter"] = runs.digest(name) == self.expected
+        if row["resumed"] and row["same_adapter"] and row["ended"]:
+            shutil.rmtree(folder.path)
+        else:
+            row["said"] = (runs.place / f"{name}.log").read_text()[-4000:]
+        return row
+
+    def _hit(self, name: str, index: int, attempt: int) -> tuple[str, dict[str, Any] | None]:
+        """Start a run and kill it; return whom, and where that was and how the rest ended, if it was going on."""
+        runs, victim, moment = self.runs, self.victims[index % len(self.victims)], self.moments[index]
+        folder, process = runs.folder(name), runs.start(name)
+        if moment is None:
+            which = 1 + index % (runs.steps // runs.save_steps)
+            found = moment_in_save(process, folder, victim, which, self.draws[index].random() * self.saving)
+        else:
+            # a later attempt comes earlier: this run was quicker than the one measured
+            time.sleep(moment * 0.97**attempt)
+            found = find(process, victim) if process.poll() is None else []
+            if not found and victim != GROUP and process.poll() is None:
+                victim, found = GROUP, find(process, GROUP)  # that rank is not started yet
+        seen = strike(process, folder, found, runs.steps)
+        process.wait(timeout=300)
+        return victim, seen
+
+
 def measure(
-    kills: int, in_saves: int, processes: int, stage: str, steps: int, save_steps: int, seed: int
+    kills: int, in_saves: int, processes: int, stage: str, steps: int, save_steps: int, seed: int, at_once: int
 ) -> dict[str, Any]:
     """Kill, resume and compare; return what is written."""
-    draw = random.Random(seed)
     place = Path(tempfile.mkdtemp(prefix="faults-"))
     runs = Runs(place, processes, stage, steps, save_steps)
     try:
-        total, saving, expected = undisturbed(runs)
-        # strata, so that the moments spread evenly
-        others = kills - in_saves
-        moments = [total * (index + draw.random()) / others for index in range(others)]
-        victims = [GROUP, *(f"rank {rank}" for rank in range(processes))] if processes > 1 else [GROUP]
-        rows = []
-        for index in track(range(kills), description="kills"):
-            victim = victims[index % len(victims)]
-            for attempt in range(20):
-                name = f"kill-{index}-{attempt}"
-                folder, process = runs.folder(name), runs.start(name)
-                if in_save := index < in_saves:
-                    which = 1 + index % (steps // save_steps)
-                    found = moment_in_save(process, folder, victim, which, draw.random() * saving)
-                else:
-                    # a later attempt comes earlier: this run was quicker than the one measured
-                    time.sleep(moments[index - in_saves] * 0.97**attempt)
-                    found = find(process, victim) if process.poll() is None else []
-                    if not found and victim != GROUP and process.poll() is None:
-                        victim, found = GROUP, find(process, GROUP)  # that rank is not started yet
-                seen = strike(process, folder, found, steps)
-                if seen and (seen["phase"] == "save" or not in_save):
-                    break
-                process.wait(timeout=300)
-            else:
-                raise SystemExit(f"no kill number {index} hit a run that was going on")
-            row: dict[str, Any] = {"killed": victim, **seen, "attempts": attempt + 1}
-            row["ended"] = row["status"] not in (0, None) and row["seconds_to_end"] <= PROMPT_S and not row["left"]
-            row["whole_checkpoints"] = sum(damage(path) is None for path in folder.checkpoints())
-            row["damaged_checkpoints"] = len(folder.checkpoints()) - row["whole_checkpoints"]
-            row["resumed"] = runs.finish(name, "--resume", "auto") == 0
-            row["same_adapter"] = runs.digest(name) == expected
-            rows.append(row)
-            if row["resumed"] and row["same_adapter"] and row["ended"]:
-                shutil.rmtree(folder.path)
+        plan = Kills(runs, kills, in_saves, seed)
+        with ThreadPoolExecutor(at_once) as pool:
+            rows = list(track(pool.map(plan.one, range(kills)), total=kills, description="kills"))
         return {
             "command": "python " + " ".join([str(Path(sys.argv[0])), *sys.argv[1:]]),
             "environment": record.environment(),
@@ -243,8 +276,9 @@ def measure(
             "stage": stage if processes > 1 else None,
             "steps": steps,
             "save_steps": save_steps,
-            "undisturbed_seconds": round(total, 2),
-            "save_seconds": round(saving, 4),
+            "at_once": at_once,
+            "undisturbed_seconds": round(plan.total, 2),
+            "save_seconds": round(plan.saving, 4),
             "kills": kills,
             "phases": dict(Counter(row["phase"] for row in rows)),
             "killed": dict(Counter(row["killed"] for row in rows)),
@@ -252,7 +286,7 @@ def measure(
             "slowest_end_seconds": max(row["seconds_to_end"] for row in rows),
             "resumed": sum(row["resumed"] for row in rows),
             "same_adapter": sum(row["same_adapter"] for row in rows),
-            "adapter_sha256": expected,
+            "adapter_sha256": plan.expected,
             "rows": rows,
         }
     finally:
@@ -268,11 +302,13 @@ def main() -> int:
     parser.add_argument("--stage", default="zero2", help="deepspeed.config of several processes")
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--save-steps", type=int, default=8)
+    parser.add_argument("--at-once", type=int, default=1, help="kills at a time, where there are cores for it")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     in_saves = args.kills // 3 if args.in_saves is None else args.in_saves
-    found = measure(args.kills, in_saves, args.processes, args.stage, args.steps, args.save_steps, args.seed)
+    sizes = (args.steps, args.save_steps, args.seed, args.at_once)
+    found = measure(args.kills, in_saves, args.processes, args.stage, *sizes)
     phases = ", ".join(f"{count} in {phase}" for phase, count in sorted(found["phases"].items()))
     print(f"{found['kills']} kills: {phases}")
     slowest = found["slowest_end_seconds"]

@@ -122,6 +122,7 @@ def _train(
     elif tasks and checkpoint is not None:
         scores |= evaluate.read_scores(folder, tasks, "before")
     before_training = time.monotonic()
+    begins_at = checkpoints.step(checkpoint) if checkpoint else 0  # training may remove the checkpoint
     say("training")
     with only_new_warnings(), stop.listening():
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -129,7 +130,7 @@ def _train(
         step = trainer.state.global_step
         raise Terminated(stop.stopped, f"after step {step}, a checkpoint is saved in {folder.path}")
     late = stop.came_late()
-    if checkpoint and checkpoints.step(checkpoint) == trainer.state.global_step:
+    if checkpoint and begins_at == trainer.state.global_step:
         say("nothing was left to train: the checkpoint is of the last step")
     trained = time.monotonic()
     check_finite(model, "after training")

@@ -207,6 +207,13 @@ def test_a_finished_run_goes_on_to_itself(place, stopped, undisturbed, capsys):
     assert "nothing was left to train: the checkpoint is of the last step" in capsys.readouterr().out
 
 
+def test_the_checkpoint_that_a_run_goes_on_from_is_removed_on_the_way(place, stopped, undisturbed, capsys):
+    train(run_in(place, stopped.path, training={"save_total_limit": 1}), resume="auto")
+    assert f"resuming from {stopped.path}/checkpoint-4" in capsys.readouterr().out
+    assert [path.name for path in stopped.checkpoints()] == ["checkpoint-6"]
+    assert same(factors(undisturbed), factors(stopped))
+
+
 def test_a_finished_run_without_checkpoints_is_not_thrown_away_by_resume(place, tmp_path):
     run = run_in(place, tmp_path / "run", training={"save_strategy": "no"}, eval={"tasks": []})
     done = do(run)

@@ -78,7 +78,8 @@ class Runs:
             launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(self.processes)]
         command = [sys.executable, *launcher, str(ROOT / "launch" / "train.py"), "--config", str(file), *options]
         log = (self.place / f"{name}.log").open("a")
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
         return subprocess.Popen(command, stdout=log, stderr=log, env=environment)
 
     def finish(self, name: str, *options: str) -> int:

@@ -49,7 +49,7 @@ def start(use_deepspeed: bool, timeout_s: float = TIMEOUT_S) -> None:
     share a GPU, to try out what otherwise takes several GPUs.
 
     Raises:
-        UserError: if the others did not come, or this process has no GPU for itself.
+        UserError: if the others did not come, this process has no GPU for itself, or NCCL does not start.
     """
     if not is_launched():
         return
@@ -72,6 +72,11 @@ def start(use_deepspeed: bool, timeout_s: float = TIMEOUT_S) -> None:
             deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timeout)
         elif not torch.distributed.is_initialized():
             torch.distributed.init_process_group(backend, timeout=timeout)
+    except torch.distributed.DistBackendError as error:
+        raise UserError(
+            f"process {rank()} of {world_size()}: {backend} does not start among the processes: "
+            f"{str(error).strip()[-300:]}" + ("; NCCL_DEBUG=WARN tells more" if backend == "nccl" else "")
+        ) from error
     except torch.distributed.DistError as error:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         if "address already in use" in str(error):
@@ -87,7 +92,13 @@ def start(use_deepspeed: bool, timeout_s: float = TIMEOUT_S) -> None:
 
 def _own_gpu(backend: str) -> int:
     """Return the number of this process's GPU; LOCAL_RANK, which accelerate reads too, is made to name it."""
-    local, count = int(os.environ.get("LOCAL_RANK") or 0), torch.cuda.device_count()
+    given, count = os.environ.get("LOCAL_RANK"), torch.cuda.device_count()
+    if not given and count > 1 and backend == "nccl":
+        raise UserError(
+            f"process {rank()} of {world_size()}: LOCAL_RANK is not set, and this host has {count} GPUs; set it to the "
+            f"process's number on its host, 0 to {count - 1}, which deepspeed and torchrun do"
+        )
+    local = int(given or 0)
     if local >= count and backend == "nccl":
         raise UserError(
             f"process {rank()} is number {local + 1} of this host, which has {count} GPU{'s' * (count > 1)}: start one "

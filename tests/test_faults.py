@@ -122,10 +122,11 @@ def test_a_batch_that_is_skipped_counts_for_nothing(place, tmp_path, monkeypatch
 
 
 def start_rank(rank, file, port, *options):
-    """Start one of two processes by itself, as on two hosts."""
+    """Start one of two processes by itself, as on two hosts, of which each has a GPU if there are two."""
     environment = {
         **os.environ,
         **{"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"},
+        **({"CUDA_VISIBLE_DEVICES": str(rank)} if torch.cuda.is_available() else {}),
         **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "PYTHONPATH": PATHS},
     }
     command = [sys.executable, str(ROOT / "launch" / "train.py"), "--config", str(file), *options]
@@ -184,7 +185,7 @@ def test_a_port_that_another_run_has_is_said(monkeypatch):
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = str(other.getsockname()[1])
-        places = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        places = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         for name, value in {**places, "OMP_NUM_THREADS": str(torch.get_num_threads())}.items():
             monkeypatch.setenv(name, value)
         with pytest.raises(UserError, match=f"127.0.0.1:{port} is taken, most likely by another run on this host"):
@@ -193,7 +194,7 @@ def test_a_port_that_another_run_has_is_said(monkeypatch):
 
 def test_a_rank_whose_peer_never_comes_says_so(monkeypatch):
     port = free_port()
-    places = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    places = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     for name, value in {**places, "OMP_NUM_THREADS": str(torch.get_num_threads())}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=f"process 0 of 2 did not meet the others at 127.0.0.1:{port} within 1 s: see"):
@@ -208,6 +209,29 @@ def test_a_process_without_a_gpu_of_its_own_is_refused(monkeypatch, local, count
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
     found = f"process {local} is number {int(local) + 1} of this host, which has {count} GPU"
     with pytest.raises(UserError, match=found + r"s?: start one process a GPU \(--num_gpus"):
+        distributed.start(use_deepspeed=False)
+
+
+def test_a_process_that_is_not_told_its_gpu_of_several_is_refused(monkeypatch):
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": None, "LSR_SCALE_BACKEND": None}.items():
+        monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UserError, match="process 1 of 2: LOCAL_RANK is not set, and this host has 2 GPUs; set it"):
+        distributed.start(use_deepspeed=False)
+
+
+def test_what_keeps_processes_from_talking_is_said(monkeypatch):
+    places = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LSR_SCALE_BACKEND": "gloo"}
+    for name, value in {**places, "OMP_NUM_THREADS": str(torch.get_num_threads())}.items():
+        monkeypatch.setenv(name, value)
+
+    def fail(*_, **__):
+        raise torch.distributed.DistBackendError("error in: utils.cpp:94\nLast error:\nDuplicate GPU detected: rank 0")
+
+    monkeypatch.setattr(torch.distributed, "init_process_group", fail)
+    said = r"process 0 of 2: gloo does not start among the processes: [^;]*Duplicate GPU detected: rank 0$"
+    with pytest.raises(UserError, match=said):
         distributed.start(use_deepspeed=False)
 
 
@@ -260,7 +284,8 @@ def test_a_run_killed_within_a_save_goes_on_to_the_same_adapter(tmp_path):
 @pytest.mark.slow
 @two_processes
 def test_the_failing_rank_speaks_first_and_ends_the_run(place, tmp_path):
-    run = tiny_run(place, training={"output_dir": str(tmp_path / "run")}, eval={"tasks": []})
+    # not fused: the loss that is poisoned is TRL's
+    run = tiny_run(place, training={"output_dir": str(tmp_path / "run"), "fused": "off"}, eval={"tasks": []})
     (tmp_path / "run.yaml").write_text(dump_yaml(run))
     script = ROOT / "tests" / "poisoned_rank.py"
     status, out, err, seconds = launch("torchrun", script, "--config", tmp_path / "run.yaml")
@@ -278,6 +303,7 @@ def skipped(place, tmp_path_factory):
     where, stages = tmp_path_factory.mktemp("skipped"), ("zero0", "zero2", "zero3")
     common = {"lr_scheduler_type": "constant", "warmup_steps": 0, "optim": "sgd", "max_grad_norm": 0.0, "max_steps": 1}
     common |= {"save_strategy": "no", "on_nonfinite": "skip", "learning_rate": 1.0}
+    common |= {"fused": "off"}  # the loss that is poisoned is TRL's
 
     def run(name, **sections):
         training = {"output_dir": str(where / name), **common, **sections.pop("training", {})}

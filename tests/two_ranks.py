@@ -88,7 +88,7 @@ def main() -> None:
         nonlocal watch
         watch = Watch(stop_after)
         forward.clear()
-        training = {"output_dir": str(folder / name), **sections.pop("training", {})}
+        training = {"output_dir": str(folder / name), "fused": "off", **sections.pop("training", {})}
         file = folder / f"{name}-{rank}.yaml"
         file.write_text(dump_yaml(tiny_run(folder, training=training, **sections)))
         try:

@@ -41,6 +41,7 @@ GATHERED = [("nf4", True), ("nf4", False), ("none", False)]
 # steps along the gradient, far shorter than it is: these losses see its length
 CLIPPED = {"optim": "sgd", "max_grad_norm": 0.1, "learning_rate": 1.0}
 # and rows in a micro-batch, of two
+EXACT = {"dtype": "float32"}
 ENGINES = [(stage, rows) for stage in STAGES[:4] for rows in (1, 2)]
 
 
@@ -67,7 +68,8 @@ def first_losses(folder: Path, base: str, method: str, mode: str, **changes) -> 
         **changes.pop("training", {}),
     }
     sections = {
-        "model": {"name": str(folder / ("model" if mode == DEFAULT else "deep")), "quantization": base},
+        "model": {"name": str(folder / ("model" if mode == DEFAULT else "deep")), "quantization": base}
+        | changes.pop("model", {}),
         "adapter": {"method": method, "dropout": 0.0},
         # the rows of one step, seen in each
         "data": {"train": [{"path": str(folder / "rows.jsonl"), "limit": 4}]},
@@ -126,7 +128,7 @@ def main() -> None:
         AcceleratorState._reset_state(reset_partial_state=True)
     for stage, rows in ENGINES:
         batches = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": 2 // rows}
-        given = {"deepspeed": {"config": stage}, "training": {**CLIPPED, **batches}}
+        given = {"deepspeed": {"config": stage}, "training": {**CLIPPED, **batches}, "model": EXACT}
         *_, seen["clipped"][f"{stage}/{rows}"] = first_losses(folder, "none", "lsr", DEFAULT, **given)
         AcceleratorState._reset_state(reset_partial_state=True)
     for base, checkpoint in MEASURED:

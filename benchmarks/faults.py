@@ -20,7 +20,6 @@ must end by itself, with a status that is not 0: within `PROMPT_S` seconds, or t
 import argparse
 import contextlib
 import hashlib
-import json
 import os
 import random
 import shutil
@@ -29,11 +28,13 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 from rich.progress import track
 
 from lsr_scale import record
@@ -48,16 +49,20 @@ GROUP = "group"
 
 
 class Runs:
-    """Starts runs of one configuration, each in a folder of its own."""
+    """Starts runs of one configuration, each in a folder of its own, and in turns on GPUs of its own."""
 
     def __init__(self, place: Path, processes: int, stage: str, steps: int, save_steps: int) -> None:
         from tiny_runs import save_llama
 
         self.place, self.processes, self.steps, self.save_steps = place, processes, steps, save_steps
         self.stage = stage
+        gpus = [str(gpu) for gpu in range(torch.cuda.device_count())]
+        gpus = [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(gpus)).split(",") if gpu]
+        # those that runs take in turns, or all there are for each
+        self.gpus = [gpus[at : at + processes] for at in range(0, len(gpus) - processes + 1, processes)] or [gpus]
         save_llama(place / "model")
 
-    def start(self, name: str, *options: str) -> subprocess.Popen:
+    def start(self, name: str, *options: str, turn: int = 0) -> subprocess.Popen:
         """Start a run."""
         from tiny_runs import tiny_run
 
@@ -80,11 +85,12 @@ class Runs:
         log = (self.place / f"{name}.log").open("a")
         paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(self.gpus[turn % len(self.gpus)])
         return subprocess.Popen(command, stdout=log, stderr=log, env=environment)
 
-    def finish(self, name: str, *options: str) -> int:
+    def finish(self, name: str, *options: str, turn: int = 0) -> int:
         """Run to the end and return the status."""
-        return self.start(name, *options).wait(timeout=300)
+        return self.start(name, *options, turn=turn).wait(timeout=300)
 
     def folder(self, name: str) -> RunFolder:
         """Return a run's folder."""
@@ -234,9 +240,9 @@ class Kills:
         row["ended"] = row["status"] not in (0, None) and row["seconds_to_end"] <= PROMPT_S and not row["left"]
         row["whole_checkpoints"] = sum(damage(path) is None for path in folder.checkpoints())
         row["damaged_checkpoints"] = len(folder.checkpoints()) - row["whole_checkpoints"]
-        row["resumed"] = runs.finish(name, "--resume", "auto") == 0
+        row["resumed"] = runs.finish(name, "--resume", "auto", turn=index) == 0
         row["same_adapter"] = runs.digest(name) == self.expected
-        if row["resumed"] and row["same_adapter"] and row["ended"]:
+        if row["resumed"] and row["same_adapter"]:
             shutil.rmtree(folder.path)
         else:
             row["said"] = (runs.place / f"{name}.log").read_text()[-4000:]
@@ -245,7 +251,7 @@ class Kills:
     def _hit(self, name: str, index: int, attempt: int) -> tuple[str, dict[str, Any] | None]:
         """Start a run and kill it; return whom, and where that was and how the rest ended, if it was going on."""
         runs, victim, moment = self.runs, self.victims[index % len(self.victims)], self.moments[index]
-        folder, process = runs.folder(name), runs.start(name)
+        folder, process = runs.folder(name), runs.start(name, turn=index)
         if moment is None:
             which = 1 + index % (runs.steps // runs.save_steps)
             found = moment_in_save(process, folder, victim, which, self.draws[index].random() * self.saving)
@@ -260,38 +266,44 @@ class Kills:
         return victim, seen
 
 
-def measure(
-    kills: int, in_saves: int, processes: int, stage: str, steps: int, save_steps: int, seed: int, at_once: int
-) -> dict[str, Any]:
-    """Kill, resume and compare; return what is written."""
+def measure(args: argparse.Namespace, done: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Kill, resume and compare; return what is written, and tell it after each kill."""
     place = Path(tempfile.mkdtemp(prefix="faults-"))
-    runs = Runs(place, processes, stage, steps, save_steps)
+    runs = Runs(place, args.processes, args.stage, args.steps, args.save_steps)
+    rows, found = [], {}
     try:
-        plan = Kills(runs, kills, in_saves, seed)
-        with ThreadPoolExecutor(at_once) as pool:
-            rows = list(track(pool.map(plan.one, range(kills)), total=kills, description="kills"))
-        return {
-            "command": "python " + " ".join([str(Path(sys.argv[0])), *sys.argv[1:]]),
+        plan = Kills(runs, args.kills, args.kills // 3 if args.in_saves is None else args.in_saves, args.seed)
+        words = ["benchmarks/faults.py", *sys.argv[1:]]
+        known = {
+            "command": "python " + " ".join(words).replace(str(args.out), args.out.name if args.out else ""),
             "environment": record.environment(),
-            "processes": processes,
-            "stage": stage if processes > 1 else None,
-            "steps": steps,
-            "save_steps": save_steps,
-            "at_once": at_once,
+            "processes": args.processes,
+            "stage": args.stage if args.processes > 1 else None,
+            "steps": args.steps,
+            "save_steps": args.save_steps,
+            "at_once": args.at_once,
             "undisturbed_seconds": round(plan.total, 2),
             "save_seconds": round(plan.saving, 4),
-            "kills": kills,
-            "phases": dict(Counter(row["phase"] for row in rows)),
-            "killed": dict(Counter(row["killed"] for row in rows)),
-            "ended": sum(row["ended"] for row in rows),
-            "slowest_end_seconds": max(row["seconds_to_end"] for row in rows),
-            "resumed": sum(row["resumed"] for row in rows),
-            "same_adapter": sum(row["same_adapter"] for row in rows),
             "adapter_sha256": plan.expected,
-            "rows": rows,
         }
+        with ThreadPoolExecutor(args.at_once) as pool:
+            for row in track(pool.map(plan.one, range(args.kills)), total=args.kills, description="kills"):
+                rows.append(row)
+                found = {
+                    **known,
+                    "kills": len(rows),
+                    "phases": dict(Counter(row["phase"] for row in rows)),
+                    "killed": dict(Counter(row["killed"] for row in rows)),
+                    "ended": sum(row["ended"] for row in rows),
+                    "slowest_end_seconds": max(row["seconds_to_end"] for row in rows),
+                    "resumed": sum(row["resumed"] for row in rows),
+                    "same_adapter": sum(row["same_adapter"] for row in rows),
+                    "rows": rows,
+                }
+                done(found)
     finally:
         shutil.rmtree(place, ignore_errors=True)
+    return found
 
 
 def main() -> int:
@@ -307,18 +319,18 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    in_saves = args.kills // 3 if args.in_saves is None else args.in_saves
-    sizes = (args.steps, args.save_steps, args.seed, args.at_once)
-    found = measure(args.kills, in_saves, args.processes, args.stage, *sizes)
+
+    def write(found: dict[str, Any]) -> None:
+        if args.out:
+            record.write_json(args.out, found)
+
+    found = measure(args, write)
     phases = ", ".join(f"{count} in {phase}" for phase, count in sorted(found["phases"].items()))
     print(f"{found['kills']} kills: {phases}")
     slowest = found["slowest_end_seconds"]
     print(f"{found['ended']} ended every process with a status that is not 0, the slowest in {slowest} s")
     print(f"{found['resumed']} went on to the end, {found['same_adapter']} to the undisturbed run's adapter")
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(found, indent=1) + "\n")
-    return 0 if found["ended"] == found["resumed"] == found["same_adapter"] == found["kills"] else 1
+    return 0 if found["ended"] == found["resumed"] == found["same_adapter"] == args.kills else 1
 
 
 if __name__ == "__main__":

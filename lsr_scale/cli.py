@@ -13,16 +13,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lsr_scale.errors import UserError
+from lsr_scale.errors import LOST_PEER, UserError
 
 SECONDS_FOR_RANK_0 = 4.0
 # the system's words, and what torch.save makes of them
 _FULL_DISK = ("No space left on device", "PytorchStreamWriter", "inline_container", "iostream error")
 # a peer's end, in gloo's words and NCCL's
-LOST_PEER_TEXT = (
-    "another process of the run ended or cannot be reached; what it said tells why; go on from the last checkpoint "
-    "with --resume auto"
-)
 _LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "ncclRemoteError", "ncclSystemError")
 
 
@@ -177,7 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _say_error(text: str) -> None:
     rank = os.environ.get("RANK", "0")
-    if text == LOST_PEER_TEXT:
+    if text == LOST_PEER:
         time.sleep(1.0)  # the launcher is to see first the one that it lost, and to name that one
     elif rank != "0":
         # Most mistakes stop all processes alike: the first one says it and ends, and the launcher ends this one before
@@ -205,7 +201,7 @@ def _remedy(error: Exception) -> str | None:
             "short is passed over)"
         )
     if any(words in text for words in _LOST_PEER):
-        return LOST_PEER_TEXT
+        return LOST_PEER
     if isinstance(error, SafetensorError):
         return f"a weight file is damaged or cut short ({text}); restore it, or resume from the checkpoint before"
     if isinstance(error, OSError) and error.errno is not None:

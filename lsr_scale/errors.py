@@ -3,6 +3,11 @@
 import difflib
 from collections.abc import Iterable
 
+LOST_PEER = (
+    "another process of the run ended or cannot be reached; what it said tells why; go on from the last checkpoint "
+    "with --resume auto"
+)
+
 
 class UserError(ValueError):
     """A mistake in a configuration, a file or a call; its message is all that the user needs to see.

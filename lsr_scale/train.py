@@ -21,7 +21,7 @@ from lsr_scale.run_folder import RunFolder, step_of
 from lsr_scale.scoring.accuracy import TaskScore
 from lsr_scale.training import checkpoints
 from lsr_scale.training.assembly import build_trainer, only_new_warnings, uses_deepspeed, zero_stage
-from lsr_scale.training.faults import NONFINITE, StopOnSignal, Terminated
+from lsr_scale.training.faults import NONFINITE, StopOnSignal, Terminated, ends_with_others
 
 
 def train(
@@ -124,12 +124,12 @@ def _train(
     before_training = time.monotonic()
     begins_at = checkpoints.step(checkpoint) if checkpoint else 0  # training may remove the checkpoint
     say("training")
-    with only_new_warnings(), stop.listening():
+    with only_new_warnings(), stop.listening(), ends_with_others():
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    late = stop.came_late()  # every process asks, so none ends before all are here
     if stop.stopped:
         step = trainer.state.global_step
         raise Terminated(stop.stopped, f"after step {step}, a checkpoint is saved in {folder.path}")
-    late = stop.came_late()
     if checkpoint and begins_at == trainer.state.global_step:
         say("nothing was left to train: the checkpoint is of the last step")
     trained = time.monotonic()

@@ -20,8 +20,9 @@ from trl import SFTTrainer
 
 from lsr_scale import UserError, cli, distributed, progress
 from lsr_scale.config import dump_yaml
+from lsr_scale.errors import LOST_PEER
 from lsr_scale.run_folder import RunFolder
-from lsr_scale.training import faults
+from lsr_scale.training import faults, lookout
 from lsr_scale.training.checkpoints import damage
 
 
@@ -121,7 +122,7 @@ def test_a_batch_that_is_skipped_counts_for_nothing(place, tmp_path, monkeypatch
     assert len(set(noted)) == 2 * accumulation, "every micro-batch has rows of its own"
 
 
-def start_rank(rank, file, port, *options):
+def start_rank(rank, file, port, *options, script=ROOT / "launch" / "train.py"):
     """Start one of two processes by itself, as on two hosts, of which each has a GPU if there are two."""
     environment = {
         **os.environ,
@@ -129,14 +130,14 @@ def start_rank(rank, file, port, *options):
         **({"CUDA_VISIBLE_DEVICES": str(rank)} if torch.cuda.is_available() else {}),
         **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "PYTHONPATH": PATHS},
     }
-    command = [sys.executable, str(ROOT / "launch" / "train.py"), "--config", str(file), *options]
+    command = [sys.executable, str(script), "--config", str(file), *options]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def endless_run(place, tmp_path, save_steps):
     """Return the folder and the file of a run of 5,000 steps."""
     folder, file = RunFolder(tmp_path / "run"), tmp_path / "run.yaml"
-    training = {"output_dir": str(folder.path), "max_steps": 5000, "save_steps": save_steps}
+    training = {"output_dir": str(folder.path), "max_steps": 5000, "save_steps": save_steps, "fused": "off"}
     file.write_text(dump_yaml(tiny_run(place, training=training, eval={"tasks": []})))
     return folder, file
 
@@ -178,6 +179,41 @@ def test_ranks_started_one_by_one_meet_and_end_together(place, tmp_path):
     assert f"resuming from {folder.path}/checkpoint-{steps}" in out
     assert "lsr-scale: another process of the run ended or cannot be reached" in err
     assert "Traceback" not in err
+
+
+@pytest.mark.slow
+@two_processes
+def test_a_process_that_waits_for_one_that_ended_ends_too(place, tmp_path):
+    folder, file = endless_run(place, tmp_path, save_steps=20)
+    port = free_port()
+    ranks = [start_rank(rank, file, port, script=ROOT / "tests" / "waiting_rank.py") for rank in (0, 1)]
+    wait_for_steps(folder, 1, ranks)
+    time.sleep(2)  # the first one waits by now, and would for ever
+    ranks[0].terminate()
+    time.sleep(1)
+    assert ranks[0].poll() is None, "it is told to end after the step"
+    ranks[1].kill()
+    ranks[1].communicate()
+    killed = time.monotonic()
+    _, err = ranks[0].communicate(timeout=60)
+    assert time.monotonic() - killed < 20
+    assert ranks[0].returncode == -signal.SIGKILL, err
+    assert err.strip() == f"lsr-scale: {LOST_PEER}"
+
+
+def test_who_is_no_process_of_this_host_or_another_one_by_now_is_not_waited_for():
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    since = lookout.started(child.pid)
+    assert lookout.Seen("here", child.pid, since).is_alive_on("here")
+    assert not lookout.Seen("there", child.pid, since).is_alive_on("here")
+    assert not lookout.Seen("here", child.pid, str(int(since) - 1)).is_alive_on("here")
+    assert not lookout.Seen("here", 2**22 + 1, None).is_alive_on("here"), "where there is no /proc"
+    child.kill()
+    deadline = time.monotonic() + 10
+    while lookout.started(child.pid) is not None:  # before its launcher asks after it
+        assert time.monotonic() < deadline
+    child.wait()
+    assert lookout.started(child.pid) is None
 
 
 def test_a_port_that_another_run_has_is_said(monkeypatch):

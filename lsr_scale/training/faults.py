@@ -1,19 +1,24 @@
-"""What a run does when it is told to end, and when its loss is not finite."""
+"""What a run does when it is told to end, when a process of it has ended, and when its loss is not finite."""
 
 import itertools
 import json
 import math
 import os
 import signal
+import socket
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from subprocess import PIPE
 from typing import Any
 
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lsr_scale import distributed
-from lsr_scale.errors import UserError
+from lsr_scale.errors import LOST_PEER, UserError
+from lsr_scale.training import lookout
 
 NONFINITE = "nonfinite.jsonl"
 
@@ -87,6 +92,27 @@ class StopOnSignal(TrainerCallback):
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+@contextmanager
+def ends_with_others() -> Iterator[None]:
+    """End this process some seconds after another process of the run on this host has ended; see `lookout`.
+
+    Every process of the run must come here, and meet the others after it: who is here no more has ended.
+    """
+    me = lookout.Seen(socket.gethostname(), os.getpid(), lookout.started(os.getpid()))
+    seen = [other for other in distributed.gather([me]) if other.is_alive_on(me.host) and other != me]
+    if not seen:
+        yield
+        return
+    who = f"rank {distributed.rank()}: " if distributed.rank() else ""
+    words = [f"lsr-scale: {who}{LOST_PEER}", *(f"{other.process}:{other.started}" for other in seen)]
+    # a session of its own: Ctrl-C is not for it
+    with subprocess.Popen([sys.executable, "-I", lookout.__file__, *words], stdin=PIPE, start_new_session=True) as out:
+        try:
+            yield
+        finally:
+            out.communicate(b"over")
 
 
 def _parent(process: int) -> int | None:

@@ -76,6 +76,27 @@ def table(run: dict[str, Any]) -> str:
     return "\n".join([f"{where}; activations kept, or recomputed in the backward pass:", "", *lines])
 
 
+def scaling_table(folder: Path, model: str = "mistral-7b", base: str = "nf4") -> str:
+    """Return the Markdown table of the newest measurement of each number of GPUs above one; "" if there is none."""
+    newest: dict[int, dict[str, Any]] = {}
+    for _, run in results_page.read(folder):
+        config, most = run["config"], max(row["num_gpus"] for row in run["rows"])
+        if (config["model"], config["base"], config["device"]) == (model, base, "cuda") and most > 1:
+            newest[most] = run  # the oldest come first
+    if not newest:
+        return ""
+    stages = sorted({row["zero_stage"] for run in newest.values() for row in run["rows"]} - {None})
+    rows = []
+    for gpus, run in sorted(newest.items()):
+        found = {row["zero_stage"]: row["scaling"] for row in run["rows"] if row["num_gpus"] == gpus}
+        card = run["env"]["gpus"][0].split()[1]
+        rows.append([f"{gpus} {card}", *(results_page.number(found.get(stage), ".2f") for stage in stages)])
+    config = next(iter(newest.values()))["config"]
+    what = f"{model}, {base.upper()}, {config['tokens']:,} tokens a GPU and step"
+    table = results_page.grid(["times one GPU without DeepSpeed", *(f"`zero{stage}`" for stage in stages)], rows)
+    return f"Tokens/s of the training command, {what}:\n\n{table}"
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Write everything, or with --check compare it; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -84,6 +105,7 @@ def main(arguments: list[str] | None = None) -> int:
     run, picture = newest("mistral-7b", "nf4"), RESULTS / "mistral-7b-nf4.png"
     text = README.read_text(encoding="utf-8")
     wanted = with_table(text, "throughput", table(run))
+    wanted = with_table(wanted, "scaling", scaling_table(RESULTS.parent / "scaling"))
     measured = commonsense_report.load(RESULTS.parent / "commonsense")
     accuracy = commonsense_report.short_table(measured, commonsense_report.HEADLINE)
     wanted = with_table(wanted, "accuracy", accuracy)

@@ -241,11 +241,13 @@ def faults(folder: Path) -> list[str]:
     for path, run in read(folder):
         phases = ", ".join(f"{count} {name}" for name, count in sorted(run["phases"].items()))
         stage = run.get("stage") or ("zero2" if run["processes"] > 1 else "")
+        on = (run["environment"]["gpus"] or ["- CPU"])[0].split()[1]
         counts = [str(run[name]) for name in ("kills", "resumed", "same_adapter")]
-        rows.append([path.stem, str(run["processes"]), stage, phases, *counts])
+        end = number(run.get("slowest_end_seconds"), ".1f")
+        rows.append([path.stem, f"{run['processes']}, {on}", stage, phases, *counts, end])
     if not rows:
         return []
-    head = ["file", "processes", "stage", "killed in", "kills", "went on", "to the same bits"]
+    head = ["file", "processes", "stage", "killed in", "kills", "went on", "to the same bits", "the rest gone after, s"]
     text = "Runs killed by SIGKILL at moments spread over start-up, steps and saves, then `--resume auto`."
     return ["## Kills", text, grid(head, rows), "    python benchmarks/faults.py --processes 2 --out NAME.json"]
 

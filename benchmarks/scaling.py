@@ -10,6 +10,7 @@ GPUs at ZeRO-1 and 2, 1.7 at ZeRO-3. The parity of first losses between stages i
 """
 
 import argparse
+import datetime
 import json
 import sys
 import tempfile
@@ -85,7 +86,8 @@ def main(arguments: list[str] | None = None) -> int:
         for gpus, stage in cases:
             rows.append(measure(folder, args, gpus, stage))
             add_scaling(rows)
-            record.write_json(args.out, {"env": record.environment(), "config": config, "rows": rows})
+            env = {**record.environment(), "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
+            record.write_json(args.out, {"env": env, "config": config, "rows": rows})
             last = rows[-1]
             shown = f"{last['tokens_per_s']:,.0f} tokens/s" if last["status"] == "ok" else last["detail"][-300:]
             say(f"{gpus} GPUs, ZeRO {stage}: {last['status']}, {shown}, scaling {json.dumps(last['scaling'])}")

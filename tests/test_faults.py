@@ -175,7 +175,8 @@ def test_ranks_started_one_by_one_meet_and_end_together(place, tmp_path):
     killed = time.monotonic()
     out, err = ranks[0].communicate(timeout=60)
     assert time.monotonic() - killed < 20
-    assert ranks[0].returncode == 2, err
+    # gloo fails; with NCCL it is ended from outside
+    assert ranks[0].returncode == (-signal.SIGKILL if torch.cuda.is_available() else 2), err
     assert f"resuming from {folder.path}/checkpoint-{steps}" in out
     assert "lsr-scale: another process of the run ended or cannot be reached" in err
     assert "Traceback" not in err

@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import SEVEN_LINEARS, quantize, randomize, tiny_llama
 from peft import get_peft_model
+from tiny_runs import do, factors, same, save_llama, tiny_run
 
 from lsr_scale.adapters import METHODS, peft_config
 from lsr_scale.quantized import dequantize, freeze_quantized
@@ -71,3 +72,17 @@ def test_training_on_a_quantized_base_follows_the_cpu(name, kind):
             losses[device].append(loss.item())
     assert losses["cuda"][-1] < losses["cuda"][0]
     torch.testing.assert_close(losses["cuda"], losses["cpu"], rtol=2e-2, atol=2e-2)
+
+
+def test_fused_runs_that_add_in_a_fixed_order_are_equal_bit_for_bit(tmp_path, monkeypatch):
+    for name in ("CUDA_LAUNCH_BLOCKING", "CUBLAS_WORKSPACE_CONFIG", "FLASH_ATTENTION_DETERMINISTIC"):
+        monkeypatch.setenv(name, "")  # full_determinism sets them; put back as they were, after it
+    save_llama(tmp_path / "model")
+    found = []
+    try:
+        for name in ("first", "second"):
+            training = {"output_dir": str(tmp_path / name), "full_determinism": True, "fused": "on"}
+            found.append(factors(do(tiny_run(tmp_path, training=training, eval={"tasks": []}))))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert same(*found)

@@ -1,6 +1,7 @@
 """The command line: parse, call, and say what went wrong in words. No logic of its own."""
 
 import argparse
+import contextlib
 import json
 import logging
 import math
@@ -181,7 +182,8 @@ def _say_error(text: str) -> None:
         time.sleep(SECONDS_FOR_RANK_0)
     if rank != "0":
         text = f"rank {rank}: {text}"
-    print(f"\nlsr-scale: {text}", file=sys.stderr, flush=True)
+    with contextlib.suppress(BrokenPipeError):  # its reader may be gone, as after Ctrl-C on `... |& tee`
+        print(f"\nlsr-scale: {text}", file=sys.stderr, flush=True)
 
 
 def _remedy(error: Exception) -> str | None:

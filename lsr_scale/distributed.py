@@ -27,6 +27,13 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def place() -> tuple[int, int]:
+    """Return this process's number in the group that it joined, and how many are in it; (0, 1) if it joined none."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return 0, 1
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
 def is_main() -> bool:
     """Tell whether this process is the one that speaks and writes."""
     return rank() == 0

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import os
 import re
 import shutil
 import sys
@@ -22,13 +23,21 @@ def show_live(text: str) -> None:
     """Put text on the live line in place of what stands there, "" clearing it; nothing where there is no terminal."""
     if sys.stdout.isatty():
         width = shutil.get_terminal_size().columns
-        print(f"\r\x1b[2K{text[: width - 1]}", end="", flush=True)
+        _write(f"\r\x1b[2K{text[: width - 1]}")
 
 
 def print_line(text: str) -> None:
     """Print a line that stays, where the live line may stand."""
     show_live("")
-    print(text, flush=True)
+    _write(f"{text}\n")
+
+
+def _write(text: str) -> None:
+    """Write to the screen; where its reader is gone, as after Ctrl-C on `... | tee`, to nobody from then on."""
+    try:
+        print(text, end="", flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class Progress(TrainerCallback):
@@ -77,8 +86,10 @@ class Progress(TrainerCallback):
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """End the step's time where an epoch's end is what a save or an evaluation waits for."""
+        """End the time of the step that a save or an evaluation at the epoch's end waits for; refuse as after it."""
         self._end_work(control)
+        if control.should_save:
+            check_finite(kwargs["model"], f"after step {state.global_step}")
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Keep the evaluation out of the next step's time."""
@@ -137,7 +148,7 @@ class Progress(TrainerCallback):
     ) -> None:
         """Leave the live line standing."""
         if sys.stdout.isatty() and not self.quiet and state.is_world_process_zero:
-            print(flush=True)
+            _write("\n")
 
     def _show(self, row: dict[str, Any], state: TrainerState, now: float) -> None:
         if "loss" not in row:
@@ -153,7 +164,7 @@ class Progress(TrainerCallback):
         if sys.stdout.isatty():
             show_live(line)
         else:
-            print(line, flush=True)
+            _write(f"{line}\n")
 
 
 def check_finite(model: torch.nn.Module, when: str) -> None:

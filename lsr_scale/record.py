@@ -62,10 +62,13 @@ def system_error(error: Exception) -> OSError | None:
 
 
 def sync(path: Path) -> None:
-    """See a file's content, or the names in a folder, onto the disk."""
+    """See a file's content, or the names in a folder, onto the disk; some network storage cannot do the latter."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
     finally:
         os.close(handle)
 

@@ -9,9 +9,14 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 from lsr_scale.errors import UserError
 from lsr_scale.record import cannot_write
+
+# Locks that this process has. One is gone when all have closed its file: a loader's worker is not to keep it.
+_HELD: set[TextIO] = set()
+os.register_at_fork(after_in_child=lambda: [stream.close() for stream in _HELD])
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,11 @@ class RunFolder:
         """Counts, times, accuracies."""
         return self.path / "results.json"
 
+    @property
+    def nonfinite(self) -> Path:
+        """One JSON object a batch whose loss was not finite."""
+        return self.path / "nonfinite.jsonl"
+
     def predictions(self, task: str, when: str) -> Path:
         """The predictions of a task, `when` being "before", "after" or the name of another evaluation."""
         return self.path / "eval" / f"{re.sub(r'[^A-Za-z0-9_.-]+', '_', task)}-{when}.jsonl"
@@ -76,6 +86,12 @@ class RunFolder:
     def is_run(self) -> bool:
         """Tell whether a run was started here."""
         return self.config.is_file()
+
+    def written(self) -> list[Path]:
+        """Return what lies here under the names that a run gives, checkpoints aside; a run that starts removes it."""
+        folders = self.adapter, self.path / "eval"
+        files = self.metrics, self.curve, self.condition, self.results, self.nonfinite
+        return [path for path in (*folders, *files) if path.exists()]
 
     def claim(self) -> bool:
         """Make the folder and see that it can be written; return False if it was there already.
@@ -122,6 +138,8 @@ class RunFolder:
             stream.write(f"process {os.getpid()} on {socket.gethostname()}\n")
             stream.flush()
             stack.callback(file.unlink, missing_ok=True)
+            stack.callback(_HELD.discard, stream)
+            _HELD.add(stream)
             yield
 
     def release(self) -> None:
@@ -170,6 +188,13 @@ def choose(output_dir: str | None, name: str, resume: bool, overwrite: bool) -> 
             raise UserError(
                 f"{folder.path}: holds a run already; --resume auto continues it, --overwrite starts it again, "
                 "--set training.output_dir=... goes elsewhere"
+            )
+        goes_on = folder.is_run() or (resume and folder.checkpoints())
+        if not overwrite and not goes_on and (there := [*folder.written(), *folder.checkpoints()]):
+            raise UserError(
+                f"{folder.path}: is no run's folder (there is no config.yaml in it), but holds "
+                f"{', '.join(path.name for path in there[:6])}, which a run would write over; --overwrite removes "
+                "them, --set training.output_dir=... goes elsewhere"
             )
         folder.claim()
         return folder

@@ -1,5 +1,6 @@
 """A run from its first line on the screen to a folder that a person can read: score, train, score again, save."""
 
+import json
 import shutil
 import time
 from collections.abc import Callable
@@ -16,12 +17,12 @@ from lsr_scale.config import RunConfig
 from lsr_scale.errors import UserError
 from lsr_scale.model import base_description
 from lsr_scale.model.sharded import let_go
-from lsr_scale.progress import Progress, check_finite, clock, draw_losses, print_line, summarize_metrics
+from lsr_scale.progress import Progress, check_finite, clock, draw_losses, print_line, read_metrics, summarize_metrics
 from lsr_scale.run_folder import RunFolder, step_of
 from lsr_scale.scoring.accuracy import TaskScore
 from lsr_scale.training import checkpoints
 from lsr_scale.training.assembly import build_trainer, only_new_warnings, uses_deepspeed, zero_stage
-from lsr_scale.training.faults import NONFINITE, StopOnSignal, Terminated, ends_with_others
+from lsr_scale.training.faults import StopOnSignal, Terminated, ends_with_others
 
 
 def train(
@@ -83,10 +84,11 @@ def _train(
         say(f"resuming from {checkpoint}" if checkpoint else "nothing to resume: starting from the beginning")
     _say_machine(run, say)
     tasks = evaluate.load_tasks(run.eval)
-    # a checkpoint has factors of its own
-    start = None if checkpoint else run.adapter.start_from
+    start = run.adapter.start_from
+    where = f", starting from {start}" if start and not checkpoint else ""
+    # a checkpoint has factors of its own, and says what the adapter that was started from had that the run does not
+    start = str(checkpoint) if start and checkpoint else start
     begins = run.model_copy(update={"adapter": run.adapter.model_copy(update={"start_from": start})})
-    where = f", starting from {start}" if start else ""
     say(f"loading {run.model.name} ({run.model.quantization}) and adapting it with {run.adapter.method}{where}")
     progress = Progress(folder.metrics, quiet=quiet)
     stop = StopOnSignal(say)
@@ -229,7 +231,12 @@ def _choose(run: RunConfig, name: str, resume: str | None, overwrite: bool) -> _
             f"{folder.path}: the run is finished, and no whole checkpoint is left to go on from; --overwrite starts "
             "it again"
         )
-    return run, folder, None, notes
+    if notes:
+        raise UserError(
+            f"{folder.path}: no checkpoint is whole; mend or remove them, or --overwrite starts again\n"
+            + "\n".join(notes)
+        )
+    return run, folder, None, []
 
 
 def _begin(run: RunConfig, folder: RunFolder, checkpoint: Path | None, say: Callable[[str], None]) -> None:
@@ -244,6 +251,9 @@ def _begin(run: RunConfig, folder: RunFolder, checkpoint: Path | None, say: Call
             shutil.rmtree(path, ignore_errors=True)
         if not goes_on:
             _clear(folder)
+        elif folder.nonfinite.exists():  # what is done again is noted again
+            kept = [row for row in read_metrics(folder.nonfinite) if row["step"] <= after]
+            record.write_text(folder.nonfinite, "".join(json.dumps(row) + "\n" for row in kept))
         record.write_json(folder.environment, record.environment())
         begun = checkpoints.as_begun(checkpoint, run) if checkpoint is not None else run
         record.write_text(folder.config, config.dump_yaml(begun))  # last: it makes the folder a run
@@ -252,10 +262,8 @@ def _begin(run: RunConfig, folder: RunFolder, checkpoint: Path | None, say: Call
 
 def _clear(folder: RunFolder) -> None:
     """Remove what a run wrote, and nothing else that lies in its folder."""
-    for path in (folder.adapter, folder.path / "eval"):
-        shutil.rmtree(path, ignore_errors=True)
-    for path in (folder.metrics, folder.curve, folder.condition, folder.results, folder.path / NONFINITE):
-        path.unlink(missing_ok=True)
+    for path in folder.written():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _check_adapter(model: Any, checkpoint: Path) -> None:

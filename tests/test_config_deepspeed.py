@@ -37,7 +37,8 @@ def test_a_deepspeed_path_is_read_from_beside_the_config_and_from_the_working_di
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     (tmp_path / "elsewhere" / "near.json").write_text("{}")
-    assert load(MINIMAL, "deepspeed.config=near.json").deepspeed.config == COMMON, "what is left out is auto"
+    plain = {**COMMON, "zero_optimization": {"stage": 0}}
+    assert load(MINIMAL, "deepspeed.config=near.json").deepspeed.config == plain, "what is left out is auto"
     assert load(MINIMAL, "deepspeed.config={zero_optimization: {stage: 3}}").deepspeed.config is not None
     assert load(MINIMAL, "deepspeed.config=null").deepspeed.config is None
 
@@ -86,7 +87,17 @@ def test_a_deepspeed_path_is_read_from_beside_the_config_and_from_the_working_di
             '{"zero_optimization": {"stage": 2, "cpu_offload": true}}',
             "DeepSpeed's name of old; write offload_optimizer",
         ),
-        ('{"train_batch_size": "many"}', "train_batch_size: expected auto or a positive number, got 'many'"),
+        ('{"train_batch_size": 16}', "train_batch_size: expected auto, got 16: it depends on the number of processes"),
+        (
+            '{"train_micro_batch_size_per_gpu": 5}',
+            "train_micro_batch_size_per_gpu: is 5, but training.per_device_train_batch_size is 8; set that one",
+        ),
+        ('{"gradient_clipping": 0.5}', "gradient_clipping: is 0.5, but training.max_grad_norm is 1.0; set that one"),
+        ('{"managed_gradient_accumulation": false}', "managed_gradient_accumulation: the trainer leaves accumulation"),
+        (
+            '{"zero_optimization": {"stage": 2, "allgather_bucket_size": "auto"}}',
+            "allgather_bucket_size: nobody fills in auto here; write a value",
+        ),
         ('{"a": 1,}', "ds.json:1:9: not valid JSON"),
         ("[1]", "expected one JSON object, got list"),
         ("", "the file is empty"),
@@ -95,6 +106,18 @@ def test_a_deepspeed_path_is_read_from_beside_the_config_and_from_the_working_di
 def test_an_unsafe_or_broken_deepspeed_file_is_refused(tmp_path, content, expected):
     (tmp_path / "ds.json").write_text(content)
     assert expected in problem(MINIMAL, "deepspeed.config=ds.json", folder=tmp_path)
+
+
+def test_what_a_deepspeed_file_leaves_open_is_not_null(tmp_path):
+    zero = {"stage": 1, "offload_optimizer": None, "reduce_bucket_size": "auto"}
+    for content, expected in (
+        ({"gradient_clipping": 1.0, "zero_optimization": zero}, {"stage": 1, "reduce_bucket_size": "auto"}),
+        ({"optimizer": None}, {"stage": 0}),
+    ):
+        (tmp_path / "ds.json").write_text(json.dumps(content))
+        assert (
+            load(MINIMAL, "deepspeed.config=ds.json", folder=tmp_path).deepspeed.config["zero_optimization"] == expected
+        )
 
 
 def test_a_missing_deepspeed_file_names_the_shipped_ones():

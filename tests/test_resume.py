@@ -179,6 +179,29 @@ def test_a_manifest_without_the_adapter_is_damage(stopped, tmp_path):
         assert damage(checkpoint) == f"manifest.json does not list {name}"
 
 
+def test_a_run_whose_checkpoints_are_all_harmed_is_not_begun_again(place, stopped):
+    for step in (2, 4):
+        cut(stopped.path / f"checkpoint-{step}" / "training_state.json")
+    with pytest.raises(UserError, match=r"no checkpoint is whole; mend or remove them, or --overwrite .*\n.*is cut"):
+        do(run_in(place, stopped.path), resume="auto")
+    assert len(stopped.checkpoints()) == 2
+
+
+@pytest.mark.parametrize("name", ["eval/my_code.py", "adapter/mine.bin", "checkpoint-500/model.bin", "results.json"])
+def test_what_no_run_wrote_is_not_removed(place, undisturbed, tmp_path, name):
+    mine = tmp_path / "run" / name
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    first = name.split("/")[0]
+    with pytest.raises(UserError, match=rf"is no run's folder .*, but holds {first}, which a run would write over"):
+        do(run_in(place, tmp_path / "run"))
+    with pytest.raises(UserError, match="no checkpoint is whole" if "checkpoint" in name else "is no run's folder"):
+        do(run_in(place, tmp_path / "run"), resume="auto")
+    assert mine.read_text() == "mine"
+    do(run_in(place, tmp_path / "run"), overwrite=True)
+    assert same(factors(undisturbed), factors(RunFolder(tmp_path / "run")))
+
+
 def test_a_damaged_checkpoint_by_its_path_is_refused(place, stopped):
     cut(stopped.path / "checkpoint-4" / "training_state.json")
     with pytest.raises(UserError, match=r"checkpoint-4: not a checkpoint to go on from: training_state\.json is cut"):

@@ -1,6 +1,7 @@
 """Training that begins with the factors of an earlier adapter."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -49,6 +50,23 @@ def test_a_run_begins_where_another_ended(place, adapter):
     moved = started(place, first.path, "third", training={"learning_rate": 1e-2}, **sections)
     assert not same(factors(first), factors(moved))
     assert str(first.path) in moved.config.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ({"modules_to_save": ["lm_head"]}, {}),
+        ({"target_modules": ["q_proj", "v_proj"]}, {"target_modules": "all-linear"}),
+    ],
+)
+def test_what_the_start_has_and_the_run_leaves_open_is_gone_on_with(place, first, second):
+    start = trained(place, adapter=first)
+    training = {"output_dir": str(place / "second"), "save_steps": 2}
+    run = tiny_run(place, training=training, adapter={"start_from": str(start.path), **second}, **PLAIN)
+    whole = factors(do(run))
+    shutil.rmtree(place / "second" / "checkpoint-6")
+    shutil.rmtree(start.path)
+    assert same(whole, factors(do(run, resume="auto")))
 
 
 def test_the_optimizer_and_the_schedule_begin_anew(place):

@@ -309,6 +309,26 @@ def test_classifiers_train_with_their_head_and_load_again(tmp_path, kind, method
         assert accuracy == pytest.approx(scored["eval_accuracy"])
 
 
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+def test_a_classifiers_loss_is_its_rows_mean_however_they_are_dealt_out(tmp_path, kind):
+    save_classifier(tmp_path / "model", kind)
+    rows, first = write_rows(tmp_path / "pairs.jsonl", labelled()), {}
+    for batch in (4, 2, 1):
+        training = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": 4 // batch, "max_steps": 1}
+        run = tiny_run(
+            tmp_path,
+            model={"task": "seq_cls", "num_labels": 2, "quantization": "none", "dtype": "float32"},
+            adapter={"rank": 4, "target_modules": ["query", "value"], "dropout": 0.0},
+            data={"train": [rows]},
+            training={**training, "output_dir": str(tmp_path / f"run-{batch}")},
+            eval={"tasks": []},
+        )
+        first[batch] = metrics(do(run))[0]
+    for batch in (2, 1):
+        assert first[batch]["loss"] == pytest.approx(first[4]["loss"], rel=0.2), "the base has dropout of its own"
+        assert first[batch]["grad_norm"] == pytest.approx(first[4]["grad_norm"], rel=0.5)
+
+
 def test_scores_in_place_of_classes_are_a_regression(tmp_path):
     save_classifier(tmp_path / "model", "bert")
     rows = write_rows(tmp_path / "pairs.jsonl", [{**row, "label": 2.5 * row["label"]} for row in labelled()])
@@ -510,6 +530,8 @@ def test_what_trains_whole_is_in_float32_so_that_small_updates_count(place, tmp_
 
 
 def test_a_module_to_be_trained_whole_that_is_not_there_is_refused(place):
+    with pytest.raises(UserError, match=r"modules_to_save: 'mlp' is quantized \(nf4\), which cannot be trained whole"):
+        do(tiny_run(place, adapter={"modules_to_save": ["mlp"]}, training={"output_dir": str(place / "whole")}))
     adapter = {"modules_to_save": ["lm_headd"]}
     with pytest.raises(UserError, match=r"modules_to_save: 'lm_headd' is no module of .*did you mean 'lm_head'"):
         do(tiny_run(place, adapter=adapter, training={"output_dir": str(place / "misspelt")}))

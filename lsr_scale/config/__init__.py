@@ -1,6 +1,12 @@
 """The run as a YAML file describes it, checked before anything is loaded."""
 
-from lsr_scale.config.deepspeed import engine_config, offloads_optimizer, offloads_parameters, without_effect
+from lsr_scale.config.deepspeed import (
+    OF_TRAINING,
+    engine_config,
+    offloads_optimizer,
+    offloads_parameters,
+    without_effect,
+)
 from lsr_scale.config.run import (
     EvalSection,
     RunConfig,
@@ -12,6 +18,7 @@ from lsr_scale.config.run import (
 )
 
 __all__ = [
+    "OF_TRAINING",
     "EvalSection",
     "RunConfig",
     "dump_yaml",

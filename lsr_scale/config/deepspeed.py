@@ -38,6 +38,16 @@ SHIPPED: dict[str, dict[str, Any]] = {
 }
 
 
+# What the training section says; a number here must be the same.
+OF_TRAINING = {
+    "train_micro_batch_size_per_gpu": "per_device_train_batch_size",
+    "gradient_accumulation_steps": "gradient_accumulation_steps",
+    "gradient_clipping": "max_grad_norm",
+}
+
+# Where transformers fills in auto, in zero_optimization.
+FILLED = ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold")
+
 # What steers how DeepSpeed's own stage 3 cuts parameters up and gathers them, beside all that begins with stage3_.
 _OF_STAGE_3 = (
     *("offload_param", "sub_group_size", "memory_efficient_linear", "module_granularity_threshold"),

@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError, ValidationInfo
 
-from lsr_scale.config.deepspeed import COMMON, SHIPPED
+from lsr_scale.config.deepspeed import COMMON, FILLED, SHIPPED
 from lsr_scale.config.messages import Problem, raise_problems
 from lsr_scale.config.yaml_text import read
 from lsr_scale.errors import UserError, did_you_mean
@@ -49,11 +49,17 @@ def resolve_deepspeed(value: Any, info: ValidationInfo) -> Any:
         folder = (info.context or {}).get("folder", Path())
         value = copy.deepcopy(SHIPPED[value]) if value in SHIPPED else _read_json(value, folder)
     if isinstance(value, dict):
+        value = _without_nulls(value)
         raise_problems(list(_unsafe(value)))
         if value not in SHIPPED.values():
             raise_problems(list(_misread(value)))
-            value = {**COMMON, **value}
+            value = {**COMMON, **value, "zero_optimization": {"stage": 0, **value.get("zero_optimization", {})}}
     return value
+
+
+def _without_nulls(content: dict[str, Any]) -> dict[str, Any]:
+    """Return a configuration without what it says nothing of: not all that read it take null for that."""
+    return {k: _without_nulls(v) if isinstance(v, dict) else v for k, v in content.items() if v is not None}
 
 
 def _read_json(name: str, folder: Path) -> dict[str, Any]:
@@ -78,16 +84,21 @@ def _misread(content: Mapping[str, Any]) -> Iterator[Problem]:
     for name in content:
         if name not in _KNOWN:
             yield Problem((name,), f"DeepSpeed knows no such setting; {did_you_mean(name, _KNOWN)}")
-    for name in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
-        value = content.get(name, "auto")
-        if value != "auto" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-            yield Problem((name,), f"expected auto or a positive number, got {value!r}")
+    if content.get("train_batch_size", "auto") != "auto":
+        yield Problem(
+            ("train_batch_size",),
+            f"expected auto, got {content['train_batch_size']!r}: it depends on the number of processes; set "
+            "training.per_device_train_batch_size and training.gradient_accumulation_steps",
+        )
     if not content.get("zero_optimization"):
         return
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig  # seconds, so only where there is something to judge
 
     try:
         DeepSpeedZeroConfig(**content["zero_optimization"])
+        for name, value in content["zero_optimization"].items():
+            if value == "auto" and name not in FILLED:
+                yield Problem(("zero_optimization", name), "nobody fills in auto here; write a value, or leave it out")
     except ValidationError as error:
         for found in error.errors():
             place = tuple(str(part) for part in found["loc"])
@@ -126,6 +137,8 @@ def _unsafe(content: Mapping[str, Any]) -> Iterator[Problem]:
         if zero.get(name):
             new = "offload_param" if name.endswith("params") else "offload_optimizer"
             yield Problem(("zero_optimization", name), f"DeepSpeed's name of old; write {new}: {{device: cpu}}")
+    if content.get("managed_gradient_accumulation") is False:
+        yield Problem(("managed_gradient_accumulation",), "the trainer leaves accumulation to DeepSpeed; leave it out")
     if zero.get("stage", 0) == 3:
         yield from _unsafe_in_stage_3(zero)
     tensor_parallel = content.get("tensor_parallel", {})

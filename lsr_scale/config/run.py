@@ -23,7 +23,7 @@ from pydantic import (
 
 from lsr_scale import adapters
 from lsr_scale.config import yaml_text
-from lsr_scale.config.deepspeed import SHIPPED
+from lsr_scale.config.deepspeed import OF_TRAINING, SHIPPED
 from lsr_scale.config.deepspeed_file import resolve_deepspeed
 from lsr_scale.config.messages import Problem, explain, raise_problems
 from lsr_scale.config.training import Flag, Task, check_training, training_kwargs, training_model, yaml_type
@@ -245,6 +245,13 @@ def _conflicts(run: RunConfig) -> Iterable[Problem]:
             "SFTTrainer computes the loss from lm_head's own weight, so an adapter there would never train; remove it, "
             "or train the whole matrix with adapter.modules_to_save: [lm_head]",
         )
+    for name, ours in OF_TRAINING.items():
+        value = (run.deepspeed.config or {}).get(name, "auto")
+        if value not in ("auto", training[ours]):
+            yield Problem(
+                ("deepspeed", "config", name),
+                f"is {value!r}, but training.{ours} is {training[ours]!r}; set that one, and this to auto",
+            )
     stage = (run.deepspeed.config or {}).get("zero_optimization", {}).get("stage", 0)
     if stage > 0 and training["condition_guard"] != "warn":
         yield Problem(

@@ -123,7 +123,9 @@ def _arguments(run: RunConfig, folder: RunFolder) -> Any:
         values["accelerator_config"] = {"non_blocking": values.get("dataloader_pin_memory", True)}
     values.setdefault("ddp_find_unused_parameters", False)  # every factor takes part in every step
     if run.deepspeed.config is not None and uses_deepspeed(run):
-        values["deepspeed"] = config.engine_config(run.deepspeed.config)
+        # accumulation follows the number of processes, whatever number stands there
+        numbers = dict.fromkeys(config.OF_TRAINING, "auto")
+        values["deepspeed"] = config.engine_config(run.deepspeed.config) | numbers
     try:
         arguments: Any = training_arguments_class(run.model.task)(**values)
     except (ValueError, ImportError) as error:
@@ -249,6 +251,13 @@ def _check_whole(run: RunConfig, base: torch.nn.Module) -> None:
         if not any(name.endswith(wanted) for name in names):
             near = did_you_mean(wanted, last_names(names))
             raise UserError(f"adapter.modules_to_save: {wanted!r} is no module of {run.model.name}; {near}")
+        for name, module in base.named_modules():
+            if name.endswith(wanted) and not all(p.is_floating_point() for p in module.parameters()):
+                raise UserError(
+                    f"adapter.modules_to_save: {wanted!r} is quantized ({run.model.quantization}), which cannot be "
+                    "trained whole; name modules that are not, such as lm_head, embed_tokens or norm, or adapt it with "
+                    "adapter.target_modules"
+                )
 
 
 def _sft_trainer(common: dict[str, Any]) -> Trainer:
@@ -270,6 +279,12 @@ def _sft_trainer(common: dict[str, Any]) -> Trainer:
 
 class OurTrainer(Resumable, LossCheck, EngineSteps, Trainer):
     """Transformers' trainer, with checkpoints and faults as ours are."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # transformers tells by forward's signature whether a model divides its loss by all of a step's labels;
+        # classifiers would, and do not: theirs is their batch's mean
+        self.model_accepts_loss_kwargs = False
 
 
 def _classifier_trainer(run: RunConfig, common: dict[str, Any]) -> Trainer:

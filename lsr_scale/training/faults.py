@@ -18,9 +18,8 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from lsr_scale import distributed
 from lsr_scale.errors import LOST_PEER, UserError
+from lsr_scale.run_folder import RunFolder
 from lsr_scale.training import lookout
-
-NONFINITE = "nonfinite.jsonl"
 
 
 class Terminated(Exception):  # noqa: N818
@@ -58,9 +57,18 @@ class StopOnSignal(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Agree with the other processes, for the signal reaches them in different steps."""
-        self.stopped = self.largest.ask(self._came())
+        came = self.largest.ask(self._came())
+        self.stopped = came if state.global_step < state.max_steps else 0  # after the last step nothing is stopped
         if self.stopped:
             control.should_save = control.should_training_stop = True
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Leave out what is due at an epoch's end where training ended within it."""
+        epoch = state.epoch or 0.0
+        if self.stopped and abs(epoch - round(epoch)) > 1e-6:
+            control.should_evaluate = control.should_save = False
 
     def came_late(self) -> int:
         """Return the signal that came to any process too late to end training, 0 if none did; every one must ask."""
@@ -79,6 +87,7 @@ class StopOnSignal(TrainerCallback):
             if number == signal.SIGINT and os.getpid() == process:  # not a loader's worker, which has this handler too
                 if self.came:
                     raise KeyboardInterrupt
+                self.came = number  # before it is said: who reads that may be gone
                 self.say("interrupted: a checkpoint will be saved after this step; once more ends the run at once")
             self.came = self.came or number
 
@@ -140,7 +149,7 @@ def on_nonfinite(trainer: Trainer, loss: float, inputs: dict[str, Any]) -> None:
     Raises:
         UserError: where `training.on_nonfinite` is "stop".
     """
-    file = Path(str(trainer.args.output_dir)) / NONFINITE
+    file = RunFolder(Path(str(trainer.args.output_dir))).nonfinite
     rows = _rows_in_hand(trainer)
     line = {
         "step": trainer.state.global_step + 1,

@@ -48,8 +48,8 @@ def main() -> None:
 
     while not over(1.0):
         if any(started(int(process)) != since for process, since in others) and not over(AFTER_S):
-            print(f"\n{text}", file=sys.stderr, flush=True)
             os.kill(parent, signal.SIGKILL)
+            print(f"\n{text}", file=sys.stderr, flush=True)
             return
 
 

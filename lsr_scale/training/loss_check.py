@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import DefaultFlowCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lsr_scale.training import faults
 
@@ -31,7 +31,10 @@ class LossCheck(_Base):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._unchecked: deque = deque()
-        self.callback_handler.callbacks.insert(1, _CheckBeforeUse(self))  # after the one that decides what is due
+        callbacks = self.callback_handler.callbacks
+        # after those that decide what is due
+        deciding = [n for n, one in enumerate(callbacks) if isinstance(one, DefaultFlowCallback | faults.StopOnSignal)]
+        callbacks.insert(max(deciding, default=-1) + 1, _CheckBeforeUse(self))
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Compute the loss as the trainer does, and see to it that it is finite."""
@@ -101,3 +104,5 @@ class _CheckBeforeUse(TrainerCallback):
         """Raise for a loss that is not finite."""
         if control.should_log or control.should_save or control.should_evaluate or control.should_training_stop:
             self.trainer.check_losses()
+
+    on_epoch_end = on_step_end

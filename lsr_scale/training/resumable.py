@@ -10,6 +10,7 @@ The loop is transformers'; `Resumable` goes before `Trainer` or a subclass of it
 """
 
 import json
+import math
 import random
 import shutil
 from pathlib import Path
@@ -30,6 +31,7 @@ from lsr_scale.data.order import WholeSteps
 from lsr_scale.errors import UserError
 from lsr_scale.training import trained_state
 from lsr_scale.training.checkpoints import STATE, TENSORS, write_manifest
+from lsr_scale.training.faults import StopOnSignal
 
 _Base: Any = Trainer
 
@@ -39,6 +41,7 @@ class Resumable(_Base):
 
     first_num_processes = 0  # those that the run began with
     _order: Any = None
+    _saved_step = -1
 
     @property
     def rows_per_step(self) -> int:
@@ -64,6 +67,7 @@ class Resumable(_Base):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Save a checkpoint aside and move it into place; every process takes part, the main one writes."""
         self.store_flos()
+        self._saved_step = self.state.global_step
         target = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         tensors, scalars = trained_state.collect(self)
         states = distributed.gather([_random_state()])
@@ -159,6 +163,24 @@ class Resumable(_Base):
                 # where processes share the batches, accelerate's loader that skips those done does not reach the order
                 self._order.set_epoch(content["step"] * self.rows_per_step // len(self._order))
         return prepared
+
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        """Return the epochs done and the steps of the next; all epochs where a checkpoint is of the last step."""
+        found = super()._init_training_state(*args, **kwargs)
+        finished = self.state.global_step >= self.state.max_steps
+        return (math.ceil(self.state.num_train_epochs), 0) if finished else found
+
+    def _finalize_training(self, trial: Any, *args: Any, **kwargs: Any) -> Any:
+        """End training; a run that a signal stopped has a checkpoint of its last step then, also beside a best one."""
+        if not any(isinstance(one, StopOnSignal) and one.stopped for one in self.callback_handler.callbacks):
+            return super()._finalize_training(trial, *args, **kwargs)
+        if self._saved_step != self.state.global_step:
+            self._save_checkpoint(self.model, trial)
+        best, self.state.best_model_checkpoint = self.state.best_model_checkpoint, None
+        try:
+            return super()._finalize_training(trial, *args, **kwargs)
+        finally:
+            self.state.best_model_checkpoint = best
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Leave it to `_prepare_for_training`, where every engine is ready."""

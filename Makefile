@@ -1,4 +1,4 @@
-# The two commands of the README. Everything is installed into $(VENV); nothing else on the machine is touched.
+# The two commands of the README. Everything is installed into $(VENV); the converted model goes to ~/.cache/lsr_scale.
 #   make demo     install, fine-tune the embedded model on the embedded data, score it before and after, reload it
 #   make test     install, then lint, type-check and run every test
 VENV ?= .venv

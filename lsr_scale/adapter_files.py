@@ -65,6 +65,7 @@ def write_adapter(model: Any, folder: Path) -> None:
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's template, to be filled in; an export has a card
     (folder / "base.json").write_text(json.dumps(base_description(model), indent=1) + "\n")
     _check_saved(folder)
+    record.share(folder)
 
 
 def _cannot_save(target: Path, error: OSError | SafetensorError) -> UserError:

@@ -206,10 +206,14 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def summarize_metrics(path: Path) -> dict[str, Any]:
+def summarize_metrics(path: Path, best: int | None = None) -> dict[str, Any]:
     """Return what the results say of a metrics file.
 
     The loss at the end (mean of the last tenth), tokens, memory, and the largest condition number of each side.
+
+    Args:
+        path: The file.
+        best: The step whose adapter was taken; None is the last one's.
     """
     rows = read_metrics(path)
     steps = [row for row in rows if "loss" in row]
@@ -217,7 +221,7 @@ def summarize_metrics(path: Path) -> dict[str, Any]:
         return {}
     last = steps[-max(1, len(steps) // 10) :]
     speeds = sorted(row["tokens_per_s"] for row in steps if "tokens_per_s" in row)
-    evaluations = [row for row in rows if "eval_loss" in row]
+    evaluations = [row for row in rows if "eval_loss" in row and best in (None, row["step"])]
     found: dict[str, Any] = {
         "final_loss": round(sum(row["loss"] for row in last) / len(last), 4),
         "tokens": round(steps[-1].get("num_tokens", steps[-1].get("num_input_tokens_seen", 0))),
@@ -226,6 +230,8 @@ def summarize_metrics(path: Path) -> dict[str, Any]:
     }
     for name in dict.fromkeys(name for row in steps for name in row if re.fullmatch("condition_.*_max", name)):
         found[name] = round(max(row[name] for row in steps if name in row), 4)
+    if best is not None:
+        found["best_step"] = best
     names = ("eval_loss", "eval_accuracy")
     return found | {name: round(evaluations[-1][name], 6) for name in names if evaluations and name in evaluations[-1]}
 

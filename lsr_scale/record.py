@@ -19,6 +19,10 @@ PACKAGES = (
 )
 
 
+_UMASK = os.umask(0)
+os.umask(_UMASK)
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file aside and move it into place, so that a full disk or a kill leaves the old one as it was.
 
@@ -71,6 +75,13 @@ def sync(path: Path) -> None:
             raise
     finally:
         os.close(handle)
+
+
+def share(folder: Path) -> None:
+    """Let a folder's files be read by whom the umask lets: safetensors writes them for their owner alone."""
+    for file in folder.rglob("*"):
+        if file.is_file() and file.stat().st_mode & 0o777 == 0o600:
+            file.chmod(0o666 & ~_UMASK)
 
 
 def write_text(path: Path, text: str) -> None:

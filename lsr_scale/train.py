@@ -134,6 +134,9 @@ def _train(
         raise Terminated(stop.stopped, f"after step {step}, a checkpoint is saved in {folder.path}")
     if checkpoint and begins_at == trainer.state.global_step:
         say("nothing was left to train: the checkpoint is of the last step")
+    best = trainer.state.best_global_step if trainer.args.load_best_model_at_end else None
+    if best:
+        say(f"the adapter is that of step {best}, the best by {trainer.args.metric_for_best_model}")
     trained = time.monotonic()
     check_finite(model, "after training")
     with only_new_warnings():
@@ -152,7 +155,7 @@ def _train(
             "adapter_bytes": sum(file.stat().st_size for file in folder.adapter.glob("*.safetensors")),
             "steps": trainer.state.global_step,
             "train_rows": num_rows,
-            **summarize_metrics(folder.metrics),
+            **summarize_metrics(folder.metrics, best or None),
             "training_s": round(trained - before_training, 1),
             "wall_s": round(time.monotonic() - started, 1),
             "num_processes": distributed.world_size(),

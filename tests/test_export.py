@@ -27,7 +27,7 @@ from lsr_scale.cli import main
 from lsr_scale.export import export, merge, open_adapter
 from lsr_scale.export.gguf_file import from_rotary_order, to_rotary_order
 from lsr_scale.export.pairs import truncate
-from lsr_scale.export.verify import in_float32
+from lsr_scale.export.verify import compare, in_float32
 from lsr_scale.model import embedded, load_base, resolve
 from lsr_scale.packed_factors import GROUP, dequantize_groups, pack, quantize_groups, unpack
 from lsr_scale.quantized import dequantize, freeze_quantized
@@ -355,3 +355,10 @@ def test_rotary_order_is_that_of_a_published_gguf():
             torch.testing.assert_close(to_rotary_order(ours, heads), theirs, rtol=2**-8, atol=1e-6)
             assert torch.equal(from_rotary_order(to_rotary_order(ours, heads), heads), ours)
             assert not torch.allclose(ours, theirs, rtol=0.1)
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan")])
+def test_an_adapter_that_diverged_is_not_called_the_same(value):
+    logits, dead = [torch.randn(3, 7)], [torch.full((3, 7), value)]
+    with pytest.raises(UserError, match="the adapter as trained gives logits that are zero or not finite"):
+        compare([torch.zeros(3, 7)], dead, logits)

@@ -30,7 +30,7 @@ from tiny_runs import (
 )
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from lsr_scale import UserError
+from lsr_scale import UserError, record
 from lsr_scale.adapter_files import load_adapter
 from lsr_scale.adapters.lsr import Lsr
 from lsr_scale.config import dump_yaml, load_run
@@ -241,6 +241,20 @@ def test_the_best_checkpoint_can_be_the_one_that_is_kept(place, tmp_path):
     kept = factors(RunFolder(done.path), f"checkpoint-{best}")
     assert best != 6, "what is learned must not help here, or this test sees nothing"
     assert same(factors(done), kept)
+    found = results(done)
+    assert (found["best_step"], found["eval_loss"]) == (best, pytest.approx(losses[best], abs=1e-6))
+
+
+def test_a_misspelt_metric_of_the_best_is_refused_at_once(place, tmp_path):
+    with pytest.raises(UserError, match=r"metric_for_best_model: .*'eval_los'.*did you mean 'eval_loss'"):
+        run_in(place, tmp_path / "run", training={"metric_for_best_model": "eval_los"})
+
+
+def test_what_is_saved_can_be_read_by_whom_the_umask_lets(place, tmp_path):
+    done = do(run_in(place, tmp_path / "run", eval={"tasks": []}))
+    files = [file for file in done.path.rglob("*.safetensors")]
+    assert len(files) >= 3
+    assert {file.stat().st_mode & 0o777 for file in files} == {0o666 & ~record._UMASK}
 
 
 def test_conversations_take_the_chat_template(place, tmp_path):

@@ -27,7 +27,7 @@ from lsr_scale.config.deepspeed import OF_TRAINING, SHIPPED
 from lsr_scale.config.deepspeed_file import resolve_deepspeed
 from lsr_scale.config.messages import Problem, explain, raise_problems
 from lsr_scale.config.training import Flag, Task, check_training, training_kwargs, training_model, yaml_type
-from lsr_scale.errors import UserError
+from lsr_scale.errors import UserError, did_you_mean
 
 
 class Section(BaseModel):
@@ -245,6 +245,11 @@ def _conflicts(run: RunConfig) -> Iterable[Problem]:
             "SFTTrainer computes the loss from lm_head's own weight, so an adapter there would never train; remove it, "
             "or train the whole matrix with adapter.modules_to_save: [lm_head]",
         )
+    if metric := training.get("metric_for_best_model"):
+        measured = ["loss", "accuracy"] if model.task == "seq_cls" else ["loss", "mean_token_accuracy", "entropy"]
+        if metric.removeprefix("eval_") not in measured:
+            names = [f"eval_{name}" for name in measured]
+            yield Problem(("training", "metric_for_best_model"), f"{metric!r}: {did_you_mean(metric, names)}")
     for name, ours in OF_TRAINING.items():
         value = (run.deepspeed.config or {}).get(name, "auto")
         if value not in ("auto", training[ours]):

@@ -258,6 +258,7 @@ def _appears_whole(out: Path) -> Iterator[Path]:
         yield aside
         if out.exists():
             out.rmdir()
+        record.share(aside)
         aside.rename(out)
     except (OSError, SafetensorError) as error:
         raise record.cannot_write(out, error if isinstance(error, OSError) else OSError(str(error))) from error

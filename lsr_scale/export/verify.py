@@ -70,6 +70,8 @@ def compare(got: list[Tensor], trained: list[Tensor], base: list[Tensor]) -> Agr
     one, two, zero = (torch.cat(logits).double() for logits in (got, trained, base))
     if not torch.isfinite(one).all():
         raise UserError("the exported model's logits are not finite; nothing was exported")
+    if not torch.isfinite(two).all() or not two.norm() > 0:
+        raise UserError("the adapter as trained gives logits that are zero or not finite: it diverged; train it again")
     difference = (one - two).norm()
     return Agreement(
         float((one - two).abs().max()),

@@ -240,7 +240,7 @@ def render(budget: Budget) -> Group:
     for column in ("parameters", "of budget"):
         table.add_column(column, justify="right")
     for column in ("options", "learning rate", "why"):
-        table.add_column(column)
+        table.add_column(column, overflow="fold")
     for index, item in enumerate(budget.proposals):
         options = ", ".join(f"{name} {value:g}" for name, value in item.options.items())
         cells = (item.method, f"{item.parameters:,}", f"{100 * item.share:.0f} %", options, f"{item.learning_rate:g}")

@@ -26,6 +26,7 @@ _FIXED = re.compile(
 
 def write_manifest(folder: Path) -> None:
     """Write the size and SHA-256 of every file in a folder, and see all of it onto the disk."""
+    record.share(folder)
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
     listed = {str(f.relative_to(folder)): {"bytes": f.stat().st_size, "sha256": _sha256(f)} for f in files}
     for file in files:

@@ -40,6 +40,7 @@ def save_adapter(trainer: Trainer, target: Path) -> None:
         shutil.rmtree(left_over, ignore_errors=True)
     try:
         write_adapter(model, aside)
+        record.share(aside)
         if target.exists():
             target.rename(old)
         aside.rename(target)
@@ -65,7 +66,6 @@ def write_adapter(model: Any, folder: Path) -> None:
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's template, to be filled in; an export has a card
     (folder / "base.json").write_text(json.dumps(base_description(model), indent=1) + "\n")
     _check_saved(folder)
-    record.share(folder)
 
 
 def _cannot_save(target: Path, error: OSError | SafetensorError) -> UserError:

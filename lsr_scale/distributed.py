@@ -27,9 +27,14 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def _has_joined() -> bool:
+    """Tell whether this process is in a group."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def place() -> tuple[int, int]:
     """Return this process's number in the group that it joined, and how many are in it; (0, 1) if it joined none."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if not _has_joined():
         return 0, 1
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
@@ -118,7 +123,7 @@ def _own_gpu(backend: str) -> int:
 
 def gather(value: list) -> list:
     """Return the lists of all processes one after the other, on every process."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if not _has_joined():
         return value
     parts: list = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(parts, value)
@@ -127,7 +132,7 @@ def gather(value: list) -> list:
 
 def broadcast(value: object) -> object:
     """Return the main process's value on every process."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if not _has_joined():
         return value
     box = [value]
     torch.distributed.broadcast_object_list(box, src=0)
@@ -152,7 +157,7 @@ class Largest:
             number: This process's, from 0 on.
             wait: For the answer to this very question.
         """
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        if not _has_joined():
             return number
         on_gpu = torch.distributed.get_backend() == "nccl"
         box = torch.tensor(number, pin_memory=on_gpu)
@@ -173,5 +178,5 @@ class Largest:
 
 def stop() -> None:
     """Leave the process group."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if _has_joined():
         torch.distributed.destroy_process_group()

@@ -65,9 +65,7 @@ class Progress(TrainerCallback):
         self.first_step = state.global_step
         state.compute_steps(args, state.max_steps)  # a checkpoint's intervals would stand in place of the run's
         if state.is_world_process_zero:
-            kept = [row for row in read_metrics(self.metrics) if row["step"] <= state.global_step]
-            kept = kept if state.global_step else []
-            record.write_text(self.metrics, "".join(json.dumps(row) + "\n" for row in kept))
+            kept = cut_back(self.metrics, state.global_step or -1)
             if kept:
                 self.wall_s_before = kept[-1]["wall_s"]
                 self.tokens_before = max((row.get("num_tokens", 0.0) for row in kept), default=0.0)
@@ -204,6 +202,13 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             break
     return rows
+
+
+def cut_back(path: Path, step: int) -> list[dict[str, Any]]:
+    """Leave in a file of rows those up to a step, since the later steps are done again; return them."""
+    kept = [row for row in read_metrics(path) if row["step"] <= step]
+    record.write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+    return kept
 
 
 def summarize_metrics(path: Path, best: int | None = None) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """A run from its first line on the screen to a folder that a person can read: score, train, score again, save."""
 
-import json
 import shutil
 import time
 from collections.abc import Callable
@@ -17,7 +16,7 @@ from lsr_scale.config import RunConfig
 from lsr_scale.errors import UserError
 from lsr_scale.model import base_description
 from lsr_scale.model.sharded import let_go
-from lsr_scale.progress import Progress, check_finite, clock, draw_losses, print_line, read_metrics, summarize_metrics
+from lsr_scale.progress import Progress, check_finite, clock, cut_back, draw_losses, print_line, summarize_metrics
 from lsr_scale.run_folder import RunFolder, step_of
 from lsr_scale.scoring.accuracy import TaskScore
 from lsr_scale.training import checkpoints
@@ -155,7 +154,7 @@ def _train(
             "adapter_bytes": sum(file.stat().st_size for file in folder.adapter.glob("*.safetensors")),
             "steps": trainer.state.global_step,
             "train_rows": num_rows,
-            **summarize_metrics(folder.metrics, best or None),
+            **summarize_metrics(folder.metrics, best),
             "training_s": round(trained - before_training, 1),
             "wall_s": round(time.monotonic() - started, 1),
             "num_processes": distributed.world_size(),
@@ -255,8 +254,7 @@ def _begin(run: RunConfig, folder: RunFolder, checkpoint: Path | None, say: Call
         if not goes_on:
             _clear(folder)
         elif folder.nonfinite.exists():  # what is done again is noted again
-            kept = [row for row in read_metrics(folder.nonfinite) if row["step"] <= after]
-            record.write_text(folder.nonfinite, "".join(json.dumps(row) + "\n" for row in kept))
+            cut_back(folder.nonfinite, after)
         record.write_json(folder.environment, record.environment())
         begun = checkpoints.as_begun(checkpoint, run) if checkpoint is not None else run
         record.write_text(folder.config, config.dump_yaml(begun))  # last: it makes the folder a run

@@ -40,8 +40,8 @@ GATHERED = [("nf4", True), ("nf4", False), ("none", False)]
 
 # steps along the gradient, far shorter than it is: these losses see its length
 CLIPPED = {"optim": "sgd", "max_grad_norm": 0.1, "learning_rate": 1.0}
+EXACT = {"dtype": "float32"}  # the model's, for these
 # and rows in a micro-batch, of two
-EXACT = {"dtype": "float32"}
 ENGINES = [(stage, rows) for stage in STAGES[:4] for rows in (1, 2)]
 
 

@@ -245,19 +245,19 @@ def adapt(run: RunConfig, base: Any, start: Path | None = None) -> tuple[PeftMod
 
 
 def _check_whole(run: RunConfig, base: torch.nn.Module) -> None:
-    """Refuse modules to be trained whole that the base does not have, of which PEFT says nothing."""
-    names = [name for name, _ in base.named_modules() if name]
+    """Refuse modules to be trained whole that the base does not have, of which PEFT says nothing, or in few bits."""
+    modules = {name: module for name, module in base.named_modules() if name}
     for wanted in run.adapter.options.get("modules_to_save") or ():
-        if not any(name.endswith(wanted) for name in names):
-            near = did_you_mean(wanted, last_names(names))
+        matched = [module for name, module in modules.items() if name.endswith(wanted)]
+        if not matched:
+            near = did_you_mean(wanted, last_names(modules))
             raise UserError(f"adapter.modules_to_save: {wanted!r} is no module of {run.model.name}; {near}")
-        for name, module in base.named_modules():
-            if name.endswith(wanted) and not all(p.is_floating_point() for p in module.parameters()):
-                raise UserError(
-                    f"adapter.modules_to_save: {wanted!r} is quantized ({run.model.quantization}), which cannot be "
-                    "trained whole; name modules that are not, such as lm_head, embed_tokens or norm, or adapt it with "
-                    "adapter.target_modules"
-                )
+        if not all(parameter.is_floating_point() for module in matched for parameter in module.parameters()):
+            raise UserError(
+                f"adapter.modules_to_save: {wanted!r} is quantized ({run.model.quantization}), which cannot be "
+                "trained whole; name modules that are not, such as lm_head, embed_tokens or norm, or adapt it with "
+                "adapter.target_modules"
+            )
 
 
 def _sft_trainer(common: dict[str, Any]) -> Trainer:

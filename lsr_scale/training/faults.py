@@ -84,12 +84,13 @@ class StopOnSignal(TrainerCallback):
         process = os.getpid()
 
         def ask(number: int, frame: Any) -> None:
-            if number == signal.SIGINT and os.getpid() == process:  # not a loader's worker, which has this handler too
-                if self.came:
-                    raise KeyboardInterrupt
-                self.came = number  # before it is said: who reads that may be gone
+            # a loader's worker has this handler too
+            by_hand = number == signal.SIGINT and os.getpid() == process
+            if by_hand and self.came:
+                raise KeyboardInterrupt
+            self.came = self.came or number  # before it is said: who reads that may be gone
+            if by_hand:
                 self.say("interrupted: a checkpoint will be saved after this step; once more ends the run at once")
-            self.came = self.came or number
 
         try:
             before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -126,10 +127,8 @@ def ends_with_others() -> Iterator[None]:
 
 def _parent(process: int) -> int | None:
     """Return the parent of a process, None where the system does not tell."""
-    try:
-        return int(Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[1])
-    except (OSError, ValueError, IndexError):
-        return None
+    fields = lookout.fields_of(process)
+    return None if fields is None else int(fields[1])
 
 
 def _deepspeed_runner() -> int | None:

@@ -31,11 +31,16 @@ class Seen(NamedTuple):
 
 def started(process: int) -> str | None:
     """Return when a process was started, in ticks since the system was; None if it has ended or cannot be seen."""
+    fields = fields_of(process)
+    return None if fields is None or fields[0] in "ZX" else fields[19]
+
+
+def fields_of(process: int) -> list[str] | None:
+    """Return what the system tells of a process after its name: state, parent, ...; None where it does not tell."""
     try:
-        fields = Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+        return Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
     except OSError:
         return None
-    return None if fields[0] in "ZX" else fields[19]
 
 
 def main() -> None:

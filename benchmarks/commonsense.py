@@ -5,7 +5,7 @@
     python benchmarks/commonsense_report.py                                  the tables, from the results alone
 
 A run is `lsr-scale train` with a config that WORK keeps, in one of `--jobs` workers: processes that import once and do
-run after run. It leaves one JSON in the results, when it has ended, and whole: one that was killed is simply done
+run after run. It adds a line to `trials.jsonl` in the results when it has ended: one that was killed is simply done
 again, a finished one never. At the limit runs in hand are ended. (`nvidia-cuda-mps-control -d` before it lets the
 processes' kernels run side by side on one GPU.)
 
@@ -27,10 +27,11 @@ import shutil
 import statistics
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import trials
 from pool import Job, do_all
 from trials import TUNING_SEED, Provider, rates, tuned_alike
 
@@ -38,6 +39,7 @@ from lsr_scale import record
 from lsr_scale.config import dump_yaml, run_from_dict
 
 RESULTS = Path(__file__).parent / "results/commonsense"
+Results = Mapping[str, dict[str, Any]]  # of finished runs, by name
 MODEL = "builtin:smollm2-135m-instruct"
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 JOINT = ("arc_easy", "arc_challenge", "openbookqa", "piqa", "winogrande")
@@ -319,24 +321,23 @@ def mean_accuracy(result: dict[str, Any], when: str = "after", bits: str | None 
     return 100 * statistics.fmean(task[when]["accuracy"] for task in result["tasks"].values())
 
 
-def best_point(run: Run, results: Path) -> int | None:
+def best_point(run: Run, done: Results) -> int | None:
     """Return the point with the best mean on the development set, or None while one of its runs is missing.
 
     Quantized bases take the point of bf16.
     """
     found = []
     for index, point in enumerate(PROVIDERS[run.provider].points):
-        result = finished(Run(run.regime, "bf16", run.provider, TUNING_SEED, index), point, results)
+        result = finished(Run(run.regime, "bf16", run.provider, TUNING_SEED, index), point, done)
         if result is None:
             return None
         found.append(mean_accuracy(result))
     return found.index(max(found))
 
 
-def finished(run: Run, point: dict[str, float], results: Path) -> dict[str, Any] | None:
+def finished(run: Run, point: dict[str, float], done: Results) -> dict[str, Any] | None:
     """Return a run's result, or None if there is none of these settings."""
-    path = results / f"{run.name}.json"
-    result = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    result = done.get(run.name)
     return result if result is not None and result["settings"] == point else None
 
 
@@ -358,14 +359,14 @@ def train_and_score(setting: Setting, data: dict[str, Any], run: Run, point: dic
     return result_of(run, point, setting, data, time.monotonic() - began)
 
 
-def _startable(waiting: list[Run], results: Path) -> Iterator[tuple[Run, dict[str, float]]]:
+def _startable(waiting: list[Run], done: Results) -> Iterator[tuple[Run, dict[str, float]]]:
     """Yield the runs whose settings are known; those whose result is there, of the same settings, leave `waiting`."""
     for run in list(waiting):
-        index = run.point if run.tunes else best_point(run, results)
+        index = run.point if run.tunes else best_point(run, done)
         if index is None:
             continue
         point = PROVIDERS[run.provider].points[index]
-        if finished(run, point, results) is not None:
+        if finished(run, point, done) is not None:
             waiting.remove(run)
         else:
             yield run, point
@@ -380,19 +381,20 @@ def execute(
     time_limit: float,
 ) -> int:
     """Do the runs that have no result yet, so many at a time; return how many failed."""
-    waiting = list(runs)
-    for _ in _startable(waiting, results):  # what is done leaves
+    waiting, done = list(runs), trials.load(results)
+    for _ in _startable(waiting, done):  # what is done leaves
         pass
 
     def next_job() -> Job | None:
-        ready = next(_startable(waiting, results), None)
+        ready = next(_startable(waiting, done), None)
         if ready is None:
             return None
         waiting.remove(ready[0])
         return Job(ready[0].name, ready)
 
     def take(job: Job, result: dict[str, Any]) -> None:
-        record.write_json(results / f"{job.name}.json", result)
+        done[job.name] = result
+        trials.add(results, job.name, result)
         print(f"{job.name}: {mean_accuracy(result):.2f} % in {result['wall_s']:.0f} s", flush=True)
 
     call = functools.partial(train_and_score, setting, data)
@@ -408,7 +410,7 @@ CHARACTERS_PER_TOKEN = 4.3  # JSON's keys and the wrong choices included: an upp
 def describe(runs: list[Run], data: dict[str, Any], results: Path, jobs: int) -> str:
     """Return the plan in numbers: runs, steps, tokens at most, minutes from finished runs or, without any, assumed."""
     lines, total_s = [], 0.0
-    done = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in results.glob("*.json")}
+    done = trials.load(results)
     per_step = [result["training_s"] / result["steps"] for result in done.values() if result.get("steps")]
     step_s = statistics.median(per_step) if per_step else ASSUMED_STEP_S
     rest = [result["wall_s"] - result["training_s"] for result in done.values() if "training_s" in result]

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import trials
 from commonsense import PROVIDERS, REGIMES, RESULTS, mean_accuracy
 
 # README's rows
@@ -50,7 +51,7 @@ def load(results: Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: if one is of a trial, which measures nothing.
     """
-    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.glob("*.json"))]
+    found = list(trials.load(results).values())
     for result in found:
         if "smoke" in result:
             raise ValueError(

@@ -246,7 +246,7 @@ def main(arguments: list[str] | None = None) -> int:
     if given.dry_run:
         print(describe(runs, rows, setting, given.results, given.jobs))
         return 0
-    record.write_json(given.results / "env/environment.json", {**record.environment(), "rows": rows})
+    record.write_json(given.results / "environment.json", {**record.environment(), "rows": rows})
     work = functools.partial(measure, setting)
     return int(trials.execute(runs, PROVIDERS, work, given.results, given.jobs, given.time_limit) > 0)
 

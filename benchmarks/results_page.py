@@ -258,7 +258,7 @@ def accuracy(results: Path) -> list[str]:
 
     parts = []
     for stem, (table, found) in commonsense_report.sections(results).items():
-        runs = f"{len(found)} runs. Each has its command and settings in `{results.name}/{stem}-*.json`."
+        runs = f"{len(found)} runs. Each has its command and settings in `{results.name}/trials.jsonl`."
         parts += [f"### SmolLM2-135M, {stem}", runs, table, f"![{stem}](results/{results.name}/{stem}.png)"]
     if not parts:
         return []

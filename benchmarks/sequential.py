@@ -39,10 +39,10 @@ def providers() -> dict[str, Provider]:
     Raises:
         SystemExit: if it chose none.
     """
-    found = {}
+    found, done = {}, trials.load(commonsense.RESULTS)
     for name in NAMES:
         known = commonsense.PROVIDERS[name]
-        index = best_point(Run("joint", "bf16", name, 0, None), commonsense.RESULTS)
+        index = best_point(Run("joint", "bf16", name, 0, None), done)
         if index is None:
             raise SystemExit(f"{commonsense.RESULTS} has no tuning of {name}; run benchmarks/commonsense.py first")
         point = dict(known.points[index])
@@ -160,7 +160,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("\n".join(trial.name for trial in todo))
         return 0
     data = commonsense.prepare(given.data, setting.work)
-    record.write_json(given.results / "env/environment.json", {**record.environment(), "data": data})
+    record.write_json(given.results / "environment.json", {**record.environment(), "data": data})
     work = functools.partial(measure, setting)
     return int(trials.execute(todo, providers(), work, given.results, given.jobs, given.time_limit) > 0)
 

@@ -1,15 +1,18 @@
 """Short runs compared fairly: each method tuned on equally many points, then trained with several seeds.
 
-A trial leaves one JSON, whole, when it has ended: one that was killed is done again, a finished one never. Workers are
-processes that import once and do trial after trial. Used by `vision.py`, `glue.py` and `ablations.py`.
+A trial adds a line to its suite's `trials.jsonl` when it has ended: one that was killed is done again, a finished one
+never. Workers are processes that import once and do trial after trial. Used by `vision.py`, `glue.py`, `ablations.py`,
+`sequential.py` and, for its results, `commonsense.py`.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import itertools
 import json
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -18,9 +21,8 @@ from typing import Any
 
 from pool import Job, do_all
 
-from lsr_scale import record
-
 TUNING_SEED = 1000  # used by no other trial
+FILE = "trials.jsonl"  # of a suite: a line a trial
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +74,7 @@ class Trial:
 
     @property
     def name(self) -> str:
-        """The stem of its result."""
+        """What its result is called."""
         return f"{self.task}-{self.provider}-{f'tune{self.point}' if self.tunes else f'seed{self.seed}'}"
 
 
@@ -119,8 +121,30 @@ def plan(tasks: Iterable[str], providers: Iterable[str], seeds: int) -> list[Tri
 
 
 def load(results: Path) -> dict[str, dict[str, Any]]:
-    """Return the finished trials of a folder by name."""
-    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.glob("*.json"))}
+    """Return the finished trials of a suite's folder by name, in the order of their names.
+
+    Of a trial that was done again the last result counts; a line that a kill cut short is no result.
+    """
+    file = results / FILE
+    done: dict[str, dict[str, Any]] = {}
+    for line in file.read_text(encoding="utf-8").split("\n") if file.is_file() else ():
+        with contextlib.suppress(ValueError):
+            result = json.loads(line)
+            done[result.pop("name")] = result
+    return dict(sorted(done.items()))
+
+
+def add(results: Path, name: str, result: Mapping[str, Any]) -> None:
+    """Add a finished trial's result to its suite's file, in one write."""
+    results.mkdir(parents=True, exist_ok=True)
+    line = json.dumps({"name": name, **result}, ensure_ascii=False)
+    with (results / FILE).open("a+b") as stream:
+        size = stream.seek(0, os.SEEK_END)
+        stream.seek(max(0, size - 1))
+        cut_short = size > 0 and stream.read(1) != b"\n"
+        stream.write(f"{chr(10) if cut_short else ''}{line}\n".encode())
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
 def best_point(task: str, provider: str, done: Mapping[str, Mapping[str, Any]]) -> int | None:
@@ -178,7 +202,7 @@ def execute(
 
     def take(job: Job, result: dict[str, Any]) -> None:
         done[job.name] = result
-        record.write_json(results / f"{job.name}.json", result)
+        add(results, job.name, result)
         print(f"{job.name}: {result['score']} in {result['wall_s']} s", flush=True)
 
     failed, ended = do_all(next_job, functools.partial(measured, measure), take, jobs, time_limit)

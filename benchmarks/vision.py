@@ -203,7 +203,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--max-steps: its results are no measurements; give another folder with --results")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     work = functools.partial(measure, str(given.model), given.max_steps)
-    record.write_json(given.results / "env" / "environment.json", record.environment())
+    record.write_json(given.results / "environment.json", record.environment())
     runs = trials.plan(["digits"], given.providers, given.seeds)
     return int(trials.execute(runs, PROVIDERS, work, given.results, given.jobs, given.time_limit) > 0)
 

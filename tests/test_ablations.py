@@ -77,11 +77,9 @@ def test_a_run_leaves_its_accuracy_on_the_development_part(tmp_path):
     assert result["score"] == pytest.approx(sum(result["accuracy"].values()) / 3)
     assert result["steps"] == 2
     assert str(tmp_path) not in json.dumps(result["config"]["data"])
-    path = tmp_path / "results" / f"{trial.name}.json"
-    path.parent.mkdir()
-    path.write_text(json.dumps(result))
+    trials.add(tmp_path / "results", trial.name, result)
     with pytest.raises(ValueError, match="trial of the program"):
-        ablations.tables(path.parent)
+        ablations.tables(tmp_path / "results")
 
 
 def test_tables_mark_what_is_larger_than_dense(tmp_path):
@@ -90,7 +88,7 @@ def test_tables_mark_what_is_larger_than_dense(tmp_path):
         row = {"task": "small", "provider": name, "seed": 0, "score": 0.5, "settings": {}, "adapter_parameters": 1}
         if name.startswith("r16"):
             row |= {"condition_down_max": 1.234, "condition_up_max": 2.0}
-        (tmp_path / f"{trial.name}.json").write_text(json.dumps(row))
+        trials.add(tmp_path, trial.name, row)
     lines = ablations.tables(tmp_path)
     assert lines[-2:] == ["| r16_s16 | 1.23 | 2.00 |", "| r16_s48 | 1.23 | 2.00 |"]
     assert sum(line.startswith("| r16_s48, larger than dense | 1 | 50.0 | 1 |") for line in lines) == 1

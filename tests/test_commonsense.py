@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import commonsense
 import commonsense_report
 import rounded_adapters
+import trials
 from commonsense import PROVIDERS, REGIMES, TUNING_SEED, Run, Setting
 
 from lsr_scale.config import run_from_dict
@@ -93,7 +94,7 @@ def test_runs_leave_a_result_each_and_are_not_done_twice(data, tmp_path, capsys)
     missing = Run("small", "bf16", "lora_2", 0, None)  # its point is not known before all were tried
     assert commonsense.execute([tuning, missing], hashes, setting, results, 1, 120) == 0
     assert "1 runs left, 0 failed" in capsys.readouterr().out
-    result = json.loads((results / f"{tuning.name}.json").read_text())
+    result = trials.load(results)[tuning.name]
     assert (result["part"], result["seed"], result["settings"]) == ("dev", TUNING_SEED, {"learning_rate": 2e-3})
     assert set(result["tasks"]) == set(REGIMES["small"].tasks)
     assert all(len(task["after"]["right"]) == 8 for task in result["tasks"].values())
@@ -147,8 +148,7 @@ def test_a_difference_is_found_where_there_is_one_and_nowhere_else():
 def test_tables_say_no_separation_and_plots_know_their_results(tmp_path):
     for name, accuracy in (("lora_8", 0.60), ("lora_2", 0.55), ("lsr_4", 0.60)):
         for seed in range(3):
-            path = tmp_path / f"joint-bf16-{name}-seed{seed}.json"
-            path.write_text(json.dumps(made_up(name, seed, accuracy)))
+            trials.add(tmp_path, f"joint-bf16-{name}-seed{seed}", made_up(name, seed, accuracy))
     ((stem, (text, results)),) = commonsense_report.sections(tmp_path).items()
     assert (stem, len(results)) == ("joint-bf16", 9)
     lines = {line.split("|")[1].strip(): line for line in text.splitlines()}
@@ -191,18 +191,18 @@ def test_the_best_point_stands_out_and_unfinished_tuning_is_left_out():
     assert [("**" in cell) for cell in row.split("|")[2:-1]] == [False] * 4 + [True, False]
 
 
-def test_only_results_of_todays_points_count(tmp_path):
+def test_only_results_of_todays_points_count():
     points = PROVIDERS["lora_2"].points
     runs = [Run("joint", "bf16", "lora_2", TUNING_SEED, index) for index in range(len(points))]
-    seed = Run("joint", "bf16", "lora_2", 0, None)
+    seed, done = Run("joint", "bf16", "lora_2", 0, None), {}
     for index, run in enumerate(runs):
         result = {**made_up("lora_2", TUNING_SEED, 0.5 + 0.02 * (index == 3)), "settings": points[index]}
-        (tmp_path / f"{run.name}.json").write_text(json.dumps(result))
-    assert commonsense.best_point(seed, tmp_path) == 3
-    assert commonsense.finished(runs[0], points[0], tmp_path) is not None
-    (tmp_path / f"{runs[0].name}.json").write_text(json.dumps({**result, "settings": {"learning_rate": 7.0}}))
-    assert commonsense.finished(runs[0], points[0], tmp_path) is None
-    assert commonsense.best_point(seed, tmp_path) is None
+        done[run.name] = result
+    assert commonsense.best_point(seed, done) == 3
+    assert commonsense.finished(runs[0], points[0], done) is not None
+    done[runs[0].name] = {**result, "settings": {"learning_rate": 7.0}}
+    assert commonsense.finished(runs[0], points[0], done) is None
+    assert commonsense.best_point(seed, done) is None
 
 
 def test_rounded_factors_are_near_and_small():

@@ -10,6 +10,7 @@ from tiny_runs import save_llama
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import commonsense
 import sequential
+import trials
 from test_commonsense import data  # noqa: F401
 from trials import Trial
 
@@ -35,7 +36,7 @@ def test_both_tasks_are_trained_and_scored_once(data, tmp_path, capsys):  # noqa
     words = ["--data", str(data), "--work", str(tmp_path / "work"), "--results", str(tmp_path / "results"), "--smoke"]
     words += ["--model", model, "--seeds", "1", "--providers", "lora_8", "--pairs", "arc_challenge-arc_easy"]
     assert sequential.main(words) == 0
-    result = json.loads((tmp_path / "results/arc_challenge-arc_easy-lora_8-seed0.json").read_text())
+    result = trials.load(tmp_path / "results")["arc_challenge-arc_easy-lora_8-seed0"]
     for when in ("zero_shot", "after_first", "after_second"):
         assert set(result[when]) == {"arc_challenge", "arc_easy"}
     assert [Path(run["training"]["output_dir"]).name for run in result["configs"]] == ["first", "second"]
@@ -58,7 +59,7 @@ def test_the_table_says_what_was_lost(tmp_path):
             "after_second": {"arc_challenge": left, "arc_easy": 0.7},
             "adapter_parameters": 698880,
         }
-        (tmp_path / f"{seed}.json").write_text(json.dumps(result))
+        trials.add(tmp_path, str(seed), result)
     (row,) = sequential.table(tmp_path).splitlines()[4:]
     cells = [cell.strip() for cell in row.split("|")[3:-1]]
     assert cells == ["2", "60.0 +- 0.0", "45.0 +- 7.1", "-15.0 +- 7.1", "70.0 +- 0.0"]

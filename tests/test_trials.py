@@ -9,10 +9,12 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from trials import (
+    FILE,
     NUM_POINTS,
     TUNING_SEED,
     Provider,
     Trial,
+    add,
     best_point,
     execute,
     load,
@@ -45,12 +47,13 @@ def test_seeds_run_with_the_best_point_and_only_once(tmp_path, monkeypatch):
     monkeypatch.setenv("TRIALS_FAIL", "1")
     # the failed provider's tuning is missing, so its seeds are left, and the other's are all there
     assert execute(trials, PROVIDERS, score, tmp_path) == NUM_POINTS + 2
-    kept = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.json")}
-    assert set(kept) == {f"{trial.name}.json" for trial in trials if trial.provider == "one"}
+    first = (tmp_path / FILE).read_bytes()
+    assert set(load(tmp_path)) == {trial.name for trial in trials if trial.provider == "one"}
     monkeypatch.delenv("TRIALS_FAIL")
     assert execute(trials, PROVIDERS, score, tmp_path) == 0
-    assert all((tmp_path / name).stat().st_mtime_ns == when for name, when in kept.items())
     done = load(tmp_path)
+    assert (tmp_path / FILE).read_bytes().startswith(first)
+    assert len((tmp_path / FILE).read_text().splitlines()) == len(done)
     assert best_point("a", "one", done) == 2
     assert {done[trial.name]["settings"]["learning_rate"] for trial in trials if not trial.tunes} == {3e-4}
     assert [line.split(" | ")[-2] for line in table(done, PROVIDERS)[2:]] == ["2", "2"]
@@ -70,6 +73,16 @@ def test_a_changed_point_is_done_again_and_with_it_the_seeds_that_it_changes(tmp
 def test_nothing_is_started_after_the_limit(tmp_path):
     assert execute(plan(["a"], ["one"], 1), PROVIDERS, score, tmp_path, time_limit=-1) == NUM_POINTS + 1
     assert not list(tmp_path.iterdir())
+
+
+def test_a_line_that_a_kill_cut_short_is_no_result_and_harms_no_other(tmp_path):
+    add(tmp_path, "a", {"score": 1})
+    with (tmp_path / FILE).open("a") as stream:
+        stream.write('{"name": "b", "sco')
+    assert load(tmp_path) == {"a": {"score": 1}}
+    add(tmp_path, "b", {"score": 2})
+    add(tmp_path, "a", {"score": 3})
+    assert load(tmp_path) == {"a": {"score": 3}, "b": {"score": 2}}
 
 
 def test_diverged_runs_are_told_and_not_chosen(tmp_path):

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from lsr_scale.adapters.base import BASE_ROW, AdapterConfig, AdapterLinear, Pair
 from lsr_scale.errors import UserError
+from lsr_scale.paths import user_path
 
 
 @dataclass
@@ -55,7 +56,7 @@ class AdapterBank:
         Raises:
             UserError: if the memory holds no adapter, or the model's adapter has no low-rank form.
         """
-        self.folder = Path(folder).expanduser()
+        self.folder = user_path(folder)
         self.slots: OrderedDict[str, int] = OrderedDict()
         self.loads = self.evictions = 0
         tuner: Any = model.base_model

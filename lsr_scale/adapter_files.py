@@ -20,6 +20,7 @@ from lsr_scale.errors import UserError, did_you_mean
 from lsr_scale.model.identity import base_description, check_base
 from lsr_scale.model.sharded import is_sharded
 from lsr_scale.packed_factors import is_packed, unpack
+from lsr_scale.paths import user_path
 from lsr_scale.whole_modules import hold_in_float32
 
 # torch's words for two tensors that should be of one shape
@@ -126,7 +127,7 @@ def find_start(path: str, wanted: PeftConfig) -> Path:
     Raises:
         UserError: if there is no such adapter, or it is of another method or other options.
     """
-    folder = Path(path).expanduser()
+    folder = user_path(path, "adapter.start_from")
     folder = folder / "adapter" if (folder / "adapter").is_dir() else folder
     if not folder.is_dir():
         raise UserError(f"adapter.start_from: {folder}: no such folder; name that of a run or of an adapter")

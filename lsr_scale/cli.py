@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lsr_scale.errors import LOST_PEER, UserError
+from lsr_scale.paths import user_path
 
 SECONDS_FOR_RANK_0 = 4.0
 # the system's words, and what torch.save makes of them
@@ -248,7 +249,7 @@ def _train(args: argparse.Namespace) -> int:
     from lsr_scale.run_folder import RunFolder
     from lsr_scale.train import train
 
-    run, file = _run_of(args), Path(args.config or args.config_path).expanduser()
+    run, file = _run_of(args), user_path(args.config or args.config_path)
     name = file.stem
     if file.resolve() == RunFolder(file.resolve().parent).config:  # a run's own: it means that run, wherever it lies
         name = file.resolve().parent.name
@@ -292,7 +293,7 @@ def _inspect(args: argparse.Namespace) -> int:
     from lsr_scale.export import inspect
 
     report = inspect.inspect_adapter(args.source)
-    picture = args.png or (None if args.json else Path(args.source).expanduser() / "spectra.png")
+    picture = args.png or (None if args.json else user_path(args.source) / "spectra.png")
     if picture is not None:
         inspect.draw(report, Path(picture))
     if args.json:

@@ -30,6 +30,7 @@ from rich.text import Text
 from torch import nn
 
 from lsr_scale import distributed
+from lsr_scale.errors import UserError
 from lsr_scale.model import embedded
 from lsr_scale.quantized import dequantize, freeze_quantized
 
@@ -355,9 +356,12 @@ def helpers() -> Iterator[Finding]:
 
 def surroundings() -> Iterator[Finding]:
     """Check disks, caches and environment variables."""
-    for name, folder in (("model cache", embedded.cache_folder()), ("working folder", Path.cwd())):
-        yield check_folder(name, folder)
-    hub = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()
+    try:
+        yield check_folder("model cache", embedded.cache_folder())
+    except UserError as error:
+        yield Finding("surroundings", "model cache", str(error), "note", "set LSR_SCALE_CACHE")
+    yield check_folder("working folder", Path.cwd())
+    hub = Path(os.path.expanduser(os.environ.get("HF_HOME") or "~/.cache/huggingface"))
     offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON")
     yield check_folder("hub cache", hub)
     yield Finding("surroundings", "hub", "offline (HF_HUB_OFFLINE)" if offline else "models are fetched when needed")

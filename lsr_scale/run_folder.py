@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TextIO
 
 from lsr_scale.errors import UserError
+from lsr_scale.paths import user_path
 from lsr_scale.record import cannot_write
 
 # Locks that this process has. One is gone when all have closed its file: a loader's worker is not to keep it.
@@ -159,7 +160,7 @@ def open_run(path: str | Path) -> RunFolder:
     Raises:
         UserError: if there is none.
     """
-    folder = RunFolder(Path(path).expanduser())
+    folder = RunFolder(user_path(path))
     if not folder.is_run():
         runs = sorted(p.parent.name for p in Path("runs").glob("*/config.yaml"))
         known = f"; runs here: {', '.join(f'runs/{name}' for name in runs[:8])}" if runs else ""
@@ -183,7 +184,7 @@ def choose(output_dir: str | None, name: str, resume: bool, overwrite: bool) -> 
         UserError: if the folder is taken, or cannot be made or written.
     """
     if output_dir is not None:
-        folder = RunFolder(Path(output_dir).expanduser())
+        folder = RunFolder(user_path(output_dir, "training.output_dir"))
         if folder.is_run() and not resume and not overwrite:
             raise UserError(
                 f"{folder.path}: holds a run already; --resume auto continues it, --overwrite starts it again, "

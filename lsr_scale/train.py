@@ -16,6 +16,7 @@ from lsr_scale.config import RunConfig
 from lsr_scale.errors import UserError
 from lsr_scale.model import base_description
 from lsr_scale.model.sharded import let_go
+from lsr_scale.paths import user_path
 from lsr_scale.progress import Progress, check_finite, clock, cut_back, draw_losses, print_line, summarize_metrics
 from lsr_scale.run_folder import RunFolder, step_of
 from lsr_scale.scoring.accuracy import TaskScore
@@ -217,9 +218,9 @@ def _choose(run: RunConfig, name: str, resume: str | None, overwrite: bool) -> _
         return fitted, checkpoints.check(checkpoint, fitted, distributed.world_size())
 
     if resume not in (None, "auto"):
-        checkpoint = Path(resume).expanduser()
+        checkpoint = user_path(resume, "--resume")
         (run, notes), home = check(checkpoint), checkpoint.resolve().parent
-        goes_on = output_dir is None or Path(output_dir).expanduser().resolve() == home
+        goes_on = output_dir is None or user_path(output_dir, "training.output_dir").resolve() == home
         return run, run_folder.choose(output_dir or str(home), name, goes_on, overwrite), checkpoint, notes
     folder = run_folder.choose(output_dir, name, resume == "auto", overwrite)
     if resume is None:

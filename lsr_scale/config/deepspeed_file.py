@@ -15,6 +15,7 @@ from lsr_scale.config.deepspeed import COMMON, FILLED, SHIPPED
 from lsr_scale.config.messages import Problem, raise_problems
 from lsr_scale.config.yaml_text import read
 from lsr_scale.errors import UserError, did_you_mean
+from lsr_scale.paths import user_path
 
 # DeepSpeed passes over a name that it does not know.
 _KNOWN = (
@@ -63,7 +64,7 @@ def _without_nulls(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read_json(name: str, folder: Path) -> dict[str, Any]:
-    candidates = [Path(name).expanduser(), folder / name]
+    candidates = [user_path(name, "deepspeed.config"), folder / name]
     path = next((candidate for candidate in candidates if candidate.exists()), None)
     if path is None:
         raise UserError(

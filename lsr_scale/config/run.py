@@ -28,6 +28,7 @@ from lsr_scale.config.deepspeed_file import resolve_deepspeed
 from lsr_scale.config.messages import Problem, explain, raise_problems
 from lsr_scale.config.training import Flag, Task, check_training, training_kwargs, training_model, yaml_type
 from lsr_scale.errors import UserError, did_you_mean
+from lsr_scale.paths import user_path
 
 
 class Section(BaseModel):
@@ -302,7 +303,7 @@ def load_run(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     Raises:
         UserError: naming every problem with its line, what was expected, and what to do.
     """
-    path = Path(path).expanduser()
+    path = user_path(path)
     data, places = yaml_text.parse(yaml_text.read(path), str(path))
     if not isinstance(data, dict):
         raise UserError(

@@ -15,6 +15,7 @@ from typing import Any, TextIO
 
 from lsr_scale.data.tasks import TASKS, Task, check_task
 from lsr_scale.errors import UserError, did_you_mean
+from lsr_scale.paths import user_path
 
 BUILTIN = "builtin:commonsense"
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet", ".csv", ".csv.gz")
@@ -93,7 +94,7 @@ def load_rows(
     """
     if limit is not None and limit < 1:
         raise UserError(f"data source {path!r}: expected limit of at least 1, got {limit}")
-    local = Path(path).expanduser()
+    local = user_path(path, "data source")
     if path.startswith("builtin:"):
         return _load_builtin(path, split or default_split or "heldout", task, limit)
     if local.is_dir():

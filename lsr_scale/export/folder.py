@@ -22,6 +22,7 @@ from lsr_scale.export import pairs as lora
 from lsr_scale.export.card import write_card
 from lsr_scale.export.source import AdapterSource, describe_file, open_adapter
 from lsr_scale.export.verify import EXACT, Agreement, Reference, base_section, questions_of
+from lsr_scale.paths import user_path
 
 KINDS = ("adapter", "lora", "merged", "gguf")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -85,7 +86,7 @@ def export(
         raise UserError(f"--dtype: expected one of {', '.join(allowed)} for --to {kind}, got {dtype!r}")
     started = time.perf_counter()
     source = open_adapter(path)
-    with _appears_whole(Path(out)) as folder:
+    with _appears_whole(user_path(out, "--out")) as folder:
         facts: dict[str, Any] = {}
         if kind == "adapter":
             lora.write_factors(folder, source, bits, lora.metadata_of(source, kind, bits=bits))
@@ -175,7 +176,7 @@ def merge(
         raise UserError(f"merge: the adapters belong to different bases ({names})")
     whole = lora.concatenate(sources, weights)
     kept, errors = lora.truncated(whole, max_rank)
-    with _appears_whole(Path(out)) as folder:
+    with _appears_whole(user_path(out, "--out")) as folder:
         metadata = lora.metadata_of(sources[0], "merge", weights=list(weights))
         targets = {"target_modules": sorted(kept)}
         lora.write_lora(folder, kept, sources[0], DTYPES[dtype], metadata, targets)
@@ -249,7 +250,6 @@ def _copy_base(source: AdapterSource, folder: Path) -> None:
 @contextmanager
 def _appears_whole(out: Path) -> Iterator[Path]:
     """Give a folder beside `out` to write into; it becomes `out` at the end, or is removed."""
-    out = out.expanduser()
     if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
         raise UserError(f"{out}: there is something already; export into a new folder")
     aside = out.with_name(f".{out.name}.{os.getpid()}.part")

@@ -24,6 +24,7 @@ from lsr_scale.adapters.base import Params
 from lsr_scale.config import RunConfig, load_run
 from lsr_scale.errors import UserError, did_you_mean
 from lsr_scale.packed_factors import is_packed, unpack
+from lsr_scale.paths import user_path
 from lsr_scale.record import read_json
 from lsr_scale.run_folder import RunFolder
 
@@ -116,7 +117,7 @@ def open_adapter(path: str | Path) -> AdapterSource:
         UserError: if there is none, or its files are damaged, inconsistent, of an unknown method, or hold values that
             are not finite.
     """
-    folder, run, results = Path(path).expanduser(), None, None
+    folder, run, results = user_path(path), None, None
     if (folder / "config.yaml").is_file():
         run_folder = RunFolder(folder)
         run = load_run(run_folder.config)

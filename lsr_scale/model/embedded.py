@@ -24,6 +24,7 @@ from typing import Any
 
 from lsr_scale.errors import UserError, did_you_mean
 from lsr_scale.model.shapes import known_config
+from lsr_scale.paths import user_path
 
 logger = logging.getLogger(__name__)
 
@@ -63,8 +64,8 @@ def cache_folder() -> Path:
     """Return where converted models are kept: `LSR_SCALE_CACHE`, else `lsr_scale` in the user's (XDG) cache."""
     own = os.environ.get("LSR_SCALE_CACHE")
     if own:
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lsr_scale"
+        return user_path(own, "LSR_SCALE_CACHE")
+    return user_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "model cache, LSR_SCALE_CACHE") / "lsr_scale"
 
 
 def find(name: str) -> PackagedModel:

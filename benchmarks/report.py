@@ -1,6 +1,6 @@
 """Tables and plots from the committed measurements; nothing here is typed by hand.
 
-    python benchmarks/report.py            write README's tables, RESULTS.md and the plots beside the JSON
+    python benchmarks/report.py            write README's tables, RESULTS.md, LEADERBOARD.md and the plots
     python benchmarks/report.py --check    fail if any of them is not what the JSON says
 
 The newest file of a model and a base that has 4 x 2,048 tokens is shown. A table stands in README.md between the two
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import commonsense_report
+import leaderboard
 import results_page
 from plots import (
     LABELS,
@@ -33,7 +34,7 @@ from results_page import with_table
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks/results/throughput"
-PAGE = ROOT / "benchmarks/RESULTS.md"
+PAGE, LEADERBOARD = ROOT / "benchmarks/RESULTS.md", ROOT / "benchmarks/LEADERBOARD.md"
 TOKENS, LENGTH = 8192, 2048
 
 
@@ -109,11 +110,13 @@ def main(arguments: list[str] | None = None) -> int:
     measured = commonsense_report.load(RESULTS.parent / "commonsense")
     accuracy = commonsense_report.short_table(measured, commonsense_report.HEADLINE)
     wanted = with_table(wanted, "accuracy", accuracy)
-    page, stale = results_page.page(RESULTS.parent), []
+    stale = []
+    pages = {PAGE: results_page.page(RESULTS.parent), LEADERBOARD: leaderboard.page(RESULTS.parent)}
     if wanted != text:
         stale.append("README.md")
-    if not PAGE.exists() or PAGE.read_text(encoding="utf-8") != page:
-        stale.append("benchmarks/RESULTS.md")
+    for path, content in pages.items():
+        if not path.exists() or path.read_text(encoding="utf-8") != content:
+            stale.append(f"benchmarks/{path.name}")
     pictures = {picture: (digest(run), lambda: memory_plot(run, picture))}
     for path, sweep in results_page.read(RESULTS):
         if sweeps(sweep):
@@ -131,7 +134,8 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{name} is not what the measurements say; run python benchmarks/report.py", file=sys.stderr)
         return int(bool(stale))
     README.write_text(wanted, encoding="utf-8")
-    PAGE.write_text(page, encoding="utf-8")
+    for path, content in pages.items():
+        path.write_text(content, encoding="utf-8")
     for path in old:
         pictures[path][1]()
     print(f"written: {', '.join(stale) or 'nothing new'}")

@@ -28,11 +28,26 @@ def test_a_changed_figure_is_noticed(tmp_path, monkeypatch, capsys):
     lines = capsys.readouterr().err.splitlines()
     assert sorted(line.split()[0] for line in lines) == [
         "README.md",
+        "benchmarks/LEADERBOARD.md",
         "benchmarks/RESULTS.md",
         "throughput/mistral-7b-nf4-sweep-h200-2.png",
         "throughput/mistral-7b-nf4-sweep-h200.png",
         "throughput/mistral-7b-nf4.png",
     ]
+
+
+def test_the_leaderboard_gives_ratios_of_one_run_with_card_commit_and_date():
+    (file,) = report.RESULTS.glob("mistral-7b-nf4-h200-2.json")
+    run = json.loads(file.read_text())
+    rows = {
+        (row["provider"], row["checkpointing"]): row["tokens_per_s"] for row in run["rows"] if row["status"] == "ok"
+    }
+    ratios = [rows["lsr", "full"] / rows[peer, "full"] for peer in ("unsloth_lora", "peft_lora_liger")]
+    lines = report.LEADERBOARD.read_text().splitlines()
+    line = next(line for line in lines if f"{rows['lsr', 'full']:,.0f}" in line)
+    cells = [cell.strip() for cell in line.split("|")[1:-1]]
+    assert cells[:2] == ["LSR-Adapt r=16 s=16, mistral-7b, nf4", "recomputed"]
+    assert cells[4:] == [*(f"{ratio:.2f}" for ratio in ratios), "H200", "`8275f84f`+", "2026-11-23"]
 
 
 def test_a_readme_without_the_place_is_said():

@@ -28,7 +28,7 @@ class RunFolder:
     env.json           versions and machine        checkpoint-*/   what resuming needs
     metrics.jsonl      one line a logging step     eval/           predictions before and after
     loss.png           the loss curve              results.json    counts, times, accuracies
-    nonfinite.jsonl    batches without a finite loss, if there were any
+    nonfinite.jsonl    batches without a finite loss, and steps without a finite gradient
     condition.png      how far the terms of LSR-Adapt's sums cancel
     """
 
@@ -71,7 +71,7 @@ class RunFolder:
 
     @property
     def nonfinite(self) -> Path:
-        """One JSON object a batch whose loss was not finite."""
+        """One JSON object a batch whose loss was not finite, or a step whose gradient was not."""
         return self.path / "nonfinite.jsonl"
 
     def predictions(self, task: str, when: str) -> Path:

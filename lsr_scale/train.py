@@ -17,7 +17,16 @@ from lsr_scale.errors import UserError
 from lsr_scale.model import base_description
 from lsr_scale.model.sharded import let_go
 from lsr_scale.paths import user_path
-from lsr_scale.progress import Progress, check_finite, clock, cut_back, draw_losses, print_line, summarize_metrics
+from lsr_scale.progress import (
+    Progress,
+    check_finite,
+    clock,
+    cut_back,
+    draw_losses,
+    print_line,
+    read_metrics,
+    summarize_metrics,
+)
 from lsr_scale.run_folder import RunFolder, step_of
 from lsr_scale.scoring.accuracy import TaskScore
 from lsr_scale.training import checkpoints
@@ -134,6 +143,8 @@ def _train(
         raise Terminated(stop.stopped, f"after step {step}, a checkpoint is saved in {folder.path}")
     if checkpoint and begins_at == trainer.state.global_step:
         say("nothing was left to train: the checkpoint is of the last step")
+    if folder.nonfinite.exists():
+        say(f"note: what was not finite counted for nothing (training.on_nonfinite: skip): {_nonfinite(folder)}")
     best = trainer.state.best_global_step if trainer.args.load_best_model_at_end else None
     if best:
         say(f"the adapter is that of step {best}, the best by {trainer.args.metric_for_best_model}")
@@ -169,6 +180,13 @@ def _train(
         say(f"done in {clock(time.monotonic() - started)}")
     distributed.stop()
     return folder
+
+
+def _nonfinite(folder: RunFolder) -> str:
+    """Return how many batches and steps of a run were left out, and where more is said of them."""
+    rows = read_metrics(folder.nonfinite)
+    losses = sum("loss" in row for row in rows)
+    return f"{losses:,} losses of batches, {len(rows) - losses:,} gradients of steps; see {folder.nonfinite}"
 
 
 def _say_machine(run: RunConfig, say: Callable[[str], None]) -> None:

@@ -334,6 +334,14 @@ def test_the_failing_rank_speaks_first_and_ends_the_run(place, tmp_path):
     assert json.loads(line)["process"] == 1
 
 
+BAD_GRADIENTS = {
+    "gradient-ddp": (None, "adamw_torch_fused"),
+    "gradient-zero0": ("zero0", "adamw_torch_fused"),
+    "gradient-zero1": ("zero1", "adamw_torch"),
+    "gradient-zero2": ("zero2", "adamw_torch_fused"),
+}
+
+
 @pytest.fixture(scope="module")
 def skipped(place, tmp_path_factory):
     """Train a step under each ZeRO stage on two ranks, the second of which has a bad batch; and as it is defined."""
@@ -350,6 +358,11 @@ def skipped(place, tmp_path_factory):
     for stage in stages:
         files.append(where / f"{stage}.yaml")
         files[-1].write_text(dump_yaml(run(stage, deepspeed={"config": stage})))
+    for name, (engine, optim) in BAD_GRADIENTS.items():
+        text = dump_yaml(run(name, deepspeed={"config": engine}, training={"optim": optim, "weight_decay": 0.1}))
+        # first: DeepSpeed leaves its mark in the environment
+        files.insert(0, where / f"{name}.yaml") if engine is None else files.append(where / f"{name}.yaml")
+        (where / f"{name}.yaml").write_text(text)
     status, out, err, _ = launch("torchrun", ROOT / "tests" / "two_ranks_skipping.py", *files)
     assert status == 0, out + err
     # one process has both batches in turn; of what the second one adds to the sum of the losses, nothing counts
@@ -381,3 +394,12 @@ def test_a_bad_batch_of_one_rank_adds_nothing_and_the_others_weigh_what_they_did
     (line,) = [json.loads(line) for line in (skipped / stage / "nonfinite.jsonl").read_text().splitlines()]
     assert (line["process"], line["step"], line["loss"], len(line["rows"])) == (1, 1, "nan", 2)
     assert len(line["input_ids"]) == 2
+
+
+@pytest.mark.slow
+@two_processes
+@pytest.mark.parametrize("name", list(BAD_GRADIENTS))
+def test_a_gradient_of_one_rank_that_is_not_finite_leaves_the_step_out_on_all(skipped, name):
+    assert same(factors(RunFolder(skipped / name)), factors(RunFolder(skipped / "neither")))
+    (line,) = [json.loads(line) for line in (skipped / name / "nonfinite.jsonl").read_text().splitlines()]
+    assert line == {"step": 1, "gradient_norm": line["gradient_norm"]}, "once, and no row is blamed"

@@ -104,7 +104,7 @@ def test_factors_that_are_not_finite_at_an_epochs_end_are_said_and_not_saved(pla
     def poisoned(self, model, *args, **kwargs):
         loss = step(self, model, *args, **kwargs)
         if self.state.global_step == 5:
-            next(p for p in model.parameters() if p.requires_grad).grad.fill_(float("nan"))
+            next(p for p in model.parameters() if p.requires_grad).data.fill_(float("nan"))
         return loss
 
     monkeypatch.setattr(SFTTrainer, "training_step", poisoned)

@@ -1,13 +1,14 @@
-"""What test_faults.py has two processes do, in one launch: a step under each ZeRO stage, a bad batch on one.
+"""What test_faults.py has two processes do, in one launch: a step under each engine, a bad batch on one.
 
     torchrun --nproc_per_node 2 tests/two_ranks_skipping.py FILE...
 
-Each file is a run.
+Each file is a run; of one whose name begins with "gradient", the batch's loss is finite.
 """
 
 import math
 import sys
 
+from gradients import InfiniteGradient
 from trl import SFTTrainer
 
 from lsr_scale import cli, distributed
@@ -21,7 +22,9 @@ def main() -> None:
 
     def poisoned(self, *args, **kwargs):
         loss = compute(self, *args, **kwargs)
-        return loss * math.nan if distributed.rank() == 1 and self.state.global_step == 0 else loss
+        if distributed.rank() != 1 or self.state.global_step != 0:
+            return loss
+        return InfiniteGradient.apply(loss) if file.rpartition("/")[2].startswith("gradient") else loss * math.nan
 
     SFTTrainer.compute_loss = poisoned
     distributed.stop = lambda: None  # the processes stay together for the next run

@@ -190,7 +190,10 @@ def training_model(task: Task) -> type[TrainingFields]:
         "what fits after the first step."
     )
     fields["memory"] = (Literal["auto", "save", "speed"], Field(default=defaults["memory"], description=text))
-    text = "A batch whose loss is not finite ends the run ('stop') or counts for nothing ('skip'); both note its rows."
+    text = (
+        "A batch whose loss is not finite, or a step whose gradient is not, ends the run ('stop') or counts for nothing "
+        "('skip'); both are noted in nonfinite.jsonl."
+    )
     fields["on_nonfinite"] = (Literal["stop", "skip"], Field(default=defaults["on_nonfinite"], description=text))
     text = (
         "What is done where the terms of a sum of Kronecker products cancel so far that rounding the factors may "

@@ -6,12 +6,12 @@ they are joined, averaged and clipped at once, and nothing is read that is not l
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import distributed
+from torch import Tensor, distributed
 from transformers import Trainer
 
 from lsr_scale.config import offloads_optimizer
@@ -27,7 +27,8 @@ class EngineSteps(_Base):
             return super()._prepare_for_training(*args, **kwargs)
         with left_alone(self.accelerator.state.deepspeed_plugin.deepspeed_config):
             prepared = super()._prepare_for_training(*args, **kwargs)
-        ease(self.deepspeed, self.args.max_grad_norm)
+        skipping = getattr(self, "skipping", None)
+        ease(self.deepspeed, self.args.max_grad_norm, skipping.decide if skipping else lambda norm: None)
         return prepared
 
     def _clip_grad_norm(self, model: Any) -> Any:
@@ -64,12 +65,13 @@ def left_alone(config: dict[str, Any]) -> Iterator[None]:
         config |= {"gradient_clipping": clipping, "zero_optimization": zero}
 
 
-def ease(engine: Any, max_norm: float) -> None:
+def ease(engine: Any, max_norm: float, decide: Callable[[Tensor], None] = lambda norm: None) -> None:
     """Have DeepSpeed's engine reduce and clip gradients at once, if it was told to leave them alone.
 
     Args:
         engine: DeepSpeed's.
         max_norm: Of all gradients, of all processes, as one vector; 0 clips nothing.
+        decide: Told that norm, the same on every process, before a step is taken.
     """
     optimizer, module = engine.optimizer, engine.module
     module.train()  # all of it: PEFT puts adapters in training mode into a base that is not
@@ -83,11 +85,12 @@ def ease(engine: Any, max_norm: float) -> None:
 
         def clip(*_: Any) -> None:
             engine._global_grad_norm = torch.nn.utils.clip_grad_norm_(trained, max_norm or math.inf, foreach=True)
+            decide(engine._global_grad_norm)
 
         optimizer.register_step_pre_hook(clip)
     elif not getattr(optimizer, "compute_grad_norm", True):
         kind = type(optimizer)
-        optimizer.max_norm = max_norm
+        optimizer.max_norm, optimizer.decide = max_norm, decide
         optimizer.__class__ = type(f"AtOnce{kind.__name__}", (_AtOnce, kind), {})
 
 
@@ -95,6 +98,7 @@ class _AtOnce:
     """Goes before `DeepSpeedZeroOptimizer`, of stage 1, among a class's bases."""
 
     max_norm: float
+    decide: Callable[[Tensor], None]
     bit16_groups_flat: Any  # by group: all parameters joined, as they are trained; each is a view of it
     round_robin_bit16_groups: Any  # by group: the parameters in that order
     round_robin_bit16_padding: Any  # by group: elements after each
@@ -132,6 +136,7 @@ class _AtOnce:
         norm = squared.sqrt()
         if self.max_norm > 0:
             torch._foreach_mul_(parts, (self.max_norm / (norm + 1e-6)).clamp(max=1.0))
+        self.decide(norm)
         super().step(closure)  # pyright: ignore[reportAttributeAccessIssue]
         self._global_grad_norm = norm
 

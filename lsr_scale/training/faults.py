@@ -14,7 +14,7 @@ from pathlib import Path
 from subprocess import PIPE
 from typing import Any
 
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lsr_scale import distributed
 from lsr_scale.errors import LOST_PEER, UserError
@@ -142,34 +142,71 @@ def _deepspeed_runner() -> int | None:
     return runner if b"deepspeed.launcher.launch" in names[0] and b"deepspeed" in names[1] else None
 
 
-def on_nonfinite(trainer: Trainer, loss: float, inputs: dict[str, Any]) -> None:
+_GOES_ON = "set training.on_nonfinite: skip; then go on with --resume auto"
+
+
+def on_nonfinite_loss(trainer: Any, loss: float, inputs: dict[str, Any], step: int, micro_step: int) -> None:
     """Note the batch in `nonfinite.jsonl` of the run's folder, and end the run unless it is to skip such batches.
+
+    Args:
+        trainer: The trainer.
+        loss: The batch's.
+        inputs: The batch.
+        step: How many steps were done before its own.
+        micro_step: How many batches of its step before it, on this process.
 
     Raises:
         UserError: where `training.on_nonfinite` is "stop".
     """
-    file = RunFolder(Path(str(trainer.args.output_dir))).nonfinite
-    rows = _rows_in_hand(trainer)
-    line = {
-        "step": trainer.state.global_step + 1,
-        "process": distributed.rank(),
-        "loss": str(loss),
-        "rows": rows,
-        "input_ids": inputs["input_ids"].tolist(),
-    }
-    with file.open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(line) + "\n")
-    if getattr(trainer, "on_nonfinite", "stop") == "skip":
+    rows, process = _rows_of(trainer, step, micro_step), distributed.rank()
+    line = {"step": step + 1, "process": process, "loss": str(loss), "rows": rows}
+    file = _note(trainer, {**line, "input_ids": inputs["input_ids"].tolist()})
+    if trainer.on_nonfinite == "skip":
         return
     raise UserError(
-        f"training diverged: the loss is {loss} at step {line['step']}, on rows {rows} of the training data (process "
-        f"{line['process']}; the tokens are in {file}); lower training.learning_rate, lengthen training.warmup_steps, "
-        "mend these rows, or set training.on_nonfinite: skip; then go on with --resume auto"
+        f"training diverged: the loss is {loss} at step {step + 1}, on rows {rows} of the training data (process "
+        f"{process}; the tokens are in {file}); lower training.learning_rate, lengthen training.warmup_steps, mend "
+        f"these rows, or {_GOES_ON}"
     )
 
 
-def _rows_in_hand(trainer: Any) -> list[int] | None:
-    """Return the numbers of the rows in the current micro-batch, by the sampler's order; None where it has none."""
+def on_nonfinite_gradient(trainer: Any, norm: float, step: int) -> None:
+    """Note the step in `nonfinite.jsonl`, without rows: any of its could be meant; end the run unless it skips such.
+
+    Args:
+        trainer: The trainer.
+        norm: Of the gradient of all processes, so that they do the same.
+        step: How many steps were done before it.
+
+    Raises:
+        UserError: where `training.on_nonfinite` is "stop".
+    """
+    if distributed.is_main():
+        _note(trainer, {"step": step + 1, "gradient_norm": str(norm)})
+    if trainer.on_nonfinite == "skip":
+        return
+    raise UserError(
+        f"training diverged: the gradient of step {step + 1} is not finite (its norm is {norm}), though its losses are; "
+        "lower training.learning_rate, lengthen training.warmup_steps, set model.dtype to float32 or bfloat16 if it "
+        f"is float16, or {_GOES_ON}"
+    )
+
+
+def _note(trainer: Any, line: dict[str, Any]) -> Path:
+    file = RunFolder(Path(str(trainer.args.output_dir))).nonfinite
+    with file.open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(line) + "\n")
+    return file
+
+
+def _rows_of(trainer: Any, step: int, micro_step: int) -> list[int] | None:
+    """Return the numbers of a micro-batch's rows, by the sampler's order; None where it has none.
+
+    Args:
+        trainer: The trainer.
+        step: How many steps were done before the batch's.
+        micro_step: How many batches of its step before it.
+    """
     loader: Any = trainer.callback_handler.train_dataloader
     sampler: Any = getattr(loader, "batch_sampler", None)
     order = sampler
@@ -178,7 +215,7 @@ def _rows_in_hand(trainer: Any) -> list[int] | None:
     if sampler is None or order is None:
         return None
     accumulation = trainer.args.gradient_accumulation_steps
-    epoch, done = divmod(trainer.state.global_step, max(1, math.ceil(len(loader) / accumulation)))
+    epoch, done = divmod(step, max(1, math.ceil(len(loader) / accumulation)))
     order.set_epoch(epoch)
-    micro = done * accumulation + trainer.micro_step
+    micro = done * accumulation + micro_step
     return next(itertools.islice(iter(sampler), micro, None), None)

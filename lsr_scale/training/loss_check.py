@@ -1,6 +1,9 @@
-"""A trainer that looks whether its losses are finite, on a GPU without waiting for them."""
+"""A trainer that looks whether its losses and gradients are finite, on a GPU without waiting for them."""
 
+import math
+import types
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,31 +13,44 @@ from transformers import DefaultFlowCallback, Trainer, TrainerCallback, TrainerC
 from lsr_scale.training import faults
 
 _Base: Any = Trainer
+_LATE = 4  # numbers: two batches' losses, and a gradient's norm after each
 
 
 class LossCheck(_Base):
-    """What a batch does whose loss is not finite (`training.on_nonfinite`); goes before a trainer among the bases.
+    """What is done of a loss or gradient that is not finite (`training.on_nonfinite`); goes before a trainer's class.
 
-    "stop" ends the run: on the CPU at once, on a GPU two batches later, when the loss is computed and nobody waits for
-    it; nothing is logged, saved or evaluated in between. "skip" leaves zero gradients, for which the host does wait.
+    "stop" ends the run: on the CPU at once, on a GPU some batches later, when the number is computed and nobody waits
+    for it; nothing is logged, saved or evaluated in between.
 
-    A skipped micro-batch adds nothing to its step's gradient. The step's others, on this process and on the rest, weigh
-    what they would have weighed beside it: the sum of their losses is divided by the tokens of all, as ever. So no
-    process need hear of another's bad batch, and a step of one process and of several is the same.
+    "skip": a batch whose loss is not finite leaves zero gradients, for which the host does wait. It adds nothing to its
+    step's gradient. The step's others, on this process and on the rest, weigh what they would have weighed beside it:
+    the sum of their losses is divided by the tokens of all, as ever. So no process need hear of another's bad batch,
+    and a step of one process and of several is the same. Where the gradient of a step is not finite though its losses
+    are, or nothing is left of it, the optimizer takes no step: by the norm of the whole gradient, so on all processes
+    alike, and on a GPU without waiting where the optimizer can (`SkippingOptimizer`).
     """
 
     on_nonfinite = "stop"
     micro_step = 0  # of the step under way
+    skipping: "SkippingOptimizer | None" = None
     _micro_step_of = -1
     _drop = _hooked = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._unchecked: deque = deque()
+        # when each number will be there, where, and whom to tell if it is not finite; the oldest first
+        self._unchecked: deque[tuple[Any, Tensor, Callable[[float], None]]] = deque()
         callbacks = self.callback_handler.callbacks
         # after those that decide what is due
         deciding = [n for n, one in enumerate(callbacks) if isinstance(one, DefaultFlowCallback | faults.StopOnSignal)]
         callbacks.insert(max(deciding, default=-1) + 1, _CheckBeforeUse(self))
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """Make the optimizer, one that can leave steps out if it is to."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if self.on_nonfinite == "skip" and (self.skipping is None or self.skipping.optimizer is not optimizer):
+            self.skipping = SkippingOptimizer(optimizer)
+        return optimizer
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Compute the loss as the trainer does, and see to it that it is finite."""
@@ -49,6 +65,7 @@ class LossCheck(_Base):
         step = self.state.global_step
         self.micro_step = self.micro_step + 1 if step == self._micro_step_of else 0
         self._micro_step_of = step
+        self._drop = False  # the last batch's; a graph that is captured now would keep its zeros
         if self.on_nonfinite == "skip" and not self._hooked:
             self._hooked = True
             for parameter in self.model.parameters():
@@ -65,44 +82,100 @@ class LossCheck(_Base):
             inputs: The batch; noted if its loss is not finite.
 
         Raises:
-            UserError: for this loss or one before it, where that ends the run.
+            UserError: for this loss or a number before it, where that ends the run.
         """
-        if self.on_nonfinite == "skip" or not loss.is_cuda:
-            dropped = not bool(torch.isfinite(loss))
+        step, micro_step = self.state.global_step, self.micro_step
+
+        def tell(found: float) -> None:
+            faults.on_nonfinite_loss(self, found, inputs, step, micro_step)
+
+        if self.on_nonfinite == "skip":
+            found = float(loss)
+            self.check()  # what came before is there by now
+            dropped = not math.isfinite(found)
             if dropped:
-                faults.on_nonfinite(self, float(loss), inputs)
+                tell(found)
             return dropped
-        on_host = torch.empty((), dtype=loss.dtype, pin_memory=True)
-        on_host.copy_(loss, non_blocking=True)
-        ready: Any = torch.cuda.Event()
-        ready.record()
-        self._unchecked.append((ready, on_host, inputs, self.state.global_step, self.micro_step))
-        self.check_losses(after=2)
+        self._check_later(loss, tell)
         return False
 
-    def check_losses(self, after: int = 0) -> None:
-        """Raise for a loss that is not finite among those of which `after` newer ones exist."""
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """Return the norm of the step's gradient, looked at; what is logged of a step that is left out is 0."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        if norm is None:
+            return None
+        norm, step = torch.as_tensor(norm), self.state.global_step
+        self._check_later(norm.detach(), lambda found: faults.on_nonfinite_gradient(self, found, step))
+        if self.skipping is None:
+            return norm
+        if not self.is_deepspeed_enabled:  # its engine has taken the step by now, see `engine_steps.ease`
+            self.skipping.decide(norm)
+        return norm.where(norm.isfinite(), 0.0)
+
+    def _check_later(self, number: Tensor, tell: Callable[[float], None]) -> None:
+        """Look at a scalar, at once on the CPU and after some more on a GPU, and tell of it if it is not finite."""
+        ready, on_host = None, number
+        if number.is_cuda:
+            on_host = torch.empty((), dtype=number.dtype, pin_memory=True)
+            on_host.copy_(number, non_blocking=True)
+            ready = torch.cuda.Event()
+            ready.record()
+        self._unchecked.append((ready, on_host, tell))
+        self.check(after=_LATE if number.is_cuda else 0)
+
+    def check(self, after: int = 0) -> None:
+        """Tell of each number that is not finite among those of which `after` newer ones exist.
+
+        Raises:
+            UserError: where that ends the run.
+        """
         while len(self._unchecked) > after:
-            ready, on_host, inputs, step, micro_step = self._unchecked.popleft()
-            ready.synchronize()
-            if not bool(torch.isfinite(on_host)):
-                now = self.state.global_step
-                self.state.global_step, self.micro_step = step, micro_step
-                try:
-                    faults.on_nonfinite(self, float(on_host), inputs)
-                finally:
-                    self.state.global_step = now
+            ready, on_host, tell = self._unchecked.popleft()
+            if ready is not None:
+                ready.synchronize()
+            found = float(on_host)
+            if not math.isfinite(found):
+                tell(found)
+
+
+class SkippingOptimizer:
+    """Makes an optimizer leave out the step of a gradient that is not finite or zero: nothing of it changes.
+
+    torch's fused optimizers look at a tensor `found_inf` on the device, so the host does not wait. For others it does.
+    """
+
+    def __init__(self, optimizer: Any) -> None:
+        """Take the optimizer before a schedule or an engine wraps it."""
+        self.optimizer = optimizer
+        self.on_device = bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+        self._leave_out = False
+        if self.on_device:
+            return
+        step = optimizer.step
+
+        def step_or_not(_: Any, *args: Any, **kwargs: Any) -> Any:
+            return None if self._leave_out else step(*args, **kwargs)
+
+        optimizer.step = types.MethodType(step_or_not, optimizer)  # a method, as schedules expect
+
+    def decide(self, norm: Tensor) -> None:
+        """Decide on the next step, by the norm of all processes' gradients as one vector."""
+        left_out = ~norm.detach().isfinite() | (norm.detach() == 0)
+        if self.on_device:
+            self.optimizer.found_inf = left_out.float()
+        else:
+            self._leave_out = bool(left_out)
 
 
 class _CheckBeforeUse(TrainerCallback):
-    """Has a trainer look at its last losses before anything is logged or saved of them."""
+    """Has a trainer look at its last losses and gradients before anything is logged or saved of them."""
 
     def __init__(self, trainer: LossCheck) -> None:
         self.trainer = trainer
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Raise for a loss that is not finite."""
+        """Raise for what is not finite, or note it."""
         if control.should_log or control.should_save or control.should_evaluate or control.should_training_stop:
-            self.trainer.check_losses()
+            self.trainer.check()
 
     on_epoch_end = on_step_end

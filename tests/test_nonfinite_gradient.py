@@ -42,11 +42,11 @@ def state_of(folder, step):
     ("optim", "accumulation", "max_grad_norm"),
     [("adamw_torch_fused", 1, 1.0), ("adamw_torch_fused", 2, 0.0), ("adamw_torch", 1, 0.0), ("sgd", 2, 1.0)],
 )
-def test_a_step_without_a_finite_gradient_is_left_out_whole(place, tmp_path, monkeypatch, optim, accumulation, max_grad_norm):
+def test_a_step_without_a_finite_gradient_is_left_out_whole(
+    place, tmp_path, monkeypatch, optim, accumulation, max_grad_norm
+):
     # of the second step's batches, the last
-    make_infinite(
-        monkeypatch, SFTTrainer, lambda t: t.state.global_step == 1 and t.micro_step == accumulation - 1
-    )
+    make_infinite(monkeypatch, SFTTrainer, lambda t: t.state.global_step == 1 and t.micro_step == accumulation - 1)
     training = {"optim": optim, "gradient_accumulation_steps": accumulation, "max_grad_norm": max_grad_norm}
     folder = do(run_in(place, tmp_path, on_nonfinite="skip", weight_decay=0.1, **training))
     assert noted(folder) == [{"step": 2, "gradient_norm": noted(folder)[0]["gradient_norm"]}], "no row is blamed"
@@ -90,7 +90,9 @@ def test_the_advice_to_skip_and_go_on_works(place, tmp_path, monkeypatch, capsys
 
     folder = train(run_in(place, tmp_path, on_nonfinite="skip"), resume="auto")
     assert [row["step"] for row in metrics(folder)] == [1, 2, 3]
-    said = "note: what was not finite counted for nothing (training.on_nonfinite: skip): 0 losses of batches, 1 gradients"
+    said = (
+        "note: what was not finite counted for nothing (training.on_nonfinite: skip): 0 losses of batches, 1 gradients"
+    )
     assert said in capsys.readouterr().out
 
 

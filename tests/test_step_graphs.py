@@ -5,10 +5,12 @@ import math
 from typing import Any
 
 import pytest
+import recorded_graphs
 import torch
 from conftest import SEVEN_LINEARS, randomize, tiny_llama
 from peft import get_peft_model
-from tiny_runs import completions, do, factors, metrics, questions, save_llama, tiny_run, write_rows
+from recorded_graphs import RecordedGraph
+from tiny_runs import completions, do, factors, metrics, questions, same, save_llama, tiny_run, write_rows
 from torch.nn.utils.rnn import pad_sequence
 
 import lsr_scale
@@ -17,6 +19,8 @@ from lsr_scale.errors import UserError
 from lsr_scale.fused.step_graph import StepGraphs, rounded, static_batch, static_loss, why_not_graphs
 from lsr_scale.training import assembly
 from lsr_scale.training.graph_steps import GraphSteps, host_bound
+from lsr_scale.training.head_loss import HeadLoss
+from lsr_scale.training.loss_check import SkippingOptimizer
 
 BIG: dict[str, Any] = dict(
     hidden_size=256, intermediate_size=704, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=3
@@ -180,6 +184,83 @@ def compare_runs(folder, accumulation, **fields):
     return {graphs: factors for graphs, (factors, _) in found.items()}
 
 
+def run_of_graphs(folder, lengths, **training):
+    """Return a run of float32, fused, a row a step in this order, whose texts have so many words of one token."""
+    save_llama(folder / "model")
+    rows = [{"text": " ".join("abcdefgh"[n % 8] for n in range(length))} for length in lengths]
+    write_rows(folder / "graphs.jsonl", rows)
+    training = {
+        **{"output_dir": str(folder / "run"), "fused": "on", "cuda_graphs": "on", "padding_free": True},
+        **{"max_length": None, "per_device_train_batch_size": 1, "train_sampling_strategy": "sequential"},
+        **{"save_strategy": "no", "learning_rate": 1e-3, **training},
+    }
+    data = {"train": [str(folder / "graphs.jsonl")]}
+    return tiny_run(folder, model={"dtype": "float32"}, data=data, training=training, eval={"tasks": []})
+
+
+def without_graphs(run, folder):
+    return run.model_copy(update={"training": {**run.training, "cuda_graphs": "off", "output_dir": str(folder)}})
+
+
+def by_step(folder, name):
+    return [row[name] for row in metrics(folder) if "loss" in row]
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    recorded_graphs.stand_in(monkeypatch)
+    monkeypatch.setattr(assembly, "why_not_graphs", lambda *_: None)
+
+
+def test_recorded_graphs_are_the_steps_themselves_and_nothing_is_decided_anew(tmp_path, recorded):
+    run = run_of_graphs(tmp_path, [20] * 5 + [33] + [20] * 3)
+    found, plain = do(run), do(without_graphs(run, tmp_path / "plain"))
+    assert (RecordedGraph.made, RecordedGraph.replays) == (2, 7)
+    assert by_step(found, "loss") == pytest.approx(by_step(plain, "loss"), rel=1e-4)
+    for name, factor in factors(found).items():
+        torch.testing.assert_close(factor, factors(plain)[name], rtol=1e-3, atol=1e-5)
+
+
+def test_a_capture_right_after_a_dropped_batch_is_of_the_batch_that_is_captured(tmp_path, monkeypatch, recorded):
+    compute = HeadLoss.compute_loss
+
+    def poisoned(self, *args, **kwargs):  # of the second step, the last before graphs
+        return compute(self, *args, **kwargs) * (math.nan if self.state.global_step == 1 else 1.0)
+
+    monkeypatch.setattr(HeadLoss, "compute_loss", poisoned)
+    run = run_of_graphs(tmp_path, [20] * 6, on_nonfinite="skip")
+    found, plain = do(run), do(without_graphs(run, tmp_path / "plain"))
+    assert (RecordedGraph.made, RecordedGraph.replays) == (1, 4)
+    norms = by_step(found, "grad_norm")
+    assert [norm > 0 for norm in norms] == [True, False, True, True, True, True]
+    assert norms == pytest.approx(by_step(plain, "grad_norm"), rel=1e-3)
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_replayed_step_that_is_not_finite_is_left_out_and_the_next_capture_is_whole(
+    tmp_path, monkeypatch, recorded, what
+):
+    replay = StepGraphs.replay
+
+    def poisoned(self, *args):
+        loss, gradients = replay(self, *args)
+        if RecordedGraph.replays == 2:  # the fourth step; the fifth is captured
+            loss = loss * math.nan if what == "loss" else loss
+            gradients[0].fill_(math.inf)
+        return loss, gradients
+
+    monkeypatch.setattr(StepGraphs, "replay", poisoned)
+    run = run_of_graphs(tmp_path, [20] * 4 + [33] * 2 + [20], on_nonfinite="skip", save_strategy="steps", save_steps=1)
+    found = do(run)
+    assert (RecordedGraph.made, RecordedGraph.replays) == (2, 5)
+    assert [norm > 0 for norm in by_step(found, "grad_norm")] == [True, True, True, False, True, True, True]
+    assert same(factors(found, "checkpoint-3"), factors(found, "checkpoint-4"))
+    assert not same(factors(found, "checkpoint-4"), factors(found, "checkpoint-5"))
+    (line,) = [json.loads(text) for text in found.nonfinite.read_text().splitlines()]
+    assert line["step"] == 4
+    assert ("rows" in line) == (what == "loss")
+
+
 def on_the_gpu(batch):
     return {name: value.cuda() if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
 
@@ -262,3 +343,52 @@ class TestOnTheGpu:
             assert all(factor.isfinite().all() for factor in factors(do(run)).values())
         (line,) = (tmp_path / "run" / "nonfinite.jsonl").read_text().splitlines()
         assert json.loads(line)["step"] == 5
+
+    @pytest.mark.parametrize("handling", ["stop", "skip"])
+    def test_a_gradient_that_is_not_finite(self, tmp_path, monkeypatch, handling):
+        replay, calls = StepGraphs.replay, []
+
+        def poisoned(self, *args):
+            loss, gradients = replay(self, *args)
+            calls.append(1)
+            if len(calls) == 3:
+                gradients[0].fill_(math.inf)
+            return loss, gradients
+
+        monkeypatch.setattr(StepGraphs, "replay", poisoned)
+        run = run_of_graphs(tmp_path, [20] * 8, on_nonfinite=handling, logging_steps=50)
+        if handling == "stop":
+            with pytest.raises(UserError, match="the gradient of step 5 is not finite"):
+                do(run)
+        else:
+            assert all(factor.isfinite().all() for factor in factors(do(run)).values())
+        (line,) = (tmp_path / "run" / "nonfinite.jsonl").read_text().splitlines()
+        assert json.loads(line) == {"step": 5, "gradient_norm": json.loads(line)["gradient_norm"]}
+
+    def test_a_capture_right_after_a_dropped_batch(self, tmp_path, monkeypatch):
+        compute = HeadLoss.compute_loss
+
+        def poisoned(self, *args, **kwargs):
+            return compute(self, *args, **kwargs) * (math.nan if self.state.global_step == 1 else 1.0)
+
+        monkeypatch.setattr(HeadLoss, "compute_loss", poisoned)
+        found = do(run_of_graphs(tmp_path, [20] * 6, on_nonfinite="skip"))
+        assert [norm > 0 for norm in by_step(found, "grad_norm")] == [True, False, True, True, True, True]
+
+    def test_deciding_on_a_step_does_not_wait_for_the_gpu(self):
+        parameter = torch.nn.Parameter(torch.ones(1000, device="cuda"))
+        optimizer = torch.optim.AdamW([parameter], lr=0.1, fused=True)
+        skipping = SkippingOptimizer(optimizer)
+        moved = []
+        for scale in (1.0, math.inf, 2.0):
+            parameter.grad = torch.full_like(parameter, scale)
+            before = parameter.detach().clone()
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                skipping.decide(torch.nn.utils.clip_grad_norm_([parameter], 1.0))
+                optimizer.step()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+            moved.append(bool((parameter != before).any()))
+        assert moved == [True, False, True]
+        assert float(optimizer.state[parameter]["step"]) == 2

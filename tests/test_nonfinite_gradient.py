@@ -73,7 +73,7 @@ def test_a_step_of_which_no_batch_is_left_moves_nothing(place, tmp_path, monkeyp
 
 def test_the_run_ends_at_the_gradient_before_it_is_used(place, tmp_path, monkeypatch):
     make_infinite(monkeypatch, SFTTrainer, lambda trainer: trainer.state.global_step == 1)
-    said = r"the gradient of step 2 is not finite \(its norm is (inf|nan)\), though its losses are; lower training"
+    said = r"the gradient of step 2 is not finite \(its norm is (inf|nan)\), but its losses are; set training"
     with pytest.raises(UserError, match=said):
         do(run_in(place, tmp_path))
     folder = RunFolder(tmp_path)
@@ -84,7 +84,7 @@ def test_the_run_ends_at_the_gradient_before_it_is_used(place, tmp_path, monkeyp
 
 def test_the_advice_to_skip_and_go_on_works(place, tmp_path, monkeypatch, capsys):
     make_infinite(monkeypatch, SFTTrainer, lambda trainer: trainer.state.global_step == 1)
-    with pytest.raises(UserError, match="set training.on_nonfinite: skip; then go on with --resume auto"):
+    with pytest.raises(UserError, match=r"set training\.on_nonfinite: skip and go on with --resume auto"):
         do(run_in(place, tmp_path))
     from lsr_scale.train import train
 

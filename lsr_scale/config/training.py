@@ -191,8 +191,8 @@ def training_model(task: Task) -> type[TrainingFields]:
     )
     fields["memory"] = (Literal["auto", "save", "speed"], Field(default=defaults["memory"], description=text))
     text = (
-        "A batch whose loss is not finite, or a step whose gradient is not, ends the run ('stop') or counts for nothing "
-        "('skip'); both are noted in nonfinite.jsonl."
+        "A batch whose loss is not finite, or a step whose gradient is not, ends the run ('stop') or counts for "
+        "nothing ('skip'); both are noted in nonfinite.jsonl."
     )
     fields["on_nonfinite"] = (Literal["stop", "skip"], Field(default=defaults["on_nonfinite"], description=text))
     text = (

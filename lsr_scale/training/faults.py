@@ -142,7 +142,11 @@ def _deepspeed_runner() -> int | None:
     return runner if b"deepspeed.launcher.launch" in names[0] and b"deepspeed" in names[1] else None
 
 
-_GOES_ON = "set training.on_nonfinite: skip; then go on with --resume auto"
+# a checkpoint keeps to its learning rate
+_GOES_ON = (
+    "set training.on_nonfinite: skip and go on with --resume auto; or lower training.learning_rate, lengthen "
+    "training.warmup_steps{more}, and start again with --overwrite"
+)
 
 
 def on_nonfinite_loss(trainer: Any, loss: float, inputs: dict[str, Any], step: int, micro_step: int) -> None:
@@ -165,8 +169,7 @@ def on_nonfinite_loss(trainer: Any, loss: float, inputs: dict[str, Any], step: i
         return
     raise UserError(
         f"training diverged: the loss is {loss} at step {step + 1}, on rows {rows} of the training data (process "
-        f"{process}; the tokens are in {file}); lower training.learning_rate, lengthen training.warmup_steps, mend "
-        f"these rows, or {_GOES_ON}"
+        f"{process}; the tokens are in {file}); {_GOES_ON.format(more=' or mend these rows')}"
     )
 
 
@@ -186,9 +189,8 @@ def on_nonfinite_gradient(trainer: Any, norm: float, step: int) -> None:
     if trainer.on_nonfinite == "skip":
         return
     raise UserError(
-        f"training diverged: the gradient of step {step + 1} is not finite (its norm is {norm}), though its losses are; "
-        "lower training.learning_rate, lengthen training.warmup_steps, set model.dtype to float32 or bfloat16 if it "
-        f"is float16, or {_GOES_ON}"
+        f"training diverged: the gradient of step {step + 1} is not finite (its norm is {norm}), but its losses are; "
+        + _GOES_ON.format(more=" or set model.dtype to float32")
     )
 
 

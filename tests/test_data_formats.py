@@ -103,6 +103,7 @@ def test_text_and_classification(built):
     )
     assert [row["label"] for row in scores] == [2.0, 2.5]
     assert built([{"sentence": "a", "label": 1}])[0] == [{"sentence1": "a", "sentence2": "", "label": 1}]
+    assert built([{"sentence1": "a", "label": 1}])[0] == [{"sentence1": "a", "sentence2": "", "label": 1}]
 
 
 @pytest.mark.parametrize(
@@ -162,6 +163,16 @@ def test_unknown_and_ambiguous_rows_ask_for_a_format(built):
         ({"text": "a"}, {"text": ""}, "something to learn"),
         ({"sentence": "a", "label": 1}, {"sentence": "a", "label": "good"}, "class number"),
         ({"sentence": "a", "label": 1}, {"sentence": "a", "label": -1}, "unlabelled"),
+        (
+            {"sentence": "a", "label": 1},
+            {"sentence": "a", "label": float("inf")},
+            "finite and below 2.14748e.09, got inf",
+        ),
+        ({"sentence": "a", "label": 1}, {"sentence": "a", "label": float("nan")}, "finite and below"),
+        ({"sentence": "a", "label": 1}, {"sentence": "a", "label": 2**70}, "finite and below"),
+        ({"sentence": "a", "label": 1}, {"sentence": "a", "label": None}, "class number"),
+        (CHAT, {**CHAT, "tools": "not JSON"}, "list of tools, or its JSON, under 'tools', got 'not JSON'"),
+        (CHAT, {**CHAT, "tools": {"name": "f"}}, "list of tools"),
     ],
 )
 def test_a_bad_row_is_named_by_file_and_line(built, good, bad, message):

@@ -45,12 +45,12 @@ def test_every_file_type_gives_the_same_rows_and_its_hash(tmp_path, name):
     assert len(examples(found)) == 6
 
 
-def test_csv_keeps_texts_and_reads_numbers(tmp_path):
+def test_csv_is_text_as_it_stands(tmp_path):
     file = tmp_path / "a.csv"
     file.write_text('sentence1,sentence2,label\n"a, b",,1\nNA,d,0\n', encoding="utf-8")
     assert load_rows(str(file)).rows == [
-        {"sentence1": "a, b", "sentence2": "", "label": 1},
-        {"sentence1": "NA", "sentence2": "d", "label": 0},
+        {"sentence1": "a, b", "sentence2": "", "label": "1"},
+        {"sentence1": "NA", "sentence2": "d", "label": "0"},
     ]
 
 

@@ -189,6 +189,31 @@ def test_white_space_at_the_end_of_a_context_moves_to_the_continuation():
         ("arc_easy", {"answerKey": "E"}, "one of"),
         ("hellaswag", {"label": ""}, "no label under 'label'"),
         ("hellaswag", {"endings": ["one"]}, "at least two texts"),
+        ("piqa", {"label": 0.9}, "expected a whole number under 'label', got 0.9"),
+        ("piqa", {"label": float("nan")}, "expected a whole number"),
+        ("piqa", {"label": float("inf")}, "expected a whole number"),
+        ("piqa", {"label": 2**70}, "between 0 and 1"),
+        ("piqa", {"label": "0.9"}, "expected a whole number"),
+        ("piqa", {"label": "1_0"}, "expected a whole number"),
+        ("piqa", {"label": [0]}, "expected a whole number"),
+        ("piqa", {"label": "-1"}, "no label under 'label'"),
+        ("piqa", {"sol2": "Put it in a closed tin. "}, "the right choice 'Put it in a closed tin.' is there more than"),
+        ("winogrande", {"option1": "Mia"}, "the right choice 'Mia' is there more than once"),
+        ("arc_easy", {"choices": {"text": ["a", "b"], "label": ["A", "B", "C"]}}, "a label of its own for each of 2"),
+        ("arc_easy", {"choices": {"text": ["a", "b", "c"], "label": ["A", "B"]}}, "a label of its own for each of 3"),
+        ("arc_easy", {"choices": {"text": ["a", "b", "c"], "label": ["A", "C", "C"]}}, "a label of its own"),
+        ("arc_easy", {"choices": {"text": ["a", "b"], "label": 3}}, "under 'choices.label', got 3"),
+        ("arc_easy", {"choices": {"text": ["a", "b", "b"], "label": ["A", "B", "C"]}}, "the right choice 'b' is there"),
+        (
+            "commonsense_qa",
+            {
+                "choices": {
+                    "text": list("abcdefghijklmnopqrstuvwxyz") + ["0"],
+                    "label": [*"ABCDEFGHIJKLMNOPQRSTUVWXYZ", "27"],
+                }
+            },
+            "at most 26 choices, one a letter, got 27",
+        ),
     ],
 )
 def test_a_hub_row_that_does_not_fit_says_why(task, change, message):
@@ -206,11 +231,25 @@ def test_a_hub_row_that_does_not_fit_says_why(task, change, message):
         ({"choices": "cork"}, "at least two texts"),
         ({"choices": ["cork", 3]}, r"choices\[1\], got 3"),
         ({"question": 3}, "text under 'question', got 3"),
+        ({"answer": 0.9}, "0-based index"),
+        ({"answer": 2**70}, "between 0 and 1"),
+        ({"choices": ["cork", "cork"]}, "the right choice 'cork' is there more than once; remove or reword the other"),
+        ({"choices": ["cork", "lead", "lead"]}, "the choice 'lead' is there more than once; remove or reword one"),
     ],
 )
 def test_a_uniform_row_that_does_not_fit_says_why(change, message):
     with pytest.raises(RowError, match=message):
         to_example({"question": "Which floats?", "choices": ["cork", "lead"], "answer": 0, **change})
+
+
+def test_published_sets_may_have_two_wrong_choices_alike():
+    row = {"question": "A bee carries", "choices": ["pollen", "rocks", "rocks"], "answer": 0}
+    assert to_example(row, "openbookqa").answer == 0
+
+
+@pytest.mark.parametrize("label", [1, True, 1.0, "1", "1.0", " 1", "true", "True"])
+def test_a_label_is_read_however_tables_write_it(label):
+    assert to_example({**HUB_ROWS["boolq"][0], "label": label}, "boolq").answer == 1
 
 
 def test_columns_that_fit_no_layout_are_listed():

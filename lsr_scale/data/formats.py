@@ -7,11 +7,12 @@ supervised token (the model learns to stop after the answer) that no score ever 
 """
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from lsr_scale.data.sources import Rows, load_rows
-from lsr_scale.data.tasks import Row, RowError, detect_task, is_uniform, scored_pair, to_example
+from lsr_scale.data.tasks import Row, RowError, detect_task, is_uniform, scored_pair, to_example, whole_number
 from lsr_scale.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
@@ -43,9 +44,13 @@ SENTENCE_PAIRS = (
     ("premise", "hypothesis"),
     ("question1", "question2"),
     ("question", "sentence"),
+    ("sentence1", None),
     ("sentence", None),
     ("text", None),
 )
+_DECIMAL = re.compile(r"[+-]?([0-9]{1,18}\.?[0-9]{0,18}|\.[0-9]{1,18})([eE][+-]?[0-9]{1,3})?")
+_LARGEST_LABEL = 2**31
+
 SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
@@ -76,11 +81,11 @@ def _turns(value: object, key: str) -> list[dict[str, str]]:
         if "from" in turn:
             speaker = str(turn["from"])
             if speaker not in SPEAKERS:
-                raise RowError(f"unknown speaker {speaker!r} in {place}; {did_you_mean(speaker, SPEAKERS)}")
+                raise RowError(f"unknown speaker {speaker!r:.60} in {place}; {did_you_mean(speaker, SPEAKERS)}")
             turn = {"role": SPEAKERS[speaker], "content": turn.get("value")}
         role = turn.get("role")
         if role not in ROLES:
-            raise RowError(f"unknown role {role!r} in {place}; {did_you_mean(str(role), ROLES)}")
+            raise RowError(f"unknown role {role!r:.60} in {place}; {did_you_mean(str(role)[:60], ROLES)}")
         extra = {name: item for name, item in turn.items() if name not in ("role", "content") and item is not None}
         if any(not isinstance(item, str) for item in (turn.get("content"), *extra.values())):
             raise RowError(
@@ -92,7 +97,16 @@ def _turns(value: object, key: str) -> list[dict[str, str]]:
 
 def _tools(row: Row) -> dict[str, str]:
     tools = row.get("tools")
-    return {} if not tools else {"tools": tools if isinstance(tools, str) else json.dumps(tools)}
+    if not tools:
+        return {}
+    text = tools if isinstance(tools, str) else json.dumps(tools)
+    try:
+        listed = json.loads(text)
+    except (ValueError, RecursionError):
+        listed = None
+    if not isinstance(listed, list):
+        raise RowError(f"expected a list of tools, or its JSON, under 'tools', got {tools!r:.60}")
+    return {"tools": text}
 
 
 def _conversation(row: Row) -> dict[str, Any]:
@@ -131,13 +145,24 @@ def _classification(row: Row) -> dict[str, Any]:
     first, second = next(
         (pair for pair in SENTENCE_PAIRS if pair[0] in row and (pair[1] is None or pair[1] in row)), SENTENCE_PAIRS[0]
     )
-    label = row.get("label")
-    if not isinstance(label, int | float):
-        raise RowError(f"expected a class number (or a score) under 'label', got {label!r:.60}")
-    if label == -1 and isinstance(label, int):
+    label = _label(row.get("label"))
+    return {"sentence1": _text(row, first), "sentence2": _text(row, second) if second else "", "label": label}
+
+
+def _label(value: object) -> int | float:
+    """Read a class number or a score; a CSV file has them as text."""
+    number: int | float | None = value if isinstance(value, float) else whole_number(value)
+    if number is None and isinstance(value, str) and _DECIMAL.fullmatch(value.strip()):
+        number = float(value)
+    if number is None:
+        raise RowError(f"expected a class number (or a score) under 'label', got {value!r:.60}")
+    if isinstance(value, str) and "." in value:
+        number = float(number)
+    if number == -1 and isinstance(number, int):
         raise RowError("label -1 means unlabelled (official test sets often are); use another split")
-    number = label if isinstance(label, float) else int(label)
-    return {"sentence1": _text(row, first), "sentence2": _text(row, second) if second else "", "label": number}
+    if not abs(number) < _LARGEST_LABEL:  # not a number, neither
+        raise RowError(f"expected a label that is finite and below {_LARGEST_LABEL:g}, got {value!r:.60}")
+    return number
 
 
 def _plain_text(row: Row) -> dict[str, Any]:
@@ -196,7 +221,7 @@ def _convert(rows: Rows, data_format: str, where: str) -> tuple[list[dict[str, A
     if data_format == "auto":
         fits = fitting_formats(rows.rows[0])
         if len(fits) != 1:
-            columns = ", ".join(rows.rows[0])
+            columns = ", ".join(rows.rows[0])[:200]
             what = f"fit more than one format ({', '.join(fits)})" if fits else "fit no format that is known"
             raise UserError(
                 f"{where}: rows with the columns {columns} {what}; set format to one of: {', '.join(FORMATS[1:])}"

@@ -3,24 +3,24 @@
 What was read is written down beside the rows (`Provenance`), so that a run folder can say what it was trained on.
 """
 
-import gzip
 import hashlib
 import json
-import zlib
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
+from lsr_scale.data.readers import SUFFIXES, check_regular, has_lines, read_file, suffix
 from lsr_scale.data.tasks import TASKS, Task, check_task
 from lsr_scale.errors import UserError, did_you_mean
 from lsr_scale.paths import user_path
 
 BUILTIN = "builtin:commonsense"
-SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet", ".csv", ".csv.gz")
 # The order in which a folder without a known task is searched for something to score, as lm-eval prefers test.
 EVAL_SPLITS = ("test", "validation", "heldout", "dev")
+_SHARD = re.compile(r"-(?P<number>\d+)-of-(?P<total>\d+)$")
 
 
 @dataclass(frozen=True)
@@ -57,12 +57,23 @@ class Rows:
     rows: list[dict[str, Any]]
     task: str | None
     provenance: Provenance
-    lines: list[int] | None = None
+    files: tuple["FilePart", ...] = ()
 
     def where(self, index: int) -> str:
-        """Return "file, line 12" for a row of a text file, "source, row 12" (from 1) for any other."""
-        place = self.provenance.resolved
-        return f"{place}, line {self.lines[index]}" if self.lines else f"{place}, row {index + 1}"
+        """Return "file, line 12" for a row of a text file, "file, row 12" (from 1) for any other."""
+        for part in self.files:
+            if index < len(part.numbers):
+                return f"{part.file}, {'line' if has_lines(part.file) else 'row'} {part.numbers[index]}"
+            index -= len(part.numbers)
+        return f"{self.provenance.resolved}, row {index + 1}"
+
+
+@dataclass(frozen=True)
+class FilePart:
+    """The numbers, of lines or of rows, that a file's rows have in it."""
+
+    file: Path
+    numbers: list[int]
 
 
 def load_rows(
@@ -78,8 +89,9 @@ def load_rows(
     """Read the rows of one source.
 
     Args:
-        path: A local file (.jsonl, .json, .parquet, .csv; gzip'd too), a local folder that holds `<split>.jsonl.gz` or
-            the like or one folder a task, `builtin:commonsense`, a known task's name, or a hub dataset.
+        path: A local file (.jsonl, .json, .csv, .tsv, all gzip'd too, .parquet, .arrow), a local folder that holds
+            `<split>.jsonl.gz` or the like, one folder a task, or what `save_to_disk` wrote, `builtin:commonsense`, a
+            known task's name, or a hub dataset.
         name: Subset (configuration) of a hub dataset.
         split: The split; None takes `default_split`.
         task: Known task whose prompt form the rows take; None finds it by the folder or the columns. In a folder of
@@ -94,15 +106,20 @@ def load_rows(
     """
     if limit is not None and limit < 1:
         raise UserError(f"data source {path!r}: expected limit of at least 1, got {limit}")
-    local = user_path(path, "data source")
     if path.startswith("builtin:"):
         return _load_builtin(path, split or default_split or "heldout", task, limit)
+    local = _local_path(path)
     if local.is_dir():
         return _load_folder(path, local, split, default_split, task, limit)
-    if local.is_file():
+    if local.exists():
+        check_regular(local)
+        if split is not None and (suffix(local) or "").removesuffix(".gz") != ".json":  # one may hold several
+            raise UserError(
+                f"data source {path!r}: a file has no splits; remove split ({split!r}), or set path to the folder"
+            )
         parent = local.resolve().parent.name
         _check_optional_task(task, path)
-        return _load_files(path, [local], None, task or (parent if parent in TASKS else None), limit)
+        return _load_files(path, [local], split, task or (parent if parent in TASKS else None), limit)
     if _looks_local(path):
         raise UserError(f"data source {path!r}: no such file or folder; {_nearest_sibling(local)}")
     _check_optional_task(task, path)
@@ -121,7 +138,32 @@ def _check_optional_task(task: str | None, path: str) -> None:
 
 
 def _looks_local(path: str) -> bool:
-    return path.startswith((".", "/", "~")) or path.count("/") > 1 or "\\" in path or path.endswith(SUFFIXES)
+    return path.startswith((".", "/", "~")) or path.count("/") > 1 or "\\" in path or suffix(Path(path)) is not None
+
+
+def _local_path(path: str) -> Path:
+    """Return the path that a source's name would be here, there or not.
+
+    Raises:
+        UserError: The name means no path and no dataset: remote storage, an unexpanded variable.
+    """
+    where, local = f"data source {path[:200]!r}", user_path(path, "data source")
+    try:
+        if local.exists():
+            return local
+    except OSError as error:
+        raise UserError(f"{where}: cannot be looked at ({error.strerror}); check the path") from error
+    if scheme := re.match(r"([A-Za-z][A-Za-z0-9+.-]*):/", path):
+        raise UserError(
+            f"{where}: {scheme[1]}: is not read from; download it and name the file or folder (a dataset of the hub is "
+            "named owner/name)"
+        )
+    if re.search(r"\$(\w|\{)", path):
+        raise UserError(
+            f"{where}: variables are not replaced in paths; write the path out (~/ is your home folder), or let the "
+            'shell replace it: --set "data.train=$HOME/rows.jsonl"'
+        )
+    return local
 
 
 def _nearest_sibling(path: Path) -> str:
@@ -157,21 +199,74 @@ def _load_builtin(path: str, split: str, task: str | None, limit: int | None) ->
     return Rows(taken, task, Provenance(path, path, None, split, None, digest, len(taken)))
 
 
-def _suffix(path: Path) -> str | None:
-    return next((suffix for suffix in sorted(SUFFIXES, key=len, reverse=True) if path.name.endswith(suffix)), None)
-
-
 def _files_of_folder(folder: Path) -> dict[str, list[Path]]:
-    """Map each split to its files: `<split>.<suffix>`, or `<split>-00000-of-00002.parquet` and so on, also in data/."""
+    """Map each split to its files.
+
+    They are `<split>.<suffix>`, or `<split>-00000-of-00002.parquet` and so on, also in data/, or what `save_to_disk`
+    of a dataset or of several wrote.
+    """
+    if (folder / "dataset_dict.json").is_file():
+        names = _described(folder / "dataset_dict.json", "splits")
+        return {name: files for name in names for files in _files_of_folder(folder / name).values()}
+    if _is_saved(folder):
+        names = _described(folder / "state.json", "_data_files", "filename")
+        return {_saved_split(folder): [folder / name for name in names]}
     splits: dict[str, list[Path]] = {}
     for place in (folder, folder / "data"):
         for file in sorted(place.iterdir()) if place.is_dir() else ():
-            suffix = _suffix(file)
-            if suffix and file.is_file():
-                stem = file.name.removesuffix(suffix)
-                split, _, shard = stem.partition("-")
-                splits.setdefault(split if "-of-" in shard else stem, []).append(file)
+            if suffix(file) and not file.is_dir():
+                splits.setdefault(_SHARD.sub("", _stem(file)), []).append(file)
     return splits
+
+
+def _is_saved(folder: Path) -> bool:
+    """Tell whether a folder is one dataset as `save_to_disk` writes it."""
+    return (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
+
+
+def _saved_split(folder: Path) -> str:
+    try:
+        return str(json.loads((folder / "state.json").read_bytes())["_split"] or "train")
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return "train"
+
+
+def _described(file: Path, key: str, inner: str | None = None) -> list[str]:
+    """Return the names that a description by `save_to_disk` lists; each is that of something in its folder."""
+    try:
+        listed = json.loads(file.read_bytes())[key]
+        names = [item[inner] if inner else item for item in listed]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{file}: not written by save_to_disk ({error!r:.100}); save the dataset again") from error
+    for name in names:
+        if not isinstance(name, str) or name in ("", ".", "..") or Path(name).name != name:
+            raise UserError(f"{file}: {name!r:.60} is no name of something in this folder; save the dataset again")
+        if not (file.parent / name).exists():
+            raise UserError(f"{file}: {name[:60]!r} is not there; copy the whole folder, or save the dataset again")
+    return names
+
+
+def _check_shards(path: str, split: str, files: list[Path]) -> None:
+    """Raise unless the files of a split are one, or all the shards of one set."""
+    shards = [match for file in files if (match := _SHARD.search(_stem(file)))]
+    if len(files) == 1 and not shards:
+        return
+    where = f"data source {path!r}: the split {split!r}"
+    numbers = {int(shard["number"]) for shard in shards}
+    if len(numbers) < len(files) or len({shard["total"] for shard in shards}) > 1:
+        both = ", ".join(file.name for file in files[:8])
+        raise UserError(f"{where} is there more than once ({both}); keep one")
+    total = int(shards[0]["total"])
+    if missing := list(islice((number for number in range(total) if number not in numbers), 8)):
+        listed = ", ".join(f"{number:05}" for number in missing) + (", ..." if len(missing) == 8 else "")
+        raise UserError(
+            f"{where} has {len(files)} of {total} shards, without {listed}; fetch the others, or set path to one file, "
+            f"such as {str(files[0])!r}"
+        )
+
+
+def _stem(file: Path) -> str:
+    return file.name[: -len(suffix(file) or " ")]
 
 
 def _load_folder(
@@ -196,117 +291,45 @@ def _load_folder(
         raise UserError(f"data source {path!r}: no data file in {str(folder)!r}; {hint}")
     name = task or (own_name if own_name in TASKS else None)
     chosen = split or default_split
-    if chosen is None:
+    if split is None and _is_saved(folder):  # one dataset, of whatever split
+        (chosen,) = splits
+    elif chosen is None:
         preferred = ([TASKS[name].eval_split] if name in TASKS else []) + list(EVAL_SPLITS)
         chosen = next((candidate for candidate in preferred if candidate in splits), preferred[0])
     if chosen not in splits:
         there = ", ".join(sorted(splits))
         raise UserError(f"data source {path!r}: no split {chosen!r} in {str(folder)!r}; set split to one of: {there}")
     files = splits[chosen]
-    if len(files) > 1 and not all("-of-" in file.name for file in files):
-        both = ", ".join(file.name for file in files)
-        raise UserError(f"data source {path!r}: the split {chosen!r} is there more than once ({both}); keep one")
+    _check_shards(path, chosen, files)
     return _load_files(path, files, chosen, name, limit)
 
 
 def _load_files(path: str, files: list[Path], split: str | None, task: str | None, limit: int | None) -> Rows:
     digest = hashlib.sha256()
     rows: list[dict[str, Any]] = []
-    lines: list[int] = []
-    for file in files:
-        if _suffix(file) is None:
-            raise UserError(f"{file}: expected a file that ends in {', '.join(SUFFIXES)}; rename or convert it")
+    parts = [FilePart(file, []) for file in files]
+    for file, part in zip(files, parts, strict=True):
+        for number, row in islice(read_file(file, split), None if limit is None else limit - len(rows)):
+            rows.append(row)
+            part.numbers.append(number)
         try:
             with file.open("rb") as stream:
                 while chunk := stream.read(1 << 20):
                     digest.update(chunk)
-            for line, row in islice(_read_file(file, split), None if limit is None else limit - len(rows)):
-                rows.append(row)
-                lines.append(line)
-        except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
+        except OSError as error:
             raise UserError(f"{file}: cannot be read ({error}); check that the file is whole") from error
     if not rows:
-        raise UserError(f"{files[0]}: no rows in it")
+        raise UserError(f"{files[0]}: no rows in it; a file has at least one")
     resolved = str(files[0]) if len(files) == 1 else f"{files[0]} ... {files[-1].name}"
-    has_lines = len(files) == 1 and ".jsonl" in files[0].name
     found = Provenance(path, resolved, None, split, digest.hexdigest(), None, len(rows))
-    return Rows(rows, task, found, lines if has_lines else None)
-
-
-def _read_file(file: Path, split: str | None) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (number from 1, row); the number is that of the line in a JSONL file."""
-    suffix = _suffix(file) or ""
-    if suffix.startswith(".jsonl"):
-        with _open_text(file) as stream:
-            yield from _json_lines(file, stream)
-    elif suffix.startswith(".json"):
-        with _open_text(file) as stream:
-            yield from _json_rows(file, stream.read(), split)
-    elif suffix == ".parquet":
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        try:
-            table = pq.read_table(file)
-        except pa.ArrowException as error:
-            raise UserError(f"{file}: not a parquet file ({error}); check that the file is whole") from error
-        yield from enumerate(table.to_pylist(), 1)
-    else:
-        import pandas as pd
-
-        try:
-            frame = pd.read_csv(file, keep_default_na=False)
-        except (pd.errors.ParserError, pd.errors.EmptyDataError) as error:
-            raise UserError(f"{file}: not a CSV file with a header line ({error}); mend the line") from error
-        yield from enumerate(({str(key): value for key, value in row.items()} for row in frame.to_dict("records")), 1)
-
-
-def _open_text(file: Path) -> TextIO:
-    # utf-8-sig reads UTF-8 with and without the mark that some editors put in front.
-    return gzip.open(file, "rt", encoding="utf-8-sig") if file.suffix == ".gz" else file.open(encoding="utf-8-sig")
-
-
-def _json_lines(file: Path, stream: Iterable[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in enumerate(stream, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(
-                f"{file}, line {number}: not valid JSON ({error.msg} at column {error.colno}); "
-                "each line must be one JSON object"
-            ) from None
-        yield number, _object(row, f"{file}, line {number}")
-
-
-def _json_rows(file: Path, text: str, split: str | None) -> Iterator[tuple[int, dict[str, Any]]]:
-    try:
-        content = json.loads(text)
-    except json.JSONDecodeError as error:
-        if error.msg.startswith("Extra data"):  # JSON lines under the wrong ending
-            yield from _json_lines(file, text.splitlines())
-            return
-        raise UserError(f"{file}, line {error.lineno}: not valid JSON ({error.msg}); mend the line") from None
-    if isinstance(content, dict) and isinstance(content.get(split or "data"), list):
-        content = content[split or "data"]
-    if not isinstance(content, list):
-        raise UserError(f"{file}: expected a list of objects, got {type(content).__name__}; or write one object a line")
-    for number, row in enumerate(content, 1):
-        yield number, _object(row, f"{file}, row {number}")
-
-
-def _object(row: object, where: str) -> dict[str, Any]:
-    if not isinstance(row, dict):
-        raise UserError(f"{where}: expected an object {{...}}, got {type(row).__name__}")
-    return row
+    return Rows(rows, task, found, tuple(parts))
 
 
 def _load_hub(
     path: str, hub: str, name: str | None, split: str | None, task: str | None, limit: int | None, revision: str | None
 ) -> Rows:
     import datasets
-    from datasets.exceptions import DatasetNotFoundError
+    from datasets.exceptions import DatasetNotFoundError, DatasetsError
 
     where = f"data source {path!r}"
     if split is None:
@@ -325,7 +348,12 @@ def _load_hub(
             f"{where}: neither a local path nor a readable dataset on the hub; {near} "
             "Check the name; a private or gated dataset needs `hf auth login`".replace(";  ", "; ")
         ) from error
-    except (ValueError, RuntimeError, FileNotFoundError) as error:  # unknown subset or split, a loading script
+    except (
+        ValueError,
+        RuntimeError,
+        FileNotFoundError,
+        DatasetsError,
+    ) as error:  # unknown subset or split, a loading script
         raise UserError(f"{where}: the hub dataset {hub!r} cannot be loaded: {error}") from error
     taken = loaded.select(range(min(limit, len(loaded)))) if limit else loaded
     rows = [dict(row) for row in taken]

@@ -80,17 +80,45 @@ def _texts(values: object, key: str) -> tuple[str, ...]:
     return tuple(values)
 
 
+_WHOLE = re.compile(r"[+-]?[0-9]{1,18}(\.0*)?")
+_TRUTH = {"false": 0, "true": 1}
+
+
+def whole_number(value: object) -> int | None:
+    """Return a whole number written as an integer, a boolean, a text or a float without a fraction; None for others."""
+    if isinstance(value, str):
+        text = value.strip()
+        return int(text.partition(".")[0]) if _WHOLE.fullmatch(text) else _TRUTH.get(text.lower())
+    if isinstance(value, int) or (isinstance(value, float) and value.is_integer()):
+        return int(value)
+    return None
+
+
 def _index(value: object, key: str, num_choices: int, first: int = 0) -> int:
     """Read a label that counts from `first`; hub datasets write it as an int, a bool or a text."""
-    if value in (None, "", -1):
+    if value in (None, "", -1, "-1"):
         raise RowError(f"no label under {key!r}: official test sets are often published without; use another split")
-    try:
-        answer = int(value) - first  # pyright: ignore[reportArgumentType]
-    except (TypeError, ValueError):
-        raise RowError(f"expected a whole number under {key!r}, got {value!r:.60}") from None
-    if not 0 <= answer < num_choices:
+    number = whole_number(value)
+    if number is None:
+        raise RowError(f"expected a whole number under {key!r}, got {value!r:.60}")
+    if not 0 <= number - first < num_choices:
         raise RowError(f"expected {key!r} between {first} and {first + num_choices - 1}, got {value!r:.60}")
-    return answer
+    return number - first
+
+
+def _check_distinct(item: Item, published: bool) -> None:
+    """Raise for choices that no score can tell apart.
+
+    Published sets hold a few rows with two wrong choices alike (OpenBookQA's train part), which harm nobody.
+    """
+    texts = [choice.strip() for choice in item.choices]
+    twice = [text for text in texts if texts.count(text) > 1]
+    if texts[item.answer] in twice:
+        raise RowError(
+            f"the right choice {texts[item.answer]!r:.60} is there more than once; remove or reword the other"
+        )
+    if twice and not published:
+        raise RowError(f"the choice {twice[0]!r:.60} is there more than once; remove or reword one")
 
 
 def _read_uniform(row: Row) -> Item:
@@ -124,12 +152,14 @@ def _read_lettered(row: Row, question_key: str = "question") -> Item:
     table = row.get("choices")
     if not isinstance(table, Mapping):
         raise RowError(f"expected {{'text': [...], 'label': [...]}} under 'choices', got {table!r:.60}")
-    choices, labels = _texts(table.get("text"), "choices.text"), list(table.get("label") or [])
+    choices, labels = _texts(table.get("text"), "choices.text"), _texts(table.get("label"), "choices.label")
+    if len(labels) != len(choices) or len(set(labels)) < len(labels):
+        raise RowError(f"expected a label of its own for each of {len(choices)} choices, got {list(labels)!r:.60}")
     key = _text(row, "answerKey").strip()
     if not key:
         raise RowError("no label under 'answerKey': official test sets are often published without; use another split")
     if key not in labels:
-        raise RowError(f"expected 'answerKey' to be one of {labels}, got {key!r}")
+        raise RowError(f"expected 'answerKey' to be one of {', '.join(labels)[:60]}, got {key!r:.60}")
     return Item(_text(row, question_key), choices, labels.index(key))
 
 
@@ -201,6 +231,8 @@ def _form_social_iqa(item: Item) -> Parts:
 
 
 def _form_lettered(item: Item) -> Parts:
+    if len(item.choices) > len(string.ascii_uppercase):
+        raise RowError(f"expected at most {len(string.ascii_uppercase)} choices, one a letter, got {len(item.choices)}")
     letters = string.ascii_uppercase[: len(item.choices)]
     listed = "".join(f"{letter}. {choice}\n" for letter, choice in zip(letters, item.choices, strict=True))
     return _answers(f"Question: {item.question.strip()}\n{listed}Answer:", letters)
@@ -323,8 +355,10 @@ def to_example(row: Row, task: str | None = None, default_id: str = "") -> Examp
         known = known or TASKS.get(detect_task(row) or "")
         if known is None or not set(known.hub_keys) <= row.keys():
             layouts = f" or {', '.join(known.hub_keys)} (hub)" if known else ""
-            raise RowError(f"expected the columns question, choices, answer{layouts}, got {', '.join(row) or 'none'}")
+            columns = ", ".join(row)[:200] or "none"
+            raise RowError(f"expected the columns question, choices, answer{layouts}, got {columns}")
         item = known.read(row)
+    _check_distinct(item, published=known is not None)
     contexts, continuations, normalizers = (known.form if known else _form_question)(item)
     # A choice may be nothing but markup that a form removes; its length is a divisor all the same.
     lengths = tuple(max(1, length) for length in normalizers)

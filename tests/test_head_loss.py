@@ -80,7 +80,7 @@ def test_what_the_collator_knows_gives_the_same_loss(learned):
     found = []
     for more in ({}, known):
         model.zero_grad()
-        loss = causal_lm_loss(head, num_items_in_batch=7, **batch, **more).loss
+        loss = head(num_items_in_batch=7, **batch, **more).loss
         loss.backward()
         found.append([loss.detach(), *(p.grad for p in model.parameters() if p.requires_grad)])
     assert math.isfinite(found[0][0])

@@ -35,8 +35,9 @@ from lsr_scale.fused.eligibility import FAMILIES, LAYERS, why_not_call, why_not_
 from lsr_scale.fused.groups import HeldMatrix, base_of
 from lsr_scale.fused.linear import LinearMixin
 from lsr_scale.fused.loss import causal_lm_loss
+from lsr_scale.fused.padding import needs_mask
 from lsr_scale.fused.pairs import Adapter, Pair, active_adapters, joined, materialize
-from lsr_scale.kernels.attention import Sequences, dense_mask
+from lsr_scale.kernels.attention import Sequences, dense_mask, keep_cudnn_from_masks
 from lsr_scale.quantized import freeze_quantized
 
 logger = logging.getLogger(__name__)
@@ -55,12 +56,14 @@ class FusedForward:
         max_seqlen: Length of the longest.
         placeholder: Stands for the attention mask of packed documents, which has a square of the tokens and which only
             a layer that steps aside needs.
+        plain: Every row is one document, without a mask of the caller's: a layer's own window says all there is.
     """
 
     stack: Any
     cu_seqlens: Tensor | None = None
     max_seqlen: int = 0
     placeholder: Tensor | None = None
+    plain: bool = False
 
     def __post_init__(self) -> None:
         self._grad = torch.is_grad_enabled()
@@ -173,7 +176,7 @@ def _positions(layer: Any, hidden: Tensor, fused: FusedForward, arguments: dict[
         window = None
     if documents:
         sequences = Sequences(scale, cu_seqlens=fused.cu_seqlens, max_seqlen=longest, window=window)
-    elif fused.cu_seqlens is None and arguments.get("attention_mask") is not None:
+    elif fused.cu_seqlens is None and not fused.plain and arguments.get("attention_mask") is not None:
         sequences = Sequences(scale, mask=arguments["attention_mask"])  # transformers' holds causality and window too
     else:
         sequences = Sequences(scale, window=window)
@@ -206,8 +209,11 @@ class _FusedStack(_Fused):
         self.pair_cache = None
         return super().train(mode)  # pyright: ignore[reportAttributeAccessIssue]
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model. In training there is no key/value cache, whatever `use_cache` says: nothing would read it."""
+    def forward(self, *args: Any, mask_is_needed: bool | None = None, **kwargs: Any) -> Any:
+        """Run the model. In training there is no key/value cache, whatever `use_cache` says: nothing would read it.
+
+        Nor is there a mask in training that is not needed: see `needs_mask`, which is asked if nobody has asked it yet.
+        """
         module: Any = self
         if module.training or torch.is_grad_enabled():
             self.pair_cache = None
@@ -225,6 +231,11 @@ class _FusedStack(_Fused):
             if fused.cu_seqlens is not None and module.config._attn_implementation == "sdpa" and not cached:
                 # four dimensions: transformers hands it on as it is
                 fused.placeholder = kwargs["attention_mask"] = torch.zeros(1, 1, 1, 1, device=tokens.device)
+        elif len(args) < 2 and module.training:
+            needed = needs_mask(kwargs) if mask_is_needed is None else mask_is_needed
+            kwargs["attention_mask"] = kwargs.get("attention_mask") if needed else None
+        others = (kwargs.get(name) for name in ("attention_mask", "position_ids", "past_key_values"))
+        fused.plain = len(args) < 2 and all(other is None for other in others)
         return super().forward(*args, fused=fused, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
 
@@ -285,6 +296,8 @@ class _FusedHead(_Fused):
     def forward(self, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
         """Run the model; in training with labels, `logits` is None in what is returned."""
         module: Any = self
+        if labels is not None and module.training and not args and "mask_is_needed" not in kwargs:
+            kwargs["mask_is_needed"] = needs_mask(kwargs, labels)
         if labels is None or not module.training or args or why_not_head(module, kwargs):
             return super().forward(*args, labels=labels, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
         return causal_lm_loss(module, labels, **kwargs)
@@ -339,6 +352,7 @@ def fuse(model: nn.Module, recompute: Recompute = "none", hold_weights: bool = F
     if recompute not in get_args(Recompute):
         raise UserError(f"recompute: expected one of {', '.join(get_args(Recompute))}; got {recompute!r}")
     freeze_quantized(model)
+    keep_cudnn_from_masks()
     report = FuseReport([], {})
     for name, module in list(model.named_modules()):
         original = _original(module)

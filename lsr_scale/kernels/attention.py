@@ -4,13 +4,17 @@
 lie side by side in a batch, or packed one after another in one row with their boundaries (`cu_seqlens`). The kernels
 are PyTorch's: cuDNN's where it applies (on an H100 1.8 times the speed of the FLASH backend, both ways), else FLASH's,
 which also knows packed sequences and sliding windows; masks, other dtypes and CPUs take
-`scaled_dot_product_attention`.
+`scaled_dot_product_attention`, never with cuDNN: its gradients under a mask are not finite
+(`keep_cudnn_from_masks`). PyTorch does not promise the form of its kernels' answers, so each is tried once against
+plain arithmetic (`why_not`), and is left out with a warning where it gives something else.
 
 cuDNN's and FLASH's backward passes add in an order that varies from run to run;
 `torch.use_deterministic_algorithms(True)` makes both deterministic, and slower.
 """
 
 import functools
+import logging
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +24,9 @@ from torch.nn import functional
 
 from lsr_scale.kernels.backend import is_fake
 
-aten = torch.ops.aten
+logger = logging.getLogger(__name__)
+
+aten: Any = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -57,23 +63,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences) -> tuple[Te
     if is_fake(q):
         return q.new_empty(q.shape), (q.new_empty(q.shape[:-1], dtype=torch.float32),)
     backend = choose_backend(q, k, sequences)
-    scale = sequences.scale
-    if backend == "cudnn":
-        heads_first = [x.transpose(1, 2) for x in (q, k, v)]
-        out, lse, _, _, _, _, seed, offset, _ = aten._scaled_dot_product_cudnn_attention(
-            *heads_first, None, True, 0.0, True, False, scale=scale
-        )
-        return out.transpose(1, 2), (lse, seed, offset)
-    if backend == "flash":
-        packed = sequences.cu_seqlens is not None
-        rows = [x.flatten(0, 1) for x in (q, k, v)] if packed else [q, k, v]
-        longest = sequences.max_seqlen if packed else q.shape[1]
-        out, lse, seed, offset, _ = aten._flash_attention_forward(
-            *rows, sequences.cu_seqlens, sequences.cu_seqlens, longest, longest, 0.0, True, False, scale=scale,
-            **_flash_window(sequences),
-        )  # fmt: skip
-        return out.view(q.shape), (lse, seed, offset)
-    return attention_reference(q, k, v, sequences), ()
+    if backend == "sdpa":
+        return attention_reference(q, k, v, sequences), ()
+    return _forward(backend, q, k, v, sequences)
 
 
 def attention_backward(
@@ -108,25 +100,74 @@ def attention_backward(
             again = attention_reference(q, k, v, sequences)
         d_q, d_k, d_v = torch.autograd.grad(again, inputs, grad)
         return d_q, d_k, d_v
+    return _backward(backend, grad, q, k, v, out, kept, sequences)
+
+
+def _forward(backend: str, q: Tensor, k: Tensor, v: Tensor, sequences: Sequences) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Do what `attention` does by cuDNN's or FLASH's kernel."""
+    scale = sequences.scale
+    if backend == "cudnn":
+        heads_first = [x.transpose(1, 2) for x in (q, k, v)]
+        out, lse, _, _, _, _, seed, offset, _ = aten._scaled_dot_product_cudnn_attention(
+            *heads_first, None, True, 0.0, True, False, scale=scale
+        )
+        return out.transpose(1, 2), (lse, seed, offset)
+    packed = sequences.cu_seqlens is not None
+    rows = [x.flatten(0, 1) for x in (q, k, v)] if packed else [q, k, v]
+    longest = sequences.max_seqlen if packed else q.shape[1]
+    out, lse, seed, offset, _ = aten._flash_attention_forward(
+        *rows, sequences.cu_seqlens, sequences.cu_seqlens, longest, longest, 0.0, True, False, scale=scale,
+        **_flash_window(sequences),
+    )  # fmt: skip
+    return out.view(q.shape), (lse, seed, offset)
+
+
+def _backward(
+    backend: str,
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    kept: tuple[Tensor, ...],
+    sequences: Sequences,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Do what `attention_backward` does by the kernel that `_forward` used."""
     lse, seed, offset = kept
     scale = sequences.scale
     if backend == "cudnn":
         heads_first = [x.transpose(1, 2) for x in (grad, q, k, v, out)]
         length = q.shape[1]
-        grads = aten._scaled_dot_product_cudnn_attention_backward(
+        d_q, d_k, d_v = aten._scaled_dot_product_cudnn_attention_backward(
             *heads_first, lse, seed, offset, None, None, None, length, length, 0.0, True, scale=scale
         )
-        d_q, d_k, d_v = (x.transpose(1, 2) for x in grads)
-        return d_q, d_k, d_v
+        return d_q.transpose(1, 2), d_k.transpose(1, 2), d_v.transpose(1, 2)
     packed = sequences.cu_seqlens is not None
     rows = [x.flatten(0, 1) for x in (grad, q, k, v, out)] if packed else [grad, q, k, v, out]
     longest = sequences.max_seqlen if packed else q.shape[1]
-    grads = aten._flash_attention_backward(
+    d_q, d_k, d_v = aten._flash_attention_backward(
         *rows, lse, sequences.cu_seqlens, sequences.cu_seqlens, longest, longest, 0.0, True, seed, offset, scale=scale,
         **_flash_window(sequences),
     )  # fmt: skip
-    d_q, d_k, d_v = (x.view(like.shape) for x, like in zip(grads, (q, k, v), strict=True))
-    return d_q, d_k, d_v
+    return d_q.view(q.shape), d_k.view(k.shape), d_v.view(v.shape)
+
+
+@functools.cache
+def _cudnn_is_wanted() -> bool:
+    """Tell whether the user has left cuDNN's attention on: asked before it is switched off below, and once."""
+    return torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def keep_cudnn_from_masks() -> None:
+    """Have `scaled_dot_product_attention` never choose cuDNN in this process; what is here calls it without a mask.
+
+    Its backward pass under a mask gives NaN where logits are large, for rows padded to odd multiples of 64 (PyTorch
+    2.11 with cuDNN 9.19 on H100 and H200), and PyTorch chooses it there by itself. Not for a while only: layers that
+    are computed again in a backward pass, Transformers' own layers, classifiers and generation all choose anew
+    whenever they run.
+    """
+    _cudnn_is_wanted()
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def attention_reference(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences) -> Tensor:
@@ -135,6 +176,7 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences) -
     if sequences.cu_seqlens is not None or sequences.window is not None:
         assert mask is None, "a mask says all there is to say"
         mask = dense_mask(q.shape[1], sequences, q.device)
+    keep_cudnn_from_masks()
     groups = q.shape[2] // k.shape[2]
     if mask is not None and groups > 1:
         # with a mask only the slow backends take grouped heads
@@ -173,39 +215,63 @@ def choose_backend(q: Tensor, k: Tensor, sequences: Sequences) -> str:
     """Return "cudnn", "flash" or "sdpa": the fastest that can compute this."""
     if not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16) or sequences.mask is not None:
         return "sdpa"
+    heads = q.device.index, q.dtype, q.shape[2], k.shape[2], q.shape[3]
     plain = sequences.cu_seqlens is None and sequences.window is None
-    if plain and _works("cudnn", q.device.index, q.dtype, q.shape[2], k.shape[2], q.shape[3]):
+    if plain and why_not("cudnn", *heads) is None:
         return "cudnn"
-    if _works("flash", q.device.index, q.dtype, q.shape[2], k.shape[2], q.shape[3]):
-        return "flash"
-    return "sdpa"
+    return "sdpa" if why_not("flash", *heads) else "flash"
+
+
+# of the norm of what plain arithmetic gives: bfloat16 makes 4 % at most, another meaning of an argument about 100 %
+_LIMIT = 0.25
 
 
 @functools.cache
-def _works(backend: str, device: int, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int) -> bool:
-    """Try a backend once, forward and backward, on a few tokens of these heads: PyTorch builds and GPUs differ."""
-    enabled = torch.backends.cuda.cudnn_sdp_enabled if backend == "cudnn" else torch.backends.cuda.flash_sdp_enabled
-    if not enabled():
-        return False
-    length = 64
-    with torch.cuda.device(device), torch.no_grad():
-        q, k, v = (torch.randn(1, length, n, head_dim, dtype=dtype, device="cuda") for n in (heads, kv_heads, kv_heads))
-        try:
-            if backend == "cudnn":
-                heads_first = [x.transpose(1, 2) for x in (q, k, v)]
-                out, lse, _, _, _, _, seed, offset, _ = aten._scaled_dot_product_cudnn_attention(
-                    *heads_first, None, True, 0.0, True, False, scale=1.0
-                )
-                aten._scaled_dot_product_cudnn_attention_backward(
-                    out, *heads_first, out, lse, seed, offset, None, None, None, length, length, 0.0, True, scale=1.0
-                )
-            else:
-                out, lse, seed, offset, _ = aten._flash_attention_forward(
-                    q, k, v, None, None, length, length, 0.0, True, False, scale=1.0
-                )
-                aten._flash_attention_backward(
-                    out, q, k, v, out, lse, None, None, length, length, 0.0, True, seed, offset, scale=1.0
-                )
-        except (RuntimeError, NotImplementedError):
-            return False
-    return True
+def why_not(backend: str, device: int, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int) -> str | None:
+    """Return why cuDNN's or FLASH's kernel cannot be used for these heads on this GPU, or None: tried once."""
+    wanted = _cudnn_is_wanted() if backend == "cudnn" else torch.backends.cuda.flash_sdp_enabled()
+    if not wanted:
+        return "it is switched off"
+    found = _try(backend, torch.device("cuda", device), dtype, heads, kv_heads, head_dim)
+    if found:
+        logger.warning("attention does without PyTorch's %s kernel: %s", backend, found)
+    return found
+
+
+def _try(
+    backend: str, device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int
+) -> str | None:
+    """Return why a kernel is of no use, or None, by its output and gradients for a few tokens.
+
+    No random numbers are drawn: a run that is resumed would draw others than one that was not.
+    """
+    length, sequences = 64, Sequences(scale=head_dim**-0.5)
+    with torch.inference_mode(False), torch.enable_grad():
+        # waves of several lengths, so that no gradient is small beside what is summed for it
+        q, k, v, grad = (
+            torch.arange(length * n * head_dim, device=device).mul(0.37 + 0.21 * nth).sin().to(dtype)
+            for nth, n in enumerate((heads, kv_heads, kv_heads, heads))
+        )
+        q, k, v, grad = (x.view(1, length, -1, head_dim) for x in (q, k, v, grad))
+        inputs = [x.float().requires_grad_() for x in (q, k, v)]
+        out = attention_reference(*inputs, sequences)
+        expected = out.detach(), *torch.autograd.grad(out, inputs, grad.float())
+    try:
+        with torch.no_grad():
+            out, kept = _forward(backend, q, k, v, sequences)
+            found = out, *_backward(backend, grad, q, k, v, out, kept, sequences)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        return " ".join(str(error).split())[:200] or type(error).__name__
+    except (AttributeError, TypeError, ValueError) as error:
+        return f"PyTorch {torch.__version__} answers in another form than expected ({error})"
+    for one, other in zip(found, expected, strict=True):
+        if one.shape != other.shape:
+            return f"PyTorch {torch.__version__} answers with shape {list(one.shape)}, expected {list(other.shape)}"
+        wrong = float((one.float() - other).norm() / other.norm())
+        if not math.isfinite(wrong):
+            return f"its results on a trial are not finite (PyTorch {torch.__version__})"
+        if wrong > _LIMIT:
+            return f"its results on a trial differ from plain arithmetic by {wrong:.0%} (PyTorch {torch.__version__})"
+    return None

@@ -24,6 +24,7 @@ from transformers.models.auto import modeling_auto
 from transformers.pytorch_utils import Conv1D
 
 from lsr_scale.errors import UserError, did_you_mean
+from lsr_scale.kernels.attention import keep_cudnn_from_masks
 from lsr_scale.model import embedded
 from lsr_scale.model.names import NAME_FORMS, explained, local_folder, resolve
 from lsr_scale.model.random_weights import random_base
@@ -224,6 +225,7 @@ def load_base(
     if isinstance(dtype, str):
         raise UserError(f"model.dtype: {did_you_mean(dtype, DTYPES)}")
     device = device or local_device()
+    keep_cudnn_from_masks()
     config = load_config(name, revision)
     on_gpu = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
     with on_gpu, explained(name, revision), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

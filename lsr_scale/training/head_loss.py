@@ -12,6 +12,7 @@ from lsr_scale import distributed
 from lsr_scale.fused.eligibility import why_not_head
 from lsr_scale.fused.loss import IGNORED
 from lsr_scale.fused.models import documents
+from lsr_scale.fused.padding import needs_mask
 
 _Base: Any = Trainer
 
@@ -20,7 +21,7 @@ class HeadCollator:
     """Adds to a batch, as `head`, what the fused model would have to ask the GPU for.
 
     That is `known`: what is supervised and its `targets` (see `causal_lm_loss`), and where the documents begin that are
-    packed in a row, by transformers' names; and the number of `tokens`.
+    packed in a row, by transformers' names; whether a mask is needed; and the number of `tokens`.
     """
 
     def __init__(self, collator: Callable[[Any], dict[str, Any]]) -> None:
@@ -35,6 +36,7 @@ class HeadCollator:
         mask = batch.get("attention_mask")
         tokens = batch["input_ids"].numel() if mask is None else int(mask.sum())
         known: dict[str, Any] = {"supervised": supervised, "targets": wanted[supervised]}
+        known["mask_is_needed"] = needs_mask(batch, batch["labels"])
         rows, length = batch["input_ids"].shape
         if rows == 1 and mask is None and "cu_seq_lens_q" not in batch:  # TRL tells them from 1.16 on
             boundaries, longest = documents(batch, length)

@@ -1,0 +1,186 @@
+"""Attention: which kernel computes it, and that one is left out whose answers are not what is expected."""
+
+import logging
+import types
+
+import pytest
+import torch
+from torch.nn import functional
+
+from lsr_scale.kernels import attention as module
+from lsr_scale.kernels.attention import Sequences, attention, attention_backward, attention_reference
+
+CPU = torch.device("cpu")
+
+
+def forward(q, k, v, mask, keep, dropout, causal, debug, scale):
+    """Answer as PyTorch 2.11's `_scaled_dot_product_cudnn_attention`, in float32."""
+    out = functional.scaled_dot_product_attention(
+        *(x.float() for x in (q, k, v)), is_causal=causal, scale=scale, enable_gqa=True
+    )
+    nothing = torch.empty(0)
+    return out.to(q.dtype), torch.zeros(q.shape[:3]), nothing, nothing, 64, 64, nothing, nothing, nothing
+
+
+def backward(grad, q, k, v, out, lse, seed, offset, bias, cu_q, cu_k, max_q, max_k, dropout, causal, scale):
+    with torch.inference_mode(False), torch.enable_grad():
+        inputs = [x.float().requires_grad_() for x in (q, k, v)]
+        again = functional.scaled_dot_product_attention(*inputs, is_causal=causal, scale=scale, enable_gqa=True)
+    return tuple(g.to(q.dtype) for g in torch.autograd.grad(again, inputs, grad.float().clone()))
+
+
+def with_kernels(monkeypatch, one=forward, other=backward):
+    names = {"_scaled_dot_product_cudnn_attention": one, "_scaled_dot_product_cudnn_attention_backward": other}
+    monkeypatch.setattr(module, "aten", types.SimpleNamespace(**{k: v for k, v in names.items() if v is not None}))
+
+
+def find(dtype=torch.bfloat16, heads=(4, 2, 64)):
+    return module._try("cudnn", CPU, dtype, *heads)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("heads", [(14, 2, 64), (32, 8, 128), (9, 3, 64), (8, 8, 80), (16, 1, 256)])
+def test_a_kernel_that_answers_as_expected_is_used(dtype, heads, monkeypatch):
+    with_kernels(monkeypatch)
+    assert find(dtype, heads) is None
+    with torch.inference_mode():
+        assert find(dtype, heads) is None
+
+
+def refused(*args, **kwargs):
+    raise RuntimeError("No available kernel.\n  Aborting execution.")
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "expected"),
+    [
+        (lambda *args, **more: (*forward(*args, **more), None), backward, "answers in another form than expected"),
+        (lambda *args, **more: forward(*args, **more)[0], backward, "answers in another form than expected"),
+        (forward, lambda *args, **more: backward(*args, **more)[:2], "answers in another form than expected"),
+        (lambda q, k, v, causal, scale: forward(q, k, v, None, 1, 0, causal, 0, scale), backward, "another form"),
+        (None, backward, "answers in another form than expected"),
+        (lambda q, *args, **more: forward(q.transpose(1, 2), *args, **more), backward, "."),
+        (forward, lambda *args, **more: backward(*args, **more)[::-1], "answers with shape"),
+        (lambda *args, scale: forward(*args, scale=8 * scale), backward, "differ from plain arithmetic by"),
+        (forward, lambda *args, scale: backward(*args, scale=8 * scale), "differ from plain arithmetic by"),
+        (
+            forward,
+            lambda *args, **more: tuple(x * float("nan") for x in backward(*args, **more)),
+            "its results on a trial are not finite",
+        ),
+        (refused, backward, "No available kernel. Aborting execution."),
+    ],
+)
+def test_a_kernel_that_answers_otherwise_is_left_out_with_a_reason(one, other, expected, monkeypatch):
+    with_kernels(monkeypatch, one, other)
+    found = find()
+    assert found is not None
+    assert expected in found
+
+
+def test_the_reason_is_said_once_and_the_next_best_is_chosen(monkeypatch, caplog):
+    module.why_not.cache_clear()
+    monkeypatch.setattr(module, "_try", lambda backend, *_: {"cudnn": "it has gone"}.get(backend))
+    monkeypatch.setattr(module, "_cudnn_is_wanted", lambda: True)
+    q = types.SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, device=torch.device("cuda", 0), shape=(1, 64, 4, 64))
+    with caplog.at_level(logging.WARNING):
+        assert [module.choose_backend(q, q, Sequences(1.0)) for _ in range(3)] == ["flash"] * 3  # pyright: ignore
+        assert module.choose_backend(q, q, Sequences(1.0, mask=torch.ones(1))) == "sdpa"  # pyright: ignore
+    assert [record.getMessage() for record in caplog.records] == [
+        "attention does without PyTorch's cudnn kernel: it has gone"
+    ]
+    module.why_not.cache_clear()
+
+
+def test_a_trial_draws_no_random_numbers(monkeypatch):
+    with_kernels(monkeypatch)
+    before = torch.get_rng_state()
+    find()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")]
+cuda = pytest.mark.parametrize("device", [pytest.param("cuda", marks=gpu), "cpu"])
+
+
+def exact(q, k, v, allowed, grad):
+    """Return output and gradients in float64 by the definition; where a token sees nothing its output is 0."""
+    q, k, v = inputs = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], 2) for x in (k, v))
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / q.shape[-1] ** 0.5
+    scores = scores.masked_fill(~allowed, float("-inf"))
+    weights = scores.softmax(-1).masked_fill(~allowed.any(-1, keepdim=True), 0.0)
+    out = torch.einsum("bhqk,bkhd->bqhd", weights, v)
+    return [out, *torch.autograd.grad(out, inputs, grad.double())]
+
+
+@cuda
+@pytest.mark.parametrize("kind", ["left", "right", "both", "window", "packed", "plain"])
+@pytest.mark.parametrize("length", [64, 192, 320, 63, 101])
+@pytest.mark.parametrize("logits", [1.0, 100.0])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_gradients_against_float64_whatever_the_mask(head_dim, logits, length, kind, device):
+    if device == "cpu" and (length not in (63, 64) or head_dim != 64):
+        pytest.skip("a CPU has one kernel for all of them")
+    generator = torch.Generator().manual_seed(length)
+    batch, heads, kv_heads = (1 if kind == "packed" else 4), 14, 2
+    q, k, v, grad = (
+        torch.randn(batch, length, n, head_dim, generator=generator, dtype=torch.float64)
+        .mul(size)
+        .to(device, torch.bfloat16)
+        for n, size in ((heads, logits**0.5), (kv_heads, logits**0.5), (kv_heads, 1.0), (heads, 1.0))
+    )
+    position = torch.arange(length, device=device)
+    causal = (position[:, None] >= position)[None, None]
+    sequences, real = Sequences(head_dim**-0.5), torch.ones(batch, length, dtype=torch.bool, device=device)
+    if kind in ("left", "right", "both"):
+        lengths = torch.tensor([length, max(1, length // 3), length // 2, 5], device=device)[:, None]
+        real = position < lengths if kind == "right" else position >= length - lengths
+        if kind == "both":
+            real = real & (position < length - 3)
+        allowed = causal & real[:, None, None, :]
+        sequences = Sequences(head_dim**-0.5, mask=allowed)
+    elif kind == "window":
+        allowed = causal & (position[:, None] - position < 17)
+        sequences = Sequences(head_dim**-0.5, window=17)
+    elif kind == "packed":
+        ends = torch.tensor([0, 5, length // 2, length], dtype=torch.int32, device=device)
+        document = torch.searchsorted(ends, position, right=True)
+        allowed = causal & (document[:, None] == document)
+        sequences = Sequences(head_dim**-0.5, cu_seqlens=ends, max_seqlen=length)
+    else:
+        allowed = causal
+    grad = grad * real[:, :, None, None]
+    out, kept = attention(q, k, v, sequences)
+    found = [out, *attention_backward(grad, q, k, v, out, kept, sequences)]
+    expected = exact(q, k, v, allowed.expand(batch, 1, length, length), grad)
+    found[0], expected[0] = found[0] * real[:, :, None, None], expected[0] * real[:, :, None, None]
+    for name, one, other in zip(("out", "q", "k", "v"), found, expected, strict=True):
+        assert torch.isfinite(one).all(), f"{name} is not finite"
+        error = float((one.double() - other).detach().norm() / other.norm())
+        assert error < 0.03, f"{name}: {error:.3f} from float64"
+
+
+@cuda
+def test_tokens_that_see_nothing_give_zeros_and_no_gradients(device):
+    """Padding on the left: what it gives must not be NaN, which a later layer would carry to real tokens."""
+    q = torch.randn(2, 64, 4, 64, device=device, dtype=torch.bfloat16, requires_grad=True)
+    allowed = torch.ones(64, 64, dtype=torch.bool, device=device).tril().repeat(2, 1, 1, 1)
+    allowed[1, :, :, :20] = False
+    out = attention_reference(q, q, q, Sequences(0.125, mask=allowed))
+    out.square().sum().backward()
+    assert not out[1, :20].any()
+    assert torch.isfinite(q.grad).all()
+    assert not q.grad[1, :20].any()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
+def test_choosing_a_kernel_leaves_the_gpus_random_numbers_alone():
+    module.why_not.cache_clear()
+    before = torch.cuda.get_rng_state()
+    q = torch.ones(2, 64, 4, 64, device="cuda", dtype=torch.bfloat16)
+    assert module.choose_backend(q, q, Sequences(1.0)) in ("cudnn", "flash", "sdpa")
+    assert torch.equal(torch.cuda.get_rng_state(), before)
+    if torch.cuda.get_device_capability() == (9, 0):
+        assert module.choose_backend(q, q, Sequences(1.0)) == "cudnn"

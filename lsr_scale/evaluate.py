@@ -2,7 +2,8 @@
 
 import json
 import sys
-from collections.abc import Callable, Iterable
+import tempfile
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,15 @@ import torch
 from lsr_scale import distributed, record
 from lsr_scale.adapter_files import load_adapter
 from lsr_scale.config import RunConfig, load_run, run_from_dict
-from lsr_scale.data.formats import load_source, source_fields
+from lsr_scale.config.training import EVALUATED
+from lsr_scale.data.formats import build_dataset, load_source, source_fields
+from lsr_scale.data.preview import prepare_tokenizer, tokenize_classification
 from lsr_scale.data.tasks import Example, examples
 from lsr_scale.errors import UserError
 from lsr_scale.model import base_of, load_tokenizer
 from lsr_scale.progress import show_live
 from lsr_scale.run_folder import RunFolder, open_run
-from lsr_scale.scoring import score
+from lsr_scale.scoring import classification, score
 from lsr_scale.scoring.accuracy import Prediction, TaskScore, mcnemar
 
 Say = Callable[[str], None]
@@ -35,13 +38,22 @@ def load_tasks(section: Any) -> dict[str, list[Example]]:
     for source in section.tasks:
         fields = source_fields(source)
         rows = load_source(source, None)
-        plain = rows.task or Path(fields["path"]).name.removesuffix(".gz").removesuffix(".jsonl")
-        name, number = plain, 1
-        while name in found:
-            number += 1
-            name = f"{plain}-{number}"
+        name = _unused(rows.task or _end_of(fields["path"]), found)
         found[name] = examples(rows)[: section.limit]
     return found
+
+
+def _end_of(path: str) -> str:
+    return Path(path).name.removesuffix(".gz").removesuffix(".jsonl")
+
+
+def _unused(plain: str, names: Collection[str]) -> str:
+    """Return a name, numbered where it is among others already."""
+    name, number = plain, 1
+    while name in names:
+        number += 1
+        name = f"{plain}-{number}"
+    return name
 
 
 def score_tasks(
@@ -137,9 +149,8 @@ def print_results(folder: RunFolder, results: dict[str, Any], scores: dict[str, 
                 f"{paired['p']:.2g}" if paired else "",
             )
         console.print(table)
-    if "eval_loss" in results:
-        accuracy = f", accuracy {100 * results['eval_accuracy']:.1f} %" if "eval_accuracy" in results else ""
-        console.print(f"validation  loss {results['eval_loss']:.4f}{accuracy}")
+    if found := [f"{name.removeprefix('eval_')} {results[name]:.4f}" for name in EVALUATED if name in results]:
+        console.print(f"validation  {', '.join(found)}", soft_wrap=True)
     size = results["adapter_bytes"] / 1e6
     console.print(
         f"adapter  {folder.adapter}  ({results['trainable_parameters']:,} parameters, {size:.1f} MB)\n"
@@ -182,15 +193,22 @@ def generate(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int = 64, 
     return tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
-def open_trained(path: str | Path, base_only: bool = False) -> tuple[RunFolder, RunConfig]:
-    """Return the folder and the configuration of a language model's run that has an adapter.
+def open_trained(
+    path: str | Path, base_only: bool = False, tasks: Sequence[str] = ("causal_lm",)
+) -> tuple[RunFolder, RunConfig]:
+    """Return the folder and the configuration of a run that has an adapter.
+
+    Args:
+        path: The run's folder.
+        base_only: An adapter is not needed.
+        tasks: Values of `model.task` that will do: only a language model answers questions or generates.
 
     Raises:
-        UserError: if the folder holds no run, none of a language model, or (unless `base_only`) no adapter yet.
+        UserError: if the folder holds no run, none of such a task, or (unless `base_only`) no adapter yet.
     """
     folder = open_run(path)
     run = load_run(folder.config)
-    if run.model.task != "causal_lm":
+    if run.model.task not in tasks:
         raise UserError(f"{folder.path}: a {run.model.task} run; only language models answer questions or generate")
     if not base_only and not folder.adapter.is_dir():
         remedy = "it was interrupted: continue it with --resume auto" if folder.checkpoints() else "train it first"
@@ -198,13 +216,17 @@ def open_trained(path: str | Path, base_only: bool = False) -> tuple[RunFolder, 
     return folder, run
 
 
-def load_run_model(path: str | Path, base_only: bool = False) -> tuple[Any, Any, RunConfig]:
+def load_run_model(
+    path: str | Path, base_only: bool = False, tasks: Sequence[str] = ("causal_lm",)
+) -> tuple[Any, Any, RunConfig]:
     """Return the model of a finished run, its adapter loaded from disk, with its tokenizer and configuration.
+
+    The arguments are those of `open_trained`.
 
     Raises:
         UserError: if the folder holds no run, or no adapter that fits.
     """
-    folder, run = open_trained(path, base_only)
+    folder, run = open_trained(path, base_only, tasks)
     tokenizer = load_tokenizer(run.model.name, revision=run.model.revision, chat_template=run.model.chat_template)
     model: Any = base_of(run.model, run.training["seed"])
     if not base_only:
@@ -221,19 +243,27 @@ def evaluate_run(
     base_only: bool = False,
     without_questions: bool = False,
 ) -> dict[str, Any]:
-    """Score a run's saved adapter, loaded onto its base again.
+    """Score a run's saved adapter, loaded onto its base again: on questions, or a classifier's on labelled rows.
 
     Args:
         path: The run's folder.
-        tasks: Task names, files or folders; those of the run by default.
-        limit: Only the first so many questions of each.
+        tasks: Task names, files or folders; those of the run by default, which for a classifier are `data.validation`.
+        limit: Only the first so many questions, or rows, of each.
         base_only: Leave the adapter out.
         without_questions: A control: score the choices with no context.
 
     Returns:
-        `{"run", "adapter", "accuracy": {task: {...}}}`; the same lies in the run folder under `eval/`.
+        `{"run", "scored", "accuracy": {task: {...}}}`, or for a classifier `{"run", "scored", "classification": {name:
+        {"num_examples", "loss", ...}}}`; every prediction lies in the run folder under `eval/`.
     """
-    folder, run = open_trained(path, base_only)
+    folder, run = open_trained(path, base_only, ("causal_lm", "seq_cls"))
+    if run.model.task == "seq_cls":
+        if base_only or without_questions:
+            raise UserError(
+                f"{path}: a classifier's run; --base-only and --without-questions are for language models: a base "
+                "without the adapter has no trained head, and there are no questions to leave out"
+            )
+        return evaluate_classifier(folder, run, tasks, limit)
     changes = {key: value for key, value in (("tasks", tasks), ("limit", limit)) if value is not None}
     run = run_from_dict({**run.model_dump(), "eval": {**run.eval.model_dump(), **changes}}, "lsr-scale eval")
     if not run.eval.tasks:
@@ -254,12 +284,72 @@ def evaluate_run(
     return {"run": str(path), "scored": when, "accuracy": summary({when: scores})}
 
 
+def evaluate_classifier(
+    folder: RunFolder, run: RunConfig, sources: list[str] | None = None, limit: int | None = None
+) -> dict[str, Any]:
+    """Score a classifier's run as training does: transformers' trainer in batches of `per_device_eval_batch_size`.
+
+    Args:
+        folder: The run's folder, with an adapter.
+        run: Its configuration.
+        sources: Files or folders of labelled rows, each scored by itself; None takes `data.validation` as a whole.
+        limit: Only the first so many rows of each.
+
+    Raises:
+        UserError: if there are no rows, or a label that the classifier has no output for.
+    """
+    from transformers import Trainer, TrainingArguments
+
+    if not sources and not run.data.validation:
+        raise UserError(
+            f"{folder.path}: the run has no held-out rows (data.validation); give some: lsr-scale eval {folder.path} "
+            "--tasks FILE"
+        )
+    loaded: dict[str, Any] = {}
+    for source in sources or ():
+        loaded[_unused(_end_of(source), loaded)] = build_dataset([source], None, model_task="seq_cls")[0]
+    if not sources:
+        loaded["validation"] = build_dataset(run.data.validation, "validation", model_task="seq_cls")[0]
+    model, tokenizer, _ = load_run_model(folder.path, tasks=("seq_cls",))
+    prepare_tokenizer(tokenizer, "classification")
+    names = ("per_device_eval_batch_size", "label_smoothing_factor")  # what the losses of training depend on as well
+    values: dict[str, Any] = {name: run.training[name] for name in names if name in run.training}
+    values |= {"use_cpu": not torch.cuda.is_available(), "report_to": "none", "disable_tqdm": True}
+    found: dict[str, dict[str, float]] = {}
+    with tempfile.TemporaryDirectory() as unused:
+        arguments = TrainingArguments(output_dir=unused, **values)
+        measure = classification.measure_prediction
+        trainer = Trainer(model, arguments, processing_class=tokenizer, compute_metrics=measure)
+        for name, rows in loaded.items():
+            rows = rows.select(range(min(limit or len(rows), len(rows))))
+            classification.check_labels(rows["label"], run.model.num_labels, name)
+            encoded: Any = tokenize_classification(rows, tokenizer, run.training["max_length"])
+            output: Any = trainer.predict(encoded, metric_key_prefix="eval")
+            measured = {key.removeprefix("eval_"): value for key, value in output.metrics.items() if key in EVALUATED}
+            found[name] = {"num_examples": len(rows), **{key: round(value, 6) for key, value in measured.items()}}
+            lines = classification.predictions(output)
+            record.write_text(folder.predictions(name, "eval-adapter"), "".join(json.dumps(x) + "\n" for x in lines))
+    return {"run": str(folder.path), "scored": "adapter", "classification": found}
+
+
 def print_accuracy(result: dict[str, Any]) -> None:
     """Print what `evaluate_run` returns as a table."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
+    if "classification" in result:
+        found = result["classification"]
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        for column in ("", *found):
+            table.add_column(column, justify="right" if column else "left", overflow="fold")
+        for name in next(iter(found.values())):
+            shown = (values[name] for values in found.values())
+            table.add_row(name, *(f"{value:.4f}" if isinstance(value, float) else str(value) for value in shown))
+        console = Console(highlight=False)
+        console.print(f"{result['run']}: {result['scored']}", markup=False, soft_wrap=True)
+        console.print(table)
+        return
     title = f"{result['run']}: accuracy, % (standard error), {result['scored']}"
     table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left")
     for column in ("task", "accuracy", "length-normalized", "questions"):

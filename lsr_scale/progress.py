@@ -16,6 +16,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lsr_scale import record
+from lsr_scale.config.training import EVALUATED
 from lsr_scale.errors import UserError
 
 
@@ -150,7 +151,7 @@ class Progress(TrainerCallback):
 
     def _show(self, row: dict[str, Any], state: TrainerState, now: float) -> None:
         if "loss" not in row:
-            shown = ", ".join(f"{k} {v:.4f}" for k, v in row.items() if k in ("eval_loss", "eval_accuracy"))
+            shown = ", ".join(f"{k} {v:.4f}" for k, v in row.items() if k in EVALUATED)
             if shown:
                 print_line(f"step {row['step']}: {shown}")
             return
@@ -237,8 +238,8 @@ def summarize_metrics(path: Path, best: int | None = None) -> dict[str, Any]:
         found[name] = round(max(row[name] for row in steps if name in row), 4)
     if best is not None:
         found["best_step"] = best
-    names = ("eval_loss", "eval_accuracy")
-    return found | {name: round(evaluations[-1][name], 6) for name in names if evaluations and name in evaluations[-1]}
+    last_evaluation = evaluations[-1] if evaluations else {}
+    return found | {name: round(value, 6) for name, value in last_evaluation.items() if name in EVALUATED}
 
 
 def draw_losses(metrics: Path, picture: Path, title: str) -> None:

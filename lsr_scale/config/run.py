@@ -26,7 +26,15 @@ from lsr_scale.config import yaml_text
 from lsr_scale.config.deepspeed import OF_TRAINING, SHIPPED
 from lsr_scale.config.deepspeed_file import resolve_deepspeed
 from lsr_scale.config.messages import Problem, explain, raise_problems
-from lsr_scale.config.training import Flag, Task, check_training, training_kwargs, training_model, yaml_type
+from lsr_scale.config.training import (
+    Flag,
+    Task,
+    check_training,
+    evaluated,
+    training_kwargs,
+    training_model,
+    yaml_type,
+)
 from lsr_scale.errors import UserError, did_you_mean
 from lsr_scale.paths import user_path
 
@@ -247,7 +255,7 @@ def _conflicts(run: RunConfig) -> Iterable[Problem]:
             "or train the whole matrix with adapter.modules_to_save: [lm_head]",
         )
     if metric := training.get("metric_for_best_model"):
-        measured = ["loss", "accuracy"] if model.task == "seq_cls" else ["loss", "mean_token_accuracy", "entropy"]
+        measured = evaluated(model.task, model.num_labels)
         if metric.removeprefix("eval_") not in measured:
             names = [f"eval_{name}" for name in measured]
             yield Problem(("training", "metric_for_best_model"), f"{metric!r}: {did_you_mean(metric, names)}")

@@ -50,6 +50,11 @@ TASK_DEFAULTS: dict[Task, dict[str, Any]] = {
     "seq_cls": {"max_length": 512},
 }
 
+# What an evaluation on data.validation finds. A classifier's depends on its number of outputs: see `evaluated`.
+_CLASSES = ("accuracy", "f1", "f1_macro", "matthews_correlation")
+_SCORES = ("pearson", "spearmanr")
+EVALUATED = tuple(f"eval_{name}" for name in ("loss", *_CLASSES, *_SCORES))
+
 _NO_FSDP = "sharding is DeepSpeed's: set deepspeed.config to zero3"
 _NO_AUTOCAST = (
     "the base runs in model.dtype and the adapter's factors stay float32, so autocast is always off: set model.dtype"
@@ -103,6 +108,20 @@ _RENAMED = {
     "gradient_checkpointing": "activation_checkpointing",
     "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
 }
+
+
+def evaluated(task: Task, num_labels: int | None) -> tuple[str, ...]:
+    """Return what an evaluation during training finds, without the `eval_` before each: metric_for_best_model's values.
+
+    Args:
+        task: The model's.
+        num_labels: A classifier's outputs; one is a regression.
+    """
+    if task == "causal_lm":
+        return "loss", "mean_token_accuracy", "entropy"
+    if num_labels == 1:
+        return "loss", *_SCORES
+    return "loss", *(name for name in _CLASSES if name != "f1" or num_labels == 2)  # F1 of class 1, of two
 
 
 class TrainingFields(BaseModel):

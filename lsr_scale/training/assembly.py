@@ -31,6 +31,7 @@ from lsr_scale.fused.step_graph import StepGraphs, why_not_graphs
 from lsr_scale.model import base_description, base_of, load_tokenizer
 from lsr_scale.model.sharded import Sharding, is_sharded
 from lsr_scale.run_folder import RunFolder
+from lsr_scale.scoring import classification
 from lsr_scale.training.engine_steps import EngineSteps
 from lsr_scale.training.graph_steps import GraphSteps, PackedCollator, host_bound
 from lsr_scale.training.head_loss import HeadCollator, HeadLoss, why_not_own_head
@@ -290,29 +291,12 @@ class OurTrainer(Resumable, LossCheck, EngineSteps, Trainer):
 def _classifier_trainer(run: RunConfig, common: dict[str, Any]) -> Trainer:
     for split in ("train_dataset", "eval_dataset"):
         if common[split] is not None:
-            _check_labels(common[split]["label"], run.model.num_labels, split.replace("_dataset", ""))
+            name = "validation" if split == "eval_dataset" else "train"
+            classification.check_labels(common[split]["label"], run.model.num_labels, f"data.{name}")
             common[split] = tokenize_classification(
                 common[split], common["processing_class"], run.training["max_length"]
             )
-    return OurTrainer(**common, compute_metrics=_classification_metrics if run.model.num_labels != 1 else None)
-
-
-def _check_labels(labels: Any, num_labels: int | None, split: str) -> None:
-    """Raise for a label that the classifier has no output for, which would end in an index error or a dead GPU."""
-    if num_labels == 1:
-        return
-    for index, label in enumerate(labels):
-        if isinstance(label, float) or not 0 <= label < (num_labels or 0):
-            where = "validation" if split == "eval" else split
-            raise UserError(
-                f"data.{where}: row {index + 1} has the label {label}, but model.num_labels is {num_labels}: labels go "
-                f"from 0 to {(num_labels or 0) - 1}; set num_labels, or 1 for scores (regression)"
-            )
-
-
-def _classification_metrics(prediction: Any) -> dict[str, float]:
-    hits = prediction.predictions.argmax(-1) == prediction.label_ids
-    return {"accuracy": float(hits.mean())}
+    return OurTrainer(**common, compute_metrics=classification.measure_prediction)
 
 
 @contextmanager

@@ -1,0 +1,104 @@
+"""A classifier's scores as GLUE has them, under the names that `evaluate.load("glue")` gives them.
+
+Two classes: accuracy, F1 of class 1, macro F1, Matthews' correlation. More: the same without the F1 of class 1. One
+output, a regression: Pearson's and Spearman's correlation. Accuracy alone would praise a constant answer (68.5 % on
+CoLA); a constant answer has a correlation of 0.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+
+from lsr_scale.errors import UserError
+
+
+def check_labels(labels: Iterable[int | float], num_labels: int | None, where: str) -> None:
+    """Raise for a label that the classifier has no output for, which would end in an index error or a dead GPU."""
+    if num_labels == 1:
+        return
+    for index, label in enumerate(labels):
+        if isinstance(label, float) or not 0 <= label < (num_labels or 0):
+            raise UserError(
+                f"{where}: row {index + 1} has the label {label}, but model.num_labels is {num_labels}: labels go "
+                f"from 0 to {(num_labels or 0) - 1}; set num_labels, or 1 for scores (regression)"
+            )
+
+
+def measure_prediction(prediction: Any) -> dict[str, float]:
+    """Return `measure` of what transformers' Trainer predicts, for its `compute_metrics`."""
+    return measure(logits_of(prediction), prediction.label_ids)
+
+
+def logits_of(prediction: Any) -> np.ndarray:
+    """Return the outputs; of some models the trainer keeps other tensors behind them."""
+    outputs = prediction.predictions
+    return outputs[0] if isinstance(outputs, tuple) else outputs
+
+
+def measure(outputs: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """Return the scores of a classifier by name, those of `config.training.evaluated`.
+
+    Args:
+        outputs: `[rows, num_labels]` logits; for one label its values, `[rows, 1]` or `[rows]`.
+        labels: `[rows]` classes, or the values that one label should have.
+
+    Raises:
+        UserError: if an output is not finite: nothing can be said of such a model.
+    """
+    if bad := int((~np.isfinite(outputs)).reshape(len(outputs), -1).any(1).sum()):
+        raise UserError(
+            f"the classifier's outputs are not finite on {bad:,} of {len(outputs):,} rows: training diverged; lower "
+            "training.learning_rate or go on from an earlier checkpoint"
+        )
+    if outputs.ndim == 1 or outputs.shape[-1] == 1:
+        values, expected = outputs.reshape(-1).astype(np.float64), labels.astype(np.float64)
+        return {"pearson": correlation(values, expected), "spearmanr": correlation(ranks(values), ranks(expected))}
+    counts = confusion(outputs.argmax(-1), labels, outputs.shape[-1])
+    f1 = f1_by_class(counts)
+    found = {"accuracy": float(np.trace(counts) / counts.sum())}
+    if len(counts) == 2:
+        found["f1"] = float(f1[1])
+    seen = counts.sum(0) + counts.sum(1) > 0  # a class that is neither a label nor an answer has no say
+    return {**found, "f1_macro": float(f1[seen].mean()), "matthews_correlation": matthews(counts)}
+
+
+def predictions(prediction: Any) -> Iterator[dict[str, Any]]:
+    """Yield a row of each prediction of the trainer: its number from 1 on, label, outputs, and the class answered."""
+    for index, (outputs, label) in enumerate(zip(logits_of(prediction), prediction.label_ids, strict=True)):
+        row = {"row": index + 1, "label": label.item(), "outputs": outputs.reshape(-1).tolist()}
+        yield row if len(row["outputs"]) == 1 else {**row, "choice": int(outputs.argmax())}
+
+
+def confusion(answers: np.ndarray, labels: np.ndarray, num_labels: int) -> np.ndarray:
+    """Return how often class i was answered as class j, `[num_labels, num_labels]`."""
+    counts = np.zeros((num_labels, num_labels), dtype=np.int64)
+    np.add.at(counts, (labels, answers), 1)
+    return counts
+
+
+def f1_by_class(counts: np.ndarray) -> np.ndarray:
+    """Return each class's harmonic mean of precision and recall, 0 where neither is defined."""
+    return 2 * np.diag(counts) / np.maximum(1, counts.sum(0) + counts.sum(1))
+
+
+def matthews(counts: np.ndarray) -> float:
+    """Return Matthews' correlation of labels and answers, Gorodkin's for several classes; 0 if one is constant."""
+    label, answer, total = counts.sum(1).astype(np.float64), counts.sum(0).astype(np.float64), float(counts.sum())
+    spread = (total**2 - label @ label) * (total**2 - answer @ answer)
+    return float((np.trace(counts) * total - label @ answer) / np.sqrt(spread)) if spread > 0 else 0.0
+
+
+def correlation(first: np.ndarray, second: np.ndarray) -> float:
+    """Return Pearson's correlation; 0 if one is constant, which goes along with nothing."""
+    if np.ptp(first) == 0 or np.ptp(second) == 0:
+        return 0.0
+    first, second = first - first.mean(), second - second.mean()
+    return float(first @ second / np.sqrt((first @ first) * (second @ second)))
+
+
+def ranks(values: np.ndarray) -> np.ndarray:
+    """Return the rank of each value from 1 on; equal ones share the mean of theirs."""
+    _, group, sizes = np.unique(values, return_inverse=True, return_counts=True)
+    last = np.cumsum(sizes)
+    return (last - (sizes - 1) / 2)[group]

@@ -90,7 +90,7 @@ class Runs:
 
     def finish(self, name: str, *options: str, turn: int = 0) -> int:
         """Run to the end and return the status."""
-        return self.start(name, *options, turn=turn).wait(timeout=300)
+        return self.start(name, *options, turn=turn).wait()
 
     def folder(self, name: str) -> RunFolder:
         """Return a run's folder."""
@@ -262,7 +262,7 @@ class Kills:
             if not found and victim != GROUP and process.poll() is None:
                 victim, found = GROUP, find(process, GROUP)  # that rank is not started yet
         seen = strike(process, folder, found, runs.steps)
-        process.wait(timeout=300)
+        process.wait()
         return victim, seen
 
 

@@ -121,7 +121,7 @@ class Worker:
                 return self.connection.recv()
             reply = {"status": "error", "detail": f"{doing} took more than {limit_s:.0f} s; it was stopped"}
         except (EOFError, OSError):
-            self.process.join(5)
+            self.process.join(60)
             reply = {"status": "error", "detail": f"its process died while {doing}, exit code {self.process.exitcode}"}
         self.broken = reply
         self.stop()

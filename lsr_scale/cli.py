@@ -180,11 +180,17 @@ def _say_error(text: str) -> None:
     elif rank != "0":
         # Most mistakes stop all processes alike: the first one says it and ends, and the launcher ends this one before
         # it has waited to the end. What only this process met, it says.
-        time.sleep(SECONDS_FOR_RANK_0)
+        time.sleep(SECONDS_FOR_RANK_0 * _busyness())
     if rank != "0":
         text = f"rank {rank}: {text}"
     with contextlib.suppress(BrokenPipeError):  # its reader may be gone, as after Ctrl-C on `... |& tee`
         print(f"\nlsr-scale: {text}", file=sys.stderr, flush=True)
+
+
+def _busyness() -> float:
+    """Return how many processes want each core of this host, from 1 to 10: on a busy one the others come later."""
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 1.0
+    return min(10.0, max(1.0, load / (os.cpu_count() or 1)))
 
 
 def _remedy(error: Exception) -> str | None:

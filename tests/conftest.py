@@ -106,9 +106,16 @@ def ids() -> torch.Tensor:
     return torch.randint(1, 96, (2, 11), generator=torch.Generator().manual_seed(5))
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _elsewhere(tmp_path_factory):
+    """Leave the folder in which pytest was started: its `runs/`, such as `make demo` leaves, is no test's business."""
+    os.chdir(tmp_path_factory.mktemp("elsewhere"))
+
+
 @pytest.fixture(autouse=True)
-def _as_in_a_fresh_process():
+def _as_in_a_fresh_process(tmp_path_factory, monkeypatch):
     """Undo what a command that ran in this process set for the whole of it; take Ctrl-C as a terminal gives it."""
+    monkeypatch.chdir(tmp_path_factory.mktemp("working-folder"))  # an empty one of its own
     level = logging.getLogger().level
     # a shell's background job, such as a CI's, starts with SIGINT ignored
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)

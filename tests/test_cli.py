@@ -337,8 +337,11 @@ def test_another_rank_names_itself_and_waits_for_the_first_to_speak(call, monkey
     waited = []
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setattr(cli.time, "sleep", waited.append)
-    assert "lsr-scale: rank 1: " in refused(call, "train")
-    assert waited == [cli.SECONDS_FOR_RANK_0]
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    for load in (0.5, 6.0, 90.0):  # longer on a busy host, where the first is longer in coming
+        monkeypatch.setattr(os, "getloadavg", lambda load=load: (load, 1.0, 1.0))
+        assert "lsr-scale: rank 1: " in refused(call, "train")
+    assert waited == [cli.SECONDS_FOR_RANK_0 * times for times in (1, 3, 10)]
 
 
 def test_the_package_runs_as_a_module():

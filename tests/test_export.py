@@ -4,7 +4,6 @@ import json
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import gguf
@@ -77,7 +76,7 @@ def alone(tmp_path, program, *arguments):
         "assert not any(name.split('.')[0] == 'lsr_scale' for name in sys.modules)\n"
         f"with torch.no_grad():\n    save_file({{'logits': model.eval()(ids).logits.float()}}, {str(file)!r})\n"
     )
-    subprocess.run([sys.executable, "-c", code, *map(str, arguments)], check=True, cwd=tmp_path, timeout=120)
+    subprocess.run([sys.executable, "-c", code, *map(str, arguments)], check=True, cwd=tmp_path)
     return load_file(file)["logits"]
 
 
@@ -158,7 +157,7 @@ def test_a_lossy_export_of_a_run_reports_the_change_of_accuracy(tmp_path, capsys
         export(run / "adapter", "lora", tmp_path / "none", accuracy=True, say=silent)
 
 
-def test_all_layers_of_a_7b_are_converted_in_half_a_minute(tmp_path):
+def test_layers_of_a_7b_are_truncated_by_the_svd_of_a_small_core(tmp_path, monkeypatch):
     sizes = {name: (4096, 4096) for name in ("q_proj", "o_proj")} | {
         name: (4096, 1024) for name in ("k_proj", "v_proj")
     }
@@ -168,16 +167,28 @@ def test_all_layers_of_a_7b_are_converted_in_half_a_minute(tmp_path):
     config.save_pretrained(tmp_path / "adapter")
     tensors = {
         f"base_model.model.model.layers.{layer}.{name}.lsr_{factor}": torch.randn(shape) * 0.1
-        for layer in range(32)
+        for layer in range(2)
         for name, size in sizes.items()
         for factor, shape in METHODS["lsr"].parameter_shapes(*size, config).items()
     }
     save_file(tensors, tmp_path / "adapter" / "adapter_model.safetensors")
-    started = time.perf_counter()
+    seen = {"svd": set(), "qr": set()}
+
+    def watch(name):
+        decompose = getattr(torch.linalg, name)
+
+        def watched(matrix, *args, **options):
+            seen[name].add(min(matrix.shape) if name == "qr" else max(matrix.shape))
+            return decompose(matrix, *args, **options)
+
+        monkeypatch.setattr(torch.linalg, name, watched)
+
+    watch("svd")
+    watch("qr")
     export(tmp_path / "adapter", "lora", tmp_path / "out", max_rank=8, dtype="bf16", verify=False, say=silent)
-    assert time.perf_counter() - started < 30
+    assert seen == {"svd": {16}, "qr": {16}}, "never of what is as large as a weight"
     with safe_open(tmp_path / "out" / "adapter_model.safetensors", "pt") as file:
-        assert len(file.keys()) == 448
+        assert len(file.keys()) == 28
 
 
 @pytest.mark.parametrize("bits", [8, 4])

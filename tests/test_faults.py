@@ -122,59 +122,71 @@ def test_a_batch_that_is_skipped_counts_for_nothing(place, tmp_path, monkeypatch
     assert len(set(noted)) == 2 * accumulation, "every micro-batch has rows of its own"
 
 
-def start_rank(rank, file, port, *options, script=ROOT / "launch" / "train.py"):
-    """Start one of two processes by itself, as on two hosts, of which each has a GPU if there are two."""
-    environment = {
-        **os.environ,
-        **{"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"},
-        **({"CUDA_VISIBLE_DEVICES": str(rank)} if torch.cuda.is_available() else {}),
-        **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "PYTHONPATH": PATHS},
-    }
-    command = [sys.executable, str(script), "--config", str(file), *options]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+@pytest.fixture
+def start_ranks():
+    """Return a function that starts two processes by themselves, as on two hosts, each with a GPU if there are two."""
+    started = []
+
+    def start(file, *options, script=ROOT / "launch" / "train.py"):
+        port = free_port()
+        for rank in ("0", "1"):
+            environment = {
+                **os.environ,
+                **{"RANK": rank, "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"},
+                **({"CUDA_VISIBLE_DEVICES": rank} if torch.cuda.is_available() else {}),
+                **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1", "PYTHONPATH": PATHS},
+            }
+            command = [sys.executable, str(script), "--config", str(file), *options]
+            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+            started.append(subprocess.Popen(command, env=environment, text=True, **pipes))
+        return started[-2:]
+
+    yield start
+    for rank in started:
+        rank.kill()
+        rank.communicate()
 
 
 def endless_run(place, tmp_path, save_steps):
-    """Return the folder and the file of a run of 5,000 steps."""
+    """Return the folder and the file of a run of a million steps."""
     folder, file = RunFolder(tmp_path / "run"), tmp_path / "run.yaml"
-    training = {"output_dir": str(folder.path), "max_steps": 5000, "save_steps": save_steps, "fused": "off"}
+    training = {"output_dir": str(folder.path), "max_steps": 1_000_000, "save_steps": save_steps, "fused": "off"}
     file.write_text(dump_yaml(tiny_run(place, training=training, eval={"tasks": []})))
     return folder, file
 
 
+def wait_until(true, ranks=()):
+    """Wait as long as it takes, but no longer than these processes live."""
+    while not true():
+        assert all(rank.poll() is None for rank in ranks), [rank.communicate() for rank in ranks]
+        time.sleep(0.02)
+
+
 def wait_for_steps(folder, more_than, ranks):
     """Return the steps recorded once there are more than so many."""
-    deadline = time.monotonic() + 120
-    while (steps := len(progress.read_metrics(folder.metrics))) <= more_than:
-        assert all(rank.poll() is None for rank in ranks), [rank.communicate() for rank in ranks]
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    return steps
+    wait_until(lambda: len(progress.read_metrics(folder.metrics)) > more_than, ranks)
+    return len(progress.read_metrics(folder.metrics))
 
 
 @pytest.mark.slow
 @two_processes
-def test_ranks_started_one_by_one_meet_and_end_together(place, tmp_path):
+def test_ranks_started_one_by_one_meet_and_end_together(place, tmp_path, start_ranks):
     folder, file = endless_run(place, tmp_path, save_steps=20)
 
-    port = free_port()
-    ranks = [start_rank(rank, file, port) for rank in (0, 1)]
+    ranks = start_ranks(file)
     wait_for_steps(folder, 3, ranks)
     ranks[1].send_signal(signal.SIGTERM)
-    said = [rank.communicate(timeout=60) for rank in ranks]
+    said = [rank.communicate() for rank in ranks]
     assert [rank.returncode for rank in ranks] == [143, 143], said
     assert "lsr-scale: ended by SIGTERM after step" in said[0][1]
     steps = len(metrics(folder))
     assert damage(folder.path / f"checkpoint-{steps}") is None
 
-    port = free_port()
-    ranks = [start_rank(rank, file, port, "--resume", "auto") for rank in (0, 1)]
+    ranks = start_ranks(file, "--resume", "auto")
     wait_for_steps(folder, steps + 2, ranks)
     ranks[1].kill()
     ranks[1].communicate()
-    killed = time.monotonic()
-    out, err = ranks[0].communicate(timeout=60)
-    assert time.monotonic() - killed < 20
+    out, err = ranks[0].communicate()
     # gloo fails; with NCCL it is ended from outside
     assert ranks[0].returncode == (-signal.SIGKILL if torch.cuda.is_available() else 2), err
     assert f"resuming from {folder.path}/checkpoint-{steps}" in out
@@ -184,20 +196,15 @@ def test_ranks_started_one_by_one_meet_and_end_together(place, tmp_path):
 
 @pytest.mark.slow
 @two_processes
-def test_a_process_that_waits_for_one_that_ended_ends_too(place, tmp_path):
-    folder, file = endless_run(place, tmp_path, save_steps=20)
-    port = free_port()
-    ranks = [start_rank(rank, file, port, script=ROOT / "tests" / "waiting_rank.py") for rank in (0, 1)]
-    wait_for_steps(folder, 1, ranks)
-    time.sleep(2)  # the first one waits by now, and would for ever
+def test_a_process_that_waits_for_one_that_ended_ends_too(place, tmp_path, start_ranks):
+    _, file = endless_run(place, tmp_path, save_steps=20)
+    ranks = start_ranks(file, script=ROOT / "tests" / "waiting_rank.py")
+    wait_until((tmp_path / "waits").exists, ranks)  # and would for ever
     ranks[0].terminate()
-    time.sleep(1)
-    assert ranks[0].poll() is None, "it is told to end after the step"
+    wait_until((tmp_path / "told").exists, ranks)  # to end after the step
     ranks[1].kill()
     ranks[1].communicate()
-    killed = time.monotonic()
-    _, err = ranks[0].communicate(timeout=60)
-    assert time.monotonic() - killed < 20
+    _, err = ranks[0].communicate()
     assert ranks[0].returncode == -signal.SIGKILL, err
     assert err.strip() == f"lsr-scale: {LOST_PEER}"
 
@@ -210,9 +217,7 @@ def test_who_is_no_process_of_this_host_or_another_one_by_now_is_not_waited_for(
     assert not lookout.Seen("here", child.pid, str(int(since) - 1)).is_alive_on("here")
     assert not lookout.Seen("here", 2**22 + 1, None).is_alive_on("here"), "where there is no /proc"
     child.kill()
-    deadline = time.monotonic() + 10
-    while lookout.started(child.pid) is not None:  # before its launcher asks after it
-        assert time.monotonic() < deadline
+    wait_until(lambda: lookout.started(child.pid) is None)  # before its launcher asks after it
     child.wait()
     assert lookout.started(child.pid) is None
 
@@ -282,7 +287,7 @@ def test_by_gloo_several_processes_share_a_gpu(monkeypatch):
 @pytest.mark.slow
 @two_processes
 def test_what_the_deepspeed_command_started_ends_with_it(place, tmp_path):
-    folder, file = endless_run(place, tmp_path, save_steps=4000)
+    folder, file = endless_run(place, tmp_path, save_steps=1_000_000)
     words = [sys.executable, *LAUNCHERS["deepspeed"], free_port(), ROOT / "launch" / "train.py", "--config", file]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": PATHS}
     pipe, log = subprocess.DEVNULL, tmp_path / "said"
@@ -293,17 +298,13 @@ def test_what_the_deepspeed_command_started_ends_with_it(place, tmp_path):
         try:
             wait_for_steps(folder, 3, [command])
             command.terminate()  # it alone; it does not tell those that it started
-            command.wait(timeout=20)
-            deadline = time.monotonic() + 60
-            while (
-                not (saved := folder.checkpoints()) or damage(saved[-1]) is not None or (folder.path / ".lock").exists()
-            ):
-                assert time.monotonic() < deadline, log.read_text()
-                time.sleep(0.1)
+            command.wait()
+            wait_until(lambda: folder.checkpoints() and not (folder.path / ".lock").exists())
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(command.pid, signal.SIGKILL)
-    assert len(saved) == 1
+    (saved,) = folder.checkpoints()
+    assert damage(saved) is None
     assert "ended by SIGTERM after step" in log.read_text()
 
 
@@ -312,7 +313,7 @@ def test_a_run_killed_within_a_save_goes_on_to_the_same_adapter(tmp_path):
     """The short form of benchmarks/faults.py."""
     script, out = ROOT / "benchmarks" / "faults.py", tmp_path / "faults.json"
     options = ["--kills", "1", "--in-saves", "1", "--steps", "8", "--save-steps", "2", "--seed", "1", "--out", str(out)]
-    done = subprocess.run([sys.executable, script, *options], capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run([sys.executable, script, *options], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(out.read_text())
     assert (found["phases"], found["resumed"], found["same_adapter"]) == ({"save": 1}, 1, 1)
@@ -325,11 +326,10 @@ def test_the_failing_rank_speaks_first_and_ends_the_run(place, tmp_path):
     run = tiny_run(place, training={"output_dir": str(tmp_path / "run"), "fused": "off"}, eval={"tasks": []})
     (tmp_path / "run.yaml").write_text(dump_yaml(run))
     script = ROOT / "tests" / "poisoned_rank.py"
-    status, out, err, seconds = launch("torchrun", script, "--config", tmp_path / "run.yaml")
+    status, out, err = launch("torchrun", script, "--config", tmp_path / "run.yaml")
     assert status != 0
     said = [line for line in (out + err).splitlines() if "lsr-scale: " in line]
     assert "lsr-scale: rank 1: training diverged: the loss is inf at step 2, on rows [" in said[0]
-    assert seconds < 60
     (line,) = (tmp_path / "run" / "nonfinite.jsonl").read_text().splitlines()
     assert json.loads(line)["process"] == 1
 
@@ -363,7 +363,7 @@ def skipped(place, tmp_path_factory):
         # first: DeepSpeed leaves its mark in the environment
         files.insert(0, where / f"{name}.yaml") if engine is None else files.append(where / f"{name}.yaml")
         (where / f"{name}.yaml").write_text(text)
-    status, out, err, _ = launch("torchrun", ROOT / "tests" / "two_ranks_skipping.py", *files)
+    status, out, err = launch("torchrun", ROOT / "tests" / "two_ranks_skipping.py", *files)
     assert status == 0, out + err
     # one process has both batches in turn; of what the second one adds to the sum of the losses, nothing counts
     compute = SFTTrainer.compute_loss

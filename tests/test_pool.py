@@ -3,8 +3,9 @@
 import os
 import signal
 import sys
-import time
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -22,17 +23,31 @@ def act(what):
         raise SystemExit(3)
     if what == "die":
         os._exit(9)
-    if what == "hang":
-        time.sleep(600)
+    if what.startswith("hang "):
+        wait_for_ever(what)
     if what.startswith("tidy "):
         try:
-            time.sleep(600)
+            wait_for_ever(what)
         finally:
             Path(what.removeprefix("tidy ")).write_text("left in order")
-    if what == "deaf":
+    if what.startswith("deaf "):
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        time.sleep(600)
+        wait_for_ever(what)
     return what.upper()
+
+
+def wait_for_ever(what):
+    """Leave a file to say that this process does."""
+    Path(what.partition(" ")[2]).write_text("in hand")
+    threading.Event().wait()
+
+
+@pytest.fixture
+def note(tmp_path, monkeypatch):
+    """Return a file's name; once it is there, the pool's time is over."""
+    file = tmp_path / "note"
+    monkeypatch.setattr(pool, "time", SimpleNamespace(monotonic=lambda: 10.0 if file.exists() else 0.0))
+    return file
 
 
 def do(words, **options):
@@ -57,21 +72,17 @@ def test_what_fails_or_dies_is_counted_and_the_rest_goes_on(tmp_path, capsys, jo
     assert (tmp_path / "5-c.log").read_text() == "doing c\n"
 
 
-def test_at_the_limit_what_is_in_hand_is_ended():
-    began = time.monotonic()
-    failed, ended, found = do(["a", "hang", "never"], time_limit=6.0)
-    assert time.monotonic() - began < 20
-    assert (failed, ended, found) == (0, ["1-hang"], {"0-a": "A"})
+def test_at_the_limit_what_is_in_hand_is_ended(note):
+    failed, ended, found = do(["a", f"hang {note}", "never"], time_limit=0.2)
+    assert (failed, ended, found) == (0, [f"1-hang {note}"], {"0-a": "A"})
 
 
-def test_what_is_ended_can_leave_in_order(tmp_path):
-    note = tmp_path / "note"
-    assert do([f"tidy {note}"], time_limit=5.0)[1] == [f"0-tidy {note}"]
+def test_what_is_ended_can_leave_in_order(note, monkeypatch):
+    monkeypatch.setattr(pool, "GRACE_S", 3600.0)
+    assert do([f"tidy {note}"], time_limit=0.2)[1] == [f"0-tidy {note}"]
     assert note.read_text() == "left in order"
 
 
-def test_what_does_not_leave_is_killed(monkeypatch):
-    monkeypatch.setattr(pool, "GRACE_S", 1.0)
-    began = time.monotonic()
-    assert do(["deaf"], time_limit=5.0)[1] == ["0-deaf"]
-    assert time.monotonic() - began < 20
+def test_what_does_not_leave_is_killed(note, monkeypatch):
+    monkeypatch.setattr(pool, "GRACE_S", 0.1)
+    assert do([f"deaf {note}"], time_limit=0.2)[1] == [f"0-deaf {note}"]

@@ -45,7 +45,7 @@ def place(tmp_path_factory):
 @pytest.fixture(scope="module")
 def seen(place):
     """Run two_ranks_sharding.py once for all tests."""
-    status, out, err, _ = launch("torchrun", ROOT / "tests" / "two_ranks_sharding.py", place, timeout=400)
+    status, out, err = launch("torchrun", ROOT / "tests" / "two_ranks_sharding.py", place)
     assert status == 0, out + err
     return [json.loads((place / f"sharding-{rank}.json").read_text()) for rank in (0, 1)]
 

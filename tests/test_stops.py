@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -123,32 +122,36 @@ def test_ctrl_c_on_a_run_whose_reader_is_gone_saves_and_says_so_by_its_status(pl
     environment = {**os.environ, "PYTHONPATH": PATHS, "OMP_NUM_THREADS": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen(command, env=environment, text=True, **pipes) as process:
-        for line in process.stdout:
-            if line.startswith("step 3/"):
-                break
-        process.stdout.close()
-        process.stderr.close()
-        process.send_signal(signal.SIGINT)
-        deadline = time.monotonic() + 60
-        while process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.1)
-        process.kill()
+        try:
+            for line in process.stdout:
+                if line.startswith("step 3/"):
+                    break
+            process.stdout.close()
+            process.stderr.close()
+            process.send_signal(signal.SIGINT)
+            process.wait()
+        finally:
+            process.kill()
     assert process.returncode == 130
     assert len(RunFolder(tmp_path / "run").checkpoints()) == 1
 
 
 def test_a_lock_goes_with_its_process_and_not_with_the_loaders_workers(tmp_path):
     script = (
-        "import os, sys, time; from pathlib import Path; from lsr_scale.run_folder import RunFolder\n"
+        "import os, sys; from pathlib import Path; from lsr_scale.run_folder import RunFolder\n"
         "with RunFolder(Path(sys.argv[1])).held():\n"
         "    if os.fork() == 0:\n"
-        "        time.sleep(30)\n"
+        "        print('a worker', flush=True)\n"
+        "        input()\n"
         "    os._exit(0)\n"
     )
-    environment = {**os.environ, "PYTHONPATH": PATHS}
-    subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True, env=environment, timeout=60)
-    with RunFolder(tmp_path).held():
-        pass
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env={**os.environ, "PYTHONPATH": PATHS}, **pipes) as process:
+        assert process.stdout.readline() == "a worker\n"
+        assert process.wait() == 0
+        with RunFolder(tmp_path).held():
+            pass  # the worker still waits for a line
 
 
 def test_steps_done_again_are_noted_once_among_what_was_not_finite(place, tmp_path, monkeypatch):

@@ -98,11 +98,18 @@ class Gathered:
                 storage = whole.untyped_storage()
                 self.live[storage._cdata] = storage.nbytes()
                 weakref.finalize(storage, self.live.pop, storage._cdata)
-            time.sleep(0.005)  # gloo's threads let go of what they have gathered a moment later
-            self.peak = max(self.peak, sum(self.live.values()))
+            self.peak = max(self.peak, self.lasting())
             return gather(parts, wholes)
 
         sharded._gather = gather_and_count
+
+    def lasting(self) -> int:
+        """Return the bytes that live; gloo's threads let go of what they gathered when they come to run again."""
+        for _ in range(1000):
+            if sum(self.live.values()) <= self.peak:
+                break
+            time.sleep(0.002)
+        return sum(self.live.values())
 
 
 def main() -> None:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from lsr_scale import distributed
 from lsr_scale.adapters.base import AdapterLinear
 from lsr_scale.progress import read_metrics, save_figure
 
@@ -166,7 +167,8 @@ def mend(side: Side, how: Guard, optimizer: torch.optim.Optimizer | None = None)
 class WatchCondition(TrainerCallback):
     """Logs gamma's median and largest value by side at every logging step, and does what the guard says.
 
-    Put before the callbacks that record: the values stand among the logs, `condition_down_max` and so on.
+    All processes do what the main one measures. Put before the callbacks that record: the values stand among the logs,
+    `condition_down_max` and so on.
     """
 
     def __init__(self, tolerance: float, guard: Guard, say: Any = logger.warning) -> None:
@@ -189,7 +191,7 @@ class WatchCondition(TrainerCallback):
         found = sides(model)
         if not found:
             return
-        gammas = conditions(found)
+        gammas: Any = distributed.broadcast(conditions(found))  # others' last digits could tip another decision
         for name in dict.fromkeys(side.name for side in found):
             some = gammas[[index for index, side in enumerate(found) if side.name == name]]
             logs[f"condition_{name}_median"] = float(some.median())
@@ -202,6 +204,8 @@ class WatchCondition(TrainerCallback):
         if self.guard != "warn":
             for side in worst:
                 mend(side, self.guard, kwargs.get("optimizer"))
+                for parameter in side.parameters:
+                    distributed.copy_from_main(parameter.data)  # nor do decompositions agree to the last digit
 
     def _words(self, new: list[Side], gammas: Tensor) -> str:
         first, kind = new[int(gammas.argmax())], str(new[0].left.dtype).removeprefix("torch.")

@@ -10,21 +10,74 @@ import torch
 from lsr_scale.errors import UserError
 
 TIMEOUT_S = 600.0
+# what deepspeed and torchrun set, for this package and for accelerate
+_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def is_launched() -> bool:
     """Tell whether a launcher (deepspeed, torchrun, SLURM) started this process as one of a group."""
-    return "WORLD_SIZE" in os.environ and "RANK" in os.environ
+    return bool(os.environ.get("WORLD_SIZE") and os.environ.get("RANK"))
 
 
 def world_size() -> int:
     """Return how many processes train together."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return _of_launcher("WORLD_SIZE", 1, least=1)
 
 
 def rank() -> int:
     """Return this process's number among them."""
-    return int(os.environ.get("RANK", "0"))
+    return _of_launcher("RANK", 0)
+
+
+def _of_launcher(name: str, default: int, least: int = 0, most: int = 2**20) -> int:
+    """Return a number that a launcher gave by the environment; an empty one is none.
+
+    Raises:
+        UserError: if it is no whole number, or out of bounds.
+    """
+    text = (os.environ.get(name) or "").strip()
+    if not text:
+        return default
+    if not (text.isascii() and text.isdecimal() and len(text) < 10 and least <= int(text) <= most):
+        raise UserError(
+            f"the environment's {name}: expected a whole number from {least} to {most}, got {text!r:.40}; deepspeed "
+            f"and torchrun set it, and to train in one process: unset {' '.join(_VARIABLES)}"
+        )
+    return int(text)
+
+
+def _check_launcher() -> None:
+    """See that what a launcher set goes together, for the libraries read it too; drop what is empty.
+
+    Raises:
+        UserError: for a number that is none, or a variable that lacks the others.
+    """
+    for name in _VARIABLES:
+        if os.environ.get(name, "-").strip() == "":
+            del os.environ[name]
+    number, size = rank(), world_size()
+    for name, least in (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1), ("LOCAL_SIZE", 1)):
+        _of_launcher(name, least, least)
+    _of_launcher("MASTER_PORT", 1, least=1, most=65535)
+    given = [name for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if name in os.environ]
+    if given and not is_launched():
+        lacking = [name for name in ("RANK", "WORLD_SIZE") if name not in os.environ]
+        raise UserError(
+            f"the environment has {' and '.join(given)}, but not {' and '.join(lacking)}: start with deepspeed or "
+            f"torchrun, which set them all, and to train in one process: unset {' '.join(given)}"
+        )
+    if number >= size:
+        raise UserError(
+            f"the environment's RANK is {number}, but WORLD_SIZE is {size}: ranks go from 0 to {size - 1}; deepspeed "
+            f"and torchrun set them, and to train in one process: unset {' '.join(_VARIABLES)}"
+        )
+    if is_launched():
+        for name in ("MASTER_ADDR", "MASTER_PORT"):
+            if name not in os.environ:
+                raise UserError(
+                    f"the environment has RANK and WORLD_SIZE, but not {name}, where the processes meet: start with "
+                    f"deepspeed or torchrun, which set it, and to train in one process: unset {' '.join(_VARIABLES)}"
+                )
 
 
 def _has_joined() -> bool:
@@ -61,18 +114,26 @@ def start(use_deepspeed: bool, timeout_s: float = TIMEOUT_S) -> None:
     share a GPU, to try out what otherwise takes several GPUs.
 
     Raises:
-        UserError: if the others did not come, this process has no GPU for itself, or NCCL does not start.
+        UserError: if the others did not come, this process has no GPU for itself, NCCL does not start, or what the
+            launcher set is no place in a group.
     """
+    _check_launcher()
     if not is_launched():
         return
     has_gpu = torch.cuda.is_available()
     backend = os.environ.get("LSR_SCALE_BACKEND") or ("nccl" if has_gpu else "gloo")
+    if not torch.distributed.is_backend_available(backend):
+        raise UserError(
+            f"the environment's LSR_SCALE_BACKEND: {backend!r:.40} is not in this torch; set gloo, or unset it"
+        )
     if has_gpu:
         torch.cuda.set_device(_own_gpu(backend))
     else:
         local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size())
-        threads = int(os.environ.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // max(1, local)))))
-        torch.set_num_threads(threads)
+        threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, num_cores() // max(1, local)))
+        os.environ["OMP_NUM_THREADS"] = threads
+        if threads.isdecimal():  # or OpenMP reads it: 4,2 is by depth
+            torch.set_num_threads(max(1, int(threads)))
     timeout = datetime.timedelta(seconds=timeout_s)
     try:
         if use_deepspeed:
@@ -137,6 +198,12 @@ def broadcast(value: object) -> object:
     box = [value]
     torch.distributed.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def copy_from_main(tensor: torch.Tensor) -> None:
+    """Give a tensor the main process's values, in place, on every process."""
+    if _has_joined():
+        torch.distributed.broadcast(tensor, src=0)
 
 
 class Largest:

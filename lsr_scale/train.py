@@ -32,6 +32,7 @@ from lsr_scale.scoring.accuracy import TaskScore
 from lsr_scale.training import checkpoints
 from lsr_scale.training.assembly import build_trainer, only_new_warnings, uses_deepspeed, zero_stage
 from lsr_scale.training.faults import StopOnSignal, Terminated, ends_with_others
+from lsr_scale.training.settings import named
 
 
 def train(
@@ -135,7 +136,7 @@ def _train(
     before_training = time.monotonic()
     begins_at = checkpoints.step(checkpoint) if checkpoint else 0  # training may remove the checkpoint
     say("training")
-    with only_new_warnings(), stop.listening(), ends_with_others():
+    with only_new_warnings(), stop.listening(), ends_with_others(), named(run):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     late = stop.came_late()  # every process asks, so none ends before all are here
     if stop.stopped:
@@ -206,6 +207,7 @@ def _agree(run: RunConfig, name: str, resume: str | None, overwrite: bool) -> tu
 
     With it comes what keeps the folder to this run until it is left.
     """
+    _check_alike(run, resume, overwrite)
     chosen: Any = None
     lock = ExitStack()
     if distributed.is_main():
@@ -220,6 +222,18 @@ def _agree(run: RunConfig, name: str, resume: str | None, overwrite: bool) -> tu
         raise UserError(chosen)
     training, *rest = chosen
     return (run.model_copy(update={"training": training}), *rest), lock
+
+
+def _check_alike(run: RunConfig, resume: str | None, overwrite: bool) -> None:
+    """Raise, on every process, where one of them was started with another run or other options than the first."""
+    started = distributed.gather([{**run.model_dump(), "--resume": resume, "--overwrite": overwrite}])
+    for rank, other in enumerate(started):
+        if differing := [text for _, text in checkpoints.changes(started[0], other)]:
+            more = f" and {len(differing) - 8} more" if len(differing) > 8 else ""
+            raise UserError(
+                f"rank {rank} was started with another configuration than rank 0: {'; '.join(differing[:8])}{more}; "
+                "start all processes with one file and the same options"
+            )
 
 
 def _choose(run: RunConfig, name: str, resume: str | None, overwrite: bool) -> _Chosen:

@@ -13,7 +13,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import condition_guard
 
-from lsr_scale import LsrConfig, UserError
+from lsr_scale import LsrConfig, UserError, distributed
 from lsr_scale.condition import (
     TOLERANCE,
     WatchCondition,
@@ -145,6 +145,24 @@ def test_the_guard_does_what_it_says_once(guard):
     else:
         assert found.left.dtype == found.right.dtype == torch.float32
         assert sides(model)[0].left.dtype == torch.float16
+
+
+@pytest.mark.parametrize("measured", ["endangered", "harmless"])
+def test_every_process_rescales_what_the_main_one_measures_and_to_its_factors(monkeypatch, measured):
+    model = adapted(torch.float16)
+    found = sides(model)
+    of_main = torch.ones(len(found), dtype=torch.float64)
+    if measured == "endangered":
+        of_main[1] = 1e3  # here it is harmless
+    else:
+        found[1].left.data[1], found[1].right.data[1] = found[1].left.data[0], -found[1].right.data[0] * 0.999
+    before, copied = [side.left.detach().clone() for side in found], []
+    monkeypatch.setattr(distributed, "broadcast", lambda mine: of_main)
+    monkeypatch.setattr(distributed, "copy_from_main", lambda tensor: copied.append(tensor.data_ptr()))
+    WatchCondition(TOLERANCE, "rescale", str).on_log(None, None, None, logs={"loss": 1.0}, model=model, optimizer=None)
+    changed = [not torch.equal(side.left, left) for side, left in zip(found, before, strict=True)]
+    assert changed == [False, measured == "endangered", False, False]
+    assert copied == ([p.data_ptr() for p in found[1].parameters] if measured == "endangered" else [])
 
 
 def test_other_methods_and_other_logs_are_left_alone():

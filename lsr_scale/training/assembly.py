@@ -38,6 +38,7 @@ from lsr_scale.training.head_loss import HeadCollator, HeadLoss, why_not_own_hea
 from lsr_scale.training.loss_check import LossCheck
 from lsr_scale.training.memory_policy import KeepWhatFits, largest_forward, row_lengths
 from lsr_scale.training.resumable import Resumable
+from lsr_scale.training.settings import named
 from lsr_scale.whole_modules import hold_in_float32
 
 
@@ -89,7 +90,7 @@ def build_trainer(
         "train_dataset": kept(datasets["train"][0]),
         "eval_dataset": kept(datasets["eval"][0]) if "eval" in datasets else None,
     }
-    with _factors_untouched(model), only_new_warnings(), _explained(run):
+    with _factors_untouched(model), only_new_warnings(), named(run):
         trainer = _classifier_trainer(run, common) if run.model.task == "seq_cls" else _sft_trainer(common)
     limit, num_left = run.training["max_length"], len(trainer.train_dataset)  # pyright: ignore[reportArgumentType]
     if not num_left:
@@ -127,10 +128,8 @@ def _arguments(run: RunConfig, folder: RunFolder) -> Any:
         # accumulation follows the number of processes, whatever number stands there
         numbers = dict.fromkeys(config.OF_TRAINING, "auto")
         values["deepspeed"] = config.engine_config(run.deepspeed.config) | numbers
-    try:
+    with named(run):
         arguments: Any = training_arguments_class(run.model.task)(**values)
-    except (ValueError, ImportError) as error:
-        raise UserError(f"training: {error}") from error
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # one process, one GPU: torch's DataParallel cannot copy a quantized layer
     return arguments
@@ -321,26 +320,6 @@ def only_new_warnings() -> Iterator[None]:
         # PEFT would compare the vocabulary with the hub's; no embedding is ever resized here
         warnings.filterwarnings("ignore", message="Could not find a config file in")
         yield
-
-
-@contextmanager
-def _explained(run: RunConfig) -> Iterator[None]:
-    """Say in words why a trainer refuses its arguments, or that the hub it shall push to is out of reach."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        words = str(error)[:400]
-        if type(error).__module__.startswith(("httpx", "huggingface_hub")):
-            words = f"training.push_to_hub: {words}; log in with hf auth login, or set it to false"
-        elif isinstance(error, ImportError | RuntimeError) and "installed" in words:
-            words = f"training.report_to {run.training['report_to']!r}: {words}; install it, or set report_to to none"
-        elif isinstance(error, ValueError):
-            words = f"training: {words}"
-        else:
-            raise
-        raise UserError(words) from error
 
 
 def zero_stage(run: RunConfig) -> int:

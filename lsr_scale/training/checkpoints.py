@@ -20,8 +20,10 @@ _BATCH, _ACCUMULATION = "per_device_train_batch_size", "gradient_accumulation_st
 # it too. Anything else may change, and is said.
 _FIXED = re.compile(
     r"adapter\..*|model\.(task|num_labels|quantization|double_quantization|dtype)"
-    r"|training\.(optim|learning_rate|weight_decay)"
+    r"|training\.(optim|optim_args|optim_target_modules|learning_rate|weight_decay|adam_beta1|adam_beta2|adam_epsilon)"
 )
+# Schedules that are no function of the step alone: what they keep, settings among it, is the checkpoint's.
+_KEEP_THEIR_SETTINGS = ("reduce_lr_on_plateau", "greedy")
 
 
 def write_manifest(folder: Path) -> None:
@@ -154,20 +156,27 @@ def check(checkpoint: Path, run: RunConfig, num_processes: int) -> list[str]:
     saved = RunFolder(checkpoint.parent)
     if not saved.is_run():
         return [*notes, f"there is no config.yaml beside {checkpoint.name} to compare the run with"]
-    changes = list(_changes(config.load_run(saved.config).model_dump(), run.model_dump()))
-    fixed = [text for path, text in changes if _FIXED.fullmatch(path)]
+    earlier = config.load_run(saved.config)
+    kinds = {str(one.training["lr_scheduler_type"]) for one in (earlier, run)}
+    changed = list(changes(earlier.model_dump(), run.model_dump()))
+    fixed = [
+        text
+        for path, text in changed
+        if _FIXED.fullmatch(path)
+        or (path.startswith("training.lr_scheduler_") and not kinds.isdisjoint(_KEEP_THEIR_SETTINGS))
+    ]
     if fixed:
         raise UserError(
             f"--resume {checkpoint}: saved by a run with another {'; '.join(fixed)}; go on with its own configuration: "
             f"--config {saved.config}"
         )
-    return [*notes, *(f"changed since the run began: {text}" for path, text in changes if not path.endswith("_dir"))]
+    return [*notes, *(f"changed since the run began: {text}" for path, text in changed if not path.endswith("_dir"))]
 
 
-def _changes(before: Any, after: Any, path: str = "") -> Iterator[tuple[str, str]]:
+def changes(before: Any, after: Any, path: str = "") -> Iterator[tuple[str, str]]:
     """Yield (path, "path: before -> after") for every value that differs."""
     if isinstance(before, dict) and isinstance(after, dict):
         for key in dict.fromkeys((*before, *after)):
-            yield from _changes(before.get(key), after.get(key), f"{path}.{key}" if path else key)
+            yield from changes(before.get(key), after.get(key), f"{path}.{key}" if path else key)
     elif before != after:
         yield path, f"{path}: {before!r:.60} -> {after!r:.60}"

@@ -1,0 +1,134 @@
+"""What a library raises over a setting of a run, said with the setting's name: the one place where that is done.
+
+The libraries check little of what they are given, and late: an optimizer that is not installed, arguments of a schedule
+that it does not take. Their words are kept; which setting they mean is told by who raised them, from the innermost call
+outwards. What no setting explains is a bug, and stays an exception.
+"""
+
+import re
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from lsr_scale.config import RunConfig
+from lsr_scale.config.training import DEFAULTS, TASK_DEFAULTS, training_model
+from lsr_scale.errors import UserError
+
+_OPTIMIZER = (
+    "optim",
+    "optim_args",
+    "optim_target_modules",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "learning_rate",
+)
+_SCHEDULE = ("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "warmup_ratio")
+_COMPILE = ("torch_compile", "torch_compile_backend", "torch_compile_mode")
+_LOADER = (
+    *("dataloader_num_workers", "dataloader_prefetch_factor", "dataloader_persistent_workers", "accelerator_config"),
+    *("dataloader_multiprocessing_context", "dataloader_pin_memory", "dataloader_drop_last"),
+)
+
+# Who raises (module.function), and which settings it was given; the first that matches the innermost call counts.
+_READERS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    (r"torch\._(dynamo|inductor)\b.*|.*\.(compile|_compile\w*)", _COMPILE),
+    (r"transformers\.optimization\..*|torch\.optim\.lr_scheduler\..*|.*\.(create_scheduler|get_scheduler)", _SCHEDULE),
+    (r"transformers\.trainer_optimizer\..*|torch\.optim\..*|bitsandbytes\.optim\..*", _OPTIMIZER),
+    (r".*\.(create_optimizer|get_optimizer_cls_and_kwargs|get_optimizer_group)", _OPTIMIZER),
+    (r"transformers\.integrations\.integration_utils\..*|.*\.get_reporting_integration_callbacks", ("report_to",)),
+    (r"transformers\.integrations\.(liger|.*neftune.*)\..*|.*liger.*", ("use_liger_kernel", "liger_kernel_config")),
+    (r".*neftune.*", ("neftune_noise_alpha",)),
+    (r".*\.(gradient_checkpointing_enable|_set_gradient_checkpointing)", ("gradient_checkpointing_kwargs",)),
+    (r"transformers\.debug_utils\..*", ("debug",)),
+    (r".*(Accelerator|accelerator_)[cC]onfig.*|.*\.create_accelerator_and_postprocess", ("accelerator_config",)),
+    (r"accelerate\.(accelerator|data_loader|utils\.dataclasses)\..*", ("accelerator_config", "ddp_backend")),
+    (r"torch\.utils\.data\..*|multiprocessing\..*", _LOADER),
+    (r".*\._determine_best_metric", ("metric_for_best_model", "greater_is_better")),
+    (r"huggingface_hub\..*|httpx\..*|.*\.(init_hf_repo|push_to_hub)", ("push_to_hub", "hub_model_id")),
+    (r"trl\..*activation_offload.*", ("activation_offloading",)),
+)
+# What the machine does, or another process: not over a setting.
+_OF_THE_MACHINE = re.compile(r"CUDA|NCCL|gloo|memory|Connection|disk|PytorchStream|iostream", re.IGNORECASE)
+_OVER_VALUES = (
+    *(ValueError, TypeError, ImportError, LookupError, AttributeError, NotImplementedError, ArithmeticError),
+    *(AssertionError, RuntimeError),
+)
+_NOT_OVER_VALUES = (UserError, MemoryError, torch.OutOfMemoryError, torch.distributed.DistError)
+# whose exceptions are of no such kind
+_LIBRARIES = ("httpx", "huggingface_hub", "torch._dynamo", "torch._inductor")
+_WAYS_OUT = {
+    "report_to": "install it, or set report_to to none",
+    "optim": "install what it needs, or set optim to adamw_torch_fused",
+    "push_to_hub": "log in with hf auth login, or set it to false",
+}
+
+
+@contextmanager
+def named(run: RunConfig) -> Iterator[None]:
+    """Raise what a library raises over a setting of `training` as a UserError that names the setting.
+
+    Goes around what makes the trainer's arguments, makes the trainer, and trains.
+
+    Raises:
+        UserError: naming the settings, with the library's words.
+    """
+    try:
+        yield
+    except Exception as error:
+        over_a_value = isinstance(error, _OVER_VALUES) or type(error).__module__.startswith(_LIBRARIES)
+        if not over_a_value or isinstance(error, _NOT_OVER_VALUES) or _OF_THE_MACHINE.search(str(error)):
+            raise
+        meant = _meant(run, error)
+        if not meant:
+            raise
+        words = " ".join(str(error).split())[:300] or type(error).__name__
+        found = ", ".join(f"training.{name}: {value!r:.80}" for name, value in meant.items())
+        way_out = next((_WAYS_OUT[name] for name in meant if name in _WAYS_OUT), "mend it, or leave it out")
+        raise UserError(f"{found}: {type(error).__name__}: {words}; {way_out}") from error
+
+
+def _meant(run: RunConfig, error: BaseException) -> dict[str, Any]:
+    """Return the settings that an exception is about, by who raised it and by what it says."""
+    callers = list(_callers(error.__traceback__))
+    begun = any(name.endswith("._run_epoch") for name in callers)
+    given = {name: value for name, value in run.training.items() if value != _default(run, name)}
+    # by its words: a setting's name, or a text that one was set to
+    said = str(error)
+    spoken = {n: v for n, v in given.items() if re.search(rf"\b{n}\b", said) or _is_quoted(v, said)}
+    for caller in reversed(callers):
+        if caller.startswith("lsr_scale."):
+            continue
+        for pattern, names in _READERS:
+            if re.fullmatch(pattern, caller):
+                return {n: v for n, v in given.items() if n in names} or {names[0]: run.training.get(names[0])}
+    if begun and not spoken:
+        return {}
+    return spoken or _unexplained(callers, given)
+
+
+def _unexplained(callers: list[str], given: dict[str, Any]) -> dict[str, Any]:
+    """Return all that a run sets of a library's fields, where a library refuses some before the first step."""
+    if not callers or callers[-1].startswith("lsr_scale."):
+        return {}  # a bug of ours
+    return {name: value for name, value in given.items() if name not in DEFAULTS}
+
+
+def _is_quoted(value: Any, said: str) -> bool:
+    return isinstance(value, str) and len(value) > 3 and value in said
+
+
+def _callers(trace: TracebackType | None) -> Iterator[str]:
+    """Yield module.function of each call, the outermost first."""
+    for frame, _ in traceback.walk_tb(trace):
+        yield f"{frame.f_globals.get('__name__', '')}.{frame.f_code.co_qualname}"
+
+
+def _default(run: RunConfig, name: str) -> Any:
+    ours = {**DEFAULTS, **TASK_DEFAULTS[run.model.task]}
+    field = training_model(run.model.task).model_fields.get(name)
+    return ours.get(name, field.default if field else None)

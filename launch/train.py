@@ -2,7 +2,10 @@
 
 import sys
 
-from lsr_scale.cli import main
-
 if __name__ == "__main__":
+    try:
+        from lsr_scale.cli import main
+    except KeyboardInterrupt:  # the import takes seconds
+        print("\nlsr-scale: interrupted", file=sys.stderr)
+        sys.exit(130)
     sys.exit(main(["train", *sys.argv[1:]]))

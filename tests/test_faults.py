@@ -1,6 +1,7 @@
 """What happens to a run from outside: SIGTERM, a batch whose loss is not finite, kills, and a rank that dies."""
 
 import contextlib
+import io
 import json
 import math
 import os
@@ -63,9 +64,56 @@ def test_a_second_ctrl_c_ends_the_run_at_once(place, tmp_path, monkeypatch, capf
     monkeypatch.setattr(faults.StopOnSignal, "on_step_end", twice)
     assert cli.main(["train", file]) == 130
     captured = capfd.readouterr()
-    assert "interrupted: a checkpoint will be saved after this step; once more ends the run at once" in captured.out
     assert "lsr-scale: interrupted; where a checkpoint was saved" in captured.err
     assert [path.name for path in RunFolder(tmp_path / "run").checkpoints()] == ["checkpoint-2"]
+
+
+class _Interrupting(io.RawIOBase):
+    """A screen on which Ctrl-C comes in the midst of a line."""
+
+    def __init__(self, line):
+        self.line, self.text = line, b""
+
+    def writable(self):
+        return True
+
+    def write(self, data):
+        self.text += bytes(data)
+        if self.line is not None and self.line in self.text:
+            self.line = None
+            os.kill(os.getpid(), signal.SIGINT)
+        return len(data)
+
+
+def test_ctrl_c_in_the_midst_of_a_line_is_heeded_at_the_steps_end(place, tmp_path, monkeypatch, capfd):
+    screen = _Interrupting(b"step 3/6")
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BufferedWriter(screen, buffer_size=1), write_through=True))
+    assert cli.main(["train", config_file(place, tmp_path)]) == 130
+    assert "lsr-scale: ended by Ctrl-C after step 4, a checkpoint is saved in" in capfd.readouterr().err
+    assert screen.line is None
+    said = screen.text.decode().splitlines()
+    assert "interrupted: a checkpoint is saved, then the run ends; once more ends it at once" in said, (
+        "a line of its own"
+    )
+    assert [path.name for path in RunFolder(tmp_path / "run").checkpoints()][-1] == "checkpoint-4"
+
+
+@pytest.mark.parametrize("start", [["-m", "lsr_scale"], [str(ROOT / "launch" / "train.py")]], ids=["command", "launch"])
+def test_ctrl_c_while_the_libraries_are_imported_is_said_in_words(tmp_path, start):
+    (tmp_path / "torch.py").write_text("raise KeyboardInterrupt")  # as it comes in the midst of an import
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{PATHS}"}
+    done = subprocess.run(
+        [sys.executable, *start, "config"], env=environment, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr.strip(), done.stdout) == (130, "lsr-scale: interrupted", "")
+
+
+def test_a_program_that_imports_the_package_hears_of_ctrl_c_itself(tmp_path):
+    (tmp_path / "torch.py").write_text("raise KeyboardInterrupt")
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{PATHS}"}
+    program = "try:\n    import lsr_scale\nexcept KeyboardInterrupt:\n    print('mine')"
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "mine"
 
 
 def test_a_signal_after_the_last_step_is_not_forgotten(place, tmp_path, monkeypatch, capfd):

@@ -52,11 +52,15 @@ class StopOnSignal(TrainerCallback):
     def __init__(self, say: Callable[[str], None] = lambda text: None) -> None:
         self.say = say
         self.came = self.stopped = 0
+        self.told = False
         self.largest = distributed.Largest()
         self.runner = _deepspeed_runner()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Agree with the other processes, for the signal reaches them in different steps."""
+        if self.came == signal.SIGINT and not self.told:
+            self.told = True
+            self.say("interrupted: a checkpoint is saved, then the run ends; once more ends it at once")
         came = self.largest.ask(self._came())
         self.stopped = came if state.global_step < state.max_steps else 0  # after the last step nothing is stopped
         if self.stopped:
@@ -88,9 +92,7 @@ class StopOnSignal(TrainerCallback):
             by_hand = number == signal.SIGINT and os.getpid() == process
             if by_hand and self.came:
                 raise KeyboardInterrupt
-            self.came = self.came or number  # before it is said: who reads that may be gone
-            if by_hand:
-                self.say("interrupted: a checkpoint will be saved after this step; once more ends the run at once")
+            self.came = self.came or number  # said at the step's end: here the screen may be in the midst of a line
 
         try:
             before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}

@@ -278,6 +278,49 @@ def test_a_checkpoint_of_other_shapes_is_refused_with_them(place, stopped, tmp_p
         do(run, resume=str(stopped.path / "checkpoint-4"))
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("adam_beta1", 0.8),
+        ("adam_beta2", 0.9),
+        ("adam_epsilon", 1e-3),
+        ("optim_args", "eps=1e-3"),
+        ("weight_decay", 0.1),
+    ],
+)
+def test_an_optimizers_setting_that_the_checkpoint_keeps_is_not_said_to_change(place, stopped, field, value):
+    with pytest.raises(
+        UserError, match=rf"saved by a run with another training\.{field}: .* -> .*; go on with its own"
+    ):
+        do(run_in(place, stopped.path, training={field: value}), resume="auto")
+
+
+@pytest.mark.parametrize("change", [{"lr_scheduler_kwargs": {"factor": 0.5}}, {"lr_scheduler_type": "linear"}])
+def test_a_schedules_setting_that_the_checkpoint_keeps_is_not_said_to_change(place, tmp_path, stop_at, change):
+    schedule = {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps", "eval_steps": 1}
+    schedule |= {"metric_for_best_model": "eval_loss", "logging_steps": 1}
+    data = {"train": [str(place / "rows.jsonl")], "validation": [str(place / "rows.jsonl")]}
+    stop_at(3)
+    with pytest.raises(Killed):
+        do(run_in(place, tmp_path, training=schedule, data=data))
+    with pytest.raises(UserError, match=f"saved by a run with another training.{next(iter(change))}"):
+        do(run_in(place, tmp_path, training={**schedule, **change}, data=data), resume="auto")
+    do(run_in(place, tmp_path, training=schedule, data=data), resume="auto")
+
+
+def test_more_epochs_go_on_at_the_rate_that_they_would_have_had(place, tmp_path):
+    rates = {}
+    for name, lengths in (("longer", [2]), ("added", [1, 2])):
+        for epochs in lengths:
+            training = {"num_train_epochs": epochs, "warmup_steps": 0}
+            folder = do(
+                run_in(place, tmp_path / name, training=training), resume="auto" if epochs != lengths[0] else None
+            )
+        rates[name] = [row["learning_rate"] for row in metrics(folder) if "loss" in row]
+    assert rates["added"][6:] == rates["longer"][6:]
+    assert rates["added"][5] < rates["added"][6], "the first run was to end at 0"
+
+
 def test_other_rows_a_step_are_refused_with_the_remedy(place, stopped):
     run = run_in(place, stopped.path, training={"per_device_train_batch_size": 1})
     words = r"its steps had 2 rows .*, these would have 1, so .* set training\.gradient_accumulation_steps=2"

@@ -158,7 +158,7 @@ class Resumable(_Base):
             self.first_num_processes = content["first_num_processes"]
             trained_state.restore(self, load_file(folder / TENSORS), content["scalars"])
             trained_state.restore_groups(self, content["groups"])
-            self.lr_scheduler.load_state_dict(content["scheduler"])
+            trained_state.restore_schedule(self, content["scheduler"])
             if isinstance(self._order, WholeSteps):
                 # where processes share the batches, accelerate's loader that skips those done does not reach the order
                 self._order.set_epoch(content["step"] * self.rows_per_step // len(self._order))

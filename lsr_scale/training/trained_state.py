@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer
 
 from lsr_scale.errors import UserError
@@ -109,6 +110,25 @@ def restore_groups(trainer: Trainer, saved: list[dict[str, Any]]) -> None:
     groups = base_optimizer(trainer).param_groups
     for group, values in zip(groups, saved, strict=True):
         group.update({k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k != "params"})
+
+
+def restore_schedule(trainer: Trainer, saved: dict[str, Any]) -> None:
+    """Give back a schedule's state; the rate is that of its step in this run, which may be longer than the saved one.
+
+    Of a run that was to end there the saved rate would be 0, for one step.
+    """
+    schedule: Any = trainer.lr_scheduler
+    schedule.load_state_dict(saved)
+    while hasattr(schedule, "scheduler"):  # accelerate's and DeepSpeed's wrappers
+        schedule = schedule.scheduler
+    if not isinstance(schedule, LambdaLR):
+        return
+    rates = [
+        base * factor(schedule.last_epoch) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+    ]
+    schedule._last_lr = rates
+    for group, rate in zip(base_optimizer(trainer).param_groups, rates, strict=True):
+        group["lr"] = rate
 
 
 def _is_plain(value: Any) -> bool:

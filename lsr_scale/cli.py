@@ -20,6 +20,10 @@ from lsr_scale.paths import user_path
 SECONDS_FOR_RANK_0 = 4.0
 # the system's words, and what torch.save makes of them
 _FULL_DISK = ("No space left on device", "PytorchStreamWriter", "inline_container", "iostream error")
+# CUDA's words where torch has no exception of its own
+_FULL_GPU = ("CUDA out of memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+# torch's words, the C++ library's and the system's
+_FULL_MEMORY = ("DefaultCPUAllocator: ", "std::bad_alloc", "Cannot allocate memory", "not enough memory: you tried")
 # a peer's end, in gloo's words and NCCL's
 _LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "ncclRemoteError", "ncclSystemError")
 
@@ -165,7 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         _say_error(words)
         status = error.status if isinstance(error, Terminated) else 2
-    if status and "WORLD_SIZE" in os.environ:
+    if status and os.environ.get("WORLD_SIZE"):
         # the other processes wait for this one in a collective; ending at once lets the launcher end them
         sys.stdout.flush()
         sys.stderr.flush()
@@ -174,7 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _say_error(text: str) -> None:
-    rank = os.environ.get("RANK", "0")
+    rank = os.environ.get("RANK") or "0"
     if text == LOST_PEER:
         time.sleep(1.0)  # the launcher is to see first the one that it lost, and to name that one
     elif rank != "0":
@@ -199,10 +203,15 @@ def _remedy(error: Exception) -> str | None:
     from safetensors import SafetensorError
 
     text = str(error)
-    if isinstance(error, torch.OutOfMemoryError):
+    if isinstance(error, torch.OutOfMemoryError) or any(words in text for words in _FULL_GPU):
         return (
             "the GPU's memory ran out; lower training.per_device_train_batch_size or training.max_length, or set "
             "training.memory: save (lsr-scale plan tells what each takes)"
+        )
+    if _no_memory(error):
+        return (
+            "this machine's memory (not the GPU's) ran out; lower training.per_device_train_batch_size, "
+            "training.max_length or training.dataloader_num_workers, give it more, or end what else runs on it"
         )
     if any(words in text for words in _FULL_DISK) and "Reader" not in text:
         return (
@@ -216,6 +225,16 @@ def _remedy(error: Exception) -> str | None:
     if isinstance(error, OSError) and error.errno is not None:
         return f"{error.filename or 'the system'}: {error.strerror}"
     return None
+
+
+def _no_memory(error: BaseException) -> bool:
+    """Tell whether the machine's memory ran out, by the exception or one that led to it."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, MemoryError) or any(words in str(seen) for words in _FULL_MEMORY):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
 
 
 def _quiet_libraries(debug: bool) -> None:
@@ -238,7 +257,7 @@ def _quiet_libraries(debug: bool) -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     # this one sets its level when it is imported, so a filter; it warns that there is no GPU, and the like
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
-    if os.environ.get("RANK", "0") != "0":
+    if (os.environ.get("RANK") or "0") != "0":
         logging.getLogger().setLevel(logging.ERROR)  # the first process speaks for all
 
 

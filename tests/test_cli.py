@@ -350,3 +350,23 @@ def test_the_package_runs_as_a_module():
     )
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.startswith("usage: lsr-scale plan")
+
+
+OUT_OF_MEMORY = [
+    MemoryError("Unable to allocate 7.45 GiB for an array"),
+    RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to"
+    ),
+    RuntimeError("std::bad_alloc"),
+    OSError(12, "Cannot allocate memory"),
+]
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: type(error).__name__)
+def test_memory_of_the_machine_that_is_out_is_said(monkeypatch, capsys, error):
+    def out_of_memory(args):
+        raise RuntimeError("while loading") from error
+
+    monkeypatch.setitem(cli._COMMANDS, "config", out_of_memory)
+    assert cli.main(["config", "x.yaml"]) == 2
+    assert "this machine's memory (not the GPU's) ran out; lower training.per_device_train" in capsys.readouterr().err

@@ -78,6 +78,7 @@ _EXPECTED: dict[str, str] = {
     "greater_than": "a number > {gt}",
     "greater_than_equal": "a number >= {ge}",
     "less_than": "a number < {lt}",
+    "less_than_equal": "a number <= {le}",
     "too_short": "a list with at least {min_length} entry",
 }
 

@@ -83,25 +83,44 @@ OWNED: dict[str, str] = {
     "do_predict": _NOT_USED,
 }
 
-# Bounds that the dataclasses leave to a crash later on.
+# Bounds that the dataclasses leave to a crash later on; upper ones are beyond what anybody trains with.
 _BOUNDS: dict[str, dict[str, float]] = {
     "seed": {"ge": 0, "lt": 2**32},
     "data_seed": {"ge": 0, "lt": 2**32},
-    "num_train_epochs": {"gt": 0},
-    "per_device_train_batch_size": {"ge": 1},
-    "per_device_eval_batch_size": {"ge": 1},
-    "gradient_accumulation_steps": {"ge": 1},
-    "max_length": {"ge": 1},
-    "learning_rate": {"ge": 0},
-    "warmup_steps": {"ge": 0},
-    "weight_decay": {"ge": 0},
+    "num_train_epochs": {"gt": 0, "le": 100_000},
+    "max_steps": {"le": 10**9},
+    "per_device_train_batch_size": {"ge": 1, "le": 65_536},
+    "per_device_eval_batch_size": {"ge": 1, "le": 65_536},
+    "gradient_accumulation_steps": {"ge": 1, "le": 65_536},
+    "eval_accumulation_steps": {"ge": 1, "le": 10**9},
+    "max_length": {"ge": 1, "le": 2**24},
+    "pad_to_multiple_of": {"ge": 1, "le": 65_536},
+    "learning_rate": {"ge": 0, "le": 1e6},
+    "warmup_steps": {"ge": 0, "le": 10**9},
+    "warmup_ratio": {"ge": 0, "le": 1},
+    "weight_decay": {"ge": 0, "le": 1e6},
+    "adam_beta1": {"ge": 0, "lt": 1},
+    "adam_beta2": {"ge": 0, "lt": 1},
+    "adam_epsilon": {"gt": 0, "le": 1},
     "max_grad_norm": {"ge": 0},
-    "logging_steps": {"gt": 0},
-    "save_steps": {"gt": 0},
-    "eval_steps": {"gt": 0},
-    "save_total_limit": {"ge": 1},
+    "neftune_noise_alpha": {"ge": 0, "le": 1e6},
+    "label_smoothing_factor": {"ge": 0, "le": 1},
+    "logging_steps": {"gt": 0, "le": 10**9},
+    "save_steps": {"gt": 0, "le": 10**9},
+    "eval_steps": {"gt": 0, "le": 10**9},
+    "eval_delay": {"ge": 0, "le": 10**9},
+    "save_total_limit": {"ge": 1, "le": 10**9},
+    "torch_empty_cache_steps": {"ge": 1, "le": 10**9},
+    "dataloader_num_workers": {"ge": 0, "le": 1024},
+    "dataloader_prefetch_factor": {"ge": 1, "le": 65_536},
+    "dataset_num_proc": {"ge": 1, "le": 1024},
+    "ddp_timeout": {"ge": 1, "le": 10**7},
+    "ddp_bucket_cap_mb": {"ge": 1, "le": 10**6},
     "condition_tolerance": {"gt": 0},
 }
+# of the rest: what a 64-bit number or a count of seconds still holds
+_LARGEST = 10**12
+_ROWS_PER_STEP = 2**20
 
 # transformers 5.23 renames the first of each pair to the second; both are taken with every version.
 _RENAMED = {
@@ -242,6 +261,11 @@ def check_training(values: Any, task: Task) -> dict[str, Any]:
     filled = {**DEFAULTS, **TASK_DEFAULTS[task], **given}
     if (max_steps := filled.get("max_steps", -1)) != -1 and max_steps < 1:
         raise ValueError(f"max_steps: expected a number of steps, or -1 for num_train_epochs, got {max_steps}")
+    if (rows := filled["per_device_train_batch_size"] * filled["gradient_accumulation_steps"]) > _ROWS_PER_STEP:
+        raise ValueError(
+            f"per_device_train_batch_size times gradient_accumulation_steps is {rows:,} rows a step; expected at most "
+            f"{_ROWS_PER_STEP:,}"
+        )
     checkpointing, memory = filled["gradient_checkpointing"], filled["memory"]
     if checkpointing is not None and memory != "auto" and checkpointing != (memory == "save"):
         raise ValueError(
@@ -269,6 +293,9 @@ def training_kwargs(training: Mapping[str, Any], task: Task) -> dict[str, Any]:
         del kwargs[name]
     if task == "seq_cls":
         del kwargs["max_length"]  # ours: the tokenizer cuts, not the trainer
+    for name in ("adam_beta1", "adam_beta2", "adam_epsilon"):  # torch takes no integer beside a float
+        if name in kwargs:
+            kwargs[name] = float(kwargs[name])
     if kwargs["output_dir"] is None:
         del kwargs["output_dir"]
     for old, new in _RENAMED.items():
@@ -278,9 +305,10 @@ def training_kwargs(training: Mapping[str, Any], task: Task) -> dict[str, Any]:
 
 
 def _field(name: str, kind: Any, default: Any, text: str) -> tuple[Any, Any]:
-    if name in _BOUNDS:
-        present = [member for member in _members(kind) if member is not types.NoneType]
-        bounded = Annotated[Union[tuple(present)], Field(**_BOUNDS[name])]  # noqa: UP007  # pyright: ignore
+    present = [member for member in _members(kind) if member is not types.NoneType]
+    bounds = _BOUNDS.get(name, {"ge": -_LARGEST, "le": _LARGEST} if set(present) <= {int, float} else None)
+    if bounds is not None:
+        bounded = Annotated[Union[tuple(present)], Field(**bounds)]  # noqa: UP007  # pyright: ignore
         kind = bounded if len(present) == len(_members(kind)) else Union[bounded, None]  # noqa: UP007
     return kind, Field(default=default.value if isinstance(default, enum.Enum) else default, description=text)
 

@@ -274,6 +274,24 @@ def accuracy(results: Path) -> list[str]:
     return ["## Accuracy on commonsense questions", *parts]
 
 
+def real_models(folder: Path) -> list[str]:
+    """Return what the losses of real models were at both ends of an epoch, whatever the way to train."""
+    import real_model_curves
+
+    parts: list[str] = []
+    for path, run in read(folder):
+        rows = []
+        for one in run["runs"]:
+            first, last = real_model_curves.ends(one["curve"])
+            figures = [str(len(one["curve"])), number(first, ".3f"), number(last, ".3f")]
+            rows.append([one["name"], *figures, "yes" if one["finite"] else "NO"])
+        head = ["run", "steps", "first 20 steps", "last 20 steps", "finite to the end"]
+        picture = f"![{path.stem}](results/{folder.name}/{path.stem}.png)"
+        parts += [f"### {run['config']['model']}", where(run, path), grid(head, rows), picture]
+    text = "Mean loss, nats per token, of one epoch of ARC-E, ARC-C and OpenBookQA (`benchmarks/real_model_curves.py`)."
+    return ["## Real models, whatever the way to train", text, *parts] if parts else []
+
+
 def page(results: Path) -> str:
     """Return the page: a section a kind of measurement, the newest file first."""
     parts = [HEAD.strip()]
@@ -289,6 +307,7 @@ def page(results: Path) -> str:
 
         text = (sequential.__doc__ or "").strip()
         parts += ["## One task after another", text, sequential.table(results / "sequential")]
+    parts += real_models(results / "real_model")
     if (results / "variants").is_dir():
         import variants
 

@@ -12,7 +12,7 @@ a fixed order of summation, so the same gradients every time.
 import torch
 from torch import Tensor
 
-from lsr_scale.kernels.backend import jit, tl, use_triton
+from lsr_scale.kernels.backend import jit, shared_memory, tl, use_triton
 
 # rows of `up` that share an offset
 BLOCK_N = 64
@@ -141,6 +141,26 @@ def _power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
+def _tile(block_r: int, itemsize: int, room: int) -> tuple[int, int]:
+    """Return the rows of a program, and how many tiles it has in flight and one more, that fit into shared memory.
+
+    Args:
+        block_r: Columns of a tile of `up`.
+        itemsize: Bytes of an element.
+        room: Bytes that a program can have.
+    """
+    # a program holds a [rows, block_r] sum in registers; float32 has no tensor cores here
+    most = 32 if itemsize == 4 else 128 if block_r <= 128 else 64
+    for stages in (3, 2, 1):
+        for rows in (most, most // 2):
+            # what Triton takes for sm_80: tiles of the gradient and of `up` in flight, the inputs, and a way between
+            # layouts; sm_120 takes no more, and sm_90, which takes up to 32 KiB more, has the room
+            tiles = max(1, stages - 1) * (rows + block_r) * BLOCK_N * itemsize
+            if tiles + rows * block_r * itemsize + 16384 * (stages > 1) <= room:
+                return rows, stages
+    return 16, 1
+
+
 def output_gradients_triton(
     grad: Tensor,
     xa: Tensor,
@@ -152,13 +172,14 @@ def output_gradients_triton(
     block_t: int | None = None,
     parts: int | None = None,
     num_warps: int = 8,
-    num_stages: int = 3,
+    num_stages: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Do what `output_gradients` does in two Triton launches.
 
     Args:
         grad, xa, up, offsets, width, ds_out: As there.
-        block_t: Rows per program, a power of two from 16; more of them mean less partial `d_up`.
+        block_t: Rows per program, a power of two from 16; more of them mean less partial `d_up`. By default, like
+            num_stages, as many as the GPU's shared memory has room for.
         parts: Ranges of columns, each of its own programs; more of them fill a GPU and mean more partial `ds`.
         num_warps: Warps per program.
         num_stages: Tiles of the gradient in flight, and one more.
@@ -167,9 +188,8 @@ def output_gradients_triton(
     num_rows, N = grad.shape
     R = up.shape[1]
     block_r = max(16, _power_of_two(R))
-    if block_t is None:
-        # a program holds a [block_t, block_r] sum in registers; float32 has no tensor cores here
-        block_t = 32 if grad.dtype == torch.float32 else 128 if block_r <= 128 else 64
+    rows, stages = _tile(block_r, grad.dtype.itemsize, shared_memory(grad))
+    block_t, num_stages = block_t or rows, num_stages or stages
     num_tiles = -(-num_rows // block_t)
     if parts is None:
         # two programs for each of about 128 multiprocessors

@@ -4,8 +4,10 @@ import functools
 import importlib
 import multiprocessing
 import os
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -93,3 +95,88 @@ def _compile(name: tuple[str, str], signature: dict[str, str], constexprs: dict,
         compiled = compile_source(source, target=GPUTarget("cuda", capability, 32), options=options)
         found[capability] = {"shared": compiled.metadata.shared, "num_warps": compiled.metadata.num_warps}
     return found
+
+
+class OnGpu(torch.Tensor):
+    """A tensor in the CPU's memory that says that it is on a GPU, for a launcher whose kernels are not run."""
+
+    is_cuda = property(lambda _: True)  # pyright: ignore
+
+    @staticmethod
+    def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        """Return an uninitialized one."""
+        return torch.empty(shape, dtype=dtype).as_subclass(OnGpu)
+
+
+def launched(
+    scenario: Callable[..., None], *arguments: Any, room: int, capabilities: Sequence[int]
+) -> list[tuple[str, int, int]]:
+    """Compile kernels as a function launches them, down to what says how much shared memory each needs.
+
+    As it launches them: with its choice of tiles, and with all that Triton makes of the arguments of a launch, such as
+    that an address or a stride is a multiple of 16.
+
+    Args:
+        scenario: A module's function that calls operations on tensors of `OnGpu.empty`; in a process of its own.
+        arguments: What it is given.
+        room: Bytes of shared memory that it shall see a GPU with.
+        capabilities: What is compiled for.
+
+    Returns:
+        (kernel's name, capability, bytes of shared memory) of each different launch.
+    """
+    pytest.importorskip("triton", reason="Triton is not installed")
+    return _compiler().submit(_compile_launches, scenario, arguments, room, tuple(capabilities)).result()
+
+
+def _compile_launches(
+    scenario: Callable[..., None], arguments: tuple, room: int, capabilities: tuple[int, ...]
+) -> list[tuple[str, int, int]]:
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, make_backend
+    from triton.runtime import jit
+
+    from lsr_scale.kernels import output_gradients
+
+    launches: list[Any] = []
+    run, shared_memory = jit.JITFunction.run, output_gradients.shared_memory
+    jit.JITFunction.run = lambda kernel, *args, grid, warmup, **options: launches.append((kernel, args, options))
+    output_gradients.shared_memory = lambda _: room
+    try:
+        scenario(*arguments)
+    finally:
+        jit.JITFunction.run, output_gradients.shared_memory = run, shared_memory
+    found, seen = [], set()
+    for capability in capabilities:
+        target = GPUTarget("cuda", capability, 32)
+        backend = make_backend(target)
+        for kernel, args, given in launches:
+            # as JITFunction.run does it
+            binder = jit.create_function_from_signature(kernel.signature, kernel.params, backend)
+            bound, specialization, _ = binder(*args, **given)
+            options, signature, constexprs, attrs = kernel._pack_args(backend, given, bound, specialization, None)
+            key = kernel.__name__, capability, str((signature, constexprs, attrs, options))
+            if key not in seen:
+                seen.add(key)
+                source = ASTSource(kernel, signature, constexprs, attrs)
+                found.append((kernel.__name__, capability, _shared_memory_of(source, backend, target, options)))
+    return found
+
+
+def _shared_memory_of(source: Any, backend: Any, target: Any, options: Any) -> int:
+    """Compile as `triton.compile` does, but without the assembler, which takes the longest."""
+    from triton._C.libtriton import ir
+
+    context = ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    stages: dict[str, Any] = {}
+    backend.add_stages(stages, options, source.language)
+    metadata = {"target": target, **options.__dict__}
+    codegen, modules = backend.get_codegen_implementation(options), backend.get_module_map()
+    module = source.make_ir(target, options, codegen, modules, context)
+    for name, stage in stages.items():
+        module = stage(module, metadata)
+        if name == "llir":
+            return metadata["shared"]
+    raise AssertionError(f"no llir among {list(stages)}")

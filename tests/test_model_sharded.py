@@ -14,7 +14,8 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM, modeling_utils
 
 from lsr_scale.adapter_files import write_adapter
 from lsr_scale.adapters import peft_config
-from lsr_scale.model import load_base
+from lsr_scale.errors import UserError
+from lsr_scale.model import load_base, sharded
 from lsr_scale.model.sharded import Sharding, gather_as_used, is_sharded, let_go, make_whole, whole_numel, whole_shape
 from lsr_scale.quantized import freeze_quantized
 from lsr_scale.training import assembly
@@ -231,3 +232,36 @@ def test_one_process_that_holds_everything_cuts_nothing():
         rest(layer)
         assert modeling_utils.caching_allocator_warmup is warm_up
     assert not is_sharded(layer)
+
+
+class Work:
+    """What a collective call leaves: it is done when it is waited for."""
+
+    def __init__(self, whole, part):
+        self.whole, self.part = whole, part
+
+    def wait(self):
+        self.whole.copy_(self.part.repeat(2))
+
+
+@pytest.mark.parametrize("found", [None, lambda group=None: None])
+def test_matrices_are_gathered_one_by_one_where_pytorch_makes_no_one_call_of_them(found, monkeypatch, caplog):
+    sharded._coalescing.cache_clear()
+    monkeypatch.setattr(sharded.distributed, "_coalescing_manager", found)
+    monkeypatch.setattr(sharded, "_all_gather", lambda whole, part, async_op=False: Work(whole, part))
+    parts, wholes = [torch.ones(3), torch.arange(2.0)], [torch.zeros(6), torch.zeros(4)]
+    for _ in range(2):
+        for work in sharded._gather(parts, wholes):
+            work.wait()
+    assert torch.equal(wholes[1], torch.tensor([0.0, 1.0, 0.0, 1.0]))
+    assert wholes[0].all()
+    assert [record.getMessage().partition(":")[0] for record in caplog.records] == [
+        "a layer's matrices are gathered one by one"
+    ]
+    sharded._coalescing.cache_clear()
+
+
+def test_a_pytorch_that_tells_no_backward_pass_is_refused_before_anything_is_loaded(monkeypatch):
+    monkeypatch.delattr(torch._C, "_current_graph_task_id")
+    with pytest.raises(UserError, match=r"does not tell which backward pass runs.*or set deepspeed.config to zero2"):
+        Sharding()

@@ -16,7 +16,10 @@ Every process must run the same layers in the same order, and a loss that reads 
 needs that before the next forward pass.
 """
 
+import functools
+import inspect
 import itertools
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -28,7 +31,10 @@ from transformers import PreTrainedModel, modeling_utils
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lsr_scale.distributed import rank, world_size
+from lsr_scale.errors import UserError
 from lsr_scale.quantized import FrozenLinear
+
+logger = logging.getLogger(__name__)
 
 # torch 2.13 gave it another name
 _all_gather: Any = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
@@ -63,9 +69,18 @@ class Sharding:
         offload: Parts are held on the CPU; a layer's are copied to the GPU before it is gathered.
         whole: Ends of the names of modules that stay whole, since they will be trained.
         active: There is something to cut: several processes, or parts that go to the CPU.
+
+    Raises:
+        UserError: where PyTorch does not tell which backward pass runs.
     """
 
     def __init__(self, offload: bool = False, whole: Iterable[str] = ()) -> None:
+        # neither of them is promised by PyTorch
+        if not (hasattr(torch._C, "_current_graph_task_id") and hasattr(Variable._execution_engine, "queue_callback")):  # pyright: ignore
+            raise UserError(
+                f"deepspeed.config: PyTorch {torch.__version__} does not tell which backward pass runs, so a frozen "
+                "base cannot be sharded; pip install 'torch>=2.11,<2.14', or set deepspeed.config to zero2"
+            )
         self.offload, self.whole = offload, tuple(whole)
         self.active = offload or world_size() > 1
         self._slab = torch.empty(0, dtype=torch.uint8)  # memory on the CPU that is not yet used
@@ -187,10 +202,25 @@ def _gather(parts: list[Tensor], wholes: list[Tensor]) -> list[Any]:
     if parts[0].is_cuda and distributed.get_backend() == "gloo":  # which cannot do that on a GPU
         lists = [list(whole.chunk(world_size())) for whole in wholes]
         return [distributed.all_gather(into, part, async_op=True) for into, part in zip(lists, parts, strict=True)]
-    with distributed._coalescing_manager(async_ops=True) as works:
+    together = _coalescing()
+    if together is None:
+        return [_all_gather(whole, part, async_op=True) for part, whole in zip(parts, wholes, strict=True)]
+    with together(async_ops=True) as works:
         for part, whole in zip(parts, wholes, strict=True):
             _all_gather(whole, part)
     return [works]
+
+
+@functools.cache
+def _coalescing() -> Any:
+    """Return PyTorch's context that makes one call of several, or None where it is no more as it was."""
+    found = getattr(distributed, "_coalescing_manager", None)
+    if found is not None and "async_ops" in inspect.signature(found).parameters:
+        return found
+    logger.warning(
+        "a layer's matrices are gathered one by one: PyTorch %s makes no one call of them", torch.__version__
+    )
+    return None
 
 
 class _Course:

@@ -115,6 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--json", action="store_true", help="print JSON")
 
     sub = command("doctor", "Report versions, hardware, which fast paths are on, and known bad combinations.")
+    takes_run(sub, required=False)
     sub.add_argument("--json", action="store_true", help="print JSON")
 
     sub = command("config", "Check a run and print it with every value resolved.")
@@ -422,7 +423,8 @@ def _doctor(args: argparse.Namespace) -> int:
 
     from lsr_scale.doctor import doctor, render
 
-    report = doctor()
+    given = args.config or args.config_path or args.set
+    report = doctor(_run_of(args) if given else None)
     if args.json:
         print(report.to_json())
     else:

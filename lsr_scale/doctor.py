@@ -5,6 +5,7 @@ result and comes with a remedy. What can be tried in a moment is tried (4- and 8
 the cache) rather than concluded. Nothing is downloaded.
 """
 
+import functools
 import importlib.metadata
 import importlib.util
 import json
@@ -30,6 +31,7 @@ from rich.text import Text
 from torch import nn
 
 from lsr_scale import distributed
+from lsr_scale.config import RunConfig
 from lsr_scale.errors import UserError
 from lsr_scale.model import embedded
 from lsr_scale.quantized import dequantize, freeze_quantized
@@ -65,9 +67,14 @@ class Report:
         return json.dumps({"ok": self.exit_code == 0, "findings": [asdict(f) for f in self.findings]}, indent=2)
 
 
-def doctor() -> Report:
-    """Look at this machine; takes some seconds, as it imports everything that a run needs."""
-    groups: list[Callable[[], Iterator[Finding]]] = [versions, hardware, fast_paths, helpers, surroundings]
+def doctor(run: RunConfig | None = None) -> Report:
+    """Look at this machine; takes some seconds, as it imports everything that a run needs.
+
+    Args:
+        run: What it is to be fit for: a layer of its model is tried with its adapter. None: layers of a small model.
+    """
+    trials = functools.partial(fast_paths, run)
+    groups: list[Callable[[], Iterator[Finding]]] = [versions, hardware, trials, helpers, surroundings]
     return Report([finding for group in groups for finding in group()])
 
 
@@ -203,10 +210,18 @@ def check_torch_build(cuda: str | None, driver: str | None, usable: bool) -> Fin
 # fast paths
 
 
-def fast_paths() -> Iterator[Finding]:
+def fast_paths(run: RunConfig | None = None) -> Iterator[Finding]:
     """Tell which fast paths are on, and try the quantized layers on every device that a run would use."""
     group, gpu = "fast paths", torch.cuda.is_available()
-    yield try_fused(torch.device("cuda" if gpu else "cpu"))
+    device = torch.device("cuda" if gpu else "cpu")
+    if run is None or run.model.task != "causal_lm":
+        # kernels take other tiles for more columns than 64, of which q, k and v have three times their rank
+        for rank in (4, 64):
+            yield try_fused(device, _small_trial(rank))
+            if not gpu:
+                break
+    else:
+        yield try_fused(device, _trial_of(run))
     triton = installed_version("triton")
     if gpu and triton is None:
         remedy = "pip install triton; without it the fused layers' kernels, and TRL's head, run as plain torch, slowly"
@@ -223,62 +238,117 @@ def fast_paths() -> Iterator[Finding]:
         yield Finding(group, "AVX512-BF16", "bitsandbytes' eval-mode repacking, which stops gradients, is switched off")
 
 
-def try_fused(device: torch.device) -> Finding:
-    """Run one adapted 4-bit layer fused and per linear, and compare the loss and every factor's gradient."""
+@dataclass(frozen=True)
+class Trial:
+    """A layer that is tried, and its adapter.
+
+    Attributes:
+        config: Of its model.
+        section: `quantization`, `double_quantization` and `dtype` of its base, as a run names them.
+        adapter: PEFT's configuration.
+        words: What it is, for a person.
+    """
+
+    config: Any
+    section: dict[str, Any]
+    adapter: Any
+    words: str
+
+
+def _small_trial(rank: int) -> Trial:
+    from transformers import LlamaConfig
+
+    from lsr_scale.adapters import peft_config
+
+    sizes: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 1, "vocab_size": 512}
+    heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    method, options = ("lsr", {"separation_rank": 4}) if rank <= 16 else ("lora", {})
+    adapter = peft_config(method, {"target_modules": "all-linear", "rank": rank, **options}, "CAUSAL_LM")
+    section = {"quantization": "nf4", "double_quantization": True, "dtype": "bfloat16"}
+    return Trial(LlamaConfig(**sizes, **heads), section, adapter, f"a trial layer (rank {rank})")
+
+
+def _trial_of(run: RunConfig) -> Trial:
+    """Return one layer of a run's model with the run's adapter."""
+    from lsr_scale.adapters import peft_config
+    from lsr_scale.model import load_config
+
+    config: Any = load_config(run.model.name, run.model.revision)
+    config = type(config).from_dict(
+        config.to_dict() | {"vocab_size": 512, "pad_token_id": None, "num_hidden_layers": 1}
+    )
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:1]
+    section = {name: getattr(run.model, name) for name in ("quantization", "double_quantization", "dtype")}
+    options = {name: value for name, value in run.adapter.options.items() if not name.startswith("layers_")}
+    adapter = peft_config(run.adapter.method, options, "CAUSAL_LM")
+    return Trial(config, section, adapter, f"a layer of {run.model.name} with the run's {run.adapter.method}")
+
+
+def try_fused(device: torch.device, trial: Trial) -> Finding:
+    """Run one adapted layer fused and per linear, and compare the loss and every factor's gradient."""
     layers = "LLaMA, Mistral, Qwen2 and Qwen3 layers"
     if device.type == "cpu":
         return Finding("fast paths", "fused layers", f"on a GPU {layers} run as one function each; here per linear")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            worst, backend = _fused_against_per_linear(device)
+            worst, how = _fused_against_per_linear(device, trial)
     except Exception as error:
-        text = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        text = " ".join(f"{trial.words}: {type(error).__name__}: {error}".split())[:200]
+        if isinstance(error, ValueError):  # of PEFT's, which finds none of the modules in one layer, or ours
+            return Finding("fast paths", "fused layers", f"not tried: {text}", "note")
         return Finding(
             "fast paths", "fused layers", text, "bad", "report it, with the output of lsr-scale doctor --json"
         )
-    found = (
-        f"{layers}; attention by {backend}; a trial layer differs from per linear by {worst:.1%} (bfloat16 rounding)"
-    )
+    found = f"{layers}; {how}; {trial.words} differs from unfused by {worst:.1%} ({trial.section['dtype']} rounding)"
     if worst > 0.05:
         return Finding("fast paths", "fused layers", found, "bad", "more than rounding explains: report it")
     return Finding("fast paths", "fused layers", found)
 
 
-def _fused_against_per_linear(device: torch.device) -> tuple[float, str]:
-    """Return the largest relative difference among loss and gradients, and the attention backend in use."""
+def _fused_against_per_linear(device: torch.device, trial: Trial) -> tuple[float, str]:
+    """Return the largest relative difference among loss and gradients, and how it was computed, in words."""
     from peft import get_peft_model
-    from transformers import LlamaConfig
 
-    from lsr_scale.adapters import peft_config
     from lsr_scale.fused import fuse
     from lsr_scale.kernels.attention import Sequences, choose_backend
-    from lsr_scale.model import skeleton
+    from lsr_scale.model import DTYPES, skeleton
     from lsr_scale.model.base import head_modules, quantization_config
     from lsr_scale.model.random_weights import random_base
 
-    sizes: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 1, "vocab_size": 512}
-    heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    empty = skeleton(LlamaConfig(**sizes, **heads))
-    quantizer = quantization_config("nf4", True, torch.bfloat16, head_modules(empty))
+    dtype = DTYPES[trial.section["dtype"]]
+    empty = skeleton(trial.config, dtype=dtype)
+    quantizer = quantization_config(
+        trial.section["quantization"], trial.section["double_quantization"], dtype, head_modules(empty)
+    )
+    found, report = [], None
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
         base = random_base(empty, quantizer, device)
-        options = {"target_modules": "all-linear", "init": "paper", "rank": 4, "separation_rank": 4}
-        model: Any = get_peft_model(base, peft_config("lsr", options, "CAUSAL_LM")).train()
+        freeze_quantized(base)  # as a run does it
+        model: Any = get_peft_model(base, trial.adapter).train()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:  # not at its start, where one side is zero
+                    parameter.add_(torch.randn_like(parameter), alpha=0.02)
         ids = torch.randint(512, (2, 64), device=device)
-    found = []
-    for fused in (False, True):
-        if fused:
-            report = fuse(model)
-            assert report.fused, str(report)
-        model.zero_grad()
-        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-        loss.backward()
-        found.append([loss.detach().float(), *(p.grad.flatten() for p in model.parameters() if p.grad is not None)])
-    pairs = zip(*found, strict=True)
-    worst = max(float((a - b).norm() / b.norm().clamp_min(1e-12)) for b, a in pairs)
-    q = torch.empty(1, 64, 4, 64, dtype=torch.bfloat16, device=device)
-    return worst, choose_backend(q, q[:, :, :2], Sequences(scale=1.0))
+        for fused in (False, True):
+            report = fuse(model) if fused else None
+            torch.manual_seed(1)  # for dropout
+            model.zero_grad()
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+            loss.backward()
+            found.append([loss.detach().float(), *(p.grad.flatten() for p in model.parameters() if p.grad is not None)])
+    # a gradient much smaller than the others is the rest of sums that cancel, which roundings move by any share of it
+    floor = 0.1 * max(float(gradient.norm()) for gradient in found[0][1:])
+    worst = max(float((a - b).norm()) / max(float(b.norm()), floor) for b, a in zip(*found, strict=True))
+    if report is None or not report.fused:
+        return worst, str(report)
+    config = trial.config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    q = torch.empty(1, 64, config.num_attention_heads, head_dim, dtype=dtype, device=device)
+    return worst, f"attention by {choose_backend(q, q[:, :, : config.num_key_value_heads], Sequences(scale=1.0))}"
 
 
 def _has_avx512_bf16() -> bool:

@@ -11,6 +11,7 @@ from tiny_runs import TOOLS, completions, do, factors, questions, save_llama, ti
 
 from lsr_scale import cli
 from lsr_scale.config import dump_yaml
+from lsr_scale.doctor import Finding, Report
 from lsr_scale.run_folder import RunFolder
 
 
@@ -151,6 +152,17 @@ def test_doctor_reports_and_its_status_says_whether_something_is_bad(call):
     found = json.loads(out)
     assert status in (0, 1)
     assert found
+
+
+def test_doctor_takes_the_run_that_the_machine_is_to_be_fit_for(call, place, monkeypatch):
+    seen = []
+    report = Report([Finding("fast paths", "fused layers", "tried")])
+    monkeypatch.setattr("lsr_scale.doctor.doctor", lambda run=None: (seen.append(run), report)[1])
+    assert call("doctor")[0] == 0
+    assert call("doctor", place / "run.yaml", "--set", "adapter.rank=3")[0] == 0
+    assert seen[0] is None
+    assert seen[1].adapter.options["rank"] == 3
+    assert call("doctor", "--set", "adapter.rank=3")[0] == 2
 
 
 def test_config_prints_the_resolved_run_and_the_schema(call, place):

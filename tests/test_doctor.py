@@ -8,6 +8,7 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 from rich.console import Console
+from tiny_runs import save_llama, tiny_run
 
 from lsr_scale import doctor as module
 from lsr_scale.doctor import Finding, Report, doctor, render
@@ -30,10 +31,38 @@ def test_the_fused_path_is_not_claimed_without_a_gpu(report):
     assert fused.found.startswith("on a GPU LLaMA, Mistral") or torch.cuda.is_available()
 
 
-def test_the_fused_path_is_tried_not_concluded():
-    worst, backend = module._fused_against_per_linear(torch.device("cpu"))
+@pytest.mark.parametrize("rank", [4, 64])
+def test_the_fused_path_is_tried_not_concluded(rank):
+    worst, how = module._fused_against_per_linear(torch.device("cpu"), module._small_trial(rank))
     assert 0 < worst < 0.05
-    assert backend == "sdpa"
+    assert how == "attention by sdpa"
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"rank": 4, "separation_rank": 2}, "attention by sdpa"),
+        ({"method": "lora", "rank": 40}, "attention by sdpa"),
+        ({"method": "lora", "rank": 2, "dropout": 0.5}, "dropout on the adapter's input"),
+        ({"method": "krona"}, "krona has no low-rank pair"),
+    ],
+)
+def test_a_runs_own_model_and_adapter_are_tried(options, expected, tmp_path):
+    save_llama(tmp_path / "model")
+    trial = module._trial_of(tiny_run(tmp_path, adapter=options))
+    assert trial.config.num_hidden_layers == 1
+    assert trial.adapter.rank == options["rank"] if "separation_rank" in options else True
+    worst, how = module._fused_against_per_linear(torch.device("cpu"), trial)
+    assert expected in how
+    assert worst < 0.05
+
+
+def test_a_run_whose_modules_are_not_in_one_layer_is_told_so(tmp_path):
+    save_llama(tmp_path / "model")
+    trial = module._trial_of(tiny_run(tmp_path, adapter={"target_modules": r"model\.layers\.1\..*q_proj"}))
+    found = module.try_fused(torch.device("meta"), trial)
+    assert (found.status, found.remedy) == ("note", "")
+    assert found.found.startswith("not tried: a layer of ")
 
 
 def test_the_report_is_json_and_a_page(report):

@@ -237,6 +237,15 @@ def upcast(params: Params) -> Params:
     return {name: p.float() if p.dtype in (torch.bfloat16, torch.float16) else p for name, p in params.items()}
 
 
+def change_counts(tensors: Iterable[Tensor]) -> tuple[int, ...] | None:
+    """Return how often each tensor was changed in place; None if one was made in inference mode, where nobody counts.
+
+    What was computed of tensors may be kept as long as this, and not None, is returned.
+    """
+    held = list(tensors)
+    return None if any(tensor.is_inference() for tensor in held) else tuple(tensor._version for tensor in held)
+
+
 class AdapterLinear(nn.Module, BaseTunerLayer):
     """A frozen linear layer plus `scaling * delta_weight`, for any method, with any number of named adapters.
 
@@ -317,7 +326,10 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
         if self.training or torch.is_grad_enabled():
             return self._materialized(adapter_name, dtype)
         held = self.factors(adapter_name).values()
-        version = tuple((p.data_ptr(), p._version) for p in held), self.adapter_configs[adapter_name].scaling
+        counts = change_counts(held)
+        if counts is None:
+            return self._materialized(adapter_name, dtype)
+        version = counts, [p.data_ptr() for p in held], self.adapter_configs[adapter_name].scaling
         cached = self._pair_cache.get((adapter_name, dtype))
         if cached is None or cached[0] != version:
             cached = version, self._materialized(adapter_name, dtype)

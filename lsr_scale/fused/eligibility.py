@@ -130,7 +130,7 @@ def why_not_linear(linear: Any) -> str | None:
     base, children = base_of(linear), linear.named_modules(prefix="a linear layer")
     if type(base) not in (nn.Linear, FrozenLinear, FrozenLinear4bit, FrozenLinear8bit):
         return f"a base layer is {type(base).__name__}"
-    if base.weight.is_cuda and base.in_features % 8:
+    if base.in_features % 8:
         return f"a base layer has {base.in_features} inputs, no multiple of 8"
     if isinstance(linear, BaseTunerLayer):
         reason = _why_not_adapted(linear)
@@ -156,7 +156,7 @@ def _why_not_adapted(linear: Any) -> str | None:
             return "LoRA with a bias of its own"
         dropouts = linear.lora_dropout
     else:
-        return f"an adapter of type {type(linear).__name__}"
+        return f"the adapter is {_kind_of(linear)}"
     if linear.merged:
         return "an adapter is merged"
     if getattr(linear, "rows", None) is not None:
@@ -166,6 +166,12 @@ def _why_not_adapted(linear: Any) -> str | None:
         if dropout.training and getattr(dropout, "p", 0):
             return "dropout on the adapter's input, and training"
     return None
+
+
+def _kind_of(adapted: Any) -> str:
+    """Return what PEFT calls an adapter that is neither ours nor LoRA: its class may be any Linear."""
+    package = type(adapted).__module__.split(".")
+    return package[2] if package[:2] == ["peft", "tuners"] else type(adapted).__name__
 
 
 def _why_not_child(name: str, child: nn.Module) -> str | None:

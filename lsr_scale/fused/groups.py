@@ -25,6 +25,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from lsr_scale.adapters.base import change_counts
 from lsr_scale.fused.pairs import Pair
 from lsr_scale.kernels.backend import is_fake
 from lsr_scale.kernels.dequantize import Extension, fill_extension
@@ -85,9 +86,10 @@ class Group:
     def matrix(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Return the group's matrix `[N + R, K + R]`, weights dequantized or held, pairs written into it."""
         N, K, R = self.out_features, self.in_features, self.width
-        matrix, held = None, self.held
+        counts = change_counts(base.weight for base in self.bases)
+        matrix, held = None, None if counts is None else self.held
         if held is not None:
-            made_of = dtype, device, *((base.weight.data_ptr(), base.weight._version) for base in self.bases)
+            made_of = dtype, device, counts, *(base.weight.data_ptr() for base in self.bases)
             if held.matrix is not None and held.made_of == made_of and held.matrix.shape[1] >= K + R:
                 matrix = held.matrix[: N + R, : K + R]
             else:
@@ -96,7 +98,10 @@ class Group:
             for index in range(len(self.bases)):
                 fill_extension(matrix[self.rows(index)], K, self._extension(index, matrix))
             return matrix
-        matrix = torch.empty(N + R, K + R, dtype=dtype, device=device)
+        with torch.inference_mode(
+            held is None and torch.is_inference_mode_enabled()
+        ):  # what is held serves training too
+            matrix = torch.empty(N + R, K + R, dtype=dtype, device=device)
         for index, base in enumerate(self.bases):
             dequantize_into(base, matrix[self.rows(index)], self._extension(index, matrix))
         if held is not None:

@@ -10,17 +10,18 @@ import functools
 import itertools
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, cast, get_args
 
 import torch
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
-from lsr_scale.adapters.base import AdapterLinear
+from lsr_scale.adapters.base import AdapterLinear, change_counts
 from lsr_scale.errors import UserError
 from lsr_scale.fused.decoder_layer import (
     GROUPS,
@@ -31,8 +32,8 @@ from lsr_scale.fused.decoder_layer import (
     Recompute,
     linears_of,
 )
-from lsr_scale.fused.eligibility import FAMILIES, LAYERS, why_not_call, why_not_head, why_not_layer
-from lsr_scale.fused.groups import HeldMatrix, base_of
+from lsr_scale.fused.eligibility import FAMILIES, LAYERS, why_not_call, why_not_head, why_not_layer, why_not_linear
+from lsr_scale.fused.groups import HeldMatrix
 from lsr_scale.fused.linear import LinearMixin
 from lsr_scale.fused.loss import causal_lm_loss
 from lsr_scale.fused.padding import needs_mask
@@ -248,12 +249,11 @@ def _pairs(stack: Any, layers: list[nn.Module]) -> dict[int, Pair]:
     cache: dict[Any, tuple[Any, dict[int, Pair]]] = {}
     if not (stack.training or torch.is_grad_enabled()):
         factors = [factor for adapter in adapters for factor in adapter.factors().values()]
-        version = (
-            tuple((id(adapter.linear), adapter.name, adapter.scaling) for adapter in adapters),
-            tuple((factor.data_ptr(), factor._version) for factor in factors),
-        )
+        if (counts := change_counts(factors)) is not None:
+            places = tuple((id(adapter.linear), adapter.name, adapter.scaling) for adapter in adapters)
+            version = places, counts, tuple(factor.data_ptr() for factor in factors)
         cache = stack.pair_cache = stack.pair_cache or {}
-        if key in cache and cache[key][0] == version:
+        if version is not None and key in cache and cache[key][0] == version:
             return cache[key][1]
     pairs = joined(adapters, materialize(adapters))
     if version is not None:
@@ -312,20 +312,24 @@ class FuseReport:
         per_linear: Names of the decoder layers that will not, with the reason.
         linears: How many adapted linear layers have the fused operations by themselves, which they use where no
             fused layer does.
+        unfused: Names of the adapted modules that have not, with the reason: they run as without `fuse`.
     """
 
     fused: list[str]
     per_linear: dict[str, str]
     linears: int = 0
+    unfused: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         """Return one line."""
-        if not self.fused and not self.per_linear:
-            names = ", ".join(FAMILIES)
-            return f"{self.linears} adapted linears fused one by one (whole layers fuse in {names} models)"
-        text = f"{len(self.fused)} of {len(self.fused) + len(self.per_linear)} decoder layers run fused"
-        reasons = sorted(set(self.per_linear.values()))
-        return text + (f"; the others per linear: {'; '.join(reasons)}" if reasons else "")
+        if self.fused or self.per_linear:
+            text = f"{len(self.fused)} of {len(self.fused) + len(self.per_linear)} decoder layers run fused"
+            reasons = sorted(set(self.per_linear.values()))
+            return text + (f"; the others per linear: {'; '.join(reasons)}" if reasons else "")
+        names = ", ".join(FAMILIES)
+        text = f"{self.linears} adapted linears fused one by one (whole layers fuse in {names} models)"
+        reasons = sorted(set(self.unfused.values()))
+        return text + (f"; {len(self.unfused)} adapted modules unfused: {'; '.join(reasons)}" if reasons else "")
 
 
 def fuse(model: nn.Module, recompute: Recompute = "none", hold_weights: bool = False) -> FuseReport:
@@ -344,7 +348,7 @@ def fuse(model: nn.Module, recompute: Recompute = "none", hold_weights: bool = F
             beside the quantized ones: 2 bytes a weight more, 13 GiB for a 7B model. `fit_memory` chooses by layer.
 
     Returns:
-        Which layers run fused, and why others do not. Layers are asked again at every forward.
+        Which layers run fused, and why others do not: those run as ever. Layers are asked again at every forward.
 
     Raises:
         UserError: if the model has neither such decoder layers nor adapters, or for an unknown `recompute`.
@@ -359,9 +363,15 @@ def fuse(model: nn.Module, recompute: Recompute = "none", hold_weights: bool = F
         for mixin, known in ((FusedLayer, LAYERS), (_FusedStack, _STACKS), (_FusedHead, _HEADS)):
             if original in known:
                 module.__class__ = _subclass(mixin, original)
-        if isinstance(module, AdapterLinear | LoraLayer) and isinstance(base_of(module), nn.Linear):  # pyright: ignore
-            module.__class__ = _subclass(_FusedLinear, original)
-            report.linears += 1
+        if isinstance(module, BaseTunerLayer):
+            base: Any = module.get_base_layer()
+            if isinstance(module, AdapterLinear | LoraLayer) and isinstance(base, nn.Linear):  # asked at every forward
+                module.__class__ = _subclass(_FusedLinear, original)
+            reason = why_not_linear(module)
+            if reason:
+                report.unfused[name] = reason
+            else:
+                report.linears += 1
         if isinstance(module, FusedLayer):
             module.recompute, module.sizes = recompute, None
             hold(module, hold_weights)
@@ -370,7 +380,7 @@ def fuse(model: nn.Module, recompute: Recompute = "none", hold_weights: bool = F
                 report.per_linear[name] = reason
             else:
                 report.fused.append(name)
-    if not (report.fused or report.per_linear or report.linears):
+    if not (report.fused or report.per_linear or report.linears or report.unfused):
         names = ", ".join(FAMILIES)
         raise UserError(f"{type(model).__name__} has no adapters, and no decoder layers that can fuse ({names})")
     return report

@@ -15,7 +15,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lsr_scale.adapters.base import AdapterLinear, AdapterMethod, upcast
+from lsr_scale.adapters.base import AdapterLinear, AdapterMethod, change_counts, upcast
 
 Pair = tuple[Tensor, Tensor]
 
@@ -106,10 +106,7 @@ def _stacks(
 
 def _versions(adapters: Sequence[Adapter], held: Sequence[dict[str, Tensor]]) -> list[Any]:
     """Return what changes when a factor is changed in place or a scaling is set."""
-    return [
-        (adapter.scaling, [factor._version for factor in factors.values()])
-        for adapter, factors in zip(adapters, held, strict=True)
-    ]
+    return [(adapter.scaling, change_counts(factors.values())) for adapter, factors in zip(adapters, held, strict=True)]
 
 
 def _stacked(held: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import math
 import re
-import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from lsr_scale.model.identity import base_description, check_base
 from lsr_scale.model.sharded import is_sharded
 from lsr_scale.packed_factors import is_packed, unpack
 from lsr_scale.paths import user_path
+from lsr_scale.run_folder import ADAPTER_FILES
 from lsr_scale.whole_modules import hold_in_float32
 
 # torch's words for two tensors that should be of one shape
@@ -36,22 +36,16 @@ def save_adapter(trainer: Trainer, target: Path) -> None:
     if not distributed.is_main():
         return
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
-    aside, old = (target.with_name(f".{target.name}.{word}") for word in ("part", "old"))
-    for left_over in (aside, old):
-        shutil.rmtree(left_over, ignore_errors=True)
+    aside = target.with_name(f".{target.name}.part")
+    record.remove(aside)
     try:
         write_adapter(model, aside)
         record.share(aside)
-        if target.exists():
-            target.rename(old)
-        aside.rename(target)
+        record.replace_folder(aside, target, ADAPTER_FILES)
     except (OSError, SafetensorError) as error:
-        if old.exists() and not target.exists():
-            old.rename(target)
         raise _cannot_save(target, error) from error
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
+        record.remove(aside)
 
 
 def write_adapter(model: Any, folder: Path) -> None:
@@ -91,10 +85,7 @@ def load_adapter(base: Any, folder: Path, trainable: bool = False) -> tuple[Peft
         UserError: if the adapter is missing, damaged, or from another base model (shapes named).
     """
     _check_files(folder)
-    described = folder / "base.json"
-    notes = ["there is no base.json beside the adapter, so its base model could not be checked"]
-    if described.is_file():
-        notes = check_base(_read_description(described), base, str(folder))
+    notes = check_description(base, folder)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Found missing adapter keys")  # refused below
@@ -110,6 +101,18 @@ def load_adapter(base: Any, folder: Path, trainable: bool = False) -> tuple[Peft
         raise UserError(f"{folder}: the weights are not those that adapter_config.json describes\n" + "\n".join(wrong))
     hold_in_float32(model, folder)
     return model, notes
+
+
+def check_description(base: Any, folder: Path) -> list[str]:
+    """Return how a base differs from that in the `base.json` beside an adapter, in ways that a user should know.
+
+    Raises:
+        UserError: if its layers have other shapes.
+    """
+    described = folder / "base.json"
+    if not described.is_file():
+        return ["there is no base.json beside the adapter, so its base model could not be checked"]
+    return check_base(_read_description(described), base, str(folder))
 
 
 # of no meaning once there are factors, or none for training; names that PEFT has for our options

@@ -11,7 +11,6 @@ import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from lsr_scale.errors import LOST_PEER, UserError
@@ -55,12 +54,14 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--quiet", action="store_true", help="print results only")
     sub.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # the launcher appends it
 
+    moved = "the base model, where it lies elsewhere than when the run began"
     sub = command("eval", "Load a run's adapter onto its base again and score multiple-choice tasks.")
     sub.add_argument("run", help="the run's folder")
     sub.add_argument(
         "--tasks", nargs="+", metavar="TASK", help="task names, files or folders; the run's own by default"
     )
     sub.add_argument("--limit", type=_count, help="score only the first so many questions of each task")
+    sub.add_argument("--base", metavar="MODEL", help=moved)
     sub.add_argument("--base-only", action="store_true", help="score the base without the adapter")
     sub.add_argument("--without-questions", action="store_true", help="a control: score the choices alone")
     sub.add_argument("--json", action="store_true", help="print JSON")
@@ -70,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--prompt", required=True)
     sub.add_argument("--max-new-tokens", type=_count, default=64)
     sub.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
+    sub.add_argument("--base", metavar="MODEL", help=moved)
     sub.add_argument("--base-only", action="store_true", help="without the adapter")
 
     sub = command("export", "Write a trained adapter for other programs, and verify it.")
@@ -81,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--dtype", help="float32, bfloat16, float16; merged: also nf4; gguf --merged: also q8_0")
     sub.add_argument("--merged", action="store_true", help="a full GGUF rather than an adapter, for gguf")
     sub.add_argument("--base-gguf", metavar="FILE", help="a GGUF of the base, for gguf --merged: vocabulary, metadata")
-    sub.add_argument("--base", help="the base model, where nothing beside the adapter names it")
+    sub.add_argument("--base", metavar="MODEL", help=f"{moved}, or nothing beside the adapter names it")
     sub.add_argument("--verify", action=argparse.BooleanOptionalAction, default=True, help="compare logits")
     sub.add_argument(
         "--accuracy",
@@ -277,7 +279,8 @@ def _train(args: argparse.Namespace) -> int:
 
     run, file = _run_of(args), user_path(args.config or args.config_path)
     name = file.stem
-    if file.resolve() == RunFolder(file.resolve().parent).config:  # a run's own: it means that run, wherever it lies
+    of_run = RunFolder(file.resolve().parent)
+    if file.resolve() == of_run.config and of_run.is_run():  # a run's own: it means that run, wherever it lies
         name = file.resolve().parent.name
         if run.training["output_dir"] is None and (args.overwrite or args.resume == "auto"):
             run = run.model_copy(update={"training": {**run.training, "output_dir": str(file.parent)}})
@@ -288,7 +291,9 @@ def _train(args: argparse.Namespace) -> int:
 def _eval(args: argparse.Namespace) -> int:
     from lsr_scale import evaluate
 
-    result = evaluate.evaluate_run(args.run, args.tasks, args.limit, args.base_only, args.without_questions)
+    result = evaluate.evaluate_run(
+        args.run, args.tasks, args.limit, args.base_only, args.without_questions, base=args.base
+    )
     if args.json:
         print(json.dumps(result, indent=2))
     else:
@@ -299,7 +304,7 @@ def _eval(args: argparse.Namespace) -> int:
 def _generate(args: argparse.Namespace) -> int:
     from lsr_scale import evaluate
 
-    model, tokenizer, _ = evaluate.load_run_model(args.run, args.base_only)
+    model, tokenizer, _ = evaluate.load_run_model(args.run, args.base_only, base=args.base)
     print(evaluate.generate(model, tokenizer, args.prompt, args.max_new_tokens, args.chat))
     return 0
 
@@ -318,15 +323,25 @@ def _inspect(args: argparse.Namespace) -> int:
 
     from lsr_scale.export import inspect
 
+    if args.png:
+        inspect.check_place(user_path(args.png, "--png"))
     report = inspect.inspect_adapter(args.source)
-    picture = args.png or (None if args.json else user_path(args.source) / "spectra.png")
-    if picture is not None:
-        inspect.draw(report, Path(picture))
+    console = Console(highlight=False)
     if args.json:
         print(json.dumps(report, indent=1))
     else:
-        console = Console(highlight=False)
         console.print(inspect.render(report))
+    if args.json and not args.png:
+        return 0
+    picture = user_path(args.png, "--png") if args.png else user_path(args.source) / "spectra.png"
+    try:
+        inspect.draw(report, picture)
+    except UserError as error:
+        if args.png:
+            raise
+        print(f"note: the spectra are not drawn: {error}", file=sys.stderr)  # nobody asked for the file
+        return 0
+    if not args.json:
         console.print(f"spectra  {picture}", soft_wrap=True, markup=False)
     return 0
 

@@ -25,7 +25,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from lsr_scale import distributed
 from lsr_scale.adapters.base import AdapterLinear
-from lsr_scale.progress import read_metrics, save_figure
+from lsr_scale.progress import numbers_of, read_metrics, save_figure
 
 logger = logging.getLogger(__name__)
 
@@ -229,15 +229,20 @@ def draw_conditions(metrics: Path, picture: Path, title: str) -> bool:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rows = [row for row in read_metrics(metrics) if any(name.startswith("condition_") for name in row)]
+    rows = [
+        row
+        for row in read_metrics(metrics)
+        if any(name.startswith("condition_") and numbers_of([row], name) for name in row)
+    ]
     if not rows:
         return False
     figure, axes = pyplot.subplots(figsize=(7, 4), dpi=120)
     for color, name in zip(("C0", "C1", "C2", "C3"), _names(rows), strict=False):
         for kind, style in (("median", "-"), ("max", "--")):
             key = f"condition_{name}_{kind}"
-            points = [(row["step"], row[key]) for row in rows if key in row]
-            axes.plot(*zip(*points, strict=True), style, color=color, label=f"{name}, {kind} over the modules")
+            points = [(row["step"], row[key]) for row in rows if numbers_of([row], key)]
+            if points:
+                axes.plot(*zip(*points, strict=True), style, color=color, label=f"{name}, {kind} over the modules")
     axes.set(xlabel="step", ylabel="condition number gamma", title=title)
     axes.set_yscale("log")
     low, high = axes.get_ylim()

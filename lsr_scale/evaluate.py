@@ -3,7 +3,8 @@
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from lsr_scale.data.preview import prepare_tokenizer, tokenize_classification
 from lsr_scale.data.tasks import Example, examples
 from lsr_scale.errors import UserError
 from lsr_scale.model import base_of, load_tokenizer
+from lsr_scale.model.names import elsewhere
 from lsr_scale.progress import show_live
 from lsr_scale.run_folder import RunFolder, open_run
 from lsr_scale.scoring import classification, score
@@ -89,24 +91,44 @@ def score_tasks(
     return found
 
 
-def save_predictions(folder: RunFolder, scores: dict[str, TaskScore], when: str) -> None:
-    """Write every prediction, one JSON object a line; main process only."""
+def save_predictions(
+    folder: RunFolder, tasks: dict[str, list[Example]], scores: dict[str, TaskScore], when: str
+) -> None:
+    """Write every prediction with its question's hash, one JSON object a line; main process only.
+
+    Raises:
+        UserError: if a file cannot be written.
+    """
     if not distributed.is_main():
         return
     for task, result in scores.items():
-        lines = (json.dumps(vars(prediction)) for prediction in result.predictions)
+        pairs = zip(result.predictions, tasks[task], strict=True)
+        lines = (json.dumps({**vars(prediction), "question_sha256": example.sha256()}) for prediction, example in pairs)
         record.write_text(folder.predictions(task, when), "\n".join(lines) + "\n")
 
 
-def read_scores(folder: RunFolder, names: Iterable[str], when: str) -> dict[str, dict[str, TaskScore]]:
-    """Return `{when: scores}` from the saved predictions of these tasks, empty where there are none."""
+def read_scores(
+    folder: RunFolder, tasks: dict[str, list[Example]], when: str, say: Say
+) -> dict[str, dict[str, TaskScore]]:
+    """Return `{when: scores}` from the saved predictions of these tasks, empty where there are none.
+
+    Those of other questions than the tasks have now, or that cannot be read, are left out, which is said.
+    """
     found: dict[str, TaskScore] = {}
-    for name in names:
+    for name, examples_now in tasks.items():
         file = folder.predictions(name, when)
-        if file.is_file():
-            rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        if not file.is_file():
+            continue
+        try:
+            rows = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
+            hashes = [row.pop("question_sha256", None) for row in rows]
             predictions = [Prediction(**{**row, "log_likelihoods": tuple(row["log_likelihoods"])}) for row in rows]
-            found[name] = TaskScore.of(predictions)
+            if hashes == [example.sha256() for example in examples_now]:
+                found[name] = TaskScore.of(predictions)
+            else:
+                say(f"note: {file} is left out: it is not of the questions that {name} has now")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            say(f"note: {file} is left out: it cannot be read ({str(error)[:100]})")
     return {when: found} if found else {}
 
 
@@ -212,21 +234,34 @@ def open_trained(
         raise UserError(f"{folder.path}: a {run.model.task} run; only language models answer questions or generate")
     if not base_only and not folder.adapter.is_dir():
         remedy = "it was interrupted: continue it with --resume auto" if folder.checkpoints() else "train it first"
+        if folder.earlier.is_dir():
+            remedy = "the one that it takes the place of comes back with train --resume auto, if this one has ended"
         raise UserError(f"{folder.path}: the run has no adapter yet; {remedy}")
     return folder, run
 
 
 def load_run_model(
-    path: str | Path, base_only: bool = False, tasks: Sequence[str] = ("causal_lm",)
+    path: str | Path, base_only: bool = False, tasks: Sequence[str] = ("causal_lm",), base: str | None = None
 ) -> tuple[Any, Any, RunConfig]:
     """Return the model of a finished run, its adapter loaded from disk, with its tokenizer and configuration.
 
-    The arguments are those of `open_trained`.
+    Args:
+        path: The run's folder.
+        base_only: Leave the adapter out; none is needed.
+        tasks: Values of `model.task` that will do, as in `open_trained`.
+        base: The base model's name, where it lies elsewhere than when the run began.
 
     Raises:
-        UserError: if the folder holds no run, or no adapter that fits.
+        UserError: if the folder holds no run, no adapter that fits, or the base is not to be found.
     """
     folder, run = open_trained(path, base_only, tasks)
+    if base is not None:
+        run = run.model_copy(update={"model": run.model.model_copy(update={"name": base, "revision": None})})
+    with elsewhere(base):
+        return _load(folder, run, base_only)
+
+
+def _load(folder: RunFolder, run: RunConfig, base_only: bool) -> tuple[Any, Any, RunConfig]:
     tokenizer = load_tokenizer(run.model.name, revision=run.model.revision, chat_template=run.model.chat_template)
     model: Any = base_of(run.model, run.training["seed"])
     if not base_only:
@@ -242,6 +277,7 @@ def evaluate_run(
     limit: int | None = None,
     base_only: bool = False,
     without_questions: bool = False,
+    base: str | None = None,
 ) -> dict[str, Any]:
     """Score a run's saved adapter, loaded onto its base again: on questions, or a classifier's on labelled rows.
 
@@ -251,6 +287,7 @@ def evaluate_run(
         limit: Only the first so many questions, or rows, of each.
         base_only: Leave the adapter out.
         without_questions: A control: score the choices with no context.
+        base: The base model's name, where it lies elsewhere than when the run began.
 
     Returns:
         `{"run", "scored", "accuracy": {task: {...}}}`, or for a classifier `{"run", "scored", "classification": {name:
@@ -263,7 +300,7 @@ def evaluate_run(
                 f"{path}: a classifier's run; --base-only and --without-questions are for language models: a base "
                 "without the adapter has no trained head, and there are no questions to leave out"
             )
-        return evaluate_classifier(folder, run, tasks, limit)
+        return evaluate_classifier(folder, run, tasks, limit, base)
     changes = {key: value for key, value in (("tasks", tasks), ("limit", limit)) if value is not None}
     run = run_from_dict({**run.model_dump(), "eval": {**run.eval.model_dump(), **changes}}, "lsr-scale eval")
     if not run.eval.tasks:
@@ -271,7 +308,7 @@ def evaluate_run(
             f"{path}: the run names no tasks (eval.tasks); give some: lsr-scale eval {path} --tasks arc_easy"
         )
     loaded = load_tasks(run.eval)
-    model, tokenizer, _ = load_run_model(path, base_only)
+    model, tokenizer, _ = load_run_model(path, base_only, base=base)
     when = ("base" if base_only else "adapter") + ("-without-questions" if without_questions else "")
 
     def say(text: str) -> None:
@@ -280,12 +317,26 @@ def evaluate_run(
     scores = score_tasks(
         loaded, model, tokenizer, say, when, run.eval.batch_tokens, unconditional=without_questions, live=True
     )
-    save_predictions(folder, scores, f"eval-{when}")
+    with _unless_unwritable():
+        save_predictions(folder, loaded, scores, f"eval-{when}")
     return {"run": str(path), "scored": when, "accuracy": summary({when: scores})}
 
 
+@contextmanager
+def _unless_unwritable() -> Iterator[None]:
+    """Say that predictions could not be written; the scores are there all the same."""
+    try:
+        yield
+    except UserError as error:
+        print(f"note: the predictions are not written: {error}", file=sys.stderr, flush=True)
+
+
 def evaluate_classifier(
-    folder: RunFolder, run: RunConfig, sources: list[str] | None = None, limit: int | None = None
+    folder: RunFolder,
+    run: RunConfig,
+    sources: list[str] | None = None,
+    limit: int | None = None,
+    base: str | None = None,
 ) -> dict[str, Any]:
     """Score a classifier's run as training does: transformers' trainer in batches of `per_device_eval_batch_size`.
 
@@ -294,6 +345,7 @@ def evaluate_classifier(
         run: Its configuration.
         sources: Files or folders of labelled rows, each scored by itself; None takes `data.validation` as a whole.
         limit: Only the first so many rows of each.
+        base: The base model's name, where it lies elsewhere than when the run began.
 
     Raises:
         UserError: if there are no rows, or a label that the classifier has no output for.
@@ -310,7 +362,7 @@ def evaluate_classifier(
         loaded[_unused(_end_of(source), loaded)] = build_dataset([source], None, model_task="seq_cls")[0]
     if not sources:
         loaded["validation"] = build_dataset(run.data.validation, "validation", model_task="seq_cls")[0]
-    model, tokenizer, _ = load_run_model(folder.path, tasks=("seq_cls",))
+    model, tokenizer, _ = load_run_model(folder.path, tasks=("seq_cls",), base=base)
     prepare_tokenizer(tokenizer, "classification")
     names = ("per_device_eval_batch_size", "label_smoothing_factor")  # what the losses of training depend on as well
     values: dict[str, Any] = {name: run.training[name] for name in names if name in run.training}
@@ -328,7 +380,9 @@ def evaluate_classifier(
             measured = {key.removeprefix("eval_"): value for key, value in output.metrics.items() if key in EVALUATED}
             found[name] = {"num_examples": len(rows), **{key: round(value, 6) for key, value in measured.items()}}
             lines = classification.predictions(output)
-            record.write_text(folder.predictions(name, "eval-adapter"), "".join(json.dumps(x) + "\n" for x in lines))
+            text = "".join(json.dumps(line) + "\n" for line in lines)
+            with _unless_unwritable():
+                record.write_text(folder.predictions(name, "eval-adapter"), text)
     return {"run": str(folder.path), "scored": "adapter", "classification": found}
 
 

@@ -14,9 +14,12 @@ def user_path(text: str | Path, where: str = "") -> Path:
         where: What asked for it, such as "training.output_dir", for the message.
 
     Raises:
-        UserError: if no file can have this name: it holds a NUL or half a surrogate pair, or nobody has this home.
+        UserError: if no file can have this name: it is empty, holds a NUL or half a surrogate pair, or nobody has this
+            home.
     """
     before = f"{where}: " if where else ""
+    if not str(text) or str(text).isspace():
+        raise UserError(f"{before}expected a path, got {str(text)!r}; for the folder that you are in: .")
     try:
         named = os.fsencode(text)
     except UnicodeEncodeError:

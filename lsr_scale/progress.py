@@ -67,9 +67,8 @@ class Progress(TrainerCallback):
         state.compute_steps(args, state.max_steps)  # a checkpoint's intervals would stand in place of the run's
         if state.is_world_process_zero:
             kept = cut_back(self.metrics, state.global_step or -1)
-            if kept:
-                self.wall_s_before = kept[-1]["wall_s"]
-                self.tokens_before = max((row.get("num_tokens", 0.0) for row in kept), default=0.0)
+            self.wall_s_before = max(numbers_of(kept, "wall_s"), default=0.0)
+            self.tokens_before = max(numbers_of(kept, "num_tokens"), default=0.0)
         # transformers' own count goes on by itself
         self.last_tokens = float(state.num_input_tokens_seen)
         self.started = self.last_time = self.worked_until = time.monotonic()
@@ -195,13 +194,15 @@ def memory_gib() -> float:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a metrics file; a last line that a kill cut short is left out."""
+    """Return the rows of a metrics file; a line that is no step's, such as one that a kill cut short, is left out."""
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else ():
         try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(row, dict) and type(row.get("step")) is int:
+            rows.append(row)
     return rows
 
 
@@ -210,6 +211,12 @@ def cut_back(path: Path, step: int) -> list[dict[str, Any]]:
     kept = [row for row in read_metrics(path) if row["step"] <= step]
     record.write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
     return kept
+
+
+def numbers_of(rows: list[dict[str, Any]], name: str) -> list[float]:
+    """Return the values of a column where they are finite numbers."""
+    values = [row.get(name) for row in rows]
+    return [v for v in values if isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v)]
 
 
 def summarize_metrics(path: Path, best: int | None = None) -> dict[str, Any]:
@@ -222,24 +229,25 @@ def summarize_metrics(path: Path, best: int | None = None) -> dict[str, Any]:
         best: The step whose adapter was taken; None is the last one's.
     """
     rows = read_metrics(path)
-    steps = [row for row in rows if "loss" in row]
+    steps = [row for row in rows if numbers_of([row], "loss")]
     if not steps:
         return {}
-    last = steps[-max(1, len(steps) // 10) :]
-    speeds = sorted(row["tokens_per_s"] for row in steps if "tokens_per_s" in row)
+    last = numbers_of(steps[-max(1, len(steps) // 10) :], "loss")
+    speeds = sorted(numbers_of(steps, "tokens_per_s"))
     evaluations = [row for row in rows if "eval_loss" in row and best in (None, row["step"])]
+    tokens = numbers_of(steps[-1:], "num_tokens") or numbers_of(steps[-1:], "num_input_tokens_seen")
     found: dict[str, Any] = {
-        "final_loss": round(sum(row["loss"] for row in last) / len(last), 4),
-        "tokens": round(steps[-1].get("num_tokens", steps[-1].get("num_input_tokens_seen", 0))),
+        "final_loss": round(sum(last) / len(last), 4),
+        "tokens": round(tokens[-1]) if tokens else 0,
         "tokens_per_s": speeds[len(speeds) // 2] if speeds else None,
-        "peak_memory_gib": max(row["memory_gib"] for row in steps),
+        "peak_memory_gib": max(numbers_of(steps, "memory_gib"), default=None),
     }
     for name in dict.fromkeys(name for row in steps for name in row if re.fullmatch("condition_.*_max", name)):
-        found[name] = round(max(row[name] for row in steps if name in row), 4)
+        if values := numbers_of(steps, name):
+            found[name] = round(max(values), 4)
     if best is not None:
         found["best_step"] = best
-    last_evaluation = evaluations[-1] if evaluations else {}
-    return found | {name: round(value, 6) for name, value in last_evaluation.items() if name in EVALUATED}
+    return found | {name: round(values[0], 6) for name in EVALUATED if (values := numbers_of(evaluations[-1:], name))}
 
 
 def draw_losses(metrics: Path, picture: Path, title: str) -> None:
@@ -252,7 +260,7 @@ def draw_losses(metrics: Path, picture: Path, title: str) -> None:
     rows = read_metrics(metrics)
     figure, axes = pyplot.subplots(figsize=(7, 4), dpi=120)
     for key, label, style, color in (("loss", "training", "-", "C0"), ("eval_loss", "validation", "o-", "C1")):
-        points = [(row["step"], row[key]) for row in rows if key in row]
+        points = [(row["step"], row[key]) for row in rows if numbers_of([row], key)]
         if not points:
             continue
         steps, values = zip(*points, strict=True)
@@ -281,6 +289,6 @@ def save_figure(figure: Any, picture: Path) -> None:
     from matplotlib import pyplot
 
     drawn = io.BytesIO()
-    figure.savefig(drawn, metadata={"Software": None})
+    figure.savefig(drawn, metadata=record.PICTURE_METADATA)
     pyplot.close(figure)
     record.write_bytes(picture, drawn.getvalue())

@@ -7,17 +7,25 @@ import json
 import os
 import platform
 import re
+import shutil
 import subprocess
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from lsr_scale.errors import UserError
+from lsr_scale.paths import is_odd
 
 PACKAGES = (
     *("torch", "transformers", "peft", "trl", "accelerate", "deepspeed", "bitsandbytes", "datasets", "tokenizers"),
     *("safetensors", "triton"),
 )
 
+
+# what a picture says of who drew it
+PICTURE_METADATA = {"Software": "lsr_scale"}
 
 _UMASK = os.umask(0)
 os.umask(_UMASK)
@@ -29,9 +37,10 @@ def write_bytes(path: Path, content: bytes) -> None:
     Raises:
         UserError: if the file cannot be written.
     """
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    aside = place_aside(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        remove_left_overs(path)
         with aside.open("wb") as stream:
             stream.write(content)
             stream.flush()
@@ -41,6 +50,74 @@ def write_bytes(path: Path, content: bytes) -> None:
         with contextlib.suppress(OSError):
             aside.unlink(missing_ok=True)
         raise cannot_write(path, error) from error
+
+
+def place_aside(path: Path) -> Path:
+    """Return where this process writes what is to become `path`, a file or a folder."""
+    return path.with_name(f".{path.name}.{os.getpid()}.part")
+
+
+def remove_left_overs(path: Path) -> None:
+    """Remove what processes that are no more left in their `place_aside` of a path, or began with its name."""
+    pattern = re.compile(re.escape(f".{path.name}.") + r"([0-9]{1,9})\.part(\..+)?")
+    for found in path.parent.iterdir() if path.parent.is_dir() else ():
+        named = pattern.fullmatch(found.name)
+        if named and (int(named[1]) == os.getpid() or not psutil.pid_exists(int(named[1]))):
+            remove(found)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link (not what it points to) or a folder with all that is in it, as far as that can be."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+def replace_folder(aside: Path, target: Path, written: Collection[str]) -> None:
+    """Move a folder into another's place, of which only the files named in `written` go; what else it has stays."""
+    old = target.with_name(f".{target.name}.old")
+    finish_replacing(target)
+    if os.path.lexists(target):
+        target.rename(old)
+    try:
+        aside.rename(target)
+    except OSError:
+        if os.path.lexists(old):
+            old.rename(target)
+        raise
+    if old.is_dir() and not old.is_symlink():
+        for path in old.iterdir():
+            if path.name not in written and not os.path.lexists(target / path.name):
+                path.rename(target / path.name)
+    remove(old)
+
+
+def finish_replacing(target: Path) -> None:
+    """Bring back what a kill in the midst of `replace_folder` left under another name, and remove what is left over."""
+    old = target.with_name(f".{target.name}.old")
+    if os.path.lexists(old) and not os.path.lexists(target):
+        old.rename(target)
+    elif os.path.lexists(old):
+        remove(old)
+
+
+def is_picture(file: Path) -> bool:
+    """Tell whether a file is a PNG."""
+    return _begins(file).startswith(b"\x89PNG\r\n")
+
+
+def is_own_picture(file: Path) -> bool:
+    """Tell whether a file is a PNG that this package drew (`PICTURE_METADATA`)."""
+    return is_picture(file) and b"tEXtSoftware\0lsr_scale" in _begins(file)
+
+
+def _begins(file: Path) -> bytes:
+    if not file.is_file():
+        return b""
+    with file.open("rb") as stream:
+        return stream.read(512)
 
 
 def cannot_write(path: Path, error: OSError) -> UserError:
@@ -104,10 +181,14 @@ def read_json(path: Path, what: str) -> Any:
     Raises:
         UserError: if it is missing or not JSON.
     """
+    if is_odd(path):
+        raise UserError(f"{path}: the {what} should be a file, but is a pipe or a device; restore it or make it again")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: there is no {what} here") from None
+    except RecursionError:
+        raise UserError(f"{path}: the {what} is nested too deeply; restore it or make it again") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: the {what} cannot be read ({error}); restore it or make it again") from error
 

@@ -1,19 +1,29 @@
-"""The folder of a run: where it lies, what is in it, and how a new one is kept from overwriting an old one."""
+"""The folder of a run: what lies where in it, and which of the files in a folder a run wrote."""
 
 import contextlib
+import errno
 import fcntl
+import hashlib
+import json
 import os
 import re
 import socket
+import stat
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from lsr_scale.errors import UserError
 from lsr_scale.paths import user_path
-from lsr_scale.record import cannot_write
+from lsr_scale.record import cannot_write, is_own_picture, is_picture
+
+# of a checkpoint: what no other trainer writes
+MANIFEST, STATE, TENSORS = "manifest.json", "training_state.json", "training_state.safetensors"
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "base.json")
+_PREDICTIONS = re.compile(r".*-(before|after|eval-(base|adapter)(-without-questions)?)\.jsonl")
+_SECTIONS = {"model", "adapter", "data", "training"}
 
 # Locks that this process has. One is gone when all have closed its file: a loader's worker is not to keep it.
 _HELD: set[TextIO] = set()
@@ -22,12 +32,13 @@ os.register_at_fork(after_in_child=lambda: [stream.close() for stream in _HELD])
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Paths in a run folder. `config.yaml` marks it as one.
+    """Paths in a run folder. Its `env.json` marks it as one: it names this package, which nothing else writes.
 
     config.yaml        the resolved run            adapter/        the adapter, as PEFT saves it, with base.json
     env.json           versions and machine        checkpoint-*/   what resuming needs
-    metrics.jsonl      one line a logging step     eval/           predictions before and after
-    loss.png           the loss curve              results.json    counts, times, accuracies
+    data.json          hash and rows of the data   eval/           predictions before and after
+    metrics.jsonl      one line a logging step     results.json    counts, times, accuracies
+    loss.png           the loss curve              .earlier-run/   what a run that begins anew has in its place
     nonfinite.jsonl    batches without a finite loss, and steps without a finite gradient
     condition.png      how far the terms of LSR-Adapt's sums cancel
     """
@@ -43,6 +54,16 @@ class RunFolder:
     def environment(self) -> Path:
         """Versions and machine."""
         return self.path / "env.json"
+
+    @property
+    def data(self) -> Path:
+        """Where the rows came from: a hash and a count a source."""
+        return self.path / "data.json"
+
+    @property
+    def earlier(self) -> Path:
+        """What stood here before a run that has not saved a step yet; see `run_start.Earlier`."""
+        return self.path / ".earlier-run"
 
     @property
     def metrics(self) -> Path:
@@ -75,24 +96,72 @@ class RunFolder:
         return self.path / "nonfinite.jsonl"
 
     def predictions(self, task: str, when: str) -> Path:
-        """The predictions of a task, `when` being "before", "after" or the name of another evaluation."""
-        return self.path / "eval" / f"{re.sub(r'[^A-Za-z0-9_.-]+', '_', task)}-{when}.jsonl"
+        """The predictions of a task, `when` being "before", "after" or the name of another evaluation.
+
+        No two tasks have one file, also where a file system takes `A` for `a`: a name that is not written as it stands
+        has a hash behind a "+", which is in no other.
+        """
+        plain = re.sub(r"[^a-z0-9_.-]+", "_", task.lower())[:80]
+        if plain != task:
+            plain += f"+{hashlib.sha256(task.encode('utf-8', 'surrogatepass')).hexdigest()[:16]}"
+        return self.path / "eval" / f"{plain}-{when}.jsonl"
 
     def checkpoints(self) -> list[Path]:
-        """Return the checkpoints, the oldest first; one that a kill cut short is among them."""
+        """Return the checkpoints by the step in their names; other programs' and damaged ones are among them."""
         return sorted(
-            (path for path in self.path.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()), key=step_of
+            (path for path in self.path.glob("checkpoint-*") if re.fullmatch("checkpoint-[0-9]{1,18}", path.name)),
+            key=step_of,
         )
+
+    def own_checkpoints(self) -> list[Path]:
+        """Return those that a run saved, whole or damaged."""
+        return [path for path in self.checkpoints() if is_own_checkpoint(path)]
+
+    def is_marked(self) -> bool:
+        """Tell whether a run wrote here, by what nothing else writes."""
+        return "lsr_scale" in _keys(self.environment) or bool(self.own_checkpoints())
 
     def is_run(self) -> bool:
         """Tell whether a run was started here."""
-        return self.config.is_file()
+        return self.is_marked() and self.config in self.written()
+
+    def has_adapter(self) -> bool:
+        """Tell whether the run has saved its adapter."""
+        return (self.adapter / "adapter_config.json").is_file()
 
     def written(self) -> list[Path]:
-        """Return what lies here under the names that a run gives, checkpoints aside; a run that starts removes it."""
-        folders = self.adapter, self.path / "eval"
-        files = self.metrics, self.curve, self.condition, self.results, self.nonfinite
-        return [path for path in (*folders, *files) if path.exists()]
+        """Return the files that a run wrote here, told by their names and content; checkpoints are left out."""
+        if not self.is_marked():
+            return []
+        adapter = [self.adapter / name for name in ADAPTER_FILES]
+        eval_files = sorted(path for path in (self.path / "eval").glob("*.jsonl") if _PREDICTIONS.fullmatch(path.name))
+        found = {
+            self.config: lambda file: set(re.findall(r"^(\w+):", _start(file), re.MULTILINE)) >= _SECTIONS,
+            self.environment: lambda file: "lsr_scale" in _keys(file),
+            self.data: lambda file: "train" in _keys(file),
+            self.metrics: lambda file: _has_line_of(file, {"step"}),
+            self.nonfinite: lambda file: _has_line_of(file, {"step"}),
+            self.results: lambda file: {"method", "steps"} <= _keys(file),
+            self.curve: is_picture,
+            self.condition: is_picture,
+            self.path / "spectra.png": is_own_picture,
+            **dict.fromkeys(adapter, lambda file: True),
+            **dict.fromkeys(eval_files, lambda file: _has_line_of(file, {"log_likelihoods"})),
+        }
+        ours = [path for path, is_ours in found.items() if path.is_file() and is_ours(path)]
+        # a folder that is a link is one thing here, and its files are elsewhere
+        links = {folder for folder in (self.adapter, self.path / "eval") if folder.is_symlink()}
+        return list(dict.fromkeys(path.parent if path.parent in links else path for path in ours))
+
+    def in_the_way(self) -> list[Path]:
+        """Return what lies where a run writes, and is none of a run's."""
+        ours = set(self.written())
+        files = self.config, self.environment, self.data, self.metrics, self.curve, self.condition, self.results
+        found = [path for path in (*files, self.nonfinite) if os.path.lexists(path) and path not in ours]
+        marked = self.is_marked()
+        folders = [path for path in (self.adapter, self.path / "eval") if os.path.lexists(path)]
+        found += [path for path in folders if not path.is_dir() or not marked]
+        return found if marked else [*found, *self.checkpoints()]
 
     def claim(self) -> bool:
         """Make the folder and see that it can be written; return False if it was there already.
@@ -118,20 +187,12 @@ class RunFolder:
         """Keep other processes' runs out of the folder.
 
         Raises:
-            UserError: if a run is going on here.
+            UserError: if a run is going on here, or something else lies where its lock belongs.
         """
         file = self.path / ".lock"
         with contextlib.ExitStack() as stack:
             try:
-                stream = stack.enter_context(file.open("a+", encoding="utf-8"))
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                stream.seek(0)
-                whose = stream.read().strip() or "it began just now"
-                raise UserError(
-                    f"{self.path}: a run is going on here ({whose}); wait for its end, or go elsewhere with "
-                    "--set training.output_dir=..."
-                ) from None
+                stream = _locked(file, stack)
             except OSError:  # some network storage has no locks
                 yield
                 return
@@ -149,6 +210,81 @@ class RunFolder:
             self.path.rmdir()
 
 
+def _locked(file: Path, stack: contextlib.ExitStack) -> TextIO:
+    """Return a run's lock file, opened and locked until the stack is left; what is no lock file stays as it is."""
+    odd = UserError(f"{file}: a run's lock belongs here, but this is none; move it away")
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    while True:
+        try:
+            handle = os.open(file, flags, 0o666)
+        except OSError as error:
+            if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO, errno.EMLINK):
+                raise odd from None
+            raise
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            os.close(handle)
+            raise odd
+        stream = stack.enter_context(os.fdopen(handle, "r+", encoding="utf-8"))
+        try:
+            written = stream.read(200)
+        except UnicodeDecodeError:
+            raise odd from None
+        if written and not re.fullmatch(r"process [0-9]+ on .*\n?", written):
+            raise odd
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            whose = written.strip() or "it began just now"
+            raise UserError(
+                f"{file.parent}: a run is going on here ({whose}); wait for its end, or go elsewhere with "
+                "--set training.output_dir=..."
+            ) from None
+        if _is_same(file, stream):
+            stream.seek(0)
+            return stream
+
+
+def _is_same(file: Path, stream: TextIO) -> bool:
+    """Tell whether a lock is still that of the path: who held it before removes it."""
+    try:
+        return os.path.samestat(file.stat(), os.fstat(stream.fileno()))
+    except FileNotFoundError:
+        return False
+
+
+def is_own_checkpoint(folder: Path) -> bool:
+    """Tell whether a folder holds what a run of this package saved, whole or not."""
+    return any((folder / name).is_file() for name in (MANIFEST, STATE, TENSORS))
+
+
+def _start(file: Path, num_bytes: int = 2**20) -> str:
+    with file.open("rb") as stream:
+        return stream.read(num_bytes).decode("utf-8", "replace")
+
+
+def _keys(file: Path) -> set[str]:
+    """Return the keys of a JSON object, none where the file is missing or something else."""
+    try:
+        content = json.loads(_start(file, 2**26)) if file.is_file() else None
+    except (OSError, ValueError, RecursionError):
+        return set()
+    return set(content) if isinstance(content, dict) else set()
+
+
+def _has_line_of(file: Path, keys: set[str]) -> bool:
+    """Tell whether a file is empty or has a line that is a JSON object with these keys."""
+    lines = [line for line in _start(file).split("\n") if line.strip()]
+    return not lines or any(keys <= _object(line).keys() for line in lines)
+
+
+def _object(line: str) -> dict[str, Any]:
+    try:
+        content = json.loads(line)
+    except (ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
 def step_of(checkpoint: Path) -> int:
     """Return the training step after which a checkpoint was saved."""
     return int(checkpoint.name.rpartition("-")[2])
@@ -161,53 +297,8 @@ def open_run(path: str | Path) -> RunFolder:
         UserError: if there is none.
     """
     folder = RunFolder(user_path(path))
-    if not folder.is_run():
+    if not folder.config.is_file():
         runs = sorted(p.parent.name for p in Path("runs").glob("*/config.yaml"))
         known = f"; runs here: {', '.join(f'runs/{name}' for name in runs[:8])}" if runs else ""
         raise UserError(f"{path}: not a run folder (there is no config.yaml in it){known}")
     return folder
-
-
-def choose(output_dir: str | None, name: str, resume: bool, overwrite: bool) -> RunFolder:
-    """Return the folder for a run that starts now; it exists, and can be written.
-
-    Without `output_dir` it is `runs/NAME`, or `runs/NAME-2` and so on where that is taken; resuming takes the newest of
-    them. A named folder that holds a run already is refused unless the run is resumed or overwritten.
-
-    Args:
-        output_dir: `training.output_dir`.
-        name: Stem of the configuration file.
-        resume: Continue the run that lies there, if one does.
-        overwrite: Start again in a folder that holds a run.
-
-    Raises:
-        UserError: if the folder is taken, or cannot be made or written.
-    """
-    if output_dir is not None:
-        folder = RunFolder(user_path(output_dir, "training.output_dir"))
-        if folder.is_run() and not resume and not overwrite:
-            raise UserError(
-                f"{folder.path}: holds a run already; --resume auto continues it, --overwrite starts it again, "
-                "--set training.output_dir=... goes elsewhere"
-            )
-        goes_on = folder.is_run() or (resume and folder.checkpoints())
-        if not overwrite and not goes_on and (there := [*folder.written(), *folder.checkpoints()]):
-            raise UserError(
-                f"{folder.path}: is no run's folder (there is no config.yaml in it), but holds "
-                f"{', '.join(path.name for path in there[:6])}, which a run would write over; --overwrite removes "
-                "them, --set training.output_dir=... goes elsewhere"
-            )
-        folder.claim()
-        return folder
-    taken: list[RunFolder] = []
-    index = 1
-    while True:
-        folder = RunFolder(Path("runs") / (name if index == 1 else f"{name}-{index}"))
-        if folder.path.exists():
-            taken.append(folder)
-        elif taken and (resume or overwrite):
-            taken[-1].claim()
-            return taken[-1]
-        elif folder.claim():
-            return folder
-        index += 1

@@ -1,6 +1,5 @@
 """A run from its first line on the screen to a folder that a person can read: score, train, score again, save."""
 
-import shutil
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -8,13 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from lsr_scale import config, distributed, evaluate, record, run_folder
-from lsr_scale.adapter_files import misfits, save_adapter
+from lsr_scale import config, distributed, evaluate, record
+from lsr_scale.adapter_files import check_description, misfits, save_adapter
 from lsr_scale.condition import WatchCondition, draw_conditions
 from lsr_scale.config import RunConfig
 from lsr_scale.errors import UserError
 from lsr_scale.model import base_description
+from lsr_scale.model.names import elsewhere
 from lsr_scale.model.sharded import let_go
 from lsr_scale.paths import user_path
 from lsr_scale.progress import (
@@ -28,9 +29,10 @@ from lsr_scale.progress import (
     summarize_metrics,
 )
 from lsr_scale.run_folder import RunFolder, step_of
+from lsr_scale.run_start import Earlier, choose, recover
 from lsr_scale.scoring.accuracy import TaskScore
 from lsr_scale.training import checkpoints
-from lsr_scale.training.assembly import build_trainer, only_new_warnings, uses_deepspeed, zero_stage
+from lsr_scale.training.assembly import build_trainer, only_new_warnings, read_data, uses_deepspeed, zero_stage
 from lsr_scale.training.faults import StopOnSignal, Terminated, ends_with_others
 from lsr_scale.training.settings import named
 
@@ -65,12 +67,28 @@ def train(
             print_line(text)
 
     chosen, lock = _agree(run, name, resume, overwrite)
+    folder = chosen[1]
     try:
         with lock:
-            return _train(*chosen, started=started, say=say, quiet=quiet, resumes=resume is not None)
+            try:
+                return _train(*chosen, started=started, say=say, quiet=quiet, resumes=resume is not None)
+            finally:
+                if distributed.is_main():
+                    Earlier(folder).settle()
     finally:
         if distributed.is_main():
-            chosen[1].release()
+            folder.release()
+
+
+class _DropsEarlier(TrainerCallback):
+    """Lets what stood in the folder before go once a step of this run is saved."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self.earlier = Earlier(folder)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            self.earlier.drop()
 
 
 def _train(
@@ -104,11 +122,17 @@ def _train(
     stop = StopOnSignal(say)
     watch = WatchCondition(run.training["condition_tolerance"], run.training["condition_guard"], say)
     # in this order: progress refuses what is not finite, and records what was measured before it
-    trainer = build_trainer(begins, folder, [stop, watch, progress], say)
+    data = read_data(run)
+    if checkpoint:
+        for note in checkpoints.check_data(checkpoint, data.sources):
+            say(f"note: {note}")
+    with elsewhere(None if checkpoint else run.model.name, "--set model.name=FOLDER"):
+        trainer = build_trainer(begins, folder, [stop, watch, progress, _DropsEarlier(folder)], say, data)
     model: Any = trainer.model
     if checkpoint:
-        _check_adapter(model, checkpoint)
-    _begin(run, folder, checkpoint, say)
+        for note in _check_adapter(model, checkpoint):
+            say(f"note: {note}")
+    _begin(run, folder, checkpoint, data.sources, say)
     num_rows = len(trainer.train_dataset)  # pyright: ignore[reportArgumentType]
     trainable, _ = model.get_nb_trainable_parameters()
     say(f"trainable parameters: {trainable:,} of {base_description(model)['num_parameters'] + trainable:,}")
@@ -127,12 +151,12 @@ def _train(
             live=live,
         )
         let_go(model)
-        evaluate.save_predictions(folder, scores[when], when)
+        evaluate.save_predictions(folder, tasks, scores[when], when)
 
     if tasks and run.eval.before and checkpoint is None:
         score("before")
     elif tasks and checkpoint is not None:
-        scores |= evaluate.read_scores(folder, tasks, "before")
+        scores |= evaluate.read_scores(folder, tasks, "before", say)
     before_training = time.monotonic()
     begins_at = checkpoints.step(checkpoint) if checkpoint else 0  # training may remove the checkpoint
     say("training")
@@ -153,6 +177,8 @@ def _train(
     check_finite(model, "after training")
     with only_new_warnings():
         save_adapter(trainer, folder.adapter)
+    if main:
+        Earlier(folder).drop()
     say(f"adapter saved: {folder.adapter}")
     if late:
         raise Terminated(late, f"after the last step, the adapter is saved in {folder.adapter}")
@@ -212,10 +238,10 @@ def _agree(run: RunConfig, name: str, resume: str | None, overwrite: bool) -> tu
     lock = ExitStack()
     if distributed.is_main():
         try:
-            fitted, folder, *rest = _choose(run, name, resume, overwrite)
-            lock.enter_context(folder.held())
-            chosen = (fitted.training, folder, *rest)  # a run cannot be pickled
+            fitted, *rest = _choose(run, name, resume, overwrite, lock)
+            chosen = (fitted.training, *rest)  # a run cannot be pickled
         except UserError as error:
+            lock.close()
             chosen = str(error)
     chosen = distributed.broadcast(chosen)
     if isinstance(chosen, str):
@@ -236,7 +262,7 @@ def _check_alike(run: RunConfig, resume: str | None, overwrite: bool) -> None:
             )
 
 
-def _choose(run: RunConfig, name: str, resume: str | None, overwrite: bool) -> _Chosen:
+def _choose(run: RunConfig, name: str, resume: str | None, overwrite: bool, lock: ExitStack) -> _Chosen:
     """Return the run, its folder, the checkpoint to go on from, and what the user should know about that.
 
     The run is the one given, but for the gradient accumulation where another number of processes goes on.
@@ -251,17 +277,19 @@ def _choose(run: RunConfig, name: str, resume: str | None, overwrite: bool) -> _
 
     if resume not in (None, "auto"):
         checkpoint = user_path(resume, "--resume")
-        (run, notes), home = check(checkpoint), checkpoint.resolve().parent
+        home = checkpoints.home(checkpoint)
+        recover(RunFolder(home))
+        run, notes = check(checkpoint)
         goes_on = output_dir is None or user_path(output_dir, "training.output_dir").resolve() == home
-        return run, run_folder.choose(output_dir or str(home), name, goes_on, overwrite), checkpoint, notes
-    folder = run_folder.choose(output_dir, name, resume == "auto", overwrite)
+        return run, choose(output_dir or str(home), name, goes_on, overwrite, lock), checkpoint, notes
+    folder = choose(output_dir, name, resume == "auto", overwrite, lock)
     if resume is None:
         return run, folder, None, []
     newest, notes = checkpoints.newest(folder)
     if newest is not None:
         run, changed = check(newest)
         return run, folder, newest, [*notes, *changed]
-    if folder.adapter.exists():
+    if folder.has_adapter():
         raise UserError(
             f"{folder.path}: the run is finished, and no whole checkpoint is left to go on from; --overwrite starts "
             "it again"
@@ -274,35 +302,41 @@ def _choose(run: RunConfig, name: str, resume: str | None, overwrite: bool) -> _
     return run, folder, None, []
 
 
-def _begin(run: RunConfig, folder: RunFolder, checkpoint: Path | None, say: Callable[[str], None]) -> None:
-    """Make the folder this run's, once nothing stands in its way any more: what an earlier one left there goes."""
+def _begin(
+    run: RunConfig,
+    folder: RunFolder,
+    checkpoint: Path | None,
+    sources: dict[str, list[dict[str, Any]]],
+    say: Callable[[str], None],
+) -> None:
+    """Make the folder this run's, once nothing stands in its way any more; what an earlier one left is set aside."""
     if distributed.is_main():
-        goes_on = checkpoint is not None and checkpoint.resolve().parent == folder.path.resolve()
+        goes_on = checkpoint is not None and checkpoints.home(checkpoint) == folder.path.resolve()
         after = checkpoints.step(checkpoint) if checkpoint is not None and goes_on else -1
-        old = [path for path in folder.checkpoints() if step_of(path) > after]
+        old = [path for path in folder.own_checkpoints() if step_of(path) > after]
+        if goes_on:  # somebody renamed or copied these, and may miss them
+            old = [path for path in old if not checkpoints.is_misnamed(path)]
         if old:
-            say(f"removing what an earlier run left: {', '.join(path.name for path in old)}")
-        for path in (*old, *folder.path.glob(".checkpoint-*")):  # the latter a kill left in the midst of a save
-            shutil.rmtree(path, ignore_errors=True)
-        if not goes_on:
-            _clear(folder)
-        elif folder.nonfinite.exists():  # what is done again is noted again
+            say(f"removed once a step is saved, what an earlier run left: {', '.join(path.name for path in old)}")
+        begins_with = folder.config, folder.environment, folder.data, folder.metrics
+        Earlier(folder).keep(old if goes_on else [*folder.written(), *old], begins_with if goes_on else (), after)
+        for path in folder.path.glob(".checkpoint-*.part"):  # a kill left it in the midst of a save
+            record.remove(path)
+        if goes_on and folder.nonfinite.exists():  # what is done again is noted again
             cut_back(folder.nonfinite, after)
         record.write_json(folder.environment, record.environment())
+        record.write_json(folder.data, sources)
         begun = checkpoints.as_begun(checkpoint, run) if checkpoint is not None else run
         record.write_text(folder.config, config.dump_yaml(begun))  # last: it makes the folder a run
     distributed.broadcast(None)  # nobody writes before that
 
 
-def _clear(folder: RunFolder) -> None:
-    """Remove what a run wrote, and nothing else that lies in its folder."""
-    for path in folder.written():
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def _check_adapter(model: Any, checkpoint: Path) -> None:
+def _check_adapter(model: Any, checkpoint: Path) -> list[str]:
+    """Return how the base differs from the one of a checkpoint; raise where its adapter does not fit."""
+    notes = check_description(model, checkpoint)
     wrong = misfits(model, checkpoint)
     if wrong:
         raise UserError(
             f"--resume {checkpoint}: its adapter does not fit this run's model and data\n" + "\n".join(wrong)
         )
+    return notes

@@ -12,13 +12,14 @@ import torch
 import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from tiny_runs import completions, do, factors, metrics, same, save_llama, tiny_run, write_rows
+from tiny_runs import completions, do, factors, metrics, questions, same, save_llama, tiny_run, write_rows
 from transformers import TrainerCallback
 
 from lsr_scale import UserError, cli, progress
 from lsr_scale.run_folder import RunFolder
+from lsr_scale.run_start import Earlier
 from lsr_scale.train import train
-from lsr_scale.training.checkpoints import damage
+from lsr_scale.training.checkpoints import damage, write_manifest
 
 # dropout makes the random state count
 DROPOUT = {"method": "kron_lora", "rank": 4, "left_out": 4, "dropout": 0.2}
@@ -187,17 +188,23 @@ def test_a_run_whose_checkpoints_are_all_harmed_is_not_begun_again(place, stoppe
     assert len(stopped.checkpoints()) == 2
 
 
-@pytest.mark.parametrize("name", ["eval/my_code.py", "adapter/mine.bin", "checkpoint-500/model.bin", "results.json"])
-def test_what_no_run_wrote_is_not_removed(place, undisturbed, tmp_path, name):
+@pytest.mark.parametrize(
+    "name",
+    ["eval/my_code.py", "adapter/mine.bin", "checkpoint-500/model.bin", "results.json", "config.yaml", "env.json"],
+)
+def test_a_folder_that_no_run_wrote_is_left_alone(place, undisturbed, tmp_path, name):
     mine = tmp_path / "run" / name
     mine.parent.mkdir(parents=True)
     mine.write_text("mine")
     first = name.split("/")[0]
-    with pytest.raises(UserError, match=rf"is no run's folder .*, but holds {first}, which a run would write over"):
-        do(run_in(place, tmp_path / "run"))
-    with pytest.raises(UserError, match="no checkpoint is whole" if "checkpoint" in name else "is no run's folder"):
-        do(run_in(place, tmp_path / "run"), resume="auto")
+    for how in ({}, {"resume": "auto"}, {"overwrite": True}):
+        with pytest.raises(
+            UserError, match=rf"is no run's folder, but holds {first}, which no run wrote .* move it away"
+        ):
+            do(run_in(place, tmp_path / "run"), **how)
+    assert [path for path in (tmp_path / "run").rglob("*") if path.is_file()] == [mine]
     assert mine.read_text() == "mine"
+    (tmp_path / "run" / first).rename(tmp_path / "away")
     do(run_in(place, tmp_path / "run"), overwrite=True)
     assert same(factors(undisturbed), factors(RunFolder(tmp_path / "run")))
 
@@ -362,12 +369,69 @@ def test_a_folder_with_a_run_is_refused_and_overwrite_begins_it_again(place, sto
         do(run_in(place, stopped.path), overwrite=True, resume="auto")
 
 
-def test_an_overwritten_run_leaves_no_results_beside_the_new_configuration(place, undisturbed, tmp_path, stop_at):
+def contents(folder):
+    """Return every file below a folder with its bytes."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_an_overwritten_run_is_back_where_the_new_one_ends_before_its_first_checkpoint(
+    place, undisturbed, tmp_path, stop_at, capsys
+):
     folder = RunFolder(Path(shutil.copytree(undisturbed.path, tmp_path / "run")))
+    before = contents(folder.path)
     stop_at(1)
     with pytest.raises(Killed):
+        do(run_in(place, folder.path), overwrite=True)
+    assert contents(folder.path) == before
+    assert "ended before it saved a step; what it found here is back" in capsys.readouterr().err
+
+
+def test_an_overwritten_run_leaves_no_results_beside_a_new_one_that_has_saved_a_step(
+    place, undisturbed, tmp_path, stop_at
+):
+    folder = RunFolder(Path(shutil.copytree(undisturbed.path, tmp_path / "run")))
+    stop_at(3)
+    with pytest.raises(Killed):
         do(run_in(place, folder.path, eval={"tasks": []}), overwrite=True)
-    assert {path.name for path in folder.path.iterdir()} == {"config.yaml", "env.json", "metrics.jsonl"}
+    assert {path.name for path in folder.path.iterdir()} == {
+        *("config.yaml", "data.json", "env.json", "metrics.jsonl", "checkpoint-2")
+    }
+
+
+@pytest.mark.parametrize("moment", ["while moving", "moved", "while returning"])
+def test_a_kill_in_an_overwriting_run_loses_nothing(place, undisturbed, tmp_path, monkeypatch, moment, capsys):
+    folder = RunFolder(Path(shutil.copytree(undisturbed.path, tmp_path / "run")))
+    before = contents(folder.path)
+    number = 0
+
+    def killed_at_the_third(method):
+        def moves(self, *args):
+            nonlocal number
+            number += self.suffix != ".part"
+            if number == 3:
+                raise Killed
+            return method(self, *args)
+
+        return moves
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Earlier, "settle", lambda self: None)
+        if moment == "while moving":
+            patch.setattr("pathlib.Path.rename", killed_at_the_third(Path.rename))
+        arrange_stop(patch, 1)
+        with pytest.raises(Killed):
+            do(run_in(place, folder.path), overwrite=True)
+    if moment == "while returning":
+        with monkeypatch.context() as patch:
+            patch.setattr("pathlib.Path.replace", killed_at_the_third(Path.replace))
+            with pytest.raises(Killed):
+                Earlier(folder).settle()
+    assert contents(folder.path) != before
+    capsys.readouterr()
+    with pytest.raises(UserError, match="holds a run already"):
+        do(run_in(place, folder.path))
+    assert contents(folder.path) == before
+    assert "what it found here is back" in capsys.readouterr().err
 
 
 def test_overwriting_with_a_run_that_cannot_begin_loses_nothing(place, undisturbed, tmp_path):
@@ -453,7 +517,217 @@ def test_a_full_disk_under_the_metrics_ends_the_run_in_words(place, tmp_path, mo
     monkeypatch.setattr(
         module,
         "build_trainer",
-        lambda run, folder, callbacks, say: original(run, folder, [FillMetrics(), *callbacks], say),
+        lambda run, folder, callbacks, *rest: original(run, folder, [FillMetrics(), *callbacks], *rest),
     )
     assert cli.main(["train", file]) == 2
     assert "lsr-scale: the disk is full; free some space" in capfd.readouterr().err
+
+
+def rename(folder, old, new):
+    (folder / f"checkpoint-{old}").rename(folder / f"checkpoint-{new}")
+
+
+@pytest.mark.parametrize("change", ["copied", "exchanged", "dated in the future", "linked"])
+def test_checkpoints_are_known_by_the_step_in_their_state(place, undisturbed, stopped, tmp_path, change, capsys):
+    folder = stopped.path
+    expected = folder / "checkpoint-4"
+    if change == "copied":
+        shutil.copytree(folder / "checkpoint-2", folder / "checkpoint-6")
+    elif change == "exchanged":
+        shutil.copytree(folder / "checkpoint-4", tmp_path / "checkpoint-4")
+        shutil.rmtree(folder / "checkpoint-4")
+        rename(folder, 2, 4)
+        shutil.copytree(tmp_path / "checkpoint-4", folder / "checkpoint-2")
+    elif change == "dated in the future":
+        os.utime(folder / "checkpoint-2", (4e9, 4e9))
+    else:
+        (folder / "checkpoint-4").rename(tmp_path / "checkpoint-4")
+        (folder / "checkpoint-4").symlink_to(tmp_path / "checkpoint-4")
+    before = contents(folder)
+    run = run_in(place, folder, training={"save_total_limit": 1})
+    if change == "exchanged":
+        with pytest.raises(
+            UserError, match=r"checkpoint-4 is left out: it was saved after step 2, .*checkpoint-2 to go"
+        ):
+            train(run, resume="auto")
+        assert contents(folder) == before
+        return
+    train(run, resume="auto")
+    said = capsys.readouterr().out
+    assert f"resuming from {expected}" in said
+    assert same(factors(undisturbed), factors(stopped))
+    names = {path.name for path in stopped.checkpoints()}
+    if change == "copied":
+        assert f"{folder}/checkpoint-6 is left out: it was saved after step 2, which its name should say" in said
+        assert "checkpoint-6 was no checkpoint of that step: it is called checkpoint-6.kept now" in said
+        assert contents(folder / "checkpoint-6.kept") == contents(folder / "checkpoint-2") or names == {"checkpoint-6"}
+    assert names == {"checkpoint-6"}
+    if change == "linked":
+        assert damage(tmp_path / "checkpoint-4") is None, "a link goes, not what it points to"
+
+
+def test_a_misnamed_checkpoint_by_its_path_is_refused_and_the_advice_works(place, undisturbed, stopped):
+    rename(stopped.path, 4, 7)
+    with pytest.raises(
+        UserError, match=r"checkpoint-7: not .*: it was saved after step 4, .* name it checkpoint-4 to go"
+    ):
+        do(run_in(place, stopped.path), resume=str(stopped.path / "checkpoint-7"))
+    rename(stopped.path, 7, 4)
+    do(run_in(place, stopped.path), resume=str(stopped.path / "checkpoint-4"))
+    assert same(factors(undisturbed), factors(stopped))
+
+
+def altered(checkpoint, name, content):
+    """Write a checkpoint's file anew, and its manifest with it, as a script of somebody's would."""
+    (checkpoint / name).write_text(content if isinstance(content, str) else json.dumps(content))
+    write_manifest(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        ("training_state.json", {"step": "4"}, "training_state.json: step: Input should be a valid integer"),
+        ("training_state.json", {"rows_per_step": 0}, "training_state.json: rows_per_step: Input should be greater"),
+        ("training_state.json", {"groups": 1}, "training_state.json: groups: Input should be a valid array"),
+        ("training_state.json", "[]", "training_state.json: content: Input should be an object"),
+        ("training_state.json", "", "training_state.json: content: Invalid JSON"),
+        ("trainer_state.json", {"global_step": 5}, "trainer_state.json is of step 5, training_state.json of step 4"),
+        ("trainer_state.json", {"odd": 1}, "trainer_state.json cannot be read"),
+        ("trainer_state.json", "[]", "trainer_state.json cannot be read"),
+        ("trainer_state.json", "[" * 100_000, "trainer_state.json cannot be read"),
+    ],
+)
+def test_a_state_of_odd_content_is_damage(stopped, name, change, words):
+    checkpoint = stopped.path / "checkpoint-4"
+    content = json.loads((checkpoint / name).read_text())
+    altered(checkpoint, name, {**content, **change} if isinstance(change, dict) else change)
+    assert words in (damage(checkpoint) or "")
+
+
+@pytest.mark.parametrize(
+    "change", [{"scheduler": {}}, {"groups": []}, {"groups": [{"lr": "x"}]}, {"scalars": {"optimizer/x/step": 1}}]
+)
+def test_a_state_of_another_optimizer_is_refused_in_words(place, stopped, change):
+    checkpoint = stopped.path / "checkpoint-4"
+    content = json.loads((checkpoint / "training_state.json").read_text())
+    altered(checkpoint, "training_state.json", {**content, **change})
+    before = contents(stopped.path)
+    with pytest.raises(UserError, match="do not hold the state of this run's optimizer and schedule"):
+        do(run_in(place, stopped.path), resume="auto")
+    assert contents(stopped.path) == before
+
+
+@pytest.mark.parametrize("name", ["../../secret", "/etc/passwd", "a\0b"])
+def test_a_manifest_that_leads_out_of_its_folder_is_damage(stopped, name):
+    file = stopped.path / "checkpoint-4" / "manifest.json"
+    content = json.loads(file.read_text())
+    content["files"][name] = {"bytes": 1, "sha256": ""}
+    file.write_text(json.dumps(content))
+    assert repr(name)[1:-1] in (damage(file.parent) or "").replace("\0", r"\x00")
+
+
+def test_a_refusal_while_going_on_leaves_every_file_as_it_was(place, stopped):
+    before = contents(stopped.path)
+    run = run_in(place, stopped.path, training={"lr_scheduler_kwargs": {"nonsense": 1}})
+    for how in ("auto", str(stopped.path / "checkpoint-2")):
+        with pytest.raises((UserError, TypeError)):
+            do(run, resume=how)
+        assert contents(stopped.path) == before
+
+
+def test_an_overwritten_run_is_back_where_the_new_one_s_schedule_is_refused(place, undisturbed, tmp_path):
+    shutil.copytree(undisturbed.path, tmp_path / "run")
+    before = contents(tmp_path / "run")
+    for training in ({"lr_scheduler_kwargs": {"nonsense": 1}}, {"optim": "galore_adamw"}):
+        with pytest.raises((UserError, TypeError, ValueError, ImportError)):
+            do(run_in(place, tmp_path / "run", training=training), overwrite=True)
+        assert contents(tmp_path / "run") == before
+
+
+def with_rows_of_its_own(place, tmp_path, **sections):
+    rows = write_rows(tmp_path / "grow.jsonl", completions())
+    return run_in(place, tmp_path / "run", data={"train": [rows], **sections.pop("data", {})}, **sections)
+
+
+def test_other_training_rows_are_refused_by_source_and_the_advice_works(place, tmp_path, stop_at):
+    run = with_rows_of_its_own(place, tmp_path)
+    stop_at(5)
+    with pytest.raises(Killed):
+        do(run)
+    folder = RunFolder(tmp_path / "run")
+    saved = json.loads(folder.data.read_text())["train"]
+    assert [(row["path"], row["num_rows"], len(row["sha256"])) for row in saved] == [
+        (str(tmp_path / "grow.jsonl"), 12, 64)
+    ]
+    before = contents(folder.path)
+    write_rows(tmp_path / "grow.jsonl", completions(14))
+    words = (
+        rf"the training data changed.*\n.*grow\.jsonl with 12 rows \(hash {saved[0]['sha256'][:12]}\) when the run "
+        r"began, \S*grow\.jsonl with 14 rows"
+    )
+    for how in ("auto", str(folder.path / "checkpoint-2")):
+        with pytest.raises(UserError, match=words):
+            do(run, resume=how)
+        assert contents(folder.path) == before
+    start = {**DROPOUT, "start_from": str(folder.path / "checkpoint-4")}
+    anew = do(run_in(place, tmp_path / "anew", adapter=start, data={"train": [str(tmp_path / "grow.jsonl")]}))
+    assert anew.has_adapter()
+    write_rows(tmp_path / "grow.jsonl", completions())
+    do(run, resume="auto")
+    assert [row["step"] for row in metrics(folder)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_rows_that_were_moved_are_the_same_rows(place, tmp_path, stop_at, capsys):
+    run = with_rows_of_its_own(place, tmp_path)
+    stop_at(5)
+    with pytest.raises(Killed):
+        do(run)
+    (tmp_path / "grow.jsonl").rename(tmp_path / "moved.jsonl")
+    train(run_in(place, tmp_path / "run", data={"train": [str(tmp_path / "moved.jsonl")]}), resume="auto")
+    assert "note: changed since the run began: data.train" in capsys.readouterr().out
+
+
+def test_other_validation_rows_and_questions_are_said_and_scores_left_to_their_questions(
+    place, tmp_path, stop_at, capsys
+):
+    files = [write_rows(tmp_path / "check.jsonl", completions(4)), write_rows(tmp_path / "asked.jsonl", questions())]
+    run = with_rows_of_its_own(place, tmp_path, data={"validation": [files[0]]}, eval={"tasks": [files[1]]})
+    stop_at(5)
+    with pytest.raises(Killed):
+        do(run)
+    write_rows(tmp_path / "check.jsonl", completions(5))
+    write_rows(tmp_path / "asked.jsonl", [{**row, "question": row["question"] + "?"} for row in questions()])
+    train(run, resume="auto")
+    said = capsys.readouterr().out
+    assert "note: data changed since the run began: validation: " in said
+    assert "check.jsonl with 4 rows" in said
+    assert "asked-before.jsonl is left out: it is not of the questions that asked has now" in said
+    accuracy = json.loads((tmp_path / "run" / "results.json").read_text())["accuracy"]
+    assert list(accuracy["asked"]) == ["after"]
+
+
+def test_a_run_of_before_there_was_a_record_of_its_data_goes_on_with_a_note(place, undisturbed, stopped, capsys):
+    stopped.data.unlink()
+    train(run_in(place, stopped.path), resume="auto")
+    assert (
+        "data.json says what data checkpoint-4 was trained on, so it could not be compared" in capsys.readouterr().out
+    )
+    assert same(factors(undisturbed), factors(stopped))
+
+
+def test_odd_lines_of_metrics_are_passed_over(place, stopped):
+    lines = stopped.metrics.read_text().splitlines()
+    odd = ['{"step', "[1]", '{"step": "2"}', '{"loss": 1}', "9" * 5000, '{"step": 3, "wall_s": "x", "loss": []}']
+    stopped.metrics.write_text("\n".join([odd[0], lines[0], *odd[1:], *lines[1:3], '{"step": 4}', *lines[4:]]) + "\n")
+    do(run_in(place, stopped.path), resume="auto")
+    assert [row["step"] for row in metrics(stopped)] == [1, 3, 2, 3, 4, 5, 6]
+    assert json.loads(stopped.results.read_text())["peak_memory_gib"] > 0
+
+
+def test_a_moved_base_is_named_when_a_run_goes_on(place, stopped, tmp_path, capsys):
+    run = run_in(place, stopped.path, model={"name": str(tmp_path / "gone")})
+    with pytest.raises(UserError, match=r"no such folder; .*if it lies elsewhere now: --set model\.name=FOLDER"):
+        do(run, resume="auto")
+    shutil.copytree(place / "model", tmp_path / "gone")
+    train(run, resume="auto")
+    assert "note: changed since the run began: model.name: " in capsys.readouterr().out

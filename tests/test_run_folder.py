@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ from safetensors import SafetensorError
 
 from lsr_scale import UserError, record
 from lsr_scale.progress import draw_losses, read_metrics, summarize_metrics
-from lsr_scale.run_folder import RunFolder, choose, open_run
+from lsr_scale.run_folder import RunFolder, open_run
+from lsr_scale.run_start import choose as choose_and_lock
 
 
 @pytest.fixture(autouse=True)
@@ -18,8 +20,14 @@ def _in_an_empty_place(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
+def choose(output_dir, name, resume, overwrite):
+    with ExitStack() as lock:
+        return choose_and_lock(output_dir, name, resume, overwrite, lock)
+
+
 def begun(folder):
-    record.write_text(folder.config, "model: {}\n")
+    record.write_json(folder.environment, {"lsr_scale": "1.0"})
+    record.write_text(folder.config, "model: {}\nadapter: {}\ndata: {}\ntraining: {}\n")
     return folder
 
 
@@ -103,8 +111,13 @@ def test_checkpoints_are_in_the_order_of_their_steps(tmp_path):
     ]
 
 
-def test_tasks_with_any_name_have_a_file_of_predictions():
-    assert RunFolder(Path("run")).predictions("builtin:a b/c", "x") == Path("run/eval/builtin_a_b_c-x.jsonl")
+def test_tasks_with_any_name_have_a_file_of_predictions_of_their_own():
+    folder = RunFolder(Path("run"))
+    assert folder.predictions("arc_easy", "before") == Path("run/eval/arc_easy-before.jsonl")
+    tasks = ["\xfc", "\xf6", "u\u0308", "my set", "my_set", "my/set", "A", "a", "builtin:a b/c", "x" * 300, "x" * 301]
+    names = [folder.predictions(task, "before").name for task in tasks]
+    assert len({name.lower() for name in names}) == len(tasks)
+    assert all(name.isascii() and len(name) < 130 and "/" not in name for name in names)
 
 
 @pytest.mark.parametrize("fails", ["write", "fsync", "replace"])

@@ -77,8 +77,8 @@ def main() -> None:
     adapters.METHODS["lsr"].materialize = staticmethod(spy)
     build, watch = assembly.build_trainer, Watch()
 
-    def build_and_watch(run, where, callbacks, say):
-        watch.trainer = build(run, where, [*callbacks, watch], say)
+    def build_and_watch(run, where, callbacks, *rest):
+        watch.trainer = build(run, where, [*callbacks, watch], *rest)
         return watch.trainer
 
     train.build_trainer = build_and_watch

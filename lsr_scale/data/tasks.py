@@ -5,6 +5,8 @@ column layout of its hub dataset or in the uniform layout `{"question", "choices
 `Example`. Rows of a task that is not in `TASKS` take the generic form `"Question: ...\\nAnswer:"`.
 """
 
+import hashlib
+import json
 import re
 import string
 from collections.abc import Callable, Iterable, Mapping
@@ -43,6 +45,11 @@ class Example:
     continuations: tuple[str, ...]
     answer: int
     normalizers: tuple[int, ...]
+
+    def sha256(self) -> str:
+        """Return a hash of all that a score depends on."""
+        content = (self.contexts, self.continuations, self.answer, self.normalizers)
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import shutil
 import statistics
 import tempfile
@@ -22,6 +21,7 @@ from lsr_scale.export import pairs as lora
 from lsr_scale.export.card import write_card
 from lsr_scale.export.source import AdapterSource, describe_file, open_adapter
 from lsr_scale.export.verify import EXACT, Agreement, Reference, base_section, questions_of
+from lsr_scale.model.names import elsewhere
 from lsr_scale.paths import user_path
 
 KINDS = ("adapter", "lora", "merged", "gguf")
@@ -86,7 +86,7 @@ def export(
         raise UserError(f"--dtype: expected one of {', '.join(allowed)} for --to {kind}, got {dtype!r}")
     started = time.perf_counter()
     source = open_adapter(path)
-    with _appears_whole(user_path(out, "--out")) as folder:
+    with elsewhere(base), _appears_whole(user_path(out, "--out")) as folder:
         facts: dict[str, Any] = {}
         if kind == "adapter":
             lora.write_factors(folder, source, bits, lora.metadata_of(source, kind, bits=bits))
@@ -252,8 +252,9 @@ def _appears_whole(out: Path) -> Iterator[Path]:
     """Give a folder beside `out` to write into; it becomes `out` at the end, or is removed."""
     if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
         raise UserError(f"{out}: there is something already; export into a new folder")
-    aside = out.with_name(f".{out.name}.{os.getpid()}.part")
+    aside = record.place_aside(out)
     try:
+        record.remove_left_overs(out)  # of exports that were killed
         aside.mkdir(parents=True)
         yield aside
         if out.exists():

@@ -6,8 +6,8 @@ small core are its own. A factor that is a stack of S matrices (the terms of a K
 in float64 on factors as they lie in the file; a condition beyond 1e7 is float32's rounding.
 """
 
-import io
 import math
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,9 @@ from rich.text import Text
 from torch import Tensor
 
 from lsr_scale import record
+from lsr_scale.errors import UserError
 from lsr_scale.export.source import AdapterSource, describe_file, open_adapter
+from lsr_scale.progress import save_figure
 
 # of an update without a pair, whose singular values take a dense SVD
 MAX_DENSE_ELEMENTS = 2**21
@@ -190,12 +192,21 @@ def _number(value: float) -> str:
     return "singular" if math.isinf(value) else f"{value:.3g}"
 
 
+def check_place(picture: Path) -> None:
+    """Raise a UserError if a picture would take the place of something else than an earlier one of ours."""
+    if os.path.lexists(picture) and not record.is_own_picture(picture):
+        raise UserError(
+            f"{picture}: not written: what lies there is no picture that lsr-scale drew; name another with --png FILE"
+        )
+
+
 def draw(report: dict[str, Any], picture: Path) -> None:
     """Draw a report as a PNG: spectra of the updates, their norms and effective ranks by layer, factors' conditions.
 
     Raises:
-        UserError: if the picture cannot be written.
+        UserError: if something else lies there, or the picture cannot be written.
     """
+    check_place(picture)
     import matplotlib
 
     matplotlib.use("Agg")
@@ -248,7 +259,4 @@ def draw(report: dict[str, Any], picture: Path) -> None:
     figure.tight_layout(rect=(0, 0.04, 1, 1))
     if norms.lines:
         figure.legend(*norms.get_legend_handles_labels(), loc="lower center", ncols=min(8, len(norms.lines)))
-    drawn = io.BytesIO()
-    figure.savefig(drawn, metadata={"Software": None})
-    pyplot.close(figure)
-    record.write_bytes(picture, drawn.getvalue())
+    save_figure(figure, picture)

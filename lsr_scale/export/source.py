@@ -122,7 +122,7 @@ def open_adapter(path: str | Path) -> AdapterSource:
         run_folder = RunFolder(folder)
         run = load_run(run_folder.config)
         if run_folder.results.is_file():
-            results = read_json(run_folder.results, "run's results")
+            results = _read_results(run_folder.results)
         folder = run_folder.adapter
         if not folder.is_dir():
             raise UserError(f"{path}: the run has no adapter yet; train it, or go on with --resume auto")
@@ -138,6 +138,20 @@ def open_adapter(path: str | Path) -> AdapterSource:
     for module in modules:
         _check_module(source, module)
     return source
+
+
+def _read_results(file: Path) -> dict[str, Any]:
+    content = read_json(file, "run's results")
+    try:
+        tasks = list((content.get("accuracy") or {}).values())
+        scores = [moments[when]["accuracy"] for moments in tasks for when in ("before", "after") if when in moments]
+        good = all(isinstance(score, int | float) for score in scores)
+        good = good and all(isinstance(values, dict) for moments in tasks for values in moments.values())
+    except (AttributeError, KeyError, TypeError):
+        good = False
+    if not good:
+        raise UserError(f"{file}: not the results of a run; restore or remove it")
+    return content
 
 
 def _at(folder: Path, function: Any, *arguments: Any) -> Any:

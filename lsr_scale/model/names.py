@@ -69,6 +69,22 @@ def explained(name: str, revision: str | None) -> Iterator[None]:
         raise UserError(f"{where}: {remedy}") from error
 
 
+@contextmanager
+def elsewhere(given: str | None, option: str = "--base FOLDER") -> Iterator[None]:
+    """Name the option that tells where a run's base lies now, where the name that the run has for it fails.
+
+    Args:
+        given: What that option says; where it says something, it is what is wrong.
+        option: The option.
+    """
+    try:
+        yield
+    except UserError as error:
+        if given is not None or not str(error).startswith("model.name"):
+            raise
+        raise UserError(f"{error}; if it lies elsewhere now: {option}") from error
+
+
 def _remedy(error: BaseException) -> str | None:
     chain: list[BaseException] = []
     link: BaseException | None = error

@@ -9,10 +9,12 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from packaging.version import Version
 from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import PrinterCallback, Trainer, TrainerCallback, set_seed
@@ -22,7 +24,7 @@ from lsr_scale.adapter_files import find_start, load_adapter
 from lsr_scale.adapters.base import last_names
 from lsr_scale.config import RunConfig
 from lsr_scale.config.training import checkpoints_layers, training_arguments_class
-from lsr_scale.data.formats import build_dataset
+from lsr_scale.data.formats import Kind, build_dataset, load_source
 from lsr_scale.data.kept import kept
 from lsr_scale.data.preview import prepare_tokenizer, tokenize_classification
 from lsr_scale.errors import UserError, did_you_mean
@@ -42,11 +44,46 @@ from lsr_scale.training.settings import named
 from lsr_scale.whole_modules import hold_in_float32
 
 
+@dataclass(frozen=True)
+class RunData:
+    """The rows of a run, their kind (`KIND_MEANING`), and where they came from.
+
+    `sources` holds a list a part ("train", "validation"), of a `Provenance` as a dictionary a source.
+    """
+
+    train: Dataset
+    validation: Dataset | None
+    kind: Kind
+    sources: dict[str, list[dict[str, Any]]]
+
+
+def read_data(run: RunConfig) -> RunData:
+    """Return a run's rows.
+
+    Raises:
+        UserError: for a source that cannot be read, rows that do not fit the run's task, or validation rows of another
+            kind than those for training.
+    """
+    parts = {"train": run.data.train, "validation": run.data.validation or []}
+    read = {part: [load_source(source, part) for source in sources] for part, sources in parts.items()}
+    train, kind = build_dataset(parts["train"], "train", model_task=run.model.task, loaded=read["train"])
+    validation = None
+    if read["validation"]:
+        validation, other = build_dataset(
+            parts["validation"], "validation", model_task=run.model.task, loaded=read["validation"]
+        )
+        if other != kind:
+            raise UserError(f"data.validation: is {other}, but data.train is {kind}; give rows of one kind")
+    sources = {part: [rows.provenance.to_dict() for rows in found] for part, found in read.items()}
+    return RunData(train, validation, kind, sources)
+
+
 def build_trainer(
     run: RunConfig,
     folder: RunFolder,
     callbacks: list[TrainerCallback] | None = None,
     say: Callable[[str], None] = lambda text: None,
+    data: RunData | None = None,
 ) -> Trainer:
     """Return the trainer of a run, its model loaded, quantized and adapted.
 
@@ -55,6 +92,7 @@ def build_trainer(
         folder: Where checkpoints go.
         callbacks: Added to the trainer's own.
         say: Told, in a line each, what a user should know of how the run is set up.
+        data: What `read_data` returned; read here by default.
 
     Raises:
         UserError: for a model, data or adapter that do not go together.
@@ -62,13 +100,8 @@ def build_trainer(
     _check_optimizer(run)
     arguments = _arguments(run, folder)
     tokenizer = load_tokenizer(run.model.name, revision=run.model.revision, chat_template=run.model.chat_template)
-    datasets = {"train": build_dataset(run.data.train, "train", model_task=run.model.task)}
-    if run.data.validation:
-        datasets["eval"] = build_dataset(run.data.validation, "validation", model_task=run.model.task)
-    kind = datasets["train"][1]
-    if any(other != kind for _, other in datasets.values()):
-        raise UserError(f"data.validation: is {datasets['eval'][1]}, but data.train is {kind}; give rows of one kind")
-    for note in prepare_tokenizer(tokenizer, kind):
+    data = data or read_data(run)
+    for note in prepare_tokenizer(tokenizer, data.kind):
         say(note)
     start = _start_of(run)
     if uses_deepspeed(run) and (unused := config.without_effect(run.deepspeed.config or {})):
@@ -87,8 +120,8 @@ def build_trainer(
         "args": arguments,
         "processing_class": tokenizer,
         "callbacks": callbacks,
-        "train_dataset": kept(datasets["train"][0]),
-        "eval_dataset": kept(datasets["eval"][0]) if "eval" in datasets else None,
+        "train_dataset": kept(data.train),
+        "eval_dataset": None if data.validation is None else kept(data.validation),
     }
     with _factors_untouched(model), only_new_warnings(), named(run):
         trainer = _classifier_trainer(run, common) if run.model.task == "seq_cls" else _sft_trainer(common)
@@ -97,7 +130,7 @@ def build_trainer(
         raise UserError(
             f"data.train: training.max_length ({limit}) cuts off everything to be learned in all rows; raise it"
         )
-    if (lost := len(datasets["train"][0]) - num_left) > 0 and not run.training.get("packing"):
+    if (lost := len(data.train) - num_left) > 0 and not run.training.get("packing"):
         say(
             f"note: {lost:,} of {lost + num_left:,} training rows are left out: training.max_length ({limit}) cuts off "
             "all that is to be learned of them; raise it"

@@ -12,25 +12,25 @@ The loop is transformers'; `Resumable` goes before `Trainer` or a subclass of it
 import json
 import math
 import random
-import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.utils.data import RandomSampler, SequentialSampler
 from transformers import Trainer
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.trainer_utils import rotate_checkpoints
 
 from lsr_scale import distributed, record
 from lsr_scale.adapter_files import write_adapter
 from lsr_scale.data.order import WholeSteps
 from lsr_scale.errors import UserError
-from lsr_scale.training import trained_state
-from lsr_scale.training.checkpoints import STATE, TENSORS, write_manifest
+from lsr_scale.progress import print_line
+from lsr_scale.run_folder import STATE, TENSORS, RunFolder
+from lsr_scale.training import checkpoints, trained_state
 from lsr_scale.training.faults import StopOnSignal
 
 _Base: Any = Trainer
@@ -88,17 +88,12 @@ class Resumable(_Base):
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(target))
         if distributed.is_main():
-            rotate_checkpoints(
-                output_dir=str(target.parent),
-                save_total_limit=self.args.save_total_limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,
-            )
+            kept = {self.state.global_step, *([best] if best else [])}
+            checkpoints.rotate(RunFolder(target.parent), self.args.save_total_limit, kept)
 
     def _write(self, target: Path, tensors: dict[str, torch.Tensor], scalars: dict[str, Any], states: list) -> None:
-        aside, old = (target.with_name(f".{target.name}.{word}") for word in ("part", "old"))
-        for left_over in (aside, old):
-            shutil.rmtree(left_over, ignore_errors=True)
+        aside = target.with_name(f".{target.name}.part")
+        record.remove(aside)
         for callback in (*self.callback_handler.callbacks, self.control):
             if isinstance(callback, ExportableState):
                 kept = self.state.stateful_callbacks
@@ -124,18 +119,17 @@ class Resumable(_Base):
             save_file(tensors, aside / TENSORS)
             (aside / STATE).write_text(json.dumps(content), encoding="utf-8")
             self.state.save_to_json(str(aside / "trainer_state.json"))
-            write_manifest(aside)
-            if target.exists():
-                target.rename(old)
-            aside.rename(target)
+            checkpoints.write_manifest(aside)
+            if moved := checkpoints.free_place(target):
+                print_line(f"note: {target} was no checkpoint of that step: it is called {moved.name} now")
+            record.replace_folder(aside, target, {path.name for path in aside.iterdir()})
             record.sync(target.parent)
         except Exception as error:
-            shutil.rmtree(aside, ignore_errors=True)
+            record.remove(aside)
             system = record.system_error(error)
             if system is not None:
                 raise record.cannot_write(target, system) from error
             raise
-        shutil.rmtree(old, ignore_errors=True)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """Make the optimizer without groups of no parameters, which some engines drop: so its groups are the same."""
@@ -156,9 +150,15 @@ class Resumable(_Base):
                     "set training.optim as it was"
                 )
             self.first_num_processes = content["first_num_processes"]
-            trained_state.restore(self, load_file(folder / TENSORS), content["scalars"])
-            trained_state.restore_groups(self, content["groups"])
-            trained_state.restore_schedule(self, content["scheduler"])
+            try:
+                trained_state.restore(self, load_file(folder / TENSORS), content["scalars"])
+                trained_state.restore_groups(self, content["groups"])
+                trained_state.restore_schedule(self, content["scheduler"])
+            except (KeyError, TypeError, ValueError, IndexError, AttributeError, SafetensorError) as error:
+                raise UserError(
+                    f"--resume {folder}: {TENSORS} and {STATE} do not hold the state of this run's optimizer and "
+                    f"schedule ({type(error).__name__}: {str(error)[:200]}); go on from another checkpoint"
+                ) from error
             if isinstance(self._order, WholeSteps):
                 # where processes share the batches, accelerate's loader that skips those done does not reach the order
                 self._order.set_epoch(content["step"] * self.rows_per_step // len(self._order))

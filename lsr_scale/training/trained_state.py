@@ -109,6 +109,9 @@ def restore_groups(trainer: Trainer, saved: list[dict[str, Any]]) -> None:
     """Give back what `parameter_groups` returned."""
     groups = base_optimizer(trainer).param_groups
     for group, values in zip(groups, saved, strict=True):
+        wrong = [k for k, v in values.items() if isinstance(group.get(k), int | float) and isinstance(v, str)]
+        if wrong:
+            raise TypeError(f"{wrong[0]}: expected a number, got {values[wrong[0]]!r:.60}")
         group.update({k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k != "params"})
 
 

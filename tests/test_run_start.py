@@ -1,0 +1,306 @@
+"""A folder is a run's by what only a run writes; what stood there goes once a new run has saved a step, not before."""
+
+import json
+import os
+import shutil
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from lsr_scale import UserError, record
+from lsr_scale.run_folder import MANIFEST, RunFolder
+from lsr_scale.run_start import Earlier, choose, recover
+
+CONFIG = "model: {}\nadapter: {}\ndata: {}\ntraining: {}\n"
+SCORED = '{"id": "a", "log_likelihoods": [0.0]}\n'
+
+
+def write(path, text=""):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+def a_run(path, steps=(2, 4)):
+    """Write what a finished run leaves, without its tensors."""
+    folder = RunFolder(path)
+    write(folder.environment, '{"lsr_scale": "1"}')
+    write(folder.config, CONFIG)
+    write(folder.data, '{"train": [], "validation": []}')
+    write(folder.metrics, '{"step": 1}\n')
+    write(folder.results, '{"method": "lsr", "steps": 4}')
+    write(folder.curve, "")
+    folder.curve.write_bytes(b"\x89PNG\r\n\x1a\n")
+    for name in ("adapter_config.json", "adapter_model.safetensors", "base.json"):
+        write(folder.adapter / name, "{}")
+    for when in ("before", "after", "eval-adapter"):
+        write(folder.predictions("My Set", when), SCORED)
+    for step in steps:
+        write(path / f"checkpoint-{step}" / MANIFEST, "{}")
+    return folder
+
+
+def contents(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def take(path, resume=False, overwrite=False):
+    with ExitStack() as lock:
+        return choose(str(path), "name", resume, overwrite, lock)
+
+
+def test_all_that_a_run_leaves_is_known_as_its_own_and_nothing_else(tmp_path):
+    folder = a_run(tmp_path / "run")
+    ours = {*folder.written(), *folder.own_checkpoints()}
+    everything = {path for path in folder.path.iterdir() if path.name not in ("adapter", "eval")}
+    assert ours == everything | {*folder.adapter.iterdir(), *(folder.path / "eval").iterdir()}
+    for name in ("notes.txt", "eval/my_code.py", "eval/mine.jsonl", "adapter/mine.bin", "checkpoint-9/model.bin"):
+        write(folder.path / name, '{"mine": 1}\n')
+    write(folder.path / "eval" / "mine-before.jsonl", '{"mine": 1}\n')
+    (folder.path / "spectra.png").write_bytes(b"\x89PNG\r\n\x1a\nmine")
+    assert {*folder.written(), *folder.own_checkpoints()} == ours
+
+
+def own_project(path):
+    """Write what somebody's project may have at a run's names."""
+    write(path / "config.yaml", CONFIG)
+    write(path / "results.json", '{"mine": 1}')
+    write(path / "metrics.jsonl", '{"step": 1}\n')
+    write(path / "eval" / "arc-before.jsonl", SCORED)
+    write(path / "eval" / "code.py", "mine")
+    write(path / "checkpoint-10" / "trainer_state.json", "{}")
+    return path
+
+
+@pytest.mark.parametrize("how", [{}, {"resume": True}, {"overwrite": True}])
+@pytest.mark.parametrize("where", [".", "there", "link"])
+def test_a_project_of_somebody_s_is_no_run_and_stays_as_it_is(tmp_path, monkeypatch, how, where):
+    project = own_project(tmp_path / "project" / "there")
+    (tmp_path / "project" / "link").symlink_to("there")
+    monkeypatch.chdir(project if where == "." else project.parent)
+    before = contents(project)
+    with pytest.raises(UserError, match=r"is no run's folder, but holds config\.yaml, .*; move them away, or go else"):
+        take(where, **how)
+    assert contents(project) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("results.json", '{"mine": 1}'),
+        ("results.json", "[1]"),
+        ("results.json", "[" * 100_000),
+        ("metrics.jsonl", "mine\n"),
+        ("config.yaml", "mine: 1\n"),
+        ("loss.png", "mine"),
+        ("env.json", '{"mine": 1}'),
+        ("data.json", "1" * 5000),
+    ],
+)
+@pytest.mark.parametrize("how", [{"resume": True}, {"overwrite": True}])
+def test_a_file_with_a_run_s_name_and_other_content_is_in_the_way(tmp_path, name, content, how):
+    folder = a_run(tmp_path / "run")
+    write(folder.path / name, content)
+    before = contents(folder.path)
+    with pytest.raises(UserError, match=f"holds {name}, which no run wrote and this one would write over; move it"):
+        take(folder.path, **how)
+    assert contents(folder.path) == before
+    (folder.path / name).rename(tmp_path / "away")  # the advice
+    if name != "config.yaml":
+        take(folder.path, **how)
+
+
+@pytest.mark.parametrize("name", ["results.json", "metrics.jsonl", "loss.png", "nonfinite.jsonl"])
+@pytest.mark.parametrize("kind", ["folder", "pipe", "device", "broken link"])
+def test_odd_things_at_a_run_s_names_are_refused_and_not_opened(tmp_path, name, kind):
+    folder = a_run(tmp_path / "run")
+    path = folder.path / name
+    path.unlink(missing_ok=True)
+    if kind == "folder":
+        write(path / "mine")
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("/dev/zero" if kind == "device" else "nowhere")
+    with pytest.raises(UserError, match=f"holds {name}, which no run wrote"):
+        take(folder.path, resume=True)
+    assert os.path.lexists(path)
+
+
+def test_an_earlier_run_is_set_aside_and_removed_once_a_step_is_saved(tmp_path):
+    folder = a_run(tmp_path / "run")
+    mine = [write(folder.path / name, "mine") for name in ("notes.txt", "adapter/mine.bin", "eval/code.py")]
+    earlier = Earlier(folder)
+    earlier.keep([*folder.written(), *folder.own_checkpoints()], (), -1)
+    assert sorted(p for p in folder.path.rglob("*") if p.is_file() and ".earlier-run" not in str(p)) == sorted(mine)
+    write(folder.path / "checkpoint-1" / MANIFEST, "{}")
+    earlier.settle()
+    assert not folder.earlier.exists()
+    assert [path.read_text() for path in mine] == ["mine"] * 3
+
+
+def test_what_is_set_aside_comes_back_bit_for_bit_and_takes_the_new_run_s_files_away(tmp_path, capsys):
+    folder = a_run(tmp_path / "run")
+    write(folder.adapter / "mine.bin", "mine")
+    before = contents(folder.path)
+    Earlier(folder).keep([*folder.written(), *folder.own_checkpoints()], (), -1)
+    write(folder.environment, '{"lsr_scale": "2"}')
+    write(folder.config, CONFIG + "eval: {}\n")
+    write(folder.metrics, '{"step": 1, "loss": 3.0}\n')
+    write(folder.predictions("other", "before"), SCORED)
+    with pytest.raises(UserError, match="holds a run already"):
+        take(folder.path)
+    assert contents(folder.path) == before
+    assert f"{folder.path}: the run that began here ended before it saved a step" in capsys.readouterr().err
+    assert not folder.earlier.exists()
+
+
+def test_batches_that_ended_the_new_run_stay_where_its_last_words_say(tmp_path):
+    folder = a_run(tmp_path / "run")
+    Earlier(folder).keep([*folder.written(), *folder.own_checkpoints()], (), -1)
+    write(folder.environment, '{"lsr_scale": "2"}')
+    write(folder.nonfinite, '{"step": 1, "rows": [3]}\n')
+    Earlier(folder).settle()
+    assert json.loads(folder.nonfinite.read_text())["rows"] == [3]
+
+
+def test_a_run_that_goes_on_gets_its_later_checkpoints_and_configuration_back(tmp_path):
+    folder = a_run(tmp_path / "run", steps=(2, 4, 6))
+    before = contents(folder.path)
+    Earlier(folder).keep(folder.checkpoints()[1:], [folder.config, folder.metrics, folder.nonfinite], 2)
+    write(folder.config, "another: 1")
+    write(folder.metrics, "")
+    assert [path.name for path in folder.checkpoints()] == ["checkpoint-2"]
+    recover(folder)
+    assert contents(folder.path) == before
+    Earlier(folder).keep(folder.checkpoints()[1:], [folder.config], 2)
+    write(folder.path / "checkpoint-3" / MANIFEST, "{}")
+    recover(folder)
+    assert [path.name for path in folder.checkpoints()] == ["checkpoint-2", "checkpoint-3"]
+
+
+def test_what_lies_in_the_way_of_coming_back_is_not_written_over(tmp_path, capsys):
+    folder = a_run(tmp_path / "run")
+    Earlier(folder).keep([*folder.written(), *folder.own_checkpoints()], (), -1)
+    write(folder.results, "mine")
+    recover(folder)
+    assert folder.results.read_text() == "mine"
+    assert json.loads((folder.path / "earlier-run" / "results.json").read_text())["steps"] == 4
+    assert f"but for results.json, in {folder.path}/earlier-run" in capsys.readouterr().err
+    assert not folder.earlier.exists()
+
+
+@pytest.mark.parametrize("notes", [None, "[]", "{", '{"whole": true}'])
+def test_notes_that_cannot_be_read_remove_nothing(tmp_path, notes):
+    folder = a_run(tmp_path / "run")
+    before = contents(folder.path)
+    Earlier(folder).keep([*folder.written(), *folder.own_checkpoints()], (), -1)
+    (folder.earlier / "state.json").unlink()
+    if notes is not None:
+        write(folder.earlier / "state.json", notes)
+    recover(folder)
+    assert contents(folder.path) == before
+
+
+def test_linked_parts_of_a_run_go_as_links_and_what_they_point_to_stays(tmp_path):
+    folder = a_run(tmp_path / "run")
+    for name in ("adapter", "checkpoint-4", "eval"):
+        (folder.path / name).rename(tmp_path / name)
+        (folder.path / name).symlink_to(tmp_path / name)
+    before = contents(tmp_path / "adapter") | contents(tmp_path / "eval") | contents(tmp_path / "checkpoint-4")
+    Earlier(folder).keep([*folder.written(), *folder.own_checkpoints()], (), -1)
+    assert not os.path.lexists(folder.adapter)
+    write(folder.path / "checkpoint-1" / MANIFEST, "{}")
+    recover(folder)
+    after = contents(tmp_path / "adapter") | contents(tmp_path / "eval") | contents(tmp_path / "checkpoint-4")
+    assert after == before
+
+
+def test_a_full_disk_while_setting_aside_is_said_and_everything_comes_back(tmp_path, monkeypatch):
+    folder = a_run(tmp_path / "run")
+    before = contents(folder.path)
+    rename, number = Path.rename, 0
+
+    def full(self, target):
+        nonlocal number
+        number += 1
+        if number == 5:
+            raise OSError(28, os.strerror(28))
+        return rename(self, target)
+
+    monkeypatch.setattr("pathlib.Path.rename", full)
+    with pytest.raises(UserError, match="cannot be written: No space left on device"):
+        Earlier(folder).keep(folder.written(), (), -1)
+    recover(folder)
+    assert contents(folder.path) == before
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe", "folder", "file of somebody's"])
+def test_a_lock_that_is_none_is_refused_and_stays_as_it_is(tmp_path, kind):
+    folder = a_run(tmp_path / "run")
+    lock, kept = folder.path / ".lock", write(tmp_path / "precious", "mine")
+    if kind == "link":
+        lock.symlink_to(kept)
+    elif kind == "pipe":
+        os.mkfifo(lock)
+    elif kind == "folder":
+        lock.mkdir()
+    else:
+        write(lock, "mine")
+    with pytest.raises(UserError, match=r"\.lock: a run's lock belongs here, but this is none; move it away"):
+        take(folder.path, overwrite=True)
+    assert os.path.lexists(lock)
+    assert kept.read_text() == "mine"
+    lock.rename(tmp_path / "away")
+    take(folder.path, overwrite=True)
+
+
+def test_a_lock_that_a_kill_left_is_taken(tmp_path):
+    folder = a_run(tmp_path / "run")
+    write(folder.path / ".lock", "process 4711 on elsewhere\n")
+    take(folder.path, overwrite=True)
+    assert not (folder.path / ".lock").exists()
+
+
+def test_a_kill_in_the_midst_of_replacing_leaves_a_folder_that_is_put_back(tmp_path):
+    folder = a_run(tmp_path / "run")
+    before = contents(folder.path)
+    folder.adapter.rename(folder.path / ".adapter.old")
+    (folder.path / "checkpoint-4").rename(folder.path / ".checkpoint-4.old")
+    take(folder.path, resume=True)
+    assert contents(folder.path) == before
+
+
+def test_a_folder_takes_another_s_place_and_what_others_put_there_stays(tmp_path):
+    target, aside = tmp_path / "adapter", tmp_path / ".adapter.part"
+    write(target / "adapter_config.json", "old")
+    write(target / "README.md", "mine")
+    write(aside / "adapter_config.json", "new")
+    record.replace_folder(aside, target, {"adapter_config.json"})
+    assert contents(target) == {"README.md": b"mine", "adapter_config.json": b"new"}
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_left_overs_of_processes_that_are_gone_are_removed_and_others_stay(tmp_path):
+    gone = 2**22 + 7  # beyond Linux's largest process number
+    for name in (f".out.{gone}.part", f".out.{gone}.part.abc", f".out.{os.getpid()}.part"):
+        write(tmp_path / name / "file")
+    for name in (f".out.{os.getppid()}.part", f".other.{gone}.part", ".out.mine.part"):
+        write(tmp_path / name / "file")
+    write(tmp_path / f".out.{gone}0.part")
+    (tmp_path / f".out.{gone + 1}.part").symlink_to(tmp_path / ".out.mine.part")
+    record.write_text(tmp_path / "out", "x")
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"out", f".out.{os.getppid()}.part", f".other.{gone}.part", ".out.mine.part"}
+    assert (tmp_path / ".out.mine.part" / "file").exists()
+
+
+def test_unnamed_runs_go_on_in_the_newest_folder_that_holds_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    a_run(Path("runs/arc"))
+    shutil.copytree("runs/arc", "runs/arc-2")
+    write(Path("runs/arc-3/notes.txt"))
+    for how in ({"resume": True, "overwrite": False}, {"resume": False, "overwrite": True}):
+        with ExitStack() as lock:
+            assert choose(None, "arc", lock=lock, **how).path == Path("runs/arc-2")

@@ -146,7 +146,10 @@ class RunFolder:
             self.condition: is_picture,
             self.path / "spectra.png": is_own_picture,
             **dict.fromkeys(adapter, lambda file: True),
-            **dict.fromkeys(eval_files, lambda file: _has_line_of(file, {"log_likelihoods"})),
+            **dict.fromkeys(
+                eval_files,
+                lambda file: _has_line_of(file, {"log_likelihoods"}) or _has_line_of(file, {"label", "outputs"}),
+            ),
         }
         ours = [path for path, is_ours in found.items() if path.is_file() and is_ours(path)]
         # a folder that is a link is one thing here, and its files are elsewhere

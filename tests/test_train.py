@@ -371,7 +371,7 @@ def test_a_label_without_an_output_is_refused_with_its_row(tmp_path):
 @pytest.mark.parametrize("logging_steps", [1, 100])
 def test_a_loss_that_is_not_finite_ends_the_run_with_its_rows_noted(place, tmp_path, logging_steps):
     training = {"learning_rate": 1e30, "max_grad_norm": 0.0, "logging_steps": logging_steps}
-    words = r"diverged: the loss is nan at step 3, on rows \[\d+, \d+\] of the training data .*; lower training\.learn"
+    words = r"diverged: the loss is nan at step 3, on rows \[\d+, \d+\] of the training data .* lower training\.learn"
     with pytest.raises(UserError, match=words):
         do(run_in(place, tmp_path, training=training, eval={"tasks": []}))
     (line,) = (json.loads(text) for text in (tmp_path / "nonfinite.jsonl").read_text().splitlines())

@@ -22,6 +22,10 @@ from lsr_scale.record import cannot_write, is_own_picture, is_picture
 # of a checkpoint: what no other trainer writes
 MANIFEST, STATE, TENSORS = "manifest.json", "training_state.json", "training_state.safetensors"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "base.json")
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
+)
 _PREDICTIONS = re.compile(r".*-(before|after|eval-(base|adapter)(-without-questions)?)\.jsonl")
 _SECTIONS = {"model", "adapter", "data", "training"}
 
@@ -86,6 +90,11 @@ class RunFolder:
         return self.path / "adapter"
 
     @property
+    def tokenizer(self) -> Path:
+        """The tokenizer as it was when the run began."""
+        return self.path / "tokenizer"
+
+    @property
     def results(self) -> Path:
         """Counts, times, accuracies."""
         return self.path / "results.json"
@@ -133,7 +142,7 @@ class RunFolder:
         """Return the files that a run wrote here, told by their names and content; checkpoints are left out."""
         if not self.is_marked():
             return []
-        adapter = [self.adapter / name for name in ADAPTER_FILES]
+        whole = [self.adapter / name for name in ADAPTER_FILES] + [self.tokenizer / name for name in TOKENIZER_FILES]
         eval_files = sorted(path for path in (self.path / "eval").glob("*.jsonl") if _PREDICTIONS.fullmatch(path.name))
         found = {
             self.config: lambda file: set(re.findall(r"^(\w+):", _start(file), re.MULTILINE)) >= _SECTIONS,
@@ -145,7 +154,7 @@ class RunFolder:
             self.curve: is_picture,
             self.condition: is_picture,
             self.path / "spectra.png": is_own_picture,
-            **dict.fromkeys(adapter, lambda file: True),
+            **dict.fromkeys(whole, lambda file: True),
             **dict.fromkeys(
                 eval_files,
                 lambda file: _has_line_of(file, {"log_likelihoods"}) or _has_line_of(file, {"label", "outputs"}),
@@ -153,8 +162,11 @@ class RunFolder:
         }
         ours = [path for path, is_ours in found.items() if path.is_file() and is_ours(path)]
         # a folder that is a link is one thing here, and its files are elsewhere
-        links = {folder for folder in (self.adapter, self.path / "eval") if folder.is_symlink()}
+        links = {folder for folder in self._folders() if folder.is_symlink()}
         return list(dict.fromkeys(path.parent if path.parent in links else path for path in ours))
+
+    def _folders(self) -> tuple[Path, ...]:
+        return self.adapter, self.tokenizer, self.path / "eval"
 
     def in_the_way(self) -> list[Path]:
         """Return what lies where a run writes, and is none of a run's."""
@@ -162,7 +174,7 @@ class RunFolder:
         files = self.config, self.environment, self.data, self.metrics, self.curve, self.condition, self.results
         found = [path for path in (*files, self.nonfinite) if os.path.lexists(path) and path not in ours]
         marked = self.is_marked()
-        folders = [path for path in (self.adapter, self.path / "eval") if os.path.lexists(path)]
+        folders = [path for path in self._folders() if os.path.lexists(path)]
         found += [path for path in folders if not path.is_dir() or not marked]
         return found if marked else [*found, *self.checkpoints()]
 

@@ -197,7 +197,8 @@ class Earlier:
         """Return the files and checkpoints that are set aside."""
         found = []
         for path in sorted(self.folder.earlier.iterdir()):
-            if path.name in ("adapter", "eval") and path.is_dir() and not path.is_symlink():
+            is_checkpoint = path.name.startswith("checkpoint-")
+            if path.is_dir() and not path.is_symlink() and not is_checkpoint:
                 found += sorted(path.iterdir())
             elif path != self._notes and not path.name.endswith(".part"):
                 found.append(path)

@@ -34,6 +34,8 @@ def a_run(path, steps=(2, 4)):
     folder.curve.write_bytes(b"\x89PNG\r\n\x1a\n")
     for name in ("adapter_config.json", "adapter_model.safetensors", "base.json"):
         write(folder.adapter / name, "{}")
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        write(folder.tokenizer / name, "{}")
     for when in ("before", "after", "eval-adapter"):
         write(folder.predictions("My Set", when), SCORED)
     for step in steps:
@@ -53,8 +55,9 @@ def take(path, resume=False, overwrite=False):
 def test_all_that_a_run_leaves_is_known_as_its_own_and_nothing_else(tmp_path):
     folder = a_run(tmp_path / "run")
     ours = {*folder.written(), *folder.own_checkpoints()}
-    everything = {path for path in folder.path.iterdir() if path.name not in ("adapter", "eval")}
-    assert ours == everything | {*folder.adapter.iterdir(), *(folder.path / "eval").iterdir()}
+    everything = {path for path in folder.path.iterdir() if path.name not in ("adapter", "eval", "tokenizer")}
+    inside = [path for name in ("adapter", "eval", "tokenizer") for path in (folder.path / name).iterdir()]
+    assert ours == everything | {*inside}
     for name in ("notes.txt", "eval/my_code.py", "eval/mine.jsonl", "adapter/mine.bin", "checkpoint-9/model.bin"):
         write(folder.path / name, '{"mine": 1}\n')
     write(folder.path / "eval" / "mine-before.jsonl", '{"mine": 1}\n')

@@ -4,19 +4,21 @@ import argparse
 import contextlib
 import json
 import logging
-import math
 import os
+import re
 import sys
 import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NoReturn
 
-from lsr_scale.errors import LOST_PEER, UserError
+from lsr_scale.errors import LOST_PEER, UserError, one_screen, printable
 from lsr_scale.paths import user_path
+from lsr_scale.screen import Screen, open_streams
 
 SECONDS_FOR_RANK_0 = 4.0
+_LARGEST = 10**9  # of what is counted on the command line
 # the system's words, and what torch.save makes of them
 _FULL_DISK = ("No space left on device", "PytorchStreamWriter", "inline_container", "iostream error")
 # CUDA's words where torch has no exception of its own
@@ -27,12 +29,51 @@ _FULL_MEMORY = ("DefaultCPUAllocator: ", "std::bad_alloc", "Cannot allocate memo
 _LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "ncclRemoteError", "ncclSystemError")
 
 
+class _Parser(argparse.ArgumentParser):
+    """Takes an option by its whole name and once, and says what is wrong on one screen."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs, allow_abbrev=False)
+        self.register("action", None, _Once)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.format_usage()}{self.prog}: error: {one_screen(message)}\n")
+
+
+class _Once(argparse.Action):
+    """Stores an option's value; a second one would take the first one's place unsaid."""
+
+    given = False
+
+    def __call__(
+        self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None
+    ) -> None:
+        if self.given and self.option_strings:
+            raise argparse.ArgumentError(self, "stands twice; keep one of them")
+        self.given = True
+        setattr(namespace, self.dest, values)
+
+
+class _YesOrNo(argparse.BooleanOptionalAction):
+    """`--verify` or `--no-verify`, not both."""
+
+    given: str | None = None
+
+    def __call__(
+        self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None
+    ) -> None:
+        if self.given not in (None, option_string):
+            raise argparse.ArgumentError(self, f"{self.given} and {option_string} contradict each other; keep one")
+        self.given = option_string
+        super().__call__(parser, namespace, values, option_string)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="lsr-scale",
         description="Fine-tune 4- and 8-bit language models with Kronecker-structured adapters.",
     )
-    shared = argparse.ArgumentParser(add_help=False)
+    shared = _Parser(add_help=False)
     shared.add_argument("--debug", action="store_true", help="show tracebacks and the libraries' own messages")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -78,16 +119,16 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("source", metavar="RUN_OR_ADAPTER", help="a run's folder, or an adapter's")
     sub.add_argument("--to", required=True, choices=("adapter", "lora", "merged", "gguf"), help="the format")
     sub.add_argument("--out", required=True, metavar="DIR", help="a new folder")
-    sub.add_argument("--bits", type=int, choices=(16, 8, 4), default=16, help="of the factors, for adapter")
+    sub.add_argument("--bits", type=int, choices=(16, 8, 4), help="of the factors, for adapter; 16 by default")
     sub.add_argument("--max-rank", type=_count, help="truncate to this rank, for lora and gguf")
     sub.add_argument("--dtype", help="float32, bfloat16, float16; merged: also nf4; gguf --merged: also q8_0")
     sub.add_argument("--merged", action="store_true", help="a full GGUF rather than an adapter, for gguf")
     sub.add_argument("--base-gguf", metavar="FILE", help="a GGUF of the base, for gguf --merged: vocabulary, metadata")
     sub.add_argument("--base", metavar="MODEL", help=f"{moved}, or nothing beside the adapter names it")
-    sub.add_argument("--verify", action=argparse.BooleanOptionalAction, default=True, help="compare logits")
+    sub.add_argument("--verify", action=_YesOrNo, default=True, help="compare logits")
     sub.add_argument(
         "--accuracy",
-        action=argparse.BooleanOptionalAction,
+        action=_YesOrNo,
         help="score the run's tasks as trained and exported; by default where the export loses something",
     )
 
@@ -109,7 +150,7 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command("plan", "Tell parameters, bytes and memory of a run; needs no weights, network or GPU.")
     takes_run(sub)
-    sub.add_argument("--gpus", type=_count, default=1)
+    sub.add_argument("--gpus", type=_count, help="1 by default")
     card = "say whether it fits: one card's GiB, as nvidia-smi shows them (MiB / 1024); by default this machine's GPU"
     sub.add_argument("--card-gib", type=_positive, metavar="24", help=card)
     sub.add_argument("--budget", metavar="4M", help="propose adapters of so many parameters at most, in place of that")
@@ -132,16 +173,19 @@ def _positive(text: str) -> float:
         number = float(text)
     except ValueError:
         number = 0.0
-    if not 0 < number < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
+    if not 0 < number <= _LARGEST:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, up to {_LARGEST:,}, got {text!r}")
     return number
 
 
 def _count(text: str) -> int:
     """Return a number from 1 on, for argparse."""
-    if not text.isdecimal() or int(text) < 1:
+    number = int(text) if re.fullmatch("[0-9]{1,12}", text) else 0
+    if number < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, got {text!r}")
-    return int(text)
+    if number > _LARGEST:
+        raise argparse.ArgumentTypeError(f"expected a number up to {_LARGEST:,}, got {text!r}")
+    return number
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -150,6 +194,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     0; 1, doctor found something; 2, a mistake; 130, interrupted, while training once a checkpoint was saved; 143, ended
     by SIGTERM, a checkpoint saved.
     """
+    open_streams()
     args = _parser().parse_args(arguments)
     try:
         _quiet_libraries(args.debug)
@@ -190,6 +235,7 @@ def _say_error(text: str) -> None:
         time.sleep(SECONDS_FOR_RANK_0 * _busyness())
     if rank != "0":
         text = f"rank {rank}: {text}"
+    text = one_screen(text)
     with contextlib.suppress(BrokenPipeError):  # its reader may be gone, as after Ctrl-C on `... |& tee`
         print(f"\nlsr-scale: {text}", file=sys.stderr, flush=True)
 
@@ -270,6 +316,10 @@ def _run_of(args: argparse.Namespace) -> Any:
     path = args.config or args.config_path
     if path is None or (args.config and args.config_path and args.config != args.config_path):
         raise UserError("expected one configuration: --config configs/NAME.yaml")
+    keys = [assignment.partition("=")[0].strip() for assignment in args.set]
+    for index, key in enumerate(keys):
+        if key in keys[index + 1 :] and os.environ.get("RANK", "0") == "0":
+            print(one_screen(f"note: --set {args.set[index]} has no effect, as {key} is set again"), file=sys.stderr)
     return load_run(path, args.set)
 
 
@@ -305,7 +355,7 @@ def _generate(args: argparse.Namespace) -> int:
     from lsr_scale import evaluate
 
     model, tokenizer, _ = evaluate.load_run_model(args.run, args.base_only, base=args.base)
-    print(evaluate.generate(model, tokenizer, args.prompt, args.max_new_tokens, args.chat))
+    print(printable(evaluate.generate(model, tokenizer, args.prompt, args.max_new_tokens, args.chat)))
     return 0
 
 
@@ -319,14 +369,12 @@ def _export(args: argparse.Namespace) -> int:
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    from rich.console import Console
-
     from lsr_scale.export import inspect
 
     if args.png:
         inspect.check_place(user_path(args.png, "--png"))
     report = inspect.inspect_adapter(args.source)
-    console = Console(highlight=False)
+    console = Screen()
     if args.json:
         print(json.dumps(report, indent=1))
     else:
@@ -342,7 +390,7 @@ def _inspect(args: argparse.Namespace) -> int:
         print(f"note: the spectra are not drawn: {error}", file=sys.stderr)  # nobody asked for the file
         return 0
     if not args.json:
-        console.print(f"spectra  {picture}", soft_wrap=True, markup=False)
+        console.print(f"spectra  {picture}", soft_wrap=True)
     return 0
 
 
@@ -354,7 +402,6 @@ def _merge(args: argparse.Namespace) -> int:
 
 
 def _preview(args: argparse.Namespace) -> int:
-    from rich.console import Console
     from rich.text import Text
 
     from lsr_scale.data.formats import KIND_MEANING, build_dataset
@@ -365,24 +412,26 @@ def _preview(args: argparse.Namespace) -> int:
     dataset, kind = build_dataset(run.data.train, model_task=run.model.task)
     tokenizer = load_tokenizer(run.model.name, revision=run.model.revision, chat_template=run.model.chat_template)
     shown = preview(dataset, kind, tokenizer, args.samples, run.training)
-    console = Console(highlight=False)
-    console.print(f"{len(dataset):,} rows, {kind}: {KIND_MEANING[kind]}. Supervised tokens are [bold green]green[/].")
+    console = Screen()
+    green = ("green", "bold green")
+    console.print(
+        Text.assemble(f"{len(dataset):,} rows, {kind}: {KIND_MEANING[kind]}. Supervised tokens are ", green, ".")
+    )
     for index, sample in enumerate(shown.samples):
         supervised = sum(token.supervised for token in sample)
         label = "" if shown.labels is None else f", label {shown.labels[index]}"
-        console.print(f"\n[bold]{index + 1}[/]  {len(sample)} tokens, {supervised} supervised{label}")
+        number = (f"{index + 1}", "bold")
+        console.print(Text.assemble("\n", number, f"  {len(sample)} tokens, {supervised} supervised{label}"))
         # the bars keep the tokens, and with them what is supervised, apart without colours too
         parts = [(t.text, "bold green reverse" if t.supervised else "") for t in sample]
         console.print(Text.assemble(*parts), soft_wrap=True)
         console.print(Text("supervised: " + repr("".join(t.text for t in sample if t.supervised))), soft_wrap=True)
     for note in shown.notes:
-        console.print(f"\nnote: {note}", soft_wrap=True, markup=False)
+        console.print(f"\nnote: {note}", soft_wrap=True)
     return 0
 
 
 def _plan(args: argparse.Namespace) -> int:
-    from rich.console import Console
-
     from lsr_scale.plan import fit, plan, render
 
     if args.budget:
@@ -392,16 +441,16 @@ def _plan(args: argparse.Namespace) -> int:
             "--model goes with --budget; without it, give a configuration: lsr-scale plan configs/NAME.yaml"
         )
     run = _run_of(args)
-    result = plan(run, args.gpus)
+    result = plan(run, args.gpus or 1)
     card = args.card_gib or _own_card_gib()
     verdict = fit(run, result, card) if card else None
     if args.json:
         print(json.dumps({**asdict(result), "fit": None if verdict is None else asdict(verdict)}, indent=2))
     else:
-        console = Console(highlight=False)
+        console = Screen()
         console.print(render(result))
         if verdict is not None:
-            console.print(f"[bold]this run {verdict.in_words()}[/bold]")
+            console.print(f"this run {verdict.in_words()}", style="bold")
     return 0
 
 
@@ -412,13 +461,16 @@ def _own_card_gib() -> float | None:
 
 
 def _plan_budget(args: argparse.Namespace) -> int:
-    from rich.console import Console
-
     from lsr_scale.plan import budget
 
     count = budget.parse_budget(args.budget)
+    for name, value in (("--gpus", args.gpus), ("--card-gib", args.card_gib)):
+        if value is not None:
+            raise UserError(f"{name} {value:g}: has no effect with --budget, which counts parameters; leave it out")
     if args.model and (args.config or args.config_path):
         raise UserError("--model and a configuration both name a model; give one of them")
+    if args.model and args.set:
+        raise UserError("--set: has no effect with --model, which brings no configuration; leave it out")
     if args.model:
         result = budget.propose(args.model, count)
     else:
@@ -429,13 +481,11 @@ def _plan_budget(args: argparse.Namespace) -> int:
     if args.json:
         print(result.to_json())
     else:
-        Console(highlight=False).print(budget.render(result))
+        Screen().print(budget.render(result))
     return 0
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    from rich.console import Console
-
     from lsr_scale.doctor import doctor, render
 
     given = args.config or args.config_path or args.set
@@ -443,7 +493,7 @@ def _doctor(args: argparse.Namespace) -> int:
     if args.json:
         print(report.to_json())
     else:
-        Console(highlight=False).print(render(report))
+        Screen().print(render(report))
     return report.exit_code
 
 
@@ -451,6 +501,8 @@ def _config(args: argparse.Namespace) -> int:
     from lsr_scale import config
 
     if args.json_schema:
+        if args.config or args.config_path or args.set:
+            raise UserError("--json-schema: prints what any run's file may say; give no configuration and no --set")
         print(json.dumps(config.json_schema(), indent=2))
     else:
         print(config.dump_yaml(_run_of(args)), end="")

@@ -35,6 +35,7 @@ from lsr_scale.config import RunConfig
 from lsr_scale.errors import UserError
 from lsr_scale.model import embedded
 from lsr_scale.quantized import dequantize, freeze_quantized
+from lsr_scale.screen import Screen
 
 GIB = 2**30
 Status = Literal["ok", "note", "bad"]
@@ -488,8 +489,6 @@ def check_folder(name: str, folder: Path) -> Finding:
 
 
 if __name__ == "__main__":
-    from rich.console import Console
-
     _report = doctor()
-    Console(highlight=False).print(render(_report))
+    Screen().print(render(_report))
     sys.exit(_report.exit_code)

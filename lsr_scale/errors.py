@@ -1,6 +1,7 @@
 """What a user did wrong, said so that it can be mended: where, what was expected, what was found, what to do."""
 
 import difflib
+import re
 from collections.abc import Iterable
 
 LOST_PEER = (
@@ -9,11 +10,70 @@ LOST_PEER = (
 )
 
 
+# a screen of 24 lines of 80, less what stands around a message
+_ROWS, _COLUMNS = 20, 80
+_LONGEST_WORD = 240  # paths are longer than a line of the screen, and are to stay whole
+_LONG_WORD = re.compile(rf"\S{{{_LONGEST_WORD + 1},}}")
+
+
 class UserError(ValueError):
     """A mistake in a configuration, a file or a call; its message is all that the user needs to see.
 
-    The command line prints it without a traceback and exits with 2. A bug is any other exception.
+    The command line prints it without a traceback and exits with 2. A bug is any other exception. Whatever a message
+    quotes, it fits one screen (`one_screen`).
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_screen(message))
+
+
+def printable(text: str) -> str:
+    """Return text with everything that would steer a terminal, or that nobody sees, as its escape; lines and tabs stay.
+
+    So `"\\x1b[2J"` for what clears the screen, `"\\u202e"` for what turns the writing around.
+    """
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in "\n\t" else _escaped(c) for c in text)
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape", "surrogatepass").decode("ascii")
+
+
+def shortened(text: str, length: int) -> str:
+    """Return text of at most so many characters: its two ends where it is longer."""
+    if len(text) <= length:
+        return text
+    ending = length // 3
+    return f"{text[: length - ending - 5]} ... {text[-ending:]}"
+
+
+def one_screen(text: str) -> str:
+    """Return a message that fits one screen and shows what it quotes as it stands.
+
+    Long words, such as a value of a thousand digits or a path, and long lines lose their middle. Of many lines the
+    first ones are shown and the rest is counted.
+    """
+    if len(text) <= _COLUMNS:
+        return printable(text)
+    ends = text if len(text) < 10**6 else shortened(text, 10**6)
+    lines = _LONG_WORD.sub(_short_word, printable(ends)).split("\n")
+    kept: list[str] = []
+    room = _ROWS
+    for number, line in enumerate(lines):
+        last = number == len(lines) - 1
+        line = shortened(line, _COLUMNS * min(room, 3 if kept and not last else 8))
+        room -= max(1, -(-len(line) // _COLUMNS))
+        if room < (0 if last else 1):
+            break
+        kept.append(line)
+    left = len(lines) - len(kept)
+    return "\n".join([*kept, f"... and {left} more line{'s' if left > 1 else ''}"] if left else kept)
+
+
+def _short_word(found: re.Match[str]) -> str:
+    return shortened(found[0], _LONGEST_WORD).replace(" ... ", "...")
 
 
 def did_you_mean(name: str, options: Iterable[str], num_nearest: int = 3, cutoff: float = 0.5) -> str:

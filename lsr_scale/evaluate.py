@@ -17,13 +17,14 @@ from lsr_scale.config.training import EVALUATED
 from lsr_scale.data.formats import build_dataset, load_source, source_fields
 from lsr_scale.data.preview import prepare_tokenizer, tokenize_classification
 from lsr_scale.data.tasks import Example, examples
-from lsr_scale.errors import UserError
+from lsr_scale.errors import UserError, printable
 from lsr_scale.model import base_of, load_tokenizer
 from lsr_scale.model.names import elsewhere
 from lsr_scale.progress import show_live
 from lsr_scale.run_folder import RunFolder, open_run
 from lsr_scale.scoring import classification, score
 from lsr_scale.scoring.accuracy import Prediction, TaskScore, mcnemar
+from lsr_scale.screen import Screen
 
 Say = Callable[[str], None]
 
@@ -152,10 +153,9 @@ def summary(scores: dict[str, dict[str, TaskScore]]) -> dict[str, Any]:
 def print_results(folder: RunFolder, results: dict[str, Any], scores: dict[str, dict[str, TaskScore]]) -> None:
     """Print the small table at the end of a run, and where things lie."""
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False)
+    console = Screen()
     if scores:
         table = Table(title="Accuracy, % (standard error)", box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left")
         table.add_column("task", overflow="fold")
@@ -267,7 +267,7 @@ def _load(folder: RunFolder, run: RunConfig, base_only: bool) -> tuple[Any, Any,
     if not base_only:
         model, notes = load_adapter(model, folder.adapter)
         for note in notes:
-            print(f"note: {note}", file=sys.stderr)
+            print(printable(f"note: {note}"), file=sys.stderr)
     return model.eval(), tokenizer, run
 
 
@@ -312,7 +312,7 @@ def evaluate_run(
     when = ("base" if base_only else "adapter") + ("-without-questions" if without_questions else "")
 
     def say(text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
+        print(printable(text), file=sys.stderr, flush=True)
 
     scores = score_tasks(
         loaded, model, tokenizer, say, when, run.eval.batch_tokens, unconditional=without_questions, live=True
@@ -389,7 +389,6 @@ def evaluate_classifier(
 def print_accuracy(result: dict[str, Any]) -> None:
     """Print what `evaluate_run` returns as a table."""
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
     if "classification" in result:
@@ -413,4 +412,4 @@ def print_accuracy(result: dict[str, Any]) -> None:
         pairs = (("accuracy", "accuracy_stderr"), ("acc_norm", "acc_norm_stderr"))
         shown = [f"{100 * values[mean]:.1f} ({100 * values[error]:.1f})" for mean, error in pairs]
         table.add_row(task, *shown, str(values["num_examples"]))
-    Console(highlight=False).print(table)
+    Screen().print(table)

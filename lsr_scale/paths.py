@@ -1,9 +1,13 @@
 """From what a user wrote to a path, and telling a plain file from a pipe or a device before it is opened."""
 
 import os
+import re
 from pathlib import Path
 
 from lsr_scale.errors import UserError
+
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|dbfs:/")
+_VARIABLE = re.compile(r"\$\w+|\$\{[^}]*\}?|\$\(.*\)?|`.*`|%\w+%")
 
 
 def user_path(text: str | Path, where: str = "") -> Path:
@@ -14,25 +18,33 @@ def user_path(text: str | Path, where: str = "") -> Path:
         where: What asked for it, such as "training.output_dir", for the message.
 
     Raises:
-        UserError: if no file can have this name: it is empty, holds a NUL or half a surrogate pair, or nobody has this
-            home.
+        UserError: if it is none: nothing, an address, with control characters or half a surrogate pair, with a shell's
+            variable that no shell filled in, or in a home that nobody has.
     """
     before = f"{where}: " if where else ""
     if not str(text) or str(text).isspace():
         raise UserError(f"{before}expected a path, got {str(text)!r}; for the folder that you are in: .")
+    shown = f"{before}{str(text)!r}"
     try:
         named = os.fsencode(text)
     except UnicodeEncodeError:
         named = b"\0"
-    if b"\0" in named:
-        raise UserError(f"{before}{str(text)[:80]!r}: no file can have this name; write it without special characters")
+    if any(byte < 32 or byte == 127 for byte in named):
+        raise UserError(f"{shown}: no file can have this name; write it without special characters")
+    if _ADDRESS.match(str(text)):
+        raise UserError(f"{shown}: an address, where a path on this machine is expected; copy it here, and name that")
     try:
-        return Path(text).expanduser()
+        path = Path(text).expanduser()
     except RuntimeError:
-        home = Path(text).parts[0]
         raise UserError(
-            f"{before}{str(text)[:80]!r}: there is no home folder for {home!r} here; write the whole path"
+            f"{shown}: there is no home folder for {Path(text).parts[0]!r} here; write the whole path"
         ) from None
+    if (variable := _VARIABLE.search(str(text))) and not path.exists():
+        raise UserError(
+            f"{shown}: {variable[0]!r} stands there as it is: only a shell fills in variables, outside single quotes "
+            "and outside files; write the whole path"
+        )
+    return path
 
 
 def is_odd(path: Path) -> bool:

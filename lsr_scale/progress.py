@@ -5,7 +5,6 @@ import json
 import math
 import os
 import re
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -17,20 +16,20 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from lsr_scale import record
 from lsr_scale.config.training import EVALUATED
-from lsr_scale.errors import UserError
+from lsr_scale.errors import UserError, printable
+from lsr_scale.screen import terminal_width
 
 
 def show_live(text: str) -> None:
     """Put text on the live line in place of what stands there, "" clearing it; nothing where there is no terminal."""
     if sys.stdout.isatty():
-        width = shutil.get_terminal_size().columns
-        _write(f"\r\x1b[2K{text[: width - 1]}")
+        _write(f"\r\x1b[2K{printable(text)[: terminal_width() - 1]}")
 
 
 def print_line(text: str) -> None:
     """Print a line that stays, where the live line may stand."""
     show_live("")
-    _write(f"{text}\n")
+    _write(f"{printable(text)}\n")
 
 
 def _write(text: str) -> None:

@@ -11,8 +11,8 @@ from lsr_scale.config import training as training_fields
 def test_owned_training_fields_exist_and_each_says_what_to_set_instead():
     installed = {field.name for field in fields(training_fields.training_arguments_class("causal_lm"))}
     assert set(training_fields.OWNED) <= installed
-    message = problem(MINIMAL + "training:\n" + "".join(f"  {name}: x\n" for name in training_fields.OWNED))
     for name, remedy in training_fields.OWNED.items():
+        message = problem(MINIMAL, f"training.{name}=x")
         assert f"training.{name}: not a field to set here: {remedy}" in message
 
 

@@ -75,6 +75,8 @@ def _read_json(name: str, folder: Path) -> dict[str, Any]:
         content = json.loads(read(path))
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{error.lineno}:{error.colno}: not valid JSON: {error.msg}") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, or values that deep in each other
+        raise UserError(f"{path}: not a DeepSpeed configuration: {error}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected one JSON object, got {type(content).__name__}")
     return content

@@ -9,7 +9,7 @@ from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError, P
 
 from lsr_scale.config.training import OWNED, TASK_DEFAULTS
 from lsr_scale.config.yaml_text import KeyPath, Places, dotted, place_of
-from lsr_scale.errors import did_you_mean
+from lsr_scale.errors import did_you_mean, shortened
 
 # Names from axolotl, LLaMA-Factory, PEFT, bitsandbytes and older transformers, and what they are called here.
 _ELSEWHERE: dict[str, str] = {
@@ -82,6 +82,8 @@ _EXPECTED: dict[str, str] = {
     "too_short": "a list with at least {min_length} entry",
 }
 
+SHOWN = 8  # problems; the rest is counted
+
 SectionModels = Callable[[Any], Mapping[str, type[BaseModel]]]
 
 
@@ -137,11 +139,21 @@ def explain(error: ValidationError, data: Mapping[str, Any], where: str, places:
         if not any(other != path and other[: len(path)] == path for other in expected):
             problems.append(Problem(path, _wrong_value(path, group, data, models)))
     problems.sort(key=lambda problem: _order(place_of(problem.path, places, where)))
-    lines = [
-        f"{place_of(path, places, where)}: {dotted(path)}: {text}" if path else f"{where}: {text}"
-        for path, text in problems
-    ]
-    return lines[0] if len(lines) == 1 else f"{where}: {len(lines)} problems\n" + "\n".join(lines)
+    if len(problems) == 1:
+        return _line(problems[0], where, places)
+    length = 158 if len(problems) > 5 else 238  # two or three lines of the screen each
+    lines = [shortened(_line(problem, where, places), length) for problem in problems[:SHOWN]]
+    rest = [f"... and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
+    return "\n".join([f"{where}: {len(problems)} problems", *lines, *rest])
+
+
+def _line(problem: Problem, where: str, places: Places) -> str:
+    path, text = problem
+    if not path:
+        return f"{where}: {text}"
+    place = place_of(path, places, where)
+    name = shortened(dotted(path), 80)
+    return f"{place}: {name}: {shortened(text, 400)}"
 
 
 def _in_data(loc: Sequence[str | int], data: Any) -> tuple[KeyPath, list[str | int]]:

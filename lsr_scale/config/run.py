@@ -3,8 +3,9 @@
 import copy
 import dataclasses
 import functools
+import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, Union
 
@@ -55,7 +56,7 @@ class ModelSection(Section):
     task: Task = Field(
         "causal_lm", description="Language modeling (TRL's SFTTrainer) or sequence classification (Trainer)."
     )
-    num_labels: int | None = Field(None, ge=1, description="Classes of seq_cls; 1 is regression.")
+    num_labels: int | None = Field(None, ge=1, le=1_000_000, description="Classes of seq_cls; 1 is regression.")
     quantization: Literal["nf4", "fp4", "int8", "none"] = Field(
         "nf4", description="How the base's linears are stored; int8 is weight-only."
     )
@@ -185,7 +186,7 @@ class EvalSection(Section):
     tasks: list[Source] = Field([], description="Sources of multiple-choice questions.")
     before: Flag = Field(True, description="Score before training too.")
     limit: int | None = Field(None, ge=1, description="Score only the first so many questions of each task.")
-    batch_tokens: int = Field(8192, ge=1, description="Tokens in one scoring batch, padding included.")
+    batch_tokens: int = Field(8192, ge=1, le=2**24, description="Tokens in one scoring batch, padding included.")
 
 
 class RunConfig(Section):
@@ -365,8 +366,37 @@ def _section_models(task: Task) -> dict[str, type[BaseModel]]:
     }
 
 
+# what no setting of a run comes near to, and what nothing behind it is made for
+MAX_NUMBER, MAX_LENGTH = 10**15, 10_000
+MAX_SIZE = 2**16  # of an adapter's ranks and splits: no linear is as wide
+
+
+def _absurd(value: Any, path: yaml_text.KeyPath = ()) -> Iterator[Problem]:
+    """Yield numbers and texts that are no setting's, wherever they stand: they would go as far as memory lasts."""
+    if isinstance(value, dict | list):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            if isinstance(key, str) and len(key) > MAX_LENGTH:
+                yield Problem(path, f"a key of {len(key):,} characters; {MAX_LENGTH:,} are the most")
+            yield from _absurd(item, (*path, key))
+    elif isinstance(value, str):
+        if len(value) > MAX_LENGTH:
+            yield Problem(path, f"a text of {len(value):,} characters; {MAX_LENGTH:,} are the most")
+        elif odd := re.search("[\0\ud800-\udfff]", value):
+            yield Problem(path, f"expected text, got one with the character {odd[0]!r} in it; remove it")
+    elif isinstance(value, int | float) and MAX_NUMBER < abs(value) != math.inf:
+        yield Problem(path, f"expected a number between -1e15 and 1e15, got {_number(value)}")
+    elif isinstance(value, int) and path[:1] == ("adapter",) and abs(value) > MAX_SIZE:
+        yield Problem(path, f"expected a number up to {MAX_SIZE:,}, got {value!r}")
+
+
+def _number(value: float) -> str:
+    # Python refuses to write out thousands of digits
+    return f"one of {value.bit_length():,} bits" if isinstance(value, int) and abs(value) > 10**40 else repr(value)
+
+
 def _validate(data: dict[str, Any], where: str, places: yaml_text.Places, folder: Path) -> RunConfig:
     try:
+        raise_problems(list(_absurd(data)))
         return RunConfig.model_validate(data, context={"folder": folder})
     except ValidationError as error:
         raise UserError(explain(error, data, where, places, _section_models)) from None

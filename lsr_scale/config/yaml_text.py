@@ -12,7 +12,8 @@ from typing import Any
 
 import yaml
 
-from lsr_scale.errors import UserError
+from lsr_scale.errors import UserError, shortened
+from lsr_scale.paths import is_odd
 
 KeyPath = tuple[str | int, ...]
 Places = dict[KeyPath, str]
@@ -21,8 +22,28 @@ _INT = re.compile(r"[-+]?[0-9]+$|0o[0-7]+$|0x[0-9a-fA-F]+$")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$")
 
 
+# far above any run, far below what takes a second; aliases and merges can stand for more values than memory has bytes
+MAX_BYTES, MAX_DEPTH, MAX_VALUES = 2**20, 64, 20_000
+
+
 class _Loader(yaml.SafeLoader):
+    """Makes plain data only: text, numbers, true and false, null, lists and mappings."""
+
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 - replaces PyYAML's own table of YAML 1.1 rules
+    yaml_constructors = {  # noqa: RUF012
+        tag: constructor
+        for tag, constructor in yaml.SafeLoader.yaml_constructors.items()
+        if tag is None or tag.rpartition(":")[2] in ("null", "bool", "int", "float", "str", "seq", "map")
+    }
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """Construct as PyYAML does, but for what is no value of the tag that stands before it."""
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, KeyError, IndexError, AttributeError) as error:
+            kind = node.tag.rpartition(":")[2]
+            words = f"expected a value of the kind {kind}, got {node.value!r}"
+            raise yaml.constructor.ConstructorError(None, None, words, node.start_mark) from error
 
 
 class _Dumper(yaml.SafeDumper):
@@ -66,9 +87,11 @@ def parse(text: str, where: str) -> tuple[Any, Places]:
     """Return the data of one YAML document and, by path, where each value stands (`file:line`).
 
     Raises:
-        UserError: for malformed YAML, a key that stands twice, or a value that contains itself.
+        UserError: for malformed YAML, a key that stands twice, a value that contains itself, or more values or levels
+            than any run has.
     """
     try:
+        _check_depth(text, where)
         loader = _Loader(text)
         node = loader.get_single_node()
         places: Places = {}
@@ -81,21 +104,38 @@ def parse(text: str, where: str) -> tuple[Any, Places]:
     except yaml.MarkedYAMLError as error:
         raise UserError(_syntax_error(error, where)) from None
     except yaml.reader.ReaderError as error:
-        raise UserError(f"{where}: not text: character #x{error.character:04x} is not allowed in YAML") from None
+        # half of a surrogate pair is given as the text that it is
+        code = error.character if isinstance(error.character, int) else ord(error.character)
+        raise UserError(f"{where}: not text: character #x{code:04x} is not allowed in YAML") from None
+
+
+def _check_depth(text: str, where: str) -> None:
+    """Raise if values stand deeper in each other than any run's; a deeper one would overflow what composes it."""
+    depth = 0
+    for event in yaml.parse(text, Loader=_Loader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_DEPTH:
+            raise UserError(f"{where}:{event.start_mark.line + 1}: more than {MAX_DEPTH} values stand in each other")
 
 
 def read(path: Path) -> str:
     """Return the text of a file.
 
     Raises:
-        UserError: if it is missing (with the nearest file names), empty, a folder, unreadable, or no text.
+        UserError: if it is missing (with the nearest file names), empty, no file, unreadable, too large, or no text.
     """
     if path.is_dir():
         raise UserError(f"{path}: expected a file, got a folder; {_nearest_files(path / path.name, path)}")
     if not path.exists():
         raise UserError(f"{path}: no such file; {_nearest_files(path, path.parent)}")
+    if is_odd(path):
+        raise UserError(f"{path}: expected a file, got a pipe or a device; write the text to a file")
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        with path.open("rb") as stream:
+            content = stream.read(MAX_BYTES + 1)
+        if len(content) > MAX_BYTES:
+            raise UserError(f"{path}: expected a few lines of text, got more than a MiB; is it the right file?")
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(
             f"{path}: expected UTF-8 text, got other bytes at offset {error.start}; is it the right file?"
@@ -123,7 +163,7 @@ def override(data: dict[str, Any], places: Places, overrides: Iterable[str], sho
         where = f"--set {assignment}"
         dotted_path, equals, text = assignment.partition("=")
         keys = dotted_path.strip().split(".")
-        if not equals or not all(keys):
+        if not equals or not all(keys) or len(keys) > MAX_DEPTH:
             raise UserError(f"{where}: expected section.name=value, such as training.learning_rate=1e-3")
         value, _ = parse(text, where)
         path = _assign(data, keys, value, where, shorthand)
@@ -139,7 +179,7 @@ def _assign(data: dict[str, Any], keys: Sequence[str], value: Any, where: str, s
     for depth, key in enumerate(keys):
         place: Any = key
         if isinstance(container, list):
-            if not re.fullmatch(r"-?[0-9]+", key) or not -len(container) <= int(key) < len(container):
+            if not re.fullmatch(r"-?[0-9]{1,9}", key) or not -len(container) <= int(key) < len(container):
                 valid = f"an index from 0 to {len(container) - 1}" if container else "a list as the value: it is empty"
                 raise UserError(f"{where}: {dotted(path)} is a list; expected {valid}, got {key!r}")
             place = int(key) % len(container)
@@ -172,6 +212,8 @@ def _walk(
             f"{place}: {dotted(path)} contains itself; an alias (*name) may not stand inside its own anchor"
         )
     places[path] = place
+    if len(places) > MAX_VALUES:
+        raise UserError(f"{place}: more than {MAX_VALUES:,} values, aliases (*name) and merges (<<) counted each time")
     if isinstance(node, yaml.SequenceNode):
         for index, item in enumerate(node.value):
             line = f"{where}:{item.start_mark.line + 1}"
@@ -200,13 +242,13 @@ def _syntax_error(error: yaml.MarkedYAMLError, where: str) -> str:
     elif "mapping values are not allowed" in problem:
         remedy = "; check the indentation, and put a value that contains ': ' in quotes"
     elif "could not determine a constructor" in problem:
-        remedy = "; tags (!name) have no meaning here"
+        remedy = "; tags (!name) have no meaning here, but for !!str, !!int, !!float and !!bool"
     elif "expected a single document" in problem:
         remedy = "; remove the line '---' between the documents"
     elif "alias" in problem or "cannot start any token" in problem or "anchor" in problem:
         remedy = "; put a value that begins with one of * & ! % @ ` in quotes"
     shown = mark.get_snippet(indent=2) if mark else None
-    return f"{place}: not valid YAML: {problem}{remedy}" + (f"\n{shown}" if shown else "")
+    return f"{place}: not valid YAML: {shortened(problem, 300)}{remedy}" + (f"\n{shown}" if shown else "")
 
 
 def _nearest_files(wanted: Path, folder: Path) -> str:

@@ -28,6 +28,10 @@ KINDS = ("adapter", "lora", "merged", "gguf")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # where they are not those; the first is the default
 _DTYPES_OF = {"merged": ("bfloat16", "float32", "nf4"), "merged gguf": ("float16", "float32", "bfloat16", "q8_0")}
+_OPTIONS_OF = {
+    **{"adapter": ("--bits",), "merged": ("--dtype",), "merged gguf": ("--dtype",)},
+    **dict.fromkeys(("lora", "gguf"), ("--max-rank", "--dtype")),
+}
 _NICKNAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "f32": "float32", "f16": "float16"}
 
 Say = Callable[[str], None]
@@ -38,7 +42,7 @@ def export(
     kind: str,
     out: str | Path,
     *,
-    bits: int = 16,
+    bits: int | None = None,
     max_rank: int | None = None,
     dtype: str | None = None,
     merged: bool = False,
@@ -54,7 +58,7 @@ def export(
         path: A run folder or an adapter folder.
         kind: "adapter", "lora", "merged" or "gguf".
         out: The folder to make; it must not hold anything yet.
-        bits: Of the factors, for "adapter": 16, 8 or 4.
+        bits: Of the factors, for "adapter": 16 (default), 8 or 4.
         max_rank: Truncate to it, for "lora" and "gguf".
         dtype: Of what is written: float32 (default), bfloat16, float16 for "lora" and "gguf"; bfloat16 (default),
             float32 or nf4 for "merged"; float16 (default), float32, bfloat16 or q8_0 for a merged "gguf".
@@ -75,11 +79,18 @@ def export(
     """
     if kind not in KINDS:
         raise UserError(f"--to: expected one of {', '.join(KINDS)}, got {kind!r}")
-    if bits not in (16, 8, 4):
+    if bits not in (None, 16, 8, 4):
         raise UserError(f"--bits: expected 16, 8 or 4, got {bits}")
     if (merged or base_gguf) and (kind != "gguf" or not merged or max_rank):
         raise UserError("--merged: goes with --to gguf and no --max-rank, --base-gguf with both")
     form = "merged gguf" if merged else kind
+    given = {"--bits": bits, "--max-rank": max_rank, "--dtype": dtype}
+    for name, value in given.items():
+        if value is not None and name not in _OPTIONS_OF[form]:
+            raise UserError(f"{name} {value}: has no effect with --to {kind}; leave it out")
+    if accuracy and not verify:
+        raise UserError("--accuracy: is measured while the export is verified; leave out --no-verify")
+    bits = 16 if bits is None else bits
     allowed = _DTYPES_OF.get(form, tuple(DTYPES))
     dtype = _NICKNAMES.get(dtype or "", dtype) or allowed[0]
     if dtype not in allowed:

@@ -77,7 +77,7 @@ def parse_budget(text: str) -> int:
     units = {"k": 10**3, "m": 10**6, "b": 10**9}
     number, unit = (text[:-1], units[text[-1].lower()]) if text[-1:].lower() in units else (text, 1)
     try:
-        count = float(number.replace(",", "").replace("_", "")) * unit
+        count = float(number.replace(",", "").replace("_", "")) * unit if text.isascii() else 0
         if 1 <= count < 1e13:
             return round(count)
     except ValueError:

@@ -1,0 +1,45 @@
+"""What is written on the screen: nothing that stands in a file, a name or a model's answer steers the terminal."""
+
+import os
+import shutil
+import sys
+from collections.abc import Iterable
+
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
+
+from lsr_scale.errors import printable
+
+
+class Screen(Console):
+    """A rich console that takes no text for markup or emoji codes, and shows control characters as escapes.
+
+    What is to be bold or coloured is a `rich.text.Text` with a style.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(highlight=False, markup=False, emoji=False, width=max(20, terminal_width()))
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """Render as rich does, but for what its segments hold."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(printable(segment.text), segment.style)
+
+
+def terminal_width() -> int:
+    """Return the columns of the terminal, 80 where it has none or COLUMNS is no number of them."""
+    return shutil.get_terminal_size().columns or 80
+
+
+def open_streams() -> None:
+    """See that output can be written: what an encoding lacks as an escape, what goes to a closed stream nowhere."""
+    if sys.stdout is None or sys.stderr is None:  # closed by the shell, as `>&-` does
+        # nothing that is opened later is to get the number of a stream that libraries write to
+        while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+            pass
+        os.close(number)
+        sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 - as long as the process
+        sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]

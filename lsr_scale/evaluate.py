@@ -399,8 +399,8 @@ def print_accuracy(result: dict[str, Any]) -> None:
         for name in next(iter(found.values())):
             shown = (values[name] for values in found.values())
             table.add_row(name, *(f"{value:.4f}" if isinstance(value, float) else str(value) for value in shown))
-        console = Console(highlight=False)
-        console.print(f"{result['run']}: {result['scored']}", markup=False, soft_wrap=True)
+        console = Screen()
+        console.print(f"{result['run']}: {result['scored']}", soft_wrap=True)
         console.print(table)
         return
     title = f"{result['run']}: accuracy, % (standard error), {result['scored']}"

@@ -7,7 +7,7 @@ from pathlib import Path
 from lsr_scale.errors import UserError
 
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|dbfs:/")
-_VARIABLE = re.compile(r"\$\w+|\$\{[^}]*\}?|\$\(.*\)?|`.*`|%\w+%")
+_VARIABLE = re.compile(r"\$\w+|\$\{[^}]*\}?|\$\([^)]*\)?|`[^`]*`|%\w+%")
 
 
 def user_path(text: str | Path, where: str = "") -> Path:

@@ -4,9 +4,11 @@ import os
 import shutil
 import sys
 from collections.abc import Iterable
+from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
+from rich.text import Text
 
 from lsr_scale.errors import printable
 
@@ -19,6 +21,10 @@ class Screen(Console):
 
     def __init__(self) -> None:
         super().__init__(highlight=False, markup=False, emoji=False, width=max(20, terminal_width()))
+
+    def render_str(self, text: str, **options: Any) -> Text:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Make a text of a string, as wide as it is shown."""
+        return super().render_str(printable(text), **options)
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         """Render as rich does, but for what its segments hold."""

@@ -189,12 +189,55 @@ def test_help_names_every_command(call):
         (["plan", "run.yaml", "--gpus", "0"], "argument --gpus: expected a whole number from 1 on, got '0'"),
         (["eval", "run", "--limit", "-3"], "argument --limit"),
         (["generate", "run"], "the following arguments are required: --prompt"),
+        (["train", "run.yaml", "--o"], "unrecognized arguments: --o"),
+        (["train", "run.yaml", "--res", "auto"], "unrecognized arguments: --res auto"),
+        (["config", "--config", "a.yaml", "--config", "b.yaml"], "argument --config: stands twice; keep one of them"),
+        (["eval", "run", "--tasks", "a", "--tasks", "b"], "argument --tasks: stands twice"),
+        (
+            ["export", "run", "--to", "lora", "--out", "x", "--verify", "--no-verify"],
+            "--verify and --no-verify contradict each other; keep one",
+        ),
+        (["eval", "run", "--limit", "9" * 5000], "argument --limit: expected a whole number from 1 on, got '999"),
+        (["eval", "run", "--limit", "\u0663"], "argument --limit: expected a whole number from 1 on, got"),
+        (
+            ["generate", "run", "--prompt", "a", "--max-new-tokens", "1" + "0" * 11],
+            "expected a number up to 1,000,000,000",
+        ),
+        (["plan", "run.yaml", "--card-gib", "1e300"], "expected a number above 0, up to 1,000,000,000, got '1e300'"),
     ],
 )
 def test_wrong_words_on_the_command_line_end_with_status_2(call, words, expected):
     status, _, err = call(*words)
     assert status == 2
     assert expected in err
+    assert len(err) < 24 * 80, "one screen"
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["export", "DONE", "--to", "lora", "--out", "x", "--bits", "8"], "--bits 8: has no effect with --to lora"),
+        (["export", "DONE", "--to", "adapter", "--out", "x", "--max-rank", "4"], "--max-rank 4: has no effect"),
+        (["export", "DONE", "--to", "adapter", "--out", "x", "--dtype", "float16"], "--dtype float16: has no effect"),
+        (["export", "DONE", "--to", "merged", "--out", "x", "--max-rank", "2"], "--max-rank 2: has no effect"),
+        (["export", "DONE", "--to", "lora", "--out", "x", "--no-verify", "--accuracy"], "leave out --no-verify"),
+        (["plan", "RUN", "--budget", "4k", "--gpus", "2"], "--gpus 2: has no effect with --budget"),
+        (["plan", "RUN", "--budget", "4k", "--card-gib", "24"], "--card-gib 24: has no effect with --budget"),
+        (["plan", "--model", "x", "--budget", "4k", "--set", "a=1"], "--set: has no effect with --model"),
+        (["config", "RUN", "--json-schema"], "--json-schema: prints what any run's file may say"),
+    ],
+)
+def test_an_option_without_effect_is_refused(call, place, words, expected):
+    paths = {"DONE": place / "done", "RUN": place / "run.yaml"}
+    assert expected in refused(call, *(paths.get(word, word) for word in words))
+
+
+def test_a_setting_that_is_set_again_is_said(call, place):
+    again = ["--set", "training.seed=1", "--set", "adapter.rank=2", "--set", "training.seed=2"]
+    status, out, err = call("config", place / "run.yaml", *again)
+    assert status == 0
+    assert err == "note: --set training.seed=1 has no effect, as training.seed is set again\n"
+    assert "seed: 2\n" in out
 
 
 def test_train_without_a_configuration_or_with_two_says_so(call):

@@ -94,6 +94,38 @@ def test_every_problem_is_listed_at_once_in_the_order_of_the_file():
     ]
 
 
+def test_of_many_problems_the_first_eight_are_shown_shortened_and_the_rest_is_counted():
+    lines = "".join(f"  {'k' * 900}{index}: 1\n" for index in range(100))
+    message = problem(MINIMAL + "training:\n" + lines).splitlines()
+    assert message[0] == "run.yaml: 100 problems"
+    assert [line.partition(": ")[0] for line in message[1:9]] == [f"run.yaml:{number}" for number in range(8, 16)]
+    assert max(map(len, message)) < 160
+    assert message[9:] == ["... and 92 more"]
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("training.per_device_train_batch_size=10000000", "expected a number <= 1000000, got 10000000"),
+        ("training.gradient_accumulation_steps=10000000", "expected a number <= 1000000, got 10000000"),
+        ("training.max_steps=1e30", "training.max_steps: expected a number between -1e15 and 1e15, got 1e+30"),
+        ("training.max_steps=10000000000", "expected a number <= 1000000000, got 10000000000"),
+        ("model.num_labels=1000000000000", "model.num_labels: expected a number <= 1000000, got 1000000000000"),
+        ("adapter.rank=1000000", "adapter.rank: expected a number up to 65,536, got 1000000"),
+        ("adapter.rank_pattern={q_proj: 100000}", "adapter.rank_pattern.q_proj: expected a number up to 65,536"),
+        ("adapter.alpha=1e308", "adapter.alpha: expected a number between -1e15 and 1e15, got 1e+308"),
+        ("training.adam_beta1=3.0", "training.adam_beta1: expected a number < 1, got 3.0"),
+        ("training.dataloader_num_workers=1000000", "expected a number <= 1024, got 1000000"),
+        ("training.dataset_num_proc=-1", "training.dataset_num_proc: expected a number >= 1, got -1"),
+        ("training.label_smoothing_factor=10.0", "expected a number < 1, got 10.0"),
+        (f"data.train.{'9' * 5000}=x", "data.train is a list; expected an index from 0 to 0"),
+        (f"{'a.' * 100}b=1", "expected section.name=value"),
+    ],
+)
+def test_absurd_numbers_are_refused_before_anything_is_made_of_them(override, expected):
+    assert expected in problem(MINIMAL, override)
+
+
 # Wrong types and values
 
 

@@ -1,3 +1,5 @@
+import os
+
 import pytest
 import yaml
 from run_text import CONFIGS, MINIMAL, load, problem
@@ -105,3 +107,63 @@ def test_a_config_named_without_its_folder_is_found_nearby(monkeypatch):
     monkeypatch.chdir(CONFIGS.parent)
     with pytest.raises(UserError, match=r"did you mean configs/mistral_lsr\.yaml"):
         config.load_run("mistral_lsr")
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("!!int foo", "run.yaml:2:9: not valid YAML: expected a value of the kind int, got 'foo'"),
+        ("!!float 1.2.3", "expected a value of the kind float, got '1.2.3'"),
+        ("!!bool maybe", "expected a value of the kind bool, got 'maybe'"),
+        ("!!int ''", "expected a value of the kind int, got ''"),
+        ("!!int [1]", "expected a scalar node, but found sequence"),
+        ("!!binary aGk=", "tags (!name) have no meaning here, but for !!str"),
+        ("!!timestamp 2024-01-01", "tags (!name) have no meaning here"),
+        ("!!set {a}", "tags (!name) have no meaning here"),
+        ("!!python/object/apply:os.getcwd []", "tags (!name) have no meaning here"),
+        ("9" * 5000, "expected a value of the kind int, got '9999"),
+        ("0x" + "f" * 5000, "model.name: expected a number between -1e15 and 1e15, got one of 20,000 bits"),
+        ("[" * 5000, "more than 64 values stand in each other"),
+        ("{a: " * 5000, "more than 64 values stand in each other"),
+        ('"\\ud800"', "model.name: expected text, got one with the character '\\ud800' in it"),
+        ('"a\\0b"', "model.name: expected text, got one with the character '\\x00' in it"),
+        ("x" * 10_001, "model.name: a text of 10,001 characters; 10,000 are the most"),
+    ],
+)
+def test_values_that_are_no_plain_data_or_of_no_sane_size_are_refused_by_line(value, expected):
+    message = problem(f"model:\n  name: {value}\nadapter: {{method: lsr}}\ndata: {{train: [a]}}\n")
+    assert expected in message
+    assert message.startswith("run.yaml:2")
+    assert len(message) < 700
+
+
+def test_tags_of_plain_values_are_taken():
+    assert yaml_text.parse("[!!str 3, !!int '3', !!float 1, !!bool 'true', !!null '']", "x")[0] == [
+        "3",
+        3,
+        1.0,
+        True,
+        None,
+    ]
+
+
+@pytest.mark.parametrize(
+    "line", ["x{n}: &x{n} [{many}]", "x{n}: &x{n} {{<<: [{many}]}}", "x{n}: &x{n} {{k: {one}, <<: [{many}]}}"]
+)
+def test_aliases_and_merges_that_stand_for_more_than_memory_holds_are_refused(line):
+    lines = ["x0: &x0 {a: 1}"]
+    lines += [line.format(n=n, one=f"*x{n - 1}", many=", ".join([f"*x{n - 1}"] * 9)) for n in range(1, 30)]
+    assert "more than 20,000 values, aliases (*name) and merges (<<) counted each time" in problem("\n".join(lines))
+
+
+def test_a_pipe_a_device_and_a_large_file_are_refused_before_they_are_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe.yaml")
+    (tmp_path / "zero.yaml").symlink_to("/dev/zero")
+    (tmp_path / "large.yaml").write_text("#" * 2**20 + "\n")
+    for name, expected in {
+        "pipe.yaml": "expected a file, got a pipe or a device",
+        "zero.yaml": "expected a file, got a pipe or a device",
+        "large.yaml": "expected a few lines of text, got more than a MiB",
+    }.items():
+        with pytest.raises(UserError, match=expected):
+            config.load_run(tmp_path / name)

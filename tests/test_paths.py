@@ -20,6 +20,31 @@ def test_a_name_that_no_file_can_have_is_refused(text):
         user_path(text, "training.output_dir")
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", "expected a path, got an empty text"),
+        (" ", "expected a path, got an empty text"),
+        ("s3://bucket/run", "an address, where a path on this machine is expected"),
+        ("file:///tmp/x", "an address, where a path on this machine is expected"),
+        ("${HOME}/x", r"'\$\{HOME\}' stands there as it is: only a shell fills in variables"),
+        ("$HOME/x", r"'\$HOME' stands there as it is"),
+        ("$(pwd)/x", r"'\$\(pwd\)' stands there as it is"),
+        ("%USERPROFILE%/x", "'%USERPROFILE%' stands there as it is"),
+        ("a\nb", "no file can have this name"),
+        ("a\x1b[2J", "no file can have this name"),
+    ],
+)
+def test_what_is_no_path_of_this_machine_is_refused(text, expected):
+    with pytest.raises(UserError, match=r"training\.output_dir: '.*': " + expected):
+        user_path(text, "training.output_dir")
+
+
+def test_a_folder_that_is_there_may_have_a_dollar_in_its_name(tmp_path):
+    (tmp_path / "cost_$year").mkdir()
+    assert user_path(tmp_path / "cost_$year") == tmp_path / "cost_$year"
+
+
 def test_a_user_who_is_not_there_is_refused():
     with pytest.raises(UserError, match="there is no home folder for '~nosuchuser' here; write the whole path"):
         user_path("~nosuchuser/runs")

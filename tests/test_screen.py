@@ -1,0 +1,126 @@
+"""Whatever stands in a file or a name: a message fits one screen, and nothing steers the terminal."""
+
+import io
+import os
+import subprocess
+import sys
+
+import pytest
+from rich.table import Table
+from rich.text import Text
+
+from lsr_scale import UserError, cli
+from lsr_scale.errors import one_screen, printable, shortened
+from lsr_scale.screen import Screen, open_streams
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("a\nb\tc \u00fc \u4f60 \U0001f600", "a\nb\tc \u00fc \u4f60 \U0001f600"),
+        ("\x1b[2J", "\\x1b[2J"),
+        ("a\0\r\x07\x9b", "a\\x00\\r\\x07\\x9b"),
+        ("\u202etxt\u2028", "\\u202etxt\\u2028"),
+        ("\ud800", "\\ud800"),
+        ("[bold]x[/] \\x1b", "[bold]x[/] \\x1b"),
+    ],
+)
+def test_what_would_steer_a_terminal_is_shown_as_its_escape(text, shown):
+    assert printable(text) == shown
+    assert printable(shown) == shown
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["x" * 5000, "a: " + "9" * 10**6, "word " * 5000, "\n".join(f"line {i}" for i in range(500)), "\x1b" * 3000,
+     "\n".join("w " * 500 for _ in range(30)), "a\n" + "b" * 300 + "\n" + "c " * 900],
+)  # fmt: skip
+def test_a_message_of_any_length_fits_one_screen(text):
+    said = one_screen(text)
+    assert sum(max(1, -(-len(line) // 80)) for line in said.split("\n")) <= 21
+    assert said.startswith(printable(text)[:1])
+    assert one_screen(said) == said
+    assert str(UserError(text)) == said
+
+
+def test_a_message_keeps_both_its_ends_and_counts_what_is_left_out():
+    assert shortened("a" * 50 + "b" * 50, 30) == "a" * 15 + " ... " + "b" * 10
+    said = one_screen("rank: expected a number, got " + "9" * 5000 + "; remove it")
+    assert said.startswith("rank: expected a number, got 999")
+    assert said.endswith("999; remove it")
+    assert "..." in said
+    assert one_screen("\n".join(f"line {i}" for i in range(500))).endswith("line 18\n... and 481 more lines")
+    path = "/tmp/" + "folder/" * 30 + "file"
+    assert path in one_screen(f"{path}: no such file")
+
+
+def screen(monkeypatch):
+    stream = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", stream)
+    return Screen(), stream
+
+
+def test_tables_and_texts_show_markup_emoji_codes_and_control_characters_as_they_stand(monkeypatch):
+    shown, stream = screen(monkeypatch)
+    table = Table("[bold]head", title="[/x] :smile:")
+    table.add_row("[/] \x1b[2J")
+    shown.print(table)
+    shown.print("[link=x]y[/link]")
+    shown.print(Text("[red]\u202e"))
+    for text in ("[bold]head", "[/x] :smile:", "[/] \\x1b[2J", "[red]\\u202e", "[link=x]y[/link]"):
+        assert text in stream.getvalue()
+    assert "\x1b" not in stream.getvalue()
+
+
+@pytest.mark.parametrize("columns", ["0", "-3", "x", "1", "", "9" * 30])
+def test_columns_of_any_kind_give_a_table_that_can_be_read(monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", columns)
+    shown, stream = screen(monkeypatch)
+    shown.print(Table("head"))
+    assert "head" in stream.getvalue()
+
+
+def test_a_stream_of_ascii_takes_everything_and_a_closed_one_too(monkeypatch):
+    held = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(held, encoding="ascii", errors="strict", write_through=True))
+    monkeypatch.setattr(sys, "stderr", None)
+    open_streams()
+    print("\u4f60")
+    print("nowhere", file=sys.stderr, flush=True)
+    assert held.getvalue() == b"\\u4f60\n"
+
+
+def test_commands_answer_with_every_stream_closed():
+    done = subprocess.run(
+        ["sh", "-c", f"{sys.executable} -m lsr_scale config none.yaml >&- 2>&- <&-"], check=False, timeout=280
+    )
+    assert done.returncode == 2
+
+
+@pytest.mark.parametrize("module", ["lsr_scale.adapters", "transformers.utils.logging"])
+def test_ctrl_c_while_importing_ends_in_words(module, tmp_path):
+    (tmp_path / "lsr-scale").write_text(
+        "import sys\n"
+        "class Interrupts:\n"
+        "    def find_spec(self, name, *_):\n"
+        f"        if name == {module!r}:\n"
+        "            raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Interrupts())\n"
+        "from lsr_scale.cli import main\n"
+        "sys.exit(main(['config', 'none.yaml']))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, tmp_path / "lsr-scale"], capture_output=True, text=True, check=False, timeout=280,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )  # fmt: skip
+    assert (done.returncode, done.stderr.strip()) == (130, "lsr-scale: interrupted")
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: 8 bytes")])
+def test_memory_of_the_machine_that_ran_out_is_said_with_what_to_lower(monkeypatch, capsys, error):
+    def fail(_):
+        raise error
+
+    monkeypatch.setitem(cli._COMMANDS, "doctor", fail)
+    assert cli.main(["doctor"]) == 2
+    assert "the machine's memory ran out; lower training.per_device_train_batch_size" in capsys.readouterr().err

@@ -17,7 +17,8 @@ try:
     from lsr_scale.errors import UserError
     from lsr_scale.fused import fit_memory, fuse, unfuse
 except KeyboardInterrupt:
-    if _sys.argv[0].rpartition("/")[2] not in ("-m", "lsr-scale", "train.py"):  # python -m lsr_scale, the command, a launch
+    # python -m lsr_scale, the command, and what a launcher starts
+    if _sys.argv[0].rpartition("/")[2] not in ("-m", "lsr-scale", "train.py"):
         raise
     print("\nlsr-scale: interrupted", file=_sys.stderr)
     _sys.exit(130)

@@ -106,8 +106,8 @@ def test_of_many_problems_the_first_eight_are_shown_shortened_and_the_rest_is_co
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("training.per_device_train_batch_size=10000000", "expected a number <= 1000000, got 10000000"),
-        ("training.gradient_accumulation_steps=10000000", "expected a number <= 1000000, got 10000000"),
+        ("training.per_device_train_batch_size=10000000", "expected a number <= 65536, got 10000000"),
+        ("training.gradient_accumulation_steps=10000000", "expected a number <= 65536, got 10000000"),
         ("training.max_steps=1e30", "training.max_steps: expected a number between -1e15 and 1e15, got 1e+30"),
         ("training.max_steps=10000000000", "expected a number <= 1000000000, got 10000000000"),
         ("model.num_labels=1000000000000", "model.num_labels: expected a number <= 1000000, got 1000000000000"),
@@ -117,7 +117,7 @@ def test_of_many_problems_the_first_eight_are_shown_shortened_and_the_rest_is_co
         ("training.adam_beta1=3.0", "training.adam_beta1: expected a number < 1, got 3.0"),
         ("training.dataloader_num_workers=1000000", "expected a number <= 1024, got 1000000"),
         ("training.dataset_num_proc=-1", "training.dataset_num_proc: expected a number >= 1, got -1"),
-        ("training.label_smoothing_factor=10.0", "expected a number < 1, got 10.0"),
+        ("training.label_smoothing_factor=10.0", "expected a number <= 1, got 10.0"),
         (f"data.train.{'9' * 5000}=x", "data.train is a list; expected an index from 0 to 0"),
         (f"{'a.' * 100}b=1", "expected section.name=value"),
     ],

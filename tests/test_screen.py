@@ -9,7 +9,7 @@ import pytest
 from rich.table import Table
 from rich.text import Text
 
-from lsr_scale import UserError, cli
+from lsr_scale import UserError
 from lsr_scale.errors import one_screen, printable, shortened
 from lsr_scale.screen import Screen, open_streams
 
@@ -114,13 +114,3 @@ def test_ctrl_c_while_importing_ends_in_words(module, tmp_path):
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )  # fmt: skip
     assert (done.returncode, done.stderr.strip()) == (130, "lsr-scale: interrupted")
-
-
-@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: 8 bytes")])
-def test_memory_of_the_machine_that_ran_out_is_said_with_what_to_lower(monkeypatch, capsys, error):
-    def fail(_):
-        raise error
-
-    monkeypatch.setitem(cli._COMMANDS, "doctor", fail)
-    assert cli.main(["doctor"]) == 2
-    assert "the machine's memory ran out; lower training.per_device_train_batch_size" in capsys.readouterr().err

@@ -23,8 +23,7 @@ def test_a_name_that_no_file_can_have_is_refused(text):
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("", "expected a path, got an empty text"),
-        (" ", "expected a path, got an empty text"),
+        ("a\x7fb", "no file can have this name"),
         ("s3://bucket/run", "an address, where a path on this machine is expected"),
         ("file:///tmp/x", "an address, where a path on this machine is expected"),
         ("${HOME}/x", r"'\$\{HOME\}' stands there as it is: only a shell fills in variables"),

@@ -1,6 +1,5 @@
 """How a run gets its folder: chosen, locked, and what stood there kept until the new run has saved a step."""
 
-import json
 import os
 import shutil
 import sys
@@ -162,6 +161,14 @@ class Earlier:
             print(f"note: {self.folder.path}: {words}", file=sys.stderr, flush=True)
         record.remove(self.folder.earlier)
 
+    def settle_at_the_end(self) -> None:
+        """Settle as a run ends, whose own error is the one to see; what cannot be put back now waits for the next."""
+        try:
+            self.settle()
+        except (OSError, UserError) as error:
+            words = f"what it found here is in {self.folder.earlier} until the next run starts ({error})"
+            print(f"note: {self.folder.path}: {words}", file=sys.stderr, flush=True)
+
     def _kept_for_good(self) -> Path:
         """Give what cannot be put back, since something else lies there now, a folder that no run touches."""
         self._notes.unlink(missing_ok=True)
@@ -172,11 +179,11 @@ class Earlier:
     def _state(self) -> dict[str, Any]:
         """Return what `keep` noted; nothing was moved before it was."""
         try:
-            state = json.loads(self._notes.read_text(encoding="utf-8"))
+            state = record.read_json(self._notes, "record of what is set aside")
             return {"whole": state["whole"] is True, "after": int(state["after"])} | {
                 name: [str(item) for item in state[name]] for name in ("copied", "not_new")
             }
-        except (OSError, ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError):
             return {"whole": False, "after": -1, "copied": [], "not_new": []}
 
     def _has_saved(self, state: dict[str, Any]) -> bool:

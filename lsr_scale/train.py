@@ -74,7 +74,7 @@ def train(
                 return _train(*chosen, started=started, say=say, quiet=quiet, resumes=resume is not None)
             finally:
                 if distributed.is_main():
-                    Earlier(folder).settle()
+                    Earlier(folder).settle_at_the_end()
     finally:
         if distributed.is_main():
             folder.release()

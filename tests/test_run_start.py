@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lsr_scale import UserError, record
+from lsr_scale import UserError, cli, record
 from lsr_scale.run_folder import MANIFEST, RunFolder
 from lsr_scale.run_start import Earlier, choose, recover
 
@@ -192,6 +192,36 @@ def test_what_lies_in_the_way_of_coming_back_is_not_written_over(tmp_path, capsy
     assert json.loads((folder.path / "earlier-run" / "results.json").read_text())["steps"] == 4
     assert f"but for results.json, in {folder.path}/earlier-run" in capsys.readouterr().err
     assert not folder.earlier.exists()
+
+
+def test_a_disk_that_is_full_at_a_run_s_end_leaves_it_to_the_next(tmp_path, monkeypatch, capsys):
+    folder = a_run(tmp_path / "run")
+    before = contents(folder.path)
+    Earlier(folder).keep([*folder.written(), *folder.own_checkpoints()], (), -1)
+
+    def full(*_):
+        raise OSError(28, os.strerror(28))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", full)
+        Earlier(folder).settle_at_the_end()
+    assert f"what it found here is in {folder.earlier} until the next run starts" in capsys.readouterr().err
+    recover(folder)
+    assert contents(folder.path) == before
+
+
+@pytest.mark.parametrize("how", [["--overwrite"], ["--resume", "auto"], []])
+def test_a_project_s_own_config_yaml_is_no_run(tmp_path, monkeypatch, capsys, how):
+    project = own_project(tmp_path / "project")
+    own = "model: {name: nothing}\nadapter: {method: lsr}\ndata: {train: [./a.jsonl]}\ntraining: {}\n"
+    write(project / "config.yaml", own)
+    monkeypatch.chdir(project)
+    before = contents(project)
+    assert cli.main(["train", "config.yaml", *how, "--set", "training.output_dir=."]) == 2
+    assert ".: is no run's folder, but holds config.yaml" in capsys.readouterr().err
+    assert cli.main(["train", "config.yaml", *how]) == 2, "into runs/config, where the rows are looked for first"
+    assert "a.jsonl" in capsys.readouterr().err
+    assert contents(project) == before
 
 
 @pytest.mark.parametrize("notes", [None, "[]", "{", '{"whole": true}'])

@@ -158,7 +158,7 @@ def test_gradients_against_float64_whatever_the_mask(head_dim, logits, length, k
     for name, one, other in zip(("out", "q", "k", "v"), found, expected, strict=True):
         assert torch.isfinite(one).all(), f"{name} is not finite"
         error = float((one.double() - other).detach().norm() / other.norm())
-        assert error < 0.03, f"{name}: {error:.3f} from float64"
+        assert error < 0.05, f"{name}: {error:.3f} from float64"
 
 
 @cuda

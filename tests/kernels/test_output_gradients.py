@@ -144,3 +144,18 @@ def test_7b_shapes_on_a_gpu(sizes, ranks, width, num_rows):
         up[:, 48:] = 0
         xa[:, 48:] = 0
     check(grad, ds_out, xa, up, sizes, ranks, offsets, width)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: tiles of every size, pipelined")
+@pytest.mark.parametrize("room", [99, 163, 227])
+@pytest.mark.parametrize("ranks", [[32, 16, 16], [64, 33, 31], [64, 64, 64], [64, 128, 64]])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_tiles_of_every_gpu_on_this_one(dtype, ranks, room):
+    sizes, columns = [1024, 256, 512], sum(ranks)
+    rows, stages = ops._tile(ops._power_of_two(columns), dtype.itemsize, room * 1024)
+    if room * 1024 > ops.shared_memory(torch.empty(0, device="cuda")):
+        pytest.skip("this GPU has less")
+    grad, ds_out, xa, up, offsets = case(777, sizes, ranks, columns, dtype, "cuda")
+    xa, up = xa.contiguous(), pitched(up.contiguous(), 64)  # as layers have them: aligned, so loads are pipelined
+    check(grad, ds_out, xa, up, sizes, ranks, offsets, 128, block_t=rows, num_stages=stages)

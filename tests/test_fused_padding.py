@@ -97,6 +97,26 @@ def test_what_steps_aside_computes_the_same_without_a_mask(of_the_head, padded):
     assert_same(step(model, padded), expected)
 
 
+@pytest.mark.parametrize("learned", [False, True])
+def test_a_loss_function_of_the_users_is_given_what_transformers_gives_it(learned, padded, masks):
+    batch, model = {**padded, **({"labels": padded["input_ids"]} if learned else {})}, adapted()
+
+    seen = []
+
+    def loss(logits, labels, vocab_size, **others):
+        seen.append(sorted(others))
+        wanted = torch.nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
+        return torch.nn.functional.cross_entropy(logits.transpose(1, 2), wanted)
+
+    model.get_base_model().loss_function = loss
+    expected = step(model, batch)
+    lsr_scale.fuse(model)
+    assert_same(step(model, batch), expected)
+    assert masks == [learned, learned]
+    assert seen[0] == seen[1]
+    assert model.get_base_model().model.mask_is_needed is None
+
+
 def test_a_classifier_that_is_padded_on_the_right(padded, masks):
     torch.manual_seed(0)
     base = LlamaForSequenceClassification(LlamaConfig(**TINY_SIZES, num_labels=3)).double()

@@ -204,6 +204,7 @@ class _FusedStack(_Fused):
 
     pair_cache: dict[Any, tuple[Any, dict[int, Pair]]] | None = None
     most_tokens: int = 0  # in one training forward so far
+    mask_is_needed: bool | None = None  # None: nobody has asked
 
     def train(self, mode: bool = True) -> Any:
         """Switch between training and evaluation; kept pairs are dropped (an engine may write factors unseen)."""
@@ -233,7 +234,8 @@ class _FusedStack(_Fused):
                 # four dimensions: transformers hands it on as it is
                 fused.placeholder = kwargs["attention_mask"] = torch.zeros(1, 1, 1, 1, device=tokens.device)
         elif len(args) < 2 and module.training:
-            needed = needs_mask(kwargs) if mask_is_needed is None else mask_is_needed
+            asked = self.mask_is_needed if mask_is_needed is None else mask_is_needed
+            needed = needs_mask(kwargs) if asked is None else asked
             kwargs["attention_mask"] = kwargs.get("attention_mask") if needed else None
         others = (kwargs.get(name) for name in ("attention_mask", "position_ids", "past_key_values"))
         fused.plain = len(args) < 2 and all(other is None for other in others)
@@ -296,11 +298,16 @@ class _FusedHead(_Fused):
     def forward(self, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
         """Run the model; in training with labels, `logits` is None in what is returned."""
         module: Any = self
-        if labels is not None and module.training and not args and "mask_is_needed" not in kwargs:
-            kwargs["mask_is_needed"] = needs_mask(kwargs, labels)
+        needed = kwargs.pop("mask_is_needed", None)
+        if labels is not None and module.training and not args and needed is None:
+            needed = needs_mask(kwargs, labels)
         if labels is None or not module.training or args or why_not_head(module, kwargs):
-            return super().forward(*args, labels=labels, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
-        return causal_lm_loss(module, labels, **kwargs)
+            module.model.mask_is_needed = needed  # not an argument: a loss function of the user's would be given it
+            try:
+                return super().forward(*args, labels=labels, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+            finally:
+                module.model.mask_is_needed = None
+        return causal_lm_loss(module, labels, mask_is_needed=needed, **kwargs)
 
 
 @dataclass
@@ -397,7 +404,16 @@ def unfuse(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, _Fused):
             module.__class__ = module.original
-            for name in ("recompute", "told", "sizes", "verdict", "held", "pair_cache", "most_tokens"):
+            for name in (
+                "recompute",
+                "told",
+                "sizes",
+                "verdict",
+                "held",
+                "pair_cache",
+                "most_tokens",
+                "mask_is_needed",
+            ):
                 module.__dict__.pop(name, None)
 
 

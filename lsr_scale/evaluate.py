@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lsr_scale import distributed, record
+from lsr_scale import distributed
 from lsr_scale.adapter_files import load_adapter
 from lsr_scale.config import RunConfig, load_run, run_from_dict
 from lsr_scale.config.training import EVALUATED
@@ -104,8 +104,8 @@ def save_predictions(
         return
     for task, result in scores.items():
         pairs = zip(result.predictions, tasks[task], strict=True)
-        lines = (json.dumps({**vars(prediction), "question_sha256": example.sha256()}) for prediction, example in pairs)
-        record.write_text(folder.predictions(task, when), "\n".join(lines) + "\n")
+        lines = ({**vars(prediction), "question_sha256": example.sha256()} for prediction, example in pairs)
+        folder.write_predictions(task, when, lines)
 
 
 def read_scores(
@@ -380,9 +380,8 @@ def evaluate_classifier(
             measured = {key.removeprefix("eval_"): value for key, value in output.metrics.items() if key in EVALUATED}
             found[name] = {"num_examples": len(rows), **{key: round(value, 6) for key, value in measured.items()}}
             lines = classification.predictions(output)
-            text = "".join(json.dumps(line) + "\n" for line in lines)
             with _unless_unwritable():
-                record.write_text(folder.predictions(name, "eval-adapter"), text)
+                folder.write_predictions(name, "eval-adapter", lines)
     return {"run": str(folder.path), "scored": "adapter", "classification": found}
 
 

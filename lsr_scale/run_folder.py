@@ -10,14 +10,14 @@ import re
 import socket
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
 from lsr_scale.errors import UserError
 from lsr_scale.paths import user_path
-from lsr_scale.record import cannot_write, is_own_picture, is_picture
+from lsr_scale.record import cannot_write, is_own_picture, is_picture, write_text
 
 # of a checkpoint: what no other trainer writes
 MANIFEST, STATE, TENSORS = "manifest.json", "training_state.json", "training_state.safetensors"
@@ -115,6 +115,19 @@ class RunFolder:
             plain += f"+{hashlib.sha256(task.encode('utf-8', 'surrogatepass')).hexdigest()[:16]}"
         return self.path / "eval" / f"{plain}-{when}.jsonl"
 
+    def write_predictions(self, task: str, when: str, lines: Iterable[Any]) -> None:
+        """Write the predictions of a task, one JSON object a line.
+
+        Raises:
+            UserError: if they cannot be written, or a link would lead them out of the folder.
+        """
+        file = self.predictions(task, when)
+        if file.parent.is_symlink():
+            raise UserError(
+                f"{file.parent}: expected a folder, got a link to one, which is not written into; remove it"
+            )
+        write_text(file, "".join(json.dumps(line) + "\n" for line in lines))
+
     def checkpoints(self) -> list[Path]:
         """Return the checkpoints by the step in their names; other programs' and damaged ones are among them."""
         return sorted(
@@ -175,7 +188,8 @@ class RunFolder:
         found = [path for path in (*files, self.nonfinite) if os.path.lexists(path) and path not in ours]
         marked = self.is_marked()
         folders = [path for path in self._folders() if os.path.lexists(path)]
-        found += [path for path in folders if not path.is_dir() or not marked]
+        # a link would lead what is written into it out of the folder; the others are replaced, link and all
+        found += [p for p in folders if not p.is_dir() or not marked or (p.name == "eval" and p.is_symlink())]
         return found if marked else [*found, *self.checkpoints()]
 
     def claim(self) -> bool:

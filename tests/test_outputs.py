@@ -61,14 +61,21 @@ def test_eval_prints_its_table_where_nothing_can_be_written(call, done, unwritab
     assert json.loads(out)["accuracy"]["questions"]
 
 
-@pytest.mark.parametrize("odd", ["file", "pipe"])
+@pytest.mark.parametrize("odd", ["file", "pipe", "link"])
 def test_eval_prints_its_table_where_eval_is_no_folder(call, done, odd):
     shutil.rmtree(done.path / "eval")
-    os.mkfifo(done.path / "eval") if odd == "pipe" else (done.path / "eval").write_text("mine")
+    (done.path / "mine").mkdir()
+    if odd == "link":
+        (done.path / "eval").symlink_to("mine")
+    elif odd == "pipe":
+        os.mkfifo(done.path / "eval")
+    else:
+        (done.path / "eval").write_text("mine")
     status, out, err = call("eval", done.path)
     assert status == 0
     assert "questions" in out
     assert "not written" in err
+    assert list((done.path / "mine").iterdir()) == []
 
 
 def test_inspect_prints_its_table_where_nothing_can_be_written(call, done, unwritable):

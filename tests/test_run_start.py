@@ -114,6 +114,15 @@ def test_a_file_with_a_run_s_name_and_other_content_is_in_the_way(tmp_path, name
         take(folder.path, **how)
 
 
+def test_a_link_in_place_of_the_predictions_folder_is_refused(tmp_path):
+    folder = a_run(tmp_path / "run")
+    (folder.path / "eval").rename(tmp_path / "mine")
+    (folder.path / "eval").symlink_to(tmp_path / "mine")
+    for how in ({"resume": True}, {"overwrite": True}):
+        with pytest.raises(UserError, match="holds eval, which no run wrote and this one would write over; move it"):
+            take(folder.path, **how)
+
+
 @pytest.mark.parametrize("name", ["results.json", "metrics.jsonl", "loss.png", "nonfinite.jsonl"])
 @pytest.mark.parametrize("kind", ["folder", "pipe", "device", "broken link"])
 def test_odd_things_at_a_run_s_names_are_refused_and_not_opened(tmp_path, name, kind):

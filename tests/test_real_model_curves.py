@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny_runs import completions, save_llama, write_rows
+from tiny_runs import completions, do_all_here, save_llama, write_rows
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import real_model_curves as curves
@@ -30,15 +30,9 @@ def test_a_way_is_a_run_that_a_user_could_write(way, tmp_path):
     assert run.adapter.method == way.method
 
 
-def in_this_process(next_job, call, take, jobs, time_limit, logs):
-    while (job := next_job()) is not None:
-        take(job, call(*job.arguments))
-    return 0, []
-
-
 @pytest.mark.filterwarnings("ignore")
 def test_runs_leave_their_curves_and_a_picture(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(curves, "do_all", in_this_process)
+    monkeypatch.setattr(curves, "do_all", do_all_here)
     rows = write_rows(tmp_path / "rows.jsonl", completions(64))
     options = ["--model", str(save_llama(tmp_path / "model")), "--data", rows, "--steps", "2", "--only", "lora-bf16"]
     options += ["--out", str(tmp_path / "curves.json"), "--work", str(tmp_path / "work")]

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny_runs import save_llama
+from tiny_runs import do_all_here, save_llama
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import commonsense
@@ -30,8 +30,8 @@ def test_the_second_run_starts_from_the_first_at_the_chosen_rate(tmp_path):
         assert first["eval"]["tasks"] == second["eval"]["tasks"]
 
 
-@pytest.mark.slow
-def test_both_tasks_are_trained_and_scored_once(data, tmp_path, capsys):  # noqa: F811
+def test_both_tasks_are_trained_and_scored_once(data, tmp_path, capsys, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(trials, "do_all", do_all_here)
     model = str(save_llama(tmp_path / "model"))
     words = ["--data", str(data), "--work", str(tmp_path / "work"), "--results", str(tmp_path / "results"), "--smoke"]
     words += ["--model", model, "--seeds", "1", "--providers", "lora_8", "--pairs", "arc_challenge-arc_easy"]

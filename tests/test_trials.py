@@ -6,8 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiny_runs import do_all_here
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import trials
 from trials import (
     FILE,
     NUM_POINTS,
@@ -36,35 +38,40 @@ def score(trial, point):
     return {"score": value, "adapter_parameters": 7}
 
 
+@pytest.fixture(autouse=True)
+def _no_processes(monkeypatch):
+    monkeypatch.setattr(trials, "do_all", do_all_here)
+
+
 def test_every_provider_is_tuned_on_as_many_points():
     with pytest.raises(ValueError, match="expected 5 points"):
         tuned_alike({"one": Provider("lora", {}, rates(1e-4, 2e-4))})
 
 
 def test_seeds_run_with_the_best_point_and_only_once(tmp_path, monkeypatch):
-    trials = plan(["a"], PROVIDERS, 2)
-    assert len(trials) == 2 * (NUM_POINTS + 2)
+    todo = plan(["a"], PROVIDERS, 2)
+    assert len(todo) == 2 * (NUM_POINTS + 2)
     monkeypatch.setenv("TRIALS_FAIL", "1")
     # the failed provider's tuning is missing, so its seeds are left, and the other's are all there
-    assert execute(trials, PROVIDERS, score, tmp_path) == NUM_POINTS + 2
+    assert execute(todo, PROVIDERS, score, tmp_path) == NUM_POINTS + 2
     first = (tmp_path / FILE).read_bytes()
-    assert set(load(tmp_path)) == {trial.name for trial in trials if trial.provider == "one"}
+    assert set(load(tmp_path)) == {trial.name for trial in todo if trial.provider == "one"}
     monkeypatch.delenv("TRIALS_FAIL")
-    assert execute(trials, PROVIDERS, score, tmp_path) == 0
+    assert execute(todo, PROVIDERS, score, tmp_path) == 0
     done = load(tmp_path)
     assert (tmp_path / FILE).read_bytes().startswith(first)
     assert len((tmp_path / FILE).read_text().splitlines()) == len(done)
     assert best_point("a", "one", done) == 2
-    assert {done[trial.name]["settings"]["learning_rate"] for trial in trials if not trial.tunes} == {3e-4}
+    assert {done[trial.name]["settings"]["learning_rate"] for trial in todo if not trial.tunes} == {3e-4}
     assert [line.split(" | ")[-2] for line in table(done, PROVIDERS)[2:]] == ["2", "2"]
 
 
 def test_a_changed_point_is_done_again_and_with_it_the_seeds_that_it_changes(tmp_path, capsys):
-    trials = plan(["a"], PROVIDERS, 1)
-    assert execute(trials, PROVIDERS, score, tmp_path) == 0
+    todo = plan(["a"], PROVIDERS, 1)
+    assert execute(todo, PROVIDERS, score, tmp_path) == 0
     changed = {**PROVIDERS, "one": Provider("lora", {}, rates(1e-4, 2e-4, 2.5e-4, 4e-4, 5e-4))}
     capsys.readouterr()
-    assert execute(trials, changed, score, tmp_path) == 0
+    assert execute(todo, changed, score, tmp_path) == 0
     again = [line.split(":")[0] for line in capsys.readouterr().out.splitlines()[:-1]]
     assert again == ["a-one-tune2", "a-one-seed0"]
     assert load(tmp_path)["a-one-seed0"]["settings"] == {"learning_rate": 2.5e-4}

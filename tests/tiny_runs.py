@@ -3,6 +3,8 @@
 import functools
 import gc
 import json
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +166,26 @@ def do(run: RunConfig, **options: Any) -> RunFolder:
     """Train quietly."""
     gc.freeze()  # every run collects garbage, and need not look through half a million objects of the libraries
     return train(run, quiet=True, **options)
+
+
+def do_all_here(
+    next_job: Callable[[], Any],
+    call: Callable[..., Any],
+    take: Callable[[Any, Any], None],
+    jobs: int = 1,
+    time_limit: float = math.inf,
+    logs: Path | None = None,
+) -> tuple[int, list[Any]]:
+    """Stand in for `benchmarks/pool.py`'s `do_all`, without processes, which import for half a minute."""
+    failed = 0
+    while time_limit > 0 and (job := next_job()) is not None:
+        try:
+            result = call(*job.arguments)
+        except Exception:
+            failed += 1
+        else:
+            take(job, result)
+    return failed, []
 
 
 def factors(folder: RunFolder, part: str = "adapter") -> dict[str, torch.Tensor]:

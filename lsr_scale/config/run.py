@@ -255,7 +255,7 @@ def _conflicts(run: RunConfig) -> Iterable[Problem]:
             "SFTTrainer computes the loss from lm_head's own weight, so an adapter there would never train; remove it, "
             "or train the whole matrix with adapter.modules_to_save: [lm_head]",
         )
-    if metric := training.get("metric_for_best_model"):
+    if (metric := training.get("metric_for_best_model")) is not None:
         measured = evaluated(model.task, model.num_labels)
         if metric.removeprefix("eval_") not in measured:
             names = [f"eval_{name}" for name in measured]

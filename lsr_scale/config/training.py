@@ -102,7 +102,7 @@ _BOUNDS: dict[str, dict[str, float]] = {
     "adam_beta1": {"ge": 0, "lt": 1},
     "adam_beta2": {"ge": 0, "lt": 1},
     "adam_epsilon": {"gt": 0, "le": 1},
-    "max_grad_norm": {"ge": 0},
+    "max_grad_norm": {"ge": 0, "le": 1e12},
     "neftune_noise_alpha": {"ge": 0, "le": 1e6},
     "label_smoothing_factor": {"ge": 0, "le": 1},
     "logging_steps": {"gt": 0, "le": 10**9},

@@ -25,7 +25,6 @@ _OPTIMIZER = (
     "adam_beta1",
     "adam_beta2",
     "adam_epsilon",
-    "learning_rate",
 )
 _SCHEDULE = ("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "warmup_ratio")
 _COMPILE = ("torch_compile", "torch_compile_backend", "torch_compile_mode")
@@ -34,16 +33,19 @@ _LOADER = (
     *("dataloader_multiprocessing_context", "dataloader_pin_memory", "dataloader_drop_last"),
 )
 
-# Who raises (module.function), and which settings it was given; the first that matches the innermost call counts.
+# Who raises (module.function, or the exception's own name), and which settings it was given; the innermost call counts.
 _READERS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    (r"torch\._(dynamo|inductor)\b.*|.*\.(compile|_compile\w*)", _COMPILE),
+    (r"torch\._inductor\..*|torch\._dynamo\.(backends|exc)\..*|torch\.(compile|_Torch\w+\..*)|.*Dynamo\w+.*", _COMPILE),
     (r"transformers\.optimization\..*|torch\.optim\.lr_scheduler\..*|.*\.(create_scheduler|get_scheduler)", _SCHEDULE),
     (r"transformers\.trainer_optimizer\..*|torch\.optim\..*|bitsandbytes\.optim\..*", _OPTIMIZER),
     (r".*\.(create_optimizer|get_optimizer_cls_and_kwargs|get_optimizer_group)", _OPTIMIZER),
     (r"transformers\.integrations\.integration_utils\..*|.*\.get_reporting_integration_callbacks", ("report_to",)),
-    (r"transformers\.integrations\.(liger|.*neftune.*)\..*|.*liger.*", ("use_liger_kernel", "liger_kernel_config")),
+    (r".*liger.*", ("use_liger_kernel", "liger_kernel_config")),
     (r".*neftune.*", ("neftune_noise_alpha",)),
-    (r".*\.(gradient_checkpointing_enable|_set_gradient_checkpointing)", ("gradient_checkpointing_kwargs",)),
+    (
+        r".*\.(\w*gradient_checkpointing\w*)|torch\.utils\.checkpoint\..*",
+        ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs", "gradient_checkpointing"),
+    ),
     (r"transformers\.debug_utils\..*", ("debug",)),
     (r".*(Accelerator|accelerator_)[cC]onfig.*|.*\.create_accelerator_and_postprocess", ("accelerator_config",)),
     (r"accelerate\.(accelerator|data_loader|utils\.dataclasses)\..*", ("accelerator_config", "ddp_backend")),
@@ -53,10 +55,14 @@ _READERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"trl\..*activation_offload.*", ("activation_offloading",)),
 )
 # What the machine does, or another process: not over a setting.
-_OF_THE_MACHINE = re.compile(r"CUDA|NCCL|gloo|memory|Connection|disk|PytorchStream|iostream", re.IGNORECASE)
+_OF_THE_MACHINE = re.compile(
+    r"CUDA error|CUBLAS_|CUDNN_|NCCL|gloo|out of memory|allocate|bad_alloc|Connection|No space left|PytorchStream|"
+    r"inline_container|iostream",
+    re.IGNORECASE,
+)
 _OVER_VALUES = (
     *(ValueError, TypeError, ImportError, LookupError, AttributeError, NotImplementedError, ArithmeticError),
-    *(AssertionError, RuntimeError),
+    *(AssertionError, RuntimeError, FileNotFoundError, IsADirectoryError, NotADirectoryError),
 )
 _NOT_OVER_VALUES = (UserError, MemoryError, torch.OutOfMemoryError, torch.distributed.DistError)
 # whose exceptions are of no such kind
@@ -80,40 +86,53 @@ def named(run: RunConfig) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        over_a_value = isinstance(error, _OVER_VALUES) or type(error).__module__.startswith(_LIBRARIES)
-        if not over_a_value or isinstance(error, _NOT_OVER_VALUES) or _OF_THE_MACHINE.search(str(error)):
+        of_a_library = type(error).__module__.startswith(_LIBRARIES)
+        if not of_a_library and (
+            not isinstance(error, _OVER_VALUES)
+            or isinstance(error, _NOT_OVER_VALUES)
+            or _OF_THE_MACHINE.search(str(error))
+        ):
             raise
         meant = _meant(run, error)
         if not meant:
             raise
-        words = " ".join(str(error).split())[:300] or type(error).__name__
-        found = ", ".join(f"training.{name}: {value!r:.80}" for name, value in meant.items())
-        way_out = next((_WAYS_OUT[name] for name in meant if name in _WAYS_OUT), "mend it, or leave it out")
-        raise UserError(f"{found}: {type(error).__name__}: {words}; {way_out}") from error
+        words = " ".join(str(error).split())[:300]
+        if not words or isinstance(error, LookupError | AttributeError):  # a bare name
+            words = f"{type(error).__name__}: {words}"
+        found = ", ".join(_shown(name, value) for name, value in meant.items())
+        ways_out = [_WAYS_OUT[n] for n in meant if n in _WAYS_OUT and (n != "optim" or "install" in words.lower())]
+        way_out = ways_out[0] if ways_out else "mend it, or leave it out"
+        raise UserError(f"{found}: {words}; {way_out}") from error
+
+
+def _shown(name: str, value: Any) -> str:
+    return f"training.{name}" if isinstance(value, bool) else f"training.{name} {value!r:.80}"
 
 
 def _meant(run: RunConfig, error: BaseException) -> dict[str, Any]:
     """Return the settings that an exception is about, by who raised it and by what it says."""
-    callers = list(_callers(error.__traceback__))
+    callers = [*_callers(error.__traceback__), f"{type(error).__module__}.{type(error).__qualname__}"]
     begun = any(name.endswith("._run_epoch") for name in callers)
     given = {name: value for name, value in run.training.items() if value != _default(run, name)}
     # by its words: a setting's name, or a text that one was set to
     said = str(error)
     spoken = {n: v for n, v in given.items() if re.search(rf"\b{n}\b", said) or _is_quoted(v, said)}
-    for caller in reversed(callers):
+    # within a step much is called by what a setting chose, such as every layer by torch's checkpointing
+    for caller in reversed(callers[-5:] if begun else callers):
         if caller.startswith("lsr_scale."):
             continue
         for pattern, names in _READERS:
             if re.fullmatch(pattern, caller):
-                return {n: v for n, v in given.items() if n in names} or {names[0]: run.training.get(names[0])}
-    if begun and not spoken:
-        return {}
+                meant = {n: v for n, v in given.items() if n in names}
+                return meant if meant or begun else {names[0]: run.training.get(names[0])}
+    if isinstance(error, OSError) or (begun and not spoken):
+        return spoken
     return spoken or _unexplained(callers, given)
 
 
 def _unexplained(callers: list[str], given: dict[str, Any]) -> dict[str, Any]:
     """Return all that a run sets of a library's fields, where a library refuses some before the first step."""
-    if not callers or callers[-1].startswith("lsr_scale."):
+    if callers[-2].startswith("lsr_scale."):
         return {}  # a bug of ours
     return {name: value for name, value in given.items() if name not in DEFAULTS}
 

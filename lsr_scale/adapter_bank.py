@@ -20,14 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from peft import PeftModel
 from torch import Tensor
 
 from lsr_scale.adapters.base import BASE_ROW, AdapterConfig, AdapterLinear, Pair
 from lsr_scale.errors import UserError
 from lsr_scale.paths import user_path
+from lsr_scale.saved_adapter import CONFIG, WEIGHTS, read_config, read_weights
 
 
 @dataclass
@@ -136,27 +135,13 @@ class AdapterBank:
 
     def _read(self, name: str) -> tuple[AdapterConfig, dict[tuple[str, str], Tensor]]:
         """Return an adapter's configuration, and its factors by module and name, checked before one is kept."""
-        where = self.folder / name
-        if where.resolve().parent != self.folder.resolve():
-            raise UserError(f"adapter_names: {name!r} is no name of a folder in {self.folder}")
-        if not (where / "adapter_config.json").is_file():
-            raise UserError(f"adapter_names: there is no adapter {name!r} in {self.folder}")
-        try:
-            config = PeftConfig.from_pretrained(str(where))
-        except (ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{where}: adapter_config.json cannot be read ({error})") from error
+        where = self._folder_of(name)
+        config = read_config(where)
         if not isinstance(config, self.method.config_class):
             kind = getattr(config.peft_type, "value", config.peft_type)
             raise UserError(f"{where}: a {kind} adapter; this bank holds {self.method.name} adapters")
-        file = where / "adapter_model.safetensors"
-        try:
-            size = file.stat().st_size
-            # whatever it holds takes memory before it can be looked at: float64 factors and a long header at most
-            if size > 2 * 8 * self._numel + 2**20:
-                raise UserError(f"{where}: adapter_model.safetensors has {size} bytes, too many for these adapters")
-            stored = load_file(file)
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{where}: adapter_model.safetensors is missing, damaged or cut short ({error})") from error
+        # whatever it holds takes memory before it can be looked at: float64 factors and a long header at most
+        stored = read_weights(where, most_bytes=2 * 8 * self._numel + 2**20)
         tensors: dict[tuple[str, str], Tensor] = {}
         for shelf in self._shelves:
             for module, (key, held) in itertools.product(shelf.modules, shelf.factors.items()):
@@ -168,12 +153,24 @@ class AdapterBank:
                     raise UserError(
                         f"{where}: {name} is {list(tensor.shape)}, this bank's adapters have {list(held.shape[2:])}"
                     )
-                if not tensor.isfinite().all():
-                    raise UserError(f"{where}: {name} is not finite")
+                if not tensor.to(held.dtype).isfinite().all():
+                    raise UserError(f"{where}: {name} has values beyond {held.dtype}, which this bank holds")
                 tensors[module, key] = tensor
         if stored:
             raise UserError(f"{where}: {len(stored)} tensors that this bank's adapters do not have: {min(stored)}")
         return config, tensors
+
+    def _folder_of(self, name: str) -> Path:
+        """Return the folder of an adapter; neither its name nor a link leads out of the bank's."""
+        where, home = self.folder / name, self.folder.resolve()
+        if "\0" in name or where.resolve().parent != home:
+            raise UserError(f"adapter_names: {name!r} is no name of a folder in {self.folder}")
+        for file in (where / CONFIG, where / WEIGHTS):
+            if not file.is_file():
+                raise UserError(f"adapter_names: there is no adapter {name!r} in {self.folder} (no file {file.name})")
+            if not file.resolve().is_relative_to(home):
+                raise UserError(f"{file}: is a link out of {self.folder}; copy the file there")
+        return where
 
 
 class BankRows:

@@ -5,22 +5,24 @@ import json
 import math
 import re
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig, PeftModel
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 from transformers import Trainer
 
 from lsr_scale import distributed, record
-from lsr_scale.errors import UserError, did_you_mean
+from lsr_scale.errors import UserError
 from lsr_scale.model.identity import base_description, check_base
 from lsr_scale.model.sharded import is_sharded
-from lsr_scale.packed_factors import is_packed, unpack
 from lsr_scale.paths import user_path
 from lsr_scale.run_folder import ADAPTER_FILES
+from lsr_scale.saved_adapter import BASE, read_base, read_config, read_weights
 from lsr_scale.whole_modules import hold_in_float32
 
 # torch's words for two tensors that should be of one shape
@@ -84,19 +86,20 @@ def load_adapter(base: Any, folder: Path, trainable: bool = False) -> tuple[Peft
     Raises:
         UserError: if the adapter is missing, damaged, or from another base model (shapes named).
     """
-    _check_files(folder)
+    config = read_config(folder)
+    stored = read_weights(folder)
     notes = check_description(base, folder)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Found missing adapter keys")  # refused below
-            model = PeftModel.from_pretrained(base, folder, is_trainable=trainable)
+            model = PeftModel.from_pretrained(base, folder, is_trainable=trainable, config=config)
     except UserError as error:
         raise UserError(f"{folder}: {error}") from error
     except (KeyError, ValueError, RuntimeError, TypeError) as error:
         shapes = [f"{name}: [{a}] in the file, [{b}] in the model" for name, a, b in _MISMATCH.findall(str(error))]
         words = "\n" + "\n".join(_first(shapes)) if shapes else f" {str(error)[:600]}"
         raise UserError(f"{folder}: this adapter does not fit the base model:{words}") from error
-    wrong = misfits(model, folder)
+    wrong = _misfits(model, stored)
     if wrong:
         raise UserError(f"{folder}: the weights are not those that adapter_config.json describes\n" + "\n".join(wrong))
     hold_in_float32(model, folder)
@@ -109,10 +112,10 @@ def check_description(base: Any, folder: Path) -> list[str]:
     Raises:
         UserError: if its layers have other shapes.
     """
-    described = folder / "base.json"
-    if not described.is_file():
-        return ["there is no base.json beside the adapter, so its base model could not be checked"]
-    return check_base(_read_description(described), base, str(folder))
+    described = read_base(folder)
+    if described is None:
+        return [f"there is no {BASE} beside the adapter, so its base model could not be checked"]
+    return check_base(described, base, str(folder))
 
 
 # of no meaning once there are factors, or none for training; names that PEFT has for our options
@@ -134,8 +137,7 @@ def find_start(path: str, wanted: PeftConfig) -> Path:
     folder = folder / "adapter" if (folder / "adapter").is_dir() else folder
     if not folder.is_dir():
         raise UserError(f"adapter.start_from: {folder}: no such folder; name that of a run or of an adapter")
-    _check_files(folder)
-    saved = PeftConfig.from_pretrained(str(folder))
+    saved = read_config(folder)
     if type(saved) is not type(wanted):
         kinds = [getattr(config.peft_type, "value", str(config.peft_type)).lower() for config in (saved, wanted)]
         raise UserError(
@@ -162,11 +164,11 @@ def _shown(value: Any) -> str:
 
 def misfits(model: Any, folder: Path) -> list[str]:
     """Return a line for every tensor that an adapter's file and a model with that adapter do not share, six at most."""
-    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
-        stored = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-        if is_packed(stored):
-            unpacked = unpack({name: file.get_tensor(name) for name in stored})
-            stored = {name: list(value.shape) for name, value in unpacked.items()}
+    return _misfits(model, read_weights(folder))
+
+
+def _misfits(model: Any, weights: Mapping[str, Tensor]) -> list[str]:
+    stored = {name: list(value.shape) for name, value in weights.items()}
     held = get_peft_model_state_dict(model, save_embedding_layers=False)
     shapes = {name: list(tensor.shape) for name, tensor in held.items()}
     prefix = PEFT_TYPE_TO_PREFIX_MAPPING[model.active_peft_config.peft_type]
@@ -182,33 +184,3 @@ def misfits(model: Any, folder: Path) -> list[str]:
 
 def _first(lines: list[str]) -> list[str]:
     return [*lines[:6], f"... and {len(lines) - 6} more"] if len(lines) > 6 else lines
-
-
-def _check_files(folder: Path) -> None:
-    """Raise if an adapter's files are not there or cannot be read."""
-    file = folder / "adapter_config.json"
-    if not file.is_file():
-        raise UserError(f"{folder}: there is no adapter in this folder (adapter_config.json is missing)")
-    content = record.read_json(file, "adapter's configuration")
-    kind = content.get("peft_type") if isinstance(content, dict) else None
-    known = [name.value for name in PEFT_TYPE_TO_CONFIG_MAPPING]
-    if kind not in known:
-        hint = f"; {did_you_mean(kind, known)}" if isinstance(kind, str) else ""
-        raise UserError(f"{file}: peft_type {kind!r} is no adapter method that is known here{hint}")
-    weights = folder / "adapter_model.safetensors"
-    if not weights.is_file():
-        raise UserError(f"{weights}: there is no such file; save the adapter again")
-    try:
-        with safe_open(weights, "pt") as file:
-            file.keys()
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{weights}: damaged or cut short ({error}); restore it or train again") from error
-
-
-def _read_description(file: Path) -> Any:
-    content = record.read_json(file, "base model's description")
-    needed = ("name", "architecture", "linear_shapes", "config_sha256", "quantization")
-    lacking = [name for name in needed if not isinstance(content, dict) or name not in content]
-    if lacking:
-        raise UserError(f"{file}: not a description of a base model (no {', '.join(lacking)}); restore or remove it")
-    return content

@@ -9,6 +9,7 @@ from typing import Any
 from peft import PeftConfig
 
 from lsr_scale.adapters.base import METHODS, AdapterConfig, AdapterLinear, AdapterMethod
+from lsr_scale.adapters.checks import check_options
 from lsr_scale.adapters.lokr import LokrOptions
 from lsr_scale.adapters.lora import LoraOptions
 from lsr_scale.errors import UserError, did_you_mean
@@ -54,6 +55,7 @@ def peft_config(method: str, values: Mapping[str, Any], task_type: str | None = 
     for name in values:
         if name not in known:
             raise UserError(f"adapter.{name}: not an option of {method}; {did_you_mean(name, known)}")
+    check_options(values)
     if method in PEFT_METHODS:
         config: PeftConfig = PEFT_METHODS[method](**values).to_peft()
     else:

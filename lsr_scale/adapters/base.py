@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
+from lsr_scale.adapters.checks import check_options
 from lsr_scale.errors import UserError, did_you_mean
 from lsr_scale.packed_factors import is_packed, unpack
 from lsr_scale.quantized import freeze_quantized
@@ -104,9 +105,7 @@ class AdapterConfig(PeftConfig):
                 setattr(self, name, set(value))
         if not 0 <= self.dropout < 1:
             raise UserError(f"dropout: expected 0 <= dropout < 1, got {self.dropout}")
-        for name, value in [("rank", self.rank), *((f"rank_pattern[{k!r}]", v) for k, v in self.rank_pattern.items())]:
-            if not isinstance(value, int) or value < 1:
-                raise UserError(f"{name}: expected an integer >= 1, got {value!r}")
+        check_options(vars(self))
         if self.layers_pattern is not None and self.layers_to_transform is None:
             raise UserError("layers_pattern: only has a meaning with layers_to_transform; set both or neither")
 

@@ -1,39 +1,27 @@
-"""An adapter read from disk without its base model: every byte is checked before it is believed.
-
-Only JSON and safetensors are read. Nothing in a file is used as a path, and sizes are computed on shapes before any
-tensor is made.
-"""
+"""A saved adapter without its base model: factors by module; sizes are computed on shapes before any tensor is made."""
 
 import dataclasses
 import json
 import re
-import warnings
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft import LoraConfig
 from peft.utils.other import get_pattern_key
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lsr_scale.adapters import METHODS, AdapterConfig
 from lsr_scale.adapters.base import Params
 from lsr_scale.config import RunConfig, load_run
-from lsr_scale.errors import UserError, did_you_mean
-from lsr_scale.packed_factors import is_packed, unpack
 from lsr_scale.paths import user_path
+from lsr_scale.errors import UserError
 from lsr_scale.record import read_json
 from lsr_scale.run_folder import RunFolder
+from lsr_scale.saved_adapter import CONFIG, MAX_NAME, read_base, read_config, read_weights
 
 WRAPPER = "base_model.model."
-_MAX_CONFIG_BYTES = 16 * 2**20
 _MAX_PAIR_ELEMENTS = 2**28
-_MAX_NAME = 300
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-_PACKED = (torch.float16, torch.uint8, torch.int8)
 _LORA_NAMES = {"lora_A.weight": "down", "lora_B.weight": "up"}
 _LORA_VARIANTS = ("use_dora", "lora_bias", "megatron_config", "layer_replication", "alora_invocation_tokens")
 
@@ -126,15 +114,10 @@ def open_adapter(path: str | Path) -> AdapterSource:
         folder = run_folder.adapter
         if not folder.is_dir():
             raise UserError(f"{path}: the run has no adapter yet; train it, or go on with --resume auto")
-    config = _read_config(folder)
-    tensors = _read_tensors(folder / "adapter_model.safetensors")
-    if is_packed(tensors):
-        tensors = _at(folder, unpack, tensors)
-    base = None
-    if (folder / "base.json").is_file():
-        base = _read_base(folder / "base.json")
-    modules, extra = _sort(folder, config, tensors)
-    source = AdapterSource(folder, config, modules, extra, base, run, results)
+    config = read_config(folder)
+    _check_exportable(folder, config)
+    modules, extra = _sort(folder, config, read_weights(folder))
+    source = AdapterSource(folder, config, modules, extra, read_base(folder), run, results)
     for module in modules:
         _check_module(source, module)
     return source
@@ -154,122 +137,16 @@ def _read_results(file: Path) -> dict[str, Any]:
     return content
 
 
-def _at(folder: Path, function: Any, *arguments: Any) -> Any:
-    try:
-        return function(*arguments)
-    except UserError as error:
-        raise UserError(f"{folder}: {error}") from error
-
-
-def _read_config(folder: Path) -> PeftConfig:
-    file = folder / "adapter_config.json"
-    if not file.is_file():
-        raise UserError(f"{folder}: there is no adapter in this folder (adapter_config.json is missing)")
-    if file.stat().st_size > _MAX_CONFIG_BYTES:
-        raise UserError(f"{file}: {file.stat().st_size} bytes are no adapter's configuration; restore it")
-    try:
-        content = read_json(file, "adapter's configuration")
-    except RecursionError as error:
-        raise UserError(f"{file}: nested too deeply for an adapter's configuration; restore it") from error
-    kind = content.get("peft_type") if isinstance(content, dict) else None
+def _check_exportable(folder: Path, config: Any) -> None:
+    kind = str(config.peft_type.value)
     known = ["LORA", *(name.upper() for name in METHODS)]
     if kind not in known:
-        hint = f"; {did_you_mean(kind, known)}" if isinstance(kind, str) else f"; valid: {', '.join(known)}"
-        raise UserError(f"{file}: peft_type {str(kind)[:80]!r} cannot be exported{hint}")
-    config_class = PEFT_TYPE_TO_CONFIG_MAPPING[kind]
-    fields = {field.name: field for field in dataclasses.fields(config_class) if field.init}
-    values = {name: value for name, value in content.items() if name in fields and name != "auto_mapping"}
-    _check_values(file, values)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            config: Any = config_class(**values)
-            scalings = [config.scaling] if isinstance(config, AdapterConfig) else [config.lora_alpha / config.r]
-    except (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError, AssertionError, re.error) as error:
-        raise UserError(f"{file}: {str(error)[:300]}; restore the file, or save the adapter again") from error
+        raise UserError(f"{folder / CONFIG}: peft_type {kind!r} cannot be exported; valid: {', '.join(known)}")
     variants = [name for name in _LORA_VARIANTS if getattr(config, name, None)]
     if isinstance(config, LoraConfig) and (variants or config.bias != "none"):
-        raise UserError(f"{file}: LoRA with {', '.join(variants) or 'bias'} is not a plain pair; it cannot be exported")
-    if not all(isinstance(value, int | float) and 0 < abs(value) < 1e30 for value in scalings):
-        raise UserError(f"{file}: rank and alpha give the scaling {scalings[0]!r}; restore the file")
-    return config
-
-
-def _check_values(file: Path, values: Mapping[str, Any]) -> None:
-    """Raise for a value of a type that the export could stumble over, or an expression that could run for ever."""
-    for name in ("rank", "r", "separation_rank"):
-        value = values.get(name, 1)
-        if type(value) is not int or not 1 <= value <= 65536:
-            raise UserError(f"{file}: {name}: expected a whole number from 1 to 65536, got {str(value)[:80]!r}")
-    for name in ("alpha", "lora_alpha"):
-        value = values.get(name)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or value != value):
-            raise UserError(f"{file}: {name}: expected a number, got {str(value)[:80]!r}")
-    for name, value in values.items():
-        if name.endswith("_pattern") and name != "layers_pattern":
-            if not isinstance(value, dict) or not all(
-                type(number) in (int, float) and 0 < number <= 1e9 for number in value.values()
-            ):
-                raise UserError(f"{file}: {name}: expected numbers by module, got {str(value)[:80]!r}")
-            for expression in value:
-                _check_expression(file, name, expression)
-        if name in ("target_modules", "exclude_modules", "modules_to_save") and value is not None:
-            if isinstance(value, str):
-                _check_expression(file, name, value)
-            elif not isinstance(value, list) or not all(isinstance(part, str) for part in value):
-                raise UserError(f"{file}: {name}: expected names, got {str(value)[:80]!r}")
-    layers = values.get("layers_to_transform")
-    indices = layers if isinstance(layers, list) else [layers]
-    if layers is not None and not all(type(index) is int for index in indices):
-        raise UserError(f"{file}: layers_to_transform: expected whole numbers, got {str(layers)[:80]!r}")
-    name = values.get("base_model_name_or_path")
-    if name is not None and (not isinstance(name, str) or len(name) > 4096 or "\0" in name):
-        raise UserError(f"{file}: base_model_name_or_path: expected a name, got {str(name)[:80]!r}")
-
-
-def _check_expression(file: Path, name: str, expression: str) -> None:
-    # a repeated group, or many repetitions in a row, can take the matcher exponential time
-    if len(expression) > _MAX_NAME or len(re.findall(r"[*+{]", expression)) > 3 or re.search(r"\)[*+{]", expression):
-        raise UserError(f"{file}: {name}: {expression[:80]!r} is no pattern of module names that would be matched here")
-    try:
-        re.compile(expression)
-    except (re.error, RecursionError, OverflowError) as error:
-        raise UserError(f"{file}: {name}: {expression[:80]!r} is no regular expression ({error})") from error
-
-
-def _read_tensors(file: Path) -> dict[str, Tensor]:
-    """Return the tensors of a safetensors file, each of a type that an adapter has and finite."""
-    if not file.is_file():
-        raise UserError(f"{file}: there is no such file; save the adapter again")
-    try:
-        with safe_open(file, "pt") as opened:
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
-        raise UserError(f"{file}: damaged or cut short ({str(error)[:200]}); restore it or train again") from error
-    for name, value in tensors.items():
-        if value.dtype not in (_PACKED if name.startswith("packed.") else _FLOATS):
-            raise UserError(f"{file}: {name[:_MAX_NAME]}: an adapter has no values of {value.dtype}; save it again")
-        if value.numel() == 0:
-            raise UserError(f"{file}: {name[:_MAX_NAME]}: is empty, {list(value.shape)}; save the adapter again")
-        if value.is_floating_point() and not torch.isfinite(value).all():
-            raise UserError(f"{file}: {name[:_MAX_NAME]}: holds values that are not finite; train or save it again")
-    return tensors
-
-
-def _read_base(file: Path) -> dict[str, Any]:
-    try:
-        content = read_json(file, "base model's description")
-    except RecursionError as error:
-        raise UserError(f"{file}: nested too deeply; restore or remove it") from error
-    shapes = content.get("linear_shapes") if isinstance(content, dict) else None
-    good = isinstance(shapes, dict) and all(
-        isinstance(shape, list) and len(shape) == 2 and all(type(size) is int for size in shape)
-        for shape in shapes.values()
-    )
-    words = ("name", "architecture", "quantization")
-    if not good or not all(isinstance(content.get(word), str) for word in words):
-        raise UserError(f"{file}: not a description of a base model; restore or remove it")
-    return content
+        raise UserError(
+            f"{folder / CONFIG}: LoRA with {', '.join(variants) or 'bias'} is not a plain pair; it cannot be exported"
+        )
 
 
 def _sort(folder: Path, config: Any, tensors: dict[str, Tensor]) -> tuple[dict[str, Params], dict[str, Tensor]]:
@@ -279,8 +156,8 @@ def _sort(folder: Path, config: Any, tensors: dict[str, Tensor]) -> tuple[dict[s
     modules: dict[str, Params] = {}
     extra: dict[str, Tensor] = {}
     for name in sorted(tensors):
-        where = f"{folder / 'adapter_model.safetensors'}: {name[:_MAX_NAME]!r}"
-        if len(name) > _MAX_NAME or not re.fullmatch(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*", name):
+        where = f"{folder / 'adapter_model.safetensors'}: {name[:MAX_NAME]!r}"
+        if len(name) > MAX_NAME or not re.fullmatch(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*", name):
             raise UserError(f"{where}: not a name of an adapter's tensor; save the adapter again")
         inner = name.removeprefix(WRAPPER)
         module, factor = _split(method, inner)

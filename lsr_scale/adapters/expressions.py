@@ -1,0 +1,222 @@
+"""Regular expressions of module names: which are tried, and which are refused since matching could take for ever.
+
+PEFT hands `target_modules`, `modules_to_save`, the keys of `rank_pattern` and the like to Python's backtracking
+matcher, once a module. Nothing stops it in the middle, and an expression such as `(.*)*x` takes more than a lifetime.
+So every expression is first matched here, by a small backtracking matcher that counts its steps: against names as
+models have them, and against texts made from the expression itself, each of its repetitions repeated many times. What
+takes more than `MAX_STEPS` is refused. Steps are counted, not seconds: the answer is the same on every machine.
+"""
+
+import functools
+import random
+import re
+from collections.abc import Callable, Iterator, Sequence
+from re import _constants as codes  # pyright: ignore[reportAttributeAccessIssue]
+from re import _parser as parser  # pyright: ignore[reportAttributeAccessIssue]
+from typing import Any
+
+from lsr_scale.errors import UserError
+
+MAX_LENGTH = 2000
+# of one text, and of all; a usual expression takes some hundreds for each, and Python some milliseconds for so many
+MAX_STEPS, _MAX_ALL_STEPS = 50_000, 300_000
+_REPEATED, _MOST_PUMPED = 20, 240
+_NAMES = (
+    "model.language_model.layers.10.block_sparse_moe.experts.10.feed_forward.gate_up_proj",
+    "base_model.model.vision_tower.vision_model.encoder.layers.10.self_attn.out_proj.base_layer",
+    "transformer.h.10.attn.c_attn",
+)
+_REPEATS = (codes.MAX_REPEAT, codes.MIN_REPEAT, getattr(codes, "POSSESSIVE_REPEAT", None))
+_CATEGORIES = {
+    codes.CATEGORY_DIGIT: str.isdigit,
+    codes.CATEGORY_SPACE: str.isspace,
+    codes.CATEGORY_WORD: lambda char: char.isalnum() or char == "_",
+}
+_OPPOSITES = {
+    codes.CATEGORY_NOT_DIGIT: codes.CATEGORY_DIGIT,
+    codes.CATEGORY_NOT_SPACE: codes.CATEGORY_SPACE,
+    codes.CATEGORY_NOT_WORD: codes.CATEGORY_WORD,
+}
+
+Items = Sequence[tuple[Any, Any]]
+
+
+def check_expression(expression: str, where: str) -> None:
+    """Raise unless a text is a regular expression that matches module names, or fails to, in a moment.
+
+    Args:
+        expression: The text.
+        where: What it is the value of, for the message.
+
+    Raises:
+        UserError: if it is no regular expression, or matching it may take too long.
+    """
+    problem = _problem(expression)
+    if problem:
+        shown = expression if len(expression) <= 80 else f"{expression[:80]}..."
+        raise UserError(f"{where}: {shown!r} {problem}")
+
+
+@functools.lru_cache(maxsize=4096)
+def _problem(expression: str) -> str | None:
+    if len(expression) > MAX_LENGTH:
+        return f"has {len(expression):,} characters, more than the {MAX_LENGTH:,} of an expression for module names"
+    too_long = (
+        "is a regular expression that may take for ever to match: repetitions in it match the same text in many ways; "
+        "write it with fewer of them, or a list of names"
+    )
+    try:
+        re.compile(expression)
+        items = parser.parse(expression)
+        # the shortest way through, the longest, and a few by chance, always the same ones
+        picks = [_shortest, _longest, *(random.Random(seed).choice for seed in range(4))]
+        pumped = [text for pick in picks for text in _pumped(items, pick)]
+        steps = 0
+        for text in dict.fromkeys([*_NAMES, *(f"{text[-_MOST_PUMPED:]}!" for text in pumped)]):
+            steps += _Matcher(text).count(items)
+            if steps > _MAX_ALL_STEPS:
+                return too_long
+    except _TooManyStepsError:
+        return too_long
+    except RecursionError:
+        return too_long
+    except (re.error, OverflowError) as error:
+        return f"is no regular expression ({error}); write a list of names, such as [q_proj, v_proj], or all-linear"
+    return None
+
+
+class _TooManyStepsError(Exception):
+    pass
+
+
+class _Matcher:
+    """All ways to match a parsed expression from the start of a text, one after the other, as a backtracking one goes.
+
+    Looking behind and referring back take no characters here, and no step.
+    """
+
+    def __init__(self, text: str) -> None:
+        self.text, self.steps = text, 0
+
+    def count(self, items: Items) -> int:
+        """Return the number of steps that all ways to match take; raise beyond `MAX_STEPS`."""
+        for _ in self._sequence(items, 0, 0):
+            pass
+        return self.steps
+
+    def _step(self) -> None:
+        self.steps += 1
+        if self.steps > MAX_STEPS:
+            raise _TooManyStepsError
+
+    def _sequence(self, items: Items, index: int, at: int) -> Iterator[int]:
+        self._step()
+        if index == len(items):
+            yield at
+            return
+        for middle in self._item(items[index], at):
+            yield from self._sequence(items, index + 1, middle)
+
+    def _item(self, item: tuple[Any, Any], at: int) -> Iterator[int]:
+        code, value = item
+        if code in (codes.LITERAL, codes.NOT_LITERAL, codes.ANY, codes.IN):
+            if at < len(self.text) and _matches(code, value, self.text[at]):
+                yield at + 1
+        elif code == codes.BRANCH:
+            for way in value[1]:
+                yield from self._sequence(way, 0, at)
+        elif code in _REPEATS:
+            yield from self._repeat(value, 0, at)
+        elif _inside(code, value) is not None:
+            yield from self._sequence(_inside(code, value), 0, at)
+        elif code in (codes.ASSERT, codes.ASSERT_NOT) and value[0] > 0:
+            if any(True for _ in self._sequence(value[1], 0, at)) == (code == codes.ASSERT):
+                yield at
+        elif code == codes.AT and value in (codes.AT_END, codes.AT_END_STRING):
+            if at == len(self.text):
+                yield at
+        else:
+            yield at
+
+    def _repeat(self, value: tuple[Any, Any, Items], count: int, at: int) -> Iterator[int]:
+        self._step()
+        low, high, body = value
+        if count < high:
+            for middle in self._sequence(body, 0, at):
+                if middle > at or count < low:  # as Python's: what matched nothing is not repeated
+                    yield from self._repeat(value, count + 1, middle)
+        if count >= low:
+            yield at
+
+
+def _inside(code: Any, value: Any) -> Any:
+    """Return what a group holds, None of what is no group."""
+    if code == codes.SUBPATTERN:
+        return value[-1]
+    return value if code == getattr(codes, "ATOMIC_GROUP", None) else None
+
+
+def _matches(code: Any, value: Any, char: str) -> bool:
+    if code == codes.ANY:
+        return char != "\n"
+    if code == codes.IN:
+        negated = value[0][0] == codes.NEGATE
+        return negated != any(_matches(*part, char) for part in value[negated:])
+    if code == codes.RANGE:
+        return value[0] <= ord(char) <= value[1]
+    if code == codes.CATEGORY:
+        return not _CATEGORIES[_OPPOSITES[value]](char) if value in _OPPOSITES else _CATEGORIES[value](char)
+    return (ord(char) == value) == (code == codes.LITERAL)
+
+
+def _shortest(ways: list[str]) -> str:
+    return min(ways, key=len)
+
+
+def _longest(ways: list[str]) -> str:
+    return max(ways, key=len)
+
+
+def _pumped(items: Items, pick: Callable[[list[str]], str], before: str = "") -> Iterator[str]:
+    """Yield a text for each repetition: a way to it, and then what it repeats, many times.
+
+    `pick` chooses of the texts of several ways.
+    """
+    for item in items:
+        code, value = item
+        if code in _REPEATS:
+            yield before + _REPEATED * (_sample(value[2], pick) or "a")
+            yield from _pumped(value[2], pick, before)
+        elif code == codes.BRANCH:
+            for way in value[1]:
+                yield from _pumped(way, pick, before)
+        elif _inside(code, value) is not None:
+            yield from _pumped(_inside(code, value), pick, before)
+        elif code in (codes.ASSERT, codes.ASSERT_NOT):
+            yield from _pumped(value[1], pick, before)
+        before += _sample([item], pick)
+
+
+def _sample(items: Items, pick: Callable[[list[str]], str]) -> str:
+    """Return a text that the items match."""
+    found = ""
+    for code, value in items:
+        if code in (codes.LITERAL, codes.NOT_LITERAL, codes.ANY, codes.IN):
+            found += next((char for char in _characters(code, value) if _matches(code, value, char)), "a")
+        elif code == codes.BRANCH:
+            found += pick([_sample(way, pick) for way in value[1]])
+        elif code in _REPEATS:
+            once = _sample(value[2], pick)
+            found += min(value[0], _REPEATED) * once or pick(["", once])
+        elif _inside(code, value) is not None:
+            found += _sample(_inside(code, value), pick)
+        found = found[-_MOST_PUMPED:]
+    return found
+
+
+def _characters(code: Any, value: Any) -> list[str]:
+    """Return characters of which one item is likely to match one."""
+    if code == codes.LITERAL:
+        return [chr(value)]
+    own = [part for part in value if part[0] in (codes.LITERAL, codes.RANGE)] if code == codes.IN else []
+    return [*"a0._-A", *(chr(one if kind == codes.LITERAL else one[0]) for kind, one in own)]

@@ -1,0 +1,176 @@
+"""An adapter's files, read for every command and for `AdapterBank` alike: each byte is checked before it is believed.
+
+Only JSON and safetensors are read, of regular files, and nothing in them is used as a path. A configuration comes out
+as PEFT's class of its method, so that PEFT need not read the file again.
+"""
+
+import dataclasses
+import functools
+import json
+import re
+import typing
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import torch
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from lsr_scale.adapters import METHODS, PEFT_METHODS, AdapterConfig
+from lsr_scale.adapters.checks import check_options
+from lsr_scale.errors import UserError, did_you_mean
+from lsr_scale.packed_factors import is_packed, unpack
+from lsr_scale.record import read_json
+
+CONFIG, WEIGHTS, BASE = "adapter_config.json", "adapter_model.safetensors", "base.json"
+MAX_NAME = 300
+_MAX_JSON_BYTES = 16 * 2**20
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_PACKED = (torch.float16, torch.uint8, torch.int8)
+# of no meaning once there are factors, of types that PEFT keeps changing
+_UNREAD = {"auto_mapping", "runtime_config", "eva_config", "corda_config", "lora_ga_config", "loftq_config"}
+# wider than PEFT says: others write numbers there, and PEFT a number of iterations
+_WIDER = {"lora_alpha": float, "alpha": float | None, "init_lora_weights": bool | str}
+
+
+def read_config(folder: Path) -> Any:
+    """Return an adapter's configuration, of PEFT's class of its method.
+
+    Raises:
+        UserError: if it is missing, unreadable, of an unknown method, or has values that the method cannot have.
+    """
+    file = folder / CONFIG
+    if not file.is_file():
+        raise UserError(f"{folder}: there is no adapter in this folder ({CONFIG} is missing)")
+    content = _read_json(file, "adapter's configuration")
+    kind = content.get("peft_type") if isinstance(content, dict) else None
+    known = [name.upper() for name in (*METHODS, *PEFT_METHODS)]
+    if kind not in known:
+        hint = did_you_mean(kind, known) if isinstance(kind, str) else f"valid: {', '.join(known)}"
+        raise UserError(f"{file}: peft_type {_shown(kind)} is no adapter method that is known here; {hint}")
+    types = _field_types(kind)
+    values = {name: value for name, value in content.items() if name in types}
+    for name, value in values.items():
+        try:
+            types[name].validate_python(value)
+        except pydantic.ValidationError as error:
+            words = error.errors(include_url=False)[0]["msg"]
+            raise UserError(f"{file}: {name}: {words[:1].lower()}{words[1:200]}, got {_shown(value)}") from None
+    try:
+        check_options(values)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            config: Any = PEFT_TYPE_TO_CONFIG_MAPPING[kind](**values)
+            scaling = scaling_of(config)
+    except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, AssertionError, re.error) as error:
+        raise UserError(f"{file}: {str(error)[:300]}; restore the file, or save the adapter again") from error
+    if not 0 < abs(scaling) < 1e30:
+        raise UserError(f"{file}: rank and alpha give the scaling {scaling!r}; restore the file")
+    return config
+
+
+def scaling_of(config: Any) -> float:
+    """Return the factor on an update that a configuration gives where no pattern says otherwise."""
+    if isinstance(config, AdapterConfig):
+        return config.scaling
+    alpha, rank = getattr(config, "lora_alpha", getattr(config, "alpha", None)), config.r
+    return alpha / (rank**0.5 if getattr(config, "use_rslora", False) else rank)
+
+
+@functools.cache
+def _field_types(kind: str) -> dict[str, pydantic.TypeAdapter]:
+    """Return what checks a value, by the name of each field that a saved configuration may set."""
+    config_class: Any = PEFT_TYPE_TO_CONFIG_MAPPING[kind]  # pyright: ignore[reportArgumentType]
+    hints: dict[str, Any] = typing.get_type_hints(config_class) | _WIDER
+    strict = pydantic.ConfigDict(strict=True)
+    return {
+        field.name: pydantic.TypeAdapter(hints[field.name], config=None if _is_model(hints[field.name]) else strict)
+        for field in dataclasses.fields(config_class)
+        if field.init and field.name not in _UNREAD
+    }
+
+
+def _is_model(hint: Any) -> bool:
+    return dataclasses.is_dataclass(hint)  # pydantic takes no configuration beside a dataclass
+
+
+def read_weights(folder: Path, most_bytes: int | None = None) -> dict[str, Tensor]:
+    """Return an adapter's tensors, those packed into 8 or 4 bits unpacked: floating-point, finite, none empty.
+
+    Args:
+        folder: The adapter's.
+        most_bytes: Refuse a larger file before anything of it is held in memory.
+
+    Raises:
+        UserError: if the file is missing, damaged, or holds other values.
+    """
+    file = folder / WEIGHTS
+    if not file.is_file():
+        raise UserError(f"{file}: there is no such file; save the adapter again")
+    if most_bytes is not None and file.stat().st_size > most_bytes:
+        raise UserError(f"{file}: has {file.stat().st_size:,} bytes, too many for an adapter that is expected here")
+    try:
+        with safe_open(file, "pt") as opened:
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        raise UserError(f"{file}: damaged or cut short ({str(error)[:200]}); restore it or train again") from error
+    packed = is_packed(tensors)
+    for name, value in tensors.items():
+        where = f"{file}: {name[:MAX_NAME]}"
+        if value.dtype not in (_PACKED if packed and name.startswith("packed.") else _FLOATS):
+            raise UserError(f"{where}: an adapter has no values of {value.dtype}; save it again")
+        if value.numel() == 0:
+            raise UserError(f"{where}: is empty, {list(value.shape)}; save the adapter again")
+        # as it is computed with: a float64 beyond float32 is infinite there
+        if value.is_floating_point() and not torch.isfinite(value.float()).all():
+            raise UserError(f"{where}: holds values that are not finite in float32; train or save it again")
+    if packed:
+        try:
+            return unpack(tensors)
+        except UserError as error:
+            raise UserError(f"{folder}: {error}") from error
+    return tensors
+
+
+def read_base(folder: Path) -> dict[str, Any] | None:
+    """Return the description of the base beside an adapter (`model.base_description`), None if there is none.
+
+    Raises:
+        UserError: if it is no such description.
+    """
+    file = folder / BASE
+    if not file.is_file():
+        return None
+    content = _read_json(file, "base model's description")
+    content = content if isinstance(content, dict) else {}
+    shapes = content.get("linear_shapes")
+    words = ("name", "architecture", "quantization", "config_sha256")
+    lacking = [word for word in words if not isinstance(content.get(word), str)]
+    if not isinstance(shapes, dict) or not all(
+        isinstance(shape, list) and len(shape) == 2 and all(type(size) is int for size in shape)
+        for shape in shapes.values()
+    ):
+        lacking.append("linear_shapes")
+    if lacking:
+        raise UserError(f"{file}: not a description of a base model (no {', '.join(lacking)}); restore or remove it")
+    return content
+
+
+def _read_json(file: Path, what: str) -> Any:
+    size = file.stat().st_size
+    if size > _MAX_JSON_BYTES:
+        raise UserError(f"{file}: {size:,} bytes are no {what}; restore it")
+    content = read_json(file, what)
+    try:
+        json.dumps(content, ensure_ascii=False).encode()
+    except (UnicodeEncodeError, RecursionError) as error:
+        raise UserError(f"{file}: holds half of a character pair, or is nested too deeply; restore it") from error
+    return content
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."

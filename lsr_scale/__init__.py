@@ -16,6 +16,7 @@ try:
     from lsr_scale.adapters.lsr import LsrConfig
     from lsr_scale.errors import UserError
     from lsr_scale.fused import fit_memory, fuse, unfuse
+    from lsr_scale.hotswap import hotswap_adapter
 except KeyboardInterrupt:
     # python -m lsr_scale, the command, and what a launcher starts
     if _sys.argv[0].rpartition("/")[2] not in ("-m", "lsr-scale", "train.py"):
@@ -24,6 +25,6 @@ except KeyboardInterrupt:
     _sys.exit(130)
 
 __version__ = "0.1.0"
-__all__ = ["AdapterBank", "KronLoraConfig", "LsrConfig", "UserError", "fit_memory", "fuse", "unfuse"]
+__all__ = ["AdapterBank", "KronLoraConfig", "LsrConfig", "UserError", "fit_memory", "fuse", "hotswap_adapter", "unfuse"]
 
 del _adapters

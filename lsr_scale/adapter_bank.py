@@ -9,12 +9,12 @@ distinct adapters, materializes them at once, and every linear adds two batched 
 
     y_b = W x_b + up[a_b] (down[a_b] x_b),        a_b the adapter of row b
 
-exact for any low-rank method, whatever share of the rows each adapter has.
+exact for any low-rank method, whatever share of the rows each adapter has. Threads take turns, a batch at a time.
 """
 
 import itertools
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,8 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from lsr_scale.adapters.base import BASE_ROW, AdapterConfig, AdapterLinear, Pair
+from lsr_scale.adapters.base import AdapterConfig, AdapterLinear
+from lsr_scale.adapters.rows import BASE_ROW, Pair, Rows
 from lsr_scale.errors import UserError
 from lsr_scale.paths import user_path
 from lsr_scale.saved_adapter import CONFIG, WEIGHTS, read_config, read_weights
@@ -53,16 +54,28 @@ class AdapterBank:
             dtype: What the factors are held in; they are materialized in float32 in any case.
 
         Raises:
-            UserError: if the memory holds no adapter, or the model's adapter has no low-rank form.
+            UserError: if the memory holds no adapter or is not there, the model's adapter has no low-rank form, or the
+                model has a bank already.
         """
         self.folder = user_path(folder)
         self.slots: OrderedDict[str, int] = OrderedDict()
         self.loads = self.evictions = 0
+        if not self.folder.is_dir():
+            raise UserError(
+                f"AdapterBank: {self.folder}: no such folder; name the one that holds the adapters' folders"
+            )
+        if not isinstance(memory_gib, int | float) or not 0 < memory_gib < 2**20:
+            raise UserError(f"AdapterBank: memory_gib: expected a number of GiB above 0, got {memory_gib!r}")
+        if dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+            raise UserError(
+                f"AdapterBank: dtype: factors are held in a floating-point one, such as float32, not {dtype}"
+            )
         tuner: Any = model.base_model
         layers = {name: layer for name, layer in tuner.named_modules() if isinstance(layer, AdapterLinear)}
         if not layers:
             raise UserError("AdapterBank: the model has no adapter of this library; inject one of the wanted shapes")
         adapter = model.active_adapter if isinstance(model.active_adapter, str) else model.active_adapter[0]
+        layers = {name: layer for name, layer in layers.items() if layer.factors(adapter)}
         self.method = next(iter(layers.values())).method
         if not self.method.is_low_rank():
             raise UserError(f"AdapterBank: {self.method.name} has no low-rank form; rows cannot use different ones")
@@ -80,13 +93,19 @@ class AdapterBank:
             raise UserError(
                 f"AdapterBank: memory_gib={memory_gib} holds no adapter; one takes {self.adapter_bytes / 2**30:.3g} GiB"
             )
+        if tuner.bank is not None:
+            raise UserError(f"AdapterBank: the model has one already, of {tuner.bank.folder}; close() that one first")
         device = next(iter(next(iter(layers.values())).factors(adapter).values())).device
-        for shapes, shelf in shelves.items():
-            size = self.capacity, len(shelf.modules)
-            # zeros: rows of the base read a slot too, times a scaling of zero
-            shelf.factors = {key: torch.zeros(*size, *shape, dtype=dtype, device=device) for key, shape in shapes}
-            shelf.scalings = torch.zeros(size, device=device)
+        try:
+            for shapes, shelf in shelves.items():
+                size = self.capacity, len(shelf.modules)
+                # zeros: rows of the base read a slot too, times a scaling of zero
+                shelf.factors = {key: torch.zeros(*size, *shape, dtype=dtype, device=device) for key, shape in shapes}
+                shelf.scalings = torch.zeros(size, device=device)
+        except RuntimeError as error:  # out of memory, the CPU's too
+            raise UserError(f"AdapterBank: memory_gib={memory_gib} is more than {device} has; lower it") from error
         self._shelves = list(shelves.values())
+        self._tuner = tuner
         tuner.bank = self
 
     def load(self, name: str) -> int:
@@ -95,30 +114,40 @@ class AdapterBank:
         Raises:
             UserError: if there is no such adapter, or it is damaged or of other shapes. The bank stays as it was.
         """
-        if name in self.slots:
-            self.slots.move_to_end(name)
-            return self.slots[name]
-        config, tensors = self._read(name)
-        if len(self.slots) < self.capacity:
-            slot = min(set(range(self.capacity)) - set(self.slots.values()))
-        else:
-            _, slot = self.slots.popitem(last=False)
-            self.evictions += 1
-        for shelf in self._shelves:
-            for key, held in shelf.factors.items():
-                # one copy to the device for all modules
-                held[slot].copy_(torch.stack([tensors[module, key] for module in shelf.modules]))
-            scalings = [config.for_module(module.removeprefix("model.")).scaling for module in shelf.modules]
-            shelf.scalings[slot].copy_(torch.tensor(scalings))
-        self.slots[name] = slot
-        self.loads += 1
-        return slot
+        with self._tuner.lock:
+            if name in self.slots:
+                self.slots.move_to_end(name)
+                return self.slots[name]
+            config, tensors = self._read(name)
+            if len(self.slots) < self.capacity:
+                slot = min(set(range(self.capacity)) - set(self.slots.values()))
+            else:
+                _, slot = self.slots.popitem(last=False)
+                self.evictions += 1
+            for shelf in self._shelves:
+                for key, held in shelf.factors.items():
+                    # one copy to the device for all modules
+                    held[slot].copy_(torch.stack([tensors[module, key] for module in shelf.modules]))
+                scalings = [config.for_module(module.removeprefix("model.")).scaling for module in shelf.modules]
+                shelf.scalings[slot].copy_(torch.tensor(scalings))
+            self.slots[name] = slot
+            self.loads += 1
+            return slot
 
     def evict(self, name: str) -> None:
         """Forget an adapter; its slot is free."""
-        self.slots.pop(name, None)
+        with self._tuner.lock:
+            self.slots.pop(name, None)
 
-    def rows(self, names: Sequence[str]) -> "BankRows":
+    def close(self) -> None:
+        """Give the memory back; `adapter_names` means the model's own adapters again, and another bank may come."""
+        with self._tuner.lock:
+            self._tuner.bank = None
+            self.slots.clear()
+            self.shelf_of.clear()
+            self._shelves.clear()
+
+    def rows(self, names: Sequence[str], copies: int = 1) -> "BankRows":
         """Return the adapters of the rows of one batch, all in memory."""
         distinct = [name for name in dict.fromkeys(names) if name != BASE_ROW]
         if len(distinct) > self.capacity:
@@ -129,9 +158,7 @@ class AdapterBank:
         for name in distinct:  # first those that are there, so that none of them leaves for another
             if name in self.slots:
                 self.slots.move_to_end(name)
-        slots = [self.load(name) for name in distinct]
-        index = [distinct.index(name) if name != BASE_ROW else len(distinct) for name in names]
-        return BankRows(self, slots, index)
+        return BankRows(self, names, {name: self.load(name) for name in distinct}, copies)
 
     def _read(self, name: str) -> tuple[AdapterConfig, dict[tuple[str, str], Tensor]]:
         """Return an adapter's configuration, and its factors by module and name, checked before one is kept."""
@@ -173,33 +200,30 @@ class AdapterBank:
         return where
 
 
-class BankRows:
+class BankRows(Rows):
     """The pairs of a batch's rows, made when a linear first asks, for all linears of its shapes at once."""
 
-    def __init__(self, bank: AdapterBank, slots: list[int], index: list[int]) -> None:
-        self.bank, self.slots, self.index = bank, slots, index
-        self._pairs: dict[tuple[AdapterLinear, torch.dtype], Pair] = {}
+    def __init__(self, bank: AdapterBank, names: Sequence[str], slots: Mapping[str, int], copies: int) -> None:
+        super().__init__(names, copies)
+        self.bank = bank
+        # the base's: any slot, scaled by zero
+        self.slots = [slots.get(name, 0) for name in self.distinct]
+        self.scales = [float(name != BASE_ROW) for name in self.distinct]
 
-    def pair(self, layer: AdapterLinear, dtype: torch.dtype) -> Pair:
-        """Return `(down^T [B, in, R], scaling * up^T [B, R, out])` of the rows at a linear."""
-        found = self._pairs.get((layer, dtype))
-        if found is None:
-            shelf = self.bank.shelf_of[layer]
-            pairs = [side.unbind(1) for side in self._materialized(shelf, dtype)]
-            for module, down, up in zip(shelf.modules.values(), *pairs, strict=True):
-                self._pairs[module, dtype] = down.transpose(1, 2), up.transpose(1, 2)
-            found = self._pairs[layer, dtype]
-        return found
-
-    def _materialized(self, shelf: _Shelf, dtype: torch.dtype) -> Pair:
+    def _find(
+        self, layer: AdapterLinear, dtype: torch.dtype, index: list[int]
+    ) -> Iterator[tuple[AdapterLinear, Pair | None]]:
+        shelf = self.bank.shelf_of.get(layer)
+        if shelf is None or not any(self.scales):
+            yield layer, None
+            return
         device = shelf.scalings.device
-        # the last one is the base's: any slot, scaled by zero
-        slots = torch.tensor([*self.slots, 0], device=device)
-        scalings = shelf.scalings[slots]
-        scalings[-1] = 0
+        slots, scales = torch.tensor(self.slots, device=device), torch.tensor(self.scales, device=device)
         wide = {key: held[slots] for key, held in shelf.factors.items()}
         wide = {key: held.float() if held.dtype.itemsize < 4 else held for key, held in wide.items()}
         down, up = self.bank.method.materialize(wide)
-        up = up * scalings[..., None, None]
-        rows = torch.tensor(self.index, device=device)
-        return down.to(dtype)[rows], up.to(dtype)[rows]
+        up = up * (shelf.scalings[slots] * scales[:, None])[..., None, None]
+        rows = torch.tensor(index, device=device)
+        pairs = [side.to(dtype)[rows].unbind(1) for side in (down, up)]
+        for module, one, other in zip(shelf.modules.values(), *pairs, strict=True):
+            yield module, (one.transpose(1, 2), other.transpose(1, 2))

@@ -109,7 +109,7 @@ def sides(model: nn.Module) -> list[Side]:
             continue
         for adapter in module.active_adapters:
             held: Any = module.factors(adapter)
-            for name in module.method.sides if held else ():
+            for name in module.method_of(adapter).sides if held else ():
                 left, right, weight = (held.get(f"{name}_{part}") for part in ("left", "right", "weight"))
                 found.append(Side(module_name.removeprefix("base_model.model."), name, left, right, weight))
     return found

@@ -34,9 +34,7 @@ def test_usual_expressions_are_taken(expression):
 
 @pytest.mark.parametrize("expression", [*ENDLESS, "(" * 90 + "a" + ")*" * 90, "a" * 2001])
 def test_expressions_that_could_match_for_ever_are_refused(expression):
-    with pytest.raises(
-        UserError, match="^target_modules: .*(may take for ever to match|characters, more than)"
-    ) as told:
+    with pytest.raises(UserError, match=r"target_modules: .*(take for ever to match|characters, more than)") as told:
         check_expression(expression, "target_modules")
     assert len(str(told.value)) < 400
 

@@ -7,6 +7,7 @@ low-rank form that the forward pass, the fused path and the exports share. Every
 
 import copy
 import dataclasses
+import functools
 import math
 import re
 import sys
@@ -38,16 +39,15 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from lsr_scale.adapters.checks import check_options
+from lsr_scale.adapters.low_rank import lora_config, truncate
+from lsr_scale.adapters.rows import BASE_ROW, MIXED_WHOLE, NamedRows, Pair, Rows, add_rows, lock_of, whole_by_rows
 from lsr_scale.errors import UserError, did_you_mean
 from lsr_scale.packed_factors import is_packed, unpack
 from lsr_scale.quantized import freeze_quantized
 
 Params = dict[str, Tensor]
-Pair = tuple[Tensor, Tensor]
 # Of one module's adapter. With fewer, one that is larger than its matrix is warned of only: tests take tiny models.
 MANY_PARAMETERS = 1_000_000
-# PEFT's name for rows of a batch that use no adapter
-BASE_ROW = "__base__"
 Shapes = dict[str, tuple[int, ...]]
 
 # Where neither PEFT nor the user names target modules: the attention projections that LoRA's defaults take elsewhere.
@@ -187,6 +187,31 @@ class AdapterMethod(ABC):
         return []
 
 
+class LowRankPair(AdapterMethod):
+    """LoRA's own form, not registered: the factors are the pair. What sums of adapters are held as."""
+
+    name = "lora"
+    parameter_names = ("down", "up")
+
+    @staticmethod
+    def delta_weight(params: Mapping[str, Tensor]) -> Tensor:
+        """Return `up down`."""
+        return params["up"] @ params["down"]
+
+    @staticmethod
+    def materialize(params: Mapping[str, Tensor]) -> Pair:
+        """Return the factors."""
+        return params["down"], params["up"]
+
+
+@dataclasses.dataclass(frozen=True)
+class _SumConfig:
+    """What a linear keeps of a weighted sum of adapters, in place of an `AdapterConfig`: scalings are in `up`."""
+
+    method: ClassVar[type[AdapterMethod]] = LowRankPair
+    scaling: float = 1.0
+
+
 METHODS: dict[str, type[AdapterMethod]] = {}
 
 
@@ -268,12 +293,12 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
         self.other_param_names = ("adapter_configs", "adapter_dropout")
         for name in self.adapter_layer_names:
             setattr(self, name, nn.ParameterDict())
-        self.adapter_configs: dict[str, AdapterConfig] = {}
+        self.adapter_configs: dict[str, AdapterConfig | _SumConfig] = {}
         self.adapter_dropout = nn.ModuleDict()
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._pair_cache: dict[tuple[str, torch.dtype], tuple[Any, tuple[Tensor, Tensor]]] = {}
-        self.rows: Any = None  # the adapters of a batch's rows, `NamedRows` or a bank's, while they differ
+        self.rows: Rows | None = None  # the adapters of a batch's rows, while they differ
 
     def update_layer(self, adapter_name: str, config: AdapterConfig, inference_mode: bool = False) -> None:
         """Add an adapter with freshly initialized factors.
@@ -300,6 +325,29 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
+    def add_sum(self, adapter_name: str, down: Tensor, up: Tensor) -> None:
+        """Add an adapter that is an exact pair, frozen, under LoRA's names: PEFT saves it as a LoRA adapter."""
+        if not hasattr(self, "lora_A"):
+            self.lora_A, self.lora_B = nn.ModuleDict(), nn.ModuleDict()
+            self.adapter_layer_names = (*self.adapter_layer_names, "lora_A", "lora_B")
+        for container, matrix in ((self.lora_A, down), (self.lora_B, up)):
+            linear = nn.Linear(matrix.shape[1], matrix.shape[0], bias=False, device="meta")
+            linear.weight = nn.Parameter(matrix.detach().contiguous(), requires_grad=False)
+            container[adapter_name] = linear
+        self.adapter_configs[adapter_name] = _SumConfig()
+        self.adapter_dropout[adapter_name] = nn.Identity()
+
+    def method_of(self, adapter_name: str) -> type[AdapterMethod]:
+        """Return how an adapter's factors make its pair: the layer's method, but for sums of adapters."""
+        return self.adapter_configs[adapter_name].method if adapter_name in self.adapter_configs else self.method
+
+    def hold_in(self, adapter_name: str, dtype: torch.dtype) -> None:
+        """Hold an adapter's factors in another dtype; they are materialized in float32 all the same."""
+        for name in self.adapter_layer_names:
+            container = getattr(self, name)
+            if adapter_name in container:
+                container[adapter_name] = container[adapter_name].to(dtype)
+
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Move an adapter to the base layer's device; unlike PEFT's own, the dtype stays."""
         target = device if device is not None else self.get_base_layer().weight.device
@@ -312,7 +360,9 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
         """Return the factors of an adapter by the method's names, the parameters themselves."""
         # where modules keep what is in them: by attribute it takes twenty times as long, in every step
         modules: Any = self._modules
-        held = [modules[name]._parameters for name in self.adapter_layer_names]
+        if "lora_A" in modules and adapter_name in modules["lora_A"]:
+            return {"down": modules["lora_A"][adapter_name].weight, "up": modules["lora_B"][adapter_name].weight}
+        held = [modules[name]._parameters for name in self.adapter_layer_names if not name.startswith("lora_")]
         names = zip(self.method.parameter_names, held, strict=True)
         return {name: factors[adapter_name] for name, factors in names if adapter_name in factors}
 
@@ -337,7 +387,7 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
 
     def _materialized(self, adapter_name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         with torch.autocast(cast(Tensor, self.get_base_layer().weight).device.type, enabled=False):
-            down, up = self.method.materialize(self.params(adapter_name))
+            down, up = self.method_of(adapter_name).materialize(self.params(adapter_name))
             up = up * self.adapter_configs[adapter_name].scaling
         return down.to(dtype), up.to(dtype)
 
@@ -353,8 +403,9 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
         result = self.base_layer(x, *args, **kwargs)
-        if self.rows is not None:
-            return _add_rows(result, x, *self.rows.pair(self, x.dtype))
+        if self.rows is not None and self.rows.are_this_threads():
+            pair = self.rows.pair(self, x.dtype, len(x))
+            return result if pair is None else add_rows(result, x, *pair)
         if self.merged:
             return result
         for adapter_name in self.active_adapters:
@@ -373,7 +424,7 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Return `scaling * delta_weight` of an adapter in the layout of the base weight (transposed for Conv1D)."""
         with torch.no_grad():
-            delta = self.method.delta_weight(self.params(adapter)) * self.adapter_configs[adapter].scaling
+            delta = self.method_of(adapter).delta_weight(self.params(adapter)) * self.adapter_configs[adapter].scaling
         return delta.T if self.fan_in_fan_out else delta
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -418,42 +469,6 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return f"{self.method.name}.{super().__repr__()}"
-
-
-def _add_rows(result: Tensor, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
-    """Return `result + (x_b down_b) up_b` for `x [B, ..., in]`, `down [B, in, R]` and `up [B, R, out]`."""
-    if len(x) != len(down):
-        raise UserError(f"adapter_names: {len(down)} names for a batch of {len(x)} rows; give one for each row")
-    # generation does this for every linear and token: what the host does counts
-    xa = torch.bmm(x if x.dim() == 3 else x.reshape(len(x), -1, x.shape[-1]), down)
-    flat = result if result.dim() == 3 else result.reshape(len(result), -1, result.shape[-1])
-    if xa.dtype != flat.dtype:
-        xa, up = xa.to(flat.dtype), up.to(flat.dtype)
-    return torch.baddbmm(flat, xa, up).view(result.shape)
-
-
-class NamedRows:
-    """The pairs of a batch's rows, each row under one of the adapters that the model holds."""
-
-    def __init__(self, names: Sequence[str]) -> None:
-        self.distinct = list(dict.fromkeys(names))
-        self.index = [self.distinct.index(name) for name in names]
-        self._pairs: dict[tuple[int, torch.dtype], Pair] = {}
-
-    def pair(self, layer: AdapterLinear, dtype: torch.dtype) -> Pair:
-        """Return `(down^T [B, in, R], scaling * up^T [B, R, out])`; smaller ranks are filled up with zeros."""
-        key = id(layer), dtype
-        if key not in self._pairs:
-            held = [layer.pair(name, dtype) if name in layer.adapter_configs else None for name in self.distinct]
-            rank = max((pair[0].shape[0] for pair in held if pair), default=1)
-            like = next((pair[0] for pair in held if pair), torch.empty(0, dtype=dtype))
-            downs = like.new_zeros(len(held), rank, layer.in_features)
-            ups = like.new_zeros(len(held), layer.out_features, rank)
-            for index, pair in enumerate(held):
-                if pair:
-                    downs[index, : len(pair[0])], ups[index, :, : len(pair[0])] = pair
-            self._pairs[key] = downs[self.index].transpose(1, 2), ups[self.index].transpose(1, 2)
-        return self._pairs[key]
 
 
 class AdapterModel(BaseTuner):
@@ -577,28 +592,130 @@ class AdapterModel(BaseTuner):
                 getattr(layer, name).requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
 
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Hold factors in float32, or with `autocast_adapter_dtype=False` in the dtype that the base computes in."""
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        for layer in self.modules():
+            if isinstance(layer, AdapterLinear) and not autocast_adapter_dtype:
+                base: Any = layer.get_base_layer()
+                dtype = base.weight.dtype if base.weight.is_floating_point() else getattr(base, "compute_dtype", None)
+                layer.hold_in(adapter_name, dtype or torch.float32)
+
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "cat",
+        svd_rank: int | None = None,
+    ) -> None:
+        """Add the weighted sum of adapters, exactly: their pairs side by side, a frozen LoRA adapter that PEFT saves.
+
+        Args:
+            adapters: Names of the summands.
+            weights: One each, of any sign.
+            adapter_name: A new name, for the sum.
+            combination_type: "cat", exact, its rank the sum of the ranks; or "svd", the best sum of rank `svd_rank`.
+            svd_rank: For "svd"; by default the largest rank of the summands at a layer.
+
+        Raises:
+            UserError: for adapters that are not there or have no low-rank form, modules trained whole, or another type.
+        """
+        layers = {name: layer for name, layer in self.model.named_modules() if isinstance(layer, AdapterLinear)}
+        self._check_sum(adapters, weights, adapter_name, combination_type)
+        ranks: dict[str, int] = {}
+        for name, layer in layers.items():
+            held = [(adapter, w) for adapter, w in zip(adapters, weights, strict=True) if layer.factors(adapter)]
+            if not held:
+                continue
+            dtype = next(iter(layer.factors(held[0][0]).values())).dtype
+            dtype = torch.float64 if dtype == torch.float64 else torch.float32
+            with torch.no_grad():
+                pairs = [(*layer._materialized(adapter, dtype), weight) for adapter, weight in held]
+                down = torch.cat([down for down, _, _ in pairs])
+                up = torch.cat([weight * up for _, up, weight in pairs], 1)
+                if combination_type == "svd":
+                    largest = max(len(one) for one, _, _ in pairs)
+                    down, up, _ = truncate(down, up, min(svd_rank or largest, *down.shape, len(up)))
+            layer.add_sum(adapter_name, down, up)
+            ranks[name] = len(down)
+        self.peft_config[adapter_name] = lora_config(ranks, self.peft_config[adapters[0]], target_modules=sorted(ranks))
+
+    def _check_sum(
+        self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, combination_type: str
+    ) -> None:
+        where = "add_weighted_adapter"
+        if combination_type not in ("cat", "svd"):
+            raise UserError(
+                f"{where}: combination_type {combination_type!r} combines factors, and those of {self.method.name} do "
+                "not add; valid: cat (exact), svd (the best of a smaller rank)"
+            )
+        if not adapters or len(adapters) != len(weights) or not all(math.isfinite(weight) for weight in weights):
+            raise UserError(f"{where}: expected a finite weight for each adapter, got {len(adapters)} and {weights}")
+        for name in adapters:
+            if name not in self.peft_config:
+                raise UserError(f"{where}: no adapter {name!r}; {did_you_mean(name, self.peft_config)}")
+        if adapter_name in self.peft_config:
+            raise UserError(f"{where}: there is an adapter {adapter_name!r} already; delete it, or give another name")
+        if not self.method.is_low_rank():
+            raise UserError(
+                f"{where}: {self.method.name} has no low-rank form; merge the adapters into the base instead"
+            )
+        for name, module in self.model.named_modules():
+            if isinstance(module, ModulesToSaveWrapper) and any(held in module.modules_to_save for held in adapters):
+                raise UserError(f"{where}: {name} is trained whole (modules_to_save), which does not add")
+
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Have each row of the batch use the adapter that `adapter_names` gives it, for one forward or generation."""
+        """Have each row of the batch use the adapter that `adapter_names` gives it, for one forward or generation.
+
+        One batch at a time: a second thread waits, since rows and a bank's slots are the model's.
+        """
         names = kwargs.get("adapter_names")
         if names is None:
             yield
             return
-        beams = kwargs.get("num_beams") or 1
-        names = [name for name in names for _ in range(beams)]
-        layers = [layer for layer in self.modules() if isinstance(layer, AdapterLinear)]
-        self._check_rows(names, layers)
-        rows = self.bank.rows(names) if self.bank is not None else NamedRows(names)
-        for layer in layers:
-            layer.rows = rows
-        try:
-            yield
-        finally:
-            for layer in layers:
-                layer.rows = None
+        modules = list(self.modules())
+        layers = [layer for layer in modules if isinstance(layer, AdapterLinear)]
+        whole: list[Any] = [module for module in modules if isinstance(module, ModulesToSaveWrapper)]
+        with self.lock:
+            self._check_rows(names, layers, whole)
+            for given in (*args[:1], *(kwargs.get(key) for key in ("input_ids", "inputs", "inputs_embeds"))):
+                if isinstance(given, Tensor) and len(given) != len(names):
+                    raise UserError(
+                        f"adapter_names: {len(names)} names for a batch of {len(given)} rows; give one for each row"
+                    )
+            copies = self._copies(kwargs)
+            rows = self.bank.rows(names, copies) if self.bank is not None else NamedRows(names, copies)
+            try:
+                for layer in layers:
+                    layer.rows = rows
+                for wrapper in whole:
+                    wrapper.forward = functools.partial(whole_by_rows, wrapper, names, rows)
+                yield
+            finally:
+                for layer in layers:
+                    layer.rows = None
+                for wrapper in whole:
+                    vars(wrapper).pop("forward", None)
 
-    def _check_rows(self, names: Sequence[str], layers: Sequence[AdapterLinear]) -> None:
+    @property
+    def lock(self) -> Any:
+        """What a batch holds whose rows name adapters, and whoever changes a bank's slots."""
+        return lock_of(self)
+
+    def _copies(self, options: Mapping[str, Any]) -> int:
+        """Return how many rows generation makes of one, by its options or the model's: beams, or several answers."""
+        default = options.get("generation_config") or getattr(self.model, "generation_config", None)
+        counts = ("num_beams", "num_return_sequences")
+        return max(int(options.get(name) or getattr(default, name, None) or 1) for name in counts)
+
+    def _check_rows(self, names: Any, layers: Sequence[AdapterLinear], whole: Sequence[ModulesToSaveWrapper]) -> None:
         """Raise UserError where rows of one batch cannot use different adapters."""
+        if not isinstance(names, list | tuple) or not names or not all(isinstance(name, str) for name in names):
+            raise UserError(
+                f"adapter_names: expected a list with the name of an adapter for each row, got {names!r}"[:200]
+            )
         if self.training:
             raise UserError("adapter_names: for evaluation only; call model.eval() first")
         if not self.method.is_low_rank():
@@ -607,8 +724,15 @@ class AdapterModel(BaseTuner):
             )
         if any(layer.merged for layer in layers):
             raise UserError("adapter_names: an adapter is merged into the base; call unmerge_adapter() first")
-        if any(isinstance(module, ModulesToSaveWrapper) for module in self.modules()):
-            raise UserError("adapter_names: modules_to_save trained a whole module, which is one for all rows")
+        if self.bank is not None and whole:
+            raise UserError("adapter_names: modules_to_save trained a whole module, which a bank does not hold")
+        for wrapper in whole:
+            if not isinstance(wrapper.original_module, MIXED_WHOLE):
+                kind, kinds = type(wrapper.original_module).__name__, ", ".join(k.__name__ for k in MIXED_WHOLE)
+                raise UserError(
+                    f"adapter_names: modules_to_save trained a {kind}, but rows can differ in {kinds} only; call the "
+                    "model once per adapter (set_adapter)"
+                )
         known = {BASE_ROW, *(name for layer in layers for name in layer.adapter_configs)}
         unknown = sorted({*names} - known) if self.bank is None else []
         if unknown:

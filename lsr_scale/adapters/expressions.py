@@ -161,7 +161,7 @@ def _matches(code: Any, value: Any, char: str) -> bool:
         return char != "\n"
     if code == codes.IN:
         negated = value[0][0] == codes.NEGATE
-        return negated != any(_matches(*part, char) for part in value[negated:])
+        return negated != any(_matches(kind, inner, char) for kind, inner in value[negated:])
     if code == codes.RANGE:
         return value[0] <= ord(char) <= value[1]
     if code == codes.CATEGORY:

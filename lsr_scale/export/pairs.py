@@ -7,40 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lsr_scale.adapters.low_rank import lora_config, truncate
 from lsr_scale.errors import UserError
 from lsr_scale.export.source import WRAPPER, AdapterSource
 
 Pair = tuple[Tensor, Tensor]
 Pairs = dict[str, Pair]
-
-
-def truncate(down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
-    """Return the best pair of a smaller rank, and the relative error (Frobenius) of its product.
-
-    QR of both thin matrices, then the SVD of the small core: `up down = Q_u (R_u R_d^T) Q_d^T`. Exact where `rank` is
-    at least that of the product; the singular values' square roots go to both sides.
-
-    Args:
-        down: `[R, in]`.
-        up: `[out, R]`.
-        rank: Of the result, at most R.
-
-    Returns:
-        down `[rank, in]` and up `[out, rank]` in the dtype given, computed in float64, and the error.
-    """
-    if rank >= down.shape[0]:
-        return down, up, 0.0
-    up_q, up_r = torch.linalg.qr(up.double())
-    down_q, down_r = torch.linalg.qr(down.double().T)
-    left, values, right = torch.linalg.svd(up_r @ down_r.T)
-    root = values[:rank].sqrt()
-    new_down, new_up = root[:, None] * right[:rank] @ down_q.T, up_q @ left[:, :rank] * root
-    error = float(values[rank:].norm() / values.norm()) if values[0] > 0 else 0.0
-    return new_down.to(down.dtype), new_up.to(up.dtype), error
 
 
 def truncated(pairs: Pairs, rank: int | None) -> tuple[Pairs, dict[str, float]]:
@@ -100,21 +75,10 @@ def write_lora(
         metadata: Of the safetensors file.
         targets: Which modules; those of the source's own configuration by default.
     """
-    ranks = {name: down.shape[0] for name, (down, _) in pairs.items()}
-    rank = max(ranks.values())
-    others = {name: value for name, value in ranks.items() if value != rank}
     names = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
-    config: Any = LoraConfig(
-        r=rank,
-        lora_alpha=rank,
-        lora_dropout=0.0,
-        bias="none",
-        rank_pattern=others,
-        alpha_pattern=dict(others),
-        task_type=source.config.task_type,
-        inference_mode=True,
-        modules_to_save=source.config.modules_to_save,
-        base_model_name_or_path=source.config.base_model_name_or_path,
+    config = lora_config(
+        {name: down.shape[0] for name, (down, _) in pairs.items()},
+        source.config,
         **({name: getattr(source.config, name) for name in names} if targets is None else targets),
     )
     config.save_pretrained(str(folder))

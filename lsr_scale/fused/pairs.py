@@ -15,19 +15,9 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lsr_scale.adapters.base import AdapterLinear, AdapterMethod, change_counts, upcast
+from lsr_scale.adapters.base import AdapterLinear, AdapterMethod, LowRankPair, change_counts, upcast
 
 Pair = tuple[Tensor, Tensor]
-
-
-class _Lora(AdapterMethod):
-    """PEFT's LoRA seen as a method: its factors are the pair."""
-
-    parameter_names = ("down", "up")
-
-    @staticmethod
-    def materialize(params: Any) -> Pair:
-        return params["down"], params["up"]
 
 
 @dataclass(frozen=True)
@@ -40,7 +30,7 @@ class Adapter:
     @property
     def method(self) -> type[AdapterMethod]:
         """How its factors make its pair."""
-        return self.linear.method if isinstance(self.linear, AdapterLinear) else _Lora
+        return self.linear.method_of(self.name) if isinstance(self.linear, AdapterLinear) else LowRankPair
 
     @property
     def scaling(self) -> float:

@@ -1,0 +1,107 @@
+"""Another adapter in the place of one that a model holds, with nothing injected anew (PEFT's own is for LoRA only)."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.utils import ModulesToSaveWrapper
+from peft.utils.hotswap import hotswap_adapter as hotswap_lora
+from torch import Tensor, nn
+
+from lsr_scale.adapters.base import AdapterConfig, AdapterLinear
+from lsr_scale.errors import UserError, did_you_mean
+from lsr_scale.model.identity import check_base
+from lsr_scale.saved_adapter import read_base, read_config, read_weights
+
+
+def hotswap_adapter(model: PeftModel, folder: str | Path, adapter_name: str = "default") -> None:
+    """Put a saved adapter's factors, scalings and dropout into the place of an adapter that the model holds.
+
+    Factors of the same shapes are written over in place, so that what refers to them (a compiled model, a graph) goes
+    on; others, as of another rank, are replaced. Linears that the new adapter leaves out get zeros. The name stays.
+
+    Args:
+        model: With an adapter of the same method; PEFT's LoRA is handed to PEFT.
+        folder: The new adapter's, as `save_pretrained` writes it; packed factors too.
+        adapter_name: Which adapter leaves.
+
+    Raises:
+        UserError: if there is no such adapter, or the new one is damaged, of another method or base, adapts other
+            linears, or has modules trained whole. The model stays as it was.
+    """
+    folder = Path(folder).expanduser()
+    if adapter_name not in model.peft_config:
+        raise UserError(
+            f"hotswap_adapter: no adapter {adapter_name!r}; {did_you_mean(adapter_name, model.peft_config)}"
+        )
+    held: Any = model.peft_config[adapter_name]
+    config = read_config(folder)
+    if type(config) is not type(held):
+        kinds = [str(one.peft_type.value).lower() for one in (config, held)]
+        raise UserError(f"{folder}: a {kinds[0]} adapter cannot take the place of one of {kinds[1]}")
+    stored = read_weights(folder)
+    if not isinstance(config, AdapterConfig):
+        device = str(next(model.parameters()).device)
+        try:
+            return hotswap_lora(model, str(folder), adapter_name, torch_device=device)
+        except (ValueError, RuntimeError, KeyError) as error:
+            raise UserError(f"{folder}: PEFT cannot swap it in: {str(error)[:300]}") from error
+    described = read_base(folder)
+    if described is not None:
+        check_base(described, model, str(folder))
+    if any(isinstance(m, ModulesToSaveWrapper) and adapter_name in m.modules_to_save for m in model.modules()):
+        raise UserError(f"hotswap_adapter: {adapter_name!r} has modules trained whole; delete it, and load_adapter")
+    new = _fitting(model, config, stored, adapter_name, folder)
+    for layer, (module_config, factors) in new.items():
+        _write(layer, adapter_name, factors)
+        if module_config is not None:
+            layer.adapter_configs[adapter_name] = module_config
+            dropout = module_config.dropout
+            layer.adapter_dropout[adapter_name] = nn.Dropout(dropout) if dropout else nn.Identity()
+    config.inference_mode = held.inference_mode
+    model.peft_config[adapter_name] = config
+
+
+def _fitting(
+    model: PeftModel, config: AdapterConfig, stored: dict[str, Tensor], adapter_name: str, folder: Path
+) -> dict[AdapterLinear, tuple[AdapterConfig | None, dict[str, Tensor]]]:
+    """Return the new configuration, None where it leaves a linear out, and the new factors of every linear."""
+    found: dict[AdapterLinear, tuple[AdapterConfig | None, dict[str, Tensor]]] = {}
+    left = dict(stored)
+    for name, layer in model.named_modules():
+        if not isinstance(layer, AdapterLinear) or not (old := layer.factors(adapter_name)):
+            continue
+        if adapter_name in layer.merged_adapters:
+            raise UserError(f"hotswap_adapter: {adapter_name!r} is merged into the base; call unmerge_adapter() first")
+        module_config = config.for_module(name.removeprefix("base_model.model."))
+        names = {key: f"{name}.{layer.method.prefix}{key}" for key in layer.method.parameter_names}
+        factors = {key: left.pop(stem) for key, stem in names.items() if stem in left}
+        if not factors:
+            found[layer] = None, {key: torch.zeros_like(value) for key, value in old.items()}
+            continue
+        expected = layer.method.parameter_shapes(layer.in_features, layer.out_features, module_config)
+        shapes = {key: tuple(value.shape) for key, value in factors.items()}
+        if shapes != expected:
+            raise UserError(f"{folder}: {name}: its configuration asks for {expected}, the file has {shapes}")
+        found[layer] = module_config, factors
+    if left:
+        raise UserError(
+            f"{folder}: {min(left)} has no place in the adapter {adapter_name!r}, nor have {len(left) - 1} more; call "
+            "delete_adapter, and load_adapter"
+        )
+    return found
+
+
+@torch.no_grad()
+def _write(layer: AdapterLinear, adapter_name: str, factors: dict[str, Tensor]) -> None:
+    old = layer.factors(adapter_name)
+    for key in layer.method.parameter_names:
+        container = getattr(layer, layer.method.prefix + key)
+        if key in factors and key in old and factors[key].shape == old[key].shape:
+            old[key].copy_(factors[key])
+        elif key in factors:
+            like = next(iter(old.values()))
+            container[adapter_name] = nn.Parameter(factors[key].to(like), requires_grad=like.requires_grad)
+        elif key in old:  # an option, such as term_weights, that the new one has not
+            del container[adapter_name]

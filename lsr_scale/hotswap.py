@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lsr_scale.adapters.base import AdapterConfig, AdapterLinear
 from lsr_scale.errors import UserError, did_you_mean
 from lsr_scale.model.identity import check_base
+from lsr_scale.paths import user_path
 from lsr_scale.saved_adapter import read_base, read_config, read_weights
 
 
@@ -30,7 +31,7 @@ def hotswap_adapter(model: PeftModel, folder: str | Path, adapter_name: str = "d
         UserError: if there is no such adapter, or the new one is damaged, of another method or base, adapts other
             linears, or has modules trained whole. The model stays as it was.
     """
-    folder = Path(folder).expanduser()
+    folder = user_path(folder)
     if adapter_name not in model.peft_config:
         raise UserError(
             f"hotswap_adapter: no adapter {adapter_name!r}; {did_you_mean(adapter_name, model.peft_config)}"

@@ -14,8 +14,8 @@ from torch import Tensor
 from lsr_scale.adapters import METHODS, AdapterConfig
 from lsr_scale.adapters.base import Params
 from lsr_scale.config import RunConfig, load_run
-from lsr_scale.paths import user_path
 from lsr_scale.errors import UserError
+from lsr_scale.paths import user_path
 from lsr_scale.record import read_json
 from lsr_scale.run_folder import RunFolder
 from lsr_scale.saved_adapter import CONFIG, MAX_NAME, read_base, read_config, read_weights

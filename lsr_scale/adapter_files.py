@@ -22,7 +22,7 @@ from lsr_scale.model.identity import base_description, check_base
 from lsr_scale.model.sharded import is_sharded
 from lsr_scale.paths import user_path
 from lsr_scale.run_folder import ADAPTER_FILES
-from lsr_scale.saved_adapter import BASE, read_base, read_config, read_weights
+from lsr_scale.saved_adapter import BASE, check_own_base, read_base, read_config, read_weights
 from lsr_scale.whole_modules import hold_in_float32
 
 # torch's words for two tensors that should be of one shape
@@ -87,6 +87,7 @@ def load_adapter(base: Any, folder: Path, trainable: bool = False) -> tuple[Peft
         UserError: if the adapter is missing, damaged, or from another base model (shapes named).
     """
     config = read_config(folder)
+    check_own_base(folder, config)
     stored = read_weights(folder)
     notes = check_description(base, folder)
     try:
@@ -138,6 +139,7 @@ def find_start(path: str, wanted: PeftConfig) -> Path:
     if not folder.is_dir():
         raise UserError(f"adapter.start_from: {folder}: no such folder; name that of a run or of an adapter")
     saved = read_config(folder)
+    check_own_base(folder, saved)
     if type(saved) is not type(wanted):
         kinds = [getattr(config.peft_type, "value", str(config.peft_type)).lower() for config in (saved, wanted)]
         raise UserError(

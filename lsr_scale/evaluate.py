@@ -197,7 +197,7 @@ def generate(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int = 64, 
         chat: Use the chat template.
 
     Raises:
-        UserError: if there is no chat template, or nothing to continue.
+        UserError: if there is no chat template, nothing to continue, or the model's logits are not finite.
     """
     if chat and not tokenizer.chat_template:
         raise UserError("--chat: the model's tokenizer has no chat template; leave it out, or set model.chat_template")
@@ -210,9 +210,24 @@ def generate(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int = 64, 
     if inputs["input_ids"].shape[1] == 0:
         raise UserError("--prompt: expected some text to continue, got none")
     out = model.generate(
-        **inputs, max_new_tokens=max_new_tokens, do_sample=False, use_cache=True, pad_token_id=tokenizer.pad_token_id
+        **inputs,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        use_cache=True,
+        pad_token_id=tokenizer.pad_token_id,
+        logits_processor=[_check_finite],
     )
     return tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def _check_finite(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """Raise where a model gives no number, whose largest would be the first token for ever; for `generate`."""
+    if not (logits < torch.inf).all():  # NaN is not either; -inf is how models rule tokens out
+        raise UserError(
+            f"the model's logits are not finite after {ids.shape[1]} tokens: the adapter diverged, or the base "
+            "overflows in model.dtype; --base-only tells which"
+        )
+    return logits
 
 
 def open_trained(

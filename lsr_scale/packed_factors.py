@@ -65,12 +65,32 @@ def dequantize_groups(codes: Tensor, scales: Tensor, bits: int, count: int) -> T
     return codes.float() * scales.float().repeat_interleave(GROUP[bits])[:count]
 
 
+def in_range(value: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """Return a tensor in a dtype that has fewer bits.
+
+    Raises:
+        UserError: if finite values are not finite there, with their number.
+    """
+    found = value.to(dtype)
+    lost = int((torch.isfinite(value) & ~torch.isfinite(found)).sum())
+    if lost:
+        kind, largest = str(dtype).removeprefix("torch."), torch.finfo(dtype).max
+        raise UserError(
+            f"{name}: {lost:,} of {value.numel():,} values are beyond {kind}: its largest is {largest:.5g}, theirs "
+            f" {float(value.abs().max()):.3g}; --to lora --dtype float32 holds them, or train it again"
+        )
+    return found
+
+
 def pack(modules: Mapping[str, Mapping[str, Tensor]], bits: int) -> dict[str, Tensor]:
     """Return the tensors of a packed file.
 
     Args:
         modules: Factors by module, then by the name they have in the file (the method's prefix included).
         bits: 8 or 4.
+
+    Raises:
+        UserError: for values whose scale is beyond float16.
     """
     names = list(modules)
     stacks: dict[tuple[str, tuple[int, ...]], list[int]] = {}
@@ -82,9 +102,11 @@ def pack(modules: Mapping[str, Mapping[str, Tensor]], bits: int) -> dict[str, Te
     for key, ((factor, shape), members) in enumerate(stacks.items()):
         stack = torch.stack([modules[names[number]][factor].detach().float() for number in members])
         width = bits if math.prod(shape) >= _SMALLEST else 16
+        name = f"{names[members[0]]}.{factor}"
         if width == 16:
-            tensors[f"packed.{key}.codes"] = stack.half()
+            tensors[f"packed.{key}.codes"] = in_range(stack, torch.float16, name)
         else:
+            in_range(stack / _LARGEST[bits], torch.float16, name)
             tensors[f"packed.{key}.codes"], tensors[f"packed.{key}.scales"] = quantize_groups(stack, bits)
         described.append({"factor": factor, "shape": list(shape), "members": members, "bits": width})
     index = json.dumps({"modules": names, "stacks": described}, separators=(",", ":")).encode()

@@ -32,6 +32,7 @@ _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _PACKED = (torch.float16, torch.uint8, torch.int8)
 # of no meaning once there are factors, of types that PEFT keeps changing
 _UNREAD = {"auto_mapping", "runtime_config", "eva_config", "corda_config", "lora_ga_config", "loftq_config"}
+_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # wider than PEFT says: others write numbers there, and PEFT a number of iterations
 _WIDER = {"lora_alpha": float, "alpha": float | None, "init_lora_weights": bool | str}
 
@@ -59,6 +60,8 @@ def read_config(folder: Path) -> Any:
         except pydantic.ValidationError as error:
             words = error.errors(include_url=False)[0]["msg"]
             raise UserError(f"{file}: {name}: {words[:1].lower()}{words[1:200]}, got {_shown(value)}") from None
+    # of no meaning once there are factors, while PEFT would ask for packages and settings of some
+    init = values.pop("init_lora_weights", None)
     try:
         check_options(values)
         with warnings.catch_warnings():
@@ -69,7 +72,26 @@ def read_config(folder: Path) -> Any:
         raise UserError(f"{file}: {str(error)[:300]}; restore the file, or save the adapter again") from error
     if not 0 < abs(scaling) < 1e30:
         raise UserError(f"{file}: rank and alpha give the scaling {scaling!r}; restore the file")
+    if init is not None:
+        config.init_lora_weights = init
     return config
+
+
+def check_own_base(folder: Path, config: Any) -> None:
+    """Raise for LoRA that began with a part of the base's weights, which PEFT then takes out of the base as it loads.
+
+    Its factors are an update of what was left, and not of the base that everyone has.
+
+    Raises:
+        UserError: naming the initialization, and how PEFT saves such an adapter for the base itself.
+    """
+    init = getattr(config, "init_lora_weights", None)
+    if isinstance(init, str) and init.lower().startswith(_CHANGE_THE_BASE):
+        raise UserError(
+            f"{folder}: init_lora_weights: {init} changes the base's weights, so that these factors are an update of "
+            "other ones; save it again by PEFT as one of the base itself: model.save_pretrained(FOLDER, "
+            "path_initial_model_for_weight_conversion=FOLDER_OF_THE_ADAPTER_BEFORE_TRAINING)"
+        )
 
 
 def scaling_of(config: Any) -> float:

@@ -592,6 +592,13 @@ class AdapterModel(BaseTuner):
                 getattr(layer, name).requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """Wrap a layer, or put back what was wrapped: also a whole head, which has no weight that PEFT could copy."""
+        if hasattr(new_module, "base_layer"):
+            super()._replace_module(parent, child_name, new_module, child)
+        else:
+            setattr(parent, child_name, new_module)
+
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Hold factors in float32, or with `autocast_adapter_dtype=False` in the dtype that the base computes in."""
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)

@@ -23,13 +23,14 @@ from lsr_scale.export.source import AdapterSource, describe_file, open_adapter
 from lsr_scale.export.verify import EXACT, Agreement, Reference, base_section, questions_of
 from lsr_scale.model.names import elsewhere
 from lsr_scale.paths import user_path
+from lsr_scale.saved_adapter import check_own_base
 
 KINDS = ("adapter", "lora", "merged", "gguf")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # where they are not those; the first is the default
 _DTYPES_OF = {"merged": ("bfloat16", "float32", "nf4"), "merged gguf": ("float16", "float32", "bfloat16", "q8_0")}
 _OPTIONS_OF = {
-    **{"adapter": ("--bits",), "merged": ("--dtype",), "merged gguf": ("--dtype",)},
+    **{"adapter": ("--bits",), "merged": ("--dtype",), "merged gguf": ("--dtype", "--base-gguf")},
     **dict.fromkeys(("lora", "gguf"), ("--max-rank", "--dtype")),
 }
 _NICKNAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "f32": "float32", "f16": "float16"}
@@ -81,15 +82,18 @@ def export(
         raise UserError(f"--to: expected one of {', '.join(KINDS)}, got {kind!r}")
     if bits not in (None, 16, 8, 4):
         raise UserError(f"--bits: expected 16, 8 or 4, got {bits}")
-    if (merged or base_gguf) and (kind != "gguf" or not merged or max_rank):
-        raise UserError("--merged: goes with --to gguf and no --max-rank, --base-gguf with both")
+    if merged and kind != "gguf":
+        raise UserError(f"--merged: goes with --to gguf, not with --to {kind}")
     form = "merged gguf" if merged else kind
-    given = {"--bits": bits, "--max-rank": max_rank, "--dtype": dtype}
+    given = {"--bits": bits, "--max-rank": max_rank, "--dtype": dtype, "--base-gguf": base_gguf}
+    named = "gguf --merged" if merged else kind
     for name, value in given.items():
         if value is not None and name not in _OPTIONS_OF[form]:
-            raise UserError(f"{name} {value}: has no effect with --to {kind}; leave it out")
+            raise UserError(f"{name} {value}: has no effect with --to {named}; leave it out")
     if accuracy and not verify:
         raise UserError("--accuracy: is measured while the export is verified; leave out --no-verify")
+    if base is not None and not verify and kind in ("adapter", "lora"):
+        raise UserError(f"--base {base}: has no effect with --to {kind} --no-verify; leave it out")
     bits = 16 if bits is None else bits
     allowed = _DTYPES_OF.get(form, tuple(DTYPES))
     dtype = _NICKNAMES.get(dtype or "", dtype) or allowed[0]
@@ -97,6 +101,7 @@ def export(
         raise UserError(f"--dtype: expected one of {', '.join(allowed)} for --to {kind}, got {dtype!r}")
     started = time.perf_counter()
     source = open_adapter(path)
+    check_own_base(source.folder, source.config)
     with elsewhere(base), _appears_whole(user_path(out, "--out")) as folder:
         facts: dict[str, Any] = {}
         if kind == "adapter":
@@ -144,6 +149,8 @@ def export(
         record.write_json(folder / "export.json", result)
     for name, value in facts.items():
         say(f"{name}: {value}")
+    if max_rank is not None and "truncation error, largest" not in facts:
+        say(f"note: --max-rank {max_rank}: no rank is larger, so nothing was truncated")
     if not verify:
         say("not verified (--no-verify)")
     say(f"written: {out}")
@@ -181,6 +188,8 @@ def merge(
     if dtype not in DTYPES:
         raise UserError(f"--dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
     sources = [open_adapter(path) for path in paths]
+    for source in sources:
+        check_own_base(source.folder, source.config)
     bases = {str(source.base["config_sha256"]): source for source in sources if source.base}
     if len(bases) > 1:
         names = ", ".join(f"{source.folder}: {(source.base or {}).get('name')}" for source in bases.values())
@@ -197,6 +206,8 @@ def merge(
         record.write_json(folder / "export.json", {"kind": "merge", **facts})
     for name, value in facts.items():
         say(f"{name}: {value}")
+    if max_rank is not None and not errors:
+        say(f"note: --max-rank {max_rank}: no rank is larger, so nothing was truncated")
     return facts
 
 

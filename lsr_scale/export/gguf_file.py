@@ -18,6 +18,7 @@ from lsr_scale.errors import UserError
 from lsr_scale.export.pairs import Pairs, metadata_of
 from lsr_scale.export.source import AdapterSource
 from lsr_scale.model import load_config
+from lsr_scale.packed_factors import in_range
 
 # Transformers' model types whose GGUF names and order of rows are known here
 ARCHITECTURES = {
@@ -80,7 +81,7 @@ def write_gguf(
         if module in permuted:
             up = to_rotary_order(up, permuted[module])
         for part, value in (("lora_a", down), ("lora_b", up)):
-            kind, array = array_of(value, GGUF_TYPES[str(dtype).removeprefix("torch.")])
+            kind, array = array_of(value, GGUF_TYPES[str(dtype).removeprefix("torch.")], f"{module}.{part}")
             writer.add_tensor(f"{names[module]}.weight.{part}", array, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -128,8 +129,18 @@ def names_of(modules: Iterable[str], config: Any) -> tuple[dict[str, str], dict[
     return names, permuted, architecture
 
 
-def array_of(value: Tensor, kind: gguf.GGMLQuantizationType) -> tuple[gguf.GGMLQuantizationType, np.ndarray]:
-    """Return a tensor's values in a type, and that type; float16 where a row does not divide into q8_0's blocks."""
+def array_of(
+    value: Tensor, kind: gguf.GGMLQuantizationType, name: str = "a tensor"
+) -> tuple[gguf.GGMLQuantizationType, np.ndarray]:
+    """Return a tensor's values in a type, and that type; float16 where a row does not divide into q8_0's blocks.
+
+    Raises:
+        UserError: for values beyond the type's range.
+    """
     if value.shape[-1] % gguf.GGML_QUANT_SIZES[kind][0]:
         kind = gguf.GGMLQuantizationType.F16
+    if kind == gguf.GGMLQuantizationType.F16:
+        in_range(value, torch.float16, name)
+    elif kind == gguf.GGMLQuantizationType.Q8_0:
+        in_range(value / 127, torch.float16, name)  # a block's scale
     return kind, gguf.quants.quantize(value.float().contiguous().numpy(), kind)

@@ -94,7 +94,7 @@ def write_merged_gguf(
     for name, value in weights:
         if name_of(name) in ours:
             heads = permuted.get(name.rpartition(".")[0])
-            writer.write_tensor_data(array_of(_in_order(value, heads), _type(list(value.shape), dtype))[1])
+            writer.write_tensor_data(array_of(_in_order(value, heads), _type(list(value.shape), dtype), name)[1])
     writer.close()
     return {
         "dtype": dtype,

@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from lsr_scale.errors import UserError
 from lsr_scale.export.source import AdapterSource
 from lsr_scale.model import DTYPES, head_modules, load_config, quantization_config, resolve, skeleton
+from lsr_scale.packed_factors import in_range
 from lsr_scale.quantized import dequantize
 
 SHARD_BYTES = 2**28
@@ -128,7 +129,7 @@ def write_merged(
             for part, tensor in packed.items():
                 writer.add(f"{module}.{part}", tensor)
         else:
-            writer.add(name, value.to(out_dtype) if value.is_floating_point() else value)
+            writer.add(name, in_range(value, out_dtype, name) if value.is_floating_point() else value)
     writer.finish()
     written: dict[str, Any] = weights.config.to_dict()
     written.pop("quantization_config", None)

@@ -13,6 +13,7 @@ from torch import Tensor
 from lsr_scale.adapters.low_rank import lora_config, truncate
 from lsr_scale.errors import UserError
 from lsr_scale.export.source import WRAPPER, AdapterSource
+from lsr_scale.packed_factors import in_range, pack
 
 Pair = tuple[Tensor, Tensor]
 Pairs = dict[str, Pair]
@@ -84,8 +85,8 @@ def write_lora(
     config.save_pretrained(str(folder))
     tensors = dict(source.extra)
     for name, (down, up) in pairs.items():
-        tensors[f"{WRAPPER}{name}.lora_A.weight"] = down.to(dtype).contiguous()
-        tensors[f"{WRAPPER}{name}.lora_B.weight"] = up.to(dtype).contiguous()
+        for factor, value in (("lora_A", down), ("lora_B", up)):
+            tensors[f"{WRAPPER}{name}.{factor}.weight"] = in_range(value, dtype, f"{name}.{factor}").contiguous()
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt", **metadata})
 
 
@@ -95,8 +96,6 @@ def write_factors(folder: Path, source: AdapterSource, bits: int, metadata: dict
     Raises:
         UserError: for LoRA in 8 or 4 bits, whose loading is not this package's.
     """
-    from lsr_scale.packed_factors import pack
-
     if source.method == "lora" and bits != 16:
         raise UserError("--bits: PEFT's own LoRA loads 16 bits only; --to lora --max-rank makes it smaller")
     config = dataclasses.replace(source.config)
@@ -111,9 +110,7 @@ def write_factors(folder: Path, source: AdapterSource, bits: int, metadata: dict
     if bits == 16:
         for module, params in named.items():
             for name, value in params.items():
-                half = value.half()
-                if not torch.isfinite(half).all():
-                    raise UserError(f"{module}.{name}: values beyond float16's 65504; the training diverged")
+                half = in_range(value, torch.float16, f"{module}.{name}")
                 tensors[f"{WRAPPER}{module}.{name}"] = half.contiguous()
     else:
         tensors |= pack(named, bits)

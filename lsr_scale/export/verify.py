@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor
 
 from lsr_scale.adapter_files import load_adapter
+from lsr_scale.adapters import TASK_TYPES
 from lsr_scale.data.tasks import Example
 from lsr_scale.errors import UserError
-from lsr_scale.export.source import AdapterSource
+from lsr_scale.export.source import WRAPPER, AdapterSource
 from lsr_scale.model import load_base, load_config, load_tokenizer
 from lsr_scale.scoring import score
 from lsr_scale.scoring.accuracy import TaskScore, mcnemar
@@ -28,6 +30,8 @@ PROMPTS = (
     "Water boils at a temperature of",
 )
 # relative error of the logits (Frobenius) that an export without loss may have, by the dtype of what was written
+# weights that give a classifier's logits, by the names that Transformers' heads have
+_LAST_OF_HEADS = ("score.weight", "classifier.weight", "classifier.out_proj.weight")
 EXACT = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
@@ -106,11 +110,14 @@ class Reference:
             self.tokenizer = load_tokenizer(self.section["name"], revision=self.section["revision"])
         self.prompts = self._prompts()
         self.without = self.logits(self.model)
+        untouched = checksums(self.model)
         self.model, _ = load_adapter(self.model, source.folder)
         self.trained = self.logits(self.model)
         self.tasks = tasks if tasks and self.tokenizer is not None else {}
         self.trained_scores = self._scores(self.model)
-        self.model = self.model.unload()
+        self.model = _base_of(self.model)
+        if checksums(self.model) != untouched:
+            raise UserError(f"{source.folder}: loading it changes the base's own weights; nothing was exported")
 
     def _prompts(self) -> list[Tensor]:
         if self.tokenizer is not None:
@@ -123,10 +130,11 @@ class Reference:
 
     @torch.no_grad()
     def logits(self, model: Any) -> list[Tensor]:
-        """Return the logits `[tokens, vocabulary]` of every prompt, float32."""
+        """Return the logits `[tokens, vocabulary]`, of a classifier `[1, labels]`, of every prompt, float32."""
         model.eval()
         device = next(model.parameters()).device
-        return [model(input_ids=ids.to(device)).logits[0].float().cpu() for ids in self.prompts]
+        found = [model(input_ids=ids.to(device)).logits[0].float().cpu() for ids in self.prompts]
+        return [logits if logits.dim() == 2 else logits[None] for logits in found]  # a classifier's have no positions
 
     def of_adapter(self, folder: Path) -> Agreement:
         """Return the agreement of an adapter folder, loaded by PEFT onto the same base."""
@@ -136,7 +144,7 @@ class Reference:
             warnings.simplefilter("ignore")
             model: Any = PeftModel.from_pretrained(self.model, str(folder))
         agreement = self._of(model)
-        self.model = model.unload()
+        self.model = _base_of(model)
         return agreement
 
     def of_model(self, folder: Path) -> Agreement:
@@ -185,6 +193,21 @@ class Reference:
         return rows
 
 
+def _base_of(model: Any) -> Any:
+    """Return a model without its adapter, as it was loaded: PEFT alone would leave there what trained whole."""
+    wrappers = {name: module for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)}
+    own = {name.removeprefix(WRAPPER): wrapper.original_module for name, wrapper in wrappers.items()}
+    base = model.unload()
+    for name, module in own.items():
+        base.set_submodule(name, module)
+    return base
+
+
+def checksums(model: Any) -> dict[str, float]:
+    """Return the sum of each parameter, float64: whether a base is the one that it was."""
+    return {name: float(value.detach().double().sum()) for name, value in model.named_parameters()}
+
+
 def questions_of(source: AdapterSource, limit: int = 200) -> dict[str, list[Example]]:
     """Return the first questions of each task that a run evaluates on, `eval.limit` of them where that is smaller.
 
@@ -206,10 +229,9 @@ def base_section(source: AdapterSource, base_name: str | None) -> dict[str, Any]
     """
     if source.run is not None:
         section = source.run.model
-        if section.task != "causal_lm":
-            raise UserError(f"{source.folder}: a {section.task} run; verify compares language models; use --no-verify")
-        words = ("name", "revision", "quantization", "double_quantization", "dtype", "random_weights")
-        values = {word: getattr(section, word) for word in words} | {"seed": source.run.training["seed"]}
+        words = ("name", "revision", "task", "num_labels", "quantization", "double_quantization", "dtype")
+        values = {word: getattr(section, word) for word in (*words, "random_weights")}
+        values["seed"] = source.run.training["seed"]
         return values if base_name is None else values | {"name": base_name}
     described = source.base or {}
     name = base_name or described.get("name") or source.config.base_model_name_or_path
@@ -218,7 +240,24 @@ def base_section(source: AdapterSource, base_name: str | None) -> dict[str, Any]
     kind = described.get("quantization", "none")
     if kind not in ("nf4", "fp4", "int8", "none"):
         raise UserError(f"{source.folder}: base.json: quantization {kind!r} is none of nf4, fp4, int8, none")
-    return {"name": name, "revision": None, "quantization": kind, "random_weights": False, "seed": 0}
+    values = {"name": name, "revision": None, "quantization": kind, "random_weights": False, "seed": 0}
+    return values | _task_of(source)
+
+
+def _task_of(source: AdapterSource) -> dict[str, Any]:
+    """Return task and number of labels of the model that a bare adapter belongs to."""
+    task = getattr(source.config.task_type, "value", source.config.task_type)
+    if task in (None, TASK_TYPES["causal_lm"]):
+        return {"task": "causal_lm", "num_labels": None}
+    if task != TASK_TYPES["seq_cls"]:
+        raise UserError(
+            f"{source.folder}: task_type {task!r}: verify compares language models and classifiers; use --no-verify"
+        )
+    # the head's last matrix, trained whole: `score`, or that of a head of several layers
+    rows = [value.shape[0] for name, value in source.extra.items() if name.endswith(_LAST_OF_HEADS)]
+    if not rows:
+        raise UserError(f"{source.folder}: a classifier without its head, which would start at random; use --no-verify")
+    return {"task": "seq_cls", "num_labels": rows[-1]}
 
 
 def in_float32(model: Any) -> Any:

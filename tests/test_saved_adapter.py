@@ -197,7 +197,7 @@ def test_lora_as_other_trainers_write_it_is_read(tmp_path, good):
     content = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 8, "lora_alpha": 12.5, "target_modules": ["q_proj"],
         "lora_dropout": 0, "bias": "none", "fan_in_fan_out": False, "modules_to_save": None, "eva_config": None,
-        "init_lora_weights": "pissa_niter_16", "loftq_config": {}, "megatron_core": "megatron.core", "revision": None,
+        "init_lora_weights": "eva", "loftq_config": {}, "megatron_core": "megatron.core", "revision": None,
         "base_model_name_or_path": "x", "inference_mode": True, "layers_pattern": None, "auto_mapping": None,
     }  # fmt: skip
     (tmp_path / "a" / CONFIG).write_text(json.dumps(content))

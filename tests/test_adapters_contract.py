@@ -250,8 +250,8 @@ def test_dropout_acts_in_training_only(name, ids):
 def test_factors_are_float32_on_a_bf16_base_and_the_output_is_bf16(name, ids):
     model = randomize(adapted(name, torch.bfloat16))
     assert {parameter.dtype for parameter in trainable(model).values()} == {torch.float32}
-    again = get_peft_model(tiny_llama(torch.bfloat16), config_of(name), autocast_adapter_dtype=False)
-    assert {parameter.dtype for parameter in trainable(again).values()} == {torch.float32}
+    narrow = get_peft_model(tiny_llama(torch.bfloat16), config_of(name), autocast_adapter_dtype=False)
+    assert {parameter.dtype for parameter in trainable(narrow).values()} == {torch.bfloat16}
     assert logits(model, ids).dtype == torch.bfloat16
     for layer in layers_of(model):
         if METHODS[name].is_low_rank():

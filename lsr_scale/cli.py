@@ -407,10 +407,12 @@ def _preview(args: argparse.Namespace) -> int:
     from lsr_scale.data.formats import KIND_MEANING, build_dataset
     from lsr_scale.data.preview import preview
     from lsr_scale.model import load_tokenizer
+    from lsr_scale.training.assembly import check_run_fits
 
     run = _run_of(args)
     dataset, kind = build_dataset(run.data.train, model_task=run.model.task)
     tokenizer = load_tokenizer(run.model.name, revision=run.model.revision, chat_template=run.model.chat_template)
+    check_run_fits(run, {"train": dataset}, kind, tokenizer)
     shown = preview(dataset, kind, tokenizer, args.samples, run.training)
     console = Screen()
     green = ("green", "bold green")
@@ -443,7 +445,7 @@ def _plan(args: argparse.Namespace) -> int:
     run = _run_of(args)
     result = plan(run, args.gpus or 1)
     card = args.card_gib or _own_card_gib()
-    verdict = fit(run, result, card) if card else None
+    verdict = fit(run, result, card) if card and result.traced else None
     if args.json:
         print(json.dumps({**asdict(result), "fit": None if verdict is None else asdict(verdict)}, indent=2))
     else:

@@ -14,11 +14,13 @@ from lsr_scale import distributed
 from lsr_scale.adapter_files import load_adapter
 from lsr_scale.config import RunConfig, load_run, run_from_dict
 from lsr_scale.config.training import EVALUATED
+from lsr_scale.data.fits import refuse_ids
 from lsr_scale.data.formats import build_dataset, load_source, source_fields
 from lsr_scale.data.preview import prepare_tokenizer, tokenize_classification
 from lsr_scale.data.tasks import Example, examples
 from lsr_scale.errors import UserError, printable
 from lsr_scale.model import base_of, load_tokenizer
+from lsr_scale.model.held import left_out
 from lsr_scale.model.names import elsewhere
 from lsr_scale.progress import show_live
 from lsr_scale.run_folder import RunFolder, open_run
@@ -209,6 +211,8 @@ def generate(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int = 64, 
     inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat).to(model.device)
     if inputs["input_ids"].shape[1] == 0:
         raise UserError("--prompt: expected some text to continue, got none")
+    rows = model.get_input_embeddings().num_embeddings
+    refuse_ids(int(inputs["input_ids"].max()), rows, tokenizer, model.config, "--prompt")
     out = model.generate(
         **inputs,
         max_new_tokens=max_new_tokens,
@@ -281,7 +285,8 @@ def _load(folder: RunFolder, run: RunConfig, base_only: bool) -> tuple[Any, Any,
     model: Any = base_of(run.model, run.training["seed"])
     if not base_only:
         model, notes = load_adapter(model, folder.adapter)
-        for note in notes:
+        targets = run.adapter.options.get("target_modules")
+        for note in (*notes, *left_out(model, run.model.quantization, targets, run.model.dtype)):
             print(printable(f"note: {note}"), file=sys.stderr)
     return model.eval(), tokenizer, run
 

@@ -5,7 +5,7 @@ from lsr_scale.model.base import (
     Quantization,
     Task,
     base_of,
-    head_modules,
+    check_quantization,
     load_base,
     load_config,
     local_device,
@@ -14,6 +14,7 @@ from lsr_scale.model.base import (
     skeleton,
 )
 from lsr_scale.model.identity import base_description, check_base
+from lsr_scale.model.inject import head_modules, inject
 from lsr_scale.model.names import resolve
 from lsr_scale.model.tokenizer import load_tokenizer
 
@@ -24,7 +25,9 @@ __all__ = [
     "base_description",
     "base_of",
     "check_base",
+    "check_quantization",
     "head_modules",
+    "inject",
     "load_base",
     "load_config",
     "load_tokenizer",

@@ -4,13 +4,14 @@ The base is held in bfloat16 (or another dtype), or with its linear layers in 4 
 8 bits by bitsandbytes; heads outside the base stay in the model's dtype. Code from a model repository is never run.
 """
 
-import json
 import logging
 import os
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
+import bitsandbytes as bnb
 import torch
 from transformers import (
     AutoConfig,
@@ -26,6 +27,8 @@ from transformers.pytorch_utils import Conv1D
 from lsr_scale.errors import UserError, did_you_mean
 from lsr_scale.kernels.attention import keep_cudnn_from_masks
 from lsr_scale.model import embedded
+from lsr_scale.model.files import check_config, check_weights, read_json
+from lsr_scale.model.inject import head_modules
 from lsr_scale.model.names import NAME_FORMS, explained, local_folder, resolve
 from lsr_scale.model.random_weights import random_base
 from lsr_scale.model.shapes import known_config
@@ -38,6 +41,7 @@ Task = Literal["causal_lm", "seq_cls"]
 Quantization = Literal["nf4", "fp4", "int8", "none"]
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+MAX_PARAMETERS = 10**13
 _MODEL_CLASSES: dict[str, Any] = {"causal_lm": AutoModelForCausalLM, "seq_cls": AutoModelForSequenceClassification}
 _CLASS_NAMES = {
     "causal_lm": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -61,16 +65,16 @@ def load_config(name: str, revision: str | None = None) -> PreTrainedConfig:
     folder = local_folder(name)
     if folder is not None:
         _check_config_file(name, folder)
-        with explained(name, revision):
+        with explained(name, revision, "its config.json"):
             return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     try:
         return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError):
-        pass  # not in the cache; the hub's own answer is the one to report
+    except Exception:  # not in the cache, or not readable there: the hub's own answer is the one to report
+        pass
     config = known_config(name) if revision is None else None
     if config is not None:
         return config
-    with explained(name, revision):
+    with explained(name, revision, "its config.json"):
         return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
 
 
@@ -83,14 +87,10 @@ def _check_config_file(name: str, folder: Path) -> None:
                 "adapter_config.json gives as base_model_name_or_path"
             )
         raise UserError(f"model.name {name!r}: there is no config.json in this folder; expected {NAME_FORMS}")
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError(f"expected an object, got {type(content).__name__}")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: not a readable JSON configuration ({error}); fetch the model again") from error
+    content = read_json(file)
     if "model_type" not in content:
         raise UserError(f"{file}: there is no model_type in it, which says the architecture; fetch the model again")
+    check_config(file, content)
 
 
 def model_class(config: PreTrainedConfig, task: Task) -> Any:
@@ -133,28 +133,28 @@ def skeleton(
         num_labels: Number of labels of a classifier.
         dtype: dtype of its parameters.
         attention: Name of the attention implementation, or "auto" (SDPA where the model has it).
+
+    Raises:
+        UserError: for a configuration of which Transformers makes no model, or one that no machine holds.
     """
     chosen = model_class(config, task)
-    config = type(config).from_dict(config.to_dict())
-    if num_labels is not None:
-        config.num_labels = num_labels
+    name = config.name_or_path or config.model_type
     kwargs: dict[str, Any] = {"dtype": dtype, "trust_remote_code": False}
     if attention != "auto":
         kwargs["attn_implementation"] = attention
-    with torch.device("meta"):
-        model = chosen.from_config(config, **kwargs)
+    with explained(name, None, "its config.json"):
+        config = type(config).from_dict(config.to_dict())
+        if num_labels is not None:
+            config.num_labels = num_labels
+        with torch.device("meta"):
+            model = chosen.from_config(config, **kwargs)
+    size = sum(tensor.numel() for tensors in (model.parameters(), model.buffers()) for tensor in tensors)
+    if size > MAX_PARAMETERS:
+        raise UserError(
+            f"model.name {name!r}: its config.json describes a model of {size:.3g} parameters, more than any machine "
+            "holds; fetch the model again"
+        )
     return model.requires_grad_(False)
-
-
-def head_modules(model: PreTrainedModel) -> list[str] | None:
-    """Return the modules outside the base (lm_head, score, classifier, ...), which quantization leaves alone.
-
-    None if the model does not tell its base apart; Transformers' own choice stands then.
-    """
-    children = [name for name, _ in model.named_children()]
-    if model.base_model_prefix not in children:
-        return None
-    return [name for name in children if name != model.base_model_prefix]
 
 
 def quantization_config(
@@ -179,6 +179,37 @@ def quantization_config(
     )
 
 
+def check_quantization(config: PreTrainedConfig, quantization: Quantization, name: str) -> None:
+    """Refuse to hold weights in another way than a checkpoint that is quantized already has them.
+
+    Transformers would take the checkpoint's own way, whatever is asked for.
+
+    Raises:
+        UserError: naming both.
+    """
+    given = getattr(config, "quantization_config", None)
+    if given is None:
+        return
+    given = given if isinstance(given, dict) else given.to_dict() if hasattr(given, "to_dict") else None
+    if given is None:
+        raise UserError(f"model.name {name!r}: quantization_config in its config.json is no mapping; remove it")
+    method = str(given.get("quant_method") or "bitsandbytes")
+    if given.get("load_in_8bit"):
+        held = "int8"
+    elif given.get("load_in_4bit"):
+        held = str(given.get("bnb_4bit_quant_type", "fp4"))
+    else:
+        raise UserError(
+            f"model.name {name!r}: its weights are quantized already, by {method[:40]}; adapters are trained here on "
+            "weights that bitsandbytes quantizes, or none: take the model's unquantized weights"
+        )
+    if held != quantization:
+        raise UserError(
+            f"model.quantization: {quantization}, but the weights of {name!r} are quantized already, in {held[:40]}; "
+            f"set it to {held[:40]}, or take the model's unquantized weights"
+        )
+
+
 def local_device() -> torch.device:
     """Return this process's GPU (by LOCAL_RANK), or the CPU where there is none."""
     if torch.cuda.is_available():
@@ -200,6 +231,7 @@ def load_base(
     seed: int = 0,
     device: torch.device | None = None,
     sharding: Sharding | None = None,
+    say: Callable[[str], None] = logger.warning,
 ) -> PreTrainedModel:
     """Return the frozen base model on this process's device, ready for an adapter.
 
@@ -216,10 +248,11 @@ def load_base(
         seed: Seed of the random weights and of a new head.
         device: Where to; `local_device()` by default.
         sharding: How to cut it up among the processes; whole on each by default.
+        say: Told, in a line each, of weights that start at random and of weights that the model does not take.
 
     Raises:
-        UserError: for an unknown model or task, weights that are missing, damaged or of another shape, or too little
-            memory.
+        UserError: for an unknown model or task; weights that are missing, damaged, pickled, in files elsewhere, of
+            another shape, or quantized in another way; or too little memory.
     """
     dtype = DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
     if isinstance(dtype, str):
@@ -228,34 +261,42 @@ def load_base(
     keep_cudnn_from_masks()
     config = load_config(name, revision)
     on_gpu = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-    with on_gpu, explained(name, revision), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with on_gpu, torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         empty = skeleton(config, task, num_labels, dtype, attention)
         quantizer = quantization_config(quantization, double_quantization, dtype, head_modules(empty))
         tied = bool(getattr(config.get_text_config(), "tie_word_embeddings", False))
         cutting = nullcontext(lambda module: None) if sharding is None else sharding.loading(tied)
         if random_weights:
-            with cutting as cut:
+            with cutting as cut, explained(name, revision):
                 model = random_base(empty, quantizer, device, cut)
         else:
+            check_quantization(config, quantization, name)
             path = resolve(name)
+            if Path(path).is_dir():
+                auto_class = model_class(config, task).__name__
+                check_weights(name, Path(path), auto_class, read_json(Path(path) / "config.json"))
             kwargs: dict[str, Any] = {} if num_labels is None else {"num_labels": num_labels}
             if attention != "auto":
                 kwargs["attn_implementation"] = attention
-            with cutting as cut:
+            with cutting as cut, explained(name, revision, "its weights"):
                 model, report = model_class(config, task).from_pretrained(
                     path,
                     revision=revision,
                     dtype=dtype,
                     quantization_config=quantizer,
                     trust_remote_code=False,
+                    use_safetensors=True,
                     output_loading_info=True,
                     device_map={"": str(device)},
                     **kwargs,
                 )
                 cut(model)
-            _check_complete(name, model, report["missing_keys"])
+            _check_complete(name, model, report, task, say)
             _check_shapes(name, model, empty)
+            for module in model.modules():
+                if isinstance(module, bnb.nn.Linear4bit):
+                    module.compute_dtype = dtype  # a checkpoint quantized already has one of its own
     model.requires_grad_(False)
     model.config.use_cache = False
     # before anything can run a forward: bitsandbytes' own eval-mode forward repacks 4-bit weights on some CPUs
@@ -269,25 +310,36 @@ def load_base(
     return model
 
 
-def base_of(section: Any, seed: int, sharding: Sharding | None = None) -> PreTrainedModel:
+def base_of(
+    section: Any, seed: int, sharding: Sharding | None = None, say: Callable[[str], None] = logger.warning
+) -> PreTrainedModel:
     """Return the frozen base model that a run's `model` section describes."""
     names = ("revision", "task", "num_labels", "quantization", "double_quantization", "dtype", "attention")
     values = {name: getattr(section, name) for name in names}
-    return load_base(section.name, random_weights=section.random_weights, seed=seed, sharding=sharding, **values)
+    return load_base(
+        section.name, random_weights=section.random_weights, seed=seed, sharding=sharding, say=say, **values
+    )
 
 
-def _check_complete(name: str, model: PreTrainedModel, missing: Any) -> None:
-    """Raise if the checkpoint lacks weights of the base; a head that it lacks is new, which is said."""
-    prefix = f"{model.base_model_prefix}."
-    base = sorted(key for key in missing if key.startswith(prefix))
+def _check_complete(name: str, model: PreTrainedModel, report: Any, task: Task, say: Callable[[str], None]) -> None:
+    """Raise if the checkpoint lacks weights of the base; say what of a head it lacks, and what of it is left out."""
+    prefix, missing = f"{model.base_model_prefix}.", sorted(report["missing_keys"])
+    # a language model's head is learned with its base; a classifier's is new
+    base = missing if task == "causal_lm" else [key for key in missing if key.startswith(prefix)]
     if base:
-        more = f" and {len(base) - 3} more" if len(base) > 3 else ""
         raise UserError(
-            f"model.name {name!r}: its weight files lack {', '.join(base[:3])}{more}, so they do not belong to the "
+            f"model.name {name!r}: its weight files lack {_first(base)}, so they do not belong to the "
             "architecture in its config.json; fetch the model again"
         )
     if missing:
-        logger.warning("%s has no weights for %s: they start at random", name, ", ".join(sorted(missing)))
+        say(f"{name} has no weights for {_first(missing)}: they start at random")
+    left = sorted(key for key in report["unexpected_keys"] if key.startswith(prefix))
+    if left:
+        say(f"{name} has weights that its architecture does not take: {_first(left)}; they are left out")
+
+
+def _first(keys: list[str]) -> str:
+    return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
 
 
 def _check_shapes(name: str, model: PreTrainedModel, empty: PreTrainedModel) -> None:
@@ -308,8 +360,7 @@ def _check_shapes(name: str, model: PreTrainedModel, empty: PreTrainedModel) -> 
         if shape != wanted:
             wrong.append(f"{path}: {shape} instead of {wanted}")
     if wrong:
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise UserError(
             f"model.name {name!r}: its weight files do not have the shapes that its config.json says "
-            f"({', '.join(wrong[:3])}{more}); fetch the model again"
+            f"({_first(wrong)}); fetch the model again"
         )

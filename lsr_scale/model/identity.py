@@ -26,7 +26,7 @@ def base_description(model: nn.Module) -> dict[str, Any]:
     quantization, names = "none", {"Linear4bit": "4-bit", "Linear8bitLt": "int8"}
     num_parameters = 0
     seen: set[int] = set()
-    for path, module in _base_modules(model):
+    for path, module in base_modules(model):
         size = features(module)
         if size is not None:
             pattern = ".".join("*" if part.isdigit() else part for part in path.split("."))
@@ -58,7 +58,7 @@ _NOT_ARCHITECTURE = {
 }
 
 
-def _base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield the modules of the base under the names they have without adapters."""
     base: nn.Module = model.get_base_model() if isinstance(model, PeftModel) else model
     inside = tuple(f"{path}." for path, module in base.named_modules() if isinstance(module, BaseTunerLayer))

@@ -8,9 +8,11 @@ import torch
 from huggingface_hub import errors as hub
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
+from torch.distributed import DistError
 
 from lsr_scale.errors import UserError, did_you_mean
 from lsr_scale.model import embedded
+from lsr_scale.model.files import check_folder
 from lsr_scale.model.shapes import known_names
 from lsr_scale.paths import user_path
 
@@ -35,6 +37,7 @@ def local_folder(name: str) -> Path | None:
     """Return the folder that a name means, or None if it is a hub name."""
     path = user_path(name, "model.name")
     if path.is_dir():
+        check_folder(name, path)
         return path
     if path.is_file():
         raise UserError(f"model.name {name!r}: expected {NAME_FORMS}, got a file; give the folder that it lies in")
@@ -51,8 +54,15 @@ def local_folder(name: str) -> Path | None:
 
 
 @contextmanager
-def explained(name: str, revision: str | None) -> Iterator[None]:
-    """Turn what goes wrong in loading a model into one sentence with a remedy."""
+def explained(name: str, revision: str | None, reading: str | None = None) -> Iterator[None]:
+    """Turn what goes wrong in loading a model into one sentence with a remedy.
+
+    Args:
+        name: The model's name.
+        revision: Its revision.
+        reading: What of it Transformers reads here, such as "its config.json": whatever it raises is then taken for
+            that file's fault.
+    """
     where = f"model.name {name!r}" + (f" (revision {revision!r})" if revision else "")
     try:
         yield
@@ -62,8 +72,17 @@ def explained(name: str, revision: str | None) -> Iterator[None]:
         raise UserError(
             f"{where}: the GPU's memory does not hold the model; `lsr-scale plan` says what it takes"
         ) from error
+    except MemoryError as error:
+        raise UserError(
+            f"{where}: the machine's memory does not hold it; `lsr-scale plan` says what it takes"
+        ) from error
+    except DistError:
+        raise
     except Exception as error:
         remedy = _remedy(error)
+        if remedy is None and reading is not None:
+            words = " ".join(str(error).split())[:300]
+            remedy = f"{reading} cannot be used ({type(error).__name__}: {words}); fetch the model again"
         if remedy is None:
             raise
         raise UserError(f"{where}: {remedy}") from error

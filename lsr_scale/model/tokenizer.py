@@ -40,7 +40,9 @@ def load_tokenizer(
     with explained(name, revision):
         try:
             tokenizer: Any = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (OSError, ImportError, UserError):
+            raise
+        except Exception as error:  # tokenizers raises plain ones for a file that it cannot read
             files = {file.name for file in Path(path).glob("*")} if Path(path).is_dir() else set()
             if files and not files & {"tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json"}:
                 raise UserError(
@@ -48,7 +50,7 @@ def load_tokenizer(
                     "copy the tokenizer files of the model into it"
                 ) from error
             raise UserError(
-                f"model.name {name!r}: its tokenizer cannot be read ({error}); expected {NAME_FORMS}"
+                f"model.name {name!r}: its tokenizer cannot be read ({str(error)[:300]}); expected {NAME_FORMS}"
             ) from error
     _set_pad_token(tokenizer, name)
     if chat_template is not None:

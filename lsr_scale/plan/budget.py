@@ -10,7 +10,6 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import peft
 from peft.tuners.tuners_utils import BaseTunerLayer
 from rich.console import Group
 from rich.table import Table
@@ -21,7 +20,7 @@ from lsr_scale.adapters.base import features
 from lsr_scale.adapters.kron_lora import BLOCK_SIZE
 from lsr_scale.errors import UserError
 from lsr_scale.factorize import balanced_split, divisor_for_block
-from lsr_scale.model import DTYPES, load_config, skeleton
+from lsr_scale.model import DTYPES, inject, load_config, skeleton
 
 Sizes = list[tuple[int, int]]
 
@@ -134,11 +133,7 @@ def propose(
 
 def _sizes(base: Any, targets: list[str] | str, task: str) -> Sizes:
     """Return (in_features, out_features) of every adapted module, found by injecting an adapter."""
-    options = adapters.peft_config("lora", {"target_modules": targets, "rank": 1}, adapters.TASK_TYPES[task])
-    try:
-        model = peft.get_peft_model(base, options)
-    except ValueError as error:
-        raise UserError(f"adapter.target_modules: {error}") from error
+    model = inject(base, "lora", {"target_modules": targets, "rank": 1}, task)
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     return [size for layer in layers if (size := features(layer.get_base_layer())) is not None]
 

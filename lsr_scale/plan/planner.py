@@ -15,7 +15,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import peft
 from peft.tuners.tuners_utils import BaseTunerLayer
 from rich import box
 from rich.console import Group
@@ -23,16 +22,16 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
-from lsr_scale import adapters
 from lsr_scale.adapters.base import AdapterLinear, features
 from lsr_scale.config import RunConfig, offloads_optimizer, offloads_parameters
 from lsr_scale.config.deepspeed import SHIPPED
 from lsr_scale.config.training import checkpoints_layers
 from lsr_scale.fused import fuse
-from lsr_scale.model import DTYPES, load_config, skeleton
+from lsr_scale.fused.eligibility import LAYERS
+from lsr_scale.model import DTYPES, check_quantization, inject, load_config, skeleton
+from lsr_scale.model.held import left_out
 from lsr_scale.plan import memory
 from lsr_scale.plan.sizes import FrozenBytes, adapter_file_bytes, frozen_bytes, quantized_layers
-from lsr_scale.whole_modules import hold_in_float32
 
 GIB = 2**30
 # PyTorch's own cuBLAS workspace on a GPU of compute capability 9.0 (CUBLAS_WORKSPACE_CONFIG :4096:8).
@@ -73,6 +72,7 @@ class Row:
 class Plan:
     """See the module's docstring for what is exact and what is not.
 
+    `traced` is false where activations could not be counted: they come on top of all that is said of memory.
     `sharded` is how one GPU's memory under zero3 with checkpointing adds up, in GiB by what it is of.
     """
 
@@ -93,6 +93,7 @@ class Plan:
     adapter_bytes: int
     frozen_bytes: int
     fused: bool
+    traced: bool
     memory_gib: Memory
     table: list[Row]
     sharded: dict[str, float]
@@ -108,15 +109,10 @@ def plan(run: RunConfig, gpus: int = 1) -> Plan:
     section, training = run.model, run.training
     config = load_config(section.name, section.revision)
     text = config.get_text_config()
+    if not section.random_weights:
+        check_quantization(config, section.quantization, section.name)
     batch = _batch(run, getattr(text, "sliding_window", None))
-    eager = section.attention == "eager"
-    base: Any = skeleton(
-        config,
-        section.task,
-        section.num_labels,
-        DTYPES[section.dtype],
-        "eager" if eager else memory.attention_name(batch.masked),
-    )
+    base: Any = _skeleton(run, config, batch.masked)
     quantized = quantized_layers(base) if section.quantization != "none" else []
     frozen = frozen_bytes(base, quantized, section.quantization, section.double_quantization)
     base_parameters = sum(parameter.numel() for parameter in base.parameters())
@@ -130,13 +126,22 @@ def plan(run: RunConfig, gpus: int = 1) -> Plan:
     lora = sum(in_features + out_features for in_features, out_features in sizes)
     adapter_bytes = adapter_file_bytes(model)
     trainable_bytes = sum(parameter.numel() * parameter.element_size() for parameter in trainable)
-    notes = _oversized(model)
+    targets = run.adapter.options.get("target_modules")
+    notes = [*_oversized(model), *left_out(model, section.quantization, targets, section.dtype, set(quantized))]
     if training.get("optim") not in ("adamw_torch", "adamw_torch_fused"):
         notes.append(f"the optimizer is counted as AdamW in float32; {training.get('optim')} may take less or more")
 
-    fused = _fused_step(run, config, batch)
-    steps = fused or memory.trace_step(model, batch, section.task)
-    parts = _Parts(frozen, trainable_bytes, steps, text.hidden_size, text.num_hidden_layers, gpus)
+    stack = memory.layer_list(base)
+    num_layers, hidden_size = len(stack[2]) if stack else 1, base.get_input_embeddings().weight.shape[1]
+    traced = True
+    steps = fused = _fused_step(run, config, batch)
+    if steps is None:
+        try:
+            steps = memory.trace_step(model, batch, section.task)
+        except memory.TraceError as error:
+            traced, steps = False, dict.fromkeys((False, True), memory.StepMemory(0, 0))
+            notes.append(f"activations and workspace come on top, they could not be counted for this model ({error})")
+    parts = _Parts(frozen, trainable_bytes, steps, hidden_size, num_layers, gpus)
     stages = {**SHIPPED, "run": run.deepspeed.config or {}}
     table = [
         Row(stage, checkpointing, parts.under(stages[stage], checkpointing))
@@ -161,6 +166,7 @@ def plan(run: RunConfig, gpus: int = 1) -> Plan:
         adapter_bytes=adapter_bytes,
         frozen_bytes=frozen.total,
         fused=fused is not None,
+        traced=traced,
         # one process runs without DeepSpeed
         memory_gib=parts.under(stages["run"] if gpus > 1 else {}, checkpoints_layers(training)),
         table=table,
@@ -236,14 +242,30 @@ def _sum(plan: Plan) -> Table:
     return table
 
 
+def _skeleton(run: RunConfig, config: Any, masked: bool) -> Any:
+    """Return the model as the run computes it, its attention through the stand-in for SDPA where it can be."""
+    section = run.model
+
+    def build(attention: str) -> Any:
+        return skeleton(config, section.task, section.num_labels, DTYPES[section.dtype], attention)
+
+    own = build("auto" if section.attention == "flash_attention_2" else section.attention)
+    if own.config._attn_implementation == "eager" and section.attention != "flash_attention_2":
+        return own
+    try:
+        return build(memory.attention_name(masked))
+    except (
+        KeyError,
+        ValueError,
+    ):  # attention of its own, with classes to choose from, or not by Transformers' interface
+        return own
+
+
 def _adapted(run: RunConfig, base: Any) -> Any:
     """Return a base with the run's adapter in it, as it trains."""
-    options = adapters.peft_config(run.adapter.method, run.adapter.options, adapters.TASK_TYPES[run.model.task])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # oversized sides are told by `_oversized`, per shape
-        model: Any = peft.get_peft_model(base, options)
-    hold_in_float32(model)
-    return model
+        return inject(base, run.adapter.method, run.adapter.options, run.model.task)
 
 
 def _fused_step(run: RunConfig, config: Any, batch: memory.Batch) -> dict[bool, memory.StepMemory] | None:
@@ -251,12 +273,17 @@ def _fused_step(run: RunConfig, config: Any, batch: memory.Batch) -> dict[bool, 
     section = run.model
     if run.training["fused"] == "off" or section.attention not in ("auto", "sdpa"):
         return None
-    base = skeleton(config, section.task, section.num_labels, DTYPES[section.dtype], "sdpa")
+    base = skeleton(config, section.task, section.num_labels, DTYPES[section.dtype], section.attention)
+    if not any(type(module) in LAYERS for module in base.modules()):
+        return None
     model = _adapted(run, base).train()
     report = fuse(model)
     if report.per_linear or not report.fused:
         return None
-    return memory.trace_step(model, batch, section.task, fused=True)
+    try:
+        return memory.trace_step(model, batch, section.task, fused=True)
+    except memory.TraceError:
+        return None
 
 
 def _batch(run: RunConfig, sliding_window: int | None) -> memory.Batch:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from lsr_scale import distributed
+from lsr_scale.data.fits import refuse_ids
 from lsr_scale.data.tasks import Example, scored_pair
 from lsr_scale.errors import UserError
 from lsr_scale.scoring.accuracy import Prediction, TaskScore
@@ -168,6 +169,8 @@ def score(
             raise UserError(f"scoring: expected a continuation of 1 to {limit} tokens (max_length), {what}")
         groups[tuple((context_ids + target_ids)[-limit - 1 : -1])][request] = target_ids
 
+    largest = max((max(inputs, default=0) for inputs in groups), default=0)
+    refuse_ids(largest, model.get_input_embeddings().num_embeddings, tokenizer, config, "scoring: a question")  # pyright: ignore
     where = torch.device(device) if device is not None else next(model.parameters()).device
     values = [math.nan] * len(pairs)
     total, done = sum(map(len, groups)), 0

@@ -7,16 +7,17 @@ SFTTrainer casts what trains to bfloat16 in place, which is undone after its con
 
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
 from packaging.version import Version
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel
 from transformers import PrinterCallback, Trainer, TrainerCallback, set_seed
 
 from lsr_scale import adapters, config, distributed
@@ -24,13 +25,15 @@ from lsr_scale.adapter_files import find_start, load_adapter
 from lsr_scale.adapters.base import last_names
 from lsr_scale.config import RunConfig
 from lsr_scale.config.training import checkpoints_layers, training_arguments_class
+from lsr_scale.data.fits import check_fits
 from lsr_scale.data.formats import Kind, build_dataset, load_source
 from lsr_scale.data.kept import kept
 from lsr_scale.data.preview import prepare_tokenizer, tokenize_classification
 from lsr_scale.errors import UserError, did_you_mean
 from lsr_scale.fused import FuseReport, fuse
 from lsr_scale.fused.step_graph import StepGraphs, why_not_graphs
-from lsr_scale.model import base_description, base_of, load_tokenizer
+from lsr_scale.model import base_description, base_of, inject, load_config, load_tokenizer, skeleton
+from lsr_scale.model.held import left_out
 from lsr_scale.model.sharded import Sharding, is_sharded
 from lsr_scale.run_folder import RunFolder
 from lsr_scale.scoring import classification
@@ -41,7 +44,6 @@ from lsr_scale.training.loss_check import LossCheck
 from lsr_scale.training.memory_policy import KeepWhatFits, largest_forward, row_lengths
 from lsr_scale.training.resumable import Resumable
 from lsr_scale.training.settings import named
-from lsr_scale.whole_modules import hold_in_float32
 
 
 @dataclass(frozen=True)
@@ -103,13 +105,17 @@ def build_trainer(
     data = data or read_data(run)
     for note in prepare_tokenizer(tokenizer, data.kind):
         say(note)
+    check_run_fits(run, {"train": data.train, "validation": data.validation}, data.kind, tokenizer)
     start = _start_of(run)
     if uses_deepspeed(run) and (unused := config.without_effect(run.deepspeed.config or {})):
         how = "the frozen base is gathered a layer at a time, and gradients are averaged all at once"
         say(f"note: deepspeed.config: {', '.join(unused)}: no effect, {how}")
     with only_new_warnings():
-        model, differences = adapt(run, base_of(run.model, run.training["seed"], _sharding(run, start)), start)
-    for note in differences:
+        seed, cut = run.training["seed"], _sharding(run, start)
+        base = base_of(run.model, seed, cut, lambda line: say(f"note: {line}"))
+        model, differences = adapt(run, base, start)
+    targets = run.adapter.options.get("target_modules")
+    for note in (*differences, *left_out(model, run.model.quantization, targets, run.model.dtype)):
         say(f"note: {note}")
     report = _fuse(run, model, arguments)
     if report is not None:
@@ -135,6 +141,12 @@ def build_trainer(
             f"note: {lost:,} of {lost + num_left:,} training rows are left out: training.max_length ({limit}) cuts off "
             "all that is to be learned of them; raise it"
         )
+    stated, (longest, _) = getattr(base.config.get_text_config(), "max_position_embeddings", 0), row_lengths(trainer)
+    if stated and longest is not None and longest > stated and not run.training.get("packing"):
+        say(
+            f"note: the longest row has {longest:,} tokens, more than the {stated:,} that {run.model.name} was made "
+            "for (max_position_embeddings); what it predicts beyond is untrained"
+        )
     if report is not None and report.fused and _fits_memory(run):
         trainer.add_callback(KeepWhatFits(largest_forward(trainer), say))
     if run.model.task == "causal_lm" and report is not None and report.fused:
@@ -146,6 +158,25 @@ def build_trainer(
     if not arguments.push_to_hub:
         trainer.create_model_card = lambda *_, **__: None  # a template for the hub, among files to be read
     return trainer
+
+
+def check_run_fits(run: RunConfig, datasets: Mapping[str, Dataset | None], kind: Kind, tokenizer: Any) -> None:
+    """Refuse data that a run's model has no embeddings or positions for, before the model is loaded.
+
+    Args:
+        run: The run.
+        datasets: By the name under `data`; None where there is none.
+        kind: What they are, see `KIND_MEANING`.
+        tokenizer: The model's.
+
+    Raises:
+        UserError: naming the row.
+    """
+    section = run.model
+    model_config = load_config(section.name, section.revision)
+    empty = partial(skeleton, model_config, section.task, section.num_labels)
+    given = {name: dataset for name, dataset in datasets.items() if dataset is not None}
+    check_fits(given, kind, tokenizer, model_config, run.training, empty)
 
 
 def _arguments(run: RunConfig, folder: RunFolder) -> Any:
@@ -272,9 +303,7 @@ def adapt(run: RunConfig, base: Any, start: Path | None = None) -> tuple[PeftMod
     set_seed(run.training["seed"])
     if start:
         return load_adapter(base, start, trainable=True)
-    model: Any = get_peft_model(base, _peft_config(run))
-    hold_in_float32(model)
-    return model, []
+    return inject(base, run.adapter.method, run.adapter.options, run.model.task), []
 
 
 def _check_whole(run: RunConfig, base: torch.nn.Module) -> None:

@@ -1,0 +1,173 @@
+"""A model's folder, looked at before Transformers opens anything in it: plain files, within it, and safetensors."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import constants
+from safetensors import SafetensorError, safe_open
+
+from lsr_scale.errors import UserError
+from lsr_scale.paths import is_odd
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+# what Transformers may open in a model's folder
+_SUFFIXES = {".json", ".safetensors", ".bin", ".model", ".txt", ".jinja", ".tiktoken"}
+# ... and of which a model has one at least; of the widest are 53,248 features
+_SIZES = re.compile(r"num_(?:hidden_)?layers|n_layers?|vocab_size|(hidden_size|intermediate_size|n_embd|d_model)")
+MOST_FEATURES = 10**6
+MAX_CONFIG_BYTES = 16 * 2**20
+# Of what a module is made each: the largest of published models are 126 layers, 512 experts and 21,841 labels.
+_MOST = {"layers": 1_000, "experts": 10_000, "labels": 1_000_000}
+_COUNTED = re.compile(r"(?:num_|n_)?(?:\w+_)?(layers?|experts|labels)")
+
+
+def check_folder(name: str, folder: Path) -> None:
+    """Refuse a folder with a pipe or a device under the name of a file, which nobody would come to the end of.
+
+    Raises:
+        UserError: naming it.
+    """
+    for path in folder.iterdir():
+        if path.suffix in _SUFFIXES and is_odd(path):
+            raise UserError(f"model.name {name!r}: {path.name} in this folder is no file; expected a plain file")
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Return the object in a JSON file of a model.
+
+    Raises:
+        UserError: for a file that cannot be read, is no JSON, or holds something else.
+    """
+    try:
+        size = file.stat().st_size
+        if size > MAX_CONFIG_BYTES:
+            raise ValueError(f"it has {size:,} bytes")
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"expected an object, got {type(content).__name__}")
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{file}: not a readable JSON configuration ({error}); fetch the model again") from error
+    return content
+
+
+def check_config(file: Path, content: dict[str, Any]) -> None:
+    """Refuse what a config.json must not say: parts without number, or code from the hub.
+
+    Raises:
+        UserError: naming the file and the field.
+    """
+    for key in ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation"):
+        if "/" in str(content.get(key) or ""):
+            raise UserError(f"{file}: {key} names code from the hub, which is never run here; remove that line")
+    published = content.get("architectures")
+    if published is not None and not (isinstance(published, list) and all(isinstance(name, str) for name in published)):
+        raise UserError(f"{file}: architectures: expected a list of names, got {str(published)[:80]}")
+    for part in (content, *(value for value in content.values() if isinstance(value, dict))):
+        for key, value in part.items():
+            size = _SIZES.fullmatch(key)
+            if size and isinstance(value, int | float) and (value <= 0 or (size[1] and value > MOST_FEATURES)):
+                most = f", and at most {MOST_FEATURES:,}" if size[1] else ""
+                raise UserError(f"{file}: {key} is {value:.6g}; a model has at least one{most}, fetch it again")
+            counted = _COUNTED.fullmatch(key)
+            if counted is None or not isinstance(value, int | float):
+                continue
+            kind = counted[1] if counted[1].endswith("s") else f"{counted[1]}s"
+            if value > _MOST[kind]:
+                raise UserError(
+                    f"{file}: {key} is {value:.6g}; no model has more than {_MOST[kind]:,} {kind}, fetch it again"
+                )
+
+
+def check_weights(name: str, folder: Path, auto_class: str, config: dict[str, Any]) -> None:
+    """Refuse a folder without whole safetensors, or whose index names files that lie elsewhere.
+
+    Args:
+        name: The model's name, for messages.
+        folder: Its folder.
+        auto_class: Transformers' class that loads it, for the command that converts pickles.
+        config: What its config.json holds.
+
+    Raises:
+        UserError: naming the file, and the command that converts a pickle.
+    """
+    if (folder / "adapter_config.json").is_file():
+        raise UserError(
+            f"model.name {name!r}: there is an adapter_config.json in this folder, and Transformers would load that "
+            "adapter and its base instead; move it elsewhere"
+        )
+    chosen = config.get("transformers_weights")  # a name of its own for the file
+    if chosen is not None and not (isinstance(chosen, str) and chosen.endswith((".safetensors", INDEX[5:]))):
+        raise UserError(f"{folder / 'config.json'}: transformers_weights: expected a safetensors file, got {chosen!r}")
+    whole, index = (folder / chosen,) * 2 if chosen else (folder / WEIGHTS, folder / INDEX)
+    if not index.name.endswith(".json") or (not chosen and whole.is_file()):
+        files = [whole]
+    elif index.is_file():
+        files = _shards(index)
+    elif any((folder / pickled).is_file() for pickled in PICKLES):
+        raise UserError(
+            f"model.name {name!r}: its weights are a pickle ({PICKLES[0]}), which can run code as it is read; only "
+            "safetensors are loaded. If you trust where it is from, convert it once:\n" + convert(folder, auto_class)
+        )
+    else:
+        held = sorted(path.name for path in folder.iterdir() if path.suffix in (".safetensors", ".gguf", ".bin", ".pt"))
+        found = f" (there is {', '.join(held[:3])})" if held else ""
+        raise UserError(f"model.name {name!r}: there is no {WEIGHTS} or {INDEX} in its folder{found}; fetch it again")
+    homes = _homes(folder)
+    for file in files:
+        _check_inside(file, homes)
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise UserError(
+                f"{file}: a weight file is damaged or cut short ({error}); fetch the model again"
+            ) from error
+
+
+def convert(folder: Path, auto_class: str) -> str:
+    """Return the command that writes safetensors beside a folder's pickled weights."""
+    code = f"import sys, transformers as t; t.{auto_class}.from_pretrained(sys.argv[1]).save_pretrained(sys.argv[1])"
+    return f"python -c '{code}' {_quoted(folder)}"
+
+
+def _quoted(path: Path) -> str:
+    import shlex
+
+    return shlex.quote(str(path))
+
+
+def _shards(index: Path) -> list[Path]:
+    """Return the files that an index names, each of which is there."""
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not names or not all(isinstance(shard, str) for shard in names.values()):
+        raise UserError(f"{index}: expected a weight_map from tensors to files; fetch the model again")
+    files = []
+    for shard in sorted(set(names.values())):
+        if Path(shard).name != shard or "\0" in shard or not shard.endswith(".safetensors"):
+            raise UserError(
+                f"{index}: names {shard[:80]!r}; expected safetensors files beside it, by their plain names"
+            )
+        if not (index.parent / shard).is_file():
+            raise UserError(f"{index}: names {shard}, which is not there; fetch the model again")
+        files.append(index.parent / shard)
+    return files
+
+
+def _homes(folder: Path) -> list[Path]:
+    """Return the folders that a model's weights may lie in: its own, and the hub's cache where links lead to it."""
+    own = folder.resolve()
+    homes = [own, Path(constants.HF_HUB_CACHE).expanduser().resolve()]
+    if own.parent.name == "snapshots":  # of a cache, whose files are links to blobs
+        homes.append(own.parent.parent)
+    return homes
+
+
+def _check_inside(file: Path, homes: list[Path]) -> None:
+    target = file.resolve()
+    if not any(target.is_relative_to(home) for home in homes):
+        raise UserError(
+            f"{file}: is a link out of the model's folder, to {target}; put the file itself there, or name its folder"
+        )

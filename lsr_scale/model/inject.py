@@ -1,0 +1,100 @@
+"""A fresh adapter put into a base: what `train` trains is what `plan` counts."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from peft import PeftModel, get_peft_model
+from torch import nn
+
+from lsr_scale import adapters
+from lsr_scale.adapters.base import features, last_names
+from lsr_scale.errors import UserError, did_you_mean
+from lsr_scale.whole_modules import hold_in_float32
+
+# the heads that PEFT trains whole beside the adapter of a classifier; others it would leave at random
+_PEFT_HEADS = ("classifier", "score")
+
+
+def inject(base: Any, method: str, options: Mapping[str, Any], task: str) -> PeftModel:
+    """Return a base with a fresh adapter in it; of a classifier the head trains whole, whatever its name.
+
+    Args:
+        base: The base model, loaded or on the meta device.
+        method: One of `adapters.method_names()`.
+        options: Its options.
+        task: "causal_lm" or "seq_cls".
+
+    Raises:
+        UserError: for options that do not fit the base, or targets that it does not have.
+    """
+    config: Any = adapters.peft_config(method, options, adapters.TASK_TYPES[task])
+    if task == "seq_cls":
+        _train_heads(base, config)
+    _check_names(base, config.target_modules)
+    try:
+        model: Any = get_peft_model(base, config)
+    except UserError:
+        raise
+    except (ValueError, TypeError) as error:
+        raise UserError(f"adapter.target_modules: {_refusal(base, config, error)}") from error
+    hold_in_float32(model)
+    return model
+
+
+def head_modules(model: Any) -> list[str] | None:
+    """Return the modules outside the base (lm_head, score, classifier, ...), which quantization leaves alone.
+
+    None if the model does not tell its base apart; Transformers' own choice stands then.
+    """
+    children = [name for name, _ in model.named_children()]
+    if model.base_model_prefix not in children:
+        return None
+    return [name for name in children if name != model.base_model_prefix]
+
+
+def _train_heads(base: Any, config: Any) -> None:
+    """Have a classifier's heads trained whole, and kept out of all-linear."""
+    heads = [
+        name for name, module in base.named_children() if name in (head_modules(base) or ()) and _has_weight(module)
+    ]
+    unknown = [name for name in heads if not name.endswith(_PEFT_HEADS)]
+    if unknown:
+        config.modules_to_save = [*(config.modules_to_save or ()), *unknown]
+    if config.target_modules == "all-linear":
+        inside = [
+            name
+            for name, module in base.named_modules()
+            if name.partition(".")[0] in heads and features(module) is not None
+        ]
+        if isinstance(config.exclude_modules, str):
+            config.exclude_modules = "|".join([f"(?:{config.exclude_modules})", *map(re.escape, inside)])
+        elif inside:
+            config.exclude_modules = {*(config.exclude_modules or ()), *inside}
+
+
+def _check_names(base: nn.Module, targets: Any) -> None:
+    """Refuse a name of which nothing would come; PEFT passes over it where another name matches."""
+    if targets is None or isinstance(targets, str):
+        return
+    names = [name for name, _ in base.named_modules() if name]
+    for entry in sorted(targets):
+        if not any(name == entry or name.endswith(f".{entry}") for name in names):
+            near = did_you_mean(entry, last_names(names) if "." not in entry else names)
+            raise UserError(f"adapter.target_modules: {entry!r} matches no module; {near}")
+
+
+def _refusal(base: Any, config: Any, error: Exception) -> str:
+    """Return why PEFT refuses to adapt what was asked for, in words."""
+    if config.target_modules is None:
+        body = [name for name, module in base.base_model.named_modules() if features(module)]
+        linears = sorted(last_names(body))
+        return (
+            f"there is no default for a {base.config.model_type} model; set it to all-linear, or to names of linear "
+            f"layers, such as [{', '.join(linears[:8])}]"
+        )
+    return f"{' '.join(str(error).split())[:400]}; name linear layers only, or all-linear"
+
+
+def _has_weight(module: nn.Module) -> bool:
+    return any(True for _ in module.parameters())

@@ -97,11 +97,14 @@ class AdapterBank:
             raise UserError(f"AdapterBank: the model has one already, of {tuner.bank.folder}; close() that one first")
         device = next(iter(next(iter(layers.values())).factors(adapter).values())).device
         try:
-            for shapes, shelf in shelves.items():
-                size = self.capacity, len(shelf.modules)
-                # zeros: rows of the base read a slot too, times a scaling of zero
-                shelf.factors = {key: torch.zeros(*size, *shape, dtype=dtype, device=device) for key, shape in shapes}
-                shelf.scalings = torch.zeros(size, device=device)
+            with torch.inference_mode(False):  # adapters are loaded in and out of it
+                for shapes, shelf in shelves.items():
+                    size = self.capacity, len(shelf.modules)
+                    # zeros: rows of the base read a slot too, times a scaling of zero
+                    shelf.factors = {
+                        key: torch.zeros(*size, *shape, dtype=dtype, device=device) for key, shape in shapes
+                    }
+                    shelf.scalings = torch.zeros(size, device=device)
         except RuntimeError as error:  # out of memory, the CPU's too
             raise UserError(f"AdapterBank: memory_gib={memory_gib} is more than {device} has; lower it") from error
         self._shelves = list(shelves.values())

@@ -60,3 +60,23 @@ def test_training_after_an_evaluation_in_inference_mode(hold, ids):
     assert all(torch.equal(one.grad, two.grad) for (_, one), two in pairs if one.requires_grad)
     with torch.inference_mode():
         torch.testing.assert_close(logits(model.eval(), ids), logits(other.eval(), ids))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("made_in", [torch.inference_mode, torch.no_grad])
+def test_a_bank_loads_adapters_in_and_out_of_inference_mode(made_in, fused, ids, tmp_path):
+    expected = []
+    for row, name in enumerate(("anna", "ben")):
+        model = randomize(adapted(None, "lsr"), seed=row).eval()
+        model.save_pretrained(tmp_path / name)
+        expected.append(logits(model, ids)[row])
+    with made_in():
+        model = adapted(None, "lsr").eval()
+        if fused:
+            lsr_scale.fuse(model)
+        bank = lsr_scale.AdapterBank(model, tmp_path, 0.1)
+    for mode, name in ((torch.no_grad, "anna"), (torch.inference_mode, "ben")):
+        with mode():
+            bank.load(name)
+            found = model(input_ids=ids, use_cache=False, adapter_names=["anna", "ben"]).logits
+            torch.testing.assert_close(found, torch.stack(expected).detach(), rtol=1e-4, atol=1e-4)

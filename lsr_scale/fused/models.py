@@ -345,6 +345,8 @@ def fuse(model: nn.Module, recompute: Recompute = "none", hold_weights: bool = F
     For loops of your own. Call it on a PEFT model (LSR-Adapt, Kron-LoRA, LoRA) or a frozen one, after its adapters are
     there, before any wrapper (DeepSpeed, DDP). `unfuse` undoes it. In LLaMA, Mistral, Qwen2 and Qwen3 models whole
     decoder layers fuse, and the loss is computed without logits; in all others each adapted linear does by itself.
+    From then on `scaled_dot_product_attention` chooses among its other backends than cuDNN in this process, whose
+    gradients under a mask are not finite.
 
     Args:
         model: The model.

@@ -94,6 +94,17 @@ def randomize(model: nn.Module, seed: int = 1, scale: float = 0.3) -> nn.Module:
     return model
 
 
+# what a shell may hold: a cluster's job, a terminal's width and colours, how much the libraries say
+OF_THE_SHELL = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
+OF_THE_SHELL += ("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR", "TRANSFORMERS_VERBOSITY", "DATASETS_VERBOSITY")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Start from what no test asked for."""
+    for name in OF_THE_SHELL:
+        os.environ.pop(name, None)
+
+
 @pytest.fixture
 def device() -> str:
     """Return where kernels are tested: the GPU, or the CPU through Triton's interpreter."""

@@ -67,21 +67,46 @@ def logits(model):
         return in_float32(model.eval())(IDS).logits
 
 
-def alone(tmp_path, program, *arguments):
-    """Run a program in a process that does not import this package; return the tensor that it saves."""
-    file = tmp_path / "logits.safetensors"
-    code = (
-        f"{program}\nimport sys, torch\nfrom safetensors.torch import save_file\n"
-        f"ids = torch.tensor({IDS.tolist()})\n"
-        "assert not any(name.split('.')[0] == 'lsr_scale' for name in sys.modules)\n"
-        f"with torch.no_grad():\n    save_file({{'logits': model.eval()(ids).logits.float()}}, {str(file)!r})\n"
-    )
-    subprocess.run([sys.executable, "-c", code, *map(str, arguments)], check=True, cwd=tmp_path)
-    return load_file(file)["logits"]
+# one process for all programs, as it imports for seconds; a line each way for each of them
+SERVER = """
+import json, os, sys, traceback
+reply = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)
+for line in sys.stdin:
+    code, sys.argv[1:] = json.loads(line)
+    try:
+        exec(code, {})
+        print(json.dumps(""), file=reply, flush=True)
+    except Exception:
+        print(json.dumps(traceback.format_exc()), file=reply, flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def outside():
+    """Return a function that runs a program in a process that never imports this package; it returns its logits."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([sys.executable, "-c", SERVER], **pipes)
+
+    def run(folder, program, *arguments):
+        file = folder / "logits.safetensors"
+        code = (
+            f"{program}\nimport sys, torch\nfrom safetensors.torch import save_file\n"
+            f"ids = torch.tensor({IDS.tolist()})\n"
+            "assert not any(name.split('.')[0] == 'lsr_scale' for name in sys.modules)\n"
+            f"with torch.no_grad():\n    save_file({{'logits': model.eval()(ids).logits.float()}}, {str(file)!r})\n"
+        )
+        print(json.dumps([code, list(map(str, arguments))]), file=process.stdin, flush=True)
+        assert (wrong := json.loads(process.stdout.readline())) == "", wrong
+        return load_file(file)["logits"]
+
+    yield run
+    process.kill()
+    process.communicate()
 
 
 @pytest.mark.parametrize("method", [*LOW_RANK, "lora"])
-def test_peft_alone_gives_the_logits_of_an_exported_lora(base_folder, tmp_path, method):
+def test_peft_alone_gives_the_logits_of_an_exported_lora(base_folder, tmp_path, outside, method):
     adapter = saved(base_folder, tmp_path / "adapter", method)
     result = export(adapter, "lora", tmp_path / "lora", say=silent)
     assert result["agreement"]["relative_error"] < 1e-5
@@ -90,7 +115,7 @@ def test_peft_alone_gives_the_logits_of_an_exported_lora(base_folder, tmp_path, 
         "base = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16).float()\n"
         "model = peft.PeftModel.from_pretrained(base, sys.argv[2])"
     )
-    got = alone(tmp_path, program, base_folder, tmp_path / "lora")
+    got = outside(tmp_path, program, base_folder, tmp_path / "lora")
     wanted = logits(adapted(base_folder, method))
     without = logits(load_base(str(base_folder), quantization="none"))
     assert (got - wanted).norm() < 1e-5 * wanted.norm()
@@ -305,7 +330,7 @@ def test_an_update_of_full_rank_is_no_lora(base_folder, tmp_path):
     [("lsr", "none", "bfloat16"), ("lsr", "nf4", "float32"), ("krona", "int8", "float32")],
 )
 def test_transformers_alone_gives_the_logits_of_a_merged_model(
-    base_folder, tmp_path, monkeypatch, method, quantization, dtype
+    base_folder, tmp_path, monkeypatch, method, quantization, dtype, outside
 ):
     monkeypatch.setattr("lsr_scale.export.merged.SHARD_BYTES", 30_000)  # several files, as a large model has
     adapter = saved(base_folder, tmp_path / "adapter", method, quantization=quantization)
@@ -315,7 +340,7 @@ def test_transformers_alone_gives_the_logits_of_a_merged_model(
         "import sys, torch, transformers\n"
         "model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)"
     )
-    got = alone(tmp_path, program, tmp_path / "out")
+    got = outside(tmp_path, program, tmp_path / "out")
     wanted = logits(adapted(base_folder, method, quantization=quantization))
     assert (got - wanted).norm() < {"bfloat16": 2e-2, "float32": 1e-5}[dtype] * wanted.norm()
 

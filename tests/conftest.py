@@ -105,6 +105,11 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ.pop(name, None)
 
 
+def pytest_make_parametrize_id(config: pytest.Config, val: object, argname: str) -> str | None:
+    """Name a case with bytes by its argument: gzip writes the time into them, and processes must agree on names."""
+    return argname if isinstance(val, bytes) else None
+
+
 @pytest.fixture
 def device() -> str:
     """Return where kernels are tested: the GPU, or the CPU through Triton's interpreter."""

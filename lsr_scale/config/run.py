@@ -39,6 +39,9 @@ from lsr_scale.config.training import (
 from lsr_scale.errors import UserError, did_you_mean
 from lsr_scale.paths import user_path
 
+# as models name them; which others there are, the model itself tells once it is loaded
+_EMBEDDINGS = ("model.embed_tokens", "transformer.wte", "transformer.word_embeddings", "gpt_neox.embed_in")
+
 
 class Section(BaseModel):
     """A mapping of the file: no unknown keys, no silent conversions, never changed once read."""
@@ -242,18 +245,30 @@ def _conflicts(run: RunConfig) -> Iterable[Problem]:
             "PEFT's LoKr reads the base weight's shape, which a 4-bit weight does not have; set method: kron_lora, or "
             "model.quantization: none",
         )
-    targets = run.adapter.options.get("target_modules")
+    targets, excluded = (run.adapter.options.get(name) for name in ("target_modules", "exclude_modules"))
     if isinstance(targets, str) and not _is_pattern(targets):
         yield Problem(
             ("adapter", "target_modules"),
             f"{targets!r} is text, which is taken as a regular expression for a module's whole name; write a list of "
             "names, such as [q_proj, v_proj], or all-linear",
         )
-    elif model.task == "causal_lm" and _has_lm_head(targets):
+    elif isinstance(targets, str) and targets != "all-linear" and run.adapter.options.get("layers_to_transform"):
+        yield Problem(
+            ("adapter", "layers_to_transform"),
+            "has no effect where target_modules is an expression; put the layers there, such as "
+            r".*\.[01]\..*q_proj, or name the modules in a list",
+        )
+    elif model.task == "causal_lm" and _named(targets, "lm_head"):
         yield Problem(
             ("adapter", "target_modules"),
             "SFTTrainer computes the loss from lm_head's own weight, so an adapter there would never train; remove it, "
             "or train the whole matrix with adapter.modules_to_save: [lm_head]",
+        )
+    elif table := next((name for name in _EMBEDDINGS if _named(targets, name) and not _named(excluded, name)), None):
+        yield Problem(
+            ("adapter", "target_modules"),
+            f"{table} is a table of embeddings and no linear layer; leave it out, or train the whole table with "
+            f"adapter.modules_to_save: [{table.rpartition('.')[2]}]",
         )
     if (metric := training.get("metric_for_best_model")) is not None:
         measured = evaluated(model.task, model.num_labels)
@@ -292,10 +307,11 @@ def _is_pattern(text: str) -> bool:
     return re.fullmatch(r"\w+(\s*,\s*\w+)*", text) is None
 
 
-def _has_lm_head(targets: list[str] | str | None) -> bool:
-    if isinstance(targets, str):
-        return re.fullmatch(targets, "lm_head") is not None
-    return any(target.rpartition(".")[2] == "lm_head" for target in targets or ())
+def _named(names: list[str] | str | None, module: str) -> bool:
+    """Tell whether a regular expression for whole names, or the end of a name in a list, is a module's."""
+    if isinstance(names, str):
+        return re.fullmatch(names, module) is not None
+    return any(name.rpartition(".")[2] == module.rpartition(".")[2] for name in names or ())
 
 
 def load_run(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:

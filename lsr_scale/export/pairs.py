@@ -76,7 +76,9 @@ def write_lora(
         metadata: Of the safetensors file.
         targets: Which modules; those of the source's own configuration by default.
     """
-    names = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+    names = ["target_modules", "exclude_modules"]
+    if not isinstance(source.config.target_modules, str):  # of an expression PEFT takes no layers beside it
+        names += ["layers_to_transform", "layers_pattern"]
     config = lora_config(
         {name: down.shape[0] for name, (down, _) in pairs.items()},
         source.config,

@@ -157,7 +157,7 @@ def _sort(folder: Path, config: Any, tensors: dict[str, Tensor]) -> tuple[dict[s
     extra: dict[str, Tensor] = {}
     for name in sorted(tensors):
         where = f"{folder / 'adapter_model.safetensors'}: {name[:MAX_NAME]!r}"
-        if len(name) > MAX_NAME or not re.fullmatch(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*", name):
+        if len(name) > MAX_NAME or not re.fullmatch(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*", name):
             raise UserError(f"{where}: not a name of an adapter's tensor; save the adapter again")
         inner = name.removeprefix(WRAPPER)
         module, factor = _split(method, inner)

@@ -30,8 +30,6 @@ PROMPTS = (
     "Water boils at a temperature of",
 )
 # relative error of the logits (Frobenius) that an export without loss may have, by the dtype of what was written
-# weights that give a classifier's logits, by the names that Transformers' heads have
-_LAST_OF_HEADS = ("score.weight", "classifier.weight", "classifier.out_proj.weight")
 EXACT = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
@@ -253,11 +251,11 @@ def _task_of(source: AdapterSource) -> dict[str, Any]:
         raise UserError(
             f"{source.folder}: task_type {task!r}: verify compares language models and classifiers; use --no-verify"
         )
-    # the head's last matrix, trained whole: `score`, or that of a head of several layers
-    rows = [value.shape[0] for name, value in source.extra.items() if name.endswith(_LAST_OF_HEADS)]
+    # of the head, trained whole: its last matrix has the fewest rows, one a label
+    rows = [value.shape[0] for value in source.extra.values() if value.dim() == 2]
     if not rows:
         raise UserError(f"{source.folder}: a classifier without its head, which would start at random; use --no-verify")
-    return {"task": "seq_cls", "num_labels": rows[-1]}
+    return {"task": "seq_cls", "num_labels": min(rows)}
 
 
 def in_float32(model: Any) -> Any:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from peft import PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from lsr_scale import adapters
@@ -38,8 +39,24 @@ def inject(base: Any, method: str, options: Mapping[str, Any], task: str) -> Pef
         raise
     except (ValueError, TypeError) as error:
         raise UserError(f"adapter.target_modules: {_refusal(base, config, error)}") from error
+    check_linear(model)
     hold_in_float32(model)
     return model
+
+
+def check_linear(model: PeftModel) -> None:
+    """Refuse what PEFT's own methods adapt beside linear layers, such as embeddings: exports hold linear layers only.
+
+    Raises:
+        UserError: naming the first such layer.
+    """
+    for path, layer in model.get_base_model().named_modules():
+        if isinstance(layer, BaseTunerLayer) and features(layer.get_base_layer()) is None:
+            kind, name = type(layer.get_base_layer()).__name__, path.rpartition(".")[2]
+            raise UserError(
+                f"adapter.target_modules: {path}: a layer of type {kind} is not linear; leave it out, or train it "
+                f"whole with adapter.modules_to_save: [{name}]"
+            )
 
 
 def head_modules(model: Any) -> list[str] | None:

@@ -10,10 +10,11 @@ import sys
 import pytest
 import torch
 from conftest import tiny_llama
+from huggingface_hub import constants
 from transformers import BitsAndBytesConfig
 
 from lsr_scale.errors import UserError
-from lsr_scale.model import load_base, load_config, skeleton
+from lsr_scale.model import load_base, load_config, load_tokenizer, skeleton
 
 CPU = torch.device("cpu")
 
@@ -231,3 +232,29 @@ def test_what_a_checkpoint_lacks_or_has_too_much_is_said(copied):
     load(copied, task="seq_cls", num_labels=2, say=said.append)
     assert any("has no weights for score.weight: they start at random" in line for line in said)
     assert any("does not take: model.layers.1." in line for line in said)
+
+
+def test_a_tokenizer_is_not_blamed_for_its_models_configuration(copied):
+    set_config(copied, hidden_act=3)
+    with pytest.raises(UserError, match=r"its config\.json cannot be used"):
+        load_tokenizer(str(copied))
+
+
+@pytest.mark.parametrize("content", ["null", "[]", "{", "{}", '{"model": 3}', "\x00", "[" * 100_000])
+def test_a_broken_tokenizer_is_said_in_words(copied, content):
+    (copied / "tokenizer.json").write_text(content)
+    with pytest.raises(UserError, match=r"tokenizer") as error:
+        load_tokenizer(str(copied))
+    assert str(copied) in str(error.value)
+    assert len(str(error.value)) < 800
+
+
+def test_a_model_in_the_hubs_cache_is_looked_at_alike(copied, tmp_path, monkeypatch):
+    set_config(copied, num_hidden_layers=100_000)
+    snapshot = tmp_path / "hub" / "models--someone--deep" / "snapshots" / "0123"
+    shutil.copytree(copied, snapshot)
+    (snapshot.parent.parent / "refs").mkdir()
+    (snapshot.parent.parent / "refs" / "main").write_text("0123")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    with pytest.raises(UserError, match=r"num_hidden_layers is 100000; no model has more than 1,000 layers"):
+        load_config("someone/deep")

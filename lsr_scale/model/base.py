@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import bitsandbytes as bnb
 import torch
+from huggingface_hub import try_to_load_from_cache
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -67,6 +68,9 @@ def load_config(name: str, revision: str | None = None) -> PreTrainedConfig:
         _check_config_file(name, folder)
         with explained(name, revision, "its config.json"):
             return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    cached = try_to_load_from_cache(name, "config.json", revision=revision)
+    if isinstance(cached, str):
+        _check_config_file(name, Path(cached).parent)
     try:
         return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False, local_files_only=True)
     except Exception:  # not in the cache, or not readable there: the hub's own answer is the one to report

@@ -7,6 +7,7 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lsr_scale.errors import UserError
+from lsr_scale.model.base import load_config
 from lsr_scale.model.names import NAME_FORMS, explained, resolve
 from lsr_scale.paths import user_path
 
@@ -37,6 +38,8 @@ def load_tokenizer(
         UserError: if there is no tokenizer, no token to pad with, or no such template file.
     """
     path = resolve(name)
+    if (Path(path) / "config.json").is_file():
+        load_config(name, revision)  # which Transformers asks for the kind of tokenizer: its faults are told as its own
     with explained(name, revision):
         try:
             tokenizer: Any = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)

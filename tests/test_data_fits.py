@@ -7,8 +7,10 @@ import sys
 import pytest
 import torch
 from conftest import tiny_llama
-from tiny_runs import byte_tokenizer, completions, do, save_classifier, save_llama, tiny_run, write_rows
+from tiny_runs import byte_tokenizer, completions, do, labelled, save_classifier, save_llama, tiny_run, write_rows
 from transformers import (
+    AlbertConfig,
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     BertConfig,
@@ -25,6 +27,7 @@ from lsr_scale.data.fits import num_positions
 from lsr_scale.errors import UserError
 from lsr_scale.model import held, load_base
 from lsr_scale.scoring import scorer
+from lsr_scale.train import train
 from lsr_scale.training import assembly
 
 NONE = {"quantization": "none", "dtype": "float32"}
@@ -174,8 +177,6 @@ def test_of_a_model_that_is_held_and_adapted_as_asked_nothing_is_said(tmp_path):
 
 
 def test_a_head_that_starts_at_random_is_said_on_the_screen(tmp_path, capsys):
-    from lsr_scale.train import train
-
     save_classifier(tmp_path / "model", "roberta")
     rows = write_rows(
         tmp_path / "pairs.jsonl", [{"sentence1": "a knife", "sentence2": "a saw", "label": i % 2} for i in range(4)]
@@ -189,3 +190,20 @@ def test_a_head_that_starts_at_random_is_said_on_the_screen(tmp_path, capsys):
     )
     train(run)
     assert "note: " in capsys.readouterr().out.split("has no weights for classifier.")[0].splitlines()[-1]
+
+
+def test_a_model_without_activation_checkpointing_trains_and_says_so(tmp_path, capsys):
+    folder = save_classifier(tmp_path / "model", "bert")
+    sizes = dict(embedding_size=48, hidden_size=48, intermediate_size=80, num_hidden_layers=1, num_attention_heads=4)
+    words = AutoConfig.from_pretrained(folder).vocab_size
+    albert = AlbertConfig(vocab_size=words, max_position_embeddings=64, pad_token_id=0, **sizes)
+    AutoModelForSequenceClassification.from_config(albert).save_pretrained(folder)
+    run = tiny_run(
+        tmp_path,
+        model={"name": str(folder), "task": "seq_cls", "num_labels": 2, **NONE},
+        adapter={"method": "lsr", "rank": 4, "separation_rank": 2, "target_modules": ["query", "value"]},
+        data={"train": [write_rows(tmp_path / "pairs.jsonl", labelled(4))]},
+        eval={"tasks": []},
+    )
+    assert train(run).results.exists()
+    assert "albert models know no activation checkpointing: all activations are kept" in capsys.readouterr().out

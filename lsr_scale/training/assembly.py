@@ -117,6 +117,9 @@ def build_trainer(
     targets = run.adapter.options.get("target_modules")
     for note in (*differences, *left_out(model, run.model.quantization, targets, run.model.dtype)):
         say(f"note: {note}")
+    if arguments.gradient_checkpointing and not base.supports_gradient_checkpointing:
+        arguments.gradient_checkpointing = arguments.activation_checkpointing = False
+        say(f"note: {base.config.model_type} models know no activation checkpointing: all activations are kept")
     report = _fuse(run, model, arguments)
     if report is not None:
         say(str(report))

@@ -352,3 +352,21 @@ def test_a_swapped_adapter_may_have_another_rank_and_fewer_linears(ids, tmp_path
     model.merge_adapter()
     with pytest.raises(UserError, match="is merged into the base"):
         hotswap_adapter(model, tmp_path / "fewer")
+
+
+@torch.no_grad()
+def test_lora_is_swapped_by_peft_in_the_same_call(ids, tmp_path):
+    base = tiny_llama()
+
+    def lora(**options):
+        values = {"target_modules": ["q_proj", "down_proj"], "rank": 4, **options}
+        return adapt(copy.deepcopy(base), peft_config("lora", values, "CAUSAL_LM"))
+
+    other = randomize(lora(alpha=3.0), seed=8).eval()
+    other.save_pretrained(tmp_path / "other")
+    model = randomize(lora(), seed=1).eval()
+    hotswap_adapter(model, tmp_path / "other")
+    close(model(input_ids=ids).logits, other(input_ids=ids).logits)
+    lora(target_modules=["q_proj", "v_proj"]).save_pretrained(tmp_path / "more")
+    with pytest.raises(UserError, match="unexpected keys"):
+        hotswap_adapter(model, tmp_path / "more")

@@ -186,13 +186,16 @@ def on_nonfinite_gradient(trainer: Any, norm: float, step: int) -> None:
     Raises:
         UserError: where `training.on_nonfinite` is "stop".
     """
+    file = RunFolder(Path(str(trainer.args.output_dir))).nonfinite
     if distributed.is_main():
         _note(trainer, {"step": step + 1, "gradient_norm": str(norm)})
     if trainer.on_nonfinite == "skip":
         return
+    # another process may have met a loss by which it ends, and be ended before it says so
+    others = f" on this process (those of others that are not stand in {file})" if distributed.world_size() > 1 else ""
     raise UserError(
-        f"training diverged: the gradient of step {step + 1} is not finite (its norm is {norm}), but its losses are; "
-        + _GOES_ON.format(more=" or set model.dtype to float32")
+        f"training diverged: the gradient of step {step + 1} is not finite (its norm is {norm}), but its losses "
+        f"are{others}; " + _GOES_ON.format(more=" or set model.dtype to float32")
     )
 
 

@@ -76,12 +76,14 @@ def test_an_integer_for_adam_is_a_number(place, tmp_path):
         ({"dataloader_num_workers": 10**7}, "training.dataloader_num_workers: expected a number <= 1024"),
         ({"ddp_timeout": 10**30}, "training.ddp_timeout: expected a number <= 10000000"),
         ({"adam_beta2": 1.0}, "training.adam_beta2: expected a number < 1"),
+        ({"gradient_checkpointing_kwargs": "no"}, "gradient_checkpointing_kwargs: expected a mapping, such as {key"),
+        ({"lr_scheduler_kwargs": "power=2"}, "lr_scheduler_kwargs: expected a mapping, such as {key: value}, got"),
         ({"logging_steps": 1e300}, "training.logging_steps: expected a number <= 1000000000"),
         ({"max_grad_norm": 1e300}, "training.max_grad_norm: expected a number <= "),
     ],
     ids=str,
 )  # fmt: skip
-def test_absurd_numbers_are_refused_before_anything_is_done(place, tmp_path, training, words):
+def test_absurd_values_are_refused_before_anything_is_done(place, tmp_path, training, words):
     with pytest.raises(UserError) as refused:
         run_in(place, tmp_path, **training)
     assert words in str(refused.value)
@@ -100,3 +102,10 @@ def test_a_bug_or_the_machine_is_not_taken_for_a_setting(place, tmp_path, monkey
     with pytest.raises(type(error)) as raised:
         do(run_in(place, tmp_path, optim="sgd", optim_args="momentum=0.9"))
     assert raised.value is error
+
+
+@pytest.mark.parametrize("optim", ["lomo", "adalomo", "galore_adamw_layerwise"])
+def test_an_optimizer_that_updates_within_the_backward_pass_cannot_leave_steps_out(place, tmp_path, optim):
+    with pytest.raises(UserError, match=f"training.on_nonfinite: skip leaves out a step .* {optim} updates each"):
+        run_in(place, tmp_path, on_nonfinite="skip", optim=optim)
+    run_in(place, tmp_path, on_nonfinite="stop", optim=optim)

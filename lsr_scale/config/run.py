@@ -282,6 +282,13 @@ def _conflicts(run: RunConfig) -> Iterable[Problem]:
                 ("deepspeed", "config", name),
                 f"is {value!r}, but training.{ours} is {training[ours]!r}; set that one, and this to auto",
             )
+    optimizer = training["optim"]
+    if training["on_nonfinite"] == "skip" and optimizer.endswith(("lomo", "_layerwise")):
+        yield Problem(
+            ("training", "on_nonfinite"),
+            f"skip leaves out a step by its whole gradient, but {optimizer} updates each parameter within the backward "
+            "pass; set it to stop, or training.optim to another one",
+        )
     stage = (run.deepspeed.config or {}).get("zero_optimization", {}).get("stage", 0)
     if stage > 0 and training["condition_guard"] != "warn":
         yield Problem(

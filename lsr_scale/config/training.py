@@ -261,6 +261,9 @@ def check_training(values: Any, task: Task) -> dict[str, Any]:
     filled = {**DEFAULTS, **TASK_DEFAULTS[task], **given}
     if (max_steps := filled.get("max_steps", -1)) != -1 and max_steps < 1:
         raise ValueError(f"max_steps: expected a number of steps, or -1 for num_train_epochs, got {max_steps}")
+    for name, value in given.items():
+        if name.endswith("_kwargs") and isinstance(value, str) and not value.lstrip().startswith("{"):
+            raise ValueError(f"{name}: expected a mapping, such as {{key: value}}, got {value!r:.60}")
     if (rows := filled["per_device_train_batch_size"] * filled["gradient_accumulation_steps"]) > _ROWS_PER_STEP:
         raise ValueError(
             f"per_device_train_batch_size times gradient_accumulation_steps is {rows:,} rows a step; expected at most "

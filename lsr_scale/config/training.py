@@ -118,8 +118,6 @@ _BOUNDS: dict[str, dict[str, float]] = {
     "ddp_bucket_cap_mb": {"ge": 1, "le": 10**6},
     "condition_tolerance": {"gt": 0},
 }
-# of the rest: what a 64-bit number or a count of seconds still holds
-_LARGEST = 10**12
 _ROWS_PER_STEP = 2**20
 
 # transformers 5.23 renames the first of each pair to the second; both are taken with every version.
@@ -308,10 +306,9 @@ def training_kwargs(training: Mapping[str, Any], task: Task) -> dict[str, Any]:
 
 
 def _field(name: str, kind: Any, default: Any, text: str) -> tuple[Any, Any]:
-    present = [member for member in _members(kind) if member is not types.NoneType]
-    bounds = _BOUNDS.get(name, {"ge": -_LARGEST, "le": _LARGEST} if set(present) <= {int, float} else None)
-    if bounds is not None:
-        bounded = Annotated[Union[tuple(present)], Field(**bounds)]  # noqa: UP007  # pyright: ignore
+    if name in _BOUNDS:
+        present = [member for member in _members(kind) if member is not types.NoneType]
+        bounded = Annotated[Union[tuple(present)], Field(**_BOUNDS[name])]  # noqa: UP007  # pyright: ignore
         kind = bounded if len(present) == len(_members(kind)) else Union[bounded, None]  # noqa: UP007
     return kind, Field(default=default.value if isinstance(default, enum.Enum) else default, description=text)
 

@@ -370,10 +370,11 @@ def test_a_label_without_an_output_is_refused_with_its_row(tmp_path):
 
 @pytest.mark.parametrize("logging_steps", [1, 100])
 def test_a_loss_that_is_not_finite_ends_the_run_with_its_rows_noted(place, tmp_path, logging_steps):
-    training = {"learning_rate": 1e30, "max_grad_norm": 0.0, "logging_steps": logging_steps}
+    run = run_in(place, tmp_path, training={"max_grad_norm": 0.0, "logging_steps": logging_steps}, eval={"tasks": []})
+    run.training["learning_rate"] = 1e30  # beyond what a file may say: with less the gradient overflows before the loss
     words = r"diverged: the loss is nan at step 3, on rows \[\d+, \d+\] of the training data .* lower training\.learn"
     with pytest.raises(UserError, match=words):
-        do(run_in(place, tmp_path, training=training, eval={"tasks": []}))
+        do(run)
     (line,) = (json.loads(text) for text in (tmp_path / "nonfinite.jsonl").read_text().splitlines())
     assert (line["step"], line["process"], line["loss"]) == (3, 0, "nan")
     tokenizer = byte_tokenizer()

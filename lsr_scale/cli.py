@@ -109,7 +109,9 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command("generate", "Try a run: continue a prompt.")
     sub.add_argument("run", help="the run's folder")
-    sub.add_argument("--prompt", required=True)
+    sub.add_argument(
+        "--prompt", required=True, type=_with_new_lines, help=r"\n is a new line, \\n a backslash and an n"
+    )
     sub.add_argument("--max-new-tokens", type=_count, default=64)
     sub.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
     sub.add_argument("--base", metavar="MODEL", help=moved)
@@ -176,6 +178,11 @@ def _positive(text: str) -> float:
     if not 0 < number <= _LARGEST:
         raise argparse.ArgumentTypeError(f"expected a number above 0, up to {_LARGEST:,}, got {text!r}")
     return number
+
+
+def _with_new_lines(text: str) -> str:
+    r"""Return a text in which \n, as it is typed into a shell's quotes, is a new line; \\n stays \n."""
+    return re.sub(r"\\(\\?)n", lambda found: r"\n" if found[1] else "\n", text)
 
 
 def _count(text: str) -> int:
@@ -405,15 +412,20 @@ def _preview(args: argparse.Namespace) -> int:
     from rich.text import Text
 
     from lsr_scale.data.formats import KIND_MEANING, build_dataset
-    from lsr_scale.data.preview import preview
-    from lsr_scale.model import load_tokenizer
+    from lsr_scale.data.preview import preview, row_check
+    from lsr_scale.model import tokenizer_of
     from lsr_scale.training.assembly import check_run_fits
 
     run = _run_of(args)
-    dataset, kind = build_dataset(run.data.train, model_task=run.model.task)
-    tokenizer = load_tokenizer(run.model.name, revision=run.model.revision, chat_template=run.model.chat_template)
-    check_run_fits(run, {"train": dataset}, kind, tokenizer)
-    shown = preview(dataset, kind, tokenizer, args.samples, run.training)
+    told: list[str] = []
+    tokenizer = tokenizer_of(run, say=told.append)
+    check = row_check(tokenizer, run.model.num_labels)
+    dataset, kind = build_dataset(run.data.train, model_task=run.model.task, check=check)
+    validation = None
+    if run.data.validation:
+        validation, _ = build_dataset(run.data.validation, "validation", model_task=run.model.task, check=check)
+    check_run_fits(run, {"train": dataset, "validation": validation}, kind, tokenizer)
+    shown = preview(dataset, kind, tokenizer, args.samples, run.training, validation)
     console = Screen()
     green = ("green", "bold green")
     console.print(
@@ -428,7 +440,9 @@ def _preview(args: argparse.Namespace) -> int:
         parts = [(t.text, "bold green reverse" if t.supervised else "") for t in sample]
         console.print(Text.assemble(*parts), soft_wrap=True)
         console.print(Text("supervised: " + repr("".join(t.text for t in sample if t.supervised))), soft_wrap=True)
-    for note in shown.notes:
+    if shown.counts:
+        console.print("\n" + "\n".join(shown.counts), soft_wrap=True)
+    for note in [*told, *shown.notes]:
         console.print(f"\nnote: {note}", soft_wrap=True)
     return 0
 

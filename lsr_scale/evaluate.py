@@ -16,12 +16,13 @@ from lsr_scale.config import RunConfig, load_run, run_from_dict
 from lsr_scale.config.training import EVALUATED
 from lsr_scale.data.fits import refuse_ids
 from lsr_scale.data.formats import build_dataset, load_source, source_fields
-from lsr_scale.data.preview import prepare_tokenizer, tokenize_classification
+from lsr_scale.data.preview import prepare_tokenizer, row_check, tokenize_classification
 from lsr_scale.data.tasks import Example, examples
 from lsr_scale.errors import UserError, printable
-from lsr_scale.model import base_of, load_tokenizer
+from lsr_scale.model import base_of, tokenizer_of
 from lsr_scale.model.held import left_out
 from lsr_scale.model.names import elsewhere
+from lsr_scale.model.tokenizer import end_tokens, render_chat
 from lsr_scale.progress import show_live
 from lsr_scale.run_folder import RunFolder, open_run
 from lsr_scale.scoring import classification, score
@@ -199,14 +200,13 @@ def generate(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int = 64, 
         chat: Use the chat template.
 
     Raises:
-        UserError: if there is no chat template, nothing to continue, or the model's logits are not finite.
+        UserError: if there is no chat template, it fails, nothing is to be continued, or the model's logits are not
+            finite.
     """
     if chat and not tokenizer.chat_template:
         raise UserError("--chat: the model's tokenizer has no chat template; leave it out, or set model.chat_template")
     if chat:
-        prompt = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-        )
+        prompt = render_chat(tokenizer, [{"role": "user", "content": prompt}], add_generation_prompt=True)
     model.eval()
     inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat).to(model.device)
     if inputs["input_ids"].shape[1] == 0:
@@ -220,6 +220,7 @@ def generate(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int = 64, 
         use_cache=True,
         pad_token_id=tokenizer.pad_token_id,
         logits_processor=[_check_finite],
+        eos_token_id=end_tokens(tokenizer, model.generation_config.eos_token_id) or None,
     )
     return tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
@@ -281,7 +282,7 @@ def load_run_model(
 
 
 def _load(folder: RunFolder, run: RunConfig, base_only: bool) -> tuple[Any, Any, RunConfig]:
-    tokenizer = load_tokenizer(run.model.name, revision=run.model.revision, chat_template=run.model.chat_template)
+    tokenizer = tokenizer_of(run, folder.tokenizer)
     model: Any = base_of(run.model, run.training["seed"])
     if not base_only:
         model, notes = load_adapter(model, folder.adapter)
@@ -378,10 +379,11 @@ def evaluate_classifier(
             "--tasks FILE"
         )
     loaded: dict[str, Any] = {}
+    options: dict[str, Any] = {"model_task": "seq_cls", "check": row_check(None, run.model.num_labels)}
     for source in sources or ():
-        loaded[_unused(_end_of(source), loaded)] = build_dataset([source], None, model_task="seq_cls")[0]
+        loaded[_unused(_end_of(source), loaded)] = build_dataset([source], None, **options)[0]
     if not sources:
-        loaded["validation"] = build_dataset(run.data.validation, "validation", model_task="seq_cls")[0]
+        loaded["validation"] = build_dataset(run.data.validation, "validation", **options)[0]
     model, tokenizer, _ = load_run_model(folder.path, tasks=("seq_cls",), base=base)
     prepare_tokenizer(tokenizer, "classification")
     names = ("per_device_eval_batch_size", "label_smoothing_factor")  # what the losses of training depend on as well
@@ -394,8 +396,7 @@ def evaluate_classifier(
         trainer = Trainer(model, arguments, processing_class=tokenizer, compute_metrics=measure)
         for name, rows in loaded.items():
             rows = rows.select(range(min(limit or len(rows), len(rows))))
-            classification.check_labels(rows["label"], run.model.num_labels, name)
-            encoded: Any = tokenize_classification(rows, tokenizer, run.training["max_length"])
+            encoded: Any = tokenize_classification(rows, tokenizer, run.training["max_length"], run.model.num_labels)
             output: Any = trainer.predict(encoded, metric_key_prefix="eval")
             measured = {key.removeprefix("eval_"): value for key, value in output.metrics.items() if key in EVALUATED}
             found[name] = {"num_examples": len(rows), **{key: round(value, 6) for key, value in measured.items()}}

@@ -39,10 +39,11 @@ class RunFolder:
     """Paths in a run folder. Its `env.json` marks it as one: it names this package, which nothing else writes.
 
     config.yaml        the resolved run            adapter/        the adapter, as PEFT saves it, with base.json
-    env.json           versions and machine        checkpoint-*/   what resuming needs
-    data.json          hash and rows of the data   eval/           predictions before and after
-    metrics.jsonl      one line a logging step     results.json    counts, times, accuracies
-    loss.png           the loss curve              .earlier-run/   what a run that begins anew has in its place
+    env.json           versions and machine        tokenizer/      the run's, its end token and chat template too
+    data.json          hash and rows of the data   checkpoint-*/   what resuming needs
+    metrics.jsonl      one line a logging step     eval/           predictions before and after
+    loss.png           the loss curve              results.json    counts, times, accuracies
+    .earlier-run/      what a run that begins anew has in its place
     nonfinite.jsonl    batches without a finite loss, and steps without a finite gradient
     condition.png      how far the terms of LSR-Adapt's sums cancel
     """

@@ -14,7 +14,7 @@ from lsr_scale.adapter_files import check_description, misfits, save_adapter
 from lsr_scale.condition import WatchCondition, draw_conditions
 from lsr_scale.config import RunConfig
 from lsr_scale.errors import UserError
-from lsr_scale.model import base_description
+from lsr_scale.model import base_description, save_tokenizer
 from lsr_scale.model.names import elsewhere
 from lsr_scale.model.sharded import let_go
 from lsr_scale.paths import user_path
@@ -32,7 +32,7 @@ from lsr_scale.run_folder import RunFolder, step_of
 from lsr_scale.run_start import Earlier, choose, recover
 from lsr_scale.scoring.accuracy import TaskScore
 from lsr_scale.training import checkpoints
-from lsr_scale.training.assembly import build_trainer, only_new_warnings, read_data, uses_deepspeed, zero_stage
+from lsr_scale.training.assembly import RunData, build_trainer, only_new_warnings, read_data, uses_deepspeed, zero_stage
 from lsr_scale.training.faults import StopOnSignal, Terminated, ends_with_others
 from lsr_scale.training.settings import named
 
@@ -122,17 +122,17 @@ def _train(
     stop = StopOnSignal(say)
     watch = WatchCondition(run.training["condition_tolerance"], run.training["condition_guard"], say)
     # in this order: progress refuses what is not finite, and records what was measured before it
-    data = read_data(run)
-    if checkpoint:
-        for note in checkpoints.check_data(checkpoint, data.sources):
-            say(f"note: {note}")
     with elsewhere(None if checkpoint else run.model.name, "--set model.name=FOLDER"):
+        data = read_data(run, checkpoint, say)
+        if checkpoint:
+            for note in checkpoints.check_data(checkpoint, data.sources):
+                say(f"note: {note}")
         trainer = build_trainer(begins, folder, [stop, watch, progress, _DropsEarlier(folder)], say, data)
     model: Any = trainer.model
     if checkpoint:
         for note in _check_adapter(model, checkpoint):
             say(f"note: {note}")
-    _begin(run, folder, checkpoint, data.sources, say)
+    _begin(run, folder, checkpoint, data, say)
     num_rows = len(trainer.train_dataset)  # pyright: ignore[reportArgumentType]
     trainable, _ = model.get_nb_trainable_parameters()
     say(f"trainable parameters: {trainable:,} of {base_description(model)['num_parameters'] + trainable:,}")
@@ -306,7 +306,7 @@ def _begin(
     run: RunConfig,
     folder: RunFolder,
     checkpoint: Path | None,
-    sources: dict[str, list[dict[str, Any]]],
+    data: RunData,
     say: Callable[[str], None],
 ) -> None:
     """Make the folder this run's, once nothing stands in its way any more; what an earlier one left is set aside."""
@@ -325,7 +325,8 @@ def _begin(
         if goes_on and folder.nonfinite.exists():  # what is done again is noted again
             cut_back(folder.nonfinite, after)
         record.write_json(folder.environment, record.environment())
-        record.write_json(folder.data, sources)
+        record.write_json(folder.data, data.sources)
+        save_tokenizer(data.tokenizer, folder.tokenizer)
         begun = checkpoints.as_begun(checkpoint, run) if checkpoint is not None else run
         record.write_text(folder.config, config.dump_yaml(begun))  # last: it makes the folder a run
     distributed.broadcast(None)  # nobody writes before that

@@ -144,7 +144,7 @@ def unheld(tmp_path_factory):
         (["--without-questions"], "a classifier's run; --base-only and --without-questions are for language models"),
         (
             ["--tasks", "{}/three.jsonl"],
-            "three: row 3 has the label 2, but model.num_labels is 2: labels go from 0 to 1",
+            "three.jsonl, line 3: has the label 2, but model.num_labels is 2: labels go from 0 to 1",
         ),
         ([], "has no held-out rows (data.validation); give some: lsr-scale eval {run} --tasks FILE"),
     ],

@@ -279,11 +279,11 @@ def test_a_folder_named_like_a_file_is_a_folder(tmp_path):
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("s3://bucket/train.jsonl", "s3: is not read from; download it and name the file or folder"),
-        ("gs://bucket/rows", "gs: is not read from"),
-        ("https://host/train.jsonl", "https: is not read from"),
-        ("${HOME}/train.jsonl", "variables are not replaced in paths; write the path out"),
-        ("$HOME/train.jsonl", "variables are not replaced in paths"),
+        ("s3://bucket/train.jsonl", "an address, where a path on this machine is expected; copy it here"),
+        ("gs://bucket/rows", "an address"),
+        ("https://host/train.jsonl", "an address"),
+        ("${HOME}/train.jsonl", "only a shell fills in variables"),
+        ("$HOME/train.jsonl", "only a shell fills in variables"),
         ("~nosuchuser/train.jsonl", "there is no home folder for '~nosuchuser' here"),
         ("a\0b.jsonl", "no file can have this name"),
         ("/" + "a" * 5000, "cannot be looked at"),
@@ -322,3 +322,28 @@ def test_a_row_of_a_shard_is_named_by_its_file(tmp_path):
     put(tmp_path, "train-00001-of-00002.jsonl", LINES + '{"prompt": "a"}\n')
     with pytest.raises(UserError, match=r"train-00001-of-00002\.jsonl, line 3: expected a text under 'completion'"):
         build_dataset([str(tmp_path)])
+
+
+def test_the_advice_about_variables_works(tmp_path):
+    from tiny_runs import tiny_run
+
+    from lsr_scale.config import dump_yaml, load_run
+
+    with pytest.raises(UserError, match="only a shell fills in variables, outside single quotes and outside files"):
+        load_rows("$HOME/rows.jsonl")
+    (tmp_path / "run.yaml").write_text(dump_yaml(tiny_run(tmp_path)))
+    rows = put(tmp_path, "home/rows.jsonl", LINES)
+    run = load_run(tmp_path / "run.yaml", [f"data.train=[{tmp_path}/home/rows.jsonl]"])  # as the shell hands it on
+    assert [source.path for source in run.data.train] == [rows]
+
+
+def test_a_damaged_arrow_file_ends_in_words(tmp_path):
+    table = pa.table({"text": ["ab", "cd"]})
+    with pa.OSFile(str(tmp_path / "a.arrow"), "wb") as out, pa.ipc.new_stream(out, table.schema) as writer:
+        writer.write_table(table)
+    whole = (tmp_path / "a.arrow").read_bytes()
+    offsets = b"".join(number.to_bytes(4, "little", signed=True) for number in (0, 2, 4))
+    assert offsets in whole
+    put(tmp_path, "a.arrow", whole.replace(offsets, b"\xff\xff\xff\x7f" + offsets[4:]))
+    with pytest.raises(UserError, match=r"a\.arrow: cannot be read as Arrow"):
+        load_rows(str(tmp_path / "a.arrow"))

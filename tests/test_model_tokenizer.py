@@ -38,6 +38,13 @@ def test_padding_falls_back_to_the_end_token_aloud_and_to_an_error(tmp_path, cap
     assert "no token but the end token" in caplog.text
     with pytest.raises(UserError, match="neither a padding nor an end token"):
         load_tokenizer(_tokenizer(tmp_path / "other", ["a", "word"]))
+    assert load_tokenizer(str(tmp_path / "other"), eos_token="word").pad_token == "word"  # as it advises
+
+
+def test_an_end_token_of_the_run_is_not_its_padding(tmp_path):
+    name = _tokenizer(tmp_path, ["<unk>", "</s>", "[PAD]"], eos_token="</s>", pad_token="[PAD]", unk_token="<unk>")
+    tokenizer = load_tokenizer(name, eos_token="[PAD]")
+    assert (tokenizer.eos_token, tokenizer.pad_token) == ("[PAD]", "<unk>")
 
 
 def test_a_chat_template_file_replaces_the_tokenizers_own(tmp_path):

@@ -394,7 +394,7 @@ def test_an_overwritten_run_leaves_no_results_beside_a_new_one_that_has_saved_a_
     with pytest.raises(Killed):
         do(run_in(place, folder.path, eval={"tasks": []}), overwrite=True)
     assert {path.name for path in folder.path.iterdir()} == {
-        *("config.yaml", "data.json", "env.json", "metrics.jsonl", "checkpoint-2")
+        *("config.yaml", "data.json", "env.json", "metrics.jsonl", "checkpoint-2", "tokenizer")
     }
 
 

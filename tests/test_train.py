@@ -350,7 +350,7 @@ def test_scores_in_place_of_classes_are_a_regression(tmp_path):
     sections = {"adapter": {"target_modules": ["query"]}, "data": {"train": [rows]}, "eval": {"tasks": []}}
     done = do(tiny_run(tmp_path, model={**model, "num_labels": 1}, **sections))
     assert metrics(done)[0]["loss"] > 0
-    with pytest.raises(UserError, match=r"row 1 has the label 2\.5, but model\.num_labels is 2"):
+    with pytest.raises(UserError, match=r"pairs\.jsonl, line 1: has the label 2\.5, but model\.num_labels is 2"):
         do(
             tiny_run(
                 tmp_path, model={**model, "num_labels": 2}, training={"output_dir": str(tmp_path / "b")}, **sections
@@ -364,7 +364,7 @@ def test_a_label_without_an_output_is_refused_with_its_row(tmp_path):
     rows = write_rows(tmp_path / "pairs.jsonl", [{**row, "label": index % 3} for index, row in enumerate(labelled())])
     model = {"task": "seq_cls", "num_labels": 2, "quantization": "none", "dtype": "float32"}
     adapter, data = {"target_modules": ["query"]}, {"train": [rows]}
-    with pytest.raises(UserError, match=r"data\.train: row 3 has the label 2, but model\.num_labels is 2"):
+    with pytest.raises(UserError, match=r"pairs\.jsonl, line 3: has the label 2, but model\.num_labels is 2"):
         do(tiny_run(tmp_path, model=model, adapter=adapter, data=data, eval={"tasks": []}))
 
 

@@ -214,7 +214,9 @@ def _is_question_answer(row: Row) -> bool:
     return "choices" not in row and isinstance(row.get("question"), str) and isinstance(row.get("answer"), str)
 
 
-def _convert(rows: Rows, data_format: str, where: str) -> tuple[list[dict[str, Any]], Kind]:
+def _convert(
+    rows: Rows, data_format: str, where: str, check: Callable[[dict[str, Any]], None] | None
+) -> tuple[list[dict[str, Any]], Kind]:
     """Convert the rows of one source; the format is found on its first row and holds for all."""
     if data_format not in FORMATS:
         raise UserError(f"{where}: unknown format {data_format!r}; {did_you_mean(data_format, FORMATS)}")
@@ -234,6 +236,8 @@ def _convert(rows: Rows, data_format: str, where: str) -> tuple[list[dict[str, A
                 records.append(multiple_choice_record(row, rows.task))
             else:
                 records.append(CONVERTERS[data_format](row))
+            if check is not None:
+                check(records[-1])
         except RowError as error:
             raise UserError(f"{rows.where(index)}: {error} (read as {data_format})") from None
         kinds.append(_kind(records[-1]))
@@ -270,6 +274,7 @@ def build_dataset(
     *,
     model_task: str | None = None,
     loaded: Sequence[Rows] | None = None,
+    check: Callable[[dict[str, Any]], None] | None = None,
 ) -> tuple["Dataset", Kind]:
     """Read the sources, convert their rows and put them one after the other, in the order given.
 
@@ -278,6 +283,7 @@ def build_dataset(
         default_split: The split of a source that names none.
         model_task: `causal_lm` or `seq_cls`: data of the wrong sort for it is refused. None takes any.
         loaded: The rows of the sources, where they were read already (`load_source`).
+        check: Called with every converted row; a RowError that it raises is told with the row's place.
 
     Returns:
         The dataset and its kind, a key of `KIND_MEANING`.
@@ -294,7 +300,7 @@ def build_dataset(
     for source, rows in zip(sources, loaded or [load_source(source, default_split) for source in sources], strict=True):
         fields = source_fields(source)
         where = f"data source {fields['path']!r}"
-        converted, kind = _convert(rows, fields.get("format", "auto"), where)
+        converted, kind = _convert(rows, fields.get("format", "auto"), where, check)
         records += converted
         kinds.setdefault(kind, where)
     if len(kinds) > 1:

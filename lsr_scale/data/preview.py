@@ -1,15 +1,19 @@
 """What the trainer will see: tokens with what is supervised, made by TRL's own preprocessing, never by a copy of it."""
 
+import json
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
 from lsr_scale.data.formats import Kind
+from lsr_scale.data.tally import spaced, tally
+from lsr_scale.data.tasks import RowError
 from lsr_scale.errors import UserError
+from lsr_scale.model.tokenizer import render_chat, undefined_names
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -27,6 +31,9 @@ PREPROCESSING = (
 )
 
 
+ROWS_COUNTED = 5_000
+
+
 class TokenView(NamedTuple):
     """One token, and whether the loss looks at it (for classification: never, the label is the target)."""
 
@@ -42,12 +49,14 @@ class Preview:
     Attributes:
         samples: One list of tokens a row.
         labels: The label of each row for classification data, else None.
-        notes: What a user should know: which token pads, what is appended, what was dropped.
+        notes: What a user should know: which token pads, what is appended, what was dropped or cut.
+        counts: A line for the training and one for the validation rows: how many, and what of them is lost.
     """
 
     samples: list[list[TokenView]]
     labels: list[float] | None
     notes: list[str]
+    counts: list[str]
 
 
 def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, kind: Kind, pad_token: str | None = None) -> list[str]:
@@ -87,8 +96,57 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, kind: Kind, pad_token:
     ]
 
 
+def template_notes(dataset: "Dataset", tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Return what is to be said of how the chat template writes the first row, where rows are conversations."""
+    name = next((name for name in ("messages", "prompt") if name in dataset.column_names), None)
+    if name is None or not isinstance(dataset[0][name], list):
+        return []
+    return [
+        f"the chat template prints {missing[:60]!r}, which nothing defines, so nothing stands there; correct the name "
+        "in a copy of it and set model.chat_template to that"
+        for missing in undefined_names(tokenizer, dataset[0][name])
+    ]
+
+
+def row_check(tokenizer: PreTrainedTokenizerBase | None, num_labels: int | None) -> Callable[[dict[str, Any]], None]:
+    """Return what `build_dataset` asks of every row: that the chat template takes it, that its label has an output.
+
+    Args:
+        tokenizer: The run's; None where rows are no conversations.
+        num_labels: Classes of a classifier; 1 is regression.
+    """
+
+    def check(row: dict[str, Any]) -> None:
+        if "label" in row and num_labels not in (None, 1):
+            label = row["label"]
+            # an index error or a dead GPU, otherwise
+            if (isinstance(label, float) and not label.is_integer()) or not 0 <= label < num_labels:
+                raise RowError(
+                    f"has the label {label}, but model.num_labels is {num_labels}: labels go from 0 to "
+                    f"{num_labels - 1}; set num_labels, or 1 for scores (regression)"
+                )
+        messages = row["messages"] if "messages" in row else row.get("prompt")
+        if (
+            not isinstance(messages, list) or tokenizer is None or not tokenizer.chat_template
+        ):  # the latter is told once, for all rows
+            return
+        tools = json.loads(row["tools"]) if row.get("tools") else None
+        try:
+            if "prompt" in row:
+                render_chat(tokenizer, messages, tools=tools, add_generation_prompt=True)
+                messages = [*messages, *row["completion"]]
+            render_chat(tokenizer, messages, tools=tools)
+        except UserError as error:
+            raise RowError(str(error)) from None
+
+    return check
+
+
 def tokenize_classification(
-    dataset: "Dataset", tokenizer: PreTrainedTokenizerBase, max_length: int | None = None
+    dataset: "Dataset",
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None = None,
+    num_labels: int | None = None,
 ) -> "Dataset":
     """Tokenize sentence pairs for a sequence classifier; the columns are the tokenizer's inputs and `labels`.
 
@@ -96,15 +154,35 @@ def tokenize_classification(
         dataset: Rows with sentence1, sentence2 ("" where there is none) and label.
         tokenizer: Its special tokens stand around and between the sentences.
         max_length: Longer inputs are cut; None takes the tokenizer's own limit.
+        num_labels: Classes, whose numbers a table may write 1.0; 1, or None, leaves labels as they are.
     """
 
     def encode(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        second = batch["sentence2"] if any(batch["sentence2"]) else None
-        encoded = tokenizer(batch["sentence1"], second, truncation=True, max_length=max_length)
-        return {**encoded, "labels": batch["label"]}
+        encoded = tokenizer(*_sentences(batch), truncation=True, max_length=max_length)
+        labels = batch["label"] if num_labels in (None, 1) else [int(label) for label in batch["label"]]
+        return {**encoded, "labels": labels}
 
     # One call for all rows: whether there is a second sentence must not differ from batch to batch.
     return dataset.map(encode, batched=True, batch_size=None, remove_columns=dataset.column_names)
+
+
+def _sentences(rows: Mapping[str, Any]) -> tuple[list[str], list[str] | None]:
+    """Return the first and the second sentences of rows; the second are None where no row has one."""
+    return list(rows["sentence1"]), list(rows["sentence2"]) if any(rows["sentence2"]) else None
+
+
+def count_classification(
+    where: str, dataset: "Dataset", tokenizer: PreTrainedTokenizerBase, max_length: int | None
+) -> tuple[str, list[str]]:
+    """Return a line and notes on how many of a classifier's rows are longer than `max_length`, as for texts."""
+    some = dataset.select(spaced(len(dataset), ROWS_COUNTED))
+    limit = tokenizer.model_max_length if max_length is None else max_length
+    lengths = [len(ids) for ids in tokenizer(*_sentences(some[:]), truncation=False, verbose=False).input_ids]  # pyright: ignore
+    cut = sum(length > limit for length in lengths)
+    of_all = "" if len(some) == len(dataset) else f" (evenly spaced, of {len(dataset):,})"
+    line = f"{where}{of_all}: {len(some):,} rows, {cut:,} cut"
+    note = f"{where}: training.max_length ({limit}) cuts {cut:,} of {len(some):,} rows; raise it, or shorten the rows"
+    return line, [note] if cut else []
 
 
 def view(input_ids: list[int], labels: list[int] | None, tokenizer: PreTrainedTokenizerBase) -> list[TokenView]:
@@ -119,6 +197,7 @@ def preview(
     tokenizer: PreTrainedTokenizerBase,
     num_samples: int = 3,
     training: Mapping[str, Any] | None = None,
+    validation: "Dataset | None" = None,
 ) -> Preview:
     """Tokenize the first rows of a dataset exactly as the trainer would (packing aside, which only glues them).
 
@@ -131,6 +210,7 @@ def preview(
         tokenizer: The model's tokenizer; given a padding token where it has none.
         num_samples: How many rows from the beginning.
         training: The run's training arguments; those of `PREPROCESSING` are heeded.
+        validation: The rows whose loss is reported, counted like the others.
 
     Raises:
         UserError: The tokenizer cannot take this kind of data, or no row keeps a supervised token.
@@ -138,14 +218,16 @@ def preview(
     options = {name: training[name] for name in PREPROCESSING if training and training.get(name) is not None}
     if training and "max_length" in training:
         options["max_length"] = training["max_length"]  # None means no limit, not the default
-    if "eos_token" in options:
-        tokenizer.eos_token = options["eos_token"]
     notes = prepare_tokenizer(tokenizer, kind, options.pop("pad_token", None))
+    notes += template_notes(dataset, tokenizer)
+    parts = [("data.train", dataset), *([("data.validation", validation)] if validation is not None else [])]
     head = dataset.select(range(min(num_samples, len(dataset))))
     if kind == "classification":
         encoded = tokenize_classification(head, tokenizer, options.get("max_length"))
         notes.append("The label is the target; no token is.")
-        return Preview([view(row["input_ids"], None, tokenizer) for row in encoded], list(encoded["labels"]), notes)  # pyright: ignore
+        counted = [count_classification(*part, tokenizer, options.get("max_length")) for part in parts]
+        samples = [view(row["input_ids"], None, tokenizer) for row in encoded]  # pyright: ignore
+        return Preview(samples, list(encoded["labels"]), *_joined(notes, counted))
     rows = _as_trained(head, tokenizer, options)
     if kind in ("prompt_completion", "text"):
         notes.append(
@@ -156,12 +238,41 @@ def preview(
     if len(rows) < len(head):
         num_dropped, limit = len(head) - len(rows), options.get("max_length", "default")
         notes.append(f"{num_dropped} of {len(head)} rows are dropped: max_length ({limit}) cuts off all supervision.")
-    if not rows:
+    if not len(rows):
         raise UserError("data: no supervised token is left in these rows; raise training.max_length")
-    return Preview([view(row["input_ids"], row["labels"], tokenizer) for row in rows], None, notes)
+    told = {"max_length": _default_length(), **(training or {})}
+    counted = [_count(*part, tokenizer, options, told) for part in parts]
+    samples = [view(row["input_ids"], row["labels"], tokenizer) for row in rows]  # pyright: ignore
+    return Preview(samples, None, *_joined(notes, counted))
 
 
-def _as_trained(head: "Dataset", tokenizer: PreTrainedTokenizerBase, options: dict[str, Any]) -> list[Any]:
+def _joined(notes: list[str], counted: list[tuple[str, list[str]]]) -> tuple[list[str], list[str]]:
+    """Return the notes with those of the counts, and the counts' lines."""
+    return [*notes, *(note for _, found in counted for note in found)], [line for line, _ in counted]
+
+
+def _count(
+    where: str,
+    dataset: "Dataset",
+    tokenizer: PreTrainedTokenizerBase,
+    options: dict[str, Any],
+    training: Mapping[str, Any],
+) -> tuple[str, list[str]]:
+    """Return a line of counts and what is to be said of them, for all rows or, of many, some evenly spaced ones."""
+    some = dataset.select(spaced(len(dataset), ROWS_COUNTED))
+    whole = _as_trained(some, tokenizer, {**options, "max_length": None})
+    counted = tally(whole, tokenizer, training)
+    of_all = "" if len(some) == len(dataset) else f" (evenly spaced, of {len(dataset):,})"
+    return f"{where}{of_all}: {counted.line()}", counted.notes(where, tokenizer, training)
+
+
+def _default_length() -> int | None:
+    from trl import SFTConfig
+
+    return SFTConfig.max_length
+
+
+def _as_trained(head: "Dataset", tokenizer: PreTrainedTokenizerBase, options: dict[str, Any]) -> "Dataset":
     import datasets
     from transformers import LlamaConfig, LlamaForCausalLM
     from trl import SFTConfig, SFTTrainer
@@ -186,4 +297,4 @@ def _as_trained(head: "Dataset", tokenizer: PreTrainedTokenizerBase, options: di
     finally:
         if not had_bars:
             datasets.enable_progress_bars()
-    return list(trainer.train_dataset)  # pyright: ignore[reportArgumentType]
+    return trainer.train_dataset  # pyright: ignore[reportReturnType]

@@ -77,7 +77,7 @@ def read_file(path: Path, split: str | None = None) -> NumberedRows:
         raise UserError(f"{path}: cannot be read ({error}); check that the file is whole") from error
 
 
-def _lines(path: Path, stream: IO[bytes]) -> Iterator[tuple[int, str]]:
+def _lines(path: Path, stream: IO[bytes] | gzip.GzipFile) -> Iterator[tuple[int, str]]:
     """Yield (number, line with its end). Only CR, LF and CRLF end a line: U+2028 and the like are text."""
     number = 0
     for chunk in stream:
@@ -162,7 +162,7 @@ def _json_lines(path: Path, lines: Iterable[tuple[int, str]]) -> NumberedRows:
         yield number, _object(row, where)
 
 
-def _json(path: Path, stream: IO[bytes], split: str | None) -> NumberedRows:
+def _json(path: Path, stream: IO[bytes] | gzip.GzipFile, split: str | None) -> NumberedRows:
     """Read a list of objects, an object that holds the list, or JSON lines, one or many, under this ending."""
     content = stream.read()
     text = _decode(path, content, None)
@@ -275,6 +275,7 @@ def _table(path: Path, kind: str, read: Callable[[], Any]) -> NumberedRows:
         if len(set(names)) < len(names):
             twice = next(name for name in names if names.count(name) > 1)
             raise UserError(f"{path}: the column {twice[:60]!r} is there twice; rename one")
+        table.validate(full=True)  # what is damaged inside would end the process
         rows = table.to_pylist()
     except pa.ArrowException as error:
         words = str(error).splitlines()[0][:200]

@@ -145,24 +145,15 @@ def _local_path(path: str) -> Path:
     """Return the path that a source's name would be here, there or not.
 
     Raises:
-        UserError: The name means no path and no dataset: remote storage, an unexpanded variable.
+        UserError: The name can be no path and no dataset.
     """
-    where, local = f"data source {path[:200]!r}", user_path(path, "data source")
+    local = user_path(path, "data source")
     try:
-        if local.exists():
-            return local
+        local.exists()
     except OSError as error:
-        raise UserError(f"{where}: cannot be looked at ({error.strerror}); check the path") from error
-    if scheme := re.match(r"([A-Za-z][A-Za-z0-9+.-]*):/", path):
         raise UserError(
-            f"{where}: {scheme[1]}: is not read from; download it and name the file or folder (a dataset of the hub is "
-            "named owner/name)"
-        )
-    if re.search(r"\$(\w|\{)", path):
-        raise UserError(
-            f"{where}: variables are not replaced in paths; write the path out (~/ is your home folder), or let the "
-            'shell replace it: --set "data.train=$HOME/rows.jsonl"'
-        )
+            f"data source {path[:200]!r}: cannot be looked at ({error.strerror}); check the path"
+        ) from error
     return local
 
 

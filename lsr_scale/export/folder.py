@@ -22,6 +22,7 @@ from lsr_scale.export.card import write_card
 from lsr_scale.export.source import AdapterSource, describe_file, open_adapter
 from lsr_scale.export.verify import EXACT, Agreement, Reference, base_section, questions_of
 from lsr_scale.model.names import elsewhere
+from lsr_scale.model.tokenizer import copy_tokenizer
 from lsr_scale.paths import user_path
 from lsr_scale.saved_adapter import check_own_base
 
@@ -107,12 +108,12 @@ def export(
         if kind == "adapter":
             lora.write_factors(folder, source, bits, lora.metadata_of(source, kind, bits=bits))
             facts |= {"bits": bits}
-            _copy_base(source, folder)
+            _copy_beside(source, folder)
         elif kind == "lora":
             kept, errors = lora.truncated({name: source.pair(name) for name in source.modules}, max_rank)
             lora.write_lora(folder, kept, source, DTYPES[dtype], lora.metadata_of(source, kind, dtype=dtype))
             facts |= {"dtype": dtype, **_ranks(kept, errors)}
-            _copy_base(source, folder)
+            _copy_beside(source, folder)
         elif kind == "merged":
             from lsr_scale.export.merged import write_merged
 
@@ -200,7 +201,7 @@ def merge(
         metadata = lora.metadata_of(sources[0], "merge", weights=list(weights))
         targets = {"target_modules": sorted(kept)}
         lora.write_lora(folder, kept, sources[0], DTYPES[dtype], metadata, targets)
-        _copy_base(sources[0], folder)
+        _copy_beside(sources[0], folder)
         facts = {"weights": list(weights), "dtype": dtype, **_ranks(kept, errors), **_sizes(folder, sources[0])}
         write_card(folder, sources[0], "lora", {"merged from": len(sources), **facts})
         record.write_json(folder / "export.json", {"kind": "merge", **facts})
@@ -264,7 +265,10 @@ def _sizes(folder: Path, source: AdapterSource) -> dict[str, Any]:
     }
 
 
-def _copy_base(source: AdapterSource, folder: Path) -> None:
+def _copy_beside(source: AdapterSource, folder: Path) -> None:
+    """Write what goes with factors in any format: what their base is, and the run's tokenizer."""
+    if source.tokenizer is not None:
+        copy_tokenizer(source.tokenizer, folder)
     if source.base is not None:
         (folder / "base.json").write_text(json.dumps(source.base, indent=1) + "\n", encoding="utf-8")
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from lsr_scale.errors import UserError
 from lsr_scale.export.pairs import Pairs, metadata_of
 from lsr_scale.export.source import AdapterSource
-from lsr_scale.model import load_config
+from lsr_scale.model import load_config, read_tokenizer
 from lsr_scale.packed_factors import in_range
 
 # Transformers' model types whose GGUF names and order of rows are known here
@@ -77,6 +77,8 @@ def write_gguf(
     writer.add_name(f"{source.method} adapter")
     for name, value in metadata_of(source, "gguf").items():
         writer.add_string(f"lsr_scale.{name}", value)
+    for name, (value, kind) in tokenizer_fields(source).items():
+        writer.add_key_value(name, value, kind)
     for module, (down, up) in pairs.items():
         if module in permuted:
             up = to_rotary_order(up, permuted[module])
@@ -88,6 +90,19 @@ def write_gguf(
     writer.write_tensors_to_file()
     writer.close()
     return {"bytes of the file": (folder / FILE).stat().st_size, "architecture": gguf.MODEL_ARCH_NAMES[architecture]}
+
+
+def tokenizer_fields(source: AdapterSource) -> dict[str, tuple[Any, gguf.GGUFValueType]]:
+    """Return what a run's tokenizer says of the end and of chats under GGUF's names; nothing where there is none."""
+    if source.tokenizer is None:
+        return {}
+    tokenizer: Any = read_tokenizer(source.tokenizer)
+    fields: dict[str, tuple[Any, gguf.GGUFValueType]] = {}
+    if tokenizer.eos_token_id is not None:
+        fields[gguf.Keys.Tokenizer.EOS_ID] = tokenizer.eos_token_id, gguf.GGUFValueType.UINT32
+    if isinstance(tokenizer.chat_template, str):
+        fields[gguf.Keys.Tokenizer.CHAT_TEMPLATE] = tokenizer.chat_template, gguf.GGUFValueType.STRING
+    return fields
 
 
 def read_back(file: Path, pairs: Pairs, section: dict[str, Any]) -> Pairs:

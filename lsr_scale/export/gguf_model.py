@@ -1,8 +1,8 @@
 """A full GGUF of the adapted model: merged weights, and all else out of a GGUF of the base.
 
-The vocabulary, the chat template and the architecture's numbers are copied from that GGUF as they stand (llama.cpp's
-own converter makes them for any model); tensors and their type are new, and keys `lsr_scale.*` say where they come
-from. Tensors are written one by one.
+The vocabulary and the architecture's numbers are copied from that GGUF as they stand (llama.cpp's own converter makes
+them for any model); the end token and the chat template are the run's; tensors and their type are new, and keys
+`lsr_scale.*` say where they come from. Tensors are written one by one.
 """
 
 from pathlib import Path
@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from lsr_scale.errors import UserError
-from lsr_scale.export.gguf_file import GGUF_TYPES, array_of, names_of, to_rotary_order
+from lsr_scale.export.gguf_file import GGUF_TYPES, array_of, names_of, to_rotary_order, tokenizer_fields
 from lsr_scale.export.merged import MergedWeights
 from lsr_scale.export.pairs import metadata_of
 from lsr_scale.export.source import AdapterSource
-from lsr_scale.model import embedded
+from lsr_scale.model import embedded, read_tokenizer
 
 FILE = "model.gguf"
 _FILE_TYPES = {
@@ -73,7 +73,9 @@ def write_merged_gguf(
     _check_same(where, ours, theirs)
 
     writer = gguf.GGUFWriter(folder / FILE, gguf.MODEL_ARCH_NAMES[architecture])
-    _copy_fields(reader, writer)
+    run_fields = tokenizer_fields(source)
+    _check_end_token(where, reader, run_fields, source)
+    _copy_fields(reader, writer, run_fields)
     writer.add_file_type(_FILE_TYPES[dtype])
     if dtype == "q8_0":
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
@@ -137,9 +139,27 @@ def _check_same(where: str, ours: dict[str, list[int]], theirs: dict[str, Any]) 
             )
 
 
-def _copy_fields(reader: gguf.GGUFReader, writer: gguf.GGUFWriter) -> None:
-    """Copy what a GGUF says of itself, less what the writer says, or what was said of the old tensors."""
-    replaced = (gguf.Keys.General.ARCHITECTURE, gguf.Keys.General.FILE_TYPE, gguf.Keys.General.QUANTIZATION_VERSION)
+def _check_end_token(where: str, reader: gguf.GGUFReader, fields: dict[str, Any], source: AdapterSource) -> None:
+    """Raise unless the run's end token has the same number in the GGUF's vocabulary."""
+    field = reader.get_field(gguf.Keys.Tokenizer.LIST)
+    if field is None or gguf.Keys.Tokenizer.EOS_ID not in fields or source.tokenizer is None:
+        return
+    number, _ = fields[gguf.Keys.Tokenizer.EOS_ID]
+    ours = read_tokenizer(source.tokenizer).convert_ids_to_tokens(number)
+    theirs = field.contents(number) if number < len(field.data) else "nothing"
+    if theirs != ours:
+        raise UserError(
+            f"--base-gguf {where}: token {number} is {theirs!r} there, but the run's end token {ours!r} has that "
+            "number; name a GGUF made of the base with the run's tokenizer"
+        )
+
+
+def _copy_fields(reader: gguf.GGUFReader, writer: gguf.GGUFWriter, run_fields: dict[str, Any]) -> None:
+    """Copy what a GGUF says of itself, less what the writer or the run says, or what was said of the old tensors."""
+    for name, (value, kind) in run_fields.items():
+        writer.add_key_value(name, value, kind)
+    general = gguf.Keys.General
+    replaced = {general.ARCHITECTURE, general.FILE_TYPE, general.QUANTIZATION_VERSION, *run_fields}
     for field in reader.fields.values():
         if field.name in replaced or field.name.startswith(("GGUF.", "split.", "quantize.")):
             continue

@@ -22,19 +22,12 @@ from transformers.pytorch_utils import Conv1D
 from lsr_scale.errors import UserError
 from lsr_scale.export.source import AdapterSource
 from lsr_scale.model import DTYPES, head_modules, load_config, quantization_config, resolve, skeleton
+from lsr_scale.model.tokenizer import copy_tokenizer, end_tokens, has_tokenizer, read_tokenizer, same_state
 from lsr_scale.packed_factors import in_range
 from lsr_scale.quantized import dequantize
+from lsr_scale.record import read_json
 
 SHARD_BYTES = 2**28
-_BESIDE = (
-    "generation_config.json",
-    "chat_template.jinja",
-    "merges.txt",
-    "vocab.json",
-    "vocab.txt",
-    "added_tokens.json",
-)
-_BESIDE_STARTS = ("tokenizer", "special_tokens")
 
 
 class MergedWeights:
@@ -139,14 +132,35 @@ def write_merged(
         again = quantization_config("nf4", True, weights.dtype, head_modules(weights.skeleton))
         assert again is not None
         written["quantization_config"] = again.to_dict()
+    if (weights.path / "generation_config.json").is_file():
+        shutil.copyfile(weights.path / "generation_config.json", folder / "generation_config.json")
+    _write_tokenizer(folder, weights.path, source.tokenizer, written)
     (folder / "config.json").write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    for file in weights.path.iterdir():
-        if file.is_file() and (file.name in _BESIDE or file.name.startswith(_BESIDE_STARTS)):
-            shutil.copyfile(file, folder / file.name)
     facts: dict[str, Any] = {"dtype": dtype, "files": len(writer.files), "bytes of tensors": writer.total}
     if errors:
         facts["relative error of quantizing again, median"] = float(f"{sorted(errors)[len(errors) // 2]:.3g}")
     return facts
+
+
+def _write_tokenizer(folder: Path, base: Path, saved: Path | None, config: dict[str, Any]) -> None:
+    """Write the run's tokenizer, and its end token into both configurations.
+
+    The base's own files are copied where they say the same: other programs know their format longest.
+    """
+    tokenizer: Any = read_tokenizer(saved) if saved is not None else None
+    if saved is None or (has_tokenizer(base) and same_state(tokenizer, read_tokenizer(base))):
+        copy_tokenizer(base, folder)
+    else:
+        copy_tokenizer(saved, folder)
+    if tokenizer is None or tokenizer.eos_token_id is None:
+        return
+    file = folder / "generation_config.json"
+    generation = read_json(file, "model's generation settings") if file.is_file() else {}
+    theirs = generation.get("eos_token_id", config.get("eos_token_id"))
+    if tokenizer.eos_token_id not in (theirs if isinstance(theirs, list) else [theirs]):
+        generation["eos_token_id"] = end_tokens(tokenizer, theirs)
+        file.write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
+        config["eos_token_id"] = tokenizer.eos_token_id
 
 
 def _merged(weight: Tensor, module: str, source: AdapterSource, quantized: "_Quantized") -> Tensor:

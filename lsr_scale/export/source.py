@@ -15,6 +15,7 @@ from lsr_scale.adapters import METHODS, AdapterConfig
 from lsr_scale.adapters.base import Params
 from lsr_scale.config import RunConfig, load_run
 from lsr_scale.errors import UserError
+from lsr_scale.model.tokenizer import has_tokenizer
 from lsr_scale.paths import user_path
 from lsr_scale.record import read_json
 from lsr_scale.run_folder import RunFolder
@@ -37,6 +38,7 @@ class AdapterSource:
     base: dict[str, Any] | None
     run: RunConfig | None = None
     results: dict[str, Any] | None = None
+    tokenizer: Path | None = None  # where the run's lies
 
     @property
     def method(self) -> str:
@@ -117,7 +119,9 @@ def open_adapter(path: str | Path) -> AdapterSource:
     config = read_config(folder)
     _check_exportable(folder, config)
     modules, extra = _sort(folder, config, read_weights(folder))
-    source = AdapterSource(folder, config, modules, extra, read_base(folder), run, results)
+    places = (RunFolder(folder.parent).tokenizer, folder) if run else (folder,)
+    tokenizer = next((place for place in places if has_tokenizer(place)), None)
+    source = AdapterSource(folder, config, modules, extra, read_base(folder), run, results, tokenizer)
     for module in modules:
         _check_module(source, module)
     return source

@@ -19,7 +19,7 @@ from lsr_scale.adapters import TASK_TYPES
 from lsr_scale.data.tasks import Example
 from lsr_scale.errors import UserError
 from lsr_scale.export.source import WRAPPER, AdapterSource
-from lsr_scale.model import load_base, load_config, load_tokenizer
+from lsr_scale.model import load_base, load_config, load_tokenizer, read_tokenizer
 from lsr_scale.scoring import score
 from lsr_scale.scoring.accuracy import TaskScore, mcnemar
 
@@ -105,7 +105,10 @@ class Reference:
         self.model: Any = in_float32(load_base(**self.section))
         self.tokenizer: Any = None
         with contextlib.suppress(UserError):  # random token ids do as well
-            self.tokenizer = load_tokenizer(self.section["name"], revision=self.section["revision"])
+            if source.tokenizer is not None:
+                self.tokenizer = read_tokenizer(source.tokenizer)
+            else:
+                self.tokenizer = load_tokenizer(self.section["name"], revision=self.section["revision"])
         self.prompts = self._prompts()
         self.without = self.logits(self.model)
         untouched = checksums(self.model)

@@ -16,7 +16,7 @@ from lsr_scale.model.base import (
 from lsr_scale.model.identity import base_description, check_base
 from lsr_scale.model.inject import head_modules, inject
 from lsr_scale.model.names import resolve
-from lsr_scale.model.tokenizer import load_tokenizer
+from lsr_scale.model.tokenizer import load_tokenizer, read_tokenizer, save_tokenizer, tokenizer_of
 
 __all__ = [
     "DTYPES",
@@ -34,6 +34,9 @@ __all__ = [
     "local_device",
     "model_class",
     "quantization_config",
+    "read_tokenizer",
     "resolve",
+    "save_tokenizer",
     "skeleton",
+    "tokenizer_of",
 ]

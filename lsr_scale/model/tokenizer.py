@@ -1,15 +1,22 @@
-"""The tokenizer of a model, with a padding token fit for training and, if wanted, another chat template."""
+"""The tokenizer of a run: its end token, padding and chat template, the same in training, generation and every export.
 
+It is made from the base's once, when a run begins, and lies in the run folder from then on.
+"""
+
+import copy
+import json
 import logging
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from lsr_scale.errors import UserError
+from lsr_scale.errors import UserError, did_you_mean
 from lsr_scale.model.base import load_config
 from lsr_scale.model.names import NAME_FORMS, explained, resolve
-from lsr_scale.paths import user_path
+from lsr_scale.paths import is_odd, user_path
 
 logger = logging.getLogger(__name__)
 
@@ -18,10 +25,194 @@ PAD_CANDIDATES = (
     *("<|finetune_right_pad_id|>", "<|finetune_right_pad|>", "<pad>", "[PAD]", "<|pad|>", "<|PAD_TOKEN|>"),
     *("<unk>", "<|endoftext|>", "[control_8]", "<|reserved_special_token_0|>", "<|vision_pad|>"),
 )
+# what `save_pretrained` of tokenizers of all kinds writes
+_FILES = (
+    *("added_tokens.json", "chat_template.jinja", "merges.txt", "vocab.json", "vocab.txt"),
+    *("spm.model", "spiece.model"),
+)
+_FILES_START = ("sentencepiece", "special_tokens", "tokenizer")
+
+
+def tokenizer_of(
+    run: Any, saved: Path | None = None, say: Callable[[str], None] = logger.warning
+) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a run.
+
+    Args:
+        run: The run (`RunConfig`).
+        saved: Where the run's tokenizer was saved, if it was: a run that began keeps the one that it began with,
+            whatever becomes of the base's files and of the chat template's. None makes it anew.
+        say: Told what a user should know of it.
+
+    Raises:
+        UserError: as `load_tokenizer` does.
+    """
+    if saved is not None and has_tokenizer(saved):
+        return read_tokenizer(saved)
+    tokenizer = load_tokenizer(
+        run.model.name,
+        revision=run.model.revision,
+        chat_template=run.model.chat_template,
+        eos_token=run.training.get("eos_token"),
+    )
+    return without_appended(tokenizer, say) if run.model.task == "causal_lm" else tokenizer
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Tell whether a tokenizer was saved in a folder."""
+    return (folder / "tokenizer_config.json").is_file()
+
+
+def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Return a tokenizer as it was saved.
+
+    Raises:
+        UserError: if there is none that can be read.
+    """
+    return _read(str(folder), None, str(folder))
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Save a tokenizer into a folder of its own, which appears whole or not at all; what is there stays."""
+    if has_tokenizer(folder):
+        return
+    aside = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(aside, ignore_errors=True)
+    tokenizer.save_pretrained(aside)
+    aside.rename(folder)
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy a saved tokenizer's files into a folder that holds other files too."""
+    for file in source.iterdir():
+        if file.is_file() and is_tokenizer_file(file.name):
+            shutil.copyfile(file, target / file.name)
+
+
+def is_tokenizer_file(name: str) -> bool:
+    """Tell whether a file of this name in a model's or an adapter's folder is part of the tokenizer."""
+    return name in _FILES or name.startswith(_FILES_START)
+
+
+def same_state(one: Any, other: Any) -> bool:
+    """Tell whether two tokenizers of one vocabulary have the same special tokens, chat template and additions."""
+    names = ("bos_token", "eos_token", "pad_token", "chat_template")
+    return [getattr(one, name) for name in names] == [getattr(other, name) for name in names] and (
+        appended_ids(one) == appended_ids(other)
+    )
+
+
+def end_tokens(tokenizer: Any, others: int | list[int] | None) -> list[int]:
+    """Return the ids at which generation stops: the tokenizer's end token, and those that the model stops at anyway."""
+    listed = [others] if isinstance(others, int) else list(others or ())
+    return list(dict.fromkeys([tokenizer.eos_token_id, *listed] if tokenizer.eos_token_id is not None else listed))
+
+
+def render_chat(tokenizer: Any, messages: list[dict[str, Any]], **options: Any) -> str:
+    """Return a conversation as the chat template writes it.
+
+    Raises:
+        UserError: if the template fails, by its own will (raise_exception) or not.
+    """
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    except Exception as error:  # a template is a program: whatever its names and filters meet
+        raise UserError(
+            f"the chat template fails on this conversation ({str(error)[:200] or type(error).__name__}); write it as "
+            "the template wants it, or set model.chat_template to another Jinja file"
+        ) from error
+
+
+def undefined_names(tokenizer: Any, messages: list[dict[str, Any]]) -> list[str]:
+    """Return what a chat template prints though nothing defines it, so that nothing stands there: a misspelt name.
+
+    Special tokens that a tokenizer lacks are left out: templates are written for several.
+    """
+    import jinja2
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    found: list[str] = []
+
+    class Noted(jinja2.Undefined):
+        def __str__(self) -> str:
+            found.append(str(self._undefined_name))
+            return ""
+
+    environment: Any = _compile_jinja_template(tokenizer.get_chat_template(None)).environment
+    environment.undefined, usual = Noted, environment.undefined
+    try:
+        render_chat(tokenizer, messages, add_generation_prompt=True)
+    finally:
+        environment.undefined = usual
+    return [name for name in dict.fromkeys(found) if not name.endswith("_token")]
+
+
+def appended_ids(tokenizer: Any) -> list[int]:
+    """Return the token ids that a tokenizer puts behind every text by itself: none, for most."""
+    bare = tokenizer.encode("a", add_special_tokens=False)
+    whole = tokenizer.encode("a")
+    start = next((i for i in range(len(whole)) if bare and whole[i : i + len(bare)] == bare), len(whole))
+    return whole[start + len(bare) :]
+
+
+def without_appended(tokenizer: Any, say: Callable[[str], None] = logger.warning) -> Any:
+    """Return a tokenizer that puts nothing behind a text, as a language model's has to be.
+
+    With its end token behind every prompt nothing could be continued or scored, and training, which adds one end token
+    itself, would see two.
+    """
+    appended = appended_ids(tokenizer)
+    if not appended:
+        return tokenizer
+    tokenizer = copy.deepcopy(tokenizer)
+    if getattr(tokenizer, "add_eos_token", False):
+        tokenizer.add_eos_token = False
+    if appended_ids(tokenizer):
+        _cut_template(tokenizer, len(appended))
+    words = tokenizer.convert_ids_to_tokens(appended)
+    if appended_ids(tokenizer):
+        raise UserError(
+            f"model.name {tokenizer.name_or_path!r}: its tokenizer puts {words} behind every text, so nothing could be "
+            "continued or scored; set add_eos_token to false in the tokenizer_config.json of a local copy"
+        )
+    say(
+        f"the tokenizer puts {' '.join(words)} behind every text by itself; this run leaves that away: training adds "
+        "one end token, scoring and generation none"
+    )
+    return tokenizer
+
+
+def _cut_template(tokenizer: Any, num: int) -> None:
+    """Have a fast tokenizer's post-processor add no special tokens behind a text; those before it stay."""
+    from tokenizers import Tokenizer
+
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return
+    content = json.loads(backend.to_str())
+    steps = [content["post_processor"]] if content["post_processor"] else []
+    steps = [inner for step in steps for inner in step.get("processors", [step])]
+    for step in steps:
+        if step["type"] == "TemplateProcessing":
+            for form in ("single", "pair"):
+                while step[form] and "SpecialToken" in step[form][-1]:
+                    step[form].pop()
+    if len(steps) == 1 and steps[0]["type"] in ("BertProcessing", "RobertaProcessing"):
+        word, number = steps[0]["cls"]
+        special = {"id": word, "ids": [number], "tokens": [word]}
+        one, two = ({"Sequence": {"id": part, "type_id": 0}} for part in "AB")
+        first = {"SpecialToken": {"id": word, "type_id": 0}}
+        template = {"type": "TemplateProcessing", "single": [first, one], "pair": [first, one, two]}
+        content["post_processor"] = template | {"special_tokens": {word: special}}
+    backend.post_processor = Tokenizer.from_str(json.dumps(content)).post_processor
 
 
 def load_tokenizer(
-    name: str, *, revision: str | None = None, chat_template: str | Path | None = None
+    name: str,
+    *,
+    revision: str | None = None,
+    chat_template: str | Path | None = None,
+    eos_token: str | None = None,
 ) -> PreTrainedTokenizerBase:
     """Return the tokenizer of a model.
 
@@ -33,16 +224,31 @@ def load_tokenizer(
         name: Hub name, local folder, or `builtin:` name.
         revision: Commit, branch or tag on the hub.
         chat_template: A file with a Jinja chat template in place of the tokenizer's own.
+        eos_token: The end token in place of the tokenizer's own (`training.eos_token`).
 
     Raises:
-        UserError: if there is no tokenizer, no token to pad with, or no such template file.
+        UserError: if there is no tokenizer, no token to pad with, no such end token, or no such template file.
     """
     path = resolve(name)
     if (Path(path) / "config.json").is_file():
         load_config(name, revision)  # which Transformers asks for the kind of tokenizer: its faults are told as its own
+    tokenizer: Any = _read(path, revision, name)
+    if eos_token is not None:
+        vocabulary = tokenizer.get_vocab()
+        if eos_token not in vocabulary:
+            near = did_you_mean(eos_token, tokenizer.all_special_tokens)
+            raise UserError(f"training.eos_token: {eos_token!r} is no token of {name}; {near}")
+        tokenizer.eos_token = eos_token
+    _set_pad_token(tokenizer, name)
+    if chat_template is not None:
+        tokenizer.chat_template = _read_template(user_path(chat_template, "model.chat_template"))
+    return tokenizer
+
+
+def _read(path: str, revision: str | None, name: str) -> PreTrainedTokenizerBase:
     with explained(name, revision):
         try:
-            tokenizer: Any = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
+            return AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
         except (OSError, ImportError, UserError):
             raise
         except Exception as error:  # tokenizers raises plain ones for a file that it cannot read
@@ -55,10 +261,6 @@ def load_tokenizer(
             raise UserError(
                 f"model.name {name!r}: its tokenizer cannot be read ({str(error)[:300]}); expected {NAME_FORMS}"
             ) from error
-    _set_pad_token(tokenizer, name)
-    if chat_template is not None:
-        tokenizer.chat_template = _read_template(user_path(chat_template, "model.chat_template"))
-    return tokenizer
 
 
 def _set_pad_token(tokenizer: Any, name: str) -> None:
@@ -73,7 +275,7 @@ def _set_pad_token(tokenizer: Any, name: str) -> None:
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"model.name {name!r}: its tokenizer has neither a padding nor an end token to pad with; set pad_token in "
-            "the tokenizer_config.json of a local copy"
+            "the tokenizer_config.json of a local copy, or training.eos_token to one of its tokens"
         )
     tokenizer.pad_token = tokenizer.eos_token
     logger.warning(
@@ -88,13 +290,15 @@ def _read_template(file: Path) -> str:
     import jinja2
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
+    if is_odd(file):
+        raise UserError(f"model.chat_template {str(file)!r}: a pipe or a device; give a Jinja file")
     try:
         template = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"model.chat_template {str(file)!r}: cannot be read ({error}); give a Jinja file") from error
     try:
         _compile_jinja_template(template)
-    except jinja2.TemplateError as error:
+    except (jinja2.TemplateError, RecursionError) as error:
         line = f", line {error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
         raise UserError(f"model.chat_template {str(file)!r}{line}: not a valid Jinja template ({error})") from error
     return template

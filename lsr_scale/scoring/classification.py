@@ -5,24 +5,12 @@ output, a regression: Pearson's and Spearman's correlation. Accuracy alone would
 CoLA); a constant answer has a correlation of 0.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from lsr_scale.errors import UserError
-
-
-def check_labels(labels: Iterable[int | float], num_labels: int | None, where: str) -> None:
-    """Raise for a label that the classifier has no output for, which would end in an index error or a dead GPU."""
-    if num_labels == 1:
-        return
-    for index, label in enumerate(labels):
-        if isinstance(label, float) or not 0 <= label < (num_labels or 0):
-            raise UserError(
-                f"{where}: row {index + 1} has the label {label}, but model.num_labels is {num_labels}: labels go "
-                f"from 0 to {(num_labels or 0) - 1}; set num_labels, or 1 for scores (regression)"
-            )
 
 
 def measure_prediction(prediction: Any) -> dict[str, float]:

@@ -18,6 +18,7 @@ from lsr_scale import distributed
 from lsr_scale.data.fits import refuse_ids
 from lsr_scale.data.tasks import Example, scored_pair
 from lsr_scale.errors import UserError
+from lsr_scale.model.tokenizer import appended_ids
 from lsr_scale.scoring.accuracy import Prediction, TaskScore
 
 
@@ -27,16 +28,20 @@ def encode_pairs(
     """Encode (context, continuation) texts to token ids, as lm-eval does for causal models.
 
     The whole text is encoded and cut behind as many tokens as the context has alone, with the special tokens that the
-    tokenizer adds by itself (LLaMA's and Mistral's add one at the beginning, SmolLM2's does not). An empty context
-    becomes the beginning-of-sequence token, or the end-of-sequence token where there is none.
+    tokenizer puts in front by itself (LLaMA's and Mistral's put one, SmolLM2's does not); what it puts behind is left
+    away, or nothing else would be scored. An empty context becomes the beginning-of-sequence token, or the
+    end-of-sequence token where there is none.
     """
     prefix_id: Any = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     if prefix_id is None:
-        raise UserError("scoring: the tokenizer has neither a beginning- nor an end-of-sequence token; set one")
-    prefix = str(tokenizer.decode([prefix_id]))
+        raise UserError(
+            "scoring: the tokenizer has neither a beginning- nor an end-of-sequence token; set training.eos_token to "
+            "one of its tokens"
+        )
+    prefix, num_appended = str(tokenizer.decode([prefix_id])), len(appended_ids(tokenizer))
 
     def encode(texts: list[str]) -> list[list[int]]:
-        ids: list[list[int]] = tokenizer(texts).input_ids
+        ids: list[list[int]] = [found[: len(found) - num_appended] for found in tokenizer(texts).input_ids]
         for index, text in enumerate(texts):
             if text.startswith(prefix):  # a text that spells out the special token gets no second one
                 ids[index] = tokenizer.encode(text, add_special_tokens=False)

@@ -28,13 +28,21 @@ from lsr_scale.config.training import checkpoints_layers, training_arguments_cla
 from lsr_scale.data.fits import check_fits
 from lsr_scale.data.formats import Kind, build_dataset, load_source
 from lsr_scale.data.kept import kept
-from lsr_scale.data.preview import prepare_tokenizer, tokenize_classification
+from lsr_scale.data.preview import (
+    count_classification,
+    prepare_tokenizer,
+    row_check,
+    template_notes,
+    tokenize_classification,
+)
+from lsr_scale.data.tally import TalliesRows, Tally
 from lsr_scale.errors import UserError, did_you_mean
 from lsr_scale.fused import FuseReport, fuse
 from lsr_scale.fused.step_graph import StepGraphs, why_not_graphs
-from lsr_scale.model import base_description, base_of, inject, load_config, load_tokenizer, skeleton
+from lsr_scale.model import base_description, base_of, inject, load_config, read_tokenizer, skeleton, tokenizer_of
 from lsr_scale.model.held import left_out
 from lsr_scale.model.sharded import Sharding, is_sharded
+from lsr_scale.model.tokenizer import has_tokenizer, same_state
 from lsr_scale.run_folder import RunFolder
 from lsr_scale.scoring import classification
 from lsr_scale.training.engine_steps import EngineSteps
@@ -48,7 +56,7 @@ from lsr_scale.training.settings import named
 
 @dataclass(frozen=True)
 class RunData:
-    """The rows of a run, their kind (`KIND_MEANING`), and where they came from.
+    """The rows of a run, their kind (`KIND_MEANING`), where they came from, and the tokenizer that takes them.
 
     `sources` holds a list a part ("train", "validation"), of a `Provenance` as a dictionary a source.
     """
@@ -57,27 +65,35 @@ class RunData:
     validation: Dataset | None
     kind: Kind
     sources: dict[str, list[dict[str, Any]]]
+    tokenizer: Any
 
 
-def read_data(run: RunConfig) -> RunData:
-    """Return a run's rows.
+def read_data(
+    run: RunConfig, checkpoint: Path | None = None, say: Callable[[str], None] = lambda text: None
+) -> RunData:
+    """Return a run's rows and tokenizer.
+
+    Args:
+        run: The run.
+        checkpoint: What the run goes on from, whose tokenizer it keeps.
+        say: Told, in a line each, what a user should know of the tokenizer.
 
     Raises:
-        UserError: for a source that cannot be read, rows that do not fit the run's task, or validation rows of another
-            kind than those for training.
+        UserError: for a source that cannot be read, rows that do not fit the run's task, its chat template or its
+            number of labels, or validation rows of another kind than those for training.
     """
     parts = {"train": run.data.train, "validation": run.data.validation or []}
     read = {part: [load_source(source, part) for source in sources] for part, sources in parts.items()}
-    train, kind = build_dataset(parts["train"], "train", model_task=run.model.task, loaded=read["train"])
+    tokenizer = _tokenizer(run, checkpoint, lambda text: say(f"note: {text}"))
+    options: dict[str, Any] = {"model_task": run.model.task, "check": row_check(tokenizer, run.model.num_labels)}
+    train, kind = build_dataset(parts["train"], "train", loaded=read["train"], **options)
     validation = None
     if read["validation"]:
-        validation, other = build_dataset(
-            parts["validation"], "validation", model_task=run.model.task, loaded=read["validation"]
-        )
+        validation, other = build_dataset(parts["validation"], "validation", loaded=read["validation"], **options)
         if other != kind:
             raise UserError(f"data.validation: is {other}, but data.train is {kind}; give rows of one kind")
     sources = {part: [rows.provenance.to_dict() for rows in found] for part, found in read.items()}
-    return RunData(train, validation, kind, sources)
+    return RunData(train, validation, kind, sources, tokenizer)
 
 
 def build_trainer(
@@ -101,10 +117,10 @@ def build_trainer(
     """
     _check_optimizer(run)
     arguments = _arguments(run, folder)
-    tokenizer = load_tokenizer(run.model.name, revision=run.model.revision, chat_template=run.model.chat_template)
-    data = data or read_data(run)
-    for note in prepare_tokenizer(tokenizer, data.kind):
-        say(note)
+    data = data or read_data(run, say=say)
+    tokenizer = data.tokenizer
+    for note in (*prepare_tokenizer(tokenizer, data.kind), *template_notes(data.train, tokenizer)):
+        say(f"note: {note}")
     check_run_fits(run, {"train": data.train, "validation": data.validation}, data.kind, tokenizer)
     start = _start_of(run)
     if uses_deepspeed(run) and (unused := config.without_effect(run.deepspeed.config or {})):
@@ -139,11 +155,25 @@ def build_trainer(
         raise UserError(
             f"data.train: training.max_length ({limit}) cuts off everything to be learned in all rows; raise it"
         )
+    if trainer.eval_dataset is not None and not len(trainer.eval_dataset):  # pyright: ignore[reportArgumentType]
+        raise UserError(
+            f"data.validation: training.max_length ({limit}) cuts off everything to be learned in all rows; raise it"
+        )
     if (lost := len(data.train) - num_left) > 0 and not run.training.get("packing"):
         say(
             f"note: {lost:,} of {lost + num_left:,} training rows are left out: training.max_length ({limit}) cuts off "
             "all that is to be learned of them; raise it"
         )
+    for split, where, rows in (("train", "data.train", data.train), ("eval", "data.validation", data.validation)):
+        if rows is None:
+            continue
+        if run.model.task == "seq_cls":
+            _, notes = count_classification(where, rows, tokenizer, limit)
+        else:  # there are none where dataset_kwargs skips TRL's preparation
+            count = getattr(trainer, "tallies", {}).get(split, Tally())
+            notes = count.notes(where, tokenizer, run.training)
+        for note in notes:
+            say(f"note: {note}")
     stated, (longest, _) = getattr(base.config.get_text_config(), "max_position_embeddings", 0), row_lengths(trainer)
     if stated and longest is not None and longest > stated and not run.training.get("packing"):
         say(
@@ -180,6 +210,24 @@ def check_run_fits(run: RunConfig, datasets: Mapping[str, Dataset | None], kind:
     empty = partial(skeleton, model_config, section.task, section.num_labels)
     given = {name: dataset for name, dataset in datasets.items() if dataset is not None}
     check_fits(given, kind, tokenizer, model_config, run.training, empty)
+
+
+def _tokenizer(run: RunConfig, checkpoint: Path | None, note: Callable[[str], None]) -> Any:
+    """Return a run's tokenizer: where it goes on, the one that it began with."""
+    home = None if checkpoint is None else RunFolder(checkpoint.resolve().parent).tokenizer
+    if home is None or not has_tokenizer(home):
+        return tokenizer_of(run, say=note)
+    saved = read_tokenizer(home)
+    try:
+        differs = not same_state(tokenizer_of(run, say=lambda text: None), saved)
+    except UserError:
+        differs = True
+    if differs:
+        note(
+            "the end token, padding or chat template are no longer those that the run began with, or cannot be read; "
+            f"it goes on with those in {home}"
+        )
+    return saved
 
 
 def _arguments(run: RunConfig, folder: RunFolder) -> Any:
@@ -336,7 +384,7 @@ def _sft_trainer(common: dict[str, Any]) -> Trainer:
             "pip install 'trl>=1.16,<1.17'"
         )
 
-    class OurSFTTrainer(Resumable, LossCheck, EngineSteps, GraphSteps, HeadLoss, SFTTrainer):
+    class OurSFTTrainer(TalliesRows, Resumable, LossCheck, EngineSteps, GraphSteps, HeadLoss, SFTTrainer):
         pass
 
     return OurSFTTrainer(**common)
@@ -355,10 +403,8 @@ class OurTrainer(Resumable, LossCheck, EngineSteps, Trainer):
 def _classifier_trainer(run: RunConfig, common: dict[str, Any]) -> Trainer:
     for split in ("train_dataset", "eval_dataset"):
         if common[split] is not None:
-            name = "validation" if split == "eval_dataset" else "train"
-            classification.check_labels(common[split]["label"], run.model.num_labels, f"data.{name}")
             common[split] = tokenize_classification(
-                common[split], common["processing_class"], run.training["max_length"]
+                common[split], common["processing_class"], run.training["max_length"], run.model.num_labels
             )
     return OurTrainer(**common, compute_metrics=classification.measure_prediction)
 

@@ -309,6 +309,7 @@ def _quiet_libraries(debug: bool) -> None:
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
+    warnings.filterwarnings("ignore", message="Glyph .* missing from")  # a letter of a title that a picture cannot show
     for name in ("deepspeed", "torch.distributed", "trl", "peft", "accelerate", "torchao"):
         logging.getLogger(name).setLevel(logging.ERROR)
     # this one sets its level when it is imported, so a filter; it warns that there is no GPU, and the like

@@ -25,7 +25,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from lsr_scale import distributed
 from lsr_scale.adapters.base import AdapterLinear
-from lsr_scale.progress import numbers_of, read_metrics, save_figure
+from lsr_scale.progress import numbers_of, picture_text, read_metrics, save_figure
 
 logger = logging.getLogger(__name__)
 
@@ -243,7 +243,7 @@ def draw_conditions(metrics: Path, picture: Path, title: str) -> bool:
             points = [(row["step"], row[key]) for row in rows if numbers_of([row], key)]
             if points:
                 axes.plot(*zip(*points, strict=True), style, color=color, label=f"{name}, {kind} over the modules")
-    axes.set(xlabel="step", ylabel="condition number gamma", title=title)
+    axes.set(xlabel="step", ylabel="condition number gamma", title=picture_text(title))
     axes.set_yscale("log")
     low, high = axes.get_ylim()
     axes.set_ylim(min(low, 0.5), max(high, 2.0))  # or 2 % would look like a cliff

@@ -16,7 +16,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from lsr_scale import record
 from lsr_scale.config.training import EVALUATED
-from lsr_scale.errors import UserError, printable
+from lsr_scale.errors import UserError, printable, shortened
 from lsr_scale.screen import terminal_width
 
 
@@ -271,12 +271,17 @@ def draw_losses(metrics: Path, picture: Path, title: str) -> None:
             axes.plot(steps, means, color=color, label=f"{label}, mean of {width}")
     axes.set_xlabel("step")
     axes.set_ylabel("loss, nats per token")
-    axes.set_title(title)
+    axes.set_title(picture_text(title))
     axes.grid(alpha=0.3)
     if axes.lines:
         axes.legend()
     figure.tight_layout()
     save_figure(figure, picture)
+
+
+def picture_text(text: str) -> str:
+    """Return text for a picture as it stands: pyplot would read formulas between dollars."""
+    return shortened(printable(text), 100).replace("$", r"\$")
 
 
 def save_figure(figure: Any, picture: Path) -> None:

@@ -126,6 +126,15 @@ def test_absurd_numbers_are_refused_before_anything_is_made_of_them(override, ex
     assert expected in problem(MINIMAL, override)
 
 
+def test_arguments_of_an_optimizer_that_takes_none_are_refused():
+    expected = "training.optim_args: has no effect with training.optim: adamw_torch_fused"
+    assert expected in problem(MINIMAL, "training.optim_args='a=b'")
+    assert (
+        load(MINIMAL, "training.optim_args='momentum=0.9'", "training.optim=sgd").training["optim_args"]
+        == "momentum=0.9"
+    )
+
+
 # Wrong types and values
 
 

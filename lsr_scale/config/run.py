@@ -225,6 +225,10 @@ class RunConfig(Section):
         return self
 
 
+# optimizers for which transformers passes over optim_args
+_WITHOUT_ARGUMENTS = ("adamw_torch", "adamw_torch_fused", "adamw_apex_fused", "adafactor")
+
+
 def _conflicts(run: RunConfig) -> Iterable[Problem]:
     """Yield what is right by itself and wrong together."""
     model, training = run.model, run.training
@@ -275,6 +279,12 @@ def _conflicts(run: RunConfig) -> Iterable[Problem]:
         if metric.removeprefix("eval_") not in measured:
             names = [f"eval_{name}" for name in measured]
             yield Problem(("training", "metric_for_best_model"), f"{metric!r}: {did_you_mean(metric, names)}")
+    if training.get("optim_args") and training["optim"] in _WITHOUT_ARGUMENTS:
+        yield Problem(
+            ("training", "optim_args"),
+            f"has no effect with training.optim: {training['optim']}, which takes learning_rate, weight_decay and "
+            "adam_* alone; leave it out",
+        )
     for name, ours in OF_TRAINING.items():
         value = (run.deepspeed.config or {}).get(name, "auto")
         if value not in ("auto", training[ours]):

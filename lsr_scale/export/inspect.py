@@ -22,7 +22,7 @@ from torch import Tensor
 from lsr_scale import record
 from lsr_scale.errors import UserError
 from lsr_scale.export.source import AdapterSource, describe_file, open_adapter
-from lsr_scale.progress import save_figure
+from lsr_scale.progress import picture_text, save_figure
 
 # of an update without a pair, whose singular values take a dense SVD
 MAX_DENSE_ELEMENTS = 2**21
@@ -255,7 +255,7 @@ def draw(report: dict[str, Any], picture: Path) -> None:
         if not axes.lines:
             axes.text(0.5, 0.5, "no update to draw", ha="center", transform=axes.transAxes)
     base = f" of {report['base']}" if report["base"] else ""
-    figure.suptitle(f"{report['method']} adapter{base}: {report['parameters']:,} parameters")
+    figure.suptitle(picture_text(f"{report['method']} adapter{base}: {report['parameters']:,} parameters"))
     figure.tight_layout(rect=(0, 0.04, 1, 1))
     if norms.lines:
         figure.legend(*norms.get_legend_handles_labels(), loc="lower center", ncols=min(8, len(norms.lines)))

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import datasets
 from chaos import PLANTED, Case, Shape
 from tiny_runs import do, labelled, save_classifier, save_llama, tiny_run, write_rows
 
@@ -81,6 +82,7 @@ def _template() -> Path:
     folder = Path(tempfile.mkdtemp(prefix="chaos-template"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     cli._quiet_libraries(debug=False)
+    datasets.disable_progress_bars()  # a command says so in a variable, before it imports them
     with contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()):
         save_llama(Path("model"), chat=True)
         save_classifier(Path("encoder"), "bert")

@@ -70,7 +70,7 @@ def data_tables(place: Path, chance: random.Random) -> Case:
     text, says = pick(
         chance, (header + "a,b\nc,d,e\n", "3"), (header + "a,b\nc\n", "3"), (header + 'a,b\n"c,d\n', ""),
         ("prompt,prompt\na,b\n", ""),
-        ("prompt,completion,completion\na,b,c\n", ""), (header, ""), ("\n\n", ""), ("prompt;completion\na;b\n", ""),
+        ("prompt,completion,completion\na,b,c\n", ""), (header, ""), ("\n\n", ""), 
         (",\na,b\n", ""),
         (header + "a,b\n\0,\0\n", ""), ("x" * 200_000, ""), (header + 'a,"b"c"\n', ""), ("a,b\n1,2\n", ""),
         (header + "a,b,\n", "2"),
@@ -185,7 +185,6 @@ def data_labels(place: Path, chance: random.Random) -> Case:
         None,
         [1],
         {},
-        True,
         1e300,
         10**400,
         -0.5,

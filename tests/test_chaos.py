@@ -3,18 +3,14 @@
 import chaos
 import pytest
 
-# areas whose faults are being mended, and of them those whose cases take long until then
-UNMENDED = (
-    *("yaml", "set", "numbers", "options", "environment", "data", "model", "adapter", "train", "resume", "run"),
-    *("export", "bank"),
-)
-ENDLESS = ("yaml.laughs", "model.layers", "model.settings", "data.kinds", "yaml.kinds", "model.files", "adapter.files")
+# shapes of which cases still break the promise
+UNMENDED = ("data.templates", "data.labels", "model.weights")
 
 
 @pytest.mark.parametrize("name", chaos.names(300))
 def test_a_hostile_input_is_answered_or_refused_in_words_and_nothing_is_lost(name, request):
     if name.startswith(UNMENDED):
-        request.applymarker(pytest.mark.xfail(strict=False, run=not name.startswith(ENDLESS)))
+        request.applymarker(pytest.mark.xfail(strict=False))
     outcome = chaos.run_case(name)
     assert outcome.is_good, f"{outcome.kind}: {outcome.what}\n{' '.join(outcome.words)[:300]}\n{outcome.said[-3000:]}"
 

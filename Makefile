@@ -54,7 +54,7 @@ lint: $(VENV)/installed-dev
 
 headline: $(VENV)/installed $(VENV)/peers
 	@test $(GPUS) -gt 0 || { echo "make headline needs an NVIDIA GPU with 80 GB"; exit 1; }
-	PYTHONPATH=$(VENV)/peers $(BIN)/python benchmarks/throughput.py --model mistral-7b --base nf4 --tokens 8192 --seq-len 2048 \
+	PYTHONPATH=$(abspath $(VENV)/peers) $(BIN)/python benchmarks/throughput.py --model mistral-7b --base nf4 --tokens 8192 --seq-len 2048 \
 	    --providers $(HEADLINE_PROVIDERS) --checkpointing none,full,offload --rounds 2 --steps 5 --out $(HEADLINE)
 	$(BIN)/python benchmarks/report.py
 

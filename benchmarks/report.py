@@ -3,12 +3,13 @@
     python benchmarks/report.py            write README's tables, RESULTS.md, LEADERBOARD.md and the plots
     python benchmarks/report.py --check    fail if any of them is not what the JSON says
 
-The newest file of a model and a base that has 4 x 2,048 tokens is shown. A table stands in README.md between the two
-markers that name it; a plot carries a digest of its rows.
+The newest file of a model and a base that has LSR-Adapt and Unsloth at 4 x 2,048 tokens is shown. A table stands in
+README.md between the two markers that name it; a plot carries a digest of its rows.
 """
 
 import argparse
 import functools
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -43,12 +44,18 @@ def is_sweep(run: dict[str, Any]) -> bool:
     return len(run["config"].get("points", ())) > 1
 
 
+def has_headline(run: dict[str, Any]) -> bool:
+    """Tell whether a run came as far as LSR-Adapt's and Unsloth's steps, activations kept and recomputed."""
+    done = {(row["provider"], row["checkpointing"]) for row in run["rows"] if row["status"] == "ok"}
+    return done >= set(itertools.product(("lsr", "unsloth_lora"), MODES))
+
+
 def newest(model: str, base: str) -> dict[str, Any]:
     """Return the newest measurement of a model and base, its rows those of 4 x 2,048 tokens alone."""
     found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob(f"{model}-{base}-*.json"))]
     for run in found:
         run["rows"] = [row for row in run["rows"] if (row["tokens"], row["seq_len"]) == (TOKENS, LENGTH)]
-    found = [run for run in found if run["rows"] and not is_sweep(run) and not run["config"].get("memory_gib")]
+    found = [run for run in found if has_headline(run) and not is_sweep(run) and not run["config"].get("memory_gib")]
     if not found:
         raise SystemExit(f"no {model}-{base}-*.json in {RESULTS.relative_to(ROOT)}; run benchmarks/throughput.py")
     return max(found, key=lambda run: run["env"]["date"])
@@ -117,7 +124,7 @@ def main(arguments: list[str] | None = None) -> int:
     for path, content in pages.items():
         if not path.exists() or path.read_text(encoding="utf-8") != content:
             stale.append(f"benchmarks/{path.name}")
-    pictures = {picture: (digest(run), lambda: memory_plot(run, picture))}
+    pictures = {picture: (digest(run), functools.partial(memory_plot, run, picture))}
     for path, sweep in results_page.read(RESULTS):
         if sweeps(sweep):
             drawn = path.with_suffix(".png")

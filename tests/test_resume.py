@@ -291,7 +291,6 @@ def test_a_checkpoint_of_other_shapes_is_refused_with_them(place, stopped, tmp_p
         ("adam_beta1", 0.8),
         ("adam_beta2", 0.9),
         ("adam_epsilon", 1e-3),
-        ("optim_args", "eps=1e-3"),
         ("weight_decay", 0.1),
     ],
 )
@@ -300,6 +299,16 @@ def test_an_optimizers_setting_that_the_checkpoint_keeps_is_not_said_to_change(p
         UserError, match=rf"saved by a run with another training\.{field}: .* -> .*; go on with its own"
     ):
         do(run_in(place, stopped.path, training={field: value}), resume="auto")
+
+
+def test_arguments_of_an_optimizer_that_the_checkpoint_keeps_are_not_said_to_change(place, tmp_path, stop_at):
+    stop_at(3)
+    with pytest.raises(Killed):
+        do(run_in(place, tmp_path, training={"optim": "sgd"}))
+    with pytest.raises(
+        UserError, match=r"saved by a run with another training\.optim_args: .* -> .*; go on with its own"
+    ):
+        do(run_in(place, tmp_path, training={"optim": "sgd", "optim_args": "momentum=0.5"}), resume="auto")
 
 
 @pytest.mark.parametrize("change", [{"lr_scheduler_kwargs": {"factor": 0.5}}, {"lr_scheduler_type": "linear"}])

@@ -82,6 +82,12 @@ def test_lokr_is_pefts_and_counts_as_peft_does(ids):
     assert {"rank", "alpha", "decompose_factor"} <= {field for field in options("lokr").__dataclass_fields__}
 
 
+@pytest.mark.parametrize("factor", [0, -2, 2.0, True])
+def test_a_split_that_lokr_cannot_have_is_refused(factor):
+    with pytest.raises(UserError, match="decompose_factor: expected -1 or an integer >= 1"):
+        peft_config("lokr", {"decompose_factor": factor})
+
+
 def test_lokr_on_a_4_bit_base_is_refused_before_anything_is_loaded():
     run = {
         "model": {"name": "builtin:smollm2-135m-instruct", "quantization": "nf4"},

@@ -158,7 +158,7 @@ def test_a_bare_adapter_of_a_classifier_is_verified_on_its_logits(tmp_path, meth
 
 
 class _Tokenizer:
-    chat_template, pad_token_id = None, 0
+    chat_template, eos_token_id, pad_token_id = None, None, 0
 
     def __call__(self, text, return_tensors, add_special_tokens):
         from transformers import BatchEncoding

@@ -1,14 +1,19 @@
 """What trains can be exported and inspected, or is refused before anything is loaded."""
 
+import json
+from typing import Any
+
 import pytest
-from conftest import tiny_llama
-from peft import LoraConfig, get_peft_model
+import torch
+from conftest import SEVEN_LINEARS, randomize, tiny_llama
+from peft import LoKrConfig, LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from tiny_runs import do, save_llama, tiny_run
 
 from lsr_scale import UserError
 from lsr_scale.adapters import METHODS, peft_config
 from lsr_scale.cli import main
-from lsr_scale.export import export
+from lsr_scale.export import export, merge, open_adapter
 from lsr_scale.export.inspect import inspect_adapter
 from lsr_scale.model.inject import check_linear
 
@@ -77,3 +82,74 @@ def test_layers_beside_an_expression_are_refused_and_the_advice_works(tmp_path):
     get_peft_model(tiny_llama(), peft_config("lsr", options, "CAUSAL_LM")).save_pretrained(tmp_path / "adapter")
     export(tmp_path / "adapter", "lora", tmp_path / "out", verify=False, say=silent)
     assert set(inspect_adapter(tmp_path / "out")["modules"]) == {f"model.layers.{n}.self_attn.q_proj" for n in (0, 1)}
+
+
+LOKR = {
+    "as by default": {"rank": 2},
+    "rank beyond every side": {"rank": 64, "alpha": 5.0},
+    "rank between the sides": {"rank": 7, "decompose_factor": 2},
+    "both sides products": {"rank": 1, "decompose_both": True, "decompose_factor": 4},
+    "both sides products, some full": {"rank": 3, "decompose_both": True},
+    "by module": {
+        "rank": 2,
+        "alpha": 3.0,
+        "rank_pattern": {"q_proj": 5},
+        "alpha_pattern": {"layers.1.mlp.up_proj": 7.0},
+    },
+}
+
+
+@pytest.mark.parametrize("options", LOKR.values(), ids=LOKR)
+def test_lokrs_pair_is_pefts_update_of_every_module(tmp_path, options):
+    model: Any = get_peft_model(
+        tiny_llama(), peft_config("lokr", {"target_modules": SEVEN_LINEARS, **options}, "CAUSAL_LM")
+    )
+    randomize(model).save_pretrained(tmp_path)
+    source = open_adapter(tmp_path)
+    for name in source.modules:
+        down, up = source.pair(name)
+        layer = model.get_base_model().get_submodule(name)
+        torch.testing.assert_close(up @ down, layer.get_delta_weight("default"), rtol=1e-5, atol=1e-6)
+        assert down.shape[0] <= min(down.shape[1], up.shape[0])
+    report = inspect_adapter(tmp_path)
+    assert report["options"]["rank"] == options["rank"]
+    assert report["parameters"] == sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def test_lokr_trains_and_leaves_in_every_format(tmp_path):
+    save_llama(tmp_path / "model")
+    adapter = {"method": "lokr", "rank": 2, "rank_pattern": {"q_proj": 5}, "decompose_both": True}
+    training = {"max_steps": 2, "learning_rate": 0.05}
+    folder = do(tiny_run(tmp_path, model={"quantization": "none"}, adapter=adapter, training=training))
+    exact: list[tuple[str, dict]] = [("lora", {}), ("merged", {"dtype": "float32"}), ("gguf", {})]
+    for number, (kind, options) in enumerate([*exact, ("adapter", {"bits": 16})]):
+        result = export(folder.path, kind, tmp_path / f"out{number}", say=silent, **options)
+        assert result["agreement"]["share_of_effect"] < (1e-2 if kind == "adapter" else 1e-3)
+    assert main(["inspect", str(folder.path)]) == 0
+    merge([folder.path, tmp_path / "out0"], [1.0, -1.0], tmp_path / "merged", say=silent)
+    added = open_adapter(tmp_path / "merged")
+    for name in added.modules:
+        down, up = added.pair(name)
+        assert (up @ down).abs().max() < 1e-6
+    for bits in (8, 4):
+        with pytest.raises(UserError, match="PEFT's own lokr loads 16 bits only; --to lora --max-rank"):
+            export(folder.path, "adapter", tmp_path / "packed", bits=bits, say=silent)
+
+
+def test_lokr_that_is_no_linear_layers_is_refused(tmp_path):
+    model: Any = get_peft_model(tiny_llama(), LoKrConfig(r=2, target_modules=["q_proj"]))
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = next(name for name in tensors if name.endswith("w2_a"))
+    save_file(tensors | {name.replace("w2_a", "t2"): torch.ones(2, 2, 3, 3)}, file)
+    with pytest.raises(UserError, match=r"q_proj: its factors .* a convolution's, and exports hold linear layers only"):
+        open_adapter(tmp_path)
+    save_file(tensors | {name: torch.ones(5, 2)}, file)
+    with pytest.raises(UserError, match=r"q_proj: the configuration asks for .*'w2_a'.*restore"):
+        open_adapter(tmp_path)
+    save_file(tensors, file)
+    config = json.loads((tmp_path / "adapter_config.json").read_text()) | {"decompose_both": True, "r": 1}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="the configuration asks for"):
+        open_adapter(tmp_path)

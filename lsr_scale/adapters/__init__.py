@@ -8,9 +8,9 @@ from typing import Any
 
 from peft import PeftConfig
 
-from lsr_scale.adapters.base import METHODS, AdapterConfig, AdapterLinear, AdapterMethod
+from lsr_scale.adapters.base import METHODS, AdapterConfig, AdapterLinear, AdapterMethod, LowRankPair
 from lsr_scale.adapters.checks import check_options
-from lsr_scale.adapters.lokr import LokrOptions
+from lsr_scale.adapters.lokr import LokrFactors, LokrOptions
 from lsr_scale.adapters.lora import LoraOptions
 from lsr_scale.errors import UserError, did_you_mean
 
@@ -21,6 +21,9 @@ PEFT_METHODS: dict[str, type[LoraOptions] | type[LokrOptions]] = {"lora": LoraOp
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
+
+# what a saved adapter's factors mean, of every method: ours, and PEFT's own
+SAVED_METHODS: dict[str, type[AdapterMethod]] = {**METHODS, "lora": LowRankPair, "lokr": LokrFactors}
 
 
 def method_names() -> list[str]:
@@ -79,6 +82,7 @@ def _copy_field(field: dataclasses.Field) -> Any:
 __all__ = [
     "METHODS",
     "PEFT_METHODS",
+    "SAVED_METHODS",
     "TASK_TYPES",
     "AdapterConfig",
     "AdapterLinear",

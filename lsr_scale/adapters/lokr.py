@@ -6,10 +6,15 @@ cannot on a 4-bit base.
 """
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
+import torch
 from peft import LoKrConfig
+from peft.tuners.lokr.layer import Linear
+from torch import Tensor, nn
 
-from lsr_scale.adapters.base import option
+from lsr_scale.adapters.base import AdapterMethod, option
 from lsr_scale.errors import UserError
 
 
@@ -35,6 +40,57 @@ class LokrOptions:
         """Return PEFT's config of the same meaning."""
         if not isinstance(self.rank, int) or self.rank < 1:
             raise UserError(f"rank: expected an integer >= 1, got {self.rank!r}")
+        factor = self.decompose_factor
+        if type(factor) is not int or (factor < 1 and factor != -1):
+            raise UserError(f"decompose_factor: expected -1 or an integer >= 1, got {factor!r}")
         same = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         rank, alpha = same.pop("rank"), same.pop("alpha")
         return LoKrConfig(r=rank, alpha=2 * rank if alpha is None else alpha, **same)
+
+
+class LokrFactors(AdapterMethod):
+    """What PEFT saves of a linear layer's LoKr, not registered: PEFT computes it, exports read it as a pair.
+
+    Each side is a matrix, `w1` or `w2`, or a product, `w1_a w1_b` or `w2_a w2_b`.
+    """
+
+    name = "lokr"
+    prefix = "lokr_"
+    parameter_names = ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")  # t2: of a convolution alone
+
+    @staticmethod
+    def parameter_shapes(in_features: int, out_features: int, config: Any) -> dict[str, tuple[int, ...]]:
+        """Return the factors' shapes as PEFT chooses them: full or a product, by rank and size."""
+        base = nn.Linear(in_features, out_features, bias=False, device="meta")
+        layer = Linear(base, "default", config, r=config.r, alpha=config.alpha)
+        factors = {name: getattr(layer, LokrFactors.prefix + name) for name in LokrFactors.parameter_names}
+        return {name: tuple(held["default"].shape) for name, held in factors.items() if "default" in held}
+
+    @staticmethod
+    def delta_weight(params: Mapping[str, Tensor]) -> Tensor:
+        """Return `w1 (x) w2`."""
+        return torch.kron(*(params[side] if side in params else _product(params, side) for side in ("w1", "w2")))
+
+    @staticmethod
+    def materialize(params: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return `(down1 (x) down2, up1 (x) up2)` of the sides' own pairs: their ranks multiply."""
+        if "t2" in params or any(value.dim() != 2 for value in params.values()):
+            raise ValueError("they are a convolution's, and exports hold linear layers only")
+        (down1, up1), (down2, up2) = (_side(params, side) for side in ("w1", "w2"))
+        return torch.kron(down1, down2), torch.kron(up1, up2)
+
+
+def _product(params: Mapping[str, Tensor], side: str) -> Tensor:
+    return params[f"{side}_a"] @ params[f"{side}_b"]
+
+
+def _side(params: Mapping[str, Tensor], side: str) -> tuple[Tensor, Tensor]:
+    """Return the exact pair of a side, no wider than the side itself."""
+    if side not in params:
+        up, down = params[f"{side}_a"], params[f"{side}_b"]
+        if up.shape[1] < min(up.shape[0], down.shape[1]):
+            return down, up
+    whole = params[side] if side in params else _product(params, side)
+    rows, columns = whole.shape
+    eye = torch.eye(min(rows, columns), dtype=whole.dtype, device=whole.device)
+    return (whole, eye) if rows <= columns else (eye, whole)

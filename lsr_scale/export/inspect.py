@@ -61,8 +61,11 @@ def inspect_adapter(path: str | Path) -> dict[str, Any]:
 
 
 def _options(source: AdapterSource) -> dict[str, Any]:
-    """Return the plain values of a configuration, less what is off; LoRA's under this package's names."""
+    """Return the plain values of a configuration, less what is off; PEFT's own methods' under this package's names."""
     config = source.config
+    if source.method == "lokr":
+        options = {"rank": config.r, "alpha": config.alpha, "decompose_factor": config.decompose_factor}
+        return options | ({"decompose_both": True} if config.decompose_both else {})
     if source.method == "lora":
         return {"rank": config.r, "alpha": config.lora_alpha} | ({"use_rslora": True} if config.use_rslora else {})
     names = [name for name, value in vars(config).items() if type(value) in (int, float, str) or value is True]

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lsr_scale.adapters import PEFT_METHODS
 from lsr_scale.adapters.low_rank import lora_config, truncate
 from lsr_scale.errors import UserError
 from lsr_scale.export.source import WRAPPER, AdapterSource
@@ -96,10 +97,12 @@ def write_factors(folder: Path, source: AdapterSource, bits: int, metadata: dict
     """Write the factors themselves in 16 (float16), 8 or 4 bits, in PEFT's folder layout.
 
     Raises:
-        UserError: for LoRA in 8 or 4 bits, whose loading is not this package's.
+        UserError: for PEFT's own methods in 8 or 4 bits, whose loading is not this package's.
     """
-    if source.method == "lora" and bits != 16:
-        raise UserError("--bits: PEFT's own LoRA loads 16 bits only; --to lora --max-rank makes it smaller")
+    if source.method in PEFT_METHODS and bits != 16:
+        raise UserError(
+            f"--bits: PEFT's own {source.method} loads 16 bits only; --to lora --max-rank makes a smaller adapter"
+        )
     config = dataclasses.replace(source.config)
     config.inference_mode = True
     config.save_pretrained(str(folder))

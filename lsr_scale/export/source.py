@@ -1,5 +1,6 @@
 """A saved adapter without its base model: factors by module; sizes are computed on shapes before any tensor is made."""
 
+import copy
 import dataclasses
 import json
 import re
@@ -11,7 +12,7 @@ from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 from torch import Tensor
 
-from lsr_scale.adapters import METHODS, AdapterConfig
+from lsr_scale.adapters import SAVED_METHODS, AdapterConfig
 from lsr_scale.adapters.base import Params
 from lsr_scale.config import RunConfig, load_run
 from lsr_scale.errors import UserError
@@ -19,7 +20,7 @@ from lsr_scale.model.tokenizer import has_tokenizer
 from lsr_scale.paths import user_path
 from lsr_scale.record import read_json
 from lsr_scale.run_folder import RunFolder
-from lsr_scale.saved_adapter import CONFIG, MAX_NAME, read_base, read_config, read_weights
+from lsr_scale.saved_adapter import CONFIG, MAX_NAME, read_base, read_config, read_weights, scaling_of
 
 WRAPPER = "base_model.model."
 _MAX_PAIR_ELEMENTS = 2**28
@@ -48,26 +49,34 @@ class AdapterSource:
     @property
     def prefix(self) -> str:
         """What the names of the factors begin with, in the file."""
-        return "" if self.method == "lora" else METHODS[self.method].prefix
+        return "" if self.method == "lora" else SAVED_METHODS[self.method].prefix
 
     def scaling(self, module: str) -> float:
         """Return the factor on a module's update."""
+        return scaling_of(self.config_of(module))
+
+    def config_of(self, module: str) -> Any:
+        """Return the configuration with every `*_pattern` applied to a module."""
         if isinstance(self.config, AdapterConfig):
-            return self.config.for_module(module).scaling
-        ranks, alphas = self.config.rank_pattern or {}, self.config.alpha_pattern or {}
-        rank = ranks.get(get_pattern_key(list(ranks), module), self.config.r)
-        alpha = alphas.get(get_pattern_key(list(alphas), module), self.config.lora_alpha)
-        return alpha / (rank**0.5 if self.config.use_rslora else rank)
+            return self.config.for_module(module)
+        config = copy.copy(self.config)
+        for pattern, name in (
+            ("rank_pattern", "r"),
+            ("alpha_pattern", "lora_alpha" if self.method == "lora" else "alpha"),
+        ):
+            values = getattr(config, pattern) or {}
+            setattr(config, name, values.get(get_pattern_key(list(values), module), getattr(config, name)))
+        return config
 
     @property
     def is_low_rank(self) -> bool:
         """Whether the updates are exact pairs; where not, they exist as dense matrices only."""
-        return self.method == "lora" or METHODS[self.method].is_low_rank()
+        return SAVED_METHODS[self.method].is_low_rank()
 
     def delta(self, module: str) -> Tensor:
         """Return the dense update `[out, in]` of a module whose method has no pair, float32, scaled."""
         params = {name: value.float() for name, value in self.modules[module].items()}
-        return self._finite(module, METHODS[self.method].delta_weight(params) * self.scaling(module))[0]
+        return self._finite(module, SAVED_METHODS[self.method].delta_weight(params) * self.scaling(module))[0]
 
     def pair(self, module: str) -> tuple[Tensor, Tensor]:
         """Return the exact `(down [R, in], up [out, R])` of a module, float32, its scaling in `up`.
@@ -80,7 +89,8 @@ class AdapterSource:
                 f"{self.folder}: {self.method}'s updates are of full rank, so no LoRA holds them; --to adapter keeps "
                 "the factors, --to merged the whole model"
             )
-        down, up = _materialize(self.method, {name: value.float() for name, value in self.modules[module].items()})
+        params = {name: value.float() for name, value in self.modules[module].items()}
+        down, up = SAVED_METHODS[self.method].materialize(params)
         down, up = self._finite(module, down, up * self.scaling(module))
         return down, up
 
@@ -92,12 +102,6 @@ class AdapterSource:
     def num_parameters(self) -> int:
         """Return the number of the factors' elements."""
         return sum(value.numel() for params in self.modules.values() for value in params.values())
-
-
-def _materialize(method: str, params: Params) -> tuple[Tensor, Tensor]:
-    if method == "lora":
-        return params["down"], params["up"]
-    return METHODS[method].materialize(params)
 
 
 def open_adapter(path: str | Path) -> AdapterSource:
@@ -143,7 +147,7 @@ def _read_results(file: Path) -> dict[str, Any]:
 
 def _check_exportable(folder: Path, config: Any) -> None:
     kind = str(config.peft_type.value)
-    known = ["LORA", *(name.upper() for name in METHODS)]
+    known = [name.upper() for name in SAVED_METHODS]
     if kind not in known:
         raise UserError(f"{folder / CONFIG}: peft_type {kind!r} cannot be exported; valid: {', '.join(known)}")
     variants = [name for name in _LORA_VARIANTS if getattr(config, name, None)]
@@ -182,25 +186,26 @@ def _split(method: str, name: str) -> tuple[str, str | None]:
         head, last = ".".join(name.split(".")[:-2]), ".".join(name.split(".")[-2:])
         return head, _LORA_NAMES.get(last) if head else None
     head, _, last = name.rpartition(".")
-    factor = last.removeprefix(METHODS[method].prefix)
-    known = last.startswith(METHODS[method].prefix) and factor in METHODS[method].parameter_names
+    saved = SAVED_METHODS[method]
+    factor = last.removeprefix(saved.prefix)
+    known = last.startswith(saved.prefix) and factor in saved.parameter_names
     return head, factor if known and head else None
 
 
 def _check_module(source: AdapterSource, module: str) -> None:
     """Raise unless a module's factors make a pair of a sane size, of the shapes that configuration and base give."""
-    params = source.modules[module]
+    params, saved = source.modules[module], SAVED_METHODS[source.method]
     where = f"{source.folder}: {module}"
     shapes = {name: list(value.shape) for name, value in params.items()}
     try:
         on_meta = {name: value.float().to("meta") for name, value in params.items()}
         if source.is_low_rank:
-            down, up = _materialize(source.method, on_meta)
+            down, up = saved.materialize(on_meta)
             (rank, in_features), (out_features, up_rank) = down.shape, up.shape
             if rank != up_rank:
                 raise ValueError(f"the pair is {list(down.shape)} and {list(up.shape)}")
         else:
-            (out_features, in_features), rank = METHODS[source.method].delta_weight(on_meta).shape, 1
+            (out_features, in_features), rank = saved.delta_weight(on_meta).shape, 1
     except (KeyError, ValueError, RuntimeError, IndexError, TypeError) as error:
         raise UserError(
             f"{where}: its factors {shapes} make no update ({str(error)[:150]}); restore the file"
@@ -208,14 +213,13 @@ def _check_module(source: AdapterSource, module: str) -> None:
     if rank * (in_features + out_features) > _MAX_PAIR_ELEMENTS or max(in_features, out_features) > 2**22:
         raise UserError(f"{where}: its factors {shapes} would make a pair of {rank} x {in_features}, {out_features}")
     try:
-        if isinstance(source.config, AdapterConfig):
-            config: Any = source.config.for_module(module)
-            expected = METHODS[source.method].parameter_shapes(in_features, out_features, config)
-            wrong = {name: list(shape) for name, shape in expected.items()} != shapes
+        config = source.config_of(module)
+        if source.method == "lora":
+            wrong = rank != config.r
+            expected: Any = f"a rank of {config.r}"
         else:
-            ranks = source.config.rank_pattern or {}
-            wrong = rank != ranks.get(get_pattern_key(list(ranks), module), source.config.r)
-            expected = f"a rank of {source.config.r}"
+            expected = saved.parameter_shapes(in_features, out_features, config)
+            wrong = {name: list(shape) for name, shape in expected.items()} != shapes
     except (UserError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
         raise UserError(f"{where}: its configuration does not fit its factors {shapes}: {str(error)[:200]}") from error
     if wrong:

@@ -1,6 +1,8 @@
 """A step whose gradient is not finite under finite losses: left out whole, or the end of the run; no row is blamed."""
 
 import json
+from collections import deque
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,8 +13,10 @@ from trl import SFTTrainer
 
 from lsr_scale import UserError
 from lsr_scale.run_folder import RunFolder
+from lsr_scale.training import faults
 from lsr_scale.training.checkpoints import TENSORS
-from lsr_scale.training.loss_check import SkippingOptimizer
+from lsr_scale.training.engine_steps import EngineSteps
+from lsr_scale.training.loss_check import LossCheck, SkippingOptimizer
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +59,22 @@ def test_a_step_without_a_finite_gradient_is_left_out_whole(
     assert not same(factors(folder, "checkpoint-2"), factors(folder, "checkpoint-3"))
     assert [row["grad_norm"] == 0 for row in metrics(folder)] == [False, True, False]
     assert all(factor.isfinite().all() for factor in factors(folder).values())
+
+
+class UnderAnEngine(LossCheck, EngineSteps):
+    is_deepspeed_enabled = True
+
+    def __init__(self, norm):
+        self.deepspeed = SimpleNamespace(get_global_grad_norm=lambda: norm)
+        self.state, self._unchecked = SimpleNamespace(global_step=4), deque()
+
+
+def test_under_an_engine_that_clips_a_step_is_noted_once(monkeypatch):
+    told = []
+    monkeypatch.setattr(faults, "on_nonfinite_gradient", lambda trainer, norm, step: told.append((norm, step)))
+    trainer = UnderAnEngine(torch.tensor(torch.inf))
+    trainer._get_grad_norm(None, grad_norm=trainer._clip_grad_norm(None))  # as the trainer's loop does
+    assert told == [(torch.inf, 4)]
 
 
 def test_a_step_of_which_no_batch_is_left_moves_nothing(place, tmp_path, monkeypatch):

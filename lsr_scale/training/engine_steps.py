@@ -33,7 +33,9 @@ class EngineSteps(_Base):
 
     def _clip_grad_norm(self, model: Any) -> Any:
         """Return the norm of the gradients, which the engine has clipped by now."""
-        return self._get_grad_norm(model) if self.is_deepspeed_enabled else super()._clip_grad_norm(model)
+        if self.is_deepspeed_enabled:
+            return self.deepspeed.get_global_grad_norm()  # not by `_get_grad_norm`, which the trainer calls once a step
+        return super()._clip_grad_norm(model)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """Return the norm of the gradients; of an engine's as a tensor that nobody waited for."""

@@ -16,16 +16,13 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from lsr_scale.errors import UserError
+from lsr_scale.model.tokenizer import tokenizer_files
 from lsr_scale.paths import user_path
 from lsr_scale.record import cannot_write, is_own_picture, is_picture, write_text
 
 # of a checkpoint: what no other trainer writes
 MANIFEST, STATE, TENSORS = "manifest.json", "training_state.json", "training_state.safetensors"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "base.json")
-TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
-)
 _PREDICTIONS = re.compile(r".*-(before|after|eval-(base|adapter)(-without-questions)?)\.jsonl")
 _SECTIONS = {"model", "adapter", "data", "training"}
 
@@ -156,7 +153,7 @@ class RunFolder:
         """Return the files that a run wrote here, told by their names and content; checkpoints are left out."""
         if not self.is_marked():
             return []
-        whole = [self.adapter / name for name in ADAPTER_FILES] + [self.tokenizer / name for name in TOKENIZER_FILES]
+        whole = [self.adapter / name for name in ADAPTER_FILES] + tokenizer_files(self.tokenizer)
         eval_files = sorted(path for path in (self.path / "eval").glob("*.jsonl") if _PREDICTIONS.fullmatch(path.name))
         found = {
             self.config: lambda file: set(re.findall(r"^(\w+):", _start(file), re.MULTILINE)) >= _SECTIONS,

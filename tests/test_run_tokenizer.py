@@ -143,7 +143,8 @@ def test_a_merged_model_whose_run_changed_nothing_keeps_the_bases_files(tmp_path
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "model" / name).read_bytes()
 
 
-def test_a_resumed_run_goes_on_with_the_tokenizer_that_it_began_with(tmp_path, capsys):
+@pytest.mark.parametrize("linked", [False, True])
+def test_a_resumed_run_goes_on_with_the_tokenizer_that_it_began_with(tmp_path, capsys, linked):
     save_llama(tmp_path / "model")
     (tmp_path / "own.jinja").write_text(TEMPLATE)
     write_rows(tmp_path / "rows.jsonl", CHAT)
@@ -158,12 +159,26 @@ def test_a_resumed_run_goes_on_with_the_tokenizer_that_it_began_with(tmp_path, c
     }
     folder = do(tiny_run(tmp_path, **sections))
     (tmp_path / "own.jinja").unlink()
+    if linked:  # the checkpoint lies on another disk; the run is where the link is
+        (tmp_path / "elsewhere").mkdir()
+        (folder.path / "checkpoint-1").rename(tmp_path / "elsewhere" / "checkpoint-1")
+        (folder.path / "checkpoint-1").symlink_to(tmp_path / "elsewhere" / "checkpoint-1")
     sections["training"]["max_steps"] = 2
     from lsr_scale.train import train
 
     train(tiny_run(tmp_path, **sections), resume="auto")
     assert f"it goes on with those in {folder.tokenizer}" in capsys.readouterr().out
     assert read_tokenizer(folder.tokenizer).chat_template == TEMPLATE
+
+
+def test_a_tokenizer_is_saved_beside_what_somebody_put_into_its_folder(tmp_path):
+    for name in ("notes.txt", "tokenizer.json"):  # the latter a half of an earlier one
+        (tmp_path / "tokenizer").mkdir(exist_ok=True)
+        (tmp_path / "tokenizer" / name).write_text("mine")
+    save_tokenizer(fast(), tmp_path / "tokenizer")
+    assert same_state(read_tokenizer(tmp_path / "tokenizer"), fast())
+    assert (tmp_path / "tokenizer" / "notes.txt").read_text() == "mine"
+    assert [path.name for path in tmp_path.iterdir()] == ["tokenizer"]
 
 
 def test_the_runs_end_token_serves_a_tokenizer_that_has_none(tmp_path):

@@ -6,6 +6,7 @@ It is made from the base's once, when a run begins, and lies in the run folder f
 import copy
 import json
 import logging
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from lsr_scale import record
 from lsr_scale.errors import UserError, did_you_mean
 from lsr_scale.model.base import load_config
 from lsr_scale.model.names import NAME_FORMS, explained, resolve
@@ -25,12 +27,11 @@ PAD_CANDIDATES = (
     *("<|finetune_right_pad_id|>", "<|finetune_right_pad|>", "<pad>", "[PAD]", "<|pad|>", "<|PAD_TOKEN|>"),
     *("<unk>", "<|endoftext|>", "[control_8]", "<|reserved_special_token_0|>", "<|vision_pad|>"),
 )
-# what `save_pretrained` of tokenizers of all kinds writes
-_FILES = (
-    *("added_tokens.json", "chat_template.jinja", "merges.txt", "vocab.json", "vocab.txt"),
-    *("spm.model", "spiece.model"),
+# what `save_pretrained` of tokenizers of all kinds writes, and what published models have beside it
+_FILES = re.compile(
+    r"(tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json|chat_template\.jinja|(merges|vocab)\.txt|"
+    r"(tokenizer|spm|spm_char|spiece|sentencepiece(\.bpe)?)\.model(\.v[0-9]+)?"
 )
-_FILES_START = ("sentencepiece", "special_tokens", "tokenizer")
 
 
 def tokenizer_of(
@@ -77,21 +78,20 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     if has_tokenizer(folder):
         return
     aside = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(aside, ignore_errors=True)
+    record.remove(aside)
     tokenizer.save_pretrained(aside)
-    aside.rename(folder)
+    record.replace_folder(aside, folder, {path.name for path in aside.iterdir()})
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
     """Copy a saved tokenizer's files into a folder that holds other files too."""
-    for file in source.iterdir():
-        if file.is_file() and is_tokenizer_file(file.name):
-            shutil.copyfile(file, target / file.name)
+    for file in tokenizer_files(source):
+        shutil.copyfile(file, target / file.name)
 
 
-def is_tokenizer_file(name: str) -> bool:
-    """Tell whether a file of this name in a model's or an adapter's folder is part of the tokenizer."""
-    return name in _FILES or name.startswith(_FILES_START)
+def tokenizer_files(folder: Path) -> list[Path]:
+    """Return the files of a folder, such as a model's or an adapter's, that are part of the tokenizer."""
+    return sorted(file for file in folder.glob("*") if file.is_file() and _FILES.fullmatch(file.name))
 
 
 def same_state(one: Any, other: Any) -> bool:

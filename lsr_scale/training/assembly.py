@@ -45,6 +45,7 @@ from lsr_scale.model.sharded import Sharding, is_sharded
 from lsr_scale.model.tokenizer import has_tokenizer, same_state
 from lsr_scale.run_folder import RunFolder
 from lsr_scale.scoring import classification
+from lsr_scale.training import checkpoints
 from lsr_scale.training.engine_steps import EngineSteps
 from lsr_scale.training.graph_steps import GraphSteps, PackedCollator, host_bound
 from lsr_scale.training.head_loss import HeadCollator, HeadLoss, why_not_own_head
@@ -214,7 +215,7 @@ def check_run_fits(run: RunConfig, datasets: Mapping[str, Dataset | None], kind:
 
 def _tokenizer(run: RunConfig, checkpoint: Path | None, note: Callable[[str], None]) -> Any:
     """Return a run's tokenizer: where it goes on, the one that it began with."""
-    home = None if checkpoint is None else RunFolder(checkpoint.resolve().parent).tokenizer
+    home = None if checkpoint is None else RunFolder(checkpoints.home(checkpoint)).tokenizer
     if home is None or not has_tokenizer(home):
         return tokenizer_of(run, say=note)
     saved = read_tokenizer(home)

@@ -18,8 +18,8 @@ try:
     from lsr_scale.fused import fit_memory, fuse, unfuse
     from lsr_scale.hotswap import hotswap_adapter
 except KeyboardInterrupt:
-    # python -m lsr_scale, the command, and what a launcher starts
-    if _sys.argv[0].rpartition("/")[2] not in ("-m", "lsr-scale", "train.py"):
+    # python -m lsr_scale, and the command; launch/train.py does so itself
+    if _sys.argv[0].rpartition("/")[2] not in ("-m", "lsr-scale"):
         raise
     print("\nlsr-scale: interrupted", file=_sys.stderr)
     _sys.exit(130)

@@ -233,7 +233,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _say_error(text: str) -> None:
-    rank = os.environ.get("RANK") or "0"
+    rank = _rank()
     if text == LOST_PEER:
         time.sleep(1.0)  # the launcher is to see first the one that it lost, and to name that one
     elif rank != "0":
@@ -245,6 +245,11 @@ def _say_error(text: str) -> None:
     text = one_screen(text)
     with contextlib.suppress(BrokenPipeError):  # its reader may be gone, as after Ctrl-C on `... |& tee`
         print(f"\nlsr-scale: {text}", file=sys.stderr, flush=True)
+
+
+def _rank() -> str:
+    """Return the launcher's number of this process as it stands, for it may be none; "0" without a launcher."""
+    return os.environ.get("RANK") or "0"
 
 
 def _busyness() -> float:
@@ -314,7 +319,7 @@ def _quiet_libraries(debug: bool) -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     # this one sets its level when it is imported, so a filter; it warns that there is no GPU, and the like
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
-    if (os.environ.get("RANK") or "0") != "0":
+    if _rank() != "0":
         logging.getLogger().setLevel(logging.ERROR)  # the first process speaks for all
 
 
@@ -326,7 +331,7 @@ def _run_of(args: argparse.Namespace) -> Any:
         raise UserError("expected one configuration: --config configs/NAME.yaml")
     keys = [assignment.partition("=")[0].strip() for assignment in args.set]
     for index, key in enumerate(keys):
-        if key in keys[index + 1 :] and os.environ.get("RANK", "0") == "0":
+        if key in keys[index + 1 :] and _rank() == "0":
             print(one_screen(f"note: --set {args.set[index]} has no effect, as {key} is set again"), file=sys.stderr)
     return load_run(path, args.set)
 
@@ -412,25 +417,21 @@ def _merge(args: argparse.Namespace) -> int:
 def _preview(args: argparse.Namespace) -> int:
     from rich.text import Text
 
-    from lsr_scale.data.formats import KIND_MEANING, build_dataset
-    from lsr_scale.data.preview import preview, row_check
-    from lsr_scale.model import tokenizer_of
-    from lsr_scale.training.assembly import check_run_fits
+    from lsr_scale.data.formats import KIND_MEANING
+    from lsr_scale.data.preview import preview
+    from lsr_scale.training.assembly import check_run_fits, read_data
 
     run = _run_of(args)
-    told: list[str] = []
-    tokenizer = tokenizer_of(run, say=told.append)
-    check = row_check(tokenizer, run.model.num_labels)
-    dataset, kind = build_dataset(run.data.train, model_task=run.model.task, check=check)
-    validation = None
-    if run.data.validation:
-        validation, _ = build_dataset(run.data.validation, "validation", model_task=run.model.task, check=check)
-    check_run_fits(run, {"train": dataset, "validation": validation}, kind, tokenizer)
-    shown = preview(dataset, kind, tokenizer, args.samples, run.training, validation)
+    notes: list[str] = []
+    data = read_data(run, say=notes.append)
+    check_run_fits(run, data)
+    shown = preview(data.train, data.kind, data.tokenizer, args.samples, run.training, data.validation)
     console = Screen()
     green = ("green", "bold green")
     console.print(
-        Text.assemble(f"{len(dataset):,} rows, {kind}: {KIND_MEANING[kind]}. Supervised tokens are ", green, ".")
+        Text.assemble(
+            f"{len(data.train):,} rows, {data.kind}: {KIND_MEANING[data.kind]}. Supervised tokens are ", green, "."
+        )
     )
     for index, sample in enumerate(shown.samples):
         supervised = sum(token.supervised for token in sample)
@@ -443,8 +444,8 @@ def _preview(args: argparse.Namespace) -> int:
         console.print(Text("supervised: " + repr("".join(t.text for t in sample if t.supervised))), soft_wrap=True)
     if shown.counts:
         console.print("\n" + "\n".join(shown.counts), soft_wrap=True)
-    for note in [*told, *shown.notes]:
-        console.print(f"\nnote: {note}", soft_wrap=True)
+    for note in [*notes, *(f"note: {text}" for text in shown.notes)]:
+        console.print(f"\n{note}", soft_wrap=True)
     return 0
 
 

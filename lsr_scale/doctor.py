@@ -314,8 +314,7 @@ def _fused_against_per_linear(device: torch.device, trial: Trial) -> tuple[float
 
     from lsr_scale.fused import fuse
     from lsr_scale.kernels.attention import Sequences, choose_backend
-    from lsr_scale.model import DTYPES, skeleton
-    from lsr_scale.model.base import head_modules, quantization_config
+    from lsr_scale.model import DTYPES, head_modules, quantization_config, skeleton
     from lsr_scale.model.random_weights import random_base
 
     dtype = DTYPES[trial.section["dtype"]]

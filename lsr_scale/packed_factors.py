@@ -77,7 +77,7 @@ def in_range(value: Tensor, dtype: torch.dtype, name: str) -> Tensor:
         kind, largest = str(dtype).removeprefix("torch."), torch.finfo(dtype).max
         raise UserError(
             f"{name}: {lost:,} of {value.numel():,} values are beyond {kind}: its largest is {largest:.5g}, theirs "
-            f" {float(value.abs().max()):.3g}; --to lora --dtype float32 holds them, or train it again"
+            f"{float(value.abs().max()):.3g}; --to lora --dtype float32 holds them, or train it again"
         )
     return found
 

@@ -140,6 +140,10 @@ def test_train_and_preview_tell_the_same(tmp_path, capsys):
     ]
     assert "cuts 7 of 7 rows" in notes[1]
     assert all(note in told for note in notes)
+    texts = write_rows(tmp_path / "texts.jsonl", [{"text": "a saw cuts wood"}])
+    for command in (["preview"], ["train", "--overwrite"]):
+        assert cli.main([*command, str(tmp_path / "run.yaml"), "--set", f"data.validation=[{texts}]"]) == 2
+        assert "data.validation: is text, but data.train is prompt_completion" in capsys.readouterr().err
 
 
 def test_validation_rows_that_lose_everything_are_refused(tmp_path):

@@ -58,8 +58,8 @@ def test_all_that_a_run_leaves_is_known_as_its_own_and_nothing_else(tmp_path):
     everything = {path for path in folder.path.iterdir() if path.name not in ("adapter", "eval", "tokenizer")}
     inside = [path for name in ("adapter", "eval", "tokenizer") for path in (folder.path / name).iterdir()]
     assert ours == everything | {*inside}
-    mine = "notes.txt", "eval/my_code.py", "eval/mine.jsonl", "adapter/mine.bin", "tokenizer/tokenizer.notes", "vocab.txt"
-    for name in (*mine, "checkpoint-9/model.bin"):
+    mine = "notes.txt", "vocab.txt", "eval/my_code.py", "eval/mine.jsonl", "adapter/mine.bin", "checkpoint-9/model.bin"
+    for name in (*mine, "tokenizer/tokenizer.notes"):
         write(folder.path / name, '{"mine": 1}\n')
     write(folder.path / "eval" / "mine-before.jsonl", '{"mine": 1}\n')
     (folder.path / "spectra.png").write_bytes(b"\x89PNG\r\n\x1a\nmine")

@@ -7,7 +7,7 @@ SFTTrainer casts what trains to bfloat16 in place, which is undone after its con
 
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -122,7 +122,7 @@ def build_trainer(
     tokenizer = data.tokenizer
     for note in (*prepare_tokenizer(tokenizer, data.kind), *template_notes(data.train, tokenizer)):
         say(f"note: {note}")
-    check_run_fits(run, {"train": data.train, "validation": data.validation}, data.kind, tokenizer)
+    check_run_fits(run, data)
     start = _start_of(run)
     if uses_deepspeed(run) and (unused := config.without_effect(run.deepspeed.config or {})):
         how = "the frozen base is gathered a layer at a time, and gradients are averaged all at once"
@@ -194,14 +194,8 @@ def build_trainer(
     return trainer
 
 
-def check_run_fits(run: RunConfig, datasets: Mapping[str, Dataset | None], kind: Kind, tokenizer: Any) -> None:
+def check_run_fits(run: RunConfig, data: RunData) -> None:
     """Refuse data that a run's model has no embeddings or positions for, before the model is loaded.
-
-    Args:
-        run: The run.
-        datasets: By the name under `data`; None where there is none.
-        kind: What they are, see `KIND_MEANING`.
-        tokenizer: The model's.
 
     Raises:
         UserError: naming the row.
@@ -209,8 +203,9 @@ def check_run_fits(run: RunConfig, datasets: Mapping[str, Dataset | None], kind:
     section = run.model
     model_config = load_config(section.name, section.revision)
     empty = partial(skeleton, model_config, section.task, section.num_labels)
-    given = {name: dataset for name, dataset in datasets.items() if dataset is not None}
-    check_fits(given, kind, tokenizer, model_config, run.training, empty)
+    parts = {"train": data.train, "validation": data.validation}
+    given = {name: dataset for name, dataset in parts.items() if dataset is not None}
+    check_fits(given, data.kind, data.tokenizer, model_config, run.training, empty)
 
 
 def _tokenizer(run: RunConfig, checkpoint: Path | None, note: Callable[[str], None]) -> Any:

@@ -34,11 +34,8 @@ def choose(output_dir: str | None, name: str, resume: bool, overwrite: bool, loc
     """
     folder = _find(output_dir, name, resume or overwrite)
     lock.enter_context(folder.held())
-    for path in (
-        folder.adapter,
-        folder.tokenizer,
-        *(folder.path / old.name[1:-4] for old in folder.path.glob(".checkpoint-*.old")),
-    ):
+    checkpoints = (folder.path / old.name[1:-4] for old in folder.path.glob(".checkpoint-*.old"))
+    for path in (folder.adapter, folder.tokenizer, *checkpoints):
         record.finish_replacing(path)
     Earlier(folder).settle()
     if folder.is_run() and not resume and not overwrite:

@@ -28,7 +28,7 @@ def run_in(place, folder, **training):
         ({"optim": "galore_adamw"}, "training.optim 'galore_adamw': You need to install `galore_torch`"),
         ({"optim": "schedule_free_adamw"}, "training.optim 'schedule_free_adamw': You need to install `schedulefree`"),
         ({"optim": "adamw_torch_npu_fused"}, "training.optim 'adamw_torch_npu_fused': Trainer failed to import"),
-        ({"optim_args": "nonsense"}, "training.optim_args 'nonsense': not enough values"),
+        ({"optim": "sgd", "optim_args": "nonsense"}, "training.optim_args 'nonsense': not enough values"),
         ({"optim": "sgd", "optim_args": "momentum=-1"}, "training.optim 'sgd', training.optim_args 'momentum=-1': "),
         ({"lr_scheduler_kwargs": {"nonsense": 1}}, "training.lr_scheduler_kwargs {'nonsense': 1}: get_cosine_schedule"),
         ({"lr_scheduler_kwargs": {"num_cycles": "many"}}, "training.lr_scheduler_kwargs {'num_cycles': 'many'}: "),

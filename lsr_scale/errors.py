@@ -49,6 +49,14 @@ def shortened(text: str, length: int) -> str:
     return f"{text[: length - ending - 5]} ... {text[-ending:]}"
 
 
+def quoted(value: object) -> str:
+    """Return a value for a message as Python writes it, its beginning where that is long."""
+    if isinstance(value, int) and value.bit_length() > 300:
+        return "a number of many digits"  # Python refuses to write out thousands
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."
+
+
 def one_screen(text: str) -> str:
     """Return a message that fits one screen and shows what it quotes as it stands.
 

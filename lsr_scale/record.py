@@ -24,6 +24,7 @@ PACKAGES = (
 )
 
 
+MAX_JSON_BYTES = 16 * 2**20  # of what describes a model, an adapter or a run: none comes near
 # what a picture says of who drew it
 PICTURE_METADATA = {"Software": "lsr_scale"}
 
@@ -179,10 +180,12 @@ def read_json(path: Path, what: str) -> Any:
         what: What it is, for the message.
 
     Raises:
-        UserError: if it is missing or not JSON.
+        UserError: if it is missing, larger than `MAX_JSON_BYTES` or not JSON.
     """
     if is_odd(path):
         raise UserError(f"{path}: the {what} should be a file, but is a pipe or a device; restore it or make it again")
+    if path.is_file() and (size := path.stat().st_size) > MAX_JSON_BYTES:
+        raise UserError(f"{path}: {size:,} bytes are no {what}; restore it or make it again")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

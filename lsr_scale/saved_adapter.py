@@ -21,13 +21,13 @@ from torch import Tensor
 
 from lsr_scale.adapters import METHODS, PEFT_METHODS, AdapterConfig
 from lsr_scale.adapters.checks import check_options
-from lsr_scale.errors import UserError, did_you_mean
+from lsr_scale.errors import UserError, did_you_mean, quoted
 from lsr_scale.packed_factors import is_packed, unpack
 from lsr_scale.record import read_json
+from lsr_scale.run_folder import ADAPTER_FILES
 
-CONFIG, WEIGHTS, BASE = "adapter_config.json", "adapter_model.safetensors", "base.json"
+CONFIG, WEIGHTS, BASE = ADAPTER_FILES
 MAX_NAME = 300
-_MAX_JSON_BYTES = 16 * 2**20
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _PACKED = (torch.float16, torch.uint8, torch.int8)
 # of no meaning once there are factors, of types that PEFT keeps changing
@@ -51,7 +51,7 @@ def read_config(folder: Path) -> Any:
     known = [name.upper() for name in (*METHODS, *PEFT_METHODS)]
     if kind not in known:
         hint = did_you_mean(kind, known) if isinstance(kind, str) else f"valid: {', '.join(known)}"
-        raise UserError(f"{file}: peft_type {_shown(kind)} is no adapter method that is known here; {hint}")
+        raise UserError(f"{file}: peft_type {quoted(kind)} is no adapter method that is known here; {hint}")
     types = _field_types(kind)
     values = {name: value for name, value in content.items() if name in types}
     for name, value in values.items():
@@ -59,7 +59,7 @@ def read_config(folder: Path) -> Any:
             types[name].validate_python(value)
         except pydantic.ValidationError as error:
             words = error.errors(include_url=False)[0]["msg"]
-            raise UserError(f"{file}: {name}: {words[:1].lower()}{words[1:200]}, got {_shown(value)}") from None
+            raise UserError(f"{file}: {name}: {words[:1].lower()}{words[1:200]}, got {quoted(value)}") from None
     # of no meaning once there are factors, while PEFT would ask for packages and settings of some
     init = values.pop("init_lora_weights", None)
     try:
@@ -182,17 +182,9 @@ def read_base(folder: Path) -> dict[str, Any] | None:
 
 
 def _read_json(file: Path, what: str) -> Any:
-    size = file.stat().st_size
-    if size > _MAX_JSON_BYTES:
-        raise UserError(f"{file}: {size:,} bytes are no {what}; restore it")
     content = read_json(file, what)
     try:
         json.dumps(content, ensure_ascii=False).encode()
     except (UnicodeEncodeError, RecursionError) as error:
         raise UserError(f"{file}: holds half of a character pair, or is nested too deeply; restore it") from error
     return content
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:80]}..."

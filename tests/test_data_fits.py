@@ -23,7 +23,8 @@ from transformers import (
 )
 
 from lsr_scale import evaluate
-from lsr_scale.data.fits import num_positions
+from lsr_scale.data.fits import check_fits, num_positions
+from lsr_scale.data.formats import build_dataset
 from lsr_scale.errors import UserError
 from lsr_scale.model import held, load_base
 from lsr_scale.scoring import scorer
@@ -107,6 +108,24 @@ def test_rows_longer_than_the_models_positions_are_refused_and_the_advice_works(
         do(tiny_run(tmp_path, **sections, eval={"tasks": []}))
     monkeypatch.undo()
     assert do(tiny_run(tmp_path, **sections, training={"max_length": 16}, eval={"tasks": []})).results.exists()
+
+
+def test_tools_take_positions_too(tmp_path):
+    config = GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=304, n_positions=16, name_or_path="small")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=byte_tokenizer(), eos_token="</s>", pad_token="<pad>")
+    tokenizer.chat_template = "{{ tools }}{% for message in messages %}{{ message.content }}{% endfor %}"
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    row = {"messages": turns, "tools": [{"name": "saw", "description": "cuts wood"}]}
+    dataset, kind = build_dataset([write_rows(tmp_path / "rows.jsonl", [row])])
+    with pytest.raises(UserError, match=r"row 1 has \d+ tokens, but small has 16 positions"):
+        check_fits(
+            {"train": dataset},
+            kind,
+            tokenizer,
+            config,
+            {"max_length": None},
+            lambda: AutoModelForCausalLM.from_config(config),
+        )
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lsr_scale.adapters.expressions import check_expression
-from lsr_scale.errors import UserError
+from lsr_scale.errors import UserError, quoted
 
-MAX_RANK = 65536
+MAX_RANK = 65536  # no linear is as wide
 _RANKS = ("rank", "r", "separation_rank")
 _ALPHAS = ("alpha", "lora_alpha")
 _NAMES = ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern")
@@ -29,10 +29,10 @@ def check_options(options: Mapping[str, Any]) -> None:
         pattern = name.removesuffix("_pattern") if name not in _NAMES else name
         if pattern != name:
             if value is not None and not (isinstance(value, Mapping) and all(isinstance(key, str) for key in value)):
-                raise UserError(f"{name}: expected a value by module, such as {{q_proj: 4}}, got {_shown(value)}")
+                raise UserError(f"{name}: expected a value by module, such as {{q_proj: 4}}, got {quoted(value)}")
             for key, number in (value or {}).items():
                 check_expression(key, name)
-                _check_number(pattern, number, f"{name}[{_shown(key)}]")
+                _check_number(pattern, number, f"{name}[{quoted(key)}]")
         elif name in _NAMES:
             for text in _texts(name, value):
                 # a name in a list is compared, but for those that PEFT puts into an expression of its own
@@ -47,23 +47,18 @@ def _texts(name: str, value: Any) -> Iterator[str]:
         return
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list | tuple | set) or not all(isinstance(text, str) for text in texts):
-        raise UserError(f"{name}: expected names, got {_shown(value)}")
+        raise UserError(f"{name}: expected names, got {quoted(value)}")
     yield from texts
 
 
 def _check_number(option: str, value: Any, where: str) -> None:
     if option in _RANKS and (type(value) is not int or value < 1):
-        raise UserError(f"{where}: expected an integer >= 1, got {_shown(value)}")
+        raise UserError(f"{where}: expected an integer >= 1, got {quoted(value)}")
     if option in _RANKS and value > MAX_RANK:
-        raise UserError(f"{where}: expected at most {MAX_RANK}, got {_shown(value)}")
+        raise UserError(f"{where}: expected at most {MAX_RANK}, got {quoted(value)}")
     if option in _ALPHAS and not (value is None and where == option) and not _is_scale(value):
-        raise UserError(f"{where}: expected a finite number other than 0, below 1e30, got {_shown(value)}")
+        raise UserError(f"{where}: expected a finite number other than 0, below 1e30, got {quoted(value)}")
 
 
 def _is_scale(value: Any) -> bool:
     return type(value) in (int, float) and math.isfinite(value) and 0 < abs(value) < 1e30
-
-
-def _shown(value: Any) -> str:
-    text = repr(value) if not isinstance(value, int) or value.bit_length() < 300 else "a number of many digits"
-    return text if len(text) <= 80 else f"{text[:80]}..."

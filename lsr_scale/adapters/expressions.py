@@ -15,7 +15,7 @@ from re import _constants as codes  # pyright: ignore[reportAttributeAccessIssue
 from re import _parser as parser  # pyright: ignore[reportAttributeAccessIssue]
 from typing import Any
 
-from lsr_scale.errors import UserError
+from lsr_scale.errors import UserError, quoted
 
 MAX_LENGTH = 2000
 # of one text, and of all; a usual expression takes some hundreds for each, and Python some milliseconds for so many
@@ -53,8 +53,7 @@ def check_expression(expression: str, where: str) -> None:
     """
     problem = _problem(expression)
     if problem:
-        shown = expression if len(expression) <= 80 else f"{expression[:80]}..."
-        raise UserError(f"{where}: {shown!r} {problem}")
+        raise UserError(f"{where}: {quoted(expression)} {problem}")
 
 
 @functools.lru_cache(maxsize=4096)

@@ -23,6 +23,7 @@ from pydantic import (
 )
 
 from lsr_scale import adapters
+from lsr_scale.adapters.checks import MAX_RANK
 from lsr_scale.config import yaml_text
 from lsr_scale.config.deepspeed import OF_TRAINING, SHIPPED
 from lsr_scale.config.deepspeed_file import resolve_deepspeed
@@ -397,7 +398,6 @@ def _section_models(task: Task) -> dict[str, type[BaseModel]]:
 
 # what no setting of a run comes near to, and what nothing behind it is made for
 MAX_NUMBER, MAX_LENGTH = 10**15, 10_000
-MAX_SIZE = 2**16  # of an adapter's ranks and splits: no linear is as wide
 
 
 def _absurd(value: Any, path: yaml_text.KeyPath = ()) -> Iterator[Problem]:
@@ -414,8 +414,8 @@ def _absurd(value: Any, path: yaml_text.KeyPath = ()) -> Iterator[Problem]:
             yield Problem(path, f"expected text, got one with the character {odd[0]!r} in it; remove it")
     elif isinstance(value, int | float) and MAX_NUMBER < abs(value) != math.inf:
         yield Problem(path, f"expected a number between -1e15 and 1e15, got {_number(value)}")
-    elif isinstance(value, int) and path[:1] == ("adapter",) and abs(value) > MAX_SIZE:
-        yield Problem(path, f"expected a number up to {MAX_SIZE:,}, got {value!r}")
+    elif isinstance(value, int) and path[:1] == ("adapter",) and abs(value) > MAX_RANK:  # splits too
+        yield Problem(path, f"expected a number up to {MAX_RANK:,}, got {value!r}")
 
 
 def _number(value: float) -> str:

@@ -4,6 +4,7 @@ Both are index errors of the first step, which on a GPU end the process's use of
 only where a tokenizer or a length limit could go beyond the model; published models' do not.
 """
 
+import contextlib
 import re
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -13,7 +14,7 @@ import jinja2
 from torch import nn
 from transformers import PreTrainedConfig
 
-from lsr_scale.data.formats import Kind
+from lsr_scale.data.formats import Kind, listed_tools
 from lsr_scale.errors import UserError
 
 if TYPE_CHECKING:
@@ -102,10 +103,11 @@ def _tokens(dataset: "Dataset", kind: Kind, tokenizer: Any, training: Mapping[st
             ids = tokenizer(row["sentence1"], row["sentence2"] or None, truncation=True, max_length=limit)["input_ids"]
         elif kind in ("messages", "chat_prompt_completion"):
             turns = row["messages"] if kind == "messages" else [*row["prompt"], *row["completion"]]
-            try:
-                ids = tokenizer.apply_chat_template(turns, return_dict=True)["input_ids"] if template else []
-            except (jinja2.TemplateError, TypeError, ValueError):
-                ids = []  # which the trainer will say better, by row
+            tools, ids = listed_tools(row.get("tools")), []
+            # what fails the trainer will say better, by row
+            with contextlib.suppress(jinja2.TemplateError, TypeError, ValueError):
+                if template:
+                    ids = tokenizer.apply_chat_template(turns, tools=tools, return_dict=True)["input_ids"]
         else:
             text = row["text"] if kind == "text" else row["prompt"] + row["completion"]
             ids = tokenizer(text)["input_ids"]

@@ -109,6 +109,11 @@ def _tools(row: Row) -> dict[str, str]:
     return {"tools": text}
 
 
+def listed_tools(tools: str | None) -> list[Any] | None:
+    """Return the tools of a converted row, whose JSON it holds, as chat templates take them."""
+    return json.loads(tools) if tools else None
+
+
 def _conversation(row: Row) -> dict[str, Any]:
     key = "messages" if "messages" in row else "conversations"
     turns = _turns(row.get(key), key)

@@ -1,6 +1,5 @@
 """What the trainer will see: tokens with what is supervised, made by TRL's own preprocessing, never by a copy of it."""
 
-import json
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping
@@ -9,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from lsr_scale.data.formats import Kind
+from lsr_scale.data.formats import Kind, listed_tools
 from lsr_scale.data.tally import spaced, tally
 from lsr_scale.data.tasks import RowError
 from lsr_scale.errors import UserError
@@ -119,18 +118,17 @@ def row_check(tokenizer: PreTrainedTokenizerBase | None, num_labels: int | None)
     def check(row: dict[str, Any]) -> None:
         if "label" in row and num_labels not in (None, 1):
             label = row["label"]
-            # an index error or a dead GPU, otherwise
+            # otherwise it would be an index error, which on a GPU ends the process's use of it
             if (isinstance(label, float) and not label.is_integer()) or not 0 <= label < num_labels:
                 raise RowError(
                     f"has the label {label}, but model.num_labels is {num_labels}: labels go from 0 to "
                     f"{num_labels - 1}; set num_labels, or 1 for scores (regression)"
                 )
         messages = row["messages"] if "messages" in row else row.get("prompt")
-        if (
-            not isinstance(messages, list) or tokenizer is None or not tokenizer.chat_template
-        ):  # the latter is told once, for all rows
+        # that there is no template is told once, for all rows
+        if not isinstance(messages, list) or tokenizer is None or not tokenizer.chat_template:
             return
-        tools = json.loads(row["tools"]) if row.get("tools") else None
+        tools = listed_tools(row.get("tools"))
         try:
             if "prompt" in row:
                 render_chat(tokenizer, messages, tools=tools, add_generation_prompt=True)
@@ -171,16 +169,21 @@ def _sentences(rows: Mapping[str, Any]) -> tuple[list[str], list[str] | None]:
     return list(rows["sentence1"]), list(rows["sentence2"]) if any(rows["sentence2"]) else None
 
 
+def _some(where: str, dataset: "Dataset") -> tuple["Dataset", str]:
+    """Return the rows that are counted, all or, of many, some evenly spaced ones, and in words which."""
+    some = dataset.select(spaced(len(dataset), ROWS_COUNTED))
+    return some, where if len(some) == len(dataset) else f"{where} (evenly spaced, of {len(dataset):,})"
+
+
 def count_classification(
     where: str, dataset: "Dataset", tokenizer: PreTrainedTokenizerBase, max_length: int | None
 ) -> tuple[str, list[str]]:
     """Return a line and notes on how many of a classifier's rows are longer than `max_length`, as for texts."""
-    some = dataset.select(spaced(len(dataset), ROWS_COUNTED))
+    some, where_counted = _some(where, dataset)
     limit = tokenizer.model_max_length if max_length is None else max_length
     lengths = [len(ids) for ids in tokenizer(*_sentences(some[:]), truncation=False, verbose=False).input_ids]  # pyright: ignore
     cut = sum(length > limit for length in lengths)
-    of_all = "" if len(some) == len(dataset) else f" (evenly spaced, of {len(dataset):,})"
-    line = f"{where}{of_all}: {len(some):,} rows, {cut:,} cut"
+    line = f"{where_counted}: {len(some):,} rows, {cut:,} cut"
     note = f"{where}: training.max_length ({limit}) cuts {cut:,} of {len(some):,} rows; raise it, or shorten the rows"
     return line, [note] if cut else []
 
@@ -259,11 +262,10 @@ def _count(
     training: Mapping[str, Any],
 ) -> tuple[str, list[str]]:
     """Return a line of counts and what is to be said of them, for all rows or, of many, some evenly spaced ones."""
-    some = dataset.select(spaced(len(dataset), ROWS_COUNTED))
+    some, where_counted = _some(where, dataset)
     whole = _as_trained(some, tokenizer, {**options, "max_length": None})
     counted = tally(whole, tokenizer, training)
-    of_all = "" if len(some) == len(dataset) else f" (evenly spaced, of {len(dataset):,})"
-    return f"{where}{of_all}: {counted.line()}", counted.notes(where, tokenizer, training)
+    return f"{where_counted}: {counted.line()}", counted.notes(where, tokenizer, training)
 
 
 def _default_length() -> int | None:

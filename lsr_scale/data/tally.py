@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lsr_scale.data.formats import listed_tools
+
 if TYPE_CHECKING:
     from datasets import Dataset
 
@@ -169,19 +171,13 @@ def _prompts(dataset: "Dataset", tokenizer: Any) -> Tally:
         tools = some["tools"] if "tools" in some.column_names else [None] * len(some)
         alone = [
             tokenizer.apply_chat_template(
-                prompt, tools=_listed(tool), add_generation_prompt=True, tokenize=True, return_dict=True
+                prompt, tools=listed_tools(tool), add_generation_prompt=True, tokenize=True, return_dict=True
             )["input_ids"]
             for prompt, tool in zip(prompts, tools, strict=True)
         ]
     together = some["input_ids"]
     changed = sum(whole[: len(ids)] != ids for ids, whole in zip(alone, together, strict=True))
     return Tally(prompts=len(some), retokenized=changed)
-
-
-def _listed(tools: str | None) -> Any:
-    import json
-
-    return json.loads(tools) if tools else None
 
 
 def spaced(length: int, most: int) -> range:

@@ -22,10 +22,10 @@ from transformers.pytorch_utils import Conv1D
 from lsr_scale.errors import UserError
 from lsr_scale.export.source import AdapterSource
 from lsr_scale.model import DTYPES, head_modules, load_config, quantization_config, resolve, skeleton
+from lsr_scale.model.files import read_json
 from lsr_scale.model.tokenizer import copy_tokenizer, end_tokens, has_tokenizer, read_tokenizer, same_state
 from lsr_scale.packed_factors import in_range
 from lsr_scale.quantized import dequantize
-from lsr_scale.record import read_json
 
 SHARD_BYTES = 2**28
 
@@ -155,7 +155,7 @@ def _write_tokenizer(folder: Path, base: Path, saved: Path | None, config: dict[
     if tokenizer is None or tokenizer.eos_token_id is None:
         return
     file = folder / "generation_config.json"
-    generation = read_json(file, "model's generation settings") if file.is_file() else {}
+    generation = read_json(file) if file.is_file() else {}
     theirs = generation.get("eos_token_id", config.get("eos_token_id"))
     if tokenizer.eos_token_id not in (theirs if isinstance(theirs, list) else [theirs]):
         generation["eos_token_id"] = end_tokens(tokenizer, theirs)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from lsr_scale.errors import UserError
 from lsr_scale.paths import is_odd
+from lsr_scale.record import MAX_JSON_BYTES
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -18,7 +20,6 @@ _SUFFIXES = {".json", ".safetensors", ".bin", ".model", ".txt", ".jinja", ".tikt
 # ... and of which a model has one at least; of the widest are 53,248 features
 _SIZES = re.compile(r"num_(?:hidden_)?layers|n_layers?|vocab_size|(hidden_size|intermediate_size|n_embd|d_model)")
 MOST_FEATURES = 10**6
-MAX_CONFIG_BYTES = 16 * 2**20
 # Of what a module is made each: the largest of published models are 126 layers, 512 experts and 21,841 labels.
 _MOST = {"layers": 1_000, "experts": 10_000, "labels": 1_000_000}
 _COUNTED = re.compile(r"(?:num_|n_)?(?:\w+_)?(layers?|experts|labels)")
@@ -43,7 +44,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """
     try:
         size = file.stat().st_size
-        if size > MAX_CONFIG_BYTES:
+        if size > MAX_JSON_BYTES:
             raise ValueError(f"it has {size:,} bytes")
         content = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
@@ -130,13 +131,7 @@ def check_weights(name: str, folder: Path, auto_class: str, config: dict[str, An
 def convert(folder: Path, auto_class: str) -> str:
     """Return the command that writes safetensors beside a folder's pickled weights."""
     code = f"import sys, transformers as t; t.{auto_class}.from_pretrained(sys.argv[1]).save_pretrained(sys.argv[1])"
-    return f"python -c '{code}' {_quoted(folder)}"
-
-
-def _quoted(path: Path) -> str:
-    import shlex
-
-    return shlex.quote(str(path))
+    return f"python -c '{code}' {shlex.quote(str(folder))}"
 
 
 def _shards(index: Path) -> list[Path]:

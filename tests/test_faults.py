@@ -291,9 +291,13 @@ def test_a_rank_whose_peer_never_comes_says_so(monkeypatch):
         distributed.start(use_deepspeed=False, timeout_s=1)
 
 
+MEETING = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}  # as every launcher sets it
+
+
 @pytest.mark.parametrize(("local", "count", "backend"), [("1", 1, None), ("3", 2, "nccl")])
 def test_a_process_without_a_gpu_of_its_own_is_refused(monkeypatch, local, count, backend):
-    for name, value in {"RANK": local, "WORLD_SIZE": "4", "LOCAL_RANK": local, "LSR_SCALE_BACKEND": backend}.items():
+    given = {"RANK": local, "WORLD_SIZE": "4", "LOCAL_RANK": local, "LSR_SCALE_BACKEND": backend, **MEETING}
+    for name, value in given.items():
         monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
@@ -303,7 +307,8 @@ def test_a_process_without_a_gpu_of_its_own_is_refused(monkeypatch, local, count
 
 
 def test_a_process_that_is_not_told_its_gpu_of_several_is_refused(monkeypatch):
-    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": None, "LSR_SCALE_BACKEND": None}.items():
+    given = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": None, "LSR_SCALE_BACKEND": None, **MEETING}
+    for name, value in given.items():
         monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -312,7 +317,7 @@ def test_a_process_that_is_not_told_its_gpu_of_several_is_refused(monkeypatch):
 
 
 def test_what_keeps_processes_from_talking_is_said(monkeypatch):
-    places = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LSR_SCALE_BACKEND": "gloo"}
+    places = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LSR_SCALE_BACKEND": "gloo", **MEETING}
     for name, value in {**places, "OMP_NUM_THREADS": str(torch.get_num_threads())}.items():
         monkeypatch.setenv(name, value)
 

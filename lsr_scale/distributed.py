@@ -29,6 +29,11 @@ def rank() -> int:
     return _of_launcher("RANK", 0)
 
 
+def local_rank() -> int:
+    """Return this process's number among those of its host."""
+    return _of_launcher("LOCAL_RANK", 0)
+
+
 def _of_launcher(name: str, default: int, least: int = 0, most: int = 2**20) -> int:
     """Return a number that a launcher gave by the environment; an empty one is none.
 

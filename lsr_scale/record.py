@@ -24,7 +24,7 @@ PACKAGES = (
 )
 
 
-MAX_JSON_BYTES = 16 * 2**20  # of what describes a model, an adapter or a run: none comes near
+MAX_JSON_BYTES = 16 * 2**20  # of what describes an adapter or a run: none comes near
 # what a picture says of who drew it
 PICTURE_METADATA = {"Software": "lsr_scale"}
 

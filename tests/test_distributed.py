@@ -8,6 +8,7 @@ from tiny_runs import completions, save_llama, tiny_run, write_rows
 
 from lsr_scale import UserError, cli, distributed, train
 from lsr_scale.config import dump_yaml
+from lsr_scale.model import local_device
 
 WHOLE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
 
@@ -106,3 +107,13 @@ def test_processes_that_were_started_with_different_runs_are_refused_on_all(tmp_
     both[1]["--overwrite"] = True
     with pytest.raises(UserError, match="--overwrite: False -> True; start all processes with one file"):
         train._check_alike(one, None, False)
+
+
+def test_a_local_rank_that_is_no_number_is_refused_by_every_command_on_a_gpu(launched, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    launched(LOCAL_RANK="gpu0")
+    with pytest.raises(UserError, match=r"LOCAL_RANK: expected a whole number .*got 'gpu0'; .* unset RANK"):
+        local_device()
+    launched(LOCAL_RANK="3")
+    assert local_device() == torch.device("cuda", 1)

@@ -15,6 +15,7 @@ from transformers import BitsAndBytesConfig
 
 from lsr_scale.errors import UserError
 from lsr_scale.model import load_base, load_config, load_tokenizer, skeleton
+from lsr_scale.model.files import read_json
 
 CPU = torch.device("cpu")
 
@@ -258,3 +259,17 @@ def test_a_model_in_the_hubs_cache_is_looked_at_alike(copied, tmp_path, monkeypa
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     with pytest.raises(UserError, match=r"num_hidden_layers is 100000; no model has more than 1,000 layers"):
         load_config("someone/deep")
+
+
+def test_the_index_of_the_largest_models_is_read(tmp_path):
+    names = {
+        f"model.layers.{n}.mlp.experts.gate_proj.weight": "model-00001-of-00001.safetensors" for n in range(200_000)
+    }
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": names}, indent=2))
+    assert index.stat().st_size > 16 * 2**20
+    assert len(read_json(index)["weight_map"]) == 200_000
+    with index.open("ab") as stream:
+        stream.truncate(2**30)  # a hole of a GiB
+    with pytest.raises(UserError, match=r"not a readable JSON configuration \(it has 1,073,741,824 bytes\)"):
+        read_json(index)

@@ -5,7 +5,6 @@ The base is held in bfloat16 (or another dtype), or with its linear layers in 4 
 """
 
 import logging
-import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -25,6 +24,7 @@ from transformers import (
 from transformers.models.auto import modeling_auto
 from transformers.pytorch_utils import Conv1D
 
+from lsr_scale.distributed import local_rank
 from lsr_scale.errors import UserError, did_you_mean
 from lsr_scale.kernels.attention import keep_cudnn_from_masks
 from lsr_scale.model import embedded
@@ -215,9 +215,13 @@ def check_quantization(config: PreTrainedConfig, quantization: Quantization, nam
 
 
 def local_device() -> torch.device:
-    """Return this process's GPU (by LOCAL_RANK), or the CPU where there is none."""
+    """Return this process's GPU (by LOCAL_RANK), or the CPU where there is none.
+
+    Raises:
+        UserError: if LOCAL_RANK is no number.
+    """
     if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK") or 0) % torch.cuda.device_count())
+        return torch.device("cuda", local_rank() % torch.cuda.device_count())
     return torch.device("cpu")
 
 

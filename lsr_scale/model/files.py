@@ -11,7 +11,6 @@ from safetensors import SafetensorError, safe_open
 
 from lsr_scale.errors import UserError
 from lsr_scale.paths import is_odd
-from lsr_scale.record import MAX_JSON_BYTES
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -20,6 +19,7 @@ _SUFFIXES = {".json", ".safetensors", ".bin", ".model", ".txt", ".jinja", ".tikt
 # ... and of which a model has one at least; of the widest are 53,248 features
 _SIZES = re.compile(r"num_(?:hidden_)?layers|n_layers?|vocab_size|(hidden_size|intermediate_size|n_embd|d_model)")
 MOST_FEATURES = 10**6
+MAX_JSON_BYTES = 64 * 2**20  # the index of the largest published models, of 200,000 tensors, has 20 MiB
 # Of what a module is made each: the largest of published models are 126 layers, 512 experts and 21,841 labels.
 _MOST = {"layers": 1_000, "experts": 10_000, "labels": 1_000_000}
 _COUNTED = re.compile(r"(?:num_|n_)?(?:\w+_)?(layers?|experts|labels)")

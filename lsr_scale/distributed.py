@@ -127,12 +127,13 @@ def start(use_deepspeed: bool, timeout_s: float = TIMEOUT_S) -> None:
         return
     has_gpu = torch.cuda.is_available()
     backend = os.environ.get("LSR_SCALE_BACKEND") or ("nccl" if has_gpu else "gloo")
+    device = _own_gpu(backend) if has_gpu else None
     if not torch.distributed.is_backend_available(backend):
         raise UserError(
             f"the environment's LSR_SCALE_BACKEND: {backend!r:.40} is not in this torch; set gloo, or unset it"
         )
-    if has_gpu:
-        torch.cuda.set_device(_own_gpu(backend))
+    if device is not None:
+        torch.cuda.set_device(device)
     else:
         local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size())
         threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, num_cores() // max(1, local)))

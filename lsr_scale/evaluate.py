@@ -17,6 +17,7 @@ from lsr_scale.config.training import EVALUATED
 from lsr_scale.data.fits import refuse_ids
 from lsr_scale.data.formats import build_dataset, load_source, source_fields
 from lsr_scale.data.preview import prepare_tokenizer, row_check, tokenize_classification
+from lsr_scale.data.readers import check_characters
 from lsr_scale.data.tasks import Example, examples
 from lsr_scale.errors import UserError, printable
 from lsr_scale.model import base_of, tokenizer_of
@@ -200,9 +201,10 @@ def generate(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int = 64, 
         chat: Use the chat template.
 
     Raises:
-        UserError: if there is no chat template, it fails, nothing is to be continued, or the model's logits are not
-            finite.
+        UserError: if there is no chat template, it fails, nothing is to be continued, the prompt holds half of a
+            character, or the model's logits are not finite.
     """
+    check_characters(prompt, "--prompt")
     if chat and not tokenizer.chat_template:
         raise UserError("--chat: the model's tokenizer has no chat template; leave it out, or set model.chat_template")
     if chat:

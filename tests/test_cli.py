@@ -126,6 +126,10 @@ def test_generate_continues_a_prompt_the_same_each_time(call, done):
     assert call("generate", done.path, "--prompt", TOOLS[0], "--max-new-tokens", 5)[1] == first
     assert call("generate", done.path, "--prompt", TOOLS[0], "--max-new-tokens", 5, "--chat")[0] == 0
     assert call("generate", done.path, "--prompt", TOOLS[0], "--max-new-tokens", 5, "--base-only")[0] == 0
+    for chat in ([], ["--chat"]):  # what Python makes of an argument's byte that is no UTF-8
+        status, _, err = call("generate", done.path, "--prompt", "a knife \udcff", *chat)
+        assert status == 2
+        assert r"--prompt: \udcff is half of a character" in err
 
 
 def test_preview_shows_tokens_and_what_is_supervised(call, place):

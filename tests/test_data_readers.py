@@ -176,6 +176,8 @@ MALFORMED = [
     ("latin.csv", "prompt,completion\na,caf\u00e9\n".encode("latin-1"), r"latin\.csv, line 2: not UTF-8"),
     ("binary.jsonl", bytes(range(128, 256)), "line 1: not UTF-8"),
     ("nul.jsonl", b'{"a": 1}\n\0\0\0\0', "line 2: holds NUL bytes"),
+    ("nul.json", b'{"a": 1}\n\0\n{"a": 1}\n', r"nul\.json, line 2: holds NUL bytes"),
+    ("latin.json", '[{"a": 1},\r\n{"a": "\u00fc"}]'.encode("latin-1"), r"latin\.json, line 2: .*0xfc at 7"),
     ("wide.jsonl", LINES.encode("utf-16"), "is UTF-16; save it as UTF-8"),
     ("packed.jsonl", gzip.compress(LINES.encode()), "is compressed by gzip; add .gz to its name"),
     ("empty.jsonl", "", "no rows in it"),

@@ -87,7 +87,12 @@ def _lines(path: Path, stream: IO[bytes] | gzip.GzipFile) -> Iterator[tuple[int,
 
 
 def _decode(path: Path, part: bytes, number: int | None) -> str:
-    where = f"{path}, line {number}" if number else str(path)
+    """Return the text of a line, or with None for its number of a whole file, in which the line at fault is counted."""
+
+    def line_of(at: int) -> tuple[str, int]:
+        lines = part[: at + 1].splitlines()
+        return f"{path}, line {number or len(lines)}", len(lines[-1]) - 1
+
     if number in (None, 1):
         if part.startswith((b"\xff\xfe", b"\xfe\xff")):
             raise UserError(f"{path}: is UTF-16; save it as UTF-8")
@@ -95,13 +100,25 @@ def _decode(path: Path, part: bytes, number: int | None) -> str:
             raise UserError(f"{path}: is compressed by gzip; add .gz to its name")
         part = part.removeprefix(b"\xef\xbb\xbf")  # the mark that some editors put in front
     if b"\0" in part:
+        where, _ = line_of(part.index(b"\0"))
         raise UserError(f"{where}: holds NUL bytes, so it is no text; save the file as UTF-8 text")
     try:
         return part.decode()
     except UnicodeDecodeError as error:
+        where, column = line_of(error.start)
         byte = part[error.start]
+        raise UserError(f"{where}: not UTF-8 (the byte 0x{byte:02x} at {column}); save the file as UTF-8") from None
+
+
+def check_characters(text: str, where: str) -> None:
+    """Raise a UserError, which begins with `where`, for half of a character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(text[error.start]):04x}"
         raise UserError(
-            f"{where}: not UTF-8 (the byte 0x{byte:02x} at {error.start}); save the file as UTF-8"
+            f"{where}: {half} is half of a character (a lone surrogate), which no tokenizer takes; write the whole "
+            "character, or remove it"
         ) from None
 
 
@@ -115,15 +132,9 @@ def _parse(text: str, where: str) -> Any:
     try:
         value = json.loads(text, object_pairs_hook=lambda pairs: _without_repeats(pairs, where))
         if "\\u" in text:  # only an escape can write one
-            json.dumps(value, ensure_ascii=False).encode()
+            check_characters(json.dumps(value, ensure_ascii=False), where)
     except json.JSONDecodeError:
         raise
-    except UnicodeEncodeError as error:
-        half = f"\\u{ord(error.object[error.start]):04x}"
-        raise UserError(
-            f"{where}: {half} is half of a character (a lone surrogate), which no tokenizer takes; write the whole "
-            "character, or remove it"
-        ) from None
     except RecursionError:
         raise UserError(f"{where}: nested too deeply for a row; flatten it") from None
     except UserError:

@@ -45,6 +45,16 @@ def test_every_file_type_gives_the_same_rows_and_its_hash(tmp_path, name):
     assert len(examples(found)) == 6
 
 
+@pytest.mark.parametrize("key", ["name", "revision"])
+@pytest.mark.parametrize("place", ["folder", "folder/train.jsonl", BUILTIN])
+def test_what_only_a_hub_dataset_has_is_refused_of_others(tmp_path, monkeypatch, key, place):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "folder" / "train.jsonl")
+    with pytest.raises(UserError, match=rf"only a hub dataset has a {key}; remove {key} \('x'\)"):
+        load_rows(place, **{key: "x"})
+    assert load_rows(place).rows
+
+
 def test_csv_is_text_as_it_stands(tmp_path):
     file = tmp_path / "a.csv"
     file.write_text('sentence1,sentence2,label\n"a, b",,1\nNA,d,0\n', encoding="utf-8")

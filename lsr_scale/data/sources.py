@@ -107,8 +107,11 @@ def load_rows(
     if limit is not None and limit < 1:
         raise UserError(f"data source {path!r}: expected limit of at least 1, got {limit}")
     if path.startswith("builtin:"):
+        _refuse_hub_keys(path, name, revision)
         return _load_builtin(path, split or default_split or "heldout", task, limit)
     local = _local_path(path)
+    if local.exists():
+        _refuse_hub_keys(path, name, revision)
     if local.is_dir():
         return _load_folder(path, local, split, default_split, task, limit)
     if local.exists():
@@ -130,6 +133,12 @@ def load_rows(
     hub, subset = (known.hub, name or known.subset) if known and path == known.name else (path, name)
     chosen = split or default_split or (known.eval_split if known else None)
     return _load_hub(path, hub, subset, chosen, task or (known.name if known else None), limit, revision)
+
+
+def _refuse_hub_keys(path: str, name: str | None, revision: str | None) -> None:
+    for key, value in (("name", name), ("revision", revision)):
+        if value is not None:
+            raise UserError(f"data source {path!r}: only a hub dataset has a {key}; remove {key} ({value!r})")
 
 
 def _check_optional_task(task: str | None, path: str) -> None:

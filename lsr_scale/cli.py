@@ -368,7 +368,11 @@ def _generate(args: argparse.Namespace) -> int:
     from lsr_scale import evaluate
 
     model, tokenizer, _ = evaluate.load_run_model(args.run, args.base_only, base=args.base)
-    print(printable(evaluate.generate(model, tokenizer, args.prompt, args.max_new_tokens, args.chat)))
+
+    def note(text: str) -> None:
+        print(f"note: {text}", file=sys.stderr)
+
+    print(printable(evaluate.generate(model, tokenizer, args.prompt, args.max_new_tokens, args.chat, note)))
     return 0
 
 

@@ -1,6 +1,7 @@
 """Accuracy of a model on multiple-choice tasks, and trying it out: the stages after training, which meet it on disk."""
 
 import json
+import logging
 import sys
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -14,7 +15,7 @@ from lsr_scale import distributed
 from lsr_scale.adapter_files import load_adapter
 from lsr_scale.config import RunConfig, load_run, run_from_dict
 from lsr_scale.config.training import EVALUATED
-from lsr_scale.data.fits import refuse_ids
+from lsr_scale.data.fits import length_made_for, num_positions, refuse_ids
 from lsr_scale.data.formats import build_dataset, load_source, source_fields
 from lsr_scale.data.preview import prepare_tokenizer, row_check, tokenize_classification
 from lsr_scale.data.readers import check_characters
@@ -31,6 +32,7 @@ from lsr_scale.scoring.accuracy import Prediction, TaskScore, mcnemar
 from lsr_scale.screen import Screen
 
 Say = Callable[[str], None]
+logger = logging.getLogger(__name__)
 
 
 def load_tasks(section: Any) -> dict[str, list[Example]]:
@@ -190,7 +192,14 @@ def _percent(result: TaskScore) -> str:
 
 
 @torch.no_grad()
-def generate(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int = 64, chat: bool = False) -> str:
+def generate(
+    model: Any,
+    tokenizer: Any,
+    prompt: str,
+    max_new_tokens: int = 64,
+    chat: bool = False,
+    say: Callable[[str], None] = logger.warning,
+) -> str:
     """Return the model's greedy continuation of a prompt.
 
     Args:
@@ -199,10 +208,11 @@ def generate(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int = 64, 
         prompt: The text; put into the chat template as a user's turn with `chat`.
         max_new_tokens: When to stop at the latest.
         chat: Use the chat template.
+        say: Told that the model's positions ended before the text did.
 
     Raises:
         UserError: if there is no chat template, it fails, nothing is to be continued, the prompt holds half of a
-            character, or the model's logits are not finite.
+            character or leaves the model no position to go on at, or the model's logits are not finite.
     """
     check_characters(prompt, "--prompt")
     if chat and not tokenizer.chat_template:
@@ -215,16 +225,24 @@ def generate(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int = 64, 
         raise UserError("--prompt: expected some text to continue, got none")
     rows = model.get_input_embeddings().num_embeddings
     refuse_ids(int(inputs["input_ids"].max()), rows, tokenizer, model.config, "--prompt")
+    length, positions, made_for = inputs["input_ids"].shape[1], num_positions(model), length_made_for(model.config)
+    if positions is not None and length >= positions:
+        raise UserError(f"--prompt: has {length:,} tokens, but the model has {positions:,} positions; shorten it")
+    end = made_for if positions is None else positions
+    # a prompt that goes beyond what the model is made for already, which RoPE allows, is gone on with as asked
+    left = max_new_tokens if end is None or length >= end else min(max_new_tokens, end - length)
     out = model.generate(
         **inputs,
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=left,
         do_sample=False,
         use_cache=True,
         pad_token_id=tokenizer.pad_token_id,
         logits_processor=[_check_finite],
         eos_token_id=end_tokens(tokenizer, model.generation_config.eos_token_id) or None,
     )
-    return tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    if left < max_new_tokens and out.shape[1] == end:
+        say(f"stopped after {left:,} of {max_new_tokens:,} new tokens: the model is made for {end:,} in all")
+    return tokenizer.decode(out[0, length:], skip_special_tokens=True)
 
 
 def _check_finite(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:

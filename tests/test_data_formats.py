@@ -155,6 +155,12 @@ def test_unknown_and_ambiguous_rows_ask_for_a_format(built):
         (PAIR, {"prompt": CHAT["messages"][:1], "completion": CHAT["messages"][1:]}, "keep one kind a source"),
         (CHAT, {"messages": []}, "list of messages"),
         (CHAT, {"messages": [{"role": "user", "content": "Hi"}]}, "no assistant turn"),
+        (CHAT, {"messages": [*CHAT["messages"][:1], {"role": "assistant", "content": " "}]}, "empty assistant turns"),
+        (
+            {"prompt": CHAT["messages"][:1], "completion": CHAT["messages"][1:]},
+            {"prompt": CHAT["messages"][:1], "completion": [{"role": "assistant", "content": ""}]},
+            "something to learn under 'completion', got empty",
+        ),
         (CHAT, {"messages": [{"role": "asistant", "content": "Hi"}]}, r"messages\[0\]; did you mean 'assistant'"),
         (CHAT, {"messages": [{"role": "assistant", "content": None, "tool_calls": [1]}]}, "tool calls"),
         (SHARE, {"conversations": [{"from": "robot", "value": "Hi"}]}, "unknown speaker 'robot'"),

@@ -7,7 +7,7 @@ from tiny_runs import completions, do, save_llama, tiny_run, write_rows
 from lsr_scale import cli
 from lsr_scale.config import dump_yaml
 from lsr_scale.data.formats import build_dataset
-from lsr_scale.data.preview import preview
+from lsr_scale.data.preview import preview, view
 from lsr_scale.data.tally import spaced
 from lsr_scale.errors import UserError
 from lsr_scale.model.tokenizer import tokenizer_of
@@ -92,6 +92,17 @@ def test_turns_without_the_end_token_are_counted(tmp_path):
     tokenizer.save_pretrained(tmp_path / "model")
     mended = tokenizer_of(described(tmp_path / "model", eos_token="<|assistant|>"))  # set training.eos_token
     assert not any("do not teach" in text for text in counted(tmp_path, CHAT, mended).notes)
+
+
+def test_characters_of_several_tokens_are_shown_whole(tmp_path):
+    save_llama(tmp_path / "model")
+    tokenizer = tokenizer_of(described(tmp_path / "model"))
+    seen = counted(tmp_path, [{"prompt": "Gr\u00f6\u00dfe", "completion": " \u6771\U0001f642!"}], tokenizer)
+    (tokens,) = seen.samples
+    assert "".join(token.text for token in tokens) == "Gr\u00f6\u00dfe \u6771\U0001f642!</s>"
+    assert "".join(token.text for token in tokens if token.supervised) == " \u6771\U0001f642!</s>"
+    half = view(tokenizer.encode("\u6771", add_special_tokens=False)[:2], None, tokenizer)
+    assert "".join(token.text for token in half) == "\ufffd"  # where max_length cuts within it
 
 
 def test_of_many_rows_some_are_counted_and_that_is_said(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import json
 import logging
 from types import SimpleNamespace
+from typing import Any
 
 import gguf
 import pytest
@@ -12,8 +13,9 @@ from tokenizers import Tokenizer, processors
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from lsr_scale import cli
+from lsr_scale.config import dump_yaml
 from lsr_scale.data.formats import build_dataset
-from lsr_scale.data.preview import preview, row_check
+from lsr_scale.data.preview import prepare_tokenizer, preview, row_check
 from lsr_scale.errors import UserError
 from lsr_scale.evaluate import generate, load_run_model
 from lsr_scale.export import export
@@ -31,6 +33,7 @@ from lsr_scale.model.tokenizer import (
     without_appended,
 )
 from lsr_scale.scoring import encode_pairs
+from lsr_scale.training import assembly
 
 TURN = "{{ m.role }}\n{{ m.content }}<|assistant|>\n"
 TEMPLATE = "{% for m in messages %}" + TURN + "{% endfor %}{% if add_generation_prompt %}so:{% endif %}"
@@ -143,6 +146,12 @@ def test_a_merged_model_whose_run_changed_nothing_keeps_the_bases_files(tmp_path
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "model" / name).read_bytes()
 
 
+def test_a_base_that_merging_does_not_find_is_named(finished, tmp_path):
+    source = open_adapter(finished.path)
+    with pytest.raises(UserError, match=r"model\.name 'gone-for-good': it is not on this machine"):
+        write_merged(tmp_path, source, base_section(source, "gone-for-good"), "float32", {})
+
+
 @pytest.mark.parametrize("linked", [False, True])
 def test_a_resumed_run_goes_on_with_the_tokenizer_that_it_began_with(tmp_path, capsys, linked):
     save_llama(tmp_path / "model")
@@ -179,6 +188,51 @@ def test_a_tokenizer_is_saved_beside_what_somebody_put_into_its_folder(tmp_path)
     assert same_state(read_tokenizer(tmp_path / "tokenizer"), fast())
     assert (tmp_path / "tokenizer" / "notes.txt").read_text() == "mine"
     assert [path.name for path in tmp_path.iterdir()] == ["tokenizer"]
+
+
+def test_a_resumed_run_keeps_the_end_token_that_it_began_with(tmp_path, capsys):
+    save_llama(tmp_path / "model")
+    write_rows(tmp_path / "rows.jsonl", completions(4))
+    sections = {"model": {"quantization": "none"}, "eval": {"tasks": []}}
+    folder = do(tiny_run(tmp_path, training={"max_steps": 1, "save_steps": 1}, **sections))
+    changed = tiny_run(tmp_path, training={"max_steps": 2, "save_steps": 1, "eos_token": "<|assistant|>"}, **sections)
+    data = assembly.read_data(changed, folder.checkpoints()[-1], print)
+    trainer: Any = assembly.build_trainer(changed, folder, data=data)
+    assert f"it goes on with those in {folder.tokenizer}" in capsys.readouterr().out
+    (row, *_) = trainer.train_dataset
+    assert row["input_ids"][-1] == read_tokenizer(folder.tokenizer).convert_tokens_to_ids("</s>")
+    assert trainer.processing_class.eos_token == "</s>"
+
+
+ONLY = "training.assistant_only_loss: the chat template does not tell which tokens are the assistant's; put {% gener"
+
+
+def test_assistant_only_wants_a_template_that_marks_the_assistants_tokens(tmp_path, capsys):
+    save_llama(tmp_path / "model")
+    write_rows(tmp_path / "rows.jsonl", CHAT)
+    template, only = tmp_path / "own.jinja", ["--set", "training.assistant_only_loss=true"]
+    template.write_text(TEMPLATE)
+    model = {"name": str(tmp_path / "model"), "chat_template": str(template), "quantization": "none"}
+    training = {
+        "eos_token": "<|assistant|>",
+        "max_steps": 1,
+        "save_strategy": "no",
+        "output_dir": str(tmp_path / "run"),
+    }
+    run = tiny_run(tmp_path, model=model, training=training, eval={"tasks": []})
+    (tmp_path / "run.yaml").write_text(dump_yaml(run))
+    for command in ("preview", "train"):
+        assert cli.main([command, str(tmp_path / "run.yaml"), *only]) == 2
+        assert ONLY in capsys.readouterr().err
+    end = "{{ m.content }}<|assistant|>"  # as it says, for the assistant alone
+    within = f"{{% generation %}}{end}{{% endgeneration %}}"
+    marked = f"{{% if m.role == 'assistant' %}}{within}{{% else %}}{end}{{% endif %}}"
+    template.write_text(TEMPLATE.replace(end, marked))
+    assert cli.main(["preview", str(tmp_path / "run.yaml"), *only]) == 0
+    assert "supervised: 'a saw cuts wood<|assistant|>'" in capsys.readouterr().out
+    assert cli.main(["train", str(tmp_path / "run.yaml"), *only, "--overwrite"]) == 0
+    with pytest.raises(UserError, match=r"assistant_only_loss: the data is text .*, no conversations; leave it out"):
+        prepare_tokenizer(fast(), "text", assistant_only=True)
 
 
 def test_the_runs_end_token_serves_a_tokenizer_that_has_none(tmp_path):

@@ -38,6 +38,17 @@ def num_positions(model: Any) -> int | None:
     return next((len(table) for table in tables if table.dim() == 2), None)
 
 
+def length_made_for(config: PreTrainedConfig) -> int | None:
+    """Return how many tokens a model's configuration says that it is made for, None where it does not say."""
+    text = config.get_text_config()
+    stated = getattr(text, "max_position_embeddings", None)
+    factor = (getattr(text, "rope_parameters", None) or {}).get("factor")
+    if not isinstance(stated, int):
+        return None
+    # some state the length before RoPE was scaled
+    return int(stated * max(1, factor)) if isinstance(factor, int | float) else stated
+
+
 def check_fits(
     datasets: Mapping[str, "Dataset"],
     kind: Kind,
@@ -96,7 +107,7 @@ def _tokens(dataset: "Dataset", kind: Kind, tokenizer: Any, training: Mapping[st
     """Yield the token ids of rows as TRL makes them; its trainer would be one too many in a process that trains."""
     limit = training["max_length"]
     cut = slice(-limit, None) if limit and training.get("truncation_mode") == "keep_end" else slice(limit)
-    end = tokenizer.convert_tokens_to_ids(training.get("eos_token") or tokenizer.eos_token or "")
+    end = tokenizer.convert_tokens_to_ids(tokenizer.eos_token or "")
     template = training.get("chat_template_path") is None
     for row in cast(Iterable[dict[str, Any]], dataset):
         if kind == "classification":

@@ -95,6 +95,14 @@ def _turns(value: object, key: str) -> list[dict[str, str]]:
     return turns
 
 
+def _check_learnable(turns: list[dict[str, str]], key: str) -> None:
+    """Raise where the turns to be learned hold no text, in their content or in what they have beside it."""
+    if not turns:
+        raise RowError(f"no assistant turn under {key!r}: there is nothing to learn")
+    if not any(text.strip() for turn in turns for name, text in turn.items() if name != "role"):
+        raise RowError(f"expected something to learn under {key!r}, got empty assistant turns")
+
+
 def _tools(row: Row) -> dict[str, str]:
     tools = row.get("tools")
     if not tools:
@@ -120,8 +128,7 @@ def _conversation(row: Row) -> dict[str, Any]:
     system = row.get("system")
     if system and turns[0]["role"] != "system":
         turns.insert(0, {"role": "system", "content": _text(row, "system")})
-    if all(turn["role"] != "assistant" for turn in turns):
-        raise RowError(f"no assistant turn under {key!r}: there is nothing to learn")
+    _check_learnable([turn for turn in turns if turn["role"] == "assistant"], key)
     return {"messages": turns, **_tools(row)}
 
 
@@ -131,7 +138,9 @@ def _prompt_completion(row: Row) -> dict[str, Any]:
         return {"prompt": f"Question: {_text(row, 'question')}\nAnswer:", "completion": f" {_text(row, 'answer')}"}
     prompt, completion = row.get("prompt"), row.get("completion")
     if isinstance(prompt, list) or isinstance(completion, list):
-        return {"prompt": _turns(prompt, "prompt"), "completion": _turns(completion, "completion"), **_tools(row)}
+        turns = _turns(completion, "completion")
+        _check_learnable(turns, "completion")
+        return {"prompt": _turns(prompt, "prompt"), "completion": turns, **_tools(row)}
     return {"prompt": _text(row, "prompt"), "completion": _filled(_text(row, "completion"), "completion")}
 
 

@@ -1,5 +1,6 @@
 """What the trainer will see: tokens with what is supervised, made by TRL's own preprocessing, never by a copy of it."""
 
+import re
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping
@@ -8,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from lsr_scale.data.formats import Kind, listed_tools
+from lsr_scale.data.formats import KIND_MEANING, Kind, listed_tools
 from lsr_scale.data.tally import spaced, tally
 from lsr_scale.data.tasks import RowError
 from lsr_scale.errors import UserError
@@ -31,6 +32,10 @@ PREPROCESSING = (
 
 
 ROWS_COUNTED = 5_000
+# bytes of a character in UTF-8, which are as many tokens at most
+_MOST_PARTS = 4
+# around what a chat template has the assistant say
+_MARK = re.compile(r"\{%-?\s*generation\b")
 
 
 class TokenView(NamedTuple):
@@ -58,16 +63,20 @@ class Preview:
     counts: list[str]
 
 
-def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, kind: Kind, pad_token: str | None = None) -> list[str]:
+def prepare_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, kind: Kind, pad_token: str | None = None, assistant_only: bool = False
+) -> list[str]:
     """Give the tokenizer a padding token where it has none, and return what a user should know about it.
 
     Args:
         tokenizer: Changed in place (its padding token alone).
         kind: What the data is, see `lsr_scale.data.formats.KIND_MEANING`.
         pad_token: The padding token to use.
+        assistant_only: Only what the assistant says is to be supervised (`training.assistant_only_loss`).
 
     Raises:
-        UserError: No end-of-sequence token, an unknown padding token, or no chat template for conversations.
+        UserError: No end-of-sequence token, an unknown padding token, no chat template for conversations, or one that
+            does not mark what the assistant says.
     """
     name = tokenizer.name_or_path or type(tokenizer).__name__
     if kind in ("messages", "chat_prompt_completion") and not tokenizer.chat_template:
@@ -75,6 +84,8 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, kind: Kind, pad_token:
             f"tokenizer {name!r}: the data is conversations, and it has no chat template; set model.chat_template to a "
             "Jinja file, take an instruction-tuned model, or write the rows as prompt and completion"
         )
+    if assistant_only:
+        _check_marks_assistant(tokenizer, kind)
     if pad_token is not None:
         if pad_token not in tokenizer.get_vocab():
             raise UserError(f"tokenizer {name!r}: the padding token {pad_token!r} is not in its vocabulary")
@@ -93,6 +104,25 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, kind: Kind, pad_token:
         f"The tokenizer has no padding token: its end-of-sequence token {tokenizer.eos_token!r} is used. "
         "Padding carries no loss and no attention, so nothing else changes."
     ]
+
+
+def _check_marks_assistant(tokenizer: Any, kind: Kind) -> None:
+    """Raise where neither the chat template nor TRL, for one that it knows, tells the assistant's tokens."""
+    from trl.chat_template_utils import get_training_chat_template
+
+    where = "training.assistant_only_loss"
+    if kind not in ("messages", "chat_prompt_completion"):
+        raise UserError(f"{where}: the data is {kind} ({KIND_MEANING[kind]}), no conversations; leave it out")
+    if _MARK.search(tokenizer.get_chat_template()):
+        return
+    try:
+        get_training_chat_template(tokenizer)
+    except ValueError:
+        raise UserError(
+            f"{where}: the chat template does not tell which tokens are the assistant's; put {{% generation %}} and "
+            "{% endgeneration %} around the assistant's text and end token in a copy of it, and set "
+            "model.chat_template to that, or leave assistant_only_loss out to learn every turn"
+        ) from None
 
 
 def template_notes(dataset: "Dataset", tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -191,7 +221,23 @@ def count_classification(
 def view(input_ids: list[int], labels: list[int] | None, tokenizer: PreTrainedTokenizerBase) -> list[TokenView]:
     """Pair each token's text with whether it is supervised; `labels` as the trainer has them (-100: no loss)."""
     supervised = [label != -100 for label in labels] if labels is not None else [False] * len(input_ids)
-    return [TokenView(i, str(tokenizer.decode([i])), flag) for i, flag in zip(input_ids, supervised, strict=True)]
+    return [TokenView(*token) for token in zip(input_ids, _texts(input_ids, tokenizer), supervised, strict=True)]
+
+
+def _texts(input_ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Return the text of each token; of a character that several make up, the last one has it, the others ""."""
+    texts, parts = [], []
+    for i in input_ids:
+        parts.append(i)
+        text = str(tokenizer.decode(parts))
+        if text.endswith("\ufffd") and len(parts) < _MOST_PARTS:
+            texts.append("")
+        else:
+            texts.append(text)
+            parts = []
+    if parts:
+        texts[-1] = str(tokenizer.decode(parts))  # cut within a character
+    return texts
 
 
 def preview(
@@ -221,7 +267,8 @@ def preview(
     options = {name: training[name] for name in PREPROCESSING if training and training.get(name) is not None}
     if training and "max_length" in training:
         options["max_length"] = training["max_length"]  # None means no limit, not the default
-    notes = prepare_tokenizer(tokenizer, kind, options.pop("pad_token", None))
+    assistant_only = bool(options.get("assistant_only_loss"))
+    notes = prepare_tokenizer(tokenizer, kind, options.pop("pad_token", None), assistant_only)
     notes += template_notes(dataset, tokenizer)
     parts = [("data.train", dataset), *([("data.validation", validation)] if validation is not None else [])]
     head = dataset.select(range(min(num_samples, len(dataset))))
@@ -236,7 +283,7 @@ def preview(
         notes.append(
             f"The trainer appends the end-of-sequence token {tokenizer.eos_token!r}; scoring never looks at it."
         )
-    if kind == "messages" and not options.get("assistant_only_loss"):
+    if kind == "messages" and not assistant_only:
         notes.append("Every turn is supervised; training.assistant_only_loss: true keeps to the assistant's.")
     if len(rows) < len(head):
         num_dropped, limit = len(head) - len(rows), options.get("max_length", "default")

@@ -23,6 +23,7 @@ from lsr_scale.errors import UserError
 from lsr_scale.export.source import AdapterSource
 from lsr_scale.model import DTYPES, head_modules, load_config, quantization_config, resolve, skeleton
 from lsr_scale.model.files import read_json
+from lsr_scale.model.names import explained
 from lsr_scale.model.tokenizer import copy_tokenizer, end_tokens, has_tokenizer, read_tokenizer, same_state
 from lsr_scale.packed_factors import in_range
 from lsr_scale.quantized import dequantize
@@ -53,15 +54,16 @@ class MergedWeights:
                 f"--to {kind}: {sorted(source.extra)[0]} was trained whole; export lora, and merge with PEFT"
             )
         self.source = source
+        self.config: Any = load_config(section["name"], section["revision"])
         self.path = Path(resolve(section["name"]))
         if not self.path.is_dir():
             from huggingface_hub import snapshot_download
 
             wanted = ["*.safetensors*", "*.json", "*.jinja", "*.txt", "tokenizer*"]
-            found = snapshot_download(section["name"], revision=section["revision"], allow_patterns=wanted)
+            with explained(section["name"], section["revision"]):
+                found = snapshot_download(section["name"], revision=section["revision"], allow_patterns=wanted)
             self.path = Path(found)
         self.files = _files(self.path)
-        self.config: Any = load_config(section["name"], section["revision"])
         self.dtype = DTYPES[section.get("dtype", "bfloat16")]
         self.skeleton = skeleton(self.config, dtype=self.dtype)
         self.quantized = _Quantized(self.skeleton, section, self.dtype)

@@ -120,7 +120,9 @@ def build_trainer(
     arguments = _arguments(run, folder)
     data = data or read_data(run, say=say)
     tokenizer = data.tokenizer
-    for note in (*prepare_tokenizer(tokenizer, data.kind), *template_notes(data.train, tokenizer)):
+    assistant_only = bool(run.training.get("assistant_only_loss"))
+    prepared = prepare_tokenizer(tokenizer, data.kind, assistant_only=assistant_only)
+    for note in (*prepared, *template_notes(data.train, tokenizer)):
         say(f"note: {note}")
     check_run_fits(run, data)
     start = _start_of(run)
@@ -228,6 +230,7 @@ def _tokenizer(run: RunConfig, checkpoint: Path | None, note: Callable[[str], No
 
 def _arguments(run: RunConfig, folder: RunFolder) -> Any:
     values = config.training_arguments(run) | {"output_dir": str(folder.path), "use_cpu": not torch.cuda.is_available()}
+    values.pop("eos_token", None)  # the tokenizer has it; a run that goes on keeps the one that it began with
     values.setdefault("log_level_replica", "error")  # the main process speaks for all
     if run.model.task == "seq_cls":
         values.setdefault("include_num_input_tokens_seen", "non_padding")  # for tokens/s; SFTTrainer counts by itself

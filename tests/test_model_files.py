@@ -273,3 +273,28 @@ def test_the_index_of_the_largest_models_is_read(tmp_path):
         stream.truncate(2**30)  # a hole of a GiB
     with pytest.raises(UserError, match=r"not a readable JSON configuration \(it has 1,073,741,824 bytes\)"):
         read_json(index)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        *(("attention_dropout", value, "from 0 to 1") for value in (-1, 1.5, 10**12, None)),
+        ("hidden_dropout_prob", -0.1, "from 0 to 1"),
+        ("resid_pdrop", 2, "from 0 to 1"),
+        ("rms_norm_eps", -1, "finite number that is not negative"),
+        ("layer_norm_epsilon", float("inf"), "finite number that is not negative"),
+        ("rms_norm_eps", float("nan"), "a number"),
+        ("logit_scale", float("nan"), "a number"),
+    ],
+)
+def test_numbers_that_would_end_training_at_its_first_step_are_refused_before(copied, field, value, expected):
+    set_config(copied, **{field: value})
+    with pytest.raises(UserError, match=rf"config\.json: {field} is .*; expected .*{expected}"):
+        load_config(str(copied))
+
+
+def test_numbers_that_published_models_have_are_taken(copied):
+    set_config(
+        copied, attention_dropout=1, classifier_dropout=None, dropout=False, rms_norm_eps=0.0, time_step_limit=[0, 1]
+    )
+    assert load_config(str(copied)).attention_dropout == 1

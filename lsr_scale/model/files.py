@@ -1,6 +1,7 @@
 """A model's folder, looked at before Transformers opens anything in it: plain files, within it, and safetensors."""
 
 import json
+import math
 import re
 import shlex
 from pathlib import Path
@@ -23,6 +24,9 @@ MAX_JSON_BYTES = 64 * 2**20  # the index of the largest published models, of 200
 # Of what a module is made each: the largest of published models are 126 layers, 512 experts and 21,841 labels.
 _MOST = {"layers": 1_000, "experts": 10_000, "labels": 1_000_000}
 _COUNTED = re.compile(r"(?:num_|n_)?(?:\w+_)?(layers?|experts|labels)")
+# what a configuration's field is that training computes with, where its value says nothing about shapes
+_PROBABILITIES = re.compile(r"\w*(?:dropout|pdrop)(?:_prob|_rate|_p)?")
+_EPSILONS = re.compile(r"(?:\w+_)?eps(?:ilon)?")
 
 
 def check_folder(name: str, folder: Path) -> None:
@@ -68,6 +72,9 @@ def check_config(file: Path, content: dict[str, Any]) -> None:
         raise UserError(f"{file}: architectures: expected a list of names, got {str(published)[:80]}")
     for part in (content, *(value for value in content.values() if isinstance(value, dict))):
         for key, value in part.items():
+            wrong = _wrong_number(key, value)
+            if wrong:
+                raise UserError(f"{file}: {key} is {value}; {wrong}, fetch the model again or mend that line")
             size = _SIZES.fullmatch(key)
             if size and isinstance(value, int | float) and (value <= 0 or (size[1] and value > MOST_FEATURES)):
                 most = f", and at most {MOST_FEATURES:,}" if size[1] else ""
@@ -80,6 +87,21 @@ def check_config(file: Path, content: dict[str, Any]) -> None:
                 raise UserError(
                     f"{file}: {key} is {value:.6g}; no model has more than {_MOST[kind]:,} {kind}, fetch it again"
                 )
+
+
+def _wrong_number(key: str, value: Any) -> str | None:
+    """Return what was expected of a number that would end training at its first step, None of another."""
+    if key == "attention_dropout" and value is None:
+        return "expected a number from 0 to 1"  # others' null is no dropout
+    if not isinstance(value, int | float):
+        return None
+    if math.isnan(value):
+        return "expected a number"
+    if _PROBABILITIES.fullmatch(key) and not 0 <= value <= 1:
+        return "expected a number from 0 to 1"
+    if _EPSILONS.fullmatch(key) and not 0 <= value < math.inf:
+        return "expected a finite number that is not negative"
+    return None
 
 
 def check_weights(name: str, folder: Path, auto_class: str, config: dict[str, Any]) -> None:

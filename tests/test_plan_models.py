@@ -99,6 +99,17 @@ def test_a_target_of_which_nothing_would_come_is_refused_beside_one_that_matches
         plan(run)
 
 
+@pytest.mark.parametrize("targets", [None, "all-linear"])
+def test_lora_on_experts_is_refused_and_the_names_it_is_told_are_planned(tmp_path, targets):
+    sizes = {**LLAMA, "num_local_experts": 4}
+    _, run = tiny("Mixtral", sizes, tmp_path, "lora", adapter={"target_modules": targets})
+    with pytest.raises(UserError, match=r"adapter\.target_modules: .*linear layers, such as \[.*q_proj.*\]$") as told:
+        plan(run)
+    names = str(told.value).rpartition("[")[2].rstrip("]").split(", ")
+    _, run = tiny("Mixtral", sizes, tmp_path, "lora", adapter={"target_modules": names})
+    assert plan(run).adapted_modules == 2 * len(names)
+
+
 def test_a_module_that_is_no_linear_layer_is_refused_in_words(tmp_path):
     _, run = tiny("Llama", LLAMA, tmp_path, "lora", adapter={"target_modules": ["mlp"]})
     with pytest.raises(UserError, match=r"adapter.target_modules: .*not supported.*name linear layers only"):

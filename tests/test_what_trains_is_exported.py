@@ -104,7 +104,8 @@ def test_lokrs_pair_is_pefts_update_of_every_module(tmp_path, options):
     model: Any = get_peft_model(
         tiny_llama(), peft_config("lokr", {"target_modules": SEVEN_LINEARS, **options}, "CAUSAL_LM")
     )
-    randomize(model).save_pretrained(tmp_path)
+    randomize(model)
+    model.save_pretrained(tmp_path)
     source = open_adapter(tmp_path)
     for name in source.modules:
         down, up = source.pair(name)

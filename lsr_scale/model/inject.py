@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from peft import PeftModel, get_peft_model
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
@@ -50,9 +51,18 @@ def check_linear(model: PeftModel) -> None:
     Raises:
         UserError: naming the first such layer.
     """
-    for path, layer in model.get_base_model().named_modules():
-        if isinstance(layer, BaseTunerLayer) and features(layer.get_base_layer()) is None:
+    adapted = {
+        path: layer for path, layer in model.get_base_model().named_modules() if isinstance(layer, BaseTunerLayer)
+    }
+    linears = [path for path, layer in adapted.items() if features(layer.get_base_layer())]
+    for path, layer in adapted.items():
+        if path not in linears:
             kind, name = type(layer.get_base_layer()).__name__, path.rpartition(".")[2]
+            if isinstance(layer, ParamWrapper):  # PEFT's all-linear of experts, which no option of ours leaves out
+                raise UserError(
+                    f"adapter.target_modules: PEFT's LoRA would adapt the parameters of {path} ({kind}) too, and they "
+                    f"are no linear layer's; name linear layers, such as {_listed(linears)}"
+                )
             raise UserError(
                 f"adapter.target_modules: {path}: a layer of type {kind} is not linear; leave it out, or train it "
                 f"whole with adapter.modules_to_save: [{name}]"
@@ -103,14 +113,19 @@ def _check_names(base: nn.Module, targets: Any) -> None:
 
 def _refusal(base: Any, config: Any, error: Exception) -> str:
     """Return why PEFT refuses to adapt what was asked for, in words."""
-    if config.target_modules is None:
+    if not config.target_modules:
         body = [name for name, module in base.base_model.named_modules() if features(module)]
-        linears = sorted(last_names(body))
+        # of models whose default are the experts' parameters alone PEFT leaves an empty set, and all-linear has them
+        wider = "all-linear, or to " if config.target_modules is None else ""
         return (
-            f"there is no default for a {base.config.model_type} model; set it to all-linear, or to names of linear "
-            f"layers, such as [{', '.join(linears[:8])}]"
+            f"there is no default for a {base.config.model_type} model; set it to {wider}names of linear layers, such "
+            f"as {_listed(body)}"
         )
     return f"{' '.join(str(error).split())[:400]}; name linear layers only, or all-linear"
+
+
+def _listed(paths: list[str]) -> str:
+    return f"[{', '.join(sorted(last_names(paths))[:8])}]"
 
 
 def _has_weight(module: nn.Module) -> bool:

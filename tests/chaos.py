@@ -328,7 +328,10 @@ def main() -> int:
         return 0
     if args.only and args.only.rpartition("-")[2].isdigit():
         outcome = run_case(args.only, args.seed, keep=Path(tempfile.mkdtemp(prefix="chaos")))
-        print(f"{' '.join(outcome.words)}\n{outcome.said}\n{outcome.kind}: {outcome.what} ({outcome.seconds:.2f} s)")
+        from lsr_scale.errors import printable
+
+        words = printable(" ".join(outcome.words))
+        print(f"{words}\n{outcome.said}\n{outcome.kind}: {outcome.what} ({outcome.seconds:.2f} s)")
         return not outcome.is_good
     todo = [name for name in names(args.cases) if name.startswith(args.only or "")]
     counts: Counter[str] = Counter()

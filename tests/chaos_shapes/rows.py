@@ -193,7 +193,8 @@ def data_labels(place: Path, chance: random.Random) -> Case:
     rows[chance.randrange(8)]["label"] = label
     write_rows(place / "labelled.jsonl", rows)
     command = pick(chance, "preview", "train")
-    return try_set(command, base="classifier.yaml")
+    # a class number as text is what every label of a CSV file is
+    return try_set(command, base="classifier.yaml", expect="answered" if label == "1" else "refused")
 
 
 @shape(5)
@@ -213,13 +214,15 @@ def data_choices(place: Path, chance: random.Random) -> Case:
     )  # fmt: skip
     rows[2] |= wrong
     write_rows(place / "odd.jsonl", rows)
+    # no question is right, as no prompt is: the choices are endings that stand by themselves
+    promise: dict[str, Any] = {"says": ("line 3", "row 3")} if wrong != {"question": ""} else {"expect": "answered"}
     if chance.random() < 0.5:
-        return _preview("odd.jsonl", says=("line 3", "row 3"))
+        return _preview("odd.jsonl", **promise)
     return Case(
         ["eval", "done", "--tasks", "odd.jsonl"],
-        writes=("done/eval", "done/.lock"),
+        writes=("done/eval", "done/.lock", "done/results.json"),
         kept=("done/eval/questions-after.jsonl",),
-        says=("line 3", "row 3"),
+        **promise,
     )
 
 
@@ -258,6 +261,8 @@ def data_names(place: Path, chance: random.Random) -> Case:
         files = [file for file in (place / "done/eval").iterdir() if "eval-adapter" in file.name]
         return "" if len(files) == 2 else f"{len(files)} files of predictions"
 
+    if "\n" in first:  # no path of ours has control characters, though a file system takes them
+        return Case(["eval", "done", "--tasks", f"{first}.jsonl", f"{second}.jsonl"])
     return Case(["eval", "done", "--tasks", f"{first}.jsonl", f"{second}.jsonl"], expect="answered",
         writes=("done/eval", "done/.lock", "done/results.json"),
                 kept=("done/eval/questions-after.jsonl", "done/eval/questions-before.jsonl"), check=check)  # fmt: skip
@@ -304,6 +309,7 @@ def data_templates(place: Path, chance: random.Random) -> Case:
         "model.chat_template=odd.jinja",
         "data.train=[chat.jsonl]",
         "eval.tasks=[]",
+        expect="answered" if "tojson" in template else "refused",  # Python's json indents by a text too
     )
 
 

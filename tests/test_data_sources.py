@@ -55,6 +55,11 @@ def test_what_only_a_hub_dataset_has_is_refused_of_others(tmp_path, monkeypatch,
     assert load_rows(place).rows
 
 
+def test_an_unknown_task_is_refused_of_the_built_in_rows_as_of_a_file():
+    with pytest.raises(UserError, match=r"data source 'builtin:commonsense', task.*hellaswagg.*hellaswag"):
+        load_rows(BUILTIN, task="hellaswagg")
+
+
 def test_csv_is_text_as_it_stands(tmp_path):
     file = tmp_path / "a.csv"
     file.write_text('sentence1,sentence2,label\n"a, b",,1\nNA,d,0\n', encoding="utf-8")

@@ -108,6 +108,7 @@ def load_rows(
         raise UserError(f"data source {path!r}: expected limit of at least 1, got {limit}")
     if path.startswith("builtin:"):
         _refuse_hub_keys(path, name, revision)
+        _check_optional_task(task, path)
         return _load_builtin(path, split or default_split or "heldout", task, limit)
     local = _local_path(path)
     if local.exists():

@@ -101,3 +101,14 @@ def test_a_number_of_steps_is_one_or_left_out(steps):
     expected = f"max_steps: expected a number of steps, or -1 for num_train_epochs, got {steps}"
     assert expected in problem(MINIMAL + f"training: {{max_steps: {steps}}}")
     assert load(MINIMAL + "training: {max_steps: -1}").training["max_steps"] == -1
+
+
+def test_a_bounded_number_may_have_a_word_beside_it_and_no_other_text():
+    if training_fields.training_model("causal_lm").model_fields["pad_to_multiple_of"].default != "auto":
+        pytest.skip("the installed TRL takes numbers only")
+    for value in ("auto", "8", "null"):
+        load(MINIMAL, f"training.pad_to_multiple_of={value}")
+    for value in ("0", "70000", "x", "'8'", '"[/x]"', "[1]", "{a: 1}"):
+        message = problem(MINIMAL, f"training.pad_to_multiple_of={value}")
+        assert "training.pad_to_multiple_of: expected " in message
+        assert "'auto'" in message

@@ -307,9 +307,11 @@ def training_kwargs(training: Mapping[str, Any], task: Task) -> dict[str, Any]:
 
 def _field(name: str, kind: Any, default: Any, text: str) -> tuple[Any, Any]:
     if name in _BOUNDS:
-        present = [member for member in _members(kind) if member is not types.NoneType]
-        bounded = Annotated[Union[tuple(present)], Field(**_BOUNDS[name])]  # noqa: UP007  # pyright: ignore
-        kind = bounded if len(present) == len(_members(kind)) else Union[bounded, None]  # noqa: UP007
+        numbers = [member for member in _members(kind) if member in (int, float)]
+        bounded = Annotated[Union[tuple(numbers)], Field(**_BOUNDS[name])]  # noqa: UP007  # pyright: ignore
+        words = Literal[default] if isinstance(default, str) else str  # beside a number text is one word, such as auto
+        rest = [words if member is str else member for member in _members(kind) if member not in numbers]
+        kind = Union[(bounded, *rest)]
     return kind, Field(default=default.value if isinstance(default, enum.Enum) else default, description=text)
 
 

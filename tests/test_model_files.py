@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import tiny_llama
 from huggingface_hub import constants
+from safetensors.torch import load_file, save_file
 from transformers import BitsAndBytesConfig
 
 from lsr_scale.errors import UserError
@@ -298,3 +299,27 @@ def test_numbers_that_published_models_have_are_taken(copied):
         copied, attention_dropout=1, classifier_dropout=None, dropout=False, rms_norm_eps=0.0, time_step_limit=[0, 1]
     )
     assert load_config(str(copied)).attention_dropout == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_hidden_layers": 10**400}, r"num_hidden_layers is 10+ \.\.\. 0+; no model has more than 1,000 layers"),
+        ({"vocab_size": -(10**400)}, r"vocab_size is -10+ \.\.\. 0+; a model has at least one"),
+        ({"num_attention_heads": 4, "num_key_value_heads": 3}, r"num_key_value_heads is 3; expected a divisor of .*4"),
+        ({"num_attention_heads": 4, "num_key_value_heads": 0}, r"num_key_value_heads is 0; expected a divisor of .*4"),
+    ],
+)
+def test_numbers_that_no_model_has_are_refused_however_long(copied, changes, message):
+    set_config(copied, **changes)
+    with pytest.raises(UserError, match=message):
+        load_config(str(copied))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.bool])
+def test_weights_of_whole_numbers_are_refused_where_nothing_says_what_they_stand_for(copied, dtype):
+    weights = load_file(copied / "model.safetensors")
+    name = next(name for name in weights if name.endswith("q_proj.weight"))
+    save_file(weights | {name: weights[name].to(dtype)}, copied / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=rf"model\.safetensors: '{name}' holds whole numbers"):
+        load(copied)

@@ -1,5 +1,7 @@
 """Tokenizers: the padding token, the chat template, and what is said when one is missing."""
 
+import json
+
 import pytest
 from conftest import tiny_llama
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -64,3 +66,16 @@ def test_a_model_folder_without_a_tokenizer_says_so(tmp_path):
     tiny_llama().save_pretrained(tmp_path)
     with pytest.raises(UserError, match="no tokenizer in this folder"):
         load_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize("value", [{}, {"a": 0}, "512", [1]])
+def test_a_longest_length_that_is_no_number_is_refused(tmp_path, value):
+    name = _tokenizer(tmp_path, ["<unk>", "</s>", "[PAD]"], eos_token="</s>", pad_token="[PAD]", unk_token="<unk>")
+    file = tmp_path / "tokenizer_config.json"
+    settings = json.loads(file.read_text())
+    file.write_text(json.dumps(settings | {"model_max_length": value}))
+    with pytest.raises(UserError, match="model_max_length: expected a number of tokens") as error:
+        load_tokenizer(name)
+    assert "remove that line" in str(error.value)
+    file.write_text(json.dumps({key: kept for key, kept in settings.items() if key != "model_max_length"}))
+    load_tokenizer(name)

@@ -10,7 +10,7 @@ from typing import Any
 from huggingface_hub import constants
 from safetensors import SafetensorError, safe_open
 
-from lsr_scale.errors import UserError
+from lsr_scale.errors import UserError, shortened
 from lsr_scale.paths import is_odd
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -27,6 +27,8 @@ _COUNTED = re.compile(r"(?:num_|n_)?(?:\w+_)?(layers?|experts|labels)")
 # what a configuration's field is that training computes with, where its value says nothing about shapes
 _PROBABILITIES = re.compile(r"\w*(?:dropout|pdrop)(?:_prob|_rate|_p)?")
 _EPSILONS = re.compile(r"(?:\w+_)?eps(?:ilon)?")
+
+_WHOLE = {"BOOL", "I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64"}  # safetensors' names of dtypes
 
 
 def check_folder(name: str, folder: Path) -> None:
@@ -59,7 +61,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def check_config(file: Path, content: dict[str, Any]) -> None:
-    """Refuse what a config.json must not say: parts without number, or code from the hub.
+    """Refuse what a config.json must not say: numbers that no model has, or code from the hub.
 
     Raises:
         UserError: naming the file and the field.
@@ -78,15 +80,24 @@ def check_config(file: Path, content: dict[str, Any]) -> None:
             size = _SIZES.fullmatch(key)
             if size and isinstance(value, int | float) and (value <= 0 or (size[1] and value > MOST_FEATURES)):
                 most = f", and at most {MOST_FEATURES:,}" if size[1] else ""
-                raise UserError(f"{file}: {key} is {value:.6g}; a model has at least one{most}, fetch it again")
+                raise UserError(
+                    f"{file}: {key} is {shortened(str(value), 24)}; a model has at least one{most}, fetch it again"
+                )
             counted = _COUNTED.fullmatch(key)
             if counted is None or not isinstance(value, int | float):
                 continue
             kind = counted[1] if counted[1].endswith("s") else f"{counted[1]}s"
             if value > _MOST[kind]:
                 raise UserError(
-                    f"{file}: {key} is {value:.6g}; no model has more than {_MOST[kind]:,} {kind}, fetch it again"
+                    f"{file}: {key} is {shortened(str(value), 24)}; no model has more than {_MOST[kind]:,} {kind}, "
+                    "fetch it again"
                 )
+        heads, shared = part.get("num_attention_heads"), part.get("num_key_value_heads")
+        if isinstance(heads, int) and isinstance(shared, int) and (shared < 1 or heads % shared):
+            raise UserError(
+                f"{file}: num_key_value_heads is {shortened(str(shared), 24)}; expected a divisor of "
+                f"num_attention_heads ({shortened(str(heads), 24)}), fetch it again"
+            )
 
 
 def _wrong_number(key: str, value: Any) -> str | None:
@@ -95,7 +106,7 @@ def _wrong_number(key: str, value: Any) -> str | None:
         return "expected a number from 0 to 1"  # others' null is no dropout
     if not isinstance(value, int | float):
         return None
-    if math.isnan(value):
+    if isinstance(value, float) and math.isnan(value):  # which does not take every integer
         return "expected a number"
     if _PROBABILITIES.fullmatch(key) and not 0 <= value <= 1:
         return "expected a number from 0 to 1"
@@ -139,15 +150,21 @@ def check_weights(name: str, folder: Path, auto_class: str, config: dict[str, An
         found = f" (there is {', '.join(held[:3])})" if held else ""
         raise UserError(f"model.name {name!r}: there is no {WEIGHTS} or {INDEX} in its folder{found}; fetch it again")
     homes = _homes(folder)
+    quantized = any("quantization_config" in part for part in (config, *config.values()) if isinstance(part, dict))
     for file in files:
         _check_inside(file, homes)
         try:
-            with safe_open(file, "pt"):
-                pass
+            with safe_open(file, "pt") as weights:
+                whole_numbers = None if quantized else _whole_numbers(weights)
         except (SafetensorError, OSError) as error:
             raise UserError(
                 f"{file}: a weight file is damaged or cut short ({error}); fetch the model again"
             ) from error
+        if whole_numbers:
+            raise UserError(
+                f"{file}: {whole_numbers[:200]!r} holds whole numbers, though config.json has no quantization_config "
+                "that says what they stand for; fetch the model again"
+            )
 
 
 def convert(folder: Path, auto_class: str) -> str:
@@ -171,6 +188,12 @@ def _shards(index: Path) -> list[Path]:
             raise UserError(f"{index}: names {shard}, which is not there; fetch the model again")
         files.append(index.parent / shard)
     return files
+
+
+def _whole_numbers(weights: Any) -> str | None:
+    """Return a weight of an open safetensors file that is not floating, which Transformers would cast unsaid."""
+    names = (name for name in weights.keys() if name.endswith(".weight"))  # noqa: SIM118
+    return next((name for name in names if weights.get_slice(name).get_dtype() in _WHOLE), None)
 
 
 def _homes(folder: Path) -> list[Path]:

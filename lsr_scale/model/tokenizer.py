@@ -248,7 +248,13 @@ def load_tokenizer(
 def _read(path: str, revision: str | None, name: str) -> PreTrainedTokenizerBase:
     with explained(name, revision):
         try:
-            return AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
+            if not isinstance(tokenizer.model_max_length, int | float):
+                raise UserError(
+                    f"model.name {name!r}: tokenizer_config.json: model_max_length: expected a number of tokens, got "
+                    f"{str(tokenizer.model_max_length)[:80]!r}; correct it in a local copy, or remove that line"
+                )
+            return tokenizer
         except (OSError, ImportError, UserError):
             raise
         except Exception as error:  # tokenizers raises plain ones for a file that it cannot read

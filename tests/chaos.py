@@ -215,7 +215,7 @@ def judge(case: Case, status: Any, out: str, err: str, changed: list[str], plant
     if status == 2:
         if case.expect == "answered":
             return "refused and right", "expected an answer"
-        lines = said.count("\n")
+        lines = err.count("\n")  # a table that was asked for too, as of inspect, stands before it in its own right
         if lines > LINES or len(err) > LINES * COLUMNS:
             return "filled the screen", f"{lines} lines, {len(err)} characters of error"
         if case.stream != "closed" and not err.strip():

@@ -267,7 +267,7 @@ def test_train_without_a_configuration_or_with_two_says_so(call):
         ("adapter.left_in=7", "left_in=7 must divide in_features=48"),
         ("model.chat_template=none.jinja", "model.chat_template 'none.jinja': cannot be read"),
         ("training.output_dir=/proc/nowhere", "/proc/nowhere: cannot be written"),
-        ("training.assistant_only_loss=true", "training.assistant_only_loss: You set `assistant_only_loss=True`"),
+        ("training.assistant_only_loss=true", "training.assistant_only_loss: the data is prompt_completion"),
         ("training.optim=adamw_torchh", "training.optim"),
     ],
 )

@@ -72,7 +72,7 @@ def model_layers(place: Path, chance: random.Random) -> Case:
     words = ["model.random_weights=true"] if chance.random() < 0.5 else []
     command = pick(chance, "plan", "train")
     if json.loads((place / "model/config.json").read_text())["vocab_size"] == 10**7:
-        command = "plan"  # a model of 500 million parameters, which trains, if slowly
+        command = "plan"  # its two embeddings have 960 million parameters, which train, if slowly
     return try_set(command, "eval.tasks=[]", *words, expect="either")
 
 

@@ -28,7 +28,7 @@ import trials
 from commonsense import LINEARS, MODEL
 from trials import Provider, Trial, rates
 
-from lsr_scale import record
+from lsr_scale import files
 from lsr_scale.adapters import METHODS
 from lsr_scale.errors import UserError
 
@@ -143,7 +143,7 @@ def measure(work: Path, model: str, smoke: bool, trial: Trial, point: dict[str, 
         "adapter_parameters": results["trainable_parameters"],
         "oversized": [list(shape) for shape in oversized(PROVIDERS[trial.provider])],
         "config": config_of(Path("WORK"), model, smoke, trial, point),
-        "env": record.environment(),
+        "env": files.environment(),
         **({"smoke": True} if smoke else {}),
     }
 

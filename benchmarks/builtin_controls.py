@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from lsr_scale import config, evaluate, record
+from lsr_scale import config, evaluate, files
 from lsr_scale.data import facts
 from lsr_scale.train import train
 
@@ -27,7 +27,7 @@ def one_run(folder: Path, seed: int, changes: list[str]) -> dict[str, Any]:
     """Train the shipped configuration with changes, and return its results."""
     overrides = [f"training.output_dir={folder}", f"training.seed={seed}", *changes]
     done = train(config.load_run(CONFIG, overrides), overwrite=True, quiet=True)
-    results = record.read_json(done.results, "results")
+    results = files.read_json(done.results, "results")
     return {"seed": seed, "command": command(overrides), **results}
 
 
@@ -52,7 +52,7 @@ def main() -> None:
     def keep(kind: str, row: dict[str, Any]) -> None:
         rows.append({"kind": kind, **row})
         print(json.dumps(rows[-1]), flush=True)
-        record.write_json(args.out, {"env": record.environment(), "rows": rows})
+        files.write_json(args.out, {"env": files.environment(), "rows": rows})
 
     for seed in range(args.seeds):
         run = work / f"real-{seed}"

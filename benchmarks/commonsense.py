@@ -35,7 +35,7 @@ import trials
 from pool import Job, do_all
 from trials import TUNING_SEED, Provider, rates, tuned_alike
 
-from lsr_scale import record
+from lsr_scale import files
 from lsr_scale.config import dump_yaml, run_from_dict
 
 RESULTS = Path(__file__).parent / "results/commonsense"
@@ -218,7 +218,7 @@ def prepare(data: Path, work: Path) -> dict[str, dict[str, Any]]:
         for part, rows in parts.items():
             lines = (json.dumps({k: v for k, v in row.items() if k != "passage"}, ensure_ascii=False) for row in rows)
             text = "\n".join(lines) + "\n"
-            record.write_text(work / "data" / task / f"{part}.jsonl", text)
+            files.write_text(work / "data" / task / f"{part}.jsonl", text)
             digest = hashlib.sha256(text.encode()).hexdigest()
             described.setdefault(task, {})[part] = {"rows": len(rows), "sha256": digest, "characters": len(text)}
         described[task]["train"]["left_out"] = left_out
@@ -309,7 +309,7 @@ def result_of(
         "tasks": tasks,
         **({"rounded": json.loads(rounded.read_text(encoding="utf-8"))} if rounded.is_file() else {}),
         "data": hashes,
-        "env": record.environment(),
+        "env": files.environment(),
         **({"smoke": True} if setting.smoke else {}),
     }
 
@@ -351,11 +351,11 @@ def train_and_score(setting: Setting, data: dict[str, Any], run: Run, point: dic
     folder = work / "runs" / run.name
     shutil.rmtree(folder, ignore_errors=True)
     config = work / "configs" / f"{run.name}.yaml"
-    record.write_text(config, dump_yaml(run_from_dict(config_of(run, point, setting), run.name)))
+    files.write_text(config, dump_yaml(run_from_dict(config_of(run, point, setting), run.name)))
     if status := command(["train", str(config), "--overwrite"]):
         raise RuntimeError(f"the command's exit status is {status}")
     if run.regime == "joint" and run.base == "bf16" and run.seed < SEEDS_ROUNDED:
-        record.write_json(folder / "rounded.json", score_rounded(folder, ROUNDED))
+        files.write_json(folder / "rounded.json", score_rounded(folder, ROUNDED))
     return result_of(run, point, setting, data, time.monotonic() - began)
 
 

@@ -18,7 +18,7 @@ import torch
 from peft import get_peft_model
 from torch import nn
 
-from lsr_scale import LsrConfig, record
+from lsr_scale import LsrConfig, files
 from lsr_scale.adapters import METHODS
 from lsr_scale.condition import TOLERANCE, WatchCondition, conditions, sides
 
@@ -113,7 +113,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--out: {args.out} exists; a rerun is a new file")
     found = {name: train(**kind, steps=args.steps, rate=args.rate, size=args.size) for name, kind in KINDS.items()}
     config = {"steps": args.steps, "rate": args.rate, "size": args.size, "tolerance": TOLERANCE}
-    record.write_json(args.out, {"env": record.environment(), "config": config, "runs": found})
+    files.write_json(args.out, {"env": files.environment(), "config": config, "runs": found})
     draw(found, args.out.with_suffix(".png"))
     for name, values in found.items():
         loss, gamma = values["loss"], values["gamma"]

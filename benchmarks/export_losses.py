@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     if args.out.exists():
         parser.error(f"--out: {args.out} exists; results are never overwritten, give a new name")
-    from lsr_scale import config, record
+    from lsr_scale import config, files
     from lsr_scale.export import export, open_adapter
     from lsr_scale.export.verify import Reference, questions_of
 
@@ -65,7 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
             sizes = {file.suffix[1:]: file.stat().st_size for file in folder.iterdir() if file.stat().st_size > 2**16}
         cases[form] = {"facts": facts, "file_bytes": sizes, "agreement": dataclasses.asdict(agreement)}
         print(f"{form}: {agreement.line()}; {agreement.accuracy_lines()}", flush=True)
-        record.write_json(args.out, {"env": record.environment(), "config": described, "cases": cases})
+        files.write_json(args.out, {"env": files.environment(), "config": described, "cases": cases})
     return 0
 
 

@@ -37,7 +37,7 @@ import psutil
 import torch
 from rich.progress import track
 
-from lsr_scale import record
+from lsr_scale import files
 from lsr_scale.config import dump_yaml
 from lsr_scale.run_folder import RunFolder
 from lsr_scale.training.checkpoints import damage
@@ -276,7 +276,7 @@ def measure(args: argparse.Namespace, done: Callable[[dict[str, Any]], None]) ->
         words = ["benchmarks/faults.py", *sys.argv[1:]]
         known = {
             "command": "python " + " ".join(words).replace(str(args.out), args.out.name if args.out else ""),
-            "environment": record.environment(),
+            "environment": files.environment(),
             "processes": args.processes,
             "stage": args.stage if args.processes > 1 else None,
             "steps": args.steps,
@@ -322,7 +322,7 @@ def main() -> int:
 
     def write(found: dict[str, Any]) -> None:
         if args.out:
-            record.write_json(args.out, found)
+            files.write_json(args.out, found)
 
     found = measure(args, write)
     phases = ", ".join(f"{count} in {phase}" for phase, count in sorted(found["phases"].items()))

@@ -153,7 +153,7 @@ def main(arguments: list[str] | None = None) -> int:
     if args.out.exists():
         parser.error(f"--out: {args.out} exists; results are never overwritten, give a new name")
     sys.path[:0] = [str(ROOT)]
-    from lsr_scale import record
+    from lsr_scale import files
 
     values = model_values(args.model, args.layers)
     args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -173,7 +173,7 @@ def main(arguments: list[str] | None = None) -> int:
                     raise SystemExit(str(error)) from error
                 say(f"round {number + 1}: {memory}: {json.dumps({key: round(v[-1]) for key, v in found.items()})}")
                 table = [row_of(memory, found) for memory, found in rows.items() if found["command"]]
-                record.write_json(args.out, {"env": record.environment(), "config": config, "rows": table})
+                files.write_json(args.out, {"env": files.environment(), "config": config, "rows": table})
     for row in table:
         say(f"{row['memory']}: the command has {row['ratio']:.3f} of the bare loop's speed")
     return 0

@@ -31,7 +31,7 @@ import trials
 from commonsense import held_out
 from trials import Provider, Trial, lsr_points, rates
 
-from lsr_scale import record
+from lsr_scale import files
 
 RESULTS = Path(__file__).parent / "results/glue"
 FROZEN_RESULTS = RESULTS / "frozen"
@@ -94,7 +94,7 @@ def prepare(data: Path, work: Path, tasks: list[str]) -> dict[str, dict[str, int
             if TASKS[task].num_labels == 1:
                 kept = [{**row, "label": float(row["label"])} for row in kept]
             text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
-            record.write_text(work / "data" / task / f"{part}.jsonl", text)
+            files.write_text(work / "data" / task / f"{part}.jsonl", text)
         described[task] = {part: len(rows) for part, rows in parts.items()}
     return described
 
@@ -246,7 +246,7 @@ def main(arguments: list[str] | None = None) -> int:
     if given.dry_run:
         print(describe(runs, rows, setting, given.results, given.jobs))
         return 0
-    record.write_json(given.results / "environment.json", {**record.environment(), "rows": rows})
+    files.write_json(given.results / "environment.json", {**files.environment(), "rows": rows})
     work = functools.partial(measure, setting)
     return int(trials.execute(runs, PROVIDERS, work, given.results, given.jobs, given.time_limit) > 0)
 

@@ -18,7 +18,7 @@ import bitsandbytes.functional as bnb_functional
 import torch
 from torch import Tensor
 
-from lsr_scale import record
+from lsr_scale import files
 from lsr_scale.kernels import attention as attention_ops
 from lsr_scale.kernels.cross_entropy import cross_entropy, cross_entropy_reference
 from lsr_scale.kernels.dequantize import dequantize_4bit, dequantize_int8
@@ -416,7 +416,7 @@ def main(arguments: list[str] | None = None) -> int:
         if device == "cuda":
             torch.cuda.empty_cache()
     config = {"tokens": s.T, "groups": args.groups, "tiny": args.tiny, "copy_bytes_per_s": bytes_per_s}
-    record.write_json(args.out, {"env": record.environment(), "config": config, "rows": rows})
+    files.write_json(args.out, {"env": files.environment(), "config": config, "rows": rows})
     return int(any(row["status"] != "ok" for row in rows))
 
 

@@ -158,7 +158,7 @@ def main(arguments: list[str] | None = None) -> int:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, GgufConfig
 
-    from lsr_scale import config, evaluate, record
+    from lsr_scale import config, evaluate, files
     from lsr_scale.adapter_files import load_adapter
     from lsr_scale.export import export, open_adapter
     from lsr_scale.export.verify import base_section, in_float32
@@ -214,7 +214,7 @@ def main(arguments: list[str] | None = None) -> int:
         "llama_cpp_python": llama_cpp.__version__,
     }
     described |= {"method": source.method, "quantization": run.model.quantization, "results": source.results}
-    record.write_json(args.out, {"env": record.environment(), "config": described, "cases": found})
+    files.write_json(args.out, {"env": files.environment(), "config": described, "cases": found})
     return 0
 
 

@@ -22,7 +22,7 @@ import torch
 from peft import get_peft_model
 
 import lsr_scale
-from lsr_scale import record
+from lsr_scale import files
 from lsr_scale.adapters import peft_config
 from lsr_scale.data import facts
 from lsr_scale.model import load_base, load_tokenizer
@@ -123,8 +123,8 @@ def main() -> None:
     for kind, losses in curves.items():
         print(f"{kind}: {losses[0]:.4f} -> {sum(losses[-20:]) / 20:.4f}", flush=True)
     config = {name: value for name, value in vars(args).items() if name != "out"} | {"model": MODEL, "base": "nf4"}
-    content = {"env": record.environment(), "config": config, "differences": differences(curves), "loss": curves}
-    record.write_json(args.out, content)
+    content = {"env": files.environment(), "config": config, "differences": differences(curves), "loss": curves}
+    files.write_json(args.out, content)
     plot(curves, args.out.with_suffix(".png"))
     for name, values in content["differences"].items():
         print(name, {key: round(value, 5) for key, value in values.items()})

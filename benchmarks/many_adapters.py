@@ -120,7 +120,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--out: {args.out} exists; results are never overwritten, give a new name")
     if args.rows > args.resident:
         parser.error(f"--rows: {args.rows} rows of different adapters need as many --resident, not {args.resident}")
-    from lsr_scale import AdapterBank, record
+    from lsr_scale import AdapterBank, files
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     base = model_of(args.model, device)
@@ -157,12 +157,12 @@ def main(arguments: list[str] | None = None) -> int:
         rows["lsr"] |= {"adapter_bytes": bank.adapter_bytes, "resident_gib": resident, "load_ms": 1e3 * loading}
         rows["lsr"]["load_ms"] /= args.resident
     config = {name: value for name, value in vars(args).items() if name != "out"}
-    record.write_json(args.out, {"env": record.environment(), "config": config, "rows": rows})
+    files.write_json(args.out, {"env": files.environment(), "config": config, "rows": rows})
     if not args.without_peft:
         base = model.unload()
         model = adapted(base, "lora", batch)
         rows["peft_lora"] = {kind: measure(ways, 1, tokens[kind], device) for kind, ways in ways_of(model).items()}
-    record.write_json(args.out, {"env": record.environment(), "config": config, "rows": rows})
+    files.write_json(args.out, {"env": files.environment(), "config": config, "rows": rows})
     for name, row in rows.items():
         for kind in tokens:
             speeds = {way: round(speed) for way, speed in row[kind]["tokens_per_s"].items()}

@@ -122,7 +122,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     if args.out.exists() or args.work.exists():
         parser.error("--out and --work: expected names that are not taken; results are never overwritten")
-    from lsr_scale import record
+    from lsr_scale import files
 
     cases: dict[str, Any] = {}
     try:
@@ -139,7 +139,7 @@ def main(arguments: list[str] | None = None) -> int:
     finally:
         shutil.rmtree(args.work, ignore_errors=True)
     config = {"model": args.model, "layers": args.layers, "parameters": parameters, "quantization": args.quantization}
-    record.write_json(args.out, {"env": record.environment(), "config": config, "cases": cases})
+    files.write_json(args.out, {"env": files.environment(), "config": config, "cases": cases})
     return 0
 
 

@@ -30,7 +30,7 @@ from commonsense import JOINT, LINEARS
 from commonsense import MODEL as BUILTIN
 from pool import Job, do_all
 
-from lsr_scale import record
+from lsr_scale import files
 from lsr_scale.config import dump_yaml, run_from_dict
 
 TASKS = JOINT[:3]
@@ -114,7 +114,7 @@ def train(model: str, data: list[dict[str, str]], work: Path, steps: int | None,
     values = config_of(way, model, data, work, steps)
     shutil.rmtree(values["training"]["output_dir"], ignore_errors=True)
     file = work / "configs" / f"{way.name}.yaml"
-    record.write_text(file, dump_yaml(run_from_dict(values, way.name)))
+    files.write_text(file, dump_yaml(run_from_dict(values, way.name)))
     status = command(["train", str(file), "--overwrite"])
     curve = curve_of(work / "runs" / way.name / "metrics.jsonl")
     return {
@@ -221,8 +221,8 @@ def main(arguments: list[str] | None = None) -> int:
                 )
     results = [found[name] for name in order if name in found]
     config = {"model": Path(given.model).name, "steps": given.steps, "at_once": given.at_once}
-    content = {"env": record.environment(), "config": config, "wall_s": round(time.monotonic() - began, 1)}
-    record.write_json(given.out, {**content, "runs": results})
+    content = {"env": files.environment(), "config": config, "wall_s": round(time.monotonic() - began, 1)}
+    files.write_json(given.out, {**content, "runs": results})
     plot(results, given.out.with_suffix(".png"), f"{config['model']}, one epoch of {', '.join(TASKS)}")
     print(table(results))
     left = len(waiting) + len(ended) + failed

@@ -71,7 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--out: {args.out} exists; results are never overwritten, give a new name")
     if args.steps < PER_SPEED * args.logging_steps:
         parser.error(f"--steps: expected {PER_SPEED} times --logging-steps or more, got {args.steps}")
-    from lsr_scale import record
+    from lsr_scale import files
 
     config = {name: value for name, value in vars(args).items() if name not in ("out", "limit")}
     config["command"] = f"python benchmarks/scaling.py {' '.join(arguments or sys.argv[1:])}"
@@ -86,8 +86,8 @@ def main(arguments: list[str] | None = None) -> int:
         for gpus, stage in cases:
             rows.append(measure(folder, args, gpus, stage))
             add_scaling(rows)
-            env = {**record.environment(), "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
-            record.write_json(args.out, {"env": env, "config": config, "rows": rows})
+            env = {**files.environment(), "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
+            files.write_json(args.out, {"env": env, "config": config, "rows": rows})
             last = rows[-1]
             shown = f"{last['tokens_per_s']:,.0f} tokens/s" if last["status"] == "ok" else last["detail"][-300:]
             say(f"{gpus} GPUs, ZeRO {stage}: {last['status']}, {shown}, scaling {json.dumps(last['scaling'])}")

@@ -25,7 +25,7 @@ from commonsense import Run, Setting, best_point, config_of
 from commonsense_report import LABELS
 from trials import Provider, Trial
 
-from lsr_scale import record
+from lsr_scale import files
 
 RESULTS = Path(__file__).parent / "results/sequential"
 PAIRS = {"arc_challenge-arc_easy": 4, "arc_easy-hellaswag": 2}  # epochs of each task
@@ -160,7 +160,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("\n".join(trial.name for trial in todo))
         return 0
     data = commonsense.prepare(given.data, setting.work)
-    record.write_json(given.results / "environment.json", {**record.environment(), "data": data})
+    files.write_json(given.results / "environment.json", {**files.environment(), "data": data})
     work = functools.partial(measure, setting)
     return int(trials.execute(todo, providers(), work, given.results, given.jobs, given.time_limit) > 0)
 

@@ -226,7 +226,7 @@ def main() -> None:
     options, _ = parser.parse_known_args()  # the launcher's --local_rank
 
     os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")  # threads would load unseen
-    from lsr_scale import cli, distributed, record
+    from lsr_scale import cli, distributed, files
     from lsr_scale.model import load_config
 
     cli._quiet_libraries(debug=False)
@@ -235,7 +235,7 @@ def main() -> None:
     os.environ.setdefault("MASTER_PORT", "29571")
     distributed.start(use_deepspeed=True)
     chosen = {name: value for name, value in vars(options).items() if name != "out"}
-    content = {"options": chosen, "processes": distributed.world_size(), "environment": record.environment()}
+    content = {"options": chosen, "processes": distributed.world_size(), "environment": files.environment()}
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="sharding-") as folder:
         model = options.model
@@ -265,7 +265,7 @@ def main() -> None:
                     shares = f"{held:.3f} of {row['whole_bytes']:,} bytes after a step, {most:.3f} at most in load"
                     print(f"{quantization} {stage} rank {rank}: {shares}; losses {row['losses']}", flush=True)
                 if options.out:
-                    record.write_json(options.out, content | {"rows": rows})
+                    files.write_json(options.out, content | {"rows": rows})
     distributed.stop()
 
 

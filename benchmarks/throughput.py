@@ -91,13 +91,13 @@ class Measurement:
 
     def save(self) -> None:
         """Write what is known so far."""
-        from lsr_scale import record
+        from lsr_scale import files
 
         machine = {"ceilings": self.result["ceilings"], "nominal_tflops": self.nominal_tflops}
         rows = [row_of(case, self.config, found, machine) for case, found in self.turns.items()]
         add_ratios(rows)
         self.result |= {"rows": rows, "slopes": slopes(rows, self.config["shape"]["layers"])}
-        record.write_json(self.out, self.result)
+        files.write_json(self.out, self.result)
 
     def run(self, resident: bool) -> list[dict]:
         """Measure every case and write the result; the rows are returned.
@@ -108,7 +108,7 @@ class Measurement:
         Raises:
             ParityError: if the gate is red; then nothing is written.
         """
-        from lsr_scale import record
+        from lsr_scale import files
 
         self.out.parent.mkdir(parents=True, exist_ok=True)
         self.workers = plan_workers(self.config, self.log)
@@ -117,7 +117,7 @@ class Measurement:
                 self._pass_gate()
             if resident:
                 start_all(self.workers, min(self.limits["build"], self.left()))
-            self.result["env"] = environment(record.environment())
+            self.result["env"] = environment(files.environment())
             gpus = self.result["env"]["gpus"]
             self.nominal_tflops = next(
                 (rate for name, rate in NOMINAL_TFLOPS.items() if any(name in gpu for gpu in gpus)), None

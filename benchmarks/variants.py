@@ -294,7 +294,7 @@ def main() -> int:
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from lsr_scale import record
+    from lsr_scale import files
     from lsr_scale.model.embedded import ensure
 
     began = time.monotonic()
@@ -325,11 +325,11 @@ def main() -> int:
             raise SystemExit(f"{name}: out of memory with --jobs {args.jobs}; use fewer") from error
         except RuntimeError as error:
             found = {**setting, "error": str(error)[:300]}
-        record.write_json(path, {**found, "env": record.environment()})
+        files.write_json(path, {**found, "env": files.environment()})
         shown = ("trainable_parameters", "train_loss_last_fifth", "held_out_loss", "error")
         print(name, {key: found[key] for key in shown if key in found}, flush=True)
     if args.part == 0 and not (args.out / "zero_shot.json").is_file():
-        record.write_json(args.out / "zero_shot.json", evaluate(Variant(model, lora(1), 0, {}), held_out))
+        files.write_json(args.out / "zero_shot.json", evaluate(Variant(model, lora(1), 0, {}), held_out))
     return 0
 
 

@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import trials
 from trials import Provider, Trial, rates
 
-from lsr_scale import record
+from lsr_scale import files
 from lsr_scale.adapters import peft_config
 
 RESULTS = Path(__file__).parent / "results/vision"
@@ -203,7 +203,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--max-steps: its results are no measurements; give another folder with --results")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     work = functools.partial(measure, str(given.model), given.max_steps)
-    record.write_json(given.results / "environment.json", record.environment())
+    files.write_json(given.results / "environment.json", files.environment())
     runs = trials.plan(["digits"], given.providers, given.seeds)
     return int(trials.execute(runs, PROVIDERS, work, given.results, given.jobs, given.time_limit) > 0)
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lsr_scale import record
+from lsr_scale import files
 from lsr_scale.adapters.lsr import Lsr, LsrConfig
 
 RATES = [2.0**-k for k in range(12, 4, -1)]
@@ -72,7 +72,7 @@ def main() -> None:
             row = {"method": method, "width": width, "rank": rank, "separation_rank": terms}
             rows.append({**row, "best_rate": best, "loss": by_rate[best], "loss_by_rate": list(by_rate.items())})
             print(json.dumps({**row, "best_rate": best, "loss": round(by_rate[best], 5)}), flush=True)
-            record.write_json(args.out, {"env": record.environment(), "rows": rows})
+            files.write_json(args.out, {"env": files.environment(), "rows": rows})
 
 
 if __name__ == "__main__":

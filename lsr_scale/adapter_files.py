@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import Trainer
 
-from lsr_scale import distributed, record
+from lsr_scale import distributed, files
 from lsr_scale.errors import UserError
 from lsr_scale.model.identity import base_description, check_base
 from lsr_scale.model.sharded import is_sharded
@@ -39,15 +39,15 @@ def save_adapter(trainer: Trainer, target: Path) -> None:
         return
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
     aside = target.with_name(f".{target.name}.part")
-    record.remove(aside)
+    files.remove(aside)
     try:
         write_adapter(model, aside)
-        record.share(aside)
-        record.replace_folder(aside, target, ADAPTER_FILES)
+        files.share(aside)
+        files.replace_folder(aside, target, ADAPTER_FILES)
     except (OSError, SafetensorError) as error:
         raise _cannot_save(target, error) from error
     finally:
-        record.remove(aside)
+        files.remove(aside)
 
 
 def write_adapter(model: Any, folder: Path) -> None:
@@ -66,7 +66,7 @@ def write_adapter(model: Any, folder: Path) -> None:
 
 
 def _cannot_save(target: Path, error: OSError | SafetensorError) -> UserError:
-    return record.cannot_write(target, record.system_error(error) or OSError(str(error)))
+    return files.cannot_write(target, files.system_error(error) or OSError(str(error)))
 
 
 def _check_saved(folder: Path) -> None:

@@ -14,7 +14,7 @@ import psutil
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from lsr_scale import record
+from lsr_scale import files
 from lsr_scale.config.training import EVALUATED
 from lsr_scale.errors import UserError, printable, shortened
 from lsr_scale.screen import terminal_width
@@ -208,7 +208,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def cut_back(path: Path, step: int) -> list[dict[str, Any]]:
     """Leave in a file of rows those up to a step, since the later steps are done again; return them."""
     kept = [row for row in read_metrics(path) if row["step"] <= step]
-    record.write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+    files.write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
     return kept
 
 
@@ -293,6 +293,6 @@ def save_figure(figure: Any, picture: Path) -> None:
     from matplotlib import pyplot
 
     drawn = io.BytesIO()
-    figure.savefig(drawn, metadata=record.PICTURE_METADATA)
+    figure.savefig(drawn, metadata=files.PICTURE_METADATA)
     pyplot.close(figure)
-    record.write_bytes(picture, drawn.getvalue())
+    files.write_bytes(picture, drawn.getvalue())

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from lsr_scale.errors import UserError
+from lsr_scale.files import cannot_write, is_own_picture, is_picture, write_text
 from lsr_scale.model.tokenizer import tokenizer_files
 from lsr_scale.paths import user_path
-from lsr_scale.record import cannot_write, is_own_picture, is_picture, write_text
 
 # of a checkpoint: what no other trainer writes
 MANIFEST, STATE, TENSORS = "manifest.json", "training_state.json", "training_state.safetensors"

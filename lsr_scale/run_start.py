@@ -8,7 +8,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
-from lsr_scale import record
+from lsr_scale import files
 from lsr_scale.errors import UserError
 from lsr_scale.paths import user_path
 from lsr_scale.run_folder import MANIFEST, RunFolder, step_of
@@ -36,7 +36,7 @@ def choose(output_dir: str | None, name: str, resume: bool, overwrite: bool, loc
     lock.enter_context(folder.held())
     checkpoints = (folder.path / old.name[1:-4] for old in folder.path.glob(".checkpoint-*.old"))
     for path in (folder.adapter, folder.tokenizer, *checkpoints):
-        record.finish_replacing(path)
+        files.finish_replacing(path)
     Earlier(folder).settle()
     if folder.is_run() and not resume and not overwrite:
         raise UserError(
@@ -113,7 +113,7 @@ class Earlier:
         state = {"whole": False, "after": after, "copied": [path.name for path in copied], "not_new": there}
         try:
             self.folder.earlier.mkdir()
-            record.write_json(self._notes, state)
+            files.write_json(self._notes, state)
             for path in copied:
                 shutil.copy2(path, self.folder.earlier / path.name)
             for path in moved:
@@ -123,9 +123,9 @@ class Earlier:
             for emptied in {path.parent for path in moved} - {self.folder.path}:
                 with suppress(OSError):  # what no run wrote stays there
                     emptied.rmdir()
-            record.write_json(self._notes, {**state, "whole": True})
+            files.write_json(self._notes, {**state, "whole": True})
         except OSError as error:
-            raise record.cannot_write(self.folder.earlier, error) from error
+            raise files.cannot_write(self.folder.earlier, error) from error
 
     def drop(self) -> None:
         """Remove what was set aside: the new run has saved a step."""
@@ -133,8 +133,8 @@ class Earlier:
             return
         for path in self.folder.earlier.iterdir():
             if path != self._notes:
-                record.remove(path)
-        record.remove(self.folder.earlier)  # the notes last, for a kill on the way
+                files.remove(path)
+        files.remove(self.folder.earlier)  # the notes last, for a kill on the way
 
     def settle(self) -> None:
         """Remove what was set aside if the new run has saved a step, else put it back, and say so."""
@@ -147,7 +147,7 @@ class Earlier:
         if state["whole"]:
             if state["after"] < 0:
                 self._remove_failed()
-            record.write_json(self._notes, {**state, "whole": False})  # from here on nothing is removed any more
+            files.write_json(self._notes, {**state, "whole": False})  # from here on nothing is removed any more
         moved = [path for path in self._entries() if path.name not in state["copied"]]
         for path in self._entries():
             target = self.folder.path / path.relative_to(self.folder.earlier)
@@ -160,7 +160,7 @@ class Earlier:
             if left:
                 words += f", but for {', '.join(path.name for path in left)}, in {self._kept_for_good()}"
             print(f"note: {self.folder.path}: {words}", file=sys.stderr, flush=True)
-        record.remove(self.folder.earlier)
+        files.remove(self.folder.earlier)
 
     def settle_at_the_end(self) -> None:
         """Settle as a run ends, whose own error is the one to see; what cannot be put back now waits for the next."""
@@ -180,7 +180,7 @@ class Earlier:
     def _state(self) -> dict[str, Any]:
         """Return what `keep` noted; nothing was moved before it was."""
         try:
-            state = record.read_json(self._notes, "record of what is set aside")
+            state = files.read_json(self._notes, "record of what is set aside")
             return {"whole": state["whole"] is True, "after": int(state["after"])} | {
                 name: [str(item) for item in state[name]] for name in ("copied", "not_new")
             }
@@ -197,7 +197,7 @@ class Earlier:
         noted = self.folder.nonfinite  # its last words name this file
         for path in self.folder.written():
             if path != noted:
-                record.remove(path)
+                files.remove(path)
         if noted.is_file() and (self.folder.earlier / noted.name).exists():
             noted.replace(noted.with_name("nonfinite-failed.jsonl"))
 

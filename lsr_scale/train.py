@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from lsr_scale import config, distributed, evaluate, record
+from lsr_scale import config, distributed, evaluate, files
 from lsr_scale.adapter_files import check_description, misfits, save_adapter
 from lsr_scale.condition import WatchCondition, draw_conditions
 from lsr_scale.config import RunConfig
@@ -199,7 +199,7 @@ def _train(
             "num_processes": distributed.world_size(),
             "accuracy": evaluate.summary(scores),
         }
-        record.write_json(folder.results, results)
+        files.write_json(folder.results, results)
         title = f"{run.adapter.method} on {run.model.name}"
         draw_losses(folder.metrics, folder.curve, title)
         draw_conditions(folder.metrics, folder.condition, title)
@@ -321,14 +321,14 @@ def _begin(
         begins_with = folder.config, folder.environment, folder.data, folder.metrics
         Earlier(folder).keep(old if goes_on else [*folder.written(), *old], begins_with if goes_on else (), after)
         for path in folder.path.glob(".checkpoint-*.part"):  # a kill left it in the midst of a save
-            record.remove(path)
+            files.remove(path)
         if goes_on and folder.nonfinite.exists():  # what is done again is noted again
             cut_back(folder.nonfinite, after)
-        record.write_json(folder.environment, record.environment())
-        record.write_json(folder.data, data.sources)
+        files.write_json(folder.environment, files.environment())
+        files.write_json(folder.data, data.sources)
         save_tokenizer(data.tokenizer, folder.tokenizer)
         begun = checkpoints.as_begun(checkpoint, run) if checkpoint is not None else run
-        record.write_text(folder.config, config.dump_yaml(begun))  # last: it makes the folder a run
+        files.write_text(folder.config, config.dump_yaml(begun))  # last: it makes the folder a run
     distributed.broadcast(None)  # nobody writes before that
 
 

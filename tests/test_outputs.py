@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from tiny_runs import TOOLS, do, save_llama, tiny_run
 
-from lsr_scale import cli, record
+from lsr_scale import cli, files
 from lsr_scale.config import dump_yaml
 from lsr_scale.run_folder import RunFolder
 
@@ -44,9 +44,9 @@ def unwritable(request, monkeypatch):
     """Make every write of a file fail as on a full, a read-only, or somebody else's disk; return the system's words."""
 
     def fails(path, content):
-        raise record.cannot_write(path, OSError(request.param, os.strerror(request.param)))
+        raise files.cannot_write(path, OSError(request.param, os.strerror(request.param)))
 
-    monkeypatch.setattr(record, "write_bytes", fails)
+    monkeypatch.setattr(files, "write_bytes", fails)
     return os.strerror(request.param)
 
 
@@ -100,7 +100,7 @@ def test_inspect_draws_over_its_own_pictures_only(call, done, content):
     assert mine.read_bytes() == content
     for _ in range(2):
         assert call("inspect", done.path, "--png", done.path / "own.png")[0] == 0
-    assert record.is_own_picture(done.path / "own.png")
+    assert files.is_own_picture(done.path / "own.png")
     (done.path / "spectra.png").write_bytes(content)
     status, out, err = call("inspect", done.path)
     assert status == 0

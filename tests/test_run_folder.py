@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
-from lsr_scale import UserError, record
+from lsr_scale import UserError, files
 from lsr_scale.progress import draw_losses, read_metrics, summarize_metrics
 from lsr_scale.run_folder import RunFolder, open_run
 from lsr_scale.run_start import choose as choose_and_lock
@@ -26,8 +26,8 @@ def choose(output_dir, name, resume, overwrite):
 
 
 def begun(folder):
-    record.write_json(folder.environment, {"lsr_scale": "1.0"})
-    record.write_text(folder.config, "model: {}\nadapter: {}\ndata: {}\ntraining: {}\n")
+    files.write_json(folder.environment, {"lsr_scale": "1.0"})
+    files.write_text(folder.config, "model: {}\nadapter: {}\ndata: {}\ntraining: {}\n")
     return folder
 
 
@@ -123,7 +123,7 @@ def test_tasks_with_any_name_have_a_file_of_predictions_of_their_own():
 @pytest.mark.parametrize("fails", ["write", "fsync", "replace"])
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_beside_it(tmp_path, monkeypatch, fails):
     target = tmp_path / "results.json"
-    record.write_json(target, {"good": 1})
+    files.write_json(target, {"good": 1})
 
     def full(*_, **__):
         raise OSError(28, os.strerror(28))
@@ -133,7 +133,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_beside_it(tmp_path, 
     else:
         monkeypatch.setattr("os.fsync" if fails == "fsync" else "pathlib.Path.replace", full)
     with pytest.raises(UserError, match=r"results\.json: cannot be written: No space left on device; free some space"):
-        record.write_json(target, {"good": 2})
+        files.write_json(target, {"good": 2})
     monkeypatch.undo()
     assert json.loads(target.read_text()) == {"good": 1}
     assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
@@ -190,10 +190,10 @@ def test_a_folder_is_one_run_s_at_a_time(tmp_path):
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
 def test_a_library_s_words_for_a_full_disk_are_the_system_s(number):
-    found = record.system_error(SafetensorError(f"Error while serializing: IoError (os error {number})"))
+    found = files.system_error(SafetensorError(f"Error while serializing: IoError (os error {number})"))
     assert found is not None
     assert found.errno == number
-    words = str(record.cannot_write(Path("x"), found))
+    words = str(files.cannot_write(Path("x"), found))
     assert os.strerror(number) in words
     assert "--resume auto" in words
-    assert record.system_error(SafetensorError("invalid header")) is None
+    assert files.system_error(SafetensorError("invalid header")) is None

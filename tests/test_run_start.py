@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lsr_scale import UserError, cli, record
+from lsr_scale import UserError, cli, files
 from lsr_scale.run_folder import MANIFEST, RunFolder
 from lsr_scale.run_start import Earlier, choose, recover
 
@@ -320,7 +320,7 @@ def test_a_folder_takes_another_s_place_and_what_others_put_there_stays(tmp_path
     write(target / "adapter_config.json", "old")
     write(target / "README.md", "mine")
     write(aside / "adapter_config.json", "new")
-    record.replace_folder(aside, target, {"adapter_config.json"})
+    files.replace_folder(aside, target, {"adapter_config.json"})
     assert contents(target) == {"README.md": b"mine", "adapter_config.json": b"new"}
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
@@ -333,7 +333,7 @@ def test_left_overs_of_processes_that_are_gone_are_removed_and_others_stay(tmp_p
         write(tmp_path / name / "file")
     write(tmp_path / f".out.{gone}0.part")
     (tmp_path / f".out.{gone + 1}.part").symlink_to(tmp_path / ".out.mine.part")
-    record.write_text(tmp_path / "out", "x")
+    files.write_text(tmp_path / "out", "x")
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {"out", f".out.{os.getppid()}.part", f".other.{gone}.part", ".out.mine.part"}
     assert (tmp_path / ".out.mine.part" / "file").exists()

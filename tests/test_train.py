@@ -30,7 +30,7 @@ from tiny_runs import (
 )
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from lsr_scale import UserError, record
+from lsr_scale import UserError, files
 from lsr_scale.adapter_files import load_adapter
 from lsr_scale.adapters.lsr import Lsr
 from lsr_scale.config import dump_yaml, load_run
@@ -252,9 +252,9 @@ def test_a_misspelt_metric_of_the_best_is_refused_at_once(place, tmp_path):
 
 def test_what_is_saved_can_be_read_by_whom_the_umask_lets(place, tmp_path):
     done = do(run_in(place, tmp_path / "run", eval={"tasks": []}))
-    files = [file for file in done.path.rglob("*.safetensors")]
-    assert len(files) >= 3
-    assert {file.stat().st_mode & 0o777 for file in files} == {0o666 & ~record._UMASK}
+    saved = [file for file in done.path.rglob("*.safetensors")]
+    assert len(saved) >= 3
+    assert {file.stat().st_mode & 0o777 for file in saved} == {0o666 & ~files._UMASK}
 
 
 def test_conversations_take_the_chat_template(place, tmp_path):

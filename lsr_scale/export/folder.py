@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from lsr_scale import record
+from lsr_scale import files
 from lsr_scale.data.tasks import Example
 from lsr_scale.errors import UserError
 from lsr_scale.export import pairs as lora
@@ -147,7 +147,7 @@ def export(
                 facts["accuracy"] = "; ".join(agreement.accuracy_lines()) or why
         result = {"kind": form, **facts, **({"agreement": dataclasses.asdict(agreement)} if verify else {})}
         write_card(folder, source, form, facts)
-        record.write_json(folder / "export.json", result)
+        files.write_json(folder / "export.json", result)
     for name, value in facts.items():
         say(f"{name}: {value}")
     if max_rank is not None and "truncation error, largest" not in facts:
@@ -204,7 +204,7 @@ def merge(
         _copy_beside(sources[0], folder)
         facts = {"weights": list(weights), "dtype": dtype, **_ranks(kept, errors), **_sizes(folder, sources[0])}
         write_card(folder, sources[0], "lora", {"merged from": len(sources), **facts})
-        record.write_json(folder / "export.json", {"kind": "merge", **facts})
+        files.write_json(folder / "export.json", {"kind": "merge", **facts})
     for name, value in facts.items():
         say(f"{name}: {value}")
     if max_rank is not None and not errors:
@@ -278,16 +278,16 @@ def _appears_whole(out: Path) -> Iterator[Path]:
     """Give a folder beside `out` to write into; it becomes `out` at the end, or is removed."""
     if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
         raise UserError(f"{out}: there is something already; export into a new folder")
-    aside = record.place_aside(out)
+    aside = files.place_aside(out)
     try:
-        record.remove_left_overs(out)  # of exports that were killed
+        files.remove_left_overs(out)  # of exports that were killed
         aside.mkdir(parents=True)
         yield aside
         if out.exists():
             out.rmdir()
-        record.share(aside)
+        files.share(aside)
         aside.rename(out)
     except (OSError, SafetensorError) as error:
-        raise record.cannot_write(out, error if isinstance(error, OSError) else OSError(str(error))) from error
+        raise files.cannot_write(out, error if isinstance(error, OSError) else OSError(str(error))) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)

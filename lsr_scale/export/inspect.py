@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from lsr_scale import record
+from lsr_scale import files
 from lsr_scale.errors import UserError
 from lsr_scale.export.source import AdapterSource, describe_file, open_adapter
 from lsr_scale.progress import picture_text, save_figure
@@ -197,7 +197,7 @@ def _number(value: float) -> str:
 
 def check_place(picture: Path) -> None:
     """Raise a UserError if a picture would take the place of something else than an earlier one of ours."""
-    if os.path.lexists(picture) and not record.is_own_picture(picture):
+    if os.path.lexists(picture) and not files.is_own_picture(picture):
         raise UserError(
             f"{picture}: not written: what lies there is no picture that lsr-scale drew; name another with --png FILE"
         )

@@ -14,7 +14,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from lsr_scale import record
+from lsr_scale import files
 from lsr_scale.errors import UserError, did_you_mean
 from lsr_scale.model.base import load_config
 from lsr_scale.model.names import NAME_FORMS, explained, resolve
@@ -78,9 +78,9 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     if has_tokenizer(folder):
         return
     aside = folder.with_name(f".{folder.name}.part")
-    record.remove(aside)
+    files.remove(aside)
     tokenizer.save_pretrained(aside)
-    record.replace_folder(aside, folder, {path.name for path in aside.iterdir()})
+    files.replace_folder(aside, folder, {path.name for path in aside.iterdir()})
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
@@ -258,8 +258,8 @@ def _read(path: str, revision: str | None, name: str) -> PreTrainedTokenizerBase
         except (OSError, ImportError, UserError):
             raise
         except Exception as error:  # tokenizers raises plain ones for a file that it cannot read
-            files = {file.name for file in Path(path).glob("*")} if Path(path).is_dir() else set()
-            if files and not files & {"tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json"}:
+            present = {file.name for file in Path(path).glob("*")} if Path(path).is_dir() else set()
+            if present and not present & {"tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json"}:
                 raise UserError(
                     f"model.name {name!r}: there is no tokenizer in this folder (tokenizer.json or the like); "
                     "copy the tokenizer files of the model into it"

@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from transformers import TrainerState
 
-from lsr_scale import config, record
+from lsr_scale import config, files
 from lsr_scale.config import RunConfig
 from lsr_scale.errors import UserError
 from lsr_scale.run_folder import ADAPTER_FILES, MANIFEST, STATE, TENSORS, RunFolder, is_own_checkpoint, step_of
@@ -50,13 +50,13 @@ class State(BaseModel):
 
 def write_manifest(folder: Path) -> None:
     """Write the size and SHA-256 of every file in a folder, and see all of it onto the disk."""
-    record.share(folder)
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
-    listed = {str(f.relative_to(folder)): {"bytes": f.stat().st_size, "sha256": _sha256(f)} for f in files}
-    for file in files:
-        record.sync(file)
-    record.write_json(folder / MANIFEST, {"files": listed})
-    record.sync(folder)
+    files.share(folder)
+    members = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+    listed = {str(f.relative_to(folder)): {"bytes": f.stat().st_size, "sha256": _sha256(f)} for f in members}
+    for file in members:
+        files.sync(file)
+    files.write_json(folder / MANIFEST, {"files": listed})
+    files.sync(folder)
 
 
 def damage(checkpoint: Path) -> str | None:
@@ -129,7 +129,7 @@ def remove(checkpoint: Path) -> None:
         names |= set(json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"])
     for name in names:
         if Path(name).name == name:  # nothing outside of it
-            record.remove(checkpoint / name)
+            files.remove(checkpoint / name)
     with contextlib.suppress(OSError):
         checkpoint.rmdir()
 

@@ -24,7 +24,7 @@ from transformers import Trainer
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from lsr_scale import distributed, record
+from lsr_scale import distributed, files
 from lsr_scale.adapter_files import write_adapter
 from lsr_scale.data.order import WholeSteps
 from lsr_scale.errors import UserError
@@ -93,7 +93,7 @@ class Resumable(_Base):
 
     def _write(self, target: Path, tensors: dict[str, torch.Tensor], scalars: dict[str, Any], states: list) -> None:
         aside = target.with_name(f".{target.name}.part")
-        record.remove(aside)
+        files.remove(aside)
         for callback in (*self.callback_handler.callbacks, self.control):
             if isinstance(callback, ExportableState):
                 kept = self.state.stateful_callbacks
@@ -122,13 +122,13 @@ class Resumable(_Base):
             checkpoints.write_manifest(aside)
             if moved := checkpoints.free_place(target):
                 print_line(f"note: {target} was no checkpoint of that step: it is called {moved.name} now")
-            record.replace_folder(aside, target, {path.name for path in aside.iterdir()})
-            record.sync(target.parent)
+            files.replace_folder(aside, target, {path.name for path in aside.iterdir()})
+            files.sync(target.parent)
         except Exception as error:
-            record.remove(aside)
-            system = record.system_error(error)
+            files.remove(aside)
+            system = files.system_error(error)
             if system is not None:
-                raise record.cannot_write(target, system) from error
+                raise files.cannot_write(target, system) from error
             raise
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:

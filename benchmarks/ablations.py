@@ -121,7 +121,7 @@ def config_of(work: Path, model: str, smoke: bool, trial: Trial, point: dict[str
 def measure(work: Path, model: str, smoke: bool, trial: Trial, point: dict[str, float]) -> dict[str, Any]:
     """Train once and return the mean accuracy of the development parts."""
     from lsr_scale.config import run_from_dict
-    from lsr_scale.train import train
+    from lsr_scale.run.train import train
 
     config = config_of(work, model, smoke, trial, point)
     try:

@@ -16,9 +16,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from lsr_scale import config, evaluate, files
+from lsr_scale import config, files
 from lsr_scale.data import facts
-from lsr_scale.train import train
+from lsr_scale.run import evaluate
+from lsr_scale.run.train import train
 
 CONFIG = Path("configs/smollm2_lsr.yaml")
 

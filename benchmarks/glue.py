@@ -155,7 +155,7 @@ def measure(setting: Setting, trial: Trial, point: dict[str, float]) -> dict[str
     from peft.utils import ModulesToSaveWrapper
 
     from lsr_scale.config import run_from_dict
-    from lsr_scale.run_folder import RunFolder
+    from lsr_scale.run.folder import RunFolder
     from lsr_scale.training.assembly import build_trainer
 
     provider = PROVIDERS[trial.provider]

@@ -158,11 +158,12 @@ def main(arguments: list[str] | None = None) -> int:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, GgufConfig
 
-    from lsr_scale import config, evaluate, files
+    from lsr_scale import config, files
     from lsr_scale.adapter_files import load_adapter
     from lsr_scale.export import export, open_adapter
     from lsr_scale.export.verify import base_section, in_float32
     from lsr_scale.model import embedded, load_base, load_tokenizer
+    from lsr_scale.run import evaluate
     from lsr_scale.scoring.scorer import encode_pairs
 
     torch.set_num_threads(1)

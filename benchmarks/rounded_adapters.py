@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
-from lsr_scale import evaluate
 from lsr_scale.packed_factors import pack, unpack
+from lsr_scale.run import evaluate
 
 
 def rounded(factors: dict[str, torch.Tensor], bits: int) -> tuple[dict[str, torch.Tensor], int]:

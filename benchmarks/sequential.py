@@ -84,7 +84,7 @@ def accuracies(folder: Path, pair: list[str], when: str) -> dict[str, float] | N
 def measure(setting: Setting, trial: Trial, point: dict[str, float]) -> dict[str, Any]:
     """Train on both tasks and return the accuracies after each; `score` is what is left of the first."""
     from lsr_scale.config import run_from_dict
-    from lsr_scale.train import train
+    from lsr_scale.run.train import train
 
     pair = trial.task.split("-")
     result: dict[str, Any] = {}

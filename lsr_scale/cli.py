@@ -337,8 +337,8 @@ def _run_of(args: argparse.Namespace) -> Any:
 
 
 def _train(args: argparse.Namespace) -> int:
-    from lsr_scale.run_folder import RunFolder
-    from lsr_scale.train import train
+    from lsr_scale.run.folder import RunFolder
+    from lsr_scale.run.train import train
 
     run, file = _run_of(args), user_path(args.config or args.config_path)
     name = file.stem
@@ -352,7 +352,7 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _eval(args: argparse.Namespace) -> int:
-    from lsr_scale import evaluate
+    from lsr_scale.run import evaluate
 
     result = evaluate.evaluate_run(
         args.run, args.tasks, args.limit, args.base_only, args.without_questions, base=args.base
@@ -365,7 +365,7 @@ def _eval(args: argparse.Namespace) -> int:
 
 
 def _generate(args: argparse.Namespace) -> int:
-    from lsr_scale import evaluate
+    from lsr_scale.run import evaluate
 
     model, tokenizer, _ = evaluate.load_run_model(args.run, args.base_only, base=args.base)
 

@@ -12,7 +12,7 @@ from tiny_runs import TOOLS, completions, do, factors, questions, save_llama, ti
 from lsr_scale import cli
 from lsr_scale.config import dump_yaml
 from lsr_scale.doctor import Finding, Report
-from lsr_scale.run_folder import RunFolder
+from lsr_scale.run.folder import RunFolder
 
 
 @pytest.fixture(scope="module")

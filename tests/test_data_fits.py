@@ -22,13 +22,13 @@ from transformers import (
     RobertaConfig,
 )
 
-from lsr_scale import evaluate
 from lsr_scale.data.fits import check_fits, length_made_for, num_positions
 from lsr_scale.data.formats import build_dataset
 from lsr_scale.errors import UserError
 from lsr_scale.model import held, load_base
+from lsr_scale.run import evaluate
+from lsr_scale.run.train import train
 from lsr_scale.scoring import scorer
-from lsr_scale.train import train
 from lsr_scale.training import assembly
 
 NONE = {"quantization": "none", "dtype": "float32"}

@@ -11,7 +11,7 @@ from lsr_scale.data.preview import preview, view
 from lsr_scale.data.tally import spaced
 from lsr_scale.errors import UserError
 from lsr_scale.model.tokenizer import tokenizer_of
-from lsr_scale.train import train
+from lsr_scale.run.train import train
 
 ANSWER = [{"prompt": "a saw", "completion": " cuts wood" * 15}] * 6
 

@@ -16,10 +16,10 @@ from lsr_scale import UserError
 from lsr_scale.adapter_files import load_adapter, save_adapter
 from lsr_scale.adapters import peft_config
 from lsr_scale.cli import main
-from lsr_scale.evaluate import generate
 from lsr_scale.export import export, merge
 from lsr_scale.export.inspect import inspect_adapter
 from lsr_scale.model import load_base
+from lsr_scale.run.evaluate import generate
 
 
 def pissa(base_folder, tmp_path):  # noqa: F811

@@ -22,7 +22,7 @@ from trl import SFTTrainer
 from lsr_scale import UserError, cli, distributed, progress
 from lsr_scale.config import dump_yaml
 from lsr_scale.errors import LOST_PEER
-from lsr_scale.run_folder import RunFolder
+from lsr_scale.run.folder import RunFolder
 from lsr_scale.training import faults, lookout
 from lsr_scale.training.checkpoints import damage
 

@@ -12,7 +12,7 @@ from tiny_runs import do, factors, metrics, same, save_llama, tiny_run
 from trl import SFTTrainer
 
 from lsr_scale import UserError
-from lsr_scale.run_folder import RunFolder
+from lsr_scale.run.folder import RunFolder
 from lsr_scale.training import faults
 from lsr_scale.training.checkpoints import TENSORS
 from lsr_scale.training.engine_steps import EngineSteps
@@ -106,7 +106,7 @@ def test_the_advice_to_skip_and_go_on_works(place, tmp_path, monkeypatch, capsys
     make_infinite(monkeypatch, SFTTrainer, lambda trainer: trainer.state.global_step == 1)
     with pytest.raises(UserError, match=r"set training\.on_nonfinite: skip and go on with --resume auto"):
         do(run_in(place, tmp_path))
-    from lsr_scale.train import train
+    from lsr_scale.run.train import train
 
     folder = train(run_in(place, tmp_path, on_nonfinite="skip"), resume="auto")
     assert [row["step"] for row in metrics(folder)] == [1, 2, 3]

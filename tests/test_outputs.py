@@ -10,7 +10,7 @@ from tiny_runs import TOOLS, do, save_llama, tiny_run
 
 from lsr_scale import cli, files
 from lsr_scale.config import dump_yaml
-from lsr_scale.run_folder import RunFolder
+from lsr_scale.run.folder import RunFolder
 
 
 @pytest.fixture(scope="module")

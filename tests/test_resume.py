@@ -16,9 +16,9 @@ from tiny_runs import completions, do, factors, metrics, questions, same, save_l
 from transformers import TrainerCallback
 
 from lsr_scale import UserError, cli, progress
-from lsr_scale.run_folder import RunFolder
-from lsr_scale.run_start import Earlier
-from lsr_scale.train import train
+from lsr_scale.run.folder import RunFolder
+from lsr_scale.run.start import Earlier
+from lsr_scale.run.train import train
 from lsr_scale.training.checkpoints import damage, write_manifest
 
 # dropout makes the random state count
@@ -161,7 +161,7 @@ def test_harm_to_any_file_is_recognized(undisturbed, tmp_path, name, harm):
 @pytest.mark.parametrize("harm", [cut, alter, Path.unlink])
 def test_a_harmed_checkpoint_is_passed_over(place, undisturbed, stopped, harm, capsys):
     harm(stopped.path / "checkpoint-4" / "training_state.safetensors")
-    from lsr_scale.train import train
+    from lsr_scale.run.train import train
 
     train(run_in(place, stopped.path), resume="auto")
     said = capsys.readouterr().out
@@ -254,7 +254,7 @@ def test_a_finished_run_without_checkpoints_is_not_thrown_away_by_resume(place, 
 
 
 def test_more_steps_can_be_added_and_what_changed_is_said(place, stopped, capsys):
-    from lsr_scale.train import train
+    from lsr_scale.run.train import train
 
     train(run_in(place, stopped.path, training={"num_train_epochs": 2}), resume="auto")
     assert "note: changed since the run began: training.num_train_epochs: 1 -> 2" in capsys.readouterr().out
@@ -520,7 +520,7 @@ def test_a_full_disk_under_the_metrics_ends_the_run_in_words(place, tmp_path, mo
                 metrics_file.rename(tmp_path / "kept.jsonl")
                 metrics_file.symlink_to("/dev/full")
 
-    from lsr_scale import train as module
+    from lsr_scale.run import train as module
 
     original = module.build_trainer
     monkeypatch.setattr(

@@ -11,8 +11,8 @@ from safetensors import SafetensorError
 
 from lsr_scale import UserError, files
 from lsr_scale.progress import draw_losses, read_metrics, summarize_metrics
-from lsr_scale.run_folder import RunFolder, open_run
-from lsr_scale.run_start import choose as choose_and_lock
+from lsr_scale.run.folder import RunFolder, open_run
+from lsr_scale.run.start import choose as choose_and_lock
 
 
 @pytest.fixture(autouse=True)

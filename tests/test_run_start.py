@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from lsr_scale import UserError, cli, files
-from lsr_scale.run_folder import MANIFEST, RunFolder
-from lsr_scale.run_start import Earlier, choose, recover
+from lsr_scale.run.folder import MANIFEST, RunFolder
+from lsr_scale.run.start import Earlier, choose, recover
 
 CONFIG = "model: {}\nadapter: {}\ndata: {}\ntraining: {}\n"
 SCORED = '{"id": "a", "log_likelihoods": [0.0]}\n'

@@ -17,7 +17,6 @@ from lsr_scale.config import dump_yaml
 from lsr_scale.data.formats import build_dataset
 from lsr_scale.data.preview import prepare_tokenizer, preview, row_check
 from lsr_scale.errors import UserError
-from lsr_scale.evaluate import generate, load_run_model
 from lsr_scale.export import export
 from lsr_scale.export.merged import write_merged
 from lsr_scale.export.source import open_adapter
@@ -32,6 +31,7 @@ from lsr_scale.model.tokenizer import (
     tokenizer_of,
     without_appended,
 )
+from lsr_scale.run.evaluate import generate, load_run_model
 from lsr_scale.scoring import encode_pairs
 from lsr_scale.training import assembly
 
@@ -173,7 +173,7 @@ def test_a_resumed_run_goes_on_with_the_tokenizer_that_it_began_with(tmp_path, c
         (folder.path / "checkpoint-1").rename(tmp_path / "elsewhere" / "checkpoint-1")
         (folder.path / "checkpoint-1").symlink_to(tmp_path / "elsewhere" / "checkpoint-1")
     sections["training"]["max_steps"] = 2
-    from lsr_scale.train import train
+    from lsr_scale.run.train import train
 
     train(tiny_run(tmp_path, **sections), resume="auto")
     assert f"it goes on with those in {folder.tokenizer}" in capsys.readouterr().out

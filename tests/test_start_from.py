@@ -10,7 +10,7 @@ from tiny_runs import do, factors, labelled, metrics, same, save_classifier, sav
 
 from lsr_scale.cli import main as command
 from lsr_scale.errors import UserError
-from lsr_scale.run_folder import RunFolder
+from lsr_scale.run.folder import RunFolder
 
 # no step changes anything, so that what is saved is what was loaded
 STILL = {"learning_rate": 0.0, "save_strategy": "no"}

@@ -14,7 +14,7 @@ from test_two_ranks import PATHS, ROOT
 from tiny_runs import completions, do, factors, metrics, same, save_llama, tiny_run, write_rows
 
 from lsr_scale import UserError
-from lsr_scale.run_folder import RunFolder
+from lsr_scale.run.folder import RunFolder
 from lsr_scale.training.faults import Terminated
 
 
@@ -138,7 +138,7 @@ def test_ctrl_c_on_a_run_whose_reader_is_gone_saves_and_says_so_by_its_status(pl
 
 def test_a_lock_goes_with_its_process_and_not_with_the_loaders_workers(tmp_path):
     script = (
-        "import os, sys; from pathlib import Path; from lsr_scale.run_folder import RunFolder\n"
+        "import os, sys; from pathlib import Path; from lsr_scale.run.folder import RunFolder\n"
         "with RunFolder(Path(sys.argv[1])).held():\n"
         "    if os.fork() == 0:\n"
         "        print('a worker', flush=True)\n"

@@ -37,8 +37,8 @@ from lsr_scale.config import dump_yaml, load_run
 from lsr_scale.config.training import checkpoints_layers
 from lsr_scale.fused import decoder_layer
 from lsr_scale.model import base_of, load_base
-from lsr_scale.run_folder import RunFolder
-from lsr_scale.train import train
+from lsr_scale.run.folder import RunFolder
+from lsr_scale.run.train import train
 from lsr_scale.training import assembly
 from lsr_scale.training.assembly import adapt, build_trainer
 from lsr_scale.training.memory_policy import KeepWhatFits

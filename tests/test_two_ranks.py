@@ -20,7 +20,7 @@ from tiny_runs import completions, do, factors, metrics, questions, results, sam
 
 from lsr_scale import cli
 from lsr_scale.config import dump_yaml, load_run
-from lsr_scale.run_folder import RunFolder
+from lsr_scale.run.folder import RunFolder
 from lsr_scale.training import checkpoints
 
 pytestmark = [pytest.mark.slow, two_processes]

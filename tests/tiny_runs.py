@@ -22,8 +22,8 @@ from transformers import (
 )
 
 from lsr_scale.config import RunConfig, run_from_dict
-from lsr_scale.run_folder import RunFolder
-from lsr_scale.train import train
+from lsr_scale.run.folder import RunFolder
+from lsr_scale.run.train import train
 
 TOOLS = [
     *("a knife cuts bread", "a broom sweeps floors", "a needle sews cloth", "a hammer drives nails", "a saw cuts wood"),

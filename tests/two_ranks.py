@@ -61,8 +61,9 @@ def main() -> None:
     from accelerate.state import AcceleratorState
     from tiny_runs import tiny_run
 
-    from lsr_scale import adapters, distributed, train
+    from lsr_scale import adapters, distributed
     from lsr_scale.config import dump_yaml
+    from lsr_scale.run import train
     from lsr_scale.training import assembly
 
     folder, rank = Path(sys.argv[-1]), distributed.rank()

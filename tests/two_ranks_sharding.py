@@ -52,7 +52,7 @@ def first_losses(folder: Path, base: str, method: str, mode: str, **changes) -> 
     """
     from tiny_runs import tiny_run
 
-    from lsr_scale.run_folder import RunFolder
+    from lsr_scale.run.folder import RunFolder
     from lsr_scale.training import assembly
 
     fused, checkpointing, kwargs = MODES[mode]

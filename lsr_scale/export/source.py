@@ -19,7 +19,7 @@ from lsr_scale.errors import UserError
 from lsr_scale.files import read_json
 from lsr_scale.model.tokenizer import has_tokenizer
 from lsr_scale.paths import user_path
-from lsr_scale.run_folder import RunFolder
+from lsr_scale.run.folder import RunFolder
 from lsr_scale.saved_adapter import CONFIG, MAX_NAME, read_base, read_config, read_weights, scaling_of
 
 WRAPPER = "base_model.model."

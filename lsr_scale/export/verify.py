@@ -215,7 +215,7 @@ def questions_of(source: AdapterSource, limit: int = 200) -> dict[str, list[Exam
     Raises:
         UserError: if it is no run, names no tasks, or they cannot be read.
     """
-    from lsr_scale.evaluate import load_tasks
+    from lsr_scale.run.evaluate import load_tasks
 
     if source.run is None or not source.run.eval.tasks:
         raise UserError(f"{source.folder}: no run that names tasks (eval.tasks), so there is no accuracy to compare")

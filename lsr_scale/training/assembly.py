@@ -43,7 +43,7 @@ from lsr_scale.model import base_description, base_of, inject, load_config, read
 from lsr_scale.model.held import left_out
 from lsr_scale.model.sharded import Sharding, is_sharded
 from lsr_scale.model.tokenizer import has_tokenizer, same_state
-from lsr_scale.run_folder import RunFolder
+from lsr_scale.run.folder import RunFolder
 from lsr_scale.scoring import classification
 from lsr_scale.training import checkpoints
 from lsr_scale.training.engine_steps import EngineSteps

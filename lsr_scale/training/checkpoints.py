@@ -16,7 +16,7 @@ from transformers import TrainerState
 from lsr_scale import config, files
 from lsr_scale.config import RunConfig
 from lsr_scale.errors import UserError
-from lsr_scale.run_folder import ADAPTER_FILES, MANIFEST, STATE, TENSORS, RunFolder, is_own_checkpoint, step_of
+from lsr_scale.run.folder import ADAPTER_FILES, MANIFEST, STATE, TENSORS, RunFolder, is_own_checkpoint, step_of
 
 TRAINER_STATE = "trainer_state.json"
 _NEEDED = (STATE, TENSORS, TRAINER_STATE, *ADAPTER_FILES)

@@ -18,7 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from lsr_scale import distributed
 from lsr_scale.errors import LOST_PEER, UserError
-from lsr_scale.run_folder import RunFolder
+from lsr_scale.run.folder import RunFolder
 from lsr_scale.training import lookout
 
 

@@ -29,7 +29,7 @@ from lsr_scale.adapter_files import write_adapter
 from lsr_scale.data.order import WholeSteps
 from lsr_scale.errors import UserError
 from lsr_scale.progress import print_line
-from lsr_scale.run_folder import STATE, TENSORS, RunFolder
+from lsr_scale.run.folder import STATE, TENSORS, RunFolder
 from lsr_scale.training import checkpoints, trained_state
 from lsr_scale.training.faults import StopOnSignal
 

@@ -11,7 +11,7 @@ from typing import Any
 from lsr_scale import files
 from lsr_scale.errors import UserError
 from lsr_scale.paths import user_path
-from lsr_scale.run_folder import MANIFEST, RunFolder, step_of
+from lsr_scale.run.folder import MANIFEST, RunFolder, step_of
 
 
 def choose(output_dir: str | None, name: str, resume: bool, overwrite: bool, lock: ExitStack) -> RunFolder:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from lsr_scale import config, distributed, evaluate, files
+from lsr_scale import config, distributed, files
 from lsr_scale.adapter_files import check_description, misfits, save_adapter
 from lsr_scale.condition import WatchCondition, draw_conditions
 from lsr_scale.config import RunConfig
@@ -28,8 +28,9 @@ from lsr_scale.progress import (
     read_metrics,
     summarize_metrics,
 )
-from lsr_scale.run_folder import RunFolder, step_of
-from lsr_scale.run_start import Earlier, choose, recover
+from lsr_scale.run import evaluate
+from lsr_scale.run.folder import RunFolder, step_of
+from lsr_scale.run.start import Earlier, choose, recover
 from lsr_scale.scoring.accuracy import TaskScore
 from lsr_scale.training import checkpoints
 from lsr_scale.training.assembly import RunData, build_trainer, only_new_warnings, read_data, uses_deepspeed, zero_stage

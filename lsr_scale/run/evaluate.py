@@ -26,7 +26,7 @@ from lsr_scale.model.held import left_out
 from lsr_scale.model.names import elsewhere
 from lsr_scale.model.tokenizer import end_tokens, render_chat
 from lsr_scale.progress import show_live
-from lsr_scale.run_folder import RunFolder, open_run
+from lsr_scale.run.folder import RunFolder, open_run
 from lsr_scale.scoring import classification, score
 from lsr_scale.scoring.accuracy import Prediction, TaskScore, mcnemar
 from lsr_scale.screen import Screen

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lsr_scale import config, files
-from lsr_scale.data import facts
+from lsr_scale.data import commonsense
 from lsr_scale.run import evaluate
 from lsr_scale.run.train import train
 
@@ -61,7 +61,7 @@ def main() -> None:
         keep("real", one_run(run, seed, everything))
         shuffled = work / f"shuffled-{seed}.jsonl"
         shuffled.parent.mkdir(parents=True, exist_ok=True)
-        wrong = facts.shuffled(facts.rows("train"), seed)
+        wrong = commonsense.shuffled(commonsense.rows("train"), seed)
         shuffled.write_text("".join(json.dumps(row) + "\n" for row in wrong))
         keep("shuffled", one_run(work / f"shuffled-{seed}", seed, [*everything, f"data.train=[{shuffled}]"]))
         for base_only in (True, False):

@@ -24,7 +24,7 @@ from peft import get_peft_model
 import lsr_scale
 from lsr_scale import files
 from lsr_scale.adapters import peft_config
-from lsr_scale.data import facts
+from lsr_scale.data import commonsense
 from lsr_scale.model import load_base, load_tokenizer
 
 KINDS = ("float32", "per linear", "fused")
@@ -35,7 +35,7 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 def batches(steps: int, batch: int, length: int, seed: int) -> list[torch.Tensor]:
     """Return `steps` batches `[batch, length]` of the embedded questions with their answers, one after the other."""
     tokenizer = load_tokenizer(MODEL)
-    rows = facts.rows("train")
+    rows = commonsense.rows("train")
     generator = torch.Generator().manual_seed(seed)
     stream: list[int] = []
     while len(stream) < steps * batch * length:

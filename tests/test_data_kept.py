@@ -8,8 +8,8 @@ import pytest
 from datasets import Dataset
 from tiny_runs import completions, do, factors, same, save_llama, tiny_run, write_rows
 
-from lsr_scale.data import kept as module
-from lsr_scale.data.kept import digest, kept
+from lsr_scale.data import cache as module
+from lsr_scale.data.cache import digest, kept
 
 
 @pytest.fixture(autouse=True)

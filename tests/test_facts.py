@@ -9,18 +9,18 @@ from itertools import combinations, pairwise
 
 import pytest
 
-from lsr_scale.data import facts
-from lsr_scale.data.facts import Fact, Row, Split
+from lsr_scale.data import commonsense
+from lsr_scale.data.commonsense import Fact, Row, Split
 from lsr_scale.errors import UserError
 
 SPLITS: tuple[Split, ...] = ("train", "heldout")
-RELATIONS = list(facts.tables())
-CHAINED = [relation for relation in RELATIONS if facts.tables()[relation].chains]
+RELATIONS = list(commonsense.tables())
+CHAINED = [relation for relation in RELATIONS if commonsense.tables()[relation].chains]
 SMALL_WORDS = (
     "a an the of in to on is has with your their from at for by his her it that and who was what have not when into "
     "after than while any no them up you"
 )
-LEVELLED = [relation for relation in RELATIONS if facts.tables()[relation].levels]
+LEVELLED = [relation for relation in RELATIONS if commonsense.tables()[relation].levels]
 
 
 def right(row: Row) -> str:
@@ -28,7 +28,7 @@ def right(row: Row) -> str:
 
 
 def of(relation: str, split: Split) -> list[Row]:
-    return [row for row in facts.rows(split) if row["relation"] == relation]
+    return [row for row in commonsense.rows(split) if row["relation"] == relation]
 
 
 def entities(fact: Fact) -> set[str]:
@@ -44,7 +44,7 @@ def chance(rows: list[Row]) -> float:
 
 
 def test_the_set_has_the_size_and_variety_that_the_documentation_names() -> None:
-    train, heldout = facts.rows("train"), facts.rows("heldout")
+    train, heldout = commonsense.rows("train"), commonsense.rows("heldout")
     assert (len(train), len(heldout)) == (497, 195)
     assert len(RELATIONS) == 21
     assert min(Counter(row["relation"] for row in train).values()) >= 20
@@ -56,14 +56,14 @@ def test_the_set_has_the_size_and_variety_that_the_documentation_names() -> None
 
 
 def test_every_machine_makes_the_same_rows() -> None:
-    text = json.dumps([facts.rows(split) for split in SPLITS])
+    text = json.dumps([commonsense.rows(split) for split in SPLITS])
     digest = "887a1c49d0d4286e14dcfdec5a66e3dcf7af2da71bca394e641e64d86e925daf"
     assert hashlib.sha256(text.encode()).hexdigest() == digest
 
 
 @pytest.mark.parametrize("relation", RELATIONS)
 def test_no_subject_of_a_relation_is_in_both_splits(relation: str) -> None:
-    train, heldout = (set().union(*map(entities, facts.facts(relation, split))) for split in SPLITS)
+    train, heldout = (set().union(*map(entities, commonsense.facts(relation, split))) for split in SPLITS)
     assert train
     assert heldout
     assert not train & heldout
@@ -71,14 +71,14 @@ def test_no_subject_of_a_relation_is_in_both_splits(relation: str) -> None:
 
 @pytest.mark.parametrize("relation", CHAINED)
 def test_an_order_goes_to_one_split_whole(relation: str) -> None:
-    train, heldout = (set().union(*map(entities, facts.facts(relation, split))) for split in SPLITS)
-    for chain in facts.tables()[relation].chains:
+    train, heldout = (set().union(*map(entities, commonsense.facts(relation, split))) for split in SPLITS)
+    for chain in commonsense.tables()[relation].chains:
         assert not (train & set(chain) and heldout & set(chain))
 
 
 @pytest.mark.parametrize("relation", RELATIONS)
 def test_no_two_subjects_with_the_same_answer_share_a_word_that_would_carry_it_over(relation: str) -> None:
-    table = facts.tables()[relation]
+    table = commonsense.tables()[relation]
     alike = list(table.facts.values()) or [[entity for level in table.levels for entity in level]]
     if table.chains:
         alike = [[" ".join(chain) for chain in table.chains]]
@@ -87,13 +87,13 @@ def test_no_two_subjects_with_the_same_answer_share_a_word_that_would_carry_it_o
 
 @pytest.mark.parametrize("relation", RELATIONS)
 def test_no_subject_names_its_own_answer(relation: str) -> None:
-    for answer, subjects in facts.tables()[relation].facts.items():
+    for answer, subjects in commonsense.tables()[relation].facts.items():
         assert [subject for subject in subjects if words(answer) & words(subject)] == []
 
 
 @pytest.mark.parametrize("relation", RELATIONS)
 def test_the_tables_contradict_themselves_nowhere(relation: str) -> None:
-    table = facts.tables()[relation]
+    table = commonsense.tables()[relation]
     assert 2 <= len(table.questions) <= 4
     assert all("{s}" in question for question in table.questions)
     subjects = [subject for under in table.facts.values() for subject in under]
@@ -105,12 +105,12 @@ def test_the_tables_contradict_themselves_nowhere(relation: str) -> None:
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("relation", RELATIONS)
 def test_the_right_choice_is_true_and_no_other_is(relation: str, split: Split) -> None:
-    table = facts.tables()[relation]
+    table = commonsense.tables()[relation]
     answer_of = {subject: answer for answer, subjects in table.facts.items() for subject in subjects}
     height = {entity: i for i, level in enumerate(table.levels) for entity in level}
     for chain in table.chains:
         height |= {entry: i for i, entry in enumerate(chain)}
-    for row, fact in zip(of(relation, split), facts.facts(relation, split), strict=True):
+    for row, fact in zip(of(relation, split), commonsense.facts(relation, split), strict=True):
         assert fact.subject in row["question"]
         assert len(set(row["choices"])) == len(row["choices"]) == table.num_choices
         if table.facts:
@@ -118,15 +118,15 @@ def test_the_right_choice_is_true_and_no_other_is(relation: str, split: Split) -
         else:
             assert fact.other in row["question"]
             assert right(row) == table.answers[height[fact.subject] < height[fact.other]]
-        assert not facts.true_answers(relation, fact) & (set(row["choices"]) - {right(row)})
+        assert not commonsense.true_answers(relation, fact) & (set(row["choices"]) - {right(row)})
 
 
 @pytest.mark.parametrize("relation", LEVELLED)
 def test_compared_things_stand_on_different_levels(relation: str) -> None:
-    table = facts.tables()[relation]
+    table = commonsense.tables()[relation]
     height = {entity: i for i, level in enumerate(table.levels) for entity in level}
     for split in SPLITS:
-        assert all(height[fact.subject] != height[fact.other] for fact in facts.facts(relation, split))
+        assert all(height[fact.subject] != height[fact.other] for fact in commonsense.facts(relation, split))
 
 
 @pytest.mark.parametrize(
@@ -145,9 +145,9 @@ def test_compared_things_stand_on_different_levels(relation: str) -> None:
     ],
 )
 def test_a_second_answer_that_could_be_defended_is_not_offered(relation: str, subject: str, never: str) -> None:
-    fact = next(fact for split in SPLITS for fact in facts.facts(relation, split) if fact.subject == subject)
-    assert never in facts.tables()[relation].answers
-    assert never in facts.true_answers(relation, fact)
+    fact = next(fact for split in SPLITS for fact in commonsense.facts(relation, split) if fact.subject == subject)
+    assert never in commonsense.tables()[relation].answers
+    assert never in commonsense.true_answers(relation, fact)
 
 
 @pytest.mark.parametrize(
@@ -176,7 +176,7 @@ def test_well_known_items_have_the_answer_that_everybody_gives(relation: str, wo
 @pytest.mark.parametrize("relation", RELATIONS)
 def test_every_answer_is_right_in_its_share_of_the_items_that_offer_it(relation: str, split: Split) -> None:
     items = of(relation, split)
-    num_choices = facts.tables()[relation].num_choices
+    num_choices = commonsense.tables()[relation].num_choices
     as_right = Counter(right(row) for row in items)
     offered = Counter(choice for row in items for choice in row["choices"])
     assert offered == {answer: num_choices * count for answer, count in as_right.items()}
@@ -186,14 +186,14 @@ def test_every_answer_is_right_in_its_share_of_the_items_that_offer_it(relation:
 def test_the_places_of_the_right_choice_are_balanced(split: Split) -> None:
     for relation in RELATIONS:
         counts = Counter(row["answer"] for row in of(relation, split))
-        per_place = [counts[place] for place in range(facts.tables()[relation].num_choices)]
+        per_place = [counts[place] for place in range(commonsense.tables()[relation].num_choices)]
         assert max(per_place) - min(per_place) <= 1
 
 
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("pick", [max, min])
 def test_the_longest_or_shortest_choice_is_right_no_more_often_than_chance(split: Split, pick) -> None:
-    items = facts.rows(split)
+    items = commonsense.rows(split)
     correct = 0.0
     for row in items:
         extreme = pick(map(len, row["choices"]))
@@ -205,7 +205,7 @@ def test_the_longest_or_shortest_choice_is_right_no_more_often_than_chance(split
 
 def test_what_beats_what_in_training_does_not_tell_the_heldout_answers() -> None:
     wins: Counter[tuple[str, str, str]] = Counter()
-    for row in facts.rows("train"):
+    for row in commonsense.rows("train"):
         wins.update((row["relation"], right(row), other) for other in row["choices"] if other != right(row))
 
     def strength(row: Row, choice: str) -> float:
@@ -216,7 +216,7 @@ def test_what_beats_what_in_training_does_not_tell_the_heldout_answers() -> None
         ]
         return sum(math.log(won / (won + lost)) for won, lost in won_lost)
 
-    items, correct = facts.rows("heldout"), 0.0
+    items, correct = commonsense.rows("heldout"), 0.0
     for row in items:
         strengths = {choice: strength(row, choice) for choice in row["choices"]}
         best = [choice for choice, value in strengths.items() if value == max(strengths.values())]
@@ -225,9 +225,9 @@ def test_what_beats_what_in_training_does_not_tell_the_heldout_answers() -> None
     assert correct / len(items) < chance(items) + 2 * standard_error
 
 
-@pytest.mark.parametrize("relation", [r for r in RELATIONS if len(facts.tables()[r].answers) == 2])
+@pytest.mark.parametrize("relation", [r for r in RELATIONS if len(commonsense.tables()[r].answers) == 2])
 def test_neither_wording_nor_first_place_gives_a_two_way_answer_away(relation: str) -> None:
-    table = facts.tables()[relation]
+    table = commonsense.tables()[relation]
     items = of(relation, "train")
     for start in {question.split("{")[0] for question in table.questions}:
         asked = [row for row in items if row["question"].startswith(start)]
@@ -239,24 +239,24 @@ def test_neither_wording_nor_first_place_gives_a_two_way_answer_away(relation: s
 @pytest.mark.parametrize("split", SPLITS)
 def test_the_first_rows_are_a_balanced_sample_of_the_relations(split: Split) -> None:
     for num_rows in (21, 42, 100):
-        counts = Counter(row["relation"] for row in facts.rows(split)[:num_rows])
+        counts = Counter(row["relation"] for row in commonsense.rows(split)[:num_rows])
         assert len(counts) == len(RELATIONS)
         assert max(counts.values()) - min(counts.values()) <= 1
-    turns = [row["id"].rsplit("-", 1)[1] for row in facts.rows(split)]
+    turns = [row["id"].rsplit("-", 1)[1] for row in commonsense.rows(split)]
     assert all(int(before) <= int(after) for before, after in pairwise(turns))
 
 
 def test_shuffled_rows_mark_another_choice_everywhere_and_leave_the_rest() -> None:
-    rows = facts.rows("train")
-    control = facts.shuffled(rows, seed=3)
-    assert rows == facts.rows("train")
+    rows = commonsense.rows("train")
+    control = commonsense.shuffled(rows, seed=3)
+    assert rows == commonsense.rows("train")
     assert all(a["answer"] != b["answer"] for a, b in zip(rows, control, strict=True))
     assert [{**row, "answer": 0} for row in rows] == [{**row, "answer": 0} for row in control]
     assert all(0 <= row["answer"] < len(row["choices"]) for row in control)
-    assert control == facts.shuffled(rows, seed=3)
-    assert control != facts.shuffled(rows, seed=4)
+    assert control == commonsense.shuffled(rows, seed=3)
+    assert control != commonsense.shuffled(rows, seed=4)
 
 
 def test_an_unknown_split_is_refused_with_the_nearest_name() -> None:
     with pytest.raises(UserError, match="did you mean 'heldout'"):
-        facts.rows("held-out")  # pyright: ignore[reportArgumentType]
+        commonsense.rows("held-out")  # pyright: ignore[reportArgumentType]

@@ -192,9 +192,9 @@ def _load_builtin(path: str, split: str, task: str | None, limit: int | None) ->
         raise UserError(f"data source {path!r}: {did_you_mean(path, [BUILTIN])}")
     if split not in ("train", "heldout"):
         raise UserError(f"data source {path!r}: expected the split 'train' or 'heldout', got {split!r}")
-    from lsr_scale.data import facts
+    from lsr_scale.data import commonsense
 
-    rows = [dict(row) for row in facts.rows(split)]
+    rows = [dict(row) for row in commonsense.rows(split)]
     digest = hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
     taken = rows[:limit]
     return Rows(taken, task, Provenance(path, path, None, split, None, digest, len(taken)))

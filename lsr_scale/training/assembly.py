@@ -25,9 +25,9 @@ from lsr_scale.adapter_files import find_start, load_adapter
 from lsr_scale.adapters.base import last_names
 from lsr_scale.config import RunConfig
 from lsr_scale.config.training import checkpoints_layers, training_arguments_class
+from lsr_scale.data.cache import kept
 from lsr_scale.data.fits import check_fits
 from lsr_scale.data.formats import Kind, build_dataset, load_source
-from lsr_scale.data.kept import kept
 from lsr_scale.data.preview import (
     count_classification,
     prepare_tokenizer,

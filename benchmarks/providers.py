@@ -228,7 +228,7 @@ class Own(Provider):
     def make(self) -> None:
         """Build the base, inject the adapter; `checkpoint` fuses."""
         from lsr_scale.adapters import peft_config
-        from lsr_scale.quantized import freeze_quantized
+        from lsr_scale.layers.frozen_linear import freeze_quantized
 
         base = random_model(self.config)
         freeze_quantized(base)

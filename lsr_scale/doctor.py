@@ -33,8 +33,8 @@ from torch import nn
 from lsr_scale import distributed
 from lsr_scale.config import RunConfig
 from lsr_scale.errors import UserError
+from lsr_scale.layers.frozen_linear import dequantize, freeze_quantized
 from lsr_scale.model import embedded
-from lsr_scale.quantized import dequantize, freeze_quantized
 from lsr_scale.screen import Screen
 
 GIB = 2**30

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from lsr_scale import UserError
 from lsr_scale.adapter_files import load_adapter, save_adapter
 from lsr_scale.adapters import METHODS, peft_config
-from lsr_scale.quantized import freeze_quantized
+from lsr_scale.layers.frozen_linear import freeze_quantized
 
 OPTIONS = {
     "lsr": {"rank": 4, "separation_rank": 3},

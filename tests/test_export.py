@@ -27,9 +27,9 @@ from lsr_scale.export import export, merge, open_adapter
 from lsr_scale.export.gguf_file import from_rotary_order, to_rotary_order
 from lsr_scale.export.pairs import truncate
 from lsr_scale.export.verify import compare, in_float32
+from lsr_scale.layers.frozen_linear import dequantize, freeze_quantized
 from lsr_scale.model import embedded, load_base, resolve
 from lsr_scale.packed_factors import GROUP, dequantize_groups, pack, quantize_groups, unpack
-from lsr_scale.quantized import dequantize, freeze_quantized
 
 OPTIONS = {
     "lsr": {"rank": 4, "separation_rank": 3, "rank_pattern": {"o_proj": 6}},

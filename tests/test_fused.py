@@ -30,7 +30,7 @@ from lsr_scale.fused import decoder_layer, linear
 from lsr_scale.fused import models as fused_models
 from lsr_scale.fused.eligibility import why_not_layer
 from lsr_scale.fused.groups import Group
-from lsr_scale.quantized import freeze_quantized
+from lsr_scale.layers.frozen_linear import freeze_quantized
 
 RANKS = {
     "lsr": {"rank": 4, "separation_rank": 2},

@@ -11,7 +11,7 @@ from lsr_scale.adapters import peft_config
 from lsr_scale.fused.groups import base_of
 from lsr_scale.kernels.attention import keep_cudnn_from_masks
 from lsr_scale.kernels.dequantize import Extension
-from lsr_scale.quantized import dequantize, dequantize_into
+from lsr_scale.layers.frozen_linear import dequantize, dequantize_into
 
 pytestmark = [
     pytest.mark.gpu,

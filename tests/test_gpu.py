@@ -7,7 +7,7 @@ from peft import get_peft_model
 from tiny_runs import do, factors, same, save_llama, tiny_run
 
 from lsr_scale.adapters import METHODS, peft_config
-from lsr_scale.quantized import dequantize, freeze_quantized
+from lsr_scale.layers.frozen_linear import dequantize, freeze_quantized
 
 pytestmark = [
     pytest.mark.gpu,

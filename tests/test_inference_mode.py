@@ -7,7 +7,7 @@ from peft import PeftModel, get_peft_model
 
 import lsr_scale
 from lsr_scale.adapters import peft_config
-from lsr_scale.quantized import freeze_quantized
+from lsr_scale.layers.frozen_linear import freeze_quantized
 
 
 def base(kind):

@@ -10,8 +10,8 @@ from conftest import tiny_llama
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from lsr_scale.errors import UserError
+from lsr_scale.layers.frozen_linear import FrozenLinear4bit, FrozenLinear8bit
 from lsr_scale.model import load_base, load_config, model_class, resolve, shapes, skeleton
-from lsr_scale.quantized import FrozenLinear4bit, FrozenLinear8bit
 
 SMOLLM2 = "builtin:smollm2-135m-instruct"
 CPU = torch.device("cpu")

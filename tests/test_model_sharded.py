@@ -15,9 +15,9 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM, modeling_utils
 from lsr_scale.adapter_files import write_adapter
 from lsr_scale.adapters import peft_config
 from lsr_scale.errors import UserError
+from lsr_scale.layers.frozen_linear import freeze_quantized
 from lsr_scale.model import load_base, sharded
 from lsr_scale.model.sharded import Sharding, gather_as_used, is_sharded, let_go, make_whole, whole_numel, whole_shape
-from lsr_scale.quantized import freeze_quantized
 from lsr_scale.training import assembly
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -7,7 +7,7 @@ from conftest import quantize, tiny_llama
 from torch import nn
 
 from lsr_scale import UserError
-from lsr_scale.quantized import FrozenLinear4bit, FrozenLinear8bit, dequantize, freeze_quantized
+from lsr_scale.layers.frozen_linear import FrozenLinear4bit, FrozenLinear8bit, dequantize, freeze_quantized
 
 
 def make(kind, in_features=64, out_features=48, bias=True):

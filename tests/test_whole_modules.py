@@ -6,8 +6,8 @@ from conftest import tiny_llama
 from peft import LoraConfig, get_peft_model
 from transformers import MixtralConfig, MixtralForCausalLM
 
+from lsr_scale.layers.fp32_modules import hold_in_float32
 from lsr_scale.plan.sizes import adapter_file_bytes
-from lsr_scale.whole_modules import hold_in_float32
 
 IDS = torch.arange(5, 17)[None]
 

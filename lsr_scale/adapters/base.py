@@ -42,8 +42,8 @@ from lsr_scale.adapters.checks import check_options
 from lsr_scale.adapters.low_rank import lora_config, truncate
 from lsr_scale.adapters.rows import BASE_ROW, MIXED_WHOLE, NamedRows, Pair, Rows, add_rows, lock_of, whole_by_rows
 from lsr_scale.errors import UserError, did_you_mean
+from lsr_scale.layers.frozen_linear import freeze_quantized
 from lsr_scale.packed_factors import is_packed, unpack
-from lsr_scale.quantized import freeze_quantized
 
 Params = dict[str, Tensor]
 # Of one module's adapter. With fewer, one that is larger than its matrix is warned of only: tests take tiny models.

@@ -263,7 +263,7 @@ def _task_of(source: AdapterSource) -> dict[str, Any]:
 
 def in_float32(model: Any) -> Any:
     """Return the model computing in float32, in place; quantized weights keep the values that training saw."""
-    from lsr_scale.quantized import freeze_quantized
+    from lsr_scale.layers.frozen_linear import freeze_quantized
 
     freeze_quantized(model)
     torch.nn.Module.float(model)  # Transformers refuses it on a quantized model, whose codes it leaves alone

@@ -19,7 +19,7 @@ from lsr_scale.adapters.base import AdapterLinear
 from lsr_scale.fused.decoder_layer import LINEARS, linears_of
 from lsr_scale.fused.groups import base_of
 from lsr_scale.fused.pairs import active_adapters
-from lsr_scale.quantized import FrozenLinear, FrozenLinear4bit, FrozenLinear8bit
+from lsr_scale.layers.frozen_linear import FrozenLinear, FrozenLinear4bit, FrozenLinear8bit
 
 ATTENTION_IMPLEMENTATIONS = ("sdpa", "flash_attention_2", "flash_attention_3")
 

@@ -30,7 +30,7 @@ from lsr_scale.fused.pairs import Pair
 from lsr_scale.kernels.backend import is_fake
 from lsr_scale.kernels.dequantize import Extension, fill_extension
 from lsr_scale.kernels.output_gradients import output_gradients
-from lsr_scale.quantized import dequantize_into
+from lsr_scale.layers.frozen_linear import dequantize_into
 
 # cuBLAS is fastest with this many extra columns; 16 cost four times as much on an H100 (benchmarks/LOG.md)
 ALIGNMENT = 64

@@ -39,7 +39,7 @@ from lsr_scale.fused.loss import causal_lm_loss
 from lsr_scale.fused.padding import needs_mask
 from lsr_scale.fused.pairs import Adapter, Pair, active_adapters, joined, materialize
 from lsr_scale.kernels.attention import Sequences, dense_mask, keep_cudnn_from_masks
-from lsr_scale.quantized import freeze_quantized
+from lsr_scale.layers.frozen_linear import freeze_quantized
 
 logger = logging.getLogger(__name__)
 

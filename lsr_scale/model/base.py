@@ -27,6 +27,7 @@ from transformers.pytorch_utils import Conv1D
 from lsr_scale.distributed import local_rank
 from lsr_scale.errors import UserError, did_you_mean
 from lsr_scale.kernels.attention import keep_cudnn_from_masks
+from lsr_scale.layers.frozen_linear import freeze_quantized
 from lsr_scale.model import embedded
 from lsr_scale.model.files import check_config, check_weights, read_json
 from lsr_scale.model.inject import head_modules
@@ -34,7 +35,6 @@ from lsr_scale.model.names import NAME_FORMS, explained, local_folder, resolve
 from lsr_scale.model.random_weights import random_base
 from lsr_scale.model.shapes import known_config
 from lsr_scale.model.sharded import Sharding, gather_as_used, make_whole, whole_shape
-from lsr_scale.quantized import freeze_quantized
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from torch import nn
 from lsr_scale import adapters
 from lsr_scale.adapters.base import features, last_names
 from lsr_scale.errors import UserError, did_you_mean
-from lsr_scale.whole_modules import hold_in_float32
+from lsr_scale.layers.fp32_modules import hold_in_float32
 
 # the heads that PEFT trains whole beside the adapter of a classifier; others it would leave at random
 _PEFT_HEADS = ("classifier", "score")

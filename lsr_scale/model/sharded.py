@@ -32,7 +32,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lsr_scale.distributed import rank, world_size
 from lsr_scale.errors import UserError
-from lsr_scale.quantized import FrozenLinear
+from lsr_scale.layers.frozen_linear import FrozenLinear
 
 logger = logging.getLogger(__name__)
 

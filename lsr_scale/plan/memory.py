@@ -156,7 +156,7 @@ def _dequantized(weight: Tensor, kind: str) -> Tensor:
 
 
 class _QuantizedLinear(torch.autograd.Function):
-    """The same steps as `lsr_scale.quantized`."""
+    """The same steps as `lsr_scale.layers.frozen_linear`."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, held: tuple[Tensor, str]) -> Tensor:

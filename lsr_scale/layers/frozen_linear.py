@@ -66,7 +66,7 @@ def _state_of(layer: bnb.nn.Linear4bit) -> Any:
         raise UserError(
             f"Linear4bit {layer.in_features} -> {layer.out_features}: the weight was repacked for CPU inference "
             "(bitsandbytes does so on an eval-mode forward), which has no gradient; load the model again and "
-            "inject the adapter, or call lsr_scale.quantized.freeze_quantized(model), before any forward"
+            "inject the adapter, or call lsr_scale.layers.frozen_linear.freeze_quantized(model), before any forward"
         )
     return state
 

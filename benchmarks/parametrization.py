@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lsr_scale.adapters.kron_lora import KronLora, KronLoraConfig
-from lsr_scale.adapters.lsr import Lsr, LsrConfig
+from lsr_scale.adapters.methods.kron_lora import KronLora, KronLoraConfig
+from lsr_scale.adapters.methods.lsr import Lsr, LsrConfig
 from lsr_scale.data.sources import load_rows
 from lsr_scale.data.tasks import examples
 from lsr_scale.model.embedded import ensure

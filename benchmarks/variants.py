@@ -33,9 +33,9 @@ import torch
 from parametrization import TARGETS, PairedLinear, encoded, evaluate, padded, run
 from torch import Tensor, nn
 
-from lsr_scale.adapters.kron_lora import KronLora, KronLoraConfig
-from lsr_scale.adapters.krona import Krona, KronaConfig
-from lsr_scale.adapters.lsr import Lsr, LsrConfig
+from lsr_scale.adapters.methods.kron_lora import KronLora, KronLoraConfig
+from lsr_scale.adapters.methods.krona import Krona, KronaConfig
+from lsr_scale.adapters.methods.lsr import Lsr, LsrConfig
 
 TASKS = ("arc_easy", "arc_challenge", "openbookqa", "piqa", "winogrande")
 BATCH = 128

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lsr_scale import files
-from lsr_scale.adapters.lsr import Lsr, LsrConfig
+from lsr_scale.adapters.methods.lsr import Lsr, LsrConfig
 
 RATES = [2.0**-k for k in range(12, 4, -1)]
 STEPS, ROWS, TEACHER_RANK = 300, 256, 4

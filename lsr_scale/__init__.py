@@ -12,8 +12,8 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 try:
     from lsr_scale import adapters as _adapters  # registers every method with PEFT
     from lsr_scale.adapter_bank import AdapterBank
-    from lsr_scale.adapters.kron_lora import KronLoraConfig
-    from lsr_scale.adapters.lsr import LsrConfig
+    from lsr_scale.adapters.methods.kron_lora import KronLoraConfig
+    from lsr_scale.adapters.methods.lsr import LsrConfig
     from lsr_scale.errors import UserError
     from lsr_scale.fused import fit_memory, fuse, unfuse
     from lsr_scale.hotswap import hotswap_adapter

@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from lsr_scale import KronLoraConfig, UserError
-from lsr_scale.adapters.kron_lora import KronLora
+from lsr_scale.adapters.methods.kron_lora import KronLora
 
 SMOLLM2 = LlamaConfig(
     hidden_size=576,

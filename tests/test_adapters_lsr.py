@@ -10,7 +10,7 @@ from peft import get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, RobertaConfig, RobertaModel
 
 from lsr_scale import LsrConfig, UserError
-from lsr_scale.adapters.lsr import Lsr
+from lsr_scale.adapters.methods.lsr import Lsr
 
 
 def shapes(in_features, out_features, **options):

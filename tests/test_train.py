@@ -32,7 +32,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from lsr_scale import UserError, files
 from lsr_scale.adapter_files import load_adapter
-from lsr_scale.adapters.lsr import Lsr
+from lsr_scale.adapters.methods.lsr import Lsr
 from lsr_scale.config import dump_yaml, load_run
 from lsr_scale.config.training import checkpoints_layers
 from lsr_scale.fused import decoder_layer

@@ -13,7 +13,7 @@ import variants
 from parametrization import TARGETS, PairedLinear
 from variants import VARIANTS, Variant, kron_fit, lora, lsr, weight_gradients
 
-from lsr_scale.adapters.kron_lora import KronLora
+from lsr_scale.adapters.methods.kron_lora import KronLora
 
 
 def model():

@@ -10,8 +10,8 @@ from peft import PeftConfig
 
 from lsr_scale.adapters.base import METHODS, AdapterConfig, AdapterLinear, AdapterMethod, LowRankPair
 from lsr_scale.adapters.checks import check_options
-from lsr_scale.adapters.lokr import LokrFactors, LokrOptions
-from lsr_scale.adapters.lora import LoraOptions
+from lsr_scale.adapters.methods.lokr import LokrFactors, LokrOptions
+from lsr_scale.adapters.methods.lora import LoraOptions
 from lsr_scale.errors import UserError, did_you_mean
 
 # PEFT's name of each `model.task`

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from lsr_scale import adapters
 from lsr_scale.adapters.base import features
-from lsr_scale.adapters.kron_lora import BLOCK_SIZE
+from lsr_scale.adapters.methods.kron_lora import BLOCK_SIZE
 from lsr_scale.errors import UserError
 from lsr_scale.factorize import balanced_split, divisor_for_block
 from lsr_scale.model import DTYPES, inject, load_config, skeleton

@@ -159,7 +159,7 @@ def main(arguments: list[str] | None = None) -> int:
     from transformers import AutoModelForCausalLM, GgufConfig
 
     from lsr_scale import config, files
-    from lsr_scale.adapter_files import load_adapter
+    from lsr_scale.adapters.files import load_adapter
     from lsr_scale.export import export, open_adapter
     from lsr_scale.export.verify import base_section, in_float32
     from lsr_scale.model import embedded, load_base, load_tokenizer

@@ -1,7 +1,7 @@
 """What a trained adapter still knows when its factors are rounded to 8 or 4 bits: scored again on its run's tasks.
 
-Rounded as `lsr-scale export --to adapter --bits` does it (`lsr_scale.packed_factors`), for adapters of any method. Used
-by `commonsense.py`, after a seed's run, while the data and the kernels are at hand.
+Rounded as `lsr-scale export --to adapter --bits` does it (`lsr_scale.adapters.packing`), for adapters of any method.
+Used by `commonsense.py`, after a seed's run, while the data and the kernels are at hand.
 """
 
 import re
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
-from lsr_scale.packed_factors import pack, unpack
+from lsr_scale.adapters.packing import pack, unpack
 from lsr_scale.run import evaluate
 
 

@@ -11,12 +11,12 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 try:
     from lsr_scale import adapters as _adapters  # registers every method with PEFT
-    from lsr_scale.adapter_bank import AdapterBank
+    from lsr_scale.adapters.bank import AdapterBank
+    from lsr_scale.adapters.hotswap import hotswap_adapter
     from lsr_scale.adapters.methods.kron_lora import KronLoraConfig
     from lsr_scale.adapters.methods.lsr import LsrConfig
     from lsr_scale.errors import UserError
     from lsr_scale.fused import fit_memory, fuse, unfuse
-    from lsr_scale.hotswap import hotswap_adapter
 except KeyboardInterrupt:
     # python -m lsr_scale, and the command; launch/train.py does so itself
     if _sys.argv[0].rpartition("/")[2] not in ("-m", "lsr-scale"):

@@ -13,8 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from lsr_scale import UserError
-from lsr_scale.adapter_files import load_adapter, save_adapter
 from lsr_scale.adapters import METHODS, peft_config
+from lsr_scale.adapters.files import load_adapter, save_adapter
 from lsr_scale.layers.frozen_linear import freeze_quantized
 
 OPTIONS = {
@@ -89,7 +89,7 @@ def test_a_full_disk_leaves_the_adapter_that_was_there(saved, monkeypatch, when)
     if when.startswith("weights"):
         monkeypatch.setattr("peft.peft_model.safe_save_file", full)
     elif when == "description":
-        monkeypatch.setattr("lsr_scale.adapter_files.base_description", full)
+        monkeypatch.setattr("lsr_scale.adapters.files.base_description", full)
     else:
         rename = type(saved).rename
         monkeypatch.setattr(type(saved), "rename", lambda self, to: full() if "part" in self.name else rename(self, to))

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from lsr_scale import KronLoraConfig, LsrConfig, UserError
 from lsr_scale.adapters import METHODS, peft_config
 from lsr_scale.adapters import base as adapters_base
-from lsr_scale.adapters.base import AdapterLinear
+from lsr_scale.adapters.peft import AdapterLinear
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*more than its dense form.*")
 METHOD_NAMES = sorted(METHODS)

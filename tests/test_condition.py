@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import condition_guard
 
 from lsr_scale import LsrConfig, UserError, distributed
-from lsr_scale.condition import (
+from lsr_scale.adapters.condition import (
     TOLERANCE,
     WatchCondition,
     condition,

@@ -22,10 +22,11 @@ from transformers import (
     RobertaConfig,
 )
 
+from lsr_scale.adapters import coverage
 from lsr_scale.data.fits import check_fits, length_made_for, num_positions
 from lsr_scale.data.formats import build_dataset
 from lsr_scale.errors import UserError
-from lsr_scale.model import held, load_base
+from lsr_scale.model import load_base
 from lsr_scale.run import evaluate
 from lsr_scale.run.train import train
 from lsr_scale.scoring import scorer
@@ -204,19 +205,19 @@ def test_what_no_quantization_and_no_adapter_reaches_is_said_with_its_share(tmp_
     base = assembly.base_of(run.model, 0)
     share = sum(p.numel() for n, p in base.named_parameters() if ".experts." in n) / base.num_parameters()
     model, _ = assembly.adapt(run, base)
-    quantized, adapted = held.left_out(model, "nf4", "all-linear", "bfloat16")
+    quantized, adapted = coverage.left_out(model, "nf4", "all-linear", "bfloat16")
     assert "experts.gate_up_proj" in quantized
     assert "held in bfloat16, not in nf4" in quantized
     assert "not adapted" in adapted
     assert f"({100 * share:.2g} %" in adapted or share > 0.5
-    assert held.left_out(model, "none", ["q_proj"], "bfloat16") == []
+    assert coverage.left_out(model, "none", ["q_proj"], "bfloat16") == []
 
 
 def test_of_a_model_that_is_held_and_adapted_as_asked_nothing_is_said(tmp_path):
     save_llama(tmp_path / "model")
     run = tiny_run(tmp_path, adapter={"method": "lsr", "rank": 4, "separation_rank": 2, "target_modules": "all-linear"})
     model, _ = assembly.adapt(run, assembly.base_of(run.model, 0))
-    assert held.left_out(model, "nf4", "all-linear", "bfloat16") == []
+    assert coverage.left_out(model, "nf4", "all-linear", "bfloat16") == []
 
 
 def test_a_head_that_starts_at_random_is_said_on_the_screen(tmp_path, capsys):

@@ -20,8 +20,9 @@ from tiny_runs import do, save_llama, tiny_run
 from transformers import AutoModelForCausalLM
 
 from lsr_scale import UserError
-from lsr_scale.adapter_files import load_adapter, save_adapter
 from lsr_scale.adapters import METHODS, peft_config
+from lsr_scale.adapters.files import load_adapter, save_adapter
+from lsr_scale.adapters.packing import GROUP, dequantize_groups, pack, quantize_groups, unpack
 from lsr_scale.cli import main
 from lsr_scale.export import export, merge, open_adapter
 from lsr_scale.export.gguf_file import from_rotary_order, to_rotary_order
@@ -29,7 +30,6 @@ from lsr_scale.export.pairs import truncate
 from lsr_scale.export.verify import compare, in_float32
 from lsr_scale.layers.frozen_linear import dequantize, freeze_quantized
 from lsr_scale.model import embedded, load_base, resolve
-from lsr_scale.packed_factors import GROUP, dequantize_groups, pack, quantize_groups, unpack
 
 OPTIONS = {
     "lsr": {"rank": 4, "separation_rank": 3, "rank_pattern": {"o_proj": 6}},

@@ -13,8 +13,8 @@ from tiny_runs import save_classifier
 from transformers import AutoModelForCausalLM
 
 from lsr_scale import UserError
-from lsr_scale.adapter_files import load_adapter, save_adapter
 from lsr_scale.adapters import peft_config
+from lsr_scale.adapters.files import load_adapter, save_adapter
 from lsr_scale.cli import main
 from lsr_scale.export import export, merge
 from lsr_scale.export.inspect import inspect_adapter

@@ -8,8 +8,9 @@ import torch
 from conftest import SEVEN_LINEARS, tiny_llama
 
 from lsr_scale import LsrConfig
+from lsr_scale.adapters.identity import base_description, check_base
 from lsr_scale.errors import UserError
-from lsr_scale.model import base_description, check_base, load_base
+from lsr_scale.model import load_base
 
 CPU = torch.device("cpu")
 

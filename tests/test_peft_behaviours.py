@@ -13,8 +13,8 @@ from transformers import BartConfig, BartForConditionalGeneration, T5Config, T5F
 import lsr_scale
 from lsr_scale import AdapterBank, UserError, hotswap_adapter
 from lsr_scale.adapters import METHODS, peft_config
-from lsr_scale.adapters.base import AdapterLinear
-from lsr_scale.adapters.rows import NamedRows
+from lsr_scale.adapters.peft import AdapterLinear
+from lsr_scale.adapters.per_sample import NamedRows
 
 LOW_RANK = [name for name, method in sorted(METHODS.items()) if method.is_low_rank()]
 OPTIONS = {

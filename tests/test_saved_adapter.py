@@ -11,11 +11,11 @@ from safetensors.torch import load_file, save_file
 from test_adapter_bank import adapted
 
 from lsr_scale import AdapterBank, UserError
-from lsr_scale.adapter_files import find_start, load_adapter
 from lsr_scale.adapters import peft_config
+from lsr_scale.adapters.files import find_start, load_adapter
+from lsr_scale.adapters.identity import base_description
 from lsr_scale.export import open_adapter
 from lsr_scale.export.inspect import inspect_adapter
-from lsr_scale.model import base_description
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 

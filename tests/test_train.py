@@ -31,7 +31,7 @@ from tiny_runs import (
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from lsr_scale import UserError, files
-from lsr_scale.adapter_files import load_adapter
+from lsr_scale.adapters.files import load_adapter
 from lsr_scale.adapters.methods.lsr import Lsr
 from lsr_scale.config import dump_yaml, load_run
 from lsr_scale.config.training import checkpoints_layers

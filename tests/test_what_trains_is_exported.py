@@ -12,10 +12,10 @@ from tiny_runs import do, save_llama, tiny_run
 
 from lsr_scale import UserError
 from lsr_scale.adapters import METHODS, peft_config
+from lsr_scale.adapters.inject import check_linear
 from lsr_scale.cli import main
 from lsr_scale.export import export, merge, open_adapter
 from lsr_scale.export.inspect import inspect_adapter
-from lsr_scale.model.inject import check_linear
 
 EXPRESSION = r".*layers\.[0-9]+\..*attn.*\.(q|v)_proj"
 

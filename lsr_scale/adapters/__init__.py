@@ -1,4 +1,4 @@
-"""The adapter methods. Every file beside this one that registers a method is found by importing it."""
+"""The adapter methods by name, and their options. Every file in `adapters/methods/` is found by importing it."""
 
 import dataclasses
 import importlib
@@ -8,10 +8,11 @@ from typing import Any
 
 from peft import PeftConfig
 
-from lsr_scale.adapters.base import METHODS, AdapterConfig, AdapterLinear, AdapterMethod, LowRankPair
+from lsr_scale.adapters import methods
 from lsr_scale.adapters.checks import check_options
 from lsr_scale.adapters.methods.lokr import LokrFactors, LokrOptions
 from lsr_scale.adapters.methods.lora import LoraOptions
+from lsr_scale.adapters.peft import METHODS, AdapterConfig, AdapterLinear, AdapterMethod, LowRankPair
 from lsr_scale.errors import UserError, did_you_mean
 
 # PEFT's name of each `model.task`
@@ -19,8 +20,8 @@ TASK_TYPES = {"causal_lm": "CAUSAL_LM", "seq_cls": "SEQ_CLS"}
 # PEFT's own methods, by the dataclass that maps our option names to theirs
 PEFT_METHODS: dict[str, type[LoraOptions] | type[LokrOptions]] = {"lora": LoraOptions, "lokr": LokrOptions}
 
-for _module in pkgutil.iter_modules(__path__):
-    importlib.import_module(f"{__name__}.{_module.name}")
+for _module in pkgutil.iter_modules(methods.__path__):
+    importlib.import_module(f"{methods.__name__}.{_module.name}")
 
 # what a saved adapter's factors mean, of every method: ours, and PEFT's own
 SAVED_METHODS: dict[str, type[AdapterMethod]] = {**METHODS, "lora": LowRankPair, "lokr": LokrFactors}

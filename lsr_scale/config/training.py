@@ -35,7 +35,7 @@ DEFAULTS: dict[str, Any] = {
     "memory": "auto",
     "on_nonfinite": "stop",
     "condition_guard": "warn",
-    "condition_tolerance": 2.0**-7,  # see lsr_scale/condition.py
+    "condition_tolerance": 2.0**-7,  # see lsr_scale/adapters/condition.py
     "logging_steps": 10,
     "logging_nan_inf_filter": False,  # would wait for the GPU at every step; on_nonfinite looks instead
     "save_strategy": "steps",

@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 
 from lsr_scale import files
+from lsr_scale.adapters.saved import check_own_base
 from lsr_scale.data.tasks import Example
 from lsr_scale.errors import UserError
 from lsr_scale.export import pairs as lora
@@ -24,7 +25,6 @@ from lsr_scale.export.verify import EXACT, Agreement, Reference, base_section, q
 from lsr_scale.model.names import elsewhere
 from lsr_scale.model.tokenizer import copy_tokenizer
 from lsr_scale.paths import user_path
-from lsr_scale.saved_adapter import check_own_base
 
 KINDS = ("adapter", "lora", "merged", "gguf")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lsr_scale.adapters.packing import in_range
 from lsr_scale.errors import UserError
 from lsr_scale.export.pairs import Pairs, metadata_of
 from lsr_scale.export.source import AdapterSource
 from lsr_scale.model import load_config, read_tokenizer
-from lsr_scale.packed_factors import in_range
 
 # Transformers' model types whose GGUF names and order of rows are known here
 ARCHITECTURES = {

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from lsr_scale.adapters.packing import in_range
 from lsr_scale.errors import UserError
 from lsr_scale.export.source import AdapterSource
 from lsr_scale.layers.frozen_linear import dequantize
@@ -26,7 +27,6 @@ from lsr_scale.model import DTYPES, head_modules, load_config, quantization_conf
 from lsr_scale.model.files import read_json
 from lsr_scale.model.names import explained
 from lsr_scale.model.tokenizer import copy_tokenizer, end_tokens, has_tokenizer, read_tokenizer, same_state
-from lsr_scale.packed_factors import in_range
 
 SHARD_BYTES = 2**28
 

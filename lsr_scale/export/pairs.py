@@ -12,9 +12,9 @@ from torch import Tensor
 
 from lsr_scale.adapters import PEFT_METHODS
 from lsr_scale.adapters.low_rank import lora_config, truncate
+from lsr_scale.adapters.packing import in_range, pack
 from lsr_scale.errors import UserError
 from lsr_scale.export.source import WRAPPER, AdapterSource
-from lsr_scale.packed_factors import in_range, pack
 
 Pair = tuple[Tensor, Tensor]
 Pairs = dict[str, Pair]

@@ -13,14 +13,14 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor
 
 from lsr_scale.adapters import SAVED_METHODS, AdapterConfig
-from lsr_scale.adapters.base import Params
+from lsr_scale.adapters.peft import Params
+from lsr_scale.adapters.saved import CONFIG, MAX_NAME, read_base, read_config, read_weights, scaling_of
 from lsr_scale.config import RunConfig, load_run
 from lsr_scale.errors import UserError
 from lsr_scale.files import read_json
 from lsr_scale.model.tokenizer import has_tokenizer
 from lsr_scale.paths import user_path
 from lsr_scale.run.folder import RunFolder
-from lsr_scale.saved_adapter import CONFIG, MAX_NAME, read_base, read_config, read_weights, scaling_of
 
 WRAPPER = "base_model.model."
 _MAX_PAIR_ELEMENTS = 2**28

@@ -15,7 +15,7 @@ from transformers.models.mistral import modeling_mistral
 from transformers.models.qwen2 import modeling_qwen2
 from transformers.models.qwen3 import modeling_qwen3
 
-from lsr_scale.adapters.base import AdapterLinear
+from lsr_scale.adapters.peft import AdapterLinear
 from lsr_scale.fused.decoder_layer import LINEARS, linears_of
 from lsr_scale.fused.groups import base_of
 from lsr_scale.fused.pairs import active_adapters

@@ -25,7 +25,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from lsr_scale.adapters.base import change_counts
+from lsr_scale.adapters.peft import change_counts
 from lsr_scale.fused.pairs import Pair
 from lsr_scale.kernels.backend import is_fake
 from lsr_scale.kernels.dequantize import Extension, fill_extension

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
-from lsr_scale.adapters.base import AdapterLinear, change_counts
+from lsr_scale.adapters.peft import AdapterLinear, change_counts
 from lsr_scale.errors import UserError
 from lsr_scale.fused.decoder_layer import (
     GROUPS,

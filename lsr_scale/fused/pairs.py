@@ -15,7 +15,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lsr_scale.adapters.base import AdapterLinear, AdapterMethod, LowRankPair, change_counts, upcast
+from lsr_scale.adapters.peft import AdapterLinear, AdapterMethod, LowRankPair, change_counts, upcast
 
 Pair = tuple[Tensor, Tensor]
 

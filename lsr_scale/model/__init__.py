@@ -6,6 +6,7 @@ from lsr_scale.model.base import (
     Task,
     base_of,
     check_quantization,
+    head_modules,
     load_base,
     load_config,
     local_device,
@@ -13,8 +14,6 @@ from lsr_scale.model.base import (
     quantization_config,
     skeleton,
 )
-from lsr_scale.model.identity import base_description, check_base
-from lsr_scale.model.inject import head_modules, inject
 from lsr_scale.model.names import resolve
 from lsr_scale.model.tokenizer import load_tokenizer, read_tokenizer, save_tokenizer, tokenizer_of
 
@@ -22,12 +21,9 @@ __all__ = [
     "DTYPES",
     "Quantization",
     "Task",
-    "base_description",
     "base_of",
-    "check_base",
     "check_quantization",
     "head_modules",
-    "inject",
     "load_base",
     "load_config",
     "load_tokenizer",

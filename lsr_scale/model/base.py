@@ -30,7 +30,6 @@ from lsr_scale.kernels.attention import keep_cudnn_from_masks
 from lsr_scale.layers.frozen_linear import freeze_quantized
 from lsr_scale.model import embedded
 from lsr_scale.model.files import check_config, check_weights, read_json
-from lsr_scale.model.inject import head_modules
 from lsr_scale.model.names import NAME_FORMS, explained, local_folder, resolve
 from lsr_scale.model.random_weights import random_base
 from lsr_scale.model.shapes import known_config
@@ -223,6 +222,17 @@ def local_device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda", local_rank() % torch.cuda.device_count())
     return torch.device("cpu")
+
+
+def head_modules(model: Any) -> list[str] | None:
+    """Return the modules outside the base (lm_head, score, classifier, ...), which quantization leaves alone.
+
+    None if the model does not tell its base apart; Transformers' own choice stands then.
+    """
+    children = [name for name, _ in model.named_children()]
+    if model.base_model_prefix not in children:
+        return None
+    return [name for name in children if name != model.base_model_prefix]
 
 
 def load_base(

@@ -22,14 +22,15 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
-from lsr_scale.adapters.base import AdapterLinear, features
+from lsr_scale.adapters import inject
+from lsr_scale.adapters.coverage import left_out
+from lsr_scale.adapters.peft import AdapterLinear, features
 from lsr_scale.config import RunConfig, offloads_optimizer, offloads_parameters
 from lsr_scale.config.deepspeed import SHIPPED
 from lsr_scale.config.training import checkpoints_layers
 from lsr_scale.fused import fuse
 from lsr_scale.fused.eligibility import LAYERS
-from lsr_scale.model import DTYPES, check_quantization, inject, load_config, skeleton
-from lsr_scale.model.held import left_out
+from lsr_scale.model import DTYPES, check_quantization, load_config, skeleton
 from lsr_scale.plan import memory
 from lsr_scale.plan.sizes import FrozenBytes, adapter_file_bytes, frozen_bytes, quantized_layers
 

@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from lsr_scale.adapters.base import features
+from lsr_scale.adapters.peft import features
 from lsr_scale.model import head_modules
 
 # bitsandbytes: elements per 4-bit block, blocks per second-level block

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from lsr_scale import distributed
-from lsr_scale.adapter_files import load_adapter
+from lsr_scale.adapters.coverage import left_out
+from lsr_scale.adapters.files import load_adapter
 from lsr_scale.config import RunConfig, load_run, run_from_dict
 from lsr_scale.config.training import EVALUATED
 from lsr_scale.data.fits import length_made_for, num_positions, refuse_ids
@@ -22,7 +23,6 @@ from lsr_scale.data.readers import check_characters
 from lsr_scale.data.tasks import Example, examples
 from lsr_scale.errors import UserError, printable
 from lsr_scale.model import base_of, tokenizer_of
-from lsr_scale.model.held import left_out
 from lsr_scale.model.names import elsewhere
 from lsr_scale.model.tokenizer import end_tokens, render_chat
 from lsr_scale.progress import show_live

@@ -10,11 +10,12 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lsr_scale import config, distributed, files
-from lsr_scale.adapter_files import check_description, misfits, save_adapter
-from lsr_scale.condition import WatchCondition, draw_conditions
+from lsr_scale.adapters.condition import WatchCondition, draw_conditions
+from lsr_scale.adapters.files import check_description, misfits, save_adapter
+from lsr_scale.adapters.identity import base_description
 from lsr_scale.config import RunConfig
 from lsr_scale.errors import UserError
-from lsr_scale.model import base_description, save_tokenizer
+from lsr_scale.model import save_tokenizer
 from lsr_scale.model.names import elsewhere
 from lsr_scale.model.sharded import let_go
 from lsr_scale.paths import user_path

@@ -21,8 +21,11 @@ from peft import PeftConfig, PeftModel
 from transformers import PrinterCallback, Trainer, TrainerCallback, set_seed
 
 from lsr_scale import adapters, config, distributed
-from lsr_scale.adapter_files import find_start, load_adapter
-from lsr_scale.adapters.base import last_names
+from lsr_scale.adapters import inject
+from lsr_scale.adapters.coverage import left_out
+from lsr_scale.adapters.files import find_start, load_adapter
+from lsr_scale.adapters.identity import base_description
+from lsr_scale.adapters.peft import last_names
 from lsr_scale.config import RunConfig
 from lsr_scale.config.training import checkpoints_layers, training_arguments_class
 from lsr_scale.data.cache import kept
@@ -39,8 +42,7 @@ from lsr_scale.data.tally import TalliesRows, Tally
 from lsr_scale.errors import UserError, did_you_mean
 from lsr_scale.fused import FuseReport, fuse
 from lsr_scale.fused.step_graph import StepGraphs, why_not_graphs
-from lsr_scale.model import base_description, base_of, inject, load_config, read_tokenizer, skeleton, tokenizer_of
-from lsr_scale.model.held import left_out
+from lsr_scale.model import base_of, load_config, read_tokenizer, skeleton, tokenizer_of
 from lsr_scale.model.sharded import Sharding, is_sharded
 from lsr_scale.model.tokenizer import has_tokenizer, same_state
 from lsr_scale.run.folder import RunFolder

@@ -15,8 +15,8 @@ from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 
 from chaos_shapes.place import NASTY, Planted, change_json, damage, odd_file, pick, shape, try_set
-from lsr_scale.adapter_bank import AdapterBank
 from lsr_scale.adapters import peft_config
+from lsr_scale.adapters.bank import AdapterBank
 
 RESUME = ["train", "stopped.yaml", "--resume", "auto"]
 IN_RUN = ("stopped", "stopped.old", "stopped.lock")

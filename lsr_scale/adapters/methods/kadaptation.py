@@ -18,9 +18,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from lsr_scale.adapters.base import AdapterConfig, AdapterMethod, Params, Shapes, option, register
+from lsr_scale.adapters.factorize import divisors
+from lsr_scale.adapters.peft import AdapterConfig, AdapterMethod, Params, Shapes, option, register
 from lsr_scale.errors import UserError
-from lsr_scale.factorize import divisors
 
 RELEASED_SCALING = 160.0  # 5 * 128 / 4 in the authors' code
 RELEASED_RANGE = 0.01  # s and t are drawn from U(-0.01, 0.01)

@@ -17,9 +17,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lsr_scale.adapters.base import AdapterConfig, AdapterMethod, Params, Shapes, option, register
+from lsr_scale.adapters.factorize import divisor_for_block, divisors
+from lsr_scale.adapters.peft import AdapterConfig, AdapterMethod, Params, Shapes, option, register
 from lsr_scale.errors import UserError
-from lsr_scale.factorize import divisor_for_block, divisors
 
 # The paper's ablation finds blocks of about 200 rows best; with the hidden size, this gives its 16 for Mistral-7B and
 # its 4 for DistilBERT.

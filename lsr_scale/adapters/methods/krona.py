@@ -13,9 +13,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from lsr_scale.adapters.base import AdapterConfig, AdapterMethod, Params, Shapes, option, register
+from lsr_scale.adapters.factorize import balanced_split, divisors
+from lsr_scale.adapters.peft import AdapterConfig, AdapterMethod, Params, Shapes, option, register
 from lsr_scale.errors import UserError
-from lsr_scale.factorize import balanced_split, divisors
 
 
 @dataclasses.dataclass

@@ -14,7 +14,7 @@ from peft import LoKrConfig
 from peft.tuners.lokr.layer import Linear
 from torch import Tensor, nn
 
-from lsr_scale.adapters.base import AdapterMethod, option
+from lsr_scale.adapters.peft import AdapterMethod, option
 from lsr_scale.errors import UserError
 
 

@@ -4,7 +4,7 @@ import dataclasses
 
 from peft import LoraConfig
 
-from lsr_scale.adapters.base import option
+from lsr_scale.adapters.peft import option
 
 
 @dataclasses.dataclass

@@ -17,9 +17,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lsr_scale.adapters.base import AdapterConfig, AdapterMethod, Params, Shapes, option, register
+from lsr_scale.adapters.factorize import balanced_split, divisors
+from lsr_scale.adapters.peft import AdapterConfig, AdapterMethod, Params, Shapes, option, register
 from lsr_scale.errors import UserError
-from lsr_scale.factorize import balanced_split, divisors
 
 PAPER_SCALING = 4096.0  # alpha 8192 over factor rank 2 in the authors' code
 

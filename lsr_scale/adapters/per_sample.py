@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lsr_scale.errors import UserError
 
 if TYPE_CHECKING:
-    from lsr_scale.adapters.base import AdapterLinear
+    from lsr_scale.adapters.peft import AdapterLinear
 
 Pair = tuple[Tensor, Tensor]
 # PEFT's name for rows of a batch that use no adapter

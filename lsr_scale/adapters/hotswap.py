@@ -9,11 +9,11 @@ from peft.utils import ModulesToSaveWrapper
 from peft.utils.hotswap import hotswap_adapter as hotswap_lora
 from torch import Tensor, nn
 
-from lsr_scale.adapters.base import AdapterConfig, AdapterLinear
+from lsr_scale.adapters.identity import check_base
+from lsr_scale.adapters.peft import AdapterConfig, AdapterLinear
+from lsr_scale.adapters.saved import read_base, read_config, read_weights
 from lsr_scale.errors import UserError, did_you_mean
-from lsr_scale.model.identity import check_base
 from lsr_scale.paths import user_path
-from lsr_scale.saved_adapter import read_base, read_config, read_weights
 
 
 def hotswap_adapter(model: PeftModel, folder: str | Path, adapter_name: str = "default") -> None:

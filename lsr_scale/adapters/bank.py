@@ -23,11 +23,11 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from lsr_scale.adapters.base import AdapterConfig, AdapterLinear
-from lsr_scale.adapters.rows import BASE_ROW, Pair, Rows
+from lsr_scale.adapters.peft import AdapterConfig, AdapterLinear
+from lsr_scale.adapters.per_sample import BASE_ROW, Pair, Rows
+from lsr_scale.adapters.saved import CONFIG, WEIGHTS, read_config, read_weights
 from lsr_scale.errors import UserError
 from lsr_scale.paths import user_path
-from lsr_scale.saved_adapter import CONFIG, WEIGHTS, read_config, read_weights
 
 
 @dataclass

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lsr_scale import distributed
-from lsr_scale.adapters.base import AdapterLinear
+from lsr_scale.adapters.peft import AdapterLinear
 from lsr_scale.progress import numbers_of, picture_text, read_metrics, save_figure
 
 logger = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
-from lsr_scale.adapters.base import features
+from lsr_scale.adapters.peft import features
 from lsr_scale.errors import UserError
 from lsr_scale.model.sharded import whole_numel
 

@@ -17,13 +17,13 @@ from torch import Tensor
 from transformers import Trainer
 
 from lsr_scale import distributed, files
+from lsr_scale.adapters.identity import base_description, check_base
+from lsr_scale.adapters.saved import BASE, check_own_base, read_base, read_config, read_weights
 from lsr_scale.errors import UserError
 from lsr_scale.layers.fp32_modules import hold_in_float32
-from lsr_scale.model.identity import base_description, check_base
 from lsr_scale.model.sharded import is_sharded
 from lsr_scale.paths import user_path
 from lsr_scale.run.folder import ADAPTER_FILES
-from lsr_scale.saved_adapter import BASE, check_own_base, read_base, read_config, read_weights
 
 # torch's words for two tensors that should be of one shape
 _MISMATCH = re.compile(r"size mismatch for (\S+): .*?\[(.*?)\].*?\[(.*?)\]")

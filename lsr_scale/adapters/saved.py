@@ -21,9 +21,9 @@ from torch import Tensor
 
 from lsr_scale.adapters import METHODS, PEFT_METHODS, AdapterConfig
 from lsr_scale.adapters.checks import check_options
+from lsr_scale.adapters.packing import is_packed, unpack
 from lsr_scale.errors import UserError, did_you_mean, quoted
 from lsr_scale.files import read_json
-from lsr_scale.packed_factors import is_packed, unpack
 from lsr_scale.run.folder import ADAPTER_FILES
 
 CONFIG, WEIGHTS, BASE = ADAPTER_FILES

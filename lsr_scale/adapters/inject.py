@@ -10,9 +10,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from lsr_scale import adapters
-from lsr_scale.adapters.base import features, last_names
+from lsr_scale.adapters.peft import features, last_names
 from lsr_scale.errors import UserError, did_you_mean
 from lsr_scale.layers.fp32_modules import hold_in_float32
+from lsr_scale.model.base import head_modules
 
 # the heads that PEFT trains whole beside the adapter of a classifier; others it would leave at random
 _PEFT_HEADS = ("classifier", "score")
@@ -67,17 +68,6 @@ def check_linear(model: PeftModel) -> None:
                 f"adapter.target_modules: {path}: a layer of type {kind} is not linear; leave it out, or train it "
                 f"whole with adapter.modules_to_save: [{name}]"
             )
-
-
-def head_modules(model: Any) -> list[str] | None:
-    """Return the modules outside the base (lm_head, score, classifier, ...), which quantization leaves alone.
-
-    None if the model does not tell its base apart; Transformers' own choice stands then.
-    """
-    children = [name for name, _ in model.named_children()]
-    if model.base_model_prefix not in children:
-        return None
-    return [name for name in children if name != model.base_model_prefix]
 
 
 def _train_heads(base: Any, config: Any) -> None:

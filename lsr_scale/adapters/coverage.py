@@ -8,9 +8,9 @@ from typing import Any
 import bitsandbytes as bnb
 from torch import nn
 
-from lsr_scale.adapters.base import features
-from lsr_scale.model.identity import base_modules
-from lsr_scale.model.inject import head_modules
+from lsr_scale.adapters.identity import base_modules
+from lsr_scale.adapters.peft import features
+from lsr_scale.model.base import head_modules
 from lsr_scale.model.sharded import whole_numel
 
 # of all weights; less is not worth a line (routers, biases of attention)

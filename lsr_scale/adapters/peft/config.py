@@ -1,0 +1,83 @@
+"""The options that every method has, as the dataclass that PEFT keeps beside an adapter."""
+
+import copy
+import dataclasses
+from typing import Any, ClassVar
+
+from peft.config import PeftConfig
+from peft.utils import PeftType
+from peft.utils.other import get_pattern_key
+
+from lsr_scale.adapters.checks import check_options
+from lsr_scale.adapters.peft.method import AdapterMethod, LowRankPair
+from lsr_scale.errors import UserError
+
+
+def option(default: Any, text: str) -> Any:
+    """Return a dataclass field with a default (a class such as `dict` is a default factory) and a help text."""
+    if isinstance(default, type):
+        return dataclasses.field(default_factory=default, metadata={"help": text})
+    return dataclasses.field(default=default, metadata={"help": text})
+
+
+@dataclasses.dataclass
+class AdapterConfig(PeftConfig):
+    """The options every method has; a method's own config adds its own.
+
+    An option `name` of a method becomes settable per module by a field `name_pattern`: a mapping from the end of a
+    module's name, or a regular expression for it, to the value there (PEFT's rule for `rank_pattern`).
+    """
+
+    target_modules: list[str] | str | None = option(
+        None, "Names (or one regular expression) of the modules to adapt, or 'all-linear'."
+    )
+    exclude_modules: list[str] | str | None = option(None, "Names (or one regular expression) of modules to leave out.")
+    rank: int = option(8, "Rank of the adapter.")
+    alpha: float | None = option(None, "Numerator of the scaling alpha / rank.")
+    dropout: float = option(0.0, "Dropout on the adapter's input, in training; 0 keeps the fast path.")
+    use_rslora: bool = option(False, "Scale by alpha / sqrt(rank) instead of alpha / rank.")
+    rank_pattern: dict[str, int] = option(dict, "Rank by module.")
+    alpha_pattern: dict[str, float] = option(dict, "Alpha by module.")
+    layers_to_transform: list[int] | int | None = option(None, "Indices of the layers to adapt; all by default.")
+    layers_pattern: list[str] | str | None = option(None, "Name of the layer list, if layers_to_transform needs it.")
+    modules_to_save: list[str] | None = option(None, "Modules trained whole and saved with the adapter.")
+
+    method: ClassVar[type["AdapterMethod"]]
+
+    def __post_init__(self) -> None:
+        """Validate the values that no model is needed for."""
+        super().__post_init__()
+        self.peft_type = PeftType(self.method.name.upper())
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if isinstance(value, list | tuple | set):
+                setattr(self, name, set(value))
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"dropout: expected 0 <= dropout < 1, got {self.dropout}")
+        check_options(vars(self))
+        if self.layers_pattern is not None and self.layers_to_transform is None:
+            raise UserError("layers_pattern: only has a meaning with layers_to_transform; set both or neither")
+
+    def for_module(self, module_name: str) -> "AdapterConfig":
+        """Return a copy with every `*_pattern` applied to the module of that name."""
+        config = copy.copy(self)
+        for field in dataclasses.fields(self):
+            name = field.name.removesuffix("_pattern")
+            if name != field.name and hasattr(self, name):
+                pattern = getattr(self, field.name)
+                setattr(config, name, pattern.get(get_pattern_key(pattern, module_name), getattr(self, name)))
+        return config
+
+    @property
+    def scaling(self) -> float:
+        """The factor on the update: alpha / rank, or alpha / sqrt(rank) with `use_rslora` (arXiv 2312.03732)."""
+        assert self.alpha is not None
+        return self.alpha / (self.rank**0.5 if self.use_rslora else self.rank)
+
+
+@dataclasses.dataclass(frozen=True)
+class SumConfig:
+    """What a linear keeps of a weighted sum of adapters, in place of an `AdapterConfig`: scalings are in `up`."""
+
+    method: ClassVar[type[AdapterMethod]] = LowRankPair
+    scaling: float = 1.0

@@ -1,0 +1,256 @@
+"""The linear layer that adds any method's update to a frozen base: forward, merge, unmerge, several adapters."""
+
+import warnings
+from collections.abc import Iterable
+from typing import Any, cast
+
+import torch
+from peft.tuners.tuners_utils import (
+    BaseTunerLayer,
+    check_adapters_to_merge,
+)
+from peft.utils import (
+    quantization_extra_repr,
+    resolve_quantization_backend,
+)
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
+
+from lsr_scale.adapters.peft.config import AdapterConfig, SumConfig
+from lsr_scale.adapters.peft.method import AdapterMethod, Params
+from lsr_scale.adapters.per_sample import Rows, add_rows
+from lsr_scale.errors import UserError
+from lsr_scale.layers.frozen_linear import freeze_quantized
+
+
+def features(layer: nn.Module) -> tuple[int, int] | None:
+    """Return `(in_features, out_features)` of a supported base layer, else None.
+
+    Never read off `weight.shape`: 4-bit weights are `[n, 1]` and ZeRO-3's are empty.
+    """
+    if isinstance(layer, nn.Linear):
+        return layer.in_features, layer.out_features
+    if isinstance(layer, Conv1D):
+        return layer.nx, layer.nf
+    return None
+
+
+def last_names(names: Iterable[str]) -> set[str]:
+    """Return the last parts of modules' names, but for the numbers that layers have."""
+    return {end for name in names if not (end := name.rpartition(".")[2]).isdigit()}
+
+
+def upcast(params: Params) -> Params:
+    """Return the tensors with half-precision ones in float32: what factors are materialized in."""
+    return {name: p.float() if p.dtype in (torch.bfloat16, torch.float16) else p for name, p in params.items()}
+
+
+def change_counts(tensors: Iterable[Tensor]) -> tuple[int, ...] | None:
+    """Return how often each tensor was changed in place; None if one was made in inference mode, where nobody counts.
+
+    What was computed of tensors may be kept as long as this, and not None, is returned.
+    """
+    held = list(tensors)
+    return None if any(tensor.is_inference() for tensor in held) else tuple(tensor._version for tensor in held)
+
+
+class AdapterLinear(nn.Module, BaseTunerLayer):
+    """A frozen linear layer plus `scaling * delta_weight`, for any method, with any number of named adapters.
+
+    `y = base_layer(x) + sum_active scaling * up (down dropout(x))`. Factors are float32 (float64 on a float64 base)
+    whatever the base is held in; the pair is materialized in that dtype, the scaling folded in, and cast once to the
+    dtype of `x`. In eval mode without gradients the pair is kept until a factor changes.
+    """
+
+    cast_input_dtype_enabled = False
+
+    def __init__(self, base_layer: nn.Module, method: type[AdapterMethod]) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.method = method
+        size = features(self.get_base_layer())
+        assert size is not None
+        self.in_features, self.out_features = size
+        self.fan_in_fan_out = isinstance(self.get_base_layer(), Conv1D)
+        self.quantization_backend = resolve_quantization_backend(self.get_base_layer())
+        self.adapter_layer_names = tuple(method.prefix + name for name in method.parameter_names)
+        self.other_param_names = ("adapter_configs", "adapter_dropout")
+        for name in self.adapter_layer_names:
+            setattr(self, name, nn.ParameterDict())
+        self.adapter_configs: dict[str, AdapterConfig | SumConfig] = {}
+        self.adapter_dropout = nn.ModuleDict()
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        self._pair_cache: dict[tuple[str, torch.dtype], tuple[Any, tuple[Tensor, Tensor]]] = {}
+        self.rows: Rows | None = None  # the adapters of a batch's rows, while they differ
+
+    def update_layer(self, adapter_name: str, config: AdapterConfig, inference_mode: bool = False) -> None:
+        """Add an adapter with freshly initialized factors.
+
+        Args:
+            adapter_name: Its name.
+            config: The options for this very module (`AdapterConfig.for_module`).
+            inference_mode: Leave the factors without gradients.
+        """
+        weight = self.get_base_layer().weight
+        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        shapes = self.method.parameter_shapes(self.in_features, self.out_features, config)
+        params: Params = {}
+        for name, shape in shapes.items():
+            # Drawn on the CPU, so that one seed gives one adapter on every device.
+            parameter = nn.Parameter(torch.empty(shape, dtype=dtype, device="meta" if weight.is_meta else "cpu"))
+            container = getattr(self, self.method.prefix + name)
+            container[adapter_name] = parameter
+            params[name] = container[adapter_name].data
+        if not any(value.is_meta for value in params.values()):
+            self.method.init_parameters(params, config)
+        self.adapter_configs[adapter_name] = config
+        self.adapter_dropout[adapter_name] = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def add_sum(self, adapter_name: str, down: Tensor, up: Tensor) -> None:
+        """Add an adapter that is an exact pair, frozen, under LoRA's names: PEFT saves it as a LoRA adapter."""
+        if not hasattr(self, "lora_A"):
+            self.lora_A, self.lora_B = nn.ModuleDict(), nn.ModuleDict()
+            self.adapter_layer_names = (*self.adapter_layer_names, "lora_A", "lora_B")
+        for container, matrix in ((self.lora_A, down), (self.lora_B, up)):
+            linear = nn.Linear(matrix.shape[1], matrix.shape[0], bias=False, device="meta")
+            linear.weight = nn.Parameter(matrix.detach().contiguous(), requires_grad=False)
+            container[adapter_name] = linear
+        self.adapter_configs[adapter_name] = SumConfig()
+        self.adapter_dropout[adapter_name] = nn.Identity()
+
+    def method_of(self, adapter_name: str) -> type[AdapterMethod]:
+        """Return how an adapter's factors make its pair: the layer's method, but for sums of adapters."""
+        return self.adapter_configs[adapter_name].method if adapter_name in self.adapter_configs else self.method
+
+    def hold_in(self, adapter_name: str, dtype: torch.dtype) -> None:
+        """Hold an adapter's factors in another dtype; they are materialized in float32 all the same."""
+        for name in self.adapter_layer_names:
+            container = getattr(self, name)
+            if adapter_name in container:
+                container[adapter_name] = container[adapter_name].to(dtype)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """Move an adapter to the base layer's device; unlike PEFT's own, the dtype stays."""
+        target = device if device is not None else self.get_base_layer().weight.device
+        for name in self.adapter_layer_names:
+            container = getattr(self, name)
+            if adapter_name in container and not container[adapter_name].is_meta:
+                container[adapter_name] = container[adapter_name].to(target)
+
+    def factors(self, adapter_name: str) -> Params:
+        """Return the factors of an adapter by the method's names, the parameters themselves."""
+        # where modules keep what is in them: by attribute it takes twenty times as long, in every step
+        modules: Any = self._modules
+        if "lora_A" in modules and adapter_name in modules["lora_A"]:
+            return {"down": modules["lora_A"][adapter_name].weight, "up": modules["lora_B"][adapter_name].weight}
+        held = [modules[name]._parameters for name in self.adapter_layer_names if not name.startswith("lora_")]
+        names = zip(self.method.parameter_names, held, strict=True)
+        return {name: factors[adapter_name] for name, factors in names if adapter_name in factors}
+
+    def params(self, adapter_name: str) -> Params:
+        """Return the factors of an adapter by the method's names; half-precision ones are upcast to float32."""
+        return upcast(self.factors(adapter_name))
+
+    def pair(self, adapter_name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return `(down [R, in], scaling * up [out, R])` of an adapter, materialized in float32 and cast to `dtype`."""
+        if self.training or torch.is_grad_enabled():
+            return self._materialized(adapter_name, dtype)
+        held = self.factors(adapter_name).values()
+        counts = change_counts(held)
+        if counts is None:
+            return self._materialized(adapter_name, dtype)
+        version = counts, [p.data_ptr() for p in held], self.adapter_configs[adapter_name].scaling
+        cached = self._pair_cache.get((adapter_name, dtype))
+        if cached is None or cached[0] != version:
+            cached = version, self._materialized(adapter_name, dtype)
+            self._pair_cache[adapter_name, dtype] = cached
+        return cached[1]
+
+    def _materialized(self, adapter_name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        with torch.autocast(cast(Tensor, self.get_base_layer().weight).device.type, enabled=False):
+            down, up = self.method_of(adapter_name).materialize(self.params(adapter_name))
+            up = up * self.adapter_configs[adapter_name].scaling
+        return down.to(dtype), up.to(dtype)
+
+    def train(self, mode: bool = True) -> "AdapterLinear":
+        """Switch between training and evaluation; cached pairs are dropped (an engine may write factors unseen)."""
+        self._pair_cache.clear()
+        return super().train(mode)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return `base_layer(x)` plus the active adapters' updates, `[..., out_features]`."""
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(x, *args, **kwargs)
+        result = self.base_layer(x, *args, **kwargs)
+        if self.rows is not None and self.rows.are_this_threads():
+            pair = self.rows.pair(self, x.dtype, len(x))
+            return result if pair is None else add_rows(result, x, *pair)
+        if self.merged:
+            return result
+        for adapter_name in self.active_adapters:
+            if adapter_name not in self.adapter_configs:
+                continue
+            dropped = self.adapter_dropout[adapter_name](x)
+            if self.method.is_low_rank():
+                down, up = self.pair(adapter_name, x.dtype)
+                delta = functional.linear(functional.linear(dropped, down), up)
+            else:
+                config = self.adapter_configs[adapter_name]
+                delta = self.method.delta_forward(self.params(adapter_name), dropped) * config.scaling
+            result = result + delta.to(result.dtype)
+        return result
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """Return `scaling * delta_weight` of an adapter in the layout of the base weight (transposed for Conv1D)."""
+        with torch.no_grad():
+            delta = self.method_of(adapter).delta_weight(self.params(adapter)) * self.adapter_configs[adapter].scaling
+        return delta.T if self.fan_in_fan_out else delta
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add adapters to the base weight; a quantized one is dequantized, changed and quantized again, with loss.
+
+        Args:
+            safe_merge: Refuse (UserError) a weight that would not be finite.
+            adapter_names: Which adapters; the active ones by default.
+        """
+        for adapter_name in check_adapters_to_merge(self, adapter_names):
+            if adapter_name not in self.adapter_configs:
+                continue
+            weight = self.get_base_weight()
+            merged = (weight.float() if weight.dtype.itemsize < 4 else weight) + self.get_delta_weight(adapter_name)
+            if safe_merge and not torch.isfinite(merged).all():
+                raise UserError(f"adapter {adapter_name!r}: merging gives weights that are not finite; do not merge it")
+            self._set_base_weight(merged.to(weight.dtype))
+            self.merged_adapters.append(adapter_name)
+
+    def unmerge(self) -> None:
+        """Subtract all merged adapters from the base weight again."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+        while self.merged_adapters:
+            adapter_name = self.merged_adapters.pop()
+            weight = self.get_base_weight()
+            rest = (weight.float() if weight.dtype.itemsize < 4 else weight) - self.get_delta_weight(adapter_name)
+            self._set_base_weight(rest.to(weight.dtype))
+
+    def _set_base_weight(self, weight: Tensor) -> None:
+        self.set_base_weight(weight)
+        freeze_quantized(self.get_base_layer())
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Tell PEFT's LoRA conversion that the update is additive."""
+        del adapter_name
+        return True
+
+    def extra_repr(self) -> str:
+        """Describe the quantization of the base layer in the module's repr."""
+        return quantization_extra_repr(self)
+
+    def __repr__(self) -> str:
+        return f"{self.method.name}.{super().__repr__()}"

@@ -1,0 +1,93 @@
+"""What a method is: which factors it has, and how they make the update. Pure functions, no modules, no PEFT."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import Tensor
+from torch.nn import functional
+
+if TYPE_CHECKING:
+    from lsr_scale.adapters.peft.config import AdapterConfig
+
+Params = dict[str, Tensor]
+Shapes = dict[str, tuple[int, ...]]
+Pair = tuple[Tensor, Tensor]
+
+
+class AdapterMethod(ABC):
+    """One adapter method: pure functions of shapes and tensors, any floating dtype, no modules.
+
+    `params` maps the names in `parameter_shapes` to tensors. The update of the weight is
+    `scaling * delta_weight(params)`; the scaling is not the method's concern.
+    """
+
+    name: ClassVar[str]
+    prefix: ClassVar[str]
+    config_class: ClassVar[type["AdapterConfig"]]
+    parameter_names: ClassVar[tuple[str, ...]]
+    # sums of Kronecker products, `sum_k <side>_left[k] (x) <side>_right[k]`, whose condition is watched
+    sides: ClassVar[tuple[str, ...]] = ()
+
+    @staticmethod
+    @abstractmethod
+    def parameter_shapes(in_features: int, out_features: int, config: Any) -> Shapes:
+        """Return the shape of every factor for a linear layer; raise UserError for impossible ones."""
+
+    @staticmethod
+    @abstractmethod
+    def init_parameters(params: Params, config: Any) -> None:
+        """Fill the factors in place."""
+
+    @staticmethod
+    @abstractmethod
+    def delta_weight(params: Mapping[str, Tensor]) -> Tensor:
+        """Return the unscaled dense update `[out, in]`: the method's definition, slow and obvious."""
+
+    @staticmethod
+    def materialize(params: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return the exact pair `(down [R, in], up [out, R])` with `up @ down == delta_weight(params)`.
+
+        The factors may carry equal leading dimensions (a stack of modules of one shape); so does the pair then.
+        A method whose update has no small rank leaves this out and defines `delta_forward`.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def delta_forward(cls, params: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        """Return `x @ delta_weight^T` `[..., out]`, unscaled, in the dtype of `x`."""
+        down, up = cls.materialize(params)
+        return functional.linear(functional.linear(x, down.to(x.dtype)), up.to(x.dtype))
+
+    @classmethod
+    def is_low_rank(cls) -> bool:
+        """Tell whether the method has a `materialize`, and with it the fused path and the exact exports."""
+        return cls.materialize is not AdapterMethod.materialize
+
+    @classmethod
+    def prepare_config(cls, config: Any, hidden_size: int | None) -> None:
+        """Resolve options that depend on the model, in place; `hidden_size` is None where the model has no config."""
+        del config, hidden_size
+
+    @classmethod
+    def oversized_sides(cls, in_features: int, out_features: int, config: Any) -> list[str]:
+        """Return a line for each side that has more parameters than the dense matrix it stands for."""
+        del in_features, out_features, config
+        return []
+
+
+class LowRankPair(AdapterMethod):
+    """LoRA's own form, not registered: the factors are the pair. What sums of adapters are held as."""
+
+    name = "lora"
+    parameter_names = ("down", "up")
+
+    @staticmethod
+    def delta_weight(params: Mapping[str, Tensor]) -> Tensor:
+        """Return `up down`."""
+        return params["up"] @ params["down"]
+
+    @staticmethod
+    def materialize(params: Mapping[str, Tensor]) -> Pair:
+        """Return the factors."""
+        return params["down"], params["up"]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lsr_scale.fused.eligibility import why_not_linear
+from lsr_scale.fused.fallback import why_not_linear
 from lsr_scale.fused.groups import Group, mm_float
 from lsr_scale.fused.pairs import active_adapters, joined, materialize
 

@@ -32,7 +32,7 @@ from lsr_scale.fused.decoder_layer import (
     Recompute,
     linears_of,
 )
-from lsr_scale.fused.eligibility import FAMILIES, LAYERS, why_not_call, why_not_head, why_not_layer, why_not_linear
+from lsr_scale.fused.fallback import FAMILIES, LAYERS, why_not_call, why_not_head, why_not_layer, why_not_linear
 from lsr_scale.fused.groups import HeldMatrix
 from lsr_scale.fused.linear import LinearMixin
 from lsr_scale.fused.loss import causal_lm_loss

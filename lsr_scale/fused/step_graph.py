@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lsr_scale.fused.eligibility import why_not_head
+from lsr_scale.fused.fallback import why_not_head
 from lsr_scale.fused.loss import IGNORED, linear_cross_entropy
 
 # tensors, and the number `longest`

@@ -29,7 +29,7 @@ from lsr_scale.config import RunConfig, offloads_optimizer, offloads_parameters
 from lsr_scale.config.deepspeed import SHIPPED
 from lsr_scale.config.training import checkpoints_layers
 from lsr_scale.fused import fuse
-from lsr_scale.fused.eligibility import LAYERS
+from lsr_scale.fused.fallback import LAYERS
 from lsr_scale.model import DTYPES, check_quantization, load_config, skeleton
 from lsr_scale.plan import memory
 from lsr_scale.plan.sizes import FrozenBytes, adapter_file_bytes, frozen_bytes, quantized_layers

@@ -40,7 +40,7 @@ from rich.progress import track
 from lsr_scale import files
 from lsr_scale.config import dump_yaml
 from lsr_scale.run.folder import RunFolder
-from lsr_scale.training.checkpoints import damage
+from lsr_scale.training.checkpoint.select import damage
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))

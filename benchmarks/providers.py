@@ -257,7 +257,7 @@ class Own(Provider):
     def first_step_begins(self, tokens: int) -> None:
         """With "auto", begin as a run's first step begins."""
         if self.mode == "auto" and self.policy is None and self.device.type == "cuda":
-            from lsr_scale.training.memory_policy import KeepWhatFits
+            from lsr_scale.training.callbacks.memory import KeepWhatFits
 
             self.policy = KeepWhatFits(tokens, self.notes.append, self.gpu)
             self.policy.on_train_begin(None, None, None)

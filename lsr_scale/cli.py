@@ -215,7 +215,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 0
     except Exception as error:
-        from lsr_scale.training.faults import Terminated
+        from lsr_scale.training.callbacks.signals import Terminated
 
         words = str(error) if isinstance(error, UserError | Terminated) else _remedy(error)
         if words is None:

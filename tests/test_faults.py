@@ -19,12 +19,12 @@ from test_two_ranks import LAUNCHERS, PATHS, ROOT, free_port, launch
 from tiny_runs import do, factors, metrics, same, save_llama, tiny_run
 from trl import SFTTrainer
 
-from lsr_scale import UserError, cli, distributed, progress
+from lsr_scale import UserError, cli, distributed
 from lsr_scale.config import dump_yaml
 from lsr_scale.errors import LOST_PEER
 from lsr_scale.run.folder import RunFolder
-from lsr_scale.training import faults, lookout
-from lsr_scale.training.checkpoints import damage
+from lsr_scale.training.callbacks import progress, signals, watchdog
+from lsr_scale.training.checkpoint.select import damage
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def test_sigterm_saves_at_the_end_of_the_step_and_the_run_goes_on(place, tmp_pat
 
 def test_a_second_ctrl_c_ends_the_run_at_once(place, tmp_path, monkeypatch, capfd):
     file = config_file(place, tmp_path)
-    interrupt = faults.StopOnSignal.on_step_end
+    interrupt = signals.StopOnSignal.on_step_end
 
     def twice(self, args, state, control, **kwargs):
         if state.global_step == 3:
@@ -61,7 +61,7 @@ def test_a_second_ctrl_c_ends_the_run_at_once(place, tmp_path, monkeypatch, capf
             os.kill(os.getpid(), signal.SIGINT)
         return interrupt(self, args, state, control, **kwargs)
 
-    monkeypatch.setattr(faults.StopOnSignal, "on_step_end", twice)
+    monkeypatch.setattr(signals.StopOnSignal, "on_step_end", twice)
     assert cli.main(["train", file]) == 130
     captured = capfd.readouterr()
     assert "lsr-scale: interrupted; where a checkpoint was saved" in captured.err
@@ -259,15 +259,15 @@ def test_a_process_that_waits_for_one_that_ended_ends_too(place, tmp_path, start
 
 def test_who_is_no_process_of_this_host_or_another_one_by_now_is_not_waited_for():
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    since = lookout.started(child.pid)
-    assert lookout.Seen("here", child.pid, since).is_alive_on("here")
-    assert not lookout.Seen("there", child.pid, since).is_alive_on("here")
-    assert not lookout.Seen("here", child.pid, str(int(since) - 1)).is_alive_on("here")
-    assert not lookout.Seen("here", 2**22 + 1, None).is_alive_on("here"), "where there is no /proc"
+    since = watchdog.started(child.pid)
+    assert watchdog.Seen("here", child.pid, since).is_alive_on("here")
+    assert not watchdog.Seen("there", child.pid, since).is_alive_on("here")
+    assert not watchdog.Seen("here", child.pid, str(int(since) - 1)).is_alive_on("here")
+    assert not watchdog.Seen("here", 2**22 + 1, None).is_alive_on("here"), "where there is no /proc"
     child.kill()
-    wait_until(lambda: lookout.started(child.pid) is None)  # before its launcher asks after it
+    wait_until(lambda: watchdog.started(child.pid) is None)  # before its launcher asks after it
     child.wait()
-    assert lookout.started(child.pid) is None
+    assert watchdog.started(child.pid) is None
 
 
 def test_a_port_that_another_run_has_is_said(monkeypatch):

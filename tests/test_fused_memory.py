@@ -13,7 +13,7 @@ import lsr_scale
 from lsr_scale.fused import FuseReport, release_weights
 from lsr_scale.fused.decoder_layer import DecoderLayerFunction
 from lsr_scale.fused.memory import _cost
-from lsr_scale.training.memory_policy import KeepWhatFits
+from lsr_scale.training.callbacks.memory import KeepWhatFits
 
 
 def layers_of(model: Any) -> Any:

@@ -12,7 +12,7 @@ from lsr_scale.fused import decoder_layer
 from lsr_scale.fused.padding import needs_mask
 from lsr_scale.kernels.attention import Sequences, attention_reference, keep_cudnn_from_masks
 from lsr_scale.model import load_base
-from lsr_scale.training.head_loss import HeadCollator
+from lsr_scale.training.steps.head_loss import HeadCollator
 
 OPTIONS = {"target_modules": SEVEN_LINEARS, "rank": 4, "separation_rank": 2}
 TOLERANCE = 2e-5  # transformers' norms compute in float32

@@ -15,7 +15,7 @@ from lsr_scale.adapters import peft_config
 from lsr_scale.errors import UserError
 from lsr_scale.fused.loss import causal_lm_loss
 from lsr_scale.training import assembly
-from lsr_scale.training.head_loss import HeadCollator, why_not_own_head
+from lsr_scale.training.steps.head_loss import HeadCollator, why_not_own_head
 
 LAYOUTS = {
     "padded": {},

@@ -6,8 +6,9 @@ from types import SimpleNamespace
 import pytest
 from transformers import TrainerControl, TrainerState
 
-from lsr_scale import UserError, progress
-from lsr_scale.progress import Progress, clock, print_line, show_live
+from lsr_scale import UserError
+from lsr_scale.training.callbacks import progress
+from lsr_scale.training.callbacks.progress import Progress, clock, print_line, show_live
 
 
 @pytest.fixture

@@ -15,11 +15,12 @@ from safetensors.torch import load_file
 from tiny_runs import completions, do, factors, metrics, questions, same, save_llama, tiny_run, write_rows
 from transformers import TrainerCallback
 
-from lsr_scale import UserError, cli, progress
+from lsr_scale import UserError, cli
 from lsr_scale.run.folder import RunFolder
 from lsr_scale.run.start import Earlier
 from lsr_scale.run.train import train
-from lsr_scale.training.checkpoints import damage, write_manifest
+from lsr_scale.training.callbacks import progress
+from lsr_scale.training.checkpoint.select import damage, write_manifest
 
 # dropout makes the random state count
 DROPOUT = {"method": "kron_lora", "rank": 4, "left_out": 4, "dropout": 0.2}
@@ -485,7 +486,7 @@ def test_ctrl_c_gives_one_message_and_status_130_and_the_run_goes_on(place, undi
 def test_a_full_disk_in_a_checkpoint_leaves_the_one_before_to_go_on_from(
     place, undisturbed, tmp_path, monkeypatch, capfd
 ):
-    from lsr_scale.training import resumable
+    from lsr_scale.training.checkpoint import resumable
 
     file = config_file(place, tmp_path)
     save, num_saved = resumable.save_file, 0

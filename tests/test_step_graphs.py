@@ -18,9 +18,9 @@ from lsr_scale.adapters import peft_config
 from lsr_scale.errors import UserError
 from lsr_scale.fused.step_graph import StepGraphs, rounded, static_batch, static_loss, why_not_graphs
 from lsr_scale.training import assembly
-from lsr_scale.training.graph_steps import GraphSteps, host_bound
-from lsr_scale.training.head_loss import HeadLoss
-from lsr_scale.training.loss_check import SkippingOptimizer
+from lsr_scale.training.steps.graphs import GraphSteps, host_bound
+from lsr_scale.training.steps.head_loss import HeadLoss
+from lsr_scale.training.steps.loss_check import SkippingOptimizer
 
 BIG: dict[str, Any] = dict(
     hidden_size=256, intermediate_size=704, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=3

@@ -15,7 +15,7 @@ from tiny_runs import completions, do, factors, metrics, same, save_llama, tiny_
 
 from lsr_scale import UserError
 from lsr_scale.run.folder import RunFolder
-from lsr_scale.training.faults import Terminated
+from lsr_scale.training.callbacks.signals import Terminated
 
 
 @pytest.fixture(scope="module")

@@ -41,7 +41,7 @@ from lsr_scale.run.folder import RunFolder
 from lsr_scale.run.train import train
 from lsr_scale.training import assembly
 from lsr_scale.training.assembly import adapt, build_trainer
-from lsr_scale.training.memory_policy import KeepWhatFits
+from lsr_scale.training.callbacks.memory import KeepWhatFits
 
 KRON = {"method": "kron_lora", "rank": 4, "left_out": 4}
 LORA = {"method": "lora", "rank": 4}
@@ -392,7 +392,7 @@ def test_factors_that_are_not_finite_are_not_saved(place, tmp_path, monkeypatch,
     def poison(self, args, state, control, model, **kwargs):
         next(p for p in model.parameters() if p.requires_grad).data.fill_(math.inf)
 
-    monkeypatch.setattr("lsr_scale.training.faults.StopOnSignal.on_step_end", poison)
+    monkeypatch.setattr("lsr_scale.training.callbacks.signals.StopOnSignal.on_step_end", poison)
     training = {"max_steps": 1, "save_strategy": "steps" if training else "no", **training}
     with pytest.raises(UserError, match=words):
         do(run_in(place, tmp_path, training=training, eval={"tasks": []}))

@@ -21,7 +21,7 @@ from tiny_runs import completions, do, factors, metrics, questions, results, sam
 from lsr_scale import cli
 from lsr_scale.config import dump_yaml, load_run
 from lsr_scale.run.folder import RunFolder
-from lsr_scale.training import checkpoints
+from lsr_scale.training.checkpoint import select
 
 pytestmark = [pytest.mark.slow, two_processes]
 ROOT = Path(__file__).parents[1]
@@ -226,10 +226,10 @@ def there(ran):
 )
 def test_a_run_that_went_on_elsewhere_has_its_rows_on_any_number_of_processes(there, name, words, number):
     run = load_run(there / "config.yaml", words)
-    fitted = checkpoints.fit(there / name, run, number)
-    checkpoints.check(there / name, fitted, number)
+    fitted = select.fit(there / name, run, number)
+    select.check(there / name, fitted, number)
     assert fitted.training["gradient_accumulation_steps"] == 2 // number
-    assert checkpoints.as_begun(there / name, fitted).training["gradient_accumulation_steps"] == 1
+    assert select.as_begun(there / name, fitted).training["gradient_accumulation_steps"] == 1
 
 
 @pytest.mark.parametrize("number", [2, 1])

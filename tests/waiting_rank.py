@@ -14,7 +14,7 @@ def main() -> int:
     cli._quiet_libraries(debug=False)
     from trl import SFTTrainer
 
-    from lsr_scale.training.faults import StopOnSignal
+    from lsr_scale.training.callbacks.signals import StopOnSignal
 
     compute = SFTTrainer.compute_loss
 

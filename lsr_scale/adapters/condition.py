@@ -25,7 +25,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from lsr_scale import distributed
 from lsr_scale.adapters.peft import AdapterLinear
-from lsr_scale.progress import numbers_of, picture_text, read_metrics, save_figure
+from lsr_scale.training.callbacks.progress import numbers_of, picture_text, read_metrics, save_figure
 
 logger = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from lsr_scale.config import RunConfig
 from lsr_scale.plan.planner import Memory, Plan, plan
-from lsr_scale.training.memory_policy import MARGIN
+from lsr_scale.training.callbacks.memory import MARGIN
 
 CUDA_GIB = 0.5  # what nvidia-smi shows above what torch's allocator counts, as in the planner's docstring
 MOST_GPUS, SHORT = 8, 512  # what is tried: so many GPUs, and rows of so many tokens

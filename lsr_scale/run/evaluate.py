@@ -25,11 +25,11 @@ from lsr_scale.errors import UserError, printable
 from lsr_scale.model import base_of, tokenizer_of
 from lsr_scale.model.names import elsewhere
 from lsr_scale.model.tokenizer import end_tokens, render_chat
-from lsr_scale.progress import show_live
 from lsr_scale.run.folder import RunFolder, open_run
 from lsr_scale.scoring import classification, score
 from lsr_scale.scoring.accuracy import Prediction, TaskScore, mcnemar
 from lsr_scale.screen import Screen
+from lsr_scale.training.callbacks.progress import show_live
 
 Say = Callable[[str], None]
 logger = logging.getLogger(__name__)

@@ -19,7 +19,12 @@ from lsr_scale.model import save_tokenizer
 from lsr_scale.model.names import elsewhere
 from lsr_scale.model.sharded import let_go
 from lsr_scale.paths import user_path
-from lsr_scale.progress import (
+from lsr_scale.run import evaluate
+from lsr_scale.run.folder import RunFolder, step_of
+from lsr_scale.run.start import Earlier, choose, recover
+from lsr_scale.scoring.accuracy import TaskScore
+from lsr_scale.training.assembly import RunData, build_trainer, only_new_warnings, read_data, uses_deepspeed, zero_stage
+from lsr_scale.training.callbacks.progress import (
     Progress,
     check_finite,
     clock,
@@ -29,13 +34,8 @@ from lsr_scale.progress import (
     read_metrics,
     summarize_metrics,
 )
-from lsr_scale.run import evaluate
-from lsr_scale.run.folder import RunFolder, step_of
-from lsr_scale.run.start import Earlier, choose, recover
-from lsr_scale.scoring.accuracy import TaskScore
-from lsr_scale.training import checkpoints
-from lsr_scale.training.assembly import RunData, build_trainer, only_new_warnings, read_data, uses_deepspeed, zero_stage
-from lsr_scale.training.faults import StopOnSignal, Terminated, ends_with_others
+from lsr_scale.training.callbacks.signals import StopOnSignal, Terminated, ends_with_others
+from lsr_scale.training.checkpoint import select
 from lsr_scale.training.settings import named
 
 
@@ -127,7 +127,7 @@ def _train(
     with elsewhere(None if checkpoint else run.model.name, "--set model.name=FOLDER"):
         data = read_data(run, checkpoint, say)
         if checkpoint:
-            for note in checkpoints.check_data(checkpoint, data.sources):
+            for note in select.check_data(checkpoint, data.sources):
                 say(f"note: {note}")
         trainer = build_trainer(begins, folder, [stop, watch, progress, _DropsEarlier(folder)], say, data)
     model: Any = trainer.model
@@ -160,7 +160,7 @@ def _train(
     elif tasks and checkpoint is not None:
         scores |= evaluate.read_scores(folder, tasks, "before", say)
     before_training = time.monotonic()
-    begins_at = checkpoints.step(checkpoint) if checkpoint else 0  # training may remove the checkpoint
+    begins_at = select.step(checkpoint) if checkpoint else 0  # training may remove the checkpoint
     say("training")
     with only_new_warnings(), stop.listening(), ends_with_others(), named(run):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -256,7 +256,7 @@ def _check_alike(run: RunConfig, resume: str | None, overwrite: bool) -> None:
     """Raise, on every process, where one of them was started with another run or other options than the first."""
     started = distributed.gather([{**run.model_dump(), "--resume": resume, "--overwrite": overwrite}])
     for rank, other in enumerate(started):
-        if differing := [text for _, text in checkpoints.changes(started[0], other)]:
+        if differing := [text for _, text in select.changes(started[0], other)]:
             more = f" and {len(differing) - 8} more" if len(differing) > 8 else ""
             raise UserError(
                 f"rank {rank} was started with another configuration than rank 0: {'; '.join(differing[:8])}{more}; "
@@ -274,12 +274,12 @@ def _choose(run: RunConfig, name: str, resume: str | None, overwrite: bool, lock
     output_dir = run.training["output_dir"]
 
     def check(checkpoint: Path) -> tuple[RunConfig, list[str]]:
-        fitted = checkpoints.fit(checkpoint, run, distributed.world_size())
-        return fitted, checkpoints.check(checkpoint, fitted, distributed.world_size())
+        fitted = select.fit(checkpoint, run, distributed.world_size())
+        return fitted, select.check(checkpoint, fitted, distributed.world_size())
 
     if resume not in (None, "auto"):
         checkpoint = user_path(resume, "--resume")
-        home = checkpoints.home(checkpoint)
+        home = select.home(checkpoint)
         recover(RunFolder(home))
         run, notes = check(checkpoint)
         goes_on = output_dir is None or user_path(output_dir, "training.output_dir").resolve() == home
@@ -287,7 +287,7 @@ def _choose(run: RunConfig, name: str, resume: str | None, overwrite: bool, lock
     folder = choose(output_dir, name, resume == "auto", overwrite, lock)
     if resume is None:
         return run, folder, None, []
-    newest, notes = checkpoints.newest(folder)
+    newest, notes = select.newest(folder)
     if newest is not None:
         run, changed = check(newest)
         return run, folder, newest, [*notes, *changed]
@@ -313,11 +313,11 @@ def _begin(
 ) -> None:
     """Make the folder this run's, once nothing stands in its way any more; what an earlier one left is set aside."""
     if distributed.is_main():
-        goes_on = checkpoint is not None and checkpoints.home(checkpoint) == folder.path.resolve()
-        after = checkpoints.step(checkpoint) if checkpoint is not None and goes_on else -1
+        goes_on = checkpoint is not None and select.home(checkpoint) == folder.path.resolve()
+        after = select.step(checkpoint) if checkpoint is not None and goes_on else -1
         old = [path for path in folder.own_checkpoints() if step_of(path) > after]
         if goes_on:  # somebody renamed or copied these, and may miss them
-            old = [path for path in old if not checkpoints.is_misnamed(path)]
+            old = [path for path in old if not select.is_misnamed(path)]
         if old:
             say(f"removed once a step is saved, what an earlier run left: {', '.join(path.name for path in old)}")
         begins_with = folder.config, folder.environment, folder.data, folder.metrics
@@ -329,7 +329,7 @@ def _begin(
         files.write_json(folder.environment, files.environment())
         files.write_json(folder.data, data.sources)
         save_tokenizer(data.tokenizer, folder.tokenizer)
-        begun = checkpoints.as_begun(checkpoint, run) if checkpoint is not None else run
+        begun = select.as_begun(checkpoint, run) if checkpoint is not None else run
         files.write_text(folder.config, config.dump_yaml(begun))  # last: it makes the folder a run
     distributed.broadcast(None)  # nobody writes before that
 

@@ -47,14 +47,14 @@ from lsr_scale.model.sharded import Sharding, is_sharded
 from lsr_scale.model.tokenizer import has_tokenizer, same_state
 from lsr_scale.run.folder import RunFolder
 from lsr_scale.scoring import classification
-from lsr_scale.training import checkpoints
-from lsr_scale.training.engine_steps import EngineSteps
-from lsr_scale.training.graph_steps import GraphSteps, PackedCollator, host_bound
-from lsr_scale.training.head_loss import HeadCollator, HeadLoss, why_not_own_head
-from lsr_scale.training.loss_check import LossCheck
-from lsr_scale.training.memory_policy import KeepWhatFits, largest_forward, row_lengths
-from lsr_scale.training.resumable import Resumable
+from lsr_scale.training.callbacks.memory import KeepWhatFits, largest_forward, row_lengths
+from lsr_scale.training.checkpoint import select
+from lsr_scale.training.checkpoint.resumable import Resumable
 from lsr_scale.training.settings import named
+from lsr_scale.training.steps.engine import EngineSteps
+from lsr_scale.training.steps.graphs import GraphSteps, PackedCollator, host_bound
+from lsr_scale.training.steps.head_loss import HeadCollator, HeadLoss, why_not_own_head
+from lsr_scale.training.steps.loss_check import LossCheck
 
 
 @dataclass(frozen=True)
@@ -214,7 +214,7 @@ def check_run_fits(run: RunConfig, data: RunData) -> None:
 
 def _tokenizer(run: RunConfig, checkpoint: Path | None, note: Callable[[str], None]) -> Any:
     """Return a run's tokenizer: where it goes on, the one that it began with."""
-    home = None if checkpoint is None else RunFolder(checkpoints.home(checkpoint)).tokenizer
+    home = None if checkpoint is None else RunFolder(select.home(checkpoint)).tokenizer
     if home is None or not has_tokenizer(home):
         return tokenizer_of(run, say=note)
     saved = read_tokenizer(home)

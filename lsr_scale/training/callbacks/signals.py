@@ -19,7 +19,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from lsr_scale import distributed
 from lsr_scale.errors import LOST_PEER, UserError
 from lsr_scale.run.folder import RunFolder
-from lsr_scale.training import lookout
+from lsr_scale.training.callbacks import watchdog
 
 
 class Terminated(Exception):  # noqa: N818
@@ -112,7 +112,7 @@ def ends_with_others() -> Iterator[None]:
 
     Every process of the run must come here, and meet the others after it: who is here no more has ended.
     """
-    me = lookout.Seen(socket.gethostname(), os.getpid(), lookout.started(os.getpid()))
+    me = watchdog.Seen(socket.gethostname(), os.getpid(), watchdog.started(os.getpid()))
     seen = [other for other in distributed.gather([me]) if other.is_alive_on(me.host) and other != me]
     if not seen:
         yield
@@ -120,7 +120,7 @@ def ends_with_others() -> Iterator[None]:
     who = f"rank {distributed.rank()}: " if distributed.rank() else ""
     words = [f"lsr-scale: {who}{LOST_PEER}", *(f"{other.process}:{other.started}" for other in seen)]
     # a session of its own: Ctrl-C is not for it
-    with subprocess.Popen([sys.executable, "-I", lookout.__file__, *words], stdin=PIPE, start_new_session=True) as out:
+    with subprocess.Popen([sys.executable, "-I", watchdog.__file__, *words], stdin=PIPE, start_new_session=True) as out:
         try:
             yield
         finally:
@@ -129,7 +129,7 @@ def ends_with_others() -> Iterator[None]:
 
 def _parent(process: int) -> int | None:
     """Return the parent of a process, None where the system does not tell."""
-    fields = lookout.fields_of(process)
+    fields = watchdog.fields_of(process)
     return None if fields is None else int(fields[1])
 
 

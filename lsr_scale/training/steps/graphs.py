@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import Trainer
 
 from lsr_scale.fused.step_graph import StepGraphs, static_batch
-from lsr_scale.training.head_loss import at_least_one
+from lsr_scale.training.steps.head_loss import at_least_one
 
 # What the host takes at least to launch a decoder layer's kernels, forward and backward, and what a GPU computes at
 # best. Measured: 7 ms a layer (16 cores of a server, LSR-Adapt on seven linears); 650 TFLOP/s (H200).

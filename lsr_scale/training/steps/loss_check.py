@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import DefaultFlowCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from lsr_scale.training import faults
+from lsr_scale.training.callbacks import signals
 
 _Base: Any = Trainer
 _LATE = 4  # numbers: two batches' losses, and a gradient's norm after each
@@ -42,7 +42,7 @@ class LossCheck(_Base):
         self._unchecked: deque[tuple[Any, Tensor, Callable[[float], None]]] = deque()
         callbacks = self.callback_handler.callbacks
         # after those that decide what is due
-        deciding = [n for n, one in enumerate(callbacks) if isinstance(one, DefaultFlowCallback | faults.StopOnSignal)]
+        deciding = [n for n, one in enumerate(callbacks) if isinstance(one, DefaultFlowCallback | signals.StopOnSignal)]
         callbacks.insert(max(deciding, default=-1) + 1, _CheckBeforeUse(self))
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
@@ -87,7 +87,7 @@ class LossCheck(_Base):
         step, micro_step = self.state.global_step, self.micro_step
 
         def tell(found: float) -> None:
-            faults.on_nonfinite_loss(self, found, inputs, step, micro_step)
+            signals.on_nonfinite_loss(self, found, inputs, step, micro_step)
 
         if self.on_nonfinite == "skip":
             found = float(loss)
@@ -105,7 +105,7 @@ class LossCheck(_Base):
         if norm is None:
             return None
         norm, step = torch.as_tensor(norm), self.state.global_step
-        self._check_later(norm.detach(), lambda found: faults.on_nonfinite_gradient(self, found, step))
+        self._check_later(norm.detach(), lambda found: signals.on_nonfinite_gradient(self, found, step))
         if self.skipping is None:
             return norm
         if not self.is_deepspeed_enabled:  # its engine has taken the step by now, see `engine_steps.ease`

@@ -20,7 +20,8 @@ from torch import nn
 
 from lsr_scale import LsrConfig, files
 from lsr_scale.adapters import METHODS
-from lsr_scale.adapters.condition import TOLERANCE, WatchCondition, conditions, sides
+from lsr_scale.adapters.condition import TOLERANCE, conditions, sides
+from lsr_scale.training.callbacks.condition import WatchCondition
 
 WIDTH, RANK, TERMS, BATCH = 64, 4, 4, 256
 OPTIONS: dict[str, Any] = {"target_modules": ["0"], "rank": RANK, "alpha": float(RANK), "separation_rank": TERMS}

@@ -49,3 +49,23 @@ def open_streams() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def show_live(text: str) -> None:
+    """Put text on the live line in place of what stands there, "" clearing it; nothing where there is no terminal."""
+    if sys.stdout.isatty():
+        write(f"\r\x1b[2K{printable(text)[: terminal_width() - 1]}")
+
+
+def print_line(text: str) -> None:
+    """Print a line that stays, where the live line may stand."""
+    show_live("")
+    write(f"{printable(text)}\n")
+
+
+def write(text: str) -> None:
+    """Write to the screen; where its reader is gone, as after Ctrl-C on `... | tee`, to nobody from then on."""
+    try:
+        print(text, end="", flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

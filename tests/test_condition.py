@@ -14,16 +14,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import condition_guard
 
 from lsr_scale import LsrConfig, UserError, distributed
-from lsr_scale.adapters.condition import (
-    TOLERANCE,
-    WatchCondition,
-    condition,
-    conditions,
-    endangered,
-    mend,
-    orthogonal_terms,
-    sides,
-)
+from lsr_scale.adapters.condition import TOLERANCE, condition, conditions, endangered, mend, orthogonal_terms, sides
+from lsr_scale.training.callbacks.condition import WatchCondition
 
 
 def by_definition(left, right):

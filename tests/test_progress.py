@@ -7,8 +7,9 @@ import pytest
 from transformers import TrainerControl, TrainerState
 
 from lsr_scale import UserError
+from lsr_scale.screen import print_line, show_live
 from lsr_scale.training.callbacks import progress
-from lsr_scale.training.callbacks.progress import Progress, clock, print_line, show_live
+from lsr_scale.training.callbacks.progress import Progress, clock
 
 
 @pytest.fixture

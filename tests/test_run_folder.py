@@ -11,8 +11,9 @@ from safetensors import SafetensorError
 
 from lsr_scale import UserError, files
 from lsr_scale.run.folder import RunFolder, open_run
+from lsr_scale.run.metrics import read_metrics, summarize_metrics
+from lsr_scale.run.plots import draw_losses
 from lsr_scale.run.start import choose as choose_and_lock
-from lsr_scale.training.callbacks.progress import draw_losses, read_metrics, summarize_metrics
 
 
 @pytest.fixture(autouse=True)

@@ -13,21 +13,13 @@ takes the factors' Gram matrices only; M is never made. By definition gamma = 1 
 Shape legend: S separation rank; `[..., S, m, n]` a side's left or right factors, leading dimensions for many modules.
 """
 
-import logging
-from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from lsr_scale import distributed
 from lsr_scale.adapters.peft import AdapterLinear
-from lsr_scale.training.callbacks.progress import numbers_of, picture_text, read_metrics, save_figure
-
-logger = logging.getLogger(__name__)
 
 Guard = Literal["warn", "rescale", "fp32"]
 # Twice bfloat16's unit roundoff. No module that the ablations trained had a gamma above 1.1, so a healthy run hears
@@ -162,98 +154,3 @@ def mend(side: Side, how: Guard, optimizer: torch.optim.Optimizer | None = None)
         side.weight.fill_(1.0)
     for parameter in side.parameters:
         state.pop(parameter, None)
-
-
-class WatchCondition(TrainerCallback):
-    """Logs gamma's median and largest value by side at every logging step, and does what the guard says.
-
-    All processes do what the main one measures. Put before the callbacks that record: the values stand among the logs,
-    `condition_down_max` and so on.
-    """
-
-    def __init__(self, tolerance: float, guard: Guard, say: Any = logger.warning) -> None:
-        self.guard: Guard = guard
-        self.tolerance, self.say = tolerance, say
-        self.told: set[tuple[str, str]] = set()
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Measure, add to the logs, warn, mend."""
-        if not logs or "loss" not in logs:
-            return
-        model = kwargs["model"]
-        found = sides(model)
-        if not found:
-            return
-        gammas: Any = distributed.broadcast(conditions(found))  # others' last digits could tip another decision
-        for name in dict.fromkeys(side.name for side in found):
-            some = gammas[[index for index, side in enumerate(found) if side.name == name]]
-            logs[f"condition_{name}_median"] = float(some.median())
-            logs[f"condition_{name}_max"] = float(some.max())
-        worst = [found[index] for index in endangered(found, gammas, self.tolerance)]
-        new = [side for side in worst if (side.module, side.name) not in self.told]
-        self.told |= {(side.module, side.name) for side in new}
-        if new:
-            self.say(self._words(new, gammas[[found.index(side) for side in new]]))
-        if self.guard != "warn":
-            for side in worst:
-                mend(side, self.guard, kwargs.get("optimizer"))
-                for parameter in side.parameters:
-                    distributed.copy_from_main(parameter.data)  # nor do decompositions agree to the last digit
-
-    def _words(self, new: list[Side], gammas: Tensor) -> str:
-        first, kind = new[int(gammas.argmax())], str(new[0].left.dtype).removeprefix("torch.")
-        more = f" and {len(new) - 1} more" if len(new) > 1 else ""
-        done = {
-            "warn": "set training.condition_guard to rescale or fp32, or lower separation_rank",
-            "rescale": "their terms are made orthogonal (condition_guard: rescale)",
-            "fp32": "they are held in float32 from now on (condition_guard: fp32)",
-        }
-        return (
-            f"{first.module}, {first.name} side{more}: terms cancel, gamma = {float(gammas.max()):.3g}, so that "
-            f"rounding to {kind} may change the update by more than training.condition_tolerance = {self.tolerance:g}; "
-            f"{done[self.guard]}"
-        )
-
-
-def draw_conditions(metrics: Path, picture: Path, title: str) -> bool:
-    """Draw gamma over the steps of a run, median and largest by side; return False where none was logged."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    rows = [
-        row
-        for row in read_metrics(metrics)
-        if any(name.startswith("condition_") and numbers_of([row], name) for name in row)
-    ]
-    if not rows:
-        return False
-    figure, axes = pyplot.subplots(figsize=(7, 4), dpi=120)
-    for color, name in zip(("C0", "C1", "C2", "C3"), _names(rows), strict=False):
-        for kind, style in (("median", "-"), ("max", "--")):
-            key = f"condition_{name}_{kind}"
-            points = [(row["step"], row[key]) for row in rows if numbers_of([row], key)]
-            if points:
-                axes.plot(*zip(*points, strict=True), style, color=color, label=f"{name}, {kind} over the modules")
-    axes.set(xlabel="step", ylabel="condition number gamma", title=picture_text(title))
-    axes.set_yscale("log")
-    low, high = axes.get_ylim()
-    axes.set_ylim(min(low, 0.5), max(high, 2.0))  # or 2 % would look like a cliff
-    axes.grid(alpha=0.3, which="both")
-    axes.legend()
-    figure.tight_layout()
-    save_figure(figure, picture)
-    return True
-
-
-def _names(rows: Iterable[dict[str, Any]]) -> list[str]:
-    keys = dict.fromkeys(key for row in rows for key in row if key.startswith("condition_") and key.endswith("_max"))
-    return [key.removeprefix("condition_").removesuffix("_max") for key in keys]

@@ -11,7 +11,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from lsr_scale.data.sources import Rows, load_rows
+from lsr_scale.data.rows import Rows
+from lsr_scale.data.sources import load_rows
 from lsr_scale.data.tasks import Row, RowError, detect_task, is_uniform, scored_pair, to_example, whole_number
 from lsr_scale.errors import UserError, did_you_mean
 

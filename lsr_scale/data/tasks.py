@@ -11,12 +11,10 @@ import re
 import string
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from lsr_scale.data.rows import Rows
 from lsr_scale.errors import UserError, did_you_mean
-
-if TYPE_CHECKING:
-    from lsr_scale.data.sources import Rows
 
 Row = Mapping[str, Any]
 Parts = tuple[list[str], list[str], list[int]]  # contexts, continuations, normalizers
@@ -373,7 +371,7 @@ def to_example(row: Row, task: str | None = None, default_id: str = "") -> Examp
     return Example(str(name), tuple(contexts), tuple(continuations), item.answer, lengths)
 
 
-def examples(rows: "Rows", task: str | None = None) -> list[Example]:
+def examples(rows: Rows, task: str | None = None) -> list[Example]:
     """Turn loaded rows into examples; `task` overrides the one that was found while loading.
 
     Raises:

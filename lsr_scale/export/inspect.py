@@ -22,7 +22,7 @@ from torch import Tensor
 from lsr_scale import files
 from lsr_scale.errors import UserError
 from lsr_scale.export.source import AdapterSource, describe_file, open_adapter
-from lsr_scale.training.callbacks.progress import picture_text, save_figure
+from lsr_scale.run.plots import picture_text, save_figure
 
 # of an update without a pair, whose singular values take a dense SVD
 MAX_DENSE_ELEMENTS = 2**21

@@ -28,8 +28,7 @@ from lsr_scale.model.tokenizer import end_tokens, render_chat
 from lsr_scale.run.folder import RunFolder, open_run
 from lsr_scale.scoring import classification, score
 from lsr_scale.scoring.accuracy import Prediction, TaskScore, mcnemar
-from lsr_scale.screen import Screen
-from lsr_scale.training.callbacks.progress import show_live
+from lsr_scale.screen import Screen, show_live
 
 Say = Callable[[str], None]
 logger = logging.getLogger(__name__)

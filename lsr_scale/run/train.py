@@ -10,7 +10,6 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lsr_scale import config, distributed, files
-from lsr_scale.adapters.condition import WatchCondition, draw_conditions
 from lsr_scale.adapters.files import check_description, misfits, save_adapter
 from lsr_scale.adapters.identity import base_description
 from lsr_scale.config import RunConfig
@@ -21,22 +20,18 @@ from lsr_scale.model.sharded import let_go
 from lsr_scale.paths import user_path
 from lsr_scale.run import evaluate
 from lsr_scale.run.folder import RunFolder, step_of
+from lsr_scale.run.metrics import cut_back, read_metrics, summarize_metrics
+from lsr_scale.run.plots import draw_conditions, draw_losses
 from lsr_scale.run.start import Earlier, choose, recover
 from lsr_scale.scoring.accuracy import TaskScore
+from lsr_scale.screen import print_line
 from lsr_scale.training.assembly import RunData, build_trainer, only_new_warnings, read_data, uses_deepspeed, zero_stage
-from lsr_scale.training.callbacks.progress import (
-    Progress,
-    check_finite,
-    clock,
-    cut_back,
-    draw_losses,
-    print_line,
-    read_metrics,
-    summarize_metrics,
-)
+from lsr_scale.training.callbacks.condition import WatchCondition
+from lsr_scale.training.callbacks.progress import Progress, clock
 from lsr_scale.training.callbacks.signals import StopOnSignal, Terminated, ends_with_others
 from lsr_scale.training.checkpoint import select
 from lsr_scale.training.settings import named
+from lsr_scale.training.steps.nonfinite import check_finite
 
 
 def train(

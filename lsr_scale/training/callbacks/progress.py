@@ -1,10 +1,7 @@
-"""What a run says while it trains: a live line on the screen, `metrics.jsonl` on disk, the loss curve at the end."""
+"""What a run says while it trains: a live line on the screen, and `metrics.jsonl` on disk."""
 
-import io
 import json
 import math
-import os
-import re
 import sys
 import time
 from pathlib import Path
@@ -14,30 +11,10 @@ import psutil
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from lsr_scale import files
 from lsr_scale.config.training import EVALUATED
-from lsr_scale.errors import UserError, printable, shortened
-from lsr_scale.screen import terminal_width
-
-
-def show_live(text: str) -> None:
-    """Put text on the live line in place of what stands there, "" clearing it; nothing where there is no terminal."""
-    if sys.stdout.isatty():
-        _write(f"\r\x1b[2K{printable(text)[: terminal_width() - 1]}")
-
-
-def print_line(text: str) -> None:
-    """Print a line that stays, where the live line may stand."""
-    show_live("")
-    _write(f"{printable(text)}\n")
-
-
-def _write(text: str) -> None:
-    """Write to the screen; where its reader is gone, as after Ctrl-C on `... | tee`, to nobody from then on."""
-    try:
-        print(text, end="", flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+from lsr_scale.run.metrics import cut_back, numbers_of
+from lsr_scale.screen import print_line, show_live, write
+from lsr_scale.training.steps.nonfinite import check_finite, diverged
 
 
 class Progress(TrainerCallback):
@@ -119,7 +96,7 @@ class Progress(TrainerCallback):
             return
         for name in ("loss", "grad_norm"):
             if not math.isfinite(logs.get(name, 0.0)):
-                raise _diverged(f"{name} is {logs[name]} at step {state.global_step}")
+                raise diverged(f"{name} is {logs[name]} at step {state.global_step}")
         if not state.is_world_process_zero:
             return
         now = time.monotonic()
@@ -145,7 +122,7 @@ class Progress(TrainerCallback):
     ) -> None:
         """Leave the live line standing."""
         if sys.stdout.isatty() and not self.quiet and state.is_world_process_zero:
-            _write("\n")
+            write("\n")
 
     def _show(self, row: dict[str, Any], state: TrainerState, now: float) -> None:
         if "loss" not in row:
@@ -161,21 +138,7 @@ class Progress(TrainerCallback):
         if sys.stdout.isatty():
             show_live(line)
         else:
-            _write(f"{line}\n")
-
-
-def check_finite(model: torch.nn.Module, when: str) -> None:
-    """Raise if a trained parameter is not finite; `when` is for the message, such as "after step 12"."""
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and not torch.isfinite(parameter).all():
-            raise _diverged(f"{name} is not finite {when}, so it is not saved")
-
-
-def _diverged(what: str) -> UserError:
-    return UserError(
-        f"training diverged: {what}; lower training.learning_rate or lengthen training.warmup_steps, and start again "
-        "with --overwrite"
-    )
+            write(f"{line}\n")
 
 
 def clock(seconds: float) -> str:
@@ -190,109 +153,3 @@ def memory_gib() -> float:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     return psutil.Process().memory_info().rss / 2**30
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a metrics file; a line that is no step's, such as one that a kill cut short, is left out."""
-    rows = []
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else ():
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(row, dict) and type(row.get("step")) is int:
-            rows.append(row)
-    return rows
-
-
-def cut_back(path: Path, step: int) -> list[dict[str, Any]]:
-    """Leave in a file of rows those up to a step, since the later steps are done again; return them."""
-    kept = [row for row in read_metrics(path) if row["step"] <= step]
-    files.write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
-    return kept
-
-
-def numbers_of(rows: list[dict[str, Any]], name: str) -> list[float]:
-    """Return the values of a column where they are finite numbers."""
-    values = [row.get(name) for row in rows]
-    return [v for v in values if isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v)]
-
-
-def summarize_metrics(path: Path, best: int | None = None) -> dict[str, Any]:
-    """Return what the results say of a metrics file.
-
-    The loss at the end (mean of the last tenth), tokens, memory, and the largest condition number of each side.
-
-    Args:
-        path: The file.
-        best: The step whose adapter was taken; None is the last one's.
-    """
-    rows = read_metrics(path)
-    steps = [row for row in rows if numbers_of([row], "loss")]
-    if not steps:
-        return {}
-    last = numbers_of(steps[-max(1, len(steps) // 10) :], "loss")
-    speeds = sorted(numbers_of(steps, "tokens_per_s"))
-    evaluations = [row for row in rows if "eval_loss" in row and best in (None, row["step"])]
-    tokens = numbers_of(steps[-1:], "num_tokens") or numbers_of(steps[-1:], "num_input_tokens_seen")
-    found: dict[str, Any] = {
-        "final_loss": round(sum(last) / len(last), 4),
-        "tokens": round(tokens[-1]) if tokens else 0,
-        "tokens_per_s": speeds[len(speeds) // 2] if speeds else None,
-        "peak_memory_gib": max(numbers_of(steps, "memory_gib"), default=None),
-    }
-    for name in dict.fromkeys(name for row in steps for name in row if re.fullmatch("condition_.*_max", name)):
-        if values := numbers_of(steps, name):
-            found[name] = round(max(values), 4)
-    if best is not None:
-        found["best_step"] = best
-    return found | {name: round(values[0], 6) for name in EVALUATED if (values := numbers_of(evaluations[-1:], name))}
-
-
-def draw_losses(metrics: Path, picture: Path, title: str) -> None:
-    """Draw the training (and evaluation) loss over the steps as a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    rows = read_metrics(metrics)
-    figure, axes = pyplot.subplots(figsize=(7, 4), dpi=120)
-    for key, label, style, color in (("loss", "training", "-", "C0"), ("eval_loss", "validation", "o-", "C1")):
-        points = [(row["step"], row[key]) for row in rows if numbers_of([row], key)]
-        if not points:
-            continue
-        steps, values = zip(*points, strict=True)
-        style = style if len(values) > 2 else "o-"
-        axes.plot(steps, values, style, label=label, alpha=0.35 if len(values) > 20 else 1.0, color=color)
-        if len(values) > 20:
-            width = max(2, len(values) // 10)
-            means = [sum(values[max(0, i - width + 1) : i + 1]) / min(i + 1, width) for i in range(len(values))]
-            axes.plot(steps, means, color=color, label=f"{label}, mean of {width}")
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss, nats per token")
-    axes.set_title(picture_text(title))
-    axes.grid(alpha=0.3)
-    if axes.lines:
-        axes.legend()
-    figure.tight_layout()
-    save_figure(figure, picture)
-
-
-def picture_text(text: str) -> str:
-    """Return text for a picture as it stands: pyplot would read formulas between dollars."""
-    return shortened(printable(text), 100).replace("$", r"\$")
-
-
-def save_figure(figure: Any, picture: Path) -> None:
-    """Write a pyplot figure as a PNG and close it; without date or version, so that the same run draws the same bytes.
-
-    Raises:
-        UserError: if the file cannot be written.
-    """
-    from matplotlib import pyplot
-
-    drawn = io.BytesIO()
-    figure.savefig(drawn, metadata=files.PICTURE_METADATA)
-    pyplot.close(figure)
-    files.write_bytes(picture, drawn.getvalue())

@@ -1,8 +1,5 @@
-"""What a run does when it is told to end, when a process of it has ended, and when its loss is not finite."""
+"""What a run does when a signal tells it to end, and when another of its processes has ended (`watchdog`)."""
 
-import itertools
-import json
-import math
 import os
 import signal
 import socket
@@ -17,8 +14,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lsr_scale import distributed
-from lsr_scale.errors import LOST_PEER, UserError
-from lsr_scale.run.folder import RunFolder
+from lsr_scale.errors import LOST_PEER
 from lsr_scale.training.callbacks import watchdog
 
 
@@ -108,7 +104,7 @@ class StopOnSignal(TrainerCallback):
 
 @contextmanager
 def ends_with_others() -> Iterator[None]:
-    """End this process some seconds after another process of the run on this host has ended; see `lookout`.
+    """End this process some seconds after another process of the run on this host has ended; see `watchdog`.
 
     Every process of the run must come here, and meet the others after it: who is here no more has ended.
     """
@@ -142,87 +138,3 @@ def _deepspeed_runner() -> int | None:
     except OSError:
         return None
     return runner if b"deepspeed.launcher.launch" in names[0] and b"deepspeed" in names[1] else None
-
-
-# a checkpoint keeps to its learning rate
-_GOES_ON = (
-    "set training.on_nonfinite: skip and go on with --resume auto; or lower training.learning_rate, lengthen "
-    "training.warmup_steps{more}, and start again with --overwrite"
-)
-
-
-def on_nonfinite_loss(trainer: Any, loss: float, inputs: dict[str, Any], step: int, micro_step: int) -> None:
-    """Note the batch in `nonfinite.jsonl` of the run's folder, and end the run unless it is to skip such batches.
-
-    Args:
-        trainer: The trainer.
-        loss: The batch's.
-        inputs: The batch.
-        step: How many steps were done before its own.
-        micro_step: How many batches of its step before it, on this process.
-
-    Raises:
-        UserError: where `training.on_nonfinite` is "stop".
-    """
-    rows, process = _rows_of(trainer, step, micro_step), distributed.rank()
-    line = {"step": step + 1, "process": process, "loss": str(loss), "rows": rows}
-    file = _note(trainer, {**line, "input_ids": inputs["input_ids"].tolist()})
-    if trainer.on_nonfinite == "skip":
-        return
-    raise UserError(
-        f"training diverged: the loss is {loss} at step {step + 1}, on rows {rows} of the training data (process "
-        f"{process}; the tokens are in {file}); {_GOES_ON.format(more=' or mend these rows')}"
-    )
-
-
-def on_nonfinite_gradient(trainer: Any, norm: float, step: int) -> None:
-    """Note the step in `nonfinite.jsonl`, without rows: any of its could be meant; end the run unless it skips such.
-
-    Args:
-        trainer: The trainer.
-        norm: Of the gradient of all processes, so that they do the same.
-        step: How many steps were done before it.
-
-    Raises:
-        UserError: where `training.on_nonfinite` is "stop".
-    """
-    file = RunFolder(Path(str(trainer.args.output_dir))).nonfinite
-    if distributed.is_main():
-        _note(trainer, {"step": step + 1, "gradient_norm": str(norm)})
-    if trainer.on_nonfinite == "skip":
-        return
-    # another process may have met a loss by which it ends, and be ended before it says so
-    others = f" on this process (those of others that are not stand in {file})" if distributed.world_size() > 1 else ""
-    raise UserError(
-        f"training diverged: the gradient of step {step + 1} is not finite (its norm is {norm}), but its losses "
-        f"are{others}; " + _GOES_ON.format(more=" or set model.dtype to float32")
-    )
-
-
-def _note(trainer: Any, line: dict[str, Any]) -> Path:
-    file = RunFolder(Path(str(trainer.args.output_dir))).nonfinite
-    with file.open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(line) + "\n")
-    return file
-
-
-def _rows_of(trainer: Any, step: int, micro_step: int) -> list[int] | None:
-    """Return the numbers of a micro-batch's rows, by the sampler's order; None where it has none.
-
-    Args:
-        trainer: The trainer.
-        step: How many steps were done before the batch's.
-        micro_step: How many batches of its step before it.
-    """
-    loader: Any = trainer.callback_handler.train_dataloader
-    sampler: Any = getattr(loader, "batch_sampler", None)
-    order = sampler
-    while order is not None and not hasattr(order, "set_epoch"):
-        order = getattr(order, "batch_sampler", None) or getattr(order, "sampler", None)
-    if sampler is None or order is None:
-        return None
-    accumulation = trainer.args.gradient_accumulation_steps
-    epoch, done = divmod(step, max(1, math.ceil(len(loader) / accumulation)))
-    order.set_epoch(epoch)
-    micro = done * accumulation + micro_step
-    return next(itertools.islice(iter(sampler), micro, None), None)

@@ -1,8 +1,8 @@
 """Ends the process that started it when another process of the run has ended: the first would wait for it too long.
 
-    python lookout.py TEXT PROCESS:STARTED ...          # until its input says something, or ends
+    python watchdog.py TEXT PROCESS:STARTED ...          # until its input says something, or ends
 
-With NCCL a collective waits ten minutes for who is gone, and SIGTERM is but a request while training (see `faults`).
+With NCCL a collective waits ten minutes for who is gone, and SIGTERM is but a request while training (see `signals`).
 A thread would not do: whoever waits so is soon within a launch that lets no other thread run. So this is a process,
 of the standard library alone. It reads /proc; where there is none, nobody is seen and nothing is ended.
 """

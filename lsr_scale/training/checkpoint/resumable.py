@@ -29,7 +29,7 @@ from lsr_scale.adapters.files import write_adapter
 from lsr_scale.data.order import WholeSteps
 from lsr_scale.errors import UserError
 from lsr_scale.run.folder import STATE, TENSORS, RunFolder
-from lsr_scale.training.callbacks.progress import print_line
+from lsr_scale.screen import print_line
 from lsr_scale.training.callbacks.signals import StopOnSignal
 from lsr_scale.training.checkpoint import select, trained_state
 

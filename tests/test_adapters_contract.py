@@ -12,8 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lsr_scale import KronLoraConfig, LsrConfig, UserError
 from lsr_scale.adapters import METHODS, peft_config
-from lsr_scale.adapters import base as adapters_base
-from lsr_scale.adapters.peft import AdapterLinear
+from lsr_scale.adapters.peft import AdapterLinear, tuner
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*more than its dense form.*")
 METHOD_NAMES = sorted(METHODS)
@@ -409,7 +408,7 @@ def test_torch_compile_sees_no_graph_break(name):
     ],
 )
 def test_an_adapter_larger_than_what_it_adapts_is_refused_before_anything_is_made(config, words, monkeypatch):
-    monkeypatch.setattr(adapters_base, "MANY_PARAMETERS", 0)
+    monkeypatch.setattr(tuner, "MANY_PARAMETERS", 0)
     model = tiny_llama()
     before = dict(model.named_parameters())
     config.target_modules = {"q_proj"}

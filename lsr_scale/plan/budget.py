@@ -16,8 +16,8 @@ from rich.table import Table
 from rich.text import Text
 
 from lsr_scale import adapters
-from lsr_scale.adapters import inject
 from lsr_scale.adapters.factorize import balanced_split, divisor_for_block
+from lsr_scale.adapters.inject import inject
 from lsr_scale.adapters.methods.kron_lora import BLOCK_SIZE
 from lsr_scale.adapters.peft import features
 from lsr_scale.errors import UserError

@@ -22,8 +22,8 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
-from lsr_scale.adapters import inject
 from lsr_scale.adapters.coverage import left_out
+from lsr_scale.adapters.inject import inject
 from lsr_scale.adapters.peft import AdapterLinear, features
 from lsr_scale.config import RunConfig, offloads_optimizer, offloads_parameters
 from lsr_scale.config.deepspeed import SHIPPED

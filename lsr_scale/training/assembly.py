@@ -21,10 +21,10 @@ from peft import PeftConfig, PeftModel
 from transformers import PrinterCallback, Trainer, TrainerCallback, set_seed
 
 from lsr_scale import adapters, config, distributed
-from lsr_scale.adapters import inject
 from lsr_scale.adapters.coverage import left_out
 from lsr_scale.adapters.files import find_start, load_adapter
 from lsr_scale.adapters.identity import base_description
+from lsr_scale.adapters.inject import inject
 from lsr_scale.adapters.peft import last_names
 from lsr_scale.config import RunConfig
 from lsr_scale.config.training import checkpoints_layers, training_arguments_class

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import DefaultFlowCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lsr_scale.training.callbacks import signals
+from lsr_scale.training.steps import nonfinite
 
 _Base: Any = Trainer
 _LATE = 4  # numbers: two batches' losses, and a gradient's norm after each
@@ -87,7 +88,7 @@ class LossCheck(_Base):
         step, micro_step = self.state.global_step, self.micro_step
 
         def tell(found: float) -> None:
-            signals.on_nonfinite_loss(self, found, inputs, step, micro_step)
+            nonfinite.on_nonfinite_loss(self, found, inputs, step, micro_step)
 
         if self.on_nonfinite == "skip":
             found = float(loss)
@@ -105,7 +106,7 @@ class LossCheck(_Base):
         if norm is None:
             return None
         norm, step = torch.as_tensor(norm), self.state.global_step
-        self._check_later(norm.detach(), lambda found: signals.on_nonfinite_gradient(self, found, step))
+        self._check_later(norm.detach(), lambda found: nonfinite.on_nonfinite_gradient(self, found, step))
         if self.skipping is None:
             return norm
         if not self.is_deepspeed_enabled:  # its engine has taken the step by now, see `engine_steps.ease`

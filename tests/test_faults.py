@@ -23,7 +23,8 @@ from lsr_scale import UserError, cli, distributed
 from lsr_scale.config import dump_yaml
 from lsr_scale.errors import LOST_PEER
 from lsr_scale.run.folder import RunFolder
-from lsr_scale.training.callbacks import progress, signals, watchdog
+from lsr_scale.run.metrics import read_metrics
+from lsr_scale.training.callbacks import signals, watchdog
 from lsr_scale.training.checkpoint.select import damage
 
 
@@ -212,8 +213,8 @@ def wait_until(true, ranks=()):
 
 def wait_for_steps(folder, more_than, ranks):
     """Return the steps recorded once there are more than so many."""
-    wait_until(lambda: len(progress.read_metrics(folder.metrics)) > more_than, ranks)
-    return len(progress.read_metrics(folder.metrics))
+    wait_until(lambda: len(read_metrics(folder.metrics)) > more_than, ranks)
+    return len(read_metrics(folder.metrics))
 
 
 @pytest.mark.slow

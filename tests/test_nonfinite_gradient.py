@@ -13,8 +13,8 @@ from trl import SFTTrainer
 
 from lsr_scale import UserError
 from lsr_scale.run.folder import RunFolder
-from lsr_scale.training.callbacks import signals
 from lsr_scale.training.checkpoint.select import TENSORS
+from lsr_scale.training.steps import nonfinite
 from lsr_scale.training.steps.engine import EngineSteps
 from lsr_scale.training.steps.loss_check import LossCheck, SkippingOptimizer
 
@@ -71,7 +71,7 @@ class UnderAnEngine(LossCheck, EngineSteps):
 
 def test_under_an_engine_that_clips_a_step_is_noted_once(monkeypatch):
     told = []
-    monkeypatch.setattr(signals, "on_nonfinite_gradient", lambda trainer, norm, step: told.append((norm, step)))
+    monkeypatch.setattr(nonfinite, "on_nonfinite_gradient", lambda trainer, norm, step: told.append((norm, step)))
     trainer = UnderAnEngine(torch.tensor(torch.inf))
     trainer._get_grad_norm(None, grad_norm=trainer._clip_grad_norm(None))  # as the trainer's loop does
     assert told == [(torch.inf, 4)]

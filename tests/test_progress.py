@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import pytest
 from transformers import TrainerControl, TrainerState
 
-from lsr_scale import UserError
+from lsr_scale import UserError, screen
+from lsr_scale.run.metrics import read_metrics
 from lsr_scale.screen import print_line, show_live
 from lsr_scale.training.callbacks import progress
 from lsr_scale.training.callbacks.progress import Progress, clock
@@ -23,7 +24,8 @@ def clocked(monkeypatch):
 @pytest.fixture
 def terminal(monkeypatch):
     """Make stdout a terminal of 30 columns."""
-    monkeypatch.setattr(progress, "sys", SimpleNamespace(stdout=SimpleNamespace(isatty=lambda: True)))
+    for module in (screen, progress):
+        monkeypatch.setattr(module, "sys", SimpleNamespace(stdout=SimpleNamespace(isatty=lambda: True)))
     monkeypatch.setenv("COLUMNS", "30")
 
 
@@ -74,7 +76,7 @@ def test_saves_and_evaluations_are_in_the_wall_time_and_not_in_the_speed(tmp_pat
         callback.on_evaluate(ARGUMENTS, state(step), TrainerControl())
         clocked.value += 20
         callback.on_save(ARGUMENTS, state(step), TrainerControl())
-    rows = [row for row in progress.read_metrics(callback.metrics) if "loss" in row]
+    rows = [row for row in read_metrics(callback.metrics) if "loss" in row]
     assert [row["tokens_per_s"] for row in rows] == [60.0] * (4 // logging_steps)
     assert rows[-1]["wall_s"] == 7 + 4 * 10 + 3 * 50
 

@@ -30,15 +30,19 @@ endif
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 export HF_HUB_OFFLINE := 1
 DEMO ?= runs/demo
+# Starts a command with a --master_port that the system gives to no other process, as another run may have the usual
+# one: the socket stays bound until the command ends, and its first process listens there.
+WITH_PORT := import os, socket, sys; s = socket.socket(); s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1); \
+    s.bind(("", 0)); s.set_inheritable(True); words = [sys.argv[1], "--master_port", str(s.getsockname()[1]), *sys.argv[2:]]; \
+    print(*words, flush=True); os.execv(words[0], words)
 # for instance DEMO_ARGS='--set training.max_steps=4'
 DEMO_ARGS ?=
 
 .PHONY: demo test lint headline clean
 demo: $(VENV)/installed
 	@echo "== training on $(PROCESSES) process(es), run folder $(DEMO)"
-	@# a port of its own, as another run on this machine may have the usual one
-	$(BIN)/deepspeed --quiet --num_gpus $(PROCESSES) --master_port $$((20000 + $$$$ % 10000)) launch/train.py --config configs/smollm2_lsr.yaml \
-	    --set training.output_dir=$(DEMO) --overwrite $(DEMO_ARGS)
+	@$(BIN)/python -c '$(WITH_PORT)' $(BIN)/deepspeed --quiet --num_gpus $(PROCESSES) launch/train.py \
+	    --config configs/smollm2_lsr.yaml --set training.output_dir=$(DEMO) --overwrite $(DEMO_ARGS)
 	@echo "== loading the saved adapter onto a fresh base, and scoring it again"
 	$(BIN)/lsr-scale eval $(DEMO)
 
@@ -54,9 +58,9 @@ lint: $(VENV)/installed-dev
 
 headline: $(VENV)/installed $(VENV)/peers
 	@test $(GPUS) -gt 0 || { echo "make headline needs an NVIDIA GPU with 80 GB"; exit 1; }
-	PYTHONPATH=$(abspath $(VENV)/peers) $(BIN)/python benchmarks/throughput.py --model mistral-7b --base nf4 --tokens 8192 --seq-len 2048 \
+	PYTHONPATH=$(abspath $(VENV)/peers) $(BIN)/python -m benchmarks.throughput --model mistral-7b --base nf4 --tokens 8192 --seq-len 2048 \
 	    --providers $(HEADLINE_PROVIDERS) --checkpointing none,full,offload --rounds 2 --steps 5 --out $(HEADLINE)
-	$(BIN)/python benchmarks/report.py
+	$(BIN)/python -m benchmarks.report
 
 $(VENV)/peers: $(BIN)/python Makefile
 	$(PIP) install -q --no-deps --upgrade --target $@ $(PEERS)

@@ -1,8 +1,8 @@
 """What each option of LSR-Adapt does: one option varied at a time on SmolLM2, every setting tuned over five rates.
 
-    python benchmarks/ablations.py --data DATA --work WORK --dry-run
-    python benchmarks/ablations.py --data DATA --work WORK --jobs 6 --time-limit 540      on a GPU
-    python benchmarks/ablations.py --table
+    python -m benchmarks.ablations --data DATA --work WORK --dry-run
+    python -m benchmarks.ablations --data DATA --work WORK --jobs 6 --time-limit 540      on a GPU
+    python -m benchmarks.ablations --table
 
 Axes: the separation rank at rank 16 (`terms`), the rank at equal parameters (`rank`), balanced against skewed splits,
 at equal terms and at about equal parameters (`split`), how the rank is shared (`left_rank`), the start (`init`),
@@ -22,17 +22,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-import commonsense
-import trials
-from commonsense import LINEARS, MODEL
-from trials import Provider, Trial, rates
-
+from benchmarks import ALL_RESULTS, commonsense, trials
+from benchmarks.commonsense import LINEARS, MODEL
+from benchmarks.trials import Provider, Trial, rates
 from lsr_scale import files
 from lsr_scale.adapters import METHODS
 from lsr_scale.errors import UserError
 
-RESULTS = Path(__file__).parent / "results/ablations"
+RESULTS = ALL_RESULTS / "ablations"
 TASKS = commonsense.REGIMES["small"].tasks
 EPOCHS = 2
 RATES = rates(5e-4, 1e-3, 2e-3, 4e-3, 8e-3)

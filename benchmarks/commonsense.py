@@ -1,8 +1,8 @@
 """Accuracy of LoRA, LSR-Adapt, Kron-LoRA and their relatives on commonsense questions, with seeds and error bars.
 
-    python benchmarks/commonsense.py --data DATA --work WORK --dry-run       what would be run, and how long
-    python benchmarks/commonsense.py --data DATA --work WORK --jobs 6 --time-limit 480
-    python benchmarks/commonsense_report.py                                  the tables, from the results alone
+    python -m benchmarks.commonsense --data DATA --work WORK --dry-run       what would be run, and how long
+    python -m benchmarks.commonsense --data DATA --work WORK --jobs 6 --time-limit 480
+    python -m benchmarks.commonsense_report                                  the tables, from the results alone
 
 A run is `lsr-scale train` with a config that WORK keeps, in one of `--jobs` workers: processes that import once and do
 run after run. It adds a line to `trials.jsonl` in the results when it has ended: one that was killed is simply done
@@ -31,14 +31,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import trials
-from pool import Job, do_all
-from trials import TUNING_SEED, Provider, rates, tuned_alike
-
+from benchmarks import ALL_RESULTS, trials
+from benchmarks.pool import Job, do_all
+from benchmarks.trials import TUNING_SEED, Provider, rates, tuned_alike
 from lsr_scale import files
 from lsr_scale.config import dump_yaml, run_from_dict
 
-RESULTS = Path(__file__).parent / "results/commonsense"
+RESULTS = ALL_RESULTS / "commonsense"
 Results = Mapping[str, dict[str, Any]]  # of finished runs, by name
 MODEL = "builtin:smollm2-135m-instruct"
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -343,8 +342,7 @@ def finished(run: Run, point: dict[str, float], done: Results) -> dict[str, Any]
 
 def train_and_score(setting: Setting, data: dict[str, Any], run: Run, point: dict[str, float]) -> dict[str, Any]:
     """Do a run as the command would, score rounded factors where they are wanted, return the result; in a worker."""
-    from rounded_adapters import score_rounded
-
+    from benchmarks.rounded_adapters import score_rounded
     from lsr_scale.cli import main as command
 
     began, work = time.monotonic(), setting.work

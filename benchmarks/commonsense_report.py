@@ -1,6 +1,6 @@
 """The accuracy comparison's tables, tests and plot, from the results that `commonsense.py` leaves.
 
-    python benchmarks/commonsense_report.py            print every table; the plots go beside the results
+    python -m benchmarks.commonsense_report            print every table; the plots go beside the results
 
 Statistics. Methods are compared on the same examples over common seeds: the mean over tasks of the differences, its
 95 % interval and two-sided p by a bootstrap that draws seeds and, within each task, examples, both with replacement.
@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import trials
-from commonsense import PROVIDERS, REGIMES, RESULTS, mean_accuracy
+
+from benchmarks import trials
+from benchmarks.commonsense import PROVIDERS, REGIMES, RESULTS, mean_accuracy
 
 # README's rows
 HEADLINE = ("lora_8", "lsr_4", "lsr_16", "lora_2", "kadaptation", "lora_1", "krona", "kron_lora", "lokr")

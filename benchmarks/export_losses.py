@@ -1,7 +1,7 @@
 """What does each export of a trained adapter weigh, and what does it lose in logits and in accuracy?
 
     lsr-scale train configs/smollm2_lsr.yaml --set training.max_steps=40 --set training.output_dir=runs/short
-    python benchmarks/export_losses.py runs/short --limit 195 --out benchmarks/results/export/NAME.json
+    python -m benchmarks.export_losses runs/short --limit 195 --out benchmarks/results/export/NAME.json
 
 Every form is exported, loaded by PEFT or Transformers and compared with the adapter on its base as training held it, in
 float32: the logits of the prompts that `--verify` uses, and the answers to the run's tasks (`export.verify`).
@@ -16,8 +16,6 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT)]
 FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "adapter, 16 bits": ("adapter", {"bits": 16}),
     "adapter, 8 bits": ("adapter", {"bits": 8}),

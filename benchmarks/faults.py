@@ -1,9 +1,9 @@
 """Kill a run with SIGKILL at many moments, go on with --resume auto, and compare the adapter with an undisturbed run's.
 
-    python benchmarks/faults.py --out benchmarks/results/faults/cpu.json                      # one process
-    python benchmarks/faults.py --processes 2 --out benchmarks/results/faults/cpu-2.json      # two, under torchrun
-    python benchmarks/faults.py --processes 2 --stage zero3 --out benchmarks/results/faults/cpu-2-zero3.json
-    python benchmarks/faults.py --processes 2 --at-once 4 --out benchmarks/results/faults/gpu-2.json   # on two GPUs
+    python -m benchmarks.faults --out benchmarks/results/faults/cpu.json                      # one process
+    python -m benchmarks.faults --processes 2 --out benchmarks/results/faults/cpu-2.json      # two, under torchrun
+    python -m benchmarks.faults --processes 2 --stage zero3 --out benchmarks/results/faults/cpu-2-zero3.json
+    python -m benchmarks.faults --processes 2 --at-once 4 --out benchmarks/results/faults/gpu-2.json   # on two GPUs
 
 Moments: `--in-saves` of them within a save (the folder written aside is there, and a delay drawn uniformly from the
 time that a save was measured to take has passed), the rest uniform over the undisturbed run's time from the start of
@@ -37,12 +37,13 @@ import psutil
 import torch
 from rich.progress import track
 
+from benchmarks import ROOT
+from benchmarks.commands import recorded
 from lsr_scale import files
 from lsr_scale.config import dump_yaml
 from lsr_scale.run.folder import RunFolder
 from lsr_scale.training.checkpoint.select import damage
 
-ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 PROMPT_S = 20
 GROUP = "group"
@@ -273,9 +274,8 @@ def measure(args: argparse.Namespace, done: Callable[[dict[str, Any]], None]) ->
     rows, found = [], {}
     try:
         plan = Kills(runs, args.kills, args.kills // 3 if args.in_saves is None else args.in_saves, args.seed)
-        words = ["benchmarks/faults.py", *sys.argv[1:]]
         known = {
-            "command": "python " + " ".join(words).replace(str(args.out), args.out.name if args.out else ""),
+            "command": recorded("faults", sys.argv[1:], args.out),
             "environment": files.environment(),
             "processes": args.processes,
             "stage": args.stage if args.processes > 1 else None,

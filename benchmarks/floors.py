@@ -9,8 +9,9 @@ the forward traffic.
 """
 
 import json
-from pathlib import Path
 from typing import Any
+
+from benchmarks import ROOT
 
 MODELS = {
     "mistral-7b": "mistralai/Mistral-7B-v0.1",
@@ -38,7 +39,7 @@ def model_values(model: str, layers: int | None = None) -> dict[str, Any]:
     if model == "tiny":
         values = dict(TINY)
     else:
-        table = Path(__file__).resolve().parent.parent / "lsr_scale" / "model" / "shapes.json"
+        table = ROOT / "lsr_scale" / "model" / "shapes.json"
         entries = json.loads(table.read_text(encoding="utf-8"))
         values = dict(next(entry["config"] for entry in entries if MODELS[model] in entry["names"]))
     if "sliding_window" in values:

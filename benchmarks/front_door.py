@@ -1,6 +1,6 @@
 """Is the ordinary training command as fast as a bare loop over the same layers?
 
-    python benchmarks/front_door.py --out benchmarks/results/front_door/NAME.json
+    python -m benchmarks.front_door --out benchmarks/results/front_door/NAME.json
 
 Both train LSR-Adapt on the same random base, shapes, tokens a step and memory policy, in turns. The command is
 `lsr-scale train` as a user gives it: TRL's trainer on packed rows, the learning rate's schedule, clipping, logging;
@@ -22,10 +22,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from floors import MODELS, model_values
-from workers import Worker, say, start_all
+from benchmarks import ROOT
+from benchmarks.floors import MODELS, model_values, shape_of
+from benchmarks.workers import Worker, say, start_all
 
-ROOT = Path(__file__).resolve().parents[1]
 # training.memory, and the bare loop's provider and checkpointing that do the same
 SAME = {"save": ("lsr", "full"), "speed": ("lsr_held", "none")}
 PER_SPEED = 3  # logging steps for a figure: the first two are not counted
@@ -108,8 +108,6 @@ def trained(folder: Path, run: dict[str, Any], limit: float, launcher: list[str]
 
 def bare(memory: str, args: argparse.Namespace, values: dict[str, Any], log: Path) -> float:
     """Return the tokens/s of the bare loop, in a process of its own."""
-    from floors import shape_of
-
     provider, mode = SAME[memory]
     config = {
         **{"model": args.model, "base": args.base, "values": values, "shape": shape_of(values), "device": args.device},
@@ -152,7 +150,6 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     if args.out.exists():
         parser.error(f"--out: {args.out} exists; results are never overwritten, give a new name")
-    sys.path[:0] = [str(ROOT)]
     from lsr_scale import files
 
     values = model_values(args.model, args.layers)

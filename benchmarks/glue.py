@@ -1,8 +1,8 @@
 """GLUE in LSR-Adapt's setting: query and value of a small encoder, LSR-Adapt, LoRA, KronA and KAdaptation beside it.
 
-    python benchmarks/glue.py --data DATA --work WORK --model MODEL --dry-run      what would be run, and how long
-    python benchmarks/glue.py --data DATA --work WORK --model MODEL --jobs 4 --time-limit 540
-    python benchmarks/glue.py --table
+    python -m benchmarks.glue --data DATA --work WORK --model MODEL --dry-run      what would be run, and how long
+    python -m benchmarks.glue --data DATA --work WORK --model MODEL --jobs 4 --time-limit 540
+    python -m benchmarks.glue --table
 
 MODEL is a folder or a hub name: MPNet-base has the modules of 768 x 768 of the paper. MiniLM-L6 with `--rows` and
 `--epochs` is the pilot on a CPU: few steps, so its figures compare methods, not this library with a paper.
@@ -26,14 +26,12 @@ from typing import Any
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-import trials
-from commonsense import held_out
-from trials import Provider, Trial, lsr_points, rates
-
+from benchmarks import ALL_RESULTS, trials
+from benchmarks.commonsense import held_out
+from benchmarks.trials import Provider, Trial, lsr_points, rates
 from lsr_scale import files
 
-RESULTS = Path(__file__).parent / "results/glue"
+RESULTS = ALL_RESULTS / "glue"
 FROZEN_RESULTS = RESULTS / "frozen"
 RATES = rates(2e-4, 5e-4, 1e-3, 2e-3, 4e-3)
 HIGH_RATES = rates(8e-3, 1.6e-2, 1e-3, 2e-3, 4e-3)  # for those that were best at the end of the others' rates

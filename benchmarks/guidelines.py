@@ -1,7 +1,7 @@
 """The tables and plots of GUIDELINES.md, from the committed measurements.
 
-python benchmarks/guidelines.py            write them
-python benchmarks/guidelines.py --check    fail if any of them is not what the JSON says
+python -m benchmarks.guidelines            write them
+python -m benchmarks.guidelines --check    fail if any of them is not what the JSON says
 """
 
 import argparse
@@ -14,22 +14,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import ablations
-import commonsense_report
-import glue
-import sequential
-import trials
-import vision
 from matplotlib import pyplot
-from plots import drawn_from
-from results_page import with_table
 
-ROOT = Path(__file__).parents[1]
+from benchmarks import ALL_RESULTS, ROOT, ablations, commonsense_report, glue, sequential, trials, vision
+from benchmarks.plots import drawn_from
+from benchmarks.results_page import with_table
+
 PAGE = ROOT / "GUIDELINES.md"
-RESULTS = ROOT / "benchmarks/results"
-SWEEP = RESULTS / "parametrization/smollm2-h200-first.json"
-WIDTH = RESULTS / "parametrization/width-cpu.json"
-PILOT = RESULTS / "glue/minilm-sst2-cpu"
+SWEEP = ALL_RESULTS / "parametrization/smollm2-h200-first.json"
+WIDTH = ALL_RESULTS / "parametrization/width-cpu.json"
+PILOT = ALL_RESULTS / "glue/minilm-sst2-cpu"
 
 Row = dict[str, Any]
 
@@ -225,7 +219,7 @@ def digest(rows: list[Row]) -> str:
 
 def accuracy_table() -> str:
     """Return every row of the accuracy comparison."""
-    return commonsense_report.short_table(commonsense_report.load(RESULTS / "commonsense"))
+    return commonsense_report.short_table(commonsense_report.load(ALL_RESULTS / "commonsense"))
 
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -266,7 +260,7 @@ def main(arguments: list[str] | None = None) -> int:
     stale = [*(["GUIDELINES.md"] if wanted != text else []), *old]
     if check:
         for name in stale:
-            print(f"{name} is not what the measurements say; run python benchmarks/guidelines.py", file=sys.stderr)
+            print(f"{name} is not what the measurements say; run python -m benchmarks.guidelines", file=sys.stderr)
         return int(bool(stale))
     PAGE.write_text(wanted, encoding="utf-8")
     for name in old:

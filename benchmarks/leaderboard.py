@@ -1,6 +1,6 @@
 """`benchmarks/LEADERBOARD.md`: the headline figures with card, commit and date, from the JSON under `results/`.
 
-    python benchmarks/report.py            writes it, with RESULTS.md and README's tables
+    python -m benchmarks.report            writes it, with RESULTS.md and README's tables
     make headline                          measures the first table's rows again, on a machine with a GPU
 
 Every row is a ratio of two figures of one run. Older runs stay below newer ones, so that a lost gain is seen.
@@ -10,13 +10,13 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-import commonsense_report
-from plots import LABELS, sweeps
-from results_page import Run, grid, read
+from benchmarks import commonsense_report
+from benchmarks.plots import LABELS, sweeps
+from benchmarks.results_page import Run, grid, read
 
 HEAD = """# Leaderboard
 
-Made by `python benchmarks/report.py` from the JSON under `results/`; not edited by hand. All figures: `RESULTS.md`.
+Made by `python -m benchmarks.report` from the JSON under `results/`; not edited by hand. All figures: `RESULTS.md`.
 `make headline` measures the first table anew. A commit with a + had changes that were committed after it.
 """
 OURS = ("lsr", "kron_lora", "lora")

@@ -2,7 +2,7 @@
 
     pip install llama-cpp-python          # compiles for a few minutes
     lsr-scale train configs/smollm2_lsr.yaml --set training.max_steps=40 --set training.output_dir=runs/short
-    python benchmarks/llama_cpp_agreement.py runs/short --tasks builtin:commonsense DATA/arc_easy --limit 60 \\
+    python -m benchmarks.llama_cpp_agreement runs/short --tasks builtin:commonsense DATA/arc_easy --limit 60 \\
         --out benchmarks/results/export/NAME.json
 
 Each export is loaded by llama.cpp on the CPU (float32 KV cache) and compared with ours in float32:
@@ -29,8 +29,6 @@ from typing import Any
 import numpy as np
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT)]
 NAME = "builtin:smollm2-135m-instruct"
 
 

@@ -1,6 +1,6 @@
 """How much memory and time does merging an adapter into a 7B take?
 
-    python benchmarks/merge_memory.py --work /a/folder/with/30/GB --out benchmarks/results/export/NAME.json
+    python -m benchmarks.merge_memory --work /a/folder/with/30/GB --out benchmarks/results/export/NAME.json
 
 A folder of random bfloat16 weights in the model's shapes (in files of 5 GB, as they are published), a random LSR
 adapter on all seven linears, and `lsr-scale export` in a process of its own, whose memory is read every 20 ms:
@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT)]
+from benchmarks import ROOT
+
 SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 FILE_BYTES = 5 * 10**9
 

@@ -10,8 +10,9 @@ bfloat16 plus 2e-3, whatever is computed again and wherever the weights are held
 from typing import Any
 
 import torch
-from providers import CLASSES, Own
 from torch import Tensor, nn
+
+from benchmarks.providers import CLASSES, Own
 
 TOKENS = 512
 FLOOR = 2e-3

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cards import Card
 from torch import Tensor
-from workers import MissingError
+
+from benchmarks.cards import Card
+from benchmarks.workers import MissingError
 
 SEVEN_LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LORA = {"rank": 16, "alpha": 32.0}

@@ -1,6 +1,6 @@
 """Does a real model train, whatever the way? Its loss over one epoch: padded or packed, fused or not, NF4 or bf16.
 
-    python benchmarks/real_model_curves.py --model FOLDER --data DATA --out benchmarks/results/real_model/NAME.json
+    python -m benchmarks.real_model_curves --model FOLDER --data DATA --out benchmarks/results/real_model/NAME.json
 
 For LSR-Adapt and LoRA, 16 runs of the ordinary command (`lsr-scale train`), `--at-once` of them side by side on one
 GPU, on the train parts of ARC-E, ARC-C and OpenBookQA (DATA: a folder of <task>/train.jsonl.gz, or files of rows). A
@@ -26,10 +26,10 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-from commonsense import JOINT, LINEARS
-from commonsense import MODEL as BUILTIN
-from pool import Job, do_all
 
+from benchmarks.commonsense import JOINT, LINEARS
+from benchmarks.commonsense import MODEL as BUILTIN
+from benchmarks.pool import Job, do_all
 from lsr_scale import files
 from lsr_scale.config import dump_yaml, run_from_dict
 

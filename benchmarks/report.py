@@ -1,7 +1,7 @@
 """Tables and plots from the committed measurements; nothing here is typed by hand.
 
-    python benchmarks/report.py            write README's tables, RESULTS.md, LEADERBOARD.md and the plots
-    python benchmarks/report.py --check    fail if any of them is not what the JSON says
+    python -m benchmarks.report            write README's tables, RESULTS.md, LEADERBOARD.md and the plots
+    python -m benchmarks.report --check    fail if any of them is not what the JSON says
 
 The newest file of a model and a base that has LSR-Adapt and Unsloth at 4 x 2,048 tokens is shown. A table stands in
 README.md between the two markers that name it; a plot carries a digest of its rows.
@@ -15,10 +15,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import commonsense_report
-import leaderboard
-import results_page
-from plots import (
+from benchmarks import ROOT, commonsense_report, leaderboard, results_page
+from benchmarks.plots import (
     LABELS,
     MODES,
     by_provider,
@@ -30,9 +28,8 @@ from plots import (
     sweep_plot,
     sweeps,
 )
-from results_page import with_table
+from benchmarks.results_page import with_table
 
-ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks/results/throughput"
 PAGE, LEADERBOARD = ROOT / "benchmarks/RESULTS.md", ROOT / "benchmarks/LEADERBOARD.md"
@@ -57,7 +54,9 @@ def newest(model: str, base: str) -> dict[str, Any]:
         run["rows"] = [row for row in run["rows"] if (row["tokens"], row["seq_len"]) == (TOKENS, LENGTH)]
     found = [run for run in found if has_headline(run) and not is_sweep(run) and not run["config"].get("memory_gib")]
     if not found:
-        raise SystemExit(f"no {model}-{base}-*.json in {RESULTS.relative_to(ROOT)}; run benchmarks/throughput.py")
+        raise SystemExit(
+            f"no {model}-{base}-*.json in {RESULTS.relative_to(ROOT)}; run python -m benchmarks.throughput"
+        )
     return max(found, key=lambda run: run["env"]["date"])
 
 
@@ -138,7 +137,7 @@ def main(arguments: list[str] | None = None) -> int:
     stale += [str(path.relative_to(ROOT)) for path in old]
     if check:
         for name in stale:
-            print(f"{name} is not what the measurements say; run python benchmarks/report.py", file=sys.stderr)
+            print(f"{name} is not what the measurements say; run python -m benchmarks.report", file=sys.stderr)
         return int(bool(stale))
     README.write_text(wanted, encoding="utf-8")
     for path, content in pages.items():

@@ -4,12 +4,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from plots import sweeps
+from benchmarks.commands import current
+from benchmarks.plots import sweeps
 
 Run = dict[str, Any]
 HEAD = """# Results
 
-Made by `python benchmarks/report.py` from the JSON under `results/`; not edited by hand. `LOG.md` tells what was
+Made by `python -m benchmarks.report` from the JSON under `results/`; not edited by hand. `LOG.md` tells what was
 expected and what it taught.
 """
 
@@ -98,7 +99,7 @@ def throughput(path: Path, run: Run) -> str:
         lines.append("`auto` chose: " + "; ".join(notes))
     if sweeps(run):
         lines.append(f"![{path.stem}](results/{path.parent.name}/{path.stem}.png)")
-    return "\n\n".join([*lines, f"    {config['command']}"])
+    return "\n\n".join([*lines, f"    {current(config['command'])}"])
 
 
 def kernels(path: Path, run: Run) -> str:
@@ -121,7 +122,7 @@ def kernels(path: Path, run: Run) -> str:
     ]
     copy = run["config"]["copy_bytes_per_s"] / 1e9
     text = f"{where(run, path)} Copying runs at {copy:,.0f} GB/s."
-    return "\n\n".join([text, grid(head, rows), f"    python benchmarks/kernel_times.py --out {path.name}"])
+    return "\n\n".join([text, grid(head, rows), f"    python -m benchmarks.kernel_times --out {path.name}"])
 
 
 def front_door(path: Path, run: Run) -> str:
@@ -141,7 +142,7 @@ def front_door(path: Path, run: Run) -> str:
     given = {name: config[name] for name in names if config.get(name) is not None}
     words = {name: " ".join(value) if isinstance(value, list) else value for name, value in given.items()}
     options = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in words.items())
-    command = f"    python benchmarks/front_door.py {options} --out {path.name}"
+    command = f"    python -m benchmarks.front_door {options} --out {path.name}"
     return "\n\n".join([title, where(run, path), grid(head, rows), command])
 
 
@@ -162,7 +163,7 @@ def scaling(path: Path, run: Run) -> str:
     title = f"### {config['model']}, {config['base']}, {batch}, `memory: {config['memory']}`"
     table = grid([many, "tokens/s", "GiB, each", f"times one {one}"], rows)
     picture = [f"![{path.stem}](results/{path.parent.name}/{path.stem}.png)"] if is_scaling(run) else []
-    return "\n\n".join([title, where(run, path), table, *picture, f"    {config['command']}"])
+    return "\n\n".join([title, where(run, path), table, *picture, f"    {current(config['command'])}"])
 
 
 def loss_curve(path: Path, run: Run) -> str:
@@ -177,7 +178,7 @@ def loss_curve(path: Path, run: Run) -> str:
     options = f"--method {config['method']} --rate {config['rate']:g} --seed {config['seed']}"
     picture = f"![{path.stem}](results/{path.parent.name}/{path.stem}.png)"
     return "\n\n".join(
-        [text, grid(head, rows), picture, f"    python benchmarks/loss_curve.py {options} --out {path.name}"]
+        [text, grid(head, rows), picture, f"    python -m benchmarks.loss_curve {options} --out {path.name}"]
     )
 
 
@@ -192,7 +193,7 @@ def many_adapters(path: Path, run: Run) -> str:
     config = run["config"]
     text = f"{where(run, path)} {config['resident']:,} adapters in memory, {config['rows']} rows of as many adapters."
     head = ["", "base, tokens/s", "with adapters", "ratio"]
-    return "\n\n".join([text, grid(head, rows), f"    python benchmarks/many_adapters.py --out {path.name}"])
+    return "\n\n".join([text, grid(head, rows), f"    python -m benchmarks.many_adapters --out {path.name}"])
 
 
 SECTIONS = {
@@ -230,7 +231,7 @@ def sharding(folder: Path) -> list[str]:
     head = ["file, base, stage", "processes", "cut up by", "whole, GB", "held after a step", "at most while loading"]
     text = "Shares of the whole base, all storages that hang on it counted; what else a step allocates, at the most."
     same = "The losses of the first steps, which see the same eight rows on any number of processes:"
-    command = "    torchrun --nproc_per_node 2 benchmarks/sharding.py --model MODEL --out NAME.json"
+    command = "    torchrun --standalone --nproc_per_node 2 -m benchmarks.sharding --model MODEL --out NAME.json"
     table = grid(["file, base, stage", "processes", "first loss", "second", "third"], losses)
     return ["## A base cut up among processes", text, grid([*head, "a step, GB"], held), same, table, command]
 
@@ -249,12 +250,12 @@ def faults(folder: Path) -> list[str]:
         return []
     head = ["file", "processes", "stage", "killed in", "kills", "went on", "to the same bits", "the rest gone after, s"]
     text = "Runs killed by SIGKILL at moments spread over start-up, steps and saves, then `--resume auto`."
-    return ["## Kills", text, grid(head, rows), "    python benchmarks/faults.py --processes 2 --out NAME.json"]
+    return ["## Kills", text, grid(head, rows), "    python -m benchmarks.faults --processes 2 --out NAME.json"]
 
 
 def accuracy(results: Path) -> list[str]:
     """Return the tables of the accuracy comparison, if there are any."""
-    import commonsense_report
+    from benchmarks import commonsense_report
 
     parts = []
     for stem, (table, found) in commonsense_report.sections(results).items():
@@ -276,7 +277,7 @@ def accuracy(results: Path) -> list[str]:
 
 def real_models(folder: Path) -> list[str]:
     """Return what the losses of real models were at both ends of an epoch, whatever the way to train."""
-    import real_model_curves
+    from benchmarks import real_model_curves
 
     parts: list[str] = []
     for path, run in read(folder):
@@ -300,16 +301,16 @@ def page(results: Path) -> str:
         if found:
             parts += [f"## {title}", *(section(path, run) for path, run in reversed(found))]
     parts += [*sharding(results / "sharding"), *faults(results / "faults")]
-    import export_tables
+    from benchmarks import export_tables
 
     if (results / "sequential").is_dir():
-        import sequential
+        from benchmarks import sequential
 
         text = (sequential.__doc__ or "").strip()
         parts += ["## One task after another", text, sequential.table(results / "sequential")]
     parts += real_models(results / "real_model")
     if (results / "variants").is_dir():
-        import variants
+        from benchmarks import variants
 
         parts += ["## Variants of the methods", (variants.__doc__ or "").strip(), variants.table(results / "variants")]
     return "\n\n".join([*parts, *accuracy(results / "commonsense"), *export_tables.sections(results / "export")]) + "\n"

@@ -1,7 +1,7 @@
 """How much of a first task is left after an adapter was trained on a second one: LSR-Adapt, Kron-LoRA and LoRA.
 
-    python benchmarks/sequential.py --data DATA --work WORK --jobs 10
-    python benchmarks/sequential.py --table
+    python -m benchmarks.sequential --data DATA --work WORK --jobs 10
+    python -m benchmarks.sequential --table
 
 One run is `lsr-scale train` on the first task and another, with `adapter.start_from`, on the second; both tasks' tests
 are scored after each. Model, parts of the data and adapters are those of `commonsense.py`; each adapter's rate (and
@@ -18,16 +18,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-import commonsense
-import trials
-from commonsense import Run, Setting, best_point, config_of
-from commonsense_report import LABELS
-from trials import Provider, Trial
-
+from benchmarks import ALL_RESULTS, commonsense, trials
+from benchmarks.commonsense import Run, Setting, best_point, config_of
+from benchmarks.commonsense_report import LABELS
+from benchmarks.trials import Provider, Trial
 from lsr_scale import files
 
-RESULTS = Path(__file__).parent / "results/sequential"
+RESULTS = ALL_RESULTS / "sequential"
 PAIRS = {"arc_challenge-arc_easy": 4, "arc_easy-hellaswag": 2}  # epochs of each task
 NAMES = ("lora_8", "lsr_4", "lora_2", "kron_lora", "lsr_16")
 BATCH, SLOWER = 32, 0.5
@@ -44,7 +41,9 @@ def providers() -> dict[str, Provider]:
         known = commonsense.PROVIDERS[name]
         index = best_point(Run("joint", "bf16", name, 0, None), done)
         if index is None:
-            raise SystemExit(f"{commonsense.RESULTS} has no tuning of {name}; run benchmarks/commonsense.py first")
+            raise SystemExit(
+                f"{commonsense.RESULTS} has no tuning of {name}; run python -m benchmarks.commonsense first"
+            )
         point = dict(known.points[index])
         found[name] = dataclasses.replace(known, points=({**point, "learning_rate": SLOWER * point["learning_rate"]},))
     return found

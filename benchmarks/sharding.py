@@ -1,6 +1,6 @@
 """How much of a frozen base does each process hold under ZeRO-3, while it is loaded and after a step?
 
-    torchrun --nproc_per_node 2 benchmarks/sharding.py --model meta-llama/Llama-2-7b-hf --out NAME.json
+    torchrun --standalone --nproc_per_node 2 -m benchmarks.sharding --model meta-llama/Llama-2-7b-hf --out NAME.json
 
 On GPUs or CPUs, whatever there is, for each `--quantization`. Every process loads the model whole, as one process
 would, and then under each of `--stages`; random weights unless `--checkpoint` says that the model has some. Then its
@@ -16,6 +16,7 @@ import argparse
 import copy
 import gc
 import os
+import socket
 import tempfile
 import time
 from collections.abc import Iterator
@@ -232,7 +233,9 @@ def main() -> None:
     cli._quiet_libraries(debug=False)
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ.setdefault(name, value)
-    os.environ.setdefault("MASTER_PORT", "29571")
+    if "MASTER_PORT" not in os.environ:  # alone, without a launcher
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            os.environ["MASTER_PORT"] = str(free.getsockname()[1])
     distributed.start(use_deepspeed=True)
     chosen = {name: value for name, value in vars(options).items() if name != "out"}
     content = {"options": chosen, "processes": distributed.world_size(), "environment": files.environment()}

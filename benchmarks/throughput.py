@@ -1,10 +1,10 @@
 """Training throughput and memory of this library's fused path, beside its peers, in one interleaved run.
 
-    python benchmarks/throughput.py --model mistral-7b --base nf4 --tokens 8192 --seq-len 2048 \
+    python -m benchmarks.throughput --model mistral-7b --base nf4 --tokens 8192 --seq-len 2048 \
         --checkpointing none,full,offload --rounds 2 --steps 4 --out benchmarks/results/throughput/NAME.json
-    python benchmarks/throughput.py --tokens 1024,8192,32768 --seq-len 512,2048 ...    # every pair that divides
-    python benchmarks/throughput.py --points 1024x512,8192x512,8192x8192 ...           # these
-    python benchmarks/throughput.py --smoke --out NAME.json        # two layers, seconds: does every provider run?
+    python -m benchmarks.throughput --tokens 1024,8192,32768 --seq-len 512,2048 ...    # every pair that divides
+    python -m benchmarks.throughput --points 1024x512,8192x512,8192x8192 ...           # these
+    python -m benchmarks.throughput --smoke --out NAME.json        # two layers, seconds: does every provider run?
 
 Random weights on a model's shapes, random tokens, every label supervised. A step is forward, loss, backward, fused
 AdamW on the adapters, gradients dropped; steps follow each other without a wait for the GPU, as in training. Every
@@ -32,7 +32,6 @@ processes of other providers hold a part of.
 
 import argparse
 import datetime
-import importlib
 import importlib.metadata
 import json
 import statistics
@@ -42,10 +41,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from cards import CONTEXT_GIB
-from floors import MODELS, NOMINAL_TFLOPS, STORED_BYTES, floor_ms, layer_weights, model_values, shape_of
-from rows import Case, add_ratios, row_of, slopes, table
-from workers import Worker, last_line, say, start_all
+from benchmarks.cards import CONTEXT_GIB
+from benchmarks.commands import recorded
+from benchmarks.floors import MODELS, NOMINAL_TFLOPS, STORED_BYTES, floor_ms, layer_weights, model_values, shape_of
+from benchmarks.rows import Case, add_ratios, row_of, slopes, table
+from benchmarks.workers import Worker, last_line, say, start_all
 
 PROVIDERS = (
     *("lsr", "kron_lora", "lora", "frozen", "lsr_held", "lsr_graphs", "lsr_unfused"),
@@ -146,7 +146,7 @@ class Measurement:
             worker.stop()
 
     def _pass_gate(self) -> None:
-        (reply,) = self._ask_once("parity:Parity", [{}])
+        (reply,) = self._ask_once("benchmarks.parity:Parity", [{}])
         if reply["status"] != "ok":
             raise ParityError(reply["detail"])
         self.result["parity"] = reply["parity"]
@@ -159,7 +159,9 @@ class Measurement:
     def _measure_ceilings(self) -> None:
         points = self.config["points"]
         requests = [{"tokens": tokens, "seq_len": seq_len} for tokens, seq_len in points]
-        for (tokens, seq_len), reply in zip(points, self._ask_once("ceilings:Ceilings", requests), strict=True):
+        for (tokens, seq_len), reply in zip(
+            points, self._ask_once("benchmarks.ceilings:Ceilings", requests), strict=True
+        ):
             point = f"{tokens}x{seq_len}"
             if reply["status"] != "ok":
                 say(f"ceilings {point}: {reply['status']} {last_line(reply)}; its rows will have no floor_fraction")
@@ -378,16 +380,13 @@ def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, dict[
     config["ceilings"] = not args.no_ceilings and args.device == "cuda"
     config["parity"] = not args.no_parity
     config["values"], config["shape"] = values, shape_of(values)
-    # without the folder that this machine happens to write to
-    given = [Path(text).name if text == str(args.out) else text for text in arguments or sys.argv[1:]]
-    config["command"] = " ".join(["python", "benchmarks/throughput.py", *given])
+    config["command"] = recorded("throughput", arguments or sys.argv[1:], args.out)
     return args, config
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the benchmark; the exit status is 0 if anything could be measured, 3 if the gate is red."""
     args, config = parse(arguments)
-    sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
     memory = 0.0 if args.device == "cpu" else gpu_memory_gib()
     if args.device == "cuda" and not memory:
         print("there is no GPU here; --device cpu tries the program on a CPU", file=sys.stderr)
@@ -407,5 +406,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    # under its own name, which the workers import it by
-    sys.exit(importlib.import_module("throughput").main())
+    sys.exit(main())

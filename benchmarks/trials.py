@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pool import Job, do_all
+from benchmarks.pool import Job, do_all
 
 TUNING_SEED = 1000  # used by no other trial
 FILE = "trials.jsonl"  # of a suite: a line a trial

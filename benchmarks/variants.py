@@ -1,6 +1,6 @@
 """What would make factored adapters fit more at LoRA's size? A sweep of named variants on SmolLM2, by held-out loss.
 
-    python benchmarks/variants.py --data DATA_FOLDER --out benchmarks/results/variants --jobs 6
+    python -m benchmarks.variants --data DATA_FOLDER --out benchmarks/results/variants --jobs 6
 
 Each variant gives every linear a pair (down, up) and differs in what of it trains, how it starts and what layers share:
 
@@ -28,11 +28,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-import parametrization
 import torch
-from parametrization import TARGETS, PairedLinear, encoded, evaluate, padded, run
 from torch import Tensor, nn
 
+from benchmarks import parametrization
+from benchmarks.parametrization import TARGETS, PairedLinear, encoded, evaluate, padded, run
 from lsr_scale.adapters.methods.kron_lora import KronLora, KronLoraConfig
 from lsr_scale.adapters.methods.krona import Krona, KronaConfig
 from lsr_scale.adapters.methods.lsr import Lsr, LsrConfig
@@ -289,7 +289,8 @@ def main() -> int:
     parser.add_argument("--limit", type=int, help="train and score on the first so many rows: is it wired up?")
     args = parser.parse_args()
     if args.part is None:
-        started = [subprocess.Popen([sys.executable, *sys.argv, "--part", str(i)]) for i in range(args.jobs)]
+        words = [sys.executable, "-m", "benchmarks.variants", *sys.argv[1:]]
+        started = [subprocess.Popen([*words, "--part", str(part)]) for part in range(args.jobs)]
         return max(process.wait() for process in started)
 
     from transformers import AutoModelForCausalLM, AutoTokenizer

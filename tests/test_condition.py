@@ -1,8 +1,6 @@
 """The separation condition number: by its definition, in a run's log, and mended where terms cancel."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,9 +8,7 @@ from peft import get_peft_model
 from tiny_runs import do, metrics, save_llama, tiny_run
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-import condition_guard
-
+from benchmarks import condition_guard
 from lsr_scale import LsrConfig, UserError, distributed
 from lsr_scale.adapters.condition import TOLERANCE, condition, conditions, endangered, mend, orthogonal_terms, sides
 from lsr_scale.training.callbacks.condition import WatchCondition

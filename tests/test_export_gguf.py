@@ -1,8 +1,6 @@
 """A full GGUF is the adapted model to Transformers and, where it is installed, to llama.cpp."""
 
 import random
-import sys
-from pathlib import Path
 
 import gguf
 import numpy as np
@@ -20,15 +18,12 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from benchmarks.llama_cpp_agreement import LlamaCpp
 from lsr_scale import UserError
 from lsr_scale.cli import main
 from lsr_scale.export import export
 from lsr_scale.export.gguf_file import ARCHITECTURES, names_of
 from lsr_scale.model import load_base, load_config
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-
-from llama_cpp_agreement import LlamaCpp
 
 
 def tiny_gguf(base, file, **changes):

@@ -14,8 +14,9 @@ import time
 import pytest
 import torch
 from conftest import two_processes
+from ports import held_port
 from test_resume import arrange_stop, config_file
-from test_two_ranks import LAUNCHERS, PATHS, ROOT, free_port, launch
+from test_two_ranks import LAUNCHERS, PATHS, ROOT, launch
 from tiny_runs import do, factors, metrics, same, save_llama, tiny_run
 from trl import SFTTrainer
 
@@ -175,9 +176,10 @@ def test_a_batch_that_is_skipped_counts_for_nothing(place, tmp_path, monkeypatch
 def start_ranks():
     """Return a function that starts two processes by themselves, as on two hosts, each with a GPU if there are two."""
     started = []
+    ports = contextlib.ExitStack()
 
     def start(file, *options, script=ROOT / "launch" / "train.py"):
-        port = free_port()
+        port = ports.enter_context(held_port())
         for rank in ("0", "1"):
             environment = {
                 **os.environ,
@@ -194,6 +196,7 @@ def start_ranks():
     for rank in started:
         rank.kill()
         rank.communicate()
+    ports.close()
 
 
 def endless_run(place, tmp_path, save_steps):
@@ -284,12 +287,13 @@ def test_a_port_that_another_run_has_is_said(monkeypatch):
 
 
 def test_a_rank_whose_peer_never_comes_says_so(monkeypatch):
-    port = free_port()
-    places = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    for name, value in {**places, "OMP_NUM_THREADS": str(torch.get_num_threads())}.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match=f"process 0 of 2 did not meet the others at 127.0.0.1:{port} within 1 s: see"):
-        distributed.start(use_deepspeed=False, timeout_s=1)
+    with held_port() as port:
+        places = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        for name, value in {**places, "OMP_NUM_THREADS": str(torch.get_num_threads())}.items():
+            monkeypatch.setenv(name, value)
+        said = f"process 0 of 2 did not meet the others at 127.0.0.1:{port} within 1 s: see"
+        with pytest.raises(UserError, match=said):
+            distributed.start(use_deepspeed=False, timeout_s=1)
 
 
 MEETING = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}  # as every launcher sets it
@@ -342,10 +346,10 @@ def test_by_gloo_several_processes_share_a_gpu(monkeypatch):
 @two_processes
 def test_what_the_deepspeed_command_started_ends_with_it(place, tmp_path):
     folder, file = endless_run(place, tmp_path, save_steps=1_000_000)
-    words = [sys.executable, *LAUNCHERS["deepspeed"], free_port(), ROOT / "launch" / "train.py", "--config", file]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": PATHS}
     pipe, log = subprocess.DEVNULL, tmp_path / "said"
-    with log.open("w") as said:
+    with log.open("w") as said, held_port() as port:
+        words = [sys.executable, *LAUNCHERS["deepspeed"], port, ROOT / "launch" / "train.py", "--config", file]
         command = subprocess.Popen(
             list(map(str, words)), stdin=pipe, stdout=said, stderr=said, env=environment, start_new_session=True
         )
@@ -353,21 +357,22 @@ def test_what_the_deepspeed_command_started_ends_with_it(place, tmp_path):
             wait_for_steps(folder, 3, [command])
             command.terminate()  # it alone; it does not tell those that it started
             command.wait()
-            wait_until(lambda: folder.checkpoints() and not (folder.path / ".lock").exists())
+            wait_until(lambda: "ended by SIGTERM after step" in log.read_text())  # what a rank does last
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(command.pid, signal.SIGKILL)
     (saved,) = folder.checkpoints()
     assert damage(saved) is None
-    assert "ended by SIGTERM after step" in log.read_text()
+    assert not (folder.path / ".lock").exists()
 
 
 @pytest.mark.slow
 def test_a_run_killed_within_a_save_goes_on_to_the_same_adapter(tmp_path):
     """The short form of benchmarks/faults.py."""
-    script, out = ROOT / "benchmarks" / "faults.py", tmp_path / "faults.json"
+    out = tmp_path / "faults.json"
     options = ["--kills", "1", "--in-saves", "1", "--steps", "8", "--save-steps", "2", "--seed", "1", "--out", str(out)]
-    done = subprocess.run([sys.executable, script, *options], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "benchmarks.faults", *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(out.read_text())
     assert (found["phases"], found["resumed"], found["same_adapter"]) == ({"save": 1}, 1, 1)

@@ -1,13 +1,10 @@
 """The front door's benchmark without a GPU: both sides run, at sizes that mean nothing."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-import front_door
+from benchmarks import front_door
 
 
 @pytest.mark.slow

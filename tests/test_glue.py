@@ -3,19 +3,14 @@
 import dataclasses
 import gzip
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import transformers as tf
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-import glue
-import trials
-from glue import PROVIDERS, TASKS, Setting
-
+from benchmarks import glue, trials
+from benchmarks.glue import PROVIDERS, TASKS, Setting
 from lsr_scale.config import run_from_dict
 
 pytestmark = pytest.mark.filterwarnings("ignore")

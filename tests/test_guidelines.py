@@ -1,13 +1,10 @@
 """GUIDELINES.md says what the committed measurements say."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-import guidelines
+from benchmarks import guidelines
 
 
 def test_tables_and_plots_are_what_the_measurements_say(capsys):

@@ -1,14 +1,10 @@
 """The kernels' benchmark runs, and what it runs is right."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-
-import kernel_times
+from benchmarks import kernel_times
 
 
 def test_every_case_runs_and_agrees_with_float64(tmp_path):

@@ -1,13 +1,10 @@
 """The benchmark of many adapters in one batch, at sizes that mean nothing."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-import many_adapters
+from benchmarks import many_adapters
 
 
 def test_every_row_has_an_adapter_of_its_own_and_peft_stands_beside(tmp_path):

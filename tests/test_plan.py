@@ -4,20 +4,16 @@ import dataclasses
 import io
 import json
 import socket
-import sys
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from benchmarks.floors import MODELS
 from lsr_scale.cli import main
 from lsr_scale.config import run_from_dict
 from lsr_scale.errors import UserError
 from lsr_scale.plan import fit, memory, plan, render
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-
-from floors import MODELS
 
 PARTS = ("weights", "gradients", "optimizer", "activations", "workspace")
 MISTRAL = "mistralai/Mistral-7B-v0.1"

@@ -4,23 +4,17 @@ import functools
 import json
 import re
 import statistics
-import sys
-from pathlib import Path
 
 import pytest
 from peft import get_peft_model
 
+from benchmarks import ablations, commonsense_report, trials
 from lsr_scale import UserError
 from lsr_scale.adapters import peft_config
 from lsr_scale.cli import main
 from lsr_scale.config import run_from_dict
 from lsr_scale.model import DTYPES, load_config, skeleton
 from lsr_scale.plan.budget import parse_budget, propose
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-import ablations
-import commonsense_report
-import trials
 
 SMOLLM2, MISTRAL = "HuggingFaceTB/SmolLM2-135M", "mistralai/Mistral-7B-v0.1"
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")

@@ -2,16 +2,14 @@
 
 import os
 import signal
-import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-import pool
-from pool import Job, do_all
+from benchmarks import pool
+from benchmarks.pool import Job, do_all
 
 
 def act(what):

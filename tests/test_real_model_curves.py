@@ -2,15 +2,11 @@
 
 import json
 import math
-import sys
-from pathlib import Path
 
 import pytest
 from tiny_runs import completions, do_all_here, save_llama, write_rows
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-import real_model_curves as curves
-
+from benchmarks import real_model_curves as curves
 from lsr_scale.config import run_from_dict
 
 

@@ -1,14 +1,10 @@
 """README's figures are the committed measurements'."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-
-import report
+from benchmarks import report
 
 
 def test_readme_and_plots_are_what_the_measurements_say(capsys):

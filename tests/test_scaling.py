@@ -2,15 +2,10 @@
 
 import json
 import shutil
-import sys
-from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-import plots
-import results_page
-import scaling
+from benchmarks import plots, results_page, scaling
 
 SIZES = ["--model=tiny", "--device=cpu", "--tokens=128", "--seq-len=64", "--steps=8", "--logging-steps=2"]
 

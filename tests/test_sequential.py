@@ -1,18 +1,14 @@
 """One task after another: the program around two runs, and its table."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
+from test_commonsense import data  # noqa: F401
 from tiny_runs import do_all_here, save_llama
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-import commonsense
-import sequential
-import trials
-from test_commonsense import data  # noqa: F401
-from trials import Trial
+from benchmarks import commonsense, sequential, trials
+from benchmarks.trials import Trial
 
 
 def test_the_second_run_starts_from_the_first_at_the_chosen_rate(tmp_path):

@@ -2,19 +2,15 @@
 
 import json
 import os
-import sys
 import threading
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
-import floors
-import rows as result_rows
-import throughput
-import workers
-from cards import Card
-from rows import Case
+from benchmarks import floors, throughput, workers
+from benchmarks import rows as result_rows
+from benchmarks.cards import Card
+from benchmarks.rows import Case
 
 # an H100's, as measured: ms for 8,192 tokens of Mistral-7B
 H100 = {
@@ -218,8 +214,7 @@ def test_slopes_are_bytes_a_token_and_layer():
 @pytest.mark.parametrize("base", ["nf4", "int8", "bf16"])
 def test_the_gate_is_green_as_it_is_and_red_when_a_gradient_is_wrong(base, tmp_path, monkeypatch):
     # not above: the processes of the fakes import this file
-    import parity
-
+    from benchmarks import parity
     from lsr_scale.fused import groups
 
     _, config = throughput.parse(arguments(tmp_path / "a.json", "lsr", "lora", "frozen", "peft_lora", base=base))

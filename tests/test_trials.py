@@ -2,15 +2,12 @@
 
 import json
 import os
-import sys
-from pathlib import Path
 
 import pytest
 from tiny_runs import do_all_here
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-import trials
-from trials import (
+from benchmarks import trials
+from benchmarks.trials import (
     FILE,
     NUM_POINTS,
     TUNING_SEED,

@@ -1,12 +1,9 @@
 """Two CPU processes under the launcher: every ZeRO stage, plain DDP, stopping and going on, and mistakes."""
 
-import contextlib
 import json
 import os
-import random
 import re
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +12,7 @@ import pytest
 import torch
 import yaml
 from conftest import two_processes
+from ports import held_port
 from test_resume import Killed, arrange_stop
 from tiny_runs import completions, do, factors, metrics, questions, results, same, save_llama, tiny_run, write_rows
 
@@ -41,23 +39,15 @@ LAUNCHERS = {
 }
 
 
-def free_port():
-    """Return the number of a port that nobody listens on, below those that the system hands out by itself."""
-    while True:
-        port = random.SystemRandom().randrange(10_000, 20_000)
-        with socket.socket() as free, contextlib.suppress(OSError):
-            free.bind(("127.0.0.1", port))
-            return str(port)
-
-
 def launch(launcher, *command):
     """Run a script on two processes; return the status, stdout without the launcher's own lines, and stderr.
 
     However long it takes: what hangs is ended by pytest's own limit.
     """
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": PATHS}
-    words = [sys.executable, *LAUNCHERS[launcher], free_port(), *map(str, command)]
-    done = subprocess.run(words, capture_output=True, text=True, env=environment, check=False)
+    with held_port() as port:
+        words = [sys.executable, *LAUNCHERS[launcher], port, *map(str, command)]
+        done = subprocess.run(words, capture_output=True, text=True, env=environment, check=False)
     lines = done.stdout.splitlines()
     own = [line for line in lines if not re.match(r"\[20\d\d-.*(launch|runner|real_accelerator)\.py", line)]
     return done.returncode, "\n".join(own), done.stderr

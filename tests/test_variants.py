@@ -1,18 +1,14 @@
 """The sweep over variants: what each trains and makes, on a model of a few layers."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import tiny_llama
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-import variants
-from parametrization import TARGETS, PairedLinear
-from variants import VARIANTS, Variant, kron_fit, lora, lsr, weight_gradients
-
+from benchmarks import variants
+from benchmarks.parametrization import TARGETS, PairedLinear
+from benchmarks.variants import VARIANTS, Variant, kron_fit, lora, lsr, weight_gradients
 from lsr_scale.adapters.methods.kron_lora import KronLora
 
 

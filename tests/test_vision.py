@@ -1,19 +1,13 @@
 """Adapters in image models: trained by the benchmark's own program, saved and loaded; convolutions are refused."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import transformers as tf
 from peft import get_peft_model
 
+from benchmarks import trials, vision
 from lsr_scale import UserError
 from lsr_scale.adapters import METHODS, peft_config
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-import trials
-import vision
 
 pytest.importorskip("sklearn")  # the digits come with it
 

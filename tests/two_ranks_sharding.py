@@ -117,11 +117,9 @@ def main() -> None:
     import datasets
     from accelerate.state import AcceleratorState
 
+    from benchmarks.sharding import measure
     from lsr_scale import distributed
     from lsr_scale.model.sharded import is_sharded
-
-    sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-    from sharding import measure
 
     datasets.disable_progress_bars()
     folder, rank = Path(sys.argv[-1]), distributed.rank()

@@ -49,7 +49,7 @@ demo: $(VENV)/installed
 test: $(VENV)/installed-dev lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 	@echo "== the adapter contract again, with the oldest supported PEFT"
-	PYTHONPATH=$(abspath $(VENV)/oldest-peft) $(BIN)/python -m pytest -q -n 2 tests/test_adapters_contract.py
+	PYTHONPATH=$(abspath $(VENV)/oldest-peft) $(BIN)/python -m pytest -q -n 2 tests/adapters/test_contract.py
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -1,6 +1,6 @@
 """Damage adapters at random, open, export and inspect them: each is refused in words or whole; no third way is allowed.
 
-    python tests/fuzz_adapters.py --cases 2000 --seed 0
+    python -m tests.fuzz_adapters --cases 2000 --seed 0
 
 One JSON line at the end: cases by kind of damage, refused and still whole. An exception that is no UserError, a case
 of more than five seconds of a processor, or a damaged adapter that exports in part ends it with the case's seed.

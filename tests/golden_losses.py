@@ -1,7 +1,7 @@
 """The losses of short runs as they were at a release: what changes no behaviour changes none of them.
 
-    python tests/golden_losses.py             compare with the file of this kind of device, bit for bit
-    python tests/golden_losses.py --write     take what is computed now as the new release's
+    python -m tests.golden_losses             compare with the file of this kind of device, bit for bit
+    python -m tests.golden_losses --write     take what is computed now as the new release's
 
 Bits are equal on one machine and set of versions only; `test_golden_losses.py` allows what another CPU rounds.
 """
@@ -18,7 +18,17 @@ from typing import Any
 
 import torch
 import transformers
-from tiny_runs import completions, do, labelled, metrics, save_classifier, save_llama, tiny_run, write_rows
+
+from tests.helpers.tiny_runs import (
+    completions,
+    do,
+    labelled,
+    metrics,
+    save_classifier,
+    save_llama,
+    tiny_run,
+    write_rows,
+)
 
 FOLDER = Path(__file__).parent / "golden"
 METHODS = ("lsr", "kron_lora", "lora")

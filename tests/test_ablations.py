@@ -4,13 +4,13 @@ import gzip
 import json
 
 import pytest
-from tiny_runs import save_llama
 
 from benchmarks import ablations, commonsense, trials
 from benchmarks.ablations import AXES, BASE, PROVIDERS, SMOLLM2_SHAPES
 from benchmarks.trials import TUNING_SEED, Trial
 from lsr_scale.adapters import METHODS
 from lsr_scale.config import run_from_dict
+from tests.helpers.tiny_runs import save_llama
 
 
 def parameters(name):

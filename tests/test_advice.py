@@ -6,11 +6,19 @@ import re
 import shutil
 
 import pytest
-from tiny_runs import CHAT_TEMPLATE, completions, labelled, save_classifier, save_llama, tiny_run, write_rows
 
 from lsr_scale import cli
 from lsr_scale.config import dump_yaml
 from lsr_scale.config.training import OWNED
+from tests.helpers.tiny_runs import (
+    CHAT_TEMPLATE,
+    completions,
+    labelled,
+    save_classifier,
+    save_llama,
+    tiny_run,
+    write_rows,
+)
 
 CLASSIFIER = ["model.name={place}/bert", "model.task=seq_cls", "data.train=[{place}/pairs.jsonl]"]
 CLASSIFIER += ["adapter.target_modules=[query, value]"]

@@ -1,7 +1,8 @@
-"""The promise of every command on hostile inputs: 300 seeded cases; `python tests/chaos.py` does as many as asked."""
+"""The promise of every command on hostile inputs: 300 seeded cases; `python -m tests.chaos` does as many as asked."""
 
-import chaos
 import pytest
+
+from tests.chaos import runner as chaos
 
 
 @pytest.mark.parametrize("name", chaos.names(300))

@@ -7,12 +7,12 @@ import subprocess
 import sys
 
 import pytest
-from tiny_runs import TOOLS, completions, do, factors, questions, save_llama, tiny_run, write_rows
 
 from lsr_scale import cli
 from lsr_scale.config import dump_yaml
 from lsr_scale.doctor import Finding, Report
 from lsr_scale.run.folder import RunFolder
+from tests.helpers.tiny_runs import TOOLS, completions, do, factors, questions, save_llama, tiny_run, write_rows
 
 
 @pytest.fixture(scope="module")

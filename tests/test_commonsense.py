@@ -7,11 +7,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from tiny_runs import do_all_here, save_llama
 
 from benchmarks import commonsense, commonsense_report, rounded_adapters, trials
 from benchmarks.commonsense import PROVIDERS, REGIMES, TUNING_SEED, Run, Setting
 from lsr_scale.config import run_from_dict
+from tests.helpers.tiny_runs import do_all_here, save_llama
 
 
 def rows_of(task, split, count=160):

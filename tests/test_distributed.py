@@ -4,12 +4,12 @@ import os
 
 import pytest
 import torch
-from tiny_runs import completions, save_llama, tiny_run, write_rows
 
 from lsr_scale import UserError, cli, distributed
 from lsr_scale.config import dump_yaml
 from lsr_scale.model import local_device
 from lsr_scale.run import train
+from tests.helpers.tiny_runs import completions, save_llama, tiny_run, write_rows
 
 WHOLE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
 

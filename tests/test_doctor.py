@@ -8,10 +8,10 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 from rich.console import Console
-from tiny_runs import save_llama, tiny_run
 
 from lsr_scale import doctor as module
 from lsr_scale.doctor import Finding, Report, doctor, render
+from tests.helpers.tiny_runs import save_llama, tiny_run
 
 
 @pytest.fixture(scope="module")

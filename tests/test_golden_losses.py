@@ -4,11 +4,12 @@ import json
 
 import pytest
 import torch
-from golden_losses import CASES, FOLDER, losses
+
+from tests.golden_losses import CASES, FOLDER, losses
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore"),
-    pytest.mark.skipif(torch.cuda.is_available(), reason="python tests/golden_losses.py compares a GPU's"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="python -m tests.golden_losses compares a GPU's"),
 ]
 GOLDEN = json.loads((FOLDER / "cpu.json").read_text(encoding="utf-8"))["losses"]
 

@@ -4,10 +4,10 @@ import json
 import math
 
 import pytest
-from tiny_runs import completions, do_all_here, save_llama, write_rows
 
 from benchmarks import real_model_curves as curves
 from lsr_scale.config import run_from_dict
+from tests.helpers.tiny_runs import completions, do_all_here, save_llama, write_rows
 
 
 def test_every_way_once():

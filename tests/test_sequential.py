@@ -4,11 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
-from test_commonsense import data  # noqa: F401
-from tiny_runs import do_all_here, save_llama
 
 from benchmarks import commonsense, sequential, trials
 from benchmarks.trials import Trial
+from tests.helpers.tiny_runs import do_all_here, save_llama
+from tests.test_commonsense import data  # noqa: F401
 
 
 def test_the_second_run_starts_from_the_first_at_the_chosen_rate(tmp_path):

@@ -1,14 +1,16 @@
 """ZeRO stages over quantized bases: equal first losses everywhere, and under stage 3 each process holds its share."""
 
 import json
-from pathlib import Path
 
 import pytest
-from conftest import two_processes
 from safetensors.torch import load_file, save_file
-from test_two_ranks import launch
-from tiny_runs import completions, save_llama, tiny_run, write_rows
-from two_ranks_sharding import (
+
+from lsr_scale.model import load_config, skeleton
+from lsr_scale.plan.sizes import frozen_bytes, quantized_layers
+from tests.conftest import two_processes
+from tests.helpers.launch import ROOT, launch
+from tests.helpers.tiny_runs import completions, save_llama, tiny_run, write_rows
+from tests.ranks.two_ranks_sharding import (
     BASES,
     CLIPPED,
     COMBINATIONS,
@@ -22,11 +24,7 @@ from two_ranks_sharding import (
     first_losses,
 )
 
-from lsr_scale.model import load_config, skeleton
-from lsr_scale.plan.sizes import frozen_bytes, quantized_layers
-
 pytestmark = [pytest.mark.slow, two_processes]
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +43,7 @@ def place(tmp_path_factory):
 @pytest.fixture(scope="module")
 def seen(place):
     """Run two_ranks_sharding.py once for all tests."""
-    status, out, err = launch("torchrun", ROOT / "tests" / "two_ranks_sharding.py", place)
+    status, out, err = launch("torchrun", ROOT / "tests/ranks/two_ranks_sharding.py", place)
     assert status == 0, out + err
     return [json.loads((place / f"sharding-{rank}.json").read_text()) for rank in (0, 1)]
 

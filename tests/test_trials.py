@@ -4,7 +4,6 @@ import json
 import os
 
 import pytest
-from tiny_runs import do_all_here
 
 from benchmarks import trials
 from benchmarks.trials import (
@@ -23,6 +22,7 @@ from benchmarks.trials import (
     table,
     tuned_alike,
 )
+from tests.helpers.tiny_runs import do_all_here
 
 PROVIDERS = {name: Provider("lora", {}, rates(1e-4, 2e-4, 3e-4, 4e-4, 5e-4)) for name in ("one", "two")}
 

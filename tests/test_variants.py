@@ -4,12 +4,12 @@ import json
 
 import pytest
 import torch
-from conftest import tiny_llama
 
 from benchmarks import variants
 from benchmarks.parametrization import TARGETS, PairedLinear
 from benchmarks.variants import VARIANTS, Variant, kron_fit, lora, lsr, weight_gradients
 from lsr_scale.adapters.methods.kron_lora import KronLora
+from tests.conftest import tiny_llama
 
 
 def model():

@@ -7,7 +7,7 @@ Exact: parameter counts, the adapter's file, the bytes of the frozen base and of
 two moments (float32). Estimated: activations and workspace (every row at the full `max_length`, every position
 supervised), DeepSpeed's buffers, and what is gathered under ZeRO-3. Sizes are what torch's allocator counts
 (`torch.cuda.max_memory_allocated`); nvidia-smi shows about 0.5 GiB more for CUDA itself. Against peaks measured on an
-H200 (tests/test_plan.py) the totals are within 5 %; ZeRO-3 on several GPUs is not among the measured.
+H200 (tests/plan/test_planner.py) the totals are within 5 %; ZeRO-3 on several GPUs is not among the measured.
 """
 
 import warnings

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from checks import assert_close_to_float64, compile_for, poisoned
 from torch.nn import functional
 
 from lsr_scale.kernels import cross_entropy as module
+from tests.kernels.checks import assert_close_to_float64, compile_for, poisoned
 
 
 def inputs(rows: int, vocabulary: int, dtype: torch.dtype, device: str):

@@ -6,9 +6,9 @@ import bitsandbytes.functional as bnb_functional
 import pytest
 import torch
 from bitsandbytes.backends.default.ops import _dequantize_4bit_compute
-from checks import compile_for, pitched, poisoned
 
 from lsr_scale.kernels import dequantize as ops
+from tests.kernels.checks import compile_for, pitched, poisoned
 
 pytest.importorskip("triton", reason="Triton is not installed: kernels cannot be tested")
 

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from checks import OnGpu, launched
 
 from lsr_scale.kernels.cross_entropy import cross_entropy
 from lsr_scale.kernels.dequantize import Extension, copy_weight, dequantize_4bit, dequantize_int8, fill_extension
@@ -11,6 +10,7 @@ from lsr_scale.kernels.rms_norm import rms_norm, rms_norm_backward, rms_norm_pro
 from lsr_scale.kernels.rotary import rotate
 from lsr_scale.kernels.swiglu import swiglu, swiglu_backward, swiglu_pair_gradients
 from lsr_scale.kernels.swiglu_project import swiglu_project
+from tests.kernels.checks import OnGpu, launched
 
 # compute capabilities by the KiB of shared memory that a program can have; for sm_89 Triton makes what it makes for
 # sm_86

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from checks import assert_close_to_float64, compile_for, pitched, poisoned
 
 from lsr_scale.kernels import output_gradients as ops
+from tests.kernels.checks import assert_close_to_float64, compile_for, pitched, poisoned
 
 pytest.importorskip("triton", reason="Triton is not installed: kernels cannot be tested")
 

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from checks import assert_close_to_float64, compile_for, error, pitched, poisoned
 
 from lsr_scale.kernels import rms_norm as module
 from lsr_scale.kernels.rms_norm import (
@@ -16,6 +15,7 @@ from lsr_scale.kernels.rms_norm import (
     rms_norm_reference,
     rms_norm_triton,
 )
+from tests.kernels.checks import assert_close_to_float64, compile_for, error, pitched, poisoned
 
 EPS = 1e-5
 FLOORS = {torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 1e-3}

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from checks import assert_close_to_float64, compile_for, error, poisoned
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from lsr_scale.kernels import rotary as module
 from lsr_scale.kernels.rotary import rotate, rotate_reference, rotate_triton
+from tests.kernels.checks import assert_close_to_float64, compile_for, error, poisoned
 
 FLOORS = {torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 1e-3}
 

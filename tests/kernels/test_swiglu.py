@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from checks import assert_close_to_float64, compile_for, error, pitched, poisoned
 from torch.nn import functional
 
 from lsr_scale.kernels import swiglu as module
@@ -14,6 +13,7 @@ from lsr_scale.kernels.swiglu import (
     swiglu_pair_gradients_triton,
     swiglu_triton,
 )
+from tests.kernels.checks import assert_close_to_float64, compile_for, error, pitched, poisoned
 
 FLOORS = {torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 1e-3}
 

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from checks import assert_close_to_float64, compile_for, error, pitched, poisoned
 
 from lsr_scale.kernels import swiglu_project as module
 from lsr_scale.kernels.swiglu_project import swiglu_project, swiglu_project_reference, swiglu_project_triton
+from tests.kernels.checks import assert_close_to_float64, compile_for, error, pitched, poisoned
 
 pytest.importorskip("triton", reason="Triton is not installed: kernels cannot be tested")
 

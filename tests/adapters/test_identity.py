@@ -1,0 +1,59 @@
+"""An adapter knows its base again, and says by name which layers another base has differently."""
+
+import json
+
+import peft
+import pytest
+import torch
+
+from lsr_scale import LsrConfig
+from lsr_scale.adapters.identity import base_description, check_base
+from lsr_scale.errors import UserError
+from lsr_scale.model import load_base
+from tests.conftest import SEVEN_LINEARS, tiny_llama
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("base")
+    tiny_llama(torch.bfloat16).save_pretrained(path)
+    return str(path)
+
+
+def _adapted(model):
+    return peft.get_peft_model(model, LsrConfig(rank=4, separation_rank=2, target_modules=SEVEN_LINEARS))
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "fp4", "int8", "none"])
+def test_the_description_is_the_same_with_and_without_adapters(folder, quantization):
+    model = load_base(folder, quantization=quantization, device=CPU)
+    bare = base_description(model)
+    assert bare["quantization"] == quantization
+    assert bare["architecture"] == "LlamaForCausalLM"
+    assert bare["num_parameters"] == sum(p.numel() for p in tiny_llama().parameters())
+    assert bare["linear_shapes"]["model.layers.*.mlp.up_proj"] == [80, 48]
+    assert json.loads(json.dumps(bare)) == bare
+    assert base_description(_adapted(model)) == bare
+
+
+def test_the_same_base_elsewhere_is_accepted_and_what_differs_is_told(folder, tmp_path):
+    stored = base_description(load_base(folder, quantization="nf4", device=CPU))
+    tiny_llama(torch.bfloat16).save_pretrained(tmp_path)
+    moved = load_base(str(tmp_path), quantization="nf4", device=CPU)
+    assert check_base(stored, moved, "adapter") == []
+    (line,) = check_base(stored, load_base(str(tmp_path), quantization="int8", device=CPU), "adapter")
+    assert "held in int8; it was trained on one in nf4" in line
+    tiny_llama(torch.bfloat16, rope_parameters={"rope_theta": 5e5, "rope_type": "default"}).save_pretrained(tmp_path)
+    (line,) = check_base(stored, load_base(str(tmp_path), quantization="nf4", device=CPU), "adapter")
+    assert "the settings of" in line
+
+
+def test_a_base_with_other_shapes_is_refused_by_the_names_of_its_layers(folder):
+    stored = base_description(load_base(folder, device=CPU))
+    other = _adapted(tiny_llama(intermediate_size=96))
+    with pytest.raises(UserError, match=r"mlp\.up_proj: \[80, 48\] -> \[96, 48\]") as caught:
+        check_base(stored, other, "runs/x/adapter")
+    assert str(caught.value).startswith("runs/x/adapter: this adapter was trained on")
+    assert "q_proj" not in str(caught.value)

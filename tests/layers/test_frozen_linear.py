@@ -1,0 +1,107 @@
+"""The frozen bitsandbytes layers: the same numbers as bitsandbytes', and nothing kept alive for the backward pass."""
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from torch import nn
+
+from lsr_scale import UserError
+from lsr_scale.layers.frozen_linear import FrozenLinear4bit, FrozenLinear8bit, dequantize, freeze_quantized
+from tests.conftest import quantize, tiny_llama
+
+
+def make(kind, in_features=64, out_features=48, bias=True):
+    torch.manual_seed(0)
+    return quantize(nn.Sequential(nn.Linear(in_features, out_features, bias=bias)), kind)[0]
+
+
+@pytest.mark.parametrize("kind", ["nf4", "nf4-single", "fp4"])
+def test_four_bits_are_bit_equal_to_bitsandbytes_forward_and_backward(kind):
+    stock, ours = make(kind).train(), make(kind).train()
+    stock.support_avx512bf16_for_cpu = False
+    assert freeze_quantized(ours) == 1
+    assert type(ours) is FrozenLinear4bit
+    x = torch.randn(2, 7, 64, dtype=torch.bfloat16)
+    results = []
+    for layer in (stock, ours):
+        leaf = x.clone().requires_grad_()
+        out = layer(leaf)
+        out.float().square().sum().backward()
+        results.append((out, leaf.grad))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+
+
+def test_int8_is_weight_only_with_activations_untouched():
+    layer = make("int8")
+    freeze_quantized(layer)
+    assert type(layer) is FrozenLinear8bit
+    weight = layer.weight.data.double() * layer.weight.SCB.double()[:, None] / 127
+    torch.testing.assert_close(dequantize(layer, torch.float64), weight, rtol=1e-6, atol=1e-9)
+    x = torch.randn(5, 64)
+    torch.testing.assert_close(layer(x), (x.double() @ weight.T + layer.bias.double()).float(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_no_activation_and_no_weight_is_saved_for_backward(kind):
+    layer = make(kind)
+    freeze_quantized(layer)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape) or t, lambda t: t):
+        out = layer(torch.randn(3, 64, dtype=torch.bfloat16, requires_grad=True))
+    assert saved == []
+    context = out.grad_fn
+    while not hasattr(context, "layer"):
+        context = context.next_functions[0][0]
+    held = [value for value in vars(context).values() if isinstance(value, torch.Tensor)]
+    assert held == []
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_training_after_evaluation_keeps_its_gradient(kind):
+    layer = make(kind)
+    freeze_quantized(layer)
+    with torch.no_grad():
+        before = layer.eval()(torch.ones(1, 64, dtype=torch.bfloat16))
+    x = torch.ones(1, 64, dtype=torch.bfloat16, requires_grad=True)
+    after = layer.train()(x)
+    after.float().sum().backward()
+    assert torch.equal(before, after)
+    expected = dequantize(layer, torch.bfloat16).float().sum(0)
+    torch.testing.assert_close(x.grad.float()[0], expected, rtol=2e-2, atol=2e-2)
+
+
+def test_a_repacked_or_unquantized_weight_is_refused_with_the_remedy():
+    layer = make("nf4")
+    layer.weight.quant_state.packing_format_for_cpu = True
+    freeze_quantized(layer)
+    with pytest.raises(UserError, match="repacked for CPU inference"):
+        layer(torch.ones(1, 64))
+    fresh = bnb.nn.Linear4bit(64, 48)
+    freeze_quantized(fresh)
+    with pytest.raises(UserError, match="not quantized yet"):
+        fresh(torch.ones(1, 64))
+
+
+def test_a_whole_model_is_frozen_in_place_and_int8_codes_have_one_owner():
+    model = quantize(tiny_llama(), "int8")
+    assert freeze_quantized(model) == 14 == freeze_quantized(model)
+    layer = model.model.layers[0].mlp.up_proj
+    assert layer.weight.CB is None
+    assert layer.state.CB is None
+    assert isinstance(layer, bnb.nn.Linear8bitLt)
+    moved = layer.to("cpu")
+    assert moved.weight.SCB is not None
+    assert "SCB" in moved.state_dict()
+
+
+@pytest.mark.parametrize("kind", ["nf4", "nf4-single", "fp4"])
+@pytest.mark.parametrize("in_features", [48, 64, 96, 160])
+def test_blocks_that_go_over_the_end_of_a_row_are_dequantized_right(kind, in_features):
+    torch.manual_seed(0)
+    dense = torch.randn(32, in_features) * torch.rand(32, 1)  # rows of different sizes tell blocks apart
+    linear = nn.Linear(in_features, 32, bias=False)
+    linear.weight.data.copy_(dense)
+    layer = quantize(nn.Sequential(linear), kind, torch.float32)[0]
+    freeze_quantized(layer)
+    assert (dequantize(layer, torch.float32) - dense).norm() / dense.norm() < 0.16

@@ -1,0 +1,209 @@
+"""Names, configurations, skeletons, frozen quantized bases, tokenizers, and what is said when one of them is wrong."""
+
+import json
+import shutil
+
+import pytest
+import safetensors.torch
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from lsr_scale.errors import UserError
+from lsr_scale.layers.frozen_linear import FrozenLinear4bit, FrozenLinear8bit
+from lsr_scale.model import load_base, load_config, model_class, resolve, shapes, skeleton
+from tests.conftest import tiny_llama
+
+SMOLLM2 = "builtin:smollm2-135m-instruct"
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Return the folder of a tiny LLaMA saved in bfloat16."""
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny_llama(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def copied(saved, tmp_path):
+    """Return a copy of that folder that a test may spoil."""
+    return shutil.copytree(saved, tmp_path / "copy")
+
+
+@pytest.mark.parametrize(
+    ("name", "num_parameters"),
+    [
+        ("mistralai/Mistral-7B-v0.1", 7_241_732_096),
+        ("mistralai/Mistral-7B-v0.3", 7_248_023_552),
+        ("meta-llama/Llama-2-7b-hf", 6_738_415_616),
+        ("meta-llama/Meta-Llama-3-8B", 8_030_261_248),
+        ("meta-llama/Llama-3.1-70B", 70_553_706_496),
+        ("meta-llama/Llama-3.2-1B", 1_235_814_400),
+        ("Qwen/Qwen2.5-7B", 7_615_616_512),
+        ("Qwen/Qwen3-8B", 8_190_735_360),
+        ("google/gemma-2-9b", 9_241_705_984),
+        ("HuggingFaceTB/SmolLM2-135M-Instruct", 134_515_008),
+        ("openai-community/gpt2", 124_439_808),
+    ],
+)
+def test_a_well_known_model_has_its_published_parameter_count_without_network(name, num_parameters):
+    model = skeleton(load_config(name))
+    assert sum(p.numel() for p in model.parameters()) == num_parameters
+    assert all(p.is_meta and not p.requires_grad for p in model.parameters())
+
+
+def test_every_entry_of_the_table_makes_a_model():
+    for name in shapes.known_names():
+        config = load_config(name)
+        task = "causal_lm" if any(a.endswith(("CausalLM", "LMHeadModel")) for a in config.architectures) else "seq_cls"
+        assert skeleton(config, task, num_labels=2).config.model_type == config.model_type
+
+
+def test_a_name_close_to_a_known_one_is_suggested():
+    with pytest.raises(UserError, match=r"did you mean 'mistralai/Mistral-7B-v0\.1'"):
+        load_config("mistralai/Mistral-7B-v0.1/")
+    with pytest.raises(UserError, match=r"hub cannot be reached.*local folder"):
+        load_config("mistralai/Mistral-7B-v0.9")
+    with pytest.raises(UserError, match="did you mean 'builtin:smollm2-135m-instruct'"):
+        resolve("builtin:smollm2")
+
+
+def test_a_folder_that_is_not_there_and_a_file_are_refused(tmp_path, saved):
+    with pytest.raises(UserError, match="there is no such folder"):
+        resolve(str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match="got a file"):
+        resolve(str(saved / "model.safetensors"))
+    assert resolve(str(saved)) == str(saved)
+    assert resolve("mistralai/Mistral-7B-v0.1") == "mistralai/Mistral-7B-v0.1"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "there is no config.json in this folder"),
+        ("{", "not a readable JSON configuration"),
+        ("[]", "expected an object, got list"),
+        ('{"hidden_size": 8}', "there is no model_type in it"),
+        ('{"model_type": "llamma"}', "does not know its architecture"),
+        ('{"model_type": "new", "auto_map": {"AutoConfig": "a.B"}}', "Python code from its repository, which is never"),
+    ],
+)
+def test_a_broken_configuration_is_said_in_words(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(UserError, match=message):
+        load_config(str(tmp_path))
+
+
+def test_an_adapter_folder_is_no_base_model(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match="this is an adapter, without its base model"):
+        load_config(str(tmp_path))
+
+
+def test_the_task_must_suit_the_architecture():
+    with pytest.raises(UserError, match="is an encoder"):
+        model_class(load_config("FacebookAI/roberta-base"), "causal_lm")
+    with pytest.raises(UserError, match="cannot do causal_lm"):
+        model_class(load_config("microsoft/mpnet-base"), "causal_lm")
+    with pytest.raises(UserError, match="did you mean 'seq_cls'"):
+        model_class(load_config("FacebookAI/roberta-base"), "seqcls")
+
+
+@pytest.mark.parametrize(
+    ("quantization", "layer"),
+    [("nf4", FrozenLinear4bit), ("fp4", FrozenLinear4bit), ("int8", FrozenLinear8bit), ("none", torch.nn.Linear)],
+)
+def test_a_loaded_base_is_frozen_and_quantized_but_for_its_head(saved, quantization, layer):
+    model = load_base(str(saved), quantization=quantization, device=CPU)
+    linears = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    assert {type(m) for n, m in linears.items() if n != "lm_head"} == {layer}
+    assert type(linears["lm_head"]) is torch.nn.Linear
+    assert not any(p.requires_grad for p in model.parameters())
+    assert not model.config.use_cache
+    if layer is FrozenLinear4bit:
+        weight = linears["model.layers.0.mlp.up_proj"].weight
+        assert weight.quant_type == quantization
+        assert weight.dtype == torch.uint8
+        assert weight.quant_state.nested
+        assert linears["model.layers.0.mlp.up_proj"].compute_dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8", "none"])
+def test_checkpoints_with_transposed_layers_load_too(tmp_path, quantization):
+    GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=1, n_head=4, vocab_size=96)).save_pretrained(tmp_path)
+    model = load_base(str(tmp_path), quantization=quantization, dtype="float32", device=CPU)
+    assert torch.isfinite(model(torch.zeros(1, 3, dtype=torch.long)).logits).all()
+
+
+def test_double_quantization_can_be_left_out(saved):
+    model = load_base(str(saved), double_quantization=False, device=CPU)
+    assert not model.model.layers[0].mlp.up_proj.weight.quant_state.nested
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_a_forward_in_eval_mode_leaves_weights_and_gradients_as_they_were(saved, ids, quantization):
+    """On CPUs with AVX512-BF16 the layer of bitsandbytes repacks its weight here, and gradients stop for good."""
+    model = load_base(str(saved), quantization=quantization, device=CPU)
+    layer = model.model.layers[0].mlp.up_proj
+    before = layer.weight.data.clone()
+    assert not model.training
+    with torch.no_grad():
+        first = model(ids).logits
+    assert torch.equal(layer.weight.data, before)
+    assert torch.equal(model(ids).logits, first)
+    model.train()
+    embedded_ids = model.get_input_embeddings()(ids).requires_grad_()
+    model(inputs_embeds=embedded_ids).logits.float().sum().backward()
+    assert embedded_ids.grad.abs().sum() > 0
+
+
+def test_a_classifier_gets_a_new_head_that_is_reproducible_and_not_quantized(saved, caplog):
+    heads = [load_base(str(saved), task="seq_cls", num_labels=3, seed=seed, device=CPU).score for seed in (1, 1, 2)]
+    assert heads[0].weight.shape == (3, 48)
+    assert heads[0].weight.dtype == torch.bfloat16
+    assert torch.equal(heads[0].weight, heads[1].weight)
+    assert not torch.equal(heads[0].weight, heads[2].weight)
+    assert "score.weight: they start at random" in caplog.text
+
+
+def test_loading_leaves_the_random_state_alone(saved):
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    load_base(str(saved), seed=1, device=CPU)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_damaged_and_missing_weights_are_said_in_words(copied):
+    file = copied / "model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="damaged or cut short"):
+        load_base(str(copied), device=CPU)
+    file.unlink()
+    with pytest.raises(UserError, match=r"there is no model\.safetensors"):
+        load_base(str(copied), device=CPU)
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8", "none"])
+def test_weights_of_another_model_are_refused(copied, quantization):
+    file = copied / "model.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    lost = {k: v for k, v in tensors.items() if "layers.1.mlp.up_proj" not in k}
+    safetensors.torch.save_file(lost, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"lack model\.layers\.1\.mlp\.up_proj\.weight"):
+        load_base(str(copied), quantization=quantization, device=CPU)
+    safetensors.torch.save_file(tensors, file, metadata={"format": "pt"})
+    config = json.loads((copied / "config.json").read_text())
+    (copied / "config.json").write_text(json.dumps({**config, "hidden_size": 96, "head_dim": 24}))
+    with pytest.raises(UserError, match="do not have the shapes"):
+        load_base(str(copied), quantization=quantization, device=CPU)
+
+
+def test_an_unknown_dtype_or_attention_is_refused(saved):
+    with pytest.raises(UserError, match="did you mean 'bfloat16'"):
+        load_base(str(saved), dtype="bfloat", device=CPU)
+    with pytest.raises(UserError, match="flash-attn is not installed; set it to auto"):
+        load_base(str(saved), attention="flash_attention_2", device=CPU)

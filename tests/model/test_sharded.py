@@ -1,0 +1,267 @@
+"""A model cut up in one process, its parts held aside as `offload_param` does: what two do is in test_sharding.py."""
+
+import json
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from torch import nn
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM, modeling_utils
+
+from lsr_scale.adapters import peft_config
+from lsr_scale.adapters.files import write_adapter
+from lsr_scale.errors import UserError
+from lsr_scale.layers.frozen_linear import freeze_quantized
+from lsr_scale.model import load_base, sharded
+from lsr_scale.model.sharded import Sharding, gather_as_used, is_sharded, let_go, make_whole, whole_numel, whole_shape
+from lsr_scale.training import assembly
+from tests.adapters.test_models import ARCHITECTURES, OPTIONS, build, inputs
+from tests.conftest import quantize, randomize, tiny_llama
+from tests.helpers.tiny_runs import tiny_run
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def cut(model: nn.Module, **options) -> nn.Module:
+    """Cut up a model that is there already, and have it gathered as it is used."""
+    sharding = Sharding(offload=True, **options)
+    with sharding.loading() as rest:
+        rest(model)
+    gather_as_used(model, offload=True)  # pyright: ignore
+    return model
+
+
+def adapted(model, targets, method="lsr"):
+    model = get_peft_model(model, peft_config(method, {"target_modules": targets, **OPTIONS.get(method, {})}))
+    return randomize(model).train()
+
+
+def loss_and_gradients(model, given):
+    torch.manual_seed(1)  # for dropout
+    output = model(**given)
+    loss = output.loss if getattr(output, "loss", None) is not None else output[0].float().square().mean()
+    loss.backward()
+    return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def whole_bytes(model):
+    """Return the bytes of the matrices that were cut, as they stand."""
+    return sum(p.data.untyped_storage().nbytes() for p in model.parameters() if hasattr(p, "part"))
+
+
+def same(one, other):
+    (loss, gradients), (other_loss, other_gradients) = one, other
+    assert torch.equal(loss, other_loss)
+    assert gradients.keys() == other_gradients.keys() > set()
+    for name, gradient in gradients.items():
+        assert torch.equal(gradient, other_gradients[name]), name
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_architecture_computes_what_it_does_whole(architecture):
+    base, targets, _ = build(architecture)
+    expected = loss_and_gradients(adapted(base, targets), inputs(base))
+    model = adapted(cut(build(architecture)[0]), targets)
+    assert is_sharded(model)
+    for _ in range(2):
+        model.zero_grad()
+        same(loss_and_gradients(model, inputs(base)), expected)
+        assert whole_bytes(model) == 0, "all is let go of at the end of a backward pass"
+    with torch.no_grad():
+        base.eval(), model.eval()
+        assert torch.equal(model(**inputs(base))[0], base(**inputs(base))[0])
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("kind", ["none", "nf4", "int8"])
+def test_layers_that_are_computed_again_are_whole_then(ids, kind, reentrant):
+    def model():
+        base = tiny_llama(torch.bfloat16, num_hidden_layers=4)
+        if kind != "none":
+            freeze_quantized(quantize(base, kind))
+        return base
+
+    def run(base):
+        peft_model = adapted(base, ["q_proj", "down_proj"])
+        base.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        base.enable_input_require_grads()
+        return loss_and_gradients(peft_model, {"input_ids": ids, "labels": ids})
+
+    sharded = cut(model())
+    same(run(sharded), run(model()))
+    assert whole_bytes(sharded) == 0
+
+
+def test_a_tied_matrix_is_whole_for_the_embedding_and_for_the_head(ids):
+    model = cut(tiny_llama(tie_word_embeddings=True))
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    expected = tiny_llama(tie_word_embeddings=True)(input_ids=ids).logits
+    assert torch.equal(model(input_ids=ids).logits, expected)
+    assert torch.equal(model(input_ids=ids).logits, expected), "once more, without a backward pass between"
+
+
+def test_the_head_is_let_go_of_when_scoring_is_done(ids):
+    model = cut(tiny_llama())
+    with torch.no_grad():
+        model(input_ids=ids)
+    assert whole_bytes(model) == model.lm_head.weight.nbytes > 0
+    let_go(model)
+    assert whole_bytes(model) == 0
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_error_in_the_midst_of_a_pass_leaves_nothing_broken(ids, tied):
+    model, expected = (tiny_llama(tie_word_embeddings=tied) for _ in range(2))
+    cut(model)
+
+    def fail(*_):
+        raise MemoryError
+
+    hook = model.model.layers[1].mlp.register_forward_hook(fail)
+    with pytest.raises(MemoryError):
+        model(input_ids=ids)
+    hook.remove()
+    assert torch.equal(model(input_ids=ids).logits, expected(input_ids=ids).logits)
+
+
+def test_experts_are_cut_with_their_layer():
+    sizes = dict(hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, vocab_size=64)
+    config = Qwen3MoeConfig(**sizes, num_key_value_heads=2, head_dim=12, num_experts=4, num_experts_per_tok=2)
+
+    def model():
+        torch.manual_seed(0)
+        return Qwen3MoeForCausalLM(config)
+
+    sharded, given = cut(model()), {"input_ids": torch.arange(5, 14)[None]}
+    assert sum(p.numel() for p in sharded.parameters()) < 0.02 * sum(p.numel() for p in model().parameters())
+    same(*(loss_and_gradients(adapted(base, ["q_proj"]), given) for base in (sharded, model())))
+
+
+@pytest.mark.parametrize("name", ["down_proj", "lm_head"])
+def test_a_module_that_is_trained_whole_gets_its_gradient(tmp_path, ids, name):
+    tiny_llama().save_pretrained(tmp_path)
+    sharding = Sharding(offload=True, whole=[name])
+    base = load_base(str(tmp_path), quantization="none", dtype="float32", sharding=sharding)
+    options = {"target_modules": ["q_proj"], "modules_to_save": [name], **OPTIONS["lsr"]}
+    model = get_peft_model(base, peft_config("lsr", options)).train()
+    _, gradients = loss_and_gradients(model, {"input_ids": ids, "labels": ids})
+    assert any("modules_to_save" in key and gradient.abs().sum() > 0 for key, gradient in gradients.items())
+
+
+@pytest.mark.parametrize("equal", [True, False])
+def test_two_matrices_that_a_checkpoint_has_are_tied_only_if_they_are_equal(tmp_path, ids, equal):
+    model = tiny_llama(tie_word_embeddings=False)
+    if equal:
+        model.lm_head.weight = nn.Parameter(model.model.embed_tokens.weight.detach().clone())
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    loaded = load_base(str(tmp_path), quantization="none", dtype="float32", sharding=Sharding(offload=True))
+    assert torch.equal(loaded(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+def test_an_adapter_on_the_embedding_is_saved_without_the_base(tmp_path):
+    options = {"target_modules": ["q_proj", "embed_tokens"], "r": 2}
+    model = get_peft_model(cut(tiny_llama()), LoraConfig(**options))  # pyright: ignore
+    model.config.name_or_path = "tiny"
+    write_adapter(model, tmp_path)
+    names = load_file(tmp_path / "adapter_model.safetensors").keys()
+    assert any("embed_tokens" in name for name in names)
+    assert not any("base_layer" in name for name in names)
+
+
+def test_a_run_leaves_whole_what_it_or_the_adapter_it_starts_from_trains_whole(monkeypatch, tmp_path):
+    monkeypatch.setattr(assembly, "uses_deepspeed", lambda run: True)
+    zero3 = {"deepspeed": {"config": "zero3_offload"}}
+    run = tiny_run(tmp_path, **zero3)
+    plain = assembly._sharding(run, None)
+    assert plain is not None
+    assert plain.offload
+    assert plain.whole == ()
+    named = tiny_run(tmp_path, adapter={"modules_to_save": ["lm_head"]}, **zero3)
+    assert assembly._sharding(named, None).whole == ("lm_head",)  # pyright: ignore
+    assembly._peft_config(named).save_pretrained(tmp_path / "first")
+    assert assembly._sharding(run, tmp_path / "first").whole == ("lm_head",)  # pyright: ignore
+    assert assembly._sharding(tiny_run(tmp_path), None) is None
+
+
+def test_matrices_are_cut_and_vectors_are_not(ids):
+    model = cut(tiny_llama())
+    norm, linear = model.model.norm.weight, model.model.layers[1].mlp.up_proj.weight
+    assert not hasattr(norm, "part")
+    assert norm.shape == whole_shape(norm) == (48,)
+    assert linear.shape == (0,)
+    assert whole_shape(linear) == (80, 48)
+    assert whole_numel(linear) == 80 * 48
+    assert linear.part.nbytes == 4 * 80 * 48
+    with pytest.raises(RuntimeError, match=r"size mismatch|shapes cannot be multiplied"):
+        torch.ones(1, 48) @ linear.t()
+
+
+@pytest.mark.parametrize(
+    ("rank", "processes", "expected"),
+    [(0, 1, range(40)), (0, 2, range(32)), (1, 2, range(32, 40)), (2, 3, range(32, 40)), (3, 4, [])],
+)
+def test_parts_are_alike_in_size_and_the_last_ones_are_filled_up(monkeypatch, rank, processes, expected):
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    monkeypatch.setenv("RANK", str(rank))
+    layer = nn.Linear(8, 5, bias=False)
+    layer.weight = nn.Parameter(torch.arange(40, dtype=torch.int8).view(5, 8), requires_grad=False)
+    with Sharding(offload=True).loading() as rest:
+        rest(layer)
+    size = {1: 48, 2: 32}.get(processes, 16)
+    assert layer.weight.part.tolist() == [*expected, *[0] * (size - len(expected))]
+
+
+def test_what_will_be_trained_is_made_whole_again():
+    model, expected = tiny_llama(), tiny_llama()
+    with Sharding(offload=True).loading() as rest:
+        rest(model)
+    make_whole(model.lm_head)
+    make_whole(model.model.norm)  # which was never cut
+    assert torch.equal(model.lm_head.weight, expected.lm_head.weight)
+    assert not hasattr(model.lm_head.weight, "part")
+    assert is_sharded(model)
+
+
+def test_one_process_that_holds_everything_cuts_nothing():
+    warm_up = modeling_utils.caching_allocator_warmup
+    with Sharding().loading() as rest:
+        layer = nn.Linear(2, 2)
+        rest(layer)
+        assert modeling_utils.caching_allocator_warmup is warm_up
+    assert not is_sharded(layer)
+
+
+class Work:
+    """What a collective call leaves: it is done when it is waited for."""
+
+    def __init__(self, whole, part):
+        self.whole, self.part = whole, part
+
+    def wait(self):
+        self.whole.copy_(self.part.repeat(2))
+
+
+@pytest.mark.parametrize("found", [None, lambda group=None: None])
+def test_matrices_are_gathered_one_by_one_where_pytorch_makes_no_one_call_of_them(found, monkeypatch, caplog):
+    sharded._coalescing.cache_clear()
+    monkeypatch.setattr(sharded.distributed, "_coalescing_manager", found)
+    monkeypatch.setattr(sharded, "_all_gather", lambda whole, part, async_op=False: Work(whole, part))
+    parts, wholes = [torch.ones(3), torch.arange(2.0)], [torch.zeros(6), torch.zeros(4)]
+    for _ in range(2):
+        for work in sharded._gather(parts, wholes):
+            work.wait()
+    assert torch.equal(wholes[1], torch.tensor([0.0, 1.0, 0.0, 1.0]))
+    assert wholes[0].all()
+    assert [record.getMessage().partition(":")[0] for record in caplog.records] == [
+        "a layer's matrices are gathered one by one"
+    ]
+    sharded._coalescing.cache_clear()
+
+
+def test_a_pytorch_that_tells_no_backward_pass_is_refused_before_anything_is_loaded(monkeypatch):
+    monkeypatch.delattr(torch._C, "_current_graph_task_id")
+    with pytest.raises(UserError, match=r"does not tell which backward pass runs.*or set deepspeed.config to zero2"):
+        Sharding()

@@ -1,0 +1,323 @@
+"""What `plan` says: counts as published, sizes as measured, and every mistake before anything is loaded."""
+
+import dataclasses
+import io
+import json
+import socket
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from benchmarks.floors import MODELS
+from lsr_scale.cli import main
+from lsr_scale.config import run_from_dict
+from lsr_scale.errors import UserError
+from lsr_scale.plan import fit, memory, plan, render
+
+PARTS = ("weights", "gradients", "optimizer", "activations", "workspace")
+MISTRAL = "mistralai/Mistral-7B-v0.1"
+SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+LSR = {"method": "lsr", "rank": 16, "separation_rank": 16, "target_modules": SEVEN}
+KRON = {"method": "kron_lora", "rank": 8, "left_in": 2, "left_out": 16, "dropout": 0.0, "target_modules": SEVEN}
+
+
+def run(model, adapter, training=None, **section):
+    return run_from_dict(
+        {
+            "model": {"name": model, **section},
+            "adapter": adapter,
+            "data": {"train": ["arc_easy"]},
+            "training": training or {},
+        }
+    )
+
+
+@pytest.fixture
+def counts_only(monkeypatch):
+    """Leave out the step on fake tensors, which counts need nothing of."""
+    step = memory.StepMemory(0, 0)
+    monkeypatch.setattr(memory, "trace_step", lambda *args, **kwargs: {False: step, True: step})
+
+
+@pytest.mark.parametrize(
+    ("model", "adapter", "trainable", "lora8"),
+    [
+        (MISTRAL, LSR, 4_096_000, 20_971_520),
+        ("meta-llama/Llama-2-7b-hf", LSR, 4_198_400, 19_988_480),
+        ("meta-llama/Meta-Llama-3-8B", LSR, 4_096_000, 20_971_520),
+        (MISTRAL, KRON, 5_676_032, 20_971_520),
+        (MISTRAL, {"method": "lora", "rank": 8, "target_modules": SEVEN}, 20_971_520, 20_971_520),
+        ("builtin:smollm2-135m-instruct", {**LSR, "rank": 4}, 698_880, 2_442_240),
+        ("builtin:smollm2-135m-instruct", KRON, 683_520, 2_442_240),
+    ],
+)
+@pytest.mark.usefixtures("counts_only")
+def test_trainable_parameters_are_the_published_ones(model, adapter, trainable, lora8):
+    result = plan(run(model, adapter))
+    assert result.trainable_parameters == result.adapter_parameters == trainable
+    assert result.lora8_parameters == lora8
+    assert result.share_of_lora8 == trainable / lora8
+    assert result.share_of_lora16 == trainable / (2 * lora8)
+
+
+@pytest.mark.parametrize(
+    ("model", "adapter", "adapter_parameters", "head"),
+    [
+        (
+            "FacebookAI/roberta-base",
+            {"method": "lsr", "rank": 4, "separation_rank": 16, "target_modules": ["query", "value"]},
+            86_016,
+            768 * 768 + 768 + 2 * 768 + 2,
+        ),
+        (
+            "distilbert-base-uncased",
+            {
+                **KRON,
+                "left_out": 4,
+                "target_modules": ["q_lin", "k_lin", "v_lin", "out_lin", "lin1", "lin2"],
+            },
+            249_120,
+            768 * 768 + 768 + 2 * 768 + 2,
+        ),
+    ],
+)
+@pytest.mark.usefixtures("counts_only")
+def test_a_classifiers_head_trains_too_and_is_counted_apart(model, adapter, adapter_parameters, head):
+    result = plan(run(model, adapter, task="seq_cls", num_labels=2))
+    assert result.adapter_parameters == adapter_parameters
+    assert result.trainable_parameters == adapter_parameters + head
+
+
+# Peaks of one training step (torch.cuda.max_memory_allocated, GiB) on one H200: torch 2.11, transformers 5.17, TRL
+# 1.15, bitsandbytes 0.50.2, DeepSpeed 0.19.8, AdamW, random weights, a few padded positions where rows are several.
+MEASURED = [
+    (LSR, {}, 4, 2048, {("zero0", True): 8.019, ("zero0", False): 53.759, ("zero1", True): 8.083,
+                        ("zero2", True): 8.083, ("zero3", True): 8.098}),
+    (LSR, {}, 1, 8192, {("zero0", True): 8.163, ("zero0", False): 56.762}),
+    (LSR, {}, 1, 512, {("zero0", True): 4.309, ("zero0", False): 6.981}),
+    (LSR, {"quantization": "int8"}, 4, 2048, {("zero0", True): 11.232, ("zero0", False): 56.909}),
+    (LSR, {"quantization": "none"}, 4, 2048, {("zero0", True): 17.665, ("zero0", False): 63.404}),
+    (KRON, {}, 4, 2048, {("zero0", True): 8.043, ("zero0", False): 53.783}),
+    ({"method": "lora", "rank": 16, "target_modules": SEVEN}, {}, 4, 2048,
+     {("zero0", True): 9.677, ("zero0", False): 81.346}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("adapter", "section", "rows", "length", "peaks"), MEASURED)
+def test_memory_is_within_five_percent_of_measured_peaks(adapter, section, rows, length, peaks):
+    training = {"per_device_train_batch_size": rows, "max_length": length, "fused": "off"}
+    result = plan(run(MISTRAL, adapter, training, **section))
+    planned = {(row.stage, row.checkpointing): row.memory_gib.total for row in result.table}
+    for key, peak in peaks.items():
+        assert planned[key] == pytest.approx(peak, rel=0.05), key
+    assert result.memory_gib.total == planned["zero0", True]
+
+
+THROUGHPUT = Path(__file__).parents[2] / "benchmarks/results/throughput"
+LORA16 = {"method": "lora", "rank": 16, "target_modules": SEVEN}
+
+
+ADAPTERS = {"lsr": LSR, "kron_lora": KRON, "lora": LORA16}
+
+
+def eager_rows(path):
+    """The rows whose peaks `plan` foresees."""
+    rows = json.loads(path.read_text())["rows"]
+    return [
+        row
+        for row in rows
+        if row["provider"] in ADAPTERS and row["status"] == "ok" and row["checkpointing"] in ("none", "full")
+    ]
+
+
+COMMITTED = [path for path in sorted(THROUGHPUT.glob("*.json")) if eager_rows(path)]
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
+def test_fused_memory_is_within_five_percent_of_every_committed_measurement(path):
+    peaks: dict[tuple, dict[bool, float]] = {}
+    for row in eager_rows(path):
+        key = row["provider"], row["model"], row["base"], row["tokens"], row["seq_len"]
+        peaks.setdefault(key, {})[row["checkpointing"] == "full"] = row["peak_memory_gib"]
+    for (method, model, base, tokens, length), measured in peaks.items():
+        training = {"per_device_train_batch_size": tokens // length, "max_length": length}
+        result = plan(run(MODELS[model], ADAPTERS[method], training, quantization="none" if base == "bf16" else base))
+        assert result.fused
+        planned = {r.checkpointing: r.memory_gib.total for r in result.table if r.stage == "zero0"}
+        for recomputed, peak in measured.items():
+            assert planned[recomputed] == pytest.approx(peak, rel=0.05), (method, model, tokens, length, recomputed)
+
+
+def test_what_cannot_run_fused_is_planned_per_linear():
+    result = plan(run(MISTRAL, {**KRON, "dropout": 0.1}, {"max_length": 512, "per_device_train_batch_size": 1}))
+    assert not result.fused
+
+
+def test_the_stages_divide_what_they_say(monkeypatch):
+    step = memory.StepMemory(2**30, 2 * 2**30)
+    monkeypatch.setattr(memory, "trace_step", lambda *args, **kwargs: {False: step, True: step})
+    configured = run(MISTRAL, {"method": "lora", "rank": 64, "target_modules": SEVEN})
+    one, four = plan(configured, 1), plan(configured, 4)
+    rows = {row.stage: row.memory_gib for row in four.table if row.checkpointing}
+    trained = 4 * one.trainable_parameters / 2**30
+    assert one.memory_gib.optimizer == pytest.approx(2 * trained, abs=1e-3)
+    assert rows["zero0"].gradients == rows["zero1"].gradients == pytest.approx(trained, abs=1e-3)
+    assert rows["zero1"].optimizer == rows["zero2"].optimizer == pytest.approx(3 * trained / 4, abs=1e-3)
+    assert rows["zero2"].gradients == rows["zero1"].gradients
+    assert rows["zero2"].weights == one.memory_gib.weights
+    assert trained < rows["zero3"].weights < 0.4 * one.memory_gib.weights + trained
+    assert rows["zero3_offload"].weights < rows["zero3"].weights
+    # a layer in four bits, and the head, which is larger
+    gathered = ((2 * 4096**2 + 2 * 4096 * 1024 + 3 * 4096 * 14336) / 2 + 2 * 32000 * 4096) / 2**30
+    assert rows["zero3"].workspace == pytest.approx(rows["zero2"].workspace + gathered, abs=2e-4)
+    assert four.memory_gib == rows["zero2"]  # the default of a run
+    for memory_gib in rows.values():
+        parts = [getattr(memory_gib, name) for name in PARTS]
+        assert memory_gib.total == pytest.approx(sum(parts), abs=1e-3)
+    assert sum(four.sharded.values()) == pytest.approx(rows["zero3"].total, abs=1e-3)
+    assert rows["zero3"].loading < 0.5 * rows["zero2"].loading
+    assert one.frozen_bytes / 2**30 < rows["zero2"].loading < rows["zero2"].weights + 0.3
+
+
+def test_packing_and_padding_and_windows_decide_the_mask(monkeypatch):
+    seen = []
+
+    def record(model, batch, task, fused=False):
+        seen.append(batch)
+        return {on: memory.StepMemory(0, 0) for on in (False, True)}
+
+    monkeypatch.setattr(memory, "trace_step", record)
+    for model, training, section in (
+        ("meta-llama/Llama-2-7b-hf", {"per_device_train_batch_size": 1, "max_length": 8192}, {}),
+        (MISTRAL, {"per_device_train_batch_size": 1, "max_length": 8192}, {}),  # its window is 4,096
+        (MISTRAL, {"per_device_train_batch_size": 4, "max_length": 512}, {}),
+        (MISTRAL, {"per_device_train_batch_size": 4, "max_length": 512, "packing": True}, {}),
+        (MISTRAL, {"per_device_train_batch_size": 4, "max_length": 512}, {"attention": "flash_attention_2"}),
+    ):
+        plan(run(model, LSR, training, **section))
+    assert seen == [
+        memory.Batch(1, 8192, False),
+        memory.Batch(1, 8192, True),
+        memory.Batch(4, 512, True),
+        memory.Batch(1, 2048, True),
+        memory.Batch(4, 512, False),
+    ]
+
+
+@pytest.mark.usefixtures("counts_only")
+def test_sides_larger_than_their_dense_form_are_told_once_a_shape():
+    adapter = {**LSR, "rank": 4, "separation_rank": 28, "target_modules": ["query", "value"]}
+    result = plan(run("FacebookAI/roberta-base", adapter, task="seq_cls", num_labels=2))
+    assert result.warnings
+    assert all("and 23 more of that shape" in line and "attention.self.query" in line for line in result.warnings)
+    assert (
+        plan(run("FacebookAI/roberta-base", {**adapter, "separation_rank": 16}, task="seq_cls", num_labels=2)).warnings
+        == []
+    )
+
+
+@pytest.mark.usefixtures("counts_only")
+def test_an_optimizer_that_is_not_counted_as_itself_is_told():
+    assert plan(run(MISTRAL, LSR)).warnings == []
+    (line,) = plan(run(MISTRAL, LSR, {"optim": "adamw_bnb_8bit"})).warnings
+    assert "adamw_bnb_8bit" in line
+
+
+@pytest.mark.usefixtures("counts_only")
+def test_a_plan_needs_no_network_and_is_json_and_a_page(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("a plan opened a connection")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    result = plan(run(MISTRAL, LSR), gpus=2)
+    document = json.loads(json.dumps(dataclasses.asdict(result)))
+    assert document["trainable_parameters"] == 4_096_000
+    assert document["base_parameters"] == 7_241_732_096
+    assert document["adapter_bytes"] > 4 * 4_096_000
+    assert set(document["memory_gib"]) == {*PARTS, "total", "loading"}
+    assert [row["stage"] for row in document["table"]][::2] == ["zero0", "zero1", "zero2", "zero3", "zero3_offload"]
+    console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(render(result))
+    page = console.export_text()
+    assert "4,096,000 parameters" in page
+    assert "of rank 8 (20,971,520)" in page
+    assert "one of 2 GPUs" in page
+    narrow = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    narrow.print(render(result))
+    assert "…" not in narrow.export_text(), "no column is cut on a terminal's 80"
+
+
+@pytest.mark.parametrize(
+    ("model", "adapter", "message"),
+    [
+        (MISTRAL, {**LSR, "target_modules": ["q_projj"]}, r"did you mean .*q_proj"),
+        ("builtin:smollm2-135m-instruct", {**LSR, "rank": 512}, "larger than the smaller dimension"),
+        ("mistralai/Mistral-7B-v9", LSR, "hub cannot be reached"),
+        ("FacebookAI/roberta-base", {**LSR, "target_modules": ["query"]}, "is an encoder"),
+    ],
+)
+def test_a_mistake_is_said_before_anything_is_loaded(model, adapter, message):
+    with pytest.raises(UserError, match=message):
+        plan(run(model, adapter))
+
+
+def test_a_verdict_names_what_is_left_or_what_would_fit():
+    small = run(MISTRAL, LSR, {"per_device_train_batch_size": 4, "max_length": 2048})
+    result = plan(small)
+    roomy = fit(small, result, 80.0)
+    assert roomy.nearest is None
+    taken = max(result.memory_gib.total, result.memory_gib.loading)
+    assert roomy.left == pytest.approx(80 - roomy.kept_back - taken, abs=0.02)
+    assert "fits on a card of 80 GiB" in roomy.in_words()
+    least = taken / 0.92 + 0.5 / 0.92  # 8 % and half a GiB are kept back
+    assert fit(small, result, least + 0.1).nearest is None
+    tight = fit(small, result, least - 0.1)
+    assert tight.left < 0
+    assert tight.nearest is not None
+    assert "does not fit" in tight.in_words()
+    single = fit(small, result, 7.5)
+    assert single.nearest == "training.per_device_train_batch_size: 1, training.memory: save"
+    assert fit(small, result, 1.0).nearest == "nothing on up to 8 GPUs"
+
+
+def test_a_proposal_fits_when_it_is_followed():
+    large = run("meta-llama/Llama-2-70b-hf", LSR, {"per_device_train_batch_size": 1, "max_length": 512})
+    alone = fit(large, plan(large), 40.0)
+    assert alone.nearest == "deepspeed.config: zero3_offload, training.memory: save"
+    values = large.model_dump()
+    values["deepspeed"]["config"] = "zero3"
+    sharded = run_from_dict(values)
+    assert fit(sharded, plan(sharded, 4), 24.0).nearest is None
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "x", "inf", "nan"])
+def test_a_card_has_a_size(text, capsys):
+    with pytest.raises(SystemExit):
+        main(["plan", "configs/mistral_lsr.yaml", "--card-gib", text])
+    assert "expected a number above 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("model", "gpus", "card_gib", "fits"),
+    [
+        ("meta-llama/Llama-2-70b-hf", 2, 24, True),
+        ("meta-llama/Llama-2-70b-hf", 4, 16, True),
+        # a head of 128,256 words is gathered whole
+        ("meta-llama/Llama-3.1-70B", 2, 24, False),
+        ("meta-llama/Llama-3.1-70B", 4, 16, False),
+    ],
+)
+def test_the_sum_says_whether_a_70b_in_four_bits_fits(model, gpus, card_gib, fits):
+    result = plan(run(model, LSR, {"per_device_train_batch_size": 1, "max_length": 512}), gpus)
+    zero3 = next(row.memory_gib for row in result.table if row.stage == "zero3" and row.checkpointing)
+    assert sum(result.sharded.values()) == pytest.approx(zero3.total, abs=2e-3)
+    assert zero3.loading < card_gib - 1, "sharded from the first weight on, it loads on each of these"
+    assert (zero3.total < card_gib - 1) == fits
+    shown = io.StringIO()
+    Console(width=120, file=shown).print(render(result))
+    text = shown.getvalue()
+    assert f"zero3 on one of {gpus} GPUs" in text
+    for name, part in result.sharded.items():
+        assert f"{part:.2f}  {name}" in text

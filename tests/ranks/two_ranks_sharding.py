@@ -1,0 +1,152 @@
+"""What test_sharding.py has two processes do, in one launch: the first three steps of every combination.
+
+    torchrun --nproc_per_node 2 tests/ranks/two_ranks_sharding.py FOLDER
+
+The folder holds `model` and the data of `tiny_runs`, `deep`, of five layers (fused layers make the pairs of the second
+to the fourth together), and `larger`, for measuring. What each process saw goes to sharding-RANK.json: the losses by
+combination, and bytes.
+"""
+
+import gc
+import json
+import sys
+import time
+import weakref
+from pathlib import Path
+
+from lsr_scale import cli
+
+STAGES = ("zero0", "zero1", "zero2", "zero3", "zero3_offload")
+BASES = ("none", "nf4", "int8")
+METHODS = ("lsr", "kron_lora", "lora")
+# fused, gradient_checkpointing, gradient_checkpointing_kwargs; the first is the default on a CPU
+MODES = {
+    "linear-checkpointed": ("off", True, None),
+    "linear": ("off", False, None),
+    "linear-reentrant": ("off", True, {"use_reentrant": True}),
+    "fused": ("on", False, None),
+    "fused-recomputed": ("on", True, None),
+}
+DEFAULT = "linear-checkpointed"
+COMBINATIONS = [
+    *((stage, base, method, DEFAULT) for stage in STAGES for base in BASES for method in METHODS),
+    *(("zero3", base, "lsr", mode) for base in BASES[1:] for mode in MODES if mode != DEFAULT),
+]
+# and whether from a checkpoint, fused then, or with random weights
+MEASURED = [("nf4", True), ("int8", True), ("none", False)]
+# what is whole at once, fused or not
+GATHERED = [("nf4", True), ("nf4", False), ("none", False)]
+
+
+# steps along the gradient, far shorter than it is: these losses see its length
+CLIPPED = {"optim": "sgd", "max_grad_norm": 0.1, "learning_rate": 1.0}
+EXACT = {"dtype": "float32"}  # the model's, for these
+# and rows in a micro-batch, of two
+ENGINES = [(stage, rows) for stage in STAGES[:4] for rows in (1, 2)]
+
+
+def first_losses(folder: Path, base: str, method: str, mode: str, **changes) -> tuple[list[float], object, list]:
+    """Return the losses of a run's first three steps, its model, and the losses and norms of the gradients as logged.
+
+    A loss sees the gradients of the steps before.
+    """
+    from lsr_scale.run.folder import RunFolder
+    from lsr_scale.training import assembly
+    from tests.helpers.tiny_runs import tiny_run
+
+    fused, checkpointing, kwargs = MODES[mode]
+    training = {
+        "output_dir": str(folder / "unused"),
+        "max_steps": 3,
+        "warmup_steps": 0,
+        "lr_scheduler_type": "constant",
+        "save_strategy": "no",
+        "fused": fused,
+        "gradient_checkpointing": checkpointing,
+        "gradient_checkpointing_kwargs": kwargs,
+        **changes.pop("training", {}),
+    }
+    sections = {
+        "model": {"name": str(folder / ("model" if mode == DEFAULT else "deep")), "quantization": base}
+        | changes.pop("model", {}),
+        "adapter": {"method": method, "dropout": 0.0},
+        # the rows of one step, seen in each
+        "data": {"train": [{"path": str(folder / "rows.jsonl"), "limit": 4}]},
+    }
+    run = tiny_run(folder, training=training, eval={"tasks": []}, **sections, **changes)
+    trainer = assembly.build_trainer(run, RunFolder(folder / "unused"))
+    with assembly.only_new_warnings():
+        trainer.train()
+    logged = [row for row in trainer.state.log_history if "loss" in row]
+    norms = [[row["loss"], row["grad_norm"]] for row in logged]
+    return [row["loss"] for row in logged], trainer.model, norms
+
+
+class Gathered:
+    """The most bytes of whole matrices that lived at once: all that gathers wrote and something still refers to."""
+
+    def __init__(self) -> None:
+        from lsr_scale.model import sharded
+
+        self.live: dict[int, int] = {}
+        self.peak = 0
+        gather = sharded._gather
+
+        def gather_and_count(parts, wholes):
+            for whole in wholes:
+                storage = whole.untyped_storage()
+                self.live[storage._cdata] = storage.nbytes()
+                weakref.finalize(storage, self.live.pop, storage._cdata)
+            self.peak = max(self.peak, self.lasting())
+            return gather(parts, wholes)
+
+        sharded._gather = gather_and_count
+
+    def lasting(self) -> int:
+        """Return the bytes that live; gloo's threads let go of what they gathered when they come to run again."""
+        for _ in range(1000):
+            if sum(self.live.values()) <= self.peak:
+                break
+            time.sleep(0.002)
+        return sum(self.live.values())
+
+
+def main() -> None:
+    cli._quiet_libraries(debug=False)  # as the command does, before what reads these settings is imported
+    import datasets
+    from accelerate.state import AcceleratorState
+
+    from benchmarks.sharding import measure
+    from lsr_scale import distributed
+    from lsr_scale.model.sharded import is_sharded
+
+    datasets.disable_progress_bars()
+    folder, rank = Path(sys.argv[-1]), distributed.rank()
+    distributed.start(use_deepspeed=True)
+    gc.freeze()
+    seen: dict = {"losses": {}, "sharded": {}, "clipped": {}, "bytes": {}}
+    for stage, base, method, mode in COMBINATIONS:
+        name = "/".join((stage, base, method, mode))
+        losses, model, _ = first_losses(folder, base, method, mode, deepspeed={"config": stage})
+        seen["losses"][name], seen["sharded"][name] = losses, is_sharded(model)  # pyright: ignore
+        AcceleratorState._reset_state(reset_partial_state=True)
+    for stage, rows in ENGINES:
+        batches = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": 2 // rows}
+        given = {"deepspeed": {"config": stage}, "training": {**CLIPPED, **batches}, "model": EXACT}
+        *_, seen["clipped"][f"{stage}/{rows}"] = first_losses(folder, "none", "lsr", DEFAULT, **given)
+        AcceleratorState._reset_state(reset_partial_state=True)
+    for base, checkpoint in MEASURED:
+        kind = "checkpoint" if checkpoint else "random"
+        seen["bytes"][f"{base}/{kind}"] = measure(
+            str(folder / "larger"), base, checkpoint=checkpoint, tokens=16, fused=checkpoint
+        )
+    gathered, seen["gathered"] = Gathered(), {}
+    for base, fused in GATHERED:
+        gathered.peak = 0
+        measure(str(folder / "larger"), base, checkpoint=True, tokens=16, fused=fused)
+        seen["gathered"][f"{base}/{fused}"] = gathered.peak
+    (folder / f"sharding-{rank}.json").write_text(json.dumps(seen))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,39 @@
+"""What test_faults.py has two processes do, in one launch: a step under each engine, a bad batch on one.
+
+    torchrun --nproc_per_node 2 tests/ranks/two_ranks_skipping.py FILE...
+
+Each file is a run; of one whose name begins with "gradient", the batch's loss is finite.
+"""
+
+import math
+import sys
+
+from trl import SFTTrainer
+
+from lsr_scale import cli, distributed
+from tests.helpers.gradients import InfiniteGradient
+
+
+def main() -> None:
+    cli._quiet_libraries(debug=False)
+    from accelerate.state import AcceleratorState
+
+    compute = SFTTrainer.compute_loss
+
+    def poisoned(self, *args, **kwargs):
+        loss = compute(self, *args, **kwargs)
+        if distributed.rank() != 1 or self.state.global_step != 0:
+            return loss
+        return InfiniteGradient.apply(loss) if file.rpartition("/")[2].startswith("gradient") else loss * math.nan
+
+    SFTTrainer.compute_loss = poisoned
+    distributed.stop = lambda: None  # the processes stay together for the next run
+    for file in sys.argv[1:]:
+        status = cli.main(["train", "--config", file])
+        if status:
+            sys.exit(status)
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -3,8 +3,8 @@
     python -m tests.chaos --cases 3000 --seed 0 --json counts.json
     python -m tests.chaos --only yaml.tags-17            what that case is, what was printed and what is wrong with it
 
-A case is the name of a shape (`shapes.py`) and a number that seeds its random choices, so a name says all of it. It runs
-in a folder of its own, which is compared before and after. `tests/test_chaos.py` runs some 300 of them.
+A case is the name of a shape (`shapes.py`) and a number that seeds its random choices, so a name says it
+all. It runs in a folder of its own, which is compared before and after. `tests/test_chaos.py` runs some 300 of them.
 """
 
 import argparse

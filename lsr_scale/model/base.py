@@ -28,12 +28,12 @@ from lsr_scale.distributed import local_rank
 from lsr_scale.errors import UserError, did_you_mean
 from lsr_scale.kernels.attention import keep_cudnn_from_masks
 from lsr_scale.layers.frozen_linear import freeze_quantized
-from lsr_scale.model import embedded
-from lsr_scale.model.files import check_config, check_weights, read_json
+from lsr_scale.model import builtin
+from lsr_scale.model.folder_checks import check_config, check_weights, read_json
 from lsr_scale.model.gather import gather_on_use, replicate
+from lsr_scale.model.known_configs import known_config
 from lsr_scale.model.names import NAME_FORMS, explained, local_folder, resolve
 from lsr_scale.model.random_weights import random_base
-from lsr_scale.model.shapes import known_config
 from lsr_scale.model.shard import Sharding, full_shape
 
 logger = logging.getLogger(__name__)
@@ -54,13 +54,13 @@ def load_config(name: str, revision: str | None = None) -> PreTrainedConfig:
     """Return the configuration of a model, no weights and, where it can be avoided, no network.
 
     A local folder is read; a hub name is looked up in the hub cache, then among the well-known models that come with
-    this package (`shapes.json`), then on the hub.
+    this package (`known_configs.json`), then on the hub.
 
     Raises:
         UserError: for an unknown model, an unreadable configuration, or one that needs code from its repository.
     """
-    if name.startswith(embedded.PREFIX):
-        config = known_config(embedded.find(name).hub_name)
+    if name.startswith(builtin.PREFIX):
+        config = known_config(builtin.find(name).hub_name)
         assert config is not None
         return config
     folder = local_folder(name)

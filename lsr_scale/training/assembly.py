@@ -41,7 +41,7 @@ from lsr_scale.data.preview import (
 from lsr_scale.data.tally import TalliesRows, Tally
 from lsr_scale.errors import UserError, did_you_mean
 from lsr_scale.fused import FuseReport, fuse
-from lsr_scale.fused.step_graph import StepGraphs, why_not_graphs
+from lsr_scale.fused.cuda_graphs import StepGraphs, why_not_graphs
 from lsr_scale.model import base_of, load_config, read_tokenizer, skeleton, tokenizer_of
 from lsr_scale.model.shard import Sharding, is_sharded
 from lsr_scale.model.tokenizer import has_tokenizer, same_state

@@ -39,7 +39,7 @@ def model_values(model: str, layers: int | None = None) -> dict[str, Any]:
     if model == "tiny":
         values = dict(TINY)
     else:
-        table = ROOT / "lsr_scale" / "model" / "shapes.json"
+        table = ROOT / "lsr_scale" / "model" / "known_configs.json"
         entries = json.loads(table.read_text(encoding="utf-8"))
         values = dict(next(entry["config"] for entry in entries if MODELS[model] in entry["names"]))
     if "sliding_window" in values:

@@ -160,7 +160,7 @@ def main(arguments: list[str] | None = None) -> int:
     from lsr_scale.adapters.files import load_adapter
     from lsr_scale.export import export, open_adapter
     from lsr_scale.export.verify import base_section, in_float32
-    from lsr_scale.model import embedded, load_base, load_tokenizer
+    from lsr_scale.model import builtin, load_base, load_tokenizer
     from lsr_scale.run import evaluate
     from lsr_scale.scoring.scorer import encode_pairs
 
@@ -180,7 +180,7 @@ def main(arguments: list[str] | None = None) -> int:
         found[case] = compared(read(theirs.logits, rows, answers), wanted, answers)
         print(f"{case}: {found[case]} ({time.perf_counter() - began:.0f} s)", flush=True)
 
-    published = embedded.gguf_file(NAME)
+    published = builtin.gguf_file(NAME)
     with tempfile.TemporaryDirectory(prefix="llama-cpp-") as place:
         work = Path(place)
         quiet: dict[str, Any] = {"verify": False, "say": lambda text: None}

@@ -31,11 +31,11 @@ def model_of(name: str, device: torch.device) -> Any:
     """Return a model of random weights, in evaluation."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from lsr_scale.model.shapes import known_config
+    from lsr_scale.model.known_configs import known_config
 
     config = AutoConfig.for_model(**TINY) if name == "tiny" else known_config(name)
     if config is None:
-        raise SystemExit(f"--model {name}: its shapes are not known; see lsr_scale/model/shapes.json")
+        raise SystemExit(f"--model {name}: its shapes are not known; see lsr_scale/model/known_configs.json")
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     with device:

@@ -29,11 +29,11 @@ FILE_BYTES = 5 * 10**9
 def write_base(name: str, folder: Path, layers: int | None) -> int:
     """Write a folder of random weights in a model's shapes; return the number of parameters."""
     from lsr_scale.model import skeleton
-    from lsr_scale.model.shapes import known_config
+    from lsr_scale.model.known_configs import known_config
 
     config = known_config(name)
     if config is None:
-        raise SystemExit(f"--model {name}: its shapes are not known; see lsr_scale/model/shapes.json")
+        raise SystemExit(f"--model {name}: its shapes are not known; see lsr_scale/model/known_configs.json")
     config.num_hidden_layers = layers or config.num_hidden_layers
     folder.mkdir(parents=True)
     config.save_pretrained(folder)

@@ -31,7 +31,7 @@ from lsr_scale.adapters.methods.kron_lora import KronLora, KronLoraConfig
 from lsr_scale.adapters.methods.lsr import Lsr, LsrConfig
 from lsr_scale.data.sources import load_rows
 from lsr_scale.data.tasks import examples
-from lsr_scale.model.embedded import ensure
+from lsr_scale.model.builtin import ensure
 from lsr_scale.scoring import encode_pairs
 
 TASKS = ("arc_easy", "arc_challenge", "openbookqa")

@@ -85,7 +85,7 @@ def gradients(model: Any, ids: Tensor) -> dict[str, Tensor]:
 
 def in_float32(model: Any) -> Any:
     """Return the model computing in float32, in place, on the weights that bfloat16 computes with."""
-    from lsr_scale.fused.groups import base_of
+    from lsr_scale.fused.linear_groups import base_of
     from lsr_scale.layers.frozen_linear import dequantize
 
     for module in model.modules():

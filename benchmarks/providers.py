@@ -299,7 +299,7 @@ class LsrGraphs(LsrAdapter):
 
     def inputs(self, ids: Tensor) -> Any:
         """Return the batches in the form that graphs take, with the number of supervised tokens."""
-        from lsr_scale.fused.step_graph import StepGraphs, static_batch
+        from lsr_scale.fused.cuda_graphs import StepGraphs, static_batch
 
         self.graphs = StepGraphs(self.model.get_base_model())
         positions = torch.arange(ids.shape[2]).repeat(ids.shape[1])[None]

@@ -160,7 +160,7 @@ def measure(
     from lsr_scale.config import engine_config, offloads_parameters
     from lsr_scale.fused import fuse
     from lsr_scale.model import local_device
-    from lsr_scale.model.sharded import Sharding
+    from lsr_scale.model.shard import Sharding
 
     whole = whole or whole_sizes(model, quantization, checkpoint)
     device, world = local_device(), distributed.world_size()

@@ -296,7 +296,7 @@ def main() -> int:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from lsr_scale import files
-    from lsr_scale.model.embedded import ensure
+    from lsr_scale.model.builtin import ensure
 
     began = time.monotonic()
     folder = ensure("builtin:smollm2-135m-instruct")

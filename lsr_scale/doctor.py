@@ -34,7 +34,7 @@ from lsr_scale import distributed
 from lsr_scale.config import RunConfig
 from lsr_scale.errors import UserError
 from lsr_scale.layers.frozen_linear import dequantize, freeze_quantized
-from lsr_scale.model import embedded
+from lsr_scale.model import builtin
 from lsr_scale.screen import Screen
 
 GIB = 2**30
@@ -405,19 +405,19 @@ def _quantized_layer(bnb: Any, kind: str, dense: torch.Tensor) -> nn.Module:
     return layer
 
 
-# DeepSpeed and the embedded model
+# DeepSpeed and the built-in model
 
 
 def helpers() -> Iterator[Finding]:
-    """Tell what several processes need, and where the embedded model is."""
+    """Tell what several processes need, and where the built-in model is."""
     where = "GPUs: NCCL" if torch.cuda.is_available() else "CPUs: gloo"
     yield Finding("helpers", "DeepSpeed", f"several processes talk over {where}; nothing is compiled")
-    name = next(iter(embedded.MODELS))
-    packaged = embedded.MODELS[name]
+    name = next(iter(builtin.MODELS))
+    packaged = builtin.MODELS[name]
     if importlib.util.find_spec(packaged.package) is None:
         yield Finding("helpers", f"model {name}", "its package is not installed", "note", packaged.install_command)
     else:
-        converted = embedded.folder_of(name).is_dir()
+        converted = builtin.folder_of(name).is_dir()
         yield Finding("helpers", f"model {name}", "converted" if converted else "installed; converted on first use")
 
 
@@ -427,7 +427,7 @@ def helpers() -> Iterator[Finding]:
 def surroundings() -> Iterator[Finding]:
     """Check disks, caches and environment variables."""
     try:
-        yield check_folder("model cache", embedded.cache_folder())
+        yield check_folder("model cache", builtin.cache_folder())
     except UserError as error:
         yield Finding("surroundings", "model cache", str(error), "note", "set LSR_SCALE_CACHE")
     yield check_folder("working folder", Path.cwd())

@@ -5,7 +5,7 @@ import os
 import pytest
 
 from lsr_scale import UserError, cli
-from lsr_scale.model import embedded
+from lsr_scale.model import builtin
 from lsr_scale.paths import is_odd, user_path
 
 
@@ -57,10 +57,10 @@ def test_without_a_home_the_cache_is_refused_in_words_with_the_way_out(monkeypat
     for name in ("LSR_SCALE_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(UserError, match=r"model cache, LSR_SCALE_CACHE: .* no home folder for '~'"):
-        embedded.cache_folder()
+        builtin.cache_folder()
     monkeypatch.undo()
     monkeypatch.setenv("LSR_SCALE_CACHE", str(tmp_path))
-    assert embedded.cache_folder() == tmp_path
+    assert builtin.cache_folder() == tmp_path
 
 
 @pytest.mark.parametrize(

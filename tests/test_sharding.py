@@ -111,7 +111,7 @@ def test_zero3_holds_a_share_of_the_base_on_each_process_from_the_first_weight_o
 
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize(("base", "fused"), GATHERED)
-def test_a_layer_is_whole_and_the_next_one_on_its_way_and_never_more(seen, place, rank, base, fused):
+def test_a_layer_is_unsharded_and_the_next_one_prefetched_and_never_more(seen, place, rank, base, fused):
     empty = skeleton(load_config(str(place / "larger")))
     frozen = frozen_bytes(empty, quantized_layers(empty) if base != "none" else [], base, True)
     layer = frozen.layers / 6

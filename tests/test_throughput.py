@@ -215,7 +215,7 @@ def test_slopes_are_bytes_a_token_and_layer():
 def test_the_gate_is_green_as_it_is_and_red_when_a_gradient_is_wrong(base, tmp_path, monkeypatch):
     # not above: the processes of the fakes import this file
     from benchmarks import parity
-    from lsr_scale.fused import groups
+    from lsr_scale.fused import linear_groups
 
     _, config = throughput.parse(arguments(tmp_path / "a.json", "lsr", "lora", "frozen", "peft_lora", base=base))
     rows = parity.Parity(config).turn({})["parity"]
@@ -223,9 +223,9 @@ def test_the_gate_is_green_as_it_is_and_red_when_a_gradient_is_wrong(base, tmp_p
     assert len(rows) == 2 * len(parity.VARIANTS)
     assert not any(row["problems"] for row in rows)
     assert all(0 < row["worst_ratio"] < 2 for row in rows)
-    right = groups.Group.up_gradients
+    right = linear_groups.Group.up_gradients
     wrong = lambda *args: [None if each is None else 1.1 * each for each in right(*args)]  # noqa: E731
-    monkeypatch.setattr(groups.Group, "up_gradients", wrong)
+    monkeypatch.setattr(linear_groups.Group, "up_gradients", wrong)
     rows = parity.Parity(config).turn({})["parity"]
     assert all("is off by" in row["problems"][0] for row in rows)
 

@@ -11,7 +11,7 @@ from torch import nn
 from lsr_scale.adapters.identity import base_modules
 from lsr_scale.adapters.peft import features
 from lsr_scale.model.base import head_modules
-from lsr_scale.model.sharded import whole_numel
+from lsr_scale.model.shard import full_numel
 
 # of all weights; less is not worth a line (routers, biases of attention)
 WORTH_SAYING = 0.001
@@ -38,7 +38,7 @@ def left_out(
         sides = features(module)
         for name, parameter in module.named_parameters(recurse=False):
             packed = sides is not None and name == "weight"
-            size = sides[0] * sides[1] if packed and sides else whole_numel(parameter)
+            size = sides[0] * sides[1] if packed and sides else full_numel(parameter)
             total += size
             is_matrix = packed or len(getattr(parameter, "ds_shape", parameter.shape)) > 1
             if is_matrix and not isinstance(module, nn.Embedding) and not f"{path}.".startswith(heads):

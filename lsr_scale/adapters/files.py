@@ -21,7 +21,7 @@ from lsr_scale.adapters.identity import base_description, check_base
 from lsr_scale.adapters.saved import BASE, check_own_base, read_base, read_config, read_weights
 from lsr_scale.errors import UserError
 from lsr_scale.layers.fp32_modules import hold_in_float32
-from lsr_scale.model.sharded import is_sharded
+from lsr_scale.model.shard import is_sharded
 from lsr_scale.paths import user_path
 from lsr_scale.run.folder import ADAPTER_FILES
 
@@ -51,7 +51,7 @@ def save_adapter(trainer: Trainer, target: Path) -> None:
 
 
 def write_adapter(model: Any, folder: Path) -> None:
-    """Write the adapter as PEFT does, with `base.json` beside it; of a base that is cut up nothing, such as embeddings.
+    """Write the adapter as PEFT does, with `base.json` beside it; nothing of a sharded base, such as embeddings.
 
     Raises:
         RuntimeError: for an empty tensor, which is a bug.

@@ -12,7 +12,7 @@ from torch import nn
 
 from lsr_scale.adapters.peft import features
 from lsr_scale.errors import UserError
-from lsr_scale.model.sharded import whole_numel
+from lsr_scale.model.shard import full_numel
 
 
 def base_description(model: nn.Module) -> dict[str, Any]:
@@ -38,7 +38,7 @@ def base_description(model: nn.Module) -> dict[str, Any]:
             if id(parameter) not in seen:
                 seen.add(id(parameter))
                 packed = size is not None and parameter is module.weight
-                num_parameters += size[0] * size[1] if packed and size else whole_numel(parameter)
+                num_parameters += size[0] * size[1] if packed and size else full_numel(parameter)
     content = {key: value for key, value in config.to_diff_dict().items() if key not in _NOT_ARCHITECTURE}
     digest = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
     return {

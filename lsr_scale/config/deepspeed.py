@@ -28,7 +28,7 @@ SHIPPED: dict[str, dict[str, Any]] = {
     "zero0": {**COMMON, "zero_optimization": {"stage": 0}},
     "zero1": {**COMMON, "zero_optimization": {"stage": 1, **_BUCKETS}},
     "zero2": {**COMMON, "zero_optimization": {"stage": 2, **_BUCKETS}},
-    # The frozen base is cut up by `lsr_scale.model.sharded`; see `engine_config` for what DeepSpeed is told.
+    # The frozen base is sharded by `lsr_scale.model.shard`; see `engine_config` for what DeepSpeed is told.
     "zero3": {**COMMON, "zero_optimization": {"stage": 3, **_BUCKETS}},
     # The optimizer's state is a few times the adapter: it stays on the GPU, and no CPU Adam has to be compiled.
     "zero3_offload": {
@@ -48,7 +48,7 @@ OF_TRAINING = {
 # Where transformers fills in auto, in zero_optimization.
 FILLED = ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold")
 
-# What steers how DeepSpeed's own stage 3 cuts parameters up and gathers them, beside all that begins with stage3_.
+# What steers how DeepSpeed's own stage 3 partitions parameters and gathers them, beside all that begins with stage3_.
 _OF_STAGE_3 = (
     *("offload_param", "sub_group_size", "memory_efficient_linear", "module_granularity_threshold"),
     *("gather_16bit_weights_on_model_save", "use_all_reduce_for_fetch_params", "log_trace_cache_warnings"),
@@ -66,7 +66,7 @@ _OF_REDUCTION = (
 
 
 def engine_config(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what DeepSpeed's engine is told: stage 3 is a lower one for what trains, the frozen base is cut up here.
+    """Return what DeepSpeed's engine is told: stage 3 is a lower one for what trains, the frozen base is sharded here.
 
     DeepSpeed's own stage 3 would partition, gather and reduce every factor by itself, a thousand small tensors a step.
     Its timer, which would wait for the GPU in every step, is off if nobody asks for it.
@@ -80,7 +80,7 @@ def engine_config(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def offloads_parameters(content: Mapping[str, Any]) -> bool:
-    """Tell whether the parts of a base that is cut up are held on the CPU."""
+    """Tell whether the shards of a frozen base are held on the CPU."""
     return _offloads(content, "offload_param")
 
 

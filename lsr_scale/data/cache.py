@@ -11,7 +11,7 @@ import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lsr_scale.model.embedded import cache_folder
+from lsr_scale.model.builtin import cache_folder
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from lsr_scale.export.source import AdapterSource
-from lsr_scale.model import embedded
+from lsr_scale.model import builtin
 
 _USE = {
     "adapter": "import lsr_scale, peft\nmodel = peft.PeftModel.from_pretrained(base, FOLDER)",
@@ -19,7 +19,7 @@ _USE = {
 def write_card(folder: Path, source: AdapterSource, kind: str, facts: dict[str, Any]) -> None:
     """Write README.md: what the Hub's readers and people look for."""
     base = (source.run.model.name if source.run else None) or (source.base or {}).get("name") or "unknown"
-    packaged = embedded.MODELS.get(base.removeprefix(embedded.PREFIX)) if base.startswith(embedded.PREFIX) else None
+    packaged = builtin.MODELS.get(base.removeprefix(builtin.PREFIX)) if base.startswith(builtin.PREFIX) else None
     licence = packaged.license.lower() if packaged else "other"
     header = [
         "---",

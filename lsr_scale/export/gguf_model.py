@@ -18,7 +18,7 @@ from lsr_scale.export.gguf_file import GGUF_TYPES, array_of, names_of, to_rotary
 from lsr_scale.export.merged import MergedWeights
 from lsr_scale.export.pairs import metadata_of
 from lsr_scale.export.source import AdapterSource
-from lsr_scale.model import embedded, read_tokenizer
+from lsr_scale.model import builtin, read_tokenizer
 
 FILE = "model.gguf"
 _FILE_TYPES = {
@@ -107,8 +107,8 @@ def write_merged_gguf(
 
 
 def _open(base_gguf: str | None, name: str) -> gguf.GGUFReader:
-    if base_gguf is None and name.startswith(embedded.PREFIX):
-        base_gguf = str(embedded.gguf_file(name))
+    if base_gguf is None and name.startswith(builtin.PREFIX):
+        base_gguf = str(builtin.gguf_file(name))
     if base_gguf is None:
         raise UserError(
             f"--to gguf --merged: {name} did not come from a GGUF, and its vocabulary has to come from one; name a "

@@ -24,7 +24,7 @@ from lsr_scale.errors import UserError
 from lsr_scale.export.source import AdapterSource
 from lsr_scale.layers.frozen_linear import dequantize
 from lsr_scale.model import DTYPES, head_modules, load_config, quantization_config, resolve, skeleton
-from lsr_scale.model.files import read_json
+from lsr_scale.model.folder_checks import read_json
 from lsr_scale.model.names import explained
 from lsr_scale.model.tokenizer import copy_tokenizer, end_tokens, has_tokenizer, read_tokenizer, same_state
 

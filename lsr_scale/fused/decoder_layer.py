@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lsr_scale.fused.groups import Group, mm_float
+from lsr_scale.fused.linear_groups import Group, mm_float
 from lsr_scale.fused.pairs import Pair
 from lsr_scale.kernels.attention import Sequences, attention, attention_backward
 from lsr_scale.kernels.rms_norm import rms_norm, rms_norm_backward, rms_norm_project

@@ -17,7 +17,7 @@ from transformers.models.qwen3 import modeling_qwen3
 
 from lsr_scale.adapters.peft import AdapterLinear
 from lsr_scale.fused.decoder_layer import LINEARS, linears_of
-from lsr_scale.fused.groups import base_of
+from lsr_scale.fused.linear_groups import base_of
 from lsr_scale.fused.pairs import active_adapters
 from lsr_scale.layers.frozen_linear import FrozenLinear, FrozenLinear4bit, FrozenLinear8bit
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lsr_scale.fused.fallback import why_not_linear
-from lsr_scale.fused.groups import Group, mm_float
+from lsr_scale.fused.linear_groups import Group, mm_float
 from lsr_scale.fused.pairs import active_adapters, joined, materialize
 
 

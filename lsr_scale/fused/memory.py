@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from lsr_scale.fused.models import FusedLayer, hold
-from lsr_scale.model.sharded import is_sharded
+from lsr_scale.model.shard import is_sharded
 
 # rungs: what is computed again, and whether weights are held
 _RUNGS = (("full", False), ("mlp", False), ("none", False), ("none", True))

@@ -23,6 +23,7 @@ from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from lsr_scale.adapters.peft import AdapterLinear, change_counts
 from lsr_scale.errors import UserError
+from lsr_scale.fused.attention_mask import needs_mask
 from lsr_scale.fused.decoder_layer import (
     GROUPS,
     DecoderLayerFunction,
@@ -33,10 +34,9 @@ from lsr_scale.fused.decoder_layer import (
     linears_of,
 )
 from lsr_scale.fused.fallback import FAMILIES, LAYERS, why_not_call, why_not_head, why_not_layer, why_not_linear
-from lsr_scale.fused.groups import HeldMatrix
 from lsr_scale.fused.linear import LinearMixin
+from lsr_scale.fused.linear_groups import HeldMatrix
 from lsr_scale.fused.loss import causal_lm_loss
-from lsr_scale.fused.padding import needs_mask
 from lsr_scale.fused.pairs import Adapter, Pair, active_adapters, joined, materialize
 from lsr_scale.kernels.attention import Sequences, dense_mask, keep_cudnn_from_masks
 from lsr_scale.layers.frozen_linear import freeze_quantized

@@ -28,12 +28,13 @@ from lsr_scale.distributed import local_rank
 from lsr_scale.errors import UserError, did_you_mean
 from lsr_scale.kernels.attention import keep_cudnn_from_masks
 from lsr_scale.layers.frozen_linear import freeze_quantized
-from lsr_scale.model import embedded
-from lsr_scale.model.files import check_config, check_weights, read_json
+from lsr_scale.model import builtin
+from lsr_scale.model.folder_checks import check_config, check_weights, read_json
+from lsr_scale.model.gather import gather_on_use, replicate
+from lsr_scale.model.known_configs import known_config
 from lsr_scale.model.names import NAME_FORMS, explained, local_folder, resolve
 from lsr_scale.model.random_weights import random_base
-from lsr_scale.model.shapes import known_config
-from lsr_scale.model.sharded import Sharding, gather_as_used, make_whole, whole_shape
+from lsr_scale.model.shard import Sharding, full_shape
 
 logger = logging.getLogger(__name__)
 
@@ -53,13 +54,13 @@ def load_config(name: str, revision: str | None = None) -> PreTrainedConfig:
     """Return the configuration of a model, no weights and, where it can be avoided, no network.
 
     A local folder is read; a hub name is looked up in the hub cache, then among the well-known models that come with
-    this package (`shapes.json`), then on the hub.
+    this package (`known_configs.json`), then on the hub.
 
     Raises:
         UserError: for an unknown model, an unreadable configuration, or one that needs code from its repository.
     """
-    if name.startswith(embedded.PREFIX):
-        config = known_config(embedded.find(name).hub_name)
+    if name.startswith(builtin.PREFIX):
+        config = known_config(builtin.find(name).hub_name)
         assert config is not None
         return config
     folder = local_folder(name)
@@ -265,7 +266,7 @@ def load_base(
         random_weights: Take the architecture with random weights, for speed and memory work; needs no checkpoint.
         seed: Seed of the random weights and of a new head.
         device: Where to; `local_device()` by default.
-        sharding: How to cut it up among the processes; whole on each by default.
+        sharding: How to shard it among the processes; replicated by default.
         say: Told, in a line each, of weights that start at random and of weights that the model does not take.
 
     Raises:
@@ -284,10 +285,10 @@ def load_base(
         empty = skeleton(config, task, num_labels, dtype, attention)
         quantizer = quantization_config(quantization, double_quantization, dtype, head_modules(empty))
         tied = bool(getattr(config.get_text_config(), "tie_word_embeddings", False))
-        cutting = nullcontext(lambda module: None) if sharding is None else sharding.loading(tied)
+        sharded = nullcontext(lambda module: None) if sharding is None else sharding.loading(tied)
         if random_weights:
-            with cutting as cut, explained(name, revision):
-                model = random_base(empty, quantizer, device, cut)
+            with sharded as shard, explained(name, revision):
+                model = random_base(empty, quantizer, device, shard)
         else:
             check_quantization(config, quantization, name)
             path = resolve(name)
@@ -297,7 +298,7 @@ def load_base(
             kwargs: dict[str, Any] = {} if num_labels is None else {"num_labels": num_labels}
             if attention != "auto":
                 kwargs["attn_implementation"] = attention
-            with cutting as cut, explained(name, revision, "its weights"):
+            with sharded as shard, explained(name, revision, "its weights"):
                 model, report = model_class(config, task).from_pretrained(
                     path,
                     revision=revision,
@@ -309,7 +310,7 @@ def load_base(
                     device_map={"": str(device)},
                     **kwargs,
                 )
-                cut(model)
+                shard(model)
             _check_complete(name, model, report, task, say)
             _check_shapes(name, model, empty)
             for module in model.modules():
@@ -320,11 +321,11 @@ def load_base(
     # before anything can run a forward: bitsandbytes' own eval-mode forward repacks 4-bit weights on some CPUs
     freeze_quantized(model)
     if sharding is not None and sharding.active:
-        trained = [*sharding.whole, *(head_modules(model) or [] if task == "seq_cls" else [])]
+        trained = [*sharding.replicated, *(head_modules(model) or [] if task == "seq_cls" else [])]
         for name, module in model.named_modules():
             if name.endswith(tuple(trained)):  # as PEFT understands modules_to_save
-                make_whole(module)
-        gather_as_used(model, sharding.offload)
+                replicate(module)
+        gather_on_use(model, sharding.offload)
     return model
 
 
@@ -369,7 +370,7 @@ def _check_shapes(name: str, model: PreTrainedModel, empty: PreTrainedModel) -> 
         if path not in expected:
             continue
         state = getattr(loaded, "quant_state", None)
-        shape = list(state.shape if state is not None else whole_shape(loaded))
+        shape = list(state.shape if state is not None else full_shape(loaded))
         wanted = list(expected[path].shape)
         if loaded.dtype in (torch.uint8, torch.int8) and isinstance(
             empty.get_submodule(path.rpartition(".")[0]), Conv1D

@@ -11,9 +11,9 @@ from safetensors import SafetensorError
 from torch.distributed import DistError
 
 from lsr_scale.errors import UserError, did_you_mean
-from lsr_scale.model import embedded
-from lsr_scale.model.files import check_folder
-from lsr_scale.model.shapes import known_names
+from lsr_scale.model import builtin
+from lsr_scale.model.folder_checks import check_folder
+from lsr_scale.model.known_configs import known_names
 from lsr_scale.paths import user_path
 
 NAME_FORMS = "a hub name (organization/model), a local folder with a config.json, or builtin:smollm2-135m-instruct"
@@ -22,13 +22,13 @@ NAME_FORMS = "a hub name (organization/model), a local folder with a config.json
 def resolve(name: str) -> str:
     """Return what Transformers loads a model by: a local folder, or the hub name unchanged.
 
-    `builtin:` names are converted into a folder on first use (see `embedded`).
+    `builtin:` names are converted into a folder on first use (see `builtin`).
 
     Raises:
         UserError: for a folder that is not there, a file, or a name that no model can have.
     """
-    if name.startswith(embedded.PREFIX):
-        return str(embedded.ensure(name))
+    if name.startswith(builtin.PREFIX):
+        return str(builtin.ensure(name))
     folder = local_folder(name)
     return name if folder is None else str(folder)
 
@@ -48,7 +48,7 @@ def local_folder(name: str) -> Path | None:
             return None
         except hub.HFValidationError:
             pass
-    near = did_you_mean(name, [*known_names(), *(embedded.PREFIX + model for model in embedded.MODELS)])
+    near = did_you_mean(name, [*known_names(), *(builtin.PREFIX + model for model in builtin.MODELS)])
     what = "there is no such folder" if looks_local else "this is none"
     raise UserError(f"model.name {name!r}: expected {NAME_FORMS}; {what}; {near}")
 

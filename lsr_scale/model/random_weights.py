@@ -20,7 +20,7 @@ def random_base(
     model: PreTrainedModel,
     quantizer: BitsAndBytesConfig | None,
     device: torch.device,
-    cut: Callable[[nn.Module], None] = lambda module: None,
+    shard: Callable[[nn.Module], None] = lambda module: None,
 ) -> PreTrainedModel:
     """Fill a skeleton with the random weights that its architecture starts training with, in place.
 
@@ -28,7 +28,7 @@ def random_base(
         model: The model on the meta device, see `lsr_scale.model.skeleton`.
         quantizer: How to quantize its linear layers; None leaves them in their dtype.
         device: Where to. Deterministic by torch's seed, per kind of device.
-        cut: Told each module whose weights are in place, see `lsr_scale.model.sharded.Sharding`.
+        shard: Told each module whose weights are in place, see `lsr_scale.model.shard.Sharding`.
 
     Returns:
         The model, in eval mode, as `from_pretrained` would have returned it.
@@ -47,10 +47,10 @@ def random_base(
             if isinstance(module, nn.Linear | nn.Embedding):
                 _draw(model, module)
         if isinstance(module, nn.Linear | nn.Embedding):
-            cut(module)  # at once: these are all but a few of a model's bytes
+            shard(module)  # at once: these are all but a few of a model's bytes
     model.initialize_weights()  # skips what carries the mark of being initialized
     model.tie_weights()
-    cut(model)
+    shard(model)
     if hub_quantizer is not None:
         model.hf_quantizer = hub_quantizer  # pyright: ignore[reportAttributeAccessIssue]
         hub_quantizer.postprocess_model(model)

@@ -15,8 +15,8 @@ from lsr_scale.adapters.identity import base_description
 from lsr_scale.config import RunConfig
 from lsr_scale.errors import UserError
 from lsr_scale.model import save_tokenizer
+from lsr_scale.model.gather import reshard
 from lsr_scale.model.names import elsewhere
-from lsr_scale.model.sharded import let_go
 from lsr_scale.paths import user_path
 from lsr_scale.run import evaluate
 from lsr_scale.run.folder import RunFolder, step_of
@@ -147,7 +147,7 @@ def _train(
             run.eval.batch_tokens,
             live=live,
         )
-        let_go(model)
+        reshard(model)
         evaluate.save_predictions(folder, tasks, scores[when], when)
 
     if tasks and run.eval.before and checkpoint is None:

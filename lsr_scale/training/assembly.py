@@ -41,9 +41,9 @@ from lsr_scale.data.preview import (
 from lsr_scale.data.tally import TalliesRows, Tally
 from lsr_scale.errors import UserError, did_you_mean
 from lsr_scale.fused import FuseReport, fuse
-from lsr_scale.fused.step_graph import StepGraphs, why_not_graphs
+from lsr_scale.fused.cuda_graphs import StepGraphs, why_not_graphs
 from lsr_scale.model import base_of, load_config, read_tokenizer, skeleton, tokenizer_of
-from lsr_scale.model.sharded import Sharding, is_sharded
+from lsr_scale.model.shard import Sharding, is_sharded
 from lsr_scale.model.tokenizer import has_tokenizer, same_state
 from lsr_scale.run.folder import RunFolder
 from lsr_scale.scoring import classification
@@ -132,8 +132,8 @@ def build_trainer(
         how = "the frozen base is gathered a layer at a time, and gradients are averaged all at once"
         say(f"note: deepspeed.config: {', '.join(unused)}: no effect, {how}")
     with only_new_warnings():
-        seed, cut = run.training["seed"], _sharding(run, start)
-        base = base_of(run.model, seed, cut, lambda line: say(f"note: {line}"))
+        seed, sharding = run.training["seed"], _sharding(run, start)
+        base = base_of(run.model, seed, sharding, lambda line: say(f"note: {line}"))
         model, differences = adapt(run, base, start)
     targets = run.adapter.options.get("target_modules")
     for note in (*differences, *left_out(model, run.model.quantization, targets, run.model.dtype)):
@@ -252,9 +252,9 @@ def _arguments(run: RunConfig, folder: RunFolder) -> Any:
 
 
 def _sharding(run: RunConfig, start: Path | None) -> Sharding | None:
-    """Return how a run's base is cut up among its processes, None where each holds it whole.
+    """Return how a run's base is sharded among its processes, None where it is replicated.
 
-    Modules that are trained whole stay whole: those that the run names, or the adapter that it starts from.
+    Modules that are fully trained stay replicated: `modules_to_save` of the run, or of the adapter that it starts from.
     """
     content = run.deepspeed.config
     if content is None or zero_stage(run) != 3 or not uses_deepspeed(run):
@@ -264,7 +264,7 @@ def _sharding(run: RunConfig, start: Path | None) -> Sharding | None:
 
 
 def _check_optimizer(run: RunConfig) -> None:
-    """Refuse, before anything is loaded, an optimizer whose state belongs to no one parameter where it is sharded."""
+    """Refuse, before anything is loaded, an optimizer whose state belongs to no one parameter where ZeRO shards it."""
     name, stage = run.training["optim"], zero_stage(run)
     if uses_deepspeed(run) and stage > 0 and "8bit" in name:
         raise UserError(

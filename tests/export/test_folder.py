@@ -24,7 +24,7 @@ from lsr_scale.export.gguf_file import from_rotary_order, to_rotary_order
 from lsr_scale.export.pairs import truncate
 from lsr_scale.export.verify import compare, in_float32
 from lsr_scale.layers.frozen_linear import dequantize, freeze_quantized
-from lsr_scale.model import embedded, load_base, resolve
+from lsr_scale.model import builtin, load_base, resolve
 from tests.adapters.test_files import StandInTrainer
 from tests.conftest import SEVEN_LINEARS, randomize
 from tests.fuzz_adapters import fuzz
@@ -382,7 +382,7 @@ def test_damaged_adapters_are_refused_in_words_or_still_whole(tmp_path, seed):
 def test_rotary_order_is_that_of_a_published_gguf():
     smollm2_tokenizer()  # or skip
     name = "builtin:smollm2-135m-instruct"
-    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(embedded.gguf_file(name)).tensors}
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(builtin.gguf_file(name)).tensors}
     with safe_open(Path(resolve(name)) / "model.safetensors", "pt") as file:
         for module, short, heads in (("q_proj", "attn_q", 9), ("k_proj", "attn_k", 3)):
             ours = file.get_tensor(f"model.layers.3.self_attn.{module}.weight").float()

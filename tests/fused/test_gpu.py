@@ -7,7 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 
 import lsr_scale
 from lsr_scale.adapters import peft_config
-from lsr_scale.fused.groups import base_of
+from lsr_scale.fused.linear_groups import base_of
 from lsr_scale.kernels.attention import keep_cudnn_from_masks
 from lsr_scale.kernels.dequantize import Extension
 from lsr_scale.layers.frozen_linear import dequantize, dequantize_into

@@ -28,7 +28,7 @@ from lsr_scale.errors import UserError
 from lsr_scale.fused import decoder_layer, linear
 from lsr_scale.fused import models as fused_models
 from lsr_scale.fused.fallback import why_not_layer
-from lsr_scale.fused.groups import Group
+from lsr_scale.fused.linear_groups import Group
 from lsr_scale.layers.frozen_linear import freeze_quantized
 from tests.conftest import SEVEN_LINEARS, TINY_SIZES, quantize, randomize, tiny_llama
 

@@ -10,7 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from lsr_scale.errors import UserError
 from lsr_scale.layers.frozen_linear import FrozenLinear4bit, FrozenLinear8bit
-from lsr_scale.model import load_base, load_config, model_class, resolve, shapes, skeleton
+from lsr_scale.model import known_configs, load_base, load_config, model_class, resolve, skeleton
 from tests.conftest import tiny_llama
 
 SMOLLM2 = "builtin:smollm2-135m-instruct"
@@ -54,7 +54,7 @@ def test_a_well_known_model_has_its_published_parameter_count_without_network(na
 
 
 def test_every_entry_of_the_table_makes_a_model():
-    for name in shapes.known_names():
+    for name in known_configs.known_names():
         config = load_config(name)
         task = "causal_lm" if any(a.endswith(("CausalLM", "LMHeadModel")) for a in config.architectures) else "seq_cls"
         assert skeleton(config, task, num_labels=2).config.model_type == config.model_type

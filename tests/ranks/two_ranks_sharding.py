@@ -34,7 +34,7 @@ COMBINATIONS = [
 ]
 # and whether from a checkpoint, fused then, or with random weights
 MEASURED = [("nf4", True), ("int8", True), ("none", False)]
-# what is whole at once, fused or not
+# what is unsharded at once, fused or not
 GATHERED = [("nf4", True), ("nf4", False), ("none", False)]
 
 
@@ -83,27 +83,27 @@ def first_losses(folder: Path, base: str, method: str, mode: str, **changes) -> 
 
 
 class Gathered:
-    """The most bytes of whole matrices that lived at once: all that gathers wrote and something still refers to."""
+    """The most bytes of gathered matrices that lived at once: all that gathers wrote and something still refers to."""
 
     def __init__(self) -> None:
-        from lsr_scale.model import sharded
+        from lsr_scale.model import gather
 
         self.live: dict[int, int] = {}
         self.peak = 0
-        gather = sharded._gather
+        start_all_gather = gather.start_all_gather
 
-        def gather_and_count(parts, wholes):
-            for whole in wholes:
-                storage = whole.untyped_storage()
+        def gather_and_count(shards, fulls):
+            for full in fulls:
+                storage = full.untyped_storage()
                 self.live[storage._cdata] = storage.nbytes()
                 weakref.finalize(storage, self.live.pop, storage._cdata)
             self.peak = max(self.peak, self.lasting())
-            return gather(parts, wholes)
+            return start_all_gather(shards, fulls)
 
-        sharded._gather = gather_and_count
+        gather.start_all_gather = gather_and_count
 
     def lasting(self) -> int:
-        """Return the bytes that live; gloo's threads let go of what they gathered when they come to run again."""
+        """Return the bytes that live; gloo's threads free what they gathered when they come to run again."""
         for _ in range(1000):
             if sum(self.live.values()) <= self.peak:
                 break
@@ -118,7 +118,7 @@ def main() -> None:
 
     from benchmarks.sharding import measure
     from lsr_scale import distributed
-    from lsr_scale.model.sharded import is_sharded
+    from lsr_scale.model.shard import is_sharded
 
     datasets.disable_progress_bars()
     folder, rank = Path(sys.argv[-1]), distributed.rank()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import Trainer
 
-from lsr_scale.fused.step_graph import StepGraphs, static_batch
+from lsr_scale.fused.cuda_graphs import StepGraphs, static_batch
 from lsr_scale.training.steps.head_loss import at_least_one
 
 # What the host takes at least to launch a decoder layer's kernels, forward and backward, and what a GPU computes at

@@ -9,10 +9,10 @@ from torch.nn import functional
 from transformers import Trainer
 
 from lsr_scale import distributed
+from lsr_scale.fused.attention_mask import needs_mask
 from lsr_scale.fused.fallback import why_not_head
 from lsr_scale.fused.loss import IGNORED
 from lsr_scale.fused.models import documents
-from lsr_scale.fused.padding import needs_mask
 
 _Base: Any = Trainer
 

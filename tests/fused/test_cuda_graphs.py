@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 import lsr_scale
 from lsr_scale.adapters import peft_config
 from lsr_scale.errors import UserError
-from lsr_scale.fused.step_graph import StepGraphs, rounded, static_batch, static_loss, why_not_graphs
+from lsr_scale.fused.cuda_graphs import StepGraphs, rounded, static_batch, static_loss, why_not_graphs
 from lsr_scale.training import assembly
 from lsr_scale.training.steps.graphs import GraphSteps, host_bound
 from lsr_scale.training.steps.head_loss import HeadLoss

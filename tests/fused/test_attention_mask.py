@@ -8,7 +8,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification, MistralCon
 import lsr_scale
 from lsr_scale.adapters import peft_config
 from lsr_scale.fused import decoder_layer
-from lsr_scale.fused.padding import needs_mask
+from lsr_scale.fused.attention_mask import needs_mask
 from lsr_scale.kernels.attention import Sequences, attention_reference, keep_cudnn_from_masks
 from lsr_scale.model import load_base
 from lsr_scale.training.steps.head_loss import HeadCollator

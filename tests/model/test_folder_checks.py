@@ -15,7 +15,7 @@ from transformers import BitsAndBytesConfig
 
 from lsr_scale.errors import UserError
 from lsr_scale.model import load_base, load_config, load_tokenizer, skeleton
-from lsr_scale.model.files import read_json
+from lsr_scale.model.folder_checks import read_json
 from tests.conftest import tiny_llama
 
 CPU = torch.device("cpu")

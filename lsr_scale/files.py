@@ -17,6 +17,7 @@ import psutil
 
 from lsr_scale.errors import UserError
 from lsr_scale.paths import is_odd
+from lsr_scale.version import __version__
 
 PACKAGES = (
     *("torch", "transformers", "peft", "trl", "accelerate", "deepspeed", "bitsandbytes", "datasets", "tokenizers"),
@@ -200,8 +201,6 @@ def environment() -> dict[str, Any]:
     """Return what a result depends on: versions, machine, and this package's commit where it is run from a checkout."""
     import torch
 
-    import lsr_scale
-
     versions: dict[str, str | None] = {}
     for package in PACKAGES:
         try:
@@ -210,7 +209,7 @@ def environment() -> dict[str, Any]:
             versions[package] = None
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return {
-        "lsr_scale": lsr_scale.__version__,
+        "lsr_scale": __version__,
         "commit": _commit(),
         "python": platform.python_version(),
         **versions,

@@ -377,7 +377,7 @@ def test_a_finished_run(place, done, tmp_path, capfd, words, advice, instead):
 @pytest.mark.parametrize("variables", [{"RANK": "one"}, {"RANK": "0"}, {"RANK": "0", "WORLD_SIZE": ""}])
 def test_variables_that_are_to_be_unset(call, monkeypatch, variables):
     monkeypatch.setattr(cli.os, "_exit", lambda status: None)
-    monkeypatch.setattr(cli.time, "sleep", lambda seconds: None)  # for rank 0 to speak first
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # for rank 0 to speak first
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     status, said = call("train")

@@ -5,14 +5,19 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+import lsr_scale
 from lsr_scale import cli
+from lsr_scale.commands import failures
 from lsr_scale.config import dump_yaml
 from lsr_scale.doctor import Finding, Report
 from lsr_scale.run.folder import RunFolder
 from tests.helpers.tiny_runs import TOOLS, completions, do, factors, questions, save_llama, tiny_run, write_rows
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -361,7 +366,7 @@ def test_a_bug_is_no_mistake_and_keeps_its_traceback(monkeypatch):
     def broken(_):
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setitem(cli._COMMANDS, "doctor", broken)
+    monkeypatch.setattr("lsr_scale.commands.doctor.run", broken)
     with pytest.raises(ZeroDivisionError):
         cli.main(["doctor"])
 
@@ -379,7 +384,7 @@ def test_failures_of_the_machine_are_said_in_words(call, monkeypatch, error, exp
     def fail(_):
         raise error
 
-    monkeypatch.setitem(cli._COMMANDS, "doctor", fail)
+    monkeypatch.setattr("lsr_scale.commands.doctor.run", fail)
     assert expected in refused(call, "doctor", status=status)
 
 
@@ -389,27 +394,75 @@ def test_a_gpu_without_memory_is_said_with_what_to_lower(call, monkeypatch):
     def fail(_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    monkeypatch.setitem(cli._COMMANDS, "doctor", fail)
+    monkeypatch.setattr("lsr_scale.commands.doctor.run", fail)
     assert "lower training.per_device_train_batch_size" in refused(call, "doctor")
 
 
 def test_another_rank_names_itself_and_waits_for_the_first_to_speak(call, monkeypatch):
     waited = []
     monkeypatch.setenv("RANK", "1")
-    monkeypatch.setattr(cli.time, "sleep", waited.append)
+    monkeypatch.setattr("time.sleep", waited.append)
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     for load in (0.5, 6.0, 90.0):  # longer on a busy host, where the first is longer in coming
         monkeypatch.setattr(os, "getloadavg", lambda load=load: (load, 1.0, 1.0))
         assert "lsr-scale: rank 1: " in refused(call, "train")
-    assert waited == [cli.SECONDS_FOR_RANK_0 * times for times in (1, 3, 10)]
+    assert waited == [failures.SECONDS_FOR_RANK_0 * times for times in (1, 3, 10)]
 
 
-def test_the_package_runs_as_a_module():
-    ran = subprocess.run(
-        [sys.executable, "-m", "lsr_scale", "plan", "--help"], capture_output=True, text=True, check=False
+def program(tmp_path, start):
+    """Return the words that start the command in this way."""
+    if start == "module":
+        return ["-m", "lsr_scale"]
+    if start == "launch/train.py":
+        return [str(ROOT / "launch" / "train.py")]
+    script = tmp_path / "lsr-scale"  # as pip writes it
+    script.write_text("import sys\nfrom lsr_scale.cli import main\nsys.exit(main())\n")
+    return [str(script)]
+
+
+def imported_by(*words):
+    """Run Python in a process of its own; return it and the top-level packages that it imported."""
+    command = [sys.executable, "-X", "importtime", *words]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": str(ROOT)}
     )
-    assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.startswith("usage: lsr-scale plan")
+    lines = [line for line in done.stderr.splitlines() if line.startswith("import time:")]
+    return done, {line.rpartition("|")[2].strip().partition(".")[0] for line in lines}
+
+
+HEAVY = {"torch", "transformers", "peft", "trl", "deepspeed", "datasets", "numpy", "pydantic"}
+
+
+@pytest.mark.parametrize("start", ["script", "module", "launch/train.py"])
+@pytest.mark.parametrize(("words", "status"), [(["--help"], 0), (["--nope"], 2)])
+def test_options_are_parsed_before_torch_is_imported(tmp_path, start, words, status):
+    done, imported = imported_by(*program(tmp_path, start), *words)
+    assert done.returncode == status, done.stderr
+    assert "usage: lsr-scale" in (done.stderr if status else done.stdout)
+    assert "lsr_scale" in imported
+    assert not imported & HEAVY
+
+
+def test_no_commands_options_import_torch():
+    code = (
+        "import sys\nsys.argv[0] = 'lsr-scale'\nfrom lsr_scale import cli\n"
+        "for words in [['--version'], *([name, '--help'] for name in cli.COMMANDS)]:\n"
+        "    try:\n        cli.main(words)\n    except SystemExit as ended:\n        assert ended.code == 0\n"
+    )
+    done, imported = imported_by("-c", code)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"lsr-scale {lsr_scale.__version__}\nusage: lsr-scale train")
+    assert not imported & HEAVY
+
+
+def test_a_program_run_as_a_module_has_the_methods_registered_by_the_import_alone(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "__init__.py").write_text("import lsr_scale, peft\nprint(peft.PeftType('LSR').value)\n")
+    (tmp_path / "mine" / "__main__.py").write_text("")
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    command = [sys.executable, "-m", "mine", "lsr_scale"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "LSR\n"
 
 
 OUT_OF_MEMORY = [
@@ -427,6 +480,6 @@ def test_memory_of_the_machine_that_is_out_is_said(monkeypatch, capsys, error):
     def out_of_memory(args):
         raise RuntimeError("while loading") from error
 
-    monkeypatch.setitem(cli._COMMANDS, "config", out_of_memory)
+    monkeypatch.setattr("lsr_scale.commands.config.run", out_of_memory)
     assert cli.main(["config", "x.yaml"]) == 2
     assert "this machine's memory (not the GPU's) ran out; lower training.per_device_train" in capsys.readouterr().err

@@ -81,7 +81,7 @@ def _template() -> Path:
     """Return a folder with models, rows, run files, a finished run, exports of it and a project of the user's own."""
     folder = Path(tempfile.mkdtemp(prefix="chaos-template"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    cli._quiet_libraries(debug=False)
+    cli.quiet_libraries(debug=False)
     datasets.disable_progress_bars()  # a command says so in a variable, before it imports them
     with contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()):
         save_llama(Path("model"), chat=True)

@@ -7,7 +7,7 @@ from lsr_scale import cli, distributed
 
 
 def main() -> int:
-    cli._quiet_libraries(debug=False)
+    cli.quiet_libraries(debug=False)
     from trl import SFTTrainer
 
     compute = SFTTrainer.compute_loss

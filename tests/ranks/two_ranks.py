@@ -57,7 +57,7 @@ class Watch(TrainerCallback):
 
 
 def main() -> None:
-    cli._quiet_libraries(debug=False)  # as the command does, before what reads these settings is imported
+    cli.quiet_libraries(debug=False)  # as the command does, before what reads these settings is imported
     from accelerate.state import AcceleratorState
 
     from lsr_scale import adapters, distributed

@@ -112,7 +112,7 @@ class Gathered:
 
 
 def main() -> None:
-    cli._quiet_libraries(debug=False)  # as the command does, before what reads these settings is imported
+    cli.quiet_libraries(debug=False)  # as the command does, before what reads these settings is imported
     import datasets
     from accelerate.state import AcceleratorState
 

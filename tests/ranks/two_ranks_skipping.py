@@ -15,7 +15,7 @@ from tests.helpers.gradients import InfiniteGradient
 
 
 def main() -> None:
-    cli._quiet_libraries(debug=False)
+    cli.quiet_libraries(debug=False)
     from accelerate.state import AcceleratorState
 
     compute = SFTTrainer.compute_loss

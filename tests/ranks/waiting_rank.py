@@ -11,7 +11,7 @@ from lsr_scale import cli, distributed
 
 
 def main() -> int:
-    cli._quiet_libraries(debug=False)
+    cli.quiet_libraries(debug=False)
     from trl import SFTTrainer
 
     from lsr_scale.training.callbacks.signals import StopOnSignal

@@ -368,7 +368,7 @@ def test_a_damaged_tokenizer_is_refused_in_words(tmp_path):
     [(r"a\nAnswer:", "a\nAnswer:"), (r"print('\\n')", r"print('\n')"), ("a\nb", "a\nb"), (r"\t and \x", r"\t and \x")],
 )
 def test_a_typed_backslash_n_is_a_new_line(typed, meant):
-    assert cli._parser().parse_args(["generate", "run", "--prompt", typed]).prompt == meant
+    assert cli.parser().parse_args(["generate", "run", "--prompt", typed]).prompt == meant
 
 
 def test_quiet_logging_is_not_needed_for_what_is_told(tmp_path, caplog):

@@ -1,0 +1,109 @@
+"""What commands share: the parser, the types of their options, and a run's CONFIG with its --set."""
+
+import argparse
+import re
+import sys
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from lsr_scale.commands.failures import rank
+from lsr_scale.errors import UserError, one_screen
+
+if TYPE_CHECKING:
+    from lsr_scale.config import RunConfig
+
+_LARGEST = 10**9  # of what is counted on the command line
+BASE_HELP = "the base model, where it lies elsewhere than when the run began"
+
+
+class Parser(argparse.ArgumentParser):
+    """Takes an option by its whole name and once, and says what is wrong on one screen."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs, allow_abbrev=False)
+        self.register("action", None, _StoreOnce)
+
+    def error(self, message: str) -> NoReturn:
+        """End with the usage and the mistake, and status 2."""
+        self.exit(2, f"{self.format_usage()}{self.prog}: error: {one_screen(message)}\n")
+
+
+class _StoreOnce(argparse.Action):
+    """Stores an option's value; argparse would let a second one replace the first without a word."""
+
+    stored = False
+
+    def __call__(
+        self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None
+    ) -> None:
+        if self.stored and self.option_strings:
+            raise argparse.ArgumentError(self, "stands twice; keep one of them")
+        self.stored = True
+        setattr(namespace, self.dest, values)
+
+
+class YesOrNo(argparse.BooleanOptionalAction):
+    """`--verify` or `--no-verify`, not both."""
+
+    stored: str | None = None
+
+    def __call__(
+        self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None
+    ) -> None:
+        """Store True or False; refuse the other of the two."""
+        if self.stored not in (None, option_string):
+            raise argparse.ArgumentError(self, f"{self.stored} and {option_string} contradict each other; keep one")
+        self.stored = option_string
+        super().__call__(parser, namespace, values, option_string)
+
+
+def count(text: str) -> int:
+    """Return a whole number from 1 on, for argparse."""
+    number = int(text) if re.fullmatch("[0-9]{1,12}", text) else 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, got {text!r}")
+    if number > _LARGEST:
+        raise argparse.ArgumentTypeError(f"expected a number up to {_LARGEST:,}, got {text!r}")
+    return number
+
+
+def positive_number(text: str) -> float:
+    """Return a number above 0, for argparse."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number <= _LARGEST:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, up to {_LARGEST:,}, got {text!r}")
+    return number
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add CONFIG, which --config names too, and --set."""
+    parser.add_argument("config_path", nargs="?", metavar="CONFIG", help="the run's YAML file")
+    parser.add_argument("--config", help="the same, by name")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="for instance training.learning_rate=1e-3"
+    )
+
+
+def names_run(args: argparse.Namespace) -> bool:
+    """Tell whether any of the arguments of `add_run_arguments` is there."""
+    return bool(args.config or args.config_path or args.set)
+
+
+def load_run(args: argparse.Namespace) -> "RunConfig":
+    """Return the run that the arguments of `add_run_arguments` mean.
+
+    Raises:
+        UserError: for no configuration, two, or one with a mistake.
+    """
+    from lsr_scale import config
+
+    path = args.config or args.config_path
+    if path is None or (args.config and args.config_path and args.config != args.config_path):
+        raise UserError("expected one configuration: --config configs/NAME.yaml")
+    keys = [assignment.partition("=")[0].strip() for assignment in args.set]
+    for index, key in enumerate(keys):
+        if key in keys[index + 1 :] and rank() == "0":
+            print(one_screen(f"note: --set {args.set[index]} has no effect, as {key} is set again"), file=sys.stderr)
+    return config.load_run(path, args.set)

@@ -1,0 +1,26 @@
+"""`lsr-scale doctor`."""
+
+import argparse
+
+from lsr_scale.commands.arguments import Parser, add_run_arguments, load_run, names_run
+from lsr_scale.screen import Screen
+
+HELP = "Report versions, hardware, which fast paths are on, and known bad combinations."
+
+
+def add_arguments(parser: Parser) -> None:
+    """Add the command's options."""
+    add_run_arguments(parser)
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command; return the exit status: 1 where something is bad."""
+    from lsr_scale import doctor
+
+    report = doctor.doctor(load_run(args) if names_run(args) else None)
+    if args.json:
+        print(report.to_json())
+    else:
+        Screen().print(doctor.render(report))
+    return report.exit_code

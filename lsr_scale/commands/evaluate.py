@@ -1,0 +1,35 @@
+"""`lsr-scale eval`."""
+
+import argparse
+import json
+
+from lsr_scale.commands.arguments import BASE_HELP, Parser, count
+
+HELP = "Load a run's adapter onto its base again and score multiple-choice tasks."
+
+
+def add_arguments(parser: Parser) -> None:
+    """Add the command's options."""
+    parser.add_argument("run", help="the run's folder")
+    parser.add_argument(
+        "--tasks", nargs="+", metavar="TASK", help="task names, files or folders; the run's own by default"
+    )
+    parser.add_argument("--limit", type=count, help="score only the first so many questions of each task")
+    parser.add_argument("--base", metavar="MODEL", help=BASE_HELP)
+    parser.add_argument("--base-only", action="store_true", help="score the base without the adapter")
+    parser.add_argument("--without-questions", action="store_true", help="a control: score the choices alone")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command; return the exit status."""
+    from lsr_scale.run import evaluate
+
+    result = evaluate.evaluate_run(
+        args.run, args.tasks, args.limit, args.base_only, args.without_questions, base=args.base
+    )
+    if args.json:
+        print(json.dumps(result, indent=2))
+    else:
+        evaluate.print_accuracy(result)
+    return 0

@@ -1,0 +1,38 @@
+"""`lsr-scale export`."""
+
+import argparse
+
+from lsr_scale.commands.arguments import BASE_HELP, Parser, YesOrNo, count
+
+HELP = "Write a trained adapter for other programs, and verify it."
+
+
+def add_arguments(parser: Parser) -> None:
+    """Add the command's options."""
+    parser.add_argument("source", metavar="RUN_OR_ADAPTER", help="a run's folder, or an adapter's")
+    parser.add_argument("--to", required=True, choices=("adapter", "lora", "merged", "gguf"), help="the format")
+    parser.add_argument("--out", required=True, metavar="DIR", help="a new folder")
+    parser.add_argument("--bits", type=int, choices=(16, 8, 4), help="of the factors, for adapter; 16 by default")
+    parser.add_argument("--max-rank", type=count, help="truncate to this rank, for lora and gguf")
+    parser.add_argument("--dtype", help="float32, bfloat16, float16; merged: also nf4; gguf --merged: also q8_0")
+    parser.add_argument("--merged", action="store_true", help="a full GGUF rather than an adapter, for gguf")
+    parser.add_argument(
+        "--base-gguf", metavar="FILE", help="a GGUF of the base, for gguf --merged: vocabulary, metadata"
+    )
+    parser.add_argument("--base", metavar="MODEL", help=f"{BASE_HELP}, or nothing beside the adapter names it")
+    parser.add_argument("--verify", action=YesOrNo, default=True, help="compare logits")
+    parser.add_argument(
+        "--accuracy",
+        action=YesOrNo,
+        help="score the run's tasks as trained and exported; by default where the export loses something",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command; return the exit status."""
+    from lsr_scale.export import export
+
+    options = {"bits": args.bits, "max_rank": args.max_rank, "dtype": args.dtype}
+    options |= {"merged": args.merged, "base_gguf": args.base_gguf}
+    export(args.source, args.to, args.out, **options, verify=args.verify, accuracy=args.accuracy, base=args.base)
+    return 0

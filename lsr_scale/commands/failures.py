@@ -1,0 +1,98 @@
+"""How a command fails: the words for a mistake or a failure of the machine, and which process says them when."""
+
+import contextlib
+import os
+import sys
+import time
+
+from lsr_scale.errors import LOST_PEER, UserError, one_screen
+
+SECONDS_FOR_RANK_0 = 4.0
+# the system's words, and what torch.save makes of them
+_FULL_DISK = ("No space left on device", "PytorchStreamWriter", "inline_container", "iostream error")
+# CUDA's words where torch has no exception of its own
+_FULL_GPU = ("CUDA out of memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+# torch's words, the C++ library's and the system's
+_FULL_MEMORY = ("DefaultCPUAllocator: ", "std::bad_alloc", "Cannot allocate memory", "not enough memory: you tried")
+# a peer's end, in gloo's words and NCCL's
+_LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "ncclRemoteError", "ncclSystemError")
+
+
+def explain(error: Exception) -> tuple[str, int] | None:
+    """Return the words for a user's mistake or a failure of the machine, and the exit status; None for a bug."""
+    if isinstance(error, UserError):
+        return str(error), 2
+    # whatever raised these has imported them
+    from lsr_scale.training.callbacks.signals import Terminated
+
+    if isinstance(error, Terminated):
+        return str(error), error.status
+    words = _machine_failure(error)
+    return None if words is None else (words, 2)
+
+
+def say(text: str) -> None:
+    """Print an error; of several processes that meet the same one, the first says it."""
+    own_rank = rank()
+    if text == LOST_PEER:
+        time.sleep(1.0)  # the launcher is to see first the one that it lost, and to name that one
+    elif own_rank != "0":
+        # Most mistakes stop all processes alike: the first one says it and ends, and the launcher ends this one before
+        # it has waited to the end. What only this process met, it says.
+        time.sleep(SECONDS_FOR_RANK_0 * _load_per_core())
+    if own_rank != "0":
+        text = f"rank {own_rank}: {text}"
+    text = one_screen(text)
+    with contextlib.suppress(BrokenPipeError):  # its reader may be gone, as after Ctrl-C on `... |& tee`
+        print(f"\nlsr-scale: {text}", file=sys.stderr, flush=True)
+
+
+def rank() -> str:
+    """Return the launcher's number of this process as it stands, for it may be none; "0" without a launcher."""
+    return os.environ.get("RANK") or "0"
+
+
+def _load_per_core() -> float:
+    """Return how many processes want each core of this host, from 1 to 10: on a busy one the others come later."""
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 1.0
+    return min(10.0, max(1.0, load / (os.cpu_count() or 1)))
+
+
+def _machine_failure(error: Exception) -> str | None:
+    """Return words for a failure of the machine rather than of the program."""
+    import torch
+    from safetensors import SafetensorError
+
+    text = str(error)
+    if isinstance(error, torch.OutOfMemoryError) or any(words in text for words in _FULL_GPU):
+        return (
+            "the GPU's memory ran out; lower training.per_device_train_batch_size or training.max_length, or set "
+            "training.memory: save (lsr-scale plan tells what each takes)"
+        )
+    if _is_out_of_memory(error):
+        return (
+            "this machine's memory (not the GPU's) ran out; lower training.per_device_train_batch_size, "
+            "training.max_length or training.dataloader_num_workers, give it more, or end what else runs on it"
+        )
+    if any(words in text for words in _FULL_DISK) and "Reader" not in text:
+        return (
+            "the disk is full; free some space, then resume with --resume auto (complete checkpoints stay, and one cut "
+            "short is passed over)"
+        )
+    if any(words in text for words in _LOST_PEER):
+        return LOST_PEER
+    if isinstance(error, SafetensorError):
+        return f"a weight file is damaged or cut short ({text}); restore it, or resume from the checkpoint before"
+    if isinstance(error, OSError) and error.errno is not None:
+        return f"{error.filename or 'the system'}: {error.strerror}"
+    return None
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether the machine's memory ran out, by the exception or one that led to it."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, MemoryError) or any(words in str(cause) for words in _FULL_MEMORY):
+            return True
+        cause = cause.__cause__ or cause.__context__
+    return False

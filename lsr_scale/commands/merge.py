@@ -1,0 +1,24 @@
+"""`lsr-scale merge`."""
+
+import argparse
+
+from lsr_scale.commands.arguments import Parser, count
+
+HELP = "Add adapters of one base up, exactly, into one LoRA adapter."
+
+
+def add_arguments(parser: Parser) -> None:
+    """Add the command's options."""
+    parser.add_argument("sources", nargs="+", metavar="RUN_OR_ADAPTER")
+    parser.add_argument("--weights", nargs="+", type=float, help="one for each; 1 by default")
+    parser.add_argument("--out", required=True, metavar="DIR", help="a new folder")
+    parser.add_argument("--max-rank", type=count, help="truncate the sum to this rank")
+    parser.add_argument("--dtype", default="float32", help="float32, bfloat16, float16")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command; return the exit status."""
+    from lsr_scale.export import merge
+
+    merge(args.sources, args.weights, args.out, max_rank=args.max_rank, dtype=args.dtype)
+    return 0

@@ -1,0 +1,81 @@
+"""`lsr-scale plan`: what a run takes, or with --budget what a number of parameters buys."""
+
+import argparse
+import json
+from dataclasses import asdict
+
+from lsr_scale.commands.arguments import Parser, add_run_arguments, count, load_run, positive_number
+from lsr_scale.errors import UserError
+from lsr_scale.screen import Screen
+
+HELP = "Tell parameters, bytes and memory of a run; needs no weights, network or GPU."
+
+
+def add_arguments(parser: Parser) -> None:
+    """Add the command's options."""
+    add_run_arguments(parser)
+    parser.add_argument("--gpus", type=count, help="1 by default")
+    card = "say whether it fits: one card's GiB, as nvidia-smi shows them (MiB / 1024); by default this machine's GPU"
+    parser.add_argument("--card-gib", type=positive_number, metavar="24", help=card)
+    parser.add_argument(
+        "--budget", metavar="4M", help="propose adapters of so many parameters at most, in place of that"
+    )
+    parser.add_argument(
+        "--model", metavar="NAME", help="with --budget and no CONFIG: the model, all its linears adapted"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command; return the exit status."""
+    from lsr_scale.plan import fit, plan, render
+
+    if args.budget:
+        return _propose(args)
+    if args.model:
+        raise UserError(
+            "--model goes with --budget; without it, give a configuration: lsr-scale plan configs/NAME.yaml"
+        )
+    config = load_run(args)
+    result = plan(config, args.gpus or 1)
+    card = args.card_gib or _own_card_gib()
+    verdict = fit(config, result, card) if card and result.traced else None
+    if args.json:
+        print(json.dumps({**asdict(result), "fit": None if verdict is None else asdict(verdict)}, indent=2))
+    else:
+        console = Screen()
+        console.print(render(result))
+        if verdict is not None:
+            console.print(f"this run {verdict.in_words()}", style="bold")
+    return 0
+
+
+def _own_card_gib() -> float | None:
+    import torch
+
+    return torch.cuda.get_device_properties(0).total_memory / 2**30 if torch.cuda.is_available() else None
+
+
+def _propose(args: argparse.Namespace) -> int:
+    from lsr_scale.plan import budget
+
+    num_parameters = budget.parse_budget(args.budget)
+    for name, value in (("--gpus", args.gpus), ("--card-gib", args.card_gib)):
+        if value is not None:
+            raise UserError(f"{name} {value:g}: has no effect with --budget, which counts parameters; leave it out")
+    if args.model and (args.config or args.config_path):
+        raise UserError("--model and a configuration both name a model; give one of them")
+    if args.model and args.set:
+        raise UserError("--set: has no effect with --model, which brings no configuration; leave it out")
+    if args.model:
+        result = budget.propose(args.model, num_parameters)
+    else:
+        config = load_run(args)
+        targets = config.adapter.options["target_modules"] or "all-linear"
+        model = config.model
+        result = budget.propose(model.name, num_parameters, targets, model.task, model.num_labels, model.revision)
+    if args.json:
+        print(result.to_json())
+    else:
+        Screen().print(budget.render(result))
+    return 0

@@ -1,0 +1,35 @@
+"""`lsr-scale train`, which `launch/train.py` runs too."""
+
+import argparse
+
+from lsr_scale.commands.arguments import Parser, add_run_arguments, load_run
+from lsr_scale.paths import user_path
+
+HELP = "Train a run: score, train, score again, save the adapter."
+
+
+def add_arguments(parser: Parser) -> None:
+    """Add the command's options."""
+    add_run_arguments(parser)
+    parser.add_argument(
+        "--resume", metavar="auto|CHECKPOINT", help="resume from the newest checkpoint, or from this one"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="start again in a folder that holds a run")
+    parser.add_argument("--quiet", action="store_true", help="print results only")
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # the launcher appends it
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command; return the exit status."""
+    from lsr_scale.run.folder import RunFolder
+    from lsr_scale.run.train import train
+
+    config, file = load_run(args), user_path(args.config or args.config_path)
+    name = file.stem
+    folder = RunFolder(file.resolve().parent)
+    if file.resolve() == folder.config and folder.is_run():  # a run's own: it means that run, wherever it lies
+        name = file.resolve().parent.name
+        if config.training["output_dir"] is None and (args.overwrite or args.resume == "auto"):
+            config = config.model_copy(update={"training": {**config.training, "output_dir": str(file.parent)}})
+    train(config, name, args.resume, args.overwrite, args.quiet)
+    return 0

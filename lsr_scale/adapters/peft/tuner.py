@@ -220,7 +220,7 @@ class AdapterModel(BaseTuner):
                 up = torch.cat([weight * up for _, up, weight in pairs], 1)
                 if combination_type == "svd":
                     largest = max(len(one) for one, _, _ in pairs)
-                    down, up, _ = truncate(down, up, min(svd_rank or largest, *down.shape, len(up)))
+                    down, up, _ = truncate(down, up, svd_rank or largest)
             layer.add_sum(adapter_name, down, up)
             ranks[name] = len(down)
         self.peft_config[adapter_name] = lora_config(ranks, self.peft_config[adapters[0]], target_modules=sorted(ranks))

@@ -97,7 +97,15 @@ def dequantize_4bit_reference(
 ) -> None:
     """Do what `dequantize_4bit` does in plain torch."""
     packed, in_features = _check_4bit(packed, out, block_size)
-    num_values = out.shape[0] * in_features
+    values = decode_4bit_reference(packed, absmax, code, out.shape[0] * in_features, block_size, nested)
+    out[:, :in_features] = values.view(-1, in_features).to(out.dtype)
+    fill_extension_reference(out, in_features, extension)
+
+
+def decode_4bit_reference(
+    packed: Tensor, absmax: Tensor, code: Tensor, num_values: int, block_size: int, nested: Nested | None = None
+) -> Tensor:
+    """Return the first `num_values` of a 4-bit weight in float32, flat: of any number, also in half a byte."""
     if nested is None:
         scales = absmax.float().view(-1)
     else:
@@ -105,11 +113,9 @@ def dequantize_4bit_reference(
         blocks = torch.arange(absmax.numel(), device=absmax.device) // block_size2
         scales = code2.float()[absmax.view(-1).long()] * absmax2.float()[blocks]
         scales = scales + offset.float()
-    flat = packed.view(-1)
-    values = code.float()[torch.stack((flat >> 4, flat & 15), dim=1).view(-1).long()]
-    values = values * scales[torch.arange(num_values, device=flat.device) // block_size]
-    out[:, :in_features] = values.view(-1, in_features).to(out.dtype)
-    fill_extension_reference(out, in_features, extension)
+    flat = packed.view(torch.uint8).view(-1)
+    values = code.float()[torch.stack((flat >> 4, flat & 15), dim=1).view(-1)[:num_values].long()]
+    return values * scales[torch.arange(num_values, device=flat.device) // block_size]
 
 
 def dequantize_int8_reference(

@@ -9,6 +9,7 @@ int8 means weight-only here, on every path: `y = x (CB * SCB / 127)^T` with acti
 training). bitsandbytes' `Linear8bitLt` quantizes the activations too (LLM.int8()); results differ by that rounding.
 """
 
+import math
 from typing import Any
 
 import bitsandbytes as bnb
@@ -46,9 +47,9 @@ def dequantize(layer: nn.Linear, dtype: torch.dtype) -> Tensor:
         state = _state_of(layer)
         if layer.in_features % state.blocksize and layer.weight.device.type == "cpu":
             # bitsandbytes' kernel for AVX512 CPUs gives wrong weights where a block goes over the end of a row
-            out = torch.empty(layer.out_features, layer.in_features, dtype=dtype)
-            kernels.dequantize_4bit_reference(layer.weight.data, out=out, **_tables(state))
-            return out
+            size = layer.out_features, layer.in_features
+            values = kernels.decode_4bit_reference(layer.weight.data, num_values=math.prod(size), **_tables(state))
+            return values.view(size).to(dtype)
         return bnb_functional.dequantize_4bit(layer.weight.data, state).to(dtype)
     scale = _row_scales(layer)
     return bnb_functional.int8_vectorwise_dequant(layer.weight.data, scale).to(dtype)

@@ -3,8 +3,9 @@
 The file stays an `adapter_model.safetensors` that PEFT loads: the tuners of this package unpack it on the way in. Its
 tensors are `packed.N.codes` (int8, or two 4-bit codes a byte, the even element in the low half), `packed.N.scales`
 (float16) and `packed.index` (JSON as bytes: module names, and the factor, shape and members of each stack).
-A value is `code * scale`; codes are symmetric, -127..127 or -7..7. Groups
-run on over the members of a stack; factors of fewer than 16 elements stay in float16.
+A value is `code * scale`, over `2 ** exponent` where the index gives a stack one: its scales would be too small for
+float16's full precision. Codes are symmetric, -127..127 or -7..7. Groups run on over the members of a stack; factors of
+fewer than 16 elements stay in float16.
 """
 
 import json
@@ -24,6 +25,7 @@ _LARGEST = {8: 127, 4: 7}
 _CLIPPED = {8: (1.0,), 4: (1.0, 0.93, 0.86, 0.79, 0.72)}
 _SMALLEST = 16  # elements; fewer cost nothing and weigh much
 _MAX_INDEX_BYTES = 64 * 2**20
+_MAX_EXPONENT = 126  # its power of two, and one over it, are normal numbers in float32
 
 
 def quantize_groups(values: Tensor, bits: int) -> tuple[Tensor, Tensor]:
@@ -103,14 +105,25 @@ def pack(modules: Mapping[str, Mapping[str, Tensor]], bits: int) -> dict[str, Te
         stack = torch.stack([modules[names[number]][factor].detach().float() for number in members])
         width = bits if math.prod(shape) >= _SMALLEST else 16
         name = f"{names[members[0]]}.{factor}"
+        exponent = _exponent(float(stack.abs().max()) / _LARGEST.get(width, 1))
+        stack = stack * 2.0**exponent
         if width == 16:
             tensors[f"packed.{key}.codes"] = in_range(stack, torch.float16, name)
         else:
             in_range(stack / _LARGEST[bits], torch.float16, name)
             tensors[f"packed.{key}.codes"], tensors[f"packed.{key}.scales"] = quantize_groups(stack, bits)
         described.append({"factor": factor, "shape": list(shape), "members": members, "bits": width})
+        if exponent:
+            described[-1]["exponent"] = exponent
     index = json.dumps({"modules": names, "stacks": described}, separators=(",", ":")).encode()
     return tensors | {INDEX: torch.frombuffer(bytearray(index), dtype=torch.uint8)}
+
+
+def _exponent(largest: float) -> int:
+    """Return the power of two that brings a stack's largest scale to 1 or above, 0 where float16 has it in full."""
+    if largest == 0 or largest >= torch.finfo(torch.float16).tiny:
+        return 0
+    return min(1 - math.frexp(largest)[1], _MAX_EXPONENT)
 
 
 def is_packed(names: Iterable[str]) -> bool:
@@ -145,6 +158,7 @@ def unpack(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             if scales is None or scales.numel() != groups or scales.dtype != torch.float16:
                 raise UserError(f"packed.{key}.scales ({factor}): expected {groups} float16 scales; export again")
             values = dequantize_groups(codes.reshape(-1), scales.reshape(-1), bits, count)
+        values = values * 2.0 ** -stack.get("exponent", 0)
         for number, value in zip(members, values.view(len(members), *shape), strict=True):
             name = f"base_model.model.{names[number]}.{factor}"  # PEFT's prefix, as in an unpacked file
             if name in found:
@@ -174,6 +188,8 @@ def _read_index(raw: Tensor) -> Any:
                 raise ValueError("members that are no modules")
             if not isinstance(stack["factor"], str) or stack["bits"] not in (4, 8, 16):
                 raise ValueError("a stack without factor or bits")
+            if not whole(stack.get("exponent", 0), 0, _MAX_EXPONENT + 1):
+                raise ValueError(f"an exponent {stack['exponent']!r:.40}")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"packed.index: cannot be read ({error}); export the adapter again") from error
     return index

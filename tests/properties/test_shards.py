@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from lsr_scale.model.sharded import Sharding, whole_numel, whole_shape
-from lsr_scale.quantized import dequantize, freeze_quantized
+from lsr_scale.layers.frozen_linear import dequantize, freeze_quantized
+from lsr_scale.model.shard import Sharding, full_numel, full_shape
 
 KINDS = ["nf4", "nf4-single", "fp4", "int8", "bfloat16", "float32"]
 
@@ -27,8 +27,8 @@ def linear(into, out, kind):
     return model
 
 
-def shard(model, rank, world_size, offload):
-    """Return the part that a process of so many keeps of a model's matrix."""
+def shard_of(model, rank, world_size, offload):
+    """Return what a process of so many keeps of a model's matrix."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RANK", str(rank))
         patch.setenv("WORLD_SIZE", str(world_size))
@@ -46,16 +46,16 @@ def test_shards_side_by_side_are_the_matrix(kind, into, out, world_size, offload
     before = whole[0].weight.data.clone()
     expected = dequantize(whole[0], torch.float32)
     copies = [copy.deepcopy(whole) for _ in range(world_size)]
-    weights = [shard(model, rank, world_size, offload) for rank, model in enumerate(copies)]
+    weights = [shard_of(model, rank, world_size, offload) for rank, model in enumerate(copies)]
     if world_size == 1 and not offload:
         assert torch.equal(weights[0].data, before), "alone a process keeps all"
         return
-    parts = [weight.part for weight in weights]
-    for weight, part in zip(weights, parts, strict=True):
-        assert weight.numel() == 0, "nothing is held but the part"
-        assert (whole_numel(weight), whole_shape(weight)) == (before.numel(), before.shape)
-        assert (part.numel(), part.numel() % 16) == (parts[0].numel(), 0)
-    joined = torch.cat(parts)
+    shards = [weight.shard for weight in weights]
+    for weight, shard in zip(weights, shards, strict=True):
+        assert weight.numel() == 0, "nothing is held but the shard"
+        assert (full_numel(weight), full_shape(weight)) == (before.numel(), before.shape)
+        assert (shard.numel(), shard.numel() % 16) == (shards[0].numel(), 0)
+    joined = torch.cat(shards)
     assert joined.numel() < before.nbytes + 16 * world_size, "no more than what rounding up needs"
     assert not joined[before.nbytes :].any()
     codes = joined[: before.nbytes].view(before.dtype).view(before.shape)

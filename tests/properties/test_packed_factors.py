@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from bounded import bounded
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -12,6 +11,7 @@ from torch import nn
 from lsr_scale.adapters import METHODS, AdapterLinear, peft_config
 from lsr_scale.adapters.packing import GROUP, dequantize_groups, pack, quantize_groups, unpack
 from lsr_scale.adapters.per_sample import BASE_ROW, NamedRows
+from tests.helpers.bounded import bounded
 
 SHAPES = st.lists(st.integers(1, 9), min_size=1, max_size=3).map(tuple)
 MAGNITUDES = st.sampled_from([1e-30, 1e-8, 1e-4, 1.0, 1e4])  # float16 has 1e-7 to 65504

@@ -4,12 +4,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from bounded import bounded
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lsr_scale.adapters.low_rank import truncate
 from lsr_scale.export.pairs import concatenate, truncated
+from tests.helpers.bounded import bounded
 
 SIZES = st.integers(1, 12)
 

@@ -1,4 +1,4 @@
-"""The tables and plots of GUIDELINES.md, from the committed measurements.
+"""The tables and plots of GUIDE.md, from the committed measurements.
 
 python -m benchmarks.guidelines            write them
 python -m benchmarks.guidelines --check    fail if any of them is not what the JSON says
@@ -20,7 +20,7 @@ from benchmarks import ALL_RESULTS, ROOT, ablations, commonsense_report, glue, s
 from benchmarks.plots import drawn_from
 from benchmarks.results_page import with_table
 
-PAGE = ROOT / "GUIDELINES.md"
+PAGE = ROOT / "GUIDE.md"
 SWEEP = ALL_RESULTS / "parametrization/smollm2-h200-first.json"
 WIDTH = ALL_RESULTS / "parametrization/width-cpu.json"
 PILOT = ALL_RESULTS / "glue/minilm-sst2-cpu"
@@ -257,7 +257,7 @@ def main(arguments: list[str] | None = None) -> int:
     wanted = filled(text)
     folder = SWEEP.parent
     old = [name for name, (_, rows) in PLOTS.items() if drawn_from(folder / name) != digest(rows())]
-    stale = [*(["GUIDELINES.md"] if wanted != text else []), *old]
+    stale = [*(["GUIDE.md"] if wanted != text else []), *old]
     if check:
         for name in stale:
             print(f"{name} is not what the measurements say; run python -m benchmarks.guidelines", file=sys.stderr)

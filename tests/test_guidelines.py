@@ -1,4 +1,4 @@
-"""GUIDELINES.md says what the committed measurements say."""
+"""GUIDE.md says what the committed measurements say."""
 
 import json
 
@@ -19,7 +19,7 @@ def test_a_changed_figure_is_noticed(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(guidelines, "SWEEP", tmp_path / "sweep.json")
     assert guidelines.main(["--check"]) == 1
     lines = capsys.readouterr().err.splitlines()
-    assert [line.split()[0] for line in lines] == ["GUIDELINES.md", "terms.png", "width.png", "ablations.png"]
+    assert [line.split()[0] for line in lines] == ["GUIDE.md", "terms.png", "width.png", "ablations.png"]
 
 
 def test_a_page_without_a_place_is_said():

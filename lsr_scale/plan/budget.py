@@ -1,7 +1,7 @@
 """What to train with so many parameters: a proposal a method, from counts that are exact and rates that were measured.
 
 Counts come from the model's own layers. The rest is this package's defaults and what `benchmarks/LOG.md` found; a
-proposal says what of it was measured and what was carried over to another size. GUIDELINES.md has the figures.
+proposal says what of it was measured and what was carried over to another size. GUIDE.md has the figures.
 """
 
 import json
@@ -125,7 +125,7 @@ def propose(
     else:
         reason = (
             f"LoRA of rank {lora.options['rank']} fits, and where they were compared at like parameters (SmolLM2-135M, "
-            "commonsense questions, five seeds; GUIDELINES.md) none was more accurate: those are for fewer parameters"
+            "commonsense questions, five seeds; GUIDE.md) none was more accurate: those are for fewer parameters"
         )
         proposals = [lora, *found]
     notes = [] if hidden <= 1024 else ["learning rates were measured on a model of hidden size 576 only; tune them"]

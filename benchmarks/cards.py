@@ -7,7 +7,7 @@ CONTEXT_GIB = 0.6
 
 
 class Card:
-    """Tells and keeps the memory of a card of `gib` GiB; stands for `torch.cuda` in `KeepWhatFits`."""
+    """Tells and keeps the memory of a card of `gib` GiB; stands for `torch.cuda` in `FitMemoryCallback`."""
 
     def __init__(self, gib: float, gpu: Any) -> None:
         """Take the card's size and `torch.cuda`."""

@@ -65,8 +65,8 @@ class Parity:
         plain = gradients(model, ids)
         fused = {}
         for recompute, held in VARIANTS:
-            report = lsr_scale.fuse(model, recompute=recompute, hold_weights=held)
-            if report.per_linear:
+            report = lsr_scale.fuse(model, recompute=recompute, cache_weights=held)
+            if report.unfused:
                 raise RuntimeError(f"{method}: layers do not run fused: {report}")
             fused[recompute, held] = gradients(model, ids)
             lsr_scale.unfuse(model)
@@ -85,11 +85,11 @@ def gradients(model: Any, ids: Tensor) -> dict[str, Tensor]:
 
 def in_float32(model: Any) -> Any:
     """Return the model computing in float32, in place, on the weights that bfloat16 computes with."""
-    from lsr_scale.fused.linear_groups import base_of
+    from lsr_scale.fused.linear_groups import base_layer
     from lsr_scale.layers.frozen_linear import dequantize
 
     for module in model.modules():
-        base = base_of(module)
+        base = base_layer(module)
         if base is not module and hasattr(module, "base_layer") and not isinstance(base, nn.Embedding):
             quantized = base.weight.dtype in (torch.uint8, torch.int8)
             weight = dequantize(base, torch.bfloat16) if quantized else base.weight

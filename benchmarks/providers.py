@@ -250,17 +250,17 @@ class Own(Provider):
 
         lsr_scale.unfuse(self.model)
         recompute: Any = "full" if mode == "auto" else mode
-        report = lsr_scale.fuse(self.model, recompute=recompute, hold_weights=self.held)
+        report = lsr_scale.fuse(self.model, recompute=recompute, cache_weights=self.held)
         self.notes = [str(report)]
-        print(f"fuse(recompute={recompute!r}, hold_weights={self.held}): {report}", flush=True)
+        print(f"fuse(recompute={recompute!r}, cache_weights={self.held}): {report}", flush=True)
         self.policy = None
 
     def first_step_begins(self, tokens: int) -> None:
         """With "auto", begin as a run's first step begins."""
         if self.mode == "auto" and self.policy is None and self.device.type == "cuda":
-            from lsr_scale.training.callbacks.memory import KeepWhatFits
+            from lsr_scale.training.callbacks.memory import FitMemoryCallback
 
-            self.policy = KeepWhatFits(tokens, self.notes.append, self.gpu)
+            self.policy = FitMemoryCallback(tokens, self.notes.append, self.gpu)
             self.policy.on_train_begin(None, None, None)
 
     def first_step_ends(self) -> None:
@@ -271,9 +271,9 @@ class Own(Provider):
     def rest(self) -> None:
         """Give back what the step allocated, held weights too: the next turn makes them again."""
         if self.held or self.mode == "auto":
-            from lsr_scale.fused import release_weights
+            from lsr_scale.fused import clear_weight_cache
 
-            release_weights(self.model)
+            clear_weight_cache(self.model)
             self.mode = None
         super().rest()
 
@@ -314,7 +314,7 @@ class LsrGraphs(LsrAdapter):
     def loss_of(self, batch: Any) -> Tensor:
         """Replay the batch's graph, which makes the gradients as well."""
         loss, gradients = self.graphs.replay(*batch)
-        self.graphs.give(gradients)
+        self.graphs.add_to_grads(gradients)
         return loss
 
     def backward(self, loss: Tensor) -> None:

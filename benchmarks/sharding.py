@@ -176,7 +176,7 @@ def measure(
     adapted: Any = peft.get_peft_model(base, options).train()
     if fused:
         report = fuse(adapted, "full")
-        assert not report.per_linear, str(report)
+        assert not report.unfused, str(report)
     factors = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
     engine, *_ = deepspeed.initialize(
         model=adapted, config=engine_config(config), optimizer=torch.optim.AdamW(factors, lr=1e-3)

@@ -287,14 +287,14 @@ def _trial_of(run: RunConfig) -> Trial:
 
 
 def try_fused(device: torch.device, trial: Trial) -> Finding:
-    """Run one adapted layer fused and per linear, and compare the loss and every factor's gradient."""
+    """Run one adapted layer fused and unfused, and compare the loss and every factor's gradient."""
     layers = "LLaMA, Mistral, Qwen2 and Qwen3 layers"
     if device.type == "cpu":
-        return Finding("fast paths", "fused layers", f"on a GPU {layers} run as one function each; here per linear")
+        return Finding("fast paths", "fused layers", f"on a GPU {layers} run as one function each; here unfused")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            worst, how = _fused_against_per_linear(device, trial)
+            worst, how = _fused_against_unfused(device, trial)
     except Exception as error:
         text = " ".join(f"{trial.words}: {type(error).__name__}: {error}".split())[:200]
         if isinstance(error, ValueError):  # of PEFT's, which finds none of the modules in one layer, or ours
@@ -308,7 +308,7 @@ def try_fused(device: torch.device, trial: Trial) -> Finding:
     return Finding("fast paths", "fused layers", found)
 
 
-def _fused_against_per_linear(device: torch.device, trial: Trial) -> tuple[float, str]:
+def _fused_against_unfused(device: torch.device, trial: Trial) -> tuple[float, str]:
     """Return the largest relative difference among loss and gradients, and how it was computed, in words."""
     from peft import get_peft_model
 

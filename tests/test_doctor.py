@@ -33,7 +33,7 @@ def test_the_fused_path_is_not_claimed_without_a_gpu(report):
 
 @pytest.mark.parametrize("rank", [4, 64])
 def test_the_fused_path_is_tried_not_concluded(rank):
-    worst, how = module._fused_against_per_linear(torch.device("cpu"), module._small_trial(rank))
+    worst, how = module._fused_against_unfused(torch.device("cpu"), module._small_trial(rank))
     assert 0 < worst < 0.05
     assert how == "attention by sdpa"
 
@@ -52,7 +52,7 @@ def test_a_runs_own_model_and_adapter_are_tried(options, expected, tmp_path):
     trial = module._trial_of(tiny_run(tmp_path, adapter=options))
     assert trial.config.num_hidden_layers == 1
     assert trial.adapter.rank == options["rank"] if "separation_rank" in options else True
-    worst, how = module._fused_against_per_linear(torch.device("cpu"), trial)
+    worst, how = module._fused_against_unfused(torch.device("cpu"), trial)
     assert expected in how
     assert worst < 0.05
 

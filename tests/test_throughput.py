@@ -223,9 +223,9 @@ def test_the_gate_is_green_as_it_is_and_red_when_a_gradient_is_wrong(base, tmp_p
     assert len(rows) == 2 * len(parity.VARIANTS)
     assert not any(row["problems"] for row in rows)
     assert all(0 < row["worst_ratio"] < 2 for row in rows)
-    right = linear_groups.Group.up_gradients
+    right = linear_groups.LinearGroup.up_gradients
     wrong = lambda *args: [None if each is None else 1.1 * each for each in right(*args)]  # noqa: E731
-    monkeypatch.setattr(linear_groups.Group, "up_gradients", wrong)
+    monkeypatch.setattr(linear_groups.LinearGroup, "up_gradients", wrong)
     rows = parity.Parity(config).turn({})["parity"]
     assert all("is off by" in row["problems"][0] for row in rows)
 

@@ -1,8 +1,8 @@
-"""Rows padded on the right need no attention mask: under causal attention no token sees what comes after it.
+"""Right padding needs no attention mask: under causal attention no token attends to what comes after it.
 
-Without a mask attention takes its fastest kernels, and nobody makes the square of the tokens that a mask is. What is
-computed at the padding itself is something else then, and finite like the rest. So the mask stays where somebody may
-look there: outside of training, and where something is to be learned at padding.
+Without a mask attention takes its fastest kernels, and no mask `[S, S]` is made. Outputs at the padding itself are then
+others, and finite like the rest. So the mask stays where somebody may read those: outside of training, and where labels
+supervise padding.
 """
 
 from collections.abc import Mapping
@@ -10,25 +10,25 @@ from typing import Any
 
 from torch import Tensor
 
-from lsr_scale.fused.loss import IGNORED
+from lsr_scale.fused.loss import IGNORE_INDEX
 
 
 def needs_mask(arguments: Mapping[str, Any], labels: Tensor | None = None) -> bool:
-    """Tell whether a forward pass's attention mask hides more than padding behind each row's tokens.
+    """Tell whether a forward pass's attention mask masks more than right padding.
 
     Args:
-        arguments: What the model is given. The host waits for a mask `[B, S]` on a GPU.
-        labels: `[B, S]`, `IGNORED` where nothing is to be learned; None: nothing is at padding.
+        arguments: The model's. A mask `[B, S]` on a GPU costs a synchronization.
+        labels: `[B, S]`, `IGNORE_INDEX` where the loss ignores them; None: it ignores all padding.
     """
     mask = arguments.get("attention_mask")
     if mask is None:
         return False
-    # without a mask positions and boundaries tell of packed documents
+    # without a mask, positions and boundaries mean packed documents
     others = (arguments.get(name) for name in ("past_key_values", "position_ids", "cu_seq_lens_q"))
     if not isinstance(mask, Tensor) or mask.dim() != 2 or any(other is not None for other in others):
         return True
     padding = mask == 0
     needed = (padding[:, :-1] & ~padding[:, 1:]).any()
     if labels is not None and labels.shape == mask.shape:
-        needed = needed | (padding & (labels.to(mask.device) != IGNORED)).any()
+        needed = needed | (padding & (labels.to(mask.device) != IGNORE_INDEX)).any()
     return bool(needed)

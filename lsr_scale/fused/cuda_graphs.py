@@ -1,9 +1,9 @@
-"""The forward and backward pass of a packed batch as CUDA graphs: for models that the GPU is faster on than its host.
+"""The forward and backward pass of a packed batch as CUDA graphs: for small models, whose steps are launch-bound.
 
-Of a small model's step the GPU does the work in a fraction of the time that the host takes to launch its thousands of
-kernels. A graph launches them at once. It needs shapes that repeat and no wait for the GPU, so a batch is brought to
-one of few shapes on the host (`static_batch`), and what depends on its content stays tensors: boundaries of documents,
-and the positions that are supervised. There is one graph a shape; they share their memory, for they run one at a time.
+The GPU does the work of a small model's step in a fraction of the time that the host takes to launch its thousands of
+kernels. A graph launches them at once. It needs static shapes and no synchronization, so a batch is padded to one of
+few shapes on the host (`static_batch`), and what depends on its content stays in tensors: boundaries of documents, and
+the positions that are supervised. There is one graph per shape; they share a memory pool, since one runs at a time.
 """
 
 from collections import OrderedDict
@@ -15,25 +15,25 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lsr_scale.fused.fallback import why_not_head
-from lsr_scale.fused.loss import IGNORED, linear_cross_entropy
+from lsr_scale.fused.fallback import lm_head_fallback_reason
+from lsr_scale.fused.loss import IGNORE_INDEX, linear_cross_entropy
 
 # tensors, and the number `longest`
 Batch = dict[str, Any]
 
 
 def rounded(number: int, parts: int) -> int:
-    """Return the next number up that has only log2(parts) + 1 leading binary digits: `parts` sizes an octave."""
+    """Return the next number up with only log2(parts) + 1 significant binary digits: `parts` sizes per power of two."""
     step = 1 << max(0, (number - 1).bit_length() - parts.bit_length())
     return -(-number // step) * step
 
 
 def static_batch(input_ids: Tensor, labels: Tensor, position_ids: Tensor, longest: int) -> Batch:
-    """Return a packed batch in one of few shapes; what is added is documents of their own that nothing learns from.
+    """Return a packed batch padded to one of few shapes; the padding is documents of its own, unsupervised.
 
     Args:
         input_ids: `[1, T]`, on the CPU like all of them: documents one after another.
-        labels: `[1, T]`, `IGNORED` where nothing is to be learned and at the start of a document.
+        labels: `[1, T]`, `IGNORE_INDEX` where the loss ignores them and at the start of a document.
         position_ids: `[1, T]`, 0 where a document begins.
         longest: An upper bound on the documents' lengths, the same for all batches.
 
@@ -42,7 +42,7 @@ def static_batch(input_ids: Tensor, labels: Tensor, position_ids: Tensor, longes
         and `longest`, a number; `supervised` `[N']`, the positions that predict a label, with `targets` `[N']` and
         `weights` `[N']`, which are 1 and, beyond the first N, 0.
     """
-    ids, wanted, positions = input_ids[0], labels[0], position_ids[0]
+    ids, label_ids, positions = input_ids[0], labels[0], position_ids[0]
     length = len(ids)
     starts = (positions == 0).nonzero().flatten()
     bounds = torch.cat([starts, starts.new_tensor([length])])
@@ -51,14 +51,14 @@ def static_batch(input_ids: Tensor, labels: Tensor, position_ids: Tensor, longes
     size = max(64, rounded(length, 8))
     added = size - length
     if not added and bool((documents == documents[0]).all()):
-        longest = int(documents[0])  # rows of a batch
+        longest = int(documents[0])  # documents of one length: the sequences of a batch
     else:
         extra = torch.arange(length, size, longest)
-        # as many for all batches of this size and number of documents
+        # the same number for all batches of this size and number of documents
         number = rounded(len(starts) + -(-max(64, size // 8) // longest), 4)
         bounds = torch.cat([starts, extra, extra.new_full((number + 1 - len(starts) - len(extra),), size)])
-    supervised = (wanted[1:] != IGNORED).nonzero().flatten()
-    targets = wanted[supervised + 1]
+    supervised = (label_ids[1:] != IGNORE_INDEX).nonzero().flatten()
+    targets = label_ids[supervised + 1]
     more = max(16, rounded(len(supervised), 2)) - len(supervised)
     return {
         "input_ids": functional.pad(ids, (0, added))[None],
@@ -71,14 +71,14 @@ def static_batch(input_ids: Tensor, labels: Tensor, position_ids: Tensor, longes
     }
 
 
-def static_loss(head: Any, batch: Batch) -> Tensor:
+def static_loss(model: Any, batch: Batch) -> Tensor:
     """Return a fused causal language model's summed cross-entropy over a batch that `static_batch` made.
 
     Args:
-        head: The model (`LlamaForCausalLM` or the like), in training, its stack and layers fused.
+        model: The model (`LlamaForCausalLM` or the like), fused and in training.
         batch: On the model's device.
     """
-    outputs = head.model(
+    outputs = model.model(
         input_ids=batch["input_ids"],
         position_ids=batch["position_ids"],
         cu_seq_lens_q=batch["cu_seq_lens"],
@@ -86,13 +86,13 @@ def static_loss(head: Any, batch: Batch) -> Tensor:
         use_cache=False,
     )
     hidden = outputs.last_hidden_state[0].index_select(0, batch["supervised"])
-    weight = head.lm_head.weight
+    weight = model.lm_head.weight
     return linear_cross_entropy(hidden.to(weight.dtype), weight, batch["targets"], batch["weights"])
 
 
 @dataclass
-class _Captured:
-    """A graph, the tensors that it reads and those that it writes."""
+class _CapturedStep:
+    """A graph, its static inputs and outputs."""
 
     graph: Any
     batch: Batch
@@ -102,18 +102,18 @@ class _Captured:
 
 
 class StepGraphs:
-    """Losses and gradients of batches of the same shapes by replaying what the first one of them did.
+    """Losses and gradients of batches by replaying the graph that was captured with the first batch of their shape.
 
-    Everything that Python decides is fixed when a shape is first seen. Graphs are made anew where parameters moved or
-    layers were told to keep other things for the backward pass.
+    Everything that Python decides is fixed at the capture. Graphs are captured again where parameters moved or layers
+    recompute or cache other things than before.
     """
 
-    def __init__(self, head: Any, most: int = 24) -> None:
-        """Take a fused causal language model on a GPU; the graphs of `most` shapes are kept."""
-        self.head, self.most = head, most
-        self.parameters = [parameter for parameter in head.parameters() if parameter.requires_grad]
-        self.layers: list[Any] = list(head.model.layers)
-        self.captured: OrderedDict[Any, _Captured] = OrderedDict()
+    def __init__(self, model: Any, max_graphs: int = 24) -> None:
+        """Take a fused causal language model on a GPU; the least recently used graph is dropped beyond `max_graphs`."""
+        self.model, self.max_graphs = model, max_graphs
+        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.layers: list[Any] = list(model.model.layers)
+        self.captured: OrderedDict[Any, _CapturedStep] = OrderedDict()
         self.state: Any = None
         self.pool: Any = None
         self.sums: list[Tensor] = []
@@ -126,32 +126,32 @@ class StepGraphs:
             divisor: What the summed loss is divided by.
         """
         state = [parameter.data_ptr() for parameter in self.parameters]
-        state += [(layer.recompute, bool(layer.held)) for layer in self.layers]
+        state += [(layer.recompute, bool(layer.weight_cache)) for layer in self.layers]
         if state != self.state:
             self.captured.clear()
             self.state, self.pool = state, None
         tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
         key = (batch["longest"], *(tensor.shape for tensor in tensors.values()))
-        found = self.captured.get(key)
-        if found is None:
-            found = self._capture(batch)
-            if len(self.captured) >= self.most:
+        step = self.captured.get(key)
+        if step is None:
+            step = self._capture(batch)
+            if len(self.captured) >= self.max_graphs:
                 self.captured.popitem(last=False)
-            self.captured[key] = found
+            self.captured[key] = step
         self.captured.move_to_end(key)
         for name, tensor in tensors.items():
-            found.batch[name].copy_(tensor)
-        found.divisor.copy_(divisor) if isinstance(divisor, Tensor) else found.divisor.fill_(divisor)
-        found.graph.replay()
-        return found.loss.clone(), found.gradients
+            step.batch[name].copy_(tensor)
+        step.divisor.copy_(divisor) if isinstance(divisor, Tensor) else step.divisor.fill_(divisor)
+        step.graph.replay()
+        return step.loss.clone(), step.gradients
 
-    def give(self, gradients: list[Tensor], accumulates: bool = False) -> None:
-        """Add gradients to the parameters'.
+    def add_to_grads(self, gradients: list[Tensor], accumulates: bool = False) -> None:
+        """Add gradients to the parameters' `grad`.
 
         Args:
             gradients: What `replay` returned.
-            accumulates: Whether an optimizer's step has several batches. If not, they become the parameters' as they
-                are, without a copy.
+            accumulates: Whether an optimizer step has several batches. If not, they become `grad` themselves, without a
+                copy.
         """
         first = self.parameters[0].grad is None
         if accumulates:
@@ -163,41 +163,41 @@ class StepGraphs:
             for parameter, gradient in zip(self.parameters, gradients, strict=True):
                 parameter.grad = gradient
 
-    def _capture(self, batch: Batch) -> _Captured:
-        own = {name: value.clone() if isinstance(value, Tensor) else value for name, value in batch.items()}
-        by = torch.ones((), device=own["input_ids"].device)
+    def _capture(self, batch: Batch) -> _CapturedStep:
+        static = {name: value.clone() if isinstance(value, Tensor) else value for name, value in batch.items()}
+        divisor = torch.ones((), device=static["input_ids"].device)
 
         def run() -> tuple[Tensor, list[Tensor]]:
-            loss = static_loss(self.head, own) / by
+            loss = static_loss(self.model, static) / divisor
             return loss.detach(), list(torch.autograd.grad(loss, self.parameters))
 
         stream: Any = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            run()  # kernels are compiled and libraries loaded, which a capture may not do
+            run()  # warm-up: kernels are compiled and libraries loaded, which must not happen during capture
         torch.cuda.current_stream().wait_stream(stream)
-        torch.cuda.empty_cache()  # a graph's memory is its own
+        torch.cuda.empty_cache()  # a graph has a memory pool of its own
         graph = torch.cuda.CUDAGraph()
-        # other threads, such as one that pins batches, may do what a capture may not
+        # thread_local: other threads, such as one that pins batches, may make calls that a capture must not
         with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
             loss, gradients = run()
         self.pool = graph.pool()
-        return _Captured(graph, own, by, loss, gradients)
+        return _CapturedStep(graph, static, divisor, loss, gradients)
 
 
-def why_not_graphs(head: Any, training: Mapping[str, Any]) -> str | None:
-    """Return why the steps of a fused causal language model cannot be graphs, or None.
+def graphs_fallback_reason(model: Any, training: Mapping[str, Any]) -> str | None:
+    """Return why the steps of a fused causal language model cannot be CUDA graphs, or None.
 
     Args:
-        head: The model.
+        model: The model.
         training: `packing`, `padding_free`, `loss_type`, `label_smoothing_factor` of its trainer.
     """
     if not (training["packing"] or training["padding_free"]):
         return "batches are padded rows; set training.packing or training.padding_free"
     if training["loss_type"] != "nll" or training["label_smoothing_factor"]:
         return "the loss is not plain cross-entropy"
-    if any(isinstance(module, nn.Dropout) and module.p > 0 for module in head.modules()):
+    if any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules()):
         return "the adapter has dropout"
-    if not all(parameter.is_cuda for parameter in head.parameters()):
+    if not all(parameter.is_cuda for parameter in model.parameters()):
         return "the model is not on a GPU"
-    return why_not_head(head, {})
+    return lm_head_fallback_reason(model, {})

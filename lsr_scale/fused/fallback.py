@@ -1,4 +1,7 @@
-"""Which layers can run fused, and why not: decided at every forward, since any of it may change in between."""
+"""Reasons to run unfused: of a decoder layer, a call, an adapted linear, a language-model head.
+
+They are looked for at every forward, since anything may have changed in between. When in doubt there is a reason.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,8 +19,8 @@ from transformers.models.qwen2 import modeling_qwen2
 from transformers.models.qwen3 import modeling_qwen3
 
 from lsr_scale.adapters.peft import AdapterLinear
-from lsr_scale.fused.decoder_layer import LINEARS, linears_of
-from lsr_scale.fused.linear_groups import base_of
+from lsr_scale.fused.layer_state import LINEARS, layer_linears
+from lsr_scale.fused.linear_groups import base_layer
 from lsr_scale.fused.pairs import active_adapters
 from lsr_scale.layers.frozen_linear import FrozenLinear, FrozenLinear4bit, FrozenLinear8bit
 
@@ -26,78 +29,80 @@ ATTENTION_IMPLEMENTATIONS = ("sdpa", "flash_attention_2", "flash_attention_3")
 FAMILIES = {"Llama": modeling_llama, "Mistral": modeling_mistral, "Qwen2": modeling_qwen2, "Qwen3": modeling_qwen3}
 
 
-def _parts(name: str, module: Any) -> dict[str, type]:
+def _submodules(name: str, module: Any) -> dict[str, type]:
     attention, mlp, norm = (getattr(module, name + part) for part in ("Attention", "MLP", "RMSNorm"))
     return {"self_attn": attention, "mlp": mlp, "input_layernorm": norm, "post_attention_layernorm": norm}
 
 
-# a layer's class, and the classes of its parts: what computes something else has another class
-LAYERS = {getattr(module, name + "DecoderLayer"): _parts(name, module) for name, module in FAMILIES.items()}
+# a layer's class, and the classes of its submodules: what computes something else has another class
+DECODER_LAYERS = {
+    getattr(module, name + "DecoderLayer"): _submodules(name, module) for name, module in FAMILIES.items()
+}
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """An answer of `why_not_layer`, good as long as nothing that it looked at has changed.
+class FallbackCheck:
+    """An answer of `layer_fallback_reason`, valid as long as the state that it depends on is the same.
 
-    Looking takes longer than launching the layer's kernels on a small model; comparing does not.
+    The full check takes longer than launching the layer's kernels on a small model; comparing states does not.
 
     Attributes:
         reason: The answer.
         modules: The layer and everything in it but dictionaries of factors.
-        state: What `_state` said of them.
-        bases: The frozen linears: q, k, v, o, gate, up, down.
+        state: Their `_state`.
+        base_layers: The frozen linears: q, k, v, o, gate, up, down.
     """
 
     reason: str | None
     modules: tuple[nn.Module, ...]
     state: tuple[Any, ...]
-    bases: tuple[nn.Module, ...]
+    base_layers: tuple[nn.Module, ...]
 
 
-def why_not_layer(layer: Any) -> str | None:
-    """Return why a decoder layer cannot run fused as it stands, or None: a matter of its modules and adapters."""
-    last: Verdict | None = layer.verdict
+def layer_fallback_reason(layer: Any) -> str | None:
+    """Return why a decoder layer cannot run fused with its modules and adapters as they are, or None."""
+    last: FallbackCheck | None = layer.fallback_check
     if last is not None and last.state == _state(layer, last.modules):
         return last.reason
-    reason = _look(layer)
+    reason = _check_layer(layer)
     modules = tuple(module for module in layer.modules() if not isinstance(module, nn.ParameterDict))
-    bases = tuple(base_of(linear) for linear in linears_of(layer))
-    layer.verdict = Verdict(reason, modules, _state(layer, modules), bases)
+    base_layers = tuple(base_layer(linear) for linear in layer_linears(layer))
+    layer.fallback_check = FallbackCheck(reason, modules, _state(layer, modules), base_layers)
     return reason
 
 
 def _state(layer: Any, modules: Sequence[nn.Module]) -> tuple[Any, ...]:
-    """Return all that `_look` looks at, in what can be compared: modules by identity, the rest by value."""
+    """Return all that `_check_layer` depends on, to be compared: modules by identity, the rest by value."""
     attention = layer.self_attn
     config = attention.config
-    found: list[Any] = [
+    state: list[Any] = [
         *(config._attn_implementation, getattr(config, "is_causal", True)),
         *(attention.is_causal, attention.attention_dropout),
     ]
     for module in modules:
-        held = module.__dict__  # an attribute of a module is found there ten times as fast
+        attributes = module.__dict__  # ten times as fast as asking the module
         for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
-            if held[name]:
-                found.append(tuple(held[name].values()))
-        for parameter in held["_parameters"].values():
+            if attributes[name]:
+                state.append(tuple(attributes[name].values()))
+        for parameter in attributes["_parameters"].values():
             if parameter is not None:
-                found.append((parameter.requires_grad, parameter.is_cuda))
+                state.append((parameter.requires_grad, parameter.is_cuda))
         # p is a dropout's
-        shared = module.__class__, "forward" in held, held["training"], held.get("p")
-        found.append((*shared, *held["_modules"].values()))
+        common = module.__class__, "forward" in attributes, attributes["training"], attributes.get("p")
+        state.append((*common, *attributes["_modules"].values()))
         if isinstance(module, BaseTunerLayer):
             active = module._active_adapter
             names = active if isinstance(active, str) else tuple(active)
-            merged = tuple(held["merged_adapters"])
-            variants = tuple(held.get("lora_variant") or ()), tuple((held.get("lora_bias") or {}).items())
-            found.append((names, held["_disable_adapters"], merged, held.get("rows") is None, variants))
-    return tuple(found)
+            merged = tuple(attributes["merged_adapters"])
+            variants = tuple(attributes.get("lora_variant") or ()), tuple((attributes.get("lora_bias") or {}).items())
+            state.append((names, attributes["_disable_adapters"], merged, attributes.get("rows") is None, variants))
+    return tuple(state)
 
 
-def _look(layer: Any) -> str | None:
+def _check_layer(layer: Any) -> str | None:
     if "forward" in layer.__dict__:
         return "the layer has a forward of its own (a device map or a patch)"
-    for name, expected in LAYERS[layer.original].items():
+    for name, expected in DECODER_LAYERS[layer.original].items():
         part = getattr(layer, name)
         if type(part) is not expected:
             return f"{name} is a {type(part).__name__}, not a {expected.__name__}"
@@ -111,39 +116,39 @@ def _look(layer: Any) -> str | None:
         return f"attention_dropout is {attention.attention_dropout}, and training"
     if not isinstance(layer.mlp.act_fn, SiLUActivation | nn.SiLU):
         return f"the activation is {type(layer.mlp.act_fn).__name__}, not SiLU"
-    for linear in linears_of(layer):
-        reason = why_not_linear(linear)
+    for linear in layer_linears(layer):
+        reason = linear_fallback_reason(linear)
         if reason:
             return reason
-    for name in LAYERS[layer.original]:
+    for name in DECODER_LAYERS[layer.original]:
         part = getattr(layer, name)
         children = {key: child for key, child in part.named_children() if key not in LINEARS.get(name, ())}
         for key, child in {"": part, **children}.items():
-            reason = _why_not_child(f"{name}.{key}".rstrip("."), child)
+            reason = _submodule_reason(f"{name}.{key}".rstrip("."), child)
             if reason:
                 return reason
     return None
 
 
-def why_not_linear(linear: Any) -> str | None:
+def linear_fallback_reason(linear: Any) -> str | None:
     """Return why a linear layer, adapted or not, cannot take part as it stands, or None."""
-    base, children = base_of(linear), linear.named_modules(prefix="a linear layer")
+    base, children = base_layer(linear), linear.named_modules(prefix="a linear layer")
     if type(base) not in (nn.Linear, FrozenLinear, FrozenLinear4bit, FrozenLinear8bit):
         return f"a base layer is {type(base).__name__}"
     if base.in_features % 8:
         return f"a base layer has {base.in_features} inputs, no multiple of 8"
     if isinstance(linear, BaseTunerLayer):
-        reason = _why_not_adapted(linear)
+        reason = _adapter_reason(linear)
         if reason:
             return reason
     for name, child in children:
-        reason = _why_not_child(name, child)
+        reason = _submodule_reason(name, child)
         if reason:
             return reason
     return None
 
 
-def _why_not_adapted(linear: Any) -> str | None:
+def _adapter_reason(linear: Any) -> str | None:
     adapters = active_adapters(linear)
     if isinstance(linear, AdapterLinear):
         if not linear.method.is_low_rank():
@@ -174,35 +179,35 @@ def _kind_of(adapted: Any) -> str:
     return package[2] if package[:2] == ["peft", "tuners"] else type(adapted).__name__
 
 
-def _why_not_child(name: str, child: nn.Module) -> str | None:
-    reason = _why_not_skipped(name, child)
+def _submodule_reason(name: str, child: nn.Module) -> str | None:
+    reason = _skipped_reason(name, child)
     if reason:
         return reason
-    if not _holds_factors(child, name) and any(p.requires_grad for p in child.parameters(recurse=False)):
+    if not _has_factors(child, name) and any(p.requires_grad for p in child.parameters(recurse=False)):
         return f"{name} is trained itself"
     return None
 
 
-def _why_not_skipped(name: str, child: nn.Module) -> str | None:
-    """Return why a module's call must not be left out, or None: something happens there besides its class's forward."""
+def _skipped_reason(name: str, child: nn.Module) -> str | None:
+    """Return why a module's call must not be skipped, or None: something besides its class's forward happens there."""
     if "forward" in child.__dict__:
         return f"{name} has a forward of its own (a device map or a patch)"
     hooks = [child._forward_hooks, child._forward_pre_hooks, child._backward_hooks, child._backward_pre_hooks]
-    # transformers' recorders of outputs do nothing unless outputs are asked for, see why_not_call
+    # transformers' output-capturing hooks do nothing unless outputs are asked for, see call_fallback_reason
     harmless = "transformers.utils.output_capturing"
-    if any(not hook.__module__.startswith(harmless) for held in hooks for hook in held.values()):
+    if any(not hook.__module__.startswith(harmless) for kind in hooks for hook in kind.values()):
         return f"{name} has hooks"
     return None
 
 
-def _holds_factors(child: nn.Module, name: str) -> bool:
-    """Tell whether a module's own parameters are an adapter's: PEFT's LoRA keeps linears in dicts of that name."""
+def _has_factors(child: nn.Module, name: str) -> bool:
+    """Tell whether a module's own parameters are an adapter's: PEFT's LoRA has linears in dicts of that name."""
     return isinstance(child, nn.ParameterDict) or any(
         part in LoraLayer.adapter_layer_names for part in name.split(".")[:-1]
     )
 
 
-def why_not_call(layer: Any, hidden: Tensor, arguments: dict[str, Any]) -> str | None:
+def call_fallback_reason(layer: Any, hidden: Tensor, arguments: dict[str, Any]) -> str | None:
     """Return why a layer cannot run fused on these arguments, or None."""
     if arguments.get("past_key_values") is not None:
         return "a key/value cache is in use"
@@ -214,7 +219,7 @@ def why_not_call(layer: Any, hidden: Tensor, arguments: dict[str, Any]) -> str |
     if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) != hidden.dtype:
         wanted = str(torch.get_autocast_dtype(device)).removeprefix("torch.")
         return f"hidden states are {hidden.dtype} under autocast to {wanted}; load the model in {wanted}"
-    for base in layer.verdict.bases:
+    for base in layer.fallback_check.base_layers:
         compute = base.__dict__.get("compute_dtype")
         if compute not in (None, hidden.dtype):
             return f"hidden states are {hidden.dtype}, but the 4-bit layers compute in {compute}"
@@ -224,24 +229,24 @@ def why_not_call(layer: Any, hidden: Tensor, arguments: dict[str, Any]) -> str |
     return None
 
 
-def why_not_head(model: Any, arguments: dict[str, Any]) -> str | None:
+def lm_head_fallback_reason(model: Any, arguments: dict[str, Any]) -> str | None:
     """Return why a causal language model's loss must be computed with logits, or None."""
     head = model.lm_head
     if not isinstance(head, ModulesToSaveWrapper) and type(head) is not nn.Linear:
         return f"lm_head is a {type(head).__name__}"
     if head.bias is not None:
         return "lm_head has a bias"
-    why_not = _why_not_skipped if isinstance(head, ModulesToSaveWrapper) else _why_not_child
+    check = _skipped_reason if isinstance(head, ModulesToSaveWrapper) else _submodule_reason
     for name, child in head.named_modules(prefix="lm_head"):
-        reason = why_not(name, child)
+        reason = check(name, child)
         if reason:
             return reason
     if getattr(model, "_loss_function", None) is not None or model.loss_type not in (None, "ForCausalLM"):
         return "the model has a loss of its own"
     if arguments.get("return_dict") is False:
         return "return_dict is False"
-    for name, plain in (("ignore_index", -100), ("logits_to_keep", 0)):
+    for name, default in (("ignore_index", -100), ("logits_to_keep", 0)):
         given = arguments.get(name)
-        if given is not None and (isinstance(given, Tensor) or given != plain):
+        if given is not None and (isinstance(given, Tensor) or given != default):
             return f"{name} is given"
     return None

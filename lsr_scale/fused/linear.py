@@ -1,8 +1,8 @@
-"""One adapted linear layer with the fused path's operations: for other architectures, and where a layer steps aside.
+"""One adapted linear layer as an autograd function: for other architectures, and in decoder layers that run unfused.
 
     y = [x | x down^T] [W | up]^T,      dX = [dY | dY up] [W; down]
 
-The weight is dequantized in one launch, forward and again backward; the adapter's products read dY once. Kept for the
+The weight is dequantized in one launch, forward and again backward; the adapter's products read dY once. Saved for the
 backward pass: x, which the gradient of `down` needs, and the thin `x down^T`.
 """
 
@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lsr_scale.fused.fallback import why_not_linear
-from lsr_scale.fused.linear_groups import Group, mm_float
-from lsr_scale.fused.pairs import active_adapters, joined, materialize
+from lsr_scale.fused.fallback import linear_fallback_reason
+from lsr_scale.fused.linear_groups import LinearGroup, mm_float
+from lsr_scale.fused.pairs import active_adapters, concatenate_pairs, materialize
 
 
 class LinearFunction(torch.autograd.Function):
@@ -22,13 +22,13 @@ class LinearFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, linear: nn.Module, down: Tensor, up: Tensor) -> Tensor:
-        """Run the layer on `x [..., in]`; `linear` is the adapted module, of which nothing else is kept."""
+        """Run the layer on `x [..., in]`; `linear` is the adapted module, which alone is saved of it."""
         ctx.linear = linear
-        group, rows = Group([linear], [(down, up)]), x.reshape(-1, x.shape[-1])
+        group, flat = LinearGroup([linear], [(down, up)]), x.reshape(-1, x.shape[-1])
         with torch.autocast(x.device.type, enabled=False):
-            out, xa = group.project(rows, group.matrix(x.dtype, x.device))
+            out, xa = group.project(flat, group.matrix(x.dtype, x.device))
         assert xa is not None
-        ctx.save_for_backward(rows, xa, down, up)
+        ctx.save_for_backward(flat, xa, down, up)
         return out.view(*x.shape[:-1], group.out_features)
 
     @staticmethod
@@ -36,13 +36,13 @@ class LinearFunction(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, Tensor | None, Tensor | None]:
         """Return the gradients of x, down and up (these in float32)."""
         (grad,) = grads
-        rows, xa, down, up = ctx.saved_tensors
-        group = Group([ctx.linear], [(down, up)])
+        flat, xa, down, up = ctx.saved_tensors
+        group = LinearGroup([ctx.linear], [(down, up)])
         with torch.autocast(grad.device.type, enabled=False):
             matrix = group.matrix(grad.dtype, grad.device)
             extended = group.extended(grad.reshape(-1, group.out_features))
             (d_up,) = group.output_products(extended, xa, matrix)
-            (d_down,) = group.down_gradients(mm_float(group.tail(extended).t(), rows))
+            (d_down,) = group.down_gradients(mm_float(group.tail(extended).t(), flat))
             d_x = group.input_gradient(extended, matrix) if ctx.needs_input_grad[0] else None
         return None if d_x is None else d_x.view(*grad.shape[:-1], group.in_features), None, d_down, d_up
 
@@ -56,7 +56,7 @@ class LinearMixin:
         adapters = active_adapters(module)
         autocast = torch.is_autocast_enabled(x.device.type)
         dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
-        if args or kwargs or not adapters or not torch.is_grad_enabled() or why_not_linear(module) is not None:
+        if args or kwargs or not adapters or not torch.is_grad_enabled() or linear_fallback_reason(module) is not None:
             return super().forward(x, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
-        ((down, up),) = joined(adapters, materialize(adapters)).values()
+        ((down, up),) = concatenate_pairs(adapters, materialize(adapters)).values()
         return LinearFunction.apply(x.to(dtype), module, down, up)  # pyright: ignore[reportReturnType]

@@ -13,7 +13,7 @@ turns forward and input gradient into one GEMM each, adapters included, with one
 
 Nothing is ever added to a quantized weight: in bfloat16 an update 4e-4 of the weight's size would lose 91 % of itself.
 The matrix lives as long as a pass needs it, in memory that the allocator reuses from group to group; where there is
-memory to spare a layer holds it (`HeldMatrix`), and a pass writes the pairs alone.
+memory to spare a layer caches it (`CachedMatrix`), and a pass writes only the pairs.
 """
 
 import functools
@@ -34,40 +34,41 @@ from lsr_scale.layers.frozen_linear import dequantize_into
 
 # cuBLAS is fastest with this many extra columns; 16 cost four times as much on an H100 (benchmarks/LOG.md)
 ALIGNMENT = 64
-# rows of a group that output_gradients' blocks must not mix
+# rows of a block of output_gradients, all of which must belong to one linear
 BLOCK = 64
 
 
-def base_of(linear: nn.Module) -> Any:
-    """Return the frozen linear layer under any adapters."""
+def base_layer(linear: nn.Module) -> Any:
+    """Return the frozen linear layer under any adapters: PEFT's `get_base_layer`, which a plain linear has not."""
     return linear.get_base_layer() if isinstance(linear, BaseTunerLayer) else linear
 
 
 @dataclass
-class HeldMatrix:
-    """A group's matrix with its weights in place, held from pass to pass.
+class CachedMatrix:
+    """A group's matrix with its dequantized weights, cached from pass to pass.
 
     Attributes:
         matrix: `[N + R, K + R]`, or None until it is first needed.
-        made_of: Address and version of every weight in it: one that was loaded, moved or merged is dequantized anew.
+        key: dtype, device, and each weight's version and address: one that was loaded, moved or merged is dequantized
+            again.
     """
 
     matrix: Tensor | None = None
-    made_of: tuple[Any, ...] = ()
+    key: tuple[Any, ...] = ()
 
 
 @dataclass
-class Group:
-    """Linears that read one input, the pair of each (None: no active adapter), and where their matrix is held if so."""
+class LinearGroup:
+    """Linears that read one input, the pair of each (None: no active adapter), and their matrix's cache, if any."""
 
     linears: Sequence[nn.Module]
     pairs: Sequence[Pair | None]
-    held: HeldMatrix | None = None
+    cache: CachedMatrix | None = None
 
     def __post_init__(self) -> None:
-        self.bases = [base_of(linear) for linear in self.linears]
-        self.in_features: int = self.bases[0].in_features
-        self.sizes: list[int] = [base.out_features for base in self.bases]
+        self.base_layers = [base_layer(linear) for linear in self.linears]
+        self.in_features: int = self.base_layers[0].in_features
+        self.sizes: list[int] = [base.out_features for base in self.base_layers]
         self.out_features = sum(self.sizes)
         self.ranks = [0 if pair is None else pair[0].shape[0] for pair in self.pairs]
         rank = sum(self.ranks)
@@ -84,28 +85,27 @@ class Group:
         return slice(start, start + self.sizes[index])
 
     def matrix(self, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Return the group's matrix `[N + R, K + R]`, weights dequantized or held, pairs written into it."""
+        """Return the group's matrix `[N + R, K + R]`, weights dequantized or cached, pairs written into it."""
         N, K, R = self.out_features, self.in_features, self.width
-        counts = change_counts(base.weight for base in self.bases)
-        matrix, held = None, None if counts is None else self.held
-        if held is not None:
-            made_of = dtype, device, counts, *(base.weight.data_ptr() for base in self.bases)
-            if held.matrix is not None and held.made_of == made_of and held.matrix.shape[1] >= K + R:
-                matrix = held.matrix[: N + R, : K + R]
+        counts = change_counts(base.weight for base in self.base_layers)
+        matrix, cache = None, None if counts is None else self.cache
+        if cache is not None:
+            key = dtype, device, counts, *(base.weight.data_ptr() for base in self.base_layers)
+            if cache.matrix is not None and cache.key == key and cache.matrix.shape[1] >= K + R:
+                matrix = cache.matrix[: N + R, : K + R]
             else:
-                held.matrix = None  # before there is another
+                cache.matrix = None  # freed before another is allocated
         if matrix is not None:
-            for index in range(len(self.bases)):
+            for index in range(len(self.base_layers)):
                 fill_extension(matrix[self.rows(index)], K, self._extension(index, matrix))
             return matrix
-        with torch.inference_mode(
-            held is None and torch.is_inference_mode_enabled()
-        ):  # what is held serves training too
+        # a cached matrix serves training too, so it is no inference tensor
+        with torch.inference_mode(cache is None and torch.is_inference_mode_enabled()):
             matrix = torch.empty(N + R, K + R, dtype=dtype, device=device)
-        for index, base in enumerate(self.bases):
+        for index, base in enumerate(self.base_layers):
             dequantize_into(base, matrix[self.rows(index)], self._extension(index, matrix))
-        if held is not None:
-            held.matrix, held.made_of = matrix, made_of
+        if cache is not None:
+            cache.matrix, cache.key = matrix, key
         return matrix
 
     def _extension(self, index: int, matrix: Tensor) -> Extension:
@@ -113,18 +113,18 @@ class Group:
         N, K = self.out_features, self.in_features
         down, up = self.pairs[index] or (None, None)
         columns = self.columns(index)
-        end = len(matrix) if index == len(self.bases) - 1 else N + columns.stop
+        end = len(matrix) if index == len(self.base_layers) - 1 else N + columns.stop
         down_out = matrix[N + columns.start : end, :K] if end > N + columns.start else None
         return Extension(up, columns.start, down, down_out)
 
     def bias(self, dtype: torch.dtype) -> Tensor | None:
-        """Return the biases in a row `[N]`, or None."""
-        if all(base.bias is None for base in self.bases):
+        """Return the concatenated biases `[N]`, or None."""
+        if all(base.bias is None for base in self.base_layers):
             return None
-        device = next(base.bias.device for base in self.bases if base.bias is not None)
+        device = next(base.bias.device for base in self.base_layers if base.bias is not None)
         parts = [
             torch.zeros(size, dtype=dtype, device=device) if base.bias is None else base.bias.to(dtype)
-            for base, size in zip(self.bases, self.sizes, strict=True)
+            for base, size in zip(self.base_layers, self.sizes, strict=True)
         ]
         return torch.cat(parts)
 
@@ -143,7 +143,7 @@ class Group:
         return buffer
 
     def downs(self, matrix: Tensor) -> Tensor:
-        """Return the view `[R, K]` of the matrix that holds every `down`, then zero rows."""
+        """Return the view `[R, K]` of the matrix with every `down`, then zero rows."""
         return matrix[self.out_features :, : self.in_features]
 
     def multiply(self, x: Tensor, matrix: Tensor) -> Tensor:
@@ -192,7 +192,7 @@ class Group:
         ]
 
     def down_gradients(self, d_down: Tensor) -> list[Tensor | None]:
-        """Cut `ds^T x [R, K]` into each `d down_i`."""
+        """Split `ds^T x [R, K]` into each `d down_i`."""
         return [d_down[self.columns(index)] if rank else None for index, rank in enumerate(self.ranks)]
 
 

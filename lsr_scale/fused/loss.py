@@ -1,10 +1,10 @@
-"""Cross-entropy of a language model's head, chunk by chunk: the logits never exist whole.
+"""Linear cross-entropy of a language model's head, chunk by chunk: all logits are never in memory at once.
 
     loss = sum_t weight_t [logsumexp(h_t W^T) - (h_t W^T)_label(t)] / n      over supervised positions t
 
 The gradient to h is computed in the forward pass, while a chunk's logits are there:
-`dh = weight (softmax - onehot) W / n`. The head is frozen. Logits are kept in the hidden states' dtype, softmax is
-computed in float32.
+`dh = weight (softmax - onehot) W / n`. The head is frozen. Logits are in the hidden states' dtype, softmax is computed
+in float32.
 """
 
 from typing import Any
@@ -17,8 +17,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from lsr_scale.kernels.cross_entropy import cross_entropy
 
-IGNORED = -100
-# 2,097 rows of a 32k vocabulary, 128 MB of logits in bfloat16
+IGNORE_INDEX = -100  # torch's and transformers'
+# 2,097 positions of a 32k vocabulary, 128 MB of logits in bfloat16
 CHUNK_ELEMENTS = 2**26
 
 
@@ -27,12 +27,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
-        wants = ctx.needs_input_grad[0]
-        gradient = torch.empty_like(hidden) if wants else None
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         total = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
-        rows = max(1, CHUNK_ELEMENTS // weight.shape[0])
-        for start in range(0, len(hidden), rows):
-            part = slice(start, start + rows)
+        size = max(1, CHUNK_ELEMENTS // weight.shape[0])
+        for start in range(0, len(hidden), size):
+            part = slice(start, start + size)
             logits = hidden[part] @ weight.t()
             losses = cross_entropy(logits, labels[part], gradient=gradient is not None)
             total += (losses if weights is None else losses * weights[part]).sum()
@@ -57,8 +56,8 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, weights
     Args:
         hidden: `[T, hidden]`.
         weight: `[vocabulary, hidden]`, frozen.
-        labels: `[T]` in `[0, vocabulary)`: no ignored ones, they are left out before.
-        weights: `[T]`, what each position counts; 1 if not given.
+        labels: `[T]` in `[0, vocabulary)`, without ignored ones.
+        weights: `[T]`, the weight of each position; 1 if not given.
     """
     if weight.requires_grad:
         losses = functional.cross_entropy((hidden @ weight.t()).float(), labels, reduction="none")
@@ -80,11 +79,11 @@ def causal_lm_loss(
 
     Args:
         module: The transformers model.
-        labels: `[B, S]`, -100 where nothing is to be learned; shifted here, as transformers does.
+        labels: `[B, S]`, -100 where the loss ignores them; shifted here, as transformers does.
         shift_labels: Labels that are shifted already; then `labels` is not used.
         num_items_in_batch: What the sum is divided by, if not by the number of supervised positions.
         supervised: `[N]`, the positions among the `B S` that predict a label, with `targets` `[N]`; if both are given,
-            no labels are looked at, for which the host would wait for the GPU.
+            labels are not read, which would synchronize with the GPU.
         targets: See `supervised`.
         kwargs: Everything else, for the model under the head.
     """
@@ -94,12 +93,12 @@ def causal_lm_loss(
     hidden = outputs.last_hidden_state
     if supervised is None or targets is None:
         if shift_labels is None:
-            shift_labels = functional.pad(labels, (0, 1), value=IGNORED)[..., 1:]
+            shift_labels = functional.pad(labels, (0, 1), value=IGNORE_INDEX)[..., 1:]
         targets = shift_labels.reshape(-1).to(hidden.device)
-        supervised = (targets != IGNORED).nonzero().flatten()
+        supervised = (targets != IGNORE_INDEX).nonzero().flatten()
         targets = targets[supervised]
-    rows = hidden.reshape(-1, hidden.shape[-1])[supervised]
-    loss = linear_cross_entropy(rows.to(module.lm_head.weight.dtype), module.lm_head.weight, targets)
+    chosen = hidden.reshape(-1, hidden.shape[-1])[supervised]
+    loss = linear_cross_entropy(chosen.to(module.lm_head.weight.dtype), module.lm_head.weight, targets)
     divisor = max(len(supervised), 1) if num_items_in_batch is None else num_items_in_batch
     if isinstance(divisor, Tensor):
         divisor = divisor.to(loss.device)

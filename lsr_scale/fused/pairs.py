@@ -1,8 +1,8 @@
 """The pairs of many adapted linears at once: one autograd node, a handful of kernels, whatever the method.
 
-`materialize` of a method takes stacks of modules, so linears whose factors have the same shapes are stacked, and the
+`materialize` of a method takes stacked factors, so linears whose factors have the same shapes are stacked, and the
 whole model's pairs `(down [r, in], scaling * up [out, r])` cost a few launches instead of some per module. The node
-keeps modules, never tensors: factors are read again in the backward pass, and a part of the model can be differentiated
+saves modules, never tensors: factors are read again in the backward pass, and a part of the model can be differentiated
 at a time, which reentrant checkpointing does.
 """
 
@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from lsr_scale.adapters.peft import AdapterLinear, AdapterMethod, LowRankPair, change_counts, upcast
 
 Pair = tuple[Tensor, Tensor]
+PairGradients = tuple[Tensor | None, Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -50,39 +51,39 @@ class Adapter:
 def active_adapters(linear: nn.Module) -> list[Adapter]:
     """Return the adapters that take part in a linear's forward, in order; none for a plain or disabled linear."""
     if isinstance(linear, AdapterLinear):
-        held: Any = linear.adapter_configs
+        adapters: Any = linear.adapter_configs
     elif isinstance(linear, LoraLayer):
-        held = linear.lora_A
+        adapters = linear.lora_A
     else:
         return []
     if linear.disable_adapters:
         return []
-    return [Adapter(linear, name) for name in linear.active_adapters if name in held]
+    return [Adapter(linear, name) for name in linear.active_adapters if name in adapters]
 
 
 def materialize(adapters: Sequence[Adapter]) -> list[Pair]:
     """Return the pair of every adapter, scaling in `up`: float32 (float64 for such factors), differentiable."""
     if not adapters:
         return []
-    held = [adapter.factors() for adapter in adapters]
+    factors = [adapter.factors() for adapter in adapters]
     flat = _Materialize.apply(  # pyright: ignore
-        list(adapters), held, *(factor for factors in held for factor in factors.values())
+        list(adapters), factors, *(factor for named in factors for factor in named.values())
     )
     return list(zip(flat[::2], flat[1::2], strict=True))
 
 
-def joined(adapters: Sequence[Adapter], pairs: Sequence[Pair]) -> dict[int, Pair]:
-    """Return the pair of each linear, by its identity: several adapters of one linear stand side by side in R."""
-    found: dict[int, Pair] = {}
+def concatenate_pairs(adapters: Sequence[Adapter], pairs: Sequence[Pair]) -> dict[int, Pair]:
+    """Return the pair of each linear, by its identity: those of several adapters of one linear, concatenated in r."""
+    by_linear: dict[int, Pair] = {}
     for adapter, (down, up) in zip(adapters, pairs, strict=True):
-        held = found.get(id(adapter.linear))
-        if held is not None:
-            down, up = torch.cat([held[0], down]), torch.cat([held[1], up], dim=1)
-        found[id(adapter.linear)] = down, up
-    return found
+        before = by_linear.get(id(adapter.linear))
+        if before is not None:
+            down, up = torch.cat([before[0], down]), torch.cat([before[1], up], dim=1)
+        by_linear[id(adapter.linear)] = down, up
+    return by_linear
 
 
-def _stacks(
+def _group_by_shape(
     adapters: Sequence[Adapter], factors: Sequence[dict[str, Tensor]], wanted: Sequence[int]
 ) -> list[list[int]]:
     """Group adapters of one method, scaling and set of shapes: lists of positions among `adapters`."""
@@ -94,14 +95,14 @@ def _stacks(
     return list(groups.values())
 
 
-def _versions(adapters: Sequence[Adapter], held: Sequence[dict[str, Tensor]]) -> list[Any]:
+def _versions(adapters: Sequence[Adapter], factors: Sequence[dict[str, Tensor]]) -> list[Any]:
     """Return what changes when a factor is changed in place or a scaling is set."""
-    return [(adapter.scaling, change_counts(factors.values())) for adapter, factors in zip(adapters, held, strict=True)]
+    return [(adapter.scaling, change_counts(named.values())) for adapter, named in zip(adapters, factors, strict=True)]
 
 
-def _stacked(held: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+def _stacked(factors: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Return each factor of some adapters of equal shapes as one tensor, float32 or wider."""
-    return upcast({name: torch.stack([factors[name] for factors in held]) for name in held[0]})
+    return upcast({name: torch.stack([named[name] for named in factors]) for name in factors[0]})
 
 
 class _Materialize(torch.autograd.Function):
@@ -109,18 +110,18 @@ class _Materialize(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, adapters: list[Adapter], held: list[dict[str, Tensor]], *factors: Tensor
+        ctx: Any, adapters: list[Adapter], factors: list[dict[str, Tensor]], *flat_factors: Tensor
     ) -> tuple[Tensor, ...]:
         ctx.adapters = adapters
         ctx.set_materialize_grads(False)
-        # by name they are in `held`, which is not kept: the backward pass reads the modules again
-        device = factors[0].device.type
-        ctx.versions = _versions(adapters, held)
+        # `flat_factors` for autograd, `factors` by name; neither is saved: the backward pass reads the modules again
+        device = flat_factors[0].device.type
+        ctx.versions = _versions(adapters, factors)
         flat: list[Any] = [None] * (2 * len(adapters))
-        for group in _stacks(adapters, held, range(len(adapters))):
+        for group in _group_by_shape(adapters, factors, range(len(adapters))):
             with torch.autocast(device, enabled=False):
                 first = adapters[group[0]]
-                down, up = first.method.materialize(_stacked([held[index] for index in group]))
+                down, up = first.method.materialize(_stacked([factors[index] for index in group]))
                 # kernels read rows; a method may return them in any layout
                 down, up = down.contiguous(), (up * first.scaling).contiguous()
             for position, index in enumerate(group):
@@ -131,21 +132,21 @@ class _Materialize(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         adapters: list[Adapter] = ctx.adapters
-        held = [adapter.factors() for adapter in adapters]
-        if _versions(adapters, held) != ctx.versions:
+        factors = [adapter.factors() for adapter in adapters]
+        if _versions(adapters, factors) != ctx.versions:
             raise RuntimeError(
                 "an adapter's factors or scaling were changed between the forward and the backward pass; "
                 "change them after backward()"
             )
-        results: list[list[Tensor | None]] = [[None] * len(factors) for factors in held]
+        results: list[list[Tensor | None]] = [[None] * len(named) for named in factors]
         wanted = [
             index for index in range(len(adapters)) if grads[2 * index] is not None or grads[2 * index + 1] is not None
         ]
-        for group in _stacks(adapters, held, wanted):
+        for group in _group_by_shape(adapters, factors, wanted):
             first = adapters[group[0]]
-            device = next(iter(held[group[0]].values())).device.type
+            device = next(iter(factors[group[0]].values())).device.type
             with torch.enable_grad(), torch.autocast(device, enabled=False):
-                stacked = _stacked([held[index] for index in group])
+                stacked = _stacked([factors[index] for index in group])
                 stacks = {name: stack.requires_grad_() for name, stack in stacked.items()}
                 pair = first.method.materialize(stacks)
             # d/d(up before scaling) = scaling * d/d(up)
@@ -154,9 +155,9 @@ class _Materialize(torch.autograd.Function):
                 for side in (0, 1)
             ]
             # contiguous, or autograd would copy the factors' gradients one by one
-            found = [stack.contiguous() for stack in torch.autograd.grad(pair, list(stacks.values()), gradients)]
+            d_stacks = [stack.contiguous() for stack in torch.autograd.grad(pair, list(stacks.values()), gradients)]
             for position, index in enumerate(group):
-                for place, (stack, factor) in enumerate(zip(found, held[index].values(), strict=True)):
+                for place, (stack, factor) in enumerate(zip(d_stacks, factors[index].values(), strict=True)):
                     results[index][place] = stack[position].to(factor.dtype)
         return None, None, *(gradient for group in results for gradient in group)
 

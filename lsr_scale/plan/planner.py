@@ -29,7 +29,7 @@ from lsr_scale.config import RunConfig, offloads_optimizer, offloads_parameters
 from lsr_scale.config.deepspeed import SHIPPED
 from lsr_scale.config.training import checkpoints_layers
 from lsr_scale.fused import fuse
-from lsr_scale.fused.fallback import LAYERS
+from lsr_scale.fused.fallback import DECODER_LAYERS
 from lsr_scale.model import DTYPES, check_quantization, load_config, skeleton
 from lsr_scale.plan import memory
 from lsr_scale.plan.sizes import FrozenBytes, adapter_file_bytes, frozen_bytes, quantized_layers
@@ -275,11 +275,11 @@ def _fused_step(run: RunConfig, config: Any, batch: memory.Batch) -> dict[bool, 
     if run.training["fused"] == "off" or section.attention not in ("auto", "sdpa"):
         return None
     base = skeleton(config, section.task, section.num_labels, DTYPES[section.dtype], section.attention)
-    if not any(type(module) in LAYERS for module in base.modules()):
+    if not any(type(module) in DECODER_LAYERS for module in base.modules()):
         return None
     model = _adapted(run, base).train()
     report = fuse(model)
-    if report.per_linear or not report.fused:
+    if report.unfused or not report.fused:
         return None
     try:
         return memory.trace_step(model, batch, section.task, fused=True)

@@ -41,13 +41,13 @@ from lsr_scale.data.preview import (
 from lsr_scale.data.tally import TalliesRows, Tally
 from lsr_scale.errors import UserError, did_you_mean
 from lsr_scale.fused import FuseReport, fuse
-from lsr_scale.fused.cuda_graphs import StepGraphs, why_not_graphs
+from lsr_scale.fused.cuda_graphs import StepGraphs, graphs_fallback_reason
 from lsr_scale.model import base_of, load_config, read_tokenizer, skeleton, tokenizer_of
 from lsr_scale.model.shard import Sharding, is_sharded
 from lsr_scale.model.tokenizer import has_tokenizer, same_state
 from lsr_scale.run.folder import RunFolder
 from lsr_scale.scoring import classification
-from lsr_scale.training.callbacks.memory import KeepWhatFits, largest_forward, row_lengths
+from lsr_scale.training.callbacks.memory import FitMemoryCallback, max_forward_tokens, row_lengths
 from lsr_scale.training.checkpoint import select
 from lsr_scale.training.checkpoint.resumable import Resumable
 from lsr_scale.training.settings import named
@@ -186,7 +186,7 @@ def build_trainer(
             "for (max_position_embeddings); what it predicts beyond is untrained"
         )
     if report is not None and report.fused and _fits_memory(run):
-        trainer.add_callback(KeepWhatFits(largest_forward(trainer), say))
+        trainer.add_callback(FitMemoryCallback(max_forward_tokens(trainer), say))
     if run.model.task == "causal_lm" and report is not None and report.fused:
         _use_own_head(run, trainer)
     if run.model.task == "causal_lm":
@@ -281,8 +281,8 @@ def _fuse(run: RunConfig, model: PeftModel, arguments: Any) -> FuseReport | None
     recompute = "full" if checkpoints_layers(run.training) else "none"
     # what is gathered anew for every pass cannot be held from pass to pass
     holds = run.training["memory"] == "speed" and not is_sharded(model)
-    report = fuse(model.train(), recompute, hold_weights=holds)
-    layers = [*report.fused, *report.per_linear]
+    report = fuse(model.train(), recompute, cache_weights=holds)
+    layers = [*report.fused, *report.unfused]
     if layers:
         # the layers see to it themselves, fused or not; transformers 5.23 reads the second name
         arguments.gradient_checkpointing = arguments.activation_checkpointing = False
@@ -307,13 +307,13 @@ def _replay_steps(run: RunConfig, trainer: Any, report: FuseReport | None, say: 
     model: Any = trainer.model
     longest, mean = row_lengths(trainer)
     reason = None
-    if report is None or report.per_linear or not report.fused:
+    if report is None or report.unfused or not report.fused:
         reason = "the decoder layers do not run fused"
     elif uses_deepspeed(run) or distributed.world_size() > 1:
         reason = "several processes, or DeepSpeed, handle gradients as they come"
     elif longest is None or mean is None:
         reason = "nobody knows how long rows are"
-    reason = reason or why_not_graphs(model.get_base_model(), vars(trainer.args))
+    reason = reason or graphs_fallback_reason(model.get_base_model(), vars(trainer.args))
     if reason is not None or longest is None or mean is None:
         if wanted == "on":
             raise UserError(f"training.cuda_graphs: on, but they cannot be: {reason}")

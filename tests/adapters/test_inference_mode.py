@@ -35,7 +35,7 @@ def test_a_model_that_is_loaded_in_inference_mode(kind, method, fused, ids, tmp_
     with torch.inference_mode():
         loaded = PeftModel.from_pretrained(base(kind), tmp_path).eval()
         if fused:
-            lsr_scale.fuse(loaded, hold_weights=True)
+            lsr_scale.fuse(loaded, cache_weights=True)
         for _ in range(2):
             torch.testing.assert_close(logits(loaded, ids), expected, rtol=1e-4, atol=1e-4)
         factor = next(p for name, p in loaded.named_parameters() if "q_proj" in name and "default" in name)
@@ -51,7 +51,7 @@ def test_a_model_that_is_loaded_in_inference_mode(kind, method, fused, ids, tmp_
 def test_training_after_an_evaluation_in_inference_mode(hold, ids):
     model, other = adapted("nf4", "lsr"), adapted("nf4", "lsr")
     for each in (model, other):
-        lsr_scale.fuse(each, hold_weights=hold)
+        lsr_scale.fuse(each, cache_weights=hold)
     with torch.inference_mode():
         logits(model.eval(), ids)
     for each in (model, other):

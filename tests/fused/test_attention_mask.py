@@ -7,7 +7,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification, MistralCon
 
 import lsr_scale
 from lsr_scale.adapters import peft_config
-from lsr_scale.fused import decoder_layer
+from lsr_scale.fused import attention_block
 from lsr_scale.fused.attention_mask import needs_mask
 from lsr_scale.kernels.attention import Sequences, attention_reference, keep_cudnn_from_masks
 from lsr_scale.model import load_base
@@ -50,9 +50,9 @@ def assert_same(found, expected):
 @pytest.fixture
 def masks(monkeypatch):
     """Return whether each call of a fused layer's attention had a mask."""
-    seen, original = [], decoder_layer.attention
+    seen, original = [], attention_block.attention
     monkeypatch.setattr(
-        decoder_layer, "attention", lambda *args: (seen.append(args[3].mask is not None), original(*args))[1]
+        attention_block, "attention", lambda *args: (seen.append(args[3].mask is not None), original(*args))[1]
     )
     return seen
 
@@ -88,7 +88,7 @@ def test_padding_that_is_learned_from_keeps_its_mask(padded, masks):
 
 
 @pytest.mark.parametrize("of_the_head", [False, True])
-def test_what_steps_aside_computes_the_same_without_a_mask(of_the_head, padded):
+def test_what_falls_back_computes_the_same_without_a_mask(of_the_head, padded):
     model = adapted()
     expected = step(model, padded)
     lsr_scale.fuse(model)

@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 import lsr_scale
 from lsr_scale.adapters import peft_config
 from lsr_scale.errors import UserError
-from lsr_scale.fused.cuda_graphs import StepGraphs, rounded, static_batch, static_loss, why_not_graphs
+from lsr_scale.fused.cuda_graphs import StepGraphs, graphs_fallback_reason, rounded, static_batch, static_loss
 from lsr_scale.training import assembly
 from lsr_scale.training.steps.graphs import GraphSteps, host_bound
 from lsr_scale.training.steps.head_loss import HeadLoss
@@ -108,11 +108,11 @@ def test_nothing_supervised_is_a_loss_of_zero():
 def test_reasons_against_graphs():
     head = adapted().get_base_model()
     plain = {"packing": True, "padding_free": False, "loss_type": "nll", "label_smoothing_factor": 0.0}
-    assert "GPU" in str(why_not_graphs(head, plain))
-    assert "packing" in str(why_not_graphs(head, {**plain, "packing": False}))
-    assert "cross-entropy" in str(why_not_graphs(head, {**plain, "label_smoothing_factor": 0.1}))
+    assert "GPU" in str(graphs_fallback_reason(head, plain))
+    assert "packing" in str(graphs_fallback_reason(head, {**plain, "packing": False}))
+    assert "cross-entropy" in str(graphs_fallback_reason(head, {**plain, "label_smoothing_factor": 0.1}))
     head.model.layers[0].self_attn.q_proj.extra = torch.nn.Dropout(0.1)
-    assert "dropout" in str(why_not_graphs(head, plain))
+    assert "dropout" in str(graphs_fallback_reason(head, plain))
 
 
 def test_small_models_are_bound_by_the_host():
@@ -147,7 +147,7 @@ class WithoutGraphs(StepGraphs):
 @pytest.fixture
 def on_the_cpu(monkeypatch):
     monkeypatch.setattr(assembly, "StepGraphs", WithoutGraphs)
-    monkeypatch.setattr(assembly, "why_not_graphs", lambda *_: None)
+    monkeypatch.setattr(assembly, "graphs_fallback_reason", lambda *_: None)
     monkeypatch.setattr(WithoutGraphs, "replays", 0)
 
 
@@ -209,7 +209,7 @@ def by_step(folder, name):
 @pytest.fixture
 def recorded(monkeypatch):
     recorded_graphs.stand_in(monkeypatch)
-    monkeypatch.setattr(assembly, "why_not_graphs", lambda *_: None)
+    monkeypatch.setattr(assembly, "graphs_fallback_reason", lambda *_: None)
 
 
 def test_recorded_graphs_are_the_steps_themselves_and_nothing_is_decided_anew(tmp_path, recorded):
@@ -304,7 +304,7 @@ class TestOnTheGpu:
             _, gradients = graphs.replay(static, 3.0)
             copied = [gradient.clone() for gradient in gradients]
             total = copied if total is None else [a + b for a, b in zip(total, copied, strict=True)]
-            graphs.give(gradients, accumulates=True)
+            graphs.add_to_grads(gradients, accumulates=True)
         torch.testing.assert_close([p.grad for p in graphs.parameters], total)
 
     @pytest.mark.parametrize("accumulation", [1, 3])

@@ -42,7 +42,7 @@ def check(model, ids, expected):
     return report
 
 
-ONE_BY_ONE = " adapted linears fused one by one (whole layers fuse in Llama, Mistral, Qwen2, Qwen3 models)"
+ONE_BY_ONE = " adapted linears fused one by one (decoder layers fuse in Llama, Mistral, Qwen2, Qwen3 models)"
 
 
 @pytest.mark.parametrize(
@@ -58,9 +58,9 @@ def test_widths_that_are_no_multiple_of_8(method, sizes, found, ids):
     options = {"target_modules": SEVEN_LINEARS, "rank": 2}
     model = get_peft_model(tiny_llama(torch.float64, **sizes), peft_config(method, options, "CAUSAL_LM"))
     reason = f"a base layer has {found} inputs, no multiple of 8"
-    report = check(model, ids, f"0 of 2 decoder layers run fused; the others per linear: {reason}")
-    assert set(report.unfused.values()) == {reason}
-    assert 0 < report.linears < 14
+    report = check(model, ids, f"0 of 2 decoder layers run fused; the others unfused: {reason}")
+    assert set(report.unfused_linears.values()) == {reason}
+    assert 0 < report.fused_linears < 14
 
 
 def test_only_conv1d_is_adapted(ids):
@@ -91,9 +91,9 @@ def test_other_adapters(config, reason, ids):
     model = get_peft_model(gemma(), config).train()
     report = lsr_scale.fuse(model)
     step(model, ids)
-    assert len(report.unfused) == 1
-    assert next(iter(report.unfused.values())).startswith(reason)
-    assert report.linears == 0
+    assert len(report.unfused_linears) == 1
+    assert next(iter(report.unfused_linears.values())).startswith(reason)
+    assert report.fused_linears == 0
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -7,7 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 
 import lsr_scale
 from lsr_scale.adapters import peft_config
-from lsr_scale.fused.linear_groups import base_of
+from lsr_scale.fused.linear_groups import base_layer
 from lsr_scale.kernels.attention import keep_cudnn_from_masks
 from lsr_scale.kernels.dequantize import Extension
 from lsr_scale.layers.frozen_linear import dequantize, dequantize_into
@@ -67,7 +67,7 @@ def models(kind: str | None, method: str, family: str = "llama", logits: float =
         if not p.requires_grad
     }
     for name, module in model.get_base_model().named_modules():
-        layer = base_of(module)
+        layer = base_layer(module)
         if name.endswith("_proj") and kind:
             weights[name + ".weight"] = dequantize(layer, torch.bfloat16)
     exact.load_state_dict(weights)

@@ -1,4 +1,4 @@
-"""What fused layers keep by the memory there is, and weights held dequantized."""
+"""What fused layers save and cache by the memory there is; cached dequantized weights."""
 
 import itertools
 from collections import Counter
@@ -8,12 +8,12 @@ import pytest
 import torch
 
 import lsr_scale
-from lsr_scale.fused import FuseReport, release_weights
+from lsr_scale.fused import FuseReport, clear_weight_cache
 from lsr_scale.fused.decoder_layer import DecoderLayerFunction
 from lsr_scale.fused.memory import _cost
-from lsr_scale.training.callbacks.memory import KeepWhatFits
+from lsr_scale.training.callbacks.memory import FitMemoryCallback
 from tests.conftest import quantize, tiny_llama
-from tests.fused.test_models import SAME, adapted, assert_same, results
+from tests.fused.test_patching import SAME, adapted, assert_same, results
 
 
 def layers_of(model: Any) -> Any:
@@ -41,22 +41,22 @@ def test_held_weights_change_nothing(kind, recompute, ids):
     model = adapted(base if kind == "none" else quantize(base, kind, torch.float32))
     lsr_scale.fuse(model, recompute)
     expected = results(model, ids)
-    lsr_scale.fuse(model, recompute, hold_weights=True)
+    lsr_scale.fuse(model, recompute, cache_weights=True)
     for _ in range(2):  # made, then found
         assert_same(results(model, ids), expected, 1e-6)
-    held = [entry.matrix for layer in layers_of(model) for entry in layer.held.values()]
+    held = [entry.matrix for layer in layers_of(model) for entry in layer.weight_cache.values()]
     assert len(held) == 8
-    assert sum(matrix.nbytes for matrix in held) == sum(layer.sizes.matrices for layer in layers_of(model))
-    release_weights(model)
-    assert not any(layer.held for layer in layers_of(model))
+    assert sum(matrix.nbytes for matrix in held) == sum(layer.sizes.cached_weights for layer in layers_of(model))
+    clear_weight_cache(model)
+    assert not any(layer.weight_cache for layer in layers_of(model))
     assert_same(results(model, ids), expected, 1e-6)
 
 
 def test_held_weights_follow_the_adapters_and_the_base(ids):
     model = adapted(tiny_llama(torch.float64))
-    lsr_scale.fuse(model, hold_weights=True)
+    lsr_scale.fuse(model, cache_weights=True)
     results(model, ids)
-    first = layers_of(model)[0].held["qkv"].matrix
+    first = layers_of(model)[0].weight_cache["qkv"].matrix
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:  # an optimizer's step
@@ -64,7 +64,7 @@ def test_held_weights_follow_the_adapters_and_the_base(ids):
             elif "layers.0.self_attn.q_proj" in name:  # a weight that was loaded
                 parameter.add_(0.01)
     found = results(model, ids)
-    assert layers_of(model)[0].held["qkv"].matrix is not first
+    assert layers_of(model)[0].weight_cache["qkv"].matrix is not first
     with model.disable_adapter():
         bare = results_of_base(model, ids)
     lsr_scale.unfuse(model)
@@ -78,14 +78,14 @@ def results_of_base(model, ids):
         return model(input_ids=ids, use_cache=False).logits
 
 
-def test_what_is_kept_is_known_to_the_byte(ids, monkeypatch):
+def test_the_size_of_saved_tensors_is_known_to_the_byte(ids, monkeypatch):
     model = adapted(tiny_llama())
     lsr_scale.fuse(model, "full")
     model(input_ids=ids, labels=ids).loss.backward()
     for recompute in ("none", "mlp", "full"):
         lsr_scale.fuse(model, recompute)
         found = saved_bytes(model, ids, monkeypatch)
-        assert found == sum(ids.numel() * layer.sizes.kept[recompute] for layer in layers_of(model))
+        assert found == sum(ids.numel() * layer.sizes.saved_per_token[recompute] for layer in layers_of(model))
 
 
 def test_layers_climb_by_the_memory_there_is(ids):
@@ -117,13 +117,13 @@ def test_layers_climb_by_the_memory_there_is(ids):
     report = lsr_scale.fit_memory(model, 1e9, tokens)
     assert report
     assert report.layers == {("none", True): 2}
-    assert "of 2 decoder layers 2 keep everything, and their weights in float32" in str(report)
-    assert all(layer.held for layer in layers_of(model))
+    assert "of 2 decoder layers 2 recompute nothing and cache their weights in float32" in str(report)
+    assert all(layer.weight_cache for layer in layers_of(model))
     assert_same(results(model, ids), expected, 1e-5)
     report = lsr_scale.fit_memory(model, 0, tokens)  # and down again
     assert report
     assert report.layers == {("full", False): 2}
-    assert not any(layer.held for layer in layers_of(model))
+    assert not any(layer.weight_cache for layer in layers_of(model))
 
 
 def test_a_model_without_fused_layers_has_nothing_to_fit(ids):
@@ -171,15 +171,15 @@ def test_what_the_first_step_left_is_spent(total, largest, rungs, ids):
     model = adapted(tiny_llama())
     lsr_scale.fuse(model, "full")
     said: list[str] = []
-    policy = KeepWhatFits(largest, said.append, Gpu(1_000_000, 2_000_000, total))
+    policy = FitMemoryCallback(largest, said.append, Gpu(1_000_000, 2_000_000, total))
     anything: Any = None
     policy.on_train_begin(anything, anything, anything)
     for _ in range(2):
         model.train()
         model(input_ids=ids, labels=ids).loss.backward()
         policy.on_step_end(anything, anything, anything, model=model)
-    found = Counter((layer.recompute, bool(layer.held)) for layer in layers_of(model))
+    found = Counter((layer.recompute, bool(layer.weight_cache)) for layer in layers_of(model))
     assert found == rungs
     assert len(said) == (largest is not None)
     policy.on_train_end(anything, anything, anything, model=model)
-    assert not any(layer.held for layer in layers_of(model))
+    assert not any(layer.weight_cache for layer in layers_of(model))

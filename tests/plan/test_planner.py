@@ -149,7 +149,7 @@ def test_fused_memory_is_within_five_percent_of_every_committed_measurement(path
             assert planned[recomputed] == pytest.approx(peak, rel=0.05), (method, model, tokens, length, recomputed)
 
 
-def test_what_cannot_run_fused_is_planned_per_linear():
+def test_what_cannot_run_fused_is_planned_unfused():
     result = plan(run(MISTRAL, {**KRON, "dropout": 0.1}, {"max_length": 512, "per_device_train_batch_size": 1}))
     assert not result.fused
 

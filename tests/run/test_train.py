@@ -18,13 +18,13 @@ from lsr_scale.adapters.files import load_adapter
 from lsr_scale.adapters.methods.lsr import Lsr
 from lsr_scale.config import dump_yaml, load_run
 from lsr_scale.config.training import checkpoints_layers
-from lsr_scale.fused import decoder_layer
+from lsr_scale.fused import attention_block
 from lsr_scale.model import base_of, load_base
 from lsr_scale.run.folder import RunFolder
 from lsr_scale.run.train import train
 from lsr_scale.training import assembly
 from lsr_scale.training.assembly import adapt, build_trainer
-from lsr_scale.training.callbacks.memory import KeepWhatFits
+from lsr_scale.training.callbacks.memory import FitMemoryCallback
 from tests.conftest import SEVEN_LINEARS
 from tests.helpers.tiny_runs import (
     CHAT_TEMPLATE,
@@ -195,17 +195,17 @@ def test_fused_layers_train_the_same(place, tmp_path, method, training, monkeypa
         return do(run_in(place, tmp_path / fused, model=model, adapter=method, training=values, eval={"tasks": []}))
 
     calls = []
-    original = decoder_layer._attend
-    monkeypatch.setattr(decoder_layer, "_attend", lambda *args: (calls.append(1), original(*args))[1])
-    per_linear = trained("off")
+    original = attention_block.forward
+    monkeypatch.setattr(attention_block, "forward", lambda *args: (calls.append(1), original(*args))[1])
+    unfused = trained("off")
     assert not calls
     fused = trained("on")
     # two layers a step, and once more in the backward pass where nothing is kept
     again = 1 if training.get("gradient_checkpointing") is False else 2
     assert len(calls) == 2 * again * len(metrics(fused))
-    losses = [[row["loss"] for row in metrics(done) if "loss" in row] for done in (fused, per_linear)]
+    losses = [[row["loss"] for row in metrics(done) if "loss" in row] for done in (fused, unfused)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-    for name, value in factors(per_linear).items():
+    for name, value in factors(unfused).items():
         assert torch.allclose(factors(fused)[name], value, atol=2e-4), name
 
 
@@ -497,10 +497,10 @@ def test_memory_auto_keeps_more_after_the_first_step(place, tmp_path, monkeypatc
     policies = []
 
     def policy(largest, say):
-        policies.append(KeepWhatFits(largest, say, Gpu(1000, 10**6, 10**9)))
+        policies.append(FitMemoryCallback(largest, say, Gpu(1000, 10**6, 10**9)))
         return policies[-1]
 
-    monkeypatch.setattr(assembly, "KeepWhatFits", policy)
+    monkeypatch.setattr(assembly, "FitMemoryCallback", policy)
     monkeypatch.setattr(assembly, "_fits_memory", lambda run: run.training["memory"] == "auto")
     training = {"save_strategy": "no", "fused": "on", "logging_steps": 1}
     model = {"quantization": "nf4", "dtype": "float32"}

@@ -1,4 +1,4 @@
-"""`training.memory: auto`: after a run's first step its fused layers keep what fits on the GPU."""
+"""`training.memory: auto`: from the second step on fused layers save and cache as much as fits on the GPU."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,38 +7,38 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lsr_scale import distributed
-from lsr_scale.fused import fit_memory, release_weights
+from lsr_scale.fused import clear_weight_cache, fit_memory
 
-# Of a GPU's memory, what is never given away: the allocator's fragments, libraries that load late, a driver's needs.
+# Share of a GPU's memory that stays free: for the allocator's fragments, libraries that load late, the driver.
 MARGIN = 0.08
 
 
-class KeepWhatFits(TrainerCallback):
-    """Takes the first step as the thriftiest one, then spends on speed what it left free.
+class FitMemoryCallback(TrainerCallback):
+    """Takes the first step with full recomputation, then gives the memory that it left free to `fit_memory`.
 
-    The first step computes everything again in the backward pass (`fuse(recompute="full")`). Its peak, scaled from the
-    most tokens that it had at once to the most that any step can have, is what every later step takes at least; what
-    is left beyond it and a margin goes to `fit_memory`. So a run fits wherever it fits with `memory: save`. All
-    processes take the smallest of their shares, and so choose alike.
+    The first step recomputes everything in the backward pass (`fuse(recompute="full")`). Its peak, scaled from the most
+    tokens that it had at once to the most that any step can have, is the least that every later step takes; what is
+    free beyond it and a margin goes to `fit_memory`. So a run fits wherever it fits with `memory: save`. All processes
+    take the smallest of their free memories, and so choose alike.
     """
 
-    def __init__(self, largest: int | None, say: Callable[[str], None], gpu: Any = torch.cuda) -> None:
-        """Take the policy's facts.
+    def __init__(self, max_tokens: int | None, say: Callable[[str], None], gpu: Any = torch.cuda) -> None:
+        """Take what the choice depends on.
 
         Args:
-            largest: The most tokens that one forward pass can have; None if nobody knows: then nothing is changed.
-            say: Told what was chosen.
-            gpu: What tells the memory of this process's GPU, as torch.cuda does.
+            max_tokens: The most tokens that one forward pass can have; None if unknown: then nothing is changed.
+            say: Called with what was chosen, in a line.
+            gpu: Memory statistics of this process's GPU, in torch.cuda's functions.
         """
-        self.largest = largest
+        self.max_tokens = max_tokens
         self.say = say
         self.gpu = gpu
-        self.decided = largest is None
-        self.rest = 0
+        self.decided = max_tokens is None
+        self.allocated_before = 0
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Note what lies in memory before the first step."""
-        self.rest = self.gpu.memory_allocated()
+        """Note what is allocated before the first step."""
+        self.allocated_before = self.gpu.memory_allocated()
         self.gpu.reset_peak_memory_stats()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -47,31 +47,31 @@ class KeepWhatFits(TrainerCallback):
             return
         self.decided = True
         model = kwargs["model"]
-        spare = min(distributed.gather([self._spare(model)]))
-        report = fit_memory(model, spare, self.largest or 0)
+        free_bytes = min(distributed.gather([self._free_bytes(model)]))
+        report = fit_memory(model, free_bytes, self.max_tokens or 0)
         if report is not None:
             self.say(str(report))
-        self.gpu.empty_cache()  # blocks of the first step's sizes
+        self.gpu.empty_cache()  # frees cached blocks of the first step's sizes
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Give back what the weights took: accuracy is measured next."""
-        release_weights(kwargs["model"])
+        """Free the cached weights: evaluation comes next."""
+        clear_weight_cache(kwargs["model"])
 
-    def _spare(self, model: Any) -> float:
-        """Return the bytes that no step with everything recomputed will touch on this GPU; negative if it is tight."""
-        seen = max((getattr(module, "most_tokens", 0) for module in model.modules()), default=0)
+    def _free_bytes(self, model: Any) -> float:
+        """Return the bytes that no step with full recomputation takes on this GPU; negative if not even it fits."""
+        seen = max((getattr(module, "max_tokens", 0) for module in model.modules()), default=0)
         if not seen:
             return 0.0
-        growth = max(1.0, (self.largest or 0) / seen)
-        # the optimizer's state has come into being at the end of the step
-        peak = self.gpu.memory_allocated() + (self.gpu.max_memory_allocated() - self.rest) * growth
+        growth = max(1.0, (self.max_tokens or 0) / seen)
+        # at the end of the step the optimizer's state is allocated
+        peak = self.gpu.memory_allocated() + (self.gpu.max_memory_allocated() - self.allocated_before) * growth
         free, total = self.gpu.mem_get_info()
         return free + self.gpu.memory_reserved() - MARGIN * total - peak
 
 
-def largest_forward(trainer: Trainer) -> int | None:
+def max_forward_tokens(trainer: Trainer) -> int | None:
     """Return the most tokens, padding included, that one forward pass of a trainer can have, None if unknown."""
     longest = row_lengths(trainer)[0]
     return None if longest is None else longest * trainer.args.per_device_train_batch_size

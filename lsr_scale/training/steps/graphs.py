@@ -1,4 +1,4 @@
-"""A trainer whose steps replay CUDA graphs, where a batch has what they need (`fused.step_graph`)."""
+"""A trainer whose steps replay CUDA graphs, where a batch has what they need (`fused.cuda_graphs`)."""
 
 from collections.abc import Callable
 from typing import Any
@@ -96,7 +96,7 @@ class GraphSteps(_Base):
         self._drop = self.is_dropped(loss, inputs)
         if self._drop:
             torch._foreach_zero_(gradients)
-        self.graphs.give(gradients, accumulates=steps > 1)
+        self.graphs.add_to_grads(gradients, accumulates=steps > 1)
         self.count_tokens(inputs["head"])
         return loss
 

@@ -10,9 +10,9 @@ from transformers import Trainer
 
 from lsr_scale import distributed
 from lsr_scale.fused.attention_mask import needs_mask
-from lsr_scale.fused.fallback import why_not_head
-from lsr_scale.fused.loss import IGNORED
-from lsr_scale.fused.models import documents
+from lsr_scale.fused.fallback import lm_head_fallback_reason
+from lsr_scale.fused.forward_context import document_boundaries
+from lsr_scale.fused.loss import IGNORE_INDEX
 
 _Base: Any = Trainer
 
@@ -31,15 +31,15 @@ class HeadCollator:
     def __call__(self, examples: Any) -> dict[str, Any]:
         """Return a batch."""
         batch = self.collator(examples)
-        wanted = functional.pad(batch["labels"], (0, 1), value=IGNORED)[..., 1:].reshape(-1)
-        supervised = (wanted != IGNORED).nonzero().flatten()
+        wanted = functional.pad(batch["labels"], (0, 1), value=IGNORE_INDEX)[..., 1:].reshape(-1)
+        supervised = (wanted != IGNORE_INDEX).nonzero().flatten()
         mask = batch.get("attention_mask")
         tokens = batch["input_ids"].numel() if mask is None else int(mask.sum())
         known: dict[str, Any] = {"supervised": supervised, "targets": wanted[supervised]}
         known["mask_is_needed"] = needs_mask(batch, batch["labels"])
         rows, length = batch["input_ids"].shape
         if rows == 1 and mask is None and "cu_seq_lens_q" not in batch:  # TRL tells them from 1.16 on
-            boundaries, longest = documents(batch, length)
+            boundaries, longest = document_boundaries(batch, length)
             if boundaries is None:  # one document, which is to be known too
                 boundaries, longest = torch.tensor([0, length], dtype=torch.int32), length
             known |= {"cu_seq_lens_q": boundaries, "max_length_q": longest}
@@ -95,4 +95,4 @@ def why_not_own_head(head: Any, training: Mapping[str, Any]) -> str | None:
     """
     if training["loss_type"] != "nll" or training["label_smoothing_factor"]:
         return "the loss is not plain cross-entropy"
-    return why_not_head(head, {})
+    return lm_head_fallback_reason(head, {})

@@ -1,4 +1,4 @@
-"""The fused path against the per-linear one: outputs, every gradient, and when it must step aside."""
+"""The fused path against the unfused one: outputs, every gradient, and when it must fall back."""
 
 import copy
 import itertools
@@ -25,10 +25,9 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 import lsr_scale
 from lsr_scale.adapters import METHODS, peft_config
 from lsr_scale.errors import UserError
-from lsr_scale.fused import decoder_layer, linear
-from lsr_scale.fused import models as fused_models
-from lsr_scale.fused.fallback import why_not_layer
-from lsr_scale.fused.linear_groups import Group
+from lsr_scale.fused import attention_block, linear, mlp_block, modules, subclass
+from lsr_scale.fused.fallback import layer_fallback_reason
+from lsr_scale.fused.linear_groups import LinearGroup
 from lsr_scale.layers.frozen_linear import freeze_quantized
 from tests.conftest import SEVEN_LINEARS, TINY_SIZES, quantize, randomize, tiny_llama
 
@@ -72,13 +71,13 @@ def assert_same(found: dict, expected: dict, tolerance: float) -> None:
 
 @pytest.mark.parametrize("method", RANKS)
 @pytest.mark.parametrize("recompute", ["none", "mlp", "full"])
-def test_logits_loss_and_every_gradient_equal_the_per_linear_path(method, recompute, ids):
+def test_logits_loss_and_every_gradient_equal_the_unfused_path(method, recompute, ids):
     model = adapted(tiny_llama(torch.float64), method)
     expected = results(model, ids)
     assert len(expected) == 2 + sum(p.requires_grad for p in model.parameters())
     report = lsr_scale.fuse(model, recompute=recompute)
     assert len(report.fused) == 2
-    assert not report.per_linear
+    assert not report.unfused
     assert_same(results(model, ids), expected, SAME)
 
 
@@ -120,8 +119,8 @@ def test_a_gradient_is_handed_down_in_the_buffer_that_the_layer_below_reads(betw
     if between is not None:
         lower.register_forward_hook(lambda _, args, out: observe(out))
     expected = results(model, ids)
-    made, original = [], Group.extended
-    monkeypatch.setattr(Group, "extended", lambda *args: (made.append(1), original(*args))[1])
+    made, original = [], LinearGroup.extended
+    monkeypatch.setattr(LinearGroup, "extended", lambda *args: (made.append(1), original(*args))[1])
     lsr_scale.fuse(model)
     assert_same(results(model, ids), expected, SAME)
     assert len(made) == copies  # the last layer's gradient comes from the head
@@ -209,26 +208,27 @@ def test_transformers_checkpointing_around_fused_layers(use_reentrant, ids, monk
     model.enable_input_require_grads()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
     calls = []
-    original = decoder_layer._attend
-    monkeypatch.setattr(decoder_layer, "_attend", lambda *args: (calls.append(1), original(*args))[1])
+    original = attention_block.forward
+    monkeypatch.setattr(attention_block, "forward", lambda *args: (calls.append(1), original(*args))[1])
     assert_same(results(model, ids), expected, SAME)
     # two layers: evaluation, forward, and forward again in the backward pass
     assert len(calls) == 6
 
 
 @pytest.mark.parametrize(("recompute", "counts"), [("none", (2, 2, 2)), ("mlp", (2, 4, 2)), ("full", (4, 4, 2))])
-def test_what_is_computed_again_is_what_was_asked_for(recompute, counts, ids, monkeypatch):
+def test_what_is_recomputed_is_what_was_asked_for(recompute, counts, ids, monkeypatch):
     model = adapted(tiny_llama())
     lsr_scale.fuse(model, recompute=recompute)
-    calls = dict.fromkeys(("_attend", "_gate_up", "_down"), 0)
-    for name in calls:
-        original = getattr(decoder_layer, name)
+    parts = {"forward": attention_block, "gate_up_forward": mlp_block, "down_forward": mlp_block}
+    calls = dict.fromkeys(parts, 0)
+    for name, block in parts.items():
+        original = getattr(block, name)
 
         def counted(*args, name=name, original=original):
             calls[name] += 1
             return original(*args)
 
-        monkeypatch.setattr(decoder_layer, name, counted)
+        monkeypatch.setattr(block, name, counted)
     model(input_ids=ids, labels=ids).loss.backward()
     assert tuple(calls.values()) == counts
 
@@ -236,7 +236,7 @@ def test_what_is_computed_again_is_what_was_asked_for(recompute, counts, ids, mo
 @pytest.mark.parametrize(
     ("recompute", "per_token"), [("none", 240 + 160 + 4 * 64), ("mlp", 240 + 3 * 64), ("full", 48 + 64)]
 )
-def test_what_is_kept_for_the_backward_pass(recompute, per_token, ids):
+def test_what_is_saved_for_the_backward_pass(recompute, per_token, ids):
     """Values per token: x, m, q k v, attended (48 + 48 + 96 + 48), gate and up (160), 64 per group's `x down^T`."""
     model = adapted(tiny_llama())
     lsr_scale.fuse(model, recompute=recompute)
@@ -283,7 +283,7 @@ def test_generation_is_the_same(ids):
     assert torch.equal(model.generate(input_ids=ids, max_new_tokens=6, do_sample=False), expected)
 
 
-def test_pairs_are_kept_in_evaluation_until_a_factor_changes(ids, monkeypatch):
+def test_pairs_are_cached_in_evaluation_until_a_factor_changes(ids, monkeypatch):
     model = adapted(tiny_llama()).eval()
     lsr_scale.fuse(model)
     calls = []
@@ -321,7 +321,7 @@ def test_other_architectures_fuse_linear_by_linear(method, kind, ids):
         gate(torch.randn(1, 2, 48, dtype=next(model.parameters()).dtype))  # no weight among what is kept
 
 
-def test_where_a_layer_steps_aside_its_linears_stay_fused(ids, monkeypatch):
+def test_the_linears_of_an_unfused_layer_stay_fused(ids, monkeypatch):
     model = adapted(tiny_llama(torch.float64))
     model.base_model.model.model.layers[0].mlp.register_forward_hook(lambda *_: None)
     expected = results(model, ids)
@@ -384,7 +384,7 @@ class OtherMLP(nn.Module):
         (lambda m: setattr(m.base_model.model.model.layers[0], "mlp", OtherMLP(m)), "mlp is a OtherMLP"),
     ],
 )
-def test_stepping_aside_is_said_once_and_gives_the_same(change, reason, ids, caplog):
+def test_falling_back_is_logged_once_and_gives_the_same(change, reason, ids, caplog):
     model = adapted(tiny_llama(torch.float64))
     change(model)
     model.eval()
@@ -463,37 +463,37 @@ def test_what_changes_after_a_step_is_noticed_and_noticed_again(change, undo, re
     model = adapted(tiny_llama())
     lsr_scale.fuse(model)
     model(input_ids=ids, labels=ids).loss.backward()
-    assert first(model).verdict.reason is None
-    remembered = first(model).verdict
-    assert why_not_layer(first(model)) is None
-    assert first(model).verdict is remembered, "looked again for nothing"
+    assert first(model).fallback_check.reason is None
+    remembered = first(model).fallback_check
+    assert layer_fallback_reason(first(model)) is None
+    assert first(model).fallback_check is remembered, "looked again for nothing"
     for _ in range(2):
         change(model)
-        assert reason in (why_not_layer(first(model)) or "")
+        assert reason in (layer_fallback_reason(first(model)) or "")
         undo(model)
-        assert why_not_layer(first(model)) is None
+        assert layer_fallback_reason(first(model)) is None
 
 
 def test_dropout_counts_in_training_alone_and_adapters_come_and_go(ids):
     model = adapted(tiny_llama(), dropout=0.5)
     lsr_scale.fuse(model)
-    assert "dropout" in (why_not_layer(first(model)) or "")
-    assert why_not_layer(first(model.eval())) is None
-    assert "dropout" in (why_not_layer(first(model.train())) or "")
+    assert "dropout" in (layer_fallback_reason(first(model)) or "")
+    assert layer_fallback_reason(first(model.eval())) is None
+    assert "dropout" in (layer_fallback_reason(first(model.train())) or "")
     model.add_adapter("other", peft_config("lsr", {"target_modules": ["q_proj"], "rank": 2}, "CAUSAL_LM"))
     model.set_adapter("other")
-    assert why_not_layer(first(model)) is None
+    assert layer_fallback_reason(first(model)) is None
     model.set_adapter("default")
-    assert "dropout" in (why_not_layer(first(model)) or "")
+    assert "dropout" in (layer_fallback_reason(first(model)) or "")
     with model.disable_adapter():
-        assert why_not_layer(first(model)) is None
+        assert layer_fallback_reason(first(model)) is None
 
 
-def test_adapter_dropout_steps_aside_only_in_training(ids):
+def test_adapter_dropout_falls_back_only_in_training(ids):
     model = adapted(tiny_llama(torch.float64), dropout=0.5)
     report = lsr_scale.fuse(model)
-    assert "dropout" in next(iter(report.per_linear.values()))
-    assert not lsr_scale.fuse(model.eval()).per_linear
+    assert "dropout" in next(iter(report.unfused.values()))
+    assert not lsr_scale.fuse(model.eval()).unfused
 
 
 def test_what_fuse_cannot_do_is_said():
@@ -543,7 +543,7 @@ def test_packed_positions_of_one_row_for_two_are_masks(ids):
 
 
 @pytest.mark.parametrize("recompute", ["none", "full"])
-def test_a_layer_that_steps_aside_is_checkpointed_if_fused_ones_would_be(recompute, ids, monkeypatch):
+def test_an_unfused_layer_is_checkpointed_if_fused_ones_recompute(recompute, ids, monkeypatch):
     model = adapted(tiny_llama(torch.float64), dropout=0.1)
     lsr_scale.fuse(model, recompute=recompute)
     calls = []
@@ -651,7 +651,7 @@ def test_pickles_load_where_nothing_was_fused_yet(ids, monkeypatch):
     model = adapted(tiny_llama()).eval()
     lsr_scale.fuse(model)
     expected, written = model(input_ids=ids, use_cache=False).logits, pickle.dumps(model)
-    monkeypatch.setattr(fused_models, "_SUBCLASSES", {})
+    monkeypatch.setattr(subclass, "_SUBCLASSES", {})
     other = pickle.loads(written)
     assert torch.equal(other(input_ids=ids, use_cache=False).logits, expected)
     lsr_scale.unfuse(other)
@@ -667,7 +667,7 @@ def test_a_linear_without_rows(ids):
 
 
 @pytest.mark.parametrize(("config", "cls"), [(LlamaConfig, LlamaForCausalLM), (Qwen2Config, Qwen2ForCausalLM)])
-def test_packed_documents_where_a_layer_steps_aside(config, cls, ids, monkeypatch):
+def test_packed_documents_where_a_layer_falls_back(config, cls, ids, monkeypatch):
     packed, positions = ids.reshape(1, -1), torch.tensor([[*range(5), *range(11), *range(6)]])
     windows = (
         {"sliding_window": 4, "use_sliding_window": True, "max_window_layers": 1} if cls is Qwen2ForCausalLM else {}
@@ -678,7 +678,7 @@ def test_packed_documents_where_a_layer_steps_aside(config, cls, ids, monkeypatc
     expected = results(model, packed, position_ids=positions)
     lsr_scale.fuse(model)
     seen = []
-    original = fused_models._packed_mask
-    monkeypatch.setattr(fused_models, "_packed_mask", lambda *args: (seen.append(1), original(*args))[1])
+    original = modules.packed_mask
+    monkeypatch.setattr(modules, "packed_mask", lambda *args: (seen.append(1), original(*args))[1])
     assert_same(results(model, packed, position_ids=positions), expected, SAME)
     assert len(seen) == 2  # one layer, in evaluation and in training: no other made a mask

@@ -1,0 +1,170 @@
+"""What the layers of one forward pass share: pairs of their adapters, boundaries of packed documents, the mask."""
+
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lsr_scale.adapters.peft import change_counts
+from lsr_scale.errors import UserError
+from lsr_scale.fused.fallback import layer_fallback_reason
+from lsr_scale.fused.layer_state import GradientBuffer, Positions, layer_linears
+from lsr_scale.fused.pairs import Adapter, Pair, active_adapters, concatenate_pairs, materialize
+from lsr_scale.kernels.attention import Sequences, dense_mask
+
+
+@dataclass
+class ForwardContext:
+    """What the layers of one forward pass share; the decoder passes it to them as a keyword argument.
+
+    Attributes:
+        decoder: The model around the layers, such as `LlamaModel`.
+        cu_seqlens: Boundaries of packed documents, or None.
+        max_seqlen: Length of the longest.
+        mask_placeholder: Stands for the attention mask `[1, 1, S, S]` of packed documents, which is made only for a
+            layer that runs unfused.
+        causal_only: Every sequence is one document and the caller gave no mask: causality and a layer's own window
+            are all there is.
+    """
+
+    decoder: Any
+    cu_seqlens: Tensor | None = None
+    max_seqlen: int = 0
+    mask_placeholder: Tensor | None = None
+    causal_only: bool = False
+
+    def __post_init__(self) -> None:
+        self._grad = torch.is_grad_enabled()
+        self.gradient_buffer = GradientBuffer()
+        self._reasons: dict[int, str | None] = {}
+        self._pairs: dict[int, Pair] = {}
+        self._chunks = _chunks(list(self.decoder.layers))
+
+    def reason(self, layer: nn.Module) -> str | None:
+        """Return why a layer runs unfused in this forward pass, or None."""
+        if id(layer) not in self._reasons:
+            self._reasons[id(layer)] = layer_fallback_reason(layer)
+        return self._reasons[id(layer)]
+
+    def pairs(self, layer: nn.Module) -> list[Tensor | None]:
+        """Return down and up of each linear of a layer, or None twice; materialized with its chunk's on first use."""
+        chunk = self._chunks.get(id(layer), [])
+        for other in chunk:
+            self._chunks.pop(id(other), None)
+        if chunk:
+            # reentrant checkpointing runs the layer under no_grad, but the pairs need gradients
+            with torch.set_grad_enabled(self._grad):
+                self._pairs |= _pairs(self.decoder, [other for other in chunk if self.reason(other) is None])
+        flat: list[Tensor | None] = []
+        for linear in layer_linears(layer):
+            flat += self._pairs.get(id(linear), (None, None))
+        return flat
+
+
+# Layers whose pairs are materialized at once: many, for few launches, but few where the GPU waits for them, which is
+# before the first layer and, in the backward pass, after it.
+_CHUNKS = (1, 3, 8, 20)
+
+
+def _chunks(layers: list[nn.Module]) -> dict[int, list[nn.Module]]:
+    """Return the chunk that each layer is in, by the layer's identity."""
+    chunks: dict[int, list[nn.Module]] = {}
+    start = 0
+    for size in itertools.chain(_CHUNKS, itertools.repeat(_CHUNKS[-1])):
+        if start >= len(layers):
+            break
+        chunk = layers[start : start + size]
+        chunks |= {id(layer): chunk for layer in chunk}
+        start += size
+    return chunks
+
+
+def _pairs(decoder: Any, layers: list[nn.Module]) -> dict[int, Pair]:
+    """Return the pairs of the adapted linears of some layers; in evaluation cached until a factor changes."""
+    adapters: list[Adapter] = []
+    for layer in layers:
+        adapters += [adapter for linear in layer_linears(layer) for adapter in active_adapters(linear)]
+    key, version = tuple(map(id, layers)), None
+    cache: dict[Any, tuple[Any, dict[int, Pair]]] = {}
+    if not (decoder.training or torch.is_grad_enabled()):
+        factors = [factor for adapter in adapters for factor in adapter.factors().values()]
+        if (counts := change_counts(factors)) is not None:
+            places = tuple((id(adapter.linear), adapter.name, adapter.scaling) for adapter in adapters)
+            version = places, counts, tuple(factor.data_ptr() for factor in factors)
+        cache = decoder.pair_cache = decoder.pair_cache or {}
+        if version is not None and key in cache and cache[key][0] == version:
+            return cache[key][1]
+    pairs = concatenate_pairs(adapters, materialize(adapters))
+    if version is not None:
+        cache[key] = version, pairs
+    return pairs
+
+
+def document_boundaries(arguments: dict[str, Any], length: int) -> tuple[Tensor | None, int]:
+    """Return the boundaries of the documents packed in a row of `length` tokens, and the longest's length.
+
+    They come from the collator (transformers' names), or from positions that do not increase by one, which costs a
+    synchronization with the GPU per forward.
+
+    Raises:
+        UserError: if the collator's boundaries are not those of a row of this length.
+    """
+    given = arguments.get("cu_seq_lens_q")
+    if given is not None:
+        if given.is_cuda:
+            torch._assert_async(given[-1] == length)  # no synchronization: the GPU reports it
+        elif int(given[-1]) != length:
+            raise UserError(f"cu_seq_lens_q ends at {int(given[-1])}, but the packed row has {length} tokens")
+        return given.to(torch.int32), int(arguments["max_length_q"])
+    positions = arguments.get("position_ids")
+    if positions is None or positions.dim() != 2 or positions.shape[0] != 1:
+        return None, 0
+    row = positions[0]
+    starts = (row.diff() != 1).nonzero().flatten() + 1
+    if not len(starts):
+        return None, 0
+    ends = torch.tensor([len(row)], device=row.device)
+    boundaries = torch.cat([torch.zeros_like(ends), starts, ends]).to(torch.int32)
+    return boundaries, int(boundaries.diff().max())
+
+
+def layer_positions(layer: Any, hidden: Tensor, context: ForwardContext, arguments: dict[str, Any]) -> Positions:
+    """Return the positions that `DecoderLayerFunction` takes, from a layer's keyword arguments."""
+    cos, sin = arguments["position_embeddings"]
+    batch, length = hidden.shape[:2]
+    if cos.shape[0] not in (1, batch):
+        raise ValueError(f"position embeddings are {tuple(cos.shape)}; expected 1 or {batch} in the first dimension")
+    window, scale = _window_of(layer), layer.self_attn.scaling
+    longest = context.max_seqlen or length
+    documents = 0 if context.cu_seqlens is None else len(context.cu_seqlens) - 1
+    if documents * longest == length and batch == 1:
+        # documents of one length are a batch's sequences, on which attention is faster
+        batch, documents = documents, 0
+    if window is not None and window >= longest:
+        window = None
+    if documents:
+        sequences = Sequences(scale, cu_seqlens=context.cu_seqlens, max_seqlen=longest, window=window)
+    elif context.cu_seqlens is None and not context.causal_only and arguments.get("attention_mask") is not None:
+        sequences = Sequences(scale, mask=arguments["attention_mask"])  # transformers' includes causality and window
+    else:
+        sequences = Sequences(scale, window=window)
+    return Positions(
+        batch, cos.reshape(-1, cos.shape[-1]), sin.reshape(-1, sin.shape[-1]), sequences, context.gradient_buffer
+    )
+
+
+def packed_mask(layer: Any, hidden: Tensor, context: ForwardContext) -> Tensor:
+    """Return the bool mask `[1, 1, S, S]` of packed documents, as transformers would have made it for a layer."""
+    sequences = Sequences(layer.self_attn.scaling, cu_seqlens=context.cu_seqlens, window=_window_of(layer))
+    return dense_mask(hidden.shape[1], sequences, hidden.device)[None, None]
+
+
+def _window_of(layer: Any) -> int | None:
+    """Return the sliding window of a layer's attention, where it has one."""
+    attention = layer.self_attn
+    if hasattr(attention, "sliding_window"):
+        return attention.sliding_window
+    # Mistral's attention reads it from the configuration
+    return getattr(attention.config, "sliding_window", None) if "Mistral" in type(attention).__name__ else None

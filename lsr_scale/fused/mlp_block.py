@@ -1,0 +1,109 @@
+"""The MLP half of a fused decoder layer, from the output of o_proj to y: forward and backward pass."""
+
+import torch
+from torch import Tensor
+
+from lsr_scale.fused.layer_state import GradientBuffer, LayerModules, SavedTensors, pop_or_dequantize
+from lsr_scale.fused.linear_groups import LinearGroup, mm_float
+from lsr_scale.fused.normed_input import normed_down_gradients, normed_input
+from lsr_scale.fused.pairs import PairGradients
+from lsr_scale.kernels.rms_norm import rms_norm_backward
+from lsr_scale.kernels.swiglu import swiglu, swiglu_backward, swiglu_pair_gradients
+from lsr_scale.kernels.swiglu_project import swiglu_project
+
+
+def gate_up_forward(layer: LayerModules, saved: SavedTensors, matrices: dict[str, Tensor]) -> None:
+    """Compute gate and up from the output of o_proj, or from m if that was saved; see `attention_block.forward`."""
+    x = saved["x"]
+    matrix = matrices["gate_up"] = layer.gate_up.matrix(x.dtype, x.device)
+    names = "rstd_2", "xa_gate_up"
+    if "middle" in saved:
+        normed = normed_input(layer.gate_up, layer.norm_2, saved["middle"], matrix, saved, names)
+    else:
+        out, saved["middle"] = saved.pop("attention_out"), torch.empty_like(x)
+        sums = {"residual": x, "residual_out": saved["middle"]}
+        normed = normed_input(layer.gate_up, layer.norm_2, out, matrix, saved, names, **sums)
+    saved["gate_up"] = layer.gate_up.multiply(normed, matrix)
+
+
+def down_forward(layer: LayerModules, saved: SavedTensors) -> Tensor:
+    """Return y from gate and up."""
+    down, gate_up = layer.down, saved["gate_up"]
+    matrix = down.matrix(gate_up.dtype, gate_up.device)
+    hidden = down.input_buffer(len(gate_up), gate_up)
+    if down.width:
+        saved["xa_down"] = gate_up.new_empty(len(gate_up), down.width)
+        swiglu_project(gate_up, hidden, down.downs(matrix), saved["xa_down"], rank=sum(down.ranks))
+    else:
+        swiglu(gate_up, hidden)
+    return down.multiply(hidden, matrix).add_(saved["middle"])
+
+
+def backward(
+    layer: LayerModules, saved: SavedTensors, matrices: dict[str, Tensor], grad: Tensor, gradient_buffer: GradientBuffer
+) -> tuple[Tensor, list[PairGradients]]:
+    """Return dm as the buffer `[T, hidden + R_o]` that `o` reads, and the gradients of the pairs of gate, up, down."""
+    tokens, width = grad.shape
+    gate_up = layer.gate_up
+    d_hidden, ds_down, d_up_down = _down_backward(layer.down, saved, grad, gradient_buffer)
+    d_gate_up = gate_up.gradient_buffer(tokens, grad)
+    inner = d_gate_up[:, : gate_up.out_features]
+    d_ups, d_down_down = _swiglu_backward(layer, saved, d_hidden, ds_down, inner)
+    del d_hidden
+
+    matrix = pop_or_dequantize(matrices, "gate_up", gate_up, grad)
+    gate_up.fill_tail(d_gate_up, matrix)
+    d_normed = gate_up.input_gradient(d_gate_up, matrix)
+    d_downs: list[Tensor | None] = [None, None]
+    if gate_up.width:
+        d_downs = normed_down_gradients(
+            gate_up, gate_up.tail(d_gate_up), saved["middle"], saved["rstd_2"], layer.norm_2
+        )
+    del d_gate_up, inner, matrix
+    d_middle = layer.o.gradient_buffer(tokens, grad)
+    rms_norm_backward(
+        d_normed, saved["middle"], layer.norm_2.weight, saved["rstd_2"], d_middle[:, :width], residual_grad=grad
+    )
+    return d_middle, [*zip(d_downs, d_ups, strict=True), (d_down_down, d_up_down)]
+
+
+def _down_backward(
+    down: LinearGroup, saved: SavedTensors, grad: Tensor, gradient_buffer: GradientBuffer
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return the gradient of SwiGLU's output, and for down_proj's adapter ds `[T, R]` and `d up`."""
+    matrix = down.matrix(grad.dtype, grad.device)
+    if not down.width:
+        return down.input_gradient(grad, matrix), None, None
+    extended = gradient_buffer.take(grad, down.width)
+    if extended is None:
+        extended = down.extended(grad)
+    (d_up,) = down.output_products(extended, saved["xa_down"], matrix)
+    return down.input_gradient(extended, matrix), down.tail(extended).clone(), d_up
+
+
+def _swiglu_backward(
+    layer: LayerModules, saved: SavedTensors, d_hidden: Tensor, ds_down: Tensor | None, d_gate_up: Tensor
+) -> tuple[list[Tensor | None], Tensor | None]:
+    """Fill `d_gate_up [T, 2F]`; return `d up` of gate's and up's adapters and `d down` of down_proj's."""
+    (gate_rank, up_rank), (down_rank,) = layer.gate_up.ranks, layer.down.ranks
+    # beyond that the accumulators leave no registers, and separate products are faster
+    if ds_down is not None and gate_rank and up_rank and max(gate_rank, up_rank, down_rank) <= 32:
+        d_gate, d_up, d_down = swiglu_pair_gradients(
+            d_hidden,
+            saved["gate_up"],
+            saved["xa_gate_up"],
+            (0, gate_rank),
+            (gate_rank, up_rank),
+            ds_down,
+            down_rank,
+            d_gate_up,
+        )
+        return [d_gate, d_up], d_down
+    hidden = None if ds_down is None else d_hidden.new_empty(d_hidden.shape)
+    swiglu_backward(d_hidden, saved["gate_up"], d_gate_up, hidden)
+    d_ups: list[Tensor | None] = [None, None]
+    if layer.gate_up.width:
+        d_ups = layer.gate_up.up_gradients(d_gate_up, saved["xa_gate_up"])
+    if ds_down is None or hidden is None:
+        return d_ups, None
+    return d_ups, mm_float(ds_down.t(), hidden)[:down_rank]

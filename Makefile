@@ -59,7 +59,7 @@ lint: $(VENV)/installed-dev
 
 headline: $(VENV)/installed $(VENV)/peers
 	@test $(GPUS) -gt 0 || { echo "make headline needs an NVIDIA GPU with 80 GB"; exit 1; }
-	PYTHONPATH=$(abspath $(VENV)/peers) $(BIN)/python -m benchmarks.throughput --model mistral-7b --base nf4 --tokens 8192 --seq-len 2048 \
+	PYTHONPATH=$(abspath $(VENV)/peers) $(BIN)/python -m benchmarks.speed.throughput --model mistral-7b --base nf4 --tokens 8192 --seq-len 2048 \
 	    --providers $(HEADLINE_PROVIDERS) --checkpointing none,full,offload --rounds 2 --steps 5 --out $(HEADLINE)
 	$(BIN)/python -m benchmarks.report
 

@@ -55,7 +55,7 @@ def newest(model: str, base: str) -> dict[str, Any]:
     found = [run for run in found if has_headline(run) and not is_sweep(run) and not run["config"].get("memory_gib")]
     if not found:
         raise SystemExit(
-            f"no {model}-{base}-*.json in {RESULTS.relative_to(ROOT)}; run python -m benchmarks.throughput"
+            f"no {model}-{base}-*.json in {RESULTS.relative_to(ROOT)}; run python -m benchmarks.speed.throughput"
         )
     return max(found, key=lambda run: run["env"]["date"])
 

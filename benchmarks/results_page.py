@@ -122,10 +122,10 @@ def kernels(path: Path, run: Run) -> str:
     ]
     copy = run["config"]["copy_bytes_per_s"] / 1e9
     text = f"{where(run, path)} Copying runs at {copy:,.0f} GB/s."
-    return "\n\n".join([text, grid(head, rows), f"    python -m benchmarks.kernel_times --out {path.name}"])
+    return "\n\n".join([text, grid(head, rows), f"    python -m benchmarks.speed.kernel_times --out {path.name}"])
 
 
-def front_door(path: Path, run: Run) -> str:
+def trainer_overhead(path: Path, run: Run) -> str:
     """Return the training command's speed beside the bare loop's."""
     rows = [
         [
@@ -142,7 +142,7 @@ def front_door(path: Path, run: Run) -> str:
     given = {name: config[name] for name in names if config.get(name) is not None}
     words = {name: " ".join(value) if isinstance(value, list) else value for name, value in given.items()}
     options = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in words.items())
-    command = f"    python -m benchmarks.front_door {options} --out {path.name}"
+    command = f"    python -m benchmarks.speed.trainer_overhead {options} --out {path.name}"
     return "\n\n".join([title, where(run, path), grid(head, rows), command])
 
 
@@ -193,12 +193,12 @@ def many_adapters(path: Path, run: Run) -> str:
     config = run["config"]
     text = f"{where(run, path)} {config['resident']:,} adapters in memory, {config['rows']} rows of as many adapters."
     head = ["", "base, tokens/s", "with adapters", "ratio"]
-    return "\n\n".join([text, grid(head, rows), f"    python -m benchmarks.many_adapters --out {path.name}"])
+    return "\n\n".join([text, grid(head, rows), f"    python -m benchmarks.speed.many_adapters --out {path.name}"])
 
 
 SECTIONS = {
     "throughput": ("Training steps", throughput),
-    "front_door": ("The training command beside a bare loop", front_door),
+    "trainer_overhead": ("The training command beside a bare loop", trainer_overhead),
     "scaling": ("Several GPUs", scaling),
     "kernel_times": ("Single operations", kernels),
     "loss_curve": ("Fused training beside float32", loss_curve),
@@ -231,7 +231,7 @@ def sharding(folder: Path) -> list[str]:
     head = ["file, base, stage", "processes", "cut up by", "whole, GB", "held after a step", "at most while loading"]
     text = "Shares of the whole base, all storages that hang on it counted; what else a step allocates, at the most."
     same = "The losses of the first steps, which see the same eight rows on any number of processes:"
-    command = "    torchrun --standalone --nproc_per_node 2 -m benchmarks.sharding --model MODEL --out NAME.json"
+    command = "    torchrun --standalone --nproc_per_node 2 -m benchmarks.speed.sharding --model MODEL --out NAME.json"
     table = grid(["file, base, stage", "processes", "first loss", "second", "third"], losses)
     return ["## A base cut up among processes", text, grid([*head, "a step, GB"], held), same, table, command]
 

@@ -4,16 +4,16 @@ import json
 
 import pytest
 
-from benchmarks import front_door
+from benchmarks.speed import trainer_overhead
 
 
 @pytest.mark.slow
 def test_the_command_and_the_bare_loop_are_measured_in_turns(tmp_path):
     out = tmp_path / "a.json"
     sizes = ["--model=tiny", "--device=cpu", "--tokens=128", "--seq-len=64", "--steps=8", "--logging-steps=2"]
-    assert front_door.main([*sizes, "--memory", "save", "--rounds=1", f"--out={out}"]) == 0
+    assert trainer_overhead.main([*sizes, "--memory", "save", "--rounds=1", f"--out={out}"]) == 0
     (row,) = json.loads(out.read_text())["rows"]
     assert row["ratio"] == pytest.approx(row["command"][0] / row["bare"][0])
     assert min(*row["command"], *row["bare"]) > 0
     with pytest.raises(SystemExit):
-        front_door.main([f"--out={out}"])
+        trainer_overhead.main([f"--out={out}"])

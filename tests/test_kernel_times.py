@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import kernel_times
+from benchmarks.speed import kernel_times
 
 
 def test_every_case_runs_and_agrees_with_float64(tmp_path):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import many_adapters
+from benchmarks.speed import many_adapters
 
 
 def test_every_row_has_an_adapter_of_its_own_and_peft_stands_beside(tmp_path):

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import floors, throughput, workers
-from benchmarks import rows as result_rows
-from benchmarks.cards import Card
-from benchmarks.rows import Case
+from benchmarks.speed import floors, throughput, throughput_rows, workers
+from benchmarks.speed.smaller_gpu import Card
+from benchmarks.speed.throughput_rows import Case
 
 # an H100's, as measured: ms for 8,192 tokens of Mistral-7B
 H100 = {
@@ -157,9 +156,9 @@ def test_a_row_has_the_fields_of_the_format_whatever_happened(tmp_path):
     config["shape"] = mistral()
     machine = {"ceilings": {"64x32": H100}, "nominal_tflops": 989.4}
     turn = {"status": "ok", **Fake(config).turn({})}
-    good = result_rows.row_of(Case("lsr", "none", 64, 32), config, [turn, turn], machine)
-    failed = result_rows.row_of(Case("lsr", "none", 64, 32), config, [{"status": "oom", "detail": "much"}], machine)
-    unreached = result_rows.row_of(Case("lsr", "none", 64, 32), config, [], machine)
+    good = throughput_rows.row_of(Case("lsr", "none", 64, 32), config, [turn, turn], machine)
+    failed = throughput_rows.row_of(Case("lsr", "none", 64, 32), config, [{"status": "oom", "detail": "much"}], machine)
+    unreached = throughput_rows.row_of(Case("lsr", "none", 64, 32), config, [], machine)
     for row in (good, failed, unreached):
         assert set(FIELDS) <= set(row)
     assert (good["status"], failed["status"], unreached["status"]) == ("ok", "oom", "error")
@@ -175,7 +174,7 @@ def test_a_row_has_the_fields_of_the_format_whatever_happened(tmp_path):
 def test_a_turn_that_fails_later_is_told_beside_the_figures(tmp_path):
     _, config = throughput.parse(arguments(tmp_path / "a.json", "Fake"))
     turns = [{"status": "ok", **Fake(config).turn({})}, {"status": "error", "detail": "then it broke"}]
-    row = result_rows.row_of(Case("lsr", "none", 64, 32), config, turns, {})
+    row = throughput_rows.row_of(Case("lsr", "none", 64, 32), config, turns, {})
     assert row["status"] == "ok"
     assert "then it broke" in row["detail"]
 
@@ -190,7 +189,7 @@ def test_ratios_compare_rows_of_the_same_checkpointing():
 
     rows = [row("a", "none", 300.0), row("b", "none", 200.0), row("a", "full", 150.0), row("b", "full", 100.0)]
     rows += [row("b", "offload", 50.0), row("c", "none", None), row("d", "none", 900.0)]
-    result_rows.add_ratios(rows)
+    throughput_rows.add_ratios(rows)
     assert rows[0]["ratio_to"] == {"b": 1.5}
     assert rows[2]["ratio_to"] == {"b": 1.5, "b/offload": 3.0}
     assert rows[3]["ratio_to"] == {"a": pytest.approx(2 / 3), "b/offload": 2.0}
@@ -206,7 +205,7 @@ def test_slopes_are_bytes_a_token_and_layer():
 
     rows = [row(1024, 4.0), row(2048, 4.5), row(8192, 8.0, status="oom"), row(4096, 7.0)]
     rows += [row(1024, 4.0, "full"), row(1024, 4.0, "auto"), row(2048, 5.0, "auto")]
-    (found,) = result_rows.slopes(rows, 32)
+    (found,) = throughput_rows.slopes(rows, 32)
     assert found["tokens"] == [1024, 4096]
     assert found["bytes_per_token_and_layer"] == round(3 * 2**30 / 3072 / 32)
 
@@ -214,7 +213,7 @@ def test_slopes_are_bytes_a_token_and_layer():
 @pytest.mark.parametrize("base", ["nf4", "int8", "bf16"])
 def test_the_gate_is_green_as_it_is_and_red_when_a_gradient_is_wrong(base, tmp_path, monkeypatch):
     # not above: the processes of the fakes import this file
-    from benchmarks import parity
+    from benchmarks.speed import parity
     from lsr_scale.fused import linear_groups
 
     _, config = throughput.parse(arguments(tmp_path / "a.json", "lsr", "lora", "frozen", "peft_lora", base=base))
@@ -240,9 +239,9 @@ def test_nothing_is_written_behind_a_red_gate(tmp_path, monkeypatch, capsys):
 
 
 def test_quantiles():
-    assert result_rows.quantile([3.0, 1.0, 2.0], 0.5) == 2.0
-    assert result_rows.quantile([0.0, 10.0], 0.2) == 2.0
-    assert result_rows.quantile([4.0], 0.8) == 4.0
+    assert throughput_rows.quantile([3.0, 1.0, 2.0], 0.5) == 2.0
+    assert throughput_rows.quantile([0.0, 10.0], 0.2) == 2.0
+    assert throughput_rows.quantile([4.0], 0.8) == 4.0
 
 
 @pytest.mark.slow

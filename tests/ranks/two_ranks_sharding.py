@@ -116,7 +116,7 @@ def main() -> None:
     import datasets
     from accelerate.state import AcceleratorState
 
-    from benchmarks.sharding import measure
+    from benchmarks.speed.sharding import measure
     from lsr_scale import distributed
     from lsr_scale.model.shard import is_sharded
 

@@ -4,7 +4,7 @@ import statistics
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.floors import floor_ms, step_flop
+from benchmarks.speed.floors import floor_ms, step_flop
 
 
 @dataclass(frozen=True)

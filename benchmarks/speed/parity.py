@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.providers import CLASSES, Own
+from benchmarks.speed.providers import CLASSES, Own
 
 TOKENS = 512
 FLOOR = 2e-3

@@ -1,10 +1,10 @@
 """Training throughput and memory of this library's fused path, beside its peers, in one interleaved run.
 
-    python -m benchmarks.throughput --model mistral-7b --base nf4 --tokens 8192 --seq-len 2048 \
+    python -m benchmarks.speed.throughput --model mistral-7b --base nf4 --tokens 8192 --seq-len 2048 \
         --checkpointing none,full,offload --rounds 2 --steps 4 --out benchmarks/results/throughput/NAME.json
-    python -m benchmarks.throughput --tokens 1024,8192,32768 --seq-len 512,2048 ...    # every pair that divides
-    python -m benchmarks.throughput --points 1024x512,8192x512,8192x8192 ...           # these
-    python -m benchmarks.throughput --smoke --out NAME.json        # two layers, seconds: does every provider run?
+    python -m benchmarks.speed.throughput --tokens 1024,8192,32768 --seq-len 512,2048 ...    # every pair that divides
+    python -m benchmarks.speed.throughput --points 1024x512,8192x512,8192x8192 ...           # these
+    python -m benchmarks.speed.throughput --smoke --out NAME.json        # two layers, seconds: does every provider run?
 
 Random weights on a model's shapes, random tokens, every label supervised. A step is forward, loss, backward, fused
 AdamW on the adapters, gradients dropped; steps follow each other without a wait for the GPU, as in training. Every
@@ -41,11 +41,19 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cards import CONTEXT_GIB
 from benchmarks.commands import recorded
-from benchmarks.floors import MODELS, NOMINAL_TFLOPS, STORED_BYTES, floor_ms, layer_weights, model_values, shape_of
-from benchmarks.rows import Case, add_ratios, row_of, slopes, table
-from benchmarks.workers import Worker, last_line, say, start_all
+from benchmarks.speed.floors import (
+    MODELS,
+    NOMINAL_TFLOPS,
+    STORED_BYTES,
+    floor_ms,
+    layer_weights,
+    model_values,
+    shape_of,
+)
+from benchmarks.speed.smaller_gpu import CONTEXT_GIB
+from benchmarks.speed.throughput_rows import Case, add_ratios, row_of, slopes, table
+from benchmarks.speed.workers import Worker, last_line, say, start_all
 
 PROVIDERS = (
     *("lsr", "kron_lora", "lora", "frozen", "lsr_held", "lsr_graphs", "lsr_unfused"),
@@ -146,7 +154,7 @@ class Measurement:
             worker.stop()
 
     def _pass_gate(self) -> None:
-        (reply,) = self._ask_once("benchmarks.parity:Parity", [{}])
+        (reply,) = self._ask_once("benchmarks.speed.parity:Parity", [{}])
         if reply["status"] != "ok":
             raise ParityError(reply["detail"])
         self.result["parity"] = reply["parity"]
@@ -160,7 +168,7 @@ class Measurement:
         points = self.config["points"]
         requests = [{"tokens": tokens, "seq_len": seq_len} for tokens, seq_len in points]
         for (tokens, seq_len), reply in zip(
-            points, self._ask_once("benchmarks.ceilings:Ceilings", requests), strict=True
+            points, self._ask_once("benchmarks.speed.ceilings:Ceilings", requests), strict=True
         ):
             point = f"{tokens}x{seq_len}"
             if reply["status"] != "ok":
@@ -380,7 +388,7 @@ def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, dict[
     config["ceilings"] = not args.no_ceilings and args.device == "cuda"
     config["parity"] = not args.no_parity
     config["values"], config["shape"] = values, shape_of(values)
-    config["command"] = recorded("throughput", arguments or sys.argv[1:], args.out)
+    config["command"] = recorded("speed.throughput", arguments or sys.argv[1:], args.out)
     return args, config
 
 

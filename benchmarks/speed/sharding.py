@@ -1,6 +1,6 @@
 """How much of a frozen base does each process hold under ZeRO-3, while it is loaded and after a step?
 
-    torchrun --standalone --nproc_per_node 2 -m benchmarks.sharding --model meta-llama/Llama-2-7b-hf --out NAME.json
+    torchrun --standalone --nproc_per_node 2 -m benchmarks.speed.sharding --model MODEL --out NAME.json
 
 On GPUs or CPUs, whatever there is, for each `--quantization`. Every process loads the model whole, as one process
 would, and then under each of `--stages`; random weights unless `--checkpoint` says that the model has some. Then its

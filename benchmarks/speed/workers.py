@@ -25,7 +25,7 @@ def find_provider(name: str) -> type:
     module, _, attribute = name.partition(":")
     if attribute:
         return getattr(importlib.import_module(module), attribute)
-    return importlib.import_module("benchmarks.providers").CLASSES[name]
+    return importlib.import_module("benchmarks.speed.providers").CLASSES[name]
 
 
 def failure(error: BaseException) -> dict[str, str]:

@@ -1,6 +1,6 @@
 """How much of the base's speed is left when every row of a batch has its own adapter, out of a thousand in memory?
 
-    python -m benchmarks.many_adapters --out benchmarks/results/many_adapters/NAME.json
+    python -m benchmarks.speed.many_adapters --out benchmarks/results/many_adapters/NAME.json
 
 A model of random weights in bfloat16, LSR-Adapt on all seven linears, `--resident` adapters loaded from a folder into
 an `AdapterBank`, batches of `--rows` rows whose adapters all differ. Two ways to use them: a forward over the prompts,
@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.floors import TINY
+from benchmarks.speed.floors import TINY
 
 SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 OPTIONS: dict[str, dict[str, Any]] = {"lsr": {"rank": 16, "separation_rank": 16}, "lora": {"rank": 16}}

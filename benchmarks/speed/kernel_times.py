@@ -1,6 +1,6 @@
 """Every operation of the fused path against its bound, and against what does the same without it.
 
-    python -m benchmarks.kernel_times --out benchmarks/results/kernel_times/NAME.json      (one GPU, about a minute)
+    python -m benchmarks.speed.kernel_times --out benchmarks/results/kernel_times/NAME.json    (one GPU, a minute)
 
 One layer of a 7B model at T tokens, bf16, random data, buffers that take turns so that no cache holds them. A row has
 the median time, the bytes that must be moved (each input read once, each output written once) or the operations, the

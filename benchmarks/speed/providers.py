@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.cards import Card
-from benchmarks.workers import MissingError
+from benchmarks.speed.smaller_gpu import Card
+from benchmarks.speed.workers import MissingError
 
 SEVEN_LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LORA = {"rank": 16, "alpha": 32.0}

@@ -1,6 +1,6 @@
 """Is the ordinary training command as fast as a bare loop over the same layers?
 
-    python -m benchmarks.front_door --out benchmarks/results/front_door/NAME.json
+    python -m benchmarks.speed.trainer_overhead --out benchmarks/results/trainer_overhead/NAME.json
 
 Both train LSR-Adapt on the same random base, shapes, tokens a step and memory policy, in turns. The command is
 `lsr-scale train` as a user gives it: TRL's trainer on packed rows, the learning rate's schedule, clipping, logging;
@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import ROOT
-from benchmarks.floors import MODELS, model_values, shape_of
-from benchmarks.workers import Worker, say, start_all
+from benchmarks.speed.floors import MODELS, model_values, shape_of
+from benchmarks.speed.workers import Worker, say, start_all
 
 # training.memory, and the bare loop's provider and checkpointing that do the same
 SAME = {"save": ("lsr", "full"), "speed": ("lsr_held", "none")}
@@ -157,7 +157,7 @@ def main(arguments: list[str] | None = None) -> int:
     config = {name: value for name, value in vars(args).items() if name not in ("out", "limit")}
     table: list[dict[str, Any]] = []
     rows: dict[str, dict[str, list[float]]] = {memory: {"command": [], "bare": []} for memory in args.memory}
-    with tempfile.TemporaryDirectory(prefix="front-door-") as name:
+    with tempfile.TemporaryDirectory(prefix="trainer-overhead-") as name:
         folder = Path(name)
         write_model(folder, values)
         write_rows(folder / "rows.jsonl", args.tokens // args.seq_len * args.steps, args.seq_len)

@@ -1,6 +1,6 @@
 """How much faster are N GPUs than one, by ZeRO stage? The ordinary training command, the same tokens on every GPU.
 
-    python -m benchmarks.scaling --gpus 1 2 --stages 1 2 3 --out benchmarks/results/scaling/NAME.json
+    python -m benchmarks.speed.scaling --gpus 1 2 --stages 1 2 3 --out benchmarks/results/scaling/NAME.json
 
 Each row is a start of `launch/train.py` under torchrun with the shipped DeepSpeed configuration of its stage. One more
 is of one GPU without DeepSpeed (`zero_stage` null), which the others are compared with. Its figure is what the command
@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.commands import recorded
-from benchmarks.floors import MODELS, model_values
-from benchmarks.front_door import PER_SPEED, TrainingError, run_of, trained, write_model, write_rows
-from benchmarks.workers import say
+from benchmarks.speed.floors import MODELS, model_values
+from benchmarks.speed.trainer_overhead import PER_SPEED, TrainingError, run_of, trained, write_model, write_rows
+from benchmarks.speed.workers import say
 
 
 def measure(folder: Path, args: argparse.Namespace, gpus: int, stage: int | None) -> dict[str, Any]:
@@ -75,7 +75,7 @@ def main(arguments: list[str] | None = None) -> int:
     from lsr_scale import files
 
     config = {name: value for name, value in vars(args).items() if name not in ("out", "limit")}
-    config["command"] = recorded("scaling", arguments or sys.argv[1:], args.out)
+    config["command"] = recorded("speed.scaling", arguments or sys.argv[1:], args.out)
     cases = [(1, None), *((gpus, stage) for gpus in sorted(args.gpus) for stage in args.stages)]
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="scaling-") as name:

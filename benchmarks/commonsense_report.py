@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import trials
-from benchmarks.commonsense import PROVIDERS, REGIMES, RESULTS, mean_accuracy
+from benchmarks.quality import trials
+from benchmarks.quality.commonsense import PROVIDERS, REGIMES, RESULTS, mean_accuracy
 
 # README's rows
 HEADLINE = ("lora_8", "lsr_4", "lsr_16", "lora_2", "kadaptation", "lora_1", "krona", "kron_lora", "lokr")

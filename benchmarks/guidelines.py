@@ -16,8 +16,9 @@ from typing import Any
 
 from matplotlib import pyplot
 
-from benchmarks import ALL_RESULTS, ROOT, ablations, commonsense_report, glue, sequential, trials, vision
+from benchmarks import ALL_RESULTS, ROOT, commonsense_report
 from benchmarks.plots import drawn_from
+from benchmarks.quality import ablations, glue, sequential, trials, vision
 from benchmarks.results_page import with_table
 
 PAGE = ROOT / "GUIDE.md"

@@ -27,9 +27,9 @@ from typing import Any
 
 import matplotlib
 
-from benchmarks.commonsense import JOINT, LINEARS
-from benchmarks.commonsense import MODEL as BUILTIN
 from benchmarks.pool import Job, do_all
+from benchmarks.quality.commonsense import JOINT, LINEARS
+from benchmarks.quality.commonsense import MODEL as BUILTIN
 from lsr_scale import files
 from lsr_scale.config import dump_yaml, run_from_dict
 

@@ -304,13 +304,13 @@ def page(results: Path) -> str:
     from benchmarks import export_tables
 
     if (results / "sequential").is_dir():
-        from benchmarks import sequential
+        from benchmarks.quality import sequential
 
         text = (sequential.__doc__ or "").strip()
         parts += ["## One task after another", text, sequential.table(results / "sequential")]
     parts += real_models(results / "real_model")
     if (results / "variants").is_dir():
-        from benchmarks import variants
+        from benchmarks.quality import variants
 
         parts += ["## Variants of the methods", (variants.__doc__ or "").strip(), variants.table(results / "variants")]
     return "\n\n".join([*parts, *accuracy(results / "commonsense"), *export_tables.sections(results / "export")]) + "\n"

@@ -5,9 +5,9 @@ import json
 
 import pytest
 
-from benchmarks import ablations, commonsense, trials
-from benchmarks.ablations import AXES, BASE, PROVIDERS, SMOLLM2_SHAPES
-from benchmarks.trials import TUNING_SEED, Trial
+from benchmarks.quality import ablations, commonsense, trials
+from benchmarks.quality.ablations import AXES, BASE, PROVIDERS, SMOLLM2_SHAPES
+from benchmarks.quality.trials import TUNING_SEED, Trial
 from lsr_scale.adapters import METHODS
 from lsr_scale.config import run_from_dict
 from tests.helpers.tiny_runs import save_llama

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import commonsense, commonsense_report, rounded_adapters, trials
-from benchmarks.commonsense import PROVIDERS, REGIMES, TUNING_SEED, Run, Setting
+from benchmarks import commonsense_report
+from benchmarks.quality import commonsense, rounded_adapters, trials
+from benchmarks.quality.commonsense import PROVIDERS, REGIMES, TUNING_SEED, Run, Setting
 from lsr_scale.config import run_from_dict
 from tests.helpers.tiny_runs import do_all_here, save_llama
 

@@ -9,8 +9,8 @@ import pytest
 import transformers as tf
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from benchmarks import glue, trials
-from benchmarks.glue import PROVIDERS, TASKS, Setting
+from benchmarks.quality import glue, trials
+from benchmarks.quality.glue import PROVIDERS, TASKS, Setting
 from lsr_scale.config import run_from_dict
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -5,10 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import commonsense, sequential, trials
-from benchmarks.trials import Trial
-from tests.helpers.tiny_runs import do_all_here, save_llama
-from tests.test_commonsense import data  # noqa: F401
+from benchmarks.quality import commonsense, sequential, trials
+from benchmarks.quality.trials import Trial
 
 
 def test_the_second_run_starts_from_the_first_at_the_chosen_rate(tmp_path):
@@ -26,7 +24,7 @@ def test_the_second_run_starts_from_the_first_at_the_chosen_rate(tmp_path):
         assert first["eval"]["tasks"] == second["eval"]["tasks"]
 
 
-def test_both_tasks_are_trained_and_scored_once(data, tmp_path, capsys, monkeypatch):  # noqa: F811
+def test_both_tasks_are_trained_and_scored_once(data, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(trials, "do_all", do_all_here)
     model = str(save_llama(tmp_path / "model"))
     words = ["--data", str(data), "--work", str(tmp_path / "work"), "--results", str(tmp_path / "results"), "--smoke"]

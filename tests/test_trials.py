@@ -5,8 +5,8 @@ import os
 
 import pytest
 
-from benchmarks import trials
-from benchmarks.trials import (
+from benchmarks.quality import trials
+from benchmarks.quality.trials import (
     FILE,
     NUM_POINTS,
     TUNING_SEED,

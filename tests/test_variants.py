@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
-from benchmarks import variants
-from benchmarks.parametrization import TARGETS, PairedLinear
-from benchmarks.variants import VARIANTS, Variant, kron_fit, lora, lsr, weight_gradients
+from benchmarks.quality import variants
+from benchmarks.quality.parametrization import TARGETS, PairedLinear
+from benchmarks.quality.variants import VARIANTS, Variant, kron_fit, lora, lsr, weight_gradients
 from lsr_scale.adapters.methods.kron_lora import KronLora
 from tests.conftest import tiny_llama
 

@@ -5,7 +5,7 @@ import torch
 import transformers as tf
 from peft import get_peft_model
 
-from benchmarks import trials, vision
+from benchmarks.quality import trials, vision
 from lsr_scale import UserError
 from lsr_scale.adapters import METHODS, peft_config
 

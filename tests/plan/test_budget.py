@@ -8,7 +8,8 @@ import statistics
 import pytest
 from peft import get_peft_model
 
-from benchmarks import ablations, commonsense_report, trials
+from benchmarks import commonsense_report
+from benchmarks.quality import ablations, trials
 from lsr_scale import UserError
 from lsr_scale.adapters import peft_config
 from lsr_scale.cli import main

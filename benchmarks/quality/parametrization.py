@@ -6,7 +6,7 @@ neighbours' size, so the size at which a factor starts decides how fast the prod
 factors), the scaling, rank, separation rank and learning rate, with LoRA beside it, and records the loss and the
 accuracy on held-out training rows (10 % by hash; no test row is read).
 
-    python -m benchmarks.parametrization --data DATA_FOLDER --out benchmarks/results/parametrization/NAME.json
+    python -m benchmarks.quality.parametrization --data DATA_FOLDER --out benchmarks/results/parametrization/NAME.json
 
 Each run is captured in a CUDA graph, with the modules of one shape stacked, so that a run of a few hundred steps takes
 seconds. The arithmetic is the library's: `Lsr.init_parameters` and `Lsr.materialize`.

@@ -1,7 +1,7 @@
 """Accuracy of LoRA, LSR-Adapt, Kron-LoRA and their relatives on commonsense questions, with seeds and error bars.
 
-    python -m benchmarks.commonsense --data DATA --work WORK --dry-run       what would be run, and how long
-    python -m benchmarks.commonsense --data DATA --work WORK --jobs 6 --time-limit 480
+    python -m benchmarks.quality.commonsense --data DATA --work WORK --dry-run       what would be run, and how long
+    python -m benchmarks.quality.commonsense --data DATA --work WORK --jobs 6 --time-limit 480
     python -m benchmarks.commonsense_report                                  the tables, from the results alone
 
 A run is `lsr-scale train` with a config that WORK keeps, in one of `--jobs` workers: processes that import once and do
@@ -31,9 +31,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks import ALL_RESULTS, trials
+from benchmarks import ALL_RESULTS
 from benchmarks.pool import Job, do_all
-from benchmarks.trials import TUNING_SEED, Provider, rates, tuned_alike
+from benchmarks.quality import trials
+from benchmarks.quality.trials import TUNING_SEED, Provider, rates, tuned_alike
 from lsr_scale import files
 from lsr_scale.config import dump_yaml, run_from_dict
 
@@ -342,7 +343,7 @@ def finished(run: Run, point: dict[str, float], done: Results) -> dict[str, Any]
 
 def train_and_score(setting: Setting, data: dict[str, Any], run: Run, point: dict[str, float]) -> dict[str, Any]:
     """Do a run as the command would, score rounded factors where they are wanted, return the result; in a worker."""
-    from benchmarks.rounded_adapters import score_rounded
+    from benchmarks.quality.rounded_adapters import score_rounded
     from lsr_scale.cli import main as command
 
     began, work = time.monotonic(), setting.work

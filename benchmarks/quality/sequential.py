@@ -1,7 +1,7 @@
 """How much of a first task is left after an adapter was trained on a second one: LSR-Adapt, Kron-LoRA and LoRA.
 
-    python -m benchmarks.sequential --data DATA --work WORK --jobs 10
-    python -m benchmarks.sequential --table
+    python -m benchmarks.quality.sequential --data DATA --work WORK --jobs 10
+    python -m benchmarks.quality.sequential --table
 
 One run is `lsr-scale train` on the first task and another, with `adapter.start_from`, on the second; both tasks' tests
 are scored after each. Model, parts of the data and adapters are those of `commonsense.py`; each adapter's rate (and
@@ -18,10 +18,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks import ALL_RESULTS, commonsense, trials
-from benchmarks.commonsense import Run, Setting, best_point, config_of
+from benchmarks import ALL_RESULTS
 from benchmarks.commonsense_report import LABELS
-from benchmarks.trials import Provider, Trial
+from benchmarks.quality import commonsense, trials
+from benchmarks.quality.commonsense import Run, Setting, best_point, config_of
+from benchmarks.quality.trials import Provider, Trial
 from lsr_scale import files
 
 RESULTS = ALL_RESULTS / "sequential"
@@ -42,7 +43,7 @@ def providers() -> dict[str, Provider]:
         index = best_point(Run("joint", "bf16", name, 0, None), done)
         if index is None:
             raise SystemExit(
-                f"{commonsense.RESULTS} has no tuning of {name}; run python -m benchmarks.commonsense first"
+                f"{commonsense.RESULTS} has no tuning of {name}; run python -m benchmarks.quality.commonsense first"
             )
         point = dict(known.points[index])
         found[name] = dataclasses.replace(known, points=({**point, "learning_rate": SLOWER * point["learning_rate"]},))

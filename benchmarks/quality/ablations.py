@@ -1,8 +1,8 @@
 """What each option of LSR-Adapt does: one option varied at a time on SmolLM2, every setting tuned over five rates.
 
-    python -m benchmarks.ablations --data DATA --work WORK --dry-run
-    python -m benchmarks.ablations --data DATA --work WORK --jobs 6 --time-limit 540      on a GPU
-    python -m benchmarks.ablations --table
+    python -m benchmarks.quality.ablations --data DATA --work WORK --dry-run
+    python -m benchmarks.quality.ablations --data DATA --work WORK --jobs 6 --time-limit 540      on a GPU
+    python -m benchmarks.quality.ablations --table
 
 Axes: the separation rank at rank 16 (`terms`), the rank at equal parameters (`rank`), balanced against skewed splits,
 at equal terms and at about equal parameters (`split`), how the rank is shared (`left_rank`), the start (`init`),
@@ -22,9 +22,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks import ALL_RESULTS, commonsense, trials
-from benchmarks.commonsense import LINEARS, MODEL
-from benchmarks.trials import Provider, Trial, rates
+from benchmarks import ALL_RESULTS
+from benchmarks.quality import commonsense, trials
+from benchmarks.quality.commonsense import LINEARS, MODEL
+from benchmarks.quality.trials import Provider, Trial, rates
 from lsr_scale import files
 from lsr_scale.adapters import METHODS
 from lsr_scale.errors import UserError

@@ -1,8 +1,8 @@
 """GLUE in LSR-Adapt's setting: query and value of a small encoder, LSR-Adapt, LoRA, KronA and KAdaptation beside it.
 
-    python -m benchmarks.glue --data DATA --work WORK --model MODEL --dry-run      what would be run, and how long
-    python -m benchmarks.glue --data DATA --work WORK --model MODEL --jobs 4 --time-limit 540
-    python -m benchmarks.glue --table
+    python -m benchmarks.quality.glue --data DATA --work WORK --model MODEL --dry-run    what would be run
+    python -m benchmarks.quality.glue --data DATA --work WORK --model MODEL --jobs 4 --time-limit 540
+    python -m benchmarks.quality.glue --table
 
 MODEL is a folder or a hub name: MPNet-base has the modules of 768 x 768 of the paper. MiniLM-L6 with `--rows` and
 `--epochs` is the pilot on a CPU: few steps, so its figures compare methods, not this library with a paper.
@@ -26,9 +26,10 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import ALL_RESULTS, trials
-from benchmarks.commonsense import held_out
-from benchmarks.trials import Provider, Trial, lsr_points, rates
+from benchmarks import ALL_RESULTS
+from benchmarks.quality import trials
+from benchmarks.quality.commonsense import held_out
+from benchmarks.quality.trials import Provider, Trial, lsr_points, rates
 from lsr_scale import files
 
 RESULTS = ALL_RESULTS / "glue"

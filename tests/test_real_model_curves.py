@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from benchmarks import real_model_curves as curves
+from benchmarks.robustness import real_model_curves as curves
 from lsr_scale.config import run_from_dict
 from tests.helpers.tiny_runs import completions, do_all_here, save_llama, write_rows
 

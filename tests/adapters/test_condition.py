@@ -7,7 +7,7 @@ import torch
 from peft import get_peft_model
 from torch import nn
 
-from benchmarks import condition_guard
+from benchmarks.robustness import condition_guard
 from lsr_scale import LsrConfig, UserError, distributed
 from lsr_scale.adapters.condition import TOLERANCE, condition, conditions, endangered, mend, orthogonal_terms, sides
 from lsr_scale.training.callbacks.condition import WatchCondition

@@ -368,10 +368,10 @@ def test_what_the_deepspeed_command_started_ends_with_it(place, tmp_path):
 
 @pytest.mark.slow
 def test_a_run_killed_within_a_save_goes_on_to_the_same_adapter(tmp_path):
-    """The short form of benchmarks/faults.py."""
+    """The short form of benchmarks/robustness/kill_and_resume.py."""
     out = tmp_path / "faults.json"
     options = ["--kills", "1", "--in-saves", "1", "--steps", "8", "--save-steps", "2", "--seed", "1", "--out", str(out)]
-    command = [sys.executable, "-m", "benchmarks.faults", *options]
+    command = [sys.executable, "-m", "benchmarks.robustness.kill_and_resume", *options]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(out.read_text())

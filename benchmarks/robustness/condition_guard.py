@@ -1,6 +1,8 @@
 """Does the guard of the separation condition number save a run that is lost without it?
 
-    python -m benchmarks.condition_guard --out benchmarks/results/condition/NAME.json      (seconds; a PNG beside it)
+    python -m benchmarks.robustness.condition_guard --out benchmarks/results/condition/NAME.json
+
+Takes seconds, and leaves a PNG beside the JSON.
 
 A constructed case: a small update made of ordinary terms. One linear layer learns a teacher of LSR-Adapt's own form, a
 thousandth in size, with factors held in float16; the terms of its `up` side start in pairs that cancel but for a tenth.

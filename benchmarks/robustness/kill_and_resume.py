@@ -1,9 +1,11 @@
 """Kill a run with SIGKILL at many moments, go on with --resume auto, and compare the adapter with an undisturbed run's.
 
-    python -m benchmarks.faults --out benchmarks/results/faults/cpu.json                      # one process
-    python -m benchmarks.faults --processes 2 --out benchmarks/results/faults/cpu-2.json      # two, under torchrun
-    python -m benchmarks.faults --processes 2 --stage zero3 --out benchmarks/results/faults/cpu-2-zero3.json
-    python -m benchmarks.faults --processes 2 --at-once 4 --out benchmarks/results/faults/gpu-2.json   # on two GPUs
+    python -m benchmarks.robustness.kill_and_resume --out cpu.json                                    # one process
+    python -m benchmarks.robustness.kill_and_resume --processes 2 --out cpu-2.json                    # two, by torchrun
+    python -m benchmarks.robustness.kill_and_resume --processes 2 --stage zero3 --out cpu-2-zero3.json
+    python -m benchmarks.robustness.kill_and_resume --processes 2 --at-once 4 --out gpu-2.json        # on two GPUs
+
+Results are in benchmarks/results/faults.
 
 Moments: `--in-saves` of them within a save (the folder written aside is there, and a delay drawn uniformly from the
 time that a save was measured to take has passed), the rest uniform over the undisturbed run's time from the start of
@@ -269,14 +271,14 @@ class Kills:
 
 def measure(args: argparse.Namespace, done: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     """Kill, resume and compare; return what is written, and tell it after each kill."""
-    place = Path(tempfile.mkdtemp(prefix="faults-"))
+    place = Path(tempfile.mkdtemp(prefix="kill-and-resume-"))
     runs = Runs(place, args.processes, args.stage, args.steps, args.save_steps)
     rows, found = [], {}
     try:
         plan = Kills(runs, args.kills, args.kills // 3 if args.in_saves is None else args.in_saves, args.seed)
         known = {
-            "command": recorded("faults", sys.argv[1:], args.out),
-            "environment": files.environment(),
+            "command": recorded("robustness.kill_and_resume", sys.argv[1:], args.out),
+            "environment": record.environment(),
             "processes": args.processes,
             "stage": args.stage if args.processes > 1 else None,
             "steps": args.steps,

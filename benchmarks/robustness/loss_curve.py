@@ -1,6 +1,6 @@
 """Does the fused path train as the per-linear one does? One real model, one seed, 200 steps, three times.
 
-    python -m benchmarks.loss_curve --out benchmarks/results/loss_curve/NAME.json      (JSON, and a PNG beside it)
+    python -m benchmarks.robustness.loss_curve --out benchmarks/results/loss_curve/NAME.json   (a PNG beside it)
 
 float32      per linear, computed in float32 on the same NF4 base: the reference
 per linear   bfloat16, each linear by itself

@@ -65,8 +65,8 @@ def sections(results: Path) -> list[str]:
     """Return the part of RESULTS.md on exports."""
     parts = ["## Exports"]
     for name, table, command in (
-        ("losses-*.json", losses, "export_losses.py"),
-        ("llama-cpp-*.json", llama_cpp, "llama_cpp_agreement.py"),
+        ("losses-*.json", losses, "interop/export_losses.py"),
+        ("llama-cpp-*.json", llama_cpp, "interop/llama_cpp_agreement.py"),
     ):
         for path in sorted(results.glob(name)):
             parts += [f"`{results.name}/{path.name}` (`benchmarks/{command}`). {table(read(path))}"]

@@ -294,7 +294,8 @@ def real_models(folder: Path) -> list[str]:
         head = ["run", "steps", "first 20 steps", "last 20 steps", "finite to the end"]
         picture = f"![{path.stem}](results/{folder.name}/{path.stem}.png)"
         parts += [f"### {run['config']['model']}", where(run, path), grid(head, rows), picture]
-    text = "Mean loss, nats per token, of one epoch of ARC-E, ARC-C and OpenBookQA (`benchmarks/robustness/real_model_curves.py`)."
+    text = "Mean loss, nats per token, of one epoch of ARC-E, ARC-C and OpenBookQA "
+    text += "(`benchmarks/robustness/real_model_curves.py`)."
     return ["## Real models, whatever the way to train", text, *parts] if parts else []
 
 

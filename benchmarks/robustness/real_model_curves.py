@@ -1,6 +1,6 @@
 """Does a real model train, whatever the way? Its loss over one epoch: padded or packed, fused or not, NF4 or bf16.
 
-    python -m benchmarks.robustness.real_model_curves --model FOLDER --data DATA \
+    python -m benchmarks.robustness.real_model_curves --model FOLDER --data DATA \\
         --out benchmarks/results/real_model/NAME.json
 
 For LSR-Adapt and LoRA, 16 runs of the ordinary command (`lsr-scale train`), `--at-once` of them side by side on one

@@ -15,7 +15,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from benchmarks.llama_cpp_agreement import LlamaCpp
+from benchmarks.interop.llama_cpp_agreement import LlamaCpp
 from lsr_scale import UserError
 from lsr_scale.cli import main
 from lsr_scale.export import export

@@ -1,7 +1,7 @@
 """What does each export of a trained adapter weigh, and what does it lose in logits and in accuracy?
 
     lsr-scale train configs/smollm2_lsr.yaml --set training.max_steps=40 --set training.output_dir=runs/short
-    python -m benchmarks.export_losses runs/short --limit 195 --out benchmarks/results/export/NAME.json
+    python -m benchmarks.interop.export_losses runs/short --limit 195 --out benchmarks/results/export/NAME.json
 
 Every form is exported, loaded by PEFT or Transformers and compared with the adapter on its base as training held it, in
 float32: the logits of the prompts that `--verify` uses, and the answers to the run's tasks (`export.verify`).

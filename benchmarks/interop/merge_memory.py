@@ -1,6 +1,6 @@
 """How much memory and time does merging an adapter into a 7B take?
 
-    python -m benchmarks.merge_memory --work /a/folder/with/30/GB --out benchmarks/results/export/NAME.json
+    python -m benchmarks.interop.merge_memory --work /a/folder/with/30/GB --out benchmarks/results/export/NAME.json
 
 A folder of random bfloat16 weights in the model's shapes (in files of 5 GB, as they are published), a random LSR
 adapter on all seven linears, and `lsr-scale export` in a process of its own, whose memory is read every 20 ms:

@@ -2,7 +2,7 @@
 
     pip install llama-cpp-python          # compiles for a few minutes
     lsr-scale train configs/smollm2_lsr.yaml --set training.max_steps=40 --set training.output_dir=runs/short
-    python -m benchmarks.llama_cpp_agreement runs/short --tasks builtin:commonsense DATA/arc_easy --limit 60 \\
+    python -m benchmarks.interop.llama_cpp_agreement runs/short --tasks builtin:commonsense DATA/arc_easy --limit 60 \\
         --out benchmarks/results/export/NAME.json
 
 Each export is loaded by llama.cpp on the CPU (float32 KV cache) and compared with ours in float32:

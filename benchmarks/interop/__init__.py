@@ -1,0 +1,1 @@
+"""What does an adapter lose, weigh and cost on its way to PEFT, Transformers and llama.cpp?"""

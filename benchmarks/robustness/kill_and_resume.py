@@ -278,7 +278,7 @@ def measure(args: argparse.Namespace, done: Callable[[dict[str, Any]], None]) ->
         plan = Kills(runs, args.kills, args.kills // 3 if args.in_saves is None else args.in_saves, args.seed)
         known = {
             "command": recorded("robustness.kill_and_resume", sys.argv[1:], args.out),
-            "environment": record.environment(),
+            "environment": files.environment(),
             "processes": args.processes,
             "stage": args.stage if args.processes > 1 else None,
             "steps": args.steps,

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import commonsense_report
 from benchmarks.quality import commonsense, rounded_adapters, trials
 from benchmarks.quality.commonsense import PROVIDERS, REGIMES, TUNING_SEED, Run, Setting
+from benchmarks.report import commonsense_tables
 from lsr_scale.config import run_from_dict
 from tests.helpers.tiny_runs import do_all_here, save_llama
 
@@ -104,7 +104,7 @@ def test_runs_leave_a_result_each_and_are_not_done_twice(data, tmp_path, capsys,
     assert commonsense.execute([tuning], hashes, setting, results, 1, math.inf) == 0
     assert capsys.readouterr().out == "0 runs left, 0 failed\n"
     with pytest.raises(ValueError, match="trial"):
-        commonsense_report.load(results)
+        commonsense_tables.load(results)
 
 
 def made_up(provider, seed, accuracy, parameters=100, examples=400):
@@ -127,41 +127,41 @@ def test_a_difference_is_found_where_there_is_one_and_nowhere_else():
         {seed: made_up(name, seed, accuracy) for seed in seeds}
         for name, accuracy in (("lora_8", 0.60), ("lora_2", 0.55), ("lsr_4", 0.60))
     )
-    difference, low, high, p = commonsense_report.compare(better, worse)
+    difference, low, high, p = commonsense_tables.compare(better, worse)
     assert low < difference < high
     assert low > 0
     assert p < 0.05
-    difference, low, high, p = commonsense_report.compare(better, same)
+    difference, low, high, p = commonsense_tables.compare(better, same)
     assert low < 0 < high
     assert p > 0.05
-    assert commonsense_report.compare({0: better[0]}, worse) is None
+    assert commonsense_tables.compare({0: better[0]}, worse) is None
     worse[1]["tasks"]["piqa"]["after"]["ids_sha256"] = "others"
     with pytest.raises(ValueError, match="piqa, seed 1: the two were scored on different examples"):
-        commonsense_report.compare(better, worse)
+        commonsense_tables.compare(better, worse)
 
 
 def test_tables_say_no_separation_and_plots_know_their_results(tmp_path):
     for name, accuracy in (("lora_8", 0.60), ("lora_2", 0.55), ("lsr_4", 0.60)):
         for seed in range(3):
             trials.add(tmp_path, f"joint-bf16-{name}-seed{seed}", made_up(name, seed, accuracy))
-    ((stem, (text, results)),) = commonsense_report.sections(tmp_path).items()
+    ((stem, (text, results)),) = commonsense_tables.sections(tmp_path).items()
     assert (stem, len(results)) == ("joint-bf16", 9)
     lines = {line.split("|")[1].strip(): line for line in text.splitlines()}
     assert "no separation" in lines["**LSR-Adapt** r=4 s=16"].split("|")[-3]
     assert "p = " in lines["LoRA r=2"]
-    short = commonsense_report.short_table(commonsense_report.load(tmp_path)).splitlines()
+    short = commonsense_tables.short_table(commonsense_tables.load(tmp_path)).splitlines()
     assert [line.split("|")[1].strip() for line in short[2:]][-1] == "LoRA r=2"  # the best first
-    commonsense_report.draw(results, tmp_path / "a.png")
+    commonsense_tables.draw(results, tmp_path / "a.png")
     from PIL import Image
 
-    assert Image.open(tmp_path / "a.png").info["Source"] == commonsense_report.digest(results)
+    assert Image.open(tmp_path / "a.png").info["Source"] == commonsense_tables.digest(results)
 
 
 def test_a_quantized_base_is_compared_with_itself_on_bf16_whose_separation_counts(tmp_path):
     rows = [made_up(name, seed, 0.6 if name == "lora_8" else 0.5) for name in ("lora_8", "lora_2") for seed in range(3)]
     worse = [{**made_up("lora_8", seed, 0.55), "base": "nf4"} for seed in range(3)]
     worse += [{**made_up("lsr_4", seed, 0.5), "base": "nf4"} for seed in range(3)]
-    lines = commonsense_report.table([*rows, *worse], "joint", "nf4").splitlines()
+    lines = commonsense_tables.table([*rows, *worse], "joint", "nf4").splitlines()
     assert [cell.strip() for cell in lines[0].split("|")[-3:-1]] == ["against LoRA r=8", "against itself on bf16"]
     lora, lsr = ([cell.strip() for cell in line.split("|")[-3:-1]] for line in lines[2:])
     assert lora[0] == ""
@@ -179,7 +179,7 @@ def test_the_best_point_stands_out_and_unfinished_tuning_is_left_out():
         ]
 
     stale = [{**tuned("lsr_4")[0], "settings": {"learning_rate": 7.0}}, *tuned("lsr_4")[1:]]
-    lines = commonsense_report.tuning_table([*tuned("lora_2"), *tuned("lora_8")[:1], *stale]).splitlines()
+    lines = commonsense_tables.tuning_table([*tuned("lora_2"), *tuned("lora_8")[:1], *stale]).splitlines()
     (row,) = lines[2:]
     assert "LoRA r=2" in row
     # in the order of their rates, the largest but one the last of the points
@@ -219,5 +219,5 @@ def test_what_rounding_loses_is_a_table():
     for result in results:
         tasks = {task: {"accuracy": row["after"]["accuracy"] - 0.01} for task, row in result["tasks"].items()}
         result["rounded"] = {bits: {"bytes": 1000, "tasks": tasks} for bits in ("8", "4")}
-    row = commonsense_report.rounded_table(results).splitlines()[-1]
+    row = commonsense_tables.rounded_table(results).splitlines()[-1]
     assert row == "| **LSR-Adapt** r=4 s=16 | 3 | 1,000 | 1.00 +- 0.00 | 1,000 | 1.00 +- 0.00 |"

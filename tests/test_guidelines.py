@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import guidelines
+from benchmarks.report import guidelines
 
 
 def test_tables_and_plots_are_what_the_measurements_say(capsys):

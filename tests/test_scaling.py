@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from benchmarks import plots, results_page
+from benchmarks.report import plots, results_page
 from benchmarks.speed import scaling
 
 SIZES = ["--model=tiny", "--device=cpu", "--tokens=128", "--seq-len=64", "--steps=8", "--logging-steps=2"]

@@ -2,7 +2,7 @@
 
     python -m benchmarks.quality.commonsense --data DATA --work WORK --dry-run       what would be run, and how long
     python -m benchmarks.quality.commonsense --data DATA --work WORK --jobs 6 --time-limit 480
-    python -m benchmarks.commonsense_report                                  the tables, from the results alone
+    python -m benchmarks.report.commonsense_tables                                  the tables, from the results alone
 
 A run is `lsr-scale train` with a config that WORK keeps, in one of `--jobs` workers: processes that import once and do
 run after run. It adds a line to `trials.jsonl` in the results when it has ended: one that was killed is simply done

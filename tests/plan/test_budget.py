@@ -8,8 +8,8 @@ import statistics
 import pytest
 from peft import get_peft_model
 
-from benchmarks import commonsense_report
 from benchmarks.quality import ablations, trials
+from benchmarks.report import commonsense_tables
 from lsr_scale import UserError
 from lsr_scale.adapters import peft_config
 from lsr_scale.cli import main
@@ -64,15 +64,15 @@ def test_lora_comes_first_where_it_was_measured_ahead_and_not_where_it_does_not_
 
 
 def test_what_the_proposals_claim_stands_in_the_committed_results():
-    results = commonsense_report.load(commonsense_report.RESULTS)
-    row = functools.partial(commonsense_report.seeds_of, results, "joint", "bf16")
+    results = commonsense_tables.load(commonsense_tables.RESULTS)
+    row = functools.partial(commonsense_tables.seeds_of, results, "joint", "bf16")
     for lora, others in {"lora_1": ("lsr_4_7",), "lora_2": ("lsr_4_14", "lsr_16_7", "kron_lora_7")}.items():
         for other in others:
-            difference, low, _, _ = commonsense_report.compare(row(other), row(lora))
+            difference, low, _, _ = commonsense_tables.compare(row(other), row(lora))
             assert difference < 0, f"{other} is more accurate than {lora}"
             assert low < 0
     # few terms of a high rank are worse than many of a low one, of the same size
-    _, low, _, _ = commonsense_report.compare(row("lsr_4"), row("lsr_64_4"))
+    _, low, _, _ = commonsense_tables.compare(row("lsr_4"), row("lsr_64_4"))
     assert low > 0
     tested = [r for r in trials.load(ablations.RESULTS).values() if r["seed"] != trials.TUNING_SEED]
     mean = {n: statistics.fmean(r["score"] for r in tested if r["provider"] == n) for n in ("r16_s4", "r16_s8")}

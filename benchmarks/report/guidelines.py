@@ -1,7 +1,7 @@
 """The tables and plots of GUIDE.md, from the committed measurements.
 
-python -m benchmarks.guidelines            write them
-python -m benchmarks.guidelines --check    fail if any of them is not what the JSON says
+python -m benchmarks.report.guidelines            write them
+python -m benchmarks.report.guidelines --check    fail if any of them is not what the JSON says
 """
 
 import argparse
@@ -16,10 +16,11 @@ from typing import Any
 
 from matplotlib import pyplot
 
-from benchmarks import ALL_RESULTS, ROOT, commonsense_report
-from benchmarks.plots import drawn_from
+from benchmarks import ALL_RESULTS, ROOT
 from benchmarks.quality import ablations, glue, sequential, trials, vision
-from benchmarks.results_page import with_table
+from benchmarks.report import commonsense_tables
+from benchmarks.report.plots import drawn_from
+from benchmarks.report.results_page import with_table
 
 PAGE = ROOT / "GUIDE.md"
 SWEEP = ALL_RESULTS / "parametrization/smollm2-h200-first.json"
@@ -220,7 +221,7 @@ def digest(rows: list[Row]) -> str:
 
 def accuracy_table() -> str:
     """Return every row of the accuracy comparison."""
-    return commonsense_report.short_table(commonsense_report.load(ALL_RESULTS / "commonsense"))
+    return commonsense_tables.short_table(commonsense_tables.load(ALL_RESULTS / "commonsense"))
 
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -245,7 +246,7 @@ PLOTS: dict[str, tuple[Callable[[Path], None], Callable[[], list[Row]]]] = {
 def filled(text: str) -> str:
     """Return the page with every table made anew."""
     for name, table in TABLES.items():
-        text = with_table(text, name, table(), PAGE.name, "guidelines.py")
+        text = with_table(text, name, table(), PAGE.name)
     return text
 
 
@@ -261,7 +262,9 @@ def main(arguments: list[str] | None = None) -> int:
     stale = [*(["GUIDE.md"] if wanted != text else []), *old]
     if check:
         for name in stale:
-            print(f"{name} is not what the measurements say; run python -m benchmarks.guidelines", file=sys.stderr)
+            print(
+                f"{name} is not what the measurements say; run python -m benchmarks.report.guidelines", file=sys.stderr
+            )
         return int(bool(stale))
     PAGE.write_text(wanted, encoding="utf-8")
     for name in old:

@@ -15,8 +15,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks import ROOT, commonsense_report, leaderboard, results_page
-from benchmarks.plots import (
+from benchmarks import ROOT
+from benchmarks.report import commonsense_tables, leaderboard, results_page
+from benchmarks.report.plots import (
     LABELS,
     MODES,
     by_provider,
@@ -28,7 +29,7 @@ from benchmarks.plots import (
     sweep_plot,
     sweeps,
 )
-from benchmarks.results_page import with_table
+from benchmarks.report.results_page import with_table
 
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks/results/throughput"
@@ -113,8 +114,8 @@ def main(arguments: list[str] | None = None) -> int:
     text = README.read_text(encoding="utf-8")
     wanted = with_table(text, "throughput", table(run))
     wanted = with_table(wanted, "scaling", scaling_table(RESULTS.parent / "scaling"))
-    measured = commonsense_report.load(RESULTS.parent / "commonsense")
-    accuracy = commonsense_report.short_table(measured, commonsense_report.HEADLINE)
+    measured = commonsense_tables.load(RESULTS.parent / "commonsense")
+    accuracy = commonsense_tables.short_table(measured, commonsense_tables.HEADLINE)
     wanted = with_table(wanted, "accuracy", accuracy)
     stale = []
     pages = {PAGE: results_page.page(RESULTS.parent), LEADERBOARD: leaderboard.page(RESULTS.parent)}
@@ -132,7 +133,7 @@ def main(arguments: list[str] | None = None) -> int:
         drawn = path.with_suffix(".png")
         if results_page.is_scaling(run):
             pictures[drawn] = scaling_digest(run), functools.partial(scaling_plot, run, drawn)
-    pictures |= commonsense_report.pictures(RESULTS.parent / "commonsense")
+    pictures |= commonsense_tables.pictures(RESULTS.parent / "commonsense")
     old = [path for path, (wanted_digest, _) in pictures.items() if drawn_from(path) != wanted_digest]
     stale += [str(path.relative_to(ROOT)) for path in old]
     if check:

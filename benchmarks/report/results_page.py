@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.commands import current
-from benchmarks.plots import sweeps
+from benchmarks.report.plots import sweeps
 
 Run = dict[str, Any]
 HEAD = """# Results
@@ -39,9 +39,9 @@ def grid(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
-def with_table(text: str, name: str, content: str, page: str = "README.md", script: str = "report.py") -> str:
-    """Return a page's text with the part that a script of this folder generates replaced."""
-    begin, end = f"<!-- {name}: made by benchmarks/{script} -->\n", f"\n<!-- end of {name} -->"
+def with_table(text: str, name: str, content: str, page: str = "README.md") -> str:
+    """Return a page's text with the part between the markers of that name replaced."""
+    begin, end = f"<!-- {name}: made by benchmarks/report -->\n", f"\n<!-- end of {name} -->"
     before, found, rest = text.partition(begin)
     _, closed, after = rest.partition(end)
     if not found or not closed:
@@ -260,22 +260,22 @@ def faults(folder: Path) -> list[str]:
 
 def accuracy(results: Path) -> list[str]:
     """Return the tables of the accuracy comparison, if there are any."""
-    from benchmarks import commonsense_report
+    from benchmarks.report import commonsense_tables
 
     parts = []
-    for stem, (table, found) in commonsense_report.sections(results).items():
+    for stem, (table, found) in commonsense_tables.sections(results).items():
         runs = f"{len(found)} runs. Each has its command and settings in `{results.name}/trials.jsonl`."
         parts += [f"### SmolLM2-135M, {stem}", runs, table, f"![{stem}](results/{results.name}/{stem}.png)"]
     if not parts:
         return []
-    everything = commonsense_report.load(results)
+    everything = commonsense_tables.load(results)
     parts += [
         "### Tuning, joint-bf16",
         "Development means after one epoch, by point (learning rate, alpha of LSR-Adapt); the best one is taken.",
-        commonsense_report.tuning_table(everything),
+        commonsense_tables.tuning_table(everything),
         "### Factors rounded after training, joint-bf16",
         "Points lost, as `lsr-scale export --to adapter --bits` rounds: groups of 64 in 8 bits, of 32 in 4.",
-        commonsense_report.rounded_table(everything),
+        commonsense_tables.rounded_table(everything),
     ]
     return ["## Accuracy on commonsense questions", *parts]
 
@@ -307,7 +307,7 @@ def page(results: Path) -> str:
         if found:
             parts += [f"## {title}", *(section(path, run) for path, run in reversed(found))]
     parts += [*sharding(results / "sharding"), *faults(results / "faults")]
-    from benchmarks import export_tables
+    from benchmarks.report import export_tables
 
     if (results / "sequential").is_dir():
         from benchmarks.quality import sequential

@@ -1,6 +1,6 @@
 """The accuracy comparison's tables, tests and plot, from the results that `commonsense.py` leaves.
 
-    python -m benchmarks.commonsense_report            print every table; the plots go beside the results
+    python -m benchmarks.report.commonsense_tables            print every table; the plots go beside the results
 
 Statistics. Methods are compared on the same examples over common seeds: the mean over tasks of the differences, its
 95 % interval and two-sided p by a bootstrap that draws seeds and, within each task, examples, both with replacement.

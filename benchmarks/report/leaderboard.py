@@ -10,9 +10,9 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from benchmarks import commonsense_report
-from benchmarks.plots import LABELS, sweeps
-from benchmarks.results_page import Run, grid, read
+from benchmarks.report import commonsense_tables
+from benchmarks.report.plots import LABELS, sweeps
+from benchmarks.report.results_page import Run, grid, read
 
 HEAD = """# Leaderboard
 
@@ -71,13 +71,13 @@ def scaling(runs: list[tuple[Path, Run]]) -> str:
 
 def accuracy(folder: Path) -> str:
     """Return the mean accuracies of the joint comparison, the best first."""
-    results = commonsense_report.load(folder)
+    results = commonsense_tables.load(folder)
     rows = []
-    for name in commonsense_report.HEADLINE:
-        seeds = list(commonsense_report.seeds_of(results, "joint", "bf16", name).values())
+    for name in commonsense_tables.HEADLINE:
+        seeds = list(commonsense_tables.seeds_of(results, "joint", "bf16", name).values())
         if seeds:
-            mean = statistics.fmean(commonsense_report.mean_accuracy(result) for result in seeds)
-            label = commonsense_report.LABELS[name].replace("*", "")
+            mean = statistics.fmean(commonsense_tables.mean_accuracy(result) for result in seeds)
+            label = commonsense_tables.LABELS[name].replace("*", "")
             env = max((result["env"] for result in seeds), key=lambda env: str(env.get("date", "")))
             rows.append(
                 [label, f"{seeds[0]['trainable_parameters']:,}", f"{mean:.2f}", str(len(seeds)), *made_with(env)]

@@ -46,7 +46,6 @@ from lsr_scale.config import dump_yaml
 from lsr_scale.run.folder import RunFolder
 from lsr_scale.training.checkpoint.select import damage
 
-sys.path.insert(0, str(ROOT / "tests"))
 PROMPT_S = 20
 GROUP = "group"
 
@@ -55,7 +54,7 @@ class Runs:
     """Starts runs of one configuration, each in a folder of its own, and in turns on GPUs of its own."""
 
     def __init__(self, place: Path, processes: int, stage: str, steps: int, save_steps: int) -> None:
-        from tiny_runs import save_llama
+        from tests.helpers.tiny_runs import save_llama
 
         self.place, self.processes, self.steps, self.save_steps = place, processes, steps, save_steps
         self.stage = stage
@@ -67,7 +66,7 @@ class Runs:
 
     def start(self, name: str, *options: str, turn: int = 0) -> subprocess.Popen:
         """Start a run."""
-        from tiny_runs import tiny_run
+        from tests.helpers.tiny_runs import tiny_run
 
         training = {
             "output_dir": str(self.place / name),

@@ -1,4 +1,4 @@
-"""A model sharded in one process, its shards held aside as `offload_param` does: two are in test_sharding.py."""
+"""A model sharded in one process, its shards held aside as `offload_param` does: training/test_sharding.py has two."""
 
 import json
 

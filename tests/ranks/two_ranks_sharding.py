@@ -1,4 +1,4 @@
-"""What test_sharding.py has two processes do, in one launch: the first three steps of every combination.
+"""What training/test_sharding.py has two processes do, in one launch: the first three steps of every combination.
 
     torchrun --nproc_per_node 2 tests/ranks/two_ranks_sharding.py FOLDER
 

@@ -367,18 +367,6 @@ def test_what_the_deepspeed_command_started_ends_with_it(place, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_killed_within_a_save_goes_on_to_the_same_adapter(tmp_path):
-    """The short form of benchmarks/robustness/kill_and_resume.py."""
-    out = tmp_path / "faults.json"
-    options = ["--kills", "1", "--in-saves", "1", "--steps", "8", "--save-steps", "2", "--seed", "1", "--out", str(out)]
-    command = [sys.executable, "-m", "benchmarks.robustness.kill_and_resume", *options]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads(out.read_text())
-    assert (found["phases"], found["resumed"], found["same_adapter"]) == ({"save": 1}, 1, 1)
-
-
-@pytest.mark.slow
 @two_processes
 def test_the_failing_rank_speaks_first_and_ends_the_run(place, tmp_path):
     # not fused: the loss that is poisoned is TRL's

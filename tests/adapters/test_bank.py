@@ -43,7 +43,7 @@ def folder(request, base, tmp_path_factory):
     return path
 
 
-def bank_of(base, folder: Path, memory_gib: float = 1.0, **options) -> tuple[Any, AdapterBank]:
+def bank_of(base, folder: Path, memory_gib: float = 0.01, **options) -> tuple[Any, AdapterBank]:
     method = json.loads((folder / "anna/adapter_config.json").read_text())["peft_type"].lower()
     model = adapted(copy.deepcopy(base), method).eval()
     return model, AdapterBank(model, folder, memory_gib, **options)
@@ -115,7 +115,7 @@ def test_a_quantized_base_and_half_precision_factors(ids, tmp_path):
     write(tmp_path, base)
     quantized = quantize(copy.deepcopy(base), "nf4", torch.float32)
     model = adapted(quantized).eval()
-    AdapterBank(model, tmp_path, 1.0, dtype=torch.bfloat16)
+    AdapterBank(model, tmp_path, 0.01, dtype=torch.bfloat16)
     found = model(input_ids=ids, adapter_names=["anna", "ben"]).logits
     for index, name in enumerate(("anna", "ben")):
         one = PeftModel.from_pretrained(quantize(copy.deepcopy(base), "nf4", torch.float32), tmp_path / name).eval()

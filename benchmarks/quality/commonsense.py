@@ -88,6 +88,26 @@ PROVIDERS = tuned_alike(
 )
 
 
+LABELS = {
+    "lora_8": "LoRA r=8",
+    "lora_2": "LoRA r=2",
+    "lsr_4": "**LSR-Adapt** r=4 s=16",
+    "lsr_16": "**LSR-Adapt** r=16 s=16",
+    "kron_lora": "**Kron-LoRA** r=8 (2, 16)",
+    "lokr": "LoKr r=8 (4), PEFT",
+    "lsr_4_14": "**LSR-Adapt** r=4 s=14, LoRA-2's size",
+    "kron_lora_7": "**Kron-LoRA** r=7 (2, 16), LoRA-2's size",
+    "lsr_16_8": "**LSR-Adapt** r=16 s=8",
+    "lsr_64_4": "**LSR-Adapt** r=64 s=4",
+    "lsr_16_7": "**LSR-Adapt** r=16 s=7, LoRA-2's size",
+    "lora_1": "LoRA r=1",
+    "lsr_4_7": "**LSR-Adapt** r=4 s=7, LoRA-1's size",
+    "kron_lora_4": "**Kron-LoRA** r=4 (2, 16)",
+    "krona": "KronA",
+    "kadaptation": "KAdaptation, per module",
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Regime:
     """What is trained on, and how often it is seen."""

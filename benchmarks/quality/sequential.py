@@ -20,9 +20,8 @@ from typing import Any
 
 from benchmarks import ALL_RESULTS
 from benchmarks.quality import commonsense, trials
-from benchmarks.quality.commonsense import Run, Setting, best_point, config_of
+from benchmarks.quality.commonsense import LABELS, Run, Setting, best_point, config_of
 from benchmarks.quality.trials import Provider, Trial
-from benchmarks.report.commonsense_tables import LABELS
 from lsr_scale import files
 
 RESULTS = ALL_RESULTS / "sequential"

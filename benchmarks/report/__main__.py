@@ -1,7 +1,7 @@
-"""`python -m benchmarks.report`: see `readme.py`."""
+"""Write or check all that is made of the committed measurements: see `pages.py`."""
 
 import sys
 
-from benchmarks.report.readme import main
+from benchmarks.report.pages import main
 
 sys.exit(main())

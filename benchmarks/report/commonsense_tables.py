@@ -1,6 +1,6 @@
 """The accuracy comparison's tables, tests and plot, from the results that `commonsense.py` leaves.
 
-    python -m benchmarks.report.commonsense_tables            print every table; the plots go beside the results
+    python -m benchmarks.report.commonsense_tables            print every table
 
 Statistics. Methods are compared on the same examples over common seeds: the mean over tasks of the differences, its
 95 % interval and two-sided p by a bootstrap that draws seeds and, within each task, examples, both with replacement.
@@ -14,36 +14,18 @@ import hashlib
 import json
 import statistics
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from benchmarks.quality import trials
-from benchmarks.quality.commonsense import PROVIDERS, REGIMES, RESULTS, mean_accuracy
+from benchmarks.quality.commonsense import LABELS, PROVIDERS, REGIMES, RESULTS, mean_accuracy
+from benchmarks.report.plots import Plot
 
 # README's rows
 HEADLINE = ("lora_8", "lsr_4", "lsr_16", "lora_2", "kadaptation", "lora_1", "krona", "kron_lora", "lokr")
-LABELS = {
-    "zero_shot": "zero-shot",
-    "lora_8": "LoRA r=8",
-    "lora_2": "LoRA r=2",
-    "lsr_4": "**LSR-Adapt** r=4 s=16",
-    "lsr_16": "**LSR-Adapt** r=16 s=16",
-    "kron_lora": "**Kron-LoRA** r=8 (2, 16)",
-    "lokr": "LoKr r=8 (4), PEFT",
-    "lsr_4_14": "**LSR-Adapt** r=4 s=14, LoRA-2's size",
-    "kron_lora_7": "**Kron-LoRA** r=7 (2, 16), LoRA-2's size",
-    "lsr_16_8": "**LSR-Adapt** r=16 s=8",
-    "lsr_64_4": "**LSR-Adapt** r=64 s=4",
-    "lsr_16_7": "**LSR-Adapt** r=16 s=7, LoRA-2's size",
-    "lora_1": "LoRA r=1",
-    "lsr_4_7": "**LSR-Adapt** r=4 s=7, LoRA-1's size",
-    "kron_lora_4": "**Kron-LoRA** r=4 (2, 16)",
-    "krona": "KronA",
-    "kadaptation": "KAdaptation, per module",
-}
 
 
 def load(results: Path) -> list[dict[str, Any]]:
@@ -154,7 +136,7 @@ def table(all_results: list[dict[str, Any]], regime: str = "joint", base: str = 
     if before:
         cells = [f"{100 * before['tasks'][task]['before']['accuracy']:.1f}" for task in tasks]
         cells += [f"{mean_accuracy(before, 'before'):.2f}", *("" for _ in others)]
-        lines.append("| " + " | ".join([LABELS["zero_shot"], "0", "", "", *cells]) + " |")
+        lines.append("| " + " | ".join(["zero-shot", "0", "", "", *cells]) + " |")
     for name, row in rows.items():
         if not row:
             continue
@@ -286,24 +268,22 @@ def digest(results: list[dict[str, Any]]) -> str:
     return hashlib.sha256(json.dumps(shown).encode()).hexdigest()
 
 
-def pictures(results: Path) -> dict[Path, tuple[str, Callable[[], None]]]:
-    """Return each plot's path, the digest of what it shows, and what draws it."""
-    found: dict[Path, tuple[str, Callable[[], None]]] = {}
+def plots(results: Path) -> dict[Path, Plot]:
+    """Return a plot for each regime and base by its file, beside the results."""
+    found: dict[Path, Plot] = {}
     for stem, (_, some) in sections(results).items():
-        path = results / f"{stem}.png"
-        found[path] = digest(some), functools.partial(draw, some, path, *stem.rsplit("-", 1))
+        regime, base = stem.rsplit("-", 1)
+        found[results / f"{stem}.png"] = Plot(digest(some), functools.partial(draw, some, regime=regime, base=base))
     return found
 
 
 def main() -> int:
-    """Print the tables and draw the plots."""
+    """Print the tables."""
     for stem, (text, _) in sections(RESULTS).items():
         print(f"{stem}\n\n{text}\n")
     everything = load(RESULTS)
     print(f"development set, by point\n\n{tuning_table(everything)}\n")
     print(f"factors rounded\n\n{rounded_table(everything)}\n")
-    for _, draw_it in pictures(RESULTS).values():
-        draw_it()
     return 0
 
 

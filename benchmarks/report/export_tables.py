@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report.results_page import grid
+from benchmarks.report.markdown import grid
 
 LLAMA_CPP = {
     "base": "the base's own GGUF (Q4_1), no adapter",

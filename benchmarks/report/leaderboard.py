@@ -10,9 +10,10 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from benchmarks.quality import commonsense
 from benchmarks.report import commonsense_tables
-from benchmarks.report.plots import LABELS, sweeps
-from benchmarks.report.results_page import Run, grid, read
+from benchmarks.report.markdown import grid
+from benchmarks.report.measurements import LABELS, MODES, Run, read, sweeps
 
 HEAD = """# Leaderboard
 
@@ -21,7 +22,6 @@ Made by `python -m benchmarks.report` from the JSON under `results/`; not edited
 """
 OURS = ("lsr", "kron_lora", "lora")
 PEERS = {"unsloth_lora": "Unsloth's LoRA", "peft_lora_liger": "PEFT + Liger's LoRA"}
-MODES = {"none": "kept", "full": "recomputed"}
 
 
 def made_with(env: dict[str, Any]) -> list[str]:
@@ -76,8 +76,8 @@ def accuracy(folder: Path) -> str:
     for name in commonsense_tables.HEADLINE:
         seeds = list(commonsense_tables.seeds_of(results, "joint", "bf16", name).values())
         if seeds:
-            mean = statistics.fmean(commonsense_tables.mean_accuracy(result) for result in seeds)
-            label = commonsense_tables.LABELS[name].replace("*", "")
+            mean = statistics.fmean(commonsense.mean_accuracy(result) for result in seeds)
+            label = commonsense.LABELS[name].replace("*", "")
             env = max((result["env"] for result in seeds), key=lambda env: str(env.get("date", "")))
             rows.append(
                 [label, f"{seeds[0]['trainable_parameters']:,}", f"{mean:.2f}", str(len(seeds)), *made_with(env)]

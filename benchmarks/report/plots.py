@@ -3,8 +3,11 @@
 A plot carries a digest of what it shows, so that one that is older than its measurement is found out.
 """
 
+import functools
 import hashlib
 import json
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +17,17 @@ from PIL import Image
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
-LABELS = {
-    "lsr": "**LSR-Adapt** r=16 s=16, fused",
-    "lsr_held": "the same, weights held in bfloat16",
-    "kron_lora": "**Kron-LoRA** r=8, fused",
-    "lora": "LoRA r=16, fused by us",
-    "unsloth_lora": "LoRA r=16, Unsloth",
-    "peft_lora_liger": "LoRA r=16, PEFT + Liger",
-    "peft_kbit_liger": "the same after `prepare_model_for_kbit_training`",
-    "peft_lora": "LoRA r=16, PEFT",
-    "frozen": "no adapter, fused",
-    "peft_frozen_liger": "no adapter, Liger",
-    "lsr_graphs": "**LSR-Adapt** r=16 s=16, its steps as CUDA graphs",
-}
+from benchmarks.report.measurements import LABELS, MODES, by_provider, has_scaling, newest_headline, read, sweeps
+
 COLORS = {name: f"C{index}" for index, name in enumerate(LABELS)} | {"lsr_graphs": "black"}  # C10 is C0 again
-MODES = {"none": "kept", "full": "recomputed"}
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A plot to be made: the digest of the rows that it shows, and what draws it into a file."""
+
+    digest: str
+    draw: Callable[[Path], None]
 
 
 def digest(run: dict[str, Any]) -> str:
@@ -38,15 +37,14 @@ def digest(run: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(shown).encode()).hexdigest()
 
 
+def rows_digest(rows: Any) -> str:
+    """Return what a plot of these values is recognized by."""
+    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
+
+
 def drawn_from(picture: Path) -> str | None:
     """Return the digest of the results that a plot was drawn from, None where there is no plot."""
     return Image.open(picture).info.get("Source") if picture.exists() else None
-
-
-def by_provider(run: dict[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
-    """Return the rows by provider and way of checkpointing, in the order of `LABELS`."""
-    rows = {name: {row["checkpointing"]: row for row in run["rows"] if row["provider"] == name} for name in LABELS}
-    return {name: modes for name, modes in rows.items() if modes}
 
 
 def memory_plot(run: dict[str, Any], path: Path) -> None:
@@ -82,34 +80,21 @@ PANELS = {
 }
 
 
-def sweeps(run: dict[str, Any]) -> dict[str, tuple[int, list[int]]]:
-    """Return what a measurement varies alone: `tokens` or `seq_len`, the value of the other, the values of this one."""
-    found = {}
-    for across, (fixed, _) in PANELS.items():
-        values: dict[int, set[int]] = {}
-        for row in run["rows"]:
-            values.setdefault(row[fixed], set()).add(row[across])
-        held = max(values, key=lambda value: (len(values[value]), value))
-        if len(values[held]) > 1:
-            found[across] = held, sorted(values[held])
-    return found
-
-
 def sweep_plot(run: dict[str, Any], path: Path) -> None:
     """Draw tokens/s where everything is kept: against tokens a step at one length, against length at one number."""
     rows = [row for row in run["rows"] if row["status"] == "ok" and row["checkpointing"] == "none"]
     panels = sweeps(run)
     figure, axes = pyplot.subplots(1, len(panels), figsize=(9, 4.6), sharey=True, squeeze=False)
     shown: dict[str, Any] = {}
-    for axis, (across, (held, ticks)) in zip(axes[0], panels.items(), strict=True):
+    for axis, (across, (value, ticks)) in zip(axes[0], panels.items(), strict=True):
         fixed, words = PANELS[across]
         for name in LABELS:
-            points = sorted((r[across], r["tokens_per_s"]) for r in rows if (r["provider"], r[fixed]) == (name, held))
+            points = sorted((r[across], r["tokens_per_s"]) for r in rows if (r["provider"], r[fixed]) == (name, value))
             if points:
                 (shown[name],) = axis.plot(*zip(*points, strict=True), "o-", color=COLORS[name])
         axis.set_xscale("log", base=2)
         axis.set_xticks(ticks, [f"{value:,}" for value in ticks])
-        axis.set_xlabel(words.format(held))
+        axis.set_xlabel(words.format(value))
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("tokens/s")
     axes[0][0].set_ylim(0)
@@ -148,3 +133,17 @@ def scaling_digest(run: dict[str, Any]) -> str:
     """Return what a plot of these rows is recognized by."""
     shown = [[row[name] for name in ("num_gpus", "zero_stage", "status", "tokens_per_s")] for row in run["rows"]]
     return hashlib.sha256(json.dumps(shown).encode()).hexdigest()
+
+
+def plots(results: Path) -> dict[Path, Plot]:
+    """Return the plots of throughput and of scaling by their file, beside the measurements that they show."""
+    throughput, found = results / "throughput", {}
+    run = newest_headline(throughput)
+    found[throughput / "mistral-7b-nf4.png"] = Plot(digest(run), functools.partial(memory_plot, run))
+    for path, sweep in read(throughput):
+        if sweeps(sweep):
+            found[path.with_suffix(".png")] = Plot(digest(sweep), functools.partial(sweep_plot, sweep))
+    for path, run in read(results / "scaling"):
+        if has_scaling(run):
+            found[path.with_suffix(".png")] = Plot(scaling_digest(run), functools.partial(scaling_plot, run))
+    return found

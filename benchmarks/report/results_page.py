@@ -1,13 +1,14 @@
 """`benchmarks/RESULTS.md`: every committed measurement as a table, with the command that makes it again."""
 
-import json
 from pathlib import Path
-from typing import Any
 
 from benchmarks.commands import current
-from benchmarks.report.plots import sweeps
+from benchmarks.quality import sequential, variants
+from benchmarks.report import commonsense_tables, export_tables
+from benchmarks.report.markdown import grid, number
+from benchmarks.report.measurements import Run, has_scaling, read, sweeps, where
+from benchmarks.robustness import real_model_curves
 
-Run = dict[str, Any]
 HEAD = """# Results
 
 Made by `python -m benchmarks.report` from the JSON under `results/`; not edited by hand. `LOG.md` tells what was
@@ -15,52 +16,6 @@ expected and what it taught.
 """
 
 OUT_OF_TIME = ("not reached before the time limit", "measuring took more than")
-
-
-def read(folder: Path) -> list[tuple[Path, Run]]:
-    """Return the measurements in a folder by file, the oldest first.
-
-    The peaks of CUDA graphs in files whose config has no `graphs_in_peak` are left out: they were taken while the
-    graphs' memory stood by and did not count.
-    """
-    found = [(path, json.loads(path.read_text(encoding="utf-8"))) for path in sorted(folder.glob("*.json"))]
-    for _, run in found:
-        if not run.get("config", {}).get("graphs_in_peak"):
-            run["slopes"] = [line for line in run.get("slopes", ()) if line["provider"] != "lsr_graphs"]
-            for row in run.get("rows", ()):
-                if isinstance(row, dict) and row.get("provider") == "lsr_graphs":
-                    row["peak_memory_gib"] = None
-    return sorted(found, key=lambda pair: str(pair[1].get("env", {}).get("date", "")))
-
-
-def grid(head: list[str], rows: list[list[str]]) -> str:
-    """Return a Markdown table, its first column left-aligned."""
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-
-
-def with_table(text: str, name: str, content: str, page: str = "README.md") -> str:
-    """Return a page's text with the part between the markers of that name replaced."""
-    begin, end = f"<!-- {name}: made by benchmarks/report -->\n", f"\n<!-- end of {name} -->"
-    before, found, rest = text.partition(begin)
-    _, closed, after = rest.partition(end)
-    if not found or not closed:
-        raise SystemExit(f"{page} has no place for {name}: put {begin.strip()} and {end.strip()} there")
-    return before + begin + content + end + after
-
-
-def number(value: float | None, form: str = ",.0f") -> str:
-    """Return a number, or nothing where there is none."""
-    return "" if value is None else format(value, form)
-
-
-def where(run: Run, path: Path) -> str:
-    """Return the machine, versions and file of a run."""
-    env = run["env"]
-    machine = ", ".join(env.get("gpus") or [env["cpu"]]).replace("NVIDIA ", "")
-    names = ("torch", "transformers", "peft", "unsloth", "liger-kernel")
-    versions = ", ".join(f"{name} {env[name]}" for name in names if env.get(name))
-    return f"`{path.parent.name}/{path.name}`: {machine}; {versions}."
 
 
 def throughput(path: Path, run: Run) -> str:
@@ -146,11 +101,6 @@ def trainer_overhead(path: Path, run: Run) -> str:
     return "\n\n".join([title, where(run, path), grid(head, rows), command])
 
 
-def is_scaling(run: Run) -> bool:
-    """Tell whether more than one number of GPUs was measured, so that there is something to draw."""
-    return run["config"]["device"] == "cuda" and len({row["num_gpus"] for row in run["rows"]}) > 1
-
-
 def scaling(path: Path, run: Run) -> str:
     """Return the training command's speed on several GPUs beside one, or in several processes that share a CPU."""
     config, rows = run["config"], []
@@ -162,7 +112,7 @@ def scaling(path: Path, run: Run) -> str:
     batch = f"{config['tokens'] // config['seq_len']} x {config['seq_len']:,} tokens a {one} and step"
     title = f"### {config['model']}, {config['base']}, {batch}, `memory: {config['memory']}`"
     table = grid([many, "tokens/s", "GiB, each", f"times one {one}"], rows)
-    picture = [f"![{path.stem}](results/{path.parent.name}/{path.stem}.png)"] if is_scaling(run) else []
+    picture = [f"![{path.stem}](results/{path.parent.name}/{path.stem}.png)"] if has_scaling(run) else []
     return "\n\n".join([title, where(run, path), table, *picture, f"    {current(config['command'])}"])
 
 
@@ -260,8 +210,6 @@ def faults(folder: Path) -> list[str]:
 
 def accuracy(results: Path) -> list[str]:
     """Return the tables of the accuracy comparison, if there are any."""
-    from benchmarks.report import commonsense_tables
-
     parts = []
     for stem, (table, found) in commonsense_tables.sections(results).items():
         runs = f"{len(found)} runs. Each has its command and settings in `{results.name}/trials.jsonl`."
@@ -282,8 +230,6 @@ def accuracy(results: Path) -> list[str]:
 
 def real_models(folder: Path) -> list[str]:
     """Return what the losses of real models were at both ends of an epoch, whatever the way to train."""
-    from benchmarks.robustness import real_model_curves
-
     parts: list[str] = []
     for path, run in read(folder):
         rows = []
@@ -307,16 +253,10 @@ def page(results: Path) -> str:
         if found:
             parts += [f"## {title}", *(section(path, run) for path, run in reversed(found))]
     parts += [*sharding(results / "sharding"), *faults(results / "faults")]
-    from benchmarks.report import export_tables
-
     if (results / "sequential").is_dir():
-        from benchmarks.quality import sequential
-
         text = (sequential.__doc__ or "").strip()
         parts += ["## One task after another", text, sequential.table(results / "sequential")]
     parts += real_models(results / "real_model")
     if (results / "variants").is_dir():
-        from benchmarks.quality import variants
-
         parts += ["## Variants of the methods", (variants.__doc__ or "").strip(), variants.table(results / "variants")]
     return "\n\n".join([*parts, *accuracy(results / "commonsense"), *export_tables.sections(results / "export")]) + "\n"

@@ -68,6 +68,15 @@ def _construct_int(loader: _Loader, node: yaml.Node) -> int:
 
 
 _Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
+
+
+def _represent_text(dumper: _Dumper, text: str) -> yaml.Node:
+    """Represent text; its line breaks other than a newline are escaped, which outside of double quotes are spaces."""
+    style = '"' if re.search("[\x85\u2028\u2029]", text) else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _represent_text)
 _Dumper.add_implicit_resolver("tag:yaml.org,2002:int", _INT, list("-+0123456789"))
 _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
 

@@ -8,7 +8,7 @@ import torch
 from lsr_scale import UserError, cli, distributed
 from lsr_scale.config import dump_yaml
 from lsr_scale.model import local_device
-from lsr_scale.run import train
+from lsr_scale.run import start
 from tests.helpers.tiny_runs import completions, save_llama, tiny_run, write_rows
 
 WHOLE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
@@ -99,15 +99,15 @@ def test_processes_that_were_started_with_different_runs_are_refused_on_all(tmp_
     for runs in ((one, other), (one, one)):
         both = [{**run.model_dump(), "--resume": None, "--overwrite": False} for run in runs]
         if runs[1] is one:
-            train._check_alike(one, None, False)
+            start._check_alike(one, None, False)
             continue
         with pytest.raises(UserError, match="rank 1 was started with another configuration than rank 0: ") as refused:
-            train._check_alike(other, None, False)
+            start._check_alike(other, None, False)
         assert "training.learning_rate: 0.005 -> 0.0001" in str(refused.value)
         assert "model.quantization: 'nf4' -> 'int8'" in str(refused.value)
     both[1]["--overwrite"] = True
     with pytest.raises(UserError, match="--overwrite: False -> True; start all processes with one file"):
-        train._check_alike(one, None, False)
+        start._check_alike(one, None, False)
 
 
 def test_a_local_rank_that_is_no_number_is_refused_by_every_command_on_a_gpu(launched, monkeypatch):

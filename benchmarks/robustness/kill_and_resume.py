@@ -44,7 +44,7 @@ from benchmarks.commands import recorded
 from lsr_scale import files
 from lsr_scale.config import dump_yaml
 from lsr_scale.run.folder import RunFolder
-from lsr_scale.training.checkpoint.select import damage
+from lsr_scale.training.checkpoint.manifest import damage
 
 PROMPT_S = 20
 GROUP = "group"

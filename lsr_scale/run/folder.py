@@ -1,19 +1,15 @@
 """The folder of a run: what lies where in it, and which of the files in a folder a run wrote."""
 
 import contextlib
-import errno
-import fcntl
 import hashlib
 import json
 import os
 import re
-import socket
-import stat
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from lsr_scale.errors import UserError
 from lsr_scale.files import cannot_write, is_own_picture, is_picture, write_text
@@ -25,10 +21,6 @@ MANIFEST, STATE, TENSORS = "manifest.json", "training_state.json", "training_sta
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "base.json")
 _PREDICTIONS = re.compile(r".*-(before|after|eval-(base|adapter)(-without-questions)?)\.jsonl")
 _SECTIONS = {"model", "adapter", "data", "training"}
-
-# Locks that this process has. One is gone when all have closed its file: a loader's worker is not to keep it.
-_HELD: set[TextIO] = set()
-os.register_at_fork(after_in_child=lambda: [stream.close() for stream in _HELD])
 
 
 @dataclass(frozen=True)
@@ -190,7 +182,7 @@ class RunFolder:
         found += [p for p in folders if not p.is_dir() or not marked or (p.name == "eval" and p.is_symlink())]
         return found if marked else [*found, *self.checkpoints()]
 
-    def claim(self) -> bool:
+    def make(self) -> bool:
         """Make the folder and see that it can be written; return False if it was there already.
 
         Raises:
@@ -209,74 +201,10 @@ class RunFolder:
         except OSError as error:
             raise cannot_write(self.path, error) from error
 
-    @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
-        """Keep other processes' runs out of the folder.
-
-        Raises:
-            UserError: if a run is going on here, or something else lies where its lock belongs.
-        """
-        file = self.path / ".lock"
-        with contextlib.ExitStack() as stack:
-            try:
-                stream = _locked(file, stack)
-            except OSError:  # some network storage has no locks
-                yield
-                return
-            stream.truncate(0)
-            stream.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-            stream.flush()
-            stack.callback(file.unlink, missing_ok=True)
-            stack.callback(_HELD.discard, stream)
-            _HELD.add(stream)
-            yield
-
     def release(self) -> None:
         """Remove the folder if nothing is in it: a run that never began leaves none."""
         with contextlib.suppress(OSError):
             self.path.rmdir()
-
-
-def _locked(file: Path, stack: contextlib.ExitStack) -> TextIO:
-    """Return a run's lock file, opened and locked until the stack is left; what is no lock file stays as it is."""
-    odd = UserError(f"{file}: a run's lock belongs here, but this is none; move it away")
-    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    while True:
-        try:
-            handle = os.open(file, flags, 0o666)
-        except OSError as error:
-            if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO, errno.EMLINK):
-                raise odd from None
-            raise
-        if not stat.S_ISREG(os.fstat(handle).st_mode):
-            os.close(handle)
-            raise odd
-        stream = stack.enter_context(os.fdopen(handle, "r+", encoding="utf-8"))
-        try:
-            written = stream.read(200)
-        except UnicodeDecodeError:
-            raise odd from None
-        if written and not re.fullmatch(r"process [0-9]+ on .*\n?", written):
-            raise odd
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            whose = written.strip() or "it began just now"
-            raise UserError(
-                f"{file.parent}: a run is going on here ({whose}); wait for its end, or go elsewhere with "
-                "--set training.output_dir=..."
-            ) from None
-        if _is_same(file, stream):
-            stream.seek(0)
-            return stream
-
-
-def _is_same(file: Path, stream: TextIO) -> bool:
-    """Tell whether a lock is still that of the path: who held it before removes it."""
-    try:
-        return os.path.samestat(file.stat(), os.fstat(stream.fileno()))
-    except FileNotFoundError:
-        return False
 
 
 def is_own_checkpoint(folder: Path) -> bool:

@@ -23,7 +23,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def cut_back(path: Path, step: int) -> list[dict[str, Any]]:
+def truncate(path: Path, step: int) -> list[dict[str, Any]]:
     """Leave in a file of rows those up to a step, since the later steps are done again; return them."""
     kept = [row for row in read_metrics(path) if row["step"] <= step]
     files.write_text(path, "".join(json.dumps(row) + "\n" for row in kept))

@@ -1,44 +1,235 @@
-"""How a run gets its folder: chosen, locked, and what stood there kept until the new run has saved a step."""
+"""How a run starts: which folder it writes to and which checkpoint it resumes from, decided once for all processes."""
 
 import os
-import shutil
-import sys
-from collections.abc import Iterable
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from lsr_scale import files
+from lsr_scale import config, distributed, files
+from lsr_scale.config import RunConfig
 from lsr_scale.errors import UserError
+from lsr_scale.model import save_tokenizer
 from lsr_scale.paths import user_path
-from lsr_scale.run.folder import MANIFEST, RunFolder, step_of
+from lsr_scale.run.backup import Backup, restore
+from lsr_scale.run.folder import RunFolder, step_of
+from lsr_scale.run.lock import locked
+from lsr_scale.run.metrics import truncate
+from lsr_scale.training.assembly import RunData
+from lsr_scale.training.checkpoint import select
+from lsr_scale.training.checkpoint.manifest import is_misnamed, read_state
 
 
-def choose(output_dir: str | None, name: str, resume: bool, overwrite: bool, lock: ExitStack) -> RunFolder:
-    """Return the folder for a run that starts now; it exists, can be written, and nothing in it is in the run's way.
+@dataclass(frozen=True)
+class Start:
+    """What a run begins with; equal on every process.
+
+    Attributes:
+        run: As it was given, but for the gradient accumulation where another number of processes resumes it.
+        folder: Where it writes.
+        checkpoint: What it resumes from, None for a run from the beginning.
+        step: After which it was saved, 0 without one; training may remove the checkpoint.
+        in_place: The checkpoint is one of `folder`, so what lies there is this run's.
+        notes: What the user should know of the choice, a line each.
+    """
+
+    run: RunConfig
+    folder: RunFolder
+    checkpoint: Path | None = None
+    step: int = 0
+    in_place: bool = False
+    notes: list[str] = field(default_factory=list)
+
+    @classmethod
+    def resuming(cls, run: RunConfig, folder: RunFolder, checkpoint: Path, notes: list[str]) -> Self:
+        """Return the start of a run that `select.fit` returned for this checkpoint."""
+        in_place = select.run_folder_of(checkpoint).path == folder.path.resolve()
+        return cls(run, folder, checkpoint, read_state(checkpoint).step, in_place, notes)
+
+
+@contextmanager
+def starting(run: RunConfig, name: str, resume: str | None, overwrite: bool) -> Iterator[Start]:
+    """Decide how a run starts, and keep its folder from other runs until it is left.
+
+    The main process decides. Then a run that saved nothing has restored what an earlier one left in the folder, and a
+    folder with nothing in it is removed.
+
+    Args:
+        run: The run.
+        name: Stem for the folder under `runs/` where the run names none.
+        resume: "auto" for the newest checkpoint in the run's folder, or the path of a checkpoint.
+        overwrite: Start again in a folder that holds a run.
+
+    Raises:
+        UserError: on every process alike, if the processes were started differently, the folder is taken, or the
+            checkpoint does not fit.
+    """
+    _check_alike(run, resume, overwrite)
+    with ExitStack() as claims:
+        outcome: Any = None
+        if distributed.is_main():
+            try:
+                outcome = decide(run, name, resume, overwrite, claims)
+            except UserError as error:
+                outcome = str(error)
+        if isinstance(outcome, Start):  # a run cannot be pickled; only its training is not what was given
+            outcome = {**vars(outcome), "run": outcome.run.training}
+        outcome = distributed.broadcast(outcome)
+        if isinstance(outcome, str):
+            raise UserError(outcome)
+        yield Start(**{**outcome, "run": run.model_copy(update={"training": outcome["run"]})})
+
+
+def decide(run: RunConfig, name: str, resume: str | None, overwrite: bool, claims: ExitStack) -> Start:
+    """Return how a run starts, its folder claimed until `claims` is left; for the arguments see `starting`.
+
+    Raises:
+        UserError: if the folder is taken, or there is no checkpoint that the run can resume from.
+    """
+    if resume and overwrite:
+        raise UserError("--resume resumes a run, --overwrite starts it again: give one of them")
+    output_dir, num_processes = run.training["output_dir"], distributed.world_size()
+    if resume not in (None, "auto"):
+        checkpoint = user_path(resume, "--resume")
+        home = select.run_folder_of(checkpoint)
+        restore(home)
+        run, notes = select.fit(checkpoint, run, num_processes)
+        same = output_dir is None or user_path(output_dir, "training.output_dir").resolve() == home.path
+        folder = claims.enter_context(claim(output_dir or str(home.path), name, same, overwrite))
+        return Start.resuming(run, folder, checkpoint, notes)
+    folder = claims.enter_context(claim(output_dir, name, resume == "auto", overwrite))
+    if resume is None:
+        return Start(run, folder)
+    newest, skipped = select.newest(folder)
+    if newest is not None:
+        run, notes = select.fit(newest, run, num_processes)
+        return Start.resuming(run, folder, newest, [*skipped, *notes])
+    if folder.has_adapter():
+        raise UserError(
+            f"{folder.path}: the run is finished, and no complete checkpoint is left to resume from; --overwrite "
+            "starts it again"
+        )
+    if skipped:
+        raise UserError(
+            f"{folder.path}: no checkpoint is complete; repair or remove them, or --overwrite starts again\n"
+            + "\n".join(skipped)
+        )
+    return Start(run, folder)
+
+
+@contextmanager
+def claim(output_dir: str | None, name: str, resume: bool, overwrite: bool) -> Iterator[RunFolder]:
+    """Keep the folder for a run that starts now; it exists, can be written, and nothing in it is in the run's way.
 
     Without `output_dir` it is `runs/NAME`, or `runs/NAME-2` and so on where that is taken; resuming and overwriting
     take the newest of them that holds a run. What a run that was killed before its first checkpoint had set aside is
-    put back first.
+    restored first.
 
     Args:
         output_dir: `training.output_dir`.
         name: Stem of the configuration file.
         resume: Continue the run that lies there, if one does.
         overwrite: Start again in a folder that holds a run.
-        lock: Keeps other processes' runs out of the folder until it is left.
 
     Raises:
         UserError: if the folder is taken, holds what no run wrote where this one would write, or cannot be made or
             written.
     """
     folder = _find(output_dir, name, resume or overwrite)
-    lock.enter_context(folder.held())
+    try:
+        with locked(folder.path):
+            _recover(folder)
+            _check_free(folder, resume or overwrite)
+            try:
+                yield folder
+            finally:
+                Backup(folder).settle_or_leave()
+    finally:
+        folder.release()
+
+
+def begin(start: Start, data: RunData) -> list[str]:
+    """Make the folder this run's, once nothing stands in its way any more; every process takes part.
+
+    What an earlier run left is set aside until this one has saved a checkpoint; the checkpoints among it are returned.
+
+    Raises:
+        UserError: if something cannot be written.
+    """
+    outdated = []
+    if distributed.is_main():
+        folder, after = start.folder, start.step if start.in_place else -1
+        outdated = _outdated(start, after)
+        if start.in_place:
+            rewritten = folder.config, folder.environment, folder.data, folder.metrics
+            Backup(folder).set_aside(outdated, rewritten, after)
+        else:
+            Backup(folder).set_aside([*folder.written(), *outdated], (), after)
+        for path in folder.path.glob(".checkpoint-*.part"):  # a kill left it in the middle of a save
+            files.remove(path)
+        if start.in_place and folder.nonfinite.exists():  # the later steps are repeated, and noted again
+            truncate(folder.nonfinite, after)
+        files.write_json(folder.environment, files.environment())
+        files.write_json(folder.data, data.sources)
+        save_tokenizer(data.tokenizer, folder.tokenizer)
+        as_begun = start.run if start.checkpoint is None else select.as_begun(start.checkpoint, start.run)
+        files.write_text(folder.config, config.dump_yaml(as_begun))  # last: it makes the folder a run
+    distributed.broadcast(None)  # nobody writes before that
+    return [path.name for path in outdated]
+
+
+def _outdated(start: Start, after: int) -> list[Path]:
+    """Return the checkpoints of an earlier run, or of this one later than the step that it resumes from."""
+    later = [path for path in start.folder.own_checkpoints() if step_of(path) > after]
+    # somebody renamed or copied the misnamed ones, and may miss them
+    return [path for path in later if not is_misnamed(path)] if start.in_place else later
+
+
+def _check_alike(run: RunConfig, resume: str | None, overwrite: bool) -> None:
+    """Raise, on every process, where one of them was started with another run or other options than the first."""
+    started = distributed.gather([{**run.model_dump(), "--resume": resume, "--overwrite": overwrite}])
+    for rank, other in enumerate(started):
+        if differing := [text for _, text in select.changes(started[0], other)]:
+            more = f" and {len(differing) - 8} more" if len(differing) > 8 else ""
+            raise UserError(
+                f"rank {rank} was started with another configuration than rank 0: {'; '.join(differing[:8])}{more}; "
+                "start all processes with one file and the same options"
+            )
+
+
+def _find(output_dir: str | None, name: str, again: bool) -> RunFolder:
+    """Return the run's folder, made if it is new."""
+    if output_dir is not None:
+        folder = RunFolder(user_path(output_dir, "training.output_dir"))
+        folder.make()
+        return folder
+    name = name.lstrip(".") or "run"  # neither hidden nor the folder above
+    taken: list[RunFolder] = []
+    index = 1
+    while True:
+        folder = RunFolder(Path("runs") / (name if index == 1 else f"{name}-{index}"))
+        if os.path.lexists(folder.path):
+            taken.append(folder)
+        elif again and (runs := [one for one in taken if one.is_marked() or one.earlier.is_dir()]):
+            runs[-1].make()
+            return runs[-1]
+        elif folder.make():
+            return folder
+        index += 1
+
+
+def _recover(folder: RunFolder) -> None:
+    """Finish or undo what a run that was killed here was in the middle of."""
     checkpoints = (folder.path / old.name[1:-4] for old in folder.path.glob(".checkpoint-*.old"))
     for path in (folder.adapter, folder.tokenizer, *checkpoints):
         files.finish_replacing(path)
-    Earlier(folder).settle()
-    if folder.is_run() and not resume and not overwrite:
+    Backup(folder).settle()
+
+
+def _check_free(folder: RunFolder, again: bool) -> None:
+    """Refuse a folder that holds a run, unless it is resumed or overwritten, or what no run wrote."""
+    if folder.is_run() and not again:
         raise UserError(
             f"{folder.path}: holds a run already; --resume auto continues it, --overwrite starts it again, "
             "--set training.output_dir=... goes elsewhere"
@@ -50,164 +241,3 @@ def choose(output_dir: str | None, name: str, resume: bool, overwrite: bool, loc
             f"{folder.path}: {what} {names}, which no run wrote and this one would write over; move "
             f"{'them' if len(others) > 1 else 'it'} away, or go elsewhere with --set training.output_dir=..."
         )
-    return folder
-
-
-def recover(folder: RunFolder) -> None:
-    """Put back what a run that was killed before its first checkpoint had set aside.
-
-    Raises:
-        UserError: if that run is still going on.
-    """
-    if folder.earlier.is_dir():
-        with folder.held():
-            Earlier(folder).settle()
-
-
-def _find(output_dir: str | None, name: str, again: bool) -> RunFolder:
-    if output_dir is not None:
-        folder = RunFolder(user_path(output_dir, "training.output_dir"))
-        folder.claim()
-        return folder
-    name = name.lstrip(".") or "run"  # neither hidden nor the folder above
-    taken: list[RunFolder] = []
-    index = 1
-    while True:
-        folder = RunFolder(Path("runs") / (name if index == 1 else f"{name}-{index}"))
-        if os.path.lexists(folder.path):
-            taken.append(folder)
-        elif again and (runs := [one for one in taken if one.is_marked() or one.earlier.is_dir()]):
-            runs[-1].claim()
-            return runs[-1]
-        elif folder.claim():
-            return folder
-        index += 1
-
-
-class Earlier:
-    """What stood in a run's folder before a run began there: set aside until that run has saved a step.
-
-    A run that ends before, by an error, a signal or a kill, takes nothing with it: `settle` puts all of it back, at the
-    run's own end or when the next one starts.
-    """
-
-    def __init__(self, folder: RunFolder) -> None:
-        self.folder = folder
-        self._notes = folder.earlier / "state.json"
-
-    def keep(self, moved: Iterable[Path], copied: Iterable[Path], after: int) -> None:
-        """Set files and checkpoints aside.
-
-        Args:
-            moved: What is in the new run's way.
-            copied: What it begins with, and writes anew.
-            after: The step from which it goes on, -1 for none. It has saved a step once a later checkpoint is there.
-
-        Raises:
-            UserError: if they cannot be moved or copied; `settle` brings back what was.
-        """
-        moved, copied = list(moved), [path for path in copied if path.is_file()]
-        if not moved and not copied:
-            return
-        there = [path.name for path in self.folder.checkpoints() if path not in moved]
-        state = {"whole": False, "after": after, "copied": [path.name for path in copied], "not_new": there}
-        try:
-            self.folder.earlier.mkdir()
-            files.write_json(self._notes, state)
-            for path in copied:
-                shutil.copy2(path, self.folder.earlier / path.name)
-            for path in moved:
-                place = self.folder.earlier / path.relative_to(self.folder.path)
-                place.parent.mkdir(exist_ok=True)
-                path.rename(place)
-            for emptied in {path.parent for path in moved} - {self.folder.path}:
-                with suppress(OSError):  # what no run wrote stays there
-                    emptied.rmdir()
-            files.write_json(self._notes, {**state, "whole": True})
-        except OSError as error:
-            raise files.cannot_write(self.folder.earlier, error) from error
-
-    def drop(self) -> None:
-        """Remove what was set aside: the new run has saved a step."""
-        if not self.folder.earlier.is_dir():
-            return
-        for path in self.folder.earlier.iterdir():
-            if path != self._notes:
-                files.remove(path)
-        files.remove(self.folder.earlier)  # the notes last, for a kill on the way
-
-    def settle(self) -> None:
-        """Remove what was set aside if the new run has saved a step, else put it back, and say so."""
-        if not self.folder.earlier.is_dir():
-            return
-        state = self._state()
-        if state["whole"] and self._has_saved(state):
-            self.drop()
-            return
-        if state["whole"]:
-            if state["after"] < 0:
-                self._remove_failed()
-            files.write_json(self._notes, {**state, "whole": False})  # from here on nothing is removed any more
-        moved = [path for path in self._entries() if path.name not in state["copied"]]
-        for path in self._entries():
-            target = self.folder.path / path.relative_to(self.folder.earlier)
-            if not os.path.lexists(target) or path.name in state["copied"]:
-                target.parent.mkdir(exist_ok=True)
-                path.replace(target)
-        left = self._entries()
-        if moved:
-            words = "the run that began here ended before it saved a step; what it found here is back"
-            if left:
-                words += f", but for {', '.join(path.name for path in left)}, in {self._kept_for_good()}"
-            print(f"note: {self.folder.path}: {words}", file=sys.stderr, flush=True)
-        files.remove(self.folder.earlier)
-
-    def settle_at_the_end(self) -> None:
-        """Settle as a run ends, whose own error is the one to see; what cannot be put back now waits for the next."""
-        try:
-            self.settle()
-        except (OSError, UserError) as error:
-            words = f"what it found here is in {self.folder.earlier} until the next run starts ({error})"
-            print(f"note: {self.folder.path}: {words}", file=sys.stderr, flush=True)
-
-    def _kept_for_good(self) -> Path:
-        """Give what cannot be put back, since something else lies there now, a folder that no run touches."""
-        self._notes.unlink(missing_ok=True)
-        names = ("earlier-run", *(f"earlier-run-{number}" for number in range(2, 1000)))
-        target = next(path for name in names if not os.path.lexists(path := self.folder.path / name))
-        return self.folder.earlier.rename(target)
-
-    def _state(self) -> dict[str, Any]:
-        """Return what `keep` noted; nothing was moved before it was."""
-        try:
-            state = files.read_json(self._notes, "record of what is set aside")
-            return {"whole": state["whole"] is True, "after": int(state["after"])} | {
-                name: [str(item) for item in state[name]] for name in ("copied", "not_new")
-            }
-        except (ValueError, TypeError, KeyError):
-            return {"whole": False, "after": -1, "copied": [], "not_new": []}
-
-    def _has_saved(self, state: dict[str, Any]) -> bool:
-        found = [path for path in self.folder.checkpoints() if path.name not in state["not_new"]]
-        saved = any(step_of(path) > state["after"] and (path / MANIFEST).is_file() for path in found)
-        return saved or (state["after"] < 0 and self.folder.has_adapter())
-
-    def _remove_failed(self) -> None:
-        """Remove what the run wrote that took the place of the one before and saved no step."""
-        noted = self.folder.nonfinite  # its last words name this file
-        for path in self.folder.written():
-            if path != noted:
-                files.remove(path)
-        if noted.is_file() and (self.folder.earlier / noted.name).exists():
-            noted.replace(noted.with_name("nonfinite-failed.jsonl"))
-
-    def _entries(self) -> list[Path]:
-        """Return the files and checkpoints that are set aside."""
-        found = []
-        for path in sorted(self.folder.earlier.iterdir()):
-            is_checkpoint = path.name.startswith("checkpoint-")
-            if path.is_dir() and not path.is_symlink() and not is_checkpoint:
-                found += sorted(path.iterdir())
-            elif path != self._notes and not path.name.endswith(".part"):
-                found.append(path)
-        return found

@@ -131,7 +131,7 @@ def build_trainer(
     if uses_deepspeed(run) and (unused := config.without_effect(run.deepspeed.config or {})):
         how = "the frozen base is gathered a layer at a time, and gradients are averaged all at once"
         say(f"note: deepspeed.config: {', '.join(unused)}: no effect, {how}")
-    with only_new_warnings():
+    with ignore_library_warnings():
         seed, sharding = run.training["seed"], _sharding(run, start)
         base = base_of(run.model, seed, sharding, lambda line: say(f"note: {line}"))
         model, differences = adapt(run, base, start)
@@ -153,7 +153,7 @@ def build_trainer(
         "train_dataset": kept(data.train),
         "eval_dataset": None if data.validation is None else kept(data.validation),
     }
-    with _factors_untouched(model), only_new_warnings(), named(run):
+    with _factors_untouched(model), ignore_library_warnings(), named(run):
         trainer = _classifier_trainer(run, common) if run.model.task == "seq_cls" else _sft_trainer(common)
     limit, num_left = run.training["max_length"], len(trainer.train_dataset)  # pyright: ignore[reportArgumentType]
     if not num_left:
@@ -214,7 +214,7 @@ def check_run_fits(run: RunConfig, data: RunData) -> None:
 
 def _tokenizer(run: RunConfig, checkpoint: Path | None, note: Callable[[str], None]) -> Any:
     """Return a run's tokenizer: where it goes on, the one that it began with."""
-    home = None if checkpoint is None else RunFolder(select.home(checkpoint)).tokenizer
+    home = None if checkpoint is None else select.run_folder_of(checkpoint).tokenizer
     if home is None or not has_tokenizer(home):
         return tokenizer_of(run, say=note)
     saved = read_tokenizer(home)
@@ -425,7 +425,7 @@ def _factors_untouched(model: torch.nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def only_new_warnings() -> Iterator[None]:
+def ignore_library_warnings() -> Iterator[None]:
     """Leave out what transformers and TRL warn of in each other's names."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft|accelerate)\b.*")

@@ -75,7 +75,7 @@ def first_losses(folder: Path, base: str, method: str, mode: str, **changes) -> 
     }
     run = tiny_run(folder, training=training, eval={"tasks": []}, **sections, **changes)
     trainer = assembly.build_trainer(run, RunFolder(folder / "unused"))
-    with assembly.only_new_warnings():
+    with assembly.ignore_library_warnings():
         trainer.train()
     logged = [row for row in trainer.state.log_history if "loss" in row]
     norms = [[row["loss"], row["grad_norm"]] for row in logged]

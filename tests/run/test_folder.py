@@ -3,7 +3,6 @@
 import errno
 import json
 import os
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -11,9 +10,10 @@ from safetensors import SafetensorError
 
 from lsr_scale import UserError, files
 from lsr_scale.run.folder import RunFolder, open_run
+from lsr_scale.run.lock import locked
 from lsr_scale.run.metrics import read_metrics, summarize_metrics
 from lsr_scale.run.plots import draw_losses
-from lsr_scale.run.start import choose as choose_and_lock
+from lsr_scale.run.start import claim
 
 
 @pytest.fixture(autouse=True)
@@ -22,8 +22,8 @@ def _in_an_empty_place(tmp_path, monkeypatch):
 
 
 def choose(output_dir, name, resume, overwrite):
-    with ExitStack() as lock:
-        return choose_and_lock(output_dir, name, resume, overwrite, lock)
+    with claim(output_dir, name, resume, overwrite) as folder:
+        return folder
 
 
 def begun(folder):
@@ -66,15 +66,13 @@ def test_a_named_folder_with_a_run_is_refused_unless_resumed_or_overwritten(tmp_
 def test_a_folder_with_other_files_is_taken_and_kept(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("x")
-    folder = choose("mine", "arc", resume=False, overwrite=False)
-    folder.release()
+    choose("mine", "arc", resume=False, overwrite=False)
     assert (tmp_path / "mine" / "notes.txt").exists()
 
 
 def test_a_folder_that_was_only_claimed_is_released():
-    folder = choose("deep/er/mine", "arc", resume=False, overwrite=False)
-    assert folder.path.is_dir()
-    folder.release()
+    with claim("deep/er/mine", "arc", resume=False, overwrite=False) as folder:
+        assert folder.path.is_dir()
     assert not folder.path.exists()
 
 
@@ -180,11 +178,11 @@ def test_the_same_losses_draw_the_same_bytes_and_a_full_disk_keeps_the_old_curve
 
 def test_a_folder_is_one_run_s_at_a_time(tmp_path):
     folder = RunFolder(tmp_path / "run")
-    folder.claim()
-    words = rf"a run is going on here \(process {os.getpid()} on "
-    with folder.held(), pytest.raises(UserError, match=words), folder.held():
+    folder.make()
+    words = rf"a run is under way here \(process {os.getpid()} on "
+    with locked(folder.path), pytest.raises(UserError, match=words), locked(folder.path):
         pass
-    with folder.held():
+    with locked(folder.path):
         assert (folder.path / ".lock").is_file()
     assert not list(folder.path.iterdir())
 

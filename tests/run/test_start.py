@@ -3,14 +3,14 @@
 import json
 import os
 import shutil
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from lsr_scale import UserError, cli, files
+from lsr_scale.run.backup import Backup, restore
 from lsr_scale.run.folder import MANIFEST, RunFolder
-from lsr_scale.run.start import Earlier, choose, recover
+from lsr_scale.run.start import claim
 
 CONFIG = "model: {}\nadapter: {}\ndata: {}\ntraining: {}\n"
 SCORED = '{"id": "a", "log_likelihoods": [0.0]}\n'
@@ -48,8 +48,8 @@ def contents(folder):
 
 
 def take(path, resume=False, overwrite=False):
-    with ExitStack() as lock:
-        return choose(str(path), "name", resume, overwrite, lock)
+    with claim(str(path), "name", resume, overwrite) as folder:
+        return folder
 
 
 def test_all_that_a_run_leaves_is_known_as_its_own_and_nothing_else(tmp_path):
@@ -144,8 +144,8 @@ def test_odd_things_at_a_run_s_names_are_refused_and_not_opened(tmp_path, name, 
 def test_an_earlier_run_is_set_aside_and_removed_once_a_step_is_saved(tmp_path):
     folder = a_run(tmp_path / "run")
     mine = [write(folder.path / name, "mine") for name in ("notes.txt", "adapter/mine.bin", "eval/code.py")]
-    earlier = Earlier(folder)
-    earlier.keep([*folder.written(), *folder.own_checkpoints()], (), -1)
+    earlier = Backup(folder)
+    earlier.set_aside([*folder.written(), *folder.own_checkpoints()], (), -1)
     assert sorted(p for p in folder.path.rglob("*") if p.is_file() and ".earlier-run" not in str(p)) == sorted(mine)
     write(folder.path / "checkpoint-1" / MANIFEST, "{}")
     earlier.settle()
@@ -157,7 +157,7 @@ def test_what_is_set_aside_comes_back_bit_for_bit_and_takes_the_new_run_s_files_
     folder = a_run(tmp_path / "run")
     write(folder.adapter / "mine.bin", "mine")
     before = contents(folder.path)
-    Earlier(folder).keep([*folder.written(), *folder.own_checkpoints()], (), -1)
+    Backup(folder).set_aside([*folder.written(), *folder.own_checkpoints()], (), -1)
     write(folder.environment, '{"lsr_scale": "2"}')
     write(folder.config, CONFIG + "eval: {}\n")
     write(folder.metrics, '{"step": 1, "loss": 3.0}\n')
@@ -165,39 +165,39 @@ def test_what_is_set_aside_comes_back_bit_for_bit_and_takes_the_new_run_s_files_
     with pytest.raises(UserError, match="holds a run already"):
         take(folder.path)
     assert contents(folder.path) == before
-    assert f"{folder.path}: the run that began here ended before it saved a step" in capsys.readouterr().err
+    assert f"{folder.path}: the run that began here ended before it saved a checkpoint" in capsys.readouterr().err
     assert not folder.earlier.exists()
 
 
 def test_batches_that_ended_the_new_run_stay_where_its_last_words_say(tmp_path):
     folder = a_run(tmp_path / "run")
-    Earlier(folder).keep([*folder.written(), *folder.own_checkpoints()], (), -1)
+    Backup(folder).set_aside([*folder.written(), *folder.own_checkpoints()], (), -1)
     write(folder.environment, '{"lsr_scale": "2"}')
     write(folder.nonfinite, '{"step": 1, "rows": [3]}\n')
-    Earlier(folder).settle()
+    Backup(folder).settle()
     assert json.loads(folder.nonfinite.read_text())["rows"] == [3]
 
 
 def test_a_run_that_goes_on_gets_its_later_checkpoints_and_configuration_back(tmp_path):
     folder = a_run(tmp_path / "run", steps=(2, 4, 6))
     before = contents(folder.path)
-    Earlier(folder).keep(folder.checkpoints()[1:], [folder.config, folder.metrics, folder.nonfinite], 2)
+    Backup(folder).set_aside(folder.checkpoints()[1:], [folder.config, folder.metrics, folder.nonfinite], 2)
     write(folder.config, "another: 1")
     write(folder.metrics, "")
     assert [path.name for path in folder.checkpoints()] == ["checkpoint-2"]
-    recover(folder)
+    restore(folder)
     assert contents(folder.path) == before
-    Earlier(folder).keep(folder.checkpoints()[1:], [folder.config], 2)
+    Backup(folder).set_aside(folder.checkpoints()[1:], [folder.config], 2)
     write(folder.path / "checkpoint-3" / MANIFEST, "{}")
-    recover(folder)
+    restore(folder)
     assert [path.name for path in folder.checkpoints()] == ["checkpoint-2", "checkpoint-3"]
 
 
 def test_what_lies_in_the_way_of_coming_back_is_not_written_over(tmp_path, capsys):
     folder = a_run(tmp_path / "run")
-    Earlier(folder).keep([*folder.written(), *folder.own_checkpoints()], (), -1)
+    Backup(folder).set_aside([*folder.written(), *folder.own_checkpoints()], (), -1)
     write(folder.results, "mine")
-    recover(folder)
+    restore(folder)
     assert folder.results.read_text() == "mine"
     assert json.loads((folder.path / "earlier-run" / "results.json").read_text())["steps"] == 4
     assert f"but for results.json, in {folder.path}/earlier-run" in capsys.readouterr().err
@@ -207,16 +207,16 @@ def test_what_lies_in_the_way_of_coming_back_is_not_written_over(tmp_path, capsy
 def test_a_disk_that_is_full_at_a_run_s_end_leaves_it_to_the_next(tmp_path, monkeypatch, capsys):
     folder = a_run(tmp_path / "run")
     before = contents(folder.path)
-    Earlier(folder).keep([*folder.written(), *folder.own_checkpoints()], (), -1)
+    Backup(folder).set_aside([*folder.written(), *folder.own_checkpoints()], (), -1)
 
     def full(*_):
         raise OSError(28, os.strerror(28))
 
     with monkeypatch.context() as patch:
         patch.setattr("os.fsync", full)
-        Earlier(folder).settle_at_the_end()
-    assert f"what it found here is in {folder.earlier} until the next run starts" in capsys.readouterr().err
-    recover(folder)
+        Backup(folder).settle_or_leave()
+    assert f"what the earlier run left is in {folder.earlier} until the next run starts" in capsys.readouterr().err
+    restore(folder)
     assert contents(folder.path) == before
 
 
@@ -238,11 +238,11 @@ def test_a_project_s_own_config_yaml_is_no_run(tmp_path, monkeypatch, capsys, ho
 def test_notes_that_cannot_be_read_remove_nothing(tmp_path, notes):
     folder = a_run(tmp_path / "run")
     before = contents(folder.path)
-    Earlier(folder).keep([*folder.written(), *folder.own_checkpoints()], (), -1)
+    Backup(folder).set_aside([*folder.written(), *folder.own_checkpoints()], (), -1)
     (folder.earlier / "state.json").unlink()
     if notes is not None:
         write(folder.earlier / "state.json", notes)
-    recover(folder)
+    restore(folder)
     assert contents(folder.path) == before
 
 
@@ -252,10 +252,10 @@ def test_linked_parts_of_a_run_go_as_links_and_what_they_point_to_stays(tmp_path
         (folder.path / name).rename(tmp_path / name)
         (folder.path / name).symlink_to(tmp_path / name)
     before = contents(tmp_path / "adapter") | contents(tmp_path / "eval") | contents(tmp_path / "checkpoint-4")
-    Earlier(folder).keep([*folder.written(), *folder.own_checkpoints()], (), -1)
+    Backup(folder).set_aside([*folder.written(), *folder.own_checkpoints()], (), -1)
     assert not os.path.lexists(folder.adapter)
     write(folder.path / "checkpoint-1" / MANIFEST, "{}")
-    recover(folder)
+    restore(folder)
     after = contents(tmp_path / "adapter") | contents(tmp_path / "eval") | contents(tmp_path / "checkpoint-4")
     assert after == before
 
@@ -274,8 +274,8 @@ def test_a_full_disk_while_setting_aside_is_said_and_everything_comes_back(tmp_p
 
     monkeypatch.setattr("pathlib.Path.rename", full)
     with pytest.raises(UserError, match="cannot be written: No space left on device"):
-        Earlier(folder).keep(folder.written(), (), -1)
-    recover(folder)
+        Backup(folder).set_aside(folder.written(), (), -1)
+    restore(folder)
     assert contents(folder.path) == before
 
 
@@ -345,5 +345,5 @@ def test_unnamed_runs_go_on_in_the_newest_folder_that_holds_one(tmp_path, monkey
     shutil.copytree("runs/arc", "runs/arc-2")
     write(Path("runs/arc-3/notes.txt"))
     for how in ({"resume": True, "overwrite": False}, {"resume": False, "overwrite": True}):
-        with ExitStack() as lock:
-            assert choose(None, "arc", lock=lock, **how).path == Path("runs/arc-2")
+        with claim(None, "arc", **how) as folder:
+            assert folder.path == Path("runs/arc-2")

@@ -12,6 +12,7 @@ import yaml
 
 from lsr_scale import UserError
 from lsr_scale.run.folder import RunFolder
+from lsr_scale.run.lock import locked
 from lsr_scale.training.callbacks.signals import Terminated
 from tests.helpers.launch import PATHS, ROOT
 from tests.helpers.tiny_runs import completions, do, factors, metrics, same, save_llama, tiny_run, write_rows
@@ -138,8 +139,8 @@ def test_ctrl_c_on_a_run_whose_reader_is_gone_saves_and_says_so_by_its_status(pl
 
 def test_a_lock_goes_with_its_process_and_not_with_the_loaders_workers(tmp_path):
     script = (
-        "import os, sys; from pathlib import Path; from lsr_scale.run.folder import RunFolder\n"
-        "with RunFolder(Path(sys.argv[1])).held():\n"
+        "import os, sys; from pathlib import Path; from lsr_scale.run.lock import locked\n"
+        "with locked(Path(sys.argv[1])):\n"
         "    if os.fork() == 0:\n"
         "        print('a worker', flush=True)\n"
         "        input()\n"
@@ -150,7 +151,7 @@ def test_a_lock_goes_with_its_process_and_not_with_the_loaders_workers(tmp_path)
     with subprocess.Popen(command, env={**os.environ, "PYTHONPATH": PATHS}, **pipes) as process:
         assert process.stdout.readline() == "a worker\n"
         assert process.wait() == 0
-        with RunFolder(tmp_path).held():
+        with locked(tmp_path):
             pass  # the worker still waits for a line
 
 

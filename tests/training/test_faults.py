@@ -21,7 +21,7 @@ from lsr_scale.errors import LOST_PEER
 from lsr_scale.run.folder import RunFolder
 from lsr_scale.run.metrics import read_metrics
 from lsr_scale.training.callbacks import signals, watchdog
-from lsr_scale.training.checkpoint.select import damage
+from lsr_scale.training.checkpoint.manifest import damage
 from tests.conftest import two_processes
 from tests.helpers.launch import LAUNCHERS, PATHS, ROOT, launch
 from tests.helpers.ports import held_port

@@ -10,8 +10,7 @@ from safetensors.torch import load_file
 from trl import SFTTrainer
 
 from lsr_scale import UserError
-from lsr_scale.run.folder import RunFolder
-from lsr_scale.training.checkpoint.select import TENSORS
+from lsr_scale.run.folder import TENSORS, RunFolder
 from lsr_scale.training.steps import nonfinite
 from lsr_scale.training.steps.engine import EngineSteps
 from lsr_scale.training.steps.loss_check import LossCheck, SkippingOptimizer

@@ -15,11 +15,11 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from lsr_scale import UserError, cli
+from lsr_scale.run.backup import Backup
 from lsr_scale.run.folder import RunFolder
-from lsr_scale.run.start import Earlier
 from lsr_scale.run.train import train
 from lsr_scale.training.callbacks import progress
-from lsr_scale.training.checkpoint.select import damage, write_manifest
+from lsr_scale.training.checkpoint.manifest import damage, write_manifest
 from tests.helpers.tiny_runs import completions, do, factors, metrics, questions, same, save_llama, tiny_run, write_rows
 
 # dropout makes the random state count
@@ -167,7 +167,7 @@ def test_a_harmed_checkpoint_is_passed_over(place, undisturbed, stopped, harm, c
     train(run_in(place, stopped.path), resume="auto")
     said = capsys.readouterr().out
     words = {cut: "training_state.safetensors is cut short", alter: "training_state.safetensors is altered"}
-    assert f"checkpoint-4 is left out: {words.get(harm, 'there is no training_state.safetensors')}" in said
+    assert f"checkpoint-4 is skipped: {words.get(harm, 'there is no training_state.safetensors')}" in said
     assert f"resuming from {stopped.path}/checkpoint-2" in said
     assert same(factors(undisturbed), factors(stopped))
 
@@ -184,7 +184,7 @@ def test_a_manifest_without_the_adapter_is_damage(stopped, tmp_path):
 def test_a_run_whose_checkpoints_are_all_harmed_is_not_begun_again(place, stopped):
     for step in (2, 4):
         cut(stopped.path / f"checkpoint-{step}" / "training_state.json")
-    with pytest.raises(UserError, match=r"no checkpoint is whole; mend or remove them, or --overwrite .*\n.*is cut"):
+    with pytest.raises(UserError, match=r"no checkpoint is complete; .* remove them, or --overwrite .*\n.*is cut"):
         do(run_in(place, stopped.path), resume="auto")
     assert len(stopped.checkpoints()) == 2
 
@@ -212,14 +212,14 @@ def test_a_folder_that_no_run_wrote_is_left_alone(place, undisturbed, tmp_path, 
 
 def test_a_damaged_checkpoint_by_its_path_is_refused(place, stopped):
     cut(stopped.path / "checkpoint-4" / "training_state.json")
-    with pytest.raises(UserError, match=r"checkpoint-4: not a checkpoint to go on from: training_state\.json is cut"):
+    with pytest.raises(UserError, match=r"checkpoint-4: not a checkpoint to resume from: training_state\.json is cut"):
         do(run_in(place, stopped.path), resume=str(stopped.path / "checkpoint-4"))
     assert damage(stopped.path / "checkpoint-2") is None
 
 
 @pytest.mark.parametrize("path", ["nowhere/checkpoint-3", "."])
 def test_a_path_that_is_no_checkpoint_is_refused_and_nothing_is_made(place, tmp_path, path):
-    with pytest.raises(UserError, match="not a checkpoint to go on from: there is no"):
+    with pytest.raises(UserError, match="not a checkpoint to resume from: there is no"):
         do(run_in(place, tmp_path / "run"), resume=str(tmp_path / path))
     assert list(tmp_path.iterdir()) == []
 
@@ -249,7 +249,7 @@ def test_a_finished_run_without_checkpoints_is_not_thrown_away_by_resume(place, 
     run = run_in(place, tmp_path / "run", training={"save_strategy": "no"}, eval={"tasks": []})
     done = do(run)
     kept = factors(done)
-    with pytest.raises(UserError, match="the run is finished, and no whole checkpoint is left"):
+    with pytest.raises(UserError, match="the run is finished, and no complete checkpoint is left"):
         do(run, resume="auto")
     assert same(kept, factors(done))
 
@@ -273,7 +273,7 @@ def test_more_steps_can_be_added_and_what_changed_is_said(place, stopped, capsys
 )
 def test_another_adapter_or_base_is_refused_and_the_run_left_as_it_was(place, stopped, sections, words):
     before = stopped.config.read_text()
-    with pytest.raises(UserError, match=rf"saved by a run with another .*{words}.*go on with its own configuration"):
+    with pytest.raises(UserError, match=rf"saved by a run with another .*{words}.*resume with its own configuration"):
         do(run_in(place, stopped.path, **sections), resume="auto")
     assert stopped.config.read_text() == before
     assert len(stopped.checkpoints()) == 2
@@ -297,7 +297,7 @@ def test_a_checkpoint_of_other_shapes_is_refused_with_them(place, stopped, tmp_p
 )
 def test_an_optimizers_setting_that_the_checkpoint_keeps_is_not_said_to_change(place, stopped, field, value):
     with pytest.raises(
-        UserError, match=rf"saved by a run with another training\.{field}: .* -> .*; go on with its own"
+        UserError, match=rf"saved by a run with another training\.{field}: .* -> .*; resume with its own"
     ):
         do(run_in(place, stopped.path, training={field: value}), resume="auto")
 
@@ -307,7 +307,7 @@ def test_arguments_of_an_optimizer_that_the_checkpoint_keeps_are_not_said_to_cha
     with pytest.raises(Killed):
         do(run_in(place, tmp_path, training={"optim": "sgd"}))
     with pytest.raises(
-        UserError, match=r"saved by a run with another training\.optim_args: .* -> .*; go on with its own"
+        UserError, match=r"saved by a run with another training\.optim_args: .* -> .*; resume with its own"
     ):
         do(run_in(place, tmp_path, training={"optim": "sgd", "optim_args": "momentum=0.5"}), resume="auto")
 
@@ -393,7 +393,7 @@ def test_an_overwritten_run_is_back_where_the_new_one_ends_before_its_first_chec
     with pytest.raises(Killed):
         do(run_in(place, folder.path), overwrite=True)
     assert contents(folder.path) == before
-    assert "ended before it saved a step; what it found here is back" in capsys.readouterr().err
+    assert "ended before it saved a checkpoint; the earlier run is restored" in capsys.readouterr().err
 
 
 def test_an_overwritten_run_leaves_no_results_beside_a_new_one_that_has_saved_a_step(
@@ -425,7 +425,7 @@ def test_a_kill_in_an_overwriting_run_loses_nothing(place, undisturbed, tmp_path
         return moves
 
     with monkeypatch.context() as patch:
-        patch.setattr(Earlier, "settle", lambda self: None)
+        patch.setattr(Backup, "settle", lambda self: None)
         if moment == "while moving":
             patch.setattr("pathlib.Path.rename", killed_at_the_third(Path.rename))
         arrange_stop(patch, 1)
@@ -435,13 +435,13 @@ def test_a_kill_in_an_overwriting_run_loses_nothing(place, undisturbed, tmp_path
         with monkeypatch.context() as patch:
             patch.setattr("pathlib.Path.replace", killed_at_the_third(Path.replace))
             with pytest.raises(Killed):
-                Earlier(folder).settle()
+                Backup(folder).settle()
     assert contents(folder.path) != before
     capsys.readouterr()
     with pytest.raises(UserError, match="holds a run already"):
         do(run_in(place, folder.path))
     assert contents(folder.path) == before
-    assert "what it found here is back" in capsys.readouterr().err
+    assert "the earlier run is restored" in capsys.readouterr().err
 
 
 def test_overwriting_with_a_run_that_cannot_begin_loses_nothing(place, undisturbed, tmp_path):
@@ -557,7 +557,7 @@ def test_checkpoints_are_known_by_the_step_in_their_state(place, undisturbed, st
     run = run_in(place, folder, training={"save_total_limit": 1})
     if change == "exchanged":
         with pytest.raises(
-            UserError, match=r"checkpoint-4 is left out: it was saved after step 2, .*checkpoint-2 to go"
+            UserError, match=r"checkpoint-4 is skipped: it was saved after step 2, .*checkpoint-2 to resume"
         ):
             train(run, resume="auto")
         assert contents(folder) == before
@@ -568,7 +568,7 @@ def test_checkpoints_are_known_by_the_step_in_their_state(place, undisturbed, st
     assert same(factors(undisturbed), factors(stopped))
     names = {path.name for path in stopped.checkpoints()}
     if change == "copied":
-        assert f"{folder}/checkpoint-6 is left out: it was saved after step 2, which its name should say" in said
+        assert f"{folder}/checkpoint-6 is skipped: it was saved after step 2, which its name should say" in said
         assert "checkpoint-6 was no checkpoint of that step: it is called checkpoint-6.kept now" in said
         assert contents(folder / "checkpoint-6.kept") == contents(folder / "checkpoint-2") or names == {"checkpoint-6"}
     assert names == {"checkpoint-6"}
@@ -579,7 +579,7 @@ def test_checkpoints_are_known_by_the_step_in_their_state(place, undisturbed, st
 def test_a_misnamed_checkpoint_by_its_path_is_refused_and_the_advice_works(place, undisturbed, stopped):
     rename(stopped.path, 4, 7)
     with pytest.raises(
-        UserError, match=r"checkpoint-7: not .*: it was saved after step 4, .* name it checkpoint-4 to go"
+        UserError, match=r"checkpoint-7: not .*: it was saved after step 4, .* name it checkpoint-4 to resume"
     ):
         do(run_in(place, stopped.path), resume=str(stopped.path / "checkpoint-7"))
     rename(stopped.path, 7, 4)

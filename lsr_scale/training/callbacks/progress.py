@@ -12,7 +12,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lsr_scale.config.training import EVALUATED
-from lsr_scale.run.metrics import cut_back, numbers_of
+from lsr_scale.run.metrics import numbers_of, truncate
 from lsr_scale.screen import print_line, show_live, write
 from lsr_scale.training.steps.nonfinite import check_finite, diverged
 
@@ -42,7 +42,7 @@ class Progress(TrainerCallback):
         self.first_step = state.global_step
         state.compute_steps(args, state.max_steps)  # a checkpoint's intervals would stand in place of the run's
         if state.is_world_process_zero:
-            kept = cut_back(self.metrics, state.global_step or -1)
+            kept = truncate(self.metrics, state.global_step or -1)
             self.wall_s_before = max(numbers_of(kept, "wall_s"), default=0.0)
             self.tokens_before = max(numbers_of(kept, "num_tokens"), default=0.0)
         # transformers' own count goes on by itself

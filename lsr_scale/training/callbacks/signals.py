@@ -70,7 +70,7 @@ class StopOnSignal(TrainerCallback):
         if self.stopped and abs(epoch - round(epoch)) > 1e-6:
             control.should_evaluate = control.should_save = False
 
-    def came_late(self) -> int:
+    def late_signal(self) -> int:
         """Return the signal that came to any process too late to end training, 0 if none did; every one must ask."""
         return self.largest.ask(self._came(), wait=True)
 
@@ -103,7 +103,7 @@ class StopOnSignal(TrainerCallback):
 
 
 @contextmanager
-def ends_with_others() -> Iterator[None]:
+def end_with_peers() -> Iterator[None]:
     """End this process some seconds after another process of the run on this host has ended; see `watchdog`.
 
     Every process of the run must come here, and meet the others after it: who is here no more has ended.

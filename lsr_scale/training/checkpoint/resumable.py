@@ -31,7 +31,8 @@ from lsr_scale.errors import UserError
 from lsr_scale.run.folder import STATE, TENSORS, RunFolder
 from lsr_scale.screen import print_line
 from lsr_scale.training.callbacks.signals import StopOnSignal
-from lsr_scale.training.checkpoint import select, trained_state
+from lsr_scale.training.checkpoint import rotate, trained_state
+from lsr_scale.training.checkpoint.manifest import write_manifest
 
 _Base: Any = Trainer
 
@@ -89,7 +90,7 @@ class Resumable(_Base):
             self._push_from_checkpoint(str(target))
         if distributed.is_main():
             kept = {self.state.global_step, *([best] if best else [])}
-            select.rotate(RunFolder(target.parent), self.args.save_total_limit, kept)
+            rotate.rotate(RunFolder(target.parent), self.args.save_total_limit, kept)
 
     def _write(self, target: Path, tensors: dict[str, torch.Tensor], scalars: dict[str, Any], states: list) -> None:
         aside = target.with_name(f".{target.name}.part")
@@ -119,8 +120,8 @@ class Resumable(_Base):
             save_file(tensors, aside / TENSORS)
             (aside / STATE).write_text(json.dumps(content), encoding="utf-8")
             self.state.save_to_json(str(aside / "trainer_state.json"))
-            select.write_manifest(aside)
-            if moved := select.free_place(target):
+            write_manifest(aside)
+            if moved := rotate.free_place(target):
                 print_line(f"note: {target} was no checkpoint of that step: it is called {moved.name} now")
             files.replace_folder(aside, target, {path.name for path in aside.iterdir()})
             files.sync(target.parent)

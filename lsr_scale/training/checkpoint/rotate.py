@@ -1,0 +1,50 @@
+"""Making room for checkpoints: old ones beyond `save_total_limit` go, what lies in a new one's place is renamed."""
+
+import contextlib
+import json
+import os
+from collections.abc import Collection
+from pathlib import Path
+
+from lsr_scale import files
+from lsr_scale.run.folder import MANIFEST, RunFolder, is_own_checkpoint, step_of
+from lsr_scale.training.checkpoint.manifest import NEEDED, is_misnamed
+
+
+def remove(checkpoint: Path) -> None:
+    """Remove a checkpoint's files; what else somebody put there stays."""
+    if checkpoint.is_symlink():
+        checkpoint.unlink()
+        return
+    names = {MANIFEST, *NEEDED}
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+        names |= set(json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"])
+    for name in names:
+        if Path(name).name == name:  # nothing outside of it
+            files.remove(checkpoint / name)
+    with contextlib.suppress(OSError):
+        checkpoint.rmdir()
+
+
+def rotate(folder: RunFolder, limit: int | None, keep: Collection[int]) -> None:
+    """Remove the oldest checkpoints beyond a limit, by the steps that they are of.
+
+    Args:
+        folder: The run's.
+        limit: `training.save_total_limit`; None removes nothing.
+        keep: Steps that stay, such as the best and the last: as many stay at least.
+    """
+    if limit is None or limit < 1:
+        return
+    saved = [path for path in folder.own_checkpoints() if not is_misnamed(path)]
+    for path in [path for path in saved if step_of(path) not in keep][: max(0, len(saved) - limit)]:
+        remove(path)
+
+
+def free_place(checkpoint: Path) -> Path | None:
+    """Move away what lies in a checkpoint's place and is none of that step; return where to, None if nothing did."""
+    if not os.path.lexists(checkpoint) or (is_own_checkpoint(checkpoint) and not is_misnamed(checkpoint)):
+        return None
+    names = (f"{checkpoint.name}.kept", *(f"{checkpoint.name}.kept-{number}" for number in range(2, 1000)))
+    target = next(path for name in names if not os.path.lexists(path := checkpoint.with_name(name)))
+    return checkpoint.rename(target)

@@ -16,9 +16,9 @@ from lsr_scale.run.backup import Backup, restore
 from lsr_scale.run.folder import RunFolder, step_of
 from lsr_scale.run.lock import locked
 from lsr_scale.run.metrics import truncate
-from lsr_scale.training.assembly import RunData
 from lsr_scale.training.checkpoint import select
 from lsr_scale.training.checkpoint.manifest import is_misnamed, read_state
+from lsr_scale.training.run_data import RunData
 
 
 @dataclass(frozen=True)

@@ -24,20 +24,16 @@ from lsr_scale.run.plots import draw_conditions, draw_losses
 from lsr_scale.run.start import Start, begin, starting
 from lsr_scale.scoring.accuracy import TaskScore
 from lsr_scale.screen import print_line
-from lsr_scale.training.assembly import (
-    RunData,
-    build_trainer,
-    ignore_library_warnings,
-    read_data,
-    uses_deepspeed,
-    zero_stage,
-)
+from lsr_scale.training.arguments import uses_deepspeed, zero_stage
+from lsr_scale.training.assembly import build_trainer
 from lsr_scale.training.callbacks.condition import WatchCondition
 from lsr_scale.training.callbacks.progress import Progress, clock
 from lsr_scale.training.callbacks.signals import StopOnSignal, Terminated, end_with_peers
 from lsr_scale.training.checkpoint import select
+from lsr_scale.training.run_data import RunData, read_data
 from lsr_scale.training.settings import named
 from lsr_scale.training.steps.nonfinite import check_finite
+from lsr_scale.training.trainers import ignore_library_warnings
 
 Say = Callable[[str], None]
 Scores = dict[str, dict[str, TaskScore]]  # by "before" and "after", then by task

@@ -51,7 +51,7 @@ def first_losses(folder: Path, base: str, method: str, mode: str, **changes) -> 
     A loss sees the gradients of the steps before.
     """
     from lsr_scale.run.folder import RunFolder
-    from lsr_scale.training import assembly
+    from lsr_scale.training import assembly, trainers
     from tests.helpers.tiny_runs import tiny_run
 
     fused, checkpointing, kwargs = MODES[mode]
@@ -75,7 +75,7 @@ def first_losses(folder: Path, base: str, method: str, mode: str, **changes) -> 
     }
     run = tiny_run(folder, training=training, eval={"tasks": []}, **sections, **changes)
     trainer = assembly.build_trainer(run, RunFolder(folder / "unused"))
-    with assembly.ignore_library_warnings():
+    with trainers.ignore_library_warnings():
         trainer.train()
     logged = [row for row in trainer.state.log_history if "loss" in row]
     norms = [[row["loss"], row["grad_norm"]] for row in logged]

@@ -33,6 +33,7 @@ from lsr_scale.model.tokenizer import (
 from lsr_scale.run.evaluate import generate, load_run_model
 from lsr_scale.scoring import encode_pairs
 from lsr_scale.training import assembly
+from lsr_scale.training.run_data import read_data
 from tests.helpers.tiny_runs import byte_tokenizer, completions, do, save_llama, tiny_run, write_rows
 
 TURN = "{{ m.role }}\n{{ m.content }}<|assistant|>\n"
@@ -196,7 +197,7 @@ def test_a_resumed_run_keeps_the_end_token_that_it_began_with(tmp_path, capsys):
     sections = {"model": {"quantization": "none"}, "eval": {"tasks": []}}
     folder = do(tiny_run(tmp_path, training={"max_steps": 1, "save_steps": 1}, **sections))
     changed = tiny_run(tmp_path, training={"max_steps": 2, "save_steps": 1, "eos_token": "<|assistant|>"}, **sections)
-    data = assembly.read_data(changed, folder.checkpoints()[-1], print)
+    data = read_data(changed, folder.checkpoints()[-1], print)
     trainer: Any = assembly.build_trainer(changed, folder, data=data)
     assert f"it goes on with those in {folder.tokenizer}" in capsys.readouterr().out
     (row, *_) = trainer.train_dataset

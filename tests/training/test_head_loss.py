@@ -13,7 +13,7 @@ from lsr_scale.adapters import peft_config
 from lsr_scale.errors import UserError
 from lsr_scale.fused.loss import causal_lm_loss
 from lsr_scale.training import assembly
-from lsr_scale.training.steps.head_loss import HeadCollator, why_not_own_head
+from lsr_scale.training.steps.head_loss import HeadCollator, HeadLoss, why_not_own_head
 from tests.conftest import SEVEN_LINEARS, randomize, tiny_llama
 from tests.helpers.tiny_runs import completions, do, factors, metrics, save_llama, tiny_run, write_rows
 
@@ -115,13 +115,13 @@ def test_other_losses_are_left_to_trl():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
 def test_on_a_gpu_a_loss_that_is_not_finite_is_told_of_its_own_step(tmp_path, monkeypatch):
     save_llama(tmp_path / "model")
-    compute, calls = assembly.HeadLoss.compute_loss, []
+    compute, calls = HeadLoss.compute_loss, []
 
     def poisoned(self, *args, **kwargs):
         calls.append(1)
         return compute(self, *args, **kwargs) * (math.nan if len(calls) == 2 else 1)
 
-    monkeypatch.setattr(assembly.HeadLoss, "compute_loss", poisoned)
+    monkeypatch.setattr(HeadLoss, "compute_loss", poisoned)
     training = {"fused": "on", "cuda_graphs": "off", "logging_steps": 50, "save_steps": 50}
     with pytest.raises(UserError, match="the loss is nan at step 2"):
         do(tiny_run(tmp_path, training=training))

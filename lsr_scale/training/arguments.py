@@ -1,0 +1,59 @@
+"""The trainer's arguments, from a run: made first, as what is wrong with them costs seconds, and a model minutes."""
+
+from typing import Any
+
+import torch
+
+from lsr_scale import config, distributed
+from lsr_scale.config import RunConfig
+from lsr_scale.config.training import training_arguments_class
+from lsr_scale.errors import UserError
+from lsr_scale.run.folder import RunFolder
+from lsr_scale.training.settings import named
+
+
+def trainer_arguments(run: RunConfig, folder: RunFolder) -> Any:
+    """Return a run's `SFTConfig`, or `TrainingArguments` for a classifier; checkpoints go to the folder.
+
+    Raises:
+        UserError: for a setting that the library refuses, or an optimizer that cannot be sharded.
+    """
+    _check_optimizer(run)
+    values = config.training_arguments(run) | {"output_dir": str(folder.path), "use_cpu": not torch.cuda.is_available()}
+    values.pop("eos_token", None)  # the tokenizer has it; a run that resumes keeps the one that it began with
+    values.setdefault("log_level_replica", "error")  # the main process speaks for all
+    if run.model.task == "seq_cls":
+        values.setdefault("include_num_input_tokens_seen", "non_padding")  # for tokens/s; SFTTrainer counts by itself
+    if torch.cuda.is_available() and values.get("accelerator_config") is None:
+        # or the copy of a batch to the GPU waits for the step before it
+        values["accelerator_config"] = {"non_blocking": values.get("dataloader_pin_memory", True)}
+    values.setdefault("ddp_find_unused_parameters", False)  # every factor takes part in every step
+    if run.deepspeed.config is not None and uses_deepspeed(run):
+        # accumulation follows the number of processes, whatever number stands there
+        numbers = dict.fromkeys(config.OF_TRAINING, "auto")
+        values["deepspeed"] = config.engine_config(run.deepspeed.config) | numbers
+    with named(run):
+        arguments: Any = training_arguments_class(run.model.task)(**values)
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # one process, one GPU: torch's DataParallel cannot copy a quantized layer
+    return arguments
+
+
+def zero_stage(run: RunConfig) -> int:
+    """Return the ZeRO stage of a run's DeepSpeed configuration."""
+    return (run.deepspeed.config or {}).get("zero_optimization", {}).get("stage", 0)
+
+
+def uses_deepspeed(run: RunConfig) -> bool:
+    """Tell whether these processes train a run under DeepSpeed."""
+    return distributed.is_launched() and run.deepspeed.config is not None
+
+
+def _check_optimizer(run: RunConfig) -> None:
+    """Refuse, before anything is loaded, an optimizer whose state belongs to no one parameter where it is sharded."""
+    name, stage = run.training["optim"], zero_stage(run)
+    if uses_deepspeed(run) and stage > 0 and "8bit" in name:
+        raise UserError(
+            f"training.optim: {name} keeps its state in blocks over all parameters, which no checkpoint can hold by "
+            f"parameter under ZeRO-{stage}; use adamw_torch, or set deepspeed.config to zero0"
+        )

@@ -1,0 +1,92 @@
+"""A run's rows and its tokenizer, read before its model is loaded."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+
+from lsr_scale.config import RunConfig
+from lsr_scale.data.fits import check_fits
+from lsr_scale.data.formats import Kind, build_dataset, load_source
+from lsr_scale.data.preview import row_check
+from lsr_scale.errors import UserError
+from lsr_scale.model import load_config, read_tokenizer, skeleton, tokenizer_of
+from lsr_scale.model.tokenizer import has_tokenizer, same_state
+from lsr_scale.training.checkpoint import select
+
+
+@dataclass(frozen=True)
+class RunData:
+    """The rows of a run, their kind (`KIND_MEANING`), where they came from, and the tokenizer that takes them.
+
+    `sources` holds a list a part ("train", "validation"), of a `Provenance` as a dictionary a source.
+    """
+
+    train: Dataset
+    validation: Dataset | None
+    kind: Kind
+    sources: dict[str, list[dict[str, Any]]]
+    tokenizer: Any
+
+
+def read_data(
+    run: RunConfig, checkpoint: Path | None = None, say: Callable[[str], None] = lambda text: None
+) -> RunData:
+    """Return a run's rows and tokenizer.
+
+    Args:
+        run: The run.
+        checkpoint: What the run resumes from, whose tokenizer it keeps.
+        say: Told, in a line each, what a user should know of the tokenizer.
+
+    Raises:
+        UserError: for a source that cannot be read, rows that do not fit the run's task, its chat template or its
+            number of labels, or validation rows of another kind than those for training.
+    """
+    parts = {"train": run.data.train, "validation": run.data.validation or []}
+    loaded = {part: [load_source(source, part) for source in sources] for part, sources in parts.items()}
+    tokenizer = _tokenizer(run, checkpoint, lambda text: say(f"note: {text}"))
+    options: dict[str, Any] = {"model_task": run.model.task, "check": row_check(tokenizer, run.model.num_labels)}
+    train, kind = build_dataset(parts["train"], "train", loaded=loaded["train"], **options)
+    validation = None
+    if loaded["validation"]:
+        validation, other = build_dataset(parts["validation"], "validation", loaded=loaded["validation"], **options)
+        if other != kind:
+            raise UserError(f"data.validation: is {other}, but data.train is {kind}; give rows of one kind")
+    sources = {part: [rows.provenance.to_dict() for rows in of_part] for part, of_part in loaded.items()}
+    return RunData(train, validation, kind, sources, tokenizer)
+
+
+def check_run_fits(run: RunConfig, data: RunData) -> None:
+    """Refuse data that a run's model has no embeddings or positions for, before the model is loaded.
+
+    Raises:
+        UserError: naming the row.
+    """
+    section = run.model
+    model_config = load_config(section.name, section.revision)
+    empty = partial(skeleton, model_config, section.task, section.num_labels)
+    parts = {"train": data.train, "validation": data.validation}
+    given = {name: dataset for name, dataset in parts.items() if dataset is not None}
+    check_fits(given, data.kind, data.tokenizer, model_config, run.training, empty)
+
+
+def _tokenizer(run: RunConfig, checkpoint: Path | None, note: Callable[[str], None]) -> Any:
+    """Return a run's tokenizer: where it resumes, the one that it began with."""
+    saved = None if checkpoint is None else select.run_folder_of(checkpoint).tokenizer
+    if saved is None or not has_tokenizer(saved):
+        return tokenizer_of(run, say=note)
+    tokenizer = read_tokenizer(saved)
+    try:
+        differs = not same_state(tokenizer_of(run, say=lambda text: None), tokenizer)
+    except UserError:
+        differs = True
+    if differs:
+        note(
+            "the end token, padding or chat template are no longer those that the run began with, or cannot be read; "
+            f"it resumes with those in {saved}"
+        )
+    return tokenizer

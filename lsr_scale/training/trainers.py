@@ -1,0 +1,116 @@
+"""The trainers: TRL's SFTTrainer, and transformers' Trainer for classifiers, each with this package's checkpoints,
+checks of its losses, and steps before it among its bases. The loop is theirs.
+"""
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from packaging.version import Version
+from peft import PeftModel
+from transformers import PrinterCallback, Trainer, TrainerCallback
+
+from lsr_scale.config import RunConfig
+from lsr_scale.data.cache import kept
+from lsr_scale.data.preview import tokenize_classification
+from lsr_scale.data.tally import TalliesRows
+from lsr_scale.errors import UserError
+from lsr_scale.scoring import classification
+from lsr_scale.training.checkpoint.resumable import Resumable
+from lsr_scale.training.run_data import RunData
+from lsr_scale.training.settings import named
+from lsr_scale.training.steps.engine import EngineSteps
+from lsr_scale.training.steps.graphs import GraphSteps
+from lsr_scale.training.steps.head_loss import HeadLoss
+from lsr_scale.training.steps.loss_check import LossCheck
+
+
+def make_trainer(
+    run: RunConfig, model: PeftModel, arguments: Any, data: RunData, callbacks: list[TrainerCallback] | None
+) -> Any:
+    """Return the trainer of a run, its rows tokenized.
+
+    The factors stay float32: on a quantized base SFTTrainer casts what trains to bfloat16 in place, which is undone.
+
+    Raises:
+        UserError: for a setting that the library refuses.
+    """
+    options: dict[str, Any] = {
+        "model": model,
+        "args": arguments,
+        "processing_class": data.tokenizer,
+        "callbacks": callbacks,
+        "train_dataset": kept(data.train),
+        "eval_dataset": None if data.validation is None else kept(data.validation),
+    }
+    make = _classifier_trainer if run.model.task == "seq_cls" else _sft_trainer
+    with _keeping_float32(model), ignore_library_warnings(), named(run):
+        trainer: Any = make(run, options)
+    trainer.on_nonfinite = run.training["on_nonfinite"]
+    trainer.remove_callback(PrinterCallback)  # prints what Progress prints
+    if not arguments.push_to_hub:
+        trainer.create_model_card = lambda *_, **__: None  # a template for the hub, among files to be read
+    return trainer
+
+
+def _sft_trainer(run: RunConfig, options: dict[str, Any]) -> Trainer:
+    import trl
+    from trl import SFTTrainer
+
+    has_triton = torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
+    if Version(trl.__version__) < Version("1.16") and not has_triton:
+        raise UserError(
+            f"TRL {trl.__version__} computes its loss with Triton, on a GPU only; to train on the CPU: "
+            "pip install 'trl>=1.16,<1.17'"
+        )
+
+    class AdapterSFTTrainer(TalliesRows, Resumable, LossCheck, EngineSteps, GraphSteps, HeadLoss, SFTTrainer):
+        pass
+
+    return AdapterSFTTrainer(**options)
+
+
+def _classifier_trainer(run: RunConfig, options: dict[str, Any]) -> Trainer:
+    for split in ("train_dataset", "eval_dataset"):
+        if options[split] is not None:
+            options[split] = tokenize_classification(
+                options[split], options["processing_class"], run.training["max_length"], run.model.num_labels
+            )
+    return ClassifierTrainer(**options, compute_metrics=classification.measure_prediction)
+
+
+class ClassifierTrainer(Resumable, LossCheck, EngineSteps, Trainer):
+    """Transformers' trainer, of the mean loss of each batch."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # transformers tells by forward's signature whether a model divides its loss by all of a step's labels;
+        # classifiers would, and do not: theirs is their batch's mean
+        self.model_accepts_loss_kwargs = False
+
+
+@contextmanager
+def _keeping_float32(model: torch.nn.Module) -> Iterator[None]:
+    """Undo SFTTrainer's cast of trainable parameters to bfloat16, rounding included."""
+    float32 = {
+        name: parameter.data
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and parameter.dtype == torch.float32
+    }
+    yield
+    for name, parameter in model.named_parameters():
+        if name in float32 and parameter.dtype != torch.float32:
+            parameter.data = float32[name].to(parameter.device)
+
+
+@contextmanager
+def ignore_library_warnings() -> Iterator[None]:
+    """Leave out what transformers and TRL warn of in each other's names."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft|accelerate)\b.*")
+        # PEFT would compare the vocabulary with the hub's; no embedding is ever resized here
+        warnings.filterwarnings("ignore", message="Could not find a config file in")
+        yield

@@ -1,4 +1,4 @@
-"""Whether this process is one of several, and starting up so that they find each other, on GPUs or CPUs."""
+"""The process group: ranks as launchers give them, joining it on GPUs or CPUs, and the few collectives in use."""
 
 import datetime
 import os
@@ -15,26 +15,26 @@ _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZ
 
 
 def is_launched() -> bool:
-    """Tell whether a launcher (deepspeed, torchrun, SLURM) started this process as one of a group."""
+    """Tell whether a launcher (deepspeed, torchrun, SLURM) started this process as a rank of a group."""
     return bool(os.environ.get("WORLD_SIZE") and os.environ.get("RANK"))
 
 
 def world_size() -> int:
     """Return how many processes train together."""
-    return _of_launcher("WORLD_SIZE", 1, least=1)
+    return _launcher_number("WORLD_SIZE", 1, least=1)
 
 
 def rank() -> int:
-    """Return this process's number among them."""
-    return _of_launcher("RANK", 0)
+    """Return this process's rank."""
+    return _launcher_number("RANK", 0)
 
 
 def local_rank() -> int:
-    """Return this process's number among those of its host."""
-    return _of_launcher("LOCAL_RANK", 0)
+    """Return this process's rank among those of its host."""
+    return _launcher_number("LOCAL_RANK", 0)
 
 
-def _of_launcher(name: str, default: int, least: int = 0, most: int = 2**20) -> int:
+def _launcher_number(name: str, default: int, least: int = 0, most: int = 2**20) -> int:
     """Return a number that a launcher gave by the environment; an empty one is none.
 
     Raises:
@@ -52,7 +52,7 @@ def _of_launcher(name: str, default: int, least: int = 0, most: int = 2**20) -> 
 
 
 def _check_launcher() -> None:
-    """See that what a launcher set goes together, for the libraries read it too; drop what is empty.
+    """Check that what a launcher set is consistent, for the libraries read it too; drop what is empty.
 
     Raises:
         UserError: for a number that is none, or a variable that lacks the others.
@@ -62,8 +62,8 @@ def _check_launcher() -> None:
             del os.environ[name]
     number, size = rank(), world_size()
     for name, least in (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1), ("LOCAL_SIZE", 1)):
-        _of_launcher(name, least, least)
-    _of_launcher("MASTER_PORT", 1, least=1, most=65535)
+        _launcher_number(name, least, least)
+    _launcher_number("MASTER_PORT", 1, least=1, most=65535)
     given = [name for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if name in os.environ]
     if given and not is_launched():
         lacking = [name for name in ("RANK", "WORLD_SIZE") if name not in os.environ]
@@ -90,15 +90,15 @@ def _has_joined() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
-def place() -> tuple[int, int]:
-    """Return this process's number in the group that it joined, and how many are in it; (0, 1) if it joined none."""
+def group_rank_and_size() -> tuple[int, int]:
+    """Return this process's rank in the group that it joined, and the group's size; (0, 1) if it joined none."""
     if not _has_joined():
         return 0, 1
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 
 def is_main() -> bool:
-    """Tell whether this process is the one that speaks and writes."""
+    """Tell whether this process is rank 0, which prints and writes."""
     return rank() == 0
 
 
@@ -201,52 +201,52 @@ def broadcast(value: object) -> object:
     """Return the main process's value on every process."""
     if not _has_joined():
         return value
-    box = [value]
-    torch.distributed.broadcast_object_list(box, src=0)
-    return box[0]
+    values = [value]
+    torch.distributed.broadcast_object_list(values, src=0)
+    return values[0]
 
 
-def copy_from_main(tensor: torch.Tensor) -> None:
-    """Give a tensor the main process's values, in place, on every process."""
+def broadcast_tensor(tensor: torch.Tensor) -> None:
+    """Broadcast the main process's values of a tensor to every process, in place."""
     if _has_joined():
         torch.distributed.broadcast(tensor, src=0)
 
 
-class Largest:
-    """Tells, alike on every process, the largest of numbers that they have.
+class DelayedMax:
+    """The largest of the numbers that the processes have, equal on all of them, by all-reduce.
 
-    On GPUs the answer is that to an earlier question, which is there by now, so that nobody waits.
+    On GPUs the result is that of an earlier call, which has arrived by now, so that no process waits.
     """
 
-    def __init__(self, late: int = 2) -> None:
-        """Take by how many questions an answer may be late."""
-        self._late = late
-        self._asked: deque[tuple[Any, torch.Tensor]] = deque()  # when the answer will be there, and where
+    def __init__(self, delay: int = 2) -> None:
+        """Take by how many calls a result may be late."""
+        self._delay = delay
+        self._pending: deque[tuple[Any, torch.Tensor]] = deque()  # the event after the copy, and the copy
 
-    def ask(self, number: int, wait: bool = False) -> int:
-        """Return the largest, 0 where there is no answer yet; every process must ask as often.
+    def reduce(self, number: int, wait: bool = False) -> int:
+        """Return the largest, 0 where no result has arrived yet; every process must call it as often.
 
         Args:
             number: This process's, from 0 on.
-            wait: For the answer to this very question.
+            wait: For the result of this very call.
         """
         if not _has_joined():
             return number
         on_gpu = torch.distributed.get_backend() == "nccl"
-        box = torch.tensor(number, pin_memory=on_gpu)
-        shared = box.to("cuda" if on_gpu else "cpu", non_blocking=True)
-        torch.distributed.all_reduce(shared, torch.distributed.ReduceOp.MAX)
+        own = torch.tensor(number, pin_memory=on_gpu)
+        largest = own.to("cuda" if on_gpu else "cpu", non_blocking=True)
+        torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
         if wait or not on_gpu:
-            return int(shared)
-        answer, ready = torch.empty_like(box, pin_memory=True), torch.cuda.Event()
-        answer.copy_(shared, non_blocking=True)
-        ready.record()
-        self._asked.append((ready, answer))
-        if len(self._asked) <= self._late:
+            return int(largest)
+        on_host, copied = torch.empty_like(own, pin_memory=True), torch.cuda.Event()
+        on_host.copy_(largest, non_blocking=True)
+        copied.record()
+        self._pending.append((copied, on_host))
+        if len(self._pending) <= self._delay:
             return 0
-        ready, answer = self._asked.popleft()
-        ready.synchronize()
-        return int(answer)
+        copied, on_host = self._pending.popleft()
+        copied.synchronize()
+        return int(on_host)
 
 
 def stop() -> None:

@@ -1,4 +1,4 @@
-"""What a user did wrong, said so that it can be mended: where, what was expected, what was found, what to do."""
+"""Errors that a user can fix, in words: where, what was expected, what was found, what to do."""
 
 import difflib
 import re

@@ -1,4 +1,4 @@
-"""What a run leaves on disk and how: files appear whole or not at all, and say what they were made with."""
+"""Files on disk: written atomically (complete or not at all), and what a result was made with (`environment`)."""
 
 import contextlib
 import errno
@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 
 from lsr_scale.errors import UserError
-from lsr_scale.paths import is_odd
+from lsr_scale.paths import is_special_file
 from lsr_scale.version import __version__
 
 PACKAGES = (
@@ -34,38 +34,38 @@ os.umask(_UMASK)
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file aside and move it into place, so that a full disk or a kill leaves the old one as it was.
+    """Write a temporary file and rename it, so that a full disk or a kill leaves the old one as it was.
 
     Raises:
         UserError: if the file cannot be written.
     """
-    aside = place_aside(path)
+    temporary = temporary_path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        remove_left_overs(path)
-        with aside.open("wb") as stream:
+        remove_stale_temporaries(path)
+        with temporary.open("wb") as stream:
             stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
-        aside.replace(path)
+        temporary.replace(path)
     except OSError as error:
         with contextlib.suppress(OSError):
-            aside.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
         raise cannot_write(path, error) from error
 
 
-def place_aside(path: Path) -> Path:
-    """Return where this process writes what is to become `path`, a file or a folder."""
+def temporary_path(path: Path) -> Path:
+    """Return where this process writes what becomes `path`, a file or a folder, once it is complete."""
     return path.with_name(f".{path.name}.{os.getpid()}.part")
 
 
-def remove_left_overs(path: Path) -> None:
-    """Remove what processes that are no more left in their `place_aside` of a path, or began with its name."""
+def remove_stale_temporaries(path: Path) -> None:
+    """Remove the `temporary_path` of a path, and what begins with its name, of processes that have ended."""
     pattern = re.compile(re.escape(f".{path.name}.") + r"([0-9]{1,9})\.part(\..+)?")
-    for found in path.parent.iterdir() if path.parent.is_dir() else ():
-        named = pattern.fullmatch(found.name)
-        if named and (int(named[1]) == os.getpid() or not psutil.pid_exists(int(named[1]))):
-            remove(found)
+    for entry in path.parent.iterdir() if path.parent.is_dir() else ():
+        match = pattern.fullmatch(entry.name)
+        if match and (int(match[1]) == os.getpid() or not psutil.pid_exists(int(match[1]))):
+            remove(entry)
 
 
 def remove(path: Path) -> None:
@@ -97,7 +97,7 @@ def replace_folder(aside: Path, target: Path, written: Collection[str]) -> None:
 
 
 def finish_replacing(target: Path) -> None:
-    """Bring back what a kill in the midst of `replace_folder` left under another name, and remove what is left over."""
+    """Restore what a kill in the middle of `replace_folder` left under another name, and remove what is left over."""
     old = target.with_name(f".{target.name}.old")
     if os.path.lexists(old) and not os.path.lexists(target):
         old.rename(target)
@@ -107,15 +107,15 @@ def finish_replacing(target: Path) -> None:
 
 def is_picture(file: Path) -> bool:
     """Tell whether a file is a PNG."""
-    return _begins(file).startswith(b"\x89PNG\r\n")
+    return _first_bytes(file).startswith(b"\x89PNG\r\n")
 
 
 def is_own_picture(file: Path) -> bool:
     """Tell whether a file is a PNG that this package drew (`PICTURE_METADATA`)."""
-    return is_picture(file) and b"tEXtSoftware\0lsr_scale" in _begins(file)
+    return is_picture(file) and b"tEXtSoftware\0lsr_scale" in _first_bytes(file)
 
 
-def _begins(file: Path) -> bytes:
+def _first_bytes(file: Path) -> bytes:
     if not file.is_file():
         return b""
     with file.open("rb") as stream:
@@ -137,15 +137,15 @@ def system_error(error: Exception) -> OSError | None:
     """Return the system's error, also behind one of a library that has it as text (safetensors), or None."""
     if isinstance(error, OSError):
         return error
-    if found := re.search(r"\bos error (\d+)", str(error)):
-        return OSError(int(found[1]), os.strerror(int(found[1])))
+    if match := re.search(r"\bos error (\d+)", str(error)):
+        return OSError(int(match[1]), os.strerror(int(match[1])))
     if "No space left" in str(error):
         return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     return None
 
 
-def sync(path: Path) -> None:
-    """See a file's content, or the names in a folder, onto the disk; some network storage cannot do the latter."""
+def fsync(path: Path) -> None:
+    """Flush a file's content, or the names in a folder, to the disk; some network storage cannot do the latter."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -156,8 +156,8 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def share(folder: Path) -> None:
-    """Let a folder's files be read by whom the umask lets: safetensors writes them for their owner alone."""
+def apply_umask(folder: Path) -> None:
+    """Give a folder's files the permissions of the umask: safetensors writes them for their owner alone."""
     for file in folder.rglob("*"):
         if file.is_file() and file.stat().st_mode & 0o777 == 0o600:
             file.chmod(0o666 & ~_UMASK)
@@ -183,7 +183,7 @@ def read_json(path: Path, what: str) -> Any:
     Raises:
         UserError: if it is missing, larger than `MAX_JSON_BYTES` or not JSON.
     """
-    if is_odd(path):
+    if is_special_file(path):
         raise UserError(f"{path}: the {what} should be a file, but is a pipe or a device; restore it or make it again")
     if path.is_file() and (size := path.stat().st_size) > MAX_JSON_BYTES:
         raise UserError(f"{path}: {size:,} bytes are no {what}; restore it or make it again")

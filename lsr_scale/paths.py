@@ -47,6 +47,6 @@ def user_path(text: str | Path, where: str = "") -> Path:
     return path
 
 
-def is_odd(path: Path) -> bool:
+def is_special_file(path: Path) -> bool:
     """Tell whether something lies here that is no file and no folder: a pipe, a socket or a device; never opens it."""
     return path.exists() and not path.is_file() and not path.is_dir()

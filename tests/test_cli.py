@@ -315,7 +315,7 @@ def test_a_folder_without_a_run_or_adapter_is_refused(call, done, tmp_path, comm
     shutil.rmtree(done.adapter)
     assert "the run has no adapter yet; train it first" in refused(call, *command, done.path)
     (done.path / "checkpoint-2").mkdir()
-    assert "it was interrupted: continue it with --resume auto" in refused(call, *command, done.path)
+    assert "it was interrupted: resume it with --resume auto" in refused(call, *command, done.path)
 
 
 def test_a_damaged_adapter_or_run_is_refused(call, done):

@@ -6,7 +6,7 @@ import pytest
 
 from lsr_scale import UserError, cli
 from lsr_scale.model import builtin
-from lsr_scale.paths import is_odd, user_path
+from lsr_scale.paths import is_special_file, user_path
 
 
 def test_a_home_is_filled_in(monkeypatch, tmp_path):
@@ -86,4 +86,5 @@ def test_every_command_refuses_such_a_path_in_words(command, user, capsys, tmp_p
 def test_a_pipe_is_told_from_a_file_and_a_folder(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "file").write_text("x")
-    assert [is_odd(tmp_path / name) for name in ("pipe", "file", ".", "nothing")] == [True, False, False, False]
+    names = ("pipe", "file", ".", "nothing")
+    assert [is_special_file(tmp_path / name) for name in names] == [True, False, False, False]

@@ -42,7 +42,7 @@ def save_adapter(trainer: Trainer, target: Path) -> None:
     files.remove(aside)
     try:
         write_adapter(model, aside)
-        files.share(aside)
+        files.apply_umask(aside)
         files.replace_folder(aside, target, ADAPTER_FILES)
     except (OSError, SafetensorError) as error:
         raise _cannot_save(target, error) from error

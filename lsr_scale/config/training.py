@@ -121,7 +121,7 @@ _BOUNDS: dict[str, dict[str, float]] = {
 _ROWS_PER_STEP = 2**20
 
 # transformers 5.23 renames the first of each pair to the second; both are taken with every version.
-_RENAMED = {
+RENAMED = {
     "gradient_checkpointing": "activation_checkpointing",
     "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
 }
@@ -204,7 +204,7 @@ def training_model(task: Task) -> type[TrainingFields]:
             default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
             text = field.metadata.get("help", "").replace("%%", "%")
             fields[field.name] = _field(field.name, kind, defaults.get(field.name, default), text)
-    for old, new in _RENAMED.items():
+    for old, new in RENAMED.items():
         kind, described = fields.get(new, fields[old])
         kind = kind if old.endswith("_kwargs") else Flag | None  # pyright: ignore[reportOperatorIssue]
         fields[old] = (kind, Field(default=DEFAULTS.get(old), description=described.description))
@@ -251,7 +251,10 @@ def check_training(values: Any, task: Task) -> dict[str, Any]:
     """
     checked = training_model(task).model_validate(values)
     given = {name: _as_written(values[name], getattr(checked, name)) for name in values}
-    for old, new in _RENAMED.items():
+    for name, value in given.items():  # before they are renamed: messages have the name that was written
+        if name.endswith("_kwargs") and isinstance(value, str) and not value.lstrip().startswith("{"):
+            raise ValueError(f"{name}: expected a mapping, such as {{key: value}}, got {value!r:.60}")
+    for old, new in RENAMED.items():
         if new in given:
             if given.get(old, given[new]) != given[new]:
                 raise ValueError(f"{old} and {new} are two names of one field, set to different values; keep one")
@@ -259,9 +262,6 @@ def check_training(values: Any, task: Task) -> dict[str, Any]:
     filled = {**DEFAULTS, **TASK_DEFAULTS[task], **given}
     if (max_steps := filled.get("max_steps", -1)) != -1 and max_steps < 1:
         raise ValueError(f"max_steps: expected a number of steps, or -1 for num_train_epochs, got {max_steps}")
-    for name, value in given.items():
-        if name.endswith("_kwargs") and isinstance(value, str) and not value.lstrip().startswith("{"):
-            raise ValueError(f"{name}: expected a mapping, such as {{key: value}}, got {value!r:.60}")
     if (rows := filled["per_device_train_batch_size"] * filled["gradient_accumulation_steps"]) > _ROWS_PER_STEP:
         raise ValueError(
             f"per_device_train_batch_size times gradient_accumulation_steps is {rows:,} rows a step; expected at most "
@@ -269,9 +269,8 @@ def check_training(values: Any, task: Task) -> dict[str, Any]:
         )
     checkpointing, memory = filled["gradient_checkpointing"], filled["memory"]
     if checkpointing is not None and memory != "auto" and checkpointing != (memory == "save"):
-        raise ValueError(
-            f"memory: {memory} and gradient_checkpointing: {checkpointing} contradict each other; keep one"
-        )
+        name = next(name for pair in RENAMED.items() for name in pair if name in values)
+        raise ValueError(f"memory: {memory} and {name}: {checkpointing} contradict each other; keep one")
     return filled
 
 
@@ -299,7 +298,7 @@ def training_kwargs(training: Mapping[str, Any], task: Task) -> dict[str, Any]:
             kwargs[name] = float(kwargs[name])
     if kwargs["output_dir"] is None:
         del kwargs["output_dir"]
-    for old, new in _RENAMED.items():
+    for old, new in RENAMED.items():
         if old in kwargs and new in known:
             kwargs[new] = kwargs.pop(old)
     return {**kwargs, "bf16": False, "fp16": False}

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from lsr_scale.errors import UserError, shortened
-from lsr_scale.paths import is_odd
+from lsr_scale.paths import is_special_file
 
 KeyPath = tuple[str | int, ...]
 Places = dict[KeyPath, str]
@@ -141,7 +141,7 @@ def read(path: Path) -> str:
         raise UserError(f"{path}: expected a file, got a folder; {_nearest_files(path / path.name, path)}")
     if not path.exists():
         raise UserError(f"{path}: no such file; {_nearest_files(path, path.parent)}")
-    if is_odd(path):
+    if is_special_file(path):
         raise UserError(f"{path}: expected a file, got a pipe or a device; write the text to a file")
     try:
         with path.open("rb") as stream:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from lsr_scale.errors import UserError
-from lsr_scale.paths import is_odd
+from lsr_scale.paths import is_special_file
 
 SUFFIXES = (
     *(".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet"),
@@ -42,7 +42,7 @@ def has_lines(path: Path) -> bool:
 
 def check_regular(path: Path) -> None:
     """Raise a UserError for what exists and is no file that can be read twice: a pipe, a device, a socket."""
-    if is_odd(path):
+    if is_special_file(path):
         raise UserError(f"{path}: a pipe, device or socket, not a file; save what it gives to a file, and name that")
 
 

@@ -278,14 +278,14 @@ def _appears_whole(out: Path) -> Iterator[Path]:
     """Give a folder beside `out` to write into; it becomes `out` at the end, or is removed."""
     if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
         raise UserError(f"{out}: there is something already; export into a new folder")
-    aside = files.place_aside(out)
+    aside = files.temporary_path(out)
     try:
-        files.remove_left_overs(out)  # of exports that were killed
+        files.remove_stale_temporaries(out)  # of exports that were killed
         aside.mkdir(parents=True)
         yield aside
         if out.exists():
             out.rmdir()
-        files.share(aside)
+        files.apply_umask(aside)
         aside.rename(out)
     except (OSError, SafetensorError) as error:
         raise files.cannot_write(out, error if isinstance(error, OSError) else OSError(str(error))) from error

@@ -251,6 +251,7 @@ def load_base(
     device: torch.device | None = None,
     sharding: Sharding | None = None,
     say: Callable[[str], None] = logger.warning,
+    head_from_adapter: bool = False,
 ) -> PreTrainedModel:
     """Return the frozen base model on this process's device, ready for an adapter.
 
@@ -268,6 +269,7 @@ def load_base(
         device: Where to; `local_device()` by default.
         sharding: How to shard it among the processes; replicated by default.
         say: Told, in a line each, of weights that start at random and of weights that the model does not take.
+        head_from_adapter: A head that the checkpoint lacks is loaded with the adapter: it does not start at random.
 
     Raises:
         UserError: for an unknown model or task; weights that are missing, damaged, pickled, in files elsewhere, of
@@ -311,7 +313,7 @@ def load_base(
                     **kwargs,
                 )
                 shard(model)
-            _check_complete(name, model, report, task, say)
+            _check_complete(name, model, report, task, say, head_from_adapter)
             _check_shapes(name, model, empty)
             for module in model.modules():
                 if isinstance(module, bnb.nn.Linear4bit):
@@ -329,18 +331,18 @@ def load_base(
     return model
 
 
-def base_of(
-    section: Any, seed: int, sharding: Sharding | None = None, say: Callable[[str], None] = logger.warning
-) -> PreTrainedModel:
-    """Return the frozen base model that a run's `model` section describes."""
+def base_of(section: Any, seed: int, sharding: Sharding | None = None, **options: Any) -> PreTrainedModel:
+    """Return the frozen base model that a run's `model` section describes; `options` as `load_base` takes them."""
     names = ("revision", "task", "num_labels", "quantization", "double_quantization", "dtype", "attention")
     values = {name: getattr(section, name) for name in names}
     return load_base(
-        section.name, random_weights=section.random_weights, seed=seed, sharding=sharding, say=say, **values
+        section.name, random_weights=section.random_weights, seed=seed, sharding=sharding, **values, **options
     )
 
 
-def _check_complete(name: str, model: PreTrainedModel, report: Any, task: Task, say: Callable[[str], None]) -> None:
+def _check_complete(
+    name: str, model: PreTrainedModel, report: Any, task: Task, say: Callable[[str], None], head_from_adapter: bool
+) -> None:
     """Raise if the checkpoint lacks weights of the base; say what of a head it lacks, and what of it is left out."""
     prefix, missing = f"{model.base_model_prefix}.", sorted(report["missing_keys"])
     # a language model's head is learned with its base; a classifier's is new
@@ -350,7 +352,7 @@ def _check_complete(name: str, model: PreTrainedModel, report: Any, task: Task, 
             f"model.name {name!r}: its weight files lack {_first(base)}, so they do not belong to the "
             "architecture in its config.json; fetch the model again"
         )
-    if missing:
+    if missing and not head_from_adapter:
         say(f"{name} has no weights for {_first(missing)}: they start at random")
     left = sorted(key for key in report["unexpected_keys"] if key.startswith(prefix))
     if left:

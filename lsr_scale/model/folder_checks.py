@@ -11,7 +11,7 @@ from huggingface_hub import constants
 from safetensors import SafetensorError, safe_open
 
 from lsr_scale.errors import UserError, shortened
-from lsr_scale.paths import is_odd
+from lsr_scale.paths import is_special_file
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -38,7 +38,7 @@ def check_folder(name: str, folder: Path) -> None:
         UserError: naming it.
     """
     for path in folder.iterdir():
-        if path.suffix in _SUFFIXES and is_odd(path):
+        if path.suffix in _SUFFIXES and is_special_file(path):
             raise UserError(f"model.name {name!r}: {path.name} in this folder is no file; expected a plain file")
 
 

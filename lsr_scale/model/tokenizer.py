@@ -18,7 +18,7 @@ from lsr_scale import files
 from lsr_scale.errors import UserError, did_you_mean
 from lsr_scale.model.base import load_config
 from lsr_scale.model.names import NAME_FORMS, explained, resolve
-from lsr_scale.paths import is_odd, user_path
+from lsr_scale.paths import is_special_file, user_path
 
 logger = logging.getLogger(__name__)
 
@@ -296,7 +296,7 @@ def _read_template(file: Path) -> str:
     import jinja2
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
-    if is_odd(file):
+    if is_special_file(file):
         raise UserError(f"model.chat_template {str(file)!r}: a pipe or a device; give a Jinja file")
     try:
         template = file.read_text(encoding="utf-8")

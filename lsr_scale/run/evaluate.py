@@ -1,4 +1,4 @@
-"""Accuracy of a model on multiple-choice tasks, and trying it out: the stages after training, which meet it on disk."""
+"""Evaluating a run's model: accuracy on multiple-choice tasks, a classifier's metrics, generating text."""
 
 import json
 import logging
@@ -42,20 +42,20 @@ def load_tasks(section: Any) -> dict[str, list[Example]]:
     Raises:
         UserError: if a source cannot be read or a row does not fit.
     """
-    found: dict[str, list[Example]] = {}
+    tasks: dict[str, list[Example]] = {}
     for source in section.tasks:
         fields = source_fields(source)
         rows = load_source(source, None)
-        name = _unused(rows.task or _end_of(fields["path"]), found)
-        found[name] = examples(rows)[: section.limit]
-    return found
+        name = _unique_name(rows.task or _stem(fields["path"]), tasks)
+        tasks[name] = examples(rows)[: section.limit]
+    return tasks
 
 
-def _end_of(path: str) -> str:
+def _stem(path: str) -> str:
     return Path(path).name.removesuffix(".gz").removesuffix(".jsonl")
 
 
-def _unused(plain: str, names: Collection[str]) -> str:
+def _unique_name(plain: str, names: Collection[str]) -> str:
     """Return a name, numbered where it is among others already."""
     name, number = plain, 1
     while name in names:
@@ -74,7 +74,7 @@ def score_tasks(
     unconditional: bool = False,
     live: bool = False,
 ) -> dict[str, TaskScore]:
-    """Score every task, the forward passes dealt out over the processes.
+    """Score every task, the forward passes shared out over the processes.
 
     Args:
         tasks: What `load_tasks` returns.
@@ -86,15 +86,15 @@ def score_tasks(
         unconditional: Score the choices without their contexts.
         live: Show how far it is, on a terminal.
     """
-    found: dict[str, TaskScore] = {}
+    scores: dict[str, TaskScore] = {}
     options: dict[str, Any] = {"batch_tokens": batch_tokens, "unconditional": unconditional, "dealt": True}
     for name, items in tasks.items():
         if live:
             options["progress"] = lambda done, total, name=name: show_live(f"{when}: {name} {done / total:.0%}")
-        found[name] = result = score(model, tokenizer, items, **options)
+        scores[name] = result = score(model, tokenizer, items, **options)
         show_live("")
         say(f"{when}: {name} {_percent(result)} on {result.num_examples} questions")
-    return found
+    return scores
 
 
 def save_predictions(
@@ -118,9 +118,9 @@ def read_scores(
 ) -> dict[str, dict[str, TaskScore]]:
     """Return `{when: scores}` from the saved predictions of these tasks, empty where there are none.
 
-    Those of other questions than the tasks have now, or that cannot be read, are left out, which is said.
+    Those of other questions than the tasks have now, or that cannot be read, are left out, with a note.
     """
-    found: dict[str, TaskScore] = {}
+    scores: dict[str, TaskScore] = {}
     for name, examples_now in tasks.items():
         file = folder.predictions(name, when)
         if not file.is_file():
@@ -130,12 +130,12 @@ def read_scores(
             hashes = [row.pop("question_sha256", None) for row in rows]
             predictions = [Prediction(**{**row, "log_likelihoods": tuple(row["log_likelihoods"])}) for row in rows]
             if hashes == [example.sha256() for example in examples_now]:
-                found[name] = TaskScore.of(predictions)
+                scores[name] = TaskScore.of(predictions)
             else:
                 say(f"note: {file} is left out: it is not of the questions that {name} has now")
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             say(f"note: {file} is left out: it cannot be read ({str(error)[:100]})")
-    return {when: found} if found else {}
+    return {when: scores} if scores else {}
 
 
 def summary(scores: dict[str, dict[str, TaskScore]]) -> dict[str, Any]:
@@ -176,8 +176,8 @@ def print_results(folder: RunFolder, results: dict[str, Any], scores: dict[str, 
                 f"{paired['p']:.2g}" if paired else "",
             )
         console.print(table)
-    if found := [f"{name.removeprefix('eval_')} {results[name]:.4f}" for name in EVALUATED if name in results]:
-        console.print(f"validation  {', '.join(found)}", soft_wrap=True)
+    if validation := [f"{name.removeprefix('eval_')} {results[name]:.4f}" for name in EVALUATED if name in results]:
+        console.print(f"validation  {', '.join(validation)}", soft_wrap=True)
     size = results["adapter_bytes"] / 1e6
     console.print(
         f"adapter  {folder.adapter}  ({results['trainable_parameters']:,} parameters, {size:.1f} MB)\n"
@@ -207,11 +207,11 @@ def generate(
         prompt: The text; put into the chat template as a user's turn with `chat`.
         max_new_tokens: When to stop at the latest.
         chat: Use the chat template.
-        say: Told that the model's positions ended before the text did.
+        say: Told where the model has no positions for all of `max_new_tokens`.
 
     Raises:
         UserError: if there is no chat template, it fails, nothing is to be continued, the prompt holds half of a
-            character or leaves the model no position to go on at, or the model's logits are not finite.
+            character or leaves the model no position for a new token, or the model's logits are not finite.
     """
     check_characters(prompt, "--prompt")
     if chat and not tokenizer.chat_template:
@@ -228,7 +228,7 @@ def generate(
     if positions is not None and length >= positions:
         raise UserError(f"--prompt: has {length:,} tokens, but the model has {positions:,} positions; shorten it")
     end = made_for if positions is None else positions
-    # a prompt that goes beyond what the model is made for already, which RoPE allows, is gone on with as asked
+    # a prompt longer than the model is made for, which RoPE allows, is continued as asked
     left = max_new_tokens if end is None or length >= end else min(max_new_tokens, end - length)
     out = model.generate(
         **inputs,
@@ -245,7 +245,7 @@ def generate(
 
 
 def _check_finite(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    """Raise where a model gives no number, whose largest would be the first token for ever; for `generate`."""
+    """Raise for logits of NaN, whose argmax would be token 0 for ever; a logits processor of `generate`."""
     if not (logits < torch.inf).all():  # NaN is not either; -inf is how models rule tokens out
         raise UserError(
             f"the model's logits are not finite after {ids.shape[1]} tokens: the adapter diverged, or the base "
@@ -272,9 +272,9 @@ def open_trained(
     if run.model.task not in tasks:
         raise UserError(f"{folder.path}: a {run.model.task} run; only language models answer questions or generate")
     if not base_only and not folder.adapter.is_dir():
-        remedy = "it was interrupted: continue it with --resume auto" if folder.checkpoints() else "train it first"
+        remedy = "it was interrupted: resume it with --resume auto" if folder.checkpoints() else "train it first"
         if folder.earlier.is_dir():
-            remedy = "the one that it takes the place of comes back with train --resume auto, if this one has ended"
+            remedy = "if it has ended, train --resume auto restores the earlier one that it was to replace"
         raise UserError(f"{folder.path}: the run has no adapter yet; {remedy}")
     return folder, run
 
@@ -302,7 +302,8 @@ def load_run_model(
 
 def _load(folder: RunFolder, run: RunConfig, base_only: bool) -> tuple[Any, Any, RunConfig]:
     tokenizer = tokenizer_of(run, folder.tokenizer)
-    model: Any = base_of(run.model, run.training["seed"])
+    # a classifier's head is in the adapter
+    model: Any = base_of(run.model, run.training["seed"], head_from_adapter=not base_only)
     if not base_only:
         model, notes = load_adapter(model, folder.adapter)
         targets = run.adapter.options.get("target_modules")
@@ -357,14 +358,14 @@ def evaluate_run(
     scores = score_tasks(
         loaded, model, tokenizer, say, when, run.eval.batch_tokens, unconditional=without_questions, live=True
     )
-    with _unless_unwritable():
+    with _noting_unwritable():
         save_predictions(folder, loaded, scores, f"eval-{when}")
     return {"run": str(path), "scored": when, "accuracy": summary({when: scores})}
 
 
 @contextmanager
-def _unless_unwritable() -> Iterator[None]:
-    """Say that predictions could not be written; the scores are there all the same."""
+def _noting_unwritable() -> Iterator[None]:
+    """Print a note where predictions cannot be written: the scores are valid all the same."""
     try:
         yield
     except UserError as error:
@@ -400,7 +401,7 @@ def evaluate_classifier(
     loaded: dict[str, Any] = {}
     options: dict[str, Any] = {"model_task": "seq_cls", "check": row_check(None, run.model.num_labels)}
     for source in sources or ():
-        loaded[_unused(_end_of(source), loaded)] = build_dataset([source], None, **options)[0]
+        loaded[_unique_name(_stem(source), loaded)] = build_dataset([source], None, **options)[0]
     if not sources:
         loaded["validation"] = build_dataset(run.data.validation, "validation", **options)[0]
     model, tokenizer, _ = load_run_model(folder.path, tasks=("seq_cls",), base=base)
@@ -408,7 +409,7 @@ def evaluate_classifier(
     names = ("per_device_eval_batch_size", "label_smoothing_factor")  # what the losses of training depend on as well
     values: dict[str, Any] = {name: run.training[name] for name in names if name in run.training}
     values |= {"use_cpu": not torch.cuda.is_available(), "report_to": "none", "disable_tqdm": True}
-    found: dict[str, dict[str, float]] = {}
+    results: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as unused:
         arguments = TrainingArguments(output_dir=unused, **values)
         measure = classification.measure_prediction
@@ -418,11 +419,11 @@ def evaluate_classifier(
             encoded: Any = tokenize_classification(rows, tokenizer, run.training["max_length"], run.model.num_labels)
             output: Any = trainer.predict(encoded, metric_key_prefix="eval")
             measured = {key.removeprefix("eval_"): value for key, value in output.metrics.items() if key in EVALUATED}
-            found[name] = {"num_examples": len(rows), **{key: round(value, 6) for key, value in measured.items()}}
+            results[name] = {"num_examples": len(rows), **{key: round(value, 6) for key, value in measured.items()}}
             lines = classification.predictions(output)
-            with _unless_unwritable():
+            with _noting_unwritable():
                 folder.write_predictions(name, "eval-adapter", lines)
-    return {"run": str(folder.path), "scored": "adapter", "classification": found}
+    return {"run": str(folder.path), "scored": "adapter", "classification": results}
 
 
 def print_accuracy(result: dict[str, Any]) -> None:
@@ -431,12 +432,12 @@ def print_accuracy(result: dict[str, Any]) -> None:
     from rich.table import Table
 
     if "classification" in result:
-        found = result["classification"]
+        by_name = result["classification"]
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-        for column in ("", *found):
+        for column in ("", *by_name):
             table.add_column(column, justify="right" if column else "left", overflow="fold")
-        for name in next(iter(found.values())):
-            shown = (values[name] for values in found.values())
+        for name in next(iter(by_name.values())):
+            shown = (values[name] for values in by_name.values())
             table.add_row(name, *(f"{value:.4f}" if isinstance(value, float) else str(value) for value in shown))
         console = Screen()
         console.print(f"{result['run']}: {result['scored']}", soft_wrap=True)

@@ -1,4 +1,4 @@
-"""The folder of a run: what lies where in it, and which of the files in a folder a run wrote."""
+"""The folder of a run: its paths, and which of the files in a folder a run wrote."""
 
 import contextlib
 import hashlib
@@ -32,7 +32,8 @@ class RunFolder:
     data.json          hash and rows of the data   checkpoint-*/   what resuming needs
     metrics.jsonl      one line a logging step     eval/           predictions before and after
     loss.png           the loss curve              results.json    counts, times, accuracies
-    .earlier-run/      what a run that begins anew has in its place
+    .earlier-run/      backup of an earlier run, until this one has saved a checkpoint (`backup.py`)
+    .lock              the process that is running here (`lock.py`)
     nonfinite.jsonl    batches without a finite loss, and steps without a finite gradient
     condition.png      how far the terms of LSR-Adapt's sums cancel
     """
@@ -56,7 +57,7 @@ class RunFolder:
 
     @property
     def earlier(self) -> Path:
-        """What stood here before a run that has not saved a step yet; see `run_start.Earlier`."""
+        """What an earlier run left, while this one has saved no checkpoint; see `backup.Backup`."""
         return self.path / ".earlier-run"
 
     @property
@@ -119,14 +120,14 @@ class RunFolder:
         write_text(file, "".join(json.dumps(line) + "\n" for line in lines))
 
     def checkpoints(self) -> list[Path]:
-        """Return the checkpoints by the step in their names; other programs' and damaged ones are among them."""
+        """Return the checkpoints in the order of the steps in their names, other programs' and damaged ones too."""
         return sorted(
             (path for path in self.path.glob("checkpoint-*") if re.fullmatch("checkpoint-[0-9]{1,18}", path.name)),
             key=step_of,
         )
 
     def own_checkpoints(self) -> list[Path]:
-        """Return those that a run saved, whole or damaged."""
+        """Return those that a run saved, complete or damaged."""
         return [path for path in self.checkpoints() if is_own_checkpoint(path)]
 
     def is_marked(self) -> bool:
@@ -145,9 +146,9 @@ class RunFolder:
         """Return the files that a run wrote here, told by their names and content; checkpoints are left out."""
         if not self.is_marked():
             return []
-        whole = [self.adapter / name for name in ADAPTER_FILES] + tokenizer_files(self.tokenizer)
+        by_name = [self.adapter / name for name in ADAPTER_FILES] + tokenizer_files(self.tokenizer)
         eval_files = sorted(path for path in (self.path / "eval").glob("*.jsonl") if _PREDICTIONS.fullmatch(path.name))
-        found = {
+        checks = {
             self.config: lambda file: set(re.findall(r"^(\w+):", _start(file), re.MULTILINE)) >= _SECTIONS,
             self.environment: lambda file: "lsr_scale" in _keys(file),
             self.data: lambda file: "train" in _keys(file),
@@ -157,13 +158,13 @@ class RunFolder:
             self.curve: is_picture,
             self.condition: is_picture,
             self.path / "spectra.png": is_own_picture,
-            **dict.fromkeys(whole, lambda file: True),
+            **dict.fromkeys(by_name, lambda file: True),
             **dict.fromkeys(
                 eval_files,
                 lambda file: _has_line_of(file, {"log_likelihoods"}) or _has_line_of(file, {"label", "outputs"}),
             ),
         }
-        ours = [path for path, is_ours in found.items() if path.is_file() and is_ours(path)]
+        ours = [path for path, is_ours in checks.items() if path.is_file() and is_ours(path)]
         # a folder that is a link is one thing here, and its files are elsewhere
         links = {folder for folder in self._folders() if folder.is_symlink()}
         return list(dict.fromkeys(path.parent if path.parent in links else path for path in ours))
@@ -175,15 +176,15 @@ class RunFolder:
         """Return what lies where a run writes, and is none of a run's."""
         ours = set(self.written())
         files = self.config, self.environment, self.data, self.metrics, self.curve, self.condition, self.results
-        found = [path for path in (*files, self.nonfinite) if os.path.lexists(path) and path not in ours]
+        blocking = [path for path in (*files, self.nonfinite) if os.path.lexists(path) and path not in ours]
         marked = self.is_marked()
         folders = [path for path in self._folders() if os.path.lexists(path)]
         # a link would lead what is written into it out of the folder; the others are replaced, link and all
-        found += [p for p in folders if not p.is_dir() or not marked or (p.name == "eval" and p.is_symlink())]
-        return found if marked else [*found, *self.checkpoints()]
+        blocking += [p for p in folders if not p.is_dir() or not marked or (p.name == "eval" and p.is_symlink())]
+        return blocking if marked else [*blocking, *self.checkpoints()]
 
     def make(self) -> bool:
-        """Make the folder and see that it can be written; return False if it was there already.
+        """Make the folder and check that it can be written; return False if it was there already.
 
         Raises:
             UserError: if it cannot be made or written.
@@ -208,7 +209,7 @@ class RunFolder:
 
 
 def is_own_checkpoint(folder: Path) -> bool:
-    """Tell whether a folder holds what a run of this package saved, whole or not."""
+    """Tell whether a folder holds a checkpoint that a run of this package saved, complete or damaged."""
     return any((folder / name).is_file() for name in (MANIFEST, STATE, TENSORS))
 
 

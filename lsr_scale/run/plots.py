@@ -7,7 +7,7 @@ from typing import Any
 
 from lsr_scale import files
 from lsr_scale.errors import printable, shortened
-from lsr_scale.run.metrics import numbers_of, read_metrics
+from lsr_scale.run.metrics import finite_values, read_metrics
 
 
 def draw_losses(metrics: Path, picture: Path, title: str) -> None:
@@ -20,7 +20,7 @@ def draw_losses(metrics: Path, picture: Path, title: str) -> None:
     rows = read_metrics(metrics)
     figure, axes = pyplot.subplots(figsize=(7, 4), dpi=120)
     for key, label, style, color in (("loss", "training", "-", "C0"), ("eval_loss", "validation", "o-", "C1")):
-        points = [(row["step"], row[key]) for row in rows if numbers_of([row], key)]
+        points = [(row["step"], row[key]) for row in rows if finite_values([row], key)]
         if not points:
             continue
         steps, values = zip(*points, strict=True)
@@ -69,7 +69,7 @@ def draw_conditions(metrics: Path, picture: Path, title: str) -> bool:
     rows = [
         row
         for row in read_metrics(metrics)
-        if any(name.startswith("condition_") and numbers_of([row], name) for name in row)
+        if any(name.startswith("condition_") and finite_values([row], name) for name in row)
     ]
     if not rows:
         return False
@@ -77,7 +77,7 @@ def draw_conditions(metrics: Path, picture: Path, title: str) -> bool:
     for color, name in zip(("C0", "C1", "C2", "C3"), _names(rows), strict=False):
         for kind, style in (("median", "-"), ("max", "--")):
             key = f"condition_{name}_{kind}"
-            points = [(row["step"], row[key]) for row in rows if numbers_of([row], key)]
+            points = [(row["step"], row[key]) for row in rows if finite_values([row], key)]
             if points:
                 axes.plot(*zip(*points, strict=True), style, color=color, label=f"{name}, {kind} over the modules")
     axes.set(xlabel="step", ylabel="condition number gamma", title=picture_text(title))

@@ -31,7 +31,7 @@ from lsr_scale.training.callbacks.progress import Progress, clock
 from lsr_scale.training.callbacks.signals import StopOnSignal, Terminated, end_with_peers
 from lsr_scale.training.checkpoint import select
 from lsr_scale.training.run_data import RunData, read_data
-from lsr_scale.training.settings import named
+from lsr_scale.training.settings import naming_settings
 from lsr_scale.training.steps.nonfinite import check_finite
 from lsr_scale.training.trainers import ignore_library_warnings
 
@@ -89,14 +89,14 @@ def train(
     return start.folder
 
 
-def _announce(start: Start, resumes: bool, say: Say) -> None:
+def _announce(start: Start, is_resumed: bool, say: Say) -> None:
     """Say where the run writes, what it resumes from, and what it runs on."""
     say(f"run folder: {start.folder.path}")
     for note in start.notes:
         say(f"note: {note}")
-    if resumes:
-        found = f"resuming from {start.checkpoint}"
-        say(found if start.checkpoint else "nothing to resume: starting from the beginning")
+    if is_resumed:
+        resumes_from = f"resuming from {start.checkpoint}"
+        say(resumes_from if start.checkpoint else "nothing to resume: starting from the beginning")
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     num = distributed.world_size()
     engine = f"DeepSpeed, ZeRO stage {zero_stage(start.run)}" if uses_deepspeed(start.run) else "no DeepSpeed"
@@ -215,7 +215,7 @@ def _run_trainer(start: Start, trainer: Trainer, stop: StopOnSignal, say: Say) -
     """
     began = time.monotonic()
     say("training")
-    with ignore_library_warnings(), stop.listening(), end_with_peers(), named(start.run):
+    with ignore_library_warnings(), stop.listening(), end_with_peers(), naming_settings(start.run):
         trainer.train(resume_from_checkpoint=str(start.checkpoint) if start.checkpoint else None)
     late_signal = stop.late_signal()  # every process asks, so none ends before all are here
     step = trainer.state.global_step
@@ -224,8 +224,8 @@ def _run_trainer(start: Start, trainer: Trainer, stop: StopOnSignal, say: Say) -
     if start.checkpoint and start.step == step:
         say("nothing was left to train: the checkpoint is of the last step")
     if start.folder.nonfinite.exists():
-        found = _count_nonfinite(start.folder)
-        say(f"note: what was not finite counted for nothing (training.on_nonfinite: skip): {found}")
+        counts = _count_nonfinite(start.folder)
+        say(f"note: what was not finite counted for nothing (training.on_nonfinite: skip): {counts}")
     best_step = trainer.state.best_global_step if trainer.args.load_best_model_at_end else None
     if best_step:
         say(f"the adapter is that of step {best_step}, the best by {trainer.args.metric_for_best_model}")

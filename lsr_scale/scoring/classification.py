@@ -37,7 +37,7 @@ def measure(outputs: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     if bad := int((~np.isfinite(outputs)).reshape(len(outputs), -1).any(1).sum()):
         raise UserError(
             f"the classifier's outputs are not finite on {bad:,} of {len(outputs):,} rows: training diverged; lower "
-            "training.learning_rate or go on from an earlier checkpoint"
+            "training.learning_rate or resume from an earlier checkpoint"
         )
     if outputs.ndim == 1 or outputs.shape[-1] == 1:
         values, expected = outputs.reshape(-1).astype(np.float64), labels.astype(np.float64)

@@ -183,7 +183,7 @@ def score(
     model.eval()
     try:
         batches = _batches(groups, batch_tokens)
-        rank, size = distributed.place() if dealt else (0, 1)
+        rank, size = distributed.group_rank_and_size() if dealt else (0, 1)
         batches += batches[:1] * (-len(batches) % size)  # made again for what lacks
         for batch in batches[rank::size]:
             found = _score_batch(model, batch, [list(groups[inputs].values()) for inputs in batch], where)

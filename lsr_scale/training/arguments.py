@@ -9,7 +9,7 @@ from lsr_scale.config import RunConfig
 from lsr_scale.config.training import training_arguments_class
 from lsr_scale.errors import UserError
 from lsr_scale.run.folder import RunFolder
-from lsr_scale.training.settings import named
+from lsr_scale.training.settings import naming_settings
 
 
 def trainer_arguments(run: RunConfig, folder: RunFolder) -> Any:
@@ -32,7 +32,7 @@ def trainer_arguments(run: RunConfig, folder: RunFolder) -> Any:
         # accumulation follows the number of processes, whatever number stands there
         numbers = dict.fromkeys(config.OF_TRAINING, "auto")
         values["deepspeed"] = config.engine_config(run.deepspeed.config) | numbers
-    with named(run):
+    with naming_settings(run):
         arguments: Any = training_arguments_class(run.model.task)(**values)
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # one process, one GPU: torch's DataParallel cannot copy a quantized layer

@@ -32,7 +32,7 @@ from lsr_scale.training.arguments import trainer_arguments, uses_deepspeed, zero
 from lsr_scale.training.callbacks.memory import FitMemoryCallback, max_forward_tokens, row_lengths
 from lsr_scale.training.run_data import RunData, check_run_fits, read_data
 from lsr_scale.training.steps.graphs import PackedCollator, host_bound
-from lsr_scale.training.steps.head_loss import HeadCollator, why_not_own_head
+from lsr_scale.training.steps.head_loss import HeadCollator, head_loss_fallback_reason
 from lsr_scale.training.trainers import ignore_library_warnings, make_trainer
 
 Say = Callable[[str], None]
@@ -95,7 +95,7 @@ def _adapted_model(run: RunConfig, note: Say) -> PeftModel:
         how = "the frozen base is gathered a layer at a time, and gradients are averaged all at once"
         note(f"deepspeed.config: {', '.join(unused)}: no effect, {how}")
     with ignore_library_warnings():
-        base = base_of(run.model, run.training["seed"], _sharding(run, start), note)
+        base = base_of(run.model, run.training["seed"], _sharding(run, start), say=note)
         model, differences = adapt(run, base, start)
     targets = run.adapter.options.get("target_modules")
     for line in (*differences, *left_out(model, run.model.quantization, targets, run.model.dtype)):
@@ -183,7 +183,7 @@ def _fits_memory(run: RunConfig) -> bool:
 
 def _use_own_head(run: RunConfig, trainer: Any) -> None:
     """Have the fused head compute a trainer's loss, where it can."""
-    if why_not_own_head(trainer.model.get_base_model(), vars(trainer.args)) is None:
+    if head_loss_fallback_reason(trainer.model.get_base_model(), vars(trainer.args)) is None:
         trainer.data_collator = HeadCollator(trainer.data_collator)
 
 

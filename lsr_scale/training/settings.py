@@ -1,8 +1,8 @@
-"""What a library raises over a setting of a run, said with the setting's name: the one place where that is done.
+"""What a library raises over a setting of a run becomes an error that names the setting: the one place for that.
 
 The libraries check little of what they are given, and late: an optimizer that is not installed, arguments of a schedule
-that it does not take. Their words are kept; which setting they mean is told by who raised them, from the innermost call
-outwards. What no setting explains is a bug, and stays an exception.
+that it does not take. Their messages are kept; which setting they mean follows from the module that raised them, from
+the innermost call outwards. What no setting explains is a bug, and stays an exception.
 """
 
 import re
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from lsr_scale.config import RunConfig
-from lsr_scale.config.training import DEFAULTS, TASK_DEFAULTS, training_model
+from lsr_scale.config.training import DEFAULTS, RENAMED, TASK_DEFAULTS, training_model
 from lsr_scale.errors import UserError
 
 _OPTIMIZER = (
@@ -67,7 +67,7 @@ _OVER_VALUES = (
 _NOT_OVER_VALUES = (UserError, MemoryError, torch.OutOfMemoryError, torch.distributed.DistError)
 # whose exceptions are of no such kind
 _LIBRARIES = ("httpx", "huggingface_hub", "torch._dynamo", "torch._inductor")
-_WAYS_OUT = {
+_REMEDIES = {
     "report_to": "install it, or set report_to to none",
     "optim": "install what it needs, or set optim to adamw_torch_fused",
     "push_to_hub": "log in with hf auth login, or set it to false",
@@ -75,7 +75,7 @@ _WAYS_OUT = {
 
 
 @contextmanager
-def named(run: RunConfig) -> Iterator[None]:
+def naming_settings(run: RunConfig) -> Iterator[None]:
     """Raise what a library raises over a setting of `training` as a UserError that names the setting.
 
     Goes around what makes the trainer's arguments, makes the trainer, and trains.
@@ -93,41 +93,42 @@ def named(run: RunConfig) -> Iterator[None]:
             or _OF_THE_MACHINE.search(str(error))
         ):
             raise
-        meant = _meant(run, error)
+        meant = _settings_meant(run, error)
         if not meant:
             raise
         words = " ".join(str(error).split())[:300]
         if not words or isinstance(error, LookupError | AttributeError):  # a bare name
             words = f"{type(error).__name__}: {words}"
-        found = ", ".join(_shown(name, value) for name, value in meant.items())
-        ways_out = [_WAYS_OUT[n] for n in meant if n in _WAYS_OUT and (n != "optim" or "install" in words.lower())]
-        way_out = ways_out[0] if ways_out else "mend it, or leave it out"
-        raise UserError(f"{found}: {words}; {way_out}") from error
+        settings = ", ".join(_described(name, value) for name, value in meant.items())
+        remedies = [_REMEDIES[n] for n in meant if n in _REMEDIES and (n != "optim" or "install" in words.lower())]
+        remedy = remedies[0] if remedies else "correct it, or leave it out"
+        raise UserError(f"{settings}: {words}; {remedy}") from error
 
 
-def _shown(name: str, value: Any) -> str:
-    return f"training.{name}" if isinstance(value, bool) else f"training.{name} {value!r:.80}"
+def _described(name: str, value: Any) -> str:
+    described = f"training.{name}" if isinstance(value, bool) else f"training.{name} {value!r:.80}"
+    return f"{described} (or {RENAMED[name]})" if name in RENAMED else described
 
 
-def _meant(run: RunConfig, error: BaseException) -> dict[str, Any]:
+def _settings_meant(run: RunConfig, error: BaseException) -> dict[str, Any]:
     """Return the settings that an exception is about, by who raised it and by what it says."""
     callers = [*_callers(error.__traceback__), f"{type(error).__module__}.{type(error).__qualname__}"]
-    begun = any(name.endswith("._run_epoch") for name in callers)
+    in_step = any(name.endswith("._run_epoch") for name in callers)
     given = {name: value for name, value in run.training.items() if value != _default(run, name)}
     # by its words: a setting's name, or a text that one was set to
     said = str(error)
-    spoken = {n: v for n, v in given.items() if re.search(rf"\b{n}\b", said) or _is_quoted(v, said)}
+    mentioned = {n: v for n, v in given.items() if re.search(rf"\b{n}\b", said) or _is_quoted(v, said)}
     # within a step much is called by what a setting chose, such as every layer by torch's checkpointing
-    for caller in reversed(callers[-5:] if begun else callers):
+    for caller in reversed(callers[-5:] if in_step else callers):
         if caller.startswith("lsr_scale."):
             continue
         for pattern, names in _READERS:
             if re.fullmatch(pattern, caller):
                 meant = {n: v for n, v in given.items() if n in names}
-                return meant if meant or begun else {names[0]: run.training.get(names[0])}
-    if isinstance(error, OSError) or (begun and not spoken):
-        return spoken
-    return spoken or _unexplained(callers, given)
+                return meant if meant or in_step else {names[0]: run.training.get(names[0])}
+    if isinstance(error, OSError) or (in_step and not mentioned):
+        return mentioned
+    return mentioned or _unexplained(callers, given)
 
 
 def _unexplained(callers: list[str], given: dict[str, Any]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from lsr_scale.errors import UserError
 from lsr_scale.scoring import classification
 from lsr_scale.training.checkpoint.resumable import Resumable
 from lsr_scale.training.run_data import RunData
-from lsr_scale.training.settings import named
+from lsr_scale.training.settings import naming_settings
 from lsr_scale.training.steps.engine import EngineSteps
 from lsr_scale.training.steps.graphs import GraphSteps
 from lsr_scale.training.steps.head_loss import HeadLoss
@@ -47,7 +47,7 @@ def make_trainer(
         "eval_dataset": None if data.validation is None else kept(data.validation),
     }
     make = _classifier_trainer if run.model.task == "seq_cls" else _sft_trainer
-    with _keeping_float32(model), ignore_library_warnings(), named(run):
+    with _keeping_float32(model), ignore_library_warnings(), naming_settings(run):
         trainer: Any = make(run, options)
     trainer.on_nonfinite = run.training["on_nonfinite"]
     trainer.remove_callback(PrinterCallback)  # prints what Progress prints

@@ -146,7 +146,7 @@ def test_every_process_rescales_what_the_main_one_measures_and_to_its_factors(mo
         found[1].left.data[1], found[1].right.data[1] = found[1].left.data[0], -found[1].right.data[0] * 0.999
     before, copied = [side.left.detach().clone() for side in found], []
     monkeypatch.setattr(distributed, "broadcast", lambda mine: of_main)
-    monkeypatch.setattr(distributed, "copy_from_main", lambda tensor: copied.append(tensor.data_ptr()))
+    monkeypatch.setattr(distributed, "broadcast_tensor", lambda tensor: copied.append(tensor.data_ptr()))
     WatchCondition(TOLERANCE, "rescale", str).on_log(None, None, None, logs={"loss": 1.0}, model=model, optimizer=None)
     changed = [not torch.equal(side.left, left) for side, left in zip(found, before, strict=True)]
     assert changed == [False, measured == "endangered", False, False]

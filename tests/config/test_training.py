@@ -77,6 +77,14 @@ def test_memory_says_whether_layers_are_checkpointed(memory, expected):
         assert f"memory: {memory} and gradient_checkpointing: {not expected} contradict" in problem(MINIMAL + other)
 
 
+@pytest.mark.parametrize("name", ["gradient_checkpointing", "activation_checkpointing"])
+def test_a_field_with_two_names_is_refused_by_the_one_that_was_written(name):
+    assert f"memory: speed and {name}: True contradict" in problem(
+        MINIMAL, "training.memory=speed", f"training.{name}=true"
+    )
+    assert f"{name}_kwargs: expected a mapping" in problem(MINIMAL, f"training.{name}_kwargs='no'")
+
+
 def test_checkpointing_set_to_two_values_is_refused():
     message = problem(MINIMAL + "training: {gradient_checkpointing: true, activation_checkpointing: false}")
     assert "run.yaml:7: training: gradient_checkpointing and activation_checkpointing are two names" in message

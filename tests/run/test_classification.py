@@ -91,7 +91,7 @@ def run_of(folder, num_labels, rows, **training):
 @pytest.mark.parametrize(
     ("num_labels", "best"), [(2, "matthews_correlation"), (3, "eval_f1_macro"), (1, "eval_spearmanr")]
 )
-def test_training_and_eval_find_the_same(tmp_path, capsys, num_labels, best):
+def test_training_and_eval_find_the_same(tmp_path, capsys, caplog, num_labels, best):
     rows = [{**row, "label": float(i) if num_labels == 1 else i % num_labels} for i, row in enumerate(labelled())]
     chosen = {"load_best_model_at_end": True, "metric_for_best_model": best, "save_strategy": "epoch"}
     folder = do(run_of(tmp_path, num_labels, rows, num_train_epochs=2, **chosen))
@@ -103,9 +103,11 @@ def test_training_and_eval_find_the_same(tmp_path, capsys, num_labels, best):
     assert taken[name] == max(row[name] for row in evaluations)
     assert {key: results(folder)[key] for key in measured} == {key: pytest.approx(taken[key]) for key in measured}
     capsys.readouterr()
-
+    caplog.clear()
     assert cli.main(["eval", str(folder.path), "--json"]) == 0
-    (name, found), *others = json.loads(capsys.readouterr().out)["classification"].items()
+    said = capsys.readouterr()
+    assert "start at random" not in said.err + caplog.text, "the head is the adapter's"
+    (name, found), *others = json.loads(said.out)["classification"].items()
     assert (name, others, found.pop("num_examples")) == ("validation", [], 5)
     assert {f"eval_{key}": value for key, value in found.items()} == {
         key: pytest.approx(taken[key], abs=1e-6) for key in measured

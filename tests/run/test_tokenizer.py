@@ -177,7 +177,7 @@ def test_a_resumed_run_goes_on_with_the_tokenizer_that_it_began_with(tmp_path, c
     from lsr_scale.run.train import train
 
     train(tiny_run(tmp_path, **sections), resume="auto")
-    assert f"it goes on with those in {folder.tokenizer}" in capsys.readouterr().out
+    assert f"it resumes with those in {folder.tokenizer}" in capsys.readouterr().out
     assert read_tokenizer(folder.tokenizer).chat_template == TEMPLATE
 
 
@@ -199,7 +199,7 @@ def test_a_resumed_run_keeps_the_end_token_that_it_began_with(tmp_path, capsys):
     changed = tiny_run(tmp_path, training={"max_steps": 2, "save_steps": 1, "eos_token": "<|assistant|>"}, **sections)
     data = read_data(changed, folder.checkpoints()[-1], print)
     trainer: Any = assembly.build_trainer(changed, folder, data=data)
-    assert f"it goes on with those in {folder.tokenizer}" in capsys.readouterr().out
+    assert f"it resumes with those in {folder.tokenizer}" in capsys.readouterr().out
     (row, *_) = trainer.train_dataset
     assert row["input_ids"][-1] == read_tokenizer(folder.tokenizer).convert_tokens_to_ids("</s>")
     assert trainer.processing_class.eos_token == "</s>"

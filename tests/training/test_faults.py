@@ -263,15 +263,15 @@ def test_a_process_that_waits_for_one_that_ended_ends_too(place, tmp_path, start
 
 def test_who_is_no_process_of_this_host_or_another_one_by_now_is_not_waited_for():
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    since = watchdog.started(child.pid)
-    assert watchdog.Seen("here", child.pid, since).is_alive_on("here")
-    assert not watchdog.Seen("there", child.pid, since).is_alive_on("here")
-    assert not watchdog.Seen("here", child.pid, str(int(since) - 1)).is_alive_on("here")
-    assert not watchdog.Seen("here", 2**22 + 1, None).is_alive_on("here"), "where there is no /proc"
+    since = watchdog.start_time(child.pid)
+    assert watchdog.Process("here", child.pid, since).is_alive_on("here")
+    assert not watchdog.Process("there", child.pid, since).is_alive_on("here")
+    assert not watchdog.Process("here", child.pid, str(int(since) - 1)).is_alive_on("here")
+    assert not watchdog.Process("here", 2**22 + 1, None).is_alive_on("here"), "where there is no /proc"
     child.kill()
-    wait_until(lambda: watchdog.started(child.pid) is None)  # before its launcher asks after it
+    wait_until(lambda: watchdog.start_time(child.pid) is None)  # before its launcher asks after it
     child.wait()
-    assert watchdog.started(child.pid) is None
+    assert watchdog.start_time(child.pid) is None
 
 
 def test_a_port_that_another_run_has_is_said(monkeypatch):

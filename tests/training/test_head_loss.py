@@ -13,7 +13,7 @@ from lsr_scale.adapters import peft_config
 from lsr_scale.errors import UserError
 from lsr_scale.fused.loss import causal_lm_loss
 from lsr_scale.training import assembly
-from lsr_scale.training.steps.head_loss import HeadCollator, HeadLoss, why_not_own_head
+from lsr_scale.training.steps.head_loss import HeadCollator, HeadLoss, head_loss_fallback_reason
 from tests.conftest import SEVEN_LINEARS, randomize, tiny_llama
 from tests.helpers.tiny_runs import completions, do, factors, metrics, save_llama, tiny_run, write_rows
 
@@ -104,11 +104,11 @@ def test_the_collator_knows_where_packed_documents_begin(monkeypatch, lengths):
 
 def test_other_losses_are_left_to_trl():
     head = fused_model().get_base_model()
-    assert why_not_own_head(head, {"loss_type": "nll", "label_smoothing_factor": 0.0}) is None
-    assert why_not_own_head(head, {"loss_type": "dft", "label_smoothing_factor": 0.0})
-    assert why_not_own_head(head, {"loss_type": "nll", "label_smoothing_factor": 0.1})
+    assert head_loss_fallback_reason(head, {"loss_type": "nll", "label_smoothing_factor": 0.0}) is None
+    assert head_loss_fallback_reason(head, {"loss_type": "dft", "label_smoothing_factor": 0.0})
+    assert head_loss_fallback_reason(head, {"loss_type": "nll", "label_smoothing_factor": 0.1})
     head.lm_head.bias = torch.nn.Parameter(torch.zeros(3))
-    assert why_not_own_head(head, {"loss_type": "nll", "label_smoothing_factor": 0.0})
+    assert head_loss_fallback_reason(head, {"loss_type": "nll", "label_smoothing_factor": 0.0})
 
 
 @pytest.mark.gpu

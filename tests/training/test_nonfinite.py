@@ -70,7 +70,7 @@ class UnderAnEngine(LossCheck, EngineSteps):
 
 def test_under_an_engine_that_clips_a_step_is_noted_once(monkeypatch):
     told = []
-    monkeypatch.setattr(nonfinite, "on_nonfinite_gradient", lambda trainer, norm, step: told.append((norm, step)))
+    monkeypatch.setattr(nonfinite, "handle_nonfinite_gradient", lambda trainer, norm, step: told.append((norm, step)))
     trainer = UnderAnEngine(torch.tensor(torch.inf))
     trainer._get_grad_norm(None, grad_norm=trainer._clip_grad_norm(None))  # as the trainer's loop does
     assert told == [(torch.inf, 4)]
@@ -103,7 +103,7 @@ def test_the_run_ends_at_the_gradient_before_it_is_used(place, tmp_path, monkeyp
 
 def test_the_advice_to_skip_and_go_on_works(place, tmp_path, monkeypatch, capsys):
     make_infinite(monkeypatch, SFTTrainer, lambda trainer: trainer.state.global_step == 1)
-    with pytest.raises(UserError, match=r"set training\.on_nonfinite: skip and go on with --resume auto"):
+    with pytest.raises(UserError, match=r"set training\.on_nonfinite: skip and resume with --resume auto"):
         do(run_in(place, tmp_path))
     from lsr_scale.run.train import train
 

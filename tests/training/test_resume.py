@@ -569,7 +569,7 @@ def test_checkpoints_are_known_by_the_step_in_their_state(place, undisturbed, st
     names = {path.name for path in stopped.checkpoints()}
     if change == "copied":
         assert f"{folder}/checkpoint-6 is skipped: it was saved after step 2, which its name should say" in said
-        assert "checkpoint-6 was no checkpoint of that step: it is called checkpoint-6.kept now" in said
+        assert "checkpoint-6 was no checkpoint of that step: it is renamed to checkpoint-6.kept" in said
         assert contents(folder / "checkpoint-6.kept") == contents(folder / "checkpoint-2") or names == {"checkpoint-6"}
     assert names == {"checkpoint-6"}
     if change == "linked":

@@ -36,6 +36,7 @@ def run_in(place, folder, **training):
         ({"lr_scheduler_type": "cosine_with_min_lr"}, "training.lr_scheduler_type 'cosine_with_min_lr': One of min_lr"),
         ({"use_liger_kernel": True}, "training.use_liger_kernel: You have set `use_liger_kernel` to `True` but"),
         ({"gradient_checkpointing_kwargs": {"nonsense": 1}}, "training.gradient_checkpointing_kwargs {'nonsense': 1}"),
+        ({"activation_checkpointing_kwargs": {"odd": 1}}, "gradient_checkpointing_kwargs {'odd': 1} (or activation_ch"),
         ({"accelerator_config": {"nonsense": 1}}, "training.accelerator_config {'nonsense': 1}: "),
         ({"accelerator_config": "nonsense.json"}, "training.accelerator_config 'nonsense.json': "),
         ({"report_to": "nonsense"}, "training.report_to 'nonsense': "),

@@ -53,7 +53,7 @@ class WatchCondition(TrainerCallback):
             for side in worst:
                 mend(side, self.guard, kwargs.get("optimizer"))
                 for parameter in side.parameters:
-                    distributed.copy_from_main(parameter.data)  # nor do decompositions agree to the last digit
+                    distributed.broadcast_tensor(parameter.data)  # nor do decompositions agree to the last digit
 
     def _words(self, new: list[Side], gammas: Tensor) -> str:
         first, kind = new[int(gammas.argmax())], str(new[0].left.dtype).removeprefix("torch.")

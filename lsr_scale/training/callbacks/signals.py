@@ -1,4 +1,4 @@
-"""What a run does when a signal tells it to end, and when another of its processes has ended (`watchdog`)."""
+"""Ending a run early: at SIGTERM or Ctrl-C with a checkpoint, and when another of its processes ended (`watchdog`)."""
 
 import os
 import signal
@@ -28,37 +28,37 @@ class Terminated(Exception):  # noqa: N818
     def __init__(self, number: int, when: str) -> None:
         """Take the signal, and what was done of the run and where it lies."""
         name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
-        super().__init__(f"ended by {name} {when}; the same command with --resume auto goes on")
+        super().__init__(f"ended by {name} {when}; the same command with --resume auto resumes it")
         self.status = 128 + number
 
 
 class StopOnSignal(TrainerCallback):
     """Saves a checkpoint at the end of the step in which SIGTERM or Ctrl-C came to any process, and ends training.
 
-    With several GPUs that is two steps later: by then the processes know of each other without waiting.
+    With several GPUs that is two steps later: by then every process knows of it without waiting.
 
-    The `deepspeed` command does not pass the signal on: it ends, and what it started would train on. Its end is taken
-    for SIGTERM.
+    The `deepspeed` command does not pass the signal on: it ends, while its processes would train on. Its end counts as
+    SIGTERM.
 
     Attributes:
-        came: The signal that came to this process first, 0 if none did.
-        stopped: The signal for which training ended before its end, 0 if it did not.
+        received: The first signal of this process, 0 if there was none.
+        stopped: The signal that stopped training before its last step, 0 if none did.
     """
 
     def __init__(self, say: Callable[[str], None] = lambda text: None) -> None:
         self.say = say
-        self.came = self.stopped = 0
-        self.told = False
-        self.largest = distributed.Largest()
+        self.received = self.stopped = 0
+        self.announced = False
+        self.largest = distributed.DelayedMax()
         self.runner = _deepspeed_runner()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Agree with the other processes, for the signal reaches them in different steps."""
-        if self.came == signal.SIGINT and not self.told:
-            self.told = True
+        """Agree with the other processes, which the signal reaches in different steps."""
+        if self.received == signal.SIGINT and not self.announced:
+            self.announced = True
             self.say("interrupted: a checkpoint is saved, then the run ends; once more ends it at once")
-        came = self.largest.ask(self._came())
-        self.stopped = came if state.global_step < state.max_steps else 0  # after the last step nothing is stopped
+        received = self.largest.reduce(self._received())
+        self.stopped = received if state.global_step < state.max_steps else 0  # after the last step nothing is stopped
         if self.stopped:
             control.should_save = control.should_training_stop = True
 
@@ -71,28 +71,28 @@ class StopOnSignal(TrainerCallback):
             control.should_evaluate = control.should_save = False
 
     def late_signal(self) -> int:
-        """Return the signal that came to any process too late to end training, 0 if none did; every one must ask."""
-        return self.largest.ask(self._came(), wait=True)
+        """Return the signal that any process received too late to stop training, 0 if none; a collective."""
+        return self.largest.reduce(self._received(), wait=True)
 
-    def _came(self) -> int:
-        alone = self.runner is not None and _parent(os.getppid()) != self.runner
-        return self.came or (signal.SIGTERM if alone else 0)
+    def _received(self) -> int:
+        runner_ended = self.runner is not None and _parent(os.getppid()) != self.runner
+        return self.received or (signal.SIGTERM if runner_ended else 0)
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Take the signals as a request here; outside they end the process at once, as there is nothing to save."""
+        """Handle the signals within; outside they end the process at once, as there is nothing to save."""
         process = os.getpid()
 
-        def ask(number: int, frame: Any) -> None:
+        def handle(number: int, frame: Any) -> None:
             # a loader's worker has this handler too
             by_hand = number == signal.SIGINT and os.getpid() == process
-            if by_hand and self.came:
+            if by_hand and self.received:
                 raise KeyboardInterrupt
-            self.came = self.came or number  # said at the step's end: here the screen may be in the midst of a line
+            self.received = self.received or number  # printed at the step's end: here a line may be half printed
 
         try:
-            before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
-        except ValueError:  # not the main thread, as in a notebook's server: the signals are not ours
+            before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+        except ValueError:  # not the main thread, as in a notebook's server: no handler can be set
             yield
             return
         try:
@@ -106,26 +106,26 @@ class StopOnSignal(TrainerCallback):
 def end_with_peers() -> Iterator[None]:
     """End this process some seconds after another process of the run on this host has ended; see `watchdog`.
 
-    Every process of the run must come here, and meet the others after it: who is here no more has ended.
+    Every process of the run must enter this, and wait for the others after it: one that is gone within has failed.
     """
-    me = watchdog.Seen(socket.gethostname(), os.getpid(), watchdog.started(os.getpid()))
-    seen = [other for other in distributed.gather([me]) if other.is_alive_on(me.host) and other != me]
-    if not seen:
+    me = watchdog.Process(socket.gethostname(), os.getpid(), watchdog.start_time(os.getpid()))
+    peers = [peer for peer in distributed.gather([me]) if peer.is_alive_on(me.host) and peer != me]
+    if not peers:
         yield
         return
     who = f"rank {distributed.rank()}: " if distributed.rank() else ""
-    words = [f"lsr-scale: {who}{LOST_PEER}", *(f"{other.process}:{other.started}" for other in seen)]
+    words = [f"lsr-scale: {who}{LOST_PEER}", *(f"{peer.pid}:{peer.started}" for peer in peers)]
     # a session of its own: Ctrl-C is not for it
-    with subprocess.Popen([sys.executable, "-I", watchdog.__file__, *words], stdin=PIPE, start_new_session=True) as out:
+    with subprocess.Popen([sys.executable, "-I", watchdog.__file__, *words], stdin=PIPE, start_new_session=True) as dog:
         try:
             yield
         finally:
-            out.communicate(b"over")
+            dog.communicate(b"over")
 
 
 def _parent(process: int) -> int | None:
-    """Return the parent of a process, None where the system does not tell."""
-    fields = watchdog.fields_of(process)
+    """Return the parent of a process, None where /proc does not tell."""
+    fields = watchdog.stat_fields(process)
     return None if fields is None else int(fields[1])
 
 

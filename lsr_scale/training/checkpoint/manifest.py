@@ -43,14 +43,14 @@ def read_state(checkpoint: Path) -> State:
 
 
 def write_manifest(folder: Path) -> None:
-    """Write the size and SHA-256 of every file in a folder, and see all of it onto the disk."""
-    files.share(folder)
+    """Write the size and SHA-256 of every file in a folder, and flush all of it to the disk."""
+    files.apply_umask(folder)
     members = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
     listed = {str(f.relative_to(folder)): {"bytes": f.stat().st_size, "sha256": _sha256(f)} for f in members}
     for file in members:
-        files.sync(file)
+        files.fsync(file)
     files.write_json(folder / MANIFEST, {"files": listed})
-    files.sync(folder)
+    files.fsync(folder)
 
 
 def damage(checkpoint: Path) -> str | None:
@@ -84,7 +84,7 @@ def damage(checkpoint: Path) -> str | None:
 
 
 def _wrong_state(checkpoint: Path) -> str | None:
-    """Return what is wrong with what the files of a checkpoint say, None if nothing is."""
+    """Return what is wrong with the content of a checkpoint's files, None if nothing is."""
     try:
         step = read_state(checkpoint).step
     except ValidationError as error:
@@ -99,8 +99,8 @@ def _wrong_state(checkpoint: Path) -> str | None:
         return f"{TRAINER_STATE} cannot be read ({str(error)[:200]})"
     if type(reached) is not int or reached != step:
         return f"{TRAINER_STATE} is of step {reached!r:.40}, {STATE} of step {step}"
-    named = re.fullmatch("checkpoint-([0-9]{1,18})", checkpoint.name)
-    if named and int(named[1]) != step:
+    match = re.fullmatch("checkpoint-([0-9]{1,18})", checkpoint.name)
+    if match and int(match[1]) != step:
         return f"it was saved after step {step}, which its name should say; name it checkpoint-{step} to resume from it"
     return None
 

@@ -1,7 +1,7 @@
-"""A trainer whose checkpoints fit any number of processes and any engine, and appear whole or not at all.
+"""A trainer whose checkpoints fit any number of processes and any engine, and appear complete or not at all.
 
     checkpoint-N/adapter_model.safetensors, adapter_config.json, base.json    the adapter, as PEFT saves it
-    checkpoint-N/training_state.safetensors    float32 masters and the optimizer's tensors, whole, by parameter name
+    checkpoint-N/training_state.safetensors    float32 masters and the optimizer's tensors, unsharded, by parameter name
     checkpoint-N/training_state.json           the optimizer's and the schedule's numbers, each process's random state
     checkpoint-N/trainer_state.json            transformers' own: the step, and with it the position in the data
     checkpoint-N/manifest.json                 every file's size and SHA-256, written last
@@ -38,9 +38,9 @@ _Base: Any = Trainer
 
 
 class Resumable(_Base):
-    """Saving and going on for `Trainer`."""
+    """Saving checkpoints and resuming from them, for `Trainer`."""
 
-    first_num_processes = 0  # those that the run began with
+    first_num_processes = 0  # that the run began with
     _order: Any = None
     _saved_step = -1
 
@@ -53,7 +53,7 @@ class Resumable(_Base):
         """Return the order of the rows, the same for any number of processes."""
         order = super()._get_train_sampler(train_dataset)
         if not isinstance(order, RandomSampler | SequentialSampler | LengthGroupedSampler):
-            return order  # a stream, or an order that is made for so many processes, which `checkpoints.check` heeds
+            return order  # a stream, or an order made for so many processes, which `select.fit` checks
         seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
         self._order = WholeSteps(order, self.rows_per_step, seed, self.args.dataloader_drop_last)
         return self._order
@@ -66,7 +66,7 @@ class Resumable(_Base):
         return loader
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Save a checkpoint aside and move it into place; every process takes part, the main one writes."""
+        """Write a checkpoint to a temporary folder and rename it; every process takes part, the main one writes."""
         self.store_flos()
         self._saved_step = self.state.global_step
         target = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
@@ -89,20 +89,20 @@ class Resumable(_Base):
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(target))
         if distributed.is_main():
-            kept = {self.state.global_step, *([best] if best else [])}
-            rotate.rotate(RunFolder(target.parent), self.args.save_total_limit, kept)
+            keep = {self.state.global_step, *([best] if best else [])}
+            rotate.rotate(RunFolder(target.parent), self.args.save_total_limit, keep)
 
     def _write(self, target: Path, tensors: dict[str, torch.Tensor], scalars: dict[str, Any], states: list) -> None:
-        aside = target.with_name(f".{target.name}.part")
-        files.remove(aside)
+        temporary = target.with_name(f".{target.name}.part")
+        files.remove(temporary)
         for callback in (*self.callback_handler.callbacks, self.control):
             if isinstance(callback, ExportableState):
-                kept = self.state.stateful_callbacks
+                saved = self.state.stateful_callbacks
                 name = type(callback).__name__
-                if isinstance(kept[name], list):
-                    kept[name].append(callback.state())
+                if isinstance(saved[name], list):
+                    saved[name].append(callback.state())
                 else:
-                    kept[name] = callback.state()
+                    saved[name] = callback.state()
         content = {
             "step": self.state.global_step,
             "num_processes": distributed.world_size(),
@@ -115,31 +115,31 @@ class Resumable(_Base):
             "random": states,
         }
         try:
-            aside.mkdir(parents=True)
-            write_adapter(self.accelerator.unwrap_model(self.model), aside)
-            save_file(tensors, aside / TENSORS)
-            (aside / STATE).write_text(json.dumps(content), encoding="utf-8")
-            self.state.save_to_json(str(aside / "trainer_state.json"))
-            write_manifest(aside)
-            if moved := rotate.free_place(target):
-                print_line(f"note: {target} was no checkpoint of that step: it is called {moved.name} now")
-            files.replace_folder(aside, target, {path.name for path in aside.iterdir()})
-            files.sync(target.parent)
+            temporary.mkdir(parents=True)
+            write_adapter(self.accelerator.unwrap_model(self.model), temporary)
+            save_file(tensors, temporary / TENSORS)
+            (temporary / STATE).write_text(json.dumps(content), encoding="utf-8")
+            self.state.save_to_json(str(temporary / "trainer_state.json"))
+            write_manifest(temporary)
+            if moved := rotate.rename_other(target):
+                print_line(f"note: {target} was no checkpoint of that step: it is renamed to {moved.name}")
+            files.replace_folder(temporary, target, {path.name for path in temporary.iterdir()})
+            files.fsync(target.parent)
         except Exception as error:
-            files.remove(aside)
+            files.remove(temporary)
             system = files.system_error(error)
             if system is not None:
                 raise files.cannot_write(target, system) from error
             raise
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """Make the optimizer without groups of no parameters, which some engines drop: so its groups are the same."""
+        """Make the optimizer without empty groups, which some engines drop: so its groups are the same with any."""
         optimizer = super().create_optimizer(*args, **kwargs)
         optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
         return optimizer
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
-        """Set up the engine as if nothing were resumed, then give it what the checkpoint holds."""
+        """Set up the engine as if nothing were resumed, then load the checkpoint into it."""
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         if resume_from_checkpoint is not None:
             folder = Path(resume_from_checkpoint)
@@ -158,21 +158,21 @@ class Resumable(_Base):
             except (KeyError, TypeError, ValueError, IndexError, AttributeError, SafetensorError) as error:
                 raise UserError(
                     f"--resume {folder}: {TENSORS} and {STATE} do not hold the state of this run's optimizer and "
-                    f"schedule ({type(error).__name__}: {str(error)[:200]}); go on from another checkpoint"
+                    f"schedule ({type(error).__name__}: {str(error)[:200]}); resume from another checkpoint"
                 ) from error
             if isinstance(self._order, WholeSteps):
-                # where processes share the batches, accelerate's loader that skips those done does not reach the order
+                # where processes share batches, accelerate's loader that skips the first ones does not set its epoch
                 self._order.set_epoch(content["step"] * self.rows_per_step // len(self._order))
         return prepared
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         """Return the epochs done and the steps of the next; all epochs where a checkpoint is of the last step."""
-        found = super()._init_training_state(*args, **kwargs)
+        done = super()._init_training_state(*args, **kwargs)
         finished = self.state.global_step >= self.state.max_steps
-        return (math.ceil(self.state.num_train_epochs), 0) if finished else found
+        return (math.ceil(self.state.num_train_epochs), 0) if finished else done
 
     def _finalize_training(self, trial: Any, *args: Any, **kwargs: Any) -> Any:
-        """End training; a run that a signal stopped has a checkpoint of its last step then, also beside a best one."""
+        """End training; a run that a signal stopped then has a checkpoint of its last step, also beside a best one."""
         if not any(isinstance(one, StopOnSignal) and one.stopped for one in self.callback_handler.callbacks):
             return super()._finalize_training(trial, *args, **kwargs)
         if self._saved_step != self.state.global_step:
@@ -184,13 +184,13 @@ class Resumable(_Base):
             self.state.best_model_checkpoint = best
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Leave it to `_prepare_for_training`, where every engine is ready."""
+        """Do nothing: `_prepare_for_training` loads it, once the engine is ready."""
 
     def _load_best_model(self) -> None:
         trained_state.restore_parameters(self, load_file(Path(self.state.best_model_checkpoint) / TENSORS))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        """Go on with this process's random numbers; where the number of processes is another, with new ones."""
+        """Restore this process's random state; where the number of processes is another, keep the new one."""
         if checkpoint is None:
             return
         content = json.loads((Path(checkpoint) / STATE).read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""Making room for checkpoints: old ones beyond `save_total_limit` go, what lies in a new one's place is renamed."""
+"""Making room for checkpoints: old ones beyond `save_total_limit` are removed, what has a new one's name is renamed."""
 
 import contextlib
 import json
@@ -41,8 +41,8 @@ def rotate(folder: RunFolder, limit: int | None, keep: Collection[int]) -> None:
         remove(path)
 
 
-def free_place(checkpoint: Path) -> Path | None:
-    """Move away what lies in a checkpoint's place and is none of that step; return where to, None if nothing did."""
+def rename_other(checkpoint: Path) -> Path | None:
+    """Rename what has a new checkpoint's name and is none of that step; return its new path, None if there is none."""
     if not os.path.lexists(checkpoint) or (is_own_checkpoint(checkpoint) and not is_misnamed(checkpoint)):
         return None
     names = (f"{checkpoint.name}.kept", *(f"{checkpoint.name}.kept-{number}" for number in range(2, 1000)))

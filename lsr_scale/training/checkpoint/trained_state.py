@@ -1,8 +1,9 @@
-"""What trains and its optimizer's state, whole and by parameter name, taken from any engine and given back to any.
+"""The trained parameters and their optimizer's state, unsharded and by parameter name, saved from and loaded into any
+engine.
 
-An engine cuts these tensors up in its own way: DeepSpeed's ZeRO holds a slice of one flat float32 tensor a group, DDP
-and a single process hold all. A checkpoint knows nothing of that. Nothing here computes: tensors are copied, so a
-continuation on the same number of processes is equal bit for bit.
+Engines shard these tensors in ways of their own: a rank of DeepSpeed's ZeRO holds a slice of one flat float32 tensor a
+group, DDP and a single process hold all. A checkpoint depends on none of that. Tensors are copied, never computed, so a
+run that resumes on the same number of processes is equal bit for bit.
 """
 
 from collections.abc import Iterator
@@ -18,9 +19,9 @@ PARAMETER, OPTIMIZER = "parameter/", "optimizer/"
 
 
 def collect(trainer: Trainer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Return the tensors by name, on the CPU, and the scalars; every process must call it, for parts are gathered.
+    """Return the tensors by name, on the CPU, and the scalars; a collective, for shards are gathered.
 
-    Names are `parameter/NAME` (float32 masters, whole) and `optimizer/NAME/KEY`, such as `optimizer/NAME/exp_avg`;
+    Names are `parameter/NAME` (float32 masters, unsharded) and `optimizer/NAME/KEY`, such as `optimizer/NAME/exp_avg`;
     NAME is the parameter's in the model.
 
     Raises:
@@ -34,10 +35,10 @@ def collect(trainer: Trainer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     scalars: dict[str, Any] = {}
     for name, parameter in _trained(trainer):
         if zero:
-            whole, state = _from_zero(zero, name, parameter, flats[id(parameter)])
+            full, state = _from_zero(zero, name, parameter, flats[id(parameter)])
         else:
-            whole, state = parameter, plain[name]
-        tensors[PARAMETER + name] = whole.detach().to("cpu", torch.float32, copy=True).contiguous()
+            full, state = parameter, plain[name]
+        tensors[PARAMETER + name] = full.detach().to("cpu", torch.float32, copy=True).contiguous()
         for path, value in _leaves(state, OPTIMIZER + name):
             if isinstance(value, torch.Tensor):
                 tensors[path] = value.detach().to("cpu", copy=True).contiguous()
@@ -55,7 +56,7 @@ def collect(trainer: Trainer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
 
 
 def restore(trainer: Trainer, tensors: dict[str, torch.Tensor], scalars: dict[str, Any]) -> None:
-    """Give back what `collect` returned, under the same engine or another, with as many processes or not."""
+    """Load what `collect` returned, under the same engine or another, with as many processes or not."""
     restore_parameters(trainer, tensors)
     zero = _zero_optimizer(trainer)
     states: dict[str, dict[str, Any]] = {name: {} for name, _ in _trained(trainer)}
@@ -76,7 +77,7 @@ def restore(trainer: Trainer, tensors: dict[str, torch.Tensor], scalars: dict[st
 
 
 def restore_parameters(trainer: Trainer, tensors: dict[str, torch.Tensor]) -> None:
-    """Give back the parameters alone."""
+    """Load the parameters alone."""
     zero = _zero_optimizer(trainer)
     flats = _flats(zero) if zero else {}
     for name, parameter in _trained(trainer):
@@ -100,13 +101,13 @@ def base_optimizer(trainer: Trainer) -> torch.optim.Optimizer:
 
 
 def parameter_groups(trainer: Trainer) -> list[dict[str, Any]]:
-    """Return the optimizer's settings as they stand, such as `lr`, one dictionary a group."""
+    """Return the optimizer's current settings, such as `lr`, one dictionary a group."""
     groups = base_optimizer(trainer).param_groups
     return [{key: value for key, value in group.items() if _is_plain(value)} for group in groups]
 
 
 def restore_groups(trainer: Trainer, saved: list[dict[str, Any]]) -> None:
-    """Give back what `parameter_groups` returned."""
+    """Load what `parameter_groups` returned."""
     groups = base_optimizer(trainer).param_groups
     for group, values in zip(groups, saved, strict=True):
         wrong = [k for k, v in values.items() if isinstance(group.get(k), int | float) and isinstance(v, str)]
@@ -116,7 +117,7 @@ def restore_groups(trainer: Trainer, saved: list[dict[str, Any]]) -> None:
 
 
 def restore_schedule(trainer: Trainer, saved: dict[str, Any]) -> None:
-    """Give back a schedule's state; the rate is that of its step in this run, which may be longer than the saved one.
+    """Load a schedule's state; the rate is that of its step in this run, which may be longer than the saved one.
 
     Of a run that was to end there the saved rate would be 0, for one step.
     """
@@ -166,7 +167,7 @@ def _plain_state(trainer: Trainer) -> dict[str, dict[str, Any]]:
 
 
 def _zero_optimizer(trainer: Trainer) -> Any:
-    """Return DeepSpeed's ZeRO optimizer, None where every process holds the whole state."""
+    """Return DeepSpeed's ZeRO optimizer, None where the state is not sharded."""
     if not trainer.is_deepspeed_enabled:
         return None
     from deepspeed.runtime.base_optimizer import ZeROOptimizer
@@ -184,7 +185,7 @@ def _flats(zero: Any) -> dict[int, torch.Tensor]:
 def _from_zero(
     zero: Any, name: str, parameter: torch.nn.Parameter, flat: torch.Tensor
 ) -> tuple[torch.Tensor, dict[str, Any]]:
-    """Return a parameter's master and state, whole, from the slices of all processes."""
+    """Return a parameter's master and state, gathered from the shards of all processes."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     state: dict[str, Any] = {}
@@ -199,9 +200,9 @@ def _from_zero(
             )
         else:
             state[key] = value
-    whole = safe_get_full_fp32_param(parameter)
-    assert whole is not None, f"{name}: no float32 master in the engine"
-    return whole, state
+    full = safe_get_full_fp32_param(parameter)
+    assert full is not None, f"{name}: no float32 master in the engine"
+    return full, state
 
 
 def _into_zero(zero: Any, trainer: Trainer, states: dict[str, dict[str, Any]]) -> None:

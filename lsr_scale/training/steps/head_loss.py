@@ -52,7 +52,7 @@ class HeadLoss(_Base):
     Evaluation stays TRL's in any case.
     """
 
-    _own_tokens = _told_tokens = 0  # of this process
+    _tokens = _logged_tokens = 0  # of this process
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -71,13 +71,13 @@ class HeadLoss(_Base):
 
     def count_tokens(self, head: Mapping[str, Any]) -> None:
         """Add a batch's tokens to those trained on."""
-        self._own_tokens += head["tokens"]
+        self._tokens += head["tokens"]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the tokens of all processes; every process takes part."""
-        if self.model.training and self._own_tokens > self._told_tokens:
-            self._told_tokens = self._own_tokens
-            self._metrics["train"]["num_tokens"] = [sum(distributed.gather([self._own_tokens]))]
+        if self.model.training and self._tokens > self._logged_tokens:
+            self._logged_tokens = self._tokens
+            self._metrics["train"]["num_tokens"] = [sum(distributed.gather([self._tokens]))]
         super().log(logs, start_time)
 
 
@@ -86,7 +86,7 @@ def at_least_one(number: Any) -> Any:
     return number.clamp(min=1) if isinstance(number, Tensor) else max(number, 1)
 
 
-def why_not_own_head(head: Any, training: Mapping[str, Any]) -> str | None:
+def head_loss_fallback_reason(head: Any, training: Mapping[str, Any]) -> str | None:
     """Return why TRL must compute the loss of a fused causal language model, or None.
 
     Args:

@@ -28,15 +28,15 @@ def diverged(what: str) -> UserError:
     )
 
 
-# a checkpoint keeps to its learning rate
-_GOES_ON = (
-    "set training.on_nonfinite: skip and go on with --resume auto; or lower training.learning_rate, lengthen "
+# a checkpoint keeps its learning rate
+_REMEDY = (
+    "set training.on_nonfinite: skip and resume with --resume auto; or lower training.learning_rate, lengthen "
     "training.warmup_steps{more}, and start again with --overwrite"
 )
 
 
-def on_nonfinite_loss(trainer: Any, loss: float, inputs: dict[str, Any], step: int, micro_step: int) -> None:
-    """Note the batch in `nonfinite.jsonl` of the run's folder, and end the run unless it is to skip such batches.
+def handle_nonfinite_loss(trainer: Any, loss: float, inputs: dict[str, Any], step: int, micro_step: int) -> None:
+    """Record the batch in `nonfinite.jsonl` of the run's folder, and end the run unless it skips such batches.
 
     Args:
         trainer: The trainer.
@@ -50,17 +50,17 @@ def on_nonfinite_loss(trainer: Any, loss: float, inputs: dict[str, Any], step: i
     """
     rows, process = _rows_of(trainer, step, micro_step), distributed.rank()
     line = {"step": step + 1, "process": process, "loss": str(loss), "rows": rows}
-    file = _note(trainer, {**line, "input_ids": inputs["input_ids"].tolist()})
+    file = _record(trainer, {**line, "input_ids": inputs["input_ids"].tolist()})
     if trainer.on_nonfinite == "skip":
         return
     raise UserError(
         f"training diverged: the loss is {loss} at step {step + 1}, on rows {rows} of the training data (process "
-        f"{process}; the tokens are in {file}); {_GOES_ON.format(more=' or mend these rows')}"
+        f"{process}; the tokens are in {file}); {_REMEDY.format(more=' or mend these rows')}"
     )
 
 
-def on_nonfinite_gradient(trainer: Any, norm: float, step: int) -> None:
-    """Note the step in `nonfinite.jsonl`, without rows: any of its could be meant; end the run unless it skips such.
+def handle_nonfinite_gradient(trainer: Any, norm: float, step: int) -> None:
+    """Record the step in `nonfinite.jsonl`, without rows: it may be any of its own; end the run unless it skips such.
 
     Args:
         trainer: The trainer.
@@ -72,18 +72,18 @@ def on_nonfinite_gradient(trainer: Any, norm: float, step: int) -> None:
     """
     file = RunFolder(Path(str(trainer.args.output_dir))).nonfinite
     if distributed.is_main():
-        _note(trainer, {"step": step + 1, "gradient_norm": str(norm)})
+        _record(trainer, {"step": step + 1, "gradient_norm": str(norm)})
     if trainer.on_nonfinite == "skip":
         return
     # another process may have met a loss by which it ends, and be ended before it says so
     others = f" on this process (those of others that are not stand in {file})" if distributed.world_size() > 1 else ""
     raise UserError(
         f"training diverged: the gradient of step {step + 1} is not finite (its norm is {norm}), but its losses "
-        f"are{others}; " + _GOES_ON.format(more=" or set model.dtype to float32")
+        f"are{others}; " + _REMEDY.format(more=" or set model.dtype to float32")
     )
 
 
-def _note(trainer: Any, line: dict[str, Any]) -> Path:
+def _record(trainer: Any, line: dict[str, Any]) -> Path:
     file = RunFolder(Path(str(trainer.args.output_dir))).nonfinite
     with file.open("a", encoding="utf-8") as stream:
         stream.write(json.dumps(line) + "\n")

@@ -13,6 +13,7 @@ from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
 from lsr_scale.adapters.packing import pack, unpack
 from lsr_scale.run import evaluate
+from lsr_scale.run.load import load_run_model
 
 
 def rounded(factors: dict[str, torch.Tensor], bits: int) -> tuple[dict[str, torch.Tensor], int]:
@@ -41,7 +42,7 @@ def score_rounded(folder: str | Path, bits: tuple[int, ...] = (8, 4)) -> dict[st
         folder: Of a finished run.
         bits: Of the factors.
     """
-    model, tokenizer, run = evaluate.load_run_model(folder)
+    model, tokenizer, run = load_run_model(folder)
     tasks = evaluate.load_tasks(run.eval)
     exact = {name: factor.clone() for name, factor in get_peft_model_state_dict(model).items()}
     found: dict[str, Any] = {}

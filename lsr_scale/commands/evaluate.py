@@ -23,13 +23,12 @@ def add_arguments(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; return the exit status."""
-    from lsr_scale.run import evaluate
+    from lsr_scale.run.evaluate import evaluate_run
+    from lsr_scale.run.tables import print_accuracy
 
-    result = evaluate.evaluate_run(
-        args.run, args.tasks, args.limit, args.base_only, args.without_questions, base=args.base
-    )
+    result = evaluate_run(args.run, args.tasks, args.limit, args.base_only, args.without_questions, base=args.base)
     if args.json:
         print(json.dumps(result, indent=2))
     else:
-        evaluate.print_accuracy(result)
+        print_accuracy(result)
     return 0

@@ -24,14 +24,15 @@ def add_arguments(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; return the exit status."""
-    from lsr_scale.run import evaluate
+    from lsr_scale.run.generate import generate
+    from lsr_scale.run.load import load_run_model
 
-    model, tokenizer, _ = evaluate.load_run_model(args.run, args.base_only, base=args.base)
+    model, tokenizer, _ = load_run_model(args.run, args.base_only, base=args.base)
 
     def note(text: str) -> None:
         print(f"note: {text}", file=sys.stderr)
 
-    print(printable(evaluate.generate(model, tokenizer, args.prompt, args.max_new_tokens, args.chat, note)))
+    print(printable(generate(model, tokenizer, args.prompt, args.max_new_tokens, args.chat, note)))
     return 0
 
 

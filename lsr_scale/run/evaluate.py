@@ -1,10 +1,10 @@
-"""Evaluating a run's model: accuracy on multiple-choice tasks, a classifier's metrics, generating text."""
+"""Evaluating a run's model: accuracy on multiple-choice tasks, or a classifier's metrics on labelled rows."""
 
 import json
 import logging
 import sys
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,23 +12,18 @@ from typing import Any
 import torch
 
 from lsr_scale import distributed
-from lsr_scale.adapters.coverage import left_out
-from lsr_scale.adapters.files import load_adapter
-from lsr_scale.config import RunConfig, load_run, run_from_dict
+from lsr_scale.config import RunConfig, run_from_dict
 from lsr_scale.config.training import EVALUATED
-from lsr_scale.data.fits import length_made_for, num_positions, refuse_ids
 from lsr_scale.data.formats import build_dataset, load_source, source_fields
 from lsr_scale.data.preview import prepare_tokenizer, row_check, tokenize_classification
-from lsr_scale.data.readers import check_characters
 from lsr_scale.data.tasks import Example, examples
 from lsr_scale.errors import UserError, printable
-from lsr_scale.model import base_of, tokenizer_of
-from lsr_scale.model.names import elsewhere
-from lsr_scale.model.tokenizer import end_tokens, render_chat
-from lsr_scale.run.folder import RunFolder, open_run
+from lsr_scale.run.folder import RunFolder
+from lsr_scale.run.load import load_run_model, open_trained
+from lsr_scale.run.tables import percent
 from lsr_scale.scoring import classification, score
 from lsr_scale.scoring.accuracy import Prediction, TaskScore, mcnemar
-from lsr_scale.screen import Screen, show_live
+from lsr_scale.screen import show_live
 
 Say = Callable[[str], None]
 logger = logging.getLogger(__name__)
@@ -93,7 +88,7 @@ def score_tasks(
             options["progress"] = lambda done, total, name=name: show_live(f"{when}: {name} {done / total:.0%}")
         scores[name] = result = score(model, tokenizer, items, **options)
         show_live("")
-        say(f"{when}: {name} {_percent(result)} on {result.num_examples} questions")
+        say(f"{when}: {name} {percent(result)} on {result.num_examples} questions")
     return scores
 
 
@@ -153,163 +148,6 @@ def summary(scores: dict[str, dict[str, TaskScore]]) -> dict[str, Any]:
             gained, lost, p = mcnemar(before, after)
             tasks[task]["mcnemar"] = {"newly_right": gained, "newly_wrong": lost, "p": p}
     return tasks
-
-
-def print_results(folder: RunFolder, results: dict[str, Any], scores: dict[str, dict[str, TaskScore]]) -> None:
-    """Print the small table at the end of a run, and where things lie."""
-    from rich import box
-    from rich.table import Table
-
-    console = Screen()
-    if scores:
-        table = Table(title="Accuracy, % (standard error)", box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left")
-        table.add_column("task", overflow="fold")
-        for column in ("n", *scores, "gained / lost", "p"):
-            table.add_column(column, justify="right")
-        for task, values in results["accuracy"].items():
-            paired = values.get("mcnemar")
-            table.add_row(
-                task,
-                str(next(by_task[task].num_examples for by_task in scores.values() if task in by_task)),
-                *(_percent(scores[when][task]) if task in scores[when] else "" for when in scores),
-                f"{paired['newly_right']} / {paired['newly_wrong']}" if paired else "",
-                f"{paired['p']:.2g}" if paired else "",
-            )
-        console.print(table)
-    if validation := [f"{name.removeprefix('eval_')} {results[name]:.4f}" for name in EVALUATED if name in results]:
-        console.print(f"validation  {', '.join(validation)}", soft_wrap=True)
-    size = results["adapter_bytes"] / 1e6
-    console.print(
-        f"adapter  {folder.adapter}  ({results['trainable_parameters']:,} parameters, {size:.1f} MB)\n"
-        f"loss     {folder.curve}\nresults  {folder.results}",
-        soft_wrap=True,
-    )
-
-
-def _percent(result: TaskScore) -> str:
-    return f"{100 * result.accuracy:.1f} ({100 * result.accuracy_stderr:.1f})"
-
-
-@torch.no_grad()
-def generate(
-    model: Any,
-    tokenizer: Any,
-    prompt: str,
-    max_new_tokens: int = 64,
-    chat: bool = False,
-    say: Callable[[str], None] = logger.warning,
-) -> str:
-    """Return the model's greedy continuation of a prompt.
-
-    Args:
-        model: The model.
-        tokenizer: Its tokenizer.
-        prompt: The text; put into the chat template as a user's turn with `chat`.
-        max_new_tokens: When to stop at the latest.
-        chat: Use the chat template.
-        say: Told where the model has no positions for all of `max_new_tokens`.
-
-    Raises:
-        UserError: if there is no chat template, it fails, nothing is to be continued, the prompt holds half of a
-            character or leaves the model no position for a new token, or the model's logits are not finite.
-    """
-    check_characters(prompt, "--prompt")
-    if chat and not tokenizer.chat_template:
-        raise UserError("--chat: the model's tokenizer has no chat template; leave it out, or set model.chat_template")
-    if chat:
-        prompt = render_chat(tokenizer, [{"role": "user", "content": prompt}], add_generation_prompt=True)
-    model.eval()
-    inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat).to(model.device)
-    if inputs["input_ids"].shape[1] == 0:
-        raise UserError("--prompt: expected some text to continue, got none")
-    rows = model.get_input_embeddings().num_embeddings
-    refuse_ids(int(inputs["input_ids"].max()), rows, tokenizer, model.config, "--prompt")
-    length, positions, made_for = inputs["input_ids"].shape[1], num_positions(model), length_made_for(model.config)
-    if positions is not None and length >= positions:
-        raise UserError(f"--prompt: has {length:,} tokens, but the model has {positions:,} positions; shorten it")
-    end = made_for if positions is None else positions
-    # a prompt longer than the model is made for, which RoPE allows, is continued as asked
-    left = max_new_tokens if end is None or length >= end else min(max_new_tokens, end - length)
-    out = model.generate(
-        **inputs,
-        max_new_tokens=left,
-        do_sample=False,
-        use_cache=True,
-        pad_token_id=tokenizer.pad_token_id,
-        logits_processor=[_check_finite],
-        eos_token_id=end_tokens(tokenizer, model.generation_config.eos_token_id) or None,
-    )
-    if left < max_new_tokens and out.shape[1] == end:
-        say(f"stopped after {left:,} of {max_new_tokens:,} new tokens: the model is made for {end:,} in all")
-    return tokenizer.decode(out[0, length:], skip_special_tokens=True)
-
-
-def _check_finite(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    """Raise for logits of NaN, whose argmax would be token 0 for ever; a logits processor of `generate`."""
-    if not (logits < torch.inf).all():  # NaN is not either; -inf is how models rule tokens out
-        raise UserError(
-            f"the model's logits are not finite after {ids.shape[1]} tokens: the adapter diverged, or the base "
-            "overflows in model.dtype; --base-only tells which"
-        )
-    return logits
-
-
-def open_trained(
-    path: str | Path, base_only: bool = False, tasks: Sequence[str] = ("causal_lm",)
-) -> tuple[RunFolder, RunConfig]:
-    """Return the folder and the configuration of a run that has an adapter.
-
-    Args:
-        path: The run's folder.
-        base_only: An adapter is not needed.
-        tasks: Values of `model.task` that will do: only a language model answers questions or generates.
-
-    Raises:
-        UserError: if the folder holds no run, none of such a task, or (unless `base_only`) no adapter yet.
-    """
-    folder = open_run(path)
-    run = load_run(folder.config)
-    if run.model.task not in tasks:
-        raise UserError(f"{folder.path}: a {run.model.task} run; only language models answer questions or generate")
-    if not base_only and not folder.adapter.is_dir():
-        remedy = "it was interrupted: resume it with --resume auto" if folder.checkpoints() else "train it first"
-        if folder.earlier.is_dir():
-            remedy = "if it has ended, train --resume auto restores the earlier one that it was to replace"
-        raise UserError(f"{folder.path}: the run has no adapter yet; {remedy}")
-    return folder, run
-
-
-def load_run_model(
-    path: str | Path, base_only: bool = False, tasks: Sequence[str] = ("causal_lm",), base: str | None = None
-) -> tuple[Any, Any, RunConfig]:
-    """Return the model of a finished run, its adapter loaded from disk, with its tokenizer and configuration.
-
-    Args:
-        path: The run's folder.
-        base_only: Leave the adapter out; none is needed.
-        tasks: Values of `model.task` that will do, as in `open_trained`.
-        base: The base model's name, where it lies elsewhere than when the run began.
-
-    Raises:
-        UserError: if the folder holds no run, no adapter that fits, or the base is not to be found.
-    """
-    folder, run = open_trained(path, base_only, tasks)
-    if base is not None:
-        run = run.model_copy(update={"model": run.model.model_copy(update={"name": base, "revision": None})})
-    with elsewhere(base):
-        return _load(folder, run, base_only)
-
-
-def _load(folder: RunFolder, run: RunConfig, base_only: bool) -> tuple[Any, Any, RunConfig]:
-    tokenizer = tokenizer_of(run, folder.tokenizer)
-    # a classifier's head is in the adapter
-    model: Any = base_of(run.model, run.training["seed"], head_from_adapter=not base_only)
-    if not base_only:
-        model, notes = load_adapter(model, folder.adapter)
-        targets = run.adapter.options.get("target_modules")
-        for note in (*notes, *left_out(model, run.model.quantization, targets, run.model.dtype)):
-            print(printable(f"note: {note}"), file=sys.stderr)
-    return model.eval(), tokenizer, run
 
 
 def evaluate_run(
@@ -424,32 +262,3 @@ def evaluate_classifier(
             with _noting_unwritable():
                 folder.write_predictions(name, "eval-adapter", lines)
     return {"run": str(folder.path), "scored": "adapter", "classification": results}
-
-
-def print_accuracy(result: dict[str, Any]) -> None:
-    """Print what `evaluate_run` returns as a table."""
-    from rich import box
-    from rich.table import Table
-
-    if "classification" in result:
-        by_name = result["classification"]
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-        for column in ("", *by_name):
-            table.add_column(column, justify="right" if column else "left", overflow="fold")
-        for name in next(iter(by_name.values())):
-            shown = (values[name] for values in by_name.values())
-            table.add_row(name, *(f"{value:.4f}" if isinstance(value, float) else str(value) for value in shown))
-        console = Screen()
-        console.print(f"{result['run']}: {result['scored']}", soft_wrap=True)
-        console.print(table)
-        return
-    title = f"{result['run']}: accuracy, % (standard error), {result['scored']}"
-    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left")
-    for column in ("task", "accuracy", "length-normalized", "questions"):
-        table.add_column(column, justify="left" if column == "task" else "right")
-    for task, by_moment in result["accuracy"].items():
-        values = by_moment[result["scored"]]
-        pairs = (("accuracy", "accuracy_stderr"), ("acc_norm", "acc_norm_stderr"))
-        shown = [f"{100 * values[mean]:.1f} ({100 * values[error]:.1f})" for mean, error in pairs]
-        table.add_row(task, *shown, str(values["num_examples"]))
-    Screen().print(table)

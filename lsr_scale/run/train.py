@@ -22,6 +22,7 @@ from lsr_scale.run.folder import RunFolder
 from lsr_scale.run.metrics import read_metrics, summarize_metrics
 from lsr_scale.run.plots import draw_conditions, draw_losses
 from lsr_scale.run.start import Start, begin, starting
+from lsr_scale.run.tables import print_results
 from lsr_scale.scoring.accuracy import TaskScore
 from lsr_scale.screen import print_line
 from lsr_scale.training.arguments import uses_deepspeed, zero_stage
@@ -278,4 +279,4 @@ def _write_results(start: Start, trainer: Trainer, trained: Trained, scores: Sco
     title = f"{run.adapter.method} on {run.model.name}"
     draw_losses(folder.metrics, folder.curve, title)
     draw_conditions(folder.metrics, folder.condition, title)
-    evaluate.print_results(folder, results, scores)
+    print_results(folder, results, scores)

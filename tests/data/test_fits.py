@@ -26,6 +26,7 @@ from lsr_scale.data.formats import build_dataset
 from lsr_scale.errors import UserError
 from lsr_scale.model import load_base
 from lsr_scale.run import evaluate
+from lsr_scale.run.generate import generate
 from lsr_scale.run.train import train
 from lsr_scale.scoring import scorer
 from lsr_scale.training import assembly
@@ -178,7 +179,7 @@ def test_a_question_or_prompt_with_ids_beyond_the_embedding_is_refused(tmp_path)
     with pytest.raises(UserError, match=r"scoring: a question has the token id 29\d"):
         scorer.score(model, tokenizer, next(iter(examples.values())))
     with pytest.raises(UserError, match=r"--prompt has the token id 29\d"):
-        evaluate.generate(model, tokenizer, "a knife cuts bread, a saw cuts wood, a ladle serves soup, a mop cleans")
+        generate(model, tokenizer, "a knife cuts bread, a saw cuts wood, a ladle serves soup, a mop cleans")
 
 
 @pytest.mark.parametrize("positions", ["table", "rope"])
@@ -191,18 +192,18 @@ def test_generation_ends_where_the_models_positions_do(positions):
     model.generation_config.eos_token_id = None
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=byte_tokenizer(), pad_token="<pad>")
     said = []
-    evaluate.generate(model, tokenizer, "kmpt", 100_000, say=said.append)
+    generate(model, tokenizer, "kmpt", 100_000, say=said.append)
     length = len(tokenizer.encode("kmpt"))
     assert said == [f"stopped after {12 - length} of 100,000 new tokens: the model is made for 12 in all"]
-    evaluate.generate(model, tokenizer, "kmpt", 12 - length, say=said.append)
+    generate(model, tokenizer, "kmpt", 12 - length, say=said.append)
     assert len(said) == 1, "nothing was cut"
     if positions == "rope":  # what is longer already goes on: RoPE allows it
-        evaluate.generate(model, tokenizer, "kmpt" * 12, 2, say=said.append)
+        generate(model, tokenizer, "kmpt" * 12, 2, say=said.append)
         model.config.rope_parameters["factor"] = 4.0
         assert length_made_for(model.config) == 48
         return
     with pytest.raises(UserError, match=r"--prompt: has \d+ tokens, but the model has 12 positions; shorten it"):
-        evaluate.generate(model, tokenizer, "kmpt" * 12, 2)
+        generate(model, tokenizer, "kmpt" * 12, 2)
 
 
 def test_what_no_quantization_and_no_adapter_reaches_is_said_with_its_share(tmp_path):

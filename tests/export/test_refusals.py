@@ -16,7 +16,7 @@ from lsr_scale.cli import main
 from lsr_scale.export import export, merge
 from lsr_scale.export.inspect import inspect_adapter
 from lsr_scale.model import load_base
-from lsr_scale.run.evaluate import generate
+from lsr_scale.run.generate import generate
 from tests.conftest import tiny_llama
 from tests.export.test_folder import IDS, adapted, base_folder, saved, silent  # noqa: F401
 from tests.helpers.tiny_runs import save_classifier

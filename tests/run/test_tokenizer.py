@@ -30,7 +30,8 @@ from lsr_scale.model.tokenizer import (
     tokenizer_of,
     without_appended,
 )
-from lsr_scale.run.evaluate import generate, load_run_model
+from lsr_scale.run.generate import generate
+from lsr_scale.run.load import load_run_model
 from lsr_scale.scoring import encode_pairs
 from lsr_scale.training import assembly
 from lsr_scale.training.run_data import read_data

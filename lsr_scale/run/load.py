@@ -1,0 +1,72 @@
+"""The model of a finished run: its base, with the adapter loaded from the run's folder."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lsr_scale.adapters.coverage import left_out
+from lsr_scale.adapters.files import load_adapter
+from lsr_scale.config import RunConfig, load_run
+from lsr_scale.errors import UserError, printable
+from lsr_scale.model import base_of, tokenizer_of
+from lsr_scale.model.names import elsewhere
+from lsr_scale.run.folder import RunFolder, open_run
+
+
+def open_trained(
+    path: str | Path, base_only: bool = False, tasks: Sequence[str] = ("causal_lm",)
+) -> tuple[RunFolder, RunConfig]:
+    """Return the folder and the configuration of a run that has an adapter.
+
+    Args:
+        path: The run's folder.
+        base_only: An adapter is not needed.
+        tasks: Values of `model.task` that will do: only a language model answers questions or generates.
+
+    Raises:
+        UserError: if the folder holds no run, none of such a task, or (unless `base_only`) no adapter yet.
+    """
+    folder = open_run(path)
+    run = load_run(folder.config)
+    if run.model.task not in tasks:
+        raise UserError(f"{folder.path}: a {run.model.task} run; only language models answer questions or generate")
+    if not base_only and not folder.adapter.is_dir():
+        remedy = "it was interrupted: resume it with --resume auto" if folder.checkpoints() else "train it first"
+        if folder.earlier.is_dir():
+            remedy = "if it has ended, train --resume auto restores the earlier one that it was to replace"
+        raise UserError(f"{folder.path}: the run has no adapter yet; {remedy}")
+    return folder, run
+
+
+def load_run_model(
+    path: str | Path, base_only: bool = False, tasks: Sequence[str] = ("causal_lm",), base: str | None = None
+) -> tuple[Any, Any, RunConfig]:
+    """Return the model of a finished run, its adapter loaded from disk, with its tokenizer and configuration.
+
+    Args:
+        path: The run's folder.
+        base_only: Leave the adapter out; none is needed.
+        tasks: Values of `model.task` that will do, as in `open_trained`.
+        base: The base model's name, where it lies elsewhere than when the run began.
+
+    Raises:
+        UserError: if the folder holds no run, no adapter that fits, or the base is not to be found.
+    """
+    folder, run = open_trained(path, base_only, tasks)
+    if base is not None:
+        run = run.model_copy(update={"model": run.model.model_copy(update={"name": base, "revision": None})})
+    with elsewhere(base):
+        return _load(folder, run, base_only)
+
+
+def _load(folder: RunFolder, run: RunConfig, base_only: bool) -> tuple[Any, Any, RunConfig]:
+    tokenizer = tokenizer_of(run, folder.tokenizer)
+    # a classifier's head is in the adapter
+    model: Any = base_of(run.model, run.training["seed"], head_from_adapter=not base_only)
+    if not base_only:
+        model, notes = load_adapter(model, folder.adapter)
+        targets = run.adapter.options.get("target_modules")
+        for note in (*notes, *left_out(model, run.model.quantization, targets, run.model.dtype)):
+            print(printable(f"note: {note}"), file=sys.stderr)
+    return model.eval(), tokenizer, run

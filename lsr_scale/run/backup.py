@@ -8,6 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
 from lsr_scale import files
 from lsr_scale.errors import UserError
 from lsr_scale.run.folder import MANIFEST, RunFolder, step_of
@@ -145,6 +147,18 @@ class Backup:
             elif path != self._state_file and not path.name.endswith(".part"):
                 entries.append(path)
         return entries
+
+
+class DiscardBackup(TrainerCallback):
+    """Removes what an earlier run left in the folder once a checkpoint of this run is saved."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self.backup = Backup(folder)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Remove it, on the main process."""
+        if state.is_world_process_zero:
+            self.backup.discard()
 
 
 def restore(folder: RunFolder) -> None:

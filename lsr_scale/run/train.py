@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer
 
 from lsr_scale import distributed, files
 from lsr_scale.adapters.files import check_description, misfits, save_adapter
@@ -17,7 +17,7 @@ from lsr_scale.errors import UserError
 from lsr_scale.model.gather import reshard
 from lsr_scale.model.names import elsewhere
 from lsr_scale.run import evaluate
-from lsr_scale.run.backup import Backup
+from lsr_scale.run.backup import Backup, DiscardBackup
 from lsr_scale.run.folder import RunFolder
 from lsr_scale.run.metrics import read_metrics, summarize_metrics
 from lsr_scale.run.plots import draw_conditions, draw_losses
@@ -142,18 +142,6 @@ def _check_adapter(model: Any, checkpoint: Path) -> list[str]:
             f"--resume {checkpoint}: its adapter does not fit this run's model and data\n" + "\n".join(wrong)
         )
     return notes
-
-
-class DiscardBackup(TrainerCallback):
-    """Removes what an earlier run left in the folder once a checkpoint of this run is saved."""
-
-    def __init__(self, folder: RunFolder) -> None:
-        self.backup = Backup(folder)
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Remove it, on the main process."""
-        if state.is_world_process_zero:
-            self.backup.discard()
 
 
 def _begin_folder(start: Start, data: RunData, say: Say) -> None:

@@ -17,7 +17,7 @@ from lsr_scale import UserError
 from lsr_scale.config import run_from_dict
 from lsr_scale.data.order import WholeSteps
 from lsr_scale.run.folder import STATE, TENSORS
-from lsr_scale.training.checkpoint import select, trained_state
+from lsr_scale.training.checkpoint import manifest, select, trained_state
 from tests.helpers.bounded import bounded
 
 
@@ -85,7 +85,7 @@ def checkpoint_of(folder, step, state):
         (checkpoint / name).write_text("{}")
     (checkpoint / STATE).write_text(json.dumps({"step": step, **state}))
     TrainerState(global_step=step).save_to_json(str(checkpoint / "trainer_state.json"))
-    select.write_manifest(checkpoint)
+    manifest.write_manifest(checkpoint)
     return checkpoint
 
 
@@ -118,22 +118,21 @@ def test_a_run_resumes_with_its_rows_a_step_or_is_told_how(tmp_path_factory, bat
     state = {"num_processes": saved_on, "first_num_processes": first, "rows_per_step": rows}
     state |= {"optimizer": "AdamW", "scalars": {}, "groups": [], "scheduler": {}, "random": []}
     checkpoint = checkpoint_of(tmp_path_factory.mktemp("run"), 3, state)
-    assert select.damage(checkpoint) is None
+    assert manifest.damage(checkpoint) is None
     run = run_with(batch, accumulation)  # as the run's own config.yaml has it
-    fitted = select.fit(checkpoint, run, now)
     if rows % (batch * now) == 0:
-        select.check(checkpoint, fitted, now)
+        fitted, _ = select.fit(checkpoint, run, now)
         assert batch * fitted.training["gradient_accumulation_steps"] * now == rows
         begun = select.as_begun(checkpoint, fitted)
         assert begun.training["gradient_accumulation_steps"] == accumulation, "the file says what it said"
         if (elsewhere := rows // batch // saved_on) and rows % (batch * saved_on) == 0:
-            meant = select.fit(checkpoint, run_with(batch, elsewhere), now)  # for those that saved it
+            meant, _ = select.fit(checkpoint, run_with(batch, elsewhere), now)  # for those that saved it
             assert meant.training["gradient_accumulation_steps"] * batch * now == rows
     else:
         with pytest.raises(UserError, match=rf"its steps had {rows} rows \({saved_on} process") as refused:
-            select.check(checkpoint, fitted, now)
+            select.fit(checkpoint, run, now)
         assert f"whose product is {rows / now:g}, or {saved_on} process(es)" in str(refused.value)
-        select.check(checkpoint, select.fit(checkpoint, run, saved_on), saved_on)
+        select.fit(checkpoint, run, saved_on)
 
 
 OPTIMIZERS = {

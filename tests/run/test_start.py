@@ -1,4 +1,4 @@
-"""A folder is a run's by what only a run writes; what stood there goes once a new run has saved a step, not before."""
+"""A folder is a run's by what only a run writes; an earlier run goes once a new one has saved a checkpoint."""
 
 import json
 import os
@@ -141,7 +141,7 @@ def test_odd_things_at_a_run_s_names_are_refused_and_not_opened(tmp_path, name, 
     assert os.path.lexists(path)
 
 
-def test_an_earlier_run_is_set_aside_and_removed_once_a_step_is_saved(tmp_path):
+def test_an_earlier_run_is_set_aside_and_removed_once_a_checkpoint_is_saved(tmp_path):
     folder = a_run(tmp_path / "run")
     mine = [write(folder.path / name, "mine") for name in ("notes.txt", "adapter/mine.bin", "eval/code.py")]
     earlier = Backup(folder)
@@ -153,7 +153,7 @@ def test_an_earlier_run_is_set_aside_and_removed_once_a_step_is_saved(tmp_path):
     assert [path.read_text() for path in mine] == ["mine"] * 3
 
 
-def test_what_is_set_aside_comes_back_bit_for_bit_and_takes_the_new_run_s_files_away(tmp_path, capsys):
+def test_a_backup_is_restored_bit_for_bit_and_the_new_run_s_files_are_removed(tmp_path, capsys):
     folder = a_run(tmp_path / "run")
     write(folder.adapter / "mine.bin", "mine")
     before = contents(folder.path)
@@ -178,7 +178,7 @@ def test_batches_that_ended_the_new_run_stay_where_its_last_words_say(tmp_path):
     assert json.loads(folder.nonfinite.read_text())["rows"] == [3]
 
 
-def test_a_run_that_goes_on_gets_its_later_checkpoints_and_configuration_back(tmp_path):
+def test_a_resumed_run_has_its_later_checkpoints_and_configuration_restored(tmp_path):
     folder = a_run(tmp_path / "run", steps=(2, 4, 6))
     before = contents(folder.path)
     Backup(folder).set_aside(folder.checkpoints()[1:], [folder.config, folder.metrics, folder.nonfinite], 2)
@@ -260,7 +260,7 @@ def test_linked_parts_of_a_run_go_as_links_and_what_they_point_to_stays(tmp_path
     assert after == before
 
 
-def test_a_full_disk_while_setting_aside_is_said_and_everything_comes_back(tmp_path, monkeypatch):
+def test_a_full_disk_while_setting_aside_is_reported_and_everything_is_restored(tmp_path, monkeypatch):
     folder = a_run(tmp_path / "run")
     before = contents(folder.path)
     rename, number = Path.rename, 0
@@ -339,7 +339,7 @@ def test_left_overs_of_processes_that_are_gone_are_removed_and_others_stay(tmp_p
     assert (tmp_path / ".out.mine.part" / "file").exists()
 
 
-def test_unnamed_runs_go_on_in_the_newest_folder_that_holds_one(tmp_path, monkeypatch):
+def test_unnamed_runs_resume_in_the_newest_folder_that_holds_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     a_run(Path("runs/arc"))
     shutil.copytree("runs/arc", "runs/arc-2")

@@ -69,7 +69,7 @@ def test_a_run_begins_where_another_ended(place, adapter):
         ({"target_modules": ["q_proj", "v_proj"]}, {"target_modules": "all-linear"}),
     ],
 )
-def test_what_the_start_has_and_the_run_leaves_open_is_gone_on_with(place, first, second):
+def test_what_the_start_has_and_the_run_leaves_open_is_kept(place, first, second):
     start = trained(place, adapter=first)
     training = {"output_dir": str(place / "second"), "save_steps": 2}
     run = tiny_run(place, training=training, adapter={"start_from": str(start.path), **second}, **PLAIN)

@@ -1,4 +1,4 @@
-"""Runs that a signal stops while they evaluate, keep the best, or end within an epoch: what they go on from, and to."""
+"""Runs that a signal stops while they evaluate, keep the best, or end within an epoch: what they resume from."""
 
 import os
 import signal

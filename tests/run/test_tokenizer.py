@@ -155,7 +155,7 @@ def test_a_base_that_merging_does_not_find_is_named(finished, tmp_path):
 
 
 @pytest.mark.parametrize("linked", [False, True])
-def test_a_resumed_run_goes_on_with_the_tokenizer_that_it_began_with(tmp_path, capsys, linked):
+def test_a_resumed_run_keeps_the_tokenizer_that_it_began_with(tmp_path, capsys, linked):
     save_llama(tmp_path / "model")
     (tmp_path / "own.jinja").write_text(TEMPLATE)
     write_rows(tmp_path / "rows.jsonl", CHAT)

@@ -520,7 +520,7 @@ def test_memory_auto_keeps_more_after_the_first_step(place, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize(("name", "fused"), [("lm_head", "off"), ("lm_head", "on"), ("embed_tokens", "off")])
-def test_what_trains_whole_is_in_float32_so_that_small_updates_count(place, tmp_path, name, fused):
+def test_modules_to_save_are_float32_so_that_small_updates_count(place, tmp_path, name, fused):
     whole = {"modules_to_save": [name]}
     training = {"learning_rate": 1e-6, "warmup_steps": 0, "fused": fused}
     done = do(tiny_run(place, adapter=whole, training={**training, "output_dir": str(tmp_path / "run")}))
@@ -544,7 +544,7 @@ def test_what_trains_whole_is_in_float32_so_that_small_updates_count(place, tmp_
     assert 0 < (again - trained).abs().max() < 1e-5
 
 
-def test_a_module_to_be_trained_whole_that_is_not_there_is_refused(place):
+def test_modules_to_save_that_the_base_lacks_are_refused(place):
     with pytest.raises(UserError, match=r"modules_to_save: 'mlp' is quantized \(nf4\), which cannot be trained whole"):
         do(tiny_run(place, adapter={"modules_to_save": ["mlp"]}, training={"output_dir": str(place / "whole")}))
     adapter = {"modules_to_save": ["lm_headd"]}

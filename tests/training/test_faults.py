@@ -37,7 +37,7 @@ def place(tmp_path_factory):
     return folder
 
 
-def test_sigterm_saves_at_the_end_of_the_step_and_the_run_goes_on(place, tmp_path, monkeypatch, capfd):
+def test_sigterm_saves_at_the_end_of_the_step_and_the_run_resumes(place, tmp_path, monkeypatch, capfd):
     file = config_file(place, tmp_path)
     # a step's log comes after its end, so the signal is heeded at the end of the fourth
     arrange_stop(monkeypatch, 3, signal.SIGTERM)
@@ -274,7 +274,7 @@ def test_who_is_no_process_of_this_host_or_another_one_by_now_is_not_waited_for(
     assert watchdog.start_time(child.pid) is None
 
 
-def test_a_port_that_another_run_has_is_said(monkeypatch):
+def test_a_port_that_another_run_has_is_reported(monkeypatch):
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
@@ -321,7 +321,7 @@ def test_a_process_that_is_not_told_its_gpu_of_several_is_refused(monkeypatch):
         distributed.start(use_deepspeed=False)
 
 
-def test_what_keeps_processes_from_talking_is_said(monkeypatch):
+def test_what_keeps_processes_from_communicating_is_reported(monkeypatch):
     places = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LSR_SCALE_BACKEND": "gloo", **MEETING}
     for name, value in {**places, "OMP_NUM_THREADS": str(torch.get_num_threads())}.items():
         monkeypatch.setenv(name, value)

@@ -45,7 +45,7 @@ def state_of(folder, step):
     ("optim", "accumulation", "max_grad_norm"),
     [("adamw_torch_fused", 1, 1.0), ("adamw_torch_fused", 2, 0.0), ("adamw_torch", 1, 0.0), ("sgd", 2, 1.0)],
 )
-def test_a_step_without_a_finite_gradient_is_left_out_whole(
+def test_a_step_without_a_finite_gradient_changes_nothing(
     place, tmp_path, monkeypatch, optim, accumulation, max_grad_norm
 ):
     # of the second step's batches, the last
@@ -101,7 +101,7 @@ def test_the_run_ends_at_the_gradient_before_it_is_used(place, tmp_path, monkeyp
     assert [sorted(line) for line in noted(folder)] == [["gradient_norm", "step"]]
 
 
-def test_the_advice_to_skip_and_go_on_works(place, tmp_path, monkeypatch, capsys):
+def test_the_advice_to_skip_and_resume_works(place, tmp_path, monkeypatch, capsys):
     make_infinite(monkeypatch, SFTTrainer, lambda trainer: trainer.state.global_step == 1)
     with pytest.raises(UserError, match=r"set training\.on_nonfinite: skip and resume with --resume auto"):
         do(run_in(place, tmp_path))

@@ -81,7 +81,7 @@ def test_saves_and_evaluations_are_in_the_wall_time_and_not_in_the_speed(tmp_pat
     assert rows[-1]["wall_s"] == 7 + 4 * 10 + 3 * 50
 
 
-def test_a_run_that_goes_on_counts_its_own_steps_and_keeps_the_time_and_tokens_before(tmp_path, clocked, capsys):
+def test_a_resumed_run_counts_its_own_steps_and_keeps_the_time_and_tokens_before(tmp_path, clocked, capsys):
     file = tmp_path / "metrics.jsonl"
     rows = [
         {"step": s, "wall_s": 10.0 * s, "loss": 3.0, "num_tokens": 100.0 * s, "memory_gib": 1.0}

@@ -1,4 +1,4 @@
-"""Runs that stop and go on: the same adapter in the end, every step recorded once, and nothing good lost on the way."""
+"""Runs that stop and resume: the same adapter in the end, every step recorded once, and nothing good lost."""
 
 import functools
 import json
@@ -84,7 +84,7 @@ def stopped(killed, tmp_path):
     return RunFolder(Path(shutil.copytree(killed, tmp_path / "run")))
 
 
-def test_a_killed_run_goes_on_to_the_same_adapter_with_every_step_recorded_once(place, undisturbed, stopped):
+def test_a_killed_run_resumes_to_the_same_adapter_with_every_step_recorded_once(place, undisturbed, stopped):
     assert [path.name for path in stopped.checkpoints()] == ["checkpoint-2", "checkpoint-4"]
     assert [row["step"] for row in metrics(stopped)] == [1, 2, 3, 4, 5]
     assert not stopped.adapter.exists()
@@ -129,7 +129,7 @@ def alter(file):
     file.write_bytes(content)
 
 
-def test_a_checkpoint_is_few_files_whole_by_parameter_name(undisturbed):
+def test_a_checkpoint_is_few_files_unsharded_by_parameter_name(undisturbed):
     folder = undisturbed.path / "checkpoint-4"
     assert {path.name for path in folder.iterdir()} == {
         *("adapter_config.json", "adapter_model.safetensors", "base.json", "manifest.json"),
@@ -152,7 +152,7 @@ def test_a_checkpoint_is_few_files_whole_by_parameter_name(undisturbed):
 @pytest.mark.parametrize(
     "name", ["training_state.safetensors", "training_state.json", "trainer_state.json", "manifest.json"]
 )
-def test_harm_to_any_file_is_recognized(undisturbed, tmp_path, name, harm):
+def test_damage_to_any_file_is_recognized(undisturbed, tmp_path, name, harm):
     checkpoint = Path(shutil.copytree(undisturbed.path / "checkpoint-4", tmp_path / "checkpoint-4"))
     assert damage(checkpoint) is None
     harm(checkpoint / name)
@@ -160,7 +160,7 @@ def test_harm_to_any_file_is_recognized(undisturbed, tmp_path, name, harm):
 
 
 @pytest.mark.parametrize("harm", [cut, alter, Path.unlink])
-def test_a_harmed_checkpoint_is_passed_over(place, undisturbed, stopped, harm, capsys):
+def test_a_damaged_checkpoint_is_skipped(place, undisturbed, stopped, harm, capsys):
     harm(stopped.path / "checkpoint-4" / "training_state.safetensors")
     from lsr_scale.run.train import train
 
@@ -181,7 +181,7 @@ def test_a_manifest_without_the_adapter_is_damage(stopped, tmp_path):
         assert damage(checkpoint) == f"manifest.json does not list {name}"
 
 
-def test_a_run_whose_checkpoints_are_all_harmed_is_not_begun_again(place, stopped):
+def test_a_run_whose_checkpoints_are_all_damaged_is_not_restarted(place, stopped):
     for step in (2, 4):
         cut(stopped.path / f"checkpoint-{step}" / "training_state.json")
     with pytest.raises(UserError, match=r"no checkpoint is complete; .* remove them, or --overwrite .*\n.*is cut"):
@@ -229,7 +229,7 @@ def test_nothing_to_resume_is_a_start_from_the_beginning(place, undisturbed, tmp
     assert same(factors(undisturbed), factors(done))
 
 
-def test_a_finished_run_goes_on_to_itself(place, stopped, undisturbed, capsys):
+def test_a_finished_run_resumes_to_itself(place, stopped, undisturbed, capsys):
     do(run_in(place, stopped.path), resume="auto")
     before = metrics(stopped)
     train(run_in(place, stopped.path), resume="auto")
@@ -238,7 +238,7 @@ def test_a_finished_run_goes_on_to_itself(place, stopped, undisturbed, capsys):
     assert "nothing was left to train: the checkpoint is of the last step" in capsys.readouterr().out
 
 
-def test_the_checkpoint_that_a_run_goes_on_from_is_removed_on_the_way(place, stopped, undisturbed, capsys):
+def test_the_checkpoint_that_a_run_resumes_from_is_rotated_away(place, stopped, undisturbed, capsys):
     train(run_in(place, stopped.path, training={"save_total_limit": 1}), resume="auto")
     assert f"resuming from {stopped.path}/checkpoint-4" in capsys.readouterr().out
     assert [path.name for path in stopped.checkpoints()] == ["checkpoint-6"]
@@ -254,7 +254,7 @@ def test_a_finished_run_without_checkpoints_is_not_thrown_away_by_resume(place, 
     assert same(kept, factors(done))
 
 
-def test_more_steps_can_be_added_and_what_changed_is_said(place, stopped, capsys):
+def test_more_steps_can_be_added_and_changes_are_noted(place, stopped, capsys):
     from lsr_scale.run.train import train
 
     train(run_in(place, stopped.path, training={"num_train_epochs": 2}), resume="auto")
@@ -295,14 +295,14 @@ def test_a_checkpoint_of_other_shapes_is_refused_with_them(place, stopped, tmp_p
         ("weight_decay", 0.1),
     ],
 )
-def test_an_optimizers_setting_that_the_checkpoint_keeps_is_not_said_to_change(place, stopped, field, value):
+def test_an_optimizers_setting_that_the_checkpoint_holds_cannot_be_changed(place, stopped, field, value):
     with pytest.raises(
         UserError, match=rf"saved by a run with another training\.{field}: .* -> .*; resume with its own"
     ):
         do(run_in(place, stopped.path, training={field: value}), resume="auto")
 
 
-def test_arguments_of_an_optimizer_that_the_checkpoint_keeps_are_not_said_to_change(place, tmp_path, stop_at):
+def test_arguments_of_an_optimizer_that_the_checkpoint_holds_cannot_be_changed(place, tmp_path, stop_at):
     stop_at(3)
     with pytest.raises(Killed):
         do(run_in(place, tmp_path, training={"optim": "sgd"}))
@@ -313,7 +313,7 @@ def test_arguments_of_an_optimizer_that_the_checkpoint_keeps_are_not_said_to_cha
 
 
 @pytest.mark.parametrize("change", [{"lr_scheduler_kwargs": {"factor": 0.5}}, {"lr_scheduler_type": "linear"}])
-def test_a_schedules_setting_that_the_checkpoint_keeps_is_not_said_to_change(place, tmp_path, stop_at, change):
+def test_a_schedules_setting_that_the_checkpoint_holds_cannot_be_changed(place, tmp_path, stop_at, change):
     schedule = {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps", "eval_steps": 1}
     schedule |= {"metric_for_best_model": "eval_loss", "logging_steps": 1}
     data = {"train": [str(place / "rows.jsonl")], "validation": [str(place / "rows.jsonl")]}
@@ -325,7 +325,7 @@ def test_a_schedules_setting_that_the_checkpoint_keeps_is_not_said_to_change(pla
     do(run_in(place, tmp_path, training=schedule, data=data), resume="auto")
 
 
-def test_more_epochs_go_on_at_the_rate_that_they_would_have_had(place, tmp_path):
+def test_added_epochs_have_the_rate_of_a_run_that_was_longer_from_the_beginning(place, tmp_path):
     rates = {}
     for name, lengths in (("longer", [2]), ("added", [1, 2])):
         for epochs in lengths:
@@ -348,14 +348,14 @@ def test_other_rows_a_step_are_refused_with_the_remedy(place, stopped):
         do(run, resume="auto")
 
 
-def test_the_same_rows_in_smaller_batches_go_on(place, stopped, capsys):
+def test_the_same_rows_in_smaller_batches_resume(place, stopped, capsys):
     training = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
     do(run_in(place, stopped.path, training=training), resume="auto")
     assert [row["step"] for row in metrics(stopped)] == [1, 2, 3, 4, 5, 6]
 
 
 @pytest.mark.parametrize("optim", ["sgd", "adafactor", "adamw_torch_fused", "paged_adamw_8bit", "lion_32bit"])
-def test_any_optimizer_goes_on_bit_for_bit(place, tmp_path, stop_at, optim):
+def test_any_optimizer_resumes_bit_for_bit(place, tmp_path, stop_at, optim):
     settings = {"training": {"optim": optim}, "eval": {"tasks": []}}
     whole = do(run_in(place, tmp_path / "whole", **settings))
     stop_at(5)
@@ -465,7 +465,7 @@ def config_file(place, tmp_path):
     return str(tmp_path / "run.yaml")
 
 
-def test_ctrl_c_gives_one_message_and_status_130_and_the_run_goes_on(place, undisturbed, tmp_path, stop_at, capfd):
+def test_ctrl_c_gives_one_message_and_status_130_and_the_run_resumes(place, undisturbed, tmp_path, stop_at, capfd):
     file = config_file(place, tmp_path)
     stop_at(3, signal.SIGINT)
     before = signal.getsignal(signal.SIGINT)
@@ -483,7 +483,7 @@ def test_ctrl_c_gives_one_message_and_status_130_and_the_run_goes_on(place, undi
     assert same(factors(undisturbed), factors(folder))
 
 
-def test_a_full_disk_in_a_checkpoint_leaves_the_one_before_to_go_on_from(
+def test_a_full_disk_in_a_checkpoint_leaves_the_one_before_to_resume_from(
     place, undisturbed, tmp_path, monkeypatch, capfd
 ):
     from lsr_scale.training.checkpoint import resumable
@@ -636,7 +636,7 @@ def test_a_manifest_that_leads_out_of_its_folder_is_damage(stopped, name):
     assert repr(name)[1:-1] in (damage(file.parent) or "").replace("\0", r"\x00")
 
 
-def test_a_refusal_while_going_on_leaves_every_file_as_it_was(place, stopped):
+def test_a_refusal_to_resume_leaves_every_file_as_it_was(place, stopped):
     before = contents(stopped.path)
     run = run_in(place, stopped.path, training={"lr_scheduler_kwargs": {"nonsense": 1}})
     for how in ("auto", str(stopped.path / "checkpoint-2")):
@@ -716,7 +716,7 @@ def test_other_validation_rows_and_questions_are_said_and_scores_left_to_their_q
     assert list(accuracy["asked"]) == ["after"]
 
 
-def test_a_run_of_before_there_was_a_record_of_its_data_goes_on_with_a_note(place, undisturbed, stopped, capsys):
+def test_a_run_without_a_record_of_its_data_resumes_with_a_note(place, undisturbed, stopped, capsys):
     stopped.data.unlink()
     train(run_in(place, stopped.path), resume="auto")
     assert (
@@ -725,7 +725,7 @@ def test_a_run_of_before_there_was_a_record_of_its_data_goes_on_with_a_note(plac
     assert same(factors(undisturbed), factors(stopped))
 
 
-def test_odd_lines_of_metrics_are_passed_over(place, stopped):
+def test_odd_lines_of_metrics_are_skipped(place, stopped):
     lines = stopped.metrics.read_text().splitlines()
     odd = ['{"step', "[1]", '{"step": "2"}', '{"loss": 1}', "9" * 5000, '{"step": 3, "wall_s": "x", "loss": []}']
     stopped.metrics.write_text("\n".join([odd[0], lines[0], *odd[1:], *lines[1:3], '{"step": 4}', *lines[4:]]) + "\n")
@@ -734,7 +734,7 @@ def test_odd_lines_of_metrics_are_passed_over(place, stopped):
     assert json.loads(stopped.results.read_text())["peak_memory_gib"] > 0
 
 
-def test_a_moved_base_is_named_when_a_run_goes_on(place, stopped, tmp_path, capsys):
+def test_a_moved_base_is_named_when_a_run_resumes(place, stopped, tmp_path, capsys):
     run = run_in(place, stopped.path, model={"name": str(tmp_path / "gone")})
     with pytest.raises(UserError, match=r"no such folder; .*if it lies elsewhere now: --set model\.name=FOLDER"):
         do(run, resume="auto")

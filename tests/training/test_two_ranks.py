@@ -1,4 +1,4 @@
-"""Two CPU processes under the launcher: every ZeRO stage, plain DDP, stopping and going on, and mistakes."""
+"""Two CPU processes under the launcher: every ZeRO stage, plain DDP, stopping and resuming, and mistakes."""
 
 import json
 import re
@@ -101,7 +101,7 @@ def test_fused_layers_have_the_same_losses_under_an_engine(ran):
     assert sharded == pytest.approx(fused, rel=1e-3)
 
 
-def test_zero3_shards_an_unquantized_base_and_saves_whole_factors(ran):
+def test_zero3_shards_an_unquantized_base_and_saves_unsharded_factors(ran):
     place, *_ = ran
     folder = RunFolder(place / "zero3-bfloat16")
     assert {n: t.shape for n, t in factors(folder).items()} == {
@@ -128,7 +128,7 @@ def test_zero3_scores_before_training_as_the_other_stages_do(ran, name):
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_a_stopped_run_goes_on_to_the_same_adapter_bit_for_bit(ran, name):
+def test_a_stopped_run_resumes_to_the_same_adapter_bit_for_bit(ran, name):
     place, *_ = ran
     whole, continued = RunFolder(place / name), RunFolder(place / f"{name}-stopped")
     assert same(factors(whole), factors(continued))
@@ -138,7 +138,7 @@ def test_a_stopped_run_goes_on_to_the_same_adapter_bit_for_bit(ran, name):
     assert [row["num_tokens"] for row in rows] == [row["num_tokens"] for row in expected]
 
 
-def test_a_run_stopped_in_its_second_epoch_goes_on_with_its_rows(ran):
+def test_a_run_stopped_in_its_second_epoch_resumes_with_its_rows(ran):
     place, *_ = ran
     whole, continued = RunFolder(place / "epochs"), RunFolder(place / "epochs-stopped")
     for name in ("num_tokens", "loss"):
@@ -150,7 +150,7 @@ CHANGES = ["zero3-to-zero2", "zero2-to-zero3", "one-to-zero1", "one-to-zero3"]
 
 
 @pytest.mark.parametrize("name", [*(f"{stage}-halved" for stage in STAGES), *CHANGES])
-def test_another_number_of_processes_or_engine_goes_on_with_the_same_samples(ran, name):
+def test_another_number_of_processes_or_engine_resumes_with_the_same_samples(ran, name):
     place, *_ = ran
     if name.endswith("-halved"):
         do(tiny_run(place, training={"output_dir": str(place / name)}, eval={"tasks": []}), resume="auto")
@@ -199,7 +199,7 @@ def there(ran):
         ("checkpoint-3", ["training.gradient_accumulation_steps=2"]),
     ],
 )
-def test_a_run_that_went_on_elsewhere_has_its_rows_on_any_number_of_processes(there, name, words, number):
+def test_a_run_that_was_resumed_elsewhere_has_its_rows_on_any_number_of_processes(there, name, words, number):
     run = load_run(there / "config.yaml", words)
     fitted, _ = select.fit(there / name, run, number)
     assert fitted.training["gradient_accumulation_steps"] == 2 // number
@@ -207,7 +207,7 @@ def test_a_run_that_went_on_elsewhere_has_its_rows_on_any_number_of_processes(th
 
 
 @pytest.mark.parametrize("number", [2, 1])
-def test_a_run_that_went_on_elsewhere_goes_on_from_its_own_config_file(ran, there, tmp_path, number):
+def test_a_run_that_was_resumed_elsewhere_resumes_from_its_own_config_file(ran, there, tmp_path, number):
     place, *_ = ran
     folder = tmp_path / "run"
     file = in_folder(there, folder)
@@ -273,7 +273,7 @@ def test_only_the_first_process_speaks_and_libraries_are_silent(ran):
     assert noise == []
 
 
-def test_a_mistake_is_said_once_and_ends_both_processes(place):
+def test_a_mistake_is_reported_once_and_ends_both_processes(place):
     run = tiny_run(place, training={"output_dir": str(place / "bad")}, adapter={"rank": 999})
     (place / "bad.yaml").write_text(dump_yaml(run))
     status, out, err = launch("deepspeed", ROOT / "launch" / "train.py", "--config", place / "bad.yaml")

@@ -1,4 +1,4 @@
-"""What is written on the screen: nothing that stands in a file, a name or a model's answer steers the terminal."""
+"""Output to the terminal: control characters in files, names or a model's answers are shown as escapes."""
 
 import os
 import shutil
@@ -52,7 +52,7 @@ def open_streams() -> None:
 
 
 def show_live(text: str) -> None:
-    """Put text on the live line in place of what stands there, "" clearing it; nothing where there is no terminal."""
+    """Replace the text of the live line, "" clearing it; does nothing where there is no terminal."""
     if sys.stdout.isatty():
         write(f"\r\x1b[2K{printable(text)[: terminal_width() - 1]}")
 

@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 def load_tasks(section: Any) -> dict[str, list[Example]]:
     """Return the examples of every source in an `eval` section, by the name that its scores are filed under.
 
-    The name is the task of the rows, else the end of the source's path; numbered where it stands twice.
+    The name is the task of the rows, else the end of the source's path; numbered where it comes twice.
 
     Raises:
         UserError: if a source cannot be read or a row does not fit.

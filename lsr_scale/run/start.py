@@ -50,10 +50,10 @@ class Start:
 
 @contextmanager
 def starting(run: RunConfig, name: str, resume: str | None, overwrite: bool) -> Iterator[Start]:
-    """Decide how a run starts, and keep its folder from other runs until it is left.
+    """Decide how a run starts, and keep its folder from other runs until the context is left.
 
-    The main process decides. Then a run that saved nothing has restored what an earlier one left in the folder, and a
-    folder with nothing in it is removed.
+    The main process decides. On leaving, what an earlier run left is restored if this one has saved no checkpoint, and
+    an empty folder is removed.
 
     Args:
         run: The run.
@@ -150,7 +150,7 @@ def claim(output_dir: str | None, name: str, resume: bool, overwrite: bool) -> I
 
 
 def begin(start: Start, data: RunData) -> list[str]:
-    """Make the folder this run's, once nothing stands in its way any more; every process takes part.
+    """Make the folder this run's, once its data and model are ready; every process takes part.
 
     What an earlier run left is set aside until this one has saved a checkpoint; the checkpoints among it are returned.
 
@@ -168,7 +168,7 @@ def begin(start: Start, data: RunData) -> list[str]:
             Backup(folder).set_aside([*folder.written(), *outdated], (), after)
         for path in folder.path.glob(".checkpoint-*.part"):  # a kill left it in the middle of a save
             files.remove(path)
-        if start.in_place and folder.nonfinite.exists():  # the later steps are repeated, and noted again
+        if start.in_place and folder.nonfinite.exists():  # the later steps are repeated, and recorded again
             truncate(folder.nonfinite, after)
         files.write_json(folder.environment, files.environment())
         files.write_json(folder.data, data.sources)

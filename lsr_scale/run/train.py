@@ -60,7 +60,7 @@ def train(
         The run's folder.
 
     Raises:
-        UserError: for what a user can mend.
+        UserError: for what a user can fix.
         Terminated: if a signal ended the run.
     """
     began = time.monotonic()

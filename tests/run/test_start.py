@@ -1,5 +1,6 @@
 """A folder is a run's by what only a run writes; an earlier run goes once a new one has saved a checkpoint."""
 
+import errno
 import json
 import os
 import shutil
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from lsr_scale import UserError, cli, files
+from lsr_scale.run import lock
 from lsr_scale.run.backup import Backup, restore
 from lsr_scale.run.folder import MANIFEST, RunFolder
 from lsr_scale.run.start import claim
@@ -282,21 +284,46 @@ def test_a_full_disk_while_setting_aside_is_reported_and_everything_is_restored(
 @pytest.mark.parametrize("kind", ["link", "pipe", "folder", "file of somebody's"])
 def test_a_lock_that_is_none_is_refused_and_stays_as_it_is(tmp_path, kind):
     folder = a_run(tmp_path / "run")
-    lock, kept = folder.path / ".lock", write(tmp_path / "precious", "mine")
+    file, kept = folder.path / ".lock", write(tmp_path / "precious", "mine")
     if kind == "link":
-        lock.symlink_to(kept)
+        file.symlink_to(kept)
     elif kind == "pipe":
-        os.mkfifo(lock)
+        os.mkfifo(file)
     elif kind == "folder":
-        lock.mkdir()
+        file.mkdir()
     else:
-        write(lock, "mine")
+        write(file, "mine")
     with pytest.raises(UserError, match=r"\.lock: a run's lock belongs here, but this is none; move it away"):
         take(folder.path, overwrite=True)
-    assert os.path.lexists(lock)
+    assert os.path.lexists(file)
     assert kept.read_text() == "mine"
-    lock.rename(tmp_path / "away")
+    file.rename(tmp_path / "away")
     take(folder.path, overwrite=True)
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_where_storage_has_no_locks_a_run_does_without(tmp_path, monkeypatch, number):
+    def no_locks(*_):
+        raise OSError(number, os.strerror(number))
+
+    folder = a_run(tmp_path / "run")
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    assert take(folder.path, overwrite=True) == folder
+
+
+def test_a_lock_that_its_holder_removes_meanwhile_is_taken(tmp_path, monkeypatch):
+    folder = a_run(tmp_path / "run")
+    acquire, tries = lock.FileLock.acquire, []
+
+    def just_too_early(self, *args, **kwargs):
+        tries.append(1)
+        if len(tries) == 1:
+            raise lock.Timeout(self.lock_file)
+        return acquire(self, *args, **kwargs)
+
+    monkeypatch.setattr(lock.FileLock, "acquire", just_too_early)
+    assert take(folder.path, overwrite=True) == folder
+    assert len(tries) == 2
 
 
 def test_a_lock_that_a_kill_left_is_taken(tmp_path):

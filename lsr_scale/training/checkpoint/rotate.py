@@ -27,7 +27,7 @@ def remove(checkpoint: Path) -> None:
 
 
 def rotate(folder: RunFolder, limit: int | None, keep: Collection[int]) -> None:
-    """Remove the oldest checkpoints beyond a limit, by the steps that they are of.
+    """Remove the oldest checkpoints beyond a limit, by their steps.
 
     Args:
         folder: The run's.

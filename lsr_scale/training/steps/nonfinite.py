@@ -55,7 +55,7 @@ def handle_nonfinite_loss(trainer: Any, loss: float, inputs: dict[str, Any], ste
         return
     raise UserError(
         f"training diverged: the loss is {loss} at step {step + 1}, on rows {rows} of the training data (process "
-        f"{process}; the tokens are in {file}); {_REMEDY.format(more=' or mend these rows')}"
+        f"{process}; the tokens are in {file}); {_REMEDY.format(more=' or fix these rows')}"
     )
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 
-def hold_in_float32(model: PeftModel, saved: Path | None = None) -> None:
+def cast_modules_to_save(model: PeftModel, saved: Path | None = None) -> None:
     """Hold in float32 what trains whole; around it the base computes in its own dtype, but for logits.
 
     Args:

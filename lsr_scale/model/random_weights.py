@@ -16,16 +16,16 @@ from transformers.modeling_utils import local_torch_dtype
 from transformers.quantizers import AutoHfQuantizer
 
 
-def random_base(
+def init_random_weights(
     model: PreTrainedModel,
     quantizer: BitsAndBytesConfig | None,
     device: torch.device,
     shard: Callable[[nn.Module], None] = lambda module: None,
 ) -> PreTrainedModel:
-    """Fill a skeleton with the random weights that its architecture starts training with, in place.
+    """Give a model on the meta device the random weights of its architecture's initialization, in place.
 
     Args:
-        model: The model on the meta device, see `lsr_scale.model.skeleton`.
+        model: The model, see `lsr_scale.model.meta_model`.
         quantizer: How to quantize its linear layers; None leaves them in their dtype.
         device: Where to. Deterministic by torch's seed, per kind of device.
         shard: Told each module whose weights are in place, see `lsr_scale.model.shard.Sharding`.

@@ -16,8 +16,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lsr_scale import files
 from lsr_scale.errors import UserError, did_you_mean
-from lsr_scale.model.base import load_config
-from lsr_scale.model.names import NAME_FORMS, explained, resolve
+from lsr_scale.model.architecture import load_config
+from lsr_scale.model.load_errors import explain_load_errors
+from lsr_scale.model.names import NAME_FORMS, resolve
 from lsr_scale.paths import is_odd, user_path
 
 logger = logging.getLogger(__name__)
@@ -246,7 +247,7 @@ def load_tokenizer(
 
 
 def _read(path: str, revision: str | None, name: str) -> PreTrainedTokenizerBase:
-    with explained(name, revision):
+    with explain_load_errors(name, revision):
         try:
             tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
             if not isinstance(tokenizer.model_max_length, int | float):

@@ -21,7 +21,7 @@ from lsr_scale.adapters.inject import inject
 from lsr_scale.adapters.methods.kron_lora import BLOCK_SIZE
 from lsr_scale.adapters.peft import features
 from lsr_scale.errors import UserError
-from lsr_scale.model import DTYPES, load_config, skeleton
+from lsr_scale.model import DTYPES, load_config, meta_model
 
 Sizes = list[tuple[int, int]]
 
@@ -107,7 +107,7 @@ def propose(
         UserError: for an unknown model or target, or a budget that not even the smallest adapter fits.
     """
     config = load_config(model, revision)
-    sizes = _sizes(skeleton(config, task, num_labels, DTYPES["bfloat16"], "auto"), targets, task)  # pyright: ignore
+    sizes = _sizes(meta_model(config, task, num_labels, DTYPES["bfloat16"], "auto"), targets, task)  # pyright: ignore
     hidden = config.get_text_config().hidden_size
     found = [p for p in (_lsr(sizes, budget, hidden), _kron_lora(sizes, budget, hidden)) if p is not None]
     lora_one = sum(map(sum, sizes))

@@ -137,7 +137,7 @@ def _mask(batch_size: int, q_length: int, kv_length: int, *args: Any, device: An
 
 
 def attention_name(masked: bool) -> str:
-    """Return the name of the stand-in to build a skeleton with, known to Transformers from here on."""
+    """Return the name of the stand-in to build a meta model with, known to Transformers from here on."""
     name = "lsr_scale_masked" if masked else "lsr_scale_plain"
     AttentionInterface.register(name, _attention)
     AttentionMaskInterface.register(name, _mask if masked else lambda *args, **kwargs: None)
@@ -169,7 +169,7 @@ class _QuantizedLinear(torch.autograd.Function):
 
 
 def count_dequantization(model: nn.Module, names: Iterable[str], kind: str) -> None:
-    """Let the named linear layers of a skeleton count the dequantization of their weights; before adapters go on."""
+    """Let the named linear layers of a meta model count the dequantization of their weights; before adapters go on."""
 
     def forward_of(layer: Any) -> Callable[[Tensor], Tensor]:
         def forward(x: Tensor) -> Tensor:
@@ -222,7 +222,7 @@ def trace_step(
     The model is used up: its layers are cut to two and its tensors become fake ones.
 
     Args:
-        model: The adapted skeleton, built with `attention_name` and prepared with `count_dequantization`.
+        model: The adapted meta model, built with `attention_name` and prepared with `count_dequantization`.
         batch: The micro-batch.
         task: "causal_lm" or "seq_cls".
         supervised: Positions that the loss is taken at; all but one a row by default.

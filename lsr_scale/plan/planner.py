@@ -30,7 +30,7 @@ from lsr_scale.config.deepspeed import SHIPPED
 from lsr_scale.config.training import checkpoints_layers
 from lsr_scale.fused import fuse
 from lsr_scale.fused.fallback import DECODER_LAYERS
-from lsr_scale.model import DTYPES, check_quantization, load_config, skeleton
+from lsr_scale.model import DTYPES, check_quantization, load_config, meta_model
 from lsr_scale.plan import memory
 from lsr_scale.plan.sizes import FrozenBytes, adapter_file_bytes, frozen_bytes, quantized_layers
 
@@ -248,7 +248,7 @@ def _skeleton(run: RunConfig, config: Any, masked: bool) -> Any:
     section = run.model
 
     def build(attention: str) -> Any:
-        return skeleton(config, section.task, section.num_labels, DTYPES[section.dtype], attention)
+        return meta_model(config, section.task, section.num_labels, DTYPES[section.dtype], attention)
 
     own = build("auto" if section.attention == "flash_attention_2" else section.attention)
     if own.config._attn_implementation == "eager" and section.attention != "flash_attention_2":
@@ -274,7 +274,7 @@ def _fused_step(run: RunConfig, config: Any, batch: memory.Batch) -> dict[bool, 
     section = run.model
     if run.training["fused"] == "off" or section.attention not in ("auto", "sdpa"):
         return None
-    base = skeleton(config, section.task, section.num_labels, DTYPES[section.dtype], section.attention)
+    base = meta_model(config, section.task, section.num_labels, DTYPES[section.dtype], section.attention)
     if not any(type(module) in DECODER_LAYERS for module in base.modules()):
         return None
     model = _adapted(run, base).train()

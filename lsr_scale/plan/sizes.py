@@ -1,4 +1,4 @@
-"""Exact sizes in bytes, from a skeleton: the frozen base as bitsandbytes holds it, and an adapter's file."""
+"""Exact sizes in bytes, from a model on the meta device: the frozen base as bitsandbytes holds it, and an adapter's file."""
 
 import json
 from dataclasses import dataclass
@@ -46,7 +46,7 @@ class FrozenBytes:
 
 
 def quantized_layers(model: Any) -> list[str]:
-    """Return the linear layers of a skeleton that quantization replaces."""
+    """Return the linear layers of a meta model that quantization replaces."""
     skip = HfQuantizer.get_modules_to_not_convert(model, head_modules(model), model._keep_in_fp32_modules)
     return [
         name
@@ -56,7 +56,7 @@ def quantized_layers(model: Any) -> list[str]:
 
 
 def frozen_bytes(model: nn.Module, quantized: list[str], quantization: str, double_quantization: bool) -> FrozenBytes:
-    """Return the exact bytes of a base as bitsandbytes holds it, from its skeleton.
+    """Return the exact bytes of a base as bitsandbytes holds it, from its meta model.
 
     4-bit: two weights a byte; a float32 scale per block of 64, or with double quantization a uint8 scale per block, a
     float32 scale per 256 blocks and one float32 offset; a table of 16 float32 values per layer, and one of 256 for all.

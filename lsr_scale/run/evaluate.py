@@ -22,8 +22,8 @@ from lsr_scale.data.preview import prepare_tokenizer, row_check, tokenize_classi
 from lsr_scale.data.readers import check_characters
 from lsr_scale.data.tasks import Example, examples
 from lsr_scale.errors import UserError, printable
-from lsr_scale.model import base_of, tokenizer_of
-from lsr_scale.model.names import elsewhere
+from lsr_scale.model import load_base_for, tokenizer_of
+from lsr_scale.model.load_errors import suggest_base_option
 from lsr_scale.model.tokenizer import end_tokens, render_chat
 from lsr_scale.run.folder import RunFolder, open_run
 from lsr_scale.scoring import classification, score
@@ -296,13 +296,13 @@ def load_run_model(
     folder, run = open_trained(path, base_only, tasks)
     if base is not None:
         run = run.model_copy(update={"model": run.model.model_copy(update={"name": base, "revision": None})})
-    with elsewhere(base):
+    with suggest_base_option(base):
         return _load(folder, run, base_only)
 
 
 def _load(folder: RunFolder, run: RunConfig, base_only: bool) -> tuple[Any, Any, RunConfig]:
     tokenizer = tokenizer_of(run, folder.tokenizer)
-    model: Any = base_of(run.model, run.training["seed"])
+    model: Any = load_base_for(run.model, run.training["seed"])
     if not base_only:
         model, notes = load_adapter(model, folder.adapter)
         targets = run.adapter.options.get("target_modules")

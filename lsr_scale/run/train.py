@@ -16,7 +16,7 @@ from lsr_scale.config import RunConfig
 from lsr_scale.errors import UserError
 from lsr_scale.model import save_tokenizer
 from lsr_scale.model.gather import reshard
-from lsr_scale.model.names import elsewhere
+from lsr_scale.model.load_errors import suggest_base_option
 from lsr_scale.paths import user_path
 from lsr_scale.run import evaluate
 from lsr_scale.run.folder import RunFolder, step_of
@@ -119,7 +119,7 @@ def _train(
     stop = StopOnSignal(say)
     watch = WatchCondition(run.training["condition_tolerance"], run.training["condition_guard"], say)
     # in this order: progress refuses what is not finite, and records what was measured before it
-    with elsewhere(None if checkpoint else run.model.name, "--set model.name=FOLDER"):
+    with suggest_base_option(None if checkpoint else run.model.name, "--set model.name=FOLDER"):
         data = read_data(run, checkpoint, say)
         if checkpoint:
             for note in select.check_data(checkpoint, data.sources):

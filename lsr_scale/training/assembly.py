@@ -42,7 +42,7 @@ from lsr_scale.data.tally import TalliesRows, Tally
 from lsr_scale.errors import UserError, did_you_mean
 from lsr_scale.fused import FuseReport, fuse
 from lsr_scale.fused.cuda_graphs import StepGraphs, graphs_fallback_reason
-from lsr_scale.model import base_of, load_config, read_tokenizer, skeleton, tokenizer_of
+from lsr_scale.model import load_base_for, load_config, meta_model, read_tokenizer, tokenizer_of
 from lsr_scale.model.shard import Sharding, is_sharded
 from lsr_scale.model.tokenizer import has_tokenizer, same_state
 from lsr_scale.run.folder import RunFolder
@@ -133,7 +133,7 @@ def build_trainer(
         say(f"note: deepspeed.config: {', '.join(unused)}: no effect, {how}")
     with only_new_warnings():
         seed, sharding = run.training["seed"], _sharding(run, start)
-        base = base_of(run.model, seed, sharding, lambda line: say(f"note: {line}"))
+        base = load_base_for(run.model, seed, sharding, lambda line: say(f"note: {line}"))
         model, differences = adapt(run, base, start)
     targets = run.adapter.options.get("target_modules")
     for note in (*differences, *left_out(model, run.model.quantization, targets, run.model.dtype)):
@@ -206,7 +206,7 @@ def check_run_fits(run: RunConfig, data: RunData) -> None:
     """
     section = run.model
     model_config = load_config(section.name, section.revision)
-    empty = partial(skeleton, model_config, section.task, section.num_labels)
+    empty = partial(meta_model, model_config, section.task, section.num_labels)
     parts = {"train": data.train, "validation": data.validation}
     given = {name: dataset for name, dataset in parts.items() if dataset is not None}
     check_fits(given, data.kind, data.tokenizer, model_config, run.training, empty)

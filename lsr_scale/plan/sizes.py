@@ -1,4 +1,4 @@
-"""Exact sizes in bytes, from a model on the meta device: the frozen base as bitsandbytes holds it, and an adapter's file."""
+"""Exact sizes in bytes, without weights: the frozen base as bitsandbytes stores it, and an adapter's file."""
 
 import json
 from dataclasses import dataclass

@@ -88,7 +88,7 @@ def fused_against_unfused(device: torch.device, trial: Trial) -> tuple[float, st
 
     from lsr_scale.fused import fuse
     from lsr_scale.kernels.attention import Sequences, choose_backend
-    from lsr_scale.model import DTYPES, head_modules, quantization_config, meta_model
+    from lsr_scale.model import DTYPES, head_modules, meta_model, quantization_config
     from lsr_scale.model.random_weights import init_random_weights
 
     dtype = DTYPES[trial.base["dtype"]]

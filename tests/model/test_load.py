@@ -193,7 +193,7 @@ def test_weights_of_another_model_are_refused(copied, quantization):
     tensors = safetensors.torch.load_file(file)
     lost = {k: v for k, v in tensors.items() if "layers.1.mlp.up_proj" not in k}
     safetensors.torch.save_file(lost, file, metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"lack model\.layers\.1\.mlp\.up_proj\.weight"):
+    with pytest.raises(UserError, match=r"have no model\.layers\.1\.mlp\.up_proj\.weight"):
         load_base(str(copied), quantization=quantization, device=CPU)
     safetensors.torch.save_file(tensors, file, metadata={"format": "pt"})
     config = json.loads((copied / "config.json").read_text())

@@ -15,15 +15,15 @@ NAME_FORMS = "a hub name (organization/model), a local folder with a config.json
 
 
 def resolve(name: str) -> str:
-    """Return what Transformers loads a model by: a local folder, or the hub name unchanged.
+    """Return the path or hub name that Transformers loads a model from.
 
-    `builtin:` names are converted into a folder on first use (see `builtin`).
+    A `builtin:` model is converted into a folder on first use (see `builtin`).
 
     Raises:
-        UserError: for a folder that is not there, a file, or a name that no model can have.
+        UserError: for a folder that does not exist, a file, or a name that no model can have.
     """
     if name.startswith(builtin.PREFIX):
-        return str(builtin.ensure(name))
+        return str(builtin.ensure_converted(name))
     folder = local_folder(name)
     return name if folder is None else str(folder)
 

@@ -28,7 +28,7 @@ FILE_BYTES = 5 * 10**9
 
 def write_base(name: str, folder: Path, layers: int | None) -> int:
     """Write a folder of random weights in a model's shapes; return the number of parameters."""
-    from lsr_scale.model import skeleton
+    from lsr_scale.model import meta_model
     from lsr_scale.model.known_configs import known_config
 
     config = known_config(name)
@@ -50,7 +50,7 @@ def write_base(name: str, folder: Path, layers: int | None) -> int:
         places.update(dict.fromkeys(held, f"model-{files:05}.safetensors"))
         held, size = {}, 0
 
-    for key, value in skeleton(config, dtype=torch.bfloat16).named_parameters():
+    for key, value in meta_model(config, dtype=torch.bfloat16).named_parameters():
         if tuple(value.shape) not in noise:
             noise[tuple(value.shape)] = (torch.randn(value.shape, generator=generator) * 0.02).bfloat16()
         held[key] = noise[tuple(value.shape)].clone()
@@ -69,13 +69,13 @@ def write_adapter(base: Path, folder: Path, quantization: str) -> None:
     from transformers import AutoConfig
 
     from lsr_scale.adapters import METHODS, peft_config
-    from lsr_scale.model import skeleton
+    from lsr_scale.model import meta_model
 
     config = peft_config("lsr", {"target_modules": SEVEN, "rank": 16, "separation_rank": 16}, "CAUSAL_LM")
     folder.mkdir(parents=True)
     config.save_pretrained(str(folder))
     tensors, shapes = {}, {}
-    for name, module in skeleton(AutoConfig.from_pretrained(base)).named_modules():
+    for name, module in meta_model(AutoConfig.from_pretrained(base)).named_modules():
         if name.rpartition(".")[2] in SEVEN:
             for factor, shape in (
                 METHODS["lsr"].parameter_shapes(module.in_features, module.out_features, config).items()

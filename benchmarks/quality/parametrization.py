@@ -31,7 +31,7 @@ from lsr_scale.adapters.methods.kron_lora import KronLora, KronLoraConfig
 from lsr_scale.adapters.methods.lsr import Lsr, LsrConfig
 from lsr_scale.data.sources import load_rows
 from lsr_scale.data.tasks import examples
-from lsr_scale.model.builtin import ensure
+from lsr_scale.model.builtin import ensure_converted
 from lsr_scale.scoring import encode_pairs
 
 TASKS = ("arc_easy", "arc_challenge", "openbookqa")
@@ -293,7 +293,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
-    folder = ensure("builtin:smollm2-135m-instruct")
+    folder = ensure_converted("builtin:smollm2-135m-instruct")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, attn_implementation="sdpa").cuda()
     model.eval().requires_grad_(False)

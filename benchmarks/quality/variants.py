@@ -296,10 +296,10 @@ def main() -> int:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from lsr_scale import files
-    from lsr_scale.model.builtin import ensure
+    from lsr_scale.model.builtin import ensure_converted
 
     began = time.monotonic()
-    folder = ensure("builtin:smollm2-135m-instruct")
+    folder = ensure_converted("builtin:smollm2-135m-instruct")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, attn_implementation="sdpa")

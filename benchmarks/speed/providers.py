@@ -34,15 +34,15 @@ def model_config(config: dict[str, Any]) -> Any:
 
 def random_model(config: dict[str, Any]) -> Any:
     """Return the model with random weights, quantized layer by layer as it is made; the same for every provider."""
-    from lsr_scale.model.base import head_modules, quantization_config, skeleton
-    from lsr_scale.model.random_weights import random_base
+    from lsr_scale.model import head_modules, meta_model, quantization_config
+    from lsr_scale.model.random_weights import init_random_weights
 
     torch.manual_seed(config["seed"])
-    empty = skeleton(model_config(config), "causal_lm", dtype=torch.bfloat16, attention="sdpa")
+    empty = meta_model(model_config(config), "causal_lm", dtype=torch.bfloat16, attention="sdpa")
     kind = "none" if config["base"] == "bf16" else config["base"]
     quantizer = quantization_config(kind, True, torch.bfloat16, head_modules(empty))
     device = torch.device("cuda", 0) if config["device"] == "cuda" else torch.device("cpu")
-    model = random_base(empty, quantizer, device)
+    model = init_random_weights(empty, quantizer, device)
     model.requires_grad_(False)
     model.config.use_cache = False
     return model

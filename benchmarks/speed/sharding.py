@@ -230,7 +230,7 @@ def main() -> None:
     from lsr_scale import cli, distributed, files
     from lsr_scale.model import load_config
 
-    cli._quiet_libraries(debug=False)
+    cli.quiet_libraries(debug=False)
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ.setdefault(name, value)
     if "MASTER_PORT" not in os.environ:  # alone, without a launcher

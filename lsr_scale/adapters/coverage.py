@@ -10,7 +10,7 @@ from torch import nn
 
 from lsr_scale.adapters.identity import base_modules
 from lsr_scale.adapters.peft import features
-from lsr_scale.model.base import head_modules
+from lsr_scale.model.architecture import head_modules
 from lsr_scale.model.shard import full_numel
 
 # of all weights; less is not worth a line (routers, biases of attention)
@@ -29,7 +29,7 @@ def left_out(
         quantization: How linear layers were to be held.
         targets: The adapter's `target_modules` as the user wrote it.
         dtype: Name of the dtype that the rest is held in.
-        quantized: Names of the layers that will be quantized, where the model is a skeleton.
+        quantized: Names of the layers that will be quantized, where the model is on the meta device.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     heads = tuple(f"{name}." for name in head_modules(base) or ())

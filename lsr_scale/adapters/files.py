@@ -20,7 +20,7 @@ from lsr_scale import distributed, files
 from lsr_scale.adapters.identity import base_description, check_base
 from lsr_scale.adapters.saved import BASE, check_own_base, read_base, read_config, read_weights
 from lsr_scale.errors import UserError
-from lsr_scale.layers.fp32_modules import hold_in_float32
+from lsr_scale.layers.fp32_modules import cast_modules_to_save
 from lsr_scale.model.shard import is_sharded
 from lsr_scale.paths import user_path
 from lsr_scale.run.folder import ADAPTER_FILES
@@ -103,7 +103,7 @@ def load_adapter(base: Any, folder: Path, trainable: bool = False) -> tuple[Peft
     wrong = _misfits(model, stored)
     if wrong:
         raise UserError(f"{folder}: the weights are not those that adapter_config.json describes\n" + "\n".join(wrong))
-    hold_in_float32(model, folder)
+    cast_modules_to_save(model, folder)
     return model, notes
 
 

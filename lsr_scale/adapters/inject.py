@@ -12,8 +12,8 @@ from torch import nn
 from lsr_scale import adapters
 from lsr_scale.adapters.peft import features, last_names
 from lsr_scale.errors import UserError, did_you_mean
-from lsr_scale.layers.fp32_modules import hold_in_float32
-from lsr_scale.model.base import head_modules
+from lsr_scale.layers.fp32_modules import cast_modules_to_save
+from lsr_scale.model.architecture import head_modules
 
 # the heads that PEFT trains whole beside the adapter of a classifier; others it would leave at random
 _PEFT_HEADS = ("classifier", "score")
@@ -42,7 +42,7 @@ def inject(base: Any, method: str, options: Mapping[str, Any], task: str) -> Pef
     except (ValueError, TypeError) as error:
         raise UserError(f"adapter.target_modules: {_refusal(base, config, error)}") from error
     check_linear(model)
-    hold_in_float32(model)
+    cast_modules_to_save(model)
     return model
 
 

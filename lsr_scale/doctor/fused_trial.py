@@ -88,18 +88,18 @@ def fused_against_unfused(device: torch.device, trial: Trial) -> tuple[float, st
 
     from lsr_scale.fused import fuse
     from lsr_scale.kernels.attention import Sequences, choose_backend
-    from lsr_scale.model import DTYPES, head_modules, quantization_config, skeleton
-    from lsr_scale.model.random_weights import random_base
+    from lsr_scale.model import DTYPES, head_modules, meta_model, quantization_config
+    from lsr_scale.model.random_weights import init_random_weights
 
     dtype = DTYPES[trial.base["dtype"]]
-    empty = skeleton(trial.config, dtype=dtype)
+    empty = meta_model(trial.config, dtype=dtype)
     quantizer = quantization_config(
         trial.base["quantization"], trial.base["double_quantization"], dtype, head_modules(empty)
     )
     loss_and_gradients, report = [], None
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(0)
-        base = random_base(empty, quantizer, device)
+        base = init_random_weights(empty, quantizer, device)
         freeze_quantized(base)  # as a run does it
         model: Any = get_peft_model(base, trial.adapter).train()
         with torch.no_grad():

@@ -22,7 +22,7 @@ from lsr_scale.export import pairs as lora
 from lsr_scale.export.card import write_card
 from lsr_scale.export.source import AdapterSource, describe_file, open_adapter
 from lsr_scale.export.verify import EXACT, Agreement, Reference, base_section, questions_of
-from lsr_scale.model.names import elsewhere
+from lsr_scale.model.load_errors import suggest_base_option
 from lsr_scale.model.tokenizer import copy_tokenizer
 from lsr_scale.paths import user_path
 
@@ -103,7 +103,7 @@ def export(
     started = time.perf_counter()
     source = open_adapter(path)
     check_own_base(source.folder, source.config)
-    with elsewhere(base), _appears_whole(user_path(out, "--out")) as folder:
+    with suggest_base_option(base), _appears_whole(user_path(out, "--out")) as folder:
         facts: dict[str, Any] = {}
         if kind == "adapter":
             lora.write_factors(folder, source, bits, lora.metadata_of(source, kind, bits=bits))

@@ -23,9 +23,9 @@ from lsr_scale.adapters.packing import in_range
 from lsr_scale.errors import UserError
 from lsr_scale.export.source import AdapterSource
 from lsr_scale.layers.frozen_linear import dequantize
-from lsr_scale.model import DTYPES, head_modules, load_config, quantization_config, resolve, skeleton
+from lsr_scale.model import DTYPES, head_modules, load_config, meta_model, quantization_config, resolve
 from lsr_scale.model.folder_checks import read_json
-from lsr_scale.model.names import explained
+from lsr_scale.model.load_errors import explain_load_errors
 from lsr_scale.model.tokenizer import copy_tokenizer, end_tokens, has_tokenizer, read_tokenizer, same_state
 
 SHARD_BYTES = 2**28
@@ -60,14 +60,14 @@ class MergedWeights:
             from huggingface_hub import snapshot_download
 
             wanted = ["*.safetensors*", "*.json", "*.jinja", "*.txt", "tokenizer*"]
-            with explained(section["name"], section["revision"]):
+            with explain_load_errors(section["name"], section["revision"]):
                 found = snapshot_download(section["name"], revision=section["revision"], allow_patterns=wanted)
             self.path = Path(found)
         self.files = _files(self.path)
         self.dtype = DTYPES[section.get("dtype", "bfloat16")]
-        self.skeleton = skeleton(self.config, dtype=self.dtype)
-        self.quantized = _Quantized(self.skeleton, section, self.dtype)
-        names = dict(self.skeleton.named_parameters(remove_duplicate=False)) | dict(self.skeleton.named_buffers())
+        self.meta_model = meta_model(self.config, dtype=self.dtype)
+        self.quantized = _Quantized(self.meta_model, section, self.dtype)
+        names = dict(self.meta_model.named_parameters(remove_duplicate=False)) | dict(self.meta_model.named_buffers())
         self.shapes = {name: shape for file in self.files for name, shape in _shapes(file)}
         lacking = sorted(f"{module}.weight" for module in source.modules if f"{module}.weight" not in self.shapes)
         unknown = sorted(set(self.shapes) - set(names))
@@ -129,9 +129,9 @@ def write_merged(
     written: dict[str, Any] = weights.config.to_dict()
     written.pop("quantization_config", None)
     written["dtype"] = str(out_dtype).removeprefix("torch.")
-    written["architectures"] = [type(weights.skeleton).__name__]
+    written["architectures"] = [type(weights.meta_model).__name__]
     if requantize:
-        again = quantization_config("nf4", True, weights.dtype, head_modules(weights.skeleton))
+        again = quantization_config("nf4", True, weights.dtype, head_modules(weights.meta_model))
         assert again is not None
         written["quantization_config"] = again.to_dict()
     if (weights.path / "generation_config.json").is_file():

@@ -1,1 +1,1 @@
-"""Layers that are no method: frozen quantized linears, and what trains in float32 beside an adapter."""
+"""Layers that are no adapter method: frozen (quantized) linears, and `modules_to_save` in float32."""

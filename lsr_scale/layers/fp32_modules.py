@@ -1,4 +1,4 @@
-"""Modules trained whole beside an adapter (`modules_to_save`), in float32: bfloat16 would round small updates away."""
+"""`modules_to_save`, which train fully beside an adapter, in float32: bfloat16 would round small updates away."""
 
 from pathlib import Path
 from typing import Any
@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 
-def hold_in_float32(model: PeftModel, saved: Path | None = None) -> None:
-    """Hold in float32 what trains whole; around it the base computes in its own dtype, but for logits.
+def cast_modules_to_save(model: PeftModel, saved: Path | None = None) -> None:
+    """Cast `modules_to_save` to float32, in place; their outputs are cast back to the base's dtype, logits are not.
 
     Args:
-        model: With the adapter in it.
-        saved: Folder that it was loaded from; what trains whole is read again, for loading rounded it.
+        model: A model with its adapter.
+        saved: The adapter's folder; weights of `modules_to_save` are read from it again, since PEFT rounded them to
+            the base's dtype.
     """
     base: Any = model.get_base_model()
     wrappers = {name: m for name, m in model.named_modules() if isinstance(m, ModulesToSaveWrapper)}
@@ -25,7 +26,7 @@ def hold_in_float32(model: PeftModel, saved: Path | None = None) -> None:
     for wrapper in wrappers.values():
         for copy in wrapper.modules_to_save.values():
             copy.float()
-            vars(copy)["dtype_around"] = base.dtype if id(wrapper) in body else None
+            vars(copy)["output_dtype"] = base.dtype if id(wrapper) in body else None
             if not isinstance(copy, _Float32):
                 copy.__class__ = type(f"Float32{type(copy).__name__}", (_Float32, type(copy)), {})
     if saved is not None:
@@ -35,20 +36,20 @@ def hold_in_float32(model: PeftModel, saved: Path | None = None) -> None:
 
 
 class _Float32(nn.Module):
-    """Goes before a module's class: it is called with what the base computes, in another dtype than its weights.
+    """Mixin before a module's class that casts its inputs to float32, and its output back.
 
-    A subclass, not hooks: fused layers and heads that see hooks step aside.
+    A subclass, not hooks: fused layers and heads with hooks fall back.
     """
 
-    dtype_around: torch.dtype | None  # of what is returned; None leaves it in float32
+    output_dtype: torch.dtype | None  # None leaves the output in float32
 
     def forward(self, *inputs: Any, **options: Any) -> Any:
         """Compute in float32."""
-        given, named = _cast((inputs, options), torch.float32)
-        output = super().forward(*given, **named)
-        return output if self.dtype_around is None else _cast(output, self.dtype_around)
+        inputs, options = _cast((inputs, options), torch.float32)
+        output = super().forward(*inputs, **options)
+        return output if self.output_dtype is None else _cast(output, self.output_dtype)
 
 
 def _cast(values: Any, dtype: torch.dtype) -> Any:
-    """Return values, in whatever they are, with floating-point tensors in a dtype."""
+    """Return a pytree with its floating-point tensors cast to a dtype."""
     return tree_map_only(Tensor, lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor, values)

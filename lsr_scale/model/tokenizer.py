@@ -1,6 +1,6 @@
 """The tokenizer of a run: its end token, padding and chat template, the same in training, generation and every export.
 
-It is made from the base's once, when a run begins, and lies in the run folder from then on.
+It is made from the base's once, when a run begins, and is in the run folder from then on.
 """
 
 import copy
@@ -16,13 +16,14 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lsr_scale import files
 from lsr_scale.errors import UserError, did_you_mean
-from lsr_scale.model.base import load_config
-from lsr_scale.model.names import NAME_FORMS, explained, resolve
+from lsr_scale.model.architecture import load_config
+from lsr_scale.model.load_errors import explain_load_errors
+from lsr_scale.model.names import NAME_FORMS, resolve
 from lsr_scale.paths import is_special_file, user_path
 
 logger = logging.getLogger(__name__)
 
-# Tokens that published vocabularies hold for padding, or that no text becomes, best first.
+# Tokens of published vocabularies for padding, or that no text is encoded to, best first.
 PAD_CANDIDATES = (
     *("<|finetune_right_pad_id|>", "<|finetune_right_pad|>", "<pad>", "[PAD]", "<|pad|>", "<|PAD_TOKEN|>"),
     *("<unk>", "<|endoftext|>", "[control_8]", "<|reserved_special_token_0|>", "<|vision_pad|>"),
@@ -41,9 +42,9 @@ def tokenizer_of(
 
     Args:
         run: The run (`RunConfig`).
-        saved: Where the run's tokenizer was saved, if it was: a run that began keeps the one that it began with,
-            whatever becomes of the base's files and of the chat template's. None makes it anew.
-        say: Told what a user should know of it.
+        saved: Folder of the run's saved tokenizer, if there is one: a resumed run has the one that it began with,
+            even if the base's files or the chat template have changed since. None makes it from the base's.
+        say: Called with a line about what was changed.
 
     Raises:
         UserError: as `load_tokenizer` does.
@@ -74,7 +75,7 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Save a tokenizer into a folder of its own, which appears whole or not at all; what is there stays."""
+    """Save a tokenizer into a folder of its own, which appears complete or not at all; an existing one stays."""
     if has_tokenizer(folder):
         return
     aside = folder.with_name(f".{folder.name}.part")
@@ -109,14 +110,14 @@ def end_tokens(tokenizer: Any, others: int | list[int] | None) -> list[int]:
 
 
 def render_chat(tokenizer: Any, messages: list[dict[str, Any]], **options: Any) -> str:
-    """Return a conversation as the chat template writes it.
+    """Return a conversation rendered by the chat template.
 
     Raises:
-        UserError: if the template fails, by its own will (raise_exception) or not.
+        UserError: if the template fails, by its own raise_exception or otherwise.
     """
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, **options)
-    except Exception as error:  # a template is a program: whatever its names and filters meet
+    except Exception as error:  # a template is a program, and may raise anything
         raise UserError(
             f"the chat template fails on this conversation ({str(error)[:200] or type(error).__name__}); write it as "
             "the template wants it, or set model.chat_template to another Jinja file"
@@ -124,42 +125,42 @@ def render_chat(tokenizer: Any, messages: list[dict[str, Any]], **options: Any) 
 
 
 def undefined_names(tokenizer: Any, messages: list[dict[str, Any]]) -> list[str]:
-    """Return what a chat template prints though nothing defines it, so that nothing stands there: a misspelt name.
+    """Return the undefined names that a chat template prints, which become empty: misspelt ones.
 
-    Special tokens that a tokenizer lacks are left out: templates are written for several.
+    Special tokens that the tokenizer does not have are left out: templates are written for several.
     """
     import jinja2
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
-    found: list[str] = []
+    names: list[str] = []
 
-    class Noted(jinja2.Undefined):
+    class Recorded(jinja2.Undefined):
         def __str__(self) -> str:
-            found.append(str(self._undefined_name))
+            names.append(str(self._undefined_name))
             return ""
 
     environment: Any = _compile_jinja_template(tokenizer.get_chat_template(None)).environment
-    environment.undefined, usual = Noted, environment.undefined
+    environment.undefined, usual = Recorded, environment.undefined
     try:
         render_chat(tokenizer, messages, add_generation_prompt=True)
     finally:
         environment.undefined = usual
-    return [name for name in dict.fromkeys(found) if not name.endswith("_token")]
+    return [name for name in dict.fromkeys(names) if not name.endswith("_token")]
 
 
 def appended_ids(tokenizer: Any) -> list[int]:
-    """Return the token ids that a tokenizer puts behind every text by itself: none, for most."""
+    """Return the token ids that a tokenizer appends to every text by itself: none, for most."""
     bare = tokenizer.encode("a", add_special_tokens=False)
-    whole = tokenizer.encode("a")
-    start = next((i for i in range(len(whole)) if bare and whole[i : i + len(bare)] == bare), len(whole))
-    return whole[start + len(bare) :]
+    full = tokenizer.encode("a")
+    start = next((i for i in range(len(full)) if bare and full[i : i + len(bare)] == bare), len(full))
+    return full[start + len(bare) :]
 
 
 def without_appended(tokenizer: Any, say: Callable[[str], None] = logger.warning) -> Any:
-    """Return a tokenizer that puts nothing behind a text, as a language model's has to be.
+    """Return a tokenizer that appends nothing to a text, as a language model needs.
 
-    With its end token behind every prompt nothing could be continued or scored, and training, which adds one end token
-    itself, would see two.
+    With an end token after every prompt nothing could be continued or scored, and training, which appends one end token
+    itself, would have two.
     """
     appended = appended_ids(tokenizer)
     if not appended:
@@ -168,22 +169,22 @@ def without_appended(tokenizer: Any, say: Callable[[str], None] = logger.warning
     if getattr(tokenizer, "add_eos_token", False):
         tokenizer.add_eos_token = False
     if appended_ids(tokenizer):
-        _cut_template(tokenizer, len(appended))
+        _append_nothing(tokenizer, len(appended))
     words = tokenizer.convert_ids_to_tokens(appended)
     if appended_ids(tokenizer):
         raise UserError(
-            f"model.name {tokenizer.name_or_path!r}: its tokenizer puts {words} behind every text, so nothing could be "
+            f"model.name {tokenizer.name_or_path!r}: its tokenizer appends {words} to every text, so nothing could be "
             "continued or scored; set add_eos_token to false in the tokenizer_config.json of a local copy"
         )
     say(
-        f"the tokenizer puts {' '.join(words)} behind every text by itself; this run leaves that away: training adds "
+        f"the tokenizer appends {' '.join(words)} to every text by itself; in this run it does not: training appends "
         "one end token, scoring and generation none"
     )
     return tokenizer
 
 
-def _cut_template(tokenizer: Any, num: int) -> None:
-    """Have a fast tokenizer's post-processor add no special tokens behind a text; those before it stay."""
+def _append_nothing(tokenizer: Any, num: int) -> None:
+    """Have a fast tokenizer's post-processor append no special tokens; those that it prepends stay."""
     from tokenizers import Tokenizer
 
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -231,7 +232,7 @@ def load_tokenizer(
     """
     path = resolve(name)
     if (Path(path) / "config.json").is_file():
-        load_config(name, revision)  # which Transformers asks for the kind of tokenizer: its faults are told as its own
+        load_config(name, revision)  # Transformers reads the tokenizer's class from it: its errors are reported first
     tokenizer: Any = _read(path, revision, name)
     if eos_token is not None:
         vocabulary = tokenizer.get_vocab()
@@ -246,7 +247,7 @@ def load_tokenizer(
 
 
 def _read(path: str, revision: str | None, name: str) -> PreTrainedTokenizerBase:
-    with explained(name, revision):
+    with explain_load_errors(name, revision):
         try:
             tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
             if not isinstance(tokenizer.model_max_length, int | float):
@@ -257,7 +258,7 @@ def _read(path: str, revision: str | None, name: str) -> PreTrainedTokenizerBase
             return tokenizer
         except (OSError, ImportError, UserError):
             raise
-        except Exception as error:  # tokenizers raises plain ones for a file that it cannot read
+        except Exception as error:  # tokenizers raises a plain Exception for a file that it cannot read
             present = {file.name for file in Path(path).glob("*")} if Path(path).is_dir() else set()
             if present and not present & {"tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json"}:
                 raise UserError(

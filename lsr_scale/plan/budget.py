@@ -1,7 +1,7 @@
-"""What to train with so many parameters: a proposal a method, from counts that are exact and rates that were measured.
+"""What to train within a budget of parameters: a proposal per method, with exact counts and measured learning rates.
 
 Counts come from the model's own layers. The rest is this package's defaults and what `benchmarks/LOG.md` found; a
-proposal says what of it was measured and what was carried over to another size. GUIDE.md has the figures.
+proposal says what of it was measured and what was extrapolated to another size. GUIDE.md has the figures.
 """
 
 import json
@@ -21,7 +21,7 @@ from lsr_scale.adapters.inject import inject
 from lsr_scale.adapters.methods.kron_lora import BLOCK_SIZE
 from lsr_scale.adapters.peft import features
 from lsr_scale.errors import UserError
-from lsr_scale.model import DTYPES, load_config, skeleton
+from lsr_scale.model import DTYPES, load_config, meta_model
 
 Sizes = list[tuple[int, int]]
 
@@ -107,12 +107,12 @@ def propose(
         UserError: for an unknown model or target, or a budget that not even the smallest adapter fits.
     """
     config = load_config(model, revision)
-    sizes = _sizes(skeleton(config, task, num_labels, DTYPES["bfloat16"], "auto"), targets, task)  # pyright: ignore
+    sizes = _sizes(meta_model(config, task, num_labels, DTYPES["bfloat16"], "auto"), targets, task)  # pyright: ignore
     hidden = config.get_text_config().hidden_size
-    found = [p for p in (_lsr(sizes, budget, hidden), _kron_lora(sizes, budget, hidden)) if p is not None]
+    ours = [p for p in (_lsr(sizes, budget, hidden), _kron_lora(sizes, budget, hidden)) if p is not None]
     lora_one = sum(map(sum, sizes))
     lora = _lora(sizes, budget, hidden)
-    if not found and lora is None:
+    if not ours and lora is None:
         fewest = _count("lsr", sizes, {"rank": 1, "separation_rank": 1})
         smallest = f"{fewest:,} parameters" if fewest else "no split of their dimensions"
         raise UserError(
@@ -121,13 +121,13 @@ def propose(
         )
     if lora is None:
         reason = f"LoRA of rank 1 takes {lora_one:,} parameters here, more than the budget"
-        proposals = found
+        proposals = ours
     else:
         reason = (
             f"LoRA of rank {lora.options['rank']} fits, and where they were compared at like parameters (SmolLM2-135M, "
             "commonsense questions, five seeds; GUIDE.md) none was more accurate: those are for fewer parameters"
         )
-        proposals = [lora, *found]
+        proposals = [lora, *ours]
     notes = [] if hidden <= 1024 else ["learning rates were measured on a model of hidden size 576 only; tune them"]
     return Budget(model, budget, len(sizes), proposals, reason, notes)
 
@@ -161,7 +161,7 @@ def _rate(method: str, hidden: int) -> float:
 
 
 def _lsr(sizes: Sizes, budget: int, hidden: int) -> Proposal | None:
-    """Return LSR-Adapt at its default rank with as many terms as fit; another rank only where terms run out."""
+    """Return LSR-Adapt at its default rank with as many terms as fit; another rank only if too few or too many do."""
 
     def most_terms(rank: int, least: int) -> tuple[int, int] | None:
         for terms in range(MAX_TERMS, least - 1, -1):
@@ -170,13 +170,13 @@ def _lsr(sizes: Sizes, budget: int, hidden: int) -> Proposal | None:
                 return terms, count
         return None
 
-    found = {rank: most_terms(rank, MIN_TERMS) for rank in (RANK, RANK // 2, RANK // 4)}
-    rank = next((rank for rank, fits in found.items() if fits is not None), None)
+    fitting = {rank: most_terms(rank, MIN_TERMS) for rank in (RANK, RANK // 2, RANK // 4)}
+    rank = next((rank for rank, terms in fitting.items() if terms is not None), None)
     if rank is None:
         smaller = {rank: most_terms(rank, 1) for rank in (4, 2, 1)}
-        rank = next((rank for rank, fits in smaller.items() if fits is not None), None)
-        found |= smaller
-    best = found[rank] if rank is not None else None
+        rank = next((rank for rank, terms in smaller.items() if terms is not None), None)
+        fitting |= smaller
+    best = fitting[rank] if rank is not None else None
     if rank is None or best is None:
         return None
     while rank < MAX_RANK and rank >= RANK:

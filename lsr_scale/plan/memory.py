@@ -1,12 +1,12 @@
-"""What one training step holds in memory beside weights, gradients and optimizer: found by running it without data.
+"""Activations and workspace of one training step, beside weights, gradients and optimizer: traced on fake tensors.
 
-The model's own code runs forward and backward on fake tensors (shapes only, nothing allocated, no GPU), and every
-storage that it makes is counted from its first use until nothing refers to it. So whatever an architecture or an
-adapter saves for the backward pass is counted, per layer and token, by construction: for LLaMA in bfloat16 two float32
-copies in each RMSNorm, the inputs of the adapted linears, q, k, v, the attention's output, and four tensors in the MLP.
+The model's own code runs forward and backward under FakeTensorMode (shapes only, nothing allocated, no GPU), and every
+storage is counted from its first use until nothing refers to it. So whatever an architecture or an adapter saves for
+the backward pass is counted, per layer and token, by construction: for LLaMA in bfloat16 two float32 copies in each
+RMSNorm, the inputs of the adapted linears, q, k, v, the attention's output, and four tensors in the MLP.
 
-Fused layers run as they are, their kernels making their results and nothing else. Otherwise three things stand in
-for what the fake run cannot show:
+Fused layers run as they are; their kernels allocate only their results. Otherwise there are three stand-ins for what
+fake tensors cannot show:
 - attention counts as one fused kernel: q, k, v, its output and a float32 log-sum-exp per head and token are saved, no
   S x S scores; with a padding or packing mask k and v are first repeated for every query head and the mask is saved
   once per layer in the model's dtype, as PyTorch's SDPA does;
@@ -40,7 +40,7 @@ STAGES = ("forward", "head", "backward")
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch on one GPU: `rows` sequences of `length` tokens; `masked` if padding or packing needs a mask."""
+    """A micro-batch on one GPU: `rows` sequences of `length` tokens; `masked` if padding or packing needs a mask."""
 
     rows: int
     length: int
@@ -51,7 +51,7 @@ class Batch:
 class StepMemory:
     """Bytes of one step, without weights, gradients of parameters, and optimizer.
 
-    `saved` is what the forward pass keeps for the backward pass, `peak` the most that is held at any time.
+    `saved` is what the forward pass saves for the backward pass, `peak` the most that is allocated at any time.
     """
 
     saved: int
@@ -59,11 +59,11 @@ class StepMemory:
 
 
 class TraceError(Exception):
-    """A model's code that does not run on shapes alone, such as one that branches on values."""
+    """A model's code does not run on fake tensors, such as one that branches on values."""
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all storages made under it that still exist, and their peak in each stage."""
+    """Counts the bytes of all live storages that were made under it, and their peak in each stage."""
 
     def __init__(self, known: list[Tensor]) -> None:
         super().__init__()
@@ -71,12 +71,12 @@ class LiveBytes(TorchDispatchMode):
         self.peaks: dict[str, int] = dict.fromkeys(STAGES, 0)
         self.stage: str = STAGES[0]
         self._known = {tensor.untyped_storage()._cdata for tensor in known}
-        self._held: dict[int, Any] = {}
+        self._finalizers: dict[int, Any] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operation and count what it made."""
         if func is torch.ops.aten._grouped_mm.default and args[0].dtype != torch.bfloat16:
-            # experts; torch's function of their shapes knows bfloat16 alone
+            # mixtures of experts; its meta kernel knows bfloat16 alone
             halves = [arg.bfloat16() if isinstance(arg, Tensor) and arg.is_floating_point() else arg for arg in args]
             result = func(*halves, **(kwargs or {})).to(args[0].dtype)
         else:
@@ -93,13 +93,13 @@ class LiveBytes(TorchDispatchMode):
 
     def _count(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
-        if key not in self._known and key not in self._held:
-            self._held[key] = weakref.finalize(storage, self._drop, key, size)
+        if key not in self._known and key not in self._finalizers:
+            self._finalizers[key] = weakref.finalize(storage, self._drop, key, size)
             self.live += size
             self.peaks[self.stage] = max(self.peaks[self.stage], self.live)
 
     def _drop(self, key: int, size: int) -> None:
-        del self._held[key]
+        del self._finalizers[key]
         self.live -= size
 
 
@@ -137,7 +137,7 @@ def _mask(batch_size: int, q_length: int, kv_length: int, *args: Any, device: An
 
 
 def attention_name(masked: bool) -> str:
-    """Return the name of the stand-in to build a skeleton with, known to Transformers from here on."""
+    """Return the name of the stand-in for a meta model's attention, registered with Transformers from here on."""
     name = "lsr_scale_masked" if masked else "lsr_scale_plain"
     AttentionInterface.register(name, _attention)
     AttentionMaskInterface.register(name, _mask if masked else lambda *args, **kwargs: None)
@@ -145,7 +145,7 @@ def attention_name(masked: bool) -> str:
 
 
 def _dequantized(weight: Tensor, kind: str) -> Tensor:
-    """Make what dequantizing makes: the weight, and on the way float32 scales (4-bit) or products (int8)."""
+    """Allocate what dequantizing allocates: the weight, and temporary float32 scales (4-bit) or products (int8)."""
     if kind == "int8":
         scaled = torch.empty_like(weight, dtype=torch.float32)
         return (scaled * 1.0).to(weight.dtype)
@@ -159,17 +159,17 @@ class _QuantizedLinear(torch.autograd.Function):
     """The same steps as `lsr_scale.layers.frozen_linear`."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, held: tuple[Tensor, str]) -> Tensor:
-        ctx.held = held
-        return functional.linear(x, _dequantized(*held), bias)
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, quantized: tuple[Tensor, str]) -> Tensor:
+        ctx.quantized = quantized
+        return functional.linear(x, _dequantized(*quantized), bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None]:
-        return grads[0] @ _dequantized(*ctx.held) if ctx.needs_input_grad[0] else None, None, None
+        return grads[0] @ _dequantized(*ctx.quantized) if ctx.needs_input_grad[0] else None, None, None
 
 
 def count_dequantization(model: nn.Module, names: Iterable[str], kind: str) -> None:
-    """Let the named linear layers of a skeleton count the dequantization of their weights; before adapters go on."""
+    """Have the named linears of a meta model allocate dequantized weights; call it before adapters are injected."""
 
     def forward_of(layer: Any) -> Callable[[Tensor], Tensor]:
         def forward(x: Tensor) -> Tensor:
@@ -204,14 +204,14 @@ class _TiledHead(torch.autograd.Function):
 
 
 def layer_list(model: nn.Module) -> tuple[nn.Module, str, nn.ModuleList] | None:
-    """Return the stack of layers of a Transformers model as (parent, attribute, list), None if there is none."""
-    found = [
+    """Return the decoder layers of a Transformers model as (parent, attribute, list), None if there are none."""
+    candidates = [
         (parent, name, child)
         for parent in model.modules()
         for name, child in parent.named_children()
         if isinstance(child, nn.ModuleList) and child and isinstance(child[0], GradientCheckpointingLayer)
     ]
-    return max(found, key=lambda item: len(item[2]), default=None)
+    return max(candidates, key=lambda item: len(item[2]), default=None)
 
 
 def trace_step(
@@ -219,24 +219,24 @@ def trace_step(
 ) -> dict[bool, StepMemory]:
     """Return the memory of one step of a `PeftModel` on the meta device, without and with checkpointing.
 
-    The model is used up: its layers are cut to two and its tensors become fake ones.
+    The model cannot be used afterwards: its layers are cut to two and its tensors become fake ones.
 
     Args:
-        model: The adapted skeleton, built with `attention_name` and prepared with `count_dequantization`.
+        model: The adapted meta model, built with `attention_name` and prepared with `count_dequantization`.
         batch: The micro-batch.
         task: "causal_lm" or "seq_cls".
         supervised: Positions that the loss is taken at; all but one a row by default.
-        fused: The model's layers were fused; it was built with "sdpa" then, and nothing was prepared.
+        fused: The model was fused; then it is built with "sdpa" and not prepared.
 
     Returns:
-        By `checkpointing`: False, True. The same for both where the model knows no checkpointing.
+        By `checkpointing`: False, True. The same for both if the model has no checkpointing.
 
     Raises:
         TraceError: for a model whose code needs values.
     """
     try:
         return _trace(model, batch, task, supervised, fused)
-    except Exception as error:  # of whatever kind: any model's code runs here, on tensors that it was not written for
+    except Exception as error:  # any model's code runs here, on tensors that it was not written for
         raise TraceError(" ".join(f"{type(error).__name__}: {error}".split())[:160]) from error
 
 
@@ -266,7 +266,7 @@ def _trace(model: Any, batch: Batch, task: str, supervised: int | None, fused: b
 
 
 def _enable_checkpointing(model: Any) -> None:
-    """Checkpoint every layer, for good: what Transformers hooks in for it does not come off completely."""
+    """Checkpoint every layer; not undone, as Transformers does not remove all of its hooks."""
     base = model.get_base_model()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the method has another name from Transformers 5.23 on
@@ -311,7 +311,7 @@ def _run(
     base = model.get_base_model()
     base.config.use_cache = False
     if base.config.get_text_config().pad_token_id is None:
-        base.config.get_text_config().pad_token_id = 0  # as training takes the tokenizer's, to tell where a row ends
+        base.config.get_text_config().pad_token_id = 0  # training takes the tokenizer's, to find each sequence's end
     model.train()
     known = [*model.parameters(), *model.buffers()]
     known += [p.grad for p in model.parameters() if p.grad is not None]
@@ -327,7 +327,7 @@ def _run(
                 tracker.enter("head")
                 positions = batch.rows * (batch.length - 1) if supervised is None else supervised
                 index = torch.zeros(2, positions, dtype=torch.long)
-                chosen = hidden[:, :-1][index[0], index[1]]  # what indexing by a mask does
+                chosen = hidden[:, :-1][index[0], index[1]]  # as indexing by a mask does
                 _TiledHead.apply(chosen).sum().backward()  # pyright: ignore[reportOptionalMemberAccess]
             else:
                 loss = base(input_ids=ids, labels=labels).loss

@@ -1,63 +1,37 @@
-"""What a run will take, known at a glance: trainable parameters, adapter size, and one GPU's memory.
+"""What a run will take: trainable parameters, adapter size, and one GPU's memory.
 
 Nothing is downloaded, allocated or run on a GPU: the model is built on the meta device, the adapter is injected into it
 for real, and one step is run on fake tensors (`memory.trace_step`).
 
 Exact: parameter counts, the adapter's file, the bytes of the frozen base and of the adapter, its gradients and AdamW's
 two moments (float32). Estimated: activations and workspace (every row at the full `max_length`, every position
-supervised), DeepSpeed's buffers, and what is gathered under ZeRO-3. Sizes are what torch's allocator counts
+supervised), DeepSpeed's buffers, and what is all-gathered under ZeRO-3. Sizes are what torch's allocator counts
 (`torch.cuda.max_memory_allocated`); nvidia-smi shows about 0.5 GiB more for CUDA itself. Against peaks measured on an
 H200 (tests/plan/test_planner.py) the totals are within 5 %; ZeRO-3 on several GPUs is not among the measured.
 """
 
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
-from rich import box
-from rich.console import Group
-from rich.table import Table
-from rich.text import Text
 from torch import nn
 
 from lsr_scale.adapters.coverage import left_out
 from lsr_scale.adapters.inject import inject
 from lsr_scale.adapters.peft import AdapterLinear, features
-from lsr_scale.config import RunConfig, offloads_optimizer, offloads_parameters
+from lsr_scale.config import RunConfig
 from lsr_scale.config.deepspeed import SHIPPED
 from lsr_scale.config.training import checkpoints_layers
 from lsr_scale.fused import fuse
 from lsr_scale.fused.fallback import DECODER_LAYERS
-from lsr_scale.model import DTYPES, check_quantization, load_config, skeleton
+from lsr_scale.model import DTYPES, check_quantization, load_config, meta_model
 from lsr_scale.plan import memory
-from lsr_scale.plan.sizes import FrozenBytes, adapter_file_bytes, frozen_bytes, quantized_layers
+from lsr_scale.plan.sizes import adapter_file_bytes, frozen_bytes, quantized_layers
+from lsr_scale.plan.stages import GIB, Memory, RunMemory
 
-GIB = 2**30
-# PyTorch's own cuBLAS workspace on a GPU of compute capability 9.0 (CUBLAS_WORKSPACE_CONFIG :4096:8).
-CUBLAS_WORKSPACE = 32 * 2**20
-# Tokens in a row where max_length is null.
+# tokens in a row if max_length is null
 UNKNOWN_LENGTH = 1024
-
-
-@dataclass(frozen=True)
-class Memory:
-    """One GPU's memory in GiB, by what holds it.
-
-    `weights` is the frozen base and the adapter, `activations` what the forward pass keeps for the backward pass,
-    `workspace` everything that comes and goes above that (gradients of activations, a dequantized weight, tiles of the
-    head, cuBLAS, DeepSpeed's buckets, and the layers that are whole under ZeRO-3). `loading` is the peak while the base
-    is loaded, before there is anything else: all that stays of it, and one weight that is being quantized.
-    """
-
-    weights: float
-    gradients: float
-    optimizer: float
-    activations: float
-    workspace: float
-    total: float
-    loading: float
 
 
 @dataclass(frozen=True)
@@ -73,8 +47,8 @@ class Row:
 class Plan:
     """See the module's docstring for what is exact and what is not.
 
-    `traced` is false where activations could not be counted: they come on top of all that is said of memory.
-    `sharded` is how one GPU's memory under zero3 with checkpointing adds up, in GiB by what it is of.
+    `traced` is false where activations could not be counted: they come on top of every figure of memory.
+    `sharded` is one GPU's memory under zero3 with checkpointing, in GiB by what it consists of.
     """
 
     model: str
@@ -123,7 +97,7 @@ def plan(run: RunConfig, gpus: int = 1) -> Plan:
     sizes = [features(layer.get_base_layer()) or (0, 0) for layer in layers]
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     num_trainable = sum(parameter.numel() for parameter in trainable)
-    whole = sum(p.numel() for name, p in model.named_parameters() if p.requires_grad and "modules_to_save" in name)
+    to_save = sum(p.numel() for name, p in model.named_parameters() if p.requires_grad and "modules_to_save" in name)
     lora = sum(in_features + out_features for in_features, out_features in sizes)
     adapter_bytes = adapter_file_bytes(model)
     trainable_bytes = sum(parameter.numel() * parameter.element_size() for parameter in trainable)
@@ -142,7 +116,7 @@ def plan(run: RunConfig, gpus: int = 1) -> Plan:
         except memory.TraceError as error:
             traced, steps = False, dict.fromkeys((False, True), memory.StepMemory(0, 0))
             notes.append(f"activations and workspace come on top, they could not be counted for this model ({error})")
-    parts = _Parts(frozen, trainable_bytes, steps, hidden_size, num_layers, gpus)
+    parts = RunMemory(frozen, trainable_bytes, steps, hidden_size, num_layers, gpus)
     stages = {**SHIPPED, "run": run.deepspeed.config or {}}
     table = [
         Row(stage, checkpointing, parts.under(stages[stage], checkpointing))
@@ -157,13 +131,13 @@ def plan(run: RunConfig, gpus: int = 1) -> Plan:
         gpus=gpus,
         tokens_per_gpu=batch.rows * batch.length,
         trainable_parameters=num_trainable,
-        adapter_parameters=num_trainable - whole,
+        adapter_parameters=num_trainable - to_save,
         base_parameters=base_parameters,
         adapted_modules=len(layers),
         lora8_parameters=8 * lora,
         lora16_parameters=16 * lora,
-        share_of_lora8=(num_trainable - whole) / (8 * lora),
-        share_of_lora16=(num_trainable - whole) / (16 * lora),
+        share_of_lora8=(num_trainable - to_save) / (8 * lora),
+        share_of_lora16=(num_trainable - to_save) / (16 * lora),
         adapter_bytes=adapter_bytes,
         frozen_bytes=frozen.total,
         fused=fused is not None,
@@ -176,79 +150,12 @@ def plan(run: RunConfig, gpus: int = 1) -> Plan:
     )
 
 
-def render(plan: Plan) -> Group:
-    """Return the plan for a person, to be printed by a rich console."""
-
-    def percent(share: float) -> str:
-        return f"{100 * share:.3g} %"
-
-    facts = Table.grid(padding=(0, 2))
-    for name, text in (
-        ("base", f"{plan.model} ({plan.architecture}), {plan.base_parameters:,} parameters, {plan.quantization}"),
-        ("frozen bytes", f"{plan.frozen_bytes:,} ({plan.frozen_bytes / GIB:.2f} GiB), exact"),
-        ("adapter", f"{plan.method} on {plan.adapted_modules} modules"),
-        ("trainable", f"{plan.trainable_parameters:,} parameters"),
-        (
-            "of LoRA",
-            f"{percent(plan.share_of_lora8)} of rank 8 ({plan.lora8_parameters:,}), "
-            f"{percent(plan.share_of_lora16)} of rank 16, at the same modules",
-        ),
-        ("layers", "fused, as on a GPU" if plan.fused else "each linear by itself"),
-        ("adapter file", f"{plan.adapter_bytes:,} bytes ({plan.adapter_bytes / 2**20:.1f} MiB)"),
-    ):
-        facts.add_row(Text(name, style="bold"), text)
-
-    # broken so that 80 columns hold the table
-    columns = {
-        **{"weights": "weights", "gradients": "gradi-\nents", "optimizer": "opti-\nmizer"},
-        **{"activations": "activa-\ntions", "workspace": "work-\nspace", "total": "total", "loading": "loading"},
-    }
-    title = f"GiB on one of {plan.gpus} GPUs" if plan.gpus > 1 else "GiB on one GPU"
-    table = Table(title=f"{title}, {plan.tokens_per_gpu:,} tokens at once", title_justify="left", box=box.SIMPLE_HEAD)
-    table.padding, table.pad_edge, table.show_edge = (0, 1, 0, 0), False, False
-    table.add_column("stage", no_wrap=True)
-    table.add_column("check-\npointing")
-    for heading in columns.values():
-        table.add_column(heading, justify="right", no_wrap=True)
-
-    def add(stage: str, checkpointing: str, memory: Memory, style: str = "") -> None:
-        table.add_row(stage, checkpointing, *(f"{getattr(memory, column):.2f}" for column in columns), style=style)
-
-    add("this run", "", plan.memory_gib, "bold")
-    table.add_section()
-    for row in plan.table:
-        add(row.stage, "on" if row.checkpointing else "off", row.memory_gib)
-    first = {row.checkpointing: row.memory_gib for row in plan.table[:2]}
-    thousand = {on: (m.activations + m.workspace) * 1000 / plan.tokens_per_gpu for on, m in first.items()}
-    note = Text(
-        "weights (but for zero3), gradients and optimizer are exact; activations and workspace are estimates for rows "
-        f"of full max_length, about {thousand[True]:.2f} GiB a thousand tokens with checkpointing, "
-        f"{thousand[False]:.2f} without. nvidia-smi shows about 0.5 GiB more, for CUDA itself.",
-        style="dim",
-    )
-    warned = [Text(f"warning: {line}", style="yellow") for line in plan.warnings]
-    return Group(facts, Text(), table, note, *([_sum(plan)] if plan.gpus > 1 else []), *warned)
-
-
-def _sum(plan: Plan) -> Table:
-    """Return how zero3's memory adds up."""
-    table = Table(title=f"zero3 on one of {plan.gpus} GPUs, checkpointing on", title_justify="left", box=None)
-    table.add_column("GiB", justify="right")
-    table.add_column("of")
-    for name, part in plan.sharded.items():
-        table.add_row(f"{part:.2f}", name)
-    zero3 = next(row.memory_gib for row in plan.table if row.stage == "zero3" and row.checkpointing)
-    table.add_row(f"{zero3.total:.2f}", "in all; PyTorch's fragments, CUDA and NCCL come on top", style="bold")
-    table.add_row(f"{zero3.loading:.2f}", "while loading: the share, the states, and one weight being quantized")
-    return table
-
-
 def _skeleton(run: RunConfig, config: Any, masked: bool) -> Any:
     """Return the model as the run computes it, its attention through the stand-in for SDPA where it can be."""
     section = run.model
 
     def build(attention: str) -> Any:
-        return skeleton(config, section.task, section.num_labels, DTYPES[section.dtype], attention)
+        return meta_model(config, section.task, section.num_labels, DTYPES[section.dtype], attention)
 
     own = build("auto" if section.attention == "flash_attention_2" else section.attention)
     if own.config._attn_implementation == "eager" and section.attention != "flash_attention_2":
@@ -274,7 +181,7 @@ def _fused_step(run: RunConfig, config: Any, batch: memory.Batch) -> dict[bool, 
     section = run.model
     if run.training["fused"] == "off" or section.attention not in ("auto", "sdpa"):
         return None
-    base = skeleton(config, section.task, section.num_labels, DTYPES[section.dtype], section.attention)
+    base = meta_model(config, section.task, section.num_labels, DTYPES[section.dtype], section.attention)
     if not any(type(module) in DECODER_LAYERS for module in base.modules()):
         return None
     model = _adapted(run, base).train()
@@ -314,78 +221,3 @@ def _oversized(model: nn.Module) -> list[str]:
         f"{names[0]}{f' and {len(names) - 1} more of that shape' if len(names) > 1 else ''}: {line}"
         for line, names in where.items()
     ]
-
-
-@dataclass(frozen=True)
-class _Parts:
-    """What is the same under every stage, in bytes, and how the stages divide it."""
-
-    frozen: FrozenBytes
-    trainable: int
-    steps: Mapping[bool, memory.StepMemory]
-    hidden_size: int
-    num_layers: int
-    gpus: int
-
-    def under(self, deepspeed: Mapping[str, Any], checkpointing: bool) -> Memory:
-        """Return one GPU's memory; an empty `deepspeed` is a run without it.
-
-        AdamW holds two moments of each trainable parameter. From stage 1 on DeepSpeed also holds a float32 master copy,
-        all three divided by the number of GPUs; stage 3 divides the frozen matrices too, of which some are whole at a
-        time, see `_gathered`. Gradients are joined when they are averaged, see `_averaging`.
-        """
-        zero = deepspeed.get("zero_optimization", {})
-        stage = zero.get("stage", 0)
-        step = self.steps[checkpointing]
-        weights = self.frozen.total + self.trainable
-        loading = self.frozen.total + self.frozen.largest
-        gradients, optimizer = self.trainable, 2 * self.trainable
-        workspace = step.peak - step.saved + CUBLAS_WORKSPACE
-        if stage >= 1 or self.gpus > 1:
-            workspace += self._averaging(deepspeed)
-        if stage >= 1:
-            optimizer = 3 * self.trainable // self.gpus
-        if stage == 3:
-            offloaded = offloads_parameters(deepspeed)
-            share = 0 if offloaded else self.frozen.matrices // self.gpus
-            weights = self.frozen.state + self.trainable + share
-            loading = self.frozen.state + share + self.frozen.largest
-            # one process that holds all matrices uses them where they are
-            if self.gpus > 1 or offloaded:
-                workspace += sum(self._gathered().values())
-        if offloads_optimizer(deepspeed):
-            optimizer = 0
-        parts = [weights, gradients, optimizer, step.saved, workspace]
-        total, load = sum(parts), loading
-        return Memory(*(round(part / GIB, 4) for part in (*parts, total, load)))
-
-    def _gathered(self) -> dict[str, int]:
-        """Return the bytes of what is whole at once: a layer, and what comes after it, on its way."""
-        layer = self.frozen.layers // self.num_layers
-        return {
-            "a layer, whole": layer,
-            "the next one, or the head, on its way": max(layer, self.frozen.head, self.frozen.embedding),
-        }
-
-    def sharded(self, deepspeed: Mapping[str, Any], checkpointing: bool) -> dict[str, int]:
-        """Return how `under` adds up for a stage-3 configuration, in bytes."""
-        step = self.steps[checkpointing]
-        packed = self.frozen.matrices / GIB
-        return {
-            f"1/{self.gpus} of the frozen matrices' {packed:.2f}": self.frozen.matrices // self.gpus,
-            "quantization states, vectors and buffers, whole on each": self.frozen.state,
-            "the adapter": self.trainable,
-            "its gradients": self.trainable,
-            f"1/{self.gpus} of its master copy and moments": 3 * self.trainable // self.gpus,
-            **(self._gathered() if self.gpus > 1 else {}),
-            f"activations kept over {self.num_layers} layers": step.saved,
-            "one layer's other activations and dequantized weights": step.peak - step.saved,
-            "cuBLAS, and the gradients joined": CUBLAS_WORKSPACE + self._averaging(deepspeed),
-        }
-
-    def _averaging(self, deepspeed: Mapping[str, Any]) -> int:
-        """Return the bytes in which gradients are averaged: all joined, or DeepSpeed's bucket, reserved whole."""
-        if not offloads_optimizer(deepspeed):
-            return self.trainable
-        elements = deepspeed["zero_optimization"].get("reduce_bucket_size", 500_000_000)
-        return 4 * (self.hidden_size**2 if elements == "auto" else int(elements))  # auto: as Transformers fills it in

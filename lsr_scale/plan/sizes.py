@@ -1,4 +1,4 @@
-"""Exact sizes in bytes, from a skeleton: the frozen base as bitsandbytes holds it, and an adapter's file."""
+"""Exact sizes in bytes, without weights: the frozen base as bitsandbytes stores it, and an adapter's file."""
 
 import json
 from dataclasses import dataclass
@@ -20,11 +20,10 @@ BLOCK, NESTED_BLOCK = 64, 256
 
 @dataclass(frozen=True)
 class FrozenBytes:
-    """Bytes of the frozen base: matrices, which stage 3 cuts up, and `state`, which it does not: all else.
+    """Bytes of the frozen base: matrices, which stage 3 shards, and `state`, which it does not: all else.
 
     That is vectors, quantization states and buffers. `embedding` and `head` are among the matrices, and one if they are
-    tied. `largest` is the most that one weight takes for the moment in which it is quantized: as it was in its file,
-    and as it is held.
+    tied. `largest` is the most that one weight takes while it is quantized: unquantized and quantized.
     """
 
     matrices: int
@@ -46,7 +45,7 @@ class FrozenBytes:
 
 
 def quantized_layers(model: Any) -> list[str]:
-    """Return the linear layers of a skeleton that quantization replaces."""
+    """Return the linear layers of a meta model that quantization replaces."""
     skip = HfQuantizer.get_modules_to_not_convert(model, head_modules(model), model._keep_in_fp32_modules)
     return [
         name
@@ -56,9 +55,9 @@ def quantized_layers(model: Any) -> list[str]:
 
 
 def frozen_bytes(model: nn.Module, quantized: list[str], quantization: str, double_quantization: bool) -> FrozenBytes:
-    """Return the exact bytes of a base as bitsandbytes holds it, from its skeleton.
+    """Return the exact bytes of a base as bitsandbytes stores it, from its meta model.
 
-    4-bit: two weights a byte; a float32 scale per block of 64, or with double quantization a uint8 scale per block, a
+    4-bit: two weights per byte; a float32 scale per block of 64, or with double quantization a uint8 scale per block, a
     float32 scale per 256 blocks and one float32 offset; a table of 16 float32 values per layer, and one of 256 for all.
     int8: a byte a weight and a float32 scale per row. Everything else in its dtype, tied weights once.
     """

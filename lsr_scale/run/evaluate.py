@@ -69,7 +69,7 @@ def score_tasks(
     unconditional: bool = False,
     live: bool = False,
 ) -> dict[str, TaskScore]:
-    """Score every task, the forward passes shared out over the processes.
+    """Score every task, the batches distributed over the processes.
 
     Args:
         tasks: What `load_tasks` returns.
@@ -82,7 +82,7 @@ def score_tasks(
         live: Show how far it is, on a terminal.
     """
     scores: dict[str, TaskScore] = {}
-    options: dict[str, Any] = {"batch_tokens": batch_tokens, "unconditional": unconditional, "dealt": True}
+    options: dict[str, Any] = {"batch_tokens": batch_tokens, "unconditional": unconditional, "distribute": True}
     for name, items in tasks.items():
         if live:
             options["progress"] = lambda done, total, name=name: show_live(f"{when}: {name} {done / total:.0%}")

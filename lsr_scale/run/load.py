@@ -9,8 +9,8 @@ from lsr_scale.adapters.coverage import left_out
 from lsr_scale.adapters.files import load_adapter
 from lsr_scale.config import RunConfig, load_run
 from lsr_scale.errors import UserError, printable
-from lsr_scale.model import base_of, tokenizer_of
-from lsr_scale.model.names import elsewhere
+from lsr_scale.model import load_base_for, tokenizer_of
+from lsr_scale.model.load_errors import suggest_base_option
 from lsr_scale.run.folder import RunFolder, open_run
 
 
@@ -56,14 +56,14 @@ def load_run_model(
     folder, run = open_trained(path, base_only, tasks)
     if base is not None:
         run = run.model_copy(update={"model": run.model.model_copy(update={"name": base, "revision": None})})
-    with elsewhere(base):
+    with suggest_base_option(base):
         return _load(folder, run, base_only)
 
 
 def _load(folder: RunFolder, run: RunConfig, base_only: bool) -> tuple[Any, Any, RunConfig]:
     tokenizer = tokenizer_of(run, folder.tokenizer)
     # a classifier's head is in the adapter
-    model: Any = base_of(run.model, run.training["seed"], head_from_adapter=not base_only)
+    model: Any = load_base_for(run.model, run.training["seed"], head_from_adapter=not base_only)
     if not base_only:
         model, notes = load_adapter(model, folder.adapter)
         targets = run.adapter.options.get("target_modules")

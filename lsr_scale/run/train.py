@@ -15,7 +15,7 @@ from lsr_scale.config import RunConfig
 from lsr_scale.data.tasks import Example
 from lsr_scale.errors import UserError
 from lsr_scale.model.gather import reshard
-from lsr_scale.model.names import elsewhere
+from lsr_scale.model.load_errors import suggest_base_option
 from lsr_scale.run import evaluate
 from lsr_scale.run.backup import Backup, DiscardBackup
 from lsr_scale.run.folder import RunFolder
@@ -122,7 +122,7 @@ def _prepare(start: Start, stop: StopOnSignal, say: Say, quiet: bool) -> tuple[R
     watch = WatchCondition(run.training["condition_tolerance"], run.training["condition_guard"], say)
     # in this order: progress refuses what is not finite, and records what was measured before it
     callbacks = [stop, watch, Progress(folder.metrics, quiet=quiet), DiscardBackup(folder)]
-    with elsewhere(None if checkpoint else run.model.name, "--set model.name=FOLDER"):
+    with suggest_base_option(None if checkpoint else run.model.name, "--set model.name=FOLDER"):
         data = read_data(run, checkpoint, say)
         if checkpoint:
             for note in select.check_data(checkpoint, data.sources):

@@ -1,4 +1,4 @@
-"""What a multiple-choice score is: predictions, two accuracies with their standard errors, a paired comparison."""
+"""Multiple-choice scores: predictions, accuracy and acc_norm with their standard errors, McNemar's test."""
 
 import math
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from lsr_scale.errors import UserError
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the model made of one example.
+    """The model's answer to one example.
 
     Attributes:
         id: The example's id.
@@ -40,7 +40,7 @@ class TaskScore:
 
     @classmethod
     def of(cls, predictions: Sequence[Prediction]) -> "TaskScore":
-        """Sum up predictions, whichever process made them."""
+        """Return the scores of predictions."""
         plain = _mean_and_error([p.choice == p.answer for p in predictions])
         normalized = _mean_and_error([p.choice_norm == p.answer for p in predictions])
         return cls(len(predictions), *plain, *normalized, tuple(predictions))

@@ -1,4 +1,4 @@
-"""A classifier's scores as GLUE has them, under the names that `evaluate.load("glue")` gives them.
+"""A classifier's metrics as GLUE has them, under the names of `evaluate.load("glue")`.
 
 Two classes: accuracy, F1 of class 1, macro F1, Matthews' correlation. More: the same without the F1 of class 1. One
 output, a regression: Pearson's and Spearman's correlation. Accuracy alone would praise a constant answer (68.5 % on
@@ -14,12 +14,12 @@ from lsr_scale.errors import UserError
 
 
 def measure_prediction(prediction: Any) -> dict[str, float]:
-    """Return `measure` of what transformers' Trainer predicts, for its `compute_metrics`."""
+    """Return `measure` of an `EvalPrediction`: transformers' `compute_metrics`."""
     return measure(logits_of(prediction), prediction.label_ids)
 
 
 def logits_of(prediction: Any) -> np.ndarray:
-    """Return the outputs; of some models the trainer keeps other tensors behind them."""
+    """Return the logits of an `EvalPrediction`; some models return other tensors after them."""
     outputs = prediction.predictions
     return outputs[0] if isinstance(outputs, tuple) else outputs
 
@@ -44,11 +44,11 @@ def measure(outputs: np.ndarray, labels: np.ndarray) -> dict[str, float]:
         return {"pearson": correlation(values, expected), "spearmanr": correlation(ranks(values), ranks(expected))}
     counts = confusion(outputs.argmax(-1), labels, outputs.shape[-1])
     f1 = f1_by_class(counts)
-    found = {"accuracy": float(np.trace(counts) / counts.sum())}
+    scores = {"accuracy": float(np.trace(counts) / counts.sum())}
     if len(counts) == 2:
-        found["f1"] = float(f1[1])
-    seen = counts.sum(0) + counts.sum(1) > 0  # a class that is neither a label nor an answer has no say
-    return {**found, "f1_macro": float(f1[seen].mean()), "matthews_correlation": matthews(counts)}
+        scores["f1"] = float(f1[1])
+    present = counts.sum(0) + counts.sum(1) > 0  # a class that is neither a label nor an answer is left out
+    return {**scores, "f1_macro": float(f1[present].mean()), "matthews_correlation": matthews(counts)}
 
 
 def predictions(prediction: Any) -> Iterator[dict[str, Any]]:
@@ -78,7 +78,7 @@ def matthews(counts: np.ndarray) -> float:
 
 
 def correlation(first: np.ndarray, second: np.ndarray) -> float:
-    """Return Pearson's correlation; 0 if one is constant, which goes along with nothing."""
+    """Return Pearson's correlation; 0 if one of the two is constant."""
     if np.ptp(first) == 0 or np.ptp(second) == 0:
         return 0.0
     first, second = first - first.mean(), second - second.mean()

@@ -1,4 +1,4 @@
-"""Multiple-choice scoring: which choice does the model find the most likely, and how often is that the right one.
+"""Multiple-choice scoring: how often the right choice is the one with the highest log-likelihood.
 
 Equal to lm-eval's `HFLM` example by example, and small: inputs are sorted by length and batched by tokens, only the
 positions of the continuations are projected onto the vocabulary, and choices that differ in their last token alone
@@ -27,10 +27,10 @@ def encode_pairs(
 ) -> list[tuple[list[int], list[int]]]:
     """Encode (context, continuation) texts to token ids, as lm-eval does for causal models.
 
-    The whole text is encoded and cut behind as many tokens as the context has alone, with the special tokens that the
-    tokenizer puts in front by itself (LLaMA's and Mistral's put one, SmolLM2's does not); what it puts behind is left
-    away, or nothing else would be scored. An empty context becomes the beginning-of-sequence token, or the
-    end-of-sequence token where there is none.
+    Context and continuation are encoded together and split after as many tokens as the context has alone, with the
+    special tokens that the tokenizer prepends by itself (LLaMA's and Mistral's prepend one, SmolLM2's does not); those
+    that it appends are dropped, or they would be scored. An empty context becomes the beginning-of-sequence token, or
+    the end-of-sequence token if there is none.
     """
     prefix_id: Any = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     if prefix_id is None:
@@ -41,7 +41,7 @@ def encode_pairs(
     prefix, num_appended = str(tokenizer.decode([prefix_id])), len(appended_ids(tokenizer))
 
     def encode(texts: list[str]) -> list[list[int]]:
-        ids: list[list[int]] = [found[: len(found) - num_appended] for found in tokenizer(texts).input_ids]
+        ids: list[list[int]] = [text[: len(text) - num_appended] for text in tokenizer(texts).input_ids]
         for index, text in enumerate(texts):
             if text.startswith(prefix):  # a text that spells out the special token gets no second one
                 ids[index] = tokenizer.encode(text, add_special_tokens=False)
@@ -51,9 +51,9 @@ def encode_pairs(
     distinct = list(dict.fromkeys(context for context, _ in moved))
     context_ids = dict(zip(distinct, encode(distinct), strict=True))
     encoded = []
-    for (context, continuation), whole in zip(moved, encode(["".join(pair) for pair in moved]), strict=True):
+    for (context, continuation), joined in zip(moved, encode(["".join(pair) for pair in moved]), strict=True):
         if context:
-            encoded.append((context_ids[context], whole[len(context_ids[context]) :]))
+            encoded.append((context_ids[context], joined[len(context_ids[context]) :]))
         else:
             ids = tokenizer.encode(continuation, add_special_tokens=False)
             encoded.append((ids[:1], ids[1:]) if ids[:1] == [prefix_id] else ([prefix_id], ids))
@@ -61,10 +61,10 @@ def encode_pairs(
 
 
 def _logits_at(model: nn.Module, ids: Tensor, mask: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Run the model and return the logits [N, vocabulary] of the positions (rows[n], columns[n]) alone.
+    """Run the model and return the logits [N, vocabulary] of the positions (rows[n], columns[n]) only.
 
-    The model's own forward stays, with whatever it does to its logits (soft caps, scales); the input of its output
-    embedding is narrowed to those positions on the way.
+    The model's own forward runs, with whatever it does to its logits (soft caps, scales); a hook narrows the input of
+    its output embedding to those positions.
     """
     narrowed = False
 
@@ -88,22 +88,22 @@ def _logits_at(model: nn.Module, ids: Tensor, mask: Tensor, rows: Tensor, column
 def _score_batch(
     model: nn.Module, batch: list[tuple[int, ...]], targets: list[list[list[int]]], device: Any
 ) -> list[float]:
-    """Return one log-likelihood for each list of target ids; they stand at the end of their input, shifted by one."""
+    """Return a log-likelihood for each list of target ids, which are the end of their input, shifted by one."""
     longest = len(batch[0])
     ids = torch.tensor([inputs + (0,) * (longest - len(inputs)) for inputs in batch], device=device)
     mask = torch.tensor([[1] * len(inputs) + [0] * (longest - len(inputs)) for inputs in batch], device=device)
-    spans = [(row, wanted) for row, several in enumerate(targets) for wanted in several]
-    rows = torch.tensor([row for row, wanted in spans for _ in wanted])
-    columns = torch.tensor([c for row, wanted in spans for c in range(len(batch[row]) - len(wanted), len(batch[row]))])
+    spans = [(row, target) for row, several in enumerate(targets) for target in several]
+    rows = torch.tensor([row for row, target in spans for _ in target])
+    columns = torch.tensor([c for row, target in spans for c in range(len(batch[row]) - len(target), len(batch[row]))])
     logits = _logits_at(model, ids, mask, rows, columns)
-    picks = torch.tensor([token for _, wanted in spans for token in wanted], device=logits.device)[:, None]
+    picks = torch.tensor([token for _, target in spans for token in target], device=logits.device)[:, None]
     parts = zip(logits.split(256), picks.split(256), strict=True)  # float32 a little at a time
     values = torch.cat([part.float().log_softmax(-1).gather(1, pick)[:, 0] for part, pick in parts])
-    return [float(span.sum()) for span in values.cpu().split([len(wanted) for _, wanted in spans])]
+    return [float(span.sum()) for span in values.cpu().split([len(target) for _, target in spans])]
 
 
 def _batches(groups: Iterable[tuple[int, ...]], batch_tokens: int) -> list[list[tuple[int, ...]]]:
-    """Put inputs of like length together, the longest first, so that memory runs out at once or never."""
+    """Batch inputs of similar length, the longest first, so that memory runs out at once or never."""
     batches: list[list[tuple[int, ...]]] = []
     for inputs in sorted(groups, key=lambda ids: (-len(ids), ids)):
         if not batches or (len(batches[-1]) + 1) * len(batches[-1][0]) > batch_tokens:
@@ -123,7 +123,7 @@ def _prediction(example: Example, log_likelihoods: tuple[float, ...]) -> Predict
     return Prediction(example.id, example.answer, log_likelihoods, best, best_norm)
 
 
-@torch.no_grad()  # not inference mode: a tensor that a module keeps from here must still serve training
+@torch.no_grad()  # not inference mode: a tensor that a module caches here must still serve training
 def score(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -134,22 +134,22 @@ def score(
     device: torch.device | str | None = None,
     progress: Callable[[int, int], None] | None = None,
     unconditional: bool = False,
-    dealt: bool = False,
+    distribute: bool = False,
 ) -> TaskScore:
     """Score multiple-choice examples with a causal language model (plain, quantized or a PeftModel).
 
     Args:
-        model: The model; put into evaluation mode and back into the modes that it was in.
+        model: The model; put into evaluation mode, and back afterwards.
         tokenizer: Its tokenizer.
         examples: What to score (`lsr_scale.data.tasks.examples`).
         batch_tokens: Padded tokens in one forward pass.
-        max_length: Longest input in tokens, a longer one loses its beginning; None: the model's own limit.
-        device: Where the inputs go; None: where the model's first parameter is.
+        max_length: Longest input in tokens, longer ones are truncated on the left; None: the model's own limit.
+        device: Device of the inputs; None: that of the model's first parameter.
         progress: Called as progress(tokens done, tokens in all) after each batch.
-        unconditional: Score the choices without their contexts: a control that shows what they give away.
-        dealt: The processes of this run share the forward passes, equally many each, for a model may be one that they
-            must run together; every one must call this, and gets all scores. What is in a pass is the same for any
-            number of processes.
+        unconditional: Score the choices without their contexts: a control for what they give away.
+        distribute: Distribute the batches over the processes of this run, equally many each, since a sharded model must
+            be run by all of them together; every process must call this, and gets all scores. Batches are the same for
+            any number of processes.
 
     Raises:
         UserError: Nothing to score, a continuation longer than `max_length`, log-likelihoods that are not finite, or
@@ -177,18 +177,18 @@ def score(
     largest = max((max(inputs, default=0) for inputs in groups), default=0)
     refuse_ids(largest, model.get_input_embeddings().num_embeddings, tokenizer, config, "scoring: a question")  # pyright: ignore
     where = torch.device(device) if device is not None else next(model.parameters()).device
-    values = [math.nan] * len(pairs)
+    log_likelihoods = [math.nan] * len(pairs)
     total, done = sum(map(len, groups)), 0
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         batches = _batches(groups, batch_tokens)
-        rank, size = distributed.group_rank_and_size() if dealt else (0, 1)
-        batches += batches[:1] * (-len(batches) % size)  # made again for what lacks
+        rank, size = distributed.group_rank_and_size() if distribute else (0, 1)
+        batches += batches[:1] * (-len(batches) % size)  # repeated so that each process has equally many
         for batch in batches[rank::size]:
-            found = _score_batch(model, batch, [list(groups[inputs].values()) for inputs in batch], where)
-            for request, value in zip((r for inputs in batch for r in groups[inputs]), found, strict=True):
-                values[request] = value
+            scores = _score_batch(model, batch, [list(groups[inputs].values()) for inputs in batch], where)
+            for request, value in zip((r for inputs in batch for r in groups[inputs]), scores, strict=True):
+                log_likelihoods[request] = value
             done += sum(map(len, batch)) * size
             if progress is not None:
                 progress(min(done, total), total)
@@ -196,7 +196,9 @@ def score(
         for module, training in modes:
             module.training = training
     if size > 1:
-        by_process = zip(*distributed.gather([values]), strict=True)
-        values = [next((value for value in found if not math.isnan(value)), math.nan) for found in by_process]
-    remaining = iter(values)
+        by_process = zip(*distributed.gather([log_likelihoods]), strict=True)
+        log_likelihoods = [
+            next((value for value in of_all if not math.isnan(value)), math.nan) for of_all in by_process
+        ]
+    remaining = iter(log_likelihoods)
     return TaskScore.of([_prediction(e, tuple(next(remaining) for _ in e.continuations)) for e in examples])

@@ -25,7 +25,7 @@ from lsr_scale.data.tally import Tally
 from lsr_scale.errors import UserError, did_you_mean
 from lsr_scale.fused import FuseReport, fuse
 from lsr_scale.fused.cuda_graphs import StepGraphs, graphs_fallback_reason
-from lsr_scale.model import base_of
+from lsr_scale.model import load_base_for
 from lsr_scale.model.shard import Sharding, is_sharded
 from lsr_scale.run.folder import RunFolder
 from lsr_scale.training.arguments import trainer_arguments, uses_deepspeed, zero_stage
@@ -95,7 +95,7 @@ def _adapted_model(run: RunConfig, note: Say) -> PeftModel:
         how = "the frozen base is gathered a layer at a time, and gradients are averaged all at once"
         note(f"deepspeed.config: {', '.join(unused)}: no effect, {how}")
     with ignore_library_warnings():
-        base = base_of(run.model, run.training["seed"], _sharding(run, start), say=note)
+        base = load_base_for(run.model, run.training["seed"], _sharding(run, start), say=note)
         model, differences = adapt(run, base, start)
     targets = run.adapter.options.get("target_modules")
     for line in (*differences, *left_out(model, run.model.quantization, targets, run.model.dtype)):

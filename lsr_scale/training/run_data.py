@@ -13,7 +13,7 @@ from lsr_scale.data.fits import check_fits
 from lsr_scale.data.formats import Kind, build_dataset, load_source
 from lsr_scale.data.preview import row_check
 from lsr_scale.errors import UserError
-from lsr_scale.model import load_config, read_tokenizer, skeleton, tokenizer_of
+from lsr_scale.model import load_config, meta_model, read_tokenizer, tokenizer_of
 from lsr_scale.model.tokenizer import has_tokenizer, same_state
 from lsr_scale.training.checkpoint import select
 
@@ -68,7 +68,7 @@ def check_run_fits(run: RunConfig, data: RunData) -> None:
     """
     section = run.model
     model_config = load_config(section.name, section.revision)
-    empty = partial(skeleton, model_config, section.task, section.num_labels)
+    empty = partial(meta_model, model_config, section.task, section.num_labels)
     parts = {"train": data.train, "validation": data.validation}
     given = {name: dataset for name, dataset in parts.items() if dataset is not None}
     check_fits(given, data.kind, data.tokenizer, model_config, run.training, empty)

@@ -191,7 +191,7 @@ def _tried(case: Case) -> tuple[Any, str]:
     except UserError as error:
         if case.call is None:
             return "traceback", traceback.format_exc()
-        cli._say_error(str(error))
+        cli.failures.say(str(error))
         return 2, ""
     except SystemExit as ended:  # argparse
         return ended.code, ""

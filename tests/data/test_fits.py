@@ -60,7 +60,7 @@ def not_loaded(monkeypatch):
     def refuse(*args, **options):
         raise AssertionError("the base was loaded")
 
-    monkeypatch.setattr(assembly, "base_of", refuse)
+    monkeypatch.setattr(assembly, "load_base_for", refuse)
 
 
 @pytest.mark.usefixtures("not_loaded")
@@ -212,7 +212,7 @@ def test_what_no_quantization_and_no_adapter_reaches_is_said_with_its_share(tmp_
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     options = {"method": "lsr", "rank": 4, "separation_rank": 2, "target_modules": "all-linear"}
     run = tiny_run(tmp_path, model={"name": str(tmp_path), "quantization": "nf4"}, adapter=options)
-    base = assembly.base_of(run.model, 0)
+    base = assembly.load_base_for(run.model, 0)
     share = sum(p.numel() for n, p in base.named_parameters() if ".experts." in n) / base.num_parameters()
     model, _ = assembly.adapt(run, base)
     quantized, adapted = coverage.left_out(model, "nf4", "all-linear", "bfloat16")
@@ -226,7 +226,7 @@ def test_what_no_quantization_and_no_adapter_reaches_is_said_with_its_share(tmp_
 def test_of_a_model_that_is_held_and_adapted_as_asked_nothing_is_said(tmp_path):
     save_llama(tmp_path / "model")
     run = tiny_run(tmp_path, adapter={"method": "lsr", "rank": 4, "separation_rank": 2, "target_modules": "all-linear"})
-    model, _ = assembly.adapt(run, assembly.base_of(run.model, 0))
+    model, _ = assembly.adapt(run, assembly.load_base_for(run.model, 0))
     assert coverage.left_out(model, "nf4", "all-linear", "bfloat16") == []
 
 

@@ -139,7 +139,7 @@ class WithoutGraphs(StepGraphs):
         type(self).replays += 1
         if self.replays == self.fails_at:
             raise torch.OutOfMemoryError("no room for another graph")
-        loss = static_loss(self.head, batch) / divisor
+        loss = static_loss(self.model, batch) / divisor
         self.captured[0] = None
         return loss.detach(), list(torch.autograd.grad(loss, self.parameters))
 

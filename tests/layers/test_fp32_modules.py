@@ -5,7 +5,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from lsr_scale.layers.fp32_modules import hold_in_float32
+from lsr_scale.layers.fp32_modules import cast_modules_to_save
 from lsr_scale.plan.sizes import adapter_file_bytes
 from tests.conftest import tiny_llama
 
@@ -33,8 +33,8 @@ def test_the_model_computes_what_it_did_but_for_rounding(build, names):
     targets = ["up_proj"] if names == ["self_attn"] else ["q_proj"]
     model = get_peft_model(build(), LoraConfig(target_modules=targets, modules_to_save=names)).eval()
     before = model(IDS).logits
-    hold_in_float32(model)
-    hold_in_float32(model)  # once is enough
+    cast_modules_to_save(model)
+    cast_modules_to_save(model)  # once is enough
     whole = [parameter for name, parameter in model.named_parameters() if "modules_to_save" in name]
     assert whole
     assert {parameter.dtype for parameter in whole} == {torch.float32}

@@ -44,7 +44,7 @@ def test_processes_that_start_together_convert_once(cache, monkeypatch):
 
     monkeypatch.setattr(builtin, "_write", slow_write)
     folders = []
-    threads = [threading.Thread(target=lambda: folders.append(builtin.ensure(SMOLLM2))) for _ in range(3)]
+    threads = [threading.Thread(target=lambda: folders.append(builtin.ensure_converted(SMOLLM2))) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -52,7 +52,7 @@ def test_processes_that_start_together_convert_once(cache, monkeypatch):
     assert len(written) == 1
     assert len(set(folders)) == 1
     assert (folders[0] / "config.json").is_file()
-    assert builtin.ensure(SMOLLM2) == folders[0]
+    assert builtin.ensure_converted(SMOLLM2) == folders[0]
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_a_full_disk_leaves_nothing_behind_and_says_what_to_do(cache, monkeypatc
 
     monkeypatch.setattr(builtin, "_write", failing)
     with pytest.raises(UserError, match=r"the disk is full.*LSR_SCALE_CACHE"):
-        builtin.ensure(SMOLLM2)
+        builtin.ensure_converted(SMOLLM2)
     assert [p for p in (cache / "models").iterdir() if p.is_dir()] == []
 
 
@@ -80,11 +80,11 @@ def test_an_interrupted_conversion_is_cleaned_up_by_the_next_one(cache, monkeypa
 
     monkeypatch.setattr(builtin, "_write", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        builtin.ensure(SMOLLM2)
+        builtin.ensure_converted(SMOLLM2)
     killed = builtin.folder_of(SMOLLM2).with_name(builtin.folder_of(SMOLLM2).name + ".tmp-killed")
     killed.mkdir()
     monkeypatch.setattr(builtin, "_write", lambda gguf, packaged, folder: write_empty(folder))
-    folder = builtin.ensure(SMOLLM2)
+    folder = builtin.ensure_converted(SMOLLM2)
     assert [p for p in folder.parent.iterdir() if p.is_dir()] == [folder]
 
 
@@ -92,7 +92,7 @@ def test_a_cache_that_cannot_be_written_says_what_to_do(cache, tmp_path, monkeyp
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("LSR_SCALE_CACHE", str(tmp_path / "file"))
     with pytest.raises(UserError, match=r"cannot be written.*LSR_SCALE_CACHE"):
-        builtin.ensure(SMOLLM2)
+        builtin.ensure_converted(SMOLLM2)
 
 
 def test_without_its_package_the_command_that_installs_it_is_given(monkeypatch):

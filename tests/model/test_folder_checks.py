@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import BitsAndBytesConfig
 
 from lsr_scale.errors import UserError
-from lsr_scale.model import load_base, load_config, load_tokenizer, skeleton
+from lsr_scale.model import load_base, load_config, load_tokenizer, meta_model
 from lsr_scale.model.folder_checks import read_json
 from tests.conftest import tiny_llama
 
@@ -154,7 +154,7 @@ def test_an_adapter_beside_a_base_is_not_loaded_in_its_place(copied):
 def test_absurd_sizes_are_refused_before_anything_is_made(copied, field, value):
     set_config(copied, **{field: value})
     with pytest.raises(UserError, match=r"fetch"):
-        skeleton(load_config(str(copied)))
+        meta_model(load_config(str(copied)))
 
 
 @pytest.mark.parametrize(
@@ -321,5 +321,5 @@ def test_weights_of_whole_numbers_are_refused_where_nothing_says_what_they_stand
     weights = load_file(copied / "model.safetensors")
     name = next(name for name in weights if name.endswith("q_proj.weight"))
     save_file(weights | {name: weights[name].to(dtype)}, copied / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match=rf"model\.safetensors: '{name}' holds whole numbers"):
+    with pytest.raises(UserError, match=rf"model\.safetensors: '{name}' has integers"):
         load(copied)

@@ -14,7 +14,7 @@ from lsr_scale import UserError
 from lsr_scale.adapters import peft_config
 from lsr_scale.cli import main
 from lsr_scale.config import run_from_dict
-from lsr_scale.model import DTYPES, load_config, skeleton
+from lsr_scale.model import DTYPES, load_config, meta_model
 from lsr_scale.plan.budget import parse_budget, propose
 
 SMOLLM2, MISTRAL = "HuggingFaceTB/SmolLM2-135M", "mistralai/Mistral-7B-v0.1"
@@ -40,7 +40,7 @@ def test_proposals_keep_to_the_budget_and_count_what_is_injected(budget):
     assert result.adapted_modules == 210
     for proposal in result.proposals:
         assert proposal.parameters <= budget
-        base = skeleton(load_config(SMOLLM2, None), "causal_lm", None, DTYPES["bfloat16"], "auto")
+        base = meta_model(load_config(SMOLLM2, None), "causal_lm", None, DTYPES["bfloat16"], "auto")
         options = {"target_modules": "all-linear", **proposal.options}
         model = get_peft_model(base, peft_config(proposal.method, options))
         assert model.get_nb_trainable_parameters()[0] == proposal.parameters

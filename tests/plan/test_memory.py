@@ -7,7 +7,7 @@ from torch import nn
 from transformers import LlamaConfig, RobertaConfig
 
 from lsr_scale import adapters
-from lsr_scale.model import load_base, skeleton
+from lsr_scale.model import load_base, meta_model
 from lsr_scale.plan import memory
 from tests.conftest import SEVEN_LINEARS
 
@@ -38,7 +38,7 @@ METHODS = [
 
 
 def _adapted(config, method, options, attention, task="causal_lm", kind="none", dtype=torch.bfloat16):
-    base = skeleton(config, task, 2 if task == "seq_cls" else None, dtype, attention)
+    base = meta_model(config, task, 2 if task == "seq_cls" else None, dtype, attention)
     if kind != "none":
         names = [n for n, m in base.named_modules() if type(m) is nn.Linear and n != "lm_head"]
         memory.count_dequantization(base, names, kind)

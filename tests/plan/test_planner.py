@@ -263,18 +263,18 @@ def test_a_mistake_is_said_before_anything_is_loaded(model, adapter, message):
         plan(run(model, adapter))
 
 
-def test_a_verdict_names_what_is_left_or_what_would_fit():
+def test_whether_a_run_fits_names_what_is_free_or_what_would_fit():
     small = run(MISTRAL, LSR, {"per_device_train_batch_size": 4, "max_length": 2048})
     result = plan(small)
     roomy = fit(small, result, 80.0)
     assert roomy.nearest is None
     taken = max(result.memory_gib.total, result.memory_gib.loading)
-    assert roomy.left == pytest.approx(80 - roomy.kept_back - taken, abs=0.02)
+    assert roomy.free == pytest.approx(80 - roomy.reserve - taken, abs=0.02)
     assert "fits on a card of 80 GiB" in roomy.in_words()
     least = taken / 0.92 + 0.5 / 0.92  # 8 % and half a GiB are kept back
     assert fit(small, result, least + 0.1).nearest is None
     tight = fit(small, result, least - 0.1)
-    assert tight.left < 0
+    assert tight.free < 0
     assert tight.nearest is not None
     assert "does not fit" in tight.in_words()
     single = fit(small, result, 7.5)

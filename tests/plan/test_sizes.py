@@ -1,4 +1,4 @@
-"""Sizes predicted from a skeleton equal those of the loaded base and the saved file, byte for byte."""
+"""Sizes predicted from a model on the meta device equal those of the loaded base and the saved file, byte for byte."""
 
 import peft
 import pytest
@@ -6,7 +6,7 @@ import torch
 from transformers import GPT2Config, LlamaConfig, Qwen3Config, RobertaConfig
 
 from lsr_scale import adapters
-from lsr_scale.model import load_base, load_config, skeleton
+from lsr_scale.model import load_base, load_config, meta_model
 from lsr_scale.plan.sizes import adapter_file_bytes, frozen_bytes, quantized_layers
 
 CONFIGS = {
@@ -77,7 +77,7 @@ def test_frozen_bytes_are_those_of_the_loaded_base(tmp_path, config, quantizatio
         random_weights=True,
         device=torch.device("cpu"),
     )
-    empty = skeleton(config, task, 3 if task == "seq_cls" else None)
+    empty = meta_model(config, task, 3 if task == "seq_cls" else None)
     names = quantized_layers(empty)
     assert frozen_bytes(empty, names, quantization, double).total == _held_bytes(loaded)
     kinds = {name for name, module in loaded.named_modules() if "bit" in type(module).__name__}
@@ -94,7 +94,7 @@ def test_frozen_bytes_are_those_of_the_loaded_base(tmp_path, config, quantizatio
 )
 def test_adapter_bytes_are_those_of_the_saved_file(tmp_path, method, options):
     config = CONFIGS["llama"]
-    empty = peft.get_peft_model(skeleton(config), adapters.peft_config(method, options, "CAUSAL_LM"))
+    empty = peft.get_peft_model(meta_model(config), adapters.peft_config(method, options, "CAUSAL_LM"))
     config.save_pretrained(tmp_path)
     base = load_base(str(tmp_path), random_weights=True, device=torch.device("cpu"))
     peft.get_peft_model(base, adapters.peft_config(method, options, "CAUSAL_LM")).save_pretrained(tmp_path / "adapter")
@@ -102,7 +102,7 @@ def test_adapter_bytes_are_those_of_the_saved_file(tmp_path, method, options):
 
 
 def test_a_mistral_in_four_bits_takes_what_its_layout_says():
-    model = skeleton(load_config("mistralai/Mistral-7B-v0.1"))
+    model = meta_model(load_config("mistralai/Mistral-7B-v0.1"))
     linears = 32 * (2 * 4096 * 4096 + 2 * 1024 * 4096 + 3 * 14336 * 4096)
     frozen = frozen_bytes(model, quantized_layers(model), "nf4", True)
     assert frozen.embedding == frozen.head == 2 * 32000 * 4096

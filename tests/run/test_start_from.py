@@ -137,7 +137,7 @@ def test_a_classifier_takes_its_head_along(tmp_path):
 def test_what_does_not_fit_is_told_before_anything_is_loaded(place, monkeypatch, adapter, message):
     first = trained(place)
     monkeypatch.chdir(place)
-    monkeypatch.setattr("lsr_scale.training.assembly.base_of", lambda *_: pytest.fail("the base was loaded"))
+    monkeypatch.setattr("lsr_scale.training.assembly.load_base_for", lambda *_: pytest.fail("the base was loaded"))
     with pytest.raises(UserError, match=message):
         started(place, adapter.get("start_from", first.path), adapter=adapter)
 

@@ -263,7 +263,7 @@ def test_what_a_tokenizer_appends_is_left_away_once_and_said(tmp_path, template,
     assert appended_ids(tokenizer) == []
     assert appended_ids(fast(template)) == [2] * len(added)
     assert len(told) == len(added)
-    assert all("puts </s> behind every text by itself; this run leaves that away" in text for text in told)
+    assert all("appends </s> to every text by itself; in this run it does not" in text for text in told)
     classifies = tokenizer_of(described(tmp_path, task="seq_cls"), say=told.append)
     assert appended_ids(classifies) == [2] * len(added), "a classifier's tokenizer stays as it is"
     save_tokenizer(tokenizer, tmp_path / "saved")
@@ -377,4 +377,4 @@ def test_quiet_logging_is_not_needed_for_what_is_told(tmp_path, caplog):
     fast("$A </s>").save_pretrained(tmp_path)
     with caplog.at_level(logging.WARNING):
         tokenizer_of(described(tmp_path))
-    assert "behind every text by itself" in caplog.text
+    assert "to every text by itself" in caplog.text

@@ -19,7 +19,7 @@ from lsr_scale.adapters.methods.lsr import Lsr
 from lsr_scale.config import dump_yaml, load_run
 from lsr_scale.config.training import checkpoints_layers
 from lsr_scale.fused import attention_block
-from lsr_scale.model import base_of, load_base
+from lsr_scale.model import load_base, load_base_for
 from lsr_scale.run.folder import RunFolder
 from lsr_scale.run.train import train
 from lsr_scale.training import assembly
@@ -69,7 +69,7 @@ def run_in(place, tmp_path, **sections):
 @pytest.mark.parametrize("method", [{}, KRON, LORA], ids=["lsr", "kron_lora", "lora"])
 def test_factors_are_the_seeded_ones_in_float32_after_the_trainers_constructor(place, tmp_path, method, quantization):
     run = run_in(place, tmp_path, adapter=method, model={"quantization": quantization})
-    expected = dict(adapt(run, base_of(run.model, run.training["seed"]))[0].named_parameters())
+    expected = dict(adapt(run, load_base_for(run.model, run.training["seed"]))[0].named_parameters())
     trainer = build_trainer(run, RunFolder(tmp_path))
     trained = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
     assert len(trained) >= 2 * 14

@@ -247,19 +247,20 @@ def test_processes_make_equally_many_passes_and_find_the_same_to_the_last_bit(mo
         monkeypatch.setattr(scorer.distributed, "gather", gather)
         for rank in range(size):
             monkeypatch.setattr(scorer.distributed, "place", lambda rank=rank: (rank, size))
-            dealt = score(model, tokenizer, examples_of("piqa"), dealt=True, **options)
+            distributed = score(model, tokenizer, examples_of("piqa"), distribute=True, **options)
             passes.append(len(ran))
     finally:
         hook.remove()
     assert {after - before for before, after in itertools.pairwise(passes)} == {-(-passes[0] // size)}
-    assert dealt.predictions == plain.predictions
+    assert distributed.predictions == plain.predictions
 
 
 def test_a_process_that_joined_no_group_scores_all_by_itself(model, tokenizer, monkeypatch):
     plain = score(model, tokenizer, examples_of("piqa"), batch_tokens=64)
     monkeypatch.setenv("WORLD_SIZE", "2")  # as clusters set it
     monkeypatch.setenv("RANK", "0")
-    assert score(model, tokenizer, examples_of("piqa"), dealt=True, batch_tokens=64).predictions == plain.predictions
+    alone = score(model, tokenizer, examples_of("piqa"), distribute=True, batch_tokens=64)
+    assert alone.predictions == plain.predictions
 
 
 def test_errors_say_what_to_do(model, tokenizer):

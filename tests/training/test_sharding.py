@@ -5,7 +5,7 @@ import json
 import pytest
 from safetensors.torch import load_file, save_file
 
-from lsr_scale.model import load_config, skeleton
+from lsr_scale.model import load_config, meta_model
 from lsr_scale.plan.sizes import frozen_bytes, quantized_layers
 from tests.conftest import two_processes
 from tests.helpers.launch import ROOT, launch
@@ -102,7 +102,7 @@ def test_zero3_holds_a_share_of_the_base_on_each_process_from_the_first_weight_o
     assert found["load_peak_of_whole"] < 0.75
     assert found["whole_load_peak_bytes"] >= found["whole_bytes"], "the meter sees what is made"
     # what lsr-scale plan says: the share, the states, and one weight being quantized
-    empty = skeleton(load_config(str(place / "larger")))
+    empty = meta_model(load_config(str(place / "larger")))
     frozen = frozen_bytes(empty, quantized_layers(empty) if base != "none" else [], base, True)
     share = frozen.state + frozen.matrices // 2
     assert found["whole_bytes"] == frozen.total
@@ -112,7 +112,7 @@ def test_zero3_holds_a_share_of_the_base_on_each_process_from_the_first_weight_o
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize(("base", "fused"), GATHERED)
 def test_a_layer_is_unsharded_and_the_next_one_prefetched_and_never_more(seen, place, rank, base, fused):
-    empty = skeleton(load_config(str(place / "larger")))
+    empty = meta_model(load_config(str(place / "larger")))
     frozen = frozen_bytes(empty, quantized_layers(empty) if base != "none" else [], base, True)
     layer = frozen.layers / 6
     found = seen[rank]["gathered"][f"{base}/{fused}"]

@@ -10,7 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from lsr_scale.errors import UserError
 from lsr_scale.layers.frozen_linear import FrozenLinear4bit, FrozenLinear8bit
-from lsr_scale.model import known_configs, load_base, load_config, model_class, resolve, skeleton
+from lsr_scale.model import known_configs, load_base, load_config, meta_model, model_class, resolve
 from tests.conftest import tiny_llama
 
 SMOLLM2 = "builtin:smollm2-135m-instruct"
@@ -48,7 +48,7 @@ def copied(saved, tmp_path):
     ],
 )
 def test_a_well_known_model_has_its_published_parameter_count_without_network(name, num_parameters):
-    model = skeleton(load_config(name))
+    model = meta_model(load_config(name))
     assert sum(p.numel() for p in model.parameters()) == num_parameters
     assert all(p.is_meta and not p.requires_grad for p in model.parameters())
 
@@ -57,7 +57,7 @@ def test_every_entry_of_the_table_makes_a_model():
     for name in known_configs.known_names():
         config = load_config(name)
         task = "causal_lm" if any(a.endswith(("CausalLM", "LMHeadModel")) for a in config.architectures) else "seq_cls"
-        assert skeleton(config, task, num_labels=2).config.model_type == config.model_type
+        assert meta_model(config, task, num_labels=2).config.model_type == config.model_type
 
 
 def test_a_name_close_to_a_known_one_is_suggested():
@@ -193,7 +193,7 @@ def test_weights_of_another_model_are_refused(copied, quantization):
     tensors = safetensors.torch.load_file(file)
     lost = {k: v for k, v in tensors.items() if "layers.1.mlp.up_proj" not in k}
     safetensors.torch.save_file(lost, file, metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"lack model\.layers\.1\.mlp\.up_proj\.weight"):
+    with pytest.raises(UserError, match=r"have no model\.layers\.1\.mlp\.up_proj\.weight"):
         load_base(str(copied), quantization=quantization, device=CPU)
     safetensors.torch.save_file(tensors, file, metadata={"format": "pt"})
     config = json.loads((copied / "config.json").read_text())

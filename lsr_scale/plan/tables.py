@@ -1,0 +1,76 @@
+"""A plan as tables for a terminal."""
+
+from rich import box
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from lsr_scale.plan.planner import Plan
+from lsr_scale.plan.stages import GIB, Memory
+
+
+def render(plan: Plan) -> Group:
+    """Return the plan for a person, to be printed by a rich console."""
+
+    def percent(share: float) -> str:
+        return f"{100 * share:.3g} %"
+
+    facts = Table.grid(padding=(0, 2))
+    for name, text in (
+        ("base", f"{plan.model} ({plan.architecture}), {plan.base_parameters:,} parameters, {plan.quantization}"),
+        ("frozen bytes", f"{plan.frozen_bytes:,} ({plan.frozen_bytes / GIB:.2f} GiB), exact"),
+        ("adapter", f"{plan.method} on {plan.adapted_modules} modules"),
+        ("trainable", f"{plan.trainable_parameters:,} parameters"),
+        (
+            "of LoRA",
+            f"{percent(plan.share_of_lora8)} of rank 8 ({plan.lora8_parameters:,}), "
+            f"{percent(plan.share_of_lora16)} of rank 16, at the same modules",
+        ),
+        ("layers", "fused, as on a GPU" if plan.fused else "each linear by itself"),
+        ("adapter file", f"{plan.adapter_bytes:,} bytes ({plan.adapter_bytes / 2**20:.1f} MiB)"),
+    ):
+        facts.add_row(Text(name, style="bold"), text)
+
+    # broken so that 80 columns hold the table
+    columns = {
+        **{"weights": "weights", "gradients": "gradi-\nents", "optimizer": "opti-\nmizer"},
+        **{"activations": "activa-\ntions", "workspace": "work-\nspace", "total": "total", "loading": "loading"},
+    }
+    title = f"GiB on one of {plan.gpus} GPUs" if plan.gpus > 1 else "GiB on one GPU"
+    table = Table(title=f"{title}, {plan.tokens_per_gpu:,} tokens at once", title_justify="left", box=box.SIMPLE_HEAD)
+    table.padding, table.pad_edge, table.show_edge = (0, 1, 0, 0), False, False
+    table.add_column("stage", no_wrap=True)
+    table.add_column("check-\npointing")
+    for heading in columns.values():
+        table.add_column(heading, justify="right", no_wrap=True)
+
+    def add(stage: str, checkpointing: str, memory: Memory, style: str = "") -> None:
+        table.add_row(stage, checkpointing, *(f"{getattr(memory, column):.2f}" for column in columns), style=style)
+
+    add("this run", "", plan.memory_gib, "bold")
+    table.add_section()
+    for row in plan.table:
+        add(row.stage, "on" if row.checkpointing else "off", row.memory_gib)
+    first = {row.checkpointing: row.memory_gib for row in plan.table[:2]}
+    thousand = {on: (m.activations + m.workspace) * 1000 / plan.tokens_per_gpu for on, m in first.items()}
+    note = Text(
+        "weights (but for zero3), gradients and optimizer are exact; activations and workspace are estimates for rows "
+        f"of full max_length, about {thousand[True]:.2f} GiB per thousand tokens with checkpointing, "
+        f"{thousand[False]:.2f} without. nvidia-smi shows about 0.5 GiB more, for CUDA itself.",
+        style="dim",
+    )
+    warned = [Text(f"warning: {line}", style="yellow") for line in plan.warnings]
+    return Group(facts, Text(), table, note, *([_sum(plan)] if plan.gpus > 1 else []), *warned)
+
+
+def _sum(plan: Plan) -> Table:
+    """Return what zero3's memory consists of."""
+    table = Table(title=f"zero3 on one of {plan.gpus} GPUs, checkpointing on", title_justify="left", box=None)
+    table.add_column("GiB", justify="right")
+    table.add_column("of")
+    for name, part in plan.sharded.items():
+        table.add_row(f"{part:.2f}", name)
+    zero3 = next(row.memory_gib for row in plan.table if row.stage == "zero3" and row.checkpointing)
+    table.add_row(f"{zero3.total:.2f}", "in all; fragmentation, CUDA and NCCL come on top", style="bold")
+    table.add_row(f"{zero3.loading:.2f}", "while loading: the shards, the states, and one weight being quantized")
+    return table

@@ -51,6 +51,7 @@ from lsr_scale.training.callbacks.memory import FitMemoryCallback, max_forward_t
 from lsr_scale.training.checkpoint import select
 from lsr_scale.training.checkpoint.resumable import Resumable
 from lsr_scale.training.settings import named
+from lsr_scale.training.steps.deepspeed_api import check_release
 from lsr_scale.training.steps.engine import EngineSteps
 from lsr_scale.training.steps.graphs import GraphSteps, PackedCollator, host_bound
 from lsr_scale.training.steps.head_loss import HeadCollator, HeadLoss, why_not_own_head
@@ -119,6 +120,8 @@ def build_trainer(
         UserError: for a model, data or adapter that do not go together.
     """
     _check_optimizer(run)
+    if uses_deepspeed(run):
+        check_release()
     arguments = _arguments(run, folder)
     data = data or read_data(run, say=say)
     tokenizer = data.tokenizer

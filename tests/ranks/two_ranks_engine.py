@@ -21,7 +21,7 @@ RUNS = [(stage, rows) for stage in STAGES for rows in (1, 2)]
 
 
 def main() -> None:
-    cli._quiet_libraries(debug=False)  # as the command does, before what reads these settings is imported
+    cli.quiet_libraries(debug=False)  # as the command does, before what reads these settings is imported
     import datasets
     from accelerate.state import AcceleratorState
 

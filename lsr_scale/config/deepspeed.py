@@ -57,7 +57,7 @@ _OF_STAGE_3 = (
     *("model_persistence_threshold", "zeropp_loco_param", "override_module_apply"),
 )
 
-# What steers how DeepSpeed reduces gradients, beside reduce_bucket_size: `training.engine_steps` does it at once.
+# What steers how DeepSpeed reduces gradients, beside reduce_bucket_size: `training.steps.engine` does it at once.
 _OF_REDUCTION = (
     *("overlap_comm", "contiguous_gradients", "reduce_scatter", "ignore_unused_parameters"),
     *("use_multi_rank_bucket_allreduce", "communication_data_type", "prescale_gradients"),

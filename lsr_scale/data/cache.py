@@ -3,6 +3,7 @@
 <cache>/datasets/<digest of the rows>/    as `Dataset.save_to_disk` writes it; `Dataset.map` keeps its results beside
 """
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -65,5 +66,6 @@ def digest(dataset: "Dataset") -> str:
 def _forget_old(folder: Path) -> None:
     """Remove what nobody used for a month."""
     for path in folder.iterdir():
-        if time.time() - path.stat().st_mtime > DAYS_KEPT * 86_400:
-            shutil.rmtree(path, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):  # another process moved into place what it had written aside
+            if time.time() - path.stat().st_mtime > DAYS_KEPT * 86_400:
+                shutil.rmtree(path, ignore_errors=True)

@@ -10,15 +10,19 @@ from lsr_scale.config.training import training_arguments_class
 from lsr_scale.errors import UserError
 from lsr_scale.run.folder import RunFolder
 from lsr_scale.training.settings import naming_settings
+from lsr_scale.training.steps.deepspeed_api import check_release
 
 
 def trainer_arguments(run: RunConfig, folder: RunFolder) -> Any:
     """Return a run's `SFTConfig`, or `TrainingArguments` for a classifier; checkpoints go to the folder.
 
     Raises:
-        UserError: for a setting that the library refuses, or an optimizer that cannot be sharded.
+        UserError: for a setting that the library refuses, an optimizer that cannot be sharded, or a DeepSpeed that
+            cannot be patched.
     """
     _check_optimizer(run)
+    if uses_deepspeed(run):
+        check_release()
     values = config.training_arguments(run) | {"output_dir": str(folder.path), "use_cpu": not torch.cuda.is_available()}
     values.pop("eos_token", None)  # the tokenizer has it; a run that resumes keeps the one that it began with
     values.setdefault("log_level_replica", "error")  # the main process speaks for all

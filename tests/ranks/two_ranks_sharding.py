@@ -38,18 +38,14 @@ MEASURED = [("nf4", True), ("int8", True), ("none", False)]
 GATHERED = [("nf4", True), ("nf4", False), ("none", False)]
 
 
-# steps along the gradient, far shorter than it is: these losses see its length
-CLIPPED = {"optim": "sgd", "max_grad_norm": 0.1, "learning_rate": 1.0}
-EXACT = {"dtype": "float32"}  # the model's, for these
-# and rows in a micro-batch, of two
-ENGINES = [(stage, rows) for stage in STAGES[:4] for rows in (1, 2)]
+def first_losses(folder: Path, base: str, method: str, mode: str, **changes) -> tuple[list[float], object]:
+    """Return the losses of a run's first three steps, and its model. A loss sees the gradients of the steps before."""
+    trainer = first_trainer(folder, base, method, mode, **changes)
+    return [row["loss"] for row in trainer.state.log_history if "loss" in row], trainer.model
 
 
-def first_losses(folder: Path, base: str, method: str, mode: str, **changes) -> tuple[list[float], object, list]:
-    """Return the losses of a run's first three steps, its model, and the losses and norms of the gradients as logged.
-
-    A loss sees the gradients of the steps before.
-    """
+def first_trainer(folder: Path, base: str, method: str, mode: str, **changes):
+    """Return the trainer of a run's first three steps."""
     from lsr_scale.run.folder import RunFolder
     from lsr_scale.training import assembly, trainers
     from tests.helpers.tiny_runs import tiny_run
@@ -77,9 +73,7 @@ def first_losses(folder: Path, base: str, method: str, mode: str, **changes) -> 
     trainer = assembly.build_trainer(run, RunFolder(folder / "unused"))
     with trainers.ignore_library_warnings():
         trainer.train()
-    logged = [row for row in trainer.state.log_history if "loss" in row]
-    norms = [[row["loss"], row["grad_norm"]] for row in logged]
-    return [row["loss"] for row in logged], trainer.model, norms
+    return trainer
 
 
 class Gathered:
@@ -124,16 +118,11 @@ def main() -> None:
     folder, rank = Path(sys.argv[-1]), distributed.rank()
     distributed.start(use_deepspeed=True)
     gc.freeze()
-    seen: dict = {"losses": {}, "sharded": {}, "clipped": {}, "bytes": {}}
+    seen: dict = {"losses": {}, "sharded": {}, "bytes": {}}
     for stage, base, method, mode in COMBINATIONS:
         name = "/".join((stage, base, method, mode))
-        losses, model, _ = first_losses(folder, base, method, mode, deepspeed={"config": stage})
+        losses, model = first_losses(folder, base, method, mode, deepspeed={"config": stage})
         seen["losses"][name], seen["sharded"][name] = losses, is_sharded(model)  # pyright: ignore
-        AcceleratorState._reset_state(reset_partial_state=True)
-    for stage, rows in ENGINES:
-        batches = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": 2 // rows}
-        given = {"deepspeed": {"config": stage}, "training": {**CLIPPED, **batches}, "model": EXACT}
-        *_, seen["clipped"][f"{stage}/{rows}"] = first_losses(folder, "none", "lsr", DEFAULT, **given)
         AcceleratorState._reset_state(reset_partial_state=True)
     for base, checkpoint in MEASURED:
         kind = "checkpoint" if checkpoint else "random"

@@ -47,17 +47,17 @@ class PackedCollator:
 class GraphSteps(_Base):
     """Training steps by graphs for a trainer; goes before `HeadLoss` among a class's bases. Off until `graphs` is set.
 
-    The first two steps of a run are computed as ever: what is decided after the first one (`training.memory: auto`)
-    stays, and kernels are compiled.
+    The first two steps of a run are eager: what is decided after the first one (`training.memory: auto`) stays, and
+    kernels are compiled.
     """
 
     graphs: StepGraphs | None = None
     say: Callable[[str], None] = staticmethod(lambda text: None)
-    _first_graph: int | None = None
+    _first_graph_step: int | None = None
     _num_parameters: int | None = None
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train, and leave the model as it was."""
+        """Train; the model has its own `zero_grad` again then."""
         try:
             return super().train(*args, **kwargs)
         finally:
@@ -71,9 +71,9 @@ class GraphSteps(_Base):
         """Do a micro-batch: its loss is returned, its gradients are the parameters'."""
         inputs = dict(inputs)
         static = inputs.pop("static", None)
-        if self._first_graph is None:
-            self._first_graph = self.state.global_step + 2
-        if self.graphs is None or static is None or self.state.global_step < self._first_graph:
+        if self._first_graph_step is None:
+            self._first_graph_step = self.state.global_step + 2
+        if self.graphs is None or static is None or self.state.global_step < self._first_graph_step:
             return super().training_step(model, inputs, num_items_in_batch)
         if not model.training:
             model.train()
@@ -86,7 +86,7 @@ class GraphSteps(_Base):
         except RuntimeError as error:
             if self.graphs.captured and not isinstance(error, torch.OutOfMemoryError):
                 raise
-            # the run goes on without: nothing was replayed yet, or the memory does not hold another shape's graph
+            # steps are eager from here on: nothing was replayed yet, or the memory does not hold another shape's graph
             self.graphs = None
             vars(model).pop("zero_grad", None)
             self.say(f"CUDA graphs are off: {str(error).splitlines()[0]}")
@@ -107,7 +107,7 @@ class GraphSteps(_Base):
         return 6 * inputs["input_ids"].numel() * self._num_parameters
 
     def _drop_gradients(self, set_to_none: bool = True) -> None:
-        """Let the trained parameters' gradients go."""
+        """Free the trained parameters' gradients."""
         del set_to_none
         assert self.graphs is not None
         for parameter in self.graphs.parameters:

@@ -109,7 +109,7 @@ class LossCheck(_Base):
         self._check_later(norm.detach(), lambda value: nonfinite.handle_nonfinite_gradient(self, value, step))
         if self.skipping is None:
             return norm
-        if not self.is_deepspeed_enabled:  # its engine has taken the step by now, see `engine_steps.ease`
+        if not self.is_deepspeed_enabled:  # its engine has taken the step by now, see `engine.patch_engine`
             self.skipping.decide(norm)
         return norm.where(norm.isfinite(), 0.0)
 

@@ -1,6 +1,6 @@
-"""What trains and its optimizer's state, whole and by parameter name, taken from any engine and given back to any.
+"""What trains and its optimizer's state, unsharded and by parameter name, taken from any engine and given back to any.
 
-An engine cuts these tensors up in its own way: DeepSpeed's ZeRO holds a slice of one flat float32 tensor a group, DDP
+An engine shards these tensors in its own way: DeepSpeed's ZeRO holds a slice of one flat float32 tensor a group, DDP
 and a single process hold all. A checkpoint knows nothing of that. Nothing here computes: tensors are copied, so a
 continuation on the same number of processes is equal bit for bit.
 """
@@ -18,9 +18,9 @@ PARAMETER, OPTIMIZER = "parameter/", "optimizer/"
 
 
 def collect(trainer: Trainer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Return the tensors by name, on the CPU, and the scalars; every process must call it, for parts are gathered.
+    """Return the tensors by name, on the CPU, and the scalars; every process must call it, for shards are gathered.
 
-    Names are `parameter/NAME` (float32 masters, whole) and `optimizer/NAME/KEY`, such as `optimizer/NAME/exp_avg`;
+    Names are `parameter/NAME` (float32 masters, unsharded) and `optimizer/NAME/KEY`, such as `optimizer/NAME/exp_avg`;
     NAME is the parameter's in the model.
 
     Raises:
@@ -184,7 +184,7 @@ def _flats(zero: Any) -> dict[int, torch.Tensor]:
 def _from_zero(
     zero: Any, name: str, parameter: torch.nn.Parameter, flat: torch.Tensor
 ) -> tuple[torch.Tensor, dict[str, Any]]:
-    """Return a parameter's master and state, whole, from the slices of all processes."""
+    """Return a parameter's master and state, unsharded, from the slices of all processes."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     state: dict[str, Any] = {}

@@ -79,7 +79,7 @@ def test_an_evaluation_computes_what_is_at_padding_too(padded, masks):
     assert masks == [True, True]
 
 
-def test_padding_that_is_learned_from_keeps_its_mask(padded, masks):
+def test_supervised_padding_is_masked(padded, masks):
     batch, model = {**padded, "labels": padded["input_ids"]}, adapted()
     expected = step(model, batch)
     lsr_scale.fuse(model)
@@ -148,7 +148,7 @@ def test_any_padding_gives_the_loss_of_transformers(side, collated, ids, masks):
     assert masks == [side != "right"] * 2
 
 
-def test_a_mask_that_comes_with_positions_or_a_cache_stays(padded):
+def test_a_mask_beside_positions_or_a_cache_is_used(padded):
     positions = torch.arange(padded["input_ids"].shape[1])[None]
     assert not needs_mask(padded, padded["labels"])
     assert not needs_mask({"input_ids": padded["input_ids"]})

@@ -105,7 +105,7 @@ def test_nothing_supervised_is_a_loss_of_zero():
     assert not any(gradient.any() for gradient in gradients_of(model))
 
 
-def test_reasons_against_graphs():
+def test_why_steps_are_not_replayed():
     head = adapted().get_base_model()
     plain = {"packing": True, "padding_free": False, "loss_type": "nll", "label_smoothing_factor": 0.0}
     assert "GPU" in str(graphs_fallback_reason(head, plain))
@@ -237,7 +237,7 @@ def test_a_capture_right_after_a_dropped_batch_is_of_the_batch_that_is_captured(
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
-def test_a_replayed_step_that_is_not_finite_is_left_out_and_the_next_capture_is_whole(
+def test_a_replayed_step_that_is_not_finite_is_skipped_and_the_next_capture_is_complete(
     tmp_path, monkeypatch, recorded, what
 ):
     replay = StepGraphs.replay

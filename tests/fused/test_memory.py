@@ -36,7 +36,7 @@ def saved_bytes(model, ids, monkeypatch) -> int:
 
 @pytest.mark.parametrize("kind", ["none", "nf4", "int8"])
 @pytest.mark.parametrize("recompute", ["none", "full"])
-def test_held_weights_change_nothing(kind, recompute, ids):
+def test_cached_weights_change_no_result(kind, recompute, ids):
     base = tiny_llama()
     model = adapted(base if kind == "none" else quantize(base, kind, torch.float32))
     lsr_scale.fuse(model, recompute)
@@ -44,15 +44,15 @@ def test_held_weights_change_nothing(kind, recompute, ids):
     lsr_scale.fuse(model, recompute, cache_weights=True)
     for _ in range(2):  # made, then found
         assert_same(results(model, ids), expected, 1e-6)
-    held = [entry.matrix for layer in layers_of(model) for entry in layer.weight_cache.values()]
-    assert len(held) == 8
-    assert sum(matrix.nbytes for matrix in held) == sum(layer.sizes.cached_weights for layer in layers_of(model))
+    cached = [entry.matrix for layer in layers_of(model) for entry in layer.weight_cache.values()]
+    assert len(cached) == 8
+    assert sum(matrix.nbytes for matrix in cached) == sum(layer.sizes.cached_weights for layer in layers_of(model))
     clear_weight_cache(model)
     assert not any(layer.weight_cache for layer in layers_of(model))
     assert_same(results(model, ids), expected, 1e-6)
 
 
-def test_held_weights_follow_the_adapters_and_the_base(ids):
+def test_cached_weights_follow_the_adapters_and_the_base(ids):
     model = adapted(tiny_llama(torch.float64))
     lsr_scale.fuse(model, cache_weights=True)
     results(model, ids)
@@ -158,7 +158,7 @@ class Gpu:
 
 
 @pytest.mark.parametrize(
-    ("total", "largest", "rungs"),
+    ("total", "largest", "levels"),
     [
         (2_000_000, 20, {("full", False): 2}),  # the first step filled it
         (3_000_000, 20, {("none", True): 2}),
@@ -167,7 +167,7 @@ class Gpu:
         (2_400_000, None, {("full", False): 2}),  # unknown
     ],
 )
-def test_what_the_first_step_left_is_spent(total, largest, rungs, ids):
+def test_memory_that_the_first_step_left_free_is_used(total, largest, levels, ids):
     model = adapted(tiny_llama())
     lsr_scale.fuse(model, "full")
     said: list[str] = []
@@ -179,7 +179,7 @@ def test_what_the_first_step_left_is_spent(total, largest, rungs, ids):
         model(input_ids=ids, labels=ids).loss.backward()
         policy.on_step_end(anything, anything, anything, model=model)
     found = Counter((layer.recompute, bool(layer.weight_cache)) for layer in layers_of(model))
-    assert found == rungs
+    assert found == levels
     assert len(said) == (largest is not None)
     policy.on_train_end(anything, anything, anything, model=model)
     assert not any(layer.weight_cache for layer in layers_of(model))

@@ -109,7 +109,7 @@ def double_in_place(gradient):
 
 
 @pytest.mark.parametrize(("between", "copies"), [(None, 1), (lambda gradient: 2 * gradient, 2), (double_in_place, 1)])
-def test_a_gradient_is_handed_down_in_the_buffer_that_the_layer_below_reads(between, copies, ids, monkeypatch):
+def test_a_layer_takes_the_gradient_buffer_of_the_layer_above(between, copies, ids, monkeypatch):
     def observe(out):
         if out.requires_grad:
             out.register_hook(between)
@@ -459,7 +459,7 @@ def first(model):
         ),
     ],
 )
-def test_what_changes_after_a_step_is_noticed_and_noticed_again(change, undo, reason, ids):
+def test_a_change_between_steps_changes_whether_a_layer_falls_back(change, undo, reason, ids):
     model = adapted(tiny_llama())
     lsr_scale.fuse(model)
     model(input_ids=ids, labels=ids).loss.backward()
@@ -496,7 +496,7 @@ def test_adapter_dropout_falls_back_only_in_training(ids):
     assert not lsr_scale.fuse(model.eval()).unfused
 
 
-def test_what_fuse_cannot_do_is_said():
+def test_what_fuse_refuses():
     with pytest.raises(UserError, match=r"no adapters, and no decoder layers that can fuse \(Llama"):
         lsr_scale.fuse(nn.Linear(2, 2))
     with pytest.raises(UserError, match="recompute: expected one of none, mlp, full; got 'all'"):
@@ -599,7 +599,7 @@ def test_the_head_heeds_its_arguments(arguments, ids):
     assert torch.allclose(loss(), expected, atol=1e-6)
 
 
-def test_a_head_of_its_own_kind_keeps_its_loss(ids):
+def test_a_model_with_another_head_computes_its_own_loss(ids):
     for change in ("adapter", "loss", "hook"):
         targets = [*SEVEN_LINEARS, "lm_head"] if change == "adapter" else SEVEN_LINEARS
         model = adapted(tiny_llama(torch.float64), target_modules=targets)

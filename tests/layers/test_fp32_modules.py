@@ -1,4 +1,4 @@
-"""Modules trained whole are called and return in the base's dtype, whatever they take and return."""
+"""`modules_to_save` in float32: their inputs and outputs are in the base's dtype."""
 
 import pytest
 import torch
@@ -35,11 +35,11 @@ def test_the_model_computes_what_it_did_but_for_rounding(build, names):
     before = model(IDS).logits
     cast_modules_to_save(model)
     cast_modules_to_save(model)  # once is enough
-    whole = [parameter for name, parameter in model.named_parameters() if "modules_to_save" in name]
-    assert whole
-    assert {parameter.dtype for parameter in whole} == {torch.float32}
+    to_save = [parameter for name, parameter in model.named_parameters() if "modules_to_save" in name]
+    assert to_save
+    assert {parameter.dtype for parameter in to_save} == {torch.float32}
     after = model(IDS).logits
     assert (after - before).float().norm() < 0.05 * before.float().norm()
     after.float().logsumexp(-1).sum().backward()
-    assert all(parameter.grad is not None for parameter in whole)
-    assert adapter_file_bytes(model) > 4 * sum(parameter.numel() for parameter in whole)
+    assert all(parameter.grad is not None for parameter in to_save)
+    assert adapter_file_bytes(model) > 4 * sum(parameter.numel() for parameter in to_save)

@@ -53,8 +53,8 @@ def test_no_activation_and_no_weight_is_saved_for_backward(kind):
     context = out.grad_fn
     while not hasattr(context, "layer"):
         context = context.next_functions[0][0]
-    held = [value for value in vars(context).values() if isinstance(value, torch.Tensor)]
-    assert held == []
+    saved = [value for value in vars(context).values() if isinstance(value, torch.Tensor)]
+    assert saved == []
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
@@ -83,7 +83,7 @@ def test_a_repacked_or_unquantized_weight_is_refused_with_the_remedy():
         fresh(torch.ones(1, 64))
 
 
-def test_a_whole_model_is_frozen_in_place_and_int8_codes_have_one_owner():
+def test_a_model_is_frozen_in_place_and_int8_codes_have_one_owner():
     model = quantize(tiny_llama(), "int8")
     assert freeze_quantized(model) == 14 == freeze_quantized(model)
     layer = model.model.layers[0].mlp.up_proj

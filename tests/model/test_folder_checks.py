@@ -151,7 +151,7 @@ def test_an_adapter_beside_a_base_is_not_loaded_in_its_place(copied):
         ("num_local_experts", 10**9),
     ],
 )
-def test_absurd_sizes_are_refused_before_anything_is_made(copied, field, value):
+def test_absurd_sizes_are_refused_before_anything_is_allocated(copied, field, value):
     set_config(copied, **{field: value})
     with pytest.raises(UserError, match=r"fetch"):
         meta_model(load_config(str(copied)))
@@ -202,7 +202,7 @@ def test_code_from_the_hub_is_not_fetched_for_attention(copied):
 
 
 @pytest.mark.parametrize(
-    ("held", "asked", "message"),
+    ("checkpoint", "asked", "message"),
     [
         ({"quant_method": "gptq", "bits": 4}, "nf4", "quantized already, by gptq.*unquantized weights"),
         ({"quant_method": "awq", "bits": 4}, "none", "quantized already, by awq"),
@@ -212,8 +212,8 @@ def test_code_from_the_hub_is_not_fetched_for_attention(copied):
         ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, "none", r"in nf4; set it to nf4"),
     ],
 )
-def test_weights_quantized_in_another_way_are_refused(copied, held, asked, message):
-    set_config(copied, quantization_config=held)
+def test_weights_quantized_in_another_way_are_refused(copied, checkpoint, asked, message):
+    set_config(copied, quantization_config=checkpoint)
     with pytest.raises(UserError, match=message):
         load(copied, quantization=asked)
 
@@ -228,7 +228,7 @@ def test_weights_quantized_already_as_asked_compute_in_the_runs_dtype(copied, tm
         load(tmp_path / "nf4", quantization="int8")
 
 
-def test_what_a_checkpoint_lacks_or_has_too_much_is_said(copied):
+def test_missing_and_unexpected_weights_are_named(copied):
     set_config(copied, num_hidden_layers=1)
     said = []
     load(copied, task="seq_cls", num_labels=2, say=said.append)
@@ -243,7 +243,7 @@ def test_a_tokenizer_is_not_blamed_for_its_models_configuration(copied):
 
 
 @pytest.mark.parametrize("content", ["null", "[]", "{", "{}", '{"model": 3}', "\x00", "[" * 100_000])
-def test_a_broken_tokenizer_is_said_in_words(copied, content):
+def test_a_broken_tokenizer_is_refused(copied, content):
     (copied / "tokenizer.json").write_text(content)
     with pytest.raises(UserError, match=r"tokenizer") as error:
         load_tokenizer(str(copied))
@@ -317,7 +317,7 @@ def test_numbers_that_no_model_has_are_refused_however_long(copied, changes, mes
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.bool])
-def test_weights_of_whole_numbers_are_refused_where_nothing_says_what_they_stand_for(copied, dtype):
+def test_integer_weights_without_a_quantization_config_are_refused(copied, dtype):
     weights = load_file(copied / "model.safetensors")
     name = next(name for name in weights if name.endswith("q_proj.weight"))
     save_file(weights | {name: weights[name].to(dtype)}, copied / "model.safetensors", metadata={"format": "pt"})

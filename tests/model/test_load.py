@@ -1,4 +1,4 @@
-"""Names, configurations, skeletons, frozen quantized bases, tokenizers, and what is said when one of them is wrong."""
+"""Names, configurations, meta models, frozen quantized bases, tokenizers, and errors."""
 
 import json
 import shutil
@@ -89,7 +89,7 @@ def test_a_folder_that_is_not_there_and_a_file_are_refused(tmp_path, saved):
         ('{"model_type": "new", "auto_map": {"AutoConfig": "a.B"}}', "Python code from its repository, which is never"),
     ],
 )
-def test_a_broken_configuration_is_said_in_words(tmp_path, content, message):
+def test_a_broken_configuration_is_refused(tmp_path, content, message):
     if content is not None:
         (tmp_path / "config.json").write_text(content)
     with pytest.raises(UserError, match=message):
@@ -176,7 +176,7 @@ def test_loading_leaves_the_random_state_alone(saved):
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_damaged_and_missing_weights_are_said_in_words(copied):
+def test_damaged_and_missing_weights_are_refused(copied):
     file = copied / "model.safetensors"
     whole = file.read_bytes()
     file.write_bytes(whole[: len(whole) // 2])

@@ -54,7 +54,7 @@ def test_saved_bytes_are_those_that_a_real_forward_pass_saves(tmp_path, method, 
         str(tmp_path), quantization=quantization, attention="eager", random_weights=True, device=torch.device("cpu")
     )
     model = peft.get_peft_model(base, adapters.peft_config(method, options)).train()
-    held = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
+    allocated = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
     saved = {}
 
     def pack(tensor):
@@ -64,7 +64,7 @@ def test_saved_bytes_are_those_that_a_real_forward_pass_saves(tmp_path, method, 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         hidden = base.model(torch.zeros(3, 40, dtype=torch.long)).last_hidden_state
     saved[hidden.untyped_storage().data_ptr()] = hidden.untyped_storage()
-    measured = sum(storage.nbytes() for key, storage in saved.items() if key not in held)
+    measured = sum(storage.nbytes() for key, storage in saved.items() if key not in allocated)
 
     planned = _adapted(LLAMA, method, options, "eager", kind=quantization)
     counted = memory.trace_step(planned, memory.Batch(3, 40, True), "causal_lm")[False].saved
@@ -79,17 +79,17 @@ def test_one_and_two_layers_give_the_memory_of_all(kind, masked):
     attention = memory.attention_name(masked)
     concluded = memory.trace_step(_adapted(LLAMA, name, options, attention, kind=kind), batch, "causal_lm")
     for checkpointing in (False, True):
-        whole = _adapted(LLAMA, name, options, attention, kind=kind)
+        full = _adapted(LLAMA, name, options, attention, kind=kind)
         mode = memory.FakeTensorMode()
-        memory._to_fake(whole, mode, None)
+        memory._to_fake(full, mode, None)
         if checkpointing:
-            memory._enable_checkpointing(whole)
-        saved, peaks = memory._run(whole, mode, batch, "causal_lm", None)
+            memory._enable_checkpointing(full)
+        saved, peaks = memory._run(full, mode, batch, "causal_lm", None)
         assert concluded[checkpointing].saved == saved
         assert concluded[checkpointing].peak == max(peaks.values())
 
 
-def test_checkpointing_keeps_one_hidden_state_a_layer():
+def test_checkpointing_saves_one_hidden_state_a_layer():
     name, options = METHODS[2]
     model = _adapted(LLAMA, name, options, memory.attention_name(False))
     batch = memory.Batch(2, 512, False)
@@ -119,7 +119,7 @@ def test_encoders_are_traced_through_their_own_loss():
     assert 0 < step[True].saved < step[False].saved < step[False].peak
 
 
-def test_dequantized_weights_are_part_of_the_peak_but_not_kept():
+def test_dequantized_weights_are_part_of_the_peak_but_not_saved():
     """A batch so small that the weights decide."""
     name, options = METHODS[2]
     attention = memory.attention_name(False)

@@ -206,7 +206,7 @@ def test_packing_and_padding_and_windows_decide_the_mask(monkeypatch):
 
 
 @pytest.mark.usefixtures("counts_only")
-def test_sides_larger_than_their_dense_form_are_told_once_a_shape():
+def test_a_warning_names_sides_larger_than_their_dense_form_once_per_shape():
     adapter = {**LSR, "rank": 4, "separation_rank": 28, "target_modules": ["query", "value"]}
     result = plan(run("FacebookAI/roberta-base", adapter, task="seq_cls", num_labels=2))
     assert result.warnings
@@ -218,7 +218,7 @@ def test_sides_larger_than_their_dense_form_are_told_once_a_shape():
 
 
 @pytest.mark.usefixtures("counts_only")
-def test_an_optimizer_that_is_not_counted_as_itself_is_told():
+def test_a_warning_names_an_optimizer_that_is_counted_as_adamw():
     assert plan(run(MISTRAL, LSR)).warnings == []
     (line,) = plan(run(MISTRAL, LSR, {"optim": "adamw_bnb_8bit"})).warnings
     assert "adamw_bnb_8bit" in line
@@ -258,7 +258,7 @@ def test_a_plan_needs_no_network_and_is_json_and_a_page(monkeypatch):
         ("FacebookAI/roberta-base", {**LSR, "target_modules": ["query"]}, "is an encoder"),
     ],
 )
-def test_a_mistake_is_said_before_anything_is_loaded(model, adapter, message):
+def test_a_mistake_is_refused_before_anything_is_loaded(model, adapter, message):
     with pytest.raises(UserError, match=message):
         plan(run(model, adapter))
 
@@ -304,7 +304,7 @@ def test_a_card_has_a_size(text, capsys):
     [
         ("meta-llama/Llama-2-70b-hf", 2, 24, True),
         ("meta-llama/Llama-2-70b-hf", 4, 16, True),
-        # a head of 128,256 words is gathered whole
+        # a head of 128,256 words is all-gathered
         ("meta-llama/Llama-3.1-70B", 2, 24, False),
         ("meta-llama/Llama-3.1-70B", 4, 16, False),
     ],

@@ -44,7 +44,7 @@ CONFIGS = {
 }
 
 
-def _held_bytes(model) -> int:
+def _stored_bytes(model) -> int:
     """Return the bytes of every storage that a loaded base refers to, quantization state included, each once."""
     tensors = [*model.parameters(), *model.buffers()]
     for module in model.modules():
@@ -79,7 +79,7 @@ def test_frozen_bytes_are_those_of_the_loaded_base(tmp_path, config, quantizatio
     )
     empty = meta_model(config, task, 3 if task == "seq_cls" else None)
     names = quantized_layers(empty)
-    assert frozen_bytes(empty, names, quantization, double).total == _held_bytes(loaded)
+    assert frozen_bytes(empty, names, quantization, double).total == _stored_bytes(loaded)
     kinds = {name for name, module in loaded.named_modules() if "bit" in type(module).__name__}
     assert kinds == (set(names) if quantization != "none" else set())
 

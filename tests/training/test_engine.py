@@ -85,7 +85,7 @@ def lacking(monkeypatch, path):
 def test_a_release_that_lacks_a_function_is_refused_before_anything_is_loaded(place, monkeypatch, path):
     lacking(monkeypatch, path)
     monkeypatch.setattr(assembly, "uses_deepspeed", lambda run: True)
-    monkeypatch.setattr(assembly, "base_of", None)
+    monkeypatch.setattr(assembly, "load_base_for", None)
     with pytest.raises(UserError, match=rf"^deepspeed\.config: DeepSpeed \d[\w.+]* has no {path.replace(':', '.')}, "):
         assembly.build_trainer(tiny_run(place), RunFolder(place / "unused"))
 

@@ -16,11 +16,12 @@ from lsr_scale.adapters.coverage import left_out
 from lsr_scale.adapters.files import load_adapter
 from lsr_scale.config import RunConfig, load_run, run_from_dict
 from lsr_scale.config.training import EVALUATED
-from lsr_scale.data.fits import length_made_for, num_positions, refuse_ids
+from lsr_scale.data.classification import tokenize_classification
 from lsr_scale.data.formats import build_dataset, load_source, source_fields
-from lsr_scale.data.preview import prepare_tokenizer, row_check, tokenize_classification
+from lsr_scale.data.model_limits import check_token_id, num_positions, stated_length
 from lsr_scale.data.readers import check_characters
 from lsr_scale.data.tasks import Example, examples
+from lsr_scale.data.tokenizer_setup import prepare_tokenizer, row_check
 from lsr_scale.errors import UserError, printable
 from lsr_scale.model import load_base_for, tokenizer_of
 from lsr_scale.model.load_errors import suggest_base_option
@@ -223,8 +224,8 @@ def generate(
     if inputs["input_ids"].shape[1] == 0:
         raise UserError("--prompt: expected some text to continue, got none")
     rows = model.get_input_embeddings().num_embeddings
-    refuse_ids(int(inputs["input_ids"].max()), rows, tokenizer, model.config, "--prompt")
-    length, positions, made_for = inputs["input_ids"].shape[1], num_positions(model), length_made_for(model.config)
+    check_token_id(int(inputs["input_ids"].max()), rows, tokenizer, model.config, "--prompt")
+    length, positions, made_for = inputs["input_ids"].shape[1], num_positions(model), stated_length(model.config)
     if positions is not None and length >= positions:
         raise UserError(f"--prompt: has {length:,} tokens, but the model has {positions:,} positions; shorten it")
     end = made_for if positions is None else positions

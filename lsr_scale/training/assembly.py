@@ -28,17 +28,12 @@ from lsr_scale.adapters.inject import inject
 from lsr_scale.adapters.peft import last_names
 from lsr_scale.config import RunConfig
 from lsr_scale.config.training import checkpoints_layers, training_arguments_class
-from lsr_scale.data.cache import kept
-from lsr_scale.data.fits import check_fits
+from lsr_scale.data.cache import cached
+from lsr_scale.data.classification import count_classification, tokenize_classification
 from lsr_scale.data.formats import Kind, build_dataset, load_source
-from lsr_scale.data.preview import (
-    count_classification,
-    prepare_tokenizer,
-    row_check,
-    template_notes,
-    tokenize_classification,
-)
-from lsr_scale.data.tally import TalliesRows, Tally
+from lsr_scale.data.model_limits import check_model_limits
+from lsr_scale.data.token_counts import CountsTokens, TokenCounts
+from lsr_scale.data.tokenizer_setup import prepare_tokenizer, row_check, template_notes
 from lsr_scale.errors import UserError, did_you_mean
 from lsr_scale.fused import FuseReport, fuse
 from lsr_scale.fused.cuda_graphs import StepGraphs, graphs_fallback_reason
@@ -153,8 +148,8 @@ def build_trainer(
         "args": arguments,
         "processing_class": tokenizer,
         "callbacks": callbacks,
-        "train_dataset": kept(data.train),
-        "eval_dataset": None if data.validation is None else kept(data.validation),
+        "train_dataset": cached(data.train),
+        "eval_dataset": None if data.validation is None else cached(data.validation),
     }
     with _factors_untouched(model), only_new_warnings(), named(run):
         trainer = _classifier_trainer(run, common) if run.model.task == "seq_cls" else _sft_trainer(common)
@@ -178,7 +173,7 @@ def build_trainer(
         if run.model.task == "seq_cls":
             _, notes = count_classification(where, rows, tokenizer, limit)
         else:  # there are none where dataset_kwargs skips TRL's preparation
-            count = getattr(trainer, "tallies", {}).get(split, Tally())
+            count = getattr(trainer, "token_counts", {}).get(split, TokenCounts())
             notes = count.notes(where, tokenizer, run.training)
         for note in notes:
             say(f"note: {note}")
@@ -212,7 +207,7 @@ def check_run_fits(run: RunConfig, data: RunData) -> None:
     empty = partial(meta_model, model_config, section.task, section.num_labels)
     parts = {"train": data.train, "validation": data.validation}
     given = {name: dataset for name, dataset in parts.items() if dataset is not None}
-    check_fits(given, data.kind, data.tokenizer, model_config, run.training, empty)
+    check_model_limits(given, data.kind, data.tokenizer, model_config, run.training, empty)
 
 
 def _tokenizer(run: RunConfig, checkpoint: Path | None, note: Callable[[str], None]) -> Any:
@@ -388,7 +383,7 @@ def _sft_trainer(common: dict[str, Any]) -> Trainer:
             "pip install 'trl>=1.16,<1.17'"
         )
 
-    class OurSFTTrainer(TalliesRows, Resumable, LossCheck, EngineSteps, GraphSteps, HeadLoss, SFTTrainer):
+    class OurSFTTrainer(CountsTokens, Resumable, LossCheck, EngineSteps, GraphSteps, HeadLoss, SFTTrainer):
         pass
 
     return OurSFTTrainer(**common)

@@ -250,16 +250,16 @@ def check_training(values: Any, task: Task) -> dict[str, Any]:
         ValueError: for the two names of a renamed field, set differently.
     """
     checked = training_model(task).model_validate(values)
-    given = {name: _as_written(values[name], getattr(checked, name)) for name in values}
+    values = {name: _as_written(values[name], getattr(checked, name)) for name in values}
     for old, new in _RENAMED.items():
-        if new in given:
-            if given.get(old, given[new]) != given[new]:
+        if new in values:
+            if values.get(old, values[new]) != values[new]:
                 raise ValueError(f"{old} and {new} are two names of one field, set to different values; keep one")
-            given[old] = given.pop(new)
-    filled = {**DEFAULTS, **TASK_DEFAULTS[task], **given}
+            values[old] = values.pop(new)
+    filled = {**DEFAULTS, **TASK_DEFAULTS[task], **values}
     if (max_steps := filled.get("max_steps", -1)) != -1 and max_steps < 1:
         raise ValueError(f"max_steps: expected a number of steps, or -1 for num_train_epochs, got {max_steps}")
-    for name, value in given.items():
+    for name, value in values.items():
         if name.endswith("_kwargs") and isinstance(value, str) and not value.lstrip().startswith("{"):
             raise ValueError(f"{name}: expected a mapping, such as {{key: value}}, got {value!r:.60}")
     if (rows := filled["per_device_train_batch_size"] * filled["gradient_accumulation_steps"]) > _ROWS_PER_STEP:
@@ -276,9 +276,9 @@ def check_training(values: Any, task: Task) -> dict[str, Any]:
 
 
 def checkpoints_layers(training: Mapping[str, Any]) -> bool:
-    """Tell whether a run's layers compute activations again in the backward pass, in its first step at least."""
-    given = training["gradient_checkpointing"]
-    return training["memory"] != "speed" if given is None else given
+    """Tell whether a run's layers recompute activations in the backward pass, in its first step at least."""
+    chosen = training["gradient_checkpointing"]
+    return training["memory"] != "speed" if chosen is None else chosen
 
 
 def training_kwargs(training: Mapping[str, Any], task: Task) -> dict[str, Any]:

@@ -66,6 +66,6 @@ def digest(dataset: "Dataset") -> str:
 def _remove_unused(folder: Path) -> None:
     """Remove datasets that no run used for a month."""
     for path in folder.iterdir():
-        with contextlib.suppress(FileNotFoundError):  # another process moved into place what it had written to a temporary folder
+        with contextlib.suppress(FileNotFoundError):  # another process renamed its temporary folder
             if time.time() - path.stat().st_mtime > DAYS_UNUSED * 86_400:
                 shutil.rmtree(path, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""An export from the first line to its folder, which appears whole and verified or not at all."""
+"""An export, from its options to its folder, which appears complete and verified or not at all."""
 
 import dataclasses
 import json
@@ -86,9 +86,9 @@ def export(
     if merged and kind != "gguf":
         raise UserError(f"--merged: goes with --to gguf, not with --to {kind}")
     form = "merged gguf" if merged else kind
-    given = {"--bits": bits, "--max-rank": max_rank, "--dtype": dtype, "--base-gguf": base_gguf}
+    options = {"--bits": bits, "--max-rank": max_rank, "--dtype": dtype, "--base-gguf": base_gguf}
     named = "gguf --merged" if merged else kind
-    for name, value in given.items():
+    for name, value in options.items():
         if value is not None and name not in _OPTIONS_OF[form]:
             raise UserError(f"{name} {value}: has no effect with --to {named}; leave it out")
     if accuracy and not verify:
@@ -103,37 +103,37 @@ def export(
     started = time.perf_counter()
     source = open_adapter(path)
     check_own_base(source.folder, source.config)
-    with suggest_base_option(base), _appears_whole(user_path(out, "--out")) as folder:
-        facts: dict[str, Any] = {}
+    with suggest_base_option(base), _new_folder(user_path(out, "--out")) as folder:
+        summary: dict[str, Any] = {}
         if kind == "adapter":
             lora.write_factors(folder, source, bits, lora.metadata_of(source, kind, bits=bits))
-            facts |= {"bits": bits}
+            summary |= {"bits": bits}
             _copy_beside(source, folder)
         elif kind == "lora":
-            kept, errors = lora.truncated({name: source.pair(name) for name in source.modules}, max_rank)
-            lora.write_lora(folder, kept, source, DTYPES[dtype], lora.metadata_of(source, kind, dtype=dtype))
-            facts |= {"dtype": dtype, **_ranks(kept, errors)}
+            pairs, errors = lora.truncated({name: source.pair(name) for name in source.modules}, max_rank)
+            lora.write_lora(folder, pairs, source, DTYPES[dtype], lora.metadata_of(source, kind, dtype=dtype))
+            summary |= {"dtype": dtype, **_ranks(pairs, errors)}
             _copy_beside(source, folder)
         elif kind == "merged":
             from lsr_scale.export.merged import write_merged
 
             metadata = lora.metadata_of(source, kind, dtype=dtype)
-            facts |= write_merged(folder, source, base_section(source, base), dtype, metadata)
+            summary |= write_merged(folder, source, base_section(source, base), dtype, metadata)
         elif merged:
             from lsr_scale.export.gguf_model import write_merged_gguf
 
-            facts |= write_merged_gguf(folder, source, base_section(source, base), dtype, base_gguf)
+            summary |= write_merged_gguf(folder, source, base_section(source, base), dtype, base_gguf)
         else:
             from lsr_scale.export.gguf_file import write_gguf
 
-            kept, errors = lora.truncated({name: source.pair(name) for name in source.modules}, max_rank)
-            facts |= {"dtype": dtype, **_ranks(kept, errors)}
-            facts |= write_gguf(folder, kept, base_section(source, base), DTYPES[dtype], source)
-        facts |= _sizes(folder, source)
-        facts["seconds to write"] = round(time.perf_counter() - started, 2)
+            pairs, errors = lora.truncated({name: source.pair(name) for name in source.modules}, max_rank)
+            summary |= {"dtype": dtype, **_ranks(pairs, errors)}
+            summary |= write_gguf(folder, pairs, base_section(source, base), DTYPES[dtype], source)
+        summary |= _sizes(folder, source)
+        summary["seconds to write"] = round(time.perf_counter() - started, 2)
         if verify:
-            exact = "truncation error, largest" not in facts and bits == 16 and dtype in DTYPES
-            tasks, why = _questions(source, accuracy is None, wanted=(not exact) if accuracy is None else accuracy)
+            exact = "truncation error, largest" not in summary and bits == 16 and dtype in DTYPES
+            tasks, why = _questions(source, accuracy is None, needed=(not exact) if accuracy is None else accuracy)
             reference = Reference(source, base, tasks)
             if kind == "merged" or merged:
                 agreement = reference.of_model(folder)
@@ -141,16 +141,18 @@ def export(
                 agreement = _read_back_agrees(folder, source, reference)
             else:
                 agreement = reference.of_adapter(folder)
-            _judge(agreement, EXACT[DTYPES[dtype]] if exact and kind != "adapter" else EXACT[torch.float16], exact)
-            facts |= {"logits": agreement.line()}
+            _check_agreement(
+                agreement, EXACT[DTYPES[dtype]] if exact and kind != "adapter" else EXACT[torch.float16], exact
+            )
+            summary |= {"logits": agreement.line()}
             if agreement.accuracy or why:
-                facts["accuracy"] = "; ".join(agreement.accuracy_lines()) or why
-        result = {"kind": form, **facts, **({"agreement": dataclasses.asdict(agreement)} if verify else {})}
-        write_card(folder, source, form, facts)
+                summary["accuracy"] = "; ".join(agreement.accuracy_lines()) or why
+        result = {"kind": form, **summary, **({"agreement": dataclasses.asdict(agreement)} if verify else {})}
+        write_card(folder, source, form, summary)
         files.write_json(folder / "export.json", result)
-    for name, value in facts.items():
+    for name, value in summary.items():
         say(f"{name}: {value}")
-    if max_rank is not None and "truncation error, largest" not in facts:
+    if max_rank is not None and "truncation error, largest" not in summary:
         say(f"note: --max-rank {max_rank}: no rank is larger, so nothing was truncated")
     if not verify:
         say("not verified (--no-verify)")
@@ -195,21 +197,20 @@ def merge(
     if len(bases) > 1:
         names = ", ".join(f"{source.folder}: {(source.base or {}).get('name')}" for source in bases.values())
         raise UserError(f"merge: the adapters belong to different bases ({names})")
-    whole = lora.concatenate(sources, weights)
-    kept, errors = lora.truncated(whole, max_rank)
-    with _appears_whole(user_path(out, "--out")) as folder:
+    pairs, errors = lora.truncated(lora.concatenate(sources, weights), max_rank)
+    with _new_folder(user_path(out, "--out")) as folder:
         metadata = lora.metadata_of(sources[0], "merge", weights=list(weights))
-        targets = {"target_modules": sorted(kept)}
-        lora.write_lora(folder, kept, sources[0], DTYPES[dtype], metadata, targets)
+        targets = {"target_modules": sorted(pairs)}
+        lora.write_lora(folder, pairs, sources[0], DTYPES[dtype], metadata, targets)
         _copy_beside(sources[0], folder)
-        facts = {"weights": list(weights), "dtype": dtype, **_ranks(kept, errors), **_sizes(folder, sources[0])}
-        write_card(folder, sources[0], "lora", {"merged from": len(sources), **facts})
-        files.write_json(folder / "export.json", {"kind": "merge", **facts})
-    for name, value in facts.items():
+        summary = {"weights": list(weights), "dtype": dtype, **_ranks(pairs, errors), **_sizes(folder, sources[0])}
+        write_card(folder, sources[0], "lora", {"merged from": len(sources), **summary})
+        files.write_json(folder / "export.json", {"kind": "merge", **summary})
+    for name, value in summary.items():
         say(f"{name}: {value}")
     if max_rank is not None and not errors:
         say(f"note: --max-rank {max_rank}: no rank is larger, so nothing was truncated")
-    return facts
+    return summary
 
 
 def _read_back_agrees(folder: Path, source: AdapterSource, reference: Reference) -> Agreement:
@@ -222,9 +223,9 @@ def _read_back_agrees(folder: Path, source: AdapterSource, reference: Reference)
         return reference.of_adapter(Path(again))
 
 
-def _questions(source: AdapterSource, tolerant: bool, wanted: bool) -> tuple[dict[str, list[Example]], str]:
+def _questions(source: AdapterSource, tolerant: bool, needed: bool) -> tuple[dict[str, list[Example]], str]:
     """Return the questions to compare accuracies on, or why there are none."""
-    if not wanted:
+    if not needed:
         return {}, ""
     try:
         return questions_of(source), ""
@@ -234,7 +235,7 @@ def _questions(source: AdapterSource, tolerant: bool, wanted: bool) -> tuple[dic
         return {}, f"not compared: {error}"
 
 
-def _judge(agreement: Agreement, tolerance: float, exact: bool) -> None:
+def _check_agreement(agreement: Agreement, tolerance: float, exact: bool) -> None:
     if exact and agreement.relative_error > tolerance:
         raise UserError(
             f"the exported model is not the trained one: {agreement.line()}; expected a relative error of at most "
@@ -244,11 +245,11 @@ def _judge(agreement: Agreement, tolerance: float, exact: bool) -> None:
 
 def _ranks(pairs: lora.Pairs, errors: dict[str, float]) -> dict[str, Any]:
     ranks = sorted({down.shape[0] for down, _ in pairs.values()})
-    facts: dict[str, Any] = {"ranks": ", ".join(map(str, ranks))}
+    summary: dict[str, Any] = {"ranks": ", ".join(map(str, ranks))}
     if errors:
-        facts["truncation error, median"] = float(f"{statistics.median(errors.values()):.3g}")
-        facts["truncation error, largest"] = float(f"{max(errors.values()):.3g}")
-    return facts
+        summary["truncation error, median"] = float(f"{statistics.median(errors.values()):.3g}")
+        summary["truncation error, largest"] = float(f"{max(errors.values()):.3g}")
+    return summary
 
 
 def _sizes(folder: Path, source: AdapterSource) -> dict[str, Any]:
@@ -256,8 +257,8 @@ def _sizes(folder: Path, source: AdapterSource) -> dict[str, Any]:
     if not file.is_file():
         return {}
     sizes = describe_file(file)
-    whole = sum(value.numel() for value in source.extra.values())
-    in_16_bits = 2 * (source.num_parameters() + whole)
+    fully_trained = sum(value.numel() for value in source.extra.values())
+    in_16_bits = 2 * (source.num_parameters() + fully_trained)
     return {
         "bytes of tensors": sizes["tensors"],
         "bytes of the file": sizes["file"],
@@ -274,20 +275,20 @@ def _copy_beside(source: AdapterSource, folder: Path) -> None:
 
 
 @contextmanager
-def _appears_whole(out: Path) -> Iterator[Path]:
+def _new_folder(out: Path) -> Iterator[Path]:
     """Give a folder beside `out` to write into; it becomes `out` at the end, or is removed."""
     if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
         raise UserError(f"{out}: there is something already; export into a new folder")
-    aside = files.place_aside(out)
+    temporary = files.place_aside(out)
     try:
         files.remove_left_overs(out)  # of exports that were killed
-        aside.mkdir(parents=True)
-        yield aside
+        temporary.mkdir(parents=True)
+        yield temporary
         if out.exists():
             out.rmdir()
-        files.share(aside)
-        aside.rename(out)
+        files.share(temporary)
+        temporary.rename(out)
     except (OSError, SafetensorError) as error:
         raise files.cannot_write(out, error if isinstance(error, OSError) else OSError(str(error))) from error
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -240,7 +240,7 @@ def draw(report: dict[str, Any], picture: Path) -> None:
             if factor not in positions:
                 positions.append(factor)
             conditions = [m["factors"][factor]["condition"] for _, m in members if factor in m["factors"]]
-            points = [value for value in conditions if value is not None]
+            points = [value for value in values if value is not None]
             place = positions.index(factor) + (index - (len(grouped) - 1) / 2) * 0.8 / len(grouped)
             if points:
                 conditions.plot([place] * len(points), points, "_", color=color, markersize=7, alpha=0.7)

@@ -239,7 +239,7 @@ def draw(report: dict[str, Any], picture: Path) -> None:
         for factor in members[0][1]["factors"]:
             if factor not in positions:
                 positions.append(factor)
-            conditions = [m["factors"][factor]["condition"] for _, m in members if factor in m["factors"]]
+            values = [m["factors"][factor]["condition"] for _, m in members if factor in m["factors"]]
             points = [value for value in values if value is not None]
             place = positions.index(factor) + (index - (len(grouped) - 1) / 2) * 0.8 / len(grouped)
             if points:

@@ -153,7 +153,7 @@ def _unsafe(content: Mapping[str, Any]) -> Iterator[Problem]:
 
 def _unsafe_in_stage_3(zero: Mapping[str, Any]) -> Iterator[Problem]:
     """Yield places for parameters or states that stage 3 has in DeepSpeed and not here."""
-    for name, where in (("offload_param", "parts of a frozen base are"), ("offload_optimizer", "the optimizer is")):
+    for name, where in (("offload_param", "shards of a frozen base are"), ("offload_optimizer", "the optimizer is")):
         offload = zero.get(name) or {}
         if not isinstance(offload, dict):
             yield Problem(

@@ -30,7 +30,7 @@ DEFAULTS: dict[str, Any] = {
     "weight_decay": 0.0,
     "max_grad_norm": 1.0,
     "gradient_checkpointing": None,  # null: as memory has it
-    "fused": "auto",  # ours, like cuda_graphs, memory, on_nonfinite, condition_*, and max_length of a classifier
+    "fused": "auto",  # see OWN_FIELDS
     "cuda_graphs": "auto",
     "memory": "auto",
     "on_nonfinite": "stop",
@@ -119,6 +119,37 @@ _BOUNDS: dict[str, dict[str, float]] = {
     "condition_tolerance": {"gt": 0},
 }
 _ROWS_PER_STEP = 2**20
+
+# Fields that neither TRL nor transformers has: type and description.
+OWN_FIELDS: dict[str, tuple[Any, str]] = {
+    "fused": (
+        Literal["auto", "on", "off"],
+        "Run decoder layers fused: 'on', 'off', or 'auto' (on a GPU). Fused layers do their own checkpointing.",
+    ),
+    "cuda_graphs": (
+        Literal["auto", "on", "off"],
+        "Replay training steps as CUDA graphs: 'on', 'off', or 'auto' (where the host would take longer to launch a "
+        "step than the GPU to compute it, which is so for small models). Needs fused layers, packing or padding_free, "
+        "no dropout, one process.",
+    ),
+    "memory": (
+        Literal["auto", "save", "speed"],
+        "What memory is spent on: 'save' keeps each layer's input and recomputes the rest, 'speed' keeps everything, "
+        "in fused layers the dequantized weights too, 'auto' starts as 'save' and lets fused layers keep what fits "
+        "after the first step.",
+    ),
+    "on_nonfinite": (
+        Literal["stop", "skip"],
+        "A batch whose loss is not finite, or a step whose gradient is not, ends the run ('stop') or counts for "
+        "nothing ('skip'); both are noted in nonfinite.jsonl.",
+    ),
+    "condition_guard": (
+        Literal["warn", "rescale", "fp32"],
+        "What is done where the terms of a sum of Kronecker products cancel so far that rounding the factors may "
+        "change an update by more than condition_tolerance: 'warn', 'rescale' (orthogonal terms) or 'fp32'.",
+    ),
+    "condition_tolerance": (float, "Tolerated relative change of an update by rounding its factors."),
+}
 
 # transformers 5.23 renames the first of each pair to the second; both are taken with every version.
 _RENAMED = {
@@ -210,35 +241,10 @@ def training_model(task: Task) -> type[TrainingFields]:
         fields[old] = (kind, Field(default=DEFAULTS.get(old), description=described.description))
         fields[new] = (kind, Field(default=None, description=f"The name of {old} from transformers 5.23 on."))
     if task == "seq_cls":
-        text = "Longest sequence in tokens; longer ones are cut."
+        text = "Longest sequence in tokens; longer ones are truncated."
         fields["max_length"] = _field("max_length", int | None, defaults["max_length"], text)
-    text = "Run decoder layers fused: 'on', 'off', or 'auto' (on a GPU). Fused layers do their own checkpointing."
-    fields["fused"] = (Literal["auto", "on", "off"], Field(default=defaults["fused"], description=text))
-    text = (
-        "Replay training steps as CUDA graphs: 'on', 'off', or 'auto' (where the host would take longer to launch a "
-        "step than the GPU to compute it, which is so for small models). Needs fused layers, packing or padding_free, "
-        "no dropout, one process."
-    )
-    fields["cuda_graphs"] = (Literal["auto", "on", "off"], Field(default=defaults["cuda_graphs"], description=text))
-    text = (
-        "What memory is spent on: 'save' keeps each layer's input and computes the rest again, 'speed' keeps "
-        "everything, in fused layers the dequantized weights too, 'auto' starts as 'save' and lets fused layers keep "
-        "what fits after the first step."
-    )
-    fields["memory"] = (Literal["auto", "save", "speed"], Field(default=defaults["memory"], description=text))
-    text = (
-        "A batch whose loss is not finite, or a step whose gradient is not, ends the run ('stop') or counts for "
-        "nothing ('skip'); both are noted in nonfinite.jsonl."
-    )
-    fields["on_nonfinite"] = (Literal["stop", "skip"], Field(default=defaults["on_nonfinite"], description=text))
-    text = (
-        "What is done where the terms of a sum of Kronecker products cancel so far that rounding the factors may "
-        "change an update by more than condition_tolerance: 'warn', 'rescale' (orthogonal terms) or 'fp32'."
-    )
-    guard = defaults["condition_guard"]
-    fields["condition_guard"] = (Literal["warn", "rescale", "fp32"], Field(default=guard, description=text))
-    text = "Relative change of an update by rounding its factors that is put up with."
-    fields["condition_tolerance"] = _field("condition_tolerance", float, defaults["condition_tolerance"], text)
+    for name, (kind, text) in OWN_FIELDS.items():
+        fields[name] = _field(name, kind, defaults[name], text)
     return create_model("TrainingSection", __base__=TrainingFields, **fields)
 
 
@@ -290,7 +296,7 @@ def training_kwargs(training: Mapping[str, Any], task: Task) -> dict[str, Any]:
     known = {field.name for field in dataclasses.fields(training_arguments_class(task))}
     kwargs = dict(training)
     kwargs["gradient_checkpointing"] = checkpoints_layers(kwargs)
-    for name in ("fused", "cuda_graphs", "memory", "on_nonfinite", "condition_guard", "condition_tolerance"):  # ours
+    for name in OWN_FIELDS:
         del kwargs[name]
     if task == "seq_cls":
         del kwargs["max_length"]  # ours: the tokenizer cuts, not the trainer

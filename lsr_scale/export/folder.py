@@ -79,76 +79,25 @@ def export(
         UserError: for an adapter that cannot be read, an option that does not fit, a folder that is taken, or logits
             that are not those of the adapter.
     """
-    if kind not in KINDS:
-        raise UserError(f"--to: expected one of {', '.join(KINDS)}, got {kind!r}")
-    if bits not in (None, 16, 8, 4):
-        raise UserError(f"--bits: expected 16, 8 or 4, got {bits}")
-    if merged and kind != "gguf":
-        raise UserError(f"--merged: goes with --to gguf, not with --to {kind}")
-    form = "merged gguf" if merged else kind
-    options = {"--bits": bits, "--max-rank": max_rank, "--dtype": dtype, "--base-gguf": base_gguf}
-    named = "gguf --merged" if merged else kind
-    for name, value in options.items():
-        if value is not None and name not in _OPTIONS_OF[form]:
-            raise UserError(f"{name} {value}: has no effect with --to {named}; leave it out")
+    options = _checked_options(kind, bits, max_rank, dtype, merged, base_gguf, base)
     if accuracy and not verify:
         raise UserError("--accuracy: is measured while the export is verified; leave out --no-verify")
     if base is not None and not verify and kind in ("adapter", "lora"):
         raise UserError(f"--base {base}: has no effect with --to {kind} --no-verify; leave it out")
-    bits = 16 if bits is None else bits
-    allowed = _DTYPES_OF.get(form, tuple(DTYPES))
-    dtype = _NICKNAMES.get(dtype or "", dtype) or allowed[0]
-    if dtype not in allowed:
-        raise UserError(f"--dtype: expected one of {', '.join(allowed)} for --to {kind}, got {dtype!r}")
     started = time.perf_counter()
     source = open_adapter(path)
     check_own_base(source.folder, source.config)
     with suggest_base_option(base), _new_folder(user_path(out, "--out")) as folder:
-        summary: dict[str, Any] = {}
-        if kind == "adapter":
-            lora.write_factors(folder, source, bits, lora.metadata_of(source, kind, bits=bits))
-            summary |= {"bits": bits}
-            _copy_beside(source, folder)
-        elif kind == "lora":
-            pairs, errors = lora.truncated({name: source.pair(name) for name in source.modules}, max_rank)
-            lora.write_lora(folder, pairs, source, DTYPES[dtype], lora.metadata_of(source, kind, dtype=dtype))
-            summary |= {"dtype": dtype, **_ranks(pairs, errors)}
-            _copy_beside(source, folder)
-        elif kind == "merged":
-            from lsr_scale.export.merged import write_merged
-
-            metadata = lora.metadata_of(source, kind, dtype=dtype)
-            summary |= write_merged(folder, source, base_section(source, base), dtype, metadata)
-        elif merged:
-            from lsr_scale.export.gguf_model import write_merged_gguf
-
-            summary |= write_merged_gguf(folder, source, base_section(source, base), dtype, base_gguf)
-        else:
-            from lsr_scale.export.gguf_file import write_gguf
-
-            pairs, errors = lora.truncated({name: source.pair(name) for name in source.modules}, max_rank)
-            summary |= {"dtype": dtype, **_ranks(pairs, errors)}
-            summary |= write_gguf(folder, pairs, base_section(source, base), DTYPES[dtype], source)
-        summary |= _sizes(folder, source)
+        summary = {**_write(folder, source, options), **_sizes(folder, source)}
         summary["seconds to write"] = round(time.perf_counter() - started, 2)
+        result: dict[str, Any] = {"kind": options.form}
         if verify:
-            exact = "truncation error, largest" not in summary and bits == 16 and dtype in DTYPES
-            tasks, why = _questions(source, accuracy is None, needed=(not exact) if accuracy is None else accuracy)
-            reference = Reference(source, base, tasks)
-            if kind == "merged" or merged:
-                agreement = reference.of_model(folder)
-            elif kind == "gguf":
-                agreement = _read_back_agrees(folder, source, reference)
-            else:
-                agreement = reference.of_adapter(folder)
-            _check_agreement(
-                agreement, EXACT[DTYPES[dtype]] if exact and kind != "adapter" else EXACT[torch.float16], exact
-            )
-            summary |= {"logits": agreement.line()}
-            if agreement.accuracy or why:
-                summary["accuracy"] = "; ".join(agreement.accuracy_lines()) or why
-        result = {"kind": form, **summary, **({"agreement": dataclasses.asdict(agreement)} if verify else {})}
-        write_card(folder, source, form, summary)
+            agreement, lines = _verify(folder, source, options, "truncation error, largest" in summary, accuracy)
+            summary |= lines
+            result |= {**summary, "agreement": dataclasses.asdict(agreement)}
+        else:
+            result |= summary
+        write_card(folder, source, options.form, summary)
         files.write_json(folder / "export.json", result)
     for name, value in summary.items():
         say(f"{name}: {value}")
@@ -213,6 +162,115 @@ def merge(
     return summary
 
 
+@dataclasses.dataclass(frozen=True)
+class _Options:
+    """What is written and how, with the defaults of its format filled in.
+
+    Attributes:
+        form: "adapter", "lora", "merged", "gguf", or "merged gguf".
+        bits: Of the factors, of an adapter.
+        max_rank: To truncate to.
+        dtype: Of what is written, by its full name.
+        base: The base model's name, where it is another than the run's or that in base.json.
+        base_gguf: A GGUF of the base.
+    """
+
+    form: str
+    bits: int
+    max_rank: int | None
+    dtype: str
+    base: str | None
+    base_gguf: str | None
+
+
+def _checked_options(
+    kind: str,
+    bits: int | None,
+    max_rank: int | None,
+    dtype: str | None,
+    merged: bool,
+    base_gguf: str | None,
+    base: str | None,
+) -> _Options:
+    """Return the options of `export`; refuse what is unknown, or has no effect on this format."""
+    if kind not in KINDS:
+        raise UserError(f"--to: expected one of {', '.join(KINDS)}, got {kind!r}")
+    if bits not in (None, 16, 8, 4):
+        raise UserError(f"--bits: expected 16, 8 or 4, got {bits}")
+    if merged and kind != "gguf":
+        raise UserError(f"--merged: goes with --to gguf, not with --to {kind}")
+    form = "merged gguf" if merged else kind
+    named = "gguf --merged" if merged else kind
+    options = {"--bits": bits, "--max-rank": max_rank, "--dtype": dtype, "--base-gguf": base_gguf}
+    for name, value in options.items():
+        if value is not None and name not in _OPTIONS_OF[form]:
+            raise UserError(f"{name} {value}: has no effect with --to {named}; leave it out")
+    allowed = _DTYPES_OF.get(form, tuple(DTYPES))
+    dtype = _NICKNAMES.get(dtype or "", dtype) or allowed[0]
+    if dtype not in allowed:
+        raise UserError(f"--dtype: expected one of {', '.join(allowed)} for --to {kind}, got {dtype!r}")
+    return _Options(form, 16 if bits is None else bits, max_rank, dtype, base, base_gguf)
+
+
+def _write(folder: Path, source: AdapterSource, options: _Options) -> dict[str, Any]:
+    """Write the files of a format; return what is to be said of them."""
+    dtype = options.dtype
+    if options.form == "adapter":
+        metadata = lora.metadata_of(source, options.form, bits=options.bits)
+        lora.write_factors(folder, source, options.bits, metadata)
+        _copy_beside(source, folder)
+        return {"bits": options.bits}
+    if options.form == "merged":
+        from lsr_scale.export.merged import write_merged
+
+        metadata = lora.metadata_of(source, options.form, dtype=dtype)
+        return write_merged(folder, source, base_section(source, options.base), dtype, metadata)
+    if options.form == "merged gguf":
+        from lsr_scale.export.gguf_model import write_merged_gguf
+
+        return write_merged_gguf(folder, source, base_section(source, options.base), dtype, options.base_gguf)
+    pairs, errors = lora.truncated({name: source.pair(name) for name in source.modules}, options.max_rank)
+    summary = {"dtype": dtype, **_ranks(pairs, errors)}
+    if options.form == "lora":
+        metadata = lora.metadata_of(source, options.form, dtype=dtype)
+        lora.write_lora(folder, pairs, source, DTYPES[dtype], metadata)
+        _copy_beside(source, folder)
+        return summary
+    from lsr_scale.export.gguf_file import write_gguf
+
+    return summary | write_gguf(folder, pairs, base_section(source, options.base), DTYPES[dtype], source)
+
+
+def _verify(
+    folder: Path, source: AdapterSource, options: _Options, truncated: bool, accuracy: bool | None
+) -> tuple[Agreement, dict[str, Any]]:
+    """Compare what was written with the adapter as trained; return the agreement, and what is to be said of it.
+
+    Raises:
+        UserError: if an export that loses nothing does not agree.
+    """
+    exact = not truncated and options.bits == 16 and options.dtype in DTYPES
+    tasks, why = _questions(source, accuracy is None, needed=(not exact) if accuracy is None else accuracy)
+    reference = Reference(source, options.base, tasks)
+    if options.form.startswith("merged"):
+        agreement = reference.of_model(folder)
+    elif options.form == "gguf":
+        agreement = _read_back_agrees(folder, source, reference)
+    else:
+        agreement = reference.of_adapter(folder)
+    # an adapter's factors are written in 16 bits, whatever the dtype of the other formats
+    tolerance = EXACT[DTYPES[options.dtype] if exact and options.form != "adapter" else torch.float16]
+    if exact and agreement.relative_error > tolerance:
+        raise UserError(
+            f"the exported model is not the trained one: {agreement.line()}; expected a relative error of at most "
+            f"{tolerance:g}; nothing was exported"
+        )
+    lines = {"logits": agreement.line()}
+    if agreement.accuracy or why:
+        lines["accuracy"] = "; ".join(agreement.accuracy_lines()) or why
+    return agreement, lines
+
+
 def _read_back_agrees(folder: Path, source: AdapterSource, reference: Reference) -> Agreement:
     """Return the agreement of a GGUF adapter's own bytes, read again and put into PEFT's format for the comparison."""
     from lsr_scale.export.gguf_file import FILE, read_back
@@ -233,14 +291,6 @@ def _questions(source: AdapterSource, tolerant: bool, needed: bool) -> tuple[dic
         if not tolerant:
             raise
         return {}, f"not compared: {error}"
-
-
-def _check_agreement(agreement: Agreement, tolerance: float, exact: bool) -> None:
-    if exact and agreement.relative_error > tolerance:
-        raise UserError(
-            f"the exported model is not the trained one: {agreement.line()}; expected a relative error of at most "
-            f"{tolerance:g}; nothing was exported"
-        )
 
 
 def _ranks(pairs: lora.Pairs, errors: dict[str, float]) -> dict[str, Any]:

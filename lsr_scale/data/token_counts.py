@@ -165,7 +165,7 @@ def _compare_prompts(dataset: "Dataset", tokenizer: Any) -> TokenCounts:
     """Compare the tokens of prompts alone with the first of prompt and completion, for evenly spaced rows."""
     if "prompt" not in dataset.column_names:
         return TokenCounts()
-    some = dataset.select(spaced(len(dataset), MAX_PROMPTS_COMPARED))
+    some = dataset.select(evenly_spaced(len(dataset), MAX_PROMPTS_COMPARED))
     prompts = some["prompt"]
     if isinstance(prompts[0], str):
         alone = tokenizer(list(prompts)).input_ids
@@ -182,14 +182,14 @@ def _compare_prompts(dataset: "Dataset", tokenizer: Any) -> TokenCounts:
     return TokenCounts(prompts=len(some), retokenized=changed)
 
 
-def spaced(length: int, most: int) -> range:
+def evenly_spaced(length: int, max_count: int) -> range:
     """Return at most so many indices, evenly spaced."""
-    return range(0, length, max(1, -(-length // most)))
+    return range(0, length, max(1, -(-length // max_count)))
 
 
 def counted_rows(where: str, dataset: "Dataset") -> tuple["Dataset", str]:
     """Return the rows that are counted, all or, of many, some evenly spaced ones, and in words which."""
-    some = dataset.select(spaced(len(dataset), ROWS_COUNTED))
+    some = dataset.select(evenly_spaced(len(dataset), ROWS_COUNTED))
     return some, where if len(some) == len(dataset) else f"{where} (evenly spaced, of {len(dataset):,})"
 
 

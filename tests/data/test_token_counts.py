@@ -6,7 +6,7 @@ from lsr_scale import cli
 from lsr_scale.config import dump_yaml
 from lsr_scale.data.formats import build_dataset
 from lsr_scale.data.preview import preview, view
-from lsr_scale.data.token_counts import spaced
+from lsr_scale.data.token_counts import evenly_spaced
 from lsr_scale.errors import UserError
 from lsr_scale.model.tokenizer import tokenizer_of
 from lsr_scale.run.train import train
@@ -112,9 +112,9 @@ def test_of_many_rows_some_are_counted_and_that_is_said(tmp_path, monkeypatch):
         .counts[0]
         .startswith("data.train (evenly spaced, of 12): 4 rows, 0 cut")
     )
-    assert list(spaced(12, 4)) == [0, 3, 6, 9]
-    assert list(spaced(3, 4)) == [0, 1, 2]
-    assert list(spaced(13, 4)) == [0, 4, 8, 12]
+    assert list(evenly_spaced(12, 4)) == [0, 3, 6, 9]
+    assert list(evenly_spaced(3, 4)) == [0, 1, 2]
+    assert list(evenly_spaced(13, 4)) == [0, 4, 8, 12]
 
 
 def test_a_classifiers_rows_that_are_cut_are_counted(tmp_path):

@@ -109,18 +109,18 @@ def tokenizer_fields(source: AdapterSource) -> dict[str, tuple[Any, gguf.GGUFVal
 
 
 def read_back(file: Path, pairs: Pairs, section: dict[str, Any]) -> Pairs:
-    """Return the pairs that lie in a file that `write_gguf` wrote, by module; `pairs` gives the modules."""
+    """Return the pairs in a file that `write_gguf` wrote, by module; `pairs` gives the modules."""
     names, permuted, _ = names_of(pairs, load_config(section["name"], section["revision"]))
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
-    pairs: Pairs = {}
+    written: Pairs = {}
     for module, name in names.items():
         parts = []
         for part in ("lora_a", "lora_b"):
             tensor = tensors[f"{name}.weight.{part}"]
             parts.append(torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy()))
         down, up = parts
-        pairs[module] = down, from_rotary_order(up, permuted[module]) if module in permuted else up
-    return pairs
+        written[module] = down, from_rotary_order(up, permuted[module]) if module in permuted else up
+    return written
 
 
 def names_of(modules: Iterable[str], config: Any) -> tuple[dict[str, str], dict[str, int], Any]:

@@ -18,7 +18,8 @@ from lsr_scale import UserError, files
 from lsr_scale.data import cache
 from lsr_scale.kernels import cross_entropy, dequantize, output_gradients, rms_norm, rotary, swiglu, swiglu_project
 from lsr_scale.run.folder import RunFolder
-from lsr_scale.run.start import choose
+from lsr_scale.run.lock import locked
+from lsr_scale.run.start import claim
 from tests.kernels import (
     test_cross_entropy,
     test_dequantize,
@@ -284,12 +285,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork.*:
 
 def test_one_process_at_a_time_holds_a_run_folder(tmp_path):
     folder = RunFolder(tmp_path / "run")
-    folder.claim()
+    folder.make()
 
     def work(index, barrier):
         entered = 0
         while entered < 30:
-            with contextlib.suppress(UserError), folder.held():
+            with contextlib.suppress(UserError), locked(folder.path):
                 os.close(os.open(tmp_path / "inside", os.O_CREAT | os.O_EXCL))  # fails if somebody else is
                 os.sched_yield()
                 os.unlink(tmp_path / "inside")
@@ -302,9 +303,9 @@ def test_one_process_at_a_time_holds_a_run_folder(tmp_path):
 
 def test_of_runs_that_start_in_one_folder_at_once_one_wins_and_the_others_are_told(tmp_path):
     def work(index, barrier):
-        with ExitStack() as lock:
+        with ExitStack() as claims:
             try:
-                choose(str(tmp_path / "run"), "arc", False, False, lock)
+                claims.enter_context(claim(str(tmp_path / "run"), "arc", resume=False, overwrite=False))
                 return "it runs"
             except UserError as error:
                 return str(error).partition(" (")[0]
@@ -313,15 +314,14 @@ def test_of_runs_that_start_in_one_folder_at_once_one_wins_and_the_others_are_to
 
     found = in_processes(5, work)
     assert found.count("it runs") == 1
-    assert found.count(f"{tmp_path}/run: a run is going on here") == 4
+    assert found.count(f"{tmp_path}/run: a run is under way here") == 4
 
 
 def test_runs_that_start_at_once_without_a_folder_each_get_their_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def work(index, barrier):
-        with ExitStack() as lock:
-            folder = choose(None, "arc", False, False, lock)
+        with claim(None, "arc", resume=False, overwrite=False) as folder:
             barrier.wait()
             return folder.path.name
 

@@ -75,8 +75,8 @@ def engine_config(content: Mapping[str, Any]) -> dict[str, Any]:
     zero = content.get("zero_optimization", {})
     if zero.get("stage", 0) != 3:
         return content
-    kept = {name: value for name, value in zero.items() if not _is_of_stage_3(name)}
-    return {**content, "zero_optimization": {**kept, "stage": 2}}
+    stage_2 = {name: value for name, value in zero.items() if not _is_of_stage_3(name)}
+    return {**content, "zero_optimization": {**stage_2, "stage": 2}}
 
 
 def offloads_parameters(content: Mapping[str, Any]) -> bool:
@@ -96,11 +96,11 @@ def _offloads(content: Mapping[str, Any], name: str) -> bool:
 def without_effect(content: Mapping[str, Any]) -> list[str]:
     """Return the settings of a configuration that nothing here reads."""
     zero = content.get("zero_optimization", {})
-    found = [name for name in zero if zero.get("stage") == 3 and _is_of_stage_3(name) and name != "offload_param"]
+    ignored = [name for name in zero if zero.get("stage") == 3 and _is_of_stage_3(name) and name != "offload_param"]
     if zero.get("stage", 0) > 0 and not offloads_optimizer(content):
-        found += [name for name in (*zero, *content) if name in _OF_REDUCTION]
-        found += ["reduce_bucket_size"] if zero.get("reduce_bucket_size", "auto") != "auto" else []
-    return found
+        ignored += [name for name in (*zero, *content) if name in _OF_REDUCTION]
+        ignored += ["reduce_bucket_size"] if zero.get("reduce_bucket_size", "auto") != "auto" else []
+    return ignored
 
 
 def _is_of_stage_3(name: str) -> bool:

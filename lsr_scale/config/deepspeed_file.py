@@ -103,10 +103,10 @@ def _misread(content: Mapping[str, Any]) -> Iterator[Problem]:
             if value == "auto" and name not in FILLED:
                 yield Problem(("zero_optimization", name), "nobody fills in auto here; write a value, or leave it out")
     except ValidationError as error:
-        for found in error.errors():
-            place = tuple(str(part) for part in found["loc"])
-            words = f"{found['msg']}, got {found['input']!r}"
-            if found["type"] == "extra_forbidden":
+        for problem in error.errors():
+            place = tuple(str(part) for part in problem["loc"])
+            words = f"{problem['msg']}, got {problem['input']!r}"
+            if problem["type"] == "extra_forbidden":
                 names = DeepSpeedZeroConfig.model_fields if len(place) == 1 else ()
                 words = f"DeepSpeed knows no such setting; {did_you_mean(place[-1], names)}"
             yield Problem(("zero_optimization", *place), words)
@@ -153,7 +153,7 @@ def _unsafe(content: Mapping[str, Any]) -> Iterator[Problem]:
 
 def _unsafe_in_stage_3(zero: Mapping[str, Any]) -> Iterator[Problem]:
     """Yield places for parameters or states that stage 3 has in DeepSpeed and not here."""
-    for name, where in (("offload_param", "parts of a frozen base are"), ("offload_optimizer", "the optimizer is")):
+    for name, where in (("offload_param", "shards of a frozen base are"), ("offload_optimizer", "the optimizer is")):
         offload = zero.get(name) or {}
         if not isinstance(offload, dict):
             yield Problem(

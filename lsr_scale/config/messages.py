@@ -229,22 +229,22 @@ def _what_it_is(path: KeyPath, data: Mapping[str, Any], models: SectionModels) -
 
 
 def _wrong_value(path: KeyPath, group: list[ErrorDetails], data: Mapping[str, Any], models: SectionModels) -> str:
-    found = group[0]["input"] if len(group) == 1 else _at(path, data)
+    value = group[0]["input"] if len(group) == 1 else _at(path, data)
     kinds = [_EXPECTED[details["type"]].format(**_plain(details.get("ctx", {}))) for details in group]
     text = " or ".join(dict.fromkeys(kinds))
     remedies = []
     choices = re.findall("'([^']*)'", text)
     if len(choices) > 6:
         text = "one of its names"
-    if choices and isinstance(found, str):
-        remedies.append(did_you_mean(found, choices))
-    elif choices and isinstance(found, bool) and "no" in choices:
+    if choices and isinstance(value, str):
+        remedies.append(did_you_mean(value, choices))
+    elif choices and isinstance(value, bool) and "no" in choices:
         remedies.append("did you mean 'no'?")
-    elif "str" in kinds and isinstance(found, int | float):
-        remedies.append(f"put it in quotes: '{found}'")
-    elif isinstance(found, str) and _looks_like_number(found):
+    elif "str" in kinds and isinstance(value, int | float):
+        remedies.append(f"put it in quotes: '{value}'")
+    elif isinstance(value, str) and _looks_like_number(value):
         remedies.append("remove the quotes")
-    elif "list" in kinds and isinstance(found, str | dict):
+    elif "list" in kinds and isinstance(value, str | dict):
         remedies.append("write a list, one '- item' a line, or [item, item]")
     elif "mapping" in kinds and len(path) == 1:
         first = "method" if path == ("adapter",) else next(iter(models("causal_lm")[str(path[0])].model_fields))
@@ -254,7 +254,7 @@ def _wrong_value(path: KeyPath, group: list[ErrorDetails], data: Mapping[str, An
     if field and field.default is not PydanticUndefined and field.default is not None and not remedies:
         default = str(field.default).lower() if isinstance(field.default, bool) else field.default
         remedies.append(f"the default is {default}")
-    return "; ".join([f"expected {text}, got {found!r}", *remedies])
+    return "; ".join([f"expected {text}, got {value!r}", *remedies])
 
 
 def _plain(context: Mapping[str, Any]) -> dict[str, Any]:

@@ -30,7 +30,7 @@ DEFAULTS: dict[str, Any] = {
     "weight_decay": 0.0,
     "max_grad_norm": 1.0,
     "gradient_checkpointing": None,  # null: as memory has it
-    "fused": "auto",  # ours, like cuda_graphs, memory, on_nonfinite, condition_*, and max_length of a classifier
+    "fused": "auto",  # see OWN_FIELDS
     "cuda_graphs": "auto",
     "memory": "auto",
     "on_nonfinite": "stop",
@@ -119,6 +119,37 @@ _BOUNDS: dict[str, dict[str, float]] = {
     "condition_tolerance": {"gt": 0},
 }
 _ROWS_PER_STEP = 2**20
+
+# Fields that neither TRL nor transformers has: type and description.
+OWN_FIELDS: dict[str, tuple[Any, str]] = {
+    "fused": (
+        Literal["auto", "on", "off"],
+        "Run decoder layers fused: 'on', 'off', or 'auto' (on a GPU). Fused layers do their own checkpointing.",
+    ),
+    "cuda_graphs": (
+        Literal["auto", "on", "off"],
+        "Replay training steps as CUDA graphs: 'on', 'off', or 'auto' (where the host would take longer to launch a "
+        "step than the GPU to compute it, which is so for small models). Needs fused layers, packing or padding_free, "
+        "no dropout, one process.",
+    ),
+    "memory": (
+        Literal["auto", "save", "speed"],
+        "What memory is spent on: 'save' keeps each layer's input and recomputes the rest, 'speed' keeps everything, "
+        "in fused layers the dequantized weights too, 'auto' starts as 'save' and lets fused layers keep what fits "
+        "after the first step.",
+    ),
+    "on_nonfinite": (
+        Literal["stop", "skip"],
+        "A batch whose loss is not finite, or a step whose gradient is not, ends the run ('stop') or counts for "
+        "nothing ('skip'); both are noted in nonfinite.jsonl.",
+    ),
+    "condition_guard": (
+        Literal["warn", "rescale", "fp32"],
+        "What is done where the terms of a sum of Kronecker products cancel so far that rounding the factors may "
+        "change an update by more than condition_tolerance: 'warn', 'rescale' (orthogonal terms) or 'fp32'.",
+    ),
+    "condition_tolerance": (float, "Tolerated relative change of an update by rounding its factors."),
+}
 
 # transformers 5.23 renames the first of each pair to the second; both are taken with every version.
 RENAMED = {
@@ -210,35 +241,10 @@ def training_model(task: Task) -> type[TrainingFields]:
         fields[old] = (kind, Field(default=DEFAULTS.get(old), description=described.description))
         fields[new] = (kind, Field(default=None, description=f"The name of {old} from transformers 5.23 on."))
     if task == "seq_cls":
-        text = "Longest sequence in tokens; longer ones are cut."
+        text = "Longest sequence in tokens; longer ones are truncated."
         fields["max_length"] = _field("max_length", int | None, defaults["max_length"], text)
-    text = "Run decoder layers fused: 'on', 'off', or 'auto' (on a GPU). Fused layers do their own checkpointing."
-    fields["fused"] = (Literal["auto", "on", "off"], Field(default=defaults["fused"], description=text))
-    text = (
-        "Replay training steps as CUDA graphs: 'on', 'off', or 'auto' (where the host would take longer to launch a "
-        "step than the GPU to compute it, which is so for small models). Needs fused layers, packing or padding_free, "
-        "no dropout, one process."
-    )
-    fields["cuda_graphs"] = (Literal["auto", "on", "off"], Field(default=defaults["cuda_graphs"], description=text))
-    text = (
-        "What memory is spent on: 'save' keeps each layer's input and computes the rest again, 'speed' keeps "
-        "everything, in fused layers the dequantized weights too, 'auto' starts as 'save' and lets fused layers keep "
-        "what fits after the first step."
-    )
-    fields["memory"] = (Literal["auto", "save", "speed"], Field(default=defaults["memory"], description=text))
-    text = (
-        "A batch whose loss is not finite, or a step whose gradient is not, ends the run ('stop') or counts for "
-        "nothing ('skip'); both are noted in nonfinite.jsonl."
-    )
-    fields["on_nonfinite"] = (Literal["stop", "skip"], Field(default=defaults["on_nonfinite"], description=text))
-    text = (
-        "What is done where the terms of a sum of Kronecker products cancel so far that rounding the factors may "
-        "change an update by more than condition_tolerance: 'warn', 'rescale' (orthogonal terms) or 'fp32'."
-    )
-    guard = defaults["condition_guard"]
-    fields["condition_guard"] = (Literal["warn", "rescale", "fp32"], Field(default=guard, description=text))
-    text = "Relative change of an update by rounding its factors that is put up with."
-    fields["condition_tolerance"] = _field("condition_tolerance", float, defaults["condition_tolerance"], text)
+    for name, (kind, text) in OWN_FIELDS.items():
+        fields[name] = _field(name, kind, defaults[name], text)
     return create_model("TrainingSection", __base__=TrainingFields, **fields)
 
 
@@ -250,16 +256,17 @@ def check_training(values: Any, task: Task) -> dict[str, Any]:
         ValueError: for the two names of a renamed field, set differently.
     """
     checked = training_model(task).model_validate(values)
-    given = {name: _as_written(values[name], getattr(checked, name)) for name in values}
-    for name, value in given.items():  # before they are renamed: messages have the name that was written
+    written = {name: _as_written(values[name], getattr(checked, name)) for name in values}
+    for name, value in written.items():
         if name.endswith("_kwargs") and isinstance(value, str) and not value.lstrip().startswith("{"):
             raise ValueError(f"{name}: expected a mapping, such as {{key: value}}, got {value!r:.60}")
+    values = dict(written)
     for old, new in RENAMED.items():
-        if new in given:
-            if given.get(old, given[new]) != given[new]:
+        if new in values:
+            if values.get(old, values[new]) != values[new]:
                 raise ValueError(f"{old} and {new} are two names of one field, set to different values; keep one")
-            given[old] = given.pop(new)
-    filled = {**DEFAULTS, **TASK_DEFAULTS[task], **given}
+            values[old] = values.pop(new)
+    filled = {**DEFAULTS, **TASK_DEFAULTS[task], **values}
     if (max_steps := filled.get("max_steps", -1)) != -1 and max_steps < 1:
         raise ValueError(f"max_steps: expected a number of steps, or -1 for num_train_epochs, got {max_steps}")
     if (rows := filled["per_device_train_batch_size"] * filled["gradient_accumulation_steps"]) > _ROWS_PER_STEP:
@@ -269,15 +276,15 @@ def check_training(values: Any, task: Task) -> dict[str, Any]:
         )
     checkpointing, memory = filled["gradient_checkpointing"], filled["memory"]
     if checkpointing is not None and memory != "auto" and checkpointing != (memory == "save"):
-        name = next(name for pair in RENAMED.items() for name in pair if name in values)
+        name = next(name for pair in RENAMED.items() for name in pair if name in written)
         raise ValueError(f"memory: {memory} and {name}: {checkpointing} contradict each other; keep one")
     return filled
 
 
 def checkpoints_layers(training: Mapping[str, Any]) -> bool:
-    """Tell whether a run's layers compute activations again in the backward pass, in its first step at least."""
-    given = training["gradient_checkpointing"]
-    return training["memory"] != "speed" if given is None else given
+    """Tell whether a run's layers recompute activations in the backward pass, in its first step at least."""
+    chosen = training["gradient_checkpointing"]
+    return training["memory"] != "speed" if chosen is None else chosen
 
 
 def training_kwargs(training: Mapping[str, Any], task: Task) -> dict[str, Any]:
@@ -289,7 +296,7 @@ def training_kwargs(training: Mapping[str, Any], task: Task) -> dict[str, Any]:
     known = {field.name for field in dataclasses.fields(training_arguments_class(task))}
     kwargs = dict(training)
     kwargs["gradient_checkpointing"] = checkpoints_layers(kwargs)
-    for name in ("fused", "cuda_graphs", "memory", "on_nonfinite", "condition_guard", "condition_tolerance"):  # ours
+    for name in OWN_FIELDS:
         del kwargs[name]
     if task == "seq_cls":
         del kwargs["max_length"]  # ours: the tokenizer cuts, not the trainer

@@ -1,7 +1,9 @@
 """YAML text to plain data and back, by the rules of YAML 1.2, knowing on which line every value stands.
 
 PyYAML follows YAML 1.1, where `1e-3` is a string, `no` is false, `010` is eight and `1:30` is ninety. Here a number
-looks as it does in Python or JSON, and only true and false are booleans.
+looks as it does in Python or JSON, and only true and false are booleans. ruamel.yaml knows YAML 1.2 but would spare
+only the table of rules below: it makes dates of text and numbers of `1_000`, empties a value that contains itself, has
+no places for merged keys, and names the first of several repeated keys.
 """
 
 import difflib
@@ -264,13 +266,13 @@ def _syntax_error(error: yaml.MarkedYAMLError, where: str) -> str:
     return f"{place}: not valid YAML: {shortened(problem, 300)}{remedy}" + (f"\n{shown}" if shown else "")
 
 
-def _nearest_files(wanted: Path, folder: Path) -> str:
+def _nearest_files(missing: Path, folder: Path) -> str:
     folders = {folder, folder / "configs"}
-    found = sorted(str(path) for near in folders for pattern in ("*.yaml", "*.yml") for path in near.glob(pattern))
-    names = {Path(path).stem: path for path in found}
-    nearest = difflib.get_close_matches(wanted.stem, names, n=3, cutoff=0.4)
+    nearby = sorted(str(path) for near in folders for pattern in ("*.yaml", "*.yml") for path in near.glob(pattern))
+    names = {Path(path).stem: path for path in nearby}
+    nearest = difflib.get_close_matches(missing.stem, names, n=3, cutoff=0.4)
     if nearest:
         return f"did you mean {' or '.join(names[name] for name in nearest)}?"
-    if found:
-        return f"there are: {', '.join(found[:12])}{', ...' if len(found) > 12 else ''}"
+    if nearby:
+        return f"there are: {', '.join(nearby[:12])}{', ...' if len(nearby) > 12 else ''}"
     return f"there is no YAML file in {folder}/ either"

@@ -17,12 +17,12 @@ from lsr_scale.model.builtin import cache_folder
 if TYPE_CHECKING:
     from datasets import Dataset
 
-FEWEST_ROWS = 5_000  # fewer are tokenized in a second
-FREE_TIMES = 20  # a disk is left alone unless it has so many times the rows' size free
-DAYS_KEPT = 30
+MIN_ROWS = 5_000  # fewer are tokenized in a second
+MIN_FREE = 20  # times the rows' size: on a fuller disk nothing is cached
+DAYS_UNUSED = 30  # after which a dataset is removed
 
 
-def kept(dataset: "Dataset") -> "Dataset":
+def cached(dataset: "Dataset") -> "Dataset":
     """Return a dataset as it lies in the cache folder, put there if it is not; the same where that cannot be.
 
     Args:
@@ -30,23 +30,23 @@ def kept(dataset: "Dataset") -> "Dataset":
     """
     from datasets import load_from_disk
 
-    if len(dataset) < FEWEST_ROWS:
+    if len(dataset) < MIN_ROWS:
         return dataset
     try:
         folder = cache_folder() / "datasets" / digest(dataset)
         if not folder.is_dir():
             folder.parent.mkdir(parents=True, exist_ok=True)
-            if shutil.disk_usage(folder.parent).free < FREE_TIMES * dataset.data.nbytes:
+            if shutil.disk_usage(folder.parent).free < MIN_FREE * dataset.data.nbytes:
                 return dataset
             # nobody else's, on no other node either, where the folder is shared
-            aside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
-            dataset.save_to_disk(aside)
+            temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
+            dataset.save_to_disk(temporary)
             try:
-                aside.rename(folder)
+                temporary.rename(folder)
             except OSError:  # another process was faster
-                shutil.rmtree(aside, ignore_errors=True)
+                shutil.rmtree(temporary, ignore_errors=True)
         os.utime(folder)
-        _forget_old(folder.parent)
+        _remove_unused(folder.parent)
         return load_from_disk(str(folder))  # pyright: ignore[reportReturnType]
     except (OSError, ValueError):  # read-only, full, or damaged: nothing but time is lost
         return dataset
@@ -54,18 +54,18 @@ def kept(dataset: "Dataset") -> "Dataset":
 
 def digest(dataset: "Dataset") -> str:
     """Return a digest of a dataset's columns and rows."""
-    found = hashlib.sha256(str(dataset.features).encode())
+    sha256 = hashlib.sha256(str(dataset.features).encode())
     for batch in dataset.data.to_batches():
         for column in batch.columns:
-            found.update(str(len(column)).encode())
+            sha256.update(str(len(column)).encode())
             for buffer in column.buffers():
-                found.update(b"-" if buffer is None else memoryview(buffer))
-    return found.hexdigest()[:32]
+                sha256.update(b"-" if buffer is None else memoryview(buffer))
+    return sha256.hexdigest()[:32]
 
 
-def _forget_old(folder: Path) -> None:
-    """Remove what nobody used for a month."""
+def _remove_unused(folder: Path) -> None:
+    """Remove datasets that no run used for a month."""
     for path in folder.iterdir():
-        with contextlib.suppress(FileNotFoundError):  # another process moved into place what it had written aside
-            if time.time() - path.stat().st_mtime > DAYS_KEPT * 86_400:
+        with contextlib.suppress(FileNotFoundError):  # another process renamed its temporary folder
+            if time.time() - path.stat().st_mtime > DAYS_UNUSED * 86_400:
                 shutil.rmtree(path, ignore_errors=True)

@@ -11,9 +11,11 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from lsr_scale.data.rows import Rows
+from lsr_scale.data.prompt_forms import scored_pair
+from lsr_scale.data.rows import Row, RowError, Rows
 from lsr_scale.data.sources import load_rows
-from lsr_scale.data.tasks import Row, RowError, detect_task, is_uniform, scored_pair, to_example, whole_number
+from lsr_scale.data.task_layouts import whole_number
+from lsr_scale.data.tasks import detect_task, is_uniform, to_example
 from lsr_scale.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
@@ -150,10 +152,10 @@ def _alpaca(row: Row) -> dict[str, Any]:
     if row.get("history") or row.get("system"):
         raise RowError("'history' and 'system' have no place in Alpaca's template; write these rows as messages")
     instruction = _text(row, "instruction", "prompt", "query")
-    given = next((_text(row, key) for key in ("input", "context") if row.get(key)), "")
-    template = ALPACA_INPUT if given.strip() else ALPACA_NO_INPUT
+    context = next((_text(row, key) for key in ("input", "context") if row.get(key)), "")
+    template = ALPACA_INPUT if context.strip() else ALPACA_NO_INPUT
     completion = _filled(_text(row, "output", "response"), "output")
-    return {"prompt": template.format(instruction=instruction, input=given), "completion": completion}
+    return {"prompt": template.format(instruction=instruction, input=context), "completion": completion}
 
 
 def _classification(row: Row) -> dict[str, Any]:
@@ -221,8 +223,8 @@ def fitting_formats(row: Row) -> list[str]:
         "classification": "label" in keys
         and any(first in keys and (second is None or second in keys) for first, second in SENTENCE_PAIRS),
     }
-    found = [name for name, fit in fits.items() if fit]
-    return [*found, "text"] if "text" in keys and (not found or labelled_text) else found
+    fitting = [name for name, fit in fits.items() if fit]
+    return [*fitting, "text"] if "text" in keys and (not fitting or labelled_text) else fitting
 
 
 def _is_question_answer(row: Row) -> bool:
@@ -232,7 +234,7 @@ def _is_question_answer(row: Row) -> bool:
 def _convert(
     rows: Rows, data_format: str, where: str, check: Callable[[dict[str, Any]], None] | None
 ) -> tuple[list[dict[str, Any]], Kind]:
-    """Convert the rows of one source; the format is found on its first row and holds for all."""
+    """Convert the rows of one source; the format is detected on its first row and holds for all."""
     if data_format not in FORMATS:
         raise UserError(f"{where}: unknown format {data_format!r}; {did_you_mean(data_format, FORMATS)}")
     if data_format == "auto":
@@ -323,8 +325,8 @@ def build_dataset(
         raise UserError(f"data: sources that are trained on in different ways cannot be mixed: {listed}. Rewrite one")
     (kind,) = kinds
     if model_task is not None and (model_task == "seq_cls") != (kind == "classification"):
-        wanted = "classification rows" if model_task == "seq_cls" else "text to generate"
-        raise UserError(f"data: model.task is {model_task}, which takes {wanted}, got {kind} ({KIND_MEANING[kind]})")
+        expected = "classification rows" if model_task == "seq_cls" else "text to generate"
+        raise UserError(f"data: model.task is {model_task}, which takes {expected}, got {kind} ({KIND_MEANING[kind]})")
     if kind == "classification" and any(isinstance(record["label"], float) for record in records):
         records = [{**record, "label": float(record["label"])} for record in records]
     # One column list for all: a source without tools stands beside one that has them.

@@ -13,7 +13,7 @@ class WholeSteps(Sampler[int]):
     """An epoch's rows in steps of equal size; what the last step lacks is taken from the epoch's beginning.
 
     Otherwise the engine fills it, or does not, by the number of processes: training would depend on that, and no
-    checkpoint could be gone on from with another number.
+    checkpoint could be resumed with another number.
     """
 
     def __init__(self, order: Sampler[int], rows_per_step: int, seed: int, drop_last: bool = False) -> None:

@@ -145,12 +145,12 @@ def _parse(text: str, where: str) -> Any:
 
 
 def _without_repeats(pairs: list[tuple[str, Any]], where: str) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    row = dict(pairs)
+    if len(row) < len(pairs):
         keys = [key for key, _ in pairs]
         twice = next(key for key in keys if keys.count(key) > 1)
         raise UserError(f"{where}: the key {twice[:60]!r} is there twice; keep one")
-    return found
+    return row
 
 
 def _object(row: object, where: str) -> dict[str, Any]:
@@ -186,7 +186,7 @@ def _json(path: Path, stream: IO[bytes] | gzip.GzipFile, split: str | None) -> N
             numbered = enumerate((part.decode() for part in text.encode().splitlines()), 1)
             yield from _json_lines(path, numbered)
             return
-        raise UserError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}); mend the line") from None
+        raise UserError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}); correct the line") from None
     if isinstance(value, dict):
         value = _rows_of(value, path, split)
     if not isinstance(value, list):

@@ -1,10 +1,17 @@
 """Rows as they were read, where each came from, and what was read (a run folder's data.json says it)."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from lsr_scale.data.readers import has_lines
+
+Row = Mapping[str, Any]
+
+
+class RowError(ValueError):
+    """What is wrong with one row, without saying where it stands; the caller knows the file and the line."""
 
 
 @dataclass(frozen=True)

@@ -269,8 +269,8 @@ def _load_files(path: str, files: list[Path], split: str | None, task: str | Non
     if not rows:
         raise UserError(f"{files[0]}: no rows in it; a file has at least one")
     resolved = str(files[0]) if len(files) == 1 else f"{files[0]} ... {files[-1].name}"
-    found = Provenance(path, resolved, None, split, digest.hexdigest(), None, len(rows))
-    return Rows(rows, task, found, tuple(parts))
+    provenance = Provenance(path, resolved, None, split, digest.hexdigest(), None, len(rows))
+    return Rows(rows, task, provenance, tuple(parts))
 
 
 def _load_hub(
@@ -307,5 +307,5 @@ def _load_hub(
     rows = [dict(row) for row in taken]
     if not rows:
         raise UserError(f"{where}: the split {split!r} of {hub!r} has no rows")
-    found = Provenance(path, f"hub:{hub}", name, split, None, loaded._fingerprint, len(rows))
-    return Rows(rows, task, found)
+    provenance = Provenance(path, f"hub:{hub}", name, split, None, loaded._fingerprint, len(rows))
+    return Rows(rows, task, provenance)

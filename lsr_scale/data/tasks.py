@@ -7,22 +7,17 @@ column layout of its hub dataset or in the uniform layout `{"question", "choices
 
 import hashlib
 import json
-import re
-import string
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from lsr_scale.data.rows import Rows
+from lsr_scale.data import prompt_forms as forms
+from lsr_scale.data import task_layouts as layouts
+from lsr_scale.data.prompt_forms import Parts
+from lsr_scale.data.rows import Row, RowError, Rows
+from lsr_scale.data.task_layouts import Item
 from lsr_scale.errors import UserError, did_you_mean
 
-Row = Mapping[str, Any]
-Parts = tuple[list[str], list[str], list[int]]  # contexts, continuations, normalizers
 GENERIC = "multiple_choice"
-
-
-class RowError(ValueError):
-    """What is wrong with one row, without saying where it stands; the caller knows the file and the line."""
 
 
 @dataclass(frozen=True)
@@ -50,67 +45,6 @@ class Example:
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
-@dataclass(frozen=True)
-class Item:
-    """A question before it has a prompt form: what both row layouts are read into."""
-
-    question: str
-    choices: tuple[str, ...]
-    answer: int
-    passage: str = ""
-
-
-def scored_pair(context: str, continuation: str) -> tuple[str, str]:
-    """Move white space at the end of `context` to the front of `continuation`, as lm-eval does before encoding.
-
-    A tokenizer joins a space to the word behind it, so a context that ends with one would not be a token prefix.
-    """
-    bare = context.rstrip()
-    return bare, context[len(bare) :] + continuation
-
-
-def _text(row: Row, key: str) -> str:
-    value = row.get(key)
-    if not isinstance(value, str):
-        raise RowError(f"expected a text under {key!r}, got {'nothing' if value is None else repr(value)[:60]}")
-    return value
-
-
-def _texts(values: object, key: str) -> tuple[str, ...]:
-    if not isinstance(values, list | tuple) or len(values) < 2:
-        raise RowError(f"expected a list of at least two texts under {key!r}, got {values!r:.60}")
-    for index, value in enumerate(values):
-        if not isinstance(value, str) or not value.strip():
-            raise RowError(f"expected a text that is not empty as {key}[{index}], got {value!r:.60}")
-    return tuple(values)
-
-
-_WHOLE = re.compile(r"[+-]?[0-9]{1,18}(\.0*)?")
-_TRUTH = {"false": 0, "true": 1}
-
-
-def whole_number(value: object) -> int | None:
-    """Return a whole number written as an integer, a boolean, a text or a float without a fraction; None for others."""
-    if isinstance(value, str):
-        text = value.strip()
-        return int(text.partition(".")[0]) if _WHOLE.fullmatch(text) else _TRUTH.get(text.lower())
-    if isinstance(value, int) or (isinstance(value, float) and value.is_integer()):
-        return int(value)
-    return None
-
-
-def _index(value: object, key: str, num_choices: int, first: int = 0) -> int:
-    """Read a label that counts from `first`; hub datasets write it as an int, a bool or a text."""
-    if value in (None, "", -1, "-1"):
-        raise RowError(f"no label under {key!r}: official test sets are often published without; use another split")
-    number = whole_number(value)
-    if number is None:
-        raise RowError(f"expected a whole number under {key!r}, got {value!r:.60}")
-    if not 0 <= number - first < num_choices:
-        raise RowError(f"expected {key!r} between {first} and {first + num_choices - 1}, got {value!r:.60}")
-    return number - first
-
-
 def _check_distinct(item: Item, published: bool) -> None:
     """Raise for choices that no score can tell apart.
 
@@ -124,132 +58,6 @@ def _check_distinct(item: Item, published: bool) -> None:
         )
     if twice and not published:
         raise RowError(f"the choice {twice[0]!r:.60} is there more than once; remove or reword one")
-
-
-def _read_uniform(row: Row) -> Item:
-    choices = _texts(row.get("choices"), "choices")
-    answer = row.get("answer")
-    if answer is not None and (isinstance(answer, bool) or not isinstance(answer, int)):
-        raise RowError(f"expected the 0-based index of the right choice under 'answer', got {answer!r:.60}")
-    # A text beside the question is never dropped in silence.
-    passage = next((_text(row, key) for key in ("passage", "context") if row.get(key) is not None), "")
-    return Item(_text(row, "question"), choices, _index(answer, "answer", len(choices)), passage)
-
-
-def _read_piqa(row: Row) -> Item:
-    choices = _texts([row.get("sol1"), row.get("sol2")], "[sol1, sol2]")
-    return Item(_text(row, "goal"), choices, _index(row.get("label"), "label", 2))
-
-
-def _read_hellaswag(row: Row) -> Item:
-    context = f"{_text(row, 'ctx_a')} {_text(row, 'ctx_b').capitalize()}"
-    choices = _texts(row.get("endings"), "endings")
-    return Item(f"{_text(row, 'activity_label')}: {context}", choices, _index(row.get("label"), "label", len(choices)))
-
-
-def _read_winogrande(row: Row) -> Item:
-    choices = _texts([row.get("option1"), row.get("option2")], "[option1, option2]")
-    return Item(_text(row, "sentence"), choices, _index(row.get("answer"), "answer", 2, first=1))
-
-
-def _read_lettered(row: Row, question_key: str = "question") -> Item:
-    """Rows with `choices: {"text": [...], "label": [...]}` and an `answerKey` (ARC, OpenBookQA, CommonsenseQA)."""
-    table = row.get("choices")
-    if not isinstance(table, Mapping):
-        raise RowError(f"expected {{'text': [...], 'label': [...]}} under 'choices', got {table!r:.60}")
-    choices, labels = _texts(table.get("text"), "choices.text"), _texts(table.get("label"), "choices.label")
-    if len(labels) != len(choices) or len(set(labels)) < len(labels):
-        raise RowError(f"expected a label of its own for each of {len(choices)} choices, got {list(labels)!r:.60}")
-    key = _text(row, "answerKey").strip()
-    if not key:
-        raise RowError("no label under 'answerKey': official test sets are often published without; use another split")
-    if key not in labels:
-        raise RowError(f"expected 'answerKey' to be one of {', '.join(labels)[:60]}, got {key!r:.60}")
-    return Item(_text(row, question_key), choices, labels.index(key))
-
-
-def _read_openbookqa(row: Row) -> Item:
-    return _read_lettered(row, "question_stem")
-
-
-def _read_boolq(row: Row) -> Item:
-    key = "label" if "label" in row else "answer"  # super_glue's column, google/boolq's column
-    return Item(_text(row, "question"), ("no", "yes"), _index(row.get(key), key, 2), _text(row, "passage"))
-
-
-def _read_boolq_uniform(row: Row) -> Item:
-    item = _read_uniform(row)
-    if tuple(choice.strip().lower() for choice in item.choices) not in {("false", "true"), ("no", "yes")}:
-        raise RowError(f"expected the choices ['false', 'true'] or ['no', 'yes'], got {list(item.choices)}")
-    return Item(item.question, ("no", "yes"), item.answer, item.passage)
-
-
-def _read_social_iqa(row: Row) -> Item:
-    choices = _texts([row.get(f"answer{letter}") for letter in "ABC"], "[answerA, answerB, answerC]")
-    return Item(_text(row, "question"), choices, _index(row.get("label"), "label", 3, first=1), _text(row, "context"))
-
-
-# HellaSwag's ActivityNet rows end in the first words of the next sentence, all in lower case, which lm-eval
-# capitalizes from the column ctx_b; in the uniform layout that column is the tail of the question.
-_LAST_FRAGMENT = re.compile(r"(?<=[.?!\")] )[a-z][^.?!]*$")
-
-
-def _read_hellaswag_uniform(row: Row) -> Item:
-    item = _read_uniform(row)
-    question = _LAST_FRAGMENT.sub(lambda match: match.group().capitalize(), item.question.strip())
-    return Item(question, item.choices, item.answer)
-
-
-def _hellaswag_text(text: str) -> str:
-    """Remove WikiHow's markup, as lm-eval's `hellaswag/utils.py` does."""
-    text = text.strip().replace(" [title]", ". ")
-    return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
-
-
-def _answers(context: str, choices: Iterable[str]) -> Parts:
-    """One context, one continuation a choice."""
-    listed = list(choices)
-    return [context] * len(listed), [f" {choice}" for choice in listed], [len(choice) for choice in listed]
-
-
-def _form_question(item: Item) -> Parts:
-    passage = f"{item.passage}\n" if item.passage else ""
-    return _answers(f"{passage}Question: {item.question}\nAnswer:", item.choices)
-
-
-def _form_boolq(item: Item) -> Parts:
-    passage = f"{item.passage}\n" if item.passage else ""
-    return _answers(f"{passage}Question: {item.question.rstrip('?')}?\nAnswer:", item.choices)
-
-
-def _form_stem(item: Item) -> Parts:
-    return _answers(item.question, item.choices)
-
-
-def _form_hellaswag(item: Item) -> Parts:
-    return _answers(_hellaswag_text(item.question), [_hellaswag_text(choice) for choice in item.choices])
-
-
-def _form_social_iqa(item: Item) -> Parts:
-    passage = f"{item.passage} " if item.passage else ""
-    return _answers(f"Q: {passage}{item.question}\nA:", item.choices)
-
-
-def _form_lettered(item: Item) -> Parts:
-    if len(item.choices) > len(string.ascii_uppercase):
-        raise RowError(f"expected at most {len(string.ascii_uppercase)} choices, one a letter, got {len(item.choices)}")
-    letters = string.ascii_uppercase[: len(item.choices)]
-    listed = "".join(f"{letter}. {choice}\n" for letter, choice in zip(letters, item.choices, strict=True))
-    return _answers(f"Question: {item.question.strip()}\n{listed}Answer:", letters)
-
-
-def _form_partial(item: Item) -> Parts:
-    """Partial evaluation (Trinh and Le, 2018): each option completes the context, the same rest is scored."""
-    before, blank, rest = item.question.partition("_")
-    if not blank or not rest.strip():
-        raise RowError(f"expected a sentence with a blank '_' and words behind it, got {item.question!r:.80}")
-    rest, num_choices = rest.strip(), len(item.choices)
-    return [before + choice for choice in item.choices], [f" {rest}"] * num_choices, [len(rest)] * num_choices
 
 
 @dataclass(frozen=True)
@@ -273,12 +81,12 @@ class Task:
     eval_split: str
     hub_keys: tuple[str, ...]
     read: Callable[[Row], Item]
-    form: Callable[[Item], Parts] = _form_question
-    read_uniform: Callable[[Row], Item] = _read_uniform
+    form: Callable[[Item], Parts] = forms.form_question
+    read_uniform: Callable[[Row], Item] = layouts.read_uniform
 
 
 _LETTERED = ("question", "choices", "answerKey")
-_ARC = (_LETTERED, _read_lettered)
+_ARC = (_LETTERED, layouts.read_lettered)
 _CHOICES_STEM = ("question_stem", "choices", "answerKey")
 _SOCIAL = ("context", "question", "answerA", "answerB", "answerC")
 _HELLASWAG = ("activity_label", "ctx_a", "ctx_b", "endings")
@@ -286,42 +94,52 @@ _BLANK = ("sentence", "option1", "option2")
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
-        Task("piqa", "baber/piqa", None, "validation", ("goal", "sol1", "sol2"), _read_piqa),
+        Task("piqa", "baber/piqa", None, "validation", ("goal", "sol1", "sol2"), layouts.read_piqa),
         Task(
             "hellaswag",
             "Rowan/hellaswag",
             None,
             "validation",
             _HELLASWAG,
-            _read_hellaswag,
-            _form_hellaswag,
-            _read_hellaswag_uniform,
+            layouts.read_hellaswag,
+            forms.form_hellaswag,
+            layouts.read_hellaswag_uniform,
         ),
         Task(
-            "winogrande", "allenai/winogrande", "winogrande_xl", "validation", _BLANK, _read_winogrande, _form_partial
+            "winogrande",
+            "allenai/winogrande",
+            "winogrande_xl",
+            "validation",
+            _BLANK,
+            layouts.read_winogrande,
+            forms.form_partial,
         ),
         Task("arc_easy", "allenai/ai2_arc", "ARC-Easy", "test", *_ARC),
         Task("arc_challenge", "allenai/ai2_arc", "ARC-Challenge", "test", *_ARC),
-        Task("openbookqa", "allenai/openbookqa", "main", "test", _CHOICES_STEM, _read_openbookqa, _form_stem),
+        Task(
+            "openbookqa", "allenai/openbookqa", "main", "test", _CHOICES_STEM, layouts.read_openbookqa, forms.form_stem
+        ),
         Task(
             "boolq",
             "aps/super_glue",
             "boolq",
             "validation",
             ("passage", "question"),
-            _read_boolq,
-            _form_boolq,
-            _read_boolq_uniform,
+            layouts.read_boolq,
+            forms.form_boolq,
+            layouts.read_boolq_uniform,
         ),
-        Task("social_iqa", "lighteval/siqa", None, "validation", _SOCIAL, _read_social_iqa, _form_social_iqa),
+        Task(
+            "social_iqa", "lighteval/siqa", None, "validation", _SOCIAL, layouts.read_social_iqa, forms.form_social_iqa
+        ),
         Task(
             "commonsense_qa",
             "tau/commonsense_qa",
             None,
             "validation",
             (*_LETTERED, "question_concept"),
-            _read_lettered,
-            _form_lettered,
+            layouts.read_lettered,
+            forms.form_lettered,
         ),
     )
 }
@@ -355,16 +173,16 @@ def to_example(row: Row, task: str | None = None, default_id: str = "") -> Examp
     """
     known = TASKS.get(task or "")
     if is_uniform(row):
-        item = known.read_uniform(row) if known else _read_uniform(row)
+        item = known.read_uniform(row) if known else layouts.read_uniform(row)
     else:
         known = known or TASKS.get(detect_task(row) or "")
         if known is None or not set(known.hub_keys) <= row.keys():
-            layouts = f" or {', '.join(known.hub_keys)} (hub)" if known else ""
+            hub_columns = f" or {', '.join(known.hub_keys)} (hub)" if known else ""
             columns = ", ".join(row)[:200] or "none"
-            raise RowError(f"expected the columns question, choices, answer{layouts}, got {columns}")
+            raise RowError(f"expected the columns question, choices, answer{hub_columns}, got {columns}")
         item = known.read(row)
     _check_distinct(item, published=known is not None)
-    contexts, continuations, normalizers = (known.form if known else _form_question)(item)
+    contexts, continuations, normalizers = (known.form if known else forms.form_question)(item)
     # A choice may be nothing but markup that a form removes; its length is a divisor all the same.
     lengths = tuple(max(1, length) for length in normalizers)
     name = next((row[key] for key in ("id", "idx", "ind") if row.get(key) not in (None, "")), default_id)
@@ -372,18 +190,18 @@ def to_example(row: Row, task: str | None = None, default_id: str = "") -> Examp
 
 
 def examples(rows: Rows, task: str | None = None) -> list[Example]:
-    """Turn loaded rows into examples; `task` overrides the one that was found while loading.
+    """Turn loaded rows into examples; `task` overrides the one that loading detected.
 
     Raises:
         UserError: A row does not fit (file and line named).
     """
-    found = []
+    converted = []
     for index, row in enumerate(rows.rows):
         try:
-            found.append(to_example(row, task or rows.task, default_id=str(index)))
+            converted.append(to_example(row, task or rows.task, default_id=str(index)))
         except RowError as error:
             raise UserError(f"{rows.where(index)}: {error}") from None
-    return found
+    return converted
 
 
 def check_task(name: str, where: str) -> None:

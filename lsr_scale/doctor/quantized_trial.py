@@ -47,11 +47,12 @@ def try_quantized(kind: str, device: torch.device) -> Finding:
 
 
 def _quantized_layer(kind: str, dense: torch.Tensor) -> nn.Module:
+    layers: Any = bnb.nn  # whose parameters take more than torch's, by __new__
     out_features, in_features = dense.shape
     if kind == "int8":
-        layer = bnb.nn.Linear8bitLt(in_features, out_features, bias=False, has_fp16_weights=False)
-        layer.weight = bnb.nn.Int8Params(dense.clone(), has_fp16_weights=False, requires_grad=False)
+        layer = layers.Linear8bitLt(in_features, out_features, bias=False, has_fp16_weights=False)
+        layer.weight = layers.Int8Params(dense.clone(), has_fp16_weights=False, requires_grad=False)
     else:
-        layer = bnb.nn.Linear4bit(in_features, out_features, bias=False, compute_dtype=dense.dtype, quant_type=kind)
-        layer.weight = bnb.nn.Params4bit(dense.clone(), requires_grad=False, quant_type=kind, module=layer)
+        layer = layers.Linear4bit(in_features, out_features, bias=False, compute_dtype=dense.dtype, quant_type=kind)
+        layer.weight = layers.Params4bit(dense.clone(), requires_grad=False, quant_type=kind, module=layer)
     return layer

@@ -16,7 +16,7 @@ _USE = {
 }
 
 
-def write_card(folder: Path, source: AdapterSource, kind: str, facts: dict[str, Any]) -> None:
+def write_card(folder: Path, source: AdapterSource, kind: str, summary: dict[str, Any]) -> None:
     """Write README.md: what the Hub's readers and people look for."""
     base = (source.run.model.name if source.run else None) or (source.base or {}).get("name") or "unknown"
     packaged = builtin.MODELS.get(base.removeprefix(builtin.PREFIX)) if base.startswith(builtin.PREFIX) else None
@@ -37,7 +37,7 @@ def write_card(folder: Path, source: AdapterSource, kind: str, facts: dict[str, 
         "method": source.method,
         "rank": getattr(source.config, "rank", getattr(source.config, "r", None)),
         "trained parameters": f"{source.num_parameters():,} in {len(source.modules)} linear layers",
-        **facts,
+        **summary,
         "licence": f"{packaged.license} (the base's)" if packaged else "that of the base model and of the data",
     }
     if source.run is not None:

@@ -1,4 +1,4 @@
-"""An export from the first line to its folder, which appears whole and verified or not at all."""
+"""An export, from its options to its folder, which appears complete and verified or not at all."""
 
 import dataclasses
 import json
@@ -79,78 +79,29 @@ def export(
         UserError: for an adapter that cannot be read, an option that does not fit, a folder that is taken, or logits
             that are not those of the adapter.
     """
-    if kind not in KINDS:
-        raise UserError(f"--to: expected one of {', '.join(KINDS)}, got {kind!r}")
-    if bits not in (None, 16, 8, 4):
-        raise UserError(f"--bits: expected 16, 8 or 4, got {bits}")
-    if merged and kind != "gguf":
-        raise UserError(f"--merged: goes with --to gguf, not with --to {kind}")
-    form = "merged gguf" if merged else kind
-    given = {"--bits": bits, "--max-rank": max_rank, "--dtype": dtype, "--base-gguf": base_gguf}
-    named = "gguf --merged" if merged else kind
-    for name, value in given.items():
-        if value is not None and name not in _OPTIONS_OF[form]:
-            raise UserError(f"{name} {value}: has no effect with --to {named}; leave it out")
+    options = _checked_options(kind, bits, max_rank, dtype, merged, base_gguf, base)
     if accuracy and not verify:
         raise UserError("--accuracy: is measured while the export is verified; leave out --no-verify")
     if base is not None and not verify and kind in ("adapter", "lora"):
         raise UserError(f"--base {base}: has no effect with --to {kind} --no-verify; leave it out")
-    bits = 16 if bits is None else bits
-    allowed = _DTYPES_OF.get(form, tuple(DTYPES))
-    dtype = _NICKNAMES.get(dtype or "", dtype) or allowed[0]
-    if dtype not in allowed:
-        raise UserError(f"--dtype: expected one of {', '.join(allowed)} for --to {kind}, got {dtype!r}")
     started = time.perf_counter()
     source = open_adapter(path)
     check_own_base(source.folder, source.config)
-    with suggest_base_option(base), _appears_whole(user_path(out, "--out")) as folder:
-        facts: dict[str, Any] = {}
-        if kind == "adapter":
-            lora.write_factors(folder, source, bits, lora.metadata_of(source, kind, bits=bits))
-            facts |= {"bits": bits}
-            _copy_beside(source, folder)
-        elif kind == "lora":
-            kept, errors = lora.truncated({name: source.pair(name) for name in source.modules}, max_rank)
-            lora.write_lora(folder, kept, source, DTYPES[dtype], lora.metadata_of(source, kind, dtype=dtype))
-            facts |= {"dtype": dtype, **_ranks(kept, errors)}
-            _copy_beside(source, folder)
-        elif kind == "merged":
-            from lsr_scale.export.merged import write_merged
-
-            metadata = lora.metadata_of(source, kind, dtype=dtype)
-            facts |= write_merged(folder, source, base_section(source, base), dtype, metadata)
-        elif merged:
-            from lsr_scale.export.gguf_model import write_merged_gguf
-
-            facts |= write_merged_gguf(folder, source, base_section(source, base), dtype, base_gguf)
-        else:
-            from lsr_scale.export.gguf_file import write_gguf
-
-            kept, errors = lora.truncated({name: source.pair(name) for name in source.modules}, max_rank)
-            facts |= {"dtype": dtype, **_ranks(kept, errors)}
-            facts |= write_gguf(folder, kept, base_section(source, base), DTYPES[dtype], source)
-        facts |= _sizes(folder, source)
-        facts["seconds to write"] = round(time.perf_counter() - started, 2)
+    with suggest_base_option(base), _new_folder(user_path(out, "--out")) as folder:
+        summary = {**_write(folder, source, options), **_sizes(folder, source)}
+        summary["seconds to write"] = round(time.perf_counter() - started, 2)
+        result: dict[str, Any] = {"kind": options.form}
         if verify:
-            exact = "truncation error, largest" not in facts and bits == 16 and dtype in DTYPES
-            tasks, why = _questions(source, accuracy is None, wanted=(not exact) if accuracy is None else accuracy)
-            reference = Reference(source, base, tasks)
-            if kind == "merged" or merged:
-                agreement = reference.of_model(folder)
-            elif kind == "gguf":
-                agreement = _read_back_agrees(folder, source, reference)
-            else:
-                agreement = reference.of_adapter(folder)
-            _judge(agreement, EXACT[DTYPES[dtype]] if exact and kind != "adapter" else EXACT[torch.float16], exact)
-            facts |= {"logits": agreement.line()}
-            if agreement.accuracy or why:
-                facts["accuracy"] = "; ".join(agreement.accuracy_lines()) or why
-        result = {"kind": form, **facts, **({"agreement": dataclasses.asdict(agreement)} if verify else {})}
-        write_card(folder, source, form, facts)
+            agreement, lines = _verify(folder, source, options, "truncation error, largest" in summary, accuracy)
+            summary |= lines
+            result |= {**summary, "agreement": dataclasses.asdict(agreement)}
+        else:
+            result |= summary
+        write_card(folder, source, options.form, summary)
         files.write_json(folder / "export.json", result)
-    for name, value in facts.items():
+    for name, value in summary.items():
         say(f"{name}: {value}")
-    if max_rank is not None and "truncation error, largest" not in facts:
+    if max_rank is not None and "truncation error, largest" not in summary:
         say(f"note: --max-rank {max_rank}: no rank is larger, so nothing was truncated")
     if not verify:
         say("not verified (--no-verify)")
@@ -195,21 +146,129 @@ def merge(
     if len(bases) > 1:
         names = ", ".join(f"{source.folder}: {(source.base or {}).get('name')}" for source in bases.values())
         raise UserError(f"merge: the adapters belong to different bases ({names})")
-    whole = lora.concatenate(sources, weights)
-    kept, errors = lora.truncated(whole, max_rank)
-    with _appears_whole(user_path(out, "--out")) as folder:
+    pairs, errors = lora.truncated(lora.concatenate(sources, weights), max_rank)
+    with _new_folder(user_path(out, "--out")) as folder:
         metadata = lora.metadata_of(sources[0], "merge", weights=list(weights))
-        targets = {"target_modules": sorted(kept)}
-        lora.write_lora(folder, kept, sources[0], DTYPES[dtype], metadata, targets)
+        targets = {"target_modules": sorted(pairs)}
+        lora.write_lora(folder, pairs, sources[0], DTYPES[dtype], metadata, targets)
         _copy_beside(sources[0], folder)
-        facts = {"weights": list(weights), "dtype": dtype, **_ranks(kept, errors), **_sizes(folder, sources[0])}
-        write_card(folder, sources[0], "lora", {"merged from": len(sources), **facts})
-        files.write_json(folder / "export.json", {"kind": "merge", **facts})
-    for name, value in facts.items():
+        summary = {"weights": list(weights), "dtype": dtype, **_ranks(pairs, errors), **_sizes(folder, sources[0])}
+        write_card(folder, sources[0], "lora", {"merged from": len(sources), **summary})
+        files.write_json(folder / "export.json", {"kind": "merge", **summary})
+    for name, value in summary.items():
         say(f"{name}: {value}")
     if max_rank is not None and not errors:
         say(f"note: --max-rank {max_rank}: no rank is larger, so nothing was truncated")
-    return facts
+    return summary
+
+
+@dataclasses.dataclass(frozen=True)
+class _Options:
+    """What is written and how, with the defaults of its format filled in.
+
+    Attributes:
+        form: "adapter", "lora", "merged", "gguf", or "merged gguf".
+        bits: Of the factors, of an adapter.
+        max_rank: To truncate to.
+        dtype: Of what is written, by its full name.
+        base: The base model's name, where it is another than the run's or that in base.json.
+        base_gguf: A GGUF of the base.
+    """
+
+    form: str
+    bits: int
+    max_rank: int | None
+    dtype: str
+    base: str | None
+    base_gguf: str | None
+
+
+def _checked_options(
+    kind: str,
+    bits: int | None,
+    max_rank: int | None,
+    dtype: str | None,
+    merged: bool,
+    base_gguf: str | None,
+    base: str | None,
+) -> _Options:
+    """Return the options of `export`; refuse what is unknown, or has no effect on this format."""
+    if kind not in KINDS:
+        raise UserError(f"--to: expected one of {', '.join(KINDS)}, got {kind!r}")
+    if bits not in (None, 16, 8, 4):
+        raise UserError(f"--bits: expected 16, 8 or 4, got {bits}")
+    if merged and kind != "gguf":
+        raise UserError(f"--merged: goes with --to gguf, not with --to {kind}")
+    form = "merged gguf" if merged else kind
+    named = "gguf --merged" if merged else kind
+    options = {"--bits": bits, "--max-rank": max_rank, "--dtype": dtype, "--base-gguf": base_gguf}
+    for name, value in options.items():
+        if value is not None and name not in _OPTIONS_OF[form]:
+            raise UserError(f"{name} {value}: has no effect with --to {named}; leave it out")
+    allowed = _DTYPES_OF.get(form, tuple(DTYPES))
+    dtype = _NICKNAMES.get(dtype or "", dtype) or allowed[0]
+    if dtype not in allowed:
+        raise UserError(f"--dtype: expected one of {', '.join(allowed)} for --to {kind}, got {dtype!r}")
+    return _Options(form, 16 if bits is None else bits, max_rank, dtype, base, base_gguf)
+
+
+def _write(folder: Path, source: AdapterSource, options: _Options) -> dict[str, Any]:
+    """Write the files of a format; return what is to be said of them."""
+    dtype = options.dtype
+    if options.form == "adapter":
+        metadata = lora.metadata_of(source, options.form, bits=options.bits)
+        lora.write_factors(folder, source, options.bits, metadata)
+        _copy_beside(source, folder)
+        return {"bits": options.bits}
+    if options.form == "merged":
+        from lsr_scale.export.merged import write_merged
+
+        metadata = lora.metadata_of(source, options.form, dtype=dtype)
+        return write_merged(folder, source, base_section(source, options.base), dtype, metadata)
+    if options.form == "merged gguf":
+        from lsr_scale.export.gguf_model import write_merged_gguf
+
+        return write_merged_gguf(folder, source, base_section(source, options.base), dtype, options.base_gguf)
+    pairs, errors = lora.truncated({name: source.pair(name) for name in source.modules}, options.max_rank)
+    summary = {"dtype": dtype, **_ranks(pairs, errors)}
+    if options.form == "lora":
+        metadata = lora.metadata_of(source, options.form, dtype=dtype)
+        lora.write_lora(folder, pairs, source, DTYPES[dtype], metadata)
+        _copy_beside(source, folder)
+        return summary
+    from lsr_scale.export.gguf_file import write_gguf
+
+    return summary | write_gguf(folder, pairs, base_section(source, options.base), DTYPES[dtype], source)
+
+
+def _verify(
+    folder: Path, source: AdapterSource, options: _Options, truncated: bool, accuracy: bool | None
+) -> tuple[Agreement, dict[str, Any]]:
+    """Compare what was written with the adapter as trained; return the agreement, and what is to be said of it.
+
+    Raises:
+        UserError: if an export that loses nothing does not agree.
+    """
+    exact = not truncated and options.bits == 16 and options.dtype in DTYPES
+    tasks, why = _questions(source, accuracy is None, needed=(not exact) if accuracy is None else accuracy)
+    reference = Reference(source, options.base, tasks)
+    if options.form.startswith("merged"):
+        agreement = reference.of_model(folder)
+    elif options.form == "gguf":
+        agreement = _read_back_agrees(folder, source, reference)
+    else:
+        agreement = reference.of_adapter(folder)
+    # an adapter's factors are written in 16 bits, whatever the dtype of the other formats
+    tolerance = EXACT[DTYPES[options.dtype] if exact and options.form != "adapter" else torch.float16]
+    if exact and agreement.relative_error > tolerance:
+        raise UserError(
+            f"the exported model is not the trained one: {agreement.line()}; expected a relative error of at most "
+            f"{tolerance:g}; nothing was exported"
+        )
+    lines = {"logits": agreement.line()}
+    if agreement.accuracy or why:
+        lines["accuracy"] = "; ".join(agreement.accuracy_lines()) or why
+    return agreement, lines
 
 
 def _read_back_agrees(folder: Path, source: AdapterSource, reference: Reference) -> Agreement:
@@ -222,9 +281,9 @@ def _read_back_agrees(folder: Path, source: AdapterSource, reference: Reference)
         return reference.of_adapter(Path(again))
 
 
-def _questions(source: AdapterSource, tolerant: bool, wanted: bool) -> tuple[dict[str, list[Example]], str]:
+def _questions(source: AdapterSource, tolerant: bool, needed: bool) -> tuple[dict[str, list[Example]], str]:
     """Return the questions to compare accuracies on, or why there are none."""
-    if not wanted:
+    if not needed:
         return {}, ""
     try:
         return questions_of(source), ""
@@ -234,21 +293,13 @@ def _questions(source: AdapterSource, tolerant: bool, wanted: bool) -> tuple[dic
         return {}, f"not compared: {error}"
 
 
-def _judge(agreement: Agreement, tolerance: float, exact: bool) -> None:
-    if exact and agreement.relative_error > tolerance:
-        raise UserError(
-            f"the exported model is not the trained one: {agreement.line()}; expected a relative error of at most "
-            f"{tolerance:g}; nothing was exported"
-        )
-
-
 def _ranks(pairs: lora.Pairs, errors: dict[str, float]) -> dict[str, Any]:
     ranks = sorted({down.shape[0] for down, _ in pairs.values()})
-    facts: dict[str, Any] = {"ranks": ", ".join(map(str, ranks))}
+    summary: dict[str, Any] = {"ranks": ", ".join(map(str, ranks))}
     if errors:
-        facts["truncation error, median"] = float(f"{statistics.median(errors.values()):.3g}")
-        facts["truncation error, largest"] = float(f"{max(errors.values()):.3g}")
-    return facts
+        summary["truncation error, median"] = float(f"{statistics.median(errors.values()):.3g}")
+        summary["truncation error, largest"] = float(f"{max(errors.values()):.3g}")
+    return summary
 
 
 def _sizes(folder: Path, source: AdapterSource) -> dict[str, Any]:
@@ -256,8 +307,8 @@ def _sizes(folder: Path, source: AdapterSource) -> dict[str, Any]:
     if not file.is_file():
         return {}
     sizes = describe_file(file)
-    whole = sum(value.numel() for value in source.extra.values())
-    in_16_bits = 2 * (source.num_parameters() + whole)
+    fully_trained = sum(value.numel() for value in source.extra.values())
+    in_16_bits = 2 * (source.num_parameters() + fully_trained)
     return {
         "bytes of tensors": sizes["tensors"],
         "bytes of the file": sizes["file"],
@@ -274,20 +325,20 @@ def _copy_beside(source: AdapterSource, folder: Path) -> None:
 
 
 @contextmanager
-def _appears_whole(out: Path) -> Iterator[Path]:
+def _new_folder(out: Path) -> Iterator[Path]:
     """Give a folder beside `out` to write into; it becomes `out` at the end, or is removed."""
     if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
         raise UserError(f"{out}: there is something already; export into a new folder")
-    aside = files.temporary_path(out)
+    temporary = files.temporary_path(out)
     try:
         files.remove_stale_temporaries(out)  # of exports that were killed
-        aside.mkdir(parents=True)
-        yield aside
+        temporary.mkdir(parents=True)
+        yield temporary
         if out.exists():
             out.rmdir()
-        files.apply_umask(aside)
-        aside.rename(out)
+        files.apply_umask(temporary)
+        temporary.rename(out)
     except (OSError, SafetensorError) as error:
         raise files.cannot_write(out, error if isinstance(error, OSError) else OSError(str(error))) from error
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)

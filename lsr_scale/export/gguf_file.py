@@ -66,7 +66,10 @@ def write_gguf(
         UserError: for an architecture or a layer that llama.cpp's names are not known of.
     """
     if source.extra:
-        raise UserError(f"--to gguf: {sorted(source.extra)[0]} was trained whole; llama.cpp's adapters hold pairs only")
+        raise UserError(
+            f"--to gguf: {sorted(source.extra)[0]} is fully trained (modules_to_save); llama.cpp's adapters hold pairs "
+            "only"
+        )
     config: Any = load_config(section["name"], section["revision"])
     names, permuted, architecture = names_of(pairs, config)
     writer = gguf.GGUFWriter(folder / FILE, gguf.MODEL_ARCH_NAMES[architecture])
@@ -106,18 +109,18 @@ def tokenizer_fields(source: AdapterSource) -> dict[str, tuple[Any, gguf.GGUFVal
 
 
 def read_back(file: Path, pairs: Pairs, section: dict[str, Any]) -> Pairs:
-    """Return the pairs that lie in a file that `write_gguf` wrote, by module; `pairs` gives the modules."""
+    """Return the pairs in a file that `write_gguf` wrote, by module; `pairs` gives the modules."""
     names, permuted, _ = names_of(pairs, load_config(section["name"], section["revision"]))
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
-    found: Pairs = {}
+    written: Pairs = {}
     for module, name in names.items():
         parts = []
         for part in ("lora_a", "lora_b"):
             tensor = tensors[f"{name}.weight.{part}"]
             parts.append(torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy()))
         down, up = parts
-        found[module] = down, from_rotary_order(up, permuted[module]) if module in permuted else up
-    return found
+        written[module] = down, from_rotary_order(up, permuted[module]) if module in permuted else up
+    return written
 
 
 def names_of(modules: Iterable[str], config: Any) -> tuple[dict[str, str], dict[str, int], Any]:

@@ -55,10 +55,10 @@ def write_merged_gguf(
     names, permuted, architecture = names_of(modules, weights.config)
     theirs = {tensor.name: tensor for tensor in reader.tensors}
     where = base_gguf or section["name"]
-    found = reader.get_field(gguf.Keys.General.ARCHITECTURE)
-    if found is None or found.contents() != gguf.MODEL_ARCH_NAMES[architecture]:
+    field = reader.get_field(gguf.Keys.General.ARCHITECTURE)
+    if field is None or field.contents() != gguf.MODEL_ARCH_NAMES[architecture]:
         raise UserError(
-            f"--base-gguf {where}: is of the architecture {found.contents() if found else 'unknown'!r}, the base of "
+            f"--base-gguf {where}: is of the architecture {field.contents() if field else 'unknown'!r}, the base of "
             f"{gguf.MODEL_ARCH_NAMES[architecture]!r}; name a GGUF of the same model"
         )
 

@@ -43,7 +43,7 @@ def inspect_adapter(path: str | Path) -> dict[str, Any]:
     source = open_adapter(path)
     size = describe_file(source.folder / "adapter_model.safetensors")
     parameters = source.num_parameters()
-    whole = {name: list(value.shape) for name, value in source.extra.items()}
+    fully_trained = {name: list(value.shape) for name, value in source.extra.items()}
     factor_bytes = size["tensors"] - sum(value.numel() * value.element_size() for value in source.extra.values())
     described, named = source.base or {}, source.config.base_model_name_or_path
     return {
@@ -55,7 +55,7 @@ def inspect_adapter(path: str | Path) -> dict[str, Any]:
         "bytes": size,
         "bits_per_parameter": round(8 * factor_bytes / parameters, 2),
         "options": _options(source),
-        "trained_whole": whole,
+        "trained_whole": fully_trained,
         "modules": {name: _module(source, name) for name in sorted(source.modules, key=_natural)},
     }
 
@@ -108,37 +108,37 @@ def _natural(name: str) -> list[Any]:
 
 def kinds(report: dict[str, Any]) -> dict[str, list[tuple[int, dict[str, Any]]]]:
     """Return the modules that differ only in a layer's number, as `(number, module)`, by their name with `*` for it."""
-    found: dict[str, list[tuple[int, dict[str, Any]]]] = {}
+    by_kind: dict[str, list[tuple[int, dict[str, Any]]]] = {}
     for name, module in report["modules"].items():
         number = re.search(r"\.(\d+)\.", name)
         kind = re.sub(r"\.\d+\.", ".*.", name, count=1)
-        found.setdefault(kind, []).append((int(number[1]) if number else 0, module))
-    return found
+        by_kind.setdefault(kind, []).append((int(number[1]) if number else 0, module))
+    return by_kind
 
 
 def short_names(names: list[str]) -> dict[str, str]:
     """Return the shortest end of each name, from a dot on, that tells it from the others."""
-    found = {}
+    shortest = {}
     for name in names:
         parts = name.split(".")
         ends = [".".join(parts[-length:]) for length in range(1, len(parts) + 1)]
-        found[name] = next(end for end in ends if sum(f".{other}".endswith(f".{end}") for other in names) == 1)
-    return found
+        shortest[name] = next(end for end in ends if sum(f".{other}".endswith(f".{end}") for other in names) == 1)
+    return shortest
 
 
 def render(report: dict[str, Any]) -> Group:
     """Return a report for a person, to be printed by a rich console: medians over the layers."""
     size = report["bytes"]
-    facts = Table.grid(padding=(0, 2))
+    summary = Table.grid(padding=(0, 2))
     options = ", ".join(f"{name} {value}" for name, value in report["options"].items())
     for name, text in (
         ("adapter", f"{report['method']} ({options})"),
         ("of", f"{report['base'] or 'an unknown base'}, held in {report['base_quantization'] or 'unknown'}"),
         ("parameters", f"{report['parameters']:,} in {len(report['modules'])} linear layers"),
         ("file", f"{size['file']:,} bytes, {report['bits_per_parameter']:g} bits a parameter"),
-        *([("whole", ", ".join(report["trained_whole"]))] if report["trained_whole"] else []),
+        *([("fully trained", ", ".join(report["trained_whole"]))] if report["trained_whole"] else []),
     ):
-        facts.add_row(Text(name, style="bold"), Text(text))
+        summary.add_row(Text(name, style="bold"), Text(text))
     grouped = kinds(report)
     names = short_names(list(grouped))
     style: dict[str, Any] = {
@@ -170,7 +170,7 @@ def render(report: dict[str, Any]) -> Group:
     notes = []
     if any(module["update"] is None for _, members in grouped.items() for _, module in members):
         notes.append(Text(f"updates of full rank and more than {MAX_DENSE_ELEMENTS:,} elements: no spectrum of theirs"))
-    return Group(facts, updates, factors, *notes)
+    return Group(summary, updates, factors, *notes)
 
 
 def _columns(spectra: list[dict[str, Any]], largest: bool = False) -> list[str]:
@@ -239,8 +239,8 @@ def draw(report: dict[str, Any], picture: Path) -> None:
         for factor in members[0][1]["factors"]:
             if factor not in positions:
                 positions.append(factor)
-            found = [m["factors"][factor]["condition"] for _, m in members if factor in m["factors"]]
-            points = [value for value in found if value is not None]
+            values = [m["factors"][factor]["condition"] for _, m in members if factor in m["factors"]]
+            points = [value for value in values if value is not None]
             place = positions.index(factor) + (index - (len(grouped) - 1) / 2) * 0.8 / len(grouped)
             if points:
                 conditions.plot([place] * len(points), points, "_", color=color, markersize=7, alpha=0.7)

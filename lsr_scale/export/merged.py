@@ -51,7 +51,8 @@ class MergedWeights:
             )
         if source.extra:
             raise UserError(
-                f"--to {kind}: {sorted(source.extra)[0]} was trained whole; export lora, and merge with PEFT"
+                f"--to {kind}: {sorted(source.extra)[0]} is fully trained (modules_to_save); export lora, and merge "
+                "with PEFT"
             )
         self.source = source
         self.config: Any = load_config(section["name"], section["revision"])
@@ -59,10 +60,10 @@ class MergedWeights:
         if not self.path.is_dir():
             from huggingface_hub import snapshot_download
 
-            wanted = ["*.safetensors*", "*.json", "*.jinja", "*.txt", "tokenizer*"]
+            patterns = ["*.safetensors*", "*.json", "*.jinja", "*.txt", "tokenizer*"]
             with explain_load_errors(section["name"], section["revision"]):
-                found = snapshot_download(section["name"], revision=section["revision"], allow_patterns=wanted)
-            self.path = Path(found)
+                folder = snapshot_download(section["name"], revision=section["revision"], allow_patterns=patterns)
+            self.path = Path(folder)
         self.files = _files(self.path)
         self.dtype = DTYPES[section.get("dtype", "bfloat16")]
         self.meta_model = meta_model(self.config, dtype=self.dtype)
@@ -138,10 +139,10 @@ def write_merged(
         shutil.copyfile(weights.path / "generation_config.json", folder / "generation_config.json")
     _write_tokenizer(folder, weights.path, source.tokenizer, written)
     (folder / "config.json").write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    facts: dict[str, Any] = {"dtype": dtype, "files": len(writer.files), "bytes of tensors": writer.total}
+    summary: dict[str, Any] = {"dtype": dtype, "files": len(writer.files), "bytes of tensors": writer.total}
     if errors:
-        facts["relative error of quantizing again, median"] = float(f"{sorted(errors)[len(errors) // 2]:.3g}")
-    return facts
+        summary["relative error of quantizing again, median"] = float(f"{sorted(errors)[len(errors) // 2]:.3g}")
+    return summary
 
 
 def _write_tokenizer(folder: Path, base: Path, saved: Path | None, config: dict[str, Any]) -> None:

@@ -22,31 +22,31 @@ Pairs = dict[str, Pair]
 
 def truncated(pairs: Pairs, rank: int | None) -> tuple[Pairs, dict[str, float]]:
     """Return pairs of at most `rank`, and the relative error of every module that was truncated."""
-    found: Pairs = {}
+    truncated_pairs: Pairs = {}
     errors: dict[str, float] = {}
     for name, (down, up) in pairs.items():
         if rank is None or rank >= down.shape[0]:
-            found[name] = down, up
+            truncated_pairs[name] = down, up
         else:
             down, up, errors[name] = truncate(down, up, rank)
-            found[name] = down, up
-    return found, errors
+            truncated_pairs[name] = down, up
+    return truncated_pairs, errors
 
 
 def concatenate(sources: Sequence[AdapterSource], weights: Sequence[float]) -> Pairs:
     """Return the pairs of `sum_i weights[i] * update_i`, exactly: ranks add.
 
     Raises:
-        UserError: if the adapters are of layers of different shapes, or have modules trained whole.
+        UserError: if the adapters are of layers of different shapes, or have fully trained modules.
     """
-    found: Pairs = {}
+    total: Pairs = {}
     for source, weight in zip(sources, weights, strict=True):
         if source.extra:
-            raise UserError(f"{source.folder}: has modules trained whole ({sorted(source.extra)[0]}), which do not add")
+            raise UserError(f"{source.folder}: has fully trained modules ({sorted(source.extra)[0]}), which do not add")
         for module in source.modules:
             down, up = source.pair(module)
-            if module in found:
-                old_down, old_up = found[module]
+            if module in total:
+                old_down, old_up = total[module]
                 if old_down.shape[1] != down.shape[1] or old_up.shape[0] != up.shape[0]:
                     raise UserError(
                         f"{source.folder}: {module} is {[up.shape[0], down.shape[1]]}, in {sources[0].folder} "
@@ -55,8 +55,8 @@ def concatenate(sources: Sequence[AdapterSource], weights: Sequence[float]) -> P
                 down, up = torch.cat([old_down, down]), torch.cat([old_up, weight * up], 1)
             else:
                 up = weight * up
-            found[module] = down, up
-    return found
+            total[module] = down, up
+    return total
 
 
 def write_lora(
@@ -72,7 +72,7 @@ def write_lora(
     Args:
         folder: An existing folder.
         pairs: By module.
-        source: Where configuration and modules trained whole come from.
+        source: Where configuration and fully trained modules come from.
         dtype: Of the factors.
         metadata: Of the safetensors file.
         targets: Which modules; those of the source's own configuration by default.

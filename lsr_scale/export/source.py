@@ -35,7 +35,7 @@ class AdapterSource:
     folder: Path
     config: Any
     modules: dict[str, Params]
-    extra: dict[str, Tensor]  # modules trained whole, under their names in the file
+    extra: dict[str, Tensor]  # fully trained modules, under their names in the file
     base: dict[str, Any] | None
     run: RunConfig | None = None
     results: dict[str, Any] | None = None
@@ -119,7 +119,7 @@ def open_adapter(path: str | Path) -> AdapterSource:
             results = _read_results(run_folder.results)
         folder = run_folder.adapter
         if not folder.is_dir():
-            raise UserError(f"{path}: the run has no adapter yet; train it, or go on with --resume auto")
+            raise UserError(f"{path}: the run has no adapter yet; train it, or resume it with --resume auto")
     config = read_config(folder)
     _check_exportable(folder, config)
     modules, extra = _sort(folder, config, read_weights(folder))
@@ -158,7 +158,7 @@ def _check_exportable(folder: Path, config: Any) -> None:
 
 
 def _sort(folder: Path, config: Any, tensors: dict[str, Tensor]) -> tuple[dict[str, Params], dict[str, Tensor]]:
-    """Return factors by module, and the tensors of modules trained whole."""
+    """Return factors by module, and the tensors of fully trained modules."""
     method = str(config.peft_type.value).lower()
     saved = tuple(config.modules_to_save or ())
     modules: dict[str, Params] = {}

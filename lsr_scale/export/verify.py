@@ -116,7 +116,7 @@ class Reference:
         self.trained = self.logits(self.model)
         self.tasks = tasks if tasks and self.tokenizer is not None else {}
         self.trained_scores = self._scores(self.model)
-        self.model = _base_of(self.model)
+        self.model = _without_adapter(self.model)
         if checksums(self.model) != untouched:
             raise UserError(f"{source.folder}: loading it changes the base's own weights; nothing was exported")
 
@@ -134,8 +134,8 @@ class Reference:
         """Return the logits `[tokens, vocabulary]`, of a classifier `[1, labels]`, of every prompt, float32."""
         model.eval()
         device = next(model.parameters()).device
-        found = [model(input_ids=ids.to(device)).logits[0].float().cpu() for ids in self.prompts]
-        return [logits if logits.dim() == 2 else logits[None] for logits in found]  # a classifier's have no positions
+        logits = [model(input_ids=ids.to(device)).logits[0].float().cpu() for ids in self.prompts]
+        return [one if one.dim() == 2 else one[None] for one in logits]  # a classifier's have no positions
 
     def of_adapter(self, folder: Path) -> Agreement:
         """Return the agreement of an adapter folder, loaded by PEFT onto the same base."""
@@ -145,7 +145,7 @@ class Reference:
             warnings.simplefilter("ignore")
             model: Any = PeftModel.from_pretrained(self.model, str(folder))
         agreement = self._of(model)
-        self.model = _base_of(model)
+        self.model = _without_adapter(model)
         return agreement
 
     def of_model(self, folder: Path) -> Agreement:
@@ -194,8 +194,8 @@ class Reference:
         return rows
 
 
-def _base_of(model: Any) -> Any:
-    """Return a model without its adapter, as it was loaded: PEFT alone would leave there what trained whole."""
+def _without_adapter(model: Any) -> Any:
+    """Return a model without its adapter, as it was loaded: PEFT alone would leave the fully trained modules in it."""
     wrappers = {name: module for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)}
     own = {name.removeprefix(WRAPPER): wrapper.original_module for name, wrapper in wrappers.items()}
     base = model.unload()
@@ -254,7 +254,7 @@ def _task_of(source: AdapterSource) -> dict[str, Any]:
         raise UserError(
             f"{source.folder}: task_type {task!r}: verify compares language models and classifiers; use --no-verify"
         )
-    # of the head, trained whole: its last matrix has the fewest rows, one a label
+    # of the head, fully trained: its last matrix has the fewest rows, one a label
     rows = [value.shape[0] for value in source.extra.values() if value.dim() == 2]
     if not rows:
         raise UserError(f"{source.folder}: a classifier without its head, which would start at random; use --no-verify")

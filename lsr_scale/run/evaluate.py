@@ -14,9 +14,10 @@ import torch
 from lsr_scale import distributed
 from lsr_scale.config import RunConfig, run_from_dict
 from lsr_scale.config.training import EVALUATED
+from lsr_scale.data.classification import tokenize_classification
 from lsr_scale.data.formats import build_dataset, load_source, source_fields
-from lsr_scale.data.preview import prepare_tokenizer, row_check, tokenize_classification
 from lsr_scale.data.tasks import Example, examples
+from lsr_scale.data.tokenizer_setup import prepare_tokenizer, row_check
 from lsr_scale.errors import UserError, printable
 from lsr_scale.run.folder import RunFolder
 from lsr_scale.run.load import load_run_model, open_trained

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from lsr_scale.data.fits import length_made_for, num_positions, refuse_ids
+from lsr_scale.data.model_limits import check_token_id, num_positions, stated_length
 from lsr_scale.data.readers import check_characters
 from lsr_scale.errors import UserError
 from lsr_scale.model.tokenizer import end_tokens, render_chat
@@ -47,8 +47,8 @@ def generate(
     if inputs["input_ids"].shape[1] == 0:
         raise UserError("--prompt: expected some text to continue, got none")
     rows = model.get_input_embeddings().num_embeddings
-    refuse_ids(int(inputs["input_ids"].max()), rows, tokenizer, model.config, "--prompt")
-    length, positions, made_for = inputs["input_ids"].shape[1], num_positions(model), length_made_for(model.config)
+    check_token_id(int(inputs["input_ids"].max()), rows, tokenizer, model.config, "--prompt")
+    length, positions, made_for = inputs["input_ids"].shape[1], num_positions(model), stated_length(model.config)
     if positions is not None and length >= positions:
         raise UserError(f"--prompt: has {length:,} tokens, but the model has {positions:,} positions; shorten it")
     end = made_for if positions is None else positions

@@ -44,18 +44,20 @@ def locked(folder: Path) -> Iterator[None]:
 
 def _acquire(lock: FileLock, file: Path) -> None:
     """Take a lock; on some network storage, which has none, do without."""
-    try:
-        lock.acquire()
-    except Timeout:
-        if not os.path.lexists(file):  # its holder removed it just now
-            return _acquire(lock, file)
-        raise UserError(
-            f"{file.parent}: a run is under way here ({_holder(file, file) or 'it began just now'}); wait for its end, "
-            "or go elsewhere with --set training.output_dir=..."
-        ) from None
-    except OSError as error:
-        if error.errno in _NO_FILE:
-            raise _no_lock(file) from None
+    while True:
+        try:
+            lock.acquire()
+            return
+        except Timeout:
+            with contextlib.suppress(FileNotFoundError):  # its holder removed it just now: again
+                raise UserError(
+                    f"{file.parent}: a run is under way here ({_holder(file, file) or 'it began just now'}); wait for "
+                    "its end, or go elsewhere with --set training.output_dir=..."
+                ) from None
+        except OSError as error:
+            if error.errno in _NO_FILE:
+                raise _no_lock(file) from None
+            return
 
 
 def _holder(file: int | Path, name: Path) -> str:

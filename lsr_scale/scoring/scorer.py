@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from lsr_scale import distributed
-from lsr_scale.data.fits import refuse_ids
-from lsr_scale.data.tasks import Example, scored_pair
+from lsr_scale.data.model_limits import check_token_id
+from lsr_scale.data.prompt_forms import scored_pair
+from lsr_scale.data.tasks import Example
 from lsr_scale.errors import UserError
 from lsr_scale.model.tokenizer import appended_ids
 from lsr_scale.scoring.accuracy import Prediction, TaskScore
@@ -175,7 +176,7 @@ def score(
         groups[tuple((context_ids + target_ids)[-limit - 1 : -1])][request] = target_ids
 
     largest = max((max(inputs, default=0) for inputs in groups), default=0)
-    refuse_ids(largest, model.get_input_embeddings().num_embeddings, tokenizer, config, "scoring: a question")  # pyright: ignore
+    check_token_id(largest, model.get_input_embeddings().num_embeddings, tokenizer, config, "scoring: a question")  # pyright: ignore
     where = torch.device(device) if device is not None else next(model.parameters()).device
     log_likelihoods = [math.nan] * len(pairs)
     total, done = sum(map(len, groups)), 0

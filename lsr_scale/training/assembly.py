@@ -20,8 +20,9 @@ from lsr_scale.adapters.inject import inject
 from lsr_scale.adapters.peft import last_names
 from lsr_scale.config import RunConfig
 from lsr_scale.config.training import checkpoints_layers
-from lsr_scale.data.preview import count_classification, prepare_tokenizer, template_notes
-from lsr_scale.data.tally import Tally
+from lsr_scale.data.classification import count_classification
+from lsr_scale.data.token_counts import TokenCounts
+from lsr_scale.data.tokenizer_setup import prepare_tokenizer, template_notes
 from lsr_scale.errors import UserError, did_you_mean
 from lsr_scale.fused import FuseReport, fuse
 from lsr_scale.fused.cuda_graphs import StepGraphs, graphs_fallback_reason
@@ -150,7 +151,7 @@ def _check_rows_left(run: RunConfig, trainer: Any, data: RunData, note: Say) -> 
         if run.model.task == "seq_cls":
             _, notes = count_classification(where, rows, data.tokenizer, limit)
         else:  # there are none where dataset_kwargs skips TRL's preparation
-            count = getattr(trainer, "tallies", {}).get(split, Tally())
+            count = getattr(trainer, "token_counts", {}).get(split, TokenCounts())
             notes = count.notes(where, data.tokenizer, run.training)
         for line in notes:
             note(line)

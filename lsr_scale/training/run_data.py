@@ -9,9 +9,9 @@ from typing import Any
 from datasets import Dataset
 
 from lsr_scale.config import RunConfig
-from lsr_scale.data.fits import check_fits
 from lsr_scale.data.formats import Kind, build_dataset, load_source
-from lsr_scale.data.preview import row_check
+from lsr_scale.data.model_limits import check_model_limits
+from lsr_scale.data.tokenizer_setup import row_check
 from lsr_scale.errors import UserError
 from lsr_scale.model import load_config, meta_model, read_tokenizer, tokenizer_of
 from lsr_scale.model.tokenizer import has_tokenizer, same_state
@@ -71,7 +71,7 @@ def check_run_fits(run: RunConfig, data: RunData) -> None:
     empty = partial(meta_model, model_config, section.task, section.num_labels)
     parts = {"train": data.train, "validation": data.validation}
     given = {name: dataset for name, dataset in parts.items() if dataset is not None}
-    check_fits(given, data.kind, data.tokenizer, model_config, run.training, empty)
+    check_model_limits(given, data.kind, data.tokenizer, model_config, run.training, empty)
 
 
 def _tokenizer(run: RunConfig, checkpoint: Path | None, note: Callable[[str], None]) -> Any:

@@ -14,9 +14,9 @@ from peft import PeftModel
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from lsr_scale.config import RunConfig
-from lsr_scale.data.cache import kept
-from lsr_scale.data.preview import tokenize_classification
-from lsr_scale.data.tally import TalliesRows
+from lsr_scale.data.cache import cached
+from lsr_scale.data.classification import tokenize_classification
+from lsr_scale.data.token_counts import CountsTokens
 from lsr_scale.errors import UserError
 from lsr_scale.scoring import classification
 from lsr_scale.training.checkpoint.resumable import Resumable
@@ -43,8 +43,8 @@ def make_trainer(
         "args": arguments,
         "processing_class": data.tokenizer,
         "callbacks": callbacks,
-        "train_dataset": kept(data.train),
-        "eval_dataset": None if data.validation is None else kept(data.validation),
+        "train_dataset": cached(data.train),
+        "eval_dataset": None if data.validation is None else cached(data.validation),
     }
     make = _classifier_trainer if run.model.task == "seq_cls" else _sft_trainer
     with _keeping_float32(model), ignore_library_warnings(), naming_settings(run):
@@ -67,7 +67,7 @@ def _sft_trainer(run: RunConfig, options: dict[str, Any]) -> Trainer:
             "pip install 'trl>=1.16,<1.17'"
         )
 
-    class AdapterSFTTrainer(TalliesRows, Resumable, LossCheck, EngineSteps, GraphSteps, HeadLoss, SFTTrainer):
+    class AdapterSFTTrainer(CountsTokens, Resumable, LossCheck, EngineSteps, GraphSteps, HeadLoss, SFTTrainer):
         pass
 
     return AdapterSFTTrainer(**options)

@@ -54,7 +54,7 @@ def test_a_deepspeed_path_is_read_from_beside_the_config_and_from_the_working_di
         ('{"zero_optimization": {"zero_quantized_weights": true}}', "works with float16 weights only"),
         (
             '{"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}',
-            "zero_optimization.offload_param.device: parts of a frozen base are never held on nvme; set it to cpu",
+            "zero_optimization.offload_param.device: shards of a frozen base are never held on nvme; set it to cpu",
         ),
         (
             '{"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}',

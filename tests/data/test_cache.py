@@ -8,14 +8,14 @@ import pytest
 from datasets import Dataset
 
 from lsr_scale.data import cache as module
-from lsr_scale.data.cache import digest, kept
+from lsr_scale.data.cache import cached, digest
 from tests.helpers.tiny_runs import completions, do, factors, same, save_llama, tiny_run, write_rows
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("LSR_SCALE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(module, "FEWEST_ROWS", 10)
+    monkeypatch.setattr(module, "MIN_ROWS", 10)
     return tmp_path / "cache/datasets"
 
 
@@ -25,23 +25,23 @@ def rows(number=12, word="a"):
 
 def test_rows_come_back_and_small_sets_stay_in_memory(cache):
     dataset = rows()
-    found = kept(dataset)
+    found = cached(dataset)
     assert found.to_dict() == dataset.to_dict()
     assert found.cache_files
-    assert kept(rows())._fingerprint == found._fingerprint, "so what map makes of it is found again"
+    assert cached(rows())._fingerprint == found._fingerprint, "so what map makes of it is found again"
     assert len(list(cache.iterdir())) == 1
     small = rows(3)
-    assert kept(small) is small
+    assert cached(small) is small
 
 
 def test_what_is_made_of_them_is_made_once():
     def length(row):
         return {"length": len(row["prompt"])}
 
-    (first,), (second,) = (kept(rows()).map(length).cache_files for _ in range(2))
+    (first,), (second,) = (cached(rows()).map(length).cache_files for _ in range(2))
     assert first == second
     made = os.stat(first["filename"])
-    kept(rows()).map(length)
+    cached(rows()).map(length)
     assert os.stat(first["filename"]).st_mtime_ns == made.st_mtime_ns
 
 
@@ -59,17 +59,17 @@ def test_where_it_cannot_be_the_rows_stay_in_memory(tmp_path, monkeypatch, cache
     if what == "no space":
         monkeypatch.setattr(module.shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
     if what == "damaged":
-        kept(dataset)
+        cached(dataset)
         (folder,) = cache.iterdir()
         (folder / "state.json").write_text("{")
-    assert kept(dataset) is dataset
+    assert cached(dataset) is dataset
 
 
 def test_what_nobody_used_for_a_month_goes(cache):
-    kept(rows(word="old"))
+    cached(rows(word="old"))
     (old,) = cache.iterdir()
     os.utime(old, (time.time() - 32 * 86_400,) * 2)
-    kept(rows())
+    cached(rows())
     assert not old.exists()
     assert len(list(cache.iterdir())) == 1
 
@@ -79,7 +79,7 @@ def test_runs_are_the_same_with_and_without(tmp_path, monkeypatch, cache):
     write_rows(tmp_path / "rows.jsonl", completions(12))
     found = []
     for fewest in (10, 10, 1000):
-        monkeypatch.setattr(module, "FEWEST_ROWS", fewest)
+        monkeypatch.setattr(module, "MIN_ROWS", fewest)
         training = {"output_dir": str(tmp_path / f"run{len(found)}"), "save_strategy": "no"}
         found.append(factors(do(tiny_run(tmp_path, training=training, eval={"tasks": []}))))
     (folder,) = cache.iterdir()

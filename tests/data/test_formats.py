@@ -5,9 +5,11 @@ import json
 
 import pytest
 
+from lsr_scale.data.classification import tokenize_classification
 from lsr_scale.data.formats import build_dataset, fitting_formats, load_source
-from lsr_scale.data.preview import prepare_tokenizer, preview, tokenize_classification
+from lsr_scale.data.preview import preview
 from lsr_scale.data.tasks import TASKS, to_example
+from lsr_scale.data.tokenizer_setup import prepare_tokenizer
 from lsr_scale.errors import UserError
 from lsr_scale.scoring import encode_pairs
 from tests.data.test_tasks import HUB_ROWS

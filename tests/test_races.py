@@ -352,7 +352,7 @@ def test_nobody_reads_half_a_file(tmp_path):
 @pytest.fixture
 def small_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("LSR_SCALE_CACHE", str(tmp_path))
-    monkeypatch.setattr(cache, "FEWEST_ROWS", 1)
+    monkeypatch.setattr(cache, "MIN_ROWS", 1)
     return tmp_path / "datasets"
 
 
@@ -371,15 +371,15 @@ def together(number, work):
 def test_datasets_that_are_cached_at_once_are_each_there_whole(small_cache):
     for turn, same in itertools.product(range(4), (True, False)):
         datasets = [Dataset.from_dict({"n": list(range(turn, turn + 50 + (0 if same else i)))}) for i in range(6)]
-        found = together(6, lambda index, given=datasets: cache.kept(given[index]))
+        found = together(6, lambda index, given=datasets: cache.cached(given[index]))
         for one, given in zip(found, datasets, strict=True):
             assert one.to_dict() == given.to_dict()
-            assert one.cache_files, "it lies in the cache, where the tokens are kept beside it"
+            assert one.cache_files, "it lies in the cache, where the tokens are cached beside it"
     assert not [path.name for path in small_cache.iterdir() if path.name.startswith(".")], "nothing half is left"
 
 
 def test_rows_are_tokenized_into_one_cache_entry_by_threads_that_start_together(small_cache):
-    dataset = cache.kept(Dataset.from_dict({"n": list(range(400))}))
+    dataset = cache.cached(Dataset.from_dict({"n": list(range(400))}))
 
     def tokenize(index):
         return dataset.map(lambda row: {"ids": [row["n"]] * 3}, new_fingerprint="tokens").to_dict()["ids"]

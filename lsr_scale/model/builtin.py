@@ -28,7 +28,7 @@ from lsr_scale.paths import user_path
 logger = logging.getLogger(__name__)
 
 PREFIX = "builtin:"
-CONVERSION = 1  # increment when the converted folder changes for the same package
+CONVERSION = 2  # increment when the converted folder changes for the same package
 NEEDED_BYTES = 320 * 2**20
 
 
@@ -187,6 +187,8 @@ def _write(gguf: Path, packaged: PackagedModel, folder: Path) -> None:
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
         ]
     )
+    # transformers 5.17 takes the file's first special token for the last too
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(model.config.eos_token_id)
     # padding with the end token, as the file says, would teach a model never to end
     tokenizer.pad_token = tokenizer.unk_token
     tokenizer.model_max_length = model.config.max_position_embeddings

@@ -23,7 +23,7 @@ def rows(number=12, word="a"):
     return Dataset.from_dict({"prompt": [f"{word} {i}" for i in range(number)], "completion": ["b"] * number})
 
 
-def test_rows_come_back_and_small_sets_stay_in_memory(cache):
+def test_a_cached_dataset_has_the_same_rows_and_a_small_one_stays_in_memory(cache):
     dataset = rows()
     found = cached(dataset)
     assert found.to_dict() == dataset.to_dict()
@@ -34,7 +34,7 @@ def test_rows_come_back_and_small_sets_stay_in_memory(cache):
     assert cached(small) is small
 
 
-def test_what_is_made_of_them_is_made_once():
+def test_the_result_of_map_on_a_cached_dataset_is_reused():
     def length(row):
         return {"length": len(row["prompt"])}
 
@@ -45,14 +45,14 @@ def test_what_is_made_of_them_is_made_once():
     assert os.stat(first["filename"]).st_mtime_ns == made.st_mtime_ns
 
 
-def test_another_row_is_another_dataset(cache):
+def test_a_changed_row_is_another_dataset(cache):
     assert digest(rows()) == digest(rows())
     others = [rows(word="c"), rows(13), rows().rename_column("prompt", "text"), rows().add_column("n", range(12))]
     assert len({digest(dataset) for dataset in [rows(), *others]}) == 5
 
 
 @pytest.mark.parametrize("what", ["a file is there", "no space", "damaged"])
-def test_where_it_cannot_be_the_rows_stay_in_memory(tmp_path, monkeypatch, cache, what):
+def test_where_nothing_can_be_cached_rows_stay_in_memory(tmp_path, monkeypatch, cache, what):
     dataset = rows()
     if what == "a file is there":
         (tmp_path / "cache").write_text("")
@@ -65,7 +65,7 @@ def test_where_it_cannot_be_the_rows_stay_in_memory(tmp_path, monkeypatch, cache
     assert cached(dataset) is dataset
 
 
-def test_what_nobody_used_for_a_month_goes(cache):
+def test_datasets_unused_for_a_month_are_removed(cache):
     cached(rows(word="old"))
     (old,) = cache.iterdir()
     os.utime(old, (time.time() - 32 * 86_400,) * 2)
@@ -74,7 +74,7 @@ def test_what_nobody_used_for_a_month_goes(cache):
     assert len(list(cache.iterdir())) == 1
 
 
-def test_runs_are_the_same_with_and_without(tmp_path, monkeypatch, cache):
+def test_a_run_is_the_same_with_and_without_the_cache(tmp_path, monkeypatch, cache):
     save_llama(tmp_path / "model")
     write_rows(tmp_path / "rows.jsonl", completions(12))
     found = []

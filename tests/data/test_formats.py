@@ -126,7 +126,7 @@ def test_text_and_classification(built):
         ({"col": 1}, []),
     ],
 )
-def test_the_format_is_found_by_the_columns(row, formats):
+def test_the_format_is_detected_by_the_columns(row, formats):
     assert fitting_formats(row) == formats
 
 
@@ -273,7 +273,7 @@ def test_preview_heeds_max_length_and_says_what_is_dropped(built, tokenizer, tmp
     assert all(token.supervised for token in everything.samples[0])
 
 
-def test_a_missing_padding_token_is_replaced_and_said(tokenizer):
+def test_a_missing_padding_token_is_replaced_and_noted(tokenizer):
     bare = beginning_marked(tokenizer)
     assert bare.pad_token is None
     (note,) = prepare_tokenizer(bare, "text")

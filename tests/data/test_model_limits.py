@@ -206,7 +206,7 @@ def test_generation_ends_where_the_models_positions_do(positions):
         generate(model, tokenizer, "kmpt" * 12, 2)
 
 
-def test_what_no_quantization_and_no_adapter_reaches_is_said_with_its_share(tmp_path):
+def test_modules_neither_quantized_nor_adapted_are_noted_with_their_share(tmp_path):
     config = MixtralConfig(hidden_size=48, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
                            num_key_value_heads=2, vocab_size=96, num_local_experts=4)  # fmt: skip
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
@@ -223,14 +223,14 @@ def test_what_no_quantization_and_no_adapter_reaches_is_said_with_its_share(tmp_
     assert coverage.left_out(model, "none", ["q_proj"], "bfloat16") == []
 
 
-def test_of_a_model_that_is_held_and_adapted_as_asked_nothing_is_said(tmp_path):
+def test_a_model_quantized_and_adapted_as_asked_has_no_note(tmp_path):
     save_llama(tmp_path / "model")
     run = tiny_run(tmp_path, adapter={"method": "lsr", "rank": 4, "separation_rank": 2, "target_modules": "all-linear"})
     model, _ = assembly.adapt(run, assembly.load_base_for(run.model, 0))
     assert coverage.left_out(model, "nf4", "all-linear", "bfloat16") == []
 
 
-def test_a_head_that_starts_at_random_is_said_on_the_screen(tmp_path, capsys):
+def test_a_head_that_starts_at_random_is_noted(tmp_path, capsys):
     save_classifier(tmp_path / "model", "roberta")
     rows = write_rows(
         tmp_path / "pairs.jsonl", [{"sentence1": "a knife", "sentence2": "a saw", "label": i % 2} for i in range(4)]

@@ -73,7 +73,7 @@ def test_a_table_is_read_from_parquet_arrow_and_what_save_to_disk_wrote(tmp_path
     assert load_rows(str(tmp_path / "two"), default_split=None).rows == PAIRS[1:]
 
 
-def test_what_save_to_disk_wrote_is_read_whole_and_from_its_folder_only(tmp_path):
+def test_a_saved_dataset_is_read_with_all_its_files_and_from_its_folder_only(tmp_path):
     dataset = datasets.Dataset.from_list(PAIRS)
     dataset.save_to_disk(tmp_path / "one", num_shards=2)
     (tmp_path / "one" / "data-00001-of-00002.arrow").rename(tmp_path / "elsewhere.arrow")
@@ -302,7 +302,7 @@ def test_a_folder_may_have_a_dollar_in_its_name(tmp_path, monkeypatch):
     assert load_rows("$HOME").rows == PAIRS
 
 
-def test_shards_that_lack_are_named(tmp_path):
+def test_missing_shards_are_named(tmp_path):
     for number in (0, 1, 3, 9):
         put(tmp_path, f"train-{number:05}-of-00010.jsonl", LINES)
     with pytest.raises(

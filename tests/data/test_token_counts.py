@@ -25,7 +25,7 @@ def counted(folder, rows, tokenizer, validation=None, **training):
     return preview(dataset, kind, tokenizer, 1, training, others)
 
 
-def test_what_max_length_cuts_is_counted(tmp_path):
+def test_what_max_length_truncates_is_counted(tmp_path):
     tokenizer = fast()
     prompt, answer = (len(tokenizer.encode(text)) for text in ("a saw", " cuts wood" * 15))
     total, left = 6 * (answer + 1), 6 * (10 - prompt)
@@ -46,7 +46,7 @@ def test_what_max_length_cuts_is_counted(tmp_path):
         assert not any("cuts" in text.partition(":")[2] for text in whole.notes)
 
 
-def test_packing_cuts_or_splits_and_keep_end_keeps_the_end(tmp_path):
+def test_packing_truncates_or_splits_and_keep_end_keeps_the_end(tmp_path):
     rows = [{"text": "a saw cuts wood " * 20}] * 4
     packed = counted(tmp_path, rows, fast(), max_length=16, packing=True)
     assert "4 rows, 4 cut, 0 left out" in packed.counts[0]
@@ -66,7 +66,7 @@ def test_validation_rows_are_counted_too(tmp_path):
     assert any(note.startswith("data.validation: training.max_length (20) cuts 6 of 6 rows") for note in seen.notes)
 
 
-def test_special_tokens_that_stand_twice_are_counted(tmp_path):
+def test_doubled_special_tokens_are_counted(tmp_path):
     rows = [{"text": "<s>a saw"}, {"text": "a saw</s></s>"}, {"text": "a saw</s>"}, {"text": "a saw"}]
     (note,) = [text for text in counted(tmp_path, rows, fast("<s> $A")).notes if "twice" in text]
     assert note.startswith("data.train: 2 of 4 rows have '<s>' or '</s>' twice side by side; take it out of the texts")
@@ -94,7 +94,7 @@ def test_turns_without_the_end_token_are_counted(tmp_path):
     assert not any("do not teach" in text for text in counted(tmp_path, CHAT, mended).notes)
 
 
-def test_characters_of_several_tokens_are_shown_whole(tmp_path):
+def test_characters_of_several_tokens_are_shown_as_one(tmp_path):
     save_llama(tmp_path / "model")
     tokenizer = tokenizer_of(described(tmp_path / "model"))
     seen = counted(tmp_path, [{"prompt": "Gr\u00f6\u00dfe", "completion": " \u6771\U0001f642!"}], tokenizer)
@@ -117,7 +117,7 @@ def test_of_many_rows_some_are_counted_and_that_is_said(tmp_path, monkeypatch):
     assert list(evenly_spaced(13, 4)) == [0, 4, 8, 12]
 
 
-def test_a_classifiers_rows_that_are_cut_are_counted(tmp_path):
+def test_a_classifiers_truncated_rows_are_counted(tmp_path):
     rows = [{"sentence1": "a saw cuts wood", "label": 1}, {"sentence1": "a", "label": 0}]
     seen = counted(tmp_path, rows, fast(), validation=rows[1:], max_length=3)
     assert seen.counts == ["data.train: 2 rows, 1 cut", "data.validation: 1 rows, 0 cut"]
@@ -157,7 +157,7 @@ def test_train_and_preview_tell_the_same(tmp_path, capsys):
         assert "data.validation: is text, but data.train is prompt_completion" in capsys.readouterr().err
 
 
-def test_validation_rows_that_lose_everything_are_refused(tmp_path):
+def test_validation_rows_without_a_supervised_token_are_refused(tmp_path):
     save_llama(tmp_path / "model")
     write_rows(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": " b"}])
     write_rows(tmp_path / "others.jsonl", [{"prompt": "a saw cuts wood and wood and wood", "completion": " so"}])

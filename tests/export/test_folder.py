@@ -274,7 +274,7 @@ def test_merging_adds_updates_exactly_across_methods(base_folder, tmp_path):
     assert {len(source.modules) for source in (got, *parts)} == {14}
 
 
-def test_what_is_exported_appears_whole_with_its_card_or_not_at_all(base_folder, tmp_path, capsys):
+def test_an_export_is_complete_with_its_card_or_leaves_nothing(base_folder, tmp_path, capsys):
     adapter = saved(base_folder, tmp_path / "adapter")
     assert main(["export", str(adapter), "--to", "lora", "--out", str(tmp_path / "out")]) == 0
     assert "next token the same at 100.0 % of" in capsys.readouterr().out
@@ -372,7 +372,7 @@ def test_a_gguf_adapter_reads_back_as_the_pairs(base_folder, tmp_path, dtype):
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_damaged_adapters_are_refused_in_words_or_still_whole(tmp_path, seed):
+def test_damaged_adapters_are_refused_in_words_or_load_unchanged(tmp_path, seed):
     counts = fuzz(60, seed, tmp_path)
     assert all(count["refused"] + count["whole"] == 10 for count in counts.values())
     assert counts["truncated"]["whole"] == 0

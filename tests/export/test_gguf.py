@@ -123,7 +123,7 @@ def test_a_gguf_of_another_model_or_none_is_refused(base_folder, tmp_path, capsy
     assert not (tmp_path / "out").exists()
 
 
-def test_a_damaged_gguf_is_refused_or_still_whole(base_folder, tmp_path):  # noqa: F811
+def test_a_damaged_gguf_is_refused_or_loads_unchanged(base_folder, tmp_path):  # noqa: F811
     adapter = saved(base_folder, tmp_path / "adapter")
     whole = tiny_gguf(base_folder, tmp_path / "base.gguf").read_bytes()
     damaged = tmp_path / "damaged.gguf"

@@ -123,7 +123,7 @@ def test_an_option_without_effect_is_refused(base_folder, tmp_path, capsys, opti
     assert re.search(words, " ".join(capsys.readouterr().err.split()))
 
 
-def test_a_rank_that_truncates_nothing_is_said(base_folder, tmp_path):  # noqa: F811
+def test_a_rank_that_truncates_nothing_is_noted(base_folder, tmp_path):  # noqa: F811
     adapter, said = saved(base_folder, tmp_path / "adapter"), []
     export(adapter, "lora", tmp_path / "out", max_rank=64, verify=False, say=said.append)
     assert "note: --max-rank 64: no rank is larger, so nothing was truncated" in said

@@ -7,7 +7,6 @@ Every form is exported, loaded by PEFT or Transformers and compared with the ada
 float32: the logits of the prompts that `--verify` uses, and the answers to the run's tasks (`export.verify`).
 """
 
-import argparse
 import dataclasses
 import sys
 import tempfile
@@ -15,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from benchmarks.command_line import new_file, script_parser
 
 FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "adapter, 16 bits": ("adapter", {"bits": 16}),
@@ -32,15 +33,13 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
 
 def main(arguments: list[str] | None = None) -> int:
     """Export, compare and write the result after every form."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = script_parser(__doc__)
     parser.add_argument("run", help="a run's folder")
     parser.add_argument("--tasks", nargs="+", help="the run's own by default")
     parser.add_argument("--limit", type=int, default=195, help="questions of each task")
     parser.add_argument("--forms", nargs="+", choices=list(FORMS), default=list(FORMS))
-    parser.add_argument("--out", type=Path, required=True, help="the JSON to write; must not exist yet")
+    parser.add_argument("--out", type=new_file, required=True, help="the JSON to write; must not exist yet")
     args = parser.parse_args(arguments)
-    if args.out.exists():
-        parser.error(f"--out: {args.out} exists; results are never overwritten, give a new name")
     from lsr_scale import config, files
     from lsr_scale.export import export, open_adapter
     from lsr_scale.export.verify import Reference, questions_of

@@ -17,7 +17,6 @@ merged           `--to gguf --merged` in float32, float16 and q8_0; ours: the ad
 `choice` the share of rows with the same most likely answer; `relative_error` is of the logits (Frobenius).
 """
 
-import argparse
 import sys
 import tempfile
 import time
@@ -28,6 +27,8 @@ from typing import Any
 
 import numpy as np
 import torch
+
+from benchmarks.command_line import new_file, script_parser
 
 NAME = "builtin:smollm2-135m-instruct"
 
@@ -141,14 +142,12 @@ def compared(got: Reading, wanted: Reading, answers: list[int]) -> dict[str, Any
 
 def main(arguments: list[str] | None = None) -> int:
     """Export, load, compare and write the result."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = script_parser(__doc__)
     parser.add_argument("run", help=f"a run of {NAME}")
     parser.add_argument("--tasks", nargs="+", default=["builtin:commonsense"], help="multiple-choice tasks, or folders")
     parser.add_argument("--limit", type=int, default=60, help="rows of each task")
-    parser.add_argument("--out", type=Path, required=True, help="the JSON to write; must not exist yet")
+    parser.add_argument("--out", type=new_file, required=True, help="the JSON to write; must not exist yet")
     args = parser.parse_args(arguments)
-    if args.out.exists():
-        parser.error(f"--out: {args.out} exists; results are never overwritten, give a new name")
     try:
         import llama_cpp
     except ImportError:

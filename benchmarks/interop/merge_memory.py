@@ -8,7 +8,6 @@ adapter on all seven linears, and `lsr-scale export` in a process of its own, wh
 may drop.
 """
 
-import argparse
 import json
 import shutil
 import subprocess
@@ -21,6 +20,7 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks import ROOT
+from benchmarks.command_line import new_file, script_parser
 
 SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 FILE_BYTES = 5 * 10**9
@@ -112,16 +112,16 @@ def watched(command: list[str]) -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Write the model, export, and write the result."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = script_parser(__doc__)
     parser.add_argument("--model", default="mistralai/Mistral-7B-v0.1", help="whose shapes")
     parser.add_argument("--layers", type=int, help="fewer layers: the most memory stays, the time falls")
     parser.add_argument("--quantization", default="nf4", help="that training held the base in: nf4, fp4, int8, none")
     parser.add_argument("--forms", nargs="+", default=["lora", "merged bfloat16"], help="--to, and --dtype behind it")
     parser.add_argument("--work", type=Path, required=True, help="a folder to make, use and remove again")
-    parser.add_argument("--out", type=Path, required=True, help="the JSON to write; must not exist yet")
+    parser.add_argument("--out", type=new_file, required=True, help="the JSON to write; must not exist yet")
     args = parser.parse_args(arguments)
-    if args.out.exists() or args.work.exists():
-        parser.error("--out and --work: expected names that are not taken; results are never overwritten")
+    if args.work.exists():
+        parser.error(f"--work: {args.work} exists; it is made and removed again, give a new name")
     from lsr_scale import files
 
     cases: dict[str, Any] = {}

@@ -10,12 +10,12 @@ untouched    a task that was not trained on                  should not collapse
 Each row says its command-line equivalent.
 """
 
-import argparse
 import json
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from benchmarks.command_line import new_file, script_parser
 from lsr_scale import config, files
 from lsr_scale.data import commonsense
 from lsr_scale.run import evaluate
@@ -39,11 +39,11 @@ def command(overrides: list[str]) -> str:
 
 def main() -> None:
     """Run everything and write the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = script_parser(__doc__)
     parser.add_argument("--untouched", default="arc_easy", help="a multiple-choice task that is not trained on")
     parser.add_argument("--untouched-limit", type=int, default=400)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=new_file, required=True, help="the JSON to write; must not exist yet")
     parser.add_argument("--work", type=Path, default=None, help="where the runs go; a temporary folder by default")
     args = parser.parse_args()
 

@@ -17,7 +17,6 @@ sentence, is its test; BoolQ is without passages. Neither is comparable with pub
 Questions that stand in the test part with the same answer (the sources repeat a few) are left out of the other parts.
 """
 
-import argparse
 import dataclasses
 import functools
 import gzip
@@ -32,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import ALL_RESULTS
+from benchmarks.command_line import script_parser
 from benchmarks.pool import Job, do_all
 from benchmarks.quality import trials
 from benchmarks.quality.trials import TUNING_SEED, Provider, rates, tuned_alike
@@ -456,7 +456,7 @@ def describe(runs: list[Run], data: dict[str, Any], results: Path, jobs: int) ->
 
 def main(arguments: list[str] | None = None) -> int:
     """Do the runs that have no result yet; return the exit status."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = script_parser(__doc__)
     add = parser.add_argument
     add("--data", type=Path, required=True, help="folder of <task>/<split>.jsonl.gz")
     add("--work", type=Path, required=True, help="for the parts, configs, run folders and logs")

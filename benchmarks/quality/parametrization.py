@@ -12,7 +12,6 @@ Each run is captured in a CUDA graph, with the modules of one shape stacked, so 
 seconds. The arithmetic is the library's: `Lsr.init_parameters` and `Lsr.materialize`.
 """
 
-import argparse
 import hashlib
 import itertools
 import json
@@ -27,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.command_line import new_file, script_parser
 from lsr_scale.adapters.methods.kron_lora import KronLora, KronLoraConfig
 from lsr_scale.adapters.methods.lsr import Lsr, LsrConfig
 from lsr_scale.data.sources import load_rows
@@ -284,9 +284,9 @@ def settings(stage: str) -> list[dict[str, Any]]:
 
 def main() -> None:
     """Run a stage and write its JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = script_parser(__doc__)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=new_file, required=True, help="the JSON to write; must not exist yet")
     parser.add_argument("--stage", default="first")
     parser.add_argument("--settings", type=Path, help="a JSON list of settings instead of a stage's grid")
     parser.add_argument("--epochs", type=float, default=1.0)

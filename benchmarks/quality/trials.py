@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks.command_line import script_parser
 from benchmarks.pool import Job, do_all
 
 TUNING_SEED = 1000  # used by no other trial
@@ -88,7 +89,7 @@ def options(description: str | None, results: Path) -> argparse.ArgumentParser:
         description: Of the program; its first line is shown.
         results: Where its results go.
     """
-    parser = argparse.ArgumentParser(description=(description or "").split("\n")[0])
+    parser = script_parser(description)
     add = parser.add_argument
     add("--data", type=Path, help="folder of <task>/<split>.jsonl.gz")
     add("--work", type=Path, help="for the parts and run folders")

@@ -18,7 +18,6 @@ Training rows of the five tasks of `commonsense.py`, one epoch of 128 rows a ste
 is the loss of held-out right answers in nats a token: far less noisy than accuracy. A setting is a file of its own.
 """
 
-import argparse
 import hashlib
 import json
 import math
@@ -31,6 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.command_line import script_parser
 from benchmarks.quality import parametrization
 from benchmarks.quality.parametrization import TARGETS, PairedLinear, encoded, evaluate, padded, run
 from lsr_scale.adapters.methods.kron_lora import KronLora, KronLoraConfig
@@ -279,9 +279,9 @@ def table(results: Path) -> str:
 
 def main() -> int:
     """Start the workers, or be one; return the exit status."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = script_parser(__doc__)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the results, a file a setting")
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--part", type=int, help="be the worker of this number")

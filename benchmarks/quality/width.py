@@ -7,15 +7,14 @@ against `y* = W* x` with W* of that rank and outputs of unit variance, AdamW, 30
 Real layers see structured inputs and gradients; this isolates what a sweep on a single model cannot show.
 """
 
-import argparse
 import json
 import math
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks.command_line import new_file, script_parser
 from lsr_scale import files
 from lsr_scale.adapters.methods.lsr import Lsr, LsrConfig
 
@@ -60,8 +59,8 @@ def final_loss(method: str, width: int, rank: int, terms: int, rate: float, seed
 
 def main() -> None:
     """Sweep and write the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, required=True)
+    parser = script_parser(__doc__)
+    parser.add_argument("--out", type=new_file, required=True, help="the JSON to write; must not exist yet")
     parser.add_argument("--widths", type=int, nargs="+", default=[256, 1024, 4096])
     args = parser.parse_args()
     rows: list[dict[str, Any]] = []

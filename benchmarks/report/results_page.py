@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from benchmarks.commands import current
+from benchmarks.command_line import current
 from benchmarks.quality import sequential, variants
 from benchmarks.report import commonsense_tables, export_tables
 from benchmarks.report.markdown import grid, number

@@ -11,7 +11,6 @@ in float32 from the start and no guard, which is what a run of this package has.
 that of no update. Adam on gradients of unit size, the rate by a cosine.
 """
 
-import argparse
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import torch
 from peft import get_peft_model
 from torch import nn
 
+from benchmarks.command_line import new_file, script_parser
 from lsr_scale import LsrConfig, files
 from lsr_scale.adapters import METHODS
 from lsr_scale.adapters.condition import TOLERANCE, conditions, sides
@@ -105,15 +105,13 @@ def draw(found: dict[str, dict[str, Any]], path: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the four, write the JSON and the plot."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = script_parser(__doc__)
     add = parser.add_argument
     add("--steps", type=int, default=2000)
     add("--rate", type=float, default=1e-2)
     add("--size", type=float, default=1e-3, help="of the teacher, over an update of such factors")
-    add("--out", type=Path, required=True, help="the JSON to write; must not exist yet")
+    add("--out", type=new_file, required=True, help="the JSON to write; must not exist yet")
     args = parser.parse_args(arguments)
-    if args.out.exists():
-        parser.error(f"--out: {args.out} exists; a rerun is a new file")
     found = {name: train(**kind, steps=args.steps, rate=args.rate, size=args.size) for name, kind in KINDS.items()}
     config = {"steps": args.steps, "rate": args.rate, "size": args.size, "tolerance": TOLERANCE}
     files.write_json(args.out, {"env": files.environment(), "config": config, "runs": found})

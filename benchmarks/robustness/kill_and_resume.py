@@ -40,7 +40,7 @@ import torch
 from rich.progress import track
 
 from benchmarks import ROOT
-from benchmarks.commands import recorded
+from benchmarks.command_line import recorded, script_parser
 from lsr_scale import files
 from lsr_scale.config import dump_yaml
 from lsr_scale.run.folder import RunFolder
@@ -309,7 +309,7 @@ def measure(args: argparse.Namespace, done: Callable[[dict[str, Any]], None]) ->
 
 def main() -> int:
     """Print the counts, write the file, and return 1 if a run did not go on to the same adapter."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = script_parser(__doc__)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--in-saves", type=int, default=None, help="a third of the kills, by default")
     parser.add_argument("--processes", type=int, default=1)

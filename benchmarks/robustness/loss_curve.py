@@ -11,7 +11,6 @@ seed). bfloat16 moves a curve by some amount, which `per linear` minus `float32`
 the reference by about as much, not more.
 """
 
-import argparse
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -22,6 +21,7 @@ import torch
 from peft import get_peft_model
 
 import lsr_scale
+from benchmarks.command_line import new_file, script_parser
 from lsr_scale import files
 from lsr_scale.adapters import peft_config
 from lsr_scale.data import commonsense
@@ -103,8 +103,8 @@ def plot(curves: dict[str, list[float]], path: Path) -> None:
 
 def main() -> None:
     """Run the three, write the JSON and the plot."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, required=True)
+    parser = script_parser(__doc__)
+    parser.add_argument("--out", type=new_file, required=True, help="the JSON to write; must not exist yet")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=256)
@@ -112,8 +112,6 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    if args.out.exists():
-        raise SystemExit(f"{args.out} exists; a rerun is a new file")
     data = batches(args.steps, args.batch, args.length, args.seed)
     # a small model waits for launches: on a GPU the three go side by side
     workers = 3 if torch.cuda.is_available() else 1

@@ -11,7 +11,6 @@ to be seen: every curve is finite to its end, and those that differ in how they 
 Padded batches have 32 rows, packed ones two of 512 tokens, which is about as many tokens.
 """
 
-import argparse
 import dataclasses
 import functools
 import itertools
@@ -28,6 +27,7 @@ from typing import Any
 
 import matplotlib
 
+from benchmarks.command_line import new_file, script_parser
 from benchmarks.pool import Job, do_all
 from benchmarks.quality.commonsense import JOINT, LINEARS
 from benchmarks.quality.commonsense import MODEL as BUILTIN
@@ -184,19 +184,17 @@ def plot(results: list[dict[str, Any]], path: Path, title: str) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Do the runs, write the JSON and the picture, print the table; return 0 if all curves are finite."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = script_parser(__doc__)
     add = parser.add_argument
     add("--model", default=BUILTIN, help="folder, or builtin: name")
     add("--data", type=Path, nargs="+", required=True, help="folder of <task>/train.jsonl.gz, or files of rows")
-    add("--out", type=Path, required=True, help="the JSON; a PNG goes beside it")
+    add("--out", type=new_file, required=True, help="the JSON; a PNG goes beside it")
     add("--work", type=Path, help="for configs, run folders and logs; by default they are removed")
     add("--at-once", type=int, default=4, help="runs side by side")
     add("--time-limit", type=float, default=float("inf"), help="seconds after which what is in hand is ended")
     add("--steps", type=int, help="instead of an epoch: is it wired up?")
     add("--only", default="", help="ways whose names contain this")
     given = parser.parse_args(arguments)
-    if given.out.exists():
-        raise SystemExit(f"{given.out} exists; a rerun is a new file")
     waiting = [way for way in WAYS if given.only in way.name]
     order = [way.name for way in waiting]
     found: dict[str, dict[str, Any]] = {}

@@ -8,16 +8,15 @@ share of the bound (bytes over the copy bandwidth of the same run), the error ag
 the time of the alternative named beside it; for GEMMs that is the same product without the adapter's columns.
 """
 
-import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import bitsandbytes.functional as bnb_functional
 import torch
 from torch import Tensor
 
+from benchmarks.command_line import new_file, script_parser
 from lsr_scale import files
 from lsr_scale.kernels import attention as attention_ops
 from lsr_scale.kernels.cross_entropy import cross_entropy, cross_entropy_reference
@@ -392,14 +391,12 @@ def measured(case: Case, b: Bench, bytes_per_s: float) -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Measure all groups, or some, and write the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, required=True)
+    parser = script_parser(__doc__)
+    parser.add_argument("--out", type=new_file, required=True, help="the JSON to write; must not exist yet")
     parser.add_argument("--groups", nargs="*", choices=GROUPS, default=list(GROUPS))
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--tiny", action="store_true", help="toy sizes: does it run at all?")
     args = parser.parse_args(arguments)
-    if args.out.exists():
-        parser.error(f"{args.out} exists; a rerun is a new file")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     b, s = Bench(device, 1 if args.tiny else 3), Sizes(args.tokens, args.tiny)

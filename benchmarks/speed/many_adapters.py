@@ -9,7 +9,6 @@ with `adapter_names`. `ratio` is the second's tokens/s over the first's. Beside 
 LoRA adapters in one model as there are rows, through PEFT's own `adapter_names`, which loops over them: one round.
 """
 
-import argparse
 import os
 import statistics
 import sys
@@ -21,6 +20,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.command_line import new_file, script_parser
 from benchmarks.speed.floors import TINY
 
 SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -104,7 +104,7 @@ def measure(ways: dict[str, Callable[[], Any]], rounds: int, tokens: int, device
 @torch.no_grad()
 def main(arguments: list[str] | None = None) -> int:
     """Load, measure and write the result."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = script_parser(__doc__)
     add = parser.add_argument
     add("--model", default="meta-llama/Llama-3.2-1B", help="whose shapes; or tiny")
     add("--resident", type=int, default=1000, help="adapters in memory")
@@ -113,10 +113,8 @@ def main(arguments: list[str] | None = None) -> int:
     add("--new", type=int, default=128, help="tokens to generate")
     add("--rounds", type=int, default=3)
     add("--without-peft", action="store_true", help="leave out PEFT's LoRA")
-    add("--out", type=Path, required=True, help="the JSON to write; must not exist yet")
+    add("--out", type=new_file, required=True, help="the JSON to write; must not exist yet")
     args = parser.parse_args(arguments)
-    if args.out.exists():
-        parser.error(f"--out: {args.out} exists; results are never overwritten, give a new name")
     if args.rows > args.resident:
         parser.error(f"--rows: {args.rows} rows of different adapters need as many --resident, not {args.resident}")
     from lsr_scale import AdapterBank, files

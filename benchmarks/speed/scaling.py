@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.commands import recorded
+from benchmarks.command_line import new_file, recorded, script_parser
 from benchmarks.speed.floors import MODELS, model_values
 from benchmarks.speed.trainer_overhead import PER_SPEED, TrainingError, run_of, trained, write_model, write_rows
 from benchmarks.speed.workers import say
@@ -52,7 +52,7 @@ def add_scaling(rows: list[dict[str, Any]]) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Measure row by row and write the result after each."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = script_parser(__doc__)
     add = parser.add_argument
     add("--gpus", type=int, nargs="+", default=[1, 2], help="numbers of processes")
     add("--stages", type=int, nargs="+", default=[1, 2, 3], choices=range(4))
@@ -66,10 +66,8 @@ def main(arguments: list[str] | None = None) -> int:
     add("--logging-steps", type=int, default=4)
     add("--device", default="cuda", choices=["cuda", "cpu"])
     add("--limit", type=float, default=300.0, help="seconds for each start")
-    add("--out", type=Path, required=True, help="the JSON to write; must not exist yet")
+    add("--out", type=new_file, required=True, help="the JSON to write; must not exist yet")
     args = parser.parse_args(arguments)
-    if args.out.exists():
-        parser.error(f"--out: {args.out} exists; results are never overwritten, give a new name")
     if args.steps < PER_SPEED * args.logging_steps:
         parser.error(f"--steps: expected {PER_SPEED} times --logging-steps or more, got {args.steps}")
     from lsr_scale import files

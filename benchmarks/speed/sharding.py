@@ -12,7 +12,6 @@ at once beyond what lived before: the allocator's on a GPU, every storage that a
 rows in every step.
 """
 
-import argparse
 import copy
 import gc
 import os
@@ -27,6 +26,8 @@ from typing import Any
 
 import torch
 from torch import nn
+
+from benchmarks.command_line import script_parser
 
 SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -214,7 +215,7 @@ def measure(
 
 def main() -> None:
     """Measure, print and write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("--model", required=True, help="hub name with known shapes, or a folder")
     parser.add_argument("--quantization", nargs="+", default=["nf4", "int8", "none"])
     parser.add_argument("--method", default="lsr", choices=list(OPTIONS))

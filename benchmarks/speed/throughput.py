@@ -41,7 +41,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.commands import recorded
+from benchmarks.command_line import new_file, recorded, script_parser
 from benchmarks.speed.floors import (
     MODELS,
     NOMINAL_TFLOPS,
@@ -309,7 +309,7 @@ def stays_resident(config: dict[str, Any], workers: int, memory_gib: float) -> b
 
 def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, dict[str, Any]]:
     """Return the command line and the run's configuration; a wrong value ends the program with one line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = script_parser(__doc__)
     add = parser.add_argument
     listed = lambda text: [part for part in text.split(",") if part]  # noqa: E731
     add("--providers", type=listed, default=list(DEFAULT_PROVIDERS), help=f"of {', '.join(PROVIDERS)}; comma between")
@@ -342,7 +342,7 @@ def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, dict[
     add("--build-limit", type=float, default=240.0, help="seconds for building, all side by side")
     add("--turn-limit", type=float, default=120.0, help="seconds for one provider's turn")
     add("--time-limit", type=float, default=1e9, help="seconds for everything; what is not reached is said")
-    add("--out", type=Path, required=True, help="the JSON to write; must not exist yet")
+    add("--out", type=new_file, required=True, help="the JSON to write; must not exist yet")
     args = parser.parse_args(arguments)
     if args.smoke:
         args.layers, args.tokens, args.seq_len, args.rounds, args.steps = args.layers or 2, [512], [256], 1, 2
@@ -371,8 +371,6 @@ def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, dict[
         parser.error(f"--memory-gib: expected more than {CONTEXT_GIB}, got {args.memory_gib:g}")
     if args.out.suffix != ".json":
         parser.error(f"--out: {args.out} should end in .json")
-    if args.out.exists():
-        parser.error(f"--out: {args.out} exists; results are never overwritten, give a new name")
     values = model_values(args.model, args.layers)
     longest = max(length for _, length in points)
     if longest > values["max_position_embeddings"]:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import ROOT
+from benchmarks.command_line import new_file, script_parser
 from benchmarks.speed.floors import MODELS, model_values, shape_of
 from benchmarks.speed.workers import Worker, say, start_all
 
@@ -133,7 +134,7 @@ def row_of(memory: str, found: dict[str, list[float]]) -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Measure in turns and write the result."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = script_parser(__doc__)
     add = parser.add_argument
     add("--model", default="mistral-7b", choices=[*MODELS, "tiny"])
     add("--layers", type=int, help="this many layers instead of the model's own")
@@ -146,10 +147,8 @@ def main(arguments: list[str] | None = None) -> int:
     add("--rounds", type=int, default=2)
     add("--device", default="cuda", choices=["cuda", "cpu"])
     add("--limit", type=float, default=240.0, help="seconds for each of the processes")
-    add("--out", type=Path, required=True, help="the JSON to write; must not exist yet")
+    add("--out", type=new_file, required=True, help="the JSON to write; must not exist yet")
     args = parser.parse_args(arguments)
-    if args.out.exists():
-        parser.error(f"--out: {args.out} exists; results are never overwritten, give a new name")
     from lsr_scale import files
 
     values = model_values(args.model, args.layers)

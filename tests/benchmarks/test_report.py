@@ -7,7 +7,7 @@ import re
 import pytest
 
 from benchmarks import ALL_RESULTS, ROOT
-from benchmarks.commands import current
+from benchmarks.command_line import current
 from benchmarks.report import markdown, measurements, pages, plots, results_page
 
 THROUGHPUT = ALL_RESULTS / "throughput"

@@ -1,10 +1,27 @@
-"""The command that makes a measurement again, as its file records it and as RESULTS.md shows it."""
+"""What the scripts' command lines share: a parser, a result that is never overwritten, and the command as recorded."""
 
+import argparse
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import ROOT
+
+
+def script_parser(description: str | None) -> argparse.ArgumentParser:
+    """Return a parser for a script, whose docstring's first line it shows."""
+    return argparse.ArgumentParser(description=(description or "").split("\n")[0])
+
+
+def new_file(text: str) -> Path:
+    """Return the path of a result to be written, as an argument's type.
+
+    Raises:
+        argparse.ArgumentTypeError: if it exists.
+    """
+    if Path(text).exists():
+        raise argparse.ArgumentTypeError(f"{text} exists; results are never overwritten, give a new name")
+    return Path(text)
 
 
 def recorded(module: str, arguments: Sequence[str], out: Path | None = None) -> str:

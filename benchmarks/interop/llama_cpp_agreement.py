@@ -29,8 +29,7 @@ import numpy as np
 import torch
 
 from benchmarks.command_line import new_file, script_parser
-
-NAME = "builtin:smollm2-135m-instruct"
+from benchmarks.models import SMOLLM2
 
 
 class LlamaCpp:
@@ -143,7 +142,7 @@ def compared(got: Reading, wanted: Reading, answers: list[int]) -> dict[str, Any
 def main(arguments: list[str] | None = None) -> int:
     """Export, load, compare and write the result."""
     parser = script_parser(__doc__)
-    parser.add_argument("run", help=f"a run of {NAME}")
+    parser.add_argument("run", help=f"a run of {SMOLLM2}")
     parser.add_argument("--tasks", nargs="+", default=["builtin:commonsense"], help="multiple-choice tasks, or folders")
     parser.add_argument("--limit", type=int, default=60, help="rows of each task")
     parser.add_argument("--out", type=new_file, required=True, help="the JSON to write; must not exist yet")
@@ -166,10 +165,10 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(1)
     source = open_adapter(args.run)
     run = config.load_run(Path(args.run) / "config.yaml", [f"eval.tasks={args.tasks}", f"eval.limit={args.limit}"])
-    if run.model.name != NAME:
-        parser.error(f"expected a run of {NAME}, which is a GGUF to begin with; got one of {run.model.name}")
+    if run.model.name != SMOLLM2:
+        parser.error(f"expected a run of {SMOLLM2}, which is a GGUF to begin with; got one of {run.model.name}")
     examples = [example for items in evaluate.load_tasks(run.eval).values() for example in items]
-    tokenizer = load_tokenizer(NAME)
+    tokenizer = load_tokenizer(SMOLLM2)
     rows = [encode_pairs(tokenizer, list(zip(e.contexts, e.continuations, strict=True))) for e in examples]
     answers = [example.answer for example in examples]
     found: dict[str, Any] = {}
@@ -179,7 +178,7 @@ def main(arguments: list[str] | None = None) -> int:
         found[case] = compared(read(theirs.logits, rows, answers), wanted, answers)
         print(f"{case}: {found[case]} ({time.perf_counter() - began:.0f} s)", flush=True)
 
-    published = builtin.gguf_file(NAME)
+    published = builtin.gguf_file(SMOLLM2)
     with tempfile.TemporaryDirectory(prefix="llama-cpp-") as place:
         work = Path(place)
         quiet: dict[str, Any] = {"verify": False, "say": lambda text: None}

@@ -21,8 +21,8 @@ from safetensors.torch import save_file
 
 from benchmarks import ROOT
 from benchmarks.command_line import new_file, script_parser
+from benchmarks.models import LINEARS
 
-SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 FILE_BYTES = 5 * 10**9
 
 
@@ -71,12 +71,12 @@ def write_adapter(base: Path, folder: Path, quantization: str) -> None:
     from lsr_scale.adapters import METHODS, peft_config
     from lsr_scale.model import meta_model
 
-    config = peft_config("lsr", {"target_modules": SEVEN, "rank": 16, "separation_rank": 16}, "CAUSAL_LM")
+    config = peft_config("lsr", {"target_modules": LINEARS, "rank": 16, "separation_rank": 16}, "CAUSAL_LM")
     folder.mkdir(parents=True)
     config.save_pretrained(str(folder))
     tensors, shapes = {}, {}
     for name, module in meta_model(AutoConfig.from_pretrained(base)).named_modules():
-        if name.rpartition(".")[2] in SEVEN:
+        if name.rpartition(".")[2] in LINEARS:
             for factor, shape in (
                 METHODS["lsr"].parameter_shapes(module.in_features, module.out_features, config).items()
             ):

@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import ALL_RESULTS
+from benchmarks.models import LINEARS, SMOLLM2
 from benchmarks.quality import commonsense, trials
-from benchmarks.quality.commonsense import LINEARS, MODEL
 from benchmarks.quality.trials import Provider, Trial, rates
 from lsr_scale import files
 from lsr_scale.adapters import METHODS
@@ -189,7 +189,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Do the runs that have no result yet; return the exit status."""
     parser = trials.options(__doc__, RESULTS)
     add = parser.add_argument
-    add("--model", default=MODEL)
+    add("--model", default=SMOLLM2)
     add("--axes", nargs="+", default=list(AXES), choices=list(AXES))
     given = parser.parse_args(arguments)
     if given.table:

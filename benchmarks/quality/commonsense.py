@@ -32,6 +32,7 @@ from typing import Any
 
 from benchmarks import ALL_RESULTS
 from benchmarks.command_line import script_parser
+from benchmarks.models import LINEARS, SMOLLM2
 from benchmarks.pool import Job, do_all
 from benchmarks.quality import trials
 from benchmarks.quality.trials import TUNING_SEED, Provider, rates, tuned_alike
@@ -40,8 +41,6 @@ from lsr_scale.config import dump_yaml, run_from_dict
 
 RESULTS = ALL_RESULTS / "commonsense"
 Results = Mapping[str, dict[str, Any]]  # of finished runs, by name
-MODEL = "builtin:smollm2-135m-instruct"
-LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 JOINT = ("arc_easy", "arc_challenge", "openbookqa", "piqa", "winogrande")
 TEST_SPLITS = {"arc_easy": "test", "arc_challenge": "test", "openbookqa": "test"}  # validation elsewhere
 SMOKE: dict[str, dict[str, Any]] = {"training": {"max_steps": 2}, "eval": {"limit": 8}, "source": {"limit": 16}}
@@ -250,7 +249,7 @@ class Setting:
     """What all runs share: where their files are, the model, and whether they are trials that measure nothing."""
 
     work: Path
-    model: str = MODEL
+    model: str = SMOLLM2
     smoke: bool = False
 
 
@@ -464,7 +463,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--stages", nargs="+", default=["headline"], choices=STAGES)
     add("--providers", nargs="+", default=list(PROVIDERS), choices=list(PROVIDERS))
     add("--seeds", type=int, default=5)
-    add("--model", default=MODEL)
+    add("--model", default=SMOLLM2)
     add("--jobs", type=int, default=4, help="processes at a time on one GPU")
     add("--time-limit", type=float, default=float("inf"), help="seconds after which what is in hand is ended")
     add("--dry-run", action="store_true", help="print the plan in numbers")

@@ -27,6 +27,7 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.command_line import new_file, script_parser
+from benchmarks.models import LINEARS, SMOLLM2
 from lsr_scale.adapters.methods.kron_lora import KronLora, KronLoraConfig
 from lsr_scale.adapters.methods.lsr import Lsr, LsrConfig
 from lsr_scale.data.sources import load_rows
@@ -35,7 +36,6 @@ from lsr_scale.model.builtin import ensure_converted
 from lsr_scale.scoring import encode_pairs
 
 TASKS = ("arc_easy", "arc_challenge", "openbookqa")
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 BATCH, LENGTH = 32, 80
 
 
@@ -293,13 +293,13 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
-    folder = ensure_converted("builtin:smollm2-135m-instruct")
+    folder = ensure_converted(SMOLLM2)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, attn_implementation="sdpa").cuda()
     model.eval().requires_grad_(False)
     train, held_out = encoded(tokenizer, args.data)
     for name, module in model.named_modules():
-        if name.rsplit(".", 1)[-1] in TARGETS:
+        if name.rsplit(".", 1)[-1] in LINEARS:
             module.__class__ = PairedLinear
     grid = json.loads(args.settings.read_text()) if args.settings else settings(args.stage)
     rows = []

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import ALL_RESULTS
+from benchmarks.models import SMOLLM2
 from benchmarks.quality import commonsense, trials
 from benchmarks.quality.commonsense import LABELS, Run, Setting, best_point, config_of
 from benchmarks.quality.trials import Provider, Trial
@@ -146,7 +147,7 @@ def main(arguments: list[str] | None = None) -> int:
     add = parser.add_argument
     add("--pairs", nargs="+", default=list(PAIRS), choices=list(PAIRS))
     add("--providers", nargs="+", default=list(NAMES), choices=list(NAMES))
-    add("--model", default=commonsense.MODEL)
+    add("--model", default=SMOLLM2)
     given = parser.parse_args(arguments)
     if given.table:
         print(table(given.results))

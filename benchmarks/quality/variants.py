@@ -31,8 +31,9 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.command_line import script_parser
+from benchmarks.models import LINEARS, SMOLLM2
 from benchmarks.quality import parametrization
-from benchmarks.quality.parametrization import TARGETS, PairedLinear, encoded, evaluate, padded, run
+from benchmarks.quality.parametrization import PairedLinear, encoded, evaluate, padded, run
 from lsr_scale.adapters.methods.kron_lora import KronLora, KronLoraConfig
 from lsr_scale.adapters.methods.krona import Krona, KronaConfig
 from lsr_scale.adapters.methods.lsr import Lsr, LsrConfig
@@ -299,7 +300,7 @@ def main() -> int:
     from lsr_scale.model.builtin import ensure_converted
 
     began = time.monotonic()
-    folder = ensure_converted("builtin:smollm2-135m-instruct")
+    folder = ensure_converted(SMOLLM2)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, attn_implementation="sdpa")
@@ -309,7 +310,7 @@ def main() -> int:
     train.sort(key=lambda row: hashlib.sha1(str(row).encode()).digest())
     train, held_out = train[: args.limit], held_out[: args.limit]
     for name, module in model.named_modules():
-        if name.rsplit(".", 1)[-1] in TARGETS:
+        if name.rsplit(".", 1)[-1] in LINEARS:
             module.__class__ = PairedLinear
     gradients = weight_gradients(model, train)
     mine = [item for i, item in enumerate(settings(args.variants).items()) if i % args.jobs == args.part]

@@ -22,19 +22,18 @@ from peft import get_peft_model
 
 import lsr_scale
 from benchmarks.command_line import new_file, script_parser
+from benchmarks.models import LINEARS, SMOLLM2
 from lsr_scale import files
 from lsr_scale.adapters import peft_config
 from lsr_scale.data import commonsense
 from lsr_scale.model import load_base, load_tokenizer
 
 KINDS = ("float32", "per linear", "fused")
-MODEL = "builtin:smollm2-135m-instruct"
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 def batches(steps: int, batch: int, length: int, seed: int) -> list[torch.Tensor]:
     """Return `steps` batches `[batch, length]` of the embedded questions with their answers, one after the other."""
-    tokenizer = load_tokenizer(MODEL)
+    tokenizer = load_tokenizer(SMOLLM2)
     rows = commonsense.rows("train")
     generator = torch.Generator().manual_seed(seed)
     stream: list[int] = []
@@ -50,8 +49,8 @@ def curve(kind: str, data: list[torch.Tensor], method: str, rate: float, seed: i
     """Train once and return the loss of every step."""
     dtype = "float32" if kind == "float32" else "bfloat16"
     torch.manual_seed(seed)
-    options = {"target_modules": TARGETS, "rank": 16, **({"separation_rank": 16} if method == "lsr" else {})}
-    model: Any = get_peft_model(load_base(MODEL, dtype=dtype), peft_config(method, options, "CAUSAL_LM")).train()
+    options = {"target_modules": LINEARS, "rank": 16, **({"separation_rank": 16} if method == "lsr" else {})}
+    model: Any = get_peft_model(load_base(SMOLLM2, dtype=dtype), peft_config(method, options, "CAUSAL_LM")).train()
     if kind == "fused":
         print(lsr_scale.fuse(model))
     factors = [p for p in model.parameters() if p.requires_grad]
@@ -120,7 +119,7 @@ def main() -> None:
         curves = {kind: future.result() for kind, future in started.items()}
     for kind, losses in curves.items():
         print(f"{kind}: {losses[0]:.4f} -> {sum(losses[-20:]) / 20:.4f}", flush=True)
-    config = {name: value for name, value in vars(args).items() if name != "out"} | {"model": MODEL, "base": "nf4"}
+    config = {name: value for name, value in vars(args).items() if name != "out"} | {"model": SMOLLM2, "base": "nf4"}
     content = {"env": files.environment(), "config": config, "differences": differences(curves), "loss": curves}
     files.write_json(args.out, content)
     plot(curves, args.out.with_suffix(".png"))

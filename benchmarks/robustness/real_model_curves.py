@@ -28,9 +28,9 @@ from typing import Any
 import matplotlib
 
 from benchmarks.command_line import new_file, script_parser
+from benchmarks.models import LINEARS, SMOLLM2
 from benchmarks.pool import Job, do_all
-from benchmarks.quality.commonsense import JOINT, LINEARS
-from benchmarks.quality.commonsense import MODEL as BUILTIN
+from benchmarks.quality.commonsense import JOINT
 from lsr_scale import files
 from lsr_scale.config import dump_yaml, run_from_dict
 
@@ -186,7 +186,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Do the runs, write the JSON and the picture, print the table; return 0 if all curves are finite."""
     parser = script_parser(__doc__)
     add = parser.add_argument
-    add("--model", default=BUILTIN, help="folder, or builtin: name")
+    add("--model", default=SMOLLM2, help="folder, or builtin: name")
     add("--data", type=Path, nargs="+", required=True, help="folder of <task>/train.jsonl.gz, or files of rows")
     add("--out", type=new_file, required=True, help="the JSON; a PNG goes beside it")
     add("--work", type=Path, help="for configs, run folders and logs; by default they are removed")

@@ -8,45 +8,14 @@ checkpointing each layer is computed again up to SwiGLU's output: all forward GE
 the forward traffic.
 """
 
-import json
 from typing import Any
 
-from benchmarks import ROOT
-
-MODELS = {
-    "mistral-7b": "mistralai/Mistral-7B-v0.1",
-    "llama2-7b": "meta-llama/Llama-2-7b-hf",
-    "llama3-8b": "meta-llama/Meta-Llama-3-8B",
-    "smollm2-135m": "HuggingFaceTB/SmolLM2-135M",
-}
-TINY = {
-    **{"model_type": "llama", "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2},
-    **{"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 256, "max_position_embeddings": 512},
-}
 # dense bf16, TFLOP/s, from the data sheets
 NOMINAL_TFLOPS = {"H200": 989.4, "H100": 989.4, "A100": 312.0}
 # bytes read and written per weight by one dequantization to bf16; NF4 with double quantization has a byte of scale per
 # 64 weights and a float32 per 256 of those
 DEQUANTIZATION_BYTES = {"nf4": 0.5 + (1 + 4 / 256) / 64 + 2, "int8": 1 + 2, "bf16": 0.0}
 STORED_BYTES = {"nf4": 0.516, "int8": 1.0, "bf16": 2.0}
-
-
-def model_values(model: str, layers: int | None = None) -> dict[str, Any]:
-    """Return the values of a model's Transformers configuration, from the table in this library.
-
-    Mistral's sliding window is left out (as in v0.2 and later), so that attention is causal at any length.
-    """
-    if model == "tiny":
-        values = dict(TINY)
-    else:
-        table = ROOT / "lsr_scale" / "model" / "known_configs.json"
-        entries = json.loads(table.read_text(encoding="utf-8"))
-        values = dict(next(entry["config"] for entry in entries if MODELS[model] in entry["names"]))
-    if "sliding_window" in values:
-        values["sliding_window"] = None
-    if layers is not None:
-        values["num_hidden_layers"] = layers
-    return values
 
 
 def shape_of(values: dict[str, Any]) -> dict[str, int]:

@@ -21,9 +21,8 @@ from typing import Any
 import torch
 
 from benchmarks.command_line import new_file, script_parser
-from benchmarks.speed.floors import TINY
+from benchmarks.models import LINEARS, TINY
 
-SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 OPTIONS: dict[str, dict[str, Any]] = {"lsr": {"rank": 16, "separation_rank": 16}, "lora": {"rank": 16}}
 
 
@@ -50,7 +49,7 @@ def adapted(base: Any, method: str, names: list[str]) -> Any:
 
     from lsr_scale.adapters import peft_config
 
-    config = peft_config(method, {"target_modules": SEVEN, **OPTIONS[method]}, "CAUSAL_LM")
+    config = peft_config(method, {"target_modules": LINEARS, **OPTIONS[method]}, "CAUSAL_LM")
     model: Any = get_peft_model(base, config, adapter_name=names[0])
     for name in names[1:]:
         model.add_adapter(name, config)

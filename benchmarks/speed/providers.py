@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.models import LINEARS
 from benchmarks.speed.smaller_gpu import Card
 from benchmarks.speed.workers import MissingError
 
-SEVEN_LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LORA = {"rank": 16, "alpha": 32.0}
 LEARNING_RATE = 1e-4
 
@@ -237,7 +237,7 @@ class Own(Provider):
         if self.method is not None:
             from peft import get_peft_model
 
-            options = {"target_modules": SEVEN_LINEARS, **self.options}
+            options = {"target_modules": LINEARS, **self.options}
             self.model = get_peft_model(base, peft_config(self.method, options, "CAUSAL_LM"))
         else:
             base.enable_input_require_grads()
@@ -369,7 +369,7 @@ class PeftLora(Provider):
         """Return the base with its adapters."""
         from peft import LoraConfig, get_peft_model
 
-        shared = {"target_modules": SEVEN_LINEARS, "task_type": "CAUSAL_LM", "lora_dropout": 0.0, "bias": "none"}
+        shared = {"target_modules": LINEARS, "task_type": "CAUSAL_LM", "lora_dropout": 0.0, "bias": "none"}
         return get_peft_model(base, LoraConfig(r=LORA["rank"], lora_alpha=LORA["alpha"], **shared))
 
     def apply_liger(self) -> None:
@@ -417,7 +417,7 @@ class PeftLokr(PeftLora):
         """Return the base with LoKr adapters."""
         from peft import LoKrConfig, get_peft_model
 
-        config = LoKrConfig(r=LORA["rank"], alpha=LORA["alpha"], target_modules=SEVEN_LINEARS, task_type="CAUSAL_LM")
+        config = LoKrConfig(r=LORA["rank"], alpha=LORA["alpha"], target_modules=LINEARS, task_type="CAUSAL_LM")
         return get_peft_model(base, config)
 
 
@@ -473,7 +473,7 @@ class UnslothLora(Provider):
             lora_alpha=LORA["alpha"],
             lora_dropout=0.0,
             bias="none",
-            target_modules=SEVEN_LINEARS,
+            target_modules=LINEARS,
             use_gradient_checkpointing=self.modes[self.config["mode"]],
             random_state=self.config["seed"],
         )

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.command_line import new_file, recorded, script_parser
-from benchmarks.speed.floors import MODELS, model_values
+from benchmarks.models import MODELS, model_values
 from benchmarks.speed.trainer_overhead import PER_SPEED, TrainingError, run_of, trained, write_model, write_rows
 from benchmarks.speed.workers import say
 

@@ -28,8 +28,8 @@ import torch
 from torch import nn
 
 from benchmarks.command_line import script_parser
+from benchmarks.models import LINEARS
 
-SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 OPTIONS: dict[str, dict[str, Any]] = {
     "lsr": {"rank": 4, "separation_rank": 4},
     "kron_lora": {"rank": 4},
@@ -173,7 +173,7 @@ def measure(
 
     base.enable_input_require_grads()  # as the trainer does
     torch.manual_seed(0)
-    options = adapters.peft_config(method, {"target_modules": SEVEN, **OPTIONS[method]}, "CAUSAL_LM")
+    options = adapters.peft_config(method, {"target_modules": LINEARS, **OPTIONS[method]}, "CAUSAL_LM")
     adapted: Any = peft.get_peft_model(base, options).train()
     if fused:
         report = fuse(adapted, "full")

@@ -42,13 +42,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.command_line import new_file, recorded, script_parser
+from benchmarks.models import MODELS, model_values
 from benchmarks.speed.floors import (
-    MODELS,
     NOMINAL_TFLOPS,
     STORED_BYTES,
     floor_ms,
     layer_weights,
-    model_values,
     shape_of,
 )
 from benchmarks.speed.smaller_gpu import CONTEXT_GIB

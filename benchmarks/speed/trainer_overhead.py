@@ -24,7 +24,8 @@ from typing import Any
 
 from benchmarks import ROOT
 from benchmarks.command_line import new_file, script_parser
-from benchmarks.speed.floors import MODELS, model_values, shape_of
+from benchmarks.models import MODELS, model_values
+from benchmarks.speed.floors import shape_of
 from benchmarks.speed.workers import Worker, say, start_all
 
 # training.memory, and the bare loop's provider and checkpointing that do the same

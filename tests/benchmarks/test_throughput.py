@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.models import model_values
 from benchmarks.speed import floors, throughput, throughput_rows, workers
 from benchmarks.speed.smaller_gpu import Card
 from benchmarks.speed.throughput_rows import Case
@@ -107,7 +108,7 @@ def measured(out: Path, *providers: str, **options: str) -> dict[tuple[str, str]
 
 
 def mistral() -> dict[str, int]:
-    return floors.shape_of(floors.model_values("mistral-7b"))
+    return floors.shape_of(model_values("mistral-7b"))
 
 
 def test_shapes_of_the_models():
@@ -118,9 +119,9 @@ def test_shapes_of_the_models():
     }
     # q, o 4096 x 4096; k, v 1024 x 4096; three of 14336 x 4096
     assert floors.layer_weights(shape) == 218_103_808
-    assert floors.shape_of(floors.model_values("llama2-7b"))["kv_heads"] == 32
-    assert floors.shape_of(floors.model_values("llama3-8b", layers=3))["layers"] == 3
-    assert floors.model_values("mistral-7b")["sliding_window"] is None
+    assert floors.shape_of(model_values("llama2-7b"))["kv_heads"] == 32
+    assert floors.shape_of(model_values("llama3-8b", layers=3))["layers"] == 3
+    assert model_values("mistral-7b")["sliding_window"] is None
 
 
 def test_floor_without_checkpointing_by_hand():

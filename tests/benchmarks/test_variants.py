@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 
+from benchmarks.models import LINEARS
 from benchmarks.quality import variants
-from benchmarks.quality.parametrization import TARGETS, PairedLinear
+from benchmarks.quality.parametrization import PairedLinear
 from benchmarks.quality.variants import VARIANTS, Variant, kron_fit, lora, lsr, weight_gradients
 from lsr_scale.adapters.methods.kron_lora import KronLora
 from tests.conftest import tiny_llama
@@ -15,7 +16,7 @@ from tests.conftest import tiny_llama
 def model():
     found = tiny_llama(hidden_size=64, intermediate_size=96, num_attention_heads=2, num_key_value_heads=1).bfloat16()
     for name, module in found.named_modules():
-        if name.rsplit(".", 1)[-1] in TARGETS:
+        if name.rsplit(".", 1)[-1] in LINEARS:
             module.__class__ = PairedLinear
     return found.requires_grad_(False)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from benchmarks.speed.floors import MODELS
+from benchmarks.models import MODELS
 from lsr_scale.cli import main
 from lsr_scale.config import run_from_dict
 from lsr_scale.errors import UserError

@@ -22,16 +22,16 @@ class Ceilings:
         """Nothing: operands are made when they are needed."""
         torch.zeros(1, device=self.config["device"])
 
-    def rest(self) -> None:
+    def free_memory(self) -> None:
         """Give back what was allocated."""
         gc.collect()
         torch.cuda.empty_cache()
 
-    def turn(self, request: dict[str, Any]) -> dict[str, Any]:
+    def measure(self, request: dict[str, Any]) -> dict[str, Any]:
         """Measure and return all ceilings for `tokens` tokens in sequences of `seq_len`."""
         tokens, shape = request["tokens"], self.config["shape"]
         found = {"copy_bytes_per_s": copy_bandwidth(), **gemms(shape, tokens)}
-        self.rest()
+        self.free_memory()
         return {"ceilings": {**found, **attention(shape, tokens // request["seq_len"], request["seq_len"])}}
 
 

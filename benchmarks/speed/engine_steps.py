@@ -41,8 +41,8 @@ from torch import distributed
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from transformers import TrainerCallback
 
-from benchmarks.commands import recorded
-from benchmarks.speed.floors import MODELS, model_values
+from benchmarks.command_line import new_file, recorded, script_parser
+from benchmarks.models import MODELS, model_values
 from benchmarks.speed.trainer_overhead import run_of, write_model, write_rows
 from benchmarks.speed.workers import say
 
@@ -297,7 +297,7 @@ def row_of(name: str, point: str, rounds: dict[str, list[dict[str, Any]]]) -> di
 
 def main(arguments: list[str] | None = None) -> int:
     """Measure in turns; the first process writes the result after each."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = script_parser(__doc__)
     add = parser.add_argument
     add("--alternatives", nargs="+", default=list(ALTERNATIVES), choices=list(ALTERNATIVES))
     add("--model", default="mistral-7b", choices=[*MODELS, "tiny"])
@@ -308,10 +308,8 @@ def main(arguments: list[str] | None = None) -> int:
     add("--rounds", type=int, default=2)
     add("--device", default="cuda", choices=["cuda", "cpu"])
     add("--local_rank", type=int, help="the deepspeed launcher's; not read")
-    add("--out", type=Path, required=True, help="the JSON to write; must not exist yet")
+    add("--out", type=new_file, required=True, help="the JSON to write; must not exist yet")
     args = parser.parse_args(arguments)
-    if args.out.exists():
-        parser.error(f"--out: {args.out} exists; results are never overwritten, give a new name")
     import datasets
 
     from lsr_scale import cli, files

@@ -1,10 +1,10 @@
 """The gate of the throughput benchmark: fused layers must be as near to float32 as plain bfloat16 is.
 
 Two layers of the run's shapes and base, factors away from their start, random tokens. The loss and the gradient of
-every factor are computed three ways: per linear in float32 on the very weights that bfloat16 computes with (the
-reference), per linear in bfloat16, and fused. Errors are relative by norm, tensor by tensor, and their root mean square
+every factor are computed three ways: unfused in float32 on the very weights that bfloat16 computes with (the
+reference), unfused in bfloat16, and fused. Errors are relative by norm, tensor by tensor, and their root mean square
 over the factors of one kind (one factor may have four entries, and luck). The fused one may be twice that of plain
-bfloat16 plus 2e-3, whatever is computed again and wherever the weights are held.
+bfloat16 plus 2e-3, whatever is recomputed and whether weights are cached.
 """
 
 from typing import Any
@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.speed.providers import CLASSES, Own
+from benchmarks.speed.providers import PROVIDERS, find_provider
+from benchmarks.speed.providers.fused import FusedAdapter
 
 TOKENS = 512
 FLOOR = 2e-3
-# what is computed again, and whether weights are held
+# what is recomputed, and whether dequantized weights are cached
 VARIANTS = (("none", False), ("mlp", False), ("full", False), ("none", True))
 
 
@@ -26,30 +27,30 @@ class Parity:
     def __init__(self, config: dict[str, Any]) -> None:
         values = {**config["values"], "num_hidden_layers": 2}
         self.config = {**config, "values": values, "shape": {**config["shape"], "layers": 2}}
-        owners = [CLASSES.get(name) for name in config["providers"]]
-        self.methods = {own.method: own.options for own in owners if own and issubclass(own, Own) and own.method}
+        owners = [find_provider(name) for name in config["providers"] if name in PROVIDERS]
+        self.methods = {own.method: own.options for own in owners if issubclass(own, FusedAdapter) and own.method}
 
     def build(self) -> None:
         """Nothing: models are made one after the other."""
 
-    def rest(self) -> None:
-        """Give back what was allocated."""
+    def free_memory(self) -> None:
+        """Free what was allocated."""
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def turn(self, request: dict[str, Any]) -> dict[str, Any]:
+    def measure(self, request: dict[str, Any]) -> dict[str, Any]:
         """Return a row for each method and variant, with what is wrong with it."""
         rows = []
         for method, options in self.methods.items():
             rows += self.check(method, options)
-            self.rest()
+            self.free_memory()
         return {"parity": rows}
 
     def check(self, method: str, options: dict[str, Any]) -> list[dict[str, Any]]:
         """Return the rows of one method."""
         import lsr_scale
 
-        provider = CLASSES["frozen"](self.config)
+        provider = find_provider("frozen")(self.config)
         provider.method, provider.options = method, options
         provider.make()
         model = provider.model.train()
@@ -64,14 +65,14 @@ class Parity:
         ids = torch.randint(0, vocabulary, (2, length), generator=generator).to(provider.device)
         plain = gradients(model, ids)
         fused = {}
-        for recompute, held in VARIANTS:
-            report = lsr_scale.fuse(model, recompute=recompute, cache_weights=held)
+        for recompute, cache_weights in VARIANTS:
+            report = lsr_scale.fuse(model, recompute=recompute, cache_weights=cache_weights)
             if report.unfused:
                 raise RuntimeError(f"{method}: layers do not run fused: {report}")
-            fused[recompute, held] = gradients(model, ids)
+            fused[recompute, cache_weights] = gradients(model, ids)
             lsr_scale.unfuse(model)
         exact = gradients(in_float32(model), ids)
-        return [row_of(method, variant, found, plain, exact) for variant, found in fused.items()]
+        return [row_of(method, variant, values, plain, exact) for variant, values in fused.items()]
 
 
 def gradients(model: Any, ids: Tensor) -> dict[str, Tensor]:
@@ -79,8 +80,8 @@ def gradients(model: Any, ids: Tensor) -> dict[str, Tensor]:
     model.zero_grad()
     loss = model(input_ids=ids, labels=ids).loss
     loss.backward()
-    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return {name: value.detach().double() for name, value in {"loss": loss, **found}.items()}
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {name: value.detach().double() for name, value in {"loss": loss, **grads}.items()}
 
 
 def in_float32(model: Any) -> Any:
@@ -102,32 +103,32 @@ def in_float32(model: Any) -> Any:
 
 
 def row_of(
-    method: str, variant: tuple[str, bool], found: dict[str, Tensor], plain: dict[str, Tensor], exact: dict[str, Tensor]
+    method: str, variant: tuple[str, bool], fused: dict[str, Tensor], plain: dict[str, Tensor], exact: dict[str, Tensor]
 ) -> dict[str, Any]:
     """Return what one variant's errors are, beside those of plain bfloat16."""
     problems, worst = [], 0.0
-    if found.keys() != exact.keys() or plain.keys() != exact.keys():
-        problems.append(f"{method} {variant}: gradients of {len(found)} tensors, expected {len(exact)}")
+    if fused.keys() != exact.keys() or plain.keys() != exact.keys():
+        problems.append(f"{method} {variant}: gradients of {len(fused)} tensors, expected {len(exact)}")
     kinds: dict[str, list[str]] = {}
-    for name in found.keys() & plain.keys() & exact.keys():
+    for name in fused.keys() & plain.keys() & exact.keys():
         # ...q_proj.lsr_down_left.default, ...q_proj.lora_A.default.weight
         kind = name.removesuffix(".weight").split(".")[-2] if "." in name else name
         kinds.setdefault(kind, []).append(name)
     for kind, names in kinds.items():
-        ours, theirs = (rms([relative(each[name], exact[name]) for name in names]) for each in (found, plain))
+        ours, theirs = (rms([relative(each[name], exact[name]) for name in names]) for each in (fused, plain))
         worst = max(worst, ours / (theirs + FLOOR))
         if not ours <= 2 * theirs + FLOOR:
             problems.append(f"{method} {variant}: {kind} is off by {ours:.1e}, plain bfloat16 by {theirs:.1e}")
-    recompute, held = variant
+    recompute, cache_weights = variant
     return {
-        **{"method": method, "recompute": recompute, "held": held, "tensors": len(found)},
+        **{"method": method, "recompute": recompute, "cache_weights": cache_weights, "tensors": len(fused)},
         **{"worst_ratio": worst, "problems": sorted(problems)[:10]},
     }
 
 
-def relative(found: Tensor, exact: Tensor) -> float:
-    """Return `|found - exact| / |exact|`."""
-    return float((found - exact).norm() / exact.norm().clamp_min(1e-30))
+def relative(value: Tensor, exact: Tensor) -> float:
+    """Return `|value - exact| / |exact|`."""
+    return float((value - exact).norm() / exact.norm().clamp_min(1e-30))
 
 
 def rms(values: list[float]) -> float:

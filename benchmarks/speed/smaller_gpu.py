@@ -1,26 +1,26 @@
-"""A smaller card than the GPU at hand, as far as a process of PyTorch can tell."""
+"""A GPU of less memory than the one at hand, as far as a process of PyTorch can tell."""
 
 from typing import Any
 
-# what CUDA and its libraries take of a card, which PyTorch's allocator does not count
+# what CUDA and its libraries take of a GPU, which PyTorch's allocator does not count
 CONTEXT_GIB = 0.6
 
 
-class Card:
-    """Tells and keeps the memory of a card of `gib` GiB; stands for `torch.cuda` in `FitMemoryCallback`."""
+class SmallerGpu:
+    """Reports and enforces a memory of `gib` GiB; stands for `torch.cuda` where a run reads its memory."""
 
     def __init__(self, gib: float, gpu: Any) -> None:
-        """Take the card's size and `torch.cuda`."""
+        """Take the memory's size and `torch.cuda`."""
         self.total = int(gib * 2**30)
         self.usable = int((gib - CONTEXT_GIB) * 2**30)
         self.gpu = gpu
 
-    def keep(self) -> None:
-        """Have every allocation beyond the card's memory fail as it would there."""
+    def limit_allocator(self) -> None:
+        """Have every allocation beyond that memory fail as it would there."""
         self.gpu.set_per_process_memory_fraction(min(1.0, self.usable / self.gpu.mem_get_info()[1]))
 
     def mem_get_info(self) -> tuple[int, int]:
-        """Return the bytes that are free and those of the card, as `torch.cuda` does."""
+        """Return the free and the total bytes, as `torch.cuda` does."""
         return self.usable - self.gpu.memory_reserved(), self.total
 
     def __getattr__(self, name: str) -> Any:

@@ -50,14 +50,11 @@ from benchmarks.speed.floors import (
     layer_weights,
     shape_of,
 )
+from benchmarks.speed.providers import PROVIDERS
 from benchmarks.speed.smaller_gpu import CONTEXT_GIB
 from benchmarks.speed.throughput_rows import Case, add_ratios, row_of, slopes, table
 from benchmarks.speed.workers import Worker, last_line, say, start_all
 
-PROVIDERS = (
-    *("lsr", "kron_lora", "lora", "frozen", "lsr_held", "lsr_graphs", "lsr_unfused"),
-    *("peft_lora", "peft_lora_liger", "peft_kbit_liger", "peft_frozen_liger", "peft_lokr", "unsloth_lora"),
-)
 DEFAULT_PROVIDERS = tuple(name for name in PROVIDERS if name not in ("lsr_held", "lsr_graphs", "lsr_unfused"))
 BASES = ("nf4", "int8", "bf16")
 CHECKPOINTING = ("none", "mlp", "full", "offload", "auto")

@@ -1,7 +1,6 @@
 """Providers in processes of their own: started side by side, asked one at a time, ended whatever they are busy with."""
 
 import contextlib
-import importlib
 import multiprocessing
 import os
 import signal
@@ -13,19 +12,9 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
+from benchmarks.speed.providers import MissingError, find_provider
+
 # This file imports nothing heavy: every worker imports it first, and Unsloth wants to come before Transformers.
-
-
-class MissingError(Exception):
-    """A provider's package, or the part of this library that it measures, is not there."""
-
-
-def find_provider(name: str) -> type:
-    """Return a provider's class: one of `providers.py`, or `module:Class` for one from elsewhere."""
-    module, _, attribute = name.partition(":")
-    if attribute:
-        return getattr(importlib.import_module(module), attribute)
-    return importlib.import_module("benchmarks.speed.providers").CLASSES[name]
 
 
 def failure(error: BaseException) -> dict[str, str]:
@@ -55,7 +44,7 @@ def work(connection: Any, name: str, settings: dict[str, Any], log: str) -> None
 
     Args:
         connection: This end of the pipe.
-        name: The provider, see `find_provider`.
+        name: The provider, see `providers.find_provider`.
         settings: The run's configuration, and `mode`, the checkpointing that the worker starts with.
         log: File that takes everything printed.
     """
@@ -81,14 +70,14 @@ def work(connection: Any, name: str, settings: dict[str, Any], log: str) -> None
         if request is None:
             return
         try:
-            reply = {"status": "ok", **provider.turn(request)}
+            reply = {"status": "ok", **provider.measure(request)}
         except BaseException as error:
             reply = failure(error)
             # the traceback's frames hold the step's activations
             traceback.clear_frames(error.__traceback__)
             del error
         with contextlib.suppress(Exception):
-            provider.rest()
+            provider.free_memory()
         connection.send(reply)
 
 

@@ -9,7 +9,8 @@ import pytest
 
 from benchmarks.models import model_values
 from benchmarks.speed import floors, throughput, throughput_rows, workers
-from benchmarks.speed.smaller_gpu import Card
+from benchmarks.speed.providers import MissingError
+from benchmarks.speed.smaller_gpu import SmallerGpu
 from benchmarks.speed.throughput_rows import Case
 
 # an H100's, as measured: ms for 8,192 tokens of Mistral-7B
@@ -32,33 +33,33 @@ class Fake:
     def build(self):
         pass
 
-    def rest(self):
+    def free_memory(self):
         pass
 
-    def turn(self, request):
+    def measure(self, request):
         losses = {"loss_initial": 5.0, "loss_first": 4.0, "loss_last": 3.0}
         return {"step_ms": [10.0, 20.0], "peak_memory_gib": 1.5, "trainable_parameters": 7, **losses}
 
 
 class Twice(Fake):
-    def turn(self, request):
-        return {**super().turn(request), "step_ms": [30.0, 30.0]}
+    def measure(self, request):
+        return {**super().measure(request), "step_ms": [30.0, 30.0]}
 
 
 class Raises(Fake):
-    def turn(self, request):
+    def measure(self, request):
         raise ValueError("the kernels of this provider do not like this model")
 
 
 class RunsOut(Fake):
-    def turn(self, request):
+    def measure(self, request):
         import torch
 
         raise torch.OutOfMemoryError("tried to allocate everything")
 
 
 class Hangs(Fake):
-    def turn(self, request):
+    def measure(self, request):
         threading.Event().wait()
 
 
@@ -68,13 +69,13 @@ class HangsInBuild(Fake):
 
 
 class Dies(Fake):
-    def turn(self, request):
+    def measure(self, request):
         os._exit(3)
 
 
 class IsMissing(Fake):
     def build(self):
-        raise workers.MissingError("a_package is not installed")
+        raise MissingError("a_package is not installed")
 
 
 def arguments(out: Path, *providers: str, **options: str) -> list[str]:
@@ -156,7 +157,7 @@ def test_a_row_has_the_fields_of_the_format_whatever_happened(tmp_path):
     _, config = throughput.parse(arguments(tmp_path / "a.json", "Fake"))
     config["shape"] = mistral()
     machine = {"ceilings": {"64x32": H100}, "nominal_tflops": 989.4}
-    turn = {"status": "ok", **Fake(config).turn({})}
+    turn = {"status": "ok", **Fake(config).measure({})}
     good = throughput_rows.row_of(Case("lsr", "none", 64, 32), config, [turn, turn], machine)
     failed = throughput_rows.row_of(Case("lsr", "none", 64, 32), config, [{"status": "oom", "detail": "much"}], machine)
     unreached = throughput_rows.row_of(Case("lsr", "none", 64, 32), config, [], machine)
@@ -174,7 +175,7 @@ def test_a_row_has_the_fields_of_the_format_whatever_happened(tmp_path):
 
 def test_a_turn_that_fails_later_is_told_beside_the_figures(tmp_path):
     _, config = throughput.parse(arguments(tmp_path / "a.json", "Fake"))
-    turns = [{"status": "ok", **Fake(config).turn({})}, {"status": "error", "detail": "then it broke"}]
+    turns = [{"status": "ok", **Fake(config).measure({})}, {"status": "error", "detail": "then it broke"}]
     row = throughput_rows.row_of(Case("lsr", "none", 64, 32), config, turns, {})
     assert row["status"] == "ok"
     assert "then it broke" in row["detail"]
@@ -218,7 +219,7 @@ def test_the_gate_is_green_as_it_is_and_red_when_a_gradient_is_wrong(base, tmp_p
     from lsr_scale.fused import linear_groups
 
     _, config = throughput.parse(arguments(tmp_path / "a.json", "lsr", "lora", "frozen", "peft_lora", base=base))
-    rows = parity.Parity(config).turn({})["parity"]
+    rows = parity.Parity(config).measure({})["parity"]
     assert {row["method"] for row in rows} == {"lsr", "lora"}
     assert len(rows) == 2 * len(parity.VARIANTS)
     assert not any(row["problems"] for row in rows)
@@ -226,7 +227,7 @@ def test_the_gate_is_green_as_it_is_and_red_when_a_gradient_is_wrong(base, tmp_p
     right = linear_groups.LinearGroup.up_gradients
     wrong = lambda *args: [None if each is None else 1.1 * each for each in right(*args)]  # noqa: E731
     monkeypatch.setattr(linear_groups.LinearGroup, "up_gradients", wrong)
-    rows = parity.Parity(config).turn({})["parity"]
+    rows = parity.Parity(config).measure({})["parity"]
     assert all("is off by" in row["problems"][0] for row in rows)
 
 
@@ -279,7 +280,7 @@ def test_one_model_at_a_time_and_a_build_that_never_ends(tmp_path, hanging):
     assert "building" in rows["HangsInBuild", "none"]["detail"]
 
 
-def test_a_smaller_card_keeps_its_size_and_tells_it():
+def test_a_smaller_gpu_reports_its_memory_and_no_more_can_be_allocated():
     class Gpu:
         share = None
 
@@ -292,11 +293,11 @@ def test_a_smaller_card_keeps_its_size_and_tells_it():
         def memory_reserved(self):
             return 5 * 2**30
 
-    card = Card(24, gpu := Gpu())
-    card.keep()
+    small = SmallerGpu(24, gpu := Gpu())
+    small.limit_allocator()
     assert gpu.share == pytest.approx(23.4 / 140)
-    assert card.mem_get_info() == (int(23.4 * 2**30) - 5 * 2**30, 24 * 2**30)
-    assert card.memory_reserved() == 5 * 2**30
+    assert small.mem_get_info() == (int(23.4 * 2**30) - 5 * 2**30, 24 * 2**30)
+    assert small.memory_reserved() == 5 * 2**30
 
 
 @pytest.mark.slow

@@ -1,0 +1,35 @@
+"""The providers of `throughput.py`, by name: who trains the adapter whose steps are timed.
+
+This file imports nothing heavy: every worker imports it first, and Unsloth wants to come before Transformers.
+"""
+
+import importlib
+
+PROVIDERS = {
+    "lsr": "fused:LsrAdapter",
+    "kron_lora": "fused:KronLoraAdapter",
+    "lora": "fused:LoraAdapter",
+    "frozen": "fused:Frozen",
+    "lsr_held": "fused:LsrCachedWeights",
+    "lsr_graphs": "fused:LsrGraphs",
+    "lsr_unfused": "fused:LsrUnfused",
+    "peft_lora": "peft_lora:PeftLora",
+    "peft_lora_liger": "peft_lora:PeftLoraLiger",
+    "peft_kbit_liger": "peft_lora:PeftKbitLiger",
+    "peft_frozen_liger": "peft_lora:PeftFrozenLiger",
+    "peft_lokr": "peft_lora:PeftLokr",
+    "unsloth_lora": "unsloth_lora:UnslothLora",
+}
+
+
+class MissingError(Exception):
+    """A provider's package, or the part of this library that it measures, is not there."""
+
+
+def find_provider(name: str) -> type:
+    """Return a provider's class: one of `PROVIDERS`, or `module:Class` for one from elsewhere."""
+    place = f"{__name__}.{PROVIDERS[name]}" if name in PROVIDERS else name
+    module, _, attribute = place.partition(":")
+    found = getattr(importlib.import_module(module), attribute)
+    found.name = name
+    return found

@@ -1,0 +1,142 @@
+"""This library's providers: LSR-Adapt, Kron-LoRA and PEFT's LoRA on the fused path, and the frozen base alone."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.models import LINEARS
+from benchmarks.speed.providers.base import LORA, Provider, random_model
+
+
+class FusedAdapter(Provider):
+    """An adapter of this library, or PEFT's LoRA, on the fused path; without a method, the frozen base alone."""
+
+    method: str | None = None
+    options: dict[str, Any] = {}  # noqa: RUF012
+    fused = True
+    cache_weights = False
+    policy: Any = None
+
+    def make(self) -> None:
+        """Build the base, inject the adapter; `checkpoint` fuses."""
+        from lsr_scale.adapters import peft_config
+        from lsr_scale.layers.frozen_linear import freeze_quantized
+
+        base = random_model(self.config)
+        freeze_quantized(base)
+        self.model = base
+        if self.method is not None:
+            from peft import get_peft_model
+
+            options = {"target_modules": LINEARS, **self.options}
+            self.model = get_peft_model(base, peft_config(self.method, options, "CAUSAL_LM"))
+        else:
+            base.enable_input_require_grads()
+
+    def checkpoint(self, mode: str) -> None:
+        """Fuse again with the wanted recomputation; unfused, Transformers' checkpointing."""
+        if not self.fused:
+            return super().checkpoint(mode)
+        import lsr_scale
+
+        lsr_scale.unfuse(self.model)
+        recompute: Any = "full" if mode == "auto" else mode
+        report = lsr_scale.fuse(self.model, recompute=recompute, cache_weights=self.cache_weights)
+        self.notes = [str(report)]
+        print(f"fuse(recompute={recompute!r}, cache_weights={self.cache_weights}): {report}", flush=True)
+        self.policy = None
+
+    def first_step_begins(self, tokens: int) -> None:
+        """With "auto", begin as a run's first step begins."""
+        if self.mode == "auto" and self.policy is None and self.device.type == "cuda":
+            from lsr_scale.training.callbacks.memory import FitMemoryCallback
+
+            self.policy = FitMemoryCallback(tokens, self.notes.append, self.gpu)
+            self.policy.on_train_begin(None, None, None)
+
+    def first_step_ends(self) -> None:
+        """With "auto", save as many activations as fit, as a run does after its first step."""
+        if self.policy is not None:
+            self.policy.on_step_end(None, None, None, model=self.model)
+
+    def free_memory(self) -> None:
+        """Free what the step allocated, cached weights too: the next turn makes them again."""
+        if self.cache_weights or self.mode == "auto":
+            from lsr_scale.fused import clear_weight_cache
+
+            clear_weight_cache(self.model)
+            self.mode = None
+        super().free_memory()
+
+
+class LsrAdapter(FusedAdapter):
+    """LSR-Adapt, fused."""
+
+    method = "lsr"
+    options = {**LORA, "separation_rank": 16}  # noqa: RUF012
+
+
+class LsrCachedWeights(LsrAdapter):
+    """LSR-Adapt, fused, with the weights dequantized once and cached in bf16 beside the quantized ones."""
+
+    cache_weights = True
+
+
+class LsrGraphs(LsrAdapter):
+    """LSR-Adapt, fused, its forward and backward passes replayed as CUDA graphs."""
+
+    replays = True
+    graphs: Any = None
+
+    def inputs(self, ids: Tensor) -> Any:
+        """Return the batches in the form that graphs take, with the number of supervised tokens."""
+        from lsr_scale.fused.cuda_graphs import StepGraphs, static_batch
+
+        self.graphs = StepGraphs(self.model.get_base_model())
+        positions = torch.arange(ids.shape[2]).repeat(ids.shape[1])[None]
+        batches = []
+        for rows in ids:
+            row = rows.reshape(1, -1)
+            batch = static_batch(row, row.masked_fill(positions == 0, -100), positions, longest=ids.shape[2])
+            count = float(batch["weights"].sum())
+            batches.append(({k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items()}, count))
+        return batches
+
+    def loss_of(self, batch: Any) -> Tensor:
+        """Replay the batch's graph, which makes the gradients as well."""
+        loss, gradients = self.graphs.replay(*batch)
+        self.graphs.add_to_grads(gradients)
+        return loss
+
+    def backward(self, loss: Tensor) -> None:
+        """Do nothing more."""
+
+    def free_memory(self) -> None:
+        """Free the graphs."""
+        self.graphs = None
+        super().free_memory()
+
+
+class LsrUnfused(LsrAdapter):
+    """LSR-Adapt, every linear by itself."""
+
+    fused = False
+
+
+class KronLoraAdapter(FusedAdapter):
+    """Kron-LoRA at its defaults, without the dropout that would leave the fused path."""
+
+    method = "kron_lora"
+    options = {"dropout": 0.0}  # noqa: RUF012
+
+
+class LoraAdapter(FusedAdapter):
+    """PEFT's LoRA modules on the fused path."""
+
+    method = "lora"
+    options = LORA
+
+
+class Frozen(FusedAdapter):
+    """No adapters: what a step costs whose gradient only flows through the base."""

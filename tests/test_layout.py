@@ -8,6 +8,7 @@ from functools import cache
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
+import pytest
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
@@ -44,10 +45,10 @@ BROUGHT_BY = {
 
 
 @cache
-def modules() -> dict[str, Path]:
-    """Return the package's modules by name."""
+def modules(package: str = PACKAGE) -> dict[str, Path]:
+    """Return a package's modules by name."""
     named = {}
-    for path in sorted((ROOT / PACKAGE).rglob("*.py")):
+    for path in sorted((ROOT / package).rglob("*.py")):
         parts = path.relative_to(ROOT).with_suffix("").parts
         named[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
     return named
@@ -73,13 +74,13 @@ def names_imported(path: Path) -> set[str]:
 
 
 @cache
-def imports() -> dict[str, set[str]]:
-    """Return for each module of the package the other modules of it that it imports, anywhere in it."""
+def imports(package: str = PACKAGE) -> dict[str, set[str]]:
+    """Return for each module of a package the other modules of it that it imports, anywhere in it."""
     found = {}
-    for module, path in modules().items():
+    for module, path in modules(package).items():
         targets = set()
         for name in names_imported(path):
-            while name and name not in modules():
+            while name and name not in modules(package):
                 name = name.rpartition(".")[0]
             targets.add(name)
         found[module] = targets - {"", module}
@@ -114,8 +115,16 @@ def test_circles_are_found():
     assert circles({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
 
 
-def test_no_modules_import_each_other_in_a_circle():
-    assert [" -> ".join(circle) for circle in circles(imports())] == []
+@pytest.mark.parametrize("package", [PACKAGE, "benchmarks"])
+def test_no_modules_import_each_other_in_a_circle(package):
+    assert [" -> ".join(circle) for circle in circles(imports(package))] == []
+
+
+def test_what_measures_does_not_import_the_report():
+    importing = {
+        module for module, targets in imports("benchmarks").items() if any(folder(name) == "report" for name in targets)
+    }
+    assert {folder(module) for module in importing} == {"report"}
 
 
 def test_no_import_runs_upwards():
@@ -142,8 +151,9 @@ def test_kernels_know_tensors_only():
             assert {name.partition(".")[0] for name in names_imported(path)} - own <= {"torch", "triton"}, module
 
 
-def test_every_module_says_what_it_is_for_and_none_is_longer_than_can_be_read():
-    texts = {module: path.read_text(encoding="utf-8") for module, path in modules().items()}
+@pytest.mark.parametrize("package", [PACKAGE, "benchmarks"])
+def test_every_module_says_what_it_is_for_and_none_is_longer_than_can_be_read(package):
+    texts = {module: path.read_text(encoding="utf-8") for module, path in modules(package).items()}
     assert [module for module, text in texts.items() if not ast.get_docstring(ast.parse(text))] == []
     long = {module for module, text in texts.items() if text.count("\n") > MAX_LINES}
     assert long <= ALLOWED_LONG

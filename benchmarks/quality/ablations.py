@@ -24,14 +24,14 @@ from typing import Any
 
 from benchmarks import ALL_RESULTS
 from benchmarks.models import LINEARS, SMOLLM2
-from benchmarks.quality import commonsense, trials
+from benchmarks.quality import commonsense_data, trials
 from benchmarks.quality.trials import Provider, Trial, rates
 from lsr_scale import files
 from lsr_scale.adapters import METHODS
 from lsr_scale.errors import UserError
 
 RESULTS = ALL_RESULTS / "ablations"
-TASKS = commonsense.REGIMES["small"].tasks
+TASKS = commonsense_data.REGIMES["small"].tasks
 EPOCHS = 2
 RATES = rates(5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
 PAPER_RATES = rates(1e-5, 3e-5, 1e-4, 3e-4, 1e-3)  # of the paper's start, whose scaling is 2,048 times the default's
@@ -202,7 +202,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     trials.check_options(parser, given, RESULTS)
     work = given.work.resolve()
-    commonsense.prepare(given.data, work)
+    commonsense_data.prepare(given.data, work)
     one = functools.partial(measure, work, given.model, given.smoke)
     return int(trials.execute(runs, PROVIDERS, one, given.results, given.jobs, given.time_limit) > 0)
 

@@ -19,7 +19,6 @@ Questions that stand in the test part with the same answer (the sources repeat a
 
 import dataclasses
 import functools
-import gzip
 import hashlib
 import json
 import shutil
@@ -35,93 +34,17 @@ from benchmarks.command_line import script_parser
 from benchmarks.models import LINEARS, SMOLLM2
 from benchmarks.pool import Job, do_all
 from benchmarks.quality import trials
-from benchmarks.quality.trials import TUNING_SEED, Provider, rates, tuned_alike
+from benchmarks.quality.commonsense_data import REGIMES, prepare
+from benchmarks.quality.commonsense_methods import PROVIDERS
+from benchmarks.quality.trials import TUNING_SEED
 from lsr_scale import files
 from lsr_scale.config import dump_yaml, run_from_dict
 
 RESULTS = ALL_RESULTS / "commonsense"
 Results = Mapping[str, dict[str, Any]]  # of finished runs, by name
-JOINT = ("arc_easy", "arc_challenge", "openbookqa", "piqa", "winogrande")
-TEST_SPLITS = {"arc_easy": "test", "arc_challenge": "test", "openbookqa": "test"}  # validation elsewhere
 SMOKE: dict[str, dict[str, Any]] = {"training": {"max_steps": 2}, "eval": {"limit": 8}, "source": {"limit": 16}}
 ROUNDED, SEEDS_ROUNDED = (8, 4), 3  # the headline's first seeds are scored with rounded factors as well
 BATCH = 128  # rows a step, about 4,500 tokens: with much fewer a small model waits for the host
-
-
-# The largest took the smallest's place when 8e-3 was the best of six for most. 3.2e-2 is too much: it loses LoRA r=8
-# and LSR r=16 at once, and four of five seeds of LSR r=4, for which the tuning seed had found it best (runs in
-# `results/commonsense/rate_0.032`).
-LORA_RATES = rates(1.6e-2, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
-HIGHER_RATES = rates(1.6e-2, 3.2e-2, 1e-3, 2e-3, 4e-3, 8e-3)  # of those whose best was the largest of these
-
-
-def _lsr_points(rank: int) -> tuple[dict[str, float], ...]:
-    near, far = 2.0 * rank, 8.0 * rank
-    return (*rates(1.6e-2, 2e-3, 4e-3, alpha=near), *rates(1e-3, 2e-3, alpha=far), *rates(8e-3, alpha=near))
-
-
-PROVIDERS = tuned_alike(
-    {
-        "lora_8": Provider("lora", {"rank": 8, "alpha": 16.0}, LORA_RATES),
-        "lsr_4": Provider("lsr", {"rank": 4, "separation_rank": 16}, _lsr_points(4)),
-        "lora_2": Provider("lora", {"rank": 2, "alpha": 4.0}, LORA_RATES),
-        "kron_lora": Provider("kron_lora", {"rank": 8, "left_in": 2, "left_out": 16, "dropout": 0.0}, LORA_RATES),
-        "lsr_16": Provider("lsr", {"rank": 16, "separation_rank": 16}, _lsr_points(16)),
-        # LoRA-2's parameters within 2 %
-        "lsr_4_14": Provider("lsr", {"rank": 4, "separation_rank": 14}, _lsr_points(4)),
-        "kron_lora_7": Provider("kron_lora", {"rank": 7, "left_in": 2, "left_out": 16, "dropout": 0.0}, HIGHER_RATES),
-        # the ablations' better ways to spend LSR r=4's parameters: a higher rank, fewer terms
-        "lsr_16_8": Provider("lsr", {"rank": 16, "separation_rank": 8}, _lsr_points(16)),
-        "lsr_64_4": Provider("lsr", {"rank": 64, "separation_rank": 4}, _lsr_points(64)),
-        "lsr_16_7": Provider("lsr", {"rank": 16, "separation_rank": 7}, _lsr_points(16)),  # LoRA-2's size
-        # half of LoRA-2's size, where KronA is too
-        "lora_1": Provider("lora", {"rank": 1, "alpha": 2.0}, LORA_RATES),
-        "lsr_4_7": Provider("lsr", {"rank": 4, "separation_rank": 7}, _lsr_points(4)),
-        "kron_lora_4": Provider("kron_lora", {"rank": 4, "left_in": 2, "left_out": 16, "dropout": 0.0}, LORA_RATES),
-        # several times slower than those above
-        "kadaptation": Provider("kadaptation", {}, LORA_RATES),
-        "krona": Provider("krona", {}, LORA_RATES),
-        "lokr": Provider("lokr", {"rank": 8, "decompose_factor": 4, "alpha": 16.0}, HIGHER_RATES),
-    },
-    6,
-)
-
-
-LABELS = {
-    "lora_8": "LoRA r=8",
-    "lora_2": "LoRA r=2",
-    "lsr_4": "**LSR-Adapt** r=4 s=16",
-    "lsr_16": "**LSR-Adapt** r=16 s=16",
-    "kron_lora": "**Kron-LoRA** r=8 (2, 16)",
-    "lokr": "LoKr r=8 (4), PEFT",
-    "lsr_4_14": "**LSR-Adapt** r=4 s=14, LoRA-2's size",
-    "kron_lora_7": "**Kron-LoRA** r=7 (2, 16), LoRA-2's size",
-    "lsr_16_8": "**LSR-Adapt** r=16 s=8",
-    "lsr_64_4": "**LSR-Adapt** r=64 s=4",
-    "lsr_16_7": "**LSR-Adapt** r=16 s=7, LoRA-2's size",
-    "lora_1": "LoRA r=1",
-    "lsr_4_7": "**LSR-Adapt** r=4 s=7, LoRA-1's size",
-    "kron_lora_4": "**Kron-LoRA** r=4 (2, 16)",
-    "krona": "KronA",
-    "kadaptation": "KAdaptation, per module",
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Regime:
-    """What is trained on, and how often it is seen."""
-
-    tasks: tuple[str, ...]
-    epochs: int
-
-
-REGIMES = {
-    "joint": Regime(JOINT, 2),
-    "small": Regime(JOINT[:3], 4),
-    "joint_long": Regime(JOINT, 6),
-    "hellaswag": Regime(("hellaswag",), 4),
-    "boolq": Regime(("boolq",), 3),
-}
 
 
 STAGES = ["headline", "quantized", *(name + end for name in list(REGIMES)[1:] for end in ("", ":all"))]
@@ -184,64 +107,6 @@ def plan(stages: Iterable[str], providers: Iterable[str], seeds: int) -> list[Ru
             regime, _, which = stage.partition(":")
             compare(regime, providers if which == "all" else ("lora_8", "lora_2"), 3)
     return list(dict.fromkeys(runs))
-
-
-def _rows(path: Path) -> list[dict[str, Any]]:
-    with gzip.open(path, "rt", encoding="utf-8") as stream:
-        return [json.loads(line) for line in stream]
-
-
-def held_out(task: str, row: dict[str, Any], share: int) -> bool:
-    """Tell whether a row's group falls into the one of `share` parts that is held out.
-
-    Rows of a group stay together: the two sentences of a WinoGrande pair, HellaSwag's contexts of one first sentence,
-    the rows of one question elsewhere.
-    """
-    group = row["question"]
-    if task == "winogrande":
-        group = row["id"].rpartition("-")[0]
-    if task == "hellaswag":
-        group = group.split(". ")[0]
-        return int(hashlib.sha1(group.encode()).hexdigest(), 16) % share == 0
-    return int(hashlib.sha256(f"{task}: {group}".encode()).hexdigest(), 16) % share == 0
-
-
-def _answered(row: dict[str, Any]) -> tuple[str, str]:
-    """Return a question with its right answer, whatever their case and spaces."""
-    words = (row["question"], str(row["choices"][row["answer"]]))
-    question, answer = (" ".join(text.lower().split()) for text in words)
-    return question, answer
-
-
-def prepare(data: Path, work: Path) -> dict[str, dict[str, Any]]:
-    """Write `work/data/<task>/{train,dev,test}.jsonl` and return the rows, hashes and supervised sizes of each part."""
-    described: dict[str, dict[str, Any]] = {}
-    for task in dict.fromkeys(task for regime in REGIMES.values() for task in regime.tasks):
-        folder = data / task
-        if task == "hellaswag":
-            everything = _rows(folder / "validation.jsonl.gz")
-            test = [row for row in everything if held_out(task, row, 5)]
-            train = [row for row in everything if not held_out(task, row, 5)]
-            # the groups of the development set by another hash, or they would all be the test's
-            dev = [row for row in train if held_out("hellaswag-dev", {"question": row["question"].split(". ")[0]}, 10)]
-        else:
-            train = _rows(folder / "train.jsonl.gz")
-            test = _rows(folder / f"{TEST_SPLITS.get(task, 'validation')}.jsonl.gz")
-            dev = [row for row in train if held_out(task, row, 10)]
-        seen = {_answered(row) for row in test}
-        num = len(train)
-        train, dev = ([row for row in rows if _answered(row) not in seen] for rows in (train, dev))
-        left_out = num - len(train)
-        chosen = {row["id"] for row in dev}
-        parts = {"train": [row for row in train if row["id"] not in chosen], "dev": dev, "test": test}
-        for part, rows in parts.items():
-            lines = (json.dumps({k: v for k, v in row.items() if k != "passage"}, ensure_ascii=False) for row in rows)
-            text = "\n".join(lines) + "\n"
-            files.write_text(work / "data" / task / f"{part}.jsonl", text)
-            digest = hashlib.sha256(text.encode()).hexdigest()
-            described.setdefault(task, {})[part] = {"rows": len(rows), "sha256": digest, "characters": len(text)}
-        described[task]["train"]["left_out"] = left_out
-    return described
 
 
 @dataclasses.dataclass(frozen=True)

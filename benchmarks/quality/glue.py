@@ -28,7 +28,7 @@ import numpy as np
 
 from benchmarks import ALL_RESULTS
 from benchmarks.quality import trials
-from benchmarks.quality.commonsense import held_out
+from benchmarks.quality.commonsense_data import held_out
 from benchmarks.quality.trials import Provider, Trial, lsr_points, rates
 from lsr_scale import files
 

@@ -20,8 +20,9 @@ from typing import Any
 
 from benchmarks import ALL_RESULTS
 from benchmarks.models import SMOLLM2
-from benchmarks.quality import commonsense, trials
-from benchmarks.quality.commonsense import LABELS, Run, Setting, best_point, config_of
+from benchmarks.quality import commonsense, commonsense_data, commonsense_methods, trials
+from benchmarks.quality.commonsense import Run, Setting, best_point, config_of
+from benchmarks.quality.commonsense_methods import LABELS
 from benchmarks.quality.trials import Provider, Trial
 from lsr_scale import files
 
@@ -39,7 +40,7 @@ def providers() -> dict[str, Provider]:
     """
     found, done = {}, trials.load(commonsense.RESULTS)
     for name in NAMES:
-        known = commonsense.PROVIDERS[name]
+        known = commonsense_methods.PROVIDERS[name]
         index = best_point(Run("joint", "bf16", name, 0, None), done)
         if index is None:
             raise SystemExit(
@@ -159,7 +160,7 @@ def main(arguments: list[str] | None = None) -> int:
     if given.dry_run:
         print("\n".join(trial.name for trial in todo))
         return 0
-    data = commonsense.prepare(given.data, setting.work)
+    data = commonsense_data.prepare(given.data, setting.work)
     files.write_json(given.results / "environment.json", {**files.environment(), "data": data})
     work = functools.partial(measure, setting)
     return int(trials.execute(todo, providers(), work, given.results, given.jobs, given.time_limit) > 0)

@@ -20,8 +20,11 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.command_line import script_parser
 from benchmarks.quality import trials
-from benchmarks.quality.commonsense import LABELS, PROVIDERS, REGIMES, RESULTS, mean_accuracy
+from benchmarks.quality.commonsense import RESULTS, mean_accuracy
+from benchmarks.quality.commonsense_data import REGIMES
+from benchmarks.quality.commonsense_methods import LABELS, PROVIDERS
 from benchmarks.report.plots import Plot
 
 # README's rows
@@ -279,6 +282,7 @@ def plots(results: Path) -> dict[Path, Plot]:
 
 def main() -> int:
     """Print the tables."""
+    script_parser(__doc__).parse_args()
     for stem, (text, _) in sections(RESULTS).items():
         print(f"{stem}\n\n{text}\n")
     everything = load(RESULTS)

@@ -10,7 +10,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from benchmarks.quality import commonsense
+from benchmarks.quality import commonsense, commonsense_methods
 from benchmarks.report import commonsense_tables
 from benchmarks.report.markdown import grid
 from benchmarks.report.measurements import LABELS, MODES, Run, read, sweeps
@@ -77,7 +77,7 @@ def accuracy(folder: Path) -> str:
         seeds = list(commonsense_tables.seeds_of(results, "joint", "bf16", name).values())
         if seeds:
             mean = statistics.fmean(commonsense.mean_accuracy(result) for result in seeds)
-            label = commonsense.LABELS[name].replace("*", "")
+            label = commonsense_methods.LABELS[name].replace("*", "")
             env = max((result["env"] for result in seeds), key=lambda env: str(env.get("date", "")))
             rows.append(
                 [label, f"{seeds[0]['trainable_parameters']:,}", f"{mean:.2f}", str(len(seeds)), *made_with(env)]

@@ -30,7 +30,7 @@ import matplotlib
 from benchmarks.command_line import new_file, script_parser
 from benchmarks.models import LINEARS, SMOLLM2
 from benchmarks.pool import Job, do_all
-from benchmarks.quality.commonsense import JOINT
+from benchmarks.quality.commonsense_data import JOINT
 from lsr_scale import files
 from lsr_scale.config import dump_yaml, run_from_dict
 

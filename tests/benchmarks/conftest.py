@@ -22,7 +22,7 @@ def rows_of(task, split, count=160):
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
-    from benchmarks.quality.commonsense import REGIMES
+    from benchmarks.quality.commonsense_data import REGIMES
 
     folder = tmp_path_factory.mktemp("data")
     for task in {task for regime in REGIMES.values() for task in regime.tasks}:

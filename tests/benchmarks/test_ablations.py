@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks.quality import ablations, commonsense, trials
+from benchmarks.quality import ablations, commonsense_data, trials
 from benchmarks.quality.ablations import AXES, BASE, PROVIDERS, SMOLLM2_SHAPES
 from benchmarks.quality.trials import TUNING_SEED, Trial
 from lsr_scale.adapters import METHODS
@@ -52,7 +52,7 @@ def test_sides_larger_than_dense_are_marked():
 
 
 def test_a_run_leaves_its_accuracy_on_the_development_part(data, tmp_path):
-    commonsense.prepare(data, tmp_path / "work")
+    commonsense_data.prepare(data, tmp_path / "work")
     model = str(save_llama(tmp_path / "model"))
     trial = Trial("small", "r16_s2", TUNING_SEED, 0)
     result = ablations.measure(tmp_path / "work", model, True, trial, dict(PROVIDERS["r16_s2"].points[0]))

@@ -7,15 +7,17 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.quality import commonsense, rounded_adapters, trials
-from benchmarks.quality.commonsense import PROVIDERS, REGIMES, TUNING_SEED, Run, Setting
+from benchmarks.quality import commonsense, commonsense_data, rounded_adapters, trials
+from benchmarks.quality.commonsense import TUNING_SEED, Run, Setting
+from benchmarks.quality.commonsense_data import REGIMES
+from benchmarks.quality.commonsense_methods import PROVIDERS
 from benchmarks.report import commonsense_tables
 from lsr_scale.config import run_from_dict
 from tests.helpers.tiny_runs import do_all_here, save_llama
 
 
 def test_parts_do_not_overlap_and_pairs_stay_together(data, tmp_path):
-    described = commonsense.prepare(data, tmp_path)
+    described = commonsense_data.prepare(data, tmp_path)
     for task, parts in described.items():
         rows = {
             part: [json.loads(line) for line in (tmp_path / "data" / task / f"{part}.jsonl").read_text().splitlines()]
@@ -31,7 +33,7 @@ def test_parts_do_not_overlap_and_pairs_stay_together(data, tmp_path):
         if task != "hellaswag":
             assert len(rows["train"]) + len(rows["dev"]) == 160
             assert len(rows["dev"]) < 40
-    assert commonsense.prepare(data, tmp_path) == described
+    assert commonsense_data.prepare(data, tmp_path) == described
 
 
 @pytest.mark.parametrize("name", PROVIDERS)
@@ -58,7 +60,7 @@ def test_every_prefix_of_the_plan_is_of_use():
 def test_runs_leave_a_result_each_and_are_not_done_twice(data, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(commonsense, "do_all", do_all_here)
     setting = Setting(tmp_path / "work", str(save_llama(tmp_path / "model")), smoke=True)
-    hashes, results = commonsense.prepare(data, setting.work), tmp_path / "results"
+    hashes, results = commonsense_data.prepare(data, setting.work), tmp_path / "results"
     tuning = Run("small", "bf16", "lora_2", TUNING_SEED, 3)
     missing = Run("small", "bf16", "lora_2", 0, None)  # its point is not known before all were tried
     assert commonsense.execute([tuning, missing], hashes, setting, results, 1, math.inf) == 0

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.quality import commonsense, sequential, trials
+from benchmarks.quality import commonsense, commonsense_methods, sequential, trials
 from benchmarks.quality.trials import Trial
 from tests.helpers.tiny_runs import do_all_here, save_llama
 
@@ -15,7 +15,7 @@ def test_the_second_run_starts_from_the_first_at_the_chosen_rate(tmp_path):
     chosen = sequential.providers()
     for name, provider in chosen.items():
         (point,) = provider.points
-        rates = [other["learning_rate"] * sequential.SLOWER for other in commonsense.PROVIDERS[name].points]
+        rates = [other["learning_rate"] * sequential.SLOWER for other in commonsense_methods.PROVIDERS[name].points]
         assert point["learning_rate"] in rates
         trial = Trial("arc_easy-hellaswag", name, 1, 0)
         first, second = (sequential.config(trial, point, setting, when) for when in (False, True))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.models import model_values
-from benchmarks.speed import floors, throughput, throughput_rows, workers
+from benchmarks.speed import floors, measurement, throughput, throughput_rows, workers
 from benchmarks.speed.providers import MissingError
 from benchmarks.speed.smaller_gpu import SmallerGpu
 from benchmarks.speed.throughput_rows import Case
@@ -98,7 +98,7 @@ def hanging(monkeypatch):
         return 1.0 if any(each.provider == f"{__name__}:{hangs}" for each in these) else limit_s
 
     monkeypatch.setattr(workers.Worker, "receive", lambda self, s, doing: receive(self, limited(s, doing, self), doing))
-    monkeypatch.setattr(throughput, "start_all", lambda these, s: start_all(these, limited(s, "building", *these)))
+    monkeypatch.setattr(measurement, "start_all", lambda these, s: start_all(these, limited(s, "building", *these)))
 
 
 def measured(out: Path, *providers: str, **options: str) -> dict[tuple[str, str], dict]:
@@ -233,7 +233,7 @@ def test_the_gate_is_green_as_it_is_and_red_when_a_gradient_is_wrong(base, tmp_p
 
 def test_nothing_is_written_behind_a_red_gate(tmp_path, monkeypatch, capsys):
     found = [{"method": "lsr", "recompute": "none", "worst_ratio": 9.0, "problems": ["lsr: loss is off by 1e-1"]}]
-    monkeypatch.setattr(throughput.Measurement, "_ask_once", lambda *_: [{"status": "ok", "parity": found}])
+    monkeypatch.setattr(measurement.Measurement, "_ask_once", lambda *_: [{"status": "ok", "parity": found}])
     out = tmp_path / "a.json"
     assert throughput.main(arguments(out, "lsr", flags="")) == 3
     assert "parity: red, nothing is measured\nlsr: loss is off by 1e-1" in capsys.readouterr().err
@@ -350,7 +350,7 @@ def test_only_some_can_offload_and_their_process_knows_one_mode(tmp_path):
     _, config = throughput.parse(
         arguments(tmp_path / "a.json", "lsr", "unsloth_lora", checkpointing="none,full,offload")
     )
-    workers = throughput.plan_workers(config, lambda name: tmp_path / name)
+    workers = measurement.plan_workers(config, lambda name: tmp_path / name)
     found = [(worker.provider, worker.modes) for worker in workers]
     assert found[0] == ("lsr", ["none", "full"])
     assert found[1:] == [("unsloth_lora", [mode]) for mode in ("none", "full", "offload")]
@@ -358,8 +358,8 @@ def test_only_some_can_offload_and_their_process_knows_one_mode(tmp_path):
 
 def test_models_stay_resident_only_where_they_leave_room(tmp_path):
     _, config = throughput.parse(["--model=mistral-7b", "--base=nf4", f"--out={tmp_path / 'a.json'}"])
-    assert throughput.stays_resident(config, 11, 139.0)
-    assert not throughput.stays_resident(config, 11, 79.0)
+    assert measurement.stays_resident(config, 11, 139.0)
+    assert not measurement.stays_resident(config, 11, 79.0)
 
 
 def test_smoke_shrinks_the_run(tmp_path):

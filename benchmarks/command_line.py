@@ -39,8 +39,8 @@ def recorded(module: str, arguments: Sequence[str], out: Path | None = None) -> 
 def current(command: str) -> str:
     """Return a recorded command with the script where it is now: files of before name `benchmarks/NAME.py`."""
 
-    def moved(found: re.Match[str]) -> str:
-        (script,) = (ROOT / "benchmarks").rglob(f"{found[1]}.py")
+    def moved(match: re.Match[str]) -> str:
+        (script,) = (ROOT / "benchmarks").rglob(f"{match[1]}.py")
         return "python -m " + ".".join(script.relative_to(ROOT).with_suffix("").parts)
 
     return re.sub(r"python benchmarks/(\w+)\.py", moved, command)

@@ -60,7 +60,7 @@ class Worker:
             return job, None, DIED
 
     def ask_to_end(self) -> None:
-        """Have it leave by itself: idle it does so at once, busy it lets go of what it does."""
+        """Have it leave by itself: idle it does so at once, busy it stops what it does."""
         if self.job is not None:
             self.process.terminate()
         self.connection.close()
@@ -123,7 +123,7 @@ def do_all(
     time_limit: float = float("inf"),
     logs: Path | None = None,
 ) -> tuple[int, list[Job]]:
-    """Make calls in so many processes until none is left or the time is over; then what is in hand is ended.
+    """Make calls in so many processes until none is left or the time is over; then running ones are stopped.
 
     Args:
         next_job: Returns what can be begun now, once, or None: asked again whenever a call has ended.

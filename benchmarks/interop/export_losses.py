@@ -3,7 +3,7 @@
     lsr-scale train configs/smollm2_lsr.yaml --set training.max_steps=40 --set training.output_dir=runs/short
     python -m benchmarks.interop.export_losses runs/short --limit 195 --out benchmarks/results/export/NAME.json
 
-Every form is exported, loaded by PEFT or Transformers and compared with the adapter on its base as training held it, in
+Every form is exported, loaded by PEFT or Transformers and compared with the adapter on the base of its training, in
 float32: the logits of the prompts that `--verify` uses, and the answers to the run's tasks (`export.verify`).
 """
 

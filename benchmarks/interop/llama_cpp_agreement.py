@@ -11,7 +11,7 @@ base             the GGUF that SmolLM2's package carries (Q4_1), no adapter: wha
 adapter          `--to gguf` on that file; ours: the same file dequantized by Transformers, the adapter on it
 adapter, float32 the same on the file dequantized by llama.cpp, so that little but the adapter can differ
 wrong order      a control: q's and k's rows left in Transformers' order, which has to disagree
-merged           `--to gguf --merged` in float32, float16 and q8_0; ours: the adapter on its base as training held that
+merged           `--to gguf --merged` in float32, float16 and q8_0; ours: the adapter on the base of its training
 
 `next_token` is the share of positions of the rows (context and right answer) with the same most likely token,
 `choice` the share of rows with the same most likely answer; `relative_error` is of the logits (Frobenius).
@@ -38,7 +38,7 @@ class LlamaCpp:
     def __init__(self, model: Path, adapter: Path | None = None) -> None:
         import llama_cpp
 
-        self.held = llama_cpp.Llama(
+        self.model = llama_cpp.Llama(
             str(model),
             lora_path=str(adapter) if adapter else None,
             **dict(n_ctx=512, n_batch=512, n_threads=1, n_threads_batch=1, n_gpu_layers=0, verbose=False),
@@ -47,9 +47,9 @@ class LlamaCpp:
 
     def logits(self, ids: list[int]) -> np.ndarray:
         """Return the logits `[tokens, vocabulary]`."""
-        self.held.reset()
-        self.held.eval(ids)
-        return self.held.scores[: len(ids)].copy()
+        self.model.reset()
+        self.model.eval(ids)
+        return self.model.scores[: len(ids)].copy()
 
 
 def dequantized(model: Path, out: Path) -> Path:
@@ -96,7 +96,7 @@ class Reading:
 
 def read(model: Callable[[list[int]], np.ndarray], rows: list[Any], answers: list[int]) -> Reading:
     """Return what a model makes of rows of (context, answer) token ids; `answers` says which answer is right."""
-    scores, kept = [], []
+    scores, of_right = [], []
     for row, right in zip(rows, answers, strict=True):
         scores.append([])
         for index, (context, answer) in enumerate(row):
@@ -104,8 +104,8 @@ def read(model: Callable[[list[int]], np.ndarray], rows: list[Any], answers: lis
             values = torch.from_numpy(logits[len(context) - 1 : -1]).log_softmax(-1)
             scores[-1].append(float(values.gather(1, torch.tensor(answer)[:, None]).sum()))
             if index == right:
-                kept.append(logits)
-    return Reading(scores, kept)
+                of_right.append(logits)
+    return Reading(scores, of_right)
 
 
 def ours(model: Any) -> Callable[[list[int]], np.ndarray]:
@@ -171,12 +171,12 @@ def main(arguments: list[str] | None = None) -> int:
     tokenizer = load_tokenizer(SMOLLM2)
     rows = [encode_pairs(tokenizer, list(zip(e.contexts, e.continuations, strict=True))) for e in examples]
     answers = [example.answer for example in examples]
-    found: dict[str, Any] = {}
+    agreements: dict[str, Any] = {}
 
     def check(case: str, theirs: LlamaCpp, wanted: Reading) -> None:
         began = time.perf_counter()
-        found[case] = compared(read(theirs.logits, rows, answers), wanted, answers)
-        print(f"{case}: {found[case]} ({time.perf_counter() - began:.0f} s)", flush=True)
+        agreements[case] = compared(read(theirs.logits, rows, answers), wanted, answers)
+        print(f"{case}: {agreements[case]} ({time.perf_counter() - began:.0f} s)", flush=True)
 
     published = builtin.gguf_file(SMOLLM2)
     with tempfile.TemporaryDirectory(prefix="llama-cpp-") as place:
@@ -194,8 +194,8 @@ def main(arguments: list[str] | None = None) -> int:
         plain = read(ours(base), rows, answers)
         check("base", LlamaCpp(published), plain)
         adapted = read(ours(PeftModel.from_pretrained(base, str(work / "lora"))), rows, answers)
-        found["what the adapter changes"] = compared(adapted, plain, answers)
-        print(found["what the adapter changes"], flush=True)
+        agreements["what the adapter changes"] = compared(adapted, plain, answers)
+        print(agreements["what the adapter changes"], flush=True)
         check("adapter", LlamaCpp(published, adapter), adapted)
         whole = dequantized(published, work / "float32.gguf")
         check("adapter, float32", LlamaCpp(whole, adapter), adapted)
@@ -211,7 +211,7 @@ def main(arguments: list[str] | None = None) -> int:
         "llama_cpp_python": llama_cpp.__version__,
     }
     described |= {"method": source.method, "quantization": run.model.quantization, "results": source.results}
-    files.write_json(args.out, {"env": files.environment(), "config": described, "cases": found})
+    files.write_json(args.out, {"env": files.environment(), "config": described, "cases": agreements})
     return 0
 
 

@@ -37,23 +37,23 @@ def write_base(name: str, folder: Path, layers: int | None) -> int:
     config.num_hidden_layers = layers or config.num_hidden_layers
     folder.mkdir(parents=True)
     config.save_pretrained(folder)
-    held: dict[str, torch.Tensor] = {}
+    shard: dict[str, torch.Tensor] = {}
     places: dict[str, str] = {}
     noise: dict[tuple[int, ...], torch.Tensor] = {}
     size = files = parameters = 0
     generator = torch.Generator().manual_seed(0)
 
     def flush() -> None:
-        nonlocal held, size, files
+        nonlocal shard, size, files
         files += 1
-        save_file(held, folder / f"model-{files:05}.safetensors", metadata={"format": "pt"})
-        places.update(dict.fromkeys(held, f"model-{files:05}.safetensors"))
-        held, size = {}, 0
+        save_file(shard, folder / f"model-{files:05}.safetensors", metadata={"format": "pt"})
+        places.update(dict.fromkeys(shard, f"model-{files:05}.safetensors"))
+        shard, size = {}, 0
 
     for key, value in meta_model(config, dtype=torch.bfloat16).named_parameters():
         if tuple(value.shape) not in noise:
             noise[tuple(value.shape)] = (torch.randn(value.shape, generator=generator) * 0.02).bfloat16()
-        held[key] = noise[tuple(value.shape)].clone()
+        shard[key] = noise[tuple(value.shape)].clone()
         parameters += value.numel()
         size += 2 * value.numel()
         if size > FILE_BYTES:
@@ -115,7 +115,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = script_parser(__doc__)
     parser.add_argument("--model", default="mistralai/Mistral-7B-v0.1", help="whose shapes")
     parser.add_argument("--layers", type=int, help="fewer layers: the most memory stays, the time falls")
-    parser.add_argument("--quantization", default="nf4", help="that training held the base in: nf4, fp4, int8, none")
+    parser.add_argument("--quantization", default="nf4", help="of the base while it was trained: nf4, fp4, int8, none")
     parser.add_argument("--forms", nargs="+", default=["lora", "merged bfloat16"], help="--to, and --dtype behind it")
     parser.add_argument("--work", type=Path, required=True, help="a folder to make, use and remove again")
     parser.add_argument("--out", type=new_file, required=True, help="the JSON to write; must not exist yet")

@@ -129,7 +129,7 @@ def measure(work: Path, model: str, smoke: bool, trial: Trial, point: dict[str, 
         if "finite" not in str(error):
             raise
         return {"score": None, "accuracy": {}, "adapter_parameters": None, "reason": str(error)[:200]}
-    accuracy = {task: found["after"]["accuracy"] for task, found in results["accuracy"].items()}
+    accuracy = {task: scores["after"]["accuracy"] for task, scores in results["accuracy"].items()}
     shutil.rmtree(folder.path, ignore_errors=True)
     return {
         "part": "dev",

@@ -50,7 +50,7 @@ def main() -> None:
     work = args.work or Path(tempfile.mkdtemp())
     rows: list[dict[str, Any]] = []
 
-    def keep(kind: str, row: dict[str, Any]) -> None:
+    def add_row(kind: str, row: dict[str, Any]) -> None:
         rows.append({"kind": kind, **row})
         print(json.dumps(rows[-1]), flush=True)
         files.write_json(args.out, {"env": files.environment(), "rows": rows})
@@ -58,17 +58,17 @@ def main() -> None:
     for seed in range(args.seeds):
         run = work / f"real-{seed}"
         everything = ["eval.limit=195"]
-        keep("real", one_run(run, seed, everything))
+        add_row("real", one_run(run, seed, everything))
         shuffled = work / f"shuffled-{seed}.jsonl"
         shuffled.parent.mkdir(parents=True, exist_ok=True)
         wrong = commonsense.shuffled(commonsense.rows("train"), seed)
         shuffled.write_text("".join(json.dumps(row) + "\n" for row in wrong))
-        keep("shuffled", one_run(work / f"shuffled-{seed}", seed, [*everything, f"data.train=[{shuffled}]"]))
+        add_row("shuffled", one_run(work / f"shuffled-{seed}", seed, [*everything, f"data.train=[{shuffled}]"]))
         for base_only in (True, False):
             if base_only and seed:
                 continue
-            keep("no question", {"seed": seed, **evaluate.evaluate_run(run, None, 195, base_only, True)})
-            keep(
+            add_row("no question", {"seed": seed, **evaluate.evaluate_run(run, None, 195, base_only, True)})
+            add_row(
                 "untouched",
                 {"seed": seed, **evaluate.evaluate_run(run, [args.untouched], args.untouched_limit, base_only)},
             )

@@ -4,10 +4,10 @@
     python -m benchmarks.quality.commonsense --data DATA --work WORK --jobs 6 --time-limit 480
     python -m benchmarks.report.commonsense_tables                                  the tables, from the results alone
 
-A run is `lsr-scale train` with a config that WORK keeps, in one of `--jobs` workers: processes that import once and do
-run after run. It adds a line to `trials.jsonl` in the results when it has ended: one that was killed is simply done
-again, a finished one never. At the limit runs in hand are ended. (`nvidia-cuda-mps-control -d` before it lets the
-processes' kernels run side by side on one GPU.)
+A run is `lsr-scale train` with a config in WORK, by one of `--jobs` workers: processes that import once and do run
+after run. It adds a line to `trials.jsonl` in the results when it has ended: one that was killed is simply done
+again, a finished one never. At the time limit running jobs are stopped. (`nvidia-cuda-mps-control -d` before it lets
+the processes' kernels run side by side on one GPU.)
 
 Protocol. A tenth of each train part is held out by the hash of its question (of the sentence pair for WinoGrande), and
 the learning rate, with alpha for LSR, is chosen there: six points for every method, one epoch, one seed that no other
@@ -180,13 +180,13 @@ def result_of(
                 tasks.setdefault(task, {})[when] = {"accuracy": accuracy, "ids_sha256": ids, "right": right}
     hashes = {task: data[task] for task in REGIMES[run.regime].tasks}
     rounded = folder / "rounded.json"
-    kept = ("trainable_parameters", "steps", "final_loss", "tokens", "tokens_per_s", "peak_memory_gib", "training_s")
-    kept += ("condition_down_max", "condition_up_max")
+    copied = ("trainable_parameters", "steps", "final_loss", "tokens", "tokens_per_s", "peak_memory_gib", "training_s")
+    copied += ("condition_down_max", "condition_up_max")
     return {
         **dataclasses.asdict(run),
         "part": "dev" if run.tunes else "test",
         "settings": point,
-        **{key: results[key] for key in kept if key in results},
+        **{key: results[key] for key in copied if key in results},
         "wall_s": round(wall_s, 1),
         "command": f"lsr-scale train configs/{run.name}.yaml",
         "config": config_of(run, point, dataclasses.replace(setting, work=Path("WORK"))),
@@ -210,13 +210,13 @@ def best_point(run: Run, done: Results) -> int | None:
 
     Quantized bases take the point of bf16.
     """
-    found = []
+    means = []
     for index, point in enumerate(PROVIDERS[run.provider].points):
         result = finished(Run(run.regime, "bf16", run.provider, TUNING_SEED, index), point, done)
         if result is None:
             return None
-        found.append(mean_accuracy(result))
-    return found.index(max(found))
+        means.append(mean_accuracy(result))
+    return means.index(max(means))
 
 
 def finished(run: Run, point: dict[str, float], done: Results) -> dict[str, Any] | None:
@@ -330,7 +330,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--seeds", type=int, default=5)
     add("--model", default=SMOLLM2)
     add("--jobs", type=int, default=4, help="processes at a time on one GPU")
-    add("--time-limit", type=float, default=float("inf"), help="seconds after which what is in hand is ended")
+    add("--time-limit", type=float, default=float("inf"), help="seconds after which running jobs are stopped")
     add("--dry-run", action="store_true", help="print the plan in numbers")
     add("--smoke", action="store_true", help="16 rows a task, two steps, 8 questions: is it wired up?")
     given = parser.parse_args(arguments)

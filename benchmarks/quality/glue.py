@@ -89,10 +89,10 @@ def prepare(data: Path, work: Path, tasks: list[str]) -> dict[str, dict[str, int
             "test": test,
         }
         for part, rows in parts.items():
-            kept = [{key: row[key] for key in ("sentence1", "sentence2", "label")} for row in rows]
+            columns = [{key: row[key] for key in ("sentence1", "sentence2", "label")} for row in rows]
             if TASKS[task].num_labels == 1:
-                kept = [{**row, "label": float(row["label"])} for row in kept]
-            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
+                columns = [{**row, "label": float(row["label"])} for row in columns]
+            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in columns)
             files.write_text(work / "data" / task / f"{part}.jsonl", text)
         described[task] = {part: len(rows) for part, rows in parts.items()}
     return described

@@ -1,4 +1,4 @@
-"""Which start lets LSR-Adapt train at one learning rate for any rank and separation rank? A sweep on SmolLM2.
+"""Which initialization lets LSR-Adapt train at one learning rate for any rank and separation rank? A sweep on SmolLM2.
 
 LSR's update is a product of four factors; under Adam each entry moves by about the learning rate a step, whatever its
 neighbours' size, so the size at which a factor starts decides how fast the product moves. The sweep varies that size
@@ -237,13 +237,13 @@ def evaluate(trainee: Trainee, held_out: list) -> dict[str, float]:
         rows += [rows[-1]] * (-len(rows) % 128)
         ids, labels = padded(rows, next(trainee.model.parameters()).device)
         graph, (static_ids, static_labels), out = captured(trainee.losses, ids[:128], labels[:128])
-        found = []
+        batch_losses = []
         for index in range(0, len(rows), 128):
             static_ids.copy_(ids[index : index + 128])
             static_labels.copy_(labels[index : index + 128])
             graph.replay()
-            found.append(out.clone())
-        nll = torch.cat(found).cpu()
+            batch_losses.append(out.clone())
+        nll = torch.cat(batch_losses).cpu()
         tokens = (labels[:, 1:] != -100).sum(-1).cpu()
     first, right, right_norm, right_nll, right_tokens = 0, 0, 0, 0.0, 0
     for pairs, answer, normalizers in held_out:
@@ -266,20 +266,20 @@ def settings(stage: str) -> list[dict[str, Any]]:
     """Return the grid of a stage of the sweep."""
     lsr = {"method": "lsr", "gain": 1.0, "power": 0.0, "tilt": 1.0}
     sizes = [(4, 16), (16, 4), (16, 16), (16, 48)]
-    found: list[dict[str, Any]] = []
+    grid: list[dict[str, Any]] = []
     if stage == "first":
-        found += [
+        grid += [
             {"method": "lora", "rank": r, "alpha": 2.0 * r, "lr": lr}
             for r, lrs in ((8, (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)), (2, (1e-3, 2e-3, 4e-3, 8e-3)))
             for lr in lrs
         ]
         for lr in (2e-3, 4e-3, 8e-3, 1e-3):
-            found += [
+            grid += [
                 {**lsr, "power": power, "rank": r, "separation_rank": s, "alpha": 2.0 * r, "lr": lr}
                 for power in (0.0, 0.25, 0.5)
                 for r, s in sizes
             ]
-    return found
+    return grid
 
 
 def main() -> None:

@@ -26,10 +26,10 @@ def rounded(factors: dict[str, torch.Tensor], bits: int) -> tuple[dict[str, torc
     modules: dict[str, dict[str, torch.Tensor]] = {}
     for name, factor in factors.items():
         # the prefix is `unpack`'s
-        found = re.fullmatch(r"base_model\.model\.(.*_proj)\.(.*)", name)
-        if found is None:
+        parts = re.fullmatch(r"base_model\.model\.(.*_proj)\.(.*)", name)
+        if parts is None:
             raise ValueError(f"{name}: expected a factor of a linear whose name ends in _proj")
-        modules.setdefault(found[1], {})[found[2]] = factor.cpu()
+        modules.setdefault(parts[1], {})[parts[2]] = factor.cpu()
     packed = pack(modules, bits)
     size = sum(value.numel() * value.element_size() for value in packed.values())
     return unpack(packed), size
@@ -45,7 +45,7 @@ def score_rounded(folder: str | Path, bits: tuple[int, ...] = (8, 4)) -> dict[st
     model, tokenizer, run = load_run_model(folder)
     tasks = evaluate.load_tasks(run.eval)
     exact = {name: factor.clone() for name, factor in get_peft_model_state_dict(model).items()}
-    found: dict[str, Any] = {}
+    scores_by_bits: dict[str, Any] = {}
     for number in bits:
         factors, size = rounded(exact, number)
         loaded = set_peft_model_state_dict(model, factors)
@@ -57,8 +57,8 @@ def score_rounded(folder: str | Path, bits: tuple[int, ...] = (8, 4)) -> dict[st
         right = {
             name: "".join(str(int(p.choice == p.answer)) for p in score.predictions) for name, score in scores.items()
         }
-        found[str(number)] = {
+        scores_by_bits[str(number)] = {
             "bytes": size,
             "tasks": {name: {"accuracy": word.count("1") / len(word), "right": word} for name, word in right.items()},
         }
-    return found
+    return scores_by_bits

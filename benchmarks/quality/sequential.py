@@ -38,7 +38,7 @@ def providers() -> dict[str, Provider]:
     Raises:
         SystemExit: if it chose none.
     """
-    found, done = {}, trials.load(commonsense.RESULTS)
+    chosen, done = {}, trials.load(commonsense.RESULTS)
     for name in NAMES:
         known = commonsense_methods.PROVIDERS[name]
         index = best_point(Run("joint", "bf16", name, 0, None), done)
@@ -47,8 +47,8 @@ def providers() -> dict[str, Provider]:
                 f"{commonsense.RESULTS} has no tuning of {name}; run python -m benchmarks.quality.commonsense first"
             )
         point = dict(known.points[index])
-        found[name] = dataclasses.replace(known, points=({**point, "learning_rate": SLOWER * point["learning_rate"]},))
-    return found
+        chosen[name] = dataclasses.replace(known, points=({**point, "learning_rate": SLOWER * point["learning_rate"]},))
+    return chosen
 
 
 def config(trial: Trial, point: dict[str, float], setting: Setting, second: bool) -> dict[str, Any]:
@@ -72,14 +72,14 @@ def config(trial: Trial, point: dict[str, float], setting: Setting, second: bool
 
 def accuracies(folder: Path, pair: list[str], when: str) -> dict[str, float] | None:
     """Return a run's accuracies by task, or None where that moment was not scored."""
-    found = {}
+    scores = {}
     for task in pair:
         file = folder / "eval" / f"{task}-{when}.jsonl"
         if not file.is_file():
             return None
         rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-        found[task] = statistics.fmean(row["choice"] == row["answer"] for row in rows)
-    return found
+        scores[task] = statistics.fmean(row["choice"] == row["answer"] for row in rows)
+    return scores
 
 
 def measure(setting: Setting, trial: Trial, point: dict[str, float]) -> dict[str, Any]:
@@ -108,13 +108,13 @@ def measure(setting: Setting, trial: Trial, point: dict[str, float]) -> dict[str
 
 def table(results: Path) -> str:
     """Return the Markdown table of a folder of results, in %: mean and standard deviation over the seeds."""
-    found = trials.load(results)
+    done = trials.load(results)
     head = ["", "parameters", "seeds", "first task, before the second", "after it", "change", "second task"]
     parts = []
     for pair in PAIRS:
         first, second = pair.split("-")
         lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
-        rows = [result for result in found.values() if result["task"] == pair]
+        rows = [result for result in done.values() if result["task"] == pair]
         zero = next((row["zero_shot"] for row in rows if "zero_shot" in row), None)
         if zero:
             cells = [f"{100 * zero[task]:.1f}" for task in (first, second)]
@@ -123,11 +123,11 @@ def table(results: Path) -> str:
             seeds = [row for row in rows if row["provider"] == name]
             if seeds:
                 before, after = ([row[w][first] for row in seeds] for w in ("after_first", "after_second"))
-                kept = [b - a for a, b in zip(before, after, strict=True)]
+                changes = [b - a for a, b in zip(before, after, strict=True)]
                 cells = [
                     _spread(before),
                     _spread(after),
-                    _spread(kept, "+"),
+                    _spread(changes, "+"),
                     _spread([r["after_second"][second] for r in seeds]),
                 ]
                 count = f"{seeds[0]['adapter_parameters']:,}"

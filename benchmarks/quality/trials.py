@@ -96,7 +96,7 @@ def options(description: str | None, results: Path) -> argparse.ArgumentParser:
     add("--results", type=Path, default=results)
     add("--seeds", type=int, default=3)
     add("--jobs", type=int, default=1, help="processes at a time")
-    add("--time-limit", type=float, default=math.inf, help="seconds after which what is in hand is ended")
+    add("--time-limit", type=float, default=math.inf, help="seconds after which running jobs are stopped")
     add("--smoke", action="store_true", help="a few rows, two steps: is it wired up?")
     add("--dry-run", action="store_true", help="print the plan")
     add("--table", action="store_true", help="print what the results say")
@@ -181,7 +181,7 @@ def execute(
         measure: Trains once and returns at least `score`; sent to the workers, so a function of a module.
         results: Folder of the results.
         jobs: Workers.
-        time_limit: Seconds after which the trials in hand are ended.
+        time_limit: Seconds after which running trials are stopped.
     """
     if any(trial.tunes for trial in trials):
         tuned_alike(providers)

@@ -86,7 +86,7 @@ class Variant(parametrization.Trainee):
             if isinstance(module, PairedLinear):
                 kinds.setdefault(name.rsplit(".", 1)[-1], []).append(module)
         self.kinds: list[tuple[list[PairedLinear], dict[str, Tensor], Any, float]] = []
-        self.parameters, self.rate_ratios, self.held_share = [], [], []
+        self.parameters, self.rate_ratios, self.captured_shares = [], [], []
         device = next(model.parameters()).device
         for kind, modules in kinds.items():
             factors, method, scaling = self._drawn(kind, modules, gradients.get(kind))
@@ -153,7 +153,7 @@ class Variant(parametrization.Trainee):
             left, right, share = kron_fit(wanted, (shape[2], shape[3]), shape[1])
             norm = (wanted.square().sum((1, 2)) / _norm_squared(left, right)) ** 0.25
             factors["down_left"], factors["down_right"] = left * _as(norm, left), right * _as(norm, right)
-            self.held_share.append(share)
+            self.captured_shares.append(share)
         return factors, method, config.scaling
 
     def set_pairs(self) -> None:
@@ -167,12 +167,12 @@ class Variant(parametrization.Trainee):
                 down = torch.eye(up.shape[-1], device=up.device)[None]
             elif method == "kron":
                 # a term's pair, then the terms' side by side
-                held = {
+                factors_of_kron = {
                     "left": factors["up_scale"],
                     "right_up": factors["up_right"],
                     "right_down": factors["down_right"],
                 }
-                down, up = KronLora.materialize(held)
+                down, up = KronLora.materialize(factors_of_kron)
                 down, up = down.flatten(1, 2), up.movedim(1, 2).flatten(2)
             else:
                 down, up = method.materialize(factors)
@@ -203,13 +203,13 @@ def weight_gradients(model: nn.Module, train: list) -> dict[str, Tensor]:
         ids, labels = padded(train[first : first + BATCH], device)
         logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
         nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten()).backward()
-    found: dict[str, list[Tensor]] = {}
+    by_kind: dict[str, list[Tensor]] = {}
     for kind, module in named:
         assert module.weight.grad is not None
-        found.setdefault(kind, []).append(module.weight.grad)
+        by_kind.setdefault(kind, []).append(module.weight.grad)
         module.weight.grad = None
         module.weight.requires_grad_(False)
-    return {kind: torch.stack(values) for kind, values in found.items()}
+    return {kind: torch.stack(values) for kind, values in by_kind.items()}
 
 
 def lsr(rank: int, terms: int, **more: Any) -> dict[str, Any]:
@@ -262,12 +262,12 @@ def settings(names: list[str]) -> dict[str, dict[str, Any]]:
 
 def table(results: Path) -> str:
     """Return the Markdown table of a folder of results: the held-out loss of each variant by learning rate."""
-    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.glob("*.json"))]
-    rates = sorted({row["lr"] for row in found if "lr" in row})
+    measured = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.glob("*.json"))]
+    rates = sorted({row["lr"] for row in measured if "lr" in row})
     head = ["", "parameters", *(f"lr {rate:g}" for rate in rates)]
     lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
     for name in VARIANTS:
-        rows = {row["lr"]: row for row in found if row.get("variant") == name}
+        rows = {row["lr"]: row for row in measured if row.get("variant") == name}
         losses = {rate: row["held_out_loss"] for rate, row in rows.items() if "held_out_loss" in row}
         if losses:
             cells = [f"{losses[rate]:.3f}" if rate in losses else "" for rate in rates]
@@ -320,16 +320,18 @@ def main() -> int:
             continue
         try:
             trainee = Variant(model, setting, 0, gradients)
-            found = run(trainee, setting, train, held_out, 1.0, 0, min(BATCH, len(train)))
-            found["held_share"] = sum(trainee.held_share) / len(trainee.held_share) if trainee.held_share else None
+            result = run(trainee, setting, train, held_out, 1.0, 0, min(BATCH, len(train)))
+            result["held_share"] = (
+                sum(trainee.captured_shares) / len(trainee.captured_shares) if trainee.captured_shares else None
+            )
         except torch.OutOfMemoryError as error:
             # says nothing about the setting
             raise SystemExit(f"{name}: out of memory with --jobs {args.jobs}; use fewer") from error
         except RuntimeError as error:
-            found = {**setting, "error": str(error)[:300]}
-        files.write_json(path, {**found, "env": files.environment()})
+            result = {**setting, "error": str(error)[:300]}
+        files.write_json(path, {**result, "env": files.environment()})
         shown = ("trainable_parameters", "train_loss_last_fifth", "held_out_loss", "error")
-        print(name, {key: found[key] for key in shown if key in found}, flush=True)
+        print(name, {key: result[key] for key in shown if key in result}, flush=True)
     if args.part == 0 and not (args.out / "zero_shot.json").is_file():
         files.write_json(args.out / "zero_shot.json", evaluate(Variant(model, lora(1), 0, {}), held_out))
     return 0

@@ -7,8 +7,8 @@
 
 Protocol. scikit-learn's 1,797 digits of 8 x 8, enlarged to 42 x 42 (nine patches). With a fixed permutation, 300 are
 trained on, 200 tune the learning rate (with alpha for LSR; five points a method, one seed), and 1,297 are the test,
-scored once a seed. Query and value of each layer are adapted, the new head trains whole at the same rate. Each adapter
-is saved, loaded into a fresh base, and must give the same logits.
+scored once a seed. Query and value of each layer are adapted, the new head is fully trained at the same rate. Each
+adapter is saved, loaded into a fresh base, and must give the same logits.
 """
 
 import functools

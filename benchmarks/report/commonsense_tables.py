@@ -37,13 +37,13 @@ def load(results: Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: if one is of a trial, which measures nothing.
     """
-    found = list(trials.load(results).values())
-    for result in found:
+    loaded = list(trials.load(results).values())
+    for result in loaded:
         if "smoke" in result:
             raise ValueError(
                 f"{results}: the result of seed {result['seed']}, {result['provider']} is a trial's; remove it"
             )
-    return found
+    return loaded
 
 
 def seeds_of(all_results: list[dict[str, Any]], regime: str, base: str, provider: str) -> dict[int, dict[str, Any]]:
@@ -110,15 +110,15 @@ def _drawn(num_seeds: int, sizes: tuple[int, ...], draws: int) -> tuple[np.ndarr
 
 def separate(all_results: list[dict[str, Any]], regime: str) -> bool:
     """Tell whether LoRA-8 and LoRA-2 differ at all: where four times the parameters change nothing, nothing counts."""
-    found = compare(*(seeds_of(all_results, regime, "bf16", name) for name in ("lora_8", "lora_2")))
-    return found is not None and not found[1] <= 0 <= found[2]
+    comparison = compare(*(seeds_of(all_results, regime, "bf16", name) for name in ("lora_8", "lora_2")))
+    return comparison is not None and not comparison[1] <= 0 <= comparison[2]
 
 
 def _versus(row: dict[int, Any], other: dict[int, Any], counts: bool) -> str:
-    found = compare(row, other) if row is not other else None
-    if found is None:
+    comparison = compare(row, other) if row is not other else None
+    if comparison is None:
         return ""
-    difference, low, high, p = found
+    difference, low, high, p = comparison
     words = f"{difference:+.2f} ({low:+.2f} to {high:+.2f})"
     return f"{words}, p = {p:.2g}" if counts and not low <= 0 <= high else f"{words}, no separation"
 
@@ -236,8 +236,8 @@ def draw(all_results: list[dict[str, Any]], path: Path, regime: str = "joint", b
             parameters = next(iter(row.values()))["trainable_parameters"]
             method, _, setting = LABELS[name].replace("*", "").replace(",", "").partition(" ")
             points.setdefault(method, []).append((parameters, statistics.fmean(means), spread, setting))
-    for method, found in points.items():
-        sizes, means, spreads, settings = zip(*sorted(found), strict=True)
+    for method, of_method in points.items():
+        sizes, means, spreads, settings = zip(*sorted(of_method), strict=True)
         line = "-" if method == "LoRA" else ""  # what the others are to be above
         axis.errorbar(sizes, means, spreads, fmt="o", ls=line, lw=1.5, elinewidth=1, capsize=3, label=method)
         for size, mean, setting in zip(sizes, means, settings, strict=True):
@@ -257,12 +257,12 @@ def draw(all_results: list[dict[str, Any]], path: Path, regime: str = "joint", b
 
 def sections(results: Path) -> dict[str, tuple[str, list[dict[str, Any]]]]:
     """Return, by the stem of its plot, the table of each regime and base that was measured, and its results."""
-    everything, found = load(results), {}
+    everything, tables = load(results), {}
     for regime, base in dict.fromkeys((result["regime"], result["base"]) for result in everything):
         some = [r for r in everything if (r["regime"], r["base"], r["part"]) == (regime, base, "test")]
         if some:
-            found[f"{regime}-{base}"] = table(everything, regime, base), some
-    return found
+            tables[f"{regime}-{base}"] = table(everything, regime, base), some
+    return tables
 
 
 def digest(results: list[dict[str, Any]]) -> str:
@@ -273,11 +273,13 @@ def digest(results: list[dict[str, Any]]) -> str:
 
 def plots(results: Path) -> dict[Path, Plot]:
     """Return a plot for each regime and base by its file, beside the results."""
-    found: dict[Path, Plot] = {}
+    plots_by_file: dict[Path, Plot] = {}
     for stem, (_, some) in sections(results).items():
         regime, base = stem.rsplit("-", 1)
-        found[results / f"{stem}.png"] = Plot(digest(some), functools.partial(draw, some, regime=regime, base=base))
-    return found
+        plots_by_file[results / f"{stem}.png"] = Plot(
+            digest(some), functools.partial(draw, some, regime=regime, base=base)
+        )
+    return plots_by_file
 
 
 def main() -> int:

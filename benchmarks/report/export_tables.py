@@ -20,8 +20,8 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def _accuracy(case: dict[str, Any]) -> dict[str, Any]:
-    (found,) = case["agreement"]["accuracy"].values()
-    return found
+    (only,) = case["agreement"]["accuracy"].values()
+    return only
 
 
 def losses(run: dict[str, Any]) -> str:
@@ -37,11 +37,11 @@ def losses(run: dict[str, Any]) -> str:
         rows[-1] += [f"{100 * agreement[key]:.3g} %" for key in ("share_of_effect", "same_next_token")]
         rows[-1] += [f"{100 * accuracy['exported']:.1f} %", str(accuracy["answered_otherwise"])]
     first = next(iter(run["cases"].values()))
-    found = _accuracy(first)
+    first_accuracy = _accuracy(first)
     text = (
         f"{run['config']['results']['steps']} steps on {run['config']['results']['model'].partition(':')[2]} in "
-        f"{run['config']['quantization'].upper()}; {found['questions']} held-out questions, "
-        f"{100 * found['trained']:.1f} % right as trained:"
+        f"{run['config']['quantization'].upper()}; {first_accuracy['questions']} held-out questions, "
+        f"{100 * first_accuracy['trained']:.1f} % right as trained:"
     )
     return f"{text}\n\n{grid(head, rows)}"
 

@@ -36,11 +36,11 @@ def label(row: Row) -> str:
 
 def by_setting(rows: list[Row]) -> dict[str, list[Row]]:
     """Return rows by setting, the smallest adapter first where the rows say how large they are."""
-    found: dict[str, list[Row]] = {}
+    groups: dict[str, list[Row]] = {}
     for row in sorted(rows, key=lambda row: row.get("trainable_parameters", 0)):
         if row["method"] != "zero_shot":
-            found.setdefault(label(row), []).append(row)
-    return found
+            groups.setdefault(label(row), []).append(row)
+    return groups
 
 
 def sizes_table(results: Path) -> str:

@@ -16,8 +16,8 @@ from benchmarks.report.plots import Plot, rows_digest
 def ablation_rows(results: Path) -> list[Row]:
     """Return the ablations' seeds that did not diverge, by setting."""
     tests = [run for run in trials.load(results / "ablations").values() if run["seed"] != trials.TUNING_SEED]
-    kept = ("provider", "seed", "score", "adapter_parameters")
-    return [{key: run[key] for key in kept} for run in tests if run["score"] is not None]
+    fields = ("provider", "seed", "score", "adapter_parameters")
+    return [{key: run[key] for key in fields} for run in tests if run["score"] is not None]
 
 
 def terms_plot(rows: list[Row], path: Path) -> None:
@@ -72,14 +72,14 @@ def width_plot(rows: list[Row], path: Path) -> None:
 def ablation_plot(rows: list[Row], path: Path) -> None:
     """Draw the accuracy against the parameters: as terms are added, and as rank takes the place of terms."""
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True)
-    found: dict[str, list[float]] = {}
+    scores: dict[str, list[float]] = {}
     for row in rows:
-        found.setdefault(row["provider"], []).append(100 * row["score"])
+        scores.setdefault(row["provider"], []).append(100 * row["score"])
     sizes = {row["provider"]: row["adapter_parameters"] for row in rows}
     for axis, names, label in ((axes[0], ablations.AXES["terms"], "terms"), (axes[1], ablations.AXES["rank"], "rank")):
-        ours = [name for name in names if name in found and not name.startswith("lora")]
+        ours = [name for name in names if name in scores and not name.startswith("lora")]
         places = [sizes[name] for name in ours] if label == "terms" else list(range(len(ours)))
-        means, spreads = zip(*((statistics.fmean(found[n]), statistics.stdev(found[n])) for n in ours), strict=True)
+        means, spreads = zip(*((statistics.fmean(scores[n]), statistics.stdev(scores[n])) for n in ours), strict=True)
         axis.errorbar(places, means, spreads, fmt="o-", capsize=3, label="LSR-Adapt")
         for place, mean, name in zip(places, means, ours, strict=True):
             axis.annotate(name.replace("_", " "), (place, mean), (4, -11), textcoords="offset points", fontsize=7)
@@ -88,8 +88,8 @@ def ablation_plot(rows: list[Row], path: Path) -> None:
     for name in ("lora_2", "lora_8"):
         axes[0].errorbar(
             sizes[name],
-            statistics.fmean(found[name]),
-            statistics.stdev(found[name]),
+            statistics.fmean(scores[name]),
+            statistics.stdev(scores[name]),
             fmt="s",
             capsize=3,
             label=name.replace("lora_", "LoRA r="),
@@ -119,8 +119,8 @@ PLOTS: dict[str, tuple[Callable[[list[Row], Path], None], Callable[[Path], list[
 
 def plots(results: Path) -> dict[Path, Plot]:
     """Return GUIDE.md's plots by their file, made of the measurements in the folder of all results."""
-    found = {}
+    plots_by_file = {}
     for name, (draw, rows_of) in PLOTS.items():
         rows = rows_of(results)
-        found[results / "parametrization" / name] = Plot(rows_digest(rows), functools.partial(draw, rows))
-    return found
+        plots_by_file[results / "parametrization" / name] = Plot(rows_digest(rows), functools.partial(draw, rows))
+    return plots_by_file

@@ -9,7 +9,7 @@ Run = dict[str, Any]
 # how the providers of a throughput measurement are called, in the order of tables
 LABELS = {
     "lsr": "**LSR-Adapt** r=16 s=16, fused",
-    "lsr_held": "the same, weights held in bfloat16",
+    "lsr_held": "the same, weights cached in bfloat16",
     "kron_lora": "**Kron-LoRA** r=8, fused",
     "lora": "LoRA r=16, fused by us",
     "unsloth_lora": "LoRA r=16, Unsloth",
@@ -21,7 +21,7 @@ LABELS = {
     "lsr_graphs": "**LSR-Adapt** r=16 s=16, its steps as CUDA graphs",
 }
 # by checkpointing: what becomes of activations
-MODES = {"none": "kept", "full": "recomputed"}
+MODES = {"none": "saved", "full": "recomputed"}
 # of the headline: a step, and a sequence
 TOKENS, LENGTH = 8192, 2048
 
@@ -32,14 +32,14 @@ def read(folder: Path) -> list[tuple[Path, Run]]:
     The peaks of CUDA graphs in files whose config has no `graphs_in_peak` are left out: they were taken while the
     graphs' memory stood by and did not count.
     """
-    found = [(path, json.loads(path.read_text(encoding="utf-8"))) for path in sorted(folder.glob("*.json"))]
-    for _, run in found:
+    runs = [(path, json.loads(path.read_text(encoding="utf-8"))) for path in sorted(folder.glob("*.json"))]
+    for _, run in runs:
         if not run.get("config", {}).get("graphs_in_peak"):
             run["slopes"] = [line for line in run.get("slopes", ()) if line["provider"] != "lsr_graphs"]
             for row in run.get("rows", ()):
                 if isinstance(row, dict) and row.get("provider") == "lsr_graphs":
                     row["peak_memory_gib"] = None
-    return sorted(found, key=lambda pair: str(pair[1].get("env", {}).get("date", "")))
+    return sorted(runs, key=lambda pair: str(pair[1].get("env", {}).get("date", "")))
 
 
 def where(run: Run, path: Path) -> str:
@@ -59,15 +59,15 @@ def by_provider(run: dict[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
 
 def sweeps(run: dict[str, Any]) -> dict[str, tuple[int, list[int]]]:
     """Return what a measurement varies alone: `tokens` or `seq_len`, the value of the other, the values of this one."""
-    found = {}
+    swept = {}
     for across, fixed in (("tokens", "seq_len"), ("seq_len", "tokens")):
         values: dict[int, set[int]] = {}
         for row in run["rows"]:
             values.setdefault(row[fixed], set()).add(row[across])
         most = max(values, key=lambda value: (len(values[value]), value))
         if len(values[most]) > 1:
-            found[across] = most, sorted(values[most])
-    return found
+            swept[across] = most, sorted(values[most])
+    return swept
 
 
 def has_scaling(run: Run) -> bool:
@@ -81,17 +81,17 @@ def is_sweep(run: dict[str, Any]) -> bool:
 
 
 def has_headline(run: dict[str, Any]) -> bool:
-    """Tell whether a run came as far as LSR-Adapt's and Unsloth's steps, activations kept and recomputed."""
+    """Tell whether a run came as far as LSR-Adapt's and Unsloth's steps, activations saved and recomputed."""
     done = {(row["provider"], row["checkpointing"]) for row in run["rows"] if row["status"] == "ok"}
     return done >= set(itertools.product(("lsr", "unsloth_lora"), MODES))
 
 
 def newest_headline(folder: Path, model: str = "mistral-7b", base: str = "nf4") -> dict[str, Any]:
     """Return the newest throughput measurement of a model and base, its rows those of 4 x 2,048 tokens alone."""
-    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob(f"{model}-{base}-*.json"))]
-    for run in found:
+    runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob(f"{model}-{base}-*.json"))]
+    for run in runs:
         run["rows"] = [row for row in run["rows"] if (row["tokens"], row["seq_len"]) == (TOKENS, LENGTH)]
-    found = [run for run in found if has_headline(run) and not is_sweep(run) and not run["config"].get("memory_gib")]
-    if not found:
+    runs = [run for run in runs if has_headline(run) and not is_sweep(run) and not run["config"].get("memory_gib")]
+    if not runs:
         raise SystemExit(f"no {model}-{base}-*.json in {folder}; run python -m benchmarks.speed.throughput")
-    return max(found, key=lambda run: run["env"]["date"])
+    return max(runs, key=lambda run: run["env"]["date"])

@@ -4,7 +4,7 @@
     python -m benchmarks.report --check    fail if anything is not what the JSON under `results/` says
 
 Nothing in them is typed by hand. A plot carries a digest of the rows that it shows, so that one older than its
-measurement is found out.
+measurement is noticed.
 """
 
 import argparse

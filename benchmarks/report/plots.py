@@ -1,6 +1,6 @@
 """Plots of training steps: tokens/s against memory, and against the tokens of a step and of a sequence.
 
-A plot carries a digest of what it shows, so that one that is older than its measurement is found out.
+A plot carries a digest of what it shows, so that one that is older than its measurement is noticed.
 """
 
 import functools
@@ -48,7 +48,7 @@ def drawn_from(picture: Path) -> str | None:
 
 
 def memory_plot(run: dict[str, Any], path: Path) -> None:
-    """Draw tokens/s against memory: one color a provider, filled where everything is kept."""
+    """Draw tokens/s against memory: one color a provider, filled where all activations are saved."""
     figure, axis = pyplot.subplots(figsize=(8, 5))
     providers = by_provider(run)
     for depth, (name, modes) in enumerate(providers.items()):
@@ -64,7 +64,7 @@ def memory_plot(run: dict[str, Any], path: Path) -> None:
     axis.set_xlim(0)
     axis.set_ylim(0)
     axis.grid(alpha=0.3)
-    axis.legend(frameon=False, fontsize=8, loc="lower right", title="filled: activations kept; open: recomputed")
+    axis.legend(frameon=False, fontsize=8, loc="lower right", title="filled: activations saved; open: recomputed")
     config = run["config"]
     gpu = run["env"]["gpus"][0].removeprefix("NVIDIA ")
     axis.set_title(
@@ -81,7 +81,7 @@ PANELS = {
 
 
 def sweep_plot(run: dict[str, Any], path: Path) -> None:
-    """Draw tokens/s where everything is kept: against tokens a step at one length, against length at one number."""
+    """Draw tokens/s, all activations saved: against tokens a step at one length, against length at one number."""
     rows = [row for row in run["rows"] if row["status"] == "ok" and row["checkpointing"] == "none"]
     panels = sweeps(run)
     figure, axes = pyplot.subplots(1, len(panels), figsize=(9, 4.6), sharey=True, squeeze=False)
@@ -99,7 +99,7 @@ def sweep_plot(run: dict[str, Any], path: Path) -> None:
     axes[0][0].set_ylabel("tokens/s")
     axes[0][0].set_ylim(0)
     config, gpu = run["config"], run["env"]["gpus"][0].removeprefix("NVIDIA ")
-    figure.suptitle(f"{config['model']}, {config['base'].upper()}, activations kept, one {gpu}")
+    figure.suptitle(f"{config['model']}, {config['base'].upper()}, activations saved, one {gpu}")
     labels = [LABELS[name].replace("*", "") for name in shown]
     figure.legend(shown.values(), labels, frameon=False, fontsize=8, loc="outside lower center", ncols=3)
     figure.tight_layout(rect=(0, 0.07, 1, 1))
@@ -137,13 +137,13 @@ def scaling_digest(run: dict[str, Any]) -> str:
 
 def plots(results: Path) -> dict[Path, Plot]:
     """Return the plots of throughput and of scaling by their file, beside the measurements that they show."""
-    throughput, found = results / "throughput", {}
+    throughput, plots_by_file = results / "throughput", {}
     run = newest_headline(throughput)
-    found[throughput / "mistral-7b-nf4.png"] = Plot(digest(run), functools.partial(memory_plot, run))
+    plots_by_file[throughput / "mistral-7b-nf4.png"] = Plot(digest(run), functools.partial(memory_plot, run))
     for path, sweep in read(throughput):
         if sweeps(sweep):
-            found[path.with_suffix(".png")] = Plot(digest(sweep), functools.partial(sweep_plot, sweep))
+            plots_by_file[path.with_suffix(".png")] = Plot(digest(sweep), functools.partial(sweep_plot, sweep))
     for path, run in read(results / "scaling"):
         if has_scaling(run):
-            found[path.with_suffix(".png")] = Plot(scaling_digest(run), functools.partial(scaling_plot, run))
-    return found
+            plots_by_file[path.with_suffix(".png")] = Plot(scaling_digest(run), functools.partial(scaling_plot, run))
+    return plots_by_file

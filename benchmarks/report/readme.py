@@ -32,7 +32,7 @@ def table(run: dict[str, Any]) -> str:
         lines.append("| " + " | ".join(cells) + " |")
     gpu, date = run["env"]["gpus"][0].removeprefix("NVIDIA "), run["env"]["date"][:10]
     where = f"{config['model']}, {config['base'].upper()}, {TOKENS // LENGTH} x {LENGTH:,} tokens, one {gpu}, {date}"
-    return "\n".join([f"{where}; activations kept, or recomputed in the backward pass:", "", *lines])
+    return "\n".join([f"{where}; activations saved for the backward pass, or recomputed in it:", "", *lines])
 
 
 def scaling_table(folder: Path, model: str = "mistral-7b", base: str = "nf4") -> str:
@@ -47,9 +47,9 @@ def scaling_table(folder: Path, model: str = "mistral-7b", base: str = "nf4") ->
     stages = sorted({row["zero_stage"] for run in newest.values() for row in run["rows"]} - {None})
     rows = []
     for gpus, run in sorted(newest.items()):
-        found = {row["zero_stage"]: row["scaling"] for row in run["rows"] if row["num_gpus"] == gpus}
+        scaling_by_stage = {row["zero_stage"]: row["scaling"] for row in run["rows"] if row["num_gpus"] == gpus}
         card = run["env"]["gpus"][0].split()[1]
-        rows.append([f"{gpus} {card}", *(number(found.get(stage), ".2f") for stage in stages)])
+        rows.append([f"{gpus} {card}", *(number(scaling_by_stage.get(stage), ".2f") for stage in stages)])
     config = next(iter(newest.values()))["config"]
     what = f"{model}, {base.upper()}, {config['tokens']:,} tokens a GPU and step"
     table = grid(["times one GPU without DeepSpeed", *(f"`zero{stage}`" for stage in stages)], rows)

@@ -15,6 +15,7 @@ Made by `python -m benchmarks.report` from the JSON under `results/`; not edited
 expected and what it taught.
 """
 
+RENAMED = {"per linear": "unfused"}  # of curves, since some were recorded
 OUT_OF_TIME = ("not reached before the time limit", "measuring took more than")
 
 
@@ -48,8 +49,8 @@ def throughput(path: Path, run: Run) -> str:
     if missed:
         lines.append(f"The run's time was over before: {'; '.join(missed)}.")
     if slopes := run.get("slopes"):
-        found = [f"{s['provider']} {s['checkpointing']} {number(s['bytes_per_token_and_layer'])}" for s in slopes]
-        lines.append(f"Bytes that one more token costs in a layer: {'; '.join(found)}.")
+        slope_texts = [f"{s['provider']} {s['checkpointing']} {number(s['bytes_per_token_and_layer'])}" for s in slopes]
+        lines.append(f"Bytes that one more token costs in a layer: {'; '.join(slope_texts)}.")
     if notes := dict.fromkeys(note for row in run["rows"] if row["checkpointing"] == "auto" for note in row["notes"]):
         lines.append("`auto` chose: " + "; ".join(notes))
     if sweeps(run):
@@ -106,8 +107,8 @@ def scaling(path: Path, run: Run) -> str:
     config, rows = run["config"], []
     for row in run["rows"]:
         stage = "without DeepSpeed" if row["zero_stage"] is None else f"ZeRO-{row['zero_stage']}"
-        found = [number(row["tokens_per_s"]), number(row["peak_memory_gib"], ".1f"), number(row["scaling"], ".2f")]
-        rows.append([f"{row['num_gpus']}, {stage}", *(found if row["status"] == "ok" else [row["status"], "", ""])])
+        cells = [number(row["tokens_per_s"]), number(row["peak_memory_gib"], ".1f"), number(row["scaling"], ".2f")]
+        rows.append([f"{row['num_gpus']}, {stage}", *(cells if row["status"] == "ok" else [row["status"], "", ""])])
     one, many = ("GPU", "GPUs") if config["device"] == "cuda" else ("CPU process", "processes")
     batch = f"{config['tokens'] // config['seq_len']} x {config['seq_len']:,} tokens a {one} and step"
     title = f"### {config['model']}, {config['base']}, {batch}, `memory: {config['memory']}`"
@@ -120,8 +121,8 @@ def loss_curve(path: Path, run: Run) -> str:
     """Return how far the bfloat16 curves are from float32."""
     config = run["config"]
     rows = [
-        [name, *(f"{found[field]:.4f}" for field in ("rms", "largest", "mean_of_last_50"))]
-        for name, found in run["differences"].items()
+        [RENAMED.get(name, name), *(f"{errors[field]:.4f}" for field in ("rms", "largest", "mean_of_last_50"))]
+        for name, errors in run["differences"].items()
     ]
     text = f"{where(run, path)} {config['steps']} steps of {config['method']}, rate {config['rate']:g}."
     head = ["minus float32, nats", "rms", "largest", "mean of the last 50"]
@@ -157,8 +158,8 @@ SECTIONS = {
 
 
 def sharding(folder: Path) -> list[str]:
-    """Return what each of several processes holds of a base by ZeRO stage, or nothing where nothing was measured."""
-    held, losses = [], []
+    """Return how much of a base each process has by ZeRO stage, or nothing where nothing was measured."""
+    shares_rows, losses = [], []
     for path, run in read(folder):
         options, gpus = run["options"], run["environment"]["gpus"]
         machine = (gpus or ["CPU"])[0].removeprefix("NVIDIA ").partition(" ")[0]
@@ -169,25 +170,26 @@ def sharding(folder: Path) -> list[str]:
         of_one_stage = [{"base": b, "stage": options["stage"], "by_rank": r} for b, r in run.get("by_rank", {}).items()]
         for row in run.get("rows", of_one_stage):
             first, stage = row["by_rank"][0], row["stage"]
-            # files of before the base was cut up here have that option
+            # files of before the base was sharded by this library have that option
             by = "" if not stage.startswith("zero3") else "DeepSpeed" if "persistent" in options else "lsr_scale"
             shares = [f"{first[name]:.3f}" for name in ("after_step_of_whole", "load_peak_of_whole")]
             sizes = [f"{first[name] / 1e9:.2f}" for name in ("whole_bytes", "step_peak_bytes")]
             if by:
-                held.append([f"{path.stem}, {row['base']}, {stage}", where, by, sizes[0], *shares, sizes[1]])
+                shares_rows.append([f"{path.stem}, {row['base']}, {stage}", where, by, sizes[0], *shares, sizes[1]])
             losses.append([f"{path.stem}, {row['base']}, {stage}", where, *(f"{x:.4f}" for x in first["losses"][:3])])
-    if not held:
+    if not shares_rows:
         return []
-    head = ["file, base, stage", "processes", "cut up by", "whole, GB", "held after a step", "at most while loading"]
-    text = "Shares of the whole base, all storages that hang on it counted; what else a step allocates, at the most."
+    head = ["file, base, stage", "processes", "sharded by", "whole, GB", "after a step", "at most while loading"]
+    text = "Shares of the whole base in each process, all storages that it refers to counted; what else a step "
+    text += "allocates at most."
     same = "The losses of the first steps, which see the same eight rows on any number of processes:"
     command = "    torchrun --standalone --nproc_per_node 2 -m benchmarks.speed.sharding --model MODEL --out NAME.json"
     table = grid(["file, base, stage", "processes", "first loss", "second", "third"], losses)
-    return ["## A base cut up among processes", text, grid([*head, "a step, GB"], held), same, table, command]
+    return ["## A base sharded among processes", text, grid([*head, "a step, GB"], shares_rows), same, table, command]
 
 
 def faults(folder: Path) -> list[str]:
-    """Return how many killed runs went on, or nothing where none was killed."""
+    """Return how many killed runs resumed, or nothing where none was killed."""
     rows = []
     for path, run in read(folder):
         phases = ", ".join(f"{count} {name}" for name, count in sorted(run["phases"].items()))
@@ -198,7 +200,16 @@ def faults(folder: Path) -> list[str]:
         rows.append([path.stem, f"{run['processes']}, {on}", stage, phases, *counts, end])
     if not rows:
         return []
-    head = ["file", "processes", "stage", "killed in", "kills", "went on", "to the same bits", "the rest gone after, s"]
+    head = [
+        "file",
+        "processes",
+        "stage",
+        "killed in",
+        "kills",
+        "resumed",
+        "to the same bits",
+        "other processes ended after, s",
+    ]
     text = "Runs killed by SIGKILL at moments spread over start-up, steps and saves, then `--resume auto`."
     return [
         "## Kills",
@@ -211,8 +222,8 @@ def faults(folder: Path) -> list[str]:
 def accuracy(results: Path) -> list[str]:
     """Return the tables of the accuracy comparison, if there are any."""
     parts = []
-    for stem, (table, found) in commonsense_tables.sections(results).items():
-        runs = f"{len(found)} runs. Each has its command and settings in `{results.name}/trials.jsonl`."
+    for stem, (table, tests) in commonsense_tables.sections(results).items():
+        runs = f"{len(tests)} runs. Each has its command and settings in `{results.name}/trials.jsonl`."
         parts += [f"### SmolLM2-135M, {stem}", runs, table, f"![{stem}](results/{results.name}/{stem}.png)"]
     if not parts:
         return []
@@ -229,29 +240,29 @@ def accuracy(results: Path) -> list[str]:
 
 
 def real_models(folder: Path) -> list[str]:
-    """Return what the losses of real models were at both ends of an epoch, whatever the way to train."""
+    """Return what the losses of real models were at both ends of an epoch, in every way to train."""
     parts: list[str] = []
     for path, run in read(folder):
         rows = []
         for one in run["runs"]:
             first, last = real_model_curves.ends(one["curve"])
             figures = [str(len(one["curve"])), number(first, ".3f"), number(last, ".3f")]
-            rows.append([one["name"], *figures, "yes" if one["finite"] else "NO"])
+            rows.append([one["name"].replace("per_linear", "unfused"), *figures, "yes" if one["finite"] else "NO"])
         head = ["run", "steps", "first 20 steps", "last 20 steps", "finite to the end"]
         picture = f"![{path.stem}](results/{folder.name}/{path.stem}.png)"
         parts += [f"### {run['config']['model']}", where(run, path), grid(head, rows), picture]
     text = "Mean loss, nats per token, of one epoch of ARC-E, ARC-C and OpenBookQA "
     text += "(`benchmarks/robustness/real_model_curves.py`)."
-    return ["## Real models, whatever the way to train", text, *parts] if parts else []
+    return ["## Real models, in every way to train", text, *parts] if parts else []
 
 
 def page(results: Path) -> str:
     """Return the page: a section a kind of measurement, the newest file first."""
     parts = [HEAD.strip()]
     for folder, (title, section) in SECTIONS.items():
-        found = read(results / folder)
-        if found:
-            parts += [f"## {title}", *(section(path, run) for path, run in reversed(found))]
+        runs = read(results / folder)
+        if runs:
+            parts += [f"## {title}", *(section(path, run) for path, run in reversed(runs))]
     parts += [*sharding(results / "sharding"), *faults(results / "faults")]
     if (results / "sequential").is_dir():
         text = (sequential.__doc__ or "").strip()

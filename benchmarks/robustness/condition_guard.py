@@ -5,7 +5,7 @@
 Takes seconds, and leaves a PNG beside the JSON.
 
 A constructed case: a small update made of ordinary terms. One linear layer learns a teacher of LSR-Adapt's own form, a
-thousandth in size, with factors held in float16; the terms of its `up` side start in pairs that cancel but for a tenth.
+thousandth in size, with float16 factors; the terms of its `up` side start in pairs that cancel but for a tenth.
 Four runs from the same start and data: without a guard, with `condition_guard: rescale`, with `fp32`, and with factors
 in float32 from the start and no guard, which is what a run of this package has. `loss` is the mean square error over
 that of no update. Adam on gradients of unit size, the rate by a cosine.
@@ -82,7 +82,7 @@ def train(guard: Any, dtype: torch.dtype, steps: int, rate: float, size: float) 
     return {"loss": losses, "gamma": gammas}
 
 
-def draw(found: dict[str, dict[str, Any]], path: Path) -> None:
+def draw(curves: dict[str, dict[str, Any]], path: Path) -> None:
     """Draw losses and condition numbers over the steps."""
     import matplotlib
 
@@ -90,7 +90,7 @@ def draw(found: dict[str, dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4))
-    for name, values in found.items():
+    for name, values in curves.items():
         steps = range(0, 10 * len(values["loss"]), 10)
         left.plot(steps, values["loss"], label=name)
         right.plot(steps, values["gamma"], label=name)
@@ -112,11 +112,11 @@ def main(arguments: list[str] | None = None) -> int:
     add("--size", type=float, default=1e-3, help="of the teacher, over an update of such factors")
     add("--out", type=new_file, required=True, help="the JSON to write; must not exist yet")
     args = parser.parse_args(arguments)
-    found = {name: train(**kind, steps=args.steps, rate=args.rate, size=args.size) for name, kind in KINDS.items()}
+    curves = {name: train(**kind, steps=args.steps, rate=args.rate, size=args.size) for name, kind in KINDS.items()}
     config = {"steps": args.steps, "rate": args.rate, "size": args.size, "tolerance": TOLERANCE}
-    files.write_json(args.out, {"env": files.environment(), "config": config, "runs": found})
-    draw(found, args.out.with_suffix(".png"))
-    for name, values in found.items():
+    files.write_json(args.out, {"env": files.environment(), "config": config, "runs": curves})
+    draw(curves, args.out.with_suffix(".png"))
+    for name, values in curves.items():
         loss, gamma = values["loss"], values["gamma"]
         print(f"{name:20} loss {loss[0]:.3g} -> {loss[-1]:.3g}   gamma {gamma[0]:.4g} -> {gamma[-1]:.4g}")
     return 0

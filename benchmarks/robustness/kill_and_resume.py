@@ -1,4 +1,4 @@
-"""Kill a run with SIGKILL at many moments, go on with --resume auto, and compare the adapter with an undisturbed run's.
+"""Does a run killed at any moment resume to the same adapter? SIGKILL at many moments, then --resume auto.
 
     python -m benchmarks.robustness.kill_and_resume --out cpu.json                                    # one process
     python -m benchmarks.robustness.kill_and_resume --processes 2 --out cpu-2.json                    # two, by torchrun
@@ -113,12 +113,12 @@ def find(process: subprocess.Popen, victim: str) -> list[psutil.Process]:
     children = parent.children(recursive=True)
     if victim == GROUP:
         return [*children, parent]
-    found = []
+    ranks = []
     for child in children:
         with contextlib.suppress(psutil.Error):
             if child.environ().get("RANK") == victim.removeprefix("rank "):
-                found.append(child)
-    return found
+                ranks.append(child)
+    return ranks
 
 
 def kill(processes: list[psutil.Process]) -> bool:
@@ -176,16 +176,16 @@ def undisturbed(runs: Runs) -> tuple[float, float, str]:
 def moment_in_save(process: subprocess.Popen, folder: RunFolder, victim: str, which: int, delay: float) -> list:
     """Return what to kill, a moment after a run's save number `which` began."""
     seen: set[str] = set()
-    found: list[psutil.Process] = []
+    victims: list[psutil.Process] = []
     while process.poll() is None:
-        if not found and folder.metrics.is_file():
-            found = find(process, victim)  # looking takes longer than a save, so it is done before
+        if not victims and folder.metrics.is_file():
+            victims = find(process, victim)  # looking takes longer than a save, so it is done before
         seen |= {path.name for path in folder.path.glob(".checkpoint-*.part")}
         if len(seen) == which:
             time.sleep(delay)
             break
         time.sleep(0.0002)
-    return found
+    return victims
 
 
 def strike(process: subprocess.Popen, folder: RunFolder, victims: list, steps: int) -> dict[str, Any] | None:
@@ -207,7 +207,7 @@ def phase_of(folder: RunFolder, steps: int) -> str:
 
 
 class Kills:
-    """Kills runs and has them go on; which, when and whom is drawn beforehand.
+    """Kills runs and resumes them; which, when and whom is drawn beforehand.
 
     Args:
         runs: Starts them.
@@ -228,7 +228,7 @@ class Kills:
         self.moments = [None] * in_saves + spread
 
     def one(self, index: int) -> dict[str, Any]:
-        """Kill a run, have it go on to its end and return what was seen."""
+        """Kill a run, resume it to its end and return what was seen."""
         runs = self.runs
         for attempt in range(20):
             name = f"kill-{index}-{attempt}"
@@ -236,7 +236,7 @@ class Kills:
             if seen and (seen["phase"] == "save" or self.moments[index] is not None):
                 break
         else:
-            raise SystemExit(f"no kill number {index} hit a run that was going on")
+            raise SystemExit(f"no kill number {index} hit a running run")
         folder = runs.folder(name)
         row: dict[str, Any] = {"killed": victim, **seen, "attempts": attempt + 1}
         row["ended"] = row["status"] not in (0, None) and row["seconds_to_end"] <= PROMPT_S and not row["left"]
@@ -251,19 +251,19 @@ class Kills:
         return row
 
     def _hit(self, name: str, index: int, attempt: int) -> tuple[str, dict[str, Any] | None]:
-        """Start a run and kill it; return whom, and where that was and how the rest ended, if it was going on."""
+        """Start a run and kill it; return whom, and where that was and how the rest ended, if it was running."""
         runs, victim, moment = self.runs, self.victims[index % len(self.victims)], self.moments[index]
         folder, process = runs.folder(name), runs.start(name, turn=index)
         if moment is None:
             which = 1 + index % (runs.steps // runs.save_steps)
-            found = moment_in_save(process, folder, victim, which, self.draws[index].random() * self.saving)
+            targets = moment_in_save(process, folder, victim, which, self.draws[index].random() * self.saving)
         else:
             # a later attempt comes earlier: this run was quicker than the one measured
             time.sleep(moment * 0.97**attempt)
-            found = find(process, victim) if process.poll() is None else []
-            if not found and victim != GROUP and process.poll() is None:
-                victim, found = GROUP, find(process, GROUP)  # that rank is not started yet
-        seen = strike(process, folder, found, runs.steps)
+            targets = find(process, victim) if process.poll() is None else []
+            if not targets and victim != GROUP and process.poll() is None:
+                victim, targets = GROUP, find(process, GROUP)  # that rank is not started yet
+        seen = strike(process, folder, targets, runs.steps)
         process.wait()
         return victim, seen
 
@@ -272,7 +272,7 @@ def measure(args: argparse.Namespace, done: Callable[[dict[str, Any]], None]) ->
     """Kill, resume and compare; return what is written, and tell it after each kill."""
     place = Path(tempfile.mkdtemp(prefix="kill-and-resume-"))
     runs = Runs(place, args.processes, args.stage, args.steps, args.save_steps)
-    rows, found = [], {}
+    rows, result = [], {}
     try:
         plan = Kills(runs, args.kills, args.kills // 3 if args.in_saves is None else args.in_saves, args.seed)
         known = {
@@ -290,7 +290,7 @@ def measure(args: argparse.Namespace, done: Callable[[dict[str, Any]], None]) ->
         with ThreadPoolExecutor(args.at_once) as pool:
             for row in track(pool.map(plan.one, range(args.kills)), total=args.kills, description="kills"):
                 rows.append(row)
-                found = {
+                result = {
                     **known,
                     "kills": len(rows),
                     "phases": dict(Counter(row["phase"] for row in rows)),
@@ -301,14 +301,14 @@ def measure(args: argparse.Namespace, done: Callable[[dict[str, Any]], None]) ->
                     "same_adapter": sum(row["same_adapter"] for row in rows),
                     "rows": rows,
                 }
-                done(found)
+                done(result)
     finally:
         shutil.rmtree(place, ignore_errors=True)
-    return found
+    return result
 
 
 def main() -> int:
-    """Print the counts, write the file, and return 1 if a run did not go on to the same adapter."""
+    """Print the counts, write the file, and return 1 if a run did not resume to the same adapter."""
     parser = script_parser(__doc__)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--in-saves", type=int, default=None, help="a third of the kills, by default")
@@ -321,17 +321,17 @@ def main() -> int:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
 
-    def write(found: dict[str, Any]) -> None:
+    def write(result: dict[str, Any]) -> None:
         if args.out:
-            files.write_json(args.out, found)
+            files.write_json(args.out, result)
 
-    found = measure(args, write)
-    phases = ", ".join(f"{count} in {phase}" for phase, count in sorted(found["phases"].items()))
-    print(f"{found['kills']} kills: {phases}")
-    slowest = found["slowest_end_seconds"]
-    print(f"{found['ended']} ended every process with a status that is not 0, the slowest in {slowest} s")
-    print(f"{found['resumed']} went on to the end, {found['same_adapter']} to the undisturbed run's adapter")
-    return 0 if found["ended"] == found["resumed"] == found["same_adapter"] == args.kills else 1
+    result = measure(args, write)
+    phases = ", ".join(f"{count} in {phase}" for phase, count in sorted(result["phases"].items()))
+    print(f"{result['kills']} kills: {phases}")
+    slowest = result["slowest_end_seconds"]
+    print(f"{result['ended']} ended every process with a status that is not 0, the slowest in {slowest} s")
+    print(f"{result['resumed']} resumed to the end, {result['same_adapter']} to the undisturbed run's adapter")
+    return 0 if result["ended"] == result["resumed"] == result["same_adapter"] == args.kills else 1
 
 
 if __name__ == "__main__":

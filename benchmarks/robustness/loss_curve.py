@@ -1,13 +1,13 @@
-"""Does the fused path train as the per-linear one does? One real model, one seed, 200 steps, three times.
+"""Does fused training have the losses of unfused training? One real model, one seed, 200 steps, three times.
 
     python -m benchmarks.robustness.loss_curve --out benchmarks/results/loss_curve/NAME.json   (a PNG beside it)
 
-float32      per linear, computed in float32 on the same NF4 base: the reference
-per linear   bfloat16, each linear by itself
+float32      unfused, computed in float32 on the same NF4 base: the reference
+unfused      bfloat16, each linear by itself
 fused        bfloat16, fused layers
 
 All start from the same factors and see the same tokens (the embedded questions and their answers, shuffled by the
-seed). bfloat16 moves a curve by some amount, which `per linear` minus `float32` shows; the fused curve may stray from
+seed). bfloat16 moves a curve by some amount, which `unfused` minus `float32` shows; the fused curve may stray from
 the reference by about as much, not more.
 """
 
@@ -28,7 +28,7 @@ from lsr_scale.adapters import peft_config
 from lsr_scale.data import commonsense
 from lsr_scale.model import load_base, load_tokenizer
 
-KINDS = ("float32", "per linear", "fused")
+KINDS = ("float32", "unfused", "fused")
 
 
 def batches(steps: int, batch: int, length: int, seed: int) -> list[torch.Tensor]:
@@ -68,15 +68,15 @@ def curve(kind: str, data: list[torch.Tensor], method: str, rate: float, seed: i
 def differences(curves: dict[str, list[float]], last: int = 50) -> dict[str, dict[str, float]]:
     """Return how far the bfloat16 curves are from the reference: per step, and in the mean of the last steps."""
     reference = torch.tensor(curves["float32"])
-    found = {}
-    for name in ("per linear", "fused"):
+    by_curve = {}
+    for name in ("unfused", "fused"):
         difference = torch.tensor(curves[name]) - reference
-        found[name] = {
+        by_curve[name] = {
             "rms": float(difference.square().mean().sqrt()),
             "largest": float(difference.abs().max()),
             f"mean_of_last_{last}": float(difference[-last:].mean()),
         }
-    return found
+    return by_curve
 
 
 def plot(curves: dict[str, list[float]], path: Path) -> None:
@@ -85,7 +85,7 @@ def plot(curves: dict[str, list[float]], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, (upper, lower) = pyplot.subplots(2, 1, figsize=(8, 6), sharex=True, height_ratios=[2, 1])
-    for name, style in (("float32", "k-"), ("per linear", "C0-"), ("fused", "C1--")):
+    for name, style in (("float32", "k-"), ("unfused", "C0-"), ("fused", "C1--")):
         upper.plot(curves[name], style, label=name, linewidth=1.2)
         if name != "float32":
             difference = [a - b for a, b in zip(curves[name], curves["float32"], strict=True)]

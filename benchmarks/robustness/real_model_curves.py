@@ -1,4 +1,4 @@
-"""Does a real model train, whatever the way? Its loss over one epoch: padded or packed, fused or not, NF4 or bf16.
+"""Does a real model train in every way? Its loss over one epoch: padded or packed, fused or not, NF4 or bf16.
 
     python -m benchmarks.robustness.real_model_curves --model FOLDER --data DATA \\
         --out benchmarks/results/real_model/NAME.json
@@ -55,7 +55,7 @@ class Way:
     @property
     def name(self) -> str:
         """The stem of its files, and its row in the table."""
-        return "-".join((self.method, self.base, self.batches, "fused" if self.fused == "auto" else "per_linear"))
+        return "-".join((self.method, self.base, self.batches, "fused" if self.fused == "auto" else "unfused"))
 
 
 WAYS = [Way(*values) for values in itertools.product(METHODS, ("nf4", "bf16"), ROWS, ("auto", "off"))]
@@ -63,14 +63,14 @@ WAYS = [Way(*values) for values in itertools.product(METHODS, ("nf4", "bf16"), R
 
 def sources(data: Iterable[Path]) -> list[dict[str, str]]:
     """Return what is trained on as a run's file has it: the tasks of a folder, or files as they are."""
-    found: list[dict[str, str]] = []
+    train_sources: list[dict[str, str]] = []
     for path in data:
         folders = [path / task for task in TASKS]
         if all(folder.is_dir() for folder in folders):
-            found += [{"path": str(folder.resolve()), "split": "train"} for folder in folders]
+            train_sources += [{"path": str(folder.resolve()), "split": "train"} for folder in folders]
         else:
-            found.append({"path": str(path.resolve())})
-    return found
+            train_sources.append({"path": str(path.resolve())})
+    return train_sources
 
 
 def config_of(way: Way, model: str, data: list[dict[str, str]], work: Path, steps: int | None) -> dict[str, Any]:
@@ -169,7 +169,7 @@ def plot(results: list[dict[str, Any]], path: Path, title: str) -> None:
                 continue
             steps, losses = zip(*result["curve"], strict=True) if result["curve"] else ((), ())
             smooth = [statistics.fmean(losses[max(0, end - 10) : end]) for end in range(1, len(losses) + 1)]
-            label = f"{result['base']}, {'fused' if result['fused'] == 'auto' else 'per linear'}"
+            label = f"{result['base']}, {'fused' if result['fused'] == 'auto' else 'unfused'}"
             label += "" if result["finite"] else " (NOT FINITE)"
             axis.plot(steps, smooth, styles[result["fused"]], color=colors[result["base"]], label=label, linewidth=1.2)
         axis.set_title(f"{method}, {batches}")
@@ -191,20 +191,20 @@ def main(arguments: list[str] | None = None) -> int:
     add("--out", type=new_file, required=True, help="the JSON; a PNG goes beside it")
     add("--work", type=Path, help="for configs, run folders and logs; by default they are removed")
     add("--at-once", type=int, default=4, help="runs side by side")
-    add("--time-limit", type=float, default=float("inf"), help="seconds after which what is in hand is ended")
+    add("--time-limit", type=float, default=float("inf"), help="seconds after which running jobs are stopped")
     add("--steps", type=int, help="instead of an epoch: is it wired up?")
     add("--only", default="", help="ways whose names contain this")
     given = parser.parse_args(arguments)
     waiting = [way for way in WAYS if given.only in way.name]
     order = [way.name for way in waiting]
-    found: dict[str, dict[str, Any]] = {}
+    done: dict[str, dict[str, Any]] = {}
     began = time.monotonic()
 
     def next_job() -> Job | None:
         return Job(waiting[0].name, (waiting.pop(0),)) if waiting else None
 
     def take(job: Job, result: dict[str, Any]) -> None:
-        found[job.name] = result
+        done[job.name] = result
         first, last = ends(result["curve"])
         print(f"{job.name}: {first:.3f} -> {last:.3f} in {result['wall_s']:.0f} s", flush=True)
 
@@ -213,12 +213,12 @@ def main(arguments: list[str] | None = None) -> int:
         call = functools.partial(train, str(given.model), sources(given.data), work, given.steps)
         failed, ended = do_all(next_job, call, take, given.at_once, given.time_limit, work / "logs")
         for log in [] if given.work else sorted((work / "logs").glob("*.log")):
-            if not found.get(log.stem, {"finite": False})["finite"]:  # the folder goes, so its end is shown
+            if not done.get(log.stem, {"finite": False})["finite"]:  # the folder goes, so its end is shown
                 print(
                     f"--- {log.stem}\n"
                     + "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:])
                 )
-    results = [found[name] for name in order if name in found]
+    results = [done[name] for name in order if name in done]
     config = {"model": Path(given.model).name, "steps": given.steps, "at_once": given.at_once}
     content = {"env": files.environment(), "config": config, "wall_s": round(time.monotonic() - began, 1)}
     files.write_json(given.out, {**content, "runs": results})

@@ -30,9 +30,9 @@ class Ceilings:
     def measure(self, request: dict[str, Any]) -> dict[str, Any]:
         """Measure and return all ceilings for `tokens` tokens in sequences of `seq_len`."""
         tokens, shape = request["tokens"], self.config["shape"]
-        found = {"copy_bytes_per_s": copy_bandwidth(), **gemms(shape, tokens)}
+        measured = {"copy_bytes_per_s": copy_bandwidth(), **gemms(shape, tokens)}
         self.free_memory()
-        return {"ceilings": {**found, **attention(shape, tokens // request["seq_len"], request["seq_len"])}}
+        return {"ceilings": {**measured, **attention(shape, tokens // request["seq_len"], request["seq_len"])}}
 
 
 def median_ms(function: Any, seconds: float = 0.4) -> float:
@@ -80,7 +80,7 @@ def gemms(shape: dict[str, int], tokens: int) -> dict[str, float]:
         for name in names:
             torch.mm(operands[name][0], operands[name][1].t(), out=outputs[name])
 
-    found: dict[str, float] = {"layer_gemm_recompute_ms": median_ms(lambda: forward(("qkv", "o", "gate_up")))}
+    medians: dict[str, float] = {"layer_gemm_recompute_ms": median_ms(lambda: forward(("qkv", "o", "gate_up")))}
     grads = {name: torch.empty_like(x) for name, (x, _) in operands.items()}
     dy = {name: torch.randn_like(y) for name, y in outputs.items()}
 
@@ -89,7 +89,7 @@ def gemms(shape: dict[str, int], tokens: int) -> dict[str, float]:
             torch.mm(x, weight.t(), out=outputs[name])
             torch.mm(dy[name], weight, out=grads[name])
 
-    found["layer_gemm_ms"] = median_ms(both)
+    medians["layer_gemm_ms"] = median_ms(both)
     for made in (operands, outputs, grads, dy):
         made.clear()
     x, weight = new(tokens, hidden), new(shape["vocab"], hidden) * hidden**-0.5
@@ -100,8 +100,8 @@ def gemms(shape: dict[str, int], tokens: int) -> dict[str, float]:
         torch.mm(x, weight.t(), out=logits)
         torch.mm(logits, weight, out=grad)
 
-    found["lm_head_ms"] = median_ms(head)
-    return found
+    medians["lm_head_ms"] = median_ms(head)
+    return medians
 
 
 def attention(shape: dict[str, int], batch: int, seq_len: int) -> dict[str, Any]:
@@ -110,7 +110,7 @@ def attention(shape: dict[str, int], batch: int, seq_len: int) -> dict[str, Any]
     new = lambda heads: torch.randn(batch, seq_len, heads, size, device="cuda", dtype=torch.bfloat16)  # noqa: E731
     q, k, v = (new(n).transpose(1, 2).requires_grad_() for n in (shape["heads"], shape["kv_heads"], shape["kv_heads"]))
     grad = torch.randn(q.shape, device="cuda", dtype=torch.bfloat16)
-    found: dict[str, dict[str, Any]] = {}
+    by_backend: dict[str, dict[str, Any]] = {}
     repeats = shape["heads"] // shape["kv_heads"]
     wide = [x.detach().repeat_interleave(repeats, 1).requires_grad_() for x in (k, v)]
     grouped, repeated = ((q, k, v), True), ((q, *wide), False)
@@ -135,10 +135,10 @@ def attention(shape: dict[str, int], batch: int, seq_len: int) -> dict[str, Any]
             with sdpa_kernel(backend):
                 with torch.no_grad():
                     ahead = median_ms(forward)
-                found[name] = {"attention_forward_ms": ahead, "attention_ms": median_ms(both)}
+                by_backend[name] = {"attention_forward_ms": ahead, "attention_ms": median_ms(both)}
         except RuntimeError as error:
             print(f"attention, {name}: {str(error).splitlines()[0]}", flush=True)
-    if not found:
+    if not by_backend:
         raise RuntimeError("no fused attention backend takes these shapes")
-    best = min(found, key=lambda name: found[name]["attention_ms"])
-    return {**found[best], "attention_backend": best}
+    best = min(by_backend, key=lambda name: by_backend[name]["attention_ms"])
+    return {**by_backend[best], "attention_backend": best}

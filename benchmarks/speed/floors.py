@@ -4,7 +4,7 @@
 run (`floor_ms`): grouped GEMMs (qkv, o, gate+up, down; forward and dX), lm_head's GEMMs, cuDNN attention, and, at the
 bandwidth of a device copy, the bytes of two dequantizations of every linear layer and of norms, RoPE and SwiGLU (per
 token and layer 12 D + 3 F forward and 12 D + 6 F backward, where D = 2 hidden and F = 2 intermediate bytes). With
-checkpointing each layer is computed again up to SwiGLU's output: all forward GEMMs but down's, forward attention, and
+checkpointing each layer is recomputed up to SwiGLU's output: all forward GEMMs but down's, forward attention, and
 the forward traffic.
 """
 

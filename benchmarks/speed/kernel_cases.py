@@ -129,11 +129,11 @@ def norms(b: Buffers, s: Sizes) -> list[Case]:
     both = {"residual": res, "residual_out": sums}
 
     def plain(i: int, **extra: list) -> None:
-        rms_norm(x[i], weight, EPS, out[i][:, :K], **{name: held[i] for name, held in extra.items()})
+        rms_norm(x[i], weight, EPS, out[i][:, :K], **{name: buffers[i] for name, buffers in extra.items()})
 
     def project(i: int, **extra: list) -> None:
-        held = {name: values[i] for name, values in extra.items()}
-        rms_norm_project(x[i], weight, EPS, out[i], down, xa[i], rank=48, **held)
+        buffers = {name: values[i] for name, values in extra.items()}
+        rms_norm_project(x[i], weight, EPS, out[i], down, xa[i], rank=48, **buffers)
 
     def apart(i: int, **extra: list) -> None:
         plain(i, **extra)
@@ -314,7 +314,7 @@ def attentions(b: Buffers, s: Sizes) -> list[Case]:
     batch = s.T // s.length
     q, k, v = (b.rand(batch, s.length, n, s.head_dim) for n in (s.heads, s.kv_heads, s.kv_heads))
     grad, sequences = b.rand(batch, s.length, s.heads, s.head_dim), attention_ops.Sequences(s.head_dim**-0.5)
-    out, kept = attention_ops.attention(q[0], k[0], v[0], sequences)
+    out, saved = attention_ops.attention(q[0], k[0], v[0], sequences)
     flop = 2.0 * s.T * s.length * s.heads * s.head_dim
     chosen = attention_ops.choose_backend(q[0], k[0], sequences)
     return [
@@ -327,7 +327,7 @@ def attentions(b: Buffers, s: Sizes) -> list[Case]:
         ),
         Case(
             *(f"attention_backward ({chosen})", f"{batch}x{s.length}, {s.heads}/{s.kv_heads} heads"),
-            lambda i: attention_ops.attention_backward(grad[i], q[0], k[0], v[0], out, kept, sequences),
+            lambda i: attention_ops.attention_backward(grad[i], q[0], k[0], v[0], out, saved, sequences),
             flop=2.5 * flop,
         ),
     ]

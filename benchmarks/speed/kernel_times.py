@@ -74,8 +74,8 @@ def main(arguments: list[str] | None = None) -> int:
             row = rows[-1]
             share = f"{row['share_of_bound']:.2f} of copy" if "share_of_bound" in row else ""
             other = f"{row['alternative']} {row['alternative_ms']:.4f}" if "alternative_ms" in row else ""
-            found = f"{row['ms']:.4f} ms" if "ms" in row else row.get("detail", "")
-            print(f"{row['name']:34} {row['shape']:26} {found:12} {share:14} {other}", flush=True)
+            spent = f"{row['ms']:.4f} ms" if "ms" in row else row.get("detail", "")
+            print(f"{row['name']:34} {row['shape']:26} {spent:12} {share:14} {other}", flush=True)
         if device == "cuda":
             torch.cuda.empty_cache()
     config = {"tokens": s.T, "groups": args.groups, "tiny": args.tiny, "copy_bytes_per_s": bytes_per_s}

@@ -29,7 +29,7 @@ class ParityError(Exception):
 
 
 class Measurement:
-    """One run of the benchmark: its cases, what was found, and the file that says so."""
+    """One run of the benchmark: its cases, what was measured, and the file of it."""
 
     def __init__(self, config: dict[str, Any], out: Path, limits: dict[str, float]) -> None:
         """Take the configuration as it stands in the result, the JSON to write, and seconds: build, turn, all."""
@@ -58,7 +58,7 @@ class Measurement:
         from lsr_scale import files
 
         machine = {"ceilings": self.result["ceilings"], "nominal_tflops": self.nominal_tflops}
-        rows = [row_of(case, self.config, found, machine) for case, found in self.turns.items()]
+        rows = [row_of(case, self.config, replies, machine) for case, replies in self.turns.items()]
         add_ratios(rows)
         self.result |= {"rows": rows, "slopes": slopes(rows, self.config["shape"]["layers"])}
         files.write_json(self.out, self.result)
@@ -130,13 +130,13 @@ class Measurement:
             if reply["status"] != "ok":
                 say(f"ceilings {point}: {reply['status']} {last_line(reply)}; its rows will have no floor_fraction")
                 continue
-            found = self.result["ceilings"][point] = reply["ceilings"]
+            measured = self.result["ceilings"][point] = reply["ceilings"]
             self.result.setdefault("floors_ms", {})[point] = {
-                mode: floor_ms(self.config["shape"], tokens, self.config["base"], mode, found)
+                mode: floor_ms(self.config["shape"], tokens, self.config["base"], mode, measured)
                 for mode in self.config["checkpointing"]
                 if mode in ("none", "full")
             }
-            say(f"ceilings {point}: {json.dumps(found)}\nfloors: {json.dumps(self.result['floors_ms'][point])}")
+            say(f"ceilings {point}: {json.dumps(measured)}\nfloors: {json.dumps(self.result['floors_ms'][point])}")
 
     def _round(self, worker: Worker, name: str, resident: bool) -> None:
         """Have a worker measure each of its cases once, but those that failed before."""
@@ -173,7 +173,7 @@ class Measurement:
 
     def _measure_the_starved_alone(self) -> None:
         """Measure again, with nobody else in memory, what ran out of it."""
-        starved = [case for case, found in self.turns.items() if found and found[-1]["status"] == "oom"]
+        starved = [case for case, replies in self.turns.items() if replies and replies[-1]["status"] == "oom"]
         if starved:
             for worker in self.workers:
                 worker.stop()
@@ -192,7 +192,7 @@ class Measurement:
         for row in self.result["rows"]:
             if row["status"] == "ok":
                 initial.setdefault((row["tokens"], row["seq_len"]), []).append(row["loss_initial"])
-        spread = max((max(found) - min(found) for found in initial.values()), default=None)
+        spread = max((max(of_a_point) - min(of_a_point) for of_a_point in initial.values()), default=None)
         self.result["loss_spread"] = spread
         self.result["seconds"] = round(time.monotonic() - self.began, 1)
         self.save()
@@ -230,15 +230,15 @@ def query_gpu(fields: str) -> list[str]:
 
 def gpu_memory_gib() -> float:
     """Return the memory of the first GPU, 0 without one."""
-    found = query_gpu("memory.total")
-    if found:
-        return float(found[0]) / 1024
+    values = query_gpu("memory.total")
+    if values:
+        return float(values[0]) / 1024
     import torch
 
     return torch.cuda.get_device_properties(0).total_memory / 2**30 if torch.cuda.is_available() else 0.0
 
 
-def environment(found: dict[str, Any]) -> dict[str, Any]:
+def environment(recorded: dict[str, Any]) -> dict[str, Any]:
     """Return the library's record of the machine with the peers' versions, the driver, clocks and date."""
     versions: dict[str, str | None] = {}
     for package in ("unsloth", "unsloth_zoo", "liger-kernel"):
@@ -250,7 +250,7 @@ def environment(found: dict[str, Any]) -> dict[str, Any]:
     values = query_gpu(",".join(fields))
     gpu = dict(zip(fields, values, strict=True)) if len(values) == len(fields) else None
     date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    return {**found, **versions, "gpu_state": gpu, "date": date}
+    return {**recorded, **versions, "gpu_state": gpu, "date": date}
 
 
 def stays_resident(config: dict[str, Any], workers: int, memory_gib: float) -> bool:

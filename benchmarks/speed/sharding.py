@@ -1,11 +1,11 @@
-"""How much of a frozen base does each process hold under ZeRO-3, while it is loaded and after a step?
+"""How much memory does a frozen base take in each process under ZeRO-3, while it is loaded and after a step?
 
     torchrun --standalone --nproc_per_node 2 -m benchmarks.speed.sharding --model MODEL --out NAME.json
 
-On GPUs or CPUs, whatever there is, for each `--quantization`. Every process loads the model whole, as one process
+On GPUs or CPUs, whatever there is, for each `--quantization`. Every process loads the whole model, as one process
 would, and then under each of `--stages`; random weights unless `--checkpoint` says that the model has some. Then its
 adapter trains for three steps. Bytes are those of storages, not elements: of parameters as they stand, of the parts of
-them that a process keeps, of quantization states and of everything else that hangs on the model. Peaks are what lives
+them that a process keeps, of quantization states and of everything else that the model refers to. Peaks are what lives
 at once beyond what lived before: the allocator's on a GPU, every storage that an operation makes on a CPU.
 
 `losses` are to be compared between stages, and between 1, 2 and more processes: all of them together see the same eight
@@ -38,8 +38,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
 ROWS, STEPS = 8, 3
 
 
-def held_bytes(model: nn.Module) -> int:
-    """Return the bytes of all storages that hang on a model, each once, but for those of parameters that train.
+def storage_bytes(model: nn.Module) -> int:
+    """Return the bytes of all storages that a model refers to, each once, but for those of trainable parameters.
 
     Reached are parameters, buffers and every other tensor in the attributes of parameters and modules: the parts that
     a process keeps, quantization states, int8's codes and scales, the states of bitsandbytes' layers, and whatever
@@ -116,7 +116,7 @@ def filled_in(stage: str, rows: int) -> dict[str, Any]:
 
 
 def load(model: str, quantization: str, checkpoint: bool, sharding: Any = None) -> tuple[Any, Peak, float]:
-    """Load a base, whole or cut up; return it, what lived at once meanwhile, and the seconds."""
+    """Load a base, whole or sharded; return it, what lived at once meanwhile, and the seconds."""
     from lsr_scale.model import load_base, local_device
 
     begun = time.perf_counter()
@@ -128,7 +128,7 @@ def load(model: str, quantization: str, checkpoint: bool, sharding: Any = None) 
 def whole_sizes(model: str, quantization: str, checkpoint: bool = False) -> dict[str, int]:
     """Return what one process holds of a model by itself, and what lives at once while it is loaded, in bytes."""
     whole, peak, _ = load(model, quantization, checkpoint)
-    return {"whole_bytes": held_bytes(whole), "whole_load_peak_bytes": peak.bytes}
+    return {"whole_bytes": storage_bytes(whole), "whole_load_peak_bytes": peak.bytes}
 
 
 def measure(
@@ -169,7 +169,7 @@ def measure(
     config = filled_in(stage, rows)
     sharding = Sharding(offloads_parameters(config)) if stage.startswith("zero3") else None
     base, load_peak, load_s = load(model, quantization, checkpoint, sharding)
-    loaded_bytes = held_bytes(base)
+    loaded_bytes = storage_bytes(base)
 
     base.enable_input_require_grads()  # as the trainer does
     torch.manual_seed(0)
@@ -197,7 +197,7 @@ def measure(
             torch.distributed.all_reduce(mean)
             losses.append(mean.item() / world)
     steps_s = time.perf_counter() - begun
-    after = held_bytes(adapted)
+    after = storage_bytes(adapted)
     engine.destroy()
     return {
         **whole,
@@ -221,7 +221,7 @@ def main() -> None:
     parser.add_argument("--method", default="lsr", choices=list(OPTIONS))
     parser.add_argument("--layers", type=int, help="this many layers instead of the model's own")
     parser.add_argument("--stages", nargs="+", default=["zero3"], help="names of shipped DeepSpeed configurations")
-    parser.add_argument("--per-linear", action="store_true", help="do not fuse")
+    parser.add_argument("--unfused", action="store_true", help="do not fuse")
     parser.add_argument("--checkpoint", action="store_true", help="the model has weights; random ones otherwise")
     parser.add_argument("--tokens", type=int, default=512, help="in a row")
     parser.add_argument("--out", type=Path)
@@ -256,7 +256,7 @@ def main() -> None:
                     quantization,
                     method=options.method,
                     stage=stage,
-                    fused=not options.per_linear,
+                    fused=not options.unfused,
                     checkpoint=options.checkpoint,
                     tokens=options.tokens,
                     whole=whole,
@@ -265,8 +265,8 @@ def main() -> None:
                 if not distributed.is_main():
                     continue
                 for rank, row in enumerate(rows[-1]["by_rank"]):
-                    held, most = row["after_step_of_whole"], row["load_peak_of_whole"]
-                    shares = f"{held:.3f} of {row['whole_bytes']:,} bytes after a step, {most:.3f} at most in load"
+                    share, most = row["after_step_of_whole"], row["load_peak_of_whole"]
+                    shares = f"{share:.3f} of {row['whole_bytes']:,} bytes after a step, {most:.3f} at most in load"
                     print(f"{quantization} {stage} rank {rank}: {shares}; losses {row['losses']}", flush=True)
                 if options.out:
                     files.write_json(options.out, content | {"rows": rows})

@@ -20,12 +20,12 @@ written.
 `mfu` counts what a frozen base needs at least, 4 FLOP per linear weight and token (forward and dX; lm_head included)
 and 6 tokens x seq_len x heads x head_dim per layer for causal attention, against the device's nominal dense bf16 rate.
 Neither adapters nor anything computed twice counts. `slopes` are the bytes that one more token costs in each layer:
-what is kept for the backward pass.
+what is saved for the backward pass.
 
 `loss_initial` is the loss of a turn's very first step, where every adapter's update is zero: providers on the same base
 and seed must agree on it, which `loss_spread` tells. Adapters are put back to their start before every turn.
 
-Checkpointing "none" keeps everything, "mlp" (ours) all but gate and up, "full" each layer's input, "offload"
+Checkpointing "none" saves all activations, "mlp" (ours) all but gate and up, "full" each layer's input, "offload"
 (Unsloth's) that on the host, and "auto" (ours) is `training.memory: auto`: it fills the memory that is free, which the
 processes of other providers hold a part of.
 """
@@ -142,8 +142,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     count = len(plan_workers(config, lambda name: Path(name)))
     resident = stays_resident(config, count, memory) if args.resident == "auto" else args.resident == "yes"
-    kept = "all models stay in memory" if resident else "one model at a time is in memory"
-    say(f"{count} processes, {kept}; {config['command']}")
+    residence = "all models stay in memory" if resident else "one model at a time is in memory"
+    say(f"{count} processes, {residence}; {config['command']}")
     limits = {"build": args.build_limit, "turn": args.turn_limit, "all": args.time_limit}
     try:
         rows = Measurement(config, args.out, limits).run(resident)

@@ -104,12 +104,12 @@ def slopes(rows: list[dict], layers: int) -> list[dict]:
         rows: The rows.
         layers: The model's number of decoder layers.
     """
-    found: dict[tuple, list[dict]] = {}
+    groups: dict[tuple, list[dict]] = {}
     for row in rows:
         if row["status"] == "ok" and row["peak_memory_gib"] is not None:
-            found.setdefault((row["provider"], row["checkpointing"], row["seq_len"]), []).append(row)
+            groups.setdefault((row["provider"], row["checkpointing"], row["seq_len"]), []).append(row)
     lines = []
-    for (provider, mode, seq_len), group in found.items():
+    for (provider, mode, seq_len), group in groups.items():
         few, many = (choose(group, key=lambda row: row["tokens"]) for choose in (min, max))
         # what fills the memory that there is has no slope
         if few["tokens"] < many["tokens"] and mode != "auto":

@@ -127,10 +127,10 @@ def bare(memory: str, args: argparse.Namespace, values: dict[str, Any], log: Pat
     return 1e3 * args.tokens / statistics.median(reply["step_ms"])
 
 
-def row_of(memory: str, found: dict[str, list[float]]) -> dict[str, Any]:
+def row_of(memory: str, tokens_per_s: dict[str, list[float]]) -> dict[str, Any]:
     """Return a row of the result: the speeds of all rounds so far, and the ratio of their medians."""
-    ratio = statistics.median(found["command"]) / statistics.median(found["bare"])
-    return {"memory": memory, **found, "ratio": ratio}
+    ratio = statistics.median(tokens_per_s["command"]) / statistics.median(tokens_per_s["bare"])
+    return {"memory": memory, **tokens_per_s, "ratio": ratio}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -162,14 +162,14 @@ def main(arguments: list[str] | None = None) -> int:
         write_model(folder, values)
         write_rows(folder / "rows.jsonl", args.tokens // args.seq_len * args.steps, args.seq_len)
         for number in range(args.rounds):
-            for memory, found in rows.items():
-                found["bare"].append(bare(memory, args, values, args.out.with_suffix(f".{memory}.log")))
+            for memory, speeds in rows.items():
+                speeds["bare"].append(bare(memory, args, values, args.out.with_suffix(f".{memory}.log")))
                 try:
-                    found["command"].append(trained(folder, run_of(folder, args, memory, memory), args.limit, [])[0])
+                    speeds["command"].append(trained(folder, run_of(folder, args, memory, memory), args.limit, [])[0])
                 except TrainingError as error:
                     raise SystemExit(str(error)) from error
-                say(f"round {number + 1}: {memory}: {json.dumps({key: round(v[-1]) for key, v in found.items()})}")
-                table = [row_of(memory, found) for memory, found in rows.items() if found["command"]]
+                say(f"round {number + 1}: {memory}: {json.dumps({key: round(v[-1]) for key, v in speeds.items()})}")
+                table = [row_of(memory, speeds) for memory, speeds in rows.items() if speeds["command"]]
                 files.write_json(args.out, {"env": files.environment(), "config": config, "rows": table})
     for row in table:
         say(f"{row['memory']}: the command has {row['ratio']:.3f} of the bare loop's speed")

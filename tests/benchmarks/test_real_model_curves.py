@@ -35,7 +35,7 @@ def test_runs_leave_their_curves_and_a_picture(tmp_path, monkeypatch, capsys):
     assert curves.main([*options]) == 0
     content = json.loads((tmp_path / "curves.json").read_text())
     assert [run["name"] for run in content["runs"]] == [
-        f"lora-bf16-{batches}-{how}" for batches in ("padded", "packed") for how in ("fused", "per_linear")
+        f"lora-bf16-{batches}-{how}" for batches in ("padded", "packed") for how in ("fused", "unfused")
     ]
     for run in content["runs"]:
         assert run["finite"]

@@ -105,8 +105,8 @@ def test_down_starts_along_the_gradient():
     torch.testing.assert_close(down @ down.mT * 3, torch.eye(2).expand(2, 2, 2), atol=1e-4, rtol=0)
     torch.testing.assert_close((down @ wanted.mT).abs() * 3**0.5, torch.eye(2).expand(2, 2, 2), atol=1e-3, rtol=0)
     factored = Variant(base, lsr(4, 4, start="gradient"), 0, gradients)
-    assert factored.held_share
-    assert all(0 < share <= 1 + 1e-5 for share in factored.held_share)
+    assert factored.captured_shares
+    assert all(0 < share <= 1 + 1e-5 for share in factored.captured_shares)
 
 
 def test_the_table_marks_the_best_rate(tmp_path):

@@ -30,6 +30,6 @@ def find_provider(name: str) -> type:
     """Return a provider's class: one of `PROVIDERS`, or `module:Class` for one from elsewhere."""
     place = f"{__name__}.{PROVIDERS[name]}" if name in PROVIDERS else name
     module, _, attribute = place.partition(":")
-    found = getattr(importlib.import_module(module), attribute)
-    found.name = name
-    return found
+    provider_class = getattr(importlib.import_module(module), attribute)
+    provider_class.name = name
+    return provider_class

@@ -52,26 +52,29 @@ class PairedLinear(nn.Linear):
         return y + functional.linear(functional.linear(x, self.pair[0]), self.pair[1])
 
 
-def encoded(tokenizer: Any, data: Path, tasks: Sequence[str] = TASKS) -> tuple[list, list[tuple]]:
-    """Return training pairs (ids, first supervised index) and, per held-out question, all choices with the answer."""
+def encoded(tokenizer: Any, data: Path, tasks: Sequence[str] = TASKS, length: int = LENGTH) -> tuple[list, list[tuple]]:
+    """Return training pairs (ids, first supervised index) and, per held-out question, all choices with the answer.
+
+    What is longer than `length` tokens loses its beginning.
+    """
     train, held_out = [], []
     for task in tasks:
         for example in examples(load_rows(str(data / task), split="train", task=task)):
             pairs = encode_pairs(tokenizer, list(zip(example.contexts, example.continuations, strict=True)))
-            pairs = [((c + t)[-LENGTH:], max(1, min(len(c), LENGTH - len(t)))) for c, t in pairs]
+            pairs = [((c + t)[-length:], max(1, min(len(c), length - len(t)))) for c, t in pairs]
             digest = int(hashlib.sha1((task + example.contexts[0]).encode()).hexdigest(), 16)
             if digest % 10 == 0:
                 held_out.append((pairs, example.answer, example.normalizers))
             else:
                 ids, start = pairs[example.answer]
-                train.append(((ids + [tokenizer.eos_token_id])[-LENGTH:], start))
+                train.append(((ids + [tokenizer.eos_token_id])[-length:], start))
     return train, held_out
 
 
-def padded(pairs: list, device: torch.device | str) -> tuple[Tensor, Tensor]:
-    """Return ids and labels (-100 where nothing is supervised), right-padded to LENGTH."""
-    ids = torch.zeros(len(pairs), LENGTH, dtype=torch.long)
-    labels = torch.full((len(pairs), LENGTH), -100)
+def padded(pairs: list, device: torch.device | str, length: int = LENGTH) -> tuple[Tensor, Tensor]:
+    """Return ids and labels (-100 where nothing is supervised), right-padded to `length` tokens."""
+    ids = torch.zeros(len(pairs), length, dtype=torch.long)
+    labels = torch.full((len(pairs), length), -100)
     for row, (tokens, start) in enumerate(pairs):
         ids[row, : len(tokens)] = torch.tensor(tokens)
         labels[row, start : len(tokens)] = torch.tensor(tokens[start:])
@@ -80,6 +83,8 @@ def padded(pairs: list, device: torch.device | str) -> tuple[Tensor, Tensor]:
 
 class Trainee:
     """The model with stacked factors: one materialization per shape, one captured step."""
+
+    length = LENGTH  # tokens of a row
 
     def __init__(self, model: nn.Module, setting: dict[str, Any], seed: int) -> None:
         self.model = model
@@ -195,7 +200,7 @@ def run(
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed)).tolist()
     steps = int(len(train) * epochs) // batch
     stream = list(itertools.islice(itertools.cycle(order), steps * batch))
-    ids, labels = padded([train[i] for i in stream], device)
+    ids, labels = padded([train[i] for i in stream], device, trainee.length)
     backup = [p.detach().clone() for p in trainee.parameters]
     graph, (static_ids, static_labels), out = captured(step, ids[:batch], labels[:batch])
     with torch.no_grad():
@@ -235,7 +240,7 @@ def evaluate(trainee: Trainee, held_out: list) -> dict[str, float]:
         trainee.set_pairs()
         rows = [pair for pairs, _, _ in held_out for pair in pairs]
         rows += [rows[-1]] * (-len(rows) % 128)
-        ids, labels = padded(rows, next(trainee.model.parameters()).device)
+        ids, labels = padded(rows, next(trainee.model.parameters()).device, trainee.length)
         graph, (static_ids, static_labels), out = captured(trainee.losses, ids[:128], labels[:128])
         batch_losses = []
         for index in range(0, len(rows), 128):

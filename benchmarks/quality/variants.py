@@ -41,7 +41,7 @@ from lsr_scale.adapters.methods.lsr import Lsr, LsrConfig
 TASKS = ("arc_easy", "arc_challenge", "openbookqa", "piqa", "winogrande")
 BATCH = 128
 GRADIENT_ROWS = 512
-parametrization.LENGTH = 48  # tokens; what is longer, a tenth of the rows, loses its beginning
+LENGTH = 48  # tokens; what is longer, a tenth of the rows, loses its beginning
 HEAD = 64  # SmolLM2's
 
 
@@ -69,6 +69,8 @@ def kron_fit(matrices: Tensor, left: tuple[int, int], terms: int) -> tuple[Tenso
 
 class Variant(parametrization.Trainee):
     """A model whose linears of one kind have their factors in stacks, one a layer or one for all."""
+
+    length = LENGTH
 
     def __init__(self, model: nn.Module, setting: dict[str, Any], seed: int, gradients: dict[str, Tensor]) -> None:
         """Draw the factors of a setting.
@@ -200,7 +202,7 @@ def weight_gradients(model: nn.Module, train: list) -> dict[str, Tensor]:
         module.weight.requires_grad_(True)
     device = next(model.parameters()).device
     for first in range(0, min(GRADIENT_ROWS, len(train)), BATCH):
-        ids, labels = padded(train[first : first + BATCH], device)
+        ids, labels = padded(train[first : first + BATCH], device, LENGTH)
         logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
         nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten()).backward()
     by_kind: dict[str, list[Tensor]] = {}
@@ -305,7 +307,7 @@ def main() -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, attn_implementation="sdpa")
     model.to(device).eval().requires_grad_(False)
-    train, held_out = encoded(tokenizer, args.data, TASKS)
+    train, held_out = encoded(tokenizer, args.data, TASKS, LENGTH)
     # the tasks mixed, the same for all workers
     train.sort(key=lambda row: hashlib.sha1(str(row).encode()).digest())
     train, held_out = train[: args.limit], held_out[: args.limit]

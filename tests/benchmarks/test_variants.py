@@ -48,7 +48,7 @@ def test_every_variant_starts_as_the_base_and_trains_what_it_says(name):
     if setting["form"] == "kron":
         pytest.skip("its 16 rows of A do not divide this model")
     trainee = Variant(base, setting, 0, weight_gradients(base, rows()))
-    ids, labels = variants.padded(rows(), "cpu")
+    ids, labels = variants.padded(rows(), "cpu", variants.LENGTH)
     with torch.no_grad():
         before = trainee.losses(ids, labels)
     trainee.set_pairs()

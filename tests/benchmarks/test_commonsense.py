@@ -23,9 +23,9 @@ def test_parts_do_not_overlap_and_pairs_stay_together(data, tmp_path):
             part: [json.loads(line) for line in (tmp_path / "data" / task / f"{part}.jsonl").read_text().splitlines()]
             for part in parts
         }
-        groups = {part: {row["id"].rpartition("-")[0] for row in found} for part, found in rows.items()}
+        groups = {part: {row["id"].rpartition("-")[0] for row in part_rows} for part, part_rows in rows.items()}
         if task == "hellaswag":
-            groups = {part: {row["question"].split(". ")[0] for row in found} for part, found in rows.items()}
+            groups = {part: {row["question"].split(". ")[0] for row in part_rows} for part, part_rows in rows.items()}
         assert groups["train"].isdisjoint(groups["dev"])
         assert groups["train"].isdisjoint(groups["test"])
         assert groups["dev"].isdisjoint(groups["test"])
@@ -73,9 +73,9 @@ def test_runs_leave_a_result_each_and_are_not_done_twice(data, tmp_path, capsys,
     assert result["data"]["openbookqa"] == hashes["openbookqa"]
     assert str(tmp_path / "work") not in json.dumps(result["config"])
     folder = setting.work / "runs" / tuning.name
-    found = rounded_adapters.score_rounded(folder)
-    assert found["4"]["bytes"] < found["8"]["bytes"]
-    assert {task: len(row["right"]) for task, row in found["8"]["tasks"].items()} == dict.fromkeys(result["tasks"], 8)
+    by_bits = rounded_adapters.score_rounded(folder)
+    assert by_bits["4"]["bytes"] < by_bits["8"]["bytes"]
+    assert {task: len(row["right"]) for task, row in by_bits["8"]["tasks"].items()} == dict.fromkeys(result["tasks"], 8)
     capsys.readouterr()
     assert commonsense.execute([tuning], hashes, setting, results, 1, math.inf) == 0
     assert capsys.readouterr().out == "0 runs left, 0 failed\n"
@@ -181,11 +181,11 @@ def test_rounded_factors_are_near_and_small():
     names = [f"base_model.model.layers.{n}.self_attn.q_proj.lora_{side}.weight" for n in (0, 1) for side in "AB"]
     factors = {name: torch.randn(64, 48, generator=generator) for name in names}
     for bits, error in ((8, 0.01), (4, 0.12)):
-        found, size = rounded_adapters.rounded(factors, bits)
-        assert found.keys() == factors.keys()
+        unpacked, size = rounded_adapters.rounded(factors, bits)
+        assert unpacked.keys() == factors.keys()
         assert size < 1.35 * sum(factor.numel() for factor in factors.values()) * bits / 8
         for name, factor in factors.items():
-            assert float((found[name] - factor).norm() / factor.norm()) < error
+            assert float((unpacked[name] - factor).norm() / factor.norm()) < error
     with pytest.raises(ValueError, match="_proj"):
         rounded_adapters.rounded({"lm_head.lora_A.weight": torch.zeros(2, 2)}, 8)
 

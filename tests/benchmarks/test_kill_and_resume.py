@@ -16,5 +16,5 @@ def test_a_run_killed_within_a_save_resumes_to_the_same_adapter(tmp_path):
     command = [sys.executable, "-m", "benchmarks.robustness.kill_and_resume", *options]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads(out.read_text())
-    assert (found["phases"], found["resumed"], found["same_adapter"]) == ({"save": 1}, 1, 1)
+    result = json.loads(out.read_text())
+    assert (result["phases"], result["resumed"], result["same_adapter"]) == ({"save": 1}, 1, 1)

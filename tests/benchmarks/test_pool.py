@@ -51,18 +51,18 @@ def note(tmp_path, monkeypatch):
 def do(words, **options):
     """Return how many failed, what was ended, and the results by name."""
     waiting = [Job(f"{index}-{word}", (word,)) for index, word in enumerate(words)]
-    found = {}
+    results = {}
     failed, ended = do_all(
-        lambda: waiting.pop(0) if waiting else None, act, lambda job, got: found.update({job.name: got}), **options
+        lambda: waiting.pop(0) if waiting else None, act, lambda job, got: results.update({job.name: got}), **options
     )
-    return failed, [job.name for job in ended], found
+    return failed, [job.name for job in ended], results
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_what_fails_or_dies_is_counted_and_the_rest_goes_on(tmp_path, capsys, jobs):
-    failed, ended, found = do(["a", "fail", "b", "die", "leave", "c"], jobs=jobs, logs=tmp_path)
+    failed, ended, results = do(["a", "fail", "b", "die", "leave", "c"], jobs=jobs, logs=tmp_path)
     assert (failed, ended) == (3, [])
-    assert found == {"0-a": "A", "2-b": "B", "5-c": "C"}
+    assert results == {"0-a": "A", "2-b": "B", "5-c": "C"}
     said = capsys.readouterr().out
     assert "1-fail: failed: ValueError: no good" in said
     assert "3-die: failed: its process died" in said
@@ -71,8 +71,8 @@ def test_what_fails_or_dies_is_counted_and_the_rest_goes_on(tmp_path, capsys, jo
 
 
 def test_at_the_limit_what_is_in_hand_is_ended(note):
-    failed, ended, found = do(["a", f"hang {note}", "never"], time_limit=0.2)
-    assert (failed, ended, found) == (0, [f"1-hang {note}"], {"0-a": "A"})
+    failed, ended, results = do(["a", f"hang {note}", "never"], time_limit=0.2)
+    assert (failed, ended, results) == (0, [f"1-hang {note}"], {"0-a": "A"})
 
 
 def test_what_is_ended_can_leave_in_order(note, monkeypatch):

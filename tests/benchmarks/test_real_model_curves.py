@@ -50,10 +50,10 @@ def test_runs_leave_their_curves_and_a_picture(tmp_path, monkeypatch, capsys):
 def test_what_is_not_finite_is_said(tmp_path):
     file = tmp_path / "metrics.jsonl"
     file.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": NaN}\n{"train_runtime": 3}\n')
-    found = curves.curve_of(file)
-    assert found[0] == (1, 2.0)
-    assert math.isnan(found[1][1])
+    curve = curves.curve_of(file)
+    assert curve[0] == (1, 2.0)
+    assert math.isnan(curve[1][1])
     assert curves.curve_of(tmp_path / "none") == []
-    run = {"name": "a run", "curve": found, "finite": False, "exit_status": 1, "wall_s": 3.0}
+    run = {"name": "a run", "curve": curve, "finite": False, "exit_status": 1, "wall_s": 3.0}
     assert "0 of 1 runs finite" in curves.table([run])
     assert " NO " in curves.table([run])

@@ -149,8 +149,8 @@ def test_floor_with_checkpointing_by_hand():
 
 def test_flop_by_hand():
     # 4 x 8192 x (6,979,321,856 + 131,072,000) + 6 x 8192 x 2048 x 4096 x 32
-    found = floors.step_flop(mistral(), 8192, 2048)
-    assert found == pytest.approx(4 * 8192 * 7_110_393_856 + 6 * 8192 * 2048 * 4096 * 32)
+    flop = floors.step_flop(mistral(), 8192, 2048)
+    assert flop == pytest.approx(4 * 8192 * 7_110_393_856 + 6 * 8192 * 2048 * 4096 * 32)
 
 
 def test_a_row_has_the_fields_of_the_format_whatever_happened(tmp_path):
@@ -207,9 +207,9 @@ def test_slopes_are_bytes_a_token_and_layer():
 
     rows = [row(1024, 4.0), row(2048, 4.5), row(8192, 8.0, status="oom"), row(4096, 7.0)]
     rows += [row(1024, 4.0, "full"), row(1024, 4.0, "auto"), row(2048, 5.0, "auto")]
-    (found,) = throughput_rows.slopes(rows, 32)
-    assert found["tokens"] == [1024, 4096]
-    assert found["bytes_per_token_and_layer"] == round(3 * 2**30 / 3072 / 32)
+    (slope,) = throughput_rows.slopes(rows, 32)
+    assert slope["tokens"] == [1024, 4096]
+    assert slope["bytes_per_token_and_layer"] == round(3 * 2**30 / 3072 / 32)
 
 
 @pytest.mark.parametrize("base", ["nf4", "int8", "bf16"])
@@ -232,8 +232,8 @@ def test_the_gate_is_green_as_it_is_and_red_when_a_gradient_is_wrong(base, tmp_p
 
 
 def test_nothing_is_written_behind_a_red_gate(tmp_path, monkeypatch, capsys):
-    found = [{"method": "lsr", "recompute": "none", "worst_ratio": 9.0, "problems": ["lsr: loss is off by 1e-1"]}]
-    monkeypatch.setattr(measurement.Measurement, "_ask_once", lambda *_: [{"status": "ok", "parity": found}])
+    parity = [{"method": "lsr", "recompute": "none", "worst_ratio": 9.0, "problems": ["lsr: loss is off by 1e-1"]}]
+    monkeypatch.setattr(measurement.Measurement, "_ask_once", lambda *_: [{"status": "ok", "parity": parity}])
     out = tmp_path / "a.json"
     assert throughput.main(arguments(out, "lsr", flags="")) == 3
     assert "parity: red, nothing is measured\nlsr: loss is off by 1e-1" in capsys.readouterr().err
@@ -351,9 +351,9 @@ def test_only_some_can_offload_and_their_process_knows_one_mode(tmp_path):
         arguments(tmp_path / "a.json", "lsr", "unsloth_lora", checkpointing="none,full,offload")
     )
     workers = measurement.plan_workers(config, lambda name: tmp_path / name)
-    found = [(worker.provider, worker.modes) for worker in workers]
-    assert found[0] == ("lsr", ["none", "full"])
-    assert found[1:] == [("unsloth_lora", [mode]) for mode in ("none", "full", "offload")]
+    modes = [(worker.provider, worker.modes) for worker in workers]
+    assert modes[0] == ("lsr", ["none", "full"])
+    assert modes[1:] == [("unsloth_lora", [mode]) for mode in ("none", "full", "offload")]
 
 
 def test_models_stay_resident_only_where_they_leave_room(tmp_path):

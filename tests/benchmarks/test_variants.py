@@ -14,11 +14,11 @@ from tests.conftest import tiny_llama
 
 
 def model():
-    found = tiny_llama(hidden_size=64, intermediate_size=96, num_attention_heads=2, num_key_value_heads=1).bfloat16()
-    for name, module in found.named_modules():
+    llama = tiny_llama(hidden_size=64, intermediate_size=96, num_attention_heads=2, num_key_value_heads=1).bfloat16()
+    for name, module in llama.named_modules():
         if name.rsplit(".", 1)[-1] in LINEARS:
             module.__class__ = PairedLinear
-    return found.requires_grad_(False)
+    return llama.requires_grad_(False)
 
 
 def rows(number=6):

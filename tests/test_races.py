@@ -16,27 +16,38 @@ from datasets import Dataset
 
 from lsr_scale import UserError, files
 from lsr_scale.data import cache
-from lsr_scale.kernels import cross_entropy, dequantize, output_gradients, rms_norm, rotary, swiglu, swiglu_project
+from lsr_scale.kernels import (
+    cross_entropy,
+    dequantize,
+    output_gradients,
+    rms_norm,
+    rms_norm_project,
+    rotary,
+    swiglu,
+    swiglu_pair_gradients,
+    swiglu_project,
+)
 from lsr_scale.run.folder import RunFolder
 from lsr_scale.run.lock import locked
 from lsr_scale.run.start import claim
 from tests.kernels import (
+    gates,
+    norms,
     test_cross_entropy,
     test_dequantize,
     test_output_gradients,
-    test_rms_norm,
     test_rotary,
-    test_swiglu,
+    test_swiglu_pair_gradients,
     test_swiglu_project,
 )
-from tests.kernels.checks import pitched, poisoned
+from tests.kernels.checks import poisoned, strided
 
 # Kernels. Each function takes a number of rows, a width, and where and in which dtype; it returns what launches a
 # kernel, into new memory full of NaN, and returns all that it wrote.
 
 
 def norm_both_ways(rows, width, dtype, device):
-    x, weight, residual, grad, residual_grad = test_rms_norm.inputs((rows, width), dtype, device)
+    x, weight, residual, grad, residual_grad = norms.inputs((rows, width), dtype, device)
 
     def launch():
         out, total, found = (poisoned(x.shape, dtype, device) for _ in range(3))
@@ -48,15 +59,15 @@ def norm_both_ways(rows, width, dtype, device):
 
 
 def norm_and_projection(rows, width, dtype, device):
-    x, weight, residual, *_ = test_rms_norm.inputs((rows, width), dtype, device)
-    down = test_rms_norm.inputs((64, width), dtype, device, seed=1)[0]
+    x, weight, residual, *_ = norms.inputs((rows, width), dtype, device)
+    down = norms.inputs((64, width), dtype, device, seed=1)[0]
     down[48:] = 0
 
     def launch():
         out, total = poisoned((rows, width + 64), dtype, device), poisoned(x.shape, dtype, device)
         xa = poisoned((rows, 64), dtype, device)
         given = {"rank": 48, "residual": residual, "residual_out": total}
-        rstd = rms_norm.rms_norm_project_triton(x, weight, 1e-5, out, down, xa, **given)
+        rstd = rms_norm_project.rms_norm_project_triton(x, weight, 1e-5, out, down, xa, **given)
         return out, total, xa, rstd
 
     return launch
@@ -76,8 +87,8 @@ def rotation(rows, width, dtype, device):
 
 
 def gates_both_ways(rows, width, dtype, device):
-    gate_up = test_swiglu.randn(rows, 2 * width, dtype=dtype, device=device, scale=2.0)
-    grad = test_swiglu.randn(rows, width, dtype=dtype, device=device, seed=1)
+    gate_up = gates.randn(rows, 2 * width, dtype=dtype, device=device, scale=2.0)
+    grad = gates.randn(rows, width, dtype=dtype, device=device, seed=1)
 
     def launch():
         out, h, in_place = poisoned(grad.shape, dtype, device), grad.clone(), gate_up.clone()
@@ -89,11 +100,11 @@ def gates_both_ways(rows, width, dtype, device):
 
 
 def gates_with_pairs(rows, width, dtype, device):
-    arguments = test_swiglu.adapter_case(rows, width, (0, 16), (16, 16), 16, dtype, device, 64)
+    arguments = test_swiglu_pair_gradients.adapter_case(rows, width, (0, 16), (16, 16), 16, dtype, device, 64)
 
     def launch():
         out = poisoned((rows, 2 * width), dtype, device)
-        return out, *swiglu.swiglu_pair_gradients_triton(*arguments, out)
+        return out, *swiglu_pair_gradients.swiglu_pair_gradients_triton(*arguments, out)
 
     return launch
 
@@ -127,7 +138,7 @@ def weights(rows, width, dtype, device):
     packed, state, _ = test_dequantize.quantized(rows, width, 64, "nf4", True, dtype, device)
     codes = torch.randint(-127, 128, (rows, width), dtype=torch.int8, device=device)
     scales = torch.rand(rows, device=device)
-    up, down = (pitched(torch.randn(size, device=device), 3) for size in ((rows, 16), (16, width)))
+    up, down = (strided(torch.randn(size, device=device), 3) for size in ((rows, 16), (16, width)))
 
     def launch():
         outs = [poisoned((rows, width + 64), dtype, device) for _ in range(4)]

@@ -12,9 +12,11 @@ from lsr_scale.kernels import attention as attention_ops
 from lsr_scale.kernels.cross_entropy import cross_entropy, cross_entropy_reference
 from lsr_scale.kernels.dequantize import dequantize_4bit, dequantize_int8
 from lsr_scale.kernels.output_gradients import output_gradients
-from lsr_scale.kernels.rms_norm import rms_norm, rms_norm_backward, rms_norm_project
+from lsr_scale.kernels.rms_norm import rms_norm, rms_norm_backward
+from lsr_scale.kernels.rms_norm_project import rms_norm_project
 from lsr_scale.kernels.rotary import rotate
-from lsr_scale.kernels.swiglu import swiglu, swiglu_backward, swiglu_pair_gradients
+from lsr_scale.kernels.swiglu import swiglu, swiglu_backward
+from lsr_scale.kernels.swiglu_pair_gradients import swiglu_pair_gradients
 from lsr_scale.kernels.swiglu_project import swiglu_project
 
 EPS = 1e-5

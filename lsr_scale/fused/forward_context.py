@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lsr_scale.adapters.peft import change_counts
+from lsr_scale.adapters.peft import version_counters
 from lsr_scale.errors import UserError
 from lsr_scale.fused.fallback import layer_fallback_reason
 from lsr_scale.fused.layer_state import GradientBuffer, Positions, layer_linears
@@ -90,7 +90,7 @@ def _pairs(decoder: Any, layers: list[nn.Module]) -> dict[int, Pair]:
     cache: dict[Any, tuple[Any, dict[int, Pair]]] = {}
     if not (decoder.training or torch.is_grad_enabled()):
         factors = [factor for adapter in adapters for factor in adapter.factors().values()]
-        if (counts := change_counts(factors)) is not None:
+        if (counts := version_counters(factors)) is not None:
             places = tuple((id(adapter.linear), adapter.name, adapter.scaling) for adapter in adapters)
             version = places, counts, tuple(factor.data_ptr() for factor in factors)
         cache = decoder.pair_cache = decoder.pair_cache or {}

@@ -8,7 +8,8 @@ from lsr_scale.fused.linear_groups import LinearGroup, mm_float
 from lsr_scale.fused.normed_input import normed_down_gradients, normed_input
 from lsr_scale.fused.pairs import PairGradients
 from lsr_scale.kernels.rms_norm import rms_norm_backward
-from lsr_scale.kernels.swiglu import swiglu, swiglu_backward, swiglu_pair_gradients
+from lsr_scale.kernels.swiglu import swiglu, swiglu_backward
+from lsr_scale.kernels.swiglu_pair_gradients import swiglu_pair_gradients
 from lsr_scale.kernels.swiglu_project import swiglu_project
 
 

@@ -6,7 +6,8 @@ from torch import Tensor
 
 from lsr_scale.fused.layer_state import SavedTensors
 from lsr_scale.fused.linear_groups import LinearGroup, mm_float
-from lsr_scale.kernels.rms_norm import rms_norm, rms_norm_project
+from lsr_scale.kernels.rms_norm import rms_norm
+from lsr_scale.kernels.rms_norm_project import rms_norm_project
 
 
 def normed_input(

@@ -18,7 +18,7 @@ from lsr_scale.fused.layer_state import GROUPS, Recompute
 from lsr_scale.fused.linear_groups import CachedMatrix
 from lsr_scale.fused.modules import FusedCausalLM, FusedDecoder, FusedLayer, FusedLinear
 from lsr_scale.fused.subclass import Fused, original_class, subclass
-from lsr_scale.kernels.attention import keep_cudnn_from_masks
+from lsr_scale.kernels.attention import disable_cudnn_in_sdpa
 from lsr_scale.layers.frozen_linear import freeze_quantized
 
 _DECODERS = {getattr(module, name + "Model") for name, module in FAMILIES.items()}
@@ -85,7 +85,7 @@ def fuse(model: nn.Module, recompute: Recompute = "none", cache_weights: bool = 
     if recompute not in get_args(Recompute):
         raise UserError(f"recompute: expected one of {', '.join(get_args(Recompute))}; got {recompute!r}")
     freeze_quantized(model)
-    keep_cudnn_from_masks()
+    disable_cudnn_in_sdpa()
     report = FuseReport([], {})
     for name, module in list(model.named_modules()):
         original = original_class(module)

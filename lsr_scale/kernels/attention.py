@@ -1,12 +1,13 @@
-"""Causal softmax attention, forward and backward as plain calls, so that a layer decides itself what it keeps.
+"""Causal softmax attention, forward and backward as plain calls: a layer decides itself what it saves for the backward.
 
 `out = softmax(scale q k^T + mask) v` per head, query head h reading key/value head h // (heads / kv_heads). Sequences
 lie side by side in a batch, or packed one after another in one row with their boundaries (`cu_seqlens`). The kernels
 are PyTorch's: cuDNN's where it applies (on an H100 1.8 times the speed of the FLASH backend, both ways), else FLASH's,
 which also knows packed sequences and sliding windows; masks, other dtypes and CPUs take
 `scaled_dot_product_attention`, never with cuDNN: its gradients under a mask are not finite
-(`keep_cudnn_from_masks`). PyTorch does not promise the form of its kernels' answers, so each is tried once against
-plain arithmetic (`why_not`), and is left out with a warning where it gives something else.
+(`disable_cudnn_in_sdpa`). These operators are
+no stable API of PyTorch, so each is tested once against the reference (`unavailable_reason`), and is not used, with a
+warning, where its results differ.
 
 cuDNN's and FLASH's backward passes add in an order that varies from run to run;
 `torch.use_deterministic_algorithms(True)` makes both deterministic, and slower.
@@ -58,7 +59,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences) -> tuple[Te
         sequences: Which tokens attend to which.
 
     Returns:
-        The output `[B, S, H, D]`, contiguous, and the statistics to keep.
+        The output `[B, S, H, D]`, contiguous, and the statistics to save for the backward.
     """
     if is_fake(q):
         return q.new_empty(q.shape), (q.new_empty(q.shape[:-1], dtype=torch.float32),)
@@ -74,18 +75,18 @@ def attention_backward(
     k: Tensor,
     v: Tensor,
     out: Tensor,
-    kept: tuple[Tensor, ...],
+    saved: tuple[Tensor, ...],
     sequences: Sequences,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of q, k and v.
 
     Args:
         grad: Gradient of the output, `[B, S, H, D]`.
-        q: As in the forward pass, as are k and v.
-        k: See q.
-        v: See q.
-        out: What `attention` returned, as is `kept`.
-        kept: See out.
+        q: As in the forward pass.
+        k: As in the forward pass.
+        v: As in the forward pass.
+        out: What `attention` returned.
+        saved: The statistics that it returned.
         sequences: As in the forward pass.
     """
     if is_fake(q):
@@ -100,7 +101,7 @@ def attention_backward(
             again = attention_reference(q, k, v, sequences)
         d_q, d_k, d_v = torch.autograd.grad(again, inputs, grad)
         return d_q, d_k, d_v
-    return _backward(backend, grad, q, k, v, out, kept, sequences)
+    return _backward(backend, grad, q, k, v, out, saved, sequences)
 
 
 def _forward(backend: str, q: Tensor, k: Tensor, v: Tensor, sequences: Sequences) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -129,11 +130,11 @@ def _backward(
     k: Tensor,
     v: Tensor,
     out: Tensor,
-    kept: tuple[Tensor, ...],
+    saved: tuple[Tensor, ...],
     sequences: Sequences,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Do what `attention_backward` does by the kernel that `_forward` used."""
-    lse, seed, offset = kept
+    lse, seed, offset = saved
     scale = sequences.scale
     if backend == "cudnn":
         heads_first = [x.transpose(1, 2) for x in (grad, q, k, v, out)]
@@ -153,20 +154,19 @@ def _backward(
 
 
 @functools.cache
-def _cudnn_is_wanted() -> bool:
-    """Tell whether the user has left cuDNN's attention on: asked before it is switched off below, and once."""
+def _cudnn_was_enabled() -> bool:
+    """Tell whether cuDNN's attention was enabled before `disable_cudnn_in_sdpa` disabled it: read once."""
     return torch.backends.cuda.cudnn_sdp_enabled()
 
 
-def keep_cudnn_from_masks() -> None:
-    """Have `scaled_dot_product_attention` never choose cuDNN in this process; what is here calls it without a mask.
+def disable_cudnn_in_sdpa() -> None:
+    """Disable cuDNN's backend of `scaled_dot_product_attention` in this process; it is called here, without a mask.
 
     Its backward pass under a mask gives NaN where logits are large, for rows padded to odd multiples of 64 (PyTorch
-    2.11 with cuDNN 9.19 on H100 and H200), and PyTorch chooses it there by itself. Not for a while only: layers that
-    are computed again in a backward pass, Transformers' own layers, classifiers and generation all choose anew
-    whenever they run.
+    2.11 with cuDNN 9.19 on H100 and H200), and PyTorch chooses it there by itself. For good, and not within a context:
+    recomputed layers, Transformers' own layers, classifiers and generation all choose a backend whenever they run.
     """
-    _cudnn_is_wanted()
+    _cudnn_was_enabled()
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 
@@ -174,9 +174,9 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences) -
     """Return the output by `scaled_dot_product_attention`: any device, any dtype, every kind of sequence."""
     mask = sequences.mask
     if sequences.cu_seqlens is not None or sequences.window is not None:
-        assert mask is None, "a mask says all there is to say"
+        assert mask is None, "mask excludes cu_seqlens and window"
         mask = dense_mask(q.shape[1], sequences, q.device)
-    keep_cudnn_from_masks()
+    disable_cudnn_in_sdpa()
     groups = q.shape[2] // k.shape[2]
     if mask is not None and groups > 1:
         # with a mask only the slow backends take grouped heads
@@ -217,33 +217,35 @@ def choose_backend(q: Tensor, k: Tensor, sequences: Sequences) -> str:
         return "sdpa"
     heads = q.device.index, q.dtype, q.shape[2], k.shape[2], q.shape[3]
     plain = sequences.cu_seqlens is None and sequences.window is None
-    if plain and why_not("cudnn", *heads) is None:
+    if plain and unavailable_reason("cudnn", *heads) is None:
         return "cudnn"
-    return "sdpa" if why_not("flash", *heads) else "flash"
+    return "sdpa" if unavailable_reason("flash", *heads) else "flash"
 
 
-# of the norm of what plain arithmetic gives: bfloat16 makes 4 % at most, another meaning of an argument about 100 %
-_LIMIT = 0.25
+# relative to the reference's norm: bfloat16 makes 4 % at most, an argument of another meaning about 100 %
+_MAX_RELATIVE_ERROR = 0.25
 
 
 @functools.cache
-def why_not(backend: str, device: int, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int) -> str | None:
-    """Return why cuDNN's or FLASH's kernel cannot be used for these heads on this GPU, or None: tried once."""
-    wanted = _cudnn_is_wanted() if backend == "cudnn" else torch.backends.cuda.flash_sdp_enabled()
-    if not wanted:
-        return "it is switched off"
-    found = _try(backend, torch.device("cuda", device), dtype, heads, kv_heads, head_dim)
-    if found:
-        logger.warning("attention does without PyTorch's %s kernel: %s", backend, found)
-    return found
+def unavailable_reason(
+    backend: str, device: int, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int
+) -> str | None:
+    """Return why cuDNN's or FLASH's kernel cannot be used for these heads on this GPU, or None: tested once."""
+    enabled = _cudnn_was_enabled() if backend == "cudnn" else torch.backends.cuda.flash_sdp_enabled()
+    if not enabled:
+        return "it is disabled"
+    reason = _self_test(backend, torch.device("cuda", device), dtype, heads, kv_heads, head_dim)
+    if reason:
+        logger.warning("attention does not use PyTorch's %s kernel: %s", backend, reason)
+    return reason
 
 
-def _try(
+def _self_test(
     backend: str, device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int
 ) -> str | None:
-    """Return why a kernel is of no use, or None, by its output and gradients for a few tokens.
+    """Return why a kernel cannot be used, or None, by its output and gradients for a few tokens.
 
-    No random numbers are drawn: a run that is resumed would draw others than one that was not.
+    No random numbers are drawn: a resumed run would draw others than one that was not stopped.
     """
     length, sequences = 64, Sequences(scale=head_dim**-0.5)
     with torch.inference_mode(False), torch.enable_grad():
@@ -258,20 +260,21 @@ def _try(
         expected = out.detach(), *torch.autograd.grad(out, inputs, grad.float())
     try:
         with torch.no_grad():
-            out, kept = _forward(backend, q, k, v, sequences)
-            found = out, *_backward(backend, grad, q, k, v, out, kept, sequences)
+            out, saved = _forward(backend, q, k, v, sequences)
+            actual = out, *_backward(backend, grad, q, k, v, out, saved, sequences)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
         return " ".join(str(error).split())[:200] or type(error).__name__
     except (AttributeError, TypeError, ValueError) as error:
-        return f"PyTorch {torch.__version__} answers in another form than expected ({error})"
-    for one, other in zip(found, expected, strict=True):
+        return f"PyTorch {torch.__version__} returns another form than expected ({error})"
+    for one, other in zip(actual, expected, strict=True):
         if one.shape != other.shape:
-            return f"PyTorch {torch.__version__} answers with shape {list(one.shape)}, expected {list(other.shape)}"
-        wrong = float((one.float() - other).norm() / other.norm())
-        if not math.isfinite(wrong):
-            return f"its results on a trial are not finite (PyTorch {torch.__version__})"
-        if wrong > _LIMIT:
-            return f"its results on a trial differ from plain arithmetic by {wrong:.0%} (PyTorch {torch.__version__})"
+            return f"PyTorch {torch.__version__} returns shape {list(one.shape)}, expected {list(other.shape)}"
+        relative_error = float((one.float() - other).norm() / other.norm())
+        if not math.isfinite(relative_error):
+            return f"its results in a self-test are not finite (PyTorch {torch.__version__})"
+        if relative_error > _MAX_RELATIVE_ERROR:
+            by = f"{relative_error:.0%} (PyTorch {torch.__version__})"
+            return f"its results in a self-test differ from the reference by {by}"
     return None

@@ -1,4 +1,4 @@
-"""Triton, where it is installed; elsewhere stand-ins, so that every module here imports and its references run."""
+"""Triton where it is installed, else stubs, so that every module here imports and its reference runs."""
 
 import functools
 from importlib.util import find_spec
@@ -12,7 +12,7 @@ has_triton = find_spec("triton") is not None
 
 
 class _Anything(type):
-    """A class of which everything may be asked: Triton's modules, to the type checker and where Triton is missing."""
+    """A class that has every attribute: Triton's modules, to the type checker and where Triton is missing."""
 
     def __getattr__(cls, name: str) -> Any:
         return Any
@@ -37,7 +37,7 @@ else:
 
 
 def is_fake(x: Tensor) -> bool:
-    """Tell whether a tensor is a shape without data: an operation then makes its results and computes nothing."""
+    """Tell whether a tensor is a FakeTensor, without data: an operation allocates its results and launches nothing."""
     return isinstance(x, FakeTensor)
 
 
@@ -67,5 +67,5 @@ def shared_memory(x: Tensor) -> int:
 @functools.cache
 def _shared_memory(device: int) -> int:
     properties: Any = torch.cuda.get_device_properties(device)
-    # builds for AMD know the first one alone
+    # builds for AMD have the second one only
     return getattr(properties, "shared_memory_per_block_optin", 0) or properties.shared_memory_per_block

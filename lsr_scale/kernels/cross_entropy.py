@@ -19,9 +19,9 @@ def cross_entropy_reference(logits: Tensor, labels: Tensor, *, gradient: bool) -
     log_probs = torch.log_softmax(logits.to(wide), dim=-1)
     losses = -log_probs.gather(1, labels[:, None])[:, 0]
     if gradient:
-        found = log_probs.exp_()
-        found.scatter_add_(1, labels[:, None], found.new_full((len(found), 1), -1.0))
-        logits.copy_(found)
+        grad = log_probs.exp_()
+        grad.scatter_add_(1, labels[:, None], grad.new_full((len(grad), 1), -1.0))
+        logits.copy_(grad)
     return losses
 
 
@@ -31,39 +31,39 @@ def _cross_entropy_kernel(
     labels,
     losses,
     vocabulary,
-    pitch,
+    row_stride,
     GRADIENT: tl.constexpr,
     STEPS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    logits += row * pitch
+    logits += row * row_stride
     label = tl.load(labels + row)
     columns = tl.arange(0, BLOCK)
-    # per lane the largest logit so far and the sum of exponentials relative to it
-    largest = tl.full((BLOCK,), float("-inf"), tl.float32)
+    # online softmax: per lane the maximum logit so far, and the sum of exponentials relative to it
+    maximum = tl.full((BLOCK,), float("-inf"), tl.float32)
     total = tl.full((BLOCK,), 0.0, tl.float32)
     for step in range(STEPS):
         inside = step * BLOCK + columns < vocabulary
         z = tl.load(logits + step * BLOCK + columns, mask=inside, other=float("-inf")).to(tl.float32)
-        higher = tl.maximum(largest, z)
-        # a lane that has seen nothing keeps zero: -inf - -inf is not a number
-        seen = higher > float("-inf")
-        total = tl.where(seen, total * tl.exp(largest - higher) + tl.exp(z - higher), 0.0)
-        largest = higher
-    top = tl.max(largest, axis=0)
-    log_sum = top + tl.log(tl.sum(tl.where(largest > float("-inf"), total * tl.exp(largest - top), 0.0), axis=0))
-    # a label outside the vocabulary gives NaN, not what lies in memory there
-    known = (label >= 0) & (label < vocabulary)
-    tl.store(losses + row, log_sum - tl.load(logits + label, mask=known, other=float("nan")).to(tl.float32))
+        running_max = tl.maximum(maximum, z)
+        # a lane without logits so far keeps zero: -inf - -inf is NaN
+        seen = running_max > float("-inf")
+        total = tl.where(seen, total * tl.exp(maximum - running_max) + tl.exp(z - running_max), 0.0)
+        maximum = running_max
+    top = tl.max(maximum, axis=0)
+    log_sum = top + tl.log(tl.sum(tl.where(maximum > float("-inf"), total * tl.exp(maximum - top), 0.0), axis=0))
+    # a label outside the vocabulary gives NaN instead of a read out of bounds
+    in_vocabulary = (label >= 0) & (label < vocabulary)
+    tl.store(losses + row, log_sum - tl.load(logits + label, mask=in_vocabulary, other=float("nan")).to(tl.float32))
     if GRADIENT:
-        # no thread may still need a logit that another one replaces
+        # every thread has read its logits before one is overwritten
         tl.debug_barrier()
         for step in range(STEPS):
             inside = step * BLOCK + columns < vocabulary
             z = tl.load(logits + step * BLOCK + columns, mask=inside, other=float("-inf")).to(tl.float32)
-            slope = tl.exp(z - log_sum) - tl.where(step * BLOCK + columns == label, 1.0, 0.0)
-            tl.store(logits + step * BLOCK + columns, slope.to(logits.dtype.element_ty), mask=inside)
+            grad = tl.exp(z - log_sum) - tl.where(step * BLOCK + columns == label, 1.0, 0.0)
+            tl.store(logits + step * BLOCK + columns, grad.to(logits.dtype.element_ty), mask=inside)
 
 
 def cross_entropy_triton(
@@ -88,7 +88,7 @@ def cross_entropy_triton(
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, *, gradient: bool) -> Tensor:
-    """Return the loss of each row `[T]` (float32; float64 for such logits), and maybe replace logits by its gradient.
+    """Return each row's loss `[T]` (float32; float64 for such logits), and if asked write its gradient to `logits`.
 
     Args:
         logits: `[T, vocabulary]`, unit column stride.

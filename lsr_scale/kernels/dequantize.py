@@ -1,4 +1,4 @@
-"""Decode a frozen weight into a pitched scratch together with its adapter's pair, in one launch.
+"""Dequantize a frozen weight into the K-extended matrix of a group, beside its adapter's pair, in one launch.
 
     out = [ W | 0 | up | 0 ]   rows 0..N: the weight in K columns, then R columns that hold `up` and zeros
     down_out = [ down ; 0 ]    r2 rows of K columns, padded with rows of zeros
@@ -8,11 +8,11 @@
     int8:  W[n, k] = codes[n, k] * row_scales[n] * (1 / 127)
 
 Values are bit-equal to those of bitsandbytes: float32, each operation rounded by itself (no fused multiply-add), in its
-order, then rounded once to the dtype of `out`. In bytes: half (4-bit) or one (int8) read and two (bf16) written for a
-weight, which bounds the time. Blocks of quantization run over the flattened weight and may straddle its rows.
+order, then rounded once to the dtype of `out`. Bytes per weight: half a byte (4-bit) or one (int8) read and two (bf16)
+written, which bounds the time. Blocks of quantization run over the flattened weight and may straddle its rows.
 
-A *word* here is eight weights in a row: four packed bytes, sixteen bytes of bf16. A thread turns one 4-byte load into
-one 16-byte store, neighbours beside each other on both sides.
+A *vector* here is eight weights of a row: four packed bytes, sixteen bytes of bf16. A thread turns one 4-byte load into
+one 16-byte store, both coalesced.
 """
 
 from typing import Any, NamedTuple
@@ -22,12 +22,12 @@ from torch import Tensor
 
 from lsr_scale.kernels.backend import jit, tl, use_triton
 
-# absmax (fp32), code (fp32 [256]), offset (fp32, one element) and block size of a twice quantized absmax
+# absmax (fp32), code (fp32 [256]), offset (fp32, one element) and block size of a doubly quantized absmax
 Nested = tuple[Tensor, Tensor, Tensor, int]
 
 
 class Extension(NamedTuple):
-    """An adapter's pair, and where it goes beside and below a weight `[N, K]` that is written to `out [N, K + R]`.
+    """An adapter's pair, and where it is written beside and below a weight `[N, K]` in `out [N, K + R]`.
 
     Attributes:
         up: `[N, r]`, written to the columns K + up_column .. of `out`; its other tail columns become zero.
@@ -126,7 +126,7 @@ def dequantize_int8_reference(
     extension: Extension = NOTHING,
 ) -> None:
     """Do what `dequantize_int8` does in plain torch."""
-    _check_rows(codes, row_scales, out)
+    _check_matrix(codes, row_scales, out)
     out[:, : codes.shape[1]] = (codes * row_scales.float().view(-1, 1) * _ONE_OVER_127).to(out.dtype)
     fill_extension_reference(out, codes.shape[1], extension)
 
@@ -138,7 +138,7 @@ def copy_weight_reference(
     extension: Extension = NOTHING,
 ) -> None:
     """Do what `copy_weight` does in plain torch."""
-    _check_rows(weight, None, out)
+    _check_matrix(weight, None, out)
     out[:, : weight.shape[1]] = weight
     fill_extension_reference(out, weight.shape[1], extension)
 
@@ -150,63 +150,63 @@ _ONE_OVER_127 = 7.874015718698502e-3
 @jit
 def _dequantize_kernel(
     weight,
-    weight_pitch,
+    weight_row_stride,
     scales,
     code,
     absmax2,
     code2,
     offset,
     out,
-    out_pitch,
+    out_row_stride,
     num_rows,
     num_tail,
     up,
-    up_pitch,
+    up_row_stride,
     up_column,
     up_rank,
     down,
-    down_pitch,
+    down_row_stride,
     down_rank,
     down_out,
-    down_out_pitch,
+    down_out_row_stride,
     KIND: tl.constexpr,
     NESTED: tl.constexpr,
     HAS_UP: tl.constexpr,
     HAS_DOWN: tl.constexpr,
-    ROW_WORDS: tl.constexpr,
-    BLOCK_WORDS: tl.constexpr,
+    ROW_VECTORS: tl.constexpr,
+    BLOCK_VECTORS: tl.constexpr,
     BLOCK2: tl.constexpr,
     ONE_OVER_127: tl.constexpr,
-    WORDS: tl.constexpr,
+    VECTORS: tl.constexpr,
     TAIL_ROWS: tl.constexpr,
     TAIL_COLUMNS: tl.constexpr,
     DOWN_COLUMNS: tl.constexpr,
 ):
-    """Decode WORDS words of the flattened weight (KIND "4bit", "int8" or "copy") or, past its end, write the pair.
+    """Write VECTORS vectors of the flattened weight (KIND "4bit", "int8" or "copy") or, past its end, the pair.
 
     The programs are in this order: the weight's (KIND "none" has none), the tail columns' tiles, those of `down_out`.
     """
     program = tl.program_id(0)
     dtype = out.dtype.element_ty
-    num_words = num_rows * ROW_WORDS
-    weight_programs = (num_words + WORDS - 1) // WORDS
+    num_vectors = num_rows * ROW_VECTORS
+    weight_programs = (num_vectors + VECTORS - 1) // VECTORS
     if KIND == "none":
         weight_programs = 0
     row_tiles = (num_rows + TAIL_ROWS - 1) // TAIL_ROWS
     tail_programs = row_tiles * ((num_tail + TAIL_COLUMNS - 1) // TAIL_COLUMNS)
     if program < weight_programs:
-        words = program * WORDS + tl.arange(0, WORDS)
-        valid = words < num_words
+        vectors = program * VECTORS + tl.arange(0, VECTORS)
+        valid = vectors < num_vectors
         nth = tl.arange(0, 8)
-        rows = words // ROW_WORDS
-        columns = words % ROW_WORDS * 8
+        rows = vectors // ROW_VECTORS
+        columns = vectors % ROW_VECTORS * 8
         if KIND == "4bit":
-            pairs = tl.load(weight + words[:, None] * 4 + tl.arange(0, 4)[None, :], mask=valid[:, None], other=0)
+            pairs = tl.load(weight + vectors[:, None] * 4 + tl.arange(0, 4)[None, :], mask=valid[:, None], other=0)
             pairs = pairs.to(tl.int32)
             # of the two weights in a byte the upper half is the first
-            index = tl.reshape(tl.join(pairs >> 4, pairs & 15), (WORDS, 8))
-            # a block holds whole words, also where it straddles rows
-            blocks = words // BLOCK_WORDS
+            index = tl.reshape(tl.join(pairs >> 4, pairs & 15), (VECTORS, 8))
+            # a block consists of whole vectors, also where it straddles rows
+            blocks = vectors // BLOCK_VECTORS
             if NESTED:
                 scale = tl.load(code2 + tl.load(scales + blocks, mask=valid, other=0).to(tl.int32)).to(tl.float32)
                 scale = scale * tl.load(absmax2 + blocks // BLOCK2, mask=valid, other=0.0).to(tl.float32)
@@ -215,15 +215,15 @@ def _dequantize_kernel(
                 scale = tl.load(scales + blocks, mask=valid, other=0.0).to(tl.float32)
             # from shared memory: a little faster than from the first-level cache
             table = tl.load(code + tl.arange(0, 16)).to(tl.float32)
-            values = tl.reshape(tl.gather(table, tl.reshape(index, (WORDS * 8,)), 0), (WORDS, 8))
+            values = tl.reshape(tl.gather(table, tl.reshape(index, (VECTORS * 8,)), 0), (VECTORS, 8))
             values = values * scale[:, None]
         else:
-            source = rows.to(tl.int64) * weight_pitch + columns
+            source = rows.to(tl.int64) * weight_row_stride + columns
             values = tl.load(weight + source[:, None] + nth[None, :], mask=valid[:, None], other=0).to(tl.float32)
             if KIND == "int8":
                 scale = tl.load(scales + rows, mask=valid, other=0.0).to(tl.float32)
                 values = values * scale[:, None] * ONE_OVER_127
-        first = rows.to(tl.int64) * out_pitch + columns
+        first = rows.to(tl.int64) * out_row_stride + columns
         tl.store(out + first[:, None] + nth[None, :], values.to(dtype), mask=valid[:, None])
     elif program < weight_programs + tail_programs:
         tile = program - weight_programs
@@ -233,22 +233,22 @@ def _dequantize_kernel(
         tail = (tile // row_tiles * TAIL_COLUMNS + tl.arange(0, TAIL_COLUMNS))[None, :]
         if HAS_UP:
             inside = valid_rows & (tail >= up_column) & (tail < up_column + up_rank)
-            pair = tl.load(up + rows * up_pitch + (tail - up_column), mask=inside, other=0.0).to(dtype)
+            pair = tl.load(up + rows * up_row_stride + (tail - up_column), mask=inside, other=0.0).to(dtype)
         else:
             pair = tl.full((TAIL_ROWS, TAIL_COLUMNS), 0, dtype)
-        tl.store(out + rows * out_pitch + ROW_WORDS * 8 + tail, pair, mask=valid_rows & (tail < num_tail))
+        tl.store(out + rows * out_row_stride + ROW_VECTORS * 8 + tail, pair, mask=valid_rows & (tail < num_tail))
     else:
         tile = program - weight_programs - tail_programs
-        row_programs = (ROW_WORDS * 8 + DOWN_COLUMNS - 1) // DOWN_COLUMNS
+        row_programs = (ROW_VECTORS * 8 + DOWN_COLUMNS - 1) // DOWN_COLUMNS
         down_row = (tile // row_programs).to(tl.int64)
         down_columns = tile % row_programs * DOWN_COLUMNS + tl.arange(0, DOWN_COLUMNS)
-        inside_row = down_columns < ROW_WORDS * 8
+        inside_row = down_columns < ROW_VECTORS * 8
         if HAS_DOWN:
             filled = inside_row & (down_row < down_rank)
-            line = tl.load(down + down_row * down_pitch + down_columns, mask=filled, other=0.0).to(dtype)
+            line = tl.load(down + down_row * down_row_stride + down_columns, mask=filled, other=0.0).to(dtype)
         else:
             line = tl.full((DOWN_COLUMNS,), 0, dtype)
-        tl.store(down_out + down_row * down_out_pitch + down_columns, line, mask=inside_row)
+        tl.store(down_out + down_row * down_out_row_stride + down_columns, line, mask=inside_row)
 
 
 _TAIL_ROWS = 32
@@ -263,16 +263,16 @@ def _launch(
     out: Tensor,
     in_features: int,
     extension: Extension,
-    words: int,
+    vectors: int,
     **options: Any,
 ) -> None:
-    """Launch the kernel with a program for each piece of work; `out` stands for a pointer that is not read."""
+    """Launch the kernel, a program per block of each output; `out` is passed for pointers that are not read."""
     extension.check(out, in_features)
     up, up_column, down, down_out = extension
     num_rows, num_tail = out.shape[0], out.shape[1] - in_features
     programs = -(-num_rows // _TAIL_ROWS) * -(-num_tail // _TAIL_COLUMNS)
     if options["KIND"] != "none":
-        programs += -(-num_rows * in_features // (8 * words))
+        programs += -(-num_rows * in_features // (8 * vectors))
     if down_out is not None:
         programs += down_out.shape[0] * -(-in_features // _DOWN_COLUMNS)
     _dequantize_kernel[(programs,)](
@@ -289,9 +289,9 @@ def _launch(
         *((out, 0) if down_out is None else (down_out, down_out.stride(0))),
         HAS_UP=up is not None,
         HAS_DOWN=down is not None,
-        ROW_WORDS=in_features // 8,
+        ROW_VECTORS=in_features // 8,
         ONE_OVER_127=_ONE_OVER_127,
-        WORDS=words,
+        VECTORS=vectors,
         TAIL_ROWS=_TAIL_ROWS,
         TAIL_COLUMNS=_TAIL_COLUMNS,
         DOWN_COLUMNS=_DOWN_COLUMNS,
@@ -310,14 +310,14 @@ def dequantize_4bit_triton(
     block_size: int,
     nested: Nested | None = None,
     extension: Extension = NOTHING,
-    words: int = 512,
+    vectors: int = 512,
     num_warps: int = 4,
 ) -> None:
     """Do what `dequantize_4bit` does in one Triton launch.
 
     Args:
         packed, absmax, code, out, block_size, nested, extension: As there.
-        words: Words (of eight weights) per program, a power of two.
+        vectors: Vectors (of eight weights) per program, a power of two.
         num_warps: Warps per program.
     """
     packed, in_features = _check_4bit(packed, out, block_size)
@@ -329,10 +329,10 @@ def dequantize_4bit_triton(
         out,
         in_features,
         extension,
-        words,
+        vectors,
         KIND="4bit",
         NESTED=nested is not None,
-        BLOCK_WORDS=block_size // 8,
+        BLOCK_VECTORS=block_size // 8,
         BLOCK2=block_size2,
         num_warps=num_warps,
     )
@@ -344,17 +344,17 @@ def dequantize_int8_triton(
     out: Tensor,
     *,
     extension: Extension = NOTHING,
-    words: int = 512,
+    vectors: int = 512,
     num_warps: int = 4,
 ) -> None:
     """Do what `dequantize_int8` does, or without `row_scales` `copy_weight`, in one Triton launch.
 
     Args:
         codes, row_scales, out, extension: As there.
-        words: Words (of eight weights) per program, a power of two.
+        vectors: Vectors (of eight weights) per program, a power of two.
         num_warps: Warps per program.
     """
-    _check_rows(codes, row_scales, out)
+    _check_matrix(codes, row_scales, out)
     scales = codes if row_scales is None else row_scales
     _launch(
         codes,
@@ -363,10 +363,10 @@ def dequantize_int8_triton(
         out,
         codes.shape[1],
         extension,
-        words,
+        vectors,
         KIND="copy" if row_scales is None else "int8",
         NESTED=False,
-        BLOCK_WORDS=1,
+        BLOCK_VECTORS=1,
         BLOCK2=1,
         num_warps=num_warps,
     )
@@ -375,7 +375,7 @@ def dequantize_int8_triton(
 def fill_extension_triton(out: Tensor, in_features: int, extension: Extension) -> None:
     """Do what `fill_extension` does in one Triton launch."""
     if out.shape[1] > in_features or extension.down_out is not None:
-        kind = {"KIND": "none", "NESTED": False, "BLOCK_WORDS": 1, "BLOCK2": 1}
+        kind = {"KIND": "none", "NESTED": False, "BLOCK_VECTORS": 1, "BLOCK2": 1}
         _launch(out, out, (out, out, out, out), out, in_features, extension, 512, num_warps=4, **kind)
 
 
@@ -393,11 +393,13 @@ def _check_4bit(packed: Tensor, out: Tensor, block_size: int) -> tuple[Tensor, i
             "(a multiple of 8)"
         )
     if block_size % 8 or not packed.is_contiguous() or packed.numel() >= 2**30:
-        raise ValueError(f"expected a contiguous packed weight and whole words in a block, got block size {block_size}")
+        raise ValueError(
+            f"expected a contiguous packed weight and whole vectors of 8 in a block, got block size {block_size}"
+        )
     return packed, in_features
 
 
-def _check_rows(codes: Tensor, row_scales: Tensor | None, out: Tensor) -> None:
+def _check_matrix(codes: Tensor, row_scales: Tensor | None, out: Tensor) -> None:
     """Raise unless `out` has room for the matrix, and the scales are one per row."""
     if out.dtype not in _DTYPES or out.dim() != 2 or out.stride(1) != 1:
         raise ValueError(f"out: expected floating rows of unit column stride, got {out.dtype} {tuple(out.shape)}")
@@ -420,7 +422,7 @@ def dequantize_4bit(
     nested: Nested | None = None,
     extension: Extension = NOTHING,
 ) -> None:
-    """Decode a 4-bit weight of bitsandbytes into `out`, beside its adapter's pair.
+    """Dequantize a 4-bit weight of bitsandbytes into `out`, beside its adapter's pair.
 
     Args:
         packed: The packed weight, any shape: row-major `[N, K]`, two weights a byte, the first in the upper half.
@@ -445,7 +447,7 @@ def dequantize_int8(
     *,
     extension: Extension = NOTHING,
 ) -> None:
-    """Decode an int8 weight with row scales into `out`, beside its adapter's pair.
+    """Dequantize an int8 weight with row scales into `out`, beside its adapter's pair.
 
     Args:
         codes: int8 `[N, K]`, K a multiple of 8.

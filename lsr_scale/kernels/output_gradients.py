@@ -3,8 +3,8 @@
     ds = dY up                                            [T, R]
     d_up[n, j] = sum_t dY[t, n] xa[t, offset(n) + j]      [N, width], float32
 
-Rows of `up` belong to several adapters, whose ranks lie beside each other in the R columns; `offset(n)` is where the
-columns of row n's adapter begin (one value per 64 rows). In bytes: T N elements read once, instead of once per
+Rows of `up` belong to several adapters, whose ranks are side by side in the R columns; `offset(n)` is where the
+columns of row n's adapter begin (one value per 64 rows). Bytes: T N elements read once, instead of once per
 product, plus float32 partial sums of `parts` times [T, R] and `T / BLOCK_T` times [N, width], written and read again:
 a fixed order of summation, so the same gradients every time.
 """
@@ -38,14 +38,14 @@ def output_gradients_reference(
 @jit
 def _output_gradients_kernel(
     grad,
-    grad_pitch,
+    grad_row_stride,
     xa,
-    xa_pitch,
+    xa_row_stride,
     up,
-    up_pitch,
+    up_row_stride,
     offsets,
     ds,
-    ds_pitch,
+    ds_row_stride,
     ds_part,
     d_up_part,
     num_rows,
@@ -69,24 +69,24 @@ def _output_gradients_kernel(
     nth = tl.arange(0, BLOCK_R)
     valid_r = (nth < R)[None, :]
     columns = tl.arange(0, BLOCK_N)
-    inputs = tl.trans(tl.load(xa + rows * xa_pitch + nth[None, :], mask=valid_rows & valid_r, other=0.0))
+    inputs = tl.trans(tl.load(xa + rows * xa_row_stride + nth[None, :], mask=valid_rows & valid_r, other=0.0))
     acc = tl.full((BLOCK_T, BLOCK_R), 0.0, tl.float32)
     part_blocks: tl.constexpr = ((N + BLOCK_N - 1) // BLOCK_N + PARTS - 1) // PARTS
     for step in range(part_blocks):
         block = part * part_blocks + step
         n = block * BLOCK_N + columns
-        tile_grad = tl.load(grad + rows * grad_pitch + n[None, :], mask=valid_rows & (n < N)[None, :], other=0.0)
-        up_rows = up + n.to(tl.int64)[:, None] * up_pitch
+        tile_grad = tl.load(grad + rows * grad_row_stride + n[None, :], mask=valid_rows & (n < N)[None, :], other=0.0)
+        up_rows = up + n.to(tl.int64)[:, None] * up_row_stride
         tile_up = tl.load(up_rows + nth[None, :], mask=(n < N)[:, None] & valid_r, other=0.0)
         acc = tl.dot(tile_grad, tile_up, acc, input_precision="ieee")
         # d_up^T = xa^T dY: with dY as it is in both products, one copy in shared memory serves both and is pipelined;
-        # all R rows, of which a block's own are kept: cheaper than to load the inputs again for each block
+        # all R rows, of which a block's own are stored: cheaper than to load the inputs again for each block
         product = tl.dot(inputs, tile_grad, input_precision="ieee")
         own = (nth - tl.load(offsets + block, mask=block * BLOCK_N < N, other=0))[:, None]
         target = d_up_part + (tile.to(tl.int64) * N + n)[None, :] * WIDTH + own
         tl.store(target, product, mask=(n < N)[None, :] & (nth < R)[:, None] & (own >= 0) & (own < WIDTH))
     if PARTS == 1:
-        tl.store(ds + rows * ds_pitch + nth[None, :], acc.to(ds.dtype.element_ty), mask=valid_rows & valid_r)
+        tl.store(ds + rows * ds_row_stride + nth[None, :], acc.to(ds.dtype.element_ty), mask=valid_rows & valid_r)
     else:
         target = ds_part + (part.to(tl.int64) * num_rows + rows) * R + nth[None, :]
         tl.store(target, acc, mask=valid_rows & valid_r)
@@ -96,7 +96,7 @@ def _output_gradients_kernel(
 def _reduce_kernel(
     ds_part,
     ds,
-    ds_pitch,
+    ds_row_stride,
     d_up_part,
     d_up,
     offsets,
@@ -133,7 +133,7 @@ def _reduce_kernel(
         total = tl.full((BLOCK_DS,), 0.0, tl.float32)
         for part in tl.static_range(PARTS):
             total += tl.load(ds_part + part * size + j, mask=j < size, other=0.0)
-        tl.store(ds + j // R * ds_pitch + j % R, total.to(ds.dtype.element_ty), mask=j < size)
+        tl.store(ds + j // R * ds_row_stride + j % R, total.to(ds.dtype.element_ty), mask=j < size)
 
 
 def _power_of_two(n: int) -> int:
@@ -141,22 +141,22 @@ def _power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def _tile(block_r: int, itemsize: int, room: int) -> tuple[int, int]:
-    """Return the rows of a program, and how many tiles it has in flight and one more, that fit into shared memory.
+def _tile(block_r: int, itemsize: int, shared_bytes: int) -> tuple[int, int]:
+    """Return the rows of a program and its `num_stages` that fit into shared memory.
 
     Args:
         block_r: Columns of a tile of `up`.
         itemsize: Bytes of an element.
-        room: Bytes that a program can have.
+        shared_bytes: Shared memory that a program can have.
     """
     # a program holds a [rows, block_r] sum in registers; float32 has no tensor cores here
-    most = 32 if itemsize == 4 else 128 if block_r <= 128 else 64
+    max_rows = 32 if itemsize == 4 else 128 if block_r <= 128 else 64
     for stages in (3, 2, 1):
-        for rows in (most, most // 2):
+        for rows in (max_rows, max_rows // 2):
             # what Triton takes for sm_80: tiles of the gradient and of `up` in flight, the inputs, and a way between
             # layouts; sm_120 takes no more, and sm_90, which takes up to 32 KiB more, has the room
             tiles = max(1, stages - 1) * (rows + block_r) * BLOCK_N * itemsize
-            if tiles + rows * block_r * itemsize + 16384 * (stages > 1) <= room:
+            if tiles + rows * block_r * itemsize + 16384 * (stages > 1) <= shared_bytes:
                 return rows, stages
     return 16, 1
 
@@ -180,9 +180,10 @@ def output_gradients_triton(
         grad, xa, up, offsets, width, ds_out: As there.
         block_t: Rows per program, a power of two from 16; more of them mean less partial `d_up`. By default, like
             num_stages, as many as the GPU's shared memory has room for.
-        parts: Ranges of columns, each of its own programs; more of them fill a GPU and mean more partial `ds`.
+        parts: Ranges of columns, each with programs of its own (split K); more of them fill a GPU, and mean more
+            partial `ds`.
         num_warps: Warps per program.
-        num_stages: Tiles of the gradient in flight, and one more.
+        num_stages: Of software pipelining: one more than the tiles of the gradient in flight.
     """
     _check(grad, xa, up, offsets, width, ds_out)
     num_rows, N = grad.shape
@@ -236,7 +237,7 @@ def output_gradients_triton(
         R=R,
         WIDTH=width,
         PARTS=parts,
-        # a power of two: batches of other lengths find the kernel compiled
+        # a power of two, so that batches of other lengths reuse the compiled kernel
         MAX_TILES=_power_of_two(num_tiles),
         BLOCK_N=BLOCK_N,
         BLOCK_UP=block_up,
@@ -269,7 +270,7 @@ def output_gradients(
     """Return the gradients that a group of adapters takes from its output gradient.
 
     Args:
-        grad: Output gradient dY, `[T, N]`; it and every other matrix may have a row pitch.
+        grad: Output gradient dY, `[T, N]`; it and every other matrix may have any row stride.
         xa: Adapter activations `x down^T`, `[T, R]`, in the dtype of `grad`.
         up: Block-diagonal `up`, `[N, R]`, in the dtype of `grad`.
         offsets: int32 `[ceil(N / 64)]`, for each 64 rows of `up` the first column of their adapter.

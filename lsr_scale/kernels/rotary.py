@@ -37,30 +37,30 @@ def _rotate_kernel(
     num_heads,
     half,
     num_positions,
-    x_pitch,
-    x_head,
-    out_pitch,
-    out_head,
-    cos_pitch,
-    sin_pitch,
+    x_row_stride,
+    x_head_stride,
+    out_row_stride,
+    out_head_stride,
+    cos_row_stride,
+    sin_row_stride,
     INVERSE: tl.constexpr,
     HEADS: tl.constexpr,
     HALF: tl.constexpr,
 ):
-    # 64 bits: tokens times pitch exceeds 2^31 for long batches
+    # 64 bits: tokens times row stride exceeds 2^31 for long batches
     token = tl.program_id(0).to(tl.int64)
     heads = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
     columns = tl.arange(0, HALF)
     in_half = columns < half
-    cos += (token % num_positions) * cos_pitch + columns
-    sin += (token % num_positions) * sin_pitch + columns
+    cos += (token % num_positions) * cos_row_stride + columns
+    sin += (token % num_positions) * sin_row_stride + columns
     cos1 = tl.load(cos, mask=in_half, other=0.0).to(tl.float32)[None, :]
     cos2 = tl.load(cos + half, mask=in_half, other=0.0).to(tl.float32)[None, :]
     sin1 = tl.load(sin, mask=in_half, other=0.0).to(tl.float32)[None, :]
     sin2 = tl.load(sin + half, mask=in_half, other=0.0).to(tl.float32)[None, :]
     mask = (heads < num_heads) & in_half[None, :]
-    x += token * x_pitch + heads * x_head + columns[None, :]
-    out += token * out_pitch + heads * out_head + columns[None, :]
+    x += token * x_row_stride + heads * x_head_stride + columns[None, :]
+    out += token * out_row_stride + heads * out_head_stride + columns[None, :]
     x1 = tl.load(x, mask=mask, other=0.0).to(tl.float32)
     x2 = tl.load(x + half, mask=mask, other=0.0).to(tl.float32)
     if INVERSE:

@@ -1,34 +1,15 @@
-"""SwiGLU forward and backward, and the backward pass fused with the adapter products that need its results.
+"""SwiGLU, forward and backward.
 
     h = silu(gate) * up                                                 silu(z) = z sigmoid(z)
     d gate = dh * up * sigmoid(gate) (1 + gate (1 - sigmoid(gate)))
     d up = dh * silu(gate)
 
 `gate_up` holds gate in columns [0, F) and up in [F, 2F), as one GEMM leaves them. Float32 arithmetic, one rounding.
-Bytes per element of h in a 16-bit dtype: forward 6, backward 10 (12 with h).
-
-`swiglu_pair_gradients` also computes, from d gate, d up and h while they are in registers,
-
-    d gate_pair = d gate^T @ xa[:, gate's columns]    [F, r_gate]       gradient of gate's up-projection
-    d up_pair = d up^T @ xa[:, up's columns]          [F, r_up]         gradient of up's up-projection
-    d down = ds_down^T @ h                            [r_down, F]       gradient of the down layer's down-projection
-
-so that neither is read from memory again and h is never written: 10 bytes per element instead of 18. A program owns a
-block of columns and walks over a range of tokens with the products in its accumulators; the ranges' results are summed
-in a fixed order. There are no atomics: results do not change from run to run.
-
-In 16-bit dtypes its loop has neither shared memory nor barriers. A tensor-core instruction wants each thread to hold
-four tokens of a column, where a wide memory access gives it neighbouring columns of a token. Yet the order in which
-tokens are summed and in which columns stand in the product is free: a tile is loaded as `[4 (lanes), 8 (lanes), warps,
-tokens of a thread, columns of a thread]`, the order in which the compiler deals elements out to lanes and warps, and is
-*named* anew by reshapes as the `[tokens, columns]` that a thread's registers already are. So that no warp needs
-another's data, the products are batched: a batch is a warp. (Should a compiler deal out elements otherwise, results
-stay right and the loop gets slower.)
+Bytes per element of h in a 16-bit dtype: forward 6, backward 10 (12 with h). Fused with the adapters' products: the
+forward pass in `swiglu_project.py`, the backward pass in `swiglu_pair_gradients.py`.
 """
 
 # pyright: reportInvalidTypeForm=false
-
-import math
 
 import torch
 from torch import Tensor
@@ -58,37 +39,17 @@ def swiglu_backward_reference(grad: Tensor, gate_up: Tensor, out: Tensor, h_out:
         h_out.copy_(gate * sigmoid * up)
 
 
-def swiglu_pair_gradients_reference(
-    grad: Tensor,
-    gate_up: Tensor,
-    xa: Tensor,
-    gate_columns: tuple[int, int],
-    up_columns: tuple[int, int],
-    ds_down: Tensor,
-    down_rank: int,
-    out: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute `swiglu_pair_gradients` in plain torch, in float32 or, for float64 tensors, in float64."""
-    wide = torch.promote_types(gate_up.dtype, torch.float32)
-    h = torch.empty_like(grad, memory_format=torch.contiguous_format)
-    swiglu_backward_reference(grad, gate_up, out, h)
-    pairs = []
-    for found, (start, rank) in zip(out.to(wide).chunk(2, -1), (gate_columns, up_columns), strict=True):
-        pairs.append(found.T @ xa[:, start : start + rank].to(wide))
-    return pairs[0], pairs[1], ds_down[:, :down_rank].to(wide).T @ h.to(wide)
-
-
 @jit
-def _swiglu_kernel(gate_up, out, features, gate_up_pitch, out_pitch, BLOCK: tl.constexpr):
-    # 64 bits: tokens times pitch exceeds 2^31 for long batches
+def _swiglu_kernel(gate_up, out, features, gate_up_row_stride, out_row_stride, BLOCK: tl.constexpr):
+    # 64 bits: tokens times row stride exceeds 2^31 for long batches
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < features
-    gate_up += row * gate_up_pitch + columns
+    gate_up += row * gate_up_row_stride + columns
     gate = tl.load(gate_up, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(gate_up + features, mask=mask, other=0.0).to(tl.float32)
     h = gate * (1.0 / (1.0 + tl.exp(-gate))) * up
-    tl.store(out + row * out_pitch + columns, h.to(out.dtype.element_ty), mask=mask)
+    tl.store(out + row * out_row_stride + columns, h.to(out.dtype.element_ty), mask=mask)
 
 
 @jit
@@ -98,19 +59,19 @@ def _swiglu_backward_kernel(
     out,
     h_out,
     features,
-    grad_pitch,
-    gate_up_pitch,
-    out_pitch,
-    h_pitch,
+    grad_row_stride,
+    gate_up_row_stride,
+    out_row_stride,
+    h_row_stride,
     HAS_H: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < features
-    gate_up += row * gate_up_pitch + columns
-    out += row * out_pitch + columns
-    dh = tl.load(grad + row * grad_pitch + columns, mask=mask, other=0.0).to(tl.float32)
+    gate_up += row * gate_up_row_stride + columns
+    out += row * out_row_stride + columns
+    dh = tl.load(grad + row * grad_row_stride + columns, mask=mask, other=0.0).to(tl.float32)
     gate = tl.load(gate_up, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(gate_up + features, mask=mask, other=0.0).to(tl.float32)
     sigmoid = 1.0 / (1.0 + tl.exp(-gate))
@@ -119,172 +80,11 @@ def _swiglu_backward_kernel(
     tl.store(out, d_gate.to(out.dtype.element_ty), mask=mask)
     tl.store(out + features, (dh * silu).to(out.dtype.element_ty), mask=mask)
     if HAS_H:
-        tl.store(h_out + row * h_pitch + columns, (silu * up).to(h_out.dtype.element_ty), mask=mask)
+        tl.store(h_out + row * h_row_stride + columns, (silu * up).to(h_out.dtype.element_ty), mask=mask)
 
 
-@jit
-def _load_rank_operand(
-    base,
-    width,
-    token,
-    limit,
-    pitch,
-    WHOLE: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    WARPS: tl.constexpr,
-):
-    """Load `[BLOCK_T, WIDTH]` as a product's left operand `[WARPS, WIDTH, BLOCK_T]`, the same for each warp."""
-    PER_THREAD: tl.constexpr = WIDTH // 8
-    rank = PER_THREAD * tl.arange(0, 8)[None, :, None, None, None]
-    rank += tl.arange(0, PER_THREAD)[None, None, None, None, :]
-    # zeros give the offsets their full shape, warps included
-    offsets = token * pitch + rank + tl.zeros([4, 8, WARPS, BLOCK_T // 4, PER_THREAD], tl.int32)
-    # other modules' columns fill rows of the product that are not stored, if memory has them: no mask, wide loads
-    mask = token < limit
-    if not WHOLE:
-        mask = mask & (rank < width)
-    x = tl.load(base + offsets, mask=mask, other=0.0)
-    x = tl.reshape(x, [4, 8, WARPS, BLOCK_T // 8, 2, PER_THREAD])
-    return tl.reshape(tl.permute(x, [2, 5, 1, 3, 0, 4]), [WARPS, WIDTH, BLOCK_T])
-
-
-@jit
-def _as_column_operand(tile, BLOCK_T: tl.constexpr, VECTOR: tl.constexpr, WARPS: tl.constexpr):
-    """Name a tile's elements anew as a product's right operand `[WARPS, BLOCK_T, 8 * VECTOR]`: nothing moves."""
-    x = tl.reshape(tile, [4, 8, WARPS, BLOCK_T // 8, 2, VECTOR])
-    return tl.reshape(tl.permute(x, [2, 3, 0, 4, 5, 1]), [WARPS, BLOCK_T, 8 * VECTOR])
-
-
-@jit
-def _by_column(pair, WIDTH: tl.constexpr, VECTOR: tl.constexpr, WARPS: tl.constexpr):
-    """Give a product back as `[columns, WIDTH]`, both in their order in memory."""
-    x = tl.permute(tl.reshape(pair, [WARPS, WIDTH // 8, 8, VECTOR, 8]), [0, 4, 3, 2, 1])
-    return tl.reshape(x, [WARPS * 8 * VECTOR, WIDTH])
-
-
-@jit
-def _swiglu_pair_gradients_kernel(
-    grad,
-    gate_up,
-    xa,
-    ds_down,
-    out,
-    pair_partial,
-    num_rows,
-    features,
-    gate_start,
-    up_start,
-    gate_rank,
-    up_rank,
-    down_rank,
-    grad_pitch,
-    gate_up_pitch,
-    xa_pitch,
-    ds_down_pitch,
-    out_pitch,
-    steps,
-    STEPS: tl.constexpr,
-    UNIT: tl.constexpr,
-    WHOLE: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    VECTOR: tl.constexpr,
-    WARPS: tl.constexpr,
-    GATE: tl.constexpr,
-    UP: tl.constexpr,
-    DOWN: tl.constexpr,
-    ASSEMBLY: tl.constexpr,
-):
-    BLOCK_F: tl.constexpr = 8 * VECTOR * WARPS
-    dtype = out.dtype.element_ty
-    first = tl.program_id(0) * BLOCK_F
-    split = tl.program_id(1)
-    # [4, 8, WARPS, BLOCK_T // 4, VECTOR]; the order of tokens is the instruction's, so that xa needs no shuffle either
-    quad = tl.arange(0, 4)[:, None, None, None, None]
-    nth = tl.arange(0, BLOCK_T // 4)[None, None, None, :, None]
-    inside = 2 * quad + nth // 2 * 8 + nth % 2
-    group = VECTOR * tl.arange(0, 8)[None, :, None, None, None]
-    group += 8 * VECTOR * tl.arange(0, WARPS)[None, None, :, None, None]
-    columns = group + tl.arange(0, VECTOR)[None, None, None, None, :]
-    # F is a multiple of 8, so a thread's columns are all in or all out
-    in_width = first + group < features
-    gate_pair = tl.full([WARPS, GATE, 8 * VECTOR], 0.0, tl.float32)
-    up_pair = tl.full([WARPS, UP, 8 * VECTOR], 0.0, tl.float32)
-    down_pair = tl.full([WARPS, DOWN, 8 * VECTOR], 0.0, tl.float32)
-    # 64 bits where a program starts, as tokens times pitch exceeds 2^31 for long batches; 32 inside its range
-    row = split * steps * BLOCK_T
-    limit = num_rows - row
-    wide_row = row.to(tl.int64)
-    grad += wide_row * grad_pitch + first
-    gate_up += wide_row * gate_up_pitch + first
-    out += wide_row * out_pitch + first
-    gate_xa = xa + wide_row * xa_pitch + UNIT * gate_start
-    up_xa = xa + wide_row * xa_pitch + UNIT * up_start
-    ds_down += wide_row * ds_down_pitch
-    # compiled in (interpreter: NumPy refuses its numbers as a bound of range) or, if 0, given at run time
-    for step in range(STEPS if STEPS > 0 else steps):
-        token = step * BLOCK_T + inside
-        mask = (token < limit) & in_width
-        dh = tl.load(grad + token * grad_pitch + columns, mask=mask, other=0.0).to(tl.float32)
-        tile = gate_up + token * gate_up_pitch + columns
-        gate = tl.load(tile, mask=mask, other=0.0).to(tl.float32)
-        up = tl.load(tile + features, mask=mask, other=0.0).to(tl.float32)
-        gate_left = _load_rank_operand(gate_xa, gate_rank, token, limit, xa_pitch, WHOLE, GATE, BLOCK_T, WARPS)
-        up_left = _load_rank_operand(up_xa, up_rank, token, limit, xa_pitch, WHOLE, UP, BLOCK_T, WARPS)
-        down_left = _load_rank_operand(ds_down, down_rank, token, limit, ds_down_pitch, WHOLE, DOWN, BLOCK_T, WARPS)
-        # masked elements are zero in all three tiles, so what follows from them is zero in every product
-        if ASSEMBLY:
-            # the same instructions without their cases for subnormal numbers, which were a fifth of the loop
-            sigmoid = tl.inline_asm_elementwise(
-                "{ .reg .f32 t; mul.ftz.f32 t, $1, 0fBFB8AA3B; ex2.approx.ftz.f32 t, t;"
-                " add.ftz.f32 t, t, 0f3F800000; rcp.approx.ftz.f32 $0, t; }",
-                "=r,r",
-                [gate],
-                dtype=tl.float32,
-                is_pure=True,
-                pack=1,
-            )
-        else:
-            sigmoid = 1.0 / (1.0 + tl.exp(-gate))
-        silu = gate * sigmoid
-        d_gate = (dh * up * (sigmoid + silu * (1.0 - sigmoid))).to(dtype)
-        d_up = (dh * silu).to(dtype)
-        h = (silu * up).to(dtype)
-        tile = out + token * out_pitch + columns
-        tl.store(tile, d_gate, mask=mask)
-        tl.store(tile + features, d_up, mask=mask)
-        right = _as_column_operand(d_gate, BLOCK_T, VECTOR, WARPS)
-        gate_pair = tl.dot(gate_left, right, gate_pair, input_precision="ieee")
-        right = _as_column_operand(d_up, BLOCK_T, VECTOR, WARPS)
-        up_pair = tl.dot(up_left, right, up_pair, input_precision="ieee")
-        right = _as_column_operand(h, BLOCK_T, VECTOR, WARPS)
-        down_pair = tl.dot(down_left, right, down_pair, input_precision="ieee")
-    pair_partial += split.to(tl.int64) * features * (gate_rank + up_rank + down_rank)
-    column = first + tl.arange(0, BLOCK_F)
-    gate_w = tl.arange(0, GATE)
-    up_w = tl.arange(0, UP)
-    down_w = tl.arange(0, DOWN)
-    in_width = column < features
-    tl.store(
-        pair_partial + column[:, None] * gate_rank + gate_w[None, :],
-        _by_column(gate_pair, GATE, VECTOR, WARPS),
-        mask=in_width[:, None] & (gate_w < gate_rank)[None, :],
-    )
-    pair_partial += features * gate_rank
-    tl.store(
-        pair_partial + column[:, None] * up_rank + up_w[None, :],
-        _by_column(up_pair, UP, VECTOR, WARPS),
-        mask=in_width[:, None] & (up_w < up_rank)[None, :],
-    )
-    pair_partial += features * up_rank
-    tl.store(
-        pair_partial + down_w[:, None] * features + column[None, :],
-        tl.trans(_by_column(down_pair, DOWN, VECTOR, WARPS)),
-        mask=(down_w < down_rank)[:, None] & in_width[None, :],
-    )
-
-
-def _pitch(x: Tensor) -> int:
+def row_stride(x: Tensor) -> int:
+    """Return the stride between the rows of a matrix, having asserted a unit column stride."""
     assert x.stride(1) == 1, f"strides {x.stride()}: the last must be 1"
     return x.stride(0)
 
@@ -294,7 +94,7 @@ def swiglu_triton(gate_up: Tensor, out: Tensor, *, block: int = 1024, num_warps:
     rows, features = out.shape
     assert gate_up.shape == (rows, 2 * features)
     _swiglu_kernel[(rows, triton.cdiv(features, block))](
-        gate_up, out, features, _pitch(gate_up), _pitch(out), BLOCK=block, num_warps=num_warps
+        gate_up, out, features, row_stride(gate_up), row_stride(out), BLOCK=block, num_warps=num_warps
     )
 
 
@@ -317,133 +117,22 @@ def swiglu_backward_triton(
         out,
         grad if h_out is None else h_out,
         features,
-        _pitch(grad),
-        _pitch(gate_up),
-        _pitch(out),
-        _pitch(grad if h_out is None else h_out),
+        row_stride(grad),
+        row_stride(gate_up),
+        row_stride(out),
+        row_stride(grad if h_out is None else h_out),
         HAS_H=h_out is not None,
         BLOCK=block,
         num_warps=num_warps,
     )
 
 
-def _accumulator_width(rank: int) -> int:
-    """Return the columns of a product's accumulator: Triton wants powers of two, tensor cores 16 or more."""
-    return max(16, triton.next_power_of_2(rank))
-
-
-# By the sum of the accumulators' widths: columns per thread, warps per program, most registers per thread. A thread's
-# accumulators are `sum(widths) * columns / 4` registers; at 168 registers 12 warps share a multiprocessor. For ranks of
-# 16 on an H200 that was faster than 128 registers and 16 warps, with some spills: 0.351 ms against 0.374.
-_PAIR_BLOCKS = {48: (4, 4, 168), 96: (4, 4, 168), 192: (2, 4, 168)}
-
-
-def _token_ranges(blocks: int, num_programs: int, cost: float) -> int:
-    """Return in how many ranges to split the tokens so that programs run in one to three rounds, the last almost full.
-
-    Args:
-        blocks: Programs per range.
-        num_programs: Programs that run at once.
-        cost: What a range's partial results cost, as a share of all time.
-    """
-    ranges = [max(1, rounds * num_programs // blocks) for rounds in (1, 2, 3)]
-    return max(ranges, key=lambda n: n * blocks / (-(-n * blocks // num_programs) * num_programs) - cost * n)
-
-
-def swiglu_pair_gradients_triton(
-    grad: Tensor,
-    gate_up: Tensor,
-    xa: Tensor,
-    gate_columns: tuple[int, int],
-    up_columns: tuple[int, int],
-    ds_down: Tensor,
-    down_rank: int,
-    out: Tensor,
-    *,
-    block_t: int = 16,
-    vector: int | None = None,
-    num_warps: int = 4,
-    max_registers: int | None = 128,
-    num_stages: int = 1,
-    num_programs: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Launch the fused kernel and sum its shares; the arguments are `swiglu_pair_gradients`'s, then these.
-
-    `block_t` tokens per step of a program, 16 or more; `vector` neighbouring columns per thread (2, 4 or 8; a program
-    has `8 * vector * num_warps`), by default chosen, with the warps and their most registers, from the ranks (both
-    count only if it is given); `num_stages` of software pipelining, above 1 through shared memory; `num_programs` that
-    run at once, by default what the registers of a large GPU's 132 multiprocessors hold.
-    """
-    rows, features = grad.shape
-    (gate_start, gate_rank), (up_start, up_rank) = gate_columns, up_columns
-    assert gate_up.shape == out.shape == (rows, 2 * features)
-    assert features % 8 == 0, f"{features} columns: not a multiple of 8"
-    assert xa.shape[0] == ds_down.shape[0] == rows
-    assert max(gate_start + gate_rank, up_start + up_rank) <= xa.shape[1]
-    assert down_rank <= ds_down.shape[1]
-    assert max(gate_rank, up_rank, down_rank) <= 64, "ranks above 64 want accumulators that no program has room for"
-    widths = tuple(_accumulator_width(rank) for rank in (gate_rank, up_rank, down_rank))
-    if vector is None:
-        vector, num_warps, max_registers = _PAIR_BLOCKS[min(key for key in _PAIR_BLOCKS if key >= sum(widths))]
-        if grad.dtype.itemsize == 4:
-            # products without tensor cores, whose operands go through shared memory
-            vector, num_warps, max_registers = 2, 4, None
-    if num_programs is None:
-        num_programs = 132 * max(1, 65536 // (32 * num_warps * (max_registers or 255)))
-    pitches = [_pitch(x) for x in (grad, gate_up, xa, ds_down, out)]
-    blocks = triton.cdiv(features, 8 * vector * num_warps)
-    tiles = triton.cdiv(rows, block_t)
-    # partial results are written and read in float32, to ten bytes per element of h in a 16-bit dtype
-    cost = 0.8 * (gate_rank + up_rank + down_rank) / rows
-    steps = triton.cdiv(tiles, min(tiles, _token_ranges(blocks, num_programs, cost)))
-    # a program's offsets fit in 32 bits
-    steps = min(steps, max(1, 2**30 // (block_t * max(pitches))))
-    splits = triton.cdiv(tiles, steps)
-    sizes = [features * rank for rank in (gate_rank, up_rank, down_rank)]
-    pair_partial = torch.empty((splits, sum(sizes)), dtype=torch.float32, device=grad.device)
-    # what divides both starts, so that the compiler sees that loads are aligned
-    unit = math.gcd(8, gate_start, up_start)
-    _swiglu_pair_gradients_kernel[(blocks, splits)](
-        grad,
-        gate_up,
-        xa,
-        ds_down,
-        out,
-        pair_partial,
-        rows,
-        features,
-        gate_start // unit,
-        up_start // unit,
-        gate_rank,
-        up_rank,
-        down_rank,
-        *pitches,
-        steps,
-        STEPS=0 if grad.is_cuda else steps,
-        UNIT=unit,
-        WHOLE=max(gate_start + widths[0], up_start + widths[1]) <= xa.shape[1] and widths[2] <= ds_down.shape[1],
-        BLOCK_T=block_t,
-        VECTOR=vector,
-        WARPS=num_warps,
-        GATE=widths[0],
-        UP=widths[1],
-        DOWN=widths[2],
-        # the interpreter knows no assembly
-        ASSEMBLY=grad.is_cuda,
-        num_warps=num_warps,
-        num_stages=num_stages,
-        maxnreg=max_registers,
-    )
-    gate_pair, up_pair, down = (pair_partial[0] if splits == 1 else pair_partial.sum(0)).split(sizes)
-    return gate_pair.view(features, gate_rank), up_pair.view(features, up_rank), down.view(down_rank, features)
-
-
 def swiglu(gate_up: Tensor, out: Tensor) -> None:
     """Write `silu(gate) * up` to `out`.
 
     Args:
-        gate_up: `[T, 2F]`, gate in the first F columns; rows may have any pitch.
-        out: `[T, F]`, rows of any pitch; may be gate's or up's half of `gate_up`, else must not overlap it.
+        gate_up: `[T, 2F]`, gate in the first F columns; rows may have any row stride.
+        out: `[T, F]`, rows of any row stride; may be gate's or up's half of `gate_up`, else must not overlap it.
     """
     if is_fake(gate_up):
         return
@@ -455,7 +144,7 @@ def swiglu_backward(grad: Tensor, gate_up: Tensor, out: Tensor, h_out: Tensor | 
     """Write the gradients of gate and up to `out`, and h again if asked.
 
     Args:
-        grad: Gradient of h, `[T, F]`; rows of all tensors may have any pitch.
+        grad: Gradient of h, `[T, F]`; rows of all tensors may have any row stride.
         gate_up: `[T, 2F]`, what `swiglu` was given.
         out: `[T, 2F]`: the gradient of gate in the first F columns, of up in the rest; may be `gate_up` itself.
         h_out: Where h goes, `[T, F]`; may be `grad` itself.
@@ -464,41 +153,3 @@ def swiglu_backward(grad: Tensor, gate_up: Tensor, out: Tensor, h_out: Tensor | 
         return
     run = swiglu_backward_triton if use_triton(gate_up) else swiglu_backward_reference
     run(grad, gate_up, out, h_out)
-
-
-def swiglu_pair_gradients(
-    grad: Tensor,
-    gate_up: Tensor,
-    xa: Tensor,
-    gate_columns: tuple[int, int],
-    up_columns: tuple[int, int],
-    ds_down: Tensor,
-    down_rank: int,
-    out: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute `swiglu_backward` and the adapter gradients that its results give, which are rounded to the dtype first.
-
-    Rows of all tensors may have any pitch. A rank of 0 leaves a module out; none is above 64.
-
-    Args:
-        grad: Gradient of h, `[T, F]`, F a multiple of 8.
-        gate_up: `[T, 2F]`, what `swiglu` was given.
-        xa: `[T, R]`: the input of gate and up times their down-projections, in the columns named below; other columns
-            may hold anything. Fastest if their first columns are even and R leaves 16 columns (or the next power of
-            two that holds a rank) from each.
-        gate_columns: First column and rank of gate's pair.
-        up_columns: First column and rank of up's pair.
-        ds_down: `[T, >= down_rank]`: gradient of the down layer's output times its up-projection; fastest if 16 wide.
-        down_rank: How many columns of `ds_down` count; others may hold anything.
-        out: Where the gradients of gate and up go, `[T, 2F]`; may be `gate_up` itself.
-
-    Returns:
-        `(d gate_pair [F, r_gate], d up_pair [F, r_up], d down [down_rank, F])`, contiguous and in float32 (float64 for
-        float64 inputs).
-    """
-    if is_fake(gate_up):
-        ranks = gate_columns[1], up_columns[1], down_rank
-        d_gate, d_up, d_down = (gate_up.new_empty(grad.shape[1], rank, dtype=torch.float32) for rank in ranks)
-        return d_gate, d_up, d_down.t()
-    run = swiglu_pair_gradients_triton if use_triton(gate_up) else swiglu_pair_gradients_reference
-    return run(grad, gate_up, xa, gate_columns, up_columns, ds_down, down_rank, out)

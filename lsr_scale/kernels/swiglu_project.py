@@ -1,13 +1,13 @@
-"""SwiGLU and, from the same registers, its product with an adapter's down-projection.
+"""SwiGLU and, from the same registers, its product with the down-projection of the adapter behind it.
 
     h = silu(gate) * up                                                 silu(z) = z sigmoid(z)
     xa = h @ down^T                                                     [T, R]
 
 `gate_up` holds gate in columns [0, F) and up in [F, 2F). h is rounded to the dtype before it is multiplied, as a GEMM
 would find it in memory; float32 arithmetic otherwise. A program owns BLOCK_T tokens and one of several ranges of
-columns: its share of xa goes to float32 memory, and a second kernel adds up the shares in a fixed order. Bytes per
-element of h in a 16-bit dtype: 6, as without the product. Beside that `8 splits` per element of xa, for as many columns
-as are not zero, and `T / BLOCK_T` reads of `down`, which come from the L2 cache.
+columns: its partial xa is stored in float32, and a second kernel sums the partials in a fixed order (split K). Bytes
+per element of h in a 16-bit dtype: 6, as without the product. Beside that `8 splits` per element of xa, for as many
+columns as are not zero, and `T / BLOCK_T` reads of `down`, which come from the L2 cache.
 """
 
 # pyright: reportInvalidTypeForm=false
@@ -37,9 +37,9 @@ def _swiglu_project_kernel(
     down,
     xa_partial,
     num_rows,
-    gate_up_pitch,
-    out_pitch,
-    down_pitch,
+    gate_up_row_stride,
+    out_row_stride,
+    down_row_stride,
     FEATURES: tl.constexpr,
     RANK: tl.constexpr,
     STEPS: tl.constexpr,
@@ -55,11 +55,11 @@ def _swiglu_project_kernel(
     columns = tl.arange(0, BLOCK_F)
     r = tl.arange(0, BLOCK_R)
     valid = tl.program_id(0) * BLOCK_T + rows < num_rows
-    # scalars in 64 bits, as tokens times pitch exceeds 2^31 for long batches; offsets inside a tile in 32
+    # scalars in 64 bits, as tokens times row stride exceeds 2^31 for long batches; offsets inside a tile in 32
     first = tl.program_id(0).to(tl.int64) * BLOCK_T
-    gate_up += first * gate_up_pitch + rows * gate_up_pitch
-    out += first * out_pitch + rows * out_pitch
-    down += r[:, None] * down_pitch
+    gate_up += first * gate_up_row_stride + rows * gate_up_row_stride
+    out += first * out_row_stride + rows * out_row_stride
+    down += r[:, None] * down_row_stride
     acc = tl.full([BLOCK_T, BLOCK_R], 0.0, tl.float32)
     for step in range(STEPS):
         f = (split * STEPS + step) * BLOCK_F + columns[None, :]
@@ -81,12 +81,12 @@ def _swiglu_project_kernel(
 
 
 @jit
-def _sum_shares_kernel(
+def _reduce_partials_kernel(
     xa_partial,
     out,
     xa_out,
     num_rows,
-    out_pitch,
+    out_row_stride,
     FEATURES: tl.constexpr,
     R: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -98,13 +98,13 @@ def _sum_shares_kernel(
     row = index // R
     column = index % R
     valid = row < num_rows
-    shares = xa_partial + row * BLOCK_R + column
+    partials = xa_partial + row * BLOCK_R + column
     stride = tl.full([], BLOCK_R, tl.int64) * num_rows
     total = tl.full([BLOCK], 0.0, tl.float32)
     for split in tl.static_range(SPLITS):
-        total += tl.load(shares + split * stride, mask=valid & (column < BLOCK_R), other=0.0)
+        total += tl.load(partials + split * stride, mask=valid & (column < BLOCK_R), other=0.0)
     xa = total.to(out.dtype.element_ty)
-    tl.store(out + row * out_pitch + FEATURES + column, xa, mask=valid)
+    tl.store(out + row * out_row_stride + FEATURES + column, xa, mask=valid)
     tl.store(xa_out + index, xa, mask=valid)
 
 
@@ -121,7 +121,7 @@ def swiglu_project_triton(
     num_warps: int = 4,
     num_stages: int = 3,
 ) -> None:
-    """Launch the fused kernel and the sum of its shares; the arguments are `swiglu_project`'s, then these.
+    """Launch the fused kernel and the sum of its partials; the arguments are `swiglu_project`'s, then these.
 
     `block_t` tokens per program; `block_f` columns per step, by default chosen from the rank; `splits` ranges of
     columns, each with programs of its own; `num_stages` of software pipelining.
@@ -130,7 +130,7 @@ def swiglu_project_triton(
     R, features = down.shape
     rank = R if rank is None else rank
     _check(gate_up, out, down, xa_out, rank)
-    # tensor cores want 16 or more, Triton powers of two
+    # tensor cores want 16 columns or more, Triton powers of two
     block_r = max(16, triton.next_power_of_2(rank))
     # with a tile of `down` of at most 16 KB, a multiprocessor has room for several programs of three stages
     block_f = block_f or max(32, min(256 // gate_up.dtype.itemsize, 16384 // (block_r * gate_up.dtype.itemsize)))
@@ -151,7 +151,7 @@ def swiglu_project_triton(
         FEATURES=features,
         RANK=rank,
         STEPS=steps,
-        # two 16-bit elements per register; the interpreter knows no assembly
+        # two 16-bit elements per register; the interpreter has no inline assembly
         PIN=gate_up.is_cuda and gate_up.dtype.itemsize == 2,
         BLOCK_T=block_t,
         BLOCK_F=block_f,
@@ -160,7 +160,7 @@ def swiglu_project_triton(
         num_stages=num_stages,
     )
     block = 512
-    _sum_shares_kernel[(triton.cdiv(num_rows * R, block),)](
+    _reduce_partials_kernel[(triton.cdiv(num_rows * R, block),)](
         xa_partial,
         out,
         xa_out,
@@ -176,7 +176,7 @@ def swiglu_project_triton(
 
 
 def _check(gate_up: Tensor, out: Tensor, down: Tensor, xa_out: Tensor, rank: int) -> None:
-    """Check what the kernels take for granted."""
+    """Assert what the kernels assume of shapes, strides and dtypes."""
     num_rows, (R, features) = gate_up.shape[0], down.shape
     assert gate_up.shape == (num_rows, 2 * features), (gate_up.shape, down.shape)
     assert out.shape == (num_rows, features + R), (out.shape, gate_up.shape, down.shape)
@@ -192,7 +192,7 @@ def swiglu_project(gate_up: Tensor, out: Tensor, down: Tensor, xa_out: Tensor, *
     """Write `h = silu(gate) * up` to `out[:, :F]`, and `h @ down^T` to `out[:, F:]` and to `xa_out`.
 
     The product is of h as rounded to the dtype, summed in float32 and rounded once. Rows of `gate_up`, `out` and `down`
-    may have any pitch.
+    may have any row stride.
 
     Args:
         gate_up: `[T, 2F]`, gate in the first F columns.

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lsr_scale.distributed import local_rank
 from lsr_scale.errors import UserError, did_you_mean
-from lsr_scale.kernels.attention import keep_cudnn_from_masks
+from lsr_scale.kernels.attention import disable_cudnn_in_sdpa
 from lsr_scale.layers.frozen_linear import freeze_quantized
 from lsr_scale.model.architecture import DTYPES, Task, head_modules, load_config, meta_model, model_class
 from lsr_scale.model.folder_checks import check_weights, read_json
@@ -85,7 +85,7 @@ def load_base(
     if isinstance(dtype, str):
         raise UserError(f"model.dtype: {did_you_mean(dtype, DTYPES)}")
     device = device or local_device()
-    keep_cudnn_from_masks()
+    disable_cudnn_in_sdpa()
     config = load_config(name, revision)
     on_gpu = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
     with on_gpu, torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

@@ -9,7 +9,7 @@ import lsr_scale
 from lsr_scale.adapters import peft_config
 from lsr_scale.fused import attention_block
 from lsr_scale.fused.attention_mask import needs_mask
-from lsr_scale.kernels.attention import Sequences, attention_reference, keep_cudnn_from_masks
+from lsr_scale.kernels.attention import Sequences, attention_reference, disable_cudnn_in_sdpa
 from lsr_scale.model import load_base
 from lsr_scale.training.steps.head_loss import HeadCollator
 from tests.conftest import SEVEN_LINEARS, TINY_SIZES, randomize, tiny_llama
@@ -176,7 +176,7 @@ def test_cudnn_is_never_chosen_under_a_mask(tmp_path):
         "a base is loaded": lambda: load_base(str(tmp_path), quantization="none"),
         "a loop of the user's own": lambda: lsr_scale.fuse(tiny_llama()),
         "a mask": lambda: attention_reference(q, q, q, Sequences(1.0, mask=mask)),
-        "that function": keep_cudnn_from_masks,
+        "that function": disable_cudnn_in_sdpa,
     }
     before = torch.backends.cuda.cudnn_sdp_enabled()
     try:

@@ -8,7 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 import lsr_scale
 from lsr_scale.adapters import peft_config
 from lsr_scale.fused.linear_groups import base_layer
-from lsr_scale.kernels.attention import keep_cudnn_from_masks
+from lsr_scale.kernels.attention import disable_cudnn_in_sdpa
 from lsr_scale.kernels.dequantize import Extension
 from lsr_scale.layers.frozen_linear import dequantize, dequantize_into
 from tests.conftest import SEVEN_LINEARS, quantize, randomize
@@ -95,7 +95,7 @@ def compare(model, exact, ids, recompute="none", **inputs) -> None:
     # without a mask both have cuDNN's attention, whose rounding is not what is looked at here
     torch.backends.cuda.enable_cudnn_sdp("attention_mask" not in inputs)
     eager = results(model, ids, **inputs)
-    keep_cudnn_from_masks()
+    disable_cudnn_in_sdpa()
     assert len(lsr_scale.fuse(model, recompute=recompute).fused) == SIZES["num_hidden_layers"]
     fused = results(model, ids, **inputs)
     assert fused.keys() == eager.keys() == expected.keys()
@@ -173,7 +173,7 @@ def test_wide_adapters(rank, ids):
 @pytest.mark.parametrize("kind", [None, "nf4"])
 def test_large_logits_give_finite_gradients_fused_and_not(kind, side, ids):
     """Attention's own backward pass under a mask was not finite here at odd multiples of 64 with PyTorch's choice."""
-    keep_cudnn_from_masks()  # as loading a base does
+    disable_cudnn_in_sdpa()  # as loading a base does
     model, exact = models(kind, "lora", logits=13.0)
     for width in (64, 192, 320, 101):
         rows = torch.cat([ids, ids], 1)[:, :width]

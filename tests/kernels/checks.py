@@ -19,32 +19,32 @@ def poisoned(shape, dtype: torch.dtype, device: str = "cpu") -> Tensor:
     return torch.full(shape, float("nan"), dtype=dtype, device=device)
 
 
-def pitched(x: Tensor, extra: int) -> Tensor:
-    """Return a copy of a matrix as a view with `extra` poisoned columns between its rows."""
+def strided(x: Tensor, extra: int) -> Tensor:
+    """Return a copy of a matrix as a view whose row stride is larger by `extra` poisoned columns."""
     wide = poisoned((x.shape[0], x.shape[1] + extra), x.dtype, str(x.device))
     wide[:, : x.shape[1]] = x
     return wide[:, : x.shape[1]]
 
 
-def error(found: Tensor, reference: Tensor) -> float:
-    """Return `|found - reference| / |reference|` (Frobenius norms, float64)."""
+def error(actual: Tensor, reference: Tensor) -> float:
+    """Return `|actual - reference| / |reference|` (Frobenius norms, float64)."""
     reference = reference.double().cpu()
-    return float((found.double().cpu() - reference).norm() / reference.norm().clamp_min(1e-300))
+    return float((actual.double().cpu() - reference).norm() / reference.norm().clamp_min(1e-300))
 
 
-def assert_close_to_float64(found: Tensor, reference: Tensor, eager: Tensor, floor: float = 1e-3) -> None:
+def assert_close_to_float64(actual: Tensor, reference: Tensor, eager: Tensor, floor: float = 1e-3) -> None:
     """Fail unless the error against a float64 reference is at most twice that of the eager computation plus a floor.
 
     Args:
-        found: What the kernel gave.
+        actual: What the kernel gave.
         reference: The float64 reference on the same inputs.
         eager: The plain torch computation in the kernel's own dtype.
         floor: What one rounding of the dtype may cost: 1e-3 for bf16, less for wider types.
     """
-    assert found.shape == reference.shape
-    assert torch.isfinite(found).all(), "unwritten or non-finite elements"
+    assert actual.shape == reference.shape
+    assert torch.isfinite(actual).all(), "unwritten or non-finite elements"
     allowed = 2 * error(eager, reference) + floor
-    assert error(found, reference) <= allowed, f"error {error(found, reference):.2e}, allowed {allowed:.2e}"
+    assert error(actual, reference) <= allowed, f"error {error(actual, reference):.2e}, allowed {allowed:.2e}"
 
 
 def compile_for(kernel, signature: dict[str, str], constexprs: dict, num_warps: int = 4, num_stages: int = 3) -> dict:
@@ -63,8 +63,8 @@ def compile_for(kernel, signature: dict[str, str], constexprs: dict, num_warps: 
     pytest.importorskip("triton", reason="Triton is not installed")
     name = kernel.fn.__module__, kernel.fn.__name__
     options = {"num_warps": num_warps, "num_stages": num_stages}
-    found = _compiler().submit(_compile, name, signature, constexprs, options).result()
-    return {capability: SimpleNamespace(**metadata) for capability, metadata in found.items()}
+    metadata_of = _compiler().submit(_compile, name, signature, constexprs, options).result()
+    return {capability: SimpleNamespace(**metadata) for capability, metadata in metadata_of.items()}
 
 
 @functools.cache
@@ -89,16 +89,16 @@ def _compile(name: tuple[str, str], signature: dict[str, str], constexprs: dict,
     full = {**signature, **dict.fromkeys(constexprs, "constexpr")}
     full = {name: full[name] for name in function.arg_names}
     fixed = {(function.arg_names.index(name),): value for name, value in constexprs.items()}
-    found = {}
+    metadata_of = {}
     for capability in (80, 90):
         source = ASTSource(fn=function, signature=full, constexprs=fixed)
         compiled = compile_source(source, target=GPUTarget("cuda", capability, 32), options=options)
-        found[capability] = {"shared": compiled.metadata.shared, "num_warps": compiled.metadata.num_warps}
-    return found
+        metadata_of[capability] = {"shared": compiled.metadata.shared, "num_warps": compiled.metadata.num_warps}
+    return metadata_of
 
 
 class OnGpu(torch.Tensor):
-    """A tensor in the CPU's memory that says that it is on a GPU, for a launcher whose kernels are not run."""
+    """A tensor in the CPU's memory whose `is_cuda` is True, for a launcher whose kernels are not run."""
 
     is_cuda = property(lambda _: True)  # pyright: ignore
 
@@ -109,7 +109,7 @@ class OnGpu(torch.Tensor):
 
 
 def launched(
-    scenario: Callable[..., None], *arguments: Any, room: int, capabilities: Sequence[int]
+    scenario: Callable[..., None], *arguments: Any, shared_bytes: int, capabilities: Sequence[int]
 ) -> list[tuple[str, int, int]]:
     """Compile kernels as a function launches them, down to what says how much shared memory each needs.
 
@@ -119,18 +119,18 @@ def launched(
     Args:
         scenario: A module's function that calls operations on tensors of `OnGpu.empty`; in a process of its own.
         arguments: What it is given.
-        room: Bytes of shared memory that it shall see a GPU with.
+        shared_bytes: Shared memory of the GPU that it sees, in bytes.
         capabilities: What is compiled for.
 
     Returns:
         (kernel's name, capability, bytes of shared memory) of each different launch.
     """
     pytest.importorskip("triton", reason="Triton is not installed")
-    return _compiler().submit(_compile_launches, scenario, arguments, room, tuple(capabilities)).result()
+    return _compiler().submit(_compile_launches, scenario, arguments, shared_bytes, tuple(capabilities)).result()
 
 
 def _compile_launches(
-    scenario: Callable[..., None], arguments: tuple, room: int, capabilities: tuple[int, ...]
+    scenario: Callable[..., None], arguments: tuple, shared_bytes: int, capabilities: tuple[int, ...]
 ) -> list[tuple[str, int, int]]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, make_backend
@@ -141,12 +141,12 @@ def _compile_launches(
     launches: list[Any] = []
     run, shared_memory = jit.JITFunction.run, output_gradients.shared_memory
     jit.JITFunction.run = lambda kernel, *args, grid, warmup, **options: launches.append((kernel, args, options))
-    output_gradients.shared_memory = lambda _: room
+    output_gradients.shared_memory = lambda _: shared_bytes
     try:
         scenario(*arguments)
     finally:
         jit.JITFunction.run, output_gradients.shared_memory = run, shared_memory
-    found, seen = [], set()
+    compiled, seen = [], set()
     for capability in capabilities:
         target = GPUTarget("cuda", capability, 32)
         backend = make_backend(target)
@@ -159,8 +159,8 @@ def _compile_launches(
             if key not in seen:
                 seen.add(key)
                 source = ASTSource(kernel, signature, constexprs, attrs)
-                found.append((kernel.__name__, capability, _shared_memory_of(source, backend, target, options)))
-    return found
+                compiled.append((kernel.__name__, capability, _shared_memory_of(source, backend, target, options)))
+    return compiled
 
 
 def _shared_memory_of(source: Any, backend: Any, target: Any, options: Any) -> int:

@@ -1,4 +1,4 @@
-"""Attention: which kernel computes it, and that one is left out whose answers are not what is expected."""
+"""Attention: which kernel computes it, and that one whose results are wrong is not used."""
 
 import logging
 import types
@@ -34,17 +34,17 @@ def with_kernels(monkeypatch, one=forward, other=backward):
     monkeypatch.setattr(module, "aten", types.SimpleNamespace(**{k: v for k, v in names.items() if v is not None}))
 
 
-def find(dtype=torch.bfloat16, heads=(4, 2, 64)):
-    return module._try("cudnn", CPU, dtype, *heads)
+def self_test(dtype=torch.bfloat16, heads=(4, 2, 64)):
+    return module._self_test("cudnn", CPU, dtype, *heads)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("heads", [(14, 2, 64), (32, 8, 128), (9, 3, 64), (8, 8, 80), (16, 1, 256)])
-def test_a_kernel_that_answers_as_expected_is_used(dtype, heads, monkeypatch):
+def test_a_kernel_whose_results_are_right_is_used(dtype, heads, monkeypatch):
     with_kernels(monkeypatch)
-    assert find(dtype, heads) is None
+    assert self_test(dtype, heads) is None
     with torch.inference_mode():
-        assert find(dtype, heads) is None
+        assert self_test(dtype, heads) is None
 
 
 def refused(*args, **kwargs):
@@ -54,48 +54,48 @@ def refused(*args, **kwargs):
 @pytest.mark.parametrize(
     ("one", "other", "expected"),
     [
-        (lambda *args, **more: (*forward(*args, **more), None), backward, "answers in another form than expected"),
-        (lambda *args, **more: forward(*args, **more)[0], backward, "answers in another form than expected"),
-        (forward, lambda *args, **more: backward(*args, **more)[:2], "answers in another form than expected"),
+        (lambda *args, **more: (*forward(*args, **more), None), backward, "returns another form than expected"),
+        (lambda *args, **more: forward(*args, **more)[0], backward, "returns another form than expected"),
+        (forward, lambda *args, **more: backward(*args, **more)[:2], "returns another form than expected"),
         (lambda q, k, v, causal, scale: forward(q, k, v, None, 1, 0, causal, 0, scale), backward, "another form"),
-        (None, backward, "answers in another form than expected"),
+        (None, backward, "returns another form than expected"),
         (lambda q, *args, **more: forward(q.transpose(1, 2), *args, **more), backward, "."),
-        (forward, lambda *args, **more: backward(*args, **more)[::-1], "answers with shape"),
-        (lambda *args, scale: forward(*args, scale=8 * scale), backward, "differ from plain arithmetic by"),
-        (forward, lambda *args, scale: backward(*args, scale=8 * scale), "differ from plain arithmetic by"),
+        (forward, lambda *args, **more: backward(*args, **more)[::-1], "returns shape"),
+        (lambda *args, scale: forward(*args, scale=8 * scale), backward, "differ from the reference by"),
+        (forward, lambda *args, scale: backward(*args, scale=8 * scale), "differ from the reference by"),
         (
             forward,
             lambda *args, **more: tuple(x * float("nan") for x in backward(*args, **more)),
-            "its results on a trial are not finite",
+            "its results in a self-test are not finite",
         ),
         (refused, backward, "No available kernel. Aborting execution."),
     ],
 )
-def test_a_kernel_that_answers_otherwise_is_left_out_with_a_reason(one, other, expected, monkeypatch):
+def test_a_kernel_whose_results_are_wrong_is_not_used_and_the_reason_is_given(one, other, expected, monkeypatch):
     with_kernels(monkeypatch, one, other)
-    found = find()
-    assert found is not None
-    assert expected in found
+    actual = self_test()
+    assert actual is not None
+    assert expected in actual
 
 
-def test_the_reason_is_said_once_and_the_next_best_is_chosen(monkeypatch, caplog):
-    module.why_not.cache_clear()
-    monkeypatch.setattr(module, "_try", lambda backend, *_: {"cudnn": "it has gone"}.get(backend))
-    monkeypatch.setattr(module, "_cudnn_is_wanted", lambda: True)
+def test_the_reason_is_logged_once_and_the_next_backend_is_chosen(monkeypatch, caplog):
+    module.unavailable_reason.cache_clear()
+    monkeypatch.setattr(module, "_self_test", lambda backend, *_: {"cudnn": "it has gone"}.get(backend))
+    monkeypatch.setattr(module, "_cudnn_was_enabled", lambda: True)
     q = types.SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, device=torch.device("cuda", 0), shape=(1, 64, 4, 64))
     with caplog.at_level(logging.WARNING):
         assert [module.choose_backend(q, q, Sequences(1.0)) for _ in range(3)] == ["flash"] * 3  # pyright: ignore
         assert module.choose_backend(q, q, Sequences(1.0, mask=torch.ones(1))) == "sdpa"  # pyright: ignore
     assert [record.getMessage() for record in caplog.records] == [
-        "attention does without PyTorch's cudnn kernel: it has gone"
+        "attention does not use PyTorch's cudnn kernel: it has gone"
     ]
-    module.why_not.cache_clear()
+    module.unavailable_reason.cache_clear()
 
 
-def test_a_trial_draws_no_random_numbers(monkeypatch):
+def test_the_self_test_draws_no_random_numbers(monkeypatch):
     with_kernels(monkeypatch)
     before = torch.get_rng_state()
-    find()
+    self_test()
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -151,11 +151,11 @@ def test_gradients_against_float64_whatever_the_mask(head_dim, logits, length, k
     else:
         allowed = causal
     grad = grad * real[:, :, None, None]
-    out, kept = attention(q, k, v, sequences)
-    found = [out, *attention_backward(grad, q, k, v, out, kept, sequences)]
+    out, saved = attention(q, k, v, sequences)
+    actual = [out, *attention_backward(grad, q, k, v, out, saved, sequences)]
     expected = exact(q, k, v, allowed.expand(batch, 1, length, length), grad)
-    found[0], expected[0] = found[0] * real[:, :, None, None], expected[0] * real[:, :, None, None]
-    for name, one, other in zip(("out", "q", "k", "v"), found, expected, strict=True):
+    actual[0], expected[0] = actual[0] * real[:, :, None, None], expected[0] * real[:, :, None, None]
+    for name, one, other in zip(("out", "q", "k", "v"), actual, expected, strict=True):
         assert torch.isfinite(one).all(), f"{name} is not finite"
         error = float((one.double() - other).detach().norm() / other.norm())
         assert error < 0.05, f"{name}: {error:.3f} from float64"
@@ -177,7 +177,7 @@ def test_tokens_that_see_nothing_give_zeros_and_no_gradients(device):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
 def test_choosing_a_kernel_leaves_the_gpus_random_numbers_alone():
-    module.why_not.cache_clear()
+    module.unavailable_reason.cache_clear()
     before = torch.cuda.get_rng_state()
     q = torch.ones(2, 64, 4, 64, device="cuda", dtype=torch.bfloat16)
     assert module.choose_backend(q, q, Sequences(1.0)) in ("cudnn", "flash", "sdpa")

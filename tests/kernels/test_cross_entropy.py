@@ -58,7 +58,7 @@ def test_no_rows(device):
 
 
 def test_compiles_for_sm80_and_sm90():
-    signature = dict(logits="*bf16", labels="*i64", losses="*fp32", vocabulary="i32", pitch="i64")
+    signature = dict(logits="*bf16", labels="*i64", losses="*fp32", vocabulary="i32", row_stride="i64")
     for metadata in compile_for(
         module._cross_entropy_kernel, signature, dict(GRADIENT=True, STEPS=8, BLOCK=4096), num_warps=8
     ).values():
@@ -73,8 +73,8 @@ def test_bfloat16_on_a_gpu(vocabulary):
     losses, gradient = exact(logits, labels)
     eager = logits.clone()
     eager_losses = module.cross_entropy_reference(eager, labels, gradient=True)
-    found = module.cross_entropy(logits, labels, gradient=True)
-    assert_close_to_float64(found, losses, eager_losses, 1e-6)
+    actual = module.cross_entropy(logits, labels, gradient=True)
+    assert_close_to_float64(actual, losses, eager_losses, 1e-6)
     assert_close_to_float64(logits, gradient, eager, 1e-4)
 
 

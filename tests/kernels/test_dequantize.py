@@ -8,7 +8,7 @@ import torch
 from bitsandbytes.backends.default.ops import _dequantize_4bit_compute
 
 from lsr_scale.kernels import dequantize as ops
-from tests.kernels.checks import compile_for, pitched, poisoned
+from tests.kernels.checks import compile_for, poisoned, strided
 
 pytest.importorskip("triton", reason="Triton is not installed: kernels cannot be tested")
 
@@ -44,12 +44,12 @@ def arguments(state) -> dict:
 
 
 def pair(num_rows, in_features, tail, rank, padding, up_column, dtype, device):
-    """Return a poisoned scratch as `out` and `down_out`, and a pair whose rows have a pitch."""
+    """Return a poisoned scratch as `out` and `down_out`, and a pair whose rows are strided."""
     scratch = poisoned((num_rows + rank + padding, in_features + tail + 8), dtype, device)
     out = scratch[:num_rows, : in_features + tail]
     down_out = scratch[num_rows:, :in_features]
-    up = pitched(torch.randn(num_rows, rank, device=device), 3)
-    down = pitched(torch.randn(rank, in_features, device=device), 5)
+    up = strided(torch.randn(num_rows, rank, device=device), 3)
+    down = strided(torch.randn(rank, in_features, device=device), 5)
     return scratch, out, ops.Extension(up, up_column, down, down_out)
 
 
@@ -84,7 +84,7 @@ def check(scratch, out, weight, extension):
     ],
 )
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES)
-@pytest.mark.parametrize("variant", [{}, {"words": 256}])
+@pytest.mark.parametrize("variant", [{}, {"vectors": 256}])
 def test_4bit_is_bit_equal_to_bitsandbytes(kind, nested, block_size, shape, dtype, variant, device):
     packed, state, weight = quantized(*shape, block_size, kind, nested, dtype, device)
     scratch, out, extension = pair(*shape, 24, 5, 2, 8, dtype, device)
@@ -120,7 +120,7 @@ def test_int8_is_bit_equal_to_bitsandbytes(dtype, scale_dtype, device):
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES)
 def test_copy_of_an_unquantized_weight(dtype, device):
     for weight_dtype in DTYPES:
-        weight = pitched(torch.randn(33, 40, device=device).to(weight_dtype), 8)
+        weight = strided(torch.randn(33, 40, device=device).to(weight_dtype), 8)
         for run in (lambda *a, **k: ops.dequantize_int8_triton(a[0], None, *a[1:], **k), ops.copy_weight):
             scratch, out, extension = pair(33, 40, 16, 2, 1, 3, dtype, device)
             run(weight, out, extension=extension)
@@ -161,13 +161,13 @@ def test_narrow_statistics_of_a_prequantized_checkpoint(run, device):
     plain = copy.copy(state)
     plain.nested = False
     plain.absmax = state.state2.code[state.absmax.long()] * state.state2.absmax.float() + state.offset.float()
-    found = poisoned((16, 64), torch.float32, device)
-    run(packed, out=found, **arguments(state))
-    assert torch.equal(found, bnb_functional.dequantize_4bit(packed, plain))
+    actual = poisoned((16, 64), torch.float32, device)
+    run(packed, out=actual, **arguments(state))
+    assert torch.equal(actual, bnb_functional.dequantize_4bit(packed, plain))
     narrow = plain.absmax.bfloat16()
-    run(packed, narrow, state.code, found, block_size=64)
+    run(packed, narrow, state.code, actual, block_size=64)
     plain.absmax = narrow.float()
-    assert torch.equal(found, bnb_functional.dequantize_4bit(packed, plain))
+    assert torch.equal(actual, bnb_functional.dequantize_4bit(packed, plain))
 
 
 def test_byte_views_and_shapes_that_do_not_fit():
@@ -194,10 +194,10 @@ def test_byte_views_and_shapes_that_do_not_fit():
 
 
 @pytest.mark.parametrize("kind", ["4bit", "int8", "copy", "none"])
-@pytest.mark.parametrize(("words", "num_warps"), [(512, 4), (1024, 8)])
-def test_compiles_for_ampere_and_hopper(kind, words, num_warps):
-    names = ["weight_pitch", "out_pitch", "num_rows", "num_tail", "up_pitch", "up_column", "up_rank"]
-    names += ["down_pitch", "down_rank", "down_out_pitch"]
+@pytest.mark.parametrize(("vectors", "num_warps"), [(512, 4), (1024, 8)])
+def test_compiles_for_ampere_and_hopper(kind, vectors, num_warps):
+    names = ["weight_row_stride", "out_row_stride", "num_rows", "num_tail", "up_row_stride", "up_column", "up_rank"]
+    names += ["down_row_stride", "down_rank", "down_out_row_stride"]
     weight, scales = {
         "4bit": ("*u8", "*u8"),
         "int8": ("*i8", "*fp32"),
@@ -206,8 +206,8 @@ def test_compiles_for_ampere_and_hopper(kind, words, num_warps):
     }[kind]
     signature = dict(weight=weight, scales=scales, out="*bf16", up="*fp32", down="*fp32", down_out="*bf16")
     signature |= dict.fromkeys(["code", "absmax2", "code2", "offset"], "*fp32") | dict.fromkeys(names, "i32")
-    constexprs = dict(KIND=kind, NESTED=kind == "4bit", HAS_UP=True, HAS_DOWN=True, ROW_WORDS=512, BLOCK_WORDS=8)
-    constexprs |= dict(BLOCK2=256, ONE_OVER_127=1 / 127, WORDS=words)
+    constexprs = dict(KIND=kind, NESTED=kind == "4bit", HAS_UP=True, HAS_DOWN=True, ROW_VECTORS=512, BLOCK_VECTORS=8)
+    constexprs |= dict(BLOCK2=256, ONE_OVER_127=1 / 127, VECTORS=vectors)
     constexprs |= dict(TAIL_ROWS=32, TAIL_COLUMNS=64, DOWN_COLUMNS=2048)
     for metadata in compile_for(ops._dequantize_kernel, signature, constexprs, num_warps).values():
         assert metadata.shared <= 16 * 1024

@@ -6,9 +6,11 @@ import torch
 from lsr_scale.kernels.cross_entropy import cross_entropy
 from lsr_scale.kernels.dequantize import Extension, copy_weight, dequantize_4bit, dequantize_int8, fill_extension
 from lsr_scale.kernels.output_gradients import output_gradients
-from lsr_scale.kernels.rms_norm import rms_norm, rms_norm_backward, rms_norm_project
+from lsr_scale.kernels.rms_norm import rms_norm, rms_norm_backward
+from lsr_scale.kernels.rms_norm_project import rms_norm_project
 from lsr_scale.kernels.rotary import rotate
-from lsr_scale.kernels.swiglu import swiglu, swiglu_backward, swiglu_pair_gradients
+from lsr_scale.kernels.swiglu import swiglu, swiglu_backward
+from lsr_scale.kernels.swiglu_pair_gradients import swiglu_pair_gradients
 from lsr_scale.kernels.swiglu_project import swiglu_project
 from tests.kernels.checks import OnGpu, launched
 
@@ -79,15 +81,15 @@ def frozen():
 
 
 def check(scenario, *arguments, room, kernels):
-    found = launched(scenario, *arguments, room=room * 1024, capabilities=ROOM[room])
-    assert {name for name, _, _ in found} == kernels
-    assert {capability for _, capability, _ in found} == set(ROOM[room])
-    too_much = [(name, f"sm_{capability}", used / 1024) for name, capability, used in found if used > room * 1024]
+    launches = launched(scenario, *arguments, shared_bytes=room * 1024, capabilities=ROOM[room])
+    assert {name for name, _, _ in launches} == kernels
+    assert {capability for _, capability, _ in launches} == set(ROOM[room])
+    too_much = [(name, f"sm_{capability}", used / 1024) for name, capability, used in launches if used > room * 1024]
     assert not too_much, f"more than {room} KiB: {too_much}"
 
 
 GRADIENTS = {"_output_gradients_kernel", "_reduce_kernel"}
-PROJECTIONS = {"_rms_norm_project_kernel", "_swiglu_project_kernel", "_sum_shares_kernel"}
+PROJECTIONS = {"_rms_norm_project_kernel", "_swiglu_project_kernel", "_reduce_partials_kernel"}
 
 
 @pytest.mark.parametrize("columns", [64, 128, 256])

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lsr_scale.kernels import output_gradients as ops
-from tests.kernels.checks import assert_close_to_float64, compile_for, pitched, poisoned
+from tests.kernels.checks import assert_close_to_float64, compile_for, poisoned, strided
 
 pytest.importorskip("triton", reason="Triton is not installed: kernels cannot be tested")
 
@@ -14,13 +14,13 @@ FLOOR = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1e-3}
 
 
 def case(num_rows, sizes, ranks, num_columns, dtype, device):
-    """Return pitched, poisoned operands of a group, its offsets, and the float64 gradients of each adapter."""
+    """Return strided, poisoned operands of a group, its offsets, and the float64 gradients of each adapter."""
     torch.manual_seed(num_rows)
     N = sum(sizes)
     buffer = poisoned((num_rows, N + num_columns), dtype, device)
     buffer[:, :N] = torch.randn(num_rows, N, device=device)
     grad, ds_out = buffer[:, :N], buffer[:, N:]
-    xa = pitched(torch.randn(num_rows, num_columns, device=device).to(dtype), 3)
+    xa = strided(torch.randn(num_rows, num_columns, device=device).to(dtype), 3)
     up = torch.zeros(N, num_columns, device=device)
     offsets = []
     row = column = 0
@@ -28,7 +28,7 @@ def case(num_rows, sizes, ranks, num_columns, dtype, device):
         up[row : row + size, column : column + rank] = torch.randn(size, rank, device=device)
         offsets += [column] * -(-size // 64)
         row, column = row + size, column + rank
-    return grad, ds_out, xa, pitched(up.to(dtype), 40), torch.tensor(offsets, dtype=torch.int32, device=device)
+    return grad, ds_out, xa, strided(up.to(dtype), 40), torch.tensor(offsets, dtype=torch.int32, device=device)
 
 
 def check(grad, ds_out, xa, up, sizes, ranks, offsets, width, **blocks):
@@ -44,8 +44,8 @@ def check(grad, ds_out, xa, up, sizes, ranks, offsets, width, **blocks):
     for size, rank in zip(sizes, ranks, strict=True):
         inputs = full[:, column : column + width]
         part = grad[:, row : row + size]
-        found = d_up[row : row + size]
-        assert_close_to_float64(found, part.double().t() @ inputs.double(), part.t() @ inputs, floor)
+        actual = d_up[row : row + size]
+        assert_close_to_float64(actual, part.double().t() @ inputs.double(), part.t() @ inputs, floor)
         row, column = row + size, column + rank
     assert d_up.dtype == torch.float32
     again = ops.output_gradients_triton(grad, xa, up, offsets, width, **blocks)
@@ -126,9 +126,11 @@ def test_compiles_for_one_row():
     """Triton makes a constant of an argument that is 1."""
     sizes = dict(N=64, R=64, WIDTH=16, PARTS=2, BLOCK_N=64, num_rows=1)
     signature = dict.fromkeys(["grad", "xa", "up", "ds"], "*bf16") | dict.fromkeys(["ds_part", "d_up_part"], "*fp32")
-    signature |= dict.fromkeys(["grad_pitch", "xa_pitch", "up_pitch", "ds_pitch"], "i32") | dict(offsets="*i32")
+    signature |= dict.fromkeys(["grad_row_stride", "xa_row_stride", "up_row_stride", "ds_row_stride"], "i32") | dict(
+        offsets="*i32"
+    )
     compile_for(ops._output_gradients_kernel, signature, sizes | dict(BLOCK_T=128, BLOCK_R=64), num_warps=8)
-    signature = dict(ds_part="*fp32", ds="*bf16", d_up_part="*fp32", d_up="*fp32", offsets="*i32", ds_pitch="i32")
+    signature = dict(ds_part="*fp32", ds="*bf16", d_up_part="*fp32", d_up="*fp32", offsets="*i32", ds_row_stride="i32")
     compile_for(ops._reduce_kernel, signature, sizes | dict(num_tiles=1, MAX_TILES=1, BLOCK_UP=256, BLOCK_DS=1024))
 
 
@@ -157,5 +159,5 @@ def test_the_tiles_of_every_gpu_on_this_one(dtype, ranks, room):
     if room * 1024 > ops.shared_memory(torch.empty(0, device="cuda")):
         pytest.skip("this GPU has less")
     grad, ds_out, xa, up, offsets = case(777, sizes, ranks, columns, dtype, "cuda")
-    xa, up = xa.contiguous(), pitched(up.contiguous(), 64)  # as layers have them: aligned, so loads are pipelined
+    xa, up = xa.contiguous(), strided(up.contiguous(), 64)  # as layers have them: aligned, so loads are pipelined
     check(grad, ds_out, xa, up, sizes, ranks, offsets, 128, block_t=rows, num_stages=stages)

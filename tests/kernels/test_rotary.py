@@ -62,11 +62,11 @@ def test_views_in_place_and_not_agree_with_float64(shape, positions, dtype, inve
 def test_it_is_what_transformers_computes(device):
     _, x = heads_of(12, 4, 32, torch.float32, device)
     cos, sin = tables(6, 32, device=device)
-    found = poisoned(x.shape, x.dtype, device)
-    rotate_triton(x, cos, sin, found)
+    actual = poisoned(x.shape, x.dtype, device)
+    rotate_triton(x, cos, sin, actual)
     states = x.view(2, 6, 4, 32).transpose(1, 2)
     expected, _ = apply_rotary_pos_emb(states, states, cos[None], sin[None])
-    torch.testing.assert_close(found.view(2, 6, 4, 32).transpose(1, 2), expected)
+    torch.testing.assert_close(actual.view(2, 6, 4, 32).transpose(1, 2), expected)
 
 
 def test_the_inverse_is_the_gradient_even_for_tables_whose_halves_differ(device):
@@ -78,9 +78,9 @@ def test_the_inverse_is_the_gradient_even_for_tables_whose_halves_differ(device)
     out.backward(grad.double())
     assert error(rotate64(x, cos, sin), out.detach()) < 1e-14
     assert error(rotate64(grad, cos, sin, inverse=True), leaf.grad) < 1e-14
-    found = poisoned(x.shape, x.dtype, device)
-    rotate_triton(grad.to(device), cos.to(device), sin.to(device), found, inverse=True)
-    assert error(found, leaf.grad) < 1e-6
+    actual = poisoned(x.shape, x.dtype, device)
+    rotate_triton(grad.to(device), cos.to(device), sin.to(device), actual, inverse=True)
+    assert error(actual, leaf.grad) < 1e-6
     again = torch.empty_like(grad)
     rotate(grad, cos, sin, again, inverse=True)
     assert error(again, leaf.grad) < 1e-6
@@ -88,7 +88,8 @@ def test_the_inverse_is_the_gradient_even_for_tables_whose_halves_differ(device)
 
 @pytest.mark.parametrize("table", ["*fp32", "*bf16"])
 def test_kernel_compiles_for_sm80_and_sm90(table):
-    numbers = "num_heads half num_positions x_pitch x_head out_pitch out_head cos_pitch sin_pitch"
+    strides = "x_row_stride x_head_stride out_row_stride out_head_stride cos_row_stride sin_row_stride"
+    numbers = f"num_heads half num_positions {strides}"
     signature = {"x": "*bf16", "cos": table, "sin": table, "out": "*bf16", **dict.fromkeys(numbers.split(), "i32")}
     for inverse in (False, True):
         constants = {"INVERSE": inverse, "HEADS": 32, "HALF": 64}

@@ -5,7 +5,7 @@ import torch
 
 from lsr_scale.kernels import swiglu_project as module
 from lsr_scale.kernels.swiglu_project import swiglu_project, swiglu_project_reference, swiglu_project_triton
-from tests.kernels.checks import assert_close_to_float64, compile_for, error, pitched, poisoned
+from tests.kernels.checks import assert_close_to_float64, compile_for, error, poisoned, strided
 
 pytest.importorskip("triton", reason="Triton is not installed: kernels cannot be tested")
 
@@ -24,13 +24,13 @@ def inputs(rows, features, num_columns, rank, dtype, device="cpu"):
 def check(rows, features, num_columns, rank, dtype, device, run=swiglu_project_triton, **config):
     filled = num_columns if rank is None else rank
     gate_up, down = inputs(rows, features, num_columns, filled, dtype, device)
-    found = []
+    results = []
     for extra in (0, 24):
-        out = pitched(poisoned((rows, features + num_columns), dtype, device), extra)
+        out = strided(poisoned((rows, features + num_columns), dtype, device), extra)
         xa = poisoned((rows, num_columns), dtype, device)
-        run(pitched(gate_up, extra), out, pitched(down, num_columns + extra), xa, rank=rank, **config)
-        found.append((out, xa))
-    for first, second in zip(*found, strict=True):
+        run(strided(gate_up, extra), out, strided(down, num_columns + extra), xa, rank=rank, **config)
+        results.append((out, xa))
+    for first, second in zip(*results, strict=True):
         assert torch.equal(first, second)
     h = out[:, :features]
     gate, up = gate_up.double().chunk(2, 1)
@@ -80,27 +80,27 @@ def test_the_reference_is_float64_exact_and_is_what_runs_without_a_gpu():
 @pytest.mark.parametrize(("rank", "limit"), [(16, 99), (64, 99), (128, 99)])
 def test_compiles_for_sm80_and_sm90(rank, limit):
     signature = dict.fromkeys(["gate_up", "out", "down"], "*bf16") | dict(xa_partial="*fp32")
-    signature |= dict.fromkeys(["num_rows", "gate_up_pitch", "out_pitch", "down_pitch"], "i32")
+    signature |= dict.fromkeys(["num_rows", "gate_up_row_stride", "out_row_stride", "down_row_stride"], "i32")
     constants = dict(FEATURES=14336, RANK=rank, STEPS=14, PIN=True, BLOCK_T=32, BLOCK_R=rank)
     constants |= dict(BLOCK_F=min(128, 8192 // rank))
     for metadata in compile_for(module._swiglu_project_kernel, signature, constants).values():
         # an A100 gives a program 163 KB
         assert metadata.shared <= limit * 1024
-    signature = dict(xa_partial="*fp32", out="*bf16", xa_out="*bf16", num_rows="i32", out_pitch="i32")
+    signature = dict(xa_partial="*fp32", out="*bf16", xa_out="*bf16", num_rows="i32", out_row_stride="i32")
     constants = dict(FEATURES=14336, R=rank, SPLITS=8, BLOCK_R=rank, BLOCK=512)
-    for metadata in compile_for(module._sum_shares_kernel, signature, constants).values():
+    for metadata in compile_for(module._reduce_partials_kernel, signature, constants).values():
         assert metadata.shared <= 16 * 1024
 
 
 def test_compiles_for_one_row():
     """Triton makes a constant of an argument that is 1."""
     signature = dict.fromkeys(["gate_up", "out", "down"], "*bf16") | dict(xa_partial="*fp32")
-    signature |= dict.fromkeys(["gate_up_pitch", "out_pitch", "down_pitch"], "i32")
+    signature |= dict.fromkeys(["gate_up_row_stride", "out_row_stride", "down_row_stride"], "i32")
     constants = dict(FEATURES=512, RANK=16, STEPS=1, PIN=True, BLOCK_T=32, BLOCK_F=128, BLOCK_R=16, num_rows=1)
     compile_for(module._swiglu_project_kernel, signature, constants)
-    signature = dict(xa_partial="*fp32", out="*bf16", xa_out="*bf16", out_pitch="i32")
+    signature = dict(xa_partial="*fp32", out="*bf16", xa_out="*bf16", out_row_stride="i32")
     constants = dict(FEATURES=512, R=64, SPLITS=4, BLOCK_R=16, BLOCK=512, num_rows=1)
-    compile_for(module._sum_shares_kernel, signature, constants)
+    compile_for(module._reduce_partials_kernel, signature, constants)
 
 
 @pytest.mark.gpu

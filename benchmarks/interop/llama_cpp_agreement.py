@@ -155,7 +155,7 @@ def main(arguments: list[str] | None = None) -> int:
     from transformers import AutoModelForCausalLM, GgufConfig
 
     from lsr_scale import config, files
-    from lsr_scale.adapters.files import load_adapter
+    from lsr_scale.adapters.save_and_load import load_adapter
     from lsr_scale.export import export, open_adapter
     from lsr_scale.export.verify import base_section, in_float32
     from lsr_scale.model import builtin, load_base, load_tokenizer

@@ -22,8 +22,8 @@ from torch import nn
 from benchmarks.command_line import new_file, script_parser
 from lsr_scale import LsrConfig, files
 from lsr_scale.adapters import METHODS
-from lsr_scale.adapters.condition import TOLERANCE, conditions, sides
-from lsr_scale.training.callbacks.condition import WatchCondition
+from lsr_scale.adapters.condition import TOLERANCE, conditions, kronecker_sums
+from lsr_scale.training.callbacks.condition import ConditionCallback
 
 WIDTH, RANK, TERMS, BATCH = 64, 4, 4, 256
 OPTIONS: dict[str, Any] = {"target_modules": ["0"], "rank": RANK, "alpha": float(RANK), "separation_rank": TERMS}
@@ -42,10 +42,10 @@ def start(dtype: torch.dtype) -> Any:
     model: Any = get_peft_model(nn.Sequential(nn.Linear(WIDTH, WIDTH, bias=False)), LsrConfig(**OPTIONS))
     nn.init.zeros_(model.base_model.model[0].get_base_layer().weight)
     with torch.no_grad():
-        for side in sides(model):
+        for side in kronecker_sums(model):
             side.left.normal_()
             side.right.normal_()
-            if side.name == "up":
+            if side.side == "up":
                 side.left[1::2] = side.left[::2] + 0.1 * side.left[1::2]
                 side.right[1::2] = -side.right[::2] + 0.1 * side.right[1::2]
             for parameter in side.parameters:
@@ -61,7 +61,7 @@ def train(guard: Any, dtype: torch.dtype, steps: int, rate: float, size: float) 
     teacher = size * METHODS["lsr"].delta_weight(params)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], rate, eps=1e-4)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    watch = WatchCondition(TOLERANCE, guard, lambda text: None)
+    callback = ConditionCallback(TOLERANCE, guard, lambda text: None)
     losses, gammas = [], []
     for step in range(steps):
         x = torch.randn(BATCH, WIDTH, generator=generator)
@@ -77,8 +77,8 @@ def train(guard: Any, dtype: torch.dtype, steps: int, rate: float, size: float) 
         schedule.step()
         if step % 10 == 0:
             losses.append(loss.item())
-            gammas.append(float(conditions([side for side in sides(model) if side.name == "up"])[0]))
-            watch.on_log(None, None, None, logs={"loss": losses[-1]}, model=model, optimizer=optimizer)  # pyright: ignore
+            gammas.append(float(conditions([side for side in kronecker_sums(model) if side.side == "up"])[0]))
+            callback.on_log(None, None, None, logs={"loss": losses[-1]}, model=model, optimizer=optimizer)  # pyright: ignore
     return {"loss": losses, "gamma": gammas}
 
 

@@ -1,8 +1,9 @@
-"""The adapter methods by name, and their options. Every file in `adapters/methods/` is found by importing it."""
+"""The adapter methods by name, and their options. Every file in `adapters/methods/` is imported, and so registered."""
 
 import dataclasses
 import importlib
 import pkgutil
+from collections import ChainMap
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,11 +21,17 @@ TASK_TYPES = {"causal_lm": "CAUSAL_LM", "seq_cls": "SEQ_CLS"}
 # PEFT's own methods, by the dataclass that maps our option names to theirs
 PEFT_METHODS: dict[str, type[LoraOptions] | type[LokrOptions]] = {"lora": LoraOptions, "lokr": LokrOptions}
 
-for _module in pkgutil.iter_modules(methods.__path__):
-    importlib.import_module(f"{methods.__name__}.{_module.name}")
+# how the factors of a saved adapter make its update, of every method: ours, and PEFT's own
+SAVED_METHODS: Mapping[str, type[AdapterMethod]] = ChainMap(METHODS, {"lora": LowRankPair, "lokr": LokrFactors})
 
-# what a saved adapter's factors mean, of every method: ours, and PEFT's own
-SAVED_METHODS: dict[str, type[AdapterMethod]] = {**METHODS, "lora": LowRankPair, "lokr": LokrFactors}
+
+def import_methods() -> None:
+    """Import every file in `adapters/methods/`, which registers its method."""
+    for module in pkgutil.iter_modules(methods.__path__):
+        importlib.import_module(f"{methods.__name__}.{module.name}")
+
+
+import_methods()
 
 
 def method_names() -> list[str]:
@@ -37,10 +44,9 @@ def options(method: str) -> type:
 
     PEFT's bookkeeping fields (task type, base model name, version) are not among them.
     """
-    source = PEFT_METHODS.get(method) or _find(method).config_class
-    bookkeeping = {field.name for field in dataclasses.fields(PeftConfig)}
-    chosen = [field for field in dataclasses.fields(source) if field.name not in bookkeeping]
-    copied = [(f.name, f.type, _copy_field(f)) for f in chosen]
+    source = PEFT_METHODS.get(method) or _registered(method).config_class
+    not_options = {field.name for field in dataclasses.fields(PeftConfig)}
+    copied = [(f.name, f.type, _copy_field(f)) for f in dataclasses.fields(source) if f.name not in not_options]
     return dataclasses.make_dataclass(f"{method.title().replace('_', '')}Options", copied)
 
 
@@ -63,12 +69,12 @@ def peft_config(method: str, values: Mapping[str, Any], task_type: str | None = 
     if method in PEFT_METHODS:
         config: PeftConfig = PEFT_METHODS[method](**values).to_peft()
     else:
-        config = _find(method).config_class(**values)
+        config = _registered(method).config_class(**values)
     config.task_type = task_type  # pyright: ignore[reportAttributeAccessIssue]
     return config
 
 
-def _find(method: str) -> type[AdapterMethod]:
+def _registered(method: str) -> type[AdapterMethod]:
     if method not in METHODS:
         raise UserError(f"adapter.method: unknown method {method!r}; {did_you_mean(method, method_names())}")
     return METHODS[method]

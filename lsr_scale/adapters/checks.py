@@ -1,26 +1,25 @@
-"""What options may be, our methods' and PEFT's, in a run's file and in a saved adapter.
-
-One rule for both, so that what trains can be loaded, exported and inspected.
+"""Validates the options of a method, ours or PEFT's, alike in a run's YAML and in a saved adapter's configuration:
+what trains can be loaded, exported and inspected.
 """
 
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from lsr_scale.adapters.expressions import check_expression
+from lsr_scale.adapters.safe_regex import check_regex
 from lsr_scale.errors import UserError, quoted
 
-MAX_RANK = 65536  # no linear is as wide
+MAX_RANK = 65536  # no linear layer is as wide
 _RANKS = ("rank", "r", "separation_rank")
 _ALPHAS = ("alpha", "lora_alpha")
 _NAMES = ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern")
 
 
 def check_options(options: Mapping[str, Any]) -> None:
-    """Raise for ranks and alphas that make no scaling, names that are none, and expressions that match for ever.
+    """Refuse ranks and alphas that give no finite scaling, names that are no strings, and catastrophic regexes.
 
     Args:
-        options: Values by the option's name; names that are not known here are passed over.
+        options: Values by the option's name; other options than those checked here are ignored.
 
     Raises:
         UserError: beginning with the name of the option.
@@ -31,13 +30,13 @@ def check_options(options: Mapping[str, Any]) -> None:
             if value is not None and not (isinstance(value, Mapping) and all(isinstance(key, str) for key in value)):
                 raise UserError(f"{name}: expected a value by module, such as {{q_proj: 4}}, got {quoted(value)}")
             for key, number in (value or {}).items():
-                check_expression(key, name)
+                check_regex(key, name)
                 _check_number(pattern, number, f"{name}[{quoted(key)}]")
         elif name in _NAMES:
             for text in _texts(name, value):
-                # a name in a list is compared, but for those that PEFT puts into an expression of its own
+                # a name in a list is compared as it is, but for those that PEFT builds a regular expression from
                 if isinstance(value, str) or name in ("modules_to_save", "layers_pattern"):
-                    check_expression(text, name)
+                    check_regex(text, name)
         else:
             _check_number(name, value, name)
 

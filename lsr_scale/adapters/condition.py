@@ -1,4 +1,4 @@
-"""The condition of a sum of Kronecker products: how much its terms cancel, watched while they train, and mended.
+"""The condition number of a sum of Kronecker products: how much its terms cancel, and guards against it.
 
     M = sum_k lambda_k A_k (x) B_k,  ||A_k|| = ||B_k|| = 1        gamma = (sum_k lambda_k^2)^(1/2) / ||M||
 
@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from lsr_scale.adapters.peft import AdapterLinear
 
 Guard = Literal["warn", "rescale", "fp32"]
-# Twice bfloat16's unit roundoff. No module that the ablations trained had a gamma above 1.1, so a healthy run hears
-# nothing, even with factors in bfloat16; factors in float16 are warned of from gamma 16 on, in float32 from 131,072.
+# Twice bfloat16's unit roundoff. No module that the ablations trained had a gamma above 1.1, so a healthy run gets no
+# warning, even with factors in bfloat16; factors in float16 are warned of from gamma 16 on, in float32 from 131,072.
 TOLERANCE = 2.0**-7
 
 
@@ -56,8 +56,8 @@ def orthogonal_terms(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
         right: `[S, m, n]`.
 
     Returns:
-        Both in the shapes and dtypes given; terms that the sum does not need are zero on the right and kept on the
-        left, where they still get a gradient.
+        Both in the shapes and dtypes of the arguments; terms that the sum does not need are zero on the right and
+        unchanged on the left, so that they still get a gradient.
     """
     q_left, r_left = torch.linalg.qr(left.detach().double().flatten(1).T)
     q_right, r_right = torch.linalg.qr(right.detach().double().flatten(1).T)
@@ -65,19 +65,19 @@ def orthogonal_terms(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     root = values.sqrt()
     new_left, new_right = (q_left @ u * root).T, (q_right @ v.T * root).T
     count = len(values)  # less than S where a side has fewer elements
-    found_left, found_right = left.detach().clone(), torch.zeros_like(right)
-    found_left[:count], found_right[:count] = (
+    out_left, out_right = left.detach().clone(), torch.zeros_like(right)
+    out_left[:count], out_right[:count] = (
         new.view(count, *like.shape[1:]).to(like.dtype) for new, like in ((new_left, left), (new_right, right))
     )
-    return found_left, found_right
+    return out_left, out_right
 
 
 @dataclass(frozen=True)
-class Side:
-    """One sum of one module: the factors, and the parameter of the terms' weights where they are trained."""
+class KroneckerSum:
+    """One sum of one module: its factors, and the parameter of its terms' weights where those are trained."""
 
     module: str
-    name: str
+    side: str  # "down" or "up"
     left: nn.Parameter
     right: nn.Parameter
     weight: nn.Parameter | None = None
@@ -88,69 +88,71 @@ class Side:
         return [self.left, self.right, *([] if self.weight is None else [self.weight])]
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """Return both factors, the weights folded into the left one."""
+        """Return both factors detached, the weights folded into the left one."""
         left = self.left.detach().float()
         return (left if self.weight is None else left * self.weight.detach()[:, None, None]), self.right.detach()
 
 
-def sides(model: nn.Module) -> list[Side]:
+def kronecker_sums(model: nn.Module) -> list[KroneckerSum]:
     """Return every sum of Kronecker products among a model's active adapters: those of methods that have `sides`."""
-    found = []
+    sums = []
     for module_name, module in model.named_modules():
         if not isinstance(module, AdapterLinear):
             continue
         for adapter in module.active_adapters:
-            held: Any = module.factors(adapter)
-            for name in module.method_of(adapter).sides if held else ():
-                left, right, weight = (held.get(f"{name}_{part}") for part in ("left", "right", "weight"))
-                found.append(Side(module_name.removeprefix("base_model.model."), name, left, right, weight))
-    return found
+            factors: Any = module.factors(adapter)
+            for side in module.method_of(adapter).sides if factors else ():
+                left, right, weight = (factors.get(f"{side}_{part}") for part in ("left", "right", "weight"))
+                sums.append(KroneckerSum(module_name.removeprefix("base_model.model."), side, left, right, weight))
+    return sums
 
 
 @torch.no_grad()
-def conditions(found: list[Side]) -> Tensor:
-    """Return gamma of each side, float64 on the CPU; sides of one shape are computed together."""
+def conditions(sums: list[KroneckerSum]) -> Tensor:
+    """Return gamma of each sum, float64 on the CPU; sums of one shape are computed together."""
     groups: dict[Any, list[int]] = {}
-    for index, side in enumerate(found):
-        groups.setdefault((side.left.shape, side.right.shape, side.left.device), []).append(index)
-    values = torch.empty(len(found), dtype=torch.float64)
+    for index, one in enumerate(sums):
+        groups.setdefault((one.left.shape, one.right.shape, one.left.device), []).append(index)
+    values = torch.empty(len(sums), dtype=torch.float64)
     computed = []
     for members in groups.values():
-        lefts, rights = zip(*(found[index].factors() for index in members), strict=True)
+        lefts, rights = zip(*(sums[index].factors() for index in members), strict=True)
         computed.append((members, condition(torch.stack(lefts), torch.stack([right.float() for right in rights]))))
     for members, gammas in computed:
         values[members] = gammas.cpu()
     return values
 
 
-def endangered(found: list[Side], gammas: Tensor, tolerance: float) -> list[int]:
-    """Return the indices of the sides that rounding to their factors' dtype changes by more than the tolerance."""
-    roundoff = [max(torch.finfo(p.dtype).eps / 2 for p in (side.left, side.right)) for side in found]
+def ill_conditioned(sums: list[KroneckerSum], gammas: Tensor, tolerance: float) -> list[int]:
+    """Return the indices of the sums that rounding to their factors' dtype changes by more than the tolerance."""
+    roundoff = [max(torch.finfo(p.dtype).eps / 2 for p in (one.left, one.right)) for one in sums]
     return [i for i, (gamma, u) in enumerate(zip(gammas.tolist(), roundoff, strict=True)) if gamma * u > tolerance]
 
 
 @torch.no_grad()
-def mend(side: Side, how: Guard, optimizer: torch.optim.Optimizer | None = None) -> None:
-    """Make a side harmless, in place.
+def apply_guard(ill: KroneckerSum, guard: Guard, optimizer: torch.optim.Optimizer | None = None) -> None:
+    """Make an ill-conditioned sum robust to rounding, in place.
 
     Args:
-        side: The side.
-        how: "rescale" writes the same sum with orthogonal terms of balanced factors; what the optimizer remembers of
-            the old ones is forgotten. "fp32" holds factors and the optimizer's memory in float32 from now on.
+        ill: The sum.
+        guard: "rescale" writes the same sum with orthogonal terms of balanced factors, and drops their optimizer
+            state. "fp32" casts factors and optimizer state to float32. "warn" does nothing.
         optimizer: The one that trains it, if any.
     """
+    if guard == "warn":
+        return
     state: Any = optimizer.state if optimizer is not None else {}
-    if how == "fp32":
-        for parameter in side.parameters:
+    if guard == "fp32":
+        for parameter in ill.parameters:
             parameter.data = parameter.data.float()
             for name, value in state.get(parameter, {}).items():
                 if isinstance(value, Tensor) and value.is_floating_point() and value.dim():
                     state[parameter][name] = value.float()
         return
-    left, right = orthogonal_terms(*side.factors())
-    side.left.copy_(left)
-    side.right.copy_(right)
-    if side.weight is not None:
-        side.weight.fill_(1.0)
-    for parameter in side.parameters:
+    left, right = orthogonal_terms(*ill.factors())
+    ill.left.copy_(left)
+    ill.right.copy_(right)
+    if ill.weight is not None:
+        ill.weight.fill_(1.0)
+    for parameter in ill.parameters:
         state.pop(parameter, None)

@@ -1,4 +1,4 @@
-"""What was asked of a base and not done: weights that no quantization reaches, and that no adapter does."""
+"""Which of a base's weights neither quantization nor the adapter covers although the run asks for it."""
 
 import re
 from collections import Counter
@@ -9,61 +9,61 @@ import bitsandbytes as bnb
 from torch import nn
 
 from lsr_scale.adapters.identity import base_modules
-from lsr_scale.adapters.peft import features
+from lsr_scale.adapters.peft import in_out_features
 from lsr_scale.model.architecture import head_modules
 from lsr_scale.model.shard import full_numel
 
-# of all weights; less is not worth a line (routers, biases of attention)
-WORTH_SAYING = 0.001
+# share of all weights below which there is no note (routers, biases of attention)
+MIN_SHARE = 0.001
 
 
-def left_out(
+def coverage_notes(
     model: Any, quantization: str, targets: Any, dtype: str, quantized: Collection[str] | None = None
 ) -> list[str]:
-    """Return a line for what a loaded and adapted model does not do of what was asked, with its share of the weights.
+    """Return a note for each kind of weights that are not quantized, or not adapted, as asked, with their share.
 
-    Embeddings and heads are never quantized, and left to the user to adapt: they are not spoken of.
+    Embeddings and heads are left out: they are never quantized, and adapted only by name.
 
     Args:
         model: The base with its adapter, loaded or on the meta device.
-        quantization: How linear layers were to be held.
+        quantization: The quantization that the run asks for.
         targets: The adapter's `target_modules` as the user wrote it.
-        dtype: Name of the dtype that the rest is held in.
+        dtype: Name of the dtype of what is not quantized.
         quantized: Names of the layers that will be quantized, where the model is on the meta device.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     heads = tuple(f"{name}." for name in head_modules(base) or ())
-    total, matrices = 0, {}  # of those that are no embedding and in no head: numbers of weights and how they are held
+    total, matrices = 0, {}  # (number of weights, is quantized, is linear) but for embeddings and heads
     for path, module in base_modules(model):
-        sides = features(module)
+        shape = in_out_features(module)
         for name, parameter in module.named_parameters(recurse=False):
-            packed = sides is not None and name == "weight"
-            size = sides[0] * sides[1] if packed and sides else full_numel(parameter)
+            is_linear = shape is not None and name == "weight"
+            size = shape[0] * shape[1] if is_linear and shape else full_numel(parameter)
             total += size
-            is_matrix = packed or len(getattr(parameter, "ds_shape", parameter.shape)) > 1
+            is_matrix = is_linear or len(getattr(parameter, "ds_shape", parameter.shape)) > 1
             if is_matrix and not isinstance(module, nn.Embedding) and not f"{path}.".startswith(heads):
-                done = isinstance(module, bnb.nn.Linear4bit | bnb.nn.Linear8bitLt) or path in (quantized or ())
-                matrices[f"{path}.{name}" if not packed else path] = (size, done, packed)
-    lines = []
+                is_quantized = isinstance(module, bnb.nn.Linear4bit | bnb.nn.Linear8bitLt) or path in (quantized or ())
+                matrices[path if is_linear else f"{path}.{name}"] = (size, is_quantized, is_linear)
+    notes = []
     if quantization != "none":
-        plain = {name: size for name, (size, done, _) in matrices.items() if not done}
-        if sum(plain.values()) > WORTH_SAYING * total:
-            lines.append(
-                f"model.quantization: {_share(plain, total)} held in {dtype}, not in {quantization}: bitsandbytes "
-                "quantizes linear layers alone, and passes over some that the model wants left as they are"
+        unquantized = {name: size for name, (size, is_quantized, _) in matrices.items() if not is_quantized}
+        if sum(unquantized.values()) > MIN_SHARE * total:
+            notes.append(
+                f"model.quantization: {_share(unquantized, total)} {dtype}, not {quantization}: "
+                "bitsandbytes quantizes linear layers only, and skips those that the model excludes"
             )
     if targets == "all-linear":
-        bare = {name: size for name, (size, _, is_linear) in matrices.items() if not is_linear}
-        if sum(bare.values()) > WORTH_SAYING * total:
-            lines.append(
-                f"adapter.target_modules: {_share(bare, total)} not adapted: all-linear means linear layers, and these "
-                "are held in one tensor for many, as experts are"
+        unadapted = {name: size for name, (size, _, is_linear) in matrices.items() if not is_linear}
+        if sum(unadapted.values()) > MIN_SHARE * total:
+            notes.append(
+                f"adapter.target_modules: {_share(unadapted, total)} not adapted: all-linear means linear layers, and "
+                "these are parameters of many in one tensor, as experts are"
             )
-    return lines
+    return notes
 
 
 def _share(sizes: dict[str, int], total: int) -> str:
-    """Return names, the largest first and layers' numbers left out, with their share of all weights and a verb."""
+    """Return names, the largest first and the indices of layers as `*`, with their share of all weights and a verb."""
     by_name: Counter[str] = Counter()
     for name, size in sizes.items():
         by_name[re.sub(r"(?<=\.)\d+(?=\.)", "*", name)] += size

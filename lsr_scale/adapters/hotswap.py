@@ -1,4 +1,4 @@
-"""Another adapter in the place of one that a model holds, with nothing injected anew (PEFT's own is for LoRA only)."""
+"""Hotswapping: a saved adapter replaces an injected one in place (PEFT's `hotswap_adapter` is for LoRA only)."""
 
 from pathlib import Path
 from typing import Any
@@ -11,36 +11,36 @@ from torch import Tensor, nn
 
 from lsr_scale.adapters.identity import check_base
 from lsr_scale.adapters.peft import AdapterConfig, AdapterLinear
-from lsr_scale.adapters.saved import read_base, read_config, read_weights
+from lsr_scale.adapters.read import read_base, read_config, read_weights
 from lsr_scale.errors import UserError, did_you_mean
 from lsr_scale.paths import user_path
 
 
 def hotswap_adapter(model: PeftModel, folder: str | Path, adapter_name: str = "default") -> None:
-    """Put a saved adapter's factors, scalings and dropout into the place of an adapter that the model holds.
+    """Replace the factors, scalings and dropout of an injected adapter by those of a saved one; its name stays.
 
-    Factors of the same shapes are written over in place, so that what refers to them (a compiled model, a graph) goes
-    on; others, as of another rank, are replaced. Linears that the new adapter leaves out get zeros. The name stays.
+    Factors of the same shape are copied in place, so that what refers to them (a compiled model, a CUDA graph) stays
+    valid; others, as of another rank, are replaced. Linears that the new adapter does not adapt get zeros.
 
     Args:
-        model: With an adapter of the same method; PEFT's LoRA is handed to PEFT.
+        model: With an adapter of the same method; LoRA is passed on to PEFT's own function.
         folder: The new adapter's, as `save_pretrained` writes it; packed factors too.
-        adapter_name: Which adapter leaves.
+        adapter_name: The adapter that is replaced.
 
     Raises:
         UserError: if there is no such adapter, or the new one is damaged, of another method or base, adapts other
-            linears, or has modules trained whole. The model stays as it was.
+            linears, or has modules_to_save. The model is unchanged then.
     """
     folder = user_path(folder)
     if adapter_name not in model.peft_config:
         raise UserError(
             f"hotswap_adapter: no adapter {adapter_name!r}; {did_you_mean(adapter_name, model.peft_config)}"
         )
-    held: Any = model.peft_config[adapter_name]
+    old_config: Any = model.peft_config[adapter_name]
     config = read_config(folder)
-    if type(config) is not type(held):
-        kinds = [str(one.peft_type.value).lower() for one in (config, held)]
-        raise UserError(f"{folder}: a {kinds[0]} adapter cannot take the place of one of {kinds[1]}")
+    if type(config) is not type(old_config):
+        methods = [str(one.peft_type.value).lower() for one in (config, old_config)]
+        raise UserError(f"{folder}: a {methods[0]} adapter cannot replace one of {methods[1]}")
     stored = read_weights(folder)
     if not isinstance(config, AdapterConfig):
         device = str(next(model.parameters()).device)
@@ -52,24 +52,24 @@ def hotswap_adapter(model: PeftModel, folder: str | Path, adapter_name: str = "d
     if described is not None:
         check_base(described, model, str(folder))
     if any(isinstance(m, ModulesToSaveWrapper) and adapter_name in m.modules_to_save for m in model.modules()):
-        raise UserError(f"hotswap_adapter: {adapter_name!r} has modules trained whole; delete it, and load_adapter")
-    new = _fitting(model, config, stored, adapter_name, folder)
-    for layer, (module_config, factors) in new.items():
-        _write(layer, adapter_name, factors)
+        raise UserError(f"hotswap_adapter: {adapter_name!r} has modules_to_save; call delete_adapter, and load_adapter")
+    replacements = _match_factors(model, config, stored, adapter_name, folder)
+    for layer, (module_config, factors) in replacements.items():
+        _replace_factors(layer, adapter_name, factors)
         if module_config is not None:
             layer.adapter_configs[adapter_name] = module_config
             dropout = module_config.dropout
             layer.adapter_dropout[adapter_name] = nn.Dropout(dropout) if dropout else nn.Identity()
-    config.inference_mode = held.inference_mode
+    config.inference_mode = old_config.inference_mode
     model.peft_config[adapter_name] = config
 
 
-def _fitting(
+def _match_factors(
     model: PeftModel, config: AdapterConfig, stored: dict[str, Tensor], adapter_name: str, folder: Path
 ) -> dict[AdapterLinear, tuple[AdapterConfig | None, dict[str, Tensor]]]:
-    """Return the new configuration, None where it leaves a linear out, and the new factors of every linear."""
-    found: dict[AdapterLinear, tuple[AdapterConfig | None, dict[str, Tensor]]] = {}
-    left = dict(stored)
+    """Return each linear's new factors, and its new configuration, None where the new adapter does not adapt it."""
+    replacements: dict[AdapterLinear, tuple[AdapterConfig | None, dict[str, Tensor]]] = {}
+    unmatched = dict(stored)
     for name, layer in model.named_modules():
         if not isinstance(layer, AdapterLinear) or not (old := layer.factors(adapter_name)):
             continue
@@ -77,25 +77,25 @@ def _fitting(
             raise UserError(f"hotswap_adapter: {adapter_name!r} is merged into the base; call unmerge_adapter() first")
         module_config = config.for_module(name.removeprefix("base_model.model."))
         names = {key: f"{name}.{layer.method.prefix}{key}" for key in layer.method.parameter_names}
-        factors = {key: left.pop(stem) for key, stem in names.items() if stem in left}
+        factors = {key: unmatched.pop(stored_name) for key, stored_name in names.items() if stored_name in unmatched}
         if not factors:
-            found[layer] = None, {key: torch.zeros_like(value) for key, value in old.items()}
+            replacements[layer] = None, {key: torch.zeros_like(value) for key, value in old.items()}
             continue
         expected = layer.method.parameter_shapes(layer.in_features, layer.out_features, module_config)
         shapes = {key: tuple(value.shape) for key, value in factors.items()}
         if shapes != expected:
             raise UserError(f"{folder}: {name}: its configuration asks for {expected}, the file has {shapes}")
-        found[layer] = module_config, factors
-    if left:
+        replacements[layer] = module_config, factors
+    if unmatched:
         raise UserError(
-            f"{folder}: {min(left)} has no place in the adapter {adapter_name!r}, nor have {len(left) - 1} more; call "
-            "delete_adapter, and load_adapter"
+            f"{folder}: {min(unmatched)} is of no linear that {adapter_name!r} adapts, nor are {len(unmatched) - 1} "
+            "more; call delete_adapter, and load_adapter"
         )
-    return found
+    return replacements
 
 
 @torch.no_grad()
-def _write(layer: AdapterLinear, adapter_name: str, factors: dict[str, Tensor]) -> None:
+def _replace_factors(layer: AdapterLinear, adapter_name: str, factors: dict[str, Tensor]) -> None:
     old = layer.factors(adapter_name)
     for key in layer.method.parameter_names:
         container = getattr(layer, layer.method.prefix + key)
@@ -104,5 +104,5 @@ def _write(layer: AdapterLinear, adapter_name: str, factors: dict[str, Tensor]) 
         elif key in factors:
             like = next(iter(old.values()))
             container[adapter_name] = nn.Parameter(factors[key].to(like), requires_grad=like.requires_grad)
-        elif key in old:  # an option, such as term_weights, that the new one has not
+        elif key in old:  # a factor that the new adapter has not, such as term_weights
             del container[adapter_name]

@@ -1,4 +1,4 @@
-"""Which base model an adapter belongs to: a description stored beside it, and the check before it is loaded again."""
+"""The identity of an adapter's base model: a description saved beside it, compared before it is loaded."""
 
 import hashlib
 import json
@@ -10,7 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
-from lsr_scale.adapters.peft import features
+from lsr_scale.adapters.peft import in_out_features
 from lsr_scale.errors import UserError
 from lsr_scale.model.shard import full_numel
 
@@ -23,17 +23,17 @@ def base_description(model: nn.Module) -> dict[str, Any]:
     """
     config: Any = model.config
     shapes: dict[str, list[int]] = {}
-    quantization, names = "none", {"Linear4bit": "4-bit", "Linear8bitLt": "int8"}
+    quantization, quantized_classes = "none", {"Linear4bit": "4-bit", "Linear8bitLt": "int8"}
     num_parameters = 0
     seen: set[int] = set()
     for path, module in base_modules(model):
-        size = features(module)
+        size = in_out_features(module)
         if size is not None:
             pattern = ".".join("*" if part.isdigit() else part for part in path.split("."))
             shapes[pattern] = [size[1], size[0]]
-            kinds = [names[base.__name__] for base in type(module).__mro__ if base.__name__ in names]
-            if kinds:
-                quantization = getattr(module.weight, "quant_type", kinds[0])
+            classes = [base.__name__ for base in type(module).__mro__ if base.__name__ in quantized_classes]
+            if classes:
+                quantization = getattr(module.weight, "quant_type", quantized_classes[classes[0]])
         for parameter in module.parameters(recurse=False):
             if id(parameter) not in seen:
                 seen.add(id(parameter))
@@ -67,11 +67,11 @@ def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         if isinstance(module, BaseTunerLayer | ModulesToSaveWrapper):
             continue
         if path.startswith(heads):
-            # beside a head that trains lies the one that it was copied from
-            whole = next(head for head in heads if path.startswith(head))
-            kind, _, rest = path.removeprefix(whole).partition(".")
-            if kind == "original_module":
-                yield ".".join(part for part in (whole[:-1], rest) if part), module
+            # a wrapper has the trained copies of a head, and the original
+            head = next(head for head in heads if path.startswith(head))
+            child, _, rest = path.removeprefix(head).partition(".")
+            if child == "original_module":
+                yield ".".join(part for part in (head[:-1], rest) if part), module
         elif not path.startswith(inside):
             yield path, module
         elif path.endswith("base_layer"):
@@ -79,11 +79,11 @@ def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def check_base(stored: Mapping[str, Any], model: nn.Module, where: str) -> list[str]:
-    """Compare a stored `base_description` with a model before its adapter goes onto it.
+    """Compare a saved `base_description` with the base model that its adapter is to be loaded onto.
 
     Args:
         stored: The description beside the adapter.
-        model: The base to be used now.
+        model: The base model.
         where: The adapter's folder, for the message.
 
     Returns:
@@ -93,23 +93,24 @@ def check_base(stored: Mapping[str, Any], model: nn.Module, where: str) -> list[
         UserError: if linear layers have other shapes, or are not there; names them.
     """
     now = base_description(model)
-    before, shapes = stored["linear_shapes"], now["linear_shapes"]
-    wrong = [
-        f"{path}: {before[path]} -> {shapes.get(path, 'not there')}"
-        for path in before
-        if before[path] != shapes.get(path)
+    trained_on, shapes = stored["linear_shapes"], now["linear_shapes"]
+    mismatches = [
+        f"{path}: {trained_on[path]} -> {shapes.get(path, 'not there')}"
+        for path in trained_on
+        if trained_on[path] != shapes.get(path)
     ]
-    if wrong:
-        more = f"\n... and {len(wrong) - 6} more" if len(wrong) > 6 else ""
+    if mismatches:
+        more = f"\n... and {len(mismatches) - 6} more" if len(mismatches) > 6 else ""
         raise UserError(
             f"{where}: this adapter was trained on {stored['name']} ({stored['architecture']}), whose layers "
             f"[out, in] have other shapes than those of {now['name']}; load it on its own base\n"
-            + "\n".join(wrong[:6])
+            + "\n".join(mismatches[:6])
             + more
         )
-    lines = []
+    notes = []
     if stored["config_sha256"] != now["config_sha256"]:
-        lines.append(f"the settings of {now['name']} are not those of {stored['name']}, which it was trained on")
+        notes.append(f"the settings of {now['name']} are not those of {stored['name']}, which it was trained on")
     if stored["quantization"] != now["quantization"]:
-        lines.append(f"the base is held in {now['quantization']}; it was trained on one in {stored['quantization']}")
-    return lines
+        quantization = f"{now['quantization']}; that of its training was {stored['quantization']}"
+        notes.append(f"the base's quantization is {quantization}")
+    return notes

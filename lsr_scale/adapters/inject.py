@@ -1,4 +1,4 @@
-"""A fresh adapter put into a base: what `train` trains is what `plan` counts."""
+"""Injecting a fresh adapter into a base model: `train` trains what `plan` counts."""
 
 import re
 from collections.abc import Mapping
@@ -10,17 +10,17 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from lsr_scale import adapters
-from lsr_scale.adapters.peft import features, last_names
+from lsr_scale.adapters.peft import in_out_features, module_suffixes
 from lsr_scale.errors import UserError, did_you_mean
 from lsr_scale.layers.fp32_modules import cast_modules_to_save
 from lsr_scale.model.architecture import head_modules
 
-# the heads that PEFT trains whole beside the adapter of a classifier; others it would leave at random
+# the heads of a classifier that PEFT adds to modules_to_save; it would leave others as they were initialized
 _PEFT_HEADS = ("classifier", "score")
 
 
 def inject(base: Any, method: str, options: Mapping[str, Any], task: str) -> PeftModel:
-    """Return a base with a fresh adapter in it; of a classifier the head trains whole, whatever its name.
+    """Return a base with a fresh adapter injected; a classifier's head is fully trained, whatever its name.
 
     Args:
         base: The base model, loaded or on the meta device.
@@ -55,7 +55,7 @@ def check_linear(model: PeftModel) -> None:
     adapted = {
         path: layer for path, layer in model.get_base_model().named_modules() if isinstance(layer, BaseTunerLayer)
     }
-    linears = [path for path, layer in adapted.items() if features(layer.get_base_layer())]
+    linears = [path for path, layer in adapted.items() if in_out_features(layer.get_base_layer())]
     for path, layer in adapted.items():
         if path not in linears:
             kind, name = type(layer.get_base_layer()).__name__, path.rpartition(".")[2]
@@ -66,12 +66,12 @@ def check_linear(model: PeftModel) -> None:
                 )
             raise UserError(
                 f"adapter.target_modules: {path}: a layer of type {kind} is not linear; leave it out, or train it "
-                f"whole with adapter.modules_to_save: [{name}]"
+                f"fully with adapter.modules_to_save: [{name}]"
             )
 
 
 def _train_heads(base: Any, config: Any) -> None:
-    """Have a classifier's heads trained whole, and kept out of all-linear."""
+    """Put a classifier's heads into modules_to_save, and leave them out of all-linear."""
     heads = [
         name for name, module in base.named_children() if name in (head_modules(base) or ()) and _has_weight(module)
     ]
@@ -82,7 +82,7 @@ def _train_heads(base: Any, config: Any) -> None:
         inside = [
             name
             for name, module in base.named_modules()
-            if name.partition(".")[0] in heads and features(module) is not None
+            if name.partition(".")[0] in heads and in_out_features(module) is not None
         ]
         if isinstance(config.exclude_modules, str):
             config.exclude_modules = "|".join([f"(?:{config.exclude_modules})", *map(re.escape, inside)])
@@ -91,21 +91,21 @@ def _train_heads(base: Any, config: Any) -> None:
 
 
 def _check_names(base: nn.Module, targets: Any) -> None:
-    """Refuse a name of which nothing would come; PEFT passes over it where another name matches."""
+    """Refuse a name that matches nothing; PEFT ignores it where another name matches."""
     if targets is None or isinstance(targets, str):
         return
     names = [name for name, _ in base.named_modules() if name]
     for entry in sorted(targets):
         if not any(name == entry or name.endswith(f".{entry}") for name in names):
-            near = did_you_mean(entry, last_names(names) if "." not in entry else names)
-            raise UserError(f"adapter.target_modules: {entry!r} matches no module; {near}")
+            hint = did_you_mean(entry, module_suffixes(names) if "." not in entry else names)
+            raise UserError(f"adapter.target_modules: {entry!r} matches no module; {hint}")
 
 
 def _refusal(base: Any, config: Any, error: Exception) -> str:
-    """Return why PEFT refuses to adapt what was asked for, in words."""
+    """Return the message of an injection that PEFT refused."""
     if not config.target_modules:
-        body = [name for name, module in base.base_model.named_modules() if features(module)]
-        # of models whose default are the experts' parameters alone PEFT leaves an empty set, and all-linear has them
+        body = [name for name, module in base.base_model.named_modules() if in_out_features(module)]
+        # where PEFT's default is the experts' parameters it leaves an empty set, and all-linear includes them
         wider = "all-linear, or to " if config.target_modules is None else ""
         return (
             f"there is no default for a {base.config.model_type} model; set it to {wider}names of linear layers, such "
@@ -115,7 +115,7 @@ def _refusal(base: Any, config: Any, error: Exception) -> str:
 
 
 def _listed(paths: list[str]) -> str:
-    return f"[{', '.join(sorted(last_names(paths))[:8])}]"
+    return f"[{', '.join(sorted(module_suffixes(paths))[:8])}]"
 
 
 def _has_weight(module: nn.Module) -> bool:

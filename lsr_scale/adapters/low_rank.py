@@ -1,4 +1,4 @@
-"""Exact pairs as LoRA adapters: truncated without a full SVD, and the configuration that PEFT reads them by."""
+"""Low-rank pairs as LoRA adapters: truncated by an SVD of their small core, and the `LoraConfig` that they load by."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -20,7 +20,7 @@ def truncate(down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor, float
         rank: Of the result; at most in and out, which no product's rank is above.
 
     Returns:
-        down `[rank, in]` and up `[out, rank]` in the dtype given, computed in float64, and the error.
+        down `[rank, in]` and up `[out, rank]` in the dtype of the arguments, computed in float64, and the error.
     """
     if rank >= down.shape[0]:
         return down, up, 0.0
@@ -34,12 +34,12 @@ def truncate(down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor, float
 
 
 def lora_config(ranks: Mapping[str, int], like: PeftConfig, **targets: Any) -> LoraConfig:
-    """Return the configuration of a LoRA adapter whose scaling is 1 at every module: it stands in lora_B.
+    """Return the configuration of a LoRA adapter whose scaling is 1 at every module: it is folded into lora_B.
 
     Args:
         ranks: By the modules' names.
-        like: The adapter that it is made from: task, base, modules trained whole.
-        targets: `target_modules` and what else says which modules they are.
+        like: The configuration that task, base and modules_to_save are taken from.
+        targets: `target_modules`, and other options that select modules.
     """
     rank = max(ranks.values())
     others = {name: value for name, value in ranks.items() if value != rank}

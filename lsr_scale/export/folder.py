@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 
 from lsr_scale import files
-from lsr_scale.adapters.saved import check_own_base
+from lsr_scale.adapters.read import check_own_base
 from lsr_scale.data.tasks import Example
 from lsr_scale.errors import UserError
 from lsr_scale.export import pairs as lora

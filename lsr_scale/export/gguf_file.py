@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lsr_scale.adapters.packing import in_range
+from lsr_scale.adapters.packing import checked_cast
 from lsr_scale.errors import UserError
 from lsr_scale.export.pairs import Pairs, metadata_of
 from lsr_scale.export.source import AdapterSource
@@ -158,7 +158,7 @@ def array_of(
     if value.shape[-1] % gguf.GGML_QUANT_SIZES[kind][0]:
         kind = gguf.GGMLQuantizationType.F16
     if kind == gguf.GGMLQuantizationType.F16:
-        in_range(value, torch.float16, name)
+        checked_cast(value, torch.float16, name)
     elif kind == gguf.GGMLQuantizationType.Q8_0:
-        in_range(value / 127, torch.float16, name)  # a block's scale
+        checked_cast(value / 127, torch.float16, name)  # a block's scale
     return kind, gguf.quants.quantize(value.float().contiguous().numpy(), kind)

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lsr_scale.adapters.packing import in_range
+from lsr_scale.adapters.packing import checked_cast
 from lsr_scale.errors import UserError
 from lsr_scale.export.source import AdapterSource
 from lsr_scale.layers.frozen_linear import dequantize
@@ -125,7 +125,7 @@ def write_merged(
             for part, tensor in packed.items():
                 writer.add(f"{module}.{part}", tensor)
         else:
-            writer.add(name, in_range(value, out_dtype, name) if value.is_floating_point() else value)
+            writer.add(name, checked_cast(value, out_dtype, name) if value.is_floating_point() else value)
     writer.finish()
     written: dict[str, Any] = weights.config.to_dict()
     written.pop("quantization_config", None)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lsr_scale.adapters import PEFT_METHODS
 from lsr_scale.adapters.low_rank import lora_config, truncate
-from lsr_scale.adapters.packing import in_range, pack
+from lsr_scale.adapters.packing import checked_cast, pack
 from lsr_scale.errors import UserError
 from lsr_scale.export.source import WRAPPER, AdapterSource
 
@@ -89,7 +89,7 @@ def write_lora(
     tensors = dict(source.extra)
     for name, (down, up) in pairs.items():
         for factor, value in (("lora_A", down), ("lora_B", up)):
-            tensors[f"{WRAPPER}{name}.{factor}.weight"] = in_range(value, dtype, f"{name}.{factor}").contiguous()
+            tensors[f"{WRAPPER}{name}.{factor}.weight"] = checked_cast(value, dtype, f"{name}.{factor}").contiguous()
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt", **metadata})
 
 
@@ -115,7 +115,7 @@ def write_factors(folder: Path, source: AdapterSource, bits: int, metadata: dict
     if bits == 16:
         for module, params in named.items():
             for name, value in params.items():
-                half = in_range(value, torch.float16, f"{module}.{name}")
+                half = checked_cast(value, torch.float16, f"{module}.{name}")
                 tensors[f"{WRAPPER}{module}.{name}"] = half.contiguous()
     else:
         tensors |= pack(named, bits)

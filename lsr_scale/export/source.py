@@ -14,7 +14,15 @@ from torch import Tensor
 
 from lsr_scale.adapters import SAVED_METHODS, AdapterConfig
 from lsr_scale.adapters.peft import Params
-from lsr_scale.adapters.saved import CONFIG, MAX_NAME, read_base, read_config, read_weights, scaling_of
+from lsr_scale.adapters.read import (
+    CONFIG_NAME,
+    MAX_SHOWN_NAME,
+    WEIGHTS_NAME,
+    read_base,
+    read_config,
+    read_weights,
+    scaling_of,
+)
 from lsr_scale.config import RunConfig, load_run
 from lsr_scale.errors import UserError
 from lsr_scale.files import read_json
@@ -149,11 +157,12 @@ def _check_exportable(folder: Path, config: Any) -> None:
     kind = str(config.peft_type.value)
     known = [name.upper() for name in SAVED_METHODS]
     if kind not in known:
-        raise UserError(f"{folder / CONFIG}: peft_type {kind!r} cannot be exported; valid: {', '.join(known)}")
+        raise UserError(f"{folder / CONFIG_NAME}: peft_type {kind!r} cannot be exported; valid: {', '.join(known)}")
     variants = [name for name in _LORA_VARIANTS if getattr(config, name, None)]
     if isinstance(config, LoraConfig) and (variants or config.bias != "none"):
         raise UserError(
-            f"{folder / CONFIG}: LoRA with {', '.join(variants) or 'bias'} is not a plain pair; it cannot be exported"
+            f"{folder / CONFIG_NAME}: LoRA with {', '.join(variants) or 'bias'} is not a plain pair; it cannot be "
+            "exported"
         )
 
 
@@ -164,8 +173,8 @@ def _sort(folder: Path, config: Any, tensors: dict[str, Tensor]) -> tuple[dict[s
     modules: dict[str, Params] = {}
     extra: dict[str, Tensor] = {}
     for name in sorted(tensors):
-        where = f"{folder / 'adapter_model.safetensors'}: {name[:MAX_NAME]!r}"
-        if len(name) > MAX_NAME or not re.fullmatch(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*", name):
+        where = f"{folder / WEIGHTS_NAME}: {name[:MAX_SHOWN_NAME]!r}"
+        if len(name) > MAX_SHOWN_NAME or not re.fullmatch(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*", name):
             raise UserError(f"{where}: not a name of an adapter's tensor; save the adapter again")
         inner = name.removeprefix(WRAPPER)
         module, factor = _split(method, inner)
@@ -176,7 +185,7 @@ def _sort(folder: Path, config: Any, tensors: dict[str, Tensor]) -> tuple[dict[s
         else:
             raise UserError(f"{where}: belongs to no factor of {method}; the file is not that of its configuration")
     if not modules:
-        raise UserError(f"{folder / 'adapter_model.safetensors'}: there are no factors of {method} in this file")
+        raise UserError(f"{folder / WEIGHTS_NAME}: there are no factors of {method} in this file")
     return modules, extra
 
 

@@ -15,7 +15,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor
 
 from lsr_scale.adapters import TASK_TYPES
-from lsr_scale.adapters.files import load_adapter
+from lsr_scale.adapters.save_and_load import load_adapter
 from lsr_scale.data.tasks import Example
 from lsr_scale.errors import UserError
 from lsr_scale.export.source import WRAPPER, AdapterSource

@@ -95,7 +95,8 @@ def _state(layer: Any, modules: Sequence[nn.Module]) -> tuple[Any, ...]:
             names = active if isinstance(active, str) else tuple(active)
             merged = tuple(attributes["merged_adapters"])
             variants = tuple(attributes.get("lora_variant") or ()), tuple((attributes.get("lora_bias") or {}).items())
-            state.append((names, attributes["_disable_adapters"], merged, attributes.get("rows") is None, variants))
+            flags = attributes["_disable_adapters"], attributes.get("per_sample") is None
+            state.append((names, flags, merged, variants))
     return tuple(state)
 
 
@@ -164,7 +165,7 @@ def _adapter_reason(linear: Any) -> str | None:
         return f"the adapter is {_kind_of(linear)}"
     if linear.merged:
         return "an adapter is merged"
-    if getattr(linear, "rows", None) is not None:
+    if getattr(linear, "per_sample", None) is not None:
         return "the samples of the batch use different adapters"
     for adapter in adapters:
         dropout: Any = dropouts[adapter.name]

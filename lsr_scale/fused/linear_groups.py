@@ -25,7 +25,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from lsr_scale.adapters.peft import change_counts
+from lsr_scale.adapters.peft import version_counters
 from lsr_scale.fused.pairs import Pair
 from lsr_scale.kernels.backend import is_fake
 from lsr_scale.kernels.dequantize import Extension, fill_extension
@@ -87,7 +87,7 @@ class LinearGroup:
     def matrix(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Return the group's matrix `[N + R, K + R]`, weights dequantized or cached, pairs written into it."""
         N, K, R = self.out_features, self.in_features, self.width
-        counts = change_counts(base.weight for base in self.base_layers)
+        counts = version_counters(base.weight for base in self.base_layers)
         matrix, cache = None, None if counts is None else self.cache
         if cache is not None:
             key = dtype, device, counts, *(base.weight.data_ptr() for base in self.base_layers)

@@ -15,7 +15,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lsr_scale.adapters.peft import AdapterLinear, AdapterMethod, LowRankPair, change_counts, upcast
+from lsr_scale.adapters.peft import AdapterLinear, AdapterMethod, LowRankPair, upcast, version_counters
 
 Pair = tuple[Tensor, Tensor]
 PairGradients = tuple[Tensor | None, Tensor | None]
@@ -97,7 +97,9 @@ def _group_by_shape(
 
 def _versions(adapters: Sequence[Adapter], factors: Sequence[dict[str, Tensor]]) -> list[Any]:
     """Return what changes when a factor is changed in place or a scaling is set."""
-    return [(adapter.scaling, change_counts(named.values())) for adapter, named in zip(adapters, factors, strict=True)]
+    return [
+        (adapter.scaling, version_counters(named.values())) for adapter, named in zip(adapters, factors, strict=True)
+    ]
 
 
 def _stacked(factors: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from lsr_scale import adapters
 from lsr_scale.adapters.factorize import balanced_split, divisor_for_block
 from lsr_scale.adapters.inject import inject
 from lsr_scale.adapters.methods.kron_lora import BLOCK_SIZE
-from lsr_scale.adapters.peft import features
+from lsr_scale.adapters.peft import in_out_features
 from lsr_scale.errors import UserError
 from lsr_scale.model import DTYPES, load_config, meta_model
 
@@ -136,7 +136,7 @@ def _sizes(base: Any, targets: list[str] | str, task: str) -> Sizes:
     """Return (in_features, out_features) of every adapted module, found by injecting an adapter."""
     model = inject(base, "lora", {"target_modules": targets, "rank": 1}, task)
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    return [size for layer in layers if (size := features(layer.get_base_layer())) is not None]
+    return [size for layer in layers if (size := in_out_features(layer.get_base_layer())) is not None]
 
 
 def _count(method: str, sizes: Iterable[tuple[int, int]], options: dict[str, Any]) -> int | None:

@@ -17,9 +17,9 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from lsr_scale.adapters.coverage import left_out
+from lsr_scale.adapters.coverage import coverage_notes
 from lsr_scale.adapters.inject import inject
-from lsr_scale.adapters.peft import AdapterLinear, features
+from lsr_scale.adapters.peft import AdapterLinear, in_out_features
 from lsr_scale.config import RunConfig
 from lsr_scale.config.deepspeed import SHIPPED
 from lsr_scale.config.training import checkpoints_layers
@@ -94,7 +94,7 @@ def plan(run: RunConfig, gpus: int = 1) -> Plan:
     memory.count_dequantization(base, quantized, section.quantization)
     model = _adapted(run, base)
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    sizes = [features(layer.get_base_layer()) or (0, 0) for layer in layers]
+    sizes = [in_out_features(layer.get_base_layer()) or (0, 0) for layer in layers]
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     num_trainable = sum(parameter.numel() for parameter in trainable)
     to_save = sum(p.numel() for name, p in model.named_parameters() if p.requires_grad and "modules_to_save" in name)
@@ -102,7 +102,7 @@ def plan(run: RunConfig, gpus: int = 1) -> Plan:
     adapter_bytes = adapter_file_bytes(model)
     trainable_bytes = sum(parameter.numel() * parameter.element_size() for parameter in trainable)
     targets = run.adapter.options.get("target_modules")
-    notes = [*_oversized(model), *left_out(model, section.quantization, targets, section.dtype, set(quantized))]
+    notes = [*_oversized(model), *coverage_notes(model, section.quantization, targets, section.dtype, set(quantized))]
     if training.get("optim") not in ("adamw_torch", "adamw_torch_fused"):
         notes.append(f"the optimizer is counted as AdamW in float32; {training.get('optim')} may take less or more")
 

@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from lsr_scale.adapters.peft import features
+from lsr_scale.adapters.peft import in_out_features
 from lsr_scale.model import head_modules
 
 # bitsandbytes: elements per 4-bit block, blocks per second-level block
@@ -76,7 +76,7 @@ def frozen_bytes(model: nn.Module, quantized: list[str], quantization: str, doub
         count = parameter.numel()
         blocks = -(-count // BLOCK)
         if quantization == "int8":
-            sides = features(layer)
+            sides = in_out_features(layer)
             assert sides is not None
             stored, extra = count, 4 * sides[1]
         else:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lsr_scale.adapters.read import ADAPTER_FILES
 from lsr_scale.errors import UserError
 from lsr_scale.files import cannot_write, is_own_picture, is_picture, write_text
 from lsr_scale.model.tokenizer import tokenizer_files
@@ -18,7 +19,6 @@ from lsr_scale.paths import user_path
 
 # of a checkpoint: what no other trainer writes
 MANIFEST, STATE, TENSORS = "manifest.json", "training_state.json", "training_state.safetensors"
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "base.json")
 _PREDICTIONS = re.compile(r".*-(before|after|eval-(base|adapter)(-without-questions)?)\.jsonl")
 _SECTIONS = {"model", "adapter", "data", "training"}
 

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lsr_scale.adapters.coverage import left_out
-from lsr_scale.adapters.files import load_adapter
+from lsr_scale.adapters.coverage import coverage_notes
+from lsr_scale.adapters.save_and_load import load_adapter
 from lsr_scale.config import RunConfig, load_run
 from lsr_scale.errors import UserError, printable
 from lsr_scale.model import load_base_for, tokenizer_of
@@ -67,6 +67,6 @@ def _load(folder: RunFolder, run: RunConfig, base_only: bool) -> tuple[Any, Any,
     if not base_only:
         model, notes = load_adapter(model, folder.adapter)
         targets = run.adapter.options.get("target_modules")
-        for note in (*notes, *left_out(model, run.model.quantization, targets, run.model.dtype)):
+        for note in (*notes, *coverage_notes(model, run.model.quantization, targets, run.model.dtype)):
             print(printable(f"note: {note}"), file=sys.stderr)
     return model.eval(), tokenizer, run

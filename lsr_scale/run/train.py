@@ -9,8 +9,8 @@ import torch
 from transformers import Trainer
 
 from lsr_scale import distributed, files
-from lsr_scale.adapters.files import check_description, misfits, save_adapter
 from lsr_scale.adapters.identity import base_description
+from lsr_scale.adapters.save_and_load import check_base_of, save_adapter, weight_mismatches
 from lsr_scale.config import RunConfig
 from lsr_scale.data.tasks import Example
 from lsr_scale.errors import UserError
@@ -27,7 +27,7 @@ from lsr_scale.scoring.accuracy import TaskScore
 from lsr_scale.screen import print_line
 from lsr_scale.training.arguments import uses_deepspeed, zero_stage
 from lsr_scale.training.assembly import build_trainer
-from lsr_scale.training.callbacks.condition import WatchCondition
+from lsr_scale.training.callbacks.condition import ConditionCallback
 from lsr_scale.training.callbacks.progress import Progress, clock
 from lsr_scale.training.callbacks.signals import StopOnSignal, Terminated, end_with_peers
 from lsr_scale.training.checkpoint import select
@@ -119,7 +119,7 @@ def _prepare(start: Start, stop: StopOnSignal, say: Say, quiet: bool) -> tuple[R
     if begins_with and checkpoint:
         # it has factors of its own, and tells what the adapter that was started from had that the run does not
         run = run.model_copy(update={"adapter": run.adapter.model_copy(update={"start_from": str(checkpoint)})})
-    watch = WatchCondition(run.training["condition_tolerance"], run.training["condition_guard"], say)
+    watch = ConditionCallback(run.training["condition_tolerance"], run.training["condition_guard"], say)
     # in this order: progress refuses what is not finite, and records what was measured before it
     callbacks = [stop, watch, Progress(folder.metrics, quiet=quiet), DiscardBackup(folder)]
     with suggest_base_option(None if checkpoint else run.model.name, "--set model.name=FOLDER"):
@@ -136,8 +136,8 @@ def _prepare(start: Start, stop: StopOnSignal, say: Say, quiet: bool) -> tuple[R
 
 def _check_adapter(model: Any, checkpoint: Path) -> list[str]:
     """Return how the base differs from the one of a checkpoint; raise where its adapter does not fit."""
-    notes = check_description(model, checkpoint)
-    if wrong := misfits(model, checkpoint):
+    notes = check_base_of(checkpoint, model)
+    if wrong := weight_mismatches(model, checkpoint):
         raise UserError(
             f"--resume {checkpoint}: its adapter does not fit this run's model and data\n" + "\n".join(wrong)
         )

@@ -13,11 +13,11 @@ from peft import PeftConfig, PeftModel
 from transformers import Trainer, TrainerCallback, set_seed
 
 from lsr_scale import adapters, config, distributed
-from lsr_scale.adapters.coverage import left_out
-from lsr_scale.adapters.files import find_start, load_adapter
+from lsr_scale.adapters.coverage import coverage_notes
 from lsr_scale.adapters.identity import base_description
 from lsr_scale.adapters.inject import inject
-from lsr_scale.adapters.peft import last_names
+from lsr_scale.adapters.peft import module_suffixes
+from lsr_scale.adapters.save_and_load import load_adapter, resolve_start_from
 from lsr_scale.config import RunConfig
 from lsr_scale.config.training import checkpoints_layers
 from lsr_scale.data.classification import count_classification
@@ -99,7 +99,7 @@ def _adapted_model(run: RunConfig, note: Say) -> PeftModel:
         base = load_base_for(run.model, run.training["seed"], _sharding(run, start), say=note)
         model, differences = adapt(run, base, start)
     targets = run.adapter.options.get("target_modules")
-    for line in (*differences, *left_out(model, run.model.quantization, targets, run.model.dtype)):
+    for line in (*differences, *coverage_notes(model, run.model.quantization, targets, run.model.dtype)):
         note(line)
     return model
 
@@ -235,7 +235,7 @@ def _start_of(run: RunConfig) -> Path | None:
     """Return the folder of the adapter that a run starts from, looked at before anything large is loaded."""
     if run.adapter.start_from is None:
         return None
-    return find_start(run.adapter.start_from, _peft_config(run))
+    return resolve_start_from(run.adapter.start_from, _peft_config(run))
 
 
 def _peft_config(run: RunConfig) -> Any:
@@ -263,7 +263,7 @@ def _check_modules_to_save(run: RunConfig, base: torch.nn.Module) -> None:
     for wanted in run.adapter.options.get("modules_to_save") or ():
         matched = [module for name, module in modules.items() if name.endswith(wanted)]
         if not matched:
-            near = did_you_mean(wanted, last_names(modules))
+            near = did_you_mean(wanted, module_suffixes(modules))
             raise UserError(f"adapter.modules_to_save: {wanted!r} is no module of {run.model.name}; {near}")
         if not all(parameter.is_floating_point() for module in matched for parameter in module.parameters()):
             raise UserError(

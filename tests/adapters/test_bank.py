@@ -1,4 +1,4 @@
-"""Batches whose rows use different adapters out of a folder of them."""
+"""`AdapterBank`: batches whose samples use different adapters from a folder."""
 
 import copy
 import json
@@ -59,16 +59,16 @@ def alone(base, folder: Path, name: str, ids):
 
 @torch.no_grad()
 @pytest.mark.parametrize("fused", [False, True])
-def test_every_row_has_its_own_adapter(base, folder, ids, fused):
+def test_each_sample_uses_its_adapter(base, folder, ids, fused):
     model, bank = bank_of(base, folder)
     if fused:
         lsr_scale.fuse(model)
     names = ["cleo", "anna", "__base__", "cleo", "ben"]
     rows = torch.cat([ids, ids.flip(1), ids[:1].roll(1, 1)])
-    found = model(input_ids=rows, adapter_names=names).logits
+    actual = model(input_ids=rows, adapter_names=names).logits
     for index, name in enumerate(names):
         expected = alone(base, folder, name, rows[index : index + 1])
-        torch.testing.assert_close(found[index : index + 1], expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(actual[index : index + 1], expected, rtol=1e-4, atol=1e-5)
     assert bank.loads == 3
     before = model(input_ids=rows).logits  # without names the model is what it was
     torch.testing.assert_close(before, alone(base, folder, "__base__", rows), rtol=1e-4, atol=1e-5)
@@ -80,11 +80,11 @@ def test_generation_and_beams(base, folder, ids):
     names = ["ben", "anna"]
     for beams in (1, 3):
         options: dict[str, Any] = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "num_beams": beams}
-        found = model.generate(input_ids=ids, adapter_names=names, pad_token_id=0, **options)
+        actual = model.generate(input_ids=ids, adapter_names=names, pad_token_id=0, **options)
         for index, name in enumerate(names):
             one = PeftModel.from_pretrained(copy.deepcopy(base), folder / name).eval()
             expected = one.generate(input_ids=ids[index : index + 1], pad_token_id=0, **options)
-            assert torch.equal(found[index : index + 1], expected)
+            assert torch.equal(actual[index : index + 1], expected)
 
 
 @torch.no_grad()
@@ -93,19 +93,19 @@ def test_the_least_recently_used_one_leaves(base, folder, ids):
     two = 2.5 * bank.adapter_bytes / 2**30
     model, bank = bank_of(base, folder, two)
     assert bank.capacity == 2
-    for names, held in ((["anna", "ben"], ["anna", "ben"]), (["anna"] * 2, ["ben", "anna"])):
+    for names, loaded in ((["anna", "ben"], ["anna", "ben"]), (["anna"] * 2, ["ben", "anna"])):
         model(input_ids=ids, adapter_names=names)
-        assert list(bank.slots) == held
-    found = model(input_ids=ids, adapter_names=["cleo", "anna"]).logits
+        assert list(bank.slots) == loaded
+    actual = model(input_ids=ids, adapter_names=["cleo", "anna"]).logits
     assert set(bank.slots) == {"anna", "cleo"}
     assert (bank.loads, bank.evictions) == (3, 1)
-    torch.testing.assert_close(found[:1], alone(base, folder, "cleo", ids[:1]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(actual[:1], alone(base, folder, "cleo", ids[:1]), rtol=1e-4, atol=1e-5)
     bank.evict("anna")
     assert list(bank.slots) == ["cleo"]
     rows = torch.cat([ids, ids])
-    with pytest.raises(UserError, match=r"3 different adapters in one batch, but the bank's memory holds 2"):
+    with pytest.raises(UserError, match=r"3 different adapters in one batch, but the bank has memory for 2"):
         model(input_ids=rows, adapter_names=[*NAMES, "anna"])
-    with pytest.raises(UserError, match="holds no adapter"):
+    with pytest.raises(UserError, match="is too little for one adapter"):
         AdapterBank(model, folder, 0.5 * bank.adapter_bytes / 2**30)
 
 
@@ -116,11 +116,11 @@ def test_a_quantized_base_and_half_precision_factors(ids, tmp_path):
     quantized = quantize(copy.deepcopy(base), "nf4", torch.float32)
     model = adapted(quantized).eval()
     AdapterBank(model, tmp_path, 0.01, dtype=torch.bfloat16)
-    found = model(input_ids=ids, adapter_names=["anna", "ben"]).logits
+    actual = model(input_ids=ids, adapter_names=["anna", "ben"]).logits
     for index, name in enumerate(("anna", "ben")):
         one = PeftModel.from_pretrained(quantize(copy.deepcopy(base), "nf4", torch.float32), tmp_path / name).eval()
         expected = one(input_ids=ids[index : index + 1]).logits
-        assert (found[index : index + 1] - expected).norm() < 2e-2 * expected.norm()
+        assert (actual[index : index + 1] - expected).norm() < 2e-2 * expected.norm()
 
 
 def spoil(where: Path, how: str) -> None:
@@ -149,24 +149,24 @@ def spoil(where: Path, how: str) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    ("how", "words"),
+    ("how", "message"),
     [
         ("cut", "damaged or cut short"),
         ("missing", "there is no adapter 'ben' in .*adapter_model"),
         ("config", "the adapter's configuration cannot be read"),
-        ("method", "this bank holds lsr adapters"),
+        ("method", "this bank is for lsr adapters"),
         ("shape", r"is \[2, 2\], this bank's adapters have"),
         ("nan", "values that are not finite"),
         ("more", "tensors that this bank's adapters do not have"),
         ("fewer", "is missing"),
     ],
 )
-def test_a_bad_adapter_is_refused_and_the_others_go_on(base, ids, tmp_path, how, words):
+def test_a_bad_adapter_is_refused_and_the_others_are_served(base, ids, tmp_path, how, message):
     write(tmp_path, base)
     spoil(tmp_path / "ben", how)
     model, bank = bank_of(base, tmp_path)
     model(input_ids=ids, adapter_names=["anna", "cleo"])
-    with pytest.raises(UserError, match=words) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         model(input_ids=ids, adapter_names=["anna", "ben"])
     assert "ben" in str(caught.value)
     assert set(bank.slots) == {"anna", "cleo"}

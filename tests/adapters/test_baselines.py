@@ -21,8 +21,8 @@ def test_krona_folds_the_input_in_either_order(sizes):
     shapes = METHODS["krona"].parameter_shapes(in_features, out_features, config)
     params = {name: torch.randn(shape, dtype=torch.float64) for name, shape in shapes.items()}
     x = torch.randn(2, 3, in_features, dtype=torch.float64)
-    found = METHODS["krona"].delta_forward(params, x)
-    torch.testing.assert_close(found, x @ METHODS["krona"].delta_weight(params).T, rtol=1e-12, atol=1e-12)
+    actual = METHODS["krona"].delta_forward(params, x)
+    torch.testing.assert_close(actual, x @ METHODS["krona"].delta_weight(params).T, rtol=1e-12, atol=1e-12)
 
 
 def test_krona_is_of_full_rank_and_its_splits_are_balanced_by_default():
@@ -64,11 +64,11 @@ def test_kadaptation_is_of_rank_terms_times_rank_and_all_its_factors_come_to_tra
     assert config.scaling == 160
     assert {name: value.any().item() for name, value in params.items()}["right_up"] is False
     params["right_up"].normal_()
-    held = {name: value.requires_grad_() for name, value in params.items()}
-    update = METHODS["kadaptation"].delta_weight(held)
+    factors = {name: value.requires_grad_() for name, value in params.items()}
+    update = METHODS["kadaptation"].delta_weight(factors)
     assert torch.linalg.matrix_rank(update) == 32
     update.square().sum().backward()
-    assert all(value.grad is not None and value.grad.abs().max() > 0 for value in held.values())
+    assert all(value.grad is not None and value.grad.abs().max() > 0 for value in factors.values())
 
 
 def test_lokr_is_pefts_and_counts_as_peft_does(ids):

@@ -9,8 +9,16 @@ from torch import nn
 
 from benchmarks.robustness import condition_guard
 from lsr_scale import LsrConfig, UserError, distributed
-from lsr_scale.adapters.condition import TOLERANCE, condition, conditions, endangered, mend, orthogonal_terms, sides
-from lsr_scale.training.callbacks.condition import WatchCondition
+from lsr_scale.adapters.condition import (
+    TOLERANCE,
+    apply_guard,
+    condition,
+    conditions,
+    ill_conditioned,
+    kronecker_sums,
+    orthogonal_terms,
+)
+from lsr_scale.training.callbacks.condition import ConditionCallback
 from tests.helpers.tiny_runs import do, metrics, save_llama, tiny_run
 
 
@@ -34,12 +42,12 @@ def test_gamma_is_that_of_the_definition(dtype):
     assert stacked.tolist() == pytest.approx([by_definition(left, right), by_definition(left, right.flip(0))])
 
 
-@pytest.mark.parametrize("kept", [1.0, 1e-1, 1e-2, 1e-3])
-def test_rounding_the_factors_changes_the_sum_by_about_gamma_times_the_roundoff(kept):
+@pytest.mark.parametrize("difference", [1.0, 1e-1, 1e-2, 1e-3])
+def test_rounding_the_factors_changes_the_sum_by_about_gamma_times_the_roundoff(difference):
     generator = torch.Generator().manual_seed(0)
     left, right = (torch.randn(6, *shape, generator=generator, dtype=torch.float64) for shape in ((16, 4), (24, 4)))
-    left[1::2] = left[::2] + kept * left[1::2]
-    right[1::2] = -right[::2] + kept * right[1::2]
+    left[1::2] = left[::2] + difference * left[1::2]
+    right[1::2] = -right[::2] + difference * right[1::2]
     total, rounded = (
         torch.einsum("sMN,smn->MmNn", *pair) for pair in ((left, right), (left.half().double(), right.half().double()))
     )
@@ -87,79 +95,81 @@ def adapted(dtype=torch.float32, **options):
 @pytest.mark.parametrize("term_weights", [False, True])
 def test_every_side_of_every_module_is_found_with_its_weights(term_weights):
     model = adapted(term_weights=term_weights)
-    found = sides(model)
-    assert [(side.module, side.name) for side in found] == [("0", "down"), ("0", "up"), ("1", "down"), ("1", "up")]
-    assert conditions(found).tolist() == pytest.approx([by_definition(*side.factors()) for side in found])
+    sums = kronecker_sums(model)
+    assert [(one.module, one.side) for one in sums] == [("0", "down"), ("0", "up"), ("1", "down"), ("1", "up")]
+    assert conditions(sums).tolist() == pytest.approx([by_definition(*one.factors()) for one in sums])
     optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
     model(torch.randn(2, 24)).sum().backward()
     optimizer.step()
     before = [layer.get_delta_weight("default") for layer in model.base_model.model]
-    mend(found[0], "rescale", optimizer)
-    assert conditions(found)[0].item() == pytest.approx(1, abs=1e-5)
+    apply_guard(sums[0], "rescale", optimizer)
+    assert conditions(sums)[0].item() == pytest.approx(1, abs=1e-5)
     for layer, delta in zip(model.base_model.model, before, strict=True):
         torch.testing.assert_close(layer.get_delta_weight("default"), delta, rtol=1e-4, atol=1e-4)
-    assert not any(parameter in optimizer.state for parameter in found[0].parameters)
-    assert all(parameter in optimizer.state for parameter in found[1].parameters)
+    assert not any(parameter in optimizer.state for parameter in sums[0].parameters)
+    assert all(parameter in optimizer.state for parameter in sums[1].parameters)
 
 
-def test_what_is_endangered_depends_on_the_dtype():
+def test_what_is_ill_conditioned_depends_on_the_dtype():
     gammas = torch.tensor([3.0, 30.0, 1e6, 1.0], dtype=torch.float64)
     limits = {torch.float32: [2], torch.float16: [1, 2], torch.bfloat16: [0, 1, 2]}
     for dtype, expected in limits.items():
-        assert endangered(sides(adapted(dtype)), gammas, TOLERANCE) == expected
+        assert ill_conditioned(kronecker_sums(adapted(dtype)), gammas, TOLERANCE) == expected
 
 
 @pytest.mark.parametrize("guard", ["warn", "rescale", "fp32"])
 def test_the_guard_does_what_it_says_once(guard):
     model = adapted(torch.float16)
-    side = sides(model)[1]
+    side = kronecker_sums(model)[1]
     side.left.data[1], side.right.data[1] = side.left.data[0], -side.right.data[0] * 0.999
     side.left.data[2] *= 0.01
-    said = []
-    watch = WatchCondition(TOLERANCE, guard, said.append)
+    warnings = []
+    callback = ConditionCallback(TOLERANCE, guard, warnings.append)
     for _ in range(2):
         logs = {"loss": 1.0}
-        watch.on_log(None, None, None, logs=logs, model=model, optimizer=None)
+        callback.on_log(None, None, None, logs=logs, model=model, optimizer=None)
     assert set(logs) == {"loss", *(f"condition_{name}_{kind}" for name in ("down", "up") for kind in ("median", "max"))}
-    assert len(said) == 1
-    assert "0, up side: terms cancel, gamma = " in said[0]
-    assert "rounding to float16 may change" in said[0]
-    found = sides(model)[1]
+    assert len(warnings) == 1
+    assert "0, up side: terms cancel, gamma = " in warnings[0]
+    assert "rounding to float16 may change" in warnings[0]
+    guarded = kronecker_sums(model)[1]
     if guard == "warn":
         assert logs["condition_up_max"] > 8
     elif guard == "rescale":
         assert logs["condition_up_max"] < 8
-        assert found.left.dtype == torch.float16
+        assert guarded.left.dtype == torch.float16
     else:
-        assert found.left.dtype == found.right.dtype == torch.float32
-        assert sides(model)[0].left.dtype == torch.float16
+        assert guarded.left.dtype == guarded.right.dtype == torch.float32
+        assert kronecker_sums(model)[0].left.dtype == torch.float16
 
 
-@pytest.mark.parametrize("measured", ["endangered", "harmless"])
+@pytest.mark.parametrize("measured", ["ill-conditioned", "well-conditioned"])
 def test_every_process_rescales_what_the_main_one_measures_and_to_its_factors(monkeypatch, measured):
     model = adapted(torch.float16)
-    found = sides(model)
-    of_main = torch.ones(len(found), dtype=torch.float64)
-    if measured == "endangered":
-        of_main[1] = 1e3  # here it is harmless
+    sums = kronecker_sums(model)
+    of_main = torch.ones(len(sums), dtype=torch.float64)
+    if measured == "ill-conditioned":
+        of_main[1] = 1e3  # here it is well-conditioned
     else:
-        found[1].left.data[1], found[1].right.data[1] = found[1].left.data[0], -found[1].right.data[0] * 0.999
-    before, copied = [side.left.detach().clone() for side in found], []
+        sums[1].left.data[1], sums[1].right.data[1] = sums[1].left.data[0], -sums[1].right.data[0] * 0.999
+    before, copied = [one.left.detach().clone() for one in sums], []
     monkeypatch.setattr(distributed, "broadcast", lambda mine: of_main)
     monkeypatch.setattr(distributed, "broadcast_tensor", lambda tensor: copied.append(tensor.data_ptr()))
-    WatchCondition(TOLERANCE, "rescale", str).on_log(None, None, None, logs={"loss": 1.0}, model=model, optimizer=None)
-    changed = [not torch.equal(side.left, left) for side, left in zip(found, before, strict=True)]
-    assert changed == [False, measured == "endangered", False, False]
-    assert copied == ([p.data_ptr() for p in found[1].parameters] if measured == "endangered" else [])
+    ConditionCallback(TOLERANCE, "rescale", str).on_log(
+        None, None, None, logs={"loss": 1.0}, model=model, optimizer=None
+    )
+    changed = [not torch.equal(one.left, left) for one, left in zip(sums, before, strict=True)]
+    assert changed == [False, measured == "ill-conditioned", False, False]
+    assert copied == ([p.data_ptr() for p in sums[1].parameters] if measured == "ill-conditioned" else [])
 
 
-def test_other_methods_and_other_logs_are_left_alone():
-    watch = WatchCondition(TOLERANCE, "warn")
+def test_other_methods_and_other_logs_are_not_measured():
+    callback = ConditionCallback(TOLERANCE, "warn")
     for logs in ({"eval_loss": 1.0}, None):
-        watch.on_log(None, None, None, logs=logs, model=adapted())
+        callback.on_log(None, None, None, logs=logs, model=adapted())
         assert logs in ({"eval_loss": 1.0}, None)
     logs = {"loss": 1.0}
-    watch.on_log(None, None, None, logs=logs, model=nn.Linear(2, 2))
+    callback.on_log(None, None, None, logs=logs, model=nn.Linear(2, 2))
     assert logs == {"loss": 1.0}
 
 

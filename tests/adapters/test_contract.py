@@ -16,18 +16,20 @@ from tests.conftest import SEVEN_LINEARS, quantize, randomize, tiny_llama
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*more than its dense form.*")
 METHOD_NAMES = sorted(METHODS)
+# options for tiny layers, where they are not these
+DEFAULTS = {"rank": 4, "dropout": 0.0}
 SMALL = {
-    "lsr": {"rank": 4, "separation_rank": 3},
-    "kron_lora": {"rank": 4, "left_out": 4, "dropout": 0.0},
-    "kadaptation": {"rank": 4, "phm_dim": 2, "alpha": 8.0},
+    "lsr": {"separation_rank": 3},
+    "kron_lora": {"left_out": 4},
+    "kadaptation": {"phm_dim": 2, "alpha": 8.0},
+    "krona": {"rank": 1},
 }
 OTHER = {"krona": {"left_in": 2}}  # another size; by the rank where there is one
 TINY = {"kron_lora": {"left_out": 2}, "kadaptation": {"phm_dim": 2}}  # divides 6 and 4
-LOW_RANK = [name for name in METHOD_NAMES if METHODS[name].is_low_rank()]
 
 
 def config_of(name, **changes):
-    values = {"target_modules": SEVEN_LINEARS, **SMALL.get(name, {}), **changes}
+    values = {"target_modules": SEVEN_LINEARS, **DEFAULTS, **SMALL.get(name, {}), **changes}
     return peft_config(name, values, task_type="CAUSAL_LM")
 
 
@@ -48,8 +50,19 @@ def logits(model, ids):
         return model(input_ids=ids).logits
 
 
+# fixtures, so that `test_new_method.py` runs the same tests over a method of its own
 @pytest.fixture(params=METHOD_NAMES)
 def name(request):
+    return request.param
+
+
+@pytest.fixture(params=[name for name in METHOD_NAMES if METHODS[name].is_low_rank()])
+def low_rank_name(request):
+    return request.param
+
+
+@pytest.fixture(params=[name for name in METHOD_NAMES if name not in OTHER])
+def ranked_name(request):
     return request.param
 
 
@@ -92,7 +105,7 @@ def test_forward_and_every_gradient_equal_the_dense_definition_in_float64(name, 
 
     def dense_forward(self, x):
         (adapter,) = self.active_adapters
-        delta = self.method.delta_weight(self.params(adapter)) * self.adapter_configs[adapter].scaling
+        delta = self.method.delta_weight(self.factors(adapter)) * self.adapter_configs[adapter].scaling
         return self.base_layer(x) + x @ delta.T
 
     class DenseLinear(AdapterLinear):
@@ -107,10 +120,9 @@ def test_forward_and_every_gradient_equal_the_dense_definition_in_float64(name, 
         torch.testing.assert_close(grads[key], parameter.grad, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", LOW_RANK)
-def test_the_pair_is_the_definition_also_for_a_stack_of_modules(name):
-    method = METHODS[name]
-    shapes = method.parameter_shapes(24, 40, config_of(name))
+def test_the_pair_is_the_definition_also_for_a_stack_of_modules(low_rank_name):
+    method = METHODS[low_rank_name]
+    shapes = method.parameter_shapes(24, 40, config_of(low_rank_name))
     generator = torch.Generator().manual_seed(3)
     stack = {k: torch.randn(5, *s, dtype=torch.float64, generator=generator) for k, s in shapes.items()}
     downs, ups = method.materialize(stack)
@@ -123,10 +135,9 @@ def test_the_pair_is_the_definition_also_for_a_stack_of_modules(name):
         torch.testing.assert_close(ups[index], up)
 
 
-@pytest.mark.parametrize("name", LOW_RANK)
-def test_gradcheck_of_the_materialization(name):
-    method = METHODS[name]
-    shapes = method.parameter_shapes(6, 4, config_of(name, rank=2, **TINY.get(name, {})))
+def test_gradcheck_of_the_materialization(low_rank_name):
+    method = METHODS[low_rank_name]
+    shapes = method.parameter_shapes(6, 4, config_of(low_rank_name, rank=2, **TINY.get(low_rank_name, {})))
     values = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes.values()]
     assert torch.autograd.gradcheck(lambda *v: method.materialize(dict(zip(shapes, v, strict=True))), values)
 
@@ -146,7 +157,7 @@ def test_save_and_load_are_bit_equal(name, ids, tmp_path):
     assert not [key for key, _ in through_transformers.named_parameters() if METHODS[name].prefix in key]
 
 
-def test_loading_without_allocating_twice_and_going_on_training(name, ids, tmp_path):
+def test_loading_without_allocating_twice_and_training_further(name, ids, tmp_path):
     model = randomize(adapted(name, torch.float32))
     expected = logits(model.eval(), ids)
     model.save_pretrained(tmp_path)
@@ -214,9 +225,8 @@ def test_safe_merge_refuses_weights_that_are_not_finite(name):
         model.merge_and_unload(safe_merge=True)
 
 
-@pytest.mark.parametrize("name", LOW_RANK)
-def test_peft_converts_it_to_lora(name, ids, tmp_path):
-    model = randomize(adapted(name, torch.float32), scale=0.1).eval()
+def test_peft_converts_it_to_lora(low_rank_name, ids, tmp_path):
+    model = randomize(adapted(low_rank_name, torch.float32), scale=0.1).eval()
     expected = logits(model, ids)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -254,9 +264,9 @@ def test_factors_are_float32_on_a_bf16_base_and_the_output_is_bf16(name, ids):
     assert logits(model, ids).dtype == torch.bfloat16
     for layer in layers_of(model):
         if METHODS[name].is_low_rank():
-            down, up = layer._materialized("default", torch.float32)
+            down, up = layer.materialize("default", torch.float32)
             with torch.autocast("cpu", dtype=torch.bfloat16):
-                down_again, up_again = layer._materialized("default", torch.float32)
+                down_again, up_again = layer.materialize("default", torch.float32)
             assert torch.equal(down, down_again), "autocast must not reach the factors"
             assert torch.equal(up, up_again)
 
@@ -299,15 +309,16 @@ def test_conv1d_targets_transpose(name, ids):
     torch.testing.assert_close(logits(merged, ids), expected, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", [name for name in METHOD_NAMES if name not in OTHER])
-def test_patterns_set_the_rank_and_alpha_of_single_modules(name):
-    model = adapted(name, rank_pattern={"down_proj": 2}, alpha_pattern={"layers.0.self_attn.q_proj": 1.0})
+def test_patterns_set_the_rank_and_alpha_of_single_modules(ranked_name):
+    model = adapted(ranked_name, rank_pattern={"down_proj": 2}, alpha_pattern={"layers.0.self_attn.q_proj": 1.0})
     down = model.base_model.model.model.layers[1].mlp.down_proj
     assert down.adapter_configs["default"].rank == 2
     query = [layer.self_attn.q_proj.adapter_configs["default"] for layer in model.base_model.model.model.layers]
     assert query[0].scaling == 0.25
     assert query[1].scaling != 0.25
-    assert sum(p.numel() for p in trainable(adapted(name)).values()) > sum(p.numel() for p in trainable(model).values())
+    assert sum(p.numel() for p in trainable(adapted(ranked_name)).values()) > sum(
+        p.numel() for p in trainable(model).values()
+    )
 
 
 @pytest.mark.parametrize(
@@ -333,7 +344,7 @@ def test_mistakes_name_the_place_and_the_remedy_and_leave_the_model_untouched(na
     assert not layers_of(model)
 
 
-def test_rows_of_a_batch_use_the_adapters_they_name(name, ids):
+def test_each_sample_of_a_batch_uses_the_adapter_it_names(name, ids):
     model = randomize(adapted(name))
     model.add_adapter("other", config_of(name, rank=1))
     randomize(model, seed=4).eval()
@@ -344,22 +355,22 @@ def test_rows_of_a_batch_use_the_adapters_they_name(name, ids):
             model(input_ids=ids, adapter_names=names)
         return
     with torch.no_grad():
-        found = model(input_ids=ids, adapter_names=names).logits
-        for row, adapter in enumerate(names):
+        actual = model(input_ids=ids, adapter_names=names).logits
+        for sample, adapter in enumerate(names):
             if adapter == "__base__":
                 with model.disable_adapter():
-                    expected = model(input_ids=ids[row : row + 1]).logits
+                    expected = model(input_ids=ids[sample : sample + 1]).logits
             else:
                 model.set_adapter(adapter)
-                expected = model(input_ids=ids[row : row + 1]).logits
-            torch.testing.assert_close(found[row : row + 1], expected, rtol=1e-9, atol=1e-9)
-        assert not torch.allclose(found[0], found[3]), "rows differ, or this test sees nothing"
-        assert all(layer.rows is None for layer in layers_of(model))
+                expected = model(input_ids=ids[sample : sample + 1]).logits
+            torch.testing.assert_close(actual[sample : sample + 1], expected, rtol=1e-9, atol=1e-9)
+        assert not torch.allclose(actual[0], actual[3]), "samples differ, or this test checks nothing"
+        assert all(layer.per_sample is None for layer in layers_of(model))
         with pytest.raises(UserError, match="no adapter 'othr'; did you mean 'other'"):
             model(input_ids=ids, adapter_names=["othr"] * 4)
-        with pytest.raises(UserError, match="2 names for a batch of 4 rows"):
+        with pytest.raises(UserError, match="2 names for a batch of 4 samples"):
             model(input_ids=ids, adapter_names=["other"] * 2)
-        assert all(layer.rows is None for layer in layers_of(model))
+        assert all(layer.per_sample is None for layer in layers_of(model))
     model.train()
     with pytest.raises(UserError, match=r"model\.eval"):
         model(input_ids=ids, adapter_names=names)
@@ -397,7 +408,7 @@ def test_torch_compile_sees_no_graph_break(name):
 
 
 @pytest.mark.parametrize(
-    ("config", "words"),
+    ("config", "message"),
     [
         (
             LsrConfig(rank=4, separation_rank=5000),
@@ -407,12 +418,12 @@ def test_torch_compile_sees_no_graph_break(name):
         (KronLoraConfig(rank=48, left_in=1, left_out=1), r"has 4,609 parameters, more than the 2,304 of"),
     ],
 )
-def test_an_adapter_larger_than_what_it_adapts_is_refused_before_anything_is_made(config, words, monkeypatch):
-    monkeypatch.setattr(tuner, "MANY_PARAMETERS", 0)
+def test_an_adapter_larger_than_what_it_adapts_is_refused_before_anything_is_made(config, message, monkeypatch):
+    monkeypatch.setattr(tuner, "MAX_OVERSIZED_PARAMETERS", 0)
     model = tiny_llama()
     before = dict(model.named_parameters())
     config.target_modules = {"q_proj"}
-    with pytest.raises(UserError, match=r"layers\.0\.self_attn\.q_proj: .*" + words):
+    with pytest.raises(UserError, match=r"layers\.0\.self_attn\.q_proj: .*" + message):
         get_peft_model(model, config)
     assert dict(model.named_parameters()).keys() == before.keys()
 

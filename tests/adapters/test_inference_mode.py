@@ -78,5 +78,5 @@ def test_a_bank_loads_adapters_in_and_out_of_inference_mode(made_in, fused, ids,
     for mode, name in ((torch.no_grad, "anna"), (torch.inference_mode, "ben")):
         with mode():
             bank.load(name)
-            found = model(input_ids=ids, use_cache=False, adapter_names=["anna", "ben"]).logits
-            torch.testing.assert_close(found, torch.stack(expected).detach(), rtol=1e-4, atol=1e-4)
+            actual = model(input_ids=ids, use_cache=False, adapter_names=["anna", "ben"]).logits
+            torch.testing.assert_close(actual, torch.stack(expected).detach(), rtol=1e-4, atol=1e-4)

@@ -13,7 +13,7 @@ import lsr_scale
 from lsr_scale import AdapterBank, UserError, hotswap_adapter
 from lsr_scale.adapters import METHODS, peft_config
 from lsr_scale.adapters.peft import AdapterLinear
-from lsr_scale.adapters.per_sample import NamedRows
+from lsr_scale.adapters.peft.per_sample import ModelAdapters
 from tests.conftest import randomize, tiny_llama
 
 LOW_RANK = [name for name, method in sorted(METHODS.items()) if method.is_low_rank()]
@@ -88,34 +88,34 @@ def test_factors_are_held_as_autocast_adapter_dtype_says(method, tmp_path, ids):
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in narrow.parameters())
 
 
-# ---- rows of a batch
+# ---- an adapter for each sample
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("method", LOW_RANK)
-def test_rows_differ_in_modules_trained_whole(method, ids):
-    rows = torch.cat([ids, ids])
+def test_samples_differ_in_modules_to_save(method, ids):
+    inputs = torch.cat([ids, ids])
     one, other = config_of(method, modules_to_save=["lm_head", "embed_tokens"]), config_of(method)
     model = two(tiny_llama(), method, one, other)
     names = ["anna", "ben", "__base__", "anna"]
     for active in ("anna", "ben"):
         model.set_adapter(active)
-        found = model(input_ids=rows, adapter_names=names).logits
+        actual = model(input_ids=inputs, adapter_names=names).logits
         assert not any("forward" in vars(module) for module in model.modules())
         model.set_adapter("anna")
         for index, name in enumerate(names):
-            row = rows[index : index + 1]
-            expected = alone(model, "anna", input_ids=row) if name == "anna" else None
+            sample = inputs[index : index + 1]
+            expected = alone(model, "anna", input_ids=sample) if name == "anna" else None
             if name == "__base__":
-                expected = alone(model, name, input_ids=row)
+                expected = alone(model, name, input_ids=sample)
             if expected is not None:
-                close(found[index : index + 1], expected)
+                close(actual[index : index + 1], expected)
 
 
 @torch.no_grad()
-def test_rows_do_not_differ_in_a_norm_trained_whole(ids):
+def test_samples_do_not_differ_in_a_norm_of_modules_to_save(ids):
     model = two(tiny_llama(), "lsr", config_of(modules_to_save=["norm"]))
-    with pytest.raises(UserError, match=r"modules_to_save trained a LlamaRMSNorm, but rows can differ in Linear, "):
+    with pytest.raises(UserError, match=r"modules_to_save has a LlamaRMSNorm, but samples can differ in Linear, "):
         model(input_ids=ids, adapter_names=["anna", "ben"])
 
 
@@ -140,41 +140,41 @@ def encoder_decoder(kind):
     ("options", "default"),
     [({"num_beams": 3}, {}), ({}, {"num_beams": 2}), ({"num_beams": 4, "num_return_sequences": 2}, {}), ({}, {})],
 )
-def test_an_encoder_sees_each_row_once_and_the_decoder_each_beam(kind, options, default):
+def test_an_encoder_runs_each_sample_once_and_the_decoder_each_beam(kind, options, default):
     base, targets = encoder_decoder(kind)
     for name, value in default.items():
         setattr(base.generation_config, name, value)
     model = two(base, "lsr", config_of(targets=targets), config_of(targets=targets))
-    rows = torch.randint(3, 64, (4, 7), generator=torch.Generator().manual_seed(1))
+    inputs = torch.randint(3, 64, (4, 7), generator=torch.Generator().manual_seed(1))
     names = ["anna", "__base__", "ben", "anna"]
     options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, **options}
-    found = model.generate(input_ids=rows, adapter_names=names, **options).view(4, -1, 6)
+    actual = model.generate(input_ids=inputs, adapter_names=names, **options).view(4, -1, 6)
     for index, name in enumerate(names):
-        row = rows[index : index + 1]
+        sample = inputs[index : index + 1]
         if name == "__base__":
             with model.disable_adapter():
-                expected = model.generate(input_ids=row, **options)
+                expected = model.generate(input_ids=sample, **options)
         else:
             model.set_adapter(name)
-            expected = model.generate(input_ids=row, **options)
-        assert torch.equal(found[index], expected)
+            expected = model.generate(input_ids=sample, **options)
+        assert torch.equal(actual[index], expected)
 
 
 @torch.no_grad()
-def test_rows_of_the_base_alone_make_no_tensor_anywhere(ids):
+def test_samples_without_adapter_make_no_tensor_anywhere(ids):
     model = two(tiny_llama(), "lsr", config_of(targets=("q_proj",)), config_of(targets=("v_proj",)))
     close(
         model(input_ids=ids, adapter_names=["__base__"] * len(ids)).logits,
         alone(model, "__base__", input_ids=ids),
     )
-    found = model(input_ids=ids, adapter_names=["anna", "anna"]).logits  # v_proj has no adapter of theirs
-    close(found, alone(model, "anna", input_ids=ids))
+    actual = model(input_ids=ids, adapter_names=["anna", "anna"]).logits  # v_proj has no adapter of theirs
+    close(actual, alone(model, "anna", input_ids=ids))
     elsewhere = model.to("meta")  # another device: a tensor made on the CPU would not go with it
     layers = [layer for layer in elsewhere.modules() if isinstance(layer, AdapterLinear)]
     for layer in layers:
         names = ["__base__", "ben" if layer.factors("anna") else "anna"]
-        for rows in (NamedRows(["__base__"] * 2), NamedRows(names)):
-            assert rows.pair(layer, torch.float32, 2) is None
+        for per_sample in (ModelAdapters(["__base__"] * 2), ModelAdapters(names)):
+            assert per_sample.pair(layer, torch.float32, 2) is None
 
 
 @torch.no_grad()
@@ -183,12 +183,12 @@ def test_names_that_fit_no_batch_are_refused(names, ids):
     model = two(tiny_llama())
     with pytest.raises(UserError, match="adapter_names: "):
         model(input_ids=ids, adapter_names=names)
-    assert all(layer.rows is None for layer in model.modules() if isinstance(layer, AdapterLinear))
+    assert all(layer.per_sample is None for layer in model.modules() if isinstance(layer, AdapterLinear))
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("banked", [False, True])
-def test_threads_on_one_model_get_their_own_rows(banked, ids, tmp_path):
+def test_threads_on_one_model_get_their_own_adapters(banked, ids, tmp_path):
     base = tiny_llama()
     model = two(base)
     model.save_pretrained(tmp_path)
@@ -203,8 +203,8 @@ def test_threads_on_one_model_get_their_own_rows(banked, ids, tmp_path):
         for _ in range(rounds):
             named = {} if name is None else {"adapter_names": [name] * len(ids)}
             with torch.no_grad():
-                found = model(input_ids=ids, **named).logits
-            if not torch.allclose(found, expected[name or "anna"], rtol=1e-4, atol=1e-5):
+                actual = model(input_ids=ids, **named).logits
+            if not torch.allclose(actual, expected[name or "anna"], rtol=1e-4, atol=1e-5):
                 wrong.append(name)
 
     threads = [threading.Thread(target=work, args=(name,)) for name in ("anna", "ben", None, "__base__")]
@@ -237,7 +237,7 @@ def test_memory_that_is_none_is_refused(memory, tmp_path):
     model = two(tiny_llama())
     with pytest.raises(UserError, match="memory_gib"):
         AdapterBank(model, tmp_path, memory)
-    with pytest.raises(UserError, match="dtype: factors are held in a floating-point one"):
+    with pytest.raises(UserError, match="dtype: expected a floating-point one for factors"):
         AdapterBank(model, tmp_path, 1, dtype=torch.int8)
     with pytest.raises(UserError, match="no such folder"):
         AdapterBank(model, tmp_path / "none", 1)
@@ -261,9 +261,9 @@ def test_a_weighted_sum_is_exact_and_saved_as_lora(method, ids, tmp_path):
     model.set_adapter("sum")
     summed = model(input_ids=ids).logits
     assert (summed - alone(model, "anna", input_ids=ids)).abs().max() > 1e-3
-    rows = model(input_ids=ids, adapter_names=["sum", "ben"]).logits
-    close(rows[:1], summed[:1])
-    close(rows[1:], alone(model, "ben", input_ids=ids)[1:])
+    inputs = model(input_ids=ids, adapter_names=["sum", "ben"]).logits
+    close(inputs[:1], summed[:1])
+    close(inputs[1:], alone(model, "ben", input_ids=ids)[1:])
     model.save_pretrained(tmp_path, selected_adapters=["sum"])
     loaded = load(copy.deepcopy(base), tmp_path / "sum").eval()
     assert isinstance(loaded.peft_config["default"], LoraConfig)
@@ -284,15 +284,15 @@ def test_the_best_sum_of_a_smaller_rank(ids):
     model.add_weighted_adapter(["anna", "ben"], [1.0, 1.0], "small", combination_type="svd", svd_rank=3)
     for layer in model.modules():
         if isinstance(layer, AdapterLinear):
-            wanted = layer.get_delta_weight("anna") + layer.get_delta_weight("ben")
-            close(layer.get_delta_weight("whole"), wanted)
-            values = torch.linalg.svdvals(wanted)
-            error = (layer.get_delta_weight("small") - wanted).norm()
+            expected = layer.get_delta_weight("anna") + layer.get_delta_weight("ben")
+            close(layer.get_delta_weight("whole"), expected)
+            values = torch.linalg.svdvals(expected)
+            error = (layer.get_delta_weight("small") - expected).norm()
             torch.testing.assert_close(error, values[3:].norm(), rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "message"),
     [
         ((["anna", "ben"], [1.0, 1.0], "c", "linear"), r"'linear' combines factors, .*valid: cat \(exact\), svd"),
         ((["anna", "bob"], [1.0, 1.0], "c"), "no adapter 'bob'; valid: anna, ben"),
@@ -302,9 +302,9 @@ def test_the_best_sum_of_a_smaller_rank(ids):
         (([], [], "c"), "a finite weight for each adapter"),
     ],
 )
-def test_sums_that_are_none_are_refused(arguments, words):
+def test_impossible_sums_are_refused(arguments, message):
     model = two(tiny_llama())
-    with pytest.raises(UserError, match=f"add_weighted_adapter: .*{words}"):
+    with pytest.raises(UserError, match=f"add_weighted_adapter: .*{message}"):
         model.add_weighted_adapter(*arguments)
     assert set(model.peft_config) == {"anna", "ben"}
 
@@ -321,11 +321,11 @@ def test_a_swapped_adapter_is_the_one_that_was_saved(method, ids, tmp_path):
     expected = other(input_ids=ids).logits
     model = randomize(adapt(copy.deepcopy(base), config_of(method)), seed=1).eval()
     before = model(input_ids=ids).logits
-    held = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     hotswap_adapter(model, tmp_path)
     assert (before - expected).abs().max() > 1e-3
     close(model(input_ids=ids).logits, expected)
-    assert all(p is held[name] for name, p in model.named_parameters() if p.requires_grad)
+    assert all(p is parameters[name] for name, p in model.named_parameters() if p.requires_grad)
     model.save_pretrained(tmp_path / "again")
     close(load(copy.deepcopy(base), tmp_path / "again").eval()(input_ids=ids).logits, expected)
 
@@ -343,11 +343,11 @@ def test_a_swapped_adapter_may_have_another_rank_and_fewer_linears(ids, tmp_path
         hotswap_adapter(model, tmp_path / "fewer", "ben")
     more = adapt(copy.deepcopy(base), config_of(targets=("q_proj", "v_proj")))
     more.save_pretrained(tmp_path / "more")
-    with pytest.raises(UserError, match=r"v_proj\.lsr_.* has no place in the adapter 'default'"):
+    with pytest.raises(UserError, match=r"v_proj\.lsr_.* is of no linear that 'default' adapts"):
         hotswap_adapter(model, tmp_path / "more")
     close(model(input_ids=ids).logits, expected)
     adapt(copy.deepcopy(base), config_of("kron_lora")).save_pretrained(tmp_path / "kron")
-    with pytest.raises(UserError, match="a kron_lora adapter cannot take the place of one of lsr"):
+    with pytest.raises(UserError, match="a kron_lora adapter cannot replace one of lsr"):
         hotswap_adapter(model, tmp_path / "kron")
     model.merge_adapter()
     with pytest.raises(UserError, match="is merged into the base"):

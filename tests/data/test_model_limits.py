@@ -215,19 +215,19 @@ def test_modules_neither_quantized_nor_adapted_are_noted_with_their_share(tmp_pa
     base = assembly.load_base_for(run.model, 0)
     share = sum(p.numel() for n, p in base.named_parameters() if ".experts." in n) / base.num_parameters()
     model, _ = assembly.adapt(run, base)
-    quantized, adapted = coverage.left_out(model, "nf4", "all-linear", "bfloat16")
+    quantized, adapted = coverage.coverage_notes(model, "nf4", "all-linear", "bfloat16")
     assert "experts.gate_up_proj" in quantized
-    assert "held in bfloat16, not in nf4" in quantized
+    assert "bfloat16, not nf4" in quantized
     assert "not adapted" in adapted
     assert f"({100 * share:.2g} %" in adapted or share > 0.5
-    assert coverage.left_out(model, "none", ["q_proj"], "bfloat16") == []
+    assert coverage.coverage_notes(model, "none", ["q_proj"], "bfloat16") == []
 
 
 def test_a_model_quantized_and_adapted_as_asked_has_no_note(tmp_path):
     save_llama(tmp_path / "model")
     run = tiny_run(tmp_path, adapter={"method": "lsr", "rank": 4, "separation_rank": 2, "target_modules": "all-linear"})
     model, _ = assembly.adapt(run, assembly.load_base_for(run.model, 0))
-    assert coverage.left_out(model, "nf4", "all-linear", "bfloat16") == []
+    assert coverage.coverage_notes(model, "nf4", "all-linear", "bfloat16") == []
 
 
 def test_a_head_that_starts_at_random_is_noted(tmp_path, capsys):

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM
 
 from lsr_scale import UserError
 from lsr_scale.adapters import METHODS, peft_config
-from lsr_scale.adapters.files import load_adapter, save_adapter
-from lsr_scale.adapters.packing import GROUP, dequantize_groups, pack, quantize_groups, unpack
+from lsr_scale.adapters.packing import GROUP_SIZE, dequantize_groups, pack, quantize_groups, unpack
+from lsr_scale.adapters.save_and_load import load_adapter, save_adapter
 from lsr_scale.cli import main
 from lsr_scale.export import export, merge, open_adapter
 from lsr_scale.export.gguf_file import from_rotary_order, to_rotary_order
@@ -25,7 +25,7 @@ from lsr_scale.export.pairs import truncate
 from lsr_scale.export.verify import compare, in_float32
 from lsr_scale.layers.frozen_linear import dequantize, freeze_quantized
 from lsr_scale.model import builtin, load_base, resolve
-from tests.adapters.test_files import StandInTrainer
+from tests.adapters.test_save_and_load import StandInTrainer
 from tests.conftest import SEVEN_LINEARS, randomize
 from tests.fuzz_adapters import fuzz
 from tests.helpers.smollm2 import smollm2_tokenizer
@@ -223,7 +223,7 @@ def test_codes_are_within_half_a_step_or_clipped(bits):
     codes, scales = quantize_groups(values, bits)
     back = dequantize_groups(codes, scales, bits, 1001)
     assert torch.equal(back[:32], torch.zeros(32))
-    steps = scales.float().repeat_interleave(GROUP[bits])[:1001]
+    steps = scales.float().repeat_interleave(GROUP_SIZE[bits])[:1001]
     largest = {8: 127, 4: 7}[bits]
     clipped = values.abs() > steps * (largest + 0.5)
     assert ((back - values).abs() <= steps * 0.501)[~clipped].all()

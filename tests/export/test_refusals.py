@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from lsr_scale import UserError
 from lsr_scale.adapters import peft_config
-from lsr_scale.adapters.files import load_adapter, save_adapter
+from lsr_scale.adapters.save_and_load import load_adapter, save_adapter
 from lsr_scale.cli import main
 from lsr_scale.export import export, merge
 from lsr_scale.export.inspect import inspect_adapter
@@ -143,7 +143,7 @@ def test_a_bare_adapter_of_a_classifier_is_verified_on_its_logits(tmp_path, meth
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)))
-    from tests.adapters.test_files import StandInTrainer
+    from tests.adapters.test_save_and_load import StandInTrainer
 
     save_adapter(StandInTrainer(model), tmp_path / "adapter")
     result = export(tmp_path / "adapter", "lora", tmp_path / "lora", say=silent)

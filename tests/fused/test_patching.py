@@ -453,8 +453,8 @@ def first(model):
             "the activation is GELU",
         ),
         (
-            lambda m: setattr(first(m).self_attn.o_proj, "rows", object()),
-            lambda m: setattr(first(m).self_attn.o_proj, "rows", None),
+            lambda m: setattr(first(m).self_attn.o_proj, "per_sample", object()),
+            lambda m: setattr(first(m).self_attn.o_proj, "per_sample", None),
             "different adapters",
         ),
     ],

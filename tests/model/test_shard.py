@@ -10,7 +10,7 @@ from torch import nn
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM, modeling_utils
 
 from lsr_scale.adapters import peft_config
-from lsr_scale.adapters.files import write_adapter
+from lsr_scale.adapters.save_and_load import write_adapter
 from lsr_scale.errors import UserError
 from lsr_scale.layers.frozen_linear import freeze_quantized
 from lsr_scale.model import gather, load_base

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from lsr_scale import UserError, files
-from lsr_scale.adapters.files import load_adapter
 from lsr_scale.adapters.methods.lsr import Lsr
+from lsr_scale.adapters.save_and_load import load_adapter
 from lsr_scale.config import dump_yaml, load_run
 from lsr_scale.config.training import checkpoints_layers
 from lsr_scale.fused import attention_block

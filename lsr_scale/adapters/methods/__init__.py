@@ -1,1 +1,1 @@
-"""One method a file, nothing else; every file here that registers a method is found by importing it."""
+"""One method a file, nothing else; every file here is imported, and registers its method."""

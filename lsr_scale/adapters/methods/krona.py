@@ -84,16 +84,16 @@ class Krona(AdapterMethod):
         (left_out, left_in), (right_out, right_in) = left.shape, right.shape
         folded = x.unflatten(-1, (left_in, right_in))
         if right_in * left_out * (left_in + right_out) <= right_out * left_in * (right_in + left_out):
-            product = _times(_times(folded.mT, left).mT, right)
+            product = _matmul_2d(_matmul_2d(folded.mT, left).mT, right)
         else:
-            product = _times(_times(folded, right).mT, left).mT
+            product = _matmul_2d(_matmul_2d(folded, right).mT, left).mT
         return product.flatten(-2)
 
 
-def _times(x: Tensor, weight: Tensor) -> Tensor:
+def _matmul_2d(x: Tensor, weight: Tensor) -> Tensor:
     """Return `x @ weight^T` as one product of two matrices.
 
-    How `matmul` folds a batch, and with it the rounding, depends on whether something needs a gradient: an adapter that
-    was loaded would not give the bits of the one that was trained.
+    How `matmul` folds a batch, and with it the rounding, depends on whether something requires a gradient: a loaded
+    adapter would not be bit-equal to the trained one.
     """
     return (x.reshape(-1, x.shape[-1]) @ weight.T).unflatten(0, x.shape[:-1])

@@ -34,7 +34,7 @@ class LokrOptions:
     alpha_pattern: dict[str, float] = option(dict, "Alpha by module.")
     layers_to_transform: list[int] | int | None = option(None, "Indices of the layers to adapt; all by default.")
     layers_pattern: list[str] | str | None = option(None, "Name of the layer list, if layers_to_transform needs it.")
-    modules_to_save: list[str] | None = option(None, "Modules trained whole and saved with the adapter.")
+    modules_to_save: list[str] | None = option(None, "Modules fully trained and saved with the adapter.")
 
     def to_peft(self) -> LoKrConfig:
         """Return PEFT's config of the same meaning."""
@@ -43,28 +43,28 @@ class LokrOptions:
         factor = self.decompose_factor
         if type(factor) is not int or (factor < 1 and factor != -1):
             raise UserError(f"decompose_factor: expected -1 or an integer >= 1, got {factor!r}")
-        same = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        rank, alpha = same.pop("rank"), same.pop("alpha")
-        return LoKrConfig(r=rank, alpha=2 * rank if alpha is None else alpha, **same)
+        shared = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        rank, alpha = shared.pop("rank"), shared.pop("alpha")
+        return LoKrConfig(r=rank, alpha=2 * rank if alpha is None else alpha, **shared)
 
 
 class LokrFactors(AdapterMethod):
-    """What PEFT saves of a linear layer's LoKr, not registered: PEFT computes it, exports read it as a pair.
+    """The factors that PEFT saves of a linear layer's LoKr, not registered: PEFT trains it, exports read it as a pair.
 
     Each side is a matrix, `w1` or `w2`, or a product, `w1_a w1_b` or `w2_a w2_b`.
     """
 
     name = "lokr"
     prefix = "lokr_"
-    parameter_names = ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")  # t2: of a convolution alone
+    parameter_names = ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")  # t2: convolutions only
 
     @staticmethod
     def parameter_shapes(in_features: int, out_features: int, config: Any) -> dict[str, tuple[int, ...]]:
         """Return the factors' shapes as PEFT chooses them: full or a product, by rank and size."""
         base = nn.Linear(in_features, out_features, bias=False, device="meta")
         layer = Linear(base, "default", config, r=config.r, alpha=config.alpha)
-        factors = {name: getattr(layer, LokrFactors.prefix + name) for name in LokrFactors.parameter_names}
-        return {name: tuple(held["default"].shape) for name, held in factors.items() if "default" in held}
+        containers = {name: getattr(layer, LokrFactors.prefix + name) for name in LokrFactors.parameter_names}
+        return {name: tuple(value["default"].shape) for name, value in containers.items() if "default" in value}
 
     @staticmethod
     def delta_weight(params: Mapping[str, Tensor]) -> Tensor:
@@ -90,7 +90,7 @@ def _side(params: Mapping[str, Tensor], side: str) -> tuple[Tensor, Tensor]:
         up, down = params[f"{side}_a"], params[f"{side}_b"]
         if up.shape[1] < min(up.shape[0], down.shape[1]):
             return down, up
-    whole = params[side] if side in params else _product(params, side)
-    rows, columns = whole.shape
-    eye = torch.eye(min(rows, columns), dtype=whole.dtype, device=whole.device)
-    return (whole, eye) if rows <= columns else (eye, whole)
+    full = params[side] if side in params else _product(params, side)
+    rows, columns = full.shape
+    eye = torch.eye(min(rows, columns), dtype=full.dtype, device=full.device)
+    return (full, eye) if rows <= columns else (eye, full)

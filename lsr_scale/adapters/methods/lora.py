@@ -1,4 +1,4 @@
-"""LoRA (arXiv 2106.09685), PEFT's own, under this package's option names: the method that ours are compared with."""
+"""LoRA (arXiv 2106.09685), PEFT's own, under this package's option names: the baseline of the other methods."""
 
 import dataclasses
 
@@ -23,12 +23,12 @@ class LoraOptions:
     alpha_pattern: dict[str, float] = option(dict, "Alpha by module.")
     layers_to_transform: list[int] | int | None = option(None, "Indices of the layers to adapt; all by default.")
     layers_pattern: list[str] | str | None = option(None, "Name of the layer list, if layers_to_transform needs it.")
-    modules_to_save: list[str] | None = option(None, "Modules trained whole and saved with the adapter.")
+    modules_to_save: list[str] | None = option(None, "Modules fully trained and saved with the adapter.")
 
     def to_peft(self) -> LoraConfig:
         """Return PEFT's config of the same meaning."""
-        same = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        rank, alpha, dropout = same.pop("rank"), same.pop("alpha"), same.pop("dropout")
+        shared = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        rank, alpha, dropout = shared.pop("rank"), shared.pop("alpha"), shared.pop("dropout")
         return LoraConfig(
-            r=rank, lora_alpha=2 * rank if alpha is None else alpha, lora_dropout=dropout, bias="none", **same
+            r=rank, lora_alpha=2 * rank if alpha is None else alpha, lora_dropout=dropout, bias="none", **shared
         )

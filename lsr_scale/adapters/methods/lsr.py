@@ -23,8 +23,8 @@ from lsr_scale.errors import UserError
 
 PAPER_SCALING = 4096.0  # alpha 8192 over factor rank 2 in the authors' code
 
-# a side so many times larger than its dense form is a slip of the pen; less is warned of (`oversized_sides`)
-MOST_OVERSIZE = 16
+# a side so many times larger than its dense form is refused as a typo; less is warned of (`oversized_sides`)
+MAX_OVERSIZE = 16
 
 
 @dataclasses.dataclass
@@ -71,7 +71,7 @@ def _split(size: int, left: int | None, dimension: str, option_name: str) -> tup
     return left, size // left
 
 
-def _side(
+def _side_splits(
     size: int, dimension: str, config: LsrConfig, left: int | None, option_name: str
 ) -> tuple[int, int, int, int]:
     """Return `(left, right, left_rank, right_rank)` of one side."""
@@ -109,23 +109,25 @@ class Lsr(AdapterMethod):
                 f"{out_features}; lower rank, or set rank_pattern for this module"
             )
         terms = config.separation_rank
-        left_in, right_in, left_rank, right_rank = _side(in_features, "in_features", config, config.left_in, "left_in")
+        left_in, right_in, left_rank, right_rank = _side_splits(
+            in_features, "in_features", config, config.left_in, "left_in"
+        )
         shapes: Shapes = {
             "down_left": (terms, left_rank, left_in),
             "down_right": (terms, right_rank, right_in),
         }
-        left_out, right_out, left_rank, right_rank = _side(
+        left_out, right_out, left_rank, right_rank = _side_splits(
             out_features, "out_features", config, config.left_out, "left_out"
         )
         shapes |= {"up_left": (terms, left_out, left_rank), "up_right": (terms, right_out, right_rank)}
         for side, size in (("down", in_features), ("up", out_features)):
             per_term = sum(math.prod(shapes[f"{side}_{half}"][1:]) for half in ("left", "right"))
-            most = MOST_OVERSIZE * size * config.rank // per_term
-            if terms > most:
+            max_terms = MAX_OVERSIZE * size * config.rank // per_term
+            if terms > max_terms:
                 raise UserError(
                     f"separation_rank={terms} gives the {side} side {terms * per_term:,} parameters, more than "
-                    f"{MOST_OVERSIZE} times its dense form's {size * config.rank:,}; lower separation_rank to at most "
-                    f"{max(1, most)}, better to {max(1, most // MOST_OVERSIZE)} or less"
+                    f"{MAX_OVERSIZE} times its dense form's {size * config.rank:,}; lower separation_rank to at most "
+                    f"{max(1, max_terms)}, better to {max(1, max_terms // MAX_OVERSIZE)} or less"
                 )
         if config.term_weights:
             shapes |= {"down_weight": (terms,), "up_weight": (terms,)}
@@ -154,7 +156,7 @@ class Lsr(AdapterMethod):
 
     @staticmethod
     def delta_weight(params: Mapping[str, Tensor]) -> Tensor:
-        """Return `(sum_k A_k^1 (x) A_k^2)(sum_k B_k^1 (x) B_k^2)` as it stands in the paper."""
+        """Return `(sum_k A_k^1 (x) A_k^2)(sum_k B_k^1 (x) B_k^2)` as the paper defines it."""
         sums = []
         for side in ("up", "down"):
             left, right = params[f"{side}_left"], params[f"{side}_right"]

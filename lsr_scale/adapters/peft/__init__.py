@@ -1,12 +1,19 @@
-"""What PEFT asks of any method, written once: its config, the registration, the linear layer, the tuner model.
+"""What PEFT asks of any method, written once. A method itself is one file in `adapters/methods/`.
 
-A method (one file in `adapters/methods/`) only says what its factors are and how they make the update:
-`delta_weight(params)`, the dense definition, and `materialize(params) -> (down [R, in], up [out, R])`, the exact
-low-rank form that the forward pass, the fused path and the exports share. Everything here is method-blind.
+    config.py      the options that every method has (a PeftConfig)
+    method.py      what a method defines: its factors' shapes and initialization, `delta_weight` (the dense definition),
+                   and `materialize` (the exact pair `(down [R, in], up [out, R])` that the forward pass, the fused path
+                   and the exports share)
+    layer.py       the tuner layer: a frozen linear plus the update
+    per_sample.py  a batch whose samples use different adapters (`adapter_names`)
+    tuner.py       the tuner model: which modules are adapted, weighted sums
+    registry.py    `register`, and the table of registered methods
+
+Each imports only those above it, and none knows a method.
 """
 
 from lsr_scale.adapters.peft.config import AdapterConfig, option
-from lsr_scale.adapters.peft.layer import AdapterLinear, change_counts, features, last_names, upcast
+from lsr_scale.adapters.peft.layer import AdapterLinear, in_out_features, module_suffixes, upcast, version_counters
 from lsr_scale.adapters.peft.method import AdapterMethod, LowRankPair, Pair, Params, Shapes
 from lsr_scale.adapters.peft.registry import METHODS, register
 from lsr_scale.adapters.peft.tuner import AdapterModel
@@ -21,10 +28,10 @@ __all__ = [
     "Pair",
     "Params",
     "Shapes",
-    "change_counts",
-    "features",
-    "last_names",
+    "in_out_features",
+    "module_suffixes",
     "option",
     "register",
     "upcast",
+    "version_counters",
 ]

@@ -1,4 +1,4 @@
-"""The options that every method has, as the dataclass that PEFT keeps beside an adapter."""
+"""The options that every method has: the `PeftConfig` that PEFT saves as `adapter_config.json`."""
 
 import copy
 import dataclasses
@@ -9,15 +9,14 @@ from peft.utils import PeftType
 from peft.utils.other import get_pattern_key
 
 from lsr_scale.adapters.checks import check_options
-from lsr_scale.adapters.peft.method import AdapterMethod, LowRankPair
 from lsr_scale.errors import UserError
 
 
-def option(default: Any, text: str) -> Any:
+def option(default: Any, help_text: str) -> Any:
     """Return a dataclass field with a default (a class such as `dict` is a default factory) and a help text."""
     if isinstance(default, type):
-        return dataclasses.field(default_factory=default, metadata={"help": text})
-    return dataclasses.field(default=default, metadata={"help": text})
+        return dataclasses.field(default_factory=default, metadata={"help": help_text})
+    return dataclasses.field(default=default, metadata={"help": help_text})
 
 
 @dataclasses.dataclass
@@ -33,16 +32,16 @@ class AdapterConfig(PeftConfig):
     )
     exclude_modules: list[str] | str | None = option(None, "Names (or one regular expression) of modules to leave out.")
     rank: int = option(8, "Rank of the adapter.")
-    alpha: float | None = option(None, "Numerator of the scaling alpha / rank.")
+    alpha: float | None = option(None, "Numerator of the scaling alpha / rank; 2 * rank by default.")
     dropout: float = option(0.0, "Dropout on the adapter's input, in training; 0 keeps the fast path.")
     use_rslora: bool = option(False, "Scale by alpha / sqrt(rank) instead of alpha / rank.")
     rank_pattern: dict[str, int] = option(dict, "Rank by module.")
     alpha_pattern: dict[str, float] = option(dict, "Alpha by module.")
     layers_to_transform: list[int] | int | None = option(None, "Indices of the layers to adapt; all by default.")
     layers_pattern: list[str] | str | None = option(None, "Name of the layer list, if layers_to_transform needs it.")
-    modules_to_save: list[str] | None = option(None, "Modules trained whole and saved with the adapter.")
+    modules_to_save: list[str] | None = option(None, "Modules fully trained and saved with the adapter.")
 
-    method: ClassVar[type["AdapterMethod"]]
+    method: ClassVar[Any]  # the `AdapterMethod` whose `config_class` this is; set by `register`
 
     def __post_init__(self) -> None:
         """Validate the values that no model is needed for."""
@@ -71,13 +70,5 @@ class AdapterConfig(PeftConfig):
     @property
     def scaling(self) -> float:
         """The factor on the update: alpha / rank, or alpha / sqrt(rank) with `use_rslora` (arXiv 2312.03732)."""
-        assert self.alpha is not None
-        return self.alpha / (self.rank**0.5 if self.use_rslora else self.rank)
-
-
-@dataclasses.dataclass(frozen=True)
-class SumConfig:
-    """What a linear keeps of a weighted sum of adapters, in place of an `AdapterConfig`: scalings are in `up`."""
-
-    method: ClassVar[type[AdapterMethod]] = LowRankPair
-    scaling: float = 1.0
+        alpha = 2.0 * self.rank if self.alpha is None else self.alpha
+        return alpha / (self.rank**0.5 if self.use_rslora else self.rank)

@@ -1,30 +1,24 @@
-"""The linear layer that adds any method's update to a frozen base: forward, merge, unmerge, several adapters."""
+"""PEFT's tuner layer for any method: a frozen linear plus the update; forward, merge, unmerge, several adapters."""
 
+import dataclasses
 import warnings
 from collections.abc import Iterable
-from typing import Any, cast
+from typing import Any, ClassVar, Protocol, cast
 
 import torch
-from peft.tuners.tuners_utils import (
-    BaseTunerLayer,
-    check_adapters_to_merge,
-)
-from peft.utils import (
-    quantization_extra_repr,
-    resolve_quantization_backend,
-)
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from lsr_scale.adapters.peft.config import AdapterConfig, SumConfig
-from lsr_scale.adapters.peft.method import AdapterMethod, Params
-from lsr_scale.adapters.per_sample import Rows, add_rows
+from lsr_scale.adapters.peft.config import AdapterConfig
+from lsr_scale.adapters.peft.method import AdapterMethod, LowRankPair, Pair, Params
 from lsr_scale.errors import UserError
 from lsr_scale.layers.frozen_linear import freeze_quantized
 
 
-def features(layer: nn.Module) -> tuple[int, int] | None:
+def in_out_features(layer: nn.Module) -> tuple[int, int] | None:
     """Return `(in_features, out_features)` of a supported base layer, else None.
 
     Never read off `weight.shape`: 4-bit weights are `[n, 1]` and ZeRO-3's are empty.
@@ -36,31 +30,51 @@ def features(layer: nn.Module) -> tuple[int, int] | None:
     return None
 
 
-def last_names(names: Iterable[str]) -> set[str]:
-    """Return the last parts of modules' names, but for the numbers that layers have."""
-    return {end for name in names if not (end := name.rpartition(".")[2]).isdigit()}
+def module_suffixes(names: Iterable[str]) -> set[str]:
+    """Return the last parts of modules' names, as `target_modules` takes them; the indices of layers left out."""
+    return {suffix for name in names if not (suffix := name.rpartition(".")[2]).isdigit()}
 
 
 def upcast(params: Params) -> Params:
-    """Return the tensors with half-precision ones in float32: what factors are materialized in."""
+    """Return the factors with half-precision ones in float32: what they are materialized in."""
     return {name: p.float() if p.dtype in (torch.bfloat16, torch.float16) else p for name, p in params.items()}
 
 
-def change_counts(tensors: Iterable[Tensor]) -> tuple[int, ...] | None:
-    """Return how often each tensor was changed in place; None if one was made in inference mode, where nobody counts.
+def version_counters(tensors: Iterable[Tensor]) -> tuple[int, ...] | None:
+    """Return each tensor's version counter, which in-place changes raise; None if one is an inference tensor.
 
-    What was computed of tensors may be kept as long as this, and not None, is returned.
+    Those have no counter. What was computed of tensors may be cached as long as this, and not None, is returned.
     """
-    held = list(tensors)
-    return None if any(tensor.is_inference() for tensor in held) else tuple(tensor._version for tensor in held)
+    tensors = list(tensors)
+    return None if any(tensor.is_inference() for tensor in tensors) else tuple(tensor._version for tensor in tensors)
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightedSumConfig:
+    """What a layer has of an adapter by `add_weighted_adapter` in place of an `AdapterConfig`: scalings are in `up`."""
+
+    method: ClassVar[type[AdapterMethod]] = LowRankPair
+    scaling: float = 1.0
+
+
+class PerSampleUpdate(Protocol):
+    """The updates of a batch whose samples use different adapters (`per_sample.py`)."""
+
+    def is_of_this_thread(self) -> bool:
+        """Tell whether the calling thread runs that batch."""
+        ...
+
+    def add_to(self, result: Tensor, x: Tensor, layer: "AdapterLinear") -> Tensor:
+        """Return `result` plus the update of each sample of `x` at a layer."""
+        ...
 
 
 class AdapterLinear(nn.Module, BaseTunerLayer):
     """A frozen linear layer plus `scaling * delta_weight`, for any method, with any number of named adapters.
 
     `y = base_layer(x) + sum_active scaling * up (down dropout(x))`. Factors are float32 (float64 on a float64 base)
-    whatever the base is held in; the pair is materialized in that dtype, the scaling folded in, and cast once to the
-    dtype of `x`. In eval mode without gradients the pair is kept until a factor changes.
+    whatever the base's dtype; the pair is materialized in that dtype, the scaling folded in, and cast once to the dtype
+    of `x`. In eval mode without gradients the pair is cached until a factor changes.
     """
 
     cast_input_dtype_enabled = False
@@ -69,7 +83,7 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
         super().__init__()
         self.base_layer = base_layer
         self.method = method
-        size = features(self.get_base_layer())
+        size = in_out_features(self.get_base_layer())
         assert size is not None
         self.in_features, self.out_features = size
         self.fan_in_fan_out = isinstance(self.get_base_layer(), Conv1D)
@@ -78,12 +92,12 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
         self.other_param_names = ("adapter_configs", "adapter_dropout")
         for name in self.adapter_layer_names:
             setattr(self, name, nn.ParameterDict())
-        self.adapter_configs: dict[str, AdapterConfig | SumConfig] = {}
+        self.adapter_configs: dict[str, AdapterConfig | WeightedSumConfig] = {}
         self.adapter_dropout = nn.ModuleDict()
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
-        self._pair_cache: dict[tuple[str, torch.dtype], tuple[Any, tuple[Tensor, Tensor]]] = {}
-        self.rows: Rows | None = None  # the adapters of a batch's rows, while they differ
+        self._pair_cache: dict[tuple[str, torch.dtype], tuple[Any, Pair]] = {}
+        self.per_sample: PerSampleUpdate | None = None  # set while a batch's samples use different adapters
 
     def update_layer(self, adapter_name: str, config: AdapterConfig, inference_mode: bool = False) -> None:
         """Add an adapter with freshly initialized factors.
@@ -98,7 +112,7 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
         shapes = self.method.parameter_shapes(self.in_features, self.out_features, config)
         params: Params = {}
         for name, shape in shapes.items():
-            # Drawn on the CPU, so that one seed gives one adapter on every device.
+            # initialized on the CPU, so that a seed gives the same adapter on every device
             parameter = nn.Parameter(torch.empty(shape, dtype=dtype, device="meta" if weight.is_meta else "cpu"))
             container = getattr(self, self.method.prefix + name)
             container[adapter_name] = parameter
@@ -110,8 +124,8 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
-    def add_sum(self, adapter_name: str, down: Tensor, up: Tensor) -> None:
-        """Add an adapter that is an exact pair, frozen, under LoRA's names: PEFT saves it as a LoRA adapter."""
+    def add_weighted_sum(self, adapter_name: str, down: Tensor, up: Tensor) -> None:
+        """Add a frozen adapter that is its pair, under LoRA's parameter names: PEFT saves it as a LoRA adapter."""
         if not hasattr(self, "lora_A"):
             self.lora_A, self.lora_B = nn.ModuleDict(), nn.ModuleDict()
             self.adapter_layer_names = (*self.adapter_layer_names, "lora_A", "lora_B")
@@ -119,15 +133,15 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
             linear = nn.Linear(matrix.shape[1], matrix.shape[0], bias=False, device="meta")
             linear.weight = nn.Parameter(matrix.detach().contiguous(), requires_grad=False)
             container[adapter_name] = linear
-        self.adapter_configs[adapter_name] = SumConfig()
+        self.adapter_configs[adapter_name] = WeightedSumConfig()
         self.adapter_dropout[adapter_name] = nn.Identity()
 
     def method_of(self, adapter_name: str) -> type[AdapterMethod]:
-        """Return how an adapter's factors make its pair: the layer's method, but for sums of adapters."""
+        """Return the method of an adapter: the layer's, but for weighted sums of adapters."""
         return self.adapter_configs[adapter_name].method if adapter_name in self.adapter_configs else self.method
 
-    def hold_in(self, adapter_name: str, dtype: torch.dtype) -> None:
-        """Hold an adapter's factors in another dtype; they are materialized in float32 all the same."""
+    def cast_factors(self, adapter_name: str, dtype: torch.dtype) -> None:
+        """Store an adapter's factors in another dtype; they are materialized in float32 all the same."""
         for name in self.adapter_layer_names:
             container = getattr(self, name)
             if adapter_name in container:
@@ -143,41 +157,38 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
 
     def factors(self, adapter_name: str) -> Params:
         """Return the factors of an adapter by the method's names, the parameters themselves."""
-        # where modules keep what is in them: by attribute it takes twenty times as long, in every step
+        # nn.Module's own dictionaries: access by attribute takes twenty times as long, in every step
         modules: Any = self._modules
         if "lora_A" in modules and adapter_name in modules["lora_A"]:
             return {"down": modules["lora_A"][adapter_name].weight, "up": modules["lora_B"][adapter_name].weight}
-        held = [modules[name]._parameters for name in self.adapter_layer_names if not name.startswith("lora_")]
-        names = zip(self.method.parameter_names, held, strict=True)
-        return {name: factors[adapter_name] for name, factors in names if adapter_name in factors}
+        containers = [modules[name]._parameters for name in self.adapter_layer_names if not name.startswith("lora_")]
+        by_name = zip(self.method.parameter_names, containers, strict=True)
+        return {name: container[adapter_name] for name, container in by_name if adapter_name in container}
 
-    def params(self, adapter_name: str) -> Params:
-        """Return the factors of an adapter by the method's names; half-precision ones are upcast to float32."""
-        return upcast(self.factors(adapter_name))
-
-    def pair(self, adapter_name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return `(down [R, in], scaling * up [out, R])` of an adapter, materialized in float32 and cast to `dtype`."""
+    def pair(self, adapter_name: str, dtype: torch.dtype) -> Pair:
+        """Return `materialize`'s pair of an adapter, in eval mode without gradients from a cache."""
         if self.training or torch.is_grad_enabled():
-            return self._materialized(adapter_name, dtype)
-        held = self.factors(adapter_name).values()
-        counts = change_counts(held)
-        if counts is None:
-            return self._materialized(adapter_name, dtype)
-        version = counts, [p.data_ptr() for p in held], self.adapter_configs[adapter_name].scaling
+            return self.materialize(adapter_name, dtype)
+        factors = self.factors(adapter_name).values()
+        versions = version_counters(factors)
+        if versions is None:
+            return self.materialize(adapter_name, dtype)
+        key = versions, [p.data_ptr() for p in factors], self.adapter_configs[adapter_name].scaling
         cached = self._pair_cache.get((adapter_name, dtype))
-        if cached is None or cached[0] != version:
-            cached = version, self._materialized(adapter_name, dtype)
+        if cached is None or cached[0] != key:
+            cached = key, self.materialize(adapter_name, dtype)
             self._pair_cache[adapter_name, dtype] = cached
         return cached[1]
 
-    def _materialized(self, adapter_name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def materialize(self, adapter_name: str, dtype: torch.dtype) -> Pair:
+        """Return `(down [R, in], scaling * up [out, R])` of an adapter, computed in float32 and cast to `dtype`."""
         with torch.autocast(cast(Tensor, self.get_base_layer().weight).device.type, enabled=False):
-            down, up = self.method_of(adapter_name).materialize(self.params(adapter_name))
+            down, up = self.method_of(adapter_name).materialize(upcast(self.factors(adapter_name)))
             up = up * self.adapter_configs[adapter_name].scaling
         return down.to(dtype), up.to(dtype)
 
     def train(self, mode: bool = True) -> "AdapterLinear":
-        """Switch between training and evaluation; cached pairs are dropped (an engine may write factors unseen)."""
+        """Switch between training and evaluation; the pair cache is cleared (an engine may write factors unseen)."""
         self._pair_cache.clear()
         return super().train(mode)
 
@@ -188,9 +199,8 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
         result = self.base_layer(x, *args, **kwargs)
-        if self.rows is not None and self.rows.are_this_threads():
-            pair = self.rows.pair(self, x.dtype, len(x))
-            return result if pair is None else add_rows(result, x, *pair)
+        if self.per_sample is not None and self.per_sample.is_of_this_thread():
+            return self.per_sample.add_to(result, x, self)
         if self.merged:
             return result
         for adapter_name in self.active_adapters:
@@ -201,19 +211,20 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
                 down, up = self.pair(adapter_name, x.dtype)
                 delta = functional.linear(functional.linear(dropped, down), up)
             else:
-                config = self.adapter_configs[adapter_name]
-                delta = self.method.delta_forward(self.params(adapter_name), dropped) * config.scaling
+                factors = upcast(self.factors(adapter_name))
+                delta = self.method.delta_forward(factors, dropped) * self.adapter_configs[adapter_name].scaling
             result = result + delta.to(result.dtype)
         return result
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Return `scaling * delta_weight` of an adapter in the layout of the base weight (transposed for Conv1D)."""
         with torch.no_grad():
-            delta = self.method_of(adapter).delta_weight(self.params(adapter)) * self.adapter_configs[adapter].scaling
+            delta = self.method_of(adapter).delta_weight(upcast(self.factors(adapter)))
+            delta = delta * self.adapter_configs[adapter].scaling
         return delta.T if self.fan_in_fan_out else delta
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add adapters to the base weight; a quantized one is dequantized, changed and quantized again, with loss.
+        """Add adapters to the base weight; a quantized one is dequantized, changed and re-quantized, with loss.
 
         Args:
             safe_merge: Refuse (UserError) a weight that would not be finite.
@@ -236,8 +247,8 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
         while self.merged_adapters:
             adapter_name = self.merged_adapters.pop()
             weight = self.get_base_weight()
-            rest = (weight.float() if weight.dtype.itemsize < 4 else weight) - self.get_delta_weight(adapter_name)
-            self._set_base_weight(rest.to(weight.dtype))
+            unmerged = (weight.float() if weight.dtype.itemsize < 4 else weight) - self.get_delta_weight(adapter_name)
+            self._set_base_weight(unmerged.to(weight.dtype))
 
     def _set_base_weight(self, weight: Tensor) -> None:
         self.set_base_weight(weight)

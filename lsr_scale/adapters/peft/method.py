@@ -1,14 +1,13 @@
-"""What a method is: which factors it has, and how they make the update. Pure functions, no modules, no PEFT."""
+"""What a method is: which factors it has, and how they make the update. Pure functions of tensors, no modules."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 from torch.nn import functional
 
-if TYPE_CHECKING:
-    from lsr_scale.adapters.peft.config import AdapterConfig
+from lsr_scale.adapters.peft.config import AdapterConfig
 
 Params = dict[str, Tensor]
 Shapes = dict[str, tuple[int, ...]]
@@ -24,9 +23,9 @@ class AdapterMethod(ABC):
 
     name: ClassVar[str]
     prefix: ClassVar[str]
-    config_class: ClassVar[type["AdapterConfig"]]
+    config_class: ClassVar[type[AdapterConfig]]
     parameter_names: ClassVar[tuple[str, ...]]
-    # sums of Kronecker products, `sum_k <side>_left[k] (x) <side>_right[k]`, whose condition is watched
+    # sums of Kronecker products, `sum_k <side>_left[k] (x) <side>_right[k]`, whose condition number is monitored
     sides: ClassVar[tuple[str, ...]] = ()
 
     @staticmethod
@@ -46,10 +45,10 @@ class AdapterMethod(ABC):
 
     @staticmethod
     def materialize(params: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Return the exact pair `(down [R, in], up [out, R])` with `up @ down == delta_weight(params)`.
+        """Return the exact low-rank pair `(down [R, in], up [out, R])` with `up @ down == delta_weight(params)`.
 
         The factors may carry equal leading dimensions (a stack of modules of one shape); so does the pair then.
-        A method whose update has no small rank leaves this out and defines `delta_forward`.
+        A method of full rank does not define this, but `delta_forward`.
         """
         raise NotImplementedError
 
@@ -71,13 +70,13 @@ class AdapterMethod(ABC):
 
     @classmethod
     def oversized_sides(cls, in_features: int, out_features: int, config: Any) -> list[str]:
-        """Return a line for each side that has more parameters than the dense matrix it stands for."""
+        """Return a line for each side that has more parameters than the dense matrix it replaces."""
         del in_features, out_features, config
         return []
 
 
 class LowRankPair(AdapterMethod):
-    """LoRA's own form, not registered: the factors are the pair. What sums of adapters are held as."""
+    """LoRA's own form, not registered: the factors are the pair. What `add_weighted_adapter` makes."""
 
     name = "lora"
     parameter_names = ("down", "up")

@@ -1,4 +1,4 @@
-"""The one registration of a method with PEFT, and the table of what is registered."""
+"""The registration of a method with PEFT, in one place, and the table of the registered ones."""
 
 import sys
 import types
@@ -12,11 +12,18 @@ METHODS: dict[str, type[AdapterMethod]] = {}
 
 
 def register(method: type[AdapterMethod]) -> type[AdapterMethod]:
-    """Make a method known to PEFT and to this package: the one registration, a class decorator.
+    """Register a method with PEFT and in `METHODS`: a class decorator.
 
     PEFT keys its tables by an enum of its own, so the enum gets a member in memory; no file is changed. The rest is
-    PEFT's `register_peft_method`, with its checks for unique names and prefixes.
+    PEFT's `register_peft_method`.
+
+    Raises:
+        TypeError: if the class lacks something that a method must define, naming it.
+        KeyError: if there is a method of that name or prefix.
     """
+    _check(method)
+    if method.name in METHODS:
+        raise KeyError(f"there is a method {method.name!r} already: {METHODS[method.name].__module__}")
     member = str.__new__(PeftType, method.name.upper())
     member._name_ = member._value_ = method.name.upper()
     member.__objclass__ = PeftType  # pyright: ignore[reportAttributeAccessIssue]
@@ -33,3 +40,19 @@ def register(method: type[AdapterMethod]) -> type[AdapterMethod]:
     register_peft_method(name=method.name, config_cls=method.config_class, model_cls=tuner, prefix=method.prefix)
     METHODS[method.name] = method
     return method
+
+
+def _check(method: type[AdapterMethod]) -> None:
+    """Raise TypeError unless a method defines all that it must: the class is never instantiated, so ABC does not."""
+    attributes = ("name", "prefix", "config_class", "parameter_names")
+    missing = [name for name in attributes if not hasattr(method, name)] + sorted(method.__abstractmethods__)
+    if missing:
+        raise TypeError(f"{method.__name__}: define {', '.join(missing)}; see AdapterMethod")
+    if not method.is_low_rank() and method.delta_forward.__func__ is AdapterMethod.delta_forward.__func__:
+        raise TypeError(f"{method.__name__}: define materialize or, for updates of full rank, delta_forward")
+    if "lora_" in method.prefix:
+        raise TypeError(
+            f"{method.__name__}: prefix {method.prefix!r} has lora_ in it, by which other code selects LoRA"
+        )
+    if "__dataclass_fields__" not in vars(method.config_class):
+        raise TypeError(f"{method.config_class.__name__}: decorate it with @dataclasses.dataclass")

@@ -1,4 +1,4 @@
-"""Measures the condition of LSR-Adapt's sums while they train, warns, and mends them if the run wants it."""
+"""Logs the condition numbers of LSR-Adapt's sums in training, warns of large ones, and applies the run's guard."""
 
 import logging
 from typing import Any
@@ -7,22 +7,35 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lsr_scale import distributed
-from lsr_scale.adapters.condition import Guard, Side, conditions, endangered, mend, sides
+from lsr_scale.adapters.condition import (
+    Guard,
+    KroneckerSum,
+    apply_guard,
+    conditions,
+    ill_conditioned,
+    kronecker_sums,
+)
 
 logger = logging.getLogger(__name__)
 
 
-class WatchCondition(TrainerCallback):
-    """Logs gamma's median and largest value by side at every logging step, and does what the guard says.
+class ConditionCallback(TrainerCallback):
+    """Adds gamma's median and maximum by side to the logs (`condition_down_max` ...), and applies the guard.
 
-    All processes do what the main one measures. Put before the callbacks that record: the values stand among the logs,
-    `condition_down_max` and so on.
+    All processes act on what the main one measures. Goes before the callbacks that record the logs.
     """
 
-    def __init__(self, tolerance: float, guard: Guard, say: Any = logger.warning) -> None:
+    def __init__(self, tolerance: float, guard: Guard, warn: Any = logger.warning) -> None:
+        """Set when to warn and what to do.
+
+        Args:
+            tolerance: Relative change of a sum by rounding its factors, above which it is ill-conditioned.
+            guard: What is done with those.
+            warn: Called with each warning.
+        """
         self.guard: Guard = guard
-        self.tolerance, self.say = tolerance, say
-        self.told: set[tuple[str, str]] = set()
+        self.tolerance, self.warn = tolerance, warn
+        self.warned: set[tuple[str, str]] = set()
 
     def on_log(
         self,
@@ -32,39 +45,38 @@ class WatchCondition(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Measure, add to the logs, warn, mend."""
+        """Measure, add to the logs, warn, apply the guard."""
         if not logs or "loss" not in logs:
             return
-        model = kwargs["model"]
-        found = sides(model)
-        if not found:
+        sums = kronecker_sums(kwargs["model"])
+        if not sums:
             return
-        gammas: Any = distributed.broadcast(conditions(found))  # others' last digits could tip another decision
-        for name in dict.fromkeys(side.name for side in found):
-            some = gammas[[index for index, side in enumerate(found) if side.name == name]]
-            logs[f"condition_{name}_median"] = float(some.median())
-            logs[f"condition_{name}_max"] = float(some.max())
-        worst = [found[index] for index in endangered(found, gammas, self.tolerance)]
-        new = [side for side in worst if (side.module, side.name) not in self.told]
-        self.told |= {(side.module, side.name) for side in new}
+        gammas: Any = distributed.broadcast(conditions(sums))  # ranks may differ in the last digits, and then decide so
+        for side in dict.fromkeys(one.side for one in sums):
+            of_side = gammas[[index for index, one in enumerate(sums) if one.side == side]]
+            logs[f"condition_{side}_median"] = float(of_side.median())
+            logs[f"condition_{side}_max"] = float(of_side.max())
+        ill = ill_conditioned(sums, gammas, self.tolerance)
+        new = [index for index in ill if (sums[index].module, sums[index].side) not in self.warned]
+        self.warned |= {(sums[index].module, sums[index].side) for index in new}
         if new:
-            self.say(self._words(new, gammas[[found.index(side) for side in new]]))
+            self.warn(self._warning([sums[index] for index in new], gammas[new]))
         if self.guard != "warn":
-            for side in worst:
-                mend(side, self.guard, kwargs.get("optimizer"))
-                for parameter in side.parameters:
-                    distributed.broadcast_tensor(parameter.data)  # nor do decompositions agree to the last digit
+            for index in ill:
+                apply_guard(sums[index], self.guard, kwargs.get("optimizer"))
+                for parameter in sums[index].parameters:
+                    distributed.broadcast_tensor(parameter.data)  # decompositions do not agree to the last digit either
 
-    def _words(self, new: list[Side], gammas: Tensor) -> str:
-        first, kind = new[int(gammas.argmax())], str(new[0].left.dtype).removeprefix("torch.")
-        more = f" and {len(new) - 1} more" if len(new) > 1 else ""
-        done = {
+    def _warning(self, sums: list[KroneckerSum], gammas: Tensor) -> str:
+        worst, dtype = sums[int(gammas.argmax())], str(sums[0].left.dtype).removeprefix("torch.")
+        more = f" and {len(sums) - 1} more" if len(sums) > 1 else ""
+        action = {
             "warn": "set training.condition_guard to rescale or fp32, or lower separation_rank",
             "rescale": "their terms are made orthogonal (condition_guard: rescale)",
-            "fp32": "they are held in float32 from now on (condition_guard: fp32)",
+            "fp32": "they are cast to float32 (condition_guard: fp32)",
         }
         return (
-            f"{first.module}, {first.name} side{more}: terms cancel, gamma = {float(gammas.max()):.3g}, so that "
-            f"rounding to {kind} may change the update by more than training.condition_tolerance = {self.tolerance:g}; "
-            f"{done[self.guard]}"
+            f"{worst.module}, {worst.side} side{more}: terms cancel, gamma = {float(gammas.max()):.3g}, so that "
+            f"rounding to {dtype} may change the update by more than training.condition_tolerance = "
+            f"{self.tolerance:g}; {action[self.guard]}"
         )

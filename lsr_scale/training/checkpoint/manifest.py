@@ -10,7 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from transformers import TrainerState
 
 from lsr_scale import files
-from lsr_scale.run.folder import ADAPTER_FILES, MANIFEST, STATE, TENSORS
+from lsr_scale.adapters.read import ADAPTER_FILES
+from lsr_scale.run.folder import MANIFEST, STATE, TENSORS
 
 TRAINER_STATE = "trainer_state.json"
 NEEDED = (STATE, TENSORS, TRAINER_STATE, *ADAPTER_FILES)

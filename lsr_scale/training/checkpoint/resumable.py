@@ -25,7 +25,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from lsr_scale import distributed, files
-from lsr_scale.adapters.files import write_adapter
+from lsr_scale.adapters.save_and_load import write_adapter
 from lsr_scale.data.order import WholeSteps
 from lsr_scale.errors import UserError
 from lsr_scale.run.folder import STATE, TENSORS, RunFolder

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from lsr_scale import UserError
 from lsr_scale.adapters import METHODS, peft_config
-from lsr_scale.adapters.files import load_adapter, save_adapter
+from lsr_scale.adapters.save_and_load import load_adapter, save_adapter
 from lsr_scale.layers.frozen_linear import freeze_quantized
 from tests.conftest import SEVEN_LINEARS, quantize, randomize, tiny_llama
 
@@ -89,7 +89,7 @@ def test_a_full_disk_leaves_the_adapter_that_was_there(saved, monkeypatch, when)
     if when.startswith("weights"):
         monkeypatch.setattr("peft.peft_model.safe_save_file", full)
     elif when == "description":
-        monkeypatch.setattr("lsr_scale.adapters.files.base_description", full)
+        monkeypatch.setattr("lsr_scale.adapters.save_and_load.base_description", full)
     else:
         rename = type(saved).rename
         monkeypatch.setattr(type(saved), "rename", lambda self, to: full() if "part" in self.name else rename(self, to))
@@ -124,7 +124,7 @@ def test_an_adapter_of_another_base_is_refused_with_the_shapes(saved):
 
 def test_another_quantization_of_the_same_base_is_said_and_allowed(saved):
     _, notes = load_adapter(tiny_llama(), saved)
-    assert notes == ["the base is held in none; it was trained on one in nf4"]
+    assert notes == ["the base's quantization is none; that of its training was nf4"]
 
 
 def test_an_adapter_of_another_base_is_refused_without_its_description_too(saved):
@@ -148,7 +148,7 @@ def test_weights_that_were_cut_short_are_refused(saved, left):
 
 
 @pytest.mark.parametrize(
-    ("config", "words"),
+    ("config", "message"),
     [
         ("{", r"adapter_config\.json: the adapter's configuration cannot be read"),
         ("[]", "peft_type None is no adapter method"),
@@ -157,15 +157,15 @@ def test_weights_that_were_cut_short_are_refused(saved, left):
         (None, r"there is no adapter in this folder \(adapter_config\.json is missing\)"),
     ],
 )
-def test_a_broken_configuration_is_refused(saved, config, words):
+def test_a_broken_configuration_is_refused(saved, config, message):
     file = saved / "adapter_config.json"
     file.unlink() if config is None else file.write_text(config)
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match=message):
         load_adapter(tiny_llama(), saved)
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("changes", "message"),
     [
         ({"rank": 0}, "rank: expected an integer >= 1"),
         ({"rank": 2}, r"does not fit the base model:\n.*: \[3, 2, 8\] in the file, \[3, 1, 8\] in the model"),
@@ -173,10 +173,10 @@ def test_a_broken_configuration_is_refused(saved, config, words):
         ({"target_modules": ["q_proj"]}, r"down_proj\.lsr_down_left.*\] in the file, missing in the model"),
     ],
 )
-def test_a_configuration_that_is_not_that_of_the_weights_is_refused(saved, changes, words):
+def test_a_configuration_that_is_not_that_of_the_weights_is_refused(saved, changes, message):
     file = saved / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
-    with pytest.raises(UserError, match=r"(?s)" + words):
+    with pytest.raises(UserError, match=r"(?s)" + message):
         load_adapter(base(), saved)
 
 

@@ -1,10 +1,10 @@
-"""Regular expressions of module names: which are tried, and which are refused since matching could take for ever.
+"""Regular expressions for module names: those whose matching could backtrack catastrophically are refused.
 
-PEFT hands `target_modules`, `modules_to_save`, the keys of `rank_pattern` and the like to Python's backtracking
-matcher, once a module. Nothing stops it in the middle, and an expression such as `(.*)*x` takes more than a lifetime.
-So every expression is first matched here, by a small backtracking matcher that counts its steps: against names as
-models have them, and against texts made from the expression itself, each of its repetitions repeated many times. What
-takes more than `MAX_STEPS` is refused. Steps are counted, not seconds: the answer is the same on every machine.
+PEFT passes `target_modules`, `modules_to_save`, the keys of `rank_pattern` and the like to Python's backtracking
+matcher, once a module. It has no timeout, and an expression such as `(.*)*x` takes exponential time. So every
+expression is first matched here, by a small backtracking matcher that counts its steps: against names as models have
+them, and against attack strings made from the expression itself, each of its repetitions pumped. What takes more than
+`MAX_STEPS` is refused. Steps are counted, not seconds: the answer is the same on every machine.
 """
 
 import functools
@@ -20,7 +20,7 @@ from lsr_scale.errors import UserError, quoted
 MAX_LENGTH = 2000
 # of one text, and of all; a usual expression takes some hundreds for each, and Python some milliseconds for so many
 MAX_STEPS, _MAX_ALL_STEPS = 50_000, 300_000
-_REPEATED, _MOST_PUMPED = 20, 240
+_REPEATED, _MAX_PUMPED = 20, 240
 _NAMES = (
     "model.language_model.layers.10.block_sparse_moe.experts.10.feed_forward.gate_up_proj",
     "base_model.model.vision_tower.vision_model.encoder.layers.10.self_attn.out_proj.base_layer",
@@ -41,12 +41,12 @@ _OPPOSITES = {
 Items = Sequence[tuple[Any, Any]]
 
 
-def check_expression(expression: str, where: str) -> None:
-    """Raise unless a text is a regular expression that matches module names, or fails to, in a moment.
+def check_regex(expression: str, where: str) -> None:
+    """Refuse a text that is no regular expression, or may backtrack catastrophically on module names.
 
     Args:
         expression: The text.
-        where: What it is the value of, for the message.
+        where: The option that it is the value of, for the message.
 
     Raises:
         UserError: if it is no regular expression, or matching it may take too long.
@@ -71,7 +71,7 @@ def _problem(expression: str) -> str | None:
         picks = [_shortest, _longest, *(random.Random(seed).choice for seed in range(4))]
         pumped = [text for pick in picks for text in _pumped(items, pick)]
         steps = 0
-        for text in dict.fromkeys([*_NAMES, *(f"{text[-_MOST_PUMPED:]}!" for text in pumped)]):
+        for text in dict.fromkeys([*_NAMES, *(f"{text[-_MAX_PUMPED:]}!" for text in pumped)]):
             steps += _Matcher(text).count(items)
             if steps > _MAX_ALL_STEPS:
                 return too_long
@@ -89,16 +89,16 @@ class _TooManyStepsError(Exception):
 
 
 class _Matcher:
-    """All ways to match a parsed expression from the start of a text, one after the other, as a backtracking one goes.
+    """Enumerates all ways to match a parsed expression from the start of a text, as a backtracking matcher does.
 
-    Looking behind and referring back take no characters here, and no step.
+    Lookbehinds and backreferences consume no characters here, and no step.
     """
 
     def __init__(self, text: str) -> None:
         self.text, self.steps = text, 0
 
     def count(self, items: Items) -> int:
-        """Return the number of steps that all ways to match take; raise beyond `MAX_STEPS`."""
+        """Return the number of steps that all ways to match take; raise _TooManyStepsError beyond `MAX_STEPS`."""
         for _ in self._sequence(items, 0, 0):
             pass
         return self.steps
@@ -126,8 +126,8 @@ class _Matcher:
                 yield from self._sequence(way, 0, at)
         elif code in _REPEATS:
             yield from self._repeat(value, 0, at)
-        elif _inside(code, value) is not None:
-            yield from self._sequence(_inside(code, value), 0, at)
+        elif _group_items(code, value) is not None:
+            yield from self._sequence(_group_items(code, value), 0, at)
         elif code in (codes.ASSERT, codes.ASSERT_NOT) and value[0] > 0:
             if any(True for _ in self._sequence(value[1], 0, at)) == (code == codes.ASSERT):
                 yield at
@@ -142,14 +142,14 @@ class _Matcher:
         low, high, body = value
         if count < high:
             for middle in self._sequence(body, 0, at):
-                if middle > at or count < low:  # as Python's: what matched nothing is not repeated
+                if middle > at or count < low:  # as in Python, an empty match is not repeated
                     yield from self._repeat(value, count + 1, middle)
         if count >= low:
             yield at
 
 
-def _inside(code: Any, value: Any) -> Any:
-    """Return what a group holds, None of what is no group."""
+def _group_items(code: Any, value: Any) -> Any:
+    """Return the items of a group, None for other items."""
     if code == codes.SUBPATTERN:
         return value[-1]
     return value if code == getattr(codes, "ATOMIC_GROUP", None) else None
@@ -177,9 +177,9 @@ def _longest(ways: list[str]) -> str:
 
 
 def _pumped(items: Items, pick: Callable[[list[str]], str], before: str = "") -> Iterator[str]:
-    """Yield a text for each repetition: a way to it, and then what it repeats, many times.
+    """Yield an attack string for each repetition: a text that leads to it, and then what it repeats, many times.
 
-    `pick` chooses of the texts of several ways.
+    `pick` chooses among the texts of alternatives.
     """
     for item in items:
         code, value = item
@@ -189,8 +189,8 @@ def _pumped(items: Items, pick: Callable[[list[str]], str], before: str = "") ->
         elif code == codes.BRANCH:
             for way in value[1]:
                 yield from _pumped(way, pick, before)
-        elif _inside(code, value) is not None:
-            yield from _pumped(_inside(code, value), pick, before)
+        elif _group_items(code, value) is not None:
+            yield from _pumped(_group_items(code, value), pick, before)
         elif code in (codes.ASSERT, codes.ASSERT_NOT):
             yield from _pumped(value[1], pick, before)
         before += _sample([item], pick)
@@ -198,19 +198,19 @@ def _pumped(items: Items, pick: Callable[[list[str]], str], before: str = "") ->
 
 def _sample(items: Items, pick: Callable[[list[str]], str]) -> str:
     """Return a text that the items match."""
-    found = ""
+    text = ""
     for code, value in items:
         if code in (codes.LITERAL, codes.NOT_LITERAL, codes.ANY, codes.IN):
-            found += next((char for char in _characters(code, value) if _matches(code, value, char)), "a")
+            text += next((char for char in _characters(code, value) if _matches(code, value, char)), "a")
         elif code == codes.BRANCH:
-            found += pick([_sample(way, pick) for way in value[1]])
+            text += pick([_sample(way, pick) for way in value[1]])
         elif code in _REPEATS:
             once = _sample(value[2], pick)
-            found += min(value[0], _REPEATED) * once or pick(["", once])
-        elif _inside(code, value) is not None:
-            found += _sample(_inside(code, value), pick)
-        found = found[-_MOST_PUMPED:]
-    return found
+            text += min(value[0], _REPEATED) * once or pick(["", once])
+        elif _group_items(code, value) is not None:
+            text += _sample(_group_items(code, value), pick)
+        text = text[-_MAX_PUMPED:]
+    return text
 
 
 def _characters(code: Any, value: Any) -> list[str]:

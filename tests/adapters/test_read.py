@@ -1,4 +1,4 @@
-"""An adapter's files, of odd kinds: every reader of them refuses the same, in words, and reads what is good."""
+"""An adapter's files, of odd kinds: every reader of them refuses the same, in message, and reads what is good."""
 
 import json
 import os
@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from lsr_scale import AdapterBank, UserError
 from lsr_scale.adapters import peft_config
-from lsr_scale.adapters.files import find_start, load_adapter
 from lsr_scale.adapters.identity import base_description
+from lsr_scale.adapters.save_and_load import load_adapter, resolve_start_from
 from lsr_scale.export import open_adapter
 from lsr_scale.export.inspect import inspect_adapter
 from tests.adapters.test_bank import adapted
@@ -57,12 +57,12 @@ def readers(bank_model):
         finally:
             bank_model.base_model.bank = None
 
-    wanted = peft_config("lsr", {"rank": 4, "separation_rank": 2})
+    config = peft_config("lsr", {"rank": 4, "separation_rank": 2})
     return [
         open_adapter,
         inspect_adapter,
         lambda folder: load_adapter(tiny_llama(), folder),
-        lambda folder: (find_start(str(folder), wanted), load_adapter(tiny_llama(), folder)),
+        lambda folder: (resolve_start_from(str(folder), config), load_adapter(tiny_llama(), folder)),
         of_bank,
     ]
 
@@ -119,7 +119,7 @@ BAD = {
     "weights are a pipe": (fifo(WEIGHTS), "adapter"),
     "weights are a folder": (directory(WEIGHTS), "adapter"),
     "config nested deeply": (text(CONFIG, b"[" * 200_000), "cannot be read|nested"),
-    "config with half a pair": (configured(base_model_name_or_path="\ud83d"), "half of a character pair"),
+    "config with half a pair": (configured(base_model_name_or_path="\ud83d"), "half of a surrogate pair"),
     "config with a long number": (text(CONFIG, b'{"rank": ' + b"9" * 5000 + b"}"), "cannot be read"),
     "config of 20 MB": (text(CONFIG, b" " * 20_000_000), "bytes are no"),
     "config that is text": (text(CONFIG, b'"LSR"'), "peft_type None is no adapter method"),
@@ -152,10 +152,10 @@ BAD = {
 
 @pytest.mark.parametrize("kind", BAD)
 def test_what_is_damaged_is_refused_in_the_same_words_by_every_reader(good, tmp_path, bank_model, kind):
-    change, words = BAD[kind]
+    change, message = BAD[kind]
     folder = spoiled(good, tmp_path, change)
     for read in readers(bank_model):
-        with pytest.raises(UserError, match=words) as told:
+        with pytest.raises(UserError, match=message) as told:
             read(folder)
         assert len(str(told.value)) < 700
         assert "anna" in str(told.value)
@@ -201,7 +201,7 @@ def test_lora_as_other_trainers_write_it_is_read(tmp_path, good):
         "base_model_name_or_path": "x", "inference_mode": True, "layers_pattern": None, "auto_mapping": None,
     }  # fmt: skip
     (tmp_path / "a" / CONFIG).write_text(json.dumps(content))
-    config = find_start(
+    config = resolve_start_from(
         str(tmp_path / "a"), peft_config("lora", {"rank": 8, "alpha": 12.5, "target_modules": ["q_proj"]})
     )
     assert config == tmp_path / "a"

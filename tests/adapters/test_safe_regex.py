@@ -5,7 +5,7 @@ import re
 import pytest
 
 from lsr_scale.adapters import METHODS, PEFT_METHODS, peft_config
-from lsr_scale.adapters.expressions import check_expression
+from lsr_scale.adapters.safe_regex import check_regex
 from lsr_scale.errors import UserError
 
 USUAL = [
@@ -29,13 +29,13 @@ ENDLESS = [
 
 @pytest.mark.parametrize("expression", USUAL)
 def test_usual_expressions_are_taken(expression):
-    check_expression(expression, "target_modules")
+    check_regex(expression, "target_modules")
 
 
 @pytest.mark.parametrize("expression", [*ENDLESS, "(" * 90 + "a" + ")*" * 90, "a" * 2001])
 def test_expressions_that_could_match_for_ever_are_refused(expression):
     with pytest.raises(UserError, match=r"target_modules: .*(take for ever to match|characters, more than)") as told:
-        check_expression(expression, "target_modules")
+        check_regex(expression, "target_modules")
     assert len(str(told.value)) < 400
 
 
@@ -48,7 +48,7 @@ def test_no_expression_at_all_is_refused_with_advice_that_works():
 
 @pytest.mark.parametrize("method", [*METHODS, *PEFT_METHODS])
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("options", "message"),
     [
         ({"target_modules": "(.*)*x"}, "target_modules: .*for ever"),
         ({"exclude_modules": "(.*)*x"}, "exclude_modules: .*for ever"),
@@ -62,6 +62,6 @@ def test_no_expression_at_all_is_refused_with_advice_that_works():
         ({"rank": 10**6}, "rank: expected at most 65536"),
     ],
 )
-def test_every_method_has_one_rule_for_its_options(method, options, words):
-    with pytest.raises(UserError, match=words):
+def test_every_method_has_one_rule_for_its_options(method, options, message):
+    with pytest.raises(UserError, match=message):
         peft_config(method, options)

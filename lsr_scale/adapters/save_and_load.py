@@ -1,4 +1,4 @@
-"""The adapter on disk: saved whole or not at all, and loaded only onto the base that it belongs to."""
+"""Saving an adapter, atomically, and loading it, onto the base that it belongs to only."""
 
 import dataclasses
 import json
@@ -18,19 +18,27 @@ from transformers import Trainer
 
 from lsr_scale import distributed, files
 from lsr_scale.adapters.identity import base_description, check_base
-from lsr_scale.adapters.saved import BASE, check_own_base, read_base, read_config, read_weights
+from lsr_scale.adapters.read import (
+    ADAPTER_FILES,
+    BASE_NAME,
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    check_own_base,
+    read_base,
+    read_config,
+    read_weights,
+)
 from lsr_scale.errors import UserError
 from lsr_scale.layers.fp32_modules import cast_modules_to_save
 from lsr_scale.model.shard import is_sharded
 from lsr_scale.paths import user_path
-from lsr_scale.run.folder import ADAPTER_FILES
 
-# torch's words for two tensors that should be of one shape
+# torch's message of two tensors whose shapes differ
 _MISMATCH = re.compile(r"size mismatch for (\S+): .*?\[(.*?)\].*?\[(.*?)\]")
 
 
 def save_adapter(trainer: Trainer, target: Path) -> None:
-    """Save the adapter as PEFT does, with `base.json` beside it; the folder appears whole, or the old one stays.
+    """Save the adapter as PEFT does, with `base.json` beside it; an interrupted save leaves the old folder.
 
     Raises:
         UserError: if the disk is full or the folder cannot be written.
@@ -38,16 +46,16 @@ def save_adapter(trainer: Trainer, target: Path) -> None:
     if not distributed.is_main():
         return
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
-    aside = target.with_name(f".{target.name}.part")
-    files.remove(aside)
+    temporary = target.with_name(f".{target.name}.part")
+    files.remove(temporary)
     try:
-        write_adapter(model, aside)
-        files.apply_umask(aside)
-        files.replace_folder(aside, target, ADAPTER_FILES)
+        write_adapter(model, temporary)
+        files.apply_umask(temporary)
+        files.replace_folder(temporary, target, ADAPTER_FILES)
     except (OSError, SafetensorError) as error:
         raise _cannot_save(target, error) from error
     finally:
-        files.remove(aside)
+        files.remove(temporary)
 
 
 def write_adapter(model: Any, folder: Path) -> None:
@@ -61,7 +69,7 @@ def write_adapter(model: Any, folder: Path) -> None:
         trained = {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
     model.save_pretrained(folder, state_dict=trained)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's template, to be filled in; an export has a card
-    (folder / "base.json").write_text(json.dumps(base_description(model), indent=1) + "\n")
+    (folder / BASE_NAME).write_text(json.dumps(base_description(model), indent=1) + "\n")
     _check_saved(folder)
 
 
@@ -70,8 +78,8 @@ def _cannot_save(target: Path, error: OSError | SafetensorError) -> UserError:
 
 
 def _check_saved(folder: Path) -> None:
-    """Raise if an empty tensor was saved, which a sharded model gives when it is not gathered."""
-    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+    """Raise if an empty tensor was saved: a sharded one that was not all-gathered."""
+    with safe_open(folder / WEIGHTS_NAME, "pt") as file:
         names = list(file.keys())
         empty = [name for name in names if math.prod(file.get_slice(name).get_shape()) == 0]
     if not names:
@@ -89,7 +97,7 @@ def load_adapter(base: Any, folder: Path, trainable: bool = False) -> tuple[Peft
     config = read_config(folder)
     check_own_base(folder, config)
     stored = read_weights(folder)
-    notes = check_description(base, folder)
+    notes = check_base_of(folder, base)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Found missing adapter keys")  # refused below
@@ -98,38 +106,39 @@ def load_adapter(base: Any, folder: Path, trainable: bool = False) -> tuple[Peft
         raise UserError(f"{folder}: {error}") from error
     except (KeyError, ValueError, RuntimeError, TypeError) as error:
         shapes = [f"{name}: [{a}] in the file, [{b}] in the model" for name, a, b in _MISMATCH.findall(str(error))]
-        words = "\n" + "\n".join(_first(shapes)) if shapes else f" {str(error)[:600]}"
-        raise UserError(f"{folder}: this adapter does not fit the base model:{words}") from error
-    wrong = _misfits(model, stored)
-    if wrong:
-        raise UserError(f"{folder}: the weights are not those that adapter_config.json describes\n" + "\n".join(wrong))
+        details = "\n" + "\n".join(_shortened(shapes)) if shapes else f" {str(error)[:600]}"
+        raise UserError(f"{folder}: this adapter does not fit the base model:{details}") from error
+    mismatches = _mismatches(model, stored)
+    if mismatches:
+        raise UserError(f"{folder}: the weights are not those that {CONFIG_NAME} describes\n" + "\n".join(mismatches))
     cast_modules_to_save(model, folder)
     return model, notes
 
 
-def check_description(base: Any, folder: Path) -> list[str]:
-    """Return how a base differs from that in the `base.json` beside an adapter, in ways that a user should know.
+def check_base_of(folder: Path, base: Any) -> list[str]:
+    """Return how a base differs from the one in the `base.json` beside an adapter, in ways that a user should know.
 
     Raises:
         UserError: if its layers have other shapes.
     """
     described = read_base(folder)
     if described is None:
-        return [f"there is no {BASE} beside the adapter, so its base model could not be checked"]
+        return [f"there is no {BASE_NAME} beside the adapter, so its base model could not be checked"]
     return check_base(described, base, str(folder))
 
 
-# of no meaning once there are factors, or none for training; names that PEFT has for our options
-_FREE = {"init", "init_lora_weights", "init_weights", "runtime_config"}
-_OURS = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "rank_dropout": "dropout"}
+# options that may differ in `adapter.start_from`: of the initialization, or of no meaning for training
+_NOT_COMPARED = {"init", "init_lora_weights", "init_weights", "runtime_config"}
+# our names of PEFT's options
+_OPTION_NAMES = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "rank_dropout": "dropout"}
 
 
-def find_start(path: str, wanted: PeftConfig) -> Path:
-    """Return the folder of an earlier adapter, its method and options those that a run has.
+def resolve_start_from(path: str, config: PeftConfig) -> Path:
+    """Return the folder of the adapter that `adapter.start_from` names, of the same method and options as the run.
 
     Args:
         path: Folder of a run, or of an adapter as PEFT saves it, packed factors included.
-        wanted: The configuration that the run has.
+        config: The run's configuration.
 
     Raises:
         UserError: if there is no such adapter, or it is of another method or other options.
@@ -140,22 +149,24 @@ def find_start(path: str, wanted: PeftConfig) -> Path:
         raise UserError(f"adapter.start_from: {folder}: no such folder; name that of a run or of an adapter")
     saved = read_config(folder)
     check_own_base(folder, saved)
-    if type(saved) is not type(wanted):
-        kinds = [getattr(config.peft_type, "value", str(config.peft_type)).lower() for config in (saved, wanted)]
+    if type(saved) is not type(config):
+        methods = [getattr(one.peft_type, "value", str(one.peft_type)).lower() for one in (saved, config)]
         raise UserError(
-            f"adapter.start_from: {folder} holds an adapter of {kinds[0]}, but adapter.method is {kinds[1]}; "
+            f"adapter.start_from: {folder} holds an adapter of {methods[0]}, but adapter.method is {methods[1]}; "
             "set it alike"
         )
-    bookkeeping = {field.name for field in dataclasses.fields(PeftConfig)} | _FREE
-    lines = []
-    for name in (field.name for field in dataclasses.fields(wanted) if field.name not in bookkeeping):
-        here, there = getattr(wanted, name), getattr(saved, name)
+    not_options = {field.name for field in dataclasses.fields(PeftConfig)} | _NOT_COMPARED
+    differences = []
+    for name in (field.name for field in dataclasses.fields(config) if field.name not in not_options):
+        here, there = getattr(config, name), getattr(saved, name)
         # null and auto are resolved by the model, as is all-linear
         if here not in (None, "auto", "all-linear", there):
-            lines.append(f"adapter.{_OURS.get(name, name)}: {_shown(here)} in the run, {_shown(there)} in the adapter")
-    if lines:
+            option = _OPTION_NAMES.get(name, name)
+            differences.append(f"adapter.{option}: {_shown(here)} in the run, {_shown(there)} in the adapter")
+    if differences:
         raise UserError(
-            f"adapter.start_from: {folder} was trained with other options; set them alike\n" + "\n".join(_first(lines))
+            f"adapter.start_from: {folder} was trained with other options; set them alike\n"
+            + "\n".join(_shortened(differences))
         )
     return folder
 
@@ -164,25 +175,25 @@ def _shown(value: Any) -> str:
     return str(sorted(value)) if isinstance(value, set) else repr(value)
 
 
-def misfits(model: Any, folder: Path) -> list[str]:
-    """Return a line for every tensor that an adapter's file and a model with that adapter do not share, six at most."""
-    return _misfits(model, read_weights(folder))
+def weight_mismatches(model: Any, folder: Path) -> list[str]:
+    """Return a line for each tensor whose shape differs between an adapter's file and a model with it, six at most."""
+    return _mismatches(model, read_weights(folder))
 
 
-def _misfits(model: Any, weights: Mapping[str, Tensor]) -> list[str]:
+def _mismatches(model: Any, weights: Mapping[str, Tensor]) -> list[str]:
     stored = {name: list(value.shape) for name, value in weights.items()}
-    held = get_peft_model_state_dict(model, save_embedding_layers=False)
-    shapes = {name: list(tensor.shape) for name, tensor in held.items()}
+    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    shapes = {name: list(tensor.shape) for name, tensor in state.items()}
     prefix = PEFT_TYPE_TO_PREFIX_MAPPING[model.active_peft_config.peft_type]
-    # PEFT saves a whole embedding beside the factors where it was adapted
+    # PEFT saves the embedding itself beside the factors where it was adapted
     names = sorted(name for name in {*stored, *shapes} if name in shapes or prefix in name)
     lines = [
         f"{name}: {stored.get(name, 'missing')} in the file, {shapes.get(name, 'missing')} in the model"
         for name in names
         if stored.get(name) != shapes.get(name)
     ]
-    return _first(lines)
+    return _shortened(lines)
 
 
-def _first(lines: list[str]) -> list[str]:
+def _shortened(lines: list[str]) -> list[str]:
     return [*lines[:6], f"... and {len(lines) - 6} more"] if len(lines) > 6 else lines

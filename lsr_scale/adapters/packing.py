@@ -141,29 +141,32 @@ def unpack(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     unpacked = {name: value for name, value in tensors.items() if not name.startswith("packed.")}
     for number, stack in enumerate(stacks):
         factor, shape, members, bits = (stack[key] for key in ("factor", "shape", "members", "bits"))
-        each = math.prod(shape)
-        count = each * len(members)
-        codes, scales = (tensors.get(f"packed.{number}.{part}") for part in ("codes", "scales"))
-        expected = {4: (-(-count // 2), torch.uint8), 8: (count, torch.int8), 16: (count, torch.float16)}[bits]
-        if codes is None or (codes.numel(), codes.dtype) != expected:
-            got = "nothing" if codes is None else f"{codes.numel()} of {codes.dtype}"
-            raise UserError(
-                f"packed.{number}.codes ({factor}): expected {expected[0]} of {expected[1]}, got {got}; export again"
-            )
+        stack_shape = [len(members), *shape]
         if bits == 16:
-            values = codes.reshape(-1).float()
+            values = _tensor(tensors, f"packed.{number}.codes", factor, stack_shape, torch.float16).float()
         else:
-            groups = -(-count // GROUP_SIZE[bits])
-            if scales is None or scales.numel() != groups or scales.dtype != torch.float16:
-                raise UserError(f"packed.{number}.scales ({factor}): expected {groups} float16 scales; export again")
-            values = dequantize_groups(codes.reshape(-1), scales.reshape(-1), bits, count)
+            count = math.prod(stack_shape)
+            shape_and_dtype = ([-(-count // 2)], torch.uint8) if bits == 4 else ([count], torch.int8)
+            codes = _tensor(tensors, f"packed.{number}.codes", factor, *shape_and_dtype)
+            num_groups = -(-count // GROUP_SIZE[bits])
+            scales = _tensor(tensors, f"packed.{number}.scales", factor, [num_groups], torch.float16)
+            values = dequantize_groups(codes, scales, bits, count).view(stack_shape)
         values = values * 2.0 ** -stack.get("exponent", 0)
-        for member, value in zip(members, values.view(len(members), *shape), strict=True):
+        for member, value in zip(members, values, strict=True):
             name = f"base_model.model.{names[member]}.{factor}"  # PEFT's prefix, as in an unpacked file
             if name in unpacked:
                 raise UserError(f"packed.index: {name} is there twice; export the adapter again")
             unpacked[name] = value.clone()
     return unpacked
+
+
+def _tensor(tensors: Mapping[str, Tensor], name: str, factor: str, shape: list[int], dtype: torch.dtype) -> Tensor:
+    """Return a tensor of a packed file, of exactly the shape and dtype that the index implies."""
+    value = tensors.get(name)
+    if value is None or list(value.shape) != shape or value.dtype != dtype:
+        found = "nothing" if value is None else f"{list(value.shape)} of {value.dtype}"
+        raise UserError(f"{name} ({factor}): expected {shape} of {dtype}, got {found}; export the adapter again")
+    return value
 
 
 def _read_index(raw: Tensor) -> Any:

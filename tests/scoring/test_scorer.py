@@ -246,7 +246,7 @@ def test_processes_make_equally_many_passes_and_find_the_same_to_the_last_bit(mo
         passes = [len(ran)]
         monkeypatch.setattr(scorer.distributed, "gather", gather)
         for rank in range(size):
-            monkeypatch.setattr(scorer.distributed, "place", lambda rank=rank: (rank, size))
+            monkeypatch.setattr(scorer.distributed, "group_rank_and_size", lambda rank=rank: (rank, size))
             distributed = score(model, tokenizer, examples_of("piqa"), distribute=True, **options)
             passes.append(len(ran))
     finally:

@@ -260,4 +260,4 @@ def test_a_model_without_activation_checkpointing_trains_and_says_so(tmp_path, c
         eval={"tasks": []},
     )
     assert train(run).results.exists()
-    assert "albert models know no activation checkpointing: all activations are kept" in capsys.readouterr().out
+    assert "albert models have no activation checkpointing: all activations are kept" in capsys.readouterr().out

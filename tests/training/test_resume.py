@@ -741,3 +741,18 @@ def test_a_moved_base_is_named_when_a_run_resumes(place, stopped, tmp_path, caps
     shutil.copytree(place / "model", tmp_path / "gone")
     train(run, resume="auto")
     assert "note: changed since the run began: model.name: " in capsys.readouterr().out
+
+
+def test_a_step_has_its_rows_however_many_micro_batches_share_them(place, tmp_path):
+    runs = {}
+    for batch, accumulation in ((5, 1), (1, 5)):
+        training = {"output_dir": str(tmp_path / str(batch)), "per_device_train_batch_size": batch, "save_steps": 1}
+        training |= {"gradient_accumulation_steps": accumulation, "fused": "off"}
+        runs[batch] = do(tiny_run(place, training=training, eval={"tasks": []}))
+    # twelve rows in steps of five: the third repeats three of them
+    tokens = {batch: [row["num_tokens"] for row in metrics(folder)] for batch, folder in runs.items()}
+    assert len(tokens[5]) == 3
+    assert tokens[1] == tokens[5]
+    for folder in runs.values():
+        state = json.loads((folder.checkpoints()[-1] / "training_state.json").read_text())
+        assert (state["step"], state["rows_per_step"]) == (3, 5)

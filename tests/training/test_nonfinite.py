@@ -115,6 +115,25 @@ def test_the_advice_to_skip_and_resume_works(place, tmp_path, monkeypatch, capsy
     assert said in capsys.readouterr().out
 
 
+def test_the_loss_of_another_process_is_what_a_gradient_is_reported_by(tmp_path, monkeypatch):
+    row = {"step": 5, "process": 1, "loss": "inf", "rows": [3, 4], "input_ids": [[1]]}
+    slept = []
+
+    def sleep(seconds):  # meanwhile the other one writes
+        slept.append(seconds)
+        with RunFolder(tmp_path).nonfinite.open("a") as stream:
+            stream.write(json.dumps(row) + "\n")
+
+    monkeypatch.setattr(nonfinite.distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(nonfinite.time, "sleep", sleep)
+    trainer = SimpleNamespace(args=SimpleNamespace(output_dir=str(tmp_path)), on_nonfinite="stop")
+    with pytest.raises(
+        UserError, match=r"the loss is inf at step 5, on rows \[3, 4\] .* \(process 1; the tokens are in"
+    ):
+        nonfinite.handle_nonfinite_gradient(trainer, float("nan"), 4)
+    assert len(slept) == 1
+
+
 @pytest.mark.parametrize("kind", ["fused", "other"])
 def test_an_optimizer_leaves_out_what_it_is_told(kind):
     parameter = torch.nn.Parameter(torch.ones(3))

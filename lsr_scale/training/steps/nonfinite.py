@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from lsr_scale import distributed
 from lsr_scale.errors import UserError
 from lsr_scale.run.folder import RunFolder
+from lsr_scale.run.metrics import read_metrics
 
 
 def check_finite(model: torch.nn.Module, when: str) -> None:
@@ -28,6 +30,7 @@ def diverged(what: str) -> UserError:
     )
 
 
+WAIT_FOR_OTHERS_S = 5.0
 # a checkpoint keeps its learning rate
 _REMEDY = (
     "set training.on_nonfinite: skip and resume with --resume auto; or lower training.learning_rate, lengthen "
@@ -53,10 +56,7 @@ def handle_nonfinite_loss(trainer: Any, loss: float, inputs: dict[str, Any], ste
     file = _record(trainer, {**line, "input_ids": inputs["input_ids"].tolist()})
     if trainer.on_nonfinite == "skip":
         return
-    raise UserError(
-        f"training diverged: the loss is {loss} at step {step + 1}, on rows {rows} of the training data (process "
-        f"{process}; the tokens are in {file}); {_REMEDY.format(more=' or fix these rows')}"
-    )
+    raise _diverged_loss(line, file)
 
 
 def handle_nonfinite_gradient(trainer: Any, norm: float, step: int) -> None:
@@ -75,11 +75,32 @@ def handle_nonfinite_gradient(trainer: Any, norm: float, step: int) -> None:
         _record(trainer, {"step": step + 1, "gradient_norm": str(norm)})
     if trainer.on_nonfinite == "skip":
         return
-    # another process may have met a loss by which it ends, and be ended before it says so
-    others = f" on this process (those of others that are not stand in {file})" if distributed.world_size() > 1 else ""
+    if (row := _loss_of_another(file, step + 1)) is not None:
+        raise _diverged_loss(row, file)
     raise UserError(
         f"training diverged: the gradient of step {step + 1} is not finite (its norm is {norm}), but its losses "
-        f"are{others}; " + _REMEDY.format(more=" or set model.dtype to float32")
+        "are; " + _REMEDY.format(more=" or set model.dtype to float32")
+    )
+
+
+def _loss_of_another(file: Path, step: int) -> dict[str, Any] | None:
+    """Return the record of a loss of this step by another process, which on a GPU may come later than the gradient's.
+
+    Whoever speaks first ends the others, by the launcher: so that what is said names the rows.
+    """
+    end = time.monotonic() + WAIT_FOR_OTHERS_S
+    while distributed.world_size() > 1:
+        rows = [row for row in read_metrics(file) if row["step"] == step and "loss" in row]
+        if rows or time.monotonic() > end:
+            return rows[0] if rows else None
+        time.sleep(0.05)
+    return None
+
+
+def _diverged_loss(row: dict[str, Any], file: Path) -> UserError:
+    return UserError(
+        f"training diverged: the loss is {row['loss']} at step {row['step']}, on rows {row['rows']} of the training "
+        f"data (process {row['process']}; the tokens are in {file}); {_REMEDY.format(more=' or fix these rows')}"
     )
 
 

@@ -1,4 +1,4 @@
-"""What was measured, and how. Every script runs from the repository's root, as `python -m benchmarks.NAME`."""
+"""What was measured, and how. Every script runs from the repository's root, as `python -m benchmarks.FOLDER.NAME`."""
 
 from pathlib import Path
 

@@ -16,8 +16,9 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from lsr_scale import UserError
 from lsr_scale.config import run_from_dict
 from lsr_scale.data.order import WholeSteps
-from lsr_scale.run.folder import STATE, TENSORS
+from lsr_scale.run.folder import STATE, TENSORS, RunFolder
 from lsr_scale.training.checkpoint import manifest, select, trained_state
+from lsr_scale.training.checkpoint.rotate import rotate
 from tests.helpers.bounded import bounded
 
 
@@ -133,6 +134,21 @@ def test_a_run_resumes_with_its_rows_a_step_or_is_told_how(tmp_path_factory, bat
             select.fit(checkpoint, run, now)
         assert f"whose product is {rows / now:g}, or {saved_on} process(es)" in str(refused.value)
         select.fit(checkpoint, run, saved_on)
+
+
+@bounded(30)
+@given(st.sets(st.integers(1, 12), min_size=1, max_size=8), st.none() | st.integers(1, 9), st.data())
+def test_of_a_runs_checkpoints_the_newest_stay_and_the_best(tmp_path_factory, steps, limit, data):
+    keep = {max(steps), data.draw(st.sampled_from(sorted(steps)))}
+    folder = tmp_path_factory.mktemp("run")
+    for step in steps:
+        checkpoint = folder / f"checkpoint-{step}"
+        checkpoint.mkdir()
+        (checkpoint / STATE).write_text("{}")
+    rotate(RunFolder(folder), limit, keep)
+    left = {int(path.name.rpartition("-")[2]) for path in folder.iterdir()}
+    others = sorted(steps - keep, reverse=True)
+    assert left == (steps if limit is None else keep | set(others[: max(0, limit - len(keep))]))
 
 
 OPTIMIZERS = {

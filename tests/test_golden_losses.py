@@ -1,4 +1,4 @@
-"""What the last release computed is computed still."""
+"""The losses of small runs are those that the last release had (`tests/golden/`)."""
 
 import json
 

@@ -31,8 +31,8 @@ from lsr_scale.run.folder import RunFolder
 from lsr_scale.run.lock import locked
 from lsr_scale.run.start import claim
 from tests.kernels import (
-    gates,
-    norms,
+    rms_norm_inputs,
+    swiglu_inputs,
     test_cross_entropy,
     test_dequantize,
     test_output_gradients,
@@ -47,7 +47,7 @@ from tests.kernels.checks import poisoned, strided
 
 
 def norm_both_ways(rows, width, dtype, device):
-    x, weight, residual, grad, residual_grad = norms.inputs((rows, width), dtype, device)
+    x, weight, residual, grad, residual_grad = rms_norm_inputs.inputs((rows, width), dtype, device)
 
     def launch():
         out, total, found = (poisoned(x.shape, dtype, device) for _ in range(3))
@@ -59,8 +59,8 @@ def norm_both_ways(rows, width, dtype, device):
 
 
 def norm_and_projection(rows, width, dtype, device):
-    x, weight, residual, *_ = norms.inputs((rows, width), dtype, device)
-    down = norms.inputs((64, width), dtype, device, seed=1)[0]
+    x, weight, residual, *_ = rms_norm_inputs.inputs((rows, width), dtype, device)
+    down = rms_norm_inputs.inputs((64, width), dtype, device, seed=1)[0]
     down[48:] = 0
 
     def launch():
@@ -87,8 +87,8 @@ def rotation(rows, width, dtype, device):
 
 
 def gates_both_ways(rows, width, dtype, device):
-    gate_up = gates.randn(rows, 2 * width, dtype=dtype, device=device, scale=2.0)
-    grad = gates.randn(rows, width, dtype=dtype, device=device, seed=1)
+    gate_up = swiglu_inputs.randn(rows, 2 * width, dtype=dtype, device=device, scale=2.0)
+    grad = swiglu_inputs.randn(rows, width, dtype=dtype, device=device, seed=1)
 
     def launch():
         out, h, in_place = poisoned(grad.shape, dtype, device), grad.clone(), gate_up.clone()

@@ -198,9 +198,9 @@ def trainers_of(alternative: Alternative) -> Iterator[None]:
     from transformers import Trainer
 
     from lsr_scale.training.steps.engine import EngineSteps
-    from lsr_scale.training.steps.loss_check import LossCheck
+    from lsr_scale.training.steps.finite_check import FiniteCheck
 
-    create, prepare = LossCheck.create_optimizer, Trainer._prepare_for_training
+    create, prepare = FiniteCheck.create_optimizer, Trainer._prepare_for_training
 
     def create_sharded(self: Any, *args: Any, **kwargs: Any) -> Any:
         optimizer = create(self, *args, **kwargs)  # the one that is there, if there is one
@@ -224,7 +224,7 @@ def trainers_of(alternative: Alternative) -> Iterator[None]:
         if not alternative.patched:
             changes.enter_context(mock.patch.object(EngineSteps, "_prepare_for_training", prepare_unpatched))
         if alternative.zero_redundancy:
-            changes.enter_context(mock.patch.object(LossCheck, "create_optimizer", create_sharded))
+            changes.enter_context(mock.patch.object(FiniteCheck, "create_optimizer", create_sharded))
         yield
 
 

@@ -1,4 +1,4 @@
-"""The adapter methods by name, and their options. Every file in `adapters/methods/` is imported, and so registered."""
+"""The adapter methods by name, and their options. Every file in `adapters/methods/` is imported."""
 
 import dataclasses
 import importlib

@@ -1,4 +1,4 @@
-"""`lsr-scale config`."""
+"""`lsr-scale config`: the resolved run of a YAML, or its JSON schema."""
 
 import argparse
 import json

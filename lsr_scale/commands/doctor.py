@@ -1,4 +1,4 @@
-"""`lsr-scale doctor`."""
+"""`lsr-scale doctor`: versions, hardware, and known bad combinations."""
 
 import argparse
 

@@ -1,4 +1,4 @@
-"""`lsr-scale eval`."""
+"""`lsr-scale eval`: scores a run's adapter, or a base model, on tasks."""
 
 import argparse
 import json

@@ -1,4 +1,4 @@
-"""`lsr-scale export`."""
+"""`lsr-scale export`: an adapter as LoRA, packed, merged into its base, or as GGUF."""
 
 import argparse
 

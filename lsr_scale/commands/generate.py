@@ -1,4 +1,4 @@
-"""`lsr-scale generate`."""
+"""`lsr-scale generate`: text from a run's adapter."""
 
 import argparse
 import re

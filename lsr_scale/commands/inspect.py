@@ -1,4 +1,4 @@
-"""`lsr-scale inspect`."""
+"""`lsr-scale inspect`: shapes, ranks, sizes and spectra of an adapter."""
 
 import argparse
 import json

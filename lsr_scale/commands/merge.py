@@ -1,4 +1,4 @@
-"""`lsr-scale merge`."""
+"""`lsr-scale merge`: the weighted sum of adapters, as an adapter."""
 
 import argparse
 

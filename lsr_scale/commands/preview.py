@@ -1,4 +1,4 @@
-"""`lsr-scale preview`."""
+"""`lsr-scale preview`: samples as tokens, and what of them is supervised."""
 
 import argparse
 

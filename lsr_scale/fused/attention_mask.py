@@ -1,4 +1,4 @@
-"""Right padding needs no attention mask: under causal attention no token attends to what comes after it.
+"""Whether a batch needs an attention mask. Right padding needs none: a causal token attends to nothing after it.
 
 Without a mask attention takes its fastest kernels, and no mask `[S, S]` is made. Outputs at the padding itself are then
 others, and finite like the rest. So the mask stays where somebody may read those: outside of training, and where labels

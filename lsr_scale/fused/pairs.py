@@ -1,4 +1,4 @@
-"""The pairs of many adapted linears at once: one autograd node, a handful of kernels, whatever the method.
+"""The pairs (down, up), LoRA's A and B, of many adapted linears at once: one autograd node and few kernels.
 
 `materialize` of a method takes stacked factors, so linears whose factors have the same shapes are stacked, and the
 whole model's pairs `(down [r, in], scaling * up [out, r])` cost a few launches instead of some per module. The node

@@ -1,4 +1,4 @@
-"""Dequantize a frozen weight into the K-extended matrix of a group, beside its adapter's pair, in one launch.
+"""Dequantize a 4-bit (NF4, FP4) or int8 weight into `[W | up; down]`, beside its adapter's pair, in one launch.
 
     out = [ W | 0 | up | 0 ]   rows 0..N: the weight in K columns, then R columns that hold `up` and zeros
     down_out = [ down ; 0 ]    r2 rows of K columns, padded with rows of zeros

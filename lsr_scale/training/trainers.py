@@ -23,9 +23,9 @@ from lsr_scale.training.checkpoint.resumable import Resumable
 from lsr_scale.training.run_data import RunData
 from lsr_scale.training.settings import naming_settings
 from lsr_scale.training.steps.engine import EngineSteps
+from lsr_scale.training.steps.finite_check import FiniteCheck
 from lsr_scale.training.steps.graphs import GraphSteps
 from lsr_scale.training.steps.head_loss import HeadLoss
-from lsr_scale.training.steps.loss_check import LossCheck
 
 
 def make_trainer(
@@ -67,7 +67,7 @@ def _sft_trainer(run: RunConfig, options: dict[str, Any]) -> Trainer:
             "pip install 'trl>=1.16,<1.17'"
         )
 
-    class AdapterSFTTrainer(CountsTokens, Resumable, LossCheck, EngineSteps, GraphSteps, HeadLoss, SFTTrainer):
+    class AdapterSFTTrainer(CountsTokens, Resumable, FiniteCheck, EngineSteps, GraphSteps, HeadLoss, SFTTrainer):
         pass
 
     return AdapterSFTTrainer(**options)
@@ -82,7 +82,7 @@ def _classifier_trainer(run: RunConfig, options: dict[str, Any]) -> Trainer:
     return ClassifierTrainer(**options, compute_metrics=classification.measure_prediction)
 
 
-class ClassifierTrainer(Resumable, LossCheck, EngineSteps, Trainer):
+class ClassifierTrainer(Resumable, FiniteCheck, EngineSteps, Trainer):
     """Transformers' trainer, of the mean loss of each batch."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -14,9 +14,9 @@ from lsr_scale.adapters import peft_config
 from lsr_scale.errors import UserError
 from lsr_scale.fused.cuda_graphs import StepGraphs, graphs_fallback_reason, rounded, static_batch, static_loss
 from lsr_scale.training import assembly
+from lsr_scale.training.steps.finite_check import SkippingOptimizer
 from lsr_scale.training.steps.graphs import GraphSteps, host_bound
 from lsr_scale.training.steps.head_loss import HeadLoss
-from lsr_scale.training.steps.loss_check import SkippingOptimizer
 from tests.conftest import SEVEN_LINEARS, randomize, tiny_llama
 from tests.helpers import recorded_graphs
 from tests.helpers.recorded_graphs import RecordedGraph

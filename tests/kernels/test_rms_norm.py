@@ -13,7 +13,7 @@ from lsr_scale.kernels.rms_norm import (
     rms_norm_triton,
 )
 from tests.kernels.checks import assert_close_to_float64, compile_for, error, poisoned, strided
-from tests.kernels.norms import EPS, FLOORS, eager, forward64, inputs
+from tests.kernels.rms_norm_inputs import EPS, FLOORS, eager, forward64, inputs
 
 
 def check(shape, dtype, device, with_residual, **config):

@@ -6,7 +6,7 @@ import torch
 from lsr_scale.kernels import rms_norm_project as module
 from lsr_scale.kernels.rms_norm_project import rms_norm_project, rms_norm_project_reference, rms_norm_project_triton
 from tests.kernels.checks import assert_close_to_float64, compile_for, error, poisoned, strided
-from tests.kernels.norms import EPS, FLOORS, eager, forward64, inputs
+from tests.kernels.rms_norm_inputs import EPS, FLOORS, eager, forward64, inputs
 
 
 def check_project(shape, num_columns, dtype, device, with_residual, rank=None, run=rms_norm_project_triton, **config):

@@ -6,7 +6,7 @@ import torch
 from lsr_scale.kernels import swiglu as module
 from lsr_scale.kernels.swiglu import swiglu, swiglu_backward, swiglu_backward_triton, swiglu_triton
 from tests.kernels.checks import assert_close_to_float64, compile_for, error, poisoned, strided
-from tests.kernels.gates import FLOORS, gradients, randn
+from tests.kernels.swiglu_inputs import FLOORS, gradients, randn
 
 
 def floor(dtype, device):

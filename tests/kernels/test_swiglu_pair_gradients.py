@@ -6,7 +6,7 @@ import torch
 from lsr_scale.kernels import swiglu_pair_gradients as module
 from lsr_scale.kernels.swiglu_pair_gradients import swiglu_pair_gradients, swiglu_pair_gradients_triton
 from tests.kernels.checks import assert_close_to_float64, compile_for, error, poisoned, strided
-from tests.kernels.gates import FLOORS, gradients, randn
+from tests.kernels.swiglu_inputs import FLOORS, gradients, randn
 
 
 def adapter_case(rows, features, gate_columns, up_columns, down_rank, dtype, device, width=None):

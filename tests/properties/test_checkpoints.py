@@ -19,7 +19,7 @@ from lsr_scale.data.order import WholeSteps
 from lsr_scale.run.folder import STATE, TENSORS, RunFolder
 from lsr_scale.training.checkpoint import manifest, select, trained_state
 from lsr_scale.training.checkpoint.rotate import rotate
-from tests.helpers.bounded import bounded
+from tests.helpers.hypothesis_settings import bounded
 
 
 def order_of(kind, rows):

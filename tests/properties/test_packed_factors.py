@@ -11,7 +11,7 @@ from torch import nn
 from lsr_scale.adapters import METHODS, AdapterLinear, peft_config
 from lsr_scale.adapters.packing import GROUP_SIZE, dequantize_groups, pack, quantize_groups, unpack
 from lsr_scale.adapters.peft.per_sample import BASE_MODEL, ModelAdapters
-from tests.helpers.bounded import bounded
+from tests.helpers.hypothesis_settings import bounded
 
 SHAPES = st.lists(st.integers(1, 9), min_size=1, max_size=3).map(tuple)
 MAGNITUDES = st.sampled_from([1e-30, 1e-8, 1e-4, 1.0, 1e4])  # float16 has 1e-7 to 65504

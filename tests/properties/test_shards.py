@@ -11,7 +11,7 @@ from torch import nn
 from lsr_scale.layers.frozen_linear import dequantize, freeze_quantized
 from lsr_scale.model.shard import Sharding, full_numel, full_shape
 from tests.conftest import quantize
-from tests.helpers.bounded import bounded
+from tests.helpers.hypothesis_settings import bounded
 
 KINDS = ["nf4", "nf4-single", "fp4", "int8", "bfloat16", "float32"]
 

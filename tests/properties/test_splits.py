@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from lsr_scale import UserError
 from lsr_scale.adapters import METHODS, SAVED_METHODS, AdapterLinear, options, peft_config
 from lsr_scale.adapters.factorize import balanced_split, divisor_for_block, divisors
-from tests.helpers.bounded import bounded
+from tests.helpers.hypothesis_settings import bounded
 
 SIZES = st.sampled_from([1, 2, 3, 4, 6, 7, 8, 12, 13, 15, 16, 24, 30, 36])
 WITHOUT_SIZE = {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"}

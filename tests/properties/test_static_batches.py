@@ -15,7 +15,7 @@ from lsr_scale.fused.forward_context import document_boundaries
 from lsr_scale.fused.loss import IGNORE_INDEX
 from lsr_scale.training.steps.head_loss import HeadCollator
 from tests.fused.test_cuda_graphs import adapted
-from tests.helpers.bounded import bounded
+from tests.helpers.hypothesis_settings import bounded
 
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=12)
 

@@ -11,7 +11,7 @@ from lsr_scale import UserError
 from lsr_scale.adapters import METHODS, method_names
 from lsr_scale.config import dump_yaml, run_from_dict, yaml_text
 from lsr_scale.config.training import training_model
-from tests.helpers.bounded import bounded
+from tests.helpers.hypothesis_settings import bounded
 from tests.helpers.run_text import load
 
 # what YAML 1.1, YAML 1.2 or nobody takes for something else than text

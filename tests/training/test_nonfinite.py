@@ -13,7 +13,7 @@ from lsr_scale import UserError
 from lsr_scale.run.folder import TENSORS, RunFolder
 from lsr_scale.training.steps import nonfinite
 from lsr_scale.training.steps.engine import EngineSteps
-from lsr_scale.training.steps.loss_check import LossCheck, SkippingOptimizer
+from lsr_scale.training.steps.finite_check import FiniteCheck, SkippingOptimizer
 from tests.helpers.gradients import make_infinite
 from tests.helpers.tiny_runs import do, factors, metrics, same, save_llama, tiny_run
 
@@ -60,7 +60,7 @@ def test_a_step_without_a_finite_gradient_changes_nothing(
     assert all(factor.isfinite().all() for factor in factors(folder).values())
 
 
-class UnderAnEngine(LossCheck, EngineSteps):
+class UnderAnEngine(FiniteCheck, EngineSteps):
     is_deepspeed_enabled = True
 
     def __init__(self, norm):

@@ -1,1 +1,1 @@
-"""One method a file, nothing else; every file here is imported, and registers its method."""
+"""One method a file: every file here is imported, and registers a method or maps the options of PEFT's own."""

@@ -1,4 +1,4 @@
-"""What a run does when a loss, a gradient or a trained parameter is not finite."""
+"""What a run does when a loss, a gradient or a trained parameter is not finite; `finite_check` finds it."""
 
 import itertools
 import json

@@ -1,4 +1,4 @@
-"""Properties are tried on the same examples every time, so many that all of them together take some seconds."""
+"""Settings of hypothesis: the same examples every time, so many that all properties together take some seconds."""
 
 from hypothesis import HealthCheck, settings
 

@@ -17,7 +17,7 @@ _Base: Any = Trainer
 _DELAY = 4  # numbers: two batches' losses, and a gradient's norm after each
 
 
-class LossCheck(_Base):
+class FiniteCheck(_Base):
     """Handles losses and gradients that are not finite (`training.on_nonfinite`); goes before a trainer's class.
 
     "stop" ends the run: on the CPU at once, on a GPU some batches later, when the number is computed and nobody waits
@@ -171,7 +171,7 @@ class SkippingOptimizer:
 class _CheckBeforeUse(TrainerCallback):
     """Has a trainer check its last losses and gradients before anything is logged or saved of them."""
 
-    def __init__(self, trainer: LossCheck) -> None:
+    def __init__(self, trainer: FiniteCheck) -> None:
         self.trainer = trainer
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

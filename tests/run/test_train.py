@@ -545,7 +545,7 @@ def test_modules_to_save_are_float32_so_that_small_updates_count(place, tmp_path
 
 
 def test_modules_to_save_that_the_base_lacks_are_refused(place):
-    with pytest.raises(UserError, match=r"modules_to_save: 'mlp' is quantized \(nf4\), which cannot be trained whole"):
+    with pytest.raises(UserError, match=r"modules_to_save: 'mlp' is quantized \(nf4\), which cannot be fully trained"):
         do(tiny_run(place, adapter={"modules_to_save": ["mlp"]}, training={"output_dir": str(place / "whole")}))
     adapter = {"modules_to_save": ["lm_headd"]}
     with pytest.raises(UserError, match=r"modules_to_save: 'lm_headd' is no module of .*did you mean 'lm_head'"):

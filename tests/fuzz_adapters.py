@@ -24,8 +24,8 @@ from safetensors.torch import load_file, save_file
 
 from lsr_scale.adapters import METHODS, peft_config
 from lsr_scale.errors import UserError
-from lsr_scale.export import export, open_adapter
-from lsr_scale.export.inspect import inspect_adapter
+from lsr_scale.exporting import export, open_adapter
+from lsr_scale.exporting.inspect import inspect_adapter
 
 SIZES = {"q_proj": (48, 48), "k_proj": (48, 24), "down_proj": (80, 48)}
 OPTIONS: dict[str, dict[str, Any]] = {

@@ -41,8 +41,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=new_file, required=True, help="the JSON to write; must not exist yet")
     args = parser.parse_args(arguments)
     from lsr_scale import config, files
-    from lsr_scale.export import export, open_adapter
-    from lsr_scale.export.verify import Reference, questions_of
+    from lsr_scale.exporting import export, open_adapter
+    from lsr_scale.exporting.verify import Reference, questions_of
 
     torch.set_num_threads(1)
     changes = [f"eval.limit={args.limit}", *([f"eval.tasks={args.tasks}"] if args.tasks else [])]

@@ -66,7 +66,7 @@ def in_transformers_order(adapter: Path, out: Path) -> Path:
     """Return a copy of a GGUF adapter whose q and k rows are not in llama.cpp's order: what the export must not do."""
     import gguf
 
-    from lsr_scale.export.gguf_file import from_rotary_order
+    from lsr_scale.exporting.gguf_file import from_rotary_order
 
     reader = gguf.GGUFReader(adapter)
     writer = gguf.GGUFWriter(out, "llama")
@@ -156,8 +156,8 @@ def main(arguments: list[str] | None = None) -> int:
 
     from lsr_scale import config, files
     from lsr_scale.adapters.save_and_load import load_adapter
-    from lsr_scale.export import export, open_adapter
-    from lsr_scale.export.verify import base_section, in_float32
+    from lsr_scale.exporting import export, open_adapter
+    from lsr_scale.exporting.verify import base_section, in_float32
     from lsr_scale.model import builtin, load_base, load_tokenizer
     from lsr_scale.run import evaluate
     from lsr_scale.scoring.scorer import encode_pairs

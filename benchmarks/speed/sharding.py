@@ -83,7 +83,7 @@ class Peak:
 @contextmanager
 def peak_of(device: torch.device) -> Iterator[Peak]:
     """Watch what lives."""
-    from lsr_scale.plan.memory import LiveBytes
+    from lsr_scale.planning.memory import LiveBytes
 
     class Allocated(LiveBytes):
         def _count(self, storage: torch.UntypedStorage) -> None:

@@ -30,7 +30,7 @@ def add_arguments(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; return the exit status."""
-    from lsr_scale.export import export
+    from lsr_scale.exporting import export
 
     options = {"bits": args.bits, "max_rank": args.max_rank, "dtype": args.dtype}
     options |= {"merged": args.merged, "base_gguf": args.base_gguf}

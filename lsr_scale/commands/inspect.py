@@ -21,7 +21,7 @@ def add_arguments(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; return the exit status."""
-    from lsr_scale.export import inspect
+    from lsr_scale.exporting import inspect
 
     if args.png:
         inspect.check_place(user_path(args.png, "--png"))

@@ -18,7 +18,7 @@ def add_arguments(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; return the exit status."""
-    from lsr_scale.export import merge
+    from lsr_scale.exporting import merge
 
     merge(args.sources, args.weights, args.out, max_rank=args.max_rank, dtype=args.dtype)
     return 0

@@ -28,7 +28,7 @@ def add_arguments(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; return the exit status."""
-    from lsr_scale.plan import fit, plan, render
+    from lsr_scale.planning import fit, plan, render
 
     if args.budget:
         return _propose(args)
@@ -57,7 +57,7 @@ def _own_card_gib() -> float | None:
 
 
 def _propose(args: argparse.Namespace) -> int:
-    from lsr_scale.plan import budget
+    from lsr_scale.planning import budget
 
     num_parameters = budget.parse_budget(args.budget)
     for name, value in (("--gpus", args.gpus), ("--card-gib", args.card_gib)):

@@ -12,8 +12,8 @@ from lsr_scale import AdapterBank, UserError
 from lsr_scale.adapters import peft_config
 from lsr_scale.adapters.identity import base_description
 from lsr_scale.adapters.save_and_load import load_adapter, resolve_start_from
-from lsr_scale.export import open_adapter
-from lsr_scale.export.inspect import inspect_adapter
+from lsr_scale.exporting import open_adapter
+from lsr_scale.exporting.inspect import inspect_adapter
 from tests.adapters.test_bank import adapted
 from tests.conftest import tiny_llama
 

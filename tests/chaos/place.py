@@ -17,7 +17,7 @@ import datasets
 
 from lsr_scale import cli
 from lsr_scale.config import dump_yaml
-from lsr_scale.export import export
+from lsr_scale.exporting import export
 from tests.chaos.runner import PLANTED, Case, Shape
 from tests.helpers.tiny_runs import do, labelled, save_classifier, save_llama, tiny_run, write_rows
 

@@ -8,7 +8,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lsr_scale.adapters.low_rank import truncate
-from lsr_scale.export.pairs import concatenate, truncated
+from lsr_scale.exporting.pairs import concatenate, truncated
 from tests.helpers.hypothesis_settings import bounded
 
 SIZES = st.integers(1, 12)

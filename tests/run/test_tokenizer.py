@@ -17,10 +17,10 @@ from lsr_scale.data.formats import build_dataset
 from lsr_scale.data.preview import preview
 from lsr_scale.data.tokenizer_setup import prepare_tokenizer, row_check
 from lsr_scale.errors import UserError
-from lsr_scale.export import export
-from lsr_scale.export.merged import write_merged
-from lsr_scale.export.source import open_adapter
-from lsr_scale.export.verify import Reference, base_section
+from lsr_scale.exporting import export
+from lsr_scale.exporting.merged import write_merged
+from lsr_scale.exporting.source import open_adapter
+from lsr_scale.exporting.verify import Reference, base_section
 from lsr_scale.model.tokenizer import (
     appended_ids,
     end_tokens,

@@ -6,7 +6,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from lsr_scale.model import load_config, meta_model
-from lsr_scale.plan.sizes import frozen_bytes, quantized_layers
+from lsr_scale.planning.sizes import frozen_bytes, quantized_layers
 from tests.conftest import two_processes
 from tests.helpers.launch import ROOT, launch
 from tests.helpers.tiny_runs import completions, save_llama, tiny_run, write_rows

@@ -7,7 +7,7 @@ Exact: parameter counts, the adapter's file, the bytes of the frozen base and of
 two moments (float32). Estimated: activations and workspace (every row at the full `max_length`, every position
 supervised), DeepSpeed's buffers, and what is all-gathered under ZeRO-3. Sizes are what torch's allocator counts
 (`torch.cuda.max_memory_allocated`); nvidia-smi shows about 0.5 GiB more for CUDA itself. Against peaks measured on an
-H200 (tests/plan/test_planner.py) the totals are within 5 %; ZeRO-3 on several GPUs is not among the measured.
+H200 (tests/planning/test_planner.py) the totals are within 5 %; ZeRO-3 on several GPUs is not among the measured.
 """
 
 import warnings
@@ -26,9 +26,9 @@ from lsr_scale.config.training import checkpoints_layers
 from lsr_scale.fused import fuse
 from lsr_scale.fused.fallback import DECODER_LAYERS
 from lsr_scale.model import DTYPES, check_quantization, load_config, meta_model
-from lsr_scale.plan import memory
-from lsr_scale.plan.sizes import adapter_file_bytes, frozen_bytes, quantized_layers
-from lsr_scale.plan.stages import GIB, Memory, RunMemory
+from lsr_scale.planning import memory
+from lsr_scale.planning.sizes import adapter_file_bytes, frozen_bytes, quantized_layers
+from lsr_scale.planning.stages import GIB, Memory, RunMemory
 
 # tokens in a row if max_length is null
 UNKNOWN_LENGTH = 1024

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from lsr_scale.errors import UserError
-from lsr_scale.export.gguf_file import GGUF_TYPES, array_of, names_of, to_rotary_order, tokenizer_fields
-from lsr_scale.export.merged import MergedWeights
-from lsr_scale.export.pairs import metadata_of
-from lsr_scale.export.source import AdapterSource
+from lsr_scale.exporting.gguf_file import GGUF_TYPES, array_of, names_of, to_rotary_order, tokenizer_fields
+from lsr_scale.exporting.merged import MergedWeights
+from lsr_scale.exporting.pairs import metadata_of
+from lsr_scale.exporting.source import AdapterSource
 from lsr_scale.model import builtin, read_tokenizer
 
 FILE = "model.gguf"

@@ -18,10 +18,10 @@ from lsr_scale import files
 from lsr_scale.adapters.read import check_own_base
 from lsr_scale.data.tasks import Example
 from lsr_scale.errors import UserError
-from lsr_scale.export import pairs as lora
-from lsr_scale.export.card import write_card
-from lsr_scale.export.source import AdapterSource, describe_file, open_adapter
-from lsr_scale.export.verify import EXACT, Agreement, Reference, base_section, questions_of
+from lsr_scale.exporting import pairs as lora
+from lsr_scale.exporting.card import write_card
+from lsr_scale.exporting.source import AdapterSource, describe_file, open_adapter
+from lsr_scale.exporting.verify import EXACT, Agreement, Reference, base_section, questions_of
 from lsr_scale.model.load_errors import suggest_base_option
 from lsr_scale.model.tokenizer import copy_tokenizer
 from lsr_scale.paths import user_path
@@ -221,12 +221,12 @@ def _write(folder: Path, source: AdapterSource, options: _Options) -> dict[str, 
         _copy_beside(source, folder)
         return {"bits": options.bits}
     if options.form == "merged":
-        from lsr_scale.export.merged import write_merged
+        from lsr_scale.exporting.merged import write_merged
 
         metadata = lora.metadata_of(source, options.form, dtype=dtype)
         return write_merged(folder, source, base_section(source, options.base), dtype, metadata)
     if options.form == "merged gguf":
-        from lsr_scale.export.gguf_model import write_merged_gguf
+        from lsr_scale.exporting.gguf_model import write_merged_gguf
 
         return write_merged_gguf(folder, source, base_section(source, options.base), dtype, options.base_gguf)
     pairs, errors = lora.truncated({name: source.pair(name) for name in source.modules}, options.max_rank)
@@ -236,7 +236,7 @@ def _write(folder: Path, source: AdapterSource, options: _Options) -> dict[str, 
         lora.write_lora(folder, pairs, source, DTYPES[dtype], metadata)
         _copy_beside(source, folder)
         return summary
-    from lsr_scale.export.gguf_file import write_gguf
+    from lsr_scale.exporting.gguf_file import write_gguf
 
     return summary | write_gguf(folder, pairs, base_section(source, options.base), DTYPES[dtype], source)
 
@@ -273,7 +273,7 @@ def _verify(
 
 def _read_back_agrees(folder: Path, source: AdapterSource, reference: Reference) -> Agreement:
     """Return the agreement of a GGUF adapter's own bytes, read again and put into PEFT's format for the comparison."""
-    from lsr_scale.export.gguf_file import FILE, read_back
+    from lsr_scale.exporting.gguf_file import FILE, read_back
 
     pairs = read_back(folder / FILE, {name: source.pair(name) for name in source.modules}, reference.section)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}.") as again:

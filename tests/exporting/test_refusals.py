@@ -13,12 +13,12 @@ from lsr_scale import UserError
 from lsr_scale.adapters import peft_config
 from lsr_scale.adapters.save_and_load import load_adapter, save_adapter
 from lsr_scale.cli import main
-from lsr_scale.export import export, merge
-from lsr_scale.export.inspect import inspect_adapter
+from lsr_scale.exporting import export, merge
+from lsr_scale.exporting.inspect import inspect_adapter
 from lsr_scale.model import load_base
 from lsr_scale.run.generate import generate
 from tests.conftest import tiny_llama
-from tests.export.test_folder import IDS, adapted, base_folder, saved, silent  # noqa: F401
+from tests.exporting.test_folder import IDS, adapted, base_folder, saved, silent  # noqa: F401
 from tests.helpers.tiny_runs import save_classifier
 
 
@@ -70,7 +70,7 @@ def test_a_base_that_loading_changes_is_no_measure(base_folder, tmp_path, monkey
             base.model.embed_tokens.weight.data = base.model.embed_tokens.weight.data * 1.01
         return load_adapter(base, folder)
 
-    monkeypatch.setattr("lsr_scale.export.verify.load_adapter", load_and_spoil)
+    monkeypatch.setattr("lsr_scale.exporting.verify.load_adapter", load_and_spoil)
     with pytest.raises(UserError, match="changes the base's own weights; nothing was exported"):
         export(adapter, "lora", tmp_path / "out", say=silent)
 
@@ -152,7 +152,7 @@ def test_a_bare_adapter_of_a_classifier_is_verified_on_its_logits(tmp_path, meth
     assert json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["peft_type"] == "LORA"
     small = export(tmp_path / "adapter", "adapter", tmp_path / "small", say=silent)
     assert small["agreement"]["relative_error"] < 1e-2
-    monkeypatch.setattr("lsr_scale.export.pairs.AdapterSource.scaling", lambda *_: 1.7)
+    monkeypatch.setattr("lsr_scale.exporting.pairs.AdapterSource.scaling", lambda *_: 1.7)
     with pytest.raises(UserError, match="is not the trained one"):
         export(tmp_path / "adapter", "lora", tmp_path / "wrong", say=silent)
 

@@ -13,7 +13,7 @@ from benchmarks.models import MODELS
 from lsr_scale.cli import main
 from lsr_scale.config import run_from_dict
 from lsr_scale.errors import UserError
-from lsr_scale.plan import fit, memory, plan, render
+from lsr_scale.planning import fit, memory, plan, render
 
 PARTS = ("weights", "gradients", "optimizer", "activations", "workspace")
 MISTRAL = "mistralai/Mistral-7B-v0.1"

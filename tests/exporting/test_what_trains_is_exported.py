@@ -12,8 +12,8 @@ from lsr_scale import UserError
 from lsr_scale.adapters import METHODS, peft_config
 from lsr_scale.adapters.inject import check_linear
 from lsr_scale.cli import main
-from lsr_scale.export import export, merge, open_adapter
-from lsr_scale.export.inspect import inspect_adapter
+from lsr_scale.exporting import export, merge, open_adapter
+from lsr_scale.exporting.inspect import inspect_adapter
 from tests.conftest import SEVEN_LINEARS, randomize, tiny_llama
 from tests.helpers.tiny_runs import do, save_llama, tiny_run
 

@@ -14,7 +14,7 @@ from lsr_scale.adapters import PEFT_METHODS
 from lsr_scale.adapters.low_rank import lora_config, truncate
 from lsr_scale.adapters.packing import checked_cast, pack
 from lsr_scale.errors import UserError
-from lsr_scale.export.source import WRAPPER, AdapterSource
+from lsr_scale.exporting.source import WRAPPER, AdapterSource
 
 Pair = tuple[Tensor, Tensor]
 Pairs = dict[str, Pair]

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from lsr_scale.config import offloads_optimizer, offloads_parameters
-from lsr_scale.plan.memory import StepMemory
-from lsr_scale.plan.sizes import FrozenBytes
+from lsr_scale.planning.memory import StepMemory
+from lsr_scale.planning.sizes import FrozenBytes
 
 GIB = 2**30
 # PyTorch's own cuBLAS workspace on a GPU of compute capability 9.0 (CUBLAS_WORKSPACE_CONFIG :4096:8).

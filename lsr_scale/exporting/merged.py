@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lsr_scale.adapters.packing import checked_cast
 from lsr_scale.errors import UserError
-from lsr_scale.export.source import AdapterSource
+from lsr_scale.exporting.source import AdapterSource
 from lsr_scale.layers.frozen_linear import dequantize
 from lsr_scale.model import DTYPES, head_modules, load_config, meta_model, quantization_config, resolve
 from lsr_scale.model.folder_checks import read_json

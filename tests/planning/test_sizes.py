@@ -7,7 +7,7 @@ from transformers import GPT2Config, LlamaConfig, Qwen3Config, RobertaConfig
 
 from lsr_scale import adapters
 from lsr_scale.model import load_base, load_config, meta_model
-from lsr_scale.plan.sizes import adapter_file_bytes, frozen_bytes, quantized_layers
+from lsr_scale.planning.sizes import adapter_file_bytes, frozen_bytes, quantized_layers
 
 CONFIGS = {
     # no dimension a power of two, a last block that is not full, and blocks that are not full 256s

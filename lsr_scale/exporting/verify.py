@@ -18,7 +18,7 @@ from lsr_scale.adapters import TASK_TYPES
 from lsr_scale.adapters.save_and_load import load_adapter
 from lsr_scale.data.tasks import Example
 from lsr_scale.errors import UserError
-from lsr_scale.export.source import WRAPPER, AdapterSource
+from lsr_scale.exporting.source import WRAPPER, AdapterSource
 from lsr_scale.model import load_base, load_config, load_tokenizer, read_tokenizer
 from lsr_scale.scoring import score
 from lsr_scale.scoring.accuracy import TaskScore, mcnemar

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from lsr_scale.export.source import AdapterSource
+from lsr_scale.exporting.source import AdapterSource
 from lsr_scale.model import builtin
 
 _USE = {

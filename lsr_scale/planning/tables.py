@@ -5,8 +5,8 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from lsr_scale.plan.planner import Plan
-from lsr_scale.plan.stages import GIB, Memory
+from lsr_scale.planning.planner import Plan
+from lsr_scale.planning.stages import GIB, Memory
 
 
 def render(plan: Plan) -> Group:

@@ -19,10 +19,10 @@ from lsr_scale.adapters import METHODS, peft_config
 from lsr_scale.adapters.packing import GROUP_SIZE, dequantize_groups, pack, quantize_groups, unpack
 from lsr_scale.adapters.save_and_load import load_adapter, save_adapter
 from lsr_scale.cli import main
-from lsr_scale.export import export, merge, open_adapter
-from lsr_scale.export.gguf_file import from_rotary_order, to_rotary_order
-from lsr_scale.export.pairs import truncate
-from lsr_scale.export.verify import compare, in_float32
+from lsr_scale.exporting import export, merge, open_adapter
+from lsr_scale.exporting.gguf_file import from_rotary_order, to_rotary_order
+from lsr_scale.exporting.pairs import truncate
+from lsr_scale.exporting.verify import compare, in_float32
 from lsr_scale.layers.frozen_linear import dequantize, freeze_quantized
 from lsr_scale.model import builtin, load_base, resolve
 from tests.adapters.test_save_and_load import StandInTrainer
@@ -291,7 +291,7 @@ def test_an_export_is_complete_with_its_card_or_leaves_nothing(base_folder, tmp_
 
 def test_an_export_that_is_not_the_adapter_is_refused(base_folder, tmp_path, monkeypatch):
     adapter = saved(base_folder, tmp_path / "adapter")
-    monkeypatch.setattr("lsr_scale.export.pairs.AdapterSource.scaling", lambda *_: 1.01)
+    monkeypatch.setattr("lsr_scale.exporting.pairs.AdapterSource.scaling", lambda *_: 1.01)
     with pytest.raises(UserError, match="is not the trained one"):
         export(adapter, "lora", tmp_path / "out", say=silent)
     assert not (tmp_path / "out").exists()
@@ -332,7 +332,7 @@ def test_an_update_of_full_rank_is_no_lora(base_folder, tmp_path):
 def test_transformers_alone_gives_the_logits_of_a_merged_model(
     base_folder, tmp_path, monkeypatch, method, quantization, dtype, outside
 ):
-    monkeypatch.setattr("lsr_scale.export.merged.SHARD_BYTES", 30_000)  # several files, as a large model has
+    monkeypatch.setattr("lsr_scale.exporting.merged.SHARD_BYTES", 30_000)  # several files, as a large model has
     adapter = saved(base_folder, tmp_path / "adapter", method, quantization=quantization)
     result = export(adapter, "merged", tmp_path / "out", dtype=dtype, say=silent)
     assert result["files"] > 2

@@ -8,9 +8,9 @@ from safetensors.torch import load_file, save_file
 
 from lsr_scale.adapters import METHODS
 from lsr_scale.cli import main
-from lsr_scale.export import export, open_adapter
-from lsr_scale.export.inspect import draw, inspect_adapter, short_names
-from tests.export.test_folder import LOW_RANK, base_folder, saved  # noqa: F401
+from lsr_scale.exporting import export, open_adapter
+from lsr_scale.exporting.inspect import draw, inspect_adapter, short_names
+from tests.exporting.test_folder import LOW_RANK, base_folder, saved  # noqa: F401
 
 
 def dense(source, name):

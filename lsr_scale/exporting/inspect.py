@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lsr_scale import files
 from lsr_scale.errors import UserError
-from lsr_scale.export.source import AdapterSource, describe_file, open_adapter
+from lsr_scale.exporting.source import AdapterSource, describe_file, open_adapter
 from lsr_scale.run.plots import picture_text, save_figure
 
 # of an update without a pair, whose singular values take a dense SVD

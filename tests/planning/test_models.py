@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from lsr_scale.config import run_from_dict
 from lsr_scale.errors import UserError
-from lsr_scale.plan import plan
+from lsr_scale.planning import plan
 from lsr_scale.training.assembly import adapt
 
 LLAMA = dict(

@@ -18,11 +18,11 @@ from transformers import (
 from benchmarks.interop.llama_cpp_agreement import LlamaCpp
 from lsr_scale import UserError
 from lsr_scale.cli import main
-from lsr_scale.export import export
-from lsr_scale.export.gguf_file import ARCHITECTURES, names_of
+from lsr_scale.exporting import export
+from lsr_scale.exporting.gguf_file import ARCHITECTURES, names_of
 from lsr_scale.model import load_base, load_config
 from tests.conftest import TINY_SIZES, randomize
-from tests.export.test_folder import IDS, adapted, base_folder, logits, saved, silent  # noqa: F401
+from tests.exporting.test_folder import IDS, adapted, base_folder, logits, saved, silent  # noqa: F401
 from tests.helpers.tiny_runs import save_llama
 
 

@@ -15,7 +15,7 @@ from lsr_scale.adapters import peft_config
 from lsr_scale.cli import main
 from lsr_scale.config import run_from_dict
 from lsr_scale.model import DTYPES, load_config, meta_model
-from lsr_scale.plan.budget import parse_budget, propose
+from lsr_scale.planning.budget import parse_budget, propose
 
 SMOLLM2, MISTRAL = "HuggingFaceTB/SmolLM2-135M", "mistralai/Mistral-7B-v0.1"
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")

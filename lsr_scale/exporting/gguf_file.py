@@ -16,8 +16,8 @@ from torch import Tensor
 
 from lsr_scale.adapters.packing import checked_cast
 from lsr_scale.errors import UserError
-from lsr_scale.export.pairs import Pairs, metadata_of
-from lsr_scale.export.source import AdapterSource
+from lsr_scale.exporting.pairs import Pairs, metadata_of
+from lsr_scale.exporting.source import AdapterSource
 from lsr_scale.model import load_config, read_tokenizer
 
 # Transformers' model types whose GGUF names and order of rows are known here

@@ -16,6 +16,7 @@ from lsr_scale.doctor.report import Finding
 from lsr_scale.doctor.versions import installed_version
 from lsr_scale.errors import UserError
 from lsr_scale.model import builtin
+from lsr_scale.units import byte_size
 
 
 def check_helpers() -> Iterator[Finding]:
@@ -87,8 +88,8 @@ def check_folder(name: str, folder: Path) -> Finding:
         )
         found = f"{folder}: cannot be written ({error.strerror})"
         return Finding("surroundings", name, found, "bad" if name == "working folder" else "note", remedy)
-    free = shutil.disk_usage(place).free / GIB
-    found = f"{folder}, {free:.1f} GiB free"
-    if free < 1:
+    free = shutil.disk_usage(place).free
+    found = f"{folder}, {byte_size(free)} free"
+    if free < GIB:
         return Finding("surroundings", name, found, "bad", "free at least 1 GiB")
     return Finding("surroundings", name, found)

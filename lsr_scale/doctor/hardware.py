@@ -11,6 +11,7 @@ import torch
 
 from lsr_scale import distributed
 from lsr_scale.doctor.report import Finding
+from lsr_scale.units import byte_size
 
 GIB = 2**30
 
@@ -20,14 +21,14 @@ def check_hardware() -> Iterator[Finding]:
     cores = distributed.num_cores()
     memory = psutil.virtual_memory()
     yield Finding("hardware", "CPU", f"{platform.machine()}, {cores} cores usable, {torch.get_num_threads()} threads")
-    yield Finding("hardware", "memory", f"{memory.available / GIB:.1f} of {memory.total / GIB:.1f} GiB free")
+    yield Finding("hardware", "memory", f"{byte_size(memory.available)} of {byte_size(memory.total)} free")
     driver = _driver()
     yield check_torch_build(torch.version.cuda, driver, torch.cuda.is_available())
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         properties = torch.cuda.get_device_properties(index)
         free, total = torch.cuda.mem_get_info(index)
         capability = f"{properties.major}.{properties.minor}"
-        found = f"{properties.name}, compute capability {capability}, {free / GIB:.1f} of {total / GIB:.1f} GiB free"
+        found = f"{properties.name}, compute capability {capability}, {byte_size(free)} of {byte_size(total)} free"
         if properties.major < 8:
             remedy = "it has no bfloat16: set model.dtype: float16"
             yield Finding("hardware", f"GPU {index}", found, "note", remedy)

@@ -23,6 +23,7 @@ from lsr_scale import files
 from lsr_scale.errors import UserError
 from lsr_scale.exporting.source import AdapterSource, describe_file, open_adapter
 from lsr_scale.run.plots import picture_text, save_figure
+from lsr_scale.units import byte_size
 
 # of an update without a pair, whose singular values take a dense SVD
 MAX_DENSE_ELEMENTS = 2**21
@@ -135,7 +136,10 @@ def render(report: dict[str, Any]) -> Group:
         ("adapter", f"{report['method']} ({options})"),
         ("of", f"{report['base'] or 'an unknown base'}, held in {report['base_quantization'] or 'unknown'}"),
         ("parameters", f"{report['parameters']:,} in {len(report['modules'])} linear layers"),
-        ("file", f"{size['file']:,} bytes, {report['bits_per_parameter']:g} bits a parameter"),
+        (
+            "file",
+            f"{byte_size(size['file'])}, {report['bits_per_parameter']:g} bits a parameter",
+        ),
         *([("fully trained", ", ".join(report["trained_whole"]))] if report["trained_whole"] else []),
     ):
         summary.add_row(Text(name, style="bold"), Text(text))

@@ -15,6 +15,7 @@ from torch import nn
 from lsr_scale.fused.modules import FusedLayer
 from lsr_scale.fused.patching import set_weight_cache
 from lsr_scale.model.shard import is_sharded
+from lsr_scale.units import byte_size
 
 # what is recomputed, and whether weights are cached
 _LEVELS = (("full", False), ("mlp", False), ("none", False), ("none", True))
@@ -44,7 +45,7 @@ class MemoryReport:
         """Return one line."""
         parts = [f"{self.layers[level]} {_WORDS[level]}" for level in reversed(_LEVELS) if level in self.layers]
         words = "; ".join(parts).format(dtype=self.dtype)
-        return f"of {sum(self.layers.values())} decoder layers {words} ({self.extra_bytes / 2**30:.1f} GiB)"
+        return f"of {sum(self.layers.values())} decoder layers {words} ({byte_size(self.extra_bytes)})"
 
 
 def fit_memory(model: nn.Module, free_bytes: float, tokens: int) -> MemoryReport | None:

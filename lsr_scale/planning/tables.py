@@ -6,7 +6,8 @@ from rich.table import Table
 from rich.text import Text
 
 from lsr_scale.planning.planner import Plan
-from lsr_scale.planning.stages import GIB, Memory
+from lsr_scale.planning.stages import Memory
+from lsr_scale.units import byte_size
 
 
 def render(plan: Plan) -> Group:
@@ -18,7 +19,7 @@ def render(plan: Plan) -> Group:
     facts = Table.grid(padding=(0, 2))
     for name, text in (
         ("base", f"{plan.model} ({plan.architecture}), {plan.base_parameters:,} parameters, {plan.quantization}"),
-        ("frozen bytes", f"{plan.frozen_bytes:,} ({plan.frozen_bytes / GIB:.2f} GiB), exact"),
+        ("frozen bytes", f"{plan.frozen_bytes:,} ({byte_size(plan.frozen_bytes)}), exact"),
         ("adapter", f"{plan.method} on {plan.adapted_modules} modules"),
         ("trainable", f"{plan.trainable_parameters:,} parameters"),
         (
@@ -27,7 +28,7 @@ def render(plan: Plan) -> Group:
             f"{percent(plan.share_of_lora16)} of rank 16, at the same modules",
         ),
         ("layers", "fused, as on a GPU" if plan.fused else "each linear by itself"),
-        ("adapter file", f"{plan.adapter_bytes:,} bytes ({plan.adapter_bytes / 2**20:.1f} MiB)"),
+        ("adapter file", f"{plan.adapter_bytes:,} bytes ({byte_size(plan.adapter_bytes)})"),
     ):
         facts.add_row(Text(name, style="bold"), text)
 
@@ -44,8 +45,11 @@ def render(plan: Plan) -> Group:
     for heading in columns.values():
         table.add_column(heading, justify="right", no_wrap=True)
 
+    def gib(value: float) -> str:
+        return "<0.01" if 0 < value < 0.005 else f"{value:.2f}"
+
     def add(stage: str, checkpointing: str, memory: Memory, style: str = "") -> None:
-        table.add_row(stage, checkpointing, *(f"{getattr(memory, column):.2f}" for column in columns), style=style)
+        table.add_row(stage, checkpointing, *(gib(getattr(memory, column)) for column in columns), style=style)
 
     add("this run", "", plan.memory_gib, "bold")
     table.add_section()

@@ -9,6 +9,7 @@ from lsr_scale.config.training import EVALUATED
 from lsr_scale.run.folder import RunFolder
 from lsr_scale.scoring.accuracy import TaskScore
 from lsr_scale.screen import Screen
+from lsr_scale.units import byte_size
 
 
 def print_results(folder: RunFolder, results: dict[str, Any], scores: dict[str, dict[str, TaskScore]]) -> None:
@@ -31,10 +32,9 @@ def print_results(folder: RunFolder, results: dict[str, Any], scores: dict[str, 
         console.print(table)
     if validation := [f"{name.removeprefix('eval_')} {results[name]:.4f}" for name in EVALUATED if name in results]:
         console.print(f"validation  {', '.join(validation)}", soft_wrap=True)
-    size = results["adapter_bytes"] / 1e6
+    file = f"{results['trainable_parameters']:,} parameters, {byte_size(results['adapter_bytes'])}"
     console.print(
-        f"adapter  {folder.adapter}  ({results['trainable_parameters']:,} parameters, {size:.1f} MB)\n"
-        f"loss     {folder.curve}\nresults  {folder.results}",
+        f"adapter  {folder.adapter}  ({file})\nloss     {folder.curve}\nresults  {folder.results}",
         soft_wrap=True,
     )
 

@@ -28,13 +28,14 @@ from lsr_scale.screen import print_line
 from lsr_scale.training.arguments import uses_deepspeed, zero_stage
 from lsr_scale.training.assembly import build_trainer
 from lsr_scale.training.callbacks.condition import ConditionCallback
-from lsr_scale.training.callbacks.progress import Progress, clock
+from lsr_scale.training.callbacks.progress import Progress
 from lsr_scale.training.callbacks.signals import StopOnSignal, Terminated, end_with_peers
 from lsr_scale.training.checkpoint import select
 from lsr_scale.training.run_data import RunData, read_data
 from lsr_scale.training.settings import naming_settings
 from lsr_scale.training.steps.nonfinite import check_finite
 from lsr_scale.training.trainers import ignore_library_warnings
+from lsr_scale.units import clock
 
 Say = Callable[[str], None]
 Scores = dict[str, dict[str, TaskScore]]  # by "before" and "after", then by task

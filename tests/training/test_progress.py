@@ -10,7 +10,8 @@ from lsr_scale import UserError, screen
 from lsr_scale.run.metrics import read_metrics
 from lsr_scale.screen import print_line, show_live
 from lsr_scale.training.callbacks import progress
-from lsr_scale.training.callbacks.progress import Progress, clock
+from lsr_scale.training.callbacks.progress import Progress
+from lsr_scale.units import clock
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from lsr_scale.config.training import EVALUATED
 from lsr_scale.run.metrics import finite_values, truncate
 from lsr_scale.screen import print_line, show_live, write
 from lsr_scale.training.steps.nonfinite import check_finite, diverged
+from lsr_scale.units import byte_size, clock
 
 
 class Progress(TrainerCallback):
@@ -134,19 +135,12 @@ class Progress(TrainerCallback):
         done = row["step"] - self.first_step
         left = (now - self.started) / max(1, done) * (state.max_steps - row["step"])
         speed = f"  {row['tokens_per_s']:,.0f} tokens/s" if "tokens_per_s" in row else ""
-        memory = f"{row['memory_gib']:.1f} GiB"
+        memory = byte_size(row["memory_gib"] * 2**30)
         line = f"step {row['step']}/{state.max_steps}  loss {row['loss']:.4f}{speed}  {memory}  {clock(left)} left"
         if sys.stdout.isatty():
             show_live(line)
         else:
             write(f"{line}\n")
-
-
-def clock(seconds: float) -> str:
-    """Return a duration as 1:02:03 or 2:03."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 def memory_gib() -> float:

@@ -1,0 +1,21 @@
+"""Numbers in the units that people read: bytes, durations."""
+
+_BINARY = ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB")
+
+
+def byte_size(num_bytes: float) -> str:
+    """Return a number of bytes in the unit that suits it, to three digits: 812 bytes, 33.4 KiB, 5.33 MiB, 28.1 GiB."""
+    value, unit = float(num_bytes), 0
+    while abs(value) >= 999.5 and unit < len(_BINARY) - 1:
+        value, unit = value / 1024, unit + 1
+    if unit == 0:
+        return "1 byte" if num_bytes == 1 else f"{value:.0f} bytes"
+    digits = 2 if abs(value) < 9.995 else 1 if abs(value) < 99.95 else 0
+    return f"{value:.{digits}f} {_BINARY[unit]}"
+
+
+def clock(seconds: float) -> str:
+    """Return a duration as 1:02:03 or 2:03."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,4 +1,4 @@
-"""What all providers share: a model of random weights, the timed steps, memory, a profile.
+"""What all providers share: the base model, the timed steps, memory, a profile.
 
 A provider is a class made with the run's configuration; its worker calls `build` once, then `measure` for every
 measurement and `free_memory` after each. Packages are imported where they are used, since some patch others.
@@ -29,8 +29,32 @@ def model_config(config: dict[str, Any]) -> Any:
     return AutoConfig.for_model(**config["values"])
 
 
+def base_model(config: dict[str, Any]) -> Any:
+    """Return the frozen base: the weights of `config["folder"]`, or random ones; the same for every provider."""
+    model = pretrained_model(config) if config.get("folder") else random_model(config)
+    model.requires_grad_(False)
+    model.config.use_cache = False
+    return model
+
+
+def pretrained_model(config: dict[str, Any]) -> Any:
+    """Return the model of a local folder, quantized by Transformers as it is loaded."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    settings: dict[str, Any] = {}
+    if config["base"] == "nf4":
+        options = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+        settings["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16, **options
+        )
+    where = {"": 0} if config["device"] == "cuda" else {"": "cpu"}
+    return AutoModelForCausalLM.from_pretrained(
+        config["folder"], dtype=torch.bfloat16, attn_implementation="sdpa", device_map=where, **settings
+    )
+
+
 def random_model(config: dict[str, Any]) -> Any:
-    """Return the model with random weights, quantized layer by layer as it is made; the same for every provider."""
+    """Return the model with random weights, quantized layer by layer as it is made."""
     from lsr_scale.model import head_modules, meta_model, quantization_config
     from lsr_scale.model.random_weights import init_random_weights
 
@@ -39,10 +63,7 @@ def random_model(config: dict[str, Any]) -> Any:
     kind = "none" if config["base"] == "bf16" else config["base"]
     quantizer = quantization_config(kind, True, torch.bfloat16, head_modules(empty))
     device = torch.device("cuda", 0) if config["device"] == "cuda" else torch.device("cpu")
-    model = init_random_weights(empty, quantizer, device)
-    model.requires_grad_(False)
-    model.config.use_cache = False
-    return model
+    return init_random_weights(empty, quantizer, device)
 
 
 def elapsed_ms(begin: Any, end: Any) -> float:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.models import LINEARS
-from benchmarks.speed.providers.base import LORA, Provider, random_model
+from benchmarks.speed.providers.base import LORA, Provider, base_model
 
 
 class FusedAdapter(Provider):
@@ -23,7 +23,7 @@ class FusedAdapter(Provider):
         from lsr_scale.adapters import peft_config
         from lsr_scale.layers.frozen_linear import freeze_quantized
 
-        base = random_model(self.config)
+        base = base_model(self.config)
         freeze_quantized(base)
         self.model = base
         if self.method is not None:

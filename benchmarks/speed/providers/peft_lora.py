@@ -3,7 +3,7 @@
 from typing import Any
 
 from benchmarks.models import LINEARS
-from benchmarks.speed.providers.base import LORA, Provider, random_model
+from benchmarks.speed.providers.base import LORA, Provider, base_model
 
 
 class PeftLora(Provider):
@@ -16,7 +16,7 @@ class PeftLora(Provider):
         """Build the base and inject PEFT's adapter."""
         if self.liger:
             self.apply_liger()
-        self.model = self.adapted(random_model(self.config))
+        self.model = self.adapted(base_model(self.config))
 
     def adapted(self, base: Any) -> Any:
         """Return the base with its adapters."""
@@ -30,7 +30,7 @@ class PeftLora(Provider):
         from liger_kernel import transformers as liger
 
         kind = self.config["values"]["model_type"]
-        apply = {"llama": liger.apply_liger_kernel_to_llama, "mistral": liger.apply_liger_kernel_to_mistral}[kind]
+        apply = getattr(liger, f"apply_liger_kernel_to_{kind}")
         apply(rope=True, rms_norm=True, swiglu=True, cross_entropy=False, fused_linear_cross_entropy=True)
 
 

@@ -1,4 +1,4 @@
-"""Unsloth's provider: its own loader and LoRA, on the random weights of every other provider."""
+"""Unsloth's provider: its own loader and LoRA, on the weights of every other provider."""
 
 import os
 import tempfile
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from benchmarks.models import LINEARS
-from benchmarks.speed.providers.base import LORA, Provider, model_config, random_model
+from benchmarks.speed.providers.base import LORA, Provider, base_model, model_config
 
 
 class UnslothLora(Provider):
@@ -16,7 +16,8 @@ class UnslothLora(Provider):
 
     The folder holds a configuration and a tokenizer of a few words. Where Unsloth asks Transformers for the weights it
     gets the random model of every other provider, so that no checkpoint is written and all its patches happen as
-    usual. If that fails, the same model is saved and loaded as any other quantized checkpoint.
+    usual. If that fails, the same model is saved and loaded as any other quantized checkpoint. Real weights
+    (`config["folder"]`) it loads itself.
     """
 
     packages = ("unsloth", "unsloth_zoo")
@@ -37,23 +38,7 @@ class UnslothLora(Provider):
 
         if self.config["base"] == "int8":
             raise RuntimeError("Unsloth's kernels take a 4-bit or 16-bit base; on int8 it leaves its fast path")
-        folder = Path(self.scratch.name) / f"random-{self.config['model']}"
-        self.write_folder(folder)
-        try:
-            model = self.loaded(FastLanguageModel, folder, in_memory=True)
-            self.notes.append("weights passed to Unsloth's loader in memory")
-        except Exception as error:
-            import traceback
-
-            traceback.print_exc()
-            print(f"in memory: {type(error).__name__}; through a saved checkpoint instead", flush=True)
-            self.free_memory()
-            base = random_model(self.config)
-            base.save_pretrained(folder)
-            del base
-            self.free_memory()
-            model = self.loaded(FastLanguageModel, folder, in_memory=False)
-            self.notes.append("loaded from a saved checkpoint")
+        model = self.base(FastLanguageModel)
         self.model = FastLanguageModel.get_peft_model(
             model,
             r=LORA["rank"],
@@ -65,6 +50,29 @@ class UnslothLora(Provider):
             random_state=self.config["seed"],
         )
         self.model.for_training()
+
+    def base(self, loader: Any) -> Any:
+        """Return the base: loaded from the folder of real weights, or random ones on Unsloth's way."""
+        if self.config.get("folder"):
+            return self.loaded(loader, Path(self.config["folder"]), in_memory=False)
+        folder = Path(self.scratch.name) / f"random-{self.config['model']}"
+        self.write_folder(folder)
+        try:
+            model = self.loaded(loader, folder, in_memory=True)
+            self.notes.append("weights passed to Unsloth's loader in memory")
+        except Exception as error:
+            import traceback
+
+            traceback.print_exc()
+            print(f"in memory: {type(error).__name__}; through a saved checkpoint instead", flush=True)
+            self.free_memory()
+            base = base_model(self.config)
+            base.save_pretrained(folder)
+            del base
+            self.free_memory()
+            model = self.loaded(loader, folder, in_memory=False)
+            self.notes.append("loaded from a saved checkpoint")
+        return model
 
     def loaded(self, loader: Any, folder: Path, in_memory: bool) -> Any:
         """Return the base as Unsloth loads it."""
@@ -78,7 +86,7 @@ class UnslothLora(Provider):
 
             @staticmethod
             def from_pretrained(*args: Any, **kwargs: Any) -> Any:
-                return random_model(config)
+                return base_model(config)
 
         if in_memory:
             target.AutoModelForCausalLM = InMemory

@@ -15,6 +15,7 @@ from lsr_scale.adapters.methods.lokr import LokrFactors, LokrOptions
 from lsr_scale.adapters.methods.lora import LoraOptions
 from lsr_scale.adapters.peft import METHODS, AdapterConfig, AdapterLinear, AdapterMethod, LowRankPair
 from lsr_scale.errors import UserError, did_you_mean
+from lsr_scale.option_names import name_here
 
 # PEFT's name of each `model.task`
 TASK_TYPES = {"causal_lm": "CAUSAL_LM", "seq_cls": "SEQ_CLS"}
@@ -64,7 +65,7 @@ def peft_config(method: str, values: Mapping[str, Any], task_type: str | None = 
     known = {field.name for field in dataclasses.fields(options(method))}
     for name in values:
         if name not in known:
-            raise UserError(f"adapter.{name}: not an option of {method}; {did_you_mean(name, known)}")
+            raise UserError(f"adapter.{name}: not an option of {method}; {name_here(name, known)}")
     check_options(values)
     if method in PEFT_METHODS:
         config: PeftConfig = PEFT_METHODS[method](**values).to_peft()

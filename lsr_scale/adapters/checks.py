@@ -2,9 +2,12 @@
 what trains can be loaded, exported and inspected.
 """
 
+import functools
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from lsr_scale.adapters.safe_regex import check_regex
 from lsr_scale.errors import UserError, quoted
@@ -39,6 +42,34 @@ def check_options(options: Mapping[str, Any]) -> None:
                     check_regex(text, name)
         else:
             _check_number(name, value, name)
+
+
+def check_types(options: Mapping[str, tuple[Any, Any]]) -> None:
+    """Refuse a value that is not of its option's type, without any conversion.
+
+    Args:
+        options: Type and value by the option's name; what `check_options` looks at is left to it.
+
+    Raises:
+        UserError: beginning with the name of the option.
+    """
+    for name, (annotation, value) in options.items():
+        if name == "modules_to_save" and isinstance(value, str):
+            raise UserError(f"{name}: expected a list of names, got {quoted(value)}; write [{quoted(value)}]")
+        if isinstance(value, tuple | range | set):
+            value = list(value)
+        if name in _NAMES or name in _RANKS or name in _ALPHAS or name.endswith("_pattern"):
+            continue
+        try:
+            _type_adapter(annotation).validate_python(value)
+        except ValidationError:
+            words = annotation.__name__ if isinstance(annotation, type) else str(annotation).replace("typing.", "")
+            raise UserError(f"{name}: expected {words}, got {quoted(value)}") from None
+
+
+@functools.cache
+def _type_adapter(annotation: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(annotation, config=ConfigDict(strict=True))
 
 
 def _texts(name: str, value: Any) -> Iterator[str]:

@@ -7,12 +7,14 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError, PydanticUndefined
 
+from lsr_scale import option_names
 from lsr_scale.config.training import OWNED, TASK_DEFAULTS
 from lsr_scale.config.yaml_text import KeyPath, Places, dotted, place_of
 from lsr_scale.errors import did_you_mean, shortened
 
 # Names from axolotl, LLaMA-Factory, PEFT, bitsandbytes and older transformers, and what they are called here.
 _ELSEWHERE: dict[str, str] = {
+    **{name: f"adapter.{option}" for name, option in option_names.ELSEWHERE.items()},
     "base_model": "model.name",
     "model_name_or_path": "model.name",
     "pretrained_model_name_or_path": "model.name",
@@ -28,18 +30,6 @@ _ELSEWHERE: dict[str, str] = {
     "attn_implementation": "model.attention",
     "flash_attn": "model.attention",
     "flash_attention": "model.attention",
-    "finetuning_type": "adapter.method",
-    "peft_type": "adapter.method",
-    "r": "adapter.rank",
-    "lora_r": "adapter.rank",
-    "lora_rank": "adapter.rank",
-    "lora_alpha": "adapter.alpha",
-    "lora_dropout": "adapter.dropout",
-    "lora_target": "adapter.target_modules",
-    "lora_target_modules": "adapter.target_modules",
-    "lora_target_linear": "adapter.target_modules: all-linear",
-    "lora_modules_to_save": "adapter.modules_to_save",
-    "additional_target": "adapter.modules_to_save",
     "dataset": "data.train",
     "datasets": "data.train",
     "test_datasets": "data.validation",

@@ -2,14 +2,18 @@
 
 import copy
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from peft.config import PeftConfig
 from peft.utils import PeftType
 from peft.utils.other import get_pattern_key
 
-from lsr_scale.adapters.checks import check_options
+from lsr_scale.adapters.checks import check_options, check_types
 from lsr_scale.errors import UserError
+from lsr_scale.option_names import UnknownOptionError, name_here
+
+# PEFT's bookkeeping: task type, base model name, version
+_OF_PEFT = {field.name for field in dataclasses.fields(PeftConfig)}
 
 
 def option(default: Any, help_text: str) -> Any:
@@ -43,10 +47,23 @@ class AdapterConfig(PeftConfig):
 
     method: ClassVar[Any]  # the `AdapterMethod` whose `config_class` this is; set by `register`
 
+    def __new__(cls, *args: Any, **options: Any) -> Self:
+        """Refuse an option that the method does not have, with what it is called here."""
+        known = [field.name for field in dataclasses.fields(cls) if field.init]
+        for name in options:
+            if name not in known:
+                own = [field for field in known if field not in _OF_PEFT]
+                # PEFT drops what a later release saved by these words of a TypeError
+                words = f"{cls.__name__}() got an unexpected keyword argument {name!r}"
+                raise UnknownOptionError(f"{words}; {name_here(name, own)}")
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         """Validate the values that no model is needed for."""
         super().__post_init__()
         self.peft_type = PeftType(self.method.name.upper())
+        own = [field for field in dataclasses.fields(self) if field.name not in _OF_PEFT]
+        check_types({field.name: (field.type, getattr(self, field.name)) for field in own})
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             if isinstance(value, list | tuple | set):

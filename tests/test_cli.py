@@ -250,7 +250,7 @@ def test_a_setting_that_is_overridden_twice_is_noted(call, place):
 
 
 def test_train_without_a_configuration_or_with_two_says_so(call):
-    assert "expected one configuration: --config configs/NAME.yaml" in refused(call, "train")
+    assert "expected one configuration: a YAML file (lsr-scale init writes one), or a shipped one" in refused(call, "train")
     assert "expected one configuration" in refused(call, "train", "a.yaml", "--config", "b.yaml")
 
 

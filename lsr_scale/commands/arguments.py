@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from lsr_scale.commands.failures import rank
 from lsr_scale.errors import UserError, one_screen
+from lsr_scale.paths import user_path
 
 if TYPE_CHECKING:
     from lsr_scale.config import RunConfig
@@ -79,7 +80,7 @@ def positive_number(text: str) -> float:
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """Add CONFIG, which --config names too, and --set."""
-    parser.add_argument("config_path", nargs="?", metavar="CONFIG", help="the run's YAML file")
+    parser.add_argument("config_path", nargs="?", metavar="CONFIG", help="the run's YAML file, or the name of a shipped one")
     parser.add_argument("--config", help="the same, by name")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="for instance training.learning_rate=1e-3"
@@ -98,12 +99,17 @@ def load_run(args: argparse.Namespace) -> "RunConfig":
         UserError: for no configuration, two, or one with a mistake.
     """
     from lsr_scale import config
+    from lsr_scale.config.shipped import find_run
 
     path = args.config or args.config_path
     if path is None or (args.config and args.config_path and args.config != args.config_path):
-        raise UserError("expected one configuration: --config configs/NAME.yaml")
+        raise UserError(
+            "expected one configuration: a YAML file (lsr-scale init writes one), or a shipped one, such as mistral_lsr"
+        )
     keys = [assignment.partition("=")[0].strip() for assignment in args.set]
     for index, key in enumerate(keys):
         if key in keys[index + 1 :] and rank() == "0":
             print(one_screen(f"note: --set {args.set[index]} has no effect, as {key} is set again"), file=sys.stderr)
-    return config.load_run(path, args.set)
+    if (found := find_run(path)) != user_path(path) and rank() == "0":
+        print(one_screen(f"note: {path} is {found}"), file=sys.stderr)
+    return config.load_run(found, args.set)

@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
         return _propose(args)
     if args.model:
         raise UserError(
-            "--model goes with --budget; without it, give a configuration: lsr-scale plan configs/NAME.yaml"
+            "--model goes with --budget; without it, give a configuration, such as lsr-scale plan mistral_lsr"
         )
     config = load_run(args)
     result = plan(config, args.gpus or 1)

@@ -3,7 +3,6 @@
 import argparse
 
 from lsr_scale.commands.arguments import Parser, add_run_arguments, load_run
-from lsr_scale.paths import user_path
 
 HELP = "Train a run: score, train, score again, save the adapter."
 
@@ -21,10 +20,11 @@ def add_arguments(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; return the exit status."""
+    from lsr_scale.config.shipped import find_run
     from lsr_scale.run.folder import RunFolder
     from lsr_scale.run.train import train
 
-    config, file = load_run(args), user_path(args.config or args.config_path)
+    config, file = load_run(args), find_run(args.config or args.config_path)
     name = file.stem
     folder = RunFolder(file.resolve().parent)
     if file.resolve() == folder.config and folder.is_run():  # a run's own: it means that run, wherever it lies

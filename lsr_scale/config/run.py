@@ -21,9 +21,9 @@ from lsr_scale.config.sections import (
     Section,
     SourceSection,
 )
+from lsr_scale.config.shipped import find_run
 from lsr_scale.config.training import Task, check_training, training_kwargs, training_model
 from lsr_scale.errors import UserError
-from lsr_scale.paths import user_path
 
 
 class RunConfig(Section):
@@ -63,13 +63,13 @@ def load_run(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     """Return the run that a YAML file describes.
 
     Args:
-        path: The file.
+        path: The file, or the name of one that comes with the package (`shipped.find_run`).
         overrides: Assignments such as `training.learning_rate=1e-3`, applied in order.
 
     Raises:
         UserError: naming every problem with its line, what was expected, and what to do.
     """
-    path = user_path(path)
+    path = find_run(path)
     data, places = yaml_text.parse(yaml_text.read(path), str(path))
     if not isinstance(data, dict):
         raise UserError(

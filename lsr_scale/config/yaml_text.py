@@ -6,7 +6,6 @@ only the table of rules below: it makes dates of text and numbers of `1_000`, em
 no places for merged keys, and names the first of several repeated keys.
 """
 
-import difflib
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -137,12 +136,12 @@ def read(path: Path) -> str:
     """Return the text of a file.
 
     Raises:
-        UserError: if it is missing (with the nearest file names), empty, no file, unreadable, too large, or no text.
+        UserError: if it is missing, empty, no file, unreadable, too large, or no text.
     """
     if path.is_dir():
-        raise UserError(f"{path}: expected a file, got a folder; {_nearest_files(path / path.name, path)}")
+        raise UserError(f"{path}: expected a file, got a folder")
     if not path.exists():
-        raise UserError(f"{path}: no such file; {_nearest_files(path, path.parent)}")
+        raise UserError(f"{path}: no such file")
     if is_special_file(path):
         raise UserError(f"{path}: expected a file, got a pipe or a device; write the text to a file")
     try:
@@ -264,15 +263,3 @@ def _syntax_error(error: yaml.MarkedYAMLError, where: str) -> str:
         remedy = "; put a value that begins with one of * & ! % @ ` in quotes"
     shown = mark.get_snippet(indent=2) if mark else None
     return f"{place}: not valid YAML: {shortened(problem, 300)}{remedy}" + (f"\n{shown}" if shown else "")
-
-
-def _nearest_files(missing: Path, folder: Path) -> str:
-    folders = {folder, folder / "configs"}
-    nearby = sorted(str(path) for near in folders for pattern in ("*.yaml", "*.yml") for path in near.glob(pattern))
-    names = {Path(path).stem: path for path in nearby}
-    nearest = difflib.get_close_matches(missing.stem, names, n=3, cutoff=0.4)
-    if nearest:
-        return f"did you mean {' or '.join(names[name] for name in nearest)}?"
-    if nearby:
-        return f"there are: {', '.join(nearby[:12])}{', ...' if len(nearby) > 12 else ''}"
-    return f"there is no YAML file in {folder}/ either"

@@ -6,7 +6,7 @@ import yaml
 from lsr_scale import config
 from lsr_scale.config import yaml_text
 from lsr_scale.errors import UserError
-from tests.helpers.run_text import CONFIGS, MINIMAL, load, problem
+from tests.helpers.run_text import MINIMAL, load, problem
 
 
 @pytest.mark.parametrize(
@@ -94,19 +94,13 @@ def test_a_file_that_cannot_be_read_is_explained(tmp_path):
     for name, expected in {
         "mistral_lrs.yaml": f"no such file; did you mean {tmp_path / 'mistral_lsr.yaml'}",
         "mistral_lsr": f"no such file; did you mean {tmp_path / 'mistral_lsr.yaml'}",
-        "missing/x.yaml": "no such file; there is no YAML file in",
+        "missing/x.yaml": "no such file; there are no YAML files in",
         "": "expected a file, got a folder",
         "binary.yaml": "expected UTF-8 text",
     }.items():
         with pytest.raises(UserError, match="^" + str(tmp_path / name).rstrip("/")) as caught:
             config.load_run(tmp_path / name)
         assert expected in str(caught.value)
-
-
-def test_a_config_named_without_its_folder_is_found_nearby(monkeypatch):
-    monkeypatch.chdir(CONFIGS.parent)
-    with pytest.raises(UserError, match=r"did you mean configs/mistral_lsr\.yaml"):
-        config.load_run("mistral_lsr")
 
 
 @pytest.mark.parametrize(

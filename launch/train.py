@@ -1,9 +1,12 @@
-"""Train a run: `deepspeed launch/train.py --config configs/mistral_lsr.yaml`, or under torchrun, or alone."""
+"""Train a run: `deepspeed launch/train.py --config configs/mistral_lsr.yaml`, or under torchrun, or alone.
+
+Without a checkout the same is the module `lsr_scale.launch`: `deepspeed --module lsr_scale.launch --config mistral_lsr`.
+"""
 
 import sys
 
 if __name__ == "__main__":
     sys.argv[0] = "lsr-scale"  # as which the package parses first and imports torch later
-    from lsr_scale.cli import main
+    from lsr_scale.launch import main
 
-    sys.exit(main(["train", *sys.argv[1:]]))
+    sys.exit(main())

@@ -14,12 +14,14 @@ __all__ = ["AdapterBank", "KronLoraConfig", "LsrConfig", "UserError", "fit_memor
 # bitsandbytes looks on the hub for a CPU inference kernel that training never uses, and warns when it is not there
 _logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(_logging.ERROR)
 
+_MODULES = ("lsr_scale", "lsr_scale.launch")  # of `python -m`
+
 
 def _is_command() -> bool:
-    """Tell whether this process is `lsr-scale`, `python -m lsr_scale` or `launch/train.py`, which says so itself."""
+    """Tell whether this process is `lsr-scale`, one of its modules, or `launch/train.py`, which says so itself."""
     name = _sys.argv[0].rpartition("/")[2] if _sys.argv else ""
     # while `python -m` looks for the module that it is to run, "-m" stands in place of the module's path
-    return name == "lsr-scale" or (name == "-m" and _sys.orig_argv[-len(_sys.argv)] == "lsr_scale")
+    return name == "lsr-scale" or (name == "-m" and _sys.orig_argv[-len(_sys.argv)] in _MODULES)
 
 
 # The command parses its options first, so that help and a mistake in them do not wait seconds for torch, transformers

@@ -250,7 +250,9 @@ def test_a_setting_that_is_overridden_twice_is_noted(call, place):
 
 
 def test_train_without_a_configuration_or_with_two_says_so(call):
-    assert "expected one configuration: a YAML file (lsr-scale init writes one), or a shipped one" in refused(call, "train")
+    assert "expected one configuration: a YAML file (lsr-scale init writes one), or a shipped one" in refused(
+        call, "train"
+    )
     assert "expected one configuration" in refused(call, "train", "a.yaml", "--config", "b.yaml")
 
 
@@ -413,6 +415,8 @@ def program(tmp_path, start):
     """Return the words that start the command in this way."""
     if start == "module":
         return ["-m", "lsr_scale"]
+    if start == "module that launchers take":
+        return ["-m", "lsr_scale.launch"]
     if start == "launch/train.py":
         return [str(ROOT / "launch" / "train.py")]
     script = tmp_path / "lsr-scale"  # as pip writes it
@@ -433,7 +437,7 @@ def imported_by(*words):
 HEAVY = {"torch", "transformers", "peft", "trl", "deepspeed", "datasets", "numpy", "pydantic"}
 
 
-@pytest.mark.parametrize("start", ["script", "module", "launch/train.py"])
+@pytest.mark.parametrize("start", ["script", "module", "module that launchers take", "launch/train.py"])
 @pytest.mark.parametrize(("words", "status"), [(["--help"], 0), (["--nope"], 2)])
 def test_options_are_parsed_before_torch_is_imported(tmp_path, start, words, status):
     done, imported = imported_by(*program(tmp_path, start), *words)

@@ -80,7 +80,9 @@ def positive_number(text: str) -> float:
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """Add CONFIG, which --config names too, and --set."""
-    parser.add_argument("config_path", nargs="?", metavar="CONFIG", help="the run's YAML file, or the name of a shipped one")
+    parser.add_argument(
+        "config_path", nargs="?", metavar="CONFIG", help="the run's YAML file, or the name of a shipped one"
+    )
     parser.add_argument("--config", help="the same, by name")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="for instance training.learning_rate=1e-3"

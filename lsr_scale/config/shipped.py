@@ -51,7 +51,9 @@ def _what_there_is(name: str, folder: Path) -> str:
     names.sort(key=lambda other: -difflib.SequenceMatcher(None, name, other).ratio())
     nearest = difflib.get_close_matches(name, names, n=3, cutoff=0.6)
     files = [local[other] for other in names if other in local]
-    there = f"files: {', '.join(files[:8])}{', ...' if len(files) > 8 else ''}" if files else f"no YAML files in {folder}/"
+    there = (
+        f"files: {', '.join(files[:8])}{', ...' if len(files) > 8 else ''}" if files else f"no YAML files in {folder}/"
+    )
     by_name = [other for other in names if other not in local]
     ours = f"; by name, with the package: {', '.join(by_name)}" if by_name else ""
     mean = f"did you mean {' or '.join(local.get(other, other) for other in nearest)}? " if nearest else ""

@@ -64,7 +64,7 @@ _NOT_USED = "the trainer does not read it; what runs follows from the sections d
 # Fields that the rest of the run decides, with what to set instead.
 OWNED: dict[str, str] = {
     "deepspeed": "set deepspeed.config",
-    "local_rank": "the launcher passes it: deepspeed launch/train.py, or torchrun launch/train.py",
+    "local_rank": "the launcher passes it: deepspeed --module lsr_scale.launch, or torchrun -m lsr_scale.launch",
     "bf16": _NO_AUTOCAST,
     "fp16": _NO_AUTOCAST,
     "bf16_full_eval": "it would cast the adapter's float32 factors: set model.dtype",

@@ -349,7 +349,8 @@ def test_what_the_deepspeed_command_started_ends_with_it(place, tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": PATHS}
     pipe, log = subprocess.DEVNULL, tmp_path / "said"
     with log.open("w") as said, held_port() as port:
-        words = [sys.executable, *LAUNCHERS["deepspeed"], port, ROOT / "launch" / "train.py", "--config", file]
+        launcher = [sys.executable, *LAUNCHERS["deepspeed"], port, "--module"]
+        words = [*launcher, "lsr_scale.launch", "--config", file]
         command = subprocess.Popen(
             list(map(str, words)), stdin=pipe, stdout=said, stderr=said, env=environment, start_new_session=True
         )

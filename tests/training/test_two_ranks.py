@@ -213,7 +213,7 @@ def test_a_run_that_was_resumed_elsewhere_resumes_from_its_own_config_file(ran, 
     file = in_folder(there, folder)
     words = ["--config", str(file), "--resume", "auto"]
     if number == 2:
-        status, out, err = launch("torchrun", ROOT / "launch" / "train.py", *words)
+        status, out, err = launch("torchrun", "-m", "lsr_scale.launch", *words)
     else:
         status, out, err = cli.main(["train", *words]), "", ""
     assert status == 0, out + err

@@ -96,8 +96,11 @@ def followed(call, command, mistake, advice, *ways):
         ),
         (
             [*TWO_CLASSES, "eval.tasks=[{place}/questions.jsonl]"],
-            "for seq_cls put the held-out rows under data.validation",
-            [[*TWO_CLASSES, "data.validation=[{place}/pairs.jsonl]"]],
+            "for seq_cls put the held-out rows under data.validation, or set data.validation_split",
+            [
+                [*TWO_CLASSES, "data.validation=[{place}/pairs.jsonl]"],
+                [*TWO_CLASSES, "data.validation_split=0.2"],
+            ],
         ),
         (
             ["adapter.method=lokr"],
@@ -140,8 +143,12 @@ def followed(call, command, mistake, advice, *ways):
         ),
         (
             ["training.eval_strategy=epoch"],
-            "add data.validation, or set it to no",
-            [["training.eval_strategy=epoch", "data.validation=[{place}/rows.jsonl]"], ["training.eval_strategy=no"]],
+            "add data.validation or data.validation_split, or set it to no",
+            [
+                ["training.eval_strategy=epoch", "data.validation=[{place}/rows.jsonl]"],
+                ["training.eval_strategy=epoch", "data.validation_split=0.2"],
+                ["training.eval_strategy=no"],
+            ],
         ),
         (
             ["training.packing=true", "training.max_length=null"],

@@ -37,7 +37,7 @@ def _model(run: "RunConfig") -> Iterator[Problem]:
             yield Problem(
                 ("eval", "tasks"),
                 "multiple-choice questions are scored by a language model (task: causal_lm); for seq_cls put the "
-                "held-out rows under data.validation",
+                "held-out rows under data.validation, or set data.validation_split",
             )
     elif model.num_labels is not None:
         yield Problem(("model", "num_labels"), "only task seq_cls has labels; set model.task: seq_cls, or remove it")
@@ -124,10 +124,16 @@ def _deepspeed(run: "RunConfig") -> Iterator[Problem]:
 
 def _data(run: "RunConfig") -> Iterator[Problem]:
     training = run.training
-    if training["eval_strategy"] != "no" and not run.data.validation:
+    if run.data.validation and run.data.validation_split:
+        yield Problem(
+            ("data", "validation_split"),
+            "holds out training rows, and data.validation gives other rows for that; keep one of them",
+        )
+    if training["eval_strategy"] != "no" and not run.data.has_validation:
         yield Problem(
             ("training", "eval_strategy"),
-            f"{training['eval_strategy']!r} needs rows to evaluate on; add data.validation, or set it to no",
+            f"{training['eval_strategy']!r} needs rows to evaluate on; add data.validation or data.validation_split, "
+            "or set it to no",
         )
     if training.get("packing") and training["max_length"] is None:
         yield Problem(("training", "max_length"), "packing fills sequences of this length; set it, such as 1024")

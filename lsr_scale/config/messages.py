@@ -34,6 +34,8 @@ _ELSEWHERE: dict[str, str] = {
     "datasets": "data.train",
     "test_datasets": "data.validation",
     "eval_dataset": "data.validation",
+    "val_set_size": "data.validation_split",
+    "val_size": "data.validation_split",
     "cutoff_len": "training.max_length",
     "sequence_len": "training.max_length",
     "max_seq_length": "training.max_length",

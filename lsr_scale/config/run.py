@@ -54,7 +54,7 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _check_together(self) -> Self:
         if "eval_strategy" not in self.training:
-            self.training["eval_strategy"] = "epoch" if self.data.validation else "no"
+            self.training["eval_strategy"] = "epoch" if self.data.has_validation else "no"
         raise_problems(list(conflicts(self)))
         return self
 

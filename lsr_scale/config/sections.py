@@ -139,6 +139,14 @@ class DataSection(Section):
 
     train: list[Source] = Field(min_length=1, description="Sources, one after the other.")
     validation: list[Source] = Field([], description="Sources whose loss is reported during training.")
+    validation_split: float | None = Field(
+        None, gt=0, lt=1, description="In place of validation: the share of the training rows held out, by their hash."
+    )
+
+    @property
+    def has_validation(self) -> bool:
+        """Whether there are rows whose loss is reported during training."""
+        return bool(self.validation or self.validation_split)
 
 
 class DeepSpeedSection(Section):

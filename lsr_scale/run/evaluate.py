@@ -16,6 +16,7 @@ from lsr_scale.config import RunConfig, run_from_dict
 from lsr_scale.config.training import EVALUATED
 from lsr_scale.data.classification import tokenize_classification
 from lsr_scale.data.formats import build_dataset, load_source, source_fields
+from lsr_scale.data.split import split_by_hash
 from lsr_scale.data.tasks import Example, examples
 from lsr_scale.data.tokenizer_setup import prepare_tokenizer, row_check
 from lsr_scale.errors import UserError, printable
@@ -163,7 +164,8 @@ def evaluate_run(
 
     Args:
         path: The run's folder.
-        tasks: Task names, files or folders; those of the run by default, which for a classifier are `data.validation`.
+        tasks: Task names, files or folders; those of the run by default, which for a classifier are its
+            held-out rows.
         limit: Only the first so many questions, or rows, of each.
         base_only: Leave the adapter out.
         without_questions: A control: score the choices with no context.
@@ -223,7 +225,7 @@ def evaluate_classifier(
     Args:
         folder: The run's folder, with an adapter.
         run: Its configuration.
-        sources: Files or folders of labelled rows, each scored by itself; None takes `data.validation` as a whole.
+        sources: Files or folders of labelled rows, each scored by itself; None takes the run's held-out rows.
         limit: Only the first so many rows of each.
         base: The base model's name, where it lies elsewhere than when the run began.
 
@@ -232,7 +234,7 @@ def evaluate_classifier(
     """
     from transformers import Trainer, TrainingArguments
 
-    if not sources and not run.data.validation:
+    if not sources and not run.data.has_validation:
         raise UserError(
             f"{folder.path}: the run has no held-out rows (data.validation); give some: lsr-scale eval {folder.path} "
             "--tasks FILE"
@@ -241,7 +243,10 @@ def evaluate_classifier(
     options: dict[str, Any] = {"model_task": "seq_cls", "check": row_check(None, run.model.num_labels)}
     for source in sources or ():
         loaded[_unique_name(_stem(source), loaded)] = build_dataset([source], None, **options)[0]
-    if not sources:
+    if not sources and run.data.validation_split:
+        rows, _ = build_dataset(run.data.train, "train", **options)
+        _, loaded["validation"] = split_by_hash(rows, run.data.validation_split)
+    elif not sources:
         loaded["validation"] = build_dataset(run.data.validation, "validation", **options)[0]
     model, tokenizer, _ = load_run_model(folder.path, tasks=("seq_cls",), base=base)
     prepare_tokenizer(tokenizer, "classification")

@@ -131,10 +131,11 @@ def _fuse(run: RunConfig, model: PeftModel, arguments: Any) -> FuseReport | None
 def _check_rows_left(run: RunConfig, trainer: Any, data: RunData, note: Say) -> None:
     """Note which rows are left out or cut by `training.max_length`; refuse where nothing is left to be learned."""
     limit, num_left = run.training["max_length"], len(trainer.train_dataset)
+    held_out = "data.validation_split" if run.data.validation_split else "data.validation"
     validation = trainer.eval_dataset
     for where, is_empty in (
         ("data.train", not num_left),
-        ("data.validation", validation is not None and not len(validation)),
+        (held_out, validation is not None and not len(validation)),
     ):
         if is_empty:
             raise UserError(
@@ -145,7 +146,7 @@ def _check_rows_left(run: RunConfig, trainer: Any, data: RunData, note: Say) -> 
             f"{lost:,} of {lost + num_left:,} training rows are left out: training.max_length ({limit}) cuts off "
             "all that is to be learned of them; raise it"
         )
-    for split, where, rows in (("train", "data.train", data.train), ("eval", "data.validation", data.validation)):
+    for split, where, rows in (("train", "data.train", data.train), ("eval", held_out, data.validation)):
         if rows is None:
             continue
         if run.model.task == "seq_cls":

@@ -11,6 +11,7 @@ from datasets import Dataset
 from lsr_scale.config import RunConfig
 from lsr_scale.data.formats import Kind, build_dataset, load_source
 from lsr_scale.data.model_limits import check_model_limits
+from lsr_scale.data.split import split_by_hash
 from lsr_scale.data.tokenizer_setup import row_check
 from lsr_scale.errors import UserError
 from lsr_scale.model import load_config, meta_model, read_tokenizer, tokenizer_of
@@ -40,7 +41,7 @@ def read_data(
     Args:
         run: The run.
         checkpoint: What the run resumes from, whose tokenizer it keeps.
-        say: Told, in a line each, what a user should know of the tokenizer.
+        say: Told, in a line each, what a user should know of the tokenizer and of held-out rows.
 
     Raises:
         UserError: for a source that cannot be read, rows that do not fit the run's task, its chat template or its
@@ -56,6 +57,12 @@ def read_data(
         validation, other = build_dataset(parts["validation"], "validation", loaded=loaded["validation"], **options)
         if other != kind:
             raise UserError(f"data.validation: is {other}, but data.train is {kind}; give rows of one kind")
+    elif run.data.validation_split:
+        train, validation = split_by_hash(train, run.data.validation_split)
+        say(
+            f"held out by hash: {len(validation):,} of {len(train) + len(validation):,} rows "
+            f"(data.validation_split: {run.data.validation_split:g})"
+        )
     sources = {part: [rows.provenance.to_dict() for rows in of_part] for part, of_part in loaded.items()}
     return RunData(train, validation, kind, sources, tokenizer)
 

@@ -155,3 +155,14 @@ def test_what_cannot_be_scored_is_said(unheld, tmp_path, capsys, words, message)
     write_rows(tmp_path / "three.jsonl", [{**row, "label": i} for i, row in enumerate(labelled(3))])
     assert cli.main(["eval", str(unheld), *(word.format(tmp_path) for word in words)]) == 2
     assert message.format(run=unheld) in capsys.readouterr().err
+
+
+def test_rows_held_out_by_hash_are_those_that_are_scored_again(tmp_path, capsys):
+    run = run_of(tmp_path, 2, labelled(), max_steps=1)
+    data = run.data.model_copy(update={"validation": [], "validation_split": 0.3})
+    folder = do(run.model_copy(update={"data": data}))
+    capsys.readouterr()
+    assert cli.main(["eval", str(folder.path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["classification"]["validation"]
+    assert found["loss"] == pytest.approx(results(folder)["eval_loss"], abs=1e-6)
+    assert found["num_examples"] == len(labelled()) - results(folder)["train_rows"]

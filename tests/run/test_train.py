@@ -232,6 +232,15 @@ def test_validation_loss_is_recorded_and_kept_in_the_results(place, tmp_path):
     assert results(done)["eval_loss"] == pytest.approx(losses[-1][1], abs=1e-6)
 
 
+def test_rows_held_out_by_hash_are_evaluated_and_not_trained_on(place, tmp_path):
+    done = do(run_in(place, tmp_path / "run", data={"validation_split": 0.3}, training={"eval_strategy": "epoch"}))
+    found = results(done)
+    assert 0 < found["train_rows"] < 12
+    assert found["eval_loss"] > 0
+    with pytest.raises(UserError, match=r"another data.validation_split: 0.3 -> 0.5"):
+        do(run_in(place, tmp_path / "run", data={"validation_split": 0.5}), resume="auto")
+
+
 def test_the_best_checkpoint_can_be_the_one_that_is_kept(place, tmp_path):
     rows = write_rows(tmp_path / "held.jsonl", [{"prompt": "a", "completion": "@#{}[]|~^"}])
     training = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True, "learning_rate": 0.2}

@@ -18,7 +18,7 @@ _BATCH, _ACCUMULATION = "per_device_train_batch_size", "gradient_accumulation_st
 # What must not change when a run resumes, or would have no effect, since the optimizer's state holds it as well.
 # Anything else may change, and is noted.
 _FIXED = re.compile(
-    r"adapter\..*|model\.(task|num_labels|quantization|double_quantization|dtype)"
+    r"adapter\..*|data\.validation_split|model\.(task|num_labels|quantization|double_quantization|dtype)"
     r"|training\.(optim|optim_args|optim_target_modules|learning_rate|weight_decay|adam_beta1|adam_beta2|adam_epsilon)"
 )
 # Schedules that are no function of the step alone: their state, settings among it, is the checkpoint's.

@@ -17,8 +17,8 @@ MAX_LINES = 600
 
 # what the modules of a folder may import of the package; a folder that is not here may import any but the command line
 KERNELS = {"kernels"}
-LOWER = {"config", "data", "model", "layers", "adapters"}
-LOWER |= {"distributed", "errors", "files", "option_names", "paths", "units", "version"}
+LOWER = {"config", "data", "model", "layers", "adapters", "distributed", "errors", "files"}
+LOWER |= {"option_checks", "option_names", "paths", "safe_regex", "units", "version"}
 MAY_IMPORT = {
     "kernels": KERNELS,
     "layers": KERNELS | LOWER,

@@ -10,11 +10,11 @@ from typing import Any
 from peft import PeftConfig
 
 from lsr_scale.adapters import methods
-from lsr_scale.adapters.checks import check_options
 from lsr_scale.adapters.methods.lokr import LokrFactors, LokrOptions
 from lsr_scale.adapters.methods.lora import LoraOptions
 from lsr_scale.adapters.peft import METHODS, AdapterConfig, AdapterLinear, AdapterMethod, LowRankPair
 from lsr_scale.errors import UserError, did_you_mean
+from lsr_scale.option_checks import check_options
 from lsr_scale.option_names import name_here
 
 # PEFT's name of each `model.task`

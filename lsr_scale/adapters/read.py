@@ -22,10 +22,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lsr_scale.adapters import METHODS, PEFT_METHODS, AdapterConfig
-from lsr_scale.adapters.checks import check_options
 from lsr_scale.adapters.packing import is_packed, unpack
 from lsr_scale.errors import UserError, did_you_mean, quoted
 from lsr_scale.files import read_json
+from lsr_scale.option_checks import check_options
 
 BASE_NAME = "base.json"  # the description of its base (`identity.py`)
 ADAPTER_FILES = (CONFIG_NAME, WEIGHTS_NAME, BASE_NAME)

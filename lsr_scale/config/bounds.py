@@ -5,9 +5,9 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from lsr_scale.adapters.checks import MAX_RANK
 from lsr_scale.config.messages import Problem
 from lsr_scale.config.yaml_text import KeyPath
+from lsr_scale.option_checks import MAX_RANK
 
 MAX_NUMBER, MAX_LENGTH = 10**15, 10_000
 

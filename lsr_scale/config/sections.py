@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model, model_serializer, model_validator
 
-from lsr_scale import adapters
+from lsr_scale.config import declared
 from lsr_scale.config.deepspeed import SHIPPED
 from lsr_scale.config.deepspeed_file import resolve_deepspeed
 from lsr_scale.config.messages import Problem, raise_problems
 from lsr_scale.config.training import Flag, Task, yaml_type
+from lsr_scale.option_checks import check_options
 
 
 class Section(BaseModel):
@@ -54,7 +55,7 @@ class AdapterSection(Section):
 
     @property
     def options(self) -> dict[str, Any]:
-        """What `adapters.peft_config(method, ...)` takes."""
+        """What `lsr_scale.adapters.peft_config(method, ...)` takes."""
         return self.model_dump(exclude={"method", "start_from"})
 
     @model_validator(mode="wrap")
@@ -63,7 +64,7 @@ class AdapterSection(Section):
         """Let the method judge the values and fill in what it derives, so that a resolved run says all of it."""
         section = handler(data)
         try:
-            config = adapters.peft_config(section.method, section.options)
+            config = _checked(section.method, section.options)
         except ValueError as error:
             name = str(error).partition(":")[0]
             path, text = ((name,), str(error)[len(name) + 2 :]) if name in cls.model_fields else ((), str(error))
@@ -74,10 +75,50 @@ class AdapterSection(Section):
         return handler(section.model_dump() | {k: v for k, v in derived.items() if isinstance(v, str | int | float)})
 
 
+def _declared_options() -> dict[str, type] | None:
+    """Return the option classes as the methods' files declare them; None where they are to be imported."""
+    if declared.already_imported():
+        return None
+    try:
+        return declared.method_options()
+    except declared.UnreadableError:
+        return None
+
+
+_DECLARED = _declared_options()
+
+
+def _options() -> dict[str, type]:
+    if _DECLARED is not None:
+        return _DECLARED
+    from lsr_scale import adapters
+
+    return {method: adapters.options(method) for method in adapters.method_names()}
+
+
+_OPTIONS = _options()
+
+
+def _checked(method: str, options: dict[str, Any]) -> Any:
+    """Return the config that a method makes of its options, PEFT's or one with the same values.
+
+    Raises:
+        ValueError: for an impossible value.
+    """
+    # what PEFT itself has to say of layers, only PEFT knows
+    if _DECLARED is None or options.get("layers_to_transform") is not None or options.get("layers_pattern"):
+        from lsr_scale import adapters
+
+        return adapters.peft_config(method, options)
+    check_options(options)
+    config = _DECLARED[method](**options)
+    return config.to_peft() if hasattr(config, "to_peft") else config
+
+
 def _adapter_section(method: str) -> type[AdapterSection]:
     """Return the model of one method's options, made from its dataclass: a method stays one file."""
     fields: dict[str, Any] = {"method": (Literal[method], Field(description=f"Adapter method: {method}."))}
-    for field in dataclasses.fields(adapters.options(method)):
+    for field in dataclasses.fields(_OPTIONS[method]):
         default = (
             {"default": field.default}
             if field.default_factory is dataclasses.MISSING
@@ -89,7 +130,7 @@ def _adapter_section(method: str) -> type[AdapterSection]:
     return create_model(f"{name}AdapterSection", __base__=AdapterSection, **fields)
 
 
-ADAPTER_SECTIONS = {method: _adapter_section(method) for method in adapters.method_names()}
+ADAPTER_SECTIONS = {method: _adapter_section(method) for method in _OPTIONS}
 
 if TYPE_CHECKING:
     AnyAdapter = AdapterSection

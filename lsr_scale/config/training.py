@@ -13,6 +13,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, create_model
 
+from lsr_scale.config import declared
+
 Task = Literal["causal_lm", "seq_cls"]
 
 # What a run gets where its file says nothing; every other field keeps the default of the installed libraries.
@@ -222,10 +224,20 @@ def training_arguments_class(task: Task) -> type:
     return SFTConfig
 
 
+def _declaration(task: Task) -> type:
+    """Return a dataclass with the fields of `training_arguments_class`, without importing that where it can be told."""
+    if not declared.already_imported():
+        try:
+            return declared.training_class("TrainingArguments" if task == "seq_cls" else "SFTConfig")
+        except declared.UnreadableError:
+            pass
+    return training_arguments_class(task)
+
+
 @functools.cache
 def training_model(task: Task) -> type[TrainingFields]:
     """Return the model of the `training` section: the installed dataclass, our defaults in place of its own."""
-    source = training_arguments_class(task)
+    source = _declaration(task)
     hints = get_type_hints(source)
     defaults = {**DEFAULTS, **TASK_DEFAULTS[task]}
     fields: dict[str, Any] = {}

@@ -8,8 +8,8 @@ from peft.config import PeftConfig
 from peft.utils import PeftType
 from peft.utils.other import get_pattern_key
 
-from lsr_scale.adapters.checks import check_options, check_types
 from lsr_scale.errors import UserError
+from lsr_scale.option_checks import check_options, check_types
 from lsr_scale.option_names import UnknownOptionError, name_here
 
 # PEFT's bookkeeping: task type, base model name, version

@@ -9,8 +9,8 @@ from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from lsr_scale.adapters.safe_regex import check_regex
 from lsr_scale.errors import UserError, quoted
+from lsr_scale.safe_regex import check_regex
 
 MAX_RANK = 65536  # no linear layer is as wide
 _RANKS = ("rank", "r", "separation_rank")

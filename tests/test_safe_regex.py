@@ -5,8 +5,8 @@ import re
 import pytest
 
 from lsr_scale.adapters import METHODS, PEFT_METHODS, peft_config
-from lsr_scale.adapters.safe_regex import check_regex
 from lsr_scale.errors import UserError
+from lsr_scale.safe_regex import check_regex
 
 USUAL = [
     r".*layers\.[0-9]+\..*attn.*\.(q|v)_proj",

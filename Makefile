@@ -20,7 +20,8 @@ OLDEST := transformers==5.17.0 peft==0.21.0 accelerate==1.12.0 datasets==4.7.0 h
 # and the newest that there are within it: later ones than PINS, once they are published.
 NEWEST := "transformers<5.24" "peft<0.22" "trl<1.17"
 # what touches their insides: the tuner, fused layers, the trainer's batches, checkpoints, tokenizers, one short run
-RANGE_TESTS := tests/adapters/test_contract.py tests/fused/test_patching.py tests/fused/test_fallback.py tests/model \
+RANGE_TESTS := tests/config/test_declared.py tests/adapters/test_contract.py tests/fused/test_patching.py \
+               tests/fused/test_fallback.py tests/model \
                tests/training/test_head_loss.py tests/run/test_tokenizer.py tests/test_golden_losses.py
 # without a version: pip takes the newest release, also one beyond pyproject.toml's range
 NEWEST_DEEPSPEED ?= deepspeed

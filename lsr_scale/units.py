@@ -1,4 +1,6 @@
-"""Numbers in the units that people read: bytes, durations."""
+"""Numbers in the units that people read and write: bytes, durations, parameters."""
+
+from lsr_scale.errors import UserError
 
 _BINARY = ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB")
 
@@ -19,3 +21,24 @@ def clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def parse_count(text: str, where: str) -> int:
+    """Return a number of parameters as people write it: 4M, 500k, 1.5B or a plain number.
+
+    Args:
+        text: What was written.
+        where: What asked for it, for the message.
+
+    Raises:
+        UserError: for anything else.
+    """
+    units = {"k": 10**3, "m": 10**6, "b": 10**9}
+    number, unit = (text[:-1], units[text[-1].lower()]) if text[-1:].lower() in units else (text, 1)
+    try:
+        count = float(number.replace(",", "").replace("_", "")) * unit if text.isascii() else 0
+        if 1 <= count < 1e13:
+            return round(count)
+    except ValueError:
+        pass
+    raise UserError(f"{where}: expected a number of parameters such as 4M, 500k or 2500000, got {text!r}")

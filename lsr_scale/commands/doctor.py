@@ -16,9 +16,10 @@ def add_arguments(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; return the exit status: 1 where something is bad."""
+    config = load_run(args) if names_run(args) else None
     from lsr_scale import doctor
 
-    report = doctor.doctor(load_run(args) if names_run(args) else None)
+    report = doctor.doctor(config)
     if args.json:
         print(report.to_json())
     else:

@@ -23,6 +23,9 @@ def add_arguments(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; return the exit status."""
+    from lsr_scale.run.find import find_run
+
+    find_run(args.run)  # a mistake does not wait for torch
     from lsr_scale.run.evaluate import evaluate_run
     from lsr_scale.run.tables import print_accuracy
 

@@ -30,6 +30,9 @@ def add_arguments(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; return the exit status."""
+    from lsr_scale.run.find import find_adapter
+
+    find_adapter(args.source)  # a mistake does not wait for torch
     from lsr_scale.exporting import export
 
     options = {"bits": args.bits, "max_rank": args.max_rank, "dtype": args.dtype}

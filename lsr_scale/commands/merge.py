@@ -18,6 +18,10 @@ def add_arguments(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; return the exit status."""
+    from lsr_scale.run.find import find_adapter
+
+    for source in args.sources:
+        find_adapter(source)  # a mistake does not wait for torch
     from lsr_scale.exporting import merge
 
     merge(args.sources, args.weights, args.out, max_rank=args.max_rank, dtype=args.dtype)

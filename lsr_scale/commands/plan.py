@@ -7,6 +7,7 @@ from dataclasses import asdict
 from lsr_scale.commands.arguments import Parser, add_run_arguments, count, load_run, positive_number
 from lsr_scale.errors import UserError
 from lsr_scale.screen import Screen
+from lsr_scale.units import parse_count
 
 HELP = "Tell parameters, bytes and memory of a run; needs no weights, network or GPU."
 
@@ -28,8 +29,6 @@ def add_arguments(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; return the exit status."""
-    from lsr_scale.planning import fit, plan, render
-
     if args.budget:
         return _propose(args)
     if args.model:
@@ -37,6 +36,8 @@ def run(args: argparse.Namespace) -> int:
             "--model goes with --budget; without it, give a configuration, such as lsr-scale plan mistral_lsr"
         )
     config = load_run(args)
+    from lsr_scale.planning import fit, plan, render
+
     result = plan(config, args.gpus or 1)
     card = args.card_gib or _own_card_gib()
     verdict = fit(config, result, card) if card and result.traced else None
@@ -57,9 +58,7 @@ def _own_card_gib() -> float | None:
 
 
 def _propose(args: argparse.Namespace) -> int:
-    from lsr_scale.planning import budget
-
-    num_parameters = budget.parse_budget(args.budget)
+    num_parameters = parse_count(args.budget, "--budget")
     for name, value in (("--gpus", args.gpus), ("--card-gib", args.card_gib)):
         if value is not None:
             raise UserError(f"{name} {value:g}: has no effect with --budget, which counts parameters; leave it out")
@@ -67,6 +66,8 @@ def _propose(args: argparse.Namespace) -> int:
         raise UserError("--model and a configuration both name a model; give one of them")
     if args.model and args.set:
         raise UserError("--set: has no effect with --model, which brings no configuration; leave it out")
+    from lsr_scale.planning import budget
+
     if args.model:
         result = budget.propose(args.model, num_parameters)
     else:

@@ -16,13 +16,14 @@ def add_arguments(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; return the exit status."""
+    config = load_run(args)
+
     from rich.text import Text
 
     from lsr_scale.data.formats import KIND_MEANING
     from lsr_scale.data.preview import preview
     from lsr_scale.training.assembly import check_run_fits, read_data
 
-    config = load_run(args)
     notes: list[str] = []
     data = read_data(config, say=notes.append)
     check_run_fits(config, data)

@@ -21,10 +21,11 @@ def add_arguments(parser: Parser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the command; return the exit status."""
     from lsr_scale.config.shipped import find_run
-    from lsr_scale.run.folder import RunFolder
-    from lsr_scale.run.train import train
 
     config, file = load_run(args), find_run(args.config or args.config_path)
+    from lsr_scale.run.folder import RunFolder  # a mistake in the file does not wait for torch
+    from lsr_scale.run.train import train
+
     name = file.stem
     folder = RunFolder(file.resolve().parent)
     if file.resolve() == folder.config and folder.is_run():  # a run's own: it means that run, wherever it lies

@@ -28,6 +28,7 @@ from lsr_scale.errors import UserError
 from lsr_scale.files import read_json
 from lsr_scale.model.tokenizer import has_tokenizer
 from lsr_scale.paths import user_path
+from lsr_scale.run.find import find_adapter
 from lsr_scale.run.folder import RunFolder
 
 WRAPPER = "base_model.model."
@@ -119,15 +120,12 @@ def open_adapter(path: str | Path) -> AdapterSource:
         UserError: if there is none, or its files are damaged, inconsistent, of an unknown method, or hold values that
             are not finite.
     """
-    folder, run, results = user_path(path), None, None
-    if (folder / "config.yaml").is_file():
-        run_folder = RunFolder(folder)
+    folder, run, results = find_adapter(path), None, None
+    if folder != user_path(path):
+        run_folder = RunFolder(user_path(path))
         run = load_run(run_folder.config)
         if run_folder.results.is_file():
             results = _read_results(run_folder.results)
-        folder = run_folder.adapter
-        if not folder.is_dir():
-            raise UserError(f"{path}: the run has no adapter yet; train it, or resume it with --resume auto")
     config = read_config(folder)
     _check_exportable(folder, config)
     modules, extra = _sort(folder, config, read_weights(folder))

@@ -68,23 +68,6 @@ class Budget:
         return json.dumps(asdict(self), indent=2)
 
 
-def parse_budget(text: str) -> int:
-    """Return a number of parameters: 4M, 500k, 1.5B or a plain number.
-
-    Raises:
-        UserError: for anything else.
-    """
-    units = {"k": 10**3, "m": 10**6, "b": 10**9}
-    number, unit = (text[:-1], units[text[-1].lower()]) if text[-1:].lower() in units else (text, 1)
-    try:
-        count = float(number.replace(",", "").replace("_", "")) * unit if text.isascii() else 0
-        if 1 <= count < 1e13:
-            return round(count)
-    except ValueError:
-        pass
-    raise UserError(f"--budget: expected a number of parameters such as 4M, 500k or 2500000, got {text!r}")
-
-
 def propose(
     model: str,
     budget: int,

@@ -15,7 +15,7 @@ from lsr_scale.adapters.read import ADAPTER_FILES
 from lsr_scale.errors import UserError
 from lsr_scale.files import cannot_write, is_own_picture, is_picture, write_text
 from lsr_scale.model.tokenizer import tokenizer_files
-from lsr_scale.paths import user_path
+from lsr_scale.run.find import find_run
 
 # of a checkpoint: what no other trainer writes
 MANIFEST, STATE, TENSORS = "manifest.json", "training_state.json", "training_state.safetensors"
@@ -252,9 +252,4 @@ def open_run(path: str | Path) -> RunFolder:
     Raises:
         UserError: if there is none.
     """
-    folder = RunFolder(user_path(path))
-    if not folder.config.is_file():
-        runs = sorted(p.parent.name for p in Path("runs").glob("*/config.yaml"))
-        known = f"; runs here: {', '.join(f'runs/{name}' for name in runs[:8])}" if runs else ""
-        raise UserError(f"{path}: not a run folder (there is no config.yaml in it){known}")
-    return folder
+    return RunFolder(find_run(path))

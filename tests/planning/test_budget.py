@@ -15,7 +15,8 @@ from lsr_scale.adapters import peft_config
 from lsr_scale.cli import main
 from lsr_scale.config import run_from_dict
 from lsr_scale.model import DTYPES, load_config, meta_model
-from lsr_scale.planning.budget import parse_budget, propose
+from lsr_scale.planning.budget import propose
+from lsr_scale.units import parse_count
 
 SMOLLM2, MISTRAL = "HuggingFaceTB/SmolLM2-135M", "mistralai/Mistral-7B-v0.1"
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -25,13 +26,13 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
     ("text", "count"), [("4M", 4_000_000), ("1.5m", 1_500_000), ("500k", 500_000), ("2,500", 2500), ("1_000", 1000)]
 )
 def test_a_budget_is_read(text, count):
-    assert parse_budget(text) == count
+    assert parse_count(text, "--budget") == count
 
 
 @pytest.mark.parametrize("text", ["", "M", "-4M", "0", "nan", "inf", "4 apples"])
 def test_what_is_no_budget_is_refused(text):
     with pytest.raises(UserError, match="such as 4M"):
-        parse_budget(text)
+        parse_count(text, "--budget")
 
 
 @pytest.mark.parametrize("budget", [22_000, 100_000, 349_440, 1_000_000, 1_400_000, 5_000_000, 20_000_000])

@@ -106,7 +106,7 @@ def test_ctrl_c_while_importing_ends_in_words(module, tmp_path):
         "            raise KeyboardInterrupt\n"
         "sys.meta_path.insert(0, Interrupts())\n"
         "from lsr_scale.cli import main\n"
-        "sys.exit(main(['config', 'none.yaml']))\n"
+        "sys.exit(main(['doctor']))\n"
     )
     done = subprocess.run(
         [sys.executable, tmp_path / "lsr-scale"], capture_output=True, text=True, check=False,

@@ -39,6 +39,10 @@ def _model(run: "RunConfig") -> Iterator[Problem]:
                 "multiple-choice questions are scored by a language model (task: causal_lm); for seq_cls put the "
                 "held-out rows under data.validation, or set data.validation_split",
             )
+        if run.eval.prompts:
+            yield Problem(
+                ("eval", "prompts"), "a classifier completes no prompts; leave them out, or set model.task: causal_lm"
+            )
     elif model.num_labels is not None:
         yield Problem(("model", "num_labels"), "only task seq_cls has labels; set model.task: seq_cls, or remove it")
     if model.attention == "flash_attention_2" and model.dtype == "float32":

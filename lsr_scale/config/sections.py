@@ -202,10 +202,27 @@ class DeepSpeedSection(Section):
     )
 
 
+class Message(Section):
+    """A turn of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"] = Field(description="Who says it.")
+    content: str = Field(description="What is said.")
+
+
+Text = Annotated[str, Field(min_length=1)]
+Conversation = Annotated[list[Message], Field(min_length=1)]
+
+
 class EvalSection(Section):
-    """The multiple-choice tasks whose accuracy is measured."""
+    """The multiple-choice tasks whose accuracy is measured, and the prompts whose completions are shown."""
 
     tasks: list[Source] = Field([], description="Sources of multiple-choice questions.")
     before: Flag = Field(True, description="Score before training too.")
     limit: int | None = Field(None, ge=1, description="Score only the first so many questions of each task.")
     batch_tokens: int = Field(8192, ge=1, le=2**24, description="Tokens in one scoring batch, padding included.")
+    prompts: Text | list[Text | Conversation] = Field(
+        [],
+        description="Completed greedily before training, at each evaluation and after: texts or lists of messages, or "
+        "the path of a .txt or .jsonl file with them.",
+    )
+    max_new_tokens: int = Field(64, ge=1, le=2**16, description="When a prompt's completion ends at the latest.")

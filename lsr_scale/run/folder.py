@@ -36,6 +36,7 @@ class RunFolder:
     .lock              the process that is running here (`lock.py`)
     nonfinite.jsonl    batches without a finite loss, and steps without a finite gradient
     condition.png      how far the terms of LSR-Adapt's sums cancel
+    samples.jsonl      completions of eval.prompts: {"step", "moment", "prompt", "completion"} a line
     """
 
     path: Path
@@ -94,6 +95,11 @@ class RunFolder:
     def nonfinite(self) -> Path:
         """One JSON object a batch whose loss was not finite, or a step whose gradient was not."""
         return self.path / "nonfinite.jsonl"
+
+    @property
+    def samples(self) -> Path:
+        """One JSON object a completion of a prompt; `moment` is "before", "evaluation" or "after"."""
+        return self.path / "samples.jsonl"
 
     def predictions(self, task: str, when: str) -> Path:
         """The predictions of a task, `when` being "before", "after" or the name of another evaluation.
@@ -154,6 +160,7 @@ class RunFolder:
             self.data: lambda file: "train" in _keys(file),
             self.metrics: lambda file: _has_line_of(file, {"step"}),
             self.nonfinite: lambda file: _has_line_of(file, {"step"}),
+            self.samples: lambda file: _has_line_of(file, {"moment", "prompt", "completion"}),
             self.results: lambda file: {"method", "steps"} <= _keys(file),
             self.curve: is_picture,
             self.condition: is_picture,
@@ -176,7 +183,9 @@ class RunFolder:
         """Return what lies where a run writes, and is none of a run's."""
         ours = set(self.written())
         files = self.config, self.environment, self.data, self.metrics, self.curve, self.condition, self.results
-        blocking = [path for path in (*files, self.nonfinite) if os.path.lexists(path) and path not in ours]
+        blocking = [
+            path for path in (*files, self.nonfinite, self.samples) if os.path.lexists(path) and path not in ours
+        ]
         marked = self.is_marked()
         folders = [path for path in self._folders() if os.path.lexists(path)]
         # a link would lead what is written into it out of the folder; the others are replaced, link and all

@@ -24,8 +24,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def truncate(path: Path, step: int) -> list[dict[str, Any]]:
-    """Drop the rows after a step from a file, since a resumed run repeats those steps; return what is left."""
-    rows = [row for row in read_metrics(path) if row["step"] <= step]
+    """Drop what a resumed run repeats from a file: rows after a step, and those after training; return what is left."""
+    rows = [row for row in read_metrics(path) if row["step"] <= step and row.get("moment") != "after"]
     files.write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
     return rows
 

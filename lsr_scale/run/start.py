@@ -162,14 +162,15 @@ def begin(start: Start, data: RunData) -> list[str]:
         folder, after = start.folder, start.step if start.in_place else -1
         outdated = _outdated(start, after)
         if start.in_place:
-            rewritten = folder.config, folder.environment, folder.data, folder.metrics
+            rewritten = folder.config, folder.environment, folder.data, folder.metrics, folder.samples
             Backup(folder).set_aside(outdated, rewritten, after)
         else:
             Backup(folder).set_aside([*folder.written(), *outdated], (), after)
         for path in folder.path.glob(".checkpoint-*.part"):  # a kill left it in the middle of a save
             files.remove(path)
-        if start.in_place and folder.nonfinite.exists():  # the later steps are repeated, and recorded again
-            truncate(folder.nonfinite, after)
+        for path in (folder.nonfinite, folder.samples):
+            if start.in_place and path.exists():  # the later steps are repeated, and recorded again
+                truncate(path, after)
         files.write_json(folder.environment, files.environment())
         files.write_json(folder.data, data.sources)
         save_tokenizer(data.tokenizer, folder.tokenizer)

@@ -29,6 +29,7 @@ from lsr_scale.training.arguments import uses_deepspeed, zero_stage
 from lsr_scale.training.assembly import build_trainer
 from lsr_scale.training.callbacks.condition import ConditionCallback
 from lsr_scale.training.callbacks.progress import Progress
+from lsr_scale.training.callbacks.samples import Samples
 from lsr_scale.training.callbacks.signals import StopOnSignal, Terminated, end_with_peers
 from lsr_scale.training.checkpoint import select
 from lsr_scale.training.run_data import RunData, read_data
@@ -76,14 +77,18 @@ def train(
         _announce(start, resume is not None, say)
         tasks = evaluate.load_tasks(start.run.eval)
         stop = StopOnSignal(say)
-        data, trainer = _prepare(start, stop, say, quiet)
+        data, trainer, samples = _prepare(start, stop, say, quiet)
         _begin_folder(start, data, say)
         _announce_training(start.run, trainer, say)
         scores = _score_before(start, tasks, trainer, say, live)
+        if start.checkpoint is None:
+            samples.take(trainer.model, trainer.processing_class, 0, "before")
         trained = _run_trainer(start, trainer, stop, say)
         _save_adapter(start.folder, trainer, trained, say)
         if tasks:
             scores["after"] = _score(start, tasks, trainer, "after", say, live)
+        step = trained.best_step or trainer.state.global_step
+        samples.take(trainer.model, trainer.processing_class, step, "after")
         if distributed.is_main():
             _write_results(start, trainer, trained, scores, began)
             say(f"done in {clock(time.monotonic() - began)}")
@@ -109,8 +114,8 @@ def _announce(start: Start, is_resumed: bool, say: Say) -> None:
         )
 
 
-def _prepare(start: Start, stop: StopOnSignal, say: Say, quiet: bool) -> tuple[RunData, Trainer]:
-    """Return the data and the trainer, both of which fit the checkpoint, if there is one; nothing is written yet.
+def _prepare(start: Start, stop: StopOnSignal, say: Say, quiet: bool) -> tuple[RunData, Trainer, Samples]:
+    """Return the data, the trainer, which fit the checkpoint, if there is one, and its samples; nothing is written yet.
 
     Raises:
         UserError: for a model, data, adapter or checkpoint that do not go together.
@@ -123,18 +128,20 @@ def _prepare(start: Start, stop: StopOnSignal, say: Say, quiet: bool) -> tuple[R
         # it has factors of its own, and tells what the adapter that was started from had that the run does not
         run = run.model_copy(update={"adapter": run.adapter.model_copy(update={"start_from": str(checkpoint)})})
     watch = ConditionCallback(run.training["condition_tolerance"], run.training["condition_guard"], say)
-    # in this order: progress refuses what is not finite, and records what was measured before it
-    callbacks = [stop, watch, Progress(folder.metrics, quiet=quiet), DiscardBackup(folder)]
+    progress = Progress(folder.metrics, quiet=quiet)
     with suggest_base_option(None if checkpoint else run.model.name, "--set model.name=FOLDER"):
         data = read_data(run, checkpoint, say)
         if checkpoint:
             for note in select.check_data(checkpoint, data.sources):
                 say(f"note: {note}")
-        trainer = build_trainer(run, folder, callbacks, say, data)
+        samples = Samples(data.prompts, run.eval.max_new_tokens, folder.samples, say)
+        # in this order: progress refuses what is not finite, records what was measured before it, and counts the time
+        # of no sample as a step's
+        trainer = build_trainer(run, folder, [stop, watch, samples, progress, DiscardBackup(folder)], say, data)
     if checkpoint:
         for note in _check_adapter(trainer.model, checkpoint):
             say(f"note: {note}")
-    return data, trainer
+    return data, trainer, samples
 
 
 def _check_adapter(model: Any, checkpoint: Path) -> list[str]:

@@ -1,7 +1,7 @@
 """A run's rows and its tokenizer, read before its model is loaded."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,8 @@ from datasets import Dataset
 
 from lsr_scale.config import RunConfig
 from lsr_scale.data.formats import Kind, build_dataset, load_source
-from lsr_scale.data.model_limits import check_model_limits
+from lsr_scale.data.model_limits import check_model_limits, check_token_id, num_positions, stated_length
+from lsr_scale.data.prompts import EncodedPrompt, encode_prompts, load_prompts
 from lsr_scale.data.split import split_by_hash
 from lsr_scale.data.tokenizer_setup import row_check
 from lsr_scale.errors import UserError
@@ -23,7 +24,8 @@ from lsr_scale.training.checkpoint import select
 class RunData:
     """The rows of a run, their kind (`KIND_MEANING`), where they came from, and the tokenizer that takes them.
 
-    `sources` holds a list a part ("train", "validation"), of a `Provenance` as a dictionary a source.
+    `sources` holds a list a part ("train", "validation"), of a `Provenance` as a dictionary a source; `prompts` are what
+    it completes while it trains.
     """
 
     train: Dataset
@@ -31,6 +33,7 @@ class RunData:
     kind: Kind
     sources: dict[str, list[dict[str, Any]]]
     tokenizer: Any
+    prompts: list[EncodedPrompt] = field(default_factory=list)
 
 
 def read_data(
@@ -47,6 +50,7 @@ def read_data(
         UserError: for a source that cannot be read, rows that do not fit the run's task, its chat template or its
             number of labels, or validation rows of another kind than those for training.
     """
+    prompts = load_prompts(run.eval.prompts)
     parts = {"train": run.data.train, "validation": run.data.validation or []}
     loaded = {part: [load_source(source, part) for source in sources] for part, sources in parts.items()}
     tokenizer = _tokenizer(run, checkpoint, lambda text: say(f"note: {text}"))
@@ -64,7 +68,7 @@ def read_data(
             f"(data.validation_split: {run.data.validation_split:g})"
         )
     sources = {part: [rows.provenance.to_dict() for rows in of_part] for part, of_part in loaded.items()}
-    return RunData(train, validation, kind, sources, tokenizer)
+    return RunData(train, validation, kind, sources, tokenizer, encode_prompts(prompts, kind, tokenizer))
 
 
 def check_run_fits(run: RunConfig, data: RunData) -> None:
@@ -79,6 +83,24 @@ def check_run_fits(run: RunConfig, data: RunData) -> None:
     parts = {"train": data.train, "validation": data.validation}
     given = {name: dataset for name, dataset in parts.items() if dataset is not None}
     check_model_limits(given, data.kind, data.tokenizer, model_config, run.training, empty)
+    _check_prompts(run, data, model_config, empty)
+
+
+def _check_prompts(run: RunConfig, data: RunData, model_config: Any, empty: Callable[[], Any]) -> None:
+    """Refuse prompts with tokens that the model lacks, or too long to be completed where a table limits positions."""
+    new, stated = run.eval.max_new_tokens, stated_length(model_config)
+    longest = max((len(one.ids) for one in data.prompts), default=0)
+    positions = num_positions(empty()) if stated is None or longest + new > stated - 2 else None
+    for number, one in enumerate(data.prompts, 1):
+        where = f"eval.prompts: prompt {number}"
+        rows = getattr(model_config.get_text_config(), "vocab_size", None)
+        if isinstance(rows, int):
+            check_token_id(max(one.ids), rows, data.tokenizer, model_config, where)
+        if positions is not None and len(one.ids) + new > positions:
+            raise UserError(
+                f"{where}: has {len(one.ids):,} tokens, and eval.max_new_tokens is {new:,}, but the model has "
+                f"{positions:,} positions; shorten it, or lower eval.max_new_tokens"
+            )
 
 
 def _tokenizer(run: RunConfig, checkpoint: Path | None, note: Callable[[str], None]) -> Any:

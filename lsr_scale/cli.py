@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lsr_scale.commands import (
+    classify,
     config,
     doctor,
     evaluate,
@@ -29,6 +30,7 @@ COMMANDS: dict[str, Any] = {
     "train": train,
     "eval": evaluate,
     "generate": generate,
+    "classify": classify,
     "export": export,
     "inspect": inspect,
     "merge": merge,

@@ -5,7 +5,7 @@ import json
 
 from lsr_scale.commands.arguments import BASE_HELP, Parser, count
 
-HELP = "Load a run's adapter onto its base again and score multiple-choice tasks."
+HELP = "Load a run's adapter onto its base again and score multiple-choice tasks, or a classifier's labelled rows."
 
 
 def add_arguments(parser: Parser) -> None:
@@ -14,7 +14,8 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--tasks", nargs="+", metavar="TASK", help="task names, files or folders; the run's own by default"
     )
-    parser.add_argument("--limit", type=count, help="score only the first so many questions of each task")
+    parser.add_argument("--data", nargs="+", metavar="FILE", help="labelled rows to score a classifier on")
+    parser.add_argument("--limit", type=count, help="score only the first so many questions of each task, or rows")
     parser.add_argument("--base", metavar="MODEL", help=BASE_HELP)
     parser.add_argument("--base-only", action="store_true", help="score the base without the adapter")
     parser.add_argument("--without-questions", action="store_true", help="a control: score the choices alone")
@@ -29,7 +30,8 @@ def run(args: argparse.Namespace) -> int:
     from lsr_scale.run.evaluate import evaluate_run
     from lsr_scale.run.tables import print_accuracy
 
-    result = evaluate_run(args.run, args.tasks, args.limit, args.base_only, args.without_questions, base=args.base)
+    options = {"base": args.base, "data": args.data}
+    result = evaluate_run(args.run, args.tasks, args.limit, args.base_only, args.without_questions, **options)
     if args.json:
         print(json.dumps(result, indent=2))
     else:

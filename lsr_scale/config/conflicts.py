@@ -31,8 +31,11 @@ def conflicts(run: "RunConfig") -> Iterator[Problem]:
 def _model(run: "RunConfig") -> Iterator[Problem]:
     model = run.model
     if model.task == "seq_cls":
-        if model.num_labels is None:
-            yield Problem(("model", "num_labels"), "task seq_cls needs it; set the number of classes, such as 2")
+        if model.labels is not None and model.num_labels not in (None, len(model.labels)):
+            yield Problem(
+                ("model", "num_labels"),
+                f"is {model.num_labels}, but model.labels has {len(model.labels)}; leave it out",
+            )
         if run.eval.tasks:
             yield Problem(
                 ("eval", "tasks"),
@@ -43,8 +46,11 @@ def _model(run: "RunConfig") -> Iterator[Problem]:
             yield Problem(
                 ("eval", "prompts"), "a classifier completes no prompts; leave them out, or set model.task: causal_lm"
             )
-    elif model.num_labels is not None:
-        yield Problem(("model", "num_labels"), "only task seq_cls has labels; set model.task: seq_cls, or remove it")
+    else:
+        for name in ("num_labels", "labels"):
+            if getattr(model, name) is not None:
+                words = "only task seq_cls has labels; set model.task: seq_cls, or remove it"
+                yield Problem(("model", name), words)
     if model.attention == "flash_attention_2" and model.dtype == "float32":
         yield Problem(
             ("model", "attention"), "flash_attention_2 has no float32; set model.dtype: bfloat16, or attention: sdpa"
@@ -89,7 +95,7 @@ def _adapter(run: "RunConfig") -> Iterator[Problem]:
 def _training(run: "RunConfig") -> Iterator[Problem]:
     model, training = run.model, run.training
     if (metric := training.get("metric_for_best_model")) is not None:
-        measured = evaluated(model.task, model.num_labels)
+        measured = evaluated(model.task, len(model.labels) if model.labels else model.num_labels)
         if metric.removeprefix("eval_") not in measured:
             names = [f"eval_{name}" for name in measured]
             yield Problem(("training", "metric_for_best_model"), f"{metric!r}: {did_you_mean(metric, names)}")

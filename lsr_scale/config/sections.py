@@ -20,6 +20,28 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, validate_default=True)
 
 
+def _class_names(value: Any) -> Any:
+    """Take numbers, true and false for the names that rows write for them; refuse what names no two classes."""
+    if not isinstance(value, list):
+        return value
+    names = [
+        str(item).lower() if isinstance(item, bool) else str(item) if isinstance(item, int) else item for item in value
+    ]
+    texts = [name.strip() for name in names if isinstance(name, str)]
+    if twice := next((name for name in texts if texts.count(name) > 1), None):
+        raise ValueError(f"names {twice!r} twice; keep one")
+    if "" in texts:
+        raise ValueError("expected names of classes, got an empty one; remove it")
+    if len(names) < 2:
+        raise ValueError(f"expected two classes or more, got {len(names)}; for scores (a regression) set num_labels: 1")
+    return [name.strip() if isinstance(name, str) else name for name in names]
+
+
+ClassNames = Annotated[
+    list[str] | None, BeforeValidator(_class_names, json_schema_input_type=list[str | int | bool] | None)
+]
+
+
 class ModelSection(Section):
     """The frozen base model and how it is held."""
 
@@ -30,7 +52,12 @@ class ModelSection(Section):
     task: Task = Field(
         "causal_lm", description="Language modeling (TRL's SFTTrainer) or sequence classification (Trainer)."
     )
-    num_labels: int | None = Field(None, ge=1, le=1_000_000, description="Classes of seq_cls; 1 is regression.")
+    num_labels: int | None = Field(
+        None, ge=1, le=1_000_000, description="Classes of seq_cls, found in the rows by default; 1 is regression."
+    )
+    labels: ClassNames = Field(
+        None, description="Names of seq_cls's classes, class 0 first; by default those of the rows, in their order."
+    )
     quantization: Literal["nf4", "fp4", "int8", "none"] = Field(
         "nf4", description="How the base's linears are stored; int8 is weight-only."
     )

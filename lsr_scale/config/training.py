@@ -165,10 +165,12 @@ def evaluated(task: Task, num_labels: int | None) -> tuple[str, ...]:
 
     Args:
         task: The model's.
-        num_labels: A classifier's outputs; one is a regression.
+        num_labels: A classifier's outputs; one is a regression. None: what any number of them may have.
     """
     if task == "causal_lm":
         return "loss", "mean_token_accuracy", "entropy"
+    if num_labels is None:
+        return "loss", *_CLASSES, *_SCORES
     if num_labels == 1:
         return "loss", *_SCORES
     return "loss", *(name for name in _CLASSES if name != "f1" or num_labels == 2)  # F1 of class 1, of two

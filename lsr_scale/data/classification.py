@@ -12,24 +12,19 @@ if TYPE_CHECKING:
 
 
 def tokenize_classification(
-    dataset: "Dataset",
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int | None = None,
-    num_labels: int | None = None,
+    dataset: "Dataset", tokenizer: PreTrainedTokenizerBase, max_length: int | None = None
 ) -> "Dataset":
     """Tokenize sentence pairs for a sequence classifier; the columns are the tokenizer's inputs and `labels`.
 
     Args:
-        dataset: Rows with sentence1, sentence2 ("" where there is none) and label.
+        dataset: Rows with sentence1, sentence2 ("" where there is none) and, but for rows to be classified, label.
         tokenizer: Its special tokens stand around and between the sentences.
         max_length: Longer inputs are cut; None takes the tokenizer's own limit.
-        num_labels: Classes, whose numbers a table may write 1.0; 1, or None, leaves labels as they are.
     """
 
     def encode(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         encoded = tokenizer(*_sentences(batch), truncation=True, max_length=max_length)
-        labels = batch["label"] if num_labels in (None, 1) else [int(label) for label in batch["label"]]
-        return {**encoded, "labels": labels}
+        return {**encoded, **({"labels": batch["label"]} if "label" in batch else {})}
 
     # One call for all rows: whether there is a second sentence must not differ from batch to batch.
     return dataset.map(encode, batched=True, batch_size=None, remove_columns=dataset.column_names)
@@ -41,13 +36,34 @@ def _sentences(rows: Mapping[str, Any]) -> tuple[list[str], list[str] | None]:
 
 
 def count_classification(
-    where: str, dataset: "Dataset", tokenizer: PreTrainedTokenizerBase, max_length: int | None
+    where: str,
+    dataset: "Dataset",
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None,
+    encoded: "Dataset | None" = None,
 ) -> tuple[str, list[str]]:
-    """Return a line and notes on how many of a classifier's rows are longer than `max_length`, as for texts."""
+    """Return a line and notes on how many of a classifier's rows are longer than `max_length`, as for texts.
+
+    Args:
+        where: What the rows are, such as "data.train".
+        dataset: The rows.
+        tokenizer: The run's.
+        max_length: As it was given to `tokenize_classification`.
+        encoded: What that made of all of the rows; None has some of many rows tokenized here. Only rows that fill the
+            limit are tokenized again, without it.
+    """
     some, where_counted = counted_rows(where, dataset)
+    if encoded is None:
+        encoded = tokenize_classification(some, tokenizer, max_length)
+    else:
+        some, where_counted = dataset, where
     limit = tokenizer.model_max_length if max_length is None else max_length
-    lengths = [len(ids) for ids in tokenizer(*_sentences(some[:]), truncation=False, verbose=False).input_ids]  # pyright: ignore
-    cut = sum(length > limit for length in lengths)
+    full = [index for index, ids in enumerate(encoded["input_ids"]) if len(ids) >= limit]
+    cut = 0
+    if full:
+        first, second = _sentences(some[:])  # pyright: ignore
+        pairs = [first[index] for index in full], None if second is None else [second[index] for index in full]
+        cut = sum(len(ids) > limit for ids in tokenizer(*pairs, truncation=False, verbose=False).input_ids)
     line = f"{where_counted}: {len(some):,} rows, {cut:,} cut"
     note = f"{where}: training.max_length ({limit}) cuts {cut:,} of {len(some):,} rows; raise it, or shorten the rows"
     return line, [note] if cut else []

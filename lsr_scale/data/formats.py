@@ -7,14 +7,13 @@ supervised token (the model learns to stop after the answer) that no score ever 
 """
 
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+from lsr_scale.data.labels import Labels, number_of
 from lsr_scale.data.prompt_forms import scored_pair
 from lsr_scale.data.rows import Row, RowError, Rows
 from lsr_scale.data.sources import load_rows
-from lsr_scale.data.task_layouts import whole_number
 from lsr_scale.data.tasks import detect_task, is_uniform, to_example
 from lsr_scale.errors import UserError, did_you_mean
 
@@ -51,8 +50,6 @@ SENTENCE_PAIRS = (
     ("sentence", None),
     ("text", None),
 )
-_DECIMAL = re.compile(r"[+-]?([0-9]{1,18}\.?[0-9]{0,18}|\.[0-9]{1,18})([eE][+-]?[0-9]{1,3})?")
-_LARGEST_LABEL = 2**31
 
 SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -159,27 +156,24 @@ def _alpaca(row: Row) -> dict[str, Any]:
 
 
 def _classification(row: Row) -> dict[str, Any]:
+    """The sentences, and the label if it is a number; `build_dataset` knows the classes of a run."""
+    return {**sentences(row), "label": number_of(row)}
+
+
+def sentences(row: Row) -> dict[str, str]:
+    """Return a row's one or two sentences, under whatever names; the second is "" where there is none.
+
+    Raises:
+        RowError: if there is no text.
+    """
     first, second = next(
-        (pair for pair in SENTENCE_PAIRS if pair[0] in row and (pair[1] is None or pair[1] in row)), SENTENCE_PAIRS[0]
+        (pair for pair in SENTENCE_PAIRS if pair[0] in row and (pair[1] is None or row.get(pair[1]) is not None)),
+        SENTENCE_PAIRS[0],
     )
-    label = _label(row.get("label"))
-    return {"sentence1": _text(row, first), "sentence2": _text(row, second) if second else "", "label": label}
-
-
-def _label(value: object) -> int | float:
-    """Read a class number or a score; a CSV file has them as text."""
-    number: int | float | None = value if isinstance(value, float) else whole_number(value)
-    if number is None and isinstance(value, str) and _DECIMAL.fullmatch(value.strip()):
-        number = float(value)
-    if number is None:
-        raise RowError(f"expected a class number (or a score) under 'label', got {value!r:.60}")
-    if isinstance(value, str) and "." in value:
-        number = float(number)
-    if number == -1 and isinstance(number, int):
-        raise RowError("label -1 means unlabelled (official test sets often are); use another split")
-    if not abs(number) < _LARGEST_LABEL:  # not a number, neither
-        raise RowError(f"expected a label that is finite and below {_LARGEST_LABEL:g}, got {value!r:.60}")
-    return number
+    text = _text(row, first)
+    if not text.strip():
+        raise RowError(f"expected a text to classify under {first!r}, got an empty one")
+    return {"sentence1": text, "sentence2": _text(row, second) if second else ""}
 
 
 def _plain_text(row: Row) -> dict[str, Any]:
@@ -232,15 +226,27 @@ def _is_question_answer(row: Row) -> bool:
 
 
 def _convert(
-    rows: Rows, data_format: str, where: str, check: Callable[[dict[str, Any]], None] | None
+    rows: Rows,
+    data_format: str,
+    where: str,
+    check: Callable[[dict[str, Any]], None] | None,
+    labels: Labels | None,
+    model_task: str | None,
 ) -> tuple[list[dict[str, Any]], Kind]:
     """Convert the rows of one source; the format is detected on its first row and holds for all."""
     if data_format not in FORMATS:
         raise UserError(f"{where}: unknown format {data_format!r}; {did_you_mean(data_format, FORMATS)}")
     if data_format == "auto":
         fits = fitting_formats(rows.rows[0])
-        if len(fits) != 1:
+        if model_task == "seq_cls" and "classification" in fits:
+            fits = ["classification"]
+        if len(fits) != 1 or (model_task == "seq_cls" and fits == ["text"]):
             columns = ", ".join(rows.rows[0])[:200]
+            if model_task == "seq_cls" and fits in ([], ["text"]):
+                raise UserError(
+                    f"{where}: rows with the columns {columns} are not classification rows, which have a column label "
+                    "and a text (text, sentence, or the pair sentence1 and sentence2); rename the columns"
+                )
             what = f"fit more than one format ({', '.join(fits)})" if fits else "fit no format that is known"
             raise UserError(
                 f"{where}: rows with the columns {columns} {what}; set format to one of: {', '.join(FORMATS[1:])}"
@@ -251,6 +257,8 @@ def _convert(
         try:
             if data_format == "multiple_choice":
                 records.append(multiple_choice_record(row, rows.task))
+            elif data_format == "classification" and labels is not None:
+                records.append({**sentences(row), "label": labels.encode(row, rows.label_names)})
             else:
                 records.append(CONVERTERS[data_format](row))
             if check is not None:
@@ -292,6 +300,7 @@ def build_dataset(
     model_task: str | None = None,
     loaded: Sequence[Rows] | None = None,
     check: Callable[[dict[str, Any]], None] | None = None,
+    labels: Labels | None = None,
 ) -> tuple["Dataset", Kind]:
     """Read the sources, convert their rows and put them one after the other, in the order given.
 
@@ -301,6 +310,7 @@ def build_dataset(
         model_task: `causal_lm` or `seq_cls`: data of the wrong sort for it is refused. None takes any.
         loaded: The rows of the sources, where they were read already (`load_source`).
         check: Called with every converted row; a RowError that it raises is told with the row's place.
+        labels: A classifier's, by which rows get the numbers of their classes; None leaves numbers as they stand.
 
     Returns:
         The dataset and its kind, a key of `KIND_MEANING`.
@@ -317,7 +327,7 @@ def build_dataset(
     for source, rows in zip(sources, loaded or [load_source(source, default_split) for source in sources], strict=True):
         fields = source_fields(source)
         where = f"data source {fields['path']!r}"
-        converted, kind = _convert(rows, fields.get("format", "auto"), where, check)
+        converted, kind = _convert(rows, fields.get("format", "auto"), where, check, labels, model_task)
         records += converted
         kinds.setdefault(kind, where)
     if len(kinds) > 1:

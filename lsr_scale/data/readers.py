@@ -257,6 +257,26 @@ def _header(fields: list[str], where: str) -> list[str]:
     return [name or f"column {index}" for index, name in enumerate(names, 1)]
 
 
+def label_names(path: Path) -> tuple[str, ...] | None:
+    """Return the names of a file's ClassLabel feature named label, which `datasets` writes into parquet and Arrow."""
+    if suffix(path) not in (".parquet", ".arrow"):
+        return None
+    import pyarrow.parquet as pq
+    from datasets import Features
+
+    try:
+        schema = pq.read_schema(path) if suffix(path) == ".parquet" else _arrow_table(path).schema
+        return names_of_feature(Features.from_arrow_schema(schema))
+    except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError):  # metadata of something else
+        return None
+
+
+def names_of_feature(features: Any) -> tuple[str, ...] | None:
+    """Return the names of a ClassLabel feature named label among a dataset's features."""
+    names = getattr((features or {}).get("label"), "names", None)
+    return tuple(names) if names else None
+
+
 def _parquet(path: Path) -> NumberedRows:
     import pyarrow.parquet as pq
 
@@ -264,17 +284,18 @@ def _parquet(path: Path) -> NumberedRows:
 
 
 def _arrow(path: Path) -> NumberedRows:
+    yield from _table(path, "Arrow", lambda: _arrow_table(path))
+
+
+def _arrow_table(path: Path) -> Any:
     import pyarrow as pa
 
-    def read() -> Any:
-        try:
-            with pa.OSFile(str(path)) as source:
-                return pa.ipc.open_stream(source).read_all()
-        except pa.ArrowInvalid:
-            with pa.OSFile(str(path)) as source:
-                return pa.ipc.open_file(source).read_all()
-
-    yield from _table(path, "Arrow", read)
+    try:
+        with pa.OSFile(str(path)) as source:
+            return pa.ipc.open_stream(source).read_all()
+    except pa.ArrowInvalid:
+        with pa.OSFile(str(path)) as source:
+            return pa.ipc.open_file(source).read_all()
 
 
 def _table(path: Path, kind: str, read: Callable[[], Any]) -> NumberedRows:

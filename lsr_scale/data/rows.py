@@ -43,12 +43,16 @@ class Provenance:
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows as they were read, with the task they belong to and the places to name when one is wrong."""
+    """Rows as they were read, with the task they belong to and the places to name when one is wrong.
+
+    `label_names` are those of a ClassLabel feature named label, whose numbers the rows have; None without one.
+    """
 
     rows: list[dict[str, Any]]
     task: str | None
     provenance: Provenance
     files: tuple["FilePart", ...] = ()
+    label_names: tuple[str, ...] | None = None
 
     def where(self, index: int) -> str:
         """Return "file, line 12" for a row of a text file, "file, row 12" (from 1) for any other."""

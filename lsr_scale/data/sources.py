@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from lsr_scale.data.readers import SUFFIXES, check_regular, read_file, suffix
+from lsr_scale.data.readers import SUFFIXES, check_regular, label_names, names_of_feature, read_file, suffix
 from lsr_scale.data.rows import FilePart, Provenance, Rows
 from lsr_scale.data.tasks import TASKS, Task, check_task
 from lsr_scale.errors import UserError, did_you_mean
@@ -270,7 +270,7 @@ def _load_files(path: str, files: list[Path], split: str | None, task: str | Non
         raise UserError(f"{files[0]}: no rows in it; a file has at least one")
     resolved = str(files[0]) if len(files) == 1 else f"{files[0]} ... {files[-1].name}"
     provenance = Provenance(path, resolved, None, split, digest.hexdigest(), None, len(rows))
-    return Rows(rows, task, provenance, tuple(parts))
+    return Rows(rows, task, provenance, tuple(parts), label_names(files[0]))
 
 
 def _load_hub(
@@ -308,4 +308,4 @@ def _load_hub(
     if not rows:
         raise UserError(f"{where}: the split {split!r} of {hub!r} has no rows")
     provenance = Provenance(path, f"hub:{hub}", name, split, None, loaded._fingerprint, len(rows))
-    return Rows(rows, task, provenance)
+    return Rows(rows, task, provenance, label_names=names_of_feature(loaded.features))

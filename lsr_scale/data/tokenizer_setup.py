@@ -92,23 +92,14 @@ def template_notes(dataset: "Dataset", tokenizer: PreTrainedTokenizerBase) -> li
     ]
 
 
-def row_check(tokenizer: PreTrainedTokenizerBase | None, num_labels: int | None) -> Callable[[dict[str, Any]], None]:
-    """Return what `build_dataset` asks of every row: that the chat template takes it, that its label has an output.
+def row_check(tokenizer: PreTrainedTokenizerBase | None) -> Callable[[dict[str, Any]], None]:
+    """Return what `build_dataset` asks of every row: that the chat template takes it.
 
     Args:
         tokenizer: The run's; None where rows are no conversations.
-        num_labels: Classes of a classifier; 1 is regression.
     """
 
     def check(row: dict[str, Any]) -> None:
-        if "label" in row and num_labels not in (None, 1):
-            label = row["label"]
-            # otherwise it would be an index error, which on a GPU ends the process's use of it
-            if (isinstance(label, float) and not label.is_integer()) or not 0 <= label < num_labels:
-                raise RowError(
-                    f"has the label {label}, but model.num_labels is {num_labels}: labels go from 0 to "
-                    f"{num_labels - 1}; set num_labels, or 1 for scores (regression)"
-                )
         messages = row["messages"] if "messages" in row else row.get("prompt")
         # that there is no template is told once, for all rows
         if not isinstance(messages, list) or tokenizer is None or not tokenizer.chat_template:

@@ -5,7 +5,7 @@ or 8 bits by bitsandbytes; heads outside the base stay in the model's dtype. Cod
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,7 @@ def load_base(
     revision: str | None = None,
     task: Task = "causal_lm",
     num_labels: int | None = None,
+    labels: Sequence[str] | None = None,
     quantization: Quantization = "nf4",
     double_quantization: bool = True,
     dtype: str | torch.dtype = "bfloat16",
@@ -66,6 +67,7 @@ def load_base(
         revision: Commit, branch or tag on the hub.
         task: "causal_lm", or "seq_cls" (a classifier; its head is trained from scratch if the checkpoint has none).
         num_labels: Number of labels of a classifier.
+        labels: Their names, class 0 first, for its configuration.
         quantization: "nf4", "fp4", "int8" or "none".
         double_quantization: Quantize the 4-bit scales too.
         dtype: "bfloat16", "float16" or "float32": of everything not quantized, and the compute dtype.
@@ -124,6 +126,9 @@ def load_base(
             for module in model.modules():
                 if isinstance(module, bnb.nn.Linear4bit):
                     module.compute_dtype = dtype  # a checkpoint quantized already has one of its own
+    if labels is not None:
+        model.config.id2label = dict(enumerate(labels))
+        model.config.label2id = {name: number for number, name in enumerate(labels)}
     model.requires_grad_(False)
     model.config.use_cache = False
     # before anything can run a forward: bitsandbytes' own eval-mode forward repacks 4-bit weights on some CPUs
@@ -139,7 +144,7 @@ def load_base(
 
 def load_base_for(section: Any, seed: int, sharding: Sharding | None = None, **options: Any) -> PreTrainedModel:
     """Return `load_base` of a run's `model` section (`ModelSection`); `options` are more of its arguments."""
-    names = ("revision", "task", "num_labels", "quantization", "double_quantization", "dtype", "attention")
+    names = ("revision", "task", "num_labels", "labels", "quantization", "double_quantization", "dtype", "attention")
     values = {name: getattr(section, name) for name in names}
     return load_base(
         section.name, random_weights=section.random_weights, seed=seed, sharding=sharding, **values, **options

@@ -79,8 +79,13 @@ def plan(run: RunConfig, gpus: int = 1) -> Plan:
     """Return what a run takes on each of `gpus` GPUs.
 
     Raises:
-        UserError: for an unknown model, a target that matches nothing, a rank or split that does not fit.
+        UserError: for an unknown model, a target that matches nothing, a rank or split that does not fit, or a
+            classifier's rows that cannot be read where the run does not say how many labels there are.
     """
+    if run.model.task == "seq_cls":
+        from lsr_scale.training.run_labels import with_labels  # imports datasets
+
+        run = with_labels(run)
     section, training = run.model, run.training
     config = load_config(section.name, section.revision)
     text = config.get_text_config()

@@ -3,27 +3,20 @@
 import json
 import logging
 import sys
-import tempfile
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lsr_scale import distributed
-from lsr_scale.config import RunConfig, run_from_dict
-from lsr_scale.config.training import EVALUATED
-from lsr_scale.data.classification import tokenize_classification
-from lsr_scale.data.formats import build_dataset, load_source, source_fields
-from lsr_scale.data.split import split_by_hash
+from lsr_scale.config import run_from_dict
+from lsr_scale.data.formats import load_source, source_fields
 from lsr_scale.data.tasks import Example, examples
-from lsr_scale.data.tokenizer_setup import prepare_tokenizer, row_check
 from lsr_scale.errors import UserError, printable
+from lsr_scale.run.classifier import evaluate_classifier, noting_unwritable, unique_name
 from lsr_scale.run.folder import RunFolder
 from lsr_scale.run.load import load_run_model, open_trained
 from lsr_scale.run.tables import percent
-from lsr_scale.scoring import classification, score
+from lsr_scale.scoring import score
 from lsr_scale.scoring.accuracy import Prediction, TaskScore, mcnemar
 from lsr_scale.screen import show_live
 
@@ -43,22 +36,13 @@ def load_tasks(section: Any) -> dict[str, list[Example]]:
     for source in section.tasks:
         fields = source_fields(source)
         rows = load_source(source, None)
-        name = _unique_name(rows.task or _stem(fields["path"]), tasks)
+        name = unique_name(rows.task or _stem(fields["path"]), tasks)
         tasks[name] = examples(rows)[: section.limit]
     return tasks
 
 
 def _stem(path: str) -> str:
     return Path(path).name.removesuffix(".gz").removesuffix(".jsonl")
-
-
-def _unique_name(plain: str, names: Collection[str]) -> str:
-    """Return a name, numbered where it is among others already."""
-    name, number = plain, 1
-    while name in names:
-        number += 1
-        name = f"{plain}-{number}"
-    return name
 
 
 def score_tasks(
@@ -159,6 +143,7 @@ def evaluate_run(
     base_only: bool = False,
     without_questions: bool = False,
     base: str | None = None,
+    data: list[str] | None = None,
 ) -> dict[str, Any]:
     """Score a run's saved adapter, loaded onto its base again: on questions, or a classifier's on labelled rows.
 
@@ -170,6 +155,7 @@ def evaluate_run(
         base_only: Leave the adapter out.
         without_questions: A control: score the choices with no context.
         base: The base model's name, where it lies elsewhere than when the run began.
+        data: Of a classifier the same as `tasks`: files or folders of labelled rows.
 
     Returns:
         `{"run", "scored", "accuracy": {task: {...}}}`, or for a classifier `{"run", "scored", "classification": {name:
@@ -182,7 +168,9 @@ def evaluate_run(
                 f"{path}: a classifier's run; --base-only and --without-questions are for language models: a base "
                 "without the adapter has no trained head, and there are no questions to leave out"
             )
-        return evaluate_classifier(folder, run, tasks, limit, base)
+        return evaluate_classifier(folder, run, [*(tasks or ()), *(data or ())], limit, base)
+    if data:
+        raise UserError(f"{path}: a language model's run; --data is for classifiers: name questions with --tasks")
     changes = {key: value for key, value in (("tasks", tasks), ("limit", limit)) if value is not None}
     run = run_from_dict({**run.model_dump(), "eval": {**run.eval.model_dump(), **changes}}, "lsr-scale eval")
     if not run.eval.tasks:
@@ -199,72 +187,6 @@ def evaluate_run(
     scores = score_tasks(
         loaded, model, tokenizer, say, when, run.eval.batch_tokens, unconditional=without_questions, live=True
     )
-    with _noting_unwritable():
+    with noting_unwritable():
         save_predictions(folder, loaded, scores, f"eval-{when}")
     return {"run": str(path), "scored": when, "accuracy": summary({when: scores})}
-
-
-@contextmanager
-def _noting_unwritable() -> Iterator[None]:
-    """Print a note where predictions cannot be written: the scores are valid all the same."""
-    try:
-        yield
-    except UserError as error:
-        print(f"note: the predictions are not written: {error}", file=sys.stderr, flush=True)
-
-
-def evaluate_classifier(
-    folder: RunFolder,
-    run: RunConfig,
-    sources: list[str] | None = None,
-    limit: int | None = None,
-    base: str | None = None,
-) -> dict[str, Any]:
-    """Score a classifier's run as training does: transformers' trainer in batches of `per_device_eval_batch_size`.
-
-    Args:
-        folder: The run's folder, with an adapter.
-        run: Its configuration.
-        sources: Files or folders of labelled rows, each scored by itself; None takes the run's held-out rows.
-        limit: Only the first so many rows of each.
-        base: The base model's name, where it lies elsewhere than when the run began.
-
-    Raises:
-        UserError: if there are no rows, or a label that the classifier has no output for.
-    """
-    from transformers import Trainer, TrainingArguments
-
-    if not sources and not run.data.has_validation:
-        raise UserError(
-            f"{folder.path}: the run has no held-out rows (data.validation); give some: lsr-scale eval {folder.path} "
-            "--tasks FILE"
-        )
-    loaded: dict[str, Any] = {}
-    options: dict[str, Any] = {"model_task": "seq_cls", "check": row_check(None, run.model.num_labels)}
-    for source in sources or ():
-        loaded[_unique_name(_stem(source), loaded)] = build_dataset([source], None, **options)[0]
-    if not sources and run.data.validation_split:
-        rows, _ = build_dataset(run.data.train, "train", **options)
-        _, loaded["validation"] = split_by_hash(rows, run.data.validation_split)
-    elif not sources:
-        loaded["validation"] = build_dataset(run.data.validation, "validation", **options)[0]
-    model, tokenizer, _ = load_run_model(folder.path, tasks=("seq_cls",), base=base)
-    prepare_tokenizer(tokenizer, "classification")
-    names = ("per_device_eval_batch_size", "label_smoothing_factor")  # what the losses of training depend on as well
-    values: dict[str, Any] = {name: run.training[name] for name in names if name in run.training}
-    values |= {"use_cpu": not torch.cuda.is_available(), "report_to": "none", "disable_tqdm": True}
-    results: dict[str, dict[str, float]] = {}
-    with tempfile.TemporaryDirectory() as unused:
-        arguments = TrainingArguments(output_dir=unused, **values)
-        measure = classification.measure_prediction
-        trainer = Trainer(model, arguments, processing_class=tokenizer, compute_metrics=measure)
-        for name, rows in loaded.items():
-            rows = rows.select(range(min(limit or len(rows), len(rows))))
-            encoded: Any = tokenize_classification(rows, tokenizer, run.training["max_length"], run.model.num_labels)
-            output: Any = trainer.predict(encoded, metric_key_prefix="eval")
-            measured = {key.removeprefix("eval_"): value for key, value in output.metrics.items() if key in EVALUATED}
-            results[name] = {"num_examples": len(rows), **{key: round(value, 6) for key, value in measured.items()}}
-            lines = classification.predictions(output)
-            with _noting_unwritable():
-                folder.write_predictions(name, "eval-adapter", lines)
-    return {"run": str(folder.path), "scored": "adapter", "classification": results}

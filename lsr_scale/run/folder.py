@@ -37,6 +37,7 @@ class RunFolder:
     nonfinite.jsonl    batches without a finite loss, and steps without a finite gradient
     condition.png      how far the terms of LSR-Adapt's sums cancel
     samples.jsonl      completions of eval.prompts: {"step", "moment", "prompt", "completion"} a line
+    confusion-*.png    a classifier's confusion matrices, a picture for each of its predictions in eval/
     """
 
     path: Path
@@ -112,6 +113,10 @@ class RunFolder:
             plain += f"+{hashlib.sha256(task.encode('utf-8', 'surrogatepass')).hexdigest()[:16]}"
         return self.path / "eval" / f"{plain}-{when}.jsonl"
 
+    def confusion(self, name: str, when: str) -> Path:
+        """The confusion matrix of a classifier on labelled rows, of the predictions of that name."""
+        return self.path / f"confusion-{self.predictions(name, when).stem}.png"
+
     def write_predictions(self, task: str, when: str, lines: Iterable[Any]) -> None:
         """Write the predictions of a task, one JSON object a line.
 
@@ -165,10 +170,11 @@ class RunFolder:
             self.curve: is_picture,
             self.condition: is_picture,
             self.path / "spectra.png": is_own_picture,
+            **dict.fromkeys(sorted(self.path.glob("confusion-*.png")), is_own_picture),
             **dict.fromkeys(by_name, lambda file: True),
             **dict.fromkeys(
                 eval_files,
-                lambda file: _has_line_of(file, {"log_likelihoods"}) or _has_line_of(file, {"label", "outputs"}),
+                lambda file: any(_has_line_of(file, {key}) for key in ("log_likelihoods", "outputs")),
             ),
         }
         ours = [path for path, is_ours in checks.items() if path.is_file() and is_ours(path)]

@@ -30,7 +30,12 @@ def open_trained(
     folder = open_run(path)
     run = load_run(folder.config)
     if run.model.task not in tasks:
-        raise UserError(f"{folder.path}: a {run.model.task} run; only language models answer questions or generate")
+        if run.model.task == "seq_cls":
+            raise UserError(
+                f"{folder.path}: a classifier's run, and only language models generate; to classify a text: lsr-scale "
+                f'classify {folder.path} --text "..."'
+            )
+        raise UserError(f"{folder.path}: a language model's run, and only a classifier's (task: seq_cls) has labels")
     if not base_only and not folder.adapter.is_dir():
         remedy = "it was interrupted: resume it with --resume auto" if folder.checkpoints() else "train it first"
         if folder.earlier.is_dir():

@@ -73,12 +73,15 @@ def starting(run: RunConfig, name: str, resume: str | None, overwrite: bool) -> 
                 outcome = decide(run, name, resume, overwrite, claims)
             except UserError as error:
                 outcome = str(error)
-        if isinstance(outcome, Start):  # a run cannot be pickled; only its training is not what was given
-            outcome = {**vars(outcome), "run": outcome.run.training}
+        if isinstance(outcome, Start):  # a run cannot be pickled; only its training and labels are not what was given
+            labels = {name: getattr(outcome.run.model, name) for name in ("labels", "num_labels")}
+            outcome = {**vars(outcome), "run": (outcome.run.training, labels)}
         outcome = distributed.broadcast(outcome)
         if isinstance(outcome, str):
             raise UserError(outcome)
-        yield Start(**{**outcome, "run": run.model_copy(update={"training": outcome["run"]})})
+        training, labels = outcome["run"]
+        changed = {"training": training, "model": run.model.model_copy(update=labels)}
+        yield Start(**{**outcome, "run": run.model_copy(update=changed)})
 
 
 def decide(run: RunConfig, name: str, resume: str | None, overwrite: bool, claims: ExitStack) -> Start:

@@ -1,5 +1,6 @@
 """A run from its first line on the screen to a folder that a person can read: score, train, score again, save."""
 
+import dataclasses
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from lsr_scale.model.gather import reshard
 from lsr_scale.model.load_errors import suggest_base_option
 from lsr_scale.run import evaluate
 from lsr_scale.run.backup import Backup, DiscardBackup
+from lsr_scale.run.classifier import HeldOut, score_in_training
 from lsr_scale.run.folder import RunFolder
 from lsr_scale.run.metrics import read_metrics, summarize_metrics
 from lsr_scale.run.plots import draw_conditions, draw_losses
@@ -33,6 +35,7 @@ from lsr_scale.training.callbacks.samples import Samples
 from lsr_scale.training.callbacks.signals import StopOnSignal, Terminated, end_with_peers
 from lsr_scale.training.checkpoint import select
 from lsr_scale.training.run_data import RunData, read_data
+from lsr_scale.training.run_labels import with_labels
 from lsr_scale.training.settings import naming_settings
 from lsr_scale.training.steps.nonfinite import check_finite
 from lsr_scale.training.trainers import ignore_library_warnings
@@ -78,19 +81,24 @@ def train(
         tasks = evaluate.load_tasks(start.run.eval)
         stop = StopOnSignal(say)
         data, trainer, samples = _prepare(start, stop, say, quiet)
+        start = dataclasses.replace(start, run=with_labels(start.run, data.labels))
         _begin_folder(start, data, say)
         _announce_training(start.run, trainer, say)
         scores = _score_before(start, tasks, trainer, say, live)
+        held_out = _held_out(start.run, data)
+        of_classes = _score_held_out_before(start, held_out, trainer, say)
         if start.checkpoint is None:
             samples.take(trainer.model, trainer.processing_class, 0, "before")
         trained = _run_trainer(start, trainer, stop, say)
         _save_adapter(start.folder, trainer, trained, say)
         if tasks:
             scores["after"] = _score(start, tasks, trainer, "after", say, live)
+        if held_out:
+            of_classes["after"] = score_in_training(held_out, trainer, start.folder, "after", say)
         step = trained.best_step or trainer.state.global_step
         samples.take(trainer.model, trainer.processing_class, step, "after")
         if distributed.is_main():
-            _write_results(start, trainer, trained, scores, began)
+            _write_results(start, trainer, trained, scores, of_classes, began)
             say(f"done in {clock(time.monotonic() - began)}")
     distributed.stop()
     return start.folder
@@ -197,6 +205,27 @@ def _score(
     return scores
 
 
+def _held_out(run: RunConfig, data: RunData) -> HeldOut | None:
+    """Return the rows that a classifier is scored on, None for a language model or where none are held out."""
+    if run.model.task != "seq_cls" or data.validation is None:
+        return None
+    return HeldOut("validation", data.validation, run)
+
+
+def _score_held_out_before(
+    start: Start, held_out: HeldOut | None, trainer: Trainer, say: Say
+) -> dict[str, dict[str, float]]:
+    """Return a classifier's scores before training, where they are wanted; a run that resumes reads them."""
+    if held_out is None:
+        return {}
+    if start.checkpoint is not None:
+        outputs = held_out.read(start.folder, "before", say)
+        return {} if outputs is None else {"before": held_out.score(outputs)}
+    if not start.run.eval.before:
+        return {}
+    return {"before": score_in_training(held_out, trainer, start.folder, "before", say)}
+
+
 class Trained(NamedTuple):
     """What came of training: how long it took, whose adapter it ended with, and a signal that came too late for it."""
 
@@ -256,7 +285,14 @@ def _save_adapter(folder: RunFolder, trainer: Trainer, trained: Trained, say: Sa
         raise Terminated(trained.late_signal, f"after the last step, the adapter is saved in {folder.adapter}")
 
 
-def _write_results(start: Start, trainer: Trainer, trained: Trained, scores: Scores, began: float) -> None:
+def _write_results(
+    start: Start,
+    trainer: Trainer,
+    trained: Trained,
+    scores: Scores,
+    of_classes: dict[str, dict[str, float]],
+    began: float,
+) -> None:
     """Write `results.json`, draw the figures and print the table."""
     run, folder = start.run, start.folder
     results = {
@@ -273,6 +309,9 @@ def _write_results(start: Start, trainer: Trainer, trained: Trained, scores: Sco
         "num_processes": distributed.world_size(),
         "accuracy": evaluate.summary(scores),
     }
+    if of_classes:
+        rounded = {when: {name: round(value, 6) for name, value in found.items()} for when, found in of_classes.items()}
+        results |= {"labels": run.model.labels, "classification": {"validation": rounded}}
     files.write_json(folder.results, results)
     title = f"{run.adapter.method} on {run.model.name}"
     draw_losses(folder.metrics, folder.curve, title)

@@ -5,11 +5,12 @@ output, a regression: Pearson's and Spearman's correlation. Accuracy alone would
 CoLA); a constant answer has a correlation of 0.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import torch
 
+from lsr_scale import distributed
 from lsr_scale.errors import UserError
 
 
@@ -34,11 +35,7 @@ def measure(outputs: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     Raises:
         UserError: if an output is not finite: nothing can be said of such a model.
     """
-    if bad := int((~np.isfinite(outputs)).reshape(len(outputs), -1).any(1).sum()):
-        raise UserError(
-            f"the classifier's outputs are not finite on {bad:,} of {len(outputs):,} rows: training diverged; lower "
-            "training.learning_rate or resume from an earlier checkpoint"
-        )
+    check_finite(outputs)
     if outputs.ndim == 1 or outputs.shape[-1] == 1:
         values, expected = outputs.reshape(-1).astype(np.float64), labels.astype(np.float64)
         return {"pearson": correlation(values, expected), "spearmanr": correlation(ranks(values), ranks(expected))}
@@ -51,11 +48,71 @@ def measure(outputs: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     return {**scores, "f1_macro": float(f1[present].mean()), "matthews_correlation": matthews(counts)}
 
 
-def predictions(prediction: Any) -> Iterator[dict[str, Any]]:
-    """Yield a row of each prediction of the trainer: its number from 1 on, label, outputs, and the class answered."""
-    for index, (outputs, label) in enumerate(zip(logits_of(prediction), prediction.label_ids, strict=True)):
-        row = {"row": index + 1, "label": label.item(), "outputs": outputs.reshape(-1).tolist()}
-        yield row if len(row["outputs"]) == 1 else {**row, "choice": int(outputs.argmax())}
+@torch.no_grad()  # not inference mode: a tensor that a module caches here must still serve training
+def outputs_of(model: Any, tokenizer: Any, encoded: Any, batch_size: int, distribute: bool = False) -> np.ndarray:
+    """Return the outputs of a classifier for every row, `[rows, num_labels]` float32, in the order of the rows.
+
+    Args:
+        model: The model; put into evaluation mode, and back afterwards.
+        tokenizer: Its tokenizer, which pads.
+        encoded: Rows as `data.classification.tokenize_classification` makes them.
+        batch_size: Rows in one forward pass, those of similar length together.
+        distribute: Deal the batches out to the processes of this run, equally many each, since a sharded model must be
+            run by all of them together; every process must call this, and gets all rows once.
+    """
+    columns = [name for name in encoded.column_names if name in tokenizer.model_input_names]
+    rows = encoded.select_columns(columns)[:]
+    lengths = [len(ids) for ids in rows["input_ids"]]
+    order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    rank, size = distributed.group_rank_and_size() if distribute else (0, 1)
+    batches += batches[:1] * (-len(batches) % size)  # repeated so that each process has equally many
+    device = next(model.parameters()).device
+    found: dict[int, list[float]] = {}
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        for batch in batches[rank::size]:
+            inputs = tokenizer.pad({name: [rows[name][row] for row in batch] for name in columns}, return_tensors="pt")
+            logits = model(**inputs.to(device)).logits.float().cpu()
+            found |= dict(zip(batch, logits.reshape(len(batch), -1).tolist(), strict=True))
+    finally:
+        for module, training in modes:
+            module.training = training
+    if size > 1:
+        found = dict(distributed.gather(list(found.items())))
+    return np.array([found[row] for row in range(len(lengths))], dtype=np.float32)
+
+
+def loss(outputs: np.ndarray, labels: np.ndarray, smoothing: float = 0.0) -> float:
+    """Return the loss that training reports of an evaluation: mean cross-entropy in nats, or mean squared error.
+
+    Args:
+        outputs: `[rows, num_labels]`.
+        labels: `[rows]` classes, or scores where there is one output.
+        smoothing: `training.label_smoothing_factor`, which weighs the mean over all classes.
+    """
+    values = outputs.astype(np.float64)
+    if values.shape[-1] == 1:
+        return float(np.mean((values[:, 0] - labels) ** 2))
+    log_probabilities = np.log(probabilities(outputs).clip(1e-300))
+    right = log_probabilities[np.arange(len(labels)), labels]
+    return float(-((1 - smoothing) * right + smoothing * log_probabilities.mean(-1)).mean())
+
+
+def check_finite(outputs: np.ndarray) -> None:
+    """Raise a UserError for outputs that are not finite: nothing can be said of such a model."""
+    if bad := int((~np.isfinite(outputs)).reshape(len(outputs), -1).any(1).sum()):
+        raise UserError(
+            f"the classifier's outputs are not finite on {bad:,} of {len(outputs):,} rows: training diverged; lower "
+            "training.learning_rate or resume from an earlier checkpoint"
+        )
+
+
+def probabilities(outputs: np.ndarray) -> np.ndarray:
+    """Return the softmax of `[rows, num_labels]` logits, float64."""
+    values = np.exp(outputs.astype(np.float64) - outputs.max(-1, keepdims=True))
+    return values / values.sum(-1, keepdims=True)
 
 
 def confusion(answers: np.ndarray, labels: np.ndarray, num_labels: int) -> np.ndarray:

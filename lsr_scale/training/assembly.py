@@ -32,6 +32,7 @@ from lsr_scale.run.folder import RunFolder
 from lsr_scale.training.arguments import trainer_arguments, uses_deepspeed, zero_stage
 from lsr_scale.training.callbacks.memory import FitMemoryCallback, max_forward_tokens, row_lengths
 from lsr_scale.training.run_data import RunData, check_run_fits, read_data
+from lsr_scale.training.run_labels import with_labels
 from lsr_scale.training.steps.graphs import PackedCollator, host_bound
 from lsr_scale.training.steps.head_loss import HeadCollator, head_loss_fallback_reason
 from lsr_scale.training.trainers import ignore_library_warnings, make_trainer
@@ -64,6 +65,7 @@ def build_trainer(
 
     arguments = trainer_arguments(run, folder)
     data = data or read_data(run, say=say)
+    run = with_labels(run, data.labels)
     _prepare_tokenizer(run, data, note)
     check_run_fits(run, data)
     model = _adapted_model(run, note)
@@ -150,7 +152,8 @@ def _check_rows_left(run: RunConfig, trainer: Any, data: RunData, note: Say) -> 
         if rows is None:
             continue
         if run.model.task == "seq_cls":
-            _, notes = count_classification(where, rows, data.tokenizer, limit)
+            encoded = trainer.train_dataset if split == "train" else trainer.eval_dataset
+            _, notes = count_classification(where, rows, data.tokenizer, limit, encoded)
         else:  # there are none where dataset_kwargs skips TRL's preparation
             count = getattr(trainer, "token_counts", {}).get(split, TokenCounts())
             notes = count.notes(where, data.tokenizer, run.training)

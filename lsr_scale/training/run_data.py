@@ -10,6 +10,7 @@ from datasets import Dataset
 
 from lsr_scale.config import RunConfig
 from lsr_scale.data.formats import Kind, build_dataset, load_source
+from lsr_scale.data.labels import Labels
 from lsr_scale.data.model_limits import check_model_limits, check_token_id, num_positions, stated_length
 from lsr_scale.data.prompts import EncodedPrompt, encode_prompts, load_prompts
 from lsr_scale.data.split import split_by_hash
@@ -18,6 +19,7 @@ from lsr_scale.errors import UserError
 from lsr_scale.model import load_config, meta_model, read_tokenizer, tokenizer_of
 from lsr_scale.model.tokenizer import has_tokenizer, same_state
 from lsr_scale.training.checkpoint import select
+from lsr_scale.training.run_labels import labels_of, with_labels
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class RunData:
     """The rows of a run, their kind (`KIND_MEANING`), where they came from, and the tokenizer that takes them.
 
     `sources` holds a list a part ("train", "validation"), of a `Provenance` as a dictionary a source; `prompts` are what
-    it completes while it trains.
+    it completes while it trains; `labels` are a classifier's.
     """
 
     train: Dataset
@@ -34,6 +36,7 @@ class RunData:
     sources: dict[str, list[dict[str, Any]]]
     tokenizer: Any
     prompts: list[EncodedPrompt] = field(default_factory=list)
+    labels: Labels | None = None
 
 
 def read_data(
@@ -44,17 +47,18 @@ def read_data(
     Args:
         run: The run.
         checkpoint: What the run resumes from, whose tokenizer it keeps.
-        say: Told, in a line each, what a user should know of the tokenizer and of held-out rows.
+        say: Told, in a line each, what a user should know of the tokenizer, a classifier's labels and held-out rows.
 
     Raises:
         UserError: for a source that cannot be read, rows that do not fit the run's task, its chat template or its
-            number of labels, or validation rows of another kind than those for training.
+            labels, or validation rows of another kind than those for training.
     """
     prompts = load_prompts(run.eval.prompts)
     parts = {"train": run.data.train, "validation": run.data.validation or []}
     loaded = {part: [load_source(source, part) for source in sources] for part, sources in parts.items()}
     tokenizer = _tokenizer(run, checkpoint, lambda text: say(f"note: {text}"))
-    options: dict[str, Any] = {"model_task": run.model.task, "check": row_check(tokenizer, run.model.num_labels)}
+    labels = labels_of(run, loaded["train"])
+    options: dict[str, Any] = {"model_task": run.model.task, "check": row_check(tokenizer), "labels": labels}
     train, kind = build_dataset(parts["train"], "train", loaded=loaded["train"], **options)
     validation = None
     if loaded["validation"]:
@@ -68,7 +72,10 @@ def read_data(
             f"(data.validation_split: {run.data.validation_split:g})"
         )
     sources = {part: [rows.provenance.to_dict() for rows in of_part] for part, of_part in loaded.items()}
-    return RunData(train, validation, kind, sources, tokenizer, encode_prompts(prompts, kind, tokenizer))
+    if labels is not None:
+        for line in (labels.describe(), *(f"note: {note}" for note in labels.notes)):
+            say(line)
+    return RunData(train, validation, kind, sources, tokenizer, encode_prompts(prompts, kind, tokenizer), labels)
 
 
 def check_run_fits(run: RunConfig, data: RunData) -> None:
@@ -77,7 +84,7 @@ def check_run_fits(run: RunConfig, data: RunData) -> None:
     Raises:
         UserError: naming the row.
     """
-    section = run.model
+    section = with_labels(run, data.labels).model
     model_config = load_config(section.name, section.revision)
     empty = partial(meta_model, model_config, section.task, section.num_labels)
     parts = {"train": data.train, "validation": data.validation}

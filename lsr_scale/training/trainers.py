@@ -77,7 +77,7 @@ def _classifier_trainer(run: RunConfig, options: dict[str, Any]) -> Trainer:
     for split in ("train_dataset", "eval_dataset"):
         if options[split] is not None:
             options[split] = tokenize_classification(
-                options[split], options["processing_class"], run.training["max_length"], run.model.num_labels
+                options[split], options["processing_class"], run.training["max_length"]
             )
     return ClassifierTrainer(**options, compute_metrics=classification.measure_prediction)
 

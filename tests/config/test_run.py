@@ -193,7 +193,12 @@ def test_missing_sections_and_names_are_each_named():
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (["model.task=seq_cls"], "model.num_labels: task seq_cls needs it"),
+        (["model.task=seq_cls", "model.labels=[a, b]", "model.num_labels=3"], "is 3, but model.labels has 2; leave it"),
+        (["model.task=seq_cls", "model.labels=[a, b, a]"], "model.labels: names 'a' twice; keep one"),
+        (["model.task=seq_cls", "model.labels=[a]"], "two classes or more, got 1; for scores (a regression) set"),
+        (["model.task=seq_cls", "model.labels=[a, '']"], "model.labels: expected names of classes, got an empty one"),
+        (["model.task=seq_cls", "model.labels=[a, 0.5]"], "model.labels.1: expected str, got 0.5"),
+        (["model.labels=[a, b]"], "model.labels: only task seq_cls has labels"),
         (["model.num_labels=2"], "model.num_labels: only task seq_cls has labels"),
         (["model.task=seq_cls", "model.num_labels=2", "eval.tasks=[piqa]"], "eval.tasks: multiple-choice questions"),
         (["adapter.target_modules=[q_proj, lm_head]"], "adapter.target_modules: SFTTrainer computes the loss"),

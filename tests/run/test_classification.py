@@ -115,9 +115,15 @@ def test_training_and_eval_find_the_same(tmp_path, capsys, caplog, num_labels, b
     predictions = [
         json.loads(line) for line in folder.predictions("validation", "eval-adapter").read_text().splitlines()
     ]
-    assert [(p["row"], p["label"]) for p in predictions] == [(i + 1, row["label"]) for i, row in enumerate(rows[:5])]
-    again = measure(np.array([p["outputs"] for p in predictions]), np.array([p["label"] for p in predictions]))
+    golds = [row["label"] if num_labels == 1 else str(row["label"]) for row in rows[:5]]
+    assert [(p["row"], p["text"], p["gold"]) for p in predictions] == [
+        (i + 1, row["sentence1"], gold) for i, (row, gold) in enumerate(zip(rows[:5], golds, strict=True))
+    ]
+    labels = np.array([row["label"] for row in rows[:5]])
+    again = measure(np.array([p["outputs"] for p in predictions]), labels)
     assert again == pytest.approx({key: found[key] for key in again}, abs=1e-6)
+    after = results(folder)["classification"]["validation"]["after"]
+    assert after == pytest.approx({"num_examples": 5, **found}, abs=1e-6)
 
 
 def test_other_rows_are_scored_and_the_table_names_every_score(tmp_path, capsys):
@@ -148,7 +154,7 @@ def unheld(tmp_path_factory):
             ["--tasks", "{}/three.jsonl"],
             "three.jsonl, line 3: has the label 2, but model.num_labels is 2: labels go from 0 to 1",
         ),
-        ([], "has no held-out rows (data.validation); give some: lsr-scale eval {run} --tasks FILE"),
+        ([], "has no held-out rows (data.validation); give some: lsr-scale eval {run} --data FILE"),
     ],
 )
 def test_what_cannot_be_scored_is_said(unheld, tmp_path, capsys, words, message):

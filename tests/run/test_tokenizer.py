@@ -13,7 +13,8 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFas
 
 from lsr_scale import cli
 from lsr_scale.config import dump_yaml
-from lsr_scale.data.formats import build_dataset
+from lsr_scale.data.formats import build_dataset, load_source
+from lsr_scale.data.labels import find_labels
 from lsr_scale.data.preview import preview
 from lsr_scale.data.tokenizer_setup import prepare_tokenizer, row_check
 from lsr_scale.errors import UserError
@@ -314,7 +315,7 @@ def test_a_template_that_fails_names_the_row_before_anything_is_loaded(tmp_path,
     with pytest.raises(
         UserError, match=rf"rows\.jsonl, line 1: the chat template fails .*{message}.*set model\.chat_template"
     ):
-        build_dataset([source], check=row_check(tokenizer, None))
+        build_dataset([source], check=row_check(tokenizer))
     with pytest.raises(UserError, match="the chat template fails on this conversation"):
         generate(SimpleNamespace(), tokenizer, "hi", chat=True)
 
@@ -324,9 +325,9 @@ def test_a_template_that_refuses_one_row_names_that_one(tmp_path):
     tokenizer.chat_template = "{% if messages[0].role != 'user' %}{{ raise_exception('user first') }}{% endif %}x"
     bad = {"messages": [{"role": "system", "content": "s"}, {"role": "assistant", "content": "a"}]}
     with pytest.raises(UserError, match=r"rows\.jsonl, line 3: .*user first"):
-        build_dataset([write_rows(tmp_path / "rows.jsonl", [*CHAT[:2], bad])], check=row_check(tokenizer, None))
+        build_dataset([write_rows(tmp_path / "rows.jsonl", [*CHAT[:2], bad])], check=row_check(tokenizer))
     good = {"prompt": CHAT[0]["messages"][:1], "completion": CHAT[0]["messages"][1:]}
-    build_dataset([write_rows(tmp_path / "more.jsonl", [good])], check=row_check(tokenizer, None))
+    build_dataset([write_rows(tmp_path / "more.jsonl", [good])], check=row_check(tokenizer))
 
 
 def test_a_name_that_nothing_defines_is_told(tmp_path):
@@ -348,9 +349,10 @@ def test_labels_that_have_no_output_are_named_by_line(tmp_path):
     with pytest.raises(
         UserError, match=r"rows\.jsonl, line 2: has the label 2, but model\.num_labels is 2: .* from 0 to 1"
     ):
-        build_dataset([source], check=row_check(fast(), 2))
+        build_dataset([source], labels=find_labels([load_source(source)], None, 2))
     for mended in (3, 1):  # set num_labels, or 1 for scores
-        assert list(build_dataset([source], check=row_check(fast(), mended))[0]["label"]) == [1.0, 2.0]
+        labels = find_labels([load_source(source)], None, mended)
+        assert list(build_dataset([source], labels=labels)[0]["label"]) == [1, 2]
 
 
 def test_a_damaged_tokenizer_is_refused_in_words(tmp_path):

@@ -18,7 +18,7 @@ _BATCH, _ACCUMULATION = "per_device_train_batch_size", "gradient_accumulation_st
 # What must not change when a run resumes, or would have no effect, since the optimizer's state holds it as well.
 # Anything else may change, and is noted.
 _FIXED = re.compile(
-    r"adapter\..*|data\.validation_split|model\.(task|num_labels|quantization|double_quantization|dtype)"
+    r"adapter\..*|data\.validation_split|model\.(task|num_labels|labels|quantization|double_quantization|dtype)"
     r"|training\.(optim|optim_args|optim_target_modules|learning_rate|weight_decay|adam_beta1|adam_beta2|adam_epsilon)"
 )
 # Schedules that are no function of the step alone: their state, settings among it, is the checkpoint's.
@@ -61,6 +61,7 @@ def fit(checkpoint: Path, run: RunConfig, num_processes: int) -> tuple[RunConfig
     if (problem := damage(checkpoint)) is not None:
         raise UserError(f"--resume {checkpoint}: not a checkpoint to resume from: {problem}")
     state = read_state(checkpoint)
+    run = _with_labels_of(checkpoint, run)
     meant_for = (state.first_num_processes, state.num_processes)
     if state.rows_per_step in [run.training[_BATCH] * run.training[_ACCUMULATION] * number for number in meant_for]:
         run = _with_accumulation(run, state.rows_per_step, num_processes)
@@ -69,6 +70,18 @@ def fit(checkpoint: Path, run: RunConfig, num_processes: int) -> tuple[RunConfig
     if (before := state.num_processes) != num_processes:
         notes.insert(0, f"{before} process(es) saved the checkpoint, {num_processes} resume from it")
     return run, notes
+
+
+def _with_labels_of(checkpoint: Path, run: RunConfig) -> RunConfig:
+    """Return a classifier's run with the labels that it found in its rows when it began, where it names none."""
+    saved = run_folder_of(checkpoint).config
+    if run.model.task != "seq_cls" or run.model.labels is not None or not saved.is_file():
+        return run
+    earlier = config.load_run(saved).model
+    if earlier.num_labels is None or run.model.num_labels not in (None, earlier.num_labels):
+        return run
+    found = {"labels": earlier.labels, "num_labels": earlier.num_labels}
+    return run.model_copy(update={"model": run.model.model_copy(update=found)})
 
 
 def as_begun(checkpoint: Path, run: RunConfig) -> RunConfig:

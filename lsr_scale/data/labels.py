@@ -182,14 +182,14 @@ def find_labels(sources: Sequence[Rows], labels: Sequence[str] | None, num_label
     if found.are_numbers and found.has_decimals:
         note = "the labels are numbers with a decimal point, so they are scores (a regression)"
         return Labels((), notes=(f"{note}; for classes set model.num_labels",))
-    names = found.feature or tuple(sorted(found.counts, key=int if found.are_numbers else None))
+    names: tuple[str, ...] = found.feature or tuple(sorted(found.counts, key=int if found.are_numbers else None))
     if found.are_numbers and "-1" in names:
         raise UserError(
             f"{found.first['-1']}: {_UNLABELLED}, or list it as a class: model.labels: [{', '.join(names)}]"
         )
     if len(names) < 2:
         raise UserError(
-            f"data.train: all {sum(found.counts.values()):,} rows have the label {names[0]!r}; a classifier needs two "
+            f"data.train: all {sum(found.counts.values()):,} rows have the label {', '.join(names)!r}; a classifier needs two "
             "classes or more: add rows of the others, or list all labels in model.labels"
         )
     if num_labels is not None and len(names) != num_labels:

@@ -76,7 +76,7 @@ def test_given_names_fix_the_order_and_a_row_may_then_give_a_number(tmp_path):
         (
             [["a", "b"], ["c", ["a", "b"]]],
             {},
-            r"1.jsonl, line 2: one label under .*multi-label classification is not",
+            r"1.jsonl, line 2: expected one label under .*multi-label classification is not",
         ),
         ([["a", {"name": "b"}]], {}, "0.jsonl, line 2: expected a class's name or number, or a score, .* got dict"),
         ([["a", "b", 1]], {}, r"0.jsonl, line 3: the label 1 \(number\) stands beside 'a' \(name; .*0.jsonl, line 1\)"),
@@ -132,6 +132,7 @@ def test_a_label_that_training_does_not_have_is_refused_and_naming_all_of_them_m
         read_data(run_of(tmp_path))
     said = []
     data = read_data(run_of(tmp_path, labels=["delivery", "refund", "refnd"]), say=said.append)
+    assert data.validation is not None
     assert list(data.validation["label"]) == [1, 2]
     assert "labels: 3 classes: delivery (1), refund (1), refnd (0)" in said
 

@@ -104,7 +104,7 @@ def test_labels_in_a_csv_are_numbers(tmp_path):
     assert labels("x,2.5\ny,0\n") == [2.5, 0.0]
     with pytest.raises(UserError, match=r"a\.csv, line 3: expected a class number"):
         labels("x,1\ny,good\n")
-    with pytest.raises(UserError, match=r"a\.csv, line 2: expected a class number"):
+    with pytest.raises(UserError, match=r"a\.csv, line 2: expected a label"):
         labels("x,\n")
 
 

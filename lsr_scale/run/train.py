@@ -117,9 +117,8 @@ def _announce(start: Start, is_resumed: bool, say: Say) -> None:
     engine = f"DeepSpeed, ZeRO stage {zero_stage(start.run)}" if uses_deepspeed(start.run) else "no DeepSpeed"
     say(f"{num} process{'es' if num > 1 else ''} on {device}, {engine}")
     if not distributed.is_launched() and torch.cuda.device_count() > 1:
-        say(
-            f"one of {torch.cuda.device_count()} GPUs is used; for all: deepspeed --module lsr_scale.launch --config ..."
-        )
+        all_of_them = "deepspeed --module lsr_scale.launch --config ..."
+        say(f"one of {torch.cuda.device_count()} GPUs is used; for all: {all_of_them}")
 
 
 def _prepare(start: Start, stop: StopOnSignal, say: Say, quiet: bool) -> tuple[RunData, Trainer, Samples]:

@@ -26,8 +26,8 @@ from lsr_scale.training.run_labels import labels_of, with_labels
 class RunData:
     """The rows of a run, their kind (`KIND_MEANING`), where they came from, and the tokenizer that takes them.
 
-    `sources` holds a list a part ("train", "validation"), of a `Provenance` as a dictionary a source; `prompts` are what
-    it completes while it trains; `labels` are a classifier's.
+    `sources` holds a list a part ("train", "validation"), of a `Provenance` as a dictionary a source; `prompts` are
+    what it completes while it trains; `labels` are a classifier's.
     """
 
     train: Dataset

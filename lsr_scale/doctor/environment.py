@@ -24,12 +24,14 @@ def check_helpers() -> Iterator[Finding]:
     where = "GPUs: NCCL" if torch.cuda.is_available() else "CPUs: gloo"
     yield Finding("helpers", "DeepSpeed", f"several processes talk over {where}; nothing is compiled")
     name = next(iter(builtin.MODELS))
-    packaged = builtin.MODELS[name]
-    if importlib.util.find_spec(packaged.package) is None:
-        yield Finding("helpers", f"model {name}", "its package is not installed", "note", packaged.install_command)
+    if builtin.folder_of(name).is_dir():
+        yield Finding("helpers", f"model {name}", "converted")
+    elif builtin.local_gguf(name) is not None:
+        yield Finding("helpers", f"model {name}", "here; converted on first use")
     else:
-        converted = builtin.folder_of(name).is_dir()
-        yield Finding("helpers", f"model {name}", "converted" if converted else "installed; converted on first use")
+        size = byte_size(builtin.MODELS[name].num_bytes)
+        command = "python -m lsr_scale.model"
+        yield Finding("helpers", f"model {name}", f"fetched on first use, {size}", "note", f"beforehand: {command}")
 
 
 def check_environment() -> Iterator[Finding]:

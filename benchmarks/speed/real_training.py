@@ -4,14 +4,16 @@
         --out benchmarks/results/real_training/NAME.json
 
 FOLDER is a Transformers folder with a chat template, GSM8K a folder of `train.jsonl.gz` and `test.jsonl.gz` with
-`question` and `answer`. Every provider is given the same batches in the same order: conversations of odd lengths,
-padded to the longest of their batch, only the answer supervised; the same frozen base, the same first LoRA factors,
-and the same AdamW. Each lives in a process of its own, and they take turns of `--turn` steps, so that a busy machine
-is everyone's. A step is forward, loss, backward and optimizer; tokens are counted without the padding.
+`question` and `answer`. Every provider is given the same batches in the same order, only the answers supervised; the
+same frozen base, the same first LoRA factors, and the same AdamW. Rows are `packed`, conversations one after another
+in blocks of `--length` tokens, so that everyone computes the same and nothing is padding; or `padded`: conversations of
+odd lengths, padded to the longest of their batch, tokens counted without the padding. A step is forward, loss, backward
+and optimizer in a bare loop; `*_graphs` replay it as `lsr-scale train` does. Each provider lives in a process of its
+own, and they take turns of `--turn` steps, so that a busy machine is everyone's.
 
-The held-out loss is over the same rows for everyone, each with its own forward pass. `loss_rms_from_unfused` is the
-root mean square, over the steps, of the difference from PEFT's LoRA on plain Transformers; two equal runs that round
-differently drift apart by about as much, which `peft_lora_liger` shows.
+The held-out loss is over the same rows for everyone, each with its own forward pass. `loss_rms_from_float32` is the
+root mean square, over the steps, of the difference from PEFT's LoRA computed in float32 on the same weights: how far
+bfloat16 moves a curve.
 """
 
 import gzip
@@ -30,9 +32,13 @@ from benchmarks.speed.providers import PROVIDERS, find_provider
 from benchmarks.speed.workers import Worker, last_line, say, start_all
 
 # nothing heavy is imported here: each worker imports this file first, and Unsloth wants to come before Transformers
-DEFAULT_PROVIDERS = ["lora", "unsloth_lora", "peft_lora_liger", "peft_lora", "lsr", "kron_lora"]
+DEFAULT_PROVIDERS = [
+    *("lora_graphs", "lora", "unsloth_lora", "peft_lora_liger", "peft_lora", "peft_lora_float32"),
+    *("lsr_graphs", "kron_lora_graphs"),
+]
+REFERENCE = "peft_lora_float32"
 # LoRA's rate is the one of Unsloth's and PEFT's examples; a Kronecker factor needs a larger one
-RATES = {"lsr": 2e-3, "kron_lora": 2e-3}
+RATES = {"lsr": 2e-3, "kron_lora": 1e-3}
 LORA_RATE = 2e-4
 WARM_UP = 5  # steps of a turn whose times do not count: compilation, the allocator
 
@@ -63,13 +69,20 @@ class Training:
                     parameter.copy_(values)
         data = torch.load(self.config["batches"], weights_only=True)
         self.train, self.held_out = data["train"], data["held_out"]
-        rate = RATES.get(self.config["provider"], LORA_RATE)
+        rate = RATES.get(self.config["provider"].removesuffix("_graphs"), LORA_RATE)
         on_gpu = self.provider.device.type == "cuda"
         self.optimizer = torch.optim.AdamW([p for _, p in named], lr=rate, weight_decay=0.0, fused=on_gpu)
 
     def free_memory(self) -> None:
-        """Keep what is trained; the allocator's cache goes."""
-        self.provider.free_memory()
+        """Free nothing between turns: graphs stay, and so does the allocator's cache, as in one run."""
+
+    def loss_with_gradients(self, batch: dict[str, Any]) -> Any:
+        """Return a batch's mean loss per supervised token; the parameters have its gradients then."""
+        if self.provider.replays:
+            return self.provider.loss_of(self.provider.prepared(batch, longest=self.config["longest"]))
+        loss = self.loss(batch)
+        loss.backward()
+        return loss
 
     def loss(self, batch: dict[str, Any]) -> Any:
         """Return a batch's mean loss per supervised token."""
@@ -102,8 +115,7 @@ class Training:
         batches = self.train[self.step : self.step + request["steps"]]
         losses, marks = [], [self.provider.mark()]
         for batch in batches:
-            loss = self.loss(batch)
-            loss.backward()
+            loss = self.loss_with_gradients(batch)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
             losses.append(loss.detach())
@@ -116,7 +128,7 @@ class Training:
         return {
             "losses": [float(loss) for loss in losses],
             "step_ms": [elapsed_ms(begin, end) for begin, end in itertools.pairwise(marks)],
-            "tokens": [int(batch["attention_mask"].sum()) for batch in batches],
+            "tokens": [tokens_of(batch) for batch in batches],
             "peak_memory_gib": peak,
             "trainable_parameters": sum(p.numel() for p in self.provider.model.parameters() if p.requires_grad),
             "notes": list(self.provider.notes),
@@ -138,7 +150,24 @@ def conversations(path: Path, tokenizer: Any, most: int) -> list[tuple[list[int]
     return rows
 
 
-def batches_of(rows: list[tuple[list[int], int]], size: int, pad: int) -> list[dict[str, Any]]:
+def tokens_of(batch: dict[str, Any]) -> int:
+    """Return how many tokens of a batch are not padding."""
+    return int(batch["attention_mask"].sum()) if "attention_mask" in batch else batch["input_ids"].numel()
+
+
+def packed_batches(rows: list[tuple[list[int], int]], size: int, length: int) -> list[dict[str, Any]]:
+    """Return batches of so many blocks of conversations one after another; the incomplete last one is left out."""
+    import torch
+
+    ids = [token for tokens, _ in rows for token in tokens]
+    labels = [label for tokens, prompt in rows for label in [-100] * min(prompt, len(tokens)) + tokens[prompt:]]
+    count = len(ids) // (size * length)
+    shape = (count, size, length)
+    cut = [torch.tensor(values[: count * size * length]).view(shape) for values in (ids, labels)]
+    return [{"input_ids": block, "labels": supervised} for block, supervised in zip(*cut, strict=True)]
+
+
+def padded_batches(rows: list[tuple[list[int], int]], size: int, pad: int) -> list[dict[str, Any]]:
     """Return batches of so many rows, padded on the right to the longest of each; a last incomplete one is left out."""
     import torch
 
@@ -164,19 +193,19 @@ def write_batches(given: Any, path: Path) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(given.model)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    train = conversations(given.data / "train.jsonl.gz", tokenizer, given.max_length)
+    train = conversations(given.data / "train.jsonl.gz", tokenizer, given.length)
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(given.seed)).tolist()
-    needed = given.steps * given.rows
-    if needed > len(train):
-        raise SystemExit(f"{given.steps} steps of {given.rows} rows need {needed} rows; {given.data} has {len(train)}")
-    held_out = conversations(given.data / "test.jsonl.gz", tokenizer, given.max_length)[: given.held_out]
-    torch.save(
-        {
-            "train": batches_of([train[i] for i in order[:needed]], given.rows, pad),
-            "held_out": batches_of(held_out, given.rows, pad),
-        },
-        path,
-    )
+    held_out = conversations(given.data / "test.jsonl.gz", tokenizer, given.length)
+
+    def batches(rows: list[tuple[list[int], int]], most: int) -> list[dict[str, Any]]:
+        if given.layout == "packed":
+            return packed_batches(rows, given.rows, given.length)[:most]
+        return padded_batches(rows, given.rows, pad)[:most]
+
+    data = {"train": batches([train[i] for i in order], given.steps), "held_out": batches(held_out, given.held_out)}
+    if len(data["train"]) < given.steps:
+        raise SystemExit(f"--steps {given.steps}: {given.data} has {len(data['train'])} batches of {given.rows} rows")
+    torch.save(data, path)
 
 
 def summary(turns: list[dict[str, Any]], scores: list[float]) -> dict[str, Any]:
@@ -198,18 +227,18 @@ def summary(turns: list[dict[str, Any]], scores: list[float]) -> dict[str, Any]:
     }
 
 
-def add_differences(rows: dict[str, dict[str, Any]], reference: str = "peft_lora") -> None:
+def add_differences(rows: dict[str, dict[str, Any]]) -> None:
     """Add to each LoRA row how far its losses are from the reference's, and our speed over everyone's."""
-    exact, ours = rows.get(reference, {}).get("losses"), rows.get("lora", {}).get("tokens_per_s")
+    exact, ours = rows.get(REFERENCE, {}).get("losses"), rows.get("lora_graphs", {}).get("tokens_per_s")
     for name, row in rows.items():
         if row["status"] != "ok":
             continue
-        if exact and "lora" in name and name != "kron_lora":
+        if exact and "lora" in name and not name.startswith("kron"):
             differences = [a - b for a, b in zip(row["losses"], exact, strict=True)]
-            row["loss_rms_from_unfused"] = math.sqrt(statistics.fmean(d * d for d in differences))
-            row["loss_mean_from_unfused_last_50"] = statistics.fmean(differences[-50:])
+            row["loss_rms_from_float32"] = math.sqrt(statistics.fmean(d * d for d in differences))
+            row["loss_mean_from_float32_last_50"] = statistics.fmean(differences[-50:])
         if ours and row["tokens_per_s"]:
-            row["lora_over_it"] = ours / row["tokens_per_s"]
+            row["lora_graphs_over_it"] = ours / row["tokens_per_s"]
 
 
 COLUMNS = {
@@ -217,8 +246,8 @@ COLUMNS = {
     "tokens/s": ("tokens_per_s", ",.0f"),
     "GiB": ("peak_memory_gib", ".2f"),
     "held-out": ("held_out_loss_after", ".4f"),
-    "rms": ("loss_rms_from_unfused", ".4f"),
-    "lora over it": ("lora_over_it", ".2f"),
+    "rms": ("loss_rms_from_float32", ".4f"),
+    "ours over it": ("lora_graphs_over_it", ".2f"),
 }
 
 
@@ -283,11 +312,12 @@ def main(arguments: list[str] | None = None) -> int:
     add("--data", type=Path, required=True, help="folder of train.jsonl.gz and test.jsonl.gz: question, answer")
     add("--providers", type=listed, default=DEFAULT_PROVIDERS, help=f"of {', '.join(PROVIDERS)}; comma between")
     add("--base", default="nf4", choices=["nf4", "bf16"])
-    add("--steps", type=int, default=200)
+    add("--steps", type=int, default=150)
     add("--turn", type=int, default=50, help="steps of a provider before the next has its turn")
-    add("--rows", type=int, default=32, help="conversations a step")
-    add("--max-length", type=int, default=512)
-    add("--held-out", type=int, default=320, help="rows of the test set that are scored before and after")
+    add("--layout", default="packed", choices=["packed", "padded"])
+    add("--rows", type=int, default=8, help="blocks a step, or conversations")
+    add("--length", type=int, default=1024, help="tokens of a block, or at most of a conversation")
+    add("--held-out", type=int, default=16, help="batches of the test set that are scored before and after")
     add("--checkpointing", default="none", choices=["none", "full"])
     add("--seed", type=int, default=0)
     add("--device", default="cuda", choices=["cuda", "cpu"])
@@ -303,7 +333,8 @@ def main(arguments: list[str] | None = None) -> int:
         write_batches(given, batches)
         config = {
             **{"folder": str(folder), "model": folder.name, "base": given.base, "device": given.device},
-            **{"seed": given.seed, "points": [[given.rows * given.max_length, given.max_length]]},
+            **{"seed": given.seed, "points": [[given.rows * given.length, given.length]]},
+            "longest": given.length,
             **{"without_autocast": [], "batches": str(batches), "steps": given.steps, "warmup": 0},
             "values": {"model_type": json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]},
         }

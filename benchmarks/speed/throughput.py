@@ -45,7 +45,8 @@ from benchmarks.speed.providers import PROVIDERS
 from benchmarks.speed.smaller_gpu import CONTEXT_GIB
 from benchmarks.speed.workers import say
 
-DEFAULT_PROVIDERS = tuple(name for name in PROVIDERS if name not in ("lsr_held", "lsr_graphs", "lsr_unfused"))
+NOT_BY_DEFAULT = {"lsr_held", "lsr_graphs", "lora_graphs", "kron_lora_graphs", "lsr_unfused", "peft_lora_float32"}
+DEFAULT_PROVIDERS = tuple(name for name in PROVIDERS if name not in NOT_BY_DEFAULT)
 BASES = ("nf4", "int8", "bf16")
 CHECKPOINTING = ("none", "mlp", "full", "offload", "auto")
 

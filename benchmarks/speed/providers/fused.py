@@ -83,25 +83,34 @@ class LsrCachedWeights(LsrAdapter):
     cache_weights = True
 
 
-class LsrGraphs(LsrAdapter):
-    """LSR-Adapt, fused, its forward and backward passes replayed as CUDA graphs."""
+class ReplayedSteps(FusedAdapter):
+    """A fused adapter whose forward and backward passes are replayed as CUDA graphs, as `lsr-scale train` does."""
 
     replays = True
     graphs: Any = None
 
     def inputs(self, ids: Tensor) -> Any:
         """Return the batches in the form that graphs take, with the number of supervised tokens."""
+        return [self.prepared({"input_ids": rows, "labels": rows}, longest=ids.shape[2]) for rows in ids]
+
+    def prepared(self, batch: dict[str, Tensor], longest: int) -> tuple[dict[str, Any], float]:
+        """Return a batch without its padding, a row after another, on the device; how many labels are supervised.
+
+        Args:
+            batch: `input_ids`, `labels` and, if there is padding, `attention_mask`, all `[rows, length]`, on the CPU.
+            longest: An upper bound on the rows' lengths, the same for all batches.
+        """
         from lsr_scale.fused.cuda_graphs import StepGraphs, static_batch
 
-        self.graphs = StepGraphs(self.model.get_base_model())
-        positions = torch.arange(ids.shape[2]).repeat(ids.shape[1])[None]
-        batches = []
-        for rows in ids:
-            row = rows.reshape(1, -1)
-            batch = static_batch(row, row.masked_fill(positions == 0, -100), positions, longest=ids.shape[2])
-            count = float(batch["weights"].sum())
-            batches.append(({k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items()}, count))
-        return batches
+        if self.graphs is None:
+            self.graphs = StepGraphs(self.model.get_base_model())
+        ids = batch["input_ids"]
+        real = batch.get("attention_mask", torch.ones_like(ids)).bool()
+        positions = torch.arange(ids.shape[1]).expand_as(ids)
+        labels = batch["labels"].masked_fill(positions == 0, -100)
+        static = static_batch(*(values[real][None] for values in (ids, labels, positions)), longest=longest)
+        count = float(static["weights"].sum())
+        return {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in static.items()}, count
 
     def loss_of(self, batch: Any) -> Tensor:
         """Replay the batch's graph, which makes the gradients as well."""
@@ -116,6 +125,10 @@ class LsrGraphs(LsrAdapter):
         """Free the graphs."""
         self.graphs = None
         super().free_memory()
+
+
+class LsrGraphs(ReplayedSteps, LsrAdapter):
+    """LSR-Adapt, its steps replayed."""
 
 
 class LsrUnfused(LsrAdapter):
@@ -136,6 +149,14 @@ class LoraAdapter(FusedAdapter):
 
     method = "lora"
     options = LORA
+
+
+class LoraGraphs(ReplayedSteps, LoraAdapter):
+    """PEFT's LoRA modules on the fused path, its steps replayed."""
+
+
+class KronLoraGraphs(ReplayedSteps, KronLoraAdapter):
+    """Kron-LoRA, its steps replayed."""
 
 
 class Frozen(FusedAdapter):

@@ -34,6 +34,19 @@ class PeftLora(Provider):
         apply(rope=True, rms_norm=True, swiglu=True, cross_entropy=False, fused_linear_cross_entropy=True)
 
 
+class PeftLoraFloat32(PeftLora):
+    """PEFT's LoRA computing in float32 on the very weights that bfloat16 computes with: the reference of a loss."""
+
+    autocast = False
+
+    def make(self) -> None:
+        """Build the base, inject PEFT's adapter, dequantize for good."""
+        from benchmarks.speed.parity import in_float32
+
+        super().make()
+        self.model = in_float32(self.model)
+
+
 class PeftLoraLiger(PeftLora):
     """PEFT's LoRA on Liger's kernels."""
 

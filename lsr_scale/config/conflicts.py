@@ -139,7 +139,12 @@ def _data(run: "RunConfig") -> Iterator[Problem]:
             ("data", "validation_split"),
             "holds out training rows, and data.validation gives other rows for that; keep one of them",
         )
-    if training["eval_strategy"] != "no" and not run.data.has_validation:
+    if training["early_stopping"] and (training["eval_strategy"] == "no" or not run.data.has_validation):
+        lacking = (
+            "data.validation_split: 0.05 or data.validation" if not run.data.has_validation else "eval_strategy: steps"
+        )
+        yield Problem(("training", "early_stopping"), f"goes by evaluations, and the run has none; add {lacking}")
+    elif training["eval_strategy"] != "no" and not run.data.has_validation:
         yield Problem(
             ("training", "eval_strategy"),
             f"{training['eval_strategy']!r} needs rows to evaluate on; add data.validation or data.validation_split, "

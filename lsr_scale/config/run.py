@@ -22,7 +22,7 @@ from lsr_scale.config.sections import (
     SourceSection,
 )
 from lsr_scale.config.shipped import find_run
-from lsr_scale.config.training import Task, check_training, training_kwargs, training_model
+from lsr_scale.config.training import EarlyStopping, Task, check_training, training_kwargs, training_model
 from lsr_scale.errors import UserError
 
 
@@ -116,6 +116,7 @@ def _section_models(task: Task) -> dict[str, type[BaseModel]]:
         "model": ModelSection,
         "data": DataSection,
         "training": training_model(task),
+        "training.early_stopping": EarlyStopping,
         "deepspeed": DeepSpeedSection,
         "eval": EvalSection,
         "source": SourceSection,

@@ -38,6 +38,7 @@ DEFAULTS: dict[str, Any] = {
     "on_nonfinite": "stop",
     "condition_guard": "warn",
     "condition_tolerance": 2.0**-7,  # see lsr_scale/adapters/condition.py
+    "early_stopping": None,
     "logging_steps": 10,
     "logging_nan_inf_filter": False,  # would wait for the GPU at every step; on_nonfinite looks instead
     "save_strategy": "steps",
@@ -122,6 +123,16 @@ _BOUNDS: dict[str, dict[str, float]] = {
 }
 _ROWS_PER_STEP = 2**20
 
+
+class EarlyStopping(BaseModel):
+    """When training ends early."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    patience: int = Field(3, ge=1, le=10**6, description="Evaluations in a row without improvement that end training.")
+    threshold: float = Field(0.0, ge=0, le=1e6, description="An improvement is by more than this.")
+
+
 # Fields that neither TRL nor transformers has: type and description.
 OWN_FIELDS: dict[str, tuple[Any, str]] = {
     "fused": (
@@ -151,6 +162,11 @@ OWN_FIELDS: dict[str, tuple[Any, str]] = {
         "change an update by more than condition_tolerance: 'warn', 'rescale' (orthogonal terms) or 'fp32'.",
     ),
     "condition_tolerance": (float, "Tolerated relative change of an update by rounding its factors."),
+    "early_stopping": (
+        EarlyStopping | None,
+        "End training where metric_for_best_model (by default eval_loss) no longer improves: {patience, threshold}. "
+        "Evaluations and saves then coincide, and the best checkpoint's adapter is kept, if the run says nothing else.",
+    ),
 }
 
 # transformers 5.23 renames the first of each pair to the second; both are taken with every version.
@@ -280,7 +296,7 @@ def check_training(values: Any, task: Task) -> dict[str, Any]:
             if values.get(old, values[new]) != values[new]:
                 raise ValueError(f"{old} and {new} are two names of one field, set to different values; keep one")
             values[old] = values.pop(new)
-    filled = {**DEFAULTS, **TASK_DEFAULTS[task], **values}
+    filled = {**DEFAULTS, **TASK_DEFAULTS[task], **_early_stopping_defaults(values), **values}
     if (max_steps := filled.get("max_steps", -1)) != -1 and max_steps < 1:
         raise ValueError(f"max_steps: expected a number of steps, or -1 for num_train_epochs, got {max_steps}")
     if (rows := filled["per_device_train_batch_size"] * filled["gradient_accumulation_steps"]) > _ROWS_PER_STEP:
@@ -293,6 +309,22 @@ def check_training(values: Any, task: Task) -> dict[str, Any]:
         name = next(name for pair in RENAMED.items() for name in pair if name in written)
         raise ValueError(f"memory: {memory} and {name}: {checkpointing} contradict each other; keep one")
     return filled
+
+
+def _early_stopping_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a run that may stop early has where it says nothing: to keep the best, what is evaluated is saved."""
+    if values.get("early_stopping") is None:
+        return {}
+    saves = values.get("save_strategy", DEFAULTS["save_strategy"])
+    strategy = values.get("eval_strategy", saves if saves in ("steps", "epoch") else "steps")
+    every = values.get("eval_steps", values.get("save_steps", DEFAULTS["save_steps"]))
+    return {
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "eval_loss",
+        "eval_strategy": strategy,
+        "save_strategy": strategy,
+        **({"eval_steps": every, "save_steps": every} if strategy == "steps" else {}),
+    }
 
 
 def checkpoints_layers(training: Mapping[str, Any]) -> bool:
@@ -350,4 +382,6 @@ def _buildable(annotation: Any) -> Any:
 
 def _as_written(raw: Any, checked: Any) -> Any:
     """Keep `10` an integer where the field is a float, so that a resolved run reads as it was written."""
+    if isinstance(checked, BaseModel):
+        return {name: _as_written(raw.get(name), value) for name, value in checked}
     return raw if isinstance(raw, int) and isinstance(checked, float) else checked

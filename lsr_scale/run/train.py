@@ -30,6 +30,7 @@ from lsr_scale.screen import print_line
 from lsr_scale.training.arguments import uses_deepspeed, zero_stage
 from lsr_scale.training.assembly import build_trainer
 from lsr_scale.training.callbacks.condition import ConditionCallback
+from lsr_scale.training.callbacks.early_stopping import StopEarly, early_stopping_of
 from lsr_scale.training.callbacks.progress import Progress
 from lsr_scale.training.callbacks.samples import Samples
 from lsr_scale.training.callbacks.signals import StopOnSignal, Terminated, end_with_peers
@@ -136,6 +137,8 @@ def _prepare(start: Start, stop: StopOnSignal, say: Say, quiet: bool) -> tuple[R
         run = run.model_copy(update={"adapter": run.adapter.model_copy(update={"start_from": str(checkpoint)})})
     watch = ConditionCallback(run.training["condition_tolerance"], run.training["condition_guard"], say)
     progress = Progress(folder.metrics, quiet=quiet)
+    wanted = run.training["early_stopping"]
+    early = [StopEarly(wanted["patience"], wanted["threshold"])] if wanted else []
     with suggest_base_option(None if checkpoint else run.model.name, "--set model.name=FOLDER"):
         data = read_data(run, checkpoint, say)
         if checkpoint:
@@ -144,7 +147,7 @@ def _prepare(start: Start, stop: StopOnSignal, say: Say, quiet: bool) -> tuple[R
         samples = Samples(data.prompts, run.eval.max_new_tokens, folder.samples, say)
         # in this order: progress refuses what is not finite, records what was measured before it, and counts the time
         # of no sample as a step's
-        trainer = build_trainer(run, folder, [stop, watch, samples, progress, DiscardBackup(folder)], say, data)
+        trainer = build_trainer(run, folder, [stop, *early, watch, samples, progress, DiscardBackup(folder)], say, data)
     if checkpoint:
         for note in _check_adapter(trainer.model, checkpoint):
             say(f"note: {note}")
@@ -250,12 +253,17 @@ def _run_trainer(start: Start, trainer: Trainer, stop: StopOnSignal, say: Say) -
         raise Terminated(stop.stopped, f"after step {step}, a checkpoint is saved in {start.folder.path}")
     if start.checkpoint and start.step == step:
         say("nothing was left to train: the checkpoint is of the last step")
+    early = early_stopping_of(trainer)
+    if early and early.stopped:
+        say(early.in_words(trainer.args, trainer.state))
     if start.folder.nonfinite.exists():
         counts = _count_nonfinite(start.folder)
         say(f"note: what was not finite counted for nothing (training.on_nonfinite: skip): {counts}")
     best_step = trainer.state.best_global_step if trainer.args.load_best_model_at_end else None
     if best_step:
         say(f"the adapter is that of step {best_step}, the best by {trainer.args.metric_for_best_model}")
+    elif early and early.stopped:
+        say(f"the adapter is that of the last step, {step} (training.load_best_model_at_end: false)")
     return Trained(time.monotonic() - began, best_step, late_signal)
 
 

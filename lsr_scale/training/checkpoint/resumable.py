@@ -30,6 +30,7 @@ from lsr_scale.data.order import WholeSteps
 from lsr_scale.errors import UserError
 from lsr_scale.run.folder import STATE, TENSORS, RunFolder
 from lsr_scale.screen import print_line
+from lsr_scale.training.callbacks.early_stopping import early_stopping_of
 from lsr_scale.training.callbacks.signals import StopOnSignal
 from lsr_scale.training.checkpoint import rotate, trained_state
 from lsr_scale.training.checkpoint.manifest import write_manifest
@@ -99,7 +100,7 @@ class Resumable(_Base):
             if isinstance(callback, ExportableState):
                 saved = self.state.stateful_callbacks
                 name = type(callback).__name__
-                if isinstance(saved[name], list):
+                if isinstance(saved.get(name), list):  # none of a callback that a run has only since it resumed
                     saved[name].append(callback.state())
                 else:
                     saved[name] = callback.state()
@@ -166,9 +167,11 @@ class Resumable(_Base):
         return prepared
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
-        """Return the epochs done and the steps of the next; all epochs where a checkpoint is of the last step."""
+        """Return the epochs done and the steps of the next; all epochs where a checkpoint is of a run's last step."""
         done = super()._init_training_state(*args, **kwargs)
-        finished = self.state.global_step >= self.state.max_steps
+        early = early_stopping_of(self)
+        stopped_early = early is not None and early.was_over(self.state)
+        finished = self.state.global_step >= self.state.max_steps or stopped_early
         return (math.ceil(self.state.num_train_epochs), 0) if finished else done
 
     def _finalize_training(self, trial: Any, *args: Any, **kwargs: Any) -> Any:

@@ -27,14 +27,21 @@ class UserError(ValueError):
         super().__init__(one_screen(message))
 
 
+_JOINERS = "\u200c\u200d"
+
+
 def printable(text: str) -> str:
     """Return text with everything that would steer a terminal, or that nobody sees, as its escape; lines and tabs stay.
 
-    So `"\\x1b[2J"` for what clears the screen, `"\\u202e"` for what turns the writing around.
+    So `"\\x1b[2J"` for what clears the screen, `"\\u202e"` for what turns the writing around. The joiners of emoji and
+    of scripts such as Persian's stay where they join.
     """
     if text.isascii() and text.isprintable():
         return text
-    return "".join(c if c.isprintable() or c in "\n\t" else _escaped(c) for c in text)
+    return "".join(
+        c if c.isprintable() or c in "\n\t" or (c in _JOINERS and not before.isascii()) else _escaped(c)
+        for before, c in zip(f" {text}", text, strict=False)
+    )
 
 
 def _escaped(character: str) -> str:

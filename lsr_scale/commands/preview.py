@@ -1,11 +1,16 @@
 """`lsr-scale preview`: samples as tokens, and what of them is supervised."""
 
 import argparse
+from typing import TYPE_CHECKING, Any
 
 from lsr_scale.commands.arguments import Parser, add_run_arguments, count, load_run
 from lsr_scale.screen import Screen
 
-HELP = "Show a few training samples as tokens, and what of them is supervised."
+if TYPE_CHECKING:
+    from lsr_scale.data.token_counts import TokenCounts
+
+HELP = "Show a few training samples as they are trained on, what of them is supervised, and their lengths."
+SUPERVISED, CONTEXT, STYLE = "> ", "  ", "green"
 
 
 def add_arguments(parser: Parser) -> None:
@@ -21,7 +26,7 @@ def run(args: argparse.Namespace) -> int:
     from rich.text import Text
 
     from lsr_scale.data.formats import KIND_MEANING
-    from lsr_scale.data.preview import preview
+    from lsr_scale.data.preview import preview, runs
     from lsr_scale.training.assembly import check_run_fits, read_data
 
     notes: list[str] = []
@@ -29,23 +34,54 @@ def run(args: argparse.Namespace) -> int:
     check_run_fits(config, data)
     shown = preview(data.train, data.kind, data.tokenizer, args.samples, config.training, data.validation)
     console = Screen()
-    green = ("green", "bold green")
-    console.print(
-        Text.assemble(
-            f"{len(data.train):,} rows, {data.kind}: {KIND_MEANING[data.kind]}. Supervised tokens are ", green, "."
-        )
-    )
+    console.print(f"{len(data.train):,} rows, {data.kind}: {KIND_MEANING[data.kind]}")
+    if shown.labels is None:
+        console.print(Text.assemble("What is supervised is ", (f"behind {SUPERVISED}", STYLE), "and green."))
     for index, sample in enumerate(shown.samples):
         supervised = sum(token.supervised for token in sample)
         label = "" if shown.labels is None else f", label {shown.labels[index]}"
-        number = (f"{index + 1}", "bold")
-        console.print(Text.assemble("\n", number, f"  {len(sample)} tokens, {supervised} supervised{label}"))
-        # the bars keep the tokens, and with them what is supervised, apart without colours too
-        parts = [(t.text, "bold green reverse" if t.supervised else "") for t in sample]
-        console.print(Text.assemble(*parts), soft_wrap=True)
-        console.print(Text("supervised: " + repr("".join(t.text for t in sample if t.supervised))), soft_wrap=True)
-    if shown.counts:
-        console.print("\n" + "\n".join(shown.counts), soft_wrap=True)
+        console.print(
+            Text.assemble("\n", (f"{index + 1}", "bold"), f"  {len(sample)} tokens, {supervised} supervised{label}")
+        )
+        console.print(_text_of(runs(sample)), soft_wrap=True)
+    console.print()
+    console.print(_table(shown.parts))
     for note in [*notes, *(f"note: {text}" for text in shown.notes)]:
         console.print(f"\n{note}", soft_wrap=True)
     return 0
+
+
+def _text_of(pieces: list[tuple[bool, str]]) -> Any:
+    """Return a sample as lines, each behind a mark that tells whether it is supervised, without colours too."""
+    from rich.text import Text
+
+    text, at_start = Text(), True
+    for supervised, piece in pieces:
+        # a piece begins a line of its own, which shows the line break that it begins with
+        lines = (piece if at_start else piece.removeprefix("\n")).split("\n")
+        at_start = not lines[-1]
+        for line in lines[:-1] if at_start else lines:
+            text.append(f"{SUPERVISED if supervised else CONTEXT}{line}\n", STYLE if supervised else "")
+    text.rstrip()
+    return text
+
+
+def _table(parts: "list[tuple[str, TokenCounts]]") -> Any:
+    """Return rows, turns, lengths and what is supervised of each part, as a table."""
+    from rich import box
+    from rich.table import Table
+
+    turns, supervised = any(counts.turns for _, counts in parts), any(counts.supervised for _, counts in parts)
+    lost = any(counts.unsupervised for _, counts in parts)
+    names = ["", "rows", *(["assistant\nturns"] if turns else []), "tokens\np50", "\np95", "\nmax", "rows\ncut"]
+    names += [*(["rows\nleft out"] if lost else []), *(["supervised\ntokens"] if supervised else [])]
+    table = Table(*names, box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for where, counts in parts:
+        cells = [where, f"{counts.rows:,}", *([f"{counts.assistant_turns:,} of {counts.turns:,}"] if turns else [])]
+        cells += [f"{counts.percentile(share):,}" for share in (0.5, 0.95, 1)] + [f"{counts.truncated:,}"]
+        cells += [f"{counts.unsupervised:,}"] if lost else []
+        share = 100 * counts.supervised / max(1, counts.tokens)
+        table.add_row(*cells, *([f"{counts.supervised:,} ({share:.3g} %)"] if supervised else []))
+    return table

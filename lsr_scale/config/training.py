@@ -49,7 +49,12 @@ DEFAULTS: dict[str, Any] = {
 }
 TASK_DEFAULTS: dict[Task, dict[str, Any]] = {
     # Without prediction_loss_only, evaluation keeps the logits of the whole vocabulary for every token.
-    "causal_lm": {"max_length": 1024, "packing": False, "prediction_loss_only": True},
+    "causal_lm": {
+        "max_length": 1024,
+        "packing": False,
+        "prediction_loss_only": True,
+        "assistant_only_loss": None,  # null: wherever rows are conversations
+    },
     "seq_cls": {"max_length": 512},
 }
 
@@ -270,7 +275,10 @@ def training_model(task: Task) -> type[TrainingFields]:
         kind = kind if old.endswith("_kwargs") else Flag | None  # pyright: ignore[reportOperatorIssue]
         fields[old] = (kind, Field(default=DEFAULTS.get(old), description=described.description))
         fields[new] = (kind, Field(default=None, description=f"The name of {old} from transformers 5.23 on."))
-    if task == "seq_cls":
+    if task == "causal_lm":
+        text = "Supervise what the assistant says, its end tokens included, and no other turn. null: in conversations."
+        fields["assistant_only_loss"] = (Flag | None, Field(default=None, description=text))
+    else:
         text = "Longest sequence in tokens; longer ones are truncated."
         fields["max_length"] = _field("max_length", int | None, defaults["max_length"], text)
     for name, (kind, text) in OWN_FIELDS.items():
@@ -344,6 +352,7 @@ def training_kwargs(training: Mapping[str, Any], task: Task) -> dict[str, Any]:
     kwargs["gradient_checkpointing"] = checkpoints_layers(kwargs)
     for name in OWN_FIELDS:
         del kwargs[name]
+    kwargs.pop("assistant_only_loss", None)  # labels come from lsr_scale/data/chat_tokens.py, for any chat template
     if task == "seq_cls":
         del kwargs["max_length"]  # ours: the tokenizer cuts, not the trainer
     for name in ("adam_beta1", "adam_beta2", "adam_epsilon"):  # torch takes no integer beside a float

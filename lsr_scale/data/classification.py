@@ -1,11 +1,12 @@
 """A classifier's rows as tokens, and how many of them truncation shortens."""
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerBase
 
-from lsr_scale.data.token_counts import counted_rows
+from lsr_scale.data.token_counts import TokenCounts, counted_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -41,8 +42,8 @@ def count_classification(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int | None,
     encoded: "Dataset | None" = None,
-) -> tuple[str, list[str]]:
-    """Return a line and notes on how many of a classifier's rows are longer than `max_length`, as for texts.
+) -> tuple[str, TokenCounts, list[str]]:
+    """Return which rows were counted, their lengths, and notes on those longer than `max_length`, as for texts.
 
     Args:
         where: What the rows are, such as "data.train".
@@ -58,12 +59,14 @@ def count_classification(
     else:
         some, where_counted = dataset, where
     limit = tokenizer.model_max_length if max_length is None else max_length
-    full = [index for index, ids in enumerate(encoded["input_ids"]) if len(ids) >= limit]
-    cut = 0
+    lengths = [len(ids) for ids in encoded["input_ids"]]
+    full = [index for index, length in enumerate(lengths) if length >= limit]
     if full:
         first, second = _sentences(some[:])  # pyright: ignore
         pairs = [first[index] for index in full], None if second is None else [second[index] for index in full]
-        cut = sum(len(ids) > limit for ids in tokenizer(*pairs, truncation=False, verbose=False).input_ids)
-    line = f"{where_counted}: {len(some):,} rows, {cut:,} cut"
+        whole = tokenizer(*pairs, truncation=False, verbose=False).input_ids
+        lengths = [length for length in lengths if length < limit] + [len(ids) for ids in whole]
+    cut = sum(length > limit for length in lengths)
+    counts = TokenCounts(rows=len(some), truncated=cut, lengths=Counter(lengths))
     note = f"{where}: training.max_length ({limit}) cuts {cut:,} of {len(some):,} rows; raise it, or shorten the rows"
-    return line, [note] if cut else []
+    return where_counted, counts, [note] if cut else []

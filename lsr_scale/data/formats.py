@@ -6,10 +6,10 @@ exactly the scored text of its right choice: TRL appends the end-of-sequence tok
 supervised token (the model learns to stop after the answer) that no score ever looks at.
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+from lsr_scale.data.conversations import check_learnable, checked_messages, conversation, tools_of
 from lsr_scale.data.labels import Labels, number_of
 from lsr_scale.data.prompt_forms import scored_pair
 from lsr_scale.data.rows import Row, RowError, Rows
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 Kind = Literal["prompt_completion", "chat_prompt_completion", "messages", "text", "classification"]
 KIND_MEANING: dict[str, str] = {
     "prompt_completion": "raw text, loss on the completion",
-    "chat_prompt_completion": "chat template, loss on the completion",
-    "messages": "chat template, loss on the conversation",
+    "chat_prompt_completion": "chat template, loss on the assistant's turns in the completion",
+    "messages": "chat template, loss on the assistant's turns",
     "text": "raw text, loss on every token",
     "classification": "two sentences and a label, for task: seq_cls",
 }
@@ -51,9 +51,6 @@ SENTENCE_PAIRS = (
     ("text", None),
 )
 
-SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-ROLES = ("system", "developer", "user", "assistant", "tool")
-
 
 def _text(row: Row, *keys: str) -> str:
     key = next((key for key in keys if row.get(key) is not None), keys[0])
@@ -69,78 +66,15 @@ def _filled(text: str, key: str) -> str:
     return text
 
 
-def _turns(value: object, key: str) -> list[dict[str, str]]:
-    """Check a list of `{"role", "content"}` (or ShareGPT's `{"from", "value"}`) and return it in the former shape."""
-    if not isinstance(value, list) or not value:
-        raise RowError(f"expected a list of messages under {key!r}, got {value!r:.60}")
-    turns = []
-    for index, turn in enumerate(value):
-        place = f"{key}[{index}]"
-        if not isinstance(turn, Mapping):
-            raise RowError(f"expected {{'role': ..., 'content': ...}} as {place}, got {turn!r:.60}")
-        if "from" in turn:
-            speaker = str(turn["from"])
-            if speaker not in SPEAKERS:
-                raise RowError(f"unknown speaker {speaker!r:.60} in {place}; {did_you_mean(speaker, SPEAKERS)}")
-            turn = {"role": SPEAKERS[speaker], "content": turn.get("value")}
-        role = turn.get("role")
-        if role not in ROLES:
-            raise RowError(f"unknown role {role!r:.60} in {place}; {did_you_mean(str(role)[:60], ROLES)}")
-        extra = {name: item for name, item in turn.items() if name not in ("role", "content") and item is not None}
-        if any(not isinstance(item, str) for item in (turn.get("content"), *extra.values())):
-            raise RowError(
-                f"expected texts only in {place} (tool calls and images are not supported), got {turn!r:.90}"
-            )
-        turns.append({"role": role, "content": turn["content"], **extra})
-    return turns
-
-
-def _check_learnable(turns: list[dict[str, str]], key: str) -> None:
-    """Raise where the turns to be learned hold no text, in their content or in what they have beside it."""
-    if not turns:
-        raise RowError(f"no assistant turn under {key!r}: there is nothing to learn")
-    if not any(text.strip() for turn in turns for name, text in turn.items() if name != "role"):
-        raise RowError(f"expected something to learn under {key!r}, got empty assistant turns")
-
-
-def _tools(row: Row) -> dict[str, str]:
-    tools = row.get("tools")
-    if not tools:
-        return {}
-    text = tools if isinstance(tools, str) else json.dumps(tools)
-    try:
-        listed = json.loads(text)
-    except (ValueError, RecursionError):
-        listed = None
-    if not isinstance(listed, list):
-        raise RowError(f"expected a list of tools, or its JSON, under 'tools', got {tools!r:.60}")
-    return {"tools": text}
-
-
-def listed_tools(tools: str | None) -> list[Any] | None:
-    """Return the tools of a converted row, whose JSON it holds, as chat templates take them."""
-    return json.loads(tools) if tools else None
-
-
-def _conversation(row: Row) -> dict[str, Any]:
-    key = "messages" if "messages" in row else "conversations"
-    turns = _turns(row.get(key), key)
-    system = row.get("system")
-    if system and turns[0]["role"] != "system":
-        turns.insert(0, {"role": "system", "content": _text(row, "system")})
-    _check_learnable([turn for turn in turns if turn["role"] == "assistant"], key)
-    return {"messages": turns, **_tools(row)}
-
-
 def _prompt_completion(row: Row) -> dict[str, Any]:
     """The texts exactly as they are written; question/answer rows take the form of multiple-choice questions."""
     if _is_question_answer(row):
         return {"prompt": f"Question: {_text(row, 'question')}\nAnswer:", "completion": f" {_text(row, 'answer')}"}
     prompt, completion = row.get("prompt"), row.get("completion")
     if isinstance(prompt, list) or isinstance(completion, list):
-        turns = _turns(completion, "completion")
-        _check_learnable(turns, "completion")
-        return {"prompt": _turns(prompt, "prompt"), "completion": turns, **_tools(row)}
+        turns = checked_messages(completion, "completion")
+        check_learnable(turns, "completion")
+        return {"prompt": checked_messages(prompt, "prompt"), "completion": turns, **tools_of(row)}
     return {"prompt": _text(row, "prompt"), "completion": _filled(_text(row, "completion"), "completion")}
 
 
@@ -182,8 +116,8 @@ def _plain_text(row: Row) -> dict[str, Any]:
 
 CONVERTERS: dict[str, Callable[[Row], dict[str, Any]]] = {
     "prompt_completion": _prompt_completion,
-    "messages": _conversation,
-    "sharegpt": _conversation,
+    "messages": conversation,
+    "sharegpt": conversation,
     "alpaca": _alpaca,
     "text": _plain_text,
     "classification": _classification,

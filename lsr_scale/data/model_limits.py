@@ -10,11 +10,12 @@ import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
-import jinja2
 from torch import nn
 from transformers import PreTrainedConfig
 
-from lsr_scale.data.formats import Kind, listed_tools
+from lsr_scale.data.assistant_spans import render
+from lsr_scale.data.conversations import listed_tools, messages_of
+from lsr_scale.data.formats import Kind
 from lsr_scale.errors import UserError
 
 if TYPE_CHECKING:
@@ -108,17 +109,15 @@ def _tokens(dataset: "Dataset", kind: Kind, tokenizer: Any, training: Mapping[st
     limit = training["max_length"]
     cut = slice(-limit, None) if limit and training.get("truncation_mode") == "keep_end" else slice(limit)
     end = tokenizer.convert_tokens_to_ids(tokenizer.eos_token or "")
-    template = training.get("chat_template_path") is None
     for row in cast(Iterable[dict[str, Any]], dataset):
         if kind == "classification":
             ids = tokenizer(row["sentence1"], row["sentence2"] or None, truncation=True, max_length=limit)["input_ids"]
         elif kind in ("messages", "chat_prompt_completion"):
-            turns = row["messages"] if kind == "messages" else [*row["prompt"], *row["completion"]]
-            tools, ids = listed_tools(row.get("tools")), []
+            ids = []
             # what fails the trainer will say better, by row
-            with contextlib.suppress(jinja2.TemplateError, TypeError, ValueError):
-                if template:
-                    ids = tokenizer.apply_chat_template(turns, tools=tools, return_dict=True)["input_ids"]
+            with contextlib.suppress(UserError):
+                text = render(tokenizer, messages_of(row)[0], listed_tools(row.get("tools")))
+                ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         else:
             text = row["text"] if kind == "text" else row["prompt"] + row["completion"]
             ids = tokenizer(text)["input_ids"]

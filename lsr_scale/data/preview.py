@@ -1,17 +1,18 @@
-"""What the trainer will see: tokens with what is supervised, made by TRL's own preprocessing, never by a copy of it."""
+"""What the trainer will see: tokens with what is supervised, made by the trainer's own preparation of its rows."""
 
 import tempfile
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
 from lsr_scale.data.classification import count_classification, tokenize_classification
 from lsr_scale.data.formats import Kind
-from lsr_scale.data.token_counts import count_tokens, counted_rows
-from lsr_scale.data.tokenizer_setup import prepare_tokenizer, template_notes
+from lsr_scale.data.token_counts import CountsTokens, TokenCounts, count_tokens, counted_rows
+from lsr_scale.data.tokenizer_setup import prepare_tokenizer, supervises_assistant, template_notes
 from lsr_scale.errors import UserError
 
 if TYPE_CHECKING:
@@ -23,14 +24,13 @@ PREPROCESSING = (
     "truncation_mode",
     "dataset_text_field",
     "completion_only_loss",
-    "assistant_only_loss",
     "eos_token",
     "pad_token",
     "chat_template_path",
 )
 
-# bytes of a character in UTF-8, which are as many tokens at most
-_MAX_BYTES = 4
+# tokens that may have to be decoded together for whole characters: a token may end one and begin another
+_MAX_PARTS = 16
 
 
 class TokenView(NamedTuple):
@@ -49,13 +49,18 @@ class Preview:
         samples: One list of tokens a row.
         labels: The label of each row for classification data, else None.
         notes: What a user should know: which token pads, what is appended, what was dropped or cut.
-        counts: A line for the training and one for the validation rows: how many, and what of them is lost.
+        parts: Which rows were counted ("data.train", "data.validation"), and their counts.
     """
 
     samples: list[list[TokenView]]
     labels: list[float] | None
     notes: list[str]
-    counts: list[str]
+    parts: list[tuple[str, TokenCounts]]
+
+    @property
+    def counts(self) -> list[str]:
+        """Return a line for each part: how many rows, and what of them is lost."""
+        return [f"{where}: {counts.line()}" for where, counts in self.parts]
 
 
 def view(input_ids: list[int], labels: list[int] | None, tokenizer: PreTrainedTokenizerBase) -> list[TokenView]:
@@ -65,19 +70,29 @@ def view(input_ids: list[int], labels: list[int] | None, tokenizer: PreTrainedTo
 
 
 def _texts(input_ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Return the text of each token; of a character that several make up, the last one has it, the others ""."""
-    texts, parts = [], []
-    for i in input_ids:
-        parts.append(i)
-        text = str(tokenizer.decode(parts))
-        if text.endswith("\ufffd") and len(parts) < _MAX_BYTES:
-            texts.append("")
-        else:
-            texts.append(text)
-            parts = []
-    if parts:
-        texts[-1] = str(tokenizer.decode(parts))  # cut within a character
+    """Return the text of each token; of a character that several make up, the last one has it, the others "".
+
+    A token's text is what it adds to that of the tokens before it: alone, one of SentencePiece loses its space.
+    """
+
+    def decoded(ids: list[int]) -> str:
+        return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+
+    texts: list[str] = []
+    shown, begun = 0, 0  # the tokens up to here are shown; those from here on are decoded together with the next
+    for end in range(1, len(input_ids) + 1):
+        before, now = decoded(input_ids[begun:shown]), decoded(input_ids[begun:end])
+        unfinished = now.endswith("\ufffd") and end < len(input_ids) and end - shown < _MAX_PARTS
+        texts.append("" if unfinished else now[len(before) :])
+        if not unfinished:
+            begun, shown = shown, end
     return texts
+
+
+def runs(sample: list[TokenView]) -> list[tuple[bool, str]]:
+    """Return a sample's text in pieces that are supervised or not, in turn."""
+    grouped = groupby(sample, key=lambda token: token.supervised)
+    return [(supervised, "".join(token.text for token in tokens)) for supervised, tokens in grouped]
 
 
 def preview(
@@ -107,9 +122,10 @@ def preview(
     options = {name: training[name] for name in PREPROCESSING if training and training.get(name) is not None}
     if training and "max_length" in training:
         options["max_length"] = training["max_length"]  # None means no limit, not the default
-    assistant_only = bool(options.get("assistant_only_loss"))
-    notes = prepare_tokenizer(tokenizer, kind, options.pop("pad_token", None), assistant_only)
-    notes += template_notes(dataset, tokenizer)
+    wanted = (training or {}).get("assistant_only_loss")
+    assistant_only = supervises_assistant(training, kind)
+    notes = prepare_tokenizer(tokenizer, kind, options.pop("pad_token", None), wanted)
+    notes += template_notes(dataset, tokenizer, assistant_only)
     parts = [("data.train", dataset), *([("data.validation", validation)] if validation is not None else [])]
     head = dataset.select(range(min(num_samples, len(dataset))))
     if kind == "classification":
@@ -118,27 +134,31 @@ def preview(
         counted = [count_classification(*part, tokenizer, options.get("max_length")) for part in parts]
         samples = [view(row["input_ids"], None, tokenizer) for row in encoded]  # pyright: ignore
         return Preview(samples, list(encoded["labels"]), *_joined(notes, counted))
-    rows = _as_trained(head, tokenizer, options)
+    rows = _as_trained(head, tokenizer, options, assistant_only)
     if kind in ("prompt_completion", "text"):
         notes.append(
             f"The trainer appends the end-of-sequence token {tokenizer.eos_token!r}; scoring never looks at it."
         )
     if kind == "messages" and not assistant_only:
-        notes.append("Every turn is supervised; training.assistant_only_loss: true keeps to the assistant's.")
+        notes.append("Every turn is supervised; without training.assistant_only_loss: false, the assistant's alone.")
     if len(rows) < len(head):
         num_dropped, limit = len(head) - len(rows), options.get("max_length", "default")
         notes.append(f"{num_dropped} of {len(head)} rows are dropped: max_length ({limit}) cuts off all supervision.")
     if not len(rows):
         raise UserError("data: no supervised token is left in these rows; raise training.max_length")
     settings = {"max_length": _default_length(), **(training or {})}
-    counted = [_count(*part, tokenizer, options, settings) for part in parts]
+    counted = [_count(*part, tokenizer, options, settings, assistant_only) for part in parts]
     samples = [view(row["input_ids"], row["labels"], tokenizer) for row in rows]  # pyright: ignore
     return Preview(samples, None, *_joined(notes, counted))
 
 
-def _joined(notes: list[str], counted: list[tuple[str, list[str]]]) -> tuple[list[str], list[str]]:
-    """Return the notes with those of the counts, and the counts' lines."""
-    return [*notes, *(note for _, found in counted for note in found)], [line for line, _ in counted]
+Counted = tuple[str, TokenCounts, list[str]]
+
+
+def _joined(notes: list[str], counted: list[Counted]) -> tuple[list[str], list[tuple[str, TokenCounts]]]:
+    """Return the notes with those of the counts, and the counts."""
+    found = [note for _, _, of_part in counted for note in of_part]
+    return [*notes, *found], [(where, counts) for where, counts, _ in counted]
 
 
 def _count(
@@ -147,12 +167,13 @@ def _count(
     tokenizer: PreTrainedTokenizerBase,
     options: dict[str, Any],
     training: Mapping[str, Any],
-) -> tuple[str, list[str]]:
-    """Return a line of counts and what is to be said of them, for all rows or, of many, some evenly spaced ones."""
+    assistant_only: bool,
+) -> Counted:
+    """Return counts and what is to be said of them, for all rows or, of many, some evenly spaced ones."""
     some, where_counted = counted_rows(where, dataset)
-    untruncated = _as_trained(some, tokenizer, {**options, "max_length": None})
+    untruncated = _as_trained(some, tokenizer, {**options, "max_length": None}, assistant_only)
     counts = count_tokens(untruncated, tokenizer, training)
-    return f"{where_counted}: {counts.line()}", counts.notes(where, tokenizer, training)
+    return where_counted, counts, counts.notes(where, tokenizer, training)
 
 
 def _default_length() -> int | None:
@@ -161,10 +182,15 @@ def _default_length() -> int | None:
     return SFTConfig.max_length
 
 
-def _as_trained(head: "Dataset", tokenizer: PreTrainedTokenizerBase, options: dict[str, Any]) -> "Dataset":
+def _as_trained(
+    head: "Dataset", tokenizer: PreTrainedTokenizerBase, options: dict[str, Any], assistant_only: bool
+) -> "Dataset":
     import datasets
     from transformers import LlamaConfig, LlamaForCausalLM
     from trl import SFTConfig, SFTTrainer
+
+    class Prepares(CountsTokens, SFTTrainer):
+        supervise_assistant = assistant_only
 
     tiny = LlamaConfig(
         vocab_size=max(tokenizer.get_vocab().values()) + 1,
@@ -180,7 +206,7 @@ def _as_trained(head: "Dataset", tokenizer: PreTrainedTokenizerBase, options: di
         with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # TRL's own defaults, under names that are going away
             arguments = SFTConfig(output_dir=folder, use_cpu=True, bf16=False, report_to="none", **options)
-            trainer = SFTTrainer(LlamaForCausalLM(tiny), arguments, train_dataset=head, processing_class=tokenizer)
+            trainer = Prepares(LlamaForCausalLM(tiny), arguments, train_dataset=head, processing_class=tokenizer)
     except (ValueError, RuntimeError) as error:
         raise UserError(f"data: the trainer cannot prepare these rows: {error}") from error
     finally:

@@ -1,13 +1,18 @@
 """How many rows and tokens truncation keeps from the loss, counted before it; preview and train tell it."""
 
 import copy
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from accelerate import PartialState
 
-from lsr_scale.data.formats import listed_tools
+from lsr_scale.data.assistant_spans import render
+from lsr_scale.data.chat_tokens import CONVERSATIONS_COLUMNS, is_conversations, tokenize_conversations
+from lsr_scale.data.conversations import as_messages, is_empty, listed_tools
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -33,6 +38,10 @@ class TokenCounts:
         doubled: Rows with two end-of-sequence tokens, or two tokens of the beginning, side by side.
         prompts: Prompts whose tokens were compared with those of prompt and completion together.
         retokenized: Those whose last tokens are others there.
+        lengths: How many rows have so many tokens, before truncation.
+        turns: Turns of conversations, of any role.
+        assistant_turns: Those that are the assistant's and may be learned.
+        empty_turns: The assistant's without a text, which are not.
     """
 
     rows: int = 0
@@ -46,6 +55,29 @@ class TokenCounts:
     doubled: int = 0
     prompts: int = 0
     retokenized: int = 0
+    lengths: Counter[int] = field(default_factory=Counter)
+    turns: int = 0
+    assistant_turns: int = 0
+    empty_turns: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Tokens before truncation."""
+        return sum(length * rows for length, rows in self.lengths.items())
+
+    def percentile(self, share: float) -> int:
+        """Return the length that so large a share of rows does not exceed: 0.5 is the median, 1 the longest."""
+        seen = 0
+        for length in sorted(self.lengths):
+            seen += self.lengths[length]
+            if seen >= share * self.rows:
+                return length
+        return 0
+
+    def supervision(self) -> str:
+        """Return in words how much of conversations is supervised."""
+        turns = f"{self.assistant_turns:,} assistant turns supervised of {self.turns:,} turns"
+        return f"{turns}, {self.supervised:,} of {self.tokens:,} tokens ({_share(self.supervised, self.tokens)})"
 
     def __add__(self, other: "TokenCounts") -> "TokenCounts":
         """Return the counts of both."""
@@ -53,6 +85,8 @@ class TokenCounts:
 
     def line(self) -> str:
         """Return in a line what is lost."""
+        if not self.supervised:  # a classifier's
+            return f"{self.rows:,} rows, {self.truncated:,} cut"
         lost = _share(self.supervised_lost, self.supervised)
         return (
             f"{self.rows:,} rows, {self.truncated:,} cut, {self.unsupervised:,} left out; "
@@ -85,6 +119,13 @@ class TokenCounts:
             notes.append(
                 f"{where}: {self.without_end:,} {of_rows} do not teach the end token {tokenizer.eos_token!r}, at which "
                 "generation stops; set training.eos_token to the token with which the chat template ends a turn"
+            )
+        if self.empty_turns:
+            notes.append(f"{where}: {self.empty_turns:,} of the assistant's turns hold no text, and are not learned")
+        if self.unsupervised and training.get("packing") and not _packs_in_parts(training):
+            notes.append(
+                f"{where}: {self.unsupervised:,} {of_rows} are left out: training.max_length ({limit}) cuts off all "
+                "that is to be learned of them; raise it"
             )
         if self.doubled:
             either = f"{tokenizer.bos_token!r} or {tokenizer.eos_token!r}"
@@ -123,7 +164,7 @@ def count_tokens(dataset: "Dataset", tokenizer: Any, training: Mapping[str, Any]
     columns = dataset.select_columns(names).with_format("arrow")
     for start in range(0, len(dataset), _BATCH_ROWS):
         total += _count(columns[start : start + _BATCH_ROWS], tokenizer, training)
-    return total + _compare_prompts(dataset, tokenizer)
+    return total + _count_turns(dataset) + _compare_prompts(dataset, tokenizer)
 
 
 def _count(table: Any, tokenizer: Any, training: Mapping[str, Any]) -> TokenCounts:
@@ -158,7 +199,22 @@ def _count(table: Any, tokenizer: Any, training: Mapping[str, Any]) -> TokenCoun
         ends_lost=int((ends & ~fits).sum()),
         without_end=len(lengths) - rows_with(ends) if tokenizer.eos_token_id is not None else 0,
         doubled=len(np.unique(row[1:][twice])),
+        lengths=Counter(lengths.tolist()),
     )
+
+
+def _count_turns(dataset: "Dataset") -> TokenCounts:
+    """Count the turns of conversations; of a prompt and its completion those of the completion may be learned."""
+    turns = learned = empty = 0
+    for name in CONVERSATIONS_COLUMNS:
+        if name not in dataset.column_names or isinstance(dataset[0][name], str):
+            continue
+        for messages in dataset[name]:
+            turns += len(messages)
+            if name != "prompt":
+                of_assistant = [is_empty(turn) for turn in messages if turn["role"] == "assistant"]
+                empty, learned = empty + sum(of_assistant), learned + len(of_assistant) - sum(of_assistant)
+    return TokenCounts(turns=turns, assistant_turns=learned, empty_turns=empty)
 
 
 def _compare_prompts(dataset: "Dataset", tokenizer: Any) -> TokenCounts:
@@ -171,12 +227,11 @@ def _compare_prompts(dataset: "Dataset", tokenizer: Any) -> TokenCounts:
         alone = tokenizer(list(prompts)).input_ids
     else:
         tools = some["tools"] if "tools" in some.column_names else [None] * len(some)
-        alone = [
-            tokenizer.apply_chat_template(
-                prompt, tools=listed_tools(tool), add_generation_prompt=True, tokenize=True, return_dict=True
-            )["input_ids"]
+        texts = [
+            render(tokenizer, as_messages(prompt), listed_tools(tool), add_generation_prompt=True)
             for prompt, tool in zip(prompts, tools, strict=True)
         ]
+        alone = tokenizer(texts, add_special_tokens=False).input_ids
     together = some["input_ids"]
     changed = sum(both[: len(ids)] != ids for ids, both in zip(alone, together, strict=True))
     return TokenCounts(prompts=len(some), retokenized=changed)
@@ -194,12 +249,14 @@ def counted_rows(where: str, dataset: "Dataset") -> tuple["Dataset", str]:
 
 
 class CountsTokens:
-    """A mix-in for SFTTrainer: counts, when rows are tokenized, what is truncated.
+    """A mix-in for SFTTrainer: tokenizes conversations, and counts, when rows are tokenized, what is truncated.
 
     Attributes:
+        supervise_assistant: Learn the assistant's turns alone, where rows are conversations.
         token_counts: By "train" and "eval".
     """
 
+    supervise_assistant = True
     token_counts: dict[str, TokenCounts]
 
     def _prepare_dataset(
@@ -210,10 +267,32 @@ class CountsTokens:
         if "input_ids" not in dataset.column_names:
             untruncated = copy.copy(args)
             untruncated.max_length, untruncated.shuffle_dataset = None, False
+            if is_conversations(dataset):
+                with _main_first():
+                    dataset = tokenize_conversations(
+                        dataset,
+                        processing_class,
+                        assistant_only=self.supervise_assistant,
+                        completion_only=args.completion_only_loss is not False,
+                        num_proc=args.dataset_num_proc,
+                    )
             dataset = prepare(dataset, processing_class, untruncated, False, formatting_func, dataset_name)
             settings = {**vars(args), "packing": packing}
-            self.token_counts = {
-                **getattr(self, "token_counts", {}),
-                dataset_name: count_tokens(dataset, processing_class, settings),
-            }
+            counts = count_tokens(dataset, processing_class, settings)
+            self.token_counts = {**getattr(self, "token_counts", {}), dataset_name: counts}
+            if packing and counts.unsupervised and not _packs_in_parts(settings):
+                # it would fill a sequence with what nobody learns from; without packing TRL leaves it out
+                dataset = dataset.filter(_keeps_supervised, fn_kwargs={"limit": args.max_length})
         return prepare(dataset, processing_class, args, packing, formatting_func, dataset_name)
+
+
+@contextmanager
+def _main_first() -> Iterator[None]:
+    """Let the main process write to the cache first, then the first one of each host, as TRL does."""
+    state = PartialState()
+    with state.main_process_first(), state.local_main_process_first():
+        yield
+
+
+def _keeps_supervised(row: Mapping[str, Any], limit: int) -> bool:
+    return any(label != -100 for label in row["labels"][:limit])

@@ -1,25 +1,24 @@
 """The tokenizer is made ready for the data, and the rows are checked against it: padding, chat template, labels."""
 
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerBase
 
-from lsr_scale.data.formats import KIND_MEANING, Kind, listed_tools
+from lsr_scale.data.assistant_spans import TRAINING_DATE, AssistantSpans, render
+from lsr_scale.data.chat_tokens import CONVERSATIONS
+from lsr_scale.data.conversations import listed_tools, messages_of
+from lsr_scale.data.formats import KIND_MEANING, Kind
 from lsr_scale.data.rows import RowError
 from lsr_scale.errors import UserError
-from lsr_scale.model.tokenizer import render_chat, undefined_names
+from lsr_scale.model.tokenizer import undefined_names
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-# around what a chat template has the assistant say
-_GENERATION_TAG = re.compile(r"\{%-?\s*generation\b")
-
 
 def prepare_tokenizer(
-    tokenizer: PreTrainedTokenizerBase, kind: Kind, pad_token: str | None = None, assistant_only: bool = False
+    tokenizer: PreTrainedTokenizerBase, kind: Kind, pad_token: str | None = None, assistant_only: bool | None = None
 ) -> list[str]:
     """Give the tokenizer a padding token where it has none, and return what a user should know about it.
 
@@ -27,11 +26,11 @@ def prepare_tokenizer(
         tokenizer: Changed in place (its padding token alone).
         kind: What the data is, see `lsr_scale.data.formats.KIND_MEANING`.
         pad_token: The padding token to use.
-        assistant_only: Only what the assistant says is to be supervised (`training.assistant_only_loss`).
+        assistant_only: `training.assistant_only_loss`; None is True for conversations.
 
     Raises:
-        UserError: No end-of-sequence token, an unknown padding token, no chat template for conversations, or one that
-            does not mark what the assistant says.
+        UserError: No end-of-sequence token, an unknown padding token, no chat template for conversations, or no way to
+            tell which tokens are the assistant's.
     """
     name = tokenizer.name_or_path or type(tokenizer).__name__
     if kind in ("messages", "chat_prompt_completion") and not tokenizer.chat_template:
@@ -39,8 +38,8 @@ def prepare_tokenizer(
             f"tokenizer {name!r}: the data is conversations, and it has no chat template; set model.chat_template to a "
             "Jinja file, take an instruction-tuned model, or write the rows as prompt and completion"
         )
-    if assistant_only:
-        _check_marks_assistant(tokenizer, kind)
+    if assistant_only or (assistant_only is None and kind in CONVERSATIONS):
+        _check_tells_assistant(tokenizer, kind)
     if pad_token is not None:
         if pad_token not in tokenizer.get_vocab():
             raise UserError(f"tokenizer {name!r}: the padding token {pad_token!r} is not in its vocabulary")
@@ -61,55 +60,76 @@ def prepare_tokenizer(
     ]
 
 
-def _check_marks_assistant(tokenizer: Any, kind: Kind) -> None:
-    """Raise where neither the chat template nor TRL, for one that it knows, tells the assistant's tokens."""
-    from trl.chat_template_utils import get_training_chat_template
+def supervises_assistant(training: Mapping[str, Any] | None, kind: Kind) -> bool:
+    """Tell whether a run learns the assistant's turns alone: it does where rows are conversations, unless told not to.
 
+    Args:
+        training: The run's training arguments.
+        kind: What the data is.
+    """
+    return kind in CONVERSATIONS and (training or {}).get("assistant_only_loss") is not False
+
+
+def _check_tells_assistant(tokenizer: Any, kind: Kind) -> None:
+    """Raise where rows are no conversations, or the tokenizer does not tell where in a text its tokens are."""
     where = "training.assistant_only_loss"
-    if kind not in ("messages", "chat_prompt_completion"):
+    if kind not in CONVERSATIONS:
         raise UserError(f"{where}: the data is {kind} ({KIND_MEANING[kind]}), no conversations; leave it out")
-    if _GENERATION_TAG.search(tokenizer.get_chat_template()):
-        return
-    try:
-        get_training_chat_template(tokenizer)
-    except ValueError:
+    if not tokenizer.is_fast:
         raise UserError(
-            f"{where}: the chat template does not tell which tokens are the assistant's; put {{% generation %}} and "
-            "{% endgeneration %} around the assistant's text and end token in a copy of it, and set "
-            "model.chat_template to that, or leave assistant_only_loss out to learn every turn"
-        ) from None
+            f"{where}: {type(tokenizer).__name__} does not tell where in a text its tokens are; take the model's "
+            "tokenizer.json (a fast tokenizer), or set it to false to learn every turn"
+        )
 
 
-def template_notes(dataset: "Dataset", tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def template_notes(dataset: "Dataset", tokenizer: PreTrainedTokenizerBase, assistant_only: bool = False) -> list[str]:
     """Return what is to be said of how the chat template writes the first row, where rows are conversations."""
-    name = next((name for name in ("messages", "prompt") if name in dataset.column_names), None)
-    if name is None or not isinstance(dataset[0][name], list):
+    if not {"messages", "completion"} & set(dataset.column_names) or isinstance(dataset[0].get("prompt"), str):
         return []
-    return [
+    messages, _ = messages_of(dataset[0])
+    notes = [
         f"the chat template prints {missing[:60]!r}, which nothing defines, so nothing stands there; correct the name "
-        "in a copy of it and set model.chat_template to that"
-        for missing in undefined_names(tokenizer, dataset[0][name])
+        "in a copy of it and set model.chat_template to it"
+        for missing in undefined_names(tokenizer, messages)
     ]
+    if assistant_only and (header := AssistantSpans(tokenizer).learned_header()):
+        notes.append(
+            f"the chat template has no generation prompt, so the assistant learns to write {header[:60]!r} itself; "
+            "write it where add_generation_prompt is set, in a copy of the template, and set model.chat_template to it"
+        )
+    if "strftime_now" in str(tokenizer.chat_template):
+        notes.append(
+            f"the chat template asks for today's date, which training rows have as {TRAINING_DATE:%d %b %Y}, so that "
+            "they are the same tomorrow"
+        )
+    return notes
 
 
-def row_check(tokenizer: PreTrainedTokenizerBase | None) -> Callable[[dict[str, Any]], None]:
+def row_check(
+    tokenizer: PreTrainedTokenizerBase | None, assistant_only: bool = True
+) -> Callable[[dict[str, Any]], None]:
     """Return what `build_dataset` asks of every row: that the chat template takes it.
 
     Args:
         tokenizer: The run's; None where rows are no conversations.
+        assistant_only: The assistant's tokens are to be told from the others, in conversations.
     """
+    # that there is no template is told once, for all rows
+    spans = AssistantSpans(tokenizer) if tokenizer is not None and tokenizer.chat_template else None
 
     def check(row: dict[str, Any]) -> None:
-        messages = row["messages"] if "messages" in row else row.get("prompt")
-        # that there is no template is told once, for all rows
-        if not isinstance(messages, list) or tokenizer is None or not tokenizer.chat_template:
+        if spans is None or not isinstance(row["messages"] if "messages" in row else row.get("prompt"), list):
             return
+        messages, learned_from = messages_of(row)
         tools = listed_tools(row.get("tools"))
         try:
-            if "prompt" in row:
-                render_chat(tokenizer, messages, tools=tools, add_generation_prompt=True)
-                messages = [*messages, *row["completion"]]
-            render_chat(tokenizer, messages, tools=tools)
+            if learned_from:
+                render(tokenizer, messages[:learned_from], tools, add_generation_prompt=True)
+            if assistant_only and getattr(tokenizer, "is_fast", False):
+                spans.find(messages, tools, learned_from)
+            else:
+                render(tokenizer, messages, tools)
+            spans.check_written(messages, tools)
         except UserError as error:
             raise RowError(str(error)) from None
 

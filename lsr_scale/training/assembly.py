@@ -20,9 +20,10 @@ from lsr_scale.adapters.peft import module_suffixes
 from lsr_scale.adapters.save_and_load import load_adapter, resolve_start_from
 from lsr_scale.config import RunConfig
 from lsr_scale.config.training import checkpoints_layers
+from lsr_scale.data.chat_tokens import CONVERSATIONS
 from lsr_scale.data.classification import count_classification
 from lsr_scale.data.token_counts import TokenCounts
-from lsr_scale.data.tokenizer_setup import prepare_tokenizer, template_notes
+from lsr_scale.data.tokenizer_setup import prepare_tokenizer, supervises_assistant, template_notes
 from lsr_scale.errors import UserError, did_you_mean
 from lsr_scale.fused import FuseReport, fuse
 from lsr_scale.fused.cuda_graphs import StepGraphs, graphs_fallback_reason
@@ -75,6 +76,7 @@ def build_trainer(
         say(str(report))
     trainer = make_trainer(run, model, arguments, data, callbacks)
     _check_rows_left(run, trainer, data, note)
+    _say_supervised(trainer, data, say)
     _note_row_lengths(run, trainer, note)
     if report is not None and report.fused:
         _use_fused_layers(run, trainer, say)
@@ -85,9 +87,9 @@ def build_trainer(
 
 def _prepare_tokenizer(run: RunConfig, data: RunData, note: Say) -> None:
     """Give the tokenizer what the rows need, such as padding, and note what its chat template does."""
-    assistant_only = bool(run.training.get("assistant_only_loss"))
-    notes = prepare_tokenizer(data.tokenizer, data.kind, assistant_only=assistant_only)
-    for line in (*notes, *template_notes(data.train, data.tokenizer)):
+    notes = prepare_tokenizer(data.tokenizer, data.kind, assistant_only=run.training.get("assistant_only_loss"))
+    assistant_only = supervises_assistant(run.training, data.kind)
+    for line in (*notes, *template_notes(data.train, data.tokenizer, assistant_only)):
         note(line)
 
 
@@ -153,12 +155,20 @@ def _check_rows_left(run: RunConfig, trainer: Any, data: RunData, note: Say) -> 
             continue
         if run.model.task == "seq_cls":
             encoded = trainer.train_dataset if split == "train" else trainer.eval_dataset
-            _, notes = count_classification(where, rows, data.tokenizer, limit, encoded)
+            _, _, notes = count_classification(where, rows, data.tokenizer, limit, encoded)
         else:  # there are none where dataset_kwargs skips TRL's preparation
             count = getattr(trainer, "token_counts", {}).get(split, TokenCounts())
             notes = count.notes(where, data.tokenizer, run.training)
         for line in notes:
             note(line)
+
+
+def _say_supervised(trainer: Any, data: RunData, say: Say) -> None:
+    """Say of conversations how many turns and tokens are supervised."""
+    counts = getattr(trainer, "token_counts", {}).get("train")
+    if counts is not None and data.kind in CONVERSATIONS:
+        every = "" if trainer.supervise_assistant else "every turn is supervised: "
+        say(f"chat: {every}{counts.supervision()}")
 
 
 def _note_row_lengths(run: RunConfig, trainer: Any, note: Say) -> None:

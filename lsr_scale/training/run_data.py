@@ -58,7 +58,9 @@ def read_data(
     loaded = {part: [load_source(source, part) for source in sources] for part, sources in parts.items()}
     tokenizer = _tokenizer(run, checkpoint, lambda text: say(f"note: {text}"))
     labels = labels_of(run, loaded["train"])
-    options: dict[str, Any] = {"model_task": run.model.task, "check": row_check(tokenizer), "labels": labels}
+    assistant_only = run.training.get("assistant_only_loss") is not False
+    check = row_check(tokenizer, assistant_only)
+    options: dict[str, Any] = {"model_task": run.model.task, "check": check, "labels": labels}
     train, kind = build_dataset(parts["train"], "train", loaded=loaded["train"], **options)
     validation = None
     if loaded["validation"]:

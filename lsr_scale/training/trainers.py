@@ -68,7 +68,7 @@ def _sft_trainer(run: RunConfig, options: dict[str, Any]) -> Trainer:
         )
 
     class AdapterSFTTrainer(CountsTokens, Resumable, FiniteCheck, EngineSteps, GraphSteps, HeadLoss, SFTTrainer):
-        pass
+        supervise_assistant = run.training.get("assistant_only_loss") is not False
 
     return AdapterSFTTrainer(**options)
 

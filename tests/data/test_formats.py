@@ -164,7 +164,11 @@ def test_unknown_and_ambiguous_rows_ask_for_a_format(built):
             "something to learn under 'completion', got empty",
         ),
         (CHAT, {"messages": [{"role": "asistant", "content": "Hi"}]}, r"messages\[0\]; did you mean 'assistant'"),
-        (CHAT, {"messages": [{"role": "assistant", "content": None, "tool_calls": [1]}]}, "tool calls"),
+        (
+            CHAT,
+            {"messages": [{"role": "assistant", "content": None, "tool_calls": [1]}]},
+            r"messages\[0\]\.tool_calls\[0\]",
+        ),
         (SHARE, {"conversations": [{"from": "robot", "value": "Hi"}]}, "unknown speaker 'robot'"),
         (ALPACA, {**ALPACA, "history": [["a", "b"]]}, "write these rows as messages"),
         (ALPACA, {"instruction": "a", "output": 3}, "text under 'output', got 3"),
@@ -258,8 +262,11 @@ def test_preview_shows_conversations_through_the_chat_template(built, tokenizer,
     whole = preview(dataset, kind, tokenizer)
     expected = tokenizer.apply_chat_template(CHAT["messages"], return_dict=True)["input_ids"]
     assert [token.id for token in whole.samples[0]] == expected
-    assert all(token.supervised for token in whole.samples[0])
-    assert any("Every turn is supervised" in note for note in whole.notes)
+    assert "".join(token.text for token in whole.samples[0] if token.supervised) == "Hello!<|im_end|>"
+    every = preview(dataset, kind, tokenizer, training={"assistant_only_loss": False})
+    assert [token.id for token in every.samples[0]] == expected
+    assert all(token.supervised for token in every.samples[0])
+    assert any("Every turn is supervised" in note for note in every.notes)
 
 
 def test_preview_heeds_max_length_and_says_what_is_dropped(built, tokenizer, tmp_path):

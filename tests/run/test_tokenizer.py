@@ -40,7 +40,7 @@ from lsr_scale.training.run_data import read_data
 from tests.helpers.tiny_runs import byte_tokenizer, completions, do, save_llama, tiny_run, write_rows
 
 TURN = "{{ m.role }}\n{{ m.content }}<|assistant|>\n"
-TEMPLATE = "{% for m in messages %}" + TURN + "{% endfor %}{% if add_generation_prompt %}so:{% endif %}"
+TEMPLATE = "{% for m in messages %}" + TURN + "{% endfor %}{% if add_generation_prompt %}assistant\n{% endif %}"
 CHAT = [{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "a saw cuts wood"}]}] * 4
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
 
@@ -208,14 +208,17 @@ def test_a_resumed_run_keeps_the_end_token_that_it_began_with(tmp_path, capsys):
     assert trainer.processing_class.eos_token == "</s>"
 
 
-ONLY = "training.assistant_only_loss: the chat template does not tell which tokens are the assistant's; put {% gener"
+ONLY = (
+    "line 1: the chat template's generation prompt is not what begins the assistant's turns; put {% generation %} and"
+)
 
 
-def test_assistant_only_wants_a_template_that_marks_the_assistants_tokens(tmp_path, capsys):
+def test_a_template_whose_assistants_tokens_cannot_be_told_is_refused_with_what_to_do(tmp_path, capsys):
     save_llama(tmp_path / "model")
     write_rows(tmp_path / "rows.jsonl", CHAT)
-    template, only = tmp_path / "own.jinja", ["--set", "training.assistant_only_loss=true"]
-    template.write_text(TEMPLATE)
+    template = tmp_path / "own.jinja"
+    other_prompt = TEMPLATE.replace("assistant\n{% endif %}", "so:{% endif %}")
+    template.write_text(other_prompt)
     model = {"name": str(tmp_path / "model"), "chat_template": str(template), "quantization": "none"}
     training = {
         "eos_token": "<|assistant|>",
@@ -226,15 +229,18 @@ def test_assistant_only_wants_a_template_that_marks_the_assistants_tokens(tmp_pa
     run = tiny_run(tmp_path, model=model, training=training, eval={"tasks": []})
     (tmp_path / "run.yaml").write_text(dump_yaml(run))
     for command in ("preview", "train"):
-        assert cli.main([command, str(tmp_path / "run.yaml"), *only]) == 2
+        assert cli.main([command, str(tmp_path / "run.yaml")]) == 2
         assert ONLY in capsys.readouterr().err
+    every = ["--set", "training.assistant_only_loss=false"]  # as it says
+    assert cli.main(["preview", str(tmp_path / "run.yaml"), *every]) == 0
+    assert "\n> user\n> hi<|assistant|>" in capsys.readouterr().out
     end = "{{ m.content }}<|assistant|>"  # as it says, for the assistant alone
     within = f"{{% generation %}}{end}{{% endgeneration %}}"
     marked = f"{{% if m.role == 'assistant' %}}{within}{{% else %}}{end}{{% endif %}}"
-    template.write_text(TEMPLATE.replace(end, marked))
-    assert cli.main(["preview", str(tmp_path / "run.yaml"), *only]) == 0
-    assert "supervised: 'a saw cuts wood<|assistant|>'" in capsys.readouterr().out
-    assert cli.main(["train", str(tmp_path / "run.yaml"), *only, "--overwrite"]) == 0
+    template.write_text(other_prompt.replace(end, marked))
+    assert cli.main(["preview", str(tmp_path / "run.yaml")]) == 0
+    assert "<|assistant|>assistant\n> a saw cuts wood<|assistant|>\n" in capsys.readouterr().out
+    assert cli.main(["train", str(tmp_path / "run.yaml"), "--overwrite"]) == 0
     with pytest.raises(UserError, match=r"assistant_only_loss: the data is text .*, no conversations; leave it out"):
         prepare_tokenizer(fast(), "text", assistant_only=True)
 
@@ -322,7 +328,8 @@ def test_a_template_that_fails_names_the_row_before_anything_is_loaded(tmp_path,
 
 def test_a_template_that_refuses_one_row_names_that_one(tmp_path):
     tokenizer = fast()
-    tokenizer.chat_template = "{% if messages[0].role != 'user' %}{{ raise_exception('user first') }}{% endif %}x"
+    tokenizer.chat_template = "{% if messages[0].role != 'user' %}{{ raise_exception('user first') }}{% endif %}"
+    tokenizer.chat_template += "{% for m in messages %}{{ m.content }}{% endfor %}"
     bad = {"messages": [{"role": "system", "content": "s"}, {"role": "assistant", "content": "a"}]}
     with pytest.raises(UserError, match=r"rows\.jsonl, line 3: .*user first"):
         build_dataset([write_rows(tmp_path / "rows.jsonl", [*CHAT[:2], bad])], check=row_check(tokenizer))

@@ -1,0 +1,174 @@
+"""Rows of conversations -> one shape: messages of texts, with the tools that an assistant calls.
+
+A converted row is what an Arrow table holds without loss: each message a mapping of texts, `tools` and each message's
+`tool_calls` as JSON (as structs, two calls with different arguments would get each other's names). `as_messages` and
+`listed_tools` return them as chat templates take them.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from lsr_scale.data.rows import Row, RowError
+from lsr_scale.errors import did_you_mean
+
+SPEAKERS = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+    "tool": "tool",
+}
+ROLES = ("system", "developer", "user", "assistant", "tool")
+
+
+def conversation(row: Row) -> dict[str, Any]:
+    """Return a row of messages, or of ShareGPT's conversations, as `{"messages"}`, and `tools` where it has them."""
+    key = "messages" if "messages" in row else "conversations"
+    messages = checked_messages(row.get(key), key)
+    system = row.get("system")
+    if system and messages[0]["role"] != "system":
+        if not isinstance(system, str):
+            raise RowError(f"expected a text under 'system', got {system!r:.60}")
+        messages.insert(0, {"role": "system", "content": system})
+    check_learnable([message for message in messages if message["role"] == "assistant"], key)
+    return {"messages": messages, **tools_of(row)}
+
+
+def checked_messages(value: object, key: str) -> list[dict[str, str]]:
+    """Check a list of `{"role", "content"}` (or ShareGPT's `{"from", "value"}`) and return it in the former shape."""
+    if not isinstance(value, list) or not value:
+        raise RowError(f"expected a list of messages under {key!r}, got {value!r:.60}")
+    return [_message(message, f"{key}[{index}]") for index, message in enumerate(value)]
+
+
+def _message(value: object, place: str) -> dict[str, str]:
+    if not isinstance(value, Mapping):
+        raise RowError(f"expected {{'role': ..., 'content': ...}} as {place}, got {value!r:.60}")
+    if "from" in value:
+        speaker = str(value["from"])
+        if speaker not in SPEAKERS:
+            raise RowError(f"unknown speaker {speaker!r:.60} in {place}; {did_you_mean(speaker, SPEAKERS)}")
+        value = {"role": SPEAKERS[speaker], "content": value.get("value")}
+    role = value.get("role")
+    if role not in ROLES:
+        raise RowError(f"unknown role {role!r:.60} in {place}; {did_you_mean(str(role)[:60], ROLES)}")
+    calls = value.get("tool_calls")
+    if calls and role != "assistant":
+        raise RowError(f"tool_calls in {place}, whose role is {role}; the assistant calls tools")
+    message = {"role": role, "content": _content(value.get("content"), place, may_be_missing=bool(calls))}
+    if calls:
+        message["tool_calls"] = json.dumps(_tool_calls(calls, place), ensure_ascii=False)
+    for name, item in value.items():
+        if name in ("role", "content", "tool_calls") or item is None:
+            continue
+        if not isinstance(item, str):
+            raise RowError(f"expected a text under {name!r:.60} in {place}, got {item!r:.60}; remove it")
+        message[name] = item
+    return message
+
+
+def _content(content: object, place: str, may_be_missing: bool) -> str:
+    """Return a message's text: a string, or a list of text parts, which are put together."""
+    if content is None and may_be_missing:
+        return ""
+    if content is None:
+        raise RowError(f"no content in {place}; write its text, an empty one if it has none")
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise RowError(f"expected a text as content of {place}, got {content!r:.60}")
+    for part in content:
+        if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            kind = part.get("type") if isinstance(part, Mapping) else part
+            raise RowError(
+                f"expected parts {{'type': 'text', 'text': ...}} as content of {place}, got {kind!r:.60}: only texts "
+                "are trained on"
+            )
+    return "".join(part["text"] for part in content)
+
+
+def _tool_calls(calls: object, place: str) -> list[dict[str, Any]]:
+    """Return OpenAI's form of a message's calls, with arguments as an object: templates write them as JSON."""
+    if not isinstance(calls, list):
+        raise RowError(f"expected a list under 'tool_calls' in {place}, got {calls!r:.60}")
+    checked = []
+    for index, call in enumerate(calls):
+        function = call.get("function", call) if isinstance(call, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str) or not function["name"]:
+            raise RowError(
+                f"expected {{'function': {{'name': ..., 'arguments': {{...}}}}}} as {place}.tool_calls[{index}], got "
+                f"{call!r:.60}"
+            )
+        arguments = function.get("arguments")
+        if isinstance(arguments, str):
+            try:
+                arguments = json.loads(arguments)
+            except (ValueError, RecursionError):
+                arguments = None
+        elif arguments is None:
+            arguments = {}
+        if not isinstance(arguments, Mapping):
+            raise RowError(
+                f"expected an object, or its JSON, as arguments of {place}.tool_calls[{index}], got "
+                f"{function.get('arguments')!r:.60}"
+            )
+        extra = {name: call[name] for name in ("id",) if isinstance(call.get(name), str)}
+        checked.append({"type": "function", **extra, "function": {"name": function["name"], "arguments": arguments}})
+    return checked
+
+
+def check_learnable(messages: Sequence[Mapping[str, str]], key: str) -> None:
+    """Raise where the turns to be learned hold no text, in their content or in what they have beside it."""
+    if not messages:
+        raise RowError(f"no assistant turn under {key!r}: there is nothing to learn")
+    if all(is_empty(message) for message in messages):
+        raise RowError(f"expected something to learn under {key!r}, got empty assistant turns")
+
+
+def is_empty(message: Mapping[str, Any]) -> bool:
+    """Tell whether a message holds nothing but white space: no content, no call, nothing beside them."""
+    return not any(text and str(text).strip() for name, text in message.items() if name != "role")
+
+
+def tools_of(row: Row) -> dict[str, str]:
+    """Return `{"tools"}`, the JSON of a row's tools, or nothing where it has none."""
+    tools = row.get("tools")
+    if not tools:
+        return {}
+    text = tools if isinstance(tools, str) else json.dumps(tools)
+    try:
+        listed = json.loads(text)
+    except (ValueError, RecursionError):
+        listed = None
+    if not isinstance(listed, list):
+        raise RowError(f"expected a list of tools, or its JSON, under 'tools', got {tools!r:.60}")
+    return {"tools": text}
+
+
+def listed_tools(tools: str | None) -> list[Any] | None:
+    """Return the tools of a converted row, whose JSON it holds, as chat templates take them."""
+    return json.loads(tools) if tools else None
+
+
+def as_messages(messages: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the messages of a converted row as chat templates take them, without the names that an Arrow table adds.
+
+    A table has one column for each name that any message has; `None` is where this one has none.
+    """
+    turns = []
+    for message in messages:
+        turn: dict[str, Any] = {name: item for name, item in message.items() if item is not None}
+        if "tool_calls" in turn:
+            turn["tool_calls"] = json.loads(turn["tool_calls"])
+        turns.append(turn)
+    return turns
+
+
+def messages_of(row: Mapping[str, Any]) -> tuple[list[dict[str, Any]], int]:
+    """Return the messages of a converted row, and at which of them what is to be learned begins (0: the first)."""
+    if "messages" in row:
+        return as_messages(row["messages"]), 0
+    prompt = as_messages(row["prompt"])
+    return [*prompt, *as_messages(row["completion"])], len(prompt)

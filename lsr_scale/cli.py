@@ -10,6 +10,7 @@ from typing import Any
 
 from lsr_scale.commands import (
     classify,
+    compare,
     config,
     doctor,
     evaluate,
@@ -20,6 +21,7 @@ from lsr_scale.commands import (
     merge,
     plan,
     preview,
+    report,
     train,
 )
 from lsr_scale.commands.arguments import Parser
@@ -29,6 +31,8 @@ from lsr_scale.version import __version__
 COMMANDS: dict[str, Any] = {
     "train": train,
     "eval": evaluate,
+    "compare": compare,
+    "report": report,
     "generate": generate,
     "classify": classify,
     "export": export,

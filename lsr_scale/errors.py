@@ -39,12 +39,13 @@ def printable(text: str) -> str:
     if text.isascii() and text.isprintable():
         return text
     return "".join(
-        c if c.isprintable() or c in "\n\t" or (c in _JOINERS and not before.isascii()) else _escaped(c)
+        c if c.isprintable() or c in "\n\t" or (c in _JOINERS and not before.isascii()) else escaped(c)
         for before, c in zip(f" {text}", text, strict=False)
     )
 
 
-def _escaped(character: str) -> str:
+def escaped(character: str) -> str:
+    """Return a character's escape, as Python writes it."""
     return character.encode("unicode_escape", "surrogatepass").decode("ascii")
 
 

@@ -115,6 +115,11 @@ def is_own_picture(file: Path) -> bool:
     return is_picture(file) and b"tEXtSoftware\0lsr_scale" in _first_bytes(file)
 
 
+def is_own_page(file: Path) -> bool:
+    """Tell whether a file is an HTML page that this package wrote."""
+    return b'<meta name="generator" content="lsr_scale">' in _first_bytes(file)
+
+
 def _first_bytes(file: Path) -> bytes:
     if not file.is_file():
         return b""

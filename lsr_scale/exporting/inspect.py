@@ -7,7 +7,6 @@ in float64 on factors as they lie in the file; a condition beyond 1e7 is float32
 """
 
 import math
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -19,10 +18,8 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from lsr_scale import files
-from lsr_scale.errors import UserError
 from lsr_scale.exporting.source import AdapterSource, describe_file, open_adapter
-from lsr_scale.run.plots import picture_text, save_figure
+from lsr_scale.run.plots import check_picture_place, picture_text, save_figure
 from lsr_scale.units import byte_size
 
 # of an update without a pair, whose singular values take a dense SVD
@@ -201,10 +198,7 @@ def _number(value: float) -> str:
 
 def check_place(picture: Path) -> None:
     """Raise a UserError if a picture would take the place of something else than an earlier one of ours."""
-    if os.path.lexists(picture) and not files.is_own_picture(picture):
-        raise UserError(
-            f"{picture}: not written: what lies there is no picture that lsr-scale drew; name another with --png FILE"
-        )
+    check_picture_place(picture, "--png")
 
 
 def draw(report: dict[str, Any], picture: Path) -> None:

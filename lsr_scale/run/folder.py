@@ -13,7 +13,7 @@ from typing import Any
 
 from lsr_scale.adapters.read import ADAPTER_FILES
 from lsr_scale.errors import UserError
-from lsr_scale.files import cannot_write, is_own_picture, is_picture, write_text
+from lsr_scale.files import cannot_write, is_own_page, is_own_picture, is_picture, write_text
 from lsr_scale.model.tokenizer import tokenizer_files
 from lsr_scale.run.find import find_run
 
@@ -38,6 +38,7 @@ class RunFolder:
     condition.png      how far the terms of LSR-Adapt's sums cancel
     samples.jsonl      completions of eval.prompts: {"step", "moment", "prompt", "completion"} a line
     confusion-*.png    a classifier's confusion matrices, a picture for each of its predictions in eval/
+    report.html        all of it on one page that needs no other file
     """
 
     path: Path
@@ -76,6 +77,11 @@ class RunFolder:
     def condition(self) -> Path:
         """The condition numbers over the steps, for methods that have them."""
         return self.path / "condition.png"
+
+    @property
+    def report(self) -> Path:
+        """The page that shows the run."""
+        return self.path / "report.html"
 
     @property
     def adapter(self) -> Path:
@@ -169,6 +175,7 @@ class RunFolder:
             self.results: lambda file: {"method", "steps"} <= _keys(file),
             self.curve: is_picture,
             self.condition: is_picture,
+            self.report: is_own_page,
             self.path / "spectra.png": is_own_picture,
             **dict.fromkeys(sorted(self.path.glob("confusion-*.png")), is_own_picture),
             **dict.fromkeys(by_name, lambda file: True),
@@ -190,7 +197,9 @@ class RunFolder:
         ours = set(self.written())
         files = self.config, self.environment, self.data, self.metrics, self.curve, self.condition, self.results
         blocking = [
-            path for path in (*files, self.nonfinite, self.samples) if os.path.lexists(path) and path not in ours
+            path
+            for path in (*files, self.nonfinite, self.samples, self.report)
+            if os.path.lexists(path) and path not in ours
         ]
         marked = self.is_marked()
         folders = [path for path in self._folders() if os.path.lexists(path)]

@@ -1,52 +1,177 @@
-"""A run's figures: losses and condition numbers over the steps."""
+"""A run's figures: losses and condition numbers over the steps, and the losses of several runs in one."""
 
 import io
-from collections.abc import Iterable
+import os
+import textwrap
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lsr_scale import files
-from lsr_scale.errors import printable, shortened
+from lsr_scale.errors import UserError, printable, shortened
 from lsr_scale.run.metrics import finite_values, read_metrics
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Points = Sequence[tuple[int, float]]
+# Okabe and Ito's, which the colour-blind tell apart, without their yellow and black: one is pale, one is the text's
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
+_STYLES = ("-", "--", ":")  # each colour again, for more than six lines
+SIZE = (7.0, 4.0)  # inches
+_NARROW = 5.0  # inches of width that hold no two columns of a legend
+_RAW = 20  # more points than that are smoothed
+_POINTS_DRAWN = 2_000  # of a line that is not smoothed
 
 
 def draw_losses(metrics: Path, picture: Path, title: str) -> None:
     """Draw the training (and evaluation) loss over the steps as a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     rows = read_metrics(metrics)
-    figure, axes = pyplot.subplots(figsize=(7, 4), dpi=120)
-    for key, label, style, color in (("loss", "training", "-", "C0"), ("eval_loss", "validation", "o-", "C1")):
-        points = [(row["step"], row[key]) for row in rows if finite_values([row], key)]
-        if not points:
-            continue
-        steps, values = zip(*points, strict=True)
-        style = style if len(values) > 2 else "o-"
-        axes.plot(steps, values, style, label=label, alpha=0.35 if len(values) > 20 else 1.0, color=color)
-        if len(values) > 20:
-            width = max(2, len(values) // 10)
-            means = [sum(values[max(0, i - width + 1) : i + 1]) / min(i + 1, width) for i in range(len(values))]
-            axes.plot(steps, means, color=color, label=f"{label}, mean of {width}")
+    curves = {key: [(row["step"], row[key]) for row in rows if finite_values([row], key)] for key in CURVES}
+    save_figure(loss_figure(curves, title), picture)
+
+
+CURVES = ("loss", "eval_loss")
+
+
+def loss_figure(curves: dict[str, Points], title: str, size: tuple[float, float] = SIZE) -> "Figure":
+    """Return the figure of a run's losses.
+
+    Args:
+        curves: (step, loss) of training, "loss", and of evaluations, "eval_loss".
+        title: The figure's one title, "" for none.
+        size: Its inches.
+    """
+    figure, axes = _figure(title, size)
+    training, evaluation = (curves.get(key) or [] for key in CURVES)
+    if training:
+        _plot_training(axes, training, COLORS[0], "training")
+    if evaluation:
+        axes.plot(*_columns(evaluation), "o-", color=COLORS[1], markersize=4, linewidth=1.2, label="evaluation")
+        step, best = min(evaluation, key=lambda point: point[1])
+        label = f"best evaluation: {best:.4f}, step {step:,}"
+        axes.plot(step, best, "*", color=COLORS[1], markersize=13, markeredgecolor="white", label=label, zorder=5)
     axes.set_xlabel("step")
     axes.set_ylabel("loss, nats per token")
-    axes.set_title(picture_text(title))
-    axes.grid(alpha=0.3)
     if axes.lines:
-        axes.legend()
-    figure.tight_layout()
-    save_figure(figure, picture)
+        _legend(figure)
+    return figure
+
+
+def curves_figure(curves: dict[str, dict[str, Points]], title: str = "", size: tuple[float, float] = SIZE) -> "Figure":
+    """Return the figure of several runs' losses: training as lines, smoothed, evaluations as marks on thinner ones.
+
+    Args:
+        curves: By the run's name, (step, loss) of training, "loss", and of evaluations, "eval_loss".
+        title: The figure's one title, "" for none.
+        size: Its inches; a legend of many runs adds to the height.
+    """
+    columns = 2 if size[0] > _NARROW and len(curves) > 2 else 1
+    figure, axes = _figure(title, (size[0], size[1] + 0.2 * (2 + -(-len(curves) // columns))))
+    width = max((smoothing(points["loss"]) for points in curves.values() if points.get("loss")), default=1)
+    evaluated = False
+    for index, (name, points) in enumerate(curves.items()):
+        style = {"color": COLORS[index % len(COLORS)], "linestyle": _STYLES[index // len(COLORS) % len(_STYLES)]}
+        label = picture_text(name)
+        if training := points.get("loss"):
+            axes.plot(*_columns(_smoothed(training, width)), label=label, linewidth=1.6, **style)
+            label = None
+        if evaluation := points.get("eval_loss"):
+            evaluated = True
+            axes.plot(*_columns(evaluation), marker="o", markersize=4, linewidth=0.8, alpha=0.75, label=label, **style)
+            step, best = min(evaluation, key=lambda point: point[1])
+            axes.plot(step, best, "*", color=style["color"], markersize=13, markeredgecolor="white", zorder=5)
+    smoothed = f"training loss, mean of {width} logged steps" if width > 1 else "training loss"
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss, nats per token")
+    heading = f"lines: {smoothed}" + ("; dots: evaluations, stars: the best" if evaluated else "")
+    if axes.lines:
+        place = {"loc": "outside lower center", "ncols": columns, "title": textwrap.fill(heading, int(16 * size[0]))}
+        legend = figure.legend(frameon=False, fontsize=8.5, title_fontsize=8.5, **place)
+        legend.get_title().set_multialignment("center")
+    return figure
+
+
+def draw_curves(curves: dict[str, dict[str, Points]], picture: Path, title: str = "") -> None:
+    """Draw `curves_figure` as a PNG.
+
+    Raises:
+        UserError: if something else than an earlier picture of ours lies there, or it cannot be written.
+    """
+    check_picture_place(picture, "--plot")
+    save_figure(curves_figure(curves, title), picture)
+
+
+def check_picture_place(picture: Path, option: str) -> None:
+    """Raise a UserError if a picture would take the place of something else than an earlier one of ours."""
+    if os.path.lexists(picture) and not files.is_own_picture(picture):
+        raise UserError(
+            f"{picture}: not written: what lies there is no picture that lsr-scale drew; name another with "
+            f"{option} FILE"
+        )
+
+
+def smoothing(points: Points) -> int:
+    """Return over how many logged steps a loss is averaged to be drawn: a tenth of them, 1 where they are few."""
+    return max(2, len(points) // 10) if len(points) > _RAW else 1
+
+
+def _smoothed(points: Points, width: int) -> list[tuple[int, float]]:
+    """Return the means of each point and the `width - 1` before it."""
+    values = [value for _, value in points]
+    sums = [0.0]
+    for value in values:
+        sums.append(sums[-1] + value)
+    means = [(sums[i + 1] - sums[max(0, i + 1 - width)]) / min(i + 1, width) for i in range(len(values))]
+    return [(step, mean) for (step, _), mean in zip(points, means, strict=True)]
+
+
+def _plot_training(axes: Any, points: Points, color: str, label: str) -> None:
+    width = smoothing(points)
+    if width == 1:
+        axes.plot(*_columns(points), "-" if len(points) > 2 else "o-", color=color, label=label)
+        return
+    axes.plot(
+        *_columns(points[:: -(-len(points) // _POINTS_DRAWN)]), color=color, alpha=0.3, linewidth=0.9, label=label
+    )
+    means = _smoothed(points, width)
+    axes.plot(*_columns(means), color=color, linewidth=1.8, label=f"{label}, mean of {width} logged steps")
+
+
+def _columns(points: Points) -> tuple[list[int], list[float]]:
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def _figure(title: str, size: tuple[float, float] = SIZE) -> tuple["Figure", Any]:
+    """Return a figure with one panel over the steps; made without pyplot, whose backend is the user's."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+
+    figure = Figure(figsize=size, dpi=120, layout="constrained")
+    axes = figure.subplots()
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.yaxis.get_major_formatter().set_useOffset(False)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.3)
+    if title:
+        axes.set_title(picture_text(title), fontsize=11)
+    return figure, axes
+
+
+def _legend(figure: Any) -> None:
+    """Put the legend above the panel, where it covers no line."""
+    columns = 2 if figure.get_figwidth() > _NARROW else 1
+    figure.legend(loc="outside upper center", ncols=columns, frameon=False, fontsize=8.5)
 
 
 def picture_text(text: str) -> str:
-    """Return text for a picture as it stands: pyplot would read formulas between dollars."""
+    """Return text for a picture as it stands: matplotlib would read formulas between dollars."""
     return shortened(printable(text), 100).replace("$", r"\$")
 
 
 def save_figure(figure: Any, picture: Path) -> None:
-    """Write a pyplot figure as a PNG and close it; without date or version, so that the same run draws the same bytes.
+    """Write a figure as a PNG, and close it; without date or version, so that the same run draws the same bytes.
 
     Raises:
         UserError: if the file cannot be written.
@@ -54,41 +179,47 @@ def save_figure(figure: Any, picture: Path) -> None:
     from matplotlib import pyplot
 
     drawn = io.BytesIO()
-    figure.savefig(drawn, metadata=files.PICTURE_METADATA)
+    figure.savefig(drawn, format="png", metadata=files.PICTURE_METADATA)
     pyplot.close(figure)
     files.write_bytes(picture, drawn.getvalue())
 
 
 def draw_conditions(metrics: Path, picture: Path, title: str) -> bool:
     """Draw gamma over the steps of a run, median and largest by side; return False where none was logged."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    rows = [
-        row
-        for row in read_metrics(metrics)
-        if any(name.startswith("condition_") and finite_values([row], name) for name in row)
-    ]
-    if not rows:
+    figure = conditions_figure(read_metrics(metrics), title)
+    if figure is None:
         return False
-    figure, axes = pyplot.subplots(figsize=(7, 4), dpi=120)
-    for color, name in zip(("C0", "C1", "C2", "C3"), _names(rows), strict=False):
+    save_figure(figure, picture)
+    return True
+
+
+def conditions_figure(
+    metrics: Sequence[dict[str, Any]], title: str, size: tuple[float, float] = SIZE
+) -> "Figure | None":
+    """Return the figure of gamma over the steps, None where none was logged."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    rows = [row for row in metrics if any(name.startswith("condition_") and finite_values([row], name) for name in row)]
+    if not rows:
+        return None
+    figure, axes = _figure(title, size)
+    for color, name in zip(COLORS, _names(rows), strict=False):
         for kind, style in (("median", "-"), ("max", "--")):
             key = f"condition_{name}_{kind}"
             points = [(row["step"], row[key]) for row in rows if finite_values([row], key)]
             if points:
-                axes.plot(*zip(*points, strict=True), style, color=color, label=f"{name}, {kind} over the modules")
-    axes.set(xlabel="step", ylabel="condition number gamma", title=picture_text(title))
+                words = "largest" if kind == "max" else kind
+                axes.plot(*_columns(points), style, color=color, label=f"{name}: {words} of the modules")
+    axes.set(xlabel="step", ylabel="condition number gamma (log scale)")
     axes.set_yscale("log")
     low, high = axes.get_ylim()
     axes.set_ylim(min(low, 0.5), max(high, 2.0))  # or 2 % would look like a cliff
-    axes.grid(alpha=0.3, which="both")
-    axes.legend()
-    figure.tight_layout()
-    save_figure(figure, picture)
-    return True
+    decades = max(high, 2.0) / min(low, 0.5)
+    axes.yaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5) if decades < 1e3 else (1,)))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    _legend(figure)
+    return figure
 
 
 def _names(rows: Iterable[dict[str, Any]]) -> list[str]:

@@ -17,6 +17,7 @@ from lsr_scale.data.tasks import Example
 from lsr_scale.errors import UserError
 from lsr_scale.model.gather import reshard
 from lsr_scale.model.load_errors import suggest_base_option
+from lsr_scale.report.write import report_at_end
 from lsr_scale.run import evaluate
 from lsr_scale.run.backup import Backup, DiscardBackup
 from lsr_scale.run.classifier import HeldOut, score_in_training
@@ -72,8 +73,11 @@ def train(
     began = time.monotonic()
     distributed.start(run.deepspeed.config is not None, run.training.get("ddp_timeout", distributed.TIMEOUT_S))
     live = distributed.is_main() and not quiet
+    notes: list[str] = []
 
     def say(text: str) -> None:
+        if text.startswith("note: "):
+            notes.append(text.removeprefix("note: "))
         if live:
             print_line(text)
 
@@ -99,7 +103,7 @@ def train(
         step = trained.best_step or trainer.state.global_step
         samples.take(trainer.model, trainer.processing_class, step, "after")
         if distributed.is_main():
-            _write_results(start, trainer, trained, scores, of_classes, began)
+            _write_results(start, trainer, trained, scores, of_classes, began, notes)
             say(f"done in {clock(time.monotonic() - began)}")
     distributed.stop()
     return start.folder
@@ -299,8 +303,9 @@ def _write_results(
     scores: Scores,
     of_classes: dict[str, dict[str, float]],
     began: float,
+    notes: list[str],
 ) -> None:
-    """Write `results.json`, draw the figures and print the table."""
+    """Write `results.json`, draw the figures, write the report and print the table."""
     run, folder = start.run, start.folder
     results = {
         "method": run.adapter.method,
@@ -315,6 +320,7 @@ def _write_results(
         "wall_s": round(time.monotonic() - began, 1),
         "num_processes": distributed.world_size(),
         "accuracy": evaluate.summary(scores),
+        "notes": list(dict.fromkeys(notes)),
     }
     if of_classes:
         rounded = {when: {name: round(value, 6) for name, value in found.items()} for when, found in of_classes.items()}
@@ -324,3 +330,4 @@ def _write_results(
     draw_losses(folder.metrics, folder.curve, title)
     draw_conditions(folder.metrics, folder.condition, title)
     print_results(folder, results, scores)
+    print_line(report_at_end(folder))

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from lsr_scale.errors import UserError
+from lsr_scale.scoring.paired import mcnemar_p
 
 
 @dataclass(frozen=True)
@@ -67,5 +68,4 @@ def mcnemar(before: TaskScore, after: TaskScore) -> tuple[int, int, float]:
     both = zip(before.predictions, after.predictions, strict=True)
     pairs = [(old.choice == old.answer, new.choice == new.answer) for old, new in both]
     gained, lost = pairs.count((False, True)), pairs.count((True, False))
-    tail = sum(math.comb(gained + lost, k) for k in range(min(gained, lost) + 1))
-    return gained, lost, min(1.0, 2 * tail / 2 ** (gained + lost))
+    return gained, lost, mcnemar_p(gained, lost)

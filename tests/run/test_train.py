@@ -109,6 +109,7 @@ def test_same_configuration_and_seed_give_the_same_adapter_and_another_seed_anot
 def test_the_run_folder_holds_what_it_promises(place, plain):
     names = {path.name for path in plain.path.iterdir()}
     assert {"config.yaml", "env.json", "metrics.jsonl", "loss.png", "adapter", "results.json", "eval"} <= names
+    assert "report.html" in names
     assert not [name for name in names if name.startswith(".") or name == "README.md"]
     run = tiny_run(place, training={"output_dir": str(plain.path)})
     assert load_run(plain.config) == run

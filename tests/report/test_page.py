@@ -1,0 +1,210 @@
+"""A run's page: what it shows, that all of it is text, and that a failure to write it fails no run."""
+
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from lsr_scale import cli, files
+from lsr_scale.errors import UserError
+from lsr_scale.report import write
+from lsr_scale.report.write import report_at_end, write_report
+from lsr_scale.run.compare import compare
+from lsr_scale.run.folder import RunFolder
+from tests.helpers.run_folders import choice_rows, write_run
+from tests.helpers.tiny_runs import do, results, save_llama, tiny_run
+
+HOSTILE = "</pre></style><script>alert(1)</script><img src=http://evil.example/x onerror=alert(2)>&amp;\"'"
+MESSAGES = [{"role": "system", "content": "Be brief. " + HOSTILE}, {"role": "user", "content": "What boils water?"}]
+SAMPLES = [
+    {"step": 0, "moment": "before", "prompt": "Name a tool.", "completion": "before: " + HOSTILE},
+    {"step": 20, "moment": "evaluation", "prompt": "Name a tool.", "completion": "meanwhile: " + HOSTILE},
+    {"step": 40, "moment": "after", "prompt": "Name a tool.", "completion": "after: a saw"},
+    {"step": 0, "moment": "before", "prompt": MESSAGES, "completion": "Water"},
+    {"step": 20, "moment": "evaluation", "prompt": MESSAGES, "completion": "A kettle"},
+    {"prompt": "no completion"},
+    {"step": 40, "moment": "after", "prompt": 5, "completion": "six"},
+]
+
+
+class Reader(HTMLParser):
+    """Collects the tags of a page, their attributes, and its text."""
+
+    def __init__(self, page: Path) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.pieces: list[str] = []
+        self.open: list[str] = []
+        self.feed(page.read_text(encoding="utf-8"))
+        self.text = re.sub(r"\s+", " ", " ".join(self.pieces))
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        self.open.append(tag)
+
+    def handle_data(self, data):
+        if self.open[-1:] != ["style"]:
+            self.pieces.append(data)
+
+
+@pytest.fixture
+def hostile(tmp_path):
+    """Return a run whose every value is hostile."""
+    return write_run(
+        tmp_path / ("<b>run" + "&amp;"),
+        {"training": {"run_note": HOSTILE}, "data": {"train": [{"path": HOSTILE}]}, "model": {"name": HOSTILE}},
+        {"notes": ["data.train: cut " + HOSTILE]},
+        answers={f"arc<script>-{when}": choice_rows([True, False, True]) for when in ("before", "after")},
+        data={"train": [{"path": HOSTILE, "sha256": HOSTILE, "num_rows": 3, "split": HOSTILE}]},
+        environment={"torch": HOSTILE, "gpus": [HOSTILE]},
+        samples=SAMPLES,
+    )
+
+
+def check_harmless(page: Path) -> None:
+    """See that nothing is run or loaded: no script, no handler, no address but within the page."""
+    reader = Reader(page)
+    assert {tag for tag, _ in reader.tags} & {"script", "iframe", "object", "embed", "base", "form"} == set()
+    for tag, attributes in reader.tags:
+        assert not [name for name in attributes if name.startswith("on")], tag
+        for name in ("src", "href", "xlink:href", "action", "srcset"):
+            address = attributes.get(name)
+            assert address is None or address.startswith(("#", "data:")), (tag, address)
+    styles = " ".join(attributes.get("style") or "" for _, attributes in reader.tags)
+    assert "url(" not in re.sub(r"url\(#[\w-]+\)", "", styles)
+    css = re.search(r"<style>(.*?)</style>", page.read_text(encoding="utf-8"), re.DOTALL)
+    assert "url(" not in css[1]
+    assert "@import" not in css[1]
+    assert "&#" not in css[1], "escaped by the template"
+
+
+def test_hostile_values_are_text(hostile):
+    page = write_report(hostile, planned=False)
+    check_harmless(page)
+    text = Reader(page).text
+    assert text.count("<script>alert(1)</script>") >= 8
+
+
+def test_a_comparison_s_hostile_values_are_text(hostile, tmp_path):
+    write_run(tmp_path / "other", {"training": {"run_note": "plain"}})
+    write.write_comparison(compare([hostile, tmp_path / "other"]), tmp_path / "c.html")
+    check_harmless(tmp_path / "c.html")
+    assert "<script>alert(1)</script>" in Reader(tmp_path / "c.html").text
+
+
+def test_control_characters_are_shown_as_escapes_and_other_writing_as_it_is(tmp_path):
+    samples = [
+        {"step": 0, "moment": "before", "prompt": "\u9673\U0001fad6 \u200d", "completion": "a\x1b[2J\u202eb\ud800"}
+    ]
+    page = write_report(write_run(tmp_path / "run", samples=samples), planned=False)
+    text = page.read_text(encoding="utf-8")
+    assert "\u9673\U0001fad6 \u200d" in text
+    assert r"a\x1b[2J\u202eb\ud800" in text
+
+
+def test_generations_stand_side_by_side_by_prompt(tmp_path):
+    text = Reader(write_report(write_run(tmp_path / "run", samples=SAMPLES), planned=False)).text
+    assert text.index("Name a tool.") < text.index("before:") < text.index("after: a saw") < text.index("meanwhile:")
+    assert "What boils water?" in text
+    assert "after step 20 A kettle" in text, "there is none after training"
+
+
+def test_scores_losses_and_machine_are_told(tmp_path):
+    answers = {"arc-before": choice_rows([False] * 8), "arc-after": choice_rows([True] * 6 + [False] * 2)}
+    text = Reader(write_report(write_run(tmp_path / "run", answers=answers), planned=False)).text
+    assert "75.0" in text
+    assert "6 gained, 0 lost" in text
+    assert "4,096,000" in text
+    assert "15.6 MiB" in text
+    assert "H100 80GB HBM3" in text
+    assert "1:06:40" in text
+
+
+def test_a_run_that_has_not_ended_has_a_page_that_says_so(tmp_path):
+    text = Reader(write_report(write_run(tmp_path / "run", finished=False), planned=False)).text
+    assert "has not ended: this is how it stood after step 40" in text
+
+
+def test_a_run_without_anything_but_its_beginning_has_a_page(tmp_path):
+    folder = write_run(tmp_path / "run", metrics=[], finished=False)
+    (folder / "data.json").unlink()
+    check_harmless(write_report(folder))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    save_llama(folder / "model")
+    training = {"output_dir": str(folder / "run"), "max_length": 8, "save_strategy": "no", "max_steps": 3}
+    return do(tiny_run(folder, training=training))
+
+
+def test_a_run_leaves_its_page(trained):
+    assert files.is_own_page(trained.report)
+    assert trained.report in trained.written()
+    check_harmless(trained.report)
+    text = Reader(trained.report).text
+    parameters = f"{results(trained)['trainable_parameters']:,}"
+    assert text.count(parameters) >= 3, "told, planned and measured"
+    assert re.search(r"adapter\.rank 4 16", text), "the value, and the default that it is not"
+    assert "training.adam_beta1" not in text[: text.index("whole resolved configuration")], "a default"
+    assert "cuts" in text, "what truncation loses, as it was said during the run"
+    assert len([tag for tag, _ in Reader(trained.report).tags if tag == "svg"]) >= 4
+
+
+def test_every_figure_and_picture_has_words_for_who_does_not_see_it(trained):
+    for tag, attributes in Reader(trained.report).tags:
+        if tag == "svg":
+            assert attributes["role"] == "img"
+            assert attributes["aria-label"]
+        if tag == "img":
+            assert attributes["alt"]
+
+
+def test_no_name_stands_twice_in_a_page(trained):
+    names = [attributes["id"] for _, attributes in Reader(trained.report).tags if attributes.get("id")]
+    assert len(names) == len(set(names))
+
+
+def test_a_report_that_fails_is_said_and_fails_no_run(tmp_path, monkeypatch, capsys):
+    def fails(*_, **__):
+        raise ZeroDivisionError("in the template")
+
+    save_llama(tmp_path / "model")
+    monkeypatch.setattr(write, "_filled", fails)
+    folder = do(tiny_run(tmp_path, training={"save_strategy": "no", "max_steps": 1}, eval={"tasks": []}))
+    assert "note: the report is not written: in the template" in capsys.readouterr().out
+    assert folder.results.is_file()
+    assert not folder.report.exists()
+
+
+def test_a_plan_that_cannot_be_made_is_said(tmp_path):
+    text = Reader(write_report(write_run(tmp_path / "run", {"model": {"name": "none/such"}}))).text
+    assert "There is no plan to compare with" in text
+
+
+def test_somebody_s_page_is_not_written_over(tmp_path):
+    folder = write_run(tmp_path / "run")
+    (folder / "report.html").write_text("<html>mine</html>")
+    with pytest.raises(UserError, match="no page that lsr-scale wrote"):
+        write_report(folder)
+    assert "not written" in report_at_end(RunFolder(folder))
+    assert (folder / "report.html").read_text() == "<html>mine</html>"
+    assert cli.main(["report", str(folder), "--no-plan", "--html", str(tmp_path / "p.html")]) == 0
+    assert files.is_own_page(tmp_path / "p.html")
+
+
+def test_a_run_does_not_begin_where_somebody_s_page_lies(tmp_path):
+    save_llama(tmp_path / "model")
+    run = tiny_run(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "report.html").write_text("mine")
+    with pytest.raises(UserError, match=r"holds report\.html"):
+        do(run)
+
+
+def test_the_configuration_of_another_release_is_shown_whole(tmp_path):
+    text = Reader(write_report(write_run(tmp_path / "run", {"adapter": {"method": "gone"}}), planned=False)).text
+    assert "Every value." in text
+    assert "training.learning_rate" in text

@@ -16,7 +16,9 @@ def comparison_page(comparison: Comparison) -> dict[str, Any]:
     """Return the values of `comparison.html.jinja`."""
     letters, runs = comparison.letters, comparison.runs
     cells = [_cells(run) for run in runs]
+    same_machine = len({run.machine for run in runs}) == 1
     columns = [name for index, (name, _) in enumerate(cells[0]) if any(row[index][1] for row in cells)]
+    columns = [name for name in columns if name != "machine" or not same_machine]
     run_rows = [
         {
             "letter": letter,
@@ -49,12 +51,12 @@ def comparison_page(comparison: Comparison) -> dict[str, Any]:
         ("config", "What differs", True),
     )
     models = list(dict.fromkeys(str(run.model) for run in runs))
+    lead = f"on {', '.join(models)}" if len(models) < 4 else "on several models"
+    lead += f", {runs[0].machine}" if same_machine else ""
     return {
         "title": f"{len(runs)} runs compared",
         "plural": "s",
-        "lead": f"on {', '.join(models)}; differences are from the first, A"
-        if len(models) < 4
-        else "on several models",
+        "lead": f"{lead}; differences are from the first, A",
         "run_columns": columns,
         "run_rows": run_rows,
         "notes_said": comparison.notes,

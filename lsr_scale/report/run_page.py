@@ -157,13 +157,20 @@ def _others(summary: RunSummary) -> Iterator[dict[str, str]]:
     for task, scores in summary.scores.items():
         for name, score in scores.items():
             if score.low is None:
-                yield {"task": task, "name": name, "n": f"{score.num_examples:,}", "value": number(score.value)}
+                row = {"task": task, "name": name, "n": f"{score.num_examples:,}", "value": number(score.value)}
+                row |= {"before": number(score.before), "change": ""}
+                if gain := score.gain:
+                    row["change"] = f"{gain.difference:+.4f}"
+                    row["change_interval"] = f"{gain.low:+.4f} to {gain.high:+.4f}"
+                yield row
     for name, value in summary.evaluated.items():
         yield {
             "task": "data.validation, last evaluation",
             "name": name.removeprefix("eval_"),
             "n": "",
             "value": number(value),
+            "before": "",
+            "change": "",
         }
 
 

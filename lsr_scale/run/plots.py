@@ -3,7 +3,7 @@
 import io
 import os
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Points = Sequence[tuple[int, float]]
+Curves = Mapping[str, Points]
 # Okabe and Ito's, which the colour-blind tell apart, without their yellow and black: one is pale, one is the text's
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
 _STYLES = ("-", "--", ":")  # each colour again, for more than six lines
@@ -34,7 +35,7 @@ def draw_losses(metrics: Path, picture: Path, title: str) -> None:
 CURVES = ("loss", "eval_loss")
 
 
-def loss_figure(curves: dict[str, Points], title: str, size: tuple[float, float] = SIZE) -> "Figure":
+def loss_figure(curves: Curves, title: str, size: tuple[float, float] = SIZE) -> "Figure":
     """Return the figure of a run's losses.
 
     Args:
@@ -58,7 +59,7 @@ def loss_figure(curves: dict[str, Points], title: str, size: tuple[float, float]
     return figure
 
 
-def curves_figure(curves: dict[str, dict[str, Points]], title: str = "", size: tuple[float, float] = SIZE) -> "Figure":
+def curves_figure(curves: Mapping[str, Curves], title: str = "", size: tuple[float, float] = SIZE) -> "Figure":
     """Return the figure of several runs' losses: training as lines, smoothed, evaluations as marks on thinner ones.
 
     Args:
@@ -92,7 +93,7 @@ def curves_figure(curves: dict[str, dict[str, Points]], title: str = "", size: t
     return figure
 
 
-def draw_curves(curves: dict[str, dict[str, Points]], picture: Path, title: str = "") -> None:
+def draw_curves(curves: Mapping[str, Curves], picture: Path, title: str = "") -> None:
     """Draw `curves_figure` as a PNG.
 
     Raises:
@@ -145,13 +146,13 @@ def _columns(points: Points) -> tuple[list[int], list[float]]:
 def _figure(title: str, size: tuple[float, float] = SIZE) -> tuple["Figure", Any]:
     """Return a figure with one panel over the steps; made without pyplot, whose backend is the user's."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+    from matplotlib.ticker import MaxNLocator, ScalarFormatter, StrMethodFormatter
 
     figure = Figure(figsize=size, dpi=120, layout="constrained")
     axes = figure.subplots()
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    axes.yaxis.get_major_formatter().set_useOffset(False)
+    axes.yaxis.set_major_formatter(ScalarFormatter(useOffset=False))
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.3)
     if title:

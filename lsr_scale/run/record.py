@@ -135,16 +135,17 @@ def read_run(path: str | Path) -> RunRecord:
     notes: list[str] = []
     objects = (folder.results, folder.environment, folder.data)
     results, environment, data = (_object(file, notes) for file in objects)
+    config = _config(folder, notes)
     return RunRecord(
         folder=folder,
         name=str(path).rstrip("/") or str(path),
-        config=_config(folder, notes),
+        config=config,
         results=results,
         metrics=read_metrics(folder.metrics),
         environment=environment,
         data=data,
-        answers=_all_answers(folder, notes),
-        samples=_rows(folder.path / "samples.jsonl", notes),
+        answers=_all_answers(folder, _labels(config), notes),
+        samples=_rows(folder.samples, notes),
         notes=notes,
     )
 
@@ -204,14 +205,21 @@ def _rows(file: Path, notes: list[str]) -> list[dict[str, Any]]:
     return rows
 
 
-def _all_answers(folder: RunFolder, notes: list[str]) -> dict[tuple[str, str], Answers]:
+def _labels(config: dict[str, Any]) -> list[Any]:
+    """Return the names of a classifier's classes in the order of its outputs."""
+    model = config.get("model")
+    return _list(model.get("labels")) if isinstance(model, dict) else []
+
+
+def _all_answers(folder: RunFolder, labels: list[Any], notes: list[str]) -> dict[tuple[str, str], Answers]:
     found: dict[tuple[str, str], Answers] = {}
     for file in sorted((folder.path / "eval").glob("*.jsonl")):
         match = _PREDICTIONS.fullmatch(file.name)
         if match is None:
             continue
         rows = _rows(file, notes)
-        sound = [row for row in rows if _is_choice(row) or _is_classified(row)]
+        numbered = [_with_number(row, labels) for row in rows]
+        sound = [row for row in numbered if _is_choice(row) or _is_classified(row)]
         if len(sound) < len(rows):
             notes.append(f"{file}: {len(rows) - len(sound):,} of {len(rows):,} lines left out: no prediction")
         if not sound or len({_is_choice(row) for row in sound}) > 1:
@@ -227,11 +235,20 @@ def _all_answers(folder: RunFolder, notes: list[str]) -> dict[tuple[str, str], A
 
 
 def _question(row: dict[str, Any]) -> str:
-    """Return what tells a question from others: its hash, or for a classifier's rows their number and label."""
-    for name in ("question_sha256", "row_sha256", "id"):
+    """Return what tells a question from others: its hash; of a classifier's rows their texts, else their number."""
+    for name in ("question_sha256", "id"):
         if isinstance(row.get(name), str):
             return row[name]
-    return f"{row.get('row')}: {row.get('label')}"
+    texts = [row.get("text"), row.get("text_pair")] if "text" in row else row.get("row")
+    return json.dumps([texts, row.get("label")])
+
+
+def _with_number(row: dict[str, Any], labels: list[Any]) -> dict[str, Any]:
+    """Return a classifier's row with the number of its class, or its score, as "label"."""
+    if "gold" not in row or "label" in row:
+        return row
+    gold = row["gold"]
+    return {**row, "label": labels.index(gold) if gold in labels else gold}
 
 
 def _is_choice(row: dict[str, Any]) -> bool:

@@ -122,6 +122,22 @@ def test_classifiers_are_compared_by_every_score(tmp_path):
     assert scores["f1_macro"].over_first.p is None
 
 
+def test_a_classifier_s_rows_with_names_of_classes_are_matched_by_their_texts(tmp_path):
+    def rows(predicted, texts):
+        gold = ["no", "yes", "yes"]
+        return [
+            {"row": number, "text": text, "gold": label, "predicted": "?", "outputs": [0.0, value]}
+            for number, (text, label, value) in enumerate(zip(texts, gold, predicted, strict=True), 1)
+        ]
+
+    for name, predicted, texts in (("a", (-1, -1, 1), "xyz"), ("b", (-1, 1, 1), "xyw")):
+        config = {"model": {"task": "seq_cls", "labels": ["no", "yes"]}}
+        write_run(tmp_path / name, config, answers={"validation-after": rows(predicted, texts)})
+    first, second = (run.scores["validation"]["accuracy"] for run in compare([tmp_path / "a", tmp_path / "b"]).runs)
+    assert (first.value, second.value) == (pytest.approx(2 / 3), 1)
+    assert (second.over_first.common, second.over_first.gained) == (2, 1)
+
+
 def test_a_regression_is_compared_by_its_correlations(tmp_path):
     draw = np.random.default_rng(0)
     labels = draw.normal(0, 1, 50)

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import Trainer
 
 from lsr_scale import distributed, files
+from lsr_scale.adapters.card import CARD_NAME, front_matter, loading, table, write_card
 from lsr_scale.adapters.identity import base_description, check_base
 from lsr_scale.adapters.read import (
     ADAPTER_FILES,
@@ -38,7 +39,7 @@ _MISMATCH = re.compile(r"size mismatch for (\S+): .*?\[(.*?)\].*?\[(.*?)\]")
 
 
 def save_adapter(trainer: Trainer, target: Path) -> None:
-    """Save the adapter as PEFT does, with `base.json` beside it; an interrupted save leaves the old folder.
+    """Save the adapter as PEFT does, with `base.json` and a card beside it; an interrupted save leaves the old folder.
 
     Raises:
         UserError: if the disk is full or the folder cannot be written.
@@ -49,17 +50,22 @@ def save_adapter(trainer: Trainer, target: Path) -> None:
     temporary = target.with_name(f".{target.name}.part")
     files.remove(temporary)
     try:
-        write_adapter(model, temporary)
+        write_adapter(model, temporary, target)
         files.apply_umask(temporary)
-        files.replace_folder(temporary, target, ADAPTER_FILES)
+        files.replace_folder(temporary, target, (*ADAPTER_FILES, CARD_NAME))
     except (OSError, SafetensorError) as error:
         raise _cannot_save(target, error) from error
     finally:
         files.remove(temporary)
 
 
-def write_adapter(model: Any, folder: Path) -> None:
-    """Write the adapter as PEFT does, with `base.json` beside it; nothing of a sharded base, such as embeddings.
+def write_adapter(model: Any, folder: Path, target: Path | None = None) -> None:
+    """Write the adapter as PEFT does, with `base.json` and a card beside it; nothing of a sharded base, as embeddings.
+
+    Args:
+        model: With the adapter in it.
+        folder: Where to write.
+        target: Where the folder is to lie, for the card.
 
     Raises:
         RuntimeError: for an empty tensor, which is a bug.
@@ -68,9 +74,19 @@ def write_adapter(model: Any, folder: Path) -> None:
     if is_sharded(model):
         trained = {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
     model.save_pretrained(folder, state_dict=trained)
-    (folder / "README.md").unlink(missing_ok=True)  # PEFT's template, to be filled in; an export has a card
-    (folder / BASE_NAME).write_text(json.dumps(base_description(model), indent=1) + "\n")
+    described = base_description(model)
+    (folder / BASE_NAME).write_text(json.dumps(described, indent=1) + "\n")
+    _write_card(model, described["name"], folder, target or folder)  # in place of PEFT's template
     _check_saved(folder)
+
+
+def _write_card(model: Any, base: str, folder: Path, target: Path) -> None:
+    config = model.peft_config["default"]
+    method = str(config.peft_type.value).lower()
+    counts = {"base": base, "method": method, "trained parameters": f"{model.get_nb_trainable_parameters()[0]:,}"}
+    lines = [*front_matter(base, "peft", method, config.task_type), "", f"# {method} adapter", "", *table(counts)]
+    dtype = str(model.dtype).removeprefix("torch.")
+    write_card(folder, [*lines, *loading(config, base, target, dtype, getattr(model.config, "num_labels", 0))])
 
 
 def _cannot_save(target: Path, error: OSError | SafetensorError) -> UserError:

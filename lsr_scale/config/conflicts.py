@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from lsr_scale.config import declared
 from lsr_scale.config.deepspeed import OF_TRAINING
 from lsr_scale.config.messages import Problem
 from lsr_scale.config.training import evaluated
@@ -104,6 +105,15 @@ def _training(run: "RunConfig") -> Iterator[Problem]:
             ("training", "optim_args"),
             f"has no effect with training.optim: {training['optim']}, which takes learning_rate, weight_decay and "
             "adam_* alone; leave it out",
+        )
+    method = run.adapter.method
+    if training["save_as_lora"] and method == "lora":
+        yield Problem(("training", "save_as_lora"), "the adapter is PEFT's LoRA already; remove it")
+    elif training["save_as_lora"] and not declared.is_low_rank(method):
+        yield Problem(
+            ("training", "save_as_lora"),
+            f"{method}'s updates are of full rank, so no LoRA holds them; remove it (export --to merged makes "
+            "a whole model), or set adapter.method: lsr or kron_lora",
         )
     optimizer = training["optim"]
     if training["on_nonfinite"] == "skip" and optimizer.endswith(("lomo", "_layerwise")):

@@ -97,6 +97,20 @@ def method_options() -> dict[str, type]:
     return found | {name: of_peft[name] for name in ("lora", "lokr")}
 
 
+def is_low_rank(method: str) -> bool:
+    """Tell whether a method's update is an exact pair, which LoRA can hold: whether its class has a `materialize`."""
+    if already_imported():
+        from lsr_scale.adapters import SAVED_METHODS
+
+        return SAVED_METHODS[method].is_low_rank()
+    for path in (Path(__file__).parent.parent / "adapters" / "methods").glob("*.py"):
+        for node in _parse(path).body:
+            name = _assigned(node).get("name") if isinstance(node, ast.ClassDef) else None
+            if isinstance(node, ast.ClassDef) and isinstance(name, ast.Constant) and name.value == method:
+                return any(isinstance(item, ast.FunctionDef) and item.name == "materialize" for item in node.body)
+    return True  # LoRA itself
+
+
 def _fields_of(package: str, file: str, name: str, base: type) -> type:
     """Return a dataclass with the fields that a class declares, on the given base."""
     spec = importlib.util.find_spec(package)

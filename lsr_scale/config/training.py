@@ -39,6 +39,7 @@ DEFAULTS: dict[str, Any] = {
     "condition_guard": "warn",
     "condition_tolerance": 2.0**-7,  # see lsr_scale/adapters/condition.py
     "early_stopping": None,
+    "save_as_lora": False,
     "logging_steps": 10,
     "logging_nan_inf_filter": False,  # would wait for the GPU at every step; on_nonfinite looks instead
     "save_strategy": "steps",
@@ -172,6 +173,10 @@ OWN_FIELDS: dict[str, tuple[Any, str]] = {
         "End training where metric_for_best_model (by default eval_loss) no longer improves: {patience, threshold}. "
         "Evaluations and saves then coincide, and the best checkpoint's adapter is kept, if the run says nothing else.",
     ),
+    "save_as_lora": (
+        bool,
+        "Save beside adapter/ the same update as PEFT's LoRA, exactly: adapter_lora/, which loads without lsr_scale.",
+    ),
 }
 
 # transformers 5.23 renames the first of each pair to the second; both are taken with every version.
@@ -282,7 +287,7 @@ def training_model(task: Task) -> type[TrainingFields]:
         text = "Longest sequence in tokens; longer ones are truncated."
         fields["max_length"] = _field("max_length", int | None, defaults["max_length"], text)
     for name, (kind, text) in OWN_FIELDS.items():
-        fields[name] = _field(name, kind, defaults[name], text)
+        fields[name] = _field(name, Flag if kind is bool else kind, defaults[name], text)
     return create_model("TrainingSection", __base__=TrainingFields, **fields)
 
 

@@ -37,6 +37,7 @@ class RunFolder:
     nonfinite.jsonl    batches without a finite loss, and steps without a finite gradient
     condition.png      how far the terms of LSR-Adapt's sums cancel
     samples.jsonl      completions of eval.prompts: {"step", "moment", "prompt", "completion"} a line
+    adapter_lora/      the adapter as PEFT's LoRA, where training.save_as_lora asks for it
     confusion-*.png    a classifier's confusion matrices, a picture for each of its predictions in eval/
     report.html        all of it on one page that needs no other file
     """
@@ -87,6 +88,11 @@ class RunFolder:
     def adapter(self) -> Path:
         """The trained adapter."""
         return self.path / "adapter"
+
+    @property
+    def lora(self) -> Path:
+        """The trained adapter as PEFT's LoRA (training.save_as_lora)."""
+        return self.path / "adapter_lora"
 
     @property
     def tokenizer(self) -> Path:
@@ -163,7 +169,8 @@ class RunFolder:
         """Return the files that a run wrote here, told by their names and content; checkpoints are left out."""
         if not self.is_marked():
             return []
-        by_name = [self.adapter / name for name in ADAPTER_FILES] + tokenizer_files(self.tokenizer)
+        by_name = [folder / name for folder in (self.adapter, self.lora) for name in (*ADAPTER_FILES, "README.md")]
+        by_name += tokenizer_files(self.tokenizer)
         eval_files = sorted(path for path in (self.path / "eval").glob("*.jsonl") if _PREDICTIONS.fullmatch(path.name))
         checks = {
             self.config: lambda file: set(re.findall(r"^(\w+):", _start(file), re.MULTILINE)) >= _SECTIONS,
@@ -190,7 +197,7 @@ class RunFolder:
         return list(dict.fromkeys(path.parent if path.parent in links else path for path in ours))
 
     def _folders(self) -> tuple[Path, ...]:
-        return self.adapter, self.tokenizer, self.path / "eval"
+        return self.adapter, self.lora, self.tokenizer, self.path / "eval"
 
     def in_the_way(self) -> list[Path]:
         """Return what lies where a run writes, and is none of a run's."""

@@ -226,7 +226,7 @@ def _find(output_dir: str | None, name: str, again: bool) -> RunFolder:
 def _recover(folder: RunFolder) -> None:
     """Finish or undo what a run that was killed here was in the middle of."""
     checkpoints = (folder.path / old.name[1:-4] for old in folder.path.glob(".checkpoint-*.old"))
-    for path in (folder.adapter, folder.tokenizer, *checkpoints):
+    for path in (folder.adapter, folder.lora, folder.tokenizer, *checkpoints):
         files.finish_replacing(path)
     Backup(folder).settle()
 

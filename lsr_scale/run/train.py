@@ -15,11 +15,13 @@ from lsr_scale.adapters.save_and_load import check_base_of, save_adapter, weight
 from lsr_scale.config import RunConfig
 from lsr_scale.data.tasks import Example
 from lsr_scale.errors import UserError
+from lsr_scale.exporting.as_lora import save_as_lora
 from lsr_scale.model.gather import reshard
 from lsr_scale.model.load_errors import suggest_base_option
 from lsr_scale.report.write import report_at_end
 from lsr_scale.run import evaluate
 from lsr_scale.run.backup import Backup, DiscardBackup
+from lsr_scale.run.card import write_run_card
 from lsr_scale.run.classifier import HeldOut, score_in_training
 from lsr_scale.run.folder import RunFolder
 from lsr_scale.run.metrics import read_metrics, summarize_metrics
@@ -95,7 +97,7 @@ def train(
         if start.checkpoint is None:
             samples.take(trainer.model, trainer.processing_class, 0, "before")
         trained = _run_trainer(start, trainer, stop, say)
-        _save_adapter(start.folder, trainer, trained, say)
+        _save_adapter(start.folder, trainer, trained, start.run.training["save_as_lora"], say)
         if tasks:
             scores["after"] = _score(start, tasks, trainer, "after", say, live)
         if held_out:
@@ -278,8 +280,8 @@ def _count_nonfinite(folder: RunFolder) -> str:
     return f"{losses:,} losses of batches, {len(rows) - losses:,} gradients of steps; see {folder.nonfinite}"
 
 
-def _save_adapter(folder: RunFolder, trainer: Trainer, trained: Trained, say: Say) -> None:
-    """Save the adapter.
+def _save_adapter(folder: RunFolder, trainer: Trainer, trained: Trained, as_lora: bool, say: Say) -> None:
+    """Save the adapter, and where that is asked for, as LoRA too.
 
     Raises:
         Terminated: if a signal came after the last step: the run ends here.
@@ -292,6 +294,9 @@ def _save_adapter(folder: RunFolder, trainer: Trainer, trained: Trained, say: Sa
     if distributed.is_main():
         Backup(folder).discard()
     say(f"adapter saved: {folder.adapter}")
+    if as_lora and distributed.is_main():
+        save_as_lora(folder)
+        say(f"the same as PEFT's LoRA: {folder.lora}")
     if trained.late_signal:
         raise Terminated(trained.late_signal, f"after the last step, the adapter is saved in {folder.adapter}")
 
@@ -326,6 +331,7 @@ def _write_results(
         rounded = {when: {name: round(value, 6) for name, value in found.items()} for when, found in of_classes.items()}
         results |= {"labels": run.model.labels, "classification": {"validation": rounded}}
     files.write_json(folder.results, results)
+    write_run_card(folder, run, results)
     title = f"{run.adapter.method} on {run.model.name}"
     draw_losses(folder.metrics, folder.curve, title)
     draw_conditions(folder.metrics, folder.condition, title)

@@ -23,7 +23,7 @@ ENGINES = {
     "zero1": {"deepspeed": {"config": "zero1"}, **QUICK},
     "zero2": {"deepspeed": {"config": "zero2"}},
     "zero2-fused": {"deepspeed": {"config": "zero2"}, **FUSED},
-    "zero3": {"deepspeed": {"config": "zero3"}, "eval": {"batch_tokens": 32}},
+    "zero3": {"deepspeed": {"config": "zero3"}, "eval": {"batch_tokens": 32}, "training": {"save_as_lora": True}},
     "zero3-fused": {"deepspeed": {"config": "zero3"}, "training": {"save_strategy": "no", "fused": "on"}},
     "zero3-bfloat16": {"deepspeed": {"config": "zero3"}, "model": {"quantization": "none"}},
 }

@@ -10,6 +10,7 @@ import yaml
 
 from lsr_scale import cli
 from lsr_scale.config import dump_yaml, load_run
+from lsr_scale.exporting import open_adapter
 from lsr_scale.run.folder import RunFolder
 from lsr_scale.training.checkpoint import select
 from tests.conftest import two_processes
@@ -288,3 +289,13 @@ def test_a_mistake_is_reported_once_and_ends_both_processes(place):
 @pytest.mark.parametrize("stage", ["zero1", "zero3"])
 def test_runs_start_from_an_earlier_adapter(ran, stage):
     assert same(factors(RunFolder(ran[0] / f"{stage}-started")), factors(RunFolder(ran[0] / "zero2")))
+
+
+def test_the_first_process_saves_the_exact_lora_under_zero3(ran):
+    folder = RunFolder(ran[0] / "zero3")
+    tensors, source = factors(folder, "adapter_lora"), open_adapter(folder.path)
+    assert len(tensors) == 2 * len(source.modules)
+    for module in source.modules:
+        (down, up), name = source.pair(module), f"base_model.model.{module}"
+        assert torch.equal(tensors[f"{name}.lora_A.weight"], down)
+        assert torch.equal(tensors[f"{name}.lora_B.weight"], up)

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from transformers import TrainerState
 
 from lsr_scale import files
+from lsr_scale.adapters.card import CARD_NAME
 from lsr_scale.adapters.read import ADAPTER_FILES
 from lsr_scale.run.folder import MANIFEST, STATE, TENSORS
 
@@ -44,9 +45,9 @@ def read_state(checkpoint: Path) -> State:
 
 
 def write_manifest(folder: Path) -> None:
-    """Write the size and SHA-256 of every file in a folder, and flush all of it to the disk."""
+    """Write the size and SHA-256 of every file in a folder, but of its card, and flush all of it to the disk."""
     files.apply_umask(folder)
-    members = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+    members = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in (MANIFEST, CARD_NAME))
     listed = {str(f.relative_to(folder)): {"bytes": f.stat().st_size, "sha256": _sha256(f)} for f in members}
     for file in members:
         files.fsync(file)

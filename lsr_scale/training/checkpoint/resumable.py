@@ -117,7 +117,7 @@ class Resumable(_Base):
         }
         try:
             temporary.mkdir(parents=True)
-            write_adapter(self.accelerator.unwrap_model(self.model), temporary)
+            write_adapter(self.accelerator.unwrap_model(self.model), temporary, target)
             save_file(tensors, temporary / TENSORS)
             (temporary / STATE).write_text(json.dumps(content), encoding="utf-8")
             self.state.save_to_json(str(temporary / "trainer_state.json"))

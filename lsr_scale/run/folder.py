@@ -29,7 +29,7 @@ class RunFolder:
 
     config.yaml        the resolved run            adapter/        the adapter, as PEFT saves it, with base.json
     env.json           versions and machine        tokenizer/      the run's, its end token and chat template too
-    data.json          hash and rows of the data   checkpoint-*/   what resuming needs
+    data.json          hash, rows, kind of the data   checkpoint-*/   what resuming needs
     metrics.jsonl      one line a logging step     eval/           predictions before and after
     loss.png           the loss curve              results.json    counts, times, accuracies
     .earlier-run/      backup of an earlier run, until this one has saved a checkpoint (`backup.py`)

@@ -1,71 +1,256 @@
-"""Trying a model out: its greedy continuation of a prompt."""
+"""One answer: a prompt's tokens, checked before a model is needed, and what a model says after them."""
 
 import logging
+import math
+import time
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
+from transformers.generation.streamers import TextStreamer
 
 from lsr_scale.data.model_limits import check_token_id, num_positions, stated_length
 from lsr_scale.data.readers import check_characters
-from lsr_scale.errors import UserError
+from lsr_scale.errors import UserError, quoted
 from lsr_scale.model.tokenizer import end_tokens, render_chat
 
 logger = logging.getLogger(__name__)
 
+# text to continue as it stands, or a conversation for the chat template
+Prompt = str | list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen.
+
+    Attributes:
+        max_new_tokens: When to stop at the latest.
+        temperature: 0 takes the most likely token; above, tokens are drawn from probabilities sharpened (below 1) or
+            flattened by it. None: 1 where `top_p`, `top_k` or `seed` asks for drawing, else 0.
+        top_p: Draw from the most likely tokens that together have this probability (arXiv 1904.09751).
+        top_k: Draw from so many of the most likely tokens.
+        repetition_penalty: Divides the logits of tokens that were there already (arXiv 1909.05858); 1 is off.
+        seed: Of the draws; None draws differently each time.
+    """
+
+    max_new_tokens: int = 256
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse values that mean nothing, and fill in the temperature."""
+        _check_number("max_new_tokens", self.max_new_tokens, int, 1, 10**9, "a whole number from 1 on")
+        _check_number("temperature", self.temperature, float, 0, 100, "a number from 0, the most likely token, to 100")
+        _check_number("top_p", self.top_p, float, 1e-6, 1, "a number above 0, up to 1")
+        _check_number("top_k", self.top_k, int, 1, 10**9, "a whole number from 1 on")
+        _check_number("repetition_penalty", self.repetition_penalty, float, 0.01, 100, "a number from 0.01 to 100")
+        _check_number("seed", self.seed, int, 0, 2**63 - 1, "a whole number from 0 on")
+        given = [name for name in ("top_p", "top_k", "seed") if getattr(self, name) is not None]
+        if self.temperature is None:
+            object.__setattr__(self, "temperature", 1.0 if given else 0.0)
+        elif self.temperature == 0 and given:
+            raise UserError(
+                f"{given[0]}: has no effect at temperature 0, which takes the most likely token; leave one of them out"
+            )
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the keyword arguments for transformers' `generate`; the model's own defaults are not asked."""
+        values: dict[str, Any] = {"do_sample": False, "repetition_penalty": float(self.repetition_penalty)}
+        if self.temperature:
+            values |= {"do_sample": True, "temperature": float(self.temperature)}
+            values |= {"top_p": float(self.top_p or 1), "top_k": self.top_k or 0}
+        return values
+
+
+def _check_number(name: str, value: Any, kind: type, least: float, most: float, expected: str) -> None:
+    number = isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
+    if value is not None and not (number and math.isfinite(value) and least <= value <= most):
+        raise UserError(f"{name}: expected {expected}, got {quoted(value)}")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model said.
+
+    Attributes:
+        text: Without special tokens.
+        tokens: How many, the end token included.
+        seconds: That they took.
+        stopped: "end" by an end token, "length" by the limit on new tokens, "context" by the model's.
+    """
+
+    text: str
+    tokens: int
+    seconds: float
+    stopped: Literal["end", "length", "context"]
+
+
+class Streamer(TextStreamer):
+    """Passes text on as it comes, whole words and whole characters only, and remembers its tokens.
+
+    Attributes:
+        ids: The tokens so far.
+    """
+
+    def __init__(self, tokenizer: Any, show: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.show = show
+        self.ids: list[int] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        """Take the prompt first, then a token at a time."""
+        if not self.next_tokens_are_prompt:
+            self.ids += value.flatten().tolist()
+        super().put(value)
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Show text that stays as it is."""
+        self.show(text)
+
+    def text(self) -> str:
+        """Return the text so far."""
+        return self.tokenizer.decode(self.ids, skip_special_tokens=True)  # pyright: ignore[reportReturnType]
+
+
+def encode(tokenizer: Any, prompt: Prompt, where: str = "--prompt") -> list[int]:
+    """Return a prompt's tokens.
+
+    Args:
+        tokenizer: The model's.
+        prompt: Text, or a conversation, which the chat template renders up to the assistant's next turn.
+        where: What gave it, for messages.
+
+    Raises:
+        UserError: if nothing is to be continued, the prompt holds half of a character, there is no chat template, or it
+            fails.
+    """
+    for text in [prompt] if isinstance(prompt, str) else [turn.get("content") for turn in prompt]:
+        if isinstance(text, str):
+            check_characters(text, where)
+    if not prompt or (isinstance(prompt, list) and not prompt[-1].get("content")):
+        raise UserError(f"{where}: expected some text to continue, got none")
+    if isinstance(prompt, str):
+        ids = tokenizer(prompt)["input_ids"]
+    else:
+        check_has_template(tokenizer)
+        text = render_chat(tokenizer, prompt, add_generation_prompt=True)
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if not ids:
+        raise UserError(f"{where}: expected some text to continue, got none")
+    return ids
+
+
+def check_has_template(tokenizer: Any) -> None:
+    """Raise a UserError where a conversation cannot be rendered."""
+    if not tokenizer.chat_template:
+        raise UserError("--chat: the model's tokenizer has no chat template; leave it out, or set model.chat_template")
+
+
+def context_length(config: Any, empty: Callable[[], Any], trained: int | None = None) -> int | None:
+    """Return how many tokens a model takes: its table of positions, else what it states or was trained with.
+
+    Args:
+        config: The model's configuration.
+        empty: Makes the model, perhaps without weights.
+        trained: The longest rows of the run; None without one.
+    """
+    if (positions := num_positions(empty())) is not None:
+        return positions
+    stated = stated_length(config)
+    return None if stated is None else max(stated, trained or 0)
+
+
+def check_fits(ids: list[int], tokenizer: Any, config: Any, context: int | None, where: str = "--prompt") -> None:
+    """Refuse a prompt that the model has no embedding or no position for.
+
+    Args:
+        ids: Its tokens.
+        tokenizer: Where they are from.
+        config: The model's configuration.
+        context: What `context_length` returned.
+        where: What gave the prompt, for messages.
+
+    Raises:
+        UserError: naming the token, or the lengths.
+    """
+    rows = getattr(config.get_text_config(), "vocab_size", None)
+    if isinstance(rows, int):
+        check_token_id(max(ids), rows, tokenizer, config, where)
+    if context is not None and len(ids) >= context:
+        raise UserError(f"{where}: has {len(ids):,} tokens, but the model has {context:,} positions; shorten it")
+
 
 @torch.no_grad()
-def generate(
+def complete(
     model: Any,
     tokenizer: Any,
-    prompt: str,
-    max_new_tokens: int = 64,
-    chat: bool = False,
+    prompt: Prompt,
+    sampling: Sampling | None = None,
+    *,
+    context: int | None = None,
+    streamer: TextStreamer | None = None,
     say: Callable[[str], None] = logger.warning,
-) -> str:
-    """Return the model's greedy continuation of a prompt.
+    where: str = "--prompt",
+) -> Answer:
+    """Return what a model says after a prompt, with its key-value cache; the model's mode stays as it was.
 
     Args:
         model: The model.
         tokenizer: Its tokenizer.
-        prompt: The text; put into the chat template as a user's turn with `chat`.
-        max_new_tokens: When to stop at the latest.
-        chat: Use the chat template.
+        prompt: Text to continue as it stands, or a conversation for the chat template.
+        sampling: How tokens are chosen; by default the most likely ones.
+        context: How many tokens the model takes; by default its positions, else what its configuration states.
+        streamer: Given each token as it comes.
         say: Told where the model has no positions for all of `max_new_tokens`.
+        where: What gave the prompt, for messages.
 
     Raises:
-        UserError: if there is no chat template, it fails, nothing is to be continued, the prompt holds half of a
-            character or leaves the model no position for a new token, or the model's logits are not finite.
+        UserError: as `encode` and `check_fits` do, or if the model's logits are not finite.
     """
-    check_characters(prompt, "--prompt")
-    if chat and not tokenizer.chat_template:
-        raise UserError("--chat: the model's tokenizer has no chat template; leave it out, or set model.chat_template")
-    if chat:
-        prompt = render_chat(tokenizer, [{"role": "user", "content": prompt}], add_generation_prompt=True)
+    sampling = sampling or Sampling()
+    ids = encode(tokenizer, prompt, where)
+    context = context or context_length(model.config, lambda: model)
+    check_fits(ids, tokenizer, model.config, context, where)
+    left = sampling.max_new_tokens if context is None else min(sampling.max_new_tokens, context - len(ids))
+    inputs = torch.tensor([ids], device=model.device)
+    ends = end_tokens(tokenizer, model.generation_config.eos_token_id)
+    training = model.training
     model.eval()
-    inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat).to(model.device)
-    if inputs["input_ids"].shape[1] == 0:
-        raise UserError("--prompt: expected some text to continue, got none")
-    rows = model.get_input_embeddings().num_embeddings
-    check_token_id(int(inputs["input_ids"].max()), rows, tokenizer, model.config, "--prompt")
-    length, positions, made_for = inputs["input_ids"].shape[1], num_positions(model), stated_length(model.config)
-    if positions is not None and length >= positions:
-        raise UserError(f"--prompt: has {length:,} tokens, but the model has {positions:,} positions; shorten it")
-    end = made_for if positions is None else positions
-    # a prompt longer than the model is made for, which RoPE allows, is continued as asked
-    left = max_new_tokens if end is None or length >= end else min(max_new_tokens, end - length)
-    out = model.generate(
-        **inputs,
-        max_new_tokens=left,
-        do_sample=False,
-        use_cache=True,
-        pad_token_id=tokenizer.pad_token_id,
-        logits_processor=[_check_finite],
-        eos_token_id=end_tokens(tokenizer, model.generation_config.eos_token_id) or None,
-    )
-    if left < max_new_tokens and out.shape[1] == end:
-        say(f"stopped after {left:,} of {max_new_tokens:,} new tokens: the model is made for {end:,} in all")
-    return tokenizer.decode(out[0, length:], skip_special_tokens=True)
+    began = time.perf_counter()
+    try:
+        with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+            if sampling.seed is not None:
+                torch.manual_seed(sampling.seed)
+            elif sampling.temperature:
+                torch.seed()
+            out = model.generate(
+                input_ids=inputs,
+                attention_mask=torch.ones_like(inputs),
+                max_new_tokens=left,
+                use_cache=True,
+                pad_token_id=tokenizer.pad_token_id,
+                logits_processor=[_check_finite],
+                eos_token_id=ends or None,
+                streamer=streamer,
+                **sampling.arguments(),
+            )
+    finally:
+        if training:
+            model.train()
+    new = out[0, len(ids) :].tolist()
+    seconds = time.perf_counter() - began
+    stopped = "end" if new and new[-1] in ends else "length" if left == sampling.max_new_tokens else "context"
+    if stopped == "context":
+        say(
+            f"stopped after {left:,} of {sampling.max_new_tokens:,} new tokens: the model is made for {context:,} in "
+            "all"
+        )
+    return Answer(tokenizer.decode(new, skip_special_tokens=True), len(new), seconds, stopped)
 
 
 def _check_finite(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:

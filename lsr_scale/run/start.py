@@ -175,7 +175,7 @@ def begin(start: Start, data: RunData) -> list[str]:
             if start.in_place and path.exists():  # the later steps are repeated, and recorded again
                 truncate(path, after)
         files.write_json(folder.environment, files.environment())
-        files.write_json(folder.data, data.sources)
+        files.write_json(folder.data, {**data.sources, "kind": data.kind})
         save_tokenizer(data.tokenizer, folder.tokenizer)
         as_begun = start.run if start.checkpoint is None else select.as_begun(start.checkpoint, start.run)
         files.write_text(folder.config, config.dump_yaml(as_begun))  # last: it makes the folder a run

@@ -26,7 +26,7 @@ from lsr_scale.data.model_limits import check_model_limits, num_positions, state
 from lsr_scale.errors import UserError
 from lsr_scale.model import load_base
 from lsr_scale.run import evaluate
-from lsr_scale.run.generate import generate
+from lsr_scale.run.generate import Sampling, complete
 from lsr_scale.run.train import train
 from lsr_scale.scoring import scorer
 from lsr_scale.training import assembly
@@ -179,7 +179,7 @@ def test_a_question_or_prompt_with_ids_beyond_the_embedding_is_refused(tmp_path)
     with pytest.raises(UserError, match=r"scoring: a question has the token id 29\d"):
         scorer.score(model, tokenizer, next(iter(examples.values())))
     with pytest.raises(UserError, match=r"--prompt has the token id 29\d"):
-        generate(model, tokenizer, "a knife cuts bread, a saw cuts wood, a ladle serves soup, a mop cleans")
+        complete(model, tokenizer, "a knife cuts bread, a saw cuts wood, a ladle serves soup, a mop cleans")
 
 
 @pytest.mark.parametrize("positions", ["table", "rope"])
@@ -192,18 +192,19 @@ def test_generation_ends_where_the_models_positions_do(positions):
     model.generation_config.eos_token_id = None
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=byte_tokenizer(), pad_token="<pad>")
     said = []
-    generate(model, tokenizer, "kmpt", 100_000, say=said.append)
+    complete(model, tokenizer, "kmpt", Sampling(max_new_tokens=100_000), say=said.append)
     length = len(tokenizer.encode("kmpt"))
     assert said == [f"stopped after {12 - length} of 100,000 new tokens: the model is made for 12 in all"]
-    generate(model, tokenizer, "kmpt", 12 - length, say=said.append)
+    complete(model, tokenizer, "kmpt", Sampling(max_new_tokens=12 - length), say=said.append)
     assert len(said) == 1, "nothing was cut"
-    if positions == "rope":  # what is longer already goes on: RoPE allows it
-        generate(model, tokenizer, "kmpt" * 12, 2, say=said.append)
+    with pytest.raises(UserError, match=r"--prompt: has \d+ tokens, but the model has 12 positions; shorten it"):
+        complete(model, tokenizer, "kmpt" * 12)
+    if positions == "rope":
         model.config.rope_parameters["factor"] = 4.0
         assert stated_length(model.config) == 48
-        return
-    with pytest.raises(UserError, match=r"--prompt: has \d+ tokens, but the model has 12 positions; shorten it"):
-        generate(model, tokenizer, "kmpt" * 12, 2)
+        complete(model, tokenizer, "kmpt" * 4, Sampling(max_new_tokens=2))
+        # RoPE allows what is longer than a model states, for a run that trained on such rows
+        complete(model, tokenizer, "kmpt" * 12, Sampling(max_new_tokens=2), context=100)
 
 
 def test_modules_neither_quantized_nor_adapted_are_noted_with_their_share(tmp_path):

@@ -32,7 +32,7 @@ from lsr_scale.model.tokenizer import (
     tokenizer_of,
     without_appended,
 )
-from lsr_scale.run.generate import generate
+from lsr_scale.run.generate import Sampling, complete
 from lsr_scale.run.load import load_run_model
 from lsr_scale.scoring import encode_pairs
 from lsr_scale.training import assembly
@@ -88,7 +88,7 @@ def test_a_finished_run_keeps_its_end_token_and_template_when_the_file_is_gone(f
     asked = {}
     original = model.generate
     model.generate = lambda **options: asked.update(options) or original(**options)
-    generate(model, tokenizer, "hi", 2, chat=True)
+    complete(model, tokenizer, CHAT[0]["messages"][:1], Sampling(max_new_tokens=2))
     assert asked["eos_token_id"] == [end, 2], "the run's end token, and the one at which the base stopped anyway"
 
 
@@ -102,7 +102,7 @@ def test_generation_stops_at_the_runs_end_token(finished):
     ids = tokenizer("a saw", return_tensors="pt")
     out = model.generate(**ids, max_new_tokens=20, do_sample=False, eos_token_id=end_tokens(tokenizer, 2))
     assert out.shape[1] == ids["input_ids"].shape[1] + 1
-    assert generate(model, tokenizer, "a saw", 20) == ""
+    assert complete(model, tokenizer, "a saw").text == ""
 
 
 @pytest.mark.parametrize("kind", ["adapter", "lora", "merged"])
@@ -323,7 +323,7 @@ def test_a_template_that_fails_names_the_row_before_anything_is_loaded(tmp_path,
     ):
         build_dataset([source], check=row_check(tokenizer))
     with pytest.raises(UserError, match="the chat template fails on this conversation"):
-        generate(SimpleNamespace(), tokenizer, "hi", chat=True)
+        complete(SimpleNamespace(), tokenizer, CHAT[0]["messages"][:1])
 
 
 def test_a_template_that_refuses_one_row_names_that_one(tmp_path):

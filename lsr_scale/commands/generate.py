@@ -12,7 +12,8 @@ from lsr_scale.commands.arguments import BASE_HELP, Parser, count
 from lsr_scale.errors import UserError, printable
 
 if TYPE_CHECKING:
-    from lsr_scale.run.generate import Answer, Prompt, Sampling
+    from lsr_scale.data.prompts import Prompt
+    from lsr_scale.run.generate import Answer, Sampling
     from lsr_scale.run.generator import Generator
 
 HELP = "Try a run: continue prompts, or talk to it (--chat)."

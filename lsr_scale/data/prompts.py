@@ -66,7 +66,7 @@ def _read(path: str) -> list[Prompt]:
             raise UserError(f"{file}: cannot be read as UTF-8 text ({error})") from error
         found: list[Prompt] = [line for line in lines if line.strip()]
     elif suffix(file) in (".jsonl", ".json"):
-        found = [_of_row(row, f"{file}, line {number}") for number, row in read_file(file, None)]
+        found = [prompt_of_row(row, f"{file}, line {number}") for number, row in read_file(file, None)]
     else:
         raise UserError(f"{_WHERE}: {path!r:.200}: expected a .txt file, a prompt a line, or a .jsonl file")
     if not found:
@@ -74,7 +74,12 @@ def _read(path: str) -> list[Prompt]:
     return found
 
 
-def _of_row(row: dict[str, Any], where: str) -> Prompt:
+def prompt_of_row(row: dict[str, Any], where: str) -> Prompt:
+    """Return the `prompt` or the `messages` of a row.
+
+    Raises:
+        UserError: which begins with `where`, if it has neither.
+    """
     prompt = row.get("prompt", row.get("messages"))
     if isinstance(prompt, str) and prompt.strip():
         return prompt

@@ -11,14 +11,12 @@ import torch
 from transformers.generation.streamers import TextStreamer
 
 from lsr_scale.data.model_limits import check_token_id, num_positions, stated_length
+from lsr_scale.data.prompts import Prompt
 from lsr_scale.data.readers import check_characters
 from lsr_scale.errors import UserError, quoted
 from lsr_scale.model.tokenizer import end_tokens, render_chat
 
 logger = logging.getLogger(__name__)
-
-# text to continue as it stands, or a conversation for the chat template
-Prompt = str | list[dict[str, Any]]
 
 
 @dataclass(frozen=True)

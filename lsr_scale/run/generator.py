@@ -13,8 +13,9 @@ from transformers.generation.streamers import TextStreamer
 
 from lsr_scale.config import RunConfig
 from lsr_scale.config.sections import ModelSection
+from lsr_scale.data.prompts import Prompt, prompt_of_row
 from lsr_scale.data.readers import has_lines, read_file
-from lsr_scale.errors import UserError, quoted
+from lsr_scale.errors import UserError
 from lsr_scale.layers.frozen_linear import dequantize_all, dequantized_bytes
 from lsr_scale.model import load_base_for, load_config, load_tokenizer, meta_model, tokenizer_of
 from lsr_scale.model.load_errors import suggest_base_option
@@ -23,7 +24,6 @@ from lsr_scale.paths import user_path
 from lsr_scale.run.folder import RunFolder
 from lsr_scale.run.generate import (
     Answer,
-    Prompt,
     Sampling,
     check_fits,
     check_has_template,
@@ -231,18 +231,10 @@ def read_prompts(path: str | Path) -> list[tuple[str, Prompt]]:
     prompts: list[tuple[str, Prompt]] = []
     for number, row in read_file(file):
         where = f"{file}, {'line' if has_lines(file) else 'row'} {number}"
-        prompts.append((where, _prompt_of(row, where)))
+        prompt = prompt_of_row(row, where)
+        if isinstance(prompt, list) and prompt[-1]["role"] == "assistant":
+            prompt = prompt[:-1]  # a training row's answer
+        prompts.append((where, prompt))
     if not prompts:
         raise UserError(f"--file {path}: has no rows")
     return prompts
-
-
-def _prompt_of(row: dict[str, Any], where: str) -> Prompt:
-    """Return a row's prompt; the conversation of a training row without the answer at its end."""
-    prompt = row.get("prompt", row.get("messages"))
-    if isinstance(prompt, str):
-        return prompt
-    turns = prompt if isinstance(prompt, list) else []
-    if not turns or not all(isinstance(turn, dict) and isinstance(turn.get("role"), str) for turn in turns):
-        raise UserError(f"{where}: expected a prompt (text or a conversation) or messages, got {quoted(row)}")
-    return turns[:-1] if turns[-1]["role"] == "assistant" else turns

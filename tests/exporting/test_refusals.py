@@ -16,7 +16,7 @@ from lsr_scale.cli import main
 from lsr_scale.exporting import export, merge
 from lsr_scale.exporting.inspect import inspect_adapter
 from lsr_scale.model import load_base
-from lsr_scale.run.generate import generate
+from lsr_scale.run.generate import Sampling, complete
 from tests.conftest import tiny_llama
 from tests.exporting.test_folder import IDS, adapted, base_folder, saved, silent  # noqa: F401
 from tests.helpers.tiny_runs import save_classifier
@@ -160,20 +160,17 @@ def test_a_bare_adapter_of_a_classifier_is_verified_on_its_logits(tmp_path, meth
 class _Tokenizer:
     chat_template, eos_token_id, pad_token_id = None, None, 0
 
-    def __call__(self, text, return_tensors, add_special_tokens):
-        from transformers import BatchEncoding
-
-        ids = torch.tensor([[5, 6, 7]])
-        return BatchEncoding({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    def __call__(self, text):
+        return {"input_ids": [5, 6, 7]}
 
     def decode(self, ids, skip_special_tokens):
-        return " ".join(map(str, ids.tolist()))
+        return " ".join(map(str, ids))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_generation_says_that_logits_are_not_finite(value):
     model = tiny_llama().eval()
-    assert len(generate(model, _Tokenizer(), "x", max_new_tokens=3).split()) == 3
+    assert complete(model, _Tokenizer(), "x", Sampling(3)).tokens == 3
     model.lm_head.weight.data[3] = value
     with pytest.raises(UserError, match="logits are not finite after 3 tokens: the adapter diverged, or the base"):
-        generate(model, _Tokenizer(), "x", max_new_tokens=3)
+        complete(model, _Tokenizer(), "x", Sampling(3))

@@ -154,9 +154,9 @@ def test_nonsense_is_refused_before_a_model_is_loaded(place, call, unloaded, wor
 
 def test_a_rows_mistake_is_named_by_its_line_before_a_model_is_loaded(place, call, unloaded, tmp_path):
     for row, said in (
-        ({"text": "a"}, "expected a prompt (text or a"),
-        ({"prompt": ""}, NOTHING),
-        ({"prompt": 3}, "3}"),
+        ({"text": "a"}, "expected a text, or a list"),
+        ({"prompt": ""}, "got ''"),
+        ({"prompt": 3}, "got 3"),
     ):
         file = write_rows(tmp_path / "bad.jsonl", [{"prompt": "a"}, row])
         status, _, err = call(place / "text", "--file", file)

@@ -7,7 +7,8 @@ import torch
 
 from lsr_scale import UserError
 from lsr_scale.run.folder import RunFolder
-from lsr_scale.run.generate import generate
+from lsr_scale.run.generate import Sampling
+from lsr_scale.run.generate import complete as answer
 from lsr_scale.run.load import load_run_model
 from lsr_scale.run.train import train
 from lsr_scale.training.callbacks import samples
@@ -66,7 +67,7 @@ def test_they_are_what_the_saved_adapter_and_the_bare_base_generate(sampled):
     for moment, base_only in (("after", False), ("before", True)):
         model, tokenizer, _ = load_run_model(sampled.path, base_only)
         found = {row["prompt"]: row["completion"] for row in read(sampled) if row["moment"] == moment}
-        assert found == {prompt: generate(model, tokenizer, prompt, 6) for prompt in PROMPTS}
+        assert found == {prompt: answer(model, tokenizer, prompt, Sampling(6)).text for prompt in PROMPTS}
     before, after = ([row["completion"] for row in read(sampled) if row["moment"] == m] for m in ("before", "after"))
     assert before != after
 
@@ -183,7 +184,7 @@ def test_messages_go_through_the_chat_template_and_so_does_text_where_conversati
     folder = do(sampling(place, tmp_path / "text", ["a rake", conversation], model=FLOAT32, training=training))
     model, tokenizer, _ = load_run_model(folder.path)
     first = next(row for row in read(folder) if row["moment"] == "after")
-    assert first["completion"] == generate(model, tokenizer, "a rake", 6)
+    assert first["completion"] == answer(model, tokenizer, "a rake", Sampling(6)).text
 
 
 @pytest.mark.parametrize(

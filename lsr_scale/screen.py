@@ -1,9 +1,12 @@
 """Output to the terminal: control characters in files, names or a model's answers are shown as escapes."""
 
+import logging
 import os
 import shutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderableType
@@ -11,6 +14,8 @@ from rich.segment import Segment
 from rich.text import Text
 
 from lsr_scale.errors import printable
+
+_live = SimpleNamespace(text="")  # what the terminal's last line shows, for as long as nothing else is written
 
 
 class Screen(Console):
@@ -51,10 +56,62 @@ def open_streams() -> None:
             stream.reconfigure(errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]
 
 
+class AboveLiveLine:
+    """In place of a stream that others write to, warnings above all: their text goes above the live line."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+        self.hidden = ""  # the live line, while the text above it has no end
+
+    def write(self, text: str) -> int:
+        """Write text; the live line is there again once that is whole lines."""
+        if _live.text:
+            self.hidden = _live.text
+            show_live("")
+        number = self.stream.write(text)
+        if self.hidden and text.endswith("\n"):
+            self.stream.flush()
+            hidden, self.hidden = self.hidden, ""
+            show_live(hidden)
+        return number
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+@contextmanager
+def keeping_live_line() -> Iterator[None]:
+    """Have what others write, loggers too, go above the live line within; without a terminal nothing changes."""
+    if not sys.stdout.isatty():
+        yield
+        return
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = AboveLiveLine(sys.stdout), AboveLiveLine(sys.stderr)
+    loggers: list[Any] = [logging.root, *logging.root.manager.loggerDict.values()]
+    handlers: set[Any] = {handler for logger in loggers for handler in getattr(logger, "handlers", ())}
+    moved = [(handler, stream) for handler in handlers if (stream := getattr(handler, "stream", None)) in before]
+    for handler, stream in moved:
+        handler.stream = sys.stdout if stream is before[0] else sys.stderr
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
+        for handler, stream in moved:
+            handler.stream = stream
+
+
 def show_live(text: str) -> None:
     """Replace the text of the live line, "" clearing it; does nothing where there is no terminal."""
     if sys.stdout.isatty():
-        write(f"\r\x1b[2K{printable(text)[: terminal_width() - 1]}")
+        _live.text = printable(text)[: terminal_width() - 1]
+        write(f"\r\x1b[2K{_live.text}")
+
+
+def leave_live() -> None:
+    """Leave the live line standing, and go on below it."""
+    if sys.stdout.isatty() and _live.text:
+        _live.text = ""
+        write("\n")
 
 
 def print_line(text: str) -> None:
@@ -65,7 +122,8 @@ def print_line(text: str) -> None:
 
 def write(text: str) -> None:
     """Write to the screen; where its reader is gone, as after Ctrl-C on `... | tee`, to nobody from then on."""
+    stream = sys.stdout.stream if isinstance(sys.stdout, AboveLiveLine) else None
     try:
-        print(text, end="", flush=True)
+        print(text, end="", flush=True, file=stream)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

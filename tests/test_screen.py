@@ -1,6 +1,7 @@
 """Whatever stands in a file or a name: a message fits one screen, and nothing steers the terminal."""
 
 import io
+import logging
 import os
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from rich.text import Text
 
 from lsr_scale import UserError
 from lsr_scale.errors import one_screen, printable, shortened
-from lsr_scale.screen import Screen, open_streams
+from lsr_scale.screen import Screen, keeping_live_line, leave_live, open_streams, print_line, show_live
 
 
 @pytest.mark.parametrize(
@@ -113,3 +114,56 @@ def test_ctrl_c_while_importing_ends_in_words(module, tmp_path):
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )  # fmt: skip
     assert (done.returncode, done.stderr.strip()) == (130, "lsr-scale: interrupted")
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+    def rows(self):
+        """Return what is seen: each row's text as the terminal leaves it."""
+        seen = []
+        for line in self.getvalue().split("\n"):
+            *_, last = line.split("\r\x1b[2K")
+            seen.append(last)
+        return seen
+
+
+def test_what_others_write_goes_above_the_live_line(monkeypatch):
+    terminal = Terminal()
+    for name in ("stdout", "stderr"):  # here: pytest takes both back between a fixture and its test
+        monkeypatch.setattr(sys, name, terminal)
+    logger = logging.Logger("a library")
+    handler = logging.StreamHandler(sys.stderr)  # holds the stream of before
+    logging.root.manager.loggerDict["a library"] = logger
+    logger.addHandler(handler)
+    try:
+        with keeping_live_line():
+            show_live("step 1")
+            print("UserWarning: odd", file=sys.stderr)
+            assert terminal.rows()[-2:] == ["UserWarning: odd", "step 1"]
+            show_live("step 2")
+            logger.warning("strange")
+            print("said", "in parts")
+            assert terminal.rows()[-3:] == ["strange", "said in parts", "step 2"]
+            sys.stderr.write("half ")
+            assert terminal.rows()[-1] == "half "
+            sys.stderr.write("a line\n")
+            print_line("ours")
+            print("others")
+            assert terminal.rows()[-4:] == ["half a line", "ours", "others", ""]
+            show_live("step 3")
+            leave_live()
+            print("below")
+        assert terminal.rows()[-3:] == ["step 3", "below", ""]
+        assert (sys.stdout, sys.stderr, handler.stream) == (terminal,) * 3
+    finally:
+        del logging.root.manager.loggerDict["a library"]
+
+
+def test_streams_that_are_no_terminal_stay_as_they_are(capsys):
+    before = sys.stdout, sys.stderr
+    with keeping_live_line():
+        assert (sys.stdout, sys.stderr) == before
+        show_live("never seen")
+    assert capsys.readouterr().out == ""

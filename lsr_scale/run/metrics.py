@@ -53,10 +53,12 @@ def summarize_metrics(path: Path, best: int | None = None) -> dict[str, Any]:
     speeds = sorted(finite_values(steps, "tokens_per_s"))
     evaluations = [row for row in rows if "eval_loss" in row and best in (None, row["step"])]
     tokens = finite_values(steps[-1:], "num_tokens") or finite_values(steps[-1:], "num_input_tokens_seen")
+    shares = sorted(finite_values(steps, "mfu"))
     summary: dict[str, Any] = {
         "final_loss": round(sum(last) / len(last), 4),
         "tokens": round(tokens[-1]) if tokens else 0,
         "tokens_per_s": speeds[len(speeds) // 2] if speeds else None,
+        **({"mfu": shares[len(shares) // 2]} if shares else {}),
         "peak_memory_gib": max(finite_values(steps, "memory_gib"), default=None),
     }
     for name in dict.fromkeys(name for row in steps for name in row if re.fullmatch("condition_.*_max", name)):

@@ -29,7 +29,7 @@ from lsr_scale.run.plots import draw_conditions, draw_losses
 from lsr_scale.run.start import Start, begin, starting
 from lsr_scale.run.tables import print_results
 from lsr_scale.scoring.accuracy import TaskScore
-from lsr_scale.screen import print_line
+from lsr_scale.screen import keeping_live_line, print_line
 from lsr_scale.training.arguments import uses_deepspeed, zero_stage
 from lsr_scale.training.assembly import build_trainer
 from lsr_scale.training.callbacks.condition import ConditionCallback
@@ -251,7 +251,7 @@ def _run_trainer(start: Start, trainer: Trainer, stop: StopOnSignal, say: Say) -
     """
     began = time.monotonic()
     say("training")
-    with ignore_library_warnings(), stop.listening(), end_with_peers(), naming_settings(start.run):
+    with ignore_library_warnings(), stop.listening(), end_with_peers(), naming_settings(start.run), keeping_live_line():
         trainer.train(resume_from_checkpoint=str(start.checkpoint) if start.checkpoint else None)
     late_signal = stop.late_signal()  # every process asks, so none ends before all are here
     step = trainer.state.global_step

@@ -7,7 +7,7 @@ import pytest
 from transformers import TrainerControl, TrainerState
 
 from lsr_scale import UserError, screen
-from lsr_scale.run.metrics import read_metrics
+from lsr_scale.run.metrics import read_metrics, summarize_metrics
 from lsr_scale.screen import print_line, show_live
 from lsr_scale.training.callbacks import progress
 from lsr_scale.training.callbacks.progress import Progress
@@ -159,3 +159,74 @@ def test_other_processes_record_nothing_and_stop_at_numbers_that_are_not_finite(
 @pytest.mark.parametrize(("seconds", "text"), [(0.4, "0:00"), (59.6, "1:00"), (3599, "59:59"), (3661, "1:01:01")])
 def test_durations_read_as_on_a_clock(seconds, text):
     assert clock(seconds) == text
+
+
+@pytest.mark.parametrize("columns", [40, 60, 80, 100, 200])
+@pytest.mark.parametrize("max_steps", [10, 12000])
+def test_on_a_terminal_a_bar_fills_what_is_left_of_the_line(
+    tmp_path, clocked, terminal, capsys, monkeypatch, columns, max_steps
+):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    callback = Progress(tmp_path / "metrics.jsonl")
+    callback.on_train_begin(ARGUMENTS, state(max_steps=max_steps), None)
+    callback.utilization = 0.4 / 17_000
+    tokens = 0
+    for step in (1, max_steps // 2, max_steps):
+        tokens += 17_000 * 7
+        clocked.value += 7
+        callback.on_log(ARGUMENTS, state(step, max_steps), None, logs={"loss": 1.2345, "num_tokens": float(tokens)})
+    lines = [line for line in capsys.readouterr().out.split("\r\x1b[2K") if line]
+    assert all(len(line) < columns for line in lines)
+    bars = [line[1:].partition("]")[0] for line in lines if line.startswith("[")]
+    if columns >= 80:
+        assert len(bars) == 3 or max_steps == 12000, "a day left takes the bar's place"
+        assert set(bars[-1]) == {"#"}
+        assert abs(bars[-2].count("#") - bars[-2].count(".")) <= 1
+        assert all(5 <= len(bar) <= 30 for bar in bars)
+        assert "17,000 tokens/s  MFU 40 %  " in lines[-1]
+        assert lines[-1].endswith("0:00 left")
+
+
+def test_between_logging_steps_the_bar_moves_on(tmp_path, clocked, terminal, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    callback = Progress(tmp_path / "metrics.jsonl")
+    callback.on_train_begin(ARGUMENTS, state(), None)
+    for step in range(1, 6):
+        clocked.value += 1
+        callback.on_step_end(ARGUMENTS, state(step), TrainerControl())
+        clocked.value += 0.01  # no terminal shows more than ten a second
+        callback.on_step_end(ARGUMENTS, state(step), TrainerControl())
+    lines = capsys.readouterr().out.split("\r\x1b[2K")[1:]
+    assert [line.partition("] ")[2] for line in lines] == [f"{n}/10  0:{10 - n:02} left" for n in range(1, 6)]
+    quiet = Progress(tmp_path / "metrics.jsonl", quiet=True)
+    quiet.on_step_end(ARGUMENTS, state(1), TrainerControl())
+    other = Progress(tmp_path / "metrics.jsonl")
+    other.on_step_end(ARGUMENTS, state(1, main=False), TrainerControl())
+    assert capsys.readouterr().out == ""
+
+
+def test_mfu_is_recorded_where_it_is_known_and_in_no_other_case(tmp_path, clocked, capsys):
+    callback = Progress(tmp_path / "metrics.jsonl")
+    callback.on_train_begin(ARGUMENTS, state(), None)
+    clocked.value += 1
+    log(callback, 1, num_tokens=600.0)
+    callback.utilization = 0.5 / 600
+    clocked.value += 1
+    log(callback, 2, num_tokens=1200.0)
+    first, second = read_metrics(callback.metrics)
+    assert "mfu" not in first
+    assert second["mfu"] == 0.5
+    lines = capsys.readouterr().out.splitlines()
+    assert ["MFU" in line for line in lines] == [False, True]
+    assert not any("\x1b" in line or "\r" in line for line in lines)
+    assert summarize_metrics(callback.metrics)["mfu"] == 0.5
+
+
+def test_what_is_measured_is_in_the_logs_that_are_reported(tmp_path, clocked):
+    callback, logs = Progress(tmp_path / "metrics.jsonl", quiet=True), {"loss": 2.0, "num_tokens": 600.0}
+    callback.on_train_begin(ARGUMENTS, state(), None)
+    clocked.value += 2
+    callback.on_log(ARGUMENTS, state(1), None, logs=logs)
+    (row,) = read_metrics(callback.metrics)
+    assert logs == {name: value for name, value in row.items() if name not in ("step", "epoch")}
+    assert {"tokens_per_s", "memory_gib", "wall_s", "loss", "num_tokens"} == set(logs)

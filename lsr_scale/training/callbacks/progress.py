@@ -1,4 +1,4 @@
-"""A run's progress: a live line on the screen, and `metrics.jsonl` on disk."""
+"""A run's progress: a bar on the screen, or a line a logging step where that is no terminal, and `metrics.jsonl`."""
 
 import json
 import math
@@ -13,15 +13,20 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from lsr_scale.config.training import EVALUATED
 from lsr_scale.run.metrics import finite_values, truncate
-from lsr_scale.screen import print_line, show_live, write
+from lsr_scale.screen import leave_live, print_line, show_live, terminal_width, write
+from lsr_scale.training.flops import utilization
 from lsr_scale.training.steps.nonfinite import check_finite, diverged
 from lsr_scale.units import byte_size, clock
 
+_SHOWN_EVERY_S = 0.1  # on a terminal
+_SHORTEST_BAR = 5
+
 
 class Progress(TrainerCallback):
-    """A callback that shows and records each logging step: loss, tokens/s, memory, time left. Main process only.
+    """A callback that shows and records each logging step: loss, tokens/s, MFU, memory, time left. Main process only.
 
-    Tokens/s are those of training: what saves and evaluations take is in `wall_s` and in the time left only. On every
+    What it measures goes into the logs too, for the callbacks after it, which report them. Tokens/s are those of
+    training: what saves and evaluations take is in `wall_s` and in the time left only. On every
     process it ends a run whose loss, gradient or factors are no longer finite, before such factors are saved.
     """
 
@@ -35,6 +40,9 @@ class Progress(TrainerCallback):
         self.first_step = 0
         # what the metrics file counts already where a run resumes: the clock and TRL's token count start again
         self.wall_s_before = self.tokens_before = 0.0
+        self.utilization: float | None = None  # MFU of one token a second, where it is known
+        self.last_row: dict[str, Any] = {}
+        self.last_shown = 0.0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -46,6 +54,9 @@ class Progress(TrainerCallback):
             rows = truncate(self.metrics, state.global_step or -1)
             self.wall_s_before = max(finite_values(rows, "wall_s"), default=0.0)
             self.tokens_before = max(finite_values(rows, "num_tokens"), default=0.0)
+            if "model" in kwargs:
+                rows = getattr(kwargs.get("train_dataloader"), "dataset", None)
+                self.utilization = utilization(kwargs["model"], rows)
         # transformers' own count is in the checkpoint
         self.last_tokens = float(state.num_input_tokens_seen)
         self.started = self.last_time = self.step_ended = time.monotonic()
@@ -57,6 +68,8 @@ class Progress(TrainerCallback):
             control.should_log = True
         if control.should_save:
             check_finite(kwargs["model"], f"after step {state.global_step}")
+        if state.is_world_process_zero and not self.quiet and self.step_ended - self.last_shown > _SHOWN_EVERY_S:
+            self._show_live(state, self.step_ended)
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -107,13 +120,18 @@ class Progress(TrainerCallback):
         tokens = logs.get("num_tokens", logs.get("num_input_tokens_seen", 0.0))
         if "loss" in logs and tokens > self.last_tokens:
             seconds = now - self.last_time - self.untrained_s
-            row["tokens_per_s"] = round((tokens - self.last_tokens) / max(1e-9, seconds), 1)
+            speed = (tokens - self.last_tokens) / max(1e-9, seconds)
+            row["tokens_per_s"] = round(speed, 1)
+            if self.utilization is not None:
+                row["mfu"] = round(speed * self.utilization, 4)
             self.last_time, self.last_tokens, self.untrained_s = now, tokens, 0.0
             self.step_ended = now
         row["memory_gib"] = round(memory_gib(), 3)
         row |= {name: value for name, value in logs.items() if name != "epoch" and not name.startswith("train_")}
         if "num_tokens" in row:
             row["num_tokens"] += self.tokens_before
+        if "loss" in row:
+            logs |= {name: value for name, value in row.items() if name not in ("step", "epoch")}
         with self.metrics.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(row) + "\n")
         if not self.quiet:
@@ -123,8 +141,8 @@ class Progress(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Leave the live line standing."""
-        if sys.stdout.isatty() and not self.quiet and state.is_world_process_zero:
-            write("\n")
+        if not self.quiet and state.is_world_process_zero:
+            leave_live()
 
     def _show(self, row: dict[str, Any], state: TrainerState, now: float) -> None:
         if "loss" not in row:
@@ -132,15 +150,37 @@ class Progress(TrainerCallback):
             if shown:
                 print_line(f"step {row['step']}: {shown}")
             return
-        done = row["step"] - self.first_step
-        left = (now - self.started) / max(1, done) * (state.max_steps - row["step"])
-        speed = f"  {row['tokens_per_s']:,.0f} tokens/s" if "tokens_per_s" in row else ""
-        memory = byte_size(row["memory_gib"] * 2**30)
-        line = f"step {row['step']}/{state.max_steps}  loss {row['loss']:.4f}{speed}  {memory}  {clock(left)} left"
+        self.last_row = row
         if sys.stdout.isatty():
-            show_live(line)
+            self._show_live(state, now)
         else:
-            write(f"{line}\n")
+            write(f"step {'  '.join(self._parts(state, now))}\n")
+
+    def _show_live(self, state: TrainerState, now: float) -> None:
+        """Show how far it is, with what the last logging step measured; a bar fills what the line leaves free."""
+        self.last_shown = now
+        line = "  ".join(self._parts(state, now))
+        growth = len(str(state.max_steps)) - len(str(state.global_step))  # or the bar would jump
+        size = min(30, terminal_width() - 1 - len(line) - growth - len("[] "))
+        if size < _SHORTEST_BAR:
+            show_live(f"step {line}")
+            return
+        done = round(size * state.global_step / max(1, state.max_steps))
+        show_live(f"[{'#' * done}{'.' * (size - done)}] {line}")
+
+    def _parts(self, state: TrainerState, now: float) -> list[str]:
+        row, done = self.last_row, state.global_step - self.first_step
+        parts = [f"{state.global_step}/{state.max_steps}"]
+        if "loss" in row:
+            parts.append(f"loss {row['loss']:.4f}")
+        if "tokens_per_s" in row:
+            parts.append(f"{row['tokens_per_s']:,.0f} tokens/s")
+        if "mfu" in row:
+            parts.append(f"MFU {100 * row['mfu']:.0f} %")
+        if "memory_gib" in row:
+            parts.append(byte_size(row["memory_gib"] * 2**30))
+        left = (now - self.started) / max(1, done) * (state.max_steps - state.global_step)
+        return [*parts, f"{clock(left)} left"]
 
 
 def memory_gib() -> float:

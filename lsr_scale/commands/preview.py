@@ -79,7 +79,11 @@ def _table(parts: "list[tuple[str, TokenCounts]]") -> Any:
     for column in table.columns[1:]:
         column.justify = "right"
     for where, counts in parts:
-        cells = [where, f"{counts.rows:,}", *([f"{counts.assistant_turns:,} of {counts.turns:,}"] if turns else [])]
+        cells = [
+            where.removeprefix("data."),
+            f"{counts.rows:,}",
+            *([f"{counts.assistant_turns:,} of {counts.turns:,}"] if turns else []),
+        ]
         cells += [f"{counts.percentile(share):,}" for share in (0.5, 0.95, 1)] + [f"{counts.truncated:,}"]
         cells += [f"{counts.unsupervised:,}"] if lost else []
         share = 100 * counts.supervised / max(1, counts.tokens)

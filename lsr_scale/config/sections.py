@@ -170,7 +170,7 @@ class SourceSection(Section):
 
     path: str = Field(
         min_length=1,
-        description="Hub dataset, local file or folder, builtin:commonsense, or the name of a known task.",
+        description="Hub dataset, local file or folder, builtin:commonsense, builtin:chat, or a known task's name.",
     )
     name: str | None = Field(None, description="Subset (configuration) of a hub dataset.")
     revision: str | None = Field(None, description="Branch, tag or commit of a hub dataset.")

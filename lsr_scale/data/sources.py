@@ -18,6 +18,7 @@ from lsr_scale.errors import UserError, did_you_mean
 from lsr_scale.paths import user_path
 
 BUILTIN = "builtin:commonsense"
+BUILTIN_CHAT = "builtin:chat"
 # The order in which a folder without a known task is searched for something to score, as lm-eval prefers test.
 EVAL_SPLITS = ("test", "validation", "heldout", "dev")
 _SHARD = re.compile(r"-(?P<number>\d+)-of-(?P<total>\d+)$")
@@ -135,13 +136,13 @@ def _task_of_hub_dataset(path: str, name: str | None) -> Task | None:
 
 
 def _load_builtin(path: str, split: str, task: str | None, limit: int | None) -> Rows:
-    if path != BUILTIN:
-        raise UserError(f"data source {path!r}: {did_you_mean(path, [BUILTIN])}")
+    if path not in (BUILTIN, BUILTIN_CHAT):
+        raise UserError(f"data source {path!r}: {did_you_mean(path, [BUILTIN, BUILTIN_CHAT])}")
     if split not in ("train", "heldout"):
         raise UserError(f"data source {path!r}: expected the split 'train' or 'heldout', got {split!r}")
-    from lsr_scale.data import commonsense
+    from lsr_scale.data import commonsense, help_desk
 
-    rows = [dict(row) for row in commonsense.rows(split)]
+    rows = [dict(row) for row in (commonsense.rows(split) if path == BUILTIN else help_desk.rows(split))]
     digest = hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
     taken = rows[:limit]
     return Rows(taken, task, Provenance(path, path, None, split, None, digest, len(taken)))
@@ -282,7 +283,8 @@ def _load_hub(
     where = f"data source {path!r}"
     if split is None:
         raise UserError(f"{where}: which split of the hub dataset is to be scored? set split (test, validation, ...)")
-    near = _nearest(path, [BUILTIN, *TASKS, *(known.hub for known in TASKS.values())]) if hub == path else ""
+    names = [BUILTIN, BUILTIN_CHAT, *TASKS, *(known.hub for known in TASKS.values())]
+    near = _nearest(path, names) if hub == path else ""
     try:
         loaded = datasets.load_dataset(hub, name, split=split, revision=revision)
     except (ConnectionError, TimeoutError) as error:

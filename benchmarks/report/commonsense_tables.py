@@ -10,8 +10,6 @@ over seeds.
 """
 
 import functools
-import hashlib
-import json
 import statistics
 import sys
 from collections.abc import Iterable
@@ -25,6 +23,7 @@ from benchmarks.quality import trials
 from benchmarks.quality.commonsense import RESULTS, mean_accuracy
 from benchmarks.quality.commonsense_data import REGIMES
 from benchmarks.quality.commonsense_methods import LABELS, PROVIDERS
+from benchmarks.report.drawing import count_ticks, label_points, rows_digest, save
 from benchmarks.report.plots import Plot
 
 # README's rows
@@ -221,13 +220,11 @@ def rounded_table(all_results: list[dict[str, Any]]) -> str:
 
 def draw(all_results: list[dict[str, Any]], path: Path, regime: str = "joint", base: str = "bf16") -> None:
     """Draw the mean accuracy against trainable parameters; bars are the standard deviation over seeds."""
-    import matplotlib
-
-    matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axis = pyplot.subplots(figsize=(9, 5.5))
     points: dict[str, list[tuple[int, float, float, str]]] = {}
+    labels: list[tuple[float, float, str, str]] = []
     for name in PROVIDERS:
         row = seeds_of(all_results, regime, base, name)
         if row:
@@ -239,20 +236,24 @@ def draw(all_results: list[dict[str, Any]], path: Path, regime: str = "joint", b
     for method, of_method in points.items():
         sizes, means, spreads, settings = zip(*sorted(of_method), strict=True)
         line = "-" if method == "LoRA" else ""  # what the others are to be above
-        axis.errorbar(sizes, means, spreads, fmt="o", ls=line, lw=1.5, elinewidth=1, capsize=3, label=method)
+        bars = axis.errorbar(sizes, means, spreads, fmt="o", ls=line, lw=1.5, elinewidth=1, capsize=3, label=method)
         for size, mean, setting in zip(sizes, means, settings, strict=True):
             options = " ".join(word for word in setting.split() if "=" in word)
-            axis.annotate(options, (size, mean), (5, 4), textcoords="offset points", fontsize=7)
+            labels.append((size, mean, options, bars.lines[0].get_color()))
+    tasks = REGIMES[regime].tasks
     axis.set_xscale("log")
-    axis.set_xlabel("trainable parameters")
-    axis.set_ylabel(f"mean accuracy of {len(REGIMES[regime].tasks)} tasks, %")
+    count_ticks(axis.xaxis, *(choose(size for size, *_ in labels) for choose in (min, max)))
+    axis.set_xlabel("trainable parameters (log scale)")
+    axis.set_ylabel(f"mean accuracy of {len(tasks)} tasks, %" if len(tasks) > 1 else "accuracy, %")
     axis.grid(alpha=0.3)
-    axis.legend(frameon=False, fontsize=8, title="bars: standard deviation over seeds")
-    axis.set_title(f"SmolLM2-135M, {base} base, {regime}")
+    axis.margins(x=0.08, y=0.06)
+    heading = "bars: standard deviation over seeds"
+    axis.legend(frameon=False, fontsize=8, title=heading, title_fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    trained_on = "five tasks at once" if regime == "joint" else ", ".join(tasks)
+    axis.set_title(f"SmolLM2-135M held in {base}, trained on {trained_on}", fontsize=11)
     figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130, metadata={"Source": digest(all_results)})
-    pyplot.close(figure)
+    label_points(axis, labels)
+    save(figure, path, digest(all_results))
 
 
 def sections(results: Path) -> dict[str, tuple[str, list[dict[str, Any]]]]:
@@ -267,8 +268,7 @@ def sections(results: Path) -> dict[str, tuple[str, list[dict[str, Any]]]]:
 
 def digest(results: list[dict[str, Any]]) -> str:
     """Return what a plot of these results is recognized by."""
-    shown = [[r["provider"], r["seed"], mean_accuracy(r), r["trainable_parameters"]] for r in results]
-    return hashlib.sha256(json.dumps(shown).encode()).hexdigest()
+    return rows_digest([[r["provider"], r["seed"], mean_accuracy(r), r["trainable_parameters"]] for r in results])
 
 
 def plots(results: Path) -> dict[Path, Plot]:

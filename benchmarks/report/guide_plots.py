@@ -9,8 +9,9 @@ from typing import Any
 from matplotlib import pyplot
 
 from benchmarks.quality import ablations, trials
+from benchmarks.report.drawing import label_points, rows_digest, save
 from benchmarks.report.guide import Row, by_setting, sweep_rows, width_rows
-from benchmarks.report.plots import Plot, rows_digest
+from benchmarks.report.plots import Plot
 
 
 def ablation_rows(results: Path) -> list[Row]:
@@ -58,10 +59,15 @@ def width_plot(rows: list[Row], path: Path) -> None:
         for axis, key in zip(axes, ("best_rate", "loss"), strict=True):
             axis.plot([row["width"] for row in group], [row[key] for row in group], "o-", label=name)
     axes[0].set_yscale("log", base=2)
+    rates = sorted({row["best_rate"] for row in rows})
+    axes[0].set_yticks(rates, [f"{rate:.2g}" for rate in rates])
     axes[0].set_ylabel("best learning rate")
     axes[1].set_ylabel("share of the output's variance left")
     for axis in axes:
         axis.set_xscale("log", base=2)
+        widths = sorted({row["width"] for row in rows})
+        axis.set_xticks(widths, [f"{width:,}" for width in widths])
+        axis.minorticks_off()
         axis.set_xlabel("width of the layer")
         axis.grid(alpha=0.3)
         axis.legend(frameon=False, fontsize=8)
@@ -76,13 +82,15 @@ def ablation_plot(rows: list[Row], path: Path) -> None:
     for row in rows:
         scores.setdefault(row["provider"], []).append(100 * row["score"])
     sizes = {row["provider"]: row["adapter_parameters"] for row in rows}
+    names_at: dict[Any, list[tuple[float, float, str, str]]] = {}
     for axis, names, label in ((axes[0], ablations.AXES["terms"], "terms"), (axes[1], ablations.AXES["rank"], "rank")):
         ours = [name for name in names if name in scores and not name.startswith("lora")]
         places = [sizes[name] for name in ours] if label == "terms" else list(range(len(ours)))
         means, spreads = zip(*((statistics.fmean(scores[n]), statistics.stdev(scores[n])) for n in ours), strict=True)
         axis.errorbar(places, means, spreads, fmt="o-", capsize=3, label="LSR-Adapt")
-        for place, mean, name in zip(places, means, ours, strict=True):
-            axis.annotate(name.replace("_", " "), (place, mean), (4, -11), textcoords="offset points", fontsize=7)
+        names_at[axis] = [
+            (x, y, name.replace("_", " "), "black") for x, y, name in zip(places, means, ours, strict=True)
+        ]
         axis.grid(alpha=0.3)
         axis.margins(x=0.15)
     for name in ("lora_2", "lora_8"):
@@ -100,14 +108,16 @@ def ablation_plot(rows: list[Row], path: Path) -> None:
     axes[0].set(xlabel="trainable parameters: 1 to 48 terms of rank 16", ylabel="accuracy, %; bars: three seeds")
     axes[0].legend(frameon=False, fontsize=8)
     axes[1].set(xlabel="rank against terms at 1,397,760 parameters", xticks=[])
-    figure.suptitle("SmolLM2-135M, a tenth of ARC and OpenBookQA held out, two epochs")
+    figure.suptitle("SmolLM2-135M, a tenth of ARC and OpenBookQA held out, two epochs", fontsize=11)
+    figure.tight_layout()
+    for axis, points in names_at.items():
+        label_points(axis, points)
     _save(figure, path, rows)
 
 
 def _save(figure: Any, path: Path, rows: list[Row]) -> None:
     figure.tight_layout()
-    figure.savefig(path, dpi=130, metadata={"Source": rows_digest(rows)})
-    pyplot.close(figure)
+    save(figure, path, rows_digest(rows))
 
 
 PLOTS: dict[str, tuple[Callable[[list[Row], Path], None], Callable[[Path], list[Row]]]] = {

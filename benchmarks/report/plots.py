@@ -4,19 +4,15 @@ A plot carries a digest of what it shows, so that one that is older than its mea
 """
 
 import functools
-import hashlib
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+from matplotlib import pyplot
 from PIL import Image
 
-matplotlib.use("Agg")
-from matplotlib import pyplot
-
+from benchmarks.report.drawing import card, rows_digest, save, thousands
 from benchmarks.report.measurements import LABELS, MODES, by_provider, has_scaling, newest_headline, read, sweeps
 
 COLORS = {name: f"C{index}" for index, name in enumerate(LABELS)} | {"lsr_graphs": "black"}  # C10 is C0 again
@@ -33,13 +29,7 @@ class Plot:
 def digest(run: dict[str, Any]) -> str:
     """Return what a plot of these rows is recognized by."""
     names = ("provider", "checkpointing", "tokens", "seq_len", "tokens_per_s", "peak_memory_gib")
-    shown = [[row[name] for name in names] for row in run["rows"]]
-    return hashlib.sha256(json.dumps(shown).encode()).hexdigest()
-
-
-def rows_digest(rows: Any) -> str:
-    """Return what a plot of these values is recognized by."""
-    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
+    return rows_digest([[row[name] for name in names] for row in run["rows"]])
 
 
 def drawn_from(picture: Path) -> str | None:
@@ -56,22 +46,26 @@ def memory_plot(run: dict[str, Any], path: Path) -> None:
         for mode, row in points.items():
             face = COLORS[name] if mode == "none" else "none"
             label = LABELS[name].replace("*", "").replace("`", "") if mode == "none" else None
-            style = {"marker": "o", "s": 70, "facecolors": face, "edgecolors": COLORS[name], "label": label}
-            style["zorder"] = 3 + len(providers) - depth  # ours on top
+            # those that are as fast in as much memory stay visible: the later, the smaller and the further up
+            size = 150 * 0.72**depth + 16
+            style = {"marker": "o", "s": size, "facecolors": face, "edgecolors": COLORS[name], "label": label}
+            style |= {"zorder": 3 + depth, "linewidths": 1.5}
             axis.scatter(row["peak_memory_gib"], row["tokens_per_s"], **style)
     axis.set_xlabel("peak memory, GiB")
     axis.set_ylabel("tokens/s")
     axis.set_xlim(0)
     axis.set_ylim(0)
     axis.grid(alpha=0.3)
-    axis.legend(frameon=False, fontsize=8, loc="lower right", title="filled: activations saved; open: recomputed")
-    config = run["config"]
-    gpu = run["env"]["gpus"][0].removeprefix("NVIDIA ")
-    axis.set_title(
-        f"{config['model']}, {config['base'].upper()}, {run['rows'][0]['tokens']:,} tokens a step, one {gpu}"
-    )
+    thousands(axis.yaxis)
+    heading = "filled: activations saved; open: recomputed"
+    legend = axis.legend(frameon=False, fontsize=8, loc="lower right", title=heading, title_fontsize=8)
+    for handle in legend.legend_handles:
+        handle.set_sizes([50])
+    config, rows = run["config"], run["rows"]
+    title = f"{config['model']}, {config['base'].upper()}, {rows[0]['tokens']:,} tokens a step, one {card(run['env'])}"
+    axis.set_title(title, fontsize=11)
     figure.tight_layout()
-    figure.savefig(path, dpi=130, metadata={"Source": digest(run)})
+    save(figure, path, digest(run))
 
 
 PANELS = {
@@ -98,12 +92,14 @@ def sweep_plot(run: dict[str, Any], path: Path) -> None:
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("tokens/s")
     axes[0][0].set_ylim(0)
-    config, gpu = run["config"], run["env"]["gpus"][0].removeprefix("NVIDIA ")
-    figure.suptitle(f"{config['model']}, {config['base'].upper()}, activations saved, one {gpu}")
+    thousands(axes[0][0].yaxis)
+    config = run["config"]
+    title = f"{config['model']}, {config['base'].upper()}, activations saved, one {card(run['env'])}"
+    figure.suptitle(title, fontsize=11)
     labels = [LABELS[name].replace("*", "") for name in shown]
     figure.legend(shown.values(), labels, frameon=False, fontsize=8, loc="outside lower center", ncols=3)
     figure.tight_layout(rect=(0, 0.07, 1, 1))
-    figure.savefig(path, dpi=130, metadata={"Source": digest(run)})
+    save(figure, path, digest(run))
 
 
 def scaling_plot(run: dict[str, Any], path: Path) -> None:
@@ -124,15 +120,18 @@ def scaling_plot(run: dict[str, Any], path: Path) -> None:
     axis.grid(alpha=0.3)
     axis.legend(frameon=False)
     config = run["config"]
-    axis.set_title(f"{config['model']}, {config['base'].upper()}, {config['tokens']:,} tokens a GPU and step")
+    thousands(axis.yaxis)
+    what = f"{config['model']}, {config['base'].upper()}, {config['tokens']:,} tokens a GPU and step"
+    axis.set_title(f"{what}, {card(run['env'])}", fontsize=10)
     figure.tight_layout()
-    figure.savefig(path, dpi=130, metadata={"Source": scaling_digest(run)})
+    save(figure, path, scaling_digest(run))
 
 
 def scaling_digest(run: dict[str, Any]) -> str:
     """Return what a plot of these rows is recognized by."""
-    shown = [[row[name] for name in ("num_gpus", "zero_stage", "status", "tokens_per_s")] for row in run["rows"]]
-    return hashlib.sha256(json.dumps(shown).encode()).hexdigest()
+    return rows_digest(
+        [[row[name] for name in ("num_gpus", "zero_stage", "status", "tokens_per_s")] for row in run["rows"]]
+    )
 
 
 def plots(results: Path) -> dict[Path, Plot]:

@@ -99,6 +99,7 @@ def draw(curves: dict[str, dict[str, Any]], path: Path) -> None:
     left.legend(frameon=False)
     for axes in (left, right):
         axes.grid(alpha=0.3)
+    figure.suptitle("LSR-Adapt from factors whose terms cancel: error and condition number", fontsize=11)
     figure.tight_layout()
     figure.savefig(path, dpi=130)
 

@@ -79,7 +79,7 @@ def differences(curves: dict[str, list[float]], last: int = 50) -> dict[str, dic
     return by_curve
 
 
-def plot(curves: dict[str, list[float]], path: Path) -> None:
+def plot(curves: dict[str, list[float]], path: Path, title: str) -> None:
     """Draw the three curves, and below them their distance from the reference."""
     matplotlib.use("Agg")
     from matplotlib import pyplot
@@ -90,14 +90,23 @@ def plot(curves: dict[str, list[float]], path: Path) -> None:
         if name != "float32":
             difference = [a - b for a, b in zip(curves[name], curves["float32"], strict=True)]
             lower.plot(difference, style, label=f"{name} - float32", linewidth=1)
+    upper.set_title(title, fontsize=11)
     upper.set_ylabel("loss, nats per token")
-    lower.set_ylabel("difference")
+    lower.set_ylabel("difference from float32")
     lower.set_xlabel("step")
     for axis in (upper, lower):
         axis.legend(frameon=False)
         axis.grid(alpha=0.3)
     figure.tight_layout()
     figure.savefig(path, dpi=130)
+
+
+def title_of(content: dict[str, Any]) -> str:
+    """Return the plot's title: the model, the method, its rate, and the card."""
+    config, gpus = content["config"], content["env"]["gpus"]
+    card = f", {gpus[0].removeprefix('NVIDIA ')}" if gpus else ""
+    model = config["model"].removeprefix("builtin:")
+    return f"{model}, NF4, {config['method']}, learning rate {config['rate']:g}{card}"
 
 
 def main() -> None:
@@ -122,7 +131,7 @@ def main() -> None:
     config = {name: value for name, value in vars(args).items() if name != "out"} | {"model": SMOLLM2, "base": "nf4"}
     content = {"env": files.environment(), "config": config, "differences": differences(curves), "loss": curves}
     files.write_json(args.out, content)
-    plot(curves, args.out.with_suffix(".png"))
+    plot(curves, args.out.with_suffix(".png"), title_of(content))
     for name, values in content["differences"].items():
         print(name, {key: round(value, 5) for key, value in values.items()})
 

@@ -172,14 +172,22 @@ def plot(results: list[dict[str, Any]], path: Path, title: str) -> None:
             label = f"{result['base']}, {'fused' if result['fused'] == 'auto' else 'unfused'}"
             label += "" if result["finite"] else " (NOT FINITE)"
             axis.plot(steps, smooth, styles[result["fused"]], color=colors[result["base"]], label=label, linewidth=1.2)
-        axis.set_title(f"{method}, {batches}")
+        axis.text(0.12, 0.93, f"{method}, {batches}", transform=axis.transAxes, va="top", weight="bold", fontsize=9)
         axis.grid(alpha=0.3)
         axis.legend(frameon=False, fontsize=8)
         axis.set_xlabel("step" if row else "")
-        axis.set_ylabel("" if column else "loss, nats per token (10 steps' mean)")
-    figure.suptitle(title)
+        axis.set_ylabel("" if column else "loss, nats per token (mean of 10 steps)")
+    figure.suptitle(title, fontsize=11)
     figure.tight_layout()
     figure.savefig(path, dpi=130)
+
+
+def title_of(content: dict[str, Any]) -> str:
+    """Return the plot's title: the model, the data, and the card."""
+    gpus = content["env"]["gpus"]
+    card = f", {gpus[0].removeprefix('NVIDIA ')}" if gpus else ""
+    model = content["config"]["model"].removeprefix("builtin:")
+    return f"{model}, one epoch of {', '.join(TASKS)}{card}"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -222,7 +230,7 @@ def main(arguments: list[str] | None = None) -> int:
     config = {"model": Path(given.model).name, "steps": given.steps, "at_once": given.at_once}
     content = {"env": files.environment(), "config": config, "wall_s": round(time.monotonic() - began, 1)}
     files.write_json(given.out, {**content, "runs": results})
-    plot(results, given.out.with_suffix(".png"), f"{config['model']}, one epoch of {', '.join(TASKS)}")
+    plot(results, given.out.with_suffix(".png"), title_of({**content, "config": config}))
     print(table(results))
     left = len(waiting) + len(ended) + failed
     if left:

@@ -150,7 +150,7 @@ def _figure(title: str, size: tuple[float, float] = SIZE) -> tuple["Figure", Any
 
     figure = Figure(figsize=size, dpi=120, layout="constrained")
     axes = figure.subplots()
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, steps=[1, 2, 5, 10]))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.yaxis.set_major_formatter(ScalarFormatter(useOffset=False))
     axes.spines[["top", "right"]].set_visible(False)

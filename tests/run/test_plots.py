@@ -1,0 +1,84 @@
+"""A run's figures: what is drawn, in which words, and ticks that read."""
+
+import matplotlib
+
+from lsr_scale.run.plots import conditions_figure, curves_figure, loss_figure, smoothing
+from tests.helpers.run_folders import losses
+
+
+def curves(num=40, every=10):
+    rows = losses(num, every=every)
+    return {key: [(row["step"], row[key]) for row in rows if key in row] for key in ("loss", "eval_loss")}
+
+
+def words(figure):
+    texts = ((legend.get_title(), *legend.get_texts()) for legend in figure.legends)
+    return [text.get_text() for of_legend in texts for text in of_legend]
+
+
+def ticks(axis):
+    axis.axes.figure.draw_without_rendering()
+    return [label.get_text() for label in axis.get_ticklabels() if label.get_text()]
+
+
+def test_evaluations_the_best_of_them_and_smoothing_are_said():
+    told = words(loss_figure(curves(), "a title"))
+    assert "training, mean of 4 logged steps" in told
+    assert "evaluation" in told
+    assert any(text.startswith("best evaluation: ") and text.endswith("step 30") for text in told)
+
+
+def test_a_short_run_is_drawn_as_it_is():
+    points = curves(num=12, every=0)["loss"]
+    assert smoothing(points) == 1
+    (line,) = loss_figure({"loss": points}, "").axes[0].lines
+    assert list(line.get_ydata()) == [value for _, value in points]
+
+
+def test_a_smoothed_line_is_the_mean_of_the_steps_that_it_says():
+    points = curves()["loss"]
+    smoothed = loss_figure({"loss": points}, "").axes[0].lines[1].get_ydata()
+    assert abs(smoothed[20] - sum(value for _, value in points[17:21]) / 4) < 1e-12
+
+
+def test_steps_are_whole_and_thousands_have_commas():
+    for num in (3, 40, 12_000):
+        shown = ticks(loss_figure(curves(num=num, every=0), "").axes[0].xaxis)
+        assert all(text.replace(",", "").replace("\u2212", "").isdigit() for text in shown), shown
+    assert "10,000" in shown
+
+
+def test_losses_that_hardly_differ_have_no_offset():
+    figure = loss_figure({"loss": [(step, 1000.0 + step / 1e4) for step in range(5)]}, "")
+    figure.draw_without_rendering()
+    assert figure.axes[0].yaxis.get_offset_text().get_text() == ""
+
+
+def test_condition_numbers_are_written_out():
+    rows = [{"step": step, "condition_up_median": 1.0, "condition_up_max": 1.02} for step in range(5)]
+    figure = conditions_figure(rows, "")
+    assert set(ticks(figure.axes[0].yaxis)) <= {"0.1", "0.2", "0.5", "1", "2", "5", "10"}
+    assert "up: largest of the modules" in words(figure)
+    assert conditions_figure([{"step": 1, "loss": 2.0}], "") is None
+
+
+def test_the_lines_of_twelve_runs_can_be_told_apart():
+    figure = curves_figure({f"{number}: run $x$ {number}": curves() for number in range(12)})
+    training = [line for line in figure.axes[0].lines if line.get_linewidth() > 1.5]
+    assert len({(line.get_color(), line.get_linestyle()) for line in training}) == 12
+    told = words(figure)
+    assert any("mean of 4 logged steps" in text and "stars: the best" in text for text in told)
+    assert len([text for text in told if "run" in text]) == 12
+
+
+def test_legends_lie_outside_of_the_panel():
+    for figure in (loss_figure(curves(), ""), curves_figure({"a": curves(), "b": curves()})):
+        figure.draw_without_rendering()
+        (legend,) = figure.legends
+        assert not legend.get_window_extent().overlaps(figure.axes[0].get_window_extent())
+
+
+def test_the_user_s_backend_stays_what_it_is():
+    before = matplotlib.get_backend(auto_select=False)
+    loss_figure(curves(), "")
+    assert matplotlib.get_backend(auto_select=False) == before

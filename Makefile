@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 PINS := torch==2.13.0 transformers==5.23.0 peft==0.21.2 trl==1.16.0 accelerate==1.15.0 deepspeed==0.19.8 \
         bitsandbytes==0.50.2 datasets==5.2.0
 DEV_PINS := lm-eval==0.4.13 ruff==0.17.6 "pyright[nodejs]==1.1.414" pytest==9.2.0 pytest-timeout pytest-xdist \
-            hypothesis==6.170.17
+            hypothesis==6.170.17 tensorboard==2.21.0
 # The ends of the supported range (pyproject.toml): the oldest releases, with what the hub's client of that time imports
 # (without TRL 1.15, whose loss takes its Triton kernel on a CPU too, where Triton is installed for our tests),
 OLDEST := transformers==5.17.0 peft==0.21.0 accelerate==1.12.0 datasets==4.7.0 huggingface_hub==1.33.0 \

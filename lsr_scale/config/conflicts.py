@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from lsr_scale.config import declared
 from lsr_scale.config.deepspeed import OF_TRAINING
 from lsr_scale.config.messages import Problem
+from lsr_scale.config.reporters import REPORTERS, reporter_names
 from lsr_scale.config.training import evaluated
 from lsr_scale.errors import did_you_mean
 
@@ -100,6 +101,11 @@ def _training(run: "RunConfig") -> Iterator[Problem]:
         if metric.removeprefix("eval_") not in measured:
             names = [f"eval_{name}" for name in measured]
             yield Problem(("training", "metric_for_best_model"), f"{metric!r}: {did_you_mean(metric, names)}")
+    names = reporter_names(training["report_to"])
+    for name in names:
+        if name not in REPORTERS and (name not in ("all", "none") or len(names) > 1):
+            known = [*REPORTERS, "all", "none"] if len(names) == 1 else REPORTERS
+            yield Problem(("training", "report_to"), f"{name!r:.60}: {did_you_mean(name, known)}")
     if training.get("optim_args") and training["optim"] in _WITHOUT_ARGUMENTS:
         yield Problem(
             ("training", "optim_args"),

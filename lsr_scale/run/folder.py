@@ -36,6 +36,7 @@ class RunFolder:
     .lock              the process that is running here (`lock.py`)
     nonfinite.jsonl    batches without a finite loss, and steps without a finite gradient
     condition.png      how far the terms of LSR-Adapt's sums cancel
+    tensorboard/       TensorBoard's files, with training.report_to: tensorboard
     samples.jsonl      completions of eval.prompts: {"step", "moment", "prompt", "completion"} a line
     adapter_lora/      the adapter as PEFT's LoRA, where training.save_as_lora asks for it
     confusion-*.png    a classifier's confusion matrices, a picture for each of its predictions in eval/
@@ -114,6 +115,11 @@ class RunFolder:
         """One JSON object a completion of a prompt; `moment` is "before", "evaluation" or "after"."""
         return self.path / "samples.jsonl"
 
+    @property
+    def tensorboard(self) -> Path:
+        """What TensorBoard reads."""
+        return self.path / "tensorboard"
+
     def predictions(self, task: str, when: str) -> Path:
         """The predictions of a task, `when` being "before", "after" or the name of another evaluation.
 
@@ -185,7 +191,7 @@ class RunFolder:
             self.report: is_own_page,
             self.path / "spectra.png": is_own_picture,
             **dict.fromkeys(sorted(self.path.glob("confusion-*.png")), is_own_picture),
-            **dict.fromkeys(by_name, lambda file: True),
+            **dict.fromkeys([*by_name, *sorted(self.tensorboard.glob("events.out.tfevents.*"))], lambda file: True),
             **dict.fromkeys(
                 eval_files,
                 lambda file: any(_has_line_of(file, {key}) for key in ("log_likelihoods", "outputs")),
@@ -197,7 +203,7 @@ class RunFolder:
         return list(dict.fromkeys(path.parent if path.parent in links else path for path in ours))
 
     def _folders(self) -> tuple[Path, ...]:
-        return self.adapter, self.lora, self.tokenizer, self.path / "eval"
+        return self.adapter, self.lora, self.tokenizer, self.path / "eval", self.tensorboard
 
     def in_the_way(self) -> list[Path]:
         """Return what lies where a run writes, and is none of a run's."""
@@ -211,7 +217,8 @@ class RunFolder:
         marked = self.is_marked()
         folders = [path for path in self._folders() if os.path.lexists(path)]
         # a link would lead what is written into it out of the folder; the others are replaced, link and all
-        blocking += [p for p in folders if not p.is_dir() or not marked or (p.name == "eval" and p.is_symlink())]
+        written_into = self.path / "eval", self.tensorboard
+        blocking += [p for p in folders if not p.is_dir() or not marked or (p in written_into and p.is_symlink())]
         return blocking if marked else [*blocking, *self.checkpoints()]
 
     def make(self) -> bool:

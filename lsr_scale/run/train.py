@@ -35,6 +35,7 @@ from lsr_scale.training.assembly import build_trainer
 from lsr_scale.training.callbacks.condition import ConditionCallback
 from lsr_scale.training.callbacks.early_stopping import StopEarly, early_stopping_of
 from lsr_scale.training.callbacks.progress import Progress
+from lsr_scale.training.callbacks.reports import Reports, check_reporters
 from lsr_scale.training.callbacks.samples import Samples
 from lsr_scale.training.callbacks.signals import StopOnSignal, Terminated, end_with_peers
 from lsr_scale.training.checkpoint import select
@@ -91,10 +92,13 @@ def train(
         start = dataclasses.replace(start, run=with_labels(start.run, data.labels))
         _begin_folder(start, data, say)
         _announce_training(start.run, trainer, say)
+        reports = Reports(trainer, start.folder.tensorboard, start.step if start.in_place else 0)
+        samples.record = reports.samples
         scores = _score_before(start, tasks, trainer, say, live)
         held_out = _held_out(start.run, data)
         of_classes = _score_held_out_before(start, held_out, trainer, say)
         if start.checkpoint is None:
+            reports.scores(scores.get("before", {}), of_classes.get("before", {}), 0)
             samples.take(trainer.model, trainer.processing_class, 0, "before")
         trained = _run_trainer(start, trainer, stop, say)
         _save_adapter(start.folder, trainer, trained, start.run.training["save_as_lora"], say)
@@ -103,7 +107,9 @@ def train(
         if held_out:
             of_classes["after"] = score_in_training(held_out, trainer, start.folder, "after", say)
         step = trained.best_step or trainer.state.global_step
+        reports.scores(scores.get("after", {}), of_classes.get("after", {}), step)
         samples.take(trainer.model, trainer.processing_class, step, "after")
+        reports.close()
         if distributed.is_main():
             _write_results(start, trainer, trained, scores, of_classes, began, notes)
             say(f"done in {clock(time.monotonic() - began)}")
@@ -141,6 +147,7 @@ def _prepare(start: Start, stop: StopOnSignal, say: Say, quiet: bool) -> tuple[R
     if begins_with and checkpoint:
         # it has factors of its own, and tells what the adapter that was started from had that the run does not
         run = run.model_copy(update={"adapter": run.adapter.model_copy(update={"start_from": str(checkpoint)})})
+    check_reporters(run.training["report_to"])
     watch = ConditionCallback(run.training["condition_tolerance"], run.training["condition_guard"], say)
     progress = Progress(folder.metrics, quiet=quiet)
     wanted = run.training["early_stopping"]

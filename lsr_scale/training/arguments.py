@@ -31,6 +31,7 @@ def trainer_arguments(run: RunConfig, folder: RunFolder) -> Any:
     if torch.cuda.is_available() and values.get("accelerator_config") is None:
         # or the copy of a batch to the GPU waits for the step before it
         values["accelerator_config"] = {"non_blocking": values.get("dataloader_pin_memory", True)}
+    values.setdefault("run_name", folder.path.resolve().name)  # of W&B, which would draw one
     values.setdefault("ddp_find_unused_parameters", False)  # every factor takes part in every step
     if run.deepspeed.config is not None and uses_deepspeed(run):
         # accumulation follows the number of processes, whatever number stands there

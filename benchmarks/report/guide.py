@@ -9,6 +9,7 @@ from typing import Any
 from benchmarks.quality import ablations, glue, sequential, trials, vision
 from benchmarks.report import commonsense_tables
 from benchmarks.report.markdown import with_table
+from benchmarks.report.readme import scaling_table
 
 SWEEP = "parametrization/smollm2-h200-first.json"
 WIDTH = "parametrization/width-cpu.json"
@@ -112,6 +113,7 @@ def accuracy_table(results: Path) -> str:
 
 
 TABLES: dict[str, Callable[[Path], str]] = {
+    "scaling": lambda results: scaling_table(results / "scaling"),
     "accuracy": accuracy_table,
     "sizes": sizes_table,
     "widths": width_table,

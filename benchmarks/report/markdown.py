@@ -14,9 +14,9 @@ def number(value: float | None, form: str = ",.0f") -> str:
 
 def with_table(text: str, name: str, content: str, page: str = "README.md") -> str:
     """Return a page's text with the part between the markers of that name replaced."""
-    begin, end = f"<!-- {name}: made by benchmarks/report -->\n", f"\n<!-- end of {name} -->"
+    begin, end = f"<!-- {name}: made by benchmarks/report -->\n", f"<!-- end of {name} -->"
     before, has_begin, rest = text.partition(begin)
     _, closed, after = rest.partition(end)
     if not has_begin or not closed:
         raise SystemExit(f"{page} has no place for {name}: put {begin.strip()} and {end.strip()} there")
-    return before + begin + content + end + after
+    return f"{before}{begin}{content}\n{end}{after}"

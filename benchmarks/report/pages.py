@@ -12,7 +12,16 @@ import sys
 from pathlib import Path
 
 from benchmarks import ALL_RESULTS, ROOT
-from benchmarks.report import commonsense_tables, guide, guide_plots, leaderboard, plots, readme, results_page
+from benchmarks.report import (
+    commonsense_tables,
+    guide,
+    guide_plots,
+    leaderboard,
+    plots,
+    readme,
+    real_training,
+    results_page,
+)
 from benchmarks.report.plots import Plot, drawn_from
 
 
@@ -29,7 +38,12 @@ def all_pages(results: Path) -> dict[Path, str]:
 
 def all_plots(results: Path) -> dict[Path, Plot]:
     """Return every plot by its file."""
-    return plots.plots(results) | commonsense_tables.plots(results / "commonsense") | guide_plots.plots(results)
+    return (
+        plots.plots(results)
+        | commonsense_tables.plots(results / "commonsense")
+        | guide_plots.plots(results)
+        | real_training.plots(results)
+    )
 
 
 def main(arguments: list[str] | None = None, results: Path = ALL_RESULTS) -> int:

@@ -1,4 +1,4 @@
-"""README's tables of speed, of several GPUs and of accuracy.
+"""README's tables of speed, and GUIDE.md's of several GPUs.
 
 The newest file of a model and a base that has LSR-Adapt and Unsloth at 4 x 2,048 tokens is shown. A table stands in
 README.md between the two markers that name it.
@@ -7,7 +7,7 @@ README.md between the two markers that name it.
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import commonsense_tables
+from benchmarks.report import real_training
 from benchmarks.report.markdown import grid, number, with_table
 from benchmarks.report.measurements import LABELS, LENGTH, MODES, TOKENS, by_provider, newest_headline, read
 
@@ -58,11 +58,9 @@ def scaling_table(folder: Path, model: str = "mistral-7b", base: str = "nf4") ->
 
 def filled(text: str, results: Path) -> str:
     """Return README's text with its tables made of the measurements in the folder of all results."""
-    measured = commonsense_tables.load(results / "commonsense")
     tables = {
         "throughput": table(newest_headline(results / "throughput")),
-        "scaling": scaling_table(results / "scaling"),
-        "accuracy": commonsense_tables.short_table(measured, commonsense_tables.HEADLINE),
+        "real training": real_training.newest_table(results),
     }
     for name, content in tables.items():
         text = with_table(text, name, content)

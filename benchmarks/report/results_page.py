@@ -4,7 +4,7 @@ from pathlib import Path
 
 from benchmarks.command_line import current
 from benchmarks.quality import sequential, variants
-from benchmarks.report import commonsense_tables, export_tables
+from benchmarks.report import commonsense_tables, export_tables, real_training
 from benchmarks.report.markdown import grid, number
 from benchmarks.report.measurements import Run, has_scaling, read, sweeps, where
 from benchmarks.robustness import real_model_curves
@@ -267,6 +267,7 @@ def page(results: Path) -> str:
     if (results / "sequential").is_dir():
         text = (sequential.__doc__ or "").strip()
         parts += ["## One task after another", text, sequential.table(results / "sequential")]
+    parts += real_training.sections(results)
     parts += real_models(results / "real_model")
     if (results / "variants").is_dir():
         parts += ["## Variants of the methods", (variants.__doc__ or "").strip(), variants.table(results / "variants")]

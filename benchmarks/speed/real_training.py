@@ -74,7 +74,10 @@ class Training:
         self.optimizer = torch.optim.AdamW([p for _, p in named], lr=rate, weight_decay=0.0, fused=on_gpu)
 
     def free_memory(self) -> None:
-        """Free nothing between turns: graphs stay, and so does the allocator's cache, as in one run."""
+        """Give what the allocator has cached to the other processes; what is trained stays, and its graphs."""
+        import torch
+
+        torch.cuda.empty_cache()
 
     def loss_with_gradients(self, batch: dict[str, Any]) -> Any:
         """Return a batch's mean loss per supervised token; the parameters have its gradients then."""
@@ -342,10 +345,12 @@ def main(arguments: list[str] | None = None) -> int:
     from benchmarks.speed.measurement import environment
     from lsr_scale import files
 
+    paths = {str(given.model): folder.name, str(given.data): given.data.name}  # where they lie is this machine's affair
+    shown = [paths.get(word, word) for word in arguments or sys.argv[1:]]
     kept = {key: value for key, value in vars(given).items() if key not in ("out", "model", "data")}
     content = {
         "env": environment(files.environment()),
-        "command": recorded("speed.real_training", arguments or sys.argv[1:], given.out),
+        "command": recorded("speed.real_training", shown, given.out),
         "config": {**kept, "model": folder.name, "data": given.data.name, "rates": {**RATES, "lora": LORA_RATE}},
         "rows": rows,
     }

@@ -189,8 +189,8 @@ def find_labels(sources: Sequence[Rows], labels: Sequence[str] | None, num_label
         )
     if len(names) < 2:
         raise UserError(
-            f"data.train: all {sum(found.counts.values()):,} rows have the label {', '.join(names)!r}; a classifier needs two "
-            "classes or more: add rows of the others, or list all labels in model.labels"
+            f"data.train: all {sum(found.counts.values()):,} rows have the label {', '.join(names)!r}; a classifier "
+            "needs two classes or more: add rows of the others, or list all labels in model.labels"
         )
     if num_labels is not None and len(names) != num_labels:
         raise UserError(

@@ -1,6 +1,6 @@
 """The model card beside an adapter, README.md: what it is, how it is loaded, and what the hub reads of it."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,14 @@ def cell(value: Any) -> str:
     return str(value).replace("|", "\\|").replace("\n", " ")
 
 
-def loading(config: Any, base: str, folder: Path, dtype: str = "bfloat16", num_labels: int = 0) -> list[str]:
+def loading(
+    config: Any,
+    base: str,
+    folder: Path,
+    dtype: str = "bfloat16",
+    num_labels: int = 0,
+    labels: Sequence[str] = (),
+) -> list[str]:
     """Return the lines that say how PEFT loads an adapter, with code that runs as it stands.
 
     Args:
@@ -56,12 +63,14 @@ def loading(config: Any, base: str, folder: Path, dtype: str = "bfloat16", num_l
         folder: Where the adapter lies.
         dtype: Of the base, as transformers names it.
         num_labels: Outputs of a classifier.
+        labels: Their names, where they have any.
     """
     method = str(config.peft_type.value).lower()
     ours = method not in PEFT_METHODS
     is_classifier = config.task_type == "SEQ_CLS"
     auto = "AutoModelForSequenceClassification" if is_classifier else "AutoModelForCausalLM"
-    more = f", num_labels={num_labels}" if is_classifier else ""
+    named = f"id2label={dict(enumerate(labels))!r}" if labels else f"num_labels={num_labels}"
+    more = f", {named}" if is_classifier else ""
     name = public_name(base) or base
     code = [
         *([f"import lsr_scale  # it registers {method} with PEFT"] if ours else []),

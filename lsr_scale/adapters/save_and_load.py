@@ -75,6 +75,8 @@ def write_adapter(model: Any, folder: Path, target: Path | None = None) -> None:
         trained = {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
     model.save_pretrained(folder, state_dict=trained)
     described = base_description(model)
+    if labels := label_names(model.config):
+        described["labels"] = labels
     (folder / BASE_NAME).write_text(json.dumps(described, indent=1) + "\n")
     _write_card(model, described["name"], folder, target or folder)  # in place of PEFT's template
     _check_saved(folder)
@@ -86,7 +88,19 @@ def _write_card(model: Any, base: str, folder: Path, target: Path) -> None:
     counts = {"base": base, "method": method, "trained parameters": f"{model.get_nb_trainable_parameters()[0]:,}"}
     lines = [*front_matter(base, "peft", method, config.task_type), "", f"# {method} adapter", "", *table(counts)]
     dtype = str(model.dtype).removeprefix("torch.")
-    write_card(folder, [*lines, *loading(config, base, target, dtype, getattr(model.config, "num_labels", 0))])
+    write_card(
+        folder,
+        [
+            *lines,
+            *loading(config, base, target, dtype, getattr(model.config, "num_labels", 0), label_names(model.config)),
+        ],
+    )
+
+
+def label_names(config: Any) -> list[str]:
+    """Return the names of a classifier's labels, none where its configuration has only transformers' own."""
+    names = [config.id2label[number] for number in sorted(config.id2label or {})]
+    return [] if all(re.fullmatch("LABEL_[0-9]+", str(name)) for name in names) else names
 
 
 def _cannot_save(target: Path, error: OSError | SafetensorError) -> UserError:

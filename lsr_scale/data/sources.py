@@ -4,6 +4,7 @@ What was read is written down beside the rows (`Provenance`), so that a run fold
 """
 
 import hashlib
+import importlib
 import json
 import re
 from collections.abc import Iterable
@@ -18,7 +19,8 @@ from lsr_scale.errors import UserError, did_you_mean
 from lsr_scale.paths import user_path
 
 BUILTIN = "builtin:commonsense"
-BUILTIN_CHAT = "builtin:chat"
+# by name, the module beside this one whose rows(split) they are, "train" or "heldout"
+BUILTINS = {BUILTIN: "commonsense", "builtin:chat": "help_desk", "builtin:intents": "intents"}
 # The order in which a folder without a known task is searched for something to score, as lm-eval prefers test.
 EVAL_SPLITS = ("test", "validation", "heldout", "dev")
 _SHARD = re.compile(r"-(?P<number>\d+)-of-(?P<total>\d+)$")
@@ -38,7 +40,7 @@ def load_rows(
 
     Args:
         path: A local file (.jsonl, .json, .csv, .tsv, all gzip'd too, .parquet, .arrow), a local folder that holds
-            `<split>.jsonl.gz` or the like, one folder a task, or what `save_to_disk` wrote, `builtin:commonsense`, a
+            `<split>.jsonl.gz` or the like, one folder a task, or what `save_to_disk` wrote, one of `BUILTINS`, a
             known task's name, or a hub dataset.
         name: Subset (configuration) of a hub dataset.
         split: The split; None takes `default_split`.
@@ -136,13 +138,13 @@ def _task_of_hub_dataset(path: str, name: str | None) -> Task | None:
 
 
 def _load_builtin(path: str, split: str, task: str | None, limit: int | None) -> Rows:
-    if path not in (BUILTIN, BUILTIN_CHAT):
-        raise UserError(f"data source {path!r}: {did_you_mean(path, [BUILTIN, BUILTIN_CHAT])}")
+    if path not in BUILTINS:
+        raise UserError(f"data source {path!r}: {did_you_mean(path, BUILTINS)}")
+    split = "heldout" if split == "validation" else split  # as a source of data.validation asks for it
     if split not in ("train", "heldout"):
         raise UserError(f"data source {path!r}: expected the split 'train' or 'heldout', got {split!r}")
-    from lsr_scale.data import commonsense, help_desk
-
-    rows = [dict(row) for row in (commonsense.rows(split) if path == BUILTIN else help_desk.rows(split))]
+    embedded = importlib.import_module(f"lsr_scale.data.{BUILTINS[path]}")
+    rows = [dict(row) for row in embedded.rows(split)]
     digest = hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
     taken = rows[:limit]
     return Rows(taken, task, Provenance(path, path, None, split, None, digest, len(taken)))
@@ -283,8 +285,7 @@ def _load_hub(
     where = f"data source {path!r}"
     if split is None:
         raise UserError(f"{where}: which split of the hub dataset is to be scored? set split (test, validation, ...)")
-    names = [BUILTIN, BUILTIN_CHAT, *TASKS, *(known.hub for known in TASKS.values())]
-    near = _nearest(path, names) if hub == path else ""
+    near = _nearest(path, [*BUILTINS, *TASKS, *(known.hub for known in TASKS.values())]) if hub == path else ""
     try:
         loaded = datasets.load_dataset(hub, name, split=split, revision=revision)
     except (ConnectionError, TimeoutError) as error:

@@ -36,5 +36,24 @@ def write_card(folder: Path, source: AdapterSource, kind: str, summary: dict[str
     lines = [*card.front_matter(base, library, source.method, source.config.task_type), ""]
     lines += [f"# {source.method} adapter of {base}, exported as {kind}", "", *card.table(rows)]
     lines += accuracy_lines(source.results or {})
-    lines += ["```" if "gguf" in kind else "```python", _USE[kind], "```", ""]
+    labels = (source.run.model.labels if source.run else (source.base or {}).get("labels")) or []
+    if labels:
+        lines += [
+            "Labels, in the order of the outputs: " + ", ".join(f"`{card.cell(name)}`" for name in labels) + ".",
+            "",
+        ]
+    lines += ["```" if "gguf" in kind else "```python", _use(source, kind, labels), "```", ""]
     card.write_card(folder, lines)
+
+
+def _use(source: AdapterSource, kind: str, labels: list[str]) -> str:
+    """Return the code that loads an export; a classifier's base is to have as many labels."""
+    if getattr(source.config.task_type, "value", source.config.task_type) != "SEQ_CLS":
+        return _USE[kind]
+    if kind == "merged":
+        first, _, _ = _USE[kind].partition("\n")
+        return f'{first}\nclassify = transformers.pipeline("text-classification", FOLDER)'
+    names = f"id2label={dict(enumerate(labels))!r}" if labels else "num_labels=NUMBER"
+    load = f"base = transformers.AutoModelForSequenceClassification.from_pretrained(BASE, {names})"
+    first, _, last = _USE[kind].partition("\n")
+    return f"import transformers\n{first}\n{load}\n{last}"

@@ -215,6 +215,8 @@ def _checked_options(
 def _write(folder: Path, source: AdapterSource, options: _Options) -> dict[str, Any]:
     """Write the files of a format; return what is to be said of them."""
     dtype = options.dtype
+    if "gguf" in options.form and getattr(source.config.task_type, "value", source.config.task_type) == "SEQ_CLS":
+        raise UserError("--to gguf: llama.cpp runs no classifiers; use --to merged, lora or adapter")
     if options.form == "adapter":
         metadata = lora.metadata_of(source, options.form, bits=options.bits)
         lora.write_factors(folder, source, options.bits, metadata)

@@ -8,7 +8,7 @@ through the same quantization and back, the pair is added in float32, and files 
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lsr_scale.adapters.packing import checked_cast
 from lsr_scale.errors import UserError
-from lsr_scale.exporting.source import AdapterSource
+from lsr_scale.exporting.source import WRAPPER, AdapterSource
 from lsr_scale.layers.frozen_linear import dequantize
 from lsr_scale.model import DTYPES, head_modules, load_config, meta_model, quantization_config, resolve
 from lsr_scale.model.folder_checks import read_json
@@ -49,7 +49,8 @@ class MergedWeights:
             raise UserError(
                 f"--to {kind}: the run's base has random weights, which lie in no file; merging them is no use"
             )
-        if source.extra:
+        self.is_classifier = section["task"] == "seq_cls"
+        if source.extra and not self.is_classifier:
             raise UserError(
                 f"--to {kind}: {sorted(source.extra)[0]} is fully trained (modules_to_save); export lora, and merge "
                 "with PEFT"
@@ -66,10 +67,18 @@ class MergedWeights:
             self.path = Path(folder)
         self.files = _files(self.path)
         self.dtype = DTYPES[section.get("dtype", "bfloat16")]
-        self.meta_model = meta_model(self.config, dtype=self.dtype)
+        self.meta_model = meta_model(self.config, section["task"], section["num_labels"], dtype=self.dtype)
+        self.heads = {name.removeprefix(WRAPPER): value for name, value in source.extra.items()}
         self.quantized = _Quantized(self.meta_model, section, self.dtype)
         names = dict(self.meta_model.named_parameters(remove_duplicate=False)) | dict(self.meta_model.named_buffers())
-        self.shapes = {name: shape for file in self.files for name, shape in _shapes(file)}
+        # what a tensor of the files is called in the model; a language model's head has no place in a classifier
+        named = {name: self._name(name, names) for file in self.files for name, _ in _shapes(file)}
+        self.names = {name: own for name, own in named.items() if own is not None}
+        self.shapes = {
+            self.names[name]: shape for file in self.files for name, shape in _shapes(file) if name in self.names
+        }
+        if self.is_classifier:
+            self._check_heads()
         lacking = sorted(f"{module}.weight" for module in source.modules if f"{module}.weight" not in self.shapes)
         unknown = sorted(set(self.shapes) - set(names))
         if lacking or unknown:
@@ -78,12 +87,42 @@ class MergedWeights:
                 "merge with PEFT's merge_and_unload"
             )
 
+    def _name(self, name: str, names: Mapping[str, Any]) -> str | None:
+        """Return the model's name of a tensor of the base's files, None where it is not part of a classifier."""
+        if not self.is_classifier:
+            return name
+        prefix = f"{self.meta_model.base_model_prefix}."
+        own = name if name in names or name.startswith(prefix) else f"{prefix}{name}"  # a bare encoder's have none
+        if own in self.heads or (own not in names and not any(own.startswith(part) for part in self._parts(prefix))):
+            return None
+        return own
+
+    def _parts(self, prefix: str) -> set[str]:
+        """Return what the names of the base's own tensors begin with, such as `model.layers.`."""
+        base: Any = self.meta_model.base_model
+        return {f"{prefix}{name}." for name, _ in base.named_children()}
+
+    def _check_heads(self) -> None:
+        """Raise where anything but the classifier's own head is fully trained."""
+        names = set(self.meta_model.state_dict())
+        other = sorted(set(self.heads) - names) + sorted(
+            name for name in self.heads if name.startswith(f"{self.meta_model.base_model_prefix}.")
+        )
+        if other:
+            raise UserError(
+                f"--to merged: {other[0]} is fully trained (modules_to_save); export lora, and merge with PEFT"
+            )
+
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         """Yield names and tensors: what was quantized or adapted in float32, the others as training held them."""
+        yield from self.heads.items()
         for file in self.files:
-            for name, _ in _shapes(file):
+            for in_file, _ in _shapes(file):
+                name = self.names.get(in_file)
+                if name is None:
+                    continue
                 with safe_open(file, "pt") as opened:  # again for each: what was mapped would count as memory in use
-                    value = opened.get_tensor(name)
+                    value = opened.get_tensor(in_file)
                 if value.is_floating_point():
                     value = value.to(self.dtype)
                 module = name.removesuffix(".weight")
@@ -119,7 +158,7 @@ def write_merged(
     errors: list[float] = []
     for name, value in weights:
         module = name.removesuffix(".weight")
-        if requantize and name.endswith(".weight") and module in weights.quantized.layers:
+        if requantize and name.endswith(".weight") and module in weights.quantized.linears:
             packed, error = weights.quantized.again(module, value)
             errors += [error] if module in source.modules else []
             for part, tensor in packed.items():
@@ -131,6 +170,10 @@ def write_merged(
     written.pop("quantization_config", None)
     written["dtype"] = str(out_dtype).removeprefix("torch.")
     written["architectures"] = [type(weights.meta_model).__name__]
+    if weights.is_classifier:
+        names = section["labels"] or [f"LABEL_{number}" for number in range(section["num_labels"])]
+        written["id2label"] = {str(number): name for number, name in enumerate(names)}
+        written["label2id"] = {name: number for number, name in enumerate(names)}
     if requantize:
         again = quantization_config("nf4", True, weights.dtype, head_modules(weights.meta_model))
         assert again is not None
@@ -155,6 +198,8 @@ def _write_tokenizer(folder: Path, base: Path, saved: Path | None, config: dict[
         copy_tokenizer(base, folder)
     else:
         copy_tokenizer(saved, folder)
+    if tokenizer is not None and tokenizer.pad_token_id is not None and "id2label" in config:
+        config["pad_token_id"] = tokenizer.pad_token_id  # by which a decoder finds the last token of a row
     if tokenizer is None or tokenizer.eos_token_id is None:
         return
     file = folder / "generation_config.json"
@@ -190,11 +235,13 @@ class _Quantized:
         self.double = section.get("double_quantization", True)
         self.transposed = {name for name, module in empty.named_modules() if isinstance(module, Conv1D)}
         heads = set(head_modules(empty) or ())
-        self.layers = {
+        # those that can be quantized, and those that training held so
+        self.linears = {
             name
             for name, module in empty.named_modules()
-            if isinstance(module, nn.Linear | Conv1D) and name.split(".")[0] not in heads and self.kind != "none"
+            if isinstance(module, nn.Linear | Conv1D) and name.split(".")[0] not in heads
         }
+        self.layers = set() if self.kind == "none" else self.linears
 
     def _layer(self, weight: Tensor, kind: str, double: bool) -> Any:
         new: Any

@@ -42,15 +42,18 @@ class Agreement:
     share_of_effect: float  # ||got - trained|| / ||trained - base without adapter||
     same_next_token: float  # share of positions
     positions: int
+    is_classifier: bool = False
     # by task: questions, accuracy trained and exported, and how many are answered otherwise, newly right, newly wrong
     accuracy: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
     def line(self) -> str:
         """Return it in words."""
+        what = "label the same for" if self.is_classifier else "next token the same at"
+        where = "texts" if self.is_classifier else "positions"
         return (
             f"logits differ by {self.max_difference:.2g} at most, relatively {self.relative_error:.2g} "
-            f"({100 * self.share_of_effect:.3g} % of what the adapter changes); next token the same at "
-            f"{100 * self.same_next_token:.1f} % of {self.positions} positions"
+            f"({100 * self.share_of_effect:.3g} % of what the adapter changes); {what} "
+            f"{100 * self.same_next_token:.1f} % of {self.positions} {where}"
         )
 
     def accuracy_lines(self) -> list[str]:
@@ -129,6 +132,11 @@ class Reference:
         generator = torch.Generator().manual_seed(0)
         return [torch.randint(self.model.config.vocab_size, (1, 16), generator=generator) for _ in range(4)]
 
+    @property
+    def is_classifier(self) -> bool:
+        """Whether the logits are a classifier's."""
+        return self.section["task"] == "seq_cls"
+
     @torch.no_grad()
     def logits(self, model: Any) -> list[Tensor]:
         """Return the logits `[tokens, vocabulary]`, of a classifier `[1, labels]`, of every prompt, float32."""
@@ -150,7 +158,9 @@ class Reference:
 
     def of_model(self, folder: Path) -> Agreement:
         """Return the agreement of a whole model's folder, safetensors or one GGUF, loaded by Transformers."""
-        from transformers import AutoModelForCausalLM, GgufConfig
+        from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GgufConfig
+
+        auto_class: Any = AutoModelForSequenceClassification if self.is_classifier else AutoModelForCausalLM
 
         options: dict[str, Any] = {"use_safetensors": True}
         for file in folder.glob("*.gguf"):
@@ -160,14 +170,12 @@ class Reference:
             if config.model_type != "mistral":
                 options["config"] = config
         with contextlib.redirect_stderr(io.StringIO()):  # a plain tqdm bar, which no setting turns off
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                folder, trust_remote_code=False, dtype=torch.float32, **options
-            )
+            model: Any = auto_class.from_pretrained(folder, trust_remote_code=False, dtype=torch.float32, **options)
         return self._of(in_float32(model))
 
     def _of(self, model: Any) -> Agreement:
         agreement = compare(self.logits(model), self.trained, self.without)
-        return dataclasses.replace(agreement, accuracy=self._changes(model))
+        return dataclasses.replace(agreement, is_classifier=self.is_classifier, accuracy=self._changes(model))
 
     def _scores(self, model: Any) -> dict[str, TaskScore]:
         batch_tokens = self.source.run.eval.batch_tokens if self.source.run else 4096
@@ -230,7 +238,7 @@ def base_section(source: AdapterSource, base_name: str | None) -> dict[str, Any]
     """
     if source.run is not None:
         section = source.run.model
-        words = ("name", "revision", "task", "num_labels", "quantization", "double_quantization", "dtype")
+        words = ("name", "revision", "task", "num_labels", "labels", "quantization", "double_quantization", "dtype")
         values = {word: getattr(section, word) for word in (*words, "random_weights")}
         values["seed"] = source.run.training["seed"]
         return values if base_name is None else values | {"name": base_name}
@@ -258,7 +266,9 @@ def _task_of(source: AdapterSource) -> dict[str, Any]:
     rows = [value.shape[0] for value in source.extra.values() if value.dim() == 2]
     if not rows:
         raise UserError(f"{source.folder}: a classifier without its head, which would start at random; use --no-verify")
-    return {"task": "seq_cls", "num_labels": min(rows)}
+    names = (source.base or {}).get("labels")
+    labels = names if isinstance(names, list) and len(names) == min(rows) else None
+    return {"task": "seq_cls", "num_labels": min(rows), "labels": labels}
 
 
 def in_float32(model: Any) -> Any:

@@ -35,7 +35,7 @@ def draw_confusion(counts: np.ndarray, names: Sequence[str], picture: Path, titl
     shown = [picture_text(name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 3]}...") for name in names]
     margin = 1.0 + 0.085 * min(_LONGEST_NAME, max(map(len, names)))
     size = (min(60, cell * count + margin + 1.6), min(60, cell * count + margin + 0.9))
-    figure, axes = pyplot.subplots(figsize=(max(4.6, size[0]), max(3.6, size[1])), dpi=110, layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(max(4.6, size[0]), max(3.6, size[1])), dpi=110, layout="compressed")
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     every = max(1, round(count / 120))  # beyond, names would lie on one another
     axes.set_xticks(range(0, count, every), shown[::every], rotation=90 if count > 4 or margin > 2 else 0)
@@ -54,7 +54,8 @@ def draw_confusion(counts: np.ndarray, names: Sequence[str], picture: Path, titl
         for i, j in zip(*np.nonzero(counts), strict=True):
             color = "white" if shares[i, j] > 0.55 else "black"
             size_of_text = 10 if count <= 4 else 8 if count <= 10 else 6.5
-            text = f"{counts[i, j]:,}\n{100 * shares[i, j]:.0f} %"
+            percent = f"{100 * shares[i, j]:.0f}" if shares[i, j] >= 0.005 else "< 1"
+            text = f"{counts[i, j]:,}\n{percent} %"
             axes.text(j, i, text, ha="center", va="center", color=color, fontsize=size_of_text)
     figure.colorbar(image, ax=axes, label="share of the label's rows", fraction=0.04, pad=0.02)
     save_figure(figure, picture)

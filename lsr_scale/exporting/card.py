@@ -36,12 +36,9 @@ def write_card(folder: Path, source: AdapterSource, kind: str, summary: dict[str
     lines = [*card.front_matter(base, library, source.method, source.config.task_type), ""]
     lines += [f"# {source.method} adapter of {base}, exported as {kind}", "", *card.table(rows)]
     lines += accuracy_lines(source.results or {})
-    labels = (source.run.model.labels if source.run else (source.base or {}).get("labels")) or []
+    labels = (source.run.model.labels if source.run else described.get("labels")) or []
     if labels:
-        lines += [
-            "Labels, in the order of the outputs: " + ", ".join(f"`{card.cell(name)}`" for name in labels) + ".",
-            "",
-        ]
+        lines += [f"Labels, in the order of the outputs: {', '.join(f'`{card.cell(name)}`' for name in labels)}.", ""]
     lines += ["```" if "gguf" in kind else "```python", _use(source, kind, labels), "```", ""]
     card.write_card(folder, lines)
 

@@ -144,7 +144,7 @@ def read_run(path: str | Path) -> RunRecord:
         metrics=read_metrics(folder.metrics),
         environment=environment,
         data=data,
-        answers=_all_answers(folder, _labels(config), notes),
+        answers=_all_answers(folder, _task_names(folder, results), _labels(config), notes),
         samples=_rows(folder.samples, notes),
         notes=notes,
     )
@@ -211,7 +211,14 @@ def _labels(config: dict[str, Any]) -> list[Any]:
     return _list(model.get("labels")) if isinstance(model, dict) else []
 
 
-def _all_answers(folder: RunFolder, labels: list[Any], notes: list[str]) -> dict[tuple[str, str], Answers]:
+def _task_names(folder: RunFolder, results: dict[str, Any]) -> dict[str, str]:
+    """Return the names of tasks by the stems of their files, which leave out what a file's name cannot have."""
+    scored = (results.get(kind) for kind in ("accuracy", "classification"))
+    names = [name for by_task in scored if isinstance(by_task, dict) for name in by_task]
+    return {folder.predictions(name, "").stem.removesuffix("-"): name for name in names}
+
+
+def _all_answers(folder: RunFolder, names: dict[str, str], labels: list[Any], notes: list[str]) -> dict[tuple[str, str], Answers]:
     found: dict[tuple[str, str], Answers] = {}
     for file in sorted((folder.path / "eval").glob("*.jsonl")):
         match = _PREDICTIONS.fullmatch(file.name)
@@ -230,7 +237,9 @@ def _all_answers(folder: RunFolder, labels: list[Any], notes: list[str]) -> dict
             key = _question(row)
             keyed[key, seen[key]] = row
             seen[key] += 1
-        found[match["task"], match["when"]] = Answers(match["task"], match["when"], keyed)
+        stem = file.name.removesuffix(f"-{match['when']}.jsonl")
+        task = names.get(stem, match["task"])
+        found[task, match["when"]] = Answers(task, match["when"], keyed)
     return found
 
 

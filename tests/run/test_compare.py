@@ -12,6 +12,7 @@ from lsr_scale.errors import UserError
 from lsr_scale.files import is_own_page, is_own_picture
 from lsr_scale.run.compare import ABSENT, compare
 from lsr_scale.run.compare_tables import MAX_KEYS
+from lsr_scale.run.folder import RunFolder
 from lsr_scale.scoring.classification import measure
 from lsr_scale.scoring.paired import paired_accuracy
 from tests.helpers.run_folders import CONFIG, choice_rows, class_rows, write_lines, write_run
@@ -97,6 +98,15 @@ def test_a_question_that_stands_twice_is_two_questions(two):
     rows = [{**row, "question_sha256": "0" * 64} for row in choice_rows(FIRST)]
     write_lines(two[0] / "eval" / "arc-after.jsonl", rows)
     assert compare(two).runs[0].scores["arc"]["accuracy"].num_examples == 10
+
+
+def test_a_task_is_called_as_the_results_call_it(two):
+    for folder in two:
+        rows = (folder / "eval" / "arc-after.jsonl").read_text()
+        RunFolder(folder).predictions("Builtin:Arc", "after").write_text(rows)
+        changed = json.loads((folder / "results.json").read_text()) | {"accuracy": {"Builtin:Arc": {}}}
+        (folder / "results.json").write_text(json.dumps(changed))
+    assert "Builtin:Arc" in compare(two).runs[0].scores
 
 
 def test_what_eval_scored_later_is_compared_too(two):

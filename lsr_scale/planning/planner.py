@@ -75,8 +75,13 @@ class Plan:
     warnings: list[str] = field(default_factory=list)
 
 
-def plan(run: RunConfig, gpus: int = 1) -> Plan:
+def plan(run: RunConfig, gpus: int = 1, trace: bool = True) -> Plan:
     """Return what a run takes on each of `gpus` GPUs.
+
+    Args:
+        run: The run.
+        gpus: How many.
+        trace: Count activations and workspace, which takes seconds; without, the plan is as where they cannot be.
 
     Raises:
         UserError: for an unknown model, a target that matches nothing, a rank or split that does not fit, or a
@@ -113,9 +118,11 @@ def plan(run: RunConfig, gpus: int = 1) -> Plan:
 
     stack = memory.layer_list(base)
     num_layers, hidden_size = len(stack[2]) if stack else 1, base.get_input_embeddings().weight.shape[1]
-    traced = True
-    steps = fused = _fused_step(run, config, batch)
-    if steps is None:
+    traced = trace
+    steps = fused = _fused_step(run, config, batch) if trace else None
+    if not trace:
+        steps = dict.fromkeys((False, True), memory.StepMemory(0, 0))
+    elif steps is None:
         try:
             steps = memory.trace_step(model, batch, section.task)
         except memory.TraceError as error:

@@ -243,37 +243,34 @@ def _plan(record: RunRecord, summary: RunSummary) -> tuple[list[dict[str, str]],
     from lsr_scale.planning import plan
 
     try:
-        planned = plan(run_from_dict(record.config, str(record.folder.config)), summary.num_processes or 1)
+        run = run_from_dict(record.config, str(record.folder.config))
+        # memory is planned for GPUs: where there was none, there is nothing to compare it with
+        planned = plan(run, summary.num_processes or 1, trace=summary.on_gpu)
     except Exception as error:  # a base that is no longer there, a release that knows other options
         return [], f"There is no plan to compare with: {str(error)[:300]}"
-    total = byte_size(planned.memory_gib.total * 2**30)
     rows = []
     for name, foreseen, found in (
         ("trained parameters", planned.trainable_parameters, summary.parameters),
         ("adapter file", planned.adapter_bytes, summary.adapter_bytes),
     ):
         shown = byte_size if name == "adapter file" else "{:,}".format
+        measured = "" if found is None else shown(found)
         remark = "" if found is None else "equal" if found == foreseen else f"{found / foreseen - 1:+.2%}"
-        rows.append(
-            {
-                "name": name,
-                "planned": shown(foreseen),
-                "measured": "" if found is None else shown(found),
-                "remark": remark,
-            }
+        rows.append({"name": name, "planned": shown(foreseen), "measured": measured, "remark": remark})
+    if not summary.on_gpu:
+        return (
+            rows,
+            f"Memory is planned for GPUs, and there was none: lsr-scale plan {record.folder.config} foretells it.",
         )
-    measured, remark = "", "no figure: activations could not be counted" if not planned.traced else ""
-    if summary.memory_gib is not None and not summary.on_gpu:
-        measured, remark = (
-            "not on a GPU",
-            f"the process took {byte_size(summary.memory_gib * 2**30)} of the machine's memory",
-        )
-    elif summary.memory_gib is not None:
-        measured = byte_size(summary.memory_gib * 2**30)
-        remark = f"{summary.memory_gib / planned.memory_gib.total - 1:+.0%}"
-        if record.setting("training", "memory") == "auto":
-            remark += "; training.memory: auto takes what is free"
-    rows.append({"name": "peak memory of a GPU", "planned": total, "measured": measured, "remark": remark})
+    if not planned.traced:
+        return rows, "Memory is not compared: this model's activations could not be counted."
+    total, found = planned.memory_gib.total, summary.memory_gib
+    remark = "" if found is None else f"{found / total - 1:+.0%}"
+    if found is not None and record.setting("training", "memory") == "auto":
+        remark += "; training.memory: auto takes what is free"
+    measured = "" if found is None else byte_size(found * 2**30)
+    planned_size = byte_size(total * 2**30)
+    rows.append({"name": "peak memory of a GPU", "planned": planned_size, "measured": measured, "remark": remark})
     return rows, f"Memory is planned {_PLAN_FOR}. Speed is not planned."
 
 

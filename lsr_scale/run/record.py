@@ -218,7 +218,9 @@ def _task_names(folder: RunFolder, results: dict[str, Any]) -> dict[str, str]:
     return {folder.predictions(name, "").stem.removesuffix("-"): name for name in names}
 
 
-def _all_answers(folder: RunFolder, names: dict[str, str], labels: list[Any], notes: list[str]) -> dict[tuple[str, str], Answers]:
+def _all_answers(
+    folder: RunFolder, names: dict[str, str], labels: list[Any], notes: list[str]
+) -> dict[tuple[str, str], Answers]:
     found: dict[tuple[str, str], Answers] = {}
     for file in sorted((folder.path / "eval").glob("*.jsonl")):
         match = _PREDICTIONS.fullmatch(file.name)

@@ -1,17 +1,22 @@
 """A run's page: what it shows, that all of it is text, and that a failure to write it fails no run."""
 
+import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
 from lsr_scale import cli, files
+from lsr_scale.config import load_run
 from lsr_scale.errors import UserError
+from lsr_scale.planning import plan
 from lsr_scale.report import write
 from lsr_scale.report.write import report_at_end, write_report
 from lsr_scale.run.compare import compare
 from lsr_scale.run.folder import RunFolder
+from lsr_scale.units import byte_size
 from tests.helpers.run_folders import choice_rows, write_run
 from tests.helpers.tiny_runs import do, results, save_llama, tiny_run
 
@@ -177,6 +182,18 @@ def test_a_report_that_fails_is_said_and_fails_no_run(tmp_path, monkeypatch, cap
     assert "note: the report is not written: in the template" in capsys.readouterr().out
     assert folder.results.is_file()
     assert not folder.report.exists()
+
+
+def test_the_memory_of_a_gpu_is_compared_with_the_plan(trained, tmp_path):
+    folder = Path(shutil.copytree(trained.path, tmp_path / "run"))
+    environment = files.read_json(folder / "env.json", "environment") | {"gpus": ["NVIDIA H100"]}
+    (folder / "env.json").write_text(json.dumps(environment))
+    planned = plan(load_run(trained.config)).memory_gib.total
+    results = files.read_json(folder / "results.json", "results") | {"peak_memory_gib": 2 * planned}
+    (folder / "results.json").write_text(json.dumps(results))
+    text = Reader(write_report(folder)).text
+    assert f"peak memory of a GPU {byte_size(planned * 2**30)} {byte_size(2 * planned * 2**30)} +100%" in text
+    assert "Memory is planned for GPUs, and there was none" in Reader(trained.report).text
 
 
 def test_a_plan_that_cannot_be_made_is_said(tmp_path):

@@ -3,13 +3,33 @@
 Importing this package registers its methods with PEFT.
 """
 
+import importlib as _importlib
 import logging as _logging
 import sys as _sys
 from typing import TYPE_CHECKING as _TYPE_CHECKING
+from typing import Any as _Any
 
 from lsr_scale.version import __version__ as __version__
 
-__all__ = ["AdapterBank", "KronLoraConfig", "LsrConfig", "UserError", "fit_memory", "fuse", "hotswap_adapter", "unfuse"]
+__all__ = [
+    "AdapterBank",
+    "KronLoraConfig",
+    "LsrConfig",
+    "RunConfig",
+    "UserError",
+    "compare",
+    "evaluate",
+    "export",
+    "fit_memory",
+    "fuse",
+    "generate",
+    "hotswap_adapter",
+    "load_model",
+    "load_run",
+    "plan",
+    "train",
+    "unfuse",
+]
 
 # bitsandbytes looks on the hub for a CPU inference kernel that training never uses, and warns when it is not there
 _logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(_logging.ERROR)
@@ -38,3 +58,20 @@ if _TYPE_CHECKING or not _is_command():
     from lsr_scale.fused import fit_memory, fuse, unfuse
 
     del _adapters
+
+# The commands as functions import what they call: when the first of them is asked for. No package and no module here
+# has one of these names, or importing it would replace the function.
+_OF_API = ("RunConfig", "compare", "evaluate", "export", "generate", "load_model", "load_run", "plan", "train")
+
+if _TYPE_CHECKING:
+    from lsr_scale.api import RunConfig, compare, evaluate, export, generate, load_model, load_run, plan, train
+
+
+def __getattr__(name: str) -> _Any:
+    if name in _OF_API:
+        return getattr(_importlib.import_module("lsr_scale.api"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -23,14 +23,9 @@ def run(args: argparse.Namespace) -> int:
     from lsr_scale.config.shipped import find_run
 
     config, file = load_run(args), find_run(args.config or args.config_path)
-    from lsr_scale.run.folder import RunFolder  # a mistake in the file does not wait for torch
+    from lsr_scale.run.start import named_by_file  # a mistake in the file does not wait for torch
     from lsr_scale.run.train import train
 
-    name = file.stem
-    folder = RunFolder(file.resolve().parent)
-    if file.resolve() == folder.config and folder.is_run():  # a run's own: it means that run, wherever it lies
-        name = file.resolve().parent.name
-        if config.training["output_dir"] is None and (args.overwrite or args.resume == "auto"):
-            config = config.model_copy(update={"training": {**config.training, "output_dir": str(file.parent)}})
+    config, name = named_by_file(config, file, args.overwrite or args.resume == "auto")
     train(config, name, args.resume, args.overwrite, args.quiet)
     return 0

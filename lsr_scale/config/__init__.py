@@ -13,8 +13,10 @@ from lsr_scale.config.run import (
     dump_yaml,
     json_schema,
     load_run,
+    plain,
     run_from_dict,
     training_arguments,
+    with_overrides,
 )
 
 __all__ = [
@@ -27,7 +29,9 @@ __all__ = [
     "load_run",
     "offloads_optimizer",
     "offloads_parameters",
+    "plain",
     "run_from_dict",
     "training_arguments",
+    "with_overrides",
     "without_effect",
 ]

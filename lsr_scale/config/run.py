@@ -23,7 +23,7 @@ from lsr_scale.config.sections import (
 )
 from lsr_scale.config.shipped import find_run
 from lsr_scale.config.training import EarlyStopping, Task, check_training, training_kwargs, training_model
-from lsr_scale.errors import UserError
+from lsr_scale.errors import UserError, quoted
 
 
 class RunConfig(Section):
@@ -59,12 +59,13 @@ class RunConfig(Section):
         return self
 
 
-def load_run(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
+def load_run(path: str | Path, overrides: Iterable[str] | Mapping[str, Any] = ()) -> RunConfig:
     """Return the run that a YAML file describes.
 
     Args:
         path: The file, or the name of one that comes with the package (`shipped.find_run`).
-        overrides: Assignments such as `training.learning_rate=1e-3`, applied in order.
+        overrides: Assignments such as `training.learning_rate=1e-3`, applied in order; or values by such keys, as
+            `with_overrides` takes them.
 
     Raises:
         UserError: naming every problem with its line, what was expected, and what to do.
@@ -76,8 +77,48 @@ def load_run(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
             f"{path}: expected the sections {', '.join(RunConfig.model_fields)} at the top, each 'name:' on its own "
             f"line, got {type(data).__name__}"
         )
-    yaml_text.override(data, places, overrides, shorthand="path")
+    if isinstance(overrides, Mapping):
+        with_overrides(data, overrides, places)
+    else:
+        yaml_text.override(data, places, overrides, shorthand="path")
     return _validate(data, str(path), places, path.parent)
+
+
+def with_overrides(
+    data: dict[str, Any], overrides: Mapping[str, Any], places: yaml_text.Places | None = None
+) -> dict[str, Any]:
+    """Return a run's data with some of its values replaced, in place.
+
+    Args:
+        data: The sections.
+        overrides: Values by path, `{"training.learning_rate": 1e-3}`, or by section, `{"training": {"learning_rate":
+            1e-3}}`, which leaves the others of that section as they are; paths and tuples may stand for text and lists.
+        places: Where values stand.
+
+    Raises:
+        UserError: for a key that is no text, or a path through something that is no container.
+    """
+    known = {} if places is None else places
+    for key, value in overrides.items():
+        if not isinstance(key, str) or not all(key.split(".")):
+            raise UserError(f"overrides: expected keys such as 'training.learning_rate', got {quoted(key)}")
+        values = {key: value}
+        if key in RunConfig.model_fields and isinstance(value, Mapping):
+            values = {f"{key}.{name}": part for name, part in value.items()}
+        for name, part in values.items():
+            yaml_text.assign(data, known, name.split("."), plain(part), f"overrides[{name!r}]", "path")
+    return data
+
+
+def plain(value: Any) -> Any:
+    """Return a value as a YAML file would give it: paths as text, tuples as lists, NumPy's numbers as Python's."""
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set):
+        return [plain(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    return value.item() if type(value).__module__ == "numpy" and hasattr(value, "item") else value
 
 
 def run_from_dict(data: Mapping[str, Any], where: str = "run") -> RunConfig:

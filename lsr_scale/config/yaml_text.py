@@ -180,11 +180,28 @@ def override(data: dict[str, Any], places: Places, overrides: Iterable[str], sho
         if not equals or not all(keys) or len(keys) > MAX_DEPTH:
             raise UserError(f"{where}: expected section.name=value, such as training.learning_rate=1e-3")
         value, _ = parse(text, where)
-        path = _assign(data, keys, value, where, shorthand)
-        for place in [place for place in places if place[: len(path)] == path]:
-            del places[place]
-        for end in range(1, len(path) + 1):
-            places.setdefault(path[:end], where)
+        assign(data, places, keys, value, where, shorthand)
+
+
+def assign(data: dict[str, Any], places: Places, keys: Sequence[str], value: Any, where: str, shorthand: str) -> None:
+    """Set one value of parsed data, in place; see `override`.
+
+    Args:
+        data: What `parse` returned.
+        places: Its places; that of the value becomes `where`.
+        keys: The value's path.
+        value: Plain data.
+        where: What asks for it.
+        shorthand: As in `override`.
+
+    Raises:
+        UserError: for a path through something that is no container.
+    """
+    path = _assign(data, keys, value, where, shorthand)
+    for place in [place for place in places if place[: len(path)] == path]:
+        del places[place]
+    for end in range(1, len(path) + 1):
+        places.setdefault(path[:end], where)
 
 
 def _assign(data: dict[str, Any], keys: Sequence[str], value: Any, where: str, shorthand: str) -> KeyPath:

@@ -15,6 +15,7 @@ from lsr_scale.adapters.low_rank import lora_config, truncate
 from lsr_scale.adapters.packing import checked_cast, pack
 from lsr_scale.errors import UserError
 from lsr_scale.exporting.source import WRAPPER, AdapterSource
+from lsr_scale.version import __version__
 
 Pair = tuple[Tensor, Tensor]
 Pairs = dict[str, Pair]
@@ -124,11 +125,10 @@ def write_factors(folder: Path, source: AdapterSource, bits: int, metadata: dict
 
 def metadata_of(source: AdapterSource, kind: str, **more: Any) -> dict[str, str]:
     """Return the provenance that goes into a file's metadata, as text."""
-    import lsr_scale
 
     base = source.base or {}
     values = {
-        "producer": f"lsr_scale {lsr_scale.__version__}",
+        "producer": f"lsr_scale {__version__}",
         "export": kind,
         "method": source.method,
         "base": base.get("name") or source.config.base_model_name_or_path or "",

@@ -48,6 +48,22 @@ class Start:
         return cls(run, folder, checkpoint, read_state(checkpoint).step, in_place, notes)
 
 
+def named_by_file(run: RunConfig, file: Path, again: bool) -> tuple[RunConfig, str]:
+    """Return a run and the stem of its folder's name.
+
+    Args:
+        run: The run.
+        file: What it was read from; a run's own config.yaml means that run, wherever it lies.
+        again: It is resumed or overwritten.
+    """
+    folder = RunFolder(file.resolve().parent)
+    if file.resolve() != folder.config or not folder.is_run():
+        return run, file.stem
+    if run.training["output_dir"] is None and again:
+        run = run.model_copy(update={"training": {**run.training, "output_dir": str(file.parent)}})
+    return run, file.resolve().parent.name
+
+
 @contextmanager
 def starting(run: RunConfig, name: str, resume: str | None, overwrite: bool) -> Iterator[Start]:
     """Decide how a run starts, and keep its folder from other runs until the context is left.

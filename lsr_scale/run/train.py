@@ -56,6 +56,7 @@ def train(
     resume: str | None = None,
     overwrite: bool = False,
     quiet: bool = False,
+    take: Callable[[Trainer], None] = lambda trainer: None,
 ) -> RunFolder:
     """Do a run: score, train, score again, and leave a folder that a person can read (`RunFolder`).
 
@@ -65,6 +66,7 @@ def train(
         resume: "auto" for the newest checkpoint in the run's folder, or the path of a checkpoint.
         overwrite: Start again in a folder that holds a run.
         quiet: Print results only.
+        take: Called with the trainer when all is done, on every process.
 
     Returns:
         The run's folder.
@@ -113,6 +115,7 @@ def train(
         if distributed.is_main():
             _write_results(start, trainer, trained, scores, of_classes, began, notes)
             say(f"done in {clock(time.monotonic() - began)}")
+        take(trainer)
     distributed.stop()
     return start.folder
 

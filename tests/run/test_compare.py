@@ -1,7 +1,9 @@
 """Comparing runs: what differs, paired scores, and folders that are no runs, not ended, damaged or of another kind."""
 
 import json
+import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -306,6 +308,20 @@ def test_hostile_names_and_values_stay_text(tmp_path, call):
     assert "\x1b" not in out
     assert "[bold]x" in out
     assert "\x1b" not in (tmp_path / "c.html").read_text()
+
+
+def test_the_guide_s_commands_do_what_it_says(tmp_path, monkeypatch, capfd):
+    guide = (Path(__file__).parents[2] / "GUIDE.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^lsr-scale ((?:compare|report) .*?)(?:  +#.*)?$", guide, re.MULTILINE)
+    assert len(commands) == 4
+    monkeypatch.chdir(tmp_path)
+    for name in ("lora", "kron_lora"):
+        write_run(tmp_path / "runs" / name, {"adapter": {"method": name}}, answers={"arc-after": choice_rows(FIRST)})
+    for command in commands:
+        assert cli.main(command.split()) == 0, capfd.readouterr().err
+    assert is_own_picture(tmp_path / "curves.png")
+    assert is_own_page(tmp_path / "comparison.html")
+    assert is_own_page(tmp_path / "runs/lora/report.html")
 
 
 def test_comparing_changes_nothing(two, call):

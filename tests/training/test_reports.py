@@ -143,6 +143,7 @@ class Calls:
         module.Table = lambda columns, data: {"columns": columns, "data": data}
         module.define_metric = module.termwarn = module.watch = lambda *args, **kwargs: None
         module.api = types.SimpleNamespace(api_key=None)
+        module.login = lambda anonymous=None, key=None: pytest.fail("it would ask for a key")
 
         def init(**options):
             self.inits.append(options)
@@ -220,12 +221,14 @@ def test_wandb_that_is_not_logged_in_is_refused_before_the_model_is_loaded(place
     )
 
 
-@pytest.mark.parametrize("how", ["key", "netrc", "offline", "disabled"])
+@pytest.mark.parametrize("how", ["key", "netrc", "netrc-by-login", "offline", "disabled"])
 def test_wandb_is_taken_where_it_can_log(wandb, monkeypatch, how):
     if how == "key":
         monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
     elif how == "netrc":
         wandb.module.api.api_key = "x" * 40
+    elif how == "netrc-by-login":
+        wandb.module.login = lambda verify=True, prompt=True: not (prompt or verify)
     else:
         monkeypatch.setenv("WANDB_MODE", how)
     reports.check_reporters("wandb")

@@ -5,7 +5,7 @@ measurements go into the logs, and told what is known outside of training: score
 """
 
 import importlib
-import importlib.util
+import inspect
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -66,8 +66,10 @@ def _problem(report_to: str | list[str] | None) -> str | None:
 def _is_logged_in() -> bool:
     if os.environ.get("WANDB_MODE", "").lower() in _OFFLINE or os.environ.get("WANDB_API_KEY"):
         return True
-    api = getattr(importlib.import_module("wandb"), "api", None)
-    return bool(getattr(api, "api_key", None))
+    wandb = importlib.import_module("wandb")
+    if "prompt" in inspect.signature(wandb.login).parameters:  # releases whose `wandb.api` is on its way out
+        return bool(wandb.login(prompt=False, verify=False))
+    return bool(wandb.api.api_key)
 
 
 class Reports:

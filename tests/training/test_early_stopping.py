@@ -95,6 +95,13 @@ def test_training_stops_after_so_many_evaluations_without_improvement_and_keeps_
     assert f"the adapter is that of step {best}, the best by eval_loss\n" in said
 
 
+def test_a_run_that_does_not_stop_early_ends_with_its_last_step(place, tmp_path, whole, capsys):
+    train(worsening(place, tmp_path, patience=1000, max_steps=4, save_steps=2))
+    assert results(RunFolder(tmp_path))["steps"] == 4
+    assert list(evaluations(RunFolder(tmp_path))) == [2, 4]
+    assert "stopped early" not in capsys.readouterr().out
+
+
 def test_the_last_adapter_is_kept_where_that_is_wanted_and_it_is_said(place, tmp_path, whole, capsys):
     stop = expected_stop(whole, 2)
     train(worsening(place, tmp_path, load_best_model_at_end=False))

@@ -32,7 +32,9 @@ class StopEarly(EarlyStoppingCallback):
         super().on_evaluate(args, state, control, metrics, **kwargs)
         count: Any = distributed.broadcast(self.early_stopping_patience_counter)
         self.early_stopping_patience_counter = count
-        self.stopped = control.should_training_stop = count >= self.early_stopping_patience
+        self.stopped = count >= self.early_stopping_patience
+        if self.stopped:  # what else stops training, such as its last step, stands
+            control.should_training_stop = True
 
     def was_over(self, state: TrainerState) -> bool:
         """Tell whether the run that saved this state had stopped early, by the patience that there is now."""

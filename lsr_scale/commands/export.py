@@ -3,6 +3,7 @@
 import argparse
 
 from lsr_scale.commands.arguments import BASE_HELP, Parser, YesOrNo, count
+from lsr_scale.paths import user_path
 
 HELP = "Write a trained adapter for other programs, and verify it."
 
@@ -32,7 +33,8 @@ def run(args: argparse.Namespace) -> int:
     """Run the command; return the exit status."""
     from lsr_scale.run.find import find_adapter
 
-    find_adapter(args.source)  # a mistake does not wait for torch
+    if not user_path(args.source).exists():
+        find_adapter(args.source)  # a mistake does not wait for torch
     from lsr_scale.exporting import export
 
     options = {"bits": args.bits, "max_rank": args.max_rank, "dtype": args.dtype}

@@ -63,3 +63,15 @@ def test_a_question_or_a_mistake_is_answered_without_torch(tmp_path, arguments, 
 
     assert (exit_status, imported) == (status, [])
     assert words in output
+
+
+def test_a_plan_imports_no_trainer_no_data_library_and_no_compiler(tmp_path):
+    (tmp_path / "run.yaml").write_text(RUN)
+    unneeded = ("trl", "datasets", "pandas", "transformers.trainer", "torch._inductor.compile_fx", "matplotlib")
+    code = START.replace(repr(HEAVY), repr(unneeded))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, "-c", code, "plan", "run.yaml", "--json"]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.splitlines()[-1] == "imported:"

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 from dataclasses import asdict
 
 from lsr_scale.commands.arguments import Parser, add_run_arguments, count, load_run, positive_number
@@ -29,6 +30,8 @@ def add_arguments(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; return the exit status."""
+    # Nothing is computed, so nothing is compiled; bitsandbytes would spend a second on preparing that when imported.
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     if args.budget:
         return _propose(args)
     if args.model:

@@ -17,6 +17,9 @@ from lsr_scale.fused.patching import set_weight_cache
 from lsr_scale.model.shard import is_sharded
 from lsr_scale.units import byte_size
 
+# share of a GPU's memory that stays free: for the allocator's fragments, libraries that load late, the driver
+MARGIN = 0.08
+
 # what is recomputed, and whether weights are cached
 _LEVELS = (("full", False), ("mlp", False), ("none", False), ("none", True))
 _WORDS = {

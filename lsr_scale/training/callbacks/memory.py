@@ -8,9 +8,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from lsr_scale import distributed
 from lsr_scale.fused import clear_weight_cache, fit_memory
-
-# Share of a GPU's memory that stays free: for the allocator's fragments, libraries that load late, the driver.
-MARGIN = 0.08
+from lsr_scale.fused.memory import MARGIN
 
 
 class FitMemoryCallback(TrainerCallback):

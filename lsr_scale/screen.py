@@ -5,15 +5,17 @@ import os
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Self, TypeVar
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 from rich.text import Text
 
 from lsr_scale.errors import printable
+
+Item = TypeVar("Item")
 
 _live = SimpleNamespace(text="")  # what the terminal's last line shows, for as long as nothing else is written
 
@@ -127,3 +129,43 @@ def write(text: str) -> None:
         print(text, end="", flush=True, file=stream)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+class Progress:
+    """What a command is at: on a terminal one line that changes, elsewhere a line a stage and a few within it.
+
+    It goes to stderr, so that what a command answers can go elsewhere.
+    """
+
+    def __init__(self, quiet: bool = False) -> None:
+        """Show nothing where `quiet`."""
+        self._quiet, self._stage, self._live = quiet, "", not quiet and sys.stderr.isatty()
+
+    def stage(self, text: str) -> None:
+        """Say what begins now."""
+        self._stage = text
+        self._show(text)
+
+    def over(self, items: Iterable[Item], total: int, what: str) -> Iterator[Item]:
+        """Yield the items, and say which of them of how many it is: each on a terminal, quarters elsewhere."""
+        for number, item in enumerate(items, start=1):
+            if self._live or number * 4 // total > (number - 1) * 4 // total:
+                self._show(f"{self._stage}: {what} {number:,} of {total:,}")
+            yield item
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        if self._live:
+            self._write("\r\x1b[2K")
+
+    def _show(self, text: str) -> None:
+        if self._live:
+            self._write(f"\r\x1b[2K{printable(text)[: terminal_width() - 1]}")
+        elif not self._quiet:
+            self._write(f"{printable(text)}\n")
+
+    def _write(self, text: str) -> None:
+        with suppress(BrokenPipeError):
+            print(text, end="", file=sys.stderr, flush=True)

@@ -175,7 +175,7 @@ def test_doctor_takes_the_run_that_the_machine_is_to_be_fit_for(call, place, mon
 
 
 def test_config_prints_the_resolved_run_and_the_schema(call, place):
-    status, out, _ = call("config", place / "run.yaml", "--set", "training.learning_rate=1e-3")
+    status, out, _ = call("config", place / "run.yaml", "--all", "--set", "training.learning_rate=1e-3")
     assert status == 0
     assert "learning_rate: 0.001" in out
     assert "double_quantization: true" in out

@@ -100,7 +100,12 @@ def load_run(args: argparse.Namespace) -> "RunConfig":
     Raises:
         UserError: for no configuration, two, or one with a mistake.
     """
-    from lsr_scale import config
+    return read_run(args)[0]
+
+
+def read_run(args: argparse.Namespace) -> "tuple[RunConfig, dict[str, Any]]":
+    """Return the run, as `load_run`, and what its file and --set say."""
+    from lsr_scale.config.run import read_run
     from lsr_scale.config.shipped import find_run
 
     path = args.config or args.config_path
@@ -114,4 +119,4 @@ def load_run(args: argparse.Namespace) -> "RunConfig":
             print(one_screen(f"note: --set {args.set[index]} has no effect, as {key} is set again"), file=sys.stderr)
     if (found := find_run(path)) != user_path(path) and rank() == "0":
         print(one_screen(f"note: {path} is {found}"), file=sys.stderr)
-    return config.load_run(found, args.set)
+    return read_run(found, args.set)

@@ -1,17 +1,24 @@
-"""`lsr-scale config`: the resolved run of a YAML, or its JSON schema."""
+"""`lsr-scale config`: a run checked, and what it comes to; or the JSON schema of its file."""
 
 import argparse
 import json
 
-from lsr_scale.commands.arguments import Parser, add_run_arguments, load_run, names_run
+from lsr_scale.commands.arguments import Parser, add_run_arguments, names_run, read_run
 from lsr_scale.errors import UserError
 
-HELP = "Check a run and print it with every value resolved."
+HELP = "Check a run and print what differs from the defaults, as a run's file."
+EXAMPLES = (
+    "lsr-scale config mistral_lsr",
+    "lsr-scale config mistral_lsr --set adapter.rank=8 > mine.yaml",
+    "lsr-scale config run.yaml --all",
+    "lsr-scale config --json-schema > lsr_scale.schema.json",
+)
 
 
 def add_arguments(parser: Parser) -> None:
     """Add the command's options."""
     add_run_arguments(parser)
+    parser.add_argument("--all", action="store_true", help="print every value of the resolved run")
     parser.add_argument("--json-schema", action="store_true", help="print the JSON schema of a run's file instead")
 
 
@@ -22,7 +29,10 @@ def run(args: argparse.Namespace) -> int:
     if args.json_schema:
         if names_run(args):
             raise UserError("--json-schema: prints what any run's file may say; give no configuration and no --set")
+        if args.all:
+            raise UserError("--json-schema: has every key; leave out --all")
         print(json.dumps(config.json_schema(), indent=2))
     else:
-        print(config.dump_yaml(load_run(args)), end="")
+        resolved, written = read_run(args)
+        print(config.dump_yaml(resolved) if args.all else config.difference(resolved, written).to_yaml(), end="")
     return 0

@@ -7,6 +7,7 @@ from lsr_scale.config.deepspeed import (
     offloads_parameters,
     without_effect,
 )
+from lsr_scale.config.difference import difference
 from lsr_scale.config.run import (
     EvalSection,
     RunConfig,
@@ -23,6 +24,7 @@ __all__ = [
     "OF_TRAINING",
     "EvalSection",
     "RunConfig",
+    "difference",
     "dump_yaml",
     "engine_config",
     "json_schema",

@@ -70,6 +70,11 @@ def load_run(path: str | Path, overrides: Iterable[str] | Mapping[str, Any] = ()
     Raises:
         UserError: naming every problem with its line, what was expected, and what to do.
     """
+    return read_run(path, overrides)[0]
+
+
+def read_run(path: str | Path, overrides: Iterable[str] | Mapping[str, Any] = ()) -> tuple[RunConfig, dict[str, Any]]:
+    """Return the run that a YAML file describes, as `load_run`, and the file's own sections with the overrides."""
     path = find_run(path)
     data, places = yaml_text.parse(yaml_text.read(path), str(path))
     if not isinstance(data, dict):
@@ -81,7 +86,7 @@ def load_run(path: str | Path, overrides: Iterable[str] | Mapping[str, Any] = ()
         with_overrides(data, overrides, places)
     else:
         yaml_text.override(data, places, overrides, shorthand="path")
-    return _validate(data, str(path), places, path.parent)
+    return _validate(data, str(path), places, path.parent), data
 
 
 def with_overrides(

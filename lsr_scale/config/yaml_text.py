@@ -77,9 +77,20 @@ def _represent_text(dumper: _Dumper, text: str) -> yaml.Node:
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
 
-_Dumper.add_representer(str, _represent_text)
-_Dumper.add_implicit_resolver("tag:yaml.org,2002:int", _INT, list("-+0123456789"))
-_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
+class _ShortDumper(_Dumper):
+    """Writes lists of plain values as [one, two]."""
+
+
+def _represent_list(dumper: _Dumper, items: list[Any]) -> yaml.Node:
+    plain = not any(isinstance(item, list | dict) for item in items)
+    return dumper.represent_sequence("tag:yaml.org,2002:seq", items, flow_style=plain)
+
+
+_ShortDumper.add_representer(list, _represent_list)
+for _dumper in (_Dumper, _ShortDumper):
+    _dumper.add_representer(str, _represent_text)
+    _dumper.add_implicit_resolver("tag:yaml.org,2002:int", _INT, list("-+0123456789"))
+    _dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
 
 
 def dotted(path: KeyPath) -> str:
@@ -92,9 +103,15 @@ def place_of(path: KeyPath, places: Places, otherwise: str) -> str:
     return next((places[path[:end]] for end in range(len(path), 0, -1) if path[:end] in places), otherwise)
 
 
-def dump(data: Any) -> str:
-    """Return YAML text that `parse` reads back as equal data."""
-    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+def dump(data: Any, short: bool = False) -> str:
+    """Return YAML text that `parse` reads back as equal data.
+
+    Args:
+        data: Plain data.
+        short: For a screen of 80 columns: a list of plain values stands on one line where it fits.
+    """
+    dumper, width = (_ShortDumper, 64) if short else (_Dumper, 120)
+    return yaml.dump(data, Dumper=dumper, sort_keys=False, allow_unicode=True, width=width)
 
 
 def parse(text: str, where: str) -> tuple[Any, Places]:

@@ -16,7 +16,6 @@ from safetensors import SafetensorError
 
 from lsr_scale import files
 from lsr_scale.adapters.read import check_own_base
-from lsr_scale.data.tasks import Example
 from lsr_scale.errors import UserError
 from lsr_scale.exporting import pairs as lora
 from lsr_scale.exporting.card import write_card
@@ -25,6 +24,7 @@ from lsr_scale.exporting.verify import EXACT, Agreement, Reference, base_section
 from lsr_scale.model.load_errors import suggest_base_option
 from lsr_scale.model.tokenizer import copy_tokenizer
 from lsr_scale.paths import user_path
+from lsr_scale.screen import Progress
 
 KINDS = ("adapter", "lora", "merged", "gguf")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -50,9 +50,10 @@ def export(
     merged: bool = False,
     base_gguf: str | None = None,
     verify: bool = True,
-    accuracy: bool | None = None,
+    accuracy: bool = False,
     base: str | None = None,
     say: Say = print,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Export the adapter of a run or of a folder; nothing is left behind where it fails.
 
@@ -67,10 +68,10 @@ def export(
         merged: Write a full GGUF rather than llama.cpp's LoRA adapter, for "gguf".
         base_gguf: A GGUF of the base, whose vocabulary and metadata the merged one gets; a built-in model has one.
         verify: Compare logits with those of the adapter as trained before the folder appears.
-        accuracy: Compare the accuracy on the run's tasks as well, on 200 questions of each at most. None: where the
-            export loses something, and the run has tasks that can be read.
+        accuracy: Compare the accuracy on the run's tasks as well, on 200 questions of each at most: minutes on a CPU.
         base: The base model, where neither run nor base.json names it.
         say: Called with a line at a time.
+        progress: Shows which stage it is at; nothing by default.
 
     Returns:
         What is also in `export.json`: sizes, errors, agreement.
@@ -85,14 +86,19 @@ def export(
     if base is not None and not verify and kind in ("adapter", "lora"):
         raise UserError(f"--base {base}: has no effect with --to {kind} --no-verify; leave it out")
     started = time.perf_counter()
+    progress = progress or Progress(quiet=True)
+    progress.stage(f"reading {path}")
     source = open_adapter(path)
     check_own_base(source.folder, source.config)
-    with suggest_base_option(base), _new_folder(user_path(out, "--out")) as folder:
-        summary = {**_write(folder, source, options), **_sizes(folder, source)}
+    with suggest_base_option(base), _new_folder(user_path(out, "--out")) as folder, progress:
+        progress.stage(f"writing {options.form}")
+        summary = {**_write(folder, source, options, progress), **_sizes(folder, source)}
         summary["seconds to write"] = round(time.perf_counter() - started, 2)
         result: dict[str, Any] = {"kind": options.form}
         if verify:
-            agreement, lines = _verify(folder, source, options, "truncation error, largest" in summary, accuracy)
+            agreement, lines = _verify(
+                folder, source, options, "truncation error, largest" in summary, accuracy, progress
+            )
             summary |= lines
             result |= {**summary, "agreement": dataclasses.asdict(agreement)}
         else:
@@ -212,7 +218,7 @@ def _checked_options(
     return _Options(form, 16 if bits is None else bits, max_rank, dtype, base, base_gguf)
 
 
-def _write(folder: Path, source: AdapterSource, options: _Options) -> dict[str, Any]:
+def _write(folder: Path, source: AdapterSource, options: _Options, progress: Progress) -> dict[str, Any]:
     """Write the files of a format; return what is to be said of them."""
     dtype = options.dtype
     if "gguf" in options.form and getattr(source.config.task_type, "value", source.config.task_type) == "SEQ_CLS":
@@ -226,12 +232,14 @@ def _write(folder: Path, source: AdapterSource, options: _Options) -> dict[str, 
         from lsr_scale.exporting.merged import write_merged
 
         metadata = lora.metadata_of(source, options.form, dtype=dtype)
-        return write_merged(folder, source, base_section(source, options.base), dtype, metadata)
+        return write_merged(folder, source, base_section(source, options.base), dtype, metadata, progress)
     if options.form == "merged gguf":
         from lsr_scale.exporting.gguf_model import write_merged_gguf
 
-        return write_merged_gguf(folder, source, base_section(source, options.base), dtype, options.base_gguf)
-    pairs, errors = lora.truncated({name: source.pair(name) for name in source.modules}, options.max_rank)
+        section = base_section(source, options.base)
+        return write_merged_gguf(folder, source, section, dtype, options.base_gguf, progress)
+    modules = progress.over(source.modules, len(source.modules), "module")
+    pairs, errors = lora.truncated({name: source.pair(name) for name in modules}, options.max_rank)
     summary = {"dtype": dtype, **_ranks(pairs, errors)}
     if options.form == "lora":
         metadata = lora.metadata_of(source, options.form, dtype=dtype)
@@ -244,7 +252,7 @@ def _write(folder: Path, source: AdapterSource, options: _Options) -> dict[str, 
 
 
 def _verify(
-    folder: Path, source: AdapterSource, options: _Options, truncated: bool, accuracy: bool | None
+    folder: Path, source: AdapterSource, options: _Options, truncated: bool, accuracy: bool, progress: Progress
 ) -> tuple[Agreement, dict[str, Any]]:
     """Compare what was written with the adapter as trained; return the agreement, and what is to be said of it.
 
@@ -252,8 +260,8 @@ def _verify(
         UserError: if an export that loses nothing does not agree.
     """
     exact = not truncated and options.bits == 16 and options.dtype in DTYPES
-    tasks, why = _questions(source, accuracy is None, needed=(not exact) if accuracy is None else accuracy)
-    reference = Reference(source, options.base, tasks)
+    tasks = questions_of(source) if accuracy else {}
+    reference = Reference(source, options.base, tasks, progress)
     if options.form.startswith("merged"):
         agreement = reference.of_model(folder)
     elif options.form == "gguf":
@@ -268,8 +276,10 @@ def _verify(
             f"{tolerance:g}; nothing was exported"
         )
     lines = {"logits": agreement.line()}
-    if agreement.accuracy or why:
-        lines["accuracy"] = "; ".join(agreement.accuracy_lines()) or why
+    if agreement.accuracy:
+        lines["accuracy"] = "; ".join(agreement.accuracy_lines())
+    elif not exact and source.run is not None and source.run.eval.tasks:
+        lines["accuracy"] = "not compared; --accuracy scores the run's tasks, as trained and exported"
     return agreement, lines
 
 
@@ -281,18 +291,6 @@ def _read_back_agrees(folder: Path, source: AdapterSource, reference: Reference)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}.") as again:
         lora.write_lora(Path(again), pairs, source, torch.float32, {})
         return reference.of_adapter(Path(again))
-
-
-def _questions(source: AdapterSource, tolerant: bool, needed: bool) -> tuple[dict[str, list[Example]], str]:
-    """Return the questions to compare accuracies on, or why there are none."""
-    if not needed:
-        return {}, ""
-    try:
-        return questions_of(source), ""
-    except UserError as error:
-        if not tolerant:
-            raise
-        return {}, f"not compared: {error}"
 
 
 def _ranks(pairs: lora.Pairs, errors: dict[str, float]) -> dict[str, Any]:

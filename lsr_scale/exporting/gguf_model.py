@@ -19,6 +19,7 @@ from lsr_scale.exporting.merged import MergedWeights
 from lsr_scale.exporting.pairs import metadata_of
 from lsr_scale.exporting.source import AdapterSource
 from lsr_scale.model import builtin, read_tokenizer
+from lsr_scale.screen import Progress
 
 FILE = "model.gguf"
 _FILE_TYPES = {
@@ -32,7 +33,12 @@ _COMPUTED = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_shor
 
 
 def write_merged_gguf(
-    folder: Path, source: AdapterSource, section: dict[str, Any], dtype: str, base_gguf: str | None
+    folder: Path,
+    source: AdapterSource,
+    section: dict[str, Any],
+    dtype: str,
+    base_gguf: str | None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Write `model.gguf`.
 
@@ -42,6 +48,7 @@ def write_merged_gguf(
         section: Arguments of `load_base` for its base.
         dtype: Of the matrices: float16, float32, bfloat16 or q8_0; vectors stay in float32, as llama.cpp wants them.
         base_gguf: A GGUF of the base, of any type; None for a built-in model, which has its own.
+        progress: Shows which tensor it is at.
 
     Returns:
         What the model card says.
@@ -93,7 +100,7 @@ def write_merged_gguf(
     writer.write_ti_data_to_file()
     for tensor in computed:
         writer.write_tensor_data(np.ascontiguousarray(tensor.data))
-    for name, value in weights:
+    for name, value in (progress or Progress(quiet=True)).over(weights, len(weights.shapes), "tensor"):
         if name_of(name) in ours:
             heads = permuted.get(name.rpartition(".")[0])
             writer.write_tensor_data(array_of(_in_order(value, heads), _type(list(value.shape), dtype), name)[1])

@@ -27,6 +27,7 @@ from lsr_scale.model import DTYPES, head_modules, load_config, meta_model, quant
 from lsr_scale.model.folder_checks import read_json
 from lsr_scale.model.load_errors import explain_load_errors
 from lsr_scale.model.tokenizer import copy_tokenizer, end_tokens, has_tokenizer, read_tokenizer, same_state
+from lsr_scale.screen import Progress
 
 SHARD_BYTES = 2**28
 
@@ -134,7 +135,12 @@ class MergedWeights:
 
 
 def write_merged(
-    folder: Path, source: AdapterSource, section: dict[str, Any], dtype: str, metadata: dict[str, str]
+    folder: Path,
+    source: AdapterSource,
+    section: dict[str, Any],
+    dtype: str,
+    metadata: dict[str, str],
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Write a Transformers folder of the adapted model.
 
@@ -144,6 +150,7 @@ def write_merged(
         section: Arguments of `load_base` for its base.
         dtype: "bfloat16", "float32", or "nf4", which quantizes the sum again.
         metadata: Of the safetensors files.
+        progress: Shows which tensor it is at.
 
     Returns:
         What the model card says: tensors, bytes, and for nf4 the relative error of the merged weights.
@@ -156,7 +163,7 @@ def write_merged(
     out_dtype = weights.dtype if requantize else DTYPES[dtype]
     writer = _Shards(folder, metadata)
     errors: list[float] = []
-    for name, value in weights:
+    for name, value in (progress or Progress(quiet=True)).over(weights, len(weights.shapes), "tensor"):
         module = name.removesuffix(".weight")
         if requantize and name.endswith(".weight") and module in weights.quantized.linears:
             packed, error = weights.quantized.again(module, value)

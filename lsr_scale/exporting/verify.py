@@ -10,6 +10,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes as bnb
+import psutil
 import torch
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor
@@ -19,9 +21,11 @@ from lsr_scale.adapters.save_and_load import load_adapter
 from lsr_scale.data.tasks import Example
 from lsr_scale.errors import UserError
 from lsr_scale.exporting.source import WRAPPER, AdapterSource
+from lsr_scale.layers.frozen_linear import dequantize, freeze_quantized
 from lsr_scale.model import load_base, load_config, load_tokenizer, read_tokenizer
 from lsr_scale.scoring import score
 from lsr_scale.scoring.accuracy import TaskScore, mcnemar
+from lsr_scale.screen import Progress
 
 PROMPTS = (
     "Question: Which is heavier, a feather or a brick?\nAnswer:",
@@ -31,6 +35,8 @@ PROMPTS = (
 )
 # relative error of the logits (Frobenius) that an export without loss may have, by the dtype of what was written
 EXACT = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+# of the machine's memory at most, for dequantized weights: a container may have less than it is told
+MAX_DENSE_BYTES = 4 * 2**30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +48,7 @@ class Agreement:
     share_of_effect: float  # ||got - trained|| / ||trained - base without adapter||
     same_next_token: float  # share of positions
     positions: int
+    prompts: int
     is_classifier: bool = False
     # by task: questions, accuracy trained and exported, and how many are answered otherwise, newly right, newly wrong
     accuracy: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
@@ -51,8 +58,8 @@ class Agreement:
         what = "label the same for" if self.is_classifier else "next token the same at"
         where = "texts" if self.is_classifier else "positions"
         return (
-            f"logits differ by {self.max_difference:.2g} at most, relatively {self.relative_error:.2g} "
-            f"({100 * self.share_of_effect:.3g} % of what the adapter changes); {what} "
+            f"logits of {self.prompts} prompts differ by {self.max_difference:.2g} at most, relatively "
+            f"{self.relative_error:.2g} ({100 * self.share_of_effect:.3g} % of what the adapter changes); {what} "
             f"{100 * self.same_next_token:.1f} % of {self.positions} {where}"
         )
 
@@ -84,6 +91,7 @@ def compare(got: list[Tensor], trained: list[Tensor], base: list[Tensor]) -> Agr
         float(difference / (two - zero).norm().clamp_min(1e-30)),
         float((one.argmax(-1) == two.argmax(-1)).double().mean()),
         len(one),
+        len(got),
     )
 
 
@@ -91,7 +99,11 @@ class Reference:
     """The adapter as trained on its own base, and its logits."""
 
     def __init__(
-        self, source: AdapterSource, base_name: str | None = None, tasks: dict[str, list[Example]] | None = None
+        self,
+        source: AdapterSource,
+        base_name: str | None = None,
+        tasks: dict[str, list[Example]] | None = None,
+        progress: Progress | None = None,
     ) -> None:
         """Load the base that the run, or base.json, names.
 
@@ -99,12 +111,14 @@ class Reference:
             source: The adapter.
             base_name: Another name of its base.
             tasks: Questions by task, to compare accuracies on too.
+            progress: Shows what is being compared.
 
         Raises:
             UserError: if neither names one, or it cannot be loaded.
         """
-        self.source = source
+        self.source, self._progress = source, progress or Progress(quiet=True)
         self.section = base_section(source, base_name)
+        self._progress.stage(f"verifying: loading {self.section['name']} ({self.section['quantization']})")
         self.model: Any = in_float32(load_base(**self.section))
         self.tokenizer: Any = None
         with contextlib.suppress(UserError):  # random token ids do as well
@@ -113,8 +127,10 @@ class Reference:
             else:
                 self.tokenizer = load_tokenizer(self.section["name"], revision=self.section["revision"])
         self.prompts = self._prompts()
+        self._progress.stage("verifying: the base without the adapter")
         self.without = self.logits(self.model)
         untouched = checksums(self.model)
+        self._progress.stage("verifying: the adapter as trained")
         self.model, _ = load_adapter(self.model, source.folder)
         self.trained = self.logits(self.model)
         self.tasks = tasks if tasks and self.tokenizer is not None else {}
@@ -142,13 +158,15 @@ class Reference:
         """Return the logits `[tokens, vocabulary]`, of a classifier `[1, labels]`, of every prompt, float32."""
         model.eval()
         device = next(model.parameters()).device
-        logits = [model(input_ids=ids.to(device)).logits[0].float().cpu() for ids in self.prompts]
+        prompts = self._progress.over(self.prompts, len(self.prompts), "prompt")
+        logits = [model(input_ids=ids.to(device)).logits[0].float().cpu() for ids in prompts]
         return [one if one.dim() == 2 else one[None] for one in logits]  # a classifier's have no positions
 
     def of_adapter(self, folder: Path) -> Agreement:
         """Return the agreement of an adapter folder, loaded by PEFT onto the same base."""
         from peft import PeftModel
 
+        self._progress.stage("verifying: what was written")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model: Any = PeftModel.from_pretrained(self.model, str(folder))
@@ -162,6 +180,7 @@ class Reference:
 
         auto_class: Any = AutoModelForSequenceClassification if self.is_classifier else AutoModelForCausalLM
 
+        self._progress.stage("verifying: what was written")
         options: dict[str, Any] = {"use_safetensors": True}
         for file in folder.glob("*.gguf"):
             options = {"gguf_file": file.name, "quantization_config": GgufConfig(dequantize=True)}
@@ -181,7 +200,7 @@ class Reference:
         batch_tokens = self.source.run.eval.batch_tokens if self.source.run else 4096
         return {
             task: score(model, self.tokenizer, examples, batch_tokens=batch_tokens)
-            for task, examples in self.tasks.items()
+            for task, examples in self._progress.over(self.tasks.items(), len(self.tasks), "task")
         }
 
     def _changes(self, model: Any) -> dict[str, dict[str, Any]]:
@@ -272,12 +291,37 @@ def _task_of(source: AdapterSource) -> dict[str, Any]:
 
 
 def in_float32(model: Any) -> Any:
-    """Return the model computing in float32, in place; quantized weights keep the values that training saw."""
-    from lsr_scale.layers.frozen_linear import freeze_quantized
+    """Return the model computing in float32, in place; quantized weights keep the values that training saw.
 
+    Where there is room they are dequantized once, here, rather than in every forward pass.
+    """
     freeze_quantized(model)
     torch.nn.Module.float(model)  # Transformers refuses it on a quantized model, whose codes it leaves alone
-    for module in model.modules():
-        if hasattr(module, "compute_dtype"):
+    quantized = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, bnb.nn.Linear4bit | bnb.nn.Linear8bitLt)
+    }
+    num_bytes = 4 * sum(module.in_features * module.out_features for module in quantized.values())
+    fits = num_bytes <= _room(next(model.parameters()).device)
+    for name, module in quantized.items():
+        if fits:
+            model.set_submodule(name, _dense(module))
+        else:
             module.compute_dtype = torch.float32
     return model
+
+
+def _dense(layer: torch.nn.Linear) -> torch.nn.Linear:
+    """Return a plain layer with the values of a quantized one's weight, float32."""
+    dense = torch.nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+    dense.weight = torch.nn.Parameter(dequantize(layer, torch.float32), requires_grad=False)
+    dense.bias = layer.bias
+    return dense
+
+
+def _room(device: torch.device) -> float:
+    """Return how many bytes of dequantized weights a device has room for, beside all else."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] / 2
+    return min(psutil.virtual_memory().available / 2, MAX_DENSE_BYTES)

@@ -1,0 +1,91 @@
+"""A run's file as short as it can be: what differs from the defaults, and what the run derives from that."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic_core import PydanticUndefined
+
+from lsr_scale.config import yaml_text
+from lsr_scale.config.deepspeed import SHIPPED
+from lsr_scale.config.run import RunConfig
+from lsr_scale.config.sections import ADAPTER_SECTIONS, DataSection, EvalSection, ModelSection, SourceSection
+from lsr_scale.config.training import DEFAULTS, TASK_DEFAULTS, training_model
+
+# what a file always says, whatever its value
+_ALWAYS = {("model", "name"), ("adapter", "method"), ("data", "train")}
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """What of a resolved run is not the default: `values` by section and name; `derived` are not in its file."""
+
+    values: dict[str, dict[str, Any]]
+    derived: set[tuple[str, str]]
+
+    def to_yaml(self) -> str:
+        """Return it as a run's file, which resolves to the same run; what is derived is marked by a comment."""
+        lines, section = [], ""
+        for line in yaml_text.dump(self.values, short=True).splitlines():
+            name = line.strip().partition(":")[0]
+            if not line.startswith(" "):
+                section = name
+            elif line.startswith("  ") and line[2] != " " and (section, name) in self.derived:
+                line += "  # derived"
+            lines.append(line)
+        return "\n".join(lines) + "\n"
+
+
+def difference(run: RunConfig, written: Mapping[str, Any]) -> Difference:
+    """Return what of a run differs from the defaults.
+
+    Args:
+        run: The run, resolved.
+        written: Its file's sections as they stand there, with what the command line set.
+    """
+    resolved, defaults = run.model_dump(), _defaults(run)
+    values: dict[str, dict[str, Any]] = {}
+    derived: set[tuple[str, str]] = set()
+    for section, fields in resolved.items():
+        in_file = written.get(section) or {}
+        for name, value in fields.items():
+            if value == defaults[section].get(name, PydanticUndefined) and (section, name) not in _ALWAYS:
+                continue
+            values.setdefault(section, {})[name] = _short(section, name, value)
+            if name not in in_file and not isinstance(value, list | dict):
+                derived.add((section, name))
+    return Difference(values, derived)
+
+
+def _defaults(run: RunConfig) -> dict[str, dict[str, Any]]:
+    """Return what a run of this task and method has where its file says nothing."""
+    task, method = run.model.task, run.adapter.method
+    fields = training_model(task).model_fields
+    of_training = {name: field.default for name, field in fields.items()} | DEFAULTS | TASK_DEFAULTS[task]
+    return {
+        "model": _of_fields(ModelSection),
+        "adapter": ADAPTER_SECTIONS[method].model_validate({"method": method}).model_dump(),
+        "data": _of_fields(DataSection),
+        "training": of_training | {"eval_strategy": "epoch" if run.data.has_validation else "no"},
+        "deepspeed": {"config": SHIPPED["zero2"]},
+        "eval": _of_fields(EvalSection),
+    }
+
+
+def _of_fields(model: Any) -> dict[str, Any]:
+    return {name: field.get_default(call_default_factory=True) for name, field in model.model_fields.items()}
+
+
+def _short(section: str, name: str, value: Any) -> Any:
+    """Return a value as people write it: a shipped DeepSpeed configuration by its name, a source by its path alone."""
+    if section == "deepspeed":
+        return next((shipped for shipped, content in SHIPPED.items() if content == value), value)
+    if isinstance(value, list):
+        return [_short_source(item) if isinstance(item, dict) and "path" in item else item for item in value]
+    return value
+
+
+def _short_source(source: dict[str, Any]) -> str | dict[str, Any]:
+    defaults = _of_fields(SourceSection)
+    kept = {name: value for name, value in source.items() if value != defaults[name]}
+    return kept["path"] if set(kept) == {"path"} else kept

@@ -9,7 +9,7 @@ import platform
 import re
 import shutil
 import subprocess
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,9 @@ PACKAGES = (
 MAX_JSON_BYTES = 16 * 2**20  # of what describes an adapter or a run: none comes near
 # what a picture says of who drew it
 PICTURE_METADATA = {"Software": "lsr_scale"}
+
+# what `temporary_path` makes of a name, and what libraries put after that
+_TEMPORARY = re.compile(r"\.(.+)\.([0-9]{1,9})\.part(\..+)?")
 
 _UMASK = os.umask(0)
 os.umask(_UMASK)
@@ -61,10 +64,19 @@ def temporary_path(path: Path) -> Path:
 
 def remove_stale_temporaries(path: Path) -> None:
     """Remove the `temporary_path` of a path, and what begins with its name, of processes that have ended."""
-    pattern = re.compile(re.escape(f".{path.name}.") + r"([0-9]{1,9})\.part(\..+)?")
-    for entry in path.parent.iterdir() if path.parent.is_dir() else ():
-        match = pattern.fullmatch(entry.name)
-        if match and (int(match[1]) == os.getpid() or not psutil.pid_exists(int(match[1]))):
+    remove_left_over(path.parent, lambda name: name == path.name)
+
+
+def remove_left_over(folder: Path, is_ours: Callable[[str], bool]) -> None:
+    """Remove every `temporary_path` in a folder that a process left which has ended, as by a kill; no other file.
+
+    Args:
+        folder: Where to look; it need not exist.
+        is_ours: Tells by its name whether a file or folder is one of those that are written here.
+    """
+    for entry in folder.iterdir() if folder.is_dir() else ():
+        match = _TEMPORARY.fullmatch(entry.name)
+        if match and is_ours(match[1]) and (int(match[2]) == os.getpid() or not psutil.pid_exists(int(match[2]))):
             remove(entry)
 
 

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from lsr_scale import UserError
 from lsr_scale.errors import one_screen, printable, shortened
-from lsr_scale.screen import Screen, keeping_live_line, leave_live, open_streams, print_line, show_live
+from lsr_scale.screen import Progress, Screen, keeping_live_line, leave_live, open_streams, print_line, show_live
 
 
 @pytest.mark.parametrize(
@@ -167,3 +167,27 @@ def test_streams_that_are_no_terminal_stay_as_they_are(capsys):
         assert (sys.stdout, sys.stderr) == before
         show_live("never seen")
     assert capsys.readouterr().out == ""
+
+
+def test_progress_in_a_pipe_is_a_line_a_stage_and_quarters_within_it(capsys):
+    with Progress() as progress:
+        progress.stage("writing \x1b[2J")
+        assert list(progress.over(range(100), 100, "tensor")) == list(range(100))
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.splitlines() == [
+        "writing \\x1b[2J",
+        *(f"writing \\x1b[2J: tensor {number} of 100" for number in (25, 50, 75, 100)),
+    ]
+    with Progress(quiet=True) as progress:
+        progress.stage("writing")
+    assert capsys.readouterr().err == ""
+
+
+def test_progress_on_a_terminal_is_one_line_that_goes(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    with Progress() as progress:
+        progress.stage("writing")
+        list(progress.over("ab", 2, "tensor"))
+    parts = capsys.readouterr().err.split("\r\x1b[2K")
+    assert parts == ["", "writing", "writing: tensor 1 of 2", "writing: tensor 2 of 2", ""]

@@ -47,8 +47,8 @@ def save_adapter(trainer: Trainer, target: Path) -> None:
     if not distributed.is_main():
         return
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
-    temporary = target.with_name(f".{target.name}.part")
-    files.remove(temporary)
+    temporary = files.temporary_path(target)
+    files.remove_stale_temporaries(target)
     try:
         write_adapter(model, temporary, target)
         files.apply_umask(temporary)

@@ -21,8 +21,8 @@ def save_as_lora(folder: RunFolder) -> None:
         UserError: if an update is not finite, or the folder cannot be written.
     """
     source, target = open_adapter(folder.path), folder.lora
-    temporary = target.with_name(f".{target.name}.part")
-    files.remove(temporary)
+    temporary = files.temporary_path(target)
+    files.remove_stale_temporaries(target)
     try:
         temporary.mkdir()
         pairs = {name: source.pair(name) for name in source.modules}

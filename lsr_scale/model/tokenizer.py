@@ -78,8 +78,8 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Save a tokenizer into a folder of its own, which appears complete or not at all; an existing one stays."""
     if has_tokenizer(folder):
         return
-    aside = folder.with_name(f".{folder.name}.part")
-    files.remove(aside)
+    aside = files.temporary_path(folder)
+    files.remove_stale_temporaries(folder)
     tokenizer.save_pretrained(aside)
     files.replace_folder(aside, folder, {path.name for path in aside.iterdir()})
 

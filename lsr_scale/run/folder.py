@@ -13,7 +13,7 @@ from typing import Any
 
 from lsr_scale.adapters.read import ADAPTER_FILES
 from lsr_scale.errors import UserError
-from lsr_scale.files import cannot_write, is_own_page, is_own_picture, is_picture, write_text
+from lsr_scale.files import cannot_write, is_own_page, is_own_picture, is_picture, remove_left_over, write_text
 from lsr_scale.model.tokenizer import tokenizer_files
 from lsr_scale.run.find import find_run
 
@@ -201,6 +201,18 @@ class RunFolder:
         # a folder that is a link is one thing here, and its files are elsewhere
         links = {folder for folder in self._folders() if folder.is_symlink()}
         return list(dict.fromkeys(path.parent if path.parent in links else path for path in ours))
+
+    def remove_left_over(self) -> None:
+        """Remove what a run that was killed was in the middle of writing, under its temporary names."""
+        own = {getattr(self, name).name for name, value in vars(RunFolder).items() if isinstance(value, property)}
+        own |= {"spectra.png"}
+
+        def is_own(name: str) -> bool:
+            return name in own or re.fullmatch(r"checkpoint-[0-9]{1,18}|confusion-.*\.png", name) is not None
+
+        remove_left_over(self.path, is_own)
+        if not (self.path / "eval").is_symlink():
+            remove_left_over(self.path / "eval", lambda name: _PREDICTIONS.fullmatch(name) is not None)
 
     def _folders(self) -> tuple[Path, ...]:
         return self.adapter, self.lora, self.tokenizer, self.path / "eval", self.tensorboard

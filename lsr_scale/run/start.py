@@ -185,8 +185,7 @@ def begin(start: Start, data: RunData) -> list[str]:
             Backup(folder).set_aside(outdated, rewritten, after)
         else:
             Backup(folder).set_aside([*folder.written(), *outdated], (), after)
-        for path in folder.path.glob(".checkpoint-*.part"):  # a kill left it in the middle of a save
-            files.remove(path)
+        folder.remove_left_over()
         for path in (folder.nonfinite, folder.samples):
             if start.in_place and path.exists():  # the later steps are repeated, and recorded again
                 truncate(path, after)

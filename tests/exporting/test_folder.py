@@ -12,6 +12,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 from lsr_scale import UserError
@@ -19,7 +20,7 @@ from lsr_scale.adapters import METHODS, peft_config
 from lsr_scale.adapters.packing import GROUP_SIZE, dequantize_groups, pack, quantize_groups, unpack
 from lsr_scale.adapters.save_and_load import load_adapter, save_adapter
 from lsr_scale.cli import main
-from lsr_scale.exporting import export, merge, open_adapter
+from lsr_scale.exporting import export, merge, open_adapter, verify
 from lsr_scale.exporting.gguf_file import from_rotary_order, to_rotary_order
 from lsr_scale.exporting.pairs import truncate
 from lsr_scale.exporting.verify import compare, in_float32
@@ -170,16 +171,37 @@ def test_a_lossy_export_of_a_run_reports_the_change_of_accuracy(tmp_path, capsys
     assert (exact["questions"], exact["answered_otherwise"], exact["exported"]) == (6, 0, exact["trained"])
     assert export(run, "lora", tmp_path / "other", say=silent)["agreement"]["accuracy"] == {}
     capsys.readouterr()
-    assert main(["export", str(run), "--to", "lora", "--max-rank", "1", "--out", str(tmp_path / "small")]) == 0
+    words = ["export", str(run), "--to", "lora", "--max-rank", "1"]
+    assert main([*words, "--out", str(tmp_path / "logits")]) == 0
+    said = capsys.readouterr()
+    assert "accuracy: not compared; --accuracy scores the run's tasks" in said.out
+    assert "verifying: the adapter as trained: prompt 4 of 4" in said.err
+    assert main([*words, "--accuracy", "--out", str(tmp_path / "small")]) == 0
     assert "accuracy: questions: " in capsys.readouterr().out
     row = json.loads((tmp_path / "small" / "export.json").read_text())["agreement"]["accuracy"]["questions"]
     assert row["answered_otherwise"] > 0
     assert row["exported"] - row["trained"] == pytest.approx((row["newly_right"] - row["newly_wrong"]) / 6)
     assert "| accuracy | questions: " in (tmp_path / "small" / "README.md").read_text()
-    alone = export(run / "adapter", "adapter", tmp_path / "alone", bits=4, say=silent)
-    assert alone["accuracy"].startswith("not compared: ")
     with pytest.raises(UserError, match="names tasks"):
         export(run / "adapter", "lora", tmp_path / "none", accuracy=True, say=silent)
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_weights_that_are_dequantized_once_give_the_logits_of_those_that_are_in_every_pass(
+    base_folder, monkeypatch, quantization
+):
+    def kinds_and_logits(room):
+        monkeypatch.setattr(verify, "_room", lambda device: room)
+        model = in_float32(load_base(str(base_folder), quantization=quantization, dtype="bfloat16").eval())
+        with torch.no_grad():
+            return {type(layer) for layer in model.modules() if isinstance(layer, nn.Linear)}, model(IDS).logits
+
+    kinds, expected = kinds_and_logits(room=0)
+    dense, got = kinds_and_logits(room=1e9)
+
+    assert len(kinds) == 2
+    assert dense == {nn.Linear}
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_layers_of_a_7b_are_truncated_by_the_svd_of_a_small_core(tmp_path, monkeypatch):

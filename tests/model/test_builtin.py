@@ -85,7 +85,7 @@ def test_an_interrupted_conversion_is_cleaned_up_by_the_next_one(cache, monkeypa
     monkeypatch.setattr(builtin, "_write", interrupted)
     with pytest.raises(KeyboardInterrupt):
         builtin.ensure_converted(SMOLLM2)
-    killed = builtin.folder_of(SMOLLM2).with_name(builtin.folder_of(SMOLLM2).name + ".tmp-killed")
+    killed = builtin.folder_of(SMOLLM2).with_name(f".{builtin.folder_of(SMOLLM2).name}.{2**22 + 7}.part")
     killed.mkdir()
     monkeypatch.setattr(builtin, "_write", lambda gguf, packaged, folder: write_empty(folder))
     folder = builtin.ensure_converted(SMOLLM2)

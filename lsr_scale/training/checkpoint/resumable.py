@@ -94,8 +94,8 @@ class Resumable(_Base):
             rotate.rotate(RunFolder(target.parent), self.args.save_total_limit, keep)
 
     def _write(self, target: Path, tensors: dict[str, torch.Tensor], scalars: dict[str, Any], states: list) -> None:
-        temporary = target.with_name(f".{target.name}.part")
-        files.remove(temporary)
+        temporary = files.temporary_path(target)
+        files.remove_stale_temporaries(target)
         for callback in (*self.callback_handler.callbacks, self.control):
             if isinstance(callback, ExportableState):
                 saved = self.state.stateful_callbacks

@@ -17,6 +17,7 @@ from lsr_scale.commands import (
     export,
     failures,
     generate,
+    init,
     inspect,
     merge,
     plan,
@@ -29,6 +30,7 @@ from lsr_scale.screen import open_streams
 from lsr_scale.version import __version__
 
 COMMANDS: dict[str, Any] = {
+    "init": init,
     "train": train,
     "eval": evaluate,
     "compare": compare,

@@ -11,7 +11,7 @@ from lsr_scale.paths import user_path
 
 HELP = "Write the commented YAML of a run on your model and data."
 _MODEL, _METHOD = "builtin:smollm2-135m-instruct", "lora"
-_BUILTIN_DATA = {"commonsense": "builtin:commonsense"}
+_BUILTIN_DATA = {"chat": "builtin:chat", "commonsense": "builtin:commonsense"}
 
 
 def add_arguments(parser: Parser) -> None:

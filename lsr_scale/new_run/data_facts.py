@@ -9,7 +9,6 @@ from lsr_scale.data.formats import build_dataset, fitting_formats, load_source
 from lsr_scale.data.labels import Labels, find_labels
 from lsr_scale.data.readers import suffix
 from lsr_scale.data.rows import Rows
-from lsr_scale.data.sources import BUILTIN
 from lsr_scale.data.tasks import TASKS
 from lsr_scale.errors import UserError, quoted, shortened
 from lsr_scale.paths import user_path
@@ -33,7 +32,8 @@ class DataFacts:
         kind: What the rows are good for.
         sources: As they were named.
         num_rows: Of all sources, None where one of them is not on this machine.
-        prompt: What a user says in the first row, for a look at what the model makes of it.
+        prompt: The beginning of the first row, for a look at what the model makes of it: a user's turn, or a text.
+        is_conversation: The rows have turns, which the chat template joins.
         labels: A classifier's.
         held_out: Sources of questions to score, which are not trained on.
         lines: What is to be said of them.
@@ -43,6 +43,7 @@ class DataFacts:
     sources: tuple[str, ...]
     num_rows: int | None = None
     prompt: str | None = None
+    is_conversation: bool = False
     labels: Labels | None = None
     held_out: tuple[str, ...] = ()
     lines: tuple[str, ...] = ()
@@ -99,14 +100,15 @@ def look_at_data(sources: Sequence[str], kind: Kind | None) -> DataFacts:
     held_out = tuple(source for source in sources if kind == "commonsense" and _has_held_out(source))
     num_rows = sum(len(rows.rows) for rows in loaded)
     prompt = _prompt(dataset[0], form)
-    return DataFacts(kind, tuple(sources), num_rows, prompt, labels, held_out, tuple(lines))
+    turns = form in ("messages", "chat_prompt_completion")
+    return DataFacts(kind, tuple(sources), num_rows, prompt, turns, labels, held_out, tuple(lines))
 
 
 def _is_here(source: str) -> bool:
     """Tell whether a source is to be read now: it exists, or is written like a file, whose absence is a mistake."""
     path = user_path(source, "--data")
     looks_local = source.startswith((".", "/", "~")) or source.count("/") > 1 or suffix(Path(source)) is not None
-    return source == BUILTIN or path.exists() or looks_local or source.startswith("builtin:")
+    return path.exists() or looks_local or source.startswith("builtin:")
 
 
 def _kind_of(fitting: Sequence[Sequence[str]]) -> Kind:
@@ -134,7 +136,7 @@ def _label_lines(labels: Labels | None) -> list[str]:
 
 def _has_held_out(source: str) -> bool:
     """Tell whether a source has questions beside those that it is trained on."""
-    if source != BUILTIN and not user_path(source).is_dir():
+    if not source.startswith("builtin:") and not user_path(source).is_dir():
         return False
     try:
         return load_source(source, None).provenance.split not in (None, "train")

@@ -132,11 +132,9 @@ def _eval(data: DataFacts) -> list[str]:
     if data.kind == "classify":
         return ["# eval: accuracy, F1 and the rest are of the held-out rows"]
     if data.prompt is not None:
-        return [
-            *lines,
-            "  prompts:   # completed before training, at each evaluation and after",
-            f"    - {_quoted(data.prompt)}",
-        ]
+        text = _quoted(data.prompt)
+        shown = f"[{{role: user, content: {text}}}]" if data.is_conversation else text
+        return [*lines, "  prompts:   # completed before training, at each evaluation and after", f"    - {shown}"]
     return [*lines, "  prompts: []   # completed before training, at each evaluation and after"]
 
 

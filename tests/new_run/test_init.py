@@ -84,7 +84,9 @@ def test_what_is_written_trains_as_it_is(init, kind):
         assert found["train_rows"] < 48
     if kind == "chat":
         samples = [json.loads(line) for line in folder.samples.read_text().splitlines()]
-        assert {sample["prompt"] for sample in samples} == {"What is knife number 0 for?"}
+        asked = [{"role": "user", "content": "What is knife number 0 for?"}]
+        assert all(sample["prompt"] == asked for sample in samples)
+        assert {sample["moment"] for sample in samples} == {"before", "evaluation", "after"}
 
 
 @pytest.mark.parametrize("kind", ["chat", "classify", "commonsense"])
@@ -92,7 +94,6 @@ def test_what_is_written_trains_as_it_is(init, kind):
 def test_every_option_that_is_commented_out_can_be_taken(init, kind, method):
     assert init(kind, *written(kind), "--method", method, "--out", "mine.yaml")[0] == 0
     text = Path("mine.yaml").read_text()
-    needs = {"validation: ": "  validation_split", "early_stopping": None, "chat_template": None}
     taken = set()
     for line in text.splitlines():
         option = re.fullmatch(r"(\s+)# (\w+): .*", line)
@@ -108,7 +109,6 @@ def test_every_option_that_is_commented_out_can_be_taken(init, kind, method):
         Path("other.yaml").write_text(changed)
         assert config.load_run("other.yaml") != config.load_run("mine.yaml"), option[2]
         taken.add(option[2])
-    assert needs
     assert taken >= {"dropout", "validation", "early_stopping", "memory", "report_to", "output_dir"} - (
         {"dropout"} if method == "kron_lora" else set()
     )

@@ -114,14 +114,14 @@ def test_the_wheel_has_every_file_of_the_package_and_no_other(wheel):
 def test_the_wheel_is_used_from_an_empty_folder(environment, tmp_path):
     python, command = environment / "python", environment / "lsr-scale"
     assert "usage: lsr-scale" in run(command, "--help", cwd=tmp_path)
-    assert "lsr_scale.launch" in run(
-        python, "-c", "import lsr_scale.launch; print(lsr_scale.launch.__name__)", cwd=tmp_path
-    )
+    assert run(python, "-c", "import lsr_scale; print(lsr_scale.LsrConfig.__name__)", cwd=tmp_path) == "LsrConfig\n"
     assert "name: mistralai/Mistral-7B-v0.1" in run(command, "config", "mistral_lsr", cwd=tmp_path)
     assert "4,096,000" in run(command, "plan", "mistral_lsr", cwd=tmp_path)
-    short = ["training.max_steps=2", "eval.tasks=[]", "training.save_strategy=no", "deepspeed.config=zero3"]
+    assert "written: chat.yaml" in run(command, "init", "chat", "--method", "lsr", "--out", "chat.yaml", cwd=tmp_path)
+    short = ["training.max_steps=2", "training.save_strategy=no", "eval.prompts=[]", "deepspeed.config=zero3"]
+    short += ["data.validation_split=null"]
     words = [word for value in short for word in ("--set", value)]
-    run(command, "train", "smollm2_lsr", *words, cwd=tmp_path)
-    assert (tmp_path / "runs" / "smollm2_lsr" / "adapter" / "adapter_model.safetensors").is_file()
-    words = ["generate", "runs/smollm2_lsr", "--prompt", "The sun rises in the", "--max-new-tokens", "4"]
+    run(python, "-m", "lsr_scale.launch", "--config", "chat.yaml", *words, cwd=tmp_path)
+    assert (tmp_path / "runs" / "chat" / "adapter" / "adapter_model.safetensors").is_file()
+    words = ["generate", "runs/chat", "--prompt", "How do I resume a run?", "--max-new-tokens", "4"]
     assert run(command, *words, cwd=tmp_path).strip()

@@ -100,7 +100,7 @@ def _ask(question: str, default: str, asking: bool) -> str:
 
 
 def _default_name(source: str, method: str) -> str:
-    stem = user_path(source).name.split(".")[0].rpartition(":")[2]
+    stem = user_path(source).name.removeprefix("builtin:").split(".")[0]
     kept = "".join(c if c.isascii() and (c.isalnum() or c in "_-") else "_" for c in stem).strip("_-")
     return f"{kept or 'run'}_{method}.yaml"
 

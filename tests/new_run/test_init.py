@@ -155,7 +155,7 @@ def test_mistakes_are_said_and_nothing_is_written(init, words, expected):
     Path("labels.csv").write_text("text,label\na knife,sharp\na mop,blunt\n")
     before = {path.name for path in Path().iterdir()}
     status, out, err = init(*words)
-    if words[-1] == "modle":  # as good a name as any on the hub
+    if "modle" in words:  # as good a name as any on the hub
         assert status == 0
         assert "modle: not on this machine, so nobody looked at it" in out
         return
@@ -212,7 +212,7 @@ def test_odd_names_are_quoted(init):
     write_rows(Path(name), conversations(2))
     assert init("--data", name, "--model", "model")[0] == 0
     (file,) = Path().glob("*.yaml")
-    assert file.name == "it_s__a__1__file_lora.yaml"
+    assert file.name == "it_s__a__1__file_lora.yaml", file
     assert config.load_run(file).data.train[0].path == name
 
 

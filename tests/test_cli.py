@@ -454,7 +454,7 @@ def test_no_commands_options_import_torch():
     )
     done, imported = imported_by("-c", code)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(f"lsr-scale {lsr_scale.__version__}\nusage: lsr-scale train")
+    assert done.stdout.startswith(f"lsr-scale {lsr_scale.__version__}\nusage: lsr-scale init")
     assert not imported & HEAVY
 
 

@@ -756,3 +756,8 @@ def test_a_step_has_its_rows_however_many_micro_batches_share_them(place, tmp_pa
     for folder in runs.values():
         state = json.loads((folder.checkpoints()[-1] / "training_state.json").read_text())
         assert (state["step"], state["rows_per_step"]) == (3, 5)
+
+
+def test_nothing_is_left_of_a_checkpoint_beyond_the_limit(place, tmp_path):
+    folder = do(run_in(place, tmp_path, training={"save_total_limit": 1}, eval={"tasks": []}))
+    assert [path.name for path in folder.path.glob("*checkpoint*")] == ["checkpoint-6"]

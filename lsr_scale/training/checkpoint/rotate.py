@@ -7,6 +7,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from lsr_scale import files
+from lsr_scale.adapters.card import CARD_NAME
 from lsr_scale.run.folder import MANIFEST, RunFolder, is_own_checkpoint, step_of
 from lsr_scale.training.checkpoint.manifest import NEEDED, is_misnamed
 
@@ -16,7 +17,7 @@ def remove(checkpoint: Path) -> None:
     if checkpoint.is_symlink():
         checkpoint.unlink()
         return
-    names = {MANIFEST, *NEEDED}
+    names = {MANIFEST, CARD_NAME, *NEEDED}
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
         names |= set(json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"])
     for name in names:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.run_folders import choice_rows, write_run
+
 ROOT = Path(__file__).parents[1]
 HEAVY = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "datasets", "numpy", "pandas")
 RUN = """
@@ -50,6 +52,8 @@ def start(*arguments, cwd):
         (["preview", "run.yaml", "--set", "model.task=causal"], 2, "causal_lm"),
         (["doctor", "missing.yaml"], 2, "missing.yaml"),
         (["eval", "missing"], 2, "not a run folder"),
+        (["compare", "missing", "other"], 2, "not a run folder"),
+        (["report", "missing"], 2, "not a run folder"),
         (["inspect", "missing"], 2, "there is no adapter"),
         (["export", "missing", "--to", "lora", "--out", "x"], 2, "there is no adapter"),
         (["merge", "missing", "other", "--out", "x"], 2, "there is no adapter"),
@@ -75,3 +79,13 @@ def test_a_plan_imports_no_trainer_no_data_library_and_no_compiler(tmp_path):
 
     assert result.returncode == 0, result.stderr
     assert result.stderr.splitlines()[-1] == "imported:"
+
+
+def test_runs_are_compared_without_torch(tmp_path):
+    for name in ("a", "b"):
+        write_run(tmp_path / name, answers={"arc-after": choice_rows([True, False])})
+
+    status, output, imported = start("compare", "a", "b", cwd=tmp_path)
+
+    assert (status, imported) == (0, [])
+    assert "arc" in output

@@ -33,7 +33,7 @@ from lsr_scale.adapters.methods.lsr import Lsr, LsrConfig
 from lsr_scale.data.sources import load_rows
 from lsr_scale.data.tasks import examples
 from lsr_scale.model.builtin import ensure_converted
-from lsr_scale.scoring import encode_pairs
+from lsr_scale.scoring.scorer import encode_pairs
 
 TASKS = ("arc_easy", "arc_challenge", "openbookqa")
 BATCH, LENGTH = 32, 80

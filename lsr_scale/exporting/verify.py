@@ -23,8 +23,8 @@ from lsr_scale.errors import UserError
 from lsr_scale.exporting.source import WRAPPER, AdapterSource
 from lsr_scale.layers.frozen_linear import dequantize, freeze_quantized
 from lsr_scale.model import load_base, load_config, load_tokenizer, read_tokenizer
-from lsr_scale.scoring import score
 from lsr_scale.scoring.accuracy import TaskScore, mcnemar
+from lsr_scale.scoring.scorer import score
 from lsr_scale.screen import Progress
 
 PROMPTS = (

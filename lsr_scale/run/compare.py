@@ -5,15 +5,15 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from lsr_scale.config.training import EVALUATED
 from lsr_scale.errors import UserError
 from lsr_scale.run.record import Answers, RunRecord, flat, read_run
-from lsr_scale.scoring.classification import measure
 from lsr_scale.scoring.paired import Paired, paired_accuracy, paired_bootstrap, wilson
+
+if TYPE_CHECKING:
+    import numpy as np
 
 # where a run writes and how often it says so: no two runs have the same folder, and nothing else comes of it
 _OF_THE_FOLDER = ("training.output_dir", "training.run_name", "training.logging_dir")
@@ -276,6 +276,8 @@ def _values(answers: Answers, keys: Sequence[tuple[str, int]]) -> dict[str, floa
     if answers.is_multiple_choice:
         names = [name for name, choice in _NAMES_OF_CHOICE.items() if choice in rows[0]]
         return {name: sum(_hits(rows, name)) / len(rows) for name in names}
+    from lsr_scale.scoring.classification import measure  # imports torch, which no language model's runs need here
+
     return measure(*_outputs_and_labels(rows))
 
 
@@ -287,6 +289,8 @@ def _paired(first: Answers, second: Answers) -> dict[str, Paired]:
     pair = [[answers.rows[key] for key in keys] for answers in (first, second)]
     if first.is_multiple_choice:
         return {name: paired_accuracy(*(_hits(rows, name) for rows in pair)) for name in _values(first, keys)}
+    from lsr_scale.scoring.classification import measure
+
     (outputs, labels), (others, _) = (_outputs_and_labels(rows) for rows in pair)
     if outputs.shape != others.shape:
         return {}
@@ -305,7 +309,9 @@ def _hits(rows: Sequence[dict[str, Any]], name: str) -> list[bool]:
     return [row.get(_NAMES_OF_CHOICE[name]) == row["answer"] for row in rows]
 
 
-def _outputs_and_labels(rows: Sequence[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
+def _outputs_and_labels(rows: Sequence[dict[str, Any]]) -> "tuple[np.ndarray, np.ndarray]":
+    import numpy as np
+
     outputs = np.array([row["outputs"] for row in rows], dtype=np.float64)
     labels = np.array([row["label"] for row in rows])
     return outputs, labels

@@ -16,8 +16,8 @@ from lsr_scale.run.classifier import evaluate_classifier, noting_unwritable, uni
 from lsr_scale.run.folder import RunFolder
 from lsr_scale.run.load import load_run_model, open_trained
 from lsr_scale.run.tables import percent
-from lsr_scale.scoring import score
 from lsr_scale.scoring.accuracy import Prediction, TaskScore, mcnemar
+from lsr_scale.scoring.scorer import score
 from lsr_scale.screen import show_live
 
 Say = Callable[[str], None]

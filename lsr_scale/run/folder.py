@@ -11,10 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lsr_scale.adapters.read import ADAPTER_FILES
 from lsr_scale.errors import UserError
 from lsr_scale.files import cannot_write, is_own_page, is_own_picture, is_picture, remove_left_over, write_text
-from lsr_scale.model.tokenizer import tokenizer_files
 from lsr_scale.run.find import find_run
 
 # of a checkpoint: what no other trainer writes
@@ -175,6 +173,9 @@ class RunFolder:
         """Return the files that a run wrote here, told by their names and content; checkpoints are left out."""
         if not self.is_marked():
             return []
+        from lsr_scale.adapters.read import ADAPTER_FILES  # these two import torch, which reading a run does not need
+        from lsr_scale.model.tokenizer import tokenizer_files
+
         by_name = [folder / name for folder in (self.adapter, self.lora) for name in (*ADAPTER_FILES, "README.md")]
         by_name += tokenizer_files(self.tokenizer)
         eval_files = sorted(path for path in (self.path / "eval").glob("*.jsonl") if _PREDICTIONS.fullmatch(path.name))

@@ -1,5 +1,1 @@
-"""Multiple-choice accuracy: a small scorer that agrees with lm-eval example by example."""
-
-from lsr_scale.scoring.scorer import encode_pairs, score
-
-__all__ = ["encode_pairs", "score"]
+"""Multiple-choice accuracy, by a small scorer that agrees with lm-eval example by example; a classifier's metrics."""

@@ -3,8 +3,10 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
 
 Z = 1.959964  # of a two-sided 95 % interval
 RESAMPLES = 1_000
@@ -54,7 +56,7 @@ def paired_accuracy(first: Sequence[bool], second: Sequence[bool]) -> Paired:
     return Paired(num, shift / num, low, high, gained, lost, mcnemar_p(gained, lost))
 
 
-def paired_bootstrap(measure: Callable[[np.ndarray], tuple[float, float]], num: int, seed: int = 0) -> Paired:
+def paired_bootstrap(measure: Callable[["np.ndarray"], tuple[float, float]], num: int, seed: int = 0) -> Paired:
     """Compare two scores of any kind by resampling the examples that both have.
 
     Args:
@@ -65,6 +67,8 @@ def paired_bootstrap(measure: Callable[[np.ndarray], tuple[float, float]], num: 
     Returns:
         The difference with its percentile interval of `RESAMPLES` resamples.
     """
+    import numpy as np
+
     draw = np.random.default_rng(seed)
     pairs = [measure(draw.integers(0, num, num)) for _ in range(RESAMPLES)]
     low, high = np.quantile([second - first for first, second in pairs], (0.025, 0.975))

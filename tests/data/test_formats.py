@@ -11,7 +11,7 @@ from lsr_scale.data.preview import preview
 from lsr_scale.data.tasks import TASKS, to_example
 from lsr_scale.data.tokenizer_setup import prepare_tokenizer
 from lsr_scale.errors import UserError
-from lsr_scale.scoring import encode_pairs
+from lsr_scale.scoring.scorer import encode_pairs
 from tests.data.test_tasks import HUB_ROWS
 from tests.helpers.smollm2 import beginning_marked, smollm2_tokenizer
 

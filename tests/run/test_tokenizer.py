@@ -34,7 +34,7 @@ from lsr_scale.model.tokenizer import (
 )
 from lsr_scale.run.generate import Sampling, complete
 from lsr_scale.run.load import load_run_model
-from lsr_scale.scoring import encode_pairs
+from lsr_scale.scoring.scorer import encode_pairs
 from lsr_scale.training import assembly
 from lsr_scale.training.run_data import read_data
 from tests.helpers.tiny_runs import byte_tokenizer, completions, do, save_llama, tiny_run, write_rows

@@ -12,8 +12,9 @@ from peft import LoraConfig, get_peft_model
 
 from lsr_scale.data.tasks import TASKS, Example, to_example
 from lsr_scale.errors import UserError
-from lsr_scale.scoring import encode_pairs, score, scorer
+from lsr_scale.scoring import scorer
 from lsr_scale.scoring.accuracy import Prediction, TaskScore, mcnemar
+from lsr_scale.scoring.scorer import encode_pairs, score
 from tests.conftest import tiny_llama
 from tests.data.test_tasks import HUB_ROWS
 from tests.helpers.smollm2 import beginning_marked, smollm2_tokenizer

@@ -4,9 +4,10 @@ import argparse
 import json
 import os
 from dataclasses import asdict
+from typing import Any
 
-from lsr_scale.commands.arguments import Parser, add_run_arguments, count, load_run, positive_number
-from lsr_scale.errors import UserError
+from lsr_scale.commands.arguments import Parser, add_run_arguments, count, load_run, positive_number, read_run
+from lsr_scale.errors import UserError, printable
 from lsr_scale.screen import Screen
 from lsr_scale.units import parse_count
 
@@ -69,17 +70,20 @@ def _propose(args: argparse.Namespace) -> int:
         raise UserError("--model and a configuration both name a model; give one of them")
     if args.model and args.set:
         raise UserError("--set: has no effect with --model, which brings no configuration; leave it out")
+    from lsr_scale.config import difference
     from lsr_scale.planning import budget
 
+    values: dict[str, Any] = {"model": {"name": args.model}, "data": {"train": ["rows.jsonl"]}}
     if args.model:
         result = budget.propose(args.model, num_parameters)
     else:
-        config = load_run(args)
+        config, written = read_run(args)
+        values = difference(config, written).values
         targets = config.adapter.options["target_modules"] or "all-linear"
         model = config.model
         result = budget.propose(model.name, num_parameters, targets, model.task, model.num_labels, model.revision)
     if args.json:
         print(result.to_json())
     else:
-        Screen().print(budget.render(result))
+        print(printable(budget.render(result, values)), end="")
     return 0

@@ -6,20 +6,19 @@ proposal says what of it was measured and what was extrapolated to another size.
 
 import json
 import math
-from collections.abc import Iterable
+import textwrap
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
-from rich.console import Group
-from rich.table import Table
-from rich.text import Text
 
 from lsr_scale import adapters
 from lsr_scale.adapters.factorize import balanced_split, divisor_for_block
 from lsr_scale.adapters.inject import inject
 from lsr_scale.adapters.methods.kron_lora import BLOCK_SIZE
 from lsr_scale.adapters.peft import in_out_features
+from lsr_scale.config.yaml_text import dump
 from lsr_scale.errors import UserError
 from lsr_scale.model import DTYPES, load_config, meta_model
 
@@ -62,6 +61,7 @@ class Budget:
     proposals: list[Proposal]
     reason: str
     notes: list[str] = field(default_factory=list)
+    targets: list[str] | str = "all-linear"
 
     def to_json(self) -> str:
         """Return it as a JSON document."""
@@ -112,7 +112,7 @@ def propose(
         )
         proposals = [lora, *ours]
     notes = [] if hidden <= 1024 else ["learning rates were measured on a model of hidden size 576 only; tune them"]
-    return Budget(model, budget, len(sizes), proposals, reason, notes)
+    return Budget(model, budget, len(sizes), proposals, reason, notes, targets)
 
 
 def _sizes(base: Any, targets: list[str] | str, task: str) -> Sizes:
@@ -212,24 +212,33 @@ def _lora(sizes: Sizes, budget: int, hidden: int) -> Proposal | None:
     return Proposal("lora", count, count / budget, options, _rate("lora", hidden), [], why)
 
 
-def render(budget: Budget) -> Group:
-    """Return the proposals for a person, to be printed by a rich console."""
-    title = f"{budget.budget:,} parameters on {budget.adapted_modules} modules of {budget.model}"
-    table = Table("method", title=title, title_justify="left")
-    for column in ("parameters", "of budget"):
-        table.add_column(column, justify="right")
-    for column in ("options", "learning rate", "why"):
-        table.add_column(column, overflow="fold")
-    for index, item in enumerate(budget.proposals):
-        options = ", ".join(f"{name} {value:g}" for name, value in item.options.items())
-        cells = (item.method, f"{item.parameters:,}", f"{100 * item.share:.0f} %", options, f"{item.learning_rate:g}")
-        table.add_row(*cells, item.why, style="bold" if index == 0 else "")
+def render(budget: Budget, values: Mapping[str, Any]) -> str:
+    """Return the proposals as a run's file with the proposed adapter in it; what is for a person are its comments.
+
+    Args:
+        budget: The proposals.
+        values: The other sections of that file.
+    """
     first = budget.proposals[0]
-    options = " ".join(f"--set adapter.{name}={value:g}" for name, value in first.options.items())
-    lines = [
-        Text(f"{first.method}, because {budget.reason}."),
-        *(Text(f"split {line}", style="dim") for item in budget.proposals for line in item.splits),
-        *(Text(f"note: {line}", style="yellow") for line in budget.notes),
-        Text(f"--set adapter.method={first.method} {options} --set training.learning_rate={first.learning_rate:g}"),
-    ]
-    return Group(table, *lines)
+    rows = [("method", "parameters", "of budget", "rate", "options")]
+    for item in budget.proposals:
+        options = ", ".join(f"{name} {value:g}" for name, value in item.options.items())
+        share = f"{100 * item.share:.0f} %"
+        rows.append((item.method, f"{item.parameters:,}", share, f"{item.learning_rate:g}", options))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    comments = [f"{budget.budget:,} parameters on {budget.adapted_modules} modules of {budget.model}", ""]
+    for method, parameters, share, rate, options in rows:
+        cells = (method.ljust(widths[0]), parameters.rjust(widths[1]), share.rjust(widths[2]), rate.rjust(widths[3]))
+        before = "  ".join((*cells, ""))
+        comments += textwrap.wrap(options, 78, initial_indent=before, subsequent_indent=" " * len(before))
+    comments += ["", *textwrap.wrap(f"{first.method}, because {budget.reason}.", 76)]
+    for note in budget.notes:
+        comments += textwrap.wrap(f"note: {note}", 76)
+    sections = {name: dict(section) for name, section in values.items()}
+    adapter = {"method": first.method, "target_modules": budget.targets, **first.options}
+    sections["adapter"] = adapter
+    sections["training"] = {**sections.get("training", {}), "learning_rate": first.learning_rate}
+    order = [name for name in ("model", "adapter", "data", "training") if name in sections]
+    ordered = {name: sections[name] for name in (*order, *(set(sections) - set(order)))}
+    text = "".join(f"# {line}".rstrip() + "\n" for line in comments)
+    return text + dump({name: section for name, section in ordered.items() if section}, short=True)

@@ -2,7 +2,6 @@
 
 import functools
 import json
-import re
 import statistics
 
 import pytest
@@ -13,7 +12,7 @@ from benchmarks.report import commonsense_tables
 from lsr_scale import UserError
 from lsr_scale.adapters import peft_config
 from lsr_scale.cli import main
-from lsr_scale.config import run_from_dict
+from lsr_scale.config import load_run
 from lsr_scale.model import DTYPES, load_config, meta_model
 from lsr_scale.planning.budget import propose
 from lsr_scale.units import parse_count
@@ -85,20 +84,35 @@ def test_a_budget_that_nothing_fits_says_what_would():
         propose(SMOLLM2, 5000)
 
 
-def test_the_command_prints_settings_that_a_run_takes(capsys):
-    assert main(["plan", "--budget", "260k", "--model", SMOLLM2]) == 0
-    page = capsys.readouterr().out
-    line = " ".join(page[page.index("--set adapter.method") :].split())
-    values = dict(re.findall(r"--set (\S+?)=(\S+)", line))
-    options = {key.removeprefix("adapter."): value for key, value in values.items() if key.startswith("adapter.")}
-    adapter = {"method": options.pop("method"), **{key: int(value) for key, value in options.items()}}
-    training = {"learning_rate": float(values["training.learning_rate"])}
-    run = run_from_dict(
-        {"model": {"name": SMOLLM2}, "adapter": adapter, "data": {"train": ["x"]}, "training": training}
-    )
-    assert run.adapter.options["rank"] == 4
+def test_the_command_prints_a_run_s_file_of_80_columns(tmp_path, capsys, monkeypatch):
+    for columns in ("80", "200"):  # the same, wherever it is read or piped to
+        monkeypatch.setenv("COLUMNS", columns)
+        assert main(["plan", "--budget", "260k", "--model", SMOLLM2]) == 0
+        page = capsys.readouterr().out
+        assert max(map(len, page.splitlines())) <= 80
+    (tmp_path / "run.yaml").write_text(page)
+    assert main(["config", str(tmp_path / "run.yaml")]) == 0
+    run = load_run(tmp_path / "run.yaml")
+    assert (run.model.name, run.adapter.method, run.adapter.options["rank"]) == (SMOLLM2, "lsr", 4)
+    capsys.readouterr()
     assert main(["plan", "--budget", "260k", "--model", SMOLLM2, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["proposals"][0]["parameters"] == 218_400
+    proposal = json.loads(capsys.readouterr().out)["proposals"][0]
+    assert proposal["parameters"] == 218_400
+    assert run.training["learning_rate"] == proposal["learning_rate"]
+    assert "218,400" in page
+
+
+def test_the_file_that_is_proposed_keeps_the_rest_of_the_configuration(tmp_path, capsys):
+    (tmp_path / "run.yaml").write_text(
+        f"model: {{name: {SMOLLM2}, quantization: none}}\nadapter: {{method: kron_lora, target_modules: [q_proj]}}\n"
+        "data: {train: [x]}\ntraining: {seed: 7, learning_rate: 1}\n"
+    )
+    assert main(["plan", str(tmp_path / "run.yaml"), "--budget", "100k"]) == 0
+    (tmp_path / "proposed.yaml").write_text(capsys.readouterr().out)
+    run = load_run(tmp_path / "proposed.yaml")
+    assert (run.model.quantization, run.training["seed"], run.data.train[0].path) == ("none", 7, "x")
+    assert (run.adapter.method, run.adapter.options["target_modules"]) == ("lora", ["q_proj"])
+    assert run.training["learning_rate"] == 2e-3
 
 
 def test_a_configuration_gives_model_and_targets(tmp_path, capsys):

@@ -25,7 +25,7 @@ from lsr_scale.commands import (
     report,
     train,
 )
-from lsr_scale.commands.arguments import Parser
+from lsr_scale.commands.arguments import HelpWithExamples, Parser
 from lsr_scale.screen import open_streams
 from lsr_scale.version import __version__
 
@@ -94,9 +94,11 @@ def parser() -> Parser:
     shared.add_argument("--debug", action="store_true", help="show tracebacks and the libraries' own messages")
     subparsers = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
-        command.add_arguments(
-            subparsers.add_parser(name, help=command.HELP, description=command.HELP, parents=[shared])
-        )
+        examples = "\n  ".join(("examples:", *getattr(command, "EXAMPLES", ())))
+        words = {"help": command.HELP, "description": command.HELP, "parents": [shared]}
+        if examples != "examples:":
+            words |= {"epilog": examples, "formatter_class": HelpWithExamples}
+        command.add_arguments(subparsers.add_parser(name, **words))
     return top
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -486,3 +487,18 @@ def test_memory_of_the_machine_that_is_out_is_said(monkeypatch, capsys, error):
     monkeypatch.setattr("lsr_scale.commands.config.run", out_of_memory)
     assert cli.main(["config", "x.yaml"]) == 2
     assert "this machine's memory (not the GPU's) ran out; lower training.per_device_train" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", [name for name, command in cli.COMMANDS.items() if hasattr(command, "EXAMPLES")])
+def test_the_examples_of_a_command_s_help_are_ones_that_it_takes(name, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        cli.parser().parse_args([name, "--help"])
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= 80
+    lines = [line.strip() for line in shown.partition("examples:\n")[2].splitlines()]
+    assert lines == list(cli.COMMANDS[name].EXAMPLES)
+    for line in lines:
+        program, *words = shlex.split(line.partition(" > ")[0])
+        assert program == "lsr-scale"
+        assert cli.parser().parse_args(words).command == name

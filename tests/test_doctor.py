@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import io
 import json
 import shutil
 import tomllib
@@ -201,3 +202,23 @@ def test_a_missing_embedded_model_is_a_note_with_its_command(monkeypatch):
     assert found["model smollm2-135m-instruct"].status == "note"
     assert found["model smollm2-135m-instruct"].found == "fetched on first use, 93.8 MiB"
     assert found["model smollm2-135m-instruct"].remedy == "beforehand: python -m lsr_scale.model"
+
+
+def test_a_report_is_a_screen_and_whole_when_asked():
+    versions = [Finding("versions", name, "1.2.3") for name in ("python", "torch", "peft", "numpy", "rich")]
+    others = [Finding("hardware", f"part {number}", "works " * 40) for number in range(12)]
+    bad = Finding("versions", "trl", "0.1", "bad", "install another " * 12)
+    report = Report([*versions, bad, *others])
+
+    def lines(whole):
+        console = Console(width=80, file=io.StringIO())
+        console.print(render(report, whole))
+        return console.file.getvalue().splitlines()  # pyright: ignore[reportAttributeAccessIssue]
+
+    short = lines(whole=False)
+    assert len(short) <= 24
+    assert max(map(len, short)) <= 80
+    assert "versions  python 1.2.3, torch 1.2.3, peft 1.2.3, and 2 more" in short[0]
+    assert " ".join(" ".join(short).split()).count("install another") == 12, "what is bad is told in full"
+    assert short[-1] == "1 known problem, see above; --all tells all in full"
+    assert sum("numpy" in line for line in lines(whole=True)) == 1

@@ -28,6 +28,13 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.format_usage()}{self.prog}: error: {one_screen(message)}\n")
 
 
+class HelpWithExamples(argparse.HelpFormatter):
+    """Wraps what is told in words, and leaves the lines of the examples as they are."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text if text.startswith("examples:") else super()._fill_text(text, width, indent)
+
+
 class _StoreOnce(argparse.Action):
     """Stores an option's value; argparse would let a second one replace the first without a word."""
 

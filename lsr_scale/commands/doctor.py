@@ -6,11 +6,16 @@ from lsr_scale.commands.arguments import Parser, add_run_arguments, load_run, na
 from lsr_scale.screen import Screen
 
 HELP = "Report versions, hardware, which fast paths are on, and known bad combinations."
+EXAMPLES = (
+    "lsr-scale doctor",
+    "lsr-scale doctor run.yaml --all",
+)
 
 
 def add_arguments(parser: Parser) -> None:
     """Add the command's options."""
     add_run_arguments(parser)
+    parser.add_argument("--all", action="store_true", help="every version, and every line in full")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -23,5 +28,5 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(report.to_json())
     else:
-        Screen().print(doctor.render(report))
+        Screen().print(doctor.render(report, whole=args.all))
     return report.exit_code

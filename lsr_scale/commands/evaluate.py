@@ -6,6 +6,10 @@ import json
 from lsr_scale.commands.arguments import BASE_HELP, Parser, count
 
 HELP = "Load a run's adapter onto its base again and score multiple-choice tasks, or a classifier's labelled rows."
+EXAMPLES = (
+    "lsr-scale eval runs/demo",
+    "lsr-scale eval runs/demo --tasks piqa winogrande --limit 100",
+)
 
 
 def add_arguments(parser: Parser) -> None:

@@ -7,6 +7,11 @@ from lsr_scale.paths import user_path
 from lsr_scale.screen import Progress
 
 HELP = "Write a trained adapter for other programs, and verify it."
+EXAMPLES = (
+    "lsr-scale export runs/demo --to lora --out lora",
+    "lsr-scale export runs/demo --to adapter --bits 4 --out small",
+    "lsr-scale export runs/demo --to merged --out model",
+)
 
 
 def add_arguments(parser: Parser) -> None:

@@ -5,6 +5,7 @@ import argparse
 from lsr_scale.commands.arguments import Parser, count
 
 HELP = "Add adapters of one base up, exactly, into one LoRA adapter."
+EXAMPLES = ("lsr-scale merge runs/a runs/b --weights 0.5 0.5 --out sum",)
 
 
 def add_arguments(parser: Parser) -> None:

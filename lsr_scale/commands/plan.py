@@ -12,6 +12,11 @@ from lsr_scale.screen import Screen
 from lsr_scale.units import parse_count
 
 HELP = "Tell parameters, bytes and memory of a run; needs no weights, network or GPU."
+EXAMPLES = (
+    "lsr-scale plan mistral_lsr --card-gib 24",
+    "lsr-scale plan run.yaml --set deepspeed.config=zero3 --gpus 4",
+    "lsr-scale plan --budget 4M --model mistralai/Mistral-7B-v0.1 > run.yaml",
+)
 
 
 def add_arguments(parser: Parser) -> None:

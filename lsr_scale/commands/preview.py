@@ -10,6 +10,10 @@ if TYPE_CHECKING:
     from lsr_scale.data.token_counts import TokenCounts
 
 HELP = "Show a few training samples as they are trained on, what of them is supervised, and their lengths."
+EXAMPLES = (
+    "lsr-scale preview run.yaml",
+    "lsr-scale preview mistral_lsr --samples 1",
+)
 SUPERVISED, CONTEXT, STYLE = "> ", "  ", "green"
 
 

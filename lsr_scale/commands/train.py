@@ -5,6 +5,11 @@ import argparse
 from lsr_scale.commands.arguments import Parser, add_run_arguments, load_run
 
 HELP = "Train a run: score, train, score again, save the adapter."
+EXAMPLES = (
+    "lsr-scale train mistral_lsr",
+    "lsr-scale train run.yaml --set training.learning_rate=1e-3",
+    "lsr-scale train run.yaml --resume auto",
+)
 
 
 def add_arguments(parser: Parser) -> None:

@@ -10,6 +10,9 @@ from rich.text import Text
 
 Status = Literal["ok", "note", "bad"]
 
+# what a screen has of the versions that are well
+_MAIN_VERSIONS = ("python", "torch", "transformers", "peft", "trl", "deepspeed", "bitsandbytes", "datasets")
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -46,19 +49,58 @@ class Report:
         return json.dumps({"ok": self.exit_code == 0, "findings": [asdict(f) for f in self.findings]}, indent=2)
 
 
-def render(report: Report) -> Group:
-    """Return the report for a person, to be printed by a rich console."""
-    colors = {"ok": "green", "note": "yellow", "bad": "bold red"}
+_COLORS = {"ok": "green", "note": "yellow", "bad": "bold red"}
+
+
+def render(report: Report, whole: bool = True) -> Group:
+    """Return the report for a person, to be printed by a rich console.
+
+    Args:
+        report: What was found.
+        whole: Every finding in full; else a screen: a line each, and the versions that are well in one.
+    """
+    bad = sum(finding.status == "bad" for finding in report.findings)
+    verdict = f"{bad} known problem{'s' if bad > 1 else ''}, see above" if bad else "nothing known to be bad"
+    if not whole:
+        verdict += "; --all tells all in full"
+    tables = _whole(report) if whole else [_screen(report)]
+    return Group(*tables, Text(verdict, style="bold red" if bad else "bold green"))
+
+
+def _whole(report: Report) -> list[Any]:
     tables: list[Any] = []
     for group in dict.fromkeys(finding.group for finding in report.findings):
         table = Table.grid(padding=(0, 2))
         for finding in report.findings:
             if finding.group == group:
-                text = Text(finding.found)
-                if finding.remedy:
-                    text.append(f"\n-> {finding.remedy}", style=colors[finding.status])
-                table.add_row(Text(finding.status, style=colors[finding.status]), finding.name, text)
+                _add(table, finding)
         tables += [Text(group, style="bold"), table, Text()]
-    bad = sum(finding.status == "bad" for finding in report.findings)
-    verdict = f"{bad} known problem{'s' if bad > 1 else ''}, see above" if bad else "nothing known to be bad"
-    return Group(*tables, Text(verdict, style="bold red" if bad else "bold green"))
+    return tables
+
+
+def _screen(report: Report) -> Table:
+    table = Table.grid(padding=(0, 2))
+    table.add_column()
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    well = [finding for finding in report.findings if finding.status == "ok"]
+    versions = {finding.name: finding.found for finding in well if finding.group == "versions"}
+    if shown := [f"{name} {versions[name]}" for name in _MAIN_VERSIONS if name in versions]:
+        rest = len(versions) - len(shown)
+        text = ", ".join(shown) + (f", and {rest} more" if rest else "")
+        table.add_row(Text("ok", style=_COLORS["ok"]), "versions", text)
+    for finding in report.findings:
+        if finding.status != "ok":
+            _add(table, finding)
+        elif finding.group != "versions":
+            line = Text(finding.found, no_wrap=True, overflow="ellipsis")
+            table.add_row(Text("ok", style=_COLORS["ok"]), finding.name, line)
+    return table
+
+
+def _add(table: Table, finding: Finding) -> None:
+    """Add a finding in full, what to do about it below."""
+    text = Text(finding.found)
+    if finding.remedy:
+        text.append(f"\n-> {finding.remedy}", style=_COLORS[finding.status])
+    table.add_row(Text(finding.status, style=_COLORS[finding.status]), finding.name, text)

@@ -124,8 +124,13 @@ def short_names(names: list[str]) -> dict[str, str]:
     return shortest
 
 
-def render(report: dict[str, Any]) -> Group:
-    """Return a report for a person, to be printed by a rich console: medians over the layers."""
+def render(report: dict[str, Any], whole: bool = True) -> Group:
+    """Return a report for a person, to be printed by a rich console: medians over the layers.
+
+    Args:
+        report: What is in the adapter.
+        whole: The table of the factors too; else the updates alone, a screen.
+    """
     size = report["bytes"]
     summary = Table.grid(padding=(0, 2))
     options = ", ".join(f"{name} {value}" for name, value in report["options"].items())
@@ -171,7 +176,7 @@ def render(report: dict[str, Any]) -> Group:
     notes = []
     if any(module["update"] is None for _, members in grouped.items() for _, module in members):
         notes.append(Text(f"updates of full rank and more than {MAX_DENSE_ELEMENTS:,} elements: no spectrum of theirs"))
-    return Group(summary, updates, factors, *notes)
+    return Group(summary, updates, *([factors] if whole else []), *notes)
 
 
 def _columns(spectra: list[dict[str, Any]], largest: bool = False) -> list[str]:

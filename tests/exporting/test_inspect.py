@@ -70,8 +70,12 @@ def test_a_table_a_picture_and_json(base_folder, tmp_path, capsys):  # noqa: F81
     adapter = saved(base_folder, tmp_path / "adapter", "kron_lora")
     assert main(["inspect", str(adapter)]) == 0
     shown = capsys.readouterr().out
-    for words in ("kron_lora (rank 4", "Updates", "right_down", "gate_proj", "32 bits a parameter"):
+    for words in ("kron_lora (rank 4", "Updates", "gate_proj", "32 bits a parameter", "factors  --all"):
         assert words in shown
+    assert "right_down" not in shown
+    assert len(shown.splitlines()) <= 24
+    assert main(["inspect", str(adapter), "--all"]) == 0
+    assert "right_down" in capsys.readouterr().out
     assert (adapter / "spectra.png").read_bytes().startswith(b"\x89PNG")
     export(adapter, "adapter", tmp_path / "small", bits=4, verify=False, say=lambda text: None)
     assert main(["inspect", str(tmp_path / "small"), "--json"]) == 0

@@ -1,0 +1,106 @@
+"""Rows of conversations as people have them: each is taken, or refused by file and line."""
+
+import json
+
+import pytest
+
+from lsr_scale.data.conversations import messages_of
+from lsr_scale.data.formats import build_dataset
+from lsr_scale.data.tokenizer_setup import row_check
+from lsr_scale.errors import UserError
+from tests.data.test_assistant_spans import CALL, FAMILIES, TOOLS, tokenizer_of
+from tests.helpers.tiny_runs import write_rows
+
+ASK = {"role": "user", "content": "Weather?"}
+ANSWER = {"role": "assistant", "content": "Sunny."}
+RESULT = {"role": "tool", "content": "sunny", "tool_call_id": "abcdefghi"}
+
+
+def read(folder, *rows, family="qwen2_5", assistant_only=True):
+    """Return the messages that the chat template is given, row by row."""
+    source = write_rows(folder / "rows.jsonl", list(rows))
+    dataset, kind = build_dataset([source], check=row_check(tokenizer_of(FAMILIES[family]), assistant_only))
+    assert kind in ("messages", "chat_prompt_completion")
+    return [messages_of(row)[0] for row in dataset]
+
+
+def test_tool_calls_keep_their_arguments_apart_whatever_form_they_have(tmp_path):
+    openai = [
+        {"id": "abcdefghi", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Paris"}'}}
+    ]
+    bare = [{"name": "rain", "arguments": {"days": 3}}]
+    first = {"role": "assistant", "content": None, "tool_calls": openai}
+    second = {"role": "assistant", "tool_calls": bare}
+    rows = [{"messages": [ASK, call, RESULT, ANSWER], "tools": TOOLS} for call in (first, second)]
+    one, two = read(tmp_path, *rows)
+    assert one == [ASK, {"role": "assistant", "content": "", "tool_calls": CALL}, RESULT, ANSWER]
+    assert two[1]["tool_calls"] == [{"type": "function", "function": {"name": "rain", "arguments": {"days": 3}}}]
+
+
+def test_parts_of_text_are_one_text(tmp_path):
+    parts = [{"type": "text", "text": "Weath"}, {"type": "text", "text": "er?"}]
+    assert read(tmp_path, {"messages": [{"role": "user", "content": parts}, ANSWER]}) == [[ASK, ANSWER]]
+
+
+def test_a_last_turn_of_the_user_two_in_a_row_and_an_empty_answer_are_taken(tmp_path):
+    for turns in ([ASK, ANSWER, ASK], [ASK, ASK, ANSWER], [ASK, {"role": "assistant", "content": ""}, ASK, ANSWER]):
+        assert read(tmp_path, {"messages": turns}) == [turns]
+
+
+@pytest.mark.parametrize(
+    ("turns", "more", "message"),
+    [
+        ([{"role": "user"}, ANSWER], {}, r"no content in messages\[0\]; write its text, an empty one"),
+        ([ASK, {"role": "assistant", "content": None}], {}, r"no content in messages\[1\]"),
+        ([{"role": "asistant", "content": "x"}], {}, r"unknown role 'asistant' in messages\[0\]; did you mean 'assis"),
+        ([{"role": "function", "content": "x"}, ANSWER], {}, r"unknown role 'function' in messages\[0\]"),
+        ([{"content": "x"}, ANSWER], {}, r"unknown role None in messages\[0\]"),
+        ([ASK, {"role": "assistant", "content": ""}], {}, "empty assistant turns"),
+        ([ASK], {}, "no assistant turn under 'messages'"),
+        ([{"role": "user", "content": [{"type": "image", "image": "a.png"}]}, ANSWER], {}, "got 'image': only texts"),
+        ([{"role": "user", "content": 3}, ANSWER], {}, r"expected a text as content of messages\[0\], got 3"),
+        ([{**ASK, "tool_calls": CALL}, ANSWER], {}, r"tool_calls in messages\[0\], whose role is user"),
+        ([ASK, {**ANSWER, "tool_calls": [{"function": {"name": ""}}]}], {}, r"messages\[1\]\.tool_calls\[0\]"),
+        (
+            [ASK, {**ANSWER, "tool_calls": [{"name": "f", "arguments": "{"}]}],
+            {},
+            "an object, or its JSON, as arguments",
+        ),
+        ([ASK, {**ANSWER, "weight": 1}], {}, r"expected a text under 'weight' in messages\[1\], got 1; remove it"),
+        ([ASK, ANSWER], {"tools": "no JSON"}, "expected a list of tools"),
+    ],
+)
+def test_what_cannot_be_taken_is_refused_by_line(tmp_path, turns, more, message):
+    with pytest.raises(UserError, match=rf"rows\.jsonl, line 2: .*{message}"):
+        read(tmp_path, {"messages": [ASK, ANSWER]}, {"messages": turns, **more})
+
+
+@pytest.mark.parametrize(
+    ("family", "turns", "message"),
+    [
+        ("gemma", [{"role": "system", "content": "s"}, ASK, ANSWER], "System role not supported"),
+        ("gemma", [ASK, ASK, ANSWER], "roles must alternate"),
+        ("mistral_v02", [ASK, ANSWER, RESULT, ANSWER], "roles must alternate"),
+        (
+            "mistral_v03",
+            [{"role": "system", "content": "s"}, ASK, ANSWER],
+            "does not write message 1, of role system; put its",
+        ),
+        ("mistral_v03", [ASK, {**ANSWER, "tool_calls": [{"name": "f"}]}], "Tool call IDs should be"),
+        ("llama3", [ASK, {**ANSWER, "tool_calls": CALL}, RESULT, ANSWER], "does not write the tool calls of message 2"),
+        ("phi3", [ASK, ANSWER, RESULT, ANSWER], "does not write message 3, of role tool"),
+    ],
+)
+@pytest.mark.parametrize("assistant_only", [True, False])
+def test_what_a_template_does_not_write_is_refused_by_line(tmp_path, family, turns, message, assistant_only):
+    with pytest.raises(UserError, match=rf"rows\.jsonl, line 2: .*{message}"):
+        read(tmp_path, {"messages": [ASK, ANSWER]}, {"messages": turns}, family=family, assistant_only=assistant_only)
+    if "of role system" in message:  # as it says: in front of the first user's
+        read(tmp_path, {"messages": [{"role": "user", "content": "s\n\nWeather?"}, ANSWER]}, family=family)
+
+
+def test_tools_that_a_template_does_not_write_are_refused(tmp_path):
+    row = {"messages": [ASK, ANSWER], "tools": json.dumps(TOOLS)}
+    assert read(tmp_path, row) == [[ASK, ANSWER]]
+    with pytest.raises(UserError, match=r"line 1: the chat template does not write 'tools'; take a model"):
+        read(tmp_path, row, family="llama3")

@@ -2,6 +2,7 @@
 
 import json
 from itertools import chain
+from pathlib import Path
 
 import pytest
 from datasets import Dataset
@@ -49,7 +50,7 @@ def chat_run(folder, rows=None, **sections):
 def built(run):
     """Return a run's trainer and what was said of it."""
     said = []
-    return assembly.build_trainer(run, RunFolder(run.training["output_dir"]), say=said.append), said
+    return assembly.build_trainer(run, RunFolder(Path(run.training["output_dir"])), say=said.append), said
 
 
 def learned(trainer):

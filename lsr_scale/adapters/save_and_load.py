@@ -149,11 +149,17 @@ def check_base_of(folder: Path, base: Any) -> list[str]:
     """Return how a base differs from the one in the `base.json` beside an adapter, in ways that a user should know.
 
     Raises:
-        UserError: if its layers have other shapes.
+        UserError: if its layers have other shapes, or a classifier's labels have other names or another order.
     """
     described = read_base(folder)
     if described is None:
         return [f"there is no {BASE_NAME} beside the adapter, so its base model could not be checked"]
+    labels, now = described.get("labels"), label_names(base.config)
+    if labels and now and labels != now:
+        raise UserError(
+            f"{folder}: was trained on the labels {', '.join(map(str, labels))[:200]} in this order, and these are "
+            f"{', '.join(now)[:200]}; set model.labels to its own"
+        )
     return check_base(described, base, str(folder))
 
 

@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
         console.print(Text.assemble("What is supervised is ", (f"behind {SUPERVISED}", STYLE), "and green."))
     for index, sample in enumerate(shown.samples):
         supervised = sum(token.supervised for token in sample)
-        label = "" if shown.labels is None else f", label {shown.labels[index]}"
+        label = "" if shown.labels is None else f", label {data.labels.name(shown.labels[index])}"
         console.print(
             Text.assemble("\n", (f"{index + 1}", "bold"), f"  {len(sample)} tokens, {supervised} supervised{label}")
         )

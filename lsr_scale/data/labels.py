@@ -86,6 +86,10 @@ class Labels:
         whose = "is none of model.labels" if self.fixed else "is none of data.train's"
         raise RowError(f"the label {quoted(label)} {whose}; {known}; correct it, or list all labels in model.labels")
 
+    def name(self, label: float) -> str:
+        """Return the name of the class of that number, or a score as it is."""
+        return self.names[int(label)] if self.names else f"{label:g}"
+
     def describe(self) -> str:
         """Return them in a line, each class with its number of training rows where they were counted."""
         if not self.names:

@@ -11,7 +11,7 @@ H200 (tests/planning/test_planner.py) the totals are within 5 %; ZeRO-3 on sever
 """
 
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -23,6 +23,7 @@ from lsr_scale.adapters.peft import AdapterLinear, in_out_features
 from lsr_scale.config import RunConfig
 from lsr_scale.config.deepspeed import SHIPPED
 from lsr_scale.config.training import checkpoints_layers
+from lsr_scale.data.model_limits import num_positions
 from lsr_scale.fused import fuse
 from lsr_scale.fused.fallback import DECODER_LAYERS
 from lsr_scale.model import DTYPES, check_quantization, load_config, meta_model
@@ -98,6 +99,9 @@ def plan(run: RunConfig, gpus: int = 1, trace: bool = True) -> Plan:
         check_quantization(config, section.quantization, section.name)
     batch = _batch(run, getattr(text, "sliding_window", None))
     base: Any = _skeleton(run, config, batch.masked)
+    positions = num_positions(base)
+    if positions is not None and batch.length > positions:  # longer rows are refused when the run begins
+        batch = replace(batch, length=positions)
     quantized = quantized_layers(base) if section.quantization != "none" else []
     frozen = frozen_bytes(base, quantized, section.quantization, section.double_quantization)
     base_parameters = sum(parameter.numel() for parameter in base.parameters())

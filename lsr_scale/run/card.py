@@ -43,7 +43,7 @@ def write_run_card(folder: RunFolder, run: RunConfig, results: dict[str, Any]) -
 
 def accuracy_lines(results: dict[str, Any]) -> list[str]:
     """Return the lines of a table of the accuracies before and after training, none without questions."""
-    accuracy = results.get("accuracy") or {}
+    accuracy = {**(results.get("accuracy") or {}), **_of_classes(results)}
     if not accuracy:
         return []
     lines = ["Accuracy before and after training, by the run that made it:", "", "| task | before | after | n |"]
@@ -53,6 +53,12 @@ def accuracy_lines(results: dict[str, Any]) -> list[str]:
         number = next((m["num_examples"] for m in moments.values() if "num_examples" in m), "")
         lines.append(f"| {cell(task)} | {cells[0]} | {cells[1]} | {number} |")
     return [*lines, ""]
+
+
+def _of_classes(results: dict[str, Any]) -> dict[str, Any]:
+    """Return a classifier's scores by its held-out rows, none of a regression, which has no accuracy."""
+    found = results.get("classification") or {}
+    return {name: moments for name, moments in found.items() if all("accuracy" in m for m in moments.values())}
 
 
 def data_names(run: RunConfig) -> str:

@@ -18,7 +18,7 @@ from lsr_scale.run.confusion import draw_confusion
 from lsr_scale.run.folder import RunFolder
 from lsr_scale.scoring import classification
 from tests.helpers.launch import launch
-from tests.helpers.tiny_runs import TOOLS, do, results, save_llama, tiny_run, write_rows
+from tests.helpers.tiny_runs import TOOLS, do, results, save_classifier, save_llama, tiny_run, write_rows
 
 NAMES = ["garden", "kitchen", "workshop"]
 PLACES = ["kitchen", "kitchen", "workshop", "workshop", "workshop", "kitchen", "garden", "kitchen", "kitchen", "garden"]
@@ -110,6 +110,20 @@ def test_plan_counts_the_head_of_the_labels_that_it_finds(done, capsys):
     file.write_text(dump_yaml(run))
     assert cli.main(["plan", str(file), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["trainable_parameters"] == results(done)["trainable_parameters"]
+
+
+def test_plan_of_an_encoder_counts_as_many_tokens_as_it_has_positions(tmp_path, capfd):
+    save_classifier(tmp_path / "bert", "bert")
+    rows = write_rows(tmp_path / "rows.jsonl", ROWS)
+    (tmp_path / "run.yaml").write_text(
+        f"model: {{name: {tmp_path / 'bert'}, task: seq_cls, quantization: none}}\n"
+        f"adapter: {{method: lora, target_modules: [query]}}\ndata: {{train: ['{rows}']}}\n"
+    )
+    assert cli.main(["plan", str(tmp_path / "run.yaml"), "--json"]) == 0
+    said = capfd.readouterr()
+    plan = json.loads(said.out)
+    assert (plan["traced"], plan["tokens_per_gpu"]) == (True, 8 * 64), "training.max_length is 512 by default"
+    assert "Traceback" not in said.err
 
 
 def test_a_run_that_resumes_keeps_its_labels_and_what_it_was_before(done, tmp_path):

@@ -121,6 +121,9 @@ def test_a_classifier_takes_its_head_along(tmp_path):
     found = [load_file(folder.adapter / "adapter_model.safetensors") for folder in (first, second)]
     assert any("classifier" in name for name in found[0])
     assert same(*found)
+    turned = {"model": {"task": "seq_cls", "labels": ["1", "0"], "quantization": "none"}}
+    with pytest.raises(UserError, match=r"was trained on the labels 0, 1 in this order, and these are 1, 0; set model"):
+        started(tmp_path, first.path, "turned", adapter=adapter, **turned)
 
 
 @pytest.mark.parametrize(

@@ -170,7 +170,7 @@ def _log_levels(path: Path) -> list[str]:
     """Return the names of transformers' log levels, the choices of two fields."""
     for node in _parse(path).body:
         if isinstance(node, ast.Assign) and _targets(node) == ["log_levels"] and isinstance(node.value, ast.Dict):
-            return [key.value for key in node.value.keys if isinstance(key, ast.Constant)]
+            return [str(key.value) for key in node.value.keys if isinstance(key, ast.Constant)]
     raise UnreadableError(f"{path}: there is no table log_levels")
 
 

@@ -282,7 +282,8 @@ def training_model(task: Task) -> type[TrainingFields]:
         fields[new] = (kind, Field(default=None, description=f"The name of {old} from transformers 5.23 on."))
     if task == "causal_lm":
         text = "Supervise what the assistant says, its end tokens included, and no other turn. null: in conversations."
-        fields["assistant_only_loss"] = (Flag | None, Field(default=None, description=text))
+        kind = Flag | None  # pyright: ignore[reportOperatorIssue]
+        fields["assistant_only_loss"] = (kind, Field(default=None, description=text))
     else:
         text = "Longest sequence in tokens; longer ones are truncated."
         fields["max_length"] = _field("max_length", int | None, defaults["max_length"], text)

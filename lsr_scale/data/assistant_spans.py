@@ -195,7 +195,7 @@ class AssistantSpans:
                 "the chat template's {% generation %} marks nothing of this conversation; put it around the "
                 "assistant's text and end token"
             )
-        return texts[0], list(spans[0])
+        return texts[0], [(start, end) for start, end in spans[0]]
 
     def _render(self, messages: Sequence[Message], tools: list[Any] | None, **options: Any) -> str:
         return render(self.tokenizer, messages, tools, **options)

@@ -297,7 +297,7 @@ def in_float32(model: Any) -> Any:
     """
     freeze_quantized(model)
     torch.nn.Module.float(model)  # Transformers refuses it on a quantized model, whose codes it leaves alone
-    quantized = {
+    quantized: dict[str, Any] = {
         name: module
         for name, module in model.named_modules()
         if isinstance(module, bnb.nn.Linear4bit | bnb.nn.Linear8bitLt)

@@ -119,7 +119,7 @@ def _kind_of(fitting: Sequence[Sequence[str]]) -> Kind:
 
 def _format(formats: Sequence[str], kind: Kind) -> str:
     wanted = {"classify": "classification", "commonsense": "multiple_choice"}.get(kind)
-    return wanted if wanted in formats else ", ".join(formats)
+    return wanted if wanted is not None and wanted in formats else ", ".join(formats)
 
 
 def _columns(rows: Rows) -> str:

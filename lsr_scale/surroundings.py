@@ -45,7 +45,9 @@ def as_found(quiet: bool = False) -> Iterator[None]:
             for keep in (_environment, _logging, _signals, _plots):
                 kept.enter_context(keep())
             kept.enter_context(warnings.catch_warnings())
-            warnings.simplefilter("ignore")
+            for category in (FutureWarning, DeprecationWarning):
+                warnings.filterwarnings("ignore", category=category)
+            warnings.filterwarnings("ignore", message="Glyph .* missing from")  # of a title that a picture cannot show
             if quiet:
                 kept.enter_context(contextlib.redirect_stdout(io.StringIO()))
                 kept.enter_context(contextlib.redirect_stderr(io.StringIO()))

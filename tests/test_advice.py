@@ -368,6 +368,16 @@ def test_a_folder_that_holds_a_run(place, done, tmp_path, capfd):
             "leave it out, or set model.chat_template",
             ["generate", "{run}", "--prompt", "a knife"],
         ),
+        (
+            ["generate", "{run}", "--prompt", "a knife", "--temperature", "0", "--seed", "1"],
+            "leave one of them out",
+            ["generate", "{run}", "--prompt", "a knife", "--max-new-tokens", "3", "--seed", "1"],
+        ),
+        (
+            ["generate", "{run}", "--prompt", "a knife", "--chat", "--raw"],
+            "contradict each other; keep one",
+            ["generate", "{run}", "--prompt", "a knife", "--max-new-tokens", "3", "--raw"],
+        ),
         (["generate", "{run}", "--prompt", ""], "expected some text", ["generate", "{run}", "--prompt", "a knife"]),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",

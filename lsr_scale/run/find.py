@@ -14,6 +14,12 @@ def find_run(path: str | Path) -> Path:
     """
     folder = user_path(path)
     if not (folder / "config.yaml").is_file():
+        if (folder / "adapter_config.json").is_file():
+            parent = folder.resolve().parent
+            instead = (
+                f"name the run's: {parent}" if (parent / "config.yaml").is_file() else "no run's folder is around it"
+            )
+            raise UserError(f"{path}: an adapter's folder, where a run's is expected; {instead}")
         runs = sorted(p.parent.name for p in Path("runs").glob("*/config.yaml"))
         known = f"; runs here: {', '.join(f'runs/{name}' for name in runs[:8])}" if runs else ""
         raise UserError(f"{path}: not a run folder (there is no config.yaml in it){known}")

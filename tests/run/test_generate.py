@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pty
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import torch
 from lsr_scale import cli
 from lsr_scale.config import dump_yaml
 from lsr_scale.errors import UserError, printable
-from lsr_scale.layers.frozen_linear import FrozenLinear4bit
+from lsr_scale.layers.frozen_linear import FrozenLinear4bit, dequantize_all, dequantized_bytes
 from lsr_scale.model import load_base
 from lsr_scale.run import generator as generators
 from lsr_scale.run.chat import Chat, converse
@@ -150,6 +151,13 @@ def test_nonsense_is_refused_before_a_model_is_loaded(place, call, unloaded, wor
     status, out, err = call(place / "text", *words)
     assert (status, out) == (2, "")
     assert said in err
+
+
+def test_an_adapters_folder_is_told_from_a_runs(place, call, unloaded, tmp_path):
+    _, _, err = call(place / "text" / "adapter", "--prompt", "a")
+    assert f"an adapter's folder, where a run's is expected; name the run's: {place / 'text'}" in err
+    alone = shutil.copytree(place / "text" / "adapter", tmp_path / "alone")
+    assert "no run's folder is around it" in call(alone, "--prompt", "a")[2]
 
 
 def test_a_rows_mistake_is_named_by_its_line_before_a_model_is_loaded(place, call, unloaded, tmp_path):
@@ -412,6 +420,20 @@ def test_a_prompt_longer_than_the_model_states_is_taken_where_the_run_trained_on
 def test_rows_with_an_answer_lose_it(tmp_path):
     file = write_rows(tmp_path / "rows.jsonl", TALK[:1])
     assert read_prompts(file) == [(f"{file}, line 1", TALK[0]["messages"][:1])]
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4", "int8"])
+def test_a_dequantized_base_is_the_quantized_one_bit_for_bit(place, kind):
+    ids = torch.arange(5, 25)[None]
+    model = load_base(str(place / "model"), quantization=kind, device=torch.device("cpu"))
+    with torch.no_grad():
+        quantized = model(ids).logits
+        size = dequantized_bytes(model)
+        dequantize_all(model)
+        assert torch.equal(model(ids).logits, quantized)
+    held = [m.weight for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and name != "lm_head"]
+    assert size == sum(weight.numel() * weight.element_size() for weight in held)
+    assert dequantized_bytes(model) == 0
 
 
 def test_a_model_in_memory_answers(place):

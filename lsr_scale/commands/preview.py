@@ -30,6 +30,7 @@ def run(args: argparse.Namespace) -> int:
     from rich.text import Text
 
     from lsr_scale.data.formats import KIND_MEANING
+    from lsr_scale.data.labels import Labels
     from lsr_scale.data.preview import preview, runs
     from lsr_scale.training.assembly import check_run_fits, read_data
 
@@ -41,9 +42,10 @@ def run(args: argparse.Namespace) -> int:
     console.print(f"{len(data.train):,} rows, {data.kind}: {KIND_MEANING[data.kind]}")
     if shown.labels is None:
         console.print(Text.assemble("What is supervised is ", (f"behind {SUPERVISED}", STYLE), "and green."))
+    names = data.labels or Labels(())
     for index, sample in enumerate(shown.samples):
         supervised = sum(token.supervised for token in sample)
-        label = "" if shown.labels is None else f", label {data.labels.name(shown.labels[index])}"
+        label = "" if shown.labels is None else f", label {names.name(shown.labels[index])}"
         console.print(
             Text.assemble("\n", (f"{index + 1}", "bold"), f"  {len(sample)} tokens, {supervised} supervised{label}")
         )

@@ -44,7 +44,7 @@ def silent(text):
 
 def answers(folder, **options):
     """Return what transformers' own pipeline says of each text: its label, and every probability."""
-    said = pipeline("text-classification", str(folder), device="cpu", top_k=None, **options)(list(TOOLS))
+    said: Any = pipeline("text-classification", str(folder), device="cpu", top_k=None, **options)(list(TOOLS))
     return [(row[0]["label"], {one["label"]: one["score"] for one in row}) for row in said]
 
 
@@ -100,9 +100,9 @@ def test_an_adapter_brings_its_head_and_names(trained, tmp_path, to, bits):
 
 def test_gguf_is_refused_and_the_advice_works(trained, tmp_path):
     _, run = trained
-    for options in ({}, {"merged": True}):
+    for merged in (False, True):
         with pytest.raises(UserError, match=r"llama\.cpp runs no classifiers; use --to merged, lora or adapter"):
-            export(run, "gguf", tmp_path / "out", say=silent, **options)
+            export(run, "gguf", tmp_path / "out", say=silent, merged=merged)
     assert not (tmp_path / "out").exists()
 
 

@@ -208,3 +208,12 @@ def test_the_loss_is_torchs():
         assert classification.loss(outputs, labels, smoothing) == pytest.approx(float(expected), rel=1e-12)
     scores = draw.normal(size=20)
     assert classification.loss(outputs[:, :1], scores) == pytest.approx(np.mean((outputs[:, 0] - scores) ** 2))
+
+
+def test_preview_names_the_labels(tmp_path, capsys):
+    run = run_in(tmp_path)
+    (tmp_path / "run.yaml").write_text(dump_yaml(run))
+    assert cli.main(["preview", str(tmp_path / "run.yaml")]) == 0
+    said = capsys.readouterr().out
+    assert "label kitchen" in said
+    assert "labels: 3 classes: garden (2), kitchen (5), workshop (3)" in said

@@ -142,8 +142,8 @@ def test_preview_shows_tokens_and_what_is_supervised(call, place):
     status, out, err = call("preview", place / "run.yaml", "--samples", 2)
     assert status == 0, err
     assert "12 rows, prompt_completion: raw text, loss on the completion" in out
-    assert "supervised: ' cuts bread</s>'" in out
-    assert out.count("supervised: ") == 2
+    assert "\n  a knife\n>  cuts bread</s>\n" in out
+    assert out.count("</s>\n") == 2
 
 
 def test_plan_tells_parameters_as_words_and_as_json(call, place):

@@ -108,7 +108,7 @@ def data_cells(place: Path, chance: random.Random) -> Case:
         else f'\ufeffprompt,completion\r\n"q","{cell}"\r\n'
     )
     (place / "odd.csv").write_text(text, encoding="utf-8")
-    return _preview("odd.csv", expect="answered", says=(f"supervised: '{cell}</s>'", f'supervised: "{cell}</s>"'))
+    return _preview("odd.csv", expect="answered", says=(f"> {cell}</s>",))
 
 
 @shape(6)

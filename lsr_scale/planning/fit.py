@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from lsr_scale.config import RunConfig
 from lsr_scale.fused.memory import MARGIN
 from lsr_scale.planning.planner import Plan, plan
-from lsr_scale.planning.stages import Memory
+from lsr_scale.planning.stages import CUDA_GIB, Memory
 
-CUDA_GIB = 0.5  # what nvidia-smi shows above what torch's allocator counts, as in the planner's docstring
 MAX_GPUS, SHORT_LENGTH = 8, 512  # the most GPUs that are tried, and a shorter max_length
 
 

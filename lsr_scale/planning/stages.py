@@ -9,6 +9,7 @@ from lsr_scale.planning.memory import StepMemory
 from lsr_scale.planning.sizes import FrozenBytes
 
 GIB = 2**30
+CUDA_GIB = 0.5  # what nvidia-smi shows above what torch's allocator counts, as in the planner's docstring
 # PyTorch's own cuBLAS workspace on a GPU of compute capability 9.0 (CUBLAS_WORKSPACE_CONFIG :4096:8).
 CUBLAS_WORKSPACE = 32 * 2**20
 

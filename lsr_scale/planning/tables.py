@@ -6,7 +6,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lsr_scale.planning.planner import Plan
-from lsr_scale.planning.stages import Memory
+from lsr_scale.planning.stages import CUDA_GIB, Memory
 from lsr_scale.units import byte_size
 
 
@@ -18,30 +18,31 @@ def render(plan: Plan) -> Group:
 
     facts = Table.grid(padding=(0, 2))
     for name, text in (
-        ("base", f"{plan.model} ({plan.architecture}), {plan.base_parameters:,} parameters, {plan.quantization}"),
+        ("base", f"{plan.model}, {plan.quantization}"),
+        ("parameters", f"{plan.base_parameters:,} ({plan.architecture})"),
         ("frozen bytes", f"{plan.frozen_bytes:,} ({byte_size(plan.frozen_bytes)}), exact"),
         ("adapter", f"{plan.method} on {plan.adapted_modules} modules"),
         ("trainable", f"{plan.trainable_parameters:,} parameters"),
         (
             "of LoRA",
             f"{percent(plan.share_of_lora8)} of rank 8 ({plan.lora8_parameters:,}), "
-            f"{percent(plan.share_of_lora16)} of rank 16, at the same modules",
+            f"{percent(plan.share_of_lora16)} of rank 16",
         ),
         ("layers", "fused, as on a GPU" if plan.fused else "each linear by itself"),
         ("adapter file", f"{plan.adapter_bytes:,} bytes ({byte_size(plan.adapter_bytes)})"),
     ):
         facts.add_row(Text(name, style="bold"), text)
 
-    # broken so that 80 columns hold the table
+    # so short that 80 columns hold the table
     columns = {
-        **{"weights": "weights", "gradients": "gradi-\nents", "optimizer": "opti-\nmizer"},
-        **{"activations": "activa-\ntions", "workspace": "work-\nspace", "total": "total", "loading": "loading"},
+        **{"weights": "weights", "gradients": "grads", "optimizer": "optim", "activations": "activ"},
+        **{"workspace": "work", "total": "total", "loading": "loading"},
     }
     title = f"GiB on one of {plan.gpus} GPUs" if plan.gpus > 1 else "GiB on one GPU"
     table = Table(title=f"{title}, {plan.tokens_per_gpu:,} tokens at once", title_justify="left", box=box.SIMPLE_HEAD)
     table.padding, table.pad_edge, table.show_edge = (0, 1, 0, 0), False, False
     table.add_column("stage", no_wrap=True)
-    table.add_column("check-\npointing")
+    table.add_column("recompute", no_wrap=True)
     for heading in columns.values():
         table.add_column(heading, justify="right", no_wrap=True)
 
@@ -57,12 +58,14 @@ def render(plan: Plan) -> Group:
         add(row.stage, "on" if row.checkpointing else "off", row.memory_gib)
     first = {row.checkpointing: row.memory_gib for row in plan.table[:2]}
     thousand = {on: (m.activations + m.workspace) * 1000 / plan.tokens_per_gpu for on, m in first.items()}
-    note = Text(
-        "weights (but for zero3), gradients and optimizer are exact; activations and workspace are estimates for rows "
-        f"of full max_length, about {thousand[True]:.2f} GiB per thousand tokens with checkpointing, "
-        f"{thousand[False]:.2f} without. nvidia-smi shows about 0.5 GiB more, for CUDA itself.",
-        style="dim",
+    lines = (
+        "recompute: layers are checkpointed, their activations computed again",
+        "weights (but for zero3), grads and optim are exact",
+        "activ and work: activations and workspace, estimated at full max_length,",
+        f"  per 1,000 tokens {thousand[True]:.2f} GiB with checkpointing, {thousand[False]:.2f} without",
+        f"nvidia-smi shows about {CUDA_GIB} GiB more, for CUDA itself",
     )
+    note = Text("\n".join(lines), style="dim")
     warned = [Text(f"warning: {line}", style="yellow") for line in plan.warnings]
     return Group(facts, Text(), table, note, *([_sum(plan)] if plan.gpus > 1 else []), *warned)
 

@@ -167,11 +167,12 @@ def _convert(name: str, folder: Path) -> None:
         raise UserError(f"model {name!r}: reading its file takes the package gguf; run: pip install gguf")
     if shutil.disk_usage(folder.parent).free < NEEDED_BYTES:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    gguf = gguf_file(name)  # fetched first, where it is not here
     logger.warning("converting %s into %s: once, about 20 s", name, folder)
     temporary = files.temporary_path(folder)
     try:
         temporary.mkdir()
-        _write(gguf_file(name), find(name), temporary)
+        _write(gguf, find(name), temporary)
         temporary.rename(folder)
     except OSError:
         # a process on another machine, which no lock reaches, may have won a shared folder

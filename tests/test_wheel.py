@@ -96,7 +96,17 @@ def test_the_sdist_has_every_file_of_the_checkout(sdist):
 
 
 def test_the_tests_run_in_the_unpacked_sdist(sdist):
-    words = ["-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", "tests/test_layout.py", "tests/config/test_shipped.py"]
+    words = [
+        "-m",
+        "pytest",
+        "-q",
+        "-n",
+        "0",
+        "-p",
+        "no:cacheprovider",
+        "tests/test_layout.py",
+        "tests/config/test_shipped.py",
+    ]
     said = run(sys.executable, *words, cwd=sdist, PYTHONPATH=str(sdist))
     assert " passed" in said
 

@@ -10,6 +10,10 @@ from lsr_scale.errors import UserError, did_you_mean, printable
 from lsr_scale.paths import user_path
 
 HELP = "Write the commented YAML of a run on your model and data."
+EXAMPLES = (
+    "lsr-scale init --data my_chat.jsonl --model mistralai/Mistral-7B-Instruct-v0.3",
+    "lsr-scale init classify --data reviews.csv --method lsr --out reviews.yaml",
+)
 _MODEL, _METHOD = "builtin:smollm2-135m-instruct", "lora"
 _BUILTIN_DATA = {"chat": "builtin:chat", "commonsense": "builtin:commonsense"}
 

@@ -132,7 +132,7 @@ def alter(file):
 def test_a_checkpoint_is_few_files_unsharded_by_parameter_name(undisturbed):
     folder = undisturbed.path / "checkpoint-4"
     assert {path.name for path in folder.iterdir()} == {
-        *("adapter_config.json", "adapter_model.safetensors", "base.json", "manifest.json"),
+        *("adapter_config.json", "adapter_model.safetensors", "base.json", "manifest.json", "README.md"),
         *("trainer_state.json", "training_state.json", "training_state.safetensors"),
     }
     state = load_file(folder / "training_state.safetensors")

@@ -19,7 +19,7 @@ from lsr_scale.training.steps.nonfinite import check_finite, diverged
 from lsr_scale.units import byte_size, clock
 
 _SHOWN_EVERY_S = 0.1  # on a terminal
-_SHORTEST_BAR = 5
+_SHORTEST_BAR = 4
 
 
 class Progress(TrainerCallback):
@@ -159,7 +159,7 @@ class Progress(TrainerCallback):
     def _show_live(self, state: TrainerState, now: float) -> None:
         """Show how far it is, with what the last logging step measured; a bar fills what the line leaves free."""
         self.last_shown = now
-        line = "  ".join(self._parts(state, now))
+        line = "  ".join(self._parts(state, now)).replace(" tokens/s", " tok/s").replace(" %", "%")
         growth = len(str(state.max_steps)) - len(str(state.global_step))  # or the bar would jump
         size = min(30, terminal_width() - 1 - len(line) - growth - len("[] "))
         if size < _SHORTEST_BAR:
@@ -179,7 +179,7 @@ class Progress(TrainerCallback):
             parts.append(f"MFU {100 * row['mfu']:.0f} %")
         if "memory_gib" in row:
             parts.append(byte_size(row["memory_gib"] * 2**30))
-        left = (now - self.started) / max(1, done) * (state.max_steps - state.global_step)
+        left = (now - self.started) / max(1, done) * max(0, state.max_steps - state.global_step)
         return [*parts, f"{clock(left)} left"]
 
 

@@ -190,12 +190,13 @@ class AssistantSpans:
                 )
         except Exception as error:  # a template is a program, and may raise anything
             raise RowError(f"the chat template fails on this conversation ({str(error)[:200]})") from error
-        if not any(start < end for start, end in spans[0]):
+        marked: Any = spans[0]  # pairs of offsets, whatever its annotation says
+        if not any(start < end for start, end in marked):
             raise RowError(
                 "the chat template's {% generation %} marks nothing of this conversation; put it around the "
                 "assistant's text and end token"
             )
-        return texts[0], [(start, end) for start, end in spans[0]]
+        return texts[0], list(marked)
 
     def _render(self, messages: Sequence[Message], tools: list[Any] | None, **options: Any) -> str:
         return render(self.tokenizer, messages, tools, **options)

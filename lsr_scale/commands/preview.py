@@ -45,13 +45,7 @@ def run(args: argparse.Namespace) -> int:
     names = data.labels or Labels(())
     for index, sample in enumerate(shown.samples):
         supervised = sum(token.supervised for token in sample)
-<<<<<<< HEAD
         label = "" if shown.labels is None else f", label {names.name(shown.labels[index])}"
-=======
-        label = ""
-        if shown.labels is not None and data.labels is not None:
-            label = f", label {data.labels.name(shown.labels[index])}"
->>>>>>> 0d2270b ([types] pyright is clean)
         console.print(
             Text.assemble("\n", (f"{index + 1}", "bold"), f"  {len(sample)} tokens, {supervised} supervised{label}")
         )

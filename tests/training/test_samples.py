@@ -63,6 +63,17 @@ def test_they_are_taken_before_training_at_each_evaluation_and_after(sampled):
         assert found == PROMPTS
 
 
+def test_an_evaluation_before_the_first_step_does_not_repeat_those_from_before_training(place, tmp_path, capsys):
+    folder = train(sampling(place, tmp_path, training={"eval_on_start": True, "learning_rate": 0.0}))
+    assert moments(folder) == ALL
+    # the same again is said in a line; the file has it whole
+    shown_lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("samples ")]
+    assert shown_lines[0] == "samples before training:"
+    assert shown_lines[1:] == [f"samples at step {step}: the same" for step in (2, 4, 6)] + [
+        "samples after training: the same"
+    ]
+
+
 def test_they_are_what_the_saved_adapter_and_the_bare_base_generate(sampled):
     for moment, base_only in (("after", False), ("before", True)):
         model, tokenizer, _ = load_run_model(sampled.path, base_only)
@@ -285,5 +296,6 @@ def test_they_are_shown_with_their_prompts_in_80_columns(place, tmp_path, capsys
     capsys.readouterr()
     train(sampling(place, tmp_path, ["a saw"], training={"max_steps": 2}))
     said = capsys.readouterr().out
-    for title in ("samples before training:", "samples at step 2:", "samples after training:"):
+    for title in ("samples before training:", "samples at step 2:"):
         assert f"{title}\n  > a saw\n" in said
+    assert "\nsamples after training: the same\n" in said

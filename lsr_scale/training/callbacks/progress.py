@@ -176,7 +176,8 @@ class Progress(TrainerCallback):
         if "tokens_per_s" in row:
             parts.append(f"{row['tokens_per_s']:,.0f} tokens/s")
         if "mfu" in row:
-            parts.append(f"MFU {100 * row['mfu']:.0f} %")
+            percent = 100 * row["mfu"]
+            parts.append(f"MFU {percent:.0f} %" if percent >= 1 else "MFU <1 %")
         if "memory_gib" in row:
             parts.append(byte_size(row["memory_gib"] * 2**30))
         left = (now - self.started) / max(1, done) * max(0, state.max_steps - state.global_step)

@@ -61,10 +61,12 @@ class Samples(TrainerCallback):
         """
         self.prompts, self.max_new_tokens, self.file = prompts, max_new_tokens, file
         self.say, self.record = say, record
+        self._last: list[Sample] = []
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Take samples at an evaluation."""
-        self.take(kwargs["model"], kwargs["processing_class"], state.global_step, "evaluation")
+        """Take samples at an evaluation; one before the first step (`eval_on_start`) has those from before training."""
+        if state.global_step:
+            self.take(kwargs["model"], kwargs["processing_class"], state.global_step, "evaluation")
 
     def take(self, model: Any, tokenizer: Any, step: int, moment: Moment) -> None:
         """Take samples; every process must call it."""
@@ -77,8 +79,10 @@ class Samples(TrainerCallback):
         samples = [Sample(step, moment, one.prompt, completion) for one, completion in pairs]
         with self.file.open("a", encoding="utf-8") as stream:
             stream.writelines(json.dumps(vars(sample), ensure_ascii=False) + "\n" for sample in samples)
-        self.say(shown(samples))
+        same = [one.completion for one in samples] == [one.completion for one in self._last]
+        self.say(f"samples {_when(samples[0])}: the same" if same else shown(samples))
         self.record(samples)
+        self._last = samples
 
 
 @torch.no_grad()
@@ -131,17 +135,19 @@ def _evaluating(model: torch.nn.Module) -> Iterator[None]:
 
 def shown(samples: Sequence[Sample]) -> str:
     """Return samples of one moment as lines for the screen: prompts after ">", completions below them."""
-    step, moment = samples[0].step, samples[0].moment
-    title = {"before": "before training", "after": "after training"}.get(moment, f"at step {step}")
     screen = Screen()
 
     def lines(text: str, first: str, limit: int) -> list[str]:
         wrapped = Text(shortened(text.strip("\n"), limit)).wrap(screen, screen.width - 4)
         return [(first if number == 0 else "    ") + line.plain.rstrip() for number, line in enumerate(wrapped)]
 
-    parts = [f"samples {title}:"]
+    parts = [f"samples {_when(samples[0])}:"]
     for sample in samples:
         prompt = sample.prompt if isinstance(sample.prompt, str) else sample.prompt[-1]["content"]
         parts += lines(prompt, "  > ", _SHOWN_PROMPT)
         parts += lines(sample.completion or "(it ends at once)", "    ", _SHOWN_COMPLETION)
     return "\n".join(parts)
+
+
+def _when(sample: Sample) -> str:
+    return {"before": "before training", "after": "after training"}.get(sample.moment, f"at step {sample.step}")

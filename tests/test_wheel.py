@@ -96,18 +96,8 @@ def test_the_sdist_has_every_file_of_the_checkout(sdist):
 
 
 def test_the_tests_run_in_the_unpacked_sdist(sdist):
-    words = [
-        "-m",
-        "pytest",
-        "-q",
-        "-n",
-        "0",
-        "-p",
-        "no:cacheprovider",
-        "tests/test_layout.py",
-        "tests/config/test_shipped.py",
-    ]
-    said = run(sys.executable, *words, cwd=sdist, PYTHONPATH=str(sdist))
+    words = ["-q", "-n", "0", "-p", "no:cacheprovider", "tests/test_layout.py", "tests/config/test_shipped.py"]
+    said = run(sys.executable, "-m", "pytest", *words, cwd=sdist, PYTHONPATH=str(sdist))
     assert " passed" in said
 
 
@@ -126,12 +116,12 @@ def test_the_wheel_is_used_from_an_empty_folder(environment, tmp_path):
     assert "usage: lsr-scale" in run(command, "--help", cwd=tmp_path)
     assert run(python, "-c", "import lsr_scale; print(lsr_scale.LsrConfig.__name__)", cwd=tmp_path) == "LsrConfig\n"
     assert "name: mistralai/Mistral-7B-v0.1" in run(command, "config", "mistral_lsr", cwd=tmp_path)
-    assert "4,096,000" in run(command, "plan", "mistral_lsr", cwd=tmp_path)
     assert "written: chat.yaml" in run(command, "init", "chat", "--method", "lsr", "--out", "chat.yaml", cwd=tmp_path)
-    short = ["training.max_steps=2", "training.save_strategy=no", "eval.prompts=[]", "deepspeed.config=zero3"]
-    short += ["data.validation_split=null"]
+    # a step of a row, nothing evaluated: what is looked at is that all of it is there
+    short = ["training.max_steps=1", "training.save_strategy=no", "eval.prompts=[]", "data.validation_split=null"]
+    short += ["training.per_device_train_batch_size=1", "training.gradient_accumulation_steps=1"]
     words = [word for value in short for word in ("--set", value)]
     run(python, "-m", "lsr_scale.launch", "--config", "chat.yaml", *words, cwd=tmp_path)
     assert (tmp_path / "runs" / "chat" / "adapter" / "adapter_model.safetensors").is_file()
-    words = ["generate", "runs/chat", "--prompt", "How do I resume a run?", "--max-new-tokens", "4"]
+    words = ["generate", "runs/chat", "--prompt", "How do I resume a run?", "--max-new-tokens", "2"]
     assert run(command, *words, cwd=tmp_path).strip()

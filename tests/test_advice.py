@@ -85,11 +85,6 @@ def followed(call, command, mistake, advice, *ways):
     ("mistake", "advice", "ways"),
     [
         (
-            ["model.task=seq_cls"],
-            "set the number of classes, such as 2",
-            [["model.task=seq_cls", "model.num_labels=2"]],
-        ),
-        (
             ["model.num_labels=2"],
             "set model.task: seq_cls, or remove it",
             [["model.num_labels=2", "model.task=seq_cls"], []],

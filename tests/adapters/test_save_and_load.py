@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import safetensors.torch
@@ -100,8 +102,11 @@ def test_a_full_disk_leaves_the_adapter_that_was_there(saved, monkeypatch, when)
 
 
 def test_what_a_kill_left_half_written_is_replaced(saved):
-    (saved.parent / ".adapter.part").mkdir()
-    (saved.parent / ".adapter.part" / "adapter_model.safetensors").write_bytes(b"half")
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    left = saved.parent / f".adapter.{ended.pid}.part"
+    left.mkdir()
+    (left / "adapter_model.safetensors").write_bytes(b"half")
     save_adapter(StandInTrainer(adapted(seed=2)), saved)
     assert [path.name for path in saved.parent.iterdir()] == ["adapter"]
 

@@ -9,7 +9,7 @@ from benchmarks.report.plots import drawn_from
 
 
 def test_a_page_without_a_place_is_said():
-    with pytest.raises(SystemExit, match=r"no place for accuracy: put <!-- accuracy"):
+    with pytest.raises(SystemExit, match=r"no place for scaling: put <!-- scaling"):
         guide.filled("nothing", ALL_RESULTS)
 
 

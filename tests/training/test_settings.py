@@ -39,7 +39,7 @@ def run_in(place, folder, **training):
         ({"activation_checkpointing_kwargs": {"odd": 1}}, "gradient_checkpointing_kwargs {'odd': 1} (or activation_ch"),
         ({"accelerator_config": {"nonsense": 1}}, "training.accelerator_config {'nonsense': 1}: "),
         ({"accelerator_config": "nonsense.json"}, "training.accelerator_config 'nonsense.json': "),
-        ({"report_to": "nonsense"}, "training.report_to 'nonsense': "),
+        ({"report_to": "nonsense"}, "training.report_to: 'nonsense': "),
         ({"torch_compile": True, "torch_compile_backend": "nonsense"}, "training.torch_compile_backend 'nonsense'"),
         ({"torch_compile": True, "torch_compile_mode": "nonsense"}, "training.torch_compile_mode 'nonsense'"),
     ],

@@ -89,3 +89,15 @@ def test_runs_are_compared_without_torch(tmp_path):
 
     assert (status, imported) == (0, [])
     assert "arc" in output
+
+
+@pytest.mark.parametrize(("given", "policy"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")])
+def test_a_commands_threads_sleep_while_they_wait_unless_told_otherwise(given, policy):
+    program = "import os, sys; from lsr_scale.cli import main; main(['config', 'smollm2_lsr']); "
+    program += "print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
+    program = "import sys; sys.argv[0] = 'lsr-scale'; " + program
+    clean = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=clean | given, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[-1] == f"{policy} False"

@@ -146,7 +146,7 @@ def _prepare(start: Start, stop: StopOnSignal, say: Say, quiet: bool) -> tuple[R
     run, folder, checkpoint = start.run, start.folder, start.checkpoint
     begins_with = run.adapter.start_from
     where = f", starting from {begins_with}" if begins_with and not checkpoint else ""
-    say(f"loading {run.model.name} ({run.model.quantization}) and adapting it with {run.adapter.method}{where}")
+    loading = f"loading {run.model.name} ({run.model.quantization}) and adapting it with {run.adapter.method}{where}"
     if begins_with and checkpoint:
         # it has factors of its own, and tells what the adapter that was started from had that the run does not
         run = run.model_copy(update={"adapter": run.adapter.model_copy(update={"start_from": str(checkpoint)})})
@@ -160,6 +160,7 @@ def _prepare(start: Start, stop: StopOnSignal, say: Say, quiet: bool) -> tuple[R
         if checkpoint:
             for note in select.check_data(checkpoint, data.sources):
                 say(f"note: {note}")
+        say(loading)  # the rows were read before it, so that a mistake in one does not wait for the weights
         samples = Samples(data.prompts, run.eval.max_new_tokens, folder.samples, say)
         # in this order: progress refuses what is not finite, records what was measured before it, and counts the time
         # of no sample as a step's

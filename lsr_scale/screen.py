@@ -146,10 +146,17 @@ class Progress:
         self._stage = text
         self._show(text)
 
-    def over(self, items: Iterable[Item], total: int, what: str) -> Iterator[Item]:
-        """Yield the items, and say which of them of how many it is: each on a terminal, quarters elsewhere."""
+    def over(self, items: Iterable[Item], total: int, what: str, brief: bool = False) -> Iterator[Item]:
+        """Yield the items, and say which of them of how many it is: each on a terminal, quarters elsewhere.
+
+        Args:
+            items: What there is to do.
+            total: Their number.
+            what: One of them, in words.
+            brief: They are done soon: nothing is said of them elsewhere.
+        """
         for number, item in enumerate(items, start=1):
-            if self._live or number * 4 // total > (number - 1) * 4 // total:
+            if self._live or (not brief and number * 4 // total > (number - 1) * 4 // total):
                 self._show(f"{self._stage}: {what} {number:,} of {total:,}")
             yield item
 

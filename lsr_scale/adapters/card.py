@@ -15,6 +15,7 @@ _PIPELINES = {"CAUSAL_LM": "text-generation", "SEQ_CLS": "text-classification"}
 
 def public_name(base: str) -> str | None:
     """Return the base model's name on the hub, None where its name is that of a folder."""
+    base = builtin.name_of(base) or base
     if base.startswith(builtin.PREFIX):
         packaged = builtin.MODELS.get(base.removeprefix(builtin.PREFIX))
         return packaged.hub_name if packaged else None
@@ -67,19 +68,7 @@ def loading(
     """
     method = str(config.peft_type.value).lower()
     ours = method not in PEFT_METHODS
-    is_classifier = config.task_type == "SEQ_CLS"
-    auto = "AutoModelForSequenceClassification" if is_classifier else "AutoModelForCausalLM"
-    named = f"id2label={dict(enumerate(labels))!r}" if labels else f"num_labels={num_labels}"
-    more = f", {named}" if is_classifier else ""
-    name = public_name(base) or base
-    code = [
-        *([f"import lsr_scale  # it registers {method} with PEFT"] if ours else []),
-        "from peft import PeftModel",
-        f"from transformers import {auto}",
-        "",
-        f"base = {auto}.from_pretrained({name!r}, dtype={dtype!r}{more})",
-        f"model = PeftModel.from_pretrained(base, {str(folder)!r})",
-    ]
+    code = loading_code(config, base, folder, dtype, num_labels, labels)
     lines = ["## Loading it", ""]
     if ours:
         lines += [f"PEFT alone does not know the method and ends in `KeyError: '{method.upper()}'`.", ""]
@@ -94,6 +83,68 @@ def loading(
         command = f"lsr-scale export {folder} --to {to} --out {to}"
         lines += [f"Where `lsr_scale` is not installed: export it first, {what}:", "", "```", command, "```", ""]
     return lines
+
+
+def loading_code(
+    config: Any,
+    base: str,
+    folder: Path,
+    dtype: str = "bfloat16",
+    num_labels: int = 0,
+    labels: Sequence[str] = (),
+    tokenizer: str | None = None,
+    chat: bool = False,
+) -> list[str]:
+    """Return the lines of code that load an adapter with PEFT, and ask it something where `tokenizer` says whose.
+
+    Args:
+        config: The adapter's, of PEFT's class of its method.
+        base: The base model's name.
+        folder: Where the adapter lies.
+        dtype: Of the base, as transformers names it.
+        num_labels: Outputs of a classifier.
+        labels: Their names, where they have any.
+        tokenizer: Name or folder of the tokenizer to ask with; None leaves asking out.
+        chat: Ask in the chat template.
+    """
+    method = str(config.peft_type.value).lower()
+    is_classifier = getattr(config.task_type, "value", config.task_type) == "SEQ_CLS"
+    auto = "AutoModelForSequenceClassification" if is_classifier else "AutoModelForCausalLM"
+    named = f"id2label={dict(enumerate(labels))!r}" if labels else f"num_labels={num_labels}"
+    more = f", {named}" if is_classifier else ""
+    name = public_name(base) or base
+    code = [
+        *([f"import lsr_scale  # it registers {method} with PEFT"] if method not in PEFT_METHODS else []),
+        "from peft import PeftModel",
+        f"from transformers import {auto}{', AutoTokenizer' if tokenizer else ''}",
+        "",
+        f"base = {auto}.from_pretrained({name!r}, dtype={dtype!r}{more})",
+        f"model = PeftModel.from_pretrained(base, {str(folder)!r})",
+    ]
+    return code if tokenizer is None else [*code, *asking(tokenizer, is_classifier, chat)]
+
+
+def asking(tokenizer: str, is_classifier: bool = False, chat: bool = False) -> list[str]:
+    """Return the lines of code that ask `model` something: a text's continuation, an answer, or a text's class."""
+    lines = [f"tokenizer = AutoTokenizer.from_pretrained({tokenizer!r})"]
+    if is_classifier:
+        lines += ['inputs = tokenizer("A text to classify.", return_tensors="pt")']
+        return [*lines, "print(model.config.id2label[int(model(**inputs).logits[0].argmax())])"]
+    if chat:
+        lines += ['messages = [{"role": "user", "content": "What is the capital of France?"}]']
+        options = 'add_generation_prompt=True, return_dict=True, return_tensors="pt"'
+        lines += [f"inputs = tokenizer.apply_chat_template(messages, {options})"]
+    else:
+        lines += ['inputs = tokenizer("The capital of France is", return_tensors="pt")']
+    lines += ["output = model.generate(**inputs, max_new_tokens=64)"]
+    return [*lines, "print(tokenizer.decode(output[0], skip_special_tokens=True))"]
+
+
+def held_note(quantization: str) -> list[str]:
+    """Return the lines that say how the base was held in training, none where it was not quantized."""
+    if quantization in ("none", "unknown"):
+        return []
+    return [f"It was trained on the base in {quantization}; held otherwise, its outputs differ a little.", ""]
 
 
 def write_card(folder: Path, lines: Iterable[str]) -> None:

@@ -12,6 +12,7 @@ from torch import nn
 
 from lsr_scale.adapters.peft import in_out_features
 from lsr_scale.errors import UserError
+from lsr_scale.model import builtin
 from lsr_scale.model.shard import full_numel
 
 
@@ -42,7 +43,7 @@ def base_description(model: nn.Module) -> dict[str, Any]:
     content = {key: value for key, value in config.to_diff_dict().items() if key not in _NOT_ARCHITECTURE}
     digest = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
     return {
-        "name": config.name_or_path,
+        "name": builtin.name_of(config.name_or_path) or config.name_or_path,
         "architecture": (config.architectures or [config.model_type])[0],
         "quantization": quantization,
         "num_parameters": num_parameters,

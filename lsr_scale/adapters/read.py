@@ -25,6 +25,7 @@ from lsr_scale.adapters import METHODS, PEFT_METHODS, AdapterConfig
 from lsr_scale.adapters.packing import is_packed, unpack
 from lsr_scale.errors import UserError, did_you_mean, quoted
 from lsr_scale.files import read_json
+from lsr_scale.model import builtin
 from lsr_scale.option_checks import check_options
 
 BASE_NAME = "base.json"  # the description of its base (`identity.py`)
@@ -119,6 +120,17 @@ def _field_types(peft_type: str) -> dict[str, pydantic.TypeAdapter]:
     }
 
 
+def portable_base(name: str | None, base: dict[str, Any] | None) -> str | None:
+    """Return what `base_model_name_or_path` is to say: the hub's name of a built-in base, not its folder here.
+
+    Args:
+        name: What PEFT says.
+        base: What `read_base` returns.
+    """
+    known = base["name"] if base is not None else builtin.name_of(name or "")
+    return builtin.find(known).hub_name if known and known.startswith(builtin.PREFIX) else name
+
+
 def read_weights(folder: Path, max_bytes: int | None = None) -> dict[str, Tensor]:
     """Return an adapter's tensors, those packed into 8 or 4 bits unpacked: floating-point, finite, none empty.
 
@@ -178,7 +190,7 @@ def read_base(folder: Path) -> dict[str, Any] | None:
         missing.append("linear_shapes")
     if missing:
         raise UserError(f"{file}: not a description of a base model (no {', '.join(missing)}); restore or remove it")
-    return content
+    return content | {"name": builtin.name_of(content["name"]) or content["name"]}  # earlier releases wrote its folder
 
 
 def _read_json(file: Path, what: str) -> Any:

@@ -25,6 +25,7 @@ from lsr_scale.adapters.read import (
     CONFIG_NAME,
     WEIGHTS_NAME,
     check_own_base,
+    portable_base,
     read_base,
     read_config,
     read_weights,
@@ -78,8 +79,18 @@ def write_adapter(model: Any, folder: Path, target: Path | None = None) -> None:
     if labels := label_names(model.config):
         described["labels"] = labels
     (folder / BASE_NAME).write_text(json.dumps(described, indent=1) + "\n")
+    _name_base(folder / CONFIG_NAME, described)
     _write_card(model, described["name"], folder, target or folder)  # in place of PEFT's template
     _check_saved(folder)
+
+
+def _name_base(file: Path, described: dict[str, Any]) -> None:
+    """Have PEFT's configuration name a built-in base as the hub does; PEFT itself would look there, told before."""
+    content = json.loads(file.read_text(encoding="utf-8"))
+    name = portable_base(content["base_model_name_or_path"], described)
+    if name != content["base_model_name_or_path"]:
+        content["base_model_name_or_path"] = name
+        file.write_text(json.dumps(content, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def _write_card(model: Any, base: str, folder: Path, target: Path) -> None:

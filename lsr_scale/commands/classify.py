@@ -10,7 +10,7 @@ HELP = "Try a classifier's run: label texts, or the rows of a file."
 
 def add_arguments(parser: Parser) -> None:
     """Add the command's options."""
-    parser.add_argument("run", help="the run's folder")
+    parser.add_argument("run", help="the run's folder, or a checkpoint's in it")
     parser.add_argument("--text", nargs="+", default=[], help="a text, or several")
     parser.add_argument("--pair", nargs="+", default=[], metavar="TEXT", help="the second sentence of each")
     parser.add_argument("--data", nargs="+", default=[], metavar="FILE", help="rows with texts; no labels are needed")

@@ -14,7 +14,7 @@ EXAMPLES = (
 
 def add_arguments(parser: Parser) -> None:
     """Add the command's options."""
-    parser.add_argument("run", help="the run's folder")
+    parser.add_argument("run", help="the run's folder, or a checkpoint's in it")
     parser.add_argument(
         "--tasks", nargs="+", metavar="TASK", help="task names, files or folders; the run's own by default"
     )
@@ -28,9 +28,9 @@ def add_arguments(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; return the exit status."""
-    from lsr_scale.run.find import find_run
+    from lsr_scale.run.find import find_trained
 
-    find_run(args.run)  # a mistake does not wait for torch
+    find_trained(args.run)  # a mistake does not wait for torch
     from lsr_scale.run.evaluate import evaluate_run
     from lsr_scale.run.tables import print_accuracy
 

@@ -16,7 +16,7 @@ EXAMPLES = (
 
 def add_arguments(parser: Parser) -> None:
     """Add the command's options."""
-    parser.add_argument("source", metavar="RUN_OR_ADAPTER", help="a run's folder, or an adapter's")
+    parser.add_argument("source", metavar="RUN_OR_ADAPTER", help="a run's folder, a checkpoint's, or an adapter's")
     parser.add_argument("--to", required=True, choices=("adapter", "lora", "merged", "gguf"), help="the format")
     parser.add_argument("--out", required=True, metavar="DIR", help="a new folder")
     parser.add_argument("--bits", type=int, choices=(16, 8, 4), help="of the factors, for adapter; 16 by default")

@@ -22,7 +22,7 @@ STDIN = "-"
 
 def add_arguments(parser: Parser) -> None:
     """Add the command's options."""
-    parser.add_argument("run", nargs="?", help="the run's folder")
+    parser.add_argument("run", nargs="?", help="the run's folder, or a checkpoint's in it")
     parser.add_argument("--model", metavar="NAME", help="a base model, in place of a run")
     parser.add_argument(
         "--prompt", type=_with_new_lines, help=r"\n is a new line, \\n a backslash and an n; - reads it from stdin"

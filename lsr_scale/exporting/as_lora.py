@@ -29,7 +29,7 @@ def save_as_lora(folder: RunFolder) -> None:
         write_lora(temporary, pairs, source, torch.float32, metadata_of(source, "lora"))
         (temporary / BASE_NAME).write_text(json.dumps(source.base, indent=1) + "\n", encoding="utf-8")
         ranks = sorted({down.shape[0] for down, _ in pairs.values()})
-        write_card(temporary, source, "lora", {"rank of the LoRA": ", ".join(map(str, ranks))})
+        write_card(temporary, source, "lora", {"ranks": ", ".join(map(str, ranks))}, target)
         files.apply_umask(temporary)
         files.replace_folder(temporary, target, (*ADAPTER_FILES, CARD_NAME))
     except (OSError, SafetensorError) as error:

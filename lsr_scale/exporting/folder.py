@@ -20,6 +20,7 @@ from lsr_scale.errors import UserError
 from lsr_scale.exporting import pairs as lora
 from lsr_scale.exporting.card import write_card
 from lsr_scale.exporting.source import AdapterSource, describe_file, open_adapter
+from lsr_scale.exporting.summary import in_words
 from lsr_scale.exporting.verify import EXACT, Agreement, Reference, base_section, questions_of
 from lsr_scale.model.load_errors import suggest_base_option
 from lsr_scale.model.tokenizer import copy_tokenizer
@@ -103,9 +104,9 @@ def export(
             result |= {**summary, "agreement": dataclasses.asdict(agreement)}
         else:
             result |= summary
-        write_card(folder, source, options.form, summary)
+        write_card(folder, source, options.form, summary, user_path(out), options.dtype)
         files.write_json(folder / "export.json", result)
-    for name, value in summary.items():
+    for name, value in in_words(summary).items():
         say(f"{name}: {value}")
     if max_rank is not None and "truncation error, largest" not in summary:
         say(f"note: --max-rank {max_rank}: no rank is larger, so nothing was truncated")
@@ -159,9 +160,9 @@ def merge(
         lora.write_lora(folder, pairs, sources[0], DTYPES[dtype], metadata, targets)
         _copy_beside(sources[0], folder)
         summary = {"weights": list(weights), "dtype": dtype, **_ranks(pairs, errors), **_sizes(folder, sources[0])}
-        write_card(folder, sources[0], "lora", {"merged from": len(sources), **summary})
+        write_card(folder, sources[0], "lora", {"merged from": len(sources), **summary}, user_path(out))
         files.write_json(folder / "export.json", {"kind": "merge", **summary})
-    for name, value in summary.items():
+    for name, value in in_words(summary).items():
         say(f"{name}: {value}")
     if max_rank is not None and not errors:
         say(f"note: --max-rank {max_rank}: no rank is larger, so nothing was truncated")

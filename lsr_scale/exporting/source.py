@@ -18,6 +18,7 @@ from lsr_scale.adapters.read import (
     CONFIG_NAME,
     MAX_SHOWN_NAME,
     WEIGHTS_NAME,
+    portable_base,
     read_base,
     read_config,
     read_weights,
@@ -28,8 +29,9 @@ from lsr_scale.errors import UserError
 from lsr_scale.files import read_json
 from lsr_scale.model.tokenizer import has_tokenizer
 from lsr_scale.paths import user_path
-from lsr_scale.run.find import find_adapter
+from lsr_scale.run.find import find_adapter, find_trained, is_checkpoint
 from lsr_scale.run.folder import RunFolder
+from lsr_scale.run.load import trained_on_chat
 
 WRAPPER = "base_model.model."
 _MAX_PAIR_ELEMENTS = 2**28
@@ -49,6 +51,7 @@ class AdapterSource:
     run: RunConfig | None = None
     results: dict[str, Any] | None = None
     tokenizer: Path | None = None  # where the run's lies
+    chat: bool = False  # trained on conversations
 
     @property
     def method(self) -> str:
@@ -114,24 +117,29 @@ class AdapterSource:
 
 
 def open_adapter(path: str | Path) -> AdapterSource:
-    """Return the adapter of a run folder or of an adapter folder.
+    """Return the adapter of a run folder, of a checkpoint in it, or of an adapter folder.
 
     Raises:
         UserError: if there is none, or its files are damaged, inconsistent, of an unknown method, or hold values that
             are not finite.
     """
-    folder, run, results = find_adapter(path), None, None
+    folder, run_folder, run, results, chat = find_adapter(path), None, None, None, False
     if folder != user_path(path):
         run_folder = RunFolder(user_path(path))
-        run = load_run(run_folder.config)
         if run_folder.results.is_file():
             results = _read_results(run_folder.results)
-    config = read_config(folder)
+    elif is_checkpoint(path):
+        run_folder = RunFolder(*find_trained(path))
+    if run_folder is not None:
+        run = load_run(run_folder.config)
+        chat = bool(trained_on_chat(run_folder, run))
+    config, base = read_config(folder), read_base(folder)
+    config.base_model_name_or_path = portable_base(config.base_model_name_or_path, base)
     _check_exportable(folder, config)
     modules, extra = _sort(folder, config, read_weights(folder))
-    places = (RunFolder(folder.parent).tokenizer, folder) if run else (folder,)
+    places = (run_folder.tokenizer, folder) if run_folder else (folder,)
     tokenizer = next((place for place in places if has_tokenizer(place)), None)
-    source = AdapterSource(folder, config, modules, extra, read_base(folder), run, results, tokenizer)
+    source = AdapterSource(folder, config, modules, extra, base, run, results, tokenizer, chat)
     for module in modules:
         _check_module(source, module)
     return source

@@ -158,7 +158,7 @@ class Reference:
         """Return the logits `[tokens, vocabulary]`, of a classifier `[1, labels]`, of every prompt, float32."""
         model.eval()
         device = next(model.parameters()).device
-        prompts = self._progress.over(self.prompts, len(self.prompts), "prompt")
+        prompts = self._progress.over(self.prompts, len(self.prompts), "prompt", brief=True)
         logits = [model(input_ids=ids.to(device)).logits[0].float().cpu() for ids in prompts]
         return [one if one.dim() == 2 else one[None] for one in logits]  # a classifier's have no positions
 

@@ -15,6 +15,7 @@ import importlib.util
 import io
 import logging
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -33,6 +34,7 @@ logger = logging.getLogger(__name__)
 PREFIX = "builtin:"
 CONVERSION = 2  # increment when the converted folder changes for the same package
 NEEDED_BYTES = 320 * 2**20
+_KEY = re.compile("[0-9a-f]{12}")  # ends the name of a converted model's folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,6 +135,13 @@ def folder_of(name: str) -> Path:
         num_bytes, version = found.stat().st_size, importlib.metadata.version(model.distribution)
     key = hashlib.sha256(f"{num_bytes}-{version}-{CONVERSION}".encode()).hexdigest()[:12]
     return cache_folder() / "models" / f"{name.removeprefix(PREFIX)}-{key}"
+
+
+def name_of(folder: str) -> str | None:
+    """Return the `builtin:` name of a model converted into a folder, on this machine or another; None of others."""
+    path = Path(folder)
+    model, _, key = path.name.rpartition("-")
+    return PREFIX + model if path.parent.name == "models" and model in MODELS and _KEY.fullmatch(key) else None
 
 
 def ensure_converted(name: str) -> Path:

@@ -170,8 +170,8 @@ def evaluate_classifier(
         scores = held_out.score(outputs)
         results[name] = {key: round(value, 6) if isinstance(value, float) else value for key, value in scores.items()}
         with noting_unwritable():
-            held_out.save(folder, outputs, "eval-adapter")
-    return {"run": str(folder.path), "scored": "adapter", "classification": results}
+            held_out.save(folder, outputs, f"eval-{folder.adapter_name()}")
+    return {"run": str(folder.path), "scored": folder.adapter_name(), "classification": results}
 
 
 def classify(
@@ -231,7 +231,7 @@ def classify(
 
 def _load(folder: RunFolder, base: str | None) -> tuple[Any, Any]:
     """Return a run's model and its tokenizer, which can pad."""
-    model, tokenizer, _ = load_run_model(folder.path, tasks=("seq_cls",), base=base)
+    model, tokenizer, _ = load_run_model(folder.checkpoint or folder.path, tasks=("seq_cls",), base=base)
     prepare_tokenizer(tokenizer, "classification")
     model.config.pad_token_id = tokenizer.pad_token_id
     return model, tokenizer

@@ -148,7 +148,7 @@ def evaluate_run(
     """Score a run's saved adapter, loaded onto its base again: on questions, or a classifier's on labelled rows.
 
     Args:
-        path: The run's folder.
+        path: The run's folder, or a checkpoint's in it.
         tasks: Task names, files or folders; those of the run by default, which for a classifier are its
             held-out rows.
         limit: Only the first so many questions, or rows, of each.
@@ -179,7 +179,7 @@ def evaluate_run(
         )
     loaded = load_tasks(run.eval)
     model, tokenizer, _ = load_run_model(path, base_only, base=base)
-    when = ("base" if base_only else "adapter") + ("-without-questions" if without_questions else "")
+    when = ("base" if base_only else folder.adapter_name()) + ("-without-questions" if without_questions else "")
 
     def say(text: str) -> None:
         print(printable(text), file=sys.stderr, flush=True)

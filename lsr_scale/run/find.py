@@ -1,9 +1,12 @@
 """Whether a run or an adapter lies where a command is pointed to: told before torch is imported."""
 
+import re
 from pathlib import Path
 
 from lsr_scale.errors import UserError
 from lsr_scale.paths import user_path
+
+CHECKPOINT = re.compile("checkpoint-[0-9]{1,18}")
 
 
 def find_run(path: str | Path) -> Path:
@@ -26,6 +29,36 @@ def find_run(path: str | Path) -> Path:
     return folder
 
 
+def find_trained(path: str | Path) -> tuple[Path, Path | None]:
+    """Return a run's folder, and the checkpoint in it where that is what the path names.
+
+    Raises:
+        UserError: if there is no run.
+    """
+    checkpoint = _checkpoint(path)
+    return (find_run(path), None) if checkpoint is None else (checkpoint.parent, checkpoint)
+
+
+def is_checkpoint(path: str | Path) -> bool:
+    """Tell whether a path is that of a run's checkpoint."""
+    return _checkpoint(path) is not None
+
+
+def _checkpoint(path: str | Path) -> Path | None:
+    folder = user_path(path)
+    if not CHECKPOINT.fullmatch(folder.name):
+        folder = folder.resolve()  # "." and links
+    is_adapter = CHECKPOINT.fullmatch(folder.name) and (folder / "adapter_config.json").is_file()
+    return folder if is_adapter and (folder.parent / "config.yaml").is_file() else None
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """Return the last of a run's checkpoints that has an adapter, None where there is none."""
+    names = (path for path in folder.glob("checkpoint-*") if CHECKPOINT.fullmatch(path.name))
+    with_adapter = (path for path in names if (path / "adapter_config.json").is_file())
+    return max(with_adapter, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
 def find_adapter(path: str | Path) -> Path:
     """Return the adapter's folder in a run's folder, or the adapter's folder itself.
 
@@ -36,7 +69,9 @@ def find_adapter(path: str | Path) -> Path:
     if (folder / "config.yaml").is_file():
         folder = folder / "adapter"
         if not folder.is_dir():
-            raise UserError(f"{path}: the run has no adapter yet; train it, or resume it with --resume auto")
+            newest = newest_checkpoint(folder.parent)
+            instead = f"; or name its newest checkpoint: {newest}" if newest else ""
+            raise UserError(f"{path}: the run has no adapter yet; train it, or resume it with --resume auto{instead}")
     if not (folder / "adapter_config.json").is_file():
         raise UserError(f"{folder}: there is no adapter in this folder (adapter_config.json is missing)")
     return folder

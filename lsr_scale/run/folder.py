@@ -13,11 +13,11 @@ from typing import Any
 
 from lsr_scale.errors import UserError
 from lsr_scale.files import cannot_write, is_own_page, is_own_picture, is_picture, remove_left_over, write_text
-from lsr_scale.run.find import find_run
+from lsr_scale.run.find import CHECKPOINT, find_run
 
 # of a checkpoint: what no other trainer writes
 MANIFEST, STATE, TENSORS = "manifest.json", "training_state.json", "training_state.safetensors"
-_PREDICTIONS = re.compile(r".*-(before|after|eval-(base|adapter)(-without-questions)?)\.jsonl")
+_PREDICTIONS = re.compile(r".*-(before|after|eval-(base|adapter|checkpoint-[0-9]+)(-without-questions)?)\.jsonl")
 _SECTIONS = {"model", "adapter", "data", "training"}
 
 
@@ -42,6 +42,7 @@ class RunFolder:
     """
 
     path: Path
+    checkpoint: Path | None = None  # whose adapter is read in place of the trained one
 
     @property
     def config(self) -> Path:
@@ -85,8 +86,12 @@ class RunFolder:
 
     @property
     def adapter(self) -> Path:
-        """The trained adapter."""
-        return self.path / "adapter"
+        """The trained adapter, or that of the checkpoint."""
+        return self.checkpoint or self.path / "adapter"
+
+    def adapter_name(self) -> str:
+        """What scores of the adapter are called: "adapter", or the checkpoint's name."""
+        return self.checkpoint.name if self.checkpoint else "adapter"
 
     @property
     def lora(self) -> Path:
@@ -149,7 +154,7 @@ class RunFolder:
     def checkpoints(self) -> list[Path]:
         """Return the checkpoints in the order of the steps in their names, other programs' and damaged ones too."""
         return sorted(
-            (path for path in self.path.glob("checkpoint-*") if re.fullmatch("checkpoint-[0-9]{1,18}", path.name)),
+            (path for path in self.path.glob("checkpoint-*") if CHECKPOINT.fullmatch(path.name)),
             key=step_of,
         )
 

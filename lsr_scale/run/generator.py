@@ -1,7 +1,6 @@
 """What answers prompts: a run's adapter on its base, or a base alone; its tokenizer at once, its model when needed."""
 
 import contextlib
-import json
 import logging
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
@@ -11,7 +10,6 @@ from typing import Any
 import psutil
 from transformers.generation.streamers import TextStreamer
 
-from lsr_scale.config import RunConfig
 from lsr_scale.config.sections import ModelSection
 from lsr_scale.data.prompts import Prompt, prompt_of_row
 from lsr_scale.data.readers import has_lines, read_file
@@ -21,7 +19,6 @@ from lsr_scale.model import load_base_for, load_config, load_tokenizer, meta_mod
 from lsr_scale.model.load_errors import suggest_base_option
 from lsr_scale.model.tokenizer import render_chat, without_appended
 from lsr_scale.paths import user_path
-from lsr_scale.run.folder import RunFolder
 from lsr_scale.run.generate import (
     Answer,
     Sampling,
@@ -31,12 +28,10 @@ from lsr_scale.run.generate import (
     context_length,
     encode,
 )
-from lsr_scale.run.load import load_run_model, open_trained
+from lsr_scale.run.load import load_run_model, open_trained, trained_on_chat
 
 logger = logging.getLogger(__name__)
 Say = Callable[[str], None]
-
-CHAT_KINDS = ("messages", "chat_prompt_completion")
 
 
 class Generator:
@@ -69,7 +64,7 @@ class Generator:
         """Return that of a finished run.
 
         Args:
-            path: The run's folder.
+            path: The run's folder, or a checkpoint's in it.
             base_only: Leave the adapter out.
             base: The base model's name, where it lies elsewhere than when the run began.
             say: Told what a user should know, a line each.
@@ -88,7 +83,7 @@ class Generator:
             tokenizer = tokenizer_of(run.model_copy(update={"model": section}), folder.tokenizer, say)
             config = load_config(section.name, section.revision)
         context = context_length(config, partial(meta_model, config), run.training.get("max_length"))
-        return cls(tokenizer, config, context, load, _trained_on_chat(folder, run), say)
+        return cls(tokenizer, config, context, load, trained_on_chat(folder, run), say)
 
     @classmethod
     def of_base(cls, name: str, quantization: str = "nf4", say: Say = logger.warning) -> "Generator":
@@ -195,17 +190,6 @@ class Generator:
 
 def _elsewhere(section: ModelSection, base: str) -> ModelSection:
     return section.model_copy(update={"name": base, "revision": None})
-
-
-def _trained_on_chat(folder: RunFolder, run: RunConfig) -> bool | None:
-    """Tell whether a run trained on conversations; None where its folder, of an earlier release, does not say."""
-    try:
-        kind = json.loads(folder.data.read_text(encoding="utf-8")).get("kind")
-    except (OSError, ValueError, AttributeError, RecursionError):
-        kind = None
-    if kind is None and {source.format for source in run.data.train} & {"messages", "sharegpt"}:
-        return True
-    return None if kind is None else kind in CHAT_KINDS
 
 
 def _fast_on_cpu(model: Any) -> Any:

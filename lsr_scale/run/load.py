@@ -1,5 +1,7 @@
-"""The model of a finished run: its base, with the adapter loaded from the run's folder."""
+"""The model of a run: its base, with the adapter loaded from the run's folder or from one of its checkpoints."""
 
+import json
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +13,10 @@ from lsr_scale.config import RunConfig, load_run
 from lsr_scale.errors import UserError, printable
 from lsr_scale.model import load_base_for, tokenizer_of
 from lsr_scale.model.load_errors import suggest_base_option
-from lsr_scale.run.folder import RunFolder, open_run
+from lsr_scale.run.find import find_trained, newest_checkpoint
+from lsr_scale.run.folder import RunFolder
+
+CHAT_KINDS = ("messages", "chat_prompt_completion")
 
 
 def open_trained(
@@ -20,14 +25,14 @@ def open_trained(
     """Return the folder and the configuration of a run that has an adapter.
 
     Args:
-        path: The run's folder.
+        path: The run's folder, or a checkpoint's in it, whose adapter is taken then.
         base_only: An adapter is not needed.
         tasks: Values of `model.task` that will do: only a language model answers questions or generates.
 
     Raises:
         UserError: if the folder holds no run, none of such a task, or (unless `base_only`) no adapter yet.
     """
-    folder = open_run(path)
+    folder = RunFolder(*find_trained(path))
     run = load_run(folder.config)
     if run.model.task not in tasks:
         if run.model.task == "seq_cls":
@@ -38,6 +43,9 @@ def open_trained(
         raise UserError(f"{folder.path}: a language model's run, and only a classifier's (task: seq_cls) has labels")
     if not base_only and not folder.adapter.is_dir():
         remedy = "it was interrupted: resume it with --resume auto" if folder.checkpoints() else "train it first"
+        if newest := newest_checkpoint(folder.path):
+            command, option = ("classify", "--text") if run.model.task == "seq_cls" else ("generate", "--prompt")
+            remedy += f', or try its newest checkpoint: lsr-scale {command} {shlex.quote(str(newest))} {option} "..."'
         if folder.earlier.is_dir():
             remedy = "if it has ended, train --resume auto restores the earlier one that it was to replace"
         raise UserError(f"{folder.path}: the run has no adapter yet; {remedy}")
@@ -50,7 +58,7 @@ def load_run_model(
     """Return the model of a finished run, its adapter loaded from disk, with its tokenizer and configuration.
 
     Args:
-        path: The run's folder.
+        path: The run's folder, or a checkpoint's in it.
         base_only: Leave the adapter out; none is needed.
         tasks: Values of `model.task` that will do, as in `open_trained`.
         base: The base model's name, where it lies elsewhere than when the run began.
@@ -75,3 +83,14 @@ def _load(folder: RunFolder, run: RunConfig, base_only: bool) -> tuple[Any, Any,
         for note in (*notes, *coverage_notes(model, run.model.quantization, targets, run.model.dtype)):
             print(printable(f"note: {note}"), file=sys.stderr)
     return model.eval(), tokenizer, run
+
+
+def trained_on_chat(folder: RunFolder, run: RunConfig) -> bool | None:
+    """Tell whether a run trained on conversations; None where its folder, of an earlier release, does not say."""
+    try:
+        kind = json.loads(folder.data.read_text(encoding="utf-8")).get("kind")
+    except (OSError, ValueError, AttributeError, RecursionError):
+        kind = None
+    if kind is None and {source.format for source in run.data.train} & {"messages", "sharegpt"}:
+        return True
+    return None if kind is None else kind in CHAT_KINDS

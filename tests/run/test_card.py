@@ -11,8 +11,10 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 
+from lsr_scale.adapters.read import portable_base
 from lsr_scale.config import declared
 from lsr_scale.errors import UserError
+from lsr_scale.exporting import export
 from lsr_scale.run.folder import RunFolder
 from lsr_scale.run.load import load_run_model
 from tests.helpers.launch import ROOT
@@ -157,3 +159,54 @@ def test_a_classifiers_card_loads_its_head_too(tmp_path, monkeypatch):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == "torch.Size([1, 2])\n"
+
+
+@pytest.mark.parametrize("kind", ["lora", "adapter", "merged"])
+def test_what_the_card_of_an_export_says_runs_as_it_stands(run, monkeypatch, kind):
+    place, folder = run
+    monkeypatch.chdir(place)
+    export(folder.path, kind, f"out-{kind}", say=lambda _: None, verify=False)
+    code = block(Path(f"out-{kind}"))
+    done = process((WITHOUT_US if kind != "adapter" else "") + code + LOGITS, place)
+    assert done.returncode == 0, done.stderr
+    *answer, last = done.stdout.splitlines()
+    assert answer, "it generates"
+    # a merged model is in bfloat16
+    torch.testing.assert_close(torch.tensor(json.loads(last)), logits(folder), rtol=1e-2, atol=5e-2)
+
+
+def test_the_card_of_an_export_says_how_the_base_was_held_and_numbers_in_words(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    save_llama(tmp_path / "model")
+    folder = do(tiny_run(tmp_path, training={"max_steps": 1, "save_steps": 1}))
+    capsys.readouterr()
+    assert export(folder.path, "lora", "out", max_rank=1)["bytes of tensors"] > 0
+    text, said = (tmp_path / "out" / "README.md").read_text(), capsys.readouterr().out
+    assert "It was trained on the base in nf4; held otherwise, its outputs differ a little." in text
+    for words in ("size: ", "KiB, ", "times what the trained parameters take in 16 bits", "time to write: "):
+        assert words in said
+    assert "rank of the LoRA: 1\ntruncation error: " in said
+    assert "| size | " in text
+    assert "bytes of" not in said + text
+    assert "16-bit factors" not in said + text
+
+
+@pytest.mark.parametrize("place", ["run", "checkpoint", "export"])
+def test_the_embedded_base_is_named_as_the_hub_does(tmp_path, monkeypatch, place):
+    monkeypatch.chdir(tmp_path)
+    # stands in for the converted model, by its folder's name
+    model = tmp_path / "cache" / "models" / "smollm2-135m-instruct-0123456789ab"
+    save_llama(model)
+    folder = do(tiny_run(tmp_path, model={"name": str(model)}, training={"max_steps": 1, "save_steps": 1}))
+    written = {"run": folder.adapter, "checkpoint": folder.path / "checkpoint-1", "export": tmp_path / "out"}[place]
+    if place == "export":
+        config = folder.adapter / "adapter_config.json"  # of an earlier release
+        config.write_text(config.read_text().replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(model)))
+        export(folder.path, "lora", written, say=lambda _: None)
+    content = json.loads((written / "adapter_config.json").read_text())
+    assert content["base_model_name_or_path"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert json.loads((written / "base.json").read_text())["name"] == "builtin:smollm2-135m-instruct"
+    assert "from_pretrained('HuggingFaceTB/SmolLM2-135M-Instruct', dtype='bfloat16')" in block(written)
+    load_run_model(folder.path)
+    other = "some/folder/smollm2-135m-instruct-mine"
+    assert portable_base(other, None) == other

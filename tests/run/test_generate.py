@@ -11,19 +11,22 @@ import sys
 
 import pytest
 import torch
+from peft import get_peft_model_state_dict
 
 from lsr_scale import cli
 from lsr_scale.config import dump_yaml
 from lsr_scale.errors import UserError, printable
+from lsr_scale.exporting import open_adapter
 from lsr_scale.layers.frozen_linear import FrozenLinear4bit, dequantize_all, dequantized_bytes
 from lsr_scale.model import load_base
 from lsr_scale.run import generator as generators
 from lsr_scale.run.chat import Chat, converse
+from lsr_scale.run.evaluate import evaluate_run
 from lsr_scale.run.folder import RunFolder
 from lsr_scale.run.generate import Sampling, Streamer, complete
 from lsr_scale.run.generator import Generator, read_prompts
 from lsr_scale.run.load import load_run_model
-from tests.helpers.tiny_runs import TOOLS, do, save_llama, tiny_run, write_rows
+from tests.helpers.tiny_runs import TOOLS, do, factors, save_llama, tiny_run, write_rows
 
 TALK = [{"messages": [{"role": "user", "content": s}, {"role": "assistant", "content": "yes"}]} for s in TOOLS]
 SHORT = {"max_steps": 2, "save_strategy": "no", "max_length": 64}
@@ -84,7 +87,7 @@ def test_the_template_is_used_as_the_run_trained_and_it_says_which(place, call):
 
 
 def test_an_earlier_releases_run_does_not_say_what_it_trained_on(place, call, monkeypatch):
-    monkeypatch.setattr(generators, "_trained_on_chat", lambda *_: None)
+    monkeypatch.setattr(generators, "trained_on_chat", lambda *_: None)
     _, _, err = call(place / "talk", "--prompt", TOOLS[0], "--max-new-tokens", 2)
     assert "note: the prompt is continued as it stands; --chat puts it into the chat template" in err
 
@@ -158,6 +161,46 @@ def test_an_adapters_folder_is_told_from_a_runs(place, call, unloaded, tmp_path)
     assert f"an adapter's folder, where a run's is expected; name the run's: {place / 'text'}" in err
     alone = shutil.copytree(place / "text" / "adapter", tmp_path / "alone")
     assert "no run's folder is around it" in call(alone, "--prompt", "a")[2]
+
+
+def test_a_checkpoint_answers_as_its_adapter_and_an_interrupted_run_names_it(place, call, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(place / "model", "model")
+    training = {"save_steps": 2, "max_steps": 4, "output_dir": "runs/run"}
+    folder = do(tiny_run(tmp_path, training=training | {"max_length": 64})).path
+    words = ("--prompt", "a b", "--json", "--max-new-tokens", 4)
+    status, last, _ = call(folder / "checkpoint-4", *words)
+    assert status == 0
+    assert json.loads(last)["completion"] == json.loads(call(folder, *words)[1])["completion"]
+    first, second = (factors(RunFolder(folder), name) for name in ("checkpoint-2", "checkpoint-4"))
+    model, _, run = load_run_model(folder / "checkpoint-2")
+    loaded = get_peft_model_state_dict(model, save_embedding_layers=False)
+    assert run.training["max_steps"] == 4
+    assert all(torch.equal(loaded[name].cpu().float(), first[name].float()) for name in first)
+    assert any(not torch.equal(first[name], second[name]) for name in first)
+    shutil.rmtree(folder / "adapter")
+    _, _, err = call(folder, *words)
+    assert "it was interrupted: resume it with --resume auto, or try its newest checkpoint: " in err
+    assert 'lsr-scale generate runs/run/checkpoint-4 --prompt "..."' in err
+    assert call("runs/run/checkpoint-4", *words)[1].partition('"seconds"')[0] == last.partition('"seconds"')[0]
+    monkeypatch.chdir(folder / "checkpoint-4")
+    assert call(".", *words)[0] == 0
+
+
+def test_a_checkpoint_is_scored_and_exported_by_its_runs_configuration(place, tmp_path):
+    shutil.copytree(place / "model", tmp_path / "model")
+    folder = do(tiny_run(tmp_path, training={"save_steps": 2, "max_steps": 2}))
+    scored = evaluate_run(folder.path / "checkpoint-2")
+    assert (scored["scored"], list(scored["accuracy"])) == ("checkpoint-2", ["questions"])
+    assert folder.predictions("questions", "eval-checkpoint-2") in folder.written()
+    assert not folder.predictions("questions", "eval-adapter").exists(), "compare takes it for the trained one's"
+    source = open_adapter(folder.path / "checkpoint-2")
+    assert (source.run.model.name, source.tokenizer) == (str(tmp_path / "model"), folder.tokenizer)
+    shutil.rmtree(folder.adapter)
+    with pytest.raises(
+        UserError, match=r"resume it with --resume auto; or name its newest checkpoint: .*/checkpoint-2"
+    ):
+        open_adapter(folder.path)
 
 
 def test_a_rows_mistake_is_named_by_its_line_before_a_model_is_loaded(place, call, unloaded, tmp_path):

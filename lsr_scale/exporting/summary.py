@@ -30,6 +30,8 @@ def in_words(summary: Mapping[str, Any]) -> dict[str, str]:
             lines["error of quantizing again"] = f"{value:.2g} of a weight's norm in the median layer"
         elif name == "seconds to write":
             lines["time to write"] = f"{value:.1f} s"
+        elif name == "logits":
+            lines["verified"] = value
         elif name == "weights" and isinstance(value, list):
             lines[name] = ", ".join(f"{weight:g}" for weight in value)
         elif name not in _TOLD_ELSEWHERE:

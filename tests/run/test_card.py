@@ -183,7 +183,13 @@ def test_the_card_of_an_export_says_how_the_base_was_held_and_numbers_in_words(t
     assert export(folder.path, "lora", "out", max_rank=1)["bytes of tensors"] > 0
     text, said = (tmp_path / "out" / "README.md").read_text(), capsys.readouterr().out
     assert "It was trained on the base in nf4; held otherwise, its outputs differ a little." in text
-    for words in ("size: ", "KiB, ", "times what the trained parameters take in 16 bits", "time to write: "):
+    for words in (
+        "size: ",
+        "KiB, ",
+        "times what the trained parameters take in 16 bits",
+        "time to write: ",
+        "verified: ",
+    ):
         assert words in said
     assert "rank of the LoRA: 1\ntruncation error: " in said
     assert "| size | " in text

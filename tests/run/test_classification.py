@@ -7,6 +7,7 @@ import pytest
 
 from lsr_scale import UserError, cli
 from lsr_scale.config.training import EVALUATED, evaluated
+from lsr_scale.run.evaluate import evaluate_run
 from lsr_scale.scoring.classification import measure
 from tests.helpers.tiny_runs import do, labelled, metrics, results, save_classifier, tiny_run, write_rows
 
@@ -124,6 +125,13 @@ def test_training_and_eval_find_the_same(tmp_path, capsys, caplog, num_labels, b
     assert again == pytest.approx({key: found[key] for key in again}, abs=1e-6)
     after = results(folder)["classification"]["validation"]["after"]
     assert after == pytest.approx({"num_examples": 5, **found}, abs=1e-6)
+    for row in evaluations:
+        checkpoint = f"checkpoint-{row['step']}"
+        scored = evaluate_run(folder.path / checkpoint)
+        assert scored["scored"] == checkpoint
+        of_step = {key: row[f"eval_{key}"] for key in found}
+        assert {key: scored["classification"]["validation"][key] for key in found} == pytest.approx(of_step, abs=1e-6)
+        assert folder.predictions("validation", f"eval-{checkpoint}") in folder.written()
 
 
 def test_other_rows_are_scored_and_the_table_names_every_score(tmp_path, capsys):

@@ -12,6 +12,7 @@ LOST_PEER = (
 
 # a screen of 24 lines of 80, less what stands around a message
 _ROWS, _COLUMNS = 20, 80
+_NEARLY = 0.03  # of the likeness of two names, 1 where they are equal
 _LONGEST_WORD = 240  # paths are longer than a line of the screen, and are to stay whole
 _LONG_WORD = re.compile(rf"\S{{{_LONGEST_WORD + 1},}}")
 
@@ -102,9 +103,22 @@ def did_you_mean(name: str, options: Iterable[str], num_nearest: int = 3, cutoff
         cutoff: How alike they are at least, of 1.
     """
     known = sorted(set(options))
-    nearest = difflib.get_close_matches(name, known, n=num_nearest, cutoff=cutoff)
-    if nearest:
-        return f"did you mean {' or '.join(repr(option) for option in nearest)}?"
+    if near := nearest(name, known, num_nearest, cutoff):
+        return f"did you mean {' or '.join(repr(option) for option in near)}?"
     if len(known) > 20:
         return f"no name that is known here is near it, of {len(known)}"
     return f"valid: {', '.join(known)}" if known else "nothing is valid here"
+
+
+def nearest(name: str, options: Iterable[str], num_nearest: int = 3, cutoff: float = 0.5) -> list[str]:
+    """Return the options nearest to `name`, the best first, and of the others those nearly as near as it.
+
+    Args:
+        name: What was written.
+        options: What could have been written.
+        num_nearest: How many at most.
+        cutoff: How alike they are at least, of 1.
+    """
+    near = difflib.get_close_matches(name, list(options), n=num_nearest, cutoff=cutoff)
+    alike = [difflib.SequenceMatcher(None, option, name).ratio() for option in near]
+    return [option for option, ratio in zip(near, alike, strict=True) if ratio > alike[0] - _NEARLY]

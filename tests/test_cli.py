@@ -194,7 +194,8 @@ def test_help_names_every_command(call):
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["tarin"], "invalid choice: 'tarin'"),
+        (["tarin"], "invalid choice: 'tarin'; did you mean 'train'?"),
+        (["zzzz"], "invalid choice: 'zzzz' (choose from"),
         (["train", "--resmue", "auto"], "unrecognized arguments: --resmue"),
         (["plan", "run.yaml", "--gpus", "0"], "argument --gpus: expected a whole number from 1 on, got '0'"),
         (["eval", "run", "--limit", "-3"], "argument --limit"),

@@ -6,7 +6,7 @@ import sys
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from lsr_scale.commands.failures import rank
-from lsr_scale.errors import UserError, one_screen
+from lsr_scale.errors import UserError, nearest, one_screen
 from lsr_scale.paths import user_path
 
 if TYPE_CHECKING:
@@ -26,6 +26,14 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """End with the usage and the mistake, and status 2."""
         self.exit(2, f"{self.format_usage()}{self.prog}: error: {one_screen(message)}\n")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as error:
+            if near := nearest(str(value), map(str, action.choices or ())):
+                error.message = f"invalid choice: {value!r}; did you mean {' or '.join(map(repr, near))}?"
+            raise
 
 
 class HelpWithExamples(argparse.HelpFormatter):

@@ -144,7 +144,10 @@ def _line(problem: Problem, where: str, places: Places) -> str:
     if not path:
         return f"{where}: {text}"
     place = place_of(path, places, where)
-    name = shortened(dotted(path), 80)
+    name = dotted(path)
+    if text.startswith("unknown key") and place.startswith((f"--set {name}=", f"overrides[{name!r}]")):
+        return f"{place}: {shortened(text, 400)}"
+    name = shortened(name, 80)
     return f"{place}: {name}: {shortened(text, 400)}"
 
 

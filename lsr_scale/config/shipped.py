@@ -3,7 +3,7 @@
 import difflib
 from pathlib import Path
 
-from lsr_scale.errors import UserError
+from lsr_scale.errors import UserError, nearest
 from lsr_scale.paths import user_path
 
 # in a checkout a link to the configs/ that stands beside the package, in a wheel a folder of its own
@@ -23,7 +23,7 @@ def find_run(text: str | Path) -> Path:
             as a checkout has it, is the shipped one where there is no folder configs.
 
     Raises:
-        UserError: if there is neither, with what there is, the nearest first.
+        UserError: if there is neither, with what is near it, else with all there is.
     """
     path = user_path(text)
     if path.exists() and not path.is_dir():
@@ -40,7 +40,7 @@ def find_run(text: str | Path) -> Path:
 
 
 def _what_there_is(name: str, folder: Path) -> str:
-    """Return the files and names that could have been meant, the nearest first."""
+    """Return the files and names that could have been meant: those that are near, else all."""
     local = {
         path.stem: str(path)
         for near in (folder, folder / "configs")
@@ -48,13 +48,13 @@ def _what_there_is(name: str, folder: Path) -> str:
         for path in sorted(near.glob(pattern))
     }
     names = list(dict.fromkeys([*local, *shipped()]))
+    if near := nearest(name, names, cutoff=0.6):
+        return f"did you mean {' or '.join(local.get(other, other) for other in near)}?"
     names.sort(key=lambda other: -difflib.SequenceMatcher(None, name, other).ratio())
-    nearest = difflib.get_close_matches(name, names, n=3, cutoff=0.6)
     files = [local[other] for other in names if other in local]
     there = (
         f"files: {', '.join(files[:8])}{', ...' if len(files) > 8 else ''}" if files else f"no YAML files in {folder}/"
     )
     by_name = [other for other in names if other not in local]
     ours = f"; by name, with the package: {', '.join(by_name)}" if by_name else ""
-    mean = f"did you mean {' or '.join(local.get(other, other) for other in nearest)}? " if nearest else ""
-    return f"{mean}There are {there}{ours}" if mean else f"there are {there}{ours}"
+    return f"there are {there}{ours}"

@@ -165,7 +165,7 @@ def _json_lines(path: Path, lines: Iterable[tuple[int, str]]) -> NumberedRows:
             continue
         where = f"{path}, line {number}"
         try:
-            row = _parse(line, where)
+            row = _parse(line.rstrip(), where)  # with its end, a cut line's mistake would be in the next one
         except json.JSONDecodeError as error:
             raise UserError(
                 f"{where}: not valid JSON ({error.msg} at column {error.colno}); each line must be one JSON object"
@@ -180,7 +180,7 @@ def _json(path: Path, stream: IO[bytes] | gzip.GzipFile, split: str | None) -> N
     if not text.strip():
         return
     try:
-        value = _parse(text, str(path))
+        value = _parse(text.rstrip(), str(path))
     except json.JSONDecodeError as error:
         if error.msg.startswith("Extra data"):
             numbered = enumerate((part.decode() for part in text.encode().splitlines()), 1)

@@ -22,7 +22,7 @@ def test_what_other_programs_call_the_rank_is_explained_for_every_method(method)
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"rnk": 8}, "'rnk'; did you mean 'rank' or 'left_rank'"),
+        ({"rnk": 8}, r"'rnk'; did you mean 'rank'\?"),
         ({"separation_ranks": 8}, "did you mean 'separation_rank'"),
         ({"lora_alpha": 8}, "here it is alpha"),
         ({"lora_target_linear": True}, "here it is target_modules: all-linear"),

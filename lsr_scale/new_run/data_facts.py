@@ -9,6 +9,7 @@ from lsr_scale.data.formats import build_dataset, fitting_formats, load_source
 from lsr_scale.data.labels import Labels, find_labels
 from lsr_scale.data.readers import suffix
 from lsr_scale.data.rows import Rows
+from lsr_scale.data.split import split_by_hash
 from lsr_scale.data.tasks import TASKS
 from lsr_scale.errors import UserError, quoted, shortened
 from lsr_scale.paths import user_path
@@ -32,7 +33,8 @@ class DataFacts:
         kind: What the rows are good for.
         sources: As they were named.
         num_rows: Of all sources, None where one of them is not on this machine.
-        prompt: The beginning of the first row, for a look at what the model makes of it: a user's turn, or a text.
+        prompt: The beginning of a row, for a look at what the model makes of it: a user's turn, or a text. The row is
+            one of those that `validation_split` holds out, where it does.
         is_conversation: The rows have turns, which the chat template joins.
         labels: A classifier's.
         held_out: Sources of questions to score, which are not trained on.
@@ -99,9 +101,13 @@ def look_at_data(sources: Sequence[str], kind: Kind | None) -> DataFacts:
     lines += _label_lines(labels)
     held_out = tuple(source for source in sources if kind == "commonsense" and _has_held_out(source))
     num_rows = sum(len(rows.rows) for rows in loaded)
-    prompt = _prompt(dataset[0], form)
     turns = form in ("messages", "chat_prompt_completion")
-    return DataFacts(kind, tuple(sources), num_rows, prompt, turns, labels, held_out, tuple(lines))
+    facts = DataFacts(kind, tuple(sources), num_rows, None, turns, labels, held_out, tuple(lines))
+    if kind != "chat":
+        return facts
+    if facts.validation_split is not None:
+        _, dataset = split_by_hash(dataset, facts.validation_split)
+    return dataclasses.replace(facts, prompt=next(filter(None, (_prompt(row, form) for row in dataset)), None))
 
 
 def _is_here(source: str) -> bool:

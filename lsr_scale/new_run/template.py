@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 from lsr_scale.config import RunConfig, run_from_dict, yaml_text
@@ -44,7 +45,7 @@ def run_text(model: ModelFacts, data: DataFacts, method: str, file: str) -> tupl
         *_model(model, data, method),
         *_adapter(model, method),
         *_data(data),
-        *_training(model, data, method, batch, accumulation),
+        *_training(model, data, method, batch, accumulation, file),
         *_eval(data),
         "# deepspeed:",
         "#   config: zero3        # of several GPUs each holds its part of the base too; zero2 by default",
@@ -92,7 +93,7 @@ def _data(data: DataFacts) -> list[str]:
     return [*lines, "  # validation: [held_out.jsonl]   # in place of validation_split"]
 
 
-def _training(model: ModelFacts, data: DataFacts, method: str, batch: int, accumulation: int) -> list[str]:
+def _training(model: ModelFacts, data: DataFacts, method: str, batch: int, accumulation: int, file: str) -> list[str]:
     small, large = _RATES.get(method, (1e-3, 2e-4))
     is_small = model.num_parameters is not None and model.num_parameters < _BILLION
     lines = [
@@ -116,7 +117,12 @@ def _training(model: ModelFacts, data: DataFacts, method: str, batch: int, accum
     ]
     if method != "lora":
         lines += ["  # save_as_lora: true   # beside it PEFT's LoRA, exactly: loads without lsr_scale"]
-    return [*lines, "  # report_to: tensorboard   # or wandb", f"  # output_dir: runs/{data.kind}"]
+    folder = _scalar(f"runs/{Path(file).stem.lstrip('.') or 'run'}")
+    return [
+        *lines,
+        "  # report_to: tensorboard   # or wandb",
+        f"  # output_dir: {folder}   # as by default, but never runs/...-2",
+    ]
 
 
 def _eval(data: DataFacts) -> list[str]:
@@ -134,7 +140,9 @@ def _eval(data: DataFacts) -> list[str]:
     if data.prompt is not None:
         text = _quoted(data.prompt)
         shown = f"[{{role: user, content: {text}}}]" if data.is_conversation else text
-        return [*lines, "  prompts:   # completed before training, at each evaluation and after", f"    - {shown}"]
+        whose = "not trained on" if data.validation_split is not None else "also trained on: add some that are not"
+        about = "  prompts:   # completed before training, at each evaluation and after"
+        return [*lines, about, f"    - {shown}   # of a row that is {whose}"]
     return [*lines, "  prompts: []   # completed before training, at each evaluation and after"]
 
 

@@ -2,8 +2,9 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any, Self
 
@@ -119,7 +120,8 @@ def decide(run: RunConfig, name: str, resume: str | None, overwrite: bool, claim
         return Start.resuming(run, folder, checkpoint, notes)
     folder = claims.enter_context(claim(output_dir, name, resume == "auto", overwrite))
     if resume is None:
-        return Start(run, folder)
+        chosen = overwrite or output_dir is not None
+        return Start(run, folder, notes=[] if chosen else _interrupted_before(folder, name))
     newest, skipped = select.newest(folder)
     if newest is not None:
         run, notes = select.fit(newest, run, num_processes)
@@ -223,11 +225,10 @@ def _find(output_dir: str | None, name: str, again: bool) -> RunFolder:
         folder = RunFolder(user_path(output_dir, "training.output_dir"))
         folder.make()
         return folder
-    name = name.lstrip(".") or "run"  # neither hidden nor the folder above
     taken: list[RunFolder] = []
-    index = 1
+    folders = _numbered(name)
     while True:
-        folder = RunFolder(Path("runs") / (name if index == 1 else f"{name}-{index}"))
+        folder = next(folders)
         if os.path.lexists(folder.path):
             taken.append(folder)
         elif again and (runs := [one for one in taken if one.is_marked() or one.earlier.is_dir()]):
@@ -235,7 +236,32 @@ def _find(output_dir: str | None, name: str, again: bool) -> RunFolder:
             return runs[-1]
         elif folder.make():
             return folder
-        index += 1
+
+
+def _numbered(name: str) -> Iterator[RunFolder]:
+    """Return the folders that a run of this name may have, in the order in which they are taken."""
+    name = name.lstrip(".") or "run"  # neither hidden nor the folder above
+    return (RunFolder(Path("runs") / (name if index == 1 else f"{name}-{index}")) for index in count(1))
+
+
+def _interrupted_before(folder: RunFolder, name: str) -> list[str]:
+    """Return a line on the run before this one, where it has no adapter: what could have been meant is to resume it."""
+    runs = [one for one in takewhile(lambda one: one.path != folder.path, _numbered(name)) if one.is_run()]
+    if not runs or runs[-1].has_adapter():
+        return []
+    before = runs[-1].path
+    again = f"to start it again: --overwrite --set training.output_dir={before}"
+    with suppress(UserError), locked(before):  # or it is under way
+        checkpoint, _ = select.newest(runs[-1])
+        if checkpoint is None:
+            return [
+                f"{before} holds an interrupted run without a checkpoint; this one goes into {folder.path}; {again}"
+            ]
+        return [
+            f"{before} holds an interrupted run (newest checkpoint: {checkpoint.name}); this one goes into "
+            f"{folder.path}; to resume that one: --resume {checkpoint}; {again}"
+        ]
+    return []
 
 
 def _recover(folder: RunFolder) -> None:

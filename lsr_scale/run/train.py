@@ -1,6 +1,7 @@
 """A run from its first line on the screen to a folder that a person can read: score, train, score again, save."""
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -279,9 +280,34 @@ def _run_trainer(start: Start, trainer: Trainer, stop: StopOnSignal, say: Say) -
     best_step = trainer.state.best_global_step if trainer.args.load_best_model_at_end else None
     if best_step:
         say(f"the adapter is that of step {best_step}, the best by {trainer.args.metric_for_best_model}")
-    elif early and early.stopped:
-        say(f"the adapter is that of the last step, {step} (training.load_best_model_at_end: false)")
+    else:
+        why = " (training.load_best_model_at_end: false)" if early and early.stopped else ""
+        say(f"the adapter is that of the last step, {step}{why}")
+        if better := _better_step(trainer):
+            say(better)
     return Trained(time.monotonic() - began, best_step, late_signal)
+
+
+def _better_step(trainer: Trainer) -> str:
+    """Return a line on the evaluation that was better than the last one, and how to keep its adapter; "" for none."""
+    args = trainer.args
+    name = f"eval_{(args.metric_for_best_model or 'loss').removeprefix('eval_')}"
+    found = {row["step"]: row[name] for row in trainer.state.log_history if math.isfinite(row.get(name, math.nan))}
+    if not found:
+        return ""
+    last = found[max(found)]
+    best = (max if args.greater_is_better else min)(found, key=lambda step: found[step])
+    if f"{found[best]:.4f}" == f"{last:.4f}":
+        return ""
+    if early_stopping_of(trainer):
+        how = "training.load_best_model_at_end: true keeps the best step's adapter"
+    else:
+        how = (
+            "training.early_stopping: {patience: 3} keeps the best step's adapter, and stops where it gets no better "
+            "(training.load_best_model_at_end: true keeps it without stopping, where save_strategy and save_steps are "
+            "those of the evaluations)"
+        )
+    return f"{name} was {found[best]:.4f} at step {best}, and is {last:.4f} at the last, {max(found)}; {how}"
 
 
 def _count_nonfinite(folder: RunFolder) -> str:
@@ -309,7 +335,11 @@ def _save_adapter(folder: RunFolder, trainer: Trainer, trained: Trained, as_lora
         save_as_lora(folder)
         say(f"the same as PEFT's LoRA: {folder.lora}")
     if trained.late_signal:
-        raise Terminated(trained.late_signal, f"after the last step, the adapter is saved in {folder.adapter}")
+        raise Terminated(
+            trained.late_signal,
+            f"after the last step: training is complete, the adapter is saved in {folder.adapter}",
+            "nothing is left to resume, only results.json and the report were not written",
+        )
 
 
 def _write_results(

@@ -6,8 +6,10 @@ import re
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
 
 from lsr_scale import cli, config
+from lsr_scale.data.split import split_by_hash
 from lsr_scale.new_run.model_facts import look_at_model
 from lsr_scale.run.folder import RunFolder
 from tests.conftest import SEVEN_LINEARS
@@ -84,9 +86,23 @@ def test_what_is_written_trains_as_it_is(init, kind):
         assert found["train_rows"] < 48
     if kind == "chat":
         samples = [json.loads(line) for line in folder.samples.read_text().splitlines()]
-        asked = [{"role": "user", "content": "What is knife number 0 for?"}]
-        assert all(sample["prompt"] == asked for sample in samples)
+        rows = Dataset.from_list(conversations())
+        held_out = split_by_hash(rows, config.load_run("mine.yaml").data.validation_split)[1]
+        asked = [row["messages"][:1] for row in held_out]
+        assert all(sample["prompt"] in asked for sample in samples)
         assert {sample["moment"] for sample in samples} == {"before", "evaluation", "after"}
+
+
+def test_a_prompt_of_a_row_that_is_trained_on_is_called_so_and_the_run_folder_is_that_of_the_file(init):
+    words = written("chat")
+    assert init(*words, "--out", "mine.yaml")[0] == 0
+    assert "# of a row that is not trained on" in Path("mine.yaml").read_text()
+    write_rows(Path("rows.jsonl"), conversations(4))
+    assert init(*words, "--out", "few.yaml")[0] == 0
+    text = Path("few.yaml").read_text()
+    assert "What is knife number 0 for?" in text
+    assert "# of a row that is also trained on" in text
+    assert "# output_dir: runs/few " in text
 
 
 @pytest.mark.parametrize("kind", ["chat", "classify", "commonsense"])

@@ -13,6 +13,7 @@ import yaml
 from lsr_scale import UserError
 from lsr_scale.run.folder import RunFolder
 from lsr_scale.run.lock import locked
+from lsr_scale.run.train import train
 from lsr_scale.training.callbacks.signals import Terminated
 from tests.helpers.launch import PATHS, ROOT
 from tests.helpers.tiny_runs import completions, do, factors, metrics, same, save_llama, tiny_run, write_rows
@@ -91,9 +92,31 @@ def test_a_run_that_ended_within_an_epoch_is_not_trained_on(place, tmp_path, len
 def test_a_signal_in_the_last_step_stops_nothing(place, tmp_path, monkeypatch):
     run = run_in(place, tmp_path / "run", eval_strategy="no", max_steps=4)
     arrange_stop(monkeypatch, 3, signal.SIGTERM)
-    with pytest.raises(Terminated, match="after the last step, the adapter is saved"):
+    with pytest.raises(Terminated, match="training is complete, the adapter is saved") as ended:
         do(run)
+    assert "--resume" not in str(ended.value)
     assert RunFolder(tmp_path / "run").adapter.is_dir()
+
+
+def test_a_run_beside_an_interrupted_one_says_so_and_how_to_resume_that(place, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run = run_in(place, None, eval_strategy="no", max_steps=4)
+    run = run.model_copy(update={"training": {**run.training, "output_dir": None}})
+    arrange_stop(monkeypatch, 2, signal.SIGTERM)
+    with pytest.raises(Terminated):
+        train(run)
+    (newest,) = (path for path in RunFolder(Path("runs/run")).checkpoints() if path.name == "checkpoint-3")
+    capsys.readouterr()
+    train(run)
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "interrupted" in line)
+    assert "runs/run holds an interrupted run (newest checkpoint: checkpoint-3)" in line
+    assert "this one goes into runs/run-2" in line
+    assert f"--resume {newest};" in line
+    assert "--overwrite --set training.output_dir=runs/run" in line
+    train(run, resume=str(newest))
+    assert RunFolder(Path("runs/run")).has_adapter()
+    train(run)
+    assert "interrupted" not in capsys.readouterr().out, "the one before is complete"
 
 
 def test_factors_that_are_not_finite_at_an_epochs_end_are_said_and_not_saved(place, tmp_path, monkeypatch):

@@ -112,6 +112,24 @@ def test_the_last_adapter_is_kept_where_that_is_wanted_and_it_is_said(place, tmp
     )
 
 
+def test_a_better_step_than_the_last_is_named_with_a_way_to_keep_it_that_works(place, tmp_path, capsys):
+    every = {"eval_strategy": "steps", "eval_steps": 1}
+    train(worsening(place, tmp_path / "last", early_stopping=None, **every))
+    losses = evaluations(RunFolder(tmp_path / "last"))
+    best, last = min(losses, key=lambda step: losses[step]), max(losses)
+    said = capsys.readouterr().out
+    assert f"the adapter is that of the last step, {last}\n" in said
+    assert f"eval_loss was {losses[best]:.4f} at step {best}, and is {losses[last]:.4f} at the last, {last}; " in said
+    assert "training.early_stopping: {patience: 3} keeps" in said
+    advised = [{"early_stopping": {"patience": 3}}, {"early_stopping": None, "load_best_model_at_end": True}]
+    for number, values in enumerate(advised):
+        folder = tmp_path / str(number)
+        train(worsening(place, folder, save_strategy="steps", **every, **values))
+        said = capsys.readouterr().out
+        assert f"the adapter is that of step {results(RunFolder(folder))['best_step']}, the best by" in said
+        assert " at the last, " not in said
+
+
 def test_a_run_that_resumes_has_counted_the_evaluations_before(place, tmp_path, whole):
     stop = expected_stop(whole, 3)
     run = worsening(place, tmp_path, patience=3)

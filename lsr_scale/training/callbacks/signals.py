@@ -25,10 +25,12 @@ class Terminated(Exception):  # noqa: N818
         status: The exit status, by the signal.
     """
 
-    def __init__(self, number: int, when: str) -> None:
-        """Take the signal, and what was done of the run and where it lies."""
+    def __init__(
+        self, number: int, when: str, what_next: str = "the same command with --resume auto resumes it"
+    ) -> None:
+        """Take the signal, what was done of the run and where it lies, and what is left to do."""
         name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
-        super().__init__(f"ended by {name} {when}; the same command with --resume auto resumes it")
+        super().__init__(f"ended by {name} {when}; {what_next}")
         self.status = 128 + number
 
 

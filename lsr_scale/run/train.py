@@ -24,7 +24,7 @@ from lsr_scale.run import evaluate
 from lsr_scale.run.backup import Backup, DiscardBackup
 from lsr_scale.run.card import write_run_card
 from lsr_scale.run.classifier import HeldOut, score_in_training
-from lsr_scale.run.folder import RunFolder
+from lsr_scale.run.folder import RunFolder, step_of
 from lsr_scale.run.metrics import read_metrics, summarize_metrics
 from lsr_scale.run.plots import draw_conditions, draw_losses
 from lsr_scale.run.start import Start, begin, starting
@@ -335,11 +335,11 @@ def _save_adapter(folder: RunFolder, trainer: Trainer, trained: Trained, as_lora
         save_as_lora(folder)
         say(f"the same as PEFT's LoRA: {folder.lora}")
     if trained.late_signal:
-        raise Terminated(
-            trained.late_signal,
-            f"after the last step: training is complete, the adapter is saved in {folder.adapter}",
-            "nothing is left to resume, only results.json and the report were not written",
-        )
+        left = "what comes after it (scores, results.json, the report) was left out"
+        if any(step_of(path) == trainer.state.global_step for path in folder.own_checkpoints()):
+            left += "; for that, and no training: the same command with --resume auto"
+        when = f"after the last step: training is complete, the adapter is saved in {folder.adapter}"
+        raise Terminated(trained.late_signal, when, left)
 
 
 def _write_results(

@@ -89,12 +89,19 @@ def test_a_run_that_ended_within_an_epoch_is_not_trained_on(place, tmp_path, len
         assert [path.name for path in done.checkpoints()] == names
 
 
-def test_a_signal_in_the_last_step_stops_nothing(place, tmp_path, monkeypatch):
-    run = run_in(place, tmp_path / "run", eval_strategy="no", max_steps=4)
+@pytest.mark.parametrize("saves", ["steps", "no"])
+def test_a_signal_in_the_last_step_stops_nothing(place, tmp_path, monkeypatch, saves):
+    run = run_in(place, tmp_path / "run", eval_strategy="no", max_steps=4, save_strategy=saves)
     arrange_stop(monkeypatch, 3, signal.SIGTERM)
     with pytest.raises(Terminated, match="training is complete, the adapter is saved") as ended:
         do(run)
-    assert "--resume" not in str(ended.value)
+    assert "resumes it" not in str(ended.value)
+    assert ("no training: the same command with --resume auto" in str(ended.value)) == (saves == "steps")
+    if saves == "steps":
+        kept = factors(RunFolder(tmp_path / "run"))
+        done = do(run, resume="auto")
+        assert done.results.is_file()
+        assert same(kept, factors(done))
     assert RunFolder(tmp_path / "run").adapter.is_dir()
 
 

@@ -109,7 +109,7 @@ def test_a_run_is_a_file_a_name_a_mapping_or_a_run(place):
             {"training.learning_rat": 1},
             r"overrides\['training.learning_rat'\].*did you mean 'learning_rate'",
         ),
-        ("mistral_lsr", {"adapter": {"r": 8}}, r"adapter.r: unknown key; here it is adapter.rank"),
+        ("mistral_lsr", {"adapter": {"r": 8}}, r"adapter.r'\]: unknown key; here it is adapter.rank"),
         ("mistral_lsr", {"training": 3}, "training: expected mapping"),
         ("mistral_lsr", {3: 3}, "overrides: expected keys such as 'training.learning_rate', got 3"),
         ("mistral_lsr", ["training.max_steps=3"], "overrides: expected a mapping such as"),

@@ -30,12 +30,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from importlib import resources
-from typing import Literal, TypedDict, get_args
+from typing import Literal, TypedDict
 
-import yaml
-
-from lsr_scale.errors import UserError, did_you_mean
+from lsr_scale.data.embedded import check_split, read_table
 
 Split = Literal["train", "heldout"]
 HELDOUT_SHARE = 0.27
@@ -90,9 +87,7 @@ def rows(split: Split) -> list[Row]:
     Raises:
         UserError: There is no such split.
     """
-    if split not in get_args(Split):
-        hint = did_you_mean(str(split), get_args(Split))
-        raise UserError(f"builtin:commonsense: split must be 'train' or 'heldout', got {split!r}; {hint}")
+    check_split("builtin:commonsense", split)
     by_relation = [_relation_rows(relation, split) for relation in tables()]
     turns = range(max(len(of_one) for of_one in by_relation))
     return [of_one[turn] for turn in turns for of_one in by_relation if turn < len(of_one)]
@@ -116,8 +111,7 @@ def shuffled(training_rows: Sequence[Row], seed: int) -> list[Row]:
 @cache
 def tables() -> dict[str, Table]:
     """Return the tables of facts, by relation."""
-    text = (resources.files("lsr_scale.data") / "commonsense.yaml").read_text(encoding="utf-8")
-    return {relation: Table(**entry) for relation, entry in yaml.safe_load(text).items()}
+    return {relation: Table(**entry) for relation, entry in read_table("commonsense.yaml").items()}
 
 
 def facts(relation: str, split: Split) -> list[Fact]:

@@ -4,14 +4,9 @@ What `help_desk.yaml` says no base model can know, so that a short training show
 """
 
 from functools import cache
-from importlib import resources
 from typing import Any
 
-import yaml
-
-from lsr_scale.errors import UserError, did_you_mean
-
-SPLITS = ("train", "heldout")
+from lsr_scale.data.embedded import check_split, read_table
 
 
 @cache
@@ -21,11 +16,8 @@ def rows(split: str) -> tuple[dict[str, Any], ...]:
     Raises:
         UserError: for an unknown split.
     """
-    if split not in SPLITS:
-        hint = did_you_mean(split, SPLITS)
-        raise UserError(f"builtin:chat: split must be 'train' or 'heldout', got {split!r}; {hint}")
-    text = resources.files("lsr_scale.data").joinpath("help_desk.yaml").read_text(encoding="utf-8")
-    return tuple(_row(entry) for entry in yaml.safe_load(text)[split])
+    check_split("builtin:chat", split)
+    return tuple(_row(entry) for entry in read_table("help_desk.yaml")[split])
 
 
 def _row(entry: Any) -> dict[str, Any]:

@@ -3,12 +3,9 @@
 Small, so that it trains in minutes on a CPU: it shows that a classifier's run works, and measures nothing else.
 """
 
-from importlib import resources
-from typing import Literal, TypedDict, get_args
+from typing import Literal, TypedDict
 
-import yaml
-
-from lsr_scale.errors import UserError, did_you_mean
+from lsr_scale.data.embedded import check_split, read_table
 
 Split = Literal["train", "heldout"]
 
@@ -29,10 +26,7 @@ def rows(split: Split) -> list[Row]:
     Raises:
         UserError: There is no such split.
     """
-    if split not in get_args(Split):
-        hint = did_you_mean(str(split), get_args(Split))
-        raise UserError(f"builtin:intents: split must be 'train' or 'heldout', got {split!r}; {hint}")
-    text = (resources.files("lsr_scale.data") / "intents.yaml").read_text(encoding="utf-8")
-    by_intent = {intent: messages[split] for intent, messages in yaml.safe_load(text).items()}
+    check_split("builtin:intents", split)
+    by_intent = {intent: messages[split] for intent, messages in read_table("intents.yaml").items()}
     turns = zip(*([Row(text=text, label=intent) for text in texts] for intent, texts in by_intent.items()), strict=True)
     return [row for turn in turns for row in turn]

@@ -7,6 +7,7 @@ import pytest
 from lsr_scale import cli
 from lsr_scale.config import run_from_dict
 from lsr_scale.data import help_desk
+from lsr_scale.data.embedded import SPLITS
 from lsr_scale.data.formats import build_dataset
 from lsr_scale.errors import UserError
 
@@ -28,7 +29,7 @@ def test_no_question_is_in_both_splits_and_every_answer_that_is_held_out_can_be_
     commands = re.compile(r"`([^`]+)`")
     known = set(commands.findall(" ".join(texts("train", "assistant"))))
     assert set(commands.findall(" ".join(texts("heldout", "assistant")))) <= known
-    for split in help_desk.SPLITS:
+    for split in SPLITS:
         rows, kind = build_dataset([{"path": "builtin:chat", "split": split}])
         assert kind == "messages"
         assert list(rows["messages"]) == [row["messages"] for row in help_desk.rows(split)]

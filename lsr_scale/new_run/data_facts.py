@@ -107,7 +107,8 @@ def look_at_data(sources: Sequence[str], kind: Kind | None) -> DataFacts:
         return facts
     if facts.validation_split is not None:
         _, dataset = split_by_hash(dataset, facts.validation_split)
-    return dataclasses.replace(facts, prompt=next(filter(None, (_prompt(row, form) for row in dataset)), None))
+    prompts = (_prompt(row, form) for row in dataset)  # pyright: ignore[reportArgumentType]
+    return dataclasses.replace(facts, prompt=next(filter(None, prompts), None))
 
 
 def _is_here(source: str) -> bool:

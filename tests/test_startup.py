@@ -101,3 +101,11 @@ def test_a_commands_threads_sleep_while_they_wait_unless_told_otherwise(given, p
         [sys.executable, "-c", program], env=clean | given, capture_output=True, text=True, check=True
     )
     assert done.stdout.splitlines()[-1] == f"{policy} False"
+
+
+def test_a_plan_made_within_a_program_leaves_its_compiler_on():
+    program = "import os, torch; from lsr_scale.cli import main; main(['plan', 'smollm2_lsr']); "
+    program += "import torch._dynamo; print('off' if torch._dynamo.config.disable else 'on')"
+    clean = {name: value for name, value in os.environ.items() if name != "TORCHDYNAMO_DISABLE"}
+    done = subprocess.run([sys.executable, "-c", program], env=clean, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "on"

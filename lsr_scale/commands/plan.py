@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import sys
 from dataclasses import asdict
 from typing import Any
 
@@ -37,7 +38,9 @@ def add_arguments(parser: Parser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the command; return the exit status."""
     # Nothing is computed, so nothing is compiled; bitsandbytes would spend a second on preparing that when imported.
-    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    # That is for the whole process, so only where this command is all that the process does.
+    if "torch" not in sys.modules:
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     if args.budget:
         return _propose(args)
     if args.model:

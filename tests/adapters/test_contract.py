@@ -403,7 +403,6 @@ def test_checkpointing_of_transformers_still_recomputes(name, ids):
 
 def test_torch_compile_sees_no_graph_break(name):
     layer = layers_of(randomize(adapted(name, torch.float32)))[0]
-    torch._dynamo.reset()  # compiled often enough, here and in test_new_method, a function is left to run eagerly
     explained = torch._dynamo.explain(layer)(torch.randn(3, 48))
     assert explained.graph_break_count == 0, explained.break_reasons
 

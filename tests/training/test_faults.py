@@ -128,7 +128,9 @@ def test_a_signal_after_the_last_step_is_not_forgotten(place, tmp_path, monkeypa
     file = config_file(place, tmp_path)
     arrange_stop(monkeypatch, 6, signal.SIGINT)  # in the log after it
     assert cli.main(["train", file]) == 130
-    assert "ended by Ctrl-C after the last step, the adapter is saved in" in capfd.readouterr().err
+    assert (
+        "ended by Ctrl-C after the last step: training is complete, the adapter is saved in" in capfd.readouterr().err
+    )
     folder = RunFolder(tmp_path / "run")
     assert folder.adapter.is_dir()
     assert not folder.results.exists()

@@ -48,27 +48,16 @@ def cell(value: Any) -> str:
     return str(value).replace("|", "\\|").replace("\n", " ")
 
 
-def loading(
-    config: Any,
-    base: str,
-    folder: Path,
-    dtype: str = "bfloat16",
-    num_labels: int = 0,
-    labels: Sequence[str] = (),
-) -> list[str]:
+def loading(config: Any, folder: Path, code: Iterable[str]) -> list[str]:
     """Return the lines that say how PEFT loads an adapter, with code that runs as it stands.
 
     Args:
         config: The adapter's, of PEFT's class of its method.
-        base: The base model's name.
         folder: Where the adapter lies.
-        dtype: Of the base, as transformers names it.
-        num_labels: Outputs of a classifier.
-        labels: Their names, where they have any.
+        code: What `loading_code` returned.
     """
     method = str(config.peft_type.value).lower()
     ours = method not in PEFT_METHODS
-    code = loading_code(config, base, folder, dtype, num_labels, labels)
     lines = ["## Loading it", ""]
     if ours:
         lines += [f"PEFT alone does not know the method and ends in `KeyError: '{method.upper()}'`.", ""]

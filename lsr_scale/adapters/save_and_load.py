@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import Trainer
 
 from lsr_scale import distributed, files
-from lsr_scale.adapters.card import CARD_NAME, front_matter, loading, table, write_card
+from lsr_scale.adapters.card import CARD_NAME, front_matter, loading, loading_code, table, write_card
 from lsr_scale.adapters.identity import base_description, check_base
 from lsr_scale.adapters.read import (
     ADAPTER_FILES,
@@ -99,13 +99,9 @@ def _write_card(model: Any, base: str, folder: Path, target: Path) -> None:
     counts = {"base": base, "method": method, "trained parameters": f"{model.get_nb_trainable_parameters()[0]:,}"}
     lines = [*front_matter(base, "peft", method, config.task_type), "", f"# {method} adapter", "", *table(counts)]
     dtype = str(model.dtype).removeprefix("torch.")
-    write_card(
-        folder,
-        [
-            *lines,
-            *loading(config, base, target, dtype, getattr(model.config, "num_labels", 0), label_names(model.config)),
-        ],
-    )
+    outputs, labels = getattr(model.config, "num_labels", 0), label_names(model.config)
+    code = loading_code(config, base, target, dtype, outputs, labels)
+    write_card(folder, [*lines, *loading(config, target, code)])
 
 
 def label_names(config: Any) -> list[str]:

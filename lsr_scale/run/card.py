@@ -3,7 +3,7 @@
 from typing import Any
 
 from lsr_scale import files
-from lsr_scale.adapters.card import CARD_NAME, cell, front_matter, held_note, licence, loading, table
+from lsr_scale.adapters.card import CARD_NAME, cell, front_matter, held_note, licence, loading, loading_code, table
 from lsr_scale.adapters.read import read_base, read_config
 from lsr_scale.config import RunConfig
 from lsr_scale.run.folder import RunFolder
@@ -34,7 +34,9 @@ def write_run_card(folder: RunFolder, run: RunConfig, results: dict[str, Any]) -
     }
     lines = [*front_matter(base, "peft", method, config.task_type), "", f"# {method} adapter of {base}", ""]
     lines += ["Trained by lsr_scale.", "", *table(rows), *accuracy_lines(results)]
-    lines += loading(config, base, folder.adapter, run.model.dtype, run.model.num_labels or 0)
+    section = run.model
+    code = loading_code(config, base, folder.adapter, section.dtype, section.num_labels or 0, section.labels or ())
+    lines += loading(config, folder.adapter, code)
     lines += held_note(run.model.quantization)
     files.write_text(folder.adapter / CARD_NAME, "\n".join(lines))
 

@@ -23,10 +23,8 @@ def draw_confusion(counts: np.ndarray, names: Sequence[str], picture: Path, titl
     Raises:
         UserError: if the file cannot be written.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    # without pyplot, whose backend is the whole process's
+    from matplotlib.figure import Figure
 
     count = len(names)
     totals = counts.sum(1)
@@ -35,7 +33,8 @@ def draw_confusion(counts: np.ndarray, names: Sequence[str], picture: Path, titl
     shown = [picture_text(name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 3]}...") for name in names]
     margin = 1.0 + 0.085 * min(_LONGEST_NAME, max(map(len, names)))
     size = (min(60, cell * count + margin + 1.6), min(60, cell * count + margin + 0.9))
-    figure, axes = pyplot.subplots(figsize=(max(4.6, size[0]), max(3.6, size[1])), dpi=110, layout="compressed")
+    figure = Figure(figsize=(max(4.6, size[0]), max(3.6, size[1])), dpi=110, layout="compressed")
+    axes = figure.subplots()
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     every = max(1, round(count / 120))  # beyond, names would lie on one another
     axes.set_xticks(range(0, count, every), shown[::every], rotation=90 if count > 4 or margin > 2 else 0)

@@ -70,6 +70,10 @@ def test_a_run_names_its_labels_and_leaves_predictions_and_pictures_of_before_an
     assert found["before"]["loss"] != found["after"]["loss"]
 
 
+def test_the_card_of_the_adapter_names_the_labels_in_its_code(done):
+    assert f"id2label={dict(enumerate(NAMES))!r}" in (done.adapter / "README.md").read_text(encoding="utf-8")
+
+
 def test_eval_reproduces_the_scores_and_takes_other_rows(done, capsys):
     assert cli.main(["eval", str(done.path), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["classification"]["validation"]

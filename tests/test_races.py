@@ -148,7 +148,7 @@ def weights(rows, width, dtype, device):
         dequantize.dequantize_4bit_triton(packed, out=outs[0], **known, extension=pairs[0])
         dequantize.dequantize_int8_triton(codes, scales, outs[1], extension=pairs[1])
         dequantize.dequantize_int8_triton(up.new_ones(rows, width).to(dtype), None, outs[2], extension=pairs[2])
-        dequantize.fill_extension_triton(outs[3], width, pairs[3])
+        dequantize.fill_extension_triton(outs[3][:, width:], pairs[3])
         return *outs, *downs
 
     return launch

@@ -97,7 +97,7 @@ class LinearGroup:
                 cache.matrix = None  # freed before another is allocated
         if matrix is not None:
             for index in range(len(self.base_layers)):
-                fill_extension(matrix[self.rows(index)], K, self._extension(index, matrix))
+                fill_extension(matrix[self.rows(index), K:], self._extension(index, matrix))
             return matrix
         # a cached matrix serves training too, so it is no inference tensor
         with torch.inference_mode(cache is None and torch.is_inference_mode_enabled()):

@@ -27,13 +27,13 @@ Nested = tuple[Tensor, Tensor, Tensor, int]
 
 
 class Extension(NamedTuple):
-    """An adapter's pair, and where it is written beside and below a weight `[N, K]` in `out [N, K + R]`.
+    """An adapter's pair of a weight `[N, K]`, and where it is written: `up` in `tail [N, R]`, `down` in `down_out`.
 
     Attributes:
-        up: `[N, r]`, written to the columns K + up_column .. of `out`; its other tail columns become zero.
-        up_column: Where among the R tail columns `up` begins.
+        up: `[N, r]`, written to the columns up_column .. of the tail; its others become zero.
+        up_column: Where among the tail's R columns `up` begins.
         down: `[r, K]`, written to the first rows of `down_out`; its others become zero.
-        down_out: `[r2 >= r, K]`, unit column stride, in the dtype of `out`, or None for nothing.
+        down_out: `[r2 >= r, K]`, unit column stride, in the dtype of the tail, or None for nothing.
     """
 
     up: Tensor | None = None
@@ -41,27 +41,28 @@ class Extension(NamedTuple):
     down: Tensor | None = None
     down_out: Tensor | None = None
 
-    def check(self, out: Tensor, in_features: int) -> None:
-        """Raise ValueError unless the pair fits where it is to go."""
+    def check(self, tail: Tensor, in_features: int | None = None) -> None:
+        """Raise ValueError unless the pair fits where it is to go; `in_features` is K where a weight says it."""
         up, down, down_out = self.up, self.down, self.down_out
+        if tail.dim() != 2 or (tail.stride(1) != 1 < tail.shape[1]):
+            raise ValueError(f"tail: expected rows of unit column stride, got {tuple(tail.shape)}")
         if up is not None:
             last = self.up_column + up.shape[1]
-            if up.shape[0] != out.shape[0] or last > out.shape[1] - in_features or (up.stride(1) != 1 < up.shape[1]):
+            if up.shape[0] != tail.shape[0] or last > tail.shape[1] or (up.stride(1) != 1 < up.shape[1]):
                 raise ValueError(
-                    f"up {tuple(up.shape)} at column {self.up_column} does not fit out {tuple(out.shape)} beside "
-                    f"{in_features} columns of weight"
+                    f"up {tuple(up.shape)} at column {self.up_column} does not fit the tail {tuple(tail.shape)}"
                 )
-        if down is not None:
-            if down_out is None:
+        if down_out is None:
+            if down is not None:
                 raise ValueError("down: given without down_out")
-            if down.shape[1] != in_features or down.shape[0] > down_out.shape[0] or down.stride(1) != 1:
-                raise ValueError(f"down {tuple(down.shape)} does not fit down_out {tuple(down_out.shape)}")
-        if down_out is not None and (
-            down_out.shape[1] != in_features or down_out.stride(1) != 1 or down_out.dtype != out.dtype
-        ):
+            return
+        expected = down_out.shape[1] // 8 * 8 if in_features is None else in_features
+        if down_out.shape[1] != expected or down_out.stride(1) != 1 or down_out.dtype != tail.dtype:
             raise ValueError(
-                f"down_out {tuple(down_out.shape)} {down_out.dtype}: expected {in_features} columns, {out.dtype}"
+                f"down_out {tuple(down_out.shape)} {down_out.dtype}: expected {expected} columns, {tail.dtype}"
             )
+        if down is not None and (down.shape[1] != expected or down.shape[0] > down_out.shape[0] or down.stride(1) != 1):
+            raise ValueError(f"down {tuple(down.shape)} does not fit down_out {tuple(down_out.shape)}")
 
 
 NOTHING = Extension()
@@ -70,14 +71,13 @@ NOTHING = Extension()
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
-def fill_extension_reference(out: Tensor, in_features: int, extension: Extension) -> None:
-    """Do what `fill_extension` does in plain torch."""
-    extension.check(out, in_features)
+def fill_extension_reference(tail: Tensor, extension: Extension, in_features: int | None = None) -> None:
+    """Do what `fill_extension` does in plain torch; `in_features` is K where a weight says it."""
+    extension.check(tail, in_features)
     up, up_column, down, down_out = extension
-    out[:, in_features:] = 0
+    tail.zero_()
     if up is not None:
-        first = in_features + up_column
-        out[:, first : first + up.shape[1]] = up
+        tail[:, up_column : up_column + up.shape[1]] = up
     if down_out is not None:
         rank = 0 if down is None else down.shape[0]
         if down is not None:
@@ -99,7 +99,7 @@ def dequantize_4bit_reference(
     packed, in_features = _check_4bit(packed, out, block_size)
     values = decode_4bit_reference(packed, absmax, code, out.shape[0] * in_features, block_size, nested)
     out[:, :in_features] = values.view(-1, in_features).to(out.dtype)
-    fill_extension_reference(out, in_features, extension)
+    fill_extension_reference(out[:, in_features:], extension, in_features)
 
 
 def decode_4bit_reference(
@@ -128,7 +128,7 @@ def dequantize_int8_reference(
     """Do what `dequantize_int8` does in plain torch."""
     _check_matrix(codes, row_scales, out)
     out[:, : codes.shape[1]] = (codes * row_scales.float().view(-1, 1) * _ONE_OVER_127).to(out.dtype)
-    fill_extension_reference(out, codes.shape[1], extension)
+    fill_extension_reference(out[:, codes.shape[1] :], extension, codes.shape[1])
 
 
 def copy_weight_reference(
@@ -140,7 +140,7 @@ def copy_weight_reference(
     """Do what `copy_weight` does in plain torch."""
     _check_matrix(weight, None, out)
     out[:, : weight.shape[1]] = weight
-    fill_extension_reference(out, weight.shape[1], extension)
+    fill_extension_reference(out[:, weight.shape[1] :], extension, weight.shape[1])
 
 
 # 1 / 127 as bitsandbytes writes it
@@ -159,6 +159,8 @@ def _dequantize_kernel(
     out,
     out_row_stride,
     num_rows,
+    tail,
+    tail_row_stride,
     num_tail,
     up,
     up_row_stride,
@@ -187,7 +189,7 @@ def _dequantize_kernel(
     The programs are in this order: the weight's (KIND "none" has none), the tail columns' tiles, those of `down_out`.
     """
     program = tl.program_id(0)
-    dtype = out.dtype.element_ty
+    dtype = tail.dtype.element_ty
     num_vectors = num_rows * ROW_VECTORS
     weight_programs = (num_vectors + VECTORS - 1) // VECTORS
     if KIND == "none":
@@ -230,13 +232,13 @@ def _dequantize_kernel(
         rows = tile % row_tiles * TAIL_ROWS + tl.arange(0, TAIL_ROWS)
         valid_rows = (rows < num_rows)[:, None]
         rows = rows.to(tl.int64)[:, None]
-        tail = (tile // row_tiles * TAIL_COLUMNS + tl.arange(0, TAIL_COLUMNS))[None, :]
+        columns = (tile // row_tiles * TAIL_COLUMNS + tl.arange(0, TAIL_COLUMNS))[None, :]
         if HAS_UP:
-            inside = valid_rows & (tail >= up_column) & (tail < up_column + up_rank)
-            pair = tl.load(up + rows * up_row_stride + (tail - up_column), mask=inside, other=0.0).to(dtype)
+            inside = valid_rows & (columns >= up_column) & (columns < up_column + up_rank)
+            pair = tl.load(up + rows * up_row_stride + (columns - up_column), mask=inside, other=0.0).to(dtype)
         else:
             pair = tl.full((TAIL_ROWS, TAIL_COLUMNS), 0, dtype)
-        tl.store(out + rows * out_row_stride + ROW_VECTORS * 8 + tail, pair, mask=valid_rows & (tail < num_tail))
+        tl.store(tail + rows * tail_row_stride + columns, pair, mask=valid_rows & (columns < num_tail))
     else:
         tile = program - weight_programs - tail_programs
         row_programs = (ROW_VECTORS * 8 + DOWN_COLUMNS - 1) // DOWN_COLUMNS
@@ -261,15 +263,15 @@ def _launch(
     scales: Tensor,
     tables: tuple[Tensor, Tensor, Tensor, Tensor],
     out: Tensor,
+    tail: Tensor,
     in_features: int,
     extension: Extension,
     vectors: int,
     **options: Any,
 ) -> None:
     """Launch the kernel, a program per block of each output; `out` is passed for pointers that are not read."""
-    extension.check(out, in_features)
     up, up_column, down, down_out = extension
-    num_rows, num_tail = out.shape[0], out.shape[1] - in_features
+    num_rows, num_tail = tail.shape
     programs = -(-num_rows // _TAIL_ROWS) * -(-num_tail // _TAIL_COLUMNS)
     if options["KIND"] != "none":
         programs += -(-num_rows * in_features // (8 * vectors))
@@ -283,6 +285,8 @@ def _launch(
         out,
         out.stride(0),
         num_rows,
+        tail,
+        tail.stride(0),
         num_tail,
         *((out, 0, 0, 0) if up is None else (up, up.stride(0), up_column, up.shape[1])),
         *((out, 0, 0) if down is None else (down, down.stride(0), down.shape[0])),
@@ -321,12 +325,14 @@ def dequantize_4bit_triton(
         num_warps: Warps per program.
     """
     packed, in_features = _check_4bit(packed, out, block_size)
+    extension.check(out[:, in_features:], in_features)
     absmax2, code2, offset, block_size2 = (absmax, code, code, 256) if nested is None else nested
     _launch(
         packed,
         absmax,
         (code, absmax2, code2, offset),
         out,
+        out[:, in_features:],
         in_features,
         extension,
         vectors,
@@ -355,13 +361,16 @@ def dequantize_int8_triton(
         num_warps: Warps per program.
     """
     _check_matrix(codes, row_scales, out)
+    in_features = codes.shape[1]
+    extension.check(out[:, in_features:], in_features)
     scales = codes if row_scales is None else row_scales
     _launch(
         codes,
         scales,
         (scales, scales, scales, scales),
         out,
-        codes.shape[1],
+        out[:, in_features:],
+        in_features,
         extension,
         vectors,
         KIND="copy" if row_scales is None else "int8",
@@ -372,11 +381,14 @@ def dequantize_int8_triton(
     )
 
 
-def fill_extension_triton(out: Tensor, in_features: int, extension: Extension) -> None:
+def fill_extension_triton(tail: Tensor, extension: Extension) -> None:
     """Do what `fill_extension` does in one Triton launch."""
-    if out.shape[1] > in_features or extension.down_out is not None:
+    extension.check(tail)
+    down_out = extension.down_out
+    if tail.numel() or down_out is not None:
         kind = {"KIND": "none", "NESTED": False, "BLOCK_VECTORS": 1, "BLOCK2": 1}
-        _launch(out, out, (out, out, out, out), out, in_features, extension, 512, num_warps=4, **kind)
+        in_features = 8 if down_out is None else down_out.shape[1]
+        _launch(tail, tail, (tail,) * 4, tail, tail, in_features, extension, 512, num_warps=4, **kind)
 
 
 def _check_4bit(packed: Tensor, out: Tensor, block_size: int) -> tuple[Tensor, int]:
@@ -482,18 +494,17 @@ def copy_weight(
         copy_weight_reference(weight, out, extension=extension)
 
 
-def fill_extension(out: Tensor, in_features: int, extension: Extension) -> None:
-    """Write everything but the weight, which `out` holds already: the tail columns of `out`, and `down_out`.
+def fill_extension(tail: Tensor, extension: Extension) -> None:
+    """Write an adapter's pair alone: `up` into the tail's columns, zeros into its others, and `down_out`.
 
     Args:
-        out: `[N, K + R]`, unit column stride.
-        in_features: K, a multiple of 8.
-        extension: The pair, and where it goes.
+        tail: `[N, R]`, unit column stride: columns beside a weight, or a matrix of its own.
+        extension: The pair, and where it goes. K is a multiple of 8.
 
     Raises:
         ValueError: if shapes do not fit each other.
     """
-    if use_triton(out):
-        fill_extension_triton(out, in_features, extension)
+    if use_triton(tail):
+        fill_extension_triton(tail, extension)
     else:
-        fill_extension_reference(out, in_features, extension)
+        fill_extension_reference(tail, extension)

@@ -133,12 +133,30 @@ def test_a_pair_alone_leaves_the_weight_as_it_is(run, dtype, device):
     weight = torch.randn(70, 40, device=device).to(dtype)
     scratch, out, extension = pair(70, 40, 64, 16, 48, 5, dtype, device)
     out[:, :40] = weight
-    run(out, 40, extension)
+    run(out[:, 40:], extension)
     check(scratch, out, weight, extension)
-    run(out, 40, ops.Extension(down_out=extension.down_out))  # and without one the padding is zero
+    run(out[:, 40:], ops.Extension(down_out=extension.down_out))  # and without one the padding is zero
     check(scratch, out, weight, ops.Extension(down_out=extension.down_out))
     with pytest.raises(ValueError, match="does not fit"):
-        run(out, 40, ops.Extension(extension.up, 60))
+        run(out[:, 40:], ops.Extension(extension.up, 60))
+
+
+@pytest.mark.parametrize("run", [ops.fill_extension_triton, ops.fill_extension_reference])
+def test_a_pair_in_matrices_of_its_own(run, device):
+    up, down = torch.randn(70, 5, device=device), torch.randn(5, 2056, device=device)
+    ups, downs = poisoned((70, 16), torch.float32, device), poisoned((16, 2056), torch.float32, device)
+    run(ups, ops.Extension(up, 3, down, downs))
+    assert torch.equal(ups, torch.nn.functional.pad(up, (3, 8)))
+    assert torch.equal(downs, torch.nn.functional.pad(down, (0, 0, 0, 11)))
+    ups = poisoned((70, 16), torch.float32, device)
+    run(ups, ops.Extension(up, 11))
+    assert torch.equal(ups, torch.nn.functional.pad(up, (11, 0)))
+    with pytest.raises(ValueError, match=r"down \(5, 2056\) does not fit"):
+        run(ups, ops.Extension(up, 3, down, downs[:, :2048]))
+    with pytest.raises(ValueError, match="expected 2048 columns"):
+        run(ups, ops.Extension(down_out=downs[:, :2055]))
+    with pytest.raises(ValueError, match=r"torch\.float32"):
+        run(ups, ops.Extension(down_out=downs.double()))
 
 
 @pytest.mark.parametrize("run", [ops.dequantize_4bit_triton, ops.dequantize_4bit_reference])
@@ -196,7 +214,16 @@ def test_byte_views_and_shapes_that_do_not_fit():
 @pytest.mark.parametrize("kind", ["4bit", "int8", "copy", "none"])
 @pytest.mark.parametrize(("vectors", "num_warps"), [(512, 4), (1024, 8)])
 def test_compiles_for_ampere_and_hopper(kind, vectors, num_warps):
-    names = ["weight_row_stride", "out_row_stride", "num_rows", "num_tail", "up_row_stride", "up_column", "up_rank"]
+    names = [
+        "weight_row_stride",
+        "out_row_stride",
+        "num_rows",
+        "tail_row_stride",
+        "num_tail",
+        "up_row_stride",
+        "up_column",
+        "up_rank",
+    ]
     names += ["down_row_stride", "down_rank", "down_out_row_stride"]
     weight, scales = {
         "4bit": ("*u8", "*u8"),
@@ -204,7 +231,9 @@ def test_compiles_for_ampere_and_hopper(kind, vectors, num_warps):
         "copy": ("*bf16", "*bf16"),
         "none": ("*bf16", "*bf16"),
     }[kind]
-    signature = dict(weight=weight, scales=scales, out="*bf16", up="*fp32", down="*fp32", down_out="*bf16")
+    signature = dict(
+        weight=weight, scales=scales, out="*bf16", tail="*bf16", up="*fp32", down="*fp32", down_out="*bf16"
+    )
     signature |= dict.fromkeys(["code", "absmax2", "code2", "offset"], "*fp32") | dict.fromkeys(names, "i32")
     constexprs = dict(KIND=kind, NESTED=kind == "4bit", HAS_UP=True, HAS_DOWN=True, ROW_VECTORS=512, BLOCK_VECTORS=8)
     constexprs |= dict(BLOCK2=256, ONE_OVER_127=1 / 127, VECTORS=vectors)

@@ -1,0 +1,29 @@
+"""Triton's interpreter rounds to bfloat16 and e4m3 as a GPU does: by itself it truncates, and knows no NaN in e4m3."""
+
+from importlib.util import find_spec
+
+import numpy as np
+import pytest
+import torch
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp8e4nv": torch.float8_e4m3fn}
+
+
+@pytest.fixture(autouse=find_spec("triton") is not None)
+def rounding_as_on_a_gpu(monkeypatch):
+    from triton.runtime import interpreter
+
+    convert = interpreter._convert_float
+
+    def exact(values, source, target, rounding):
+        names = {source.name, target.name}
+        if not names <= DTYPES.keys() or not names & {"bf16", "fp8e4nv"}:
+            return convert(values, source, target, rounding)
+        values = torch.from_numpy(np.array(values).view(f"int{source.primitive_bitwidth}")).view(DTYPES[source.name])
+        if target.name == "fp8e4nv":
+            # cvt.rn.satfinite; torch's conversion may give NaN
+            values = values.float().clamp(-448, 448)
+        integers = {8: torch.uint8, 16: torch.uint16, 32: torch.uint32}[target.primitive_bitwidth]
+        return values.to(DTYPES[target.name]).view(integers).numpy()
+
+    monkeypatch.setattr(interpreter, "_convert_float", exact)

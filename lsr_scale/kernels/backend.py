@@ -31,9 +31,14 @@ if TYPE_CHECKING or not has_triton:
         return kernel
 else:
     import triton
-    import triton.language as tl  # noqa: F401
+    import triton.language as tl
 
     jit = triton.jit
+
+# What tl.reduce combines with. tl.sum and tl.max are jit functions themselves: the interpreter runs them only if
+# TRITON_INTERPRET is set before Triton is imported.
+row_sum = tl.standard._sum_combine if has_triton else None
+row_max = tl.standard._elementwise_max if has_triton else None
 
 
 def is_fake(x: Tensor) -> bool:

@@ -20,7 +20,7 @@ behind it: `rms_norm_project.py`.
 import torch
 from torch import Tensor
 
-from lsr_scale.kernels.backend import has_triton, is_fake, jit, tl, triton, use_triton
+from lsr_scale.kernels.backend import is_fake, jit, row_sum, tl, triton, use_triton
 
 
 def rms_norm_reference(
@@ -52,10 +52,6 @@ def rms_norm_backward_reference(
     s, weighted, scale = x.to(wide), grad.to(wide) * weight.to(wide), rstd.to(wide).unsqueeze(-1)
     d_s = scale * (weighted - s * scale.square() * (weighted * s).mean(-1, keepdim=True))
     out.copy_(d_s if residual_grad is None else d_s + residual_grad.to(wide))
-
-
-# tl.sum is itself a jit function: the interpreter runs it only if TRITON_INTERPRET is set before Triton is imported
-row_sum = tl.standard._sum_combine if has_triton else None
 
 
 @jit

@@ -17,8 +17,8 @@ Tensors are `[T, K]` views with unit stride in the last dimension. `residual_out
 import torch
 from torch import Tensor
 
-from lsr_scale.kernels.backend import is_fake, jit, tl, triton, use_triton
-from lsr_scale.kernels.rms_norm import rms_norm_reference, rms_norm_triton, row_and_head_strides, row_sum
+from lsr_scale.kernels.backend import is_fake, jit, row_sum, tl, triton, use_triton
+from lsr_scale.kernels.rms_norm import rms_norm_reference, rms_norm_triton, row_and_head_strides
 
 
 def rms_norm_project_reference(

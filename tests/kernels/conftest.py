@@ -1,4 +1,7 @@
-"""Triton's interpreter rounds to bfloat16 and e4m3 as a GPU does: by itself it truncates, and knows no NaN in e4m3."""
+"""Triton's interpreter rounds to bfloat16 and e4m3, and multiplies bfloat16, as a GPU does.
+
+By itself it truncates, knows no NaN in e4m3, and multiplies the bits of bfloat16 as integers.
+"""
 
 from importlib.util import find_spec
 
@@ -10,10 +13,11 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, 
 
 
 @pytest.fixture(autouse=find_spec("triton") is not None)
-def rounding_as_on_a_gpu(monkeypatch):
+def narrow_types_as_on_a_gpu(monkeypatch):
+    import triton.language as tl
     from triton.runtime import interpreter
 
-    convert = interpreter._convert_float
+    convert, dot = interpreter._convert_float, interpreter.InterpreterBuilder.create_dot
 
     def exact(values, source, target, rounding):
         names = {source.name, target.name}
@@ -26,4 +30,9 @@ def rounding_as_on_a_gpu(monkeypatch):
         integers = {8: torch.uint8, 16: torch.uint16, 32: torch.uint32}[target.primitive_bitwidth]
         return values.to(DTYPES[target.name]).view(integers).numpy()
 
+    def widened(builder, a, b, *arguments):
+        a, b = (builder.cast_impl(x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
+        return dot(builder, a, b, *arguments)
+
     monkeypatch.setattr(interpreter, "_convert_float", exact)
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", widened)

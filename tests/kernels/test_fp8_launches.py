@@ -1,0 +1,49 @@
+"""Every FP8 kernel, compiled as it is launched, fits into the shared memory of every GPU that has e4m3."""
+
+import pytest
+import torch
+
+from lsr_scale.kernels.fp8 import E4M3
+from lsr_scale.kernels.fp8_quantize import quantize_rows
+from tests.kernels.checks import OnGpu, launched
+
+# compute capabilities by the KiB of shared memory that a program can have
+ROOM = {99: (89, 120), 227: (90, 100)}
+TOKENS = 64
+
+
+def check(scenario, *arguments, kernels, room):
+    """Compile what a scenario launches, for the GPUs with so much shared memory, and see that it fits."""
+    launches = launched(scenario, *arguments, shared_bytes=room * 1024, capabilities=ROOM[room])
+    assert {name for name, _, _ in launches} == kernels
+    assert {capability for _, capability, _ in launches} == set(ROOM[room])
+    too_much = [(name, f"sm_{capability}", used / 1024) for name, capability, used in launches if used > room * 1024]
+    assert not too_much, f"more than {room} KiB: {too_much}"
+
+
+def quantized(columns, tokens):
+    """Quantize rows of a Mistral layer and of a small model, with and without adapters of so many columns."""
+    empty = OnGpu.empty
+    counts = torch.zeros(2, dtype=torch.int64)
+    for width in (576, 4096, 28672):
+        # output gradients are columns of a wider matrix
+        x = empty(tokens, width + 64)[:, :width]
+        arguments = x, empty(tokens, width, dtype=E4M3), empty(tokens, dtype=torch.float32)
+        if columns:
+            pair = {"projection": empty(columns, width), "product": empty(tokens, columns)}
+            quantize_rows(*arguments, **pair, rank=columns * 3 // 4, counts=counts if width == 4096 else None)
+        else:
+            quantize_rows(*arguments)
+            quantize_rows(*arguments, counts=counts)
+
+
+@pytest.mark.parametrize("room", [99, 227])
+@pytest.mark.parametrize("columns", [0, 64, 128])
+def test_rows(columns, room):
+    kernels = {"_quantize_rows_kernel"} | ({"_sum_partials_kernel"} if columns else set())
+    check(quantized, columns, TOKENS, kernels=kernels, room=room)
+
+
+def test_a_single_row():
+    """Triton makes a constant of an argument that is 1."""
+    check(quantized, 64, 1, kernels={"_quantize_rows_kernel", "_sum_partials_kernel"}, room=227)

@@ -56,7 +56,7 @@ class Extension(NamedTuple):
             if down is not None:
                 raise ValueError("down: given without down_out")
             return
-        expected = down_out.shape[1] // 8 * 8 if in_features is None else in_features
+        expected = down_out.shape[1] if in_features is None else in_features
         if down_out.shape[1] != expected or down_out.stride(1) != 1 or down_out.dtype != tail.dtype:
             raise ValueError(
                 f"down_out {tuple(down_out.shape)} {down_out.dtype}: expected {expected} columns, {tail.dtype}"
@@ -106,16 +106,19 @@ def decode_4bit_reference(
     packed: Tensor, absmax: Tensor, code: Tensor, num_values: int, block_size: int, nested: Nested | None = None
 ) -> Tensor:
     """Return the first `num_values` of a 4-bit weight in float32, flat: of any number, also in half a byte."""
-    if nested is None:
-        scales = absmax.float().view(-1)
-    else:
-        absmax2, code2, offset, block_size2 = nested
-        blocks = torch.arange(absmax.numel(), device=absmax.device) // block_size2
-        scales = code2.float()[absmax.view(-1).long()] * absmax2.float()[blocks]
-        scales = scales + offset.float()
+    scales = block_scales(absmax, nested)
     flat = packed.view(torch.uint8).view(-1)
     values = code.float()[torch.stack((flat >> 4, flat & 15), dim=1).view(-1)[:num_values].long()]
     return values * scales[torch.arange(num_values, device=flat.device) // block_size]
+
+
+def block_scales(absmax: Tensor, nested: Nested | None = None) -> Tensor:
+    """Return the scale of each quantization block in float32, flat."""
+    if nested is None:
+        return absmax.float().view(-1)
+    absmax2, code2, offset, block_size2 = nested
+    blocks = torch.arange(absmax.numel(), device=absmax.device) // block_size2
+    return code2.float()[absmax.view(-1).long()] * absmax2.float()[blocks] + offset.float()
 
 
 def dequantize_int8_reference(
@@ -127,8 +130,13 @@ def dequantize_int8_reference(
 ) -> None:
     """Do what `dequantize_int8` does in plain torch."""
     _check_matrix(codes, row_scales, out)
-    out[:, : codes.shape[1]] = (codes * row_scales.float().view(-1, 1) * _ONE_OVER_127).to(out.dtype)
+    out[:, : codes.shape[1]] = decode_int8_reference(codes, row_scales).to(out.dtype)
     fill_extension_reference(out[:, codes.shape[1] :], extension, codes.shape[1])
+
+
+def decode_int8_reference(codes: Tensor, row_scales: Tensor) -> Tensor:
+    """Return an int8 weight `[N, K]` in float32."""
+    return codes * row_scales.float().view(-1, 1) * ONE_OVER_127
 
 
 def copy_weight_reference(
@@ -144,7 +152,62 @@ def copy_weight_reference(
 
 
 # 1 / 127 as bitsandbytes writes it
-_ONE_OVER_127 = 7.874015718698502e-3
+ONE_OVER_127 = 7.874015718698502e-3
+
+
+@jit
+def read_vectors(
+    weight,
+    weight_row_stride,
+    tables,
+    vectors,
+    valid,
+    KIND: tl.constexpr,
+    NESTED: tl.constexpr,
+    ROW_VECTORS: tl.constexpr,
+    BLOCK_VECTORS: tl.constexpr,
+    BLOCK2: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """Return vectors of WIDTH weights as they are stored, `[V, WIDTH]` (4-bit: the codes), and the scale of each."""
+    scales, code2, absmax2, offset = tables
+    if KIND == "4bit":
+        HALF: tl.constexpr = WIDTH // 2
+        pairs = tl.load(weight + vectors[:, None] * HALF + tl.arange(0, HALF)[None, :], mask=valid[:, None], other=0)
+        pairs = pairs.to(tl.int32)
+        # of the two weights in a byte the upper half is the first
+        stored = tl.reshape(tl.join(pairs >> 4, pairs & 15), (vectors.shape[0], WIDTH))
+        # a block consists of whole vectors, also where it straddles rows
+        blocks = vectors // BLOCK_VECTORS
+        if NESTED:
+            scale = tl.load(code2 + tl.load(scales + blocks, mask=valid, other=0).to(tl.int32)).to(tl.float32)
+            scale = scale * tl.load(absmax2 + blocks // BLOCK2, mask=valid, other=0.0).to(tl.float32)
+            scale = scale + tl.load(offset).to(tl.float32)
+        else:
+            scale = tl.load(scales + blocks, mask=valid, other=0.0).to(tl.float32)
+    else:
+        rows = vectors // ROW_VECTORS
+        source = rows.to(tl.int64) * weight_row_stride + vectors % ROW_VECTORS * WIDTH
+        stored = tl.load(weight + source[:, None] + tl.arange(0, WIDTH)[None, :], mask=valid[:, None], other=0)
+        if KIND == "int8":
+            scale = tl.load(scales + rows, mask=valid, other=0.0).to(tl.float32)
+        else:
+            scale = tl.full((vectors.shape[0],), 1.0, tl.float32)
+    return stored, scale
+
+
+@jit
+def decode(stored, scale, code, KIND: tl.constexpr, ONE_OVER_127: tl.constexpr):
+    """Return what `read_vectors` read as float32 values; `scale` has the shape of `stored`, or 1 along dimensions."""
+    if KIND == "4bit":
+        # from shared memory: a little faster than from the first-level cache
+        table = tl.load(code + tl.arange(0, 16)).to(tl.float32)
+        values = tl.gather(table, tl.reshape(stored, (stored.numel,)), 0)
+        return tl.reshape(values, stored.shape) * scale
+    values = stored.to(tl.float32) * scale
+    if KIND == "int8":
+        values = values * ONE_OVER_127
+    return values
 
 
 @jit
@@ -169,6 +232,7 @@ def _dequantize_kernel(
     down,
     down_row_stride,
     down_rank,
+    num_columns,
     down_out,
     down_out_row_stride,
     KIND: tl.constexpr,
@@ -199,34 +263,15 @@ def _dequantize_kernel(
     if program < weight_programs:
         vectors = program * VECTORS + tl.arange(0, VECTORS)
         valid = vectors < num_vectors
-        nth = tl.arange(0, 8)
         rows = vectors // ROW_VECTORS
         columns = vectors % ROW_VECTORS * 8
-        if KIND == "4bit":
-            pairs = tl.load(weight + vectors[:, None] * 4 + tl.arange(0, 4)[None, :], mask=valid[:, None], other=0)
-            pairs = pairs.to(tl.int32)
-            # of the two weights in a byte the upper half is the first
-            index = tl.reshape(tl.join(pairs >> 4, pairs & 15), (VECTORS, 8))
-            # a block consists of whole vectors, also where it straddles rows
-            blocks = vectors // BLOCK_VECTORS
-            if NESTED:
-                scale = tl.load(code2 + tl.load(scales + blocks, mask=valid, other=0).to(tl.int32)).to(tl.float32)
-                scale = scale * tl.load(absmax2 + blocks // BLOCK2, mask=valid, other=0.0).to(tl.float32)
-                scale = scale + tl.load(offset).to(tl.float32)
-            else:
-                scale = tl.load(scales + blocks, mask=valid, other=0.0).to(tl.float32)
-            # from shared memory: a little faster than from the first-level cache
-            table = tl.load(code + tl.arange(0, 16)).to(tl.float32)
-            values = tl.reshape(tl.gather(table, tl.reshape(index, (VECTORS * 8,)), 0), (VECTORS, 8))
-            values = values * scale[:, None]
-        else:
-            source = rows.to(tl.int64) * weight_row_stride + columns
-            values = tl.load(weight + source[:, None] + nth[None, :], mask=valid[:, None], other=0).to(tl.float32)
-            if KIND == "int8":
-                scale = tl.load(scales + rows, mask=valid, other=0.0).to(tl.float32)
-                values = values * scale[:, None] * ONE_OVER_127
+        tables = (scales, code2, absmax2, offset)
+        stored, scale = read_vectors(
+            weight, weight_row_stride, tables, vectors, valid, KIND, NESTED, ROW_VECTORS, BLOCK_VECTORS, BLOCK2, 8
+        )
+        values = decode(stored, scale[:, None], code, KIND, ONE_OVER_127)
         first = rows.to(tl.int64) * out_row_stride + columns
-        tl.store(out + first[:, None] + nth[None, :], values.to(dtype), mask=valid[:, None])
+        tl.store(out + first[:, None] + tl.arange(0, 8)[None, :], values.to(dtype), mask=valid[:, None])
     elif program < weight_programs + tail_programs:
         tile = program - weight_programs
         rows = tile % row_tiles * TAIL_ROWS + tl.arange(0, TAIL_ROWS)
@@ -241,10 +286,10 @@ def _dequantize_kernel(
         tl.store(tail + rows * tail_row_stride + columns, pair, mask=valid_rows & (columns < num_tail))
     else:
         tile = program - weight_programs - tail_programs
-        row_programs = (ROW_VECTORS * 8 + DOWN_COLUMNS - 1) // DOWN_COLUMNS
+        row_programs = (num_columns + DOWN_COLUMNS - 1) // DOWN_COLUMNS
         down_row = (tile // row_programs).to(tl.int64)
         down_columns = tile % row_programs * DOWN_COLUMNS + tl.arange(0, DOWN_COLUMNS)
-        inside_row = down_columns < ROW_VECTORS * 8
+        inside_row = down_columns < num_columns
         if HAS_DOWN:
             filled = inside_row & (down_row < down_rank)
             line = tl.load(down + down_row * down_row_stride + down_columns, mask=filled, other=0.0).to(dtype)
@@ -290,11 +335,12 @@ def _launch(
         num_tail,
         *((out, 0, 0, 0) if up is None else (up, up.stride(0), up_column, up.shape[1])),
         *((out, 0, 0) if down is None else (down, down.stride(0), down.shape[0])),
+        in_features,
         *((out, 0) if down_out is None else (down_out, down_out.stride(0))),
         HAS_UP=up is not None,
         HAS_DOWN=down is not None,
-        ROW_VECTORS=in_features // 8,
-        ONE_OVER_127=_ONE_OVER_127,
+        ROW_VECTORS=max(1, in_features // 8),
+        ONE_OVER_127=ONE_OVER_127,
         VECTORS=vectors,
         TAIL_ROWS=_TAIL_ROWS,
         TAIL_COLUMNS=_TAIL_COLUMNS,
@@ -387,8 +433,8 @@ def fill_extension_triton(tail: Tensor, extension: Extension) -> None:
     down_out = extension.down_out
     if tail.numel() or down_out is not None:
         kind = {"KIND": "none", "NESTED": False, "BLOCK_VECTORS": 1, "BLOCK2": 1}
-        in_features = 8 if down_out is None else down_out.shape[1]
-        _launch(tail, tail, (tail,) * 4, tail, tail, in_features, extension, 512, num_warps=4, **kind)
+        in_features = 0 if down_out is None else down_out.shape[1]
+        _launch(tail, tail, (tail, tail, tail, tail), tail, tail, in_features, extension, 512, num_warps=4, **kind)
 
 
 def _check_4bit(packed: Tensor, out: Tensor, block_size: int) -> tuple[Tensor, int]:
@@ -499,7 +545,7 @@ def fill_extension(tail: Tensor, extension: Extension) -> None:
 
     Args:
         tail: `[N, R]`, unit column stride: columns beside a weight, or a matrix of its own.
-        extension: The pair, and where it goes. K is a multiple of 8.
+        extension: The pair, and where it goes.
 
     Raises:
         ValueError: if shapes do not fit each other.

@@ -20,7 +20,8 @@ from torch.nn import functional
 
 from lsr_scale.errors import UserError
 from lsr_scale.kernels import dequantize as kernels
-from lsr_scale.kernels.backend import use_triton
+from lsr_scale.kernels import dequantize_fp8 as fp8_kernels
+from lsr_scale.kernels.backend import is_fake, use_triton
 
 
 def dequantize(layer: nn.Linear, dtype: torch.dtype) -> Tensor:
@@ -118,6 +119,58 @@ def dequantize_into(layer: nn.Linear, out: Tensor, extension: kernels.Extension 
         kernels.dequantize_4bit(packed, out=out, **tables, extension=extension)
     else:
         kernels.dequantize_int8(weight.data, _row_scales(layer), out, extension=extension)
+
+
+def dequantize_fp8(layer: nn.Linear, out: Tensor, weight_scale: Tensor, transposed: bool) -> None:
+    """Write the weight of a frozen linear layer in e4m3, `out = e4m3(W / weight_scale)`, as it is or transposed.
+
+    One launch on a GPU, for NF4, FP4, int8 and plain weights alike, rounded once from bitsandbytes' float32 values.
+
+    Args:
+        layer: A `Linear4bit`, a `Linear8bitLt`, or a plain linear layer.
+        out: `[out_features, in_features]`, or transposed `[in_features, out_features]`, float8_e4m3fn, unit column
+            stride: rows, or transposed columns, of a group's matrix.
+        weight_scale: A power of two, float32 `[1]`, on the device: `power_of_two_scale(largest_magnitude(layer))`, or
+            a larger one that the layer shares with others.
+        transposed: Write the transpose.
+
+    Raises:
+        UserError: as `dequantize`.
+    """
+    weight: Any = layer.weight
+    if isinstance(layer, bnb.nn.Linear4bit):
+        tables, packed = _tables(_quant_state(layer)), weight.data.view(torch.uint8)
+        if not is_fake(out):
+            fp8_kernels.dequantize_4bit_fp8(packed, out=out, weight_scale=weight_scale, **tables, transposed=transposed)
+    elif isinstance(layer, bnb.nn.Linear8bitLt):
+        scales = _row_scales(layer)
+        if not is_fake(out):
+            fp8_kernels.dequantize_int8_fp8(weight.data, scales, out, weight_scale, transposed=transposed)
+    elif not is_fake(out):
+        fp8_kernels.encode_weight(weight.data, out, weight_scale, transposed=transposed)
+
+
+def largest_magnitude(layer: nn.Linear) -> Tensor:
+    """Return the largest magnitude of a frozen linear layer's weight, float32 `[1]`, on its device.
+
+    From the scales of a quantized weight, without dequantizing it: that of its largest block if a code in it is the
+    table's largest (bitsandbytes' scales are made so), else more. Nothing waits for the GPU.
+
+    Raises:
+        UserError: as `dequantize`.
+    """
+    if isinstance(layer, bnb.nn.Linear4bit):
+        tables = _tables(_quant_state(layer))
+        scales = kernels.block_scales(tables["absmax"], tables["nested"])
+        largest = scales.abs().amax() * tables["code"].float().abs().amax()
+    elif isinstance(layer, bnb.nn.Linear8bitLt):
+        # the code of a row's largest magnitude is 127
+        largest = _row_scales(layer).float().amax()
+    else:
+        # no copy of the magnitudes
+        smallest, largest = torch.aminmax(layer.weight.data)
+        largest = torch.maximum(-smallest, largest).float()
+    return largest.view(1)
 
 
 def _kernel_fits(layer: nn.Linear, dtype: torch.dtype) -> bool:

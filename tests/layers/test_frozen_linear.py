@@ -6,7 +6,15 @@ import torch
 from torch import nn
 
 from lsr_scale import UserError
-from lsr_scale.layers.frozen_linear import FrozenLinear4bit, FrozenLinear8bit, dequantize, freeze_quantized
+from lsr_scale.kernels.fp8 import E4M3, power_of_two_scale
+from lsr_scale.layers.frozen_linear import (
+    FrozenLinear4bit,
+    FrozenLinear8bit,
+    dequantize,
+    dequantize_fp8,
+    freeze_quantized,
+    largest_magnitude,
+)
 from tests.conftest import quantize, tiny_llama
 
 
@@ -105,3 +113,64 @@ def test_blocks_that_go_over_the_end_of_a_row_are_dequantized_right(kind, in_fea
     layer = quantize(nn.Sequential(linear), kind, torch.float32)[0]
     freeze_quantized(layer)
     assert (dequantize(layer, torch.float32) - dense).norm() / dense.norm() < 0.16
+
+
+def make_any(kind, in_features=64, out_features=48, dtype=torch.float32):
+    """Return a frozen layer, also of a plain kind, whose float32 values `dequantize` gives."""
+    torch.manual_seed(0)
+    linear = nn.Linear(in_features, out_features)
+    linear.weight.data *= torch.rand(out_features, 1)
+    if kind == "plain":
+        return linear.to(dtype)
+    layer = quantize(nn.Sequential(linear), kind, dtype)[0]
+    freeze_quantized(layer)
+    return layer
+
+
+@pytest.mark.parametrize("kind", ["nf4", "nf4-single", "fp4", "int8", "plain"])
+@pytest.mark.parametrize("in_features", [64, 96])
+def test_a_layer_in_e4m3_is_its_float32_weight_rounded_once_in_both_orientations(kind, in_features):
+    layer = make_any(kind, in_features)
+    values = dequantize(layer, torch.float32)
+    scale = power_of_two_scale(largest_magnitude(layer))
+    expected = (values / scale).to(E4M3).float()
+    group = torch.zeros(64, in_features, dtype=E4M3)
+    dequantize_fp8(layer, group[16:], scale, transposed=False)
+    assert torch.equal(group[16:].float(), expected)
+    assert not group[:16].float().any()
+    group = torch.zeros(in_features, 64, dtype=E4M3)
+    dequantize_fp8(layer, group[:, 16:], scale, transposed=True)
+    assert torch.equal(group[:, 16:].float(), expected.t())
+    assert not group[:, :16].float().any()
+    assert (expected * scale - values).norm() / values.norm() < 0.03
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4", "int8"])
+def test_a_layer_that_computes_in_bfloat16_is_not_rounded_to_it_first(kind):
+    exact, layer = make_any(kind), make_any(kind)
+    if kind != "int8":
+        layer.weight.quant_state.dtype = torch.bfloat16
+        assert not torch.equal(dequantize(layer, torch.float32), dequantize(exact, torch.float32))
+    outs = [torch.empty(48, 64, dtype=E4M3) for _ in range(2)]
+    for each, out in zip((exact, layer), outs, strict=True):
+        dequantize_fp8(each, out, torch.tensor([2.0**-10]), transposed=False)
+    assert torch.equal(outs[0].float(), outs[1].float())
+
+
+@pytest.mark.parametrize("kind", ["nf4", "nf4-single", "fp4", "int8", "plain"])
+def test_the_largest_magnitude_is_read_off_the_scales(kind):
+    for sign in (1, -1):
+        layer = make_any(kind)
+        if kind == "plain":
+            layer.weight.data[3, 5] = 2.0 * sign
+            layer.bfloat16()
+        largest = largest_magnitude(layer)
+        assert largest.dtype == torch.float32
+        assert largest.shape == (1,)
+        torch.testing.assert_close(largest[0], dequantize(layer, torch.float32).abs().max(), rtol=1e-6, atol=0)
+    if kind == "plain":
+        layer.weight.data[0, 0] = torch.nan
+        assert largest_magnitude(layer).isnan()
+    elif kind != "int8":
+        with pytest.raises(UserError, match="not quantized yet"):
+            largest_magnitude(bnb.nn.Linear4bit(64, 48))

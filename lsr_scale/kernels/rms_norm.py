@@ -5,8 +5,9 @@
     out = s * rstd * weight
     d s = residual_grad + rstd * (w g - s * rstd^2 * mean(w g s))         for g the gradient of out
 
-Float32 arithmetic and one rounding of each result. Bytes per element of a 16-bit dtype: forward 4, with a residual 8;
-backward 6, with a residual's gradient 8. Every element is read and written once for rows of at most 8192 elements;
+Float32 arithmetic and one rounding of each result; of `d s`, rounded, also FP8 codes with a scale per row if wanted.
+Bytes per element of a 16-bit dtype: forward 4, with a residual 8; backward 6, with a residual's gradient 8, with codes
+1 more. Every element is read and written once for rows of at most 8192 elements;
 longer rows are read twice.
 
 Tensors are `[T, K]` or `[T, H, K]` (one norm per head) views with unit stride in the last dimension and any others.
@@ -20,7 +21,9 @@ behind it: `rms_norm_project.py`.
 import torch
 from torch import Tensor
 
-from lsr_scale.kernels.backend import is_fake, jit, row_sum, tl, triton, use_triton
+from lsr_scale.kernels.backend import is_fake, jit, row_max, row_sum, tl, triton, use_triton
+from lsr_scale.kernels.fp8 import E4M3, scale_of
+from lsr_scale.kernels.fp8_quantize import quantize_rows, quantize_rows_reference
 
 
 def rms_norm_reference(
@@ -45,13 +48,25 @@ def rms_norm_reference(
 
 
 def rms_norm_backward_reference(
-    grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, out: Tensor, *, residual_grad: Tensor | None = None
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    rstd: Tensor,
+    out: Tensor,
+    *,
+    residual_grad: Tensor | None = None,
+    codes: Tensor | None = None,
+    scales: Tensor | None = None,
+    counts: Tensor | None = None,
 ) -> None:
     """Compute `rms_norm_backward` in plain torch, in float32 or, for float64 tensors, in float64."""
     wide = torch.promote_types(x.dtype, torch.float32)
     s, weighted, scale = x.to(wide), grad.to(wide) * weight.to(wide), rstd.to(wide).unsqueeze(-1)
     d_s = scale * (weighted - s * scale.square() * (weighted * s).mean(-1, keepdim=True))
     out.copy_(d_s if residual_grad is None else d_s + residual_grad.to(wide))
+    if codes is not None:
+        assert scales is not None
+        quantize_rows_reference(out, codes, scales, counts=counts)
 
 
 @jit
@@ -128,6 +143,15 @@ def _rms_norm_kernel(
 
 
 @jit
+def add_counts(counts, underflow, num_values):
+    """Add a program's number of values that underflow and, in the first program, the number of all values."""
+    lost = tl.reduce(tl.reduce(underflow.to(tl.int32), 1, row_sum), 0, row_sum)
+    tl.atomic_add(counts, lost.to(tl.int64), sem="relaxed")
+    if tl.program_id(0) == 0:
+        tl.atomic_add(counts + 1, num_values, sem="relaxed")
+
+
+@jit
 def _rms_norm_backward_kernel(
     grad,
     x,
@@ -135,6 +159,9 @@ def _rms_norm_backward_kernel(
     rstd,
     residual_grad,
     out,
+    codes,
+    scales,
+    counts,
     num_rows,
     grad_row_stride,
     grad_head_stride,
@@ -144,9 +171,12 @@ def _rms_norm_backward_kernel(
     residual_head_stride,
     out_row_stride,
     out_head_stride,
+    codes_row_stride,
     WIDTH: tl.constexpr,
     HEADS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
+    HAS_CODES: tl.constexpr,
+    HAS_COUNTS: tl.constexpr,
     SINGLE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -175,7 +205,21 @@ def _rms_norm_backward_kernel(
         d_s = scale * (g - s * (scale * scale * projection))
         if HAS_RESIDUAL:
             d_s += added.to(tl.float32)  # pyright: ignore[reportPossiblyUnboundVariable]
-        tl.store(out + columns, d_s.to(out.dtype.element_ty), mask=mask)
+        d_s = d_s.to(out.dtype.element_ty)
+        tl.store(out + columns, d_s, mask=mask)
+        if HAS_CODES:
+            # magnitudes are compared as integers, which order them alike, with infinity and NaN above all; masked
+            # elements are zero, those of rows beyond the last too
+            largest = tl.reduce(d_s.to(tl.int16, bitcast=True) & 0x7FFF, 1, row_max)
+            row_scale = scale_of(largest.to(out.dtype.element_ty, bitcast=True).to(tl.float32))
+            # exact: `1.0 / row_scale` is an approximation on a GPU
+            values = d_s.to(tl.float32) * tl.div_rn(1.0, row_scale)[:, None]
+            tl.store(scales + rows, row_scale, mask=rows < num_rows)
+            codes += tokens * codes_row_stride
+            tl.store(codes + columns, values.to(codes.dtype.element_ty), mask=mask)
+            if HAS_COUNTS:
+                underflow = (values != 0.0) & (tl.abs(values) < 2**-6)
+                add_counts(counts, underflow, tl.full([], WIDTH, tl.int64) * num_rows)
     else:
         products = tl.full([ROWS, BLOCK], 0.0, tl.float32)
         for start in range(0, WIDTH, BLOCK):
@@ -264,12 +308,27 @@ def rms_norm_backward_triton(
     out: Tensor,
     *,
     residual_grad: Tensor | None = None,
+    codes: Tensor | None = None,
+    scales: Tensor | None = None,
+    counts: Tensor | None = None,
     block: int | None = None,
     rows: int | None = None,
     num_warps: int | None = None,
 ) -> None:
     """Launch the backward kernel; the arguments are `rms_norm_backward`'s, then a program's columns, rows and warps."""
     num_rows, heads, block, rows, num_warps = _launch_shape(x, block, rows, num_warps)
+    single = block >= x.shape[-1]
+    if codes is not None:
+        assert codes.shape == x.shape, (codes.shape, x.shape)
+        assert x.dim() == 2, f"{x.dim()} dimensions: scales are of rows of a matrix"
+        assert out.dtype.itemsize == 2, out.dtype
+        assert codes.dtype == E4M3, codes.dtype
+        assert codes.stride(1) == 1, "the last stride must be 1"
+        assert scales is not None, "codes and scales go together"
+        assert scales.shape == x.shape[:1], (scales.shape, x.shape)
+        assert scales.dtype == torch.float32, scales.dtype
+        assert scales.is_contiguous()
+        assert counts is None or (counts.shape == (2,) and counts.dtype == torch.int64), counts
     assert weight.shape == x.shape[-1:]
     assert weight.is_contiguous()
     assert rstd.shape == x.shape[:-1]
@@ -281,19 +340,27 @@ def rms_norm_backward_triton(
         rstd,
         grad if residual_grad is None else residual_grad,
         out,
+        out if codes is None else codes,
+        rstd if scales is None else scales,
+        rstd if counts is None else counts,
         num_rows,
         *row_and_head_strides(grad, x),
         *row_and_head_strides(x, x),
         *row_and_head_strides(grad if residual_grad is None else residual_grad, x),
         *row_and_head_strides(out, x),
+        0 if codes is None else codes.stride(0),
         WIDTH=x.shape[-1],
         HEADS=heads,
         HAS_RESIDUAL=residual_grad is not None,
-        SINGLE=block >= x.shape[-1],
+        HAS_CODES=single and codes is not None,
+        HAS_COUNTS=single and codes is not None and counts is not None,
+        SINGLE=single,
         ROWS=rows,
         BLOCK=block,
         num_warps=num_warps,
     )
+    if codes is not None and scales is not None and not single:
+        quantize_rows(out, codes, scales, counts=counts)
 
 
 def rms_norm(
@@ -325,9 +392,18 @@ def rms_norm(
 
 
 def rms_norm_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, out: Tensor, *, residual_grad: Tensor | None = None
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    rstd: Tensor,
+    out: Tensor,
+    *,
+    residual_grad: Tensor | None = None,
+    codes: Tensor | None = None,
+    scales: Tensor | None = None,
+    counts: Tensor | None = None,
 ) -> None:
-    """Write the gradient of the norm's input, plus `residual_grad`, to `out`.
+    """Write the gradient of the norm's input, plus `residual_grad`, to `out`, and if wanted in FP8 too.
 
     Args:
         grad: Gradient of the norm's output, `[T, K]` or `[T, H, K]`; may be `out`.
@@ -336,8 +412,11 @@ def rms_norm_backward(
         rstd: As `rms_norm` returned it.
         out: Where the gradient goes, like `grad`.
         residual_grad: Gradient of the sum that reaches it past the norm, like `grad`; may be `out`.
+        codes: `[T, K]` of any row stride, `torch.float8_e4m3fn`: where the codes of `out`, as rounded to its dtype, go.
+        scales: Float32 `[T]`: where the rows' scales go (`fp8.py`); given exactly if `codes` is.
+        counts: Int64 `[2]`: the number of values that underflow, and the number of values, are added to it.
     """
     if is_fake(x):
         return
     run = rms_norm_backward_triton if use_triton(x) else rms_norm_backward_reference
-    run(grad, x, weight, rstd, out, residual_grad=residual_grad)
+    run(grad, x, weight, rstd, out, residual_grad=residual_grad, codes=codes, scales=scales, counts=counts)

@@ -133,9 +133,9 @@ def test_kernels_compile_for_sm80_and_sm90(rows, block, single, heads):
         "eps": "fp32",
     }
     backward = {
-        **dict.fromkeys(["grad", "x", "weight", "residual_grad", "out"], "*bf16"),
-        "rstd": "*fp32",
-        **dict.fromkeys(["num_rows", *strides("grad", "x", "residual", "out")], "i32"),
+        **dict.fromkeys(["grad", "x", "weight", "residual_grad", "out", "codes"], "*bf16"),
+        **dict.fromkeys(["rstd", "scales", "counts"], "*fp32"),
+        **dict.fromkeys(["num_rows", *strides("grad", "x", "residual", "out"), "codes_row_stride"], "i32"),
     }
     constants = {
         "WIDTH": 5 * block // 4 if not single else block - block // 8,
@@ -145,8 +145,12 @@ def test_kernels_compile_for_sm80_and_sm90(rows, block, single, heads):
         "ROWS": rows,
         "BLOCK": block,
     }
-    for kernel, signature in ((module._rms_norm_kernel, forward), (module._rms_norm_backward_kernel, backward)):
-        for metadata in compile_for(kernel, signature, constants, num_warps=8).values():
+    without = {"HAS_CODES": False, "HAS_COUNTS": False}
+    for kernel, signature, more in (
+        (module._rms_norm_kernel, forward, {}),
+        (module._rms_norm_backward_kernel, backward, without),
+    ):
+        for metadata in compile_for(kernel, signature, {**constants, **more}, num_warps=8).values():
             assert metadata.shared <= 99 * 1024
 
 

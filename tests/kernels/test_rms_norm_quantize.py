@@ -244,33 +244,35 @@ def test_codes_without_counts_and_of_a_gradient_that_is_not_finite(device):
     assert nan.all(1).tolist() == nan.any(1).tolist() == scales.isnan().tolist() == [False, False, True, False, True]
 
 
-def launches(columns, rank, back):
+def launches(tokens, columns, rank, back):
     """Launch a kernel with nothing, and with all that it may be given, as layers of two models' widths do."""
     empty = OnGpu.empty
     for width in (576, 4096):
-        x, weight, scales = empty(64, width), empty(width), empty(64, dtype=torch.float32)
-        codes, counts = empty(64, width, dtype=E4M3), empty(2, dtype=torch.int64)
+        x, weight, scales = empty(tokens, width), empty(width), empty(tokens, dtype=torch.float32)
+        codes, counts = empty(tokens, width, dtype=E4M3), empty(2, dtype=torch.int64)
         if back:
             rms_norm_backward(x, x, weight, scales, x, codes=codes, scales=scales)
             rms_norm_backward(x, x, weight, scales, x, residual_grad=x, codes=codes, scales=scales, counts=counts)
             continue
-        adapters = dict(down=empty(columns, width), xa_out=empty(64, columns), rank=rank) if columns else {}
+        adapters = dict(down=empty(columns, width), xa_out=empty(tokens, columns), rank=rank) if columns else {}
         rms_norm_quantize(x, weight, EPS, codes, scales, **adapters)
         rms_norm_quantize(x, weight, EPS, codes, scales, residual=x, residual_out=x, counts=counts, **adapters)
 
 
 @pytest.mark.parametrize(
-    ("columns", "rank", "kernel"),
+    ("tokens", "columns", "rank", "kernel"),
     [
-        (0, None, module._rms_norm_quantize_kernel),
-        (64, 48, module._rms_norm_quantize_kernel),
-        (128, None, module._rms_norm_quantize_kernel),
-        (0, None, backward_module._rms_norm_backward_kernel),
+        (64, 0, None, module._rms_norm_quantize_kernel),
+        # Triton makes a constant of an argument that is 1
+        (1, 64, 48, module._rms_norm_quantize_kernel),
+        (64, 128, None, module._rms_norm_quantize_kernel),
+        (64, 0, None, backward_module._rms_norm_backward_kernel),
+        (1, 0, None, backward_module._rms_norm_backward_kernel),
     ],
 )
-def test_kernels_compile_for_gpus_with_fp8_and_fit(columns, rank, kernel):
+def test_kernels_compile_for_gpus_with_fp8_and_fit(tokens, columns, rank, kernel):
     back = kernel is backward_module._rms_norm_backward_kernel
-    found = launched(launches, columns, rank, back, shared_bytes=99 * 1024, capabilities=(89, 90, 100, 120))
+    found = launched(launches, tokens, columns, rank, back, shared_bytes=99 * 1024, capabilities=(89, 90, 100, 120))
     assert {(name, capability) for name, capability, _ in found} == {(kernel.__name__, n) for n in (89, 90, 100, 120)}
     assert max(used for *_, used in found) <= 99 * 1024
 

@@ -74,3 +74,13 @@ def _shared_memory(device: int) -> int:
     properties: Any = torch.cuda.get_device_properties(device)
     # builds for AMD have the second one only
     return getattr(properties, "shared_memory_per_block_optin", 0) or properties.shared_memory_per_block
+
+
+def multiprocessors(x: Tensor) -> int:
+    """Return the multiprocessors of a tensor's GPU; 1 for the CPU."""
+    return _multiprocessors(x.device.index or 0) if x.is_cuda else 1
+
+
+@functools.cache
+def _multiprocessors(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -136,16 +136,17 @@ def _compile_launches(
     from triton.compiler import ASTSource, make_backend
     from triton.runtime import jit
 
-    from lsr_scale.kernels import output_gradients
+    from lsr_scale.kernels import backend as kernels_backend
 
     launches: list[Any] = []
-    run, shared_memory = jit.JITFunction.run, output_gradients.shared_memory
+    run, before = jit.JITFunction.run, (kernels_backend._shared_memory, kernels_backend._multiprocessors)
     jit.JITFunction.run = lambda kernel, *args, grid, warmup, **options: launches.append((kernel, args, options))
-    output_gradients.shared_memory = lambda _: shared_bytes
+    kernels_backend._shared_memory, kernels_backend._multiprocessors = lambda _: shared_bytes, lambda _: 132
     try:
         scenario(*arguments)
     finally:
-        jit.JITFunction.run, output_gradients.shared_memory = run, shared_memory
+        jit.JITFunction.run = run
+        kernels_backend._shared_memory, kernels_backend._multiprocessors = before
     compiled, seen = [], set()
     for capability in capabilities:
         target = GPUTarget("cuda", capability, 32)

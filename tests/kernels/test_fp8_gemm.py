@@ -1,0 +1,85 @@
+"""The FP8 GEMM: its kernel, interpreted, against the reference; the reference against float64; what it refuses."""
+
+import pytest
+import torch
+
+from lsr_scale.kernels.fp8 import E4M3
+from lsr_scale.kernels.fp8_gemm import fp8_gemm, fp8_gemm_reference, fp8_gemm_triton
+from tests.kernels.checks import error, poisoned
+
+# tiles that do not divide anything below, and small enough for the interpreter
+TILES = dict(block_m=16, block_n=32, block_k=32, group=2)
+
+
+def operands(rows=37, depth=80, columns=48, rank=16):
+    generator = torch.Generator().manual_seed(0)
+    new = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731
+    thin, up = new(rows, rank).bfloat16(), new(columns, rank).bfloat16()
+    return {
+        "codes": (50 * new(rows, depth)).to(E4M3),
+        "scales": 2.0 ** torch.randint(-8, 8, (rows,), generator=generator),
+        "weight": (50 * new(columns, depth)).to(E4M3),
+        "weight_scale": torch.tensor([2.0**-9]),
+    }, {"thin": thin, "up": up, "down": up.t().contiguous(), "bias": new(columns).bfloat16()}
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("other", [None, "up", "down"])
+@pytest.mark.parametrize("rank", [16, 48, 64])
+def test_kernel_against_reference(other, with_bias, rank):
+    pytest.importorskip("triton")
+    base, extra = operands(rank=rank)
+    given = {} if other is None else {"thin": extra["thin"], other: extra[other]}
+    given |= {"bias": extra["bias"]} if with_bias else {}
+    expected, found = (poisoned((37, 48), torch.float32) for _ in range(2))
+    fp8_gemm_reference(*base.values(), expected, **given)
+    # the interpreter multiplies bfloat16 wrongly, so the thin product is in float32 there
+    wide = {name: value.float() for name, value in given.items()}
+    fp8_gemm_triton(*base.values(), found, **wide, **TILES)
+    assert error(found, expected) < 1e-6
+
+
+def test_tiles_of_two_parts():
+    pytest.importorskip("triton")
+    base, _ = operands(rows=20, columns=288)
+    expected, found = (poisoned((20, 288), torch.float32) for _ in range(2))
+    fp8_gemm_reference(*base.values(), expected)
+    fp8_gemm_triton(*base.values(), found, **{**TILES, "block_n": 256})
+    assert error(found, expected) < 1e-6
+
+
+def test_reference_against_float64():
+    base, extra = operands()
+    out = poisoned((37, 48), torch.bfloat16)
+    fp8_gemm(*base.values(), out, thin=extra["thin"], up=extra["up"], bias=extra["bias"])
+    rows = base["codes"].double() * base["scales"].double()[:, None]
+    exact = rows @ (base["weight"].double() * 2.0**-9).t() + extra["thin"].double() @ extra["up"].double().t()
+    assert error(out, exact + extra["bias"].double()) < 3e-3  # one rounding to bfloat16
+
+
+def test_codes_that_are_not_numbers_make_their_row_so():
+    base, _ = operands()
+    base["codes"][3, 5] = float("nan")
+    out = poisoned((37, 48), torch.bfloat16)
+    out.zero_()
+    fp8_gemm(*base.values(), out)
+    assert out[3].isnan().all()
+    assert out[:3].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"weight": torch.zeros(48, 64, dtype=E4M3)}, "shapes do not fit"),
+        ({"scales": torch.ones(37, dtype=torch.float64)}, "float32 scales"),
+        ({"codes": torch.zeros(37, 80, dtype=torch.float8_e5m2)}, "expected e4m3"),
+        ({"codes": torch.zeros(37, 88, dtype=E4M3)[:, :80]}, "multiples of 16 bytes"),
+        ({"thin": torch.zeros(37, 16, dtype=torch.bfloat16)}, "exactly if"),
+        ({"thin": torch.zeros(37, 8, dtype=torch.bfloat16), "up": torch.zeros(48, 8, dtype=torch.bfloat16)}, "R % 16"),
+        ({"bias": torch.zeros(47)}, "bias"),
+    ],
+)
+def test_refused(change, words):
+    base, _ = operands()
+    with pytest.raises(ValueError, match=words):
+        fp8_gemm_triton(**{**base, "out": poisoned((37, 48), torch.bfloat16), **change})

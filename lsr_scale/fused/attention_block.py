@@ -1,22 +1,25 @@
 """The attention half of a fused decoder layer, from x to the output of o_proj: forward and backward pass."""
 
+from typing import Any
+
 from torch import Tensor
 
 from lsr_scale.fused.layer_state import LayerModules, Positions, SavedTensors, pop_or_dequantize
 from lsr_scale.fused.linear_groups import mm_float
-from lsr_scale.fused.normed_input import normed_down_gradients, normed_input
 from lsr_scale.fused.pairs import PairGradients
 from lsr_scale.kernels.attention import attention, attention_backward
 from lsr_scale.kernels.rms_norm import rms_norm, rms_norm_backward
 from lsr_scale.kernels.rotary import rotate
 
 
-def forward(layer: LayerModules, saved: SavedTensors, positions: Positions, matrices: dict[str, Tensor]) -> None:
+def forward(layer: LayerModules, saved: SavedTensors, positions: Positions, matrices: dict[str, Any]) -> None:
     """Compute the output of o_proj from x; `saved` receives what this made, `matrices` what was dequantized."""
     x = saved["x"]
     tokens = len(x)
     matrix = matrices["qkv"] = layer.qkv.matrix(x.dtype, x.device)
-    normed = normed_input(layer.qkv, layer.norm_1, x, matrix, saved, ("rstd_1", "xa_qkv"))
+    normed, saved["rstd_1"], xa = layer.qkv.normed_input(layer.norm_1, x, matrix)
+    if xa is not None:
+        saved["xa_qkv"] = xa
     qkv = saved["qkv"] = layer.qkv.multiply(normed, matrix)
     del normed
     rotated = (layer.heads + layer.kv_heads) * layer.head_dim
@@ -53,7 +56,7 @@ def backward(
     layer: LayerModules,
     saved: SavedTensors,
     positions: Positions,
-    matrices: dict[str, Tensor],
+    matrices: dict[str, Any],
     d_middle: Tensor,
     needs_d_x: bool,
 ) -> tuple[Tensor | None, list[PairGradients]]:
@@ -93,7 +96,7 @@ def backward(
     qkv_pairs: list[PairGradients] = [(None, None)] * 3
     if qkv.width:
         d_ups = qkv.output_products(d_qkv, saved["xa_qkv"], matrix)
-        d_downs = normed_down_gradients(qkv, qkv.tail(d_qkv), saved["x"], saved["rstd_1"], layer.norm_1)
+        d_downs = qkv.normed_down_gradients(qkv.tail(d_qkv), saved["x"], saved["rstd_1"], layer.norm_1)
         qkv_pairs = list(zip(d_downs, d_ups, strict=True))
     d_x = None
     if needs_d_x:

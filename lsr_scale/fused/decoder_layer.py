@@ -12,6 +12,9 @@ pass recomputes the layer up to gate and up: SwiGLU's output and the GEMM of dow
 dequantized for the recomputation serve the input gradients too.
 
 No weight is saved for the backward pass, only the module, whose weights are read again there.
+
+Groups of linears that compute in FP8 (see `fp8_linear_group`) do so in training alone: an evaluation is of the model
+that is exported.
 """
 
 from typing import Any, get_args
@@ -23,6 +26,7 @@ from torch.autograd.function import once_differentiable
 from lsr_scale.fused import attention_block, mlp_block
 from lsr_scale.fused.layer_state import LayerModules, LayerSizes, Positions, Recompute, SavedTensors, is_saved
 from lsr_scale.fused.pairs import Pair
+from lsr_scale.kernels.fp8 import E4M3
 
 
 class DecoderLayerFunction(torch.autograd.Function):
@@ -43,14 +47,15 @@ class DecoderLayerFunction(torch.autograd.Function):
             pairs: down and up of each of `layer_linears(module)`, or None twice.
         """
         ctx.module, ctx.positions = module, positions
-        layer = LayerModules(module, _paired(pairs))
+        ctx.fp8 = dict(module.fp8) if module.training and x.dtype == torch.bfloat16 else {}
+        layer = LayerModules(module, _paired(pairs), ctx.fp8)
         saved: SavedTensors = {"x": x.reshape(-1, x.shape[-1])}
         with torch.autocast(x.device.type, enabled=False):
             attention_block.forward(layer, saved, positions, {})
             mlp_block.gate_up_forward(layer, saved, {})
             y = mlp_block.down_forward(layer, saved)
         if module.sizes is None:
-            module.sizes = _sizes(layer, saved)
+            module.sizes = _sizes(layer, saved, E4M3 if ctx.fp8 else x.dtype)
         saved = {name: value for name, value in saved.items() if is_saved(name, recompute)}
         ctx.names = list(saved)
         ctx.save_for_backward(*saved.values(), *pairs)
@@ -64,8 +69,8 @@ class DecoderLayerFunction(torch.autograd.Function):
         tensors = ctx.saved_tensors
         saved: SavedTensors = dict(zip(ctx.names, tensors[: len(ctx.names)], strict=True))
         pairs = tensors[len(ctx.names) :]
-        layer = LayerModules(ctx.module, _paired(pairs))
-        matrices: dict[str, Tensor] = {}
+        layer = LayerModules(ctx.module, _paired(pairs), ctx.fp8)
+        matrices: dict[str, Any] = {}
         with torch.autocast(grad.device.type, enabled=False):
             if "qkv" not in saved:
                 attention_block.forward(layer, saved, ctx.positions, matrices)
@@ -80,16 +85,16 @@ class DecoderLayerFunction(torch.autograd.Function):
         return d_x.view(grad.shape) if d_x is not None else None, None, None, None, *flat
 
 
-def _sizes(layer: LayerModules, saved: SavedTensors) -> LayerSizes:
-    """Return what a layer's forward pass made, in bytes."""
+def _sizes(layer: LayerModules, saved: SavedTensors, cached_dtype: torch.dtype) -> LayerSizes:
+    """Return what a layer's forward pass made, and what its weights would take in a cache, in bytes."""
     x = saved["x"]
     by_level = {
         level: sum(value.nbytes for name, value in saved.items() if is_saved(name, level)) / max(1, len(x))
         for level in get_args(Recompute)
     }
     groups = layer.qkv, layer.o, layer.gate_up, layer.down
-    weights = sum((group.out_features + group.width) * (group.in_features + group.width) for group in groups)
-    return LayerSizes(by_level, weights * x.element_size(), x.dtype)
+    cached = sum(group.cached_bytes(x.element_size()) for group in groups)
+    return LayerSizes(by_level, cached, cached_dtype)
 
 
 def _paired(flat: tuple[Tensor | None, ...]) -> list[Pair | None]:

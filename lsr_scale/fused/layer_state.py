@@ -1,11 +1,13 @@
 """What the forward and the backward pass of a fused decoder layer share: its modules, positions, and saved tensors."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from lsr_scale.fused.fp8_linear_group import Fp8LinearGroup, Fp8State
 from lsr_scale.fused.linear_groups import LinearGroup
 from lsr_scale.fused.pairs import Pair
 from lsr_scale.kernels.attention import Sequences
@@ -15,8 +17,8 @@ SavedTensors = dict[str, Tensor]
 
 # a decoder layer's linears, by the submodule that they are in
 LINEARS = {"self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"), "mlp": ("gate_proj", "up_proj", "down_proj")}
-# linears that share an input: each group has one matrix, which a layer may cache
-GROUPS = ("qkv", "o", "gate_up", "down")
+# linears that share an input, by their places among the seven: each group has one matrix, which a layer may cache
+GROUPS = {"qkv": slice(0, 3), "o": slice(3, 4), "gate_up": slice(4, 6), "down": slice(6, 7)}
 
 
 def layer_linears(layer: Any) -> list[nn.Module]:
@@ -38,7 +40,7 @@ class LayerSizes:
     Attributes:
         saved_per_token: Bytes of saved tensors per token, by what is recomputed.
         cached_weights: Bytes of its dequantized matrices.
-        dtype: Of both, but for some statistics.
+        dtype: Of the latter.
     """
 
     saved_per_token: dict[Recompute, float]
@@ -87,11 +89,16 @@ class Positions:
 class LayerModules:
     """A decoder layer's linears in groups, its norms and head counts, as a forward or backward pass reads them."""
 
-    def __init__(self, module: Any, pairs: list[Pair | None]) -> None:
-        linears, cache = module.fallback_check.base_layers, module.weight_cache
-        parts = (slice(0, 3), slice(3, 4), slice(4, 6), slice(6, 7))
+    def __init__(self, module: Any, pairs: list[Pair | None], fp8: Mapping[str, Fp8State]) -> None:
+        """Take a layer, its pairs, and which of its groups compute in FP8, with what they keep for it."""
+        linears = module.fallback_check.base_layers
+        # what trains in FP8 and is evaluated in bfloat16 caches no second form of its weights
+        cache = {} if module.fp8 and not fp8 else module.weight_cache
         self.qkv, self.o, self.gate_up, self.down = (
-            LinearGroup(linears[part], pairs[part], cache.get(name)) for name, part in zip(GROUPS, parts, strict=True)
+            Fp8LinearGroup(linears[part], pairs[part], cache.get(name), fp8[name])
+            if name in fp8
+            else LinearGroup(linears[part], pairs[part], cache.get(name))
+            for name, part in GROUPS.items()
         )
         self.norm_1, self.norm_2 = module.input_layernorm, module.post_attention_layernorm
         self.q_norm: Any = getattr(module.self_attn, "q_norm", None)
@@ -105,7 +112,7 @@ class LayerModules:
         return [part.unflatten(1, (-1, self.head_dim)).unflatten(0, (batch, -1)) for part in parts]
 
 
-def pop_or_dequantize(matrices: dict[str, Tensor], name: str, group: LinearGroup, like: Tensor) -> Tensor:
+def pop_or_dequantize(matrices: dict[str, Any], name: str, group: LinearGroup, like: Tensor) -> Any:
     """Return a group's matrix: the one that the recomputation dequantized, or a new one."""
     matrix = matrices.pop(name, None)
     return group.matrix(like.dtype, like.device) if matrix is None else matrix

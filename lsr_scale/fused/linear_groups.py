@@ -30,6 +30,10 @@ from lsr_scale.fused.pairs import Pair
 from lsr_scale.kernels.backend import is_fake
 from lsr_scale.kernels.dequantize import Extension, fill_extension
 from lsr_scale.kernels.output_gradients import output_gradients
+from lsr_scale.kernels.rms_norm import rms_norm
+from lsr_scale.kernels.rms_norm_project import rms_norm_project
+from lsr_scale.kernels.swiglu import swiglu
+from lsr_scale.kernels.swiglu_project import swiglu_project
 from lsr_scale.layers.frozen_linear import dequantize_into
 
 # cuBLAS is fastest with this many extra columns; 16 cost four times as much on an H100 (benchmarks/LOG.md)
@@ -84,38 +88,46 @@ class LinearGroup:
         start = sum(self.sizes[:index])
         return slice(start, start + self.sizes[index])
 
-    def matrix(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+    def matrix(self, dtype: torch.dtype, device: torch.device) -> Any:
         """Return the group's matrix `[N + R, K + R]`, weights dequantized or cached, pairs written into it."""
         N, K, R = self.out_features, self.in_features, self.width
-        counts = version_counters(base.weight for base in self.base_layers)
-        matrix, cache = None, None if counts is None else self.cache
+        key = self.weights_key(dtype, device)
+        matrix, cache = None, None if key is None else self.cache
         if cache is not None:
-            key = dtype, device, counts, *(base.weight.data_ptr() for base in self.base_layers)
             if cache.matrix is not None and cache.key == key and cache.matrix.shape[1] >= K + R:
                 matrix = cache.matrix[: N + R, : K + R]
             else:
                 cache.matrix = None  # freed before another is allocated
         if matrix is not None:
             for index in range(len(self.base_layers)):
-                fill_extension(matrix[self.rows(index), K:], self._extension(index, matrix))
+                fill_extension(matrix[self.rows(index), K:], self._extension(index, matrix[N:, :K]))
             return matrix
         # a cached matrix serves training too, so it is no inference tensor
         with torch.inference_mode(cache is None and torch.is_inference_mode_enabled()):
             matrix = torch.empty(N + R, K + R, dtype=dtype, device=device)
         for index, base in enumerate(self.base_layers):
-            dequantize_into(base, matrix[self.rows(index)], self._extension(index, matrix))
+            dequantize_into(base, matrix[self.rows(index)], self._extension(index, matrix[N:, :K]))
         if cache is not None:
             cache.matrix, cache.key = matrix, key
         return matrix
 
-    def _extension(self, index: int, matrix: Tensor) -> Extension:
-        """Return where a linear's pair goes in the matrix; the last one's has the padding below it too."""
-        N, K = self.out_features, self.in_features
+    def weights_key(self, dtype: torch.dtype, device: torch.device) -> tuple[Any, ...] | None:
+        """Return what is another after a weight was loaded, moved or merged; None where nobody can tell (ZeRO-3)."""
+        counts = version_counters(base.weight for base in self.base_layers)
+        if counts is None:
+            return None
+        return dtype, device, counts, *(base.weight.data_ptr() for base in self.base_layers)
+
+    def cached_bytes(self, itemsize: int) -> int:
+        """Return what a cache of the group's weights takes, for elements of so many bytes."""
+        return (self.out_features + self.width) * (self.in_features + self.width) * itemsize
+
+    def _extension(self, index: int, downs: Tensor) -> Extension:
+        """Return where a linear's pair goes: `down` to `downs [R, K]`, the last one's with the padding below it."""
         down, up = self.pairs[index] or (None, None)
         columns = self.columns(index)
-        end = len(matrix) if index == len(self.base_layers) - 1 else N + columns.stop
-        down_out = matrix[N + columns.start : end, :K] if end > N + columns.start else None
-        return Extension(up, columns.start, down, down_out)
+        end = len(downs) if index == len(self.base_layers) - 1 else columns.stop
+        return Extension(up, columns.start, down, downs[columns.start : end] if end > columns.start else None)
 
     def bias(self, dtype: torch.dtype) -> Tensor | None:
         """Return the concatenated biases `[N]`, or None."""
@@ -142,46 +154,76 @@ class LinearGroup:
         buffer[:, : self.out_features] = grad
         return buffer
 
-    def downs(self, matrix: Tensor) -> Tensor:
+    def downs(self, matrix: Any) -> Tensor:
         """Return the view `[R, K]` of the matrix with every `down`, then zero rows."""
         return matrix[self.out_features :, : self.in_features]
 
-    def multiply(self, x: Tensor, matrix: Tensor) -> Tensor:
+    def ups(self, matrix: Any) -> Tensor:
+        """Return the view `[N, R]` of the matrix with every `up`, block-diagonal."""
+        return matrix[: self.out_features, self.in_features :]
+
+    def normed_input(self, norm: Any, x: Tensor, matrix: Any, **sums: Tensor) -> tuple[Any, Tensor, Tensor | None]:
+        """Return the group's input from what is normalized first, in one pass over it.
+
+        Args:
+            norm: An RMSNorm.
+            x: `[T, K]`.
+            matrix: The group's.
+            sums: `residual` and `residual_out` of `rms_norm`.
+
+        Returns:
+            What `multiply` takes, here `[T, K + R]`: n, the normalized x, and `n down^T`; rstd; the latter again, None
+            without adapters.
+        """
+        normed = self.input_buffer(len(x), x)
+        if not self.width:
+            return normed, rms_norm(x, norm.weight, norm.variance_epsilon, normed, **sums), None
+        xa, downs, rank = x.new_empty(len(x), self.width), self.downs(matrix), sum(self.ranks)
+        rstd = rms_norm_project(x, norm.weight, norm.variance_epsilon, normed, downs, xa, rank=rank, **sums)
+        return normed, rstd, xa
+
+    def swiglu_input(self, gate_up: Tensor, matrix: Any) -> tuple[Any, Tensor | None]:
+        """Return the group's input h from gate and up `[T, 2K]`: what `multiply` takes, and `h down^T` or None."""
+        hidden = self.input_buffer(len(gate_up), gate_up)
+        if not self.width:
+            swiglu(gate_up, hidden)
+            return hidden, None
+        xa = gate_up.new_empty(len(gate_up), self.width)
+        swiglu_project(gate_up, hidden, self.downs(matrix), xa, rank=sum(self.ranks))
+        return hidden, xa
+
+    def multiply(self, x: Any, matrix: Any) -> Tensor:
         """Return `Y [T, N]` from the input `[T, K + R]` with `x down^T` in its tail."""
         return _gemm(x, matrix[: self.out_features].t(), self.bias(x.dtype))
 
-    def project(self, x: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor | None]:
+    def project(self, x: Tensor, matrix: Any) -> tuple[Tensor, Tensor | None]:
         """Return `(Y [T, N], xA [T, R])` from an input `[T, K]` without a tail: a thin GEMM adds the adapters."""
         N, K = self.out_features, self.in_features
         out = _gemm(x, matrix[:N, :K].t(), self.bias(x.dtype))
         if not self.width:
             return out, None
         xa = x @ self.downs(matrix).t()
-        return out.addmm_(xa, matrix[:N, K:].t()), xa
+        return out.addmm_(xa, self.ups(matrix).t()), xa
 
-    def input_gradient(self, grad: Tensor, matrix: Tensor) -> Tensor:
-        """Return `dX [T, K]` from the output gradient `[T, N + R]`, its tail filled."""
+    def input_gradient(self, grad: Tensor, matrix: Any, fill_tail: bool = False) -> Tensor:
+        """Return `dX [T, K]` from the output gradient `[T, N + R]`, `dY up` in its tail or written there first."""
+        if fill_tail and self.width:
+            torch.mm(grad[:, : self.out_features], self.ups(matrix), out=self.tail(grad))
         return grad @ matrix[:, : self.in_features]
-
-    def fill_tail(self, grad: Tensor, matrix: Tensor) -> None:
-        """Write `ds = dY up` into the tail of the output gradient `[T, N + R]`."""
-        if self.width:
-            torch.mm(grad[:, : self.out_features], matrix[: self.out_features, self.in_features :], out=self.tail(grad))
 
     def tail(self, grad: Tensor) -> Tensor:
         """Return the tail `ds [T, R]` of an output gradient `[T, N + R]`."""
         return grad[:, self.out_features :]
 
-    def output_products(self, grad: Tensor, xa: Tensor, matrix: Tensor) -> list[Tensor | None]:
+    def output_products(self, grad: Tensor, xa: Tensor, matrix: Any) -> list[Tensor | None]:
         """Fill the tail of `grad [T, N + R]` with `dY up`, and return each `d up_i = dY_i^T xA_i` in float32."""
-        N, K = self.out_features, self.in_features
-        up = matrix[:N, K:]
+        N, up = self.out_features, self.ups(matrix)
         width = -(-max(self.ranks) // 16) * 16
         if grad.is_cuda and len(grad) and width <= BLOCK and all(size % BLOCK == 0 for size in self.sizes):
             offsets = _offsets(tuple(self.sizes), tuple(self.ranks), grad.device)
             _, d_up = output_gradients(grad[:, :N], xa, up, offsets, width, ds_out=self.tail(grad))
             return [d_up[self.rows(index), :rank] if rank else None for index, rank in enumerate(self.ranks)]
-        self.fill_tail(grad, matrix)
+        torch.mm(grad[:, :N], up, out=self.tail(grad))
         return self.up_gradients(grad, xa)
 
     def up_gradients(self, grad: Tensor, xa: Tensor) -> list[Tensor | None]:
@@ -194,6 +236,11 @@ class LinearGroup:
     def down_gradients(self, d_down: Tensor) -> list[Tensor | None]:
         """Split `ds^T x [R, K]` into each `d down_i`."""
         return [d_down[self.columns(index)] if rank else None for index, rank in enumerate(self.ranks)]
+
+    def normed_down_gradients(self, ds: Tensor, x: Tensor, rstd: Tensor, norm: Any) -> list[Tensor | None]:
+        """Return each `d down_i = ds_i^T n`, n = x rstd weight; n is not computed: rstd and weight go to thin sides."""
+        scaled = (ds * rstd[:, None]).to(ds.dtype)
+        return self.down_gradients(mm_float(scaled.t(), x) * norm.weight)
 
 
 @functools.cache

@@ -1,29 +1,30 @@
 """The MLP half of a fused decoder layer, from the output of o_proj to y: forward and backward pass."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from lsr_scale.fused.layer_state import GradientBuffer, LayerModules, SavedTensors, pop_or_dequantize
 from lsr_scale.fused.linear_groups import LinearGroup, mm_float
-from lsr_scale.fused.normed_input import normed_down_gradients, normed_input
 from lsr_scale.fused.pairs import PairGradients
 from lsr_scale.kernels.rms_norm import rms_norm_backward
-from lsr_scale.kernels.swiglu import swiglu, swiglu_backward
+from lsr_scale.kernels.swiglu import swiglu_backward
 from lsr_scale.kernels.swiglu_pair_gradients import swiglu_pair_gradients
-from lsr_scale.kernels.swiglu_project import swiglu_project
 
 
-def gate_up_forward(layer: LayerModules, saved: SavedTensors, matrices: dict[str, Tensor]) -> None:
+def gate_up_forward(layer: LayerModules, saved: SavedTensors, matrices: dict[str, Any]) -> None:
     """Compute gate and up from the output of o_proj, or from m if that was saved; see `attention_block.forward`."""
     x = saved["x"]
     matrix = matrices["gate_up"] = layer.gate_up.matrix(x.dtype, x.device)
-    names = "rstd_2", "xa_gate_up"
     if "middle" in saved:
-        normed = normed_input(layer.gate_up, layer.norm_2, saved["middle"], matrix, saved, names)
+        normed, saved["rstd_2"], xa = layer.gate_up.normed_input(layer.norm_2, saved["middle"], matrix)
     else:
         out, saved["middle"] = saved.pop("attention_out"), torch.empty_like(x)
         sums = {"residual": x, "residual_out": saved["middle"]}
-        normed = normed_input(layer.gate_up, layer.norm_2, out, matrix, saved, names, **sums)
+        normed, saved["rstd_2"], xa = layer.gate_up.normed_input(layer.norm_2, out, matrix, **sums)
+    if xa is not None:
+        saved["xa_gate_up"] = xa
     saved["gate_up"] = layer.gate_up.multiply(normed, matrix)
 
 
@@ -31,17 +32,14 @@ def down_forward(layer: LayerModules, saved: SavedTensors) -> Tensor:
     """Return y from gate and up."""
     down, gate_up = layer.down, saved["gate_up"]
     matrix = down.matrix(gate_up.dtype, gate_up.device)
-    hidden = down.input_buffer(len(gate_up), gate_up)
-    if down.width:
-        saved["xa_down"] = gate_up.new_empty(len(gate_up), down.width)
-        swiglu_project(gate_up, hidden, down.downs(matrix), saved["xa_down"], rank=sum(down.ranks))
-    else:
-        swiglu(gate_up, hidden)
+    hidden, xa = down.swiglu_input(gate_up, matrix)
+    if xa is not None:
+        saved["xa_down"] = xa
     return down.multiply(hidden, matrix).add_(saved["middle"])
 
 
 def backward(
-    layer: LayerModules, saved: SavedTensors, matrices: dict[str, Tensor], grad: Tensor, gradient_buffer: GradientBuffer
+    layer: LayerModules, saved: SavedTensors, matrices: dict[str, Any], grad: Tensor, gradient_buffer: GradientBuffer
 ) -> tuple[Tensor, list[PairGradients]]:
     """Return dm as the buffer `[T, hidden + R_o]` that `o` reads, and the gradients of the pairs of gate, up, down."""
     tokens, width = grad.shape
@@ -53,13 +51,10 @@ def backward(
     del d_hidden
 
     matrix = pop_or_dequantize(matrices, "gate_up", gate_up, grad)
-    gate_up.fill_tail(d_gate_up, matrix)
-    d_normed = gate_up.input_gradient(d_gate_up, matrix)
+    d_normed = gate_up.input_gradient(d_gate_up, matrix, fill_tail=True)
     d_downs: list[Tensor | None] = [None, None]
     if gate_up.width:
-        d_downs = normed_down_gradients(
-            gate_up, gate_up.tail(d_gate_up), saved["middle"], saved["rstd_2"], layer.norm_2
-        )
+        d_downs = gate_up.normed_down_gradients(gate_up.tail(d_gate_up), saved["middle"], saved["rstd_2"], layer.norm_2)
     del d_gate_up, inner, matrix
     d_middle = layer.o.gradient_buffer(tokens, grad)
     rms_norm_backward(

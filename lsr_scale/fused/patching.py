@@ -5,7 +5,7 @@ layers share is made once per forward), each decoder layer, and each adapted lin
 """
 
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -14,6 +14,7 @@ from torch import nn
 from lsr_scale.adapters.peft import AdapterLinear
 from lsr_scale.errors import UserError
 from lsr_scale.fused.fallback import DECODER_LAYERS, FAMILIES, layer_fallback_reason, linear_fallback_reason
+from lsr_scale.fused.fp8 import fp8_groups, use_fp8
 from lsr_scale.fused.layer_state import GROUPS, Recompute
 from lsr_scale.fused.linear_groups import CachedMatrix
 from lsr_scale.fused.modules import FusedCausalLM, FusedDecoder, FusedLayer, FusedLinear
@@ -21,11 +22,13 @@ from lsr_scale.fused.subclass import Fused, original_class, subclass
 from lsr_scale.kernels.attention import disable_cudnn_in_sdpa
 from lsr_scale.layers.frozen_linear import freeze_quantized
 
+Compute = Literal["bf16", "fp8"]
+
 _DECODERS = {getattr(module, name + "Model") for name, module in FAMILIES.items()}
 _CAUSAL_LMS = {getattr(module, name + "ForCausalLM") for name, module in FAMILIES.items()}
 # what fused modules add to a module
 _ATTRIBUTES = (
-    *("recompute", "sizes", "weight_cache", "fallback_check", "warned"),
+    *("recompute", "sizes", "weight_cache", "fp8", "fallback_check", "warned"),
     *("pair_cache", "max_tokens", "mask_is_needed"),
 )
 
@@ -40,26 +43,41 @@ class FuseReport:
         fused_linears: Number of adapted linears with fused operations of their own, which they use outside of fused
             layers.
         unfused_linears: Names of the adapted modules without, with the reason: they run as without `fuse`.
+        fp8: Names of the groups of linears that compute in FP8 in training: "12.down".
+        not_fp8: Names of those that cannot, with the reason, where `compute="fp8"` was asked for.
     """
 
     fused: list[str]
     unfused: dict[str, str]
     fused_linears: int = 0
     unfused_linears: dict[str, str] = field(default_factory=dict)
+    fp8: list[str] = field(default_factory=list)
+    not_fp8: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         """Return one line."""
         if self.fused or self.unfused:
             text = f"{len(self.fused)} of {len(self.fused) + len(self.unfused)} decoder layers run fused"
             reasons = sorted(set(self.unfused.values()))
-            return text + (f"; the others unfused: {'; '.join(reasons)}" if reasons else "")
+            text += f"; the others unfused: {'; '.join(reasons)}" if reasons else ""
+            if self.fp8 or self.not_fp8:
+                text += f"; {len(self.fp8)} of {len(self.fp8) + len(self.not_fp8)} groups of linears compute in FP8"
+                reasons = sorted(set(self.not_fp8.values()))
+                text += f" (the others cannot: {'; '.join(reasons)})" if reasons else ""
+            return text
         names = ", ".join(FAMILIES)
         text = f"{self.fused_linears} adapted linears fused one by one (decoder layers fuse in {names} models)"
         reasons, number = sorted(set(self.unfused_linears.values())), len(self.unfused_linears)
         return text + (f"; {number} adapted modules unfused: {'; '.join(reasons)}" if reasons else "")
 
 
-def fuse(model: nn.Module, recompute: Recompute = "none", cache_weights: bool = False) -> FuseReport:
+def fuse(
+    model: nn.Module,
+    recompute: Recompute = "none",
+    cache_weights: bool = False,
+    compute: Compute = "bf16",
+    calibrate: bool = False,
+) -> FuseReport:
     """Make a model run fused, in place: faster, with less memory, the same function.
 
     For training loops of your own. Call it on a PEFT model (LSR-Adapt, Kron-LoRA, LoRA) or a frozen one, after its
@@ -75,15 +93,20 @@ def fuse(model: nn.Module, recompute: Recompute = "none", cache_weights: bool = 
             layer that runs unfused is checkpointed. Models without such layers need their own checkpointing.
         cache_weights: Dequantize the weights of fused layers once and keep them in memory, in the compute dtype,
             beside the quantized ones: 2 more bytes a weight, 13 GiB for a 7B model. `fit_memory` chooses by layer.
+        compute: What the base's products are computed in, in training: "bf16" (the model's dtype) or "fp8": e4m3 in
+            both directions, adapters and all else as before (see `fp8_linear_group`). An evaluation is in bfloat16.
+        calibrate: With "fp8", also compare every product with the one in bfloat16, until `fp8_errors` is asked.
 
     Returns:
         Which layers run fused, and why others run unfused, as without `fuse`; checked again at every forward.
 
     Raises:
-        UserError: if the model has neither such decoder layers nor adapters, or for an unknown `recompute`.
+        UserError: if the model has neither such decoder layers nor adapters, for an unknown `recompute` or `compute`,
+            or for FP8 where it cannot run.
     """
-    if recompute not in get_args(Recompute):
-        raise UserError(f"recompute: expected one of {', '.join(get_args(Recompute))}; got {recompute!r}")
+    for name, value, known in (("recompute", recompute, Recompute), ("compute", compute, Compute)):
+        if value not in get_args(known):
+            raise UserError(f"{name}: expected one of {', '.join(get_args(known))}; got {value!r}")
     freeze_quantized(model)
     disable_cudnn_in_sdpa()
     report = FuseReport([], {})
@@ -104,7 +127,7 @@ def fuse(model: nn.Module, recompute: Recompute = "none", cache_weights: bool = 
             else:
                 report.fused_linears += 1
         if isinstance(module, FusedLayer):
-            module.recompute, module.sizes = recompute, None
+            module.recompute, module.sizes, module.fp8 = recompute, None, {}
             set_weight_cache(module, cache_weights)
             reason = layer_fallback_reason(module)
             if reason:
@@ -114,6 +137,15 @@ def fuse(model: nn.Module, recompute: Recompute = "none", cache_weights: bool = 
     if not (report.fused or report.unfused or report.fused_linears or report.unfused_linears):
         names = ", ".join(FAMILIES)
         raise UserError(f"{type(model).__name__} has no adapters, and no decoder layers that can fuse ({names})")
+    if compute == "fp8":
+        layers = [layer for layer in model.modules() if isinstance(layer, FusedLayer)]
+        if not layers:
+            names = ", ".join(FAMILIES)
+            raise UserError(
+                f"compute: fp8 needs decoder layers that can fuse ({names}); {type(model).__name__} has none"
+            )
+        report.not_fp8 = use_fp8(layers, calibrate)
+        report.fp8 = fp8_groups(model)
     return report
 
 

@@ -1,0 +1,127 @@
+"""Which groups of a fused model's linears compute in FP8, what they count and how far off they are.
+
+A group's name is "layer.group": "12.down" is down_proj of decoder layer 12; the groups of a layer are qkv, o, gate_up
+and down, linears that share an input.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lsr_scale.errors import UserError
+from lsr_scale.fused.fp8_linear_group import DIRECTIONS, Fp8State, fp8_shape_reason
+from lsr_scale.fused.layer_state import GROUPS, layer_linears
+from lsr_scale.fused.linear_groups import LinearGroup
+from lsr_scale.fused.modules import FusedLayer
+from lsr_scale.kernels.backend import is_fake
+from lsr_scale.kernels.fp8 import fp8_fallback_reason
+
+
+def use_fp8(layers: Iterable[Any], calibrate: bool) -> dict[str, str]:
+    """Have fused layers compute in FP8 in training, group by group.
+
+    Args:
+        layers: Fused decoder layers.
+        calibrate: Compare each product with the one in bfloat16, until `fp8_errors` is asked.
+
+    Returns:
+        Groups that stay in bfloat16, with the reason.
+
+    Raises:
+        UserError: if their GPU has no FP8, or they are not in bfloat16.
+    """
+    reasons: dict[str, str] = {}
+    for layer in layers:
+        weight = layer.input_layernorm.weight
+        if weight.dtype != torch.bfloat16:
+            dtype = str(weight.dtype).removeprefix("torch.")
+            raise UserError(f"compute: fp8 needs a model in bfloat16; this one is in {dtype}: load it in bfloat16")
+        if not is_fake(weight) and weight.device.type != "meta":
+            reason = fp8_fallback_reason(weight.device)
+            if reason:
+                raise UserError(f"compute: fp8 cannot run here: {reason}; use compute: bf16")
+        linears, states = layer_linears(layer), {}
+        for name, part in GROUPS.items():
+            reason = fp8_shape_reason(LinearGroup(linears[part], [None] * len(linears[part])))
+            if reason:
+                reasons[f"{_index(layer)}.{name}"] = reason
+            else:
+                states[name] = Fp8State(calibrate)
+        layer.fp8 = states
+    return reasons
+
+
+def fp8_groups(model: nn.Module) -> list[str]:
+    """Return the names of the groups that compute in FP8."""
+    return [name for name, _ in _states(model)]
+
+
+def fp8_counts(model: nn.Module) -> dict[str, Tensor]:
+    """Return how many values underflowed in e4m3, and of how many, int64 `[2]`, since `reset_fp8_counts`.
+
+    A value underflows if it is not zero and less than 2^-6 of its row's scale, at most 2^-14 of the row's largest
+    value: its code has fewer than 4 significant bits, or is zero.
+
+    Returns:
+        By "layer.group.input" and "layer.group.gradient": of the group's input, and of its output's gradient.
+    """
+    return {
+        f"{name}.{direction}": state.counts[direction]
+        for name, state in _states(model)
+        for direction in DIRECTIONS
+        if direction in state.counts
+    }
+
+
+def reset_fp8_counts(model: nn.Module) -> None:
+    """Set all counts to zero."""
+    counts = list(fp8_counts(model).values())
+    if counts:
+        torch._foreach_zero_(counts)
+
+
+def fp8_errors(model: nn.Module) -> dict[str, float]:
+    """Return each group's relative error in FP8 beside bfloat16, of its outputs or input gradients, the larger.
+
+    From the last training step after `fuse(..., compute="fp8", calibrate=True)`, on a sample of its rows. Nothing is
+    compared after this call.
+    """
+    errors = {}
+    for name, state in _states(model):
+        state.calibrates = False
+        if state.errors:
+            errors[name] = torch.stack(list(state.errors.values())).max()
+            state.errors = {}
+    values = torch.stack(list(errors.values())).tolist() if errors else []
+    return dict(zip(errors, values, strict=True))
+
+
+def keep_in_bf16(model: nn.Module, names: Iterable[str]) -> None:
+    """Have groups compute in bfloat16 again: "12.down", or "down" for that of every layer.
+
+    Raises:
+        UserError: for a name that no group has.
+    """
+    layers = {str(_index(layer)): layer for layer in model.modules() if isinstance(layer, FusedLayer)}
+    for name in names:
+        index, _, group = name.rpartition(".")
+        if group not in GROUPS or (index and index not in layers):
+            raise UserError(
+                f"{name!r} is no group of linears: expected one of {', '.join(GROUPS)}, alone or after a layer's "
+                f"number (0 to {len(layers) - 1}), as in 12.down"
+            )
+        for layer in [layers[index]] if index else layers.values():
+            layer.fp8 = {key: state for key, state in layer.fp8.items() if key != group}
+
+
+def _states(model: nn.Module) -> Iterator[tuple[str, Fp8State]]:
+    for layer in model.modules():
+        if isinstance(layer, FusedLayer):
+            for name, state in layer.fp8.items():
+                yield f"{_index(layer)}.{name}", state
+
+
+def _index(layer: Any) -> int:
+    return layer.self_attn.layer_idx

@@ -1,0 +1,319 @@
+"""Training with the base's products in FP8: its error beside a plain simulation of it, and everything around it."""
+
+import copy
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import nn
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+import lsr_scale
+from lsr_scale.adapters import peft_config
+from lsr_scale.errors import UserError
+from lsr_scale.fused import fp8, fp8_counts, fp8_errors, fp8_groups, keep_in_bf16, reset_fp8_counts
+from lsr_scale.fused.layer_state import GROUPS
+from lsr_scale.fused.linear_groups import base_layer
+from lsr_scale.kernels.fp8 import encode_reference, power_of_two_scale
+from lsr_scale.layers.frozen_linear import dequantize
+from tests.conftest import SEVEN_LINEARS, TINY_SIZES, quantize, randomize, tiny_llama
+
+METHODS = {
+    "lsr": {"rank": 4, "separation_rank": 2},
+    "kron_lora": {"rank": 2, "dropout": 0.0},
+    "lora": {"rank": 3},
+}
+# wide enough that the error of a product is an average
+SIZES = {"hidden_size": 128, "intermediate_size": 208, "num_attention_heads": 4, "num_key_value_heads": 2}
+ALL_GROUPS = [f"{layer}.{name}" for layer in range(2) for name in GROUPS]
+
+
+@pytest.fixture(autouse=True)
+def anywhere(monkeypatch):
+    """Let FP8 run on the CPU, by the kernels' references."""
+    monkeypatch.setattr(fp8, "fp8_fallback_reason", lambda device: None)
+
+
+@pytest.fixture
+def ids():
+    return torch.randint(1, 96, (3, 19), generator=torch.Generator().manual_seed(1))
+
+
+def adapted(method="lsr", kind=None, **sizes):
+    base = tiny_llama(torch.bfloat16, **{**SIZES, **sizes})
+    base = quantize(base, kind) if kind else base
+    values = {"target_modules": SEVEN_LINEARS, **METHODS[method]}
+    model = randomize(get_peft_model(base, peft_config(method, values, "CAUSAL_LM")), scale=0.1).train()
+    return model
+
+
+def step(model, ids, **inputs):
+    """Return loss and gradients of a training step, in float64."""
+    model.train().zero_grad()
+    loss = model(input_ids=ids, labels=ids, use_cache=False, **inputs).loss
+    loss.backward()
+    gradients = {name: p.grad.double() for name, p in model.named_parameters() if p.grad is not None}
+    return {"loss": loss.detach().double(), **gradients}
+
+
+def assert_equal(found, expected):
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+
+
+class Simulated(torch.autograd.Function):
+    """`x W^T` in e4m3 in both directions, in float64 but for the codes."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(weight)
+        return in_fp8(x) @ weight.t()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return in_fp8(grad) @ ctx.saved_tensors[0], None
+
+
+def in_fp8(x):
+    """Return values rounded to e4m3, with a scale for each row."""
+    rows = x.reshape(-1, x.shape[-1])
+    scales = power_of_two_scale(rows.abs().amax(1))
+    return (encode_reference(rows, scales).double() * scales.double()[:, None]).view(x.shape)
+
+
+def simulate(model):
+    """Return a copy in float64 whose frozen linears multiply in e4m3, and one that is exact."""
+    copies = []
+    for quantized in (True, False):
+        wide = copy.deepcopy(model).double()
+        for name, module in list(wide.named_modules()):
+            if not name.endswith("_proj") or not hasattr(module, "base_layer"):
+                continue
+            base = base_layer(module)
+            weight = dequantize(base_layer(model.get_submodule(name)), torch.bfloat16).double()
+            plain = nn.Linear(base.in_features, base.out_features, bias=False, dtype=torch.float64)
+            if quantized:
+                scale = power_of_two_scale(weight.abs().max().view(1))
+                weight = encode_reference(weight, scale).double() * scale.double()
+                plain.forward = lambda x, weight=weight: Simulated.apply(x, weight)
+            plain.weight = nn.Parameter(weight, requires_grad=False)
+            module.base_layer = plain
+        copies.append(wide)
+    return copies
+
+
+def relative(found, expected):
+    return float((found - expected).norm() / expected.norm())
+
+
+def flat(tensors):
+    return torch.cat([value.flatten() for value in tensors.values()])
+
+
+@pytest.mark.parametrize("kind", [None, "nf4", "int8"])
+@pytest.mark.parametrize("method", METHODS)
+def test_errors_beside_a_simulation(method, kind, ids):
+    model = adapted(method, kind)
+    simulated, exact = simulate(model)
+    expected, allowed = step(exact, ids), step(simulated, ids)
+    report = lsr_scale.fuse(model, compute="fp8")
+    assert report.fp8 == fp8_groups(model) == ALL_GROUPS
+    assert "8 of 8 groups of linears compute in FP8" in str(report)
+    found = step(model, ids)
+    assert abs(float(found["loss"] - expected["loss"])) < 0.02
+    del found["loss"], allowed["loss"], expected["loss"]
+    errors = [relative(flat(one), flat(expected)) for one in (found, allowed)]
+    assert 0.01 < errors[0] < 1.2 * errors[1] + 0.01, errors
+
+
+def test_it_is_not_bf16(ids):
+    model = adapted()
+    lsr_scale.fuse(model)
+    plain = step(model, ids)
+    lsr_scale.fuse(model, compute="fp8")
+    found = step(model, ids)
+    differences = {name: relative(found[name], value) for name, value in plain.items()}
+    assert min(differences[name] for name in differences if name != "loss") > 1e-3
+    lsr_scale.fuse(model)
+    assert_equal(step(model, ids), plain)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4", "nf4-single", "int8", None])
+def test_recomputed_and_cached_steps_are_the_same(kind, ids):
+    model = adapted("lora", kind)
+    lsr_scale.fuse(model, compute="fp8")
+    expected = step(model, ids)
+    for recompute in ("mlp", "full"):
+        lsr_scale.fuse(model, recompute=recompute, compute="fp8")
+        assert_equal(step(model, ids), expected)
+    lsr_scale.fuse(model, cache_weights=True, compute="fp8")
+    for _ in range(2):
+        assert_equal(step(model, ids), expected)
+    layer = next(module for module in model.modules() if getattr(module, "fp8", None))
+    assert {transposed for state in layer.fp8.values() for transposed in state.codes} == {False, True}
+
+
+def test_an_evaluation_is_in_bfloat16_and_caches_nothing(ids):
+    model = adapted(kind="nf4")
+    lsr_scale.fuse(model)
+    with torch.no_grad():
+        expected = model.eval()(input_ids=ids).logits
+    lsr_scale.fuse(model, compute="fp8", cache_weights=True)
+    step(model, ids)
+    with torch.no_grad():
+        assert torch.equal(model.eval()(input_ids=ids).logits, expected)
+    layers = [module for module in model.modules() if getattr(module, "fp8", None)]
+    assert all(cache.matrix is None for layer in layers for cache in layer.weight_cache.values())
+
+
+def test_a_changed_weight_is_quantized_anew(ids):
+    model = adapted("lora")
+    lsr_scale.fuse(model, compute="fp8", cache_weights=True)
+    step(model, ids)
+    with torch.no_grad():
+        for module in model.modules():
+            if hasattr(module, "base_layer"):
+                base_layer(module).weight.mul_(3)
+    found = step(model, ids)
+    lsr_scale.fuse(model, compute="fp8")
+    assert_equal(found, step(model, ids))
+
+
+def test_packed_and_padded_rows(ids):
+    model = adapted("lora", "nf4")
+    lsr_scale.fuse(model, compute="fp8")
+    positions = torch.cat([torch.arange(11), torch.arange(26), torch.arange(20)])[None]
+    packed = step(model, ids.view(1, -1), position_ids=positions)
+    mask = torch.ones_like(ids)
+    mask[1, 7:] = 0
+    padded = step(model, ids, attention_mask=mask)
+    lsr_scale.fuse(model)
+    for found, inputs in ((packed, {"position_ids": positions}), (padded, {"attention_mask": mask})):
+        expected = step(model, ids.view(1, -1) if "position_ids" in inputs else ids, **inputs)
+        assert abs(float(found["loss"] - expected["loss"])) < 0.02
+
+
+def test_groups_kept_in_bf16(ids):
+    model = adapted(kind="nf4")
+    lsr_scale.fuse(model)
+    expected = step(model, ids)
+    lsr_scale.fuse(model, compute="fp8")
+    keep_in_bf16(model, ["1.down", "qkv"])
+    assert fp8_groups(model) == ["0.o", "0.gate_up", "0.down", "1.o", "1.gate_up"]
+    assert relative(step(model, ids)["loss"], expected["loss"]) > 0
+    keep_in_bf16(model, ["o", "gate_up", "down"])
+    assert not fp8_groups(model)
+    assert_equal(step(model, ids), expected)
+    for name in ("2.down", "down_proj", "x.qkv", ""):
+        with pytest.raises(UserError, match="no group of linears"):
+            keep_in_bf16(model, [name])
+
+
+def test_underflow_is_counted(ids):
+    model = adapted()
+    lsr_scale.fuse(model, compute="fp8")
+    step(model, ids)
+    counts = fp8_counts(model)
+    # nothing before the first layer is trained
+    ways = {f"{name}.{way}" for name in ALL_GROUPS for way in ("input", "gradient")} - {"0.qkv.gradient"}
+    assert counts.keys() == ways
+    tokens = ids.numel()
+    assert counts["0.down.input"][1] == tokens * SIZES["intermediate_size"]
+    assert counts["0.down.gradient"][1] == tokens * SIZES["hidden_size"]
+    before = int(counts["1.qkv.input"][0])
+    reset_fp8_counts(model)
+    assert not any(count.any() for count in fp8_counts(model).values())
+    with torch.no_grad():
+        layer = model.get_base_model().model.layers[1]
+        layer.input_layernorm.weight[5] = 1e5  # a massive channel: the others' values are below 2^-14 of it
+    step(model, ids)
+    after = fp8_counts(model)["1.qkv.input"]
+    assert after[1] == tokens * SIZES["hidden_size"]
+    assert after[0] > before + 0.5 * after[1]
+
+
+def test_calibration(ids):
+    model = adapted(kind="nf4")
+    lsr_scale.fuse(model, compute="fp8")
+    step(model, ids)
+    assert fp8_errors(model) == {}
+    lsr_scale.fuse(model, recompute="full", compute="fp8", calibrate=True)
+    step(model, ids)
+    errors = fp8_errors(model)
+    assert list(errors) == ALL_GROUPS
+    assert all(0.01 < error < 0.08 for error in errors.values()), errors
+    step(model, ids)
+    assert fp8_errors(model) == {}, "compared once"
+
+
+def test_calibration_finds_the_group_that_e4m3_does_not_suit(ids):
+    model = adapted()
+    with torch.no_grad():
+        # a massive channel that the weight ignores: what matters underflows
+        layer = model.get_base_model().model.layers[1]
+        layer.post_attention_layernorm.weight[5] = 3e6
+        for linear in (layer.mlp.gate_proj, layer.mlp.up_proj):
+            base_layer(linear).weight[:, 5] = 0
+            for factor in linear.parameters():
+                if factor.requires_grad:
+                    factor.zero_()
+    lsr_scale.fuse(model, compute="fp8", calibrate=True)
+    step(model, ids)
+    errors = fp8_errors(model)
+    assert max(errors, key=errors.__getitem__) == "1.gate_up"
+    assert errors["1.gate_up"] > 0.1
+    assert max(error for name, error in errors.items() if name != "1.gate_up") < 0.1
+
+
+def test_what_is_not_finite_stays_so(ids):
+    model = adapted(kind="nf4")
+    lsr_scale.fuse(model, compute="fp8")
+    model.get_base_model().model.embed_tokens.weight.data[int(ids[0, 3])] = float("inf")
+    assert not step(model, ids)["loss"].isfinite()
+
+
+def test_shapes_that_stay_in_bfloat16(ids):
+    model = adapted(intermediate_size=200)
+    report = lsr_scale.fuse(model, compute="fp8")
+    assert report.fp8 == ["0.qkv", "0.o", "0.gate_up", "1.qkv", "1.o", "1.gate_up"]
+    assert report.not_fp8 == {f"{layer}.down": "200 inputs, no multiple of 16" for layer in range(2)}
+    assert "200 inputs, no multiple of 16" in str(report)
+    step(model, ids)
+
+
+def test_biases(ids):
+    torch.manual_seed(0)
+    base = Qwen2ForCausalLM(Qwen2Config(**{**TINY_SIZES, **SIZES})).to(torch.bfloat16)
+    for name, parameter in base.named_parameters():
+        if name.endswith("bias"):
+            parameter.data.normal_()
+    values = {"target_modules": SEVEN_LINEARS, **METHODS["lora"]}
+    model = randomize(get_peft_model(base, peft_config("lora", values, "CAUSAL_LM")), scale=0.1)
+    lsr_scale.fuse(model)
+    expected = step(model, ids)
+    lsr_scale.fuse(model, compute="fp8", calibrate=True)
+    found = step(model, ids)
+    assert abs(float(found["loss"] - expected["loss"])) < 0.02
+    assert max(fp8_errors(model).values()) < 0.08
+
+
+def test_unfuse_leaves_nothing(ids):
+    model = adapted()
+    lsr_scale.fuse(model, compute="fp8")
+    lsr_scale.unfuse(model)
+    assert not any("fp8" in vars(module) for module in model.modules())
+
+
+def test_refused(monkeypatch):
+    with pytest.raises(UserError, match="expected one of bf16, fp8; got 'int4'"):
+        lsr_scale.fuse(adapted(), compute="int4")  # pyright: ignore
+    with pytest.raises(UserError, match="in float32: load it in bfloat16"):
+        lsr_scale.fuse(adapted().float(), compute="fp8")
+    plain = get_peft_model(nn.Sequential(nn.Linear(16, 16)), peft_config("lora", {"target_modules": ["0"]}, None))
+    with pytest.raises(UserError, match="needs decoder layers that can fuse"):
+        lsr_scale.fuse(plain, compute="fp8")
+    monkeypatch.undo()
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="cannot run here: the device is cpu"):
+            lsr_scale.fuse(adapted(), compute="fp8")

@@ -124,7 +124,7 @@ def test_errors_beside_a_simulation(method, kind, ids):
     assert abs(float(found["loss"] - expected["loss"])) < 0.02
     del found["loss"], allowed["loss"], expected["loss"]
     errors = [relative(flat(one), flat(expected)) for one in (found, allowed)]
-    assert 0.01 < errors[0] < 1.2 * errors[1] + 0.01, errors
+    assert 0.01 < errors[0] < 1.5 * errors[1] + 0.01, errors
 
 
 def test_it_is_not_bf16(ids):

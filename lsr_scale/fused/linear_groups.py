@@ -58,7 +58,7 @@ class CachedMatrix:
     """
 
     matrix: Tensor | None = None
-    key: tuple[Any, ...] = ()
+    key: tuple[Any, ...] | None = None
 
 
 @dataclass

@@ -11,6 +11,9 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks.speed.providers import compute_of
+from benchmarks.speed.providers.fused import no_fp8_reason
+
 
 class Ceilings:
     """What the machine gives at best, for the shapes of this run; see `throughput.floor_ms`."""
@@ -32,6 +35,10 @@ class Ceilings:
         tokens, shape = request["tokens"], self.config["shape"]
         measured = {"copy_bytes_per_s": copy_bandwidth(), **gemms(shape, tokens)}
         self.free_memory()
+        in_fp8 = any(compute_of(provider) == "fp8" for provider in self.config["providers"])
+        if in_fp8 and no_fp8_reason(torch.device(self.config["device"])) is None:
+            measured |= fp8_gemms(shape, tokens)
+            self.free_memory()
         return {"ceilings": {**measured, **attention(shape, tokens // request["seq_len"], request["seq_len"])}}
 
 
@@ -61,20 +68,24 @@ def copy_bandwidth() -> float:
     return 2 * source.numel() / (1e-3 * median_ms(lambda: target.copy_(source)))
 
 
-def gemms(shape: dict[str, int], tokens: int) -> dict[str, float]:
-    """Return the times of one layer's four grouped linears and of lm_head, in bf16, forward and dX."""
+def group_sizes(shape: dict[str, int]) -> dict[str, tuple[int, int]]:
+    """Return the input and output features of a layer's four groups of linears."""
     queries, keys = shape["heads"] * shape["head_dim"], shape["kv_heads"] * shape["head_dim"]
     hidden, intermediate = shape["hidden"], shape["intermediate"]
-    sizes = {
+    return {
         "qkv": (hidden, queries + 2 * keys),
         "o": (queries, hidden),
         "gate_up": (hidden, 2 * intermediate),
         "down": (intermediate, hidden),
-        "lm_head": (hidden, shape["vocab"]),
     }
+
+
+def gemms(shape: dict[str, int], tokens: int) -> dict[str, float]:
+    """Return the times of one layer's four grouped linears and of lm_head, in bf16, forward and dX."""
+    hidden, sizes = shape["hidden"], group_sizes(shape)
     new = lambda *size: torch.randn(*size, device="cuda", dtype=torch.bfloat16)  # noqa: E731
-    operands = {name: (new(tokens, k), new(n, k) * k**-0.5) for name, (k, n) in sizes.items() if name != "lm_head"}
-    outputs = {name: new(tokens, n) for name, (_, n) in sizes.items() if name != "lm_head"}
+    operands = {name: (new(tokens, k), new(n, k) * k**-0.5) for name, (k, n) in sizes.items()}
+    outputs = {name: new(tokens, n) for name, (_, n) in sizes.items()}
 
     def forward(names: tuple[str, ...]) -> None:
         for name in names:
@@ -102,6 +113,64 @@ def gemms(shape: dict[str, int], tokens: int) -> dict[str, float]:
 
     medians["lm_head_ms"] = median_ms(head)
     return medians
+
+
+def scaled_mm(x: Tensor, x_scales: Tensor, weight: Tensor, weight_scales: Tensor) -> Tensor:
+    """Return `[T, N]` bf16 from codes `[T, K]` and `[N, K]` by `torch._scaled_mm`, scales as that takes them.
+
+    A scale per row of both: `[T, 1]` and `[1, N]`.
+    """
+    options = {"out_dtype": torch.bfloat16, "use_fast_accum": weight_scales.shape[0] == 1}
+    return torch._scaled_mm(x, weight.t(), x_scales, weight_scales, **options)
+
+
+def fp8_gemms(shape: dict[str, int], tokens: int) -> dict[str, Any]:
+    """Return the times of one layer's four grouped linears in FP8, forward and dX, and by which product.
+
+    The faster of `torch._scaled_mm` with a scale per row, where it takes that, and this library's own product.
+    """
+    from lsr_scale.kernels.fp8 import E4M3
+    from lsr_scale.kernels.fp8_gemm import fp8_gemm
+
+    def codes(*size: int) -> Tensor:
+        return torch.randn(*size, device="cuda", dtype=torch.bfloat16).to(E4M3)
+
+    scales = torch.ones(tokens, device="cuda")
+
+    def operands(n: int, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        out = torch.empty(tokens, n, device="cuda", dtype=torch.bfloat16)
+        return codes(tokens, k), codes(n, k), torch.full((1, n), 2.0**-8, device="cuda"), out
+
+    # an input gradient is a product like the forward one, with the weight transposed
+    sizes = group_sizes(shape)
+    ahead = {name: operands(n, k) for name, (k, n) in sizes.items()}
+    back = {name: operands(k, n) for name, (k, n) in sizes.items()}
+    recomputed = [ahead[name] for name in ("qkv", "o", "gate_up")]
+
+    def by_torch(x: Tensor, weight: Tensor, weight_scales: Tensor, out: Tensor) -> None:
+        scaled_mm(x, scales[:, None], weight, weight_scales)
+
+    def by_us(x: Tensor, weight: Tensor, weight_scales: Tensor, out: Tensor) -> None:
+        fp8_gemm(x, scales, weight, weight_scales[0, :1], out)
+
+    measured: dict[str, dict[str, Any]] = {}
+    for name, product in (("torch._scaled_mm, a scale per row", by_torch), ("lsr_scale's fp8_gemm", by_us)):
+
+        def multiply(pairs: Any, product: Any = product) -> None:
+            for each in pairs:
+                product(*each)
+
+        try:
+            measured[name] = {
+                "layer_gemm_fp8_ms": median_ms(lambda: multiply([*ahead.values(), *back.values()])),
+                "layer_gemm_recompute_fp8_ms": median_ms(lambda: multiply(recomputed)),
+            }
+        except (RuntimeError, NotImplementedError) as error:
+            print(f"FP8 products, {name}: {str(error).splitlines()[0]}", flush=True)
+    if not measured:
+        raise RuntimeError("no FP8 product takes these shapes")
+    best = min(measured, key=lambda name: measured[name]["layer_gemm_fp8_ms"])
+    return {**measured[best], "fp8_product": best, "fp8_products": measured}
 
 
 def attention(shape: dict[str, int], batch: int, seq_len: int) -> dict[str, Any]:

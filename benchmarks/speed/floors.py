@@ -6,6 +6,13 @@ bandwidth of a device copy, the bytes of two dequantizations of every linear lay
 token and layer 12 D + 3 F forward and 12 D + 6 F backward, where D = 2 hidden and F = 2 intermediate bytes). With
 checkpointing each layer is recomputed up to SwiGLU's output: all forward GEMMs but down's, forward attention, and
 the forward traffic.
+
+**In FP8** the layers' GEMMs are FP8 ones. Each dequantization writes a byte a weight instead of two; a bf16 base has
+them too. What a kernel writes for a GEMM alone is a byte a value: both norms' and SwiGLU's outputs forward, and
+SwiGLU's and RoPE's gradients backward; beside the norms' input gradients, which the residual needs in bf16, stand their
+codes. That is 11 D + 2.5 F forward and 12 D + 5 F backward. A layer that is recomputed needs its weights in both
+orientations at once, so those of qkv, o and gate+up are written once more. Scales and the quantization of attention's
+output count nothing: attention could write codes itself.
 """
 
 from typing import Any
@@ -15,6 +22,8 @@ NOMINAL_TFLOPS = {"H200": 989.4, "H100": 989.4, "A100": 312.0}
 # bytes read and written per weight by one dequantization to bf16; NF4 with double quantization has a byte of scale per
 # 64 weights and a float32 per 256 of those
 DEQUANTIZATION_BYTES = {"nf4": 0.5 + (1 + 4 / 256) / 64 + 2, "int8": 1 + 2, "bf16": 0.0}
+# and by one to e4m3
+DEQUANTIZATION_BYTES_FP8 = {"nf4": 0.5 + (1 + 4 / 256) / 64 + 1, "int8": 1 + 1, "bf16": 2 + 1}
 STORED_BYTES = {"nf4": 0.516, "int8": 1.0, "bf16": 2.0}
 
 
@@ -39,7 +48,12 @@ def layer_weights(shape: dict[str, int]) -> int:
 
 
 def floor_ms(
-    shape: dict[str, int], tokens: int, base: str, checkpointing: str, ceilings: dict[str, float]
+    shape: dict[str, int],
+    tokens: int,
+    base: str,
+    checkpointing: str,
+    ceilings: dict[str, Any],
+    compute: str = "bf16",
 ) -> dict[str, float]:
     """Return the parts of a step's floor in ms, and their sum as `total`; the module's docstring has the formula.
 
@@ -49,22 +63,29 @@ def floor_ms(
         base: "nf4", "int8" or "bf16".
         checkpointing: "full" and "offload" recompute each layer up to SwiGLU's output; the others have one floor.
         ceilings: `copy_bytes_per_s` and, for this number of tokens, `layer_gemm_ms`, `layer_gemm_recompute_ms`,
-            `lm_head_ms`, `attention_ms` and `attention_forward_ms`.
+            `lm_head_ms`, `attention_ms` and `attention_forward_ms`; for FP8 `layer_gemm_fp8_ms` and
+            `layer_gemm_recompute_fp8_ms`.
+        compute: What the base's products are computed in, "bf16" or "fp8".
     """
     layers, bandwidth = shape["layers"], ceilings["copy_bytes_per_s"]
     d, f = 2 * shape["hidden"], 2 * shape["intermediate"]
-    forward, backward = 12 * d + 3 * f, 12 * d + 6 * f
+    fp8 = compute == "fp8"
+    forward, backward = (11 * d + 2.5 * f, 12 * d + 5 * f) if fp8 else (12 * d + 3 * f, 12 * d + 6 * f)
+    gemm, again = (f"layer_gemm{part}{'_fp8' if fp8 else ''}_ms" for part in ("", "_recompute"))
+    a_weight = (DEQUANTIZATION_BYTES_FP8 if fp8 else DEQUANTIZATION_BYTES)[base]
     parts = {
-        "gemm": layers * ceilings["layer_gemm_ms"],
+        "gemm": layers * ceilings[gemm],
         "lm_head": ceilings["lm_head_ms"],
         "attention": layers * ceilings["attention_ms"],
-        "dequantization": 1e3 * layers * layer_weights(shape) * 2 * DEQUANTIZATION_BYTES[base] / bandwidth,
+        "dequantization": 1e3 * layers * layer_weights(shape) * 2 * a_weight / bandwidth,
         "traffic": 1e3 * layers * tokens * (forward + backward) / bandwidth,
         "recomputation": 0.0,
     }
     if checkpointing in ("full", "offload"):
-        a_layer = ceilings["layer_gemm_recompute_ms"] + ceilings["attention_forward_ms"]
-        parts["recomputation"] = layers * (a_layer + 1e3 * tokens * forward / bandwidth)
+        down = shape["hidden"] * shape["intermediate"]
+        transposed = layer_weights(shape) - down if fp8 else 0
+        a_layer = ceilings[again] + ceilings["attention_forward_ms"]
+        parts["recomputation"] = layers * (a_layer + 1e3 * (tokens * forward + transposed) / bandwidth)
     return {**parts, "total": sum(parts.values())}
 
 

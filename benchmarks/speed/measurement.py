@@ -15,10 +15,11 @@ from benchmarks.speed.floors import (
     floor_ms,
     layer_weights,
 )
+from benchmarks.speed.providers import FP8, compute_of
 from benchmarks.speed.throughput_rows import Case, add_ratios, row_of, slopes, table
 from benchmarks.speed.workers import Worker, last_line, say, start_all
 
-OWN = {"lsr", "kron_lora", "lora", "frozen"}
+OWN = {name + ending for name in ("lsr", "kron_lora", "lora", "frozen") for ending in ("", FP8)}
 # who can do what beside "none" and "full", and whose mode is fixed when it is built
 ABLE = {"offload": {"unsloth_lora"}, "mlp": OWN, "auto": OWN}
 ONE_PROCESS_A_MODE = {"unsloth_lora"}
@@ -117,8 +118,11 @@ class Measurement:
         problems = [problem for row in reply["parity"] for problem in row["problems"]]
         if problems:
             raise ParityError("\n".join(problems))
-        worst = {f"{row['method']} {row['recompute']}": round(row["worst_ratio"], 2) for row in reply["parity"]}
-        say(f"parity: green; largest error over plain bfloat16's: {json.dumps(worst)}")
+        worst: dict[str, float] = {}
+        for row in reply["parity"]:
+            name = f"{row['method']} {row['compute']} {row['recompute']}"
+            worst[name] = max(worst.get(name, 0.0), round(row["worst_ratio"], 2))
+        say(f"parity: green; largest error over that of the same unfused: {json.dumps(worst)}")
 
     def _measure_ceilings(self) -> None:
         points = self.config["points"]
@@ -131,12 +135,18 @@ class Measurement:
                 say(f"ceilings {point}: {reply['status']} {last_line(reply)}; its rows will have no floor_fraction")
                 continue
             measured = self.result["ceilings"][point] = reply["ceilings"]
-            self.result.setdefault("floors_ms", {})[point] = {
-                mode: floor_ms(self.config["shape"], tokens, self.config["base"], mode, measured)
-                for mode in self.config["checkpointing"]
-                if mode in ("none", "full")
-            }
-            say(f"ceilings {point}: {json.dumps(measured)}\nfloors: {json.dumps(self.result['floors_ms'][point])}")
+            say(f"ceilings {point}: {json.dumps(measured)}")
+            for compute in sorted({compute_of(provider) for provider in self.config["providers"]}):
+                if compute == "fp8" and "layer_gemm_fp8_ms" not in measured:
+                    continue
+                floors = {
+                    mode: floor_ms(self.config["shape"], tokens, self.config["base"], mode, measured, compute)
+                    for mode in self.config["checkpointing"]
+                    if mode in ("none", "full")
+                }
+                key = "floors_ms" if compute == "bf16" else f"floors_{compute}_ms"
+                self.result.setdefault(key, {})[point] = floors
+                say(f"floors in {compute}: {json.dumps(floors)}")
 
     def _round(self, worker: Worker, name: str, resident: bool) -> None:
         """Have a worker measure each of its cases once, but those that failed before."""

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.speed.floors import floor_ms, step_flop
+from benchmarks.speed.providers import compute_of
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,8 @@ def row_of(case: Case, config: dict[str, Any], turns: list[dict], machine: dict[
     """
     row: dict[str, Any] = {
         **{"provider": case.provider, "model": config["model"], "base": config["base"], "tokens": case.tokens},
-        **{"seq_len": case.seq_len, "checkpointing": case.mode, "num_gpus": 1, "zero_stage": 0},
+        **{"seq_len": case.seq_len, "checkpointing": case.mode, "compute": compute_of(case.provider)},
+        **{"num_gpus": 1, "zero_stage": 0},
         **{"status": "error", "tokens_per_s": None, "step_ms": None, "peak_memory_gib": None, "mfu": None},
         **{"floor_fraction": None, "ratio_to": {}, "trainable_parameters": None},
     }
@@ -72,8 +74,8 @@ def row_of(case: Case, config: dict[str, Any], turns: list[dict], machine: dict[
         flop = step_flop(config["shape"], case.tokens, case.seq_len)
         row["mfu"] = flop / (median * 1e-3) / (machine["nominal_tflops"] * 1e12)
     ceilings = (machine.get("ceilings") or {}).get(case.point)
-    if ceilings:
-        floor = floor_ms(config["shape"], case.tokens, config["base"], case.mode, ceilings)
+    if ceilings and (row["compute"] == "bf16" or "layer_gemm_fp8_ms" in ceilings):
+        floor = floor_ms(config["shape"], case.tokens, config["base"], case.mode, ceilings, row["compute"])
         row["floor_fraction"] = floor["total"] / median
     return row
 

@@ -18,6 +18,7 @@ H100 = {
     **{"copy_bytes_per_s": 3.0e12, "layer_gemm_ms": 9.78, "layer_gemm_recompute_ms": 3.57, "lm_head_ms": 6.0},
     **{"attention_ms": 1.22, "attention_forward_ms": 0.271},
 }
+H100_FP8 = H100 | {"layer_gemm_fp8_ms": 5.2, "layer_gemm_recompute_fp8_ms": 1.9}
 FIELDS = (
     *("provider", "model", "base", "tokens", "seq_len", "checkpointing", "num_gpus", "zero_stage", "status"),
     *("tokens_per_s", "step_ms", "peak_memory_gib", "mfu", "floor_fraction", "ratio_to", "trainable_parameters"),
@@ -147,6 +148,66 @@ def test_floor_with_checkpointing_by_hand():
     assert floor["total"] == pytest.approx(548.4, abs=0.3)
 
 
+def test_floor_in_fp8_by_hand():
+    floor = floors.floor_ms(mistral(), 8192, "nf4", "none", H100_FP8, "fp8")
+    assert floor["gemm"] == pytest.approx(32 * 5.2)
+    # lm_head and attention stay in bf16
+    bf16 = floors.floor_ms(mistral(), 8192, "nf4", "none", H100)
+    assert (floor["lm_head"], floor["attention"]) == (bf16["lm_head"], bf16["attention"])
+    # 6,979,321,856 weights, twice, 0.5 + 1/64 + 4/16384 + 1 bytes
+    assert floor["dequantization"] == pytest.approx(6_979_321_856 * 2 * 1.515869140625 / 3e9, rel=1e-6)
+    # (23 x 8,192 + 7.5 x 28,672) bytes a token and layer
+    assert floor["traffic"] == pytest.approx(8192 * 32 * 403_456 / 3e9, rel=1e-6)
+    assert floor["total"] == pytest.approx(sum(floor[part] for part in floor if part != "total"))
+    # what is quantized as bf16 is read and written: 2 + 1 bytes
+    of_bf16 = floors.floor_ms(mistral(), 8192, "bf16", "none", H100_FP8, "fp8")
+    assert of_bf16["dequantization"] == pytest.approx(6_979_321_856 * 2 * 3 / 3e9, rel=1e-6)
+
+
+def test_floor_in_fp8_with_checkpointing_by_hand():
+    floor = floors.floor_ms(mistral(), 8192, "nf4", "full", H100_FP8, "fp8")
+    # 32 x (1.9 + 0.271), 8192 x 32 x (11 x 8,192 + 2.5 x 28,672) bytes, and qkv, o and gate+up once more: a byte each
+    again = 32 * (218_103_808 - 4096 * 14336)
+    assert floor["recomputation"] == pytest.approx(69.472 + (8192 * 32 * 161_792 + again) / 3e9, rel=1e-6)
+
+
+def test_a_row_in_fp8_is_beside_the_floor_in_fp8(tmp_path):
+    _, config = throughput.parse(arguments(tmp_path / "a.json", "Fake"))
+    config["shape"] = mistral()
+    turn = {"status": "ok", **Fake(config).measure({})}
+    case = Case("lora_fp8", "full", 64, 32)
+    row = throughput_rows.row_of(case, config, [turn], {"ceilings": {"64x32": H100_FP8}})
+    floor = floors.floor_ms(mistral(), 64, "bf16", "full", H100_FP8, "fp8")["total"]
+    assert (row["compute"], row["floor_fraction"]) == ("fp8", pytest.approx(floor / 15))
+    assert throughput_rows.row_of(case, config, [turn], {"ceilings": {"64x32": H100}})["floor_fraction"] is None
+
+
+def test_floors_of_both_are_in_the_result(tmp_path, monkeypatch):
+    _, config = throughput.parse(arguments(tmp_path / "a.json", "lsr", "lsr_fp8", checkpointing="none,full,auto"))
+    config["shape"] = mistral()
+    for ceilings, keys in ((H100_FP8, {"floors_ms", "floors_fp8_ms"}), (H100, {"floors_ms"})):
+        run = measurement.Measurement(config, tmp_path / "a.json", {"all": 1e9, "build": 1.0, "turn": 1.0})
+        monkeypatch.setattr(run, "_ask_once", lambda *_, c=ceilings: [{"status": "ok", "ceilings": c}])
+        run._measure_ceilings()
+        floors_of = {key: value["64x32"] for key, value in run.result.items() if key.startswith("floors")}
+        assert floors_of.keys() == keys
+        assert all(set(modes) == {"none", "full"} for modes in floors_of.values())
+    assert run.result["floors_ms"]["64x32"]["full"] == floors.floor_ms(mistral(), 64, "bf16", "full", H100)
+
+
+def test_a_gpu_without_fp8_costs_rows_not_the_gate(tmp_path, monkeypatch):
+    from benchmarks.speed import parity
+    from benchmarks.speed.providers import find_provider, fused
+
+    monkeypatch.setattr(fused, "no_fp8_reason", lambda device: "this GPU has no e4m3")
+    monkeypatch.setattr(parity, "no_fp8_reason", lambda device: "this GPU has no e4m3")
+    _, config = throughput.parse(arguments(tmp_path / "a.json", "lsr_fp8", "lora"))
+    with pytest.raises(MissingError, match="this GPU has no e4m3"):
+        find_provider("lsr_fp8")(config).build()
+    rows = parity.Parity(config).measure({})["parity"]
+    assert {(row["method"], row["compute"]) for row in rows} == {("lora", "bf16")}
+
+
 def test_flop_by_hand():
     # 4 x 8192 x (6,979,321,856 + 131,072,000) + 6 x 8192 x 2048 x 4096 x 32
     flop = floors.step_flop(mistral(), 8192, 2048)
@@ -229,6 +290,64 @@ def test_the_gate_is_green_as_it_is_and_red_when_a_gradient_is_wrong(base, tmp_p
     monkeypatch.setattr(linear_groups.LinearGroup, "up_gradients", wrong)
     rows = parity.Parity(config).measure({})["parity"]
     assert all("is off by" in row["problems"][0] for row in rows)
+
+
+@pytest.fixture
+def fp8_on_cpu(monkeypatch):
+    """Let the kernels' references compute in FP8."""
+    from benchmarks.speed import parity
+    from benchmarks.speed.providers import fused
+    from lsr_scale.fused import fp8
+
+    monkeypatch.setattr(fp8, "fp8_fallback_reason", lambda device: None)
+    for module in (parity, fused):
+        monkeypatch.setattr(module, "no_fp8_reason", lambda device: None)
+
+
+@pytest.mark.parametrize("base", ["nf4", "int8", "bf16"])
+def test_the_gate_takes_fp8_and_is_red_when_it_is_less_exact_than_its_recipe(base, tmp_path, monkeypatch, fp8_on_cpu):
+    import torch
+
+    from benchmarks.speed import parity
+    from lsr_scale.fused import fp8_linear_group
+
+    _, config = throughput.parse(arguments(tmp_path / "a.json", "lsr", "lsr_fp8", "lora_fp8", base=base))
+    rows = parity.Parity(config).measure({})["parity"]
+    checked = [(row["method"], row["compute"]) for row in rows]
+    assert checked == [each for each in (("lsr", "bf16"), ("lsr", "fp8"), ("lora", "fp8")) for _ in parity.VARIANTS]
+    assert not any(row["problems"] for row in rows)
+    in_fp8 = [row for row in rows if row["compute"] == "fp8"]
+    assert all({"loss", "output", "input gradient"} < row["errors"].keys() for row in rows)
+    # e4m3's error, not bfloat16's
+    assert all(min(row["errors"]["output"]) > 2e-2 for row in in_fp8)
+    right = fp8_linear_group.fp8_gemm
+
+    def less_exact(codes, scales, weight, weight_scale, out, **options):
+        right(codes, scales, weight, weight_scale, out, **options)
+        out.mul_(1 + 0.1 * (-1) ** torch.arange(out.shape[1]))
+
+    monkeypatch.setattr(fp8_linear_group, "fp8_gemm", less_exact)
+    rows = parity.Parity(config).measure({})["parity"]
+    assert all(bool(row["problems"]) == (row["compute"] == "fp8") for row in rows)
+    assert "the simulation by" in rows[-1]["problems"][0]
+
+
+@pytest.mark.parametrize("name", ["lsr_fp8", "kron_lora_fp8", "lora_fp8", "frozen_fp8"])
+def test_providers_compute_in_fp8(name, tmp_path, fp8_on_cpu):
+    from benchmarks.speed.providers import find_provider
+
+    losses = {}
+    for each in (name, name.removesuffix("_fp8")):
+        _, config = throughput.parse(arguments(tmp_path / "a.json", each, warmup="1", layers="1"))
+        provider = find_provider(each)(config)
+        provider.build()
+        for mode in ("none", "full"):
+            measured = provider.measure({"mode": mode, "tokens": 64, "seq_len": 32})
+            losses[each, mode] = measured["loss_initial"]
+            assert ("4 of 4 groups of linears compute in FP8" in measured["notes"][0]) == (each == name)
+    in_fp8, in_bf16 = losses[name, "none"], losses[name.removesuffix("_fp8"), "none"]
+    assert in_fp8 == losses[name, "full"] != in_bf16
+    assert in_fp8 == pytest.approx(in_bf16, abs=0.02)
 
 
 def test_nothing_is_written_behind_a_red_gate(tmp_path, monkeypatch, capsys):

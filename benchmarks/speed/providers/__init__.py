@@ -14,6 +14,13 @@ PROVIDERS = {
     "lsr_graphs": "fused:LsrGraphs",
     "lora_graphs": "fused:LoraGraphs",
     "kron_lora_graphs": "fused:KronLoraGraphs",
+    "lsr_fp8": "fused:LsrFp8",
+    "kron_lora_fp8": "fused:KronLoraFp8",
+    "lora_fp8": "fused:LoraFp8",
+    "frozen_fp8": "fused:FrozenFp8",
+    "lsr_graphs_fp8": "fused:LsrGraphsFp8",
+    "lora_graphs_fp8": "fused:LoraGraphsFp8",
+    "kron_lora_graphs_fp8": "fused:KronLoraGraphsFp8",
     "lsr_unfused": "fused:LsrUnfused",
     "peft_lora": "peft_lora:PeftLora",
     "peft_lora_float32": "peft_lora:PeftLoraFloat32",
@@ -23,6 +30,15 @@ PROVIDERS = {
     "peft_lokr": "peft_lora:PeftLokr",
     "unsloth_lora": "unsloth_lora:UnslothLora",
 }
+
+
+# a provider with this ending computes the base's products in FP8, the one of the name before it in bfloat16
+FP8 = "_fp8"
+
+
+def compute_of(provider: str) -> str:
+    """Return what a provider computes the base's products in: "bf16" or "fp8"."""
+    return "fp8" if provider.endswith(FP8) else "bf16"
 
 
 class MissingError(Exception):

@@ -6,7 +6,15 @@ import torch
 from torch import Tensor
 
 from benchmarks.models import LINEARS
+from benchmarks.speed.providers import MissingError
 from benchmarks.speed.providers.base import LORA, Provider, base_model
+
+
+def no_fp8_reason(device: torch.device) -> str | None:
+    """Return why a device cannot compute in FP8, or None."""
+    from lsr_scale.kernels.fp8 import fp8_fallback_reason
+
+    return fp8_fallback_reason(device)
 
 
 class FusedAdapter(Provider):
@@ -16,10 +24,13 @@ class FusedAdapter(Provider):
     options: dict[str, Any] = {}  # noqa: RUF012
     fused = True
     cache_weights = False
+    compute = "bf16"
     policy: Any = None
 
     def make(self) -> None:
         """Build the base, inject the adapter; `checkpoint` fuses."""
+        if self.compute == "fp8" and (reason := no_fp8_reason(self.device)):
+            raise MissingError(reason)
         from lsr_scale.adapters import peft_config
         from lsr_scale.layers.frozen_linear import freeze_quantized
 
@@ -42,9 +53,10 @@ class FusedAdapter(Provider):
 
         lsr_scale.unfuse(self.model)
         recompute: Any = "full" if mode == "auto" else mode
-        report = lsr_scale.fuse(self.model, recompute=recompute, cache_weights=self.cache_weights)
+        options: Any = {"recompute": recompute, "cache_weights": self.cache_weights, "compute": self.compute}
+        report = lsr_scale.fuse(self.model, **options)
         self.notes = [str(report)]
-        print(f"fuse(recompute={recompute!r}, cache_weights={self.cache_weights}): {report}", flush=True)
+        print(f"fuse({', '.join(f'{name}={value!r}' for name, value in options.items())}): {report}", flush=True)
         self.policy = None
 
     def first_step_begins(self, tokens: int) -> None:
@@ -161,3 +173,45 @@ class KronLoraGraphs(ReplayedSteps, KronLoraAdapter):
 
 class Frozen(FusedAdapter):
     """No adapters: what a step costs whose gradient only flows through the base."""
+
+
+class LsrFp8(LsrAdapter):
+    """LSR-Adapt, the base's products in FP8."""
+
+    compute = "fp8"
+
+
+class KronLoraFp8(KronLoraAdapter):
+    """Kron-LoRA, the base's products in FP8."""
+
+    compute = "fp8"
+
+
+class LoraFp8(LoraAdapter):
+    """PEFT's LoRA modules, the base's products in FP8."""
+
+    compute = "fp8"
+
+
+class FrozenFp8(Frozen):
+    """No adapters, the base's products in FP8."""
+
+    compute = "fp8"
+
+
+class LsrGraphsFp8(LsrGraphs):
+    """LSR-Adapt, the base's products in FP8, its steps replayed."""
+
+    compute = "fp8"
+
+
+class LoraGraphsFp8(LoraGraphs):
+    """PEFT's LoRA modules, the base's products in FP8, its steps replayed."""
+
+    compute = "fp8"
+
+
+class KronLoraGraphsFp8(KronLoraGraphs):
+    """Kron-LoRA, the base's products in FP8, its steps replayed."""
+
+    compute = "fp8"

@@ -14,8 +14,20 @@ from PIL import Image
 
 from benchmarks.report.drawing import card, rows_digest, save, thousands
 from benchmarks.report.measurements import LABELS, MODES, by_provider, has_scaling, newest_headline, read, sweeps
+from benchmarks.speed.providers import FP8, compute_of
 
-COLORS = {name: f"C{index}" for index, name in enumerate(LABELS)} | {"lsr_graphs": "black"}  # C10 is C0 again
+IN_BF16 = [name for name in LABELS if compute_of(name) == "bf16"]
+COLORS = {name: f"C{index}" for index, name in enumerate(IN_BF16)} | {"lsr_graphs": "black"}  # C10 is C0 again
+
+
+def color(provider: str) -> str:
+    """Return a provider's color: in FP8 that of the same in bfloat16."""
+    return COLORS[provider.removesuffix(FP8)]
+
+
+def marker(provider: str) -> str:
+    """Return a provider's marker: a diamond in FP8."""
+    return "D" if compute_of(provider) == "fp8" else "o"
 
 
 @dataclass(frozen=True)
@@ -44,11 +56,11 @@ def memory_plot(run: dict[str, Any], path: Path) -> None:
     for depth, (name, modes) in enumerate(providers.items()):
         points = {mode: row for mode, row in modes.items() if row["status"] == "ok" and mode in MODES}
         for mode, row in points.items():
-            face = COLORS[name] if mode == "none" else "none"
+            face = color(name) if mode == "none" else "none"
             label = LABELS[name].replace("*", "").replace("`", "") if mode == "none" else None
             # those that are as fast in as much memory stay visible: the later, the smaller and the further up
             size = 150 * 0.72**depth + 16
-            style = {"marker": "o", "s": size, "facecolors": face, "edgecolors": COLORS[name], "label": label}
+            style = {"marker": marker(name), "s": size, "facecolors": face, "edgecolors": color(name), "label": label}
             style |= {"zorder": 3 + depth, "linewidths": 1.5}
             axis.scatter(row["peak_memory_gib"], row["tokens_per_s"], **style)
     axis.set_xlabel("peak memory, GiB")
@@ -85,7 +97,7 @@ def sweep_plot(run: dict[str, Any], path: Path) -> None:
         for name in LABELS:
             points = sorted((r[across], r["tokens_per_s"]) for r in rows if (r["provider"], r[fixed]) == (name, value))
             if points:
-                (shown[name],) = axis.plot(*zip(*points, strict=True), "o-", color=COLORS[name])
+                (shown[name],) = axis.plot(*zip(*points, strict=True), f"{marker(name)}-", color=color(name))
         axis.set_xscale("log", base=2)
         axis.set_xticks(ticks, [f"{value:,}" for value in ticks])
         axis.set_xlabel(words.format(value))

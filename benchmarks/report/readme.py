@@ -14,21 +14,25 @@ from benchmarks.report.measurements import LABELS, LENGTH, MODES, TOKENS, by_pro
 
 def table(run: dict[str, Any]) -> str:
     """Return the Markdown table of one measurement."""
-    config = run["config"]
+    config, providers = run["config"], by_provider(run)
+    # whose tokens/s over each row's; in FP8 only where that was measured
+    ours = {"lsr": "LSR over it"} | ({"lsr_fp8": "in FP8"} if "lsr_fp8" in providers else {})
+    heads = " | ".join(["tokens/s | GiB", *ours.values()])
     lines = [
-        "| | " + " | ".join(f"{word}: tokens/s | GiB | LSR over it" for word in MODES.values()) + " |",
-        "|---|" + "---:|" * 3 * len(MODES),
+        "| | " + " | ".join(f"{word}: {heads}" for word in MODES.values()) + " |",
+        "|---|" + "---:|" * (2 + len(ours)) * len(MODES),
     ]
-    providers = by_provider(run)
     for name, modes in providers.items():
         cells = [LABELS[name]]
         for mode in MODES:
-            row, ours = modes.get(mode), providers["lsr"].get(mode)
+            row = modes.get(mode)
             if row is None or row["status"] != "ok":
-                cells += ["" if row is None else row["status"], "", ""]
+                cells += ["" if row is None else row["status"], "", *[""] * len(ours)]
                 continue
-            ratio = ours["tokens_per_s"] / row["tokens_per_s"] if ours and name != "lsr" else None
-            cells += [f"{row['tokens_per_s']:,.0f}", f"{row['peak_memory_gib']:.1f}", f"{ratio:.2f}" if ratio else ""]
+            cells += [f"{row['tokens_per_s']:,.0f}", f"{row['peak_memory_gib']:.1f}"]
+            for own in ours:
+                speed = providers[own].get(mode, {}).get("tokens_per_s")
+                cells.append(f"{speed / row['tokens_per_s']:.2f}" if speed and name != own else "")
         lines.append("| " + " | ".join(cells) + " |")
     gpu, date = run["env"]["gpus"][0].removeprefix("NVIDIA "), run["env"]["date"][:10]
     where = f"{config['model']}, {config['base'].upper()}, {TOKENS // LENGTH} x {LENGTH:,} tokens, one {gpu}, {date}"

@@ -13,7 +13,8 @@ own, and they take turns of `--turn` steps, so that a busy machine is everyone's
 
 The held-out loss is over the same rows for everyone, each with its own forward pass. `loss_rms_from_float32` is the
 root mean square, over the steps, of the difference from PEFT's LoRA computed in float32 on the same weights: how far
-bfloat16 moves a curve.
+bfloat16 moves a curve. `loss_rms_from_bf16` and `loss_mean_from_bf16_last_50` compare each `X_fp8` with `X` where both
+train: how far FP8 moves a curve, and whether it drifts. Where the data are over, they come again in another order.
 """
 
 import gzip
@@ -28,19 +29,24 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.command_line import new_file, recorded, script_parser
-from benchmarks.speed.providers import PROVIDERS, find_provider
+from benchmarks.speed.providers import FP8, PROVIDERS, compute_of, find_provider
 from benchmarks.speed.workers import Worker, last_line, say, start_all
 
 # nothing heavy is imported here: each worker imports this file first, and Unsloth wants to come before Transformers
 DEFAULT_PROVIDERS = [
     *("lora_graphs", "lora", "unsloth_lora", "peft_lora_liger", "peft_lora", "peft_lora_float32"),
-    *("lsr_graphs", "kron_lora_graphs"),
+    *("lsr_graphs", "kron_lora_graphs", "lora_graphs_fp8", "lsr_graphs_fp8"),
 ]
 REFERENCE = "peft_lora_float32"
 # LoRA's rate is the one of Unsloth's and PEFT's examples; a Kronecker factor needs a larger one
 RATES = {"lsr": 2e-3, "kron_lora": 1e-3}
 LORA_RATE = 2e-4
 WARM_UP = 5  # steps of a turn whose times do not count: compilation, the allocator
+
+
+def rate_of(provider: str) -> float:
+    """Return a provider's learning rate: its method's."""
+    return RATES.get(provider.removesuffix(FP8).removesuffix("_graphs"), LORA_RATE)
 
 
 class Training:
@@ -69,7 +75,7 @@ class Training:
                     parameter.copy_(values)
         data = torch.load(self.config["batches"], weights_only=True)
         self.train, self.held_out = data["train"], data["held_out"]
-        rate = RATES.get(self.config["provider"].removesuffix("_graphs"), LORA_RATE)
+        rate = rate_of(self.config["provider"])
         on_gpu = self.provider.device.type == "cuda"
         self.optimizer = torch.optim.AdamW([p for _, p in named], lr=rate, weight_decay=0.0, fused=on_gpu)
 
@@ -197,7 +203,7 @@ def write_batches(given: Any, path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(given.model)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     train = conversations(given.data / "train.jsonl.gz", tokenizer, given.length)
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(given.seed)).tolist()
+    generator = torch.Generator().manual_seed(given.seed)
     held_out = conversations(given.data / "test.jsonl.gz", tokenizer, given.length)
 
     def batches(rows: list[tuple[list[int], int]], most: int) -> list[dict[str, Any]]:
@@ -205,9 +211,13 @@ def write_batches(given: Any, path: Path) -> None:
             return packed_batches(rows, given.rows, given.length)[:most]
         return padded_batches(rows, given.rows, pad)[:most]
 
-    data = {"train": batches([train[i] for i in order], given.steps), "held_out": batches(held_out, given.held_out)}
-    if len(data["train"]) < given.steps:
-        raise SystemExit(f"--steps {given.steps}: {given.data} has {len(data['train'])} batches of {given.rows} rows")
+    rows: list[tuple[list[int], int]] = []
+    while len(made := batches(rows, given.steps)) < given.steps:
+        before = len(rows)
+        rows += [train[i] for i in torch.randperm(len(train), generator=generator).tolist()]
+        if len(rows) == before:
+            raise SystemExit(f"--data: {given.data} has no rows to train on")
+    data = {"train": made, "held_out": batches(held_out, given.held_out)}
     torch.save(data, path)
 
 
@@ -231,17 +241,27 @@ def summary(turns: list[dict[str, Any]], scores: list[float]) -> dict[str, Any]:
 
 
 def add_differences(rows: dict[str, dict[str, Any]]) -> None:
-    """Add to each LoRA row how far its losses are from the reference's, and our speed over everyone's."""
+    """Add to LoRA's rows how far their losses are from float32's, to those in FP8 how far from bf16's; and speeds."""
     exact, ours = rows.get(REFERENCE, {}).get("losses"), rows.get("lora_graphs", {}).get("tokens_per_s")
     for name, row in rows.items():
         if row["status"] != "ok":
             continue
         if exact and "lora" in name and not name.startswith("kron"):
-            differences = [a - b for a, b in zip(row["losses"], exact, strict=True)]
-            row["loss_rms_from_float32"] = math.sqrt(statistics.fmean(d * d for d in differences))
-            row["loss_mean_from_float32_last_50"] = statistics.fmean(differences[-50:])
+            add_difference(row, exact, "float32")
+        bf16 = rows.get(name.removesuffix(FP8), {}) if compute_of(name) == "fp8" else {}
+        if bf16.get("status") == "ok":
+            add_difference(row, bf16["losses"], "bf16")
+            row["held_out_from_bf16"] = row["held_out_loss_after"] - bf16["held_out_loss_after"]
+            row["speed_over_bf16"] = row["tokens_per_s"] and row["tokens_per_s"] / bf16["tokens_per_s"]
         if ours and row["tokens_per_s"]:
             row["lora_graphs_over_it"] = ours / row["tokens_per_s"]
+
+
+def add_difference(row: dict[str, Any], losses: list[float], name: str) -> None:
+    """Add to a row the root mean square of its losses minus others, and the mean of that over the last 50 steps."""
+    differences = [a - b for a, b in zip(row["losses"], losses, strict=True)]
+    row[f"loss_rms_from_{name}"] = math.sqrt(statistics.fmean(d * d for d in differences))
+    row[f"loss_mean_from_{name}_last_50"] = statistics.fmean(differences[-50:])
 
 
 COLUMNS = {
@@ -250,6 +270,8 @@ COLUMNS = {
     "GiB": ("peak_memory_gib", ".2f"),
     "held-out": ("held_out_loss_after", ".4f"),
     "rms": ("loss_rms_from_float32", ".4f"),
+    "from bf16": ("loss_rms_from_bf16", ".4f"),
+    "last 50": ("loss_mean_from_bf16_last_50", "+.4f"),
     "ours over it": ("lora_graphs_over_it", ".2f"),
 }
 

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from argparse import Namespace
 
 import pytest
 import torch
@@ -54,6 +55,50 @@ def test_providers_train_on_the_same_batches_from_the_same_start(tmp_path, data,
     assert ours["losses"] == pytest.approx(unfused["losses"], abs=5e-3)
     assert ours["loss_rms_from_float32"] < 5e-3
     assert ours["held_out_loss_after"] != ours["held_out_loss_before"]
+
+
+def test_a_second_epoch_has_the_rows_in_another_order(tmp_path, data, monkeypatch):
+    model = save_llama(tmp_path / "model", chat=True)
+    given = Namespace(model=str(model), data=data, length=48, seed=0, layout="padded", rows=12, steps=4, held_out=1)
+    real_training.write_batches(given, tmp_path / "batches.pt")
+    batches = torch.load(tmp_path / "batches.pt", weights_only=True)["train"]
+    assert len(batches) == 4
+    rows = [
+        row.tolist()[: int(mask.sum())]
+        for b in batches
+        for row, mask in zip(b["input_ids"], b["attention_mask"], strict=True)
+    ]
+    assert rows[:24] != rows[24:]
+    assert sorted(rows[:24]) == sorted(rows[24:])
+
+
+def row(losses, **values):
+    return {"status": "ok", "losses": losses, "tokens_per_s": 100.0, "held_out_loss_after": 1.0, **values}
+
+
+def test_losses_in_fp8_are_compared_with_the_same_method_in_bf16():
+    rows = {
+        "peft_lora_float32": row([2.0] * 60),
+        "lora_graphs": row([2.0] * 60),
+        "lora_graphs_fp8": row([2.3] * 10 + [2.1] * 50, tokens_per_s=150.0, held_out_loss_after=1.25),
+        "lsr_graphs_fp8": row([1.0] * 60),
+        "lora_fp8": {"status": "error", "detail": "broke"},
+    }
+    real_training.add_differences(rows)
+    in_fp8 = rows["lora_graphs_fp8"]
+    assert in_fp8["loss_rms_from_bf16"] == pytest.approx(((10 * 0.09 + 50 * 0.01) / 60) ** 0.5)
+    assert in_fp8["loss_mean_from_bf16_last_50"] == pytest.approx(0.1)
+    assert in_fp8["held_out_from_bf16"] == 0.25
+    assert in_fp8["speed_over_bf16"] == 1.5
+    assert in_fp8["loss_rms_from_float32"] == in_fp8["loss_rms_from_bf16"]
+    assert "loss_rms_from_bf16" not in rows["lsr_graphs_fp8"], "the same method in bf16 did not train"
+    assert "loss_rms_from_bf16" not in rows["lora_graphs"]
+    assert "+0.1000" in real_training.table(rows)
+
+
+def test_a_method_has_one_rate_however_it_computes():
+    for method, rate in (("lsr", 2e-3), ("kron_lora", 1e-3), ("lora", 2e-4)):
+        assert {real_training.rate_of(method + rest) for rest in ("", "_fp8", "_graphs", "_graphs_fp8")} == {rate}
 
 
 def test_a_speed_counts_neither_padding_nor_the_first_steps_of_a_turn():

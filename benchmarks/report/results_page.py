@@ -6,7 +6,7 @@ from benchmarks.command_line import current
 from benchmarks.quality import sequential, variants
 from benchmarks.report import commonsense_tables, export_tables, real_training
 from benchmarks.report.markdown import grid, number
-from benchmarks.report.measurements import Run, has_scaling, read, sweeps, where
+from benchmarks.report.measurements import MODES, Run, has_scaling, read, sweeps, where
 from benchmarks.robustness import real_model_curves
 
 HEAD = """# Results
@@ -48,6 +48,7 @@ def throughput(path: Path, run: Run) -> str:
     lines = [f"### {config['model']}, {config['base']}{card}", where(run, path), grid([*head, "over Unsloth"], rows)]
     if missed:
         lines.append(f"The run's time was over before: {'; '.join(missed)}.")
+    lines += floors_in_fp8(run)
     if slopes := run.get("slopes"):
         slope_texts = [f"{s['provider']} {s['checkpointing']} {number(s['bytes_per_token_and_layer'])}" for s in slopes]
         lines.append(f"Bytes that one more token costs in a layer: {'; '.join(slope_texts)}.")
@@ -56,6 +57,25 @@ def throughput(path: Path, run: Run) -> str:
     if sweeps(run):
         lines.append(f"![{path.stem}](results/{path.parent.name}/{path.stem}.png)")
     return "\n\n".join([*lines, f"    {current(config['command'])}"])
+
+
+def floors_in_fp8(run: Run) -> list[str]:
+    """Return the parts of the floor of a step in FP8 beside those in bf16, nothing where FP8 was not measured."""
+    parts = []
+    for point, in_fp8 in run.get("floors_fp8_ms", {}).items():
+        # without a provider in bf16 there is no floor in bf16
+        floors = {"bf16": run.get("floors_ms", {}).get(point, {}), "FP8": in_fp8}
+        of_each = [(f"{name}, {MODES[mode]}", floor) for name, modes in floors.items() for mode, floor in modes.items()]
+        rows = [
+            [part, *(f"{floor[part]:.1f} ({floor[part] / floor['total']:.0%})" for _, floor in of_each)]
+            for part in next(iter(in_fp8.values()))
+        ]
+        product = run["ceilings"][point].get("fp8_product", "")
+        text = (
+            f"Rows in FP8 are beside the floor in FP8 (its products: {product}); ms of a step of {point}, activations:"
+        )
+        parts += [text, grid(["part of the floor", *(name for name, _ in of_each)], rows)]
+    return parts
 
 
 def kernels(path: Path, run: Run) -> str:
@@ -78,6 +98,9 @@ def kernels(path: Path, run: Run) -> str:
     ]
     copy = run["config"]["copy_bytes_per_s"] / 1e9
     text = f"{where(run, path)} Copying runs at {copy:,.0f} GB/s."
+    if totals := run.get("sums_ms"):
+        ways = "; ".join(f"{way} {total:.2f}" for way, total in sorted(totals.items(), key=lambda pair: pair[1]))
+        text += f" A layer's eight products in FP8 with their adapters take, ms: {ways}."
     return "\n\n".join([text, grid(head, rows), f"    python -m benchmarks.speed.kernel_times --out {path.name}"])
 
 

@@ -5,7 +5,9 @@
 One layer of a 7B model at T tokens, bf16, random data, buffers that take turns so that no cache holds them. A row has
 the median time, the bytes that must be moved (each input read once, each output written once) or the operations, the
 share of the bound (bytes over the copy bandwidth of the same run), the error against float64 (relative, Frobenius), and
-the time of the alternative named beside it; for GEMMs that is the same product without the adapter's columns.
+the time of the alternative named beside it; for GEMMs that is the same product without the adapter's columns. `sums_ms`
+are a layer's eight products in FP8 with their adapters, by who makes them: what decides between scales per row and per
+block.
 """
 
 from collections.abc import Callable
@@ -14,8 +16,12 @@ from typing import Any
 import torch
 
 from benchmarks.command_line import new_file, script_parser
-from benchmarks.speed.kernel_cases import GROUPS, Buffers, Case, Sizes
+from benchmarks.speed import kernel_cases, kernel_cases_fp8
+from benchmarks.speed.kernel_cases import Buffers, Case, Sizes
+from benchmarks.speed.providers.fused import no_fp8_reason
 from lsr_scale import files
+
+GROUPS = kernel_cases.GROUPS | kernel_cases_fp8.GROUPS
 
 
 def milliseconds(b: Buffers, run: Callable[[int], Any]) -> float:
@@ -55,6 +61,20 @@ def measured(case: Case, b: Buffers, bytes_per_s: float) -> dict[str, Any]:
     return row
 
 
+def sums(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Return the time of all products in FP8, by who makes them; not of one that failed for any."""
+    times: dict[str, list[float]] = {}
+    for row in rows:
+        way, of_products, _ = row["name"].partition(": ")
+        if of_products:
+            times.setdefault(way, []).append(row.get("ms", float("nan")))
+            if "alternative_ms" in row:
+                times.setdefault(row["alternative"], []).append(row["alternative_ms"])
+    most = max(map(len, times.values()), default=0)
+    totals = {way: sum(each) for way, each in times.items() if len(each) == most}
+    return {way: total for way, total in totals.items() if total == total}
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Measure all groups, or some, and write the JSON."""
     parser = script_parser(__doc__)
@@ -68,6 +88,10 @@ def main(arguments: list[str] | None = None) -> int:
     b, s = Buffers(device, 1 if args.tiny else 3), Sizes(args.tokens, args.tiny)
     bytes_per_s = copy_bandwidth(b, 2**20 if args.tiny else 2**30)
     rows: list[dict[str, Any]] = []
+    reason = no_fp8_reason(torch.device(device))
+    if reason and device == "cuda":
+        args.groups = [name for name in args.groups if name not in kernel_cases_fp8.GROUPS]
+        print(f"nothing in FP8: {reason}", flush=True)
     for name in args.groups:
         for case in GROUPS[name](b, s):
             rows.append(measured(case, b, bytes_per_s))
@@ -79,7 +103,11 @@ def main(arguments: list[str] | None = None) -> int:
         if device == "cuda":
             torch.cuda.empty_cache()
     config = {"tokens": s.T, "groups": args.groups, "tiny": args.tiny, "copy_bytes_per_s": bytes_per_s}
-    files.write_json(args.out, {"env": files.environment(), "config": config, "rows": rows})
+    content = {"env": files.environment(), "config": config, "rows": rows}
+    if totals := sums(rows):
+        content["sums_ms"] = totals
+        print(f"a layer's products in FP8, ms: {totals}", flush=True)
+    files.write_json(args.out, content)
     return int(any(row["status"] != "ok" for row in rows))
 
 

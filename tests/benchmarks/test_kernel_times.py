@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from benchmarks.report import results_page
 from benchmarks.speed import kernel_times
 
 
@@ -11,9 +12,27 @@ def test_every_case_runs_and_agrees_with_float64(tmp_path):
     out = tmp_path / "tiny.json"
     assert kernel_times.main(["--tiny", "--out", str(out)]) == 0
     rows = json.loads(out.read_text())["rows"]
-    assert len(rows) == 30
+    assert len(rows) == 62
     errors = [row["error"] for row in rows if "error" in row]
-    assert len(errors) == 11
+    assert len(errors) == 41
     assert max(errors) < 1e-2
     with pytest.raises(SystemExit):
         kernel_times.main(["--tiny", "--out", str(out)])
+
+
+def test_products_are_summed_by_who_makes_them():
+    def row(name, ms, alternative="", other=None):
+        return {"name": name, "ms": ms} | ({"alternative": alternative, "alternative_ms": other} if alternative else {})
+
+    rows = [row("rms_norm", 9.0), row("fp8_gemm: qkv forward", 1.0, "by rows", 2.0)]
+    rows += [row("fp8_gemm: down forward", 0.5, "by rows", 0.25), row("by blocks: qkv forward", 3.0, "bf16", 4.0)]
+    rows += [{"name": "by blocks: down forward", "status": "error"}]
+    assert kernel_times.sums(rows) == {"fp8_gemm": 1.5, "by rows": 2.25}, "blocks failed once"
+    assert kernel_times.sums(rows[:1]) == {}
+    run = {
+        "env": {"cpu": "a CPU"},
+        "config": {"copy_bytes_per_s": 1e12},
+        "rows": [],
+        "sums_ms": kernel_times.sums(rows),
+    }
+    assert "fp8_gemm 1.50; by rows 2.25." in results_page.kernels(results_page.Path("kernel_times/a.json"), run)

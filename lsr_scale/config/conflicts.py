@@ -8,7 +8,7 @@ from lsr_scale.config import declared
 from lsr_scale.config.deepspeed import OF_TRAINING
 from lsr_scale.config.messages import Problem
 from lsr_scale.config.reporters import REPORTERS, reporter_names
-from lsr_scale.config.training import evaluated
+from lsr_scale.config.training import FP8_GROUPS, evaluated
 from lsr_scale.errors import did_you_mean
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ def conflicts(run: "RunConfig") -> Iterator[Problem]:
     yield from _model(run)
     yield from _adapter(run)
     yield from _training(run)
+    yield from _compute(run)
     yield from _deepspeed(run)
     yield from _data(run)
 
@@ -128,6 +129,33 @@ def _training(run: "RunConfig") -> Iterator[Problem]:
             f"skip leaves out a step by its whole gradient, but {optimizer} updates each parameter within the backward "
             "pass; set it to stop, or training.optim to another one",
         )
+
+
+def _compute(run: "RunConfig") -> Iterator[Problem]:
+    training, where = run.training, ("training", "fp8_keep")
+    for name in training["fp8_keep"] if isinstance(training["fp8_keep"], list) else ():
+        layer, dot, group = name.rpartition(".")
+        if group not in FP8_GROUPS:
+            yield Problem(where, f"{name!r:.60}: {did_you_mean(group, FP8_GROUPS)}")
+        elif dot and not re.fullmatch("[0-9]{1,9}", layer):
+            yield Problem(where, f"{name!r:.60}: expected a layer's number before the dot, such as 12.{group}")
+    if training["compute"] != "fp8":
+        return
+    for is_so, found, remedy in (
+        (training["fused"] == "off", "training.fused is off", "set training.fused: auto"),
+        (run.model.dtype != "bfloat16", f"model.dtype is {run.model.dtype}", "set model.dtype: bfloat16"),
+        (run.model.attention == "eager", "model.attention is eager", "set model.attention: sdpa"),
+        (
+            bool(run.adapter.options.get("dropout")),
+            f"adapter.dropout is {run.adapter.options.get('dropout')}",
+            "set adapter.dropout: 0",
+        ),
+    ):
+        if is_so:
+            yield Problem(
+                ("training", "compute"),
+                f"fp8 is for fused layers in bfloat16, and {found}; {remedy}, or training.compute: bf16",
+            )
 
 
 def _deepspeed(run: "RunConfig") -> Iterator[Problem]:

@@ -120,3 +120,12 @@ def test_a_bounded_number_may_have_a_word_beside_it_and_no_other_text():
         message = problem(MINIMAL, f"training.pad_to_multiple_of={value}")
         assert "training.pad_to_multiple_of: expected " in message
         assert "'auto'" in message
+
+
+def test_groups_that_stay_in_bfloat16_are_auto_or_a_list():
+    for value in ("auto", "[]", "[down, 12.qkv, 0.gate_up, o]"):
+        load(MINIMAL, f"training.fp8_keep={value}")
+    assert "training.fp8_keep: expected 'auto' or list, got 'down'" in problem(MINIMAL, "training.fp8_keep=down")
+    for name in ("mlp", "12.", ".down", "-1.down", "1.2.down", "model.layers.1.down"):
+        assert f"training.fp8_keep: '{name}': " in problem(MINIMAL, f"training.fp8_keep=['{name}']")
+    assert "training.fp8_tolerance: expected a number > 0" in problem(MINIMAL, "training.fp8_tolerance=0")

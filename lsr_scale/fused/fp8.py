@@ -98,6 +98,12 @@ def fp8_errors(model: nn.Module) -> dict[str, float]:
     return dict(zip(errors, values, strict=True))
 
 
+def measure_fp8_errors(model: nn.Module) -> None:
+    """Compare each product with the one in bfloat16 from the next step on, until `fp8_errors` is asked."""
+    for _, state in _states(model):
+        state.calibrates = True
+
+
 def keep_in_bf16(model: nn.Module, names: Iterable[str]) -> None:
     """Have groups compute in bfloat16 again: "12.down", or "down" for that of every layer.
 

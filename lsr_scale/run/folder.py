@@ -34,6 +34,7 @@ class RunFolder:
     .lock              the process that is running here (`lock.py`)
     nonfinite.jsonl    batches without a finite loss, and steps without a finite gradient
     condition.png      how far the terms of LSR-Adapt's sums cancel
+    fp8.json           errors by FP8, and what is kept in bfloat16, with training.compute: fp8 (`training/compute.py`)
     tensorboard/       TensorBoard's files, with training.report_to: tensorboard
     samples.jsonl      completions of eval.prompts: {"step", "moment", "prompt", "completion"} a line
     adapter_lora/      the adapter as PEFT's LoRA, where training.save_as_lora asks for it
@@ -78,6 +79,11 @@ class RunFolder:
     def condition(self) -> Path:
         """The condition numbers over the steps, for methods that have them."""
         return self.path / "condition.png"
+
+    @property
+    def fp8(self) -> Path:
+        """What training.fp8_keep: auto measured, and which groups of linears it keeps in bfloat16."""
+        return self.path / "fp8.json"
 
     @property
     def report(self) -> Path:
@@ -192,6 +198,7 @@ class RunFolder:
             self.nonfinite: lambda file: _has_line_of(file, {"step"}),
             self.samples: lambda file: _has_line_of(file, {"moment", "prompt", "completion"}),
             self.results: lambda file: {"method", "steps"} <= _keys(file),
+            self.fp8: lambda file: {"errors", "kept"} <= _keys(file),
             self.curve: is_picture,
             self.condition: is_picture,
             self.report: is_own_page,
@@ -229,7 +236,7 @@ class RunFolder:
         files = self.config, self.environment, self.data, self.metrics, self.curve, self.condition, self.results
         blocking = [
             path
-            for path in (*files, self.nonfinite, self.samples, self.report)
+            for path in (*files, self.nonfinite, self.samples, self.report, self.fp8)
             if os.path.lexists(path) and path not in ours
         ]
         marked = self.is_marked()

@@ -40,6 +40,7 @@ from lsr_scale.training.callbacks.reports import Reports, check_reporters
 from lsr_scale.training.callbacks.samples import Samples
 from lsr_scale.training.callbacks.signals import StopOnSignal, Terminated, end_with_peers
 from lsr_scale.training.checkpoint import select
+from lsr_scale.training.compute import check_compute
 from lsr_scale.training.run_data import RunData, read_data
 from lsr_scale.training.run_labels import with_labels
 from lsr_scale.training.settings import naming_settings
@@ -152,6 +153,7 @@ def _prepare(start: Start, stop: StopOnSignal, say: Say, quiet: bool) -> tuple[R
         # it has factors of its own, and tells what the adapter that was started from had that the run does not
         run = run.model_copy(update={"adapter": run.adapter.model_copy(update={"start_from": str(checkpoint)})})
     check_reporters(run.training["report_to"])
+    check_compute(run)
     watch = ConditionCallback(run.training["condition_tolerance"], run.training["condition_guard"], say)
     progress = Progress(folder.metrics, quiet=quiet)
     wanted = run.training["early_stopping"]
@@ -165,7 +167,8 @@ def _prepare(start: Start, stop: StopOnSignal, say: Say, quiet: bool) -> tuple[R
         samples = Samples(data.prompts, run.eval.max_new_tokens, folder.samples, say)
         # in this order: progress refuses what is not finite, records what was measured before it, and counts the time
         # of no sample as a step's
-        trainer = build_trainer(run, folder, [stop, *early, watch, samples, progress, DiscardBackup(folder)], say, data)
+        callbacks = [stop, *early, watch, samples, progress, DiscardBackup(folder)]
+        trainer = build_trainer(run, folder, callbacks, say, data, checkpoint)
     if checkpoint:
         for note in _check_adapter(trainer.model, checkpoint):
             say(f"note: {note}")
@@ -357,6 +360,7 @@ def _write_results(
         "method": run.adapter.method,
         "model": run.model.name,
         "quantization": run.model.quantization,
+        "compute": run.training["compute"],
         "trainable_parameters": _num_trainable(trainer),
         "adapter_bytes": sum(file.stat().st_size for file in folder.adapter.glob("*.safetensors")),
         "steps": trainer.state.global_step,

@@ -25,13 +25,16 @@ from lsr_scale.data.classification import count_classification
 from lsr_scale.data.token_counts import TokenCounts
 from lsr_scale.data.tokenizer_setup import prepare_tokenizer, supervises_assistant, template_notes
 from lsr_scale.errors import UserError, did_you_mean
-from lsr_scale.fused import FuseReport, fuse
+from lsr_scale.fused import FuseReport, fuse, keep_in_bf16
 from lsr_scale.fused.cuda_graphs import StepGraphs, graphs_fallback_reason
 from lsr_scale.model import load_base_for
 from lsr_scale.model.shard import Sharding, is_sharded
 from lsr_scale.run.folder import RunFolder
 from lsr_scale.training.arguments import trainer_arguments, uses_deepspeed, zero_stage
+from lsr_scale.training.callbacks.fp8 import Fp8Callback
 from lsr_scale.training.callbacks.memory import FitMemoryCallback, max_forward_tokens, row_lengths
+from lsr_scale.training.checkpoint import select
+from lsr_scale.training.compute import read_errors
 from lsr_scale.training.run_data import RunData, check_run_fits, read_data
 from lsr_scale.training.run_labels import with_labels
 from lsr_scale.training.steps.graphs import PackedCollator, host_bound
@@ -47,6 +50,7 @@ def build_trainer(
     callbacks: list[TrainerCallback] | None = None,
     say: Say = lambda text: None,
     data: RunData | None = None,
+    checkpoint: Path | None = None,
 ) -> Trainer:
     """Return the trainer of a run, its model loaded, quantized and adapted.
 
@@ -56,6 +60,7 @@ def build_trainer(
         callbacks: Added to the trainer's own.
         say: Told, in a line each, what a user should know of how the run is set up.
         data: What `read_data` returned; read here by default.
+        checkpoint: What the run resumes from: what it found out when it began holds.
 
     Raises:
         UserError: for a model, data or adapter that do not go together.
@@ -71,9 +76,11 @@ def build_trainer(
     check_run_fits(run, data)
     model = _adapted_model(run, note)
     _set_checkpointing(model, arguments, note)
-    report = _fuse(run, model, arguments)
+    watch = _fp8_callback(run, folder, checkpoint, say)
+    report = _fuse(run, model, arguments, calibrate=any(one.measures for one in watch))
     if report is not None:
         say(str(report))
+    callbacks = [*watch, *(callbacks or ())]  # it adds to the logs, which others record
     trainer = make_trainer(run, model, arguments, data, callbacks)
     _check_rows_left(run, trainer, data, note)
     _say_supervised(trainer, data, say)
@@ -116,16 +123,45 @@ def _set_checkpointing(model: PeftModel, arguments: Any, note: Say) -> None:
         note(f"{base.config.model_type} models have no activation checkpointing: all activations are kept")
 
 
-def _fuse(run: RunConfig, model: PeftModel, arguments: Any) -> FuseReport | None:
-    """Make the model's layers run fused, if the run wants it and they can, and return what came of it."""
-    wanted = run.training["fused"]
-    if wanted == "off" or (wanted == "auto" and not torch.cuda.is_available()):
+def _fp8_callback(run: RunConfig, folder: RunFolder, checkpoint: Path | None, say: Say) -> list[Fp8Callback]:
+    """Return what watches FP8 in a run, nothing where it computes in bfloat16."""
+    training, earlier = run.training, None
+    if training["compute"] != "fp8":
+        return []
+    decides = training["fp8_keep"] == "auto"
+    if decides and checkpoint is not None:
+        file = select.run_folder_of(checkpoint).fp8
+        earlier = read_errors(file)
+        if earlier is None:
+            say(f"note: there is no {file} that says what FP8 changed when the run began: it is measured now")
+    return [Fp8Callback(folder, training["fp8_tolerance"], decides, earlier, say)]
+
+
+def _fuse(run: RunConfig, model: PeftModel, arguments: Any, calibrate: bool) -> FuseReport | None:
+    """Make the model's layers run fused, if the run wants it and they can, and return what came of it.
+
+    Args:
+        run: The run.
+        model: Its model.
+        arguments: Its trainer's.
+        calibrate: Measure in the first step what FP8 changes in each group of linears.
+
+    Raises:
+        UserError: for `training.compute: fp8` where no layer runs fused.
+    """
+    wanted, compute, keep = (run.training[name] for name in ("fused", "compute", "fp8_keep"))
+    if wanted == "off" or (wanted == "auto" and compute != "fp8" and not torch.cuda.is_available()):
         return None
     recompute = "full" if checkpoints_layers(run.training) else "none"
     # what is gathered anew for every pass cannot be held from pass to pass
     holds = run.training["memory"] == "speed" and not is_sharded(model)
-    report = fuse(model.train(), recompute, cache_weights=holds)
+    report = fuse(model.train(), recompute, cache_weights=holds, compute=compute, calibrate=calibrate)
     layers = [*report.fused, *report.unfused]
+    if compute == "fp8":
+        if not report.fused:
+            raise UserError(f"training.compute: fp8 is for fused layers, but {report}; set training.compute: bf16")
+        if keep != "auto":
+            keep_in_bf16(model, keep)
     if layers:
         # the layers see to it themselves, fused or not; transformers 5.23 reads the second name
         arguments.gradient_checkpointing = arguments.activation_checkpointing = False

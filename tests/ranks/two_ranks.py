@@ -10,19 +10,23 @@ import shutil
 import sys
 from pathlib import Path
 
+import pytest
 from transformers import TrainerCallback
 
 from lsr_scale import cli
 
 QUICK = {"training": {"save_strategy": "no"}, "eval": {"tasks": []}}
 FUSED = {"training": {"save_strategy": "no", "fused": "on"}, "eval": {"tasks": []}}
+FP8 = {"training": {"save_strategy": "no", "fused": "on", "compute": "fp8"}, "eval": {"tasks": []}}
 ENGINES = {
     "ddp": {"deepspeed": {"config": None}, **QUICK},  # first: DeepSpeed leaves its mark in the environment
     "ddp-fused": {"deepspeed": {"config": None}, **FUSED},
+    "ddp-fp8": {"deepspeed": {"config": None}, **FP8},
     "zero0": {"deepspeed": {"config": "zero0"}, **QUICK},
     "zero1": {"deepspeed": {"config": "zero1"}, **QUICK},
     "zero2": {"deepspeed": {"config": "zero2"}},
     "zero2-fused": {"deepspeed": {"config": "zero2"}, **FUSED},
+    **{f"{name}-fp8": {"deepspeed": {"config": name}, **FP8} for name in ("zero0", "zero1", "zero2", "zero3")},
     "zero3": {"deepspeed": {"config": "zero3"}, "eval": {"batch_tokens": 32}, "training": {"save_as_lora": True}},
     "zero3-fused": {"deepspeed": {"config": "zero3"}, "training": {"save_strategy": "no", "fused": "on"}},
     "zero3-bfloat16": {"deepspeed": {"config": "zero3"}, "model": {"quantization": "none"}},
@@ -64,8 +68,10 @@ def main() -> None:
     from lsr_scale.config import dump_yaml
     from lsr_scale.run import train
     from lsr_scale.training import assembly
+    from tests.helpers.fp8 import pretend_fp8
     from tests.helpers.tiny_runs import tiny_run
 
+    pretend_fp8(pytest.MonkeyPatch())
     folder, rank = Path(sys.argv[-1]), distributed.rank()
     seen: dict[str, dict] = {}
     forward: set[str] = set()

@@ -1,0 +1,157 @@
+"""`training.compute: fp8` watched: which groups of linears stay in bfloat16, and how much underflows in the others."""
+
+import logging
+import math
+import statistics
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from lsr_scale import distributed
+from lsr_scale.fused import fp8_counts, fp8_errors, keep_in_bf16, measure_fp8_errors, reset_fp8_counts
+from lsr_scale.run.folder import RunFolder
+from lsr_scale.training.compute import above, write_errors
+
+logger = logging.getLogger(__name__)
+
+# Steps in which errors may be measured: CUDA graphs, which hold what is decided, begin with the third.
+_ATTEMPTS = 2
+# Share of a group's values that underflow, above which a warning is worth it. Of normally distributed values beside one
+# outlier per row the relative error is e4m3's own 2.7 % up to a share of 0.4, 3.8 % at 0.7 and 7 % at 0.95.
+WARN_SHARE = 0.5
+
+
+class Fp8Callback(TrainerCallback):
+    """Keeps groups of linears in bfloat16 whose error is too large, logs shares of underflow, and warns of large ones.
+
+    A group (`12.down`) is the linears of a layer that read one input. With `training.fp8_keep: auto` its error is
+    measured in the first step, beside bfloat16; the largest that any process found counts, so all decide alike. A run
+    that resumes decides by what it measured when it began.
+
+    Underflow is a value other than zero whose code is zero or subnormal. Its shares go into the logs, over all
+    processes, as the groups' median and maximum: `fp8_underflow_input_max` of activations,
+    `fp8_underflow_gradient_max` of output gradients. Goes before the callbacks that record the logs.
+    """
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        tolerance: float,
+        decides: bool,
+        earlier: Mapping[str, float] | None = None,
+        say: Any = logger.warning,
+    ) -> None:
+        """Take how it is decided.
+
+        Args:
+            folder: The run's, for `fp8.json`.
+            tolerance: The largest relative error that a group may have.
+            decides: Whether it is decided here, by errors.
+            earlier: The errors that the run measured before it was resumed.
+            say: Called with what was decided, and each warning.
+        """
+        self.folder, self.tolerance, self.say = folder, tolerance, say
+        self.earlier = earlier
+        self.attempts = _ATTEMPTS if decides else 0
+        self.warned: set[str] = set()
+
+    @property
+    def measures(self) -> bool:
+        """Whether errors are yet to be measured."""
+        return self.attempts > 0 and self.earlier is None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Decide as the run did when it began."""
+        if self.attempts and self.earlier is not None:
+            self._decide(kwargs["model"], self.earlier, ", as measured when the run began")
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Decide by the errors of the first step; of the second, where there were some that are not finite."""
+        if not self.measures:
+            return
+        self.attempts -= 1
+        errors = _largest(distributed.gather([fp8_errors(kwargs["model"])]))
+        if self.attempts and not all(map(math.isfinite, errors.values())):
+            measure_fp8_errors(kwargs["model"])
+        else:
+            self._decide(kwargs["model"], errors)
+
+    def _decide(self, model: Any, errors: Mapping[str, float], how: str = "") -> None:
+        self.attempts, self.earlier = 0, errors
+        keep_in_bf16(model, above(errors, self.tolerance))
+        if distributed.is_main():
+            write_errors(self.folder, errors, self.tolerance)
+        self.say(decision(errors, self.tolerance) + how)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Add the shares of underflow since the last logs, and warn of groups where it is large, once each."""
+        if not logs or "loss" not in logs:
+            return
+        shares = _shares(kwargs["model"])
+        reset_fp8_counts(kwargs["model"])
+        for kind in ("input", "gradient"):
+            of_kind = [share for name, share in shares.items() if name.endswith(f".{kind}")]
+            if of_kind:
+                logs[f"fp8_underflow_{kind}_median"] = statistics.median(of_kind)
+                logs[f"fp8_underflow_{kind}_max"] = max(of_kind)
+        new = {name: share for name, share in shares.items() if share > WARN_SHARE and name not in self.warned}
+        self.warned |= new.keys()
+        if new:
+            self.say(f"note: {_warning(new)}")
+
+
+def decision(errors: Mapping[str, float], tolerance: float) -> str:
+    """Return a line on how many groups stay in bfloat16, and which has the largest error."""
+    number = f"FP8: {len(above(errors, tolerance))} of {len(errors)} groups of linears stay in bfloat16"
+    if not errors:
+        return number
+    worst = max(errors, key=lambda name: _with_nan_last(errors[name]))
+    return f"{number}; the largest error is {worst}'s, {errors[worst]:.2g} (training.fp8_tolerance: {tolerance:g})"
+
+
+def _with_nan_last(error: float) -> float:
+    return math.inf if math.isnan(error) else error
+
+
+def _largest(of_processes: list[dict[str, float]]) -> dict[str, float]:
+    """Return each group's largest error among the processes'; NaN where one has that."""
+    names = dict.fromkeys(name for errors in of_processes for name in errors)
+    found = {name: [errors[name] for errors in of_processes if name in errors] for name in names}
+    return {name: max(values, key=_with_nan_last) for name, values in found.items()}
+
+
+def _shares(model: Any) -> dict[str, float]:
+    """Return the share of underflow by group and kind, over all processes."""
+    counted = fp8_counts(model)
+    if not counted:
+        return {}
+    own = dict(zip(counted, torch.stack(list(counted.values())).tolist(), strict=True))  # the host waits once
+    of_processes = distributed.gather([own])
+    shares = {}
+    for name in own:
+        below, number = (sum(counts[name][index] for counts in of_processes) for index in (0, 1))
+        if number:
+            shares[name] = below / number
+    return shares
+
+
+def _warning(shares: Mapping[str, float]) -> str:
+    name = max(shares, key=lambda one: shares[one])
+    group, _, kind = name.rpartition(".")
+    what = {"input": "activations", "gradient": "output gradients"}[kind]
+    of = f"{group} and {len(shares) - 1} more" if len(shares) > 1 else group
+    return (
+        f"FP8: {what} of {of}: {100 * shares[name]:.0f} % of the values are too small for e4m3 beside the largest of "
+        f"their token; training.fp8_keep: [{group}] keeps it in bfloat16"
+    )

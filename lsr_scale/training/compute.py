@@ -1,0 +1,100 @@
+"""`training.compute: fp8`: whether a run can, which groups of linears stay in bfloat16, and the record of that.
+
+A group is named by its layer and its linears, such as `12.down` (`config.training.FP8_GROUPS`). By default
+(`training.fp8_keep: auto`) a run measures every group's error in its first step, keeps those in bfloat16 whose error
+exceeds `training.fp8_tolerance`, and writes `fp8.json` into its folder:
+
+    {"tolerance": 0.1, "errors": {"0.qkv": 0.038, ...}, "kept": ["1.down"]}
+
+A run that resumes decides by the errors in that file, so it computes as before.
+"""
+
+import math
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lsr_scale import files
+from lsr_scale.adapters.inject import inject
+from lsr_scale.config import RunConfig
+from lsr_scale.config.training import FP8_GROUPS
+from lsr_scale.errors import UserError
+from lsr_scale.fused import fuse
+from lsr_scale.kernels.fp8 import fp8_fallback_reason
+from lsr_scale.model import DTYPES, load_config, meta_model
+from lsr_scale.run.folder import RunFolder
+
+_OTHERWISE = "set training.compute: bf16"
+
+
+def check_compute(run: RunConfig) -> None:
+    """Refuse a run with `training.compute: fp8` where that cannot be; its weights are not needed for it.
+
+    Raises:
+        UserError: if this machine has no FP8, no decoder layer of the model can run fused with the run's adapter, no
+            linear has sizes that FP8 takes, or `training.fp8_keep` names a layer that the model does not have.
+    """
+    if run.training["compute"] != "fp8":
+        return
+    reason = fp8_fallback_reason("cuda" if torch.cuda.is_available() else "cpu")
+    if reason is not None:
+        raise UserError(f"training.compute: fp8 cannot be here: {reason}; {_OTHERWISE}")
+    section = run.model
+    config: Any = load_config(section.name, section.revision)
+    labels = section.num_labels or len(section.labels or ()) or None
+    base = meta_model(config, section.task, labels, DTYPES[section.dtype])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # they are the run's own model's, and are said of that
+        model = inject(base, run.adapter.method, run.adapter.options, section.task).train()
+    report = fuse(model)
+    num_layers = len(report.fused) + len(report.unfused)
+    if not report.fused:
+        reasons = "; ".join(sorted(set(report.unfused.values()))) or f"{type(base).__name__} has no layers that fuse"
+        raise UserError(f"training.compute: fp8 is for fused layers, and none can run fused: {reasons}; {_OTHERWISE}")
+    report = fuse(model, compute="fp8")
+    if not report.fp8:
+        reasons = "; ".join(sorted(set(report.not_fp8.values())))
+        raise UserError(f"training.compute: fp8 is for no linear of {section.name}: {reasons}; {_OTHERWISE}")
+    for name in () if run.training["fp8_keep"] == "auto" else run.training["fp8_keep"]:
+        layer, _, group = name.rpartition(".")
+        if layer and int(layer) >= num_layers:
+            raise UserError(
+                f"training.fp8_keep: {name}: {section.name} has layers 0 to {num_layers - 1}; name one of them, or "
+                f"{group} for all"
+            )
+
+
+def _place(name: str) -> tuple[int, int]:
+    layer, _, group = name.rpartition(".")
+    return int(layer), FP8_GROUPS.index(group)
+
+
+def above(errors: Mapping[str, float], tolerance: float) -> list[str]:
+    """Return the groups whose error exceeds the tolerance, or is not finite, in the order of the layers."""
+    return sorted((name for name, error in errors.items() if not error <= tolerance), key=_place)
+
+
+def write_errors(folder: RunFolder, errors: Mapping[str, float], tolerance: float) -> None:
+    """Write what a run measured, and what it keeps in bfloat16 for it.
+
+    Raises:
+        UserError: if the file cannot be written.
+    """
+    rounded = {name: errors[name] if math.isfinite(errors[name]) else None for name in sorted(errors, key=_place)}
+    kept = above(errors, tolerance)
+    files.write_json(folder.fp8, {"tolerance": tolerance, "errors": rounded, "kept": kept})
+
+
+def read_errors(file: Path) -> dict[str, float] | None:
+    """Return the errors that a run measured; None where there is no such file, or another's."""
+    if not file.is_file():
+        return None
+    try:
+        errors = files.read_json(file, "record of errors by FP8")["errors"]
+        found = {name: math.nan if error is None else float(error) for name, error in errors.items()}
+        return dict(sorted(found.items(), key=lambda item: _place(item[0])))
+    except (UserError, KeyError, TypeError, ValueError, AttributeError):
+        return None

@@ -1,0 +1,107 @@
+"""`training.compute: fp8` before and around training: refusals, groups that stay in bfloat16, the record of them."""
+
+import json
+import math
+
+import pytest
+
+from lsr_scale import UserError, config
+from lsr_scale.config.training import FP8_GROUPS
+from lsr_scale.fused.layer_state import GROUPS
+from lsr_scale.run import train as train_module
+from lsr_scale.run.folder import RunFolder
+from lsr_scale.training import compute
+from lsr_scale.training.compute import above, check_compute, read_errors, write_errors
+from tests.helpers.fp8 import pretend_fp8
+from tests.helpers.tiny_runs import do, labelled, save_classifier, save_llama, tiny_run, write_rows
+
+ERRORS = {"1.o": 0.2, "0.qkv": 0.04, "10.down": math.nan, "1.down": 0.1, "0.gate_up": 0.11}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("compute")
+    save_llama(folder / "model")
+    save_classifier(folder / "bert", "bert")
+    write_rows(folder / "pairs.jsonl", labelled())
+    return folder
+
+
+def fp8_run(place, training=None, **sections):
+    return tiny_run(place, training={"compute": "fp8", **(training or {})}, **sections)
+
+
+def test_the_groups_that_a_run_may_name_are_those_of_a_layer():
+    assert set(FP8_GROUPS) == set(GROUPS)
+
+
+def test_a_machine_without_fp8_is_told_so_before_anything_is_read(place, monkeypatch):
+    monkeypatch.setattr(compute, "fp8_fallback_reason", lambda device: "the GPU has compute capability 8.0")
+    monkeypatch.setattr(train_module, "read_data", lambda *args: pytest.fail("data was read"))
+    with pytest.raises(UserError, match=r"fp8 cannot be here: the GPU has .* 8\.0; set training\.compute: bf16"):
+        do(fp8_run(place))
+    assert not (place / "run").exists()
+    check_compute(tiny_run(place))
+
+
+@pytest.mark.parametrize(
+    ("sections", "reason"),
+    [
+        ({"adapter": {"method": "krona"}}, "krona has no low-rank pair"),
+        (
+            {
+                "model": {"name": "{place}/bert", "task": "seq_cls", "num_labels": 2},
+                "adapter": {"target_modules": ["query", "value"]},
+                "data": {"train": ["{place}/pairs.jsonl"]},
+                "eval": {"tasks": []},
+            },
+            "BertForSequenceClassification has no layers that fuse",
+        ),
+    ],
+)
+def test_what_has_no_fused_layers_is_refused_before_weights_are_read(place, monkeypatch, sections, reason):
+    pretend_fp8(monkeypatch)
+    filled = json.loads(json.dumps(sections).replace("{place}", str(place)))
+    with pytest.raises(UserError, match=rf"fp8 is for fused layers, .*{reason}; set training\.compute: bf16"):
+        check_compute(fp8_run(place, **filled))
+
+
+def test_a_layer_that_the_model_does_not_have_is_refused(place, monkeypatch):
+    pretend_fp8(monkeypatch)
+    check_compute(fp8_run(place, {"fp8_keep": ["1.down", "o"]}))
+    with pytest.raises(UserError, match=r"fp8_keep: 2\.down: .*model has layers 0 to 1; .* or down for all"):
+        check_compute(fp8_run(place, {"fp8_keep": ["2.down"]}))
+
+
+def test_linears_of_other_sizes_are_refused(place, monkeypatch):
+    pretend_fp8(monkeypatch)
+    save_llama(place / "narrow", hidden_size=40, intermediate_size=72)
+    with pytest.raises(UserError, match=r"for no linear of .*narrow: 40 inputs, no multiple of 16.*; set training"):
+        check_compute(fp8_run(place, model={"name": str(place / "narrow")}))
+
+
+def test_groups_above_the_tolerance_and_without_an_error_are_kept():
+    assert above(ERRORS, 0.1) == ["0.gate_up", "1.o", "10.down"]
+
+
+def test_errors_are_read_as_they_were_written(tmp_path):
+    folder = RunFolder(tmp_path)
+    assert read_errors(folder.fp8) is None
+    write_errors(folder, ERRORS, 0.1)
+    found = read_errors(folder.fp8)
+    assert list(found) == ["0.qkv", "0.gate_up", "1.o", "1.down", "10.down"]
+    assert {name: str(error) for name, error in found.items()} == {name: str(error) for name, error in ERRORS.items()}
+    assert json.loads(folder.fp8.read_text())["kept"] == above(ERRORS, 0.1)
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"errors": {"down": 1}}', '{"errors": {"1.x": 1}}', '{"errors": [1]}'])
+def test_a_record_that_is_none_is_not_read(tmp_path, content):
+    (tmp_path / "fp8.json").write_text(content)
+    assert read_errors(tmp_path / "fp8.json") is None
+
+
+def test_a_run_that_says_nothing_computes_in_bfloat16(place):
+    training = tiny_run(place).training
+    assert (training["compute"], training["fp8_keep"], training["fp8_tolerance"]) == ("bf16", "auto", 0.1)
+    arguments = config.training_arguments(tiny_run(place))
+    assert not {"compute", "fp8_keep", "fp8_tolerance"} & arguments.keys()

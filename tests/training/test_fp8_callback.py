@@ -1,0 +1,192 @@
+"""FP8 as a run watches it: which groups stay in bfloat16, by whose errors; shares of underflow, and their warning."""
+
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from lsr_scale import distributed
+from lsr_scale.run.folder import RunFolder
+from lsr_scale.training.callbacks import fp8
+from lsr_scale.training.callbacks.fp8 import Fp8Callback
+
+MODEL = object()
+STEP = SimpleNamespace(global_step=1)
+
+
+class Fused:
+    """Stands in for the fused model's FP8: what it measured, and what it was told."""
+
+    def __init__(self, monkeypatch):
+        self.errors, self.counts, self.kept, self.resets, self.measures = {}, {}, [], 0, True
+        monkeypatch.setattr(fp8, "fp8_errors", self.read)
+        monkeypatch.setattr(fp8, "measure_fp8_errors", lambda model: setattr(self, "measures", True))
+        monkeypatch.setattr(fp8, "fp8_counts", lambda model: {k: torch.tensor(v) for k, v in self.counts.items()})
+        monkeypatch.setattr(fp8, "keep_in_bf16", lambda model, names: self.kept.append(names))
+        monkeypatch.setattr(fp8, "reset_fp8_counts", self.reset)
+
+    def read(self, model):
+        was, self.measures = self.measures, False
+        return dict(self.errors) if was else {}
+
+    def reset(self, model):
+        assert model is MODEL
+        self.resets += 1
+
+
+@pytest.fixture
+def fused(monkeypatch):
+    return Fused(monkeypatch)
+
+
+@pytest.fixture
+def said():
+    return []
+
+
+@pytest.fixture
+def make(tmp_path, said):
+    def made(decides=True, earlier=None, tolerance=0.1):
+        return Fp8Callback(RunFolder(tmp_path), tolerance, decides, earlier, said.append)
+
+    return made
+
+
+def end_step(callback):
+    callback.on_step_end(None, STEP, None, model=MODEL)
+
+
+def begin(callback):
+    callback.on_train_begin(None, STEP, None, model=MODEL)
+
+
+def test_groups_with_a_large_error_in_the_first_step_stay_in_bfloat16(fused, make, said, tmp_path):
+    callback = make()
+    begin(callback)
+    assert (fused.kept, callback.measures) == ([], True)
+    fused.errors = {"0.qkv": 0.04, "0.down": 0.25, "1.down": 0.11}
+    end_step(callback)
+    fused.errors = {"0.qkv": 0.9}
+    end_step(callback)
+    assert fused.kept == [["0.down", "1.down"]]
+    assert said == [
+        "FP8: 2 of 3 groups of linears stay in bfloat16; the largest error is 0.down's, 0.25 "
+        "(training.fp8_tolerance: 0.1)"
+    ]
+    assert json.loads((tmp_path / "fp8.json").read_text()) == {
+        "tolerance": 0.1,
+        "errors": {"0.qkv": 0.04, "0.down": 0.25, "1.down": 0.11},
+        "kept": ["0.down", "1.down"],
+    }
+
+
+def test_the_largest_error_that_any_process_found_decides(fused, make, monkeypatch):
+    other = {"0.qkv": 0.3, "0.down": 0.01, "1.down": math.nan}
+    monkeypatch.setattr(distributed, "gather", lambda own: [*own, other])
+    fused.errors = {"0.qkv": 0.04, "0.down": 0.05, "1.down": 0.06}
+    callback = make()
+    for _ in range(2):
+        end_step(callback)
+    assert fused.kept == [["0.qkv", "1.down"]]
+
+
+def test_the_main_process_alone_writes(fused, make, monkeypatch, tmp_path):
+    monkeypatch.setattr(distributed, "is_main", lambda: False)
+    fused.errors = {"0.qkv": 0.04}
+    end_step(make())
+    assert fused.kept == [[]]
+    assert not (tmp_path / "fp8.json").exists()
+
+
+def test_a_first_step_that_is_not_finite_does_not_decide(fused, make, said):
+    callback = make()
+    fused.errors = {"0.qkv": math.nan, "0.down": 0.02}
+    end_step(callback)
+    assert (fused.kept, said) == ([], [])
+    fused.errors = {"0.qkv": 0.03, "0.down": 0.02}
+    end_step(callback)
+    assert fused.kept == [[]]
+    assert "0 of 2 groups" in said[0]
+
+
+def test_what_is_not_finite_in_the_second_step_either_stays_in_bfloat16(fused, make, said):
+    callback = make()
+    fused.errors = {"0.qkv": math.inf, "0.down": math.nan, "0.o": 0.02}
+    end_step(callback)
+    end_step(callback)
+    assert fused.kept == [["0.qkv", "0.down"]]
+    assert callback.measures is False
+
+
+def test_a_run_that_resumes_decides_by_what_it_measured(fused, make, said, tmp_path):
+    callback = make(earlier={"0.qkv": 0.04, "0.down": 0.25})
+    assert callback.measures is False
+    begin(callback)
+    fused.errors = {"0.qkv": 0.9}
+    end_step(callback)
+    assert fused.kept == [["0.down"]]
+    assert said[0].endswith("(training.fp8_tolerance: 0.1), as measured when the run began")
+    assert json.loads((tmp_path / "fp8.json").read_text())["kept"] == ["0.down"]
+
+
+def test_a_tolerance_that_is_changed_as_a_run_resumes_counts(fused, make):
+    begin(make(earlier={"0.qkv": 0.04, "0.down": 0.25}, tolerance=0.3))
+    assert fused.kept == [[]]
+
+
+def test_groups_that_the_run_names_are_not_decided_here(fused, make, said, tmp_path):
+    callback = make(decides=False)
+    begin(callback)
+    fused.errors = {"0.qkv": 0.9}
+    end_step(callback)
+    assert (fused.kept, said, list(tmp_path.iterdir())) == ([], [], [])
+
+
+def test_shares_of_underflow_are_logged_over_all_processes(fused, make, monkeypatch):
+    fused.counts = {"0.qkv.input": [25, 100], "0.o.input": [75, 100], "0.o.gradient": [4, 100], "1.o.input": [0, 0]}
+    logs = {"loss": 1.0}
+    make().on_log(None, None, None, logs=logs, model=MODEL)
+    assert logs == {
+        "loss": 1.0,
+        "fp8_underflow_input_median": 0.5,
+        "fp8_underflow_input_max": 0.75,
+        "fp8_underflow_gradient_median": 0.04,
+        "fp8_underflow_gradient_max": 0.04,
+    }
+    other = {"0.qkv.input": [3, 300], "0.o.input": [0, 300], "0.o.gradient": [0, 300], "1.o.input": [0, 0]}
+    monkeypatch.setattr(distributed, "gather", lambda own: [*own, other])
+    logs = {"loss": 1.0}
+    make().on_log(None, None, None, logs=logs, model=MODEL)
+    assert logs["fp8_underflow_input_max"] == 75 / 400
+    assert logs["fp8_underflow_gradient_max"] == 4 / 400
+    assert fused.resets == 2
+
+
+@pytest.mark.parametrize("logs", [None, {"eval_loss": 1.0}])
+def test_other_logs_are_left_alone(fused, make, logs):
+    fused.counts = {"0.o.input": [9, 100]}
+    make().on_log(None, None, None, logs=logs, model=MODEL)
+    assert logs in (None, {"eval_loss": 1.0})
+    assert fused.resets == 0
+
+
+def test_nothing_is_logged_where_all_stays_in_bfloat16(fused, make):
+    logs = {"loss": 1.0}
+    make().on_log(None, None, None, logs=logs, model=MODEL)
+    assert logs == {"loss": 1.0}
+
+
+def test_a_group_most_of_which_underflows_is_warned_of_once(fused, make, said):
+    callback = make(decides=False)
+    fused.counts = {"3.down.gradient": [60, 100], "4.down.gradient": [70, 100], "0.o.input": [50, 100]}
+    for _ in range(2):
+        callback.on_log(None, None, None, logs={"loss": 1.0}, model=MODEL)
+    assert said == [
+        "note: FP8: output gradients of 4.down and 1 more: 70 % of the values are too small for e4m3 beside the "
+        "largest of their token; training.fp8_keep: [4.down] keeps it in bfloat16"
+    ]
+    fused.counts = {"0.o.input": [51, 100]}
+    callback.on_log(None, None, None, logs={"loss": 1.0}, model=MODEL)
+    assert "FP8: activations of 0.o: 51 %" in said[1]

@@ -13,7 +13,7 @@ import torch
 from packaging.requirements import Requirement
 from rich.console import Console
 
-from lsr_scale.doctor import Finding, Report, doctor, quantized_trial, render
+from lsr_scale.doctor import Finding, Report, doctor, fused_trial, quantized_trial, render
 from lsr_scale.doctor.environment import (
     check_environment,
     check_folder,
@@ -21,10 +21,19 @@ from lsr_scale.doctor.environment import (
     check_kernels,
     check_torchao,
 )
-from lsr_scale.doctor.fused_trial import fused_against_unfused, layer_of, small_layer, try_fused
+from lsr_scale.doctor.fused_trial import (
+    MOST_BY_FP8,
+    fp8_against_bf16,
+    fused_against_unfused,
+    layer_of,
+    small_layer,
+    try_fp8,
+    try_fused,
+)
 from lsr_scale.doctor.hardware import check_torch_build
 from lsr_scale.doctor.quantized_trial import try_quantized
 from lsr_scale.doctor.versions import check_version, check_versions, requirements
+from tests.helpers.fp8 import pretend_fp8
 from tests.helpers.tiny_runs import save_llama, tiny_run
 
 
@@ -43,6 +52,46 @@ def test_the_machine_of_the_tests_is_fit(report):
 def test_the_fused_path_is_not_claimed_without_a_gpu(report):
     (fused,) = [finding for finding in report.findings if finding.name == "fused layers"]
     assert fused.found.startswith("on a GPU LLaMA, Mistral") or torch.cuda.is_available()
+
+
+def test_a_machine_without_fp8_is_told_why_and_what_to_set_where_a_run_asks_for_it():
+    found = try_fp8(torch.device("cpu"), small_layer(4), wanted=False)
+    assert (found.status, found.found, found.remedy) == ("ok", "no: the device is cpu, no GPU", "")
+    found = try_fp8(torch.device("cpu"), small_layer(4), wanted=True)
+    assert (found.status, found.remedy) == ("bad", "set training.compute: bf16")
+
+
+def test_fp8_is_tried_beside_bfloat16(monkeypatch, tmp_path):
+    pretend_fp8(monkeypatch)
+    difference, problem = fp8_against_bf16(torch.device("cpu"), small_layer(4))
+    assert problem is None
+    assert 0.01 < difference < MOST_BY_FP8 / 2
+    found = try_fp8(torch.device("cpu"), small_layer(4), wanted=True)
+    assert found.status == "ok"
+    assert found.found.startswith("yes, e4m3 in both directions, a scale per row")
+    assert f"differs from bf16 by {difference:.1%}" in found.found
+    monkeypatch.setattr(fused_trial, "MOST_BY_FP8", difference / 2)
+    found = try_fp8(torch.device("cpu"), small_layer(4), wanted=False)
+    assert (found.status, "set training.compute: bf16" in found.remedy) == ("bad", True)
+
+
+def test_a_layer_that_cannot_compute_in_fp8_is_not_tried(monkeypatch, tmp_path):
+    pretend_fp8(monkeypatch)
+    save_llama(tmp_path / "model")
+    trial = layer_of(tiny_run(tmp_path, adapter={"method": "krona"}))
+    assert "krona has no low-rank pair" in try_fp8(torch.device("cpu"), trial, wanted=False).found
+    assert try_fp8(torch.device("cpu"), trial, wanted=True).status == "bad"
+    save_llama(tmp_path / "narrow", hidden_size=40, intermediate_size=72)
+    trial = layer_of(tiny_run(tmp_path, model={"name": str(tmp_path / "narrow")}))
+    found = try_fp8(torch.device("cpu"), trial, wanted=False)
+    assert (found.status, "no multiple of 16" in found.found) == ("note", True)
+
+
+def test_a_broken_fp8_path_is_bad(monkeypatch):
+    pretend_fp8(monkeypatch)
+    monkeypatch.setattr(fused_trial, "fp8_against_bf16", lambda *args: 1 / 0)
+    found = try_fp8(torch.device("cpu"), small_layer(4), wanted=False)
+    assert (found.status, "ZeroDivisionError" in found.found) == ("bad", True)
 
 
 @pytest.mark.parametrize("rank", [4, 64])

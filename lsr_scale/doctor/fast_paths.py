@@ -6,7 +6,7 @@ import torch
 from bitsandbytes.functional import has_avx512bf16
 
 from lsr_scale.config import RunConfig
-from lsr_scale.doctor.fused_trial import layer_of, small_layer, try_fused
+from lsr_scale.doctor.fused_trial import layer_of, small_layer, try_fp8, try_fused
 from lsr_scale.doctor.quantized_trial import try_quantized
 from lsr_scale.doctor.report import Finding
 from lsr_scale.doctor.versions import installed_version
@@ -16,14 +16,12 @@ def check_fast_paths(run: RunConfig | None = None) -> Iterator[Finding]:
     """Tell which fast paths are on, and try the quantized layers on every device that a run would use."""
     gpu = torch.cuda.is_available()
     device = torch.device("cuda" if gpu else "cpu")
-    if run is None or run.model.task != "causal_lm":
-        # kernels take other tiles for more columns than 64, of which q, k and v have three times their rank
-        for rank in (4, 64):
-            yield try_fused(device, small_layer(rank))
-            if not gpu:
-                break
-    else:
-        yield try_fused(device, layer_of(run))
+    # kernels take other tiles for more columns than 64, of which q, k and v have three times their rank
+    small = [small_layer(4), small_layer(64)]
+    trials = [layer_of(run)] if run is not None and run.model.task == "causal_lm" else small
+    for trial in trials if gpu else trials[:1]:
+        yield try_fused(device, trial)
+    yield try_fp8(device, trials[0], run is not None and run.training["compute"] == "fp8")
     triton = installed_version("triton")
     if gpu and triton is None:
         remedy = "pip install triton; without it the fused layers' kernels, and TRL's head, run as plain torch, slowly"

@@ -1,4 +1,4 @@
-"""A fused decoder layer is tried: its loss and the gradients of its factors, against the same layer unfused."""
+"""A fused decoder layer is tried: its loss and its factors' gradients, against it unfused; in FP8 against bfloat16."""
 
 import warnings
 from dataclasses import dataclass
@@ -8,7 +8,15 @@ import torch
 
 from lsr_scale.config import RunConfig
 from lsr_scale.doctor.report import Finding
+from lsr_scale.kernels.fp8 import fp8_fallback_reason
 from lsr_scale.layers.frozen_linear import freeze_quantized
+
+RECIPE = (
+    "e4m3 in both directions, a scale per row of activations and of gradients, one per weight, by a Triton kernel of "
+    "its own (compute capability 8.9, 9.0, 10.0, 12.0)"
+)
+# e4m3's three bits err by 4 % in a product, and each of a layer's gradients is the end of several
+MOST_BY_FP8 = 0.3
 
 
 @dataclass(frozen=True)
@@ -82,12 +90,76 @@ def try_fused(device: torch.device, trial: Trial) -> Finding:
     return Finding("fast paths", "fused layers", found)
 
 
+def try_fp8(device: torch.device, trial: Trial, wanted: bool) -> Finding:
+    """Tell whether a device has FP8; where it has, run one adapted layer with it, and compare it with bfloat16.
+
+    Args:
+        device: Where a run would compute.
+        trial: The layer.
+        wanted: A run asks for it.
+    """
+    reason = fp8_fallback_reason(device)
+    if reason is not None:
+        if wanted:
+            return Finding("fast paths", "FP8", f"no: {reason}", "bad", "set training.compute: bf16")
+        return Finding("fast paths", "FP8", f"no: {reason}")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            difference, problem = fp8_against_bf16(device, trial)
+    except Exception as error:
+        text = " ".join(f"{trial.description}: {type(error).__name__}: {error}".split())[:200]
+        if isinstance(error, ValueError):
+            return Finding("fast paths", "FP8", f"not tried: {text}", "note")
+        return Finding("fast paths", "FP8", text, "bad", "set training.compute: bf16, and report it")
+    if problem is not None:
+        status, remedy = ("bad", "set training.compute: bf16") if wanted else ("note", "")
+        return Finding("fast paths", "FP8", f"not tried: {trial.description}: {problem}", status, remedy)
+    found = f"yes, {RECIPE}; {trial.description} differs from bf16 by {difference:.1%} (e4m3's rounding)"
+    if not difference < MOST_BY_FP8:
+        return Finding("fast paths", "FP8", found, "bad", "more than rounding explains: set training.compute: bf16")
+    return Finding("fast paths", "FP8", found)
+
+
 def fused_against_unfused(device: torch.device, trial: Trial) -> tuple[float, str]:
     """Return the largest relative difference among loss and gradients, and how it was computed, in words."""
-    from peft import get_peft_model
-
     from lsr_scale.fused import fuse
     from lsr_scale.kernels.attention import Sequences, choose_backend
+
+    model, ids = _trial_model(device, trial)
+    unfused = _loss_and_gradients(model, ids)
+    report = fuse(model)
+    worst = _worst(_loss_and_gradients(model, ids), unfused)
+    if not report.fused:
+        return worst, str(report)
+    config, dtype = trial.config, model.dtype
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    q = torch.empty(1, 64, config.num_attention_heads, head_dim, dtype=dtype, device=device)
+    return worst, f"attention by {choose_backend(q, q[:, :, : config.num_key_value_heads], Sequences(scale=1.0))}"
+
+
+def fp8_against_bf16(device: torch.device, trial: Trial) -> tuple[float, str | None]:
+    """Return the largest relative difference among loss and gradients by FP8, and why there is none, if there is not.
+
+    Both are of the fused layer.
+    """
+    from lsr_scale.fused import fuse
+
+    model, ids = _trial_model(device, trial)
+    report = fuse(model)
+    if not report.fused:
+        return 0.0, str(report)
+    exact = _loss_and_gradients(model, ids)
+    report = fuse(model, compute="fp8")
+    if not report.fp8:
+        return 0.0, str(report)
+    return _worst(_loss_and_gradients(model, ids), exact), None
+
+
+def _trial_model(device: torch.device, trial: Trial) -> tuple[Any, torch.Tensor]:
+    """Return the layer as a model in training, its factors not at their start, and tokens."""
+    from peft import get_peft_model
+
     from lsr_scale.model import DTYPES, head_modules, meta_model, quantization_config
     from lsr_scale.model.random_weights import init_random_weights
 
@@ -96,7 +168,6 @@ def fused_against_unfused(device: torch.device, trial: Trial) -> tuple[float, st
     quantizer = quantization_config(
         trial.base["quantization"], trial.base["double_quantization"], dtype, head_modules(empty)
     )
-    loss_and_gradients, report = [], None
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(0)
         base = init_random_weights(empty, quantizer, device)
@@ -106,22 +177,20 @@ def fused_against_unfused(device: torch.device, trial: Trial) -> tuple[float, st
             for parameter in model.parameters():
                 if parameter.requires_grad:  # not at its start, where one side is zero
                     parameter.add_(torch.randn_like(parameter), alpha=0.02)
-        ids = torch.randint(512, (2, 64), device=device)
-        for is_fused in (False, True):
-            report = fuse(model) if is_fused else None
-            torch.manual_seed(1)  # for dropout
-            model.zero_grad()
-            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-            loss.backward()
-            gradients = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
-            loss_and_gradients.append([loss.detach().float(), *gradients])
+        return model, torch.randint(512, (2, 64), device=device)
+
+
+def _loss_and_gradients(model: Any, ids: torch.Tensor) -> list[torch.Tensor]:
+    with torch.random.fork_rng(devices=[ids.device] if ids.is_cuda else []):
+        torch.manual_seed(1)  # for dropout
+        model.zero_grad()
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+    return [loss.detach().float(), *(p.grad.flatten() for p in model.parameters() if p.grad is not None)]
+
+
+def _worst(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
+    """Return the largest relative difference of a loss and gradients from those expected."""
     # a gradient much smaller than the others is the rest of sums that cancel, which roundings move by any share of it
-    unfused, fused = loss_and_gradients
-    floor = 0.1 * max(float(gradient.norm()) for gradient in unfused[1:])
-    worst = max(float((a - b).norm()) / max(float(b.norm()), floor) for a, b in zip(fused, unfused, strict=True))
-    if report is None or not report.fused:
-        return worst, str(report)
-    config = trial.config
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    q = torch.empty(1, 64, config.num_attention_heads, head_dim, dtype=dtype, device=device)
-    return worst, f"attention by {choose_backend(q, q[:, :, : config.num_key_value_heads], Sequences(scale=1.0))}"
+    floor = 0.1 * max(float(gradient.norm()) for gradient in expected[1:])
+    return max(float((a - b).norm()) / max(float(b.norm()), floor) for a, b in zip(found, expected, strict=True))

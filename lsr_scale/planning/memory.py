@@ -39,7 +39,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
-from lsr_scale.fused import fuse
+from lsr_scale.fused.layer_state import Recompute
 
 HEAD_TILE = 4096, 32768  # trl.kernels.chunked_logprob.TOKEN_CHUNK_SIZE, trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE
 STAGES = ("forward", "head", "backward")
@@ -222,7 +222,11 @@ def layer_list(model: nn.Module) -> tuple[nn.Module, str, nn.ModuleList] | None:
 
 
 def trace_step(
-    model: Any, batch: Batch, task: str, supervised: int | None = None, fused: bool = False
+    model: Any,
+    batch: Batch,
+    task: str,
+    supervised: int | None = None,
+    fuse: Callable[[Recompute], Any] | None = None,
 ) -> dict[bool, StepMemory]:
     """Return the memory of one step of a `PeftModel` on the meta device, without and with checkpointing.
 
@@ -233,7 +237,7 @@ def trace_step(
         batch: The micro-batch.
         task: "causal_lm" or "seq_cls".
         supervised: Positions that the loss is taken at; all but one a row by default.
-        fused: The model was fused; then it is built with "sdpa" and not prepared.
+        fuse: Fuses the model again with another `recompute`; it was fused, so it is built with "sdpa" and not prepared.
 
     Returns:
         By `checkpointing`: False, True. The same for both if the model has no checkpointing.
@@ -242,20 +246,22 @@ def trace_step(
         TraceError: for a model whose code needs values.
     """
     try:
-        return _trace(model, batch, task, supervised, fused)
+        return _trace(model, batch, task, supervised, fuse)
     except Exception as error:  # any model's code runs here, on tensors that it was not written for
         raise TraceError(" ".join(f"{type(error).__name__}: {error}".split())[:160]) from error
 
 
-def _trace(model: Any, batch: Batch, task: str, supervised: int | None, fused: bool) -> dict[bool, StepMemory]:
+def _trace(
+    model: Any, batch: Batch, task: str, supervised: int | None, fuse: Callable[[Recompute], Any] | None
+) -> dict[bool, StepMemory]:
     stack = layer_list(model)
     depth = len(stack[2]) if stack else 1
     mode = FakeTensorMode()
     _to_fake(model, mode, stack)
     memory = {}
     for checkpointing in (False, True):
-        if checkpointing and fused:
-            fuse(model, "full")
+        if checkpointing and fuse is not None:
+            fuse("full")
         elif checkpointing and model.get_base_model().supports_gradient_checkpointing:
             _enable_checkpointing(model)
         runs = []

@@ -24,8 +24,9 @@ from lsr_scale.config import RunConfig
 from lsr_scale.config.deepspeed import SHIPPED
 from lsr_scale.config.training import checkpoints_layers
 from lsr_scale.data.model_limits import num_positions
-from lsr_scale.fused import fuse
+from lsr_scale.fused import FuseReport, fuse, keep_in_bf16
 from lsr_scale.fused.fallback import DECODER_LAYERS
+from lsr_scale.fused.layer_state import Recompute
 from lsr_scale.model import DTYPES, check_quantization, load_config, meta_model
 from lsr_scale.planning import memory
 from lsr_scale.planning.sizes import adapter_file_bytes, frozen_bytes, quantized_layers
@@ -48,6 +49,7 @@ class Row:
 class Plan:
     """See the module's docstring for what is exact and what is not.
 
+    `compute` is the run's, "bf16" or "fp8"; groups that training.fp8_keep: auto would keep in bfloat16 are not known.
     `traced` is false where activations could not be counted: they come on top of every figure of memory.
     `sharded` is one GPU's memory under zero3 with checkpointing, in GiB by what it consists of.
     """
@@ -69,6 +71,7 @@ class Plan:
     adapter_bytes: int
     frozen_bytes: int
     fused: bool
+    compute: str
     traced: bool
     memory_gib: Memory
     table: list[Row]
@@ -132,6 +135,8 @@ def plan(run: RunConfig, gpus: int = 1, trace: bool = True) -> Plan:
         except memory.TraceError as error:
             traced, steps = False, dict.fromkeys((False, True), memory.StepMemory(0, 0))
             notes.append(f"activations and workspace come on top, they could not be counted for this model ({error})")
+    if training["compute"] == "fp8" and trace and fused is None:
+        notes.append("training.compute: fp8 is for fused layers, which these are not: the run would be refused")
     parts = RunMemory(frozen, trainable_bytes, steps, hidden_size, num_layers, gpus)
     stages = {**SHIPPED, "run": run.deepspeed.config or {}}
     table = [
@@ -157,6 +162,7 @@ def plan(run: RunConfig, gpus: int = 1, trace: bool = True) -> Plan:
         adapter_bytes=adapter_bytes,
         frozen_bytes=frozen.total,
         fused=fused is not None,
+        compute=training["compute"],
         traced=traced,
         # one process runs without DeepSpeed
         memory_gib=parts.under(stages["run"] if gpus > 1 else {}, checkpoints_layers(training)),
@@ -201,11 +207,19 @@ def _fused_step(run: RunConfig, config: Any, batch: memory.Batch) -> dict[bool, 
     if not any(type(module) in DECODER_LAYERS for module in base.modules()):
         return None
     model = _adapted(run, base).train()
-    report = fuse(model)
+    training = run.training
+    kept = [] if training["fp8_keep"] == "auto" else training["fp8_keep"]
+
+    def prepare(recompute: Recompute) -> FuseReport:
+        report = fuse(model, recompute, compute=training["compute"])
+        keep_in_bf16(model, kept)
+        return report
+
+    report = prepare("none")
     if report.unfused or not report.fused:
         return None
     try:
-        return memory.trace_step(model, batch, section.task, fused=True)
+        return memory.trace_step(model, batch, section.task, fuse=prepare)
     except memory.TraceError:
         return None
 

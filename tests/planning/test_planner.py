@@ -183,7 +183,7 @@ def test_the_stages_divide_what_they_say(monkeypatch):
 def test_packing_and_padding_and_windows_decide_the_mask(monkeypatch):
     seen = []
 
-    def record(model, batch, task, fused=False):
+    def record(model, batch, task, fuse=None):
         seen.append(batch)
         return {on: memory.StepMemory(0, 0) for on in (False, True)}
 
@@ -290,6 +290,29 @@ def test_a_proposal_fits_when_it_is_followed():
     values["deepspeed"]["config"] = "zero3"
     sharded = run_from_dict(values)
     assert fit(sharded, plan(sharded, 4), 24.0).nearest is None
+
+
+def test_fp8_takes_codes_of_the_weights_and_of_activations_while_they_are_used():
+    training = {"per_device_train_batch_size": 4, "max_length": 2048}
+    bf16 = plan(run(MISTRAL, LSR, training))
+    fp8 = plan(run(MISTRAL, LSR, {**training, "compute": "fp8"}))
+    kept = plan(run(MISTRAL, LSR, {**training, "compute": "fp8", "fp8_keep": ["qkv", "o", "gate_up", "down"]}))
+    for name in ("weights", "gradients", "optimizer", "activations"):
+        assert getattr(fp8.memory_gib, name) == getattr(bf16.memory_gib, name)
+    assert fp8.memory_gib.workspace < bf16.memory_gib.workspace, "a weight's code is one byte"
+    assert kept.memory_gib == bf16.memory_gib
+    assert (fp8.compute, fp8.fused, fp8.warnings) == ("fp8", True, [])
+    shown = io.StringIO()
+    Console(width=120, file=shown).print(render(fp8))
+    assert "fused, as on a GPU, products with the base in FP8" in shown.getvalue()
+
+
+def test_a_plan_says_where_fp8_would_be_refused():
+    adapter = {**LSR, "method": "krona"}
+    adapter = {name: adapter[name] for name in ("method", "target_modules")}
+    result = plan(run("HuggingFaceTB/SmolLM2-135M", adapter, {"compute": "fp8"}))
+    assert any("the run would be refused" in line for line in result.warnings)
+    assert not any("refused" in line for line in plan(run("HuggingFaceTB/SmolLM2-135M", adapter)).warnings)
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "x", "inf", "nan"])

@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+import statistics
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,7 +13,7 @@ from lsr_scale.errors import UserError
 from lsr_scale.report.figures import Drawn, drawn
 from lsr_scale.run.compare import ABSENT, RunSummary, Score, compare_records
 from lsr_scale.run.compare_tables import number, signed_percent, value_text
-from lsr_scale.run.plots import conditions_figure, loss_figure
+from lsr_scale.run.plots import conditions_figure, loss_figure, underflow_figure
 from lsr_scale.run.record import RunRecord, flat
 from lsr_scale.scoring.paired import wilson
 from lsr_scale.units import byte_size, clock
@@ -50,6 +51,8 @@ def run_page(record: RunRecord, planned: bool = True) -> dict[str, Any]:
         "others": others,
         "pictures": _pictures(record),
         "figures": list(_figures(record, summary)),
+        "fp8_rows": list(_fp8(record)),
+        "fp8_tolerance": record.fp8.get("tolerance"),
         "samples": samples,
         "samples_left": samples_left,
         "plan_rows": plan_rows,
@@ -66,6 +69,7 @@ def run_page(record: RunRecord, planned: bool = True) -> dict[str, Any]:
         ("notes", "Notes", warnings),
         ("scores", "Scores", choices or others),
         ("curves", "Curves", values["figures"]),
+        ("fp8", "FP8", values["fp8_rows"]),
         ("samples", "Samples", samples),
         ("plan", "Plan", plan_rows or plan_note),
         ("config", "Configuration", True),
@@ -77,6 +81,7 @@ def run_page(record: RunRecord, planned: bool = True) -> dict[str, Any]:
 
 def _lead(record: RunRecord, summary: RunSummary) -> str:
     held = f", held in {summary.quantization}" if summary.quantization not in (None, "none") else ""
+    held += ", multiplied in FP8" if summary.compute == "fp8" else ""
     state = "" if record.is_finished else " (not ended)"
     method, base = summary.method or "an adapter", summary.model or "an unknown base"
     return f"{method} on {base}{held}, {summary.steps:,} steps{state}"
@@ -188,6 +193,28 @@ def _figures(record: RunRecord, summary: RunSummary) -> Iterator[Drawn]:
         yield drawn(
             lambda size: conditions_figure(record.metrics, "", size), "Condition number gamma over the steps", caption
         )
+    if underflow_figure(record.metrics, "") is not None:
+        caption = "Values that are too small for FP8 beside the largest of their token: they lose bits, or become zero."
+        yield drawn(lambda size: underflow_figure(record.metrics, "", size), "Underflow by FP8 over the steps", caption)
+
+
+def _fp8(record: RunRecord) -> Iterator[dict[str, str]]:
+    """Yield what FP8 changes in each group of linears over the layers, and which layers keep it in bfloat16."""
+    if record.compute != "fp8":
+        return
+    errors = {str(name): error for name, error in record.fp8.get("errors", {}).items()}
+    kept = [str(name) for name in record.fp8.get("kept", [])]
+    for group in dict.fromkeys(name.rpartition(".")[2] for name in errors):
+        of_layers = {name.rpartition(".")[0]: error for name, error in errors.items() if name.endswith(f".{group}")}
+        finite = {layer: error for layer, error in of_layers.items() if isinstance(error, int | float)}
+        worst = max(finite, key=lambda layer: finite[layer], default="")
+        yield {
+            "group": group,
+            "median": f"{100 * statistics.median(finite.values()):.1f} %" if finite else "",
+            "largest": f"{100 * finite[worst]:.1f} %" if finite else "",
+            "layer": worst,
+            "kept": ", ".join(name.rpartition(".")[0] for name in kept if name.endswith(f".{group}")),
+        }
 
 
 def _pictures(record: RunRecord) -> list[dict[str, str]]:

@@ -73,6 +73,7 @@ class RunSummary:
         model: The base model's name.
         quantization: How the base is held.
         task: "causal_lm" or "seq_cls".
+        compute: How the base's products were computed, "bf16" or "fp8".
         method: The adapter's method.
         parameters: How many are trained; None where the run has not ended.
         adapter_bytes: Bytes of the adapter's file.
@@ -96,6 +97,7 @@ class RunSummary:
     model: str | None
     quantization: str | None
     task: str | None
+    compute: str
     method: str | None
     parameters: int | None
     adapter_bytes: int | None
@@ -219,6 +221,7 @@ def _summary(record: RunRecord, scores: dict[str, dict[str, Score]]) -> RunSumma
         model=text("model", "name"),
         quantization=text("model", "quantization"),
         task=text("model", "task"),
+        compute=record.compute,
         method=text("adapter", "method"),
         parameters=whole("trainable_parameters"),
         adapter_bytes=whole("adapter_bytes"),
@@ -336,6 +339,15 @@ def _cautions(records: Sequence[RunRecord], runs: Sequence[RunSummary]) -> list[
             said.append(f"data.{part}: the rows are not the same in all runs: {of} are of different rows")
     if len({(run.machine, run.num_processes) for run in runs if run.is_finished}) > 1:
         said.append("the machines differ: so do tokens/s, memory and time")
+    if len({run.compute for run in runs}) > 1:
+        said.append(
+            "some compute the base's products in FP8 and others in bf16 (training.compute): losses, too, differ"
+        )
+    kept = [sorted(map(str, record.fp8.get("kept", []))) for record in records if record.compute == "fp8"]
+    if any(one != kept[0] for one in kept):
+        said.append(
+            "not the same groups of linears stayed in bfloat16 (training.fp8_keep; fp8.json): losses differ by it"
+        )
     if len({run.on_gpu for run in runs}) > 1 or not any(run.on_gpu for run in runs):
         said.append("memory of a run without a GPU is that of its process")
     return said

@@ -223,6 +223,29 @@ def conditions_figure(
     return figure
 
 
+def underflow_figure(
+    metrics: Sequence[dict[str, Any]], title: str, size: tuple[float, float] = SIZE
+) -> "Figure | None":
+    """Return the figure of the shares of values that underflow by FP8 over the steps, None where none was logged."""
+    from matplotlib.ticker import PercentFormatter
+
+    figure, axes = _figure(title, size)
+    for color, kind, words in zip(COLORS, ("input", "gradient"), ("activations", "output gradients"), strict=False):
+        for which, style in (("median", "-"), ("max", "--")):
+            key = f"fp8_underflow_{kind}_{which}"
+            points = [(row["step"], row[key]) for row in metrics if finite_values([row], key)]
+            if points:
+                label = f"{words}: {'largest' if which == 'max' else which} of the groups"
+                axes.plot(*_columns(points), style, color=color, label=label)
+    if not axes.lines:
+        return None
+    axes.set(xlabel="step", ylabel="share of values that underflow")
+    axes.set_ylim(0, max(axes.get_ylim()[1], 0.01))  # or a share of a millionth would look like a cliff
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    _legend(figure)
+    return figure
+
+
 def _names(rows: Iterable[dict[str, Any]]) -> list[str]:
     keys = dict.fromkeys(key for row in rows for key in row if key.startswith("condition_") and key.endswith("_max"))
     return [key.removeprefix("condition_").removesuffix("_max") for key in keys]

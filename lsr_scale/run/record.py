@@ -56,6 +56,7 @@ class RunRecord:
         metrics: The rows of `metrics.jsonl`.
         environment: Versions and machine.
         data: Sources of the rows.
+        fp8: What FP8 changed in each group of linears, `fp8.json`; empty where that was not measured.
         answers: Predictions by task and moment.
         samples: Generations, the rows of `samples.jsonl`.
         notes: What could not be read, a line each.
@@ -68,6 +69,7 @@ class RunRecord:
     metrics: list[dict[str, Any]]
     environment: dict[str, Any]
     data: dict[str, Any]
+    fp8: dict[str, Any]
     answers: dict[tuple[str, str], Answers]
     samples: list[dict[str, Any]]
     notes: list[str] = field(default_factory=list)
@@ -96,6 +98,11 @@ class RunRecord:
         """The last training step that is known of."""
         saved = [step_of(path) for path in self.folder.own_checkpoints()]
         return max([int(self.number("steps") or 0), *saved, *(row["step"] for row in self.metrics)], default=0)
+
+    @property
+    def compute(self) -> str:
+        """How the base's products were computed: "bf16" or "fp8"."""
+        return str(self.setting("training", "compute") or "bf16")
 
     @property
     def machine(self) -> str:
@@ -133,8 +140,8 @@ def read_run(path: str | Path) -> RunRecord:
             "checkpoint of one); give the folder of a run"
         )
     notes: list[str] = []
-    objects = (folder.results, folder.environment, folder.data)
-    results, environment, data = (_object(file, notes) for file in objects)
+    objects = (folder.results, folder.environment, folder.data, folder.fp8)
+    results, environment, data, fp8 = (_object(file, notes) for file in objects)
     config = _config(folder, notes)
     return RunRecord(
         folder=folder,
@@ -144,6 +151,7 @@ def read_run(path: str | Path) -> RunRecord:
         metrics=read_metrics(folder.metrics),
         environment=environment,
         data=data,
+        fp8=fp8 if isinstance(fp8.get("errors"), dict) and isinstance(fp8.get("kept"), list) else {},
         answers=_all_answers(folder, _task_names(folder, results), _labels(config), notes),
         samples=_rows(folder.samples, notes),
         notes=notes,

@@ -225,3 +225,18 @@ def test_the_configuration_of_another_release_is_shown_whole(tmp_path):
     text = Reader(write_report(write_run(tmp_path / "run", {"adapter": {"method": "gone"}}), planned=False)).text
     assert "Every value." in text
     assert "training.learning_rate" in text
+
+
+def test_what_fp8_changed_is_on_the_page(tmp_path):
+    errors = {"0.qkv": 0.04, "1.qkv": 0.06, "0.down": 0.05, "1.down": 0.25, "2.down": None}
+    metrics = [{"step": step, "loss": 2.0, "fp8_underflow_input_max": 0.01 * step} for step in range(1, 5)]
+    run = write_run(tmp_path / "run", {"training": {"compute": "fp8"}}, metrics=metrics)
+    content = {"tolerance": 0.1, "errors": errors, "kept": ["1.down", "2.down"]}
+    (run / "fp8.json").write_text(json.dumps(content))
+    page = Reader(write_report(run, planned=False))
+    assert "held in nf4, multiplied in FP8" in page.text
+    assert "qkv 5.0 % 6.0 % 1 none" in page.text
+    assert "down 15.0 % 25.0 % 1 1, 2" in page.text
+    assert "Underflow by FP8 over the steps" in {attributes.get("aria-label") for _, attributes in page.tags}
+    (run / "fp8.json").write_text('{"errors": [1], "kept": 3}')
+    assert "kept in bfloat16" not in Reader(write_report(run, planned=False)).text

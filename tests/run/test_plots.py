@@ -2,7 +2,7 @@
 
 import matplotlib
 
-from lsr_scale.run.plots import conditions_figure, curves_figure, loss_figure, smoothing
+from lsr_scale.run.plots import conditions_figure, curves_figure, loss_figure, smoothing, underflow_figure
 from tests.helpers.run_folders import losses
 
 
@@ -60,6 +60,14 @@ def test_condition_numbers_are_written_out():
     assert set(ticks(figure.axes[0].yaxis)) <= {"0.1", "0.2", "0.5", "1", "2", "5", "10"}
     assert "up: largest of the modules" in words(figure)
     assert conditions_figure([{"step": 1, "loss": 2.0}], "") is None
+
+
+def test_shares_of_underflow_are_drawn_in_percent():
+    rows = [{"step": s, "fp8_underflow_input_median": 0.001, "fp8_underflow_input_max": 0.04} for s in range(5)]
+    figure = underflow_figure(rows, "")
+    assert "1.00%" in ticks(figure.axes[0].yaxis)
+    assert "activations: largest of the groups" in words(figure)
+    assert underflow_figure([{"step": 1, "loss": 2.0}], "") is None
 
 
 def test_the_lines_of_twelve_runs_can_be_told_apart():

@@ -14,7 +14,11 @@ def of_model(path: Path, run: Run) -> list[str]:
     measured = run["groups"]
     head, *rows = fp8_layers.group_rows(measured)
     named = fp8_layers.exceeding(measured, LIMIT)
-    layers_head, *layers = fp8_layers.layer_rows({name: measured[name] for name in named})
+    # tokens such as <|im_start|> have what ends a cell
+    layers_head, *layers = (
+        [cell.replace("|", "\\|") for cell in row]
+        for row in fp8_layers.layer_rows({name: measured[name] for name in named})
+    )
     together_head, *together = fp8_layers.together_rows(run)
     text = f"{where(run, path)} {run['tokens']:,} tokens of {run['config']['data'].upper()}. Relative errors in %: by "
     text += "themselves, each with the inputs and gradients of the bf16 model, the median and the worst of the layers."

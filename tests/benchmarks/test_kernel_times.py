@@ -3,9 +3,13 @@
 import json
 
 import pytest
+import torch
 
 from benchmarks.report import results_page
 from benchmarks.speed import kernel_times
+from benchmarks.speed.ceilings import scaled_mm
+from lsr_scale.kernels.fp8 import E4M3
+from lsr_scale.kernels.fp8_gemm import fp8_gemm
 
 
 def test_every_case_runs_and_agrees_with_float64(tmp_path):
@@ -36,3 +40,12 @@ def test_products_are_summed_by_who_makes_them():
         "sums_ms": kernel_times.sums(rows),
     }
     assert "fp8_gemm 1.50; by rows 2.25." in results_page.kernels(results_page.Path("kernel_times/a.json"), run)
+
+
+def test_the_product_that_ours_is_timed_beside_is_the_same_one():
+    torch.manual_seed(0)
+    codes, weight = torch.randn(32, 64).to(E4M3), torch.randn(48, 64).to(E4M3)
+    scales, weight_scale, out = torch.rand(32) + 0.5, torch.tensor([0.25]), torch.empty(32, 48, dtype=torch.bfloat16)
+    fp8_gemm(codes, scales, weight, weight_scale, out)
+    theirs = scaled_mm(codes, scales[:, None], weight, weight_scale.expand(1, 48).contiguous())
+    assert torch.allclose(theirs, out, rtol=1e-2)

@@ -1,11 +1,11 @@
-"""A GEMM of FP8 codes whose last step, in bfloat16, is an adapter's product: the base in FP8, what is trained not.
+"""A GEMM of 8-bit codes whose last step, in bfloat16, is an adapter's product: the base in 8 bits, what is trained not.
 
-    out = (A B^T) * scales[:, None] * weight_scale + thin up^T + bias            A [T, K], B [N, K] e4m3 codes
+    out = (A B^T) * scales[:, None] * weight_scale + thin up^T + bias            A [T, K], B [N, K] e4m3 or int8 codes
 
-Codes are summed on tensor cores in float32; then each row is scaled, and the thin product [T, R] x [R, N] is added to
-the same accumulators from its bfloat16 operands before the only rounding. So an adapter costs its R / K of the
-operations and no memory traffic, and its precision is that of a product of its own. Hopper's FP8 accumulators keep
-about 14 bits of a sum: far below what rounding to e4m3 (4 bits) costs.
+Codes are summed on tensor cores, e4m3 in float32, int8 exactly in int32; then each row is scaled, and the thin product
+[T, R] x [R, N] is added to the same accumulators from its bfloat16 operands before the only rounding. So an adapter
+costs its R / K of the operations and no memory traffic, and its precision is that of a product of its own. Hopper's FP8
+accumulators keep about 14 bits of a sum: far below what rounding to e4m3 (4 bits) costs.
 
 A program stays on its multiprocessor and takes one tile of the output after another (a persistent grid); as the loops
 over tiles and over K are one, the next tile's operands arrive while a tile is written. Operands come as tensor
@@ -36,8 +36,9 @@ def fp8_gemm_reference(
     down: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> None:
-    """Compute `fp8_gemm` in plain torch: codes are exact in float32, in which everything is summed."""
-    result = (codes.float() @ weight.float().t()) * (scales * weight_scale)[:, None]
+    """Compute `fp8_gemm` in plain torch: e4m3 codes are summed in float32, int8 codes exactly."""
+    wide = torch.float64 if codes.dtype == torch.int8 else torch.float32
+    result = (codes.to(wide) @ weight.to(wide).t()).float() * scales[:, None] * weight_scale
     if thin is not None:
         result += thin.float() @ (up.float().t() if up is not None else down.float())  # pyright: ignore
     out.copy_(result if bias is None else result + bias.float())
@@ -58,6 +59,8 @@ def _fp8_gemm_kernel(
     depth,
     R: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    IS_INT8: tl.constexpr,
+    COLUMN_SCALES: tl.constexpr,
     OTHER_IS_UP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -72,7 +75,6 @@ def _fp8_gemm_kernel(
     row_tiles = tl.cdiv(num_rows, BLOCK_M)
     column_tiles = tl.cdiv(num_columns, BLOCK_N)
     group_tiles = GROUP * column_tiles
-    factor = tl.load(weight_scale)
     # constexprs or, if 0, values: in the interpreter, which has one program, NumPy's numbers are no bound of range
     for tile in tl.range(
         0 if TILES else tl.program_id(0),
@@ -84,18 +86,22 @@ def _fp8_gemm_kernel(
         rows_in_group = min(row_tiles - first, GROUP)
         row = (first + tile % group_tiles % rows_in_group) * BLOCK_M
         column = tile % group_tiles // rows_in_group * BLOCK_N
-        acc = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float32)
+        total = tl.full((BLOCK_M, BLOCK_N), 0, tl.int32 if IS_INT8 else tl.float32)
         for k in range(0, DEPTH if DEPTH else depth, BLOCK_K):
-            acc = tl.dot(a.load([row, k]), b.load([column, k]).T, acc)
+            total = tl.dot(a.load([row, k]), b.load([column, k]).T, total, out_dtype=total.dtype)
         rows = row + tl.arange(0, BLOCK_M)
-        acc *= (tl.load(scales + rows, mask=rows < num_rows, other=0.0) * factor)[:, None]
+        columns = column + tl.arange(0, BLOCK_N)
+        acc = total.to(tl.float32) * tl.load(scales + rows, mask=rows < num_rows, other=0.0)[:, None]
+        if COLUMN_SCALES:
+            acc *= tl.load(weight_scale + columns, mask=columns < num_columns, other=0.0)[None, :]
+        else:
+            acc *= tl.load(weight_scale)
         for r in tl.static_range(0, R, BLOCK_R):
             if OTHER_IS_UP:
                 acc = tl.dot(thin.load([row, r]), other.load([column, r]).T, acc)
             else:
                 acc = tl.dot(thin.load([row, r]), other.load([r, column]), acc)
         if HAS_BIAS:
-            columns = column + tl.arange(0, BLOCK_N)
             acc += tl.load(bias + columns, mask=columns < num_columns, other=0.0).to(tl.float32)[None, :]
         if PARTS == 2:
             # half of the tile at a time needs half of the shared memory
@@ -165,6 +171,8 @@ def fp8_gemm_triton(
         depth,
         R=R,
         HAS_BIAS=bias is not None,
+        IS_INT8=codes.dtype == torch.int8,
+        COLUMN_SCALES=weight_scale.numel() > 1,
         OTHER_IS_UP=up is not None,
         BLOCK_M=block_m,
         BLOCK_N=block_n,
@@ -198,13 +206,15 @@ def _check(
 ) -> None:
     """Raise ValueError unless shapes, dtypes, strides and addresses fit each other and tensor descriptors."""
     (T, K), N = codes.shape, len(weight)
-    if weight.shape[1] != K or out.shape != (T, N) or scales.shape != (T,) or weight_scale.numel() != 1:
+    if weight.shape[1] != K or out.shape != (T, N) or scales.shape != (T,) or weight_scale.shape not in ((1,), (N,)):
         raise ValueError(
             f"shapes do not fit: codes {tuple(codes.shape)}, scales {tuple(scales.shape)}, "
             f"weight {tuple(weight.shape)}, weight_scale {tuple(weight_scale.shape)}, out {tuple(out.shape)}"
         )
-    if codes.dtype != E4M3 or weight.dtype != E4M3 or scales.dtype != torch.float32:
-        raise ValueError(f"expected e4m3 codes and float32 scales, got {codes.dtype}, {weight.dtype}, {scales.dtype}")
+    dtypes = codes.dtype, weight.dtype, scales.dtype, weight_scale.dtype
+    if dtypes[0] not in (E4M3, torch.int8) or dtypes[1:] != (dtypes[0], torch.float32, torch.float32):
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise ValueError(f"expected codes both in e4m3 or both in int8, and float32 scales; got {names}")
     if (thin is None) != (up is None and down is None) or (up is not None and down is not None):
         raise ValueError("thin: given exactly if one of up and down is")
     if thin is not None:
@@ -241,10 +251,10 @@ def fp8_gemm(
     All matrices have a unit column stride and rows that begin at multiples of 16 bytes.
 
     Args:
-        codes: e4m3 `[T, K]`.
+        codes: e4m3 or int8 `[T, K]`.
         scales: float32 `[T]`, what each row of codes is multiplied by.
-        weight: e4m3 `[N, K]`.
-        weight_scale: float32, one element, what all of the weight's codes are multiplied by.
+        weight: `[N, K]` in the dtype of the codes.
+        weight_scale: float32, what the weight's codes are multiplied by: `[1]`, or `[N]`, one for each row.
         out: `[T, N]` bfloat16; overlaps no other argument.
         thin: `[T, R]` bfloat16, an adapter's side of the product that is added, R a multiple of 16.
         up: `[N, R]` bfloat16, the other side; or `down`.

@@ -39,6 +39,24 @@ def test_kernel_against_reference(other, with_bias, rank):
     assert error(found, expected) < 1e-6
 
 
+@pytest.mark.parametrize("other", [None, "up", "down"])
+def test_int8_codes_and_a_scale_for_each_row_of_the_weight(other):
+    pytest.importorskip("triton")
+    base, extra = operands(depth=1600)
+    for name in ("codes", "weight"):
+        base[name] = base[name].float().clamp(-127, 127).to(torch.int8)
+    base["codes"][0], base["weight"][1] = 127, 127
+    base["weight_scale"] = torch.rand(48)
+    given = {} if other is None else {"thin": extra["thin"], other: extra[other]}
+    expected, found = (poisoned((37, 48), torch.float32) for _ in range(2))
+    fp8_gemm_reference(*base.values(), expected, **given)
+    wide = {name: value.float() for name, value in given.items()}
+    fp8_gemm_triton(*base.values(), found, **wide, **TILES)
+    assert error(found, expected) < 1e-6
+    if other is None:
+        assert expected[0, 1] == 127 * 127 * 1600 * base["scales"][0] * base["weight_scale"][1]
+
+
 def test_tiles_of_two_parts():
     pytest.importorskip("triton")
     base, _ = operands(rows=20, columns=288)
@@ -72,7 +90,9 @@ def test_codes_that_are_not_numbers_make_their_row_so():
     [
         ({"weight": torch.zeros(48, 64, dtype=E4M3)}, "shapes do not fit"),
         ({"scales": torch.ones(37, dtype=torch.float64)}, "float32 scales"),
-        ({"codes": torch.zeros(37, 80, dtype=torch.float8_e5m2)}, "expected e4m3"),
+        ({"weight_scale": torch.ones(37)}, "shapes do not fit"),
+        ({"codes": torch.zeros(37, 80, dtype=torch.float8_e5m2)}, "both in e4m3"),
+        ({"codes": torch.zeros(37, 80, dtype=torch.int8)}, "got int8, float8_e4m3fn"),
         ({"codes": torch.zeros(37, 88, dtype=E4M3)[:, :80]}, "multiples of 16 bytes"),
         ({"thin": torch.zeros(37, 16, dtype=torch.bfloat16)}, "exactly if"),
         ({"thin": torch.zeros(37, 8, dtype=torch.bfloat16), "up": torch.zeros(48, 8, dtype=torch.bfloat16)}, "R % 16"),

@@ -108,14 +108,31 @@ def describe(x: Tensor, rounded: Tensor, tokens: Tokens) -> dict[str, Any]:
     }
 
 
+class RoundedWeights:
+    """Weights that were rounded once, by group and how; kept in bfloat16.
+
+    Which has room for a code times a power of two; the product with another scale it rounds, by 1/16 of e4m3's rounding
+    at most.
+    """
+
+    def __init__(self) -> None:
+        self.kept: dict[tuple[str, Round], Tensor] = {}
+
+    def of(self, name: str, how: Round, weight: Tensor) -> Tensor:
+        """Return a group's rounded weight in float32."""
+        if (name, how) not in self.kept:
+            self.kept[name, how] = how(weight).bfloat16()
+        return self.kept[name, how].float()
+
+
 class Observer:
     """Measures the groups of a model's layers by themselves, as a forward and a backward pass go through them."""
 
-    def __init__(self, model: nn.Module, tokens: Tokens) -> None:
+    def __init__(self, model: nn.Module, tokens: Tokens, weights: "RoundedWeights | None" = None) -> None:
         self.tokens = tokens
+        self.weights = RoundedWeights() if weights is None else weights
         self.measured: dict[str, dict[str, Any]] = {}
         self.gradients: dict[str, dict[str, Tensor]] = {}
-        self.rounded: dict[str, dict[Round, Tensor]] = {}  # weights, kept from the forward to the backward pass
         self.handles = []
         for name, linears in groups(model):
             self.measured[name] = {}
@@ -141,14 +158,13 @@ class Observer:
         exact = x @ weight.t()
         entry = self.measured[name]
         entry["input"] = describe(x, rows(x), self.tokens)
-        rounded = {how: how(weight) for how in dict.fromkeys(recipe.weights for recipe in RECIPES.values())}
-        self.rounded[name] = rounded
-        entry["weight"] = {"largest": float(weight.abs().max()), "error": relative(rounded[tensor], weight)}
+        error = relative(self.weights.of(name, tensor, weight), weight)
+        entry["weight"] = {"largest": float(weight.abs().max()), "error": error}
         entry["output"] = {}
         for recipe_name, recipe in RECIPES.items():
             if recipe_name == "e5m2":
                 continue  # the same in this direction
-            result = (recipe.inputs(x) @ rounded[recipe.weights].t()).bfloat16().float()
+            result = (recipe.inputs(x) @ self.weights.of(name, recipe.weights, weight).t()).bfloat16().float()
             entry["output"][recipe_name] = compared(result, exact, self.tokens)
             if recipe_name == "rows":
                 of_each = {
@@ -165,13 +181,15 @@ class Observer:
             return
         grads = self.gradients.pop(name)
         dy = torch.cat([grads[short] for short in linears], 1)
-        weight, rounded = matrix(linears)[0], self.rounded.pop(name)
+        weight, _ = matrix(linears)
         exact = dy @ weight
         entry = self.measured[name]
         entry["gradient"] = describe(dy, rows(dy), self.tokens)
         entry["input_gradient"] = {
             recipe_name: compared(
-                (recipe.gradients(dy) @ rounded[recipe.weights]).bfloat16().float(), exact, self.tokens
+                (recipe.gradients(dy) @ self.weights.of(name, recipe.weights, weight)).bfloat16().float(),
+                exact,
+                self.tokens,
             )
             for recipe_name, recipe in RECIPES.items()
         }
@@ -225,7 +243,7 @@ def all_together(
     model: Any,
     batches: list[dict[str, Tensor]],
     recipe: Recipe | None,
-    rounded: dict[tuple[str, Round], Tensor] | None = None,
+    rounded: RoundedWeights | None = None,
 ) -> dict[str, Any]:
     """Return each conversation's loss, and for each linear the gradient of an adapter's `up` factor at its start.
 
@@ -233,19 +251,18 @@ def all_together(
         model: The base, whose linears compute in their dtype.
         batches: The conversations.
         recipe: How the linears' products are computed instead.
-        rounded: Weights of earlier calls, by group; more are added.
+        rounded: Weights of before; more are added.
     """
     gradients: dict[str, Tensor] = {}
-    kept = {} if rounded is None else rounded
+    rounded = RoundedWeights() if rounded is None else rounded
     handles = []
     for name, linears in groups(model):
         in_features = next(iter(linears.values())).in_features
         down = torch.randn(RANK, in_features, generator=torch.Generator().manual_seed(in_features))
         weight, parts = matrix(linears)
-        # bfloat16 has room for a code times a power of two; a block's scale it rounds, by little beside e4m3
-        if recipe and (name, recipe.weights) not in kept:
-            kept[name, recipe.weights] = recipe.weights(weight).bfloat16()
-        weights = kept[name, recipe.weights].split(parts) if recipe else [None] * len(parts)
+        weights: Any = [None] * len(parts)
+        if recipe:
+            weights = rounded.of(name, recipe.weights, weight).bfloat16().split(parts)
         for (short, linear), own in zip(linears.items(), weights, strict=True):
             take = _taker(gradients, f"{name}.{short}", down.to(weight.device), own, recipe)
             handles.append(linear.register_forward_hook(take))
@@ -343,16 +360,18 @@ def measure(given: Any) -> dict[str, Any]:
     model = load("bfloat16")
     tokens = tokens_of(whole, tokenizer)
     say(f"{len(read)} conversations, {len(tokens.places)} tokens; every group by itself")
-    observer = Observer(model, tokens)
+    rounded = RoundedWeights()
+    observer = Observer(model, tokens, rounded)
     loss, _ = losses_of(model, whole)
     loss.backward()
     observer.close()
     del loss
-    results, rounded = {}, {}
+    results = {}
     for way, recipe in TOGETHER.items():
         say(f"all together: {way}")
         if way == "float32":
             del model
+            rounded.kept.clear()
             model = load(way)
         results[way] = all_together(model, batches, recipe, rounded)
     names = list(results["float32"]["gradients"])

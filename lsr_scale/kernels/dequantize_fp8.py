@@ -152,7 +152,8 @@ def _launch(
     """Launch the kernel, a program per run of vectors or, transposed, per tile."""
     num_rows, in_features = out.shape[::-1] if transposed else out.shape
     row_vectors = in_features // 16
-    vectors = vectors or (8 if transposed else 512)
+    # a tile of 128 rows and 256 columns crosses in the dtype of the weight: at most 64 KiB
+    vectors = vectors or (min(16, 32 // weight.element_size()) if transposed else 1024)
     if transposed:
         programs = -(-num_rows // rows) * -(-row_vectors // vectors)
     else:
@@ -190,7 +191,7 @@ def dequantize_4bit_fp8_triton(
     transposed: bool = False,
     vectors: int | None = None,
     rows: int = 128,
-    num_warps: int = 4,
+    num_warps: int = 8,
 ) -> None:
     """Do what `dequantize_4bit_fp8` does in one Triton launch, for K and block sizes that are multiples of 16.
 
@@ -234,7 +235,7 @@ def dequantize_int8_fp8_triton(
     transposed: bool = False,
     vectors: int | None = None,
     rows: int = 128,
-    num_warps: int = 4,
+    num_warps: int = 8,
 ) -> None:
     """Do what `dequantize_int8_fp8` does, or without `row_scales` `encode_weight`, in one Triton launch.
 

@@ -10,8 +10,6 @@ symmetric: `H[i, j] = (-1)^(number of common one bits of i and j)`.
 
 # pyright: reportInvalidTypeForm=false
 
-import functools
-
 import torch
 from torch import Tensor
 
@@ -21,31 +19,37 @@ BLOCK = 64
 LARGEST_INT8 = 127.0
 
 
-@functools.cache
 def hadamard_matrix(device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Return H `[64, 64]`, +1 and -1."""
-    matrix = torch.ones(1, 1, dtype=torch.float64)
+    """Return H `[64, 64]`, +1 and -1, made on its device: nothing waits for a copy."""
+    matrix = torch.ones(1, 1, dtype=dtype, device=device)
     while len(matrix) < BLOCK:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
-    return matrix.to(device, dtype)
+    return matrix
 
 
 def rotate_reference(x: Tensor) -> Tensor:
     """Return the last dimension rotated, a multiple of 64 columns, in float32 or, for float64, in float64."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    blocks = wide.unflatten(-1, (-1, BLOCK)) @ hadamard_matrix(wide.device, wide.dtype)
+    # autocast would round the products
+    with torch.autocast(wide.device.type, enabled=False):
+        blocks = wide.unflatten(-1, (-1, BLOCK)) @ hadamard_matrix(wide.device, wide.dtype)
     return (blocks / 8.0).flatten(-2)
+
+
+@jit
+def hadamard_entries(i, j, dtype: tl.constexpr):
+    """Return H at rows `i` and columns `j`, which broadcast."""
+    common = i & j
+    common ^= common >> 3
+    # bit n of 0x96: whether n has an odd number of one bits
+    return tl.where(((0x96 >> (common & 7)) & 1) != 0, -1.0, 1.0).to(dtype)
 
 
 @jit
 def hadamard_tile(dtype: tl.constexpr):
     """Return H `[64, 64]`."""
     i = tl.arange(0, 64)
-    common = i[:, None] & i[None, :]
-    common ^= common >> 4
-    common ^= common >> 2
-    common ^= common >> 1
-    return (1 - 2 * (common & 1)).to(tl.float32).to(dtype)
+    return hadamard_entries(i[:, None], i[None, :], dtype)
 
 
 @jit
@@ -89,6 +93,12 @@ def encode_int8_reference(rotated: Tensor, scales: Tensor) -> Tensor:
 @jit
 def encode_int8(scaled):
     """Return the codes of float32 values that are divided by their scale, as `encode_int8_reference` does."""
-    # adding and taking away 1.5 * 2^23 rounds to an integer, ties to even
-    rounded = (tl.clamp(scaled, -127.0, 127.0) + 12582912.0) - 12582912.0
-    return tl.where(scaled == scaled, rounded, 0.0).to(tl.int8)
+    return encode_finite_int8(tl.where(scaled == scaled, scaled, 0.0))
+
+
+@jit
+def encode_finite_int8(scaled):
+    """Do what `encode_int8` does; the code of NaN is any."""
+    # adding 1.5 * 2^23 rounds to an integer, ties to even, whose two's complement is in the low bits of the sum
+    rounded = tl.clamp(scaled, -127.0, 127.0) + 12582912.0
+    return rounded.to(tl.int32, bitcast=True).to(tl.int8)

@@ -21,7 +21,9 @@ from torch.nn import functional
 from lsr_scale.errors import UserError
 from lsr_scale.kernels import dequantize as kernels
 from lsr_scale.kernels import dequantize_fp8 as fp8_kernels
+from lsr_scale.kernels import dequantize_rotated as int8_kernels
 from lsr_scale.kernels.backend import is_fake, use_triton
+from lsr_scale.kernels.hadamard import int8_scale, rotate_reference
 
 
 def dequantize(layer: nn.Linear, dtype: torch.dtype) -> Tensor:
@@ -148,6 +150,57 @@ def dequantize_fp8(layer: nn.Linear, out: Tensor, weight_scale: Tensor, transpos
             fp8_kernels.dequantize_int8_fp8(weight.data, scales, out, weight_scale, transposed=transposed)
     elif not is_fake(out):
         fp8_kernels.encode_weight(weight.data, out, weight_scale, transposed=transposed)
+
+
+def dequantize_rotated(layer: nn.Linear, out: Tensor, row_scales: Tensor) -> None:
+    """Write the weight of a frozen linear layer, rotated, in int8, `out = round(rot(W) / row_scales)`.
+
+    W is the weight in bfloat16, rot the rotation of `lsr_scale.kernels.hadamard`. One launch on a GPU, for NF4, FP4,
+    int8 and plain weights alike.
+
+    Args:
+        layer: A `Linear4bit`, a `Linear8bitLt`, or a plain linear layer, of a multiple of 64 input features.
+        out: `[out_features, in_features]`, int8, unit column stride: rows of a group's matrix.
+        row_scales: Float32 `[out_features]`, on the device: `rotated_row_scales(layer)`.
+
+    Raises:
+        UserError: as `dequantize`.
+    """
+    weight: Any = layer.weight
+    if isinstance(layer, bnb.nn.Linear4bit):
+        tables, packed = _tables(_quant_state(layer)), weight.data.view(torch.uint8)
+        if not is_fake(out):
+            int8_kernels.dequantize_4bit_rotated(packed, out=out, row_scales=row_scales, **tables)
+    elif isinstance(layer, bnb.nn.Linear8bitLt):
+        scales = _row_scales(layer)
+        if not is_fake(out):
+            int8_kernels.dequantize_int8_rotated(weight.data, scales, out, row_scales)
+    elif not is_fake(out):
+        int8_kernels.encode_rotated(weight.data, out, row_scales)
+
+
+# of float32 values that are rotated at a time: 32 MiB
+_ROTATED_VALUES = 2**23
+
+
+@torch.no_grad()
+def rotated_row_scales(layer: nn.Linear) -> Tensor:
+    """Return the scales of a frozen linear layer's weight in rotated int8, float32 `[out_features]`, on its device.
+
+    The largest magnitude of each row of rot(W), W in bfloat16, over 127 (`int8_scale`). It takes the memory of W in
+    bfloat16, and no more than a few chunks of rows in float32. Nothing waits for the GPU.
+
+    Raises:
+        UserError: as `dequantize`.
+    """
+    largest = torch.empty(layer.out_features, device=layer.weight.device)
+    if is_fake(layer.weight):
+        return largest
+    weight = dequantize(layer, torch.bfloat16)
+    rows = max(1, _ROTATED_VALUES // layer.in_features)
+    for part, of in zip(largest.split(rows), weight.split(rows), strict=True):
+        part.copy_(rotate_reference(of).abs().amax(1))
+    return int8_scale(largest)
 
 
 def largest_magnitude(layer: nn.Linear) -> Tensor:

@@ -4,16 +4,21 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lsr_scale import UserError
 from lsr_scale.kernels.fp8 import E4M3, power_of_two_scale
+from lsr_scale.kernels.hadamard import hadamard_matrix
+from lsr_scale.layers import frozen_linear
 from lsr_scale.layers.frozen_linear import (
     FrozenLinear4bit,
     FrozenLinear8bit,
     dequantize,
     dequantize_fp8,
+    dequantize_rotated,
     freeze_quantized,
     largest_magnitude,
+    rotated_row_scales,
 )
 from tests.conftest import quantize, tiny_llama
 
@@ -155,6 +160,42 @@ def test_a_layer_that_computes_in_bfloat16_is_not_rounded_to_it_first(kind):
     for each, out in zip((exact, layer), outs, strict=True):
         dequantize_fp8(each, out, torch.tensor([2.0**-10]), transposed=False)
     assert torch.equal(outs[0].float(), outs[1].float())
+
+
+@pytest.mark.parametrize("kind", ["nf4", "nf4-single", "fp4", "int8", "plain"])
+@pytest.mark.parametrize("in_features", [64, 192])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_layer_in_rotated_int8_is_its_bfloat16_weight_rotated_and_rounded_once(kind, in_features, dtype, monkeypatch):
+    layer = make_any(kind, in_features, dtype=dtype)
+    weight = dequantize(layer, torch.float32).bfloat16().double()
+    matrix = hadamard_matrix(weight.device, torch.float64)
+    rotated = (weight.view(48, -1, 64) @ matrix / 8).view(48, in_features)
+    # chunks of rows, the last one partial; autocast, which would round them
+    monkeypatch.setattr(frozen_linear, "_ROTATED_VALUES", in_features * 10)
+    with torch.autocast("cpu", torch.bfloat16):
+        scales = rotated_row_scales(layer)
+        group = torch.full((64, in_features), 99, dtype=torch.int8)
+        dequantize_rotated(layer, group[16:], scales)
+    assert (scales.dtype, scales.shape) == (torch.float32, (48,))
+    torch.testing.assert_close(scales.double(), rotated.abs().amax(1) / 127, rtol=1e-6, atol=0)
+    codes = group[16:].double()
+    assert (codes - rotated / scales[:, None]).abs().max() < 0.5001
+    assert (codes.abs().amax(1) == 127).all()
+    assert (group[:16] == 99).all()
+    assert (codes * scales[:, None] - rotated).norm() / rotated.norm() < 0.015
+
+
+def test_rotated_int8_of_a_layer_without_data_or_quantization():
+    with FakeTensorMode():
+        layer = nn.Linear(64, 48)
+        scales, out = rotated_row_scales(layer), torch.empty(48, 64, dtype=torch.int8)
+        dequantize_rotated(layer, out, scales)
+        assert (scales.dtype, scales.shape) == (torch.float32, (48,))
+    layer = bnb.nn.Linear4bit(64, 48)
+    with pytest.raises(UserError, match="not quantized yet"):
+        rotated_row_scales(layer)
+    with pytest.raises(UserError, match="not quantized yet"):
+        dequantize_rotated(layer, torch.empty(48, 64, dtype=torch.int8), torch.ones(48))
 
 
 @pytest.mark.parametrize("kind", ["nf4", "nf4-single", "fp4", "int8", "plain"])

@@ -1,4 +1,7 @@
-"""Every FP8 kernel, compiled as it is launched, fits into the shared memory of every GPU that has e4m3."""
+"""Every FP8 kernel, compiled as it is launched, fits into the shared memory of every GPU that has e4m3.
+
+Those of int8 fit into that of GPUs without it, too.
+"""
 
 import pytest
 import torch
@@ -9,26 +12,27 @@ from tests.kernels.checks import OnGpu, launched
 
 # compute capabilities by the KiB of shared memory that a program can have
 ROOM = {99: (89, 120), 227: (90, 100)}
+INT8_ROOM = {99: (86, 89, 120), 163: (80,), 227: (90, 100)}
 TOKENS = 64
 
 
-def check(scenario, *arguments, kernels, room):
+def check(scenario, *arguments, kernels, room, capabilities=ROOM):
     """Compile what a scenario launches, for the GPUs with so much shared memory, and see that it fits."""
-    launches = launched(scenario, *arguments, shared_bytes=room * 1024, capabilities=ROOM[room])
+    launches = launched(scenario, *arguments, shared_bytes=room * 1024, capabilities=capabilities[room])
     assert {name for name, _, _ in launches} == kernels
-    assert {capability for _, capability, _ in launches} == set(ROOM[room])
+    assert {capability for _, capability, _ in launches} == set(capabilities[room])
     too_much = [(name, f"sm_{capability}", used / 1024) for name, capability, used in launches if used > room * 1024]
     assert not too_much, f"more than {room} KiB: {too_much}"
 
 
-def quantized(columns, tokens):
+def quantized(columns, tokens, dtype=E4M3):
     """Quantize rows of a Mistral layer and of a small model, with and without adapters of so many columns."""
     empty = OnGpu.empty
     counts = torch.zeros(2, dtype=torch.int64)
-    for width in (576, 4096, 28672):
+    for width in (576, 4096, 6144, 28672):
         # output gradients are columns of a wider matrix
         x = empty(tokens, width + 64)[:, :width]
-        arguments = x, empty(tokens, width, dtype=E4M3), empty(tokens, dtype=torch.float32)
+        arguments = x, empty(tokens, width, dtype=dtype), empty(tokens, dtype=torch.float32)
         if columns:
             pair = {"projection": empty(columns, width), "product": empty(tokens, columns)}
             quantize_rows(*arguments, **pair, rank=columns * 3 // 4, counts=counts if width == 4096 else None)
@@ -44,6 +48,14 @@ def test_rows(columns, room):
     check(quantized, columns, TOKENS, kernels=kernels, room=room)
 
 
-def test_a_single_row():
+@pytest.mark.parametrize("room", [99, 163, 227])
+@pytest.mark.parametrize("columns", [0, 64])
+def test_rows_in_int8(columns, room):
+    kernels = {"_quantize_rows_kernel"} | ({"_sum_partials_kernel"} if columns else set())
+    check(quantized, columns, TOKENS, torch.int8, kernels=kernels, room=room, capabilities=INT8_ROOM)
+
+
+@pytest.mark.parametrize("dtype", [E4M3, torch.int8])
+def test_a_single_row(dtype):
     """Triton makes a constant of an argument that is 1."""
-    check(quantized, 64, 1, kernels={"_quantize_rows_kernel", "_sum_partials_kernel"}, room=227)
+    check(quantized, 64, 1, dtype, kernels={"_quantize_rows_kernel", "_sum_partials_kernel"}, room=227)

@@ -1,4 +1,7 @@
-"""RMSNorm to FP8: codes and scales bit for bit those of the rounded values, the product of these, what underflows."""
+"""RMSNorm to FP8 and int8: codes and scales are those of the rounded values, the product of these, what underflows.
+
+In FP8 they are bit for bit; int8's scales but for two roundings to bfloat16, its codes but for the order of sums.
+"""
 
 import math
 
@@ -8,6 +11,7 @@ import torch
 from lsr_scale.kernels import rms_norm as backward_module
 from lsr_scale.kernels import rms_norm_quantize as module
 from lsr_scale.kernels.fp8 import E4M3, encode_reference, power_of_two_scale
+from lsr_scale.kernels.hadamard import encode_int8_reference, int8_scale, rotate_reference
 from lsr_scale.kernels.rms_norm import rms_norm_backward, rms_norm_backward_triton, rms_norm_triton
 from lsr_scale.kernels.rms_norm_quantize import (
     rms_norm_quantize,
@@ -18,9 +22,10 @@ from tests.kernels.checks import OnGpu, assert_close_to_float64, launched, poiso
 from tests.kernels.rms_norm_inputs import EPS, FLOORS, eager, forward64, inputs
 
 
-def new_codes(shape, device, extra=0):
-    """Return codes of NaN with a row stride larger by `extra`, and scales of NaN."""
-    codes = torch.full((shape[0], shape[1] + extra), 127, dtype=torch.uint8, device=device).view(E4M3)
+def new_codes(shape, device, extra=0, kind=E4M3):
+    """Return codes of NaN, or of -128 for int8, with a row stride larger by `extra`, and scales of NaN."""
+    poison = 128 if kind == torch.int8 else 127
+    codes = torch.full((shape[0], shape[1] + extra), poison, dtype=torch.uint8, device=device).view(kind)
     return codes[:, : shape[1]], poisoned(shape[:1], torch.float32, device)
 
 
@@ -30,12 +35,28 @@ def same_bits(first, second):
 
 def assert_quantized(values, codes, scales, counts=None):
     """Fail unless codes and scales are those of the values, and the counts, begun at (5, 7), of what underflows."""
+    if codes.dtype == torch.int8:
+        return assert_quantized_to_int8(values, codes, scales, counts)
     expected = power_of_two_scale(values.abs().amax(1))
     assert torch.equal(scales, expected)
     assert same_bits(codes, encode_reference(values, expected))
     if counts is not None:
         scaled = values.float().abs() / expected.unsqueeze(1)
         assert counts.tolist() == [5 + int(((scaled > 0) & (scaled < 2**-6)).sum()), 7 + values.numel()]
+
+
+def assert_quantized_to_int8(values, codes, scales, counts):
+    rotated = rotate_reference(values)
+    # the row's largest value comes from values rounded before rstd, not after it
+    torch.testing.assert_close(scales, int8_scale(rotated.abs().amax(1)), rtol=2**-7, atol=0)
+    # sums in another order may round the other way
+    steps = codes.int() - encode_int8_reference(rotated, scales).int()
+    assert steps.abs().max() <= 1
+    assert (steps != 0).float().mean() < 1e-3
+    if counts is not None:
+        # and cancel in one order only
+        assert abs(int(counts[0]) - 5 - int(((rotated != 0) & (codes == 0)).sum())) <= 1e-3 * values.numel()
+        assert counts[1] == 7 + values.numel()
 
 
 def downs(num_columns, width, rank, dtype, device):
@@ -45,7 +66,9 @@ def downs(num_columns, width, rank, dtype, device):
     return down
 
 
-def check(shape, device, with_residual, with_down, rank=None, num_columns=64, dtype=torch.bfloat16, **config):
+def check(
+    shape, device, with_residual, with_down, rank=None, num_columns=64, dtype=torch.bfloat16, kind=E4M3, **config
+):
     run = config.pop("run", rms_norm_quantize_triton)
     x, weight, residual, *_ = inputs(shape, dtype, device)
     # rows of any size; a value that is larger than the rest of its row, so that some of it underflows; a row of zeros
@@ -59,7 +82,7 @@ def check(shape, device, with_residual, with_down, rank=None, num_columns=64, dt
     down = downs(num_columns, shape[1], rank, dtype, device) if with_down else None
     results = []
     for extra in (24, 0, 0):
-        codes, scales = new_codes(shape, device, extra)
+        codes, scales = new_codes(shape, device, extra, kind)
         xa, s_out = poisoned((shape[0], num_columns), dtype, device), poisoned(shape, dtype, device)
         counts = torch.tensor([5, 7], device=device)
         rstd = run(
@@ -120,6 +143,80 @@ def test_without_adapters(shape, config, with_residual, device):
     check(shape, device, with_residual, False, **config)
 
 
+# int8 takes widths that are multiples of 64; where programs have room for more columns, the rest is rotated as zeros
+@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "num_columns", "rank", "config"),
+    [
+        ((37, 192), 64, 48, {}),
+        ((1, 64), 16, 3, {}),
+        ((17, 320), 64, 10, dict(rows=16, block=64, block_k=128, sum_stages=2)),
+        ((33, 576), 48, None, dict(block_k=256, num_stages=1)),
+        ((5, 896), 128, 20, {}),
+    ],
+)
+def test_int8_codes_are_of_the_rotated_values_and_the_product_is_not(
+    shape, num_columns, rank, config, with_residual, device
+):
+    check(shape, device, with_residual, True, rank, num_columns, kind=torch.int8, **config)
+
+
+@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "config"),
+    [((7, 896), {}), ((1, 64), {}), ((3, 1536), {}), ((9, 192), dict(rows=8, block=128, block_k=256))],
+)
+def test_int8_without_adapters(shape, config, with_residual, device):
+    check(shape, device, with_residual, False, kind=torch.int8, **config)
+
+
+@pytest.mark.parametrize("with_down", [False, True])
+@pytest.mark.parametrize("width", [576, 4096, 5120, 8192])
+def test_int8_codes_hardly_differ_from_those_of_exact_scales(width, with_down, device):
+    x, weight, *_ = inputs((33, width), torch.bfloat16, device)
+    # channels a hundred times the others, as models have them
+    x[:, [3, 70, width - 1]] *= 100
+    down = downs(16, width, 16, x.dtype, device) if with_down else None
+    results = []
+    for run in (rms_norm_quantize_triton, rms_norm_quantize_reference):
+        (codes, scales), xa = new_codes(x.shape, device, kind=torch.int8), poisoned((33, 16), x.dtype, device)
+        run(x, weight, EPS, codes, scales, down=down, xa_out=xa if with_down else None)
+        results.append((codes, scales))
+    (codes, scales), (exact_codes, exact_scales) = results
+    torch.testing.assert_close(scales, exact_scales, rtol=2**-7, atol=0)
+    steps = codes.int() - exact_codes.int()
+    assert steps.abs().max() <= 1
+    assert (steps != 0).float().mean() < 0.1
+    # the values themselves: at most half a step, where nothing is clamped
+    out = poisoned(x.shape, x.dtype, device)
+    rms_norm_triton(x, weight, EPS, out)
+    assert ((codes * scales[:, None] - rotate_reference(out)).abs() / scales[:, None]).max() < 1
+
+
+def test_int8_takes_bfloat16_and_whole_blocks_only(device):
+    for width, dtype, message in ((96, torch.bfloat16, "multiples of 64"), (64, torch.float16, "bfloat16")):
+        x, weight, *_ = inputs((2, width), dtype, device)
+        codes, scales = new_codes(x.shape, device, kind=torch.int8)
+        with pytest.raises(AssertionError, match=message):
+            rms_norm_quantize_triton(x, weight, EPS, codes, scales)
+
+
+# all of a block's rotated values are NaN with two that cancel, or with a weight of zero
+@pytest.mark.parametrize("with_down", [False, True])
+@pytest.mark.parametrize("bad", [[math.inf], [math.nan], [math.inf, -math.inf] * 32])
+@pytest.mark.parametrize("gain", [1.0, 0.0])
+def test_an_int8_row_that_is_not_finite_has_a_scale_of_nan_and_no_other_row_has(bad, gain, with_down, device):
+    x, weight, *_ = inputs((20, 192), torch.bfloat16, device)
+    x[3, 64 : 64 + len(bad)] = torch.tensor(bad, dtype=x.dtype, device=device)
+    weight[64 : 64 + len(bad)] *= gain
+    codes, scales = new_codes(x.shape, device, kind=torch.int8)
+    xa, down = poisoned((20, 16), x.dtype, device), downs(16, 192, 16, x.dtype, device)
+    more = dict(down=down, xa_out=xa) if with_down else {}
+    rms_norm_quantize_triton(x, weight, EPS, codes, scales, **more)
+    assert scales.isnan().nonzero().tolist() == [[3]]
+    assert not with_down or xa.isnan().any(1).nonzero().tolist() == [[3]]
+
+
 def test_in_float16(device):
     check((19, 264), device, True, True, dtype=torch.float16)
 
@@ -168,14 +265,16 @@ def test_a_row_that_is_not_finite_gives_nan_and_no_other_row_does(bad, with_down
     assert not with_down or (xa.isfinite().all(1) == others).all()
 
 
+@pytest.mark.parametrize("kind", [E4M3, torch.int8])
 @pytest.mark.parametrize("with_residual", [False, True])
-def test_more_columns_than_the_kernel_has(with_residual, monkeypatch, device):
+def test_more_columns_than_the_kernel_has(with_residual, kind, monkeypatch, device):
     """Other kernels do it: codes are those of `rms_norm`'s own values."""
     monkeypatch.setattr(module, "use_triton", lambda _: True)
-    x, weight, residual, *_ = inputs((10, 200), torch.bfloat16, device)
+    width = 192 if kind == torch.int8 else 200
+    x, weight, residual, *_ = inputs((10, width), torch.bfloat16, device)
     sums = dict(residual=residual, residual_out=torch.empty_like(x)) if with_residual else {}
-    down, xa = downs(192, 200, 192, x.dtype, device), poisoned((10, 192), x.dtype, device)
-    (codes, scales), out = new_codes(x.shape, device, 24), torch.empty_like(x)
+    down, xa = downs(192, width, 192, x.dtype, device), poisoned((10, 192), x.dtype, device)
+    (codes, scales), out = new_codes(x.shape, device, 24, kind), torch.empty_like(x)
     counts = torch.tensor([5, 7], device=device)
     rstd = rms_norm_quantize(x, weight, EPS, codes, scales, down=down, xa_out=xa, counts=counts, **sums)
     assert torch.equal(rms_norm_triton(x, weight, EPS, out, **sums), rstd)
@@ -184,11 +283,13 @@ def test_more_columns_than_the_kernel_has(with_residual, monkeypatch, device):
     assert_close_to_float64(xa, exact, exact.to(xa.dtype), 1e-3)
 
 
-def test_without_a_gpu_the_reference_runs():
+@pytest.mark.parametrize(("kind", "width"), [(E4M3, 72), (torch.int8, 128)])
+def test_without_a_gpu_the_reference_runs(kind, width):
     for with_down in (False, True):
         for with_residual in (False, True):
-            found = check((7, 72), "cpu", with_residual, with_down, 20, 48, run=rms_norm_quantize)
-            reference = check((7, 72), "cpu", with_residual, with_down, 20, 48, run=rms_norm_quantize_reference)
+            arguments = (7, width), "cpu", with_residual, with_down, 20, 48
+            found = check(*arguments, kind=kind, run=rms_norm_quantize)
+            reference = check(*arguments, kind=kind, run=rms_norm_quantize_reference)
             assert all(torch.equal(first, second) for first, second in zip(found, reference, strict=True))
 
 
@@ -245,12 +346,12 @@ def test_codes_without_counts_and_of_a_gradient_that_is_not_finite(device):
     assert nan.all(1).tolist() == nan.any(1).tolist() == scales.isnan().tolist() == [False, False, True, False, True]
 
 
-def launches(tokens, columns, rank, back):
+def launches(tokens, columns, rank, back, kind=E4M3):
     """Launch a kernel with nothing, and with all that it may be given, as layers of two models' widths do."""
     empty = OnGpu.empty
     for width in (576, 4096):
         x, weight, scales = empty(tokens, width), empty(width), empty(tokens, dtype=torch.float32)
-        codes, counts = empty(tokens, width, dtype=E4M3), empty(2, dtype=torch.int64)
+        codes, counts = empty(tokens, width, dtype=kind), empty(2, dtype=torch.int64)
         if back:
             rms_norm_backward(x, x, weight, scales, x, codes=codes, scales=scales)
             rms_norm_backward(x, x, weight, scales, x, residual_grad=x, codes=codes, scales=scales, counts=counts)
@@ -278,6 +379,15 @@ def test_kernels_compile_for_gpus_with_fp8_and_fit(tokens, columns, rank, kernel
     assert max(used for *_, used in found) <= 99 * 1024
 
 
+@pytest.mark.parametrize(("tokens", "columns", "rank"), [(64, 0, None), (1, 64, 48), (64, 128, None)])
+def test_int8_compiles_for_all_gpus_and_fits(tokens, columns, rank):
+    capabilities = (80, 86, 89, 90, 100, 120)
+    more = dict(shared_bytes=99 * 1024, capabilities=capabilities)
+    found = launched(launches, tokens, columns, rank, False, torch.int8, **more)
+    assert {(name, n) for name, n, _ in found} == {("_rms_norm_quantize_kernel", n) for n in capabilities}
+    assert max(used for *_, used in found) <= 99 * 1024
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
 @pytest.mark.parametrize("with_residual", [False, True])
@@ -293,6 +403,7 @@ def test_kernels_compile_for_gpus_with_fp8_and_fit(tokens, columns, rank, kernel
     ],
 )
 def test_on_the_gpu(shape, num_columns, rank, with_residual):
-    check(shape, "cuda", with_residual, True, rank, num_columns)
-    check(shape, "cuda", with_residual, False)
+    for kind in (E4M3, torch.int8):
+        check(shape, "cuda", with_residual, True, rank, num_columns, kind=kind)
+        check(shape, "cuda", with_residual, False, kind=kind)
     backward(shape, "cuda", with_residual, rms_norm_backward_triton)

@@ -58,9 +58,10 @@ def backward(
     positions: Positions,
     matrices: dict[str, Any],
     d_middle: Tensor,
+    codes: dict[str, Tensor],
     needs_d_x: bool,
 ) -> tuple[Tensor | None, list[PairGradients]]:
-    """Return dx, and the gradients of the pairs of q, k, v, o."""
+    """Return dx, and the gradients of the pairs of q, k, v, o; `codes` are those of dm, see `mlp_block.backward`."""
     tokens, width = saved["x"].shape
     o, qkv = layer.o, layer.qkv
     o_matrix = pop_or_dequantize(matrices, "o", o, d_middle)
@@ -69,8 +70,9 @@ def backward(
         (d_up,) = o.output_products(d_middle, saved["xa_o"], o_matrix)
         (d_down,) = o.down_gradients(mm_float(o.tail(d_middle).t(), saved["attended"]))
         o_pair = d_down, d_up
-    d_attended = o.input_gradient(d_middle, o_matrix)
-    del o_matrix
+    gradient, _ = o.gradient_input(d_middle, o_matrix, codes=codes)
+    d_attended = o.input_gradient(gradient, o_matrix)
+    del gradient, o_matrix
 
     q, k, v = _qkv_heads(layer, saved, positions.batch)
     statistics = tuple(saved[f"attention_{index}"] for index in range(3) if f"attention_{index}" in saved)
@@ -100,7 +102,8 @@ def backward(
         qkv_pairs = list(zip(d_downs, d_ups, strict=True))
     d_x = None
     if needs_d_x:
-        d_normed = qkv.input_gradient(d_qkv, matrix)
+        gradient, _ = qkv.gradient_input(d_qkv, matrix)
+        d_normed = qkv.input_gradient(gradient, matrix)
         buffer = positions.gradient_buffer.buffer = layer.down.gradient_buffer(tokens, d_normed)
         d_x = buffer[:, :width]
         rms_norm_backward(

@@ -77,9 +77,9 @@ class DecoderLayerFunction(torch.autograd.Function):
             if "gate_up" not in saved:
                 mlp_block.gate_up_forward(layer, saved, matrices)
             d_y = grad.reshape(-1, grad.shape[-1])
-            d_middle, d_mlp = mlp_block.backward(layer, saved, matrices, d_y, ctx.positions.gradient_buffer)
+            d_middle, codes, d_mlp = mlp_block.backward(layer, saved, matrices, d_y, ctx.positions.gradient_buffer)
             d_x, d_attention = attention_block.backward(
-                layer, saved, ctx.positions, matrices, d_middle, ctx.needs_input_grad[0]
+                layer, saved, ctx.positions, matrices, d_middle, codes, ctx.needs_input_grad[0]
             )
         flat = [part for pair in (*d_attention, *d_mlp) for part in pair]
         return d_x.view(grad.shape) if d_x is not None else None, None, None, None, *flat

@@ -16,14 +16,18 @@ from lsr_scale.fused.layer_state import GROUPS, layer_linears
 from lsr_scale.fused.linear_groups import LinearGroup
 from lsr_scale.fused.modules import FusedLayer
 from lsr_scale.kernels.backend import is_fake
-from lsr_scale.kernels.fp8 import fp8_fallback_reason
+from lsr_scale.kernels.fp8 import E4M3, fp8_fallback_reason
+
+# the dtype of the codes in the forward pass; backward it is e4m3
+FORWARD = {"fp8": E4M3, "int8": torch.int8}
 
 
-def use_fp8(layers: Iterable[Any], calibrate: bool) -> dict[str, str]:
-    """Have fused layers compute in FP8 in training, group by group.
+def use_fp8(layers: Iterable[Any], compute: str, calibrate: bool) -> dict[str, str]:
+    """Have fused layers compute in 8 bits in training, group by group.
 
     Args:
         layers: Fused decoder layers.
+        compute: "fp8" or "int8": see `fp8_linear_group`.
         calibrate: Compare each product with the one in bfloat16, until `fp8_errors` is asked.
 
     Returns:
@@ -37,18 +41,21 @@ def use_fp8(layers: Iterable[Any], calibrate: bool) -> dict[str, str]:
         weight = layer.input_layernorm.weight
         if weight.dtype != torch.bfloat16:
             dtype = str(weight.dtype).removeprefix("torch.")
-            raise UserError(f"compute: fp8 needs a model in bfloat16; this one is in {dtype}: load it in bfloat16")
+            raise UserError(
+                f"compute: {compute} needs a model in bfloat16; this one is in {dtype}: load it in bfloat16"
+            )
         if not is_fake(weight) and weight.device.type != "meta":
             reason = fp8_fallback_reason(weight.device)
             if reason:
-                raise UserError(f"compute: fp8 cannot run here: {reason}; use compute: bf16")
+                raise UserError(f"compute: {compute} cannot run here: {reason}; use compute: bf16")
         linears, states = layer_linears(layer), {}
         for name, part in GROUPS.items():
-            reason = fp8_shape_reason(LinearGroup(linears[part], [None] * len(linears[part])))
+            group = LinearGroup(linears[part], [None] * len(linears[part]))
+            reason = fp8_shape_reason(group, FORWARD[compute])
             if reason:
                 reasons[f"{_index(layer)}.{name}"] = reason
             else:
-                states[name] = Fp8State(calibrate)
+                states[name] = Fp8State(FORWARD[compute], calibrate)
         layer.fp8 = states
     return reasons
 

@@ -1,21 +1,31 @@
-"""A group of linears whose products with the frozen base are computed in FP8, forward and backward.
+"""A group of linears whose products with the frozen base are computed in 8 bits, forward and backward.
 
-    Y  = sx sw (Xq Wq^T) + xa up^T          Xq = e4m3(X / sx), sx [T] one per row         xa = X down^T
-    dX = sy sw (dYq Wq)  + ds down          dYq = e4m3(dY / sy), sy [T] one per row       ds = dY up
-    Wq = e4m3(W / sw), sw one number a group
+    Y  = sx sw (Xq Wq^T) + xa up^T          xa = X down^T
+    dX = sy sv (dYq Vq)  + ds down          ds = dY up
 
-The error enters in Y and in dX alone, by the rounding of X, dY and W to 4 significant bits. What is trained never sees
-it directly: adapters' products take bfloat16 operands (see `kernels.fp8_gemm`), their gradients come from X and dY as
-they are. Scales are powers of two, a row's from its largest value, so nothing saturates. Rows differ by orders of
-magnitude, tokens of X as well as of dY; within a row, and within a weight, e4m3 has 15 binades of its own, so finer
-scales gain nothing (benchmarks/LOG.md). One scale a group serves W and its transpose: forward and backward see one
-weight.
+                forward: X and W                                   backward: dY and W
+    "fp8"       e4m3: Xq = e4m3(X / sx), Wq = e4m3(W / sw)         e4m3: dYq = e4m3(dY / sy), Vq = Wq
+    "int8"      int8: Xq = round(X H / sx), Wq = round(W H / sw)   as "fp8"
+
+The error enters in Y and in dX alone, by the rounding of X, dY and W. What is trained never sees it directly: adapters'
+products take bfloat16 operands (see `kernels.fp8_gemm`), their gradients come from X and dY as they are.
+
+e4m3 has 4 significant bits and 15 binades. Scales are powers of two, a row's from its largest value, so nothing
+saturates; `sw` is one number a group. Rows differ by orders of magnitude, tokens of X as well as of dY; within a row,
+and within a weight, the format's own exponent serves, so finer scales gain nothing (benchmarks/LOG.md).
+
+int8 has up to 8 bits for what is near a row's largest value and fewer below, so X and W are rotated first (see
+`kernels.hadamard`): their rows are nearly Gaussian then, and the error is a third of e4m3's. Scales are a row's largest
+value over 127, `sx [T]` and `sw [N]`. Input gradients are summed over N, another rotation of W; in e4m3 they cost less
+time, and most of the harm is done in the forward pass.
 
 The quantized base is dequantized to codes in the orientation that a product wants, `[N, K]` forward and `[K, N]`
 backward: on Hopper both operands have the summed dimension contiguous.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -26,8 +36,15 @@ from lsr_scale.kernels.dequantize import fill_extension
 from lsr_scale.kernels.fp8 import E4M3, power_of_two_scale
 from lsr_scale.kernels.fp8_gemm import fp8_gemm
 from lsr_scale.kernels.fp8_quantize import quantize_rows
+from lsr_scale.kernels.hadamard import BLOCK
 from lsr_scale.kernels.rms_norm_quantize import rms_norm_quantize
-from lsr_scale.layers.frozen_linear import dequantize_fp8, dequantize_into, largest_magnitude
+from lsr_scale.layers.frozen_linear import (
+    dequantize_fp8,
+    dequantize_into,
+    dequantize_rotated,
+    largest_magnitude,
+    rotated_row_scales,
+)
 
 # rows on which calibration compares a product with the one in bfloat16
 SAMPLE_ROWS = 512
@@ -40,17 +57,20 @@ class Fp8State:
     """What a group that computes in FP8 keeps from pass to pass.
 
     Attributes:
+        forward: The dtype of the codes of X and W in the forward pass.
         calibrates: Whether its products are compared with those in bfloat16, see `errors`.
-        scale: sw, float32 `[1]`, made with the first pass.
-        key: What `scale` and `codes` hold for: see `LinearGroup.weights_key`.
-        codes: Cached Wq `[N, K]` (False) and its transpose (True), where the layer caches weights.
+        scales: By whether the weight is transposed, as in the backward pass, what its codes are multiplied by, float32:
+            `[1]`, or of int8 `[N]`; made with the first pass.
+        key: What `scales` and `codes` hold for: see `LinearGroup.weights_key`.
+        codes: The weight's codes, `[N, K]` and transposed `[K, N]`, where the layer caches weights.
         counts: By direction, int64 `[2]`: how many values underflowed, of how many; since the last reset.
         errors: By direction, the relative error of Y and of dX at the last pass that compared: the root mean square of
             the rows' `|y - y_bf16| / |y_bf16|`.
     """
 
+    forward: torch.dtype = E4M3
     calibrates: bool = False
-    scale: Tensor | None = None
+    scales: dict[bool, Tensor] = field(default_factory=dict)
     key: tuple[Any, ...] | None = None
     codes: dict[bool, Tensor] = field(default_factory=dict)
     counts: dict[str, Tensor] = field(default_factory=dict)
@@ -65,7 +85,10 @@ class Fp8Pairs(NamedTuple):
 
 
 class Fp8Input(NamedTuple):
-    """A group's input: codes `[T, K]`, scales `[T]`, `xa [T, R]` or None; when calibrating some rows as they were."""
+    """A group's input: codes `[T, K]`, scales `[T]`, `xa [T, R]` or None; when calibrating some rows as they were.
+
+    Or its output gradient: codes `[T, N]`, and ds in the place of xa.
+    """
 
     codes: Tensor
     scales: Tensor
@@ -73,17 +96,18 @@ class Fp8Input(NamedTuple):
     sample: Tensor | None = None
 
 
-def fp8_shape_reason(group: LinearGroup) -> str | None:
-    """Return why linears of these shapes cannot compute in FP8, or None."""
-    for count, side in ((group.in_features, "inputs"), (group.out_features, "outputs")):
-        if count % 16:
-            return f"{count} {side}, no multiple of 16"
+def fp8_shape_reason(group: LinearGroup, forward: torch.dtype) -> str | None:
+    """Return why linears of these shapes cannot compute in 8 bits, or None."""
+    of_inputs = BLOCK if forward == torch.int8 else 16
+    for count, side, unit in ((group.in_features, "inputs", of_inputs), (group.out_features, "outputs", 16)):
+        if count % unit:
+            return f"{count} {side}, no multiple of {unit}"
     return None
 
 
 @dataclass
 class Fp8LinearGroup(LinearGroup):
-    """A `LinearGroup` that computes in FP8; its "matrix" is `Fp8Pairs`. Hidden states and gradients are bfloat16."""
+    """A `LinearGroup` that computes in 8 bits; its "matrix" is `Fp8Pairs`. Hidden states and gradients are bfloat16."""
 
     state: Fp8State = field(default_factory=Fp8State)
 
@@ -112,7 +136,7 @@ class Fp8LinearGroup(LinearGroup):
         self, norm: Any, x: Tensor, matrix: Fp8Pairs, **sums: Tensor
     ) -> tuple[Fp8Input, Tensor, Tensor | None]:
         """Return the group's input, rstd and `n down^T`, as `LinearGroup.normed_input` does."""
-        codes, scales = self._empty_codes(len(x), self.in_features, x.device)
+        codes, scales = self._empty_codes(x, self.in_features, self.state.forward)
         downs = xa = None
         if self.width:
             downs, xa = matrix.downs, x.new_empty(len(x), self.width)
@@ -153,30 +177,47 @@ class Fp8LinearGroup(LinearGroup):
         quantized = self._quantized(x, matrix.downs if self.width else None, xa)
         return self.multiply(quantized, matrix), xa
 
-    def input_gradient(self, grad: Tensor, matrix: Fp8Pairs, fill_tail: bool = False) -> Tensor:
-        """Return `dX [T, K]` from the output gradient `[T, N + R]`, as `LinearGroup.input_gradient` does."""
-        d_y = grad[:, : self.out_features]
-        codes, scales = self._empty_codes(len(d_y), self.out_features, d_y.device)
-        ups = tail = thin = None
-        if self.width:
-            thin = self.tail(grad)
-            if fill_tail:
-                ups, tail = matrix.ups.t().contiguous(), thin
-        self._quantize(d_y, codes, scales, "gradient", ups, tail)
-        out = torch.empty(len(d_y), self.in_features, dtype=grad.dtype, device=grad.device)
+    def gradient_codes(self, grad: Tensor) -> dict[str, Tensor]:
+        """Return room for the codes and scales of an output gradient `[T, N]` that a norm's backward pass writes."""
+        codes, scales = self._empty_codes(grad, self.out_features, E4M3)
+        return {"codes": codes, "scales": scales, "counts": self._counts("gradient", grad)}
+
+    def gradient_input(
+        self,
+        grad: Tensor,
+        matrix: Fp8Pairs,
+        fill_tail: bool = False,
+        codes: Mapping[str, Tensor] = MappingProxyType({}),
+    ) -> tuple[Fp8Input, Tensor]:
+        """Return the output gradient quantized, and ds, as `LinearGroup.gradient_input` does."""
+        d_y, ds, ups = grad[:, : self.out_features], self.tail(grad), None
+        if fill_tail and self.width:
+            ds, ups = torch.empty_like(ds, memory_format=torch.contiguous_format), matrix.ups.t().contiguous()
+        if codes:
+            quantized, scales = codes["codes"], codes["scales"]
+        else:
+            quantized, scales = self._empty_codes(d_y, self.out_features, E4M3)
+            self._quantize(d_y, quantized, scales, "gradient", ups, None if ups is None else ds)
+        sample = d_y[_sample_rows(d_y)] if self.state.calibrates else None
+        return Fp8Input(quantized, scales, ds if self.width else None, sample), ds
+
+    def input_gradient(self, grad: Fp8Input, matrix: Fp8Pairs) -> Tensor:
+        """Return `dX [T, K]` from what `gradient_input` returned first."""
+        out = torch.empty(len(grad.codes), self.in_features, dtype=matrix.ups.dtype, device=grad.codes.device)
         weight, scale = self._weight(out, transposed=True)
-        fp8_gemm(codes, scales, weight, scale, out, thin=thin, down=None if thin is None else matrix.downs)
-        if self.state.calibrates:
+        down = None if grad.xa is None else matrix.downs
+        fp8_gemm(grad.codes, grad.scales, weight, scale, out, thin=grad.xa, down=down)
+        if grad.sample is not None:
             rows = _sample_rows(out)
-            expected = (d_y[rows] @ self._dequantized(out)).float()
-            if thin is not None:
-                expected += (thin[rows] @ matrix.downs).float()
+            expected = (grad.sample @ self._dequantized(out)).float()
+            if grad.xa is not None:
+                expected += (grad.xa[rows] @ matrix.downs).float()
             self.state.errors["gradient"] = _error(out[rows], expected)
         return out
 
     def _quantized(self, x: Tensor, downs: Tensor | None = None, xa: Tensor | None = None) -> Fp8Input:
         """Return an input `[T, K]` quantized, and with `xa = x downs^T` from the same read where that is asked for."""
-        codes, scales = self._empty_codes(len(x), self.in_features, x.device)
+        codes, scales = self._empty_codes(x, self.in_features, self.state.forward)
         self._quantize(x, codes, scales, "input", downs, xa)
         return Fp8Input(codes, scales, xa, x[_sample_rows(x)] if self.state.calibrates else None)
 
@@ -193,9 +234,9 @@ class Fp8LinearGroup(LinearGroup):
         quantize_rows(x, codes, scales, counts=counts, projection=projection, product=product, rank=rank)
 
     @staticmethod
-    def _empty_codes(rows: int, columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        codes = torch.empty(rows, columns, dtype=E4M3, device=device)
-        return codes, torch.empty(rows, dtype=torch.float32, device=device)
+    def _empty_codes(like: Tensor, columns: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        codes = torch.empty(len(like), columns, dtype=dtype, device=like.device)
+        return codes, torch.empty(len(like), dtype=torch.float32, device=like.device)
 
     def _counts(self, direction: str, like: Tensor) -> Tensor:
         counts = self.state.counts.get(direction)
@@ -206,21 +247,36 @@ class Fp8LinearGroup(LinearGroup):
     def _weight(self, like: Tensor, transposed: bool) -> tuple[Tensor, Tensor]:
         """Return the weight's codes, `[N, K]` or transposed `[K, N]`, cached or dequantized now, and their scale."""
         state, key = self.state, self.weights_key(E4M3, like.device)
-        if state.scale is None or state.key != key:
-            largest = torch.stack([largest_magnitude(base).view(()) for base in self.base_layers]).max()
-            state.scale, state.key, state.codes = power_of_two_scale(largest).view(1), key, {}
+        if state.key != key:
+            state.scales, state.codes, state.key = {}, {}, key
         if self.cache is None:
             state.codes = {}
-        codes = state.codes.get(transposed)
+        rotated = state.forward == torch.int8 and not transposed
+        if transposed not in state.scales:
+            state.scales[transposed] = self._rotated_scales() if rotated else self._scale()
+        scales, codes = state.scales[transposed], state.codes.get(transposed)
         if codes is None:
             shape = self.out_features, self.in_features
-            codes = torch.empty(shape[::-1] if transposed else shape, dtype=E4M3, device=like.device)
+            dtype = state.forward if not transposed else E4M3
+            codes = torch.empty(shape[::-1] if transposed else shape, dtype=dtype, device=like.device)
             for index, base in enumerate(self.base_layers):
-                part = codes[:, self.rows(index)] if transposed else codes[self.rows(index)]
-                dequantize_fp8(base, part, state.scale, transposed)
+                rows = self.rows(index)
+                if rotated:
+                    dequantize_rotated(base, codes[rows], scales[rows])
+                else:
+                    dequantize_fp8(base, codes[:, rows] if transposed else codes[rows], scales, transposed)
             if self.cache is not None and key is not None:
                 state.codes[transposed] = codes
-        return codes, state.scale
+        return codes, scales
+
+    def _scale(self) -> Tensor:
+        """Return sw for e4m3, `[1]`: the same for the weight and its transpose."""
+        largest = torch.stack([largest_magnitude(base).view(()) for base in self.base_layers]).max()
+        return power_of_two_scale(largest).view(1)
+
+    def _rotated_scales(self) -> Tensor:
+        """Return sw for int8, `[N]`."""
+        return torch.cat([rotated_row_scales(base) for base in self.base_layers])
 
     def _dequantized(self, like: Tensor) -> Tensor:
         """Return the weight `[N, K]` in the dtype of a tensor: what calibration compares with."""

@@ -43,7 +43,9 @@ class LinearFunction(torch.autograd.Function):
             extended = group.extended(grad.reshape(-1, group.out_features))
             (d_up,) = group.output_products(extended, xa, matrix)
             (d_down,) = group.down_gradients(mm_float(group.tail(extended).t(), flat))
-            d_x = group.input_gradient(extended, matrix) if ctx.needs_input_grad[0] else None
+            d_x = None
+            if ctx.needs_input_grad[0]:
+                d_x = group.input_gradient(group.gradient_input(extended, matrix)[0], matrix)
         return None if d_x is None else d_x.view(*grad.shape[:-1], group.in_features), None, d_down, d_up
 
 

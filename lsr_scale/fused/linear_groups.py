@@ -17,8 +17,9 @@ memory to spare a layer caches it (`CachedMatrix`), and a pass writes only the p
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -205,10 +206,33 @@ class LinearGroup:
         xa = x @ self.downs(matrix).t()
         return out.addmm_(xa, self.ups(matrix).t()), xa
 
-    def input_gradient(self, grad: Tensor, matrix: Any, fill_tail: bool = False) -> Tensor:
-        """Return `dX [T, K]` from the output gradient `[T, N + R]`, `dY up` in its tail or written there first."""
+    def gradient_codes(self, grad: Tensor) -> dict[str, Tensor]:
+        """Return what of `rms_norm_backward`'s arguments takes the output gradient's codes: nothing here.
+
+        Args:
+            grad: The output gradient `[T, N]`, to be written.
+        """
+        del grad
+        return {}
+
+    def gradient_input(
+        self, grad: Tensor, matrix: Any, fill_tail: bool = False, codes: Mapping[str, Tensor] = MappingProxyType({})
+    ) -> tuple[Any, Tensor]:
+        """Return what `input_gradient` takes, and `ds = dY up [T, R]`, from the output gradient `[T, N + R]`.
+
+        Args:
+            grad: With ds in its tail, unless `fill_tail`. Its memory is not needed any more where the result is other.
+            matrix: The group's.
+            fill_tail: Make ds.
+            codes: What `gradient_codes` made, filled, where the gradient is quantized already.
+        """
+        del codes
         if fill_tail and self.width:
             torch.mm(grad[:, : self.out_features], self.ups(matrix), out=self.tail(grad))
+        return grad, self.tail(grad)
+
+    def input_gradient(self, grad: Any, matrix: Any) -> Tensor:
+        """Return `dX [T, K]` from what `gradient_input` returned first."""
         return grad @ matrix[:, : self.in_features]
 
     def tail(self, grad: Tensor) -> Tensor:

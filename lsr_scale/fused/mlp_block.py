@@ -40,8 +40,11 @@ def down_forward(layer: LayerModules, saved: SavedTensors) -> Tensor:
 
 def backward(
     layer: LayerModules, saved: SavedTensors, matrices: dict[str, Any], grad: Tensor, gradient_buffer: GradientBuffer
-) -> tuple[Tensor, list[PairGradients]]:
-    """Return dm as the buffer `[T, hidden + R_o]` that `o` reads, and the gradients of the pairs of gate, up, down."""
+) -> tuple[Tensor, dict[str, Tensor], list[PairGradients]]:
+    """Return dm as the buffer `[T, hidden + R_o]` that `o` reads, its codes, and the gradients of the pairs.
+
+    The pairs are those of gate, up and down; the codes are `o.gradient_codes`.
+    """
     tokens, width = grad.shape
     gate_up = layer.gate_up
     d_hidden, ds_down, d_up_down = _down_backward(layer.down, saved, grad, gradient_buffer)
@@ -51,16 +54,18 @@ def backward(
     del d_hidden
 
     matrix = pop_or_dequantize(matrices, "gate_up", gate_up, grad)
-    d_normed = gate_up.input_gradient(d_gate_up, matrix, fill_tail=True)
+    gradient, ds = gate_up.gradient_input(d_gate_up, matrix, fill_tail=True)
+    del d_gate_up, inner
+    d_normed = gate_up.input_gradient(gradient, matrix)
     d_downs: list[Tensor | None] = [None, None]
     if gate_up.width:
-        d_downs = gate_up.normed_down_gradients(gate_up.tail(d_gate_up), saved["middle"], saved["rstd_2"], layer.norm_2)
-    del d_gate_up, inner, matrix
+        d_downs = gate_up.normed_down_gradients(ds, saved["middle"], saved["rstd_2"], layer.norm_2)
+    del gradient, ds, matrix
     d_middle = layer.o.gradient_buffer(tokens, grad)
-    rms_norm_backward(
-        d_normed, saved["middle"], layer.norm_2.weight, saved["rstd_2"], d_middle[:, :width], residual_grad=grad
-    )
-    return d_middle, [*zip(d_downs, d_ups, strict=True), (d_down_down, d_up_down)]
+    out = d_middle[:, :width]
+    codes = layer.o.gradient_codes(out)
+    rms_norm_backward(d_normed, saved["middle"], layer.norm_2.weight, saved["rstd_2"], out, residual_grad=grad, **codes)
+    return d_middle, codes, [*zip(d_downs, d_ups, strict=True), (d_down_down, d_up_down)]
 
 
 def _down_backward(
@@ -69,12 +74,14 @@ def _down_backward(
     """Return the gradient of SwiGLU's output, and for down_proj's adapter ds `[T, R]` and `d up`."""
     matrix = down.matrix(grad.dtype, grad.device)
     if not down.width:
-        return down.input_gradient(grad, matrix), None, None
+        gradient, _ = down.gradient_input(grad, matrix)
+        return down.input_gradient(gradient, matrix), None, None
     extended = gradient_buffer.take(grad, down.width)
     if extended is None:
         extended = down.extended(grad)
     (d_up,) = down.output_products(extended, saved["xa_down"], matrix)
-    return down.input_gradient(extended, matrix), down.tail(extended).clone(), d_up
+    gradient, ds = down.gradient_input(extended, matrix)
+    return down.input_gradient(gradient, matrix), ds.clone(), d_up
 
 
 def _swiglu_backward(

@@ -22,7 +22,7 @@ from lsr_scale.fused.subclass import Fused, original_class, subclass
 from lsr_scale.kernels.attention import disable_cudnn_in_sdpa
 from lsr_scale.layers.frozen_linear import freeze_quantized
 
-Compute = Literal["bf16", "fp8"]
+Compute = Literal["bf16", "fp8", "int8"]
 
 _DECODERS = {getattr(module, name + "Model") for name, module in FAMILIES.items()}
 _CAUSAL_LMS = {getattr(module, name + "ForCausalLM") for name, module in FAMILIES.items()}
@@ -61,7 +61,7 @@ class FuseReport:
             reasons = sorted(set(self.unfused.values()))
             text += f"; the others unfused: {'; '.join(reasons)}" if reasons else ""
             if self.fp8 or self.not_fp8:
-                text += f"; {len(self.fp8)} of {len(self.fp8) + len(self.not_fp8)} groups of linears compute in FP8"
+                text += f"; {len(self.fp8)} of {len(self.fp8) + len(self.not_fp8)} groups of linears compute in 8 bits"
                 reasons = sorted(set(self.not_fp8.values()))
                 text += f" (the others cannot: {'; '.join(reasons)})" if reasons else ""
             return text
@@ -93,16 +93,18 @@ def fuse(
             layer that runs unfused is checkpointed. Models without such layers need their own checkpointing.
         cache_weights: Dequantize the weights of fused layers once and keep them in memory, in the compute dtype,
             beside the quantized ones: 2 more bytes a weight, 13 GiB for a 7B model. `fit_memory` chooses by layer.
-        compute: What the base's products are computed in, in training: "bf16" (the model's dtype) or "fp8": e4m3 in
-            both directions, adapters and all else as before (see `fp8_linear_group`). An evaluation is in bfloat16.
-        calibrate: With "fp8", also compare every product with the one in bfloat16, until `fp8_errors` is asked.
+        compute: What the base's products are computed in, in training: "bf16" (the model's dtype), "fp8" (e4m3 in both
+            directions, the fastest) or "int8" (forward in int8 on rotated operands, a third of the error; backward as
+            "fp8"); adapters and all else as before (see `fp8_linear_group`). An evaluation is in bfloat16.
+        calibrate: With the latter two, also compare every product with the one in bfloat16, until `fp8_errors` is
+            asked.
 
     Returns:
         Which layers run fused, and why others run unfused, as without `fuse`; checked again at every forward.
 
     Raises:
         UserError: if the model has neither such decoder layers nor adapters, for an unknown `recompute` or `compute`,
-            or for FP8 where it cannot run.
+            or for 8 bits where they cannot run.
     """
     for name, value, known in (("recompute", recompute, Recompute), ("compute", compute, Compute)):
         if value not in get_args(known):
@@ -137,14 +139,13 @@ def fuse(
     if not (report.fused or report.unfused or report.fused_linears or report.unfused_linears):
         names = ", ".join(FAMILIES)
         raise UserError(f"{type(model).__name__} has no adapters, and no decoder layers that can fuse ({names})")
-    if compute == "fp8":
+    if compute != "bf16":
         layers = [layer for layer in model.modules() if isinstance(layer, FusedLayer)]
         if not layers:
             names = ", ".join(FAMILIES)
-            raise UserError(
-                f"compute: fp8 needs decoder layers that can fuse ({names}); {type(model).__name__} has none"
-            )
-        report.not_fp8 = use_fp8(layers, calibrate)
+            kind = type(model).__name__
+            raise UserError(f"compute: {compute} needs decoder layers that can fuse ({names}); {kind} has none")
+        report.not_fp8 = use_fp8(layers, compute, calibrate)
         report.fp8 = fp8_groups(model)
     return report
 

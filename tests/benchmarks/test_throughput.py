@@ -344,7 +344,7 @@ def test_providers_compute_in_fp8(name, tmp_path, fp8_on_cpu):
         for mode in ("none", "full"):
             measured = provider.measure({"mode": mode, "tokens": 64, "seq_len": 32})
             losses[each, mode] = measured["loss_initial"]
-            assert ("4 of 4 groups of linears compute in FP8" in measured["notes"][0]) == (each == name)
+            assert ("4 of 4 groups of linears compute in 8 bits" in measured["notes"][0]) == (each == name)
     in_fp8, in_bf16 = losses[name, "none"], losses[name.removesuffix("_fp8"), "none"]
     assert in_fp8 == losses[name, "full"] != in_bf16
     assert in_fp8 == pytest.approx(in_bf16, abs=0.02)

@@ -113,7 +113,7 @@ class Trainer:
         """
         unfuse(self.model)
         report = fuse(self.model, compute=compute)  # pyright: ignore[reportArgumentType]
-        if report.unfused or report.not_fp8:
+        if report.unfused or report.not_eight_bit:
             raise RuntimeError(f"compute {compute}: {report}")
         self.graphs = StepGraphs(self.model.get_base_model()) if self.parameters[0].is_cuda else None
         return str(report)

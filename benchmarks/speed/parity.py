@@ -79,7 +79,7 @@ class Parity:
         fused = {}
         for recompute, cache_weights in VARIANTS:
             report = lsr_scale.fuse(model, recompute=recompute, cache_weights=cache_weights, compute=compute)
-            if report.unfused or report.not_fp8:
+            if report.unfused or report.not_eight_bit:
                 raise RuntimeError(f"{method}: layers do not run fused: {report}")
             fused[recompute, cache_weights] = results(model, ids)
             lsr_scale.unfuse(model)

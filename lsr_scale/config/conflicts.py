@@ -8,7 +8,7 @@ from lsr_scale.config import declared
 from lsr_scale.config.deepspeed import OF_TRAINING
 from lsr_scale.config.messages import Problem
 from lsr_scale.config.reporters import REPORTERS, reporter_names
-from lsr_scale.config.training import FP8_GROUPS, evaluated
+from lsr_scale.config.training import LINEAR_GROUPS, evaluated
 from lsr_scale.errors import did_you_mean
 
 if TYPE_CHECKING:
@@ -135,8 +135,8 @@ def _compute(run: "RunConfig") -> Iterator[Problem]:
     training, where = run.training, ("training", "fp8_keep")
     for name in training["fp8_keep"] if isinstance(training["fp8_keep"], list) else ():
         layer, dot, group = name.rpartition(".")
-        if group not in FP8_GROUPS:
-            yield Problem(where, f"{name!r:.60}: {did_you_mean(group, FP8_GROUPS)}")
+        if group not in LINEAR_GROUPS:
+            yield Problem(where, f"{name!r:.60}: {did_you_mean(group, LINEAR_GROUPS)}")
         elif dot and not re.fullmatch("[0-9]{1,9}", layer):
             yield Problem(where, f"{name!r:.60}: expected a layer's number before the dot, such as 12.{group}")
     if training["compute"] != "fp8":

@@ -134,7 +134,7 @@ _BOUNDS: dict[str, dict[str, float]] = {
 _ROWS_PER_STEP = 2**20
 
 # Linears of a decoder layer that read one input, as training.fp8_keep names them: down, or 12.down of layer 12 alone.
-FP8_GROUPS = ("qkv", "o", "gate_up", "down")
+LINEAR_GROUPS = ("qkv", "o", "gate_up", "down")
 
 
 class EarlyStopping(BaseModel):

@@ -151,7 +151,7 @@ def fp8_against_bf16(device: torch.device, trial: Trial) -> tuple[float, str | N
         return 0.0, str(report)
     exact = _loss_and_gradients(model, ids)
     report = fuse(model, compute="fp8")
-    if not report.fp8:
+    if not report.eight_bit:
         return 0.0, str(report)
     return _worst(_loss_and_gradients(model, ids), exact), None
 

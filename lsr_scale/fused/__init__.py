@@ -1,6 +1,13 @@
 """The fused path: decoder layers as single autograd functions over a frozen base, for any low-rank adapter method."""
 
-from lsr_scale.fused.fp8 import fp8_counts, fp8_errors, fp8_groups, keep_in_bf16, measure_fp8_errors, reset_fp8_counts
+from lsr_scale.fused.eight_bit import (
+    compute_errors,
+    eight_bit_groups,
+    keep_in_bf16,
+    measure_compute_errors,
+    reset_underflow_counts,
+    underflow_counts,
+)
 from lsr_scale.fused.memory import MemoryReport, clear_weight_cache, fit_memory
 from lsr_scale.fused.patching import FuseReport, fuse, unfuse
 
@@ -8,13 +15,13 @@ __all__ = [
     "FuseReport",
     "MemoryReport",
     "clear_weight_cache",
+    "compute_errors",
+    "eight_bit_groups",
     "fit_memory",
-    "fp8_counts",
-    "fp8_errors",
-    "fp8_groups",
     "fuse",
     "keep_in_bf16",
-    "measure_fp8_errors",
-    "reset_fp8_counts",
+    "measure_compute_errors",
+    "reset_underflow_counts",
+    "underflow_counts",
     "unfuse",
 ]

@@ -105,7 +105,7 @@ class StepGraphs:
     """Losses and gradients of batches by replaying the graph that was captured with the first batch of their shape.
 
     Everything that Python decides is fixed at the capture. Graphs are captured again where parameters moved, or layers
-    recompute, cache or compute in FP8 other things than before.
+    recompute, cache or compute in 8 bits other things than before.
     """
 
     def __init__(self, model: Any, max_graphs: int = 24) -> None:
@@ -126,7 +126,7 @@ class StepGraphs:
             divisor: What the summed loss is divided by.
         """
         state = [parameter.data_ptr() for parameter in self.parameters]
-        state += [(layer.recompute, bool(layer.weight_cache), tuple(layer.fp8)) for layer in self.layers]
+        state += [(layer.recompute, bool(layer.weight_cache), tuple(layer.eight_bit)) for layer in self.layers]
         if state != self.state:
             self.captured.clear()
             self.state, self.pool = state, None

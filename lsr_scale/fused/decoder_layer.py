@@ -13,7 +13,7 @@ dequantized for the recomputation serve the input gradients too.
 
 No weight is saved for the backward pass, only the module, whose weights are read again there.
 
-Groups of linears that compute in FP8 (see `fp8_linear_group`) do so in training alone: an evaluation is of the model
+Groups of linears that compute in 8 bits (see `eight_bit_group`) do so in training alone: an evaluation is of the model
 that is exported.
 """
 
@@ -47,15 +47,15 @@ class DecoderLayerFunction(torch.autograd.Function):
             pairs: down and up of each of `layer_linears(module)`, or None twice.
         """
         ctx.module, ctx.positions = module, positions
-        ctx.fp8 = dict(module.fp8) if module.training and x.dtype == torch.bfloat16 else {}
-        layer = LayerModules(module, _paired(pairs), ctx.fp8)
+        ctx.eight_bit = dict(module.eight_bit) if module.training and x.dtype == torch.bfloat16 else {}
+        layer = LayerModules(module, _paired(pairs), ctx.eight_bit)
         saved: SavedTensors = {"x": x.reshape(-1, x.shape[-1])}
         with torch.autocast(x.device.type, enabled=False):
             attention_block.forward(layer, saved, positions, {})
             mlp_block.gate_up_forward(layer, saved, {})
             y = mlp_block.down_forward(layer, saved)
         if module.sizes is None:
-            module.sizes = _sizes(layer, saved, E4M3 if ctx.fp8 else x.dtype)
+            module.sizes = _sizes(layer, saved, E4M3 if ctx.eight_bit else x.dtype)
         saved = {name: value for name, value in saved.items() if is_saved(name, recompute)}
         ctx.names = list(saved)
         ctx.save_for_backward(*saved.values(), *pairs)
@@ -69,7 +69,7 @@ class DecoderLayerFunction(torch.autograd.Function):
         tensors = ctx.saved_tensors
         saved: SavedTensors = dict(zip(ctx.names, tensors[: len(ctx.names)], strict=True))
         pairs = tensors[len(ctx.names) :]
-        layer = LayerModules(ctx.module, _paired(pairs), ctx.fp8)
+        layer = LayerModules(ctx.module, _paired(pairs), ctx.eight_bit)
         matrices: dict[str, Any] = {}
         with torch.autocast(grad.device.type, enabled=False):
             if "qkv" not in saved:

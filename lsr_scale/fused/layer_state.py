@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lsr_scale.fused.fp8_linear_group import Fp8LinearGroup, Fp8State
+from lsr_scale.fused.eight_bit_group import EightBitGroup, EightBitState
 from lsr_scale.fused.linear_groups import LinearGroup
 from lsr_scale.fused.pairs import Pair
 from lsr_scale.kernels.attention import Sequences
@@ -89,14 +89,14 @@ class Positions:
 class LayerModules:
     """A decoder layer's linears in groups, its norms and head counts, as a forward or backward pass reads them."""
 
-    def __init__(self, module: Any, pairs: list[Pair | None], fp8: Mapping[str, Fp8State]) -> None:
-        """Take a layer, its pairs, and which of its groups compute in FP8, with what they keep for it."""
+    def __init__(self, module: Any, pairs: list[Pair | None], eight_bit: Mapping[str, EightBitState]) -> None:
+        """Take a layer, its pairs, and which of its groups compute in 8 bits, with what they keep for it."""
         linears = module.fallback_check.base_layers
-        # what trains in FP8 and is evaluated in bfloat16 caches no second form of its weights
-        cache = {} if module.fp8 and not fp8 else module.weight_cache
+        # what trains in 8 bits and is evaluated in bfloat16 caches no second form of its weights
+        cache = {} if module.eight_bit and not eight_bit else module.weight_cache
         self.qkv, self.o, self.gate_up, self.down = (
-            Fp8LinearGroup(linears[part], pairs[part], cache.get(name), fp8[name])
-            if name in fp8
+            EightBitGroup(linears[part], pairs[part], cache.get(name), eight_bit[name])
+            if name in eight_bit
             else LinearGroup(linears[part], pairs[part], cache.get(name))
             for name, part in GROUPS.items()
         )

@@ -15,9 +15,9 @@ from torch.utils.checkpoint import checkpoint
 
 from lsr_scale.fused.attention_mask import needs_mask
 from lsr_scale.fused.decoder_layer import DecoderLayerFunction
+from lsr_scale.fused.eight_bit_group import EightBitState
 from lsr_scale.fused.fallback import FallbackCheck, call_fallback_reason, lm_head_fallback_reason
 from lsr_scale.fused.forward_context import ForwardContext, document_boundaries, layer_positions, packed_mask
-from lsr_scale.fused.fp8_linear_group import Fp8State
 from lsr_scale.fused.layer_state import LayerSizes, Recompute
 from lsr_scale.fused.linear import LinearMixin
 from lsr_scale.fused.linear_groups import CachedMatrix
@@ -35,7 +35,7 @@ class FusedLayer(Fused):
         recompute: What its backward pass recomputes.
         sizes: What it saves per token and what its weights take; known after the first forward.
         weight_cache: Its dequantized matrices that stay in memory from pass to pass, by the group's name.
-        fp8: Its groups of linears that compute in FP8 in training, by name, with what they keep for it.
+        eight_bit: Its groups of linears that compute in 8 bits in training, by name, with what they keep for it.
         fallback_check: The last answer of `layer_fallback_reason`.
         warned: The reason to fall back that was logged last.
     """
@@ -43,7 +43,7 @@ class FusedLayer(Fused):
     recompute: Recompute = "none"
     sizes: LayerSizes | None = None
     weight_cache: Mapping[str, CachedMatrix] = MappingProxyType({})
-    fp8: Mapping[str, Fp8State] = MappingProxyType({})
+    eight_bit: Mapping[str, EightBitState] = MappingProxyType({})
     fallback_check: FallbackCheck | None = None
     warned: str | None = None
 

@@ -13,8 +13,8 @@ from torch import nn
 
 from lsr_scale.adapters.peft import AdapterLinear
 from lsr_scale.errors import UserError
+from lsr_scale.fused.eight_bit import eight_bit_groups, use_eight_bits
 from lsr_scale.fused.fallback import DECODER_LAYERS, FAMILIES, layer_fallback_reason, linear_fallback_reason
-from lsr_scale.fused.fp8 import fp8_groups, use_fp8
 from lsr_scale.fused.layer_state import GROUPS, Recompute
 from lsr_scale.fused.linear_groups import CachedMatrix
 from lsr_scale.fused.modules import FusedCausalLM, FusedDecoder, FusedLayer, FusedLinear
@@ -28,7 +28,7 @@ _DECODERS = {getattr(module, name + "Model") for name, module in FAMILIES.items(
 _CAUSAL_LMS = {getattr(module, name + "ForCausalLM") for name, module in FAMILIES.items()}
 # what fused modules add to a module
 _ATTRIBUTES = (
-    *("recompute", "sizes", "weight_cache", "fp8", "fallback_check", "warned"),
+    *("recompute", "sizes", "weight_cache", "eight_bit", "fallback_check", "warned"),
     *("pair_cache", "max_tokens", "mask_is_needed"),
 )
 
@@ -43,16 +43,16 @@ class FuseReport:
         fused_linears: Number of adapted linears with fused operations of their own, which they use outside of fused
             layers.
         unfused_linears: Names of the adapted modules without, with the reason: they run as without `fuse`.
-        fp8: Names of the groups of linears that compute in FP8 in training: "12.down".
-        not_fp8: Names of those that cannot, with the reason, where `compute="fp8"` was asked for.
+        eight_bit: Names of the groups of linears that compute in 8 bits in training: "12.down".
+        not_eight_bit: Names of those that cannot, with the reason, where they were asked to.
     """
 
     fused: list[str]
     unfused: dict[str, str]
     fused_linears: int = 0
     unfused_linears: dict[str, str] = field(default_factory=dict)
-    fp8: list[str] = field(default_factory=list)
-    not_fp8: dict[str, str] = field(default_factory=dict)
+    eight_bit: list[str] = field(default_factory=list)
+    not_eight_bit: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         """Return one line."""
@@ -60,9 +60,10 @@ class FuseReport:
             text = f"{len(self.fused)} of {len(self.fused) + len(self.unfused)} decoder layers run fused"
             reasons = sorted(set(self.unfused.values()))
             text += f"; the others unfused: {'; '.join(reasons)}" if reasons else ""
-            if self.fp8 or self.not_fp8:
-                text += f"; {len(self.fp8)} of {len(self.fp8) + len(self.not_fp8)} groups of linears compute in 8 bits"
-                reasons = sorted(set(self.not_fp8.values()))
+            if self.eight_bit or self.not_eight_bit:
+                number, total = len(self.eight_bit), len(self.eight_bit) + len(self.not_eight_bit)
+                text += f"; {number} of {total} groups of linears compute in 8 bits"
+                reasons = sorted(set(self.not_eight_bit.values()))
                 text += f" (the others cannot: {'; '.join(reasons)})" if reasons else ""
             return text
         names = ", ".join(FAMILIES)
@@ -95,8 +96,8 @@ def fuse(
             beside the quantized ones: 2 more bytes a weight, 13 GiB for a 7B model. `fit_memory` chooses by layer.
         compute: What the base's products are computed in, in training: "bf16" (the model's dtype), "fp8" (e4m3 in both
             directions, the fastest) or "int8" (forward in int8 on rotated operands, a third of the error; backward as
-            "fp8"); adapters and all else as before (see `fp8_linear_group`). An evaluation is in bfloat16.
-        calibrate: With the latter two, also compare every product with the one in bfloat16, until `fp8_errors` is
+            "fp8"); adapters and all else as before (see `eight_bit_group`). An evaluation is in bfloat16.
+        calibrate: With the latter two, also compare every product with the one in bfloat16, until `compute_errors` is
             asked.
 
     Returns:
@@ -129,7 +130,7 @@ def fuse(
             else:
                 report.fused_linears += 1
         if isinstance(module, FusedLayer):
-            module.recompute, module.sizes, module.fp8 = recompute, None, {}
+            module.recompute, module.sizes, module.eight_bit = recompute, None, {}
             set_weight_cache(module, cache_weights)
             reason = layer_fallback_reason(module)
             if reason:
@@ -145,8 +146,8 @@ def fuse(
             names = ", ".join(FAMILIES)
             kind = type(model).__name__
             raise UserError(f"compute: {compute} needs decoder layers that can fuse ({names}); {kind} has none")
-        report.not_fp8 = use_fp8(layers, compute, calibrate)
-        report.fp8 = fp8_groups(model)
+        report.not_eight_bit = use_eight_bits(layers, compute, calibrate)
+        report.eight_bit = eight_bit_groups(model)
     return report
 
 

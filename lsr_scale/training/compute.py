@@ -1,6 +1,6 @@
 """`training.compute: fp8`: whether a run can, which groups of linears stay in bfloat16, and the record of that.
 
-A group is named by its layer and its linears, such as `12.down` (`config.training.FP8_GROUPS`). By default
+A group is named by its layer and its linears, such as `12.down` (`config.training.LINEAR_GROUPS`). By default
 (`training.fp8_keep: auto`) a run measures every group's error in its first step, keeps those in bfloat16 whose error
 exceeds `training.fp8_tolerance`, and writes `fp8.json` into its folder:
 
@@ -20,7 +20,7 @@ import torch
 from lsr_scale import files
 from lsr_scale.adapters.inject import inject
 from lsr_scale.config import RunConfig
-from lsr_scale.config.training import FP8_GROUPS
+from lsr_scale.config.training import LINEAR_GROUPS
 from lsr_scale.errors import UserError
 from lsr_scale.fused import fuse
 from lsr_scale.kernels.fp8 import fp8_fallback_reason
@@ -55,8 +55,8 @@ def check_compute(run: RunConfig) -> None:
         reasons = "; ".join(sorted(set(report.unfused.values()))) or f"{type(base).__name__} has no layers that fuse"
         raise UserError(f"training.compute: fp8 is for fused layers, and none can run fused: {reasons}; {_OTHERWISE}")
     report = fuse(model, compute="fp8")
-    if not report.fp8:
-        reasons = "; ".join(sorted(set(report.not_fp8.values())))
+    if not report.eight_bit:
+        reasons = "; ".join(sorted(set(report.not_eight_bit.values())))
         raise UserError(f"training.compute: fp8 is for no linear of {section.name}: {reasons}; {_OTHERWISE}")
     for name in () if run.training["fp8_keep"] == "auto" else run.training["fp8_keep"]:
         layer, _, group = name.rpartition(".")
@@ -69,7 +69,7 @@ def check_compute(run: RunConfig) -> None:
 
 def _place(name: str) -> tuple[int, int]:
     layer, _, group = name.rpartition(".")
-    return int(layer), FP8_GROUPS.index(group)
+    return int(layer), LINEAR_GROUPS.index(group)
 
 
 def above(errors: Mapping[str, float], tolerance: float) -> list[str]:

@@ -92,7 +92,7 @@ def test_layers_that_fall_back_are_no_comparison(monkeypatch):
 
     def fuse_in(model, compute):
         report = fuse(model)
-        report.not_fp8["1.down"] = "40 inputs, no multiple of 16"
+        report.not_eight_bit["1.down"] = "40 inputs, no multiple of 16"
         return report
 
     monkeypatch.setattr(accuracy, "fuse", fuse_in)

@@ -297,9 +297,8 @@ def fp8_on_cpu(monkeypatch):
     """Let the kernels' references compute in FP8."""
     from benchmarks.speed import parity
     from benchmarks.speed.providers import fused
-    from lsr_scale.fused import fp8
 
-    monkeypatch.setattr(fp8, "fp8_fallback_reason", lambda device: None)
+    monkeypatch.setattr(eight_bit, "fp8_fallback_reason", lambda device: None)
     for module in (parity, fused):
         monkeypatch.setattr(module, "no_fp8_reason", lambda device: None)
 
@@ -309,7 +308,7 @@ def test_the_gate_takes_fp8_and_is_red_when_it_is_less_exact_than_its_recipe(bas
     import torch
 
     from benchmarks.speed import parity
-    from lsr_scale.fused import fp8_linear_group
+    from lsr_scale.fused import eight_bit_group
 
     _, config = throughput.parse(arguments(tmp_path / "a.json", "lsr", "lsr_fp8", "lora_fp8", base=base))
     rows = parity.Parity(config).measure({})["parity"]
@@ -320,13 +319,13 @@ def test_the_gate_takes_fp8_and_is_red_when_it_is_less_exact_than_its_recipe(bas
     assert all({"loss", "output", "input gradient"} < row["errors"].keys() for row in rows)
     # e4m3's error, not bfloat16's
     assert all(min(row["errors"]["output"]) > 2e-2 for row in in_fp8)
-    right = fp8_linear_group.fp8_gemm
+    right = eight_bit_group.fp8_gemm
 
     def less_exact(codes, scales, weight, weight_scale, out, **options):
         right(codes, scales, weight, weight_scale, out, **options)
         out.mul_(1 + 0.1 * (-1) ** torch.arange(out.shape[1]))
 
-    monkeypatch.setattr(fp8_linear_group, "fp8_gemm", less_exact)
+    monkeypatch.setattr(eight_bit_group, "fp8_gemm", less_exact)
     rows = parity.Parity(config).measure({})["parity"]
     assert all(bool(row["problems"]) == (row["compute"] == "fp8") for row in rows)
     assert "the simulation by" in rows[-1]["problems"][0]

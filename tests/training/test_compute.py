@@ -6,7 +6,7 @@ import math
 import pytest
 
 from lsr_scale import UserError, config
-from lsr_scale.config.training import FP8_GROUPS
+from lsr_scale.config.training import LINEAR_GROUPS
 from lsr_scale.fused.layer_state import GROUPS
 from lsr_scale.run import train as train_module
 from lsr_scale.run.folder import RunFolder
@@ -32,7 +32,7 @@ def fp8_run(place, training=None, **sections):
 
 
 def test_the_groups_that_a_run_may_name_are_those_of_a_layer():
-    assert set(FP8_GROUPS) == set(GROUPS)
+    assert set(LINEAR_GROUPS) == set(GROUPS)
 
 
 def test_a_machine_without_fp8_is_told_so_before_anything_is_read(place, monkeypatch):

@@ -21,11 +21,11 @@ class Fused:
 
     def __init__(self, monkeypatch):
         self.errors, self.counts, self.kept, self.resets, self.measures = {}, {}, [], 0, True
-        monkeypatch.setattr(fp8, "fp8_errors", self.read)
-        monkeypatch.setattr(fp8, "measure_fp8_errors", lambda model: setattr(self, "measures", True))
-        monkeypatch.setattr(fp8, "fp8_counts", lambda model: {k: torch.tensor(v) for k, v in self.counts.items()})
+        monkeypatch.setattr(fp8, "compute_errors", self.read)
+        monkeypatch.setattr(fp8, "measure_compute_errors", lambda model: setattr(self, "measures", True))
+        monkeypatch.setattr(fp8, "underflow_counts", lambda model: {k: torch.tensor(v) for k, v in self.counts.items()})
         monkeypatch.setattr(fp8, "keep_in_bf16", lambda model, names: self.kept.append(names))
-        monkeypatch.setattr(fp8, "reset_fp8_counts", self.reset)
+        monkeypatch.setattr(fp8, "reset_underflow_counts", self.reset)
 
     def read(self, model):
         was, self.measures = self.measures, False

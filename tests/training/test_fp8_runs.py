@@ -60,8 +60,8 @@ def stopped(killed, tmp_path):
 @pytest.fixture
 def measured(monkeypatch):
     """Return a list that gets each measurement of errors that a run takes."""
-    taken, read = [], fp8.fp8_errors
-    monkeypatch.setattr(fp8, "fp8_errors", lambda model: taken.append(read(model)) or taken[-1])
+    taken, read = [], fp8.compute_errors
+    monkeypatch.setattr(fp8, "compute_errors", lambda model: taken.append(read(model)) or taken[-1])
     return taken
 
 
@@ -134,9 +134,9 @@ def test_a_run_that_computes_otherwise_as_it_resumes_is_told_so(place, tmp_path,
 
 
 def test_what_a_run_names_stays_in_bfloat16_and_nothing_is_measured(place, tmp_path, monkeypatch):
-    monkeypatch.setattr(fp8, "fp8_errors", lambda model: pytest.fail("measured"))
-    kept, keep = [], fp8.fp8_counts
-    monkeypatch.setattr(fp8, "fp8_counts", lambda model: kept.append(set(keep(model))) or keep(model))
+    monkeypatch.setattr(fp8, "compute_errors", lambda model: pytest.fail("measured"))
+    kept, keep = [], fp8.underflow_counts
+    monkeypatch.setattr(fp8, "underflow_counts", lambda model: kept.append(set(keep(model))) or keep(model))
     folder = do(run_in(place, tmp_path / "run", training={"fp8_keep": ["down", "0.qkv"], "max_steps": 1}))
     names = ALL_GROUPS - {"0.down", "1.down", "0.qkv"}
     assert kept == [{f"{name}.{kind}" for name in names for kind in ("input", "gradient")}]
@@ -183,14 +183,14 @@ def test_a_classifier_on_a_decoder_takes_it(place, tmp_path):
 
 
 def test_a_batch_that_is_not_finite_does_not_decide(place, tmp_path, monkeypatch):
-    read, calls = fp8.fp8_errors, []
+    read, calls = fp8.compute_errors, []
 
     def broken_at_first(model):
         errors = read(model)
         calls.append(errors)
         return dict.fromkeys(errors, float("nan")) if len(calls) == 1 else errors
 
-    monkeypatch.setattr(fp8, "fp8_errors", broken_at_first)
+    monkeypatch.setattr(fp8, "compute_errors", broken_at_first)
     folder = do(run_in(place, tmp_path / "run", training={"max_steps": 3}))
     assert [set(errors) for errors in calls] == [ALL_GROUPS, ALL_GROUPS]
     assert all(record(folder)["errors"].values())

@@ -10,7 +10,13 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lsr_scale import distributed
-from lsr_scale.fused import fp8_counts, fp8_errors, keep_in_bf16, measure_fp8_errors, reset_fp8_counts
+from lsr_scale.fused import (
+    compute_errors,
+    keep_in_bf16,
+    measure_compute_errors,
+    reset_underflow_counts,
+    underflow_counts,
+)
 from lsr_scale.run.folder import RunFolder
 from lsr_scale.training.compute import above, write_errors
 
@@ -74,9 +80,9 @@ class Fp8Callback(TrainerCallback):
         if not self.measures:
             return
         self.attempts -= 1
-        errors = _largest(distributed.gather([fp8_errors(kwargs["model"])]))
+        errors = _largest(distributed.gather([compute_errors(kwargs["model"])]))
         if self.attempts and not all(map(math.isfinite, errors.values())):
-            measure_fp8_errors(kwargs["model"])
+            measure_compute_errors(kwargs["model"])
         else:
             self._decide(kwargs["model"], errors)
 
@@ -99,7 +105,7 @@ class Fp8Callback(TrainerCallback):
         if not logs or "loss" not in logs:
             return
         shares = _shares(kwargs["model"])
-        reset_fp8_counts(kwargs["model"])
+        reset_underflow_counts(kwargs["model"])
         for kind in ("input", "gradient"):
             of_kind = [share for name, share in shares.items() if name.endswith(f".{kind}")]
             if of_kind:
@@ -133,7 +139,7 @@ def _largest(of_processes: list[dict[str, float]]) -> dict[str, float]:
 
 def _shares(model: Any) -> dict[str, float]:
     """Return the share of underflow by group and kind, over all processes."""
-    counted = fp8_counts(model)
+    counted = underflow_counts(model)
     if not counted:
         return {}
     own = dict(zip(counted, torch.stack(list(counted.values())).tolist(), strict=True))  # the host waits once

@@ -1,4 +1,4 @@
-"""Which groups of a fused model's linears compute in FP8, what they count and how far off they are.
+"""Which groups of a fused model's linears compute in 8 bits, what they count and how far off they are.
 
 A group's name is "layer.group": "12.down" is down_proj of decoder layer 12; the groups of a layer are qkv, o, gate_up
 and down, linears that share an input.
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lsr_scale.errors import UserError
-from lsr_scale.fused.fp8_linear_group import DIRECTIONS, Fp8State, fp8_shape_reason
+from lsr_scale.fused.eight_bit_group import DIRECTIONS, EightBitState, eight_bit_shape_reason
 from lsr_scale.fused.layer_state import GROUPS, layer_linears
 from lsr_scale.fused.linear_groups import LinearGroup
 from lsr_scale.fused.modules import FusedLayer
@@ -22,13 +22,13 @@ from lsr_scale.kernels.fp8 import E4M3, fp8_fallback_reason
 FORWARD = {"fp8": E4M3, "int8": torch.int8}
 
 
-def use_fp8(layers: Iterable[Any], compute: str, calibrate: bool) -> dict[str, str]:
+def use_eight_bits(layers: Iterable[Any], compute: str, calibrate: bool) -> dict[str, str]:
     """Have fused layers compute in 8 bits in training, group by group.
 
     Args:
         layers: Fused decoder layers.
-        compute: "fp8" or "int8": see `fp8_linear_group`.
-        calibrate: Compare each product with the one in bfloat16, until `fp8_errors` is asked.
+        compute: "fp8" or "int8": see `eight_bit_group`.
+        calibrate: Compare each product with the one in bfloat16, until `compute_errors` is asked.
 
     Returns:
         Groups that stay in bfloat16, with the reason.
@@ -51,25 +51,25 @@ def use_fp8(layers: Iterable[Any], compute: str, calibrate: bool) -> dict[str, s
         linears, states = layer_linears(layer), {}
         for name, part in GROUPS.items():
             group = LinearGroup(linears[part], [None] * len(linears[part]))
-            reason = fp8_shape_reason(group, FORWARD[compute])
+            reason = eight_bit_shape_reason(group, FORWARD[compute])
             if reason:
                 reasons[f"{_index(layer)}.{name}"] = reason
             else:
-                states[name] = Fp8State(FORWARD[compute], calibrate)
-        layer.fp8 = states
+                states[name] = EightBitState(FORWARD[compute], calibrate)
+        layer.eight_bit = states
     return reasons
 
 
-def fp8_groups(model: nn.Module) -> list[str]:
-    """Return the names of the groups that compute in FP8."""
+def eight_bit_groups(model: nn.Module) -> list[str]:
+    """Return the names of the groups that compute in 8 bits."""
     return [name for name, _ in _states(model)]
 
 
-def fp8_counts(model: nn.Module) -> dict[str, Tensor]:
-    """Return how many values underflowed in e4m3, and of how many, int64 `[2]`, since `reset_fp8_counts`.
+def underflow_counts(model: nn.Module) -> dict[str, Tensor]:
+    """Return how many values underflowed, and of how many, int64 `[2]`, since `reset_underflow_counts`.
 
-    A value underflows if it is not zero and less than 2^-6 of its row's scale, at most 2^-14 of the row's largest
-    value: its code has fewer than 4 significant bits, or is zero.
+    In e4m3 a value underflows if it is not zero and less than 2^-6 of its row's scale, at most 2^-14 of the row's
+    largest value: its code has fewer than 4 significant bits, or is zero. In int8, if it is not zero and its code is.
 
     Returns:
         By "layer.group.input" and "layer.group.gradient": of the group's input, and of its output's gradient.
@@ -82,15 +82,15 @@ def fp8_counts(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def reset_fp8_counts(model: nn.Module) -> None:
+def reset_underflow_counts(model: nn.Module) -> None:
     """Set all counts to zero."""
-    counts = list(fp8_counts(model).values())
+    counts = list(underflow_counts(model).values())
     if counts:
         torch._foreach_zero_(counts)
 
 
-def fp8_errors(model: nn.Module) -> dict[str, float]:
-    """Return each group's relative error in FP8 beside bfloat16, of its outputs or input gradients, the larger.
+def compute_errors(model: nn.Module) -> dict[str, float]:
+    """Return each group's relative error in 8 bits beside bfloat16, of its outputs or input gradients, the larger.
 
     From the last training step after `fuse(..., compute="fp8", calibrate=True)`, on a sample of its rows. Nothing is
     compared after this call.
@@ -105,8 +105,8 @@ def fp8_errors(model: nn.Module) -> dict[str, float]:
     return dict(zip(errors, values, strict=True))
 
 
-def measure_fp8_errors(model: nn.Module) -> None:
-    """Compare each product with the one in bfloat16 from the next step on, until `fp8_errors` is asked."""
+def measure_compute_errors(model: nn.Module) -> None:
+    """Compare each product with the one in bfloat16 from the next step on, until `compute_errors` is asked."""
     for _, state in _states(model):
         state.calibrates = True
 
@@ -126,13 +126,13 @@ def keep_in_bf16(model: nn.Module, names: Iterable[str]) -> None:
                 f"number (0 to {len(layers) - 1}), as in 12.down"
             )
         for layer in [layers[index]] if index else layers.values():
-            layer.fp8 = {key: state for key, state in layer.fp8.items() if key != group}
+            layer.eight_bit = {key: state for key, state in layer.eight_bit.items() if key != group}
 
 
-def _states(model: nn.Module) -> Iterator[tuple[str, Fp8State]]:
+def _states(model: nn.Module) -> Iterator[tuple[str, EightBitState]]:
     for layer in model.modules():
         if isinstance(layer, FusedLayer):
-            for name, state in layer.fp8.items():
+            for name, state in layer.eight_bit.items():
                 yield f"{_index(layer)}.{name}", state
 
 

@@ -11,7 +11,14 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 import lsr_scale
 from lsr_scale.adapters import peft_config
 from lsr_scale.errors import UserError
-from lsr_scale.fused import fp8, fp8_counts, fp8_errors, fp8_groups, keep_in_bf16, reset_fp8_counts
+from lsr_scale.fused import (
+    compute_errors,
+    eight_bit,
+    eight_bit_groups,
+    keep_in_bf16,
+    reset_underflow_counts,
+    underflow_counts,
+)
 from lsr_scale.fused.layer_state import GROUPS
 from lsr_scale.fused.linear_groups import base_layer
 from lsr_scale.kernels.fp8 import encode_reference, power_of_two_scale
@@ -33,7 +40,7 @@ ALL_GROUPS = [f"{layer}.{name}" for layer in range(2) for name in GROUPS]
 @pytest.fixture(autouse=True)
 def anywhere(monkeypatch):
     """Let FP8 run on the CPU, by the kernels' references."""
-    monkeypatch.setattr(fp8, "fp8_fallback_reason", lambda device: None)
+    monkeypatch.setattr(eight_bit, "fp8_fallback_reason", lambda device: None)
 
 
 @pytest.fixture
@@ -128,7 +135,7 @@ def test_errors_beside_a_simulation(compute, method, kind, ids):
     simulated, exact = simulate(model, compute)
     expected, allowed = step(exact, ids), step(simulated, ids)
     report = lsr_scale.fuse(model, compute=compute)
-    assert report.fp8 == fp8_groups(model) == ALL_GROUPS
+    assert report.eight_bit == eight_bit_groups(model) == ALL_GROUPS
     assert "8 of 8 groups of linears compute in 8 bits" in str(report)
     found = step(model, ids)
     assert abs(float(found["loss"] - expected["loss"])) < 0.02
@@ -162,7 +169,7 @@ def test_recomputed_and_cached_steps_are_the_same(compute, kind, ids):
     for _ in range(2):
         assert_equal(step(model, ids), expected)
     layer = next(module for module in model.modules() if getattr(module, "fp8", None))
-    assert {transposed for state in layer.fp8.values() for transposed in state.codes} == {False, True}
+    assert {transposed for state in layer.eight_bit.values() for transposed in state.codes} == {False, True}
 
 
 def test_an_evaluation_is_in_bfloat16_and_caches_nothing(ids):
@@ -213,7 +220,7 @@ def test_int8_errs_less(ids):
     for compute in COMPUTES:
         lsr_scale.fuse(model, compute=compute, calibrate=True)
         step(model, ids)
-        errors[compute] = {name: float(state.errors["input"]) for name, state in fp8._states(model)}
+        errors[compute] = {name: float(state.errors["input"]) for name, state in eight_bit._states(model)}
     assert all(errors["int8"][name] < error / 2 for name, error in errors["fp8"].items()), errors
 
 
@@ -223,10 +230,10 @@ def test_groups_kept_in_bf16(ids):
     expected = step(model, ids)
     lsr_scale.fuse(model, compute="fp8")
     keep_in_bf16(model, ["1.down", "qkv"])
-    assert fp8_groups(model) == ["0.o", "0.gate_up", "0.down", "1.o", "1.gate_up"]
+    assert eight_bit_groups(model) == ["0.o", "0.gate_up", "0.down", "1.o", "1.gate_up"]
     assert relative(step(model, ids)["loss"], expected["loss"]) > 0
     keep_in_bf16(model, ["o", "gate_up", "down"])
-    assert not fp8_groups(model)
+    assert not eight_bit_groups(model)
     assert_equal(step(model, ids), expected)
     for name in ("2.down", "down_proj", "x.qkv", ""):
         with pytest.raises(UserError, match="no group of linears"):
@@ -237,7 +244,7 @@ def test_underflow_is_counted(ids):
     model = adapted()
     lsr_scale.fuse(model, compute="fp8")
     step(model, ids)
-    counts = fp8_counts(model)
+    counts = underflow_counts(model)
     # nothing before the first layer is trained
     ways = {f"{name}.{way}" for name in ALL_GROUPS for way in ("input", "gradient")} - {"0.qkv.gradient"}
     assert counts.keys() == ways
@@ -245,13 +252,13 @@ def test_underflow_is_counted(ids):
     assert counts["0.down.input"][1] == tokens * SIZES["intermediate_size"]
     assert counts["0.down.gradient"][1] == tokens * SIZES["hidden_size"]
     before = int(counts["1.qkv.input"][0])
-    reset_fp8_counts(model)
-    assert not any(count.any() for count in fp8_counts(model).values())
+    reset_underflow_counts(model)
+    assert not any(count.any() for count in underflow_counts(model).values())
     with torch.no_grad():
         layer = model.get_base_model().model.layers[1]
         layer.input_layernorm.weight[5] = 1e5  # a massive channel: the others' values are below 2^-14 of it
     step(model, ids)
-    after = fp8_counts(model)["1.qkv.input"]
+    after = underflow_counts(model)["1.qkv.input"]
     assert after[1] == tokens * SIZES["hidden_size"]
     assert after[0] > before + 0.5 * after[1]
 
@@ -260,14 +267,14 @@ def test_calibration(ids):
     model = adapted(kind="nf4")
     lsr_scale.fuse(model, compute="fp8")
     step(model, ids)
-    assert fp8_errors(model) == {}
+    assert compute_errors(model) == {}
     lsr_scale.fuse(model, recompute="full", compute="fp8", calibrate=True)
     step(model, ids)
-    errors = fp8_errors(model)
+    errors = compute_errors(model)
     assert list(errors) == ALL_GROUPS
     assert all(0.01 < error < 0.08 for error in errors.values()), errors
     step(model, ids)
-    assert fp8_errors(model) == {}, "compared once"
+    assert compute_errors(model) == {}, "compared once"
 
 
 def test_calibration_finds_the_group_that_e4m3_does_not_suit(ids):
@@ -283,7 +290,7 @@ def test_calibration_finds_the_group_that_e4m3_does_not_suit(ids):
                     factor.zero_()
     lsr_scale.fuse(model, compute="fp8", calibrate=True)
     step(model, ids)
-    errors = fp8_errors(model)
+    errors = compute_errors(model)
     assert max(errors, key=errors.__getitem__) == "1.gate_up"
     assert errors["1.gate_up"] > 0.1
     assert max(error for name, error in errors.items() if name != "1.gate_up") < 0.1
@@ -301,8 +308,8 @@ def test_shapes_that_stay_in_bfloat16(ids):
     for compute, size, unit in (("fp8", 200, 16), ("int8", 208, 64)):
         model = adapted(intermediate_size=size)
         report = lsr_scale.fuse(model, compute=compute)
-        assert report.fp8 == ["0.qkv", "0.o", "0.gate_up", "1.qkv", "1.o", "1.gate_up"]
-        assert report.not_fp8 == {f"{layer}.down": f"{size} inputs, no multiple of {unit}" for layer in range(2)}
+        assert report.eight_bit == ["0.qkv", "0.o", "0.gate_up", "1.qkv", "1.o", "1.gate_up"]
+        assert report.not_eight_bit == {f"{layer}.down": f"{size} inputs, no multiple of {unit}" for layer in range(2)}
         assert f"{size} inputs, no multiple of {unit}" in str(report)
         step(model, ids)
 
@@ -320,7 +327,7 @@ def test_biases(ids):
     lsr_scale.fuse(model, compute="fp8", calibrate=True)
     found = step(model, ids)
     assert abs(float(found["loss"] - expected["loss"])) < 0.02
-    assert max(fp8_errors(model).values()) < 0.08
+    assert max(compute_errors(model).values()) < 0.08
 
 
 def test_unfuse_leaves_nothing(ids):

@@ -53,8 +53,8 @@ DIRECTIONS = ("input", "gradient")
 
 
 @dataclass
-class Fp8State:
-    """What a group that computes in FP8 keeps from pass to pass.
+class EightBitState:
+    """What a group that computes in 8 bits keeps from pass to pass.
 
     Attributes:
         forward: The dtype of the codes of X and W in the forward pass.
@@ -77,14 +77,14 @@ class Fp8State:
     errors: dict[str, Tensor] = field(default_factory=dict)
 
 
-class Fp8Pairs(NamedTuple):
+class EightBitPairs(NamedTuple):
     """A group's pairs in the dtype of its input; the weight's codes are made when a product needs them."""
 
     ups: Tensor
     downs: Tensor
 
 
-class Fp8Input(NamedTuple):
+class EightBitInput(NamedTuple):
     """A group's input: codes `[T, K]`, scales `[T]`, `xa [T, R]` or None; when calibrating some rows as they were.
 
     Or its output gradient: codes `[T, N]`, and ds in the place of xa.
@@ -96,7 +96,7 @@ class Fp8Input(NamedTuple):
     sample: Tensor | None = None
 
 
-def fp8_shape_reason(group: LinearGroup, forward: torch.dtype) -> str | None:
+def eight_bit_shape_reason(group: LinearGroup, forward: torch.dtype) -> str | None:
     """Return why linears of these shapes cannot compute in 8 bits, or None."""
     of_inputs = BLOCK if forward == torch.int8 else 16
     for count, side, unit in ((group.in_features, "inputs", of_inputs), (group.out_features, "outputs", 16)):
@@ -106,35 +106,35 @@ def fp8_shape_reason(group: LinearGroup, forward: torch.dtype) -> str | None:
 
 
 @dataclass
-class Fp8LinearGroup(LinearGroup):
-    """A `LinearGroup` that computes in 8 bits; its "matrix" is `Fp8Pairs`. Hidden states and gradients are bfloat16."""
+class EightBitGroup(LinearGroup):
+    """A `LinearGroup` that computes in 8 bits, of bfloat16 hidden states; its "matrix" is `EightBitPairs`."""
 
-    state: Fp8State = field(default_factory=Fp8State)
+    state: EightBitState = field(default_factory=EightBitState)
 
-    def matrix(self, dtype: torch.dtype, device: torch.device) -> Fp8Pairs:
+    def matrix(self, dtype: torch.dtype, device: torch.device) -> EightBitPairs:
         """Return the pairs, rounded to the dtype: ups `[N, R]`, block-diagonal, and downs `[R, K]`."""
         ups = torch.empty(self.out_features, self.width, dtype=dtype, device=device)
         downs = torch.empty(self.width, self.in_features, dtype=dtype, device=device)
         if self.width:
             for index in range(len(self.base_layers)):
                 fill_extension(ups[self.rows(index)], self._extension(index, downs))
-        return Fp8Pairs(ups, downs)
+        return EightBitPairs(ups, downs)
 
     def cached_bytes(self, itemsize: int) -> int:
         """Return what a cache of the weight's codes takes, in both orientations."""
         return 2 * self.out_features * self.in_features
 
-    def ups(self, matrix: Fp8Pairs) -> Tensor:
+    def ups(self, matrix: EightBitPairs) -> Tensor:
         """Return every `up`, block-diagonal, `[N, R]`."""
         return matrix.ups
 
-    def downs(self, matrix: Fp8Pairs) -> Tensor:
+    def downs(self, matrix: EightBitPairs) -> Tensor:
         """Return every `down`, then zero rows, `[R, K]`."""
         return matrix.downs
 
     def normed_input(
-        self, norm: Any, x: Tensor, matrix: Fp8Pairs, **sums: Tensor
-    ) -> tuple[Fp8Input, Tensor, Tensor | None]:
+        self, norm: Any, x: Tensor, matrix: EightBitPairs, **sums: Tensor
+    ) -> tuple[EightBitInput, Tensor, Tensor | None]:
         """Return the group's input, rstd and `n down^T`, as `LinearGroup.normed_input` does."""
         codes, scales = self._empty_codes(x, self.in_features, self.state.forward)
         downs = xa = None
@@ -149,14 +149,14 @@ class Fp8LinearGroup(LinearGroup):
             rows = _sample_rows(x)
             n = sums.get("residual_out", x)[rows].float() * rstd[rows, None] * norm.weight.float()
             sample = n.to(x.dtype)
-        return Fp8Input(codes, scales, xa, sample), rstd, xa
+        return EightBitInput(codes, scales, xa, sample), rstd, xa
 
-    def swiglu_input(self, gate_up: Tensor, matrix: Fp8Pairs) -> tuple[Fp8Input, Tensor | None]:
+    def swiglu_input(self, gate_up: Tensor, matrix: EightBitPairs) -> tuple[EightBitInput, Tensor | None]:
         """Return the group's input h, and `h down^T` or None, as `LinearGroup.swiglu_input` does."""
         hidden, xa = super().swiglu_input(gate_up, matrix)
         return self._quantized(hidden[:, : self.in_features])._replace(xa=xa), xa
 
-    def multiply(self, x: Fp8Input, matrix: Fp8Pairs) -> Tensor:
+    def multiply(self, x: EightBitInput, matrix: EightBitPairs) -> Tensor:
         """Return `Y [T, N]`."""
         out = torch.empty(len(x.codes), self.out_features, dtype=matrix.ups.dtype, device=x.codes.device)
         bias, up = self.bias(out.dtype), None if x.xa is None else matrix.ups
@@ -171,7 +171,7 @@ class Fp8LinearGroup(LinearGroup):
             self.state.errors["input"] = _error(out[rows], expected)
         return out
 
-    def project(self, x: Tensor, matrix: Fp8Pairs) -> tuple[Tensor, Tensor | None]:
+    def project(self, x: Tensor, matrix: EightBitPairs) -> tuple[Tensor, Tensor | None]:
         """Return `(Y [T, N], xA [T, R])`."""
         xa = x.new_empty(len(x), self.width) if self.width else None
         quantized = self._quantized(x, matrix.downs if self.width else None, xa)
@@ -185,10 +185,10 @@ class Fp8LinearGroup(LinearGroup):
     def gradient_input(
         self,
         grad: Tensor,
-        matrix: Fp8Pairs,
+        matrix: EightBitPairs,
         fill_tail: bool = False,
         codes: Mapping[str, Tensor] = MappingProxyType({}),
-    ) -> tuple[Fp8Input, Tensor]:
+    ) -> tuple[EightBitInput, Tensor]:
         """Return the output gradient quantized, and ds, as `LinearGroup.gradient_input` does."""
         d_y, ds, ups = grad[:, : self.out_features], self.tail(grad), None
         if fill_tail and self.width:
@@ -199,9 +199,9 @@ class Fp8LinearGroup(LinearGroup):
             quantized, scales = self._empty_codes(d_y, self.out_features, E4M3)
             self._quantize(d_y, quantized, scales, "gradient", ups, None if ups is None else ds)
         sample = d_y[_sample_rows(d_y)] if self.state.calibrates else None
-        return Fp8Input(quantized, scales, ds if self.width else None, sample), ds
+        return EightBitInput(quantized, scales, ds if self.width else None, sample), ds
 
-    def input_gradient(self, grad: Fp8Input, matrix: Fp8Pairs) -> Tensor:
+    def input_gradient(self, grad: EightBitInput, matrix: EightBitPairs) -> Tensor:
         """Return `dX [T, K]` from what `gradient_input` returned first."""
         out = torch.empty(len(grad.codes), self.in_features, dtype=matrix.ups.dtype, device=grad.codes.device)
         weight, scale = self._weight(out, transposed=True)
@@ -215,11 +215,11 @@ class Fp8LinearGroup(LinearGroup):
             self.state.errors["gradient"] = _error(out[rows], expected)
         return out
 
-    def _quantized(self, x: Tensor, downs: Tensor | None = None, xa: Tensor | None = None) -> Fp8Input:
+    def _quantized(self, x: Tensor, downs: Tensor | None = None, xa: Tensor | None = None) -> EightBitInput:
         """Return an input `[T, K]` quantized, and with `xa = x downs^T` from the same read where that is asked for."""
         codes, scales = self._empty_codes(x, self.in_features, self.state.forward)
         self._quantize(x, codes, scales, "input", downs, xa)
-        return Fp8Input(codes, scales, xa, x[_sample_rows(x)] if self.state.calibrates else None)
+        return EightBitInput(codes, scales, xa, x[_sample_rows(x)] if self.state.calibrates else None)
 
     def _quantize(
         self,

@@ -297,6 +297,7 @@ def fp8_on_cpu(monkeypatch):
     """Let the kernels' references compute in FP8."""
     from benchmarks.speed import parity
     from benchmarks.speed.providers import fused
+    from lsr_scale.fused import eight_bit
 
     monkeypatch.setattr(eight_bit, "fp8_fallback_reason", lambda device: None)
     for module in (parity, fused):

@@ -262,7 +262,8 @@ def _replay_steps(run: RunConfig, trainer: Any, report: FuseReport | None, say: 
             raise UserError(f"training.cuda_graphs: on, but they cannot be: {reason}")
         return
     tokens = round(mean * trainer.args.per_device_train_batch_size)
-    if wanted == "auto" and not host_bound(base_description(model)["num_parameters"], len(report.fused), tokens):  # pyright: ignore
+    parameters: Any = base_description(model)["num_parameters"]
+    if wanted == "auto" and not host_bound(parameters, len(report.fused), tokens, bool(report.eight_bit)):
         return
     trainer.graphs, trainer.say = StepGraphs(model.get_base_model()), say
     trainer.data_collator = PackedCollator(trainer.data_collator, longest)

@@ -119,6 +119,8 @@ def test_small_models_are_bound_by_the_host():
     assert host_bound(135_000_000, 30, 4_096)
     assert host_bound(135_000_000, 30, 32_768)
     assert not host_bound(7_200_000_000, 32, 8_192)
+    assert host_bound(7_200_000_000, 32, 8_192, eight_bit=True)
+    assert not host_bound(7_200_000_000, 32, 32_768, eight_bit=True)
 
 
 def test_graphs_that_cannot_be_are_refused(tmp_path):

@@ -16,7 +16,7 @@ MODELS = {
     "smollm2-135m": "HuggingFaceTB/SmolLM2-135M",
 }
 TINY = {
-    **{"model_type": "llama", "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2},
+    **{"model_type": "llama", "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2},
     **{"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 256, "max_position_embeddings": 512},
 }
 

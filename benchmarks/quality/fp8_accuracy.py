@@ -1,4 +1,4 @@
-"""Does training with FP8 products lose accuracy? Real models, LSR-Adapt and LoRA, bf16 and FP8 beside it, paired.
+"""Does training with products in FP8 or int8 lose accuracy? Real models, LSR-Adapt and LoRA, each paired with bf16.
 
     python -m benchmarks.quality.fp8_accuracy --model FOLDER --data DATA --out benchmarks/results/fp8_accuracy
     python -m benchmarks.quality.fp8_accuracy --table --out benchmarks/results/fp8_accuracy
@@ -6,14 +6,15 @@
 FOLDER is a Transformers folder or a `builtin:` name, DATA a folder of `<task>/{train,test}.jsonl.gz`. An adapter on
 every linear of an NF4 base is trained on ARC-E, ARC-C and OpenBookQA: whole examples packed to `--tokens` a step, the
 answers supervised, AdamW, its rate falling linearly, steps replayed as `lsr-scale train` does. A seed has its own first
-factors and its own order of examples, the same in bf16 and FP8. All of a process's trainings share one loaded base.
+factors and its own order of examples, the same in bf16, FP8 and int8. All of a process's trainings share one base.
 
 Every adapter is scored in bf16, as fused layers compute outside of training, so that what is compared is what was
 learned: an example's loss is the negative log-likelihood of the right choice's tokens, which is what is trained, and it
-is right if that choice is the likeliest. Differences are FP8 less bf16 on the same examples. Intervals of a seed are
-those of `lsr_scale.scoring.paired`; over all seeds examples are resampled, each with its answers in all seeds, since
-these are not independent. What another seed changes in bf16 is shown beside it. A line is added to `trials.jsonl` after
-each training and its scores; what it has is not done again. Several models can be trained side by side.
+is right if that choice is the likeliest. Differences are those of FP8 or int8 from bf16 on the same examples. Intervals
+of a seed are those of `lsr_scale.scoring.paired`; over all seeds examples are resampled, each with its answers in all
+seeds, since these are not independent. What another seed changes in bf16 is shown beside it. A line is added to
+`trials.jsonl` after each training and its scores; what it has is not done again. Several models can be trained side by
+side.
 """
 
 import itertools
@@ -33,6 +34,7 @@ from benchmarks.command_line import recorded, script_parser
 from benchmarks.models import LINEARS, SMOLLM2
 from benchmarks.quality import trials
 from benchmarks.quality.commonsense_data import JOINT
+from benchmarks.speed.providers import EIGHT_BIT
 from lsr_scale import files
 from lsr_scale.adapters import peft_config
 from lsr_scale.data.sources import load_rows
@@ -48,7 +50,6 @@ METHODS: dict[str, tuple[dict[str, Any], float]] = {
     "lsr": ({"rank": 16, "alpha": 32.0, "separation_rank": 16}, 2e-3),
     "lora": ({"rank": 16, "alpha": 32.0}, 5e-4),
 }
-COMPUTES = ("bf16", "fp8")
 LONGEST = 256  # tokens of an example; longer ones are left out
 WARM_UP = 0.06  # of all steps
 MAX_NORM = 1.0
@@ -106,7 +107,7 @@ class Trainer:
                 self.model.unload()
 
     def fuse(self, compute: str) -> str:
-        """Compute the base's products in bf16 or FP8 from here on; return what runs how.
+        """Compute the base's products in "bf16", "fp8" or "int8" from here on; return what runs how.
 
         Raises:
             RuntimeError: if some fall back: they would be compared with themselves.
@@ -183,17 +184,21 @@ def run(given: Any) -> None:
         trials.add(given.out, f"{model}-base", {**about, "tasks": scored(base, tokenizer, test, given.batch_tokens)})
         say("the base is scored")
     for method in given.methods:
-        if all(f"{model}-{method}-{c}-seed{s}" in done for c in given.computes for s in range(given.seeds)):
+        missing = {
+            compute: [s for s in range(given.seeds) if f"{model}-{method}-{compute}-seed{s}" not in done]
+            for compute in dict.fromkeys(("bf16", *given.computes))
+        }
+        if not any(missing.values()):
             continue
         trainer = Trainer(base, method, given.seeds)
-        for compute in given.computes:
+        for compute, seeds in missing.items():
+            if not seeds:
+                continue
             report = trainer.fuse(compute)
             say(f"{method} {compute}: {report}")
-            for seed, batches in orders.items():
-                if f"{model}-{method}-{compute}-seed{seed}" in done:
-                    continue
+            for seed in seeds:
                 start = time.monotonic()
-                losses = trainer.train(seed, batches)
+                losses = trainer.train(seed, orders[seed])
                 seconds = round(time.monotonic() - start, 1)
                 result = {
                     **about,
@@ -240,39 +245,43 @@ def resampled(first: Sequence[Sequence[float]], second: Sequence[Sequence[float]
 Results = dict[int, dict[str, Any]]
 
 
-def by_compute(done: dict[str, dict[str, Any]]) -> Iterator[tuple[str, str, Results, Results]]:
-    """Return each model and method with its results in bf16 and in FP8 by seed, of the seeds that both have."""
+def by_compute(done: dict[str, dict[str, Any]]) -> Iterator[tuple[str, str, str, Results, Results]]:
+    """Return each model, method and compute with its results in bf16 and in that by seed, of the seeds that both have.
+
+    FP8 and int8 of a model and method come one after the other.
+    """
     kinds = dict.fromkeys((r["model"], r["method"]) for r in done.values() if "method" in r)
-    for model, method in kinds:
+    for (model, method), compute in itertools.product(kinds, EIGHT_BIT):
         mine = [r for r in done.values() if (r["model"], r.get("method")) == (model, method)]
-        first, second = ({r["seed"]: r for r in mine if r["compute"] == compute} for compute in COMPUTES)
+        first, second = ({r["seed"]: r for r in mine if r["compute"] == each} for each in ("bf16", compute))
         seeds = sorted(first.keys() & second.keys())
         if seeds:
-            yield model, method, {seed: first[seed] for seed in seeds}, {seed: second[seed] for seed in seeds}
+            yield model, method, compute, {seed: first[seed] for seed in seeds}, {seed: second[seed] for seed in seeds}
 
 
 def summary(done: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the comparisons: for each model and method one of every seed, and one of all (`seed` None).
+    """Return the comparisons: for each model, method and `compute` one of every seed, and one of all (`seed` None).
 
-    Each has the mean `accuracy` and `loss` of both computes, the `Paired` of accuracies (`right`) and of losses
+    Each has the mean `accuracy` and `loss` in bf16 and in that, the `Paired` of accuracies (`right`) and of losses
     (`losses`); that of all seeds also what other seeds change in bf16: the mean number of answers that two of them do
-    not share (`between_seeds`), and that bf16 and FP8 do not (`between_computes`).
+    not share (`between_seeds`), and that the two computes do not (`between_computes`).
     """
     rows = []
-    for model, method, first, second in by_compute(done):
+    for model, method, compute, first, second in by_compute(done):
+        about = {"model": model, "method": method, "compute": compute}
         for seed, mine in first.items():
             theirs = second[seed]
             pair = {
                 "right": paired_accuracy(right(mine), right(theirs)),
                 "losses": resampled([losses_of(mine)], [losses_of(theirs)]),
             }
-            rows.append({"model": model, "method": method, "seed": seed, **means([mine], [theirs]), **pair})
+            rows.append({**about, "seed": seed, **means([mine], [theirs]), **pair})
         one, two = list(first.values()), list(second.values())
         differing = lambda a, b: sum(x != y for x, y in zip(right(a), right(b), strict=True))  # noqa: E731
         seeds = [differing(a, b) for a, b in itertools.combinations(one, 2)]
         rows.append(
             {
-                **{"model": model, "method": method, "seed": None, **means(one, two)},
+                **{**about, "seed": None, **means(one, two)},
                 "right": resampled([right(r) for r in one], [right(r) for r in two]),
                 "losses": resampled([losses_of(r) for r in one], [losses_of(r) for r in two]),
                 "between_seeds": statistics.fmean(seeds) if seeds else None,
@@ -283,7 +292,7 @@ def summary(done: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def means(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the mean accuracy and loss of bf16's and of FP8's results."""
+    """Return the mean accuracy and loss of the results in bf16, and of those beside them."""
     return {
         "accuracy": [statistics.fmean(map(accuracy, results)) for results in (first, second)],
         "loss": [statistics.fmean(statistics.fmean(losses_of(r)) for r in results) for results in (first, second)],
@@ -292,8 +301,9 @@ def means(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> dict[str
 
 def table(done: dict[str, dict[str, Any]]) -> list[list[str]]:
     """Return the comparisons as a table's rows, head first."""
-    head = ["model", "method", "seed", "accuracy: base", "bf16", "FP8", "change, points", "95 %", "gained, lost", "p"]
-    lines = [[*head, "loss: bf16", "FP8", "change", "95 %", "answers that differ: FP8", "another seed"]]
+    head = ["model", "method", "compute", "seed", "accuracy: base", "bf16", "compute", "change, points", "95 %"]
+    head += ["gained, lost", "p", "loss: bf16", "compute", "change", "95 %"]
+    lines = [[*head, "answers that differ: compute", "another seed"]]
     for row in summary(done):
         base = done.get(f"{row['model']}-base")
         points, losses = row["right"], row["losses"]
@@ -301,7 +311,7 @@ def table(done: dict[str, dict[str, Any]]) -> list[list[str]]:
         between[0] = points.gained + points.lost if row["seed"] is not None else between[0]
         lines.append(
             [
-                *(row["model"], row["method"], "all" if row["seed"] is None else str(row["seed"])),
+                *(row["model"], row["method"], row["compute"], "all" if row["seed"] is None else str(row["seed"])),
                 f"{100 * accuracy(base):.2f}" if base else "",
                 *(f"{100 * share:.2f}" for share in row["accuracy"]),
                 f"{100 * points.difference:+.2f}",
@@ -329,19 +339,21 @@ def plot(done: dict[str, dict[str, Any]], path: Path) -> None:
             pair, whole = row[key], row["seed"] is None
             middle = factor * pair.difference
             ends = [[middle - factor * pair.low], [factor * pair.high - middle]]
-            look = {"color": "C0" if whole else "C7", "fmt": "D" if whole else "o", "capsize": 3, "markersize": 5}
+            color = f"C{EIGHT_BIT.index(row['compute'])}"
+            look = {"color": color if whole else "C7", "fmt": "D" if whole else "o", "capsize": 3, "markersize": 5}
             axis.errorbar([middle], [place], xerr=ends, **look)
     names = [
-        f"{r['model']}, {r['method']}, {'all seeds' if r['seed'] is None else f'''seed {r['seed']}'''}" for r in rows
+        f"{r['model']}, {r['method']}, {r['compute']}, {'all seeds' if r['seed'] is None else f'''seed {r['seed']}'''}"
+        for r in rows
     ]
     axes[0].set_yticks(range(len(rows)), names, fontsize=8)
     axes[0].invert_yaxis()
-    axes[0].set_xlabel("accuracy, FP8 less bf16, points")
-    axes[1].set_xlabel("loss of the right choice, FP8 less bf16, nats")
+    axes[0].set_xlabel("accuracy, less that of bf16, points")
+    axes[1].set_xlabel("loss of the right choice, less that of bf16, nats")
     for axis in axes:
         axis.axvline(0, color="black", linewidth=0.8)
         axis.grid(alpha=0.3, axis="x")
-    figure.suptitle("Trained with FP8 and with bf16 products, scored alike; 95 % intervals", fontsize=11)
+    figure.suptitle("Trained with products in 8 bits and in bf16, scored alike; 95 % intervals", fontsize=11)
     figure.tight_layout()
     figure.savefig(path, dpi=130)
 
@@ -355,7 +367,8 @@ def main(arguments: list[str] | None = None) -> int:
     add("--data", type=Path, help="folder of <task>/{train,test}.jsonl.gz")
     add("--base", default="nf4", choices=["nf4", "fp4", "int8", "none"])
     add("--methods", type=listed, default=list(METHODS), help=f"of {', '.join(METHODS)}; comma between")
-    add("--computes", type=listed, default=list(COMPUTES), help=f"of {', '.join(COMPUTES)}; comma between")
+    help_text = f"of {', '.join(EIGHT_BIT)}, comma between; each is paired with bf16"
+    add("--computes", type=listed, default=list(EIGHT_BIT), help=help_text)
     add("--seeds", type=int, default=3)
     add("--tokens", type=int, default=4096, help="at most, of a step")
     add("--epochs", type=int, default=3)
@@ -365,6 +378,10 @@ def main(arguments: list[str] | None = None) -> int:
     add("--table", action="store_true", help="train nothing; print the table, draw the plot")
     add("--out", type=Path, required=True, help="folder of trials.jsonl")
     given = parser.parse_args(arguments)
+    for name, known in (("methods", METHODS), ("computes", ("bf16", *EIGHT_BIT))):
+        for each in getattr(given, name):
+            if each not in known:
+                parser.error(f"--{name}: there is no {each!r}, but {', '.join(known)}")
     words = arguments or sys.argv[1:]
     given.shown = [Path(word).name if word.startswith(("/", "~", ".")) else word for word in words]
     if not given.table:

@@ -44,8 +44,8 @@ def sections(results: Path) -> list[str]:
     done = trials.load(results / "fp8_accuracy")
     if any("method" in trial for trial in done.values()):
         head, *rows = fp8_accuracy.table(done)
-        text = "Adapters trained with the base's products in FP8 and in bf16, scored alike on the test parts of ARC-E, "
-        text += "ARC-C and OpenBookQA. Each trial has its command and settings in `fp8_accuracy/trials.jsonl`."
-        parts += ["## FP8: accuracy beside bf16", text, grid(head, rows)]
-        parts.append("![FP8 less bf16](results/fp8_accuracy/differences.png)")
+        text = "Adapters trained with the base's products in 8 bits and in bf16, scored alike on the test parts of "
+        text += "ARC-E, ARC-C and OpenBookQA. Each trial has its command and settings in `fp8_accuracy/trials.jsonl`."
+        parts += ["## FP8 and int8: accuracy beside bf16", text, grid(head, rows)]
+        parts.append("![less that of bf16](results/fp8_accuracy/differences.png)")
     return parts

@@ -20,7 +20,7 @@ HEAD = """# Leaderboard
 Made by `python -m benchmarks.report` from the JSON under `results/`; not edited by hand. All figures: `RESULTS.md`.
 `make headline` measures the first table anew. A commit with a + had changes that were committed after it.
 """
-OURS = ("lsr_fp8", "kron_lora_fp8", "lora_fp8", "lsr", "kron_lora", "lora")
+OURS = tuple(f"{method}{ending}" for ending in ("_fp8", "_int8", "") for method in ("lsr", "kron_lora", "lora"))
 PEERS = {"unsloth_lora": "Unsloth's LoRA", "peft_lora_liger": "PEFT + Liger's LoRA"}
 
 

@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import Any
 
 Run = dict[str, Any]
-# how the providers of a throughput measurement are called, in the order of tables
+# how the providers of a throughput measurement are called, in the order of tables; "in int8" is what they compute in
 LABELS = {
     "lsr_fp8": "**LSR-Adapt** r=16 s=16 in FP8, fused",
     "kron_lora_fp8": "**Kron-LoRA** r=8 in FP8, fused",
     "lora_fp8": "LoRA r=16 in FP8, fused by us",
+    "lsr_int8": "**LSR-Adapt** r=16 s=16 in int8, fused",
+    "kron_lora_int8": "**Kron-LoRA** r=8 in int8, fused",
+    "lora_int8": "LoRA r=16 in int8, fused by us",
     "lsr": "**LSR-Adapt** r=16 s=16, fused",
     "lsr_held": "the same, weights cached in bfloat16",
     "kron_lora": "**Kron-LoRA** r=8, fused",
@@ -20,10 +23,12 @@ LABELS = {
     "peft_kbit_liger": "the same after `prepare_model_for_kbit_training`",
     "peft_lora": "LoRA r=16, PEFT",
     "frozen_fp8": "no adapter, in FP8, fused",
+    "frozen_int8": "no adapter, in int8, fused",
     "frozen": "no adapter, fused",
     "peft_frozen_liger": "no adapter, Liger",
     "lsr_graphs": "**LSR-Adapt** r=16 s=16, its steps as CUDA graphs",
     "lsr_graphs_fp8": "**LSR-Adapt** r=16 s=16 in FP8, its steps as CUDA graphs",
+    "lsr_graphs_int8": "**LSR-Adapt** r=16 s=16 in int8, its steps as CUDA graphs",
 }
 # by checkpointing: what becomes of activations
 MODES = {"none": "saved", "full": "recomputed"}

@@ -14,20 +14,20 @@ from PIL import Image
 
 from benchmarks.report.drawing import card, rows_digest, save, thousands
 from benchmarks.report.measurements import LABELS, MODES, by_provider, has_scaling, newest_headline, read, sweeps
-from benchmarks.speed.providers import FP8, compute_of
+from benchmarks.speed.providers import bf16_of, compute_of
 
 IN_BF16 = [name for name in LABELS if compute_of(name) == "bf16"]
 COLORS = {name: f"C{index}" for index, name in enumerate(IN_BF16)} | {"lsr_graphs": "black"}  # C10 is C0 again
 
 
 def color(provider: str) -> str:
-    """Return a provider's color: in FP8 that of the same in bfloat16."""
-    return COLORS[provider.removesuffix(FP8)]
+    """Return a provider's color: in FP8 and int8 that of the same in bfloat16."""
+    return COLORS[bf16_of(provider)]
 
 
 def marker(provider: str) -> str:
-    """Return a provider's marker: a diamond in FP8."""
-    return "D" if compute_of(provider) == "fp8" else "o"
+    """Return a provider's marker: a diamond in FP8, a square in int8."""
+    return {"bf16": "o", "fp8": "D", "int8": "s"}[compute_of(provider)]
 
 
 @dataclass(frozen=True)

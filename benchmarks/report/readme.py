@@ -15,8 +15,9 @@ from benchmarks.report.measurements import LABELS, LENGTH, MODES, TOKENS, by_pro
 def table(run: dict[str, Any]) -> str:
     """Return the Markdown table of one measurement."""
     config, providers = run["config"], by_provider(run)
-    # whose tokens/s over each row's; in FP8 only where that was measured
-    ours = {"lsr": "LSR over it"} | ({"lsr_fp8": "in FP8"} if "lsr_fp8" in providers else {})
+    # whose tokens/s over each row's; in 8 bits only where that was measured
+    eight_bit = {"lsr_fp8": "in FP8", "lsr_int8": "in int8"}
+    ours = {"lsr": "LSR over it"} | {name: head for name, head in eight_bit.items() if name in providers}
     heads = " | ".join(["tokens/s | GiB", *ours.values()])
     lines = [
         "| | " + " | ".join(f"{word}: {heads}" for word in MODES.values()) + " |",

@@ -10,7 +10,7 @@ from matplotlib import pyplot
 from benchmarks.report.markdown import grid, number
 from benchmarks.report.measurements import Run, read
 from benchmarks.report.plots import Plot, rows_digest
-from benchmarks.speed.providers import FP8, compute_of
+from benchmarks.speed.providers import bf16_of, compute_of
 
 LABELS = {
     "lora_graphs": "LoRA r=16 with us, as `lsr-scale train` runs it",
@@ -21,13 +21,19 @@ LABELS = {
     "peft_lora_float32": "LoRA r=16 computed in float32: the reference",
     "lsr_graphs": "LSR-Adapt r=16 s=16 with us",
     "lora_graphs_fp8": "LoRA r=16 with us in FP8",
+    "lora_graphs_int8": "LoRA r=16 with us in int8",
     "lora_fp8": "LoRA r=16 with us in FP8, without CUDA graphs",
+    "lora_int8": "LoRA r=16 with us in int8, without CUDA graphs",
     "lsr_graphs_fp8": "LSR-Adapt r=16 s=16 with us in FP8",
+    "lsr_graphs_int8": "LSR-Adapt r=16 s=16 with us in int8",
     "kron_lora_graphs_fp8": "Kron-LoRA r=8 with us in FP8",
+    "kron_lora_graphs_int8": "Kron-LoRA r=8 with us in int8",
     "lsr": "LSR-Adapt r=16 s=16 with us, without CUDA graphs",
     "lsr_fp8": "LSR-Adapt r=16 s=16 with us in FP8, without CUDA graphs",
+    "lsr_int8": "LSR-Adapt r=16 s=16 with us in int8, without CUDA graphs",
     "kron_lora": "Kron-LoRA r=8 with us, without CUDA graphs",
     "kron_lora_fp8": "Kron-LoRA r=8 with us in FP8, without CUDA graphs",
+    "kron_lora_int8": "Kron-LoRA r=8 with us in int8, without CUDA graphs",
     "kron_lora_graphs": "Kron-LoRA r=8 with us",
 }
 REFERENCE = "peft_lora_float32"
@@ -44,18 +50,18 @@ def table(run: Run) -> str:
     """Return a run's Markdown table."""
     rows, config = run["rows"], run["config"]
     ours = rows.get("lora_graphs", {}).get("tokens_per_s")
-    in_fp8 = any("loss_rms_from_bf16" in row for row in rows.values())
+    in_8_bits = any("loss_rms_from_bf16" in row for row in rows.values())
     body = []
     for name, row in rows.items():
         if row["status"] != "ok":
-            body.append([LABELS[name], row["status"], *[""] * (6 if in_fp8 else 4)])
+            body.append([LABELS[name], row["status"], *[""] * (6 if in_8_bits else 4)])
             continue
         ratio = "" if name == "lora_graphs" or not ours else number(ours / row["tokens_per_s"], ".2f")
         rms = row.get("loss_rms_from_float32")
         shown = "" if rms is None or name == REFERENCE else number(rms, ".4f")
         speed, memory = number(row["tokens_per_s"]), number(row["peak_memory_gib"], ".1f")
         body.append([LABELS[name], speed, ratio, memory, number(row["held_out_loss_after"], ".4f"), shown])
-        if in_fp8:
+        if in_8_bits:
             body[-1] += [
                 number(row.get("loss_rms_from_bf16"), ".4f"),
                 number(row.get("loss_mean_from_bf16_last_50"), "+.4f"),
@@ -67,21 +73,21 @@ def table(run: Run) -> str:
         f"batches and first factors for all, one {gpu}:"
     )
     head = ["", "tokens/s", "ours over it", "GiB", "held-out loss", "rms from float32's curve"]
-    if in_fp8:
+    if in_8_bits:
         head += ["rms from bf16's", "mean from bf16's, last 50"]
     return f"{what}\n\n{grid(head, body)}"
 
 
 def draw(run: Run, path: Path) -> None:
     """Draw the losses over the time that they took, one curve a provider."""
-    pairs = fp8_pairs(run)
+    pairs = bf16_pairs(run)
     if pairs:
         figure, (axis, below) = pyplot.subplots(2, 1, figsize=(8, 7), height_ratios=(3, 2))
         draw_differences(below, pairs)
     else:
         figure, axis = pyplot.subplots(figsize=(8, 4.5))
     for name, row in run["rows"].items():
-        replayed = name.removesuffix(FP8) + "_graphs" + (FP8 if compute_of(name) == "fp8" else "")
+        replayed = f"{bf16_of(name)}_graphs{name.removeprefix(bf16_of(name))}"
         if row["status"] != "ok" or replayed in run["rows"]:  # the same curve
             continue
         usual = statistics.median(row["step_ms"]) / 1e3  # without compilation and a first turn's captures
@@ -109,13 +115,11 @@ def smoothed(losses: list[float]) -> list[float]:
     return [statistics.fmean(losses[max(0, end - SMOOTHED) : end]) for end in range(1, len(losses) + 1)]
 
 
-def fp8_pairs(run: Run) -> dict[str, list[float]]:
-    """Return the losses of each provider in FP8 minus those of the same in bfloat16, step by step."""
+def bf16_pairs(run: Run) -> dict[str, list[float]]:
+    """Return the losses of each provider in FP8 or int8 minus those of the same in bfloat16, step by step."""
     rows = {name: row["losses"] for name, row in run["rows"].items() if row["status"] == "ok"}
-    pairs = {name: (rows[name], rows[name.removesuffix(FP8)]) for name in rows if name.removesuffix(FP8) in rows}
-    return {
-        name: [a - b for a, b in zip(*both, strict=True)] for name, both in pairs.items() if compute_of(name) == "fp8"
-    }
+    eight_bit = [name for name in rows if compute_of(name) != "bf16" and bf16_of(name) in rows]
+    return {name: [a - b for a, b in zip(rows[name], rows[bf16_of(name)], strict=True)] for name in eight_bit}
 
 
 def draw_differences(axis: Any, pairs: dict[str, list[float]]) -> None:
@@ -126,7 +130,7 @@ def draw_differences(axis: Any, pairs: dict[str, list[float]]) -> None:
         axis.plot(steps, smoothed(differences), color=f"C{index}", label=LABELS[name].replace("`", ""))
     axis.axhline(0, color="black", linewidth=0.8)
     axis.set_xlabel("step")
-    axis.set_ylabel("FP8 minus bf16, nats")
+    axis.set_ylabel("minus bf16, nats")
     axis.grid(alpha=0.3)
     axis.legend(frameon=False, fontsize=8)
 

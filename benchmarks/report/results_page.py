@@ -48,7 +48,7 @@ def throughput(path: Path, run: Run) -> str:
     lines = [f"### {config['model']}, {config['base']}{card}", where(run, path), grid([*head, "over Unsloth"], rows)]
     if missed:
         lines.append(f"The run's time was over before: {'; '.join(missed)}.")
-    lines += floors_in_fp8(run)
+    lines += floors_in_8_bits(run)
     if slopes := run.get("slopes"):
         slope_texts = [f"{s['provider']} {s['checkpointing']} {number(s['bytes_per_token_and_layer'])}" for s in slopes]
         lines.append(f"Bytes that one more token costs in a layer: {'; '.join(slope_texts)}.")
@@ -59,20 +59,24 @@ def throughput(path: Path, run: Run) -> str:
     return "\n\n".join([*lines, f"    {current(config['command'])}"])
 
 
-def floors_in_fp8(run: Run) -> list[str]:
-    """Return the parts of the floor of a step in FP8 beside those in bf16, nothing where FP8 was not measured."""
+def floors_in_8_bits(run: Run) -> list[str]:
+    """Return the parts of the floor of a step in 8 bits beside those in bf16, nothing where that was not measured.
+
+    FP8 and int8 have one floor.
+    """
     parts = []
-    for point, in_fp8 in run.get("floors_fp8_ms", {}).items():
+    for point, in_8_bits in (run.get("floors_fp8_ms") or run.get("floors_int8_ms") or {}).items():
         # without a provider in bf16 there is no floor in bf16
-        floors = {"bf16": run.get("floors_ms", {}).get(point, {}), "FP8": in_fp8}
+        floors = {"bf16": run.get("floors_ms", {}).get(point, {}), "8 bits": in_8_bits}
         of_each = [(f"{name}, {MODES[mode]}", floor) for name, modes in floors.items() for mode, floor in modes.items()]
         rows = [
             [part, *(f"{floor[part]:.1f} ({floor[part] / floor['total']:.0%})" for _, floor in of_each)]
-            for part in next(iter(in_fp8.values()))
+            for part in next(iter(in_8_bits.values()))
         ]
         product = run["ceilings"][point].get("fp8_product", "")
         text = (
-            f"Rows in FP8 are beside the floor in FP8 (its products: {product}); ms of a step of {point}, activations:"
+            "Rows in FP8 and int8 are beside the floor in 8 bits, the same for both "
+            f"(its products: FP8, {product}); ms of a step of {point}, activations:"
         )
         parts += [text, grid(["part of the floor", *(name for name, _ in of_each)], rows)]
     return parts
@@ -100,7 +104,7 @@ def kernels(path: Path, run: Run) -> str:
     text = f"{where(run, path)} Copying runs at {copy:,.0f} GB/s."
     if totals := run.get("sums_ms"):
         ways = "; ".join(f"{way} {total:.2f}" for way, total in sorted(totals.items(), key=lambda pair: pair[1]))
-        text += f" A layer's eight products in FP8 with their adapters take, ms: {ways}."
+        text += f" A layer's eight products in 8 bits with their adapters take, ms: {ways}."
     return "\n\n".join([text, grid(head, rows), f"    python -m benchmarks.speed.kernel_times --out {path.name}"])
 
 

@@ -35,8 +35,8 @@ class Ceilings:
         tokens, shape = request["tokens"], self.config["shape"]
         measured = {"copy_bytes_per_s": copy_bandwidth(), **gemms(shape, tokens)}
         self.free_memory()
-        in_fp8 = any(compute_of(provider) == "fp8" for provider in self.config["providers"])
-        if in_fp8 and no_fp8_reason(torch.device(self.config["device"])) is None:
+        eight_bit = any(compute_of(provider) != "bf16" for provider in self.config["providers"])
+        if eight_bit and no_fp8_reason(torch.device(self.config["device"])) is None:
             measured |= fp8_gemms(shape, tokens)
             self.free_memory()
         return {"ceilings": {**measured, **attention(shape, tokens // request["seq_len"], request["seq_len"])}}

@@ -13,6 +13,9 @@ SwiGLU's and RoPE's gradients backward; beside the norms' input gradients, which
 codes. That is 11 D + 2.5 F forward and 12 D + 5 F backward. A layer that is recomputed needs its weights in both
 orientations at once, so those of qkv, o and gate+up are written once more. Scales and the quantization of attention's
 output count nothing: attention could write codes itself.
+
+**In int8** the floor is that in FP8: as many bytes, and tensor cores multiply int8 as fast as e4m3, so FP8's products
+are the ceiling of both directions. Rotations count nothing: they belong to kernels whose bound is memory.
 """
 
 from typing import Any
@@ -22,7 +25,7 @@ NOMINAL_TFLOPS = {"H200": 989.4, "H100": 989.4, "A100": 312.0}
 # bytes read and written per weight by one dequantization to bf16; NF4 with double quantization has a byte of scale per
 # 64 weights and a float32 per 256 of those
 DEQUANTIZATION_BYTES = {"nf4": 0.5 + (1 + 4 / 256) / 64 + 2, "int8": 1 + 2, "bf16": 0.0}
-# and by one to e4m3
+# and by one to 8 bits
 DEQUANTIZATION_BYTES_FP8 = {"nf4": 0.5 + (1 + 4 / 256) / 64 + 1, "int8": 1 + 1, "bf16": 2 + 1}
 STORED_BYTES = {"nf4": 0.516, "int8": 1.0, "bf16": 2.0}
 
@@ -63,16 +66,16 @@ def floor_ms(
         base: "nf4", "int8" or "bf16".
         checkpointing: "full" and "offload" recompute each layer up to SwiGLU's output; the others have one floor.
         ceilings: `copy_bytes_per_s` and, for this number of tokens, `layer_gemm_ms`, `layer_gemm_recompute_ms`,
-            `lm_head_ms`, `attention_ms` and `attention_forward_ms`; for FP8 `layer_gemm_fp8_ms` and
-            `layer_gemm_recompute_fp8_ms`.
-        compute: What the base's products are computed in, "bf16" or "fp8".
+            `lm_head_ms`, `attention_ms` and `attention_forward_ms`; for FP8 and int8
+            `layer_gemm_fp8_ms` and `layer_gemm_recompute_fp8_ms`.
+        compute: What the base's products are computed in, "bf16", "fp8" or "int8".
     """
     layers, bandwidth = shape["layers"], ceilings["copy_bytes_per_s"]
     d, f = 2 * shape["hidden"], 2 * shape["intermediate"]
-    fp8 = compute == "fp8"
-    forward, backward = (11 * d + 2.5 * f, 12 * d + 5 * f) if fp8 else (12 * d + 3 * f, 12 * d + 6 * f)
-    gemm, again = (f"layer_gemm{part}{'_fp8' if fp8 else ''}_ms" for part in ("", "_recompute"))
-    a_weight = (DEQUANTIZATION_BYTES_FP8 if fp8 else DEQUANTIZATION_BYTES)[base]
+    eight_bit = compute != "bf16"
+    forward, backward = (11 * d + 2.5 * f, 12 * d + 5 * f) if eight_bit else (12 * d + 3 * f, 12 * d + 6 * f)
+    gemm, again = (f"layer_gemm{part}{'_fp8' if eight_bit else ''}_ms" for part in ("", "_recompute"))
+    a_weight = (DEQUANTIZATION_BYTES_FP8 if eight_bit else DEQUANTIZATION_BYTES)[base]
     parts = {
         "gemm": layers * ceilings[gemm],
         "lm_head": ceilings["lm_head_ms"],
@@ -83,7 +86,7 @@ def floor_ms(
     }
     if checkpointing in ("full", "offload"):
         down = shape["hidden"] * shape["intermediate"]
-        transposed = layer_weights(shape) - down if fp8 else 0
+        transposed = layer_weights(shape) - down if eight_bit else 0
         a_layer = ceilings[again] + ceilings["attention_forward_ms"]
         parts["recomputation"] = layers * (a_layer + 1e3 * (tokens * forward + transposed) / bandwidth)
     return {**parts, "total": sum(parts.values())}

@@ -15,11 +15,12 @@ from benchmarks.speed.floors import (
     floor_ms,
     layer_weights,
 )
-from benchmarks.speed.providers import FP8, compute_of
+from benchmarks.speed.providers import EIGHT_BIT, compute_of
 from benchmarks.speed.throughput_rows import Case, add_ratios, row_of, slopes, table
 from benchmarks.speed.workers import Worker, last_line, say, start_all
 
-OWN = {name + ending for name in ("lsr", "kron_lora", "lora", "frozen") for ending in ("", FP8)}
+ENDINGS = ("", *(f"_{compute}" for compute in EIGHT_BIT))
+OWN = {name + ending for name in ("lsr", "kron_lora", "lora", "frozen") for ending in ENDINGS}
 # who can do what beside "none" and "full", and whose mode is fixed when it is built
 ABLE = {"offload": {"unsloth_lora"}, "mlp": OWN, "auto": OWN}
 ONE_PROCESS_A_MODE = {"unsloth_lora"}
@@ -137,7 +138,7 @@ class Measurement:
             measured = self.result["ceilings"][point] = reply["ceilings"]
             say(f"ceilings {point}: {json.dumps(measured)}")
             for compute in sorted({compute_of(provider) for provider in self.config["providers"]}):
-                if compute == "fp8" and "layer_gemm_fp8_ms" not in measured:
+                if compute != "bf16" and "layer_gemm_fp8_ms" not in measured:
                     continue
                 floors = {
                     mode: floor_ms(self.config["shape"], tokens, self.config["base"], mode, measured, compute)

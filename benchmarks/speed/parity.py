@@ -6,8 +6,8 @@ bfloat16 computes with (the reference), unfused in bfloat16, and fused. Errors a
 and their root mean square over the factors of one kind (one factor may have four entries, and luck). The fused one may
 be twice that of plain bfloat16 plus 2e-3, whatever is recomputed and whether weights are cached.
 
-In FP8 the fused layers are compared with the same recipe in plain torch (`fp8_simulation.py`) instead of plain
-bfloat16, and may be 1.25 times as far from float32 plus 2e-3.
+In FP8 and int8 the fused layers are compared with the same recipe in plain torch (`eight_bit_simulation.py`) instead of
+plain bfloat16, and may be 1.25 times as far from float32 plus 2e-3.
 """
 
 from contextlib import nullcontext
@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.speed.fp8_simulation import simulated_fp8
+from benchmarks.speed.eight_bit_simulation import simulated
 from benchmarks.speed.providers import PROVIDERS, find_provider
 from benchmarks.speed.providers.fused import FusedAdapter, no_fp8_reason
 
 TOKENS = 512
 FLOOR = 2e-3
 # by what is computed in: how many times as far from float32 as the same without fusing
-ALLOWED = {"bf16": 2.0, "fp8": 1.25}
+ALLOWED = {"bf16": 2.0, "fp8": 1.25, "int8": 1.25}
 # what is recomputed, and whether dequantized weights are cached
 VARIANTS = (("none", False), ("mlp", False), ("full", False), ("none", True))
 
@@ -51,7 +51,7 @@ class Parity:
         device = torch.device(self.config["device"])
         rows = []
         for (method, compute), options in self.methods.items():
-            if compute == "fp8" and no_fp8_reason(device):
+            if compute != "bf16" and no_fp8_reason(device):
                 continue  # its providers are missing, and say why
             rows += self.check(method, options, compute)
             self.free_memory()
@@ -74,7 +74,7 @@ class Parity:
         length = min(TOKENS // 2, min(seq_len for _, seq_len in self.config["points"]))
         vocabulary = self.config["shape"]["vocab"]
         ids = torch.randint(0, vocabulary, (2, length), generator=generator).to(provider.device)
-        with simulated_fp8(model) if compute == "fp8" else nullcontext():
+        with nullcontext() if compute == "bf16" else simulated(model, compute):
             plain = results(model, ids)
         fused = {}
         for recompute, cache_weights in VARIANTS:
@@ -140,7 +140,7 @@ def row_of(
     exact: dict[str, Tensor],
 ) -> dict[str, Any]:
     """Return what one variant's errors are, beside those of the same without fusing."""
-    beside = {"bf16": "plain bfloat16", "fp8": "the simulation"}[compute]
+    beside = "plain bfloat16" if compute == "bf16" else "the simulation"
     problems, worst = [], 0.0
     if fused.keys() != exact.keys() or plain.keys() != exact.keys():
         problems.append(f"{method} {compute} {variant}: results of {len(fused)} tensors, expected {len(exact)}")

@@ -13,8 +13,9 @@ own, and they take turns of `--turn` steps, so that a busy machine is everyone's
 
 The held-out loss is over the same rows for everyone, each with its own forward pass. `loss_rms_from_float32` is the
 root mean square, over the steps, of the difference from PEFT's LoRA computed in float32 on the same weights: how far
-bfloat16 moves a curve. `loss_rms_from_bf16` and `loss_mean_from_bf16_last_50` compare each `X_fp8` with `X` where both
-train: how far FP8 moves a curve, and whether it drifts. Where the data are over, they come again in another order.
+bfloat16 moves a curve. `loss_rms_from_bf16` and `loss_mean_from_bf16_last_50` compare each `X_fp8` and
+`X_int8` with `X` where both train: how far 8 bits move a curve, and whether it drifts. Where the data are over, they
+come again in another order.
 """
 
 import gzip
@@ -29,13 +30,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.command_line import new_file, recorded, script_parser
-from benchmarks.speed.providers import FP8, PROVIDERS, compute_of, find_provider
+from benchmarks.speed.providers import PROVIDERS, bf16_of, compute_of, find_provider
 from benchmarks.speed.workers import Worker, last_line, say, start_all
 
 # nothing heavy is imported here: each worker imports this file first, and Unsloth wants to come before Transformers
 DEFAULT_PROVIDERS = [
     *("lora_graphs", "lora", "unsloth_lora", "peft_lora_liger", "peft_lora", "peft_lora_float32"),
-    *("lsr_graphs", "kron_lora_graphs", "lora_graphs_fp8", "lsr_graphs_fp8"),
+    *("lsr_graphs", "kron_lora_graphs"),
+    *("lora_graphs_fp8", "lsr_graphs_fp8", "lora_graphs_int8", "lsr_graphs_int8"),
 ]
 REFERENCE = "peft_lora_float32"
 # LoRA's rate is the one of Unsloth's and PEFT's examples; a Kronecker factor needs a larger one
@@ -46,7 +48,7 @@ WARM_UP = 5  # steps of a turn whose times do not count: compilation, the alloca
 
 def rate_of(provider: str) -> float:
     """Return a provider's learning rate: its method's."""
-    return RATES.get(provider.removesuffix(FP8).removesuffix("_graphs"), LORA_RATE)
+    return RATES.get(bf16_of(provider).removesuffix("_graphs"), LORA_RATE)
 
 
 class Training:
@@ -241,14 +243,14 @@ def summary(turns: list[dict[str, Any]], scores: list[float]) -> dict[str, Any]:
 
 
 def add_differences(rows: dict[str, dict[str, Any]]) -> None:
-    """Add to LoRA's rows how far their losses are from float32's, to those in FP8 how far from bf16's; and speeds."""
+    """Add to LoRA's rows how far their losses are from float32's, to those in 8 bits how far from bf16's; speeds."""
     exact, ours = rows.get(REFERENCE, {}).get("losses"), rows.get("lora_graphs", {}).get("tokens_per_s")
     for name, row in rows.items():
         if row["status"] != "ok":
             continue
         if exact and "lora" in name and not name.startswith("kron"):
             add_difference(row, exact, "float32")
-        bf16 = rows.get(name.removesuffix(FP8), {}) if compute_of(name) == "fp8" else {}
+        bf16 = rows.get(bf16_of(name), {}) if compute_of(name) != "bf16" else {}
         if bf16.get("status") == "ok":
             add_difference(row, bf16["losses"], "bf16")
             row["held_out_from_bf16"] = row["held_out_loss_after"] - bf16["held_out_loss_after"]

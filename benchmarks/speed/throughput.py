@@ -17,7 +17,7 @@ two layers of the same shapes and base, must be as near to float32 as plain bflo
 written.
 
 `floor_fraction` is the floor (`floors.floor_ms`), with ceilings measured in the same run, over the median step; that of
-a provider in FP8 is over the floor in FP8.
+a provider in FP8 or int8 is over the floor in that.
 `mfu` counts what a frozen base needs at least, 4 FLOP per linear weight and token (forward and dX; lm_head included)
 and 6 tokens x seq_len x heads x head_dim per layer for causal attention, against the device's nominal dense bf16 rate.
 Neither adapters nor anything computed twice counts. `slopes` are the bytes that one more token costs in each layer:
@@ -49,6 +49,7 @@ from benchmarks.speed.workers import say
 NOT_BY_DEFAULT = {
     *("lsr_held", "lsr_graphs", "lora_graphs", "kron_lora_graphs", "lsr_unfused", "peft_lora_float32"),
     *("lsr_graphs_fp8", "lora_graphs_fp8", "kron_lora_graphs_fp8"),
+    *("lsr_graphs_int8", "lora_graphs_int8", "kron_lora_graphs_int8"),
 }
 DEFAULT_PROVIDERS = tuple(name for name in PROVIDERS if name not in NOT_BY_DEFAULT)
 BASES = ("nf4", "int8", "bf16")

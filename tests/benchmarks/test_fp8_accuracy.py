@@ -1,4 +1,4 @@
-"""Trainings with FP8 beside bf16: the same order of examples, trials that are kept, differences that are paired."""
+"""Trainings in 8 bits beside bf16: the same order of examples, trials that are kept, differences that are paired."""
 
 import json
 
@@ -49,7 +49,20 @@ def test_differences_are_paired():
         assert row["losses"].difference == row["losses"].low == row["losses"].high == 0.5
     head, *lines = accuracy.table(done)
     assert [len(line) for line in lines] == [len(head)] * 3
-    assert [line[2] for line in lines] == ["0", "1", "all"]
+    assert [line[2:4] for line in lines] == [["fp8", "0"], ["fp8", "1"], ["fp8", "all"]]
+
+
+def test_each_compute_is_paired_with_bf16():
+    done = {
+        "a": trial("int8", 0, "0110", [1.25, 2.25, 3.25, 4.25]),
+        "b": trial("bf16", 0, "0011", [1.0, 2.0, 3.0, 4.0]),
+        "c": trial("fp8", 0, "1011", [1.5, 2.5, 3.5, 4.5]),
+        "d": trial("int8", 0, "1111", [0.0] * 4, method="lora"),  # without its pair
+    }
+    rows = accuracy.summary(done)
+    assert [(row["compute"], row["seed"]) for row in rows] == [("fp8", 0), ("fp8", None), ("int8", 0), ("int8", None)]
+    assert [row["losses"].difference for row in rows] == [0.5, 0.5, 0.25, 0.25]
+    assert (rows[2]["right"].gained, rows[2]["right"].lost) == (1, 1)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -58,12 +71,12 @@ def test_trainings_are_kept_and_not_done_again(tmp_path, data, monkeypatch, caps
 
     def fuse_in(model, compute="bf16"):
         computed.append(compute)
-        return fuse(model)  # FP8 takes a GPU
+        return fuse(model)  # 8 bits take a GPU
 
     monkeypatch.setattr(accuracy, "fuse", fuse_in)
     options = ["--model", str(save_llama(tmp_path / "tiny")), "--base", "none", "--data", str(data), "--limit", "6"]
     options += ["--epochs", "1", "--tokens", "300", "--seeds", "2", "--device", "cpu", "--out", str(tmp_path / "out")]
-    assert accuracy.main([*options, "--methods", "lora"]) == 0
+    assert accuracy.main([*options, "--methods", "lora", "--computes", "fp8"]) == 0
     assert computed == ["bf16", "fp8"]
     done = trials.load(tmp_path / "out")
     assert list(done) == ["tiny-base", *(f"tiny-lora-{c}-seed{s}" for c in ("bf16", "fp8") for s in (0, 1))]
@@ -75,14 +88,35 @@ def test_trainings_are_kept_and_not_done_again(tmp_path, data, monkeypatch, caps
     assert done["tiny-lora-bf16-seed0"]["curve"][0] != done["tiny-lora-bf16-seed1"]["curve"][0]
     assert done["tiny-lora-bf16-seed0"]["tasks"] != done["tiny-base"]["tasks"]
     assert str(tmp_path) not in json.dumps(done)
-    assert accuracy.main([*options, "--methods", "lora"]) == 0
+    assert accuracy.main([*options, "--methods", "lora", "--computes", "fp8"]) == 0
     assert len(computed) == 2
     assert accuracy.main([*options, "--methods", "lora,lsr", "--seeds", "1"]) == 0
-    assert len(trials.load(tmp_path / "out")) == 7
+    assert computed[2:] == ["int8", "bf16", "fp8", "int8"]
+    assert len(trials.load(tmp_path / "out")) == 9
     capsys.readouterr()
     assert accuracy.main(["--table", "--out", str(tmp_path / "out")]) == 0
     assert "+0.00" in capsys.readouterr().out
     assert (tmp_path / "out" / "differences.png").stat().st_size > 10_000
+    with pytest.raises(SystemExit):
+        accuracy.main([*options, "--computes", "fp4"])
+
+
+@pytest.mark.parametrize("compute", ["fp8", "int8"])
+def test_a_training_computes_in_8_bits(compute, monkeypatch):
+    from lsr_scale.fused import eight_bit
+
+    monkeypatch.setattr(eight_bit, "fp8_fallback_reason", lambda device: None)
+    model = tiny_llama(torch.bfloat16, vocab_size=304, hidden_size=64, intermediate_size=128)
+    trainer = accuracy.Trainer(model.requires_grad_(False), "lora", 1)
+    rows = [([index + 1] * 3, [100 + index, 2]) for index in range(20)]
+    batches = list(accuracy.packed(rows, 32, 1, 0))
+    losses = {}
+    for each in ("bf16", compute):
+        report = trainer.fuse(each)
+        losses[each] = trainer.train(0, batches)
+    assert "8 of 8 groups of linears compute in 8 bits" in report
+    assert losses[compute] != losses["bf16"]
+    assert losses[compute] == pytest.approx(losses["bf16"], abs=0.05)
 
 
 def test_layers_that_fall_back_are_no_comparison(monkeypatch):

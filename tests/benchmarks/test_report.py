@@ -161,11 +161,11 @@ def test_a_real_models_losses_in_fp8_stand_beside_those_in_bf16(tmp_path):
     (file,) = (ALL_RESULTS / "real_training").glob("qwen2.5-coder-0.5b-nf4-h200.json")
     run = json.loads(file.read_text())
     assert "bf16" not in real_training.table(run)
-    assert real_training.fp8_pairs(run) == {}
+    assert real_training.bf16_pairs(run) == {}
     row = run["rows"]["lora_graphs"]
     run["rows"]["lora_graphs_fp8"] = row | {"losses": [loss + 0.0125 for loss in row["losses"]]}
     speed_real_training.add_differences(run["rows"])
-    (differences,) = real_training.fp8_pairs(run).values()
+    (differences,) = real_training.bf16_pairs(run).values()
     assert differences == pytest.approx([0.0125] * len(row["losses"]))
     lines = real_training.table(run).splitlines()
     assert next(line for line in lines if "LoRA r=16 with us in FP8" in line).endswith("| 0.0125 | +0.0125 |")

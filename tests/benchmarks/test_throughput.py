@@ -293,8 +293,8 @@ def test_the_gate_is_green_as_it_is_and_red_when_a_gradient_is_wrong(base, tmp_p
 
 
 @pytest.fixture
-def fp8_on_cpu(monkeypatch):
-    """Let the kernels' references compute in FP8."""
+def eight_bits_on_cpu(monkeypatch):
+    """Let the kernels' references compute in 8 bits."""
     from benchmarks.speed import parity
     from benchmarks.speed.providers import fused
     from lsr_scale.fused import eight_bit
@@ -305,21 +305,26 @@ def fp8_on_cpu(monkeypatch):
 
 
 @pytest.mark.parametrize("base", ["nf4", "int8", "bf16"])
-def test_the_gate_takes_fp8_and_is_red_when_it_is_less_exact_than_its_recipe(base, tmp_path, monkeypatch, fp8_on_cpu):
+@pytest.mark.parametrize(("compute", "least"), [("fp8", 2e-2), ("int8", 5e-3)])
+def test_the_gate_is_red_when_8_bits_are_less_exact_than_their_recipe(
+    compute, least, base, tmp_path, monkeypatch, eight_bits_on_cpu
+):
     import torch
 
     from benchmarks.speed import parity
     from lsr_scale.fused import eight_bit_group
 
-    _, config = throughput.parse(arguments(tmp_path / "a.json", "lsr", "lsr_fp8", "lora_fp8", base=base))
+    names = ("lsr", f"lsr_{compute}", f"lora_{compute}")
+    _, config = throughput.parse(arguments(tmp_path / "a.json", *names, base=base))
     rows = parity.Parity(config).measure({})["parity"]
     checked = [(row["method"], row["compute"]) for row in rows]
-    assert checked == [each for each in (("lsr", "bf16"), ("lsr", "fp8"), ("lora", "fp8")) for _ in parity.VARIANTS]
+    expected = (("lsr", "bf16"), ("lsr", compute), ("lora", compute))
+    assert checked == [each for each in expected for _ in parity.VARIANTS]
     assert not any(row["problems"] for row in rows)
-    in_fp8 = [row for row in rows if row["compute"] == "fp8"]
+    in_8_bits = [row for row in rows if row["compute"] == compute]
     assert all({"loss", "output", "input gradient"} < row["errors"].keys() for row in rows)
-    # e4m3's error, not bfloat16's
-    assert all(min(row["errors"]["output"]) > 2e-2 for row in in_fp8)
+    # the format's error, not bfloat16's
+    assert all(4 * least > error > least for row in in_8_bits for error in row["errors"]["output"])
     right = eight_bit_group.fp8_gemm
 
     def less_exact(codes, scales, weight, weight_scale, out, **options):
@@ -328,16 +333,16 @@ def test_the_gate_takes_fp8_and_is_red_when_it_is_less_exact_than_its_recipe(bas
 
     monkeypatch.setattr(eight_bit_group, "fp8_gemm", less_exact)
     rows = parity.Parity(config).measure({})["parity"]
-    assert all(bool(row["problems"]) == (row["compute"] == "fp8") for row in rows)
+    assert all(bool(row["problems"]) == (row["compute"] == compute) for row in rows)
     assert "the simulation by" in rows[-1]["problems"][0]
 
 
-@pytest.mark.parametrize("name", ["lsr_fp8", "kron_lora_fp8", "lora_fp8", "frozen_fp8"])
-def test_providers_compute_in_fp8(name, tmp_path, fp8_on_cpu):
-    from benchmarks.speed.providers import find_provider
+@pytest.mark.parametrize("name", ["lsr_fp8", "kron_lora_fp8", "lora_fp8", "frozen_fp8", "lora_int8", "frozen_int8"])
+def test_providers_compute_in_8_bits(name, tmp_path, eight_bits_on_cpu):
+    from benchmarks.speed.providers import bf16_of, find_provider
 
     losses = {}
-    for each in (name, name.removesuffix("_fp8")):
+    for each in (name, bf16_of(name)):
         _, config = throughput.parse(arguments(tmp_path / "a.json", each, warmup="1", layers="1"))
         provider = find_provider(each)(config)
         provider.build()
@@ -345,9 +350,20 @@ def test_providers_compute_in_fp8(name, tmp_path, fp8_on_cpu):
             measured = provider.measure({"mode": mode, "tokens": 64, "seq_len": 32})
             losses[each, mode] = measured["loss_initial"]
             assert ("4 of 4 groups of linears compute in 8 bits" in measured["notes"][0]) == (each == name)
-    in_fp8, in_bf16 = losses[name, "none"], losses[name.removesuffix("_fp8"), "none"]
-    assert in_fp8 == losses[name, "full"] != in_bf16
-    assert in_fp8 == pytest.approx(in_bf16, abs=0.02)
+    in_8_bits, in_bf16 = losses[name, "none"], losses[bf16_of(name), "none"]
+    assert in_8_bits == losses[name, "full"] != in_bf16
+    assert in_8_bits == pytest.approx(in_bf16, abs=0.02)
+
+
+def test_a_provider_in_8_bits_is_one_of_bf16_under_the_same_options():
+    from benchmarks.speed.providers import EIGHT_BIT, PROVIDERS, bf16_of, compute_of, find_provider
+
+    named = [name for name in PROVIDERS if compute_of(name) != "bf16"]
+    assert len(named) == 7 * len(EIGHT_BIT)
+    for name in named:
+        ours, plain = find_provider(name), find_provider(bf16_of(name))
+        assert issubclass(ours, plain)
+        assert (ours.compute, plain.compute) == (compute_of(name), "bf16")
 
 
 def test_nothing_is_written_behind_a_red_gate(tmp_path, monkeypatch, capsys):

@@ -21,6 +21,13 @@ PROVIDERS = {
     "lsr_graphs_fp8": "fused:LsrGraphsFp8",
     "lora_graphs_fp8": "fused:LoraGraphsFp8",
     "kron_lora_graphs_fp8": "fused:KronLoraGraphsFp8",
+    "lsr_int8": "fused:LsrInt8",
+    "kron_lora_int8": "fused:KronLoraInt8",
+    "lora_int8": "fused:LoraInt8",
+    "frozen_int8": "fused:FrozenInt8",
+    "lsr_graphs_int8": "fused:LsrGraphsInt8",
+    "lora_graphs_int8": "fused:LoraGraphsInt8",
+    "kron_lora_graphs_int8": "fused:KronLoraGraphsInt8",
     "lsr_unfused": "fused:LsrUnfused",
     "peft_lora": "peft_lora:PeftLora",
     "peft_lora_float32": "peft_lora:PeftLoraFloat32",
@@ -32,13 +39,19 @@ PROVIDERS = {
 }
 
 
-# a provider with this ending computes the base's products in FP8, the one of the name before it in bfloat16
-FP8 = "_fp8"
+# what the base's products are computed in beside bf16: the last word of a provider's name
+EIGHT_BIT = ("fp8", "int8")
 
 
 def compute_of(provider: str) -> str:
-    """Return what a provider computes the base's products in: "bf16" or "fp8"."""
-    return "fp8" if provider.endswith(FP8) else "bf16"
+    """Return what a provider computes the base's products in: "bf16", "fp8" or "int8"."""
+    ending = provider.rpartition("_")[2]
+    return ending if ending in EIGHT_BIT else "bf16"
+
+
+def bf16_of(provider: str) -> str:
+    """Return the name of the same provider that computes in bf16."""
+    return provider.removesuffix(f"_{compute_of(provider)}")
 
 
 class MissingError(Exception):

@@ -11,7 +11,7 @@ from benchmarks.speed.providers.base import LORA, Provider, base_model
 
 
 def no_fp8_reason(device: torch.device) -> str | None:
-    """Return why a device cannot compute in FP8, or None."""
+    """Return why a device cannot compute in FP8, and so neither what "int8" does backward, or None."""
     from lsr_scale.kernels.fp8 import fp8_fallback_reason
 
     return fp8_fallback_reason(device)
@@ -29,7 +29,7 @@ class FusedAdapter(Provider):
 
     def make(self) -> None:
         """Build the base, inject the adapter; `checkpoint` fuses."""
-        if self.compute == "fp8" and (reason := no_fp8_reason(self.device)):
+        if self.compute != "bf16" and (reason := no_fp8_reason(self.device)):
             raise MissingError(reason)
         from lsr_scale.adapters import peft_config
         from lsr_scale.layers.frozen_linear import freeze_quantized
@@ -215,3 +215,45 @@ class KronLoraGraphsFp8(KronLoraGraphs):
     """Kron-LoRA, the base's products in FP8, its steps replayed."""
 
     compute = "fp8"
+
+
+class LsrInt8(LsrAdapter):
+    """LSR-Adapt, the base's products forward in rotated int8."""
+
+    compute = "int8"
+
+
+class KronLoraInt8(KronLoraAdapter):
+    """Kron-LoRA, the base's products forward in rotated int8."""
+
+    compute = "int8"
+
+
+class LoraInt8(LoraAdapter):
+    """PEFT's LoRA modules, the base's products forward in rotated int8."""
+
+    compute = "int8"
+
+
+class FrozenInt8(Frozen):
+    """No adapters, the base's products forward in rotated int8."""
+
+    compute = "int8"
+
+
+class LsrGraphsInt8(LsrGraphs):
+    """LSR-Adapt, the base's products forward in rotated int8, its steps replayed."""
+
+    compute = "int8"
+
+
+class LoraGraphsInt8(LoraGraphs):
+    """PEFT's LoRA modules, the base's products forward in rotated int8, its steps replayed."""
+
+    compute = "int8"
+
+
+class KronLoraGraphsInt8(KronLoraGraphs):
+    """Kron-LoRA, the base's products forward in rotated int8, its steps replayed."""
+
+    compute = "int8"

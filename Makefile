@@ -28,7 +28,7 @@ DEEPSPEED := $(call pin,deepspeed)
 # Peers of the speed table; without their dependencies, which would change what they are compared with.
 PEERS := unsloth unsloth-zoo cut_cross_entropy tyro msgspec hf_transfer structlog json5 nest-asyncio torchao liger-kernel \
          docstring-parser shtab typeguard
-HEADLINE_PROVIDERS := lsr_fp8,kron_lora_fp8,lora_fp8,frozen_fp8,lsr,lsr_held,kron_lora,lora,frozen,unsloth_lora,peft_lora_liger,peft_kbit_liger,peft_frozen_liger
+HEADLINE_PROVIDERS := lsr_fp8,kron_lora_fp8,lora_fp8,frozen_fp8,lsr_int8,kron_lora_int8,lora_int8,lsr,lsr_held,kron_lora,lora,frozen,unsloth_lora,peft_lora_liger,peft_kbit_liger,peft_frozen_liger
 HEADLINE ?= benchmarks/results/throughput/mistral-7b-nf4-$(shell date +%Y%m%d-%H%M%S).json
 
 GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c GPU)

@@ -52,15 +52,34 @@ def block_scales(b: Buffers, T: int, N: int, K: int) -> tuple[Tensor, Tensor]:
     return a, weight
 
 
-def products(b: Buffers, s: Sizes) -> list[Case]:
-    """Each group's product, forward and input gradient, with its adapter: three ways in FP8, and in bf16."""
-    cases, on_gpu = [], b.device == "cuda"
-    for group, N, K in (
+def group_shapes(s: Sizes) -> list[tuple[str, int, int]]:
+    """Return the name, N and K of each of a layer's groups of linears."""
+    return [
         ("qkv", s.qkv, s.hidden),
         ("o", s.hidden, s.hidden),
         ("gate_up", 2 * s.inner, s.hidden),
         ("down", s.hidden, s.inner),
-    ):
+    ]
+
+
+def nf4(b: Buffers, N: int, K: int) -> list[dict[str, Any]]:
+    """Return random weights in NF4, its scales quantized: the arguments of kernels that dequantize them."""
+    made = [
+        bnb_functional.quantize_4bit(w, quant_type="nf4", compress_statistics=True) for w in b.rand(N, K, scale=0.02)
+    ]
+    return [
+        {
+            **{"packed": packed, "absmax": state.absmax, "code": state.code, "block_size": state.blocksize},
+            "nested": (state.state2.absmax, state.state2.code, state.offset, state.state2.blocksize),
+        }
+        for packed, state in made
+    ]
+
+
+def products(b: Buffers, s: Sizes) -> list[Case]:
+    """Each group's product, forward and input gradient, with its adapter: three ways in FP8, and in bf16."""
+    cases, on_gpu = [], b.device == "cuda"
+    for group, N, K in group_shapes(s):
         for forward in (True, False):
             n, k = (N, K) if forward else (K, N)
             name = f"{group} {'forward' if forward else 'input gradient'}"
@@ -119,17 +138,7 @@ def weights(b: Buffers, s: Sizes) -> list[Case]:
     cases = []
     for N, K in ((s.hidden, s.hidden), (s.inner, s.hidden), (s.hidden, s.inner)):
         scale = torch.full((1,), 2.0**-11, device=b.device)
-        made = [
-            bnb_functional.quantize_4bit(w, quant_type="nf4", compress_statistics=True)
-            for w in b.rand(N, K, scale=0.02)
-        ]
-        tables = [
-            {
-                **{"packed": packed, "absmax": state.absmax, "code": state.code, "block_size": state.blocksize},
-                "nested": (state.state2.absmax, state.state2.code, state.offset, state.state2.blocksize),
-            }
-            for packed, state in made
-        ]
+        tables = nf4(b, N, K)
         int8 = [torch.randint(-127, 128, (N, K), dtype=torch.int8, device=b.device) for _ in range(b.sets)]
         row_scales, plain, to_bf16 = torch.rand(N, device=b.device) / 50, b.rand(N, K, scale=0.02), b.empty(N, K)
 

@@ -6,8 +6,8 @@ One layer of a 7B model at T tokens, bf16, random data, buffers that take turns 
 the median time, the bytes that must be moved (each input read once, each output written once) or the operations, the
 share of the bound (bytes over the copy bandwidth of the same run), the error against float64 (relative, Frobenius), and
 the time of the alternative named beside it; for GEMMs that is the same product without the adapter's columns. `sums_ms`
-are a layer's eight products in FP8 with their adapters, by who makes them: what decides between scales per row and per
-block.
+are a layer's eight products in 8 bits with their adapters, by who makes them: what decides between scales per row and
+per block, and what int8 forward costs, whose input gradients are those of FP8.
 """
 
 from collections.abc import Callable
@@ -16,12 +16,13 @@ from typing import Any
 import torch
 
 from benchmarks.command_line import new_file, script_parser
-from benchmarks.speed import kernel_cases, kernel_cases_fp8
+from benchmarks.speed import kernel_cases, kernel_cases_fp8, kernel_cases_int8
 from benchmarks.speed.kernel_cases import Buffers, Case, Sizes
 from benchmarks.speed.providers.fused import no_fp8_reason
 from lsr_scale import files
 
-GROUPS = kernel_cases.GROUPS | kernel_cases_fp8.GROUPS
+EIGHT_BIT = kernel_cases_fp8.GROUPS | kernel_cases_int8.GROUPS
+GROUPS = kernel_cases.GROUPS | EIGHT_BIT
 
 
 def milliseconds(b: Buffers, run: Callable[[int], Any]) -> float:
@@ -62,16 +63,18 @@ def measured(case: Case, b: Buffers, bytes_per_s: float) -> dict[str, Any]:
 
 
 def sums(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Return the time of all products in FP8, by who makes them; not of one that failed for any."""
-    times: dict[str, list[float]] = {}
+    """Return the time of all products in 8 bits, by who makes them; not of one that failed for any."""
+    times: dict[str, dict[str, float]] = {}
     for row in rows:
-        way, of_products, _ = row["name"].partition(": ")
+        way, of_products, product = row["name"].partition(": ")
         if of_products:
-            times.setdefault(way, []).append(row.get("ms", float("nan")))
+            times.setdefault(way, {})[product] = row.get("ms", float("nan"))
             if "alternative_ms" in row:
-                times.setdefault(row["alternative"], []).append(row["alternative_ms"])
+                times.setdefault(row["alternative"], {})[product] = row["alternative_ms"]
+    if kernel_cases_int8.OURS in times:
+        times[kernel_cases_int8.OURS] = times.get("fp8_gemm", {}) | times[kernel_cases_int8.OURS]
     most = max(map(len, times.values()), default=0)
-    totals = {way: sum(each) for way, each in times.items() if len(each) == most}
+    totals = {way: sum(each.values()) for way, each in times.items() if len(each) == most}
     return {way: total for way, total in totals.items() if total == total}
 
 
@@ -90,8 +93,8 @@ def main(arguments: list[str] | None = None) -> int:
     rows: list[dict[str, Any]] = []
     reason = no_fp8_reason(torch.device(device))
     if reason and device == "cuda":
-        args.groups = [name for name in args.groups if name not in kernel_cases_fp8.GROUPS]
-        print(f"nothing in FP8: {reason}", flush=True)
+        args.groups = [name for name in args.groups if name not in EIGHT_BIT]
+        print(f"nothing in 8 bits: {reason}", flush=True)
     for name in args.groups:
         for case in GROUPS[name](b, s):
             rows.append(measured(case, b, bytes_per_s))
@@ -106,7 +109,7 @@ def main(arguments: list[str] | None = None) -> int:
     content = {"env": files.environment(), "config": config, "rows": rows}
     if totals := sums(rows):
         content["sums_ms"] = totals
-        print(f"a layer's products in FP8, ms: {totals}", flush=True)
+        print(f"a layer's products in 8 bits, ms: {totals}", flush=True)
     files.write_json(args.out, content)
     return int(any(row["status"] != "ok" for row in rows))
 

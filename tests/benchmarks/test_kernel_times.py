@@ -16,9 +16,9 @@ def test_every_case_runs_and_agrees_with_float64(tmp_path):
     out = tmp_path / "tiny.json"
     assert kernel_times.main(["--tiny", "--out", str(out)]) == 0
     rows = json.loads(out.read_text())["rows"]
-    assert len(rows) == 62
+    assert len(rows) == 80
     errors = [row["error"] for row in rows if "error" in row]
-    assert len(errors) == 41
+    assert len(errors) == 57
     assert max(errors) < 1e-2
     with pytest.raises(SystemExit):
         kernel_times.main(["--tiny", "--out", str(out)])
@@ -33,6 +33,10 @@ def test_products_are_summed_by_who_makes_them():
     rows += [{"name": "by blocks: down forward", "status": "error"}]
     assert kernel_times.sums(rows) == {"fp8_gemm": 1.5, "by rows": 2.25}, "blocks failed once"
     assert kernel_times.sums(rows[:1]) == {}
+    # int8 is forward alone: its input gradients are FP8's
+    in_int8 = [row("fp8_gemm in int8: qkv forward", 5.0, "torch._int_mm alone", 4.0)]
+    in_fp8 = [row("fp8_gemm: qkv forward", 1.0), row("fp8_gemm: qkv input gradient", 2.0)]
+    assert kernel_times.sums(in_fp8 + in_int8) == {"fp8_gemm": 3.0, "fp8_gemm in int8": 7.0}
     run = {
         "env": {"cpu": "a CPU"},
         "config": {"copy_bytes_per_s": 1e12},

@@ -76,11 +76,12 @@ def row(losses, **values):
     return {"status": "ok", "losses": losses, "tokens_per_s": 100.0, "held_out_loss_after": 1.0, **values}
 
 
-def test_losses_in_fp8_are_compared_with_the_same_method_in_bf16():
+def test_losses_in_8_bits_are_compared_with_the_same_method_in_bf16():
     rows = {
         "peft_lora_float32": row([2.0] * 60),
         "lora_graphs": row([2.0] * 60),
         "lora_graphs_fp8": row([2.3] * 10 + [2.1] * 50, tokens_per_s=150.0, held_out_loss_after=1.25),
+        "lora_graphs_int8": row([2.0] * 60, held_out_loss_after=1.125),
         "lsr_graphs_fp8": row([1.0] * 60),
         "lora_fp8": {"status": "error", "detail": "broke"},
     }
@@ -91,14 +92,17 @@ def test_losses_in_fp8_are_compared_with_the_same_method_in_bf16():
     assert in_fp8["held_out_from_bf16"] == 0.25
     assert in_fp8["speed_over_bf16"] == 1.5
     assert in_fp8["loss_rms_from_float32"] == in_fp8["loss_rms_from_bf16"]
+    in_int8 = rows["lora_graphs_int8"]
+    assert (in_int8["loss_rms_from_bf16"], in_int8["held_out_from_bf16"]) == (0.0, 0.125)
     assert "loss_rms_from_bf16" not in rows["lsr_graphs_fp8"], "the same method in bf16 did not train"
     assert "loss_rms_from_bf16" not in rows["lora_graphs"]
     assert "+0.1000" in real_training.table(rows)
 
 
 def test_a_method_has_one_rate_however_it_computes():
+    endings = ("", "_fp8", "_int8", "_graphs", "_graphs_fp8", "_graphs_int8")
     for method, rate in (("lsr", 2e-3), ("kron_lora", 1e-3), ("lora", 2e-4)):
-        assert {real_training.rate_of(method + rest) for rest in ("", "_fp8", "_graphs", "_graphs_fp8")} == {rate}
+        assert {real_training.rate_of(method + rest) for rest in endings} == {rate}
 
 
 def test_a_speed_counts_neither_padding_nor_the_first_steps_of_a_turn():

@@ -116,59 +116,68 @@ def test_a_readme_without_the_place_is_said():
 
 
 @pytest.fixture
-def run_in_fp8():
+def run_in_8_bits():
     (headline,) = THROUGHPUT.glob("mistral-7b-nf4-h200-2.json")
     run = json.loads(headline.read_text())
     for provider in ("lsr", "lora"):
         of_bf16 = [row for row in run["rows"] if row["provider"] == provider]
-        more = {"provider": f"{provider}_fp8", "compute": "fp8", "floor_fraction": 0.81}
-        run["rows"] += [
-            row | more | {"tokens_per_s": 1.5 * row["tokens_per_s"]} for row in of_bf16 if row["status"] == "ok"
-        ]
+        for compute, faster in (("fp8", 1.5), ("int8", 1.4)):
+            more = {"provider": f"{provider}_{compute}", "compute": compute, "floor_fraction": 0.81}
+            run["rows"] += [
+                row | more | {"tokens_per_s": faster * row["tokens_per_s"]} for row in of_bf16 if row["status"] == "ok"
+            ]
     run["floors_fp8_ms"] = {"8192x2048": {"none": {"gemm": 150.0, "traffic": 50.0, "total": 200.0}}}
     run["floors_ms"] = {"8192x2048": {"none": {"gemm": 300.0, "traffic": 100.0, "total": 400.0}}}
     run["ceilings"] = {"8192x2048": {"fp8_product": "torch._scaled_mm, a scale per row"}}
     return run
 
 
-def test_speeds_in_fp8_stand_in_every_table(run_in_fp8):
+def test_speeds_in_8_bits_stand_in_every_table(run_in_8_bits):
     of = {
         (row["provider"], row["checkpointing"]): row["tokens_per_s"]
-        for row in run_in_fp8["rows"]
+        for row in run_in_8_bits["rows"]
         if row["tokens_per_s"]
     }
-    ratios = [of[ours, "none"] / of["unsloth_lora", "none"] for ours in ("lsr", "lsr_fp8")]
-    lines = readme.table(run_in_fp8).splitlines()
-    assert lines[2].count("LSR over it | in FP8") == 2
+    ratios = [of[ours, "none"] / of["unsloth_lora", "none"] for ours in ("lsr", "lsr_fp8", "lsr_int8")]
+    lines = readme.table(run_in_8_bits).splitlines()
+    assert lines[2].count("LSR over it | in FP8 | in int8") == 2
     assert lines[3].count("|") == lines[2].count("|")
     unsloth = next(line for line in lines if "Unsloth" in line)
-    assert [cell.strip() for cell in unsloth.split("|")][4:6] == [f"{ratio:.2f}" for ratio in ratios]
-    board = leaderboard.speed([(THROUGHPUT / "a.json", run_in_fp8)])
+    assert [cell.strip() for cell in unsloth.split("|")][4:7] == [f"{ratio:.2f}" for ratio in ratios]
+    board = leaderboard.speed([(THROUGHPUT / "a.json", run_in_8_bits)])
     assert f"| LSR-Adapt r=16 s=16 in FP8, mistral-7b, nf4 | saved | {of['lsr_fp8', 'none']:,.0f} |" in board
-    page = results_page.throughput(THROUGHPUT / "a.json", run_in_fp8)
+    assert f"| LSR-Adapt r=16 s=16 in int8, mistral-7b, nf4 | saved | {of['lsr_int8', 'none']:,.0f} |" in board
+    page = results_page.throughput(THROUGHPUT / "a.json", run_in_8_bits)
     assert "torch._scaled_mm, a scale per row" in page
     assert "| gemm | 300.0 (75%) | 150.0 (75%) |" in page
+    # without FP8 the floor of int8 is the same one
+    in_int8 = {key: value for key, value in run_in_8_bits.items() if key != "floors_fp8_ms"}
+    in_int8["floors_int8_ms"] = run_in_8_bits["floors_fp8_ms"]
+    assert results_page.floors_in_8_bits(in_int8) == results_page.floors_in_8_bits(run_in_8_bits) != []
 
 
-def test_a_provider_in_fp8_has_the_color_of_the_same_in_bf16(run_in_fp8, tmp_path):
-    assert plots.color("lsr_fp8") == plots.color("lsr") != plots.color("lora_fp8")
-    assert plots.marker("lsr_fp8") != plots.marker("lsr")
-    plots.memory_plot(run_in_fp8, tmp_path / "plot.png")
-    assert plots.drawn_from(tmp_path / "plot.png") == plots.digest(run_in_fp8)
+def test_a_provider_in_8_bits_has_the_color_of_the_same_in_bf16(run_in_8_bits, tmp_path):
+    assert plots.color("lsr_fp8") == plots.color("lsr_int8") == plots.color("lsr") != plots.color("lora_fp8")
+    assert len({plots.marker(name) for name in ("lsr", "lsr_fp8", "lsr_int8")}) == 3
+    plots.memory_plot(run_in_8_bits, tmp_path / "plot.png")
+    assert plots.drawn_from(tmp_path / "plot.png") == plots.digest(run_in_8_bits)
 
 
-def test_a_real_models_losses_in_fp8_stand_beside_those_in_bf16(tmp_path):
+def test_a_real_models_losses_in_8_bits_stand_beside_those_in_bf16(tmp_path):
     (file,) = (ALL_RESULTS / "real_training").glob("qwen2.5-coder-0.5b-nf4-h200.json")
     run = json.loads(file.read_text())
     assert "bf16" not in real_training.table(run)
     assert real_training.bf16_pairs(run) == {}
     row = run["rows"]["lora_graphs"]
-    run["rows"]["lora_graphs_fp8"] = row | {"losses": [loss + 0.0125 for loss in row["losses"]]}
+    for name, more in (("lora_graphs_fp8", 0.0125), ("lora_graphs_int8", 0.005)):
+        run["rows"][name] = row | {"losses": [loss + more for loss in row["losses"]]}
     speed_real_training.add_differences(run["rows"])
-    (differences,) = real_training.bf16_pairs(run).values()
-    assert differences == pytest.approx([0.0125] * len(row["losses"]))
+    in_fp8, in_int8 = real_training.bf16_pairs(run).values()
+    assert in_fp8 == pytest.approx([0.0125] * len(row["losses"]))
+    assert in_int8 == pytest.approx([0.005] * len(row["losses"]))
     lines = real_training.table(run).splitlines()
     assert next(line for line in lines if "LoRA r=16 with us in FP8" in line).endswith("| 0.0125 | +0.0125 |")
+    assert next(line for line in lines if "LoRA r=16 with us in int8" in line).endswith("| 0.0050 | +0.0050 |")
     real_training.draw(run, tmp_path / "plot.png")
     assert plots.drawn_from(tmp_path / "plot.png") == real_training.digest(run)
 

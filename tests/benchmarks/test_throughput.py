@@ -171,21 +171,29 @@ def test_floor_in_fp8_with_checkpointing_by_hand():
     assert floor["recomputation"] == pytest.approx(69.472 + (8192 * 32 * 161_792 + again) / 3e9, rel=1e-6)
 
 
-def test_a_row_in_fp8_is_beside_the_floor_in_fp8(tmp_path):
+def test_the_floor_in_int8_is_that_in_fp8():
+    for mode in ("none", "full"):
+        in_fp8, in_int8 = (floors.floor_ms(mistral(), 8192, "nf4", mode, H100_FP8, each) for each in ("fp8", "int8"))
+        assert in_int8 == in_fp8 != floors.floor_ms(mistral(), 8192, "nf4", mode, H100_FP8)
+
+
+@pytest.mark.parametrize("compute", ["fp8", "int8"])
+def test_a_row_in_8_bits_is_beside_the_floor_in_8_bits(tmp_path, compute):
     _, config = throughput.parse(arguments(tmp_path / "a.json", "Fake"))
     config["shape"] = mistral()
     turn = {"status": "ok", **Fake(config).measure({})}
-    case = Case("lora_fp8", "full", 64, 32)
+    case = Case(f"lora_{compute}", "full", 64, 32)
     row = throughput_rows.row_of(case, config, [turn], {"ceilings": {"64x32": H100_FP8}})
     floor = floors.floor_ms(mistral(), 64, "bf16", "full", H100_FP8, "fp8")["total"]
-    assert (row["compute"], row["floor_fraction"]) == ("fp8", pytest.approx(floor / 15))
+    assert (row["compute"], row["floor_fraction"]) == (compute, pytest.approx(floor / 15))
     assert throughput_rows.row_of(case, config, [turn], {"ceilings": {"64x32": H100}})["floor_fraction"] is None
 
 
-def test_floors_of_both_are_in_the_result(tmp_path, monkeypatch):
-    _, config = throughput.parse(arguments(tmp_path / "a.json", "lsr", "lsr_fp8", checkpointing="none,full,auto"))
+def test_floors_of_all_computes_are_in_the_result(tmp_path, monkeypatch):
+    names = "lsr", "lsr_fp8", "lsr_int8"
+    _, config = throughput.parse(arguments(tmp_path / "a.json", *names, checkpointing="none,full,auto"))
     config["shape"] = mistral()
-    for ceilings, keys in ((H100_FP8, {"floors_ms", "floors_fp8_ms"}), (H100, {"floors_ms"})):
+    for ceilings, keys in ((H100_FP8, {"floors_ms", "floors_fp8_ms", "floors_int8_ms"}), (H100, {"floors_ms"})):
         run = measurement.Measurement(config, tmp_path / "a.json", {"all": 1e9, "build": 1.0, "turn": 1.0})
         monkeypatch.setattr(run, "_ask_once", lambda *_, c=ceilings: [{"status": "ok", "ceilings": c}])
         run._measure_ceilings()
@@ -201,9 +209,10 @@ def test_a_gpu_without_fp8_costs_rows_not_the_gate(tmp_path, monkeypatch):
 
     monkeypatch.setattr(fused, "no_fp8_reason", lambda device: "this GPU has no e4m3")
     monkeypatch.setattr(parity, "no_fp8_reason", lambda device: "this GPU has no e4m3")
-    _, config = throughput.parse(arguments(tmp_path / "a.json", "lsr_fp8", "lora"))
-    with pytest.raises(MissingError, match="this GPU has no e4m3"):
-        find_provider("lsr_fp8")(config).build()
+    _, config = throughput.parse(arguments(tmp_path / "a.json", "lsr_fp8", "lsr_int8", "lora"))
+    for name in ("lsr_fp8", "lsr_int8"):
+        with pytest.raises(MissingError, match="this GPU has no e4m3"):
+            find_provider(name)(config).build()
     rows = parity.Parity(config).measure({})["parity"]
     assert {(row["method"], row["compute"]) for row in rows} == {("lora", "bf16")}
 

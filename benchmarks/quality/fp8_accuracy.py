@@ -301,9 +301,9 @@ def means(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> dict[str
 
 def table(done: dict[str, dict[str, Any]]) -> list[list[str]]:
     """Return the comparisons as a table's rows, head first."""
-    head = ["model", "method", "compute", "seed", "accuracy: base", "bf16", "compute", "change, points", "95 %"]
-    head += ["gained, lost", "p", "loss: bf16", "compute", "change", "95 %"]
-    lines = [[*head, "answers that differ: compute", "another seed"]]
+    head = ["model", "method", "compute", "seed", "accuracy: base", "bf16", "8 bits", "change, points", "95 %"]
+    head += ["gained, lost", "p", "loss: bf16", "8 bits", "change", "95 %"]
+    lines = [[*head, "answers that differ: 8 bits", "another seed"]]
     for row in summary(done):
         base = done.get(f"{row['model']}-base")
         points, losses = row["right"], row["losses"]

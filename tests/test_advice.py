@@ -138,19 +138,19 @@ def followed(call, command, mistake, advice, *ways):
         ),
         *(
             (
-                ["training.compute=fp8", mistake],
+                [f"training.compute={compute}", mistake],
                 f"{remedy.replace('=', ': ')}, or training.compute: bf16",
-                [["training.compute=fp8", mistake, remedy], [mistake]],
+                [[f"training.compute={compute}", mistake, remedy], [mistake]],
             )
-            for mistake, remedy in (
-                ("training.fused=off", "training.fused=auto"),
-                ("model.dtype=float32", "model.dtype=bfloat16"),
-                ("model.attention=eager", "model.attention=sdpa"),
-                ("adapter.dropout=0.1", "adapter.dropout=0"),
+            for compute, mistake, remedy in (
+                ("fp8", "training.fused=off", "training.fused=auto"),
+                ("int8", "model.dtype=float32", "model.dtype=bfloat16"),
+                ("fp8", "model.attention=eager", "model.attention=sdpa"),
+                ("int8", "adapter.dropout=0.1", "adapter.dropout=0"),
             )
         ),
-        (["training.fp8_keep=[1.dwon]"], "did you mean 'down'?", [["training.fp8_keep=[1.down]"]]),
-        (["training.fp8_keep=[x.down]"], "such as 12.down", [["training.fp8_keep=[12.down]"]]),
+        (["training.keep_in_bf16=[1.dwon]"], "did you mean 'down'?", [["training.keep_in_bf16=[1.down]"]]),
+        (["training.keep_in_bf16=[x.down]"], "such as 12.down", [["training.keep_in_bf16=[12.down]"]]),
         (
             ["training.eval_strategy=epoch"],
             "add data.validation or data.validation_split, or set it to no",

@@ -22,12 +22,12 @@ from lsr_scale.doctor.environment import (
     check_torchao,
 )
 from lsr_scale.doctor.fused_trial import (
-    MOST_BY_FP8,
-    fp8_against_bf16,
+    MOST_BY_8_BITS,
+    eight_bits_against_bf16,
     fused_against_unfused,
     layer_of,
     small_layer,
-    try_fp8,
+    try_eight_bits,
     try_fused,
 )
 from lsr_scale.doctor.hardware import check_torch_build
@@ -55,43 +55,64 @@ def test_the_fused_path_is_not_claimed_without_a_gpu(report):
 
 
 def test_a_machine_without_fp8_is_told_why_and_what_to_set_where_a_run_asks_for_it():
-    found = try_fp8(torch.device("cpu"), small_layer(4), wanted=False)
+    found = try_eight_bits(torch.device("cpu"), small_layer(4), "bf16")
     assert (found.status, found.found, found.remedy) == ("ok", "no: the device is cpu, no GPU", "")
-    found = try_fp8(torch.device("cpu"), small_layer(4), wanted=True)
-    assert (found.status, found.remedy) == ("bad", "set training.compute: bf16")
+    for compute in ("fp8", "int8"):
+        found = try_eight_bits(torch.device("cpu"), small_layer(4), compute)
+        assert (found.status, found.remedy) == ("bad", "set training.compute: bf16")
 
 
-def test_fp8_is_tried_beside_bfloat16(monkeypatch, tmp_path):
+def test_8_bits_are_tried_beside_bfloat16(monkeypatch):
     pretend_fp8(monkeypatch)
-    difference, problem = fp8_against_bf16(torch.device("cpu"), small_layer(4))
-    assert problem is None
-    assert 0.01 < difference < MOST_BY_FP8 / 2
-    found = try_fp8(torch.device("cpu"), small_layer(4), wanted=True)
-    assert found.status == "ok"
-    assert found.found.startswith("yes, e4m3 in both directions, a scale per row")
-    assert f"differs from bf16 by {difference:.1%}" in found.found
-    monkeypatch.setattr(fused_trial, "MOST_BY_FP8", difference / 2)
-    found = try_fp8(torch.device("cpu"), small_layer(4), wanted=False)
-    assert (found.status, "set training.compute: bf16" in found.remedy) == ("bad", True)
+    (fp8, no_problem), (int8, _) = (
+        eight_bits_against_bf16(torch.device("cpu"), small_layer(4), compute) for compute in ("fp8", "int8")
+    )
+    assert no_problem is None
+    assert 0.01 < int8 < fp8 < MOST_BY_8_BITS / 2
+    found = try_eight_bits(torch.device("cpu"), small_layer(4), "fp8")
+    assert (found.status, found.name) == ("ok", "fp8, int8")
+    assert f"fp8 (e4m3 forward and backward) differs from bf16 by {fp8:.1%}; int8 (" in found.found
+    assert f"e4m3 backward) differs from bf16 by {int8:.1%}" in found.found
+    monkeypatch.setattr(fused_trial, "MOST_BY_8_BITS", (fp8 + int8) / 2)
+    found = try_eight_bits(torch.device("cpu"), small_layer(4), "bf16")
+    assert (found.status, found.remedy) == ("bad", "set training.compute: bf16")
+    assert f"by {fp8:.1%}, more than rounding explains: report it; int8" in found.found
+    assert found.found.endswith(f"by {int8:.1%}")
 
 
-def test_a_layer_that_cannot_compute_in_fp8_is_not_tried(monkeypatch, tmp_path):
+def test_a_layer_that_cannot_compute_in_8_bits_is_not_tried(monkeypatch, tmp_path):
     pretend_fp8(monkeypatch)
     save_llama(tmp_path / "model")
     trial = layer_of(tiny_run(tmp_path, adapter={"method": "krona"}))
-    assert "krona has no low-rank pair" in try_fp8(torch.device("cpu"), trial, wanted=False).found
-    assert try_fp8(torch.device("cpu"), trial, wanted=True).status == "bad"
-    save_llama(tmp_path / "narrow", hidden_size=40, intermediate_size=72)
-    trial = layer_of(tiny_run(tmp_path, model={"name": str(tmp_path / "narrow")}))
-    found = try_fp8(torch.device("cpu"), trial, wanted=False)
-    assert (found.status, "no multiple of 16" in found.found) == ("note", True)
+    found = try_eight_bits(torch.device("cpu"), trial, "bf16")
+    assert found.status == "note"
+    assert "fp8, int8 not tried: " in found.found
+    assert "krona has no low-rank pair" in found.found
+    assert try_eight_bits(torch.device("cpu"), trial, "fp8").status == "bad"
 
 
-def test_a_broken_fp8_path_is_bad(monkeypatch):
+@pytest.mark.parametrize(("sizes", "untried"), [((40, 72), {"fp8": 16, "int8": 64}), ((48, 80), {"int8": 64})])
+def test_a_layer_of_other_sizes_is_not_tried(monkeypatch, tmp_path, sizes, untried):
     pretend_fp8(monkeypatch)
-    monkeypatch.setattr(fused_trial, "fp8_against_bf16", lambda *args: 1 / 0)
-    found = try_fp8(torch.device("cpu"), small_layer(4), wanted=False)
-    assert (found.status, "ZeroDivisionError" in found.found) == ("bad", True)
+    hidden_size, intermediate_size = sizes
+    save_llama(tmp_path / "narrow", hidden_size=hidden_size, intermediate_size=intermediate_size)
+    trial = layer_of(tiny_run(tmp_path, model={"name": str(tmp_path / "narrow")}))
+    statuses = {}
+    for compute in ("bf16", "fp8", "int8"):
+        found = try_eight_bits(torch.device("cpu"), trial, compute)
+        statuses[compute] = found.status
+        for name, unit in untried.items():
+            assert f"{name} not tried: " in found.found
+            assert f"no multiple of {unit}" in found.found
+    assert statuses == {"bf16": "note", **{name: "bad" if name in untried else "note" for name in ("fp8", "int8")}}
+
+
+def test_a_broken_path_of_8_bits_is_bad(monkeypatch):
+    pretend_fp8(monkeypatch)
+    monkeypatch.setattr(fused_trial, "eight_bits_against_bf16", lambda *args: 1 / 0)
+    found = try_eight_bits(torch.device("cpu"), small_layer(4), "bf16")
+    assert found.status == "bad"
+    assert "fp8, int8 fails, report it: ZeroDivisionError" in found.found
 
 
 @pytest.mark.parametrize("rank", [4, 64])

@@ -132,14 +132,15 @@ def _training(run: "RunConfig") -> Iterator[Problem]:
 
 
 def _compute(run: "RunConfig") -> Iterator[Problem]:
-    training, where = run.training, ("training", "fp8_keep")
-    for name in training["fp8_keep"] if isinstance(training["fp8_keep"], list) else ():
+    training, where = run.training, ("training", "keep_in_bf16")
+    for name in training["keep_in_bf16"] if isinstance(training["keep_in_bf16"], list) else ():
         layer, dot, group = name.rpartition(".")
         if group not in LINEAR_GROUPS:
             yield Problem(where, f"{name!r:.60}: {did_you_mean(group, LINEAR_GROUPS)}")
         elif dot and not re.fullmatch("[0-9]{1,9}", layer):
             yield Problem(where, f"{name!r:.60}: expected a layer's number before the dot, such as 12.{group}")
-    if training["compute"] != "fp8":
+    compute = training["compute"]
+    if compute == "bf16":
         return
     for is_so, found, remedy in (
         (training["fused"] == "off", "training.fused is off", "set training.fused: auto"),
@@ -154,7 +155,7 @@ def _compute(run: "RunConfig") -> Iterator[Problem]:
         if is_so:
             yield Problem(
                 ("training", "compute"),
-                f"fp8 is for fused layers in bfloat16, and {found}; {remedy}, or training.compute: bf16",
+                f"{compute} is for fused layers in bfloat16, and {found}; {remedy}, or training.compute: bf16",
             )
 
 

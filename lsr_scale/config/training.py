@@ -34,8 +34,8 @@ DEFAULTS: dict[str, Any] = {
     "gradient_checkpointing": None,  # null: as memory has it
     "fused": "auto",  # see OWN_FIELDS
     "compute": "bf16",
-    "fp8_keep": "auto",
-    "fp8_tolerance": 0.1,
+    "keep_in_bf16": "auto",
+    "compute_tolerance": 0.1,
     "cuda_graphs": "auto",
     "memory": "auto",
     "on_nonfinite": "stop",
@@ -129,11 +129,11 @@ _BOUNDS: dict[str, dict[str, float]] = {
     "ddp_timeout": {"ge": 1, "le": 10**7},
     "ddp_bucket_cap_mb": {"ge": 1, "le": 10**6},
     "condition_tolerance": {"gt": 0},
-    "fp8_tolerance": {"gt": 0},
+    "compute_tolerance": {"gt": 0},
 }
 _ROWS_PER_STEP = 2**20
 
-# Linears of a decoder layer that read one input, as training.fp8_keep names them: down, or 12.down of layer 12 alone.
+# Linears of a decoder layer that read one input, as training.keep_in_bf16 names them: down, or 12.down of one layer.
 LINEAR_GROUPS = ("qkv", "o", "gate_up", "down")
 
 
@@ -153,18 +153,21 @@ OWN_FIELDS: dict[str, tuple[Any, str]] = {
         "Run decoder layers fused: 'on', 'off', or 'auto' (on a GPU). Fused layers do their own checkpointing.",
     ),
     "compute": (
-        Literal["bf16", "fp8"],
-        "How fused layers multiply by the frozen weights, forward and backward: 'bf16', or 'fp8' (e4m3; needs a GPU of "
-        "compute capability 8.9 or more). What is trained, norms, attention and the loss stay in bfloat16 or float32.",
+        Literal["bf16", "fp8", "int8"],
+        "How fused layers multiply by the frozen weights: 'bf16'; 'fp8' (e4m3 forward and backward, the fastest); or "
+        "'int8' (forward in int8 after a Hadamard rotation, a third of the rounding error; backward in e4m3). The "
+        "latter two need a GPU of compute capability 8.9 or more. What is trained, norms, attention and the loss stay "
+        "in bfloat16 or float32.",
     ),
-    "fp8_keep": (
+    "keep_in_bf16": (
         Literal["auto"] | list[str],
-        "With compute: fp8, the groups of linears that stay in bfloat16: of qkv, o, gate_up and down, in all layers "
-        "('down') or in one ('12.down'). 'auto': those whose error in the first step exceeds fp8_tolerance.",
+        "With compute: fp8 or int8, the groups of linears that stay in bfloat16: of qkv, o, gate_up and down, in all "
+        "layers ('down') or in one ('12.down'). 'auto': those whose error in the first step exceeds compute_tolerance.",
     ),
-    "fp8_tolerance": (
+    "compute_tolerance": (
         float,
-        "With fp8_keep: auto, the tolerated relative error by FP8 of a group's outputs, and of its input gradients.",
+        "With keep_in_bf16: auto, the tolerated relative error in 8 bits of a group's outputs, and of its input "
+        "gradients.",
     ),
     "cuda_graphs": (
         Literal["auto", "on", "off"],

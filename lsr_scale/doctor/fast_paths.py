@@ -6,7 +6,7 @@ import torch
 from bitsandbytes.functional import has_avx512bf16
 
 from lsr_scale.config import RunConfig
-from lsr_scale.doctor.fused_trial import layer_of, small_layer, try_fp8, try_fused
+from lsr_scale.doctor.fused_trial import layer_of, small_layer, try_eight_bits, try_fused
 from lsr_scale.doctor.quantized_trial import try_quantized
 from lsr_scale.doctor.report import Finding
 from lsr_scale.doctor.versions import installed_version
@@ -21,7 +21,7 @@ def check_fast_paths(run: RunConfig | None = None) -> Iterator[Finding]:
     trials = [layer_of(run)] if run is not None and run.model.task == "causal_lm" else small
     for trial in trials if gpu else trials[:1]:
         yield try_fused(device, trial)
-    yield try_fp8(device, trials[0], run is not None and run.training["compute"] == "fp8")
+    yield try_eight_bits(device, trials[0], "bf16" if run is None else run.training["compute"])
     triton = installed_version("triton")
     if gpu and triton is None:
         remedy = "pip install triton; without it the fused layers' kernels, and TRL's head, run as plain torch, slowly"

@@ -1,22 +1,23 @@
-"""A fused decoder layer is tried: its loss and its factors' gradients, against it unfused; in FP8 against bfloat16."""
+"""A fused decoder layer is tried: its loss and its factors' gradients, against it unfused; in 8 bits against bf16."""
 
 import warnings
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 
 from lsr_scale.config import RunConfig
-from lsr_scale.doctor.report import Finding
+from lsr_scale.doctor.report import Finding, Status
 from lsr_scale.kernels.fp8 import fp8_fallback_reason
 from lsr_scale.layers.frozen_linear import freeze_quantized
 
-RECIPE = (
-    "e4m3 in both directions, a scale per row of activations and of gradients, one per weight, by a Triton kernel of "
-    "its own (compute capability 8.9, 9.0, 10.0, 12.0)"
-)
+EightBits = Literal["fp8", "int8"]
+RECIPES: dict[EightBits, str] = {
+    "fp8": "e4m3 forward and backward",
+    "int8": "int8 after a Hadamard rotation forward, e4m3 backward",
+}
 # e4m3's three bits err by 4 % in a product, and each of a layer's gradients is the end of several
-MOST_BY_FP8 = 0.3
+MOST_BY_8_BITS = 0.3
 
 
 @dataclass(frozen=True)
@@ -90,35 +91,44 @@ def try_fused(device: torch.device, trial: Trial) -> Finding:
     return Finding("fast paths", "fused layers", found)
 
 
-def try_fp8(device: torch.device, trial: Trial, wanted: bool) -> Finding:
-    """Tell whether a device has FP8; where it has, run one adapted layer with it, and compare it with bfloat16.
+def try_eight_bits(device: torch.device, trial: Trial, compute: str) -> Finding:
+    """Tell whether a device computes in 8 bits; where it does, run one adapted layer so, and compare it with bfloat16.
 
     Args:
         device: Where a run would compute.
         trial: The layer.
-        wanted: A run asks for it.
+        compute: What a run asks for; "bf16" where none asks for 8 bits.
     """
+    name, remedy = ", ".join(RECIPES), "set training.compute: bf16"
     reason = fp8_fallback_reason(device)
     if reason is not None:
-        if wanted:
-            return Finding("fast paths", "FP8", f"no: {reason}", "bad", "set training.compute: bf16")
-        return Finding("fast paths", "FP8", f"no: {reason}")
+        is_bad = compute != "bf16"
+        return Finding("fast paths", name, f"no: {reason}", "bad" if is_bad else "ok", remedy if is_bad else "")
+    found: dict[tuple[Status, str], list[str]] = {}
+    for one in RECIPES:
+        found.setdefault(_try_recipe(device, trial, one, one == compute), []).append(one)
+    text = "; ".join(f"{', '.join(names)} {words}" for (_, words), names in found.items())
+    status: Status = max((status for status, _ in found), key=lambda one: get_args(Status).index(one))
+    return Finding("fast paths", name, f"{trial.description}: {text}", status, remedy if status == "bad" else "")
+
+
+def _try_recipe(device: torch.device, trial: Trial, compute: EightBits, wanted: bool) -> tuple[Status, str]:
+    """Return how it stands with one way to compute in 8 bits, and the words for it."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            difference, problem = fp8_against_bf16(device, trial)
+            difference, problem = eight_bits_against_bf16(device, trial, compute)
     except Exception as error:
-        text = " ".join(f"{trial.description}: {type(error).__name__}: {error}".split())[:200]
+        text = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         if isinstance(error, ValueError):
-            return Finding("fast paths", "FP8", f"not tried: {text}", "note")
-        return Finding("fast paths", "FP8", text, "bad", "set training.compute: bf16, and report it")
+            return "note", f"not tried: {text}"
+        return "bad", f"fails, report it: {text}"
     if problem is not None:
-        status, remedy = ("bad", "set training.compute: bf16") if wanted else ("note", "")
-        return Finding("fast paths", "FP8", f"not tried: {trial.description}: {problem}", status, remedy)
-    found = f"yes, {RECIPE}; {trial.description} differs from bf16 by {difference:.1%} (e4m3's rounding)"
-    if not difference < MOST_BY_FP8:
-        return Finding("fast paths", "FP8", found, "bad", "more than rounding explains: set training.compute: bf16")
-    return Finding("fast paths", "FP8", found)
+        return "bad" if wanted else "note", f"not tried: {problem}"
+    text = f"({RECIPES[compute]}) differs from bf16 by {difference:.1%}"
+    if not difference < MOST_BY_8_BITS:
+        return "bad", f"{text}, more than rounding explains: report it"
+    return "ok", text
 
 
 def fused_against_unfused(device: torch.device, trial: Trial) -> tuple[float, str]:
@@ -138,10 +148,10 @@ def fused_against_unfused(device: torch.device, trial: Trial) -> tuple[float, st
     return worst, f"attention by {choose_backend(q, q[:, :, : config.num_key_value_heads], Sequences(scale=1.0))}"
 
 
-def fp8_against_bf16(device: torch.device, trial: Trial) -> tuple[float, str | None]:
-    """Return the largest relative difference among loss and gradients by FP8, and why there is none, if there is not.
+def eight_bits_against_bf16(device: torch.device, trial: Trial, compute: EightBits) -> tuple[float, str | None]:
+    """Return the largest relative difference among loss and gradients in 8 bits, and why there is none, if so.
 
-    Both are of the fused layer.
+    Both are of the fused layer; `compute` is "fp8" or "int8".
     """
     from lsr_scale.fused import fuse
 
@@ -150,7 +160,7 @@ def fp8_against_bf16(device: torch.device, trial: Trial) -> tuple[float, str | N
     if not report.fused:
         return 0.0, str(report)
     exact = _loss_and_gradients(model, ids)
-    report = fuse(model, compute="fp8")
+    report = fuse(model, compute=compute)
     if not report.eight_bit:
         return 0.0, str(report)
     return _worst(_loss_and_gradients(model, ids), exact), None

@@ -49,7 +49,8 @@ class Row:
 class Plan:
     """See the module's docstring for what is exact and what is not.
 
-    `compute` is the run's, "bf16" or "fp8"; groups that training.fp8_keep: auto would keep in bfloat16 are not known.
+    `compute` is the run's, "bf16", "fp8" or "int8"; groups that training.keep_in_bf16: auto would keep in bfloat16
+    are not known.
     `traced` is false where activations could not be counted: they come on top of every figure of memory.
     `sharded` is one GPU's memory under zero3 with checkpointing, in GiB by what it consists of.
     """
@@ -135,8 +136,9 @@ def plan(run: RunConfig, gpus: int = 1, trace: bool = True) -> Plan:
         except memory.TraceError as error:
             traced, steps = False, dict.fromkeys((False, True), memory.StepMemory(0, 0))
             notes.append(f"activations and workspace come on top, they could not be counted for this model ({error})")
-    if training["compute"] == "fp8" and trace and fused is None:
-        notes.append("training.compute: fp8 is for fused layers, which these are not: the run would be refused")
+    if training["compute"] != "bf16" and trace and fused is None:
+        compute = training["compute"]
+        notes.append(f"training.compute: {compute} is for fused layers, which these are not: the run would be refused")
     parts = RunMemory(frozen, trainable_bytes, steps, hidden_size, num_layers, gpus)
     stages = {**SHIPPED, "run": run.deepspeed.config or {}}
     table = [
@@ -208,7 +210,7 @@ def _fused_step(run: RunConfig, config: Any, batch: memory.Batch) -> dict[bool, 
         return None
     model = _adapted(run, base).train()
     training = run.training
-    kept = [] if training["fp8_keep"] == "auto" else training["fp8_keep"]
+    kept = [] if training["keep_in_bf16"] == "auto" else training["keep_in_bf16"]
 
     def prepare(recompute: Recompute) -> FuseReport:
         report = fuse(model, recompute, compute=training["compute"])

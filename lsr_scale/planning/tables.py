@@ -16,7 +16,7 @@ def render(plan: Plan) -> Group:
     def percent(share: float) -> str:
         return f"{100 * share:.3g} %"
 
-    in_fp8 = ", products with the base in FP8" if plan.compute == "fp8" else ""
+    how = f", products with the base in {plan.compute}" if plan.compute != "bf16" else ""
     facts = Table.grid(padding=(0, 2))
     for name, text in (
         ("base", f"{plan.model}, {plan.quantization}"),
@@ -29,7 +29,7 @@ def render(plan: Plan) -> Group:
             f"{percent(plan.share_of_lora8)} of rank 8 ({plan.lora8_parameters:,}), "
             f"{percent(plan.share_of_lora16)} of rank 16",
         ),
-        ("layers", f"fused, as on a GPU{in_fp8}" if plan.fused else "each linear by itself"),
+        ("layers", f"fused, as on a GPU{how}" if plan.fused else "each linear by itself"),
         ("adapter file", f"{plan.adapter_bytes:,} bytes ({byte_size(plan.adapter_bytes)})"),
     ):
         facts.add_row(Text(name, style="bold"), text)

@@ -51,8 +51,9 @@ def run_page(record: RunRecord, planned: bool = True) -> dict[str, Any]:
         "others": others,
         "pictures": _pictures(record),
         "figures": list(_figures(record, summary)),
-        "fp8_rows": list(_fp8(record)),
-        "fp8_tolerance": record.fp8.get("tolerance"),
+        "compute": record.compute,
+        "error_rows": list(_errors(record)),
+        "compute_tolerance": record.compute_errors.get("tolerance"),
         "samples": samples,
         "samples_left": samples_left,
         "plan_rows": plan_rows,
@@ -69,7 +70,7 @@ def run_page(record: RunRecord, planned: bool = True) -> dict[str, Any]:
         ("notes", "Notes", warnings),
         ("scores", "Scores", choices or others),
         ("curves", "Curves", values["figures"]),
-        ("fp8", "FP8", values["fp8_rows"]),
+        ("errors", "Errors in 8 bits", values["error_rows"]),
         ("samples", "Samples", samples),
         ("plan", "Plan", plan_rows or plan_note),
         ("config", "Configuration", True),
@@ -81,7 +82,7 @@ def run_page(record: RunRecord, planned: bool = True) -> dict[str, Any]:
 
 def _lead(record: RunRecord, summary: RunSummary) -> str:
     held = f", held in {summary.quantization}" if summary.quantization not in (None, "none") else ""
-    held += ", multiplied in FP8" if summary.compute == "fp8" else ""
+    held += f", multiplied in {summary.compute}" if summary.compute != "bf16" else ""
     state = "" if record.is_finished else " (not ended)"
     method, base = summary.method or "an adapter", summary.model or "an unknown base"
     return f"{method} on {base}{held}, {summary.steps:,} steps{state}"
@@ -194,16 +195,16 @@ def _figures(record: RunRecord, summary: RunSummary) -> Iterator[Drawn]:
             lambda size: conditions_figure(record.metrics, "", size), "Condition number gamma over the steps", caption
         )
     if underflow_figure(record.metrics, "") is not None:
-        caption = "Values that are too small for FP8 beside the largest of their token: they lose bits, or become zero."
-        yield drawn(lambda size: underflow_figure(record.metrics, "", size), "Underflow by FP8 over the steps", caption)
+        caption = (
+            "Values that are too small in 8 bits beside the largest of their token: they lose bits, or become zero."
+        )
+        yield drawn(lambda size: underflow_figure(record.metrics, "", size), "Underflow over the steps", caption)
 
 
-def _fp8(record: RunRecord) -> Iterator[dict[str, str]]:
-    """Yield what FP8 changes in each group of linears over the layers, and which layers keep it in bfloat16."""
-    if record.compute != "fp8":
-        return
-    errors = {str(name): error for name, error in record.fp8.get("errors", {}).items()}
-    kept = [str(name) for name in record.fp8.get("kept", [])]
+def _errors(record: RunRecord) -> Iterator[dict[str, str]]:
+    """Yield what 8 bits change in each group of linears over the layers, and which layers keep it in bfloat16."""
+    errors = {str(name): error for name, error in record.compute_errors.get("errors", {}).items()}
+    kept = [str(name) for name in record.compute_errors.get("kept", [])]
     for group in dict.fromkeys(name.rpartition(".")[2] for name in errors):
         of_layers = {name.rpartition(".")[0]: error for name, error in errors.items() if name.endswith(f".{group}")}
         finite = {layer: error for layer, error in of_layers.items() if isinstance(error, int | float)}

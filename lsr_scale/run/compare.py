@@ -73,7 +73,7 @@ class RunSummary:
         model: The base model's name.
         quantization: How the base is held.
         task: "causal_lm" or "seq_cls".
-        compute: How the base's products were computed, "bf16" or "fp8".
+        compute: How the base's products were computed: "bf16", "fp8" or "int8".
         method: The adapter's method.
         parameters: How many are trained; None where the run has not ended.
         adapter_bytes: Bytes of the adapter's file.
@@ -339,14 +339,21 @@ def _cautions(records: Sequence[RunRecord], runs: Sequence[RunSummary]) -> list[
             said.append(f"data.{part}: the rows are not the same in all runs: {of} are of different rows")
     if len({(run.machine, run.num_processes) for run in runs if run.is_finished}) > 1:
         said.append("the machines differ: so do tokens/s, memory and time")
-    if len({run.compute for run in runs}) > 1:
+    computes = sorted({run.compute for run in runs})
+    if len(computes) > 1:
         said.append(
-            "some compute the base's products in FP8 and others in bf16 (training.compute): losses, too, differ"
+            f"the base's products are not computed alike, but in {' and '.join(computes)} (training.compute): losses "
+            "differ by it"
         )
-    kept = [sorted(map(str, record.fp8.get("kept", []))) for record in records if record.compute == "fp8"]
-    if any(one != kept[0] for one in kept):
+    kept = {
+        (record.compute, *sorted(map(str, record.compute_errors.get("kept", []))))
+        for record in records
+        if record.compute != "bf16"
+    }
+    if len(kept) > len({compute for compute, *_ in kept}):  # alike computed, otherwise kept
         said.append(
-            "not the same groups of linears stayed in bfloat16 (training.fp8_keep; fp8.json): losses differ by it"
+            "not the same groups of linears stayed in bfloat16 (training.keep_in_bf16; compute.json): losses differ by "
+            "it"
         )
     if len({run.on_gpu for run in runs}) > 1 or not any(run.on_gpu for run in runs):
         said.append("memory of a run without a GPU is that of its process")

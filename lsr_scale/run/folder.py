@@ -34,7 +34,7 @@ class RunFolder:
     .lock              the process that is running here (`lock.py`)
     nonfinite.jsonl    batches without a finite loss, and steps without a finite gradient
     condition.png      how far the terms of LSR-Adapt's sums cancel
-    fp8.json           errors by FP8, and what is kept in bfloat16, with training.compute: fp8 (`training/compute.py`)
+    compute.json       errors in 8 bits, what stays in bfloat16: training.compute fp8, int8 (`training/compute.py`)
     tensorboard/       TensorBoard's files, with training.report_to: tensorboard
     samples.jsonl      completions of eval.prompts: {"step", "moment", "prompt", "completion"} a line
     adapter_lora/      the adapter as PEFT's LoRA, where training.save_as_lora asks for it
@@ -81,9 +81,9 @@ class RunFolder:
         return self.path / "condition.png"
 
     @property
-    def fp8(self) -> Path:
-        """What training.fp8_keep: auto measured, and which groups of linears it keeps in bfloat16."""
-        return self.path / "fp8.json"
+    def compute_errors(self) -> Path:
+        """What training.keep_in_bf16: auto measured, and which groups of linears it keeps in bfloat16."""
+        return self.path / "compute.json"
 
     @property
     def report(self) -> Path:
@@ -198,7 +198,7 @@ class RunFolder:
             self.nonfinite: lambda file: _has_line_of(file, {"step"}),
             self.samples: lambda file: _has_line_of(file, {"moment", "prompt", "completion"}),
             self.results: lambda file: {"method", "steps"} <= _keys(file),
-            self.fp8: lambda file: {"errors", "kept"} <= _keys(file),
+            self.compute_errors: lambda file: {"errors", "kept"} <= _keys(file),
             self.curve: is_picture,
             self.condition: is_picture,
             self.report: is_own_page,
@@ -236,7 +236,7 @@ class RunFolder:
         files = self.config, self.environment, self.data, self.metrics, self.curve, self.condition, self.results
         blocking = [
             path
-            for path in (*files, self.nonfinite, self.samples, self.report, self.fp8)
+            for path in (*files, self.nonfinite, self.samples, self.report, self.compute_errors)
             if os.path.lexists(path) and path not in ours
         ]
         marked = self.is_marked()

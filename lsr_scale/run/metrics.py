@@ -40,7 +40,7 @@ def summarize_metrics(path: Path, best: int | None = None) -> dict[str, Any]:
     """Return what the results say of a metrics file.
 
     The loss at the end (mean of the last tenth), tokens, memory, the largest condition number of each side, and the
-    largest shares of underflow by FP8.
+    largest shares of underflow in 8 bits.
 
     Args:
         path: The file.
@@ -65,7 +65,7 @@ def summarize_metrics(path: Path, best: int | None = None) -> dict[str, Any]:
     for name in dict.fromkeys(name for row in steps for name in row if re.fullmatch("condition_.*_max", name)):
         if values := finite_values(steps, name):
             summary[name] = round(max(values), 4)
-    for name in dict.fromkeys(name for row in steps for name in row if re.fullmatch("fp8_underflow_.*_max", name)):
+    for name in dict.fromkeys(name for row in steps for name in row if re.fullmatch("underflow_.*_max", name)):
         if values := finite_values(steps, name):
             summary[name] = float(f"{max(values):.4g}")
     if best is not None:

@@ -226,13 +226,13 @@ def conditions_figure(
 def underflow_figure(
     metrics: Sequence[dict[str, Any]], title: str, size: tuple[float, float] = SIZE
 ) -> "Figure | None":
-    """Return the figure of the shares of values that underflow by FP8 over the steps, None where none was logged."""
+    """Return the figure of the shares of values that underflow in 8 bits over the steps, None where none was logged."""
     from matplotlib.ticker import PercentFormatter
 
     figure, axes = _figure(title, size)
     for color, kind, words in zip(COLORS, ("input", "gradient"), ("activations", "output gradients"), strict=False):
         for which, style in (("median", "-"), ("max", "--")):
-            key = f"fp8_underflow_{kind}_{which}"
+            key = f"underflow_{kind}_{which}"
             points = [(row["step"], row[key]) for row in metrics if finite_values([row], key)]
             if points:
                 label = f"{words}: {'largest' if which == 'max' else which} of the groups"

@@ -56,7 +56,7 @@ class RunRecord:
         metrics: The rows of `metrics.jsonl`.
         environment: Versions and machine.
         data: Sources of the rows.
-        fp8: What FP8 changed in each group of linears, `fp8.json`; empty where that was not measured.
+        compute_errors: What 8 bits changed in each group of linears, `compute.json`; empty where that was not measured.
         answers: Predictions by task and moment.
         samples: Generations, the rows of `samples.jsonl`.
         notes: What could not be read, a line each.
@@ -69,7 +69,7 @@ class RunRecord:
     metrics: list[dict[str, Any]]
     environment: dict[str, Any]
     data: dict[str, Any]
-    fp8: dict[str, Any]
+    compute_errors: dict[str, Any]
     answers: dict[tuple[str, str], Answers]
     samples: list[dict[str, Any]]
     notes: list[str] = field(default_factory=list)
@@ -101,7 +101,7 @@ class RunRecord:
 
     @property
     def compute(self) -> str:
-        """How the base's products were computed: "bf16" or "fp8"."""
+        """How the base's products were computed: "bf16", "fp8" or "int8"."""
         return str(self.setting("training", "compute") or "bf16")
 
     @property
@@ -140,8 +140,8 @@ def read_run(path: str | Path) -> RunRecord:
             "checkpoint of one); give the folder of a run"
         )
     notes: list[str] = []
-    objects = (folder.results, folder.environment, folder.data, folder.fp8)
-    results, environment, data, fp8 = (_object(file, notes) for file in objects)
+    objects = (folder.results, folder.environment, folder.data, folder.compute_errors)
+    results, environment, data, errors = (_object(file, notes) for file in objects)
     config = _config(folder, notes)
     return RunRecord(
         folder=folder,
@@ -151,11 +151,19 @@ def read_run(path: str | Path) -> RunRecord:
         metrics=read_metrics(folder.metrics),
         environment=environment,
         data=data,
-        fp8=fp8 if isinstance(fp8.get("errors"), dict) and isinstance(fp8.get("kept"), list) else {},
+        compute_errors=_compute_errors(errors, config),
         answers=_all_answers(folder, _task_names(folder, results), _labels(config), notes),
         samples=_rows(folder.samples, notes),
         notes=notes,
     )
+
+
+def _compute_errors(content: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    """Return what `compute.json` says, where it says it of what the run's configuration computes in."""
+    is_one = isinstance(content.get("errors"), dict) and isinstance(content.get("kept"), list)
+    training = config.get("training")
+    compute = training.get("compute") if isinstance(training, dict) else None
+    return content if is_one and compute and content.get("compute") == compute else {}
 
 
 def flat(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -183,8 +183,8 @@ def begin(start: Start, data: RunData) -> list[str]:
         folder, after = start.folder, start.step if start.in_place else -1
         outdated = _outdated(start, after)
         if start.in_place:
-            rewritten = folder.config, folder.environment, folder.data, folder.metrics, folder.samples, folder.fp8
-            Backup(folder).set_aside(outdated, rewritten, after)
+            rewritten = [folder.config, folder.environment, folder.data, folder.metrics, folder.samples]
+            Backup(folder).set_aside(outdated, [*rewritten, folder.compute_errors], after)
         else:
             Backup(folder).set_aside([*folder.written(), *outdated], (), after)
         folder.remove_left_over()

@@ -31,7 +31,7 @@ from lsr_scale.model import load_base_for
 from lsr_scale.model.shard import Sharding, is_sharded
 from lsr_scale.run.folder import RunFolder
 from lsr_scale.training.arguments import trainer_arguments, uses_deepspeed, zero_stage
-from lsr_scale.training.callbacks.fp8 import Fp8Callback
+from lsr_scale.training.callbacks.eight_bit import EightBitCallback
 from lsr_scale.training.callbacks.memory import FitMemoryCallback, max_forward_tokens, row_lengths
 from lsr_scale.training.checkpoint import select
 from lsr_scale.training.compute import read_errors
@@ -76,7 +76,7 @@ def build_trainer(
     check_run_fits(run, data)
     model = _adapted_model(run, note)
     _set_checkpointing(model, arguments, note)
-    watch = _fp8_callback(run, folder, checkpoint, say)
+    watch = _eight_bit_callback(run, folder, checkpoint, say)
     report = _fuse(run, model, arguments, calibrate=any(one.measures for one in watch))
     if report is not None:
         say(str(report))
@@ -123,18 +123,18 @@ def _set_checkpointing(model: PeftModel, arguments: Any, note: Say) -> None:
         note(f"{base.config.model_type} models have no activation checkpointing: all activations are kept")
 
 
-def _fp8_callback(run: RunConfig, folder: RunFolder, checkpoint: Path | None, say: Say) -> list[Fp8Callback]:
-    """Return what watches FP8 in a run, nothing where it computes in bfloat16."""
-    training, earlier = run.training, None
-    if training["compute"] != "fp8":
+def _eight_bit_callback(run: RunConfig, folder: RunFolder, checkpoint: Path | None, say: Say) -> list[EightBitCallback]:
+    """Return what watches a run that computes in 8 bits, nothing where it computes in bfloat16."""
+    training, compute, earlier = run.training, run.training["compute"], None
+    if compute == "bf16":
         return []
-    decides = training["fp8_keep"] == "auto"
+    decides = training["keep_in_bf16"] == "auto"
     if decides and checkpoint is not None:
-        file = select.run_folder_of(checkpoint).fp8
-        earlier = read_errors(file)
+        file = select.run_folder_of(checkpoint).compute_errors
+        earlier = read_errors(file, compute)
         if earlier is None:
-            say(f"note: there is no {file} that says what FP8 changed when the run began: it is measured now")
-    return [Fp8Callback(folder, training["fp8_tolerance"], decides, earlier, say)]
+            say(f"note: no {file} says what {compute} changed when the run began: it is measured now")
+    return [EightBitCallback(folder, compute, training["compute_tolerance"], decides, earlier, say)]
 
 
 def _fuse(run: RunConfig, model: PeftModel, arguments: Any, calibrate: bool) -> FuseReport | None:
@@ -144,22 +144,24 @@ def _fuse(run: RunConfig, model: PeftModel, arguments: Any, calibrate: bool) -> 
         run: The run.
         model: Its model.
         arguments: Its trainer's.
-        calibrate: Measure in the first step what FP8 changes in each group of linears.
+        calibrate: Measure in the first step what 8 bits change in each group of linears.
 
     Raises:
-        UserError: for `training.compute: fp8` where no layer runs fused.
+        UserError: for `training.compute: fp8` or `int8` where no layer runs fused.
     """
-    wanted, compute, keep = (run.training[name] for name in ("fused", "compute", "fp8_keep"))
-    if wanted == "off" or (wanted == "auto" and compute != "fp8" and not torch.cuda.is_available()):
+    wanted, compute, keep = (run.training[name] for name in ("fused", "compute", "keep_in_bf16"))
+    if wanted == "off" or (wanted == "auto" and compute == "bf16" and not torch.cuda.is_available()):
         return None
     recompute = "full" if checkpoints_layers(run.training) else "none"
     # what is gathered anew for every pass cannot be held from pass to pass
     holds = run.training["memory"] == "speed" and not is_sharded(model)
     report = fuse(model.train(), recompute, cache_weights=holds, compute=compute, calibrate=calibrate)
     layers = [*report.fused, *report.unfused]
-    if compute == "fp8":
+    if compute != "bf16":
         if not report.fused:
-            raise UserError(f"training.compute: fp8 is for fused layers, but {report}; set training.compute: bf16")
+            raise UserError(
+                f"training.compute: {compute} is for fused layers, but {report}; set training.compute: bf16"
+            )
         if keep != "auto":
             keep_in_bf16(model, keep)
     if layers:

@@ -1,12 +1,13 @@
-"""`training.compute: fp8`: whether a run can, which groups of linears stay in bfloat16, and the record of that.
+"""`training.compute: fp8 | int8`: whether a run can, which groups of linears stay in bfloat16, the record of that.
 
 A group is named by its layer and its linears, such as `12.down` (`config.training.LINEAR_GROUPS`). By default
-(`training.fp8_keep: auto`) a run measures every group's error in its first step, keeps those in bfloat16 whose error
-exceeds `training.fp8_tolerance`, and writes `fp8.json` into its folder:
+(`training.keep_in_bf16: auto`) a run measures every group's error in its first step, keeps those in bfloat16 whose
+error exceeds `training.compute_tolerance`, and writes `compute.json` into its folder:
 
-    {"tolerance": 0.1, "errors": {"0.qkv": 0.038, ...}, "kept": ["1.down"]}
+    {"compute": "fp8", "tolerance": 0.1, "errors": {"0.qkv": 0.038, ...}, "kept": ["1.down"]}
 
-A run that resumes decides by the errors in that file, so it computes as before.
+A run that resumes decides by the errors in that file, so it computes as before; one whose `training.compute` was
+changed measures its own.
 """
 
 import math
@@ -31,17 +32,20 @@ _OTHERWISE = "set training.compute: bf16"
 
 
 def check_compute(run: RunConfig) -> None:
-    """Refuse a run with `training.compute: fp8` where that cannot be; its weights are not needed for it.
+    """Refuse a run with `training.compute: fp8` or `int8` where that cannot be; its weights are not needed for it.
 
     Raises:
-        UserError: if this machine has no FP8, no decoder layer of the model can run fused with the run's adapter, no
-            linear has sizes that FP8 takes, or `training.fp8_keep` names a layer that the model does not have.
+        UserError: if this machine has no FP8 (with int8, too, input gradients are in e4m3), no decoder layer of the
+            model can run fused with the run's adapter, no linear has sizes that 8 bits take, or
+            `training.keep_in_bf16` names a layer that the model does not have.
     """
-    if run.training["compute"] != "fp8":
+    compute = run.training["compute"]
+    if compute == "bf16":
         return
     reason = fp8_fallback_reason("cuda" if torch.cuda.is_available() else "cpu")
     if reason is not None:
-        raise UserError(f"training.compute: fp8 cannot be here: {reason}; {_OTHERWISE}")
+        needs = ", as input gradients are in e4m3 with int8 too" if compute == "int8" else ""
+        raise UserError(f"training.compute: {compute} cannot be here: {reason}{needs}; {_OTHERWISE}")
     section = run.model
     config: Any = load_config(section.name, section.revision)
     labels = section.num_labels or len(section.labels or ()) or None
@@ -53,16 +57,18 @@ def check_compute(run: RunConfig) -> None:
     num_layers = len(report.fused) + len(report.unfused)
     if not report.fused:
         reasons = "; ".join(sorted(set(report.unfused.values()))) or f"{type(base).__name__} has no layers that fuse"
-        raise UserError(f"training.compute: fp8 is for fused layers, and none can run fused: {reasons}; {_OTHERWISE}")
-    report = fuse(model, compute="fp8")
+        raise UserError(
+            f"training.compute: {compute} is for fused layers, and none can run fused: {reasons}; {_OTHERWISE}"
+        )
+    report = fuse(model, compute=compute)
     if not report.eight_bit:
         reasons = "; ".join(sorted(set(report.not_eight_bit.values())))
-        raise UserError(f"training.compute: fp8 is for no linear of {section.name}: {reasons}; {_OTHERWISE}")
-    for name in () if run.training["fp8_keep"] == "auto" else run.training["fp8_keep"]:
+        raise UserError(f"training.compute: {compute} is for no linear of {section.name}: {reasons}; {_OTHERWISE}")
+    for name in () if run.training["keep_in_bf16"] == "auto" else run.training["keep_in_bf16"]:
         layer, _, group = name.rpartition(".")
         if layer and int(layer) >= num_layers:
             raise UserError(
-                f"training.fp8_keep: {name}: {section.name} has layers 0 to {num_layers - 1}; name one of them, or "
+                f"training.keep_in_bf16: {name}: {section.name} has layers 0 to {num_layers - 1}; name one of them, or "
                 f"{group} for all"
             )
 
@@ -77,7 +83,7 @@ def above(errors: Mapping[str, float], tolerance: float) -> list[str]:
     return sorted((name for name, error in errors.items() if not error <= tolerance), key=_place)
 
 
-def write_errors(folder: RunFolder, errors: Mapping[str, float], tolerance: float) -> None:
+def write_errors(folder: RunFolder, compute: str, errors: Mapping[str, float], tolerance: float) -> None:
     """Write what a run measured, and what it keeps in bfloat16 for it.
 
     Raises:
@@ -85,15 +91,19 @@ def write_errors(folder: RunFolder, errors: Mapping[str, float], tolerance: floa
     """
     rounded = {name: errors[name] if math.isfinite(errors[name]) else None for name in sorted(errors, key=_place)}
     kept = above(errors, tolerance)
-    files.write_json(folder.fp8, {"tolerance": tolerance, "errors": rounded, "kept": kept})
+    content = {"compute": compute, "tolerance": tolerance, "errors": rounded, "kept": kept}
+    files.write_json(folder.compute_errors, content)
 
 
-def read_errors(file: Path) -> dict[str, float] | None:
-    """Return the errors that a run measured; None where there is no such file, or another's."""
+def read_errors(file: Path, compute: str) -> dict[str, float] | None:
+    """Return the errors that a run measured in "fp8" or "int8"; None where there is no such file, or another's."""
     if not file.is_file():
         return None
     try:
-        errors = files.read_json(file, "record of errors by FP8")["errors"]
+        content = files.read_json(file, "record of errors in 8 bits")
+        if content["compute"] != compute:
+            return None
+        errors = content["errors"]
         found = {name: math.nan if error is None else float(error) for name, error in errors.items()}
         return dict(sorted(found.items(), key=lambda item: _place(item[0])))
     except (UserError, KeyError, TypeError, ValueError, AttributeError):

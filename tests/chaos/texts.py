@@ -151,7 +151,7 @@ INTEGERS = ["adapter.rank", "adapter.separation_rank", "training.per_device_trai
             "training.save_total_limit"]  # fmt: skip
 NUMBERS = ["training.learning_rate", "training.weight_decay", "training.warmup_steps", "training.num_train_epochs",
            "training.max_grad_norm", "adapter.alpha", "adapter.dropout", "training.condition_tolerance",
-           "training.fp8_tolerance"]  # fmt: skip
+           "training.compute_tolerance"]  # fmt: skip
 TEXTS = [
     "model.name",
     "model.revision",

@@ -122,10 +122,18 @@ def test_a_bounded_number_may_have_a_word_beside_it_and_no_other_text():
         assert "'auto'" in message
 
 
+def test_a_run_computes_in_bfloat16_or_8_bits():
+    for compute in ("bf16", "fp8", "int8"):
+        load(MINIMAL, f"training.compute={compute}")
+    assert "training.compute: " in problem(MINIMAL, "training.compute=int4")
+
+
 def test_groups_that_stay_in_bfloat16_are_auto_or_a_list():
     for value in ("auto", "[]", "[down, 12.qkv, 0.gate_up, o]"):
-        load(MINIMAL, f"training.fp8_keep={value}")
-    assert "training.fp8_keep: expected 'auto' or list, got 'down'" in problem(MINIMAL, "training.fp8_keep=down")
+        load(MINIMAL, f"training.keep_in_bf16={value}")
+    assert "training.keep_in_bf16: expected 'auto' or list, got 'down'" in problem(
+        MINIMAL, "training.keep_in_bf16=down"
+    )
     for name in ("mlp", "12.", ".down", "-1.down", "1.2.down", "model.layers.1.down"):
-        assert f"training.fp8_keep: '{name}': " in problem(MINIMAL, f"training.fp8_keep=['{name}']")
-    assert "training.fp8_tolerance: expected a number > 0" in problem(MINIMAL, "training.fp8_tolerance=0")
+        assert f"training.keep_in_bf16: '{name}': " in problem(MINIMAL, f"training.keep_in_bf16=['{name}']")
+    assert "training.compute_tolerance: expected a number > 0" in problem(MINIMAL, "training.compute_tolerance=0")

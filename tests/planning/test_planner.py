@@ -292,26 +292,30 @@ def test_a_proposal_fits_when_it_is_followed():
     assert fit(sharded, plan(sharded, 4), 24.0).nearest is None
 
 
-def test_fp8_takes_codes_of_the_weights_and_of_activations_while_they_are_used():
+@pytest.mark.parametrize("compute", ["fp8", "int8"])
+def test_8_bits_take_codes_of_the_weights_and_of_activations_while_they_are_used(compute):
     training = {"per_device_train_batch_size": 4, "max_length": 2048}
     bf16 = plan(run(MISTRAL, LSR, training))
-    fp8 = plan(run(MISTRAL, LSR, {**training, "compute": "fp8"}))
-    kept = plan(run(MISTRAL, LSR, {**training, "compute": "fp8", "fp8_keep": ["qkv", "o", "gate_up", "down"]}))
-    for name in ("weights", "gradients", "optimizer", "activations"):
-        assert getattr(fp8.memory_gib, name) == getattr(bf16.memory_gib, name)
-    assert fp8.memory_gib.workspace < bf16.memory_gib.workspace, "a weight's code is one byte"
+    found = plan(run(MISTRAL, LSR, {**training, "compute": compute}))
+    kept = plan(run(MISTRAL, LSR, {**training, "compute": compute, "keep_in_bf16": ["qkv", "o", "gate_up", "down"]}))
+    for name in ("weights", "gradients", "optimizer"):
+        assert getattr(found.memory_gib, name) == getattr(bf16.memory_gib, name)
+    scales = {"fp8": 0, "int8": 32 * (6144 + 4096 + 28672 + 4096) * 4 / 2**30}[compute]  # of rows, held by the layers
+    assert found.memory_gib.activations - bf16.memory_gib.activations == pytest.approx(scales, abs=1e-4)
+    assert found.memory_gib.workspace < bf16.memory_gib.workspace, "a weight's code is one byte"
     assert kept.memory_gib == bf16.memory_gib
-    assert (fp8.compute, fp8.fused, fp8.warnings) == ("fp8", True, [])
+    assert (found.compute, found.fused, found.warnings) == (compute, True, [])
     shown = io.StringIO()
-    Console(width=120, file=shown).print(render(fp8))
-    assert "fused, as on a GPU, products with the base in FP8" in shown.getvalue()
+    Console(width=120, file=shown).print(render(found))
+    assert f"fused, as on a GPU, products with the base in {compute}" in shown.getvalue()
 
 
-def test_a_plan_says_where_fp8_would_be_refused():
+@pytest.mark.parametrize("compute", ["fp8", "int8"])
+def test_a_plan_says_where_8_bits_would_be_refused(compute):
     adapter = {**LSR, "method": "krona"}
     adapter = {name: adapter[name] for name in ("method", "target_modules")}
-    result = plan(run("HuggingFaceTB/SmolLM2-135M", adapter, {"compute": "fp8"}))
-    assert any("the run would be refused" in line for line in result.warnings)
+    result = plan(run("HuggingFaceTB/SmolLM2-135M", adapter, {"compute": compute}))
+    assert any(f"compute: {compute} is for fused" in line and "would be refused" in line for line in result.warnings)
     assert not any("refused" in line for line in plan(run("HuggingFaceTB/SmolLM2-135M", adapter)).warnings)
 
 

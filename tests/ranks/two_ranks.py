@@ -17,7 +17,10 @@ from lsr_scale import cli
 
 QUICK = {"training": {"save_strategy": "no"}, "eval": {"tasks": []}}
 FUSED = {"training": {"save_strategy": "no", "fused": "on"}, "eval": {"tasks": []}}
-FP8 = {"training": {"save_strategy": "no", "fused": "on", "compute": "fp8"}, "eval": {"tasks": []}}
+FP8, INT8 = (
+    {"training": {"save_strategy": "no", "fused": "on", "compute": compute}, "eval": {"tasks": []}}
+    for compute in ("fp8", "int8")
+)
 ENGINES = {
     "ddp": {"deepspeed": {"config": None}, **QUICK},  # first: DeepSpeed leaves its mark in the environment
     "ddp-fused": {"deepspeed": {"config": None}, **FUSED},
@@ -27,6 +30,7 @@ ENGINES = {
     "zero2": {"deepspeed": {"config": "zero2"}},
     "zero2-fused": {"deepspeed": {"config": "zero2"}, **FUSED},
     **{f"{name}-fp8": {"deepspeed": {"config": name}, **FP8} for name in ("zero0", "zero1", "zero2", "zero3")},
+    **{f"{name}-int8": {"deepspeed": {"config": name}, **INT8} for name in ("zero2", "zero3")},
     "zero3": {"deepspeed": {"config": "zero3"}, "eval": {"batch_tokens": 32}, "training": {"save_as_lora": True}},
     "zero3-fused": {"deepspeed": {"config": "zero3"}, "training": {"save_strategy": "no", "fused": "on"}},
     "zero3-bfloat16": {"deepspeed": {"config": "zero3"}, "model": {"quantization": "none"}},

@@ -67,17 +67,19 @@ def test_parameters_losses_speed_memory_and_time(two):
 
 
 def test_runs_that_compute_otherwise_are_told_apart(two, tmp_path):
-    for name, kept in (("x", ["1.down"]), ("y", [])):
-        write_run(tmp_path / name, {"training": {"compute": "fp8"}})
-        content = {"tolerance": 0.1, "errors": {"1.down": 0.2}, "kept": kept}
-        (tmp_path / name / "fp8.json").write_text(json.dumps(content))
-    found = compare([two[0], tmp_path / "x"])
-    assert [run.compute for run in found.runs] == ["bf16", "fp8"]
-    assert found.config["training.compute"] == [ABSENT, "fp8"]
-    assert any("in FP8 and others in bf16" in note for note in found.notes)
-    found = compare([tmp_path / "x", tmp_path / "y"])
-    assert any(note.startswith("not the same groups of linears stayed in bfloat16") for note in found.notes)
-    assert not any("FP8" in note or "fp8" in note for note in compare(two).notes)
+    for name, compute, kept in (("x", "fp8", ["1.down"]), ("y", "fp8", []), ("z", "int8", [])):
+        write_run(tmp_path / name, {"training": {"compute": compute}})
+        content = {"compute": compute, "tolerance": 0.1, "errors": {"1.down": 0.2}, "kept": kept}
+        (tmp_path / name / "compute.json").write_text(json.dumps(content))
+    x, y, z = (tmp_path / name for name in "xyz")
+    found = compare([two[0], x, z])
+    assert [run.compute for run in found.runs] == ["bf16", "fp8", "int8"]
+    assert found.config["training.compute"] == [ABSENT, "fp8", "int8"]
+    assert any("not computed alike, but in bf16 and fp8 and int8" in note for note in found.notes)
+    kept_otherwise = "not the same groups of linears stayed in bfloat16"
+    assert not any(note.startswith(kept_otherwise) for note in found.notes)
+    assert any(note.startswith(kept_otherwise) for note in compare([x, y]).notes)
+    assert not any("computed" in note or kept_otherwise in note for note in compare(two).notes)
 
 
 def test_scores_are_paired_with_the_first_run_s_and_with_those_before(two):

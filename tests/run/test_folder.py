@@ -158,19 +158,19 @@ def test_results_keep_the_largest_condition_number_of_each_side(tmp_path):
 
 def test_results_keep_the_largest_share_of_underflow(tmp_path):
     file = tmp_path / "metrics.jsonl"
-    rows = [{"step": i, "loss": 2.0, "fp8_underflow_input_max": share} for i, share in enumerate((1e-5, 2.34567e-5))]
+    rows = [{"step": i, "loss": 2.0, "underflow_input_max": share} for i, share in enumerate((1e-5, 2.34567e-5))]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert summarize_metrics(file)["fp8_underflow_input_max"] == 2.346e-5
+    assert summarize_metrics(file)["underflow_input_max"] == 2.346e-5
 
 
-def test_a_record_of_fp8_is_a_run_s_own_and_another_file_of_its_name_is_in_the_way(tmp_path):
+def test_a_record_of_errors_is_a_run_s_own_and_another_file_of_its_name_is_in_the_way(tmp_path):
     folder = begun(RunFolder(tmp_path))
-    files.write_json(folder.fp8, {"tolerance": 0.1, "errors": {}, "kept": []})
-    assert folder.fp8 in folder.written()
+    files.write_json(folder.compute_errors, {"compute": "int8", "tolerance": 0.1, "errors": {}, "kept": []})
+    assert folder.compute_errors in folder.written()
     assert folder.in_the_way() == []
-    files.write_json(folder.fp8, {"mine": 1})
-    assert folder.fp8 not in folder.written()
-    assert folder.in_the_way() == [folder.fp8]
+    files.write_json(folder.compute_errors, {"mine": 1})
+    assert folder.compute_errors not in folder.written()
+    assert folder.in_the_way() == [folder.compute_errors]
 
 
 def test_the_same_losses_draw_the_same_bytes_and_a_full_disk_keeps_the_old_curve(tmp_path, monkeypatch):

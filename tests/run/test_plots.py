@@ -63,7 +63,7 @@ def test_condition_numbers_are_written_out():
 
 
 def test_shares_of_underflow_are_drawn_in_percent():
-    rows = [{"step": s, "fp8_underflow_input_median": 0.001, "fp8_underflow_input_max": 0.04} for s in range(5)]
+    rows = [{"step": s, "underflow_input_median": 0.001, "underflow_input_max": 0.04} for s in range(5)]
     figure = underflow_figure(rows, "")
     assert "1.00%" in ticks(figure.axes[0].yaxis)
     assert "activations: largest of the groups" in words(figure)

@@ -1,4 +1,4 @@
-"""`training.compute: fp8` before and around training: refusals, groups that stay in bfloat16, the record of them."""
+"""`training.compute: fp8 | int8` before and around training: refusals, groups kept in bfloat16, the record of them."""
 
 import json
 import math
@@ -10,7 +10,7 @@ from lsr_scale.config.training import LINEAR_GROUPS
 from lsr_scale.fused.layer_state import GROUPS
 from lsr_scale.run import train as train_module
 from lsr_scale.run.folder import RunFolder
-from lsr_scale.training import compute
+from lsr_scale.training import compute as module
 from lsr_scale.training.compute import above, check_compute, read_errors, write_errors
 from tests.helpers.fp8 import pretend_fp8
 from tests.helpers.tiny_runs import do, labelled, save_classifier, save_llama, tiny_run, write_rows
@@ -27,23 +27,27 @@ def place(tmp_path_factory):
     return folder
 
 
-def fp8_run(place, training=None, **sections):
-    return tiny_run(place, training={"compute": "fp8", **(training or {})}, **sections)
+def run_in(place, compute="fp8", training=None, **sections):
+    return tiny_run(place, training={"compute": compute, **(training or {})}, **sections)
 
 
 def test_the_groups_that_a_run_may_name_are_those_of_a_layer():
     assert set(LINEAR_GROUPS) == set(GROUPS)
 
 
-def test_a_machine_without_fp8_is_told_so_before_anything_is_read(place, monkeypatch):
-    monkeypatch.setattr(compute, "fp8_fallback_reason", lambda device: "the GPU has compute capability 8.0")
+@pytest.mark.parametrize(("compute", "why"), [("fp8", ""), ("int8", ", as input gradients are in e4m3 with int8 too")])
+def test_a_machine_without_fp8_is_told_so_before_anything_is_read(place, monkeypatch, compute, why):
+    monkeypatch.setattr(module, "fp8_fallback_reason", lambda device: "the GPU has compute capability 8.0")
     monkeypatch.setattr(train_module, "read_data", lambda *args: pytest.fail("data was read"))
-    with pytest.raises(UserError, match=r"fp8 cannot be here: the GPU has .* 8\.0; set training\.compute: bf16"):
-        do(fp8_run(place))
+    with pytest.raises(
+        UserError, match=rf"{compute} cannot be here: the GPU .* 8\.0{why}; set training\.compute: bf16"
+    ):
+        do(run_in(place, compute))
     assert not (place / "run").exists()
     check_compute(tiny_run(place))
 
 
+@pytest.mark.parametrize("compute", ["fp8", "int8"])
 @pytest.mark.parametrize(
     ("sections", "reason"),
     [
@@ -59,25 +63,30 @@ def test_a_machine_without_fp8_is_told_so_before_anything_is_read(place, monkeyp
         ),
     ],
 )
-def test_what_has_no_fused_layers_is_refused_before_weights_are_read(place, monkeypatch, sections, reason):
+def test_what_has_no_fused_layers_is_refused_before_weights_are_read(place, monkeypatch, compute, sections, reason):
     pretend_fp8(monkeypatch)
     filled = json.loads(json.dumps(sections).replace("{place}", str(place)))
-    with pytest.raises(UserError, match=rf"fp8 is for fused layers, .*{reason}; set training\.compute: bf16"):
-        check_compute(fp8_run(place, **filled))
+    with pytest.raises(UserError, match=rf"{compute} is for fused layers, .*{reason}; set training\.compute: bf16"):
+        check_compute(run_in(place, compute, **filled))
 
 
 def test_a_layer_that_the_model_does_not_have_is_refused(place, monkeypatch):
     pretend_fp8(monkeypatch)
-    check_compute(fp8_run(place, {"fp8_keep": ["1.down", "o"]}))
-    with pytest.raises(UserError, match=r"fp8_keep: 2\.down: .*model has layers 0 to 1; .* or down for all"):
-        check_compute(fp8_run(place, {"fp8_keep": ["2.down"]}))
+    check_compute(run_in(place, "fp8", {"keep_in_bf16": ["1.down", "o"]}))
+    with pytest.raises(UserError, match=r"keep_in_bf16: 2\.down: .*model has layers 0 to 1; .* or down for all"):
+        check_compute(run_in(place, "fp8", {"keep_in_bf16": ["2.down"]}))
 
 
-def test_linears_of_other_sizes_are_refused(place, monkeypatch):
+@pytest.mark.parametrize(("compute", "hidden_size", "unit"), [("fp8", 40, 16), ("int8", 48, 64)])
+def test_linears_of_other_sizes_are_refused(place, tmp_path, monkeypatch, compute, hidden_size, unit):
     pretend_fp8(monkeypatch)
-    save_llama(place / "narrow", hidden_size=40, intermediate_size=72)
-    with pytest.raises(UserError, match=r"for no linear of .*narrow: 40 inputs, no multiple of 16.*; set training"):
-        check_compute(fp8_run(place, model={"name": str(place / "narrow")}))
+    save_llama(tmp_path / "narrow", hidden_size=hidden_size, intermediate_size=72)
+    name = {"name": str(tmp_path / "narrow")}
+    reason = f"{compute} is for no linear of .*narrow: {hidden_size} inputs, no multiple of {unit}"
+    with pytest.raises(UserError, match=rf"{reason}.*; set training"):
+        check_compute(run_in(place, compute, model=name))
+    if compute == "int8":
+        check_compute(run_in(place, "fp8", {"keep_in_bf16": ["down"]}, model=name))
 
 
 def test_groups_above_the_tolerance_and_without_an_error_are_kept():
@@ -86,22 +95,26 @@ def test_groups_above_the_tolerance_and_without_an_error_are_kept():
 
 def test_errors_are_read_as_they_were_written(tmp_path):
     folder = RunFolder(tmp_path)
-    assert read_errors(folder.fp8) is None
-    write_errors(folder, ERRORS, 0.1)
-    found = read_errors(folder.fp8)
+    assert read_errors(folder.compute_errors, "int8") is None
+    write_errors(folder, "int8", ERRORS, 0.1)
+    found = read_errors(folder.compute_errors, "int8")
     assert list(found) == ["0.qkv", "0.gate_up", "1.o", "1.down", "10.down"]
     assert {name: str(error) for name, error in found.items()} == {name: str(error) for name, error in ERRORS.items()}
-    assert json.loads(folder.fp8.read_text())["kept"] == above(ERRORS, 0.1)
+    assert json.loads(folder.compute_errors.read_text())["kept"] == above(ERRORS, 0.1)
+    assert read_errors(folder.compute_errors, "fp8") is None, "int8's errors are not fp8's"
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"errors": {"down": 1}}', '{"errors": {"1.x": 1}}', '{"errors": [1]}'])
-def test_a_record_that_is_none_is_not_read(tmp_path, content):
-    (tmp_path / "fp8.json").write_text(content)
-    assert read_errors(tmp_path / "fp8.json") is None
+@pytest.mark.parametrize("errors", ["", "{}", "[]", "3", '{"down": 1}', '{"1.x": 1}', "[1]", '{"1.down": "x"}'])
+def test_a_record_that_is_none_is_not_read(tmp_path, errors):
+    file = tmp_path / "compute.json"
+    file.write_text(f'{{"compute": "fp8", "errors": {errors}}}' if errors else "")
+    assert read_errors(file, "fp8") == ({} if errors == "{}" else None)
+    file.write_text(errors)
+    assert read_errors(file, "fp8") is None
 
 
 def test_a_run_that_says_nothing_computes_in_bfloat16(place):
     training = tiny_run(place).training
-    assert (training["compute"], training["fp8_keep"], training["fp8_tolerance"]) == ("bf16", "auto", 0.1)
+    assert (training["compute"], training["keep_in_bf16"], training["compute_tolerance"]) == ("bf16", "auto", 0.1)
     arguments = config.training_arguments(tiny_run(place))
-    assert not {"compute", "fp8_keep", "fp8_tolerance"} & arguments.keys()
+    assert not {"compute", "keep_in_bf16", "compute_tolerance"} & arguments.keys()

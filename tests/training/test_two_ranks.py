@@ -102,18 +102,19 @@ def test_fused_layers_have_the_same_losses_under_an_engine(ran):
     assert sharded == pytest.approx(fused, rel=1e-3)
 
 
-@pytest.mark.parametrize("name", ["ddp", *STAGES])
-def test_every_engine_computes_in_fp8(ran, name):
+@pytest.mark.parametrize("name", [*(f"{name}-fp8" for name in ("ddp", *STAGES)), "zero2-int8", "zero3-int8"])
+def test_every_engine_computes_in_8_bits(ran, name):
     place, *_ = ran
-    folder, bf16 = RunFolder(place / f"{name}-fp8"), RunFolder(place / "zero2-fused")
+    folder, bf16 = RunFolder(place / name), RunFolder(place / "zero2-fused")
     losses, expected = ([row["loss"] for row in metrics(one)] for one in (folder, bf16))
     assert losses == pytest.approx(expected, abs=0.05)
     assert losses != expected
-    errors = json.loads(folder.fp8.read_text())["errors"]
+    errors = json.loads(folder.compute_errors.read_text())["errors"]
     assert set(errors) == {f"{layer}.{group}" for layer in (0, 1) for group in ("qkv", "o", "gate_up", "down")}
     # what one of the ranks measured: of equal factors, on the same rows
-    assert errors == pytest.approx(json.loads(RunFolder(place / "zero2-fp8").fp8.read_text())["errors"], rel=0.05)
-    assert all("fp8_underflow_gradient_max" in row for row in metrics(folder))
+    alike = RunFolder(place / f"zero2-{name.rpartition('-')[2]}")
+    assert errors == pytest.approx(json.loads(alike.compute_errors.read_text())["errors"], rel=0.05)
+    assert all("underflow_gradient_max" in row for row in metrics(folder))
 
 
 def test_zero3_shards_an_unquantized_base_and_saves_unsharded_factors(ran):

@@ -1,4 +1,4 @@
-"""`training.compute: fp8` watched: which groups of linears stay in bfloat16, and how much underflows in the others."""
+"""A run in 8 bits (`training.compute`) watched: which groups of linears stay in bfloat16, what underflows in others."""
 
 import logging
 import math
@@ -24,26 +24,29 @@ logger = logging.getLogger(__name__)
 
 # Steps in which errors may be measured: CUDA graphs, which hold what is decided, begin with the third.
 _ATTEMPTS = 2
-# Share of a group's values that underflow, above which a warning is worth it. Of normally distributed values beside one
-# outlier per row the relative error is e4m3's own 2.7 % up to a share of 0.4, 3.8 % at 0.7 and 7 % at 0.95.
-WARN_SHARE = 0.5
+# Shares of a group's values that underflow, above which a warning is worth it. Of normally distributed values beside
+# one outlier per row the relative error is e4m3's own 2.7 % up to a share of 0.4, 3.8 % at 0.7 and 7 % at 0.95; in int8
+# it is 0.9 % at 0.012, which is the share without outliers, 3.4 % at 0.05, 7 % at 0.1 and 29 % at 0.4.
+WARN_SHARES = {torch.float8_e4m3fn: 0.5, torch.int8: 0.1}
 
 
-class Fp8Callback(TrainerCallback):
+class EightBitCallback(TrainerCallback):
     """Keeps groups of linears in bfloat16 whose error is too large, logs shares of underflow, and warns of large ones.
 
-    A group (`12.down`) is the linears of a layer that read one input. With `training.fp8_keep: auto` its error is
+    A group (`12.down`) is the linears of a layer that read one input. With `training.keep_in_bf16: auto` its error is
     measured in the first step, beside bfloat16; the largest that any process found counts, so all decide alike. A run
     that resumes decides by what it measured when it began.
 
-    Underflow is a value other than zero whose code is zero or subnormal. Its shares go into the logs, over all
-    processes, as the groups' median and maximum: `fp8_underflow_input_max` of activations,
-    `fp8_underflow_gradient_max` of output gradients. Goes before the callbacks that record the logs.
+    Underflow is a value other than zero that has no code of its full precision: in e4m3 a subnormal one or zero, in
+    int8 zero. Its shares go into the logs, over all
+    processes, as the groups' median and maximum: `underflow_input_max` of activations,
+    `underflow_gradient_max` of output gradients. Goes before the callbacks that record the logs.
     """
 
     def __init__(
         self,
         folder: RunFolder,
+        compute: str,
         tolerance: float,
         decides: bool,
         earlier: Mapping[str, float] | None = None,
@@ -52,13 +55,14 @@ class Fp8Callback(TrainerCallback):
         """Take how it is decided.
 
         Args:
-            folder: The run's, for `fp8.json`.
+            folder: The run's, for `compute.json`.
+            compute: "fp8" or "int8".
             tolerance: The largest relative error that a group may have.
             decides: Whether it is decided here, by errors.
             earlier: The errors that the run measured before it was resumed.
             say: Called with what was decided, and each warning.
         """
-        self.folder, self.tolerance, self.say = folder, tolerance, say
+        self.folder, self.compute, self.tolerance, self.say = folder, compute, tolerance, say
         self.earlier = earlier
         self.attempts = _ATTEMPTS if decides else 0
         self.warned: set[str] = set()
@@ -90,8 +94,8 @@ class Fp8Callback(TrainerCallback):
         self.attempts, self.earlier = 0, errors
         keep_in_bf16(model, above(errors, self.tolerance))
         if distributed.is_main():
-            write_errors(self.folder, errors, self.tolerance)
-        self.say(decision(errors, self.tolerance) + how)
+            write_errors(self.folder, self.compute, errors, self.tolerance)
+        self.say(f"{self.compute}: {decision(errors, self.tolerance)}{how}")
 
     def on_log(
         self,
@@ -109,21 +113,28 @@ class Fp8Callback(TrainerCallback):
         for kind in ("input", "gradient"):
             of_kind = [share for name, share in shares.items() if name.endswith(f".{kind}")]
             if of_kind:
-                logs[f"fp8_underflow_{kind}_median"] = statistics.median(of_kind)
-                logs[f"fp8_underflow_{kind}_max"] = max(of_kind)
-        new = {name: share for name, share in shares.items() if share > WARN_SHARE and name not in self.warned}
-        self.warned |= new.keys()
-        if new:
-            self.say(f"note: {_warning(new)}")
+                logs[f"underflow_{kind}_median"] = statistics.median(of_kind)
+                logs[f"underflow_{kind}_max"] = max(of_kind)
+        for dtype, limit in WARN_SHARES.items():
+            new = {name: share for name, share in shares.items() if share > limit and self._dtype(name) == dtype}
+            new = {name: share for name, share in new.items() if name not in self.warned}
+            self.warned |= new.keys()
+            if new:
+                self.say(f"note: {_warning(new, dtype)}")
+
+    def _dtype(self, name: str) -> torch.dtype:
+        """Return the dtype of a group's codes: of its input, or of its output's gradient, which is always e4m3."""
+        is_input = name.endswith(".input")
+        return torch.int8 if self.compute == "int8" and is_input else torch.float8_e4m3fn
 
 
 def decision(errors: Mapping[str, float], tolerance: float) -> str:
     """Return a line on how many groups stay in bfloat16, and which has the largest error."""
-    number = f"FP8: {len(above(errors, tolerance))} of {len(errors)} groups of linears stay in bfloat16"
+    number = f"{len(above(errors, tolerance))} of {len(errors)} groups of linears stay in bfloat16"
     if not errors:
         return number
     worst = max(errors, key=lambda name: _with_nan_last(errors[name]))
-    return f"{number}; the largest error is {worst}'s, {errors[worst]:.2g} (training.fp8_tolerance: {tolerance:g})"
+    return f"{number}; the largest error is {worst}'s, {errors[worst]:.2g} (training.compute_tolerance: {tolerance:g})"
 
 
 def _with_nan_last(error: float) -> float:
@@ -152,12 +163,13 @@ def _shares(model: Any) -> dict[str, float]:
     return shares
 
 
-def _warning(shares: Mapping[str, float]) -> str:
+def _warning(shares: Mapping[str, float], dtype: torch.dtype) -> str:
     name = max(shares, key=lambda one: shares[one])
     group, _, kind = name.rpartition(".")
     what = {"input": "activations", "gradient": "output gradients"}[kind]
     of = f"{group} and {len(shares) - 1} more" if len(shares) > 1 else group
+    fate = "are zero in int8, too small" if dtype == torch.int8 else "are too small for e4m3"
     return (
-        f"FP8: {what} of {of}: {100 * shares[name]:.0f} % of the values are too small for e4m3 beside the largest of "
-        f"their token; training.fp8_keep: [{group}] keeps it in bfloat16"
+        f"{what} of {of}: {100 * shares[name]:.0f} % of the values {fate} beside the largest of their token; "
+        f"training.keep_in_bf16: [{group}] keeps it in bfloat16"
     )

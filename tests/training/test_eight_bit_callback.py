@@ -1,4 +1,4 @@
-"""FP8 as a run watches it: which groups stay in bfloat16, by whose errors; shares of underflow, and their warning."""
+"""8 bits as a run watches them: which groups stay in bfloat16, by whose errors; shares of underflow, warnings."""
 
 import json
 import math
@@ -9,23 +9,25 @@ import torch
 
 from lsr_scale import distributed
 from lsr_scale.run.folder import RunFolder
-from lsr_scale.training.callbacks import fp8
-from lsr_scale.training.callbacks.fp8 import Fp8Callback
+from lsr_scale.training.callbacks import eight_bit
+from lsr_scale.training.callbacks.eight_bit import EightBitCallback
 
 MODEL = object()
 STEP = SimpleNamespace(global_step=1)
 
 
 class Fused:
-    """Stands in for the fused model's FP8: what it measured, and what it was told."""
+    """Stands in for the fused model in 8 bits: what it measured, and what it was told."""
 
     def __init__(self, monkeypatch):
         self.errors, self.counts, self.kept, self.resets, self.measures = {}, {}, [], 0, True
-        monkeypatch.setattr(fp8, "compute_errors", self.read)
-        monkeypatch.setattr(fp8, "measure_compute_errors", lambda model: setattr(self, "measures", True))
-        monkeypatch.setattr(fp8, "underflow_counts", lambda model: {k: torch.tensor(v) for k, v in self.counts.items()})
-        monkeypatch.setattr(fp8, "keep_in_bf16", lambda model, names: self.kept.append(names))
-        monkeypatch.setattr(fp8, "reset_underflow_counts", self.reset)
+        monkeypatch.setattr(eight_bit, "compute_errors", self.read)
+        monkeypatch.setattr(eight_bit, "measure_compute_errors", lambda model: setattr(self, "measures", True))
+        monkeypatch.setattr(
+            eight_bit, "underflow_counts", lambda model: {k: torch.tensor(v) for k, v in self.counts.items()}
+        )
+        monkeypatch.setattr(eight_bit, "keep_in_bf16", lambda model, names: self.kept.append(names))
+        monkeypatch.setattr(eight_bit, "reset_underflow_counts", self.reset)
 
     def read(self, model):
         was, self.measures = self.measures, False
@@ -48,8 +50,8 @@ def said():
 
 @pytest.fixture
 def make(tmp_path, said):
-    def made(decides=True, earlier=None, tolerance=0.1):
-        return Fp8Callback(RunFolder(tmp_path), tolerance, decides, earlier, said.append)
+    def made(decides=True, earlier=None, tolerance=0.1, compute="fp8"):
+        return EightBitCallback(RunFolder(tmp_path), compute, tolerance, decides, earlier, said.append)
 
     return made
 
@@ -72,10 +74,11 @@ def test_groups_with_a_large_error_in_the_first_step_stay_in_bfloat16(fused, mak
     end_step(callback)
     assert fused.kept == [["0.down", "1.down"]]
     assert said == [
-        "FP8: 2 of 3 groups of linears stay in bfloat16; the largest error is 0.down's, 0.25 "
-        "(training.fp8_tolerance: 0.1)"
+        "fp8: 2 of 3 groups of linears stay in bfloat16; the largest error is 0.down's, 0.25 "
+        "(training.compute_tolerance: 0.1)"
     ]
-    assert json.loads((tmp_path / "fp8.json").read_text()) == {
+    assert json.loads((tmp_path / "compute.json").read_text()) == {
+        "compute": "fp8",
         "tolerance": 0.1,
         "errors": {"0.qkv": 0.04, "0.down": 0.25, "1.down": 0.11},
         "kept": ["0.down", "1.down"],
@@ -97,7 +100,7 @@ def test_the_main_process_alone_writes(fused, make, monkeypatch, tmp_path):
     fused.errors = {"0.qkv": 0.04}
     end_step(make())
     assert fused.kept == [[]]
-    assert not (tmp_path / "fp8.json").exists()
+    assert not (tmp_path / "compute.json").exists()
 
 
 def test_a_first_step_that_is_not_finite_does_not_decide(fused, make, said):
@@ -127,8 +130,8 @@ def test_a_run_that_resumes_decides_by_what_it_measured(fused, make, said, tmp_p
     fused.errors = {"0.qkv": 0.9}
     end_step(callback)
     assert fused.kept == [["0.down"]]
-    assert said[0].endswith("(training.fp8_tolerance: 0.1), as measured when the run began")
-    assert json.loads((tmp_path / "fp8.json").read_text())["kept"] == ["0.down"]
+    assert said[0].endswith("(training.compute_tolerance: 0.1), as measured when the run began")
+    assert json.loads((tmp_path / "compute.json").read_text())["kept"] == ["0.down"]
 
 
 def test_a_tolerance_that_is_changed_as_a_run_resumes_counts(fused, make):
@@ -150,17 +153,17 @@ def test_shares_of_underflow_are_logged_over_all_processes(fused, make, monkeypa
     make().on_log(None, None, None, logs=logs, model=MODEL)
     assert logs == {
         "loss": 1.0,
-        "fp8_underflow_input_median": 0.5,
-        "fp8_underflow_input_max": 0.75,
-        "fp8_underflow_gradient_median": 0.04,
-        "fp8_underflow_gradient_max": 0.04,
+        "underflow_input_median": 0.5,
+        "underflow_input_max": 0.75,
+        "underflow_gradient_median": 0.04,
+        "underflow_gradient_max": 0.04,
     }
     other = {"0.qkv.input": [3, 300], "0.o.input": [0, 300], "0.o.gradient": [0, 300], "1.o.input": [0, 0]}
     monkeypatch.setattr(distributed, "gather", lambda own: [*own, other])
     logs = {"loss": 1.0}
     make().on_log(None, None, None, logs=logs, model=MODEL)
-    assert logs["fp8_underflow_input_max"] == 75 / 400
-    assert logs["fp8_underflow_gradient_max"] == 4 / 400
+    assert logs["underflow_input_max"] == 75 / 400
+    assert logs["underflow_gradient_max"] == 4 / 400
     assert fused.resets == 2
 
 
@@ -184,9 +187,22 @@ def test_a_group_most_of_which_underflows_is_warned_of_once(fused, make, said):
     for _ in range(2):
         callback.on_log(None, None, None, logs={"loss": 1.0}, model=MODEL)
     assert said == [
-        "note: FP8: output gradients of 4.down and 1 more: 70 % of the values are too small for e4m3 beside the "
-        "largest of their token; training.fp8_keep: [4.down] keeps it in bfloat16"
+        "note: output gradients of 4.down and 1 more: 70 % of the values are too small for e4m3 beside the "
+        "largest of their token; training.keep_in_bf16: [4.down] keeps it in bfloat16"
     ]
     fused.counts = {"0.o.input": [51, 100]}
     callback.on_log(None, None, None, logs={"loss": 1.0}, model=MODEL)
-    assert "FP8: activations of 0.o: 51 %" in said[1]
+    assert "activations of 0.o: 51 % of the values are too small for e4m3 beside" in said[1]
+
+
+def test_activations_that_are_zero_in_int8_are_warned_of_sooner(fused, make, said):
+    fused.counts = {"3.down.input": [11, 100], "0.o.input": [10, 100], "3.down.gradient": [50, 100]}
+    make(compute="int8").on_log(None, None, None, logs={"loss": 1.0}, model=MODEL)
+    assert said == [
+        "note: activations of 3.down: 11 % of the values are zero in int8, too small beside the largest of their "
+        "token; training.keep_in_bf16: [3.down] keeps it in bfloat16"
+    ]
+    fused.counts = {"3.down.gradient": [51, 100]}
+    callback = make(compute="int8")
+    callback.on_log(None, None, None, logs={"loss": 1.0}, model=MODEL)
+    assert "output gradients of 3.down: 51 % of the values are too small for e4m3 beside" in said[1]

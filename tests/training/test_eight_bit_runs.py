@@ -1,4 +1,4 @@
-"""Whole runs with `training.compute: fp8`, on this machine's CPU: what they measure, keep, say, and resume with."""
+"""Whole runs with `training.compute: fp8 | int8`, on this machine's CPU: what they measure, keep, say, resume with."""
 
 import json
 import shutil
@@ -7,19 +7,19 @@ from pathlib import Path
 import pytest
 
 from lsr_scale.run.folder import RunFolder
-from lsr_scale.training.callbacks import fp8
+from lsr_scale.training.callbacks import eight_bit
 from tests.helpers.fp8 import pretend_fp8
 from tests.helpers.tiny_runs import do, factors, labelled, metrics, results, same, save_llama, tiny_run, write_rows
 from tests.training.test_resume import Killed, arrange_stop
 
 TOLERANCE = 0.0374  # between the errors of this model's groups
 ALL_GROUPS = {f"{layer}.{group}" for layer in range(2) for group in ("qkv", "o", "gate_up", "down")}
-SHARES = {f"fp8_underflow_{kind}_{which}" for kind in ("input", "gradient") for which in ("median", "max")}
+SHARES = {f"underflow_{kind}_{which}" for kind in ("input", "gradient") for which in ("median", "max")}
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("fp8")
+    folder = tmp_path_factory.mktemp("eight_bits")
     # wide enough that an error is an average
     save_llama(folder / "model", hidden_size=128, intermediate_size=192)
     write_rows(folder / "pairs.jsonl", labelled())
@@ -34,7 +34,7 @@ def anywhere():
 
 
 def run_in(place, folder, compute="fp8", training=None, **sections):
-    values = {"output_dir": str(folder), "compute": compute, "fused": "on", "fp8_tolerance": TOLERANCE}
+    values = {"output_dir": str(folder), "compute": compute, "fused": "on", "compute_tolerance": TOLERANCE}
     return tiny_run(place, training={**values, **(training or {})}, **{"eval": {"tasks": []}, **sections})
 
 
@@ -60,13 +60,13 @@ def stopped(killed, tmp_path):
 @pytest.fixture
 def measured(monkeypatch):
     """Return a list that gets each measurement of errors that a run takes."""
-    taken, read = [], fp8.compute_errors
-    monkeypatch.setattr(fp8, "compute_errors", lambda model: taken.append(read(model)) or taken[-1])
+    taken, read = [], eight_bit.compute_errors
+    monkeypatch.setattr(eight_bit, "compute_errors", lambda model: taken.append(read(model)) or taken[-1])
     return taken
 
 
 def record(folder):
-    return json.loads(folder.fp8.read_text())
+    return json.loads(folder.compute_errors.read_text())
 
 
 def test_a_run_measures_keeps_logs_and_says_so(undisturbed):
@@ -78,28 +78,33 @@ def test_a_run_measures_keeps_logs_and_says_so(undisturbed):
     rows = metrics(undisturbed)
     assert all(row.keys() >= SHARES for row in rows)
     assert all(0 <= row[name] < 0.2 for row in rows for name in SHARES)
-    assert max(row["fp8_underflow_input_max"] for row in rows) > 0
+    assert max(row["underflow_input_max"] for row in rows) > 0
     assert results(undisturbed)["compute"] == "fp8"
-    assert "fp8_underflow_gradient_max" in results(undisturbed)
+    assert "underflow_gradient_max" in results(undisturbed)
     assert "layers kept in bfloat16" in undisturbed.report.read_text()
 
 
-def test_its_losses_are_those_of_bfloat16_but_for_rounding(place, undisturbed):
-    plain = do(run_in(place, place / "plain", "bf16"))
-    found, expected = ([row["loss"] for row in metrics(folder)] for folder in (undisturbed, plain))
-    assert found != expected
-    assert found == pytest.approx(expected, abs=0.03)
-    assert not plain.fp8.exists()
+def test_losses_are_those_of_bfloat16_but_for_rounding_which_is_less_in_int8(place, undisturbed):
+    plain, int8 = (do(run_in(place, place / compute, compute)) for compute in ("bf16", "int8"))
+    fp8, expected, found = ([row["loss"] for row in metrics(folder)] for folder in (undisturbed, plain, int8))
+    assert fp8 == pytest.approx(expected, abs=0.03)
+    by_fp8, by_int8 = (sum(abs(a - b) for a, b in zip(one, expected, strict=True)) for one in (fp8, found))
+    assert 0 < by_int8 < by_fp8
+    assert not plain.compute_errors.exists()
     assert not SHARES & metrics(plain)[0].keys()
+    assert (record(undisturbed)["compute"], record(int8)["compute"]) == ("fp8", "int8")
+    assert set(record(int8)["errors"]) == ALL_GROUPS
+    assert metrics(int8)[0].keys() >= SHARES
+    assert results(int8)["compute"] == "int8"
 
 
 def test_a_killed_run_resumes_to_the_same_adapter_and_measures_nothing(place, undisturbed, stopped, measured):
-    before = stopped.fp8.read_bytes()
+    before = stopped.compute_errors.read_bytes()
     do(run_in(place, stopped.path), resume="auto")
     assert same(factors(undisturbed), factors(stopped))
     assert [row["loss"] for row in metrics(stopped)] == [row["loss"] for row in metrics(undisturbed)]
     assert measured == []
-    assert stopped.fp8.read_bytes() == before == undisturbed.fp8.read_bytes()
+    assert stopped.compute_errors.read_bytes() == before == undisturbed.compute_errors.read_bytes()
 
 
 def test_a_run_that_resumes_elsewhere_takes_the_record_along(place, undisturbed, stopped, tmp_path, measured):
@@ -109,11 +114,11 @@ def test_a_run_that_resumes_elsewhere_takes_the_record_along(place, undisturbed,
 
 
 def test_a_run_whose_record_is_lost_measures_again_and_says_so(place, stopped, measured):
-    stopped.fp8.unlink()
+    stopped.compute_errors.unlink()
     do(run_in(place, stopped.path), resume="auto")
     assert [set(errors) for errors in measured] == [ALL_GROUPS]
-    assert any("there is no" in note and "fp8.json" in note for note in results(stopped)["notes"])
-    assert stopped.fp8.exists()
+    assert any("compute.json says what fp8 changed" in note for note in results(stopped)["notes"])
+    assert stopped.compute_errors.exists()
 
 
 def test_a_run_that_begins_again_measures_again(place, stopped, measured):
@@ -122,27 +127,30 @@ def test_a_run_that_begins_again_measures_again(place, stopped, measured):
     assert set(record(stopped)["errors"]) == ALL_GROUPS
 
 
-@pytest.mark.parametrize("compute", ["fp8", "bf16"])
-def test_a_run_that_computes_otherwise_as_it_resumes_is_told_so(place, tmp_path, compute):
-    before = {"fp8": "bf16", "bf16": "fp8"}[compute]
+@pytest.mark.parametrize(("before", "compute"), [("bf16", "fp8"), ("fp8", "bf16"), ("fp8", "int8")])
+def test_a_run_that_computes_otherwise_as_it_resumes_is_told_so(place, tmp_path, before, compute):
     folder = do(run_in(place, tmp_path / "run", before, training={"max_steps": 2}))
     do(run_in(place, folder.path, compute, training={"max_steps": 3}), resume="auto")
     said = results(folder)["notes"]
     assert f"changed since the run began: training.compute: '{before}' -> '{compute}'" in said
-    assert (metrics(folder)[-1].keys() >= SHARES) == (compute == "fp8")
+    assert (metrics(folder)[-1].keys() >= SHARES) == (compute != "bf16")
+    if compute != "bf16":  # its own errors, not those of the format before
+        assert any(f"says what {compute} changed" in note for note in said)
+        assert record(folder)["compute"] == compute
     assert results(folder)["compute"] == compute
 
 
 def test_what_a_run_names_stays_in_bfloat16_and_nothing_is_measured(place, tmp_path, monkeypatch):
-    monkeypatch.setattr(fp8, "compute_errors", lambda model: pytest.fail("measured"))
-    kept, keep = [], fp8.underflow_counts
-    monkeypatch.setattr(fp8, "underflow_counts", lambda model: kept.append(set(keep(model))) or keep(model))
-    folder = do(run_in(place, tmp_path / "run", training={"fp8_keep": ["down", "0.qkv"], "max_steps": 1}))
+    monkeypatch.setattr(eight_bit, "compute_errors", lambda model: pytest.fail("measured"))
+    kept, keep = [], eight_bit.underflow_counts
+    monkeypatch.setattr(eight_bit, "underflow_counts", lambda model: kept.append(set(keep(model))) or keep(model))
+    folder = do(run_in(place, tmp_path / "run", training={"keep_in_bf16": ["down", "0.qkv"], "max_steps": 1}))
     names = ALL_GROUPS - {"0.down", "1.down", "0.qkv"}
     assert kept == [{f"{name}.{kind}" for name in names for kind in ("input", "gradient")}]
-    assert not folder.fp8.exists()
+    assert not folder.compute_errors.exists()
 
 
+@pytest.mark.parametrize("compute", ["fp8", "int8"])
 @pytest.mark.parametrize(
     "training",
     [
@@ -154,19 +162,19 @@ def test_what_a_run_names_stays_in_bfloat16_and_nothing_is_measured(place, tmp_p
     ],
     ids=str,
 )
-def test_ways_to_train_take_it(place, tmp_path, training):
+def test_ways_to_train_take_it(place, tmp_path, training, compute):
     folders = [
-        do(run_in(place, tmp_path / compute, compute, training={"max_steps": 3, **training}))
-        for compute in ("fp8", "bf16")
+        do(run_in(place, tmp_path / one, one, training={"max_steps": 3, **training})) for one in (compute, "bf16")
     ]
     found, expected = ([row["loss"] for row in metrics(folder)] for folder in folders)
     assert found == pytest.approx(expected, abs=0.05)
     assert set(record(folders[0])["errors"]) == ALL_GROUPS
 
 
-def test_recomputation_changes_no_bit(place, tmp_path):
+@pytest.mark.parametrize("compute", ["fp8", "int8"])
+def test_recomputation_changes_no_bit(place, tmp_path, compute):
     save, speed = (
-        do(run_in(place, tmp_path / memory, training={"memory": memory, "max_steps": 3}))
+        do(run_in(place, tmp_path / memory, compute, training={"memory": memory, "max_steps": 3}))
         for memory in ("save", "speed")
     )
     assert [row["loss"] for row in metrics(save)] == [row["loss"] for row in metrics(speed)]
@@ -183,14 +191,14 @@ def test_a_classifier_on_a_decoder_takes_it(place, tmp_path):
 
 
 def test_a_batch_that_is_not_finite_does_not_decide(place, tmp_path, monkeypatch):
-    read, calls = fp8.compute_errors, []
+    read, calls = eight_bit.compute_errors, []
 
     def broken_at_first(model):
         errors = read(model)
         calls.append(errors)
         return dict.fromkeys(errors, float("nan")) if len(calls) == 1 else errors
 
-    monkeypatch.setattr(fp8, "compute_errors", broken_at_first)
+    monkeypatch.setattr(eight_bit, "compute_errors", broken_at_first)
     folder = do(run_in(place, tmp_path / "run", training={"max_steps": 3}))
     assert [set(errors) for errors in calls] == [ALL_GROUPS, ALL_GROUPS]
     assert all(record(folder)["errors"].values())

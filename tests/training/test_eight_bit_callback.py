@@ -196,10 +196,10 @@ def test_a_group_most_of_which_underflows_is_warned_of_once(fused, make, said):
 
 
 def test_activations_that_are_zero_in_int8_are_warned_of_sooner(fused, make, said):
-    fused.counts = {"3.down.input": [11, 100], "0.o.input": [10, 100], "3.down.gradient": [50, 100]}
+    fused.counts = {"3.down.input": [26, 100], "0.o.input": [25, 100], "3.down.gradient": [50, 100]}
     make(compute="int8").on_log(None, None, None, logs={"loss": 1.0}, model=MODEL)
     assert said == [
-        "note: activations of 3.down: 11 % of the values are zero in int8, too small beside the largest of their "
+        "note: activations of 3.down: 26 % of the values are zero in int8, too small beside the largest of their "
         "token; training.keep_in_bf16: [3.down] keeps it in bfloat16"
     ]
     fused.counts = {"3.down.gradient": [51, 100]}

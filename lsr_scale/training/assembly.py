@@ -259,7 +259,7 @@ def _replay_steps(run: RunConfig, trainer: Any, report: FuseReport | None, say: 
     elif longest is None or mean is None:
         reason = "nobody knows how long rows are"
     reason = reason or graphs_fallback_reason(model.get_base_model(), vars(trainer.args))
-    if reason is not None or longest is None or mean is None:
+    if reason is not None or report is None or longest is None or mean is None:
         if wanted == "on":
             raise UserError(f"training.cuda_graphs: on, but they cannot be: {reason}")
         return

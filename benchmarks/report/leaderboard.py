@@ -20,7 +20,8 @@ HEAD = """# Leaderboard
 Made by `python -m benchmarks.report` from the JSON under `results/`; not edited by hand. All figures: `RESULTS.md`.
 `make headline` measures the first table anew. A commit with a + had changes that were committed after it.
 """
-OURS = tuple(f"{method}{ending}" for ending in ("_fp8", "_int8", "") for method in ("lsr", "kron_lora", "lora"))
+ENDINGS = ("_graphs_fp8", "_graphs_int8", "_fp8", "_int8", "")
+OURS = tuple(f"{method}{ending}" for ending in ENDINGS for method in ("lsr", "kron_lora", "lora"))
 PEERS = {"unsloth_lora": "Unsloth's LoRA", "peft_lora_liger": "PEFT + Liger's LoRA"}
 
 

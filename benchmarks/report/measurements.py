@@ -29,6 +29,8 @@ LABELS = {
     "lsr_graphs": "**LSR-Adapt** r=16 s=16, its steps as CUDA graphs",
     "lsr_graphs_fp8": "**LSR-Adapt** r=16 s=16 in FP8, its steps as CUDA graphs",
     "lsr_graphs_int8": "**LSR-Adapt** r=16 s=16 in int8, its steps as CUDA graphs",
+    "lora_graphs_fp8": "LoRA r=16 in FP8 by us, its steps as CUDA graphs",
+    "lora_graphs_int8": "LoRA r=16 in int8 by us, its steps as CUDA graphs",
 }
 # by checkpointing: what becomes of activations
 MODES = {"none": "saved", "full": "recomputed"}
@@ -97,11 +99,14 @@ def has_headline(run: dict[str, Any]) -> bool:
 
 
 def newest_headline(folder: Path, model: str = "mistral-7b", base: str = "nf4") -> dict[str, Any]:
-    """Return the newest throughput measurement of a model and base, its rows those of 4 x 2,048 tokens alone."""
+    """Return a model's and base's newest throughput measurement beside both peers, Unsloth and PEFT + Liger.
+
+    Its rows are those of 4 x 2,048 tokens alone.
+    """
     runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob(f"{model}-{base}-*.json"))]
     for run in runs:
         run["rows"] = [row for row in run["rows"] if (row["tokens"], row["seq_len"]) == (TOKENS, LENGTH)]
     runs = [run for run in runs if has_headline(run) and not is_sweep(run) and not run["config"].get("memory_gib")]
     if not runs:
         raise SystemExit(f"no {model}-{base}-*.json in {folder}; run python -m benchmarks.speed.throughput")
-    return max(runs, key=lambda run: run["env"]["date"])
+    return max(runs, key=lambda run: ("peft_lora_liger" in run["config"]["providers"], run["env"]["date"]))

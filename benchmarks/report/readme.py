@@ -1,13 +1,13 @@
 """README's tables of speed, and GUIDE.md's of several GPUs.
 
-The newest file of a model and a base that has LSR-Adapt and Unsloth at 4 x 2,048 tokens is shown. A table stands in
-README.md between the two markers that name it.
+The newest file of a model and a base that has LSR-Adapt, Unsloth and PEFT + Liger at 4 x 2,048 tokens is shown. A table
+stands in README.md between the two markers that name it.
 """
 
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import real_training
+from benchmarks.report import eight_bit, real_training
 from benchmarks.report.markdown import grid, number, with_table
 from benchmarks.report.measurements import LABELS, LENGTH, MODES, TOKENS, by_provider, newest_headline, read
 
@@ -66,6 +66,7 @@ def filled(text: str, results: Path) -> str:
     tables = {
         "throughput": table(newest_headline(results / "throughput")),
         "real training": real_training.newest_table(results),
+        "8 bits": eight_bit.newest(results),
     }
     for name, content in tables.items():
         text = with_table(text, name, content)

@@ -148,8 +148,8 @@ def plots(results: Path) -> dict[Path, Plot]:
 
 
 def newest_table(results: Path) -> str:
-    """Return the table of the newest run."""
-    return table(read(results / "real_training")[-1][1])
+    """Return the table of the newest run that has the reference."""
+    return table([run for _, run in read(results / "real_training") if REFERENCE in run["rows"]][-1])
 
 
 def sections(results: Path) -> list[str]:

@@ -9,6 +9,7 @@ import pytest
 from benchmarks import ALL_RESULTS, ROOT
 from benchmarks.command_line import current
 from benchmarks.report import (
+    eight_bit,
     leaderboard,
     markdown,
     measurements,
@@ -180,6 +181,28 @@ def test_a_real_models_losses_in_8_bits_stand_beside_those_in_bf16(tmp_path):
     assert next(line for line in lines if "LoRA r=16 with us in int8" in line).endswith("| 0.0050 | +0.0050 |")
     real_training.draw(run, tmp_path / "plot.png")
     assert plots.drawn_from(tmp_path / "plot.png") == real_training.digest(run)
+
+
+def test_readme_says_what_8_bits_cost_and_gain(tmp_path):
+    (file,) = THROUGHPUT.glob("mistral-7b-nf4-8bit-h200.json")
+    run = json.loads(file.read_text())
+    of = {(row["provider"], row["checkpointing"]): row for row in run["rows"]}
+    text = eight_bit.newest(ALL_RESULTS)
+    line = next(line for line in text.splitlines() if "LSR-Adapt** r=16 s=16 in FP8" in line)
+    for mode in ("none", "full"):
+        row = of["lsr_graphs_fp8", mode]
+        ratio = row["tokens_per_s"] / of["unsloth_lora", mode]["tokens_per_s"]
+        assert f"| {row['tokens_per_s']:,.0f} | {row['peak_memory_gib']:.1f} | {ratio:.2f} |" in line
+    (file,) = (ALL_RESULTS / "real_training").glob("qwen2.5-coder-0.5b-nf4-8bit-h200.json")
+    row = json.loads(file.read_text())["rows"]["lora_graphs_int8"]
+    assert f"LoRA in int8: {row['loss_rms_from_bf16']:.4f}, {row['loss_mean_from_bf16_last_50']:+.4f}" in text
+    (tmp_path / "throughput").mkdir()
+    (tmp_path / "real_training").mkdir()
+    assert eight_bit.newest(tmp_path) == ""
+
+
+def test_the_headline_is_beside_both_peers():
+    assert {"unsloth_lora", "peft_lora_liger"} <= set(measurements.newest_headline(THROUGHPUT)["config"]["providers"])
 
 
 def test_a_sweep_has_a_plot_and_is_no_headline(tmp_path):

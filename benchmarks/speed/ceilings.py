@@ -130,7 +130,7 @@ def fp8_gemms(shape: dict[str, int], tokens: int) -> dict[str, Any]:
     The faster of `torch._scaled_mm` with a scale per row, where it takes that, and this library's own product.
     """
     from lsr_scale.kernels.fp8 import E4M3
-    from lsr_scale.kernels.fp8_gemm import fp8_gemm
+    from lsr_scale.kernels.gemm_8bit import gemm_8bit
 
     def codes(*size: int) -> Tensor:
         return torch.randn(*size, device="cuda", dtype=torch.bfloat16).to(E4M3)
@@ -151,10 +151,10 @@ def fp8_gemms(shape: dict[str, int], tokens: int) -> dict[str, Any]:
         scaled_mm(x, scales[:, None], weight, weight_scales)
 
     def by_us(x: Tensor, weight: Tensor, weight_scales: Tensor, out: Tensor) -> None:
-        fp8_gemm(x, scales, weight, weight_scales[0, :1], out)
+        gemm_8bit(x, scales, weight, weight_scales[0, :1], out)
 
     measured: dict[str, dict[str, Any]] = {}
-    for name, product in (("torch._scaled_mm, a scale per row", by_torch), ("lsr_scale's fp8_gemm", by_us)):
+    for name, product in (("torch._scaled_mm, a scale per row", by_torch), ("lsr_scale's gemm_8bit", by_us)):
 
         def multiply(pairs: Any, product: Any = product) -> None:
             for each in pairs:

@@ -24,12 +24,14 @@ from lsr_scale.kernels.dequantize_fp8 import (
     encode_weight_reference,
 )
 from lsr_scale.kernels.fp8 import E4M3, encode_reference, power_of_two_scale
-from lsr_scale.kernels.fp8_gemm import fp8_gemm
-from lsr_scale.kernels.fp8_quantize import quantize_rows
+from lsr_scale.kernels.gemm_8bit import gemm_8bit
+from lsr_scale.kernels.quantize_rows import quantize_rows
 from lsr_scale.kernels.rms_norm import rms_norm, rms_norm_backward
 from lsr_scale.kernels.rms_norm_project import rms_norm_project
 from lsr_scale.kernels.rms_norm_quantize import rms_norm_quantize
 
+# who makes the products, as `kernel_times.sums` knows it
+OURS = "gemm_8bit in e4m3"
 BLOCK = 128
 SAMPLE = 256  # rows that are compared with float64
 
@@ -97,7 +99,7 @@ def products(b: Buffers, s: Sizes) -> list[Case]:
             matrix = torch.cat([weight[0].to(b.dtype), right.t()], 1)
 
             def ours(i: int, x=x, weight=weight, scales=scales, scale=scale, out=out, thin=thin, given=given) -> None:
-                fp8_gemm(x[i], scales, weight[i], scale, out[i], thin=thin[i], **given)
+                gemm_8bit(x[i], scales, weight[i], scale, out[i], thin=thin[i], **given)
 
             def theirs(i: int, by: Any, x=x, weight=weight, thin=thin, right=right) -> None:
                 scaled_mm(x[i], by[0], weight[i], by[1]).addmm_(thin[i], right)
@@ -113,7 +115,7 @@ def products(b: Buffers, s: Sizes) -> list[Case]:
 
             cases.append(
                 Case(
-                    *(f"fp8_gemm: {name}", shape, ours),
+                    *(f"{OURS}: {name}", shape, ours),
                     flop=flop,
                     alternative="torch._scaled_mm by rows, addmm" if on_gpu else "",
                     other=(lambda i, by=rows, theirs=theirs: theirs(i, by)) if on_gpu else None,

@@ -20,13 +20,13 @@ from lsr_scale.kernels.dequantize_rotated import (
     encode_rotated,
     encode_rotated_reference,
 )
-from lsr_scale.kernels.fp8_gemm import fp8_gemm
-from lsr_scale.kernels.fp8_quantize import quantize_rows, quantize_rows_reference
+from lsr_scale.kernels.gemm_8bit import gemm_8bit
 from lsr_scale.kernels.hadamard import rotate_reference
+from lsr_scale.kernels.quantize_rows import quantize_rows, quantize_rows_reference
 from lsr_scale.kernels.rms_norm_quantize import rms_norm_quantize
 
 # who makes the products, as `kernel_times.sums` knows it
-OURS = "fp8_gemm in int8"
+OURS = "gemm_8bit in int8"
 
 
 def int8_codes(b: Buffers, *shape: int) -> list[Tensor]:
@@ -43,7 +43,7 @@ def products(b: Buffers, s: Sizes) -> list[Case]:
         thin, up, out = b.rand(s.T, R), b.rand(n, R)[0], b.empty(s.T, n)
 
         def ours(i: int, x=x, weight=weight, scales=scales, by=row_scales, out=out, thin=thin, up=up) -> None:
-            fp8_gemm(x[i], scales, weight[i], by, out[i], thin=thin[i], up=up)
+            gemm_8bit(x[i], scales, weight[i], by, out[i], thin=thin[i], up=up)
 
         def exact(ours=ours, x=x, weight=weight, scales=scales, by=row_scales, out=out, thin=thin, up=up) -> list:
             ours(0)

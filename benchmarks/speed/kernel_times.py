@@ -72,7 +72,7 @@ def sums(rows: list[dict[str, Any]]) -> dict[str, float]:
             if "alternative_ms" in row:
                 times.setdefault(row["alternative"], {})[product] = row["alternative_ms"]
     if kernel_cases_int8.OURS in times:
-        times[kernel_cases_int8.OURS] = times.get("fp8_gemm", {}) | times[kernel_cases_int8.OURS]
+        times[kernel_cases_int8.OURS] = times.get(kernel_cases_fp8.OURS, {}) | times[kernel_cases_int8.OURS]
     most = max(map(len, times.values()), default=0)
     totals = {way: sum(each.values()) for way, each in times.items() if len(each) == most}
     return {way: total for way, total in totals.items() if total == total}

@@ -8,7 +8,7 @@
     "int8"      int8: Xq = round(X H / sx), Wq = round(W H / sw)   as "fp8"
 
 The error enters in Y and in dX alone, by the rounding of X, dY and W. What is trained never sees it directly: adapters'
-products take bfloat16 operands (see `kernels.fp8_gemm`), their gradients come from X and dY as they are.
+products take bfloat16 operands (see `kernels.gemm_8bit`), their gradients come from X and dY as they are.
 
 e4m3 has 4 significant bits and 15 binades. Scales are powers of two, a row's from its largest value, so nothing
 saturates; `sw` is one number a group. Rows differ by orders of magnitude, tokens of X as well as of dY; within a row,
@@ -34,9 +34,9 @@ from torch import Tensor
 from lsr_scale.fused.linear_groups import LinearGroup
 from lsr_scale.kernels.dequantize import fill_extension
 from lsr_scale.kernels.fp8 import E4M3, power_of_two_scale
-from lsr_scale.kernels.fp8_gemm import fp8_gemm
-from lsr_scale.kernels.fp8_quantize import quantize_rows
+from lsr_scale.kernels.gemm_8bit import gemm_8bit
 from lsr_scale.kernels.hadamard import BLOCK
+from lsr_scale.kernels.quantize_rows import quantize_rows
 from lsr_scale.kernels.rms_norm_quantize import rms_norm_quantize
 from lsr_scale.layers.frozen_linear import (
     dequantize_fp8,
@@ -161,7 +161,7 @@ class EightBitGroup(LinearGroup):
         out = torch.empty(len(x.codes), self.out_features, dtype=matrix.ups.dtype, device=x.codes.device)
         bias, up = self.bias(out.dtype), None if x.xa is None else matrix.ups
         weight, scale = self._weight(out, transposed=False)
-        fp8_gemm(x.codes, x.scales, weight, scale, out, thin=x.xa, up=up, bias=bias)
+        gemm_8bit(x.codes, x.scales, weight, scale, out, thin=x.xa, up=up, bias=bias)
         if x.sample is not None:
             rows = _sample_rows(out)
             expected = (x.sample @ self._dequantized(out).t()).float()
@@ -206,7 +206,7 @@ class EightBitGroup(LinearGroup):
         out = torch.empty(len(grad.codes), self.in_features, dtype=matrix.ups.dtype, device=grad.codes.device)
         weight, scale = self._weight(out, transposed=True)
         down = None if grad.xa is None else matrix.downs
-        fp8_gemm(grad.codes, grad.scales, weight, scale, out, thin=grad.xa, down=down)
+        gemm_8bit(grad.codes, grad.scales, weight, scale, out, thin=grad.xa, down=down)
         if grad.sample is not None:
             rows = _sample_rows(out)
             expected = (grad.sample @ self._dequantized(out)).float()

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from lsr_scale.kernels.backend import is_fake, jit, row_max, row_sum, tl, triton, use_triton
 from lsr_scale.kernels.fp8 import E4M3, scale_of
-from lsr_scale.kernels.fp8_quantize import quantize_rows, quantize_rows_reference
+from lsr_scale.kernels.quantize_rows import quantize_rows, quantize_rows_reference
 
 
 def rms_norm_reference(

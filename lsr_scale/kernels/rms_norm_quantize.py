@@ -35,9 +35,9 @@ from torch import Tensor
 
 from lsr_scale.kernels.backend import is_fake, jit, row_max, row_sum, tl, triton, use_triton
 from lsr_scale.kernels.fp8 import E4M3, scale_of
-from lsr_scale.kernels.fp8_quantize import quantize_rows, quantize_rows_reference
 from lsr_scale.kernels.hadamard import BLOCK as HADAMARD_BLOCK
 from lsr_scale.kernels.hadamard import encode_int8, hadamard_tile, int8_scale_of, rotate_tile
+from lsr_scale.kernels.quantize_rows import quantize_rows, quantize_rows_reference
 from lsr_scale.kernels.rms_norm import add_counts, rms_norm_triton, row_and_head_strides
 
 

@@ -334,13 +334,13 @@ def test_the_gate_is_red_when_8_bits_are_less_exact_than_their_recipe(
     assert all({"loss", "output", "input gradient"} < row["errors"].keys() for row in rows)
     # the format's error, not bfloat16's
     assert all(4 * least > error > least for row in in_8_bits for error in row["errors"]["output"])
-    right = eight_bit_group.fp8_gemm
+    right = eight_bit_group.gemm_8bit
 
     def less_exact(codes, scales, weight, weight_scale, out, **options):
         right(codes, scales, weight, weight_scale, out, **options)
         out.mul_(1 + 0.1 * (-1) ** torch.arange(out.shape[1]))
 
-    monkeypatch.setattr(eight_bit_group, "fp8_gemm", less_exact)
+    monkeypatch.setattr(eight_bit_group, "gemm_8bit", less_exact)
     rows = parity.Parity(config).measure({})["parity"]
     assert all(bool(row["problems"]) == (row["compute"] == compute) for row in rows)
     assert "the simulation by" in rows[-1]["problems"][0]

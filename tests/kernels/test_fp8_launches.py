@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lsr_scale.kernels.fp8 import E4M3
-from lsr_scale.kernels.fp8_quantize import quantize_rows
+from lsr_scale.kernels.quantize_rows import quantize_rows
 from tests.kernels.checks import OnGpu, launched
 
 # compute capabilities by the KiB of shared memory that a program can have

@@ -1,10 +1,10 @@
-"""The FP8 GEMM: its kernel, interpreted, against the reference; the reference against float64; what it refuses."""
+"""The GEMM of 8-bit codes: its kernel, interpreted, against the reference; that against float64; what it refuses."""
 
 import pytest
 import torch
 
 from lsr_scale.kernels.fp8 import E4M3
-from lsr_scale.kernels.fp8_gemm import fp8_gemm, fp8_gemm_reference, fp8_gemm_triton
+from lsr_scale.kernels.gemm_8bit import gemm_8bit, gemm_8bit_reference, gemm_8bit_triton
 from tests.kernels.checks import error, poisoned
 
 # tiles that do not divide anything below, and small enough for the interpreter
@@ -32,10 +32,8 @@ def test_kernel_against_reference(other, with_bias, rank):
     given = {} if other is None else {"thin": extra["thin"], other: extra[other]}
     given |= {"bias": extra["bias"]} if with_bias else {}
     expected, found = (poisoned((37, 48), torch.float32) for _ in range(2))
-    fp8_gemm_reference(*base.values(), expected, **given)
-    # the interpreter multiplies bfloat16 wrongly, so the thin product is in float32 there
-    wide = {name: value.float() for name, value in given.items()}
-    fp8_gemm_triton(*base.values(), found, **wide, **TILES)
+    gemm_8bit_reference(*base.values(), expected, **given)
+    gemm_8bit_triton(*base.values(), found, **given, **TILES)
     assert error(found, expected) < 1e-6
 
 
@@ -49,9 +47,8 @@ def test_int8_codes_and_a_scale_for_each_row_of_the_weight(other):
     base["weight_scale"] = torch.rand(48)
     given = {} if other is None else {"thin": extra["thin"], other: extra[other]}
     expected, found = (poisoned((37, 48), torch.float32) for _ in range(2))
-    fp8_gemm_reference(*base.values(), expected, **given)
-    wide = {name: value.float() for name, value in given.items()}
-    fp8_gemm_triton(*base.values(), found, **wide, **TILES)
+    gemm_8bit_reference(*base.values(), expected, **given)
+    gemm_8bit_triton(*base.values(), found, **given, **TILES)
     assert error(found, expected) < 1e-6
     if other is None:
         assert expected[0, 1] == 127 * 127 * 1600 * base["scales"][0] * base["weight_scale"][1]
@@ -61,15 +58,15 @@ def test_tiles_of_two_parts():
     pytest.importorskip("triton")
     base, _ = operands(rows=20, columns=288)
     expected, found = (poisoned((20, 288), torch.float32) for _ in range(2))
-    fp8_gemm_reference(*base.values(), expected)
-    fp8_gemm_triton(*base.values(), found, **{**TILES, "block_n": 256})
+    gemm_8bit_reference(*base.values(), expected)
+    gemm_8bit_triton(*base.values(), found, **{**TILES, "block_n": 256})
     assert error(found, expected) < 1e-6
 
 
 def test_reference_against_float64():
     base, extra = operands()
     out = poisoned((37, 48), torch.bfloat16)
-    fp8_gemm(*base.values(), out, thin=extra["thin"], up=extra["up"], bias=extra["bias"])
+    gemm_8bit(*base.values(), out, thin=extra["thin"], up=extra["up"], bias=extra["bias"])
     rows = base["codes"].double() * base["scales"].double()[:, None]
     exact = rows @ (base["weight"].double() * 2.0**-9).t() + extra["thin"].double() @ extra["up"].double().t()
     assert error(out, exact + extra["bias"].double()) < 3e-3  # one rounding to bfloat16
@@ -80,7 +77,7 @@ def test_codes_that_are_not_numbers_make_their_row_so():
     base["codes"][3, 5] = float("nan")
     out = poisoned((37, 48), torch.bfloat16)
     out.zero_()
-    fp8_gemm(*base.values(), out)
+    gemm_8bit(*base.values(), out)
     assert out[3].isnan().all()
     assert out[:3].isfinite().all()
 
@@ -102,4 +99,4 @@ def test_codes_that_are_not_numbers_make_their_row_so():
 def test_refused(change, words):
     base, _ = operands()
     with pytest.raises(ValueError, match=words):
-        fp8_gemm_triton(**{**base, "out": poisoned((37, 48), torch.bfloat16), **change})
+        gemm_8bit_triton(**{**base, "out": poisoned((37, 48), torch.bfloat16), **change})

@@ -24,7 +24,7 @@ from lsr_scale.kernels.backend import is_fake, jit, multiprocessors, shared_memo
 from lsr_scale.kernels.fp8 import E4M3
 
 
-def fp8_gemm_reference(
+def gemm_8bit_reference(
     codes: Tensor,
     scales: Tensor,
     weight: Tensor,
@@ -36,7 +36,7 @@ def fp8_gemm_reference(
     down: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> None:
-    """Compute `fp8_gemm` in plain torch: e4m3 codes are summed in float32, int8 codes exactly."""
+    """Compute `gemm_8bit` in plain torch: e4m3 codes are summed in float32, int8 codes exactly."""
     wide = torch.float64 if codes.dtype == torch.int8 else torch.float32
     result = (codes.to(wide) @ weight.to(wide).t()).float() * scales[:, None] * weight_scale
     if thin is not None:
@@ -45,7 +45,7 @@ def fp8_gemm_reference(
 
 
 @jit
-def _fp8_gemm_kernel(
+def _gemm_8bit_kernel(
     a,
     b,
     scales,
@@ -113,7 +113,7 @@ def _fp8_gemm_kernel(
             out.store([row, column], acc.to(out.dtype))
 
 
-def fp8_gemm_triton(
+def gemm_8bit_triton(
     codes: Tensor,
     scales: Tensor,
     weight: Tensor,
@@ -131,7 +131,7 @@ def fp8_gemm_triton(
     num_warps: int = 8,
     num_stages: int = 3,
 ) -> None:
-    """Launch the kernel; the arguments are `fp8_gemm`'s, then these.
+    """Launch the kernel; the arguments are `gemm_8bit`'s, then these.
 
     `block_m`, `block_n`, `block_k`: a tile of the output and the depth of a step, by default what the GPU's shared
     memory has room for; `group` tiles of rows that are computed together; `num_stages` of software pipelining.
@@ -157,7 +157,7 @@ def fp8_gemm_triton(
         (out, [block_m, block_n // parts]),
     )
     a, b, thin_operand, other_operand, target = (_descriptor(x, block) for x, block in operands)
-    _fp8_gemm_kernel[(min(tiles, multiprocessors(codes)),)](
+    _gemm_8bit_kernel[(min(tiles, multiprocessors(codes)),)](
         a,
         b,
         scales,
@@ -234,7 +234,7 @@ def _check(
             )
 
 
-def fp8_gemm(
+def gemm_8bit(
     codes: Tensor,
     scales: Tensor,
     weight: Tensor,
@@ -246,9 +246,10 @@ def fp8_gemm(
     down: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> None:
-    """Write `(codes weight^T) scales weight_scale + thin up^T + bias` to `out`, summed in float32 and rounded once.
+    """Write `(codes weight^T) scales weight_scale + thin up^T + bias` to `out`, rounded once.
 
-    All matrices have a unit column stride and rows that begin at multiples of 16 bytes.
+    e4m3 codes are summed in float32, int8 codes exactly, all else in float32. All matrices have a unit column stride
+    and rows that begin at multiples of 16 bytes.
 
     Args:
         codes: e4m3 or int8 `[T, K]`.
@@ -266,5 +267,5 @@ def fp8_gemm(
     """
     if is_fake(codes):
         return
-    run = fp8_gemm_triton if use_triton(codes, torch.bfloat16) else fp8_gemm_reference
+    run = gemm_8bit_triton if use_triton(codes, torch.bfloat16) else gemm_8bit_reference
     run(codes, scales, weight, weight_scale, out, thin=thin, up=up, down=down, bias=bias)

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from lsr_scale.kernels.fp8 import E4M3
-from lsr_scale.kernels.fp8_quantize import quantize_rows, quantize_rows_reference, quantize_rows_triton
 from lsr_scale.kernels.hadamard import rotate_reference
+from lsr_scale.kernels.quantize_rows import quantize_rows, quantize_rows_reference, quantize_rows_triton
 from tests.kernels.checks import assert_close_to_float64, error, strided
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lsr_scale.errors import UserError
-from lsr_scale.fused.eight_bit_group import DIRECTIONS, EightBitState, eight_bit_shape_reason
+from lsr_scale.fused.eight_bit_group import DIRECTIONS, PRODUCTS, EightBitState, eight_bit_shape_reason
 from lsr_scale.fused.layer_state import GROUPS, layer_linears
 from lsr_scale.fused.linear_groups import LinearGroup
 from lsr_scale.fused.modules import FusedLayer
@@ -90,17 +90,20 @@ def reset_underflow_counts(model: nn.Module) -> None:
 
 
 def compute_errors(model: nn.Module) -> dict[str, float]:
-    """Return each group's relative error in 8 bits beside bfloat16, of its outputs or input gradients, the larger.
+    """Return each group's relative errors in 8 bits beside bfloat16.
 
     From the last training step after `fuse(..., compute="fp8", calibrate=True)`, on a sample of its rows. Nothing is
     compared after this call.
+
+    Returns:
+        By "layer.group.output" and "layer.group.gradient": of the group's output, and of its input's gradient. The
+        latter is missing where no gradient is computed: before the first linear that is adapted.
     """
-    errors = {}
+    errors: dict[str, Tensor] = {}
     for name, state in _states(model):
         state.calibrates = False
-        if state.errors:
-            errors[name] = torch.stack(list(state.errors.values())).max()
-            state.errors = {}
+        errors.update({f"{name}.{product}": state.errors[product] for product in PRODUCTS if product in state.errors})
+        state.errors = {}
     values = torch.stack(list(errors.values())).tolist() if errors else []
     return dict(zip(errors, values, strict=True))
 

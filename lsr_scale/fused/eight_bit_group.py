@@ -48,8 +48,9 @@ from lsr_scale.layers.frozen_linear import (
 
 # rows on which calibration compares a product with the one in bfloat16
 SAMPLE_ROWS = 512
-# what is counted and compared in each direction
+# what is counted, of X forward and of dY backward; what is compared, Y forward and dX backward
 DIRECTIONS = ("input", "gradient")
+PRODUCTS = ("output", "gradient")
 
 
 @dataclass
@@ -64,8 +65,8 @@ class EightBitState:
         key: What `scales` and `codes` hold for: see `LinearGroup.weights_key`.
         codes: The weight's codes, `[N, K]` and transposed `[K, N]`, where the layer caches weights.
         counts: By direction, int64 `[2]`: how many values underflowed, of how many; since the last reset.
-        errors: By direction, the relative error of Y and of dX at the last pass that compared: the root mean square of
-            the rows' `|y - y_bf16| / |y_bf16|`.
+        errors: By "output" and "gradient", the relative error of Y and of dX at the last pass that compared: the root
+            mean square of the rows' `|y - y_bf16| / |y_bf16|`.
     """
 
     forward: torch.dtype = E4M3
@@ -168,7 +169,7 @@ class EightBitGroup(LinearGroup):
             expected += 0.0 if bias is None else bias.float()
             if x.xa is not None:
                 expected += (x.xa[rows] @ matrix.ups.t()).float()
-            self.state.errors["input"] = _error(out[rows], expected)
+            self.state.errors["output"] = _error(out[rows], expected)
         return out
 
     def project(self, x: Tensor, matrix: EightBitPairs) -> tuple[Tensor, Tensor | None]:

@@ -203,19 +203,24 @@ def _figures(record: RunRecord, summary: RunSummary) -> Iterator[Drawn]:
 
 def _errors(record: RunRecord) -> Iterator[dict[str, str]]:
     """Yield what 8 bits change in each group of linears over the layers, and which layers keep it in bfloat16."""
-    errors = {str(name): error for name, error in record.compute_errors.get("errors", {}).items()}
+    of_groups: dict[str, dict[str, dict[str, float]]] = {}
+    for name, error in record.compute_errors.get("errors", {}).items():
+        if found := re.fullmatch(r"([0-9]+)\.(\w+)\.(output|gradient)", str(name)):
+            layer, group, product = found.groups()
+            finite = of_groups.setdefault(group, {"output": {}, "gradient": {}})[product]
+            if isinstance(error, int | float):
+                finite[layer] = error
     kept = [str(name) for name in record.compute_errors.get("kept", [])]
-    for group in dict.fromkeys(name.rpartition(".")[2] for name in errors):
-        of_layers = {name.rpartition(".")[0]: error for name, error in errors.items() if name.endswith(f".{group}")}
-        finite = {layer: error for layer, error in of_layers.items() if isinstance(error, int | float)}
-        worst = max(finite, key=lambda layer: finite[layer], default="")
-        yield {
+    for group, products in of_groups.items():
+        row = {
             "group": group,
-            "median": f"{100 * statistics.median(finite.values()):.1f} %" if finite else "",
-            "largest": f"{100 * finite[worst]:.1f} %" if finite else "",
-            "layer": worst,
             "kept": ", ".join(name.rpartition(".")[0] for name in kept if name.endswith(f".{group}")),
         }
+        for product, finite in products.items():
+            worst = max(finite, key=lambda layer: finite[layer], default="")
+            row[f"{product}_median"] = f"{100 * statistics.median(finite.values()):.1f} %" if finite else ""
+            row[f"{product}_largest"] = f"{100 * finite[worst]:.1f} % ({worst})" if finite else ""
+        yield row
 
 
 def _pictures(record: RunRecord) -> list[dict[str, str]]:

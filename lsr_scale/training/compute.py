@@ -1,10 +1,12 @@
 """`training.compute: fp8 | int8`: whether a run can, which groups of linears stay in bfloat16, the record of that.
 
 A group is named by its layer and its linears, such as `12.down` (`config.training.LINEAR_GROUPS`). By default
-(`training.keep_in_bf16: auto`) a run measures every group's error in its first step, keeps those in bfloat16 whose
-error exceeds `training.compute_tolerance`, and writes `compute.json` into its folder:
+(`training.keep_in_bf16: auto`) a run measures the errors of every group's output and input gradient in its first step,
+keeps those groups in bfloat16 where either exceeds `training.compute_tolerance`, and writes `compute.json` into its
+folder:
 
-    {"compute": "fp8", "tolerance": 0.1, "errors": {"0.qkv": 0.038, ...}, "kept": ["1.down"]}
+    {"compute": "fp8", "tolerance": 0.1, "errors": {"0.qkv.output": 0.036, "0.qkv.gradient": 0.038, ...},
+     "kept": ["1.down"]}
 
 A run that resumes decides by the errors in that file, so it computes as before; one whose `training.compute` was
 changed measures its own.
@@ -24,6 +26,7 @@ from lsr_scale.config import RunConfig
 from lsr_scale.config.training import LINEAR_GROUPS
 from lsr_scale.errors import UserError
 from lsr_scale.fused import fuse
+from lsr_scale.fused.eight_bit_group import PRODUCTS
 from lsr_scale.kernels.fp8 import fp8_fallback_reason
 from lsr_scale.model import DTYPES, load_config, meta_model
 from lsr_scale.run.folder import RunFolder
@@ -73,14 +76,20 @@ def check_compute(run: RunConfig) -> None:
             )
 
 
-def _place(name: str) -> tuple[int, int]:
-    layer, _, group = name.rpartition(".")
-    return int(layer), LINEAR_GROUPS.index(group)
+def _place(name: str) -> tuple[int, int, int]:
+    layer, group, product = name.split(".")
+    return int(layer), LINEAR_GROUPS.index(group), PRODUCTS.index(product)
 
 
 def above(errors: Mapping[str, float], tolerance: float) -> list[str]:
-    """Return the groups whose error exceeds the tolerance, or is not finite, in the order of the layers."""
-    return sorted((name for name, error in errors.items() if not error <= tolerance), key=_place)
+    """Return the groups with an error that exceeds the tolerance, or is not finite, in the order of the layers.
+
+    Args:
+        errors: Of outputs and input gradients, by names such as "12.down.output": what `fused.compute_errors` returns.
+        tolerance: The largest that is tolerated.
+    """
+    exceeding = sorted((name for name, error in errors.items() if not error <= tolerance), key=_place)
+    return list(dict.fromkeys(name.rpartition(".")[0] for name in exceeding))
 
 
 def write_errors(folder: RunFolder, compute: str, errors: Mapping[str, float], tolerance: float) -> None:

@@ -222,8 +222,10 @@ def test_int8_errs_less(ids):
     for compute in COMPUTES:
         lsr_scale.fuse(model, compute=compute, calibrate=True)
         step(model, ids)
-        errors[compute] = {name: float(state.errors["input"]) for name, state in eight_bit._states(model)}
-    assert all(errors["int8"][name] < error / 2 for name, error in errors["fp8"].items()), errors
+        errors[compute] = compute_errors(model)
+    for name, error in errors["fp8"].items():  # forward; input gradients are in e4m3 either way
+        halved = errors["int8"][name] < error / 2
+        assert halved == name.endswith(".output"), (name, errors)
 
 
 def test_groups_kept_in_bf16(ids):
@@ -273,7 +275,9 @@ def test_calibration(ids):
     lsr_scale.fuse(model, recompute="full", compute="fp8", calibrate=True)
     step(model, ids)
     errors = compute_errors(model)
-    assert list(errors) == ALL_GROUPS
+    # nothing before the first layer is trained
+    names = [f"{name}.{product}" for name in ALL_GROUPS for product in ("output", "gradient")]
+    assert list(errors) == [name for name in names if name != "0.qkv.gradient"]
     assert all(0.01 < error < 0.08 for error in errors.values()), errors
     step(model, ids)
     assert compute_errors(model) == {}, "compared once"
@@ -293,9 +297,7 @@ def test_calibration_finds_the_group_that_e4m3_does_not_suit(ids):
     lsr_scale.fuse(model, compute="fp8", calibrate=True)
     step(model, ids)
     errors = compute_errors(model)
-    assert max(errors, key=errors.__getitem__) == "1.gate_up"
-    assert errors["1.gate_up"] > 0.1
-    assert max(error for name, error in errors.items() if name != "1.gate_up") < 0.1
+    assert {name for name, error in errors.items() if error > 0.1} == {"1.gate_up.output"}
 
 
 @pytest.mark.parametrize("compute", COMPUTES)

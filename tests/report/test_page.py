@@ -229,16 +229,18 @@ def test_the_configuration_of_another_release_is_shown_whole(tmp_path):
 
 @pytest.mark.parametrize("compute", ["fp8", "int8"])
 def test_what_8_bits_changed_is_on_the_page(tmp_path, compute):
-    errors = {"0.qkv": 0.04, "1.qkv": 0.06, "0.down": 0.05, "1.down": 0.25, "2.down": None}
+    errors = {"0.qkv.output": 0.04, "1.qkv.output": 0.06, "1.qkv.gradient": 0.031, "1.down.output": 0.05}
+    errors |= {"0.down.gradient": 0.07, "1.down.gradient": 0.25, "2.down.gradient": None, "0.o": 0.5}
     metrics = [{"step": step, "loss": 2.0, "underflow_input_max": 0.01 * step} for step in range(1, 5)]
     run = write_run(tmp_path / "run", {"training": {"compute": compute}}, metrics=metrics)
     content = {"compute": compute, "tolerance": 0.1, "errors": errors, "kept": ["1.down", "2.down"]}
     (run / "compute.json").write_text(json.dumps(content))
     page = Reader(write_report(run, planned=False))
     assert f"held in nf4, multiplied in {compute}" in page.text
-    assert f"Relative error by {compute} of the outputs" in page.text
-    assert "qkv 5.0 % 6.0 % 1 none" in page.text
-    assert "down 15.0 % 25.0 % 1 1, 2" in page.text
+    assert f"Relative errors by {compute} of the outputs and input gradients" in page.text
+    assert "qkv 5.0 % 6.0 % (1) 3.1 % 3.1 % (1) none" in page.text
+    assert "down 5.0 % 5.0 % (1) 16.0 % 25.0 % (1) 1, 2" in page.text
+    assert "50.0 %" not in page.text, "no name of an error"
     assert "Underflow over the steps" in {attributes.get("aria-label") for _, attributes in page.tags}
     # errors of another format than the run's, and what is none
     for other in (json.dumps({**content, "compute": "bf16"}), '{"errors": [1], "kept": 3}'):

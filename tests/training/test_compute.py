@@ -15,7 +15,8 @@ from lsr_scale.training.compute import above, check_compute, read_errors, write_
 from tests.helpers.fp8 import pretend_fp8
 from tests.helpers.tiny_runs import do, labelled, save_classifier, save_llama, tiny_run, write_rows
 
-ERRORS = {"1.o": 0.2, "0.qkv": 0.04, "10.down": math.nan, "1.down": 0.1, "0.gate_up": 0.11}
+ERRORS = {"1.o.gradient": 0.2, "1.o.output": 0.3, "0.qkv.output": 0.04, "10.down.gradient": math.nan}
+ERRORS |= {"1.down.output": 0.1, "0.gate_up.gradient": 0.11, "0.gate_up.output": 0.01}
 
 
 @pytest.fixture(scope="module")
@@ -98,13 +99,16 @@ def test_errors_are_read_as_they_were_written(tmp_path):
     assert read_errors(folder.compute_errors, "int8") is None
     write_errors(folder, "int8", ERRORS, 0.1)
     found = read_errors(folder.compute_errors, "int8")
-    assert list(found) == ["0.qkv", "0.gate_up", "1.o", "1.down", "10.down"]
+    ordered = ["0.qkv.output", "0.gate_up.output", "0.gate_up.gradient", "1.o.output", "1.o.gradient"]
+    assert list(found) == [*ordered, "1.down.output", "10.down.gradient"]
     assert {name: str(error) for name, error in found.items()} == {name: str(error) for name, error in ERRORS.items()}
     assert json.loads(folder.compute_errors.read_text())["kept"] == above(ERRORS, 0.1)
     assert read_errors(folder.compute_errors, "fp8") is None, "int8's errors are not fp8's"
 
 
-@pytest.mark.parametrize("errors", ["", "{}", "[]", "3", '{"down": 1}', '{"1.x": 1}', "[1]", '{"1.down": "x"}'])
+@pytest.mark.parametrize(
+    "errors", ["", "{}", "[]", "3", '{"1.down": 1}', '{"1.x.output": 1}', "[1]", '{"1.down.output": "x"}']
+)
 def test_a_record_that_is_none_is_not_read(tmp_path, errors):
     file = tmp_path / "compute.json"
     file.write_text(f'{{"compute": "fp8", "errors": {errors}}}' if errors else "")

@@ -68,27 +68,27 @@ def test_groups_with_a_large_error_in_the_first_step_stay_in_bfloat16(fused, mak
     callback = make()
     begin(callback)
     assert (fused.kept, callback.measures) == ([], True)
-    fused.errors = {"0.qkv": 0.04, "0.down": 0.25, "1.down": 0.11}
+    fused.errors = {"0.qkv.output": 0.04, "0.down.gradient": 0.25, "1.down.output": 0.11, "1.down.gradient": 0.12}
     end_step(callback)
-    fused.errors = {"0.qkv": 0.9}
+    fused.errors = {"0.qkv.output": 0.9}
     end_step(callback)
     assert fused.kept == [["0.down", "1.down"]]
     assert said == [
-        "fp8: 2 of 3 groups of linears stay in bfloat16; the largest error is 0.down's, 0.25 "
-        "(training.compute_tolerance: 0.1)"
+        "fp8: 2 of 3 groups of linears stay in bfloat16; largest errors: 0.11 in 1.down's outputs, 0.25 in 0.down's "
+        "input gradients (training.compute_tolerance: 0.1)"
     ]
     assert json.loads((tmp_path / "compute.json").read_text()) == {
         "compute": "fp8",
         "tolerance": 0.1,
-        "errors": {"0.qkv": 0.04, "0.down": 0.25, "1.down": 0.11},
+        "errors": {**{"0.qkv.output": 0.04, "0.down.gradient": 0.25, "1.down.output": 0.11, "1.down.gradient": 0.12}},
         "kept": ["0.down", "1.down"],
     }
 
 
 def test_the_largest_error_that_any_process_found_decides(fused, make, monkeypatch):
-    other = {"0.qkv": 0.3, "0.down": 0.01, "1.down": math.nan}
+    other = {"0.qkv.output": 0.3, "0.down.output": 0.01, "1.down.output": math.nan}
     monkeypatch.setattr(distributed, "gather", lambda own: [*own, other])
-    fused.errors = {"0.qkv": 0.04, "0.down": 0.05, "1.down": 0.06}
+    fused.errors = {"0.qkv.output": 0.04, "0.down.output": 0.05, "1.down.output": 0.06}
     callback = make()
     for _ in range(2):
         end_step(callback)
@@ -97,7 +97,7 @@ def test_the_largest_error_that_any_process_found_decides(fused, make, monkeypat
 
 def test_the_main_process_alone_writes(fused, make, monkeypatch, tmp_path):
     monkeypatch.setattr(distributed, "is_main", lambda: False)
-    fused.errors = {"0.qkv": 0.04}
+    fused.errors = {"0.qkv.output": 0.04}
     end_step(make())
     assert fused.kept == [[]]
     assert not (tmp_path / "compute.json").exists()
@@ -105,10 +105,10 @@ def test_the_main_process_alone_writes(fused, make, monkeypatch, tmp_path):
 
 def test_a_first_step_that_is_not_finite_does_not_decide(fused, make, said):
     callback = make()
-    fused.errors = {"0.qkv": math.nan, "0.down": 0.02}
+    fused.errors = {"0.qkv.output": math.nan, "0.down.output": 0.02}
     end_step(callback)
     assert (fused.kept, said) == ([], [])
-    fused.errors = {"0.qkv": 0.03, "0.down": 0.02}
+    fused.errors = {"0.qkv.output": 0.03, "0.down.output": 0.02}
     end_step(callback)
     assert fused.kept == [[]]
     assert "0 of 2 groups" in said[0]
@@ -116,7 +116,7 @@ def test_a_first_step_that_is_not_finite_does_not_decide(fused, make, said):
 
 def test_what_is_not_finite_in_the_second_step_either_stays_in_bfloat16(fused, make, said):
     callback = make()
-    fused.errors = {"0.qkv": math.inf, "0.down": math.nan, "0.o": 0.02}
+    fused.errors = {"0.qkv.output": math.inf, "0.down.output": math.nan, "0.o.output": 0.02}
     end_step(callback)
     end_step(callback)
     assert fused.kept == [["0.qkv", "0.down"]]
@@ -124,10 +124,10 @@ def test_what_is_not_finite_in_the_second_step_either_stays_in_bfloat16(fused, m
 
 
 def test_a_run_that_resumes_decides_by_what_it_measured(fused, make, said, tmp_path):
-    callback = make(earlier={"0.qkv": 0.04, "0.down": 0.25})
+    callback = make(earlier={"0.qkv.output": 0.04, "0.down.output": 0.25})
     assert callback.measures is False
     begin(callback)
-    fused.errors = {"0.qkv": 0.9}
+    fused.errors = {"0.qkv.output": 0.9}
     end_step(callback)
     assert fused.kept == [["0.down"]]
     assert said[0].endswith("(training.compute_tolerance: 0.1), as measured when the run began")
@@ -135,14 +135,14 @@ def test_a_run_that_resumes_decides_by_what_it_measured(fused, make, said, tmp_p
 
 
 def test_a_tolerance_that_is_changed_as_a_run_resumes_counts(fused, make):
-    begin(make(earlier={"0.qkv": 0.04, "0.down": 0.25}, tolerance=0.3))
+    begin(make(earlier={"0.qkv.output": 0.04, "0.down.output": 0.25}, tolerance=0.3))
     assert fused.kept == [[]]
 
 
 def test_groups_that_the_run_names_are_not_decided_here(fused, make, said, tmp_path):
     callback = make(decides=False)
     begin(callback)
-    fused.errors = {"0.qkv": 0.9}
+    fused.errors = {"0.qkv.output": 0.9}
     end_step(callback)
     assert (fused.kept, said, list(tmp_path.iterdir())) == ([], [], [])
 

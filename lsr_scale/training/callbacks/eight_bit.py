@@ -33,14 +33,15 @@ WARN_SHARES = {torch.float8_e4m3fn: 0.5, torch.int8: 0.25}
 class EightBitCallback(TrainerCallback):
     """Keeps groups of linears in bfloat16 whose error is too large, logs shares of underflow, and warns of large ones.
 
-    A group (`12.down`) is the linears of a layer that read one input. With `training.keep_in_bf16: auto` its error is
-    measured in the first step, beside bfloat16; the largest that any process found counts, so all decide alike. A run
-    that resumes decides by what it measured when it began.
+    A group (`12.down`) is the linears of a layer that read one input. With `training.keep_in_bf16: auto` the errors of
+    its output and of its input gradient are measured in the first step, beside bfloat16, and the larger decides. The
+    largest that any process found counts, so all decide alike. A run that resumes decides by what it measured when it
+    began.
 
     Underflow is a value other than zero that has no code of its full precision: in e4m3 a subnormal one or zero, in
-    int8 zero. Its shares go into the logs, over all
-    processes, as the groups' median and maximum: `underflow_input_max` of activations,
-    `underflow_gradient_max` of output gradients. Goes before the callbacks that record the logs.
+    int8 zero. Its shares go into the logs, over all processes, as the groups' median and maximum:
+    `underflow_input_max` of activations, `underflow_gradient_max` of output gradients. Goes before the callbacks that
+    record the logs.
     """
 
     def __init__(
@@ -129,12 +130,18 @@ class EightBitCallback(TrainerCallback):
 
 
 def decision(errors: Mapping[str, float], tolerance: float) -> str:
-    """Return a line on how many groups stay in bfloat16, and which has the largest error."""
-    number = f"{len(above(errors, tolerance))} of {len(errors)} groups of linears stay in bfloat16"
-    if not errors:
+    """Return a line on how many groups stay in bfloat16, and where the largest errors are."""
+    groups = {name.rpartition(".")[0] for name in errors}
+    number = f"{len(above(errors, tolerance))} of {len(groups)} groups of linears stay in bfloat16"
+    largest = []
+    for product, what in (("output", "outputs"), ("gradient", "input gradients")):
+        names = [name for name in errors if name.endswith(f".{product}")]
+        if names:
+            worst = max(names, key=lambda name: _with_nan_last(errors[name]))
+            largest.append(f"{errors[worst]:.2g} in {worst.rpartition('.')[0]}'s {what}")
+    if not largest:
         return number
-    worst = max(errors, key=lambda name: _with_nan_last(errors[name]))
-    return f"{number}; the largest error is {worst}'s, {errors[worst]:.2g} (training.compute_tolerance: {tolerance:g})"
+    return f"{number}; largest errors: {', '.join(largest)} (training.compute_tolerance: {tolerance:g})"
 
 
 def _with_nan_last(error: float) -> float:
@@ -142,7 +149,7 @@ def _with_nan_last(error: float) -> float:
 
 
 def _largest(of_processes: list[dict[str, float]]) -> dict[str, float]:
-    """Return each group's largest error among the processes'; NaN where one has that."""
+    """Return the largest of the processes' errors by name; NaN where one has that."""
     names = dict.fromkeys(name for errors in of_processes for name in errors)
     found = {name: [errors[name] for errors in of_processes if name in errors] for name in names}
     return {name: max(values, key=_with_nan_last) for name, values in found.items()}

@@ -172,8 +172,8 @@ OWN_FIELDS: dict[str, tuple[Any, str]] = {
     "cuda_graphs": (
         Literal["auto", "on", "off"],
         "Replay training steps as CUDA graphs: 'on', 'off', or 'auto' (where the host would take longer to launch a "
-        "step than the GPU to compute it, which is so for small models). Needs fused layers, packing or padding_free, "
-        "no dropout, one process.",
+        "step than the GPU to compute it: with small models, and with compute: fp8 or int8 with 7B ones too). Needs "
+        "fused layers, packing or padding_free, no dropout, one process.",
     ),
     "memory": (
         Literal["auto", "save", "speed"],

@@ -1,9 +1,10 @@
-"""The forward and backward pass of a packed batch as CUDA graphs: for small models, whose steps are launch-bound.
+"""The forward and backward pass of a packed batch as CUDA graphs, for steps that wait for the host to launch them.
 
 The GPU does the work of a small model's step in a fraction of the time that the host takes to launch its thousands of
-kernels. A graph launches them at once. It needs static shapes and no synchronization, so a batch is padded to one of
-few shapes on the host (`static_batch`), and what depends on its content stays in tensors: boundaries of documents, and
-the positions that are supervised. There is one graph per shape; they share a memory pool, since one runs at a time.
+kernels; in 8 bits a 7B model's step, too, is done before it is launched. A graph launches them at once. It needs static
+shapes and no synchronization, so a batch is padded to one of few shapes on the host (`static_batch`), and what depends
+on its content stays in tensors: boundaries of documents, and the positions that are supervised. There is one graph per
+shape; they share a memory pool, since one runs at a time.
 """
 
 from collections import OrderedDict
@@ -128,8 +129,8 @@ class StepGraphs:
         state = [parameter.data_ptr() for parameter in self.parameters]
         state += [(layer.recompute, bool(layer.weight_cache), tuple(layer.eight_bit)) for layer in self.layers]
         if state != self.state:
-            self.captured.clear()
-            self.state, self.pool = state, None
+            self.clear()
+            self.state = state
         tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
         key = (batch["longest"], *(tensor.shape for tensor in tensors.values()))
         step = self.captured.get(key)
@@ -144,6 +145,11 @@ class StepGraphs:
         step.divisor.copy_(divisor) if isinstance(divisor, Tensor) else step.divisor.fill_(divisor)
         step.graph.replay()
         return step.loss.clone(), step.gradients
+
+    def clear(self) -> None:
+        """Drop all graphs, with the memory that they hold: the next batch of each shape is captured anew."""
+        self.captured.clear()
+        self.state = self.pool = None
 
     def add_to_grads(self, gradients: list[Tensor], accumulates: bool = False) -> None:
         """Add gradients to the parameters' `grad`.

@@ -2,6 +2,7 @@
 
 import json
 import math
+import weakref
 from typing import Any
 
 import pytest
@@ -221,6 +222,45 @@ def test_recorded_graphs_are_the_steps_themselves_and_nothing_is_decided_anew(tm
     assert by_step(found, "loss") == pytest.approx(by_step(plain, "loss"), rel=1e-4)
     for name, factor in factors(found).items():
         torch.testing.assert_close(factor, factors(plain)[name], rtol=1e-3, atol=1e-5)
+
+
+class Memory:
+    """Stands in for what a GPU's memory holds."""
+
+
+def test_the_eager_step_after_a_failed_capture_has_the_memory_of_the_graphs(tmp_path, monkeypatch, on_the_cpu):
+    held, seen, compute = weakref.WeakSet(), [], HeadLoss.compute_loss
+
+    def fails(self, batch, divisor):
+        activations = Memory()
+        self.captured[0] = Memory()
+        held.update((activations, self.captured[0]))
+        type(self).replays += 1
+        raise torch.OutOfMemoryError("no room for another graph")
+
+    def recording(self, *args, **kwargs):
+        seen.append(len(held))
+        return compute(self, *args, **kwargs)
+
+    monkeypatch.setattr(WithoutGraphs, "replay", fails)
+    monkeypatch.setattr(HeadLoss, "compute_loss", recording)
+    do(run_of_graphs(tmp_path, [20] * 4))
+    assert (WithoutGraphs.replays, seen) == (1, [0, 0, 0, 0])
+
+
+def test_the_graphs_memory_is_free_after_training(tmp_path, monkeypatch, recorded):
+    made, captured = [], []
+
+    def make(model):
+        made.append(StepGraphs(model))
+        return made[-1]
+
+    clear = StepGraphs.clear
+    monkeypatch.setattr(assembly, "StepGraphs", make)
+    monkeypatch.setattr(StepGraphs, "clear", lambda self: captured.append(len(self.captured)) or clear(self))
+    do(run_of_graphs(tmp_path, [20] * 4 + [33]))
+    assert captured == [0, 2], "before the first capture, and at the end"
+    assert not made[0].captured
 
 
 def test_a_capture_right_after_a_dropped_batch_is_of_the_batch_that_is_captured(tmp_path, monkeypatch, recorded):

@@ -24,6 +24,7 @@ from lsr_scale.config import RunConfig
 from lsr_scale.config.deepspeed import SHIPPED
 from lsr_scale.config.training import checkpoints_layers
 from lsr_scale.data.model_limits import num_positions
+from lsr_scale.errors import UserError
 from lsr_scale.fused import FuseReport, fuse, keep_in_bf16
 from lsr_scale.fused.fallback import DECODER_LAYERS
 from lsr_scale.fused.layer_state import Recompute
@@ -49,8 +50,8 @@ class Row:
 class Plan:
     """See the module's docstring for what is exact and what is not.
 
-    `compute` is the run's, "bf16", "fp8" or "int8"; groups that training.keep_in_bf16: auto would keep in bfloat16
-    are not known.
+    `compute` is what it was counted in: the run's, or "bf16" where 8 bits would be refused. Which groups
+    training.keep_in_bf16: auto would keep in bfloat16 is not known.
     `traced` is false where activations could not be counted: they come on top of every figure of memory.
     `sharded` is one GPU's memory under zero3 with checkpointing, in GiB by what it consists of.
     """
@@ -127,7 +128,9 @@ def plan(run: RunConfig, gpus: int = 1, trace: bool = True) -> Plan:
     stack = memory.layer_list(base)
     num_layers, hidden_size = len(stack[2]) if stack else 1, base.get_input_embeddings().weight.shape[1]
     traced = trace
-    steps = fused = _fused_step(run, config, batch) if trace else None
+    refusal = _refusal(run) if trace else None
+    compute = "bf16" if refusal else training["compute"]
+    steps = fused = _fused_step(run, config, batch, compute) if trace else None
     if not trace:
         steps = dict.fromkeys((False, True), memory.StepMemory(0, 0))
     elif steps is None:
@@ -136,9 +139,8 @@ def plan(run: RunConfig, gpus: int = 1, trace: bool = True) -> Plan:
         except memory.TraceError as error:
             traced, steps = False, dict.fromkeys((False, True), memory.StepMemory(0, 0))
             notes.append(f"activations and workspace come on top, they could not be counted for this model ({error})")
-    if training["compute"] != "bf16" and trace and fused is None:
-        compute = training["compute"]
-        notes.append(f"training.compute: {compute} is for fused layers, which these are not: the run would be refused")
+    if refusal:
+        notes.append(f"the run would be refused, and is planned in bf16: {refusal}")
     parts = RunMemory(frozen, trainable_bytes, steps, hidden_size, num_layers, gpus)
     stages = {**SHIPPED, "run": run.deepspeed.config or {}}
     table = [
@@ -164,7 +166,7 @@ def plan(run: RunConfig, gpus: int = 1, trace: bool = True) -> Plan:
         adapter_bytes=adapter_bytes,
         frozen_bytes=frozen.total,
         fused=fused is not None,
-        compute=training["compute"],
+        compute=compute,
         traced=traced,
         # one process runs without DeepSpeed
         memory_gib=parts.under(stages["run"] if gpus > 1 else {}, checkpoints_layers(training)),
@@ -200,7 +202,20 @@ def _adapted(run: RunConfig, base: Any) -> Any:
         return inject(base, run.adapter.method, run.adapter.options, run.model.task)
 
 
-def _fused_step(run: RunConfig, config: Any, batch: memory.Batch) -> dict[bool, memory.StepMemory] | None:
+def _refusal(run: RunConfig) -> str | None:
+    """Return why a run's model does not take the run's `training.compute`; None if it does."""
+    from lsr_scale.training.compute import check_layers
+
+    if run.training["compute"] == "bf16":
+        return None
+    try:
+        check_layers(run)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def _fused_step(run: RunConfig, config: Any, batch: memory.Batch, compute: Any) -> dict[bool, memory.StepMemory] | None:
     """Return the memory of a step whose layers all run fused, as on a GPU they would; None if they do not."""
     section = run.model
     if run.training["fused"] == "off" or section.attention not in ("auto", "sdpa"):
@@ -209,12 +224,12 @@ def _fused_step(run: RunConfig, config: Any, batch: memory.Batch) -> dict[bool, 
     if not any(type(module) in DECODER_LAYERS for module in base.modules()):
         return None
     model = _adapted(run, base).train()
-    training = run.training
-    kept = [] if training["keep_in_bf16"] == "auto" else training["keep_in_bf16"]
+    kept = [] if run.training["keep_in_bf16"] == "auto" else run.training["keep_in_bf16"]
 
     def prepare(recompute: Recompute) -> FuseReport:
-        report = fuse(model, recompute, compute=training["compute"])
-        keep_in_bf16(model, kept)
+        report = fuse(model, recompute, compute=compute)
+        if compute != "bf16":
+            keep_in_bf16(model, kept)
         return report
 
     report = prepare("none")

@@ -38,9 +38,7 @@ def check_compute(run: RunConfig) -> None:
     """Refuse a run with `training.compute: fp8` or `int8` where that cannot be; its weights are not needed for it.
 
     Raises:
-        UserError: if this machine has no FP8 (with int8, too, input gradients are in e4m3), no decoder layer of the
-            model can run fused with the run's adapter, no linear has sizes that 8 bits take, or
-            `training.keep_in_bf16` names a layer that the model does not have.
+        UserError: if this machine has no FP8 (with int8, too, input gradients are in e4m3), or as `check_layers` does.
     """
     compute = run.training["compute"]
     if compute == "bf16":
@@ -49,7 +47,17 @@ def check_compute(run: RunConfig) -> None:
     if reason is not None:
         needs = ", as input gradients are in e4m3 with int8 too" if compute == "int8" else ""
         raise UserError(f"training.compute: {compute} cannot be here: {reason}{needs}; {_OTHERWISE}")
-    section = run.model
+    check_layers(run)
+
+
+def check_layers(run: RunConfig) -> None:
+    """Refuse a run with `training.compute: fp8` or `int8` that its model cannot do on any machine.
+
+    Raises:
+        UserError: if no decoder layer of the model can run fused with the run's adapter, no linear has sizes that 8
+            bits take, or `training.keep_in_bf16` names a layer that the model does not have.
+    """
+    section, compute = run.model, run.training["compute"]
     config: Any = load_config(section.name, section.revision)
     labels = section.num_labels or len(section.labels or ()) or None
     base = meta_model(config, section.task, labels, DTYPES[section.dtype])

@@ -14,6 +14,7 @@ from lsr_scale.cli import main
 from lsr_scale.config import run_from_dict
 from lsr_scale.errors import UserError
 from lsr_scale.planning import fit, memory, plan, render
+from tests.helpers.tiny_runs import save_llama
 
 PARTS = ("weights", "gradients", "optimizer", "activations", "workspace")
 MISTRAL = "mistralai/Mistral-7B-v0.1"
@@ -316,7 +317,26 @@ def test_a_plan_says_where_8_bits_would_be_refused(compute):
     adapter = {name: adapter[name] for name in ("method", "target_modules")}
     result = plan(run("HuggingFaceTB/SmolLM2-135M", adapter, {"compute": compute}))
     assert any(f"compute: {compute} is for fused" in line and "would be refused" in line for line in result.warnings)
+    assert result.compute == "bf16"
     assert not any("refused" in line for line in plan(run("HuggingFaceTB/SmolLM2-135M", adapter)).warnings)
+    training = {"compute": compute, "keep_in_bf16": ["99.down"]}
+    result = plan(run(MISTRAL, LSR, training))
+    assert any("refused" in line and "keep_in_bf16: 99.down: " in line for line in result.warnings)
+    assert plan(run(MISTRAL, LSR, {**training, "compute": "bf16"})).warnings == [], "as training, which ignores it"
+
+
+def test_a_plan_says_where_no_linear_has_the_size_for_8_bits(tmp_path):
+    name = str(save_llama(tmp_path / "narrow", hidden_size=48, intermediate_size=80))
+    of_computes = {compute: plan(run(name, LSR, {"compute": compute})).warnings for compute in ("bf16", "fp8", "int8")}
+    (line,) = set(of_computes["int8"]) - set(of_computes["bf16"])
+    assert "would be refused" in line
+    assert "48 inputs, no multiple of 64" in line
+    assert of_computes["fp8"] == of_computes["bf16"]
+
+
+def test_a_plan_in_8_bits_with_another_attention_is_not_said_to_be_refused():
+    found = plan(run(MISTRAL, LSR, {"compute": "fp8"}, attention="flash_attention_2"))
+    assert (found.warnings, found.compute) == ([], "fp8")
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "x", "inf", "nan"])

@@ -96,11 +96,13 @@ def _gemm_8bit_kernel(
             acc *= tl.load(weight_scale + columns, mask=columns < num_columns, other=0.0)[None, :]
         else:
             acc *= tl.load(weight_scale)
-        for r in tl.static_range(0, R, BLOCK_R):
-            if OTHER_IS_UP:
-                acc = tl.dot(thin.load([row, r]), other.load([column, r]).T, acc)
-            else:
-                acc = tl.dot(thin.load([row, r]), other.load([r, column]), acc)
+        if R:
+            # no static_range: what the loop over tiles would prefetch of each step does not fit beside the codes
+            for r in tl.range(0, R, BLOCK_R, num_stages=1):
+                if OTHER_IS_UP:
+                    acc = tl.dot(thin.load([row, r]), other.load([column, r]).T, acc)
+                else:
+                    acc = tl.dot(thin.load([row, r]), other.load([r, column]), acc)
         if HAS_BIAS:
             acc += tl.load(bias + columns, mask=columns < num_columns, other=0.0).to(tl.float32)[None, :]
         if PARTS == 2:

@@ -48,12 +48,11 @@ def ids():
     return torch.randint(1, 96, (3, 19), generator=torch.Generator().manual_seed(1))
 
 
-def adapted(method="lsr", kind=None, **sizes):
+def adapted(method="lsr", kind=None, rank=None, targets=SEVEN_LINEARS, **sizes):
     base = tiny_llama(torch.bfloat16, **{**SIZES, **sizes})
     base = quantize(base, kind) if kind else base
-    values = {"target_modules": SEVEN_LINEARS, **METHODS[method]}
-    model = randomize(get_peft_model(base, peft_config(method, values, "CAUSAL_LM")), scale=0.1).train()
-    return model
+    values = {"target_modules": targets, **METHODS[method]} | ({"rank": rank} if rank else {})
+    return randomize(get_peft_model(base, peft_config(method, values, "CAUSAL_LM")), scale=0.1).train()
 
 
 def step(model, ids, **inputs):
@@ -106,7 +105,7 @@ def simulate(model, compute):
     for quantized in (True, False):
         wide = copy.deepcopy(model).double()
         for name, module in list(wide.named_modules()):
-            if not name.endswith("_proj") or not hasattr(module, "base_layer"):
+            if not name.endswith("_proj"):
                 continue
             base = base_layer(module)
             weight = dequantize(base_layer(model.get_submodule(name)), torch.bfloat16).double()
@@ -114,7 +113,10 @@ def simulate(model, compute):
             if quantized:
                 plain.forward = lambda x, weight=weight: Simulated.apply(x, weight, compute)
             plain.weight = nn.Parameter(weight, requires_grad=False)
-            module.base_layer = plain
+            if base is module:
+                wide.set_submodule(name, plain)
+            else:
+                module.base_layer = plain
         copies.append(wide)
     return copies
 
@@ -144,6 +146,29 @@ def test_errors_beside_a_simulation(compute, method, kind, ids):
     del found["loss"], allowed["loss"], expected["loss"], plain["loss"]
     errors = [relative(flat(one), flat(expected)) for one in (found, allowed, plain)]
     assert 0.005 < errors[0] < 1.5 * (errors[1] + errors[2]), errors
+
+
+@pytest.mark.parametrize("targets", [["q_proj"], ["v_proj", "up_proj"], ["gate_proj", "o_proj"], ["down_proj"]])
+@pytest.mark.parametrize("compute", COMPUTES)
+def test_linears_without_adapters(compute, targets, ids):
+    model = adapted("lora", "nf4", targets=targets)
+    simulated, exact = simulate(model, compute)
+    expected, allowed = step(exact, ids), step(simulated, ids)
+    lsr_scale.fuse(model)
+    plain = step(model, ids)
+    lsr_scale.fuse(model, compute=compute)
+    found = step(model, ids)
+    errors = [relative(flat(one), flat(expected)) for one in (found, allowed, plain)]
+    assert errors[0] < 1.5 * (errors[1] + errors[2]), errors
+
+
+def test_adapters_of_many_columns(ids):
+    model = adapted("lora", "nf4", rank=48)
+    lsr_scale.fuse(model)
+    plain = step(model, ids)
+    lsr_scale.fuse(model, compute="int8", calibrate=True)
+    assert relative(step(model, ids)["loss"], plain["loss"]) < 0.01
+    assert max(compute_errors(model).values()) < 0.06
 
 
 def test_it_is_not_bf16(ids):

@@ -55,6 +55,17 @@ def test_errors_beside_a_simulation(compute, method, recompute, rows):
 
 
 @pytest.mark.parametrize("compute", COMPUTES)
+def test_adapters_of_many_columns(compute):
+    model = adapted("lora", "nf4", rank=40, **ODD).cuda()
+    ids, _ = inputs("plain")
+    lsr_scale.fuse(model)
+    plain = step(model, ids)
+    lsr_scale.fuse(model, compute=compute, calibrate=True)
+    assert abs(float(step(model, ids)["loss"] - plain["loss"])) < 0.05
+    assert max(compute_errors(model).values()) < 0.06
+
+
+@pytest.mark.parametrize("compute", COMPUTES)
 def test_graphs_replay_what_eager_steps_do(compute):
     model = adapted("lora", "nf4", **ODD).cuda()
     lsr_scale.fuse(model, compute=compute)

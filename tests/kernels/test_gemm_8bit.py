@@ -25,7 +25,7 @@ def operands(rows=37, depth=80, columns=48, rank=16):
 
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("other", [None, "up", "down"])
-@pytest.mark.parametrize("rank", [16, 48, 64])
+@pytest.mark.parametrize("rank", [16, 48, 64, 128])
 def test_kernel_against_reference(other, with_bias, rank):
     pytest.importorskip("triton")
     base, extra = operands(rank=rank)

@@ -1,12 +1,13 @@
-"""Every FP8 kernel, compiled as it is launched, fits into the shared memory of every GPU that has e4m3.
+"""The GEMM and the quantization of rows, compiled as they are launched, fit into the shared memory of every GPU.
 
-Those of int8 fit into that of GPUs without it, too.
+Of every one that has e4m3; in int8, of those without it too. Other kernels of 8 bits have such a test of their own.
 """
 
 import pytest
 import torch
 
 from lsr_scale.kernels.fp8 import E4M3
+from lsr_scale.kernels.gemm_8bit import gemm_8bit
 from lsr_scale.kernels.quantize_rows import quantize_rows
 from tests.kernels.checks import OnGpu, launched
 
@@ -23,6 +24,28 @@ def check(scenario, *arguments, kernels, room, capabilities=ROOM):
     assert {capability for _, capability, _ in launches} == set(capabilities[room])
     too_much = [(name, f"sm_{capability}", used / 1024) for name, capability, used in launches if used > room * 1024]
     assert not too_much, f"more than {room} KiB: {too_much}"
+
+
+def multiplied(columns, tokens, dtype=E4M3):
+    """Multiply as two layers' linears do, forward and backward, with adapters of so many columns."""
+    empty = OnGpu.empty
+    for depth, width in ((576, 1536), (4096, 6144)):
+        codes, weight = empty(tokens, depth, dtype=dtype), empty(width, depth, dtype=dtype)
+        scales, out = empty(tokens, dtype=torch.float32), empty(tokens, width)
+        weight_scale = empty(width if dtype == torch.int8 else 1, dtype=torch.float32)
+        gemm_8bit(codes, scales, weight, weight_scale, out, bias=empty(width))
+        thin = empty(tokens, columns)
+        gemm_8bit(codes, scales, weight, weight_scale, out, thin=thin, up=empty(width, columns))
+        gemm_8bit(codes, scales, weight, weight_scale, out, thin=thin, down=empty(columns, width))
+
+
+@pytest.mark.parametrize(
+    ("room", "dtype"), [(99, E4M3), (227, E4M3), (99, torch.int8), (163, torch.int8), (227, torch.int8)]
+)
+@pytest.mark.parametrize("columns", [64, 192])
+def test_products(columns, room, dtype):
+    capabilities = INT8_ROOM if dtype == torch.int8 else ROOM
+    check(multiplied, columns, TOKENS, dtype, kernels={"_gemm_8bit_kernel"}, room=room, capabilities=capabilities)
 
 
 def quantized(columns, tokens, dtype=E4M3):

@@ -126,8 +126,7 @@ class StepGraphs:
             batch: What `static_batch` made, on the GPU.
             divisor: What the summed loss is divided by.
         """
-        state = [parameter.data_ptr() for parameter in self.parameters]
-        state += [(layer.recompute, bool(layer.weight_cache), tuple(layer.eight_bit)) for layer in self.layers]
+        state = self._state()
         if state != self.state:
             self.clear()
             self.state = state
@@ -136,6 +135,11 @@ class StepGraphs:
         step = self.captured.get(key)
         if step is None:
             step = self._capture(batch)
+            made = self._state()
+            if made != self.state:
+                # what the capture's pass made is kept for others to read; earlier graphs read what it replaced
+                self.captured.clear()
+                self.state = made
             if len(self.captured) >= self.max_graphs:
                 self.captured.popitem(last=False)
             self.captured[key] = step
@@ -168,6 +172,14 @@ class StepGraphs:
         if first:
             for parameter, gradient in zip(self.parameters, gradients, strict=True):
                 parameter.grad = gradient
+
+    def _state(self) -> list[Any]:
+        """Return what graphs hold for, beside the shapes of a batch."""
+        state: list[Any] = [parameter.data_ptr() for parameter in self.parameters]
+        for layer in self.layers:
+            groups = [(name, group.captured()) for name, group in layer.eight_bit.items()]
+            state.append((layer.recompute, bool(layer.weight_cache), groups))
+        return state
 
     def _capture(self, batch: Batch) -> _CapturedStep:
         static = {name: value.clone() if isinstance(value, Tensor) else value for name, value in batch.items()}

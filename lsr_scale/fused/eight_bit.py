@@ -92,8 +92,8 @@ def reset_underflow_counts(model: nn.Module) -> None:
 def compute_errors(model: nn.Module) -> dict[str, float]:
     """Return each group's relative errors in 8 bits beside bfloat16.
 
-    From the last training step after `fuse(..., compute="fp8", calibrate=True)`, on a sample of its rows. Nothing is
-    compared after this call.
+    From the last training step after `fuse(..., compute="int8", calibrate=True)`, or "fp8", on a sample of its rows.
+    Nothing is compared after this call.
 
     Returns:
         By "layer.group.output" and "layer.group.gradient": of the group's output, and of its input's gradient. The
@@ -121,6 +121,7 @@ def keep_in_bf16(model: nn.Module, names: Iterable[str]) -> None:
         UserError: for a name that no group has.
     """
     layers = {str(_index(layer)): layer for layer in model.modules() if isinstance(layer, FusedLayer)}
+    names = list(names)
     for name in names:
         index, _, group = name.rpartition(".")
         if group not in GROUPS or (index and index not in layers):
@@ -128,6 +129,8 @@ def keep_in_bf16(model: nn.Module, names: Iterable[str]) -> None:
                 f"{name!r} is no group of linears: expected one of {', '.join(GROUPS)}, alone or after a layer's "
                 f"number (0 to {len(layers) - 1}), as in 12.down"
             )
+    for name in names:
+        index, _, group = name.rpartition(".")
         for layer in [layers[index]] if index else layers.values():
             layer.eight_bit = {key: state for key, state in layer.eight_bit.items() if key != group}
 

@@ -77,6 +77,15 @@ class EightBitState:
     counts: dict[str, Tensor] = field(default_factory=dict)
     errors: dict[str, Tensor] = field(default_factory=dict)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy or a pickle holds: not what is made of the weights, which torch cannot unpickle either."""
+        return {**vars(self), "scales": {}, "codes": {}, "key": None}
+
+    def captured(self) -> tuple[Any, ...]:
+        """Return what a CUDA graph of the group's products holds for: formats, and where it reads and counts."""
+        kept = (*self.scales.values(), *self.codes.values(), *self.counts.values())
+        return self.forward, self.calibrates, *(tensor.data_ptr() for tensor in kept)
+
 
 class EightBitPairs(NamedTuple):
     """A group's pairs in the dtype of its input; the weight's codes are made when a product needs them."""
@@ -242,7 +251,9 @@ class EightBitGroup(LinearGroup):
     def _counts(self, direction: str, like: Tensor) -> Tensor:
         counts = self.state.counts.get(direction)
         if counts is None or counts.device != like.device:
-            counts = self.state.counts[direction] = torch.zeros(2, dtype=torch.int64, device=like.device)
+            # they are added to in other passes too, so they are no inference tensors
+            with torch.inference_mode(False):
+                counts = self.state.counts[direction] = torch.zeros(2, dtype=torch.int64, device=like.device)
         return counts
 
     def _weight(self, like: Tensor, transposed: bool) -> tuple[Tensor, Tensor]:
@@ -258,7 +269,7 @@ class EightBitGroup(LinearGroup):
         scales, codes = state.scales[transposed], state.codes.get(transposed)
         if codes is None:
             shape = self.out_features, self.in_features
-            dtype = state.forward if not transposed else E4M3
+            dtype = E4M3 if transposed else state.forward
             codes = torch.empty(shape[::-1] if transposed else shape, dtype=dtype, device=like.device)
             for index, base in enumerate(self.base_layers):
                 rows = self.rows(index)

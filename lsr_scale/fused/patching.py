@@ -131,6 +131,8 @@ def fuse(
                 report.fused_linears += 1
         if isinstance(module, FusedLayer):
             module.recompute, module.sizes, module.eight_bit = recompute, None, {}
+            # no cached matrix is used in 8 bits: let none stay from before
+            set_weight_cache(module, cache_weights and compute == "bf16")
             set_weight_cache(module, cache_weights)
             reason = layer_fallback_reason(module)
             if reason:
@@ -152,9 +154,12 @@ def fuse(
 
 
 def set_weight_cache(layer: Any, enabled: bool) -> None:
-    """Have a fused decoder layer cache its dequantized weights from its next forward on, or no longer."""
+    """Have a fused decoder layer cache its dequantized weights from its next forward on, or free them now."""
     if bool(layer.weight_cache) != enabled:
         layer.weight_cache = {name: CachedMatrix() for name in GROUPS} if enabled else {}
+    if not enabled:
+        for state in layer.eight_bit.values():
+            state.codes = {}
 
 
 def unfuse(model: nn.Module) -> None:

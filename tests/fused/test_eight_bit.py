@@ -1,6 +1,7 @@
 """Training with the base's products in 8 bits: its error beside a plain simulation of it, and everything around it."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import lsr_scale
 from lsr_scale.adapters import peft_config
 from lsr_scale.errors import UserError
 from lsr_scale.fused import (
+    clear_weight_cache,
     compute_errors,
     eight_bit,
     eight_bit_groups,
@@ -19,12 +21,14 @@ from lsr_scale.fused import (
     reset_underflow_counts,
     underflow_counts,
 )
+from lsr_scale.fused.cuda_graphs import StepGraphs, static_batch, static_loss
 from lsr_scale.fused.layer_state import GROUPS
 from lsr_scale.fused.linear_groups import base_layer
 from lsr_scale.kernels.fp8 import encode_reference, power_of_two_scale
 from lsr_scale.kernels.hadamard import encode_int8_reference, int8_scale, rotate_reference
 from lsr_scale.layers.frozen_linear import dequantize
 from tests.conftest import SEVEN_LINEARS, TINY_SIZES, quantize, randomize, tiny_llama
+from tests.helpers import recorded_graphs
 
 METHODS = {
     "lsr": {"rank": 4, "separation_rank": 2},
@@ -212,6 +216,32 @@ def test_an_evaluation_is_in_bfloat16_and_caches_nothing(ids):
     assert all(cache.matrix is None for layer in layers for cache in layer.weight_cache.values())
 
 
+def test_what_is_cached_is_freed(ids):
+    model = adapted(kind="nf4")
+    layers = model.get_base_model().model.layers
+    lsr_scale.fuse(model, cache_weights=True)
+    step(model, ids)
+    assert all(cache.matrix is not None for layer in layers for cache in layer.weight_cache.values())
+    lsr_scale.fuse(model, compute="fp8", cache_weights=True)
+    step(model, ids)
+    assert all(cache.matrix is None for layer in layers for cache in layer.weight_cache.values())
+    assert all(state.codes for layer in layers for state in layer.eight_bit.values())
+    clear_weight_cache(model)
+    assert not any(state.codes for layer in layers for state in layer.eight_bit.values())
+
+
+@pytest.mark.parametrize("compute", COMPUTES)
+def test_trains_after_a_forward_in_inference_mode(compute, ids):
+    model = adapted(kind="nf4")
+    lsr_scale.fuse(model, compute=compute, cache_weights=True)
+    expected = step(model, ids)
+    lsr_scale.fuse(model, compute=compute, cache_weights=True)
+    with torch.inference_mode():
+        model(input_ids=ids, use_cache=False)
+    reset_underflow_counts(model)
+    assert_equal(step(model, ids), expected)
+
+
 @pytest.mark.parametrize("compute", COMPUTES)
 def test_a_changed_weight_is_quantized_anew(compute, ids):
     model = adapted("lora")
@@ -259,7 +289,11 @@ def test_groups_kept_in_bf16(ids):
     expected = step(model, ids)
     lsr_scale.fuse(model, compute="fp8")
     keep_in_bf16(model, ["1.down", "qkv"])
-    assert eight_bit_groups(model) == ["0.o", "0.gate_up", "0.down", "1.o", "1.gate_up"]
+    some = ["0.o", "0.gate_up", "0.down", "1.o", "1.gate_up"]
+    assert eight_bit_groups(model) == some
+    with pytest.raises(UserError, match="no group of linears"):
+        keep_in_bf16(model, ["o", "none"])
+    assert eight_bit_groups(model) == some, "all or none"
     assert relative(step(model, ids)["loss"], expected["loss"]) > 0
     keep_in_bf16(model, ["o", "gate_up", "down"])
     assert not eight_bit_groups(model)
@@ -267,6 +301,45 @@ def test_groups_kept_in_bf16(ids):
     for name in ("2.down", "down_proj", "x.qkv", ""):
         with pytest.raises(UserError, match="no group of linears"):
             keep_in_bf16(model, [name])
+
+
+def test_groups_go_to_bf16_between_forward_and_backward(ids):
+    model = adapted(kind="nf4")
+    lsr_scale.fuse(model, compute="int8", recompute="full")
+    expected = step(model, ids)
+    model.zero_grad()
+    loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+    keep_in_bf16(model, GROUPS)
+    loss.backward()
+    del expected["loss"]
+    assert_equal({name: p.grad.double() for name, p in model.named_parameters() if p.grad is not None}, expected)
+
+
+def test_graphs_are_captured_again_for_another_format(ids, monkeypatch):
+    recorded_graphs.stand_in(monkeypatch)
+    model = adapted("lora", "nf4")
+    graphs = StepGraphs(model.get_base_model())
+    positions = torch.arange(19).repeat(3)[None]
+    labels = ids.view(1, -1).masked_fill(positions == 0, -100)
+    batch = static_batch(ids.view(1, -1), labels, positions, longest=19)
+    # fused a second time, too: what the graph reads is freed then
+    for compute, captures in (("fp8", 1), (None, 1), ("int8", 2), (None, 2), ("int8", 3)):
+        if compute:
+            lsr_scale.fuse(model, compute=compute)
+        loss, gradients = graphs.replay(batch, 7.0)
+        expected = static_loss(model.get_base_model(), batch) / 7
+        assert torch.equal(loss, expected.detach())
+        for found, gradient in zip(gradients, torch.autograd.grad(expected, graphs.parameters), strict=True):
+            assert torch.equal(found, gradient)
+        assert recorded_graphs.RecordedGraph.made == captures
+
+
+def test_copies_and_pickles_compute_the_same(ids):
+    model = adapted()
+    lsr_scale.fuse(model, compute="int8", cache_weights=True)
+    expected = step(model, ids)
+    assert_equal(step(copy.deepcopy(model), ids), expected)
+    assert_equal(step(pickle.loads(pickle.dumps(model)), ids), expected)
 
 
 def test_underflow_is_counted(ids):

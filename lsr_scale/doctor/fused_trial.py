@@ -104,11 +104,14 @@ def try_eight_bits(device: torch.device, trial: Trial, compute: str) -> Finding:
     if reason is not None:
         is_bad = compute != "bf16"
         return Finding("fast paths", name, f"no: {reason}", "bad" if is_bad else "ok", remedy if is_bad else "")
-    found: dict[tuple[Status, str], list[str]] = {}
+    statuses: list[Status] = []
+    found: dict[str, list[str]] = {}
     for one in RECIPES:
-        found.setdefault(_try_recipe(device, trial, one, one == compute), []).append(one)
-    text = "; ".join(f"{', '.join(names)} {words}" for (_, words), names in found.items())
-    status: Status = max((status for status, _ in found), key=lambda one: get_args(Status).index(one))
+        status, words = _try_recipe(device, trial, one, one == compute)
+        statuses.append(status)
+        found.setdefault(words, []).append(one)
+    text = "; ".join(f"{', '.join(names)} {words}" for words, names in found.items())
+    status = max(statuses, key=lambda one: get_args(Status).index(one))
     return Finding("fast paths", name, f"{trial.description}: {text}", status, remedy if status == "bad" else "")
 
 

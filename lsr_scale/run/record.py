@@ -159,11 +159,16 @@ def read_run(path: str | Path) -> RunRecord:
 
 
 def _compute_errors(content: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
-    """Return what `compute.json` says, where it says it of what the run's configuration computes in."""
+    """Return what `compute.json` says, where it holds for the run's configuration: a run may have resumed with another.
+
+    It does not for another `compute`, nor where `keep_in_bf16` names the groups.
+    """
     is_one = isinstance(content.get("errors"), dict) and isinstance(content.get("kept"), list)
     training = config.get("training")
-    compute = training.get("compute") if isinstance(training, dict) else None
-    return content if is_one and compute and content.get("compute") == compute else {}
+    if not is_one or not isinstance(training, dict) or training.get("keep_in_bf16", "auto") != "auto":
+        return {}
+    compute = training.get("compute")
+    return content if compute and content.get("compute") == compute else {}
 
 
 def flat(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -246,3 +246,7 @@ def test_what_8_bits_changed_is_on_the_page(tmp_path, compute):
     for other in (json.dumps({**content, "compute": "bf16"}), '{"errors": [1], "kept": 3}'):
         (run / "compute.json").write_text(other)
         assert "kept in bfloat16" not in Reader(write_report(run, planned=False)).text
+    # a run that resumed with names of its own, which hold in place of what was measured
+    named = write_run(tmp_path / "named", {"training": {"compute": compute, "keep_in_bf16": ["o"]}}, metrics=metrics)
+    (named / "compute.json").write_text(json.dumps(content))
+    assert "kept in bfloat16" not in Reader(write_report(named, planned=False)).text

@@ -61,7 +61,10 @@ def backward(
     codes: dict[str, Tensor],
     needs_d_x: bool,
 ) -> tuple[Tensor | None, list[PairGradients]]:
-    """Return dx, and the gradients of the pairs of q, k, v, o; `codes` are those of dm, see `mlp_block.backward`."""
+    """Return dx, and the gradients of the pairs of q, k, v, o.
+
+    `codes` are those of dm, see `mlp_block.backward`; they are taken out and freed.
+    """
     tokens, width = saved["x"].shape
     o, qkv = layer.o, layer.qkv
     o_matrix = pop_or_dequantize(matrices, "o", o, d_middle)
@@ -73,6 +76,7 @@ def backward(
     gradient, _ = o.gradient_input(d_middle, o_matrix, codes=codes)
     d_attended = o.input_gradient(gradient, o_matrix)
     del gradient, o_matrix
+    codes.clear()  # the caller has them too
 
     q, k, v = _qkv_heads(layer, saved, positions.batch)
     statistics = tuple(saved[f"attention_{index}"] for index in range(3) if f"attention_{index}" in saved)

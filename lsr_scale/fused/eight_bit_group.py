@@ -62,7 +62,8 @@ class EightBitState:
         calibrates: Whether its products are compared with those in bfloat16, see `errors`.
         scales: By whether the weight is transposed, as in the backward pass, what its codes are multiplied by, float32:
             `[1]`, or of int8 `[N]`; made with the first pass.
-        key: What `scales` and `codes` hold for: see `LinearGroup.weights_key`.
+        key: What `scales` and `codes` hold for: see `LinearGroup.weights_key`. Where that is None there are no `codes`,
+            and `scales` stay: a weight that grows after the first pass saturates.
         codes: The weight's codes, `[N, K]` and transposed `[K, N]`, where the layer caches weights.
         counts: By direction, int64 `[2]`: how many values underflowed, of how many; since the last reset.
         errors: By "output" and "gradient", the relative error of Y and of dX at the last pass that compared: the root

@@ -1,6 +1,7 @@
 """Training with the base's products in 8 bits: its error beside a plain simulation of it, and everything around it."""
 
 import copy
+import gc
 import pickle
 
 import pytest
@@ -13,6 +14,7 @@ import lsr_scale
 from lsr_scale.adapters import peft_config
 from lsr_scale.errors import UserError
 from lsr_scale.fused import (
+    attention_block,
     clear_weight_cache,
     compute_errors,
     eight_bit,
@@ -228,6 +230,26 @@ def test_what_is_cached_is_freed(ids):
     assert all(state.codes for layer in layers for state in layer.eight_bit.values())
     clear_weight_cache(model)
     assert not any(state.codes for layer in layers for state in layer.eight_bit.values())
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_codes_are_freed_before_the_gradient_of_attention(recompute, ids, monkeypatch):
+    model = adapted(kind="nf4")
+    lsr_scale.fuse(model, recompute=recompute, compute="fp8")
+    right, alive = attention_block.attention_backward, []
+
+    def count():
+        gc.collect()
+        return sum(type(x) is torch.Tensor and x.dtype == torch.float8_e4m3fn for x in gc.get_objects())
+
+    def counted(*arguments):
+        alive.append(count())
+        return right(*arguments)
+
+    before = count()
+    monkeypatch.setattr(attention_block, "attention_backward", counted)
+    step(model, ids)
+    assert alive == [before, before]
 
 
 @pytest.mark.parametrize("compute", COMPUTES)

@@ -206,3 +206,13 @@ def test_activations_that_are_zero_in_int8_are_warned_of_sooner(fused, make, sai
     callback = make(compute="int8")
     callback.on_log(None, None, None, logs={"loss": 1.0}, model=MODEL)
     assert "output gradients of 3.down: 51 % of the values are too small for e4m3 beside" in said[1]
+
+
+def test_a_warning_says_what_error_the_group_had(fused, make, said):
+    callback = make(compute="int8")
+    fused.errors = {"3.down.output": 0.011, "3.down.gradient": 0.04}
+    end_step(callback)
+    for direction, error in (("input", "0.011"), ("gradient", "0.04")):
+        fused.counts = {f"3.down.{direction}": [60, 100]}
+        callback.on_log(None, None, None, logs={"loss": 1.0}, model=MODEL)
+        assert f"of their token (its error in the first step: {error}); training" in said[-1]

@@ -121,7 +121,7 @@ class EightBitCallback(TrainerCallback):
             new = {name: share for name, share in new.items() if name not in self.warned}
             self.warned |= new.keys()
             if new:
-                self.say(f"note: {_warning(new, dtype)}")
+                self.say(f"note: {_warning(new, dtype, self.earlier or {})}")
 
     def _dtype(self, name: str) -> torch.dtype:
         """Return the dtype of a group's codes: of its input, or of its output's gradient, which is always e4m3."""
@@ -170,13 +170,16 @@ def _shares(model: Any) -> dict[str, float]:
     return shares
 
 
-def _warning(shares: Mapping[str, float], dtype: torch.dtype) -> str:
+def _warning(shares: Mapping[str, float], dtype: torch.dtype, errors: Mapping[str, float]) -> str:
+    """Return a line on the largest of the shares, with the error that its group had when that was measured."""
     name = max(shares, key=lambda one: shares[one])
     group, _, kind = name.rpartition(".")
     what = {"input": "activations", "gradient": "output gradients"}[kind]
     of = f"{group} and {len(shares) - 1} more" if len(shares) > 1 else group
     fate = "are zero in int8, too small" if dtype == torch.int8 else "are too small for e4m3"
+    error = errors.get(f"{group}.output" if kind == "input" else name)
+    measured = "" if error is None else f" (its error in the first step: {error:.2g})"
     return (
-        f"{what} of {of}: {100 * shares[name]:.0f} % of the values {fate} beside the largest of their token; "
+        f"{what} of {of}: {100 * shares[name]:.0f} % of the values {fate} beside the largest of their token{measured}; "
         f"training.keep_in_bf16: [{group}] keeps it in bfloat16"
     )

@@ -362,26 +362,29 @@ def launches(tokens, columns, rank, back, kind=E4M3):
 
 
 @pytest.mark.parametrize(
-    ("tokens", "columns", "rank", "kernel"),
+    ("tokens", "columns", "rank", "kernel", "capabilities"),
     [
-        (64, 0, None, module._rms_norm_quantize_kernel),
         # Triton makes a constant of an argument that is 1
-        (1, 64, 48, module._rms_norm_quantize_kernel),
-        (64, 128, None, module._rms_norm_quantize_kernel),
-        (64, 0, None, backward_module._rms_norm_backward_kernel),
-        (1, 0, None, backward_module._rms_norm_backward_kernel),
+        (1, 64, 48, module._rms_norm_quantize_kernel, (90,)),
+        (64, 64, 48, module._rms_norm_quantize_kernel, (89, 90, 100, 120)),
+        # without adapters, and with as many as the kernel takes
+        (64, 0, None, module._rms_norm_quantize_kernel, (90,)),
+        (64, 128, None, module._rms_norm_quantize_kernel, (89,)),
+        (64, 0, None, backward_module._rms_norm_backward_kernel, (89, 90, 100, 120)),
     ],
 )
-def test_kernels_compile_for_gpus_with_fp8_and_fit(tokens, columns, rank, kernel):
+def test_kernels_compile_for_gpus_with_fp8_and_fit(tokens, columns, rank, kernel, capabilities):
     back = kernel is backward_module._rms_norm_backward_kernel
-    found = launched(launches, tokens, columns, rank, back, shared_bytes=99 * 1024, capabilities=(89, 90, 100, 120))
-    assert {(name, capability) for name, capability, _ in found} == {(kernel.__name__, n) for n in (89, 90, 100, 120)}
+    found = launched(launches, tokens, columns, rank, back, shared_bytes=99 * 1024, capabilities=capabilities)
+    assert {(name, capability) for name, capability, _ in found} == {(kernel.__name__, n) for n in capabilities}
     assert max(used for *_, used in found) <= 99 * 1024
 
 
-@pytest.mark.parametrize(("tokens", "columns", "rank"), [(64, 0, None), (1, 64, 48), (64, 128, None)])
-def test_int8_compiles_for_all_gpus_and_fits(tokens, columns, rank):
-    capabilities = (80, 86, 89, 90, 100, 120)
+@pytest.mark.parametrize(
+    ("tokens", "columns", "rank", "capabilities"),
+    [(64, 0, None, (90,)), (64, 64, 48, (80, 86, 89, 90, 100, 120)), (64, 128, None, (89,))],
+)
+def test_int8_compiles_for_all_gpus_and_fits(tokens, columns, rank, capabilities):
     more = dict(shared_bytes=99 * 1024, capabilities=capabilities)
     found = launched(launches, tokens, columns, rank, False, torch.int8, **more)
     assert {(name, n) for name, n, _ in found} == {("_rms_norm_quantize_kernel", n) for n in capabilities}

@@ -53,13 +53,13 @@ def dequantize_int8_fp8_reference(
     codes: Tensor, row_scales: Tensor, out: Tensor, weight_scale: Tensor, *, transposed: bool = False
 ) -> None:
     """Do what `dequantize_int8_fp8` does in plain torch."""
-    _check_matrix(codes, row_scales, _check(out, weight_scale, transposed))
+    check_matrix(codes, row_scales, _check(out, weight_scale, transposed))
     encode_weight_reference(decode_int8_reference(codes, row_scales), out, weight_scale, transposed=transposed)
 
 
 def encode_weight_reference(weight: Tensor, out: Tensor, weight_scale: Tensor, *, transposed: bool = False) -> None:
     """Do what `encode_weight` does in plain torch."""
-    _check_matrix(weight, None, _check(out, weight_scale, transposed))
+    check_matrix(weight, None, _check(out, weight_scale, transposed))
     codes = encode_reference(weight, weight_scale.view(1))
     out.copy_(codes.t() if transposed else codes)
 
@@ -243,7 +243,7 @@ def dequantize_int8_fp8_triton(
         codes, row_scales, out, weight_scale, transposed: As there; K is a multiple of 16.
         vectors, rows, num_warps: As in `dequantize_4bit_fp8_triton`.
     """
-    _check_matrix(codes, row_scales, _check(out, weight_scale, transposed))
+    check_matrix(codes, row_scales, _check(out, weight_scale, transposed))
     if codes.shape[1] % 16 or codes.stride(1) != 1:
         raise ValueError(f"weight {tuple(codes.shape)}: expected unit column stride and whole vectors of 16 in a row")
     scales = codes if row_scales is None else row_scales
@@ -283,7 +283,7 @@ def _check_packed(packed: Tensor, num_rows: int, in_features: int) -> Tensor:
     return packed
 
 
-def _check_matrix(weight: Tensor, row_scales: Tensor | None, shape: tuple[int, int]) -> None:
+def check_matrix(weight: Tensor, row_scales: Tensor | None, shape: tuple[int, ...]) -> None:
     """Raise unless the weight has that shape, and the scales are one per row."""
     if tuple(weight.shape) != shape:
         raise ValueError(f"weight {tuple(weight.shape)} does not fit out, which is for {shape}")

@@ -27,6 +27,7 @@ from lsr_scale.kernels.dequantize import (
     decode_int8_reference,
     read_vectors,
 )
+from lsr_scale.kernels.dequantize_fp8 import check_matrix
 from lsr_scale.kernels.hadamard import (
     BLOCK,
     encode_finite_int8,
@@ -56,14 +57,14 @@ def dequantize_4bit_rotated_reference(
 def dequantize_int8_rotated_reference(codes: Tensor, code_scales: Tensor, out: Tensor, row_scales: Tensor) -> None:
     """Do what `dequantize_int8_rotated` does in plain torch."""
     _check(out, row_scales)
-    _check_matrix(codes, code_scales, out)
+    check_matrix(codes, code_scales, tuple(out.shape))
     encode_rotated_reference(decode_int8_reference(codes, code_scales), out, row_scales)
 
 
 def encode_rotated_reference(weight: Tensor, out: Tensor, row_scales: Tensor) -> None:
     """Do what `encode_rotated` does in plain torch."""
     _check(out, row_scales)
-    _check_matrix(weight, None, out)
+    check_matrix(weight, None, tuple(out.shape))
     out.copy_(encode_int8_reference(rotate_reference(weight.to(torch.bfloat16)), row_scales))
 
 
@@ -205,7 +206,7 @@ def dequantize_int8_rotated_triton(
         vectors, num_warps: As in `dequantize_4bit_rotated_triton`.
     """
     _check(out, row_scales)
-    _check_matrix(codes, code_scales, out)
+    check_matrix(codes, code_scales, tuple(out.shape))
     if codes.stride(1) != 1:
         raise ValueError(f"weight {tuple(codes.shape)}: expected unit column stride")
     scales = codes if code_scales is None else code_scales
@@ -243,14 +244,6 @@ def _check_packed(packed: Tensor, out: Tensor) -> Tensor:
     if packed.numel() * 2 != out.numel():
         raise ValueError(f"packed weight of {packed.numel()} bytes does not fit out {tuple(out.shape)}")
     return packed
-
-
-def _check_matrix(weight: Tensor, code_scales: Tensor | None, out: Tensor) -> None:
-    """Raise unless the weight has the output's shape, and its own scales are one per row."""
-    if weight.shape != out.shape:
-        raise ValueError(f"weight {tuple(weight.shape)} does not fit out {tuple(out.shape)}")
-    if code_scales is not None and (weight.dtype != torch.int8 or code_scales.numel() != len(weight)):
-        raise ValueError(f"expected int8 codes and {len(weight)} scales, got {weight.dtype} and {code_scales.numel()}")
 
 
 def dequantize_4bit_rotated(

@@ -50,7 +50,7 @@ def scale_of(largest):
 def encode_reference(x: Tensor, scales: Tensor) -> Tensor:
     """Return the codes of `x`, `e4m3(x / s)`; beyond 448 they saturate, NaN stays NaN.
 
-    In a kernel: `(x * (1.0 / s)).to(tl.float8e4nv)` of float32 values.
+    In a kernel: `(x * tl.div_rn(1.0, s)).to(tl.float8e4nv)` of float32 values.
 
     Args:
         x: `[T, K]`.

@@ -120,7 +120,8 @@ def _quantize(
             bits = tl.maximum(bits, values.to(tl.int16, bitcast=True) & magnitude_bits)
     largest = tl.reduce(bits, 1, row_max).to(x.dtype.element_ty, bitcast=True)[:, None]
     scale = scale_of(largest.to(tl.float32))
-    inverse = 1.0 / scale
+    # exact: `1.0 / scale` is an approximation on a GPU
+    inverse = tl.div_rn(1.0, scale)
     tl.store(scales + first + rows, scale, mask=valid)
     if steps == 1:
         tl.store(codes + columns, (values.to(tl.float32) * inverse).to(codes.dtype.element_ty), mask=mask)

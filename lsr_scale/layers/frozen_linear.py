@@ -9,6 +9,7 @@ int8 means weight-only here, on every path: `y = x (CB * SCB / 127)^T` with acti
 training). bitsandbytes' `Linear8bitLt` quantizes the activations too (LLM.int8()); results differ by that rounding.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -139,17 +140,8 @@ def dequantize_fp8(layer: nn.Linear, out: Tensor, weight_scale: Tensor, transpos
     Raises:
         UserError: as `dequantize`.
     """
-    weight: Any = layer.weight
-    if isinstance(layer, bnb.nn.Linear4bit):
-        tables, packed = _tables(_quant_state(layer)), weight.data.view(torch.uint8)
-        if not is_fake(out):
-            fp8_kernels.dequantize_4bit_fp8(packed, out=out, weight_scale=weight_scale, **tables, transposed=transposed)
-    elif isinstance(layer, bnb.nn.Linear8bitLt):
-        scales = _row_scales(layer)
-        if not is_fake(out):
-            fp8_kernels.dequantize_int8_fp8(weight.data, scales, out, weight_scale, transposed=transposed)
-    elif not is_fake(out):
-        fp8_kernels.encode_weight(weight.data, out, weight_scale, transposed=transposed)
+    run = fp8_kernels.dequantize_4bit_fp8, fp8_kernels.dequantize_int8_fp8, fp8_kernels.encode_weight
+    _encode(layer, out, run, weight_scale=weight_scale, transposed=transposed)
 
 
 def dequantize_rotated(layer: nn.Linear, out: Tensor, row_scales: Tensor) -> None:
@@ -166,17 +158,25 @@ def dequantize_rotated(layer: nn.Linear, out: Tensor, row_scales: Tensor) -> Non
     Raises:
         UserError: as `dequantize`.
     """
+    run = int8_kernels.dequantize_4bit_rotated, int8_kernels.dequantize_int8_rotated, int8_kernels.encode_rotated
+    _encode(layer, out, run, row_scales=row_scales)
+
+
+def _encode(layer: nn.Linear, out: Tensor, run: tuple[Any, Any, Any], **options: Any) -> None:
+    """Run the one of three operations that takes a weight as it is stored: in 4 bits, in int8, plain.
+
+    On a FakeTensor nothing runs, as nothing is allocated, but a weight that is not quantized yet is refused there too.
+    """
     weight: Any = layer.weight
     if isinstance(layer, bnb.nn.Linear4bit):
-        tables, packed = _tables(_quant_state(layer)), weight.data.view(torch.uint8)
-        if not is_fake(out):
-            int8_kernels.dequantize_4bit_rotated(packed, out=out, row_scales=row_scales, **tables)
+        stored = {"packed": weight.data.view(torch.uint8), **_tables(_quant_state(layer))}
+        encode = functools.partial(run[0], **stored)
     elif isinstance(layer, bnb.nn.Linear8bitLt):
-        scales = _row_scales(layer)
-        if not is_fake(out):
-            int8_kernels.dequantize_int8_rotated(weight.data, scales, out, row_scales)
-    elif not is_fake(out):
-        int8_kernels.encode_rotated(weight.data, out, row_scales)
+        encode = functools.partial(run[1], weight.data, _row_scales(layer))
+    else:
+        encode = functools.partial(run[2], weight.data)
+    if not is_fake(out):
+        encode(out=out, **options)
 
 
 # of float32 values that are rotated at a time: 32 MiB

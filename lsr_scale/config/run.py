@@ -22,6 +22,7 @@ from lsr_scale.config.sections import (
     SourceSection,
 )
 from lsr_scale.config.shipped import find_run
+from lsr_scale.config.sweep import SweepSection
 from lsr_scale.config.training import EarlyStopping, Task, check_training, training_kwargs, training_model
 from lsr_scale.errors import UserError, quoted
 
@@ -75,6 +76,24 @@ def load_run(path: str | Path, overrides: Iterable[str] | Mapping[str, Any] = ()
 
 def read_run(path: str | Path, overrides: Iterable[str] | Mapping[str, Any] = ()) -> tuple[RunConfig, dict[str, Any]]:
     """Return the run that a YAML file describes, as `load_run`, and the file's own sections with the overrides."""
+    data, places = read_sections(path, overrides)
+    if "sweep" in data:
+        raise UserError(
+            f"{places[('sweep',)]}: sweep: these are several runs, and one is expected here; all of them: lsr-scale "
+            f"sweep {path}; one: lsr-scale train trials/NAME/config.yaml of the sweep's folder"
+        )
+    path = find_run(path)
+    return validate(data, str(path), places, path.parent), data
+
+
+def read_sections(
+    path: str | Path, overrides: Iterable[str] | Mapping[str, Any] = ()
+) -> tuple[dict[str, Any], yaml_text.Places]:
+    """Return the sections of a run's file as they stand there, with the overrides, and where each value stands.
+
+    Raises:
+        UserError: for what is no YAML, or no sections.
+    """
     path = find_run(path)
     data, places = yaml_text.parse(yaml_text.read(path), str(path))
     if not isinstance(data, dict):
@@ -86,7 +105,7 @@ def read_run(path: str | Path, overrides: Iterable[str] | Mapping[str, Any] = ()
         with_overrides(data, overrides, places)
     else:
         yaml_text.override(data, places, overrides, shorthand="path")
-    return _validate(data, str(path), places, path.parent), data
+    return data, places
 
 
 def with_overrides(
@@ -132,7 +151,7 @@ def run_from_dict(data: Mapping[str, Any], where: str = "run") -> RunConfig:
     Raises:
         UserError: naming every problem; `where` says in what.
     """
-    return _validate(dict(data), where, {}, Path())
+    return validate(dict(data), where, {}, Path())
 
 
 def dump_yaml(run: RunConfig) -> str:
@@ -146,6 +165,9 @@ def json_schema() -> dict[str, Any]:
     training = training_model("causal_lm").model_json_schema()
     schema["$defs"] |= training.pop("$defs", {})
     schema["properties"]["training"] |= training
+    sweep = SweepSection.model_json_schema()
+    schema["$defs"] |= sweep.pop("$defs", {})
+    schema["properties"]["sweep"] = sweep
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "lsr-scale run"}
 
 
@@ -155,7 +177,7 @@ def training_arguments(run: RunConfig) -> dict[str, Any]:
 
 
 @functools.cache
-def _section_models(task: Task) -> dict[str, type[BaseModel]]:
+def section_models(task: Task) -> dict[str, type[BaseModel]]:
     """Return the models whose fields are the valid names of each section, adapter methods as `adapter.<method>`."""
     return {
         "": RunConfig,
@@ -170,9 +192,20 @@ def _section_models(task: Task) -> dict[str, type[BaseModel]]:
     }
 
 
-def _validate(data: dict[str, Any], where: str, places: yaml_text.Places, folder: Path) -> RunConfig:
+def validate(data: dict[str, Any], where: str, places: yaml_text.Places, folder: Path) -> RunConfig:
+    """Return the run of parsed sections.
+
+    Args:
+        data: The sections.
+        where: The file or whatever they come from.
+        places: Where each value stands.
+        folder: What the paths of DeepSpeed's files are relative to.
+
+    Raises:
+        UserError: naming every problem.
+    """
     try:
         raise_problems(list(out_of_bounds(data)))
         return RunConfig.model_validate(data, context={"folder": folder})
     except ValidationError as error:
-        raise UserError(explain(error, data, where, places, _section_models)) from None
+        raise UserError(explain(error, data, where, places, section_models)) from None

@@ -308,7 +308,7 @@ def test_a_run_from_a_dictionary_names_where_it_came_from():
 def test_the_schema_lists_every_section_method_and_field_with_a_description():
     schema = json.loads(json.dumps(config.json_schema()))
     assert schema["$schema"].startswith("https://json-schema.org/")
-    assert set(schema["properties"]) == {"model", "adapter", "data", "training", "deepspeed", "eval"}
+    assert set(schema["properties"]) == {"model", "adapter", "data", "training", "deepspeed", "eval", "sweep"}
     assert set(schema["required"]) == {"model", "adapter", "data"}
     methods = schema["properties"]["adapter"]["discriminator"]["mapping"]
     assert set(methods) == set(adapters.method_names())

@@ -1,0 +1,239 @@
+"""The trials of a sweep as runs: each is checked as if it had a file of its own, and all as what shares one base."""
+
+import contextlib
+import copy
+import dataclasses
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from lsr_scale.config import yaml_text
+from lsr_scale.config.bounds import out_of_bounds
+from lsr_scale.config.deepspeed import offloads_optimizer, offloads_parameters
+from lsr_scale.config.messages import explain, raise_problems
+from lsr_scale.config.run import RunConfig, plain, read_sections, section_models, validate
+from lsr_scale.config.sections import Section
+from lsr_scale.config.shipped import find_run
+from lsr_scale.config.sweep import Changes, Drawn, RandomSection, StopSection, SweepSection, changes_of
+from lsr_scale.config.training import EVALUATED, Task, evaluated
+from lsr_scale.errors import UserError, did_you_mean, quoted
+
+# Of training: trials that share a step are rows of one batch, which goes through one model in one way.
+MUST_AGREE = (
+    *("max_length", "per_device_train_batch_size", "gradient_accumulation_steps"),
+    *("packing", "packing_strategy", "padding_free", "pad_to_multiple_of", "loss_type"),
+    *("fused", "compute", "keep_in_bf16", "compute_tolerance", "memory", "cuda_graphs", "gradient_checkpointing"),
+    *("activation_checkpointing", "use_liger_kernel", "torch_compile", "ddp_timeout"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrialPlan:
+    """One trial: its name, the values that it changes by their dotted keys, and the run that comes of them."""
+
+    name: str
+    changes: Changes
+    run: RunConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """A sweep's section, its trials, and the run that they change: its sections as written, and resolved.
+
+    `base` is None where the run is none without what the trials add, such as their data.
+    """
+
+    section: SweepSection
+    trials: list[TrialPlan]
+    written: dict[str, Any]
+    base: RunConfig | None
+
+    @property
+    def output_dir(self) -> str | None:
+        """Where the sweep's folder is to be, None for one of its own under runs/."""
+        return self.trials[0].run.training["output_dir"]
+
+    def scored_by(self) -> str:
+        """Return what trials are compared by: `stop.metric`, or the loss on held-out rows, or that of training."""
+        if self.section.stop is not None:
+            return self.section.stop.metric
+        return "eval_loss" if all(trial.run.data.has_validation for trial in self.trials) else "final_loss"
+
+
+def is_sweep(path: str | Path, overrides: Iterable[str] | Mapping[str, Any] = ()) -> bool:
+    """Tell whether a run's file, with the overrides, has a section sweep."""
+    return "sweep" in read_sections(path, overrides)[0]
+
+
+def read_sweep(path: str | Path, overrides: Iterable[str] | Mapping[str, Any] = ()) -> Sweep:
+    """Return the sweep that a YAML file describes.
+
+    Args:
+        path: The file, or the name of one that comes with the package.
+        overrides: As in `load_run`.
+
+    Raises:
+        UserError: naming every problem with its line, and the trial whose it is.
+    """
+    data, places = read_sections(path, overrides)
+    file = find_run(path)
+    return _sweep(data, str(file), places, file.parent)
+
+
+def sweep_from_dict(data: Mapping[str, Any], where: str = "run") -> Sweep:
+    """Return the sweep that a mapping describes, whose section is `sweep`."""
+    return _sweep(copy.deepcopy(plain(data)), where, {}, Path())
+
+
+def _sweep(data: dict[str, Any], where: str, places: yaml_text.Places, folder: Path) -> Sweep:
+    if "sweep" not in data:
+        raise UserError(
+            f"{where}: has no section sweep; add one, such as sweep: {{grid: {{training.learning_rate: [1e-3, 2e-3]}}}}"
+            "; or train the one run that it describes with lsr-scale train"
+        )
+    section = _section(data, where, places)
+    written = {name: value for name, value in data.items() if name != "sweep"}
+    base = None
+    with contextlib.suppress(UserError):
+        base = validate(copy.deepcopy(written), where, places, folder)
+    return Sweep(section, trials_of(written, section, where, places, folder), written, base)
+
+
+def _section(data: dict[str, Any], where: str, places: yaml_text.Places) -> SweepSection:
+    """Return the section, checked by itself."""
+    only = {"sweep": {} if data["sweep"] is None else data["sweep"]}
+    own: dict[str, Any] = {"sweep": SweepSection, "sweep.random": RandomSection, "sweep.stop": StopSection}
+    with contextlib.suppress(KeyError, TypeError, AttributeError):
+        own |= {f"sweep.random.values.{key}": Drawn for key in only["sweep"]["random"]["values"]}
+
+    def models(task: Task) -> dict[str, Any]:
+        return {**section_models(task), **own}
+
+    try:
+        raise_problems(list(out_of_bounds(only)))
+        return _Only.model_validate(only).sweep
+    except ValidationError as error:
+        raise UserError(explain(error, only, where, places, models)) from None
+
+
+class _Only(Section):
+    sweep: SweepSection
+
+
+def trials_of(
+    run: RunConfig | Mapping[str, Any],
+    section: SweepSection,
+    where: str = "run",
+    places: yaml_text.Places | None = None,
+    folder: Path | None = None,
+) -> list[TrialPlan]:
+    """Return the trials of a sweep, each with its run.
+
+    Args:
+        run: What they change: the sections as they were written, from which defaults follow anew, or a run.
+        section: What they change of it.
+        where: The file or whatever it comes from.
+        places: Where each value stands.
+        folder: What the paths of DeepSpeed's files are relative to.
+
+    Raises:
+        UserError: naming the trial and the key: for a value that the run would not take, for two trials that are
+            equal, and where trials differ in what they must agree in.
+    """
+    written = run.model_dump() if isinstance(run, RunConfig) else run
+    try:
+        named = changes_of(section)
+    except ValueError as error:
+        raise UserError(f"{yaml_text.place_of(('sweep',), places or {}, where)}: sweep: {error}") from None
+    alone = _mistake(dict(written), where, places or {}, folder or Path())
+    trials = []
+    for name, changes in named.items():
+        data, known = copy.deepcopy(dict(written)), dict(places or {})
+        try:
+            for key, value in sorted(changes.items(), key=lambda item: item[0].count(".")):  # sections first
+                place = yaml_text.place_of(_place_in(section, key, value), known, where)
+                yaml_text.assign(data, known, key.split("."), copy.deepcopy(value), place, "path")
+            trials.append(TrialPlan(name, changes, validate(data, where, known, folder or Path())))
+        except UserError as error:
+            if str(error) == alone:  # no trial's own
+                raise
+            raise UserError(f"trial {name}: {error}") from None
+    _check_different(trials)
+    _check_agree(trials, section, where, places or {})
+    for trial in trials:
+        _check_trial(trial, section)
+    return trials
+
+
+def _mistake(data: dict[str, Any], where: str, places: yaml_text.Places, folder: Path) -> str | None:
+    """Return what is wrong with the run that the trials change, None where nothing is; trials may set it right."""
+    try:
+        validate(copy.deepcopy(data), where, places, folder)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def _place_in(section: SweepSection, key: str, value: Any) -> yaml_text.KeyPath:
+    """Return the path of what sets a dotted key to a value."""
+    if key in section.grid:
+        return "sweep", "grid", key
+    if section.random is not None and key in section.random.values:
+        return "sweep", "random", "values", key
+    entry = next((index for index, entry in enumerate(section.list) if entry.get(key) == value), 0)
+    return "sweep", "list", entry, key
+
+
+def _check_different(trials: list[TrialPlan]) -> None:
+    """Refuse trials whose runs are equal, such as where one names a default."""
+    seen: list[tuple[dict[str, Any], str]] = []
+    for trial in trials:
+        dumped = trial.run.model_dump()
+        if (same := next((name for other, name in seen if other == dumped), None)) is not None:
+            raise UserError(f"sweep: the trials {same} and {trial.name} are one run; remove one of them")
+        seen.append((dumped, trial.name))
+
+
+def _check_agree(trials: list[TrialPlan], section: SweepSection, where: str, places: yaml_text.Places) -> None:
+    """Refuse trials that differ in what they must agree in."""
+    first = trials[0]
+    names = [*MUST_AGREE, *(["seed"] if first.run.model.random_weights else [])]
+    for trial in trials[1:]:
+        for name in names:
+            one, other = (run.training.get(name) for run in (first.run, trial.run))
+            if one != other:
+                key = f"training.{name}"
+                place = yaml_text.place_of(_place_in(section, key, other), places, where)
+                why = "the base's weights are drawn by it" if name == "seed" else "they share steps of one base"
+                raise UserError(
+                    f"{place}: sweep: {key} has to be the same in all trials, as {why}: it is {quoted(one)} in "
+                    f"{first.name} and {quoted(other)} in {trial.name}; make a sweep of its own for each, with --set "
+                    f"{key}=..."
+                )
+
+
+def _check_trial(trial: TrialPlan, section: SweepSection) -> None:
+    """Refuse a trial that no single process can train, or that stop cannot compare."""
+    content = trial.run.deepspeed.config or {}
+    stage = content.get("zero_optimization", {}).get("stage", 0)
+    if stage == 3 or offloads_parameters(content) or offloads_optimizer(content):
+        what = "ZeRO-3 shards the base over processes" if stage == 3 else "it offloads"
+        raise UserError(
+            f"deepspeed.config: {what}, and a trial of a sweep is trained on one GPU by itself; set deepspeed.config: "
+            "zero0 or null"
+        )
+    if section.stop is None:
+        return
+    metric, run = section.stop.metric, trial.run
+    labels = len(run.model.labels) if run.model.labels else run.model.num_labels
+    known = [f"eval_{name}" for name in evaluated(run.model.task, labels)]
+    if metric not in known:
+        near = did_you_mean(metric, known) if metric not in EVALUATED else f"this run's are {', '.join(known)}"
+        raise UserError(f"sweep.stop.metric: {metric!r}: {near}")
+    if not run.data.has_validation:
+        raise UserError(
+            f"trial {trial.name}: sweep.stop compares evaluations ({metric}), and the run has no rows for them; add "
+            "data.validation or data.validation_split: 0.05"
+        )

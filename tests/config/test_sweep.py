@@ -1,0 +1,258 @@
+"""The `sweep:` section: which trials it has, what they are called, and what is refused, with the line it stands on."""
+
+import pytest
+
+from lsr_scale.config.sweep import SweepSection, changes_of
+from lsr_scale.config.trials import is_sweep, read_sweep, sweep_from_dict, trials_of
+from lsr_scale.errors import UserError
+from tests.helpers.run_text import MINIMAL
+
+SEEDS = "grid: {training.seed: [1, 2]}"
+
+
+@pytest.fixture
+def read(tmp_path):
+    """Return a function that reads a sweep from the text of its section, below MINIMAL's six lines or another run."""
+
+    def read(section, run=MINIMAL, *overrides):
+        path = tmp_path / "run.yaml"
+        path.write_text(f"{run}sweep:\n  {section}\n", encoding="utf-8")
+        return read_sweep(path, overrides)
+
+    return read
+
+
+@pytest.fixture
+def problem(read, tmp_path):
+    """Return a function that reads a sweep that must fail, and returns the message."""
+
+    def problem(section, run=MINIMAL):
+        with pytest.raises(UserError) as caught:
+            read(section, run)
+        return str(caught.value).replace(f"{tmp_path}/", "")
+
+    return problem
+
+
+# Which trials there are
+
+
+def test_a_grid_is_the_product_of_its_values(read):
+    trials = read("grid: {training.learning_rate: [1e-3, 0.002], adapter.rank: [4, 8]}").trials
+    assert [trial.name for trial in trials] == [
+        "lr=0.001,rank=4",
+        "lr=0.001,rank=8",
+        "lr=0.002,rank=4",
+        "lr=0.002,rank=8",
+    ]
+    assert [(trial.run.training["learning_rate"], trial.run.adapter.options["rank"]) for trial in trials] == [
+        (1e-3, 4),
+        (1e-3, 8),
+        (2e-3, 4),
+        (2e-3, 8),
+    ]
+
+
+def test_a_list_has_a_mapping_a_trial_and_needs_no_data_of_its_own_in_the_run(read):
+    run = "model: {name: some/model}\nadapter: {method: lsr}\n"
+    sweep = read("list: [{name: alice, data.train: [a.jsonl]}, {name: bob, data.train: [b.jsonl, c.jsonl]}]", run)
+    assert {trial.name: [source.path for source in trial.run.data.train] for trial in sweep.trials} == {
+        "alice": ["a.jsonl"],
+        "bob": ["b.jsonl", "c.jsonl"],
+    }
+    assert sweep.base is None
+
+
+def test_a_list_and_a_grid_are_combined(read):
+    names = [trial.name for trial in read(f"list: [{{name: a}}, {{adapter.rank: 8}}]\n  {SEEDS}").trials]
+    assert names == ["a,seed=1", "a,seed=2", "rank=8,seed=1", "rank=8,seed=2"]
+
+
+def test_draws_are_the_seeds_within_their_bounds_and_differ(read):
+    values = "{training.learning_rate: {log_uniform: [1e-4, 1e-2]}, training.seed: {integers: [1, 3]}, "
+    values += "training.weight_decay: {uniform: [0, 0.1]}, adapter.rank: [4, 8]}"
+    first, again, other = (
+        [trial.changes for trial in read(f"random: {{trials: 20, seed: {seed}, values: {values}}}").trials]
+        for seed in (1, 1, 2)
+    )
+    assert first == again != other
+    assert len({str(changes) for changes in first}) == 20
+    for changes in first:
+        assert 1e-4 <= changes["training.learning_rate"] <= 1e-2
+        assert changes["training.seed"] in (1, 2, 3)
+        assert 0 <= changes["training.weight_decay"] <= 0.1
+        assert changes["adapter.rank"] in (4, 8)
+
+
+def test_a_key_may_name_a_whole_section_and_replaces_it(read):
+    trials = read("list: [{adapter: {method: lora, rank: 8}}, {adapter.rank: 4, adapter: {method: kron_lora}}]").trials
+    assert [(trial.run.adapter.method, trial.run.adapter.options["rank"]) for trial in trials] == [
+        ("lora", 8),
+        ("kron_lora", 4),
+    ]
+    assert trials[0].name == "adapter=lora-rank-8"
+
+
+def test_what_follows_from_a_trials_own_values_is_its_own(read):
+    run = MINIMAL + "training: {save_steps: 5}\n"
+    section = "list: [{training.seed: 1}, {training.early_stopping: {patience: 2}, data.validation_split: 0.1}]"
+    plain, stops = (trial.run.training for trial in read(section, run).trials)
+    assert (plain["eval_strategy"], stops["eval_strategy"], stops["eval_steps"]) == ("no", "steps", 5)
+
+
+def test_set_changes_the_section_and_the_run(read):
+    sweep = read(SEEDS, MINIMAL, "sweep.together=4", "adapter.rank=3")
+    assert (sweep.section.together, sweep.trials[1].run.adapter.options["rank"]) == (4, 3)
+
+
+def test_trials_of_a_run_in_python():
+    section = SweepSection.model_validate({"grid": {"adapter.rank": [4, 8]}})
+    sections = {"model": {"name": "some/model"}, "adapter": {"method": "lsr"}, "data": {"train": ["arc_easy"]}}
+    run = sweep_from_dict({**sections, "sweep": {"list": [{"training.seed": 3}]}}).trials[0].run
+    assert [(trial.name, trial.run.training["seed"]) for trial in trials_of(run, section)] == [
+        ("rank=4", 3),
+        ("rank=8", 3),
+    ]
+
+
+# Names
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({"training.learning_rate": 1e-3}, "lr=0.001"),
+        ({"training.learning_rate": 1e-05}, "lr=1e-05"),
+        ({"data.train": ["some/folder/alice.jsonl"]}, "train=alice"),
+        ({"data.train": [{"path": "arc_easy", "limit": 5}]}, "train=arc_easy"),
+        ({"training.packing": True, "training.max_grad_norm": None}, "packing=true,max_grad_norm=null"),
+        ({"adapter.target_modules": r".*\.q_proj"}, "target_modules=._.q_proj"),
+        ({"model_.a": 1, "b.a": 2}, "model_.a=1,b.a=2"),
+        ({"training.x": "../../etc"}, "x=etc"),
+        ({"training.x": "x" * 200}, f"x={'x' * 78}"),
+        ({"training.x": "Zoë 数据"}, "x=Zoë_数据"),
+    ],
+)
+def test_names_are_short_and_safe(changes, name):
+    assert list(changes_of(SweepSection.model_validate({"list": [changes]}))) == [name]
+
+
+def test_names_that_would_be_equal_or_differ_in_case_alone_are_numbered():
+    values = ["a b", "a_b", "A-b", "a-b"]
+    assert list(changes_of(SweepSection.model_validate({"grid": {"training.run_name": values}}))) == [
+        "run_name=a_b",
+        "run_name=a_b-2",
+        "run_name=A-b",
+        "run_name=a-b-2",
+    ]
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ("{}", "run.yaml:7: sweep: names no trials; add grid:"),
+        ("gird: {}", "run.yaml:8: sweep.gird: unknown key; did you mean 'grid'?"),
+        ("grid: {training.seed: []}", "sweep.grid.training.seed: expected a list with at least 1 entry, got []"),
+        ("grid: {training.seed: 3}", "sweep.grid.training.seed: expected list, got 3"),
+        ("grid: {training.sed: [1]}", "trial sed=1: run.yaml:8: training.sed: unknown key; did you mean 'seed'?"),
+        ("grid: {lr: [1]}", "trial lr=1: run.yaml:8: lr: unknown key; here it is training.learning_rate"),
+        ("grid: {training.seed: [1, x]}", "trial seed=x: run.yaml:8: training.seed: expected int, got 'x'"),
+        (
+            "grid: {adapter.method.x: [1]}",
+            "trial x=1: run.yaml:8: adapter.method is 'lsr', which has nothing named 'x'",
+        ),
+        ("grid: {model.name: [a, b]}", "sweep.grid.model.name: the trials of a sweep share one base"),
+        ("grid: {model: [{name: a}]}", "sweep.grid.model: the trials of a sweep share one base"),
+        ("list: [{deepspeed.config: zero1}]", "sweep.list.0.deepspeed.config: a trial is trained by one process"),
+        ("list: [{training.output_dir: a}]", "sweep.list.0.training.output_dir: a trial's folder is trials/NAME"),
+        ("list: [{name: a/b, training.seed: 1}]", "sweep.list.0.name: expected a folder's name of letters, digits"),
+        (
+            "list: [{name: A, training.seed: 1}, {name: a, training.seed: 2}]",
+            "sweep.list.1.name: is the name of entry 0",
+        ),
+        ("list: [{name: a}, {name: b}]", "sweep.list.0: has a name and no dotted key"),
+        ("grid: {training.seed: [1, 1]}", "run.yaml:7: sweep: two trials are equal: seed=1 (training.seed: 1)"),
+        ("list: [{training.seed: 42}, {adapter.rank: 16}]", "sweep: the trials seed=42 and rank=16 are one run"),
+        (f"{SEEDS}\n  list: [{{training.seed: 1}}]", "sweep.list: training.seed is in grid too; keep one of them"),
+        (f"{SEEDS}\n  together: 0", "sweep.together: expected 'auto' or a number >= 1, got 0"),
+        ("random: {trials: 3, values: {training.seed: [1, 2]}}", "random: trials: is 3, but only 2 that differ"),
+        ("random: {trials: 1, values: {training.seed: {logs: [1, 2]}}}", "training.seed.logs: unknown key"),
+        ("random: {trials: 1, values: {training.seed: {}}}", "training.seed: expected one of log_uniform, uniform"),
+        (
+            "random: {trials: 1, values: {training.seed: {uniform: [2, 1]}}}",
+            "uniform: expected [least, most], got [2.0",
+        ),
+        (
+            "random: {trials: 1, values: {training.seed: {log_uniform: [0, 1]}}}",
+            "log_uniform: expected numbers above 0",
+        ),
+        (
+            f"grid: {{training.seed: [1, 2, 3], training.warmup_steps: {list(range(700))}}}",
+            "has 2,100 trials; expected",
+        ),
+        (
+            f"{SEEDS}\n  stop: {{}}",
+            "trial seed=1: sweep.stop compares evaluations (eval_loss), and the run has no rows",
+        ),
+        (f"{SEEDS}\n  stop: {{metric: eval_los}}", "sweep.stop.metric: 'eval_los': did you mean 'eval_loss'?"),
+        (f"{SEEDS}\n  stop: {{metric: eval_accuracy}}", "sweep.stop.metric: 'eval_accuracy': this run's are eval_loss"),
+    ],
+)
+def test_mistakes_are_named_where_they_stand(problem, section, message):
+    assert message in problem(section)
+
+
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        ("max_length", [64, 128]),
+        ("per_device_train_batch_size", [4, 8]),
+        ("gradient_accumulation_steps", [1, 2]),
+        ("packing", [True, False]),
+        ("compute", ["bf16", "fp8"]),
+    ],
+)
+def test_what_trials_must_agree_in_is_named_with_both_values(problem, key, values):
+    found = problem(f"grid: {{training.{key}: {str(values).lower()}}}")
+    first, second = (repr(value) for value in values)
+    assert f"run.yaml:8: sweep: training.{key} has to be the same in all trials" in found
+    assert f"it is {first} in " in found
+    assert f" and {second} in " in found
+    assert f"make a sweep of its own for each, with --set training.{key}=..." in found
+
+
+def test_seeds_agree_where_they_draw_the_base(problem, read):
+    random_base = MINIMAL.replace("some/model", "some/model\n  random_weights: true")
+    assert "training.seed has to be the same in all trials, as the base's weights are drawn by it" in problem(
+        SEEDS, random_base
+    )
+    assert len(read(SEEDS).trials) == 2
+
+
+def test_stages_that_shard_the_base_are_refused(problem, read):
+    assert "deepspeed.config: ZeRO-3 shards the base over processes" in problem(
+        SEEDS, MINIMAL + "deepspeed: {config: zero3}\n"
+    )
+    assert len(read(SEEDS, MINIMAL + "deepspeed: {config: zero1}\n").trials) == 2
+
+
+def test_a_mistake_of_the_run_itself_is_no_trials(problem):
+    assert problem(SEEDS, MINIMAL + "training: {epochs: 3}\n").startswith("run.yaml:7: training.epochs: unknown key")
+
+
+def test_a_run_without_the_section_is_no_sweep(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(MINIMAL)
+    assert not is_sweep(path)
+    assert is_sweep(path, ["sweep.grid={training.seed: [1]}"])
+    with pytest.raises(UserError, match=r"has no section sweep; add one, such as .*; or train the one run"):
+        read_sweep(path)
+
+
+def test_rungs_go_on_to_the_end_of_a_trial():
+    section = SweepSection.model_validate({"list": [{"training.seed": 1}], "stop": {"after": 0.2, "keep": 0.5}})
+    assert section.stop is not None
+    assert section.stop.rungs() == [0.2, 0.4, 0.8]

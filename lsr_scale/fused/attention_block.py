@@ -4,9 +4,9 @@ from typing import Any
 
 from torch import Tensor
 
+from lsr_scale.adapters.pairs import PairGradients
 from lsr_scale.fused.layer_state import LayerModules, Positions, SavedTensors, pop_or_dequantize
 from lsr_scale.fused.linear_groups import mm_float
-from lsr_scale.fused.pairs import PairGradients
 from lsr_scale.kernels.attention import attention, attention_backward
 from lsr_scale.kernels.rms_norm import rms_norm, rms_norm_backward
 from lsr_scale.kernels.rotary import rotate

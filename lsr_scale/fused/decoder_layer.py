@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lsr_scale.adapters.pairs import Pair
 from lsr_scale.fused import attention_block, mlp_block
 from lsr_scale.fused.layer_state import LayerModules, LayerSizes, Positions, Recompute, SavedTensors, is_saved
-from lsr_scale.fused.pairs import Pair
 from lsr_scale.kernels.fp8 import E4M3
 
 

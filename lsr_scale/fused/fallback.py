@@ -18,10 +18,10 @@ from transformers.models.mistral import modeling_mistral
 from transformers.models.qwen2 import modeling_qwen2
 from transformers.models.qwen3 import modeling_qwen3
 
+from lsr_scale.adapters.pairs import active_adapters
 from lsr_scale.adapters.peft import AdapterLinear
 from lsr_scale.fused.layer_state import LINEARS, layer_linears
 from lsr_scale.fused.linear_groups import base_layer
-from lsr_scale.fused.pairs import active_adapters
 from lsr_scale.layers.frozen_linear import FrozenLinear, FrozenLinear4bit, FrozenLinear8bit
 
 ATTENTION_IMPLEMENTATIONS = ("sdpa", "flash_attention_2", "flash_attention_3")

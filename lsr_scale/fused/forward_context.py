@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lsr_scale.adapters.pairs import Adapter, Pair, active_adapters, concatenate_pairs, materialize
 from lsr_scale.adapters.peft import version_counters
 from lsr_scale.errors import UserError
 from lsr_scale.fused.fallback import layer_fallback_reason
 from lsr_scale.fused.layer_state import GradientBuffer, Positions, layer_linears
-from lsr_scale.fused.pairs import Adapter, Pair, active_adapters, concatenate_pairs, materialize
 from lsr_scale.kernels.attention import Sequences, dense_mask
 
 

@@ -7,9 +7,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lsr_scale.adapters.pairs import Pair
 from lsr_scale.fused.eight_bit_group import EightBitGroup, EightBitState
 from lsr_scale.fused.linear_groups import LinearGroup
-from lsr_scale.fused.pairs import Pair
 from lsr_scale.kernels.attention import Sequences
 
 Recompute = Literal["none", "mlp", "full"]

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from lsr_scale.adapters.pairs import active_adapters, concatenate_pairs, materialize
 from lsr_scale.fused.fallback import linear_fallback_reason
 from lsr_scale.fused.linear_groups import LinearGroup, mm_float
-from lsr_scale.fused.pairs import active_adapters, concatenate_pairs, materialize
 
 
 class LinearFunction(torch.autograd.Function):

@@ -26,8 +26,8 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from lsr_scale.adapters.pairs import Pair
 from lsr_scale.adapters.peft import version_counters
-from lsr_scale.fused.pairs import Pair
 from lsr_scale.kernels.backend import is_fake
 from lsr_scale.kernels.dequantize import Extension, fill_extension
 from lsr_scale.kernels.output_gradients import output_gradients

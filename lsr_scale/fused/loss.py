@@ -2,8 +2,8 @@
 
     loss = sum_t weight_t [logsumexp(h_t W^T) - (h_t W^T)_label(t)] / n      over supervised positions t
 
-The gradient to h is computed in the forward pass, while a chunk's logits are there:
-`dh = weight (softmax - onehot) W / n`. The head is frozen. Logits are in the hidden states' dtype, softmax is computed
+The gradient to h is computed in the forward pass, while a chunk's logits are there: `(softmax - onehot) W`, times
+`weight / n` in the backward pass. The head is frozen. Logits are in the hidden states' dtype, softmax is computed
 in float32.
 """
 
@@ -22,48 +22,52 @@ IGNORE_INDEX = -100  # torch's and transformers'
 CHUNK_ELEMENTS = 2**26
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
-    """`(h [T, hidden], W [vocabulary, hidden], labels [T], weights [T] or None) -> sum of the losses`, float32."""
+class _TokenLosses(torch.autograd.Function):
+    """`(h [T, hidden], W [vocabulary, hidden], labels [T]) -> the losses [T]`, float32."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        total = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        losses = torch.empty(len(hidden), dtype=dtype, device=hidden.device)
         size = max(1, CHUNK_ELEMENTS // weight.shape[0])
         for start in range(0, len(hidden), size):
             part = slice(start, start + size)
             logits = hidden[part] @ weight.t()
-            losses = cross_entropy(logits, labels[part], gradient=gradient is not None)
-            total += (losses if weights is None else losses * weights[part]).sum()
+            losses[part] = cross_entropy(logits, labels[part], gradient=gradient is not None)
             if gradient is not None:
                 torch.mm(logits, weight, out=gradient[part])
         if gradient is not None:
-            if weights is not None:
-                gradient *= weights[:, None].to(gradient.dtype)
             ctx.save_for_backward(gradient)
-        return total
+        return losses
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * grads[0].to(gradient.dtype), None, None, None
+        return gradient * grads[0][:, None].to(gradient.dtype), None, None
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Return the summed cross-entropy of `hidden @ weight^T` against labels, float32, differentiable in `hidden`.
+def token_losses(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """Return the cross-entropy of each row of `hidden @ weight^T` against its label, float32, `[T]`.
+
+    Differentiable in `hidden`; all logits are in memory only where the head is trained.
 
     Args:
         hidden: `[T, hidden]`.
-        weight: `[vocabulary, hidden]`, frozen.
+        weight: `[vocabulary, hidden]`.
         labels: `[T]` in `[0, vocabulary)`, without ignored ones.
-        weights: `[T]`, the weight of each position; 1 if not given.
     """
     if weight.requires_grad:
-        losses = functional.cross_entropy((hidden @ weight.t()).float(), labels, reduction="none")
-        return (losses if weights is None else losses * weights).sum()
+        return functional.cross_entropy((hidden @ weight.t()).float(), labels, reduction="none")
     with torch.autocast(hidden.device.type, enabled=False):
-        return _LinearCrossEntropy.apply(hidden, weight, labels, weights)  # pyright: ignore[reportReturnType]
+        return _TokenLosses.apply(hidden, weight, labels)  # pyright: ignore[reportReturnType]
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Return the sum of `token_losses`, weighted by `weights [T]` if they are given."""
+    losses = token_losses(hidden, weight, labels)
+    return (losses if weights is None else losses * weights).sum()
 
 
 def causal_lm_loss(

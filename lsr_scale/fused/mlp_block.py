@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lsr_scale.adapters.pairs import PairGradients
 from lsr_scale.fused.layer_state import GradientBuffer, LayerModules, SavedTensors, pop_or_dequantize
 from lsr_scale.fused.linear_groups import LinearGroup, mm_float
-from lsr_scale.fused.pairs import PairGradients
 from lsr_scale.kernels.rms_norm import rms_norm_backward
 from lsr_scale.kernels.swiglu import swiglu_backward
 from lsr_scale.kernels.swiglu_pair_gradients import swiglu_pair_gradients

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from lsr_scale.adapters.pairs import Pair
 from lsr_scale.fused.attention_mask import needs_mask
 from lsr_scale.fused.decoder_layer import DecoderLayerFunction
 from lsr_scale.fused.eight_bit_group import EightBitState
@@ -22,7 +23,6 @@ from lsr_scale.fused.layer_state import LayerSizes, Recompute
 from lsr_scale.fused.linear import LinearMixin
 from lsr_scale.fused.linear_groups import CachedMatrix
 from lsr_scale.fused.loss import causal_lm_loss
-from lsr_scale.fused.pairs import Pair
 from lsr_scale.fused.subclass import Fused
 
 logger = logging.getLogger(__name__)

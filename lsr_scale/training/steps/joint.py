@@ -1,0 +1,196 @@
+"""The step of several trials at once: one forward and backward pass over the rows of all, on one frozen base.
+
+Each trial is an ordinary run with a model, a trainer and an optimizer of its own. In training its micro-batches go
+through a model that they have in common, in which every adapted linear is a `JointLinear` (`adapters/joint.py`). A
+trial gets the loss and the gradients that it would get alone.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lsr_scale.adapters.joint import JointLinear, JointPairs
+from lsr_scale.adapters.pairs import active_adapters, kind_of
+from lsr_scale.config import RunConfig
+from lsr_scale.config.training import checkpoints_layers
+from lsr_scale.fused import fuse
+from lsr_scale.fused.fallback import FAMILIES, lm_head_fallback_reason
+from lsr_scale.fused.loss import token_losses
+from lsr_scale.fused.subclass import original_class
+from lsr_scale.model.share import share_base
+from lsr_scale.training.steps.head_loss import at_least_one
+from lsr_scale.training.steps.joint_batch import JointBatch, joint_batch
+
+_CAUSAL_LMS = {getattr(module, name + "ForCausalLM") for name, module in FAMILIES.items()}
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    """A trial that takes part in a step.
+
+    Attributes:
+        model: Its model: its adapter in a copy of the base that `share_base` made.
+        inputs: Its micro-batch, as its data collator made it, on any device.
+        divisor: What its summed loss is divided by; None: the number of its supervised tokens.
+        skips_nonfinite: A loss that is not finite leaves its gradients as they are, zero where there are none
+            (`training.on_nonfinite: skip`). The host waits for the loss then.
+    """
+
+    model: PeftModel
+    inputs: Mapping[str, Any]
+    divisor: Tensor | float | None = None
+    skips_nonfinite: bool = False
+
+
+class JointStep:
+    """Losses and gradients of the micro-batches of several trials at once.
+
+        step = JointStep(base, run)
+        losses = step.run([Member(model, batch, divisor) for ...])      # and then every trial's optimizer.step()
+
+    Which trials take part, and in which order they are given, may differ from call to call. The joint model is made
+    anew where they do.
+
+    Attributes:
+        model: The joint model, after the first call.
+        linears: Its `JointLinear`s by path.
+    """
+
+    def __init__(self, base: Any, run: RunConfig) -> None:
+        """Take the frozen base, which stays as it is, and the run of one of the trials, for what they have in common.
+
+        It is to be checked first that they can share steps: `sharing_fallback_reason`.
+        """
+        self.base, self.training = base, run.training
+        self.model: Any = None
+        self.linears: dict[str, JointLinear] = {}
+        self._members: list[PeftModel] = []
+        self._pairs = JointPairs([])
+
+    def run(self, members: Sequence[Member]) -> list[Tensor]:
+        """Do a micro-batch of each member.
+
+        Gradients are added to `grad` of its model's trained parameters as `backward()` does.
+
+        Returns:
+            The loss of each, a scalar without a graph: the sum of the cross-entropy of its supervised tokens over its
+            divisor, which `HeadLoss` and TRL return for it alone.
+
+        Raises:
+            UserError: for batches or adapters that cannot be joined.
+        """
+        order = _order([member.model for member in members])
+        sorted_members = [members[place] for place in order]
+        self._make_model([member.model for member in sorted_members])
+        batch = joint_batch([member.inputs for member in sorted_members], flat=self._takes_flat_rows())
+        with torch.enable_grad():
+            losses = self._losses(batch, [member.divisor for member in sorted_members])
+            self._backward(losses, sorted_members)
+        found = dict(zip(order, losses, strict=True))
+        return [found[place].detach() for place in range(len(members))]
+
+    def _make_model(self, models: Sequence[PeftModel]) -> None:
+        """Have the joint model be that of these trials, in this order."""
+        if len(models) == len(self._members) and all(map(lambda one, two: one is two, models, self._members)):
+            return
+        model: Any = share_base(self.base)
+        adapted = [dict(_adapted_linears(one)) for one in models]
+        self.linears = {}
+        for path in dict.fromkeys(path for layers in adapted for path in layers):
+            parent, _, name = path.rpartition(".")
+            linear = JointLinear(model.get_submodule(path), [layers.get(path) for layers in adapted])
+            setattr(model.get_submodule(parent), name, linear)
+            self.linears[path] = linear
+        self._pairs = JointPairs(list(self.linears.values()))
+        self._members, self.model = list(models), model.train()
+        self._set_speed()
+
+    def _set_speed(self) -> None:
+        """Have the joint model recompute activations, and run fused, as each trial's does alone."""
+        wanted, recomputes = self.training["fused"], checkpoints_layers(self.training)
+        if wanted == "on" or (wanted == "auto" and torch.cuda.is_available()):
+            report = fuse(self.model, "full" if recomputes else "none", self.training["memory"] == "speed")
+            if report.fused or report.unfused:
+                return  # the layers see to it themselves
+        if recomputes and self.model.supports_gradient_checkpointing:
+            # not the reentrant kind: pairs are made outside of what is recomputed
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def _takes_flat_rows(self) -> bool:
+        """Tell whether attention reads boundaries of documents; masks would be of all trials' tokens squared."""
+        fused = original_class(self.model) is not type(self.model)
+        return fused or self.model.config._attn_implementation.startswith("flash")
+
+    def _losses(self, batch: JointBatch, divisors: Sequence[Tensor | float | None]) -> list[Tensor]:
+        """Return the loss of each member."""
+        model = self.model
+        device = model.get_input_embeddings().weight.device
+        inputs = {name: _to(value, device) for name, value in batch.inputs.items()}
+        supervised, targets = _to(batch.supervised, device), _to(batch.targets, device)
+        for linear in self.linears.values():
+            linear.tokens = batch.tokens
+        with self._pairs:
+            if original_class(model) in _CAUSAL_LMS and lm_head_fallback_reason(model, {}) is None:
+                known = {} if type(model) is original_class(model) else {"mask_is_needed": batch.mask_is_needed}
+                hidden = model.model(**inputs, **known, use_cache=False).last_hidden_state
+                chosen, weight = hidden.flatten(0, 1)[supervised], model.lm_head.weight
+                losses = token_losses(chosen.to(weight.dtype), weight, targets)
+            else:
+                logits = model(**inputs, use_cache=False).logits.flatten(0, 1)[supervised]
+                losses = functional.cross_entropy(logits.float(), targets, reduction="none")
+        return [
+            part.sum() / _to(at_least_one(len(part) if divisor is None else divisor), device)
+            for part, divisor in zip(losses.split(batch.counts), divisors, strict=True)
+        ]
+
+    @staticmethod
+    def _backward(losses: Sequence[Tensor], members: Sequence[Member]) -> None:
+        """Add the gradients of each member's loss to its parameters'."""
+        total = torch.stack(list(losses)).sum()
+        may_skip = [place for place, member in enumerate(members) if member.skips_nonfinite]
+        finite = torch.stack([losses[place] for place in may_skip]).isfinite().tolist() if may_skip else []
+        skipped = {place for place, is_finite in zip(may_skip, finite, strict=True) if not is_finite}
+        if not skipped:
+            total.backward()
+            return
+        counted = [
+            parameter
+            for place, member in enumerate(members)
+            if place not in skipped
+            for parameter in _trained(member.model)
+        ]
+        if counted:
+            torch.autograd.backward(total, inputs=counted)
+        for place in skipped:
+            for parameter in _trained(members[place].model):
+                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+
+
+def _adapted_linears(model: PeftModel) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the adapted linears of a trial's model by their paths in its base."""
+    for path, module in model.get_base_model().named_modules():
+        if isinstance(module, nn.Module) and isinstance(module, BaseTunerLayer):
+            yield path, module
+
+
+def _order(models: Sequence[PeftModel]) -> list[int]:
+    """Return an order in which trials of equal adapters are neighbours: they are computed as one stack."""
+    kinds = []
+    for model in models:
+        adapters = [(path, one) for path, layer in _adapted_linears(model) for one in active_adapters(layer)]
+        kinds.append(tuple((path, kind_of(one, one.factors())) for path, one in adapters))
+    return sorted(range(len(models)), key=lambda place: kinds.index(kinds[place]))
+
+
+def _trained(model: PeftModel) -> Iterator[Tensor]:
+    return (parameter for parameter in model.parameters() if parameter.requires_grad)
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value

@@ -92,7 +92,7 @@ def test_hooks_are_copied_and_bound_to_the_copies(ids):
             seen.append(self)
 
     base.lm_head.__class__ = Watch
-    base.lm_head.register_forward_hook(base.lm_head.watch)
+    base.lm_head.register_forward_hook(Watch.watch.__get__(base.lm_head))
     copied = share_base(base)
     copied(input_ids=ids)
     assert seen == [copied.lm_head]

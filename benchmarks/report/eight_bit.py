@@ -1,12 +1,13 @@
-"""README's table of products in 8 bits: their speed, and how far they move a real model's losses."""
+"""README's tables of products in 8 bits: their speed, how far they move a real model's losses, and its accuracy."""
 
 from pathlib import Path
 from typing import Any
 
+from benchmarks.quality import fp8_accuracy, trials
 from benchmarks.report import real_training
 from benchmarks.report.markdown import grid, number
 from benchmarks.report.measurements import LABELS, LENGTH, MODES, TOKENS, by_provider, has_headline, read
-from benchmarks.speed.providers import bf16_of, compute_of
+from benchmarks.speed.providers import EIGHT_BIT, bf16_of, compute_of
 
 PEER = "unsloth_lora"
 
@@ -18,7 +19,10 @@ def speeds(run: dict[str, Any]) -> str:
     for name, modes in providers.items():
         cells = [LABELS[name]]
         for mode in MODES:
-            row, peer = modes[mode], providers[PEER][mode]
+            row, peer = modes.get(mode), providers[PEER][mode]
+            if row is None or row["status"] != "ok":
+                cells += ["not run", "", "", ""]
+                continue
             ratio = "" if name == PEER else number(row["tokens_per_s"] / peer["tokens_per_s"], ".2f")
             floor = number(row["floor_fraction"], ".2f") if row.get("floor_fraction") else ""
             cells += [number(row["tokens_per_s"]), number(row["peak_memory_gib"], ".1f"), ratio, floor]
@@ -48,12 +52,33 @@ def differences(run: dict[str, Any]) -> str:
     return f"{what}: {where}: {'; '.join(parts)}."
 
 
+def accuracies(done: dict[str, dict[str, Any]]) -> str:
+    """Return the table of how far accuracies lie from those of the same adapters trained in bfloat16."""
+    cells: dict[str, dict[str, str]] = {}
+    for row in fp8_accuracy.summary(done):
+        if row["seed"] is None:
+            points = row["right"]
+            sure = "" if points.low <= 0 <= points.high else ", separated"
+            figures = f"{100 * points.difference:+.2f} ({100 * points.low:+.2f} to {100 * points.high:+.2f}{sure})"
+            cells.setdefault(f"{row['model']}, {METHODS[row['method']]}", {})[row["compute"]] = figures
+    seeds = len({result["seed"] for result in done.values() if "seed" in result})
+    where = f"Accuracy on ARC-E, ARC-C and OpenBookQA less that of the same trained in bf16, points ({seeds} seeds, 95 %):"
+    body = [[name, *(row.get(compute, "") for compute in EIGHT_BIT)] for name, row in cells.items()]
+    return f"{where}\n\n{grid(['', *EIGHT_BIT], body)}"
+
+
+METHODS = {"lora": "LoRA", "lsr": "LSR-Adapt"}
+
+
 def newest(results: Path) -> str:
-    """Return the newest run of each as Markdown; "" before there is one."""
+    """Return the newest speeds of each model and base, losses and accuracies as Markdown; "" before there are some."""
     timed = [run for _, run in read(results / "throughput") if has_headline(run) and _in_8_bits(_names(run))]
+    by_model = {(run["config"]["model"], run["config"]["base"]): run for run in timed}
     trained = [run for _, run in read(results / "real_training") if _in_8_bits(run["rows"])]
-    texts = [speeds(timed[-1])] if timed else []
-    return "\n\n".join(texts + ([differences(trained[-1])] if trained else []))
+    done = trials.load(results / "fp8_accuracy")
+    texts = [speeds(by_model[key]) for key in sorted(by_model, reverse=True)]
+    texts += [differences(trained[-1])] if trained else []
+    return "\n\n".join(texts + ([accuracies(done)] if any("method" in one for one in done.values()) else []))
 
 
 def _names(run: dict[str, Any]) -> list[str]:

@@ -20,6 +20,7 @@ from benchmarks.report import (
     results_page,
 )
 from benchmarks.speed import real_training as speed_real_training
+from benchmarks.speed.providers import PROVIDERS
 
 THROUGHPUT = ALL_RESULTS / "throughput"
 
@@ -196,9 +197,17 @@ def test_readme_says_what_8_bits_cost_and_gain(tmp_path):
     (file,) = (ALL_RESULTS / "real_training").glob("qwen2.5-coder-0.5b-nf4-8bit-h200.json")
     row = json.loads(file.read_text())["rows"]["lora_graphs_int8"]
     assert f"LoRA in int8: {row['loss_rms_from_bf16']:.4f}, {row['loss_mean_from_bf16_last_50']:+.4f}" in text
+    assert "| smollm2-135m-instruct, LoRA | -0.38 (-0.69 to -0.05, separated) | -0.07 (-0.29 to +0.16) |" in text
+    # each model's newest run; what was not measured is said
+    assert text.index("mistral-7b, NF4") < text.index("llama2-7b, NF4")
+    assert "| **Kron-LoRA** r=8 in FP8, its steps as CUDA graphs | 25,308 | 27.5 | 1.46 | 0.71 | not run |" in text
     (tmp_path / "throughput").mkdir()
     (tmp_path / "real_training").mkdir()
     assert eight_bit.newest(tmp_path) == ""
+
+
+def test_every_provider_has_a_name_in_tables():
+    assert PROVIDERS.keys() == measurements.LABELS.keys()
 
 
 def test_the_headline_is_beside_both_peers():

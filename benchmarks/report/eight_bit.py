@@ -62,7 +62,7 @@ def accuracies(done: dict[str, dict[str, Any]]) -> str:
             figures = f"{100 * points.difference:+.2f} ({100 * points.low:+.2f} to {100 * points.high:+.2f}{sure})"
             cells.setdefault(f"{row['model']}, {METHODS[row['method']]}", {})[row["compute"]] = figures
     seeds = len({result["seed"] for result in done.values() if "seed" in result})
-    where = f"Accuracy on ARC-E, ARC-C and OpenBookQA less that of the same trained in bf16, points ({seeds} seeds, 95 %):"
+    where = f"Points of accuracy on ARC-E, ARC-C and OpenBookQA less bf16's, {seeds} seeds (95 %):"
     body = [[name, *(row.get(compute, "") for compute in EIGHT_BIT)] for name, row in cells.items()]
     return f"{where}\n\n{grid(['', *EIGHT_BIT], body)}"
 

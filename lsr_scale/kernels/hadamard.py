@@ -64,7 +64,9 @@ def rotate_tile(tile, hadamard, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 def int8_scale(largest: Tensor) -> Tensor:
     """Return `largest / 127`, float32: 1 where all is zero, NaN for infinity and NaN, never so small that it is 0."""
-    scale = (largest.float() / LARGEST_INT8).clamp_min(2.0**-120)
+    largest = largest.float()
+    # by a tensor: on a GPU torch multiplies by the reciprocal of a number, which is not the nearest quotient
+    scale = (largest / torch.full_like(largest, LARGEST_INT8)).clamp_min(2.0**-120)
     scale = scale.masked_fill(largest == 0, 1.0)
     return scale.masked_fill(~largest.isfinite(), float("nan"))
 

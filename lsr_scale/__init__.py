@@ -13,6 +13,7 @@ from lsr_scale.version import __version__ as __version__
 
 __all__ = [
     "AdapterBank",
+    "Decoder",
     "KronLoraConfig",
     "LsrConfig",
     "RunConfig",
@@ -56,6 +57,7 @@ if _TYPE_CHECKING or not _is_command():
     from lsr_scale.adapters.methods.lsr import LsrConfig
     from lsr_scale.errors import UserError
     from lsr_scale.fused import fit_memory, fuse, unfuse
+    from lsr_scale.generation import Decoder
 
     del _adapters
 

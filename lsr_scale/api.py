@@ -18,13 +18,13 @@ from lsr_scale.config import RunConfig
 from lsr_scale.config.shipped import find_run
 from lsr_scale.data.prompts import Prompt, prompt_of_row
 from lsr_scale.errors import UserError, did_you_mean, quoted
+from lsr_scale.generation.sampling import Sampling
 from lsr_scale.planning import Plan
 from lsr_scale.run import train as training
 from lsr_scale.run.compare import Comparison
 from lsr_scale.run.compare import compare as compare_runs
 from lsr_scale.run.evaluate import evaluate_run
 from lsr_scale.run.folder import RunFolder
-from lsr_scale.run.generate import Sampling
 from lsr_scale.run.generator import Generator
 from lsr_scale.run.load import load_run_model
 from lsr_scale.run.metrics import read_metrics

@@ -168,6 +168,9 @@ def many_adapters(path: Path, run: Run) -> str:
             speeds = row[kind]["tokens_per_s"]
             rows.append([f"{name}, {kind}", *(number(speeds[way]) for way in ("base", "rows"))])
             rows[-1].append(f"{row[kind]['ratio']['rows']:.2f}")
+            if "decoder" in row[kind]["ratio"]:
+                each = (number(speeds[f"decoder_{way}"]) for way in ("base", "rows"))
+                rows.append([f"{name}, {kind} by `Decoder`", *each, f"{row[kind]['ratio']['decoder']:.2f}"])
     config = run["config"]
     text = f"{where(run, path)} {config['resident']:,} adapters in memory, {config['rows']} rows of as many adapters."
     head = ["", "base, tokens/s", "with adapters", "ratio"]

@@ -4,9 +4,12 @@
 
 A model of random weights in bfloat16, LSR-Adapt on all seven linears, `--resident` adapters loaded from a folder into
 an `AdapterBank`, batches of `--rows` rows whose adapters all differ. Two ways to use them: a forward over the prompts,
-and the generation of `--new` tokens. Each is timed in turns: the base alone (the model without adapters), and the batch
-with `adapter_names`. `ratio` is the second's tokens/s over the first's. Beside them, `peft_lora`: as many of PEFT's
-LoRA adapters in one model as there are rows, through PEFT's own `adapter_names`, which loops over them: one round.
+and the generation of `--new` tokens by transformers' `generate`. Each is timed in turns: the base alone (the model
+without adapters), and the batch with `adapter_names`. `ratio` is the second's tokens/s over the first's. Generation is
+timed by `lsr_scale.Decoder` too, whose decoding step is a CUDA graph: `decoder_base` and `decoder_rows`, both in
+`ratio` over the base by `generate`, and one over the other as `decoder`; `step_ms` is what one such step takes. Beside
+them, `peft_lora`: as many of PEFT's LoRA adapters in one model as there are rows, through PEFT's own `adapter_names`,
+which loops over them: one round. After `--time-limit` no round begins but the first of what is not measured yet.
 """
 
 import os
@@ -87,17 +90,41 @@ def seconds(function: Callable[[], Any], device: torch.device) -> float:
     return time.perf_counter() - began
 
 
-def measure(ways: dict[str, Callable[[], Any]], rounds: int, tokens: int, device: torch.device) -> dict[str, Any]:
-    """Return tokens/s of each way, timed in turns after one call each, and their ratios to `base`."""
+def measure(
+    ways: dict[str, Callable[[], Any]], rounds: int, tokens: int, device: torch.device, end: float
+) -> dict[str, Any]:
+    """Return tokens/s of each way, timed in turns after one call each, and their ratios to `base`.
+
+    After `end`, in `time.monotonic`'s seconds, no round begins but the first.
+    """
     times: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(rounds + 1):
+        if number > 1 and time.monotonic() > end:
+            break
         for name, function in ways.items():
             taken = seconds(function, device)
+            print(
+                f"  {number or 'warm-up'} {name}: {taken:.3f} s, {tokens / taken:,.0f} tokens/s",
+                flush=True,
+            )
             if number:
                 times[name].append(taken)
     speeds = {name: tokens / statistics.median(taken) for name, taken in times.items()}
     ratios = {name: speed / speeds["base"] for name, speed in speeds.items() if name != "base"}
     return {"tokens_per_s": speeds, "ratio": ratios, "seconds": times}
+
+
+def step_ms(decoder: Any, device: torch.device, steps: int = 50) -> float:
+    """Return the milliseconds of a decoding step at the last place that a generation got to."""
+    step = next(reversed(decoder.steps.values()))
+    last = step.place - 1
+
+    def run() -> None:
+        for _ in range(steps):
+            step.place.copy_(last)
+            step.run()
+
+    return min(seconds(run, device) for _ in range(3)) * 1e3 / steps
 
 
 @torch.no_grad()
@@ -111,13 +138,15 @@ def main(arguments: list[str] | None = None) -> int:
     add("--prompt", type=int, default=128, help="tokens of a prompt")
     add("--new", type=int, default=128, help="tokens to generate")
     add("--rounds", type=int, default=3)
+    add("--time-limit", type=float, default=600, help="seconds")
     add("--without-peft", action="store_true", help="leave out PEFT's LoRA")
     add("--out", type=new_file, required=True, help="the JSON to write; must not exist yet")
     args = parser.parse_args(arguments)
     if args.rows > args.resident:
         parser.error(f"--rows: {args.rows} rows of different adapters need as many --resident, not {args.resident}")
-    from lsr_scale import AdapterBank, files
+    from lsr_scale import AdapterBank, Decoder, files
 
+    end = time.monotonic() + args.time_limit
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     base = model_of(args.model, device)
     vocabulary = base.config.vocab_size
@@ -141,6 +170,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     tokens = {"forward": ids.numel(), "generation": args.rows * args.new}
     rows: dict[str, Any] = {}
+    config = {name: value for name, value in vars(args).items() if name != "out"}
     with tempfile.TemporaryDirectory(prefix="many-adapters-") as folder:
         model = adapted(base, "lsr", ["default"])
         write_adapters(model, Path(folder), names)
@@ -149,20 +179,46 @@ def main(arguments: list[str] | None = None) -> int:
         loading = seconds(lambda: [bank.load(name) for name in names], device)
         assert len(bank.slots) == args.resident
         resident = (torch.cuda.memory_allocated() - before) / 2**30 if device.type == "cuda" else None
-        rows["lsr"] = {kind: measure(ways, args.rounds, tokens[kind], device) for kind, ways in ways_of(model).items()}
-        rows["lsr"] |= {"adapter_bytes": bank.adapter_bytes, "resident_gib": resident, "load_ms": 1e3 * loading}
-        rows["lsr"]["load_ms"] /= args.resident
-    config = {name: value for name, value in vars(args).items() if name != "out"}
+        load_ms = 1e3 * loading / args.resident
+        print(f"{args.resident} adapters loaded, {load_ms:.1f} ms each", flush=True)
+        rows["lsr"] = {"adapter_bytes": bank.adapter_bytes, "resident_gib": resident, "load_ms": load_ms}
+        ways = ways_of(model)
+        decoders = {"decoder_base": Decoder(model, max_steps=1), "decoder_rows": Decoder(model, max_steps=1)}
+        decode: dict[str, Any] = {"input_ids": ids, "max_new_tokens": args.new, "eos_token_id": [], "pad_token_id": 0}
+
+        def decoded_base() -> Any:
+            with model.disable_adapter():
+                return decoders["decoder_base"].generate(**decode)
+
+        ways["generation"] |= {
+            "decoder_base": decoded_base,
+            "decoder_rows": lambda: decoders["decoder_rows"].generate(**decode, adapter_names=batch),
+        }
+        for kind in tokens:
+            print(f"lsr {kind}", flush=True)
+            rows["lsr"][kind] = measure(ways[kind], args.rounds, tokens[kind], device, end)
+            files.write_json(args.out, {"env": files.environment(), "config": config, "rows": rows})
+        generation = rows["lsr"]["generation"]
+        speeds = generation["tokens_per_s"]
+        generation["ratio"]["decoder"] = speeds["decoder_rows"] / speeds["decoder_base"]
+        generation["step_ms"] = {name: step_ms(decoder, device) for name, decoder in decoders.items()}
+        print(f"  a decoding step: {generation['step_ms']} ms", flush=True)
+        for decoder in decoders.values():
+            decoder.clear()
     files.write_json(args.out, {"env": files.environment(), "config": config, "rows": rows})
     if not args.without_peft:
         base = model.unload()
         model = adapted(base, "lora", batch)
-        rows["peft_lora"] = {kind: measure(ways, 1, tokens[kind], device) for kind, ways in ways_of(model).items()}
-    files.write_json(args.out, {"env": files.environment(), "config": config, "rows": rows})
+        rows["peft_lora"] = {}
+        for kind, ways in ways_of(model).items():
+            print(f"peft_lora {kind}", flush=True)
+            rows["peft_lora"][kind] = measure(ways, 1, tokens[kind], device, end)
+        files.write_json(args.out, {"env": files.environment(), "config": config, "rows": rows})
     for name, row in rows.items():
         for kind in tokens:
             speeds = {way: round(speed) for way, speed in row[kind]["tokens_per_s"].items()}
-            print(f"{name} {kind}: {speeds} tokens/s, {row[kind]['ratio']['rows']:.2f} of the base's")
+            ratios = {way: round(ratio, 3) for way, ratio in row[kind]["ratio"].items()}
+            print(f"{name} {kind}: {speeds} tokens/s, over the base's {ratios}")
     return 0
 
 

@@ -20,8 +20,8 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from lsr_scale.adapters.peft import AdapterConfig, AdapterLinear, Pair, upcast
-from lsr_scale.adapters.peft.per_sample import BASE_MODEL, PerSampleAdapters, batch_lock
+from lsr_scale.adapters.peft import AdapterConfig, AdapterLinear, Pair
+from lsr_scale.adapters.peft.per_sample import BASE_MODEL, PairMemory, PerSampleAdapters, batch_lock
 from lsr_scale.adapters.read import CONFIG_NAME, WEIGHTS_NAME, read_config, read_weights
 from lsr_scale.errors import UserError
 from lsr_scale.paths import user_path
@@ -98,7 +98,7 @@ class AdapterBank:
             with torch.inference_mode(False):  # adapters are loaded in and out of it
                 for shapes, stack in stacks.items():
                     size = self.capacity, len(stack.modules)
-                    # zeros: samples without an adapter read a slot too, times a scaling of zero
+                    # zeros: samples without an adapter read a slot too
                     stack.factors = {
                         key: torch.zeros(*size, *shape, dtype=dtype, device=device) for key, shape in shapes
                     }
@@ -148,7 +148,9 @@ class AdapterBank:
             self.stack_of.clear()
             self._stacks.clear()
 
-    def per_sample(self, adapter_names: Sequence[str], expand_size: int = 1) -> "BankAdapters":
+    def per_sample(
+        self, adapter_names: Sequence[str], expand_size: int = 1, memory: PairMemory | None = None
+    ) -> "BankAdapters":
         """Return the adapters of the samples of one batch, all loaded.
 
         Raises:
@@ -163,7 +165,8 @@ class AdapterBank:
         for name in unique_names:  # first those that are loaded, so that none of them is evicted for another
             if name in self.slots:
                 self.slots.move_to_end(name)
-        return BankAdapters(self, adapter_names, {name: self.load(name) for name in unique_names}, expand_size)
+        slots = {name: self.load(name) for name in unique_names}
+        return BankAdapters(self, adapter_names, slots, expand_size, memory)
 
     def _read(self, name: str) -> tuple[AdapterConfig, dict[tuple[str, str], Tensor]]:
         """Return an adapter's configuration, and its factors by module and name, all of them checked."""
@@ -209,27 +212,37 @@ class BankAdapters(PerSampleAdapters):
     """The samples of a batch under adapters of a bank: pairs are made for all linears of a `FactorStack` at once."""
 
     def __init__(
-        self, bank: AdapterBank, adapter_names: Sequence[str], slots: Mapping[str, int], expand_size: int
+        self,
+        bank: AdapterBank,
+        adapter_names: Sequence[str],
+        slots: Mapping[str, int],
+        expand_size: int,
+        memory: PairMemory | None = None,
     ) -> None:
-        super().__init__(adapter_names, expand_size)
+        super().__init__(adapter_names, expand_size, memory)
         self.bank = bank
-        # of the base: any slot, scaled by zero
+        # of the base: any slot, then zeros
         self.slots = [slots.get(name, 0) for name in self.unique_names]
-        self.scales = [float(name != BASE_MODEL) for name in self.unique_names]
+        self.is_base = [name == BASE_MODEL for name in self.unique_names]
 
     def _gather(
         self, layer: AdapterLinear, dtype: torch.dtype, index: list[int]
     ) -> Iterator[tuple[AdapterLinear, Pair | None]]:
         stack = self.bank.stack_of.get(layer)
-        if stack is None or not any(self.scales):
+        if stack is None or (all(self.is_base) and self.memory is None):
             yield layer, None
             return
         device = stack.scalings.device
-        slots, scales = torch.tensor(self.slots, device=device), torch.tensor(self.scales, device=device)
-        factors = upcast({key: stacked[slots] for key, stacked in stack.factors.items()})
-        down, up = self.bank.method.materialize(factors)
-        up = up * (stack.scalings[slots] * scales[:, None])[..., None, None]
-        samples = torch.tensor(index, device=device)
-        downs, ups = (side.to(dtype)[samples].unbind(1) for side in (down, up))
+        slots, samples = torch.tensor(self.slots, device=device), torch.tensor(index, device=device)
+        shapes = tuple((name, tuple(stacked.shape)) for name, stacked in stack.factors.items())
+        key = layer, dtype, len(index), shapes
+        kept = None if self.memory is None else self.memory.get(key)
+        pair = self.bank.method.materialize_rows(stack.factors, slots, stack.scalings[slots], samples, dtype, kept)
+        if self.memory is not None:
+            self.memory[key] = pair
+        bases = torch.tensor([row for row, place in enumerate(index) if self.is_base[place]], device=device)
+        if len(bases):  # zeros, rather than zero times another adapter's values, which may be beyond the dtype
+            pair = pair[0].index_fill_(0, bases, 0), pair[1].index_fill_(0, bases, 0)
+        downs, ups = (side.unbind(1) for side in pair)
         for module, down, up in zip(stack.modules.values(), downs, ups, strict=True):
             yield module, (down.transpose(1, 2), up.transpose(1, 2))

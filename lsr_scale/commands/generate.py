@@ -13,7 +13,8 @@ from lsr_scale.errors import UserError, printable
 
 if TYPE_CHECKING:
     from lsr_scale.data.prompts import Prompt
-    from lsr_scale.run.generate import Answer, Sampling
+    from lsr_scale.generation.sampling import Sampling
+    from lsr_scale.run.generate import Answer
     from lsr_scale.run.generator import Generator
 
 HELP = "Try a run: continue prompts, or talk to it (--chat)."
@@ -51,7 +52,7 @@ def add_arguments(parser: Parser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the command; return the exit status."""
     talks = _check_together(args)
-    from lsr_scale.run.generate import Sampling
+    from lsr_scale.generation.sampling import Sampling
     from lsr_scale.run.generator import Generator
 
     names = ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "seed")

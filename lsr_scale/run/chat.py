@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lsr_scale.errors import UserError
-from lsr_scale.run.generate import Answer, Sampling, Streamer
+from lsr_scale.generation.sampling import Sampling
+from lsr_scale.run.generate import Answer, Streamer
 from lsr_scale.run.generator import Generator
 
 HELP = "/reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer"

@@ -14,6 +14,7 @@ from lsr_scale.config.sections import ModelSection
 from lsr_scale.data.prompts import Prompt, prompt_of_row
 from lsr_scale.data.readers import has_lines, read_file
 from lsr_scale.errors import UserError
+from lsr_scale.generation.sampling import Sampling
 from lsr_scale.layers.frozen_linear import dequantize_all, dequantized_bytes
 from lsr_scale.model import load_base_for, load_config, load_tokenizer, meta_model, tokenizer_of
 from lsr_scale.model.load_errors import suggest_base_option
@@ -21,7 +22,6 @@ from lsr_scale.model.tokenizer import render_chat, without_appended
 from lsr_scale.paths import user_path
 from lsr_scale.run.generate import (
     Answer,
-    Sampling,
     check_fits,
     check_has_template,
     complete,

@@ -181,3 +181,18 @@ def test_names_stay_in_the_folder(base, ids, tmp_path, name):
     model, _ = bank_of(base, tmp_path / "inner")
     with pytest.raises(UserError, match="adapter_names: "):
         model(input_ids=ids, adapter_names=["anna", name])
+
+
+@torch.no_grad()
+def test_an_adapter_beyond_its_dtype_harms_no_other_row(base, folder, ids):
+    model, bank = bank_of(base, folder)
+    bank.load("anna")
+    for stack in bank._stacks:
+        for stacked in stack.factors.values():
+            stacked[bank.slots["anna"]].fill_(1e20)
+    rows = torch.cat([ids, ids[:1]])
+    actual = model(input_ids=rows, adapter_names=["ben", "anna", "__base__"]).logits
+    assert not actual[1].isfinite().any()
+    for row, name in ((0, "ben"), (2, "__base__")):
+        expected = alone(base, folder, name, rows[row : row + 1])
+        torch.testing.assert_close(actual[row : row + 1], expected, rtol=1e-4, atol=1e-5)

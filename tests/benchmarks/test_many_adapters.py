@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from benchmarks.report.results_page import many_adapters as many_adapters_page
 from benchmarks.speed import many_adapters
 
 
@@ -18,5 +19,11 @@ def test_every_row_has_an_adapter_of_its_own_and_peft_stands_beside(tmp_path):
             speeds = row[kind]["tokens_per_s"]
             assert row[kind]["ratio"]["rows"] == pytest.approx(speeds["rows"] / speeds["base"])
     assert result["rows"]["lsr"]["adapter_bytes"] > 0
+    generation = result["rows"]["lsr"]["generation"]
+    speeds = generation["tokens_per_s"]
+    assert generation["ratio"]["decoder"] == pytest.approx(speeds["decoder_rows"] / speeds["decoder_base"])
+    assert generation["ratio"]["decoder_rows"] == pytest.approx(speeds["decoder_rows"] / speeds["base"])
+    assert set(generation["step_ms"]) == {"decoder_base", "decoder_rows"}
+    assert "lsr, generation by `Decoder`" in many_adapters_page(out, result)
     with pytest.raises(SystemExit):
         many_adapters.main(["--model=tiny", "--resident=2", "--rows=3", f"--out={tmp_path / 'b.json'}"])

@@ -24,9 +24,10 @@ from lsr_scale.adapters import coverage
 from lsr_scale.data.formats import build_dataset
 from lsr_scale.data.model_limits import check_model_limits, num_positions, stated_length
 from lsr_scale.errors import UserError
+from lsr_scale.generation.sampling import Sampling
 from lsr_scale.model import load_base
 from lsr_scale.run import evaluate
-from lsr_scale.run.generate import Sampling, complete
+from lsr_scale.run.generate import complete
 from lsr_scale.run.train import train
 from lsr_scale.scoring import scorer
 from lsr_scale.training import assembly

@@ -17,13 +17,14 @@ from lsr_scale import cli
 from lsr_scale.config import dump_yaml
 from lsr_scale.errors import UserError, printable
 from lsr_scale.exporting import open_adapter
+from lsr_scale.generation.sampling import Sampling
 from lsr_scale.layers.frozen_linear import FrozenLinear4bit, dequantize_all, dequantized_bytes
 from lsr_scale.model import load_base
 from lsr_scale.run import generator as generators
 from lsr_scale.run.chat import Chat, converse
 from lsr_scale.run.evaluate import evaluate_run
 from lsr_scale.run.folder import RunFolder
-from lsr_scale.run.generate import Sampling, Streamer, complete
+from lsr_scale.run.generate import Streamer, complete
 from lsr_scale.run.generator import Generator, read_prompts
 from lsr_scale.run.load import load_run_model
 from tests.helpers.tiny_runs import TOOLS, do, factors, save_llama, tiny_run, write_rows

@@ -22,6 +22,7 @@ from lsr_scale.exporting import export
 from lsr_scale.exporting.merged import write_merged
 from lsr_scale.exporting.source import open_adapter
 from lsr_scale.exporting.verify import Reference, base_section
+from lsr_scale.generation.sampling import Sampling
 from lsr_scale.model.tokenizer import (
     appended_ids,
     end_tokens,
@@ -32,7 +33,7 @@ from lsr_scale.model.tokenizer import (
     tokenizer_of,
     without_appended,
 )
-from lsr_scale.run.generate import Sampling, complete
+from lsr_scale.run.generate import complete
 from lsr_scale.run.load import load_run_model
 from lsr_scale.scoring.scorer import encode_pairs
 from lsr_scale.training import assembly

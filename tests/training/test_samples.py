@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from lsr_scale import UserError
+from lsr_scale.generation.sampling import Sampling
 from lsr_scale.run.folder import RunFolder
-from lsr_scale.run.generate import Sampling
 from lsr_scale.run.generate import complete as answer
 from lsr_scale.run.load import load_run_model
 from lsr_scale.run.train import train

@@ -18,8 +18,10 @@ import torch
 from torch import Tensor
 
 from lsr_scale.adapters.factorize import balanced_split, divisors
-from lsr_scale.adapters.peft import AdapterConfig, AdapterMethod, Params, Shapes, option, register
+from lsr_scale.adapters.peft import AdapterConfig, AdapterMethod, Pair, Params, Shapes, option, register
 from lsr_scale.errors import UserError
+from lsr_scale.kernels.backend import use_triton
+from lsr_scale.kernels.kron_sum import kron_sum
 
 PAPER_SCALING = 4096.0  # alpha 8192 over factor rank 2 in the authors' code
 
@@ -176,6 +178,25 @@ class Lsr(AdapterMethod):
                 left = left * params[f"{side}_weight"][..., None, None]
             pair.append(_kron_sum(left, params[f"{side}_right"]))
         return pair[0], pair[1]
+
+    @classmethod
+    def materialize_rows(
+        cls, stacks: Params, slots: Tensor, scale: Tensor, index: Tensor, dtype: torch.dtype, out: Pair | None = None
+    ) -> Pair:
+        """Return the scaled pairs of the rows of a batch; on a GPU in one pass over them a side."""
+        left = stacks["down_left"]
+        if not use_triton(left, left.dtype) or not use_triton(left, dtype) or "down_weight" in stacks:
+            return super().materialize_rows(stacks, slots, scale, index, dtype, out)
+        factors = [(stacks[f"{side}_left"], stacks[f"{side}_right"]) for side in ("down", "up")]
+        if out is None:
+            sizes = [[a * b for a, b in zip(left.shape[-2:], right.shape[-2:], strict=True)] for left, right in factors]
+            down, up = (left.new_empty(len(index), left.shape[1], *size, dtype=dtype) for size in sizes)
+        else:
+            down, up = out
+        slots, scales = slots[index], (None, scale[index].float())
+        for (left, right), one_scale, made in zip(factors, scales, (down, up), strict=True):
+            kron_sum(left, right, slots, one_scale, made)
+        return down, up
 
     @classmethod
     def oversized_sides(cls, in_features: int, out_features: int, config: LsrConfig) -> list[str]:

@@ -13,8 +13,8 @@ Each imports only those above it, and none knows a method.
 """
 
 from lsr_scale.adapters.peft.config import AdapterConfig, option
-from lsr_scale.adapters.peft.layer import AdapterLinear, in_out_features, module_suffixes, upcast, version_counters
-from lsr_scale.adapters.peft.method import AdapterMethod, LowRankPair, Pair, Params, Shapes
+from lsr_scale.adapters.peft.layer import AdapterLinear, in_out_features, module_suffixes, version_counters
+from lsr_scale.adapters.peft.method import AdapterMethod, LowRankPair, Pair, Params, Shapes, upcast
 from lsr_scale.adapters.peft.registry import METHODS, register
 from lsr_scale.adapters.peft.tuner import AdapterModel
 

@@ -13,7 +13,7 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from lsr_scale.adapters.peft.config import AdapterConfig
-from lsr_scale.adapters.peft.method import AdapterMethod, LowRankPair, Pair, Params
+from lsr_scale.adapters.peft.method import AdapterMethod, LowRankPair, Pair, Params, upcast
 from lsr_scale.errors import UserError
 from lsr_scale.layers.frozen_linear import freeze_quantized
 
@@ -33,11 +33,6 @@ def in_out_features(layer: nn.Module) -> tuple[int, int] | None:
 def module_suffixes(names: Iterable[str]) -> set[str]:
     """Return the last parts of modules' names, as `target_modules` takes them; the indices of layers left out."""
     return {suffix for name in names if not (suffix := name.rpartition(".")[2]).isdigit()}
-
-
-def upcast(params: Params) -> Params:
-    """Return the factors with half-precision ones in float32: what they are materialized in."""
-    return {name: p.float() if p.dtype in (torch.bfloat16, torch.float16) else p for name, p in params.items()}
 
 
 def version_counters(tensors: Iterable[Tensor]) -> tuple[int, ...] | None:

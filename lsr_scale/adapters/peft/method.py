@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -12,6 +13,11 @@ from lsr_scale.adapters.peft.config import AdapterConfig
 Params = dict[str, Tensor]
 Shapes = dict[str, tuple[int, ...]]
 Pair = tuple[Tensor, Tensor]
+
+
+def upcast(params: Params) -> Params:
+    """Return the factors with half-precision ones in float32: what they are materialized in."""
+    return {name: p.float() if p.dtype in (torch.bfloat16, torch.float16) else p for name, p in params.items()}
 
 
 class AdapterMethod(ABC):
@@ -51,6 +57,24 @@ class AdapterMethod(ABC):
         A method of full rank does not define this, but `delta_forward`.
         """
         raise NotImplementedError
+
+    @classmethod
+    def materialize_rows(
+        cls, stacks: Params, slots: Tensor, scale: Tensor, index: Tensor, dtype: torch.dtype, out: Pair | None = None
+    ) -> Pair:
+        """Return the scaled pairs of the rows of a batch, `(down [B, J, R, in], up [B, J, out, R])`.
+
+        Args:
+            stacks: Factors of C adapters and J modules of one set of shapes, each `[C, J, ...]`.
+            slots: `[A]`, which of the C adapters there are.
+            scale: `[A, J]`, what each one's `up` is multiplied by.
+            index: `[B]`, which of the A each row has.
+            dtype: Of the pairs; they are computed in float32.
+            out: Where to write them, contiguous.
+        """
+        down, up = cls.materialize(upcast({name: stacked[slots] for name, stacked in stacks.items()}))
+        pair = down.to(dtype)[index], (up * scale[..., None, None]).to(dtype)[index]
+        return pair if out is None else (out[0].copy_(pair[0]), out[1].copy_(pair[1]))
 
     @classmethod
     def delta_forward(cls, params: Mapping[str, Tensor], x: Tensor) -> Tensor:

@@ -22,11 +22,14 @@ from torch import Tensor, nn
 from lsr_scale.adapters.peft.layer import AdapterLinear
 from lsr_scale.adapters.peft.method import AdapterMethod, Pair
 from lsr_scale.errors import UserError, did_you_mean
+from lsr_scale.kernels.row_pairs import add_row_pairs_
 
 # PEFT's name for samples that use no adapter
 BASE_MODEL = "__base__"
 # the modules of modules_to_save that PEFT runs with a copy for each sample
 MIXED_BATCH_MODULES = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+# pairs in memory that stays where it is, by what they are of
+PairMemory = dict[Any, Pair]
 _LOCKS: "weakref.WeakKeyDictionary[nn.Module, Any]" = weakref.WeakKeyDictionary()
 
 
@@ -41,22 +44,29 @@ def batch_lock(tuner: nn.Module) -> Any:
 class PerSampleAdapters(ABC):
     """The adapters of the samples of one batch, for the thread that runs it."""
 
-    def __init__(self, adapter_names: Sequence[str], expand_size: int = 1) -> None:
+    def __init__(self, adapter_names: Sequence[str], expand_size: int = 1, memory: PairMemory | None = None) -> None:
         """Note which sample uses which adapter.
 
         Args:
             adapter_names: One a sample.
             expand_size: By how much generation may expand the batch, as beam search does: each sample is repeated so
                 often in a row (behind the encoder, if there is one).
+            memory: Keeps the pairs, which are written where those of the batch before were, for a CUDA graph that reads
+                them there.
         """
         self.unique_names = list(dict.fromkeys(adapter_names))
         self.index = [self.unique_names.index(name) for name in adapter_names]
         self.expand_size, self._thread = expand_size, threading.get_ident()
+        self.memory = memory
         self._pairs: dict[tuple[nn.Module, torch.dtype, int], Pair | None] = {}
 
     def is_of_this_thread(self) -> bool:
         """Tell whether the calling thread runs the batch; a forward pass of another one is not concerned."""
         return self._thread == threading.get_ident()
+
+    def addresses(self) -> list[int | None]:
+        """Return where the pairs are that were asked for so far, None for a layer that no sample's adapter has."""
+        return [None if side is None else side.data_ptr() for pair in self._pairs.values() for side in pair or (None,)]
 
     def repeats(self, batch_size: int) -> int:
         """Return how often each sample is repeated in a batch.
@@ -73,7 +83,14 @@ class PerSampleAdapters(ABC):
     def add_to(self, result: Tensor, x: Tensor, layer: AdapterLinear) -> Tensor:
         """Return `result [B, ..., out]` plus the update of each sample of `x [B, ..., in]` at a layer."""
         pair = self.pair(layer, x.dtype, len(x))
-        return result if pair is None else add_batched(result, x, *pair)
+        if pair is None:
+            return result
+        if torch.is_grad_enabled() or layer.base_layer._forward_hooks:  # hooks may have kept the result
+            return add_batched(result, x, *pair)
+        if self.memory is not None and result.dim() == 3 and result.shape[1] == 1:
+            add_row_pairs_(result[:, 0], x[:, 0], pair[0].mT, pair[1].mT)
+            return result
+        return add_batched(result, x, *pair, in_place=True)
 
     def pair(self, layer: AdapterLinear, dtype: torch.dtype, batch_size: int) -> Pair | None:
         """Return `(down^T [B, in, R], scaling * up^T [B, R, out])` of the samples, None if none adapts it."""
@@ -109,23 +126,35 @@ class ModelAdapters(PerSampleAdapters):
         for place, pair in enumerate(pairs):
             if pair:
                 downs[place, : len(pair[0])], ups[place, :, : len(pair[0])] = pair
-        yield layer, (downs[index].transpose(1, 2), ups[index].transpose(1, 2))
+        key = layer, dtype, len(index), rank
+        made = downs[index], ups[index]
+        if self.memory is not None:
+            made = tuple(map(Tensor.copy_, self.memory.setdefault(key, made), made))
+        yield layer, (made[0].transpose(1, 2), made[1].transpose(1, 2))
 
 
-def add_batched(result: Tensor, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
-    """Return `result + (x_b down_b) up_b` for `x [B, ..., in]`, `down [B, in, R]` and `up [B, R, out]`."""
+def add_batched(result: Tensor, x: Tensor, down: Tensor, up: Tensor, in_place: bool = False) -> Tensor:
+    """Return `result + (x_b down_b) up_b` for `x [B, ..., in]`, `down [B, in, R]` and `up [B, R, out]`.
+
+    In place spares a copy of the result, and is for where no gradient is asked for.
+    """
     # generation does this for every linear and token: the host's overhead counts
     xa = torch.bmm(x if x.dim() == 3 else x.reshape(len(x), -1, x.shape[-1]), down)
     flat = result if result.dim() == 3 else result.reshape(len(result), -1, result.shape[-1])
     if xa.dtype != flat.dtype:
         xa, up = xa.to(flat.dtype), up.to(flat.dtype)
-    return torch.baddbmm(flat, xa, up).view(result.shape)
+    return (flat.baddbmm_(xa, up) if in_place else torch.baddbmm(flat, xa, up)).view(result.shape)
 
 
 @contextmanager
 def adapters_per_sample(
-    tuner: BaseTuner, method: type[AdapterMethod], bank: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> Iterator[None]:
+    tuner: BaseTuner,
+    method: type[AdapterMethod],
+    bank: Any,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    memory: PairMemory | None = None,
+) -> Iterator[PerSampleAdapters]:
     """Have each sample of a batch use its adapter, for one forward pass or generation.
 
     One batch at a time: a second thread waits, since layers and a bank's slots are the model's.
@@ -136,6 +165,7 @@ def adapters_per_sample(
         bank: The `AdapterBank` that the names are looked up in, if any.
         args: Arguments of the call.
         kwargs: Its keyword arguments, `adapter_names` among them.
+        memory: Where pairs are kept for a CUDA graph.
 
     Raises:
         UserError: where samples of one batch cannot use different adapters, or names and batch do not fit.
@@ -154,14 +184,16 @@ def adapters_per_sample(
                 )
         expand_size = _expand_size(tuner.model, kwargs)
         per_sample: PerSampleAdapters = (
-            ModelAdapters(adapter_names, expand_size) if bank is None else bank.per_sample(adapter_names, expand_size)
+            ModelAdapters(adapter_names, expand_size, memory)
+            if bank is None
+            else bank.per_sample(adapter_names, expand_size, memory)
         )
         try:
             for layer in layers:
                 layer.per_sample = per_sample
             for wrapper in wrappers:
                 wrapper.forward = functools.partial(_forward_modules_to_save, wrapper, adapter_names, per_sample)
-            yield
+            yield per_sample
         finally:
             for layer in layers:
                 layer.per_sample = None

@@ -1,0 +1,330 @@
+"""`Decoder`: prompts in, tokens out, with decoding steps that a GPU does without waiting for its host.
+
+    decoder = lsr_scale.Decoder(model)  # a base, an adapter, or a model with an AdapterBank
+    decoder.generate(**inputs, max_new_tokens=64, adapter_names=["alice", "bob", "__base__"])
+
+The prompts are one ordinary forward pass. After that each step is the same kernels on the same memory (`step.py`), on a
+GPU one CUDA graph, kept for the next batch of as many rows and about as many tokens. Which adapter a row has is not in
+the graph: the pairs of a batch are written where those of the batch before were.
+"""
+
+import functools
+import inspect
+import logging
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import ModulesToSaveWrapper
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache
+
+from lsr_scale.adapters.peft import AdapterLinear, AdapterModel
+from lsr_scale.adapters.peft.per_sample import PairMemory, adapters_per_sample, batch_lock
+from lsr_scale.errors import UserError
+from lsr_scale.fused.cuda_graphs import rounded
+from lsr_scale.generation.active_pairs import active_pairs
+from lsr_scale.generation.sampling import Sampling
+from lsr_scale.generation.step import DecodeStep
+
+logger = logging.getLogger(__name__)
+
+# steps between two looks at a GPU's rows, whether all have ended: each waits for the GPU
+STEPS_BETWEEN_LOOKS = 16
+
+
+class Decoder:
+    """Generates with a causal language model: a base, an adapter's, or one whose rows have different adapters."""
+
+    def __init__(self, model: Any, max_steps: int = 2) -> None:
+        """Take a model, which stays as it is.
+
+        Args:
+            model: A causal language model of transformers, or a PEFT model of one.
+            max_steps: For how many shapes of a batch (rows, length) the key/value cache, graph and pairs are kept.
+        """
+        self.model, self.max_steps = model, max_steps
+        self.steps: OrderedDict[tuple[int, int], DecodeStep] = OrderedDict()
+        self.memories: dict[int, PairMemory] = {}  # of pairs, by the number of rows
+        self._graphs_fail = False
+        self._said: set[str] = set()
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        adapter_names: Sequence[str] | None = None,
+        max_new_tokens: int = 256,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        repetition_penalty: float = 1.0,
+        seed: int | None = None,
+        eos_token_id: int | Sequence[int] | None = None,
+        pad_token_id: int | None = None,
+    ) -> Tensor:
+        """Return prompts and answers, `[B, S + new]`, as transformers' `generate` would.
+
+        Args:
+            input_ids: Prompts `[B, S]`, padded at the left.
+            attention_mask: `[B, S]`, 0 where a row is padded; by default nowhere.
+            adapter_names: An adapter a row, of the model's or its bank's; "__base__" for none. By default all rows use
+                the active adapters.
+            max_new_tokens: When to stop at the latest.
+            temperature: 0 takes the most likely token; above, tokens are drawn. By default drawn only where `top_p`,
+                `top_k` or `seed` is given.
+            top_p: Draw from the most likely tokens that together have this probability.
+            top_k: Draw from so many of the most likely tokens.
+            repetition_penalty: Above 1, what was there already is less likely.
+            seed: Of the draws; by default they go on from the process's random state.
+            eos_token_id: What ends a row; the model's by default, `[]` for nothing.
+            pad_token_id: What follows the end; the model's by default.
+
+        Raises:
+            UserError: for values or adapters that do not fit, padding at the right, or logits that are not finite.
+        """
+        sampling = Sampling(max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed)
+        mask = _checked_mask(input_ids, attention_mask)
+        ends, pad = self._special_tokens(eos_token_id, pad_token_id)
+        reason = decoder_fallback_reason(self.model, input_ids.shape[1] + max_new_tokens, adapter_names)
+        training = self.model.training
+        self.model.eval()
+        # without a seed the draws come from, and move on, the process's own state
+        devices = [input_ids.device] if input_ids.is_cuda else []
+        try:
+            with torch.random.fork_rng(devices) if seed is not None else nullcontext():
+                if seed is not None:
+                    torch.manual_seed(seed)
+                if reason is not None:
+                    self._say(f"generation is transformers' own, without CUDA graphs: {reason}")
+                    names = {} if adapter_names is None else {"adapter_names": list(adapter_names)}
+                    options = {"max_new_tokens": max_new_tokens, "eos_token_id": ends or None, "pad_token_id": pad}
+                    options |= sampling.arguments() | names
+                    return self.model.generate(input_ids=input_ids, attention_mask=mask, use_cache=True, **options)
+                return self._generate(input_ids, mask, sampling, adapter_names, ends, pad)
+        finally:
+            if training:
+                self.model.train()
+
+    def clear(self) -> None:
+        """Free the memory: key/value caches, graphs and pairs."""
+        self.steps.clear()
+        self.memories.clear()
+
+    def _generate(
+        self,
+        input_ids: Tensor,
+        mask: Tensor,
+        sampling: Sampling,
+        adapter_names: Sequence[str] | None,
+        ends: list[int],
+        pad: int,
+    ) -> Tensor:
+        rows, prompt = input_ids.shape
+        new = sampling.max_new_tokens
+        ids = input_ids.new_full((rows, prompt + new), pad)
+        ids[:, :prompt] = input_ids
+        end_ids = torch.tensor(ends, device=ids.device)
+        running = torch.ones(rows, dtype=torch.bool, device=ids.device)
+        finite, lengths = running.clone(), torch.zeros(rows, dtype=torch.int64, device=ids.device)
+        between_looks = STEPS_BETWEEN_LOOKS if ids.is_cuda else 1
+        with self._adapters(input_ids, adapter_names) as pairs:
+            step, logits = self._prefill(input_ids, mask, new, pairs)
+            for done in range(new):
+                scores = logits.to(torch.float32, copy=True)
+                finite &= (scores < torch.inf).all(-1)  # NaN is not either; -inf is how models rule tokens out
+                tokens = sampling.next_tokens(ids[:, : prompt + done], scores.nan_to_num_(0.0, torch.inf, -torch.inf))
+                tokens = tokens.where(running, pad)
+                ids[:, prompt + done] = tokens
+                lengths += running
+                running &= (tokens[:, None] != end_ids).all(-1)
+                if done + 1 == new or ((done + 1) % between_looks == 0 and not running.any()):
+                    break
+                step.tokens.copy_(tokens[:, None])
+                logits = step.run()
+        if not finite.all():
+            raise UserError(_not_finite(finite.logical_not().nonzero().flatten().tolist(), adapter_names))
+        return ids[:, : prompt + int(lengths.max())]
+
+    def _prefill(self, input_ids: Tensor, mask: Tensor, new: int, pairs: Any) -> tuple[DecodeStep, Tensor]:
+        """Return the step that comes after the prompts, and the logits that they end with."""
+        options = {"logits_to_keep": 1} if "logits_to_keep" in _arguments(self.model) else {}
+        positions = (mask.cumsum(1) - 1).clamp_min(0)
+        cache = DynamicCache()  # without windows: the rows are no longer than one
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            **options,
+        )
+        length = max(64, rounded(input_ids.shape[1] + new, 8))
+        key = len(input_ids), length
+        if key not in self.steps:
+            while len(self.steps) >= self.max_steps:
+                self.steps.popitem(last=False)
+            # the pairs of this batch are in use, whatever was kept before
+            self.memories = {n: kept for n, kept in self.memories.items() if n in {key[0], *(k[0] for k in self.steps)}}
+            self.steps[key] = DecodeStep(self.model, cache, length)
+        self.steps.move_to_end(key)
+        step = self.steps[key]
+        if input_ids.is_cuda and new > 1 and not self._graphs_fail:
+            reason = None
+            try:
+                step.capture([*_state(self.model), *pairs.addresses()])
+            except RuntimeError as error:
+                reason = str(error).splitlines()[0]
+            if reason is not None:  # not within the handler: until its end the error holds what the capture allocated
+                self._graphs_fail = True
+                step.release()
+                self._say(f"decoding steps are launched one kernel at a time: {reason}")
+        step.start(cache, mask)
+        return step, outputs.logits[:, -1]
+
+    @contextmanager
+    def _adapters(self, input_ids: Tensor, adapter_names: Sequence[str] | None) -> Iterator[Any]:
+        """Have the rows use their adapters, by pairs that a graph can read."""
+        memory = self.memories.setdefault(len(input_ids), {})
+        tuner = _tuner(self.model)
+        with batch_lock(self.model if tuner is None else tuner):
+            if adapter_names is None or tuner is None:
+                with active_pairs(self.model, memory) as pairs:
+                    yield pairs
+                return
+            # once each, whatever the model's own defaults for generation say
+            call = {"adapter_names": adapter_names, "input_ids": input_ids, "num_beams": 1, "num_return_sequences": 1}
+            with adapters_per_sample(tuner, tuner.method, tuner.bank, (), call, memory) as pairs:
+                yield pairs
+
+    def _special_tokens(
+        self, eos_token_id: int | Sequence[int] | None, pad_token_id: int | None
+    ) -> tuple[list[int], int]:
+        """Return the tokens that end a row, and the one that follows."""
+        defaults = getattr(self.model, "generation_config", None)
+        ends: Any = getattr(defaults, "eos_token_id", None) if eos_token_id is None else eos_token_id
+        ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+        pad = getattr(defaults, "pad_token_id", None) if pad_token_id is None else pad_token_id
+        return ends, next((token for token in (pad, *ends) if token is not None), 0)
+
+    def _say(self, text: str) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            logger.warning(text)
+
+
+def decoder_fallback_reason(model: Any, length: int, adapter_names: Sequence[str] | None = None) -> str | None:
+    """Return why a model cannot decode with a cache of fixed size, or None.
+
+    Args:
+        model: The model.
+        length: The tokens of its longest row, prompt and answer.
+        adapter_names: An adapter a row, if rows have different ones.
+    """
+    tuner = _tuner(model)
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    config, kind = base.config, type(base).__name__
+    if config.is_encoder_decoder:
+        return f"{kind} is an encoder and a decoder"
+    if not base.can_generate() or not getattr(base, "_can_compile_fullgraph", False):
+        return f"{kind} has no decoding step of fixed shapes in transformers"
+    if config.get_text_config(decoder=True) is not config:
+        return f"{kind} takes more than text"
+    if not {"position_ids", "past_key_values"} <= _arguments(model) or getattr(config, "alibi", False):
+        return f"{kind} takes no positions"
+    others = {*(getattr(config, "layer_types", None) or ())} - {"full_attention", "sliding_attention"}
+    if others:
+        return f"it has layers of {', '.join(sorted(others))}"
+    window = getattr(config, "sliding_window", None)
+    if window is not None and length > window:
+        return f"rows of up to {length:,} tokens do not fit into its sliding window of {window:,}"
+    if {"dynamic", "longrope"} & {*_rope_types(getattr(config, "rope_parameters", None) or {})}:
+        return "its rotary positions depend on the number of tokens"
+    if config._attn_implementation not in ("sdpa", "eager"):
+        return f"its attention is {config._attn_implementation!r}, which takes no mask; load it with 'sdpa'"
+    parameters = list(model.parameters())
+    if len({parameter.device for parameter in parameters}) > 1:
+        return "its weights are on several devices"
+    if any(hasattr(parameter, "ds_id") for parameter in parameters):
+        return "its weights are sharded by DeepSpeed"
+    if isinstance(model, PeftModel) and any(c.is_prompt_learning for c in model.peft_config.values()):
+        return "it has virtual tokens"
+    if adapter_names is not None:
+        if tuner is None:
+            return "adapter_names are of adapters that are not this library's"
+        if any(isinstance(module, ModulesToSaveWrapper) for module in tuner.modules()):
+            return "the adapters have modules_to_save, and rows have different adapters"
+    return None
+
+
+def _tuner(model: Any) -> AdapterModel | None:
+    """Return PEFT's tuner model of an adapter of this library."""
+    tuner = model.base_model if isinstance(model, PeftModel) else None
+    return tuner if isinstance(tuner, AdapterModel) else None
+
+
+def _arguments(model: Any) -> set[str]:
+    """Return the names of a model's arguments."""
+    return _arguments_of(type(model.get_base_model() if isinstance(model, PeftModel) else model))
+
+
+@functools.cache
+def _arguments_of(kind: type) -> set[str]:
+    # a fused class's `forward` passes on what its own class's takes
+    forwards = [vars(one)["forward"] for one in kind.__mro__ if "forward" in vars(one)]
+    return {name for forward in forwards for name in inspect.signature(forward).parameters}
+
+
+def _rope_types(parameters: Mapping[str, Any]) -> Iterable[str]:
+    """Yield the kinds of rotary positions, which may be given by the type of a layer."""
+    for name, value in parameters.items():
+        if isinstance(value, Mapping):
+            yield from _rope_types(value)
+        elif name in ("rope_type", "type"):
+            yield value
+
+
+def _checked_mask(input_ids: Any, attention_mask: Any) -> Tensor:
+    """Return the mask of prompts, int64; raise UserError for what is none."""
+    if not isinstance(input_ids, Tensor) or input_ids.dim() != 2 or not input_ids.numel():
+        shape = tuple(input_ids.shape) if isinstance(input_ids, Tensor) else type(input_ids).__name__
+        raise UserError(f"input_ids: expected prompts [rows, tokens], got {shape}")
+    if attention_mask is None:
+        return torch.ones_like(input_ids)
+    if attention_mask.shape != input_ids.shape:
+        raise UserError(f"attention_mask is {tuple(attention_mask.shape)}, but input_ids {tuple(input_ids.shape)}")
+    mask = attention_mask.to(input_ids)
+    if not bool((mask[:, -1] == 1).all() & (mask.diff(dim=1) >= 0).all()):
+        raise UserError(
+            "attention_mask: prompts of different lengths must be padded at the left; set the tokenizer's "
+            "padding_side='left'"
+        )
+    return mask
+
+
+def _state(model: nn.Module) -> list[Any]:
+    """Return what a captured step depends on, beside a batch's shapes and pairs: weights, and which adapters act."""
+    state: list[Any] = [tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())]
+    for layer in model.modules():
+        if isinstance(layer, BaseTunerLayer):
+            state.append((layer.disable_adapters, tuple(layer.merged_adapters), tuple(layer.active_adapters)))
+            if not isinstance(layer, AdapterLinear):
+                state.append(str(getattr(layer, "scaling", None)))
+            elif not layer.method.is_low_rank():
+                state.append([(name, config.scaling) for name, config in layer.adapter_configs.items()])
+    return state
+
+
+def _not_finite(rows: list[int], adapter_names: Sequence[str] | None) -> str:
+    """Return the message for rows whose logits were not finite."""
+    named = [f"{row} ({adapter_names[row]})" if adapter_names is not None else str(row) for row in rows[:8]]
+    return (
+        f"the model's logits are not finite in row {', '.join(named)}: the adapter diverged, or the base overflows in "
+        "its dtype; leave these rows out"
+    )

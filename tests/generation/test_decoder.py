@@ -1,0 +1,290 @@
+"""`Decoder`: the tokens of transformers' own `generate`, from steps with a cache of fixed size."""
+
+import copy
+import logging
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PrefixTuningConfig, get_peft_model
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    MistralConfig,
+    MistralForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+import lsr_scale
+from lsr_scale import AdapterBank, Decoder, UserError
+from lsr_scale.adapters import peft_config
+from lsr_scale.adapters.peft import METHODS
+from lsr_scale.generation import Sampling
+from lsr_scale.generation.decoder import decoder_fallback_reason
+from lsr_scale.layers.frozen_linear import freeze_quantized
+from tests.conftest import SEVEN_LINEARS, TINY_SIZES, quantize, randomize, tiny_llama
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "lsr": {"rank": 4, "separation_rank": 2},
+    "kron_lora": {"rank": 2, "dropout": 0.0},
+    "lora": {"rank": 4},
+    "kadaptation": {"phm_dim": 2},
+}
+NAMES = ["anna", "ben", "cleo"]
+SIZES: dict[str, Any] = TINY_SIZES
+
+
+def prompts(rows=3, length=7, padded=(0, 3, 5), seed=0) -> Any:
+    """Return prompts of different lengths, padded at the left."""
+    ids = torch.randint(1, 96, (rows, length), generator=torch.Generator().manual_seed(seed))
+    mask = torch.ones_like(ids)
+    for row, number in enumerate(padded[:rows]):
+        mask[row, :number] = ids[row, :number] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def adapted(base, method="lsr", seed=1, **options) -> Any:
+    values = {"target_modules": SEVEN_LINEARS, **OPTIONS.get(method, {}), **options}
+    return randomize(get_peft_model(base, peft_config(method, values, "CAUSAL_LM")), seed=seed).eval()
+
+
+def reference(model: Any, batch: Any, new=9, ends=None, **options: Any) -> Any:
+    options = {"do_sample": False, **options}
+    return model.generate(**batch, max_new_tokens=new, eos_token_id=ends, pad_token_id=0, **options)
+
+
+def check(model: Any, batch: Any, names=None, new=9):
+    """Fail unless a decoder gives the tokens of `generate`, also where rows end at different steps."""
+    decoder = Decoder(model)
+    own: Any = {} if names is None else {"adapter_names": names}
+    expected = reference(model, batch, new, **own)
+    actual = decoder.generate(**batch, max_new_tokens=new, eos_token_id=[], pad_token_id=0, **own)
+    assert torch.equal(actual, expected)
+    prompt = batch["input_ids"].shape[1]
+    ends = sorted({int(expected[row, prompt + 1 + 2 * row]) for row in range(min(3, len(expected)))})
+    for some in (ends, ends[:1]):
+        expected = reference(model, batch, new, some, **own)
+        actual = decoder.generate(**batch, max_new_tokens=new, eos_token_id=some, pad_token_id=0, **own)
+        assert torch.equal(actual, expected)
+    assert len(decoder.steps) == 1  # one cache for all of them, each batch in it as if it were new
+
+
+@pytest.mark.parametrize("length", [1, 6, 7, 60, 70])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_base_without_adapters(length, attention):
+    padded = (0, length // 2, length - 1)
+    check(tiny_llama(attn_implementation=attention).eval(), prompts(length=length, padded=padded))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5])
+def test_any_number_of_rows(rows):
+    check(tiny_llama().eval(), prompts(rows=rows))
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_the_active_adapter_of_any_method(method):
+    model = adapted(tiny_llama(), method)
+    check(model, prompts())
+    # off, another one, and merged: each is found out by itself
+    decoder, batch = Decoder(model), prompts()
+    first = decoder.generate(**batch, max_new_tokens=6, eos_token_id=[])
+    with model.disable_adapter():
+        assert torch.equal(decoder.generate(**batch, max_new_tokens=6, eos_token_id=[]), reference(model, batch, 6))
+    randomize(model, seed=7)  # in place, as an optimizer does between two generations
+    changed = decoder.generate(**batch, max_new_tokens=6, eos_token_id=[])
+    assert torch.equal(changed, reference(model, batch, 6))
+    assert not torch.equal(changed, first)
+    model.merge_adapter()
+    assert torch.equal(decoder.generate(**batch, max_new_tokens=6, eos_token_id=[]), reference(model, batch, 6))
+    model.unmerge_adapter()
+    assert all(getattr(layer, "per_sample", None) is None for layer in model.modules())
+
+
+def test_several_active_adapters_and_pefts_own():
+    model = adapted(tiny_llama())
+    model.add_adapter("other", peft_config("lsr", {"target_modules": ["q_proj"], "rank": 2}, "CAUSAL_LM"))
+    model.base_model.set_adapter(["default", "other"])
+    check(randomize(model, seed=3), prompts())
+    lora = LoraConfig(target_modules=SEVEN_LINEARS, r=4, task_type="CAUSAL_LM")
+    check(randomize(get_peft_model(tiny_llama(), lora)).eval(), prompts())
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_quantized_and_fused(kind):
+    base = quantize(tiny_llama(), kind, torch.float32)
+    freeze_quantized(base)
+    model = adapted(base)
+    lsr_scale.fuse(model)
+    check(model, prompts())
+
+
+@pytest.mark.parametrize("method", ["lsr", "kron_lora"])
+def test_a_bank_whose_rows_have_different_adapters(method, tmp_path):
+    base = tiny_llama()
+    for seed, name in enumerate(NAMES):
+        adapted(copy.deepcopy(base), method, seed, alpha=3.0 + seed).save_pretrained(tmp_path / name)
+    model = adapted(copy.deepcopy(base), method)
+    bank = AdapterBank(model, tmp_path, 0.01)
+    batch = prompts(rows=4, padded=(0, 3, 5, 1))
+    for names in (["cleo", "anna", "__base__", "ben"], ["ben"] * 4, ["__base__"] * 4):
+        check(model, batch, names)
+    # adapters come and go in one decoder, and with two places for three of them
+    bank.close()
+    bank = AdapterBank(model, tmp_path, 2.5 * bank.adapter_bytes / 2**30)
+    decoder = Decoder(model)
+    for names in (["anna", "ben"], ["cleo", "cleo"], ["__base__", "anna"]):
+        pair = prompts(rows=2)
+        actual = decoder.generate(**pair, adapter_names=names, max_new_tokens=5, eos_token_id=[])
+        assert torch.equal(actual, reference(model, pair, 5, adapter_names=names))
+    assert bank.evictions > 0
+    with pytest.raises(UserError, match="2 names for a batch of 4"):
+        decoder.generate(**batch, adapter_names=["anna", "ben"])
+    with pytest.raises(UserError, match="no adapter 'dora'"):
+        decoder.generate(**pair, adapter_names=["anna", "dora"])
+    bank.close()
+    check(model, pair, ["default", "__base__"])  # the model's own
+
+
+def test_rows_with_adapters_of_the_model():
+    model = adapted(tiny_llama())
+    model.add_adapter("wide", peft_config("lsr", {"target_modules": ["q_proj", "up_proj"], "rank": 8}, "CAUSAL_LM"))
+    model.set_adapter("wide")
+    randomize(model, seed=3)
+    check(model, prompts(), ["wide", "default", "__base__"])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"seed": 3},
+        {"temperature": 0.7, "seed": 3},
+        {"temperature": 1.5, "top_k": 5, "seed": 4},
+        {"top_p": 0.8, "top_k": 40, "repetition_penalty": 1.4, "seed": 5},
+        {"repetition_penalty": 2.0},
+    ],
+)
+def test_draws_are_those_of_generate(options):
+    model: Any = tiny_llama().eval()
+    batch = prompts()
+    sampling = Sampling(**options)
+    with torch.random.fork_rng():
+        torch.manual_seed(options.get("seed", 0))
+        expected = reference(model, batch, **sampling.arguments())
+    before = torch.random.get_rng_state()
+    actual = Decoder(model).generate(**batch, max_new_tokens=9, eos_token_id=[], **options)
+    assert torch.equal(actual, expected)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_draws_without_a_seed_go_on_from_the_process():
+    model: Any = tiny_llama().eval()
+    batch = prompts()
+    options: dict[str, Any] = {"temperature": 1.0, "max_new_tokens": 6, "eos_token_id": []}
+    torch.manual_seed(0)
+    first, second = (Decoder(model).generate(**batch, **options) for _ in range(2))
+    torch.manual_seed(0)
+    assert torch.equal(Decoder(model).generate(**batch, **options), first)
+    assert not torch.equal(first, second)
+
+
+def test_the_models_own_special_tokens_and_mode():
+    model: Any = tiny_llama().train()
+    batch = prompts()
+    free = Decoder(model).generate(**batch, max_new_tokens=8, eos_token_id=[])
+    model.generation_config.eos_token_id = int(free[0, 9])
+    model.generation_config.pad_token_id = 95
+    actual = Decoder(model).generate(**batch, max_new_tokens=8)
+    assert model.training
+    assert torch.equal(actual, model.eval().generate(**batch, max_new_tokens=8, do_sample=False))
+
+
+def test_caches_of_the_last_shapes_are_kept():
+    decoder = Decoder(tiny_llama().eval())
+    for rows, length in ((1, 7), (2, 7), (1, 7), (1, 100)):
+        batch = prompts(rows, length)
+        assert torch.equal(
+            decoder.generate(**batch, max_new_tokens=4, eos_token_id=[]), reference(decoder.model, batch, 4)
+        )
+    assert list(decoder.steps) == [(1, 64), (1, 104)]
+    assert list(decoder.memories) == [1]
+    decoder.clear()
+    assert not decoder.steps
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("encoder-decoder", "an encoder and a decoder"),
+        ("window", "sliding window of 8"),
+        ("dynamic", "depend on the number of tokens"),
+        ("lora names", "not this library's"),
+        ("modules_to_save", "modules_to_save"),
+        ("virtual tokens", "virtual tokens"),
+    ],
+)
+def test_what_it_cannot_do_transformers_does(how, words, caplog):
+    batch, names = prompts(), None
+    if how == "encoder-decoder":
+        model: Any = T5ForConditionalGeneration(
+            T5Config(vocab_size=96, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+        )
+        model.generation_config.decoder_start_token_id = 0
+    elif how == "window":
+        model = MistralForCausalLM(MistralConfig(**SIZES, sliding_window=8))
+    elif how == "dynamic":
+        model = tiny_llama(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
+    elif how == "virtual tokens":
+        model = get_peft_model(tiny_llama(), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    elif how == "lora names":
+        names = ["default", "__base__", "default"]
+        model = get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+        randomize(model)
+    else:
+        names = ["default", "__base__", "default"]
+        model = adapted(tiny_llama(), modules_to_save=["lm_head"])
+    own: Any = {} if names is None else {"adapter_names": names}
+    expected = reference(model.eval(), batch, 4, **own)
+    with caplog.at_level(logging.WARNING):
+        actual = Decoder(model).generate(**batch, max_new_tokens=4, eos_token_id=[], pad_token_id=0, **own)
+    assert torch.equal(actual, expected)
+    assert words in caplog.text
+
+
+def test_models_of_other_shapes():
+    check(GPT2LMHeadModel(GPT2Config(vocab_size=96, n_positions=64, n_embd=32, n_layer=2, n_head=2)).eval(), prompts())
+    model = MistralForCausalLM(MistralConfig(**SIZES, sliding_window=64)).eval()
+    check(model, prompts())
+    assert decoder_fallback_reason(model, 64) is None
+    model.lm_head.to("meta")
+    assert "several devices" in str(decoder_fallback_reason(model, 64))
+
+
+def test_bad_input_is_refused():
+    decoder, batch = Decoder(tiny_llama().eval()), prompts()
+    with pytest.raises(UserError, match="padded at the left"):
+        decoder.generate(batch["input_ids"], batch["attention_mask"].flip(1))
+    with pytest.raises(UserError, match=r"attention_mask is \(3, 6\)"):
+        decoder.generate(batch["input_ids"], batch["attention_mask"][:, 1:])
+    with pytest.raises(UserError, match="expected prompts"):
+        decoder.generate(batch["input_ids"][0])
+    with pytest.raises(UserError, match="max_new_tokens"):
+        decoder.generate(**batch, max_new_tokens=0)
+
+
+def test_a_row_that_diverged_is_named_and_harms_no_later_batch(tmp_path):
+    base = tiny_llama()
+    for seed, name in enumerate(NAMES):
+        adapted(copy.deepcopy(base), "lsr", seed).save_pretrained(tmp_path / name)
+    model = adapted(base)
+    bank = AdapterBank(model, tmp_path, 0.01)
+    bank.load("ben")
+    for stack in bank._stacks:  # far beyond float32 in the product
+        for stacked in stack.factors.values():
+            stacked[bank.slots["ben"]].fill_(1e20)
+    decoder, batch = Decoder(model), prompts(length=9)
+    with pytest.raises(UserError, match=r"row 1 \(ben\)"):
+        decoder.generate(**batch, adapter_names=["anna", "ben", "cleo"], max_new_tokens=5)
+    names, shorter = ["anna", "cleo", "__base__"], prompts(length=5, padded=(0, 2, 1))
+    actual = decoder.generate(**shorter, adapter_names=names, max_new_tokens=5, eos_token_id=[])
+    assert torch.equal(actual, reference(model, shorter, 5, adapter_names=names))

@@ -6,7 +6,6 @@ from torch import Tensor
 
 from lsr_scale.adapters.pairs import PairGradients
 from lsr_scale.fused.layer_state import LayerModules, Positions, SavedTensors, pop_or_dequantize
-from lsr_scale.fused.linear_groups import mm_float
 from lsr_scale.kernels.attention import attention, attention_backward
 from lsr_scale.kernels.rms_norm import rms_norm, rms_norm_backward
 from lsr_scale.kernels.rotary import rotate
@@ -71,7 +70,7 @@ def backward(
     o_pair: PairGradients = (None, None)
     if o.width:
         (d_up,) = o.output_products(d_middle, saved["xa_o"], o_matrix)
-        (d_down,) = o.down_gradients(mm_float(o.tail(d_middle).t(), saved["attended"]))
+        (d_down,) = o.down_gradients(o.tail(d_middle), saved["attended"])
         o_pair = d_down, d_up
     gradient, _ = o.gradient_input(d_middle, o_matrix, codes=codes)
     d_attended = o.input_gradient(gradient, o_matrix)

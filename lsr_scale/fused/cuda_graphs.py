@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lsr_scale.fused.fallback import lm_head_fallback_reason
-from lsr_scale.fused.loss import IGNORE_INDEX, linear_cross_entropy
+from lsr_scale.fused.loss import IGNORE_INDEX, token_losses
 
 # tensors, and the number `longest`
 Batch = dict[str, Any]
@@ -79,6 +79,14 @@ def static_loss(model: Any, batch: Batch) -> Tensor:
         model: The model (`LlamaForCausalLM` or the like), fused and in training.
         batch: On the model's device.
     """
+    return static_losses(model, batch).sum()
+
+
+def static_losses(model: Any, batch: Batch) -> Tensor:
+    """Return the summed cross-entropy of each of the n rows of a batch, `[n]`; see `static_loss`.
+
+    The rows have as many of the batch's `supervised` positions each, in their order.
+    """
     outputs = model.model(
         input_ids=batch["input_ids"],
         position_ids=batch["position_ids"],
@@ -86,9 +94,10 @@ def static_loss(model: Any, batch: Batch) -> Tensor:
         max_length_q=batch["longest"],
         use_cache=False,
     )
-    hidden = outputs.last_hidden_state[0].index_select(0, batch["supervised"])
+    hidden = outputs.last_hidden_state.flatten(0, 1).index_select(0, batch["supervised"])
     weight = model.lm_head.weight
-    return linear_cross_entropy(hidden.to(weight.dtype), weight, batch["targets"], batch["weights"])
+    losses = token_losses(hidden.to(weight.dtype), weight, batch["targets"]) * batch["weights"]
+    return losses.view(len(batch["input_ids"]), -1).sum(1)
 
 
 @dataclass
@@ -134,7 +143,7 @@ class StepGraphs:
         key = (batch["longest"], *(tensor.shape for tensor in tensors.values()))
         step = self.captured.get(key)
         if step is None:
-            step = self._capture(batch)
+            step = self._capture(batch, divisor)
             made = self._state()
             if made != self.state:
                 # what the capture's pass made is kept for others to read; earlier graphs read what it replaced
@@ -181,24 +190,27 @@ class StepGraphs:
             state.append((layer.recompute, bool(layer.weight_cache), groups))
         return state
 
-    def _capture(self, batch: Batch) -> _CapturedStep:
+    def _outputs(self, batch: Batch, divisor: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Return what `replay` returns: what a graph computes."""
+        loss = static_loss(self.model, batch) / divisor
+        return loss.detach(), list(torch.autograd.grad(loss, self.parameters))
+
+    def _capture(self, batch: Batch, like: Tensor | float) -> _CapturedStep:
         static = {name: value.clone() if isinstance(value, Tensor) else value for name, value in batch.items()}
-        divisor = torch.ones((), device=static["input_ids"].device)
-
-        def run() -> tuple[Tensor, list[Tensor]]:
-            loss = static_loss(self.model, static) / divisor
-            return loss.detach(), list(torch.autograd.grad(loss, self.parameters))
-
+        shape = like.shape if isinstance(like, Tensor) else ()
+        divisor = torch.ones(shape, device=static["input_ids"].device)
         stream: Any = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            run()  # warm-up: kernels are compiled and libraries loaded, which must not happen during capture
+            self._outputs(
+                static, divisor
+            )  # warm-up: kernels are compiled and libraries loaded, which must not happen during capture
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.empty_cache()  # a graph has a memory pool of its own
         graph = torch.cuda.CUDAGraph()
         # thread_local: other threads, such as one that pins batches, may make calls that a capture must not
         with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-            loss, gradients = run()
+            loss, gradients = self._outputs(static, divisor)
         self.pool = graph.pool()
         return _CapturedStep(graph, static, divisor, loss, gradients)
 

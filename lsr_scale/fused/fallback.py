@@ -18,6 +18,7 @@ from transformers.models.mistral import modeling_mistral
 from transformers.models.qwen2 import modeling_qwen2
 from transformers.models.qwen3 import modeling_qwen3
 
+from lsr_scale.adapters.joint import JointLinear
 from lsr_scale.adapters.pairs import active_adapters
 from lsr_scale.adapters.peft import AdapterLinear
 from lsr_scale.fused.layer_state import LINEARS, layer_linears
@@ -48,7 +49,7 @@ class FallbackCheck:
 
     Attributes:
         reason: The answer.
-        modules: The layer and everything in it but dictionaries of factors.
+        modules: The layer and everything in it but dictionaries of factors; of trials' layers what may change.
         state: Their `_state`.
         base_layers: The frozen linears: q, k, v, o, gate, up, down.
     """
@@ -65,10 +66,20 @@ def layer_fallback_reason(layer: Any) -> str | None:
     if last is not None and last.state == _state(layer, last.modules):
         return last.reason
     reason = _check_layer(layer)
-    modules = tuple(module for module in layer.modules() if not isinstance(module, nn.ParameterDict))
+    modules = [module for module in layer.modules() if not isinstance(module, nn.ParameterDict)]
+    for linear in layer_linears(layer):
+        modules += _trials_modules(linear)
+    modules = tuple(modules)
     base_layers = tuple(base_layer(linear) for linear in layer_linears(layer))
     layer.fallback_check = FallbackCheck(reason, modules, _state(layer, modules), base_layers)
     return reason
+
+
+def _trials_modules(linear: nn.Module) -> list[nn.Module]:
+    """Return what may change of the layers that trials have in a linear's place, which are no submodules of it."""
+    layers = [layer for layer in linear.layers if layer is not None] if isinstance(linear, JointLinear) else []
+    changing = BaseTunerLayer | nn.ModuleDict | nn.Dropout
+    return [module for layer in layers for module in layer.modules() if isinstance(module, changing)]
 
 
 def _state(layer: Any, modules: Sequence[nn.Module]) -> tuple[Any, ...]:
@@ -142,10 +153,28 @@ def linear_fallback_reason(linear: Any) -> str | None:
         reason = _adapter_reason(linear)
         if reason:
             return reason
+    if isinstance(linear, JointLinear):
+        reason = _trials_reason(linear)
+        if reason:
+            return reason
     for name, child in children:
         reason = _submodule_reason(name, child)
         if reason:
             return reason
+    return None
+
+
+def _trials_reason(linear: JointLinear) -> str | None:
+    for trial, (layer, adapter) in enumerate(zip(linear.layers, linear.adapters, strict=True)):
+        if layer is None:
+            continue
+        reason = _adapter_reason(layer)
+        if reason is None and active_adapters(layer) != ([] if adapter is None else [adapter]):
+            reason = "its active adapters are several, or others than at first"
+        for name, child in layer.named_modules(prefix="a linear layer"):
+            reason = reason or _submodule_reason(name, child)
+        if reason:
+            return f"trial {trial}: {reason}"
     return None
 
 

@@ -1,13 +1,16 @@
 """What the layers of one forward pass share: pairs of their adapters, boundaries of packed documents, the mask."""
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-from lsr_scale.adapters.pairs import Adapter, Pair, active_adapters, concatenate_pairs, materialize
+from lsr_scale.adapters.joint import JointLinear
+from lsr_scale.adapters.pairs import Adapter, AdapterBlocks, Pair, active_adapters, concatenate_pairs, materialize
 from lsr_scale.adapters.peft import version_counters
 from lsr_scale.errors import UserError
 from lsr_scale.fused.fallback import layer_fallback_reason
@@ -23,7 +26,7 @@ class ForwardContext:
         decoder: The model around the layers, such as `LlamaModel`.
         cu_seqlens: Boundaries of packed documents, or None.
         max_seqlen: Length of the longest.
-        mask_placeholder: Stands for the attention mask `[1, 1, S, S]` of packed documents, which is made only for a
+        mask_placeholder: Stands for the attention mask `[B, 1, S, S]` of packed documents, which is made only for a
             layer that runs unfused.
         causal_only: Every sequence is one document and the caller gave no mask: causality and a layer's own window
             are all there is.
@@ -82,10 +85,17 @@ def _chunks(layers: list[nn.Module]) -> dict[int, list[nn.Module]]:
 
 
 def _pairs(decoder: Any, layers: list[nn.Module]) -> dict[int, Pair]:
-    """Return the pairs of the adapted linears of some layers; in evaluation cached until a factor changes."""
+    """Return the pairs of the adapted linears of some layers; in evaluation cached until a factor changes.
+
+    Those of linears that several trials adapt are stacked, `(down [n, r, in], up [n, out, r])`, and never cached.
+    """
+    linears = [linear for layer in layers for linear in layer_linears(layer)]
+    joint = [linear for linear in linears if isinstance(linear, JointLinear)]
+    if joint:
+        return _joint_pairs(decoder, joint)
     adapters: list[Adapter] = []
-    for layer in layers:
-        adapters += [adapter for linear in layer_linears(layer) for adapter in active_adapters(linear)]
+    for linear in linears:
+        adapters += active_adapters(linear)
     key, version = tuple(map(id, layers)), None
     cache: dict[Any, tuple[Any, dict[int, Pair]]] = {}
     if not (decoder.training or torch.is_grad_enabled()):
@@ -102,30 +112,66 @@ def _pairs(decoder: Any, layers: list[nn.Module]) -> dict[int, Pair]:
     return pairs
 
 
-def document_boundaries(arguments: dict[str, Any], length: int) -> tuple[Tensor | None, int]:
-    """Return the boundaries of the documents packed in a row of `length` tokens, and the longest's length.
+def _joint_pairs(decoder: Any, linears: list[JointLinear]) -> dict[int, Pair]:
+    """Return the stacked pairs of linears that several trials adapt."""
+    decoder.joint_blocks = decoder.joint_blocks or {}
+    key = tuple(map(id, linears))
+    if key not in decoder.joint_blocks:
+        decoder.joint_blocks[key] = AdapterBlocks([block for linear in linears for block in linear.adapter_blocks()])
+    pairs = iter(decoder.joint_blocks[key].pairs())
+    by_linear: dict[int, Pair] = {}
+    for linear in linears:
+        of_blocks = [next(pairs) for _ in linear.blocks]
+        if of_blocks:
+            by_linear[id(linear)] = stack_blocks(linear.blocks, of_blocks, len(linear.layers))
+    return by_linear
+
+
+def stack_blocks(blocks: Sequence[slice], pairs: Sequence[Pair], trials: int) -> Pair:
+    """Return one stack of the pairs of a linear's blocks of trials: zeros beyond a rank, and where a trial has none."""
+    if len(blocks) == 1 and blocks[0] == slice(0, trials):
+        return pairs[0]
+    rank = max(down.shape[1] for down, _ in pairs)
+    downs: list[Tensor] = []
+    ups: list[Tensor] = []
+    done = 0
+    for block, (down, up) in zip((*blocks, slice(trials, trials)), (*pairs, (None, None)), strict=True):
+        like_down, like_up = pairs[0]
+        downs.append(like_down.new_zeros(block.start - done, rank, like_down.shape[2]))
+        ups.append(like_up.new_zeros(block.start - done, like_up.shape[1], rank))
+        if down is not None and up is not None:
+            downs.append(functional.pad(down, (0, 0, 0, rank - down.shape[1])))
+            ups.append(functional.pad(up, (0, rank - up.shape[2])))
+        done = block.stop
+    return torch.cat(downs), torch.cat(ups)
+
+
+def document_boundaries(arguments: dict[str, Any], length: int, rows: int = 1) -> tuple[Tensor | None, int]:
+    """Return the boundaries of the documents packed in rows of `length` tokens, and the longest's length.
 
     They come from the collator (transformers' names), or from positions that do not increase by one, which costs a
     synchronization with the GPU per forward.
 
     Raises:
-        UserError: if the collator's boundaries are not those of a row of this length.
+        UserError: if the collator's boundaries are not those of rows of this length.
     """
     given = arguments.get("cu_seq_lens_q")
     if given is not None:
         if given.is_cuda:
-            torch._assert_async(given[-1] == length)  # no synchronization: the GPU reports it
-        elif int(given[-1]) != length:
-            raise UserError(f"cu_seq_lens_q ends at {int(given[-1])}, but the packed row has {length} tokens")
+            torch._assert_async(given[-1] == rows * length)  # no synchronization: the GPU reports it
+        elif int(given[-1]) != rows * length:
+            raise UserError(f"cu_seq_lens_q ends at {int(given[-1])}, but the packed rows have {rows * length} tokens")
         return given.to(torch.int32), int(arguments["max_length_q"])
     positions = arguments.get("position_ids")
-    if positions is None or positions.dim() != 2 or positions.shape[0] != 1:
+    if positions is None or positions.shape != (rows, length):
         return None, 0
-    row = positions[0]
-    starts = (row.diff() != 1).nonzero().flatten() + 1
-    if not len(starts):
+    flat = positions.reshape(-1)
+    begins = flat.diff() != 1
+    begins[length - 1 :: length] = True
+    starts = begins.nonzero().flatten() + 1
+    if len(starts) < rows:
         return None, 0
-    ends = torch.tensor([len(row)], device=row.device)
+    ends = torch.tensor([len(flat)], device=flat.device)
     boundaries = torch.cat([torch.zeros_like(ends), starts, ends]).to(torch.int32)
     return boundaries, int(boundaries.diff().max())
 
@@ -139,7 +185,7 @@ def layer_positions(layer: Any, hidden: Tensor, context: ForwardContext, argumen
     window, scale = _window_of(layer), layer.self_attn.scaling
     longest = context.max_seqlen or length
     documents = 0 if context.cu_seqlens is None else len(context.cu_seqlens) - 1
-    if documents * longest == length and batch == 1:
+    if documents * longest == batch * length:
         # documents of one length are a batch's sequences, on which attention is faster
         batch, documents = documents, 0
     if window is not None and window >= longest:
@@ -156,9 +202,9 @@ def layer_positions(layer: Any, hidden: Tensor, context: ForwardContext, argumen
 
 
 def packed_mask(layer: Any, hidden: Tensor, context: ForwardContext) -> Tensor:
-    """Return the bool mask `[1, 1, S, S]` of packed documents, as transformers would have made it for a layer."""
+    """Return the bool mask `[B, 1, S, S]` of packed documents, as transformers would have made it for a layer."""
     sequences = Sequences(layer.self_attn.scaling, cu_seqlens=context.cu_seqlens, window=_window_of(layer))
-    return dense_mask(hidden.shape[1], sequences, hidden.device)[None, None]
+    return dense_mask(hidden.shape[0], hidden.shape[1], sequences, hidden.device)
 
 
 def _window_of(layer: Any) -> int | None:

@@ -1,6 +1,6 @@
 """What the forward and the backward pass of a fused decoder layer share: its modules, positions, and saved tensors."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from lsr_scale.adapters.pairs import Pair
 from lsr_scale.fused.eight_bit_group import EightBitGroup, EightBitState
-from lsr_scale.fused.linear_groups import LinearGroup
+from lsr_scale.fused.joint_group import JointGroup
+from lsr_scale.fused.linear_groups import CachedMatrix, LinearGroup
 from lsr_scale.kernels.attention import Sequences
 
 Recompute = Literal["none", "mlp", "full"]
@@ -95,10 +96,7 @@ class LayerModules:
         # what trains in 8 bits and is evaluated in bfloat16 caches no second form of its weights
         cache = {} if module.eight_bit and not eight_bit else module.weight_cache
         self.qkv, self.o, self.gate_up, self.down = (
-            EightBitGroup(linears[part], pairs[part], cache.get(name), eight_bit[name])
-            if name in eight_bit
-            else LinearGroup(linears[part], pairs[part], cache.get(name))
-            for name, part in GROUPS.items()
+            _group(linears[part], pairs[part], cache.get(name), eight_bit.get(name)) for name, part in GROUPS.items()
         )
         self.norm_1, self.norm_2 = module.input_layernorm, module.post_attention_layernorm
         self.q_norm: Any = getattr(module.self_attn, "q_norm", None)
@@ -110,6 +108,19 @@ class LayerModules:
         """Return q, k, v as views `[B, S, heads, head_dim]` of `qkv [T, N]`."""
         parts = qkv.split(self.qkv.sizes, dim=1)
         return [part.unflatten(1, (-1, self.head_dim)).unflatten(0, (batch, -1)) for part in parts]
+
+
+def _group(
+    linears: Sequence[nn.Module],
+    pairs: Sequence[Pair | None],
+    cache: CachedMatrix | None,
+    eight_bit: EightBitState | None,
+) -> LinearGroup:
+    if eight_bit is not None:
+        return EightBitGroup(linears, pairs, cache, eight_bit)
+    # pairs of several trials are stacked
+    joint = any(pair is not None and pair[0].dim() == 3 for pair in pairs)
+    return (JointGroup if joint else LinearGroup)(linears, pairs, cache)
 
 
 def pop_or_dequantize(matrices: dict[str, Any], name: str, group: LinearGroup, like: Tensor) -> Any:

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from lsr_scale.adapters.pairs import active_adapters, concatenate_pairs, materialize
 from lsr_scale.fused.fallback import linear_fallback_reason
-from lsr_scale.fused.linear_groups import LinearGroup, mm_float
+from lsr_scale.fused.linear_groups import LinearGroup
 
 
 class LinearFunction(torch.autograd.Function):
@@ -42,7 +42,7 @@ class LinearFunction(torch.autograd.Function):
             matrix = group.matrix(grad.dtype, grad.device)
             extended = group.extended(grad.reshape(-1, group.out_features))
             (d_up,) = group.output_products(extended, xa, matrix)
-            (d_down,) = group.down_gradients(mm_float(group.tail(extended).t(), flat))
+            (d_down,) = group.down_gradients(group.tail(extended), flat)
             d_x = None
             if ctx.needs_input_grad[0]:
                 d_x = group.input_gradient(group.gradient_input(extended, matrix)[0], matrix)

@@ -20,12 +20,13 @@ import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from lsr_scale.adapters.joint import JointLinear
 from lsr_scale.adapters.pairs import Pair
 from lsr_scale.adapters.peft import version_counters
 from lsr_scale.kernels.backend import is_fake
@@ -45,6 +46,8 @@ BLOCK = 64
 
 def base_layer(linear: nn.Module) -> Any:
     """Return the frozen linear layer under any adapters: PEFT's `get_base_layer`, which a plain linear has not."""
+    if isinstance(linear, JointLinear):
+        return linear.base_layer
     return linear.get_base_layer() if isinstance(linear, BaseTunerLayer) else linear
 
 
@@ -69,13 +72,14 @@ class LinearGroup:
     linears: Sequence[nn.Module]
     pairs: Sequence[Pair | None]
     cache: CachedMatrix | None = None
+    trials: ClassVar[int | None] = None  # a `JointGroup`'s
 
     def __post_init__(self) -> None:
         self.base_layers = [base_layer(linear) for linear in self.linears]
         self.in_features: int = self.base_layers[0].in_features
         self.sizes: list[int] = [base.out_features for base in self.base_layers]
         self.out_features = sum(self.sizes)
-        self.ranks = [0 if pair is None else pair[0].shape[0] for pair in self.pairs]
+        self.ranks = [0 if pair is None else pair[0].shape[-2] for pair in self.pairs]
         rank = sum(self.ranks)
         self.width = -(-rank // ALIGNMENT) * ALIGNMENT
 
@@ -257,14 +261,15 @@ class LinearGroup:
             for index, rank in enumerate(self.ranks)
         ]
 
-    def down_gradients(self, d_down: Tensor) -> list[Tensor | None]:
-        """Split `ds^T x [R, K]` into each `d down_i`."""
+    def down_gradients(self, ds: Tensor, x: Tensor, scale: Tensor | None = None) -> list[Tensor | None]:
+        """Return each `d down_i = ds_i^T x` in float32, times `scale [K]` if there is one."""
+        d_down = mm_float(ds.t(), x)
+        d_down = d_down if scale is None else d_down * scale
         return [d_down[self.columns(index)] if rank else None for index, rank in enumerate(self.ranks)]
 
     def normed_down_gradients(self, ds: Tensor, x: Tensor, rstd: Tensor, norm: Any) -> list[Tensor | None]:
         """Return each `d down_i = ds_i^T n`, n = x rstd weight; n is not computed: rstd and weight go to thin sides."""
-        scaled = (ds * rstd[:, None]).to(ds.dtype)
-        return self.down_gradients(mm_float(scaled.t(), x) * norm.weight)
+        return self.down_gradients((ds * rstd[:, None]).to(ds.dtype), x, norm.weight)
 
 
 @functools.cache

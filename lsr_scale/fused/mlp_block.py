@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lsr_scale.adapters.pairs import PairGradients
 from lsr_scale.fused.layer_state import GradientBuffer, LayerModules, SavedTensors, pop_or_dequantize
-from lsr_scale.fused.linear_groups import LinearGroup, mm_float
+from lsr_scale.fused.linear_groups import LinearGroup
 from lsr_scale.kernels.rms_norm import rms_norm_backward
 from lsr_scale.kernels.swiglu import swiglu_backward
 from lsr_scale.kernels.swiglu_pair_gradients import swiglu_pair_gradients
@@ -90,7 +90,8 @@ def _swiglu_backward(
     """Fill `d_gate_up [T, 2F]`; return `d up` of gate's and up's adapters and `d down` of down_proj's."""
     (gate_rank, up_rank), (down_rank,) = layer.gate_up.ranks, layer.down.ranks
     # beyond that the accumulators leave no registers, and separate products are faster
-    if ds_down is not None and gate_rank and up_rank and max(gate_rank, up_rank, down_rank) <= 32:
+    small = max(gate_rank, up_rank, down_rank) <= 32 and layer.gate_up.trials is None
+    if ds_down is not None and gate_rank and up_rank and small:
         d_gate, d_up, d_down = swiglu_pair_gradients(
             d_hidden,
             saved["gate_up"],
@@ -109,4 +110,5 @@ def _swiglu_backward(
         d_ups = layer.gate_up.up_gradients(d_gate_up, saved["xa_gate_up"])
     if ds_down is None or hidden is None:
         return d_ups, None
-    return d_ups, mm_float(ds_down.t(), hidden)[:down_rank]
+    (d_down,) = layer.down.down_gradients(ds_down, hidden)
+    return d_ups, d_down

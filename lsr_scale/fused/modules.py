@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from lsr_scale.adapters.pairs import Pair
+from lsr_scale.adapters.pairs import AdapterBlocks, Pair
 from lsr_scale.fused.attention_mask import needs_mask
 from lsr_scale.fused.decoder_layer import DecoderLayerFunction
 from lsr_scale.fused.eight_bit_group import EightBitState
@@ -81,6 +81,7 @@ class FusedDecoder(Fused):
     """The model around the decoder layers (`LlamaModel`): makes their `ForwardContext`, once for all of them."""
 
     pair_cache: dict[Any, tuple[Any, dict[int, Pair]]] | None = None
+    joint_blocks: dict[Any, AdapterBlocks] | None = None  # of linears that several trials adapt
     max_tokens: int = 0  # the most in one training forward so far
     mask_is_needed: bool | None = None  # None: not known
 
@@ -106,13 +107,14 @@ class FusedDecoder(Fused):
         if module.training and isinstance(tokens, Tensor):
             self.max_tokens = max(self.max_tokens, tokens.shape[:2].numel())
         no_mask_or_cache = kwargs.get("attention_mask") is None and kwargs.get("past_key_values") is None
-        if len(args) < 2 and no_mask_or_cache and isinstance(tokens, Tensor) and tokens.shape[0] == 1:
-            context.cu_seqlens, context.max_seqlen = document_boundaries(kwargs, tokens.shape[1])
+        if len(args) < 2 and no_mask_or_cache and isinstance(tokens, Tensor):
+            rows, length = tokens.shape[:2]
+            context.cu_seqlens, context.max_seqlen = document_boundaries(kwargs, length, rows)
             cached = module.config.use_cache if kwargs.get("use_cache") is None else kwargs["use_cache"]
             if context.cu_seqlens is not None and module.config._attn_implementation == "sdpa" and not cached:
                 # four dimensions: transformers passes it on as it is
                 context.mask_placeholder = kwargs["attention_mask"] = torch.zeros(1, 1, 1, 1, device=tokens.device)
-        elif len(args) < 2 and module.training:
+        if len(args) < 2 and module.training and context.cu_seqlens is None:
             known = self.mask_is_needed if mask_is_needed is None else mask_is_needed
             needed = needs_mask(kwargs) if known is None else known
             kwargs["attention_mask"] = kwargs.get("attention_mask") if needed else None

@@ -11,6 +11,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from lsr_scale.adapters.joint import JointLinear
 from lsr_scale.adapters.peft import AdapterLinear
 from lsr_scale.errors import UserError
 from lsr_scale.fused.eight_bit import eight_bit_groups, use_eight_bits
@@ -29,7 +30,7 @@ _CAUSAL_LMS = {getattr(module, name + "ForCausalLM") for name, module in FAMILIE
 # what fused modules add to a module
 _ATTRIBUTES = (
     *("recompute", "sizes", "weight_cache", "eight_bit", "fallback_check", "warned"),
-    *("pair_cache", "max_tokens", "mask_is_needed"),
+    *("pair_cache", "joint_blocks", "max_tokens", "mask_is_needed"),
 )
 
 
@@ -148,6 +149,8 @@ def fuse(
             names = ", ".join(FAMILIES)
             kind = type(model).__name__
             raise UserError(f"compute: {compute} needs decoder layers that can fuse ({names}); {kind} has none")
+        if any(isinstance(module, JointLinear) for module in model.modules()):
+            raise UserError(f"compute: {compute} has no form for the adapters of several trials; use bf16")
         report.not_eight_bit = use_eight_bits(layers, compute, calibrate)
         report.eight_bit = eight_bit_groups(model)
     return report

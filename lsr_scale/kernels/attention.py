@@ -37,7 +37,8 @@ class Sequences:
     Attributes:
         scale: Factor on the logits.
         mask: Bool (True attends) or additive float mask that broadcasts to `[B, H, S, S]`, causality included.
-        cu_seqlens: int32 `[documents + 1]`, starts and end of the packed documents of a batch of one row.
+        cu_seqlens: int32 `[documents + 1]`, starts and end of documents that are packed in the batch's rows, counted
+            over all of these; none crosses from one row to the next.
         max_seqlen: Length of the longest document (an upper bound will do).
         window: A token attends to itself and the `window - 1` before it.
     """
@@ -175,7 +176,8 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences) -
     mask = sequences.mask
     if sequences.cu_seqlens is not None or sequences.window is not None:
         assert mask is None, "mask excludes cu_seqlens and window"
-        mask = dense_mask(q.shape[1], sequences, q.device)
+        # for each row its own: what is not finite in one stays there
+        mask = dense_mask(q.shape[0], q.shape[1], sequences, q.device)
     disable_cudnn_in_sdpa()
     groups = q.shape[2] // k.shape[2]
     if mask is not None and groups > 1:
@@ -192,17 +194,18 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences) -
     return out.transpose(1, 2).contiguous()
 
 
-def dense_mask(length: int, sequences: Sequences, device: torch.device) -> Tensor:
-    """Return the bool mask `[S, S]` of packed or windowed causal sequences."""
+def dense_mask(batch: int, length: int, sequences: Sequences, device: torch.device) -> Tensor:
+    """Return the bool mask `[B, 1, S, S]` of packed or windowed causal sequences, `[1, 1, S, S]` if rows have one."""
     position = torch.arange(length, device=device)
     distance = position[:, None] - position[None, :]
     allowed = distance >= 0
     if sequences.window is not None:
         allowed &= distance < sequences.window
     if sequences.cu_seqlens is not None:
-        document = torch.searchsorted(sequences.cu_seqlens, position, right=True)
-        allowed &= document[:, None] == document[None, :]
-    return allowed
+        places = torch.arange(batch * length, device=device)
+        document = torch.searchsorted(sequences.cu_seqlens, places, right=True).view(batch, 1, length)
+        allowed = allowed & (document.transpose(1, 2) == document)
+    return allowed.view(-1, 1, length, length)
 
 
 def _flash_window(sequences: Sequences) -> dict[str, Any]:

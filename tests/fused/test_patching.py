@@ -538,7 +538,7 @@ def test_packed_positions_of_one_row_for_two_are_masks(ids):
     expected = results(model, ids, position_ids=positions)
     lsr_scale.fuse(model)
     assert_same(results(model, ids, position_ids=positions), expected, SAME)
-    with pytest.raises(UserError, match="cu_seq_lens_q ends at 5, but the packed row has 22 tokens"):
+    with pytest.raises(UserError, match="cu_seq_lens_q ends at 5, but the packed rows have 22 tokens"):
         model(input_ids=ids.reshape(1, -1), cu_seq_lens_q=torch.tensor([0, 5]), max_length_q=5)
 
 

@@ -117,7 +117,9 @@ class JointStep:
         if wanted == "on" or (wanted == "auto" and torch.cuda.is_available()):
             report = fuse(self.model, "full" if recomputes else "none", self.training["memory"] == "speed")
             if report.fused or report.unfused:
-                return  # the layers see to it themselves
+                # the layers see to it themselves, and make the pairs too
+                self._pairs = JointPairs([])
+                return
         if recomputes and self.model.supports_gradient_checkpointing:
             # not the reentrant kind: pairs are made outside of what is recomputed
             self.model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -1,0 +1,97 @@
+"""The forward and backward pass of several trials' packed batches as one CUDA graph; see `cuda_graphs`.
+
+The trials' static batches become rows of one (`join_static`), of one length, and the graph returns what the host then
+needs for each trial: its loss, and its gradients as one vector, so that nothing is done for each parameter.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lsr_scale.fused.cuda_graphs import Batch, StepGraphs, rounded, static_losses
+
+
+def join_static(batches: Sequence[Batch]) -> Batch:
+    """Return one batch of the static batches of n trials, a row each; nothing waits for the GPU.
+
+    Args:
+        batches: What `static_batch` made of each trial's batch, all on one device.
+
+    Returns:
+        `input_ids` and `position_ids` `[n, T]`, T that of the longest, shorter ones continued by unsupervised documents
+        of their own; `cu_seq_lens` `[documents + 1]`, counted over all rows, and `longest`; `supervised`, `targets` and
+        `weights` `[n N]`, N of each row: the places that are supervised, among those of all rows.
+    """
+    length = max(batch["input_ids"].shape[1] for batch in batches)
+    longest = max(batch["longest"] for batch in batches)
+    places = max(len(batch["supervised"]) for batch in batches)
+    parts: dict[str, list[Tensor]] = {}
+    documents = 0
+    for row, batch in enumerate(batches):
+        own = batch["input_ids"].shape[1]
+        bounds, more = batch["cu_seq_lens"], length - own
+        extra = torch.arange(own, length, longest, dtype=bounds.dtype, device=bounds.device)
+        number = places - len(batch["supervised"])
+        joined = {
+            "input_ids": functional.pad(batch["input_ids"], (0, more)),
+            "position_ids": torch.cat(
+                [batch["position_ids"], torch.arange(more, device=bounds.device)[None] % longest], 1
+            ),
+            # the end of a row is where the next begins
+            "cu_seq_lens": torch.cat([bounds[:-1], extra]) + row * length,
+            # beyond its own a trial's first, of no weight: no trial reads another's
+            "supervised": functional.pad(batch["supervised"], (0, number)) + row * length,
+            "targets": functional.pad(batch["targets"], (0, number)),
+            "weights": functional.pad(batch["weights"], (0, number)),
+        }
+        documents += len(joined["cu_seq_lens"])
+        for name, value in joined.items():
+            parts.setdefault(name, []).append(value)
+    result: Batch = {name: torch.cat(values) for name, values in parts.items()}
+    end = len(batches) * length
+    if documents * longest != end:
+        documents = rounded(documents, 4)  # empty documents, so that shapes are few
+    missing = documents + 1 - len(result["cu_seq_lens"])
+    result["cu_seq_lens"] = functional.pad(result["cu_seq_lens"], (0, missing), value=end)
+    return {**result, "longest": longest}
+
+
+class JointGraphs(StepGraphs):
+    """Losses and gradients of n trials at once; the graph is captured with the first batch of a shape.
+
+    A graph is of these trials' parameters where they are in memory: for a trial that takes another's place, make this
+    anew. Beside that it is captured again where `StepGraphs` says.
+    """
+
+    def __init__(self, model: Any, trials: Sequence[Sequence[nn.Parameter]], max_graphs: int = 8) -> None:
+        """Take what the trials share.
+
+        Args:
+            model: The causal language model whose linears are `JointLinear`s of the trials, fused, in training, on a
+                GPU.
+            trials: The parameters that each trial trains, in the order in which it wants their gradients.
+            max_graphs: The least recently used graph is dropped beyond so many.
+        """
+        super().__init__(model, max_graphs)
+        self.sizes = [len(parameters) for parameters in trials]
+        self.parameters = [parameter for parameters in trials for parameter in parameters]
+
+    def replay(self, batch: Batch, divisor: Tensor | float) -> tuple[Tensor, list[Tensor]]:
+        """Return the losses of the trials, `[n]`, and for each one vector of all its gradients.
+
+        Each trial's vector is its parameters' gradients, flat, one after another; the next replay overwrites it.
+
+        Args:
+            batch: What `join_static` made, on the GPU.
+            divisor: What the summed losses are divided by, `[n]`.
+        """
+        return super().replay(batch, divisor)
+
+    def _outputs(self, batch: Batch, divisor: Tensor) -> tuple[Tensor, list[Tensor]]:
+        losses = static_losses(self.model, batch) / divisor
+        gradients = iter(torch.autograd.grad(losses, self.parameters, torch.ones_like(losses)))
+        vectors = [torch.cat([next(gradients).reshape(-1) for _ in range(size)]) for size in self.sizes]
+        return losses.detach(), vectors

@@ -70,7 +70,7 @@ def test_8_bits_are_tried_beside_bfloat16(monkeypatch):
     assert no_problem is None
     assert 0.01 < int8 < fp8 < MOST_BY_8_BITS / 2
     found = try_eight_bits(torch.device("cpu"), small_layer(4), "fp8")
-    assert (found.status, found.name) == ("ok", "fp8, int8")
+    assert (found.status, found.name) == ("ok", "compute: fp8, int8")
     assert f"fp8 (e4m3 forward and backward) differs from bf16 by {fp8:.1%}; int8 (" in found.found
     assert f"e4m3 backward) differs from bf16 by {int8:.1%}" in found.found
     monkeypatch.setattr(fused_trial, "MOST_BY_8_BITS", (fp8 + int8) / 2)

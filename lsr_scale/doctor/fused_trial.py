@@ -99,7 +99,7 @@ def try_eight_bits(device: torch.device, trial: Trial, compute: str) -> Finding:
         trial: The layer.
         compute: What a run asks for; "bf16" where none asks for 8 bits.
     """
-    name, remedy = ", ".join(RECIPES), "set training.compute: bf16"
+    name, remedy = f"compute: {', '.join(RECIPES)}", "set training.compute: bf16"
     reason = fp8_fallback_reason(device)
     if reason is not None:
         is_bad = compute != "bf16"

@@ -4,7 +4,8 @@ The GPU does the work of a small model's step in a fraction of the time that the
 kernels; in 8 bits a 7B model's step, too, is done before it is launched. A graph launches them at once. It needs static
 shapes and no synchronization, so a batch is padded to one of few shapes on the host (`static_batch`), and what depends
 on its content stays in tensors: boundaries of documents, and the positions that are supervised. There is one graph per
-shape; they share a memory pool, since one runs at a time.
+shape; they share a memory pool, since one runs at a time, and so does the eager pass that goes before each capture: all
+together they take the memory of one step.
 """
 
 from collections import OrderedDict
@@ -126,6 +127,7 @@ class StepGraphs:
         self.captured: OrderedDict[Any, _CapturedStep] = OrderedDict()
         self.state: Any = None
         self.pool: Any = None
+        self.stream: Any = None
         self.sums: list[Tensor] = []
 
     def replay(self, batch: Batch, divisor: Tensor | float) -> tuple[Tensor, list[Tensor]]:
@@ -199,19 +201,21 @@ class StepGraphs:
         static = {name: value.clone() if isinstance(value, Tensor) else value for name, value in batch.items()}
         shape = like.shape if isinstance(like, Tensor) else ()
         divisor = torch.ones(shape, device=static["input_ids"].device)
-        stream: Any = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            self._outputs(
-                static, divisor
-            )  # warm-up: kernels are compiled and libraries loaded, which must not happen during capture
-        torch.cuda.current_stream().wait_stream(stream)
-        torch.cuda.empty_cache()  # a graph has a memory pool of its own
-        graph = torch.cuda.CUDAGraph()
+        # what is freed on a stream is used again on that stream only: one for all passes, and its libraries' memory
+        self.stream = self.stream or torch.cuda.Stream()
+        self.pool = self.pool or torch.cuda.MemPool()
+        torch.cuda.empty_cache()  # what eager steps left is of no use to a pool of its own
+        self.stream.wait_stream(torch.cuda.current_stream())
+        # Warm-up: kernels are compiled and libraries loaded, which must not happen during capture. It has the pool's
+        # memory, as the graphs have when they run; a pool takes one thread's allocations, so backward has no other.
+        this_thread = torch.autograd.set_multithreading_enabled(False)
+        with this_thread, torch.cuda.stream(self.stream), torch.cuda.use_mem_pool(self.pool):
+            self._outputs(static, divisor)
+        torch.cuda.current_stream().wait_stream(self.stream)
+        graph, options = torch.cuda.CUDAGraph(), {"pool": self.pool.id, "stream": self.stream}
         # thread_local: other threads, such as one that pins batches, may make calls that a capture must not
-        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, **options, capture_error_mode="thread_local"):
             loss, gradients = self._outputs(static, divisor)
-        self.pool = graph.pool()
         return _CapturedStep(graph, static, divisor, loss, gradients)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lsr_scale.errors import UserError
 from lsr_scale.fused.eight_bit_group import DIRECTIONS, PRODUCTS, EightBitState, eight_bit_shape_reason
+from lsr_scale.fused.fallback import layer_fallback_reason
 from lsr_scale.fused.layer_state import GROUPS, layer_linears
 from lsr_scale.fused.linear_groups import LinearGroup
 from lsr_scale.fused.modules import FusedLayer
@@ -31,7 +32,7 @@ def use_eight_bits(layers: Iterable[Any], compute: str, calibrate: bool) -> dict
         calibrate: Compare each product with the one in bfloat16, until `compute_errors` is asked.
 
     Returns:
-        Groups that stay in bfloat16, with the reason.
+        Groups that stay in bfloat16, with the reason; all of a layer that cannot run fused.
 
     Raises:
         UserError: if their GPU has no FP8, or they are not in bfloat16.
@@ -57,6 +58,9 @@ def use_eight_bits(layers: Iterable[Any], compute: str, calibrate: bool) -> dict
             else:
                 states[name] = EightBitState(FORWARD[compute], calibrate)
         layer.eight_bit = states
+        unfused = layer_fallback_reason(layer)
+        if unfused:
+            reasons.update({f"{_index(layer)}.{name}": unfused for name in GROUPS})
     return reasons
 
 
@@ -104,8 +108,13 @@ def compute_errors(model: nn.Module) -> dict[str, float]:
         state.calibrates = False
         errors.update({f"{name}.{product}": state.errors[product] for product in PRODUCTS if product in state.errors})
         state.errors = {}
-    values = torch.stack(list(errors.values())).tolist() if errors else []
-    return dict(zip(errors, values, strict=True))
+    return dict(zip(errors, to_numbers(errors.values()), strict=True))
+
+
+def to_numbers(tensors: Iterable[Tensor]) -> list[Any]:
+    """Return tensors of one shape, of layers on any devices, as numbers or lists of them; the host waits once."""
+    tensors = list(tensors)
+    return torch.stack([tensor.to(tensors[0].device) for tensor in tensors]).tolist() if tensors else []
 
 
 def measure_compute_errors(model: nn.Module) -> None:

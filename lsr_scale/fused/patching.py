@@ -151,8 +151,11 @@ def fuse(
             raise UserError(f"compute: {compute} needs decoder layers that can fuse ({names}); {kind} has none")
         if any(isinstance(module, JointLinear) for module in model.modules()):
             raise UserError(f"compute: {compute} has no form for the adapters of several trials; use bf16")
+        if not report.fused:
+            reasons = "; ".join(sorted(set(report.unfused.values())))
+            raise UserError(f"compute: {compute} is for fused layers, and none can run fused: {reasons}")
         report.not_eight_bit = use_eight_bits(layers, compute, calibrate)
-        report.eight_bit = eight_bit_groups(model)
+        report.eight_bit = [name for name in eight_bit_groups(model) if name not in report.not_eight_bit]
     return report
 
 

@@ -71,10 +71,10 @@ def _rounds_to_zero(scaled):
 
 
 @jit
-def _add_counts(counts, underflow, first, WIDTH: tl.constexpr, num_rows):
-    """Add a program's underflow to the counts and, from the first program, the number of all values."""
+def add_counts(counts, underflow, first, WIDTH: tl.constexpr, num_rows):
+    """Add a program's underflow to the counts and, from the program whose first row is 0, the number of all values."""
     # as one row: of rows reduced one after the other, Triton 3.6 fails to compile values from tensor cores for sm_100
-    total = tl.reduce(tl.reshape(underflow, (1, underflow.numel)), 1, row_sum)
+    total = tl.reduce(tl.reshape(underflow.to(tl.int32), (1, underflow.numel)), 1, row_sum)
     tl.atomic_add(counts + tl.arange(0, 1), total.to(tl.int64), sem="relaxed")
     if first == 0:
         tl.atomic_add(counts + 1, tl.full([], WIDTH, tl.int64) * num_rows, sem="relaxed")
@@ -138,7 +138,7 @@ def _quantize(
             if HAS_COUNTS:
                 underflow += _underflow(values, scale)
     if HAS_COUNTS:
-        _add_counts(counts, underflow, first, WIDTH, num_rows)
+        add_counts(counts, underflow, first, WIDTH, num_rows)
 
 
 @jit
@@ -202,7 +202,7 @@ def _quantize_int8(
             if HAS_COUNTS:
                 underflow += _rounds_to_zero(scaled)
     if HAS_COUNTS:
-        _add_counts(counts, underflow, first, WIDTH, num_rows)
+        add_counts(counts, underflow, first, WIDTH, num_rows)
 
 
 @jit

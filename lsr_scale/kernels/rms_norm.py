@@ -23,7 +23,7 @@ from torch import Tensor
 
 from lsr_scale.kernels.backend import is_fake, jit, row_max, row_sum, tl, triton, use_triton
 from lsr_scale.kernels.fp8 import E4M3, scale_of
-from lsr_scale.kernels.quantize_rows import quantize_rows, quantize_rows_reference
+from lsr_scale.kernels.quantize_rows import add_counts, quantize_rows, quantize_rows_reference
 
 
 def rms_norm_reference(
@@ -143,15 +143,6 @@ def _rms_norm_kernel(
 
 
 @jit
-def add_counts(counts, underflow, num_values):
-    """Add a program's number of values that underflow and, in the first program, the number of all values."""
-    lost = tl.reduce(tl.reduce(underflow.to(tl.int32), 1, row_sum), 0, row_sum)
-    tl.atomic_add(counts, lost.to(tl.int64), sem="relaxed")
-    if tl.program_id(0) == 0:
-        tl.atomic_add(counts + 1, num_values, sem="relaxed")
-
-
-@jit
 def _rms_norm_backward_kernel(
     grad,
     x,
@@ -219,7 +210,7 @@ def _rms_norm_backward_kernel(
             tl.store(codes + columns, values.to(codes.dtype.element_ty), mask=mask)
             if HAS_COUNTS:
                 underflow = (values != 0.0) & (tl.abs(values) < 2**-6)
-                add_counts(counts, underflow, tl.full([], WIDTH, tl.int64) * num_rows)
+                add_counts(counts, underflow, tl.program_id(0), WIDTH, num_rows)
     else:
         products = tl.full([ROWS, BLOCK], 0.0, tl.float32)
         for start in range(0, WIDTH, BLOCK):

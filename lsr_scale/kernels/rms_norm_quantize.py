@@ -37,8 +37,8 @@ from lsr_scale.kernels.backend import is_fake, jit, row_max, row_sum, tl, triton
 from lsr_scale.kernels.fp8 import E4M3, scale_of
 from lsr_scale.kernels.hadamard import BLOCK as HADAMARD_BLOCK
 from lsr_scale.kernels.hadamard import encode_int8, hadamard_tile, int8_scale_of, rotate_tile
-from lsr_scale.kernels.quantize_rows import quantize_rows, quantize_rows_reference
-from lsr_scale.kernels.rms_norm import add_counts, rms_norm_triton, row_and_head_strides
+from lsr_scale.kernels.quantize_rows import add_counts, quantize_rows, quantize_rows_reference
+from lsr_scale.kernels.rms_norm import rms_norm_triton, row_and_head_strides
 
 
 def rms_norm_quantize_reference(
@@ -204,7 +204,7 @@ def _rms_norm_quantize_kernel(
                 lost = (scaled != 0.0) & (tl.abs(scaled) < 2**-6)
             underflow += lost.to(tl.int32)  # pyright: ignore[reportPossiblyUnboundVariable]
     if HAS_COUNTS:
-        add_counts(counts, underflow, tl.full([], WIDTH, tl.int64) * num_rows)  # pyright: ignore[reportPossiblyUnboundVariable]
+        add_counts(counts, underflow, first, WIDTH, num_rows)  # pyright: ignore[reportPossiblyUnboundVariable]
     if HAS_DOWN:
         xa_out += first * R + rows * R
         tl.store(xa_out + r[None, :], acc.to(dtype), mask=valid & (r < R)[None, :])  # pyright: ignore[reportPossiblyUnboundVariable]

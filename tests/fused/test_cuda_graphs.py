@@ -198,6 +198,8 @@ def run_of_graphs(folder, lengths, **training):
         **{"save_strategy": "no", "learning_rate": 1e-3, **training},
     }
     data = {"train": [str(folder / "graphs.jsonl")]}
+    if "eval_strategy" in training:
+        data["validation"] = data["train"]
     return tiny_run(folder, model={"dtype": "float32"}, data=data, training=training, eval={"tasks": []})
 
 
@@ -222,6 +224,29 @@ def test_recorded_graphs_are_the_steps_themselves_and_nothing_is_decided_anew(tm
     assert by_step(found, "loss") == pytest.approx(by_step(plain, "loss"), rel=1e-4)
     for name, factor in factors(found).items():
         torch.testing.assert_close(factor, factors(plain)[name], rtol=1e-3, atol=1e-5)
+
+
+def test_warm_ups_have_the_memory_of_the_graphs(recorded, monkeypatch):
+    graphs, threads = StepGraphs(adapted().get_base_model()), []
+    grad = torch.autograd.grad
+
+    def recording(outputs, inputs, *args, **kwargs):
+        if inputs is graphs.parameters:  # fused layers, too, ask for gradients
+            threads.append(torch._C._is_multithreading_enabled())
+        return grad(outputs, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(torch.autograd, "grad", recording)
+    for lengths in [(17, 3), (64, 40), (17, 3)]:
+        graphs.replay(static_batch(**packed(lengths), longest=70), 1.0)
+    used = recorded_graphs.Pool.used
+    assert [what for what, *_ in used] == ["warm-up", "capture"] * 2
+    assert len({pool for _, pool, _ in used}) == 1
+    assert all(stream is used[0][2] for *_, stream in used)
+    # a pool takes the allocations of one thread
+    assert threads == [False, True] * 2
+    graphs.clear()
+    graphs.replay(static_batch(**packed((17, 3)), longest=70), 1.0)
+    assert used[-1][1] == used[-2][1] != used[0][1]
 
 
 class Memory:
@@ -261,6 +286,29 @@ def test_the_graphs_memory_is_free_after_training(tmp_path, monkeypatch, recorde
     do(run_of_graphs(tmp_path, [20] * 4 + [33]))
     assert captured == [0, 2], "before the first capture, and at the end"
     assert not made[0].captured
+
+
+def test_evaluations_that_do_not_fit_beside_the_graphs_are_without_them(tmp_path, monkeypatch, recorded):
+    captured, said, predict = [], [], HeadLoss.prediction_step
+
+    def needs_the_memory(self, *args, **kwargs):
+        captured.append(len(self.graphs.captured))
+        if self.graphs.captured:
+            raise torch.OutOfMemoryError("no room beside the graphs")
+        return predict(self, *args, **kwargs)
+
+    monkeypatch.setattr(HeadLoss, "prediction_step", needs_the_memory)
+    monkeypatch.setattr(GraphSteps, "say", staticmethod(said.append))
+    run = run_of_graphs(tmp_path, [20] * 10, eval_strategy="steps", eval_steps=3)
+    found = do(run)
+    plain = do(without_graphs(run, tmp_path / "plain"))
+    # the evaluation of step 3 is begun again, those of 6 and 9 fit at once, and so does the one after training
+    assert captured[:2] == [1, 0]
+    assert not any(captured[1:])
+    assert RecordedGraph.made == 4
+    losses = [[row["eval_loss"] for row in metrics(folder) if "eval_loss" in row] for folder in (found, plain)]
+    assert len(losses[0]) >= 3
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
 def test_a_capture_right_after_a_dropped_batch_is_of_the_batch_that_is_captured(tmp_path, monkeypatch, recorded):
@@ -334,6 +382,19 @@ class TestOnTheGpu:
                 for parameter, gradient in zip(graphs.parameters, gradients, strict=True):
                     parameter -= 0.01 * gradient
         assert len(graphs.captured) == 3
+
+    def test_a_smaller_batch_has_the_memory_of_the_larger_one(self):
+        model = adapted("lora", torch.bfloat16, max_position_embeddings=1024, **BIG).cuda()
+        graphs, most = StepGraphs(model.get_base_model()), []
+        for lengths in [(1000,) * 16, (1000,) * 12, (1000,) * 14]:
+            graphs.replay(on_the_gpu(static_batch(**packed(lengths), longest=1000)), 7.0)
+            most.append(torch.cuda.max_memory_reserved())
+        assert len(graphs.captured) == 3
+        # batches, gradients, and what the allocator rounds up
+        assert most[2] < 1.2 * most[0], most
+        graphs.clear()
+        torch.cuda.empty_cache()
+        assert torch.cuda.memory_reserved() < 0.5 * most[0]
 
     def test_batches_of_a_step_add_up(self):
         model = adapted("lsr", torch.bfloat16, **BIG).cuda()

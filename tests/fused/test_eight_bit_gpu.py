@@ -7,13 +7,25 @@ import lsr_scale
 from lsr_scale.fused import compute_errors, underflow_counts
 from lsr_scale.fused.cuda_graphs import StepGraphs, static_batch, static_loss
 from lsr_scale.kernels.fp8 import fp8_fallback_reason
-from tests.fused.test_eight_bit import ALL_GROUPS, COMPUTES, METHODS, adapted, flat, relative, simulate, step
+from tests.fused.test_eight_bit import (
+    ALL_GROUPS,
+    COMPUTES,
+    METHODS,
+    adapted,
+    check_padded,
+    flat,
+    relative,
+    simulate,
+    step,
+)
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.filterwarnings("ignore"),
     pytest.mark.skipif(fp8_fallback_reason("cuda") is not None, reason="no GPU with FP8 on this machine"),
 ]
+# TinyLlama-1.1B's
+REAL = {"hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 32, "num_key_value_heads": 4}
 # dimensions that no tile divides
 ODD = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
 
@@ -52,6 +64,13 @@ def test_errors_beside_a_simulation(compute, method, recompute, rows):
     by_name = compute_errors(model)
     assert list(dict.fromkeys(name.rpartition(".")[0] for name in by_name)) == ALL_GROUPS
     assert max(by_name.values()) < 0.06
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("method", ["lsr", "lora"])
+@pytest.mark.parametrize("compute", COMPUTES)
+def test_padded_rows_of_every_length(compute, method, side):
+    check_padded(compute, side, adapted(method, "nf4", **REAL).cuda(), longest=37)
 
 
 @pytest.mark.parametrize("compute", COMPUTES)

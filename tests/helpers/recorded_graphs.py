@@ -7,6 +7,7 @@ reference of attention) is fixed at capture too, so batches must be alike in tha
 
 import contextlib
 from types import SimpleNamespace
+from typing import ClassVar
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -40,21 +41,54 @@ class RecordedGraph(TorchDispatchMode):
         return None
 
 
+class Pool:
+    """Stands in for `torch.cuda.MemPool`."""
+
+    used: ClassVar[list[tuple]] = []  # by warm-ups and captures: which, the pool's id, the stream
+
+    @property
+    def id(self):
+        return id(self)
+
+
 @contextlib.contextmanager
-def recording(graph, **options):
+def use_pool(pool):
+    """Stands in for `torch.cuda.use_mem_pool`, whose pool is for the allocations of this thread alone."""
+    Pool.used.append(("warm-up", pool.id, torch.cuda.current_stream()))
+    yield
+
+
+@contextlib.contextmanager
+def recording(graph, pool=None, stream=None, **options):
     """Stands in for `torch.cuda.graph`."""
     RecordedGraph.made += 1
+    Pool.used.append(("capture", pool, stream))
     with graph:
         yield
 
 
+def new_stream():
+    """Return what stands in for a stream."""
+    return SimpleNamespace(wait_stream=lambda other: None)
+
+
 def stand_in(patch):
     """Have graphs be captured and replayed on the CPU, with pytest's monkeypatch."""
-    stream = SimpleNamespace(wait_stream=lambda other: None)
+    streams = [new_stream()]
+
+    @contextlib.contextmanager
+    def on(stream):
+        streams.append(stream)
+        yield
+        streams.pop()
+
     patch.setattr(torch.cuda, "CUDAGraph", RecordedGraph)
     patch.setattr(torch.cuda, "graph", recording)
-    patch.setattr(torch.cuda, "Stream", lambda: stream)
-    patch.setattr(torch.cuda, "current_stream", lambda: stream)
-    patch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
+    patch.setattr(torch.cuda, "Stream", new_stream)
+    patch.setattr(torch.cuda, "current_stream", lambda: streams[-1])
+    patch.setattr(torch.cuda, "stream", on)
+    patch.setattr(torch.cuda, "MemPool", Pool)
+    patch.setattr(torch.cuda, "use_mem_pool", use_pool)
+    patch.setattr(Pool, "used", [])
     patch.setattr(RecordedGraph, "made", 0)
     patch.setattr(RecordedGraph, "replays", 0)

@@ -165,8 +165,11 @@ def _compile_launches(
 
 
 def _shared_memory_of(source: Any, backend: Any, target: Any, options: Any) -> int:
-    """Compile as `triton.compile` does, but without the assembler, which takes the longest."""
-    from triton._C.libtriton import ir
+    """Compile as `triton.compile` does, but without LLVM's optimizer and the assembler, which take long.
+
+    Shared memory is allocated before either.
+    """
+    from triton._C.libtriton import ir, llvm
 
     context = ir.context()
     ir.load_dialects(context)
@@ -176,8 +179,12 @@ def _shared_memory_of(source: Any, backend: Any, target: Any, options: Any) -> i
     metadata = {"target": target, **options.__dict__}
     codegen, modules = backend.get_codegen_implementation(options), backend.get_module_map()
     module = source.make_ir(target, options, codegen, modules, context)
-    for name, stage in stages.items():
-        module = stage(module, metadata)
-        if name == "llir":
-            return metadata["shared"]
+    optimize, llvm.optimize_module = llvm.optimize_module, lambda *_: None
+    try:
+        for name, stage in stages.items():
+            module = stage(module, metadata)
+            if name == "llir":
+                return metadata["shared"]
+    finally:
+        llvm.optimize_module = optimize
     raise AssertionError(f"no llir among {list(stages)}")

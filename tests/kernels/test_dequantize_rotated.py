@@ -153,25 +153,30 @@ def test_what_does_not_fit_is_refused():
         ops.encode_rotated(torch.zeros(64, 16), out, ones)
 
 
-def all_kinds(shape):
-    """Encode weights of all kinds into rows of a group's matrix."""
+def all_kinds(shape, nested_alone=False):
+    """Encode weights of all kinds, or in 4 bits with nested statistics, into rows of a group's matrix."""
     num_rows, in_features = shape
     out = OnGpu.empty(2 * num_rows, in_features, dtype=torch.int8)[num_rows:]
     code, row_scales = torch.zeros(256), torch.ones(num_rows)
-    for nested in (None, (code, code, code[:1], 256)):
+    for nested in ((code, code, code[:1], 256), None)[: 2 - nested_alone]:
         absmax = torch.zeros(num_rows * in_features // 64, dtype=torch.float32 if nested is None else torch.uint8)
         packed = torch.zeros(num_rows * in_features // 2, 1, dtype=torch.uint8)
         ops.dequantize_4bit_rotated(packed, absmax, code[:16], out, row_scales, block_size=64, nested=nested)
+    if nested_alone:
+        return
     ops.dequantize_int8_rotated(torch.zeros(num_rows, in_features, dtype=torch.int8), row_scales, out, row_scales)
     for dtype in (torch.bfloat16, torch.float32):
         ops.encode_rotated(OnGpu.empty(num_rows, in_features, dtype=dtype), out, row_scales)
 
 
-@pytest.mark.parametrize(("shape", "capabilities"), [((1024, 4096), (80, 86, 89, 90, 100, 120)), ((896, 576), (90,))])
-def test_compiles_for_every_gpu(shape, capabilities):
-    compiled = launched(all_kinds, shape, shared_bytes=99 * 1024, capabilities=capabilities)
+@pytest.mark.parametrize(
+    ("shape", "nested_alone", "capabilities"),
+    [((1024, 4096), False, (89, 100)), ((1024, 4096), True, (80, 86, 90, 120)), ((896, 576), True, (90,))],
+)
+def test_compiles_for_every_gpu(shape, nested_alone, capabilities):
+    compiled = launched(all_kinds, shape, nested_alone, shared_bytes=99 * 1024, capabilities=capabilities)
     assert {name for name, _, _ in compiled} == {"_dequantize_rotated_kernel"}
-    assert len(compiled) == 5 * len(capabilities)
+    assert len(compiled) == (1 if nested_alone else 5) * len(capabilities)
     # a tile of 256 blocks in bfloat16, or one in float32 as the weight is stored, and H
     assert max(shared for _, _, shared in compiled) <= 99 * 1024
 

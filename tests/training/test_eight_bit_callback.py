@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from lsr_scale import distributed
+from lsr_scale.kernels.hadamard import rotate_reference
+from lsr_scale.kernels.quantize_rows import quantize_rows_reference
 from lsr_scale.run.folder import RunFolder
 from lsr_scale.training.callbacks import eight_bit
-from lsr_scale.training.callbacks.eight_bit import EightBitCallback
+from lsr_scale.training.callbacks.eight_bit import WARN_SHARES, EightBitCallback
 
 MODEL = object()
 STEP = SimpleNamespace(global_step=1)
@@ -196,10 +198,10 @@ def test_a_group_most_of_which_underflows_is_warned_of_once(fused, make, said):
 
 
 def test_activations_that_are_zero_in_int8_are_warned_of_sooner(fused, make, said):
-    fused.counts = {"3.down.input": [26, 100], "0.o.input": [25, 100], "3.down.gradient": [50, 100]}
+    fused.counts = {"3.down.input": [13, 100], "0.o.input": [12, 100], "3.down.gradient": [50, 100]}
     make(compute="int8").on_log(None, None, None, logs={"loss": 1.0}, model=MODEL)
     assert said == [
-        "note: activations of 3.down: 26 % of the values are zero in int8, too small beside the largest of their "
+        "note: activations of 3.down: 13 % of the values are zero in int8, too small beside the largest of their "
         "token; training.keep_in_bf16: [3.down] keeps it in bfloat16"
     ]
     fused.counts = {"3.down.gradient": [51, 100]}
@@ -216,3 +218,27 @@ def test_a_warning_says_what_error_the_group_had(fused, make, said):
         fused.counts = {f"3.down.{direction}": [60, 100]}
         callback.on_log(None, None, None, logs={"loss": 1.0}, model=MODEL)
         assert f"of their token (its error in the first step: {error}); training" in said[-1]
+
+
+def underflow_and_error(dtype, outlier):
+    """Return the share that underflows of normally distributed rows beside an outlier each, and their error."""
+    x = torch.randn(32, 2048, generator=torch.Generator().manual_seed(0))
+    x[:, 0] = outlier
+    codes, scales, counts = torch.empty(x.shape, dtype=dtype), torch.empty(len(x)), torch.zeros(2)
+    quantize_rows_reference(x, codes, scales, counts=counts)
+    rounded = codes.float() * scales[:, None]
+    rounded = rotate_reference(rounded) if dtype == torch.int8 else rounded
+    return float(counts[0] / counts[1]), float((rounded - x)[:, 1:].norm() / x[:, 1:].norm())
+
+
+def test_a_share_is_warned_of_where_it_begins_to_cost():
+    """In e4m3 where the error exceeds the format's own, in int8 where it comes near `compute_tolerance`'s default."""
+    in_e4m3 = [underflow_and_error(torch.float8_e4m3fn, outlier) for outlier in (2, 8000, 16000)]
+    shares, errors = zip(*in_e4m3, strict=True)
+    assert shares[0] < 0.01 < 0.3 < shares[1] < WARN_SHARES[torch.float8_e4m3fn] < shares[2] < 0.8
+    assert errors[1] < 1.1 * errors[0]
+    assert errors[2] > 1.4 * errors[0]
+    in_int8 = [underflow_and_error(torch.int8, outlier) for outlier in (2, 240, 350)]
+    shares, errors = zip(*in_int8, strict=True)
+    assert shares[0] < 0.02 < 0.09 < shares[1] < WARN_SHARES[torch.int8] < shares[2] < 0.16
+    assert 0.07 < errors[1] < 0.1 < errors[2] < 0.12

@@ -61,6 +61,7 @@ class GraphSteps(_Base):
     say: Callable[[str], None] = staticmethod(lambda text: None)
     _first_graph_step: int | None = None
     _num_parameters: int | None = None
+    _evaluates_without: bool = False
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train; the model has its own `zero_grad` again then, and the graphs' memory is free for evaluations."""
@@ -70,6 +71,20 @@ class GraphSteps(_Base):
             vars(self.model).pop("zero_grad", None)
             if self.graphs is not None:
                 self.graphs.clear()
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate; where the memory does not hold that beside the graphs, this and later evaluations are without."""
+        captured = self.graphs is not None and bool(self.graphs.captured)
+        if captured and not self._evaluates_without:
+            try:
+                return super().evaluation_loop(*args, **kwargs)
+            except torch.OutOfMemoryError:
+                self._evaluates_without = True
+                self.say("evaluations need the memory of the CUDA graphs, which are captured anew after each")
+        # not within the handler: until its end the error holds what the evaluation had allocated
+        if captured:
+            self.graphs.clear()
+        return super().evaluation_loop(*args, **kwargs)
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Compute the loss as the trainer does."""

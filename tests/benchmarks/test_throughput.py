@@ -313,8 +313,11 @@ def eight_bits_on_cpu(monkeypatch):
         monkeypatch.setattr(module, "no_fp8_reason", lambda device: None)
 
 
-@pytest.mark.parametrize("base", ["nf4", "int8", "bf16"])
-@pytest.mark.parametrize(("compute", "least"), [("fp8", 2e-2), ("int8", 5e-3)])
+# a weight is encoded from what it is stored as, in each way once; from 4 bits, as in the tables, in both
+@pytest.mark.parametrize(
+    ("compute", "least", "base"),
+    [("fp8", 2e-2, "nf4"), ("fp8", 2e-2, "bf16"), ("int8", 5e-3, "nf4"), ("int8", 5e-3, "int8")],
+)
 def test_the_gate_is_red_when_8_bits_are_less_exact_than_their_recipe(
     compute, least, base, tmp_path, monkeypatch, eight_bits_on_cpu
 ):
@@ -334,6 +337,8 @@ def test_the_gate_is_red_when_8_bits_are_less_exact_than_their_recipe(
     assert all({"loss", "output", "input gradient"} < row["errors"].keys() for row in rows)
     # the format's error, not bfloat16's
     assert all(4 * least > error > least for row in in_8_bits for error in row["errors"]["output"])
+    if base != "nf4":
+        return
     right = eight_bit_group.gemm_8bit
 
     def less_exact(codes, scales, weight, weight_scale, out, **options):
@@ -346,7 +351,8 @@ def test_the_gate_is_red_when_8_bits_are_less_exact_than_their_recipe(
     assert "the simulation by" in rows[-1]["problems"][0]
 
 
-@pytest.mark.parametrize("name", ["lsr_fp8", "kron_lora_fp8", "lora_fp8", "frozen_fp8", "lora_int8", "frozen_int8"])
+# all names are tried below; a provider runs with an adapter of ours, with PEFT's, and with none, in each format
+@pytest.mark.parametrize("name", ["lsr_fp8", "frozen_fp8", "lora_int8"])
 def test_providers_compute_in_8_bits(name, tmp_path, eight_bits_on_cpu):
     from benchmarks.speed.providers import bf16_of, find_provider
 

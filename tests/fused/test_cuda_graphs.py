@@ -160,7 +160,7 @@ def test_runs_end_where_they_do_without(tmp_path, monkeypatch, on_the_cpu, accum
     monkeypatch.setattr(WithoutGraphs, "fails_at", fails_at)
     drop, models = GraphSteps._drop_gradients, []
     monkeypatch.setattr(GraphSteps, "_drop_gradients", lambda self, *a: models.append(self.model) or drop(self, *a))
-    found = compare_runs(tmp_path, accumulation, fused="on", on_nonfinite="skip")
+    found = compare_runs(tmp_path, accumulation, fused="on", on_nonfinite="skip", num_train_epochs=2)
     assert WithoutGraphs.replays >= (4 if fails_at else 6)
     assert models
     assert "zero_grad" not in vars(models[-1])  # the model's own again
@@ -289,7 +289,7 @@ def test_the_graphs_memory_is_free_after_training(tmp_path, monkeypatch, recorde
 
 
 def test_evaluations_that_do_not_fit_beside_the_graphs_are_without_them(tmp_path, monkeypatch, recorded):
-    captured, said, predict = [], [], HeadLoss.prediction_step
+    captured, predict = [], HeadLoss.prediction_step
 
     def needs_the_memory(self, *args, **kwargs):
         captured.append(len(self.graphs.captured))
@@ -297,10 +297,10 @@ def test_evaluations_that_do_not_fit_beside_the_graphs_are_without_them(tmp_path
             raise torch.OutOfMemoryError("no room beside the graphs")
         return predict(self, *args, **kwargs)
 
-    monkeypatch.setattr(HeadLoss, "prediction_step", needs_the_memory)
-    monkeypatch.setattr(GraphSteps, "say", staticmethod(said.append))
     run = run_of_graphs(tmp_path, [20] * 10, eval_strategy="steps", eval_steps=3)
-    found = do(run)
+    with monkeypatch.context() as patch:
+        patch.setattr(HeadLoss, "prediction_step", needs_the_memory)
+        found = do(run)
     plain = do(without_graphs(run, tmp_path / "plain"))
     # the evaluation of step 3 is begun again, those of 6 and 9 fit at once, and so does the one after training
     assert captured[:2] == [1, 0]

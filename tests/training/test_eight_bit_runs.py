@@ -1,5 +1,6 @@
 """Whole runs with `training.compute: fp8 | int8`, on this machine's CPU: what they measure, keep, say, resume with."""
 
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -155,34 +156,40 @@ def test_what_a_run_names_stays_in_bfloat16_and_nothing_is_measured(place, tmp_p
     assert not folder.compute_errors.exists()
 
 
-@pytest.mark.parametrize("compute", ["fp8", "int8"])
+@pytest.fixture(scope="module")
+def trained(place):
+    """Return a function that gives the folder of a run of three steps, trained once with the same options."""
+
+    @functools.cache
+    def of(compute, **training):
+        folder = place / "_".join(map(str, (compute, *training.items())))
+        return do(run_in(place, folder, compute, training={"max_steps": 3, **training}))
+
+    return of
+
+
 @pytest.mark.parametrize(
-    "training",
+    ("compute", "training"),
     [
-        {"memory": "save"},
-        {"memory": "speed"},
-        {"packing": True, "max_length": 64},
-        {"gradient_accumulation_steps": 2},
-        {"on_nonfinite": "skip"},
+        *((compute, {"memory": memory}) for compute in ("fp8", "int8") for memory in ("save", "speed")),
+        *((compute, {"packing": True, "max_length": 64}) for compute in ("fp8", "int8")),
+        # the trainer's, whatever the format
+        ("fp8", {"gradient_accumulation_steps": 2}),
+        ("fp8", {"on_nonfinite": "skip"}),
     ],
     ids=str,
 )
-def test_ways_to_train_take_it(place, tmp_path, training, compute):
-    folders = [
-        do(run_in(place, tmp_path / one, one, training={"max_steps": 3, **training})) for one in (compute, "bf16")
-    ]
+def test_ways_to_train_take_it(trained, compute, training):
+    folders = [trained(one, **training) for one in (compute, "bf16")]
     found, expected = ([row["loss"] for row in metrics(folder)] for folder in folders)
     assert found == pytest.approx(expected, abs=0.05)
     assert set(record(folders[0])["errors"]) == ALL_ERRORS
 
 
 @pytest.mark.parametrize("compute", ["fp8", "int8"])
-def test_recomputation_changes_no_bit(place, tmp_path, compute):
-    save, speed = (
-        do(run_in(place, tmp_path / memory, compute, training={"memory": memory, "max_steps": 3}))
-        for memory in ("save", "speed")
-    )
-    assert [row["loss"] for row in metrics(save)] == [row["loss"] for row in metrics(speed)]
+def test_recomputation_changes_no_bit(trained, compute):
+    losses = [[row["loss"] for row in metrics(trained(compute, memory=memory))] for memory in ("save", "speed")]
+    assert losses[0] == losses[1]
 
 
 def test_a_classifier_on_a_decoder_takes_it(place, tmp_path):

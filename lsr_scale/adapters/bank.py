@@ -240,8 +240,8 @@ class BankAdapters(PerSampleAdapters):
         pair = self.bank.method.materialize_rows(stack.factors, slots, stack.scalings[slots], samples, dtype, kept)
         if self.memory is not None:
             self.memory[key] = pair
-        bases = torch.tensor([row for row, place in enumerate(index) if self.is_base[place]], device=device)
-        if len(bases):  # zeros, rather than zero times another adapter's values, which may be beyond the dtype
+        if any(self.is_base):  # zeros, rather than zero times another adapter's values, which may be beyond the dtype
+            bases = torch.tensor([row for row, place in enumerate(index) if self.is_base[place]], device=device)
             pair = pair[0].index_fill_(0, bases, 0), pair[1].index_fill_(0, bases, 0)
         downs, ups = (side.unbind(1) for side in pair)
         for module, down, up in zip(stack.modules.values(), downs, ups, strict=True):

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
@@ -40,19 +39,21 @@ STEPS_BETWEEN_LOOKS = 16
 class Decoder:
     """Generates with a causal language model: a base, an adapter's, or one whose rows have different adapters."""
 
-    def __init__(self, model: Any, max_steps: int = 2) -> None:
+    def __init__(self, model: Any, max_steps: int = 2, graphs: bool | None = None) -> None:
         """Take a model, which stays as it is.
 
         Args:
             model: A causal language model of transformers, or a PEFT model of one.
-            max_steps: For how many shapes of a batch (rows, length) the key/value cache, graph and pairs are kept.
+            max_steps: For how many kinds of batches the key/value cache, graph and pairs are kept: rows, length, and
+                whether rows have adapters of their own.
+            graphs: Whether steps are CUDA graphs, by default on a GPU, until a capture fails.
         """
-        self.model, self.max_steps = model, max_steps
-        self.steps: OrderedDict[tuple[int, int], DecodeStep] = OrderedDict()
+        self.model, self.max_steps, self.graphs = model, max_steps, graphs
+        self.steps: OrderedDict[tuple[int, int, bool], DecodeStep] = OrderedDict()
         self.memories: dict[int, PairMemory] = {}  # of pairs, by the number of rows
-        self._graphs_fail = False
         self._said: set[str] = set()
 
+    @torch.inference_mode(False)  # what is kept must be writable outside of it
     @torch.no_grad()
     def generate(
         self,
@@ -94,7 +95,8 @@ class Decoder:
         ends, pad = self._special_tokens(eos_token_id, pad_token_id)
         reason = decoder_fallback_reason(self.model, input_ids.shape[1] + max_new_tokens, adapter_names)
         training = self.model.training
-        self.model.eval()
+        if training:
+            self.model.eval()
         # without a seed the draws come from, and move on, the process's own state
         devices = [input_ids.device] if input_ids.is_cuda else []
         try:
@@ -135,7 +137,7 @@ class Decoder:
         finite, lengths = running.clone(), torch.zeros(rows, dtype=torch.int64, device=ids.device)
         between_looks = STEPS_BETWEEN_LOOKS if ids.is_cuda else 1
         with self._adapters(input_ids, adapter_names) as pairs:
-            step, logits = self._prefill(input_ids, mask, new, pairs)
+            step, logits = self._prefill(input_ids, mask, new, pairs, adapter_names is not None)
             for done in range(new):
                 scores = logits.to(torch.float32, copy=True)
                 finite &= (scores < torch.inf).all(-1)  # NaN is not either; -inf is how models rule tokens out
@@ -144,7 +146,8 @@ class Decoder:
                 ids[:, prompt + done] = tokens
                 lengths += running
                 running &= (tokens[:, None] != end_ids).all(-1)
-                if done + 1 == new or ((done + 1) % between_looks == 0 and not running.any()):
+                look = bool(ends) and (done + 1) % between_looks == 0
+                if done + 1 == new or (look and not running.any()):
                     break
                 step.tokens.copy_(tokens[:, None])
                 logits = step.run()
@@ -152,7 +155,7 @@ class Decoder:
             raise UserError(_not_finite(finite.logical_not().nonzero().flatten().tolist(), adapter_names))
         return ids[:, : prompt + int(lengths.max())]
 
-    def _prefill(self, input_ids: Tensor, mask: Tensor, new: int, pairs: Any) -> tuple[DecodeStep, Tensor]:
+    def _prefill(self, input_ids: Tensor, mask: Tensor, new: int, pairs: Any, named: bool) -> tuple[DecodeStep, Tensor]:
         """Return the step that comes after the prompts, and the logits that they end with."""
         options = {"logits_to_keep": 1} if "logits_to_keep" in _arguments(self.model) else {}
         positions = (mask.cumsum(1) - 1).clamp_min(0)
@@ -166,7 +169,7 @@ class Decoder:
             **options,
         )
         length = max(64, rounded(input_ids.shape[1] + new, 8))
-        key = len(input_ids), length
+        key = len(input_ids), length, named
         if key not in self.steps:
             while len(self.steps) >= self.max_steps:
                 self.steps.popitem(last=False)
@@ -175,14 +178,14 @@ class Decoder:
             self.steps[key] = DecodeStep(self.model, cache, length)
         self.steps.move_to_end(key)
         step = self.steps[key]
-        if input_ids.is_cuda and new > 1 and not self._graphs_fail:
+        if new > 1 and (input_ids.is_cuda if self.graphs is None else self.graphs):
             reason = None
             try:
                 step.capture([*_state(self.model), *pairs.addresses()])
             except RuntimeError as error:
                 reason = str(error).splitlines()[0]
             if reason is not None:  # not within the handler: until its end the error holds what the capture allocated
-                self._graphs_fail = True
+                self.graphs = False
                 step.release()
                 self._say(f"decoding steps are launched one kernel at a time: {reason}")
         step.start(cache, mask)
@@ -248,17 +251,16 @@ def decoder_fallback_reason(model: Any, length: int, adapter_names: Sequence[str
         return "its rotary positions depend on the number of tokens"
     if config._attn_implementation not in ("sdpa", "eager"):
         return f"its attention is {config._attn_implementation!r}, which takes no mask; load it with 'sdpa'"
-    parameters = list(model.parameters())
-    if len({parameter.device for parameter in parameters}) > 1:
+    if len({*(getattr(base, "hf_device_map", None) or {}).values()}) > 1:
         return "its weights are on several devices"
-    if any(hasattr(parameter, "ds_id") for parameter in parameters):
+    if hasattr(next(model.parameters()), "ds_id"):
         return "its weights are sharded by DeepSpeed"
     if isinstance(model, PeftModel) and any(c.is_prompt_learning for c in model.peft_config.values()):
         return "it has virtual tokens"
     if adapter_names is not None:
         if tuner is None:
             return "adapter_names are of adapters that are not this library's"
-        if any(isinstance(module, ModulesToSaveWrapper) for module in tuner.modules()):
+        if any(config.modules_to_save for config in model.peft_config.values()):
             return "the adapters have modules_to_save, and rows have different adapters"
     return None
 

@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 import lsr_scale
 from lsr_scale import AdapterBank, UserError
 from lsr_scale.adapters import peft_config
+from lsr_scale.adapters.methods import lsr
+from lsr_scale.kernels.kron_sum import kron_sum_triton
 from tests.conftest import SEVEN_LINEARS, quantize, randomize, tiny_llama
 
 OPTIONS = {"lsr": {"rank": 4, "separation_rank": 2}, "kron_lora": {"rank": 2}}
@@ -196,3 +198,23 @@ def test_an_adapter_beyond_its_dtype_harms_no_other_row(base, folder, ids):
     for row, name in ((0, "ben"), (2, "__base__")):
         expected = alone(base, folder, name, rows[row : row + 1])
         torch.testing.assert_close(actual[row : row + 1], expected, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_pairs_of_lsr_in_one_pass(base, ids, tmp_path, monkeypatch):
+    pytest.importorskip("triton", reason="Triton is not installed: kernels cannot be tested")
+    write(tmp_path, base)
+    model, _ = bank_of(base, tmp_path)
+    rows, names = torch.cat([ids, ids]), ["cleo", "__base__", "ben", "cleo"]
+    expected = model(input_ids=rows, adapter_names=names).logits
+    launches = []
+
+    def counted(*arguments):
+        launches.append(arguments)
+        return kron_sum_triton(*arguments)
+
+    monkeypatch.setattr(lsr, "use_triton", lambda *arguments: True)
+    monkeypatch.setattr(lsr, "kron_sum", counted)
+    actual = model(input_ids=rows, adapter_names=names).logits
+    assert len(launches) == 2 * 4  # sides, sets of shapes: q and o, k and v, gate and up, down
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)

@@ -19,11 +19,14 @@ from transformers import (
 import lsr_scale
 from lsr_scale import AdapterBank, Decoder, UserError
 from lsr_scale.adapters import peft_config
-from lsr_scale.adapters.peft import METHODS
+from lsr_scale.adapters.peft import METHODS, per_sample
 from lsr_scale.generation import Sampling
 from lsr_scale.generation.decoder import decoder_fallback_reason
+from lsr_scale.kernels.row_pairs import add_row_pairs_triton
 from lsr_scale.layers.frozen_linear import freeze_quantized
 from tests.conftest import SEVEN_LINEARS, TINY_SIZES, quantize, randomize, tiny_llama
+from tests.helpers import recorded_graphs
+from tests.helpers.recorded_graphs import RecordedGraph
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "lsr": {"rank": 4, "separation_rank": 2},
@@ -206,7 +209,7 @@ def test_caches_of_the_last_shapes_are_kept():
         assert torch.equal(
             decoder.generate(**batch, max_new_tokens=4, eos_token_id=[]), reference(decoder.model, batch, 4)
         )
-    assert list(decoder.steps) == [(1, 64), (1, 104)]
+    assert list(decoder.steps) == [(1, 64, False), (1, 104, False)]
     assert list(decoder.memories) == [1]
     decoder.clear()
     assert not decoder.steps
@@ -256,7 +259,7 @@ def test_models_of_other_shapes():
     model = MistralForCausalLM(MistralConfig(**SIZES, sliding_window=64)).eval()
     check(model, prompts())
     assert decoder_fallback_reason(model, 64) is None
-    model.lm_head.to("meta")
+    model.hf_device_map = {"model": 0, "lm_head": 1}  # as accelerate leaves it
     assert "several devices" in str(decoder_fallback_reason(model, 64))
 
 
@@ -288,3 +291,77 @@ def test_a_row_that_diverged_is_named_and_harms_no_later_batch(tmp_path):
     names, shorter = ["anna", "cleo", "__base__"], prompts(length=5, padded=(0, 2, 1))
     actual = decoder.generate(**shorter, adapter_names=names, max_new_tokens=5, eos_token_id=[])
     assert torch.equal(actual, reference(model, shorter, 5, adapter_names=names))
+
+
+def test_a_replayed_step_is_the_step_whatever_adapters_its_rows_have(tmp_path, monkeypatch):
+    recorded_graphs.stand_in(monkeypatch)
+    base = tiny_llama()
+    for seed, name in enumerate(NAMES):
+        adapted(copy.deepcopy(base), "lsr", seed, alpha=3.0 + seed).save_pretrained(tmp_path / name)
+    model = adapted(base)
+    decoder = Decoder(model, graphs=True)
+
+    def check_next(batch: Any, captures: int, **names: Any) -> None:
+        actual = decoder.generate(**batch, max_new_tokens=6, eos_token_id=[], **names)
+        assert torch.equal(actual, reference(model, batch, 6, **names))
+        assert RecordedGraph.made == captures
+
+    check_next(prompts(), 1)
+    check_next(prompts(length=4, padded=(0, 1, 2)), 1)
+    randomize(model, seed=7)  # in place, as an optimizer does
+    check_next(prompts(), 1)
+    with model.disable_adapter():
+        check_next(prompts(), 2)
+    check_next(prompts(), 3)
+    bank = AdapterBank(model, tmp_path, 0.01)
+    two = 2.5 * bank.adapter_bytes / 2**30
+    bank.close()
+    bank = AdapterBank(model, tmp_path, two)
+    for names in (["anna", "ben", "__base__"], ["cleo", "cleo", "anna"], ["__base__"] * 3, ["ben", "cleo", "ben"]):
+        check_next(prompts(), 4, adapter_names=names)
+    assert bank.evictions > 0
+    check_next(prompts(), 4)
+    check_next(prompts(rows=2), 5, adapter_names=["ben", "__base__"])
+    assert RecordedGraph.replays == 5 * 11
+
+
+def test_inference_mode_leaves_nothing_behind():
+    decoder, batch = Decoder(adapted(tiny_llama())), prompts()
+    with torch.inference_mode():
+        inside = decoder.generate(**batch, max_new_tokens=6, eos_token_id=[])
+    assert torch.equal(decoder.generate(**prompts(), max_new_tokens=6, eos_token_id=[]), inside)
+
+
+def test_a_capture_that_fails_leaves_steps_as_they_are(monkeypatch, caplog):
+    recorded_graphs.stand_in(monkeypatch)
+
+    def fail(*arguments, **options):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(torch.cuda, "graph", fail)
+    model, batch = adapted(tiny_llama()), prompts()
+    decoder = Decoder(model, graphs=True)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            actual = decoder.generate(**batch, max_new_tokens=6, eos_token_id=[])
+            assert torch.equal(actual, reference(model, batch, 6))
+    assert caplog.text.count("operation not permitted") == 1
+
+
+def test_a_steps_own_kernels(tmp_path, monkeypatch):
+    pytest.importorskip("triton", reason="Triton is not installed: kernels cannot be tested")
+    launches = []
+
+    def counted(*arguments):
+        launches.append(arguments)
+        return add_row_pairs_triton(*arguments)
+
+    monkeypatch.setattr(per_sample, "add_row_pairs_", counted)
+    base = tiny_llama()
+    adapted(copy.deepcopy(base), "lsr", 3).save_pretrained(tmp_path / "anna")
+    model, batch = adapted(base), prompts(rows=2)
+    AdapterBank(model, tmp_path, 0.01)
+    names = ["anna", "__base__"]
+    actual = Decoder(model).generate(**batch, adapter_names=names, max_new_tokens=3, eos_token_id=[])
+    assert torch.equal(actual, reference(model, batch, 3, adapter_names=names))
+    assert len(launches) == 2 * 2 * len(SEVEN_LINEARS)  # steps, layers

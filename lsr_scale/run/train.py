@@ -4,6 +4,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,6 +45,7 @@ from lsr_scale.training.compute import check_compute
 from lsr_scale.training.run_data import RunData, read_data
 from lsr_scale.training.run_labels import with_labels
 from lsr_scale.training.settings import naming_settings
+from lsr_scale.training.shared import Shared
 from lsr_scale.training.steps.nonfinite import check_finite
 from lsr_scale.training.trainers import ignore_library_warnings
 from lsr_scale.units import clock
@@ -59,6 +61,8 @@ def train(
     overwrite: bool = False,
     quiet: bool = False,
     take: Callable[[Trainer], None] = lambda trainer: None,
+    shared: Shared | None = None,
+    stop_after_step: int | None = None,
 ) -> RunFolder:
     """Do a run: score, train, score again, and leave a folder that a person can read (`RunFolder`).
 
@@ -69,6 +73,9 @@ def train(
         overwrite: Start again in a folder that holds a run.
         quiet: Print results only.
         take: Called with the trainer when all is done, on every process.
+        shared: What it has in common with other runs of this process; nothing by default.
+        stop_after_step: Train so far only, to be resumed. A checkpoint is saved, but no adapter and no results; all
+            else, such as the schedule, is of the whole run.
 
     Returns:
         The run's folder.
@@ -78,21 +85,24 @@ def train(
         Terminated: if a signal ended the run.
     """
     began = time.monotonic()
-    distributed.start(run.deepspeed.config is not None, run.training.get("ddp_timeout", distributed.TIMEOUT_S))
-    live = distributed.is_main() and not quiet
+    if shared is None:
+        distributed.start(run.deepspeed.config is not None, run.training.get("ddp_timeout", distributed.TIMEOUT_S))
+    live = distributed.is_main() and not quiet and shared is None
     notes: list[str] = []
 
     def say(text: str) -> None:
         if text.startswith("note: "):
             notes.append(text.removeprefix("note: "))
-        if live:
+        if shared is not None:
+            shared.say(text)
+        elif live:
             print_line(text)
 
     with starting(run, name, resume, overwrite) as start:
         _announce(start, resume is not None, say)
         tasks = evaluate.load_tasks(start.run.eval)
-        stop = StopOnSignal(say)
-        data, trainer, samples = _prepare(start, stop, say, quiet)
+        stop = StopOnSignal(say, shared and shared.signals, stop_after_step)
+        data, trainer, samples = _prepare(start, stop, say, quiet, shared)
         start = dataclasses.replace(start, run=with_labels(start.run, data.labels))
         _begin_folder(start, data, say)
         _announce_training(start.run, trainer, say)
@@ -104,7 +114,11 @@ def train(
         if start.checkpoint is None:
             reports.scores(scores.get("before", {}), of_classes.get("before", {}), 0)
             samples.take(trainer.model, trainer.processing_class, 0, "before")
-        trained = _run_trainer(start, trainer, stop, say)
+        trained = _run_trainer(start, trainer, stop, say, shared)
+        if stop.paused:
+            reports.close()
+            take(trainer)
+            return start.folder
         _save_adapter(start.folder, trainer, trained, start.run.training["save_as_lora"], say)
         if tasks:
             scores["after"] = _score(start, tasks, trainer, "after", say, live)
@@ -115,10 +129,15 @@ def train(
         samples.take(trainer.model, trainer.processing_class, step, "after")
         reports.close()
         if distributed.is_main():
-            _write_results(start, trainer, trained, scores, of_classes, began, notes)
+            results = _write_results(start, trainer, trained, scores, of_classes, began, notes)
+            report = report_at_end(start.folder)
+            if shared is None:
+                print_results(start.folder, results, scores)
+                print_line(report)
             say(f"done in {clock(time.monotonic() - began)}")
         take(trainer)
-    distributed.stop()
+    if shared is None:
+        distributed.stop()
     return start.folder
 
 
@@ -139,7 +158,9 @@ def _announce(start: Start, is_resumed: bool, say: Say) -> None:
         say(f"one of {torch.cuda.device_count()} GPUs is used; for all: {all_of_them}")
 
 
-def _prepare(start: Start, stop: StopOnSignal, say: Say, quiet: bool) -> tuple[RunData, Trainer, Samples]:
+def _prepare(
+    start: Start, stop: StopOnSignal, say: Say, quiet: bool, shared: Shared | None
+) -> tuple[RunData, Trainer, Samples]:
     """Return the data, the trainer, which fit the checkpoint, if there is one, and its samples; nothing is written yet.
 
     Raises:
@@ -155,7 +176,7 @@ def _prepare(start: Start, stop: StopOnSignal, say: Say, quiet: bool) -> tuple[R
     check_reporters(run.training["report_to"])
     check_compute(run)
     watch = ConditionCallback(run.training["condition_tolerance"], run.training["condition_guard"], say)
-    progress = Progress(folder.metrics, quiet=quiet)
+    progress = Progress(folder.metrics, quiet=quiet or shared is not None)
     wanted = run.training["early_stopping"]
     early = [StopEarly(wanted["patience"], wanted["threshold"])] if wanted else []
     with suggest_base_option(None if checkpoint else run.model.name, "--set model.name=FOLDER"):
@@ -168,7 +189,7 @@ def _prepare(start: Start, stop: StopOnSignal, say: Say, quiet: bool) -> tuple[R
         # in this order: progress refuses what is not finite, records what was measured before it, and counts the time
         # of no sample as a step's
         callbacks = [stop, *early, watch, samples, progress, DiscardBackup(folder)]
-        trainer = build_trainer(run, folder, callbacks, say, data, checkpoint)
+        trainer = build_trainer(run, folder, callbacks, say, data, checkpoint, shared)
     if checkpoint:
         for note in _check_adapter(trainer.model, checkpoint):
             say(f"note: {note}")
@@ -257,8 +278,8 @@ class Trained(NamedTuple):
     late_signal: int  # 0: none
 
 
-def _run_trainer(start: Start, trainer: Trainer, stop: StopOnSignal, say: Say) -> Trained:
-    """Train to the end.
+def _run_trainer(start: Start, trainer: Trainer, stop: StopOnSignal, say: Say, shared: Shared | None) -> Trained:
+    """Train to the end, or as far as `stop` says.
 
     Raises:
         Terminated: if a signal stopped training before its end.
@@ -266,12 +287,21 @@ def _run_trainer(start: Start, trainer: Trainer, stop: StopOnSignal, say: Say) -
     """
     began = time.monotonic()
     say("training")
-    with ignore_library_warnings(), stop.listening(), end_with_peers(), naming_settings(start.run), keeping_live_line():
+    with ExitStack() as around:
+        if shared is None:
+            for of_process in (ignore_library_warnings(), stop.signals.listening(), end_with_peers()):
+                around.enter_context(of_process)
+        around.enter_context(naming_settings(start.run))
+        if shared is None:
+            around.enter_context(keeping_live_line())
         trainer.train(resume_from_checkpoint=str(start.checkpoint) if start.checkpoint else None)
     late_signal = stop.late_signal()  # every process asks, so none ends before all are here
     step = trainer.state.global_step
     if stop.stopped:
         raise Terminated(stop.stopped, f"after step {step}, a checkpoint is saved in {start.folder.path}")
+    if stop.paused:
+        say(f"stopped after step {step}, a checkpoint is saved")
+        return Trained(time.monotonic() - began, None, late_signal)
     if start.checkpoint and start.step == step:
         say("nothing was left to train: the checkpoint is of the last step")
     early = early_stopping_of(trainer)
@@ -353,8 +383,8 @@ def _write_results(
     of_classes: dict[str, dict[str, float]],
     began: float,
     notes: list[str],
-) -> None:
-    """Write `results.json`, draw the figures, write the report and print the table."""
+) -> dict[str, Any]:
+    """Write `results.json`, which is returned, the card and the figures."""
     run, folder = start.run, start.folder
     results = {
         "method": run.adapter.method,
@@ -380,5 +410,4 @@ def _write_results(
     title = f"{run.adapter.method} on {run.model.name}"
     draw_losses(folder.metrics, folder.curve, title)
     draw_conditions(folder.metrics, folder.condition, title)
-    print_results(folder, results, scores)
-    print_line(report_at_end(folder))
+    return results

@@ -37,6 +37,7 @@ from lsr_scale.training.checkpoint import select
 from lsr_scale.training.compute import read_errors
 from lsr_scale.training.run_data import RunData, check_run_fits, read_data
 from lsr_scale.training.run_labels import with_labels
+from lsr_scale.training.shared import Shared
 from lsr_scale.training.steps.graphs import PackedCollator, host_bound
 from lsr_scale.training.steps.head_loss import HeadCollator, head_loss_fallback_reason
 from lsr_scale.training.trainers import ignore_library_warnings, make_trainer
@@ -51,6 +52,7 @@ def build_trainer(
     say: Say = lambda text: None,
     data: RunData | None = None,
     checkpoint: Path | None = None,
+    shared: Shared | None = None,
 ) -> Trainer:
     """Return the trainer of a run, its model loaded, quantized and adapted.
 
@@ -61,6 +63,7 @@ def build_trainer(
         say: Told, in a line each, what a user should know of how the run is set up.
         data: What `read_data` returned; read here by default.
         checkpoint: What the run resumes from: what it found out when it began holds.
+        shared: What the run has in common with others of its process, its base model above all.
 
     Raises:
         UserError: for a model, data or adapter that do not go together.
@@ -74,10 +77,11 @@ def build_trainer(
     run = with_labels(run, data.labels)
     _prepare_tokenizer(run, data, note)
     check_run_fits(run, data)
-    model = _adapted_model(run, note)
+    model = _adapted_model(run, note, shared)
+    meets = shared is not None and shared.meet is not None
     _set_checkpointing(model, arguments, note)
     watch = _eight_bit_callback(run, folder, checkpoint, say)
-    report = _fuse(run, model, arguments, calibrate=any(one.measures for one in watch))
+    report = _fuse(run, model, arguments, calibrate=any(one.measures for one in watch), keeps_weights=not meets)
     if report is not None:
         say(str(report))
     callbacks = [*watch, *(callbacks or ())]  # it adds to the logs, which others record
@@ -85,6 +89,9 @@ def build_trainer(
     _check_rows_left(run, trainer, data, note)
     _say_supervised(trainer, data, say)
     _note_row_lengths(run, trainer, note)
+    if shared is not None and meets:  # the joint step has the graphs, and the memory
+        trainer.meet, trainer.data_collator = shared.meet, HeadCollator(trainer.data_collator)
+        return trainer
     if report is not None and report.fused:
         _use_fused_layers(run, trainer, say)
     if run.model.task == "causal_lm":
@@ -100,14 +107,17 @@ def _prepare_tokenizer(run: RunConfig, data: RunData, note: Say) -> None:
         note(line)
 
 
-def _adapted_model(run: RunConfig, note: Say) -> PeftModel:
+def _adapted_model(run: RunConfig, note: Say, shared: Shared | None) -> PeftModel:
     """Return the base, quantized and sharded as the run says, with the adapter in it."""
     start = _start_of(run)
     if uses_deepspeed(run) and (unused := config.without_effect(run.deepspeed.config or {})):
         how = "the frozen base is gathered a layer at a time, and gradients are averaged all at once"
         note(f"deepspeed.config: {', '.join(unused)}: no effect, {how}")
     with ignore_library_warnings():
-        base = load_base_for(run.model, run.training["seed"], _sharding(run, start), say=note)
+        if shared is not None:
+            base = shared.base()
+        else:
+            base = load_base_for(run.model, run.training["seed"], _sharding(run, start), say=note)
         model, differences = adapt(run, base, start)
     targets = run.adapter.options.get("target_modules")
     for line in (*differences, *coverage_notes(model, run.model.quantization, targets, run.model.dtype)):
@@ -137,7 +147,7 @@ def _eight_bit_callback(run: RunConfig, folder: RunFolder, checkpoint: Path | No
     return [EightBitCallback(folder, compute, training["compute_tolerance"], decides, earlier, say)]
 
 
-def _fuse(run: RunConfig, model: PeftModel, arguments: Any, calibrate: bool) -> FuseReport | None:
+def _fuse(run: RunConfig, model: PeftModel, arguments: Any, calibrate: bool, keeps_weights: bool) -> FuseReport | None:
     """Make the model's layers run fused, if the run wants it and they can, and return what came of it.
 
     Args:
@@ -145,6 +155,7 @@ def _fuse(run: RunConfig, model: PeftModel, arguments: Any, calibrate: bool) -> 
         model: Its model.
         arguments: Its trainer's.
         calibrate: Measure in the first step what 8 bits change in each group of linears.
+        keeps_weights: Layers may keep weights dequantized, where the run spends memory on speed.
 
     Raises:
         UserError: for `training.compute: fp8` or `int8` where no layer runs fused.
@@ -154,7 +165,7 @@ def _fuse(run: RunConfig, model: PeftModel, arguments: Any, calibrate: bool) -> 
         return None
     recompute = "full" if checkpoints_layers(run.training) else "none"
     # what is gathered anew for every pass cannot be held from pass to pass
-    holds = run.training["memory"] == "speed" and not is_sharded(model)
+    holds = keeps_weights and run.training["memory"] == "speed" and not is_sharded(model)
     report = fuse(model.train(), recompute, cache_weights=holds, compute=compute, calibrate=calibrate)
     layers = [*report.fused, *report.unfused]
     if compute != "bf16":

@@ -26,6 +26,7 @@ from lsr_scale.training.steps.engine import EngineSteps
 from lsr_scale.training.steps.finite_check import FiniteCheck
 from lsr_scale.training.steps.graphs import GraphSteps
 from lsr_scale.training.steps.head_loss import HeadLoss
+from lsr_scale.training.steps.meeting import MeetingSteps
 
 
 def make_trainer(
@@ -67,7 +68,9 @@ def _sft_trainer(run: RunConfig, options: dict[str, Any]) -> Trainer:
             "pip install 'trl>=1.16,<1.17'"
         )
 
-    class AdapterSFTTrainer(CountsTokens, Resumable, FiniteCheck, EngineSteps, GraphSteps, HeadLoss, SFTTrainer):
+    class AdapterSFTTrainer(
+        CountsTokens, Resumable, FiniteCheck, EngineSteps, MeetingSteps, GraphSteps, HeadLoss, SFTTrainer
+    ):
         supervise_assistant = run.training.get("assistant_only_loss") is not False
 
     return AdapterSFTTrainer(**options)

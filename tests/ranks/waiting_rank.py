@@ -25,7 +25,7 @@ def main() -> int:
             (beside / "waits").touch()
             while True:
                 time.sleep(0.1)
-                if stop.received:
+                if stop.signals.received:
                     (beside / "told").touch()
         return compute(self, *args, **kwargs)
 

@@ -34,51 +34,14 @@ class Terminated(Exception):  # noqa: N818
         self.status = 128 + number
 
 
-class StopOnSignal(TrainerCallback):
-    """Saves a checkpoint at the end of the step in which SIGTERM or Ctrl-C came to any process, and ends training.
-
-    With several GPUs that is two steps later: by then every process knows of it without waiting.
-
-    The `deepspeed` command does not pass the signal on: it ends, while its processes would train on. Its end counts as
-    SIGTERM.
+class Signals:
+    """SIGTERM and Ctrl-C to this process, which its runs heed at the end of a step.
 
     Attributes:
-        received: The first signal of this process, 0 if there was none.
-        stopped: The signal that stopped training before its last step, 0 if none did.
+        received: The first signal, 0 if there was none.
     """
 
-    def __init__(self, say: Callable[[str], None] = lambda text: None) -> None:
-        self.say = say
-        self.received = self.stopped = 0
-        self.announced = False
-        self.largest = distributed.DelayedMax()
-        self.runner = _deepspeed_runner()
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Agree with the other processes, which the signal reaches in different steps."""
-        if self.received == signal.SIGINT and not self.announced:
-            self.announced = True
-            self.say("interrupted: a checkpoint is saved, then the run ends; once more ends it at once")
-        received = self.largest.reduce(self._received())
-        self.stopped = received if state.global_step < state.max_steps else 0  # after the last step nothing is stopped
-        if self.stopped:
-            control.should_save = control.should_training_stop = True
-
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Leave out what is due at an epoch's end where training ended within it."""
-        epoch = state.epoch or 0.0
-        if self.stopped and abs(epoch - round(epoch)) > 1e-6:
-            control.should_evaluate = control.should_save = False
-
-    def late_signal(self) -> int:
-        """Return the signal that any process received too late to stop training, 0 if none; a collective."""
-        return self.largest.reduce(self._received(), wait=True)
-
-    def _received(self) -> int:
-        runner_ended = self.runner is not None and _parent(os.getppid()) != self.runner
-        return self.received or (signal.SIGTERM if runner_ended else 0)
+    received = 0
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -102,6 +65,78 @@ class StopOnSignal(TrainerCallback):
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+class StopOnSignal(TrainerCallback):
+    """Saves a checkpoint at the end of the step in which SIGTERM or Ctrl-C came to any process, and ends training.
+
+    With several GPUs that is two steps later: by then every process knows of it without waiting.
+
+    The `deepspeed` command does not pass the signal on: it ends, while its processes would train on. Its end counts as
+    SIGTERM.
+
+    Training can be stopped in the same way after a given step, to be resumed by whoever wanted that.
+
+    Attributes:
+        signals: What this process received.
+        stopped: The signal that stopped training before its last step, 0 if none did.
+        paused: Training stopped after the step that was given, which is not its last.
+    """
+
+    def __init__(
+        self,
+        say: Callable[[str], None] = lambda text: None,
+        signals: Signals | None = None,
+        after_step: int | None = None,
+    ) -> None:
+        """Take what it depends on.
+
+        Args:
+            say: Told that the first signal was heard.
+            signals: Whose `listening` is entered elsewhere, for several runs of this process; its own by default.
+            after_step: After which training stops in any case.
+        """
+        self.say = say
+        self.signals, self.after_step = signals or Signals(), after_step
+        self.stopped, self.paused = 0, False
+        self.announced = False
+        self.largest = distributed.DelayedMax()
+        self.runner = _deepspeed_runner()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Agree with the other processes, which the signal reaches in different steps."""
+        if self.signals.received == signal.SIGINT and not self.announced:
+            self.announced = True
+            self.say("interrupted: a checkpoint is saved, then the run ends; once more ends it at once")
+        received = self.largest.reduce(self._received())
+        self.stopped = received if state.global_step < state.max_steps else 0  # after the last step nothing is stopped
+        self.paused = self.is_due(state)
+        if self.ended_early():
+            control.should_save = control.should_training_stop = True
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Leave out what is due at an epoch's end where training ended within it."""
+        epoch = state.epoch or 0.0
+        if self.ended_early() and abs(epoch - round(epoch)) > 1e-6:
+            control.should_evaluate = control.should_save = False
+
+    def ended_early(self) -> bool:
+        """Tell whether training stopped before its last step, with a checkpoint."""
+        return bool(self.stopped) or self.paused
+
+    def is_due(self, state: TrainerState) -> bool:
+        """Tell whether training is to stop where it is now."""
+        return self.after_step is not None and self.after_step <= state.global_step < state.max_steps
+
+    def late_signal(self) -> int:
+        """Return the signal that any process received too late to stop training, 0 if none; a collective."""
+        return self.largest.reduce(self._received(), wait=True)
+
+    def _received(self) -> int:
+        runner_ended = self.runner is not None and _parent(os.getppid()) != self.runner
+        return self.signals.received or (signal.SIGTERM if runner_ended else 0)
 
 
 @contextmanager

@@ -70,7 +70,7 @@ class Resumable(_Base):
         """Write a checkpoint to a temporary folder and rename it; every process takes part, the main one writes."""
         self.store_flos()
         self._saved_step = self.state.global_step
-        target = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        target = self._folder_of(self.state.global_step)
         tensors, scalars = trained_state.collect(self)
         states = distributed.gather([_random_state()])
         best = self.state.best_global_step
@@ -109,7 +109,7 @@ class Resumable(_Base):
             "num_processes": distributed.world_size(),
             "first_num_processes": self.first_num_processes or distributed.world_size(),
             "rows_per_step": self.rows_per_step,
-            "optimizer": type(trained_state.base_optimizer(self)).__name__,
+            "optimizer": trained_state.optimizer_name(self),
             "scalars": scalars,
             "groups": trained_state.parameter_groups(self),
             "scheduler": self.lr_scheduler.state_dict(),
@@ -145,7 +145,7 @@ class Resumable(_Base):
         if resume_from_checkpoint is not None:
             folder = Path(resume_from_checkpoint)
             content = json.loads((folder / STATE).read_text(encoding="utf-8"))
-            optimizer = type(trained_state.base_optimizer(self)).__name__
+            optimizer = trained_state.optimizer_name(self)
             if content["optimizer"] != optimizer:
                 raise UserError(
                     f"--resume {folder}: saved with the optimizer {content['optimizer']}, this run has {optimizer}; "
@@ -171,20 +171,32 @@ class Resumable(_Base):
         done = super()._init_training_state(*args, **kwargs)
         early = early_stopping_of(self)
         stopped_early = early is not None and early.was_over(self.state)
-        finished = self.state.global_step >= self.state.max_steps or stopped_early
+        stop = self._stop()
+        stop.paused = stop.is_due(self.state)
+        finished = self.state.global_step >= self.state.max_steps or stopped_early or stop.paused
         return (math.ceil(self.state.num_train_epochs), 0) if finished else done
 
     def _finalize_training(self, trial: Any, *args: Any, **kwargs: Any) -> Any:
-        """End training; a run that a signal stopped then has a checkpoint of its last step, also beside a best one."""
-        if not any(isinstance(one, StopOnSignal) and one.stopped for one in self.callback_handler.callbacks):
+        """End training; a run that ended early then has a checkpoint of its last step, also beside a best one."""
+        if not self._stop().ended_early():
             return super()._finalize_training(trial, *args, **kwargs)
-        if self._saved_step != self.state.global_step:
+        step = self.state.global_step
+        resumed_there = step == self._initial_global_step and self._folder_of(step).is_dir()
+        if self._saved_step != step and not resumed_there:
             self._save_checkpoint(self.model, trial)
         best, self.state.best_model_checkpoint = self.state.best_model_checkpoint, None
         try:
             return super()._finalize_training(trial, *args, **kwargs)
         finally:
             self.state.best_model_checkpoint = best
+
+    def _stop(self) -> StopOnSignal:
+        """Return the callback that ends training early, one that never does where the trainer has none."""
+        found = (one for one in self.callback_handler.callbacks if isinstance(one, StopOnSignal))
+        return next(found, StopOnSignal())
+
+    def _folder_of(self, step: int) -> Path:
+        return Path(self.args.output_dir) / f"checkpoint-{step}"
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Do nothing: `_prepare_for_training` loads it, once the engine is ready."""

@@ -100,6 +100,12 @@ def base_optimizer(trainer: Trainer) -> torch.optim.Optimizer:
     return optimizer
 
 
+def optimizer_name(trainer: Trainer) -> str:
+    """Return what a checkpoint calls the optimizer: those of one name read each other's state."""
+    kind = type(base_optimizer(trainer))
+    return getattr(kind, "saved_as", kind.__name__)
+
+
 def parameter_groups(trainer: Trainer) -> list[dict[str, Any]]:
     """Return the optimizer's current settings, such as `lr`, one dictionary a group."""
     groups = base_optimizer(trainer).param_groups

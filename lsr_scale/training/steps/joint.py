@@ -30,9 +30,9 @@ from lsr_scale.training.steps.joint_batch import JointBatch, joint_batch
 _CAUSAL_LMS = {getattr(module, name + "ForCausalLM") for name, module in FAMILIES.items()}
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Member:
-    """A trial that takes part in a step.
+    """A trial that takes part in a step, and what it gets of it beside the loss.
 
     Attributes:
         model: Its model: its adapter in a copy of the base that `share_base` made.
@@ -40,12 +40,15 @@ class Member:
         divisor: What its summed loss is divided by; None: the number of its supervised tokens.
         skips_nonfinite: A loss that is not finite leaves its gradients as they are, zero where there are none
             (`training.on_nonfinite: skip`). The host waits for the loss then.
+        gradient: `[n]`, the gradients of the trained parameters one after another, in the order of
+            `model.parameters()`, where a step gives them so, in place of `grad`. The next step may write over it.
     """
 
     model: PeftModel
     inputs: Mapping[str, Any]
     divisor: Tensor | float | None = None
     skips_nonfinite: bool = False
+    gradient: Tensor | None = None
 
 
 class JointStep:

@@ -1,0 +1,28 @@
+"""What a run has in common with other runs of its process that are under way at the same time (`sweep.places`)."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from lsr_scale.training.callbacks.signals import Signals
+from lsr_scale.training.steps.meeting import Meet
+
+
+@dataclass(frozen=True)
+class Shared:
+    """The base model, training steps and signals of runs that share a process.
+
+    What is set for a whole process is then not the run's to set: the process group, handlers of signals, filters of
+    warnings, the screen.
+
+    Attributes:
+        base: Returns the base model for one run's adapter, such as a copy by `share_base`.
+        meet: Takes part in joint training steps; None: the run's steps are its own.
+        signals: What the process received; somebody else is `listening`.
+        say: Told what the run would print, a line each.
+    """
+
+    base: Callable[[], Any]
+    meet: Meet | None = None
+    signals: Signals = field(default_factory=Signals)
+    say: Callable[[str], None] = lambda text: None

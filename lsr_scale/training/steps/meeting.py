@@ -1,0 +1,134 @@
+"""A trainer that shares its forward and backward passes with others of its process: it meets them in each step.
+
+All else of a step is its own: rows, the loss's divisor, checks, clipping, the optimizer, the schedule, logs.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Trainer
+
+from lsr_scale.training.checkpoint.trained_state import base_optimizer
+from lsr_scale.training.steps.flat_adamw import FlatAdamW, clip
+from lsr_scale.training.steps.head_loss import at_least_one
+from lsr_scale.training.steps.joint import Member
+
+_Base: Any = Trainer
+
+
+Meet = Callable[[Member], Tensor]
+
+
+class MeetingSteps(_Base):
+    """Joint training steps for a trainer; goes before `GraphSteps` among a class's bases. Off until `meet` is set.
+
+    Attributes:
+        meet: Takes part in a joint step, and returns the loss, a scalar.
+    """
+
+    meet: Meet | None = None
+    _trained: list[torch.nn.Parameter]
+
+    def get_optimizer_cls_and_kwargs(self, args: Any, model: Any = None) -> tuple[Any, Any]:
+        """Return the optimizer's class and options; AdamW's is `FlatAdamW`, equal in value."""
+        kind, options = super().get_optimizer_cls_and_kwargs(args, model)
+        return FlatAdamW if self.meet is not None and kind is torch.optim.AdamW else kind, options
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        model, loader = super()._prepare_for_training(*args, **kwargs)
+        if self.meet is not None:
+            self._hooked = True  # `FiniteCheck`'s hooks on gradients: those of a joint step are zeroed after it
+            self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            model.train()  # all of it: PEFT puts adapters in training mode into a base that is not
+            vars(model)["zero_grad"] = self._drop_gradients  # the module's own walks over all modules
+        return model, loader
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train; the model has its own `zero_grad` again then."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            vars(self.model).pop("zero_grad", None)
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """Do a micro-batch: its loss is returned, its gradients are the parameters', or the optimizer's."""
+        if self.meet is None:
+            return super().training_step(model, inputs, num_items_in_batch)
+        if not model.training:
+            model.train()
+        inputs = self._prepare_inputs(inputs)
+        if num_items_in_batch is None:  # the mean of each batch, and of a step's batches
+            supervised = inputs["head"]["known"]["supervised"]
+            num_items_in_batch = supervised.numel() * self.current_gradient_accumulation_steps
+        before = self._take_away()
+        member = Member(model, inputs, at_least_one(num_items_in_batch))
+        loss = self.meet(member)
+        self._skip = self.is_skipped(loss, inputs)  # `FiniteCheck` then logs a loss of 0
+        self._take_gradients(member, before, zeros=self._skip)
+        self.count_tokens(inputs["head"])
+        self._total_train_tokens = self._tokens  # TRL's, which its evaluations log
+        return loss
+
+    def _flat(self) -> FlatAdamW | None:
+        """Return the optimizer where gradients are given to it as vectors."""
+        optimizer = base_optimizer(self)
+        return optimizer if isinstance(optimizer, FlatAdamW) and optimizer.is_flat else None
+
+    def _take_away(self) -> list[Tensor]:
+        """Return what a step's earlier batches left in the parameters' `grad`, which is None then; [] for nothing."""
+        if self._trained[0].grad is None:
+            return []
+        gradients: Any = [parameter.grad for parameter in self._trained]
+        for parameter in self._trained:
+            parameter.grad = None
+        return gradients
+
+    def _take_gradients(self, member: Member, before: list[Tensor], zeros: bool) -> None:
+        """Add a joint step's gradients, or zeros, to those of a step's earlier batches."""
+        optimizer, accumulates = self._flat(), self.current_gradient_accumulation_steps > 1
+        if zeros:
+            torch._foreach_zero_(_gradients(self._trained) if member.gradient is None else [member.gradient])
+        if optimizer is not None and member.gradient is not None:
+            optimizer.give(member.gradient, self._trained, accumulates)
+            return
+        if optimizer is not None:
+            optimizer.gather(accumulates)
+            return
+        if member.gradient is not None:
+            vector = member.gradient.clone() if accumulates else member.gradient
+            parts = vector.split([parameter.numel() for parameter in self._trained])
+            for parameter, part in zip(self._trained, parts, strict=True):
+                parameter.grad = part.view(parameter.shape)
+        if before:
+            torch._foreach_add_(_gradients(self._trained), before)
+
+    def _gradients(self) -> list[Tensor]:
+        optimizer = self._flat()
+        return _gradients(self._trained) if optimizer is None else optimizer.gradients()
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        """Clip the gradients as the trainer does, without a walk over all modules of the model."""
+        if self.meet is None:
+            return super()._clip_grad_norm(model)
+        return clip(self._gradients(), self.args.max_grad_norm)
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """Return the norm of the gradients, which is measured here where nothing clips them."""
+        if self.meet is None or grad_norm is not None:
+            return super()._get_grad_norm(model, grad_norm)
+        return clip(self._gradients(), None)
+
+    def _drop_gradients(self, set_to_none: bool = True) -> None:
+        """Free the trained parameters' gradients."""
+        del set_to_none
+        optimizer = base_optimizer(self)
+        if isinstance(optimizer, FlatAdamW):
+            optimizer.drop()
+        for parameter in self._trained:
+            parameter.grad = None
+
+
+def _gradients(parameters: list[torch.nn.Parameter]) -> list[Tensor]:
+    return [parameter.grad for parameter in parameters if parameter.grad is not None]

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from lsr_scale import AdapterBank, Decoder
-from lsr_scale.layers.frozen_linear import freeze_quantized
 from tests.conftest import quantize, randomize, tiny_llama
 from tests.generation.test_decoder import NAMES, adapted, prompts
 
@@ -57,7 +56,7 @@ def test_a_base_and_rows_that_end(dtype):
 def test_an_adapter_that_changes(kind, method):
     base: Any = tiny_llama(**BIG)
     if kind != "none":
-        freeze_quantized(quantize(base, kind, torch.float32))
+        quantize(base, kind, torch.float32)
     model = adapted(on_gpu(base), method)
     decoder, batch = Decoder(model), batch_of()
     first = check(model, decoder, batch)

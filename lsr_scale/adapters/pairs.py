@@ -65,50 +65,68 @@ def active_adapters(linear: nn.Module) -> list[Adapter]:
 
 def materialize(adapters: Sequence[Adapter]) -> list[Pair]:
     """Return the pair of every adapter, scaling in `up`: float32 (float64 for such factors), differentiable."""
-    factors = [adapter.factors() for adapter in adapters]
-    groups: dict[Any, list[int]] = {}
-    for index, (adapter, named) in enumerate(zip(adapters, factors, strict=True)):
-        groups.setdefault((*kind_of(adapter, named), adapter.scaling), []).append(index)
-    by_scaling: list[Group] = [(group, kind[-1]) for kind, group in groups.items()]
-    return _pairs([[adapter] for adapter in adapters], [[named] for named in factors], by_scaling, stacked=False)
+    return AdapterBlocks([[adapter] for adapter in adapters], stacked=False).pairs()
 
 
 class AdapterBlocks:
     """Adapters of trials in blocks, whose pairs come stacked: what stays the same from forward to forward.
 
     A block has adapters of one linear, of one method and equal shapes, one a trial; their scalings may differ. Blocks
-    of all linears that are alike are materialized at once.
+    of all linears that are alike are materialized at once. Parameters are looked up once: a change of their data is
+    seen, another parameter in the place of one is not.
     """
 
-    def __init__(self, blocks: Sequence[Sequence[Adapter]]) -> None:
-        """Take the blocks."""
+    def __init__(self, blocks: Sequence[Sequence[Adapter]], stacked: bool = True) -> None:
+        """Take the blocks; if not `stacked` each is one adapter, whose pair is that of `materialize`."""
         self.blocks = [list(block) for block in blocks]
-        self._groups: list[Group] = []
+        self.stacked = stacked
+        self._factors: list[list[dict[str, Tensor]]] | None = None
         self._scalings: list[list[float]] | None = None
+        self._groups: list[Group] = []
 
     def pairs(self) -> list[Pair]:
         """Return `(down [n, r, in], scaling * up [n, out, r])` of every block; see `materialize`."""
-        factors = [[adapter.factors() for adapter in block] for block in self.blocks]
-        scalings = [[adapter.scaling for adapter in block] for block in self.blocks]
+        if not self.blocks:
+            return []
+        factors = self.factors()
+        every = (factor for block in factors for named in block for factor in named.values())
+        flat = _Materialize.apply(self, factors, self._grouped(factors), *every)  # pyright: ignore
+        return list(zip(flat[::2], flat[1::2], strict=True))
+
+    def factors(self) -> list[list[dict[str, Tensor]]]:
+        """Return the parameters of every adapter, by the method's names."""
+        if not self.stacked or self._factors is None:
+            self._factors = [[adapter.factors() for adapter in block] for block in self.blocks]
+        return self._factors
+
+    def scalings(self) -> list[list[float]]:
+        """Return the factor on every adapter's update, as it is now."""
+        return [[adapter.scaling for adapter in block] for block in self.blocks]
+
+    def _grouped(self, factors: Sequence[Sequence[dict[str, Tensor]]]) -> list[Group]:
+        """Return what is materialized at once."""
+        scalings = self.scalings()
         if scalings != self._scalings:
             groups: dict[Any, list[int]] = {}
             for index, (block, named) in enumerate(zip(self.blocks, factors, strict=True)):
-                groups.setdefault(kind_of(block[0], named[0]), []).append(index)
-            self._groups = [(group, self._scaling(group, scalings, factors)) for group in groups.values()]
+                # a number is folded in without a tensor of its own, which one model needs no more than a few of
+                own = () if self.stacked else tuple(scalings[index])
+                groups.setdefault((kind_of(block[0], named[0]), own), []).append(index)
+            self._groups = [(group, _scaling(group, scalings, factors)) for group in groups.values()]
             self._scalings = scalings
-        return _pairs(self.blocks, factors, self._groups, stacked=True)
+        return self._groups
 
-    @staticmethod
-    def _scaling(
-        group: Sequence[int], scalings: Sequence[Sequence[float]], factors: Sequence[Sequence[dict[str, Tensor]]]
-    ) -> float | Tensor:
-        """Return the factors on the updates of some blocks: a number, or a tensor `[adapters, 1, 1]`."""
-        values = [scaling for index in group for scaling in scalings[index]]
-        if len(set(values)) == 1:
-            return values[0]
-        like = next(iter(factors[group[0]][0].values()))
-        dtype = torch.promote_types(like.dtype, torch.float32)
-        return torch.tensor(values, dtype=dtype, device=like.device)[:, None, None]
+
+def _scaling(
+    group: Sequence[int], scalings: Sequence[Sequence[float]], factors: Sequence[Sequence[dict[str, Tensor]]]
+) -> float | Tensor:
+    """Return the factors on the updates of some blocks: a number, or a tensor `[adapters, 1, 1]`."""
+    values = [scaling for index in group for scaling in scalings[index]]
+    if len(set(values)) == 1:
+        return values[0]
+    like = next(iter(factors[group[0]][0].values()))
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    return torch.tensor(values, dtype=dtype, device=like.device)[:, None, None]
 
 
 def kind_of(adapter: Adapter, factors: dict[str, Tensor]) -> tuple[Any, ...]:
@@ -127,23 +145,11 @@ def concatenate_pairs(adapters: Sequence[Adapter], pairs: Sequence[Pair]) -> dic
     return by_linear
 
 
-def _pairs(
-    blocks: list[list[Adapter]], factors: list[list[dict[str, Tensor]]], groups: list[Group], stacked: bool
-) -> list[Pair]:
-    if not blocks:
-        return []
-    every = (factor for block in factors for named in block for factor in named.values())
-    flat = _Materialize.apply(blocks, groups, stacked, factors, *every)  # pyright: ignore
-    return list(zip(flat[::2], flat[1::2], strict=True))
-
-
-def _versions(blocks: Sequence[Sequence[Adapter]], factors: Sequence[Sequence[dict[str, Tensor]]]) -> list[Any]:
+def _versions(blocks: AdapterBlocks, factors: Sequence[Sequence[dict[str, Tensor]]]) -> Any:
     """Return what changes when a factor is changed in place or a scaling is set."""
-    return [
-        (adapter.scaling, version_counters(named.values()))
-        for block, of_block in zip(blocks, factors, strict=True)
-        for adapter, named in zip(block, of_block, strict=True)
-    ]
+    return blocks.scalings(), version_counters(
+        factor for block in factors for named in block for factor in named.values()
+    )
 
 
 def _stacked(factors: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -156,35 +162,30 @@ class _Materialize(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        blocks: list[list[Adapter]],
-        groups: list[Group],
-        stacked: bool,
-        factors: list[list[dict[str, Tensor]]],
-        *flat_factors: Tensor,
+        ctx: Any, blocks: AdapterBlocks, factors: list[list[dict[str, Tensor]]], groups: list[Group], *flat: Tensor
     ) -> tuple[Tensor, ...]:
-        ctx.blocks, ctx.groups, ctx.stacked = blocks, groups, stacked
+        ctx.blocks, ctx.groups = blocks, groups
         ctx.set_materialize_grads(False)
-        # `flat_factors` for autograd, `factors` by name; neither is saved: the backward pass reads the modules again
-        device = flat_factors[0].device.type
+        # `flat` for autograd, `factors` by name; neither is saved: the backward pass asks for them again
+        device = flat[0].device.type
         ctx.versions = _versions(blocks, factors)
-        flat: list[Any] = [None] * (2 * len(blocks))
+        pairs: list[Any] = [None] * (2 * len(factors))
         for group, scaling in groups:
             with torch.autocast(device, enabled=False):
-                method = blocks[group[0]][0].method
+                method = blocks.blocks[group[0]][0].method
                 down, up = method.materialize(_stacked([named for index in group for named in factors[index]]))
                 # kernels read rows; a method may return them in any layout
                 down, up = down.contiguous(), (up * scaling).contiguous()
-            for index, part in zip(group, _parts(blocks, group), strict=True):
-                place = part if stacked else part.start
-                flat[2 * index], flat[2 * index + 1] = down[place], up[place]
-        return tuple(flat)
+            for index, part in zip(group, _parts(factors, group), strict=True):
+                place = part if blocks.stacked else part.start
+                pairs[2 * index], pairs[2 * index + 1] = down[place], up[place]
+        return tuple(pairs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        blocks: list[list[Adapter]] = ctx.blocks
-        factors = [[adapter.factors() for adapter in block] for block in blocks]
+        blocks: AdapterBlocks = ctx.blocks
+        factors = blocks.factors()
         if _versions(blocks, factors) != ctx.versions:
             raise RuntimeError(
                 "an adapter's factors or scaling were changed between the forward and the backward pass; "
@@ -193,43 +194,48 @@ class _Materialize(torch.autograd.Function):
         results: list[list[list[Tensor | None]]] = [[[None] * len(named) for named in block] for block in factors]
         for group, scaling in ctx.groups:
             # the part of the model that is differentiated now
-            places = zip(group, _parts(blocks, group), strict=True)
+            places = zip(group, _parts(factors, group), strict=True)
             wanted = [(i, part) for i, part in places if grads[2 * i] is not None or grads[2 * i + 1] is not None]
             if not wanted:
                 continue
             if isinstance(scaling, Tensor) and len(wanted) < len(group):
                 scaling = torch.cat([scaling[part] for _, part in wanted])
             group = [index for index, _ in wanted]
-            method, of_group = blocks[group[0]][0].method, [named for index in group for named in factors[index]]
-            device = next(iter(of_group[0].values())).device.type
-            with torch.enable_grad(), torch.autocast(device, enabled=False):
+            method, of_group = blocks.blocks[group[0]][0].method, [named for i in group for named in factors[i]]
+            first = next(iter(of_group[0].values()))
+            with torch.enable_grad(), torch.autocast(first.device.type, enabled=False):
                 stacks = {name: stack.requires_grad_() for name, stack in _stacked(of_group).items()}
                 pair = method.materialize(stacks)
-            down, up = (_joined([grads[2 * i + side] for i in group], pair[side], ctx, group) for side in (0, 1))
+            join = torch.cat if blocks.stacked else torch.stack
+            down, up = (
+                join(_present([grads[2 * i + side] for i in group], pair[side], factors, group, blocks.stacked))
+                for side in (0, 1)
+            )
             # d/d(up before scaling) = scaling * d/d(up)
-            gradients = [down, up * scaling]
-            # contiguous, or autograd would copy the factors' gradients one by one
-            d_stacks = [stack.contiguous() for stack in torch.autograd.grad(pair, list(stacks.values()), gradients)]
-            for index, part in zip(group, _parts(blocks, group), strict=True):
-                for number, named in enumerate(factors[index]):
-                    for place, (stack, factor) in enumerate(zip(d_stacks, named.values(), strict=True)):
-                        results[index][number][place] = stack[part.start + number].to(factor.dtype)
-        flat = (gradient for block in results for named in block for gradient in named)
-        return None, None, None, None, *flat
+            gradients = [down.to(pair[0].dtype), up.to(pair[1].dtype) * scaling]
+            d_stacks = torch.autograd.grad(pair, list(stacks.values()), gradients)
+            for place, (name, stack) in enumerate(zip(stacks, d_stacks, strict=True)):
+                # contiguous, or autograd would copy the factors' gradients one by one
+                rows = iter(stack.contiguous().to(of_group[0][name].dtype).unbind())
+                for index in group:
+                    for result in results[index]:
+                        result[place] = next(rows)
+        return None, None, None, *(gradient for block in results for named in block for gradient in named)
 
 
-def _parts(blocks: Sequence[Sequence[Adapter]], group: Sequence[int]) -> list[slice]:
+def _parts(factors: Sequence[Sequence[Any]], group: Sequence[int]) -> list[slice]:
     """Return where the adapters of each block of a group are in its stacks."""
     parts, start = [], 0
     for index in group:
-        parts.append(slice(start, start + len(blocks[index])))
-        start += len(blocks[index])
+        parts.append(slice(start, start + len(factors[index])))
+        start += len(factors[index])
     return parts
 
 
-def _joined(grads: Sequence[Tensor | None], like: Tensor, ctx: Any, group: Sequence[int]) -> Tensor:
-    """Return the gradients of a group's pairs in one tensor, in the dtype of the stack that they are of."""
+def _present(
+    grads: Sequence[Tensor | None], like: Tensor, factors: Sequence[Sequence[Any]], group: Sequence[int], stacked: bool
+) -> list[Tensor]:
+    """Return the gradients of a group's pairs, zeros for those that have none."""
     shape = like.shape[1:]
-    sizes = [(len(ctx.blocks[index]), *shape) if ctx.stacked else shape for index in group]
-    present = [like.new_zeros(size) if grad is None else grad for grad, size in zip(grads, sizes, strict=True)]
-    return (torch.cat if ctx.stacked else torch.stack)(present).to(like.dtype)
+    sizes = [(len(factors[index]), *shape) if stacked else shape for index in group]
+    return [like.new_zeros(size) if grad is None else grad for grad, size in zip(grads, sizes, strict=True)]

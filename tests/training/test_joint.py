@@ -16,8 +16,11 @@ from lsr_scale.config import RunConfig, run_from_dict
 from lsr_scale.errors import UserError
 from lsr_scale.layers.frozen_linear import freeze_quantized
 from lsr_scale.model.share import share_base
+from lsr_scale.training.steps.graphs import PackedCollator
+from lsr_scale.training.steps.head_loss import HeadCollator
 from lsr_scale.training.steps.joint import JointStep, Member
 from tests.conftest import SEVEN_LINEARS, quantize, randomize, tiny_llama
+from tests.helpers import recorded_graphs
 
 STEPS = 20
 # two trials of each method, of different sizes and scalings
@@ -250,25 +253,41 @@ def test_a_trial_that_diverges_changes_no_other():
         assert_bit_equal(found[other], expected[other])
 
 
-def test_a_loss_that_is_skipped_leaves_gradients_as_they_are():
+def test_graphs_are_replayed_from_the_third_step_of_the_same_trials_on(monkeypatch):
+    recorded_graphs.stand_in(monkeypatch)
     base = frozen()
-    models = [trial(base, "lora", {"rank": 2}, seed) for seed in (0, 1)]
-    first, second = batches(0)[0], batches(1)[0]
-    step = JointStep(base, joint_run())
-    step.run([Member(models[0], first), Member(models[1], second)])
-    expected = [[value.grad.clone() for value in model.parameters() if value.requires_grad] for model in models]
-    for model in models:
-        model.zero_grad()
-    bad = torch.tensor(math.nan)
-    losses = step.run([Member(models[0], first, bad, True), Member(models[1], second, None, True)])
-    assert math.isnan(losses[0])
-    assert math.isfinite(losses[1])
-    for value in models[0].parameters():
-        assert value.grad is None or not value.grad.any()
-    step.run([Member(models[0], first, None, True), Member(models[1], second, bad, True)])
-    for model, gradients in zip(models, expected, strict=True):
-        found = [value.grad for value in model.parameters() if value.requires_grad]
-        assert all(torch.equal(one, two) for one, two in zip(found, gradients, strict=True))
+    collator = PackedCollator(HeadCollator(DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)), 16)
+    generator = torch.Generator().manual_seed(0)
+
+    def batch() -> dict[str, Any]:
+        rows = [torch.randint(1, 96, (length,), generator=generator).tolist() for length in (9, 16)]
+        return collator([{"input_ids": row, "labels": [-100, *row[1:]]} for row in rows])
+
+    models = [trial(base, "lsr", options, seed) for seed, options in enumerate(OPTIONS["lsr"])]
+    models.insert(1, trial(base, "lora", {"rank": 3}, 2))
+    step, eager = JointStep(base, joint_run(fused="on")), JointStep(base, joint_run(fused="on"))
+    for number in range(5):
+        data = [batch() for _ in models]
+        divisors = [10.0, 11.0, 12.0]
+        members = [Member(*of_trial) for of_trial in zip(models, data, divisors, strict=True)]
+        losses = step.run(members)
+        assert recorded_graphs.RecordedGraph.replays == max(0, number - 1)
+        assert all((member.gradient is None) == (number < 2) for member in members)
+        found = [member.gradient for member in members]
+        for model in models:
+            model.zero_grad()
+        for one in data:
+            one.pop("static")
+        expected = eager.run([Member(*of_trial) for of_trial in zip(models, data, divisors, strict=True)])
+        assert [float(loss) for loss in losses] == pytest.approx([float(loss) for loss in expected], rel=1e-6)
+        for model, vector in zip(models, found, strict=True):
+            gradient = torch.cat([value.grad.flatten() for value in model.parameters() if value.grad is not None])
+            assert vector is None or (vector - gradient).norm() <= 1e-5 * gradient.norm()
+            model.zero_grad()
+    assert recorded_graphs.RecordedGraph.made == 1
+    # of other trials there is none yet
+    step.run([Member(model, batch()) for model in models[:2]])
+    assert recorded_graphs.RecordedGraph.replays == 3
 
 
 def test_members_may_change_and_their_order_does_not_matter():

@@ -55,9 +55,9 @@ def test_what_may_not_is_named(changes, named):
 
 def test_bases_whose_rows_depend_on_others_or_on_chance_are_named():
     assert base_fallback_reason(tiny_llama()) is None
-    sizes = {"vocab_size": 32, "n_positions": 16, "n_embd": 16, "n_layer": 1, "n_head": 2}
+    sizes: dict[str, Any] = {"vocab_size": 32, "n_positions": 16, "n_embd": 16, "n_layer": 1, "n_head": 2}
     assert "drop out" in str(base_fallback_reason(GPT2LMHeadModel(GPT2Config(**sizes))))
-    small = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 2}
+    small: dict[str, Any] = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    heads: dict[str, Any] = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 2}
     experts = MixtralForCausalLM(MixtralConfig(**small, **heads, output_router_logits=True))
     assert "router" in str(base_fallback_reason(experts))

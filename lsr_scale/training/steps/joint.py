@@ -5,7 +5,7 @@ through a model that they have in common, in which every adapted linear is a `Jo
 trial gets the loss and the gradients that it would get alone.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,12 +21,14 @@ from lsr_scale.config import RunConfig
 from lsr_scale.config.training import checkpoints_layers
 from lsr_scale.fused import fuse
 from lsr_scale.fused.fallback import FAMILIES, lm_head_fallback_reason
+from lsr_scale.fused.joint_graphs import JointGraphs, join_static
 from lsr_scale.fused.loss import token_losses
 from lsr_scale.fused.subclass import original_class
 from lsr_scale.model.share import share_base
 from lsr_scale.training.steps.head_loss import at_least_one
 from lsr_scale.training.steps.joint_batch import JointBatch, joint_batch
 
+_EAGER_STEPS = 2  # before graphs are captured: kernels are compiled
 _CAUSAL_LMS = {getattr(module, name + "ForCausalLM") for name, module in FAMILIES.items()}
 
 
@@ -38,8 +40,6 @@ class Member:
         model: Its model: its adapter in a copy of the base that `share_base` made.
         inputs: Its micro-batch, as its data collator made it, on any device.
         divisor: What its summed loss is divided by; None: the number of its supervised tokens.
-        skips_nonfinite: A loss that is not finite leaves its gradients as they are, zero where there are none
-            (`training.on_nonfinite: skip`). The host waits for the loss then.
         gradient: `[n]`, the gradients of the trained parameters one after another, in the order of
             `model.parameters()`, where a step gives them so, in place of `grad`. The next step may write over it.
     """
@@ -47,7 +47,6 @@ class Member:
     model: PeftModel
     inputs: Mapping[str, Any]
     divisor: Tensor | float | None = None
-    skips_nonfinite: bool = False
     gradient: Tensor | None = None
 
 
@@ -65,21 +64,30 @@ class JointStep:
         linears: Its `JointLinear`s by path.
     """
 
-    def __init__(self, base: Any, run: RunConfig) -> None:
-        """Take the frozen base, which stays as it is, and the run of one of the trials, for what they have in common.
+    def __init__(self, base: Any, run: RunConfig, say: Callable[[str], None] = lambda text: None) -> None:
+        """Take what the trials share.
 
-        It is to be checked first that they can share steps: `sharing_fallback_reason`.
+        It is to be checked first that they can: `sharing_fallback_reason` and `base_fallback_reason`.
+
+        Args:
+            base: The frozen base, which stays as it is.
+            run: The run of one of the trials, for the settings that they have in common.
+            say: Told, in a line, what a user should know.
         """
-        self.base, self.training = base, run.training
+        self.base, self.training, self.say = base, run.training, say
         self.model: Any = None
         self.linears: dict[str, JointLinear] = {}
         self._members: list[PeftModel] = []
         self._pairs = JointPairs([])
+        self._graphs: JointGraphs | None = None
+        self._eager_steps = 0  # of this joint model
 
     def run(self, members: Sequence[Member]) -> list[Tensor]:
         """Do a micro-batch of each member.
 
-        Gradients are added to `grad` of its model's trained parameters as `backward()` does.
+        Gradients are added to `grad` of its model's trained parameters as `backward()` does, or they are the member's
+        `gradient`: where the batches are `PackedCollator`'s, CUDA graphs are replayed from the third step of the same
+        trials on.
 
         Returns:
             The loss of each, a scalar without a graph: the sum of the cross-entropy of its supervised tokens over its
@@ -88,22 +96,62 @@ class JointStep:
         Raises:
             UserError: for batches or adapters that cannot be joined.
         """
-        order = _order([member.model for member in members])
+        order = self._make_model([member.model for member in members])
         sorted_members = [members[place] for place in order]
-        self._make_model([member.model for member in sorted_members])
-        batch = joint_batch([member.inputs for member in sorted_members], flat=self._takes_flat_rows())
-        with torch.enable_grad():
-            losses = self._losses(batch, [member.divisor for member in sorted_members])
-            self._backward(losses, sorted_members)
+        losses = self._replay(sorted_members) or self._run_eagerly(sorted_members)
         found = dict(zip(order, losses, strict=True))
         return [found[place].detach() for place in range(len(members))]
 
-    def _make_model(self, models: Sequence[PeftModel]) -> None:
-        """Have the joint model be that of these trials, in this order."""
-        if len(models) == len(self._members) and all(map(lambda one, two: one is two, models, self._members)):
-            return
-        model: Any = share_base(self.base)
+    def _run_eagerly(self, sorted_members: Sequence[Member]) -> list[Tensor]:
+        """Return the losses of members in the order of their rows; gradients are the parameters'."""
+        self._eager_steps += 1
+        batch = joint_batch([member.inputs for member in sorted_members], flat=self._takes_flat_rows())
+        with torch.enable_grad():
+            losses = self._losses(batch, [member.divisor for member in sorted_members])
+            torch.stack(losses).sum().backward()
+        return losses
+
+    def _replay(self, sorted_members: Sequence[Member]) -> list[Tensor] | None:
+        """Return the losses of members by a CUDA graph; None where the step must be eager."""
+        batches = [member.inputs.get("static") for member in sorted_members]
+        if self._graphs is None or self._eager_steps < _EAGER_STEPS or None in batches:
+            return None
+        reason = ""
+        try:
+            static = [{name: _to(value, self._device()) for name, value in batch.items()} for batch in batches if batch]
+            divisors = [
+                batch["weights"].sum() if member.divisor is None else member.divisor
+                for batch, member in zip(static, sorted_members, strict=True)
+            ]
+            divisor = torch.stack([torch.as_tensor(at_least_one(one), device=self._device()) for one in divisors])
+            losses, gradients = self._graphs.replay(join_static(static), divisor)
+            for member, gradient in zip(sorted_members, gradients, strict=True):
+                member.gradient = gradient
+            return list(losses)
+        except RuntimeError as error:
+            if self._graphs.captured and not isinstance(error, torch.OutOfMemoryError):
+                raise
+            reason = str(error).splitlines()[0]
+        # steps are eager from here on; not within the handler: until its end the error holds what a capture allocated
+        self._graphs = None
+        self.say(f"CUDA graphs are off: {reason}")
+        return None
+
+    def _device(self) -> torch.device:
+        return self.model.get_input_embeddings().weight.device
+
+    def _make_model(self, models: Sequence[PeftModel]) -> list[int]:
+        """Have the joint model be that of these trials, and return their places in the order of its rows."""
+        places = {id(model): place for place, model in enumerate(models)}
+        if len(places) < len(models):
+            raise ValueError("a trial takes part in a step twice")
+        if places.keys() == {id(model) for model in self._members}:
+            return [places[id(model)] for model in self._members]
         adapted = [dict(_adapted_linears(one)) for one in models]
+        order = _order(adapted)
+        adapted = [adapted[place] for place in order]
+        self._graphs, self._eager_steps = None, 0  # a graph is of its trials' parameters
+        model: Any = share_base(self.base)
         self.linears = {}
         for path in dict.fromkeys(path for layers in adapted for path in layers):
             parent, _, name = path.rpartition(".")
@@ -111,8 +159,9 @@ class JointStep:
             setattr(model.get_submodule(parent), name, linear)
             self.linears[path] = linear
         self._pairs = JointPairs(list(self.linears.values()))
-        self._members, self.model = list(models), model.train()
+        self._members, self.model = [models[place] for place in order], model.train()
         self._set_speed()
+        return order
 
     def _set_speed(self) -> None:
         """Have the joint model recompute activations, and run fused, as each trial's does alone."""
@@ -122,6 +171,9 @@ class JointStep:
             if report.fused or report.unfused:
                 # the layers see to it themselves, and make the pairs too
                 self._pairs = JointPairs([])
+                if not report.unfused and lm_head_fallback_reason(self.model, {}) is None:
+                    trained = [[one for one in model.parameters() if one.requires_grad] for model in self._members]
+                    self._graphs = JointGraphs(self.model, trained)
                 return
         if recomputes and self.model.supports_gradient_checkpointing:
             # not the reentrant kind: pairs are made outside of what is recomputed
@@ -135,7 +187,7 @@ class JointStep:
     def _losses(self, batch: JointBatch, divisors: Sequence[Tensor | float | None]) -> list[Tensor]:
         """Return the loss of each member."""
         model = self.model
-        device = model.get_input_embeddings().weight.device
+        device = self._device()
         inputs = {name: _to(value, device) for name, value in batch.inputs.items()}
         supervised, targets = _to(batch.supervised, device), _to(batch.targets, device)
         for linear in self.linears.values():
@@ -154,28 +206,6 @@ class JointStep:
             for part, divisor in zip(losses.split(batch.counts), divisors, strict=True)
         ]
 
-    @staticmethod
-    def _backward(losses: Sequence[Tensor], members: Sequence[Member]) -> None:
-        """Add the gradients of each member's loss to its parameters'."""
-        total = torch.stack(list(losses)).sum()
-        may_skip = [place for place, member in enumerate(members) if member.skips_nonfinite]
-        finite = torch.stack([losses[place] for place in may_skip]).isfinite().tolist() if may_skip else []
-        skipped = {place for place, is_finite in zip(may_skip, finite, strict=True) if not is_finite}
-        if not skipped:
-            total.backward()
-            return
-        counted = [
-            parameter
-            for place, member in enumerate(members)
-            if place not in skipped
-            for parameter in _trained(member.model)
-        ]
-        if counted:
-            torch.autograd.backward(total, inputs=counted)
-        for place in skipped:
-            for parameter in _trained(members[place].model):
-                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-
 
 def _adapted_linears(model: PeftModel) -> Iterator[tuple[str, nn.Module]]:
     """Yield the adapted linears of a trial's model by their paths in its base."""
@@ -184,17 +214,13 @@ def _adapted_linears(model: PeftModel) -> Iterator[tuple[str, nn.Module]]:
             yield path, module
 
 
-def _order(models: Sequence[PeftModel]) -> list[int]:
+def _order(adapted: Sequence[Mapping[str, nn.Module]]) -> list[int]:
     """Return an order in which trials of equal adapters are neighbours: they are computed as one stack."""
     kinds = []
-    for model in models:
-        adapters = [(path, one) for path, layer in _adapted_linears(model) for one in active_adapters(layer)]
+    for layers in adapted:
+        adapters = [(path, one) for path, layer in layers.items() for one in active_adapters(layer)]
         kinds.append(tuple((path, kind_of(one, one.factors())) for path, one in adapters))
-    return sorted(range(len(models)), key=lambda place: kinds.index(kinds[place]))
-
-
-def _trained(model: PeftModel) -> Iterator[Tensor]:
-    return (parameter for parameter in model.parameters() if parameter.requires_grad)
+    return sorted(range(len(kinds)), key=lambda place: kinds.index(kinds[place]))
 
 
 def _to(value: Any, device: torch.device) -> Any:

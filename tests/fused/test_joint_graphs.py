@@ -10,10 +10,12 @@ from hypothesis import strategies as st
 import lsr_scale
 from lsr_scale.fused.cuda_graphs import static_batch, static_loss, static_losses
 from lsr_scale.fused.joint_graphs import JointGraphs, join_static
-from tests.conftest import tiny_llama
+from tests.conftest import randomize, tiny_llama
 from tests.fused.test_cuda_graphs import packed
 from tests.fused.test_joint_layers import TRIALS, joint_of, member
+from tests.helpers import recorded_graphs
 from tests.helpers.hypothesis_settings import bounded
+from tests.helpers.recorded_graphs import RecordedGraph
 
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=6)
 # of each trial
@@ -56,6 +58,24 @@ def test_losses_and_gradients_are_each_trial_s(lengths):
         expected = torch.cat([gradient.reshape(-1) for gradient in gradients])
         assert vector.shape == expected.shape
         assert (vector - expected).norm() <= 1e-9 * expected.norm()
+
+
+def test_a_replay_reads_parameters_and_batches_as_they_are_then(monkeypatch):
+    recorded_graphs.stand_in(monkeypatch)
+    model, members = trials_of(2)
+    graphs = JointGraphs(model, [trained(trial) for trial in members])
+    for seed in range(3):
+        batch = join_static([static_of((9, 30), seed=seed + place) for place in (0, 5)])
+        divisors = torch.tensor([3.0, 5.0 + seed])
+        expected, wanted = graphs._outputs(batch, divisors)
+        losses, vectors = graphs.replay(batch, divisors)
+        torch.testing.assert_close(losses.double(), expected, rtol=1e-6, atol=0)
+        torch.testing.assert_close(vectors, wanted, rtol=1e-6, atol=1e-9)
+        randomize(members[0], seed=7 + seed, scale=0.2)
+    assert (RecordedGraph.made, RecordedGraph.replays) == (1, 3)
+    trained(members[1])[0].data = trained(members[1])[0].data.clone()
+    graphs.replay(batch, divisors)
+    assert RecordedGraph.made == 2, "a parameter moved"
 
 
 def test_a_trial_that_is_not_finite_has_its_own_loss():

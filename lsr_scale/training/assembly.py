@@ -91,6 +91,9 @@ def build_trainer(
     _note_row_lengths(run, trainer, note)
     if shared is not None and meets:  # the joint step has the graphs, and the memory
         trainer.meet, trainer.data_collator = shared.meet, HeadCollator(trainer.data_collator)
+        longest, wanted = row_lengths(trainer)[0], run.training["cuda_graphs"] != "off"
+        if longest and wanted and graphs_fallback_reason(trainer.model.get_base_model(), vars(trainer.args)) is None:
+            trainer.data_collator = PackedCollator(trainer.data_collator, longest)
         return trainer
     if report is not None and report.fused:
         _use_fused_layers(run, trainer, say)

@@ -20,6 +20,7 @@ from lsr_scale.training.steps.graphs import PackedCollator
 from lsr_scale.training.steps.head_loss import HeadCollator
 from lsr_scale.training.steps.joint import JointStep, Member
 from tests.conftest import SEVEN_LINEARS, quantize, randomize, tiny_llama
+from tests.fused.test_memory import Gpu
 from tests.helpers import recorded_graphs
 
 STEPS = 20
@@ -288,6 +289,26 @@ def test_graphs_are_replayed_from_the_third_step_of_the_same_trials_on(monkeypat
     # of other trials there is none yet
     step.run([Member(model, batch()) for model in models[:2]])
     assert recorded_graphs.RecordedGraph.replays == 3
+
+
+@pytest.mark.parametrize(("total", "level"), [(2_000_000, ("full", False)), (40_000_000, ("none", True))])
+def test_fused_layers_keep_what_the_first_step_of_the_same_trials_left_free(total, level):
+    base = frozen()
+    models = [trial(base, "lora", {"rank": 2}, seed) for seed in (0, 1, 2)]
+    said: list[str] = []
+    gpu = Gpu(1_000_000, 2_000_000, total)
+    step = JointStep(base, joint_run(fused="on", memory="auto", max_length=16), said.append, gpu)
+
+    def levels(chosen: list[Any]) -> set[Any]:
+        step.run([Member(model, batches(0)[0]) for model in chosen])
+        return {(layer.recompute, bool(layer.weight_cache)) for layer in step.model.model.layers}
+
+    assert levels(models[:2]) == {("full", False)}
+    assert levels(models[:2]) == {level}
+    assert levels(models[1:]) == {("full", False)}  # another trial has taken a place
+    assert levels(models[1:]) == {level}
+    assert len(said) == 1
+    assert said[0].startswith("2 trials in a step: of 2 decoder layers 2 recompute")
 
 
 def test_members_may_change_and_their_order_does_not_matter():

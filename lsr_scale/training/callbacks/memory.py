@@ -11,6 +11,32 @@ from lsr_scale.fused import clear_weight_cache, fit_memory
 from lsr_scale.fused.memory import MARGIN
 
 
+class FreeMemory:
+    """What is free on a GPU beside the steps of a fused model, from what its first one took."""
+
+    def __init__(self, gpu: Any = torch.cuda) -> None:
+        """Begin before the first step; `gpu` has the memory statistics, in torch.cuda's functions."""
+        self.gpu = gpu
+        self.allocated_before = gpu.memory_allocated()
+        gpu.reset_peak_memory_stats()
+
+    def after_step(self, model: Any, max_tokens: int) -> float:
+        """Return the bytes that no step with full recomputation takes; negative if not even it fits.
+
+        Args:
+            model: The model, whose layers recomputed everything so far.
+            max_tokens: The most tokens that one forward pass can have.
+        """
+        seen = max((getattr(module, "max_tokens", 0) for module in model.modules()), default=0)
+        if not seen:
+            return 0.0
+        growth = max(1.0, max_tokens / seen)
+        # at the end of the step the optimizer's state is allocated
+        peak = self.gpu.memory_allocated() + (self.gpu.max_memory_allocated() - self.allocated_before) * growth
+        free, total = self.gpu.mem_get_info()
+        return free + self.gpu.memory_reserved() - MARGIN * total - peak
+
+
 class FitMemoryCallback(TrainerCallback):
     """Takes the first step with full recomputation, then gives the memory that it left free to `fit_memory`.
 
@@ -32,20 +58,19 @@ class FitMemoryCallback(TrainerCallback):
         self.say = say
         self.gpu = gpu
         self.decided = max_tokens is None
-        self.allocated_before = 0
+        self.free: FreeMemory | None = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Note what is allocated before the first step."""
-        self.allocated_before = self.gpu.memory_allocated()
-        self.gpu.reset_peak_memory_stats()
+        self.free = FreeMemory(self.gpu)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Decide, once."""
-        if self.decided:
+        if self.decided or self.free is None:
             return
         self.decided = True
         model = kwargs["model"]
-        free_bytes = min(distributed.gather([self._free_bytes(model)]))
+        free_bytes = min(distributed.gather([self.free.after_step(model, self.max_tokens or 0)]))
         report = fit_memory(model, free_bytes, self.max_tokens or 0)
         if report is not None:
             self.say(str(report))
@@ -56,17 +81,6 @@ class FitMemoryCallback(TrainerCallback):
     ) -> None:
         """Free the cached weights: evaluation comes next."""
         clear_weight_cache(kwargs["model"])
-
-    def _free_bytes(self, model: Any) -> float:
-        """Return the bytes that no step with full recomputation takes on this GPU; negative if not even it fits."""
-        seen = max((getattr(module, "max_tokens", 0) for module in model.modules()), default=0)
-        if not seen:
-            return 0.0
-        growth = max(1.0, (self.max_tokens or 0) / seen)
-        # at the end of the step the optimizer's state is allocated
-        peak = self.gpu.memory_allocated() + (self.gpu.max_memory_allocated() - self.allocated_before) * growth
-        free, total = self.gpu.mem_get_info()
-        return free + self.gpu.memory_reserved() - MARGIN * total - peak
 
 
 def max_forward_tokens(trainer: Trainer) -> int | None:

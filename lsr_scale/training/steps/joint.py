@@ -15,16 +15,19 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lsr_scale.adapters.identity import base_description
 from lsr_scale.adapters.joint import JointLinear, JointPairs
 from lsr_scale.adapters.pairs import active_adapters, kind_of
 from lsr_scale.config import RunConfig
 from lsr_scale.config.training import checkpoints_layers
-from lsr_scale.fused import fuse
+from lsr_scale.fused import fit_memory, fuse
 from lsr_scale.fused.fallback import FAMILIES, lm_head_fallback_reason
 from lsr_scale.fused.joint_graphs import JointGraphs, join_static
 from lsr_scale.fused.loss import token_losses
 from lsr_scale.fused.subclass import original_class
 from lsr_scale.model.share import share_base
+from lsr_scale.training.callbacks.memory import FreeMemory
+from lsr_scale.training.steps.graphs import host_bound
 from lsr_scale.training.steps.head_loss import at_least_one
 from lsr_scale.training.steps.joint_batch import JointBatch, joint_batch
 
@@ -64,7 +67,9 @@ class JointStep:
         linears: Its `JointLinear`s by path.
     """
 
-    def __init__(self, base: Any, run: RunConfig, say: Callable[[str], None] = lambda text: None) -> None:
+    def __init__(
+        self, base: Any, run: RunConfig, say: Callable[[str], None] = lambda text: None, gpu: Any = None
+    ) -> None:
         """Take what the trials share.
 
         It is to be checked first that they can: `sharing_fallback_reason` and `base_fallback_reason`.
@@ -73,21 +78,26 @@ class JointStep:
             base: The frozen base, which stays as it is.
             run: The run of one of the trials, for the settings that they have in common.
             say: Told, in a line, what a user should know.
+            gpu: Memory statistics of the GPU, in torch.cuda's functions; by default torch.cuda, where there is one.
         """
+        self.gpu: Any = torch.cuda if gpu is None and torch.cuda.is_available() else gpu
         self.base, self.training, self.say = base, run.training, say
+        self._parameters = base_description(base)["num_parameters"]
         self.model: Any = None
         self.linears: dict[str, JointLinear] = {}
         self._members: list[PeftModel] = []
         self._pairs = JointPairs([])
         self._graphs: JointGraphs | None = None
         self._eager_steps = 0  # of this joint model
+        self._free: FreeMemory | None = None
+        self._said = ""
 
     def run(self, members: Sequence[Member]) -> list[Tensor]:
         """Do a micro-batch of each member.
 
         Gradients are added to `grad` of its model's trained parameters as `backward()` does, or they are the member's
-        `gradient`: where the batches are `PackedCollator`'s, CUDA graphs are replayed from the third step of the same
-        trials on.
+        `gradient`: where the batches are `PackedCollator`'s and it pays (`training.cuda_graphs`), CUDA graphs are
+        replayed from the third step of the same trials on.
 
         Returns:
             The loss of each, a scalar without a graph: the sum of the cross-entropy of its supervised tokens over its
@@ -105,6 +115,8 @@ class JointStep:
     def _run_eagerly(self, sorted_members: Sequence[Member]) -> list[Tensor]:
         """Return the losses of members in the order of their rows; gradients are the parameters'."""
         self._eager_steps += 1
+        if self._eager_steps == 2:
+            self._fit_memory()
         batch = joint_batch([member.inputs for member in sorted_members], flat=self._takes_flat_rows())
         with torch.enable_grad():
             losses = self._losses(batch, [member.divisor for member in sorted_members])
@@ -115,6 +127,8 @@ class JointStep:
         """Return the losses of members by a CUDA graph; None where the step must be eager."""
         batches = [member.inputs.get("static") for member in sorted_members]
         if self._graphs is None or self._eager_steps < _EAGER_STEPS or None in batches:
+            return None
+        if self.training["cuda_graphs"] == "auto" and not self._is_host_bound():
             return None
         reason = ""
         try:
@@ -136,6 +150,11 @@ class JointStep:
         self._graphs = None
         self.say(f"CUDA graphs are off: {reason}")
         return None
+
+    def _is_host_bound(self) -> bool:
+        """Tell whether graphs pay for batches of the size of the eager steps'."""
+        tokens = next(iter(self.linears.values())).tokens or 0
+        return host_bound(self._parameters, len(self.model.model.layers), len(self._members) * tokens)
 
     def _device(self) -> torch.device:
         return self.model.get_input_embeddings().weight.device
@@ -174,10 +193,26 @@ class JointStep:
                 if not report.unfused and lm_head_fallback_reason(self.model, {}) is None:
                     trained = [[one for one in model.parameters() if one.requires_grad] for model in self._members]
                     self._graphs = JointGraphs(self.model, trained)
+                fits = self.training["memory"] == "auto" and self.training["gradient_checkpointing"] is None
+                self._free = FreeMemory(self.gpu) if fits and self.gpu is not None else None
                 return
         if recomputes and self.model.supports_gradient_checkpointing:
             # not the reentrant kind: pairs are made outside of what is recomputed
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def _fit_memory(self) -> None:
+        """Let fused layers keep what fits beside the first step of these trials; optimizers have their state by now."""
+        free, self._free = self._free, None
+        longest = self.training["max_length"]
+        if free is None or longest is None:
+            return
+        tokens = len(self._members) * self.training["per_device_train_batch_size"] * longest
+        report = fit_memory(self.model, free.after_step(self.model, tokens), tokens)
+        line = f"{len(self._members)} trials in a step: {report}"
+        if report is not None and line != self._said:  # the model is made anew for every other trial
+            self._said = line
+            self.say(line)
+        self.gpu.empty_cache()  # frees cached blocks of the first step's sizes
 
     def _takes_flat_rows(self) -> bool:
         """Tell whether attention reads boundaries of documents; masks would be of all trials' tokens squared."""

@@ -177,6 +177,31 @@ def many_adapters(path: Path, run: Run) -> str:
     return "\n\n".join([text, grid(head, rows), f"    python -m benchmarks.speed.many_adapters --out {path.name}"])
 
 
+def joint_steps(path: Path, run: Run) -> str:
+    """Return what a step of several trials costs beside one adapter's and the base's, eager and as CUDA graphs."""
+    rows = []
+    for case in run["rows"].values():
+        what = (
+            f"{case['model']}, {case['base'].upper()}, {case['trials']} x {case['tokens']:,} tokens, r={case['rank']}"
+        )
+        for ending, how in (("_graphs", "CUDA graphs"), ("", "eager")):
+            times = [case["step_ms"].get(way + ending) for way in ("joint", "long", "short", "base")]
+            if times[0] is not None:
+                ratios = [case.get(f"{name}_ratio_{'graphs' if ending else 'bare'}") for name in _RATIOS]
+                rows.append(
+                    [f"{what}, {how}", *(number(ms, ".1f") for ms in times), *(number(r, ".2f") for r in ratios)]
+                )
+    head = ["LSR-Adapt on seven linears", "together, ms", "one adapter, all tokens", "one trial's step", "no adapter"]
+    head += ["over trials one by one", "over one adapter", "over none"]
+    text = (
+        f"{where(run, path)} Forward, loss, backward and AdamW; cells without a figure were cut off by the time limit."
+    )
+    return "\n\n".join([text, grid(head, rows), f"    {run['config']['command']}"])
+
+
+_RATIOS = ("sequential", "long", "base")
+
+
 SECTIONS = {
     "throughput": ("Training steps", throughput),
     "trainer_overhead": ("The training command beside a bare loop", trainer_overhead),
@@ -184,6 +209,7 @@ SECTIONS = {
     "kernel_times": ("Single operations", kernels),
     "loss_curve": ("Fused training beside float32", loss_curve),
     "many_adapters": ("Many adapters in one batch", many_adapters),
+    "joint_step": ("Several trials in one step", joint_steps),
 }
 
 

@@ -28,6 +28,7 @@ __all__ = [
     "load_model",
     "load_run",
     "plan",
+    "sweep",
     "train",
     "unfuse",
 ]
@@ -63,10 +64,10 @@ if _TYPE_CHECKING or not _is_command():
 
 # The commands as functions import what they call: when the first of them is asked for. No package and no module here
 # has one of these names, or importing it would replace the function.
-_OF_API = ("RunConfig", "compare", "evaluate", "export", "generate", "load_model", "load_run", "plan", "train")
+_OF_API = ("RunConfig", "compare", "evaluate", "export", "generate", "load_model", "load_run", "plan", "sweep", "train")
 
 if _TYPE_CHECKING:
-    from lsr_scale.api import RunConfig, compare, evaluate, export, generate, load_model, load_run, plan, train
+    from lsr_scale.api import RunConfig, compare, evaluate, export, generate, load_model, load_run, plan, sweep, train
 
 
 def __getattr__(name: str) -> _Any:

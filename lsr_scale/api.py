@@ -16,6 +16,7 @@ from torch import nn
 from lsr_scale import config, distributed, exporting, planning
 from lsr_scale.config import RunConfig
 from lsr_scale.config.shipped import find_run
+from lsr_scale.config.trials import read_sweep, sweep_from_dict
 from lsr_scale.data.prompts import Prompt, prompt_of_row
 from lsr_scale.errors import UserError, did_you_mean, quoted
 from lsr_scale.generation.sampling import Sampling
@@ -30,6 +31,8 @@ from lsr_scale.run.load import load_run_model
 from lsr_scale.run.metrics import read_metrics
 from lsr_scale.run.start import named_by_file
 from lsr_scale.surroundings import as_found
+from lsr_scale.sweeping.results import SweepResults, read_results
+from lsr_scale.sweeping.sweep import run_sweep
 
 # a YAML file, the name of a shipped one, the sections as a mapping, or what `load_run` returned
 AnyRun = str | Path | Mapping[str, Any] | RunConfig
@@ -144,6 +147,46 @@ def train(
     if not distributed.is_main():
         return Result(folder.path, folder.adapter, **kept)
     return _result(folder, kept)
+
+
+def sweep(
+    run: AnyRun,
+    section: Mapping[str, Any] | None = None,
+    overrides: Overrides | None = None,
+    *,
+    together: int | Literal["auto"] | None = None,
+    resume: str | None = None,
+    overwrite: bool = False,
+    quiet: bool = False,
+) -> SweepResults:
+    """Train many variants of a run on one loading of its base, as `lsr-scale sweep` does.
+
+    Args:
+        run: A YAML file, the name of a shipped one, its sections as a mapping, or a run.
+        section: The section sweep, `{"grid": {"training.learning_rate": [1e-3, 2e-3]}}`; by default the file's.
+        overrides: As in `load_run`.
+        together: How many trials share a step, "auto" or a number; in place of the section's.
+        resume: "auto" to go on with the sweep that lies in the folder.
+        overwrite: Start again in a folder that holds a sweep.
+        quiet: Show nothing.
+
+    Raises:
+        UserError: for what a user can fix of the sweep; what a single trial meets is in its result.
+        KeyboardInterrupt: after Ctrl-C, once checkpoints are saved.
+    """
+    changes = dict(overrides or {})
+    changes |= {} if section is None else {"sweep": section}
+    changes |= {} if together is None else {"sweep.together": together}
+    name = "run"
+    if isinstance(run, str | Path):
+        name = find_run(run).stem
+        given = read_sweep(run, changes)
+    else:
+        sections = run.model_dump() if isinstance(run, RunConfig) else copy.deepcopy(config.plain(run))
+        given = sweep_from_dict(config.with_overrides(sections, changes))
+    with as_found(quiet):
+        folder = run_sweep(given, name, resume, overwrite, quiet)
+    return read_results(folder)
 
 
 def _result(folder: RunFolder, kept: Mapping[str, Any]) -> Result:

@@ -23,6 +23,7 @@ from lsr_scale.commands import (
     plan,
     preview,
     report,
+    sweep,
     train,
 )
 from lsr_scale.commands.arguments import HelpWithExamples, Parser
@@ -32,6 +33,7 @@ from lsr_scale.version import __version__
 COMMANDS: dict[str, Any] = {
     "init": init,
     "train": train,
+    "sweep": sweep,
     "eval": evaluate,
     "compare": compare,
     "report": report,
@@ -50,8 +52,8 @@ COMMANDS: dict[str, Any] = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; return the exit status.
 
-    0; 1, doctor found something; 2, a mistake; 130, interrupted, while training once a checkpoint was saved; 143, ended
-    by SIGTERM, a checkpoint saved.
+    0; 1, doctor found something, or a sweep's trial failed; 2, a mistake; 130, interrupted, while training once a
+    checkpoint was saved; 143, ended by SIGTERM, a checkpoint saved.
     """
     open_streams()
     args = parser().parse_args(arguments)
@@ -60,7 +62,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         status = COMMANDS[args.command].run(args)
         sys.stdout.flush()
     except KeyboardInterrupt:
-        started = args.command == "train" and "lsr_scale.run.train" in sys.modules  # and not still importing torch
+        started = (
+            args.command in ("train", "sweep") and "lsr_scale.run.train" in sys.modules
+        )  # and not still importing torch
         saved = "; where a checkpoint was saved, the same command with --resume auto resumes from it"
         failures.say("interrupted" + (saved if started else ""))
         status = 130

@@ -51,7 +51,7 @@ def _launcher_number(name: str, default: int, least: int = 0, most: int = 2**20)
     return int(text)
 
 
-def _check_launcher() -> None:
+def check_launcher() -> None:
     """Check that what a launcher set is consistent, for the libraries read it too; drop what is empty.
 
     Raises:
@@ -122,7 +122,7 @@ def start(use_deepspeed: bool, timeout_s: float = TIMEOUT_S) -> None:
         UserError: if the others did not come, this process has no GPU for itself, NCCL does not start, or what the
             launcher set is no place in a group.
     """
-    _check_launcher()
+    check_launcher()
     if not is_launched():
         return
     has_gpu = torch.cuda.is_available()

@@ -10,6 +10,8 @@ from lsr_scale.errors import UserError, nearest, one_screen
 from lsr_scale.paths import user_path
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from lsr_scale.config import RunConfig
 
 _LARGEST = 10**9  # of what is counted on the command line
@@ -121,6 +123,32 @@ def load_run(args: argparse.Namespace) -> "RunConfig":
 def read_run(args: argparse.Namespace) -> "tuple[RunConfig, dict[str, Any]]":
     """Return the run, as `load_run`, and what its file and --set say."""
     from lsr_scale.config.run import read_run
+
+    file = find_file(args)
+    notes_of_set(args)
+    return read_run(file, args.set)
+
+
+def first_trial(args: argparse.Namespace) -> "RunConfig":
+    """Return the run, as `load_run`; of a sweep its first trial's, which is said."""
+    from lsr_scale.config.run import load_run
+    from lsr_scale.config.trials import is_sweep, read_sweep
+
+    file = find_file(args)
+    notes_of_set(args)
+    if not is_sweep(file, args.set):
+        return load_run(file, args.set)
+    trials = read_sweep(file, args.set).trials
+    print(one_screen(f"note: the first of {len(trials)} trials: {trials[0].name}"), file=sys.stderr)
+    return trials[0].run
+
+
+def find_file(args: argparse.Namespace) -> "Path":
+    """Return the file that CONFIG or --config means, and say which one a name is.
+
+    Raises:
+        UserError: for no configuration, two, or one that is not there.
+    """
     from lsr_scale.config.shipped import find_run
 
     path = args.config or args.config_path
@@ -128,10 +156,14 @@ def read_run(args: argparse.Namespace) -> "tuple[RunConfig, dict[str, Any]]":
         raise UserError(
             "expected one configuration: a YAML file (lsr-scale init writes one), or a shipped one, such as mistral_lsr"
         )
+    if (found := find_run(path)) != user_path(path) and rank() == "0":
+        print(one_screen(f"note: {path} is {found}"), file=sys.stderr)
+    return found
+
+
+def notes_of_set(args: argparse.Namespace) -> None:
+    """Say which --set have no effect."""
     keys = [assignment.partition("=")[0].strip() for assignment in args.set]
     for index, key in enumerate(keys):
         if key in keys[index + 1 :] and rank() == "0":
             print(one_screen(f"note: --set {args.set[index]} has no effect, as {key} is set again"), file=sys.stderr)
-    if (found := find_run(path)) != user_path(path) and rank() == "0":
-        print(one_screen(f"note: {path} is {found}"), file=sys.stderr)
-    return read_run(found, args.set)

@@ -2,9 +2,13 @@
 
 import argparse
 import json
+from typing import TYPE_CHECKING
 
-from lsr_scale.commands.arguments import Parser, add_run_arguments, names_run, read_run
+from lsr_scale.commands.arguments import Parser, add_run_arguments, find_file, names_run, read_run
 from lsr_scale.errors import UserError
+
+if TYPE_CHECKING:
+    from lsr_scale.config.trials import Sweep
 
 HELP = "Check a run and print what differs from the defaults, as a run's file."
 EXAMPLES = (
@@ -33,6 +37,32 @@ def run(args: argparse.Namespace) -> int:
             raise UserError("--json-schema: has every key; leave out --all")
         print(json.dumps(config.json_schema(), indent=2))
     else:
+        from lsr_scale.config.trials import is_sweep, read_sweep
+
+        file = find_file(args)
+        if is_sweep(file, args.set):
+            print(_of_sweep(read_sweep(file, args.set), args.all), end="")
+            return 0
         resolved, written = read_run(args)
         print(config.dump_yaml(resolved) if args.all else config.difference(resolved, written).to_yaml(), end="")
     return 0
+
+
+def _of_sweep(sweep: "Sweep", whole: bool) -> str:
+    """Return a sweep as a file, and its trials as comments."""
+    from lsr_scale import config
+    from lsr_scale.config import yaml_text
+
+    if sweep.base is None:
+        run = yaml_text.dump(sweep.written, short=True)
+    elif whole:
+        run = config.dump_yaml(sweep.base)
+    else:
+        run = config.difference(sweep.base, sweep.written).to_yaml()
+    section = sweep.section.model_dump(exclude_none=True, exclude_defaults=not whole)
+    trials = [
+        f"# {trial.name}: {', '.join(f'{key}={value}' for key, value in trial.changes.items())}"
+        for trial in sweep.trials
+    ]
+    heading = f"# {len(trials)} trials, compared by {sweep.scored_by()}"
+    return run + yaml_text.dump({"sweep": section}, short=True) + "\n".join([heading, *trials]) + "\n"

@@ -5,12 +5,23 @@ import json
 import os
 import sys
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lsr_scale.commands.arguments import Parser, add_run_arguments, count, load_run, positive_number, read_run
+from lsr_scale.commands.arguments import (
+    Parser,
+    add_run_arguments,
+    count,
+    find_file,
+    notes_of_set,
+    positive_number,
+    read_run,
+)
 from lsr_scale.errors import UserError, printable
 from lsr_scale.screen import Screen
 from lsr_scale.units import parse_count
+
+if TYPE_CHECKING:
+    from lsr_scale.config.trials import Sweep
 
 HELP = "Tell parameters, bytes and memory of a run; needs no weights, network or GPU."
 EXAMPLES = (
@@ -47,7 +58,14 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(
             "--model goes with --budget; without it, give a configuration, such as lsr-scale plan mistral_lsr"
         )
-    config = load_run(args)
+    file = find_file(args)
+    notes_of_set(args)
+    from lsr_scale.config.run import load_run
+    from lsr_scale.config.trials import is_sweep, read_sweep
+
+    if is_sweep(file, args.set):
+        return _of_sweep(read_sweep(file, args.set), args)
+    config = load_run(file, args.set)
     from lsr_scale.planning import fit, plan, render
 
     result = plan(config, args.gpus or 1)
@@ -60,6 +78,31 @@ def run(args: argparse.Namespace) -> int:
         console.print(render(result))
         if verdict is not None:
             console.print(f"this run {verdict.in_words()}", style="bold")
+    return 0
+
+
+def _of_sweep(sweep: "Sweep", args: argparse.Namespace) -> int:
+    """Print the plan of a sweep's largest trial, and what several take together."""
+    from lsr_scale.planning import render
+    from lsr_scale.planning.together import plan_together
+
+    if args.gpus:
+        raise UserError("--gpus: each trial of a sweep is trained on one GPU; leave it out")
+    result = plan_together(sweep)
+    card = args.card_gib or _own_card_gib()
+    if args.json:
+        together = {"trial": result.trial, "together_gib": result.totals(), "fit": card and result.most(card)}
+        print(json.dumps({**asdict(result.one), **together}, indent=2))
+        return 0
+    console = Screen()
+    console.print(f"the largest of {result.num_trials} trials: {result.trial}\n", soft_wrap=True)
+    console.print(render(result.one))
+    totals = ", ".join(f"{number}: {gib:.2f} GiB" for number, gib in result.totals().items())
+    console.print(f"trials that share a step: {totals}", soft_wrap=True)
+    if card and result.one.traced:
+        number = result.most(card)
+        fits = f"{number} share a step" if number else "not one trial fits"
+        console.print(f"on a card of {card:.4g} GiB {fits}", style="bold")
     return 0
 
 

@@ -3,7 +3,7 @@
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from lsr_scale.commands.arguments import Parser, add_run_arguments, count, load_run
+from lsr_scale.commands.arguments import Parser, add_run_arguments, count, first_trial
 from lsr_scale.screen import Screen
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ def add_arguments(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; return the exit status."""
-    config = load_run(args)
+    config = first_trial(args)
 
     from rich.text import Text
 

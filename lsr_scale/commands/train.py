@@ -2,7 +2,9 @@
 
 import argparse
 
+from lsr_scale.commands import sweep
 from lsr_scale.commands.arguments import Parser, add_run_arguments, load_run
+from lsr_scale.sweeping.workers import is_launched
 
 HELP = "Train a run: score, train, score again, save the adapter."
 EXAMPLES = (
@@ -26,7 +28,10 @@ def add_arguments(parser: Parser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the command; return the exit status."""
     from lsr_scale.config.shipped import find_run
+    from lsr_scale.config.trials import is_sweep
 
+    if is_launched() and (path := args.config or args.config_path) and is_sweep(find_run(path), args.set):
+        return sweep.run(argparse.Namespace(**vars(args), together=None, gpus=None))
     config, file = load_run(args), find_run(args.config or args.config_path)
     from lsr_scale.run.start import named_by_file  # a mistake in the file does not wait for torch
     from lsr_scale.run.train import train

@@ -62,7 +62,7 @@ def train(
     quiet: bool = False,
     take: Callable[[Trainer], None] = lambda trainer: None,
     shared: Shared | None = None,
-    stop_after_step: int | None = None,
+    stop_after_step: float | None = None,
 ) -> RunFolder:
     """Do a run: score, train, score again, and leave a folder that a person can read (`RunFolder`).
 
@@ -74,8 +74,9 @@ def train(
         quiet: Print results only.
         take: Called with the trainer when all is done, on every process.
         shared: What it has in common with other runs of this process; nothing by default.
-        stop_after_step: Train so far only, to be resumed. A checkpoint is saved, but no adapter and no results; all
-            else, such as the schedule, is of the whole run.
+        stop_after_step: Train so far only, to be resumed; below 1 it is a share of all steps. The run is evaluated, if
+            it is at all, and a checkpoint is saved, but no adapter and no results; all else, such as the schedule, is
+            of the whole run.
 
     Returns:
         The run's folder.
@@ -189,6 +190,7 @@ def _prepare(
         # in this order: progress refuses what is not finite, records what was measured before it, and counts the time
         # of no sample as a step's
         callbacks = [stop, *early, watch, samples, progress, DiscardBackup(folder)]
+        callbacks += [] if shared is None else shared.callbacks
         trainer = build_trainer(run, folder, callbacks, say, data, checkpoint, shared)
     if checkpoint:
         for note in _check_adapter(trainer.model, checkpoint):

@@ -118,7 +118,7 @@ def _adapted_model(run: RunConfig, note: Say, shared: Shared | None) -> PeftMode
         note(f"deepspeed.config: {', '.join(unused)}: no effect, {how}")
     with ignore_library_warnings():
         if shared is not None:
-            base = shared.base()
+            base = shared.base(run)
         else:
             base = load_base_for(run.model, run.training["seed"], _sharding(run, start), say=note)
         model, differences = adapt(run, base, start)

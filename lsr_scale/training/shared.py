@@ -1,9 +1,12 @@
-"""What a run has in common with other runs of its process that are under way at the same time (`sweep.places`)."""
+"""What a run has in common with other runs of its process that are under way at the same time (`sweeping.places`)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from transformers import TrainerCallback
+
+from lsr_scale.config import RunConfig
 from lsr_scale.training.callbacks.signals import Signals
 from lsr_scale.training.steps.meeting import Meet
 
@@ -16,13 +19,15 @@ class Shared:
     warnings, the screen.
 
     Attributes:
-        base: Returns the base model for one run's adapter, such as a copy by `share_base`.
+        base: Returns the base model of a run, for its adapter alone, such as a copy by `share_base`.
         meet: Takes part in joint training steps; None: the run's steps are its own.
         signals: What the process received; somebody else is `listening`.
         say: Told what the run would print, a line each.
+        callbacks: Added to the trainer's, after all others.
     """
 
-    base: Callable[[], Any]
+    base: Callable[[RunConfig], Any]
     meet: Meet | None = None
     signals: Signals = field(default_factory=Signals)
     say: Callable[[str], None] = lambda text: None
+    callbacks: Sequence[TrainerCallback] = ()

@@ -1,15 +1,14 @@
 """What `lsr-scale config` prints: a run's file of what differs from the defaults, which resolves to the same run."""
 
-from pathlib import Path
-
 import pytest
 import yaml
 
 from lsr_scale.cli import main
 from lsr_scale.config import difference, dump_yaml, load_run, run_from_dict
 from lsr_scale.config.run import read_run
+from tests.helpers.run_text import CONFIGS
 
-SHIPPED = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+SHIPPED = [path for path in sorted(CONFIGS.glob("*.yaml")) if not path.stem.endswith("_sweep")]
 RUN = {
     "model": {"name": "some/model"},
     "adapter": {"method": "lsr", "target_modules": ["q_proj"]},

@@ -13,7 +13,7 @@ from lsr_scale.data.sources import load_rows
 from lsr_scale.errors import UserError
 from tests.helpers.run_text import CONFIGS, MINIMAL, load, problem
 
-SHIPPED_RUNS = sorted(CONFIGS.glob("*.yaml"))
+SHIPPED_RUNS = [path for path in sorted(CONFIGS.glob("*.yaml")) if not path.stem.endswith("_sweep")]
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 

@@ -2,10 +2,11 @@
 
 import pytest
 
+from lsr_scale.cli import main
 from lsr_scale.config.sweep import SweepSection, changes_of
 from lsr_scale.config.trials import is_sweep, read_sweep, sweep_from_dict, trials_of
 from lsr_scale.errors import UserError
-from tests.helpers.run_text import MINIMAL
+from tests.helpers.run_text import CONFIGS, MINIMAL
 
 SEEDS = "grid: {training.seed: [1, 2]}"
 
@@ -256,3 +257,44 @@ def test_rungs_go_on_to_the_end_of_a_trial():
     section = SweepSection.model_validate({"list": [{"training.seed": 1}], "stop": {"after": 0.2, "keep": 0.5}})
     assert section.stop is not None
     assert section.stop.rungs() == [0.2, 0.4, 0.8]
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*_sweep.yaml")), ids=lambda path: path.stem)
+def test_shipped_sweeps_are_valid(path):
+    assert len(read_sweep(path).trials) > 1
+    assert path.read_text().startswith("# ")
+
+
+# What the commands make of one
+
+
+def test_config_prints_a_sweep_that_is_the_same(tmp_path, capsys):
+    assert main(["config", "smollm2_sweep"]) == 0
+    shown = capsys.readouterr().out
+    (tmp_path / "again.yaml").write_text(shown)
+    first, again = read_sweep("smollm2_sweep"), read_sweep(tmp_path / "again.yaml")
+    assert [(one.name, one.run) for one in again.trials] == [(one.name, one.run) for one in first.trials]
+    assert again.section == first.section
+    assert "# 4 trials, compared by eval_loss" in shown
+    assert main(["config", "smollm2_sweep", "--all"]) == 0
+    (tmp_path / "again.yaml").write_text(capsys.readouterr().out)
+    assert read_sweep(tmp_path / "again.yaml").section == first.section
+
+
+def test_config_prints_a_sweep_whose_run_is_none_without_its_trials(tmp_path, capsys):
+    file = tmp_path / "run.yaml"
+    file.write_text("model: {name: some/model}\nadapter: {method: lsr}\nsweep: {list: [{data.train: [a.jsonl]}]}\n")
+    assert main(["config", str(file)]) == 0
+    (tmp_path / "again.yaml").write_text(capsys.readouterr().out)
+    assert read_sweep(tmp_path / "again.yaml").trials[0].run == read_sweep(file).trials[0].run
+
+
+def test_preview_shows_the_first_trial(tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_text('{"text": "a kettle boils water"}\n')
+    file = tmp_path / "run.yaml"
+    rows = f"list: [{{name: alice, data.train: ['{tmp_path}/a.jsonl']}}]"
+    file.write_text(f"model: {{name: builtin:smollm2-135m-instruct}}\nadapter: {{method: lsr}}\nsweep: {{{rows}}}\n")
+    assert main(["preview", str(file)]) == 0
+    shown = capsys.readouterr()
+    assert "note: the first of 1 trials: alice" in shown.err
+    assert "a kettle boils water" in shown.out

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -54,7 +55,7 @@ def stop_at(monkeypatch):
     return functools.partial(arrange_stop, monkeypatch)
 
 
-def arrange_stop(patch, step, how=Killed):
+def arrange_stop(patch, step, how: Any = Killed):
     on_log = progress.Progress.on_log
 
     def on_log_then_stop(self, args, state, control, logs=None, **kwargs):

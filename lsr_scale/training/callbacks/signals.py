@@ -1,5 +1,6 @@
 """Ending a run early: at SIGTERM or Ctrl-C with a checkpoint, and when another of its processes ended (`watchdog`)."""
 
+import math
 import os
 import signal
 import socket
@@ -87,14 +88,14 @@ class StopOnSignal(TrainerCallback):
         self,
         say: Callable[[str], None] = lambda text: None,
         signals: Signals | None = None,
-        after_step: int | None = None,
+        after_step: float | None = None,
     ) -> None:
         """Take what it depends on.
 
         Args:
             say: Told that the first signal was heard.
             signals: Whose `listening` is entered elsewhere, for several runs of this process; its own by default.
-            after_step: After which training stops in any case.
+            after_step: After which training stops in any case, once it is evaluated; below 1: a share of all steps.
         """
         self.say = say
         self.signals, self.after_step = signals or Signals(), after_step
@@ -113,6 +114,8 @@ class StopOnSignal(TrainerCallback):
         self.paused = self.is_due(state)
         if self.ended_early():
             control.should_save = control.should_training_stop = True
+        if self.paused and not _is_evaluated_at_end_of_epoch(args, state):
+            control.should_evaluate = control.should_evaluate or args.eval_strategy != "no"
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -128,7 +131,10 @@ class StopOnSignal(TrainerCallback):
 
     def is_due(self, state: TrainerState) -> bool:
         """Tell whether training is to stop where it is now."""
-        return self.after_step is not None and self.after_step <= state.global_step < state.max_steps
+        if self.after_step is None:
+            return False
+        after = self.after_step if self.after_step >= 1 else math.ceil(self.after_step * state.max_steps)
+        return after <= state.global_step < state.max_steps
 
     def late_signal(self) -> int:
         """Return the signal that any process received too late to stop training, 0 if none; a collective."""
@@ -158,6 +164,12 @@ def end_with_peers() -> Iterator[None]:
             yield
         finally:
             dog.communicate(b"over")
+
+
+def _is_evaluated_at_end_of_epoch(args: TrainingArguments, state: TrainerState) -> bool:
+    """Tell whether an epoch ends with this step, after which the run is evaluated anyway."""
+    epoch = state.epoch or 0.0
+    return args.eval_strategy == "epoch" and abs(epoch - round(epoch)) < 1e-6
 
 
 def _parent(process: int) -> int | None:

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import set_seed
 
 from lsr_scale import UserError
-from lsr_scale.sweep.places import Places
+from lsr_scale.sweeping.places import Places
 from lsr_scale.training.callbacks.signals import Signals
 from lsr_scale.training.steps.joint import Member
 

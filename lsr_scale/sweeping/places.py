@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lsr_scale.sweep.process_state import ProcessState
+from lsr_scale.sweeping.process_state import ProcessState
 from lsr_scale.training.callbacks.signals import Signals
 from lsr_scale.training.steps.joint import Member
 from lsr_scale.training.steps.meeting import Meet

@@ -9,7 +9,7 @@ import torch
 from lsr_scale.model import load_base_for
 from lsr_scale.model.share import share_base
 from lsr_scale.run.train import train
-from lsr_scale.sweep.places import Places
+from lsr_scale.sweeping.places import Places
 from lsr_scale.training.callbacks.signals import Signals
 from lsr_scale.training.shared import Shared
 from tests.conftest import SEVEN_LINEARS
@@ -91,7 +91,7 @@ def together(runs, size=3, step=separately, signals=None, before=lambda meet: No
             before(name)
             return meet(member)
 
-        shared = Shared(lambda: share_base(base), meet_others, signals, said[name].append)
+        shared = Shared(lambda run: share_base(base), meet_others, signals, said[name].append)
         return train(runs[name], quiet=True, shared=shared, **options)
 
     def took(end):

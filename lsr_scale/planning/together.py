@@ -1,0 +1,56 @@
+"""What trials of a sweep take on one GPU where they share their training steps: one base, and each its own adapter.
+
+A further trial adds its rows to the batch, and its adapter with gradients and AdamW's moments; the base stays one.
+"""
+
+from dataclasses import dataclass
+
+from lsr_scale.config.trials import Sweep
+from lsr_scale.planning.fit import reserve
+from lsr_scale.planning.planner import Plan, plan
+from lsr_scale.planning.stages import GIB
+
+_BYTES_PER_PARAMETER = 4 * 4  # a float32 factor, its gradient and two moments
+
+
+@dataclass(frozen=True)
+class TogetherPlan:
+    """The plan of a sweep's largest trial, and what each further one of its size adds, in GiB."""
+
+    trial: str
+    num_trials: int
+    one: Plan
+    further_gib: float
+
+    def gib(self, number: int) -> float:
+        """Return what so many take."""
+        return self.one.memory_gib.total + (number - 1) * self.further_gib
+
+    def totals(self) -> dict[int, float]:
+        """Return what 1, 2, 4, ... of them take, and all."""
+        numbers = [2**power for power in range(self.num_trials.bit_length()) if 2**power < self.num_trials]
+        return {number: round(self.gib(number), 4) for number in [*numbers, self.num_trials]}
+
+    def most(self, card: float) -> int:
+        """Return how many fit a GPU of so many GiB beside the reserve; 0 where not one does."""
+        left = card - reserve(card) - max(self.one.memory_gib.total, self.one.memory_gib.loading)
+        return 0 if left < 0 else min(self.num_trials, 1 + int(left / self.further_gib))
+
+
+def plan_together(sweep: Sweep) -> TogetherPlan:
+    """Return what a sweep's trials take; nothing is loaded.
+
+    Raises:
+        UserError: as `plan`.
+    """
+    adapters = {str(trial.run.adapter.model_dump()): trial for trial in sweep.trials}
+    sizes = {name: plan(trial.run, trace=False).trainable_parameters for name, trial in adapters.items()}
+    largest = adapters[max(sizes, key=lambda name: sizes[name])]
+    one = plan(largest.run)
+    rows = 2 * largest.run.training["per_device_train_batch_size"]
+    twice = plan(
+        largest.run.model_copy(update={"training": {**largest.run.training, "per_device_train_batch_size": rows}})
+    )
+    work = [part.memory_gib.activations + part.memory_gib.workspace for part in (one, twice)]
+    further = work[1] - work[0] + one.trainable_parameters * _BYTES_PER_PARAMETER / GIB
+    return TogetherPlan(largest.name, len(sweep.trials), one, further)

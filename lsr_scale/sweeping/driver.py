@@ -1,0 +1,213 @@
+"""A sweep in this process: its base is loaded once, its trials are trained one after the other or together."""
+
+import gc
+import logging
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lsr_scale.config import RunConfig
+from lsr_scale.config.trials import Sweep, TrialPlan
+from lsr_scale.errors import UserError
+from lsr_scale.run.train import train
+from lsr_scale.screen import keeping_live_line
+from lsr_scale.sweeping import scores
+from lsr_scale.sweeping.bases import Bases
+from lsr_scale.sweeping.board import Board, Watch
+from lsr_scale.sweeping.folder import SweepFolder, TrialState, Worker
+from lsr_scale.sweeping.places import Ended, Places
+from lsr_scale.sweeping.table import write_table
+from lsr_scale.sweeping.together import choose
+from lsr_scale.sweeping.workers import num_workers
+from lsr_scale.training.callbacks.signals import Signals, Terminated
+from lsr_scale.training.shared import Shared
+from lsr_scale.training.steps.joint import JointStep
+from lsr_scale.training.trainers import ignore_library_warnings
+
+logger = logging.getLogger(__name__)
+
+_POLL_S = 0.5  # between looks at what other workers have done
+_DIVERGED = "training diverged: "  # as `nonfinite` begins
+
+
+@dataclass(frozen=True)
+class TrialStart:
+    """Does one trial, as far as it is to go now, when it is called."""
+
+    driver: "Driver"
+    plan: TrialPlan
+    state: TrialState
+
+    def __call__(self, meet: Any = None) -> None:
+        """Train: alone, or in joint steps by `meet`."""
+        driver, name = self.driver, self.plan.name
+        folder = driver.folder.trial(name)
+        rungs = driver.sweep.section.stop.rungs() if driver.sweep.section.stop else []
+        is_lost = folder.has_adapter() and not folder.own_checkpoints()  # killed, with nothing to resume from
+        overwrite = self.state.overwrite or (is_lost and not folder.results.is_file())
+        if folder.results.is_file() and not overwrite:
+            return  # killed after its end, before the sweep knew of it
+        shared = Shared(
+            base=driver.bases.copy,
+            meet=meet,
+            signals=driver.signals,
+            say=driver.board.of_trial(name),
+            callbacks=(Watch(driver.board, name, self._begun if self.state.overwrite else None),),
+        )
+        train(
+            driver.run_of(self.plan),
+            name,
+            resume=None if overwrite else "auto",
+            overwrite=overwrite,
+            quiet=True,
+            shared=shared,
+            take=self._take,
+            stop_after_step=rungs[self.state.rung] if self.state.rung < len(rungs) else None,
+        )
+
+    def _take(self, trainer: Any) -> None:
+        """Keep what only the model tells, and its folder only once it has finished."""
+        self.state.results["trainable_parameters"] = trainer.model.get_nb_trainable_parameters()[0]
+
+    def _begun(self) -> None:
+        with self.driver.folder.updating() as state:
+            state.trials[self.plan.name].overwrite = False
+
+
+class Driver:
+    """Trains a sweep's trials in this process, those that it claims of the sweep's folder."""
+
+    def __init__(self, sweep: Sweep, folder: SweepFolder, board: Board) -> None:
+        self.sweep, self.folder, self.board = sweep, folder, board
+        self.plans = {trial.name: trial for trial in sweep.trials}
+        self.worker, self.signals = Worker(folder, board.say), Signals()
+        self.bases = Bases(board.say)
+        self._shared: tuple[int, Any] | None = None
+
+    def work(self) -> None:
+        """Train until no trial is left that this process could train.
+
+        Raises:
+            UserError: where the base cannot be loaded.
+            Terminated: if a signal came; what was under way has saved a checkpoint.
+        """
+        with self.worker.joined(), ignore_library_warnings(), self.signals.listening(), keeping_live_line():
+            try:
+                while not self.signals.received:
+                    self._train_all()
+                    if self.signals.received or not self.worker.may_come():
+                        break
+                    time.sleep(_POLL_S)
+            finally:
+                self.board.clear()
+        if self.signals.received:
+            state = self.folder.read()
+            done = sum(trial.has_ended for trial in state.trials.values())
+            raise Terminated(
+                self.signals.received, f"with {done} of {len(state.trials)} trials done, in {self.folder.path}"
+            )
+
+    def run_of(self, plan: TrialPlan) -> RunConfig:
+        """Return a trial's run, in its folder."""
+        training = {**plan.run.training, "output_dir": str(self.folder.trial(plan.name).path)}
+        return plan.run.model_copy(update={"training": training})
+
+    def _train_all(self) -> None:
+        """Train what there is to claim now, in this thread where no trials share a step."""
+        number, step = self._together()
+        if number > 1:
+            places = Places(step.run, number, self.signals)
+            places.work(self.next_start, self._ended_in_place)
+            return
+        while not self.signals.received and (start := self.next_start()) is not None:
+            self.ended(start, _error_of(start))
+
+    def _ended_in_place(self, end: Ended) -> None:
+        assert isinstance(end.start, TrialStart)
+        self.ended(end.start, end.error)
+
+    def _together(self) -> tuple[int, Any]:
+        """Return how many trials share a step, decided once, and what does the step."""
+        if self._shared is None:
+            state = self.folder.read()
+            left = [self.plans[trial.name] for trial in state.trials.values() if trial.status == "pending"]
+            choice = choose(self.sweep, left[: -(-len(left) // num_workers())], self.bases)
+            if choice.why:
+                self.board.say(f"note: {choice.why}")
+            run = self.sweep.trials[0].run
+            step = JointStep(self.bases.of(run), run) if choice.number > 1 else None
+            self._shared = choice.number, step
+        return self._shared
+
+    def next_start(self) -> TrialStart | None:
+        """Return the next trial of this process, None where there is none at the moment."""
+        trial = self.worker.claim()
+        if trial is None:
+            return None
+        self.board.begin(trial, self.folder.read())
+        return TrialStart(self, self.plans[trial.name], trial)
+
+    def ended(self, start: TrialStart, error: BaseException | None) -> None:
+        """Record how a trial ended, or that it paused or was interrupted.
+
+        Raises:
+            KeyboardInterrupt: where that is how it ended.
+        """
+        with self.folder.updating() as state:
+            trial = state.trials[start.plan.name]
+            trial.worker = None
+            trial.results |= start.state.results
+            self._settle(trial, state.scored_by, error)
+        write_table(self.folder, state)
+        if not isinstance(error, Terminated | KeyboardInterrupt):
+            self.board.end(trial, state)
+        _free_memory()
+        if error is not None and not isinstance(error, Exception):
+            raise error
+
+    def _settle(self, trial: TrialState, metric: str, error: BaseException | None) -> None:
+        """Note what came of a trial."""
+        folder = self.folder.trial(trial.name)
+        if error is None and folder.results.is_file():
+            trial.status, trial.overwrite, trial.error = "finished", False, None
+            trial.results = scores.results_of(folder)
+            trial.score = scores.score_of(trial.results, metric)
+        elif error is None:
+            trial.status = "paused"
+            trial.score = scores.newest_score(folder, metric)
+            trial.rung_scores = [*trial.rung_scores[: trial.rung], trial.score]
+            trial.results = {**trial.results, "steps": scores.steps_of(folder)}
+        elif isinstance(error, Terminated) or not isinstance(error, Exception):
+            trial.status = "pending"
+        else:
+            trial.status = "diverged" if str(error).startswith(_DIVERGED) else "failed"
+            trial.score, trial.error = None, _words(error)
+            trial.results = {**trial.results, "steps": scores.steps_of(folder)}
+            if not isinstance(error, UserError | torch.OutOfMemoryError):
+                logger.error("trial %s", trial.name, exc_info=error)
+
+
+def _error_of(start: Callable[[], None]) -> BaseException | None:
+    """Do it, and return what it raised, without the frames that would hold a model."""
+    try:
+        start()
+    except BaseException as error:
+        traceback.clear_frames(error.__traceback__)
+        return error
+    return None
+
+
+def _words(error: Exception) -> str:
+    """Return an error in a line."""
+    lines = str(error).removeprefix(_DIVERGED).splitlines() or [""]
+    return lines[0] if isinstance(error, UserError) else f"{type(error).__name__}: {lines[0]}"
+
+
+def _free_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,71 @@
+"""A sweep's two pictures: the loss curves of all its trials, and their scores against parameters and learning rate."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from lsr_scale.run.metrics import finite_values, read_metrics
+from lsr_scale.run.plots import COLORS, CURVES, Curves, curves_figure, picture_text, save_figure
+from lsr_scale.sweeping.folder import SweepFolder, SweepState, TrialState
+
+_NAMED = 12  # curves at most that are told apart; of more trials the best ones
+
+
+def draw(folder: SweepFolder, state: SweepState, rates: dict[str, float]) -> None:
+    """Draw both.
+
+    Args:
+        folder: Where.
+        state: The sweep's.
+        rates: Each trial's learning rate.
+    """
+    trials = state.ranked()
+    curves = {trial.name: _curves(folder, trial) for trial in trials[:_NAMED]}
+    title = (
+        f"{folder.path.name}: the best {_NAMED} of {len(trials)} trials" if len(trials) > _NAMED else folder.path.name
+    )
+    if any(points for of_trial in curves.values() for points in of_trial.values()):
+        save_figure(curves_figure(curves, title), folder.losses)
+    if (figure := scores_figure(trials, state.scored_by, rates, folder.path.name)) is not None:
+        save_figure(figure, folder.scores)
+
+
+def _curves(folder: SweepFolder, trial: TrialState) -> Curves:
+    rows = read_metrics(folder.trial(trial.name).metrics)
+    return {key: [(row["step"], row[key]) for row in rows if finite_values([row], key)] for key in CURVES}
+
+
+def scores_figure(trials: Sequence[TrialState], metric: str, rates: dict[str, float], title: str) -> Any:
+    """Return the figure of scores against trained parameters and against the learning rate, None where none has one.
+
+    Trials that were stopped are hollow: they have the score of fewer steps.
+    """
+    scored = [trial for trial in trials if trial.score is not None]
+    if not scored:
+        return None
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9.0, 4.0), dpi=120, layout="constrained")
+    figure.suptitle(picture_text(title), fontsize=11)
+    axes = figure.subplots(1, 2, sharey=True)
+    values = {
+        "trained parameters": {trial.name: trial.results.get("trainable_parameters") for trial in scored},
+        "learning rate": rates,
+    }
+    for panel, (label, of_trial) in zip(axes, values.items(), strict=True):
+        points = [(value, trial) for trial in scored if (value := of_trial.get(trial.name))]
+        for value, trial in points:
+            face = COLORS[0] if trial.status == "finished" else "none"
+            panel.plot(value, trial.score, "o", color=COLORS[0], markerfacecolor=face, markersize=6)
+        if len({value for value, _ in points}) > 1:
+            panel.set_xscale("log")
+        if best := next((point for point in points if point[1].status == "finished"), None):
+            value, trial = best
+            panel.plot(value, trial.score, "*", color=COLORS[1], markersize=14, markeredgecolor="white", zorder=5)
+            panel.annotate(
+                picture_text(trial.name), (value, trial.score), (6, 6), textcoords="offset points", fontsize=8
+            )
+        panel.set_xlabel(label)
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.grid(alpha=0.3)
+    axes[0].set_ylabel(metric.replace("_", " "))
+    return figure

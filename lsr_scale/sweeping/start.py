@@ -1,0 +1,137 @@
+"""How a sweep starts: which folder it writes to, and whether it goes on with what lies there."""
+
+import os
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from lsr_scale.config.trials import Sweep
+from lsr_scale.errors import UserError
+from lsr_scale.paths import user_path
+from lsr_scale.run.folder import RunFolder
+from lsr_scale.sweeping.folder import SweepFolder, SweepState
+from lsr_scale.training.checkpoint.select import changes
+
+
+def begin(sweep: Sweep, name: str, resume: str | None, overwrite: bool) -> tuple[SweepFolder, list[str]]:
+    """Return the sweep's folder, its state written, and what a user should know of the choice, a line each.
+
+    Args:
+        sweep: The sweep.
+        name: Stem of the configuration file: without `training.output_dir` the folder is `runs/NAME-sweep`.
+        resume: "auto" to go on with the sweep that lies there.
+        overwrite: Start again in a folder that holds a sweep.
+
+    Raises:
+        UserError: if the folder is taken, or holds a sweep of other trials.
+    """
+    if resume and overwrite:
+        raise UserError("--resume resumes a sweep, --overwrite starts it again: give one of them")
+    if resume not in (None, "auto"):
+        raise UserError(f"--resume {resume}: a sweep resumes each trial from its newest checkpoint; give --resume auto")
+    folder = SweepFolder(_find(sweep.output_dir, name, bool(resume) or overwrite))
+    RunFolder(folder.path).make()
+    try:
+        with folder.locked():
+            _check_free(folder, bool(resume) or overwrite)
+            if resume and folder.is_sweep():
+                state, notes = _continued(folder, sweep)
+            else:
+                state, notes = _anew(folder, sweep)
+            folder.write(state)
+    except UserError:
+        if not folder.is_sweep():
+            (folder.path / ".sweep.lock").unlink(missing_ok=True)
+            RunFolder(folder.path).release()
+        raise
+    return folder, notes
+
+
+def _find(output_dir: str | None, name: str, again: bool) -> Path:
+    """Return where the sweep goes: what is named, else the first free `runs/NAME-sweep`, or the newest sweep there."""
+    if output_dir is not None:
+        return user_path(output_dir, "training.output_dir")
+    stem = f"{name.lstrip('.') or 'run'}-sweep"
+    taken: list[Path] = []
+    for number in count(1):
+        path = Path("runs") / (stem if number == 1 else f"{stem}-{number}")
+        if not os.path.lexists(path):
+            sweeps = [one for one in taken if SweepFolder(one).is_sweep()]
+            return sweeps[-1] if again and sweeps else path
+        taken.append(path)
+    raise AssertionError
+
+
+def _check_free(folder: SweepFolder, again: bool) -> None:
+    """Refuse a folder that holds a sweep, unless that is resumed or overwritten, or what no sweep wrote."""
+    if folder.is_sweep():
+        folder.read()
+        if not again:
+            raise UserError(
+                f"{folder.path}: holds a sweep already; --resume auto continues it, --overwrite starts it again, "
+                "--set training.output_dir=... goes elsewhere"
+            )
+        return
+    if RunFolder(folder.path).is_marked():
+        raise UserError(
+            f"{folder.path}: holds a run, and a sweep has a folder of its own; go elsewhere with --set "
+            "training.output_dir=..."
+        )
+    own = (folder.state, folder.table, folder.losses, folder.scores, folder.path / "trials")
+    if others := [path.name for path in own if os.path.lexists(path)]:
+        raise UserError(
+            f"{folder.path}: holds {', '.join(others)}, which no sweep wrote and this one would write over; move them "
+            "away, or go elsewhere with --set training.output_dir=..."
+        )
+
+
+def _anew(folder: SweepFolder, sweep: Sweep) -> tuple[SweepState, list[str]]:
+    """Return the state of a sweep that begins, over an earlier one if there is one."""
+    state, notes = SweepState.new(sweep), []
+    if folder.is_sweep():
+        if folder.alive():
+            raise UserError(f"{folder.path}: a sweep is under way here; wait for its end, or go elsewhere")
+        for trial in state.trials.values():
+            trial.overwrite = folder.trial(trial.name).is_marked()
+        if left := [name for name in folder.read().trials if name not in state.trials]:
+            shown = ", ".join(left[:5]) + (", ..." if len(left) > 5 else "")
+            notes.append(f"left in trials/, of the earlier sweep: {shown}")
+    return state, notes
+
+
+def _continued(folder: SweepFolder, sweep: Sweep) -> tuple[SweepState, list[str]]:
+    """Return the state of a sweep that goes on; trials may have been added to it.
+
+    Raises:
+        UserError: if its trials, or the run that they change, are others.
+    """
+    state, now = folder.read(), SweepState.new(sweep)
+    different = [text for _, text in changes(_without_folder(state.run), _without_folder(now.run))]
+    before = {name: value for name, value in state.sweep.items() if name not in ("together", "list")}
+    after = {name: value for name, value in now.sweep.items() if name not in ("together", "list")}
+    different += [text for _, text in changes(before, after, "sweep")]
+    old, new = (one.sweep["list"] for one in (state, now))
+    if new[: len(old)] != old or (old == [] and new != []):
+        gone = [
+            text for number, entry in enumerate(old) for _, text in changes(entry, _at(new, number), f"list.{number}")
+        ]
+        different += gone or ["sweep.list: trials were added to a sweep without a list"]
+    if different:
+        raise UserError(
+            f"{folder.path}: its sweep was another one, so its trials would not go together: "
+            f"{'; '.join(different[:6])}{'; ...' if len(different) > 6 else ''}; put that back (trials may be added at "
+            "the end of sweep.list), or start anew with --overwrite or --set training.output_dir=..."
+        )
+    added = [name for name in now.trials if name not in state.trials]
+    trials = {name: state.trials.get(name, trial) for name, trial in now.trials.items()}
+    notes = [f"added to the sweep: {len(added)} trials"] if added else []
+    return SweepState(now.run, now.sweep, now.scored_by, trials), notes
+
+
+def _at(items: list[Any], number: int) -> Any:
+    return items[number] if number < len(items) else None
+
+
+def _without_folder(run: dict[str, Any]) -> dict[str, Any]:
+    training = {name: value for name, value in (run.get("training") or {}).items() if name != "output_dir"}
+    return {**run, "training": training}

@@ -1,0 +1,156 @@
+"""How many trials of a sweep share a step: as many as fit, and as it pays, by a few joint steps that are measured."""
+
+import gc
+import statistics
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import psutil
+import torch
+
+from lsr_scale.config.trials import Sweep, TrialPlan
+from lsr_scale.errors import UserError
+from lsr_scale.planning.together import plan_together
+from lsr_scale.run.folder import RunFolder
+from lsr_scale.sweeping.bases import Bases
+from lsr_scale.training.assembly import adapt, build_trainer
+from lsr_scale.training.shared import Shared
+from lsr_scale.training.steps.joint import JointStep, Member
+from lsr_scale.training.steps.sharing import base_fallback_reason, sharing_fallback_reason
+
+LEAST_GAIN = 0.05  # by which the time a trial has to fall for twice as many to share a step
+_WARM_UP, _TIMED = 2, 3  # steps; on a GPU the first ones compile
+_WARM_UP_GPU, _TIMED_GPU = 4, 6
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How many trials share a step, and why, for the user."""
+
+    number: int
+    why: str
+
+
+def choose(sweep: Sweep, plans: Sequence[TrialPlan], bases: Bases) -> Choice:
+    """Return how many of some trials share a step.
+
+    Args:
+        sweep: The sweep, whose `together` decides where it is a number.
+        plans: The trials that are to be trained.
+        bases: Where their base is.
+
+    Raises:
+        UserError: where the base cannot be loaded, or `together` is a number and trials cannot share steps.
+    """
+    wanted, num_trials = sweep.section.together, len(plans)
+    if wanted == 1 or num_trials < 2:
+        return Choice(1, "")
+    reason = sharing_fallback_reason([plan.run for plan in plans])
+    if reason is None:
+        reason = base_fallback_reason(bases.of(plans[0].run))
+    if reason is not None:
+        return Choice(1, f"trials are trained one after the other, as they cannot share steps: {reason}")
+    if wanted != "auto":
+        return Choice(min(wanted, num_trials), "")
+    return _measured(plans, bases, _most_that_fit(sweep, num_trials))
+
+
+def _most_that_fit(sweep: Sweep, num_trials: int) -> int:
+    """Return how many fit the memory that is free now, by the plan of the largest; what memory says itself comes later.
+
+    What the plan cannot count does not limit them.
+    """
+    with suppress(UserError):
+        planned = plan_together(sweep)
+        if planned.one.traced:
+            if torch.cuda.is_available():
+                return max(1, min(num_trials, planned.most(torch.cuda.get_device_properties(0).total_memory / 2**30)))
+            left = psutil.virtual_memory().available / 2**30 - planned.one.memory_gib.activations
+            return max(1, min(num_trials, int(left / planned.further_gib)))
+    return num_trials
+
+
+def _measured(plans: Sequence[TrialPlan], bases: Bases, most: int) -> Choice:
+    """Return the choice by the time that a joint step of 1, 2, 4, ... trials takes a trial."""
+    seconds: dict[int, float] = {}
+    best, ended = 1, f"no more than {most} fit" if most < len(plans) else "there are no more"
+    for number, of_a_trial in _times(plans, bases, most):
+        if of_a_trial is None:
+            ended = f"{number} do not fit"
+            break
+        seconds[number] = of_a_trial
+        if number > 1 and of_a_trial > (1 - LEAST_GAIN) * seconds[best]:
+            ended = f"{number} are not {100 * LEAST_GAIN:.0f} % faster"
+            break
+        best = number
+    measured = ", ".join(
+        f"{1000 * of_a_trial:.1f} {f'of {number}' if number > 1 else 'ms of one alone'}"
+        for number, of_a_trial in seconds.items()
+    )
+    share = f"{best} trials share a step" if best > 1 else "trials are trained one after the other"
+    return Choice(best, f"{share}: a joint step takes a trial {measured}; {ended}")
+
+
+def _times(plans: Sequence[TrialPlan], bases: Bases, most: int) -> Iterator[tuple[int, float | None]]:
+    """Yield numbers of trials and the seconds that a joint step of so many takes a trial, None where memory ran out."""
+    numbers = [2**power for power in range(most.bit_length()) if 2**power <= most]
+    if numbers[-1] != most:
+        numbers.append(most)
+    run = plans[0].run
+    batches = _batches(plans[0], bases)
+    models: list[Any] = []
+    for number in numbers:
+        found: float | None = None
+        try:
+            while len(models) < number:
+                models.append(adapt(plans[len(models)].run, bases.copy(run))[0].train())
+            found = _joint_seconds(JointStep(bases.of(run), run), models, batches) / number
+        except torch.OutOfMemoryError as error:
+            traceback.clear_frames(error.__traceback__)
+        for model in models:
+            model.zero_grad(set_to_none=True)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        yield number, found
+        if found is None:
+            return
+
+
+def _joint_seconds(step: JointStep, models: Sequence[Any], batches: Sequence[dict[str, Any]]) -> float:
+    return _seconds(lambda batch: step.run([Member(model, batch) for model in models]), batches)
+
+
+def _batches(plan: TrialPlan, bases: Bases) -> list[dict[str, Any]]:
+    """Return the first batches of a trial, as its trainer makes them."""
+    with TemporaryDirectory() as folder:
+        shared = Shared(base=bases.copy, meet=_nobody_meets)
+        training = {**plan.run.training, "output_dir": folder}
+        run = plan.run.model_copy(update={"training": training})
+        trainer: Any = build_trainer(run, RunFolder(Path(folder)), shared=shared)
+        loader = iter(trainer.get_train_dataloader())
+        return [batch for _, batch in zip(range(_TIMED_GPU), loader, strict=False)]
+
+
+def _nobody_meets(member: Any) -> Any:
+    raise AssertionError("its trainer only makes batches")
+
+
+def _seconds(step: Callable[[dict[str, Any]], Any], batches: Sequence[dict[str, Any]]) -> float:
+    """Return the median of the seconds that a step takes."""
+    on_gpu = torch.cuda.is_available()
+    warm_up, timed = (_WARM_UP_GPU, _TIMED_GPU) if on_gpu else (_WARM_UP, _TIMED)
+    seconds = []
+    for index in range(warm_up + timed):
+        began = time.perf_counter()
+        step(batches[index % len(batches)])
+        if on_gpu:
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds[warm_up:])

@@ -1,0 +1,280 @@
+"""Whole sweeps of tiny runs: what trains, what ends alone, what resumes, and what the folder holds afterwards."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import lsr_scale
+from lsr_scale import UserError
+from lsr_scale.cli import main
+from lsr_scale.config import load_run
+from lsr_scale.files import is_own_picture
+from lsr_scale.run.evaluate import evaluate_run
+from lsr_scale.run.folder import RunFolder
+from lsr_scale.sweeping.bases import load_base_for
+from lsr_scale.sweeping.folder import SweepFolder
+from lsr_scale.sweeping.sweep import run_sweep
+from lsr_scale.training.callbacks.signals import Terminated
+from tests.helpers.launch import PATHS
+from tests.helpers.tiny_runs import completions, do, factors, metrics, questions, results, same, write_rows
+from tests.helpers.tiny_sweeps import sections, sweep_place, tiny_sweep, write_sweep
+from tests.training.test_resume import arrange_stop
+
+RATES = [2e-3, 5e-3]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return sweep_place(tmp_path_factory.mktemp("sweeps"))
+
+
+def do_sweep(place, output, section, *, resume=None, overwrite=False, **changes):
+    """Do a sweep quietly; return its folder."""
+    return run_sweep(tiny_sweep(place, output, section, **changes), "run", resume, overwrite, quiet=True)
+
+
+def assert_alike(first, second):
+    """Check that adapters are equal, but for what other members of a joint step change in the order of sums."""
+    assert first.keys() == second.keys()
+    for name, factor in first.items():
+        assert torch.allclose(factor, second[name], rtol=1e-4, atol=1e-6), name
+
+
+def statuses(folder):
+    return {trial.name: trial.status for trial in folder.read().trials.values()}
+
+
+@pytest.fixture(scope="module")
+def done(place):
+    """Return the folder of a sweep of four trials, one of whose rates diverges, and whose other rows are bad, and what
+    was printed.
+    """
+    broken = place / "broken.jsonl"
+    broken.write_text('{"prompt": 3}\n')
+    entries = [
+        {"training.learning_rate": RATES[0]},
+        {"training.learning_rate": 1e6},
+        {"name": "bad", "data.train": [str(broken)]},
+        {"training.learning_rate": RATES[1], "adapter.rank": 2},
+    ]
+    return do_sweep(place, place / "done", {"list": entries, "together": 1})
+
+
+def test_what_diverges_or_fails_ends_alone_and_is_named(done):
+    state = done.read()
+    assert statuses(done) == {
+        "lr=0.002": "finished",
+        "lr=1e+06": "diverged",
+        "bad": "failed",
+        "lr=0.005,rank=2": "finished",
+    }
+    assert "is not finite" in str(state.trials["lr=1e+06"].error)
+    assert "broken.jsonl" in str(state.trials["bad"].error)
+    assert state.trials["lr=1e+06"].score is None
+    for name in ("lr=0.002", "lr=0.005,rank=2"):
+        trial = state.trials[name]
+        assert trial.score == results(done.trial(name))["eval_loss"] == trial.results["eval_loss"]
+        assert trial.results["steps"] == 6
+
+
+def test_a_trials_folder_is_an_ordinary_runs(done, place, tmp_path):
+    folder = done.trial("lr=0.005,rank=2")
+    run = load_run(folder.config)
+    assert (run.training["learning_rate"], run.adapter.options["rank"]) == (RATES[1], 2)
+    scored = evaluate_run(str(folder.path), [write_rows(tmp_path / "questions.jsonl", questions())])
+    assert scored["accuracy"]
+    assert folder.report.is_file()
+    alone = do(run.model_copy(update={"training": {**run.training, "output_dir": str(tmp_path / "alone")}}))
+    assert same(factors(alone), factors(folder)), "as it would be alone"
+    assert [row.get("loss") for row in metrics(alone)] == [row.get("loss") for row in metrics(folder)]
+
+
+def test_the_table_is_sorted_and_names_the_command_for_the_best_one_alone(done):
+    text = done.table.read_text()
+    best, *others = sorted(("lr=0.002", "lr=0.005,rank=2"), key=lambda name: done.read().trials[name].score)
+    rows = [line.split(" | ")[0].removeprefix("| ") for line in text.splitlines() if line.startswith("| ")]
+    assert rows == ["trial", "---", best, *others, "lr=1e+06", "bad"]
+    assert f"    lsr-scale train {done.trial(best).config} --set training.output_dir=runs/{best}\n" in text
+    assert "- bad: " in text
+
+
+def test_the_pictures_are_drawn(done):
+    assert is_own_picture(done.losses)
+    assert is_own_picture(done.scores)
+    left = {path.name for path in done.path.iterdir()} - {".sweep.lock"}
+    assert left == {"sweep.json", "sweep.md", "losses.png", "scores.png", "trials"}
+
+
+def test_the_base_is_loaded_once(place, tmp_path, monkeypatch):
+    loaded = []
+
+    def load(*args, **options):
+        loaded.append(args)
+        return load_base_for(*args, **options)
+
+    monkeypatch.setattr("lsr_scale.sweeping.bases.load_base_for", load)
+    folder = do_sweep(place, tmp_path / "sweep", {"grid": {"training.seed": [1, 2]}, "together": 1}, max_steps=1)
+    assert set(statuses(folder).values()) == {"finished"}
+    assert len(loaded) == 1
+
+
+def test_each_trial_may_have_its_own_rows(place, tmp_path):
+    entries = []
+    for number, name in enumerate(("alice", "bob")):
+        path = write_rows(tmp_path / f"{name}.jsonl", completions(4 + 2 * number))
+        entries.append({"name": name, "data.train": [path]})
+    folder = do_sweep(place, tmp_path / "sweep", {"list": entries}, max_steps=2)
+    for number, name in enumerate(("alice", "bob")):
+        source = json.loads(folder.trial(name).data.read_text())["train"][0]
+        assert source["path"].endswith(f"{name}.jsonl")
+        assert source["num_rows"] == 4 + 2 * number
+
+
+@pytest.mark.parametrize("together", [1, 2])
+def test_a_signal_saves_what_is_under_way_and_the_sweep_goes_on_from_there(place, tmp_path, monkeypatch, together):
+    section = {"grid": {"training.learning_rate": RATES, "training.seed": [1, 2]}, "together": together}
+    whole = do_sweep(place, tmp_path / "whole", section)
+    arrange_stop(monkeypatch, 3, signal.SIGTERM)
+    with pytest.raises(Terminated, match=r"ended by SIGTERM with 0 of 4 trials done, in .*; the same command with"):
+        do_sweep(place, tmp_path / "sweep", section)
+    folder = SweepFolder(tmp_path / "sweep")
+    assert set(statuses(folder).values()) == {"pending"}
+    begun = [name for name in statuses(folder) if folder.trial(name).own_checkpoints()]
+    assert len(begun) == together
+    do_sweep(place, tmp_path / "sweep", section, resume="auto")
+    for name, status in statuses(folder).items():
+        assert status == "finished"
+        assert_alike(factors(folder.trial(name)), factors(whole.trial(name)))
+        assert [row["step"] for row in metrics(folder.trial(name)) if "loss" in row] == list(range(1, 7))
+
+
+def test_a_killed_sweep_goes_on(place, tmp_path):
+    section = {"grid": {"training.learning_rate": RATES}, "together": 1}
+    file = write_sweep(tmp_path / "run.yaml", place, tmp_path / "sweep", section)
+    program = (
+        "import sys\nfrom lsr_scale.cli import main\nfrom lsr_scale.training.callbacks.progress import Progress\n"
+        "log = Progress.on_log\n"
+        "def on_log(self, args, state, *rest, **more):\n"
+        "    log(self, args, state, *rest, **more)\n"
+        "    if 'lr=0.005' in args.output_dir and state.global_step == 3:\n"
+        "        print('now', flush=True)\n        sys.stdin.read()\n"
+        "Progress.on_log = on_log\n"
+        f"main(['sweep', {str(file)!r}])\n"
+    )
+    words, environment = [sys.executable, "-c", program], {**os.environ, "PYTHONPATH": PATHS}
+    with subprocess.Popen(words, stdin=-1, stdout=-1, stderr=subprocess.DEVNULL, text=True, env=environment) as child:
+        assert child.stdout is not None
+        assert any(line.endswith("now\n") for line in child.stdout)
+        child.kill()
+    folder = SweepFolder(tmp_path / "sweep")
+    assert statuses(folder) == {"lr=0.002": "finished", "lr=0.005": "running"}
+    finished = folder.trial("lr=0.002").results.stat().st_mtime_ns
+    assert main(["sweep", str(file), "--resume", "auto", "--quiet"]) == 0
+    assert statuses(folder) == {"lr=0.002": "finished", "lr=0.005": "finished"}
+    assert folder.trial("lr=0.002").results.stat().st_mtime_ns == finished, "what finished is kept"
+    assert main(["sweep", str(file)]) == 2, "it holds a sweep already"
+
+
+def test_overwriting_starts_again(place, tmp_path):
+    section = {"grid": {"training.seed": [1, 2]}, "together": 1}
+    folder = do_sweep(place, tmp_path / "sweep", section, max_steps=2)
+    first = {name: folder.trial(name).results.read_text() for name in statuses(folder)}
+    do_sweep(place, tmp_path / "sweep", section, overwrite=True, max_steps=3)
+    for name, text in first.items():
+        assert (json.loads(text)["steps"], results(folder.trial(name))["steps"]) == (2, 3)
+        assert not folder.read().trials[name].overwrite
+
+
+@pytest.mark.parametrize("together", [1, 3])
+def test_halving_stops_the_worse_and_the_best_is_as_if_it_had_never_paused(place, tmp_path, together):
+    stop = {"metric": "eval_loss", "after": 0.34, "keep": 0.34}
+    section = {"grid": {"training.learning_rate": [1e-4, *RATES]}, "stop": stop, "together": together}
+    folder = do_sweep(place, tmp_path / "sweep", section)
+    state = folder.read()
+    assert sorted(trial.status for trial in state.trials.values()) == ["finished", "finished", "stopped"]
+    scores = {name: trial.rung_scores[0] for name, trial in state.trials.items()}
+    assert state.trials[max(scores, key=lambda name: scores[name] or 0)].status == "stopped"
+    for name, trial in state.trials.items():
+        rows = metrics(folder.trial(name))
+        assert [row["eval_loss"] for row in rows if row["step"] == 3 and "eval_loss" in row] == [scores[name]]
+        if trial.status == "stopped":
+            assert trial.results["steps"] == 3
+            assert not folder.trial(name).has_adapter()
+        else:
+            run = load_run(folder.trial(name).config)
+            alone = do(run.model_copy(update={"training": {**run.training, "output_dir": str(tmp_path / name)}}))
+            assert results(alone)["final_loss"] == pytest.approx(results(folder.trial(name))["final_loss"], abs=1e-6)
+
+
+def test_what_is_printed_is_short(place, tmp_path, capsys):
+    section = {"grid": {"training.learning_rate": RATES}, "together": 1}
+    file = write_sweep(tmp_path / "run.yaml", place, Path("out"), section, max_steps=1)
+    assert main(["sweep", str(file)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "sweep folder: out, 2 trials"
+    assert lines[1] == "trial 1 of 2 begins: lr=0.002"
+    assert lines[2].startswith("loading ")
+    assert any(line.startswith("lr=0.005: finished, eval loss ") for line in lines)
+    assert lines[-3].startswith("best: lr=0.00")
+    assert lines[-2].startswith("again, alone: lsr-scale train out/trials/lr=0.00")
+    assert lines[-1] == "table: out/sweep.md, pictures: out/losses.png, out/scores.png"
+
+
+def test_the_best_one_runs_again_by_the_command_that_is_given(done, monkeypatch):
+    command = next(line for line in done.table.read_text().splitlines() if line.startswith("    lsr-scale train"))
+    assert main([*command.split()[1:], "--quiet", "--set", "training.max_steps=1"]) == 0
+    name = command.rpartition("runs/")[2]
+    assert results(RunFolder(Path("runs") / name))["steps"] == 1
+
+
+def test_trials_that_cannot_share_steps_are_trained_one_after_the_other_and_it_is_said_why(place, tmp_path, capsys):
+    sweep = tiny_sweep(place, tmp_path / "sweep", {"grid": {"adapter.dropout": [0.1, 0.2]}}, max_steps=1)
+    folder = run_sweep(sweep, "run")
+    assert set(statuses(folder).values()) == {"finished"}
+    said = capsys.readouterr().out
+    assert "note: trials are trained one after the other, as they cannot share steps: adapter.dropout is not 0" in said
+
+
+def test_a_base_that_cannot_be_loaded_ends_the_sweep(place, tmp_path):
+    given = sections(place, tmp_path / "sweep", {"grid": {"training.seed": [1, 2]}}, max_steps=1)
+    given["model"]["name"] = str(tmp_path / "nothing")
+    with pytest.raises(UserError, match="nothing"):
+        lsr_scale.sweep(given, quiet=True)
+
+
+# In Python
+
+
+def test_a_sweep_in_python(place, tmp_path):
+    given = sections(place, tmp_path / "sweep", {})
+    del given["sweep"]
+    found = lsr_scale.sweep(
+        given, {"grid": {"training.learning_rate": RATES}}, {"training.max_steps": 2}, together=1, quiet=True
+    )
+    assert [trial.name for trial in found] == ["lr=0.002", "lr=0.005"]
+    assert {trial.status for trial in found} == {"finished"}
+    best = found.best()
+    assert best.results["eval_loss"] == min(trial.results["eval_loss"] for trial in found) == best.score
+    assert found.best("final_loss").results["final_loss"] == min(trial.results["final_loss"] for trial in found)
+    with pytest.raises(UserError, match=r"^metric: no finished trial has 'eval_los'; did you mean 'eval_loss'"):
+        found.best("eval_los")
+    model, _ = lsr_scale.load_model(best.folder)
+    assert model.peft_config
+    frame = found.frame()
+    assert list(frame["trial"]) == ["lr=0.002", "lr=0.005"]
+    assert list(frame["training.learning_rate"]) == RATES
+    assert list(frame["eval_loss"]) == [trial.results["eval_loss"] for trial in found]
+
+
+def test_a_frame_needs_pandas(done, monkeypatch):
+    from lsr_scale.sweeping.results import read_results
+
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(UserError, match="frame: needs pandas: pip install pandas"):
+        read_results(done).frame()

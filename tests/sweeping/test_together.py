@@ -1,0 +1,93 @@
+"""How many trials share a step: what is asked for, what cannot be, what fits, and what pays."""
+
+import pytest
+import torch
+
+from lsr_scale.config.trials import sweep_from_dict
+from lsr_scale.sweeping import together
+from lsr_scale.sweeping.bases import Bases
+from lsr_scale.sweeping.together import Choice, choose
+from tests.helpers.tiny_sweeps import sweep_place, tiny_sweep
+
+RUN = {"model": {"name": "some/model"}, "adapter": {"method": "lsr"}, "data": {"train": ["a.jsonl"]}}
+
+
+def sweep(num_trials: int, together: str | int = "auto", **changes):
+    section = {"grid": {"training.seed": list(range(num_trials))}, "together": together}
+    return sweep_from_dict({**RUN, **changes, "sweep": section})
+
+
+class NoBase(Bases):
+    """Nothing is loaded."""
+
+    def of(self, run):
+        return None
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """Return a function that returns the choice for times (seconds a trial by number), None where memory ran out."""
+
+    def measured(times, num_trials=8, fit=8):
+        def of_numbers(plans, bases, most):
+            assert (len(plans), most) == (num_trials, fit)
+            yield from times.items()
+
+        monkeypatch.setattr(together, "_times", of_numbers)
+        monkeypatch.setattr(together, "_most_that_fit", lambda sweep, num_trials: fit)
+        monkeypatch.setattr(together, "base_fallback_reason", lambda base: None)
+        given = sweep(num_trials)
+        return choose(given, given.trials, NoBase())
+
+    return measured
+
+
+@pytest.mark.parametrize(
+    ("times", "number", "why"),
+    [
+        ({1: 0.1, 2: 0.06, 4: 0.04, 8: 0.03}, 8, "there are no more"),
+        ({1: 0.1, 2: 0.06, 4: 0.058}, 2, "4 are not 5 % faster"),
+        ({1: 0.1, 2: 0.2}, 1, "2 are not 5 % faster"),
+        ({1: 0.1, 2: 0.06, 4: None}, 2, "4 do not fit"),
+    ],
+)
+def test_as_many_share_a_step_as_pays(measured, times, number, why):
+    choice = measured(times)
+    assert choice.number == number
+    assert choice.why.endswith(why)
+    assert f"{1000 * times[1]:.1f}" in choice.why
+
+
+def test_what_fits_limits_them(measured):
+    assert measured({1: 0.1, 2: 0.05}, fit=2).why.endswith("no more than 2 fit")
+
+
+def test_a_number_is_taken_as_it_is(monkeypatch):
+    monkeypatch.setattr(together, "base_fallback_reason", lambda base: None)
+    given = sweep(3, 2)
+    assert choose(given, given.trials, NoBase()) == Choice(2, "")
+    given = sweep(3, 16)
+    assert choose(given, given.trials, NoBase()) == Choice(3, "")
+    given = sweep(3, 1)
+    assert choose(given, given.trials, Bases()) == Choice(1, ""), "and no base is looked at"
+
+
+def test_a_reason_not_to_share_is_said():
+    given = sweep(2, adapter={"method": "lora", "dropout": 0.1})
+    choice = choose(given, given.trials, NoBase())
+    assert choice.number == 1
+    assert "they cannot share steps: adapter.dropout" in choice.why
+
+
+def test_numbers_of_trials_are_measured_on_the_real_base(tmp_path):
+    place = sweep_place(tmp_path)
+    given = tiny_sweep(place, tmp_path / "sweep", {"grid": {"adapter.rank": [2, 3, 4]}})
+    bases = Bases()
+    base = bases.of(given.trials[0].run)
+    before = {name: parameter.clone() for name, parameter in base.named_parameters()}
+    found = dict(together._times(given.trials, bases, 3))
+    assert list(found) == [1, 2, 3]
+    assert all(seconds is not None and seconds > 0 for seconds in found.values())
+    assert bases.of(given.trials[1].run) is base
+    assert all(torch.equal(parameter, before[name]) for name, parameter in base.named_parameters())
+    assert all(parameter.grad is None for parameter in base.parameters())

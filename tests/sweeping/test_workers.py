@@ -1,0 +1,115 @@
+"""Several processes on one sweep: by a launcher, by hand, and what each claims."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from lsr_scale import UserError
+from lsr_scale.cli import main
+from lsr_scale.sweeping import workers
+from lsr_scale.sweeping.folder import SweepFolder
+from lsr_scale.sweeping.sweep import run_sweep
+from tests.conftest import two_processes
+from tests.helpers.launch import PATHS, ROOT, launch
+from tests.helpers.tiny_runs import factors, same
+from tests.helpers.tiny_sweeps import sweep_place, tiny_sweep, write_sweep
+
+SECTION = {"grid": {"training.learning_rate": [2e-3, 5e-3], "training.seed": [1, 2]}, "together": 1}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return sweep_place(tmp_path_factory.mktemp("workers"))
+
+
+@pytest.fixture(scope="module")
+def alone(place):
+    """Return the folder of the sweep in one process."""
+    return run_sweep(tiny_sweep(place, place / "alone", SECTION, max_steps=2), "run", quiet=True)
+
+
+@two_processes
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+def test_a_launchers_processes_deal_the_trials_out_and_each_is_as_alone(place, alone, tmp_path, launcher):
+    file = write_sweep(tmp_path / "run.yaml", place, tmp_path / "sweep", SECTION, max_steps=2)
+    status, out, err = launch(launcher, ROOT / "launch" / "train.py", "--config", file)
+    assert status == 0, err
+    folder = SweepFolder(tmp_path / "sweep")
+    assert {trial.status for trial in folder.read().trials.values()} == {"finished"}
+    assert out.count("best: ") == out.count("sweep folder: ") == 1, "one speaks for all"
+    assert sorted(line.partition("begins: ")[2] for line in out.splitlines() if "begins: " in line) == sorted(
+        folder.read().trials
+    )
+    for name in folder.read().trials:
+        assert same(factors(folder.trial(name)), factors(alone.trial(name)))
+    assert folder.table.read_text() == alone.table.read_text().replace(str(alone.path), str(folder.path)).replace(
+        "# alone", "# sweep"
+    )
+    assert not folder.workers.exists()
+
+
+@two_processes
+def test_a_mistake_ends_all_of_a_launchers_processes(place, tmp_path):
+    file = write_sweep(tmp_path / "run.yaml", place, tmp_path / "sweep", SECTION, max_steps=2)
+    (tmp_path / "sweep" / "trials").mkdir(parents=True)
+    status, _, err = launch("torchrun", ROOT / "launch" / "train.py", "--config", file)
+    assert status != 0
+    assert "holds trials, which no sweep wrote" in err
+
+
+def test_another_process_joins_by_resuming(place, alone, tmp_path):
+    file = write_sweep(tmp_path / "run.yaml", place, tmp_path / "sweep", SECTION, max_steps=2)
+    # it waits in its first trial until this process has done the others
+    program = (
+        "import sys\nfrom lsr_scale.cli import main\nfrom lsr_scale.training.callbacks.progress import Progress\n"
+        "begin = Progress.on_train_begin\n"
+        "def on_train_begin(self, *args, **more):\n"
+        "    print('now', flush=True)\n    sys.stdin.readline()\n    begin(self, *args, **more)\n"
+        "Progress.on_train_begin = on_train_begin\n"
+        f"sys.exit(main(['sweep', {str(file)!r}]))\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": PATHS}
+    words = [sys.executable, "-c", program]
+    with subprocess.Popen(words, stdin=-1, stdout=-1, stderr=subprocess.DEVNULL, text=True, env=environment) as other:
+        assert other.stdout is not None
+        assert other.stdin is not None
+        assert any(line.endswith("now\n") for line in other.stdout)
+        assert main(["sweep", str(file), "--resume", "auto"]) == 0
+        state = SweepFolder(tmp_path / "sweep").read()
+        assert [trial.status for trial in state.trials.values()] == ["running", "finished", "finished", "finished"]
+        other.communicate("\n" * 9)
+        assert other.returncode == 0
+    folder = SweepFolder(tmp_path / "sweep")
+    assert {trial.status for trial in folder.read().trials.values()} == {"finished"}
+    assert all(same(factors(folder.trial(name)), factors(alone.trial(name))) for name in folder.read().trials)
+
+
+def test_training_a_sweep_names_the_command(place, tmp_path, capsys):
+    file = write_sweep(tmp_path / "run.yaml", place, tmp_path / "sweep", SECTION)
+    assert main(["train", str(file)]) == 2
+    assert f"all of them: lsr-scale sweep {file}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("visible", "number", "found"), [("", 1, "1"), ("3,5", 1, "5"), ("GPU-a,GPU-b", 0, "GPU-a")])
+def test_each_process_sees_one_gpu(monkeypatch, visible, number, found):
+    monkeypatch.setattr(workers, "_num_gpus", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert workers._own_gpu(number) == {"CUDA_VISIBLE_DEVICES": found}
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(workers, "_num_gpus", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    with pytest.raises(UserError, match="process 3 of this host has no GPU for itself: there are 2"):
+        workers._own_gpu(2)
+    monkeypatch.setenv("LSR_SCALE_BACKEND", "gloo")
+    assert workers._own_gpu(2) == {"CUDA_VISIBLE_DEVICES": "0"}
+
+
+def test_gpus_are_needed_for_gpus(place, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(workers, "_num_gpus", lambda: 0)
+    file = write_sweep(tmp_path / "run.yaml", place, tmp_path / "sweep", SECTION)
+    assert main(["sweep", str(file), "--gpus", "2"]) == 2
+    assert "--gpus 2: this machine has no GPU that torch can use" in capsys.readouterr().err

@@ -90,8 +90,7 @@ def _swiglu_backward(
     """Fill `d_gate_up [T, 2F]`; return `d up` of gate's and up's adapters and `d down` of down_proj's."""
     (gate_rank, up_rank), (down_rank,) = layer.gate_up.ranks, layer.down.ranks
     # beyond that the accumulators leave no registers, and separate products are faster
-    small = max(gate_rank, up_rank, down_rank) <= 32 and layer.gate_up.trials is None
-    if ds_down is not None and gate_rank and up_rank and small:
+    if ds_down is not None and gate_rank and up_rank and max(gate_rank, up_rank, down_rank) <= 32:
         d_gate, d_up, d_down = swiglu_pair_gradients(
             d_hidden,
             saved["gate_up"],
@@ -101,6 +100,7 @@ def _swiglu_backward(
             ds_down,
             down_rank,
             d_gate_up,
+            layer.gate_up.trials,
         )
         return [d_gate, d_up], d_down
     hidden = None if ds_down is None else d_hidden.new_empty(d_hidden.shape)

@@ -39,15 +39,20 @@ def swiglu_pair_gradients_reference(
     ds_down: Tensor,
     down_rank: int,
     out: Tensor,
+    trials: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute `swiglu_pair_gradients` in plain torch, in float32 or, for float64 tensors, in float64."""
     wide = torch.promote_types(gate_up.dtype, torch.float32)
     h = torch.empty_like(grad, memory_format=torch.contiguous_format)
     swiglu_backward_reference(grad, gate_up, out, h)
+    split = lambda x: x.to(wide).unflatten(0, (trials or 1, -1))  # noqa: E731
+    thin = split(xa)
     pairs = []
-    for gradient, (start, rank) in zip(out.to(wide).chunk(2, -1), (gate_columns, up_columns), strict=True):
-        pairs.append(gradient.T @ xa[:, start : start + rank].to(wide))
-    return pairs[0], pairs[1], ds_down[:, :down_rank].to(wide).T @ h.to(wide)
+    for gradient, (start, rank) in zip(split(out).chunk(2, -1), (gate_columns, up_columns), strict=True):
+        pairs.append(gradient.mT @ thin[..., start : start + rank])
+    pairs.append(split(ds_down[:, :down_rank]).mT @ split(h))
+    gate_pair, up_pair, down = (pair if trials else pair[0] for pair in pairs)
+    return gate_pair, up_pair, down
 
 
 @jit
@@ -112,6 +117,7 @@ def _swiglu_pair_gradients_kernel(
     ds_down_row_stride,
     out_row_stride,
     steps,
+    splits,
     STEPS: tl.constexpr,
     UNIT: tl.constexpr,
     UNMASKED: tl.constexpr,
@@ -140,9 +146,10 @@ def _swiglu_pair_gradients_kernel(
     up_pair = tl.full([WARPS, UP, 8 * VECTOR], 0.0, tl.float32)
     down_pair = tl.full([WARPS, DOWN, 8 * VECTOR], 0.0, tl.float32)
     # 64 bits where a program starts, as tokens times row stride exceeds 2^31 for long batches; 32 inside its range
-    row = split * steps * BLOCK_T
+    # within the trial's rows, of which there are num_rows
+    row = split % splits * steps * BLOCK_T
     limit = num_rows - row
-    wide_row = row.to(tl.int64)
+    wide_row = (split // splits).to(tl.int64) * num_rows + row
     grad += wide_row * grad_row_stride + first
     gate_up += wide_row * gate_up_row_stride + first
     out += wide_row * out_row_stride + first
@@ -246,6 +253,7 @@ def swiglu_pair_gradients_triton(
     ds_down: Tensor,
     down_rank: int,
     out: Tensor,
+    trials: int | None = None,
     *,
     block_t: int = 16,
     vector: int | None = None,
@@ -268,6 +276,8 @@ def swiglu_pair_gradients_triton(
     assert xa.shape[0] == ds_down.shape[0] == rows
     assert max(gate_start + gate_rank, up_start + up_rank) <= xa.shape[1]
     assert down_rank <= ds_down.shape[1]
+    n = trials or 1
+    assert rows % n == 0, f"{rows} rows of {n} trials"
     assert max(gate_rank, up_rank, down_rank) <= 64, "ranks above 64 want accumulators that no program has room for"
     widths = tuple(_accumulator_width(rank) for rank in (gate_rank, up_rank, down_rank))
     if vector is None:
@@ -279,25 +289,25 @@ def swiglu_pair_gradients_triton(
         num_programs = 132 * max(1, 65536 // (32 * num_warps * (max_registers or 255)))
     row_strides = [row_stride(x) for x in (grad, gate_up, xa, ds_down, out)]
     blocks = triton.cdiv(features, 8 * vector * num_warps)
-    tiles = triton.cdiv(rows, block_t)
+    tiles = triton.cdiv(rows // n, block_t)
     # partial results are written and read in float32, to ten bytes per element of h in a 16-bit dtype
-    cost = 0.8 * (gate_rank + up_rank + down_rank) / rows
-    steps = triton.cdiv(tiles, min(tiles, _token_ranges(blocks, num_programs, cost)))
+    cost = 0.8 * (gate_rank + up_rank + down_rank) * n / max(1, rows)
+    steps = triton.cdiv(tiles, min(tiles, _token_ranges(blocks * n, num_programs, cost)))
     # a program's offsets fit in 32 bits
     steps = min(steps, max(1, 2**30 // (block_t * max(row_strides))))
     splits = triton.cdiv(tiles, steps)
     sizes = [features * rank for rank in (gate_rank, up_rank, down_rank)]
-    pair_partial = torch.empty((splits, sum(sizes)), dtype=torch.float32, device=grad.device)
+    pair_partial = torch.empty((n, splits, sum(sizes)), dtype=torch.float32, device=grad.device)
     # what divides both starts, so that the compiler sees that loads are aligned
     unit = math.gcd(8, gate_start, up_start)
-    _swiglu_pair_gradients_kernel[(blocks, splits)](
+    _swiglu_pair_gradients_kernel[(blocks, n * splits)](
         grad,
         gate_up,
         xa,
         ds_down,
         out,
         pair_partial,
-        rows,
+        rows // n,
         features,
         gate_start // unit,
         up_start // unit,
@@ -306,6 +316,7 @@ def swiglu_pair_gradients_triton(
         down_rank,
         *row_strides,
         steps,
+        splits,
         STEPS=0 if grad.is_cuda else steps,
         UNIT=unit,
         UNMASKED=max(gate_start + widths[0], up_start + widths[1]) <= xa.shape[1] and widths[2] <= ds_down.shape[1],
@@ -321,8 +332,11 @@ def swiglu_pair_gradients_triton(
         num_stages=num_stages,
         maxnreg=max_registers,
     )
-    gate_pair, up_pair, down = (pair_partial[0] if splits == 1 else pair_partial.sum(0)).split(sizes)
-    return gate_pair.view(features, gate_rank), up_pair.view(features, up_rank), down.view(down_rank, features)
+    sums = pair_partial[:, 0] if splits == 1 else pair_partial.sum(1)
+    shapes = (features, gate_rank), (features, up_rank), (down_rank, features)
+    pairs = [part.view(n, *shape) for part, shape in zip(sums.split(sizes, 1), shapes, strict=True)]
+    gate_pair, up_pair, down = pairs if trials else (pair[0] for pair in pairs)
+    return gate_pair, up_pair, down
 
 
 def swiglu_pair_gradients(
@@ -334,6 +348,7 @@ def swiglu_pair_gradients(
     ds_down: Tensor,
     down_rank: int,
     out: Tensor,
+    trials: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute `swiglu_backward` and the adapter gradients that its results give, which are rounded to the dtype first.
 
@@ -350,14 +365,17 @@ def swiglu_pair_gradients(
         ds_down: `[T, >= down_rank]`: gradient of the down layer's output times its up-projection; fastest if 16 wide.
         down_rank: How many columns of `ds_down` count; others may hold anything.
         out: Where the gradients of gate and up go, `[T, 2F]`; may be `gate_up` itself.
+        trials: n, if the rows are those of so many trials, one after another and T / n each: products are of a trial's
+            own rows, and have n as a first dimension.
 
     Returns:
-        `(d gate_pair [F, r_gate], d up_pair [F, r_up], d down [down_rank, F])`, contiguous and in float32 (float64 for
-        float64 inputs).
+        `(d gate_pair [F, r_gate], d up_pair [F, r_up], d down [down_rank, F])`, each matrix contiguous, in float32
+        (float64 for float64 inputs).
     """
     if is_fake(gate_up):
         ranks = gate_columns[1], up_columns[1], down_rank
-        d_gate, d_up, d_down = (gate_up.new_empty(grad.shape[1], rank, dtype=torch.float32) for rank in ranks)
-        return d_gate, d_up, d_down.t()
+        n = () if trials is None else (trials,)
+        d_gate, d_up, d_down = (gate_up.new_empty(*n, grad.shape[1], rank, dtype=torch.float32) for rank in ranks)
+        return d_gate, d_up, d_down.mT
     run = swiglu_pair_gradients_triton if use_triton(gate_up) else swiglu_pair_gradients_reference
-    return run(grad, gate_up, xa, gate_columns, up_columns, ds_down, down_rank, out)
+    return run(grad, gate_up, xa, gate_columns, up_columns, ds_down, down_rank, out, trials)

@@ -81,6 +81,25 @@ def test_fused_backward_splits_tokens_or_not(num_programs, vector, device):
     check_fused(150, 72, (0, 8), (8, 8), 8, torch.float32, device, **config)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("trials", "rows"), [(1, 37), (3, 50), (5, 1)])
+def test_each_trial_s_products_are_of_its_own_rows(trials, rows, dtype, device):
+    arguments = adapter_case(trials * rows, 72, (0, 8), (8, 4), 4, dtype, device, 16)
+    arguments[0][:rows] = torch.inf  # what is not finite in one trial stays there
+    out = poisoned((trials * rows, 144), dtype, device)
+    found = swiglu_pair_gradients_triton(*arguments, out, trials, num_programs=8)
+    reference = swiglu_pair_gradients(*doubled(arguments), poisoned(out.shape, torch.float64, device), trials)
+    for trial in range(1, trials):
+        own = slice(trial * rows, (trial + 1) * rows)
+        cut = [value[own] if isinstance(value, torch.Tensor) else value for value in arguments]
+        expected, eager = separate(*doubled(cut)), separate(*cut)
+        for nth, one in enumerate((out[own], *(pair[trial] for pair in found))):
+            assert_close_to_float64(one, expected[nth], eager[nth], FLOORS[dtype])
+        for pair, exact in zip(reference, expected[1:], strict=True):
+            assert error(pair[trial], exact) < 1e-14
+    assert [pair.shape for pair in found] == [(trials, 72, 8), (trials, 72, 4), (trials, 4, 72)]
+
+
 def test_programs_fill_whole_rounds_and_partial_results_stay_few():
     assert module._token_ranges(112, 528, 0.0047) == 14
     assert module._token_ranges(112, 528, 0.05) == 4
@@ -124,7 +143,7 @@ def test_the_reference_is_float64_exact_and_is_what_runs_without_a_gpu():
     [("bf16", 16, 4, 4), ("bf16", 32, 4, 4), ("bf16", 64, 2, 4), ("fp32", 16, 2, 4), ("fp32", 64, 2, 4)],
 )
 def test_fused_kernel_compiles_for_sm80_and_sm90(dtype, width, vector, num_warps):
-    numbers = "num_rows features gate_start up_start gate_rank up_rank down_rank steps"
+    numbers = "num_rows features gate_start up_start gate_rank up_rank down_rank steps splits"
     row_strides = "grad_row_stride gate_up_row_stride xa_row_stride ds_down_row_stride out_row_stride"
     signature = {
         **dict.fromkeys(["grad", "gate_up", "xa", "ds_down", "out"], f"*{dtype}"),

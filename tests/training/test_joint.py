@@ -244,6 +244,23 @@ def test_factors_that_are_not_numbers_change_no_other_trial():
             assert_bit_equal(found[other], expected[other])
 
 
+def test_packed_rows_of_fused_layers_keep_what_is_not_a_number():
+    base, found = frozen(), []
+    for broken in (False, True):
+        models = [trial(base, "lora", {"rank": 2 + seed}, seed) for seed in range(3)]
+        for parameter in models[1].parameters():
+            if parameter.requires_grad and broken:
+                parameter.data.fill_(math.nan)
+        step = JointStep(base, joint_run(fused="on"))
+        losses = step.run([Member(model, batches(seed, packed=True)[0]) for seed, model in enumerate(models)])
+        found.append((losses, [[p.grad for p in model.parameters() if p.requires_grad] for model in models]))
+    (wanted, expected), (losses, gradients) = found
+    assert [loss.isnan().item() for loss in losses] == [False, True, False]
+    for place in (0, 2):
+        assert losses[place] == wanted[place]
+        assert all(torch.equal(*pair) for pair in zip(gradients[place], expected[place], strict=True))
+
+
 def test_a_trial_that_diverges_changes_no_other():
     base = frozen()
     rates = [1e-3] * 12

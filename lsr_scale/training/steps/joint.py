@@ -227,6 +227,9 @@ class JointStep:
         supervised, targets = _to(batch.supervised, device), _to(batch.targets, device)
         for linear in self.linears.values():
             linear.tokens = batch.tokens
+        if "cu_seq_lens_q" in inputs and type(model) is not original_class(model):
+            # fused, rows of their own may be packed: what is not finite in one stays there under attention's masks too
+            inputs |= {name: inputs[name].view(len(divisors), -1) for name in ("input_ids", "position_ids")}
         with self._pairs:
             if original_class(model) in _CAUSAL_LMS and lm_head_fallback_reason(model, {}) is None:
                 known = {} if type(model) is original_class(model) else {"mask_is_needed": batch.mask_is_needed}

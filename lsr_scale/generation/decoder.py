@@ -260,7 +260,7 @@ def decoder_fallback_reason(model: Any, length: int, adapter_names: Sequence[str
     if adapter_names is not None:
         if tuner is None:
             return "adapter_names are of adapters that are not this library's"
-        if any(config.modules_to_save for config in model.peft_config.values()):
+        if any(getattr(config, "modules_to_save", None) for config in model.peft_config.values()):
             return "the adapters have modules_to_save, and rows have different adapters"
     return None
 

@@ -74,16 +74,16 @@ class GraphSteps(_Base):
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate; where the memory does not hold that beside the graphs, this and later evaluations are without."""
-        captured = self.graphs is not None and bool(self.graphs.captured)
-        if captured and not self._evaluates_without:
+        graphs = self.graphs if self.graphs is not None and self.graphs.captured else None
+        if graphs is not None and not self._evaluates_without:
             try:
                 return super().evaluation_loop(*args, **kwargs)
             except torch.OutOfMemoryError:
                 self._evaluates_without = True
                 self.say("evaluations need the memory of the CUDA graphs, which are captured anew after each")
         # not within the handler: until its end the error holds what the evaluation had allocated
-        if captured:
-            self.graphs.clear()
+        if graphs is not None:
+            graphs.clear()
         return super().evaluation_loop(*args, **kwargs)
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:

@@ -1,0 +1,210 @@
+"""How fast are several trials that share a base and their steps, beside the same runs one by one, and side by side?
+
+    python -m benchmarks.speed.sweep --model smollm2-135m --base none --trials 8 --tokens 4096 --seq-len 512 \
+        --out benchmarks/results/sweep/NAME.json
+    python -m benchmarks.speed.sweep --run smollm2_lsr --set training.max_steps=8 --trials 4 --device cpu --out FILE
+
+Three ways to train `--trials` runs that differ in their learning rate:
+
+    together     `lsr-scale sweep`, all of them in one step (`--together`), one process
+    one_by_one   `lsr-scale train` for each, one after the other
+    side_by_side `lsr-scale train` for each, all processes at once on the same device
+
+Each is timed from the start of its first process to the end of its last (`seconds`, with all that a user waits for:
+imports, loading, tokenizing, saving; of `one_by_one` only `--one-by-one` runs are done, and the time is theirs times
+trials over runs), and by the tokens/s that its runs log, the median over logging steps after the
+first two, summed over runs that are under way at the same time (`tokens_per_s`, without start-up). `gib` is the most
+device memory in use at any time, all processes and their contexts. The runs are LSR-Adapt r=16 s=16 on random weights
+of a model's shapes, rows of one length and packed, or those of `--run` and `--set`.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from benchmarks.command_line import new_file, recorded, script_parser
+from benchmarks.models import MODELS, model_values
+from benchmarks.speed.trainer_overhead import PER_SPEED, run_of, write_model, write_rows
+from benchmarks.speed.workers import say
+
+WAYS = ("together", "one_by_one", "side_by_side")
+RATES = (1e-4, 2e-3)  # of the first and of the last trial
+
+
+def rates(number: int) -> list[float]:
+    """Return the trials' learning rates."""
+    first, last = RATES
+    return [first * (last / first) ** (index / max(1, number - 1)) for index in range(number)]
+
+
+def base_run(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """Return what the runs have in common, as a YAML file has it."""
+    if args.run:
+        from lsr_scale.config import dump_yaml, load_run
+        from lsr_scale.config.shipped import find_run
+
+        return yaml.safe_load(dump_yaml(load_run(find_run(args.run), args.set)))
+    write_model(folder, model_values(args.model, args.layers))
+    write_rows(folder / "rows.jsonl", args.tokens // args.seq_len * args.steps, args.seq_len)
+    return run_of(folder, args, "speed", "base")
+
+
+@contextmanager
+def peak_memory(device: str) -> Iterator[Callable[[], float | None]]:
+    """Yield a function that returns the most GiB of the device that were in use until now, by `nvidia-smi`."""
+    most, ended = [0.0], threading.Event()
+
+    def watch() -> None:
+        words = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+        while not ended.wait(0.3):
+            said = subprocess.run(words, capture_output=True, text=True, check=False).stdout
+            numbers = [float(line) for line in said.split() if line.replace(".", "").isdigit()]
+            most[0] = max([most[0], *numbers])
+
+    thread = threading.Thread(target=watch, daemon=True)
+    if device == "cuda":
+        thread.start()
+    try:
+        yield lambda: most[0] / 1024 if device == "cuda" else None
+    finally:
+        ended.set()
+
+
+def start(folder: Path, name: str, command: str, run: dict[str, Any], words: list[str]) -> subprocess.Popen[str]:
+    """Start a command of this package on a run."""
+    config = folder / f"{name}.yaml"
+    config.write_text(json.dumps(run), encoding="utf-8")  # JSON is YAML
+    log = (folder / f"{name}.log").open("w", encoding="utf-8")
+    call = [sys.executable, "-m", "lsr_scale", command, str(config), "--overwrite", "--quiet", *words]
+    return subprocess.Popen(call, stdout=log, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(process: subprocess.Popen[str], folder: Path, name: str, end: float) -> None:
+    """Wait for a command; end it, and the program, where it fails or is not done in time."""
+    try:
+        status = process.wait(max(1.0, end - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        process.kill()
+        status = "no end in time"
+    if status:
+        text = (folder / f"{name}.log").read_text(encoding="utf-8")
+        raise RuntimeError(f"{name}: {status}\n{text[-3000:]}")
+
+
+def logged_speed(run_folder: Path) -> float:
+    """Return a run's tokens/s: the median of what it logged after its first steps."""
+    text = (run_folder / "metrics.jsonl").read_text(encoding="utf-8")
+    speeds = [row["tokens_per_s"] for row in map(json.loads, text.splitlines()) if "tokens_per_s" in row]
+    if len(speeds) < PER_SPEED:
+        raise RuntimeError(f"{run_folder}: {len(speeds)} logging steps are too few; raise --steps")
+    return statistics.median(speeds[PER_SPEED - 1 :])
+
+
+def together(folder: Path, base: dict[str, Any], args: argparse.Namespace, end: float) -> list[float]:
+    """Do the sweep; return each trial's tokens/s."""
+    output = folder / "together"
+    run = {**base, "training": {**base["training"], "output_dir": str(output)}}
+    run["sweep"] = {"grid": {"training.learning_rate": rates(args.trials)}, "together": args.together or args.trials}
+    finish(start(folder, "together", "sweep", run, []), folder, "together", end)
+    sys.stdout.write((folder / "together.log").read_text(encoding="utf-8")[-1500:])
+    return [logged_speed(path) for path in sorted((output / "trials").iterdir()) if path.is_dir()]
+
+
+def alone(folder: Path, base: dict[str, Any], args: argparse.Namespace, end: float, at_once: bool) -> list[float]:
+    """Do the runs by themselves, one after the other or all at once; return each one's tokens/s."""
+    running, speeds = [], []
+    wanted = rates(args.trials) if at_once else rates(args.trials)[: args.one_by_one or args.trials]
+    for index, rate in enumerate(wanted):
+        name = f"{'beside' if at_once else 'alone'}-{index}"
+        training = {**base["training"], "learning_rate": rate, "output_dir": str(folder / name)}
+        running.append((name, start(folder, name, "train", {**base, "training": training}, [])))
+        if not at_once:
+            finish(running[-1][1], folder, name, end)
+            say(f"{name}: {logged_speed(folder / name):,.0f} tokens/s")
+    for name, process in running:
+        finish(process, folder, name, end)
+        speeds.append(logged_speed(folder / name))
+    return speeds
+
+
+def summary(rows: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """Return how many times as fast the trials together are as each other way."""
+    mine = rows.get("together")
+    ratios: dict[str, float] = {}
+    for way in WAYS[1:]:
+        if mine and way in rows:
+            ratios[f"steps_over_{way}"] = mine["tokens_per_s"] / rows[way]["tokens_per_s"]
+            ratios[f"all_over_{way}"] = rows[way]["seconds"] / mine["seconds"]
+            if mine["gib"]:
+                ratios[f"memory_of_{way}"] = mine["gib"] / rows[way]["gib"]
+    return ratios
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure each way once and write the result after each."""
+    parser = script_parser(__doc__)
+    add = parser.add_argument
+    add("--model", default="smollm2-135m", choices=[*MODELS, "tiny"])
+    add("--layers", type=int, help="this many layers instead of the model's own")
+    add("--base", default="none", choices=["nf4", "int8", "none"])
+    add("--run", help="a YAML file or the name of a shipped one, instead of --model")
+    add("--set", nargs="*", default=[], metavar="KEY=VALUE", help="changes of --run")
+    add("--trials", type=int, default=8)
+    add("--together", type=int, help="how many share a step; all by default")
+    add("--one-by-one", type=int, help="do only so many of the runs that follow each other")
+    add("--tokens", type=int, default=4096, help="tokens a step and trial")
+    add("--seq-len", type=int, default=512)
+    add("--steps", type=int, default=60)
+    add("--logging-steps", type=int, default=5)
+    add("--ways", type=lambda text: text.split(","), default=list(WAYS), help="which, joined by commas")
+    add("--device", default="cuda", choices=["cuda", "cpu"])
+    add("--time-limit", type=float, default=1800.0, help="seconds for all; a way that it cuts short is left out")
+    add("--out", type=new_file, required=True, help="the JSON to write; must not exist yet")
+    args = parser.parse_args(arguments)
+    from lsr_scale import files
+
+    end = time.monotonic() + args.time_limit
+    config = {name: value for name, value in vars(args).items() if name not in ("out", "time_limit")}
+    config["command"] = recorded("speed.sweep", arguments or sys.argv[1:], args.out)
+    rows: dict[str, dict[str, Any]] = {}
+    ways: dict[str, Callable[..., list[float]]] = {
+        "together": together,
+        "one_by_one": lambda *given: alone(*given, at_once=False),
+        "side_by_side": lambda *given: alone(*given, at_once=True),
+    }
+    with tempfile.TemporaryDirectory(prefix="sweep-") as name:
+        folder = Path(name)
+        base = base_run(folder, args)
+        for way in args.ways:
+            began = time.monotonic()
+            with peak_memory(args.device) as peak:
+                try:
+                    speeds = ways[way](folder, base, args, end)
+                except RuntimeError as error:
+                    say(f"{way}: {error}")
+                    continue
+                seconds = time.monotonic() - began
+                # runs one after the other are as fast as one of them
+                total = statistics.fmean(speeds) if way == "one_by_one" else sum(speeds)
+                seconds *= args.trials / len(speeds)
+                rows[way] = {"tokens_per_s": total, "by_run": speeds, "seconds": seconds, "gib": peak()}
+            say(f"{way}: {json.dumps({key: value for key, value in rows[way].items() if key != 'by_run'})}")
+            result = {"env": files.environment(), "config": config, "rows": rows, "ratios": summary(rows)}
+            files.write_json(args.out, result)
+    say(json.dumps(summary(rows)))
+    return 0 if len(rows) == len(args.ways) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

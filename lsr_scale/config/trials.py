@@ -56,10 +56,16 @@ class Sweep:
         return self.trials[0].run.training["output_dir"]
 
     def scored_by(self) -> str:
-        """Return what trials are compared by: `stop.metric`, or the loss on held-out rows, or that of training."""
+        """Return what trials are compared by.
+
+        That is `stop.metric`, else the loss on held-out rows, else the mean "accuracy" of their tasks, else the
+        training loss.
+        """
         if self.section.stop is not None:
             return self.section.stop.metric
-        return "eval_loss" if all(trial.run.data.has_validation for trial in self.trials) else "final_loss"
+        if all(trial.run.data.has_validation for trial in self.trials):
+            return "eval_loss"
+        return "accuracy" if all(trial.run.eval.tasks for trial in self.trials) else "final_loss"
 
 
 def is_sweep(path: str | Path, overrides: Iterable[str] | Mapping[str, Any] = ()) -> bool:

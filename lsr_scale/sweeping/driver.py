@@ -139,7 +139,7 @@ class Driver:
             if choice.why:
                 self.board.say(f"note: {choice.why}")
             run = self.sweep.trials[0].run
-            step = JointStep(self.bases.of(run), run) if choice.number > 1 else None
+            step = JointStep(self.bases.of(run), run, self.board.say) if choice.number > 1 else None
             self._shared = choice.number, step
         return self._shared
 

@@ -253,6 +253,23 @@ def test_a_run_without_the_section_is_no_sweep(tmp_path):
         read_sweep(path)
 
 
+@pytest.mark.parametrize(
+    ("addition", "metric"),
+    [
+        ("", "final_loss"),
+        ("eval: {tasks: [arc_easy]}\n", "accuracy"),
+        ("training: {early_stopping: {}}\n", "eval_loss"),
+    ],
+)
+def test_what_trials_are_compared_by(read, addition, metric):
+    run = (
+        MINIMAL.replace("train: [arc_easy]", "train: [arc_easy]\n  validation_split: 0.1")
+        if "early" in addition
+        else MINIMAL
+    )
+    assert read(SEEDS, run + addition).scored_by() == metric
+
+
 def test_rungs_go_on_to_the_end_of_a_trial():
     section = SweepSection.model_validate({"list": [{"training.seed": 1}], "stop": {"after": 0.2, "keep": 0.5}})
     assert section.stop is not None

@@ -21,12 +21,14 @@ from lsr_scale.sweeping.bases import load_base_for
 from lsr_scale.sweeping.folder import SweepFolder
 from lsr_scale.sweeping.sweep import run_sweep
 from lsr_scale.training.callbacks.signals import Terminated
+from tests.conftest import SEVEN_LINEARS
 from tests.helpers.launch import PATHS
 from tests.helpers.tiny_runs import completions, do, factors, metrics, questions, results, same, write_rows
 from tests.helpers.tiny_sweeps import sections, sweep_place, tiny_sweep, write_sweep
 from tests.training.test_resume import arrange_stop
 
 RATES = [2e-3, 5e-3]
+LORA = {"method": "lora", "rank": 2, "target_modules": SEVEN_LINEARS}
 
 
 @pytest.fixture(scope="module")
@@ -246,6 +248,29 @@ def test_a_base_that_cannot_be_loaded_ends_the_sweep(place, tmp_path):
     given["model"]["name"] = str(tmp_path / "nothing")
     with pytest.raises(UserError, match="nothing"):
         lsr_scale.sweep(given, quiet=True)
+
+
+@pytest.mark.gpu
+def test_trials_together_on_a_gpu_end_as_they_would_alone(place, tmp_path):
+    section = {
+        "list": [{"adapter.rank": 2}, {"training.learning_rate": RATES[0]}, {"adapter": LORA}, {"training.seed": 1}]
+    }
+    alone = do_sweep(place, tmp_path / "alone", {**section, "together": 1})
+    joint = do_sweep(place, tmp_path / "joint", {**section, "together": 4})
+    measured = do_sweep(place, tmp_path / "auto", section)
+    for name in statuses(alone):
+        losses = [results(folder.trial(name))["eval_loss"] for folder in (alone, joint, measured)]
+        assert losses == pytest.approx([losses[0]] * 3, abs=1e-4)
+
+
+@pytest.mark.gpu
+def test_gpus_deal_the_trials_out(place, tmp_path):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    section = {"grid": {"training.learning_rate": RATES, "training.seed": [1, 2]}}
+    file = write_sweep(tmp_path / "run.yaml", place, tmp_path / "sweep", section)
+    assert main(["sweep", str(file), "--gpus", "2"]) == 0
+    assert set(statuses(SweepFolder(tmp_path / "sweep")).values()) == {"finished"}
 
 
 # In Python

@@ -251,6 +251,7 @@ def test_a_base_that_cannot_be_loaded_ends_the_sweep(place, tmp_path):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_trials_together_on_a_gpu_end_as_they_would_alone(place, tmp_path):
     section = {
         "list": [{"adapter.rank": 2}, {"training.learning_rate": RATES[0]}, {"adapter": LORA}, {"training.seed": 1}]
@@ -264,9 +265,8 @@ def test_trials_together_on_a_gpu_end_as_they_would_alone(place, tmp_path):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_gpus_deal_the_trials_out(place, tmp_path):
-    if torch.cuda.device_count() < 2:
-        pytest.skip("needs two GPUs")
     section = {"grid": {"training.learning_rate": RATES, "training.seed": [1, 2]}}
     file = write_sweep(tmp_path / "run.yaml", place, tmp_path / "sweep", section)
     assert main(["sweep", str(file), "--gpus", "2"]) == 0

@@ -1,19 +1,26 @@
 """Runs that share a base and their training steps, through the whole of `train`: each is what it is alone."""
 
 import functools
+import itertools
 import re
+import signal
+import threading
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from lsr_scale import UserError
 from lsr_scale.model import load_base_for
 from lsr_scale.model.share import share_base
+from lsr_scale.run.folder import TENSORS
 from lsr_scale.run.train import train
 from lsr_scale.sweeping.places import Places
-from lsr_scale.training.callbacks.signals import Signals
+from lsr_scale.training.callbacks.signals import Signals, Terminated
 from lsr_scale.training.shared import Shared
+from lsr_scale.training.steps.joint import JointStep
 from tests.conftest import SEVEN_LINEARS
-from tests.helpers.tiny_runs import completions, do, factors, metrics, results, save_llama, tiny_run, write_rows
+from tests.helpers.tiny_runs import completions, do, factors, metrics, results, same, save_llama, tiny_run, write_rows
 
 # differ from run to run
 MEASURED = re.compile(r"wall_s|training_s|.*tokens_per_s|mfu|.*memory_gib|.*_runtime|.*_per_second")
@@ -137,3 +144,159 @@ def test_each_is_what_it_is_alone(place, tmp_path, alone, step, size, capsys):
         assert_equal(folder, alone[name])
         assert f"run folder: {folder.path}" in said[name]
         assert any(line.startswith("done in") for line in said[name])
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch_fused", "adamw_torch", "sgd"])
+@pytest.mark.parametrize("step", [separately, flatly])
+def test_several_batches_a_step_and_any_optimizer(place, tmp_path, step, optim):
+    more = {"gradient_accumulation_steps": 3, "optim": optim, "max_steps": 4, "eval_strategy": "no"}
+    adapter, training = TRIALS["lora"]
+    expected = do(trial(place, tmp_path / "alone", adapter, **{**training, **more}))
+    ended, _ = together({"lora": trial(place, tmp_path / "shared", adapter, **{**training, **more})}, 1, step)
+    assert_equal(ended["lora"], expected)
+
+
+def poisoned(step, poisons):
+    """Return a joint step whose losses are no numbers for those members of which `poisons` says so."""
+
+    def run(members):
+        losses = step(members)
+        for index, member in enumerate(members):
+            if poisons(member):
+                losses[index] = losses[index] * torch.nan
+                for gradient in [member.gradient, *(parameter.grad for parameter in member.model.parameters())]:
+                    if gradient is not None:
+                        gradient.fill_(torch.nan)
+        return losses
+
+    return run
+
+
+@pytest.mark.parametrize("step", [separately, flatly])
+def test_one_that_diverges_is_named_and_harms_no_other(place, tmp_path, alone, step):
+    def is_third_of_lora(member):
+        return len(member.model.peft_config["default"].target_modules) == 2 and next(count) == 2
+
+    count = itertools.count()
+    ended, _ = together(trials(place, tmp_path), 3, poisoned(step, is_third_of_lora))
+    assert isinstance(ended["lora"], UserError)
+    assert "training diverged: the loss is nan at step 3, on rows" in str(ended["lora"])
+    assert str(tmp_path / "lora") in str(ended["lora"])
+    for name in ("lsr", "kron"):
+        assert_equal(ended[name], alone[name])
+
+
+@pytest.mark.parametrize("step", [separately, flatly])
+def test_a_batch_that_is_not_finite_is_left_out(place, tmp_path, step):
+    count = itertools.count()
+    more = {"max_steps": 4, "on_nonfinite": "skip", "eval_strategy": "no", "save_steps": 1, "weight_decay": 0.1}
+    runs = {"lora": trial(place, tmp_path, TRIALS["lora"][0], **more)}
+    ended, said = together(runs, 1, poisoned(step, lambda member: next(count) == 2))
+    saved = [load_file(ended["lora"].path / f"checkpoint-{number}" / TENSORS) for number in (1, 2, 3, 4)]
+    assert [same(*pair) for pair in itertools.pairwise(saved)] == [False, True, False]
+    assert [row["loss"] == 0 for row in metrics(ended["lora"])] == [False, False, True, False]
+    assert any("what was not finite counted for nothing" in line for line in said["lora"])
+
+
+def test_a_joint_step_that_runs_out_of_memory_loses_nobody(place, tmp_path, alone):
+    def too_many(members):
+        losses = separately(members)
+        if len(members) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return losses
+
+    ended, _ = together(trials(place, tmp_path), 3, too_many)
+    for name, folder in ended.items():
+        assert_equal(folder, alone[name])
+
+
+def test_a_signal_leaves_each_with_a_checkpoint_and_they_resume(place, tmp_path, alone):
+    runs, signals = trials(place, tmp_path), Signals()
+    count = itertools.count()
+
+    def signalled(members):
+        if next(count) == 6:
+            signal.raise_signal(signal.SIGTERM)
+        return separately(members)
+
+    ended, _ = together(runs, 2, signalled, signals)
+    assert signals.received == signal.SIGTERM
+    assert list(ended) == ["lsr", "lora"], "the third is not begun"
+    for name, error in ended.items():
+        assert isinstance(error, Terminated)
+        assert "after step 7, a checkpoint is saved" in str(error)
+        assert (tmp_path / name / "checkpoint-7").is_dir()
+        assert not (tmp_path / name / ".lock").exists()
+    ended, _ = together(runs, 2, resume="auto")
+    for name, folder in ended.items():
+        torch.testing.assert_close(factors(folder), factors(alone[name]), rtol=0, atol=1e-6)
+
+
+def test_a_second_ctrl_c_ends_all_at_once(place, tmp_path):
+    count = itertools.count()
+
+    def interrupted(members):
+        if next(count) == 3:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+        return separately(members)
+
+    with pytest.raises(KeyboardInterrupt):
+        together(trials(place, tmp_path), 3, interrupted)
+    assert not any((tmp_path / name / ".lock").exists() for name in TRIALS)
+    assert not any(thread.name.startswith("place") for thread in threading.enumerate())
+
+
+@pytest.mark.parametrize("shares", [False, True])
+def test_a_run_stops_after_a_step_and_goes_on_as_if_it_had_not(place, tmp_path, alone, shares):
+    runs, taken = trials(place, tmp_path), []
+    for stop_after_step in (5, 5, 8):
+
+        def take(trainer):
+            taken.append(trainer.state.global_step)
+
+        options = {"resume": "auto", "take": take, "stop_after_step": stop_after_step}
+        if shares:
+            ended, _ = together(runs, 3, **options)
+        else:
+            ended = {name: do(run, **options) for name, run in runs.items()}
+        for folder in ended.values():
+            assert folder.own_checkpoints()[-1].name == f"checkpoint-{stop_after_step}"
+            assert not folder.has_adapter()
+            assert not folder.results.exists()
+    assert taken == [5] * 6 + [8] * 3
+    ended = together(runs, 3, resume="auto")[0] if shares else {name: do(r, resume="auto") for name, r in runs.items()}
+    for name, folder in ended.items():
+        torch.testing.assert_close(factors(folder), factors(alone[name]), rtol=0, atol=1e-6)
+        if name != "kron":  # what is logged every third step is of other steps since
+            for row, expected in zip(metrics(folder), metrics(alone[name]), strict=True):
+                assert row["step"] == expected["step"]
+                assert row.get("loss", 0.0) == pytest.approx(expected.get("loss", 0.0), rel=1e-5)
+
+
+def test_checkpoints_of_shared_runs_and_others_are_exchangeable(place, tmp_path, alone):
+    for first, name in (("shared", "lsr"), ("alone", "lora")):
+        run = trials(place, tmp_path)[name]
+        for number, stop_after_step in enumerate((6, None)):
+            options = {"resume": "auto", "stop_after_step": stop_after_step}
+            if (first == "shared") == (number == 0):
+                folder = together({name: run}, 1, **options)[0][name]
+            else:
+                folder = do(run, **options)
+        torch.testing.assert_close(factors(folder), factors(alone[name]), rtol=0, atol=1e-6)
+
+
+def test_runs_may_share_a_base_alone(place, tmp_path, alone):
+    run = trials(place, tmp_path)["lsr"]
+    base = load_base_for(run.model, 0)
+    folder = train(run, quiet=True, shared=Shared(lambda: share_base(base)))
+    assert same(factors(folder), factors(alone["lsr"]))
+    assert not any("lsr" in name for name, _ in base.named_parameters()), "the base has no adapter"
+
+
+def test_joint_steps(place, tmp_path, alone):
+    runs = trials(place, tmp_path)
+    base = load_base_for(runs["lsr"].model, 0)
+    ended, _ = together(runs, 3, JointStep(base, runs["lsr"]).run)
+    for name, folder in ended.items():
+        assert_equal(folder, alone[name])

@@ -36,6 +36,13 @@ class ConditionCallback(TrainerCallback):
         self.guard: Guard = guard
         self.tolerance, self.warn = tolerance, warn
         self.warned: set[tuple[str, str]] = set()
+        self._sums: list[KroneckerSum] | None = None  # found once in training, by a walk over all modules
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Look for the sums anew."""
+        self._sums = None
 
     def on_log(
         self,
@@ -48,7 +55,9 @@ class ConditionCallback(TrainerCallback):
         """Measure, add to the logs, warn, apply the guard."""
         if not logs or "loss" not in logs:
             return
-        sums = kronecker_sums(kwargs["model"])
+        if self._sums is None:
+            self._sums = kronecker_sums(kwargs["model"])
+        sums = self._sums
         if not sums:
             return
         gammas: Any = distributed.broadcast(conditions(sums))  # ranks may differ in the last digits, and then decide so

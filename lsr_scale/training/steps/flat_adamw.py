@@ -79,10 +79,13 @@ class FlatAdamW(torch.optim.AdamW):
                 vector.gradient = part.clone() if accumulate else part
 
     def gather(self, accumulate: bool = False) -> None:
-        """Make vectors of the parameters' `grad`, which are dropped; for `accumulate` see `give`."""
+        """Make vectors of the parameters' `grad`, which are dropped; for `accumulate` see `give`.
+
+        Without it, groups whose gradients were given are left.
+        """
         for group in self.param_groups:
             vector = self._vector(group)
-            if vector is None:
+            if vector is None or (vector.gradient is not None and not accumulate):
                 continue
             gradients = [parameter.grad for parameter in vector.parameters if parameter.grad is not None]
             if len(gradients) < len(vector.parameters):

@@ -123,9 +123,10 @@ class MeetingSteps(_Base):
     def _drop_gradients(self, set_to_none: bool = True) -> None:
         """Free the trained parameters' gradients."""
         del set_to_none
-        optimizer = base_optimizer(self)
-        if isinstance(optimizer, FlatAdamW):
+        optimizer = self._flat()
+        if optimizer is not None:
             optimizer.drop()
+            return
         for parameter in self._trained:
             parameter.grad = None
 

@@ -28,6 +28,9 @@ from lsr_scale.training.steps.graphs import GraphSteps
 from lsr_scale.training.steps.head_loss import HeadLoss
 from lsr_scale.training.steps.meeting import MeetingSteps
 
+# before TRL's trainer, in this order; none adds a name that another adds
+BASES = (CountsTokens, Resumable, FiniteCheck, EngineSteps, MeetingSteps, GraphSteps, HeadLoss)
+
 
 def make_trainer(
     run: RunConfig, model: PeftModel, arguments: Any, data: RunData, callbacks: list[TrainerCallback] | None

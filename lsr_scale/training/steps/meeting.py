@@ -42,7 +42,7 @@ class MeetingSteps(_Base):
             self._hooked = True  # `FiniteCheck`'s hooks on gradients: those of a joint step are zeroed after it
             self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
             model.train()  # all of it: PEFT puts adapters in training mode into a base that is not
-            vars(model)["zero_grad"] = self._drop_gradients  # the module's own walks over all modules
+            vars(model)["zero_grad"] = self._drop_joint_gradients  # the module's own walks over all modules
         return model, loader
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -120,7 +120,7 @@ class MeetingSteps(_Base):
             return super()._get_grad_norm(model, grad_norm)
         return clip(self._gradients(), None)
 
-    def _drop_gradients(self, set_to_none: bool = True) -> None:
+    def _drop_joint_gradients(self, set_to_none: bool = True) -> None:
         """Free the trained parameters' gradients."""
         del set_to_none
         optimizer = self._flat()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import platform
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -154,9 +155,18 @@ def _announce(start: Start, is_resumed: bool, say: Say) -> None:
     num = distributed.world_size()
     engine = f"DeepSpeed, ZeRO stage {zero_stage(start.run)}" if uses_deepspeed(start.run) else "no DeepSpeed"
     say(f"{num} process{'es' if num > 1 else ''} on {device}, {engine}")
+    if device == "CPU" and start.run.model.dtype == "bfloat16" and not _cpu_has_bfloat16():
+        say("note: this CPU has no instructions for bfloat16, so float32 is faster: --set model.dtype=float32")
     if not distributed.is_launched() and torch.cuda.device_count() > 1:
         all_of_them = "deepspeed --module lsr_scale.launch --config ..."
         say(f"one of {torch.cuda.device_count()} GPUs is used; for all: {all_of_them}")
+
+
+def _cpu_has_bfloat16() -> bool:
+    """Tell whether this CPU multiplies in bfloat16; of those that are not x86 it is taken for granted."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return True
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def _prepare(

@@ -25,8 +25,8 @@ from lsr_scale.training.steps.joint import JointStep, Member
 from lsr_scale.training.steps.sharing import base_fallback_reason, sharing_fallback_reason
 
 LEAST_GAIN = 0.05  # by which the time a trial has to fall for twice as many to share a step
-_WARM_UP, _TIMED = 2, 3  # steps; on a GPU the first ones compile
-_WARM_UP_GPU, _TIMED_GPU = 4, 6
+_WARM_UP, _TIMED = 1, 1  # steps: on a CPU one of several trials may take a minute
+_WARM_UP_GPU, _TIMED_GPU = 4, 6  # the first ones compile
 
 
 @dataclass(frozen=True)

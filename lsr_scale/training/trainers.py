@@ -71,9 +71,7 @@ def _sft_trainer(run: RunConfig, options: dict[str, Any]) -> Trainer:
             "pip install 'trl>=1.16,<1.17'"
         )
 
-    class AdapterSFTTrainer(
-        CountsTokens, Resumable, FiniteCheck, EngineSteps, MeetingSteps, GraphSteps, HeadLoss, SFTTrainer
-    ):
+    class AdapterSFTTrainer(*BASES, SFTTrainer):
         supervise_assistant = run.training.get("assistant_only_loss") is not False
 
     return AdapterSFTTrainer(**options)

@@ -4,7 +4,7 @@ import argparse
 import json
 from typing import TYPE_CHECKING
 
-from lsr_scale.commands.arguments import Parser, add_run_arguments, find_file, names_run, read_run
+from lsr_scale.commands.arguments import Parser, add_run_arguments, find_file, names_run, notes_of_set
 from lsr_scale.errors import UserError
 
 if TYPE_CHECKING:
@@ -37,13 +37,15 @@ def run(args: argparse.Namespace) -> int:
             raise UserError("--json-schema: has every key; leave out --all")
         print(json.dumps(config.json_schema(), indent=2))
     else:
+        from lsr_scale.config.run import read_run
         from lsr_scale.config.trials import is_sweep, read_sweep
 
         file = find_file(args)
+        notes_of_set(args)
         if is_sweep(file, args.set):
             print(_of_sweep(read_sweep(file, args.set), args.all), end="")
             return 0
-        resolved, written = read_run(args)
+        resolved, written = read_run(file, args.set)
         print(config.dump_yaml(resolved) if args.all else config.difference(resolved, written).to_yaml(), end="")
     return 0
 

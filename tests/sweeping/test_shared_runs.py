@@ -269,9 +269,10 @@ def test_a_run_stops_after_a_step_and_goes_on_as_if_it_had_not(place, tmp_path, 
     for name, folder in ended.items():
         torch.testing.assert_close(factors(folder), factors(alone[name]), rtol=0, atol=1e-6)
         if name != "kron":  # what is logged every third step is of other steps since
-            for row, expected in zip(metrics(folder), metrics(alone[name]), strict=True):
-                assert row["step"] == expected["step"]
-                assert row.get("loss", 0.0) == pytest.approx(expected.get("loss", 0.0), rel=1e-5)
+            # where it paused it was evaluated as well
+            found = {row["step"]: row["loss"] for row in metrics(folder) if "loss" in row}
+            for row in metrics(alone[name]):
+                assert "loss" not in row or found[row["step"]] == pytest.approx(row["loss"], rel=1e-5)
 
 
 def test_checkpoints_of_shared_runs_and_others_are_exchangeable(place, tmp_path, alone):
@@ -289,7 +290,7 @@ def test_checkpoints_of_shared_runs_and_others_are_exchangeable(place, tmp_path,
 def test_runs_may_share_a_base_alone(place, tmp_path, alone):
     run = trials(place, tmp_path)["lsr"]
     base = load_base_for(run.model, 0)
-    folder = train(run, quiet=True, shared=Shared(lambda: share_base(base)))
+    folder = train(run, quiet=True, shared=Shared(lambda run: share_base(base)))
     assert same(factors(folder), factors(alone["lsr"]))
     assert not any("lsr" in name for name, _ in base.named_parameters()), "the base has no adapter"
 

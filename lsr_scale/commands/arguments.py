@@ -124,9 +124,7 @@ def read_run(args: argparse.Namespace) -> "tuple[RunConfig, dict[str, Any]]":
     """Return the run, as `load_run`, and what its file and --set say."""
     from lsr_scale.config.run import read_run
 
-    file = find_file(args)
-    notes_of_set(args)
-    return read_run(file, args.set)
+    return read_run(find_file(args), args.set)
 
 
 def first_trial(args: argparse.Namespace) -> "RunConfig":
@@ -135,7 +133,6 @@ def first_trial(args: argparse.Namespace) -> "RunConfig":
     from lsr_scale.config.trials import is_sweep, read_sweep
 
     file = find_file(args)
-    notes_of_set(args)
     if not is_sweep(file, args.set):
         return load_run(file, args.set)
     trials = read_sweep(file, args.set).trials
@@ -144,7 +141,7 @@ def first_trial(args: argparse.Namespace) -> "RunConfig":
 
 
 def find_file(args: argparse.Namespace) -> "Path":
-    """Return the file that CONFIG or --config means, and say which one a name is.
+    """Return the file that CONFIG or --config means, and say which one a name is, and which --set have no effect.
 
     Raises:
         UserError: for no configuration, two, or one that is not there.
@@ -158,12 +155,8 @@ def find_file(args: argparse.Namespace) -> "Path":
         )
     if (found := find_run(path)) != user_path(path) and rank() == "0":
         print(one_screen(f"note: {path} is {found}"), file=sys.stderr)
-    return found
-
-
-def notes_of_set(args: argparse.Namespace) -> None:
-    """Say which --set have no effect."""
     keys = [assignment.partition("=")[0].strip() for assignment in args.set]
     for index, key in enumerate(keys):
         if key in keys[index + 1 :] and rank() == "0":
             print(one_screen(f"note: --set {args.set[index]} has no effect, as {key} is set again"), file=sys.stderr)
+    return found

@@ -4,7 +4,7 @@ import argparse
 import json
 from typing import TYPE_CHECKING
 
-from lsr_scale.commands.arguments import Parser, add_run_arguments, find_file, names_run, notes_of_set
+from lsr_scale.commands.arguments import Parser, add_run_arguments, find_file, names_run
 from lsr_scale.errors import UserError
 
 if TYPE_CHECKING:
@@ -41,7 +41,6 @@ def run(args: argparse.Namespace) -> int:
         from lsr_scale.config.trials import is_sweep, read_sweep
 
         file = find_file(args)
-        notes_of_set(args)
         if is_sweep(file, args.set):
             print(_of_sweep(read_sweep(file, args.set), args.all), end="")
             return 0

@@ -12,7 +12,6 @@ from lsr_scale.commands.arguments import (
     add_run_arguments,
     count,
     find_file,
-    notes_of_set,
     positive_number,
     read_run,
 )
@@ -59,7 +58,6 @@ def run(args: argparse.Namespace) -> int:
             "--model goes with --budget; without it, give a configuration, such as lsr-scale plan mistral_lsr"
         )
     file = find_file(args)
-    notes_of_set(args)
     from lsr_scale.config.run import load_run
     from lsr_scale.config.trials import is_sweep, read_sweep
 

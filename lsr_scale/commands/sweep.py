@@ -4,7 +4,7 @@ import argparse
 import re
 from typing import Any
 
-from lsr_scale.commands.arguments import Parser, add_run_arguments, count, find_file, notes_of_set
+from lsr_scale.commands.arguments import Parser, add_run_arguments, count, find_file
 from lsr_scale.errors import UserError
 
 HELP = "Train many variants of a run on one loading of its base, together where that pays."
@@ -34,7 +34,6 @@ def run(args: argparse.Namespace) -> int:
 
     overrides = [*args.set, *([f"sweep.together={args.together}"] if args.together else [])]
     file = find_file(args)
-    notes_of_set(args)
     sweep = read_sweep(file, overrides)
     command = [
         str(file),

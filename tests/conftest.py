@@ -3,6 +3,8 @@
 import logging
 import os
 import signal
+import sys
+from collections.abc import Iterator
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -108,6 +110,15 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_make_parametrize_id(config: pytest.Config, val: object, argname: str) -> str | None:
     """Name a case with bytes by its argument: gzip writes the time into them, and processes must agree on names."""
     return argname if isinstance(val, bytes) else None
+
+
+@pytest.fixture(autouse=True)
+def _plots_without_a_screen() -> Iterator[None]:
+    """Let no test choose the backend with which the next ones draw."""
+    yield
+    pyplot = sys.modules.get("matplotlib.pyplot")
+    if pyplot and pyplot.get_backend() != "agg":
+        pyplot.switch_backend("agg")
 
 
 @pytest.fixture

@@ -68,9 +68,7 @@ def label_points(axes: Any, points: Sequence[tuple[float, float, str, str]], fon
 
     Called last: the axes' limits are to be what they stay.
     """
-    figure = axes.figure
-    figure.canvas.draw()
-    renderer = figure.canvas.get_renderer()
+    axes.figure.canvas.draw()
     taken = [_box_around(*axes.transData.transform((x, y)), 5) for x, y, *_ in points]
     strokes = _strokes(axes)
     for x, y, text, color in sorted(points, key=lambda point: (point[1], point[0])):
@@ -78,7 +76,7 @@ def label_points(axes: Any, points: Sequence[tuple[float, float, str, str]], fon
         for right, up, end in _PLACES:
             style = {"fontsize": fontsize, "color": color, "ha": end, "zorder": 6}
             label = axes.annotate(text, (x, y), (right, up), textcoords="offset points", **style)
-            box = label.get_window_extent(renderer).expanded(1.02, 1.05)
+            box = label.get_window_extent().expanded(1.02, 1.05)
             outside = not axes.bbox.contains(box.x0, box.y0) or not axes.bbox.contains(box.x1, box.y1)
             own = _box_around(*axes.transData.transform((x, y)), 3)
             covered = sum(box.overlaps(other) for other in taken if not own.overlaps(other) or other.width > 11)

@@ -34,6 +34,11 @@ def conflicts(run: "RunConfig") -> Iterator[Problem]:
 def _model(run: "RunConfig") -> Iterator[Problem]:
     model = run.model
     if model.task == "seq_cls":
+        if run.training["method"] != "sft":
+            yield Problem(
+                ("training", "method"),
+                f"{run.training['method']} trains a language model; set model.task: causal_lm, or remove it",
+            )
         if model.labels is not None and model.num_labels not in (None, len(model.labels)):
             yield Problem(
                 ("model", "num_labels"),

@@ -52,17 +52,21 @@ def already_imported() -> bool:
 
 
 @functools.cache
-def training_class(name: str) -> type:
-    """Return `SFTConfig` or `TrainingArguments`, fields only, a field's type where none of it can be told Any.
+def training_class(name: str | None) -> type:
+    """Return a class of training arguments, fields only, a field's type where none of it can be told Any.
+
+    Args:
+        name: One of TRL's by its name below `trl`, such as trainer.sft_config.SFTConfig; None: `TrainingArguments`.
 
     Raises:
         UnreadableError: if the installed version declares it in another way.
     """
     arguments = _fields_of("transformers", "training_args.py", "TrainingArguments", object)
-    if name == "TrainingArguments":
+    if name is None:
         return arguments
     base = _fields_of("trl", "trainer/base_config.py", "_BaseConfig", arguments)
-    return _fields_of("trl", "trainer/sft_config.py", "SFTConfig", base)
+    module, _, class_name = name.rpartition(".")
+    return _fields_of("trl", module.replace(".", "/") + ".py", class_name, base)
 
 
 @functools.cache

@@ -10,7 +10,7 @@ from lsr_scale.config import yaml_text
 from lsr_scale.config.deepspeed import SHIPPED
 from lsr_scale.config.run import RunConfig
 from lsr_scale.config.sections import ADAPTER_SECTIONS, DataSection, EvalSection, ModelSection, SourceSection
-from lsr_scale.config.training import DEFAULTS, TASK_DEFAULTS, training_model
+from lsr_scale.config.training import defaults_of, training_model
 
 # what a file always says, whatever its value
 _ALWAYS = {("model", "name"), ("adapter", "method"), ("data", "train")}
@@ -60,8 +60,9 @@ def difference(run: RunConfig, written: Mapping[str, Any]) -> Difference:
 def _defaults(run: RunConfig) -> dict[str, dict[str, Any]]:
     """Return what a run of this task and method has where its file says nothing."""
     task, method = run.model.task, run.adapter.method
-    fields = training_model(task).model_fields
-    of_training = {name: field.default for name, field in fields.items()} | DEFAULTS | TASK_DEFAULTS[task]
+    fields = training_model(task, run.training["method"]).model_fields
+    of_training = {name: field.default for name, field in fields.items()} | defaults_of(task, run.training["method"])
+    of_training["method"] = "sft"
     return {
         "model": _of_fields(ModelSection),
         "adapter": ADAPTER_SECTIONS[method].model_validate({"method": method}).model_dump(),

@@ -8,7 +8,8 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError, PydanticUndefined
 
 from lsr_scale import option_names
-from lsr_scale.config.training import OWNED, TASK_DEFAULTS
+from lsr_scale.config.methods import METHODS, method_of
+from lsr_scale.config.training import TASK_DEFAULTS, not_to_set
 from lsr_scale.config.yaml_text import KeyPath, Places, dotted, place_of
 from lsr_scale.errors import did_you_mean, shortened
 
@@ -76,7 +77,7 @@ _EXPECTED: dict[str, str] = {
 
 SHOWN = 8  # problems; the rest is counted
 
-SectionModels = Callable[[Any], Mapping[str, type[BaseModel]]]
+SectionModels = Callable[..., Mapping[str, type[BaseModel]]]
 
 
 class Problem(NamedTuple):
@@ -104,7 +105,7 @@ def explain(error: ValidationError, data: Mapping[str, Any], where: str, places:
         data: What was validated.
         where: The file or whatever `data` comes from.
         places: Where each value stands, by path.
-        models: The models of the sections, by name, for a task.
+        models: The models of the sections, by name, for a task and a training method.
     """
     expected: dict[KeyPath, list[ErrorDetails]] = {}
     problems: list[Problem] = []
@@ -175,7 +176,7 @@ def _section(path: KeyPath, data: Mapping[str, Any], models: SectionModels) -> t
     if path and path[0] == "training":
         model = data.get("model")
         task = model.get("task") if isinstance(model, dict) else None
-        known = models(task if task in TASK_DEFAULTS else "causal_lm")
+        known = models(task if task in TASK_DEFAULTS else "causal_lm", method_of(data.get("training")))
     else:
         known = models("causal_lm")
     if len(path) == 3 and isinstance(path[2], int):
@@ -187,8 +188,11 @@ def _section(path: KeyPath, data: Mapping[str, Any], models: SectionModels) -> t
 
 def _unknown(path: KeyPath, data: Mapping[str, Any], models: SectionModels) -> str:
     section, name = str(path[0]), str(path[-1])
-    if section == "training" and name in OWNED:
-        return f"not a field to set here: {OWNED[name]}"
+    if section == "training":
+        if remedy := not_to_set(method_of(data.get("training"))).get(name):
+            return f"not a field to set here: {remedy}"
+        if text := _of_another_method(name, data, models):
+            return text
     known = models("causal_lm")
     if section == "data" and len(path) == 2 and name in known["source"].model_fields:
         return f"unknown key; it belongs to a source, such as train: [{{path: ..., {name}: ...}}]"
@@ -204,6 +208,17 @@ def _unknown(path: KeyPath, data: Mapping[str, Any], models: SectionModels) -> s
         return f"unknown key; here it is {_ELSEWHERE[name]}"
     model = _section(path[:-1], data, models)
     return f"unknown key; {did_you_mean(name, model.model_fields if model else ())}"
+
+
+def _of_another_method(name: str, data: Mapping[str, Any], models: SectionModels) -> str | None:
+    """Return what is said of a key of the training section that only other methods have, None where none has it."""
+    method, model = method_of(data.get("training")), data.get("model")
+    if isinstance(model, dict) and model.get("task") == "seq_cls":
+        return None
+    others = [one for one in METHODS if one != method and name in models("causal_lm", one)["training"].model_fields]
+    if not others:
+        return None
+    return f"unknown key for training.method: {method}; it is one of {', '.join(others)}; remove it, or set method"
 
 
 def _wrong_method(section: Mapping[str, Any], models: SectionModels) -> Problem:

@@ -11,6 +11,7 @@ from lsr_scale.config import yaml_text
 from lsr_scale.config.bounds import out_of_bounds
 from lsr_scale.config.conflicts import conflicts
 from lsr_scale.config.messages import explain, raise_problems
+from lsr_scale.config.methods import METHODS
 from lsr_scale.config.sections import (
     ADAPTER_SECTIONS,
     AnyAdapter,
@@ -35,7 +36,8 @@ class RunConfig(Section):
     data: DataSection
     training: dict[str, Any] = Field(
         default_factory=dict,
-        description="Any field of trl.SFTConfig or transformers.TrainingArguments, by its own name.",
+        description="Any field of TRL's class of the method (trl.SFTConfig) or of transformers.TrainingArguments, by "
+        "its own name.",
     )
     deepspeed: DeepSpeedSection = DeepSpeedSection.model_validate({})
     eval: EvalSection = EvalSection.model_validate({})
@@ -164,6 +166,8 @@ def json_schema() -> dict[str, Any]:
     schema = RunConfig.model_json_schema()
     training = training_model("causal_lm").model_json_schema()
     schema["$defs"] |= training.pop("$defs", {})
+    for method in METHODS:
+        _add_fields(training["properties"], training_model("causal_lm", method).model_json_schema()["properties"])
     schema["properties"]["training"] |= training
     sweep = SweepSection.model_json_schema()
     schema["$defs"] |= sweep.pop("$defs", {})
@@ -171,19 +175,33 @@ def json_schema() -> dict[str, Any]:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "lsr-scale run"}
 
 
+def _add_fields(fields: dict[str, Any], others: dict[str, Any]) -> None:
+    """Add to a schema's fields those of another method; of a name that both have, either's values are taken."""
+    for name, other in others.items():
+        kinds = [
+            {k: v for k, v in kind.items() if k not in ("default", "description")}
+            for kind in (fields.get(name, other), other)
+        ]
+        if name not in fields:
+            fields[name] = other
+        elif kinds[0] != kinds[1]:
+            told = {k: v for k, v in fields[name].items() if k in ("default", "description", "title")}
+            fields[name] = {"anyOf": kinds, **told}
+
+
 def training_arguments(run: RunConfig) -> dict[str, Any]:
-    """Return keyword arguments for `SFTConfig` (causal_lm) or `TrainingArguments` (seq_cls), without `deepspeed`."""
+    """Return keyword arguments for the trainer's class (`training_arguments_class`), without `deepspeed`."""
     return training_kwargs(run.training, run.model.task)
 
 
 @functools.cache
-def section_models(task: Task) -> dict[str, type[BaseModel]]:
+def section_models(task: Task, method: str = "sft") -> dict[str, type[BaseModel]]:
     """Return the models whose fields are the valid names of each section, adapter methods as `adapter.<method>`."""
     return {
         "": RunConfig,
         "model": ModelSection,
         "data": DataSection,
-        "training": training_model(task),
+        "training": training_model(task, method),
         "training.early_stopping": EarlyStopping,
         "deepspeed": DeepSpeedSection,
         "eval": EvalSection,

@@ -1,24 +1,29 @@
 """The `training` section: our defaults, the fields that are ours, and the rest as TRL and transformers declare them.
 
-Any field of `trl.SFTConfig` (`model.task: causal_lm`) or `transformers.TrainingArguments` (`seq_cls`) is taken by its
-own name and checked against the dataclass of the installed version, so nothing here has to follow their releases.
+Any field of the method's class in TRL, such as `trl.SFTConfig` (`model.task: causal_lm`), or of
+`transformers.TrainingArguments` (`seq_cls`) is taken by its own name and checked against the dataclass of the installed
+version, so nothing here has to follow their releases.
 """
 
 import dataclasses
 import enum
 import functools
+import importlib
 import types
+import warnings
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, create_model
 
 from lsr_scale.config import declared
+from lsr_scale.config.methods import METHODS, method_of
 
 Task = Literal["causal_lm", "seq_cls"]
 
 # What a run gets where its file says nothing; every other field keeps the default of the installed libraries.
 DEFAULTS: dict[str, Any] = {
+    "method": "sft",  # see OWN_FIELDS
     "output_dir": None,  # null: a folder of its own under runs/
     "seed": 42,
     "num_train_epochs": 3,
@@ -32,7 +37,7 @@ DEFAULTS: dict[str, Any] = {
     "weight_decay": 0.0,
     "max_grad_norm": 1.0,
     "gradient_checkpointing": None,  # null: as memory has it
-    "fused": "auto",  # see OWN_FIELDS
+    "fused": "auto",
     "compute": "bf16",
     "keep_in_bf16": "auto",
     "compute_tolerance": 0.1,
@@ -53,12 +58,7 @@ DEFAULTS: dict[str, Any] = {
 }
 TASK_DEFAULTS: dict[Task, dict[str, Any]] = {
     # Without prediction_loss_only, evaluation keeps the logits of the whole vocabulary for every token.
-    "causal_lm": {
-        "max_length": 1024,
-        "packing": False,
-        "prediction_loss_only": True,
-        "assistant_only_loss": None,  # null: wherever rows are conversations
-    },
+    "causal_lm": {"prediction_loss_only": True},
     "seq_cls": {"max_length": 512},
 }
 
@@ -148,6 +148,10 @@ class EarlyStopping(BaseModel):
 
 # Fields that neither TRL nor transformers has: type and description.
 OWN_FIELDS: dict[str, tuple[Any, str]] = {
+    "method": (
+        Literal[tuple(METHODS)],  # pyright: ignore
+        "What is learned from which rows: 'sft' (supervised fine-tuning).",
+    ),
     "fused": (
         Literal["auto", "on", "off"],
         "Run decoder layers fused: 'on', 'off', or 'auto' (on a GPU). Fused layers do their own checkpointing.",
@@ -265,36 +269,47 @@ def yaml_type(annotation: Any, choices: Any = None) -> Any:
     return annotation
 
 
-def training_arguments_class(task: Task) -> type:
-    """Return the dataclass that the trainer of a task is given; the import takes seconds."""
+def training_arguments_class(task: Task, method: str = "sft") -> type:
+    """Return the dataclass that the trainer of a task, and of a method, is given; the import takes seconds."""
     if task == "seq_cls":
         from transformers import TrainingArguments
 
         return TrainingArguments
-    from trl import SFTConfig
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*experimental")  # what TRL calls so, it says of all of it
+        module = importlib.import_module(f"trl.{METHODS[method].module}")
+    return getattr(module, METHODS[method].class_name)
 
-    return SFTConfig
 
-
-def _declaration(task: Task) -> type:
+def _declaration(task: Task, method: str) -> type:
     """Return a dataclass with the fields of `training_arguments_class`, without importing that where it can be told."""
     if not declared.already_imported():
         try:
-            return declared.training_class("TrainingArguments" if task == "seq_cls" else "SFTConfig")
+            return declared.training_class(None if task == "seq_cls" else METHODS[method].arguments)
         except declared.UnreadableError:
             pass
-    return training_arguments_class(task)
+    return training_arguments_class(task, method)
+
+
+def defaults_of(task: Task, method: str) -> dict[str, Any]:
+    """Return what a run of a task and a method gets where its file says nothing and we have something to say."""
+    return {**DEFAULTS, **TASK_DEFAULTS[task], **(METHODS[method].defaults if task == "causal_lm" else {})}
+
+
+def not_to_set(method: str) -> dict[str, str]:
+    """Return the fields that no file of a method sets, with what to do instead."""
+    return OWNED | METHODS[method].unused
 
 
 @functools.cache
-def training_model(task: Task) -> type[TrainingFields]:
+def training_model(task: Task, method: str = "sft") -> type[TrainingFields]:
     """Return the model of the `training` section: the installed dataclass, our defaults in place of its own."""
-    source = _declaration(task)
+    source = _declaration(task, method)
     hints = get_type_hints(source)
-    defaults = {**DEFAULTS, **TASK_DEFAULTS[task]}
+    defaults, left_out = defaults_of(task, method), not_to_set(method)
     fields: dict[str, Any] = {}
     for field in dataclasses.fields(source):
-        if field.init and field.name not in OWNED:
+        if field.init and field.name not in left_out:
             kind = _buildable(yaml_type(hints[field.name], field.metadata.get("choices")))
             default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
             text = field.metadata.get("help", "").replace("%%", "%")
@@ -304,11 +319,11 @@ def training_model(task: Task) -> type[TrainingFields]:
         kind = kind if old.endswith("_kwargs") else Flag | None  # pyright: ignore[reportOperatorIssue]
         fields[old] = (kind, Field(default=DEFAULTS.get(old), description=described.description))
         fields[new] = (kind, Field(default=None, description=f"The name of {old} from transformers 5.23 on."))
-    if task == "causal_lm":
+    if task == "causal_lm" and method == "sft":
         text = "Supervise what the assistant says, its end tokens included, and no other turn. null: in conversations."
         kind = Flag | None  # pyright: ignore[reportOperatorIssue]
         fields["assistant_only_loss"] = (kind, Field(default=None, description=text))
-    else:
+    elif task == "seq_cls":
         text = "Longest sequence in tokens; longer ones are truncated."
         fields["max_length"] = _field("max_length", int | None, defaults["max_length"], text)
     for name, (kind, text) in OWN_FIELDS.items():
@@ -323,7 +338,8 @@ def check_training(values: Any, task: Task) -> dict[str, Any]:
         pydantic.ValidationError: for unknown names and wrong types or values.
         ValueError: for the two names of a renamed field, set differently.
     """
-    checked = training_model(task).model_validate(values)
+    method = method_of(values)
+    checked = training_model(task, method).model_validate(values)
     written = {name: _as_written(values[name], getattr(checked, name)) for name in values}
     for name, value in written.items():
         if name.endswith("_kwargs") and isinstance(value, str) and not value.lstrip().startswith("{"):
@@ -334,7 +350,7 @@ def check_training(values: Any, task: Task) -> dict[str, Any]:
             if values.get(old, values[new]) != values[new]:
                 raise ValueError(f"{old} and {new} are two names of one field, set to different values; keep one")
             values[old] = values.pop(new)
-    filled = {**DEFAULTS, **TASK_DEFAULTS[task], **_early_stopping_defaults(values), **values}
+    filled = {**defaults_of(task, method), **_early_stopping_defaults(values), **values}
     if (max_steps := filled.get("max_steps", -1)) != -1 and max_steps < 1:
         raise ValueError(f"max_steps: expected a number of steps, or -1 for num_train_epochs, got {max_steps}")
     if (rows := filled["per_device_train_batch_size"] * filled["gradient_accumulation_steps"]) > _ROWS_PER_STEP:
@@ -372,12 +388,12 @@ def checkpoints_layers(training: Mapping[str, Any]) -> bool:
 
 
 def training_kwargs(training: Mapping[str, Any], task: Task) -> dict[str, Any]:
-    """Return keyword arguments for `SFTConfig` or `TrainingArguments` of the installed version.
+    """Return keyword arguments for TRL's class of the method, or `TrainingArguments`, of the installed version.
 
     `bf16` and `fp16` are explicitly off, for TRL turns bf16 on by itself: the factors are float32 in the forward, and
     the base computes in the dtype it was loaded in.
     """
-    known = {field.name for field in dataclasses.fields(training_arguments_class(task))}
+    known = {field.name for field in dataclasses.fields(training_arguments_class(task, training["method"]))}
     kwargs = dict(training)
     kwargs["gradient_checkpointing"] = checkpoints_layers(kwargs)
     for name in OWN_FIELDS:

@@ -114,8 +114,8 @@ def _section(data: dict[str, Any], where: str, places: yaml_text.Places) -> Swee
     with contextlib.suppress(KeyError, TypeError, AttributeError):
         own |= {f"sweep.random.values.{key}": Drawn for key in only["sweep"]["random"]["values"]}
 
-    def models(task: Task) -> dict[str, Any]:
-        return {**section_models(task), **own}
+    def models(task: Task, method: str = "sft") -> dict[str, Any]:
+        return {**section_models(task, method), **own}
 
     try:
         raise_problems(list(out_of_bounds(only)))

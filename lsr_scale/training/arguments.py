@@ -14,7 +14,7 @@ from lsr_scale.training.steps.deepspeed_api import check_release
 
 
 def trainer_arguments(run: RunConfig, folder: RunFolder) -> Any:
-    """Return a run's `SFTConfig`, or `TrainingArguments` for a classifier; checkpoints go to the folder.
+    """Return a run's arguments, TRL's of its method or a classifier's; checkpoints go to the folder.
 
     Raises:
         UserError: for a setting that the library refuses, an optimizer that cannot be sharded, or a DeepSpeed that
@@ -38,7 +38,7 @@ def trainer_arguments(run: RunConfig, folder: RunFolder) -> Any:
         numbers = dict.fromkeys(config.OF_TRAINING, "auto")
         values["deepspeed"] = config.engine_config(run.deepspeed.config) | numbers
     with naming_settings(run):
-        arguments: Any = training_arguments_class(run.model.task)(**values)
+        arguments: Any = training_arguments_class(run.model.task, run.training["method"])(**values)
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # one process, one GPU: torch's DataParallel cannot copy a quantized layer
     return arguments

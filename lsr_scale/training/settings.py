@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from lsr_scale.config import RunConfig
-from lsr_scale.config.training import DEFAULTS, RENAMED, TASK_DEFAULTS, training_model
+from lsr_scale.config.training import DEFAULTS, RENAMED, defaults_of, training_model
 from lsr_scale.errors import UserError
 
 _OPTIMIZER = (
@@ -149,6 +149,7 @@ def _callers(trace: TracebackType | None) -> Iterator[str]:
 
 
 def _default(run: RunConfig, name: str) -> Any:
-    ours = {**DEFAULTS, **TASK_DEFAULTS[run.model.task]}
-    field = training_model(run.model.task).model_fields.get(name)
+    task, method = run.model.task, run.training["method"]
+    ours = defaults_of(task, method)
+    field = training_model(task, method).model_fields.get(name)
     return ours.get(name, field.default if field else None)

@@ -1,35 +1,26 @@
-"""The trainers: TRL's SFTTrainer, and transformers' Trainer for classifiers, each with this package's checkpoints,
-checks of its losses, and steps before it among its bases. The loop is theirs.
+"""The trainers: TRL's, by the training method (`methods/`), and transformers' Trainer for classifiers, each with this
+package's checkpoints, checks of its losses, and steps before it among its bases. The loop is theirs.
 """
 
-import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from packaging.version import Version
 from peft import PeftModel
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from lsr_scale.config import RunConfig
 from lsr_scale.data.cache import cached
 from lsr_scale.data.classification import tokenize_classification
-from lsr_scale.data.token_counts import CountsTokens
-from lsr_scale.errors import UserError
 from lsr_scale.scoring import classification
 from lsr_scale.training.checkpoint.resumable import Resumable
+from lsr_scale.training.methods import method_module
 from lsr_scale.training.run_data import RunData
 from lsr_scale.training.settings import naming_settings
 from lsr_scale.training.steps.engine import EngineSteps
 from lsr_scale.training.steps.finite_check import FiniteCheck
-from lsr_scale.training.steps.graphs import GraphSteps
-from lsr_scale.training.steps.head_loss import HeadLoss
-from lsr_scale.training.steps.meeting import MeetingSteps
-
-# before TRL's trainer, in this order; none adds a name that another adds
-BASES = (CountsTokens, Resumable, FiniteCheck, EngineSteps, MeetingSteps, GraphSteps, HeadLoss)
 
 
 def make_trainer(
@@ -37,7 +28,7 @@ def make_trainer(
 ) -> Any:
     """Return the trainer of a run, its rows tokenized.
 
-    The factors stay float32: on a quantized base SFTTrainer casts what trains to bfloat16 in place, which is undone.
+    The factors stay float32: on a quantized base TRL's trainers cast what trains to bfloat16 in place, which is undone.
 
     Raises:
         UserError: for a setting that the library refuses.
@@ -50,7 +41,8 @@ def make_trainer(
         "train_dataset": cached(data.train),
         "eval_dataset": None if data.validation is None else cached(data.validation),
     }
-    make = _classifier_trainer if run.model.task == "seq_cls" else _sft_trainer
+    is_classifier = run.model.task == "seq_cls"
+    make = _classifier_trainer if is_classifier else method_module(run.training["method"]).make_trainer
     with _keeping_float32(model), ignore_library_warnings(), naming_settings(run):
         trainer: Any = make(run, options)
     trainer.on_nonfinite = run.training["on_nonfinite"]
@@ -58,23 +50,6 @@ def make_trainer(
     if not arguments.push_to_hub:
         trainer.create_model_card = lambda *_, **__: None  # a template for the hub, among files to be read
     return trainer
-
-
-def _sft_trainer(run: RunConfig, options: dict[str, Any]) -> Trainer:
-    import trl
-    from trl import SFTTrainer
-
-    has_triton = torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
-    if Version(trl.__version__) < Version("1.16") and not has_triton:
-        raise UserError(
-            f"TRL {trl.__version__} computes its loss with Triton, on a GPU only; to train on the CPU: "
-            "pip install 'trl>=1.16,<1.17'"
-        )
-
-    class AdapterSFTTrainer(*BASES, SFTTrainer):
-        supervise_assistant = run.training.get("assistant_only_loss") is not False
-
-    return AdapterSFTTrainer(**options)
 
 
 def _classifier_trainer(run: RunConfig, options: dict[str, Any]) -> Trainer:
@@ -98,7 +73,7 @@ class ClassifierTrainer(Resumable, FiniteCheck, EngineSteps, Trainer):
 
 @contextmanager
 def _keeping_float32(model: torch.nn.Module) -> Iterator[None]:
-    """Undo SFTTrainer's cast of trainable parameters to bfloat16, rounding included."""
+    """Undo TRL's cast of trainable parameters to bfloat16, rounding included."""
     float32 = {
         name: parameter.data
         for name, parameter in model.named_parameters()

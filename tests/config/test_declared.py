@@ -12,6 +12,7 @@ import pytest
 from lsr_scale import adapters
 from lsr_scale.config import declared
 from lsr_scale.config import training as training_fields
+from lsr_scale.config.methods import METHODS
 from lsr_scale.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -41,14 +42,14 @@ def fields_of(model):
     }
 
 
-@pytest.mark.parametrize("task", ["causal_lm", "seq_cls"])
-def test_training_fields_read_off_the_source_are_the_installed_ones(task, monkeypatch):
-    imported = fields_of(training_fields.training_model.__wrapped__(task))
+@pytest.mark.parametrize(("task", "method"), [*(("causal_lm", name) for name in METHODS), ("seq_cls", "sft")])
+def test_training_fields_read_off_the_source_are_the_installed_ones(task, method, monkeypatch):
+    imported = fields_of(training_fields.training_model.__wrapped__(task, method))
     monkeypatch.setattr(declared, "already_imported", lambda: False)
     never = pytest.fail
-    monkeypatch.setattr(training_fields, "training_arguments_class", lambda task: never("the class was imported"))
+    monkeypatch.setattr(training_fields, "training_arguments_class", lambda *which: never("the class was imported"))
 
-    read = fields_of(training_fields.training_model.__wrapped__(task))
+    read = fields_of(training_fields.training_model.__wrapped__(task, method))
 
     assert read == imported
     assert list(read) == list(imported)

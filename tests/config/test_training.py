@@ -58,7 +58,7 @@ def test_checkpointing_has_the_name_that_the_installed_class_knows(monkeypatch):
 
     training = load(MINIMAL).training
     for source, name in ((Before523, "gradient_checkpointing"), (From523, "activation_checkpointing")):
-        monkeypatch.setattr(training_fields, "training_arguments_class", lambda task, source=source: source)
+        monkeypatch.setattr(training_fields, "training_arguments_class", lambda *which, source=source: source)
         kwargs = training_fields.training_kwargs(training, "causal_lm")
         assert {key for key in kwargs if "checkpointing" in key} == {name}
 
@@ -137,3 +137,16 @@ def test_groups_that_stay_in_bfloat16_are_auto_or_a_list():
     for name in ("mlp", "12.", ".down", "-1.down", "1.2.down", "model.layers.1.down"):
         assert f"training.keep_in_bf16: '{name}': " in problem(MINIMAL, f"training.keep_in_bf16=['{name}']")
     assert "training.compute_tolerance: expected a number > 0" in problem(MINIMAL, "training.compute_tolerance=0")
+
+
+def test_a_method_that_is_not_there_is_refused_with_those_that_are():
+    assert load(MINIMAL).training["method"] == "sft"
+    message = problem(MINIMAL, "training.method=grpoo")
+    assert "training.method: expected 'sft'" in message
+    assert "got 'grpoo'" in message
+
+
+def test_a_classifier_has_no_training_method():
+    text = MINIMAL.replace("name: some/model", "name: x\n  task: seq_cls\n  num_labels: 2")
+    assert load(text).training["method"] == "sft"
+    assert "method" not in config.training_arguments(load(text))

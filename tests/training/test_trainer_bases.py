@@ -4,7 +4,7 @@ import itertools
 
 from trl import SFTTrainer
 
-from lsr_scale.training.trainers import BASES
+from lsr_scale.training.methods.sft import BASES
 
 
 def own_names(base: type) -> set[str]:

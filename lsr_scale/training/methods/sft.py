@@ -1,0 +1,44 @@
+"""Supervised fine-tuning: TRL's SFTTrainer, the cross-entropy of what is supervised."""
+
+import os
+from typing import Any
+
+import torch
+from packaging.version import Version
+from transformers import Trainer
+
+from lsr_scale.config import RunConfig
+from lsr_scale.data.token_counts import CountsTokens
+from lsr_scale.errors import UserError
+from lsr_scale.training.checkpoint.resumable import Resumable
+from lsr_scale.training.steps.engine import EngineSteps
+from lsr_scale.training.steps.finite_check import FiniteCheck
+from lsr_scale.training.steps.graphs import GraphSteps
+from lsr_scale.training.steps.head_loss import HeadLoss
+from lsr_scale.training.steps.meeting import MeetingSteps
+
+# before TRL's trainer, in this order; none adds a name that another adds
+BASES = (CountsTokens, Resumable, FiniteCheck, EngineSteps, MeetingSteps, GraphSteps, HeadLoss)
+
+
+def make_trainer(run: RunConfig, options: dict[str, Any]) -> Trainer:
+    """Return the trainer.
+
+    Args:
+        run: The run.
+        options: What transformers' trainers take; the rows as `build_dataset` made them.
+    """
+    import trl
+    from trl import SFTTrainer
+
+    has_triton = torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
+    if Version(trl.__version__) < Version("1.16") and not has_triton:
+        raise UserError(
+            f"TRL {trl.__version__} computes its loss with Triton, on a GPU only; to train on the CPU: "
+            "pip install 'trl>=1.16,<1.17'"
+        )
+
+    class AdapterSFTTrainer(*BASES, SFTTrainer):
+        supervise_assistant = run.training.get("assistant_only_loss") is not False
+
+    return AdapterSFTTrainer(**options)

@@ -139,6 +139,16 @@ def _elsewhere(tmp_path_factory):
     os.chdir(tmp_path_factory.mktemp("elsewhere"))
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _any_cpu() -> Iterator[None]:
+    """Have `model.dtype: auto` be bfloat16 on every CPU; processes that tests start take what is said outright."""
+    from lsr_scale.model import dtype
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dtype, "cpu_has_bfloat16", lambda: True)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _as_in_a_fresh_process(tmp_path_factory, monkeypatch):
     """Undo what a command that ran in this process set for the whole of it; take Ctrl-C as a terminal gives it."""

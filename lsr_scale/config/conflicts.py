@@ -149,7 +149,7 @@ def _compute(run: "RunConfig") -> Iterator[Problem]:
         return
     for is_so, found, remedy in (
         (training["fused"] == "off", "training.fused is off", "set training.fused: auto"),
-        (run.model.dtype != "bfloat16", f"model.dtype is {run.model.dtype}", "set model.dtype: bfloat16"),
+        (run.model.dtype not in ("auto", "bfloat16"), f"model.dtype is {run.model.dtype}", "set model.dtype: bfloat16"),
         (run.model.attention == "eager", "model.attention is eager", "set model.attention: sdpa"),
         (
             bool(run.adapter.options.get("dropout")),

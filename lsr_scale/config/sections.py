@@ -62,8 +62,10 @@ class ModelSection(Section):
         "nf4", description="How the base's linears are stored; int8 is weight-only."
     )
     double_quantization: Flag = Field(True, description="Quantize the 4-bit block scales too.")
-    dtype: Literal["bfloat16", "float32", "float16"] = Field(
-        "bfloat16", description="Activations and unquantized weights; adapter factors are float32 always."
+    dtype: Literal["auto", "bfloat16", "float32", "float16"] = Field(
+        "auto",
+        description="Activations and unquantized weights; auto is bfloat16, and float32 where the device has no "
+        "instructions for that. Adapter factors are float32 always.",
     )
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(
         "auto", description="Attention implementation; auto takes the fastest that is installed."

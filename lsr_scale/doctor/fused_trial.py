@@ -54,7 +54,7 @@ def small_layer(rank: int) -> Trial:
 def layer_of(run: RunConfig) -> Trial:
     """Return one layer of a run's model with the run's adapter."""
     from lsr_scale.adapters import peft_config
-    from lsr_scale.model import load_config
+    from lsr_scale.model import chosen_dtype, load_config, local_device
 
     config: Any = load_config(run.model.name, run.model.revision)
     config = type(config).from_dict(
@@ -62,7 +62,8 @@ def layer_of(run: RunConfig) -> Trial:
     )
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:1]
-    base = {name: getattr(run.model, name) for name in ("quantization", "double_quantization", "dtype")}
+    base = {name: getattr(run.model, name) for name in ("quantization", "double_quantization")}
+    base["dtype"] = chosen_dtype(run.model.dtype, local_device())
     options = {name: value for name, value in run.adapter.options.items() if not name.startswith("layers_")}
     adapter = peft_config(run.adapter.method, options, "CAUSAL_LM")
     return Trial(config, base, adapter, f"a layer of {run.model.name} with the run's {run.adapter.method}")

@@ -11,6 +11,7 @@ import torch
 
 from lsr_scale import distributed
 from lsr_scale.doctor.report import Finding
+from lsr_scale.model.dtype import chosen_dtype, without_bfloat16
 from lsr_scale.units import byte_size
 
 GIB = 2**30
@@ -21,6 +22,8 @@ def check_hardware() -> Iterator[Finding]:
     cores = distributed.num_cores()
     memory = psutil.virtual_memory()
     yield Finding("hardware", "CPU", f"{platform.machine()}, {cores} cores usable, {torch.get_num_threads()} threads")
+    if not torch.cuda.is_available():
+        yield _dtype()
     yield Finding("hardware", "memory", f"{byte_size(memory.available)} of {byte_size(memory.total)} free")
     driver = _driver()
     yield check_torch_build(torch.version.cuda, driver, torch.cuda.is_available())
@@ -29,11 +32,18 @@ def check_hardware() -> Iterator[Finding]:
         free, total = torch.cuda.mem_get_info(index)
         capability = f"{properties.major}.{properties.minor}"
         found = f"{properties.name}, compute capability {capability}, {byte_size(free)} of {byte_size(total)} free"
-        if properties.major < 8:
-            remedy = "it has no bfloat16: set model.dtype: float16"
+        if without_bfloat16(torch.device("cuda", index)):
+            remedy = "it has no bfloat16, so model.dtype: auto is float32; float16 is faster, and may overflow"
             yield Finding("hardware", f"GPU {index}", found, "note", remedy)
         else:
             yield Finding("hardware", f"GPU {index}", f"{found}, bfloat16")
+
+
+def _dtype() -> Finding:
+    """Return what runs compute in by default, where they compute on the CPU."""
+    device = torch.device("cpu")
+    slow, found = without_bfloat16(device), f"model.dtype: auto is {chosen_dtype('auto', device)}"
+    return Finding("hardware", "dtype", f"{found}, as {slow}" if slow else found)
 
 
 def _driver() -> str | None:

@@ -67,7 +67,7 @@ class MergedWeights:
                 folder = snapshot_download(section["name"], revision=section["revision"], allow_patterns=patterns)
             self.path = Path(folder)
         self.files = _files(self.path)
-        self.dtype = DTYPES[section.get("dtype", "bfloat16")]
+        self.dtype = DTYPES[section["dtype"]]
         self.meta_model = meta_model(self.config, section["task"], section["num_labels"], dtype=self.dtype)
         self.heads = {name.removeprefix(WRAPPER): value for name, value in source.extra.items()}
         self.quantized = _Quantized(self.meta_model, section, self.dtype)

@@ -22,7 +22,7 @@ from lsr_scale.data.tasks import Example
 from lsr_scale.errors import UserError
 from lsr_scale.exporting.source import WRAPPER, AdapterSource
 from lsr_scale.layers.frozen_linear import dequantize, freeze_quantized
-from lsr_scale.model import load_base, load_config, load_tokenizer, read_tokenizer
+from lsr_scale.model import chosen_dtype, load_base, load_config, load_tokenizer, local_device, read_tokenizer
 from lsr_scale.scoring.accuracy import TaskScore, mcnemar
 from lsr_scale.scoring.scorer import score
 from lsr_scale.screen import Progress
@@ -257,8 +257,9 @@ def base_section(source: AdapterSource, base_name: str | None) -> dict[str, Any]
     """
     if source.run is not None:
         section = source.run.model
-        words = ("name", "revision", "task", "num_labels", "labels", "quantization", "double_quantization", "dtype")
+        words = ("name", "revision", "task", "num_labels", "labels", "quantization", "double_quantization")
         values = {word: getattr(section, word) for word in (*words, "random_weights")}
+        values["dtype"] = chosen_dtype(section.dtype, local_device())
         values["seed"] = source.run.training["seed"]
         return values if base_name is None else values | {"name": base_name}
     described = source.base or {}
@@ -268,7 +269,8 @@ def base_section(source: AdapterSource, base_name: str | None) -> dict[str, Any]
     kind = described.get("quantization", "none")
     if kind not in ("nf4", "fp4", "int8", "none"):
         raise UserError(f"{source.folder}: base.json: quantization {kind!r} is none of nf4, fp4, int8, none")
-    values = {"name": name, "revision": None, "quantization": kind, "random_weights": False, "seed": 0}
+    values = {"name": name, "revision": None, "quantization": kind, "dtype": "bfloat16"}
+    values |= {"random_weights": False, "seed": 0}
     return values | _task_of(source)
 
 

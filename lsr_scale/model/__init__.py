@@ -1,6 +1,7 @@
 """The base model: found by its name, loaded, quantized, frozen and sharded; its tokenizer."""
 
 from lsr_scale.model.architecture import DTYPES, Task, head_modules, load_config, meta_model, model_class
+from lsr_scale.model.dtype import chosen_dtype, without_bfloat16
 from lsr_scale.model.load import load_base, load_base_for, local_device
 from lsr_scale.model.names import resolve
 from lsr_scale.model.quantize import Quantization, check_quantization, quantization_config
@@ -11,6 +12,7 @@ __all__ = [
     "Quantization",
     "Task",
     "check_quantization",
+    "chosen_dtype",
     "head_modules",
     "load_base",
     "load_base_for",
@@ -24,4 +26,5 @@ __all__ = [
     "resolve",
     "save_tokenizer",
     "tokenizer_of",
+    "without_bfloat16",
 ]

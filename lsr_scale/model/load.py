@@ -1,6 +1,6 @@
 """The frozen base model of a run: loaded or drawn at random, quantized, sharded, on this process's device.
 
-Its weights are in bfloat16 (or another dtype), or those of its linear layers in 4 bits (NF4, FP4; double quantization)
+Its weights are in bfloat16 or another dtype, or those of its linear layers in 4 bits (NF4, FP4; double quantization)
 or 8 bits by bitsandbytes; heads outside the base stay in the model's dtype. Code from a model repository is never run.
 """
 
@@ -20,6 +20,7 @@ from lsr_scale.errors import UserError, did_you_mean
 from lsr_scale.kernels.attention import disable_cudnn_in_sdpa
 from lsr_scale.layers.frozen_linear import freeze_quantized
 from lsr_scale.model.architecture import DTYPES, Task, head_modules, load_config, meta_model, model_class
+from lsr_scale.model.dtype import chosen_dtype
 from lsr_scale.model.folder_checks import check_weights, read_json
 from lsr_scale.model.gather import gather_on_use, replicate
 from lsr_scale.model.load_errors import explain_load_errors
@@ -51,7 +52,7 @@ def load_base(
     labels: Sequence[str] | None = None,
     quantization: Quantization = "nf4",
     double_quantization: bool = True,
-    dtype: str | torch.dtype = "bfloat16",
+    dtype: str | torch.dtype = "auto",
     attention: str = "auto",
     random_weights: bool = False,
     seed: int = 0,
@@ -70,7 +71,8 @@ def load_base(
         labels: Their names, class 0 first, for its configuration.
         quantization: "nf4", "fp4", "int8" or "none".
         double_quantization: Quantize the 4-bit scales too.
-        dtype: "bfloat16", "float16" or "float32": of everything not quantized, and the compute dtype.
+        dtype: "bfloat16", "float16" or "float32": of everything not quantized, and the compute dtype; "auto" is the
+            device's (`chosen_dtype`).
         attention: "auto" (SDPA where the model has it), or a name that Transformers knows.
         random_weights: Initialize at random, to measure speed and memory; needs no checkpoint.
         seed: Seed of the random weights and of a new head.
@@ -83,10 +85,12 @@ def load_base(
         UserError: for an unknown model or task; weights that are missing, damaged, pickled, in files elsewhere, of
             another shape, or quantized in another way; or too little memory.
     """
-    dtype = DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
-    if isinstance(dtype, str):
-        raise UserError(f"model.dtype: {did_you_mean(dtype, DTYPES)}")
     device = device or local_device()
+    if isinstance(dtype, str):
+        chosen = chosen_dtype(dtype, device)
+        if chosen not in DTYPES:
+            raise UserError(f"model.dtype: {did_you_mean(chosen, ['auto', *DTYPES])}")
+        dtype = DTYPES[chosen]
     disable_cudnn_in_sdpa()
     config = load_config(name, revision)
     on_gpu = torch.cuda.device(device) if device.type == "cuda" else nullcontext()

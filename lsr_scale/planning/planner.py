@@ -14,6 +14,7 @@ import warnings
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
@@ -28,7 +29,7 @@ from lsr_scale.errors import UserError
 from lsr_scale.fused import FuseReport, fuse, keep_in_bf16
 from lsr_scale.fused.fallback import DECODER_LAYERS
 from lsr_scale.fused.layer_state import Recompute
-from lsr_scale.model import DTYPES, check_quantization, load_config, meta_model
+from lsr_scale.model import DTYPES, check_quantization, chosen_dtype, load_config, local_device, meta_model
 from lsr_scale.planning import memory
 from lsr_scale.planning.sizes import adapter_file_bytes, frozen_bytes, quantized_layers
 from lsr_scale.planning.stages import GIB, Memory, RunMemory
@@ -50,6 +51,7 @@ class Row:
 class Plan:
     """See the module's docstring for what is exact and what is not.
 
+    `dtype` is the run's; model.dtype: auto is what it is on a GPU.
     `compute` is what it was counted in: the run's, or "bf16" where 8 bits would be refused. Which groups
     training.keep_in_bf16: auto would keep in bfloat16 is not known.
     `traced` is false where activations could not be counted: they come on top of every figure of memory.
@@ -59,6 +61,7 @@ class Plan:
     model: str
     architecture: str
     quantization: str
+    dtype: str
     method: str
     gpus: int
     tokens_per_gpu: int
@@ -97,6 +100,9 @@ def plan(run: RunConfig, gpus: int = 1, trace: bool = True) -> Plan:
         from lsr_scale.training.run_labels import with_labels  # imports datasets
 
         run = with_labels(run)
+    if run.model.dtype == "auto":
+        dtype = chosen_dtype("auto", local_device()) if torch.cuda.is_available() else "bfloat16"  # as on a GPU
+        run = run.model_copy(update={"model": run.model.model_copy(update={"dtype": dtype})})
     section, training = run.model, run.training
     config = load_config(section.name, section.revision)
     text = config.get_text_config()
@@ -152,6 +158,7 @@ def plan(run: RunConfig, gpus: int = 1, trace: bool = True) -> Plan:
         model=section.name,
         architecture=(base.config.architectures or [base.config.model_type])[0],
         quantization=section.quantization,
+        dtype=section.dtype,
         method=run.adapter.method,
         gpus=gpus,
         tokens_per_gpu=batch.rows * batch.length,

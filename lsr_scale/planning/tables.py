@@ -19,7 +19,7 @@ def render(plan: Plan) -> Group:
     how = f", products with the base in {plan.compute}" if plan.compute != "bf16" else ""
     facts = Table.grid(padding=(0, 2))
     for name, text in (
-        ("base", f"{plan.model}, {plan.quantization}"),
+        ("base", f"{plan.model}, {plan.quantization}, {plan.dtype}"),
         ("parameters", f"{plan.base_parameters:,} ({plan.architecture})"),
         ("frozen bytes", f"{plan.frozen_bytes:,} ({byte_size(plan.frozen_bytes)}), exact"),
         ("adapter", f"{plan.method} on {plan.adapted_modules} modules"),

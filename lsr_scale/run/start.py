@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count, takewhile
 from pathlib import Path
 from typing import Any, Self
@@ -11,7 +11,7 @@ from typing import Any, Self
 from lsr_scale import config, distributed, files
 from lsr_scale.config import RunConfig
 from lsr_scale.errors import UserError
-from lsr_scale.model import save_tokenizer
+from lsr_scale.model import chosen_dtype, local_device, save_tokenizer
 from lsr_scale.paths import user_path
 from lsr_scale.run.backup import Backup, restore
 from lsr_scale.run.folder import RunFolder, step_of
@@ -27,7 +27,8 @@ class Start:
     """What a run begins with; equal on every process.
 
     Attributes:
-        run: As it was given, but for the gradient accumulation where another number of processes resumes it.
+        run: As it was given, but for the gradient accumulation where another number of processes resumes it, and with
+            the dtype that `model.dtype: auto` is: the main process's, or that of the run that resumes.
         folder: Where it writes.
         checkpoint: What it resumes from, None for a run from the beginning.
         step: After which it was saved, 0 without one; training may remove the checkpoint.
@@ -87,18 +88,25 @@ def starting(run: RunConfig, name: str, resume: str | None, overwrite: bool) -> 
         outcome: Any = None
         if distributed.is_main():
             try:
-                outcome = decide(run, name, resume, overwrite, claims)
+                outcome = _with_dtype(decide(run, name, resume, overwrite, claims))
             except UserError as error:
                 outcome = str(error)
-        if isinstance(outcome, Start):  # a run cannot be pickled; only its training and labels are not what was given
-            labels = {name: getattr(outcome.run.model, name) for name in ("labels", "num_labels")}
-            outcome = {**vars(outcome), "run": (outcome.run.training, labels)}
+        if isinstance(outcome, Start):  # a run cannot be pickled; only this of it is not what was given
+            decided = {name: getattr(outcome.run.model, name) for name in ("labels", "num_labels", "dtype")}
+            outcome = {**vars(outcome), "run": (outcome.run.training, decided)}
         outcome = distributed.broadcast(outcome)
         if isinstance(outcome, str):
             raise UserError(outcome)
-        training, labels = outcome["run"]
-        changed = {"training": training, "model": run.model.model_copy(update=labels)}
+        training, decided = outcome["run"]
+        changed = {"training": training, "model": run.model.model_copy(update=decided)}
         yield Start(**{**outcome, "run": run.model_copy(update=changed)})
+
+
+def _with_dtype(start: Start) -> Start:
+    """Return a start whose run names its dtype."""
+    dtype = chosen_dtype(start.run.model.dtype, local_device())
+    model = start.run.model.model_copy(update={"dtype": dtype})
+    return replace(start, run=start.run.model_copy(update={"model": model}))
 
 
 def decide(run: RunConfig, name: str, resume: str | None, overwrite: bool, claims: ExitStack) -> Start:

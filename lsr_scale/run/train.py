@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import platform
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -19,6 +18,7 @@ from lsr_scale.config import RunConfig
 from lsr_scale.data.tasks import Example
 from lsr_scale.errors import UserError
 from lsr_scale.exporting.as_lora import save_as_lora
+from lsr_scale.model import local_device, without_bfloat16
 from lsr_scale.model.gather import reshard
 from lsr_scale.model.load_errors import suggest_base_option
 from lsr_scale.report.write import report_at_end
@@ -102,6 +102,7 @@ def train(
 
     with starting(run, name, resume, overwrite) as start:
         _announce(start, resume is not None, say)
+        _announce_dtype(start, run.model.dtype, say)
         tasks = evaluate.load_tasks(start.run.eval)
         stop = StopOnSignal(say, shared and shared.signals, stop_after_step)
         data, trainer, samples = _prepare(start, stop, say, quiet, shared)
@@ -155,18 +156,19 @@ def _announce(start: Start, is_resumed: bool, say: Say) -> None:
     num = distributed.world_size()
     engine = f"DeepSpeed, ZeRO stage {zero_stage(start.run)}" if uses_deepspeed(start.run) else "no DeepSpeed"
     say(f"{num} process{'es' if num > 1 else ''} on {device}, {engine}")
-    if device == "CPU" and start.run.model.dtype == "bfloat16" and not _cpu_has_bfloat16():
-        say("note: this CPU has no instructions for bfloat16, so float32 is faster: --set model.dtype=float32")
     if not distributed.is_launched() and torch.cuda.device_count() > 1:
         all_of_them = "deepspeed --module lsr_scale.launch --config ..."
         say(f"one of {torch.cuda.device_count()} GPUs is used; for all: {all_of_them}")
 
 
-def _cpu_has_bfloat16() -> bool:
-    """Tell whether this CPU multiplies in bfloat16; of those that are not x86 it is taken for granted."""
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        return True
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+def _announce_dtype(start: Start, asked: str, say: Say) -> None:
+    """Say which dtype auto is, and of a new run where the device is slow in the one that it asks for."""
+    dtype, slow = start.run.model.dtype, without_bfloat16(local_device())
+    if asked == "auto":
+        because = ", as when the run began" if start.checkpoint else f", as {slow}" if slow else ""
+        say(f"model.dtype: auto is {dtype} here{because}")
+    elif dtype == "bfloat16" and slow and start.checkpoint is None:
+        say(f"note: {slow}, so float32 is faster: --set model.dtype=auto")
 
 
 def _prepare(

@@ -5,7 +5,7 @@ import logging
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -82,6 +82,7 @@ class Driver:
     """Trains a sweep's trials in this process, those that it claims of the sweep's folder."""
 
     def __init__(self, sweep: Sweep, folder: SweepFolder, board: Board) -> None:
+        sweep = _with_dtype(sweep, folder.read().dtype)
         self.sweep, self.folder, self.board = sweep, folder, board
         self.plans = {trial.name: trial for trial in sweep.trials}
         self.worker, self.signals = Worker(folder, board.say), Signals()
@@ -189,6 +190,18 @@ class Driver:
             trial.results = {**trial.results, "steps": scores.steps_of(folder)}
             if not isinstance(error, UserError | torch.OutOfMemoryError):
                 logger.error("trial %s", trial.name, exc_info=error)
+
+
+def _with_dtype(sweep: Sweep, dtype: str) -> Sweep:
+    """Return a sweep whose trials name their dtype: this one where it is auto."""
+
+    def named(trial: TrialPlan) -> TrialPlan:
+        model = trial.run.model
+        if model.dtype != "auto":
+            return trial
+        return replace(trial, run=trial.run.model_copy(update={"model": model.model_copy(update={"dtype": dtype})}))
+
+    return replace(sweep, trials=[named(trial) for trial in sweep.trials])
 
 
 def _error_of(start: Callable[[], None]) -> BaseException | None:

@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 from lsr_scale import files
 from lsr_scale.config.trials import Sweep
 from lsr_scale.errors import UserError
+from lsr_scale.model import chosen_dtype, local_device
 from lsr_scale.run.folder import RunFolder
 from lsr_scale.sweeping import halving
 from lsr_scale.version import __version__
@@ -61,18 +62,28 @@ class TrialState:
 
 @dataclass
 class SweepState:
-    """What `sweep.json` says: the run as it was written, the section, what trials are compared by, and the trials."""
+    """What `sweep.json` says.
+
+    Attributes:
+        run: The run as it was written.
+        sweep: The section.
+        scored_by: What trials are compared by.
+        trials: The trials, by name.
+        dtype: What `model.dtype: auto` is in all of them, on whichever machine.
+    """
 
     run: dict[str, Any]
     sweep: dict[str, Any]
     scored_by: str
     trials: dict[str, TrialState]
+    dtype: str = "bfloat16"
 
     @classmethod
     def new(cls, sweep: Sweep) -> Self:
-        """Return the state of a sweep that has not begun."""
+        """Return the state of a sweep that begins here."""
         trials = {trial.name: TrialState(trial.name, trial.changes) for trial in sweep.trials}
-        return cls(sweep.written, sweep.section.model_dump(), sweep.scored_by(), trials)
+        dtype = chosen_dtype("auto", local_device())
+        return cls(sweep.written, sweep.section.model_dump(), sweep.scored_by(), trials, dtype)
 
     @classmethod
     def of_json(cls, content: Any, path: Path) -> Self:
@@ -83,13 +94,14 @@ class SweepState:
         """
         try:
             trials = {one["name"]: TrialState(**one) for one in content["trials"]}
-            return cls(content["run"], content["sweep"], content["scored_by"], trials)
+            dtype = content.get("dtype", "bfloat16")  # as of the releases that had no auto
+            return cls(content["run"], content["sweep"], content["scored_by"], trials, dtype)
         except (KeyError, TypeError):
             raise UserError(f"{path}: is no sweep's, or another release's; move it away") from None
 
     def to_json(self) -> dict[str, Any]:
         """Return it as the content of a file."""
-        parts = {"run": self.run, "sweep": self.sweep, "scored_by": self.scored_by}
+        parts = {"run": self.run, "sweep": self.sweep, "scored_by": self.scored_by, "dtype": self.dtype}
         return {"lsr_scale": __version__, **parts, "trials": [dataclasses.asdict(one) for one in self.trials.values()]}
 
     def ranked(self) -> list[TrialState]:

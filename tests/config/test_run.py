@@ -146,7 +146,7 @@ def test_arguments_of_an_optimizer_that_takes_none_are_refused():
         ("training=[1]", "training: expected mapping, got [1]"),
         ("model.name=", "model.name: expected str, got None"),
         ('model.name=""', "model.name: expected text that is not empty, got ''"),
-        ("model.dtype=bf16", "expected 'bfloat16', 'float32' or 'float16', got 'bf16'; did you mean 'bfloat16'"),
+        ("model.dtype=bf16", "'bfloat16', 'float32' or 'float16', got 'bf16'; did you mean 'bfloat16'"),
         ("model.quantization=nf5", "got 'nf5'; did you mean 'nf4'"),
         ("model.random_weights=1", "expected true or false, got 1"),
         ("adapter.method=lrs", "adapter.method: unknown method 'lrs'; did you mean 'lsr'"),

@@ -137,7 +137,7 @@ def tiny_run(folder: Path, **sections: dict[str, Any]) -> RunConfig:
     Six steps of two rows on an NF4 base, a checkpoint after every second one, scored before and after.
     """
     values: dict[str, dict[str, Any]] = {
-        "model": {"name": str(folder / "model")},
+        "model": {"name": str(folder / "model"), "dtype": "bfloat16"},  # as processes on any machine
         "adapter": {"method": "lsr", "rank": 4, "separation_rank": 2, "target_modules": SEVEN_LINEARS},
         "data": {"train": [str(folder / "rows.jsonl")]},
         "training": {

@@ -98,7 +98,7 @@ CHOICES = {
     "model": {
         "quantization": ["nf4", "fp4", "int8", "none"],
         "double_quantization": [True, False],
-        "dtype": ["bfloat16", "float32", "float16"],
+        "dtype": ["auto", "bfloat16", "float32", "float16"],
         "revision": [None, "main", "1e5", "010"],
         "chat_template": [None, "no", "a: b.jinja"],
         "random_weights": [True, False],

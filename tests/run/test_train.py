@@ -21,7 +21,7 @@ from lsr_scale.config.training import checkpoints_layers
 from lsr_scale.fused import attention_block
 from lsr_scale.model import load_base, load_base_for
 from lsr_scale.run.folder import RunFolder
-from lsr_scale.run.train import _cpu_has_bfloat16, train
+from lsr_scale.run.train import train
 from lsr_scale.training import assembly
 from lsr_scale.training.assembly import adapt, build_trainer
 from lsr_scale.training.callbacks.memory import FitMemoryCallback
@@ -560,13 +560,3 @@ def test_modules_to_save_that_the_base_lacks_are_refused(place):
     adapter = {"modules_to_save": ["lm_headd"]}
     with pytest.raises(UserError, match=r"modules_to_save: 'lm_headd' is no module of .*did you mean 'lm_head'"):
         do(tiny_run(place, adapter=adapter, training={"output_dir": str(place / "misspelt")}))
-
-
-@pytest.mark.parametrize(
-    ("machine", "has", "expected"), [("x86_64", False, False), ("x86_64", True, True), ("arm64", False, True)]
-)
-def test_which_cpus_have_bfloat16(monkeypatch, machine, has, expected):
-    monkeypatch.setattr("platform.machine", lambda: machine)
-    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
-        monkeypatch.setattr(torch.cpu, name, lambda: has)
-    assert _cpu_has_bfloat16() is expected

@@ -61,7 +61,7 @@ def fit(checkpoint: Path, run: RunConfig, num_processes: int) -> tuple[RunConfig
     if (problem := damage(checkpoint)) is not None:
         raise UserError(f"--resume {checkpoint}: not a checkpoint to resume from: {problem}")
     state = read_state(checkpoint)
-    run = _with_labels_of(checkpoint, run)
+    run = _as_decided(checkpoint, run)
     meant_for = (state.first_num_processes, state.num_processes)
     if state.rows_per_step in [run.training[_BATCH] * run.training[_ACCUMULATION] * number for number in meant_for]:
         run = _with_accumulation(run, state.rows_per_step, num_processes)
@@ -72,16 +72,17 @@ def fit(checkpoint: Path, run: RunConfig, num_processes: int) -> tuple[RunConfig
     return run, notes
 
 
-def _with_labels_of(checkpoint: Path, run: RunConfig) -> RunConfig:
-    """Return a classifier's run with the labels that it found in its rows when it began, where it names none."""
+def _as_decided(checkpoint: Path, run: RunConfig) -> RunConfig:
+    """Return a run with what was decided when it began, and it does not say: its dtype, a classifier's labels."""
     saved = run_folder_of(checkpoint).config
-    if run.model.task != "seq_cls" or run.model.labels is not None or not saved.is_file():
+    if not saved.is_file():
         return run
-    earlier = config.load_run(saved).model
-    if earlier.num_labels is None or run.model.num_labels not in (None, earlier.num_labels):
-        return run
-    found = {"labels": earlier.labels, "num_labels": earlier.num_labels}
-    return run.model_copy(update={"model": run.model.model_copy(update=found)})
+    model, earlier = run.model, config.load_run(saved).model
+    found: dict[str, Any] = {"dtype": earlier.dtype} if model.dtype == "auto" else {}
+    unnamed = model.task == "seq_cls" and model.labels is None
+    if unnamed and earlier.num_labels is not None and model.num_labels in (None, earlier.num_labels):
+        found |= {"labels": earlier.labels, "num_labels": earlier.num_labels}
+    return run.model_copy(update={"model": model.model_copy(update=found)})
 
 
 def as_begun(checkpoint: Path, run: RunConfig) -> RunConfig:

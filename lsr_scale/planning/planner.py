@@ -33,6 +33,7 @@ from lsr_scale.model import DTYPES, check_quantization, chosen_dtype, load_confi
 from lsr_scale.planning import memory
 from lsr_scale.planning.sizes import adapter_file_bytes, frozen_bytes, quantized_layers
 from lsr_scale.planning.stages import GIB, Memory, RunMemory
+from lsr_scale.training.optimizers.state_bytes import pair_state_bytes
 
 # tokens in a row if max_length is null
 UNKNOWN_LENGTH = 1024
@@ -128,7 +129,8 @@ def plan(run: RunConfig, gpus: int = 1, trace: bool = True) -> Plan:
     trainable_bytes = sum(parameter.numel() * parameter.element_size() for parameter in trainable)
     targets = run.adapter.options.get("target_modules")
     notes = [*_oversized(model), *coverage_notes(model, section.quantization, targets, section.dtype, set(quantized))]
-    if training.get("optim") not in ("adamw_torch", "adamw_torch_fused"):
+    optimizer_state = pair_state_bytes(training["optim"], model)
+    if optimizer_state is None and training["optim"] not in ("adamw_torch", "adamw_torch_fused", "lora_plus"):
         notes.append(f"the optimizer is counted as AdamW in float32; {training.get('optim')} may take less or more")
 
     stack = memory.layer_list(base)
@@ -147,7 +149,7 @@ def plan(run: RunConfig, gpus: int = 1, trace: bool = True) -> Plan:
             notes.append(f"activations and workspace come on top, they could not be counted for this model ({error})")
     if refusal:
         notes.append(f"the run would be refused, and is planned in bf16: {refusal}")
-    parts = RunMemory(frozen, trainable_bytes, steps, hidden_size, num_layers, gpus)
+    parts = RunMemory(frozen, trainable_bytes, steps, hidden_size, num_layers, gpus, optimizer_state)
     stages = {**SHIPPED, "run": run.deepspeed.config or {}}
     table = [
         Row(stage, checkpointing, parts.under(stages[stage], checkpointing))

@@ -16,7 +16,7 @@ the same step, and here it is that of the Gram matrix's eigenvectors, whose comp
 batched decomposition of `[r, r]` for all modules of a shape. Where a factor has no full rank, as `up` at its zero
 start, inverses are pseudo-inverses: directions that it lacks do not move the other one.
 
-State: both moments, both bases, V and rho of each side: four times the pair, where AdamW's is twice its factors.
+State: a moment, a basis, V and rho of each side: twice the pair, whatever its factors are.
 """
 
 from typing import Any
@@ -43,7 +43,7 @@ class LoraRite(PairOptimizer):
     def pair_steps(
         self, down: Tensor, up: Tensor, gradients: tuple[Tensor, Tensor], scaling: Tensor, states: list[State]
     ) -> tuple[Tensor, Tensor]:
-        """Return the steps `(M_D R_U^-T)^T` and `M_U R_D^-T`; a factor on the gradient, as the scaling is, drops out."""
+        """Return the steps `(M_D R_U^-T)^T` and `M_U R_D^-T`; the scaling drops out."""
         sides = {"down": down, "up": up.mT}  # [n, r, in] and [n, r, out]
         bases, inverses = {}, {}
         for side, rows in sides.items():

@@ -13,6 +13,7 @@ from lsr_scale.adapters.pairs import Adapter, active_adapters
 from lsr_scale.training.optimizers.kron_side import Side, factor_steps, gram_roots, side_gradient
 from lsr_scale.training.optimizers.lora_pro import LoraPro, nearest_pair
 from lsr_scale.training.optimizers.lora_rite import LoraRite
+from lsr_scale.training.optimizers.state_bytes import pair_state_bytes
 from tests.conftest import randomize
 
 IN, OUT, RANK = 12, 16, 4
@@ -276,7 +277,11 @@ def test_states_are_float32_and_restored_to_the_same_bits(kind, method):
 
     model, optimizer = fresh()
     steps(model, optimizer, range(6))
-    assert all(value.dtype == torch.float32 for state in optimizer.state.values() for value in state.values())
+    tensors = [value for state in optimizer.state.values() for name, value in state.items() if name != "step"]
+    assert all(value.dtype == torch.float32 for value in tensors)
+    name = "lora_rite" if kind is LoraRite else "lora_pro"
+    assert pair_state_bytes(name, model) == 4 * sum(value.numel() for value in tensors)
+    assert pair_state_bytes("adamw_torch", model) is None
     other, again = fresh()
     steps(other, again, range(3))
     saved = copy.deepcopy(again.state_dict()), copy.deepcopy(other.state_dict())
@@ -290,7 +295,7 @@ def test_states_are_float32_and_restored_to_the_same_bits(kind, method):
 
 
 def test_what_is_in_no_pair_is_adamws():
-    model, adapter = adapted("lora")
+    _, adapter = adapted("lora")
     head = nn.Linear(OUT, 2).double()
     twin = copy.deepcopy(head)
     optimizer = LoraRite([adapter], [{"params": list(head.parameters()), "weight_decay": 0.1}], lr=1e-2)
@@ -310,7 +315,7 @@ def test_weighted_terms_are_refused():
     config = LsrConfig(rank=4, separation_rank=2, term_weights=True, target_modules=["linear"])
     model = get_peft_model(Net(), config)
     (layer,) = (one for one in model.modules() if active_adapters(one))
-    with pytest.raises(UserError, match="lsr with these options has none; set training.optim: adamw_torch_fused"):
+    with pytest.raises(UserError, match=r"lsr with these options has none; set training\.optim: adamw_torch_fused"):
         LoraPro(active_adapters(layer), lr=1e-2)
 
 

@@ -41,14 +41,16 @@ def run(args: argparse.Namespace) -> int:
     console = Screen()
     console.print(f"{len(data.train):,} rows, {data.kind}: {KIND_MEANING[data.kind]}")
     if shown.labels is None:
-        console.print(Text.assemble("What is supervised is ", (f"behind {SUPERVISED}", STYLE), "and green."))
+        what = "What is learned, or unlearned, is " if shown.names else "What is supervised is "
+        console.print(Text.assemble(what, (f"behind {SUPERVISED}", STYLE), "and green."))
     names = data.labels or Labels(())
     for index, sample in enumerate(shown.samples):
         supervised = sum(token.supervised for token in sample)
         label = "" if shown.labels is None else f", label {names.name(shown.labels[index])}"
-        console.print(
-            Text.assemble("\n", (f"{index + 1}", "bold"), f"  {len(sample)} tokens, {supervised} supervised{label}")
-        )
+        number = f"{index + 1}"
+        if shown.names:
+            number, label = f"{index * args.samples // len(shown.samples) + 1} {shown.names[index]}", ""
+        console.print(Text.assemble("\n", (number, "bold"), f"  {len(sample)} tokens, {supervised} supervised{label}"))
         console.print(_text_of(runs(sample)), soft_wrap=True)
     console.print()
     console.print(_table(shown.parts))

@@ -31,6 +31,23 @@ def conflicts(run: "RunConfig") -> Iterator[Problem]:
     yield from _compute(run)
     yield from _deepspeed(run)
     yield from _data(run)
+    if run.training["method"] != "sft" and run.model.task == "causal_lm":
+        yield from _preferences(run)
+
+
+def _preferences(run: "RunConfig") -> Iterator[Problem]:
+    training, method = run.training, run.training["method"]
+    if training["cuda_graphs"] == "on":
+        words = f"steps of {method} take no packed rows, which graphs need; set cuda_graphs: auto"
+        yield Problem(("training", "cuda_graphs"), words)
+    if method != "kto":
+        return
+    if training["per_device_train_batch_size"] < 2 and training.get("loss_type", "kto") == "kto":
+        yield Problem(
+            ("training", "per_device_train_batch_size"),
+            "KTO estimates its KL from the other completions of a batch; set 2 or more, or loss_type: "
+            "apo_zero_unpaired",
+        )
 
 
 def _model(run: "RunConfig") -> Iterator[Problem]:

@@ -15,6 +15,8 @@ class TrainingMethod:
         arguments: TRL's class of its trainer's arguments, by its name below `trl`.
         rows: The kinds of rows that it is trained on, `lsr_scale.data.formats.Kind`.
         defaults: What a run of it gets where its file says nothing, beside `training.DEFAULTS`.
+        has_reference: It compares the model with what it began as, see `lsr_scale.training.reference`.
+        sequences: How many of a row a step's forward pass has.
         unused: Fields of the class that have no effect here, with what to do instead.
     """
 
@@ -22,6 +24,8 @@ class TrainingMethod:
     rows: tuple[str, ...]
     defaults: dict[str, Any] = field(default_factory=dict)
     unused: dict[str, str] = field(default_factory=dict)
+    has_reference: bool = False
+    sequences: int = 1
 
     @property
     def class_name(self) -> str:
@@ -40,9 +44,42 @@ _SFT = {
     "assistant_only_loss": None,  # null: wherever rows are conversations
 }
 
+_PREFERENCES = {"max_length": 1024, "learning_rate": 1e-4}
+_REFERENCE = "the reference is the base with the adapter off, or the adapter that start_from names, frozen"
+_NO_REFERENCE = dict.fromkeys(("sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps"), _REFERENCE)
+_NO_PADDING_FREE = {"padding_free": "TRL has none for DPO at present: leave it out"}
+_OF_ORPO = {
+    "is_encoder_decoder": "the model itself says so: leave it out",
+    "max_completion_length": "it is for encoders and decoders: set max_length",
+    "padding_value": "the tokenizer's padding token is used: leave it out",
+    "generate_during_eval": "set eval.prompts",
+}
+
 METHODS: dict[str, TrainingMethod] = {
     "sft": TrainingMethod(
         "trainer.sft_config.SFTConfig", ("prompt_completion", "chat_prompt_completion", "messages", "text"), _SFT
+    ),
+    "dpo": TrainingMethod(
+        "trainer.dpo_config.DPOConfig",
+        ("preference", "chat_preference"),
+        _PREFERENCES,
+        _NO_REFERENCE | _NO_PADDING_FREE,
+        has_reference=True,
+        sequences=2,
+    ),
+    "kto": TrainingMethod(
+        "trainer.kto_config.KTOConfig",
+        ("unpaired", "chat_unpaired"),
+        _PREFERENCES,
+        _NO_REFERENCE,
+        has_reference=True,
+    ),
+    "orpo": TrainingMethod(
+        "experimental.orpo.orpo_config.ORPOConfig",
+        ("preference", "chat_preference"),
+        _PREFERENCES,
+        _OF_ORPO,
+        sequences=2,
     ),
 }
 

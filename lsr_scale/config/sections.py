@@ -187,6 +187,8 @@ class SourceSection(Section):
         "text",
         "multiple_choice",
         "classification",
+        "preference",
+        "unpaired",
     ] = Field("auto", description="Shape of the rows; auto looks at the first one.")
     limit: int | None = Field(None, ge=1, description="Take only the first so many rows.")
 

@@ -151,7 +151,8 @@ class EarlyStopping(BaseModel):
 OWN_FIELDS: dict[str, tuple[Any, str]] = {
     "method": (
         Literal[tuple(METHODS)],  # pyright: ignore
-        "What is learned from which rows: 'sft' (supervised fine-tuning).",
+        "What is learned, by TRL's trainer of that name: 'sft' (supervised fine-tuning), 'dpo' or 'orpo' (from chosen "
+        "and rejected completions), 'kto' (from completions that are desirable or not).",
     ),
     "fused": (
         Literal["auto", "on", "off"],

@@ -3,12 +3,15 @@
 Multiple choice, Alpaca and prompt/completion rows all become `{"prompt", "completion"}`; ShareGPT and messages become
 `{"messages"}`; plain text and classification rows stay what they are. The completion of a multiple-choice row is
 exactly the scored text of its right choice: TRL appends the end-of-sequence token behind it, so training has one more
-supervised token (the model learns to stop after the answer) that no score ever looks at.
+supervised token (the model learns to stop after the answer) that no score ever looks at. What says which completion is
+preferred is `preferences`'.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+from lsr_scale.config.methods import METHODS
+from lsr_scale.data import preferences
 from lsr_scale.data.conversations import check_learnable, checked_messages, conversation, tools_of
 from lsr_scale.data.labels import Labels, number_of
 from lsr_scale.data.prompt_forms import scored_pair
@@ -20,13 +23,20 @@ from lsr_scale.errors import UserError, did_you_mean
 if TYPE_CHECKING:
     from datasets import Dataset
 
-Kind = Literal["prompt_completion", "chat_prompt_completion", "messages", "text", "classification"]
+Kind = Literal[
+    *("prompt_completion", "chat_prompt_completion", "messages", "text", "classification"),
+    *("preference", "chat_preference", "unpaired", "chat_unpaired"),
+]
 KIND_MEANING: dict[str, str] = {
     "prompt_completion": "raw text, loss on the completion",
     "chat_prompt_completion": "chat template, loss on the assistant's turns in the completion",
     "messages": "chat template, loss on the assistant's turns",
     "text": "raw text, loss on every token",
     "classification": "two sentences and a label, for task: seq_cls",
+    "preference": "raw text, a chosen completion and a rejected one",
+    "chat_preference": "chat template, a chosen answer and a rejected one",
+    "unpaired": "raw text, a completion that is desirable or not",
+    "chat_unpaired": "chat template, an answer that is desirable or not",
 }
 
 ALPACA_INPUT = (
@@ -121,6 +131,8 @@ CONVERTERS: dict[str, Callable[[Row], dict[str, Any]]] = {
     "alpaca": _alpaca,
     "text": _plain_text,
     "classification": _classification,
+    "preference": preferences.preference,
+    "unpaired": preferences.unpaired,
 }
 FORMATS = ("auto", "multiple_choice", *CONVERTERS)
 
@@ -136,9 +148,20 @@ def multiple_choice_record(row: Row, task: str | None = None) -> dict[str, str]:
     return {"prompt": prompt, "completion": completion}
 
 
-def fitting_formats(row: Row) -> list[str]:
-    """Return every format whose columns `row` has; plain text counts only where no richer reading is there."""
+def fitting_formats(row: Row, method: str | None = None) -> list[str]:
+    """Return every format whose columns `row` has; plain text counts only where no richer reading is there.
+
+    Args:
+        row: A row.
+        method: The training method, which decides where rows may be read as what it takes: a part of their columns is
+            enough then, so that what is missing is told.
+    """
     keys = row.keys()
+    taken = METHODS[method].rows if method else ()
+    if {"chosen", "rejected"} <= keys or ("preference" in taken and keys & {"chosen", "rejected"}):
+        return ["preference"]
+    if "unpaired" in taken and {"prompt", "completion"} <= keys:
+        return ["unpaired"]
     turns = next((row[key] for key in ("messages", "conversations") if isinstance(row.get(key), list)), None)
     from_value = bool(turns) and isinstance(turns[0], Mapping) and "from" in turns[0]
     labelled_text = "label" in keys and "text" in keys
@@ -166,12 +189,13 @@ def _convert(
     check: Callable[[dict[str, Any]], None] | None,
     labels: Labels | None,
     model_task: str | None,
+    method: str | None,
 ) -> tuple[list[dict[str, Any]], Kind]:
     """Convert the rows of one source; the format is detected on its first row and holds for all."""
     if data_format not in FORMATS:
         raise UserError(f"{where}: unknown format {data_format!r}; {did_you_mean(data_format, FORMATS)}")
     if data_format == "auto":
-        fits = fitting_formats(rows.rows[0])
+        fits = fitting_formats(rows.rows[0], method)
         if model_task == "seq_cls" and "classification" in fits:
             fits = ["classification"]
         if len(fits) != 1 or (model_task == "seq_cls" and fits == ["text"]):
@@ -187,9 +211,13 @@ def _convert(
             )
         data_format = fits[0]
     records, kinds = [], []
+    taken = METHODS[method].rows if method else ()
+    of_question = next((read for kind, read in preferences.OF_QUESTIONS.items() if kind in taken), None)
     for index, row in enumerate(rows.rows):
         try:
-            if data_format == "multiple_choice":
+            if data_format == "multiple_choice" and of_question is not None:
+                records.append(of_question(to_example(row, rows.task)))
+            elif data_format == "multiple_choice":
                 records.append(multiple_choice_record(row, rows.task))
             elif data_format == "classification" and labels is not None:
                 records.append({**sentences(row), "label": labels.encode(row, rows.label_names)})
@@ -206,6 +234,8 @@ def _convert(
 
 
 def _kind(record: Mapping[str, Any]) -> Kind:
+    if of_preferences := preferences.kind_of(record):
+        return of_preferences  # pyright: ignore[reportReturnType]
     if "prompt" in record:
         return "prompt_completion" if isinstance(record["prompt"], str) else "chat_prompt_completion"
     return "messages" if "messages" in record else "text" if "text" in record else "classification"
@@ -235,6 +265,7 @@ def build_dataset(
     loaded: Sequence[Rows] | None = None,
     check: Callable[[dict[str, Any]], None] | None = None,
     labels: Labels | None = None,
+    method: str | None = None,
 ) -> tuple["Dataset", Kind]:
     """Read the sources, convert their rows and put them one after the other, in the order given.
 
@@ -245,6 +276,8 @@ def build_dataset(
         loaded: The rows of the sources, where they were read already (`load_source`).
         check: Called with every converted row; a RowError that it raises is told with the row's place.
         labels: A classifier's, by which rows get the numbers of their classes; None leaves numbers as they stand.
+        method: `training.method`, of a language model: rows of the wrong kind for it are refused, and multiple-choice
+            questions become what it takes. None takes any, and questions become prompt and completion.
 
     Returns:
         The dataset and its kind, a key of `KIND_MEANING`.
@@ -261,7 +294,7 @@ def build_dataset(
     for source, rows in zip(sources, loaded or [load_source(source, default_split) for source in sources], strict=True):
         fields = source_fields(source)
         where = f"data source {fields['path']!r}"
-        converted, kind = _convert(rows, fields.get("format", "auto"), where, check, labels, model_task)
+        converted, kind = _convert(rows, fields.get("format", "auto"), where, check, labels, model_task, method)
         records += converted
         kinds.setdefault(kind, where)
     if len(kinds) > 1:
@@ -271,6 +304,13 @@ def build_dataset(
     if model_task is not None and (model_task == "seq_cls") != (kind == "classification"):
         expected = "classification rows" if model_task == "seq_cls" else "text to generate"
         raise UserError(f"data: model.task is {model_task}, which takes {expected}, got {kind} ({KIND_MEANING[kind]})")
+    if method is not None and model_task != "seq_cls" and kind not in METHODS[method].rows:
+        others = [name for name, one in METHODS.items() if kind in one.rows]
+        remedy = f"; set training.method: {' or '.join(others)}, or rewrite the rows" if others else ""
+        taken = " or ".join(f"{name} ({KIND_MEANING[name]})" for name in METHODS[method].rows)
+        raise UserError(
+            f"data: training.method is {method}, which takes {taken}; got {kind} ({KIND_MEANING[kind]}){remedy}"
+        )
     if kind == "classification" and any(isinstance(record["label"], float) for record in records):
         records = [{**record, "label": float(record["label"])} for record in records]
     # One column list for all: a source without tools stands beside one that has them.

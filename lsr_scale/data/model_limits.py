@@ -14,8 +14,10 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from lsr_scale.data.assistant_spans import render
+from lsr_scale.data.completions import tokenize_completions
 from lsr_scale.data.conversations import listed_tools, messages_of
 from lsr_scale.data.formats import Kind
+from lsr_scale.data.preferences import COMPLETIONS
 from lsr_scale.errors import UserError
 
 if TYPE_CHECKING:
@@ -91,25 +93,31 @@ def check_model_limits(
     if positions is None and max(tokenizer.get_vocab().values(), default=0) < rows:
         return
     for name, dataset in datasets.items():
-        tokens = list(_tokens(dataset, kind, tokenizer, training))
+        places, tokens = zip(*_tokens(dataset, kind, tokenizer, training), strict=True) if len(dataset) else ((), ())
         longest = max(range(len(tokens)), key=lambda row: len(tokens[row]), default=None)
         if longest is None:
             continue
         highest = max(range(len(tokens)), key=lambda row: max(tokens[row], default=0))
-        check_token_id(max(tokens[highest], default=0), rows, tokenizer, config, f"data.{name}: row {highest + 1}")
+        check_token_id(max(tokens[highest], default=0), rows, tokenizer, config, f"data.{name}: row {places[highest]}")
         if positions is not None and len(tokens[longest]) > positions:
             raise UserError(
-                f"data.{name}: row {longest + 1} has {len(tokens[longest])} tokens, but {config.name_or_path} has "
+                f"data.{name}: row {places[longest]} has {len(tokens[longest])} tokens, but {config.name_or_path} has "
                 f"{positions} positions; set training.max_length: {positions}"
             )
 
 
-def _tokens(dataset: "Dataset", kind: Kind, tokenizer: Any, training: Mapping[str, Any]) -> Iterator[list[int]]:
-    """Yield the token ids of rows as TRL makes them; its trainer would be one too many in a process that trains."""
+def _tokens(
+    dataset: "Dataset", kind: Kind, tokenizer: Any, training: Mapping[str, Any]
+) -> Iterator[tuple[int, list[int]]]:
+    """Yield the number and token ids of rows as TRL makes them; its trainer would be one too many beside the run's."""
     limit = training["max_length"]
     cut = slice(-limit, None) if limit and training.get("truncation_mode") == "keep_end" else slice(limit)
     end = tokenizer.convert_tokens_to_ids(tokenizer.eos_token or "")
-    for row in cast(Iterable[dict[str, Any]], dataset):
+    for number, row in enumerate(cast(Iterable[dict[str, Any]], dataset), 1):
+        if kind in COMPLETIONS:
+            for prompt, completion in tokenize_completions(row, kind, tokenizer, training["method"]).values():
+                yield number, (prompt + completion)[cut]
+            continue
         if kind == "classification":
             ids = tokenizer(row["sentence1"], row["sentence2"] or None, truncation=True, max_length=limit)["input_ids"]
         elif kind in ("messages", "chat_prompt_completion"):
@@ -122,7 +130,7 @@ def _tokens(dataset: "Dataset", kind: Kind, tokenizer: Any, training: Mapping[st
             text = row["text"] if kind == "text" else row["prompt"] + row["completion"]
             ids = tokenizer(text)["input_ids"]
             ids = ids if end is None or ids[-1:] == [end] else [*ids, end]
-        yield ids[cut]
+        yield number, ids[cut]
 
 
 def check_token_id(largest: int, rows: int, tokenizer: Any, config: Any, where: str) -> None:

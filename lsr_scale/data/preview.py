@@ -3,14 +3,16 @@
 import tempfile
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
 from lsr_scale.data.classification import count_classification, tokenize_classification
+from lsr_scale.data.completions import as_trained, count_completions
 from lsr_scale.data.formats import Kind
+from lsr_scale.data.preferences import COMPLETIONS
 from lsr_scale.data.token_counts import CountsTokens, TokenCounts, count_tokens, counted_rows
 from lsr_scale.data.tokenizer_setup import prepare_tokenizer, supervises_assistant, template_notes
 from lsr_scale.errors import UserError
@@ -50,12 +52,14 @@ class Preview:
         labels: The label of each row for classification data, else None.
         notes: What a user should know: which token pads, what is appended, what was dropped or cut.
         parts: Which rows were counted ("data.train", "data.validation"), and their counts.
+        names: Which completion each sample is ("chosen", "rejected"), where rows say which is preferred, else [].
     """
 
     samples: list[list[TokenView]]
     labels: list[float] | None
     notes: list[str]
     parts: list[tuple[str, TokenCounts]]
+    names: list[str] = field(default_factory=list)
 
     @property
     def counts(self) -> list[str]:
@@ -134,6 +138,8 @@ def preview(
         counted = [count_classification(*part, tokenizer, options.get("max_length")) for part in parts]
         samples = [view(row["input_ids"], None, tokenizer) for row in encoded]  # pyright: ignore
         return Preview(samples, list(encoded["labels"]), *_joined(notes, counted))
+    if kind in COMPLETIONS:
+        return _of_completions(head, kind, tokenizer, training or {}, parts, notes)
     rows = _as_trained(head, tokenizer, options, assistant_only)
     if kind in ("prompt_completion", "text"):
         notes.append(
@@ -150,6 +156,29 @@ def preview(
     counted = [_count(*part, tokenizer, options, settings, assistant_only) for part in parts]
     samples = [view(row["input_ids"], row["labels"], tokenizer) for row in rows]  # pyright: ignore
     return Preview(samples, None, *_joined(notes, counted))
+
+
+def _of_completions(
+    head: "Dataset",
+    kind: Kind,
+    tokenizer: PreTrainedTokenizerBase,
+    training: Mapping[str, Any],
+    parts: list[tuple[str, "Dataset"]],
+    notes: list[str],
+) -> Preview:
+    """Return the preview of rows that say which completion is preferred: each completion is a sample."""
+    counted = [found for part in parts for found in count_completions(*part, kind, tokenizer, training)]
+    limit = training.get("max_length")
+    cut = slice(-limit, None) if limit and training.get("truncation_mode") == "keep_end" else slice(limit)
+    samples, names = [], []
+    by_name = as_trained(head, kind, tokenizer, training)
+    for index, row in enumerate(head):
+        for name, rows in by_name.items():
+            ids, labels = rows[index]
+            samples.append(view(ids[cut], labels[cut], tokenizer))
+            label = name if "label" not in head.column_names else "desirable" if row["label"] else "undesirable"  # pyright: ignore
+            names.append(label)
+    return Preview(samples, None, *_joined(notes, counted), names)
 
 
 Counted = tuple[str, TokenCounts, list[str]]

@@ -112,7 +112,12 @@ def encode_prompts(prompts: Sequence[Prompt], kind: Kind, tokenizer: Any) -> lis
 
 
 def _ids(prompt: Prompt, kind: Kind, tokenizer: Any, number: int) -> list[int]:
-    if isinstance(prompt, str) and kind not in ("messages", "chat_prompt_completion"):
+    if isinstance(prompt, str) and kind not in (
+        "messages",
+        "chat_prompt_completion",
+        "chat_preference",
+        "chat_unpaired",
+    ):
         return tokenizer(prompt)["input_ids"] or [_first_token(tokenizer, number)]
     if not tokenizer.chat_template:
         raise UserError(

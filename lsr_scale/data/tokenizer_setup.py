@@ -9,12 +9,15 @@ from lsr_scale.data.assistant_spans import TRAINING_DATE, AssistantSpans, render
 from lsr_scale.data.chat_tokens import CONVERSATIONS
 from lsr_scale.data.conversations import listed_tools, messages_of
 from lsr_scale.data.formats import KIND_MEANING, Kind
+from lsr_scale.data.preferences import COMPLETIONS, kind_of
 from lsr_scale.data.rows import RowError
 from lsr_scale.errors import UserError
 from lsr_scale.model.tokenizer import undefined_names
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+WITH_TEMPLATE = (*CONVERSATIONS, "chat_preference", "chat_unpaired")
 
 
 def prepare_tokenizer(
@@ -33,10 +36,10 @@ def prepare_tokenizer(
             tell which tokens are the assistant's.
     """
     name = tokenizer.name_or_path or type(tokenizer).__name__
-    if kind in ("messages", "chat_prompt_completion") and not tokenizer.chat_template:
+    if kind in WITH_TEMPLATE and not tokenizer.chat_template:
         raise UserError(
             f"tokenizer {name!r}: the data is conversations, and it has no chat template; set model.chat_template to a "
-            "Jinja file, take an instruction-tuned model, or write the rows as prompt and completion"
+            "Jinja file, take an instruction-tuned model, or write the rows as texts"
         )
     if assistant_only or (assistant_only is None and kind in CONVERSATIONS):
         _check_tells_assistant(tokenizer, kind)
@@ -84,9 +87,12 @@ def _check_tells_assistant(tokenizer: Any, kind: Kind) -> None:
 
 def template_notes(dataset: "Dataset", tokenizer: PreTrainedTokenizerBase, assistant_only: bool = False) -> list[str]:
     """Return what is to be said of how the chat template writes the first row, where rows are conversations."""
-    if not {"messages", "completion"} & set(dataset.column_names) or isinstance(dataset[0].get("prompt"), str):
+    row = dataset[0]
+    if "chosen" in row:
+        row = {"prompt": row["prompt"], "completion": row["chosen"]}
+    if not {"messages", "completion"} & set(row) or isinstance(row.get("prompt"), str):
         return []
-    messages, _ = messages_of(dataset[0])
+    messages, _ = messages_of(row)
     notes = [
         f"the chat template prints {missing[:60]!r}, which nothing defines, so nothing stands there; correct the name "
         "in a copy of it and set model.chat_template to it"
@@ -97,7 +103,7 @@ def template_notes(dataset: "Dataset", tokenizer: PreTrainedTokenizerBase, assis
             f"the chat template has no generation prompt, so the assistant learns to write {header[:60]!r} itself; "
             "write it where add_generation_prompt is set, in a copy of the template, and set model.chat_template to it"
         )
-    if "strftime_now" in str(tokenizer.chat_template):
+    if "strftime_now" in str(tokenizer.chat_template) and not {"chosen", "label"} & set(row):
         notes.append(
             f"the chat template asks for today's date, which training rows have as {TRAINING_DATE:%d %b %Y}, so that "
             "they are the same tomorrow"
@@ -106,18 +112,44 @@ def template_notes(dataset: "Dataset", tokenizer: PreTrainedTokenizerBase, assis
 
 
 def row_check(
-    tokenizer: PreTrainedTokenizerBase | None, assistant_only: bool = True
+    tokenizer: PreTrainedTokenizerBase | None, assistant_only: bool = True, training: Mapping[str, Any] | None = None
 ) -> Callable[[dict[str, Any]], None]:
-    """Return what `build_dataset` asks of every row: that the chat template takes it.
+    """Return what `build_dataset` asks of every row: that the chat template takes it, and that a prompt leaves room.
 
     Args:
         tokenizer: The run's; None where rows are no conversations.
         assistant_only: The assistant's tokens are to be told from the others, in conversations.
+        training: The run's training arguments: of preferences, a prompt is to be shorter than its `max_length`.
     """
     # that there is no template is told once, for all rows
     spans = AssistantSpans(tokenizer) if tokenizer is not None and tokenizer.chat_template else None
+    limit = None if (training or {}).get("truncation_mode") == "keep_end" else (training or {}).get("max_length")
+
+    def check_preference(row: dict[str, Any]) -> None:
+        prompt = row["prompt"]
+        if isinstance(prompt, list):
+            if spans is None:
+                return
+            try:
+                for name in COMPLETIONS[str(kind_of(row))]:
+                    render(tokenizer, [*prompt, *row[name]], None)
+                prompt = render(tokenizer, prompt, None, add_generation_prompt=True)
+            except UserError as error:
+                raise RowError(str(error)) from None
+        # a token has a byte or more
+        if tokenizer is None or limit is None or len(prompt.encode()) < limit:
+            return
+        tokens = len(tokenizer(prompt, add_special_tokens=isinstance(row["prompt"], str))["input_ids"])
+        if tokens >= limit:
+            raise RowError(
+                f"the prompt has {tokens:,} tokens, and training.max_length is {limit:,}, which leaves nothing of a "
+                "completion; raise it, or shorten the prompt"
+            )
 
     def check(row: dict[str, Any]) -> None:
+        if kind_of(row) is not None:
+            check_preference(row)
+            return
         if spans is None or not isinstance(row["messages"] if "messages" in row else row.get("prompt"), list):
             return
         messages, learned_from = messages_of(row)

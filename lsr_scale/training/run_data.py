@@ -59,8 +59,9 @@ def read_data(
     tokenizer = _tokenizer(run, checkpoint, lambda text: say(f"note: {text}"))
     labels = labels_of(run, loaded["train"])
     assistant_only = run.training.get("assistant_only_loss") is not False
-    check = row_check(tokenizer, assistant_only)
-    options: dict[str, Any] = {"model_task": run.model.task, "check": check, "labels": labels}
+    check = row_check(tokenizer, assistant_only, run.training)
+    method = run.training["method"] if run.model.task == "causal_lm" else None
+    options: dict[str, Any] = {"model_task": run.model.task, "method": method, "check": check, "labels": labels}
     train, kind = build_dataset(parts["train"], "train", loaded=loaded["train"], **options)
     validation = None
     if loaded["validation"]:

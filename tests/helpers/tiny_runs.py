@@ -153,7 +153,7 @@ def tiny_run(folder: Path, **sections: dict[str, Any]) -> RunConfig:
         "eval": {"tasks": [str(folder / "questions.jsonl")]},
     }
     for name, section in sections.items():
-        if section.get("method", "lsr") != "lsr":
+        if name == "adapter" and section.get("method", "lsr") != "lsr":
             values[name] = {"target_modules": SEVEN_LINEARS}
         values[name] = values.get(name, {}) | section
     if not (folder / "rows.jsonl").exists():

@@ -1,0 +1,162 @@
+"""Rows that say which completion is preferred, for DPO, ORPO and KTO.
+
+    {"prompt", "chosen", "rejected"}     preference: two completions of one prompt
+    {"prompt", "completion", "label"}    unpaired: one completion, true where it is desirable
+
+All are texts, or all lists of messages. Where `chosen` and `rejected` are whole conversations, the prompt is what they
+begin with alike. A multiple-choice question becomes either kind: its right choice is preferred to a wrong one.
+"""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from itertools import takewhile
+from typing import Any
+
+from lsr_scale.data.conversations import checked_messages, is_empty
+from lsr_scale.data.prompt_forms import scored_pair
+from lsr_scale.data.rows import Row, RowError
+from lsr_scale.data.tasks import Example
+
+Turns = list[dict[str, str]]
+# kinds of rows, and the columns of each that hold completions
+COMPLETIONS: dict[str, tuple[str, ...]] = {
+    "preference": ("chosen", "rejected"),
+    "chat_preference": ("chosen", "rejected"),
+    "unpaired": ("completion",),
+    "chat_unpaired": ("completion",),
+}
+
+
+def preference(row: Row) -> dict[str, Any]:
+    """Return a row of a preferred completion and another one.
+
+    Raises:
+        RowError: for what is missing or empty, or where both are the same.
+    """
+    chosen, rejected = row.get("chosen"), row.get("rejected")
+    if isinstance(chosen, list) or isinstance(rejected, list):
+        return _chat_preference(row)
+    record = {name: _text(row, name) for name in ("prompt", "chosen", "rejected")}
+    _check_filled(record["prompt"], "prompt")
+    for name in ("chosen", "rejected"):
+        _check_filled(record[name], name)
+    _check_differ(record["chosen"], record["rejected"])
+    return record
+
+
+def _chat_preference(row: Row) -> dict[str, Any]:
+    chosen, rejected = (_turns(row, name) for name in ("chosen", "rejected"))
+    prompt = _turns(row, "prompt") if isinstance(row.get("prompt"), list) else []
+    if not prompt:  # whole conversations; a prompt beside them as a text is their first turn
+        shared = 0
+        while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
+            shared += 1
+        _check_differ(chosen[shared:], rejected[shared:])
+        prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
+        if not prompt:
+            raise RowError(
+                "expected a list of messages under 'prompt', or 'chosen' and 'rejected' that begin with the same turns"
+            )
+    for name, turns in (("chosen", chosen), ("rejected", rejected)):
+        _check_answer(turns, name)
+    _check_differ(chosen, rejected)
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def unpaired(row: Row) -> dict[str, Any]:
+    """Return a row of a completion that is desirable or not.
+
+    Raises:
+        RowError: for what is missing or empty, or a label that is neither true nor false.
+    """
+    label = row.get("label")
+    if not isinstance(label, bool):
+        found = "nothing" if label is None else repr(label)[:60]
+        raise RowError(f"expected true (desirable) or false under 'label', got {found}")
+    if isinstance(row.get("prompt"), list) or isinstance(row.get("completion"), list):
+        turns = _turns(row, "completion")
+        _check_answer(turns, "completion")
+        return {"prompt": _turns(row, "prompt"), "completion": turns, "label": label}
+    record = {name: _text(row, name) for name in ("prompt", "completion")}
+    for name, text in record.items():
+        _check_filled(text, name)
+    return {**record, "label": label}
+
+
+def preference_of_question(example: Example) -> dict[str, Any]:
+    """Return a question's right choice as preferred to a wrong one, which the question's hash chooses."""
+    right, wrong = (_whole(example, index) for index in (example.answer, _wrong_choice(example)))
+    prompt, chosen = scored_pair(example.contexts[example.answer], example.continuations[example.answer])
+    if example.contexts[_wrong_choice(example)] != example.contexts[example.answer]:
+        # choices stand within the text: it is the prompt up to there
+        alike = takewhile(lambda pair: pair[0] == pair[1], zip(right, wrong, strict=False))
+        prompt = "".join(one for one, _ in alike).rpartition(" ")[0]
+        chosen = right[len(prompt) :]
+    return {"prompt": prompt, "chosen": chosen, "rejected": wrong[len(prompt) :]}
+
+
+def unpaired_of_question(example: Example) -> dict[str, Any]:
+    """Return a question with its right choice, desirable, or with a wrong one: the question's hash chooses."""
+    pair, label = preference_of_question(example), _number(example) % 2 == 0
+    return {"prompt": pair["prompt"], "completion": pair["chosen" if label else "rejected"], "label": label}
+
+
+OF_QUESTIONS: dict[str, Callable[[Example], dict[str, Any]]] = {
+    "preference": preference_of_question,
+    "unpaired": unpaired_of_question,
+}
+
+
+def kind_of(record: Mapping[str, Any]) -> str | None:
+    """Return the kind of a converted row, None where it is not of this module."""
+    chat = "chat_" if isinstance(record.get("prompt"), list) else ""
+    if "chosen" in record:
+        return f"{chat}preference"
+    return f"{chat}unpaired" if "completion" in record and "label" in record else None
+
+
+def _wrong_choice(example: Example) -> int:
+    wrong = [index for index in range(len(example.continuations)) if index != example.answer]
+    return wrong[_number(example) // 2 % len(wrong)]
+
+
+def _number(example: Example) -> int:
+    return int(hashlib.sha256("\0".join((*example.contexts, *example.continuations)).encode()).hexdigest(), 16)
+
+
+def _whole(example: Example, index: int) -> str:
+    return example.contexts[index] + example.continuations[index]
+
+
+def _text(row: Row, name: str) -> str:
+    value = row.get(name)
+    if not isinstance(value, str):
+        raise RowError(f"expected a text under {name!r}, got {'nothing' if value is None else repr(value)[:60]}")
+    return value
+
+
+def _check_filled(text: str, name: str) -> None:
+    if not text.strip():
+        raise RowError(f"expected a text under {name!r}, got an empty one")
+
+
+def _turns(row: Row, name: str) -> Turns:
+    turns = checked_messages(row.get(name), name)
+    extra = {key for turn in turns for key in turn} - {"role", "content"}
+    if extra or row.get("tools"):
+        what = ", ".join(sorted(extra)) or "tools"
+        raise RowError(f"{what} under {name!r}: messages of preferences hold a role and a content alone; remove it")
+    return turns
+
+
+def _check_answer(turns: Sequence[Mapping[str, str]], name: str) -> None:
+    if not turns or turns[0]["role"] != "assistant":
+        found = turns[0]["role"] if turns else "nothing"
+        raise RowError(f"expected an assistant turn as the answer under {name!r}, got {found}")
+    if all(is_empty(turn) for turn in turns):
+        raise RowError(f"expected an answer under {name!r}, got an empty one")
+
+
+def _check_differ(chosen: Any, rejected: Any) -> None:
+    if chosen == rejected:
+        raise RowError("'chosen' and 'rejected' are the same: nothing is preferred; remove the row")

@@ -1,0 +1,166 @@
+"""Rows that say which completion is preferred: what they become, and what is refused before anything is loaded."""
+
+import json
+
+import pytest
+
+from lsr_scale.data import commonsense
+from lsr_scale.data.formats import build_dataset
+from lsr_scale.data.tokenizer_setup import row_check
+from lsr_scale.errors import UserError
+from tests.helpers.run_text import MINIMAL, load, problem
+from tests.helpers.tiny_runs import byte_tokenizer
+
+PAIR = {"prompt": "What cuts bread?", "chosen": " a knife", "rejected": " a spoon"}
+ONE = {"prompt": "What cuts bread?", "completion": " a knife", "label": True}
+TURN = {"role": "user", "content": "What cuts bread?"}
+ANSWERS = [{"role": "assistant", "content": text} for text in ("A knife.", "A spoon.")]
+CHAT = {"prompt": [TURN], "chosen": ANSWERS[:1], "rejected": ANSWERS[1:]}
+
+
+def read(tmp_path, rows, method="dpo", **options):
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return build_dataset([str(file)], model_task="causal_lm", method=method, **options)
+
+
+def refused(tmp_path, row, method="dpo", **options):
+    """Return what is said of a row behind a good one."""
+    good = ONE if method == "kto" else PAIR
+    with pytest.raises(UserError) as error:
+        read(tmp_path, [good, row], method, **options)
+    assert f"{tmp_path / 'rows.jsonl'}, line 2: " in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("method", ["dpo", "orpo"])
+def test_pairs_are_taken_as_texts_and_as_messages(tmp_path, method):
+    dataset, kind = read(tmp_path, [PAIR, PAIR], method)
+    assert (kind, dataset[1]) == ("preference", PAIR)
+    dataset, kind = read(tmp_path, [CHAT], method)
+    assert (kind, dataset[0]) == ("chat_preference", CHAT)
+
+
+def test_whole_conversations_are_split_where_they_differ(tmp_path):
+    whole = {"prompt": "What cuts bread?", "chosen": [TURN, ANSWERS[0]], "rejected": [TURN, ANSWERS[1]]}
+    dataset, kind = read(tmp_path, [whole])
+    assert (kind, dataset[0]) == ("chat_preference", CHAT)
+
+
+def test_unpaired_rows_are_taken_by_kto_and_are_prompts_and_completions_to_sft(tmp_path):
+    dataset, kind = read(tmp_path, [ONE, {**ONE, "label": False}], "kto")
+    assert (kind, dataset["label"][:]) == ("unpaired", [True, False])
+    chat = {"prompt": [TURN], "completion": ANSWERS[:1], "label": False}
+    dataset, kind = read(tmp_path, [chat], "kto")
+    assert (kind, dataset[0]) == ("chat_unpaired", chat)
+    assert read(tmp_path, [ONE], "sft")[1] == "prompt_completion"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rejected": None}, "expected a text under 'rejected', got nothing"),
+        ({"rejected": PAIR["chosen"]}, "'chosen' and 'rejected' are the same"),
+        ({"chosen": "  "}, "expected a text under 'chosen', got an empty one"),
+        ({"rejected": ""}, "expected a text under 'rejected', got an empty one"),
+        ({"prompt": ""}, "expected a text under 'prompt', got an empty one"),
+        ({"chosen": 3}, "expected a text under 'chosen', got 3"),
+        ({**CHAT, "rejected": ANSWERS[:1]}, "'chosen' and 'rejected' are the same"),
+        ({**CHAT, "rejected": None}, "expected a list of messages under 'rejected'"),
+        ({**CHAT, "chosen": [TURN]}, "expected an assistant turn as the answer under 'chosen', got user"),
+        ({**CHAT, "chosen": [{"role": "assistant", "content": " "}]}, "expected an answer under 'chosen'"),
+        ({**CHAT, "prompt": None, "chosen": ANSWERS[:1]}, "that begin with the same turns"),
+    ],
+)
+def test_a_pair_that_prefers_nothing_is_refused_with_its_line(tmp_path, change, message):
+    assert message in refused(tmp_path, PAIR | change)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"label": 1}, "expected true (desirable) or false under 'label', got 1"),
+        ({"label": "yes"}, "under 'label', got 'yes'"),
+        ({"label": None}, "under 'label', got nothing"),
+        ({"completion": ""}, "expected a text under 'completion', got an empty one"),
+    ],
+)
+def test_an_unpaired_row_without_a_label_or_completion_is_refused_with_its_line(tmp_path, change, message):
+    assert message in refused(tmp_path, ONE | change, "kto")
+
+
+def test_a_prompt_that_leaves_no_room_is_refused_with_its_line(tmp_path):
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=byte_tokenizer(), eos_token="</s>")
+    check = row_check(tokenizer, True, {"max_length": 16})
+    message = refused(tmp_path, PAIR | {"prompt": "x" * 40}, check=check)
+    assert "the prompt has 40 tokens, and training.max_length is 16" in message
+    read(tmp_path, [PAIR | {"prompt": "x" * 40}], check=row_check(tokenizer, True, {"max_length": None}))
+    keeps_end = {"max_length": 16, "truncation_mode": "keep_end"}
+    read(tmp_path, [PAIR | {"prompt": "x" * 40}], check=row_check(tokenizer, True, keeps_end))
+
+
+@pytest.mark.parametrize(
+    ("method", "row", "remedy"),
+    [
+        ("sft", PAIR, "set training.method: dpo or orpo"),
+        ("dpo", {"text": "abc"}, "set training.method: sft"),
+        ("kto", PAIR, "set training.method: dpo or orpo"),
+    ],
+)
+def test_rows_of_another_method_are_refused_with_it(tmp_path, method, row, remedy):
+    with pytest.raises(UserError, match=f"training.method is {method}, which takes") as error:
+        read(tmp_path, [row], method)
+    assert remedy in str(error.value)
+
+
+def test_a_first_row_that_lacks_a_part_says_so(tmp_path):
+    for row, missing in (
+        ({"prompt": "a", "chosen": "b"}, "'rejected'"),
+        ({"prompt": "a", "rejected": "b"}, "'chosen'"),
+    ):
+        with pytest.raises(UserError, match=f"line 1: expected a text under {missing}"):
+            read(tmp_path, [row])
+    with pytest.raises(UserError, match="line 1: expected true"):
+        read(tmp_path, [{"prompt": "a", "completion": "b"}], "kto")
+
+
+def test_embedded_questions_prefer_the_right_choice_to_a_wrong_one():
+    pairs, kind = build_dataset(["builtin:commonsense"], model_task="causal_lm", method="dpo")
+    rows = commonsense.rows("train")
+    assert kind == "preference"
+    assert len(pairs) == len(rows)
+    for pair, row in zip(pairs, rows, strict=True):
+        choices = [f" {choice}" for choice in row["choices"]]
+        assert pair["chosen"] == choices[row["answer"]]
+        assert pair["rejected"] in choices
+        assert pair["rejected"] != pair["chosen"]
+    single, kind = build_dataset(["builtin:commonsense"], model_task="causal_lm", method="kto")
+    assert kind == "unpaired"
+    for pair, one in zip(pairs, single, strict=True):
+        assert one["completion"] == pair["chosen" if one["label"] else "rejected"]
+    assert 0.4 < sum(single["label"]) / len(single) < 0.6
+
+
+def test_a_question_with_a_blank_is_the_prompt_up_to_it(tmp_path):
+    row = {"sentence": "The cup broke as the _ was hard.", "option1": "floor", "option2": "bed", "answer": "1"}
+    dataset, _ = read(tmp_path, [row])
+    expected = {"prompt": "The cup broke as the", "chosen": " floor was hard.", "rejected": " bed was hard."}
+    assert dataset[0] == expected
+
+
+def test_what_a_method_does_not_have_is_named():
+    assert "unknown key for training.method: dpo; it is one of sft" in problem(
+        MINIMAL, "training.method=dpo", "training.packing=true"
+    )
+    assert "unknown key for training.method: sft; it is one of dpo, kto, orpo" in problem(MINIMAL, "training.beta=0.2")
+    assert "the reference is the base" in problem(MINIMAL, "training.method=dpo", "training.sync_ref_model=true")
+    assert "cuda_graphs: auto" in problem(MINIMAL, "training.method=dpo", "training.cuda_graphs=on")
+    assert "set 2 or more" in problem(MINIMAL, "training.method=kto", "training.per_device_train_batch_size=1")
+    load(
+        MINIMAL, "training.method=kto", "training.per_device_train_batch_size=1", "training.loss_type=apo_zero_unpaired"
+    )
+    classifier = MINIMAL.replace("name: some/model", "name: x\n  task: seq_cls\n  num_labels: 2")
+    assert "dpo trains a language model" in problem(classifier, "training.method=dpo")
+    assert load(MINIMAL, "training.method=orpo").training["learning_rate"] == 1e-4

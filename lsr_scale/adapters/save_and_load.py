@@ -74,7 +74,8 @@ def write_adapter(model: Any, folder: Path, target: Path | None = None) -> None:
     trained = None
     if is_sharded(model):
         trained = {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
-    model.save_pretrained(folder, state_dict=trained)
+    # a reference beside it, of DPO or KTO, is not what was trained
+    model.save_pretrained(folder, state_dict=trained, selected_adapters=["default"])
     described = base_description(model)
     if labels := label_names(model.config):
         described["labels"] = labels

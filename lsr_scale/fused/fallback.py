@@ -4,7 +4,7 @@ They are looked for at every forward, since anything may have changed in between
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -52,26 +52,35 @@ class FallbackCheck:
         modules: The layer and everything in it but dictionaries of factors; of trials' layers what may change.
         state: Their `_state`.
         base_layers: The frozen linears: q, k, v, o, gate, up, down.
+        previous: The answer before, which may hold again.
     """
 
     reason: str | None
     modules: tuple[nn.Module, ...]
     state: tuple[Any, ...]
     base_layers: tuple[nn.Module, ...]
+    previous: "FallbackCheck | None" = None
 
 
 def layer_fallback_reason(layer: Any) -> str | None:
     """Return why a decoder layer cannot run fused with its modules and adapters as they are, or None."""
     last: FallbackCheck | None = layer.fallback_check
-    if last is not None and last.state == _state(layer, last.modules):
-        return last.reason
+    if last is not None:
+        state = _state(layer, last.modules)
+        # the one before: an adapter that is switched off for a reference, and on again
+        for known in (last, last.previous):
+            if known is not None and known.state == state and known.modules == last.modules:
+                if known is not last:
+                    layer.fallback_check = replace(known, previous=replace(last, previous=None))
+                return known.reason
     reason = _check_layer(layer)
     modules = [module for module in layer.modules() if not isinstance(module, nn.ParameterDict)]
     for linear in layer_linears(layer):
         modules += _trials_modules(linear)
     modules = tuple(modules)
     base_layers = tuple(base_layer(linear) for linear in layer_linears(layer))
-    layer.fallback_check = FallbackCheck(reason, modules, _state(layer, modules), base_layers)
+    previous = None if last is None else replace(last, previous=None)
+    layer.fallback_check = FallbackCheck(reason, modules, _state(layer, modules), base_layers, previous)
     return reason
 
 

@@ -7,6 +7,7 @@ The gradient to h is computed in the forward pass, while a chunk's logits are th
 in float32.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,11 +23,49 @@ IGNORE_INDEX = -100  # torch's and transformers'
 CHUNK_ELEMENTS = 2**26
 
 
+# what is in float32 at once where a distribution is described
+_DESCRIBED_ELEMENTS = 2**24
+
+
+@dataclass
+class Distributions:
+    """Of each position's distribution over the vocabulary, without gradients: what trainers log.
+
+    Attributes:
+        entropy: `[T]`, in nats, float32.
+        is_top1: `[T]`, whether the label is the most likely.
+        mean_logits: `[T]`, the mean over the vocabulary, float32.
+    """
+
+    entropy: Tensor
+    is_top1: Tensor
+    mean_logits: Tensor
+
+    @classmethod
+    def empty(cls, hidden: Tensor) -> "Distributions":
+        """Return those of `hidden [T, ...]`, to be filled."""
+        entropy, mean = (hidden.new_empty(len(hidden), dtype=torch.float32) for _ in range(2))
+        return cls(entropy, torch.empty_like(entropy, dtype=torch.bool), mean)
+
+    def fill(self, start: int, logits: Tensor, labels: Tensor) -> None:
+        """Describe the rows from `start` on, by their logits `[t, vocabulary]` and labels `[t]`."""
+        size = max(1, _DESCRIBED_ELEMENTS // logits.shape[1])
+        for offset in range(0, len(logits), size):
+            values = logits[offset : offset + size].float()
+            part = slice(start + offset, start + offset + len(values))
+            self.mean_logits[part] = values.mean(-1)
+            self.is_top1[part] = values.argmax(-1) == labels[offset : offset + size]
+            log_probs = values.log_softmax(-1)
+            self.entropy[part] = -(log_probs.exp() * log_probs).sum(-1)
+
+
 class _TokenLosses(torch.autograd.Function):
     """`(h [T, hidden], W [vocabulary, hidden], labels [T]) -> the losses [T]`, float32."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, described: Distributions | None = None
+    ) -> Tensor:
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         losses = torch.empty(len(hidden), dtype=dtype, device=hidden.device)
@@ -34,6 +73,8 @@ class _TokenLosses(torch.autograd.Function):
         for start in range(0, len(hidden), size):
             part = slice(start, start + size)
             logits = hidden[part] @ weight.t()
+            if described is not None:
+                described.fill(start, logits, labels[part])
             losses[part] = cross_entropy(logits, labels[part], gradient=gradient is not None)
             if gradient is not None:
                 torch.mm(logits, weight, out=gradient[part])
@@ -43,12 +84,12 @@ class _TokenLosses(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * grads[0][:, None].to(gradient.dtype), None, None
+        return gradient * grads[0][:, None].to(gradient.dtype), None, None, None
 
 
-def token_losses(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+def token_losses(hidden: Tensor, weight: Tensor, labels: Tensor, described: Distributions | None = None) -> Tensor:
     """Return the cross-entropy of each row of `hidden @ weight^T` against its label, float32, `[T]`.
 
     Differentiable in `hidden`; all logits are in memory only where the head is trained.
@@ -57,11 +98,15 @@ def token_losses(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         hidden: `[T, hidden]`.
         weight: `[vocabulary, hidden]`.
         labels: `[T]` in `[0, vocabulary)`, without ignored ones.
+        described: Filled with what the distributions are like, if it is given.
     """
     if weight.requires_grad:
-        return functional.cross_entropy((hidden @ weight.t()).float(), labels, reduction="none")
+        logits = hidden @ weight.t()
+        if described is not None:
+            described.fill(0, logits.detach(), labels)
+        return functional.cross_entropy(logits.float(), labels, reduction="none")
     with torch.autocast(hidden.device.type, enabled=False):
-        return _TokenLosses.apply(hidden, weight, labels)  # pyright: ignore[reportReturnType]
+        return _TokenLosses.apply(hidden, weight, labels, described)  # pyright: ignore[reportReturnType]
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:

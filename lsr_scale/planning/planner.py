@@ -23,6 +23,7 @@ from lsr_scale.adapters.inject import inject
 from lsr_scale.adapters.peft import AdapterLinear, in_out_features
 from lsr_scale.config import RunConfig
 from lsr_scale.config.deepspeed import SHIPPED
+from lsr_scale.config.methods import METHODS
 from lsr_scale.config.training import checkpoints_layers
 from lsr_scale.data.model_limits import num_positions
 from lsr_scale.errors import UserError
@@ -147,6 +148,12 @@ def plan(run: RunConfig, gpus: int = 1, trace: bool = True) -> Plan:
         except memory.TraceError as error:
             traced, steps = False, dict.fromkeys((False, True), memory.StepMemory(0, 0))
             notes.append(f"activations and workspace come on top, they could not be counted for this model ({error})")
+    if training["method"] == "orpo" and fused is None:
+        # bfloat16 logits, their log-softmax, and the gradient
+        gib = 3 * DTYPES[section.dtype].itemsize * batch.rows * batch.length * text.vocab_size / GIB
+        notes.append(
+            f"TRL's ORPO makes all logits where layers run unfused, which are not counted: about {gib:.1f} GiB"
+        )
     if refusal:
         notes.append(f"the run would be refused, and is planned in bf16: {refusal}")
     parts = RunMemory(frozen, trainable_bytes, steps, hidden_size, num_layers, gpus, optimizer_state)
@@ -258,6 +265,7 @@ def _batch(run: RunConfig, sliding_window: int | None) -> memory.Batch:
     """
     training = run.training
     rows, length = training["per_device_train_batch_size"], training.get("max_length") or UNKNOWN_LENGTH
+    rows *= METHODS[training["method"]].sequences  # chosen and rejected are one batch
     if training.get("packing"):
         rows, length, masked = 1, rows * length, True
     else:

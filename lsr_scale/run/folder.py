@@ -33,6 +33,7 @@ class RunFolder:
     .earlier-run/      backup of an earlier run, until this one has saved a checkpoint (`backup.py`)
     .lock              the process that is running here (`lock.py`)
     nonfinite.jsonl    batches without a finite loss, and steps without a finite gradient
+    rewards.png        rewards of chosen and rejected completions, of a method that has them
     condition.png      how far the terms of LSR-Adapt's sums cancel
     compute.json       errors in 8 bits, what stays in bfloat16: training.compute fp8, int8 (`training/compute.py`)
     tensorboard/       TensorBoard's files, with training.report_to: tensorboard
@@ -74,6 +75,11 @@ class RunFolder:
     def curve(self) -> Path:
         """The loss curve."""
         return self.path / "loss.png"
+
+    @property
+    def rewards(self) -> Path:
+        """The rewards over the steps, for training methods that have them."""
+        return self.path / "rewards.png"
 
     @property
     def condition(self) -> Path:
@@ -200,6 +206,7 @@ class RunFolder:
             self.results: lambda file: {"method", "steps"} <= _keys(file),
             self.compute_errors: lambda file: {"errors", "kept"} <= _keys(file),
             self.curve: is_picture,
+            self.rewards: is_picture,
             self.condition: is_picture,
             self.report: is_own_page,
             self.path / "spectra.png": is_own_picture,
@@ -233,7 +240,16 @@ class RunFolder:
     def in_the_way(self) -> list[Path]:
         """Return what lies where a run writes, and is none of a run's."""
         ours = set(self.written())
-        files = self.config, self.environment, self.data, self.metrics, self.curve, self.condition, self.results
+        files = (
+            self.config,
+            self.environment,
+            self.data,
+            self.metrics,
+            self.curve,
+            self.rewards,
+            self.condition,
+            self.results,
+        )
         blocking = [
             path
             for path in (*files, self.nonfinite, self.samples, self.report, self.compute_errors)

@@ -21,27 +21,29 @@ COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
 _STYLES = ("-", "--", ":")  # each colour again, for more than six lines
 SIZE = (7.0, 4.0)  # inches
 _NARROW = 5.0  # inches of width that hold no two columns of a legend
+NATS = "nats per token"  # the unit of a cross-entropy
 _RAW = 20  # more points than that are smoothed
 _POINTS_DRAWN = 2_000  # of a line that is not smoothed
 
 
-def draw_losses(metrics: Path, picture: Path, title: str) -> None:
-    """Draw the training (and evaluation) loss over the steps as a PNG."""
+def draw_losses(metrics: Path, picture: Path, title: str, unit: str = NATS) -> None:
+    """Draw the training (and evaluation) loss over the steps as a PNG; `unit` is the loss's, "" for none."""
     rows = read_metrics(metrics)
     curves = {key: [(row["step"], row[key]) for row in rows if finite_values([row], key)] for key in CURVES}
-    save_figure(loss_figure(curves, title), picture)
+    save_figure(loss_figure(curves, title, unit=unit), picture)
 
 
 CURVES = ("loss", "eval_loss")
 
 
-def loss_figure(curves: Curves, title: str, size: tuple[float, float] = SIZE) -> "Figure":
+def loss_figure(curves: Curves, title: str, size: tuple[float, float] = SIZE, unit: str = NATS) -> "Figure":
     """Return the figure of a run's losses.
 
     Args:
         curves: (step, loss) of training, "loss", and of evaluations, "eval_loss".
         title: The figure's one title, "" for none.
         size: Its inches.
+        unit: The loss's, "" for none.
     """
     figure, axes = _figure(title, size)
     training, evaluation = (curves.get(key) or [] for key in CURVES)
@@ -53,7 +55,7 @@ def loss_figure(curves: Curves, title: str, size: tuple[float, float] = SIZE) ->
         label = f"best evaluation: {best:.4f}, step {step:,}"
         axes.plot(step, best, "*", color=COLORS[1], markersize=13, markeredgecolor="white", label=label, zorder=5)
     axes.set_xlabel("step")
-    axes.set_ylabel("loss, nats per token")
+    axes.set_ylabel(", ".join(filter(None, ("loss", unit))))
     if axes.lines:
         _legend(figure)
     return figure
@@ -244,6 +246,49 @@ def underflow_figure(
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     _legend(figure)
     return figure
+
+
+def preferences_figure(
+    metrics: Sequence[dict[str, Any]], title: str, size: tuple[float, float] = SIZE
+) -> "Figure | None":
+    """Return the figure of the rewards of preferred and other completions over the steps, None where none was logged.
+
+    A reward is beta times the log-ratio to the reference (ORPO: times the mean log-probability); accuracy is the share
+    of pairs whose chosen completion has the higher one, the KL that of KTO.
+    """
+    names = {"rewards/chosen": "chosen", "rewards/rejected": "rejected", "rewards/margins": "margin", "kl": "KL"}
+    figure, axes = _figure(title, size)
+    for color, (name, label) in zip(COLORS, names.items(), strict=False):
+        for prefix, style in (("", "-"), ("eval_", "o--")):
+            points = [(row["step"], row[prefix + name]) for row in metrics if finite_values([row], prefix + name)]
+            if points and not prefix:
+                axes.plot(*_columns(_smoothed(points, smoothing(points))), style, color=color, label=label)
+            elif points:
+                axes.plot(*_columns(points), style, color=color, markersize=4, linewidth=0.8, alpha=0.75)
+    if not axes.lines:
+        return None
+    axes.set(xlabel="step", ylabel="reward, nats (dots: evaluations)")
+    shares = [(row["step"], row["rewards/accuracies"]) for row in metrics if finite_values([row], "rewards/accuracies")]
+    if shares:
+        from matplotlib.ticker import PercentFormatter
+
+        other = axes.twinx()
+        label = "accuracy (right axis)"
+        other.plot(*_columns(_smoothed(shares, smoothing(shares))), ":", color=COLORS[4], label=label)
+        other.set_ylim(0, 1)
+        other.yaxis.set_major_formatter(PercentFormatter(1.0))
+        other.spines[["top"]].set_visible(False)
+    _legend(figure)
+    return figure
+
+
+def draw_preferences(metrics: Path, picture: Path, title: str) -> bool:
+    """Draw `preferences_figure` as a PNG; return False where no rewards were logged."""
+    figure = preferences_figure(read_metrics(metrics), title)
+    if figure is None:
+        return False
+    save_figure(figure, picture)
+    return True
 
 
 def _names(rows: Iterable[dict[str, Any]]) -> list[str]:

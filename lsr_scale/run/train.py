@@ -15,6 +15,7 @@ from lsr_scale import distributed, files
 from lsr_scale.adapters.identity import base_description
 from lsr_scale.adapters.save_and_load import check_base_of, save_adapter, weight_mismatches
 from lsr_scale.config import RunConfig
+from lsr_scale.config.methods import METHODS
 from lsr_scale.data.tasks import Example
 from lsr_scale.errors import UserError
 from lsr_scale.exporting.as_lora import save_as_lora
@@ -28,7 +29,7 @@ from lsr_scale.run.card import write_run_card
 from lsr_scale.run.classifier import HeldOut, score_in_training
 from lsr_scale.run.folder import RunFolder, step_of
 from lsr_scale.run.metrics import read_metrics, summarize_metrics
-from lsr_scale.run.plots import draw_conditions, draw_losses
+from lsr_scale.run.plots import NATS, draw_conditions, draw_losses, draw_preferences
 from lsr_scale.run.start import Start, begin, starting
 from lsr_scale.run.tables import print_results
 from lsr_scale.scoring.accuracy import TaskScore
@@ -183,7 +184,7 @@ def _prepare(
     begins_with = run.adapter.start_from
     where = f", starting from {begins_with}" if begins_with and not checkpoint else ""
     loading = f"loading {run.model.name} ({run.model.quantization}) and adapting it with {run.adapter.method}{where}"
-    if begins_with and checkpoint:
+    if begins_with and checkpoint and not METHODS[run.training["method"]].has_reference:
         # it has factors of its own, and tells what the adapter that was started from had that the run does not
         run = run.model_copy(update={"adapter": run.adapter.model_copy(update={"start_from": str(checkpoint)})})
     check_reporters(run.training["report_to"])
@@ -402,6 +403,7 @@ def _write_results(
     run, folder = start.run, start.folder
     results = {
         "method": run.adapter.method,
+        **({} if run.training["method"] == "sft" else {"training_method": run.training["method"]}),
         "model": run.model.name,
         "quantization": run.model.quantization,
         "compute": run.training["compute"],
@@ -422,6 +424,9 @@ def _write_results(
     files.write_json(folder.results, results)
     write_run_card(folder, run, results)
     title = f"{run.adapter.method} on {run.model.name}"
-    draw_losses(folder.metrics, folder.curve, title)
+    method = run.training["method"]
+    draw_losses(folder.metrics, folder.curve, title, NATS if method == "sft" else "")
+    if method != "sft":
+        draw_preferences(folder.metrics, folder.rewards, f"{method}: {title}")
     draw_conditions(folder.metrics, folder.condition, title)
     return results

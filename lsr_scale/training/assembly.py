@@ -19,9 +19,12 @@ from lsr_scale.adapters.inject import inject
 from lsr_scale.adapters.peft import module_suffixes
 from lsr_scale.adapters.save_and_load import load_adapter, resolve_start_from
 from lsr_scale.config import RunConfig
+from lsr_scale.config.methods import METHODS
 from lsr_scale.config.training import checkpoints_layers
 from lsr_scale.data.chat_tokens import CONVERSATIONS
 from lsr_scale.data.classification import count_classification
+from lsr_scale.data.completions import count_completions
+from lsr_scale.data.preferences import COMPLETIONS
 from lsr_scale.data.token_counts import TokenCounts
 from lsr_scale.data.tokenizer_setup import prepare_tokenizer, supervises_assistant, template_notes
 from lsr_scale.errors import UserError, did_you_mean
@@ -40,6 +43,7 @@ from lsr_scale.training.run_labels import with_labels
 from lsr_scale.training.shared import Shared
 from lsr_scale.training.steps.graphs import PackedCollator, host_bound
 from lsr_scale.training.steps.head_loss import HeadCollator, head_loss_fallback_reason
+from lsr_scale.training.steps.log_probs import head_fallback_reason, use_fused_head
 from lsr_scale.training.trainers import ignore_library_warnings, make_trainer
 
 Say = Callable[[str], None]
@@ -208,6 +212,9 @@ def _check_rows_left(run: RunConfig, trainer: Any, data: RunData, note: Say) -> 
         if run.model.task == "seq_cls":
             encoded = trainer.train_dataset if split == "train" else trainer.eval_dataset
             _, _, notes = count_classification(where, rows, data.tokenizer, limit, encoded)
+        elif data.kind in COMPLETIONS:
+            counted = count_completions(where, rows, data.kind, data.tokenizer, run.training)
+            notes = [note for _, _, of_part in counted for note in of_part]
         else:  # there are none where dataset_kwargs skips TRL's preparation
             count = getattr(trainer, "token_counts", {}).get(split, TokenCounts())
             notes = count.notes(where, data.tokenizer, run.training)
@@ -237,9 +244,18 @@ def _note_row_lengths(run: RunConfig, trainer: Any, note: Say) -> None:
 def _use_fused_layers(run: RunConfig, trainer: Any, say: Say) -> None:
     """Have a trainer of fused layers spend memory on speed as the run wants, and take its loss from the fused head."""
     if _fits_memory(run):
-        trainer.add_callback(FitMemoryCallback(max_forward_tokens(trainer), say))
-    if run.model.task == "causal_lm":
+        tokens = max_forward_tokens(trainer, METHODS[run.training["method"]].sequences)
+        trainer.add_callback(FitMemoryCallback(tokens, say))
+    if run.model.task == "causal_lm" and run.training["method"] == "sft":
         _use_own_head(run, trainer)
+    elif run.model.task == "causal_lm":
+        base = trainer.model.get_base_model()
+        reason = head_fallback_reason(base, trainer.args)
+        if reason is None:
+            use_fused_head(base)
+            trainer.fused_head = True
+        else:
+            say(f"note: the log-probabilities are computed by TRL: {reason}")
 
 
 def _fits_memory(run: RunConfig) -> bool:
@@ -266,7 +282,9 @@ def _replay_steps(run: RunConfig, trainer: Any, report: FuseReport | None, say: 
     model: Any = trainer.model
     longest, mean = row_lengths(trainer)
     reason = None
-    if report is None or report.unfused or not report.fused:
+    if run.training["method"] != "sft":
+        reason = f"steps of {run.training['method']} have none"
+    elif report is None or report.unfused or not report.fused:
         reason = "the decoder layers do not run fused"
     elif uses_deepspeed(run) or distributed.world_size() > 1:
         reason = "several processes, or DeepSpeed, handle gradients as they come"

@@ -83,20 +83,36 @@ class FitMemoryCallback(TrainerCallback):
         clear_weight_cache(kwargs["model"])
 
 
-def max_forward_tokens(trainer: Trainer) -> int | None:
-    """Return the most tokens, padding included, that one forward pass of a trainer can have, None if unknown."""
+def max_forward_tokens(trainer: Trainer, sequences: int = 1) -> int | None:
+    """Return the most tokens, padding included, that one forward pass of a trainer can have, None if unknown.
+
+    Args:
+        trainer: The trainer.
+        sequences: How many a row has: chosen and rejected are two.
+    """
     longest = row_lengths(trainer)[0]
-    return None if longest is None else longest * trainer.args.per_device_train_batch_size
+    return None if longest is None else longest * sequences * trainer.args.per_device_train_batch_size
 
 
 def row_lengths(trainer: Trainer) -> tuple[int | None, float | None]:
-    """Return the tokens of the longest training row of a trainer, and of the mean one; None if unknown."""
+    """Return the tokens of the longest training row of a trainer, and of the mean one; None if unknown.
+
+    Of a row with several completions that is with the longest one.
+    """
     rows: Any = trainer.train_dataset
     limit = getattr(trainer.args, "max_length", None)
-    if "input_ids" not in (getattr(rows, "column_names", None) or ()):
+    names = getattr(rows, "column_names", None) or ()
+    # SFT's, or ORPO's, whole; else completions behind a prompt
+    whole = [name for name in ("input_ids", "chosen_input_ids", "rejected_input_ids") if name in names]
+    completions = [name for name in ("chosen_ids", "rejected_ids", "completion_ids") if name in names]
+    if not whole and not completions:
         return limit, limit
-    import pyarrow.compute as arrow
+    import pyarrow.compute as compute
 
-    lengths: Any = arrow.list_value_length(rows.data.column("input_ids"))  # pyright: ignore[reportAttributeAccessIssue]
-    longest, mean = (getattr(arrow, name)(lengths).as_py() or 0 for name in ("max", "mean"))
-    return longest if limit is None else min(longest, limit), mean
+    arrow: Any = compute
+    lengths = [arrow.list_value_length(rows.data.column(name)) for name in whole or completions]
+    longest = lengths[0] if len(lengths) == 1 else arrow.max_element_wise(*lengths)
+    if not whole:
+        longest = arrow.add(longest, arrow.list_value_length(rows.data.column("prompt_ids")))
+    most, mean = (getattr(arrow, name)(longest).as_py() or 0 for name in ("max", "mean"))
+    return most if limit is None else min(most, limit), mean

@@ -53,6 +53,8 @@ def sharing_fallback_reason(runs: Sequence[RunConfig]) -> str | None:
 def _own_reason(run: RunConfig) -> str | None:
     if run.model.task != "causal_lm":
         return f"model.task: {run.model.task}, whose head is trained; only causal_lm shares a step"
+    if run.training["method"] != "sft":
+        return f"training.method: {run.training['method']}, whose loss is no mean over tokens; only sft shares a step"
     config: Any = adapters.peft_config(run.adapter.method, run.adapter.options, adapters.TASK_TYPES[run.model.task])
     if any(getattr(config, name, None) for name in _DROPOUTS):
         return "adapter.dropout is not 0: its random numbers would not be those of the run alone"

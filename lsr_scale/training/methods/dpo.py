@@ -1,0 +1,30 @@
+"""Direct preference optimization: TRL's DPOTrainer, on pairs of a chosen and a rejected completion.
+
+    loss = -log sigmoid(beta [(log p(chosen) - log r(chosen)) - (log p(rejected) - log r(rejected))])
+
+p is the model, r the reference (`lsr_scale.training.reference`): https://huggingface.co/papers/2305.18290
+"""
+
+from typing import Any
+
+from transformers import Trainer
+
+from lsr_scale.config import RunConfig
+from lsr_scale.training.checkpoint.resumable import Resumable
+from lsr_scale.training.reference import set_reference
+from lsr_scale.training.steps.engine import EngineSteps
+from lsr_scale.training.steps.finite_check import FiniteCheck
+
+BASES = (Resumable, FiniteCheck, EngineSteps)
+
+
+def make_trainer(run: RunConfig, options: dict[str, Any]) -> Trainer:
+    """Return the trainer; see `methods.sft`."""
+    from trl import DPOTrainer
+
+    class AdapterDPOTrainer(*BASES, DPOTrainer):
+        pass
+
+    trainer = AdapterDPOTrainer(**options)
+    set_reference(trainer.model, starts_from_adapter=run.adapter.start_from is not None)
+    return trainer

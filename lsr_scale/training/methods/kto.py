@@ -1,0 +1,32 @@
+"""Kahneman-Tversky optimization: TRL's KTOTrainer, on completions that are desirable or not.
+
+    loss = w_d [1 - sigmoid(beta (log p(y) - log r(y) - KL))]    of a desirable y
+           w_u [1 - sigmoid(beta (KL - log p(y) + log r(y)))]    of another one
+
+p is the model, r the reference (`lsr_scale.training.reference`); the KL is that of the batch's prompts with each
+other's completions, so rows keep their order: https://huggingface.co/papers/2402.01306
+"""
+
+from typing import Any
+
+from transformers import Trainer
+
+from lsr_scale.config import RunConfig
+from lsr_scale.training.checkpoint.resumable import Resumable
+from lsr_scale.training.reference import set_reference
+from lsr_scale.training.steps.engine import EngineSteps
+from lsr_scale.training.steps.finite_check import FiniteCheck
+
+BASES = (Resumable, FiniteCheck, EngineSteps)
+
+
+def make_trainer(run: RunConfig, options: dict[str, Any]) -> Trainer:
+    """Return the trainer; see `methods.sft`."""
+    from trl import KTOTrainer
+
+    class AdapterKTOTrainer(*BASES, KTOTrainer):
+        pass
+
+    trainer = AdapterKTOTrainer(**options)
+    set_reference(trainer.model, starts_from_adapter=run.adapter.start_from is not None)
+    return trainer

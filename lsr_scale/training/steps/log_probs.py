@@ -1,0 +1,105 @@
+"""Log-probabilities of completions by the fused head, in TRL's trainers that take them: DPO's, KTO's, ORPO's.
+
+TRL's ask the model for them with `fused_lm_head=True`, and its own head (`add_fused_lm_head`) makes no logits of all
+tokens either. Here a chunk's gradient is made with its loss, where TRL's computes the logits again; and the reference's
+pass, under which nothing is differentiated, describes no distributions, which nobody logs.
+"""
+
+import functools
+import types
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lsr_scale.errors import UserError
+from lsr_scale.fused.fallback import lm_head_fallback_reason
+from lsr_scale.fused.loss import IGNORE_INDEX, Distributions, token_losses
+
+# what of TRL's output this head gives
+GIVEN = {"log_probs", "entropy", "mean_logits", "is_top1", "label_mask"}
+
+
+def head_fallback_reason(base: Any, settings: Any) -> str | None:
+    """Return why TRL must compute the log-probabilities of a fused causal language model, or None.
+
+    Args:
+        base: The model (`LlamaForCausalLM` or the like), fused.
+        settings: Its trainer's arguments.
+    """
+    if getattr(settings, "use_weighting", False):
+        return "use_weighting needs sums over squared probabilities"
+    if getattr(base.config.get_text_config(), "output_router_logits", False):
+        return "the model's experts have a loss of their own"
+    if any(parameter.requires_grad for parameter in base.get_output_embeddings().parameters()):
+        return "lm_head is trained"
+    return lm_head_fallback_reason(base, {})
+
+
+def use_fused_head(base: Any) -> None:
+    """Have a causal language model answer `fused_lm_head=True`, as TRL's trainers ask, by the fused head.
+
+    Args:
+        base: The model, fused, of a trainer that was just made: TRL has given it a forward of its own, but ORPO's.
+
+    Raises:
+        UserError: if this release of TRL asks in another way.
+    """
+    from trl.trainer import utils
+
+    trls = base.forward
+    output = getattr(utils, "FusedCausalLMOutput", None)
+    if output is None or not hasattr(utils, "add_fused_lm_head"):
+        raise UserError(
+            "this release of TRL does not ask the model for log-probabilities as 1.15 and 1.16 do; install "
+            "'trl>=1.15,<1.17', or set training.fused: off"
+        )
+    trl_has_head = "forward" in vars(base)
+
+    @functools.wraps(type(base).forward)
+    def forward(module: Any, *args: Any, fused_lm_head: bool = False, labels: Any = None, **kwargs: Any) -> Any:
+        if not fused_lm_head or args or kwargs.get("shift_labels") is not None:
+            if labels is not None:
+                kwargs["labels"] = labels
+            return trls(*args, **kwargs, **({"fused_lm_head": fused_lm_head} if trl_has_head else {}))
+        kwargs.pop("num_items_in_batch", None)
+        logged = torch.is_grad_enabled() or not module.training
+        log_probs, described, mask = completion_log_probs(module, labels, described=logged, **kwargs)
+        of_all = {
+            name: _at(mask, value)
+            for name in ("entropy", "mean_logits", "is_top1")
+            if described is not None
+            for value in [getattr(described, name)]
+        }
+        return output(log_probs=_at(mask, log_probs), label_mask=mask, **of_all)
+
+    base.forward = types.MethodType(forward, base)
+
+
+def completion_log_probs(
+    module: Any, labels: Tensor, described: bool = False, **kwargs: Any
+) -> tuple[Tensor, Distributions | None, Tensor]:
+    """Return the log-probability of each label that is not ignored, what its distribution is like, and where it is.
+
+    Args:
+        module: The causal language model, fused.
+        labels: `[B, S]`, -100 where they are ignored; a position predicts the next one's.
+        described: Describe the distributions too.
+        kwargs: The model's, such as `input_ids`.
+
+    Returns:
+        `[T]` in float32, in the rows' order; the distributions or None; a mask `[B, S - 1]` with T true.
+    """
+    kwargs["use_cache"] = False
+    hidden = module.model(**kwargs).last_hidden_state[:, :-1]
+    wanted = labels[:, 1:].to(hidden.device)
+    mask = wanted != IGNORE_INDEX
+    weight = module.get_output_embeddings().weight
+    rows = hidden[mask].to(weight.dtype)
+    found = Distributions.empty(rows) if described else None
+    return -token_losses(rows, weight, wanted[mask], found), found, mask
+
+
+def _at(mask: Tensor, values: Tensor) -> Tensor:
+    """Return values at the places of a mask, zeros elsewhere; differentiable, also where there are none."""
+    return values.new_zeros(mask.shape).masked_scatter(mask, values)

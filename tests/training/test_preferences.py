@@ -1,0 +1,251 @@
+"""DPO, KTO and ORPO: TRL's losses, fused and unfused, on our adapters; the reference; and whole runs."""
+
+import shutil
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import lsr_scale
+from lsr_scale.config.training import training_arguments_class
+from lsr_scale.data.completions import tokenize_completions
+from lsr_scale.run.folder import RunFolder
+from lsr_scale.training.assembly import build_trainer
+from lsr_scale.training.steps import log_probs
+from tests.conftest import SEVEN_LINEARS
+from tests.helpers.tiny_runs import do, factors, metrics, results, same, save_llama, tiny_run, write_rows
+
+METHODS = ("dpo", "kto", "orpo")
+STEPS = 5
+
+
+def preferences(num=10):
+    """Return pairs of unlike, odd lengths."""
+    answers = [" a knife", " the broom of the house", " needle and thread", " a saw, or an old rusty saw", " soup"]
+    return [
+        {
+            "prompt": f"{'Well now. ' * (i % 3)}What is number {i}?",
+            "chosen": answers[i % 5],
+            "rejected": answers[(i + 2) % 5] * (1 + i % 2),
+        }
+        for i in range(num)
+    ]
+
+
+def unpaired(num=10):
+    return [
+        {"prompt": row["prompt"], "completion": row["chosen" if i % 3 else "rejected"], "label": bool(i % 3)}
+        for i, row in enumerate(preferences(num))
+    ]
+
+
+ROWS = {"dpo": preferences, "kto": unpaired, "orpo": preferences}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("preferences")
+    save_llama(folder / "model", chat=True)
+    for method, rows in ROWS.items():
+        write_rows(folder / f"{method}.jsonl", rows())
+    return folder
+
+
+def run_of(place, method, name, **changes):
+    """Return a run of five steps in float32, in the rows' order."""
+    training = {"method": method, "output_dir": str(place / name), "train_sampling_strategy": "sequential"}
+    training |= {"learning_rate": 1e-2, "lr_scheduler_type": "constant", "warmup_steps": 0, "save_strategy": "no"}
+    sections = {
+        "model": {"dtype": "float32", "quantization": "none"},
+        "adapter": {"method": "lora", "rank": 4, "target_modules": SEVEN_LINEARS},
+        "data": {"train": [str(place / f"{method}.jsonl")]},
+        "training": training | changes.pop("training", {}),
+        "eval": {"tasks": []},
+    }
+    return tiny_run(place, **{name: section | changes.get(name, {}) for name, section in sections.items()})
+
+
+def losses(trainer):
+    return [row["loss"] for row in trainer.state.log_history if "loss" in row]
+
+
+def trls_own(place, method, factors_of):
+    """Train as TRL and PEFT do by themselves, from the same first factors, and return the losses."""
+    arguments = training_arguments_class("causal_lm", method)(
+        output_dir=str(place / "trl"),
+        per_device_train_batch_size=2,
+        num_train_epochs=1,
+        learning_rate=1e-2,
+        lr_scheduler_type="constant",
+        logging_steps=1,
+        train_sampling_strategy="sequential",
+        gradient_checkpointing=False,
+        save_strategy="no",
+        report_to="none",
+        bf16=False,
+        use_cpu=True,
+        max_grad_norm=1.0,
+        weight_decay=0.0,
+        optim="adamw_torch",
+        disable_tqdm=True,
+    )
+    base = AutoModelForCausalLM.from_pretrained(place / "model", dtype=torch.float32)
+    model = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules=SEVEN_LINEARS, task_type="CAUSAL_LM"))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.copy_(factors_of[name])
+    if method == "orpo":
+        from trl.experimental.orpo import ORPOTrainer as Trainer
+    else:
+        import trl
+
+        Trainer = getattr(trl, f"{method.upper()}Trainer")
+    rows = Dataset.from_list(ROWS[method]())
+    tokenizer = AutoTokenizer.from_pretrained(place / "model")
+    trainer = Trainer(model=model, args=arguments, train_dataset=rows, processing_class=tokenizer)
+    trainer.train()
+    return losses(trainer), trainer
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_losses_of_five_steps_are_those_of_peft_and_trl(place, method):
+    found = {}
+    for fused in ("off", "on"):
+        run = run_of(place, method, f"{method}-{fused}", training={"fused": fused}, adapter={"alpha": 8})
+        trainer = build_trainer(run, RunFolder(place / f"{method}-{fused}"))
+        first = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+        trainer.train()
+        found[fused] = losses(trainer)
+    expected, trls = trls_own(place, method, first)
+
+    assert len(expected) == STEPS
+    assert min(abs(one - other) for one, other in zip(expected[2:], expected[1:], strict=False)) > 1e-4, "steps count"
+    for fused in ("off", "on"):
+        torch.testing.assert_close(torch.tensor(found[fused]), torch.tensor(expected), rtol=0, atol=1e-5)
+    logged = [row for row in trainer.state.log_history if "loss" in row]
+    theirs = [row for row in trls.state.log_history if "loss" in row]
+    for name in ("rewards/chosen", "rewards/margins", "logps/rejected", "entropy", "mean_token_accuracy", "kl"):
+        one, other = ([row[name] for row in rows if name in row] for rows in (logged, theirs))
+        assert one == pytest.approx(other, abs=2e-4)
+
+
+def test_fused_steps_take_log_probabilities_from_the_fused_head(place, monkeypatch):
+    asked = []
+    compute = log_probs.completion_log_probs
+
+    def spy(*args, **kwargs):
+        asked.append(kwargs["described"])
+        return compute(*args, **kwargs)
+
+    monkeypatch.setattr(log_probs, "completion_log_probs", spy)
+    for method in METHODS:
+        run = run_of(place, method, f"{method}-spied", training={"fused": "on", "max_steps": 1})
+        build_trainer(run, RunFolder(place / f"{method}-spied")).train()
+    # DPO: the model, its reference; KTO: the KL's, the model, both of the reference; ORPO: the model
+    assert asked == [True, False, False, True, False, False, True]
+
+
+@pytest.mark.parametrize("method", ["dpo", "kto"])
+def test_the_reference_is_the_base_or_the_adapter_that_a_run_starts_from(place, method):
+    run = run_of(place, method, f"{method}-new")
+    model = build_trainer(run, RunFolder(place / "unused")).model
+    assert list(model.peft_config) == ["default"], "no copy of an adapter whose update is zero"
+
+    earlier = run_of(place, "orpo", f"{method}-earlier", training={"max_steps": 2})
+    started = do(earlier)
+    run = run_of(
+        place,
+        method,
+        f"{method}-again",
+        adapter={"start_from": str(started.path)},
+        training={"fused": "on", "max_steps": 3, "save_strategy": "steps", "save_steps": 2},
+    )
+    trainer = build_trainer(run, RunFolder(place / "unused"))
+    named = dict(trainer.model.named_parameters())
+    copies = [name for name in named if "ref" in name.split(".")]
+    assert len(copies) == len([name for name in named if "default" in name.split(".")]) > 0
+    for name in copies:
+        assert not named[name].requires_grad
+        assert torch.equal(named[name], named[".".join("default" if p == "ref" else p for p in name.split("."))])
+    first = {name: named[name].clone() for name in copies}
+    trainer.train()
+    assert all(torch.equal(named[name], value) for name, value in first.items()), "the reference stays"
+    assert losses(trainer)[0] == pytest.approx({"dpo": 0.6931472, "kto": 0.5}[method], abs=1e-5), "they begin alike"
+
+
+def test_a_run_that_resumes_keeps_its_reference(place):
+    started = do(run_of(place, "orpo", "resumed-earlier", training={"max_steps": 2}))
+    saving = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 8}
+    options = {"adapter": {"start_from": str(started.path)}, "training": saving}
+    whole = do(run_of(place, "dpo", "whole", **options))
+    shutil.copytree(whole.path, place / "stopped")
+    for name in ("checkpoint-4", "checkpoint-5"):
+        shutil.rmtree(place / "stopped" / name)
+    again = do(run_of(place, "dpo", "stopped", **options), resume="auto")
+
+    assert same(factors(whole), factors(again))
+    assert [row["loss"] for row in metrics(again) if "loss" in row] == [
+        row["loss"] for row in metrics(whole) if "loss" in row
+    ]
+    assert not (whole.path / "checkpoint-2" / "ref").exists()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_tokens_told_of_rows_are_the_trainers(place, method):
+    tokenizer = AutoTokenizer.from_pretrained(place / "model")
+    chat = [
+        {
+            "prompt": [{"role": "user", "content": row["prompt"]}],
+            **{name: [{"role": "assistant", "content": row[name]}] for name in ("chosen", "rejected")},
+        }
+        for row in preferences(3)
+    ]
+    if method == "kto":
+        chat = [{"prompt": row["prompt"], "completion": row["chosen"], "label": i > 0} for i, row in enumerate(chat)]
+    kind = "unpaired" if method == "kto" else "preference"
+    for name, rows in (("texts", ROWS[method](3)), ("chat", chat)):
+        write_rows(place / f"{method}-{name}.jsonl", rows)
+        run = run_of(place, method, "tokens", data={"train": [str(place / f"{method}-{name}.jsonl")]})
+        trainer = build_trainer(run, RunFolder(place / "tokens"))
+        for row, trained in zip(rows, trainer.train_dataset, strict=True):
+            told = tokenize_completions(row, f"chat_{kind}" if name == "chat" else kind, tokenizer, method)
+            for column, (prompt, completion) in told.items():
+                if method == "orpo":
+                    assert trained[f"{column}_input_ids"] == prompt + completion
+                    assert trained[f"{column}_labels"] == [-100] * len(prompt) + completion
+                else:
+                    assert (trained["prompt_ids"], trained[f"{column}_ids"]) == (prompt, completion)
+
+
+@pytest.fixture(scope="module", params=METHODS)
+def ran(request, place):
+    """Run once on an NF4 base and embedded-style questions, with held-out rows and a checkpoint."""
+    method = request.param
+    sections = {
+        "data": {"train": [str(place / "questions.jsonl")], "validation": [str(place / "questions.jsonl")]},
+        "training": {"method": method, "output_dir": str(place / f"whole-{method}"), "fused": "on"},
+        "eval": {"tasks": [str(place / "questions.jsonl")], "prompts": ["What sews cloth?"], "max_new_tokens": 2},
+    }
+    return method, do(tiny_run(place, **sections))
+
+
+def test_a_whole_run_logs_draws_and_is_reported(ran):
+    method, folder = ran
+    rows = metrics(folder)
+    assert {"rewards/chosen", "rewards/rejected", "num_tokens"} <= {name for row in rows for name in row}
+    assert any("eval_rewards/margins" in row for row in rows)
+    assert all("tokens_per_s" in row for row in rows if "loss" in row)
+    assert folder.rewards.is_file()
+    assert results(folder)["training_method"] == method
+    assert "Rewards over the steps" in (folder.path / "report.html").read_text()
+    assert [p.name for p in folder.path.glob("checkpoint-*/ref")] == []
+
+
+def test_what_it_trained_is_loaded_without_the_trainer(ran):
+    _, folder = ran
+    assert all(torch.isfinite(factor).all() for factor in factors(folder).values())
+    found = lsr_scale.generate(folder.path, "What sews cloth?", max_new_tokens=2)
+    assert found is not None

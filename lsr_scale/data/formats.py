@@ -23,10 +23,8 @@ from lsr_scale.errors import UserError, did_you_mean
 if TYPE_CHECKING:
     from datasets import Dataset
 
-Kind = Literal[
-    *("prompt_completion", "chat_prompt_completion", "messages", "text", "classification"),
-    *("preference", "chat_preference", "unpaired", "chat_unpaired"),
-]
+_Plain = Literal["prompt_completion", "chat_prompt_completion", "messages", "text", "classification"]
+Kind = _Plain | Literal["preference", "chat_preference", "unpaired", "chat_unpaired"]
 KIND_MEANING: dict[str, str] = {
     "prompt_completion": "raw text, loss on the completion",
     "chat_prompt_completion": "chat template, loss on the assistant's turns in the completion",

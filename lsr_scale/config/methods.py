@@ -46,7 +46,9 @@ _SFT = {
 
 _PREFERENCES = {"max_length": 1024, "learning_rate": 1e-4}
 _REFERENCE = "the reference is the base with the adapter off, or the adapter that start_from names, frozen"
-_NO_REFERENCE = dict.fromkeys(("sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps"), _REFERENCE)
+_NO_REFERENCE: dict[str, str] = dict.fromkeys(
+    ("sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps"), _REFERENCE
+)
 _NO_PADDING_FREE = {"padding_free": "TRL has none for DPO at present: leave it out"}
 _OF_ORPO = {
     "is_encoder_decoder": "the model itself says so: leave it out",

@@ -47,7 +47,8 @@ def options(method: str) -> type:
     """
     source = PEFT_METHODS.get(method) or _registered(method).config_class
     not_options = {field.name for field in dataclasses.fields(PeftConfig)}
-    copied = [(f.name, f.type, _copy_field(f)) for f in dataclasses.fields(source) if f.name not in not_options]
+    fields = [f for f in dataclasses.fields(source) if f.name not in not_options and not f.metadata.get("internal")]
+    copied = [(f.name, f.type, _copy_field(f)) for f in fields]
     return dataclasses.make_dataclass(f"{method.title().replace('_', '')}Options", copied)
 
 

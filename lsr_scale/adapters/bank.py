@@ -20,7 +20,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from lsr_scale.adapters.peft import AdapterConfig, AdapterLinear, Pair
+from lsr_scale.adapters.peft import AdapterConfig, AdapterLinear, Pair, check_sketch
 from lsr_scale.adapters.peft.per_sample import BASE_MODEL, PairMemory, PerSampleAdapters, batch_lock
 from lsr_scale.adapters.read import CONFIG_NAME, WEIGHTS_NAME, read_config, read_weights
 from lsr_scale.errors import UserError
@@ -33,7 +33,12 @@ class FactorStack:
 
     modules: dict[str, AdapterLinear] = field(default_factory=dict)
     factors: dict[str, Tensor] = field(default_factory=dict)
+    frozen: tuple[str, ...] = ()  # of the factors: all adapters have the same, `[modules, ...]` repeated in a view
     scalings: Tensor = field(default_factory=lambda: torch.empty(0))  # [capacity, modules]
+
+    def trained(self) -> dict[str, Tensor]:
+        """Return the factors that adapters' files have."""
+        return {key: stacked for key, stacked in self.factors.items() if key not in self.frozen}
 
 
 class AdapterBank:
@@ -83,7 +88,14 @@ class AdapterBank:
             stack = stacks.setdefault(shapes, FactorStack())
             stack.modules[name] = layer
             self.stack_of[layer] = stack
-        size = sum(factor.numel() for layer in layers.values() for factor in layer.factors(adapter).values())
+        self._sketch = getattr(tuner.peft_config[adapter], "base_sketch", None)
+        frozen = {layer: layer.frozen_factors(adapter) for layer in layers.values()}
+        size = sum(
+            factor.numel()
+            for layer in layers.values()
+            for key, factor in layer.factors(adapter).items()
+            if key not in frozen[layer]
+        )
         self._numel, self.adapter_bytes = size, size * dtype.itemsize
         self.capacity = int(memory_gib * 2**30) // self.adapter_bytes
         if self.capacity < 1:
@@ -100,9 +112,16 @@ class AdapterBank:
                     size = self.capacity, len(stack.modules)
                     # zeros: samples without an adapter read a slot too
                     stack.factors = {
-                        key: torch.zeros(*size, *shape, dtype=dtype, device=device) for key, shape in shapes
+                        key: torch.zeros(*size, *shape, dtype=dtype, device=device)
+                        for key, shape in shapes
+                        if key not in self.method.frozen_names
                     }
                     stack.scalings = torch.zeros(size, device=device)
+                    of_modules = [frozen[layer] for layer in stack.modules.values()]
+                    stack.frozen = tuple(of_modules[0])
+                    for key in stack.frozen:
+                        shared = torch.stack([factors[key] for factors in of_modules])
+                        stack.factors[key] = shared.expand(self.capacity, *shared.shape)
         except RuntimeError as error:  # out of memory, the CPU's too
             raise UserError(f"AdapterBank: memory_gib={memory_gib} is more than {device} has; lower it") from error
         self._stacks = list(stacks.values())
@@ -126,7 +145,7 @@ class AdapterBank:
                 _, slot = self.slots.popitem(last=False)
                 self.evictions += 1
             for stack in self._stacks:
-                for key, stacked in stack.factors.items():
+                for key, stacked in stack.trained().items():
                     # one copy to the device for all modules
                     stacked[slot].copy_(torch.stack([tensors[module, key] for module in stack.modules]))
                 scalings = [config.for_module(module.removeprefix("model.")).scaling for module in stack.modules]
@@ -175,11 +194,12 @@ class AdapterBank:
         if not isinstance(config, self.method.config_class):
             kind = getattr(config.peft_type, "value", config.peft_type)
             raise UserError(f"{folder}: a {kind} adapter; this bank is for {self.method.name} adapters")
+        check_sketch(getattr(config, "base_sketch", None), self._sketch, str(folder))
         # a file is read into memory before its tensors can be checked: float64 factors and a long header at most
         stored = read_weights(folder, max_bytes=2 * 8 * self._numel + 2**20)
         tensors: dict[tuple[str, str], Tensor] = {}
         for stack in self._stacks:
-            for module, (key, stacked) in itertools.product(stack.modules, stack.factors.items()):
+            for module, (key, stacked) in itertools.product(stack.modules, stack.trained().items()):
                 name = f"base_model.{module}.{self.method.prefix}{key}"
                 tensor = stored.pop(name, None)
                 if tensor is None:

@@ -203,8 +203,11 @@ class _Materialize(torch.autograd.Function):
             group = [index for index, _ in wanted]
             method, of_group = blocks.blocks[group[0]][0].method, [named for i in group for named in factors[i]]
             first = next(iter(of_group[0].values()))
+            stacks = _stacked(of_group)
+            trained = [name for name in stacks if name not in method.frozen_names]
             with torch.enable_grad(), torch.autocast(first.device.type, enabled=False):
-                stacks = {name: stack.requires_grad_() for name, stack in _stacked(of_group).items()}
+                for name in trained:
+                    stacks[name].requires_grad_()
                 pair = method.materialize(stacks)
             join = torch.cat if blocks.stacked else torch.stack
             down, up = (
@@ -213,13 +216,18 @@ class _Materialize(torch.autograd.Function):
             )
             # d/d(up before scaling) = scaling * d/d(up)
             gradients = [down.to(pair[0].dtype), up.to(pair[1].dtype) * scaling]
-            d_stacks = torch.autograd.grad(pair, list(stacks.values()), gradients)
-            for place, (name, stack) in enumerate(zip(stacks, d_stacks, strict=True)):
+            # of a pair one side may be frozen
+            sides = [(side, grad) for side, grad in zip(pair, gradients, strict=True) if side.requires_grad]
+            d_stacks = torch.autograd.grad(
+                [side for side, _ in sides], [stacks[name] for name in trained], [grad for _, grad in sides]
+            )
+            places = {name: place for place, name in enumerate(stacks)}
+            for name, stack in zip(trained, d_stacks, strict=True):
                 # contiguous, or autograd would copy the factors' gradients one by one
                 rows = iter(stack.contiguous().to(of_group[0][name].dtype).unbind())
                 for index in group:
                     for result in results[index]:
-                        result[place] = next(rows)
+                        result[places[name]] = next(rows)
         return None, None, None, *(gradient for block in results for named in block for gradient in named)
 
 

@@ -80,7 +80,7 @@ def method_options() -> dict[str, type]:
     """
     folder = Path(__file__).parent.parent / "adapters"
     shared = _execute(folder / "peft" / "config.py", {"PeftConfig": _PlainConfig, "PeftType": str})
-    given = {"AdapterConfig": shared["AdapterConfig"], "option": shared["option"]}
+    given = {name: shared[name] for name in ("AdapterConfig", "BaseWeightConfig", "option")}
     given |= {name: types.SimpleNamespace for name in ("LoraConfig", "LoKrConfig")}
     found: dict[str, type] = {}
     of_peft: dict[str, type] = {}

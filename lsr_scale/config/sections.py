@@ -148,6 +148,8 @@ def _adapter_section(method: str) -> type[AdapterSection]:
     """Return the model of one method's options, made from its dataclass: a method stays one file."""
     fields: dict[str, Any] = {"method": (Literal[method], Field(description=f"Adapter method: {method}."))}
     for field in dataclasses.fields(_OPTIONS[method]):
+        if field.metadata.get("internal"):
+            continue
         default = (
             {"default": field.default}
             if field.default_factory is dataclasses.MISSING

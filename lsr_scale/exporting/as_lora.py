@@ -1,6 +1,7 @@
 """`training.save_as_lora`: a finished run's adapter as PEFT's LoRA, beside it."""
 
 import json
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -8,19 +9,24 @@ from safetensors import SafetensorError
 from lsr_scale import files
 from lsr_scale.adapters.card import CARD_NAME
 from lsr_scale.adapters.read import ADAPTER_FILES, BASE_NAME
+from lsr_scale.exporting.base_factors import with_base_factors
 from lsr_scale.exporting.card import write_card
 from lsr_scale.exporting.pairs import metadata_of, write_lora
 from lsr_scale.exporting.source import open_adapter
 from lsr_scale.run.folder import RunFolder
 
 
-def save_as_lora(folder: RunFolder) -> None:
+def save_as_lora(folder: RunFolder, model: Any) -> None:
     """Write `adapter_lora/` of a run from its `adapter/`: the exact pairs in float32; complete or not at all.
+
+    Args:
+        folder: The run's.
+        model: The trained one: factors that are made of its base's weights are not in the adapter's file.
 
     Raises:
         UserError: if an update is not finite, or the folder cannot be written.
     """
-    source, target = open_adapter(folder.path), folder.lora
+    source, target = with_base_factors(open_adapter(folder.path), model=model), folder.lora
     temporary = files.temporary_path(target)
     files.remove_stale_temporaries(target)
     try:

@@ -18,6 +18,7 @@ from lsr_scale import files
 from lsr_scale.adapters.read import check_own_base
 from lsr_scale.errors import UserError
 from lsr_scale.exporting import pairs as lora
+from lsr_scale.exporting.base_factors import with_base_factors
 from lsr_scale.exporting.card import write_card
 from lsr_scale.exporting.source import AdapterSource, describe_file, open_adapter
 from lsr_scale.exporting.summary import in_words
@@ -92,6 +93,8 @@ def export(
     source = open_adapter(path)
     check_own_base(source.folder, source.config)
     with suggest_base_option(base), _new_folder(user_path(out, "--out")) as folder, progress:
+        if kind != "adapter":
+            source = with_base_factors(source, base)
         progress.stage(f"writing {options.form}")
         summary = {**_write(folder, source, options, progress), **_sizes(folder, source)}
         summary["seconds to write"] = round(time.perf_counter() - started, 2)
@@ -146,7 +149,7 @@ def merge(
     dtype = _NICKNAMES.get(dtype, dtype)
     if dtype not in DTYPES:
         raise UserError(f"--dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
-    sources = [open_adapter(path) for path in paths]
+    sources = [with_base_factors(open_adapter(path)) for path in paths]
     for source in sources:
         check_own_base(source.folder, source.config)
     bases = {str(source.base["config_sha256"]): source for source in sources if source.base}

@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from lsr_scale.exporting.base_factors import with_base_factors
 from lsr_scale.exporting.source import AdapterSource, describe_file, open_adapter
 from lsr_scale.run.plots import check_picture_place, picture_text, save_figure
 from lsr_scale.units import byte_size
@@ -38,7 +39,7 @@ def inspect_adapter(path: str | Path) -> dict[str, Any]:
     Raises:
         UserError: if there is no adapter, or it is damaged.
     """
-    source = open_adapter(path)
+    source = with_base_factors(open_adapter(path))
     size = describe_file(source.folder / "adapter_model.safetensors")
     parameters = source.num_parameters()
     fully_trained = {name: list(value.shape) for name, value in source.extra.items()}

@@ -52,6 +52,8 @@ class AdapterSource:
     results: dict[str, Any] | None = None
     tokenizer: Path | None = None  # where the run's lies
     chat: bool = False  # trained on conversations
+    # factors that are made of the base's weights and not saved, by module, once `with_base_factors` has made them
+    frozen: dict[str, Params] = dataclasses.field(default_factory=dict)
 
     @property
     def method(self) -> str:
@@ -85,9 +87,15 @@ class AdapterSource:
         """Whether the updates are exact pairs; where not, they exist as dense matrices only."""
         return SAVED_METHODS[self.method].is_low_rank()
 
+    def factors(self, module: str) -> Params:
+        """Return a module's factors, float32: those of the file, and those that are made of the base's weights."""
+        if getattr(self.config, "base_sketch", None) and module not in self.frozen:
+            raise RuntimeError(f"{self.folder}: {module}: with_base_factors was not called")
+        return {name: value.float() for name, value in (self.modules[module] | self.frozen.get(module, {})).items()}
+
     def delta(self, module: str) -> Tensor:
         """Return the dense update `[out, in]` of a module whose method has no pair, float32, scaled."""
-        params = {name: value.float() for name, value in self.modules[module].items()}
+        params = self.factors(module)
         return self._finite(module, SAVED_METHODS[self.method].delta_weight(params) * self.scaling(module))[0]
 
     def pair(self, module: str) -> tuple[Tensor, Tensor]:
@@ -101,7 +109,7 @@ class AdapterSource:
                 f"{self.folder}: {self.method}'s updates are of full rank, so no LoRA holds them; --to adapter keeps "
                 "the factors, --to merged the whole model"
             )
-        params = {name: value.float() for name, value in self.modules[module].items()}
+        params = self.factors(module)
         down, up = SAVED_METHODS[self.method].materialize(params)
         down, up = self._finite(module, down, up * self.scaling(module))
         return down, up
@@ -214,6 +222,7 @@ def _check_module(source: AdapterSource, module: str) -> None:
     shapes = {name: list(value.shape) for name, value in params.items()}
     try:
         on_meta = {name: value.float().to("meta") for name, value in params.items()}
+        on_meta |= _frozen_on_meta(source, module)
         if source.is_low_rank:
             down, up = saved.materialize(on_meta)
             (rank, in_features), (out_features, up_rank) = down.shape, up.shape
@@ -247,6 +256,19 @@ def _check_module(source: AdapterSource, module: str) -> None:
                 f"{where}: the pair is for a layer [{out_features}, {in_features}], its base has {base_shape} there "
                 "(base.json); restore the adapter"
             )
+
+
+def _frozen_on_meta(source: AdapterSource, module: str) -> Params:
+    """Return the factors that are not in the file, on the meta device, by the sizes of the base's layer."""
+    saved = SAVED_METHODS[source.method]
+    if not saved.frozen_names or not getattr(source.config, "base_sketch", None):
+        return {}
+    pattern = ".".join("*" if part.isdigit() else part for part in module.split("."))
+    size = (source.base or {}).get("linear_shapes", {}).get(pattern)
+    if size is None:
+        raise ValueError("those that are made of the base's weights need base.json, which has its layers' sizes")
+    shapes = saved.frozen_shapes(size[1], size[0], source.config_of(module))
+    return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
 
 
 def describe_file(file: Path) -> dict[str, int]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
@@ -74,7 +75,7 @@ def layer_fallback_reason(layer: Any) -> str | None:
                     layer.fallback_check = replace(known, previous=replace(last, previous=None))
                 return known.reason
     reason = _check_layer(layer)
-    modules = [module for module in layer.modules() if not isinstance(module, nn.ParameterDict)]
+    modules = [module for module in layer.modules() if not isinstance(module, nn.ParameterDict | BufferDict)]
     for linear in layer_linears(layer):
         modules += _trials_modules(linear)
     modules = tuple(modules)

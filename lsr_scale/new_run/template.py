@@ -15,8 +15,9 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "lora": {"rank": 16},
     "lsr": {"rank": 16, "separation_rank": 16},
     "kron_lora": {"rank": 8, "left_in": 2, "left_out": 16, "dropout": 0.0},
+    "lora_xs": {"rank": 32, "alpha": 64},  # its authors', as is the rate
 }
-_RATES = {"lora": (1e-3, 2e-4), "lsr": (2e-3, 5e-4), "kron_lora": (1e-3, 3e-4)}
+_RATES = {"lora": (1e-3, 2e-4), "lsr": (2e-3, 5e-4), "kron_lora": (1e-3, 3e-4), "lora_xs": (2e-3, 2e-3)}
 _BILLION = 10**9
 _PLAIN = re.compile(r"[A-Za-z0-9_./~:@=-]+")
 _WHAT = {

@@ -34,7 +34,6 @@ from lsr_scale.model import DTYPES, check_quantization, chosen_dtype, load_confi
 from lsr_scale.planning import memory
 from lsr_scale.planning.sizes import adapter_file_bytes, frozen_bytes, quantized_layers
 from lsr_scale.planning.stages import GIB, Memory, RunMemory
-from lsr_scale.training.optimizers.state_bytes import pair_state_bytes
 
 # tokens in a row if max_length is null
 UNKNOWN_LENGTH = 1024
@@ -119,7 +118,12 @@ def plan(run: RunConfig, gpus: int = 1, trace: bool = True) -> Plan:
     frozen = frozen_bytes(base, quantized, section.quantization, section.double_quantization)
     base_parameters = sum(parameter.numel() for parameter in base.parameters())
     memory.count_dequantization(base, quantized, section.quantization)
+    of_base = {id(buffer) for buffer in base.buffers()}
     model = _adapted(run, base)
+    # what an adapter holds beside what trains, such as the frozen factors of LoRA-XS
+    own = {id(buffer): buffer for buffer in model.buffers() if id(buffer) not in of_base}
+    frozen_factors = sum(buffer.numel() * buffer.element_size() for buffer in own.values())
+    frozen = replace(frozen, state=frozen.state + frozen_factors)
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     sizes = [in_out_features(layer.get_base_layer()) or (0, 0) for layer in layers]
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -130,8 +134,9 @@ def plan(run: RunConfig, gpus: int = 1, trace: bool = True) -> Plan:
     trainable_bytes = sum(parameter.numel() * parameter.element_size() for parameter in trainable)
     targets = run.adapter.options.get("target_modules")
     notes = [*_oversized(model), *coverage_notes(model, section.quantization, targets, section.dtype, set(quantized))]
-    optimizer_state = pair_state_bytes(training["optim"], model)
-    if optimizer_state is None and training["optim"] not in ("adamw_torch", "adamw_torch_fused", "lora_plus"):
+    if frozen_factors:
+        notes.append(f"{run.adapter.method} holds {frozen_factors / 2**20:,.1f} MiB of frozen factors beside its base")
+    if training.get("optim") not in ("adamw_torch", "adamw_torch_fused"):
         notes.append(f"the optimizer is counted as AdamW in float32; {training.get('optim')} may take less or more")
 
     stack = memory.layer_list(base)
@@ -156,7 +161,7 @@ def plan(run: RunConfig, gpus: int = 1, trace: bool = True) -> Plan:
         )
     if refusal:
         notes.append(f"the run would be refused, and is planned in bf16: {refusal}")
-    parts = RunMemory(frozen, trainable_bytes, steps, hidden_size, num_layers, gpus, optimizer_state)
+    parts = RunMemory(frozen, trainable_bytes, steps, hidden_size, num_layers, gpus)
     stages = {**SHIPPED, "run": run.deepspeed.config or {}}
     table = [
         Row(stage, checkpointing, parts.under(stages[stage], checkpointing))

@@ -380,7 +380,7 @@ def _save_adapter(folder: RunFolder, trainer: Trainer, trained: Trained, as_lora
         Backup(folder).discard()
     say(f"adapter saved: {folder.adapter}")
     if as_lora and distributed.is_main():
-        save_as_lora(folder)
+        save_as_lora(folder, trainer.accelerator.unwrap_model(model))
         say(f"the same as PEFT's LoRA: {folder.lora}")
     if trained.late_signal:
         left = "what comes after it (scores, results.json, the report) was left out"

@@ -23,6 +23,8 @@ SMALL = {
     "kron_lora": {"left_out": 4},
     "kadaptation": {"phm_dim": 2, "alpha": 8.0},
     "krona": {"rank": 1},
+    "lora_xs": {"alpha": 160.0},
+    "slora": {"alpha": 4.0},
 }
 OTHER = {"krona": {"left_in": 2}}  # another size; by the rank where there is one
 TINY = {"kron_lora": {"left_out": 2}, "kadaptation": {"phm_dim": 2}}  # divides 6 and 4
@@ -122,7 +124,7 @@ def test_forward_and_every_gradient_equal_the_dense_definition_in_float64(name, 
 
 def test_the_pair_is_the_definition_also_for_a_stack_of_modules(low_rank_name):
     method = METHODS[low_rank_name]
-    shapes = method.parameter_shapes(24, 40, config_of(low_rank_name))
+    shapes = method.factor_shapes(24, 40, config_of(low_rank_name))
     generator = torch.Generator().manual_seed(3)
     stack = {k: torch.randn(5, *s, dtype=torch.float64, generator=generator) for k, s in shapes.items()}
     downs, ups = method.materialize(stack)
@@ -137,7 +139,7 @@ def test_the_pair_is_the_definition_also_for_a_stack_of_modules(low_rank_name):
 
 def test_gradcheck_of_the_materialization(low_rank_name):
     method = METHODS[low_rank_name]
-    shapes = method.parameter_shapes(6, 4, config_of(low_rank_name, rank=2, **TINY.get(low_rank_name, {})))
+    shapes = method.factor_shapes(6, 4, config_of(low_rank_name, rank=2, **TINY.get(low_rank_name, {})))
     values = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes.values()]
     assert torch.autograd.gradcheck(lambda *v: method.materialize(dict(zip(shapes, v, strict=True))), values)
 
@@ -171,7 +173,7 @@ def test_loading_without_allocating_twice_and_training_further(name, ids, tmp_pa
 
 def test_a_model_of_another_width_is_refused_with_the_shapes(name, tmp_path):
     adapted(name, torch.float32).save_pretrained(tmp_path)
-    with pytest.raises((RuntimeError, ValueError), match=r"shape|size mismatch"):
+    with pytest.raises((RuntimeError, ValueError), match=r"shape|size mismatch|gives other ones"):
         PeftModel.from_pretrained(tiny_llama(hidden_size=96, num_attention_heads=8), tmp_path)
 
 

@@ -64,6 +64,8 @@ OPTIONS = {
     "lsr": {"rank": 4, "separation_rank": 2},
     "kron_lora": {"rank": 4, "left_out": 4},
     "kadaptation": {"phm_dim": 4},
+    "lora_xs": {"rank": 4, "alpha": 160.0},
+    "slora": {"rank": 4, "init": "nystrom", "alpha": 400.0},
 }
 
 

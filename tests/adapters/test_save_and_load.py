@@ -24,6 +24,8 @@ OPTIONS = {
     "kron_lora": {"rank": 4, "left_out": 4},
     "krona": {},
     "kadaptation": {"rank": 2, "phm_dim": 4},
+    "lora_xs": {"rank": 4, "alpha": 160.0},
+    "slora": {"rank": 4, "init": "nystrom"},
     "lora": {"rank": 4},
 }
 

@@ -37,6 +37,8 @@ OPTIONS = {
     "kron_lora": {"rank": 4, "left_out": 4, "alpha_pattern": {"layers.1.mlp.up_proj": 7.0}},
     "krona": {"left_in_pattern": {"down_proj": 2}},
     "kadaptation": {"rank": 2, "phm_dim": 4, "alpha": 4.0},
+    "lora_xs": {"rank": 4, "rank_pattern": {"o_proj": 6}},
+    "slora": {"rank": 4, "init": "nystrom", "rank_pattern": {"o_proj": 6}},
     "lora": {"rank": 4, "use_rslora": True, "rank_pattern": {"o_proj": 6}},
 }
 LOW_RANK = [name for name, method in sorted(METHODS.items()) if method.is_low_rank()]

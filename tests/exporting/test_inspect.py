@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from lsr_scale.adapters import METHODS
 from lsr_scale.cli import main
 from lsr_scale.exporting import export, open_adapter
+from lsr_scale.exporting.base_factors import with_base_factors
 from lsr_scale.exporting.inspect import draw, inspect_adapter, short_names
 from tests.exporting.test_folder import LOW_RANK, base_folder, saved  # noqa: F401
 
@@ -23,7 +24,7 @@ def dense(source, name):
 @pytest.mark.parametrize("method", [*sorted(METHODS), "lora"])
 def test_singular_values_are_those_of_the_dense_update(base_folder, tmp_path, method):  # noqa: F811
     adapter = saved(base_folder, tmp_path / "adapter", method)
-    report, source = inspect_adapter(adapter), open_adapter(adapter)
+    report, source = inspect_adapter(adapter), with_base_factors(open_adapter(adapter))
     assert (report["method"], len(report["modules"])) == (method, 14)
     assert report["parameters"] == sum(p.numel() for m in source.modules.values() for p in m.values())
     for name, module in report["modules"].items():

@@ -35,6 +35,8 @@ RANKS = {
     "lsr": {"rank": 4, "separation_rank": 2},
     "kron_lora": {"rank": 2, "dropout": 0.0},
     "kadaptation": {"phm_dim": 4, "alpha": 1.0},
+    "lora_xs": {"rank": 4, "alpha": 160.0},
+    "slora": {"rank": 3, "init": "nystrom"},
     "lora": {"rank": 3},
 }
 # transformers' norms compute in float32 on a float64 model too: what is compared with is no more exact than that

@@ -153,6 +153,15 @@ def kadaptation_too_large(into, out, config):
         yield f"rank={config.rank} is larger than the smaller dimension of the right factors, {right[0]} -> {right[1]};"
 
 
+def rank_too_large(into, out, config):
+    if config.rank > min(into, out):
+        yield f"rank={config.rank} is larger than the smaller dimension of the layer, {into} -> {out};"
+
+
+def slora_count(into, out, config):
+    return config.rank**2 + (config.rank * (into + out) if config.train == "all" else 0)
+
+
 def nothing(into, out, config):
     return []
 
@@ -167,6 +176,8 @@ RULES = {
         kadaptation_too_large,
         lambda into, out, config: 2 * config.phm_dim**2 + config.rank * (into + out),
     ),
+    "lora_xs": (nothing, rank_too_large, lambda into, out, config: config.rank**2),
+    "slora": (nothing, rank_too_large, slora_count),
 }
 
 
@@ -193,7 +204,7 @@ def test_sizes_are_taken_or_refused_with_the_reason(name, data):
         follow(error, name, into, out, values)
         return
     assert sum(map(math.prod, shapes.values())) == count(into, out, config)
-    factors = random_factors(shapes)
+    factors = random_factors(shapes | METHODS[name].frozen_shapes(into, out, config))
     delta = METHODS[name].delta_weight(factors)
     assert delta.shape == (out, into)
     if METHODS[name].is_low_rank():

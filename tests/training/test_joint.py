@@ -30,6 +30,8 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "kron_lora": [{"rank": 2, "dropout": 0.0}, {"rank": 2, "dropout": 0.0, "alpha": 7.0}],
     "kadaptation": [{"phm_dim": 4, "alpha": 1.0}, {"phm_dim": 4, "alpha": 2.0}],
     "krona": [{}, {"alpha": 2.0}],
+    "lora_xs": [{"rank": 4, "alpha": 90.0}, {"rank": 6}],
+    "slora": [{"rank": 3, "alpha": 1.0}, {"rank": 4, "init": "nystrom", "train": "middle"}],
     "lora": [{"rank": 3}, {"rank": 3, "alpha": 1.0}],
     "lokr": [{"rank": 2}, {"rank": 3}],
 }
@@ -166,8 +168,8 @@ def all_methods(base: Any) -> list[Any]:
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 def test_trials_of_all_methods_in_one_step_equal_each_alone(packed):
     base = frozen()
-    rates = [(1 + place) * 1e-4 for place in range(12)]
-    data = [batches(seed, packed=packed) for seed in range(12)]
+    rates = [(1 + place) * 7e-5 for place in range(2 * len(OPTIONS))]
+    data = [batches(seed % 10, packed=packed) for seed in range(2 * len(OPTIONS))]
     found = together(base, all_methods(base), data, rates)
     for model, own, rate, one in zip(all_methods(base), data, rates, found, strict=True):
         assert_same(one, alone(model, own, rate))
@@ -235,12 +237,12 @@ def poisoned(base: Any, models: list[Any], rates: list[float], place: int | None
 
 def test_factors_that_are_not_numbers_change_no_other_trial():
     base = frozen()
-    rates = [1e-3] * 12
+    rates = [1e-3] * 2 * len(OPTIONS)
     expected = poisoned(base, all_methods(base), rates)
     for place in range(0, 12, 5):
         found = poisoned(base, all_methods(base), rates, place)
         assert all(math.isnan(loss) for loss in found[place][0])
-        for other in {*range(12)} - {place}:
+        for other in {*range(2 * len(OPTIONS))} - {place}:
             assert_bit_equal(found[other], expected[other])
 
 
@@ -263,11 +265,11 @@ def test_packed_rows_of_fused_layers_keep_what_is_not_a_number():
 
 def test_a_trial_that_diverges_changes_no_other():
     base = frozen()
-    rates = [1e-3] * 12
+    rates = [1e-3] * 2 * len(OPTIONS)
     expected = poisoned(base, all_methods(base), rates)
     found = poisoned(base, all_methods(base), [*rates[:3], 1e10, *rates[4:]])
     assert found[3][0][-1] != expected[3][0][-1]
-    for other in {*range(12)} - {3}:
+    for other in {*range(2 * len(OPTIONS))} - {3}:
         assert_bit_equal(found[other], expected[other])
 
 

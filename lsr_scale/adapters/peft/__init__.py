@@ -4,6 +4,7 @@
     method.py      what a method defines: its factors' shapes and initialization, `delta_weight` (the dense definition),
                    and `materialize` (the exact pair `(down [R, in], up [out, R])` that the forward pass, the fused path
                    and the exports share)
+    base_weight.py factors that are made of the base's own weights
     layer.py       the tuner layer: a frozen linear plus the update
     per_sample.py  a batch whose samples use different adapters (`adapter_names`)
     tuner.py       the tuner model: which modules are adapted, weighted sums
@@ -12,7 +13,8 @@
 Each imports only those above it, and none knows a method.
 """
 
-from lsr_scale.adapters.peft.config import AdapterConfig, option
+from lsr_scale.adapters.peft.base_weight import check_sketch
+from lsr_scale.adapters.peft.config import AdapterConfig, BaseWeightConfig, option
 from lsr_scale.adapters.peft.layer import AdapterLinear, in_out_features, module_suffixes, version_counters
 from lsr_scale.adapters.peft.method import AdapterMethod, LowRankPair, Pair, Params, Shapes, upcast
 from lsr_scale.adapters.peft.registry import METHODS, register
@@ -24,10 +26,12 @@ __all__ = [
     "AdapterLinear",
     "AdapterMethod",
     "AdapterModel",
+    "BaseWeightConfig",
     "LowRankPair",
     "Pair",
     "Params",
     "Shapes",
+    "check_sketch",
     "in_out_features",
     "module_suffixes",
     "option",

@@ -16,8 +16,13 @@ from lsr_scale.option_names import UnknownOptionError, name_here
 _OF_PEFT = {field.name for field in dataclasses.fields(PeftConfig)}
 
 
-def option(default: Any, help_text: str) -> Any:
-    """Return a dataclass field with a default (a class such as `dict` is a default factory) and a help text."""
+def option(default: Any, help_text: str, internal: bool = False) -> Any:
+    """Return a dataclass field with a default (a class such as `dict` is a default factory) and a help text.
+
+    One that is `internal` is saved with the others, and no user sets it.
+    """
+    if internal:
+        return dataclasses.field(default=default, metadata={"help": help_text, "internal": True})
     if isinstance(default, type):
         return dataclasses.field(default_factory=default, metadata={"help": help_text})
     return dataclasses.field(default=default, metadata={"help": help_text})
@@ -86,6 +91,18 @@ class AdapterConfig(PeftConfig):
 
     @property
     def scaling(self) -> float:
-        """The factor on the update: alpha / rank, or alpha / sqrt(rank) with `use_rslora` (arXiv 2312.03732)."""
+        """The factor on the update: alpha / rank, or alpha / sqrt(rank) with `use_rslora` (arXiv 2312.03732).
+
+        The latter is RoRA's scaling (arXiv 2501.04315) too.
+        """
         alpha = 2.0 * self.rank if self.alpha is None else self.alpha
         return alpha / (self.rank**0.5 if self.use_rslora else self.rank)
+
+
+@dataclasses.dataclass
+class BaseWeightConfig(AdapterConfig):
+    """The options of a method that makes factors of the base's own weights (`peft/base_weight.py`)."""
+
+    base_sketch: list[float] | None = option(
+        None, "Of the factors that are made of the base's weights: others of another base are refused.", internal=True
+    )

@@ -6,12 +6,14 @@ from collections.abc import Iterable
 from typing import Any, ClassVar, Protocol, cast
 
 import torch
+from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
+from lsr_scale.adapters.peft.base_weight import factors_of_weight
 from lsr_scale.adapters.peft.config import AdapterConfig
 from lsr_scale.adapters.peft.method import AdapterMethod, LowRankPair, Pair, Params, upcast
 from lsr_scale.errors import UserError
@@ -84,9 +86,12 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
         self.fan_in_fan_out = isinstance(self.get_base_layer(), Conv1D)
         self.quantization_backend = resolve_quantization_backend(self.get_base_layer())
         self.adapter_layer_names = tuple(method.prefix + name for name in method.parameter_names)
-        self.other_param_names = ("adapter_configs", "adapter_dropout")
+        self.frozen_layer_names = tuple(method.prefix + name for name in method.frozen_names)
+        self.other_param_names = ("adapter_configs", "adapter_dropout", *self.frozen_layer_names)
         for name in self.adapter_layer_names:
             setattr(self, name, nn.ParameterDict())
+        for name in self.frozen_layer_names:
+            setattr(self, name, BufferDict(persistent=False))
         self.adapter_configs: dict[str, AdapterConfig | WeightedSumConfig] = {}
         self.adapter_dropout = nn.ModuleDict()
         self._disable_adapters = False
@@ -114,10 +119,27 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
             params[name] = container[adapter_name].data
         if not any(value.is_meta for value in params.values()):
             self.method.init_parameters(params, config)
+        self._add_frozen(adapter_name, config, params, dtype)
         self.adapter_configs[adapter_name] = config
         self.adapter_dropout[adapter_name] = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def _add_frozen(self, adapter_name: str, config: AdapterConfig, params: Params, dtype: torch.dtype) -> None:
+        """Add the factors that are made of the base's weight, and have those that train start where they shall."""
+        base: Any = self.get_base_layer()
+        shapes = self.method.frozen_shapes(self.in_features, self.out_features, config)
+        if not shapes:
+            return
+        if base.weight.is_meta:
+            made = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in shapes.items()}
+        else:
+            made = factors_of_weight(base, self.method, config, dtype)
+        for name, value in made.items():
+            if name in shapes:
+                getattr(self, self.method.prefix + name)[adapter_name] = value
+            elif not params[name].is_meta:
+                params[name].copy_(value)
 
     def add_weighted_sum(self, adapter_name: str, down: Tensor, up: Tensor) -> None:
         """Add a frozen adapter that is its pair, under LoRA's parameter names: PEFT saves it as a LoRA adapter."""
@@ -136,7 +158,7 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
         return self.adapter_configs[adapter_name].method if adapter_name in self.adapter_configs else self.method
 
     def cast_factors(self, adapter_name: str, dtype: torch.dtype) -> None:
-        """Store an adapter's factors in another dtype; they are materialized in float32 all the same."""
+        """Store an adapter's factors that train in another dtype; they are materialized in float32 all the same."""
         for name in self.adapter_layer_names:
             container = getattr(self, name)
             if adapter_name in container:
@@ -145,20 +167,28 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Move an adapter to the base layer's device; unlike PEFT's own, the dtype stays."""
         target = device if device is not None else self.get_base_layer().weight.device
-        for name in self.adapter_layer_names:
+        for name in (*self.adapter_layer_names, *self.frozen_layer_names):
             container = getattr(self, name)
             if adapter_name in container and not container[adapter_name].is_meta:
                 container[adapter_name] = container[adapter_name].to(target)
 
     def factors(self, adapter_name: str) -> Params:
-        """Return the factors of an adapter by the method's names, the parameters themselves."""
+        """Return the factors of an adapter by the method's names, the parameters themselves, then the frozen ones."""
         # nn.Module's own dictionaries: access by attribute takes twenty times as long, in every step
         modules: Any = self._modules
         if "lora_A" in modules and adapter_name in modules["lora_A"]:
             return {"down": modules["lora_A"][adapter_name].weight, "up": modules["lora_B"][adapter_name].weight}
         containers = [modules[name]._parameters for name in self.adapter_layer_names if not name.startswith("lora_")]
         by_name = zip(self.method.parameter_names, containers, strict=True)
-        return {name: container[adapter_name] for name, container in by_name if adapter_name in container}
+        found = {name: container[adapter_name] for name, container in by_name if adapter_name in container}
+        return found | self.frozen_factors(adapter_name) if self.frozen_layer_names else found
+
+    def frozen_factors(self, adapter_name: str) -> Params:
+        """Return the factors of an adapter that are made of the base's weight, by the method's names."""
+        modules: Any = self._modules
+        by_name = zip(self.method.frozen_names, self.frozen_layer_names, strict=True)
+        buffers = {name: modules[container]._buffers for name, container in by_name}
+        return {name: value[adapter_name] for name, value in buffers.items() if adapter_name in value}
 
     def pair(self, adapter_name: str, dtype: torch.dtype) -> Pair:
         """Return `materialize`'s pair of an adapter, in eval mode without gradients from a cache."""

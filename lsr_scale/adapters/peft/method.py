@@ -23,7 +23,7 @@ def upcast(params: Params) -> Params:
 class AdapterMethod(ABC):
     """One adapter method: pure functions of shapes and tensors, any floating dtype, no modules.
 
-    `params` maps the names in `parameter_shapes` to tensors. The update of the weight is
+    `params` maps the names in `factor_shapes` to tensors. The update of the weight is
     `scaling * delta_weight(params)`; the scaling is not the method's concern.
     """
 
@@ -31,13 +31,38 @@ class AdapterMethod(ABC):
     prefix: ClassVar[str]
     config_class: ClassVar[type[AdapterConfig]]
     parameter_names: ClassVar[tuple[str, ...]]
+    # factors that are made of the base's weight and stay as they are: neither trained nor saved
+    frozen_names: ClassVar[tuple[str, ...]] = ()
+    # their making takes long enough to keep them in the cache folder
+    cache_frozen: ClassVar[bool] = False
     # sums of Kronecker products, `sum_k <side>_left[k] (x) <side>_right[k]`, whose condition number is monitored
     sides: ClassVar[tuple[str, ...]] = ()
 
     @staticmethod
     @abstractmethod
     def parameter_shapes(in_features: int, out_features: int, config: Any) -> Shapes:
-        """Return the shape of every factor for a linear layer; raise UserError for impossible ones."""
+        """Return the shape of every factor that may train for a linear layer; raise UserError for impossible ones."""
+
+    @classmethod
+    def frozen_shapes(cls, in_features: int, out_features: int, config: Any) -> Shapes:
+        """Return the shape of every factor of `frozen_names` that a layer has with these options; none by default."""
+        del in_features, out_features, config
+        return {}
+
+    @classmethod
+    def factor_shapes(cls, in_features: int, out_features: int, config: Any) -> Shapes:
+        """Return the shape of every factor, those that train and those that are frozen."""
+        shapes = cls.parameter_shapes(in_features, out_features, config)
+        return shapes | cls.frozen_shapes(in_features, out_features, config)
+
+    @classmethod
+    def weight_factors(cls, weight: Tensor, config: Any) -> Params:
+        """Return what a method with `frozen_shapes` makes of the base's weight `[out, in]`, dequantized.
+
+        The frozen factors, and where the factors that train start if that is not what `init_parameters` gives.
+        """
+        del weight, config
+        return {}
 
     @staticmethod
     @abstractmethod
@@ -93,16 +118,6 @@ class AdapterMethod(ABC):
         del config, hidden_size
 
     @classmethod
-    def kron_sides(cls, params: Mapping[str, Tensor]) -> dict[str, tuple[str | None, str]]:
-        """Return of "down" and "up" which factors make them, where each is a sum of Kronecker products; {} otherwise.
-
-        The names of the left factors, None where they are the identity, and of the right ones: `[..., S, P, Q]` and
-        `[..., S, p, q]`, or without S for a single product. Optimizers of pairs need it.
-        """
-        del params
-        return {}
-
-    @classmethod
     def oversized_sides(cls, in_features: int, out_features: int, config: Any) -> list[str]:
         """Return a line for each side that has more parameters than the dense matrix it replaces."""
         del in_features, out_features, config
@@ -124,9 +139,3 @@ class LowRankPair(AdapterMethod):
     def materialize(params: Mapping[str, Tensor]) -> Pair:
         """Return the factors."""
         return params["down"], params["up"]
-
-    @classmethod
-    def kron_sides(cls, params: Mapping[str, Tensor]) -> dict[str, tuple[str | None, str]]:
-        """Return each factor as a product with the number 1."""
-        del params
-        return {"down": (None, "down"), "up": (None, "up")}

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lsr_scale.adapters.low_rank import lora_config, truncate
 from lsr_scale.adapters.packing import is_packed, unpack
+from lsr_scale.adapters.peft.base_weight import check_sketch, frozen_of, sketch
 from lsr_scale.adapters.peft.config import AdapterConfig
 from lsr_scale.adapters.peft.layer import AdapterLinear, in_out_features, module_suffixes
 from lsr_scale.adapters.peft.method import AdapterMethod
@@ -69,6 +70,21 @@ class AdapterModel(BaseTuner):
         if is_packed(state_dict):
             state_dict = unpack(state_dict)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Inject an adapter as PEFT does; where its frozen factors are made of the base's weights, note a sketch.
+
+        Raises:
+            UserError: if it was saved with a sketch that this base does not give.
+        """
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        config: Any = self.peft_config[adapter_name]
+        frozen = frozen_of(model, adapter_name)
+        if now := sketch(frozen):
+            if config.base_sketch is not None:
+                check_sketch(config.base_sketch, now, f"adapter {adapter_name!r} of {config.base_model_name_or_path}")
+            else:
+                config.base_sketch = now
 
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
         """Check every target before the first one is touched: a refused injection leaves the model as it was."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from lsr_scale.config import declared
 from lsr_scale.config.deepspeed import OF_TRAINING
 from lsr_scale.config.messages import Problem
+from lsr_scale.config.optimizers import optimizer_conflicts
 from lsr_scale.config.reporters import REPORTERS, reporter_names
 from lsr_scale.config.training import LINEAR_GROUPS, evaluated
 from lsr_scale.errors import did_you_mean
@@ -26,6 +27,7 @@ def conflicts(run: "RunConfig") -> Iterator[Problem]:
     yield from _model(run)
     yield from _adapter(run)
     yield from _training(run)
+    yield from (Problem(*found) for found in optimizer_conflicts(run))
     yield from _compute(run)
     yield from _deepspeed(run)
     yield from _data(run)

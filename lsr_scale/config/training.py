@@ -18,6 +18,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter,
 
 from lsr_scale.config import declared
 from lsr_scale.config.methods import METHODS, method_of
+from lsr_scale.config.optimizers import OWN_OPTIMIZERS
 
 Task = Literal["causal_lm", "seq_cls"]
 
@@ -311,7 +312,8 @@ def training_model(task: Task, method: str = "sft") -> type[TrainingFields]:
     fields: dict[str, Any] = {}
     for field in dataclasses.fields(source):
         if field.init and field.name not in left_out:
-            kind = _buildable(yaml_type(hints[field.name], field.metadata.get("choices")))
+            more = OWN_OPTIMIZERS if field.name == "optim" else ()
+            kind = _buildable(yaml_type(hints[field.name], [*(field.metadata.get("choices") or ()), *more]))
             default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
             text = field.metadata.get("help", "").replace("%%", "%")
             fields[field.name] = _field(field.name, kind, defaults.get(field.name, default), text)
@@ -399,6 +401,8 @@ def training_kwargs(training: Mapping[str, Any], task: Task) -> dict[str, Any]:
     kwargs["gradient_checkpointing"] = checkpoints_layers(kwargs)
     for name in OWN_FIELDS:
         del kwargs[name]
+    if kwargs["optim"] in OWN_OPTIMIZERS:  # made by training/optimizers/; LoRA+ of what this names
+        kwargs["optim"], kwargs["optim_args"] = "adamw_torch_fused", None
     kwargs.pop("assistant_only_loss", None)  # labels come from lsr_scale/data/chat_tokens.py, for any chat template
     if task == "seq_cls":
         del kwargs["max_length"]  # ours: the tokenizer cuts, not the trainer

@@ -34,6 +34,7 @@ from lsr_scale.model import DTYPES, check_quantization, chosen_dtype, load_confi
 from lsr_scale.planning import memory
 from lsr_scale.planning.sizes import adapter_file_bytes, frozen_bytes, quantized_layers
 from lsr_scale.planning.stages import GIB, Memory, RunMemory
+from lsr_scale.training.optimizers.state_bytes import pair_state_bytes
 
 # tokens in a row if max_length is null
 UNKNOWN_LENGTH = 1024
@@ -136,7 +137,8 @@ def plan(run: RunConfig, gpus: int = 1, trace: bool = True) -> Plan:
     notes = [*_oversized(model), *coverage_notes(model, section.quantization, targets, section.dtype, set(quantized))]
     if frozen_factors:
         notes.append(f"{run.adapter.method} holds {frozen_factors / 2**20:,.1f} MiB of frozen factors beside its base")
-    if training.get("optim") not in ("adamw_torch", "adamw_torch_fused"):
+    optimizer_state = pair_state_bytes(training["optim"], model)
+    if optimizer_state is None and training["optim"] not in ("adamw_torch", "adamw_torch_fused", "lora_plus"):
         notes.append(f"the optimizer is counted as AdamW in float32; {training.get('optim')} may take less or more")
 
     stack = memory.layer_list(base)
@@ -161,7 +163,7 @@ def plan(run: RunConfig, gpus: int = 1, trace: bool = True) -> Plan:
         )
     if refusal:
         notes.append(f"the run would be refused, and is planned in bf16: {refusal}")
-    parts = RunMemory(frozen, trainable_bytes, steps, hidden_size, num_layers, gpus)
+    parts = RunMemory(frozen, trainable_bytes, steps, hidden_size, num_layers, gpus, optimizer_state)
     stages = {**SHIPPED, "run": run.deepspeed.config or {}}
     table = [
         Row(stage, checkpointing, parts.under(stages[stage], checkpointing))

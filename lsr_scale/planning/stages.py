@@ -43,6 +43,7 @@ class RunMemory:
     hidden_size: int
     num_layers: int
     gpus: int
+    optimizer_state: int | None = None  # bytes, where it is not AdamW's
 
     def under(self, deepspeed: Mapping[str, Any], checkpointing: bool) -> Memory:
         """Return one GPU's memory; an empty `deepspeed` is a run without it.
@@ -57,10 +58,12 @@ class RunMemory:
         weights = self.frozen.total + self.trainable
         loading = self.frozen.total + self.frozen.largest
         gradients, optimizer = self.trainable, 2 * self.trainable
+        if self.optimizer_state is not None:
+            optimizer = self.optimizer_state
         workspace = step.peak - step.saved + CUBLAS_WORKSPACE
         if stage >= 1 or self.gpus > 1:
             workspace += self._gradient_buffer(deepspeed)
-        if stage >= 1:
+        if stage >= 1 and self.optimizer_state is None:  # one of pairs would be refused
             optimizer = 3 * self.trainable // self.gpus
         if stage == 3:
             offloaded = offloads_parameters(deepspeed)

@@ -6,6 +6,7 @@ import torch
 
 from lsr_scale import config, distributed
 from lsr_scale.config import RunConfig
+from lsr_scale.config.optimizers import OWN_OPTIMIZERS
 from lsr_scale.config.training import training_arguments_class
 from lsr_scale.errors import UserError
 from lsr_scale.run.folder import RunFolder
@@ -57,7 +58,14 @@ def uses_deepspeed(run: RunConfig) -> bool:
 def _check_optimizer(run: RunConfig) -> None:
     """Refuse, before anything is loaded, an optimizer whose state belongs to no one parameter where it is sharded."""
     name, stage = run.training["optim"], zero_stage(run)
-    if uses_deepspeed(run) and stage > 0 and "8bit" in name:
+    if not uses_deepspeed(run) or stage == 0:
+        return
+    if name in OWN_OPTIMIZERS and OWN_OPTIMIZERS[name].of_pairs:
+        raise UserError(
+            f"training.optim: {name} steps both factors of a pair together, and ZeRO-{stage} cuts all parameters into "
+            "shards of one vector; set deepspeed.config to zero0, or training.optim to adamw_torch_fused"
+        )
+    if "8bit" in name:
         raise UserError(
             f"training.optim: {name} keeps its state in blocks over all parameters, which no checkpoint can hold by "
             f"parameter under ZeRO-{stage}; use adamw_torch, or set deepspeed.config to zero0"

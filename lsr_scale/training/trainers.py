@@ -17,6 +17,7 @@ from lsr_scale.data.classification import tokenize_classification
 from lsr_scale.scoring import classification
 from lsr_scale.training.checkpoint.resumable import Resumable
 from lsr_scale.training.methods import method_module
+from lsr_scale.training.optimizers.create import OwnOptimizers, choose_optimizer
 from lsr_scale.training.run_data import RunData
 from lsr_scale.training.settings import naming_settings
 from lsr_scale.training.steps.engine import EngineSteps
@@ -45,6 +46,7 @@ def make_trainer(
     make = _classifier_trainer if is_classifier else method_module(run.training["method"]).make_trainer
     with _keeping_float32(model), ignore_library_warnings(), naming_settings(run):
         trainer: Any = make(run, options)
+    choose_optimizer(trainer, run)
     trainer.on_nonfinite = run.training["on_nonfinite"]
     trainer.remove_callback(PrinterCallback)  # prints what Progress prints
     if not arguments.push_to_hub:
@@ -61,7 +63,7 @@ def _classifier_trainer(run: RunConfig, options: dict[str, Any]) -> Trainer:
     return ClassifierTrainer(**options, compute_metrics=classification.measure_prediction)
 
 
-class ClassifierTrainer(Resumable, FiniteCheck, EngineSteps, Trainer):
+class ClassifierTrainer(Resumable, FiniteCheck, EngineSteps, OwnOptimizers, Trainer):
     """Transformers' trainer, of the mean loss of each batch."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -116,6 +116,14 @@ class KronLora(AdapterMethod):
             down, up = _kron(left, right_down), _kron(eye, right_up)
         return down, up
 
+    @classmethod
+    def kron_sides(cls, params: Mapping[str, Tensor]) -> dict[str, tuple[str | None, str]]:
+        """Return the factors of `materialize`'s two products."""
+        left_out, left_in = params["left"].shape[-2:]
+        if left_in <= left_out:
+            return {"down": (None, "right_down"), "up": ("left", "right_up")}
+        return {"down": ("left", "right_down"), "up": (None, "right_up")}
+
 
 def _kron(left: Tensor, right: Tensor) -> Tensor:
     """Return the Kronecker product of the last two dimensions, over broadcast leading ones."""

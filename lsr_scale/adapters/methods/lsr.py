@@ -180,6 +180,13 @@ class Lsr(AdapterMethod):
         return pair[0], pair[1]
 
     @classmethod
+    def kron_sides(cls, params: Mapping[str, Tensor]) -> dict[str, tuple[str | None, str]]:
+        """Return the factors of both sums; weighted terms are products of three."""
+        if "down_weight" in params:
+            return {}
+        return {side: (f"{side}_left", f"{side}_right") for side in cls.sides}
+
+    @classmethod
     def materialize_rows(
         cls, stacks: Params, slots: Tensor, scale: Tensor, index: Tensor, dtype: torch.dtype, out: Pair | None = None
     ) -> Pair:

@@ -118,6 +118,16 @@ class AdapterMethod(ABC):
         del config, hidden_size
 
     @classmethod
+    def kron_sides(cls, params: Mapping[str, Tensor]) -> dict[str, tuple[str | None, str]]:
+        """Return of "down" and "up" which factors make them, where each is a sum of Kronecker products; {} otherwise.
+
+        The names of the left factors, None where they are the identity, and of the right ones: `[..., S, P, Q]` and
+        `[..., S, p, q]`, or without S for a single product. Optimizers of pairs need it.
+        """
+        del params
+        return {}
+
+    @classmethod
     def oversized_sides(cls, in_features: int, out_features: int, config: Any) -> list[str]:
         """Return a line for each side that has more parameters than the dense matrix it replaces."""
         del in_features, out_features, config
@@ -139,3 +149,9 @@ class LowRankPair(AdapterMethod):
     def materialize(params: Mapping[str, Tensor]) -> Pair:
         """Return the factors."""
         return params["down"], params["up"]
+
+    @classmethod
+    def kron_sides(cls, params: Mapping[str, Tensor]) -> dict[str, tuple[str | None, str]]:
+        """Return each factor as a product with the number 1."""
+        del params
+        return {"down": (None, "down"), "up": (None, "up")}

@@ -11,6 +11,7 @@ from lsr_scale.config import RunConfig
 from lsr_scale.data.token_counts import CountsTokens
 from lsr_scale.errors import UserError
 from lsr_scale.training.checkpoint.resumable import Resumable
+from lsr_scale.training.optimizers.create import OwnOptimizers
 from lsr_scale.training.steps.engine import EngineSteps
 from lsr_scale.training.steps.finite_check import FiniteCheck
 from lsr_scale.training.steps.graphs import GraphSteps
@@ -18,7 +19,7 @@ from lsr_scale.training.steps.head_loss import HeadLoss
 from lsr_scale.training.steps.meeting import MeetingSteps
 
 # before TRL's trainer, in this order; none adds a name that another adds
-BASES = (CountsTokens, Resumable, FiniteCheck, EngineSteps, MeetingSteps, GraphSteps, HeadLoss)
+BASES = (CountsTokens, Resumable, FiniteCheck, EngineSteps, MeetingSteps, GraphSteps, HeadLoss, OwnOptimizers)
 
 
 def make_trainer(run: RunConfig, options: dict[str, Any]) -> Trainer:

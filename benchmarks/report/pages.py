@@ -14,6 +14,7 @@ from pathlib import Path
 from benchmarks import ALL_RESULTS, ROOT
 from benchmarks.report import (
     commonsense_tables,
+    frontier_tables,
     guide,
     guide_plots,
     leaderboard,
@@ -43,6 +44,7 @@ def all_plots(results: Path) -> dict[Path, Plot]:
         | commonsense_tables.plots(results / "commonsense")
         | guide_plots.plots(results)
         | real_training.plots(results)
+        | frontier_tables.plots(results / "frontier")
     )
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from benchmarks.command_line import current
 from benchmarks.quality import sequential, variants
-from benchmarks.report import commonsense_tables, export_tables, fp8_tables, real_training
+from benchmarks.report import commonsense_tables, export_tables, fp8_tables, frontier_tables, real_training
 from benchmarks.report.markdown import grid, number
 from benchmarks.report.measurements import MODES, Run, has_scaling, read, sweeps, where
 from benchmarks.robustness import real_model_curves
@@ -326,6 +326,7 @@ def page(results: Path) -> str:
     parts += real_training.sections(results)
     parts += real_models(results / "real_model")
     parts += fp8_tables.sections(results)
+    parts += frontier_tables.sections(results / "frontier")
     if (results / "variants").is_dir():
         parts += ["## Variants of the methods", (variants.__doc__ or "").strip(), variants.table(results / "variants")]
     return "\n\n".join([*parts, *accuracy(results / "commonsense"), *export_tables.sections(results / "export")]) + "\n"

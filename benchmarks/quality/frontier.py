@@ -1,0 +1,350 @@
+"""Which adapter at which size? Held-out likelihood of every method at 5 thousand to 2.4 million parameters.
+
+    python -m benchmarks.quality.frontier --data DATA --work WORK --model smollm2 --regime commonsense --time-limit 480
+    python -m benchmarks.quality.frontier --data DATA --work WORK --model qwen=FOLDER --regime gsm8k --sizes 20k 60k
+    python -m benchmarks.report.frontier_tables                                the tables and the figure, from results
+
+Trials are those of `lsr-scale sweep`: as many as pay share a step on one base. Every trial that has ended is a line of
+`trials.jsonl`; one that was killed goes on where its sweep was. What is measured, with the adapter in bf16 on its own
+base: the negative log-likelihood of each right answer, in nats a token, and for questions with choices the accuracy.
+
+Protocol. Rows are packed to 512 tokens, eight packs a step, AdamW, a rate that falls by a cosine after 6 % of warm-up.
+Every adapter of `frontier_rows` is tuned alike: four rates, one epoch, a seed that no other trial uses, on a tenth of
+the train part that is held out; where the best is the first or the last of them, the next one beyond it is tried, up to
+two times. Alpha is the method's rule. The test part is scored once a seed. Trials of the NF4 base are the product's;
+`--base none` repeats a row in bf16.
+"""
+
+import base64
+import dataclasses
+import hashlib
+import json
+import math
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks import ALL_RESULTS
+from benchmarks.command_line import recorded, script_parser
+from benchmarks.quality import trials
+from benchmarks.quality.frontier_data import EPOCHS, PART_OF, REGIMES, num_tokens, questions, write_parts
+from benchmarks.quality.frontier_rows import MODELS, ROWS, SIZES, AdapterRow
+from benchmarks.quality.trials import TUNING_SEED
+from lsr_scale import api, files
+from lsr_scale.sweeping.results import SweepResults, TrialResult
+
+RESULTS = ALL_RESULTS / "frontier"
+LONGEST, PACKS = 512, 8  # tokens of a pack, packs a step
+MOST_BEYOND = 2  # rates tried beyond an end
+Results = Mapping[str, dict[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Suite:
+    """What the trials of one call share: model, base and texts, and where their files are."""
+
+    work: Path
+    model: str  # "smollm2" or "qwen"
+    folder: str  # the model's name or folder
+    regime: str
+    base: str  # model.quantization
+    limit: int | None = None  # of rows and questions: a trial of the program
+    max_steps: int = -1
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What a result says of them."""
+        return {"model": self.model, "regime": self.regime, "base": self.base}
+
+    @property
+    def prefix(self) -> str:
+        """The beginning of its trials' names."""
+        return f"{self.model}-{self.regime}-{self.base}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """One training: an adapter at a size, a rate and a seed."""
+
+    size: str
+    row: str
+    seed: int
+    rate: float
+
+    @property
+    def tunes(self) -> bool:
+        """Whether it is scored on the part that rates are chosen on."""
+        return self.seed == TUNING_SEED
+
+    @property
+    def name(self) -> str:
+        """The end of its name, a folder's too."""
+        return f"{self.size}-{self.row}-{'tune' if self.tunes else f'seed{self.seed}'}-{self.rate:g}"
+
+
+def rates_to_try(row: AdapterRow, tuned: Mapping[float, float]) -> tuple[float, ...]:
+    """Return the rates of a row that have no result yet; none left once the best is between two others.
+
+    Args:
+        row: The adapter.
+        tuned: The nats a token of each rate that was tried, infinite where the training diverged.
+    """
+    missing = tuple(rate for rate in row.rates if rate not in tuned)
+    if missing:
+        return missing
+    ordered = sorted(tuned)
+    best = min(ordered, key=lambda rate: tuned[rate])
+    if len(tuned) >= len(row.rates) + MOST_BEYOND or best not in (ordered[0], ordered[-1]):
+        return ()
+    step = row.rates[1] / row.rates[0]
+    return (float(f"{best / step if best == ordered[0] else best * step:.4g}"),)
+
+
+def tuned_rates(suite: Suite, size: str, row: str, done: Results) -> dict[float, float]:
+    """Return the nats a token of the rates that were tried of a row."""
+    start = f"{suite.prefix}-{size}-{row}-tune-"
+    found = (result for name, result in done.items() if name.startswith(start))
+    return {result["rate"]: math.inf if result["nll"] is None else result["nll"] for result in found}
+
+
+def next_trials(
+    suite: Suite, sizes: Iterable[str], rows: Iterable[str] | None, seeds: int, done: Results
+) -> list[Trial]:
+    """Return the trials that can be done now: rates to be tried, and seeds at rates that were chosen."""
+    found = []
+    for size in sizes:
+        for name, row in ROWS[suite.model].get(size, {}).items():
+            if rows is not None and name not in rows:
+                continue
+            tuned = tuned_rates(suite, size, name, done)
+            if left := rates_to_try(row, tuned):
+                found += [Trial(size, name, TUNING_SEED, rate) for rate in left]
+            else:
+                best = min(tuned, key=lambda rate: tuned[rate])
+                found += [Trial(size, name, seed, best) for seed in range(seeds)]
+    return [trial for trial in found if f"{suite.prefix}-{trial.name}" not in done]
+
+
+def run_of(suite: Suite, output: Path) -> dict[str, Any]:
+    """Return what the runs of a sweep share, as a YAML file has it."""
+    tasks = REGIMES[suite.regime]
+    folder = suite.work / "data"
+    sources = [
+        {"path": str(folder / task), "split": "train"}
+        if suite.regime == "commonsense"
+        else {"path": str(folder / task / "train.jsonl")}
+        for task in tasks
+    ]
+    if suite.limit is not None:
+        sources = [{**source, "limit": suite.limit} for source in sources]
+    return {
+        "model": {"name": suite.folder, "quantization": suite.base, "dtype": "bfloat16"},
+        "data": {"train": sources},
+        "training": {
+            "output_dir": str(output),
+            "max_steps": suite.max_steps,
+            "per_device_train_batch_size": PACKS,
+            "gradient_accumulation_steps": 1,
+            "max_length": LONGEST,
+            "packing": True,
+            "memory": "speed",
+            "lr_scheduler_type": "cosine",
+            "warmup_steps": 0.06,
+            "save_strategy": "no",
+            "logging_steps": 20,
+        },
+    }
+
+
+def changes_of(suite: Suite, trial: Trial) -> dict[str, Any]:
+    """Return what a trial changes of it."""
+    return {
+        "name": trial.name,
+        "adapter": ROWS[suite.model][trial.size][trial.row].section(),
+        "training.seed": trial.seed,
+        "training.learning_rate": trial.rate,
+        "training.num_train_epochs": 1 if trial.tunes else EPOCHS[suite.regime],
+    }
+
+
+def train(suite: Suite, chosen: Sequence[Trial], together: int | str) -> SweepResults:
+    """Train trials on one loading of their base; a sweep of the same trials that was ended goes on."""
+    entries = [changes_of(suite, trial) for trial in chosen]
+    digest = hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()[:12]
+    output = suite.work / "sweeps" / f"{suite.prefix}-{digest}"
+    section = {"list": entries, "together": together}
+    return api.sweep(run_of(suite, output), section, resume="auto" if output.is_dir() else None)
+
+
+class Scorer:
+    """The base, loaded once, on which one adapter after the other is scored."""
+
+    def __init__(self, suite: Suite) -> None:
+        from lsr_scale.model import load_base, load_tokenizer
+
+        self.suite = suite
+        self.tokenizer: Any = load_tokenizer(suite.folder)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.base: Any = load_base(suite.folder, quantization=suite.base, dtype="bfloat16", device=device)
+        self.batch_tokens = 32_768 if device.type == "cuda" else 4_096
+        self.parts: dict[str, Any] = {}
+
+    def part(self, name: str) -> tuple[dict[str, list[Any]], dict[str, np.ndarray]]:
+        """Return a part's questions by task, and how many tokens their right answers have."""
+        if name not in self.parts:
+            asked = questions(self.suite.work, self.suite.regime, name, self.suite.limit)
+            self.parts[name] = asked, {task: num_tokens(self.tokenizer, rows) for task, rows in asked.items()}
+        return self.parts[name]
+
+    def score(self, adapter: Path | None, part: str) -> dict[str, Any]:
+        """Return what an adapter, or the base alone, makes of a part's answers.
+
+        Returns:
+            `nll`, nats a token over all answers; `nll_se`, its standard error over questions; `accuracy` (None without
+            choices); `tasks`; `losses`, nats of each answer, and `right`, both in the order of the tasks.
+        """
+        from lsr_scale.adapters.save_and_load import load_adapter
+        from lsr_scale.scoring.scorer import score
+
+        asked, counts = self.part(part)
+        model = self.base if adapter is None else load_adapter(self.base, adapter)[0]
+        try:
+            everything = [row for rows in asked.values() for row in rows]
+            predicted = score(model, self.tokenizer, everything, batch_tokens=self.batch_tokens).predictions
+        finally:
+            if adapter is not None:
+                self.base = model.unload()
+        losses = np.array([-one.log_likelihoods[one.answer] for one in predicted])
+        right = np.array([one.choice == one.answer for one in predicted])
+        has_choices = any(len(row.continuations) > 1 for row in everything)
+        tokens = np.concatenate(list(counts.values()))
+        tasks, start = {}, 0
+        for task, rows in asked.items():
+            mine = slice(start, start + len(rows))
+            start += len(rows)
+            tasks[task] = {"rows": len(rows), "nll": float(losses[mine].sum() / tokens[mine].sum())}
+            if has_choices:
+                tasks[task]["accuracy"] = float(right[mine].mean())
+        nll, error = mean_per_token(losses, tokens)
+        accuracy = statistics.fmean(task["accuracy"] for task in tasks.values()) if has_choices else None
+        return {
+            **{"nll": nll, "nll_se": error, "accuracy": accuracy, "tasks": tasks},
+            **{"losses": packed(losses), **({"right": packed_bits(right)} if has_choices else {})},
+        }
+
+
+def mean_per_token(losses: np.ndarray, tokens: np.ndarray) -> tuple[float, float]:
+    """Return the nats a token of all answers, and the standard error of that ratio over answers (its linearization)."""
+    ratio = losses.sum() / tokens.sum()
+    spread = (losses - ratio * tokens).std(ddof=1) if len(losses) > 1 else 0.0
+    return float(ratio), float(spread / tokens.mean() / math.sqrt(len(losses)))
+
+
+def packed(values: np.ndarray) -> str:
+    """Return numbers as float16 in base64: half a thousandth of each is lost."""
+    return base64.b64encode(values.astype("<f2").tobytes()).decode()
+
+
+def packed_bits(values: np.ndarray) -> str:
+    """Return truth values as bits in base64, with their number before them."""
+    return f"{len(values)}:{base64.b64encode(np.packbits(values).tobytes()).decode()}"
+
+
+def unpacked(text: str) -> np.ndarray:
+    """Return what `packed` or `packed_bits` packed."""
+    number, _, rest = text.rpartition(":")
+    content = base64.b64decode(rest)
+    if number:
+        return np.unpackbits(np.frombuffer(content, np.uint8), count=int(number)).astype(bool)
+    return np.frombuffer(content, "<f2").astype(np.float64)
+
+
+def result_of(suite: Suite, trial: Trial, trained: TrialResult, scorer: Scorer) -> dict[str, Any]:
+    """Return a trial's line; of one that diverged, `nll` is None. Answers are kept of the test part only."""
+    row = ROWS[suite.model][trial.size][trial.row]
+    copied = ("trainable_parameters", "steps", "tokens", "final_loss", "tokens_per_s", "training_s")
+    about = {
+        **suite.about,
+        **dataclasses.asdict(trial),
+        **{"method": row.method, "options": dict(row.options), "part": PART_OF[trial.tunes], "status": trained.status},
+        **{key: trained.results[key] for key in copied if key in trained.results},
+    }
+    if trained.status != "finished":
+        return {**about, "nll": None, "error": trained.error}
+    scores = scorer.score(trained.folder / "adapter", PART_OF[trial.tunes])
+    kept = {key: value for key, value in scores.items() if not trial.tunes or key not in ("losses", "right")}
+    return {**about, **kept}
+
+
+def execute(suite: Suite, given: Any, described: dict[str, Any]) -> int:
+    """Do what has no result yet, sweep after sweep, until nothing is left or the time is over; return what is left."""
+    began, scorer = time.monotonic(), None
+    env = files.environment()
+    while True:
+        done = trials.load(given.results)
+        ready = next_trials(suite, given.sizes, given.rows, given.seeds, done)
+        if not ready or time.monotonic() - began > given.time_limit:
+            return len(ready)
+        scorer = scorer or Scorer(suite)
+        for part in PART_OF.values():  # how long the answers are, and the base's own scores
+            name = f"{suite.prefix}-base-{part}"
+            if name not in done:
+                counts = np.concatenate(list(scorer.part(part)[1].values()))
+                about = {**suite.about, "row": "base", "part": part, "answer_tokens": packed(counts), "data": described}
+                trials.add(given.results, name, {**about, **scorer.score(None, part), "env": env})
+        chosen = ready[: given.trials_a_sweep]
+        print(f"{len(ready)} trials can be done, {len(chosen)} of them now", flush=True)
+        start = time.monotonic()
+        trained = {result.name: result for result in train(suite, chosen, given.together)}
+        sweep_s = round(time.monotonic() - start, 1)
+        for trial in chosen:
+            result = result_of(suite, trial, trained[trial.name], scorer)
+            shared = {"sweep_s": sweep_s, "sweep_trials": len(chosen), "command": given.command, "env": env}
+            trials.add(given.results, f"{suite.prefix}-{trial.name}", {**result, **shared})
+            score = "diverged" if result["nll"] is None else f"{result['nll']:.4f} nats a token"
+            print(f"{trial.name}: {score}", flush=True)
+        shutil.rmtree(suite.work / "sweeps", ignore_errors=True)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Do the trials that have no result yet; return the exit status."""
+    parser = script_parser(__doc__)
+    add = parser.add_argument
+    add("--data", type=Path, required=True, help="folder of <task>/<split>.jsonl.gz")
+    add("--work", type=Path, required=True, help="for the parts and sweeps")
+    add("--results", type=Path, default=RESULTS)
+    add("--model", default="smollm2", help="smollm2, or qwen=FOLDER of its weights")
+    add("--regime", default="commonsense", choices=list(REGIMES))
+    add("--base", default="nf4", choices=["nf4", "none", "int8"])
+    add("--sizes", nargs="+", default=list(SIZES), choices=list(SIZES))
+    add("--rows", nargs="+", help="of the table in frontier_rows; all by default")
+    add("--seeds", type=int, default=3)
+    add("--together", default="auto", type=lambda text: text if text == "auto" else int(text))
+    add("--trials-a-sweep", type=int, default=48, help="trained on one loading of the base, before they are scored")
+    add("--time-limit", type=float, default=math.inf, help="seconds after which no further sweep begins")
+    add("--smoke", action="store_true", help="16 rows a task, two steps: is it wired up?")
+    given = parser.parse_args(arguments)
+    model, _, folder = given.model.partition("=")
+    if model not in MODELS:
+        parser.error(f"--model: expected {' or '.join(MODELS)}, got {model!r}")
+    if given.smoke and given.results == RESULTS:
+        parser.error("--smoke: its results are no measurements; give another folder with --results")
+    words = [word if not word.startswith(("/", "~", ".")) else Path(word).name for word in arguments or sys.argv[1:]]
+    given.command = recorded("quality.frontier", words)
+    limits = {"limit": 16, "max_steps": 2} if given.smoke else {}
+    work = given.work.resolve()
+    suite = Suite(work, model, folder or MODELS[model], given.regime, given.base, **limits)
+    left = execute(suite, given, write_parts(given.data, work, given.regime))
+    print(f"{left} trials left" if left else "all trials are done")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

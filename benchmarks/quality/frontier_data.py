@@ -1,0 +1,63 @@
+"""The texts of the frontier: two regimes with their training rows, and the answers whose likelihood is measured."""
+
+import gzip
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.quality.commonsense_data import JOINT, prepare
+from lsr_scale import files
+from lsr_scale.data.sources import load_rows
+from lsr_scale.data.tasks import Example, examples
+from lsr_scale.scoring.scorer import encode_pairs
+
+REGIMES: dict[str, tuple[str, ...]] = {"commonsense": JOINT, "gsm8k": ("gsm8k",)}
+EPOCHS = {"commonsense": 2, "gsm8k": 3}  # of the trials with seeds; one where a rate is chosen
+PART_OF = {True: "dev", False: "test"}  # by whether a trial is for tuning
+
+
+def write_parts(data: Path, work: Path, regime: str) -> dict[str, Any]:
+    """Write a regime's rows to `work/data/<task>/{train,dev,test}.jsonl`; return rows and hashes of every part.
+
+    Of GSM8K a tenth of the train part is held out by the hash of its question.
+    """
+    if regime == "commonsense":
+        return prepare(data, work)
+    parts: dict[str, list[dict[str, Any]]] = {"train": [], "dev": []}
+    for row in _rows(data / "gsm8k" / "train.jsonl.gz"):
+        held_out = int(hashlib.sha256(row["question"].encode()).hexdigest(), 16) % 10 == 0
+        parts["dev" if held_out else "train"].append(row)
+    parts["test"] = _rows(data / "gsm8k" / "test.jsonl.gz")
+    described = {}
+    for part, rows in parts.items():
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        files.write_text(work / "data" / "gsm8k" / f"{part}.jsonl", text)
+        described[part] = {"rows": len(rows), "sha256": hashlib.sha256(text.encode()).hexdigest()}
+    return {"gsm8k": described}
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    with gzip.open(path, "rt", encoding="utf-8") as stream:
+        return [json.loads(line) for line in stream]
+
+
+def questions(work: Path, regime: str, part: str, limit: int | None) -> dict[str, list[Example]]:
+    """Return what is scored of a part, by task: GSM8K's solutions are questions with one choice."""
+    if regime == "commonsense":
+        folders = {task: str(work / "data" / task) for task in REGIMES[regime]}
+        return {task: examples(load_rows(path, split=part))[:limit] for task, path in folders.items()}
+    path = work / "data" / "gsm8k" / f"{part}.jsonl"
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()][:limit]
+    # as `lsr_scale.data.formats` writes rows with a question and an answer
+    pairs = [(f"Question: {row['question']}\nAnswer:", f" {row['answer']}") for row in rows]
+    return {"gsm8k": [Example(str(i), (q,), (a,), 0, (len(a),)) for i, (q, a) in enumerate(pairs)]}
+
+
+def num_tokens(tokenizer: Any, rows: Sequence[Example]) -> "np.ndarray":
+    """Return how many tokens the right answer of each question has."""
+    pairs = [(row.contexts[row.answer], row.continuations[row.answer]) for row in rows]
+    return np.array([len(target) for _, target in encode_pairs(tokenizer, pairs)])

@@ -1,0 +1,173 @@
+"""The rows of the frontier: which adapters have which number of parameters, on both models, and their rates.
+
+A size is named by SmolLM2's number of parameters; on another model it is the same share of LoRA r=8's there. A row is
+within `TOLERANCE` of its size (a test counts them). Below LoRA r=1 on all seven linears (305,280 on SmolLM2) LoRA has
+two rows: on all linears of fewer layers (the last ones), and on fewer linears of all layers.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from benchmarks.models import LINEARS, SMOLLM2
+
+SIZES = {
+    "5k": 5_000,
+    "20k": 20_000,
+    "60k": 60_000,
+    "150k": 150_000,
+    "300k": 300_000,
+    "600k": 600_000,
+    "1.2m": 1_200_000,
+    "2.4m": 2_400_000,
+}
+TOLERANCE = 0.16
+LORA_8 = {"smollm2": 2_442_240, "qwen": 4_399_104}  # parameters of LoRA r=8 on the seven linears
+MODELS = {"smollm2": SMOLLM2, "qwen": "Qwen2.5-Coder-0.5B-Instruct"}
+NUM_LAYERS = {"smollm2": 30, "qwen": 24}
+
+# four points a row; where the best is the first or the last one, others beyond it follow (`frontier.points_of`)
+RATES = {
+    "lora": (2e-3, 4e-3, 8e-3, 1.6e-2),
+    "lora_xs": (1e-3, 2e-3, 4e-3, 8e-3),
+    "slora": (2e-3, 4e-3, 8e-3, 1.6e-2),
+    "vera": (4e-3, 8e-3, 1.6e-2, 3.2e-2),
+    "tinylora": (1e-3, 4e-3, 1.6e-2, 6.4e-2),
+    "krona": (2e-3, 4e-3, 8e-3, 1.6e-2),
+    "kron_lora": (4e-3, 8e-3, 1.6e-2, 3.2e-2),
+    "lsr": (2e-3, 4e-3, 8e-3, 1.6e-2),
+}
+OURS = ("lsr", "kron_lora")
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterRow:
+    """One adapter of the comparison: its method and options, alpha by the method's rule among them."""
+
+    method: str
+    options: Mapping[str, Any]
+
+    @property
+    def rates(self) -> tuple[float, ...]:
+        """The learning rates that it is first tuned over."""
+        return RATES[self.method]
+
+    def section(self) -> dict[str, Any]:
+        """Return a run's section `adapter`."""
+        return {"method": self.method, "target_modules": LINEARS, **self.options}
+
+
+def _last(model: str, number: int) -> dict[str, Any]:
+    return {"layers_to_transform": list(range(NUM_LAYERS[model] - number, NUM_LAYERS[model]))}
+
+
+def _lora(rank: int = 1, **where: Any) -> AdapterRow:
+    return AdapterRow("lora", {"rank": rank, "alpha": 2.0 * rank, **where})
+
+
+def _lsr(rank: int, terms: int, **where: Any) -> AdapterRow:
+    return AdapterRow("lsr", {"rank": rank, "separation_rank": terms, "alpha": 2.0 * rank, **where})
+
+
+def _kron_lora(rank: int, left_in: int, left_out: int, **where: Any) -> AdapterRow:
+    sizes = {"rank": rank, "left_in": left_in, "left_out": left_out}
+    return AdapterRow("kron_lora", {**sizes, "alpha": 4.0 * rank, "dropout": 0.0, **where})
+
+
+def _smollm2() -> dict[str, dict[str, AdapterRow]]:
+    last = lambda number: _last("smollm2", number)  # noqa: E731
+    query_value = {"target_modules": ["q_proj", "v_proj"]}
+    value = {"target_modules": ["v_proj"]}
+    return {
+        "5k": {
+            "lora_modules": _lora(**value, **last(7)),
+            "lsr_1_1": _lsr(1, 1, **last(7)),
+        },
+        "20k": {
+            "lora_layers": _lora(**last(2)),
+            "lora_modules": _lora(**value, **last(26)),
+            "krona": AdapterRow("krona", value),
+            "kron_lora": _kron_lora(1, 4, 16, **last(10)),
+            "lsr_1_1": _lsr(1, 1),
+        },
+        "60k": {
+            "lora_layers": _lora(**last(6)),
+            "lora_modules": _lora(**query_value),
+            "krona": AdapterRow("krona", query_value),
+            "kron_lora": _kron_lora(1, 4, 16),
+            "lsr_2_2": _lsr(2, 2),
+            "lsr_8_1": _lsr(8, 1),
+        },
+        "150k": {
+            "lora_layers": _lora(**last(15)),
+            "lora_modules": _lora(target_modules=["q_proj", "k_proj", "v_proj", "down_proj"]),
+            "kron_lora": _kron_lora(3, 4, 16),
+            "lsr_2_5": _lsr(2, 5),
+            "lsr_4_3": _lsr(4, 3),
+        },
+        "300k": {
+            "lora": _lora(1),
+            "krona": AdapterRow("krona", {}),
+            "kron_lora": _kron_lora(6, 4, 16),
+            "lsr_4_7": _lsr(4, 7),
+            "lsr_8_5": _lsr(8, 5),
+        },
+        "600k": {
+            "lora": _lora(2),
+            "kron_lora": _kron_lora(12, 4, 16),
+            "lsr_16_7": _lsr(16, 7),
+            "lsr_32_5": _lsr(32, 5),
+        },
+        "1.2m": {
+            "lora": _lora(4),
+            "kron_lora": _kron_lora(24, 16, 4),
+            "lsr_16_14": _lsr(16, 14),
+            "lsr_64_7": _lsr(64, 7),
+        },
+        "2.4m": {
+            "lora": _lora(8),
+            "kron_lora": _kron_lora(32, 4, 4),
+            "lsr_16_27": _lsr(16, 27),
+            "lsr_64_14": _lsr(64, 14),
+        },
+    }
+
+
+def _qwen() -> dict[str, dict[str, AdapterRow]]:
+    last = lambda number: _last("qwen", number)  # noqa: E731
+    return {
+        "20k": {
+            "lora_layers": _lora(target_modules=["q_proj", "v_proj", "down_proj"], **last(4)),
+            "lora_modules": _lora(target_modules=["q_proj", "v_proj"], **last(13)),
+            "kron_lora": _kron_lora(1, 4, 64, **last(8)),
+            "lsr_2_1": _lsr(2, 1),
+        },
+        "60k": {
+            "lora_layers": _lora(**last(5)),
+            "lora_modules": _lora(target_modules=["q_proj", "v_proj", "o_proj"]),
+            "kron_lora": _kron_lora(1, 4, 8),
+            "lsr_2_3": _lsr(2, 3),
+            "lsr_16_1": _lsr(16, 1),
+        },
+        "150k": {
+            "lora_layers": _lora(**last(12)),
+            "lora_modules": _lora(target_modules=["q_proj", "v_proj", "o_proj", "down_proj"]),
+            "kron_lora": _kron_lora(2, 4, 4),
+            "lsr_4_6": _lsr(4, 6),
+            "lsr_16_3": _lsr(16, 3),
+        },
+        "600k": {
+            "lora": _lora(2),
+            "kron_lora": _kron_lora(8, 4, 4),
+            "lsr_16_11": _lsr(16, 11),
+            "lsr_32_8": _lsr(32, 8),
+        },
+    }
+
+
+ROWS: dict[str, dict[str, dict[str, AdapterRow]]] = {"smollm2": _smollm2(), "qwen": _qwen()}  # by model and size
+
+
+def target(model: str, size: str) -> float:
+    """Return how many parameters a size is on a model."""
+    return SIZES[size] * LORA_8[model] / LORA_8["smollm2"]

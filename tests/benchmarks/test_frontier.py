@@ -1,0 +1,170 @@
+"""The frontier: rows of their size, all tuned alike, trials that are kept, and verdicts that know what they can say."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.quality import frontier, frontier_verdicts, trials
+from benchmarks.quality.frontier_rows import NUM_LAYERS, ROWS, SIZES, TOLERANCE, AdapterRow, target
+from benchmarks.quality.trials import TUNING_SEED
+from benchmarks.report import frontier_tables
+from lsr_scale.adapters.inject import inject
+from tests.helpers.tiny_runs import save_llama
+
+SHAPES = {
+    "smollm2": dict(hidden_size=576, intermediate_size=1536, num_attention_heads=9, num_key_value_heads=3),
+    "qwen": dict(hidden_size=896, intermediate_size=4864, num_attention_heads=14, num_key_value_heads=2),
+}
+
+
+def linears(model):
+    """Return one layer of a model's shapes."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(**SHAPES[model], num_hidden_layers=1, vocab_size=8)
+    with torch.device("meta"):
+        return LlamaForCausalLM(config)
+
+
+@pytest.mark.parametrize("model", list(ROWS))
+def test_every_row_has_its_size(model):
+    for size, rows in ROWS[model].items():
+        for name, row in rows.items():
+            section = row.section()
+            layers = section.pop("layers_to_transform", range(NUM_LAYERS[model]))
+            assert set(layers) <= set(range(NUM_LAYERS[model]))
+            adapted = inject(linears(model), section.pop("method"), section, "causal_lm")
+            count = len(layers) * sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+            assert abs(math.log(count / target(model, size))) < TOLERANCE, (size, name, count)
+
+
+def test_a_rate_at_an_end_is_followed_by_the_next_ones_beyond_it():
+    row = AdapterRow("lora", {})
+    assert frontier.rates_to_try(row, {2e-3: 1.0}) == (4e-3, 8e-3, 1.6e-2)
+    inside = {2e-3: 2.0, 4e-3: 1.0, 8e-3: 2.0, 1.6e-2: 3.0}
+    assert frontier.rates_to_try(row, inside) == ()
+    high = {2e-3: 4.0, 4e-3: 3.0, 8e-3: 2.0, 1.6e-2: 1.0}
+    assert frontier.rates_to_try(row, high) == (3.2e-2,)
+    assert frontier.rates_to_try(row, {**high, 3.2e-2: math.inf}) == ()  # diverged
+    low = {2e-3: 1.0, 4e-3: 2.0, 8e-3: 3.0, 1.6e-2: 4.0}
+    assert frontier.rates_to_try(row, low) == (1e-3,)
+    assert frontier.rates_to_try(row, {**low, 1e-3: 0.5}) == (5e-4,)
+    assert frontier.rates_to_try(row, {**low, 1e-3: 0.5, 5e-4: 0.4}) == ()  # two beyond are all
+
+
+def test_what_is_packed_comes_back():
+    values = np.array([0.5, 1.25, 30.0])
+    assert frontier.unpacked(frontier.packed(values)).tolist() == values.tolist()
+    bits = np.array([True, False, True, True, False, False, True, False, True])
+    assert frontier.unpacked(frontier.packed_bits(bits)).tolist() == bits.tolist()
+
+
+def test_the_standard_error_is_that_of_a_ratio():
+    draw = np.random.default_rng(0)
+    tokens = draw.integers(1, 9, 400)
+    losses = tokens * draw.gamma(4.0, 0.5, 400)
+    mean, error = frontier.mean_per_token(losses, tokens)
+    assert mean == pytest.approx(losses.sum() / tokens.sum())
+    index = draw.integers(0, 400, (2000, 400))
+    resampled = losses[index].sum(1) / tokens[index].sum(1)
+    assert error == pytest.approx(resampled.std(), rel=0.1)
+
+
+def test_holm_corrects_for_the_number_of_comparisons():
+    assert frontier_verdicts.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert frontier_verdicts.holm([0.9, 0.8]) == [1.0, 1.0]
+
+
+TOKENS = np.array([2, 3, 4] * 100)
+
+
+def made_up(size, row, method, shift, seeds=3, rate=4e-3):
+    """Yield a row's trials: what a question loses is common to all rows, and so much more a token."""
+    about = {"model": "smollm2", "regime": "commonsense", "base": "nf4", "size": size, "row": row, "method": method}
+    about |= {"options": {"rank": 1}, "trainable_parameters": SIZES[size], "rate": rate}
+    common = TOKENS * np.random.default_rng(7).gamma(4.0, 0.5, len(TOKENS))
+    yield {**about, "seed": TUNING_SEED, "part": "dev", "nll": 2.0 + shift}
+    for seed in range(seeds):
+        noise = np.random.default_rng([seed, len(row)]).normal(0, 0.05, len(TOKENS))
+        losses = common + TOKENS * (shift + noise)
+        nll = losses.sum() / TOKENS.sum()
+        yield {**about, "seed": seed, "part": "test", "nll": nll, "accuracy": 0.5, "losses": frontier.packed(losses)}
+
+
+def write(folder, *rows):
+    about = {"model": "smollm2", "regime": "commonsense", "base": "nf4", "row": "base", "part": "test"}
+    content = {"answer_tokens": frontier.packed(TOKENS), "nll": 3.0, "accuracy": 0.3}
+    trials.add(folder, "smollm2-commonsense-nf4-base-test", {**about, **content})
+    for row in rows:
+        for result in row:
+            end = "tune" if result["seed"] == TUNING_SEED else f"seed{result['seed']}"
+            name = f"smollm2-commonsense-nf4-{result['size']}-{result['row']}-{end}-{result['rate']:g}"
+            trials.add(folder, name, result)
+    return trials.load(folder)
+
+
+def test_verdicts_separate_what_differs_and_nothing_else(tmp_path, monkeypatch):
+    monkeypatch.setattr(frontier_verdicts, "DRAWS", 1_000)
+    done = write(
+        tmp_path,
+        made_up("20k", "lora_modules", "lora", 0.0),
+        made_up("20k", "lora_layers", "lora", 0.2),
+        made_up("20k", "lsr_1_1", "lsr", -0.1),
+        made_up("60k", "lora_modules", "lora", 0.0),
+        made_up("60k", "lsr_2_2", "lsr", 0.0),
+        made_up("150k", "lsr_2_5", "lsr", 0.0),  # alone
+    )
+    better, same = frontier_verdicts.verdicts(done)
+    assert (better.ours.row, better.theirs.row, better.wins) == ("lsr_1_1", "lora_modules", True)
+    assert better.difference == pytest.approx(-0.1, abs=0.01)
+    assert better.low < better.difference < better.high < 0
+    assert (same.ours.size, same.wins) == ("60k", False)
+    assert same.corrected_p >= 0.05
+    table = "\n".join(frontier_tables.sections(tmp_path))
+    assert "| ours |" in table
+    assert "| no separation |" in table
+    ((path, plot),) = frontier_tables.plots(tmp_path).items()
+    plot.draw(path)
+    assert path.is_file()
+
+
+def test_a_row_with_a_seed_that_diverged_is_named_and_left_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(frontier_verdicts, "DRAWS", 500)
+    *kept, lost = made_up("20k", "lsr_1_1", "lsr", 0.0)
+    done = write(tmp_path, made_up("20k", "lora_modules", "lora", 0.0), [*kept, {**lost, "nll": None}])
+    assert [score.row for score in frontier_verdicts.scores(done)] == ["lora_modules"]
+    assert "Diverged, and their rows left out: smollm2-commonsense-nf4-20k-lsr_1_1-seed2" in "\n".join(
+        frontier_tables.sections(tmp_path)
+    )
+
+
+@pytest.fixture
+def one_row(monkeypatch):
+    """One row on the tiny model, and two rates."""
+    rows = {"lora": AdapterRow("lora", {"rank": 1, "alpha": 2.0})}
+    monkeypatch.setitem(ROWS, "smollm2", {"20k": rows})
+    monkeypatch.setattr(frontier.AdapterRow, "rates", (1e-3, 4e-3))
+    monkeypatch.setattr(frontier, "MOST_BEYOND", 0)
+    monkeypatch.setitem(frontier.REGIMES, "commonsense", ("arc_easy", "openbookqa"))
+
+
+def test_trials_are_trained_together_scored_and_kept(one_row, data, tmp_path, capsys):
+    model = save_llama(tmp_path / "model")
+    words = ["--data", str(data), "--work", str(tmp_path / "work"), "--results", str(tmp_path / "results")]
+    words += ["--model", f"smollm2={model}", "--base", "none", "--sizes", "20k", "--seeds", "2", "--smoke"]
+    assert frontier.main([*words, "--together", "2"]) == 0
+    done = trials.load(tmp_path / "results")
+    tests = [r for r in done.values() if r["part"] == "test" and r["row"] != "base"]
+    assert sorted((r["row"], r["seed"]) for r in tests) == [("lora", 0), ("lora", 1)]
+    for result in tests:
+        tried = {r["rate"]: r["nll"] for r in done.values() if r["row"] == result["row"] and r["part"] == "dev"}
+        assert result["rate"] == min(tried, key=tried.get)
+        tokens = frontier_verdicts.answer_tokens(done, ("smollm2", "commonsense", "none"))
+        losses = frontier.unpacked(result["losses"])
+        assert losses.sum() / tokens.sum() == pytest.approx(result["nll"], rel=1e-3)
+    assert "all trials are done" in capsys.readouterr().out
+    assert frontier.main(words) == 0  # nothing is done again
+    assert trials.load(tmp_path / "results") == done
+    assert "trials can be done" not in capsys.readouterr().out

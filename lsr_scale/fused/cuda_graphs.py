@@ -156,8 +156,8 @@ class StepGraphs:
             self.captured[key] = step
         self.captured.move_to_end(key)
         for name, tensor in tensors.items():
-            step.batch[name].copy_(tensor)
-        step.divisor.copy_(divisor) if isinstance(divisor, Tensor) else step.divisor.fill_(divisor)
+            step.batch[name].copy_(tensor, non_blocking=True)
+        step.divisor.copy_(divisor, non_blocking=True) if isinstance(divisor, Tensor) else step.divisor.fill_(divisor)
         step.graph.replay()
         return step.loss.clone(), step.gradients
 
@@ -198,9 +198,12 @@ class StepGraphs:
         return loss.detach(), list(torch.autograd.grad(loss, self.parameters))
 
     def _capture(self, batch: Batch, like: Tensor | float) -> _CapturedStep:
-        static = {name: value.clone() if isinstance(value, Tensor) else value for name, value in batch.items()}
+        device = self.parameters[0].device
+        static = {
+            name: value.to(device, copy=True) if isinstance(value, Tensor) else value for name, value in batch.items()
+        }
         shape = like.shape if isinstance(like, Tensor) else ()
-        divisor = torch.ones(shape, device=static["input_ids"].device)
+        divisor = torch.ones(shape, device=device)
         # what is freed on a stream is used again on that stream only: one for all passes, and its libraries' memory
         self.stream = self.stream or torch.cuda.Stream()
         self.pool = self.pool or torch.cuda.MemPool()

@@ -9,13 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from lsr_scale.fused.cuda_graphs import Batch, StepGraphs, rounded, static_losses
 
 
 def join_static(batches: Sequence[Batch]) -> Batch:
-    """Return one batch of the static batches of n trials, a row each; nothing waits for the GPU.
+    """Return one batch of the static batches of n trials, a row each; made on the host, it is copied to a GPU once.
 
     Args:
         batches: What `static_batch` made of each trial's batch, all on one device.
@@ -25,38 +24,31 @@ def join_static(batches: Sequence[Batch]) -> Batch:
         of their own; `cu_seq_lens` `[documents + 1]`, counted over all rows, and `longest`; `supervised`, `targets` and
         `weights` `[n N]`, N of each row: the places that are supervised, among those of all rows.
     """
-    length = max(batch["input_ids"].shape[1] for batch in batches)
+    rows, length = len(batches), max(batch["input_ids"].shape[1] for batch in batches)
     longest = max(batch["longest"] for batch in batches)
     places = max(len(batch["supervised"]) for batch in batches)
-    parts: dict[str, list[Tensor]] = {}
-    documents = 0
+    whole = {name: batches[0][name].new_zeros(rows, length) for name in ("input_ids", "position_ids")}
+    # beyond its own a trial's first place, of no weight: no trial reads another's
+    chosen = {name: batches[0][name].new_zeros(rows, places) for name in ("supervised", "targets", "weights")}
+    bounds: list[Tensor] = []
     for row, batch in enumerate(batches):
-        own = batch["input_ids"].shape[1]
-        bounds, more = batch["cu_seq_lens"], length - own
-        extra = torch.arange(own, length, longest, dtype=bounds.dtype, device=bounds.device)
-        number = places - len(batch["supervised"])
-        joined = {
-            "input_ids": functional.pad(batch["input_ids"], (0, more)),
-            "position_ids": torch.cat(
-                [batch["position_ids"], torch.arange(more, device=bounds.device)[None] % longest], 1
-            ),
-            # the end of a row is where the next begins
-            "cu_seq_lens": torch.cat([bounds[:-1], extra]) + row * length,
-            # beyond its own a trial's first, of no weight: no trial reads another's
-            "supervised": functional.pad(batch["supervised"], (0, number)) + row * length,
-            "targets": functional.pad(batch["targets"], (0, number)),
-            "weights": functional.pad(batch["weights"], (0, number)),
-        }
-        documents += len(joined["cu_seq_lens"])
-        for name, value in joined.items():
-            parts.setdefault(name, []).append(value)
-    result: Batch = {name: torch.cat(values) for name, values in parts.items()}
-    end = len(batches) * length
+        own, count, of_row = batch["input_ids"].shape[1], len(batch["supervised"]), batch["cu_seq_lens"]
+        for name, values in whole.items():
+            values[row, :own] = batch[name][0]
+        for name, values in chosen.items():
+            values[row, :count] = batch[name]
+        chosen["supervised"][row] += row * length
+        bounds.append(of_row[:-1] + row * length)  # the end of a row is where the next begins
+        if own < length:
+            whole["position_ids"][row, own:] = torch.arange(length - own, device=of_row.device) % longest
+            extra = torch.arange(own, length, longest, dtype=of_row.dtype, device=of_row.device)
+            bounds.append(extra + row * length)
+    documents, end = sum(map(len, bounds)), rows * length
     if documents * longest != end:
-        documents = rounded(documents, 4)  # empty documents, so that shapes are few
-    missing = documents + 1 - len(result["cu_seq_lens"])
-    result["cu_seq_lens"] = functional.pad(result["cu_seq_lens"], (0, missing), value=end)
-    return {**result, "longest": longest}
+        # empty documents, so that shapes are few
+        bounds.append(bounds[0].new_full((rounded(documents, 4) - documents,), end))
+    result: Batch = {**whole, **{name: values.view(-1) for name, values in chosen.items()}}
+    return {**result, "cu_seq_lens": torch.cat([*bounds, bounds[0].new_tensor([end])]), "longest": longest}
 
 
 class JointGraphs(StepGraphs):
@@ -85,8 +77,8 @@ class JointGraphs(StepGraphs):
         Each trial's vector is its parameters' gradients, flat, one after another; the next replay overwrites it.
 
         Args:
-            batch: What `join_static` made, on the GPU.
-            divisor: What the summed losses are divided by, `[n]`.
+            batch: What `join_static` made, on the GPU, or on the CPU in pinned memory.
+            divisor: What the summed losses are divided by, `[n]`, likewise.
         """
         return super().replay(batch, divisor)
 

@@ -4,7 +4,7 @@ import base64
 import json
 import re
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from lsr_scale import files
@@ -23,12 +23,13 @@ _MAX_PICTURE = 4 * 2**20
 _PLAN_FOR = "for rows of full max_length, fused as on a GPU where the model's layers can be"
 
 
-def run_page(record: RunRecord, planned: bool = True) -> dict[str, Any]:
+def run_page(record: RunRecord, planned: bool = True, plan: Callable[..., Any] | None = None) -> dict[str, Any]:
     """Return the values of `run.html.jinja` for a run.
 
     Args:
         record: What lies in the run's folder.
         planned: Compute too what `lsr-scale plan` foretells.
+        plan: Foretells it, by default `planning.plan`.
     """
     summary = compare_records([record]).runs[0]
     said = record.results.get("notes")
@@ -38,7 +39,7 @@ def run_page(record: RunRecord, planned: bool = True) -> dict[str, Any]:
     warnings += record.notes
     choices, others = list(_choices(record, summary)), list(_others(summary))
     samples, samples_left = _samples(record)
-    plan_rows, plan_note = _plan(record, summary) if planned else ([], "")
+    plan_rows, plan_note = _plan(record, summary, plan) if planned else ([], "")
     config_rows, config_caption = _config(record)
     text = yaml_text.dump(record.config) if record.config else ""
     values = {
@@ -278,9 +279,10 @@ def _messages(prompt: Any) -> list[dict[str, str]]:
     ]
 
 
-def _plan(record: RunRecord, summary: RunSummary) -> tuple[list[dict[str, str]], str]:
+def _plan(record: RunRecord, summary: RunSummary, plan: Callable[..., Any] | None) -> tuple[list[dict[str, str]], str]:
     """Return the plan beside what was measured, and a remark; the remark alone where there is no plan."""
-    from lsr_scale.planning import plan
+    if plan is None:
+        from lsr_scale.planning import plan
 
     try:
         run = run_from_dict(record.config, str(record.folder.config))

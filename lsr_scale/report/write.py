@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,20 +10,26 @@ from lsr_scale import files
 from lsr_scale.errors import UserError, escaped
 from lsr_scale.run.compare import Comparison
 from lsr_scale.run.folder import RunFolder
+from lsr_scale.run.plots import NATS, draw_conditions, draw_losses, draw_preferences
 from lsr_scale.run.record import read_run
 from lsr_scale.version import __version__
+
+MakePlan = Callable[..., Any]  # as `planning.plan`
 
 _TEMPLATES = Path(__file__).parent
 _STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
-def write_report(path: str | Path, page: Path | None = None, planned: bool = True) -> Path:
+def write_report(
+    path: str | Path, page: Path | None = None, planned: bool = True, plan: MakePlan | None = None
+) -> Path:
     """Write a run's page, of a finished or unfinished run, and return where.
 
     Args:
         path: The run's folder.
         page: Where; `report.html` in the folder by default.
         planned: Say too what `lsr-scale plan` foretells, which takes some seconds for a large model.
+        plan: Foretells it, by default `planning.plan`.
 
     Raises:
         UserError: if it is no run's folder, something else lies in the page's place, or it cannot be written.
@@ -32,7 +39,7 @@ def write_report(path: str | Path, page: Path | None = None, planned: bool = Tru
     record = read_run(path)
     page = page or record.folder.report
     check_page_place(page)
-    files.write_text(page, _filled("run.html.jinja", run_page(record, planned)))
+    files.write_text(page, _filled("run.html.jinja", run_page(record, planned, plan)))
     return page
 
 
@@ -48,10 +55,25 @@ def write_comparison(comparison: Comparison, page: Path) -> None:
     files.write_text(page, _filled("comparison.html.jinja", comparison_page(comparison)))
 
 
-def report_at_end(folder: RunFolder) -> str:
+def show_at_end(folder: RunFolder, plan: MakePlan | None = None) -> str:
+    """Draw a finished run's pictures and write its page; return what `report_at_end` returns.
+
+    Raises:
+        UserError: if a picture cannot be written.
+    """
+    config = read_run(folder.path).config
+    title, method = f"{config['adapter']['method']} on {config['model']['name']}", config["training"]["method"]
+    draw_losses(folder.metrics, folder.curve, title, NATS if method == "sft" else "")
+    if method != "sft":
+        draw_preferences(folder.metrics, folder.rewards, f"{method}: {title}")
+    draw_conditions(folder.metrics, folder.condition, title)
+    return report_at_end(folder, plan)
+
+
+def report_at_end(folder: RunFolder, plan: MakePlan | None = None) -> str:
     """Write a run's page at its end, and return a line that says so; a failure is said, and does not fail the run."""
     try:
-        return f"report   {write_report(folder.path)}"
+        return f"report   {write_report(folder.path, plan=plan)}"
     except Exception as error:
         return f"note: the report is not written: {type(error).__name__ if not str(error) else error}"
 

@@ -22,14 +22,13 @@ from lsr_scale.exporting.as_lora import save_as_lora
 from lsr_scale.model import local_device, without_bfloat16
 from lsr_scale.model.gather import reshard
 from lsr_scale.model.load_errors import suggest_base_option
-from lsr_scale.report.write import report_at_end
+from lsr_scale.report.write import show_at_end
 from lsr_scale.run import evaluate
 from lsr_scale.run.backup import Backup, DiscardBackup
 from lsr_scale.run.card import write_run_card
 from lsr_scale.run.classifier import HeldOut, score_in_training
 from lsr_scale.run.folder import RunFolder, step_of
 from lsr_scale.run.metrics import read_metrics, summarize_metrics
-from lsr_scale.run.plots import NATS, draw_conditions, draw_losses, draw_preferences
 from lsr_scale.run.start import Start, begin, starting
 from lsr_scale.run.tables import print_results
 from lsr_scale.scoring.accuracy import TaskScore
@@ -134,8 +133,8 @@ def train(
         reports.close()
         if distributed.is_main():
             results = _write_results(start, trainer, trained, scores, of_classes, began, notes)
-            report = report_at_end(start.folder)
             if shared is None:
+                report = show_at_end(start.folder)
                 print_results(start.folder, results, scores)
                 print_line(report)
             say(f"done in {clock(time.monotonic() - began)}")
@@ -194,7 +193,8 @@ def _prepare(
     wanted = run.training["early_stopping"]
     early = [StopEarly(wanted["patience"], wanted["threshold"])] if wanted else []
     with suggest_base_option(None if checkpoint else run.model.name, "--set model.name=FOLDER"):
-        data = read_data(run, checkpoint, say)
+        read = read_data if shared is None or shared.rows is None else shared.rows.read
+        data = read(run, checkpoint, say)
         if checkpoint:
             for note in select.check_data(checkpoint, data.sources):
                 say(f"note: {note}")
@@ -399,7 +399,7 @@ def _write_results(
     began: float,
     notes: list[str],
 ) -> dict[str, Any]:
-    """Write `results.json`, which is returned, the card and the figures."""
+    """Write `results.json`, which is returned, and the card."""
     run, folder = start.run, start.folder
     results = {
         "method": run.adapter.method,
@@ -423,10 +423,4 @@ def _write_results(
         results |= {"labels": run.model.labels, "classification": {"validation": rounded}}
     files.write_json(folder.results, results)
     write_run_card(folder, run, results)
-    title = f"{run.adapter.method} on {run.model.name}"
-    method = run.training["method"]
-    draw_losses(folder.metrics, folder.curve, title, NATS if method == "sft" else "")
-    if method != "sft":
-        draw_preferences(folder.metrics, folder.rewards, f"{method}: {title}")
-    draw_conditions(folder.metrics, folder.condition, title)
     return results

@@ -5,6 +5,7 @@ import logging
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +20,9 @@ from lsr_scale.sweeping import scores
 from lsr_scale.sweeping.bases import Bases
 from lsr_scale.sweeping.board import Board, Watch
 from lsr_scale.sweeping.folder import SweepFolder, TrialState, Worker
+from lsr_scale.sweeping.pages import draw_trials
 from lsr_scale.sweeping.places import Ended, Places
+from lsr_scale.sweeping.process_state import short_collections
 from lsr_scale.sweeping.table import write_table
 from lsr_scale.sweeping.together import choose
 from lsr_scale.sweeping.workers import num_workers
@@ -27,6 +30,7 @@ from lsr_scale.training.callbacks.signals import Signals, Terminated
 from lsr_scale.training.shared import Shared
 from lsr_scale.training.steps.joint import JointStep
 from lsr_scale.training.trainers import ignore_library_warnings
+from lsr_scale.training.trial_rows import TrialRows
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +61,7 @@ class TrialStart:
             signals=driver.signals,
             say=driver.board.of_trial(name),
             callbacks=(Watch(driver.board, name, self._begun if self.state.overwrite else None),),
+            rows=driver.rows,
         )
         train(
             driver.run_of(self.plan),
@@ -86,7 +91,8 @@ class Driver:
         self.sweep, self.folder, self.board = sweep, folder, board
         self.plans = {trial.name: trial for trial in sweep.trials}
         self.worker, self.signals = Worker(folder, board.say), Signals()
-        self.bases = Bases(board.say)
+        self.bases, self.rows = Bases(board.say), TrialRows()
+        self.finished: set[str] = set()  # trials that this process brought to their end
         self._shared: tuple[int, Any] | None = None
 
     def work(self) -> None:
@@ -96,13 +102,18 @@ class Driver:
             UserError: where the base cannot be loaded.
             Terminated: if a signal came; what was under way has saved a checkpoint.
         """
-        with self.worker.joined(), ignore_library_warnings(), self.signals.listening(), keeping_live_line():
+        of_process = ignore_library_warnings(), self.signals.listening(), keeping_live_line(), short_collections()
+        with self.worker.joined(), ExitStack() as around:
+            for one in of_process:
+                around.enter_context(one)
             try:
                 while not self.signals.received:
                     self._train_all()
                     if self.signals.received or not self.worker.may_come():
                         break
                     time.sleep(_POLL_S)
+                if not self.signals.received:
+                    draw_trials(self.folder, [name for name in self.plans if name in self.finished], self.board.say)
             finally:
                 self.board.clear()
         if self.signals.received:
@@ -136,11 +147,15 @@ class Driver:
         if self._shared is None:
             state = self.folder.read()
             left = [self.plans[trial.name] for trial in state.trials.values() if trial.status == "pending"]
-            choice = choose(self.sweep, left[: -(-len(left) // num_workers())], self.bases)
+            choice = choose(self.sweep, left[: -(-len(left) // num_workers())], self.bases, self.rows)
             if choice.why:
                 self.board.say(f"note: {choice.why}")
             run = self.sweep.trials[0].run
             step = JointStep(self.bases.of(run), run, self.board.say) if choice.number > 1 else None
+            fused = run.training["fused"]
+            if step is not None and (fused == "off" or (fused == "auto" and not torch.cuda.is_available())):
+                said = "entropy and mean_token_accuracy are those of evaluations alone"
+                self.board.say(f"note: steps that trials share log loss, norm and speed: {said}")
             self._shared = choice.number, step
         return self._shared
 
@@ -164,6 +179,8 @@ class Driver:
             trial.results |= start.state.results
             self._settle(trial, state.scored_by, error)
         write_table(self.folder, state)
+        if trial.status == "finished":
+            self.finished.add(trial.name)
         if not isinstance(error, Terminated | KeyboardInterrupt):
             self.board.end(trial, state)
         _free_memory()

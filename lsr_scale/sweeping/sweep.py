@@ -9,6 +9,7 @@ from lsr_scale.sweeping import plots, workers
 from lsr_scale.sweeping.board import Board, score_text
 from lsr_scale.sweeping.driver import Driver
 from lsr_scale.sweeping.folder import SweepFolder
+from lsr_scale.sweeping.pages import draw_trials
 from lsr_scale.sweeping.start import begin
 from lsr_scale.sweeping.table import again, best_of, write_table
 from lsr_scale.training.callbacks.signals import Signals, Terminated
@@ -94,6 +95,8 @@ def _deal_out(folder: SweepFolder, board: Board, command: Sequence[str], gpus: i
 def finish(sweep: Sweep, folder: SweepFolder) -> None:
     """Write the table and the pictures, and print what came of it."""
     state = folder.read()
+    finished = [trial.name for trial in state.trials.values() if trial.status == "finished"]
+    draw_trials(folder, finished, print_line)  # what a process that was killed left undrawn
     write_table(folder, state)
     plots.draw(folder, state, {trial.name: trial.run.training["learning_rate"] for trial in sweep.trials})
     for status in ("stopped", "diverged", "failed"):

@@ -1,6 +1,10 @@
-"""How many trials of a sweep share a step: as many as fit, and as it pays, by a few joint steps that are measured."""
+"""How many trials of a sweep share a step: as many as fit, and as it pays, by a few steps that are measured.
+
+What a trial's step takes alone is that of its own trainer, with CUDA graphs where it has them.
+"""
 
 import gc
+import math
 import statistics
 import time
 import traceback
@@ -14,6 +18,7 @@ from typing import Any
 import psutil
 import torch
 
+from lsr_scale.config import RunConfig
 from lsr_scale.config.trials import Sweep, TrialPlan
 from lsr_scale.errors import UserError
 from lsr_scale.planning.together import plan_together
@@ -22,11 +27,15 @@ from lsr_scale.sweeping.bases import Bases
 from lsr_scale.training.assembly import adapt, build_trainer
 from lsr_scale.training.shared import Shared
 from lsr_scale.training.steps.joint import JointStep, Member
+from lsr_scale.training.steps.meeting import Meet
 from lsr_scale.training.steps.sharing import base_fallback_reason, sharing_fallback_reason
+from lsr_scale.training.trial_rows import TrialRows
 
 LEAST_GAIN = 0.05  # by which the time a trial has to fall for twice as many to share a step
 _WARM_UP, _TIMED = 1, 1  # steps: on a CPU one of several trials may take a minute
 _WARM_UP_GPU, _TIMED_GPU = 4, 6  # the first ones compile
+MOST_OF_A_SWEEP = 0.2  # of its trials' steps may go into measuring; else nothing is measured
+UNMEASURED = 8  # trials that share a step then, at most
 
 
 @dataclass(frozen=True)
@@ -37,13 +46,14 @@ class Choice:
     why: str
 
 
-def choose(sweep: Sweep, plans: Sequence[TrialPlan], bases: Bases) -> Choice:
+def choose(sweep: Sweep, plans: Sequence[TrialPlan], bases: Bases, rows: TrialRows) -> Choice:
     """Return how many of some trials share a step.
 
     Args:
         sweep: The sweep, whose `together` decides where it is a number.
         plans: The trials that are to be trained.
         bases: Where their base is.
+        rows: Reads their rows.
 
     Raises:
         UserError: where the base cannot be loaded, or `together` is a number and trials cannot share steps.
@@ -58,7 +68,13 @@ def choose(sweep: Sweep, plans: Sequence[TrialPlan], bases: Bases) -> Choice:
         return Choice(1, f"trials are trained one after the other, as they cannot share steps: {reason}")
     if wanted != "auto":
         return Choice(min(wanted, num_trials), "")
-    return _measured(plans, bases, _most_that_fit(sweep, num_trials))
+    most = _most_that_fit(sweep, num_trials)
+    wanted_steps, steps = sum(_numbers(most)) * sum(_num_timed()), num_trials * _num_steps(plans[0].run, rows)
+    if most > 1 and wanted_steps > MOST_OF_A_SWEEP * steps:
+        number = min(most, UNMEASURED)
+        why = f"measuring what pays would take {wanted_steps:,} steps of a trial, and all take {steps:,}"
+        return Choice(number, f"{number} trials share a step: {why}")
+    return _measured(plans, bases, rows, most)
 
 
 def _most_that_fit(sweep: Sweep, num_trials: int) -> int:
@@ -76,11 +92,11 @@ def _most_that_fit(sweep: Sweep, num_trials: int) -> int:
     return num_trials
 
 
-def _measured(plans: Sequence[TrialPlan], bases: Bases, most: int) -> Choice:
-    """Return the choice by the time that a joint step of 1, 2, 4, ... trials takes a trial."""
+def _measured(plans: Sequence[TrialPlan], bases: Bases, rows: TrialRows, most: int) -> Choice:
+    """Return the choice by the time that its own step, and a joint step of 2, 4, ... trials, take a trial."""
     seconds: dict[int, float] = {}
     best, ended = 1, f"no more than {most} fit" if most < len(plans) else "there are no more"
-    for number, of_a_trial in _times(plans, bases, most):
+    for number, of_a_trial in _times(plans, bases, rows, most):
         if of_a_trial is None:
             ended = f"{number} do not fit"
             break
@@ -90,27 +106,47 @@ def _measured(plans: Sequence[TrialPlan], bases: Bases, most: int) -> Choice:
             break
         best = number
     measured = ", ".join(
-        f"{1000 * of_a_trial:.1f} {f'of {number}' if number > 1 else 'ms of one alone'}"
+        f"{1000 * of_a_trial:.1f} {f'in one of {number}' if number > 1 else 'ms alone'}"
         for number, of_a_trial in seconds.items()
     )
     share = f"{best} trials share a step" if best > 1 else "trials are trained one after the other"
-    return Choice(best, f"{share}: a joint step takes a trial {measured}; {ended}")
+    return Choice(best, f"{share}: a step takes a trial {measured}; {ended}")
 
 
-def _times(plans: Sequence[TrialPlan], bases: Bases, most: int) -> Iterator[tuple[int, float | None]]:
-    """Yield numbers of trials and the seconds that a joint step of so many takes a trial, None where memory ran out."""
+def _numbers(most: int) -> list[int]:
     numbers = [2**power for power in range(most.bit_length()) if 2**power <= most]
-    if numbers[-1] != most:
-        numbers.append(most)
+    return numbers if numbers[-1] == most else [*numbers, most]
+
+
+def _num_timed() -> tuple[int, int]:
+    """Return how many steps are measured: for warm-up, and timed."""
+    return (_WARM_UP_GPU, _TIMED_GPU) if torch.cuda.is_available() else (_WARM_UP, _TIMED)
+
+
+def _num_steps(run: RunConfig, rows: TrialRows) -> int:
+    """Return how many steps a run has, packed rows counted as if they were not."""
+    training = run.training
+    if training.get("max_steps", -1) > 0:
+        return training["max_steps"]
+    of_a_step = training["per_device_train_batch_size"] * training["gradient_accumulation_steps"]
+    return math.ceil(len(rows.read(run).train) / of_a_step * training["num_train_epochs"])
+
+
+def _times(plans: Sequence[TrialPlan], bases: Bases, rows: TrialRows, most: int) -> Iterator[tuple[int, float | None]]:
+    """Yield numbers of trials and the seconds that a step takes one of so many, None where memory ran out."""
     run = plans[0].run
-    batches = _batches(plans[0], bases)
     models: list[Any] = []
-    for number in numbers:
+    batches: list[dict[str, Any]] = []
+    for number in _numbers(most):
         found: float | None = None
         try:
-            while len(models) < number:
-                models.append(adapt(plans[len(models)].run, bases.copy(run))[0].train())
-            found = _joint_seconds(JointStep(bases.of(run), run), models, batches) / number
+            if number == 1:
+                found = _seconds_alone(plans[0], bases, rows)
+            else:
+                batches = batches or _batches(plans[0], bases, rows)
+                while len(models) < number:
+                    models.append(adapt(plans[len(models)].run, bases.copy(run))[0].train())
+                found = _joint_seconds(JointStep(bases.of(run), run), models, batches) / number
         except torch.OutOfMemoryError as error:
             traceback.clear_frames(error.__traceback__)
         for model in models:
@@ -123,17 +159,45 @@ def _times(plans: Sequence[TrialPlan], bases: Bases, most: int) -> Iterator[tupl
             return
 
 
+def _seconds_alone(plan: TrialPlan, bases: Bases, rows: TrialRows) -> float:
+    """Return the median of the seconds that a trial's own trainer takes for forward and backward pass."""
+    warm_up, timed = _num_timed()
+    changes = {"max_steps": warm_up + timed, "save_strategy": "no", "eval_strategy": "no", "report_to": "none"}
+    changes |= {"load_best_model_at_end": False, "logging_steps": warm_up + timed, "gradient_accumulation_steps": 1}
+    changes |= {"learning_rate": 0.0}  # a rate that diverges is found out by its own trial
+    with TemporaryDirectory() as folder:
+        trainer = _trainer(plan, bases, rows, folder, changes, meet=None)
+        seconds: list[float] = []
+        step = trainer.training_step
+
+        def timed_step(*args: Any, **options: Any) -> Any:
+            began = time.perf_counter()
+            loss = step(*args, **options)
+            seconds.append(_since(began))
+            return loss
+
+        trainer.training_step = timed_step
+        trainer.train()
+    return statistics.median(seconds[warm_up:])
+
+
+def _trainer(
+    plan: TrialPlan, bases: Bases, rows: TrialRows, folder: str, changes: dict[str, Any], meet: Meet | None
+) -> Any:
+    training = {**plan.run.training, **changes, "output_dir": folder}
+    run = plan.run.model_copy(update={"training": training})
+    shared = Shared(base=bases.copy, meet=meet, rows=rows)
+    return build_trainer(run, RunFolder(Path(folder)), data=rows.read(plan.run), shared=shared)
+
+
 def _joint_seconds(step: JointStep, models: Sequence[Any], batches: Sequence[dict[str, Any]]) -> float:
     return _seconds(lambda batch: step.run([Member(model, batch) for model in models]), batches)
 
 
-def _batches(plan: TrialPlan, bases: Bases) -> list[dict[str, Any]]:
+def _batches(plan: TrialPlan, bases: Bases, rows: TrialRows) -> list[dict[str, Any]]:
     """Return the first batches of a trial, as its trainer makes them."""
     with TemporaryDirectory() as folder:
-        shared = Shared(base=bases.copy, meet=_nobody_meets)
-        training = {**plan.run.training, "output_dir": folder}
-        run = plan.run.model_copy(update={"training": training})
-        trainer: Any = build_trainer(run, RunFolder(Path(folder)), shared=shared)
+        trainer = _trainer(plan, bases, rows, folder, {}, _nobody_meets)
         loader = iter(trainer.get_train_dataloader())
         return [batch for _, batch in zip(range(_TIMED_GPU), loader, strict=False)]
 
@@ -144,13 +208,17 @@ def _nobody_meets(member: Any) -> Any:
 
 def _seconds(step: Callable[[dict[str, Any]], Any], batches: Sequence[dict[str, Any]]) -> float:
     """Return the median of the seconds that a step takes."""
-    on_gpu = torch.cuda.is_available()
-    warm_up, timed = (_WARM_UP_GPU, _TIMED_GPU) if on_gpu else (_WARM_UP, _TIMED)
+    warm_up, timed = _num_timed()
     seconds = []
     for index in range(warm_up + timed):
         began = time.perf_counter()
         step(batches[index % len(batches)])
-        if on_gpu:
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - began)
+        seconds.append(_since(began))
     return statistics.median(seconds[warm_up:])
+
+
+def _since(began: float) -> float:
+    """Return the seconds since a moment, the GPU's work included."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - began

@@ -79,8 +79,7 @@ def build_trainer(
     arguments = trainer_arguments(run, folder)
     data = data or read_data(run, say=say)
     run = with_labels(run, data.labels)
-    _prepare_tokenizer(run, data, note)
-    check_run_fits(run, data)
+    _make_ready(run, data, note)
     model = _adapted_model(run, note, shared)
     meets = shared is not None and shared.meet is not None
     _set_checkpointing(model, arguments, note)
@@ -93,6 +92,8 @@ def build_trainer(
     _check_rows_left(run, trainer, data, note)
     _say_supervised(trainer, data, say)
     _note_row_lengths(run, trainer, note)
+    if shared is not None and shared.rows is not None:
+        shared.rows.keep(data)
     if shared is not None and meets:  # the joint step has the graphs, and the memory
         trainer.meet, trainer.data_collator = shared.meet, HeadCollator(trainer.data_collator)
         longest, wanted = row_lengths(trainer)[0], run.training["cuda_graphs"] != "off"
@@ -106,12 +107,21 @@ def build_trainer(
     return trainer
 
 
-def _prepare_tokenizer(run: RunConfig, data: RunData, note: Say) -> None:
-    """Give the tokenizer what the rows need, such as padding, and note what its chat template does."""
-    notes = prepare_tokenizer(data.tokenizer, data.kind, assistant_only=run.training.get("assistant_only_loss"))
-    assistant_only = supervises_assistant(run.training, data.kind)
-    for line in (*notes, *template_notes(data.train, data.tokenizer, assistant_only)):
+def _make_ready(run: RunConfig, data: RunData, note: Say) -> None:
+    """Give the tokenizer what the rows need, such as padding, and note what its chat template does; once for all runs.
+
+    Raises:
+        UserError: for rows that do not fit the tokenizer or the model.
+    """
+    found = data.made.notes
+    if found is None:
+        found = prepare_tokenizer(data.tokenizer, data.kind, assistant_only=run.training.get("assistant_only_loss"))
+        found += template_notes(data.train, data.tokenizer, supervises_assistant(run.training, data.kind))
+    for line in found:
         note(line)
+    if data.made.notes is None:
+        check_run_fits(run, data)
+        data.made.notes = found
 
 
 def _adapted_model(run: RunConfig, note: Say, shared: Shared | None) -> PeftModel:

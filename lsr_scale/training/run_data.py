@@ -14,6 +14,7 @@ from lsr_scale.data.labels import Labels
 from lsr_scale.data.model_limits import check_model_limits, check_token_id, num_positions, stated_length
 from lsr_scale.data.prompts import EncodedPrompt, encode_prompts, load_prompts
 from lsr_scale.data.split import split_by_hash
+from lsr_scale.data.token_counts import TokenCounts
 from lsr_scale.data.tokenizer_setup import row_check
 from lsr_scale.errors import UserError
 from lsr_scale.model import load_config, meta_model, read_tokenizer, tokenizer_of
@@ -22,12 +23,29 @@ from lsr_scale.training.checkpoint import select
 from lsr_scale.training.run_labels import labels_of, with_labels
 
 
+@dataclass
+class MadeRows:
+    """What was made of a run's rows; another trainer of the same rows takes it as it is.
+
+    Attributes:
+        notes: What is to be said of the tokenizer, once it is ready and the rows are known to fit the model.
+        given: The datasets that the trainer was given, by "train" and "eval".
+        tokenized: What it made of them.
+        counts: What truncation keeps from the loss; none of a classifier.
+    """
+
+    notes: list[str] | None = None
+    given: dict[str, Any] = field(default_factory=dict)
+    tokenized: dict[str, Any] = field(default_factory=dict)
+    counts: dict[str, TokenCounts] = field(default_factory=dict)
+
+
 @dataclass(frozen=True)
 class RunData:
     """The rows of a run, their kind (`KIND_MEANING`), where they came from, and the tokenizer that takes them.
 
     `sources` holds a list a part ("train", "validation"), of a `Provenance` as a dictionary a source; `prompts` are
-    what it completes while it trains; `labels` are a classifier's.
+    what it completes while it trains; `labels` are a classifier's; `made` is filled by its trainer.
     """
 
     train: Dataset
@@ -37,6 +55,7 @@ class RunData:
     tokenizer: Any
     prompts: list[EncodedPrompt] = field(default_factory=list)
     labels: Labels | None = None
+    made: MadeRows = field(default_factory=MadeRows)
 
 
 def read_data(

@@ -9,6 +9,7 @@ from transformers import TrainerCallback
 from lsr_scale.config import RunConfig
 from lsr_scale.training.callbacks.signals import Signals
 from lsr_scale.training.steps.meeting import Meet
+from lsr_scale.training.trial_rows import TrialRows
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,7 @@ class Shared:
     """The base model, training steps and signals of runs that share a process.
 
     What is set for a whole process is then not the run's to set: the process group, handlers of signals, filters of
-    warnings, the screen.
+    warnings, the screen. Its pictures and its page are not drawn in between: see `report.write.show_at_end`.
 
     Attributes:
         base: Returns the base model of a run, for its adapter alone, such as a copy by `share_base`.
@@ -24,6 +25,7 @@ class Shared:
         signals: What the process received; somebody else is `listening`.
         say: Told what the run would print, a line each.
         callbacks: Added to the trainer's, after all others.
+        rows: Reads the rows of runs, those of equal runs once; None: each reads its own.
     """
 
     base: Callable[[RunConfig], Any]
@@ -31,3 +33,4 @@ class Shared:
     signals: Signals = field(default_factory=Signals)
     say: Callable[[str], None] = lambda text: None
     callbacks: Sequence[TrainerCallback] = ()
+    rows: TrialRows | None = None

@@ -18,7 +18,7 @@ from lsr_scale.scoring import classification
 from lsr_scale.training.checkpoint.resumable import Resumable
 from lsr_scale.training.methods import method_module
 from lsr_scale.training.optimizers.create import OwnOptimizers, choose_optimizer
-from lsr_scale.training.run_data import RunData
+from lsr_scale.training.run_data import MadeRows, RunData
 from lsr_scale.training.settings import naming_settings
 from lsr_scale.training.steps.engine import EngineSteps
 from lsr_scale.training.steps.finite_check import FiniteCheck
@@ -34,16 +34,22 @@ def make_trainer(
     Raises:
         UserError: for a setting that the library refuses.
     """
+    made = data.made
+    if not made.given:
+        parts = {"train": data.train, "eval": data.validation}
+        made.given = {name: cached(rows) for name, rows in parts.items() if rows is not None}
     options: dict[str, Any] = {
         "model": model,
         "args": arguments,
         "processing_class": data.tokenizer,
         "callbacks": callbacks,
-        "train_dataset": cached(data.train),
-        "eval_dataset": None if data.validation is None else cached(data.validation),
+        "train_dataset": made.given["train"],
+        "eval_dataset": made.given.get("eval"),
     }
     is_classifier = run.model.task == "seq_cls"
     make = _classifier_trainer if is_classifier else method_module(run.training["method"]).make_trainer
+    if is_classifier or run.training["method"] == "sft":
+        options["rows"] = made
     with _keeping_float32(model), ignore_library_warnings(), naming_settings(run):
         trainer: Any = make(run, options)
     choose_optimizer(trainer, run)
@@ -55,11 +61,12 @@ def make_trainer(
 
 
 def _classifier_trainer(run: RunConfig, options: dict[str, Any]) -> Trainer:
-    for split in ("train_dataset", "eval_dataset"):
-        if options[split] is not None:
-            options[split] = tokenize_classification(
-                options[split], options["processing_class"], run.training["max_length"]
-            )
+    made: MadeRows = options.pop("rows")
+    for part, rows in made.given.items():
+        if part not in made.tokenized:
+            tokenizer, limit = options["processing_class"], run.training["max_length"]
+            made.tokenized[part] = tokenize_classification(rows, tokenizer, limit)
+        options[f"{part}_dataset"] = made.tokenized[part]
     return ClassifierTrainer(**options, compute_metrics=classification.measure_prediction)
 
 

@@ -15,8 +15,10 @@ from lsr_scale import UserError
 from lsr_scale.cli import main
 from lsr_scale.config import load_run
 from lsr_scale.files import is_own_picture
+from lsr_scale.report.write import show_at_end
 from lsr_scale.run.evaluate import evaluate_run
 from lsr_scale.run.folder import RunFolder
+from lsr_scale.sweeping import pages
 from lsr_scale.sweeping.bases import load_base_for
 from lsr_scale.sweeping.folder import SweepFolder
 from lsr_scale.sweeping.sweep import run_sweep
@@ -111,6 +113,41 @@ def test_the_pictures_are_drawn(done):
     assert is_own_picture(done.scores)
     left = {path.name for path in done.path.iterdir()} - {".sweep.lock"}
     assert left == {"sweep.json", "sweep.md", "losses.png", "scores.png", "trials"}
+
+
+def test_pages_are_drawn_at_the_end_and_what_lacks_one_gets_it(done, monkeypatch):
+    names = ["lr=0.002", "lr=0.005,rank=2"]
+    for name in names:
+        assert done.trial(name).report.is_file()
+        assert is_own_picture(done.trial(name).curve)
+    for file in (done.trial(names[1]).report, done.trial(names[1]).curve):
+        file.unlink()  # as if killed before
+    drawn = []
+    monkeypatch.setattr(pages, "show_at_end", lambda folder, plan: drawn.append(folder) or show_at_end(folder, plan))
+    pages.draw_trials(done, names, pytest.fail)
+    assert drawn == [done.trial(names[1])]
+    assert done.trial(names[1]).report.is_file()
+    assert is_own_picture(done.trial(names[1]).curve)
+
+
+def test_a_plan_is_made_once_for_all_of_whom_it_says_the_same(place, tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr("lsr_scale.planning.plan", lambda run, gpus, trace: made.append(run) or object())
+    trials = tiny_sweep(place, tmp_path, {"grid": {"training.learning_rate": RATES, "adapter.rank": [2, 3]}}).trials
+    plan = pages.Plans()
+    found = [plan(trial.run, 1, False) for trial in trials]
+    assert len(made) == len(set(map(id, found))) == 2
+    plan(trials[0].run, 2, False)
+    assert len(made) == 3
+
+
+def test_a_picture_that_cannot_be_drawn_is_said_and_the_next_one_is(done, monkeypatch):
+    monkeypatch.setattr(pages, "show_at_end", lambda folder, plan: "note: the report is not written: full")
+    done.trial("lr=0.002").report.rename(done.path / "kept")
+    said = []
+    pages.draw_trials(done, ["lr=0.002", "lr=0.005,rank=2"], said.append)
+    (done.path / "kept").rename(done.trial("lr=0.002").report)
+    assert said == ["note: the report is not written: full (lr=0.002)"]
 
 
 def test_the_base_is_loaded_once(place, tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ from lsr_scale.config.trials import sweep_from_dict
 from lsr_scale.sweeping import together
 from lsr_scale.sweeping.bases import Bases
 from lsr_scale.sweeping.together import Choice, choose
+from lsr_scale.training.trial_rows import TrialRows
 from tests.helpers.tiny_sweeps import sweep_place, tiny_sweep
 
 RUN = {"model": {"name": "some/model"}, "adapter": {"method": "lsr"}, "data": {"train": ["a.jsonl"]}}
@@ -28,16 +29,16 @@ class NoBase(Bases):
 def measured(monkeypatch):
     """Return a function that returns the choice for times (seconds a trial by number), None where memory ran out."""
 
-    def measured(times, num_trials=8, fit=8):
-        def of_numbers(plans, bases, most):
+    def measured(times, num_trials=8, fit=8, steps=1_000):
+        def of_numbers(plans, bases, rows, most):
             assert (len(plans), most) == (num_trials, fit)
             yield from times.items()
 
         monkeypatch.setattr(together, "_times", of_numbers)
         monkeypatch.setattr(together, "_most_that_fit", lambda sweep, num_trials: fit)
         monkeypatch.setattr(together, "base_fallback_reason", lambda base: None)
-        given = sweep(num_trials)
-        return choose(given, given.trials, NoBase())
+        given = sweep(num_trials, training={"max_steps": steps})
+        return choose(given, given.trials, NoBase(), TrialRows())
 
     return measured
 
@@ -62,19 +63,36 @@ def test_what_fits_limits_them(measured):
     assert measured({1: 0.1, 2: 0.05}, fit=2).why.endswith("no more than 2 fit")
 
 
+@pytest.mark.parametrize(("fit", "number"), [(3, 3), (32, 8)])
+def test_nothing_is_measured_where_that_would_take_a_large_part_of_the_sweep(measured, fit, number):
+    choice = measured({}, num_trials=40, fit=fit, steps=1)
+    assert choice.number == number
+    assert choice.why.endswith("and all take 40")
+
+
+def test_a_trial_alone_is_its_own_trainers_step(tmp_path, monkeypatch):
+    place = sweep_place(tmp_path)
+    given = tiny_sweep(place, tmp_path / "sweep", {"grid": {"adapter.rank": [2, 3]}}, learning_rate=1e6)
+    met = []
+    monkeypatch.setattr(together, "_joint_seconds", lambda step, models, batches: met.append(len(models)) or 1.0)
+    found = dict(together._times(given.trials, Bases(), TrialRows(), 2))
+    assert met == [2], "no joint step of one"
+    assert found[1] is not None
+
+
 def test_a_number_is_taken_as_it_is(monkeypatch):
     monkeypatch.setattr(together, "base_fallback_reason", lambda base: None)
     given = sweep(3, 2)
-    assert choose(given, given.trials, NoBase()) == Choice(2, "")
+    assert choose(given, given.trials, NoBase(), TrialRows()) == Choice(2, "")
     given = sweep(3, 16)
-    assert choose(given, given.trials, NoBase()) == Choice(3, "")
+    assert choose(given, given.trials, NoBase(), TrialRows()) == Choice(3, "")
     given = sweep(3, 1)
-    assert choose(given, given.trials, Bases()) == Choice(1, ""), "and no base is looked at"
+    assert choose(given, given.trials, Bases(), TrialRows()) == Choice(1, ""), "and no base is looked at"
 
 
 def test_a_reason_not_to_share_is_said():
     given = sweep(2, adapter={"method": "lora", "dropout": 0.1})
-    choice = choose(given, given.trials, NoBase())
+    choice = choose(given, given.trials, NoBase(), TrialRows())
     assert choice.number == 1
     assert "they cannot share steps: adapter.dropout" in choice.why
 
@@ -85,7 +103,7 @@ def test_numbers_of_trials_are_measured_on_the_real_base(tmp_path):
     bases = Bases()
     base = bases.of(given.trials[0].run)
     before = {name: parameter.clone() for name, parameter in base.named_parameters()}
-    found = dict(together._times(given.trials, bases, 3))
+    found = dict(together._times(given.trials, bases, TrialRows(), 3))
     assert list(found) == [1, 2, 3]
     assert all(seconds is not None and seconds > 0 for seconds in found.values())
     assert bases.of(given.trials[1].run) is base

@@ -47,6 +47,7 @@ def test_what_may_differ():
         ({"training": {"loss_type": "dft"}}, "training.loss_type"),
         ({"training": {"compute": "int8"}}, "training.compute: int8"),
         ({"training": {"gradient_checkpointing": False}}, "training.gradient_checkpointing differs"),
+        ({"training": {"report_to": ["tensorboard", "wandb"]}}, "training.report_to: wandb records one run"),
     ],
 )
 def test_what_may_not_is_named(changes, named):
@@ -61,3 +62,10 @@ def test_bases_whose_rows_depend_on_others_or_on_chance_are_named():
     heads: dict[str, Any] = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 2}
     experts = MixtralForCausalLM(MixtralConfig(**small, **heads, output_router_logits=True))
     assert "router" in str(base_fallback_reason(experts))
+
+
+def test_random_weights_are_drawn_by_one_seed():
+    model = {"name": "tiny", "random_weights": True}
+    runs = [run(model=model, training={"seed": seed}) for seed in (1, 2)]
+    assert "training.seed differs: 1 and 2" in str(sharing_fallback_reason(runs))
+    assert sharing_fallback_reason(runs[:1] * 2) is None

@@ -27,7 +27,7 @@ def make_trainer(run: RunConfig, options: dict[str, Any]) -> Trainer:
 
     Args:
         run: The run.
-        options: What transformers' trainers take; the rows as `build_dataset` made them.
+        options: What transformers' trainers take, the rows as `build_dataset` made them, and what `CountsTokens` takes.
     """
     import trl
     from trl import SFTTrainer

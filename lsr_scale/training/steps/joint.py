@@ -132,13 +132,16 @@ class JointStep:
             return None
         reason = ""
         try:
-            static = [{name: _to(value, self._device()) for name, value in batch.items()} for batch in batches if batch]
+            static = [batch for batch in batches if batch]
+            where = static[0]["weights"].device
             divisors = [
                 batch["weights"].sum() if member.divisor is None else member.divisor
                 for batch, member in zip(static, sorted_members, strict=True)
             ]
-            divisor = torch.stack([torch.as_tensor(at_least_one(one), device=self._device()) for one in divisors])
-            losses, gradients = self._graphs.replay(join_static(static), divisor)
+            divisor = torch.stack([torch.as_tensor(at_least_one(one), device=where) for one in divisors])
+            # joined where the collators made them, on the host; then one copy to the graph's inputs
+            batch = {name: _pinned(value, self._device()) for name, value in join_static(static).items()}
+            losses, gradients = self._graphs.replay(batch, _pinned(divisor, self._device()))
             for member, gradient in zip(sorted_members, gradients, strict=True):
                 member.gradient = gradient
             return list(losses)
@@ -262,4 +265,10 @@ def _order(adapted: Sequence[Mapping[str, nn.Module]]) -> list[int]:
 
 
 def _to(value: Any, device: torch.device) -> Any:
-    return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+    return _pinned(value, device).to(device, non_blocking=True) if isinstance(value, Tensor) else value
+
+
+def _pinned(value: Any, device: torch.device) -> Any:
+    """Return a tensor of the host in memory that is copied to a GPU without waiting."""
+    is_to_copy = isinstance(value, Tensor) and device.type == "cuda" and value.device.type == "cpu"
+    return value.pin_memory() if is_to_copy else value

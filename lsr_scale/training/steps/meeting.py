@@ -52,13 +52,29 @@ class MeetingSteps(_Base):
         finally:
             vars(self.model).pop("zero_grad", None)
 
+    def get_train_dataloader(self) -> Any:
+        """Return the loader; batches stay on the host, where the joint step makes one of all trials' and copies it."""
+        if self.meet is None:
+            return super().get_train_dataloader()
+        pins, self.args.dataloader_pin_memory = self.args.dataloader_pin_memory, False
+        try:
+            loader = super().get_train_dataloader()
+        finally:
+            self.args.dataloader_pin_memory = pins
+        loader.device = None
+        return loader
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        """Return a step's batches and the number of their tokens, on the host as they are."""
+        where = device if self.meet is None else torch.device("cpu")
+        return super().get_batch_samples(epoch_iterator, num_batches, where)
+
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Do a micro-batch: its loss is returned, its gradients are the parameters', or the optimizer's."""
         if self.meet is None:
             return super().training_step(model, inputs, num_items_in_batch)
         if not model.training:
             model.train()
-        inputs = self._prepare_inputs(inputs)
         if num_items_in_batch is None:  # the mean of each batch, and of a step's batches
             supervised = inputs["head"]["known"]["supervised"]
             num_items_in_batch = supervised.numel() * self.current_gradient_accumulation_steps

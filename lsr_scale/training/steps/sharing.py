@@ -7,6 +7,7 @@ from torch import nn
 
 from lsr_scale import adapters
 from lsr_scale.config import RunConfig
+from lsr_scale.config.reporters import reporter_names
 from lsr_scale.config.training import checkpoints_layers
 
 # settings of `training` that runs have in common, or a step has rows of different kinds
@@ -22,6 +23,8 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
 }
 # options of the adapters that draw random numbers in training
 _DROPOUTS = ("dropout", "lora_dropout", "rank_dropout", "module_dropout")
+# reporters that several runs of a process may have at a time
+_OF_A_RUN = {"tensorboard"}
 # layers whose rows depend on nothing but what attention lets them see
 _ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
 
@@ -47,6 +50,9 @@ def sharing_fallback_reason(runs: Sequence[RunConfig]) -> str | None:
                 return f"training.{name} differs: {values[0]} and {values[1]}"
         if checkpoints_layers(first.training) != checkpoints_layers(run.training):
             return "training.gradient_checkpointing differs"
+        seeds = first.training["seed"], run.training["seed"]
+        if first.model.random_weights and seeds[0] != seeds[1]:
+            return f"training.seed differs: {seeds[0]} and {seeds[1]}, by which model.random_weights draws the base"
     return None
 
 
@@ -60,6 +66,8 @@ def _own_reason(run: RunConfig) -> str | None:
         return "adapter.dropout is not 0: its random numbers would not be those of the run alone"
     if config.modules_to_save:
         return "adapter.modules_to_save: each run has modules of its own"
+    if others := [name for name in reporter_names(run.training.get("report_to")) if name not in _OF_A_RUN]:
+        return f"training.report_to: {others[0]} records one run of a process at a time"
     for name, plain in _PLAIN.items():
         if run.training.get(name) not in plain:
             return f"training.{name}: {run.training[name]} has no shared form"

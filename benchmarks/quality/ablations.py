@@ -10,7 +10,8 @@ trained term weights (`weights`), and alpha / rank against alpha / sqrt(rank) (`
 
 Protocol. ARC-E, ARC-C and OpenBookQA train parts less a tenth by the hash of the question (the parts of
 `commonsense.py`). A rate is chosen by one epoch with a seed of its own; three seeds then train two epochs. All scores
-are of the tenth: defaults are chosen here, so no test row is read. A setting that several axes share is run once.
+are of the tenth: defaults are chosen here, so no test row is read. A setting that several axes share is run once. With
+`--together` runs are trials of sweeps (`sweeps.py`), the same ones.
 """
 
 import functools
@@ -24,11 +25,12 @@ from typing import Any
 
 from benchmarks import ALL_RESULTS
 from benchmarks.models import LINEARS, SMOLLM2
-from benchmarks.quality import commonsense_data, trials
+from benchmarks.quality import commonsense_data, sweeps, trials
 from benchmarks.quality.trials import Provider, Trial, rates
 from lsr_scale import files
 from lsr_scale.adapters import METHODS
 from lsr_scale.errors import UserError
+from lsr_scale.run.folder import RunFolder
 
 RESULTS = ALL_RESULTS / "ablations"
 TASKS = commonsense_data.REGIMES["small"].tasks
@@ -124,11 +126,35 @@ def measure(work: Path, model: str, smoke: bool, trial: Trial, point: dict[str, 
     config = config_of(work, model, smoke, trial, point)
     try:
         folder = train(run_from_dict(config, trial.name), trial.name, overwrite=True, quiet=True)
-        results = json.loads(folder.results.read_text(encoding="utf-8"))
     except UserError as error:
         if "finite" not in str(error):
             raise
-        return {"score": None, "accuracy": {}, "adapter_parameters": None, "reason": str(error)[:200]}
+        return _diverged(str(error))
+    return _result(folder, config_of(Path("WORK"), model, smoke, trial, point), trial, smoke)
+
+
+def measure_together(
+    work: Path, model: str, smoke: bool, together: sweeps.Together, group: list[tuple[Trial, dict[str, float]]]
+) -> dict[str, dict[str, Any]]:
+    """Train trials as those of a sweep; return by name what `measure` returns, of those that did not fail."""
+    configs = {trial.name: config_of(work, model, smoke, trial, point) for trial, point in group}
+    trained, results = sweeps.train_together(configs, work, together), {}
+    for trial, point in group:
+        folder, error = trained[trial.name]
+        if error is not None and "finite" in error:
+            results[trial.name] = _diverged(error)
+        elif error is None:
+            results[trial.name] = _result(folder, config_of(Path("WORK"), model, smoke, trial, point), trial, smoke)
+    return results
+
+
+def _diverged(reason: str) -> dict[str, Any]:
+    return {"score": None, "accuracy": {}, "adapter_parameters": None, "reason": reason[:200]}
+
+
+def _result(folder: RunFolder, config: dict[str, Any], trial: Trial, smoke: bool) -> dict[str, Any]:
+    """Return a finished run's result; its folder is removed."""
+    results = json.loads(folder.results.read_text(encoding="utf-8"))
     accuracy = {task: scores["after"]["accuracy"] for task, scores in results["accuracy"].items()}
     shutil.rmtree(folder.path, ignore_errors=True)
     return {
@@ -140,7 +166,7 @@ def measure(work: Path, model: str, smoke: bool, trial: Trial, point: dict[str, 
         **{name: results[name] for name in CONDITIONS if name in results},
         "adapter_parameters": results["trainable_parameters"],
         "oversized": [list(shape) for shape in oversized(PROVIDERS[trial.provider])],
-        "config": config_of(Path("WORK"), model, smoke, trial, point),
+        "config": config,
         "env": files.environment(),
         **({"smoke": True} if smoke else {}),
     }
@@ -191,6 +217,7 @@ def main(arguments: list[str] | None = None) -> int:
     add = parser.add_argument
     add("--model", default=SMOLLM2)
     add("--axes", nargs="+", default=list(AXES), choices=list(AXES))
+    sweeps.add_option(parser)
     given = parser.parse_args(arguments)
     if given.table:
         print("\n".join(tables(given.results)))
@@ -203,8 +230,11 @@ def main(arguments: list[str] | None = None) -> int:
     trials.check_options(parser, given, RESULTS)
     work = given.work.resolve()
     commonsense_data.prepare(given.data, work)
-    one = functools.partial(measure, work, given.model, given.smoke)
-    return int(trials.execute(runs, PROVIDERS, one, given.results, given.jobs, given.time_limit) > 0)
+    one: trials.Measure = functools.partial(measure, work, given.model, given.smoke)
+    several = None
+    if given.together is not None:
+        several = functools.partial(measure_together, work, given.model, given.smoke, given.together)
+    return int(trials.execute(runs, PROVIDERS, one, given.results, given.jobs, given.time_limit, several) > 0)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@
 A run is `lsr-scale train` with a config in WORK, by one of `--jobs` workers: processes that import once and do run
 after run. It adds a line to `trials.jsonl` in the results when it has ended: one that was killed is simply done
 again, a finished one never. At the time limit running jobs are stopped. (`nvidia-cuda-mps-control -d` before it lets
-the processes' kernels run side by side on one GPU.)
+the processes' kernels run side by side on one GPU.) With `--together auto` the runs are trials of sweeps instead, in
+one process: all whose settings are known, the tuning first; each is the run that it would be by itself.
 
 Protocol. A tenth of each train part is held out by the hash of its question (of the sentence pair for WinoGrande), and
 the learning rate, with alpha for LSR, is chosen there: six points for every method, one epoch, one seed that no other
@@ -33,7 +34,7 @@ from benchmarks import ALL_RESULTS
 from benchmarks.command_line import script_parser
 from benchmarks.models import LINEARS, SMOLLM2
 from benchmarks.pool import Job, do_all
-from benchmarks.quality import trials
+from benchmarks.quality import sweeps, trials
 from benchmarks.quality.commonsense_data import REGIMES, prepare
 from benchmarks.quality.commonsense_methods import PROVIDERS
 from benchmarks.quality.trials import TUNING_SEED
@@ -163,10 +164,10 @@ def config_of(run: Run, point: dict[str, float], setting: Setting) -> dict[str, 
 
 
 def result_of(
-    run: Run, point: dict[str, float], setting: Setting, data: dict[str, Any], wall_s: float
+    run: Run, point: dict[str, float], setting: Setting, data: dict[str, Any], wall_s: float, folder: Path | None = None
 ) -> dict[str, Any]:
     """Return what a finished run leaves: figures, settings, hashes, and which examples were right, by task."""
-    folder = setting.work / "runs" / run.name
+    folder = folder or setting.work / "runs" / run.name
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     tasks: dict[str, Any] = {}
     for task in REGIMES[run.regime].tasks:
@@ -237,9 +238,41 @@ def train_and_score(setting: Setting, data: dict[str, Any], run: Run, point: dic
     files.write_text(config, dump_yaml(run_from_dict(config_of(run, point, setting), run.name)))
     if status := command(["train", str(config), "--overwrite"]):
         raise RuntimeError(f"the command's exit status is {status}")
-    if run.regime == "joint" and run.base == "bf16" and run.seed < SEEDS_ROUNDED:
+    if _is_rounded(run):
         files.write_json(folder / "rounded.json", score_rounded(folder, ROUNDED))
     return result_of(run, point, setting, data, time.monotonic() - began)
+
+
+def _is_rounded(run: Run) -> bool:
+    """Tell whether a run is scored with rounded factors as well."""
+    return run.regime == "joint" and run.base == "bf16" and run.seed < SEEDS_ROUNDED
+
+
+def train_and_score_together(
+    setting: Setting, data: dict[str, Any], together: sweeps.Together, group: list[tuple[Run, dict[str, float]]]
+) -> dict[str, dict[str, Any]]:
+    """Do runs as the trials of a sweep; return by name what `train_and_score` returns, of those that finished."""
+    from benchmarks.quality.rounded_adapters import score_rounded
+
+    began = time.monotonic()
+    configs = {run.name: config_of(run, point, setting) for run, point in group}
+    trained = sweeps.train_together(configs, setting.work, together)
+    finished = [(run, point) for run, point in group if trained[run.name][1] is None]
+    for run, _ in finished:
+        files.write_text(
+            setting.work / "configs" / f"{run.name}.yaml", dump_yaml(run_from_dict(configs[run.name], run.name))
+        )
+        folder = trained[run.name][0].path
+        if _is_rounded(run):
+            files.write_json(folder / "rounded.json", score_rounded(folder, ROUNDED))
+    seconds = (time.monotonic() - began) / max(1, len(finished))  # each one's part of all
+    return {
+        run.name: {
+            **result_of(run, point, setting, data, seconds, trained[run.name][0].path),
+            "sweep": {"together": together, "trials": len(group)},
+        }
+        for run, point in finished
+    }
 
 
 def _startable(waiting: list[Run], done: Results) -> Iterator[tuple[Run, dict[str, float]]]:
@@ -262,8 +295,9 @@ def execute(
     results: Path,
     jobs: int,
     time_limit: float,
+    together: sweeps.Together | None = None,
 ) -> int:
-    """Do the runs that have no result yet, so many at a time; return how many failed."""
+    """Do the runs that have no result yet, so many at a time, or as sweeps; return how many failed."""
     waiting, done = list(runs), trials.load(results)
     for _ in _startable(waiting, done):  # what is done leaves
         pass
@@ -280,10 +314,33 @@ def execute(
         trials.add(results, job.name, result)
         print(f"{job.name}: {mean_accuracy(result):.2f} % in {result['wall_s']:.0f} s", flush=True)
 
-    call = functools.partial(train_and_score, setting, data)
-    failed, ended = do_all(next_job, call, take, jobs, time_limit, setting.work / "logs")
-    print(f"{len(waiting) + len(ended)} runs left, {failed} failed")
-    return failed
+    def next_group() -> Job | None:
+        ready = list(_startable(waiting, done))
+        group = [one for one in ready if one[0].base == ready[0][0].base]  # a sweep has one base
+        for run, _ in group:
+            waiting.remove(run)
+        return Job(f"{len(group)} runs from {group[0][0].name}", (group,)) if group else None
+
+    def take_all(job: Job, found: dict[str, dict[str, Any]]) -> None:
+        for run, _ in job.arguments[0]:
+            if run.name in found:
+                take(Job(run.name, ()), found[run.name])
+            else:
+                lost.append(run.name)
+                print(f"{run.name}: failed, see {setting.work / 'logs'}", flush=True)
+
+    lost: list[str] = []
+    logs = setting.work / "logs"
+    if together is None:
+        call: Any = functools.partial(train_and_score, setting, data)
+        failed, ended = do_all(next_job, call, take, jobs, time_limit, logs)
+        left = len(ended)
+    else:
+        call = functools.partial(train_and_score_together, setting, data, together)
+        failed, ended = do_all(next_group, call, take_all, 1, time_limit, logs)
+        left = sum(len(job.arguments[0]) for job in ended)
+    print(f"{len(waiting) + left} runs left, {failed + len(lost)} failed")
+    return failed + len(lost)
 
 
 ASSUMED_STEP_S, ASSUMED_START_S = 0.06, 15.0
@@ -332,6 +389,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--jobs", type=int, default=4, help="processes at a time on one GPU")
     add("--time-limit", type=float, default=float("inf"), help="seconds after which running jobs are stopped")
     add("--dry-run", action="store_true", help="print the plan in numbers")
+    sweeps.add_option(parser)
     add("--smoke", action="store_true", help="16 rows a task, two steps, 8 questions: is it wired up?")
     given = parser.parse_args(arguments)
     if given.smoke and given.results == RESULTS:
@@ -344,7 +402,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     setting = Setting(work, given.model, given.smoke)
     return int(
-        execute(runs, data, setting, given.results, given.jobs, given.time_limit) > 0
+        execute(runs, data, setting, given.results, given.jobs, given.time_limit, given.together) > 0
     )  # what is left is no fault
 
 

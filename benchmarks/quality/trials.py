@@ -80,6 +80,8 @@ class Trial:
 
 
 Measure = Callable[[Trial, dict[str, float]], dict[str, Any]]
+# the same of several trials in one call; what failed is left out
+MeasureSeveral = Callable[[list[tuple[Trial, dict[str, float]]]], dict[str, dict[str, Any]]]
 
 
 def options(description: str | None, results: Path) -> argparse.ArgumentParser:
@@ -165,6 +167,18 @@ def measured(measure: Measure, trial: Trial, point: dict[str, float]) -> dict[st
     return {**dataclasses.asdict(trial), "settings": point, **result, "wall_s": round(time.monotonic() - began, 1)}
 
 
+def measured_together(measure: MeasureSeveral, group: list[tuple[Trial, dict[str, float]]]) -> dict[str, Any]:
+    """Return the results of several trials by name, as `measured` does; the time is each one's part of all."""
+    began = time.monotonic()
+    results = measure(group)
+    seconds = round((time.monotonic() - began) / max(1, len(results)), 1)
+    return {
+        trial.name: {**dataclasses.asdict(trial), "settings": point, **results[trial.name], "wall_s": seconds}
+        for trial, point in group
+        if trial.name in results
+    }
+
+
 def execute(
     trials: list[Trial],
     providers: Mapping[str, Provider],
@@ -172,6 +186,7 @@ def execute(
     results: Path,
     jobs: int = 1,
     time_limit: float = math.inf,
+    several: MeasureSeveral | None = None,
 ) -> int:
     """Do the trials that have no result yet, so many at a time; return how many failed or are left.
 
@@ -182,6 +197,7 @@ def execute(
         results: Folder of the results.
         jobs: Workers.
         time_limit: Seconds after which running trials are stopped.
+        several: Does, in the place of `measure` and of `jobs`, all trials that can be done at a time in one call.
     """
     if any(trial.tunes for trial in trials):
         tuned_alike(providers)
@@ -206,7 +222,27 @@ def execute(
         add(results, job.name, result)
         print(f"{job.name}: {result['score']} in {result['wall_s']} s", flush=True)
 
-    failed, ended = do_all(next_job, functools.partial(measured, measure), take, jobs, time_limit)
+    lost = 0
+
+    def next_group() -> Job | None:
+        group = [job.arguments for job in iter(next_job, None)]
+        return Job(f"{len(group)} trials", (group,)) if group else None
+
+    def take_all(job: Job, results: dict[str, dict[str, Any]]) -> None:
+        nonlocal lost
+        for trial, point in job.arguments[0]:
+            if trial.name in results:
+                take(Job(trial.name, (trial, point)), results[trial.name])
+            else:
+                lost += 1
+                print(f"{trial.name}: failed", flush=True)
+
+    if several is None:
+        failed, ended = do_all(next_job, functools.partial(measured, measure), take, jobs, time_limit)
+    else:
+        failed, ended = do_all(next_group, functools.partial(measured_together, several), take_all, 1, time_limit)
+        ended = [Job(trial.name, ()) for job in ended for trial, _ in job.arguments[0]]
+    failed += lost
     left = sum(trial.name not in done for trial in waiting) + len(ended)
     print(f"{left} trials left, {failed} failed")
     return failed + left

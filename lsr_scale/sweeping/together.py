@@ -69,12 +69,17 @@ def choose(sweep: Sweep, plans: Sequence[TrialPlan], bases: Bases, rows: TrialRo
     if wanted != "auto":
         return Choice(min(wanted, num_trials), "")
     most = _most_that_fit(sweep, num_trials)
-    wanted_steps, steps = sum(_numbers(most)) * sum(_num_timed()), num_trials * _num_steps(plans[0].run, rows)
-    if most > 1 and wanted_steps > MOST_OF_A_SWEEP * steps:
-        number = min(most, UNMEASURED)
-        why = f"measuring what pays would take {wanted_steps:,} steps of a trial, and all take {steps:,}"
-        return Choice(number, f"{number} trials share a step: {why}")
-    return _measured(plans, bases, rows, most)
+    if most < 2:
+        return Choice(1, "trials are trained one after the other: no more than one fits")
+    try:
+        steps, measured = num_trials * _num_steps(plans[0].run, rows), sum(_numbers(most)) * sum(_num_timed())
+        if measured <= MOST_OF_A_SWEEP * steps:
+            return _measured(plans, bases, rows, most)
+        why = f"measuring what pays would take {measured:,} steps of a trial, and all take {steps:,}"
+    except UserError as error:  # the first trial's, in whose row it will stand
+        why = f"nothing was measured, as {plans[0].name} cannot be trained: {str(error).partition(';')[0]}"
+    number = min(most, UNMEASURED)
+    return Choice(number, f"{number} trials share a step: {why}")
 
 
 def _most_that_fit(sweep: Sweep, num_trials: int) -> int:

@@ -70,6 +70,16 @@ def test_nothing_is_measured_where_that_would_take_a_large_part_of_the_sweep(mea
     assert choice.why.endswith("and all take 40")
 
 
+def test_a_first_trial_that_cannot_be_trained_ends_nothing(monkeypatch):
+    monkeypatch.setattr(together, "_most_that_fit", lambda sweep, num_trials: 3)
+    monkeypatch.setattr(together, "base_fallback_reason", lambda base: None)
+    given = sweep(4, data={"train": ["nothing.jsonl"]})
+    choice = choose(given, given.trials, NoBase(), TrialRows())
+    assert choice.number == 3
+    assert "nothing was measured, as seed=0 cannot be trained: " in choice.why
+    assert "nothing.jsonl" in choice.why
+
+
 def test_a_trial_alone_is_its_own_trainers_step(tmp_path, monkeypatch):
     place = sweep_place(tmp_path)
     given = tiny_sweep(place, tmp_path / "sweep", {"grid": {"adapter.rank": [2, 3]}}, learning_rate=1e6)

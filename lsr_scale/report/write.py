@@ -62,7 +62,8 @@ def show_at_end(folder: RunFolder, plan: MakePlan | None = None) -> str:
         UserError: if a picture cannot be written.
     """
     config = read_run(folder.path).config
-    title, method = f"{config['adapter']['method']} on {config['model']['name']}", config["training"]["method"]
+    title = f"{config['adapter']['method']} on {config['model']['name']}"
+    method = config["training"].get("method", "sft")
     draw_losses(folder.metrics, folder.curve, title, NATS if method == "sft" else "")
     if method != "sft":
         draw_preferences(folder.metrics, folder.rewards, f"{method}: {title}")

@@ -12,6 +12,8 @@ from peft import PeftConfig
 from lsr_scale.adapters import methods
 from lsr_scale.adapters.methods.lokr import LokrFactors, LokrOptions
 from lsr_scale.adapters.methods.lora import LoraOptions
+from lsr_scale.adapters.methods.tinylora import TinyloraOptions
+from lsr_scale.adapters.methods.vera import VeraOptions
 from lsr_scale.adapters.peft import METHODS, AdapterConfig, AdapterLinear, AdapterMethod, LowRankPair
 from lsr_scale.errors import UserError, did_you_mean
 from lsr_scale.option_checks import check_options
@@ -20,9 +22,14 @@ from lsr_scale.option_names import name_here
 # PEFT's name of each `model.task`
 TASK_TYPES = {"causal_lm": "CAUSAL_LM", "seq_cls": "SEQ_CLS"}
 # PEFT's own methods, by the dataclass that maps our option names to theirs
-PEFT_METHODS: dict[str, type[LoraOptions] | type[LokrOptions]] = {"lora": LoraOptions, "lokr": LokrOptions}
+PEFT_METHODS: dict[str, type[LoraOptions | LokrOptions | VeraOptions | TinyloraOptions]] = {
+    "lora": LoraOptions,
+    "lokr": LokrOptions,
+    "vera": VeraOptions,
+    "tinylora": TinyloraOptions,
+}
 
-# how the factors of a saved adapter make its update, of every method: ours, and PEFT's own
+# how the factors of a saved adapter make its update, of every method that is exported: ours, and PEFT's LoRA and LoKr
 SAVED_METHODS: Mapping[str, type[AdapterMethod]] = ChainMap(METHODS, {"lora": LowRankPair, "lokr": LokrFactors})
 
 
@@ -36,7 +43,7 @@ import_methods()
 
 
 def method_names() -> list[str]:
-    """Return the names that `adapter.method` takes: ours, and PEFT's LoRA and LoKr."""
+    """Return the names that `adapter.method` takes: ours, and those of PEFT's own."""
     return [*METHODS, *PEFT_METHODS]
 
 

@@ -84,10 +84,11 @@ def _train_heads(base: Any, config: Any) -> None:
             for name, module in base.named_modules()
             if name.partition(".")[0] in heads and in_out_features(module) is not None
         ]
-        if isinstance(config.exclude_modules, str):
-            config.exclude_modules = "|".join([f"(?:{config.exclude_modules})", *map(re.escape, inside)])
+        excluded = getattr(config, "exclude_modules", None)  # which not all of PEFT's own methods have as an option
+        if isinstance(excluded, str):
+            config.exclude_modules = "|".join([f"(?:{excluded})", *map(re.escape, inside)])
         elif inside:
-            config.exclude_modules = {*(config.exclude_modules or ()), *inside}
+            config.exclude_modules = {*(excluded or ()), *inside}
 
 
 def _check_names(base: nn.Module, targets: Any) -> None:

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lycoris_utils import LycorisLayer
+from peft.tuners.tinylora.layer import TinyLoraLayer
+from peft.tuners.vera.layer import VeraLayer
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -26,7 +28,7 @@ class JointLinear(nn.Module):
 
     Attributes:
         base_layer: The linear layer, of a base that the trials share.
-        layers: What each trial has here: an `AdapterLinear` of any method, PEFT's LoRA or LoKr, None for no adapter.
+        layers: What each trial has here: an `AdapterLinear` of any method, a layer of PEFT's own, None for no adapter.
         adapters: The adapter of each that has a low-rank pair, else None.
         blocks: Trials `[start, stop)` whose pairs have equal shapes and are materialized as one stack.
         pairs: Of each block, `(down [n, r, in], scaling * up [n, out, r])`, while `JointPairs` has materialized
@@ -132,7 +134,7 @@ def _low_rank_adapter(layer: nn.Module | None) -> Adapter | None:
     if layer is None:
         return None
     tuner: Any = layer
-    if not isinstance(tuner, AdapterLinear | LoraLayer | LycorisLayer):
+    if not isinstance(tuner, AdapterLinear | LoraLayer | LycorisLayer | VeraLayer | TinyLoraLayer):
         raise UserError(f"a shared step has no form for adapters of the type {type(layer).__name__}; train alone")
     if isinstance(tuner, LoraLayer) and (tuner.lora_variant or any(tuner.lora_bias.values())):
         raise UserError("a shared step has no form for LoRA variants (DoRA and the like) or a bias; train alone")
@@ -178,7 +180,7 @@ def _add_own(layer: Any, result: Tensor, x: Tensor) -> Tensor:
             result = result + delta.to(result.dtype)
         return result
     for name in () if layer.disable_adapters else layer.active_adapters:
-        if name in layer._available_adapters:
+        if name in (layer._available_adapters if isinstance(layer, LycorisLayer) else layer.r):
             weight = layer.get_delta_weight(name)
             result = result + functional.linear(x.to(weight.dtype), weight).to(result.dtype)
     return result

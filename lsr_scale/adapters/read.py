@@ -101,7 +101,8 @@ def scaling_of(config: Any) -> float:
     """Return the factor on an update that a configuration gives where no pattern says otherwise."""
     if isinstance(config, AdapterConfig):
         return config.scaling
-    alpha, rank = getattr(config, "lora_alpha", getattr(config, "alpha", None)), config.r
+    # VeRA and TinyLoRA have no such factor
+    alpha, rank = getattr(config, "lora_alpha", getattr(config, "alpha", config.r)), config.r
     return alpha / (rank**0.5 if getattr(config, "use_rslora", False) else rank)
 
 

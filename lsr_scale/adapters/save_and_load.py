@@ -74,6 +74,9 @@ def write_adapter(model: Any, folder: Path, target: Path | None = None) -> None:
     trained = None
     if is_sharded(model):
         trained = {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
+        # what PEFT saves beside it, such as VeRA's matrices, is in persistent buffers, of which a shared one has names
+        kept = model.state_dict().keys()
+        trained |= {name: value for name, value in model.named_buffers(remove_duplicate=False) if name in kept}
     # a reference beside it, of DPO or KTO, is not what was trained
     model.save_pretrained(folder, state_dict=trained, selected_adapters=["default"])
     described = base_description(model)

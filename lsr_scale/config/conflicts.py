@@ -92,6 +92,18 @@ def _adapter(run: "RunConfig") -> Iterator[Problem]:
             "PEFT's LoKr reads the base weight's shape, which a 4-bit weight does not have; set method: kron_lora, or "
             "model.quantization: none",
         )
+    if run.adapter.method == "tinylora" and model.quantization != "none":
+        yield Problem(
+            ("adapter", "method"),
+            "PEFT's TinyLoRA decomposes the weight as it is stored, not a quantized one; set method: lora_xs, or "
+            "model.quantization: none",
+        )
+    if run.adapter.method == "tinylora" and (run.deepspeed.config or {}).get("zero_optimization", {}).get("stage") == 3:
+        yield Problem(
+            ("adapter", "method"),
+            "PEFT's TinyLoRA decomposes the weight as it lies on one GPU, not a part of it; set method: lora_xs, or "
+            "deepspeed.config: zero2",
+        )
     targets, excluded = (run.adapter.options.get(name) for name in ("target_modules", "exclude_modules"))
     if isinstance(targets, str) and not _is_pattern(targets):
         yield Problem(
@@ -140,6 +152,10 @@ def _training(run: "RunConfig") -> Iterator[Problem]:
     method = run.adapter.method
     if training["save_as_lora"] and method == "lora":
         yield Problem(("training", "save_as_lora"), "the adapter is PEFT's LoRA already; remove it")
+    elif training["save_as_lora"] and method in ("vera", "tinylora"):
+        yield Problem(
+            ("training", "save_as_lora"), f"PEFT's own {method} is not exported here; remove it, or set method: lora_xs"
+        )
     elif training["save_as_lora"] and not declared.is_low_rank(method):
         yield Problem(
             ("training", "save_as_lora"),

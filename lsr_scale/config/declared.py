@@ -81,7 +81,7 @@ def method_options() -> dict[str, type]:
     folder = Path(__file__).parent.parent / "adapters"
     shared = _execute(folder / "peft" / "config.py", {"PeftConfig": _PlainConfig, "PeftType": str})
     given = {name: shared[name] for name in ("AdapterConfig", "BaseWeightConfig", "option")}
-    given |= {name: types.SimpleNamespace for name in ("LoraConfig", "LoKrConfig")}
+    given |= {name: types.SimpleNamespace for name in ("LoraConfig", "LoKrConfig", "VeraConfig", "TinyLoraConfig")}
     found: dict[str, type] = {}
     of_peft: dict[str, type] = {}
     for path in sorted((folder / "methods").glob("*.py")):
@@ -98,7 +98,7 @@ def method_options() -> dict[str, type]:
                 options = namespace[config.id]
                 options.method = types.SimpleNamespace(name=method.value)
                 found[str(method.value)] = options
-    return found | {name: of_peft[name] for name in ("lora", "lokr")}
+    return found | {name: of_peft[name] for name in ("lora", "lokr", "vera", "tinylora")}
 
 
 def is_low_rank(method: str) -> bool:
@@ -106,13 +106,13 @@ def is_low_rank(method: str) -> bool:
     if already_imported():
         from lsr_scale.adapters import SAVED_METHODS
 
-        return SAVED_METHODS[method].is_low_rank()
+        return method not in SAVED_METHODS or SAVED_METHODS[method].is_low_rank()
     for path in (Path(__file__).parent.parent / "adapters" / "methods").glob("*.py"):
         for node in _parse(path).body:
             name = _assigned(node).get("name") if isinstance(node, ast.ClassDef) else None
             if isinstance(node, ast.ClassDef) and isinstance(name, ast.Constant) and name.value == method:
                 return any(isinstance(item, ast.FunctionDef) and item.name == "materialize" for item in node.body)
-    return True  # LoRA itself
+    return True  # PEFT's own: LoRA itself, VeRA, TinyLoRA
 
 
 def _fields_of(package: str, file: str, name: str, base: type) -> type:

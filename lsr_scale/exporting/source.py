@@ -171,7 +171,10 @@ def _check_exportable(folder: Path, config: Any) -> None:
     kind = str(config.peft_type.value)
     known = [name.upper() for name in SAVED_METHODS]
     if kind not in known:
-        raise UserError(f"{folder / CONFIG_NAME}: peft_type {kind!r} cannot be exported; valid: {', '.join(known)}")
+        raise UserError(
+            f"{folder / CONFIG_NAME}: peft_type {kind!r} cannot be exported; valid: {', '.join(known)}"
+            " (of others PEFT's merge_and_unload makes a whole model)"
+        )
     variants = [name for name in _LORA_VARIANTS if getattr(config, name, None)]
     if isinstance(config, LoraConfig) and (variants or config.bias != "none"):
         raise UserError(

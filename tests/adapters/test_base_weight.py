@@ -15,11 +15,13 @@ from lsr_scale.adapters.hotswap import hotswap_adapter
 from lsr_scale.adapters.peft import base_weight
 from lsr_scale.adapters.truncated_svd import MAX_EXACT, truncated_svd
 from lsr_scale.config import run_from_dict
+from lsr_scale.exporting import export
 from lsr_scale.layers.frozen_linear import dequantize, freeze_quantized
 from lsr_scale.model.shard import Sharding
 from lsr_scale.model.share import share_base
 from lsr_scale.planning import plan
 from tests.conftest import quantize, randomize, tiny_llama
+from tests.helpers.tiny_runs import do, save_llama, tiny_run
 
 NLORA = {"rank": 4, "init": "nystrom", "alpha": 40.0}
 INT_TUNE = {**NLORA, "train": "middle"}
@@ -234,3 +236,25 @@ def test_plan_counts_what_trains_and_the_memory_of_what_does_not():
     frozen = 4 * 32 * 32 * (4096 + 4096 + 4096 + 1024)
     assert f"lora_xs holds {frozen / 2**20:.1f} MiB of frozen factors beside its base" in xs.warnings
     assert planned(method="slora", rank=32, init="nystrom", train="middle").trainable_parameters == 64 * 32 * 32
+
+
+def test_a_run_is_resumed_bit_for_bit_and_leaves_as_lora_and_merged(tmp_path):
+    save_llama(tmp_path / "model")
+    adapter = {"method": "lora_xs", "rank": 4, "alpha": 80.0}
+    steps = {"max_steps": 4, "save_as_lora": True}
+    whole = do(tiny_run(tmp_path, adapter=adapter, training={**steps, "output_dir": str(tmp_path / "whole")}))
+    kept = load_file(whole.adapter / "adapter_model.safetensors")
+    assert all(name.endswith("loraxs_middle") for name in kept)
+    assert min(float(value.abs().max()) for value in kept.values()) > 0
+    part = whole.path / "checkpoint-2"
+    resumed = do(
+        tiny_run(tmp_path, adapter=adapter, training={**steps, "output_dir": str(tmp_path / "whole")}), resume=part
+    )
+    again = load_file(resumed.adapter / "adapter_model.safetensors")
+    assert kept.keys() == again.keys()
+    assert all(torch.equal(again[name], value) for name, value in kept.items())
+    written = load_file(whole.lora / "adapter_model.safetensors")
+    exported = export(whole.path, "lora", tmp_path / "lora", say=lambda text: None)
+    assert exported["agreement"]["relative_error"] < 1e-4
+    for name, value in load_file(tmp_path / "lora" / "adapter_model.safetensors").items():
+        torch.testing.assert_close(written[name], value)

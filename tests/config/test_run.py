@@ -293,7 +293,8 @@ def test_a_resolved_run_says_every_value_that_a_method_derives():
     for method in adapters.method_names():
         model = {"name": "x", "quantization": "none"}  # which every method takes
         run = config.run_from_dict({"model": model, "adapter": {"method": method}, "data": {"train": ["a"]}})
-        assert isinstance(run.adapter.options["alpha"], float | int)
+        if method not in ("vera", "tinylora"):  # which have no such factor
+            assert isinstance(run.adapter.options["alpha"], float | int)
         assert run.adapter.options["rank"] >= 1
         adapters.peft_config(method, run.adapter.options)
 

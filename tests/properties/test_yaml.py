@@ -154,6 +154,7 @@ def runs(draw):
     names = (
         set(OF_ADAPTERS)
         - ({"dropout"} if method == "lokr" else set())
+        - ({"exclude_modules", "alpha", "rank_pattern", "alpha_pattern"} if method in ("vera", "tinylora") else set())
         - ({"rank", "rank_pattern"} if method == "krona" else set())
     )
     chosen = draw(st.sets(st.sampled_from(sorted(names)), max_size=4))

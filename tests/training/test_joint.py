@@ -34,6 +34,8 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "slora": [{"rank": 3, "alpha": 1.0}, {"rank": 4, "init": "nystrom", "train": "middle"}],
     "lora": [{"rank": 3}, {"rank": 3, "alpha": 1.0}],
     "lokr": [{"rank": 2}, {"rank": 3}],
+    "vera": [{"rank": 8}, {"rank": 5}],
+    "tinylora": [{"u": 8}, {"u": 5, "rank": 3}],
 }
 
 

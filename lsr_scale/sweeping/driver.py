@@ -5,7 +5,6 @@ import logging
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -102,10 +101,13 @@ class Driver:
             UserError: where the base cannot be loaded.
             Terminated: if a signal came; what was under way has saved a checkpoint.
         """
-        of_process = ignore_library_warnings(), self.signals.listening(), keeping_live_line(), short_collections()
-        with self.worker.joined(), ExitStack() as around:
-            for one in of_process:
-                around.enter_context(one)
+        with (
+            self.worker.joined(),
+            ignore_library_warnings(),
+            self.signals.listening(),
+            keeping_live_line(),
+            short_collections(),
+        ):
             try:
                 while not self.signals.received:
                     self._train_all()

@@ -134,7 +134,8 @@ def _adapter(run: "RunConfig") -> Iterator[Problem]:
 def _training(run: "RunConfig") -> Iterator[Problem]:
     model, training = run.model, run.training
     if (metric := training.get("metric_for_best_model")) is not None:
-        measured = evaluated(model.task, len(model.labels) if model.labels else model.num_labels)
+        labels = len(model.labels) if model.labels else model.num_labels
+        measured = evaluated(model.task, labels, training["method"])
         if metric.removeprefix("eval_") not in measured:
             names = [f"eval_{name}" for name in measured]
             yield Problem(("training", "metric_for_best_model"), f"{metric!r}: {did_you_mean(metric, names)}")

@@ -17,6 +17,7 @@ class TrainingMethod:
         defaults: What a run of it gets where its file says nothing, beside `training.DEFAULTS`.
         has_reference: It compares the model with what it began as, see `lsr_scale.training.reference`.
         sequences: How many of a row a step's forward pass has.
+        evaluated: What an evaluation during training finds, without the `eval_` before each.
         unused: Fields of the class that have no effect here, with what to do instead.
     """
 
@@ -26,6 +27,7 @@ class TrainingMethod:
     unused: dict[str, str] = field(default_factory=dict)
     has_reference: bool = False
     sequences: int = 1
+    evaluated: tuple[str, ...] = ("loss", "mean_token_accuracy", "entropy")
 
     @property
     def class_name(self) -> str:
@@ -46,9 +48,14 @@ _SFT = {
 
 _PREFERENCES = {"max_length": 1024, "learning_rate": 1e-4}
 _REFERENCE = "the reference is the base with the adapter off, or the adapter that start_from names, frozen"
-_NO_REFERENCE: dict[str, str] = dict.fromkeys(
-    ("sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps"), _REFERENCE
-)
+_NO_REFERENCE: dict[str, str] = {
+    **dict.fromkeys(("sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps"), _REFERENCE),
+    **dict.fromkeys(
+        ("precompute_ref_log_probs", "precompute_ref_batch_size"),
+        "the reference is computed in every step: leave it out",
+    ),
+}
+_REWARDS = ("loss", "rewards/margins")
 _NO_PADDING_FREE = {"padding_free": "TRL has none for DPO at present: leave it out"}
 _OF_ORPO = {
     "is_encoder_decoder": "the model itself says so: leave it out",
@@ -68,6 +75,7 @@ METHODS: dict[str, TrainingMethod] = {
         _NO_REFERENCE | _NO_PADDING_FREE,
         has_reference=True,
         sequences=2,
+        evaluated=(*_REWARDS, "rewards/accuracies", "mean_token_accuracy", "entropy"),
     ),
     "kto": TrainingMethod(
         "trainer.kto_config.KTOConfig",
@@ -75,6 +83,7 @@ METHODS: dict[str, TrainingMethod] = {
         _PREFERENCES,
         _NO_REFERENCE,
         has_reference=True,
+        evaluated=(*_REWARDS, "kl", "entropy"),
     ),
     "orpo": TrainingMethod(
         "experimental.orpo.orpo_config.ORPOConfig",
@@ -82,6 +91,7 @@ METHODS: dict[str, TrainingMethod] = {
         _PREFERENCES,
         _OF_ORPO,
         sequences=2,
+        evaluated=(*_REWARDS, "rewards/accuracies", "nll_loss"),
     ),
 }
 

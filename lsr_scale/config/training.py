@@ -66,7 +66,8 @@ TASK_DEFAULTS: dict[Task, dict[str, Any]] = {
 # What an evaluation on data.validation finds. A classifier's depends on its number of outputs: see `evaluated`.
 _CLASSES = ("accuracy", "f1", "f1_macro", "matthews_correlation")
 _SCORES = ("pearson", "spearmanr")
-EVALUATED = tuple(f"eval_{name}" for name in ("loss", *_CLASSES, *_SCORES))
+_OF_PREFERENCES = ("rewards/accuracies", "rewards/margins")
+EVALUATED = tuple(f"eval_{name}" for name in ("loss", *_CLASSES, *_SCORES, *_OF_PREFERENCES))
 
 _NO_FSDP = "sharding is DeepSpeed's: set deepspeed.config to zero3"
 _NO_AUTOCAST = (
@@ -216,15 +217,16 @@ RENAMED = {
 }
 
 
-def evaluated(task: Task, num_labels: int | None) -> tuple[str, ...]:
+def evaluated(task: Task, num_labels: int | None, method: str = "sft") -> tuple[str, ...]:
     """Return what an evaluation during training finds, without the `eval_` before each: metric_for_best_model's values.
 
     Args:
         task: The model's.
         num_labels: A classifier's outputs; one is a regression. None: what any number of them may have.
+        method: How a language model is trained.
     """
     if task == "causal_lm":
-        return "loss", "mean_token_accuracy", "entropy"
+        return METHODS[method].evaluated
     if num_labels is None:
         return "loss", *_CLASSES, *_SCORES
     if num_labels == 1:

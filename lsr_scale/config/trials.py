@@ -234,7 +234,7 @@ def _check_trial(trial: TrialPlan, section: SweepSection) -> None:
         return
     metric, run = section.stop.metric, trial.run
     labels = len(run.model.labels) if run.model.labels else run.model.num_labels
-    known = [f"eval_{name}" for name in evaluated(run.model.task, labels)]
+    known = [f"eval_{name}" for name in evaluated(run.model.task, labels, run.training["method"])]
     if metric not in known:
         near = did_you_mean(metric, known) if metric not in EVALUATED else f"this run's are {', '.join(known)}"
         raise UserError(f"sweep.stop.metric: {metric!r}: {near}")

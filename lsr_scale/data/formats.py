@@ -156,7 +156,7 @@ def fitting_formats(row: Row, method: str | None = None) -> list[str]:
     """
     keys = row.keys()
     taken = METHODS[method].rows if method else ()
-    if {"chosen", "rejected"} <= keys or ("preference" in taken and keys & {"chosen", "rejected"}):
+    if "preference" in taken and keys & {"chosen", "rejected"}:
         return ["preference"]
     if "unpaired" in taken and {"prompt", "completion"} <= keys:
         return ["unpaired"]
@@ -173,6 +173,8 @@ def fitting_formats(row: Row, method: str | None = None) -> list[str]:
         and any(first in keys and (second is None or second in keys) for first, second in SENTENCE_PAIRS),
     }
     fitting = [name for name, fit in fits.items() if fit]
+    if not fitting and {"chosen", "rejected"} <= keys:
+        return ["preference"]
     return [*fitting, "text"] if "text" in keys and (not fitting or labelled_text) else fitting
 
 

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from lsr_scale.data.formats import build_dataset, fitting_formats, load_source
 from lsr_scale.data.labels import Labels, find_labels
+from lsr_scale.data.preferences import COMPLETIONS
 from lsr_scale.data.readers import suffix
 from lsr_scale.data.rows import Rows
 from lsr_scale.data.split import split_by_hash
@@ -93,6 +94,11 @@ def look_at_data(sources: Sequence[str], kind: Kind | None) -> DataFacts:
     dataset, form = build_dataset(
         sources, loaded=loaded, labels=labels, model_task="seq_cls" if kind == "classify" else "causal_lm"
     )
+    if form in COMPLETIONS:
+        raise UserError(
+            f"{sources[0]}: rows of chosen and rejected completions are for training.method: dpo; begin with "
+            f"lsr-scale train mistral_dpo --set 'data.train=[{sources[0]}]' --set 'data.validation=[]'"
+        )
     lines = [
         f"{source}: {len(rows.rows):,} row{'s' * (len(rows.rows) != 1)}, {_format(formats, kind)}; "
         f"columns {_columns(rows)}"

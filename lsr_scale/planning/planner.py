@@ -155,7 +155,7 @@ def plan(run: RunConfig, gpus: int = 1, trace: bool = True) -> Plan:
         except memory.TraceError as error:
             traced, steps = False, dict.fromkeys((False, True), memory.StepMemory(0, 0))
             notes.append(f"activations and workspace come on top, they could not be counted for this model ({error})")
-    if training["method"] == "orpo" and fused is None:
+    if training["method"] == "orpo" and trace and fused is None:
         # bfloat16 logits, their log-softmax, and the gradient
         gib = 3 * DTYPES[section.dtype].itemsize * batch.rows * batch.length * text.vocab_size / GIB
         notes.append(

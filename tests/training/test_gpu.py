@@ -7,7 +7,7 @@ from peft import get_peft_model
 from lsr_scale.adapters import METHODS, peft_config
 from lsr_scale.layers.frozen_linear import dequantize, freeze_quantized
 from tests.conftest import SEVEN_LINEARS, quantize, randomize, tiny_llama
-from tests.helpers.tiny_runs import do, factors, same, save_llama, tiny_run
+from tests.helpers.tiny_runs import do, factors, metrics, same, save_llama, tiny_run
 
 pytestmark = [
     pytest.mark.gpu,
@@ -86,3 +86,17 @@ def test_fused_runs_that_add_in_a_fixed_order_are_equal_bit_for_bit(tmp_path, mo
     finally:
         torch.use_deterministic_algorithms(False)
     assert same(*found)
+
+
+@pytest.mark.parametrize("method", ["dpo", "kto", "orpo"])
+def test_preferences_are_learned_fused_as_by_trl(tmp_path, method):
+    save_llama(tmp_path / "model")
+    found = {}
+    for fused in ("on", "off"):
+        training = {"method": method, "fused": fused, "output_dir": str(tmp_path / fused), "save_strategy": "no"}
+        run = tiny_run(tmp_path, training=training, data={"train": [str(tmp_path / "questions.jsonl")]})
+        found[fused] = [row for row in metrics(do(run)) if "loss" in row]
+    assert len(found["on"]) == len(found["off"]) > 0
+    for ours, trls in zip(found["on"], found["off"], strict=True):
+        assert ours["loss"] == pytest.approx(trls["loss"], rel=2e-2)
+        assert ours["logps/rejected"] == pytest.approx(trls["logps/rejected"], rel=2e-2)

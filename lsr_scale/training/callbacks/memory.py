@@ -94,6 +94,10 @@ def max_forward_tokens(trainer: Trainer, sequences: int = 1) -> int | None:
     return None if longest is None else longest * sequences * trainer.args.per_device_train_batch_size
 
 
+# TRL's columns of what is behind a prompt; KTO's KL has another row's completion there
+COMPLETIONS = ("chosen_ids", "rejected_ids", "completion_ids", "KL_completion_ids")
+
+
 def row_lengths(trainer: Trainer) -> tuple[int | None, float | None]:
     """Return the tokens of the longest training row of a trainer, and of the mean one; None if unknown.
 
@@ -104,7 +108,7 @@ def row_lengths(trainer: Trainer) -> tuple[int | None, float | None]:
     names = getattr(rows, "column_names", None) or ()
     # SFT's, or ORPO's, whole; else completions behind a prompt
     whole = [name for name in ("input_ids", "chosen_input_ids", "rejected_input_ids") if name in names]
-    completions = [name for name in ("chosen_ids", "rejected_ids", "completion_ids") if name in names]
+    completions = [name for name in COMPLETIONS if name in names]
     if not whole and not completions:
         return limit, limit
     import pyarrow.compute as compute

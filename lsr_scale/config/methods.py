@@ -46,7 +46,7 @@ _SFT = {
     "assistant_only_loss": None,  # null: wherever rows are conversations
 }
 
-_PREFERENCES = {"max_length": 1024, "learning_rate": 1e-4}
+_PREFERENCES = {"max_length": 1024, "learning_rate": 1e-4, "beta": 0.1}
 _REFERENCE = "the reference is the base with the adapter off, or the adapter that start_from names, frozen"
 _NO_REFERENCE: dict[str, str] = {
     **dict.fromkeys(("sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps"), _REFERENCE),

@@ -206,6 +206,12 @@ def broadcast(value: object) -> object:
     return values[0]
 
 
+def sum_tensor(tensor: torch.Tensor) -> None:
+    """Add the values of all processes, in place."""
+    if _has_joined():
+        torch.distributed.all_reduce(tensor)
+
+
 def broadcast_tensor(tensor: torch.Tensor) -> None:
     """Broadcast the main process's values of a tensor to every process, in place."""
     if _has_joined():

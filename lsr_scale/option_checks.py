@@ -67,6 +67,19 @@ def check_types(options: Mapping[str, tuple[Any, Any]]) -> None:
             raise UserError(f"{name}: expected {words}, got {quoted(value)}") from None
 
 
+def check_start(init: Any, known: tuple[str, ...], rows: Any) -> None:
+    """Refuse a start that a method does not have, and a number of rows for one of a gradient that is none.
+
+    Raises:
+        UserError: beginning with the name of the option.
+    """
+    if init not in known:
+        names = [repr(name) for name in known]
+        raise UserError(f"init: expected {', '.join(names[:-1])} or {names[-1]}, got {init!r:.60}")
+    if type(rows) is not int or not 1 <= rows <= 10**9:
+        raise UserError(f"init_rows: expected a number of training rows, an integer >= 1, got {quoted(rows)}")
+
+
 @functools.cache
 def _type_adapter(annotation: Any) -> TypeAdapter[Any]:
     return TypeAdapter(annotation, config=ConfigDict(strict=True))

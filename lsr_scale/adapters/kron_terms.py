@@ -13,6 +13,8 @@ from torch import Tensor
 
 Size = tuple[int, int]
 
+EXACT_UP_TO = 512  # rows or columns of a matrix whose singular vectors are computed exactly
+
 
 def rearranged(matrix: Tensor, left: Size, right: Size) -> Tensor:
     """Return `[..., P * Q, p * q]` of `[..., P * p, Q * q]`."""
@@ -45,3 +47,24 @@ def nearest_terms(matrix: Tensor, left: Size, right: Size, terms: int) -> tuple[
     lefts[:count] = u[:, :count].T.unflatten(-1, left)
     rights[:count] = (values[:count, None] * v[:count]).unflatten(-1, right)
     return lefts, rights
+
+
+def leading_singular(matrix: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the first singular vectors and values of a matrix: left `[m, count]`, `[count]`, right `[count, n]`.
+
+    Large matrices are decomposed in a subspace of 4 * count columns found by four iterations, as LoRA-GA's authors do.
+
+    Args:
+        matrix: `[m, n]`.
+        count: How many, at most m and n.
+        generator: For the subspace's start, on the CPU.
+    """
+    if min(matrix.shape) <= max(EXACT_UP_TO, 4 * count):
+        u, values, v = torch.linalg.svd(matrix, full_matrices=False)
+        return u[:, :count], values[:count], v[:count]
+    start = torch.randn(matrix.shape[1], 4 * count, generator=generator, dtype=matrix.dtype).to(matrix.device)
+    basis = torch.linalg.qr(matrix @ start).Q
+    for _ in range(4):
+        basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.mT @ basis).Q).Q
+    u, values, v = torch.linalg.svd(basis.mT @ matrix, full_matrices=False)
+    return basis @ u[:, :count], values[:count], v[:count]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from lsr_scale.config import declared
 from lsr_scale.config.deepspeed import OF_TRAINING
 from lsr_scale.config.messages import Problem
+from lsr_scale.config.methods import method_of
 from lsr_scale.config.optimizers import optimizer_conflicts
 from lsr_scale.config.reporters import REPORTERS, reporter_names
 from lsr_scale.config.training import LINEAR_GROUPS, evaluated
@@ -103,6 +104,12 @@ def _adapter(run: "RunConfig") -> Iterator[Problem]:
             ("adapter", "method"),
             "PEFT's TinyLoRA decomposes the weight as it lies on one GPU, not a part of it; set method: lora_xs, or "
             "deepspeed.config: zero2",
+        )
+    if run.adapter.options.get("init") == "gradient" and method_of(run.training) != "sft":
+        yield Problem(
+            ("adapter", "init"),
+            f"gradient is that of supervised rows' loss, and training.method is {method_of(run.training)}; set it to "
+            "zero, or start_from an adapter that was trained on such rows",
         )
     targets, excluded = (run.adapter.options.get(name) for name in ("target_modules", "exclude_modules"))
     if isinstance(targets, str) and not _is_pattern(targets):

@@ -4,6 +4,8 @@ An instance's `forward` is never set: transformers' checkpointing would silently
 """
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 from torch import nn
@@ -27,6 +29,19 @@ class Fused:
 def original_class(module: nn.Module) -> type:
     """Return a module's class, fused or not, as it is without `fuse`."""
     return module.original if isinstance(module, Fused) else type(module)
+
+
+@contextmanager
+def original_classes(model: nn.Module) -> Iterator[None]:
+    """Give every module its class without `fuse` for a while: one operation a layer, with hooks."""
+    fused = [(module, type(module)) for module in model.modules() if isinstance(module, Fused)]
+    try:
+        for module, _ in fused:
+            module.__class__ = original_class(module)
+        yield
+    finally:
+        for module, kind in fused:
+            module.__class__ = kind
 
 
 _SUBCLASSES: dict[tuple[type, type], type] = {}

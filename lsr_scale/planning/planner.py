@@ -34,6 +34,7 @@ from lsr_scale.model import DTYPES, check_quantization, chosen_dtype, load_confi
 from lsr_scale.planning import memory
 from lsr_scale.planning.sizes import adapter_file_bytes, frozen_bytes, quantized_layers
 from lsr_scale.planning.stages import GIB, Memory, RunMemory
+from lsr_scale.training.gradient_start import planned_start
 from lsr_scale.training.optimizers.state_bytes import pair_state_bytes
 
 # tokens in a row if max_length is null
@@ -137,6 +138,8 @@ def plan(run: RunConfig, gpus: int = 1, trace: bool = True) -> Plan:
     notes = [*_oversized(model), *coverage_notes(model, section.quantization, targets, section.dtype, set(quantized))]
     if frozen_factors:
         notes.append(f"{run.adapter.method} holds {frozen_factors / 2**20:,.1f} MiB of frozen factors beside its base")
+    if run.adapter.options.get("init") == "gradient" and run.adapter.start_from is None:
+        notes.append(planned_start(model, run.adapter.options["init_rows"]))
     optimizer_state = pair_state_bytes(training["optim"], model)
     if optimizer_state is None and training["optim"] not in ("adamw_torch", "adamw_torch_fused", "lora_plus"):
         notes.append(f"the optimizer is counted as AdamW in float32; {training.get('optim')} may take less or more")

@@ -22,6 +22,7 @@ def trainer_arguments(run: RunConfig, folder: RunFolder) -> Any:
             cannot be patched.
     """
     _check_optimizer(run)
+    _check_start(run)
     if uses_deepspeed(run):
         check_release()
     values = config.training_arguments(run) | {"output_dir": str(folder.path), "use_cpu": not torch.cuda.is_available()}
@@ -53,6 +54,15 @@ def zero_stage(run: RunConfig) -> int:
 def uses_deepspeed(run: RunConfig) -> bool:
     """Tell whether these processes train a run under DeepSpeed."""
     return distributed.is_launched() and run.deepspeed.config is not None
+
+
+def _check_start(run: RunConfig) -> None:
+    """Refuse a start from the gradient of weights that no process has whole."""
+    if run.adapter.options.get("init") == "gradient" and uses_deepspeed(run) and zero_stage(run) == 3:
+        raise UserError(
+            "adapter.init: gradient runs the model before DeepSpeed is there, and ZeRO-3 shards it by then; set "
+            "deepspeed.config to zero2 or less, or adapter.init: zero (or adapter.start_from, of a run on one process)"
+        )
 
 
 def _check_optimizer(run: RunConfig) -> None:

@@ -38,6 +38,7 @@ from lsr_scale.training.callbacks.eight_bit import EightBitCallback
 from lsr_scale.training.callbacks.memory import FitMemoryCallback, max_forward_tokens, row_lengths
 from lsr_scale.training.checkpoint import select
 from lsr_scale.training.compute import read_errors
+from lsr_scale.training.gradient_start import start_from_gradient
 from lsr_scale.training.run_data import RunData, check_run_fits, read_data
 from lsr_scale.training.run_labels import with_labels
 from lsr_scale.training.shared import Shared
@@ -94,6 +95,8 @@ def build_trainer(
     _note_row_lengths(run, trainer, note)
     if shared is not None and shared.rows is not None:
         shared.rows.keep(data)
+    if checkpoint is None and run.adapter.start_from is None:
+        start_from_gradient(trainer, run, say)
     if shared is not None and meets:  # the joint step has the graphs, and the memory
         trainer.meet, trainer.data_collator = shared.meet, HeadCollator(trainer.data_collator)
         longest, wanted = row_lengths(trainer)[0], run.training["cuda_graphs"] != "off"

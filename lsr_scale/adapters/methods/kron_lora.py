@@ -18,12 +18,16 @@ import torch
 from torch import Tensor, nn
 
 from lsr_scale.adapters.factorize import divisor_for_block, divisors
+from lsr_scale.adapters.kron_terms import leading_singular, nearest_terms, rearranged
 from lsr_scale.adapters.peft import AdapterConfig, AdapterMethod, Params, Shapes, option, register
 from lsr_scale.errors import UserError
+from lsr_scale.option_checks import check_start
 
 # The paper's ablation finds blocks of about 200 rows best; with the hidden size, this gives its 16 for Mistral-7B and
 # its 4 for DistilBERT.
 BLOCK_SIZE = 200
+
+GRADIENT_ROUNDS = 4  # of `init: gradient`
 
 
 @dataclasses.dataclass
@@ -37,12 +41,17 @@ class KronLoraConfig(AdapterConfig):
     left_out: int | Literal["auto"] = option(
         "auto", "Rows of A; must divide out_features. auto: the divisor of the hidden size nearest hidden / 200."
     )
+    init: Literal["zero", "gradient"] = option(
+        "zero", "What A and B2 are at the start, where B1 is zero: random (zero), or the loss's gradient's (gradient)."
+    )
+    init_rows: int = option(64, "With init: gradient, of how many training rows the gradient is.")
     left_in_pattern: dict[str, int] = option(dict, "left_in by module.")
     left_out_pattern: dict[str, int] = option(dict, "left_out by module.")
 
     def __post_init__(self) -> None:
         """Validate."""
         super().__post_init__()
+        check_start(self.init, ("zero", "gradient"), self.init_rows)
         if self.alpha is None:
             self.alpha = 32.0
         if self.left_out != "auto" and not isinstance(self.left_out, int):
@@ -115,6 +124,26 @@ class KronLora(AdapterMethod):
             eye = torch.eye(left_out, dtype=left.dtype, device=left.device)
             down, up = _kron(left, right_down), _kron(eye, right_up)
         return down, up
+
+    @classmethod
+    def start_from_gradient(cls, params: Params, gradient: Tensor, generator: torch.Generator) -> float:
+        """Take A and B2 of the nearest `A (x) (B1 B2)`; B1 is zero.
+
+        The nearest Kronecker product, then by turns the nearest B of the rank for that A, and the nearest A for that B:
+        each step is exact, so that the error never grows.
+        """
+        left, down = params["left"], params["right_down"]
+        left_size, right_size = tuple(left.shape), (len(params["right_up"]), down.shape[1])
+        blocks = rearranged(gradient, left_size, right_size)
+        a = nearest_terms(gradient, left_size, right_size, 1)[0].flatten()
+        for _ in range(GRADIENT_ROUNDS):
+            u, values, rows = leading_singular((a @ blocks).unflatten(-1, right_size), len(down), generator)
+            a = torch.nn.functional.normalize(blocks @ ((u * values) @ rows).flatten(), dim=0)
+        _, values, rows = leading_singular((a @ blocks).unflatten(-1, right_size), len(down), generator)
+        left.copy_(a.view_as(left) * left.norm())
+        down.copy_(rows * (down.norm() / rows.norm()))
+        params["right_up"].zero_()
+        return float(values.square().sum() / gradient.square().sum())
 
     @classmethod
     def kron_sides(cls, params: Mapping[str, Tensor]) -> dict[str, tuple[str | None, str]]:

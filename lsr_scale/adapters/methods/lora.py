@@ -1,10 +1,12 @@
 """LoRA (arXiv 2106.09685), PEFT's own, under this package's option names: the baseline of the other methods."""
 
 import dataclasses
+from typing import Literal
 
 from peft import LoraConfig
 
 from lsr_scale.adapters.peft import option
+from lsr_scale.option_checks import check_start
 
 
 @dataclasses.dataclass
@@ -23,11 +25,18 @@ class LoraOptions:
     alpha_pattern: dict[str, float] = option(dict, "Alpha by module.")
     layers_to_transform: list[int] | int | None = option(None, "Indices of the layers to adapt; all by default.")
     layers_pattern: list[str] | str | None = option(None, "Name of the layer list, if layers_to_transform needs it.")
+    init: Literal["zero", "gradient"] = option(
+        "zero",
+        "What A is at the start, where B is zero: random (zero), or the loss's gradient's directions (gradient).",
+    )
+    init_rows: int = option(64, "With init: gradient, of how many training rows the gradient is.")
     modules_to_save: list[str] | None = option(None, "Modules fully trained and saved with the adapter.")
 
     def to_peft(self) -> LoraConfig:
         """Return PEFT's config of the same meaning."""
         shared = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        check_start(self.init, ("zero", "gradient"), self.init_rows)
+        del shared["init"], shared["init_rows"]  # PEFT's own LoRA-GA changes the base, which may be quantized or shared
         rank, alpha, dropout = shared.pop("rank"), shared.pop("alpha"), shared.pop("dropout")
         return LoraConfig(
             r=rank, lora_alpha=2 * rank if alpha is None else alpha, lora_dropout=dropout, bias="none", **shared

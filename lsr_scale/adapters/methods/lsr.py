@@ -18,12 +18,16 @@ import torch
 from torch import Tensor
 
 from lsr_scale.adapters.factorize import balanced_split, divisors
+from lsr_scale.adapters.kron_terms import leading_singular, nearest_terms
 from lsr_scale.adapters.peft import AdapterConfig, AdapterMethod, Pair, Params, Shapes, option, register
 from lsr_scale.errors import UserError
 from lsr_scale.kernels.backend import use_triton
 from lsr_scale.kernels.kron_sum import kron_sum
+from lsr_scale.option_checks import check_start
 
 PAPER_SCALING = 4096.0  # alpha 8192 over factor rank 2 in the authors' code
+
+GRADIENT_ROUNDS = 4  # of `init: gradient`
 
 # a side so many times larger than its dense form is refused as a typo; less is warned of (`oversized_sides`)
 MAX_OVERSIZE = 16
@@ -43,13 +47,17 @@ class LsrConfig(AdapterConfig):
     left_out_pattern: dict[str, int] = option(dict, "left_out by module.")
     left_rank_pattern: dict[str, int] = option(dict, "left_rank by module.")
     term_weights: bool = option(False, "Train a weight per term and side (the paper's lambdas); folded in otherwise.")
-    init: Literal["zero", "paper"] = option("zero", "zero: dW = 0 at the start; paper: every factor 0.01 * N(0, 1).")
+    init: Literal["zero", "paper", "gradient"] = option(
+        "zero",
+        "zero: dW = 0 at the start; paper: every factor 0.01 * N(0, 1); gradient: dW = 0, in the directions of the "
+        "loss's gradient.",
+    )
+    init_rows: int = option(64, "With init: gradient, of how many training rows the gradient is.")
 
     def __post_init__(self) -> None:
         """Validate, and fill in alpha."""
         super().__post_init__()
-        if self.init not in ("zero", "paper"):
-            raise UserError(f"init: expected 'zero' or 'paper', got {self.init!r}")
+        check_start(self.init, ("zero", "paper", "gradient"), self.init_rows)
         terms = {"separation_rank": self.separation_rank, **self.separation_rank_pattern}
         for name, value in terms.items():
             if not isinstance(value, int) or value < 1:
@@ -178,6 +186,41 @@ class Lsr(AdapterMethod):
                 left = left * params[f"{side}_weight"][..., None, None]
             pair.append(_kron_sum(left, params[f"{side}_right"]))
         return pair[0], pair[1]
+
+    @classmethod
+    def start_from_gradient(cls, params: Params, gradient: Tensor, generator: torch.Generator) -> float:
+        """Take the terms of the nearest product of two sums: down's, and up's left ones; up's right ones are zero.
+
+        From the gradient's singular vectors each side is the nearest sum of S products, by turns for what the other
+        one leaves; the best of some rounds counts.
+        """
+        down_left, down_right = params["down_left"], params["down_right"]
+        up_left, up_right = params["up_left"], params["up_right"]
+        sizes = [(one.shape[-2], one.shape[-1]) for one in (down_left, down_right, up_left, up_right)]
+        terms, total = len(down_left), float(gradient.square().sum())
+        rank = sizes[0][0] * sizes[1][0]
+        _, values, rows = leading_singular(gradient, rank, generator)
+        wanted, best, kept = values[:, None] * rows, total, None
+        for _ in range(GRADIENT_ROUNDS):
+            of_down = nearest_terms(wanted, *sizes[:2], terms)
+            down = _kron_sum(*of_down)
+            of_up = nearest_terms(gradient @ torch.linalg.pinv(down), *sizes[2:], terms)
+            up = _kron_sum(*of_up)
+            left = float((gradient - up @ down).square().sum())
+            if kept is None or left < best:
+                best, kept = left, (of_down, of_up)
+            wanted = torch.linalg.pinv(up) @ gradient
+        assert kept is not None
+        (lefts, rights), (up_lefts, _) = kept
+        norm = _kron_sum(down_left, down_right).norm() / _kron_sum(lefts, rights).norm()
+        # factors of equal norms; terms that the gradient has no use for begin as they were drawn
+        root = (norm * rights.norm() / lefts.norm()).sqrt()
+        down_left.copy_(torch.where(lefts.any(-1, True).any(-2, True), lefts * root, down_left))
+        down_right.copy_(rights * (norm / root))
+        used = up_lefts.any(-1, True).any(-2, True)
+        up_left.copy_(torch.where(used, up_lefts * (up_left.square().sum((-2, -1)).mean().sqrt()), up_left))
+        up_right.zero_()
+        return 1 - best / total
 
     @classmethod
     def kron_sides(cls, params: Mapping[str, Tensor]) -> dict[str, tuple[str | None, str]]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from lsr_scale.adapters.kron_terms import leading_singular
 from lsr_scale.adapters.peft.config import AdapterConfig
 
 Params = dict[str, Tensor]
@@ -128,6 +129,23 @@ class AdapterMethod(ABC):
         return {}
 
     @classmethod
+    def start_from_gradient(cls, params: Params, gradient: Tensor, generator: torch.Generator) -> float:
+        """Point freshly drawn factors along a gradient, in place; the update stays 0. `init: gradient` calls it.
+
+        Each factor keeps the norm that it was drawn with, so that rates carry over. Methods without it have no such
+        option.
+
+        Args:
+            params: The factors, as `init_parameters` left them.
+            gradient: `[out, in]`, of the loss by the weight.
+            generator: For what is drawn, on the CPU.
+
+        Returns:
+            Of the gradient's square, the share that the method's nearest update of these directions holds.
+        """
+        raise NotImplementedError
+
+    @classmethod
     def oversized_sides(cls, in_features: int, out_features: int, config: Any) -> list[str]:
         """Return a line for each side that has more parameters than the dense matrix it replaces."""
         del in_features, out_features, config
@@ -155,3 +173,12 @@ class LowRankPair(AdapterMethod):
         """Return each factor as a product with the number 1."""
         del params
         return {"down": (None, "down"), "up": (None, "up")}
+
+    @classmethod
+    def start_from_gradient(cls, params: Params, gradient: Tensor, generator: torch.Generator) -> float:
+        """Take the first right singular vectors for `down` (LoRA-GA, arXiv 2407.05000); `up` is zero."""
+        down = params["down"]
+        _, values, rows = leading_singular(gradient, len(down), generator)
+        down.copy_(rows * (down.norm() / rows.norm()))
+        params["up"].zero_()
+        return float(values.square().sum() / gradient.square().sum())

@@ -13,11 +13,12 @@ from transformers import Trainer
 
 from lsr_scale.config import RunConfig
 from lsr_scale.training.checkpoint.resumable import Resumable
+from lsr_scale.training.optimizers.create import OwnOptimizers
 from lsr_scale.training.reference import set_reference
 from lsr_scale.training.steps.engine import EngineSteps
 from lsr_scale.training.steps.finite_check import FiniteCheck
 
-BASES = (Resumable, FiniteCheck, EngineSteps)
+BASES = (Resumable, FiniteCheck, EngineSteps, OwnOptimizers)
 
 
 def make_trainer(run: RunConfig, options: dict[str, Any]) -> Trainer:

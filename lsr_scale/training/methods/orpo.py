@@ -14,6 +14,7 @@ from lsr_scale import distributed
 from lsr_scale.config import RunConfig
 from lsr_scale.fused.loss import IGNORE_INDEX
 from lsr_scale.training.checkpoint.resumable import Resumable
+from lsr_scale.training.optimizers.create import OwnOptimizers
 from lsr_scale.training.steps.engine import EngineSteps
 from lsr_scale.training.steps.finite_check import FiniteCheck
 
@@ -63,7 +64,7 @@ def _halves(chosen: int) -> tuple[slice, slice]:
     return slice(chosen), slice(chosen, None)
 
 
-BASES = (Resumable, FiniteCheck, EngineSteps, WithoutLogits)
+BASES = (Resumable, FiniteCheck, EngineSteps, OwnOptimizers, WithoutLogits)
 
 
 def make_trainer(run: RunConfig, options: dict[str, Any]) -> Trainer:

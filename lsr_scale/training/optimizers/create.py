@@ -50,7 +50,8 @@ class OwnOptimizers(_Base):
 
     def _of_pairs(self, kind: Any, arguments: dict[str, Any]) -> torch.optim.Optimizer:
         model, settings = self.model, self.args
-        adapters = [one for module in model.modules() for one in active_adapters(module)]
+        active = [one for module in model.modules() for one in active_adapters(module)]
+        adapters = [one for one in active if all(factor.requires_grad for factor in one.factors().values())]
         taken = {id(factor) for adapter in adapters for factor in adapter.factors().values()}
         decayed = set(self.get_decay_parameter_names(model))
         others: list[dict[str, Any]] = [

@@ -227,12 +227,15 @@ def test_a_warning_names_an_optimizer_that_is_counted_as_adamw():
 
 @pytest.mark.usefixtures("counts_only")
 def test_a_plan_counts_the_state_of_optimizers_of_pairs_and_says_what_a_start_costs():
-    adam, rite, pro = (plan(run(MISTRAL, LSR, {"optim": name})) for name in ("adamw_torch", "lora_rite", "lora_pro"))
-    assert adam.warnings == rite.warnings == pro.warnings == []
+    rite, pro = (
+        plan(run(MISTRAL, {**LSR, **more}, {"optim": name}))
+        for name, more in (("lora_rite", {}), ("lora_pro", {"init": "gradient"}))
+    )
     weights = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
     assert pro.memory_gib.optimizer == pytest.approx(8 * weights / 2**30, rel=1e-4)
-    assert adam.memory_gib.optimizer < rite.memory_gib.optimizer < pro.memory_gib.optimizer / 100
-    (line,) = plan(run(MISTRAL, {**LSR, "init": "gradient"})).warnings
+    assert 0 < rite.memory_gib.optimizer < pro.memory_gib.optimizer / 50
+    assert rite.warnings == []
+    (line,) = pro.warnings
     assert line.startswith("adapter.init: gradient runs 64 rows forward and backward 4 times before the first step")
     assert "with up to 7." in line
 

@@ -116,10 +116,10 @@ def _documents(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
     if lengths is None:
         yield row
         return
+    names = ("input_ids", "labels", "completion_mask", "assistant_masks")  # the latter with TRL's earlier releases
     begin = 0
-    for length in lengths:
-        part = slice(begin, begin + length)
-        yield {name: value[part] for name, value in row.items() if name != "seq_lengths" and isinstance(value, list)}
+    for length in map(int, lengths):
+        yield {name: row[name][begin : begin + length] for name in names if name in row}
         begin += length
 
 

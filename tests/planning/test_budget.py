@@ -48,14 +48,14 @@ def test_proposals_keep_to_the_budget_and_count_what_is_injected(budget):
 
 def test_more_parameters_never_propose_a_smaller_adapter():
     grown = [{p.method: p.parameters for p in propose(SMOLLM2, 2**power * 10_000).proposals} for power in range(2, 11)]
-    for method in ("lsr", "kron_lora", "lora"):
+    for method in ("lsr", "kron_lora", "lora", "lora_xs"):
         counts = [found.get(method, 0) for found in grown]
         assert counts == sorted(counts)
 
 
 def test_lora_comes_first_where_it_was_measured_ahead_and_not_where_it_does_not_fit():
     small, large = propose(SMOLLM2, 300_000), propose(SMOLLM2, 1_400_000)
-    assert [proposal.method for proposal in small.proposals] == ["lsr", "kron_lora"]
+    assert [proposal.method for proposal in small.proposals] == ["lsr", "kron_lora", "lora_xs"]
     assert small.proposals[0].options == {"rank": 4, "separation_rank": 6, "alpha": 8.0}  # not 16 with 3
     assert large.proposals[0].method == "lora"
     assert large.proposals[1].options == {"rank": 16, "separation_rank": 16, "alpha": 32.0}
@@ -80,8 +80,9 @@ def test_what_the_proposals_claim_stands_in_the_committed_results():
 
 
 def test_a_budget_that_nothing_fits_says_what_would():
-    with pytest.raises(UserError, match=r"smallest LSR-Adapt has 21,840 parameters, LoRA of rank 1 305,280"):
-        propose(SMOLLM2, 5000)
+    with pytest.raises(UserError, match=r"smallest LoRA-XS has 210 parameters, LoRA of rank 1 305,280"):
+        propose(SMOLLM2, 200)
+    assert [proposal.method for proposal in propose(SMOLLM2, 5000).proposals] == ["lora_xs"]
 
 
 def test_the_command_prints_a_run_s_file_of_80_columns(tmp_path, capsys, monkeypatch):

@@ -14,12 +14,14 @@ Each is timed from the start of its first process to the end of its last (`secon
 imports, loading, tokenizing, saving; of `one_by_one` only `--one-by-one` runs are done, and the time is theirs times
 trials over runs), and by the tokens/s that its runs log, the median over logging steps after the
 first two, summed over runs that are under way at the same time (`tokens_per_s`, without start-up). `gib` is the most
-device memory in use at any time, all processes and their contexts. The runs are LSR-Adapt r=16 s=16 on random weights
+device memory in use at any time, all processes and their contexts; `cpu_s` the processor's seconds of all, which other
+load disturbs less than `seconds`. The runs are LSR-Adapt r=16 s=16 on random weights
 of a model's shapes, rows of one length and packed, or those of `--run` and `--set`.
 """
 
 import argparse
 import json
+import resource
 import statistics
 import subprocess
 import sys
@@ -79,6 +81,12 @@ def peak_memory(device: str) -> Iterator[Callable[[], float | None]]:
         yield lambda: most[0] / 1024 if device == "cuda" else None
     finally:
         ended.set()
+
+
+def processor_seconds() -> float:
+    """Return the processor's seconds of the processes that have ended, with what they started."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def start(folder: Path, name: str, command: str, run: dict[str, Any], words: list[str]) -> subprocess.Popen[str]:
@@ -146,6 +154,7 @@ def summary(rows: dict[str, dict[str, Any]]) -> dict[str, float]:
         if mine and way in rows:
             ratios[f"steps_over_{way}"] = mine["tokens_per_s"] / rows[way]["tokens_per_s"]
             ratios[f"all_over_{way}"] = rows[way]["seconds"] / mine["seconds"]
+            ratios[f"cpu_of_{way}"] = mine["cpu_s"] / rows[way]["cpu_s"]
             if mine["gib"]:
                 ratios[f"memory_of_{way}"] = mine["gib"] / rows[way]["gib"]
     return ratios
@@ -187,7 +196,7 @@ def main(arguments: list[str] | None = None) -> int:
         folder = Path(name)
         base = base_run(folder, args)
         for way in args.ways:
-            began = time.monotonic()
+            began, cpu = time.monotonic(), processor_seconds()
             with peak_memory(args.device) as peak:
                 try:
                     speeds = ways[way](folder, base, args, end)
@@ -198,7 +207,9 @@ def main(arguments: list[str] | None = None) -> int:
                 # runs one after the other are as fast as one of them
                 total = statistics.fmean(speeds) if way == "one_by_one" else sum(speeds)
                 seconds *= args.trials / len(speeds)
-                rows[way] = {"tokens_per_s": total, "by_run": speeds, "seconds": seconds, "gib": peak()}
+                cpu_s = (processor_seconds() - cpu) * args.trials / len(speeds)
+                figures = {"tokens_per_s": total, "by_run": speeds, "seconds": seconds, "cpu_s": cpu_s, "gib": peak()}
+                rows[way] = figures
             say(f"{way}: {json.dumps({key: value for key, value in rows[way].items() if key != 'by_run'})}")
             result = {"env": files.environment(), "config": config, "rows": rows, "ratios": summary(rows)}
             files.write_json(args.out, result)

@@ -269,18 +269,15 @@ class CountsTokens:
         self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
     ) -> Any:
         """Tokenize, count, truncate, unless that was done; what comes of it is kept where another trainer finds it."""
-        given = dataset if self.rows is not None and dataset is self.rows.given.get(dataset_name) else None
-        if given is None or dataset_name not in self.rows.tokenized:
-            options = processing_class, args, packing, formatting_func, dataset_name
-            dataset = self._make_rows(dataset, *options)
-            if self.rows is not None:  # of arrays a collator makes tensors in a fifth of the time that lists take
-                dataset = dataset.with_format("numpy")
-            if given is not None:
-                self.rows.tokenized[dataset_name] = dataset
-                self.rows.counts |= getattr(self, "token_counts", {})
-            return dataset
-        self.token_counts = dict(self.rows.counts)
-        return self.rows.tokenized[dataset_name]
+        rows, options = self.rows, (processing_class, args, packing, formatting_func, dataset_name)
+        if rows is None or dataset is not rows.given.get(dataset_name):
+            return self._make_rows(dataset, *options)
+        if dataset_name not in rows.tokenized:
+            # of arrays a collator makes tensors in a fifth of the time that lists take
+            rows.tokenized[dataset_name] = self._make_rows(dataset, *options).with_format("numpy")
+            rows.counts |= getattr(self, "token_counts", {})
+        self.token_counts = dict(rows.counts)
+        return rows.tokenized[dataset_name]
 
     def _make_rows(
         self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str

@@ -20,6 +20,8 @@ def test_trials_together_beside_one_alone(tmp_path):
     ratio = result["ratios"]["steps_over_one_by_one"]
     assert ratio == pytest.approx(mine["tokens_per_s"] / alone["tokens_per_s"])
     assert result["ratios"]["all_over_one_by_one"] == pytest.approx(alone["seconds"] / mine["seconds"])
+    assert result["ratios"]["cpu_of_one_by_one"] == pytest.approx(mine["cpu_s"] / alone["cpu_s"])
+    assert mine["cpu_s"] > 0
     assert mine["gib"] is None
 
 

@@ -1,6 +1,7 @@
 """Rows of trials: read and tokenized once where they are the same ones, by all that makes them."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -44,7 +45,7 @@ def read(monkeypatch):
     return runs
 
 
-def trainer_of(run, rows, base, said=None):
+def trainer_of(run, rows, base, said=None) -> Any:
     lines = [] if said is None else said
     data = rows.read(run, None, lines.append)
     shared = Shared(base=lambda run: share_base(base), rows=rows)
@@ -74,9 +75,10 @@ def test_equal_rows_are_read_and_tokenized_once(place, read):
     assert len(read) == 1
     assert second.train_dataset is first.train_dataset
     assert second.eval_dataset is first.eval_dataset
+    assert first.train_dataset.format["type"] == "numpy"
     assert second.token_counts == first.token_counts
     assert said[0] == said[1]
-    alone = build_trainer(runs[1], RunFolder(place / "out"))
+    alone: Any = build_trainer(runs[1], RunFolder(place / "out"))
     for mine, own in ((second.train_dataset, alone.train_dataset), (second.eval_dataset, alone.eval_dataset)):
         assert mine.column_names == own.column_names
         assert mine.with_format(None)[:] == own.with_format(None)[:]

@@ -21,7 +21,7 @@ def with_base_factors(source: AdapterSource, base_name: str | None = None, model
     Raises:
         UserError: if nothing names the base, or it cannot be loaded, or gives other factors than it was trained with.
     """
-    if not getattr(source.config, "base_sketch", None):
+    if not source.needs_base:
         return source
     if model is None:
         model, _ = load_adapter(load_base(**base_section(source, base_name)), source.folder)

@@ -87,9 +87,14 @@ class AdapterSource:
         """Whether the updates are exact pairs; where not, they exist as dense matrices only."""
         return SAVED_METHODS[self.method].is_low_rank()
 
+    @property
+    def needs_base(self) -> bool:
+        """Whether factors of it are made of the base's weights, which the file does not have."""
+        return bool(SAVED_METHODS[self.method].frozen_shapes(1, 1, self.config))
+
     def factors(self, module: str) -> Params:
         """Return a module's factors, float32: those of the file, and those that are made of the base's weights."""
-        if getattr(self.config, "base_sketch", None) and module not in self.frozen:
+        if self.needs_base and module not in self.frozen:
             raise RuntimeError(f"{self.folder}: {module}: with_base_factors was not called")
         return {name: value.float() for name, value in (self.modules[module] | self.frozen.get(module, {})).items()}
 
@@ -263,9 +268,9 @@ def _check_module(source: AdapterSource, module: str) -> None:
 
 def _frozen_on_meta(source: AdapterSource, module: str) -> Params:
     """Return the factors that are not in the file, on the meta device, by the sizes of the base's layer."""
-    saved = SAVED_METHODS[source.method]
-    if not saved.frozen_names or not getattr(source.config, "base_sketch", None):
+    if not source.needs_base:
         return {}
+    saved = SAVED_METHODS[source.method]
     pattern = ".".join("*" if part.isdigit() else part for part in module.split("."))
     size = (source.base or {}).get("linear_shapes", {}).get(pattern)
     if size is None:

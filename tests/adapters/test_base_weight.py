@@ -134,14 +134,14 @@ def test_a_large_weight_is_decomposed_almost_as_well_as_can_be_the_same_each_tim
 
 def test_the_file_has_what_trains_and_another_base_is_refused(way, ids, tmp_path):
     method, options = way
-    model = randomize(adapted(tiny_llama(), method, options)).eval()
+    model: Any = randomize(adapted(tiny_llama(), method, options)).eval()
     model.save_pretrained(tmp_path)
     stored = load_file(tmp_path / "adapter_model.safetensors")
     assert sum(value.numel() for value in stored.values()) == model.get_nb_trainable_parameters()[0]
     assert torch.equal(logits(PeftModel.from_pretrained(tiny_llama(), tmp_path).eval(), ids), logits(model, ids))
-    rounded = tiny_llama(torch.bfloat16).float()  # the same base in another dtype is the same base
+    rounded: Any = tiny_llama(torch.bfloat16).float()  # the same base in another dtype is the same base
     PeftModel.from_pretrained(rounded, tmp_path)
-    other = tiny_llama()
+    other: Any = tiny_llama()
     with torch.no_grad():
         other.model.layers[1].mlp.down_proj.weight.copy_(torch.randn(48, 80) * 0.02)
     for base in (other, quantize(tiny_llama(), "nf4")):
@@ -197,7 +197,8 @@ def test_a_sharded_base_gives_the_same_factors_and_stays_sharded(kind, way):
 def test_adapters_of_one_bank_and_a_swapped_one_have_the_same_frozen_factors(ids, tmp_path):
     bank_folder = tmp_path / "adapters"
     for seed, (name, options) in enumerate((("anna", NLORA), ("ben", NLORA), ("carl", {"rank": 4}))):
-        randomize(adapted(tiny_llama(), "slora", options), seed).save_pretrained(bank_folder / name)
+        made: Any = randomize(adapted(tiny_llama(), "slora", options), seed)
+        made.save_pretrained(bank_folder / name)
     expected = {
         name: logits(PeftModel.from_pretrained(tiny_llama(), bank_folder / name).eval(), ids)
         for name in ("anna", "ben")

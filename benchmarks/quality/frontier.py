@@ -121,7 +121,7 @@ def next_trials(
     found = []
     for size in sizes:
         for name, row in ROWS[suite.model].get(size, {}).items():
-            if rows is not None and name not in rows:
+            if name not in rows if rows else "+" in name:
                 continue
             tuned = tuned_rates(suite, size, name, done)
             if left := rates_to_try(row, tuned):
@@ -165,9 +165,11 @@ def run_of(suite: Suite, output: Path) -> dict[str, Any]:
 
 def changes_of(suite: Suite, trial: Trial) -> dict[str, Any]:
     """Return what a trial changes of it."""
+    row = ROWS[suite.model][trial.size][trial.row]
     return {
         "name": trial.name,
-        "adapter": ROWS[suite.model][trial.size][trial.row].section(),
+        "adapter": row.section(),
+        **({"training.optim": row.optimizer} if row.optimizer else {}),
         "training.seed": trial.seed,
         "training.learning_rate": trial.rate,
         "training.num_train_epochs": 1 if trial.tunes else EPOCHS[suite.regime],
@@ -273,7 +275,13 @@ def result_of(suite: Suite, trial: Trial, trained: TrialResult, scorer: Scorer) 
     about = {
         **suite.about,
         **dataclasses.asdict(trial),
-        **{"method": row.method, "options": dict(row.options), "part": PART_OF[trial.tunes], "status": trained.status},
+        **{
+            "method": row.method,
+            "options": dict(row.options),
+            "optimizer": row.optimizer,
+            "part": PART_OF[trial.tunes],
+            "status": trained.status,
+        },
         **{key: trained.results[key] for key in copied if key in trained.results},
     }
     if trained.status != "finished":
@@ -324,7 +332,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--regime", default="commonsense", choices=list(REGIMES))
     add("--base", default="nf4", choices=["nf4", "none", "int8"])
     add("--sizes", nargs="+", default=list(SIZES), choices=list(SIZES))
-    add("--rows", nargs="+", help="of the table in frontier_rows; all by default")
+    add("--rows", nargs="+", help="of the table in frontier_rows; by default all but variants")
     add("--seeds", type=int, default=3)
     add("--together", default="auto", type=lambda text: text if text == "auto" else int(text))
     add("--trials-a-sweep", type=int, default=48, help="trained on one loading of the base, before they are scored")

@@ -37,20 +37,22 @@ RATES = {
     "kron_lora": (4e-3, 8e-3, 1.6e-2, 3.2e-2),
     "lsr": (2e-3, 4e-3, 8e-3, 1.6e-2),
 }
+PRO_RATES = (3e-5, 1e-4, 3e-4, 1e-3)  # LoRA-Pro's are those of full fine-tuning
 OURS = ("lsr", "kron_lora")
 
 
 @dataclasses.dataclass(frozen=True)
 class AdapterRow:
-    """One adapter of the comparison: its method and options, alpha by the method's rule among them."""
+    """One adapter of the comparison: its method, its options (alpha by the method's rule among them), its optimizer."""
 
     method: str
     options: Mapping[str, Any]
+    optimizer: str | None = None  # training.optim, None for AdamW
 
     @property
     def rates(self) -> tuple[float, ...]:
         """The learning rates that it is first tuned over."""
-        return RATES[self.method]
+        return PRO_RATES if self.optimizer == "lora_pro" else RATES[self.method]
 
     def section(self) -> dict[str, Any]:
         """Return a run's section `adapter`."""
@@ -74,16 +76,52 @@ def _kron_lora(rank: int, left_in: int, left_out: int, **where: Any) -> AdapterR
     return AdapterRow("kron_lora", {**sizes, "alpha": 4.0 * rank, "dropout": 0.0, **where})
 
 
+def _square(method: str, rank: int, **options: Any) -> AdapterRow:
+    return AdapterRow(method, {"rank": rank, "alpha": 2.0 * rank, **options})
+
+
+def _between(rank: int) -> dict[str, AdapterRow]:
+    """Return the rows that train a matrix `[rank, rank]` a module between frozen ones: LoRA-XS and IntTune."""
+    return {
+        "lora_xs": _square("lora_xs", rank),
+        "inttune": _square("slora", rank, init="nystrom", train="middle"),
+    }
+
+
+# better starts and optimizers, of the rows and at the sizes below; rows are called "lsr_8_5+gradient"
+VARIANTS: dict[str, tuple[dict[str, Any], str | None]] = {
+    "gradient": ({"init": "gradient"}, None),
+    "rite": ({}, "lora_rite"),
+    "pro": ({}, "lora_pro"),
+    "plus": ({}, "lora_plus"),
+    "gradient_rite": ({"init": "gradient"}, "lora_rite"),
+}
+VARIED = {"60k": ("lora_modules", "kron_lora", "lsr_2_2"), "300k": ("lora", "kron_lora", "lsr_8_5")}
+
+
+def _variants(size: str, rows: Mapping[str, AdapterRow]) -> dict[str, AdapterRow]:
+    """Return a size's rows with other starts and optimizers; LoRA+ is of LoRA's two factors."""
+    return {
+        f"{name}+{variant}": dataclasses.replace(row, options={**row.options, **options}, optimizer=optimizer)
+        for name, row in rows.items()
+        if name in VARIED.get(size, ())
+        for variant, (options, optimizer) in VARIANTS.items()
+        if optimizer != "lora_plus" or row.method == "lora"
+    }
+
+
 def _smollm2() -> dict[str, dict[str, AdapterRow]]:
     last = lambda number: _last("smollm2", number)  # noqa: E731
     query_value = {"target_modules": ["q_proj", "v_proj"]}
     value = {"target_modules": ["v_proj"]}
     return {
         "5k": {
+            **_between(5),
             "lora_modules": _lora(**value, **last(7)),
             "lsr_1_1": _lsr(1, 1, **last(7)),
         },
         "20k": {
+            **_between(10),
             "lora_layers": _lora(**last(2)),
             "lora_modules": _lora(**value, **last(26)),
             "krona": AdapterRow("krona", value),
@@ -91,6 +129,7 @@ def _smollm2() -> dict[str, dict[str, AdapterRow]]:
             "lsr_1_1": _lsr(1, 1),
         },
         "60k": {
+            **_between(17),
             "lora_layers": _lora(**last(6)),
             "lora_modules": _lora(**query_value),
             "krona": AdapterRow("krona", query_value),
@@ -99,6 +138,7 @@ def _smollm2() -> dict[str, dict[str, AdapterRow]]:
             "lsr_8_1": _lsr(8, 1),
         },
         "150k": {
+            **_between(27),
             "lora_layers": _lora(**last(15)),
             "lora_modules": _lora(target_modules=["q_proj", "k_proj", "v_proj", "down_proj"]),
             "kron_lora": _kron_lora(3, 4, 16),
@@ -106,26 +146,34 @@ def _smollm2() -> dict[str, dict[str, AdapterRow]]:
             "lsr_4_3": _lsr(4, 3),
         },
         "300k": {
+            **_between(38),
             "lora": _lora(1),
+            "slora": _square("slora", 1),
             "krona": AdapterRow("krona", {}),
             "kron_lora": _kron_lora(6, 4, 16),
             "lsr_4_7": _lsr(4, 7),
             "lsr_8_5": _lsr(8, 5),
         },
         "600k": {
+            **_between(54),
             "lora": _lora(2),
+            "slora": _square("slora", 2),
             "kron_lora": _kron_lora(12, 4, 16),
             "lsr_16_7": _lsr(16, 7),
             "lsr_32_5": _lsr(32, 5),
         },
         "1.2m": {
+            **_between(76),
             "lora": _lora(4),
+            "slora": _square("slora", 4),
             "kron_lora": _kron_lora(24, 16, 4),
             "lsr_16_14": _lsr(16, 14),
             "lsr_64_7": _lsr(64, 7),
         },
         "2.4m": {
+            **_between(107),
             "lora": _lora(8),
+            "slora": _square("slora", 8),
             "kron_lora": _kron_lora(32, 4, 4),
             "lsr_16_27": _lsr(16, 27),
             "lsr_64_14": _lsr(64, 14),
@@ -137,12 +185,14 @@ def _qwen() -> dict[str, dict[str, AdapterRow]]:
     last = lambda number: _last("qwen", number)  # noqa: E731
     return {
         "20k": {
+            **_between(15),
             "lora_layers": _lora(target_modules=["q_proj", "v_proj", "down_proj"], **last(4)),
             "lora_modules": _lora(target_modules=["q_proj", "v_proj"], **last(13)),
             "kron_lora": _kron_lora(1, 4, 64, **last(8)),
             "lsr_2_1": _lsr(2, 1),
         },
         "60k": {
+            **_between(25),
             "lora_layers": _lora(**last(5)),
             "lora_modules": _lora(target_modules=["q_proj", "v_proj", "o_proj"]),
             "kron_lora": _kron_lora(1, 4, 8),
@@ -150,6 +200,7 @@ def _qwen() -> dict[str, dict[str, AdapterRow]]:
             "lsr_16_1": _lsr(16, 1),
         },
         "150k": {
+            **_between(40),
             "lora_layers": _lora(**last(12)),
             "lora_modules": _lora(target_modules=["q_proj", "v_proj", "o_proj", "down_proj"]),
             "kron_lora": _kron_lora(2, 4, 4),
@@ -157,7 +208,9 @@ def _qwen() -> dict[str, dict[str, AdapterRow]]:
             "lsr_16_3": _lsr(16, 3),
         },
         "600k": {
+            **_between(80),
             "lora": _lora(2),
+            "slora": _square("slora", 2),
             "kron_lora": _kron_lora(8, 4, 4),
             "lsr_16_11": _lsr(16, 11),
             "lsr_32_8": _lsr(32, 8),
@@ -165,7 +218,11 @@ def _qwen() -> dict[str, dict[str, AdapterRow]]:
     }
 
 
-ROWS: dict[str, dict[str, dict[str, AdapterRow]]] = {"smollm2": _smollm2(), "qwen": _qwen()}  # by model and size
+# by model and size
+ROWS: dict[str, dict[str, dict[str, AdapterRow]]] = {
+    "smollm2": {size: {**rows, **_variants(size, rows)} for size, rows in _smollm2().items()},
+    "qwen": _qwen(),
+}
 
 
 def target(model: str, size: str) -> float:

@@ -21,15 +21,28 @@ NAMES = {
     "lora": "LoRA",
     "lora_xs": "LoRA-XS",
     "slora": "SLoRA",
+    "inttune": "IntTune",
     "vera": "VeRA",
     "tinylora": "TinyLoRA",
     "krona": "KronA",
     "kron_lora": "Kron-LoRA",
     "lsr": "LSR-Adapt",
 }
+VARIANT_NAMES = {
+    "gradient": "from the gradient",
+    "rite": "by LoRA-RITE",
+    "pro": "by LoRA-Pro",
+    "plus": "by LoRA+",
+    "gradient_rite": "from the gradient, by LoRA-RITE",
+}
 MODEL_NAMES = {"smollm2": "SmolLM2-135M", "qwen": "Qwen2.5-Coder-0.5B"}
 REGIME_NAMES = {"commonsense": "five commonsense tasks", "gsm8k": "GSM8K's solutions"}
 Results = Mapping[str, dict[str, Any]]
+
+
+def series(score: verdicts.Score) -> str:
+    """Return the line of the figure that a row belongs to: its method, SLoRA's IntTune by itself."""
+    return "inttune" if score.options.get("train") == "middle" else score.method
 
 
 def label(score: verdicts.Score) -> str:
@@ -44,7 +57,8 @@ def label(score: verdicts.Score) -> str:
         words.append("on " + ", ".join(name.removesuffix("_proj") for name in options["target_modules"]))
     if "layers_to_transform" in options:
         words.append(f"in the last {len(options['layers_to_transform'])} layers")
-    return " ".join([NAMES[score.method], *words])
+    variant = score.row.partition("+")[2]
+    return " ".join([NAMES[series(score)], *words, *([VARIANT_NAMES[variant]] if variant else [])])
 
 
 def heading(suite: tuple[str, str, str]) -> str:
@@ -102,7 +116,7 @@ def draw(done: Results, suite: tuple[str, str, str], path: Path) -> None:
     mine = [score for score in verdicts.scores(done) if score.suite == suite]
     figure, axis = pyplot.subplots(figsize=(9, 5.5))
     for method in NAMES:
-        rows = [(s.parameters, *verdicts.mean_and_error(s, tokens), s.size) for s in mine if s.method == method]
+        rows = [(s.parameters, *verdicts.mean_and_error(s, tokens), s.size) for s in mine if series(s) == method]
         if not rows:
             continue
         color = f"C{list(NAMES).index(method)}"

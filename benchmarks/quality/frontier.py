@@ -121,7 +121,7 @@ def next_trials(
     found = []
     for size in sizes:
         for name, row in ROWS[suite.model].get(size, {}).items():
-            if name not in rows if rows else "+" in name:
+            if (name not in rows if rows else "+" in name) or not row.takes(suite.base):
                 continue
             tuned = tuned_rates(suite, size, name, done)
             if left := rates_to_try(row, tuned):

@@ -2,7 +2,8 @@
 
 A size is named by SmolLM2's number of parameters; on another model it is the same share of LoRA r=8's there. A row is
 within `TOLERANCE` of its size (a test counts them). Below LoRA r=1 on all seven linears (305,280 on SmolLM2) LoRA has
-two rows: on all linears of fewer layers (the last ones), and on fewer linears of all layers.
+two rows: on all linears of fewer layers (the last ones), and on fewer linears of all layers. PEFT's
+TinyLoRA takes only bases that are not quantized.
 """
 
 import dataclasses
@@ -54,6 +55,10 @@ class AdapterRow:
         """The learning rates that it is first tuned over."""
         return PRO_RATES if self.optimizer == "lora_pro" else RATES[self.method]
 
+    def takes(self, base: str) -> bool:
+        """Whether it can be trained on a base that is held so."""
+        return base == "none" or self.method != "tinylora"
+
     def section(self) -> dict[str, Any]:
         """Return a run's section `adapter`."""
         return {"method": self.method, "target_modules": LINEARS, **self.options}
@@ -88,6 +93,14 @@ def _between(rank: int) -> dict[str, AdapterRow]:
     }
 
 
+def _vera(rank: int, *targets: str) -> AdapterRow:
+    return AdapterRow("vera", {"rank": rank, **({"target_modules": list(targets)} if targets else {})})
+
+
+def _tinylora(rank: int, length: int) -> AdapterRow:
+    return AdapterRow("tinylora", {"rank": rank, "u": length})
+
+
 # better starts and optimizers, of the rows and at the sizes below; rows are called "lsr_8_5+gradient"
 VARIANTS: dict[str, tuple[dict[str, Any], str | None]] = {
     "gradient": ({"init": "gradient"}, None),
@@ -117,11 +130,14 @@ def _smollm2() -> dict[str, dict[str, AdapterRow]]:
     return {
         "5k": {
             **_between(5),
+            "tinylora": _tinylora(8, 24),
             "lora_modules": _lora(**value, **last(7)),
             "lsr_1_1": _lsr(1, 1, **last(7)),
         },
         "20k": {
             **_between(10),
+            "vera": _vera(480, "v_proj"),
+            "tinylora": _tinylora(16, 95),
             "lora_layers": _lora(**last(2)),
             "lora_modules": _lora(**value, **last(26)),
             "krona": AdapterRow("krona", value),
@@ -130,6 +146,7 @@ def _smollm2() -> dict[str, dict[str, AdapterRow]]:
         },
         "60k": {
             **_between(17),
+            "vera": _vera(600, "q_proj", "v_proj"),
             "lora_layers": _lora(**last(6)),
             "lora_modules": _lora(**query_value),
             "krona": AdapterRow("krona", query_value),
@@ -139,6 +156,7 @@ def _smollm2() -> dict[str, dict[str, AdapterRow]]:
         },
         "150k": {
             **_between(27),
+            "vera": _vera(576, "q_proj", "k_proj", "v_proj", "o_proj", "down_proj"),
             "lora_layers": _lora(**last(15)),
             "lora_modules": _lora(target_modules=["q_proj", "k_proj", "v_proj", "down_proj"]),
             "kron_lora": _kron_lora(3, 4, 16),
@@ -147,6 +165,7 @@ def _smollm2() -> dict[str, dict[str, AdapterRow]]:
         },
         "300k": {
             **_between(38),
+            "vera": _vera(688),
             "lora": _lora(1),
             "slora": _square("slora", 1),
             "krona": AdapterRow("krona", {}),
@@ -186,6 +205,7 @@ def _qwen() -> dict[str, dict[str, AdapterRow]]:
     return {
         "20k": {
             **_between(15),
+            "vera": _vera(240, "q_proj", "v_proj"),
             "lora_layers": _lora(target_modules=["q_proj", "v_proj", "down_proj"], **last(4)),
             "lora_modules": _lora(target_modules=["q_proj", "v_proj"], **last(13)),
             "kron_lora": _kron_lora(1, 4, 64, **last(8)),
@@ -193,6 +213,7 @@ def _qwen() -> dict[str, dict[str, AdapterRow]]:
         },
         "60k": {
             **_between(25),
+            "vera": _vera(312, "q_proj", "k_proj", "v_proj", "o_proj", "down_proj"),
             "lora_layers": _lora(**last(5)),
             "lora_modules": _lora(target_modules=["q_proj", "v_proj", "o_proj"]),
             "kron_lora": _kron_lora(1, 4, 8),

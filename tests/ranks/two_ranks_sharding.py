@@ -65,7 +65,7 @@ def first_trainer(folder: Path, base: str, method: str, mode: str, **changes):
     sections = {
         "model": {"name": str(folder / ("model" if mode == DEFAULT else "deep")), "quantization": base}
         | changes.pop("model", {}),
-        "adapter": {"method": method, "dropout": 0.0},
+        "adapter": {"method": method, "dropout": 0.0} | changes.pop("adapter", {}),
         # the rows of one step, seen in each
         "data": {"train": [{"path": str(folder / "rows.jsonl"), "limit": 4}]},
     }

@@ -133,7 +133,7 @@ class KronLora(AdapterMethod):
         each step is exact, so that the error never grows.
         """
         left, down = params["left"], params["right_down"]
-        left_size, right_size = tuple(left.shape), (len(params["right_up"]), down.shape[1])
+        left_size, right_size = (left.shape[0], left.shape[1]), (len(params["right_up"]), down.shape[1])
         blocks = rearranged(gradient, left_size, right_size)
         a = nearest_terms(gradient, left_size, right_size, 1)[0].flatten()
         for _ in range(GRADIENT_ROUNDS):

@@ -202,9 +202,9 @@ class Lsr(AdapterMethod):
         _, values, rows = leading_singular(gradient, rank, generator)
         wanted, best, kept = values[:, None] * rows, total, None
         for _ in range(GRADIENT_ROUNDS):
-            of_down = nearest_terms(wanted, *sizes[:2], terms)
+            of_down = nearest_terms(wanted, sizes[0], sizes[1], terms)
             down = _kron_sum(*of_down)
-            of_up = nearest_terms(gradient @ torch.linalg.pinv(down), *sizes[2:], terms)
+            of_up = nearest_terms(gradient @ torch.linalg.pinv(down), sizes[2], sizes[3], terms)
             up = _kron_sum(*of_up)
             left = float((gradient - up @ down).square().sum())
             if kept is None or left < best:

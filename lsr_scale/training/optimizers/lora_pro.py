@@ -46,7 +46,7 @@ class LoraPro(PairOptimizer):
         # one after the other: each has matrices of the weight's size
         for index, state in enumerate(states):
             pair = down[index], up[index]
-            roots = [tuple(part[index] for part in one) for one in (of_down, of_up)]
+            roots = [(one[0][index], one[1][index], one[2][index]) for one in (of_down, of_up)]
             s = scaling[index, 0, 0]
             nearest = nearest_pair(pair, (gradients[0][index], gradients[1][index]), s, roots[0], roots[1])
             step = self._adam(s * (pair[1] @ nearest[0] + nearest[1] @ pair[0]), state)

@@ -118,11 +118,12 @@ class PairOptimizer(torch.optim.AdamW, ABC):
         down, up = method.materialize(factors)
         names = method.kron_sides(factors)
         sides = {side: _side(factors, names[side], pair) for side, pair in zip(SIDES, (down, up), strict=True)}
-        gradient = [
-            side_gradient(sides[side], None if names[side][0] is None else terms(grads[names[side][0]]), right)
-            for side in SIDES
-            for right in [terms(grads[names[side][1]])]
-        ]
+        gradient = []
+        for side in SIDES:
+            left, right = names[side]
+            gradient.append(
+                side_gradient(sides[side], None if left is None else terms(grads[left]), terms(grads[right]))
+            )
         values = [adapter.scaling for adapter, _ in pairs]
         scaling = torch.tensor(values, dtype=down.dtype, device=down.device)[:, None, None]
         states = [self._state_of(named) for _, named in pairs]

@@ -12,9 +12,10 @@ from pathlib import Path
 
 from lsr_scale import cli
 
+# without DeepSpeed first, as in two_ranks_watching: what its engine leaves in a process changes such a run
 RUNS = {
-    "lora_rite": ({"config": "zero0"}, {"optim": "lora_rite"}),
     "lora_pro": ({"config": None}, {"optim": "lora_pro", "learning_rate": 1e-4}),
+    "lora_rite": ({"config": "zero0"}, {"optim": "lora_rite"}),
     "adamw": ({"config": "zero2"}, {"optim": "adamw_torch_fused"}),
 }
 START = {"init": "gradient", "init_rows": 3}

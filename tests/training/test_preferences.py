@@ -1,5 +1,6 @@
 """DPO, KTO and ORPO: TRL's losses, fused and unfused, on our adapters; the reference; and whole runs."""
 
+import json
 import shutil
 
 import pytest
@@ -301,3 +302,16 @@ def test_a_switch_of_the_adapter_checks_no_layer_anew(place, monkeypatch):
     monkeypatch.setattr(fallback, "_check_layer", lambda layer: checked.append(layer) or check(layer))
     trainer.train()
     assert len(checked) <= 4, "each of two layers with the adapter, and without"
+
+
+def test_a_loss_that_is_not_finite_is_recorded_with_both_completions(place, monkeypatch):
+    from trl.experimental.orpo import ORPOTrainer
+
+    monkeypatch.setattr(ORPOTrainer, "compute_loss", lambda *args, **kwargs: torch.tensor(torch.inf))
+    folder = RunFolder(place / "infinite")
+    folder.path.mkdir()
+    trainer = build_trainer(run_of(place, "orpo", "infinite"), folder)
+    with pytest.raises(UserError, match="loss"):
+        trainer.train()
+    (line,) = [json.loads(text) for text in folder.nonfinite.read_text().splitlines()]
+    assert {"chosen_input_ids", "rejected_input_ids"} <= line.keys()

@@ -11,6 +11,7 @@ from transformers import Trainer
 
 from lsr_scale.config import RunConfig
 from lsr_scale.training.checkpoint.resumable import Resumable
+from lsr_scale.training.methods import check_head_runs
 from lsr_scale.training.optimizers.create import OwnOptimizers
 from lsr_scale.training.reference import set_reference
 from lsr_scale.training.steps.engine import EngineSteps
@@ -22,6 +23,8 @@ BASES = (Resumable, FiniteCheck, EngineSteps, OwnOptimizers)
 def make_trainer(run: RunConfig, options: dict[str, Any]) -> Trainer:
     """Return the trainer; see `methods.sft`."""
     from trl import DPOTrainer
+
+    check_head_runs()
 
     class AdapterDPOTrainer(*BASES, DPOTrainer):
         pass

@@ -13,6 +13,7 @@ from transformers import Trainer
 
 from lsr_scale.config import RunConfig
 from lsr_scale.training.checkpoint.resumable import Resumable
+from lsr_scale.training.methods import check_head_runs
 from lsr_scale.training.optimizers.create import OwnOptimizers
 from lsr_scale.training.reference import set_reference
 from lsr_scale.training.steps.engine import EngineSteps
@@ -24,6 +25,8 @@ BASES = (Resumable, FiniteCheck, EngineSteps, OwnOptimizers)
 def make_trainer(run: RunConfig, options: dict[str, Any]) -> Trainer:
     """Return the trainer; see `methods.sft`."""
     from trl import KTOTrainer
+
+    check_head_runs()
 
     class AdapterKTOTrainer(*BASES, KTOTrainer):
         pass

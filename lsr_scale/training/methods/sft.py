@@ -1,16 +1,13 @@
 """Supervised fine-tuning: TRL's SFTTrainer, the cross-entropy of what is supervised."""
 
-import os
 from typing import Any
 
-import torch
-from packaging.version import Version
 from transformers import Trainer
 
 from lsr_scale.config import RunConfig
 from lsr_scale.data.token_counts import CountsTokens
-from lsr_scale.errors import UserError
 from lsr_scale.training.checkpoint.resumable import Resumable
+from lsr_scale.training.methods import check_head_runs
 from lsr_scale.training.optimizers.create import OwnOptimizers
 from lsr_scale.training.steps.engine import EngineSteps
 from lsr_scale.training.steps.finite_check import FiniteCheck
@@ -29,15 +26,9 @@ def make_trainer(run: RunConfig, options: dict[str, Any]) -> Trainer:
         run: The run.
         options: What transformers' trainers take, the rows as `build_dataset` made them, and what `CountsTokens` takes.
     """
-    import trl
     from trl import SFTTrainer
 
-    has_triton = torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
-    if Version(trl.__version__) < Version("1.16") and not has_triton:
-        raise UserError(
-            f"TRL {trl.__version__} computes its loss with Triton, on a GPU only; to train on the CPU: "
-            "pip install 'trl>=1.16,<1.17'"
-        )
+    check_head_runs()
 
     class AdapterSFTTrainer(*BASES, SFTTrainer):
         supervise_assistant = run.training.get("assistant_only_loss") is not False

@@ -16,9 +16,6 @@ from lsr_scale.errors import UserError
 from lsr_scale.fused.fallback import lm_head_fallback_reason
 from lsr_scale.fused.loss import IGNORE_INDEX, Distributions, token_losses
 
-# what of TRL's output this head gives
-GIVEN = {"log_probs", "entropy", "mean_logits", "is_top1", "label_mask"}
-
 
 def head_fallback_reason(base: Any, settings: Any) -> str | None:
     """Return why TRL must compute the log-probabilities of a fused causal language model, or None.

@@ -53,7 +53,9 @@ def handle_nonfinite_loss(trainer: Any, loss: float, inputs: dict[str, Any], ste
     """
     rows, process = _rows_of(trainer, step, micro_step), distributed.rank()
     line = {"step": step + 1, "process": process, "loss": str(loss), "rows": rows}
-    file = _record(trainer, {**line, "input_ids": inputs["input_ids"].tolist()})
+    # ORPO's batches have them for chosen and rejected
+    ids = {name: value.tolist() for name, value in inputs.items() if name.endswith("input_ids")}
+    file = _record(trainer, {**line, **ids})
     if trainer.on_nonfinite == "skip":
         return
     raise _diverged_loss(line, file)

@@ -1,10 +1,11 @@
 """Shared fixtures: tiny random models of several architectures, and adapters whose update is not zero."""
 
+import io
 import logging
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -112,6 +113,12 @@ def pytest_make_parametrize_id(config: pytest.Config, val: object, argname: str)
     return argname if isinstance(val, bytes) else None
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Have files that start whole processes go first: of two test processes none ends alone with a long file."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(autouse=True)
 def _plots_without_a_screen() -> Iterator[None]:
     """Let no test choose the backend with which the next ones draw."""
@@ -119,6 +126,41 @@ def _plots_without_a_screen() -> Iterator[None]:
     pyplot = sys.modules.get("matplotlib.pyplot")
     if pyplot and pyplot.get_backend() != "agg":
         pyplot.switch_backend("agg")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _pictures_that_nobody_looks_at(request) -> Iterator[Callable[..., None]]:
+    """Have the package's figures made but not rendered, which is half of a tiny run's time.
+
+    In a picture's place is an empty one of the same format, with the same metadata. A module with LOOKS_AT_PICTURES, or
+    a test with the fixture `rendered`, has the pictures themselves.
+    """
+    from matplotlib.figure import Figure
+
+    render, empty = Figure.savefig, {}
+    if getattr(request.module, "LOOKS_AT_PICTURES", False):
+        yield render
+        return
+
+    def save_empty(figure, target, **options):
+        if "format" not in options:  # a benchmark's
+            return render(figure, target, **options)
+        key = str(sorted(options.items()))
+        if key not in empty:
+            drawn = io.BytesIO() if options["format"] == "png" else io.StringIO()
+            render(Figure(figsize=(0.1, 0.1)), drawn, **options)
+            empty[key] = drawn.getvalue()
+        target.write(empty[key])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", save_empty)
+        yield render
+
+
+@pytest.fixture
+def rendered(monkeypatch, _pictures_that_nobody_looks_at) -> None:
+    """Have the pictures of a test rendered."""
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", _pictures_that_nobody_looks_at)
 
 
 @pytest.fixture

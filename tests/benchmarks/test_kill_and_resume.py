@@ -1,20 +1,21 @@
 """The benchmark of kills in its shortest form: one kill, within a save."""
 
 import json
-import subprocess
 import sys
 
 import pytest
 
-from benchmarks import ROOT
+from benchmarks.robustness import kill_and_resume
+from tests.helpers.launch import QUICK_START
 
 
 @pytest.mark.slow
-def test_a_run_killed_within_a_save_resumes_to_the_same_adapter(tmp_path):
+def test_a_run_killed_within_a_save_resumes_to_the_same_adapter(tmp_path, monkeypatch):
     out = tmp_path / "kills.json"
     options = ["--kills", "1", "--in-saves", "1", "--steps", "8", "--save-steps", "2", "--seed", "1", "--out", str(out)]
-    command = [sys.executable, "-m", "benchmarks.robustness.kill_and_resume", *options]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    monkeypatch.setattr(sys, "argv", ["kill_and_resume", *options])
+    for name, value in QUICK_START.items():
+        monkeypatch.setenv(name, value)
+    assert kill_and_resume.main() == 0
     result = json.loads(out.read_text())
     assert (result["phases"], result["resumed"], result["same_adapter"]) == ({"save": 1}, 1, 1)

@@ -87,6 +87,7 @@ def test_a_table_a_picture_and_json(base_folder, tmp_path, capsys):  # noqa: F81
     assert "there is no adapter" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("rendered")
 def test_an_untrained_adapter_can_be_drawn(base_folder, tmp_path):  # noqa: F811
     adapter = saved(base_folder, tmp_path / "adapter", scale=0.0)
     draw(inspect_adapter(adapter), tmp_path / "a.png")

@@ -134,14 +134,13 @@ def test_rows_are_rotated_and_quantized_as_by_the_reference(shape, config, devic
     check(shape, device, format=torch.int8, **config)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
-    ("shape", "num_columns", "rank", "config"),
+    ("shape", "num_columns", "rank", "config", "dtype"),
     [
-        ((37, 192), 64, 48, {}),
-        ((65, 320), 64, 10, dict(rows=16, block_k=32, splits=3)),
-        ((33, 256), 48, None, dict(block=64, quantize_rows=16, splits=2, block_k=64)),
-        ((3, 4608), 16, 16, {}),
+        ((37, 192), 64, 48, {}, torch.bfloat16),
+        ((65, 320), 64, 10, dict(rows=16, block_k=32, splits=3), torch.float16),
+        ((33, 256), 48, None, dict(block=64, quantize_rows=16, splits=2, block_k=64), torch.bfloat16),
+        ((3, 4608), 16, 16, {}, torch.bfloat16),
     ],
 )
 def test_the_product_beside_int8_is_of_rows_that_are_not_rotated(shape, num_columns, rank, config, dtype, device):
@@ -193,17 +192,16 @@ def test_a_row_that_is_not_finite_has_no_scale_in_int8_and_no_other_row_has_not(
         assert counts.tolist() == [one_counts[0], one_counts[1] + 192]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
-    ("shape", "num_columns", "rank", "config"),
+    ("shape", "num_columns", "rank", "config", "dtype"),
     [
-        ((37, 144), 64, 48, {}),
-        ((1, 16), 16, 3, {}),
-        ((65, 272), 64, 10, dict(rows=16, block_k=32, splits=3)),
-        ((33, 208), 48, None, dict(block=64, quantize_rows=4, splits=2, block_k=64)),
-        ((70, 80), 128, None, dict(rows=64, num_stages=1)),
-        ((3, 48), 64, 0, {}),
-        ((3, 4608), 16, 16, {}),
+        ((37, 144), 64, 48, {}, torch.float16),
+        ((1, 16), 16, 3, {}, torch.bfloat16),
+        ((65, 272), 64, 10, dict(rows=16, block_k=32, splits=3), torch.bfloat16),
+        ((33, 208), 48, None, dict(block=64, quantize_rows=4, splits=2, block_k=64), torch.float16),
+        ((70, 80), 128, None, dict(rows=64, num_stages=1), torch.bfloat16),
+        ((3, 48), 64, 0, {}, torch.bfloat16),
+        ((3, 4608), 16, 16, {}, torch.bfloat16),
     ],
 )
 def test_the_product_is_of_the_rows_themselves(shape, num_columns, rank, config, dtype, device):

@@ -1,6 +1,7 @@
 """What `plan` says: counts as published, sizes as measured, and every mistake before anything is loaded."""
 
 import dataclasses
+import functools
 import io
 import json
 import socket
@@ -32,6 +33,22 @@ def run(model, adapter, training=None, **section):
             "training": training or {},
         }
     )
+
+
+@functools.cache
+def _planned(values: str, gpus: int):
+    return plan(run_from_dict(json.loads(values)), gpus)
+
+
+def planned(run, gpus=1):
+    """Return the plan of a run, made once: a step on fake tensors takes seconds."""
+    return _planned(json.dumps(run.model_dump(), sort_keys=True), gpus)
+
+
+@pytest.fixture
+def plans_made_once(monkeypatch):
+    """Have `fit` take plans that were made before; all of a run is in its values."""
+    monkeypatch.setattr("lsr_scale.planning.fit.plan", planned)
 
 
 @pytest.fixture
@@ -108,11 +125,11 @@ MEASURED = [
 @pytest.mark.parametrize(("adapter", "section", "rows", "length", "peaks"), MEASURED)
 def test_memory_is_within_five_percent_of_measured_peaks(adapter, section, rows, length, peaks):
     training = {"per_device_train_batch_size": rows, "max_length": length, "fused": "off"}
-    result = plan(run(MISTRAL, adapter, training, **section))
-    planned = {(row.stage, row.checkpointing): row.memory_gib.total for row in result.table}
+    result = planned(run(MISTRAL, adapter, training, **section))
+    totals = {(row.stage, row.checkpointing): row.memory_gib.total for row in result.table}
     for key, peak in peaks.items():
-        assert planned[key] == pytest.approx(peak, rel=0.05), key
-    assert result.memory_gib.total == planned["zero0", True]
+        assert totals[key] == pytest.approx(peak, rel=0.05), key
+    assert result.memory_gib.total == totals["zero0", True]
 
 
 THROUGHPUT = Path(__file__).parents[2] / "benchmarks/results/throughput"
@@ -143,15 +160,17 @@ def test_fused_memory_is_within_five_percent_of_every_committed_measurement(path
         peaks.setdefault(key, {})[row["checkpointing"] == "full"] = row["peak_memory_gib"]
     for (method, model, base, tokens, length), measured in peaks.items():
         training = {"per_device_train_batch_size": tokens // length, "max_length": length}
-        result = plan(run(MODELS[model], ADAPTERS[method], training, quantization="none" if base == "bf16" else base))
+        result = planned(
+            run(MODELS[model], ADAPTERS[method], training, quantization="none" if base == "bf16" else base)
+        )
         assert result.fused
-        planned = {r.checkpointing: r.memory_gib.total for r in result.table if r.stage == "zero0"}
+        totals = {r.checkpointing: r.memory_gib.total for r in result.table if r.stage == "zero0"}
         for recomputed, peak in measured.items():
-            assert planned[recomputed] == pytest.approx(peak, rel=0.05), (method, model, tokens, length, recomputed)
+            assert totals[recomputed] == pytest.approx(peak, rel=0.05), (method, model, tokens, length, recomputed)
 
 
 def test_what_cannot_run_fused_is_planned_unfused():
-    result = plan(run(MISTRAL, {**KRON, "dropout": 0.1}, {"max_length": 512, "per_device_train_batch_size": 1}))
+    result = planned(run(MISTRAL, {**KRON, "dropout": 0.1}, {"max_length": 512, "per_device_train_batch_size": 1}))
     assert not result.fused
 
 
@@ -279,9 +298,10 @@ def test_a_mistake_is_refused_before_anything_is_loaded(model, adapter, message)
         plan(run(model, adapter))
 
 
+@pytest.mark.usefixtures("plans_made_once")
 def test_whether_a_run_fits_names_what_is_free_or_what_would_fit():
     small = run(MISTRAL, LSR, {"per_device_train_batch_size": 4, "max_length": 2048})
-    result = plan(small)
+    result = planned(small)
     roomy = fit(small, result, 80.0)
     assert roomy.nearest is None
     taken = max(result.memory_gib.total, result.memory_gib.loading)
@@ -298,22 +318,23 @@ def test_whether_a_run_fits_names_what_is_free_or_what_would_fit():
     assert fit(small, result, 1.0).nearest == "nothing on up to 8 GPUs"
 
 
+@pytest.mark.usefixtures("plans_made_once")
 def test_a_proposal_fits_when_it_is_followed():
     large = run("meta-llama/Llama-2-70b-hf", LSR, {"per_device_train_batch_size": 1, "max_length": 512})
-    alone = fit(large, plan(large), 40.0)
+    alone = fit(large, planned(large), 40.0)
     assert alone.nearest == "deepspeed.config: zero3_offload, training.memory: save"
     values = large.model_dump()
     values["deepspeed"]["config"] = "zero3"
     sharded = run_from_dict(values)
-    assert fit(sharded, plan(sharded, 4), 24.0).nearest is None
+    assert fit(sharded, planned(sharded, 4), 24.0).nearest is None
 
 
 @pytest.mark.parametrize("compute", ["fp8", "int8"])
 def test_8_bits_take_codes_of_the_weights_and_of_activations_while_they_are_used(compute):
     training = {"per_device_train_batch_size": 4, "max_length": 2048}
-    bf16 = plan(run(MISTRAL, LSR, training))
-    found = plan(run(MISTRAL, LSR, {**training, "compute": compute}))
-    kept = plan(run(MISTRAL, LSR, {**training, "compute": compute, "keep_in_bf16": ["qkv", "o", "gate_up", "down"]}))
+    bf16 = planned(run(MISTRAL, LSR, training))
+    found = planned(run(MISTRAL, LSR, {**training, "compute": compute}))
+    kept = planned(run(MISTRAL, LSR, {**training, "compute": compute, "keep_in_bf16": ["qkv", "o", "gate_up", "down"]}))
     for name in ("weights", "gradients", "optimizer"):
         assert getattr(found.memory_gib, name) == getattr(bf16.memory_gib, name)
     scales = {"fp8": 0, "int8": 32 * (6144 + 4096 + 28672 + 4096) * 4 / 2**30}[compute]  # of rows, held by the layers
@@ -327,6 +348,7 @@ def test_8_bits_take_codes_of_the_weights_and_of_activations_while_they_are_used
 
 
 @pytest.mark.parametrize("compute", ["fp8", "int8"])
+@pytest.mark.usefixtures("counts_only")
 def test_a_plan_says_where_8_bits_would_be_refused(compute):
     adapter = {**LSR, "method": "krona"}
     adapter = {name: adapter[name] for name in ("method", "target_modules")}
@@ -340,6 +362,7 @@ def test_a_plan_says_where_8_bits_would_be_refused(compute):
     assert plan(run(MISTRAL, LSR, {**training, "compute": "bf16"})).warnings == [], "as training, which ignores it"
 
 
+@pytest.mark.usefixtures("counts_only")
 def test_a_plan_says_where_no_linear_has_the_size_for_8_bits(tmp_path):
     name = str(save_llama(tmp_path / "narrow", hidden_size=48, intermediate_size=80))
     of_computes = {compute: plan(run(name, LSR, {"compute": compute})).warnings for compute in ("bf16", "fp8", "int8")}
@@ -349,6 +372,7 @@ def test_a_plan_says_where_no_linear_has_the_size_for_8_bits(tmp_path):
     assert of_computes["fp8"] == of_computes["bf16"]
 
 
+@pytest.mark.usefixtures("counts_only")
 def test_a_plan_in_8_bits_with_another_attention_is_not_said_to_be_refused():
     found = plan(run(MISTRAL, LSR, {"compute": "fp8"}, attention="flash_attention_2"))
     assert (found.warnings, found.compute) == ([], "fp8")
@@ -372,7 +396,7 @@ def test_a_card_has_a_size(text, capsys):
     ],
 )
 def test_the_sum_says_whether_a_70b_in_four_bits_fits(model, gpus, card_gib, fits):
-    result = plan(run(model, LSR, {"per_device_train_batch_size": 1, "max_length": 512}), gpus)
+    result = planned(run(model, LSR, {"per_device_train_batch_size": 1, "max_length": 512}), gpus)
     zero3 = next(row.memory_gib for row in result.table if row.stage == "zero3" and row.checkpointing)
     assert sum(result.sharded.values()) == pytest.approx(zero3.total, abs=2e-3)
     assert zero3.loading < card_gib - 1, "sharded from the first weight on, it loads on each of these"

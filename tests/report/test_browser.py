@@ -10,6 +10,7 @@ from tests.helpers.browser import NAMES, Browser, find_browser
 from tests.helpers.run_folders import choice_rows, losses, write_run
 from tests.report.test_page import HOSTILE, SAMPLES
 
+LOOKS_AT_PICTURES = True
 PROGRAM = find_browser()
 pytestmark = pytest.mark.skipif(PROGRAM is None, reason=f"no browser here (none of {', '.join(NAMES)})")
 

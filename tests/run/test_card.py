@@ -1,9 +1,7 @@
 """What lies beside an adapter for those who come with plain PEFT: its card, whose words work, and its exact LoRA."""
 
 import json
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -18,16 +16,12 @@ from lsr_scale.exporting import export
 from lsr_scale.run.folder import RunFolder
 from lsr_scale.run.load import load_run_model
 from tests.helpers.launch import ROOT
+from tests.helpers.programs import run_program
 from tests.helpers.tiny_runs import do, labelled, save_classifier, save_llama, tiny_run, write_rows
 
 # forgets this package, whatever is installed, and says so if anything imports it
 WITHOUT_US = "import sys; sys.modules['lsr_scale'] = None\n"
 LOGITS = "import json, torch; print(json.dumps(model(torch.tensor([[5, 6, 7, 8]])).logits.tolist()))\n"
-
-
-def process(code, cwd):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run([sys.executable, "-c", code], cwd=cwd, env=environment, capture_output=True, text=True)
 
 
 def block(folder):
@@ -59,11 +53,11 @@ def test_plain_peft_ends_in_a_key_error_and_what_the_card_says_works(run):
     place, folder = run
     code = block(folder.adapter)
     assert code.startswith("import lsr_scale")
-    alone = process(WITHOUT_US + code.partition("\n")[2], place)
+    alone = run_program(WITHOUT_US + code.partition("\n")[2], place)
     assert alone.returncode == 1
     assert alone.stderr.strip().endswith("KeyError: 'LSR'")
     assert "KeyError: 'LSR'" in (folder.adapter / "README.md").read_text()
-    done = process(code + LOGITS, place)
+    done = run_program(code + LOGITS, place)
     assert done.returncode == 0, done.stderr
     torch.testing.assert_close(torch.tensor(json.loads(done.stdout)), logits(folder))
 
@@ -97,11 +91,11 @@ def test_the_lora_beside_it_gives_the_same_logits_where_the_package_is_never_imp
         f"base = AutoModelForCausalLM.from_pretrained({str(place / 'model')!r}, dtype='float32')\n"
         f"model = PeftModel.from_pretrained(base, {str(folder.lora)!r})\n"
     )
-    done = process(WITHOUT_US + code + LOGITS, place)
+    done = run_program(WITHOUT_US + code + LOGITS, place)
     assert done.returncode == 0, done.stderr
     expected = logits(folder)
     torch.testing.assert_close(torch.tensor(json.loads(done.stdout)), expected, rtol=1e-5, atol=1e-5)
-    base = process(
+    base = run_program(
         WITHOUT_US + code.replace("PeftModel.from_pretrained(base", "(lambda base, _: base)(base") + LOGITS, place
     )
     assert not torch.allclose(torch.tensor(json.loads(base.stdout)), expected, atol=1e-4), "the adapter does something"
@@ -152,7 +146,7 @@ def test_a_classifiers_card_loads_its_head_too(tmp_path, monkeypatch):
     run = tiny_run(tmp_path, model=model, adapter=adapter, data={"train": [rows]}, eval={"tasks": []})
     folder = do(run)
     assert ModelCard.load(folder.adapter / "README.md").data.pipeline_tag == "text-classification"
-    done = process(
+    done = run_program(
         block(folder.adapter)
         + "print(model(torch.tensor([[2, 5, 6, 3]])).logits.shape)".replace("print", "import torch; print"),
         tmp_path,
@@ -167,7 +161,7 @@ def test_what_the_card_of_an_export_says_runs_as_it_stands(run, monkeypatch, kin
     monkeypatch.chdir(place)
     export(folder.path, kind, f"out-{kind}", say=lambda _: None, verify=False)
     code = block(Path(f"out-{kind}"))
-    done = process((WITHOUT_US if kind != "adapter" else "") + code + LOGITS, place)
+    done = run_program((WITHOUT_US if kind != "adapter" else "") + code + LOGITS, place)
     assert done.returncode == 0, done.stderr
     *answer, last = done.stdout.splitlines()
     assert answer, "it generates"

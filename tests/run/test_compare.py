@@ -22,6 +22,9 @@ from tests.helpers.run_folders import CONFIG, choice_rows, class_rows, write_lin
 FIRST, SECOND = [True] * 4 + [False] * 6, [True] * 3 + [False] + [True] * 4 + [False] * 2
 
 
+LOOKS_AT_PICTURES = True
+
+
 @pytest.fixture
 def two(tmp_path):
     for name, right, changes in (

@@ -173,6 +173,7 @@ def test_a_record_of_errors_is_a_run_s_own_and_another_file_of_its_name_is_in_th
     assert folder.in_the_way() == [folder.compute_errors]
 
 
+@pytest.mark.usefixtures("rendered")
 def test_the_same_losses_draw_the_same_bytes_and_a_full_disk_keeps_the_old_curve(tmp_path, monkeypatch):
     file = tmp_path / "metrics.jsonl"
     rows = [{"step": i, "loss": 3.0 / i} for i in range(1, 40)] + [{"step": 20, "eval_loss": 1.0}]

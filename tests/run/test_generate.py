@@ -27,6 +27,7 @@ from lsr_scale.run.folder import RunFolder
 from lsr_scale.run.generate import Streamer, complete
 from lsr_scale.run.generator import Generator, read_prompts
 from lsr_scale.run.load import load_run_model
+from tests.helpers.launch import QUICK_START
 from tests.helpers.tiny_runs import TOOLS, do, factors, save_llama, tiny_run, write_rows
 
 TALK = [{"messages": [{"role": "user", "content": s}, {"role": "assistant", "content": "yes"}]} for s in TOOLS]
@@ -421,7 +422,7 @@ def test_a_person_talks_stops_an_answer_and_leaves(place):
     """A terminal: Ctrl-C while an answer comes keeps the loop, Ctrl-D leaves it with status 0."""
     master, slave = pty.openpty()
     words = [sys.executable, "-m", "lsr_scale", "generate", str(place / "talk"), "--chat", "--max-new-tokens", "240"]
-    environment = {**os.environ, "TERM": "dumb"}
+    environment = {**os.environ, **QUICK_START, "TERM": "dumb"}
     child = subprocess.Popen(words, stdin=slave, stdout=slave, stderr=slave, start_new_session=True, env=environment)
     os.close(slave)
     said = b""

@@ -1,18 +1,17 @@
 """What a killed process was in the middle of writing goes when the next one writes there; nobody else's files do."""
 
 import os
-import signal
-import subprocess
-import sys
+import tempfile
+import time
 from pathlib import Path
 
 import pytest
 
 from lsr_scale.exporting import export
 from lsr_scale.run.folder import RunFolder
+from tests.helpers.programs import start_program
 from tests.helpers.tiny_runs import do, save_llama, tiny_run
 
-ROOT = Path(__file__).parents[2]
 # a step of a write is replaced by one that says so and waits for the end
 WAIT = """
 import sys, time
@@ -43,13 +42,14 @@ export({run!r}, "lora", {out!r}, verify=False, say=lambda text: None)
 
 def kill_in_the_middle(program, folder):
     """Run a program until it says that it is in the middle of a write, kill it, and return its temporaries' names."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    child = subprocess.Popen([sys.executable, "-c", WAIT + program], stdout=subprocess.PIPE, text=True, env=environment)
-    assert child.stdout is not None
-    said = next((line for line in child.stdout if line == "in the middle\n"), "")
-    child.send_signal(signal.SIGKILL)
-    child.communicate()
-    assert said
+    with tempfile.TemporaryDirectory() as place:
+        out, err = Path(place) / "out", Path(place) / "err"
+        child = start_program(WAIT + program, Path(place), out, err)
+        while "in the middle\n" not in out.read_text():
+            assert child.is_alive(), err.read_text()
+            time.sleep(0.02)
+        child.kill()
+        child.join()
     return temporaries(folder)
 
 

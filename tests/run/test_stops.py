@@ -15,7 +15,7 @@ from lsr_scale.run.folder import RunFolder
 from lsr_scale.run.lock import locked
 from lsr_scale.run.train import train
 from lsr_scale.training.callbacks.signals import Terminated
-from tests.helpers.launch import PATHS, ROOT
+from tests.helpers.launch import PATHS, QUICK_START, ROOT
 from tests.helpers.tiny_runs import completions, do, factors, metrics, same, save_llama, tiny_run, write_rows
 from tests.training.test_resume import arrange_stop
 
@@ -150,7 +150,7 @@ def test_ctrl_c_on_a_run_whose_reader_is_gone_saves_and_says_so_by_its_status(pl
     run = run_in(place, tmp_path / "run", eval_strategy="no", num_train_epochs=500, save_steps=5000)
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(run.model_dump(exclude={"deepspeed"})))
     command = [sys.executable, str(ROOT / "launch" / "train.py"), "--config", str(tmp_path / "run.yaml")]
-    environment = {**os.environ, "PYTHONPATH": PATHS, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, **QUICK_START, "PYTHONPATH": PATHS, "OMP_NUM_THREADS": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen(command, env=environment, text=True, **pipes) as process:
         try:
@@ -178,7 +178,7 @@ def test_a_lock_goes_with_its_process_and_not_with_the_loaders_workers(tmp_path)
     )
     command = [sys.executable, "-c", script, str(tmp_path)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, env={**os.environ, "PYTHONPATH": PATHS}, **pipes) as process:
+    with subprocess.Popen(command, env={**os.environ, **QUICK_START, "PYTHONPATH": PATHS}, **pipes) as process:
         assert process.stdout.readline() == "a worker\n"
         assert process.wait() == 0
         with locked(tmp_path):

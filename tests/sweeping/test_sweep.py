@@ -18,13 +18,13 @@ from lsr_scale.files import is_own_picture
 from lsr_scale.report.write import show_at_end
 from lsr_scale.run.evaluate import evaluate_run
 from lsr_scale.run.folder import RunFolder
-from lsr_scale.sweeping import pages
+from lsr_scale.sweeping import pages, plots
 from lsr_scale.sweeping.bases import load_base_for
 from lsr_scale.sweeping.folder import SweepFolder
 from lsr_scale.sweeping.sweep import run_sweep
 from lsr_scale.training.callbacks.signals import Terminated
 from tests.conftest import SEVEN_LINEARS
-from tests.helpers.launch import PATHS
+from tests.helpers.launch import PATHS, QUICK_START
 from tests.helpers.tiny_runs import completions, do, factors, metrics, questions, results, same, write_rows
 from tests.helpers.tiny_sweeps import sections, sweep_place, tiny_sweep, write_sweep
 from tests.training.test_resume import arrange_stop
@@ -108,7 +108,9 @@ def test_the_table_is_sorted_and_names_the_command_for_the_best_one_alone(done):
     assert "- bad: " in text
 
 
+@pytest.mark.usefixtures("rendered")
 def test_the_pictures_are_drawn(done):
+    plots.draw(done, done.read(), {"lr=0.002": RATES[0], "lr=0.005,rank=2": RATES[1]})
     assert is_own_picture(done.losses)
     assert is_own_picture(done.scores)
     left = {path.name for path in done.path.iterdir()} - {".sweep.lock"}
@@ -206,7 +208,7 @@ def test_a_killed_sweep_goes_on(place, tmp_path):
         "Progress.on_log = on_log\n"
         f"main(['sweep', {str(file)!r}])\n"
     )
-    words, environment = [sys.executable, "-c", program], {**os.environ, "PYTHONPATH": PATHS}
+    words, environment = [sys.executable, "-c", program], {**os.environ, **QUICK_START, "PYTHONPATH": PATHS}
     with subprocess.Popen(words, stdin=-1, stdout=-1, stderr=subprocess.DEVNULL, text=True, env=environment) as child:
         assert child.stdout is not None
         assert any(line.endswith("now\n") for line in child.stdout)

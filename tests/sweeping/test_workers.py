@@ -12,7 +12,7 @@ from lsr_scale.sweeping import workers
 from lsr_scale.sweeping.folder import SweepFolder
 from lsr_scale.sweeping.sweep import run_sweep
 from tests.conftest import two_processes
-from tests.helpers.launch import PATHS, ROOT, launch
+from tests.helpers.launch import PATHS, QUICK_START, ROOT, launch
 from tests.helpers.tiny_runs import factors, same
 from tests.helpers.tiny_sweeps import sweep_place, tiny_sweep, write_sweep
 
@@ -70,7 +70,7 @@ def test_another_process_joins_by_resuming(place, alone, tmp_path):
         "Progress.on_train_begin = on_train_begin\n"
         f"sys.exit(main(['sweep', {str(file)!r}]))\n"
     )
-    environment = {**os.environ, "PYTHONPATH": PATHS}
+    environment = {**os.environ, **QUICK_START, "PYTHONPATH": PATHS}
     words = [sys.executable, "-c", program]
     with subprocess.Popen(words, stdin=-1, stdout=-1, stderr=subprocess.DEVNULL, text=True, env=environment) as other:
         assert other.stdout is not None

@@ -23,7 +23,7 @@ from lsr_scale.run.metrics import read_metrics
 from lsr_scale.training.callbacks import signals, watchdog
 from lsr_scale.training.checkpoint.manifest import damage
 from tests.conftest import two_processes
-from tests.helpers.launch import LAUNCHERS, PATHS, ROOT, launch
+from tests.helpers.launch import LAUNCHERS, PATHS, QUICK_START, ROOT, launch
 from tests.helpers.ports import held_port
 from tests.helpers.tiny_runs import do, factors, metrics, same, save_llama, tiny_run
 from tests.training.test_resume import arrange_stop, config_file
@@ -191,6 +191,7 @@ def start_ranks():
         for rank in ("0", "1"):
             environment = {
                 **os.environ,
+                **QUICK_START,
                 **{"RANK": rank, "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"},
                 **({"CUDA_VISIBLE_DEVICES": rank} if torch.cuda.is_available() else {}),
                 **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1", "PYTHONPATH": PATHS},
@@ -354,7 +355,7 @@ def test_by_gloo_several_processes_share_a_gpu(monkeypatch):
 @two_processes
 def test_what_the_deepspeed_command_started_ends_with_it(place, tmp_path):
     folder, file = endless_run(place, tmp_path, save_steps=1_000_000)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": PATHS}
+    environment = {**os.environ, **QUICK_START, "OMP_NUM_THREADS": "1", "PYTHONPATH": PATHS}
     pipe, log = subprocess.DEVNULL, tmp_path / "said"
     with log.open("w") as said, held_port() as port:
         launcher = [sys.executable, *LAUNCHERS["deepspeed"], port, "--module"]

@@ -1,0 +1,50 @@
+"""Short programs in fresh processes, which are forked off one that has imported the libraries: imports take seconds.
+
+This module imports nothing but the standard library, or a program would find more imported than it asked for.
+"""
+
+import multiprocessing
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+LIBRARIES = ["torch", "transformers", "peft"]
+
+
+class Ended(NamedTuple):
+    """How a program ended, and what it wrote."""
+
+    returncode: int | None
+    stdout: str
+    stderr: str
+
+
+def start_program(code: str, cwd: Path, out: Path, err: Path) -> multiprocessing.process.BaseProcess:
+    """Start a program that may find `LIBRARIES` imported, and not the package; it writes to two files."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(LIBRARIES)
+    process = context.Process(target=_run, args=(code, str(cwd), str(out), str(err)))
+    out.touch()
+    process.start()
+    return process
+
+
+def run_program(code: str, cwd: Path) -> Ended:
+    """Run a program as `start_program` does, and wait for its end."""
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder) / name for name in ("out", "err")]
+        process = start_program(code, cwd, *files)
+        process.join()
+        return Ended(process.exitcode, *(file.read_text() for file in files))
+
+
+def _run(code: str, cwd: str, out: str, err: str) -> None:
+    assert not [name for name in sys.modules if name.partition(".")[0] == "lsr_scale"]
+    os.chdir(cwd)
+    for stream, file in ((1, out), (2, err)):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), stream)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+    exec(compile(code, "<program>", "exec"), {"__name__": "__main__"})
+    sys.stdout.flush()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib
 import io
 import json
 import socket
@@ -48,7 +49,7 @@ def planned(run, gpus=1):
 @pytest.fixture
 def plans_made_once(monkeypatch):
     """Have `fit` take plans that were made before; all of a run is in its values."""
-    monkeypatch.setattr("lsr_scale.planning.fit.plan", planned)
+    monkeypatch.setattr(importlib.import_module("lsr_scale.planning.fit"), "plan", planned)
 
 
 @pytest.fixture

@@ -41,18 +41,21 @@ _OPPOSITES = {
 Items = Sequence[tuple[Any, Any]]
 
 
-def check_regex(expression: str, where: str) -> None:
+def check_regex(expression: str, where: str, remedy: str = "") -> None:
     """Refuse a text that is no regular expression, or may backtrack catastrophically on module names.
 
     Args:
         expression: The text.
         where: The option that it is the value of, for the message.
+        remedy: What to do about it, where a list of names would not do.
 
     Raises:
         UserError: if it is no regular expression, or matching it may take too long.
     """
     problem = _problem(expression)
     if problem:
+        if remedy:
+            problem = f"{problem.partition(';')[0]}; {remedy}"
         raise UserError(f"{where}: {quoted(expression)} {problem}")
 
 

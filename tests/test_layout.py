@@ -34,6 +34,7 @@ COMMAND_LINE = {"cli", "commands"}
 BROUGHT_BY = {
     "pydantic_core": "pydantic, which pins the one version that it goes with",
     "triton": "torch's builds for GPUs; without a GPU nothing needs it",
+    "vllm": "whoever sets training.use_vllm",
 }
 
 

@@ -29,6 +29,7 @@ def run(args: argparse.Namespace) -> int:
 
     from rich.text import Text
 
+    from lsr_scale.data.answered_prompts import KINDS as PROMPTS
     from lsr_scale.data.formats import KIND_MEANING
     from lsr_scale.data.labels import Labels
     from lsr_scale.data.preview import preview, runs
@@ -42,7 +43,10 @@ def run(args: argparse.Namespace) -> int:
     console.print(f"{len(data.train):,} rows, {data.kind}: {KIND_MEANING[data.kind]}")
     if shown.labels is None:
         what = "What is learned, or unlearned, is " if shown.names else "What is supervised is "
-        console.print(Text.assemble(what, (f"behind {SUPERVISED}", STYLE), "and green."))
+        if data.kind in PROMPTS:
+            console.print("The model completes each by itself, and learns from what its completions are worth.")
+        else:
+            console.print(Text.assemble(what, (f"behind {SUPERVISED}", STYLE), "and green."))
     names = data.labels or Labels(())
     for index, sample in enumerate(shown.samples):
         supervised = sum(token.supervised for token in sample)
@@ -50,7 +54,8 @@ def run(args: argparse.Namespace) -> int:
         number = f"{index + 1}"
         if shown.names:
             number, label = f"{index * args.samples // len(shown.samples) + 1} {shown.names[index]}", ""
-        console.print(Text.assemble("\n", (number, "bold"), f"  {len(sample)} tokens, {supervised} supervised{label}"))
+        learned = "" if data.kind in PROMPTS else f", {supervised} supervised{label}"
+        console.print(Text.assemble("\n", (number, "bold"), f"  {len(sample)} tokens{learned}"))
         console.print(_text_of(runs(sample)), soft_wrap=True)
     console.print()
     console.print(_table(shown.parts))

@@ -34,6 +34,42 @@ def conflicts(run: "RunConfig") -> Iterator[Problem]:
     yield from _data(run)
     if run.training["method"] != "sft" and run.model.task == "causal_lm":
         yield from _preferences(run)
+    if run.training["method"] == "grpo" and run.model.task == "causal_lm":
+        yield from _completions(run)
+
+
+def _completions(run: "RunConfig") -> Iterator[Problem]:
+    training = run.training
+    if not training["reward"]:
+        yield Problem(
+            ("training", "reward"),
+            "nothing says what a completion is worth; set it, such as reward: [exact_answer] for numbers, "
+            "[multiple_choice], or [file.py:function]",
+        )
+    batch, number = training["per_device_train_batch_size"], training["num_generations"]
+    steps = training.get("steps_per_generation") or training["gradient_accumulation_steps"]
+    if training.get("generation_batch_size") is None and batch * steps % number and number % (batch * steps):
+        yield Problem(
+            ("training", "num_generations"),
+            f"is {number}, but {batch * steps} completions are generated at a time on a process (per_device_train_"
+            f"batch_size {batch} times gradient_accumulation_steps, or steps_per_generation, {steps}); set it to a "
+            "divisor of that",
+        )
+    if not training.get("use_vllm"):
+        return
+    if training.get("vllm_mode", "colocate") != "colocate":
+        yield Problem(
+            ("training", "vllm_mode"),
+            "server is sent all weights by TRL, the adapter merged into them; set colocate, which is sent the adapter",
+        )
+    if training.get("vllm_enable_sleep_mode"):
+        yield Problem(("training", "vllm_enable_sleep_mode"), "would drop the base, which is not sent again; remove it")
+    if not declared.is_low_rank(run.adapter.method):
+        words = f"{run.adapter.method}'s updates are of full rank, and vLLM is sent a LoRA; leave it out"
+        yield Problem(("training", "use_vllm"), words)
+    if run.adapter.options.get("modules_to_save"):
+        words = "vLLM is sent a LoRA, which has no fully trained modules; leave it out, or adapter.modules_to_save"
+        yield Problem(("training", "use_vllm"), words)
 
 
 def _preferences(run: "RunConfig") -> Iterator[Problem]:

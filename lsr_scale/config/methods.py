@@ -6,6 +6,8 @@ What trains a method is a file of its name in `lsr_scale/training/methods/`.
 from dataclasses import dataclass, field
 from typing import Any
 
+from lsr_scale.config.rewards import AnyReward
+
 
 @dataclass(frozen=True)
 class TrainingMethod:
@@ -19,6 +21,7 @@ class TrainingMethod:
         sequences: How many of a row a step's forward pass has.
         evaluated: What an evaluation during training finds, without the `eval_` before each.
         unused: Fields of the class that have no effect here, with what to do instead.
+        own: Fields that the class does not have, whose defaults are in `defaults`: type and description.
     """
 
     arguments: str
@@ -28,6 +31,7 @@ class TrainingMethod:
     has_reference: bool = False
     sequences: int = 1
     evaluated: tuple[str, ...] = ("loss", "mean_token_accuracy", "entropy")
+    own: dict[str, tuple[Any, str]] = field(default_factory=dict)
 
     @property
     def class_name(self) -> str:
@@ -63,6 +67,41 @@ _OF_ORPO = {
     "padding_value": "the tokenizer's padding token is used: leave it out",
     "generate_during_eval": "set eval.prompts",
 }
+_NO_TOOLS = "completions are texts, judged by training.reward: leave it out"
+_GRPO = TrainingMethod(
+    "trainer.grpo_config.GRPOConfig",
+    ("prompts", "chat_prompts"),
+    {
+        "reward": [],
+        "max_prompt_length": 512,
+        "max_completion_length": 256,
+        "learning_rate": 1e-4,
+        "num_generations": 8,
+    },
+    {
+        **_NO_REFERENCE,
+        **dict.fromkeys(("max_tool_calling_iterations", "log_multimodal"), _NO_TOOLS),
+        **dict.fromkeys(
+            ("log_completions", "num_completions_to_print", "log_unique_prompts", "log_completions_hub_repo"),
+            "some completions of each logging step are in completions.jsonl of the run's folder: leave it out",
+        ),
+        "reward_weights": "give each reward its weight: reward: [{name: length, weight: 0.2}]",
+        "cast_lm_head_to_fp32": "it casts what all of the model shares: set model.dtype: float32",
+        "remove_unused_columns": "rewards read the rows' columns: leave it out",
+        "use_transformers_paged": "set use_transformers_continuous_batching",
+        "vllm_importance_sampling_cap": "set vllm_importance_sampling_clip_max",
+    },
+    has_reference=True,
+    evaluated=("loss", "reward", "kl", "entropy"),
+    own={
+        "reward": (
+            list[AnyReward],
+            "What a completion is worth, the sum of: exact_answer, multiple_choice, {name: regex, pattern: ...}, "
+            "length, file.py:function; each a name, or {name: ..., weight: ...}.",
+        ),
+        "max_prompt_length": (int, "The longest prompt in tokens; a row with a longer one is refused, and named."),
+    },
+)
 
 METHODS: dict[str, TrainingMethod] = {
     "sft": TrainingMethod(
@@ -93,6 +132,7 @@ METHODS: dict[str, TrainingMethod] = {
         sequences=2,
         evaluated=(*_REWARDS, "rewards/accuracies", "nll_loss"),
     ),
+    "grpo": _GRPO,
 }
 
 

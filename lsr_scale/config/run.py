@@ -52,7 +52,8 @@ class RunConfig(Section):
     @classmethod
     def _check_training(cls, values: Any, info: ValidationInfo) -> Any:
         model = info.data.get("model")
-        return check_training(values, model.task if model else "causal_lm") if isinstance(values, dict) else values
+        task = model.task if model else "causal_lm"
+        return check_training(values, task, info.context) if isinstance(values, dict) else values
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:
@@ -167,7 +168,9 @@ def json_schema() -> dict[str, Any]:
     training = training_model("causal_lm").model_json_schema()
     schema["$defs"] |= training.pop("$defs", {})
     for method in METHODS:
-        _add_fields(training["properties"], training_model("causal_lm", method).model_json_schema()["properties"])
+        fields = training_model("causal_lm", method).model_json_schema()
+        schema["$defs"] |= fields.get("$defs", {})
+        _add_fields(training["properties"], fields["properties"])
     schema["properties"]["training"] |= training
     sweep = SweepSection.model_json_schema()
     schema["$defs"] |= sweep.pop("$defs", {})

@@ -191,6 +191,7 @@ class SourceSection(Section):
         "classification",
         "preference",
         "unpaired",
+        "prompts",
     ] = Field("auto", description="Shape of the rows; auto looks at the first one.")
     limit: int | None = Field(None, ge=1, description="Take only the first so many rows.")
 
@@ -215,6 +216,9 @@ class DataSection(Section):
     validation: list[Source] = Field([], description="Sources whose loss is reported during training.")
     validation_split: float | None = Field(
         None, gt=0, lt=1, description="In place of validation: the share of the training rows held out, by their hash."
+    )
+    instruction: str | None = Field(
+        None, min_length=1, description="With training.method: grpo, text behind each prompt, in its last turn."
     )
 
     @property

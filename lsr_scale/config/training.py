@@ -67,7 +67,7 @@ TASK_DEFAULTS: dict[Task, dict[str, Any]] = {
 _CLASSES = ("accuracy", "f1", "f1_macro", "matthews_correlation")
 _SCORES = ("pearson", "spearmanr")
 _OF_PREFERENCES = ("rewards/accuracies", "rewards/margins")
-EVALUATED = tuple(f"eval_{name}" for name in ("loss", *_CLASSES, *_SCORES, *_OF_PREFERENCES))
+EVALUATED = tuple(f"eval_{name}" for name in ("loss", "reward", *_CLASSES, *_SCORES, *_OF_PREFERENCES))
 
 _NO_FSDP = "sharding is DeepSpeed's: set deepspeed.config to zero3"
 _NO_AUTOCAST = (
@@ -108,6 +108,21 @@ _BOUNDS: dict[str, dict[str, float]] = {
     "gradient_accumulation_steps": {"ge": 1, "le": 65_536},
     "eval_accumulation_steps": {"ge": 1, "le": 10**9},
     "max_length": {"ge": 1, "le": 2**24},
+    "max_prompt_length": {"ge": 1, "le": 2**24},
+    "max_completion_length": {"ge": 1, "le": 2**24},
+    "num_generations": {"ge": 2, "le": 65_536},
+    "num_generations_eval": {"ge": 1, "le": 65_536},
+    "num_iterations": {"ge": 1, "le": 65_536},
+    "steps_per_generation": {"ge": 1, "le": 65_536},
+    "generation_batch_size": {"ge": 1, "le": 2**20},
+    "temperature": {"gt": 0, "le": 100},
+    "top_p": {"gt": 0, "le": 1},
+    "top_k": {"ge": 0, "le": 10**9},
+    "min_p": {"ge": 0, "le": 1},
+    "repetition_penalty": {"ge": 0.01, "le": 100},
+    "beta": {"ge": 0, "le": 1e6},
+    "epsilon": {"gt": 0, "le": 1e6},
+    "epsilon_high": {"gt": 0, "le": 1e6},
     "pad_to_multiple_of": {"ge": 1, "le": 65_536},
     "learning_rate": {"ge": 0, "le": 1e6},
     "warmup_steps": {"ge": 0, "le": 10**9},
@@ -300,6 +315,18 @@ def defaults_of(task: Task, method: str) -> dict[str, Any]:
     return {**DEFAULTS, **TASK_DEFAULTS[task], **(METHODS[method].defaults if task == "causal_lm" else {})}
 
 
+def own_fields(task: Task, method: str) -> dict[str, tuple[Any, str]]:
+    """Return the fields of a task and a method that neither TRL nor transformers has: type and description."""
+    return {**OWN_FIELDS, **(METHODS[method].own if task == "causal_lm" else {})}
+
+
+def longest_row(training: Mapping[str, Any]) -> int | None:
+    """Return the most tokens that a row has in training, completions included; None where nothing limits them."""
+    if training["method"] == "grpo":
+        return training["max_prompt_length"] + training["max_completion_length"]
+    return training.get("max_length")
+
+
 def not_to_set(method: str) -> dict[str, str]:
     """Return the fields that no file of a method sets, with what to do instead."""
     return OWNED | METHODS[method].unused
@@ -331,20 +358,25 @@ def training_model(task: Task, method: str = "sft") -> type[TrainingFields]:
     elif task == "seq_cls":
         text = "Longest sequence in tokens; longer ones are truncated."
         fields["max_length"] = _field("max_length", int | None, defaults["max_length"], text)
-    for name, (kind, text) in OWN_FIELDS.items():
+    for name, (kind, text) in own_fields(task, method).items():
         fields[name] = _field(name, Flag if kind is bool else kind, defaults[name], text)
     return create_model("TrainingSection", __base__=TrainingFields, **fields)
 
 
-def check_training(values: Any, task: Task) -> dict[str, Any]:
+def check_training(values: Any, task: Task, context: Any = None) -> dict[str, Any]:
     """Return the section as written, checked, with our defaults for what it leaves out.
+
+    Args:
+        values: The section.
+        task: The model's.
+        context: Pydantic's: under "folder" what the paths of rewards are relative to.
 
     Raises:
         pydantic.ValidationError: for unknown names and wrong types or values.
         ValueError: for the two names of a renamed field, set differently.
     """
     method = method_of(values)
-    checked = training_model(task, method).model_validate(values)
+    checked = training_model(task, method).model_validate(values, context=context)
     written = {name: _as_written(values[name], getattr(checked, name)) for name in values}
     for name, value in written.items():
         if name.endswith("_kwargs") and isinstance(value, str) and not value.lstrip().startswith("{"):
@@ -379,7 +411,7 @@ def _early_stopping_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
     every = values.get("eval_steps", values.get("save_steps", DEFAULTS["save_steps"]))
     return {
         "load_best_model_at_end": True,
-        "metric_for_best_model": "eval_loss",
+        "metric_for_best_model": "eval_reward" if values.get("method") == "grpo" else "eval_loss",
         "eval_strategy": strategy,
         "save_strategy": strategy,
         **({"eval_steps": every, "save_steps": every} if strategy == "steps" else {}),
@@ -401,7 +433,7 @@ def training_kwargs(training: Mapping[str, Any], task: Task) -> dict[str, Any]:
     known = {field.name for field in dataclasses.fields(training_arguments_class(task, training["method"]))}
     kwargs = dict(training)
     kwargs["gradient_checkpointing"] = checkpoints_layers(kwargs)
-    for name in OWN_FIELDS:
+    for name in own_fields(task, training["method"]):
         del kwargs[name]
     if kwargs["optim"] in OWN_OPTIMIZERS:  # made by training/optimizers/; LoRA+ of what this names
         kwargs["optim"], kwargs["optim_args"] = "adamw_torch_fused", None
@@ -446,4 +478,6 @@ def _as_written(raw: Any, checked: Any) -> Any:
     """Keep `10` an integer where the field is a float, so that a resolved run reads as it was written."""
     if isinstance(checked, BaseModel):
         return {name: _as_written(raw.get(name), value) for name, value in checked}
+    if isinstance(checked, list) and checked and isinstance(checked[0], BaseModel):
+        return [one.model_dump(exclude_none=True) for one in checked]
     return raw if isinstance(raw, int) and isinstance(checked, float) else checked

@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from lsr_scale.config.methods import METHODS
-from lsr_scale.data import preferences
+from lsr_scale.data import answered_prompts, preferences
+from lsr_scale.data.answered_prompts import PromptForm
 from lsr_scale.data.conversations import check_learnable, checked_messages, conversation, tools_of
 from lsr_scale.data.labels import Labels, number_of
 from lsr_scale.data.prompt_forms import scored_pair
@@ -24,7 +25,9 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 _Plain = Literal["prompt_completion", "chat_prompt_completion", "messages", "text", "classification"]
-Kind = _Plain | Literal["preference", "chat_preference", "unpaired", "chat_unpaired"]
+Kind = (
+    _Plain | Literal["preference", "chat_preference", "unpaired", "chat_unpaired"] | Literal["prompts", "chat_prompts"]
+)
 KIND_MEANING: dict[str, str] = {
     "prompt_completion": "raw text, loss on the completion",
     "chat_prompt_completion": "chat template, loss on the assistant's turns in the completion",
@@ -35,6 +38,7 @@ KIND_MEANING: dict[str, str] = {
     "chat_preference": "chat template, a chosen answer and a rejected one",
     "unpaired": "raw text, a completion that is desirable or not",
     "chat_unpaired": "chat template, an answer that is desirable or not",
+    **answered_prompts.KINDS,
 }
 
 ALPACA_INPUT = (
@@ -132,7 +136,7 @@ CONVERTERS: dict[str, Callable[[Row], dict[str, Any]]] = {
     "preference": preferences.preference,
     "unpaired": preferences.unpaired,
 }
-FORMATS = ("auto", "multiple_choice", *CONVERTERS)
+FORMATS = ("auto", "multiple_choice", "prompts", *CONVERTERS)
 
 
 def multiple_choice_record(row: Row, task: str | None = None) -> dict[str, str]:
@@ -192,6 +196,8 @@ def _convert(
     method: str | None,
 ) -> tuple[list[dict[str, Any]], Kind]:
     """Convert the rows of one source; the format is detected on its first row and holds for all."""
+    if data_format == "prompts":
+        raise UserError(f"{where}: format prompts is for training.method: grpo; set that, or another format")
     if data_format not in FORMATS:
         raise UserError(f"{where}: unknown format {data_format!r}; {did_you_mean(data_format, FORMATS)}")
     if data_format == "auto":
@@ -266,6 +272,7 @@ def build_dataset(
     check: Callable[[dict[str, Any]], None] | None = None,
     labels: Labels | None = None,
     method: str | None = None,
+    form: PromptForm | None = None,
 ) -> tuple["Dataset", Kind]:
     """Read the sources, convert their rows and put them one after the other, in the order given.
 
@@ -278,6 +285,7 @@ def build_dataset(
         labels: A classifier's, by which rows get the numbers of their classes; None leaves numbers as they stand.
         method: `training.method`, of a language model: rows of the wrong kind for it are refused, and multiple-choice
             questions become what it takes. None takes any, and questions become prompt and completion.
+        form: Rows are read as prompts that the model completes by itself, as it says.
 
     Returns:
         The dataset and its kind, a key of `KIND_MEANING`.
@@ -285,6 +293,7 @@ def build_dataset(
     Raises:
         UserError: A source cannot be read, a row does not fit (file and line named), or the kinds do not go together.
     """
+    import pyarrow as pa
     from datasets import Dataset
 
     if not sources:
@@ -294,7 +303,11 @@ def build_dataset(
     for source, rows in zip(sources, loaded or [load_source(source, default_split) for source in sources], strict=True):
         fields = source_fields(source)
         where = f"data source {fields['path']!r}"
-        converted, kind = _convert(rows, fields.get("format", "auto"), where, check, labels, model_task, method)
+        if form is not None:
+            _check_prompts(fields.get("format", "auto"), where)
+            converted, kind = answered_prompts.prompt_records(rows, form, check)
+        else:
+            converted, kind = _convert(rows, fields.get("format", "auto"), where, check, labels, model_task, method)
         records += converted
         kinds.setdefault(kind, where)
     if len(kinds) > 1:
@@ -315,4 +328,19 @@ def build_dataset(
         records = [{**record, "label": float(record["label"])} for record in records]
     # One column list for all: a source without tools stands beside one that has them.
     columns = dict.fromkeys(key for record in records for key in record)
-    return Dataset.from_dict({key: [record.get(key) for record in records] for key in columns}), kind  # pyright: ignore[reportReturnType]
+    try:
+        return Dataset.from_dict({key: [record.get(key) for record in records] for key in columns}), kind  # pyright: ignore[reportReturnType]
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        if form is None:
+            raise
+        raise UserError(
+            "data: the rows' other columns, which a reward of your own is given, are of different types in different "
+            f"rows ({str(error).splitlines()[0][:200]}); write them alike, or remove them"
+        ) from error
+
+
+def _check_prompts(data_format: str, where: str) -> None:
+    if data_format not in ("auto", "prompts"):
+        raise UserError(
+            f"{where}: format is {data_format}, but rows are read as prompts (training.method: grpo); leave it out"
+        )

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import nn
 from transformers import PreTrainedConfig
 
+from lsr_scale.config.training import longest_row
+from lsr_scale.data import answered_prompts
 from lsr_scale.data.assistant_spans import render
 from lsr_scale.data.completions import tokenize_completions
 from lsr_scale.data.conversations import listed_tools, messages_of
@@ -74,7 +76,8 @@ def check_model_limits(
         UserError: naming the row, and the largest id or the length.
     """
     text = config.get_text_config()
-    rows, limit, positions = getattr(text, "vocab_size", None), training["max_length"], None
+    rows, limit, positions = getattr(text, "vocab_size", None), longest_row(training), None
+    completed = training["max_completion_length"] if kind in answered_prompts.KINDS else 0
     if not isinstance(rows, int):
         return
     pad_token = training.get("pad_token") or tokenizer.pad_token
@@ -99,6 +102,12 @@ def check_model_limits(
             continue
         highest = max(range(len(tokens)), key=lambda row: max(tokens[row], default=0))
         check_token_id(max(tokens[highest], default=0), rows, tokenizer, config, f"data.{name}: row {places[highest]}")
+        if positions is not None and completed and len(tokens[longest]) + completed > positions:
+            raise UserError(
+                f"data.{name}: row {places[longest]} has {len(tokens[longest])} tokens, and "
+                f"training.max_completion_length is {completed}, but {config.name_or_path} has {positions} positions; "
+                "lower it, or shorten the prompt"
+            )
         if positions is not None and len(tokens[longest]) > positions:
             raise UserError(
                 f"data.{name}: row {places[longest]} has {len(tokens[longest])} tokens, but {config.name_or_path} has "
@@ -110,7 +119,7 @@ def _tokens(
     dataset: "Dataset", kind: Kind, tokenizer: Any, training: Mapping[str, Any]
 ) -> Iterator[tuple[int, list[int]]]:
     """Yield the number and token ids of rows as TRL makes them; its trainer would be one too many beside the run's."""
-    limit = training["max_length"]
+    limit = longest_row(training)
     cut = slice(-limit, None) if limit and training.get("truncation_mode") == "keep_end" else slice(limit)
     end = tokenizer.convert_tokens_to_ids(tokenizer.eos_token or "")
     for number, row in enumerate(cast(Iterable[dict[str, Any]], dataset), 1):
@@ -118,7 +127,9 @@ def _tokens(
             for prompt, completion in tokenize_completions(row, kind, tokenizer, training["method"]).values():
                 yield number, (prompt + completion)[cut]
             continue
-        if kind == "classification":
+        if kind in answered_prompts.KINDS:
+            ids = answered_prompts.prompt_ids(tokenizer, row["prompt"])
+        elif kind == "classification":
             ids = tokenizer(row["sentence1"], row["sentence2"] or None, truncation=True, max_length=limit)["input_ids"]
         elif kind in ("messages", "chat_prompt_completion"):
             ids = []

@@ -2,6 +2,7 @@
 
 import tempfile
 import warnings
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -9,6 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
+from lsr_scale.data import answered_prompts
+from lsr_scale.data.answered_prompts import prompt_ids
 from lsr_scale.data.classification import count_classification, tokenize_classification
 from lsr_scale.data.completions import as_trained, count_completions
 from lsr_scale.data.formats import Kind
@@ -52,7 +55,8 @@ class Preview:
         labels: The label of each row for classification data, else None.
         notes: What a user should know: which token pads, what is appended, what was dropped or cut.
         parts: Which rows were counted ("data.train", "data.validation"), and their counts.
-        names: Which completion each sample is ("chosen", "rejected"), where rows say which is preferred, else [].
+        names: Which completion each sample is ("chosen", "rejected"), where rows say which is preferred; of prompts
+            the answers that completions are judged by; else [].
     """
 
     samples: list[list[TokenView]]
@@ -138,6 +142,8 @@ def preview(
         counted = [count_classification(*part, tokenizer, options.get("max_length")) for part in parts]
         samples = [view(row["input_ids"], None, tokenizer) for row in encoded]  # pyright: ignore
         return Preview(samples, list(encoded["labels"]), *_joined(notes, counted))
+    if kind in answered_prompts.KINDS:
+        return _of_prompts(head, tokenizer, parts, notes)
     if kind in COMPLETIONS:
         return _of_completions(head, kind, tokenizer, training or {}, parts, notes)
     rows = _as_trained(head, tokenizer, options, assistant_only)
@@ -178,6 +184,20 @@ def _of_completions(
             samples.append(view(ids[cut], labels[cut], tokenizer))
             label = name if "label" not in head.column_names else "desirable" if row["label"] else "undesirable"  # pyright: ignore
             names.append(label)
+    return Preview(samples, None, *_joined(notes, counted), names)
+
+
+def _of_prompts(
+    head: "Dataset", tokenizer: PreTrainedTokenizerBase, parts: list[tuple[str, "Dataset"]], notes: list[str]
+) -> Preview:
+    """Return the preview of rows that the model completes by itself: prompts, each with its answer as its name."""
+    counted = []
+    for where, dataset in parts:
+        some, told = counted_rows(where, dataset)
+        lengths = Counter(len(prompt_ids(tokenizer, prompt)) for prompt in some["prompt"])
+        counted.append((told, TokenCounts(rows=len(some), lengths=lengths), []))
+    samples = [view(prompt_ids(tokenizer, prompt), None, tokenizer) for prompt in head["prompt"]]
+    names = ["without an answer" if answer is None else f"answer {answer[-60:]!r}" for answer in head["answer"]]
     return Preview(samples, None, *_joined(notes, counted), names)
 
 

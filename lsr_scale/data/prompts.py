@@ -117,6 +117,7 @@ def _ids(prompt: Prompt, kind: Kind, tokenizer: Any, number: int) -> list[int]:
         "chat_prompt_completion",
         "chat_preference",
         "chat_unpaired",
+        "chat_prompts",
     ):
         return tokenizer(prompt)["input_ids"] or [_first_token(tokenizer, number)]
     if not tokenizer.chat_template:

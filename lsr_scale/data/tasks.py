@@ -171,6 +171,20 @@ def to_example(row: Row, task: str | None = None, default_id: str = "") -> Examp
     Raises:
         RowError: The row does not fit; the message does not say where it stands.
     """
+    item, known = _read(row, task)
+    contexts, continuations, normalizers = (known.form if known else forms.form_question)(item)
+    # A choice may be nothing but markup that a form removes; its length is a divisor all the same.
+    lengths = tuple(max(1, length) for length in normalizers)
+    name = next((row[key] for key in ("id", "idx", "ind") if row.get(key) not in (None, "")), default_id)
+    return Example(str(name), tuple(contexts), tuple(continuations), item.answer, lengths)
+
+
+def item_of(row: Row, task: str | None = None) -> Item:
+    """Return the question of a row, without a prompt form; for the arguments and errors see `to_example`."""
+    return _read(row, task)[0]
+
+
+def _read(row: Row, task: str | None) -> tuple[Item, Task | None]:
     known = TASKS.get(task or "")
     if is_uniform(row):
         item = known.read_uniform(row) if known else layouts.read_uniform(row)
@@ -182,11 +196,7 @@ def to_example(row: Row, task: str | None = None, default_id: str = "") -> Examp
             raise RowError(f"expected the columns question, choices, answer{hub_columns}, got {columns}")
         item = known.read(row)
     _check_distinct(item, published=known is not None)
-    contexts, continuations, normalizers = (known.form if known else forms.form_question)(item)
-    # A choice may be nothing but markup that a form removes; its length is a divisor all the same.
-    lengths = tuple(max(1, length) for length in normalizers)
-    name = next((row[key] for key in ("id", "idx", "ind") if row.get(key) not in (None, "")), default_id)
-    return Example(str(name), tuple(contexts), tuple(continuations), item.answer, lengths)
+    return item, known
 
 
 def examples(rows: Rows, task: str | None = None) -> list[Example]:

@@ -17,7 +17,7 @@ from lsr_scale.model.tokenizer import undefined_names
 if TYPE_CHECKING:
     from datasets import Dataset
 
-WITH_TEMPLATE = (*CONVERSATIONS, "chat_preference", "chat_unpaired")
+WITH_TEMPLATE = (*CONVERSATIONS, "chat_preference", "chat_unpaired", "chat_prompts")
 
 
 def prepare_tokenizer(

@@ -33,30 +33,32 @@ class Distributions:
 
     Attributes:
         entropy: `[T]`, in nats, float32.
-        is_top1: `[T]`, whether the label is the most likely.
-        mean_logits: `[T]`, the mean over the vocabulary, float32.
+        is_top1: `[T]`, whether the label is the most likely; None where nobody asks.
+        mean_logits: `[T]`, the mean over the vocabulary, float32; None where nobody asks.
     """
 
     entropy: Tensor
-    is_top1: Tensor
-    mean_logits: Tensor
+    is_top1: Tensor | None = None
+    mean_logits: Tensor | None = None
 
     @classmethod
-    def empty(cls, hidden: Tensor) -> "Distributions":
+    def empty(cls, hidden: Tensor, only_entropy: bool = False) -> "Distributions":
         """Return those of `hidden [T, ...]`, to be filled."""
-        entropy, mean = (hidden.new_empty(len(hidden), dtype=torch.float32) for _ in range(2))
-        return cls(entropy, torch.empty_like(entropy, dtype=torch.bool), mean)
+        entropy = hidden.new_empty(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
+        if only_entropy:
+            return cls(entropy)
+        return cls(entropy, torch.empty_like(entropy, dtype=torch.bool), torch.empty_like(entropy))
 
     def fill(self, start: int, logits: Tensor, labels: Tensor) -> None:
-        """Describe the rows from `start` on, by their logits `[t, vocabulary]` and labels `[t]`."""
+        """Describe the rows from `start` on, by their logits `[t, vocabulary]` and labels `[t]`, but for entropies."""
+        if self.mean_logits is None or self.is_top1 is None:
+            return
         size = max(1, _DESCRIBED_ELEMENTS // logits.shape[1])
         for offset in range(0, len(logits), size):
             values = logits[offset : offset + size].float()
             part = slice(start + offset, start + offset + len(values))
             self.mean_logits[part] = values.mean(-1)
             self.is_top1[part] = values.argmax(-1) == labels[offset : offset + size]
-            log_probs = values.log_softmax(-1)
-            self.entropy[part] = -(log_probs.exp() * log_probs).sum(-1)
 
 
 class _TokenLosses(torch.autograd.Function):
@@ -64,7 +66,7 @@ class _TokenLosses(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, described: Distributions | None = None
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, described: Distributions | None, temperature: float
     ) -> Tensor:
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         dtype = torch.promote_types(hidden.dtype, torch.float32)
@@ -73,24 +75,35 @@ class _TokenLosses(torch.autograd.Function):
         for start in range(0, len(hidden), size):
             part = slice(start, start + size)
             logits = hidden[part] @ weight.t()
+            if temperature != 1:
+                logits /= temperature
             if described is not None:
                 described.fill(start, logits, labels[part])
-            losses[part] = cross_entropy(logits, labels[part], gradient=gradient is not None)
+            entropies = None if described is None else described.entropy[part]
+            losses[part] = cross_entropy(logits, labels[part], gradient=gradient is not None, entropies=entropies)
             if gradient is not None:
                 torch.mm(logits, weight, out=gradient[part])
         if gradient is not None:
+            if temperature != 1:
+                gradient /= temperature
             ctx.save_for_backward(gradient)
         return losses
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * grads[0][:, None].to(gradient.dtype), None, None, None
+        return gradient * grads[0][:, None].to(gradient.dtype), None, None, None, None
 
 
-def token_losses(hidden: Tensor, weight: Tensor, labels: Tensor, described: Distributions | None = None) -> Tensor:
-    """Return the cross-entropy of each row of `hidden @ weight^T` against its label, float32, `[T]`.
+def token_losses(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    described: Distributions | None = None,
+    temperature: float = 1.0,
+) -> Tensor:
+    """Return the cross-entropy of each row of `hidden @ weight^T / temperature` against its label, float32, `[T]`.
 
     Differentiable in `hidden`; all logits are in memory only where the head is trained.
 
@@ -99,14 +112,16 @@ def token_losses(hidden: Tensor, weight: Tensor, labels: Tensor, described: Dist
         weight: `[vocabulary, hidden]`.
         labels: `[T]` in `[0, vocabulary)`, without ignored ones.
         described: Filled with what the distributions are like, if it is given.
+        temperature: What logits are divided by.
     """
     if weight.requires_grad:
-        logits = hidden @ weight.t()
+        logits = (hidden @ weight.t()).float() / temperature
         if described is not None:
             described.fill(0, logits.detach(), labels)
-        return functional.cross_entropy(logits.float(), labels, reduction="none")
+            described.entropy.copy_(torch.special.entr(logits.detach().softmax(-1)).sum(-1))
+        return functional.cross_entropy(logits, labels, reduction="none")
     with torch.autocast(hidden.device.type, enabled=False):
-        return _TokenLosses.apply(hidden, weight, labels, described)  # pyright: ignore[reportReturnType]
+        return _TokenLosses.apply(hidden, weight, labels, described, temperature)  # pyright: ignore[reportReturnType]
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:

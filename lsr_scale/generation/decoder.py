@@ -65,10 +65,13 @@ class Decoder:
         temperature: float | None = None,
         top_p: float | None = None,
         top_k: int | None = None,
+        min_p: float | None = None,
         repetition_penalty: float = 1.0,
         seed: int | None = None,
         eos_token_id: int | Sequence[int] | None = None,
         pad_token_id: int | None = None,
+        answers: Sequence[int] | None = None,
+        log_probs: list[Tensor] | None = None,
     ) -> Tensor:
         """Return prompts and answers, `[B, S + new]`, as transformers' `generate` would.
 
@@ -82,16 +85,24 @@ class Decoder:
                 `top_k` or `seed` is given.
             top_p: Draw from the most likely tokens that together have this probability.
             top_k: Draw from so many of the most likely tokens.
+            min_p: Draw from tokens at least so likely as this times the most likely one.
             repetition_penalty: Above 1, what was there already is less likely.
             seed: Of the draws; by default they go on from the process's random state.
             eos_token_id: What ends a row; the model's by default, `[]` for nothing.
             pad_token_id: What follows the end; the model's by default.
+            answers: How many answers each prompt gets, by default one; they are the rows of what is returned, in the
+                prompts' order. A prompt is computed once for all of its own.
+            log_probs: A list that is given the log-probability of each step's tokens, `[B]`, by the model's logits as
+                they are, before temperature and cuts. Steps by transformers' own generation give none.
 
         Raises:
             UserError: for values or adapters that do not fit, padding at the right, or logits that are not finite.
         """
-        sampling = Sampling(max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed)
+        sampling = Sampling(max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed, min_p)
         mask = _checked_mask(input_ids, attention_mask)
+        source = _sources(input_ids, answers)
+        if adapter_names is not None and source is not None:
+            raise UserError("adapter_names: are of rows with an answer each; leave answers out, or repeat the prompts")
         ends, pad = self._special_tokens(eos_token_id, pad_token_id)
         reason = decoder_fallback_reason(self.model, input_ids.shape[1] + max_new_tokens, adapter_names)
         training = self.model.training
@@ -108,8 +119,11 @@ class Decoder:
                     names = {} if adapter_names is None else {"adapter_names": list(adapter_names)}
                     options = {"max_new_tokens": max_new_tokens, "eos_token_id": ends or None, "pad_token_id": pad}
                     options |= sampling.arguments() | names
-                    return self.model.generate(input_ids=input_ids, attention_mask=mask, use_cache=True, **options)
-                return self._generate(input_ids, mask, sampling, adapter_names, ends, pad)
+                    rows = slice(None) if source is None else source
+                    return self.model.generate(
+                        input_ids=input_ids[rows], attention_mask=mask[rows], use_cache=True, **options
+                    )
+                return self._generate(input_ids, mask, sampling, adapter_names, ends, pad, source, log_probs)
         finally:
             if training:
                 self.model.train()
@@ -127,21 +141,27 @@ class Decoder:
         adapter_names: Sequence[str] | None,
         ends: list[int],
         pad: int,
+        source: Tensor | None,
+        log_probs: list[Tensor] | None,
     ) -> Tensor:
-        rows, prompt = input_ids.shape
+        rows, prompt = input_ids.shape if source is None else (len(source), input_ids.shape[1])
         new = sampling.max_new_tokens
         ids = input_ids.new_full((rows, prompt + new), pad)
-        ids[:, :prompt] = input_ids
+        ids[:, :prompt] = input_ids if source is None else input_ids[source]
         end_ids = torch.tensor(ends, device=ids.device)
         running = torch.ones(rows, dtype=torch.bool, device=ids.device)
         finite, lengths = running.clone(), torch.zeros(rows, dtype=torch.int64, device=ids.device)
         between_looks = STEPS_BETWEEN_LOOKS if ids.is_cuda else 1
-        with self._adapters(input_ids, adapter_names) as pairs:
-            step, logits = self._prefill(input_ids, mask, new, pairs, adapter_names is not None)
+        with self._adapters(input_ids, adapter_names, rows) as pairs:
+            step, logits = self._prefill(input_ids, mask, new, pairs, adapter_names is not None, source)
             for done in range(new):
                 scores = logits.to(torch.float32, copy=True)
                 finite &= (scores < torch.inf).all(-1)  # NaN is not either; -inf is how models rule tokens out
-                tokens = sampling.next_tokens(ids[:, : prompt + done], scores.nan_to_num_(0.0, torch.inf, -torch.inf))
+                scores.nan_to_num_(0.0, torch.inf, -torch.inf)
+                likely = None if log_probs is None else scores.log_softmax(-1)
+                tokens = sampling.next_tokens(ids[:, : prompt + done], scores)
+                if log_probs is not None and likely is not None:
+                    log_probs.append(likely.gather(1, tokens[:, None])[:, 0])
                 tokens = tokens.where(running, pad)
                 ids[:, prompt + done] = tokens
                 lengths += running
@@ -155,7 +175,9 @@ class Decoder:
             raise UserError(_not_finite(finite.logical_not().nonzero().flatten().tolist(), adapter_names))
         return ids[:, : prompt + int(lengths.max())]
 
-    def _prefill(self, input_ids: Tensor, mask: Tensor, new: int, pairs: Any, named: bool) -> tuple[DecodeStep, Tensor]:
+    def _prefill(
+        self, input_ids: Tensor, mask: Tensor, new: int, pairs: Any, named: bool, source: Tensor | None
+    ) -> tuple[DecodeStep, Tensor]:
         """Return the step that comes after the prompts, and the logits that they end with."""
         options = {"logits_to_keep": 1} if "logits_to_keep" in _arguments(self.model) else {}
         positions = (mask.cumsum(1) - 1).clamp_min(0)
@@ -169,13 +191,14 @@ class Decoder:
             **options,
         )
         length = max(64, rounded(input_ids.shape[1] + new, 8))
-        key = len(input_ids), length, named
+        rows = len(input_ids) if source is None else len(source)
+        key = rows, length, named
         if key not in self.steps:
             while len(self.steps) >= self.max_steps:
                 self.steps.popitem(last=False)
             # the pairs of this batch are in use, whatever was kept before
             self.memories = {n: kept for n, kept in self.memories.items() if n in {key[0], *(k[0] for k in self.steps)}}
-            self.steps[key] = DecodeStep(self.model, cache, length)
+            self.steps[key] = DecodeStep(self.model, cache, length, rows)
         self.steps.move_to_end(key)
         step = self.steps[key]
         if new > 1 and (input_ids.is_cuda if self.graphs is None else self.graphs):
@@ -188,13 +211,14 @@ class Decoder:
                 self.graphs = False
                 step.release()
                 self._say(f"decoding steps are launched one kernel at a time: {reason}")
-        step.start(cache, mask)
-        return step, outputs.logits[:, -1]
+        step.start(cache, mask, source)
+        logits = outputs.logits[:, -1]
+        return step, logits if source is None else logits[source]
 
     @contextmanager
-    def _adapters(self, input_ids: Tensor, adapter_names: Sequence[str] | None) -> Iterator[Any]:
+    def _adapters(self, input_ids: Tensor, adapter_names: Sequence[str] | None, rows: int) -> Iterator[Any]:
         """Have the rows use their adapters, by pairs that a graph can read."""
-        memory = self.memories.setdefault(len(input_ids), {})
+        memory = self.memories.setdefault(rows, {})
         tuner = _tuner(self.model)
         with batch_lock(self.model if tuner is None else tuner):
             if adapter_names is None or tuner is None:
@@ -290,6 +314,22 @@ def _rope_types(parameters: Mapping[str, Any]) -> Iterable[str]:
             yield from _rope_types(value)
         elif name in ("rope_type", "type"):
             yield value
+
+
+def _sources(input_ids: Any, answers: Sequence[int] | None) -> Tensor | None:
+    """Return for each row of what is returned the number of its prompt, None where each prompt has one answer.
+
+    Raises:
+        UserError: if there is not a positive number for each prompt.
+    """
+    if answers is None or (all(number == 1 for number in answers) and len(answers) == len(input_ids)):
+        return None
+    if len(answers) != len(input_ids) or not all(isinstance(number, int) and number > 0 for number in answers):
+        raise UserError(
+            f"answers: expected a number from 1 on for each of {len(input_ids)} prompts, got {answers!r:.80}"
+        )
+    numbers = torch.tensor(answers, device=input_ids.device)
+    return torch.arange(len(input_ids), device=input_ids.device).repeat_interleave(numbers)
 
 
 def _checked_mask(input_ids: Any, attention_mask: Any) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers.generation.logits_process import (
     LogitsProcessorList,
+    MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -25,9 +26,10 @@ class Sampling:
     Attributes:
         max_new_tokens: When to stop at the latest.
         temperature: 0 takes the most likely token; above, tokens are drawn from probabilities sharpened (below 1) or
-            flattened by it. None: 1 where `top_p`, `top_k` or `seed` asks for drawing, else 0.
+            flattened by it. None: 1 where `top_p`, `top_k`, `min_p` or `seed` asks for drawing, else 0.
         top_p: Draw from the most likely tokens that together have this probability (arXiv 1904.09751).
         top_k: Draw from so many of the most likely tokens.
+        min_p: Draw from tokens at least so likely as this times the most likely one (arXiv 2407.01082).
         repetition_penalty: Divides the logits of tokens that were there already (arXiv 1909.05858); 1 is off.
         seed: Of the draws; None draws differently each time.
     """
@@ -38,6 +40,7 @@ class Sampling:
     top_k: int | None = None
     repetition_penalty: float = 1.0
     seed: int | None = None
+    min_p: float | None = None
 
     def __post_init__(self) -> None:
         """Refuse values that mean nothing, and fill in the temperature."""
@@ -45,9 +48,10 @@ class Sampling:
         _check_number("temperature", self.temperature, float, 0, 100, "a number from 0, the most likely token, to 100")
         _check_number("top_p", self.top_p, float, 1e-6, 1, "a number above 0, up to 1")
         _check_number("top_k", self.top_k, int, 1, 10**9, "a whole number from 1 on")
+        _check_number("min_p", self.min_p, float, 0, 1, "a number from 0 to 1")
         _check_number("repetition_penalty", self.repetition_penalty, float, 0.01, 100, "a number from 0.01 to 100")
         _check_number("seed", self.seed, int, 0, 2**63 - 1, "a whole number from 0 on")
-        given = [name for name in ("top_p", "top_k", "seed") if getattr(self, name) is not None]
+        given = [name for name in ("top_p", "top_k", "min_p", "seed") if getattr(self, name) is not None]
         if self.temperature is None:
             object.__setattr__(self, "temperature", 1.0 if given else 0.0)
         elif self.temperature == 0 and given:
@@ -67,6 +71,8 @@ class Sampling:
             found.append(TopKLogitsWarper(self.top_k))
         if self.top_p is not None and self.top_p < 1:
             found.append(TopPLogitsWarper(float(self.top_p)))
+        if self.min_p:
+            found.append(MinPLogitsWarper(float(self.min_p)))
         return found
 
     def next_tokens(self, ids: Tensor, logits: Tensor) -> Tensor:
@@ -87,6 +93,7 @@ class Sampling:
         if self.temperature:
             values |= {"do_sample": True, "temperature": float(self.temperature)}
             values |= {"top_p": float(self.top_p or 1), "top_k": self.top_k or 0}
+            values |= {"min_p": float(self.min_p)} if self.min_p else {}
         return values
 
 

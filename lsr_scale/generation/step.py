@@ -56,17 +56,18 @@ class DecodeStep:
         state: What a captured step holds for, beside the shapes.
     """
 
-    def __init__(self, model: Any, prefilled: Any, length: int) -> None:
+    def __init__(self, model: Any, prefilled: Any, length: int, rows: int) -> None:
         """Allocate.
 
         Args:
             model: A causal language model.
-            prefilled: A cache of another batch of so many rows, whose shapes and dtypes are copied.
+            prefilled: A cache of prompts, whose shapes and dtypes are copied.
             length: Tokens of a row, prompt and answer.
+            rows: How many there are.
         """
         self.model = model
         first = prefilled.layers[0].keys
-        rows, device = len(first), first.device
+        device = first.device
         self.tokens = torch.zeros(rows, 1, dtype=torch.int64, device=device)
         self.positions = torch.zeros(rows, 1, dtype=torch.int64, device=device)
         self.place = torch.zeros(1, dtype=torch.int64, device=device)
@@ -75,7 +76,7 @@ class DecodeStep:
         for layer in prefilled.layers:
             # zeros here and in `start`: a masked value that is not finite would spoil the sum
             keys, values = (
-                part.new_zeros(*part.shape[:2], length, part.shape[3]) for part in (layer.keys, layer.values)
+                part.new_zeros(rows, part.shape[1], length, part.shape[3]) for part in (layer.keys, layer.values)
             )
             layers.append(FixedLayer(keys, values, self.place))
         self.layers: list[Any] = layers
@@ -84,17 +85,20 @@ class DecodeStep:
         self._graph: Any = None
         self._logits: Tensor | None = None
 
-    def start(self, prefilled: Any, attention_mask: Tensor) -> None:
+    def start(self, prefilled: Any, attention_mask: Tensor, source: Tensor | None = None) -> None:
         """Take over a prompt's keys and values.
 
         Args:
             prefilled: The cache after the prompts.
-            attention_mask: `[B, S]`, 0 where a row is padded, which is at its left.
+            attention_mask: `[P, S]`, 0 where a prompt is padded, which is at its left.
+            source: `[B]`, the prompt of each row; by default each prompt is a row.
         """
         prompt = attention_mask.shape[1]
+        if source is not None:
+            attention_mask = attention_mask[source]
         for mine, theirs in zip(self.layers, prefilled.layers, strict=True):
             for part, taken in ((mine.keys, theirs.keys), (mine.values, theirs.values)):
-                part[:, :, :prompt].copy_(taken)
+                part[:, :, :prompt].copy_(taken if source is None else taken[source])
                 part[:, :, prompt:].zero_()
         closed = torch.finfo(self.mask.dtype).min
         self.mask.fill_(closed)

@@ -24,7 +24,7 @@ from lsr_scale.adapters.peft import AdapterLinear, in_out_features
 from lsr_scale.config import RunConfig
 from lsr_scale.config.deepspeed import SHIPPED
 from lsr_scale.config.methods import METHODS
-from lsr_scale.config.training import checkpoints_layers
+from lsr_scale.config.training import checkpoints_layers, longest_row
 from lsr_scale.data.model_limits import num_positions
 from lsr_scale.errors import UserError
 from lsr_scale.fused import FuseReport, fuse, keep_in_bf16
@@ -32,6 +32,7 @@ from lsr_scale.fused.fallback import DECODER_LAYERS
 from lsr_scale.fused.layer_state import Recompute
 from lsr_scale.model import DTYPES, check_quantization, chosen_dtype, load_config, local_device, meta_model
 from lsr_scale.planning import memory
+from lsr_scale.planning.completions import completions_note
 from lsr_scale.planning.sizes import adapter_file_bytes, frozen_bytes, quantized_layers
 from lsr_scale.planning.stages import GIB, Memory, RunMemory
 from lsr_scale.training.gradient_start import planned_start
@@ -158,6 +159,8 @@ def plan(run: RunConfig, gpus: int = 1, trace: bool = True) -> Plan:
         except memory.TraceError as error:
             traced, steps = False, dict.fromkeys((False, True), memory.StepMemory(0, 0))
             notes.append(f"activations and workspace come on top, they could not be counted for this model ({error})")
+    if training["method"] == "grpo":
+        notes.append(completions_note(run, text, gpus))
     if training["method"] == "orpo" and trace and fused is None:
         # bfloat16 logits, their log-softmax, and the gradient
         gib = 3 * DTYPES[section.dtype].itemsize * batch.rows * batch.length * text.vocab_size / GIB
@@ -274,7 +277,7 @@ def _batch(run: RunConfig, sliding_window: int | None) -> memory.Batch:
     FlashAttention takes all three without one.
     """
     training = run.training
-    rows, length = training["per_device_train_batch_size"], training.get("max_length") or UNKNOWN_LENGTH
+    rows, length = training["per_device_train_batch_size"], longest_row(training) or UNKNOWN_LENGTH
     rows *= METHODS[training["method"]].sequences  # chosen and rejected are one batch
     if training.get("packing"):
         rows, length, masked = 1, rows * length, True

@@ -13,7 +13,8 @@ from lsr_scale.errors import UserError
 from lsr_scale.report.figures import Drawn, drawn
 from lsr_scale.run.compare import ABSENT, RunSummary, Score, compare_records
 from lsr_scale.run.compare_tables import number, signed_percent, value_text
-from lsr_scale.run.plots import NATS, conditions_figure, loss_figure, preferences_figure, underflow_figure
+from lsr_scale.run.plots import NATS, conditions_figure, loss_figure, underflow_figure
+from lsr_scale.run.policy_plots import rewards_figure
 from lsr_scale.run.record import RunRecord, flat
 from lsr_scale.scoring.paired import wilson
 from lsr_scale.units import byte_size, clock
@@ -189,14 +190,16 @@ def _figures(record: RunRecord, summary: RunSummary) -> Iterator[Drawn]:
             alt += f", training from {training[0][1]:.3f} to {number(loss.train, 3) or f'{training[-1][1]:.3f}'}"
         if loss.best is not None:
             alt += f", best evaluation {loss.best:.3f} after step {loss.best_step}"
-        unit = "" if preferences_figure(record.metrics, "") is not None else NATS
+        unit = "" if rewards_figure(record.metrics, "") is not None else NATS
         yield drawn(lambda size: loss_figure(summary.curves, "", size, unit), alt, "")
-    if preferences_figure(record.metrics, "") is not None:
+    if rewards_figure(record.metrics, "") is not None:
         caption = (
             "How far the model prefers chosen completions to rejected ones, beyond what it began with; of ORPO, which "
             "has no reference, by mean log-probabilities."
         )
-        yield drawn(lambda size: preferences_figure(record.metrics, "", size), "Rewards over the steps", caption)
+        if any("reward" in row for row in record.metrics):
+            caption = "What completions were worth, how long they were, and how far the model went from the reference."
+        yield drawn(lambda size: rewards_figure(record.metrics, "", size), "Rewards over the steps", caption)
     if conditions_figure(record.metrics, "") is not None:
         caption = "Condition numbers of LSR-Adapt's sums: 1 where their terms are orthogonal, large where they cancel."
         yield drawn(

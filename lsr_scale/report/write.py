@@ -10,7 +10,8 @@ from lsr_scale import files
 from lsr_scale.errors import UserError, escaped
 from lsr_scale.run.compare import Comparison
 from lsr_scale.run.folder import RunFolder
-from lsr_scale.run.plots import NATS, draw_conditions, draw_losses, draw_preferences
+from lsr_scale.run.plots import NATS, draw_conditions, draw_losses
+from lsr_scale.run.policy_plots import draw_rewards
 from lsr_scale.run.record import read_run
 from lsr_scale.version import __version__
 
@@ -66,7 +67,7 @@ def show_at_end(folder: RunFolder, plan: MakePlan | None = None) -> str:
     method = config["training"].get("method", "sft")
     draw_losses(folder.metrics, folder.curve, title, NATS if method == "sft" else "")
     if method != "sft":
-        draw_preferences(folder.metrics, folder.rewards, f"{method}: {title}")
+        draw_rewards(folder.metrics, folder.rewards, f"{method}: {title}")
     draw_conditions(folder.metrics, folder.condition, title)
     return report_at_end(folder, plan)
 

@@ -33,11 +33,13 @@ class RunFolder:
     .earlier-run/      backup of an earlier run, until this one has saved a checkpoint (`backup.py`)
     .lock              the process that is running here (`lock.py`)
     nonfinite.jsonl    batches without a finite loss, and steps without a finite gradient
-    rewards.png        rewards of chosen and rejected completions, of a method that has them
+    rewards.png        rewards over the steps, KL and lengths of completions: a method's that has them
     condition.png      how far the terms of LSR-Adapt's sums cancel
     compute.json       errors in 8 bits, what stays in bfloat16: training.compute fp8, int8 (`training/compute.py`)
     tensorboard/       TensorBoard's files, with training.report_to: tensorboard
     samples.jsonl      completions of eval.prompts: {"step", "moment", "prompt", "completion"} a line
+    completions.jsonl  some completions of each logging step, with their rewards: training.method: grpo
+    rewards.json       what completions were worth (training.reward), with the code of a user's own functions
     adapter_lora/      the adapter as PEFT's LoRA, where training.save_as_lora asks for it
     confusion-*.png    a classifier's confusion matrices, a picture for each of its predictions in eval/
     report.html        all of it on one page that needs no other file
@@ -131,6 +133,16 @@ class RunFolder:
         return self.path / "samples.jsonl"
 
     @property
+    def completions(self) -> Path:
+        """One JSON object a completion that training generated, with its rewards: a few of each logging step."""
+        return self.path / "completions.jsonl"
+
+    @property
+    def reward_record(self) -> Path:
+        """The rewards, each with its options, and a user's own with its file's hash and text."""
+        return self.path / "rewards.json"
+
+    @property
     def tensorboard(self) -> Path:
         """What TensorBoard reads."""
         return self.path / "tensorboard"
@@ -203,6 +215,8 @@ class RunFolder:
             self.metrics: lambda file: _has_line_of(file, {"step"}),
             self.nonfinite: lambda file: _has_line_of(file, {"step"}),
             self.samples: lambda file: _has_line_of(file, {"moment", "prompt", "completion"}),
+            self.completions: lambda file: _has_line_of(file, {"step", "completion", "rewards"}),
+            self.reward_record: lambda file: "rewards" in _keys(file),
             self.results: lambda file: {"method", "steps"} <= _keys(file),
             self.compute_errors: lambda file: {"errors", "kept"} <= _keys(file),
             self.curve: is_picture,
@@ -234,6 +248,10 @@ class RunFolder:
         if not (self.path / "eval").is_symlink():
             remove_left_over(self.path / "eval", lambda name: _PREDICTIONS.fullmatch(name) is not None)
 
+    def _of_some_runs(self) -> tuple[Path, ...]:
+        of_grpo = self.completions, self.reward_record
+        return self.nonfinite, self.samples, self.report, self.compute_errors, *of_grpo
+
     def _folders(self) -> tuple[Path, ...]:
         return self.adapter, self.lora, self.tokenizer, self.path / "eval", self.tensorboard
 
@@ -250,11 +268,7 @@ class RunFolder:
             self.condition,
             self.results,
         )
-        blocking = [
-            path
-            for path in (*files, self.nonfinite, self.samples, self.report, self.compute_errors)
-            if os.path.lexists(path) and path not in ours
-        ]
+        blocking = [path for path in (*files, *self._of_some_runs()) if os.path.lexists(path) and path not in ours]
         marked = self.is_marked()
         folders = [path for path in self._folders() if os.path.lexists(path)]
         # a link would lead what is written into it out of the folder; the others are replaced, link and all

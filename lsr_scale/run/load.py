@@ -16,7 +16,7 @@ from lsr_scale.model.load_errors import suggest_base_option
 from lsr_scale.run.find import find_trained, newest_checkpoint
 from lsr_scale.run.folder import RunFolder
 
-CHAT_KINDS = ("messages", "chat_prompt_completion", "chat_preference", "chat_unpaired")
+CHAT_KINDS = ("messages", "chat_prompt_completion", "chat_preference", "chat_unpaired", "chat_prompts")
 
 
 def open_trained(

@@ -45,7 +45,7 @@ def loss_figure(curves: Curves, title: str, size: tuple[float, float] = SIZE, un
         size: Its inches.
         unit: The loss's, "" for none.
     """
-    figure, axes = _figure(title, size)
+    figure, axes = titled_figure(title, size)
     training, evaluation = (curves.get(key) or [] for key in CURVES)
     if training:
         _plot_training(axes, training, COLORS[0], "training")
@@ -70,7 +70,7 @@ def curves_figure(curves: Mapping[str, Curves], title: str = "", size: tuple[flo
         size: Its inches; a legend of many runs adds to the height.
     """
     columns = 2 if size[0] > _NARROW and len(curves) > 2 else 1
-    figure, axes = _figure(title, (size[0], size[1] + 0.2 * (2 + -(-len(curves) // columns))))
+    figure, axes = titled_figure(title, (size[0], size[1] + 0.2 * (2 + -(-len(curves) // columns))))
     width = max((smoothing(points["loss"]) for points in curves.values() if points.get("loss")), default=1)
     evaluated = False
     for index, (name, points) in enumerate(curves.items()):
@@ -129,6 +129,11 @@ def _smoothed(points: Points, width: int) -> list[tuple[int, float]]:
     return [(step, mean) for (step, _), mean in zip(points, means, strict=True)]
 
 
+def smoothed_points(points: Points) -> tuple[list[int], list[float]]:
+    """Return the steps and values of what was logged, smoothed where it is much."""
+    return _columns(_smoothed(points, smoothing(points)))
+
+
 def _plot_training(axes: Any, points: Points, color: str, label: str) -> None:
     width = smoothing(points)
     if width == 1:
@@ -145,21 +150,22 @@ def _columns(points: Points) -> tuple[list[int], list[float]]:
     return [step for step, _ in points], [value for _, value in points]
 
 
-def _figure(title: str, size: tuple[float, float] = SIZE) -> tuple["Figure", Any]:
-    """Return a figure with one panel over the steps; made without pyplot, whose backend is the user's."""
+def titled_figure(title: str, size: tuple[float, float] = SIZE, rows: int = 1) -> tuple["Figure", Any]:
+    """Return a figure with panels over the steps, one or a list; made without pyplot, whose backend is the user's."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator, ScalarFormatter, StrMethodFormatter
 
     figure = Figure(figsize=size, dpi=120, layout="constrained")
-    axes = figure.subplots()
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, steps=[1, 2, 5, 10]))
-    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    axes.yaxis.set_major_formatter(ScalarFormatter(useOffset=False))
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.3)
+    panels = figure.subplots(rows, sharex=True, squeeze=False)[:, 0].tolist()
+    for axes in panels:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, steps=[1, 2, 5, 10]))
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        axes.yaxis.set_major_formatter(ScalarFormatter(useOffset=False))
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.3)
     if title:
-        axes.set_title(picture_text(title), fontsize=11)
-    return figure, axes
+        panels[0].set_title(picture_text(title), fontsize=11)
+    return figure, panels if rows > 1 else panels[0]
 
 
 def _legend(figure: Any) -> None:
@@ -205,7 +211,7 @@ def conditions_figure(
     rows = [row for row in metrics if any(name.startswith("condition_") and finite_values([row], name) for name in row)]
     if not rows:
         return None
-    figure, axes = _figure(title, size)
+    figure, axes = titled_figure(title, size)
     for color, name in zip(COLORS, _names(rows), strict=False):
         for kind, style in (("median", "-"), ("max", "--")):
             key = f"condition_{name}_{kind}"
@@ -231,7 +237,7 @@ def underflow_figure(
     """Return the figure of the shares of values that underflow in 8 bits over the steps, None where none was logged."""
     from matplotlib.ticker import PercentFormatter
 
-    figure, axes = _figure(title, size)
+    figure, axes = titled_figure(title, size)
     for color, kind, words in zip(COLORS, ("input", "gradient"), ("activations", "output gradients"), strict=False):
         for which, style in (("median", "-"), ("max", "--")):
             key = f"underflow_{kind}_{which}"
@@ -257,7 +263,7 @@ def preferences_figure(
     of pairs whose chosen completion has the higher one, the KL that of KTO.
     """
     names = {"rewards/chosen": "chosen", "rewards/rejected": "rejected", "rewards/margins": "margin", "kl": "KL"}
-    figure, axes = _figure(title, size)
+    figure, axes = titled_figure(title, size)
     for color, (name, label) in zip(COLORS, names.items(), strict=False):
         for prefix, style in (("", "-"), ("eval_", "o--")):
             points = [(row["step"], row[prefix + name]) for row in metrics if finite_values([row], prefix + name)]
@@ -280,15 +286,6 @@ def preferences_figure(
         other.spines[["top"]].set_visible(False)
     _legend(figure)
     return figure
-
-
-def draw_preferences(metrics: Path, picture: Path, title: str) -> bool:
-    """Draw `preferences_figure` as a PNG; return False where no rewards were logged."""
-    figure = preferences_figure(read_metrics(metrics), title)
-    if figure is None:
-        return False
-    save_figure(figure, picture)
-    return True
 
 
 def _names(rows: Iterable[dict[str, Any]]) -> list[str]:

@@ -17,6 +17,7 @@ from lsr_scale.run.backup import Backup, restore
 from lsr_scale.run.folder import RunFolder, step_of
 from lsr_scale.run.lock import locked
 from lsr_scale.run.metrics import truncate
+from lsr_scale.run.rewards import reward_record
 from lsr_scale.training.checkpoint import select
 from lsr_scale.training.checkpoint.manifest import is_misnamed, read_state
 from lsr_scale.training.run_data import RunData
@@ -192,15 +193,18 @@ def begin(start: Start, data: RunData) -> list[str]:
         outdated = _outdated(start, after)
         if start.in_place:
             rewritten = [folder.config, folder.environment, folder.data, folder.metrics, folder.samples]
+            rewritten += [folder.completions, folder.reward_record]
             Backup(folder).set_aside(outdated, [*rewritten, folder.compute_errors], after)
         else:
             Backup(folder).set_aside([*folder.written(), *outdated], (), after)
         folder.remove_left_over()
-        for path in (folder.nonfinite, folder.samples):
+        for path in (folder.nonfinite, folder.samples, folder.completions):
             if start.in_place and path.exists():  # the later steps are repeated, and recorded again
                 truncate(path, after)
         files.write_json(folder.environment, files.environment())
         files.write_json(folder.data, {**data.sources, "kind": data.kind})
+        if start.run.training.get("reward"):
+            files.write_json(folder.reward_record, reward_record(start.run))
         save_tokenizer(data.tokenizer, folder.tokenizer)
         as_begun = start.run if start.checkpoint is None else select.as_begun(start.checkpoint, start.run)
         files.write_text(folder.config, config.dump_yaml(as_begun))  # last: it makes the folder a run

@@ -29,6 +29,7 @@ from lsr_scale.run.card import write_run_card
 from lsr_scale.run.classifier import HeldOut, score_in_training
 from lsr_scale.run.folder import RunFolder, step_of
 from lsr_scale.run.metrics import read_metrics, summarize_metrics
+from lsr_scale.run.rewards import describe_rewards, reward_changes
 from lsr_scale.run.start import Start, begin, starting
 from lsr_scale.run.tables import print_results
 from lsr_scale.scoring.accuracy import TaskScore
@@ -196,8 +197,11 @@ def _prepare(
         read = read_data if shared is None or shared.rows is None else shared.rows.read
         data = read(run, checkpoint, say)
         if checkpoint:
-            for note in select.check_data(checkpoint, data.sources):
+            changed = reward_changes(select.run_folder_of(checkpoint).reward_record, run)
+            for note in (*select.check_data(checkpoint, data.sources), *changed):
                 say(f"note: {note}")
+        for line in describe_rewards(run):
+            say(line)
         say(loading)  # the rows were read before it, so that a mistake in one does not wait for the weights
         samples = Samples(data.prompts, run.eval.max_new_tokens, folder.samples, say)
         # in this order: progress refuses what is not finite, records what was measured before it, and counts the time

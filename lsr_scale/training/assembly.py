@@ -20,7 +20,7 @@ from lsr_scale.adapters.peft import module_suffixes
 from lsr_scale.adapters.save_and_load import load_adapter, resolve_start_from
 from lsr_scale.config import RunConfig
 from lsr_scale.config.methods import METHODS
-from lsr_scale.config.training import checkpoints_layers
+from lsr_scale.config.training import checkpoints_layers, longest_row
 from lsr_scale.data.chat_tokens import CONVERSATIONS
 from lsr_scale.data.classification import count_classification
 from lsr_scale.data.completions import count_completions
@@ -90,6 +90,8 @@ def build_trainer(
         say(str(report))
     callbacks = [*watch, *(callbacks or ())]  # it adds to the logs, which others record
     trainer = make_trainer(run, model, arguments, data, callbacks)
+    if hasattr(trainer, "say"):
+        trainer.say = say
     _check_rows_left(run, trainer, data, note)
     _say_supervised(trainer, data, say)
     _note_row_lengths(run, trainer, note)
@@ -105,7 +107,7 @@ def build_trainer(
         return trainer
     if report is not None and report.fused:
         _use_fused_layers(run, trainer, say)
-    if run.model.task == "causal_lm":
+    if run.model.task == "causal_lm" and run.training["method"] == "sft":
         _replay_steps(run, trainer, report, say)
     return trainer
 
@@ -203,7 +205,7 @@ def _fuse(run: RunConfig, model: PeftModel, arguments: Any, calibrate: bool, kee
 
 def _check_rows_left(run: RunConfig, trainer: Any, data: RunData, note: Say) -> None:
     """Note which rows are left out or cut by `training.max_length`; refuse where nothing is left to be learned."""
-    limit, num_left = run.training["max_length"], len(trainer.train_dataset)
+    limit, num_left = longest_row(run.training), len(trainer.train_dataset)
     held_out = "data.validation_split" if run.data.validation_split else "data.validation"
     validation = trainer.eval_dataset
     for where, is_empty in (
@@ -261,7 +263,7 @@ def _use_fused_layers(run: RunConfig, trainer: Any, say: Say) -> None:
         trainer.add_callback(FitMemoryCallback(tokens, say))
     if run.model.task == "causal_lm" and run.training["method"] == "sft":
         _use_own_head(run, trainer)
-    elif run.model.task == "causal_lm":
+    elif run.model.task == "causal_lm" and run.training["method"] != "grpo":  # whose trainer has seen to it
         base = trainer.model.get_base_model()
         reason = head_fallback_reason(base, trainer.args)
         if reason is None:
@@ -312,7 +314,7 @@ def _replay_steps(run: RunConfig, trainer: Any, report: FuseReport | None, say: 
     parameters: Any = base_description(model)["num_parameters"]
     if wanted == "auto" and not host_bound(parameters, len(report.fused), tokens, bool(report.eight_bit)):
         return
-    trainer.graphs, trainer.say = StepGraphs(model.get_base_model()), say
+    trainer.graphs = StepGraphs(model.get_base_model())
     trainer.data_collator = PackedCollator(trainer.data_collator, longest)
     say("steps replay CUDA graphs from the third on")
 

@@ -9,6 +9,7 @@ from typing import Any
 from datasets import Dataset
 
 from lsr_scale.config import RunConfig
+from lsr_scale.data import answered_prompts
 from lsr_scale.data.formats import Kind, build_dataset, load_source
 from lsr_scale.data.labels import Labels
 from lsr_scale.data.model_limits import check_model_limits, check_token_id, num_positions, stated_length
@@ -21,6 +22,7 @@ from lsr_scale.model import load_config, meta_model, read_tokenizer, tokenizer_o
 from lsr_scale.model.tokenizer import has_tokenizer, same_state
 from lsr_scale.training.checkpoint import select
 from lsr_scale.training.run_labels import labels_of, with_labels
+from lsr_scale.training.run_prompts import check_number, prompt_check, prompt_form
 
 
 @dataclass
@@ -81,6 +83,8 @@ def read_data(
     check = row_check(tokenizer, assistant_only, run.training)
     method = run.training["method"] if run.model.task == "causal_lm" else None
     options: dict[str, Any] = {"model_task": run.model.task, "method": method, "check": check, "labels": labels}
+    if method == "grpo":
+        options |= {"form": prompt_form(run, tokenizer), "check": prompt_check(run, tokenizer)}
     train, kind = build_dataset(parts["train"], "train", loaded=loaded["train"], **options)
     validation = None
     if loaded["validation"]:
@@ -106,6 +110,8 @@ def check_run_fits(run: RunConfig, data: RunData) -> None:
     Raises:
         UserError: naming the row.
     """
+    if data.kind in answered_prompts.KINDS:
+        check_number(run, len(data.train))
     section = with_labels(run, data.labels).model
     model_config = load_config(section.name, section.revision)
     empty = partial(meta_model, model_config, section.task, section.num_labels)

@@ -365,3 +365,42 @@ def test_a_steps_own_kernels(tmp_path, monkeypatch):
     actual = Decoder(model).generate(**batch, adapter_names=names, max_new_tokens=3, eos_token_id=[])
     assert torch.equal(actual, reference(model, batch, 3, adapter_names=names))
     assert len(launches) == 2 * 2 * len(SEVEN_LINEARS)  # steps, layers
+
+
+def test_several_answers_to_a_prompt_are_those_to_the_prompt_repeated():
+    model = adapted(tiny_llama().eval())
+    batch, answers = prompts(), [2, 1, 3]
+    repeated = {name: part.repeat_interleave(torch.tensor(answers), 0) for name, part in batch.items()}
+    options: dict[str, Any] = {
+        "max_new_tokens": 9,
+        "temperature": 1.0,
+        "seed": 3,
+        "eos_token_id": [],
+        "pad_token_id": 0,
+    }
+    decoder = Decoder(model)
+    expected = decoder.generate(**repeated, **options)
+    assert torch.equal(decoder.generate(**batch, answers=answers, **options), expected)
+    assert torch.equal(decoder.generate(**batch, answers=answers, **options), expected)  # in the same cache
+    assert len(expected.unique(dim=0)) > 3  # answers to one prompt differ
+    for number in ([1, 2], [0, 1, 1], [1, 1, 1.5]):
+        with pytest.raises(UserError, match="answers: expected a number from 1 on for each of 3 prompts"):
+            decoder.generate(**batch, answers=number, **options)
+    with pytest.raises(UserError, match="leave answers out"):
+        decoder.generate(**batch, answers=answers, adapter_names=["__base__"] * 3, **options)
+
+
+@pytest.mark.parametrize("method", ["lsr", "lora", "kadaptation"])
+def test_log_probabilities_are_those_of_the_training_forward(method):
+    model = adapted(tiny_llama().eval(), method)
+    batch, found = prompts(), []
+    ids = Decoder(model).generate(
+        **batch, answers=[2, 2, 2], max_new_tokens=12, temperature=0.8, seed=1, eos_token_id=[], log_probs=found
+    )
+    mask = batch["attention_mask"].repeat_interleave(2, 0)
+    mask = torch.cat([mask, torch.ones(6, 12, dtype=mask.dtype)], 1)
+    model.train()  # as a step computes them: padded at the left, positions by the mask
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    logits = model(input_ids=ids, attention_mask=mask, position_ids=positions).logits[:, -13:-1].log_softmax(-1)
+    expected = logits.gather(2, ids[:, -12:, None])[..., 0]
+    assert (torch.stack(found, 1) - expected).abs().max() < 5e-6

@@ -38,6 +38,23 @@ def test_losses_and_gradient(run, rows, vocabulary, device):
     assert wide[:, vocabulary:].isnan().all()
 
 
+@pytest.mark.parametrize("run", [module.cross_entropy_reference, module.cross_entropy_triton])
+@pytest.mark.parametrize(("rows", "vocabulary"), [(1, 8), (3, 1000), (5, 9000)])
+def test_entropies_come_with_either(run, rows, vocabulary, device):
+    if run is module.cross_entropy_triton:
+        pytest.importorskip("triton", reason="Triton is not installed")
+    _, logits, labels = inputs(rows, vocabulary, torch.float32, device)
+    logits[:, 1] = -torch.inf  # what a model rules out
+    expected = torch.distributions.Categorical(logits=logits.double()).entropy()
+    losses, gradient = exact(logits, labels.clamp_min(2))
+    for asked in (False, True):
+        entropies = torch.full((rows,), torch.nan, device=device)
+        actual = run(logits, labels.clamp_min(2), gradient=asked, entropies=entropies)
+        assert torch.allclose(entropies.double(), expected, rtol=1e-5)
+        assert torch.allclose(actual.double(), losses, rtol=1e-5)
+    assert torch.allclose(logits.double(), gradient, atol=1e-6)
+
+
 def test_float64_reference_is_exact():
     _, logits, labels = inputs(4, 50, torch.float64, "cpu")
     losses, gradient = exact(logits, labels)
@@ -58,9 +75,11 @@ def test_no_rows(device):
 
 
 def test_compiles_for_sm80_and_sm90():
-    signature = dict(logits="*bf16", labels="*i64", losses="*fp32", vocabulary="i32", row_stride="i64")
+    signature = dict(
+        logits="*bf16", labels="*i64", losses="*fp32", entropies="*fp32", vocabulary="i32", row_stride="i64"
+    )
     for metadata in compile_for(
-        module._cross_entropy_kernel, signature, dict(GRADIENT=True, STEPS=8, BLOCK=4096), num_warps=8
+        module._cross_entropy_kernel, signature, dict(GRADIENT=True, ENTROPY=True, STEPS=8, BLOCK=4096), num_warps=8
     ).values():
         assert metadata.shared <= 16 * 1024
 

@@ -104,6 +104,8 @@ def row_lengths(trainer: Trainer) -> tuple[int | None, float | None]:
     Of a row with several completions that is with the longest one.
     """
     rows: Any = trainer.train_dataset
+    if (longest := getattr(trainer, "longest_row", None)) is not None:  # with what it generates
+        return longest, longest
     limit = getattr(trainer.args, "max_length", None)
     names = getattr(rows, "column_names", None) or ()
     # SFT's, or ORPO's, whole; else completions behind a prompt

@@ -1,4 +1,4 @@
-"""Log-probabilities of completions by the fused head, in TRL's trainers that take them: DPO's, KTO's, ORPO's.
+"""Log-probabilities of completions by the fused head, in TRL's trainers that take them: of preferences, and GRPO's.
 
 TRL's ask the model for them with `fused_lm_head=True`, and its own head (`add_fused_lm_head`) makes no logits of all
 tokens either. Here a chunk's gradient is made with its loss, where TRL's computes the logits again; and the reference's
@@ -16,28 +16,38 @@ from lsr_scale.errors import UserError
 from lsr_scale.fused.fallback import lm_head_fallback_reason
 from lsr_scale.fused.loss import IGNORE_INDEX, Distributions, token_losses
 
+# by which configurations scale or bound logits
+_LOGIT_OPTIONS = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
+
 
 def head_fallback_reason(base: Any, settings: Any) -> str | None:
-    """Return why TRL must compute the log-probabilities of a fused causal language model, or None.
+    """Return why TRL must compute the log-probabilities of a causal language model, or None.
 
     Args:
-        base: The model (`LlamaForCausalLM` or the like), fused.
+        base: The model (`LlamaForCausalLM` or the like), fused or not.
         settings: Its trainer's arguments.
     """
     if getattr(settings, "use_weighting", False):
         return "use_weighting needs sums over squared probabilities"
-    if getattr(base.config.get_text_config(), "output_router_logits", False):
+    config = base.config.get_text_config()
+    if not hasattr(base, "lm_head") or not hasattr(base, "model"):
+        return f"{type(base).__name__} has no lm_head on a model"
+    if scaled := next((name for name in _LOGIT_OPTIONS if getattr(config, name, None) is not None), None):
+        return f"{scaled} changes the logits"
+    if getattr(config, "output_router_logits", False):
         return "the model's experts have a loss of their own"
     if any(parameter.requires_grad for parameter in base.get_output_embeddings().parameters()):
         return "lm_head is trained"
     return lm_head_fallback_reason(base, {})
 
 
-def use_fused_head(base: Any) -> None:
+def use_fused_head(base: Any, temperature: float = 1.0, only_entropy: bool = False) -> None:
     """Have a causal language model answer `fused_lm_head=True`, as TRL's trainers ask, by the fused head.
 
     Args:
-        base: The model, fused, of a trainer that was just made: TRL has given it a forward of its own, but ORPO's.
+        base: The model, of a trainer that was just made: TRL has given it a forward of its own, but ORPO's.
+        temperature: What logits are divided by.
+        only_entropy: Of the distributions nothing else is asked for.
 
     Raises:
         UserError: if this release of TRL asks in another way.
@@ -61,12 +71,12 @@ def use_fused_head(base: Any) -> None:
             return trls(*args, **kwargs, **({"fused_lm_head": fused_lm_head} if trl_has_head else {}))
         kwargs.pop("num_items_in_batch", None)
         logged = torch.is_grad_enabled() or not module.training
-        log_probs, described, mask = completion_log_probs(module, labels, described=logged, **kwargs)
+        log_probs, described, mask = completion_log_probs(module, labels, logged, only_entropy, temperature, **kwargs)
         of_all = {
             name: _at(mask, value)
             for name in ("entropy", "mean_logits", "is_top1")
             if described is not None
-            for value in [getattr(described, name)]
+            if (value := getattr(described, name)) is not None
         }
         return output(log_probs=_at(mask, log_probs), label_mask=mask, **of_all)
 
@@ -74,14 +84,21 @@ def use_fused_head(base: Any) -> None:
 
 
 def completion_log_probs(
-    module: Any, labels: Tensor, described: bool = False, **kwargs: Any
+    module: Any,
+    labels: Tensor,
+    described: bool = False,
+    only_entropy: bool = False,
+    temperature: float = 1.0,
+    **kwargs: Any,
 ) -> tuple[Tensor, Distributions | None, Tensor]:
     """Return the log-probability of each label that is not ignored, what its distribution is like, and where it is.
 
     Args:
-        module: The causal language model, fused.
+        module: The causal language model.
         labels: `[B, S]`, -100 where they are ignored; a position predicts the next one's.
         described: Describe the distributions too.
+        only_entropy: By their entropies alone.
+        temperature: What logits are divided by.
         kwargs: The model's, such as `input_ids`.
 
     Returns:
@@ -93,8 +110,8 @@ def completion_log_probs(
     mask = wanted != IGNORE_INDEX
     weight = module.get_output_embeddings().weight
     rows = hidden[mask].to(weight.dtype)
-    found = Distributions.empty(rows) if described else None
-    return -token_losses(rows, weight, wanted[mask], found), found, mask
+    found = Distributions.empty(rows, only_entropy) if described else None
+    return -token_losses(rows, weight, wanted[mask], found, temperature), found, mask
 
 
 def _at(mask: Tensor, values: Tensor) -> Tensor:

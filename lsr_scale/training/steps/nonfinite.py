@@ -51,10 +51,12 @@ def handle_nonfinite_loss(trainer: Any, loss: float, inputs: dict[str, Any], ste
     Raises:
         UserError: where `training.on_nonfinite` is "stop".
     """
-    rows, process = _rows_of(trainer, step, micro_step), distributed.rank()
-    line = {"step": step + 1, "process": process, "loss": str(loss), "rows": rows}
-    # ORPO's batches have them for chosen and rejected
-    ids = {name: value.tolist() for name, value in inputs.items() if name.endswith("input_ids")}
+    # of GRPO's batches, which are made of several rows' completions, each says where its row stands
+    rows = inputs["row"] if "row" in inputs else _rows_of(trainer, step, micro_step)
+    line = {"step": step + 1, "process": distributed.rank(), "loss": str(loss), "rows": rows}
+    # ORPO's batches have them for chosen and rejected, GRPO's for prompts and completions
+    own = ("input_ids", "prompt_ids", "completion_ids")
+    ids = {name: value.tolist() for name, value in inputs.items() if name.endswith(own)}
     file = _record(trainer, {**line, **ids})
     if trainer.on_nonfinite == "skip":
         return

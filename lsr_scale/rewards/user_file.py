@@ -1,0 +1,76 @@
+"""A user's own reward, `file.py:name` in a run's `training.reward`: found beside the run's file, hashed, loaded.
+
+The file is code, which runs with all that its user may do: only a run's own file can name it, never data or an adapter.
+"""
+
+import hashlib
+import importlib.util
+import re
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lsr_scale.errors import UserError, did_you_mean
+
+_REFERENCE = re.compile(r"(?P<file>.+\.py):(?P<name>[A-Za-z_]\w*)")
+
+
+def split_reference(text: str) -> tuple[Path, str] | None:
+    """Return the file and the function of `file.py:name`; None for what is no such text."""
+    found = _REFERENCE.fullmatch(text)
+    return (Path(found["file"]), found["name"]) if found else None
+
+
+def read_file(file: Path) -> bytes:
+    """Return the content of a file that defines a reward.
+
+    Raises:
+        UserError: if it cannot be read.
+    """
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise UserError(
+            f"training.reward: {file}: cannot be read ({error.strerror}); it is looked for relative to the run's file"
+        ) from error
+
+
+def sha256(content: bytes) -> str:
+    """Return the hash by which a run tells that a file has changed."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def load_function(file: Path, name: str) -> Callable[..., Any]:
+    """Return a function of a Python file, which runs for it.
+
+    Raises:
+        UserError: if the file cannot be read, raises, or has no such function.
+    """
+    where = f"training.reward: {file}:{name}"
+    read_file(file)
+    module_name = f"lsr_scale_reward_{hashlib.sha256(str(file).encode()).hexdigest()[:12]}"
+    spec = importlib.util.spec_from_file_location(module_name, file)
+    if spec is None or spec.loader is None:
+        raise UserError(f"{where}: expected a Python file; its name must end in .py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module  # what it defines can be pickled, its dataclasses can be made
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise UserError(
+            f"{where}: the file{line_of(error, file)} raises {type(error).__name__}: {error}; mend it"
+        ) from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        functions = [other for other, value in vars(module).items() if callable(value) and not other.startswith("_")]
+        found = "there is no such function" if function is None else f"is no function, but {type(function).__name__}"
+        raise UserError(f"{where}: {found}; {did_you_mean(name, functions)}")
+    return function
+
+
+def line_of(error: BaseException, file: Path) -> str:
+    """Return ", line 12" for where in a file an exception was raised, "" where it was not in it."""
+    lines = [line for frame, line in traceback.walk_tb(error.__traceback__) if frame.f_code.co_filename == str(file)]
+    return f", line {lines[-1]}" if lines else ""

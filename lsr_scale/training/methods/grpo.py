@@ -1,0 +1,73 @@
+"""Group relative policy optimization: TRL's GRPOTrainer, on prompts whose completions `training.reward` judges.
+
+    advantage_i = (reward_i - mean) / std                       over the completions of one prompt
+    loss = -mean_t min(ratio_t advantage, clip(ratio_t, 1 - epsilon, 1 + epsilon) advantage) + beta KL(p || r)
+
+ratio_t is the model's probability of a token over the one that it was drawn with, r the reference
+(`lsr_scale.training.reference`), needed where beta > 0: https://huggingface.co/papers/2402.03300. Completions are the
+decoder's (`steps/completions.py`).
+"""
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from lsr_scale.config import RunConfig
+from lsr_scale.config.rewards import rewards_of
+from lsr_scale.data.answered_prompts import longest_prompt
+from lsr_scale.layers.frozen_linear import hold_dequantized
+from lsr_scale.rewards.checked import CheckedReward
+from lsr_scale.run.folder import RunFolder
+from lsr_scale.training.checkpoint.resumable import Resumable
+from lsr_scale.training.reference import set_reference
+from lsr_scale.training.steps.completions import DecodedCompletions
+from lsr_scale.training.steps.engine import EngineSteps
+from lsr_scale.training.steps.finite_check import FiniteCheck
+from lsr_scale.training.steps.log_probs import head_fallback_reason, use_fused_head
+from lsr_scale.training.steps.vllm_adapter import sending_adapter
+
+BASES = (Resumable, FiniteCheck, EngineSteps, DecodedCompletions)
+
+
+def make_trainer(run: RunConfig, options: dict[str, Any]) -> Any:
+    """Return the trainer; see `methods.sft`.
+
+    Raises:
+        UserError: for a reward's file that cannot be loaded.
+    """
+    from trl import GRPOTrainer
+
+    class AdapterGRPOTrainer(*BASES, GRPOTrainer):
+        pass
+
+    arguments, rewards = options["args"], checked_rewards(run)
+    arguments.reward_weights = [one.reward.weight for one in rewards]
+    with sending_adapter() if arguments.use_vllm else nullcontext():
+        trainer = AdapterGRPOTrainer(reward_funcs=list(rewards), **options)
+    if arguments.beta:
+        set_reference(trainer.model, starts_from_adapter=run.adapter.start_from is not None)
+    base = trainer.model.get_base_model()
+    hold_dequantized(base)
+    # fused or not: on a CPU TRL's makes the logits of prompts too. A bonus on entropies has its gradient by them
+    if not trainer._entropy_bonus_enabled and head_fallback_reason(base, arguments) is None:
+        use_fused_head(base, arguments.temperature, only_entropy=True)
+        trainer.fused_head = True
+    trainer.completions_file = RunFolder(Path(arguments.output_dir)).completions
+    longest = longest_prompt(trainer.train_dataset, options["processing_class"])
+    trainer.longest_row = longest + arguments.max_completion_length
+    return trainer
+
+
+def checked_rewards(run: RunConfig) -> list[CheckedReward]:
+    """Return a run's rewards, each under a name of its own.
+
+    Raises:
+        UserError: if a file cannot be loaded.
+    """
+    found: list[CheckedReward] = []
+    for reward in rewards_of(run.training):
+        one = CheckedReward(reward, run.training["max_completion_length"])
+        alike = sum(other.__name__.partition("-")[0] == one.__name__ for other in found)
+        one.__name__ += f"-{alike + 1}" if alike else ""
+        found.append(one)
+    return found

@@ -168,7 +168,8 @@ OWN_FIELDS: dict[str, tuple[Any, str]] = {
     "method": (
         Literal[tuple(METHODS)],  # pyright: ignore
         "What is learned, by TRL's trainer of that name: 'sft' (supervised fine-tuning), 'dpo' or 'orpo' (from chosen "
-        "and rejected completions), 'kto' (from completions that are desirable or not).",
+        "and rejected completions), 'kto' (from completions that are desirable or not), 'grpo' (from what the model's "
+        "own completions are worth).",
     ),
     "fused": (
         Literal["auto", "on", "off"],

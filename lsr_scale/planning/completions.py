@@ -40,6 +40,6 @@ def completions_note(run: RunConfig, text_config: Any, gpus: int = 1) -> str:
     cache, logits = generation_bytes(run, text_config, gpus)
     return (
         f"{num_completions(run, gpus):,} completions at a time take about {cache / GIB:.2f} GiB of keys and values, "
-        f"kept from step to step, and {logits / GIB:.2f} GiB of logits, beside what is counted; the reference is the base "
-        "itself, and takes nothing"
+        f"kept from step to step, and {logits / GIB:.2f} GiB of logits, beside what is counted; the reference is the "
+        "base itself, and takes nothing"
     )

@@ -71,7 +71,9 @@ def use_fused_head(base: Any, temperature: float = 1.0, only_entropy: bool = Fal
             return trls(*args, **kwargs, **({"fused_lm_head": fused_lm_head} if trl_has_head else {}))
         kwargs.pop("num_items_in_batch", None)
         logged = torch.is_grad_enabled() or not module.training
-        log_probs, described, mask = completion_log_probs(module, labels, logged, only_entropy, temperature, **kwargs)
+        log_probs, described, mask = completion_log_probs(
+            module, labels, described=logged, only_entropy=only_entropy, temperature=temperature, **kwargs
+        )
         of_all = {
             name: _at(mask, value)
             for name in ("entropy", "mean_logits", "is_top1")

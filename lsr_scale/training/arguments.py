@@ -46,6 +46,15 @@ def trainer_arguments(run: RunConfig, folder: RunFolder) -> Any:
     return arguments
 
 
+def _check_sharding(run: RunConfig) -> None:
+    """Refuse, before anything is loaded, a sharded base whose processes would generate different numbers of tokens."""
+    if run.training["method"] == "grpo" and uses_deepspeed(run) and zero_stage(run) == 3:
+        raise UserError(
+            "deepspeed.config: ZeRO-3 shards the base, which training.method: grpo does not generate with; set "
+            "deepspeed.config to zero2"
+        )
+
+
 def zero_stage(run: RunConfig) -> int:
     """Return the ZeRO stage of a run's DeepSpeed configuration."""
     return (run.deepspeed.config or {}).get("zero_optimization", {}).get("stage", 0)

@@ -19,6 +19,7 @@ from lsr_scale.layers.frozen_linear import hold_dequantized
 from lsr_scale.rewards.checked import CheckedReward
 from lsr_scale.run.folder import RunFolder
 from lsr_scale.training.checkpoint.resumable import Resumable
+from lsr_scale.training.methods import check_head_runs
 from lsr_scale.training.reference import set_reference
 from lsr_scale.training.steps.completions import DecodedCompletions
 from lsr_scale.training.steps.engine import EngineSteps
@@ -36,6 +37,8 @@ def make_trainer(run: RunConfig, options: dict[str, Any]) -> Any:
         UserError: for a reward's file that cannot be loaded.
     """
     from trl import GRPOTrainer
+
+    check_head_runs()
 
     class AdapterGRPOTrainer(*BASES, GRPOTrainer):
         pass

@@ -292,14 +292,19 @@ def result_of(suite: Suite, trial: Trial, trained: TrialResult, scorer: Scorer) 
 
 
 def execute(suite: Suite, given: Any, described: dict[str, Any]) -> int:
-    """Do what has no result yet, sweep after sweep, until nothing is left or the time is over; return what is left."""
+    """Do what has no result yet, sweep after sweep, until nothing is left or the time is over; return what is left.
+
+    A trial that fails has no result, and is not tried again by this call; one that diverges has, that it did.
+    """
     began, scorer = time.monotonic(), None
+    failed: set[Trial] = set()
     env = files.environment()
     while True:
         done = trials.load(given.results)
-        ready = next_trials(suite, given.sizes, given.rows, given.seeds, done)
+        left = next_trials(suite, given.sizes, given.rows, given.seeds, done)
+        ready = [trial for trial in left if trial not in failed]
         if not ready or time.monotonic() - began > given.time_limit:
-            return len(ready)
+            return len(left)
         scorer = scorer or Scorer(suite)
         for part in PART_OF.values():  # how long the answers are, and the base's own scores
             name = f"{suite.prefix}-base-{part}"
@@ -313,6 +318,10 @@ def execute(suite: Suite, given: Any, described: dict[str, Any]) -> int:
         trained = {result.name: result for result in train(suite, chosen, given.together)}
         sweep_s = round(time.monotonic() - start, 1)
         for trial in chosen:
+            if trained[trial.name].status == "failed":
+                failed.add(trial)
+                print(f"{trial.name}: failed: {trained[trial.name].error}", flush=True)
+                continue
             result = result_of(suite, trial, trained[trial.name], scorer)
             shared = {"sweep_s": sweep_s, "sweep_trials": len(chosen), "command": given.command, "env": env}
             trials.add(given.results, f"{suite.prefix}-{trial.name}", {**result, **shared})
@@ -350,8 +359,8 @@ def main(arguments: list[str] | None = None) -> int:
     work = given.work.resolve()
     suite = Suite(work, model, folder or MODELS[model], given.regime, given.base, **limits)
     left = execute(suite, given, write_parts(given.data, work, given.regime))
-    print(f"{left} trials left" if left else "all trials are done")
-    return 0
+    print(f"{left} trials left, of those that can be done now" if left else "all trials are done")
+    return int(left > 0)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The frontier: rows of their size, all tuned alike, trials that are kept, and verdicts that know what they can say."""
 
+import argparse
 import math
 
 import numpy as np
@@ -11,6 +12,7 @@ from benchmarks.quality.frontier_rows import NUM_LAYERS, ROWS, SIZES, TOLERANCE,
 from benchmarks.quality.trials import TUNING_SEED
 from benchmarks.report import frontier_tables
 from lsr_scale.adapters.inject import inject
+from lsr_scale.sweeping.results import TrialResult
 from tests.helpers.tiny_runs import save_llama
 
 SHAPES = {
@@ -138,6 +140,34 @@ def test_a_row_with_a_seed_that_diverged_is_named_and_left_out(tmp_path, monkeyp
     assert "Diverged, and their rows left out: smollm2-commonsense-nf4-20k-lsr_1_1-seed2" in "\n".join(
         frontier_tables.sections(tmp_path)
     )
+
+
+def test_a_trial_that_fails_has_no_result_and_is_not_tried_twice(one_row, monkeypatch, tmp_path, capsys):
+    suite = frontier.Suite(tmp_path, "smollm2", "none", "commonsense", "none")
+    tried = []
+
+    def train(suite, chosen, together):
+        tried.extend(trial.rate for trial in chosen)
+        return [TrialResult(trial.name, {}, tmp_path, "failed", error="no memory") for trial in chosen]
+
+    class Scorer:
+        def __init__(self, suite):
+            pass
+
+        def part(self, name):
+            return {}, {"arc_easy": np.array([2, 3])}
+
+        def score(self, adapter, part):
+            return {"nll": 3.0, "accuracy": 0.3}
+
+    monkeypatch.setattr(frontier, "train", train)
+    monkeypatch.setattr(frontier, "Scorer", Scorer)
+    given = argparse.Namespace(results=tmp_path / "r", sizes=["20k"], rows=None, seeds=1, time_limit=math.inf)
+    given.trials_a_sweep, given.together, given.command = 1, "auto", "words"
+    assert frontier.execute(suite, given, {}) == 2
+    assert sorted(tried) == [1e-3, 4e-3]
+    assert all(result["row"] == "base" for result in trials.load(tmp_path / "r").values())
+    assert "failed: no memory" in capsys.readouterr().out
 
 
 @pytest.fixture

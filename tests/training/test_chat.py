@@ -78,7 +78,7 @@ def test_the_trainer_learns_the_assistants_turns_and_says_how_many(tmp_path):
 
 def test_every_turn_is_learned_where_that_is_asked_for(tmp_path):
     trainer, said = built(chat_run(tmp_path, training={"assistant_only_loss": False}))
-    assert all(row["labels"] == row["input_ids"] for row in trainer.train_dataset)
+    assert all(list(row["labels"]) == list(row["input_ids"]) for row in trainer.train_dataset)
     assert any(line.startswith("chat: every turn is supervised: ") for line in said)
 
 

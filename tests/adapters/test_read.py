@@ -138,7 +138,7 @@ BAD = {
     "targets match for ever": (configured(target_modules="(.*)*x"), "target_modules: .*for ever"),
     "pattern is a list": (configured(rank_pattern=[["q_proj", 4]]), "rank_pattern: input should be a valid dict"),
     "pattern matches for ever": (configured(alpha_pattern={"(a+)+$": 2.0}), "alpha_pattern: .*for ever"),
-    "init is unknown": (configured(init="best"), "init: input should be 'zero' or 'paper'"),
+    "init is unknown": (configured(init="best"), "init: input should be 'zero', 'paper' or 'gradient'"),
     "weights with NaN": (rewritten(filled(float("nan"))), "values that are not finite"),
     "weights with inf": (rewritten(filled(-float("inf"))), "values that are not finite"),
     "weights beyond float32": (rewritten(lambda t: t.double() + 1e308), "values that are not finite in float32"),

@@ -135,7 +135,7 @@ def test_tools_take_positions_too(tmp_path):
             kind,
             tokenizer,
             config,
-            {"max_length": None},
+            {"method": "sft", "max_length": None},
             lambda: AutoModelForCausalLM.from_config(config),
         )
 

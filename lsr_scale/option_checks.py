@@ -13,13 +13,15 @@ from lsr_scale.errors import UserError, quoted
 from lsr_scale.safe_regex import check_regex
 
 MAX_RANK = 65536  # no linear layer is as wide
-_RANKS = ("rank", "r", "separation_rank")
+_RANKS = ("rank", "r", "separation_rank", "u")
 _ALPHAS = ("alpha", "lora_alpha")
+_SEEDS = ("projection_prng_key", "projection_seed")
 _NAMES = ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern")
 
 
 def check_options(options: Mapping[str, Any]) -> None:
-    """Refuse ranks and alphas that give no finite scaling, names that are no strings, and catastrophic regexes.
+    """Refuse ranks and alphas that give no finite scaling, other numbers that are not finite, seeds that torch does not
+    take, names that are no strings, and catastrophic regexes.
 
     Args:
         options: Values by the option's name; other options than those checked here are ignored.
@@ -101,6 +103,10 @@ def _check_number(option: str, value: Any, where: str) -> None:
         raise UserError(f"{where}: expected at most {MAX_RANK}, got {quoted(value)}")
     if option in _ALPHAS and not (value is None and where == option) and not _is_scale(value):
         raise UserError(f"{where}: expected a finite number other than 0, below 1e30, got {quoted(value)}")
+    if option in _SEEDS and not (type(value) is int and 0 <= value < 2**63):
+        raise UserError(f"{where}: expected an integer from 0 to 2^63 - 1, got {quoted(value)}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{where}: expected a finite number, got {quoted(value)}")
 
 
 def _is_scale(value: Any) -> bool:

@@ -1,10 +1,12 @@
 """Regular expressions of module names: one rule at `config` time and for whatever is read from disk."""
 
+import dataclasses
 import re
 
 import pytest
 
 from lsr_scale.adapters import METHODS, PEFT_METHODS, peft_config
+from lsr_scale.adapters import options as options_of
 from lsr_scale.errors import UserError
 from lsr_scale.safe_regex import check_regex
 
@@ -60,8 +62,15 @@ def test_no_expression_at_all_is_refused_with_advice_that_works():
         ({"alpha": float("inf")}, "alpha: expected a finite number"),
         ({"alpha": 1e308}, "alpha: expected a finite number"),
         ({"rank": 10**6}, "rank: expected at most 65536"),
+        ({"u": 10**6}, "u: expected at most 65536"),
+        ({"d_initial": float("nan")}, "d_initial: expected a finite number"),
+        ({"projection_prng_key": -1}, "projection_prng_key: expected an integer from 0"),
+        ({"projection_seed": 2**63}, "projection_seed: expected an integer from 0"),
     ],
 )
 def test_every_method_has_one_rule_for_its_options(method, options, message):
+    known = {field.name for field in dataclasses.fields(options_of(method))}
+    if not options.keys() <= known:
+        message = "not an option of"
     with pytest.raises(UserError, match=message):
         peft_config(method, options)

@@ -35,8 +35,6 @@ class TinyloraOptions:
         """Return PEFT's config of the same meaning."""
         if not 0 <= self.dropout < 1:
             raise UserError(f"dropout: expected 0 <= dropout < 1, got {self.dropout}")
-        if type(self.u) is not int or self.u < 1:
-            raise UserError(f"u: expected an integer >= 1, got {self.u!r}")
         if not 0 <= self.weight_tying <= 1:
             raise UserError(f"weight_tying: expected 0 <= weight_tying <= 1, got {self.weight_tying}")
         shared = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}

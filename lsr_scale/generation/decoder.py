@@ -8,25 +8,24 @@ GPU one CUDA graph, kept for the next batch of as many rows and about as many to
 the graph: the pairs of a batch are written where those of the batch before were.
 """
 
-import functools
-import inspect
 import logging
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
+from transformers.generation.streamers import BaseStreamer
 
-from lsr_scale.adapters.peft import AdapterLinear, AdapterModel
+from lsr_scale.adapters.peft import AdapterLinear
 from lsr_scale.adapters.peft.per_sample import PairMemory, adapters_per_sample, batch_lock
 from lsr_scale.errors import UserError
 from lsr_scale.fused.cuda_graphs import rounded
 from lsr_scale.generation.active_pairs import active_pairs
+from lsr_scale.generation.fallback import arguments_of, decoder_fallback_reason, tuner_of
 from lsr_scale.generation.sampling import Sampling
 from lsr_scale.generation.step import DecodeStep
 
@@ -36,10 +35,27 @@ logger = logging.getLogger(__name__)
 STEPS_BETWEEN_LOOKS = 16
 
 
+class NotFiniteError(UserError):
+    """A model's logits are not finite.
+
+    Attributes:
+        tokens: After how many tokens, prompt and answer, of the first such row.
+    """
+
+    tokens = 0
+
+
 class Decoder:
     """Generates with a causal language model: a base, an adapter's, or one whose rows have different adapters."""
 
-    def __init__(self, model: Any, max_steps: int = 2, graphs: bool | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        max_steps: int = 2,
+        graphs: bool | None = None,
+        longest: int | None = None,
+        say: Callable[[str], None] = logger.warning,
+    ) -> None:
         """Take a model, which stays as it is.
 
         Args:
@@ -47,11 +63,16 @@ class Decoder:
             max_steps: For how many kinds of batches the key/value cache, graph and pairs are kept: rows, length, and
                 whether rows have adapters of their own.
             graphs: Whether steps are CUDA graphs, by default on a GPU, until a capture fails.
+            longest: Rows that may get longer are transformers' own generation's, whose cache grows with them; by
+                default none are.
+            say: Told, once each, why steps are not what they could be.
         """
         self.model, self.max_steps, self.graphs = model, max_steps, graphs
+        self.longest, self.say = longest, say
         self.steps: OrderedDict[tuple[int, int, bool], DecodeStep] = OrderedDict()
         self.memories: dict[int, PairMemory] = {}  # of pairs, by the number of rows
         self._said: set[str] = set()
+        self._stream: Any = None  # that graphs are warmed up on
 
     @torch.inference_mode(False)  # what is kept must be writable outside of it
     @torch.no_grad()
@@ -72,6 +93,7 @@ class Decoder:
         pad_token_id: int | None = None,
         answers: Sequence[int] | None = None,
         log_probs: list[Tensor] | None = None,
+        streamer: BaseStreamer | None = None,
     ) -> Tensor:
         """Return prompts and answers, `[B, S + new]`, as transformers' `generate` would.
 
@@ -94,17 +116,20 @@ class Decoder:
                 prompts' order. A prompt is computed once for all of its own.
             log_probs: A list that is given the log-probability of each step's tokens, `[B]`, by the model's logits as
                 they are, before temperature and cuts. Steps by transformers' own generation give none.
+            streamer: Given the prompt, and each token as it comes; of one row.
 
         Raises:
-            UserError: for values or adapters that do not fit, padding at the right, or logits that are not finite.
+            UserError: for values or adapters that do not fit, or padding at the right; a NotFiniteError for logits.
         """
         sampling = Sampling(max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed, min_p)
         mask = _checked_mask(input_ids, attention_mask)
         source = _sources(input_ids, answers)
         if adapter_names is not None and source is not None:
             raise UserError("adapter_names: are of rows with an answer each; leave answers out, or repeat the prompts")
+        if streamer is not None and (len(input_ids) if source is None else len(source)) > 1:
+            raise UserError("streamer: takes one row; leave it out, or give one prompt")
         ends, pad = self._special_tokens(eos_token_id, pad_token_id)
-        reason = decoder_fallback_reason(self.model, input_ids.shape[1] + max_new_tokens, adapter_names)
+        reason = self._fallback_reason(input_ids.shape[1] + max_new_tokens, adapter_names)
         training = self.model.training
         if training:
             self.model.eval()
@@ -119,11 +144,12 @@ class Decoder:
                     names = {} if adapter_names is None else {"adapter_names": list(adapter_names)}
                     options = {"max_new_tokens": max_new_tokens, "eos_token_id": ends or None, "pad_token_id": pad}
                     options |= sampling.arguments() | names
+                    options |= {"streamer": streamer, "logits_processor": [_check_finite]}
                     rows = slice(None) if source is None else source
                     return self.model.generate(
                         input_ids=input_ids[rows], attention_mask=mask[rows], use_cache=True, **options
                     )
-                return self._generate(input_ids, mask, sampling, adapter_names, ends, pad, source, log_probs)
+                return self._generate(input_ids, mask, sampling, adapter_names, ends, pad, source, log_probs, streamer)
         finally:
             if training:
                 self.model.train()
@@ -143,6 +169,7 @@ class Decoder:
         pad: int,
         source: Tensor | None,
         log_probs: list[Tensor] | None,
+        streamer: BaseStreamer | None,
     ) -> Tensor:
         rows, prompt = input_ids.shape if source is None else (len(source), input_ids.shape[1])
         new = sampling.max_new_tokens
@@ -151,12 +178,16 @@ class Decoder:
         end_ids = torch.tensor(ends, device=ids.device)
         running = torch.ones(rows, dtype=torch.bool, device=ids.device)
         finite, lengths = running.clone(), torch.zeros(rows, dtype=torch.int64, device=ids.device)
-        between_looks = STEPS_BETWEEN_LOOKS if ids.is_cuda else 1
+        between_looks = STEPS_BETWEEN_LOOKS if ids.is_cuda and streamer is None else 1
+        may_end = bool(ends) or streamer is not None
+        if streamer is not None:
+            streamer.put(input_ids.cpu())
         with self._adapters(input_ids, adapter_names, rows) as pairs:
             step, logits = self._prefill(input_ids, mask, new, pairs, adapter_names is not None, source)
             for done in range(new):
                 scores = logits.to(torch.float32, copy=True)
                 finite &= (scores < torch.inf).all(-1)  # NaN is not either; -inf is how models rule tokens out
+                running &= finite
                 scores.nan_to_num_(0.0, torch.inf, -torch.inf)
                 likely = None if log_probs is None else scores.log_softmax(-1)
                 tokens = sampling.next_tokens(ids[:, : prompt + done], scores)
@@ -165,21 +196,25 @@ class Decoder:
                 tokens = tokens.where(running, pad)
                 ids[:, prompt + done] = tokens
                 lengths += running
+                if streamer is not None and finite.all():
+                    streamer.put(tokens.cpu())
                 running &= (tokens[:, None] != end_ids).all(-1)
-                look = bool(ends) and (done + 1) % between_looks == 0
+                look = may_end and (done + 1) % between_looks == 0
                 if done + 1 == new or (look and not running.any()):
                     break
                 step.tokens.copy_(tokens[:, None])
                 logits = step.run()
         if not finite.all():
-            raise UserError(_not_finite(finite.logical_not().nonzero().flatten().tolist(), adapter_names))
+            raise _not_finite(finite, prompt + lengths, adapter_names)
+        if streamer is not None:
+            streamer.end()
         return ids[:, : prompt + int(lengths.max())]
 
     def _prefill(
         self, input_ids: Tensor, mask: Tensor, new: int, pairs: Any, named: bool, source: Tensor | None
     ) -> tuple[DecodeStep, Tensor]:
         """Return the step that comes after the prompts, and the logits that they end with."""
-        options = {"logits_to_keep": 1} if "logits_to_keep" in _arguments(self.model) else {}
+        options = {"logits_to_keep": 1} if "logits_to_keep" in arguments_of(self.model) else {}
         positions = (mask.cumsum(1) - 1).clamp_min(0)
         cache = DynamicCache()  # without windows: the rows are no longer than one
         outputs = self.model(
@@ -204,7 +239,8 @@ class Decoder:
         if new > 1 and (input_ids.is_cuda if self.graphs is None else self.graphs):
             reason = None
             try:
-                step.capture([*_state(self.model), *pairs.addresses()])
+                self._stream = self._stream or torch.cuda.Stream()
+                step.capture([*_state(self.model), *pairs.addresses()], self._stream)
             except RuntimeError as error:
                 reason = str(error).splitlines()[0]
             if reason is not None:  # not within the handler: until its end the error holds what the capture allocated
@@ -219,7 +255,7 @@ class Decoder:
     def _adapters(self, input_ids: Tensor, adapter_names: Sequence[str] | None, rows: int) -> Iterator[Any]:
         """Have the rows use their adapters, by pairs that a graph can read."""
         memory = self.memories.setdefault(rows, {})
-        tuner = _tuner(self.model)
+        tuner = tuner_of(self.model)
         with batch_lock(self.model if tuner is None else tuner):
             if adapter_names is None or tuner is None:
                 with active_pairs(self.model, memory) as pairs:
@@ -240,80 +276,15 @@ class Decoder:
         pad = getattr(defaults, "pad_token_id", None) if pad_token_id is None else pad_token_id
         return ends, next((token for token in (pad, *ends) if token is not None), 0)
 
+    def _fallback_reason(self, length: int, adapter_names: Sequence[str] | None) -> str | None:
+        if self.longest is not None and length > self.longest:
+            return f"rows of up to {length:,} tokens are more than the {self.longest:,} that memory is kept for"
+        return decoder_fallback_reason(self.model, length, adapter_names)
+
     def _say(self, text: str) -> None:
         if text not in self._said:
             self._said.add(text)
-            logger.warning(text)
-
-
-def decoder_fallback_reason(model: Any, length: int, adapter_names: Sequence[str] | None = None) -> str | None:
-    """Return why a model cannot decode with a cache of fixed size, or None.
-
-    Args:
-        model: The model.
-        length: The tokens of its longest row, prompt and answer.
-        adapter_names: An adapter a row, if rows have different ones.
-    """
-    tuner = _tuner(model)
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    config, kind = base.config, type(base).__name__
-    if config.is_encoder_decoder:
-        return f"{kind} is an encoder and a decoder"
-    if not base.can_generate() or not getattr(base, "_can_compile_fullgraph", False):
-        return f"{kind} has no decoding step of fixed shapes in transformers"
-    if config.get_text_config(decoder=True) is not config:
-        return f"{kind} takes more than text"
-    if not {"position_ids", "past_key_values"} <= _arguments(model) or getattr(config, "alibi", False):
-        return f"{kind} takes no positions"
-    others = {*(getattr(config, "layer_types", None) or ())} - {"full_attention", "sliding_attention"}
-    if others:
-        return f"it has layers of {', '.join(sorted(others))}"
-    window = getattr(config, "sliding_window", None)
-    if window is not None and length > window:
-        return f"rows of up to {length:,} tokens do not fit into its sliding window of {window:,}"
-    if {"dynamic", "longrope"} & {*_rope_types(getattr(config, "rope_parameters", None) or {})}:
-        return "its rotary positions depend on the number of tokens"
-    if config._attn_implementation not in ("sdpa", "eager"):
-        return f"its attention is {config._attn_implementation!r}, which takes no mask; load it with 'sdpa'"
-    if len({*(getattr(base, "hf_device_map", None) or {}).values()}) > 1:
-        return "its weights are on several devices"
-    if hasattr(next(model.parameters()), "ds_id"):
-        return "its weights are sharded by DeepSpeed"
-    if isinstance(model, PeftModel) and any(c.is_prompt_learning for c in model.peft_config.values()):
-        return "it has virtual tokens"
-    if adapter_names is not None:
-        if tuner is None:
-            return "adapter_names are of adapters that are not this library's"
-        if any(getattr(config, "modules_to_save", None) for config in model.peft_config.values()):
-            return "the adapters have modules_to_save, and rows have different adapters"
-    return None
-
-
-def _tuner(model: Any) -> AdapterModel | None:
-    """Return PEFT's tuner model of an adapter of this library."""
-    tuner = model.base_model if isinstance(model, PeftModel) else None
-    return tuner if isinstance(tuner, AdapterModel) else None
-
-
-def _arguments(model: Any) -> set[str]:
-    """Return the names of a model's arguments."""
-    return _arguments_of(type(model.get_base_model() if isinstance(model, PeftModel) else model))
-
-
-@functools.cache
-def _arguments_of(kind: type) -> set[str]:
-    # a fused class's `forward` passes on what its own class's takes
-    forwards = [vars(one)["forward"] for one in kind.__mro__ if "forward" in vars(one)]
-    return {name for forward in forwards for name in inspect.signature(forward).parameters}
-
-
-def _rope_types(parameters: Mapping[str, Any]) -> Iterable[str]:
-    """Yield the kinds of rotary positions, which may be given by the type of a layer."""
-    for name, value in parameters.items():
-        if isinstance(value, Mapping):
-            yield from _rope_types(value)
-        elif name in ("rope_type", "type"):
-            yield value
+            self.say(text)
 
 
 def _sources(input_ids: Any, answers: Sequence[int] | None) -> Tensor | None:
@@ -363,10 +334,21 @@ def _state(model: nn.Module) -> list[Any]:
     return state
 
 
-def _not_finite(rows: list[int], adapter_names: Sequence[str] | None) -> str:
-    """Return the message for rows whose logits were not finite."""
-    named = [f"{row} ({adapter_names[row]})" if adapter_names is not None else str(row) for row in rows[:8]]
-    return (
+def _check_finite(ids: Any, logits: Any) -> Any:
+    """Raise for logits of NaN, whose argmax would be token 0 for ever; a logits processor of `generate`."""
+    finite = (logits < torch.inf).all(-1)
+    if not finite.all():
+        raise _not_finite(finite, torch.full_like(finite, ids.shape[1], dtype=torch.int64), None)
+    return logits
+
+
+def _not_finite(finite: Tensor, lengths: Tensor, adapter_names: Sequence[str] | None) -> NotFiniteError:
+    """Return the error of rows whose logits are not finite, after so many tokens each."""
+    bad = finite.logical_not().nonzero().flatten().tolist()
+    named = [f"{row} ({adapter_names[row]})" if adapter_names is not None else str(row) for row in bad[:8]]
+    error = NotFiniteError(
         f"the model's logits are not finite in row {', '.join(named)}: the adapter diverged, or the base overflows in "
         "its dtype; leave these rows out"
     )
+    error.tokens = int(lengths[bad[0]])
+    return error

@@ -114,13 +114,17 @@ class DecodeStep:
         assert self._logits is not None
         return self._logits
 
-    def capture(self, state: Any) -> None:
-        """Make the step a CUDA graph, unless it is one that holds for the same `state`; before `start`."""
+    def capture(self, state: Any, stream: Any) -> None:
+        """Make the step a CUDA graph, unless it is one that holds for the same `state`; before `start`.
+
+        Args:
+            state: What it holds for.
+            stream: For the warm-up; the same for all steps, as libraries keep memory for each stream.
+        """
         if self._graph is not None and self.state == state:
             return
         self.release()
         self.place.fill_(0)
-        stream: Any = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             self._run()  # warm-up: kernels are compiled and libraries loaded, which must not happen during capture

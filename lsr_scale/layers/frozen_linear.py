@@ -239,10 +239,9 @@ def hold_dequantized(model: nn.Module) -> None:
     """Keep the dequantized weights of a model's layers beside the quantized ones, where it is on a CPU and they fit.
 
     Each forward and backward pass of a layer would make them anew: for a decoding step, which is of one token a row,
-    that is nearly all that it does. They fit where they leave half of the free memory free.
+    that is nearly all that it does.
     """
-    size = dequantized_bytes(model)
-    if size and next(model.parameters()).device.type == "cpu" and 2 * size < psutil.virtual_memory().available:
+    if fits_dequantized(model):
         for _, layer in _quantized_layers(model):
             vars(layer)[_HELD] = dequantize(layer, _compute_dtype(layer))
 
@@ -341,6 +340,13 @@ def dequantized_bytes(model: nn.Module) -> int:
     """Return the bytes of the weights that `dequantize_all` makes, 0 where nothing is quantized."""
     layers = [layer for _, layer in _quantized_layers(model)]
     return sum(layer.in_features * layer.out_features * _compute_dtype(layer).itemsize for layer in layers)
+
+
+def fits_dequantized(model: nn.Module) -> bool:
+    """Tell whether a model is quantized, on a CPU, and its dequantized weights leave half of the free memory free."""
+    size = dequantized_bytes(model)
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    return size > 0 and on_cpu and 2 * size < psutil.virtual_memory().available
 
 
 def _quantized_layers(model: nn.Module) -> list[tuple[str, nn.Linear]]:

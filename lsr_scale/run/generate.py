@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
@@ -13,10 +13,14 @@ from lsr_scale.data.model_limits import check_token_id, num_positions, stated_le
 from lsr_scale.data.prompts import Prompt
 from lsr_scale.data.readers import check_characters
 from lsr_scale.errors import UserError
+from lsr_scale.generation.decoder import Decoder, NotFiniteError
 from lsr_scale.generation.sampling import Sampling
 from lsr_scale.model.tokenizer import end_tokens, render_chat
 
 logger = logging.getLogger(__name__)
+
+# tokens, prompt and answer; for more a cache that grows, as few answers are as long as they may be
+LONGEST_ROW = 8192
 
 
 @dataclass(frozen=True)
@@ -140,6 +144,7 @@ def complete(
     *,
     context: int | None = None,
     streamer: TextStreamer | None = None,
+    decoder: Decoder | None = None,
     say: Callable[[str], None] = logger.warning,
     where: str = "--prompt",
 ) -> Answer:
@@ -152,7 +157,9 @@ def complete(
         sampling: How tokens are chosen; by default the most likely ones.
         context: How many tokens the model takes; by default its positions, else what its configuration states.
         streamer: Given each token as it comes.
-        say: Told where the model has no positions for all of `max_new_tokens`.
+        decoder: The model's, which keeps its memory for the next answer; by default made for this one.
+        say: Told where the model has no positions for all of `max_new_tokens`, and why transformers' own generation
+            answers where the decoder cannot.
         where: What gave the prompt, for messages.
 
     Raises:
@@ -165,29 +172,26 @@ def complete(
     left = sampling.max_new_tokens if context is None else min(sampling.max_new_tokens, context - len(ids))
     inputs = torch.tensor([ids], device=model.device)
     ends = end_tokens(tokenizer, model.generation_config.eos_token_id)
-    training = model.training
-    model.eval()
+    decoder = decoder or Decoder(model, longest=LONGEST_ROW, say=say)
     began = time.perf_counter()
-    try:
-        with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
-            if sampling.seed is not None:
-                torch.manual_seed(sampling.seed)
-            elif sampling.temperature:
-                torch.seed()
-            out = model.generate(
-                input_ids=inputs,
-                attention_mask=torch.ones_like(inputs),
-                max_new_tokens=left,
-                use_cache=True,
+    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+        if sampling.seed is not None:
+            torch.manual_seed(sampling.seed)
+        elif sampling.temperature:
+            torch.seed()
+        try:
+            out = decoder.generate(
+                inputs,
+                eos_token_id=ends,
                 pad_token_id=tokenizer.pad_token_id,
-                logits_processor=[_check_finite],
-                eos_token_id=ends or None,
                 streamer=streamer,
-                **sampling.arguments(),
+                **asdict(sampling) | {"max_new_tokens": left, "seed": None},
             )
-    finally:
-        if training:
-            model.train()
+        except NotFiniteError as error:
+            raise UserError(
+                f"the model's logits are not finite after {error.tokens} tokens: the adapter diverged, or the base "
+                "overflows in model.dtype; --base-only tells which"
+            ) from None
     new = out[0, len(ids) :].tolist()
     seconds = time.perf_counter() - began
     stopped = "end" if new and new[-1] in ends else "length" if left == sampling.max_new_tokens else "context"
@@ -197,13 +201,3 @@ def complete(
             "all"
         )
     return Answer(tokenizer.decode(new, skip_special_tokens=True), len(new), seconds, stopped)
-
-
-def _check_finite(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    """Raise for logits of NaN, whose argmax would be token 0 for ever; a logits processor of `generate`."""
-    if not (logits < torch.inf).all():  # NaN is not either; -inf is how models rule tokens out
-        raise UserError(
-            f"the model's logits are not finite after {ids.shape[1]} tokens: the adapter diverged, or the base "
-            "overflows in model.dtype; --base-only tells which"
-        )
-    return logits

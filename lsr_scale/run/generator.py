@@ -3,24 +3,25 @@
 import contextlib
 import logging
 from collections.abc import Callable, Sequence
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import psutil
 from transformers.generation.streamers import TextStreamer
 
 from lsr_scale.config.sections import ModelSection
 from lsr_scale.data.prompts import Prompt, prompt_of_row
 from lsr_scale.data.readers import has_lines, read_file
 from lsr_scale.errors import UserError
+from lsr_scale.generation.decoder import Decoder
 from lsr_scale.generation.sampling import Sampling
-from lsr_scale.layers.frozen_linear import dequantize_all, dequantized_bytes
+from lsr_scale.layers.frozen_linear import dequantize_all, fits_dequantized
 from lsr_scale.model import load_base_for, load_config, load_tokenizer, meta_model, tokenizer_of
 from lsr_scale.model.load_errors import suggest_base_option
 from lsr_scale.model.tokenizer import render_chat, without_appended
 from lsr_scale.paths import user_path
 from lsr_scale.run.generate import (
+    LONGEST_ROW,
     Answer,
     check_fits,
     check_has_template,
@@ -56,6 +57,8 @@ class Generator:
         """Take what `load` will load the model of."""
         self.tokenizer, self.model_config, self.context = tokenizer, model_config, context
         self.trained_on_chat, self._load, self._say = trained_on_chat, load, say
+        self._say_once = cache(say)
+        self._decoders: dict[bool, Decoder] = {}  # of the base, of the adapter: each keeps its CUDA graph
 
     @classmethod
     def of_run(
@@ -183,7 +186,10 @@ class Generator:
     ) -> Answer:
         """Return the model's answer, or with `base` that of its base without the adapter; see `complete`."""
         disabled = self.model.disable_adapter() if base else contextlib.nullcontext()
+        if base not in self._decoders:
+            self._decoders[base] = Decoder(self.model, longest=LONGEST_ROW, say=self._say_once)
         options: dict[str, Any] = {"context": self.context, "streamer": streamer, "say": self._say, "where": where}
+        options["decoder"] = self._decoders[base]
         with disabled:
             return complete(self.model, self.tokenizer, prompt, sampling, **options)
 
@@ -194,8 +200,7 @@ def _elsewhere(section: ModelSection, base: str) -> ModelSection:
 
 def _fast_on_cpu(model: Any) -> Any:
     """Dequantize a model's weights once where it is on a CPU and they leave half of the free memory free."""
-    size = dequantized_bytes(model)
-    if size and model.device.type == "cpu" and 2 * size < psutil.virtual_memory().available:
+    if fits_dequantized(model):
         dequantize_all(model)
     return model
 

@@ -15,13 +15,15 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
+from transformers.generation.streamers import BaseStreamer
 
 import lsr_scale
 from lsr_scale import AdapterBank, Decoder, UserError
 from lsr_scale.adapters import peft_config
 from lsr_scale.adapters.peft import METHODS, per_sample
 from lsr_scale.generation import Sampling
-from lsr_scale.generation.decoder import decoder_fallback_reason
+from lsr_scale.generation.decoder import NotFiniteError
+from lsr_scale.generation.fallback import decoder_fallback_reason
 from lsr_scale.kernels.row_pairs import add_row_pairs_triton
 from lsr_scale.layers.frozen_linear import freeze_quantized
 from tests.conftest import SEVEN_LINEARS, TINY_SIZES, quantize, randomize, tiny_llama
@@ -273,6 +275,22 @@ def test_bad_input_is_refused():
         decoder.generate(batch["input_ids"][0])
     with pytest.raises(UserError, match="max_new_tokens"):
         decoder.generate(**batch, max_new_tokens=0)
+    with pytest.raises(UserError, match="streamer: takes one row"):
+        decoder.generate(**batch, streamer=BaseStreamer())
+
+
+@pytest.mark.parametrize("longest", [None, 4])
+def test_logits_that_are_not_finite_end_it_where_they_come(longest):
+    model = tiny_llama().eval()
+    decoder, batch = Decoder(model, longest=longest), prompts(rows=1)
+    clean = decoder.generate(**batch, max_new_tokens=6, eos_token_id=[])
+    place = batch["input_ids"].shape[1]
+    token = int(clean[0, place + 1])
+    assert token not in clean[0, : place + 1].tolist()
+    model.model.embed_tokens.weight.data[token] = float("nan")  # what follows the second token is not finite
+    with pytest.raises(NotFiniteError, match="not finite in row 0") as error:
+        decoder.generate(**batch, max_new_tokens=6, eos_token_id=[])
+    assert error.value.tokens == place + 2
 
 
 def test_a_row_that_diverged_is_named_and_harms_no_later_batch(tmp_path):

@@ -1,5 +1,6 @@
 """`lsr-scale generate`: prompts, the chat template, conversations, sampling; what is refused before a model loads."""
 
+import contextlib
 import io
 import json
 import os
@@ -18,8 +19,10 @@ from lsr_scale.config import dump_yaml
 from lsr_scale.errors import UserError, printable
 from lsr_scale.exporting import open_adapter
 from lsr_scale.generation.sampling import Sampling
+from lsr_scale.layers import frozen_linear
 from lsr_scale.layers.frozen_linear import FrozenLinear4bit, dequantize_all, dequantized_bytes
 from lsr_scale.model import load_base
+from lsr_scale.model.tokenizer import end_tokens
 from lsr_scale.run import generator as generators
 from lsr_scale.run.chat import Chat, converse
 from lsr_scale.run.evaluate import evaluate_run
@@ -314,6 +317,60 @@ def test_text_streams_as_it_stays(place):
     assert not any("\ufffd" in part for part in shown)
 
 
+class Pieces(Streamer):
+    """Keeps how many tokens came at a time, the prompt's first."""
+
+    def __init__(self, tokenizer):
+        super().__init__(tokenizer, lambda text: None)
+        self.pieces, self.ended = [], False
+
+    def put(self, value):
+        self.pieces.append(value.numel())
+        super().put(value)
+
+    def end(self):
+        self.ended = True
+        super().end()
+
+
+def transformers_own(model, tokenizer, sampling):
+    """Return the tokens of transformers' `generate` after the first of TOOLS."""
+    ids = torch.tensor([tokenizer(TOOLS[0])["input_ids"]])
+    ends = end_tokens(tokenizer, model.generation_config.eos_token_id)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(sampling.seed or 0)
+        options = {"max_new_tokens": sampling.max_new_tokens, "eos_token_id": ends or None, **sampling.arguments()}
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=tokenizer.pad_token_id, **options)
+    return ids.shape[1], out[0, ids.shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("longest", [generators.LONGEST_ROW, 4])
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(max_new_tokens=12),
+        Sampling(max_new_tokens=12, repetition_penalty=5.0),
+        Sampling(max_new_tokens=12, temperature=1.5, top_k=20, top_p=0.9, seed=4),
+    ],
+)
+def test_answers_are_those_of_transformers_and_stream(place, monkeypatch, sampling, longest):
+    monkeypatch.setattr(generators, "LONGEST_ROW", longest)
+    said = []
+    found = Generator.of_run(place / "text", say=said.append)
+    for base in (True, False, True):
+        with found.model.disable_adapter() if base else contextlib.nullcontext():
+            prompt, expected = transformers_own(found.model, found.tokenizer, sampling)
+        streamer = Pieces(found.tokenizer)
+        answer = found.answer(TOOLS[0], sampling, streamer=streamer, base=base)
+        assert streamer.ids == expected
+        assert answer.tokens == len(expected) > 1
+        assert (streamer.pieces, streamer.ended) == ([prompt] + [1] * len(expected), True)
+    # by the decoder, which keeps one cache for the base and one for the adapter, or else why not, once
+    assert [len(decoder.steps) for decoder in found._decoders.values()] == [int(longest > 4)] * 2
+    reason = "generation is transformers' own, without CUDA graphs: rows of up to"
+    assert [line.startswith(reason) for line in said] == [True] * (longest == 4)
+
+
 def test_on_a_cpu_the_weights_are_dequantized_once_and_say_the_same(place, monkeypatch):
     if torch.cuda.is_available():
         pytest.skip("of CPUs")
@@ -326,7 +383,7 @@ def test_on_a_cpu_the_weights_are_dequantized_once_and_say_the_same(place, monke
         assert torch.equal(found.model(ids).logits, quantized(ids).logits)
         with found.model.disable_adapter(), quantized.disable_adapter():
             assert torch.equal(found.model(ids).logits, quantized(ids).logits)
-    monkeypatch.setattr(generators.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 1000}))
+    monkeypatch.setattr(frozen_linear.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 1000}))
     kept = Generator.of_run(place / "text").model
     assert any(isinstance(module, FrozenLinear4bit) for module in kept.modules()), "where there is no memory for it"
 

@@ -1,4 +1,4 @@
-"""The reference policy of DPO and KTO: the base with the adapter off, or the adapter that a run starts from, frozen.
+"""The reference policy: the base with the adapter off, or the adapter that a run starts from, frozen.
 
 TRL's trainers, given a model with an adapter, copy the adapter as "ref" and take that for the reference. For an adapter
 that begins with an update of zero the copy is the base: it is taken out, and TRL then switches the adapter off. Of one
@@ -7,7 +7,6 @@ that `adapter.start_from` names it stays.
 
 from typing import Any
 
-import torch
 from peft import PeftModel
 
 REFERENCE = "ref"  # TRL's name
@@ -17,7 +16,7 @@ def set_reference(model: PeftModel, starts_from_adapter: bool) -> None:
     """Leave TRL's copy of the adapter in a model, frozen, or take it out.
 
     Args:
-        model: Of a trainer that was just made.
+        model: Of a trainer that was just made, its factors in float32 again.
         starts_from_adapter: The adapter's update is not zero: its copy is the reference.
 
     Raises:
@@ -29,11 +28,11 @@ def set_reference(model: PeftModel, starts_from_adapter: bool) -> None:
         model.delete_adapter(REFERENCE)
         return
     trained = {name: parameter for name, parameter in model.named_parameters() if _is_of("default", name)}
-    with torch.no_grad():
-        for name, parameter in trained.items():
-            copy: Any = model.get_parameter(_renamed(name))
-            copy.copy_(parameter)  # TRL looks for names with something behind the adapter's
-            copy.requires_grad_(False)
+    for name, parameter in trained.items():
+        copy: Any = model.get_parameter(_renamed(name))
+        # TRL looks for names with something behind the adapter's, and casts copies on a quantized base to bfloat16
+        copy.data = parameter.detach().clone()
+        copy.requires_grad_(False)
 
 
 def _is_of(adapter: str, name: str) -> bool:

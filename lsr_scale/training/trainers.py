@@ -12,12 +12,14 @@ from peft import PeftModel
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from lsr_scale.config import RunConfig
+from lsr_scale.config.methods import METHODS
 from lsr_scale.data.cache import cached
 from lsr_scale.data.classification import tokenize_classification
 from lsr_scale.scoring import classification
 from lsr_scale.training.checkpoint.resumable import Resumable
 from lsr_scale.training.methods import method_module
 from lsr_scale.training.optimizers.create import OwnOptimizers, choose_optimizer
+from lsr_scale.training.reference import REFERENCE, set_reference
 from lsr_scale.training.run_data import MadeRows, RunData
 from lsr_scale.training.settings import naming_settings
 from lsr_scale.training.steps.engine import EngineSteps
@@ -52,6 +54,8 @@ def make_trainer(
         options["rows"] = made
     with _keeping_float32(model), ignore_library_warnings(), naming_settings(run):
         trainer: Any = make(run, options)
+    if METHODS[run.training["method"]].has_reference and (arguments.beta or REFERENCE in model.peft_config):
+        set_reference(model, starts_from_adapter=run.adapter.start_from is not None)
     choose_optimizer(trainer, run)
     trainer.on_nonfinite = run.training["on_nonfinite"]
     trainer.remove_callback(PrinterCallback)  # prints what Progress prints

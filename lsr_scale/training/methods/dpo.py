@@ -13,7 +13,6 @@ from lsr_scale.config import RunConfig
 from lsr_scale.training.checkpoint.resumable import Resumable
 from lsr_scale.training.methods import check_head_runs
 from lsr_scale.training.optimizers.create import OwnOptimizers
-from lsr_scale.training.reference import set_reference
 from lsr_scale.training.steps.engine import EngineSteps
 from lsr_scale.training.steps.finite_check import FiniteCheck
 
@@ -29,6 +28,4 @@ def make_trainer(run: RunConfig, options: dict[str, Any]) -> Trainer:
     class AdapterDPOTrainer(*BASES, DPOTrainer):
         pass
 
-    trainer = AdapterDPOTrainer(**options)
-    set_reference(trainer.model, starts_from_adapter=run.adapter.start_from is not None)
-    return trainer
+    return AdapterDPOTrainer(**options)

@@ -20,14 +20,14 @@ from lsr_scale.rewards.checked import CheckedReward
 from lsr_scale.run.folder import RunFolder
 from lsr_scale.training.checkpoint.resumable import Resumable
 from lsr_scale.training.methods import check_head_runs
-from lsr_scale.training.reference import set_reference
+from lsr_scale.training.optimizers.create import OwnOptimizers
 from lsr_scale.training.steps.completions import DecodedCompletions
 from lsr_scale.training.steps.engine import EngineSteps
 from lsr_scale.training.steps.finite_check import FiniteCheck
 from lsr_scale.training.steps.log_probs import head_fallback_reason, use_fused_head
 from lsr_scale.training.steps.vllm_adapter import sending_adapter
 
-BASES = (Resumable, FiniteCheck, EngineSteps, DecodedCompletions)
+BASES = (Resumable, FiniteCheck, EngineSteps, DecodedCompletions, OwnOptimizers)
 
 
 def make_trainer(run: RunConfig, options: dict[str, Any]) -> Any:
@@ -47,8 +47,6 @@ def make_trainer(run: RunConfig, options: dict[str, Any]) -> Any:
     arguments.reward_weights = [one.reward.weight for one in rewards]
     with sending_adapter() if arguments.use_vllm else nullcontext():
         trainer = AdapterGRPOTrainer(reward_funcs=list(rewards), **options)
-    if arguments.beta:
-        set_reference(trainer.model, starts_from_adapter=run.adapter.start_from is not None)
     base = trainer.model.get_base_model()
     hold_dequantized(base)
     # fused or not: on a CPU TRL's makes the logits of prompts too. A bonus on entropies has its gradient by them

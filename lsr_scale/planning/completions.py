@@ -39,7 +39,7 @@ def completions_note(run: RunConfig, text_config: Any, gpus: int = 1) -> str:
     """Return in words what the completions of a run take, which its training steps do not."""
     cache, logits = generation_bytes(run, text_config, gpus)
     return (
-        f"{num_completions(run, gpus):,} completions at a time take about {cache / GIB:.2f} GiB of keys and values, "
-        f"kept from step to step, and {logits / GIB:.2f} GiB of logits, beside what is counted; the reference is the "
-        "base itself, and takes nothing"
+        f"{num_completions(run, gpus):,} completions at a time take about {cache / GIB:.2f} GiB of keys and values and "
+        f"{logits / GIB:.2f} GiB of logits beside the weights, free again before a step's own passes; the reference is "
+        "the base itself, and takes nothing"
     )

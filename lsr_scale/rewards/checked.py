@@ -119,7 +119,7 @@ class CheckedReward:
 
 
 def _is_sequence(values: Any) -> bool:
-    return isinstance(values, list | tuple) or type(values).__module__ in ("numpy", "torch")
+    return isinstance(values, list | tuple) or getattr(values, "ndim", 0) == 1  # of NumPy's or torch's
 
 
 def text_of(message: Any) -> str:

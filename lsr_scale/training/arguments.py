@@ -18,11 +18,12 @@ def trainer_arguments(run: RunConfig, folder: RunFolder) -> Any:
     """Return a run's arguments, TRL's of its method or a classifier's; checkpoints go to the folder.
 
     Raises:
-        UserError: for a setting that the library refuses, an optimizer that cannot be sharded, or a DeepSpeed that
-            cannot be patched.
+        UserError: for a setting that the library refuses, an optimizer or method that cannot be sharded, or a DeepSpeed
+            that cannot be patched.
     """
     _check_optimizer(run)
     _check_start(run)
+    _check_sharding(run)
     if uses_deepspeed(run):
         check_release()
     values = config.training_arguments(run) | {"output_dir": str(folder.path), "use_cpu": not torch.cuda.is_available()}

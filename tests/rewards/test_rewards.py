@@ -81,6 +81,7 @@ def test_length_is_trls_soft_punishment():
         ("return [1.0, None]", "returned None", "line 2"),
         ("return [1.0]", "returned 1, where 2 rewards were expected", "line 1"),
         ("return 1.0", "returned 1.0, where 2 rewards", "line 1"),
+        ("import torch; return torch.tensor(1.0)", "returned tensor(1.), where 2 rewards", "line 1"),
         ("return [{'It is 4.': 1}[c] for c in completions]", "line 3 raises KeyError: 'It is 7.'", "line 2"),
         ("return 1 / (2 - len(completions))", "the batch that begins with", "line 1"),
     ],

@@ -236,6 +236,21 @@ def test_what_cannot_be_is_refused_before_the_model_is_loaded(tmp_path, monkeypa
     assert words in str(error.value)
 
 
+@pytest.mark.parametrize("config", ["zero3", "zero3_offload"])
+def test_a_sharded_base_is_refused_before_it_is_loaded(tmp_path, monkeypatch, config):
+    from lsr_scale import distributed
+    from lsr_scale.training import assembly
+
+    def loaded(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("the model is loaded")
+
+    monkeypatch.setattr(assembly, "load_base_for", loaded)
+    monkeypatch.setattr(distributed, "is_launched", lambda: True)
+    run = grpo_run(tmp_path, deepspeed={"config": config})
+    with pytest.raises(UserError, match=r"deepspeed\.config: ZeRO-3 .* set deepspeed\.config to zero2"):
+        build_trainer(run, RunFolder(tmp_path / "run"))
+
+
 @pytest.mark.parametrize(
     ("row", "reward", "words"),
     [
@@ -264,6 +279,74 @@ def test_a_reward_that_raises_ends_the_run_with_its_row(tmp_path):
     run = grpo_run(tmp_path, training={"reward": [str(tmp_path / "mine.py:score")], "max_steps": 6})
     with pytest.raises(UserError, match=r"line 2 raises ZeroDivisionError.*prompts\.jsonl, line 1"):
         do(run)
+
+
+def spoiled_trainer(place: Path, **options: Any) -> Any:
+    """Return the trainer of a run whose first batch has an advantage of NaN."""
+    run = grpo_run(place, training={"save_strategy": "no", "max_steps": 2, **options})
+    folder = RunFolder(Path(run.training["output_dir"]))
+    folder.path.mkdir()
+    trainer: Any = build_trainer(run, folder)
+    original = trainer._generate_and_score_completions
+
+    def spoiled(inputs: Any) -> Any:
+        batch = original(inputs)
+        if trainer.state.global_step == 0:
+            batch["advantages"][3] = float("nan")
+        return batch
+
+    trainer._generate_and_score_completions = spoiled
+    return trainer
+
+
+def test_a_loss_that_is_not_finite_names_the_rows_of_its_completions(tmp_path):
+    trainer = spoiled_trainer(tmp_path)
+    with pytest.raises(UserError, match=r"the loss is nan at step 1, on rows \[.*prompts\.jsonl, line \d"):
+        trainer.train()
+    (line,) = [json.loads(line) for line in (tmp_path / "run" / "nonfinite.jsonl").read_text().splitlines()]
+    assert len(line["rows"]) == len(line["completion_ids"]) == 8
+
+
+def test_a_batch_that_is_not_finite_is_skipped_where_the_run_says_so(tmp_path):
+    trainer = spoiled_trainer(tmp_path, on_nonfinite="skip")
+    trainer.train()
+    assert len((tmp_path / "run" / "nonfinite.jsonl").read_text().splitlines()) == 1
+    norms = [row["grad_norm"] for row in trainer.state.log_history if "reward" in row]
+    assert norms[0] == 0 < norms[1]
+    assert all(parameter.isfinite().all() for parameter in trainer.model.parameters() if parameter.requires_grad)
+
+
+def test_completions_of_a_model_that_has_diverged_end_the_run(tmp_path):
+    trainer = spoiled_trainer(tmp_path)
+    with torch.no_grad():
+        for parameter in trainer.model.parameters():
+            if parameter.requires_grad:
+                parameter.fill_(float("nan"))
+    with pytest.raises(UserError, match="training diverged: the logits of completions are not finite after step 0"):
+        trainer.train()
+
+
+def test_the_reference_of_a_run_that_starts_from_an_adapter_is_that_adapter_frozen(tmp_path):
+    options = {"learning_rate": 0.1, "beta": 0.1, "save_strategy": "no", "max_steps": 2}
+    first = do(grpo_run(tmp_path, training={**options, "output_dir": str(tmp_path / "first")}))
+    run = grpo_run(tmp_path, adapter={"start_from": str(first.path)}, training=options)
+    folder = RunFolder(Path(run.training["output_dir"]))
+    folder.path.mkdir()
+    trainer: Any = build_trainer(run, folder)
+    assert not any(parameter.requires_grad for name, parameter in trainer.model.named_parameters() if ".ref" in name)
+    trainer.train()
+    steps = [row["kl"] for row in trainer.state.log_history if "kl" in row]
+    assert abs(steps[0]) < 1e-5 < 1e-3 < steps[1]
+    named, began = dict(trainer.model.named_parameters()), factors(first)
+    for adapter, stays in (("default", False), ("ref", True)):
+        ends = {name: named[_of_adapter(name, adapter)] for name in began}
+        assert same(ends, began) == stays
+
+
+def _of_adapter(name: str, adapter: str) -> str:
+    """Return the parameter's name of a saved factor's."""
+    start, _, last = name.rpartition(".")
+    return f"{start}.{last}.{adapter}"
 
 
 def test_questions_become_prompts_by_what_the_model_takes(tmp_path):

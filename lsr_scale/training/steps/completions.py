@@ -16,8 +16,10 @@ import torch
 from transformers import Trainer
 
 from lsr_scale import distributed
-from lsr_scale.generation.decoder import Decoder, decoder_fallback_reason
+from lsr_scale.generation.decoder import Decoder, NotFiniteError
+from lsr_scale.generation.fallback import decoder_fallback_reason
 from lsr_scale.rewards.checked import ROW, text_of
+from lsr_scale.training.steps.nonfinite import diverged
 
 _Base: Any = Trainer
 # completions of one prompt that a logging step keeps
@@ -39,14 +41,6 @@ class DecodedCompletions(_Base):
     _decoder: Decoder | None = None
     _generation_said: str | None = None
     _generation_s: float = 0.0
-
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train; the decoder's memory is free for evaluations afterwards."""
-        try:
-            return super().train(*args, **kwargs)
-        finally:
-            if self._decoder is not None:
-                self._decoder.clear()
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate, with the same draws each time, and none of training's."""
@@ -98,7 +92,13 @@ class DecodedCompletions(_Base):
         return result
 
     def _decoded(self, prompt_ids: Sequence[Sequence[int]]) -> list[list[int]]:
-        """Return the completions of prompts, ends included; those that stand beside each other and are alike share."""
+        """Return the completions of prompts, ends included; those that stand beside each other and are alike share.
+
+        The decoder's memory is free afterwards: training's passes need theirs, and a graph is captured in two steps.
+
+        Raises:
+            UserError: if training has diverged, so that logits are not finite.
+        """
         if self._decoder is None:
             self._decoder = Decoder(self.model)
         alike = [(ids, len(list(group))) for ids, group in groupby(list(ids) for ids in prompt_ids)]
@@ -106,19 +106,25 @@ class DecodedCompletions(_Base):
         pad = self._tokenizer.pad_token_id
         rows = torch.tensor([[pad] * (longest - len(ids)) + ids for ids, _ in alike], device=device)
         mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids, _ in alike], device=device)
-        generated = self._decoder.generate(
-            rows,
-            mask,
-            answers=[number for _, number in alike],
-            max_new_tokens=self.max_completion_length,
-            temperature=self.temperature,
-            top_p=self.top_p if self.top_p < 1 else None,
-            top_k=self.top_k or None,
-            min_p=self.min_p or None,
-            repetition_penalty=self.repetition_penalty,
-            eos_token_id=self.eos_token_ids,
-            pad_token_id=pad,
-        )
+        try:
+            generated = self._decoder.generate(
+                rows,
+                mask,
+                answers=[number for _, number in alike],
+                max_new_tokens=self.max_completion_length,
+                temperature=self.temperature,
+                top_p=self.top_p if self.top_p < 1 else None,
+                top_k=self.top_k or None,
+                min_p=self.min_p or None,
+                repetition_penalty=self.repetition_penalty,
+                eos_token_id=self.eos_token_ids,
+                pad_token_id=pad,
+            )
+        except NotFiniteError:
+            step = self.state.global_step
+            raise diverged(f"the logits of completions are not finite after step {step}") from None
+        finally:
+            self._decoder.clear()
         ends = set(self.eos_token_ids)
         return [_until(ids, ends) for ids in generated[:, longest:].tolist()]
 

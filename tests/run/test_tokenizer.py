@@ -22,6 +22,7 @@ from lsr_scale.exporting import export
 from lsr_scale.exporting.merged import write_merged
 from lsr_scale.exporting.source import open_adapter
 from lsr_scale.exporting.verify import Reference, base_section
+from lsr_scale.generation.decoder import Decoder
 from lsr_scale.generation.sampling import Sampling
 from lsr_scale.model.tokenizer import (
     appended_ids,
@@ -87,9 +88,13 @@ def test_a_finished_run_keeps_its_end_token_and_template_when_the_file_is_gone(f
     assert tokenizer.apply_chat_template(CHAT[0]["messages"][:1], tokenize=False).startswith("user\nhi<|assistant|>")
     end = tokenizer.eos_token_id
     asked = {}
-    original = model.generate
-    model.generate = lambda **options: asked.update(options) or original(**options)
-    complete(model, tokenizer, CHAT[0]["messages"][:1], Sampling(max_new_tokens=2))
+
+    class Asked(Decoder):
+        def generate(self, *args, **options):
+            asked.update(options)
+            return super().generate(*args, **options)
+
+    complete(model, tokenizer, CHAT[0]["messages"][:1], Sampling(max_new_tokens=2), decoder=Asked(model))
     assert asked["eos_token_id"] == [end, 2], "the run's end token, and the one at which the base stopped anyway"
 
 

@@ -35,7 +35,7 @@ from benchmarks import ALL_RESULTS
 from benchmarks.command_line import recorded, script_parser
 from benchmarks.quality import trials
 from benchmarks.quality.frontier_data import EPOCHS, PART_OF, REGIMES, num_tokens, questions, write_parts
-from benchmarks.quality.frontier_rows import MODELS, ROWS, SIZES, AdapterRow
+from benchmarks.quality.frontier_rows import MODELS, ROWS, SIZES, AdapterRow, rates_left
 from benchmarks.quality.trials import TUNING_SEED
 from lsr_scale import api, files
 from lsr_scale.sweeping.results import SweepResults, TrialResult
@@ -96,15 +96,7 @@ def rates_to_try(row: AdapterRow, tuned: Mapping[float, float]) -> tuple[float, 
         row: The adapter.
         tuned: The nats a token of each rate that was tried, infinite where the training diverged.
     """
-    missing = tuple(rate for rate in row.rates if rate not in tuned)
-    if missing:
-        return missing
-    ordered = sorted(tuned)
-    best = min(ordered, key=lambda rate: tuned[rate])
-    if len(tuned) >= len(row.rates) + MOST_BEYOND or best not in (ordered[0], ordered[-1]):
-        return ()
-    step = row.rates[1] / row.rates[0]
-    return (float(f"{best / step if best == ordered[0] else best * step:.4g}"),)
+    return rates_left(row.rates, tuned, MOST_BEYOND)
 
 
 def tuned_rates(suite: Suite, size: str, row: str, done: Results) -> dict[float, float]:

@@ -15,6 +15,7 @@ from benchmarks import ALL_RESULTS, ROOT
 from benchmarks.report import (
     commonsense_tables,
     frontier_tables,
+    grpo_tables,
     guide,
     guide_plots,
     leaderboard,
@@ -45,6 +46,7 @@ def all_plots(results: Path) -> dict[Path, Plot]:
         | guide_plots.plots(results)
         | real_training.plots(results)
         | frontier_tables.plots(results / "frontier")
+        | grpo_tables.plots(results / "grpo")
     )
 
 

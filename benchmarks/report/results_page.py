@@ -4,7 +4,15 @@ from pathlib import Path
 
 from benchmarks.command_line import current
 from benchmarks.quality import sequential, variants
-from benchmarks.report import commonsense_tables, export_tables, fp8_tables, frontier_tables, real_training
+from benchmarks.report import (
+    commonsense_tables,
+    export_tables,
+    fp8_tables,
+    frontier_tables,
+    grpo_tables,
+    preference,
+    real_training,
+)
 from benchmarks.report.markdown import grid, number
 from benchmarks.report.measurements import MODES, Run, has_scaling, read, sweeps, where
 from benchmarks.robustness import real_model_curves
@@ -210,6 +218,7 @@ SECTIONS = {
     "loss_curve": ("Fused training beside float32", loss_curve),
     "many_adapters": ("Many adapters in one batch", many_adapters),
     "joint_step": ("Several trials in one step", joint_steps),
+    "preference": ("Preference and reinforcement steps beside TRL's", preference.section),
 }
 
 
@@ -327,6 +336,7 @@ def page(results: Path) -> str:
     parts += real_models(results / "real_model")
     parts += fp8_tables.sections(results)
     parts += frontier_tables.sections(results / "frontier")
+    parts += grpo_tables.sections(results / "grpo")
     if (results / "variants").is_dir():
         parts += ["## Variants of the methods", (variants.__doc__ or "").strip(), variants.table(results / "variants")]
     return "\n\n".join([*parts, *accuracy(results / "commonsense"), *export_tables.sections(results / "export")]) + "\n"

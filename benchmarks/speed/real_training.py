@@ -63,18 +63,14 @@ class Training:
         """Load the base, adapt it, and give LoRA's factors the start that they have everywhere."""
         import torch
 
+        from benchmarks.speed.providers.base import start_alike
+
         self.provider.build()
         if self.provider.mode is None:
             self.provider.checkpoint(self.config["mode"])
             self.provider.mode = self.config["mode"]
         named = sorted((n, p) for n, p in self.provider.model.named_parameters() if p.requires_grad)
-        generator = torch.Generator().manual_seed(self.config["seed"])
-        with torch.no_grad():
-            for name, parameter in named:
-                if "lora_A" in name:
-                    bound = 1 / math.sqrt(parameter.shape[1])
-                    values = torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator)
-                    parameter.copy_(values)
+        start_alike(self.provider.model, self.config["seed"])
         data = torch.load(self.config["batches"], weights_only=True)
         self.train, self.held_out = data["train"], data["held_out"]
         rate = rate_of(self.config["provider"])

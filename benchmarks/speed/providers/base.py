@@ -7,6 +7,7 @@ measurement and `free_memory` after each. Packages are imported where they are u
 import gc
 import importlib.util
 import itertools
+import math
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -64,6 +65,16 @@ def random_model(config: dict[str, Any]) -> Any:
     quantizer = quantization_config(kind, True, torch.bfloat16, head_modules(empty))
     device = torch.device("cuda", 0) if config["device"] == "cuda" else torch.device("cpu")
     return init_random_weights(empty, quantizer, device)
+
+
+def start_alike(model: Any, seed: int) -> None:
+    """Give LoRA's factors a start that depends on their names, shapes and a seed alone: the same in every library."""
+    generator = torch.Generator().manual_seed(seed)
+    named = sorted((name, p) for name, p in model.named_parameters() if p.requires_grad and "lora_A" in name)
+    with torch.no_grad():
+        for _, parameter in named:
+            bound = 1 / math.sqrt(parameter.shape[1])
+            parameter.copy_(torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator))
 
 
 def elapsed_ms(begin: Any, end: Any) -> float:

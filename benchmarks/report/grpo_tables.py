@@ -69,12 +69,17 @@ def scores(done: Results, suite: str) -> list[Score]:
     return found
 
 
-def difference(score: Score, other: Score) -> tuple[float, float, float]:
-    """Return the accuracy of one less another's, with the 95 % interval of resampled questions and seeds."""
-    pair = [score.right.astype(np.float64), other.right.astype(np.float64)]
-    first, second = drawn(pair, np.ones(score.right.shape[1])).T
+def resampled(found: list[Score]) -> dict[tuple[str, str], np.ndarray]:
+    """Return `[draws]` accuracies of each adapter by training and row, of resampled questions and seeds."""
+    right = [score.right.astype(np.float64) for score in found]
+    columns = drawn(right, np.ones(right[0].shape[1])).T  # the same questions for all
+    return {(score.training, score.row): column for score, column in zip(found, columns, strict=True)}
+
+
+def interval(first: np.ndarray, second: np.ndarray) -> tuple[float, float]:
+    """Return the 95 % interval of what `resampled` accuracies are less others."""
     low, high = np.quantile(first - second, (0.025, 0.975))
-    return score.accuracy - other.accuracy, float(low), float(high)
+    return float(low), float(high)
 
 
 def label(row: str) -> str:
@@ -92,7 +97,8 @@ def label(row: str) -> str:
 
 def table(done: Results, suite: str) -> str:
     """Return a suite's table: a row an adapter, GRPO and then SFT, each less the same training of LoRA r=8."""
-    found = {(score.training, score.row): score for score in scores(done, suite)}
+    of_suite = scores(done, suite)
+    found, draws = {(score.training, score.row): score for score in of_suite}, resampled(of_suite)
     base = done.get(f"{suite}-base", {}).get("accuracy")
     body = [["no adapter", "0", "", *[number(base and 100 * base, ".1f"), ""] * 2, "", ""]]
     for row in ROWS:
@@ -106,7 +112,8 @@ def table(done: Results, suite: str) -> str:
         name = f"**{label(row)}**" if ROWS[row].method in OURS else label(row)
         cells = [name, f"{parameters:,}", share]
         for training, score in of_row.items():
-            cells += accuracy_cells(score, found.get((training, REFERENCE)))
+            cells.append("" if score is None else accuracy_cell(score))
+            cells.append(difference_cell(score, found.get((training, REFERENCE)), draws))
         grpo = of_row["grpo"]
         cells.append("" if grpo is None else f"{statistics.fmean(step_seconds(grpo)):.1f}")
         cells.append(", ".join(f"{s.results[0]['rate']:g}" for s in of_row.values() if s is not None))
@@ -115,17 +122,20 @@ def table(done: Results, suite: str) -> str:
     return grid([*head, "SFT, %", "less LoRA r=8 (95 %)", "s a step, GRPO", "rates"], body)
 
 
-def accuracy_cells(score: Score | None, reference: Score | None) -> list[str]:
-    """Return a score as accuracy with the spread of its seeds, and its difference from the reference, in points."""
-    if score is None:
-        return ["", ""]
+def accuracy_cell(score: Score) -> str:
+    """Return a score in percent, and in brackets that of each seed."""
     by_seed = 100 * score.right.mean(1)
     spread = f" ({', '.join(f'{one:.1f}' for one in by_seed)})" if len(by_seed) > 1 else ""
-    shown = f"{100 * score.accuracy:.1f}{spread}"
-    if reference is None or score.row == REFERENCE:
-        return [shown, ""]
-    points, low, high = (100 * value for value in difference(score, reference))
-    return [shown, f"{points:+.1f} ({low:+.1f} to {high:+.1f})"]
+    return f"{100 * score.accuracy:.1f}{spread}"
+
+
+def difference_cell(score: Score | None, reference: Score | None, draws: Mapping[tuple[str, str], np.ndarray]) -> str:
+    """Return in points how far a score is above the reference of the same training, with its interval."""
+    if score is None or reference is None or score is reference:
+        return ""
+    ends = interval(*(draws[one.training, one.row] for one in (score, reference)))
+    low, high = (100 * end for end in ends)
+    return f"{100 * (score.accuracy - reference.accuracy):+.1f} ({low:+.1f} to {high:+.1f})"
 
 
 def step_seconds(score: Score) -> list[float]:
@@ -147,14 +157,15 @@ def draw(done: Results, suite: str, path: Path) -> None:
     """Draw accuracy against parameters, GRPO and SFT, and GRPO's reward against steps and against seconds."""
     from matplotlib import pyplot
 
-    figure, (sizes, steps, seconds) = pyplot.subplots(1, 3, figsize=(15, 4.8))
+    figure, (sizes, steps, seconds) = pyplot.subplots(1, 3, figsize=(16, 4.8), width_ratios=(1.4, 1, 1))
     found = scores(done, suite)
+    draws = resampled(found)
     colors = {row: f"C{index}" for index, row in enumerate(ROWS)}
     counts = [score.results[0]["trainable_parameters"] for score in found]
     for training, face in (("grpo", "full"), ("sft", "none")):
         for score, count in zip(found, counts, strict=True):
             if score.training == training:
-                error = 100 * drawn([score.right.astype(np.float64)], np.ones(score.right.shape[1])).std()
+                error = 100 * draws[training, score.row].std()
                 style = {"fmt": "s" if ROWS[score.row].method in OURS else "o", "fillstyle": face, "capsize": 3}
                 sizes.errorbar(count, 100 * score.accuracy, error, color=colors[score.row], **style)
     base = done.get(f"{suite}-base", {}).get("accuracy")
@@ -162,6 +173,7 @@ def draw(done: Results, suite: str, path: Path) -> None:
         sizes.axhline(100 * base, color="black", lw=1, ls=":")
     sizes.set_xscale("log")
     count_ticks(sizes.xaxis, min(counts), max(counts))
+    sizes.tick_params(axis="x", labelsize=7)
     sizes.set_xlabel("trainable parameters (filled: GRPO; open: SFT; dotted: no adapter)")
     sizes.set_ylabel("test questions right, % (bars: standard error)")
     for score in found:

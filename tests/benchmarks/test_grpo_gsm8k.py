@@ -232,10 +232,10 @@ def test_tables_and_figure_show_accuracy_and_its_difference(tmp_path, monkeypatc
     lost = {**made_up(suite, "grpo", "lora_xs", base, 0), "right": None}
     trials.add(tmp_path, f"{suite.prefix}-lost", {k: v for k, v in lost.items() if v is not None})
     done = trials.load(tmp_path)
-    found = {(s.training, s.row): s for s in grpo_tables.scores(done, suite.prefix)}
-    points, low, high = grpo_tables.difference(found["grpo", "lora_1"], found["grpo", REFERENCE])
-    assert low < points < high < 0
-    points, low, high = grpo_tables.difference(found["grpo", "lsr_60k"], found["grpo", REFERENCE])
+    draws = grpo_tables.resampled(grpo_tables.scores(done, suite.prefix))
+    low, high = grpo_tables.interval(draws["grpo", "lora_1"], draws["grpo", REFERENCE])
+    assert low < high < 0
+    low, high = grpo_tables.interval(draws["grpo", "lsr_60k"], draws["grpo", REFERENCE])
     assert low < 0 < high
     page = "\n".join(grpo_tables.sections(tmp_path))
     assert "| **LSR-Adapt r=6 s=1** | 60,000 | 1.4 |" in page

@@ -44,7 +44,7 @@ from benchmarks.quality.grpo_rows import RATES, ROWS, TRAININGS
 from benchmarks.quality.trials import TUNING_SEED
 from lsr_scale import api, files
 from lsr_scale.errors import UserError
-from lsr_scale.model import load_base, load_tokenizer
+from lsr_scale.model import Quantization, load_base, load_tokenizer
 from lsr_scale.run.folder import RunFolder
 from lsr_scale.run.metrics import read_metrics
 
@@ -63,7 +63,7 @@ class Suite:
     work: Path
     model: str  # what it is called
     folder: str  # the model's name or folder
-    base: str = "nf4"  # model.quantization
+    base: Quantization = "nf4"
     prompts: int = 32  # a step
     completions: int = 8  # a prompt
     new_tokens: int = 256

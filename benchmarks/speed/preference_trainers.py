@@ -215,7 +215,7 @@ class TrlLiger(Trl):
     liger = True
 
 
-def exact_answers(completions: list[Any], answer: list[str], **_: Any) -> list[float]:
+def exact_answers(completions: list[Any], answer: list[str], **_: Any) -> list[float | None]:
     """Return what a run's reward `exact_answer` returns, as TRL asks for it."""
     from lsr_scale.rewards.checked import text_of
     from lsr_scale.rewards.shipped import exact_answer

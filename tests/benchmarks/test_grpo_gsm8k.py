@@ -160,7 +160,7 @@ def test_trials_are_trained_answered_and_kept(tmp_path, gsm8k, monkeypatch, caps
     seeds = {r["training"]: r for r in done.values() if r.get("seed") == 0}
     for training, result in seeds.items():
         tried = {r["rate"]: r["score"] for r in done.values() if r.get("training") == training and r["seed"] != 0}
-        assert result["rate"] == max(tried, key=tried.get)
+        assert result["rate"] == max(tried, key=lambda rate: tried[rate])
         assert len(unpacked(result["right"])) == 3
         assert len(result["curve"]["loss"]) == result["trained_steps"] == 2
     assert len(seeds["grpo"]["curve"]["reward"]) == 2

@@ -19,7 +19,6 @@ greedily, loaded from disk onto the base.
 
 import dataclasses
 import functools
-import gzip
 import hashlib
 import json
 import math
@@ -33,7 +32,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import ALL_RESULTS
+from benchmarks import ALL_RESULTS, gsm8k
 from benchmarks.command_line import recorded, script_parser
 from benchmarks.pool import Job, do_all
 from benchmarks.quality import trials
@@ -49,7 +48,6 @@ from lsr_scale.run.folder import RunFolder
 from lsr_scale.run.metrics import read_metrics
 
 RESULTS = ALL_RESULTS / "grpo"
-INSTRUCTION = "Think step by step. End with #### and the number."
 MOST_BEYOND = 1  # rates tried beyond an end
 LAST = 5  # steps whose mean chooses a rate
 CALCULATOR = re.compile(r"<<[^<>]*>>")
@@ -130,7 +128,7 @@ def next_trials(suite: Suite, trainings: Iterable[str], rows: Iterable[str], see
             tuned = tuned_rates(suite, training, row, done)
             if left := rates_left(RATES[training][ROWS[row].method], tuned, MOST_BEYOND):
                 found += [Trial(training, row, TUNING_SEED, rate) for rate in left]
-            elif math.isfinite(tuned[best := min(tuned, key=lambda rate: tuned[rate])]):
+            elif math.isfinite(tuned[best := min(sorted(tuned), key=lambda rate: tuned[rate])]):
                 found += [Trial(training, row, seed, best) for seed in range(seeds)]
     found = [trial for trial in found if f"{suite.prefix}-{trial.name}" not in done]
     return sorted(found, key=lambda trial: 0 if trial.tunes else trial.seed)  # a stable order
@@ -141,25 +139,12 @@ def write_rows(data: Path, work: Path) -> dict[str, Any]:
 
     Rows of `grpo` and `sft` are of the same questions in the same order.
     """
-    read: dict[str, list[dict[str, Any]]] = {}
-    for part in ("train", "test"):
-        with gzip.open(data / f"{part}.jsonl.gz", "rt", encoding="utf-8") as stream:
-            read[part] = [json.loads(line) for line in stream]
-    prompts = {
-        part: [[{"role": "user", "content": f"{row['question']}\n{INSTRUCTION}"}] for row in rows]
-        for part, rows in read.items()
-    }
-
-    def judged(part: str) -> list[dict[str, Any]]:
-        pairs = zip(prompts[part], read[part], strict=True)
-        return [{"prompt": prompt, "answer": row["answer"].rpartition("\n")[2]} for prompt, row in pairs]
-
-    solutions = [[{"role": "assistant", "content": CALCULATOR.sub("", row["answer"])}] for row in read["train"]]
-    pairs = zip(prompts["train"], solutions, strict=True)
+    train = gsm8k.read(data, "train")
+    solutions = [[{"role": "assistant", "content": CALCULATOR.sub("", row["answer"])}] for row in train]
     written = {
-        "grpo": judged("train"),
-        "sft": [{"prompt": prompt, "completion": solution} for prompt, solution in pairs],
-        "test": judged("test"),
+        "grpo": [gsm8k.judged(row) for row in train],
+        "sft": [{"prompt": gsm8k.prompt(row), "completion": s} for row, s in zip(train, solutions, strict=True)],
+        "test": [gsm8k.judged(row) for row in gsm8k.read(data, "test")],
     }
     described = {}
     for name, rows in written.items():
@@ -171,11 +156,16 @@ def write_rows(data: Path, work: Path) -> dict[str, Any]:
 
 def drawn_rows(suite: Suite, trial: Trial) -> Path:
     """Write the rows of a trial in the order of its steps, the same questions for GRPO and SFT; return the file."""
-    lines = (suite.work / f"{trial.training}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    lines = lines_of(suite.work / f"{trial.training}.jsonl")
     order = np.random.default_rng(trial.seed).permutation(len(lines))[: suite.prompts * suite.steps_of(trial)]
     path = suite.work / "drawn" / f"{suite.prefix}-{trial.name}.jsonl"
-    files.write_text(path, "".join(lines[index] for index in order))
+    files.write_text(path, "".join(f"{lines[index]}\n" for index in order))
     return path
+
+
+def lines_of(path: Path) -> list[str]:
+    """Return the lines of a file of rows, in which other characters that end lines may stand."""
+    return path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
 
 
 def run_of(suite: Suite, trial: Trial, rows: Path) -> dict[str, Any]:
@@ -261,7 +251,7 @@ def curve_of(training: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def answers(suite: Suite, model: Any, tokenizer: Any) -> dict[str, Any]:
     """Return which of the test questions a model answers rightly, and how long that took."""
-    lines = (suite.work / "test.jsonl").read_text(encoding="utf-8").splitlines()[: suite.limit]
+    lines = lines_of(suite.work / "test.jsonl")[: suite.limit]
     began = time.monotonic()
     right = right_answers(model, tokenizer, [json.loads(line) for line in lines], suite.test_batch, suite.new_tokens)
     seconds = round(time.monotonic() - began, 1)

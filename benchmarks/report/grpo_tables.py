@@ -6,6 +6,7 @@ python -m benchmarks.report.grpo_tables                 print the tables
 import dataclasses
 import functools
 import itertools
+import math
 import statistics
 import sys
 from collections.abc import Mapping
@@ -122,6 +123,25 @@ def table(done: Results, suite: str) -> str:
     return grid([*head, "SFT, %", "less LoRA r=8 (95 %)", "s a step, GRPO", "rates"], body)
 
 
+def tuning_table(done: Results, suite: str) -> str:
+    """Return what each rate reached in tuning, the chosen one in bold: mean reward of GRPO, loss of SFT."""
+    body = []
+    for row in ROWS:
+        cells = []
+        for training in TRAININGS:
+            mine = [r for r in done.values() if (r["suite"], r["row"], r.get("training")) == (suite, row, training)]
+            tried = {r["rate"]: r["score"] for r in mine if r["seed"] == TUNING_SEED}
+            best = max(sorted(tried), key=lambda rate: -math.inf if tried[rate] is None else tried[rate], default=None)
+            shown = {
+                rate: f"{rate:g}: {'diverged' if tried[rate] is None else format(abs(tried[rate]), '.3f')}"
+                for rate in sorted(tried)
+            }
+            cells.append(", ".join(f"**{text}**" if rate == best else text for rate, text in shown.items()))
+        if any(cells):
+            body.append([label(row), *cells])
+    return grid(["tuning, by rate", "mean reward of the last steps, GRPO", "mean loss, SFT"], body)
+
+
 def accuracy_cell(score: Score) -> str:
     """Return a score in percent, and in brackets that of each seed."""
     by_seed = 100 * score.right.mean(1)
@@ -224,6 +244,7 @@ def sections(results: Path) -> list[str]:
     parts: list[str] = []
     for suite in suites(done):
         parts += [f"### {heading(done, suite)}", table(done, suite), f"![{suite}](results/grpo/{suite}.png)"]
+        parts.append(tuning_table(done, suite))
         commands = dict.fromkeys(r["command"] for r in done.values() if r["suite"] == suite)
         parts.append("\n".join(f"    {command}" for command in commands))
     if not parts:

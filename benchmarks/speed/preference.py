@@ -12,7 +12,6 @@ rows. All have the same rows in the same order, LoRA the same first factors. `tr
 run's `memory: speed`), "full" recomputes them (`memory: save`; gradient checkpointing).
 """
 
-import gzip
 import itertools
 import json
 import random
@@ -23,6 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks import gsm8k
 from benchmarks.command_line import new_file, recorded, script_parser
 from benchmarks.models import MODELS, model_values
 from benchmarks.speed.trainer_overhead import LETTERS, write_model
@@ -34,7 +34,6 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "dpo": {"trainers": ["lsr", "lora", "trl_lora_liger"], "modes": ["none", "full"], "steps": 10, "warm_up": 3},
     "grpo": {"trainers": ["lsr", "lora", "trl_lora"], "modes": ["none"], "steps": 2, "warm_up": 1},
 }
-INSTRUCTION = "Think step by step. End with #### and the number."
 Turns = dict[tuple[str, str], list[dict[str, Any]]]  # by trainer and mode
 
 
@@ -55,14 +54,10 @@ def write_pairs(path: Path, number: int, length: int) -> None:
 
 def write_questions(data: Path, path: Path, number: int) -> None:
     """Write the first so many questions of GSM8K as prompts with their answers."""
-    with gzip.open(data / "train.jsonl.gz", "rt", encoding="utf-8") as stream:
-        rows = [json.loads(line) for line in itertools.islice(stream, number)]
+    rows = gsm8k.read(data, "train")[:number]
     if len(rows) < number:
         raise SystemExit(f"--data: {data} has {len(rows)} questions, and a turn has {number}; lower --steps")
-    with path.open("w", encoding="utf-8") as out:
-        for row in rows:
-            prompt = [{"role": "user", "content": f"{row['question']}\n{INSTRUCTION}"}]
-            out.write(json.dumps({"prompt": prompt, "answer": row["answer"].rpartition("\n")[2]}) + "\n")
+    path.write_text("".join(json.dumps(gsm8k.judged(row)) + "\n" for row in rows), encoding="utf-8")
 
 
 def settings_of(given: Any, scratch: Path) -> dict[str, Any]:

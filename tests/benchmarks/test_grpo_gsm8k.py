@@ -43,7 +43,7 @@ def gsm8k(tmp_path):
     folder = tmp_path / "gsm8k"
     folder.mkdir()
     rows = [
-        {"question": f"What is {i} and 1?", "answer": f"It is <<{i}+1={i + 1}>>{i + 1}.\n#### {i + 1}"}
+        {"question": f"What\u2028is {i} and 1?", "answer": f"It is <<{i}+1={i + 1}>>{i + 1}.\n#### {i + 1}"}
         for i in range(9)
     ]
     for name, part in (("train", rows), ("test", rows[:5])):
@@ -53,7 +53,7 @@ def gsm8k(tmp_path):
 
 
 def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_text().rstrip().split("\n")]
 
 
 def test_both_trainings_have_the_same_questions_in_the_same_steps(tmp_path, gsm8k):
@@ -104,6 +104,10 @@ def test_rates_come_first_then_the_first_seed_of_every_row(tmp_path):
     # at an end one more is tried, and a row of which every rate diverged is left
     done |= tuned(suite, "grpo", "lora_8", {1e-4: 0.6})
     assert [(t.row, t.rate) for t in todo(done) if t.tunes] == [("lora_8", pytest.approx(3.333e-5))]
+    equal = tuned(suite, "grpo", "lora_8", {9e-4: 0.5, 3e-4: 0.5, 1e-4: 0.1, 2.7e-3: 0.5})
+    assert (
+        next(t for t in todo(done | equal) if t.row == "lora_8").rate == 3e-4
+    )  # of equals the lowest, whatever came first
     lost = tuned(suite, "grpo", "lora_8", dict.fromkeys((3.333e-5, 1e-4, 3e-4, 9e-4)))
     assert {t.row for t in todo(done | lost)} == {"lsr_60k"}
 
@@ -148,7 +152,7 @@ def test_right_answers_are_judged_as_the_reward_does(monkeypatch):
 def test_trials_are_trained_answered_and_kept(tmp_path, gsm8k, monkeypatch, capsys):
     monkeypatch.setattr(grpo_gsm8k, "do_all", do_all_here)
     monkeypatch.setattr(grpo_gsm8k, "ROWS", {"lora_8": AdapterRow("lora", {"rank": 1, "alpha": 2.0})})
-    monkeypatch.setattr(grpo_gsm8k, "RATES", {"grpo": {"lora": (1e-3, 4e-3)}, "sft": {"lora": (1e-3,)}})
+    monkeypatch.setattr(grpo_gsm8k, "RATES", {name: {"lora": (1e-3,)} for name in TRAININGS})
     monkeypatch.setattr(grpo_gsm8k, "MOST_BEYOND", 0)
     model = save_llama(tmp_path / "model", chat=True)
     words = ["--data", str(gsm8k), "--work", str(tmp_path / "work"), "--results", str(tmp_path / "results")]
@@ -156,11 +160,10 @@ def test_trials_are_trained_answered_and_kept(tmp_path, gsm8k, monkeypatch, caps
     words += ["--completions", "2", "--new-tokens", "4", "--tuning-steps", "1", "--steps", "2", "--limit", "3"]
     assert grpo_gsm8k.main(words) == 0
     done = trials.load(tmp_path / "results")
-    assert len(done) == 6  # the base; the rates and a seed of either training
+    assert len(done) == 5  # the base; a rate and a seed of either training
     seeds = {r["training"]: r for r in done.values() if r.get("seed") == 0}
     for training, result in seeds.items():
-        tried = {r["rate"]: r["score"] for r in done.values() if r.get("training") == training and r["seed"] != 0}
-        assert result["rate"] == max(tried, key=lambda rate: tried[rate])
+        assert result["training"] == training
         assert len(unpacked(result["right"])) == 3
         assert len(result["curve"]["loss"]) == result["trained_steps"] == 2
     assert len(seeds["grpo"]["curve"]["reward"]) == 2
@@ -215,8 +218,7 @@ def made_up(suite, training, row, right, seed):
     return {**about, "accuracy": float(right.mean()), "right": packed_bits(right)}
 
 
-def test_tables_and_figure_show_accuracy_and_its_difference(tmp_path, monkeypatch, rendered):
-    del rendered
+def test_tables_and_figure_show_accuracy_and_its_difference(tmp_path, monkeypatch):
     from benchmarks.quality import frontier_verdicts
 
     monkeypatch.setattr(frontier_verdicts, "DRAWS", 1_000)
@@ -229,6 +231,10 @@ def test_tables_and_figure_show_accuracy_and_its_difference(tmp_path, monkeypatc
                 right = base | (draw.random(400) < gain)
                 name = f"{suite.prefix}-{Trial(training, row, seed, 1e-3).name}"
                 trials.add(tmp_path, name, made_up(suite, training, row, right, seed))
+    for rate, score in ((3e-4, 0.5), (1e-3, 0.6), (3e-3, None)):
+        about = {**suite.about, "row": REFERENCE, "training": "grpo", "seed": TUNING_SEED, "command": "python -m x"}
+        about["env"] = {"gpus": ["NVIDIA X"]}
+        trials.add(tmp_path, f"{suite.prefix}-{rate}", {**about, "rate": rate, "score": score})
     lost = {**made_up(suite, "grpo", "lora_xs", base, 0), "right": None}
     trials.add(tmp_path, f"{suite.prefix}-lost", {k: v for k, v in lost.items() if v is not None})
     done = trials.load(tmp_path)
@@ -240,6 +246,7 @@ def test_tables_and_figure_show_accuracy_and_its_difference(tmp_path, monkeypatc
     page = "\n".join(grpo_tables.sections(tmp_path))
     assert "| **LSR-Adapt r=6 s=1** | 60,000 | 1.4 |" in page
     assert "Diverged, and their rows left out" in page
+    assert "| LoRA r=8 | 0.0003: 0.500, **0.001: 0.600**, 0.003: diverged |" in page
     assert "one X" in page
     ((path, plot),) = grpo_tables.plots(tmp_path).items()
     plot.draw(path)

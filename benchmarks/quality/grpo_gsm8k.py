@@ -226,11 +226,11 @@ def measure(suite: Suite, trial: Trial | None) -> dict[str, Any]:
                 raise
             return {**about, "score": None, "error": str(error), "wall_s": round(time.monotonic() - began, 1)}
     trained = json.loads(folder.results.read_text(encoding="utf-8"))
-    copied = ("trainable_parameters", "adapter_bytes", "steps", "training_s", "peak_memory_gib")
+    copied = ("trainable_parameters", "adapter_bytes", "training_s", "peak_memory_gib")
     result = {
         **about,
         "trained_steps": trained["steps"],
-        **{key: trained[key] for key in copied if key != "steps" and key in trained},
+        **{key: trained[key] for key in copied if key in trained},
         **curve_of(trial.training, read_metrics(folder.metrics)),
     }
     if not trial.tunes:
@@ -317,7 +317,10 @@ def main(arguments: list[str] | None = None) -> int:
     suite = Suite(given.work.resolve(), model, folder, **{name: getattr(given, name) for name in names})
     words = [word if not word.startswith(("/", "~", ".")) else Path(word).name for word in arguments or sys.argv[1:]]
     command = recorded("quality.grpo_gsm8k", [word.replace(given.model, f"{model}=FOLDER") for word in words])
-    check_ends(folder)
+    try:
+        check_ends(folder)
+    except UserError as error:
+        parser.error(str(error))
     shared = {"data": write_rows(given.data, suite.work), "jobs": given.jobs, "command": command}
     left = execute(suite, given, {**shared, "env": files.environment()})
     print(f"{left} trials left, of those that can be done now" if left else "all trials are done")

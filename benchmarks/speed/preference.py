@@ -74,10 +74,7 @@ def settings_of(given: Any, scratch: Path) -> dict[str, Any]:
         write_pairs(Path(config["rows"]), given.pairs * steps, given.length)
         of_case = {"folder": None, "values": values, "batch": given.pairs, "accumulation": 1, "length": given.length}
     else:
-        from benchmarks.quality.generated_answers import check_ends
-
         folder = Path(given.model).resolve()
-        check_ends(str(folder))
         write_questions(given.data, Path(config["rows"]), given.prompts * steps)
         completions = given.prompts * given.completions
         batch = min(given.micro_batch, completions)
@@ -190,6 +187,14 @@ def main(arguments: list[str] | None = None) -> int:
         given.model = given.model or "mistral-7b"
     elif given.model is None or given.data is None:
         parser.error("grpo: --model and --data are needed")
+    else:
+        from benchmarks.quality.generated_answers import check_ends
+        from lsr_scale.errors import UserError
+
+        try:
+            check_ends(given.model)
+        except UserError as error:
+            parser.error(str(error))
     for name, known in (("trainers", TRAINERS), ("modes", ("none", "full"))):
         if wrong := set(getattr(given, name)) - set(known):
             parser.error(f"--{name}: expected {', '.join(known)}, got {', '.join(sorted(wrong))}")

@@ -15,7 +15,6 @@ from typing import Any
 
 import bitsandbytes as bnb
 import bitsandbytes.functional as bnb_functional
-import psutil
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -235,37 +234,18 @@ def _kernel_fits(layer: nn.Linear, dtype: torch.dtype) -> bool:
     return divisible and use_triton(weight, dtype)
 
 
-def hold_dequantized(model: nn.Module) -> None:
-    """Keep the dequantized weights of a model's layers beside the quantized ones, where it is on a CPU and they fit.
-
-    Each forward and backward pass of a layer would make them anew: for a decoding step, which is of one token a row,
-    that is nearly all that it does.
-    """
-    if fits_dequantized(model):
-        for _, layer in _quantized_layers(model):
-            vars(layer)[_HELD] = dequantize(layer, _compute_dtype(layer))
-
-
-_HELD = "held_weight"  # in a layer's dictionary: neither a parameter nor a buffer, so nothing saves or moves it
-
-
-def _weight(layer: nn.Linear, dtype: torch.dtype) -> Tensor:
-    held = vars(layer).get(_HELD)
-    return held if held is not None and held.dtype == dtype else dequantize(layer, dtype)
-
-
 class _FrozenLinearFunction(torch.autograd.Function):
     """`y = x W^T + b` with W dequantized in forward and again in backward; only the module is saved."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, layer: nn.Linear) -> Tensor:
         ctx.layer = layer
-        return functional.linear(x, _weight(layer, x.dtype), bias)
+        return functional.linear(x, dequantize(layer, x.dtype), bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         (grad,) = grads
-        grad_x = grad @ _weight(ctx.layer, grad.dtype) if ctx.needs_input_grad[0] else None
+        grad_x = grad @ dequantize(ctx.layer, grad.dtype) if ctx.needs_input_grad[0] else None
         grad_bias = grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
         return grad_x, grad_bias, None
 
@@ -340,13 +320,6 @@ def dequantized_bytes(model: nn.Module) -> int:
     """Return the bytes of the weights that `dequantize_all` makes, 0 where nothing is quantized."""
     layers = [layer for _, layer in _quantized_layers(model)]
     return sum(layer.in_features * layer.out_features * _compute_dtype(layer).itemsize for layer in layers)
-
-
-def fits_dequantized(model: nn.Module) -> bool:
-    """Tell whether a model is quantized, on a CPU, and its dequantized weights leave half of the free memory free."""
-    size = dequantized_bytes(model)
-    on_cpu = next(model.parameters()).device.type == "cpu"
-    return size > 0 and on_cpu and 2 * size < psutil.virtual_memory().available
 
 
 def _quantized_layers(model: nn.Module) -> list[tuple[str, nn.Linear]]:

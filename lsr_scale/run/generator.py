@@ -7,6 +7,7 @@ from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 from transformers.generation.streamers import TextStreamer
 
 from lsr_scale.config.sections import ModelSection
@@ -15,7 +16,7 @@ from lsr_scale.data.readers import has_lines, read_file
 from lsr_scale.errors import UserError
 from lsr_scale.generation.decoder import Decoder
 from lsr_scale.generation.sampling import Sampling
-from lsr_scale.layers.frozen_linear import dequantize_all, fits_dequantized
+from lsr_scale.layers.frozen_linear import dequantize_all, dequantized_bytes
 from lsr_scale.model import load_base_for, load_config, load_tokenizer, meta_model, tokenizer_of
 from lsr_scale.model.load_errors import suggest_base_option
 from lsr_scale.model.tokenizer import render_chat, without_appended
@@ -200,7 +201,8 @@ def _elsewhere(section: ModelSection, base: str) -> ModelSection:
 
 def _fast_on_cpu(model: Any) -> Any:
     """Dequantize a model's weights once where it is on a CPU and they leave half of the free memory free."""
-    if fits_dequantized(model):
+    size = dequantized_bytes(model)
+    if size and model.device.type == "cpu" and 2 * size < psutil.virtual_memory().available:
         dequantize_all(model)
     return model
 

@@ -1,7 +1,5 @@
 """The frozen bitsandbytes layers: the same numbers as bitsandbytes', and nothing kept alive for the backward pass."""
 
-from types import SimpleNamespace
-
 import bitsandbytes as bnb
 import pytest
 import torch
@@ -19,7 +17,6 @@ from lsr_scale.layers.frozen_linear import (
     dequantize_fp8,
     dequantize_rotated,
     freeze_quantized,
-    hold_dequantized,
     largest_magnitude,
     rotated_row_scales,
 )
@@ -56,31 +53,6 @@ def test_int8_is_weight_only_with_activations_untouched():
     torch.testing.assert_close(dequantize(layer, torch.float64), weight, rtol=1e-6, atol=1e-9)
     x = torch.randn(5, 64)
     torch.testing.assert_close(layer(x), (x.double() @ weight.T + layer.bias.double()).float(), rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_weights_held_dequantized_are_the_same_and_not_saved(kind, monkeypatch):
-    layer = make(kind)
-    freeze_quantized(layer)
-    x = torch.randn(5, 64, dtype=torch.bfloat16)
-
-    def passes():
-        leaf = x.clone().requires_grad_()
-        out = layer(leaf)
-        out.float().square().sum().backward()
-        return out.detach(), leaf.grad
-
-    made, saved = passes(), [*layer.state_dict()]
-    monkeypatch.setattr(frozen_linear.psutil, "virtual_memory", lambda: SimpleNamespace(available=2 * 48 * 64 * 2))
-    hold_dequantized(layer)
-    assert frozen_linear._HELD not in vars(layer), "where half of the memory would not be left"
-    monkeypatch.setattr(frozen_linear.psutil, "virtual_memory", lambda: SimpleNamespace(available=2 * 48 * 64 * 2 + 1))
-    hold_dequantized(layer)
-    monkeypatch.setattr(frozen_linear, "dequantize", lambda *_: pytest.fail("dequantized again"))
-    held = passes()
-    assert torch.equal(held[0], made[0])
-    assert torch.equal(held[1], made[1])
-    assert [*layer.state_dict()] == saved
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])

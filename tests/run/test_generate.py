@@ -19,7 +19,6 @@ from lsr_scale.config import dump_yaml
 from lsr_scale.errors import UserError, printable
 from lsr_scale.exporting import open_adapter
 from lsr_scale.generation.sampling import Sampling
-from lsr_scale.layers import frozen_linear
 from lsr_scale.layers.frozen_linear import FrozenLinear4bit, dequantize_all, dequantized_bytes
 from lsr_scale.model import load_base
 from lsr_scale.model.tokenizer import end_tokens
@@ -383,7 +382,7 @@ def test_on_a_cpu_the_weights_are_dequantized_once_and_say_the_same(place, monke
         assert torch.equal(found.model(ids).logits, quantized(ids).logits)
         with found.model.disable_adapter(), quantized.disable_adapter():
             assert torch.equal(found.model(ids).logits, quantized(ids).logits)
-    monkeypatch.setattr(frozen_linear.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 1000}))
+    monkeypatch.setattr(generators.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 1000}))
     kept = Generator.of_run(place / "text").model
     assert any(isinstance(module, FrozenLinear4bit) for module in kept.modules()), "where there is no memory for it"
 

@@ -15,7 +15,6 @@ from typing import Any
 from lsr_scale.config import RunConfig
 from lsr_scale.config.rewards import rewards_of
 from lsr_scale.data.answered_prompts import longest_prompt
-from lsr_scale.layers.frozen_linear import hold_dequantized
 from lsr_scale.rewards.checked import CheckedReward
 from lsr_scale.run.folder import RunFolder
 from lsr_scale.training.checkpoint.resumable import Resumable
@@ -48,7 +47,6 @@ def make_trainer(run: RunConfig, options: dict[str, Any]) -> Any:
     with sending_adapter() if arguments.use_vllm else nullcontext():
         trainer = AdapterGRPOTrainer(reward_funcs=list(rewards), **options)
     base = trainer.model.get_base_model()
-    hold_dequantized(base)
     # fused or not: on a CPU TRL's makes the logits of prompts too. A bonus on entropies has its gradient by them
     if not trainer._entropy_bonus_enabled and head_fallback_reason(base, arguments) is None:
         use_fused_head(base, arguments.temperature, only_entropy=True)

@@ -51,13 +51,19 @@ def reporting(place, folder, to, **training):
 
 
 def events(folder):
-    """Return what TensorBoard shows of a run: scalars and texts by tag, as (step, value)."""
+    """Return what TensorBoard shows of a run: scalars and texts by tag, as (step, value), in the order of steps.
+
+    A run's files are read by their names, which begin with the second in which each was opened.
+    """
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from tensorboard.util.tensor_util import make_ndarray
 
     seen = EventAccumulator(str(folder.tensorboard), size_guidance={"tensors": 0, "scalars": 0}).Reload()
     tags = seen.Tags()
-    scalars = {tag: [(e.step, e.value) for e in seen.Scalars(tag)] for tag in tags["scalars"]}
+    scalars = {
+        tag: sorted(((e.step, e.value) for e in seen.Scalars(tag)), key=lambda shown: shown[0])
+        for tag in tags["scalars"]
+    }
     texts = {
         tag.removesuffix("/text_summary"): [
             (e.step, make_ndarray(e.tensor_proto).item().decode()) for e in seen.Tensors(tag)

@@ -183,6 +183,7 @@ def _others(summary: RunSummary) -> Iterator[dict[str, str]]:
 
 
 def _figures(record: RunRecord, summary: RunSummary) -> Iterator[Drawn]:
+    has_rewards = rewards_figure(record.metrics, "") is not None
     if summary.curves["loss"] or summary.curves["eval_loss"]:
         loss = summary.loss
         alt = f"Loss over {summary.steps:,} steps"
@@ -190,9 +191,9 @@ def _figures(record: RunRecord, summary: RunSummary) -> Iterator[Drawn]:
             alt += f", training from {training[0][1]:.3f} to {number(loss.train, 3) or f'{training[-1][1]:.3f}'}"
         if loss.best is not None:
             alt += f", best evaluation {loss.best:.3f} after step {loss.best_step}"
-        unit = "" if rewards_figure(record.metrics, "") is not None else NATS
+        unit = "" if has_rewards else NATS
         yield drawn(lambda size: loss_figure(summary.curves, "", size, unit), alt, "")
-    if rewards_figure(record.metrics, "") is not None:
+    if has_rewards:
         caption = (
             "How far the model prefers chosen completions to rejected ones, beyond what it began with; of ORPO, which "
             "has no reference, by mean log-probabilities."

@@ -57,7 +57,7 @@ def loss_figure(curves: Curves, title: str, size: tuple[float, float] = SIZE, un
     axes.set_xlabel("step")
     axes.set_ylabel(", ".join(filter(None, ("loss", unit))))
     if axes.lines:
-        _legend(figure)
+        figure_legend(figure)
     return figure
 
 
@@ -168,7 +168,7 @@ def titled_figure(title: str, size: tuple[float, float] = SIZE, rows: int = 1) -
     return figure, panels if rows > 1 else panels[0]
 
 
-def _legend(figure: Any) -> None:
+def figure_legend(figure: Any) -> None:
     """Put the legend above the panel, where it covers no line."""
     columns = 2 if figure.get_figwidth() > _NARROW else 1
     figure.legend(loc="outside upper center", ncols=columns, frameon=False, fontsize=8.5)
@@ -227,7 +227,7 @@ def conditions_figure(
     axes.yaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5) if decades < 1e3 else (1,)))
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
-    _legend(figure)
+    figure_legend(figure)
     return figure
 
 
@@ -250,41 +250,7 @@ def underflow_figure(
     axes.set(xlabel="step", ylabel="share of values that underflow")
     axes.set_ylim(0, max(axes.get_ylim()[1], 0.01))  # or a share of a millionth would look like a cliff
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    _legend(figure)
-    return figure
-
-
-def preferences_figure(
-    metrics: Sequence[dict[str, Any]], title: str, size: tuple[float, float] = SIZE
-) -> "Figure | None":
-    """Return the figure of the rewards of preferred and other completions over the steps, None where none was logged.
-
-    A reward is beta times the log-ratio to the reference (ORPO: times the mean log-probability); accuracy is the share
-    of pairs whose chosen completion has the higher one, the KL that of KTO.
-    """
-    names = {"rewards/chosen": "chosen", "rewards/rejected": "rejected", "rewards/margins": "margin", "kl": "KL"}
-    figure, axes = titled_figure(title, size)
-    for color, (name, label) in zip(COLORS, names.items(), strict=False):
-        for prefix, style in (("", "-"), ("eval_", "o--")):
-            points = [(row["step"], row[prefix + name]) for row in metrics if finite_values([row], prefix + name)]
-            if points and not prefix:
-                axes.plot(*_columns(_smoothed(points, smoothing(points))), style, color=color, label=label)
-            elif points:
-                axes.plot(*_columns(points), style, color=color, markersize=4, linewidth=0.8, alpha=0.75)
-    if not axes.lines:
-        return None
-    axes.set(xlabel="step", ylabel="reward, nats (dots: evaluations)")
-    shares = [(row["step"], row["rewards/accuracies"]) for row in metrics if finite_values([row], "rewards/accuracies")]
-    if shares:
-        from matplotlib.ticker import PercentFormatter
-
-        other = axes.twinx()
-        label = "accuracy (right axis)"
-        other.plot(*_columns(_smoothed(shares, smoothing(shares))), ":", color=COLORS[4], label=label)
-        other.set_ylim(0, 1)
-        other.yaxis.set_major_formatter(PercentFormatter(1.0))
-        other.spines[["top"]].set_visible(False)
-    _legend(figure)
+    figure_legend(figure)
     return figure
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lsr_scale.run.metrics import finite_values, read_metrics
-from lsr_scale.run.plots import COLORS, SIZE, preferences_figure, save_figure, smoothed_points, titled_figure
+from lsr_scale.run.plots import COLORS, SIZE, figure_legend, save_figure, smoothed_points, titled_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -16,7 +16,7 @@ Metrics = Sequence[dict[str, Any]]
 def rewards_figure(metrics: Metrics, title: str, size: tuple[float, float] = SIZE) -> "Figure | None":
     """Return the figure of the rewards of a run's `metrics.jsonl`, None where none was logged."""
     if not any("reward" in row for row in metrics):
-        return preferences_figure(metrics, title, size)
+        return _of_preferences(metrics, title, size)
     return _of_completions(metrics, title, size)
 
 
@@ -53,6 +53,34 @@ def _of_completions(metrics: Metrics, title: str, size: tuple[float, float]) -> 
     above.legend(frameon=False, fontsize=8.5)
     lines = [*below.lines, *other.lines]
     below.legend(lines, [str(line.get_label()) for line in lines], frameon=False, fontsize=8.5)
+    return figure
+
+
+def _of_preferences(metrics: Metrics, title: str, size: tuple[float, float]) -> "Figure | None":
+    """Return that of preferred and other completions, None where none was logged.
+
+    A reward is beta times the log-ratio to the reference (ORPO: times the mean log-probability); accuracy is the share
+    of pairs whose chosen completion has the higher one, the KL that of KTO.
+    """
+    names = {"rewards/chosen": "chosen", "rewards/rejected": "rejected", "rewards/margins": "margin", "kl": "KL"}
+    figure, axes = titled_figure(title, size)
+    for color, (name, label) in zip(COLORS, names.items(), strict=False):
+        if points := _points(metrics, name):
+            axes.plot(*smoothed_points(points), "-", color=color, label=label)
+        if points := _points(metrics, f"eval_{name}"):
+            axes.plot(*zip(*points, strict=True), "o--", color=color, markersize=4, linewidth=0.8, alpha=0.75)
+    if not axes.lines:
+        return None
+    axes.set(xlabel="step", ylabel="reward, nats (dots: evaluations)")
+    if shares := _points(metrics, "rewards/accuracies"):
+        from matplotlib.ticker import PercentFormatter
+
+        other = axes.twinx()
+        other.plot(*smoothed_points(shares), ":", color=COLORS[4], label="accuracy (right axis)")
+        other.set_ylim(0, 1)
+        other.yaxis.set_major_formatter(PercentFormatter(1.0))
+        other.spines[["top"]].set_visible(False)
+    figure_legend(figure)
     return figure
 
 

@@ -42,6 +42,10 @@ class RunConfig(Section):
     deepspeed: DeepSpeedSection = DeepSpeedSection.model_validate({})
     eval: EvalSection = EvalSection.model_validate({})
 
+    def with_model(self, **values: Any) -> Self:
+        """Return the run with other values in its section model, which are not checked."""
+        return self.model_copy(update={"model": self.model.model_copy(update=values)})
+
     @model_validator(mode="before")
     @classmethod
     def _empty_sections(cls, data: Any) -> Any:

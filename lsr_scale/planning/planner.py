@@ -106,7 +106,7 @@ def plan(run: RunConfig, gpus: int = 1, trace: bool = True) -> Plan:
         run = with_labels(run)
     if run.model.dtype == "auto":
         dtype = chosen_dtype("auto", local_device()) if torch.cuda.is_available() else "bfloat16"  # as on a GPU
-        run = run.model_copy(update={"model": run.model.model_copy(update={"dtype": dtype})})
+        run = run.with_model(dtype=dtype)
     section, training = run.model, run.training
     config = load_config(section.name, section.revision)
     text = config.get_text_config()

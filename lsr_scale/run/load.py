@@ -68,7 +68,7 @@ def load_run_model(
     """
     folder, run = open_trained(path, base_only, tasks)
     if base is not None:
-        run = run.model_copy(update={"model": run.model.model_copy(update={"name": base, "revision": None})})
+        run = run.with_model(name=base, revision=None)
     with suggest_base_option(base):
         return _load(folder, run, base_only)
 

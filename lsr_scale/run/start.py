@@ -106,8 +106,7 @@ def starting(run: RunConfig, name: str, resume: str | None, overwrite: bool) -> 
 def _with_dtype(start: Start) -> Start:
     """Return a start whose run names its dtype."""
     dtype = chosen_dtype(start.run.model.dtype, local_device())
-    model = start.run.model.model_copy(update={"dtype": dtype})
-    return replace(start, run=start.run.model_copy(update={"model": model}))
+    return replace(start, run=start.run.with_model(dtype=dtype))
 
 
 def decide(run: RunConfig, name: str, resume: str | None, overwrite: bool, claims: ExitStack) -> Start:

@@ -215,10 +215,7 @@ def _with_dtype(sweep: Sweep, dtype: str) -> Sweep:
     """Return a sweep whose trials name their dtype: this one where it is auto."""
 
     def named(trial: TrialPlan) -> TrialPlan:
-        model = trial.run.model
-        if model.dtype != "auto":
-            return trial
-        return replace(trial, run=trial.run.model_copy(update={"model": model.model_copy(update={"dtype": dtype})}))
+        return replace(trial, run=trial.run.with_model(dtype=dtype)) if trial.run.model.dtype == "auto" else trial
 
     return replace(sweep, trials=[named(trial) for trial in sweep.trials])
 

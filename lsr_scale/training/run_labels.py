@@ -47,7 +47,7 @@ def with_labels(run: RunConfig, labels: Labels | None = None) -> RunConfig:
 
 
 def _update(run: RunConfig, found: dict[str, object]) -> RunConfig:
-    run = run.model_copy(update={"model": run.model.model_copy(update=found)})
+    run = run.with_model(**found)
     for path, text in conflicts(run):
         raise UserError(f"{dotted(path)}: {text}")
     return run

@@ -82,7 +82,7 @@ def _as_decided(checkpoint: Path, run: RunConfig) -> RunConfig:
     unnamed = model.task == "seq_cls" and model.labels is None
     if unnamed and earlier.num_labels is not None and model.num_labels in (None, earlier.num_labels):
         found |= {"labels": earlier.labels, "num_labels": earlier.num_labels}
-    return run.model_copy(update={"model": model.model_copy(update=found)})
+    return run.with_model(**found)
 
 
 def as_begun(checkpoint: Path, run: RunConfig) -> RunConfig:

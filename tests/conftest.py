@@ -82,7 +82,7 @@ def quantize(model: nn.Module, kind: str, dtype: torch.dtype = torch.bfloat16) -
         if bias:
             new.bias = nn.Parameter(module.bias.data, requires_grad=False)
         parent = model.get_submodule(name.rpartition(".")[0])
-        setattr(parent, name.rpartition(".")[2], new.to("cpu"))
+        setattr(parent, name.rpartition(".")[2], new.to(module.weight.device))
     return model
 
 

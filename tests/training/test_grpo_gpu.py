@@ -81,9 +81,9 @@ def test_log_probabilities_of_decoding_are_those_of_the_training_forward(trainer
         with model.disable_adapter():
             of_base = trainer._get_per_token_logps_and_entropies(model, whole, torch.ones_like(whole), 24)[0]
     decoded = torch.stack(found, 1)
-    # both in bfloat16, each with its own order of sums
+    # both in bfloat16, each with its own order of sums; the adapter changes several times as much
     assert (decoded - of_training).abs().mean() < 0.05
-    assert (decoded - of_base).abs().mean() > 0.5
+    assert (decoded - of_base).abs().mean() > 0.2
 
 
 def test_the_next_completions_are_those_of_the_factors_that_changed(trainer):

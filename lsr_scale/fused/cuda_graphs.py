@@ -198,7 +198,7 @@ class StepGraphs:
         return loss.detach(), list(torch.autograd.grad(loss, self.parameters))
 
     def _capture(self, batch: Batch, like: Tensor | float) -> _CapturedStep:
-        device = self.parameters[0].device
+        device = next(self.model.parameters()).device  # where nothing is trained too
         static = {
             name: value.to(device, copy=True) if isinstance(value, Tensor) else value for name, value in batch.items()
         }

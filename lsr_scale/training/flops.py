@@ -100,7 +100,7 @@ def flops_per_token(model: Any, rows: Any) -> float | None:
 
 def _of_rows(rows: Any) -> tuple[float, float]:
     """Return the length of the document that a token is in, averaged over the tokens, and the supervised share."""
-    some = rows.select(evenly_spaced(len(rows), _ROWS_READ))
+    some = rows.select(evenly_spaced(len(rows), _ROWS_READ)).with_format(None)  # lists, whatever a trainer reads
     columns = {name: some[name][:] for name in some.column_names}
     packed = columns.get("seq_lengths")
     lengths = np.array(

@@ -56,8 +56,11 @@ def test_the_head_costs_for_supervised_tokens_alone(columns):
     assert flops_per_token(adapted(tiny_llama()), rows) == 4 * (2 * LAYER + HEAD / 4) + ATTENTION
 
 
-def test_packed_documents_have_contexts_of_their_own():
-    rows = Dataset.from_dict({"input_ids": [[1] * 40], "seq_lengths": [[10, 30]]})
+@pytest.mark.parametrize("packs", [[[10, 30]], [[10, 30], [10, 30]], [[10, 30], [10, 30, 10, 30]]])
+@pytest.mark.parametrize("form", [None, "numpy"])  # a trainer's rows are arrays
+def test_packed_documents_have_contexts_of_their_own(packs, form):
+    ids = [[1] * sum(lengths) for lengths in packs]
+    rows = Dataset.from_dict({"input_ids": ids, "seq_lengths": packs}).with_format(form)
     assert flops_per_token(adapted(tiny_llama()), rows) == 4 * (2 * LAYER + HEAD) + ATTENTION
 
 

@@ -10,13 +10,14 @@ from lsr_scale.errors import shortened
 from lsr_scale.new_run.data_facts import DataFacts
 from lsr_scale.new_run.model_facts import ModelFacts
 
-# as in the shipped runs; the second rate is for models of a billion parameters or more
+# as in the shipped runs; what is large, and the second rate, are for models of a billion parameters or more
 _OPTIONS: dict[str, dict[str, Any]] = {
     "lora": {"rank": 16},
     "lsr": {"rank": 16, "separation_rank": 16},
     "kron_lora": {"rank": 8, "left_in": 2, "left_out": 16, "dropout": 0.0},
     "lora_xs": {"rank": 32, "alpha": 64},  # its authors', as is the rate
 }
+_LARGE_OPTIONS = {**_OPTIONS, "lsr": {"rank": 4, "separation_rank": 8}}  # below LoRA's rank 1
 _RATES = {"lora": (1e-3, 2e-4), "lsr": (2e-3, 5e-4), "kron_lora": (1e-3, 3e-4), "lora_xs": (2e-3, 2e-3)}
 _BILLION = 10**9
 _PLAIN = re.compile(r"[A-Za-z0-9_./~:@=-]+")
@@ -78,11 +79,16 @@ def _model(model: ModelFacts, data: DataFacts, method: str) -> list[str]:
 def _adapter(model: ModelFacts, method: str) -> list[str]:
     about = "of these the most accurate where its size fits; lsr and kron_lora go below its rank 1"
     lines = ["adapter:", f"  method: {method}" + (f"   # {about}" if method == "lora" else "")]
-    lines += [f"  {name}: {value}" for name, value in _OPTIONS.get(method, {}).items()]
+    options = (_OPTIONS if _is_small(model) else _LARGE_OPTIONS).get(method, {})
+    lines += [f"  {name}: {value}" for name, value in options.items()]
     targets = model.targets if isinstance(model.targets, str) else f"[{', '.join(model.targets)}]"
     lines += [f"  target_modules: {targets}"]
-    lines += ["  # dropout: 0.05"] if "dropout" not in _OPTIONS.get(method, {}) else []
+    lines += ["  # dropout: 0.05"] if "dropout" not in options else []
     return lines
+
+
+def _is_small(model: ModelFacts) -> bool:
+    return model.num_parameters is not None and model.num_parameters < _BILLION
 
 
 def _data(data: DataFacts) -> list[str]:
@@ -96,11 +102,10 @@ def _data(data: DataFacts) -> list[str]:
 
 def _training(model: ModelFacts, data: DataFacts, method: str, batch: int, accumulation: int, file: str) -> list[str]:
     small, large = _RATES.get(method, (1e-3, 2e-4))
-    is_small = model.num_parameters is not None and model.num_parameters < _BILLION
     lines = [
         "training:   # any field of TRL's SFTConfig, or of transformers' TrainingArguments",
         "  num_train_epochs: 3",
-        f"  learning_rate: {_rate(small if is_small else large)}   # not tuned on your data: try half and twice of it",
+        f"  learning_rate: {_rate(small if _is_small(model) else large)}   # not tuned on your data: try half and twice of it",
         f"  per_device_train_batch_size: {batch}",
         f"  gradient_accumulation_steps: {accumulation}",
     ]

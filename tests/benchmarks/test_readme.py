@@ -5,6 +5,7 @@ import re
 import pytest
 
 from benchmarks import ROOT
+from benchmarks.speed.providers.fused import LsrAdapter
 from lsr_scale.adapters.inject import inject
 from lsr_scale.config import load_run
 from lsr_scale.model import load_config, meta_model
@@ -27,8 +28,24 @@ def test_an_adapters_size_is_what_is_trained(name, count):
     assert parameters(name) == int(count.replace(",", ""))
 
 
-def test_a_shipped_configuration_is_smaller_than_lora_of_rank_1():
+@pytest.mark.parametrize("model", ["mistral", "llama2", "llama3"])
+def test_the_shipped_lsr_is_smaller_than_lora_of_rank_1(model):
+    ours, rank_1 = parameters(f"{model}_lsr"), parameters(f"{model}_lora", rank=1)
+    assert ours < rank_1
+    text = (ROOT / "configs" / f"{model}_lsr.yaml").read_text(encoding="utf-8")
+    assert f"{ours / 1e6:.2f} M parameters" in text
+    assert f"{rank_1 / 1e6:.2f} M" in text
+
+
+def test_the_table_has_both_sizes_of_lsr_and_lora_s_rank_1_between_them():
     assert len(ROWS) == 4
     rank_1 = parameters("mistral_lora", rank=1)
     assert f"{rank_1:,}" in (ROOT / "README.md").read_text(encoding="utf-8")
-    assert parameters("mistral_lsr_small") < rank_1 < parameters("mistral_lsr")
+    assert parameters("mistral_lsr") < rank_1 < parameters("mistral_lsr_large")
+
+
+def test_the_speeds_are_of_the_configuration_that_readme_names():
+    run = load_run(ROOT / "configs" / "mistral_lsr_large.yaml")
+    assert "r=16 s=16 is [`mistral_lsr_large`]" in (ROOT / "README.md").read_text(encoding="utf-8")
+    measured = LsrAdapter.options
+    assert {name: run.adapter.options[name] for name in measured} == measured

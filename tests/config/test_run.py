@@ -45,7 +45,7 @@ def test_shipped_language_models_are_4_bit_with_seven_adapted_linears_and_no_dro
     assert run.model.quantization == "nf4"
     assert run.adapter.options["target_modules"] == LINEARS
     assert run.adapter.options["dropout"] == 0
-    assert path.stem.removesuffix("_small").endswith((run.adapter.method, "_chat", "_classify", run.training["method"]))
+    assert path.stem.removesuffix("_large").endswith((run.adapter.method, "_chat", "_classify", run.training["method"]))
     assert run.eval.tasks or run.data.validation or run.data.validation_split, "something held out is measured"
 
 

@@ -67,6 +67,16 @@ def written(kind):
     return ["--data", "tools", "--model", "model"]
 
 
+def test_lsr_has_the_size_of_the_shipped_runs_on_a_large_model(init):
+    write_rows(Path("rows.jsonl"), conversations())
+    shipped = config.load_run("mistral_lsr")
+    status, *_ = init("chat", "--data", "rows.jsonl", "--model", shipped.model.name, "--method", "lsr", "--out", "a.yaml")
+    assert status == 0
+    run = config.load_run("a.yaml")
+    assert run.adapter.options == shipped.adapter.options
+    assert run.training["learning_rate"] == shipped.training["learning_rate"]
+
+
 @pytest.mark.parametrize("kind", ["chat", "classify", "commonsense"])
 def test_what_is_written_trains_as_it_is(init, kind):
     status, out, err = init(*written(kind), "--method", "lsr", "--out", "mine.yaml")

@@ -102,10 +102,11 @@ def _data(data: DataFacts) -> list[str]:
 
 def _training(model: ModelFacts, data: DataFacts, method: str, batch: int, accumulation: int, file: str) -> list[str]:
     small, large = _RATES.get(method, (1e-3, 2e-4))
+    rate = _rate(small if _is_small(model) else large)
     lines = [
         "training:   # any field of TRL's SFTConfig, or of transformers' TrainingArguments",
         "  num_train_epochs: 3",
-        f"  learning_rate: {_rate(small if _is_small(model) else large)}   # not tuned on your data: try half and twice of it",
+        f"  learning_rate: {rate}   # not tuned on your data: try half and twice of it",
         f"  per_device_train_batch_size: {batch}",
         f"  gradient_accumulation_steps: {accumulation}",
     ]

@@ -70,7 +70,8 @@ def written(kind):
 def test_lsr_has_the_size_of_the_shipped_runs_on_a_large_model(init):
     write_rows(Path("rows.jsonl"), conversations())
     shipped = config.load_run("mistral_lsr")
-    status, *_ = init("chat", "--data", "rows.jsonl", "--model", shipped.model.name, "--method", "lsr", "--out", "a.yaml")
+    words = ["--data", "rows.jsonl", "--model", shipped.model.name, "--method", "lsr", "--out", "a.yaml"]
+    status, *_ = init("chat", *words)
     assert status == 0
     run = config.load_run("a.yaml")
     assert run.adapter.options == shipped.adapter.options

@@ -2,25 +2,31 @@
 
 A row's score is the nats a token of the test part's answers, over all answers and seeds. Its standard error, and the
 interval and p of a difference between two rows, come from one bootstrap that draws questions and, for each row, seeds,
-with replacement; the same questions for both rows of a pair. Which rows are compared at a size is decided on the part
-that rates were chosen on: the best of LSR-Adapt and Kron-LoRA, and the best of the others. p is corrected by Holm's
-method over all comparisons of the table (Holm 1979, Scandinavian Journal of Statistics 6, 65-70).
+with replacement; the same questions for all rows of a table. Which rows are compared at a size is decided on the part
+that rates were chosen on: the best of LSR-Adapt and Kron-LoRA, and the best of the others, of rows with two seeds or
+more. p is corrected by Holm's method over all comparisons of the table (Holm 1979, Scandinavian Journal of Statistics
+6, 65-70).
 """
 
 import dataclasses
+import functools
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from benchmarks.quality import trials
 from benchmarks.quality.frontier import unpacked
 from benchmarks.quality.frontier_rows import OURS, SIZES
 from benchmarks.quality.trials import TUNING_SEED
 
-DRAWS, CHUNK = 10_000, 500
+DRAWS, CHUNK = 10_000, 250
+LEAST_SEEDS = 2  # of a row that is compared: one seed says nothing of the spread of seeds
 Results = Mapping[str, dict[str, Any]]
+Suite = tuple[str, str, str]  # model, regime and base: what scores must share to be compared
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,42 +34,49 @@ class Score:
     """A row at a size, on one model, base and kind of text.
 
     Attributes:
-        model: "smollm2" or "qwen".
-        regime: The kind of text.
-        base: How the base is held.
+        suite: Model ("smollm2" or "qwen"), kind of text, and how the base is held.
         size: A size of `frontier_rows.SIZES`.
         row: The row's name.
         method: Its method.
         options: Its adapter's.
+        optimizer: `training.optim`, None for AdamW.
         parameters: Trained ones.
         rate: The learning rate that was chosen.
         tuned: Nats a token on the part that it was chosen on.
-        losses: `[seeds, questions]`, nats of each right answer.
+        seeds: How many.
+        nats: A token of the test part's right answers, over all seeds.
+        draws: `[DRAWS]`, the same of resampled questions and seeds; the questions are those of every row of the suite.
         accuracy: Mean over seeds and tasks, None for texts without choices.
     """
 
-    model: str
-    regime: str
-    base: str
+    suite: Suite
     size: str
     row: str
     method: str
     options: Mapping[str, Any]
+    optimizer: str | None
     parameters: int
     rate: float
     tuned: float
-    losses: np.ndarray
+    seeds: int
+    nats: float
+    draws: np.ndarray
     accuracy: float | None
 
     @property
-    def suite(self) -> tuple[str, str, str]:
-        """What scores must share to be compared."""
-        return self.model, self.regime, self.base
+    def error(self) -> float:
+        """The standard error of its nats a token."""
+        return float(self.draws.std())
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether it is one of this package's two methods."""
+        return self.method in OURS
 
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """The best of ours beside the best of the others at a size; `difference` is ours less theirs, in nats a token."""
+    """One row beside another; `difference` is the first less the second, in nats a token, with its 95 % interval."""
 
     ours: Score
     theirs: Score
@@ -74,53 +87,111 @@ class Verdict:
     corrected_p: float = math.nan
 
     @property
+    def separates(self) -> bool:
+        """Whether they differ after the correction."""
+        return self.corrected_p < 0.05
+
+    @property
     def wins(self) -> bool:
-        """Whether ours is lower, and separated after the correction."""
-        return self.difference < 0 and self.corrected_p < 0.05
+        """Whether the first is lower, and separated after the correction."""
+        return self.difference < 0 and self.separates
 
 
-def answer_tokens(done: Results, suite: tuple[str, str, str]) -> np.ndarray:
+@dataclasses.dataclass
+class Frontier:
+    """A folder's trials, and what they say."""
+
+    done: Results
+
+    @functools.cached_property
+    def scores(self) -> list[Score]:
+        """All rows that have a seed on the test part, by model, text, base, size and row.
+
+        A row of which a seed diverged is left out: `diverged` names those.
+        """
+        return scores(self.done)
+
+    @functools.cached_property
+    def suites(self) -> list[Suite]:
+        """The suites that have a row on the test part."""
+        return list(dict.fromkeys(score.suite for score in self.scores))
+
+    @functools.cached_property
+    def verdicts(self) -> list[Verdict]:
+        """The best of ours beside the best of the others, at each size that has both; all corrected together."""
+        return verdicts(self.scores)
+
+    @functools.cached_property
+    def diverged(self) -> list[str]:
+        """The names of trials of the test part that diverged."""
+        tests = (pair for pair in self.done.items() if pair[1]["row"] != "base" and pair[1]["seed"] != TUNING_SEED)
+        return [name for name, result in tests if result["nll"] is None]
+
+    def of(self, suite: Suite) -> list[Score]:
+        """Return a suite's rows."""
+        return [score for score in self.scores if score.suite == suite]
+
+    def base(self, suite: Suite) -> dict[str, Any]:
+        """Return what the base alone makes of a suite's test part."""
+        return self.done["-".join(suite) + "-base-test"]
+
+
+def load(results: Path) -> Frontier:
+    """Return what is in a folder of results; the same object as long as its file stays as it is."""
+    file = results / trials.FILE
+    state = file.stat() if file.is_file() else None
+    return _loaded(results, None if state is None else (state.st_mtime_ns, state.st_size))
+
+
+@functools.lru_cache(maxsize=2)
+def _loaded(results: Path, state: Any) -> Frontier:
+    return Frontier(trials.load(results))
+
+
+def answer_tokens(done: Results, suite: Suite) -> np.ndarray:
     """Return how many tokens each right answer of the test part has."""
     return unpacked(done["-".join(suite) + "-base-test"]["answer_tokens"])
 
 
 def scores(done: Results) -> list[Score]:
-    """Return all rows that have a seed on the test part, by model, text, base, size and row.
-
-    A row of which a seed diverged is left out: `diverged` names those.
-    """
-    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    """Return the rows of trials: see `Frontier.scores`."""
+    groups: dict[tuple[Suite, str, str], list[dict[str, Any]]] = {}
     for result in done.values():
         if result["row"] != "base":
-            key = tuple(result[name] for name in ("model", "regime", "base", "size", "row"))
-            groups.setdefault(key, []).append(result)
+            suite = result["model"], result["regime"], result["base"]
+            groups.setdefault((suite, result["size"], result["row"]), []).append(result)
+    tests = {
+        key: sorted((r for r in results if r["seed"] != TUNING_SEED), key=lambda r: r["seed"])
+        for key, results in groups.items()
+    }
+    whole = {key: rows for key, rows in tests.items() if rows and all(r["nll"] is not None for r in rows)}
     found = []
-    for key, results in groups.items():
-        tests = sorted((r for r in results if r["seed"] != TUNING_SEED), key=lambda r: r["seed"])
-        if not tests or any(r["nll"] is None for r in tests):
-            continue
-        first = tests[0]
-        tuned = [r["nll"] for r in results if r["seed"] == TUNING_SEED and r["rate"] == first["rate"]]
-        accuracies = [r["accuracy"] for r in tests]
-        found.append(
-            Score(
-                *key,  # pyright: ignore[reportArgumentType]
-                method=first["method"],
-                options=first["options"],
-                parameters=first["trainable_parameters"],
-                rate=first["rate"],
-                tuned=tuned[0] if tuned and tuned[0] is not None else math.inf,
-                losses=np.array([unpacked(r["losses"]) for r in tests]),
-                accuracy=None if None in accuracies else float(np.mean(accuracies)),
+    for suite in dict.fromkeys(key[0] for key in whole):
+        mine = {key: rows for key, rows in whole.items() if key[0] == suite}
+        tokens = answer_tokens(done, suite)
+        losses = [np.array([unpacked(r["losses"]) for r in rows]) for rows in mine.values()]
+        columns = drawn(losses, tokens).T
+        for (key, rows), of_seeds, draws in zip(mine.items(), losses, columns, strict=True):
+            first = rows[0]
+            tuned = [r["nll"] for r in groups[key] if r["seed"] == TUNING_SEED and r["rate"] == first["rate"]]
+            accuracies = [r["accuracy"] for r in rows]
+            found.append(
+                Score(
+                    *key,
+                    method=first["method"],
+                    options=first["options"],
+                    optimizer=first.get("optimizer"),
+                    parameters=first["trainable_parameters"],
+                    rate=first["rate"],
+                    tuned=tuned[0] if tuned and tuned[0] is not None else math.inf,
+                    seeds=len(rows),
+                    nats=float(of_seeds.mean(0).sum() / tokens.sum()),
+                    draws=draws,
+                    accuracy=None if None in accuracies else float(np.mean(accuracies)),
+                )
             )
-        )
     order = list(SIZES)
     return sorted(found, key=lambda s: (s.suite, order.index(s.size), s.method, s.row))
-
-
-def diverged(done: Results) -> list[str]:
-    """Return the names of trials of the test part that diverged."""
-    return [name for name, r in done.items() if r["row"] != "base" and r["seed"] != TUNING_SEED and r["nll"] is None]
 
 
 def drawn(several: Sequence[np.ndarray], tokens: np.ndarray, seed: int = 0) -> np.ndarray:
@@ -132,36 +203,31 @@ def drawn(several: Sequence[np.ndarray], tokens: np.ndarray, seed: int = 0) -> n
         seed: Of the draws.
     """
     draw, size = np.random.default_rng(seed), len(tokens)
+    chunk = min(CHUNK, DRAWS)
+    starts = size * np.arange(chunk)[:, None]
+    stacked = np.concatenate(several).T
     parts = []
-    for _ in range(DRAWS // CHUNK):
-        times = draw.multinomial(size, np.full(size, 1 / size), CHUNK).astype(np.float64)  # a question is drawn
-        rows = []
+    for _ in range(DRAWS // chunk):
+        chosen = draw.integers(size, size=(chunk, size)) + starts
+        times = np.bincount(chosen.ravel(), minlength=chunk * size).reshape(chunk, size).astype(np.float64)
+        sums = times @ stacked  # [chunk, seeds of all rows]
+        rows, start = [], 0
         for losses in several:
             num = len(losses)
-            shares = draw.multinomial(num, np.full(num, 1 / num), CHUNK) / num
-            rows.append((shares * (times @ losses.T)).sum(1))
+            shares = draw.multinomial(num, np.full(num, 1 / num), chunk) / num
+            rows.append((shares * sums[:, start : start + num]).sum(1))
+            start += num
         parts.append(np.stack(rows, 1) / (times @ tokens)[:, None])
     return np.concatenate(parts)
 
 
-def mean_and_error(score: Score, tokens: np.ndarray) -> tuple[float, float]:
-    """Return a row's nats a token and its standard error."""
-    return per_token(score, tokens), float(drawn([score.losses], tokens).std())
-
-
-def per_token(score: Score, tokens: np.ndarray) -> float:
-    """Return a row's nats a token, over all seeds."""
-    return float(score.losses.mean(0).sum() / tokens.sum())
-
-
-def compare(ours: Score, theirs: Score, tokens: np.ndarray) -> Verdict:
-    """Return the paired difference of two rows with its 95 % interval and two-sided p."""
-    first, second = drawn([ours.losses, theirs.losses], tokens).T
-    differences = first - second
+def compare(ours: Score, theirs: Score) -> Verdict:
+    """Return the paired difference of two rows of a suite with its 95 % interval and two-sided p, not corrected."""
+    differences = ours.draws - theirs.draws
     tail = min(np.count_nonzero(differences <= 0), np.count_nonzero(differences >= 0))
     low, high = np.quantile(differences, (0.025, 0.975))
-    p = min(1.0, 2 * (tail + 1) / (DRAWS + 1))
-    return Verdict(ours, theirs, per_token(ours, tokens) - per_token(theirs, tokens), float(low), float(high), p)
+    p = min(1.0, 2 * (tail + 1) / (len(differences) + 1))
+    return Verdict(ours, theirs, ours.nats - theirs.nats, float(low), float(high), p)
 
 
 def holm(values: Sequence[float]) -> list[float]:
@@ -173,19 +239,39 @@ def holm(values: Sequence[float]) -> list[float]:
     return corrected
 
 
-def verdicts(done: Results) -> list[Verdict]:
+def corrected(found: Sequence[Verdict]) -> list[Verdict]:
+    """Return comparisons with their p corrected for how many they are."""
+    values = holm([verdict.p for verdict in found])
+    return [dataclasses.replace(verdict, corrected_p=p) for verdict, p in zip(found, values, strict=True)]
+
+
+def verdicts(rows: Sequence[Score]) -> list[Verdict]:
     """Return one comparison a model, text, base and size that has rows of both kinds, all corrected together."""
     found = []
-    for (suite, _), group in itertools.groupby(scores(done), key=lambda s: (s.suite, s.size)):
-        rows = list(group)
-        best = [
-            min((s for s in rows if (s.method in OURS) == mine), key=lambda s: s.tuned, default=None)
+    for _, group in itertools.groupby(rows, key=lambda s: (s.suite, s.size)):
+        of_size = compared(group)
+        ours, theirs = (
+            min((s for s in of_size if s.is_ours == mine), key=lambda s: s.tuned, default=None)
             for mine in (True, False)
-        ]
-        if None not in best:
-            found.append(compare(*best, answer_tokens(done, suite)))  # pyright: ignore[reportArgumentType]
-    corrected = holm([verdict.p for verdict in found])
-    return [dataclasses.replace(v, corrected_p=p) for v, p in zip(found, corrected, strict=True)]
+        )
+        if ours is not None and theirs is not None:
+            found.append(compare(ours, theirs))
+    return corrected(found)
+
+
+def compared(rows: Iterable[Score]) -> list[Score]:
+    """Return the rows that have seeds enough to be compared."""
+    return [score for score in rows if score.seeds >= LEAST_SEEDS]
+
+
+def all_pairs(of_size: Sequence[Score]) -> dict[tuple[str, str], Verdict]:
+    """Return the comparisons of every two rows at a size by their names, the lower first, corrected for all of them.
+
+    So corrected, they hold for whichever two are looked at: the lowest and the next one too.
+    """
+    ordered = sorted(of_size, key=lambda s: s.nats)
+    found = corrected([compare(*pair) for pair in itertools.combinations(ordered, 2)])
+    return {(one.ours.row, one.theirs.row): one for one in found}
 
 
 def neighbours(done: Results) -> Iterator[tuple[str, str, str, float]]:

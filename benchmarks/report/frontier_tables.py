@@ -6,14 +6,12 @@ python -m benchmarks.report.frontier_tables            print every table
 import functools
 import itertools
 import sys
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from benchmarks.quality import frontier_verdicts as verdicts
-from benchmarks.quality import trials
+from benchmarks.quality import frontier_verdicts
 from benchmarks.quality.frontier import RESULTS
 from benchmarks.quality.frontier_rows import OURS
+from benchmarks.quality.frontier_verdicts import Frontier, Score, Suite, Verdict, load
 from benchmarks.report.drawing import count_ticks, rows_digest, save
 from benchmarks.report.plots import Plot
 
@@ -37,15 +35,14 @@ VARIANT_NAMES = {
 }
 MODEL_NAMES = {"smollm2": "SmolLM2-135M", "qwen": "Qwen2.5-Coder-0.5B"}
 REGIME_NAMES = {"commonsense": "five commonsense tasks", "gsm8k": "GSM8K's solutions"}
-Results = Mapping[str, dict[str, Any]]
 
 
-def series(score: verdicts.Score) -> str:
+def series(score: Score) -> str:
     """Return the line of the figure that a row belongs to: its method, SLoRA's IntTune by itself."""
     return "inttune" if score.options.get("train") == "middle" else score.method
 
 
-def label(score: verdicts.Score) -> str:
+def label(score: Score) -> str:
     """Return what a row is called: its method, size and where it is."""
     options = dict(score.options)
     words = [f"r={options['rank']}"] if "rank" in options else []
@@ -61,29 +58,26 @@ def label(score: verdicts.Score) -> str:
     return " ".join([NAMES[series(score)], *words, *([VARIANT_NAMES[variant]] if variant else [])])
 
 
-def heading(suite: tuple[str, str, str]) -> str:
+def heading(suite: Suite) -> str:
     """Return what a suite is called."""
     model, regime, base = suite
     return f"{MODEL_NAMES[model]}, {REGIME_NAMES[regime]}, base in {'bf16' if base == 'none' else base}"
 
 
-def score_table(done: Results, suite: tuple[str, str, str]) -> list[str]:
+def score_table(found: Frontier, suite: Suite) -> list[str]:
     """Return a suite's rows in Markdown, at each size the best first."""
-    tokens = verdicts.answer_tokens(done, suite)
-    base = done["-".join(suite) + "-base-test"]
+    base = found.base(suite)
     lines = [
         "| size | adapter | parameters | nats a token (standard error) | accuracy, % | seeds | rate |",
         "|---|---|---:|---:|---:|---:|---:|",
         f"| | none | 0 | {base['nll']:.4f} | {_percent(base['accuracy'])} | | |",
     ]
-    mine = [score for score in verdicts.scores(done) if score.suite == suite]
-    for size, group in itertools.groupby(mine, key=lambda s: s.size):
-        measured = [(verdicts.mean_and_error(score, tokens), score) for score in group]
-        for (mean, error), score in sorted(measured, key=lambda pair: pair[0][0]):
-            name = f"**{label(score)}**" if score.method in OURS else label(score)
+    for size, group in itertools.groupby(found.of(suite), key=lambda s: s.size):
+        for score in sorted(group, key=lambda s: s.nats):
+            name = f"**{label(score)}**" if score.is_ours else label(score)
             lines.append(
-                f"| {size} | {name} | {score.parameters:,} | {mean:.4f} ({error:.4f}) | {_percent(score.accuracy)} | "
-                f"{len(score.losses)} | {score.rate:g} |"
+                f"| {size} | {name} | {score.parameters:,} | {score.nats:.4f} ({score.error:.4f}) | "
+                f"{_percent(score.accuracy)} | {score.seeds} | {score.rate:g} |"
             )
     return lines
 
@@ -92,41 +86,46 @@ def _percent(share: float | None) -> str:
     return "" if share is None else f"{100 * share:.1f}"
 
 
-def verdict_table(done: Results) -> list[str]:
+def verdict_table(found: list[Verdict]) -> list[str]:
     """Return the comparisons at each size in Markdown."""
     lines = [
         "| model, texts, base | size | best of ours | best of the others | difference, nats a token (95 %) | "
         "p, corrected | |",
         "|---|---|---|---|---:|---:|---|",
     ]
-    for one in verdicts.verdicts(done):
-        separated = "no separation" if one.corrected_p >= 0.05 else "ours" if one.difference < 0 else "the other"
+    for one in found:
+        result = "no separation" if not one.separates else "ours" if one.wins else "the other"
         lines.append(
             f"| {heading(one.ours.suite)} | {one.ours.size} | {label(one.ours)} | {label(one.theirs)} | "
-            f"{one.difference:+.4f} ({one.low:+.4f} to {one.high:+.4f}) | {one.corrected_p:.2g} | {separated} |"
+            f"{interval(one)} | {one.corrected_p:.2g} | {result} |"
         )
     return lines
 
 
-def draw(done: Results, suite: tuple[str, str, str], path: Path) -> None:
+def interval(one: Verdict) -> str:
+    """Return a difference with its interval, in nats a token."""
+    return f"{one.difference:+.4f} ({one.low:+.4f} to {one.high:+.4f})"
+
+
+def draw(found: Frontier, suite: Suite, path: Path) -> None:
     """Draw a suite: nats a token against parameters, a line a method through its best row at each size."""
     from matplotlib import pyplot
 
-    tokens = verdicts.answer_tokens(done, suite)
-    mine = [score for score in verdicts.scores(done) if score.suite == suite]
+    mine = found.of(suite)
     figure, axis = pyplot.subplots(figsize=(9, 5.5))
     for method in NAMES:
-        rows = [(s.parameters, *verdicts.mean_and_error(s, tokens), s.size) for s in mine if series(s) == method]
+        rows = [score for score in mine if series(score) == method]
         if not rows:
             continue
         color = f"C{list(NAMES).index(method)}"
         marker = "s" if method in OURS else "o"
-        best = [min(of_size, key=lambda row: row[1]) for _, of_size in itertools.groupby(rows, key=lambda row: row[3])]
-        axis.plot(*zip(*[row[:2] for row in best], strict=True), color=color, lw=2 if method in OURS else 1.2)
-        sizes, means, errors, _ = zip(*rows, strict=True)
-        axis.errorbar(
-            sizes, means, errors, fmt=marker, ms=5, ls="", color=color, elinewidth=1, capsize=3, label=NAMES[method]
-        )
+        of_sizes = (list(group) for _, group in itertools.groupby(rows, key=lambda s: s.size))
+        best = [min(of_size, key=lambda s: s.nats) for of_size in of_sizes]
+        width = 2 if method in OURS else 1.2
+        axis.plot([s.parameters for s in best], [s.nats for s in best], color=color, lw=width)
+        points = zip(*((s.parameters, s.nats, s.error) for s in rows), strict=True)
+        style = {"fmt": marker, "ms": 5, "ls": "", "elinewidth": 1, "capsize": 3}
+        axis.errorbar(*points, **style, color=color, label=NAMES[method])
     counts = [score.parameters for score in mine]
     axis.set_xscale("log")
     count_ticks(axis.xaxis, min(counts), max(counts))
@@ -136,42 +135,42 @@ def draw(done: Results, suite: tuple[str, str, str], path: Path) -> None:
     axis.legend(frameon=False, fontsize=8, title="bars: standard error over questions and seeds", title_fontsize=8)
     axis.set_title(heading(suite), fontsize=11)
     figure.tight_layout()
-    save(figure, path, digest(done, suite))
+    save(figure, path, digest(found, suite))
 
 
-def digest(done: Results, suite: tuple[str, str, str]) -> str:
+def digest(found: Frontier, suite: Suite) -> str:
     """Return what a suite's figure is recognized by."""
-    tests = [r for r in done.values() if (r["model"], r["regime"], r["base"]) == suite and r["part"] == "test"]
+    tests = [r for r in found.done.values() if (r["model"], r["regime"], r["base"]) == suite and r["part"] == "test"]
     return rows_digest([[r["row"], r.get("size"), r.get("seed"), r["nll"]] for r in tests])
 
 
-def suites(done: Results) -> list[tuple[str, str, str]]:
-    """Return the suites that have a row on the test part."""
-    return list(dict.fromkeys(score.suite for score in verdicts.scores(done)))
+def picture(suite: Suite) -> str:
+    """Return the name of a suite's figure."""
+    return f"{'-'.join(suite)}.png"
 
 
 def plots(results: Path) -> dict[Path, Plot]:
     """Return the figures by their files."""
-    done = trials.load(results)
+    found = load(results)
     return {
-        results / f"{'-'.join(suite)}.png": Plot(digest(done, suite), functools.partial(draw, done, suite))
-        for suite in suites(done)
+        results / picture(suite): Plot(digest(found, suite), functools.partial(draw, found, suite))
+        for suite in found.suites
     }
 
 
 def sections(results: Path) -> list[str]:
     """Return the part of the page in Markdown: its heading, a table a suite, the verdicts; nothing without results."""
-    done = trials.load(results)
+    found = load(results)
     parts: list[str] = []
-    for suite in suites(done):
-        parts += [f"### {heading(suite)}", "\n".join(score_table(done, suite))]
-        parts.append(f"![{heading(suite)}](results/frontier/{'-'.join(suite)}.png)")
+    for suite in found.suites:
+        parts += [f"### {heading(suite)}", "\n".join(score_table(found, suite))]
+        parts.append(f"![{heading(suite)}](results/frontier/{picture(suite)})")
     if parts:
-        about = (verdicts.__doc__ or "").strip().partition("\n\n")[2]
+        about = (frontier_verdicts.__doc__ or "").strip().partition("\n\n")[2]
         parts = ["## Which adapter at which size", about, *parts, "### The best of ours beside the best of the others"]
-        parts.append("\n".join(verdict_table(done)))
-    if names := verdicts.diverged(done):
-        parts.append(f"Diverged, and their rows left out: {', '.join(names)}.")
+        parts.append("\n".join(verdict_table(found.verdicts)))
+    if found.diverged:
+        parts.append(f"Diverged, and their rows left out: {', '.join(found.diverged)}.")
     return parts
 
 

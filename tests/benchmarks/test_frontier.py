@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from benchmarks.quality import frontier, frontier_verdicts, trials
-from benchmarks.quality.frontier_rows import NUM_LAYERS, ROWS, SIZES, TOLERANCE, AdapterRow, target
-from benchmarks.quality.trials import TUNING_SEED
+from benchmarks.quality.frontier_rows import NUM_LAYERS, ROWS, TOLERANCE, AdapterRow, target
 from benchmarks.report import frontier_tables
 from lsr_scale.adapters.inject import inject
 from lsr_scale.sweeping.results import TrialResult
+from tests.helpers.frontier_trials import made_up, write
 from tests.helpers.tiny_runs import save_llama
 
 SHAPES = {
@@ -79,50 +79,23 @@ def test_holm_corrects_for_the_number_of_comparisons():
     assert frontier_verdicts.holm([0.9, 0.8]) == [1.0, 1.0]
 
 
-TOKENS = np.array([2, 3, 4] * 100)
-
-
-def made_up(size, row, method, shift, seeds=3, rate=4e-3):
-    """Yield a row's trials: what a question loses is common to all rows, and so much more a token."""
-    about = {"model": "smollm2", "regime": "commonsense", "base": "nf4", "size": size, "row": row, "method": method}
-    about |= {"options": {"rank": 1}, "trainable_parameters": SIZES[size], "rate": rate}
-    common = TOKENS * np.random.default_rng(7).gamma(4.0, 0.5, len(TOKENS))
-    yield {**about, "seed": TUNING_SEED, "part": "dev", "nll": 2.0 + shift}
-    for seed in range(seeds):
-        noise = np.random.default_rng([seed, len(row)]).normal(0, 0.05, len(TOKENS))
-        losses = common + TOKENS * (shift + noise)
-        nll = losses.sum() / TOKENS.sum()
-        yield {**about, "seed": seed, "part": "test", "nll": nll, "accuracy": 0.5, "losses": frontier.packed(losses)}
-
-
-def write(folder, *rows):
-    about = {"model": "smollm2", "regime": "commonsense", "base": "nf4", "row": "base", "part": "test"}
-    content = {"answer_tokens": frontier.packed(TOKENS), "nll": 3.0, "accuracy": 0.3}
-    trials.add(folder, "smollm2-commonsense-nf4-base-test", {**about, **content})
-    for row in rows:
-        for result in row:
-            end = "tune" if result["seed"] == TUNING_SEED else f"seed{result['seed']}"
-            name = f"smollm2-commonsense-nf4-{result['size']}-{result['row']}-{end}-{result['rate']:g}"
-            trials.add(folder, name, result)
-    return trials.load(folder)
-
-
 def test_verdicts_separate_what_differs_and_nothing_else(tmp_path, monkeypatch):
     monkeypatch.setattr(frontier_verdicts, "DRAWS", 1_000)
-    done = write(
+    write(
         tmp_path,
-        made_up("20k", "lora_modules", "lora", 0.0),
-        made_up("20k", "lora_layers", "lora", 0.2),
-        made_up("20k", "lsr_1_1", "lsr", -0.1),
-        made_up("60k", "lora_modules", "lora", 0.0),
-        made_up("60k", "lsr_2_2", "lsr", 0.0),
-        made_up("150k", "lsr_2_5", "lsr", 0.0),  # alone
+        made_up("20k", "lora_modules", 0.0),
+        made_up("20k", "lora_layers", 0.2),
+        made_up("20k", "lsr_1_1", -0.1),
+        made_up("60k", "lora_modules", 0.0),
+        made_up("60k", "lsr_2_2", 0.0),
+        made_up("60k", "lsr_8_1", -0.5, seeds=1),  # of which nobody knows how its seeds spread
+        made_up("150k", "lsr_2_5", 0.0),  # alone
     )
-    better, same = frontier_verdicts.verdicts(done)
+    better, same = frontier_verdicts.load(tmp_path).verdicts
     assert (better.ours.row, better.theirs.row, better.wins) == ("lsr_1_1", "lora_modules", True)
     assert better.difference == pytest.approx(-0.1, abs=0.01)
     assert better.low < better.difference < better.high < 0
-    assert (same.ours.size, same.wins) == ("60k", False)
+    assert (same.ours.size, same.ours.row, same.wins) == ("60k", "lsr_2_2", False)
     assert same.corrected_p >= 0.05
     table = "\n".join(frontier_tables.sections(tmp_path))
     assert "| ours |" in table
@@ -132,11 +105,46 @@ def test_verdicts_separate_what_differs_and_nothing_else(tmp_path, monkeypatch):
     assert path.is_file()
 
 
+def test_questions_are_drawn_alike_for_all_rows_and_seeds_of_each():
+    draw = np.random.default_rng(0)
+    tokens, common = draw.integers(1, 9, 300), draw.gamma(4.0, 1.0, 300)
+    one, other = common + draw.normal(0, 0.1, (3, 300)), common + 0.5 + draw.normal(0, 0.1, (2, 300))
+    first, second = frontier_verdicts.drawn([one, other], tokens).T
+    assert first.mean() == pytest.approx(one.mean(0).sum() / tokens.sum(), rel=0.01)
+    paired, apart = (second - first).std(), math.hypot(first.std(), second.std())
+    assert paired < apart / 3, "what is common to both rows is none of their difference"
+    lone = frontier_verdicts.drawn([common[None]], tokens)[:, 0].std()
+    assert lone == pytest.approx(frontier.mean_per_token(common, tokens)[1], rel=0.1)
+    far = np.stack([common, common + 4.0])  # seeds that spread are drawn too
+    assert frontier_verdicts.drawn([far], tokens)[:, 0].std() > 2 * lone
+
+
+def test_every_two_rows_of_a_size_are_compared_and_corrected_together(tmp_path, monkeypatch):
+    monkeypatch.setattr(frontier_verdicts, "DRAWS", 1_000)
+    write(*(tmp_path, made_up("60k", "lora_modules", 0.0), made_up("60k", "lsr_2_2", 0.0)), made_up("60k", "vera", 0.3))
+    pairs = frontier_verdicts.all_pairs(frontier_verdicts.load(tmp_path).scores)
+    assert len(pairs) == 3
+    assert all(one.difference <= 0 for one in pairs.values()), "the lower one first"
+    assert pairs["lsr_2_2", "vera"].corrected_p == pytest.approx(3 * 2 / 1001)
+    even = pairs.get(("lsr_2_2", "lora_modules")) or pairs["lora_modules", "lsr_2_2"]
+    assert not even.separates
+
+
+def test_what_a_file_says_is_read_anew_when_it_changes(tmp_path):
+    assert frontier_verdicts.load(tmp_path).scores == []
+    write(tmp_path, made_up("20k", "lora_modules", 0.0))
+    first = frontier_verdicts.load(tmp_path)
+    assert len(first.scores) == 1
+    assert frontier_verdicts.load(tmp_path) is first
+    write(tmp_path, made_up("20k", "lsr_1_1", 0.0))
+    assert len(frontier_verdicts.load(tmp_path).scores) == 2
+
+
 def test_a_row_with_a_seed_that_diverged_is_named_and_left_out(tmp_path, monkeypatch):
     monkeypatch.setattr(frontier_verdicts, "DRAWS", 500)
-    *kept, lost = made_up("20k", "lsr_1_1", "lsr", 0.0)
-    done = write(tmp_path, made_up("20k", "lora_modules", "lora", 0.0), [*kept, {**lost, "nll": None}])
-    assert [score.row for score in frontier_verdicts.scores(done)] == ["lora_modules"]
+    *kept, lost = made_up("20k", "lsr_1_1", 0.0)
+    write(tmp_path, made_up("20k", "lora_modules", 0.0), [*kept, {**lost, "nll": None}])
+    assert [score.row for score in frontier_verdicts.load(tmp_path).scores] == ["lora_modules"]
     assert "Diverged, and their rows left out: smollm2-commonsense-nf4-20k-lsr_1_1-seed2" in "\n".join(
         frontier_tables.sections(tmp_path)
     )

@@ -13,6 +13,7 @@ from lsr_scale import adapters
 from lsr_scale.config import declared
 from lsr_scale.config import training as training_fields
 from lsr_scale.config.methods import METHODS
+from lsr_scale.config.training import arguments
 from lsr_scale.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -47,7 +48,7 @@ def test_training_fields_read_off_the_source_are_the_installed_ones(task, method
     imported = fields_of(training_fields.training_model.__wrapped__(task, method))
     monkeypatch.setattr(declared, "already_imported", lambda: False)
     never = pytest.fail
-    monkeypatch.setattr(training_fields, "training_arguments_class", lambda *which: never("the class was imported"))
+    monkeypatch.setattr(arguments, "training_arguments_class", lambda *which: never("the class was imported"))
 
     read = fields_of(training_fields.training_model.__wrapped__(task, method))
 

@@ -1,15 +1,17 @@
+import dataclasses
 import warnings
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import pytest
 
 from lsr_scale import config
 from lsr_scale.config import training as training_fields
+from lsr_scale.config.training import arguments, fields
 from tests.helpers.run_text import CONFIGS, MINIMAL, load, problem
 
 
 def test_owned_training_fields_exist_and_each_says_what_to_set_instead():
-    installed = {field.name for field in fields(training_fields.training_arguments_class("causal_lm"))}
+    installed = {field.name for field in dataclasses.fields(training_fields.training_arguments_class("causal_lm"))}
     assert set(training_fields.OWNED) <= installed
     for name, remedy in training_fields.OWNED.items():
         message = problem(MINIMAL, f"training.{name}=x")
@@ -19,9 +21,15 @@ def test_owned_training_fields_exist_and_each_says_what_to_set_instead():
 def test_training_takes_every_other_field_of_the_installed_dataclass():
     for task in ("causal_lm", "seq_cls"):
         source = training_fields.training_arguments_class(task)
-        names = {field.name for field in fields(source) if field.init} - set(training_fields.OWNED)
+        names = {field.name for field in dataclasses.fields(source) if field.init} - set(training_fields.OWNED)
         assert names <= set(training_fields.training_model(task).model_fields)
     assert set(training_fields.DEFAULTS) <= set(training_fields.training_model("seq_cls").model_fields)
+
+
+@pytest.mark.parametrize("told", ["defaults", "bounds", "own", "owned"])
+def test_one_subject_alone_tells_of_a_field(told):
+    names = [name for subject in fields.SUBJECTS for name in getattr(subject, told)]
+    assert len(names) == len(set(names))
 
 
 @pytest.mark.parametrize("name", ["smollm2_lsr", "glue_mrpc_lsr"])
@@ -58,7 +66,7 @@ def test_checkpointing_has_the_name_that_the_installed_class_knows(monkeypatch):
 
     training = load(MINIMAL).training
     for source, name in ((Before523, "gradient_checkpointing"), (From523, "activation_checkpointing")):
-        monkeypatch.setattr(training_fields, "training_arguments_class", lambda *which, source=source: source)
+        monkeypatch.setattr(arguments, "training_arguments_class", lambda *which, source=source: source)
         kwargs = training_fields.training_kwargs(training, "causal_lm")
         assert {key for key in kwargs if "checkpointing" in key} == {name}
 

@@ -33,15 +33,25 @@ def original_class(module: nn.Module) -> type:
 
 @contextmanager
 def original_classes(model: nn.Module) -> Iterator[None]:
-    """Give every module its class without `fuse` for a while: one operation a layer, with hooks."""
-    fused = [(module, type(module)) for module in model.modules() if isinstance(module, Fused)]
+    """Give every module its class without `fuse` for a while: one operation a layer, with hooks.
+
+    A `forward` that a library has set on a fused module itself is set aside meanwhile: TRL's calls the one that it
+    found there, which is the fused class's.
+    """
+    fused = [
+        (module, type(module), vars(module).pop("forward", None))
+        for module in model.modules()
+        if isinstance(module, Fused)
+    ]
     try:
-        for module, _ in fused:
+        for module, _, _ in fused:
             module.__class__ = original_class(module)
         yield
     finally:
-        for module, kind in fused:
+        for module, kind, forward in fused:
             module.__class__ = kind
+            if forward is not None:
+                module.forward = forward
 
 
 _SUBCLASSES: dict[tuple[type, type], type] = {}

@@ -28,6 +28,7 @@ from lsr_scale.errors import UserError
 from lsr_scale.fused import attention_block, linear, mlp_block, modules, subclass
 from lsr_scale.fused.fallback import layer_fallback_reason
 from lsr_scale.fused.linear_groups import LinearGroup
+from lsr_scale.fused.subclass import original_classes
 from lsr_scale.layers.frozen_linear import freeze_quantized
 from tests.conftest import SEVEN_LINEARS, TINY_SIZES, quantize, randomize, tiny_llama
 
@@ -344,6 +345,23 @@ def test_unfuse_gives_the_classes_back_and_fuse_may_be_repeated(ids):
     lsr_scale.unfuse(model)
     assert [type(module) for module in model.modules()] == classes
     assert all("recompute" not in module.__dict__ for module in model.modules())
+
+
+def test_original_classes_set_a_models_own_forward_aside(ids):
+    """TRL's calls the forward that it found, the fused class's, which has no place on the original one."""
+    model = adapted(tiny_llama())
+    unfused = model(input_ids=ids, labels=ids).loss
+    lsr_scale.fuse(model)
+    base = model.get_base_model()
+    found = base.forward
+    base.forward = lambda *args, **kwargs: found(*args, **kwargs)
+    own = base.forward
+    handle = base.lm_head.register_forward_hook(lambda *_: None)  # so that the fused class would fall back
+    with original_classes(model):
+        assert torch.equal(model(input_ids=ids, labels=ids).loss, unfused)
+    handle.remove()
+    assert base.forward is own
+    assert type(base).__name__ == "FusedLlamaForCausalLM"
 
 
 def test_a_fused_model_is_copied_pickled_and_saved(ids, tmp_path):

@@ -208,14 +208,15 @@ def values(model):
     return [parameter.detach() for parameter in model.parameters() if parameter.requires_grad]
 
 
-def test_fused_layers_start_as_others_do_and_stay_fused(place, tmp_path):
-    run = run_in(place, tmp_path, "lsr")
-    trainer, _ = built(run)
-    fused, _ = built(run_in(place, tmp_path, "lsr", fused="on"))
+@pytest.mark.parametrize("method", OPTIONS)
+def test_fused_layers_start_as_others_do_to_the_bit_and_stay_fused(place, tmp_path, method):
+    """No operation of the start is fused: singular vectors of like values would turn by far more than rounding."""
+    trainer, _ = built(run_in(place, tmp_path, method))
+    fused, _ = built(run_in(place, tmp_path, method, fused="on"))
     kinds = {type(module).__name__ for module in fused.model.modules()}
     assert "FusedLlamaDecoderLayer" in kinds
     for a, b in zip(values(trainer.model), values(fused.model), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+        assert torch.equal(a, b)
     assert fuse(fused.model).fused
 
 

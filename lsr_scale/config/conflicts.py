@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lsr_scale.config import declared
 from lsr_scale.config.deepspeed import OF_TRAINING
@@ -10,6 +10,7 @@ from lsr_scale.config.messages import Problem
 from lsr_scale.config.methods import method_of
 from lsr_scale.config.optimizers import optimizer_conflicts
 from lsr_scale.config.reporters import REPORTERS, reporter_names
+from lsr_scale.config.rewards import rewards_of
 from lsr_scale.config.training import LINEAR_GROUPS, evaluated
 from lsr_scale.errors import did_you_mean
 
@@ -46,6 +47,7 @@ def _completions(run: "RunConfig") -> Iterator[Problem]:
             "nothing says what a completion is worth; set it, such as reward: [exact_answer] for numbers, "
             "[multiple_choice], or [file.py:function]",
         )
+    yield from _rewards(training)
     batch, number = training["per_device_train_batch_size"], training["num_generations"]
     steps = training.get("steps_per_generation") or training["gradient_accumulation_steps"]
     if training.get("generation_batch_size") is None and batch * steps % number and number % (batch * steps):
@@ -72,14 +74,50 @@ def _completions(run: "RunConfig") -> Iterator[Problem]:
         yield Problem(("training", "use_vllm"), words)
 
 
+def _rewards(training: dict[str, Any]) -> Iterator[Problem]:
+    """Yield what makes a run's rewards the same for all completions, or the same reward twice."""
+    rewards, most = rewards_of(training), training["max_completion_length"]
+    for index, reward in enumerate(rewards):
+        if any(reward.is_as(other) for other in rewards[:index]):
+            words = f"{reward.name} is named twice; name it once, with the weight that both have together"
+            yield Problem(("training", "reward", index), words)
+        if reward.tokens is not None and reward.tokens >= most:
+            yield Problem(
+                ("training", "reward", index, "tokens"),
+                f"is {reward.tokens}, and completions have at most {most} tokens (max_completion_length): nothing is "
+                "ever taken off; set it lower, or leave it out",
+            )
+    if rewards and not any(reward.weight for reward in rewards):
+        words = "every weight is 0, so that all completions are worth the same; give one another weight"
+        yield Problem(("training", "reward"), words)
+
+
+def _nothing_learned(training: dict[str, Any], method: str) -> Iterator[Problem]:
+    """Yield what leaves the loss of preferences without a gradient, or makes it none at all."""
+    losses = training.get("loss_type", [])
+    if method in ("dpo", "kto") and training["beta"] == 0 and losses != ["sft"]:
+        yield Problem(("training", "beta"), f"at 0 {method} has no gradient: nothing is learned; set it above, as 0.1")
+    if method == "kto" and training.get("desirable_weight") == training.get("undesirable_weight") == 0:
+        words = "is 0, and so is undesirable_weight: nothing is learned; set one above"
+        yield Problem(("training", "desirable_weight"), words)
+    if method == "dpo" and "exo_pair" in losses and not training.get("label_smoothing"):
+        yield Problem(("training", "loss_type"), "exo_pair needs label_smoothing above 0; its paper has 1e-3")
+
+
 def _preferences(run: "RunConfig") -> Iterator[Problem]:
     training, method = run.training, run.training["method"]
     if training["cuda_graphs"] == "on":
         words = f"steps of {method} take no packed rows, which graphs need; set cuda_graphs: auto"
         yield Problem(("training", "cuda_graphs"), words)
-    if method != "kto":
+    yield from _nothing_learned(training, method)
+    if method != "kto" or training.get("loss_type", "kto") != "kto":
         return
-    if training["per_device_train_batch_size"] < 2 and training.get("loss_type", "kto") == "kto":
+    if training.get("train_sampling_strategy", "sequential") != "sequential":
+        yield Problem(
+            ("training", "train_sampling_strategy"),
+            "KTO takes its KL from each row's neighbours in the batch, so rows keep their order; leave it out",
+        )
+    if training["per_device_train_batch_size"] < 2:
         yield Problem(
             ("training", "per_device_train_batch_size"),
             "KTO estimates its KL from the other completions of a batch; set 2 or more, or loss_type: "

@@ -9,6 +9,7 @@ from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError, P
 
 from lsr_scale import option_names
 from lsr_scale.config.methods import METHODS, method_of
+from lsr_scale.config.rewards import Reward
 from lsr_scale.config.training import TASK_DEFAULTS, not_to_set
 from lsr_scale.config.yaml_text import KeyPath, Places, dotted, place_of
 from lsr_scale.errors import did_you_mean, shortened
@@ -180,7 +181,7 @@ def _section(path: KeyPath, data: Mapping[str, Any], models: SectionModels) -> t
     else:
         known = models("causal_lm")
     if len(path) == 3 and isinstance(path[2], int):
-        return known["source"]
+        return Reward if path[:2] == ("training", "reward") else known["source"]
     if path == ("adapter",):
         return known.get(f"adapter.{data['adapter'].get('method')}")
     return known.get(dotted(path))

@@ -22,6 +22,8 @@ class TrainingMethod:
         evaluated: What an evaluation during training finds, without the `eval_` before each.
         unused: Fields of the class that have no effect here, with what to do instead.
         own: Fields that the class does not have, whose defaults are in `defaults`: type and description.
+        choices: The values of fields that the class declares as any text, or as a list of any.
+        filled: Fields that null is no value of here, though the class declares it.
     """
 
     arguments: str
@@ -32,6 +34,8 @@ class TrainingMethod:
     sequences: int = 1
     evaluated: tuple[str, ...] = ("loss", "mean_token_accuracy", "entropy")
     own: dict[str, tuple[Any, str]] = field(default_factory=dict)
+    choices: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    filled: tuple[str, ...] = ()
 
     @property
     def class_name(self) -> str:
@@ -101,7 +105,21 @@ _GRPO = TrainingMethod(
         ),
         "max_prompt_length": (int, "The longest prompt in tokens; a row with a longer one is refused, and named."),
     },
+    choices={
+        "loss_type": ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo"),
+        "importance_sampling_level": ("token", "sequence"),
+        "scale_rewards": ("group", "batch", "none"),
+        "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
+    },
+    filled=("max_completion_length", "num_generations"),
 )
+_OF_DPO = {
+    "loss_type": (
+        *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired"),
+        *("apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"),
+    ),
+    "f_divergence_type": ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"),
+}
 
 METHODS: dict[str, TrainingMethod] = {
     "sft": TrainingMethod(
@@ -115,6 +133,7 @@ METHODS: dict[str, TrainingMethod] = {
         has_reference=True,
         sequences=2,
         evaluated=(*_REWARDS, "rewards/accuracies", "mean_token_accuracy", "entropy"),
+        choices=_OF_DPO,
     ),
     "kto": TrainingMethod(
         "trainer.kto_config.KTOConfig",

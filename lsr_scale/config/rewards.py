@@ -24,7 +24,9 @@ class Reward(BaseModel):
         description="exact_answer, multiple_choice, regex, length, or file.py:function, relative to the run's file.",
     )
     weight: float = Field(1.0, ge=-1e6, le=1e6, description="What it is multiplied by in the sum.")
-    pattern: str | None = Field(None, description="regex: 1 where this expression is found in the completion.")
+    pattern: str | None = Field(
+        None, min_length=1, description="regex: 1 where this expression is found in the completion."
+    )
     tokens: int | None = Field(
         None, ge=1, le=2**24, description="length: nothing is taken off up to so many tokens; -1 at the most."
     )
@@ -35,8 +37,8 @@ class Reward(BaseModel):
             self.name = _absolute(self.name, (info.context or {}).get("folder") or Path())
         elif self.name not in SHIPPED:
             raise ValueError(
-                f"{self.name!r:.80} is no reward; {did_you_mean(self.name, SHIPPED)} A function of your own is "
-                "file.py:function"
+                f"{self.name!r:.80} is no reward; {did_you_mean(self.name, SHIPPED).rstrip('?')}; a function of your "
+                "own is file.py:function"
             )
         for name, option in _OPTIONS.items():
             if getattr(self, option) is not None and self.name != name:
@@ -50,6 +52,10 @@ class Reward(BaseModel):
                 raise ValueError(str(error)) from None
         return self
 
+    def is_as(self, other: "Reward") -> bool:
+        """Tell whether another one finds the same of every completion, whatever its weight."""
+        return (self.name, self.pattern, self.tokens) == (other.name, other.pattern, other.tokens)
+
 
 def is_file(name: str) -> bool:
     """Tell whether a reward is a user's own function, by how it is written."""
@@ -57,11 +63,11 @@ def is_file(name: str) -> bool:
 
 
 def _absolute(name: str, folder: Path) -> str:
-    file, _, function = name.rpartition(":")
+    file, ending, function = name.partition(".py:")
     if not function.isidentifier():
         raise ValueError(f"{name!r:.80}: expected file.py:function, got {function!r:.40} behind the colon")
     try:
-        path = user_path(file, "name")
+        path = user_path(file + ending[:-1], "name")
     except UserError as error:
         raise ValueError(str(error)) from None
     return f"{(folder / path).resolve()}:{function}"

@@ -8,7 +8,7 @@ from lsr_scale import config, distributed
 from lsr_scale.config import RunConfig
 from lsr_scale.config.optimizers import OWN_OPTIMIZERS
 from lsr_scale.config.training import training_arguments_class
-from lsr_scale.errors import UserError
+from lsr_scale.errors import UserError, did_you_mean
 from lsr_scale.run.folder import RunFolder
 from lsr_scale.training.settings import naming_settings
 from lsr_scale.training.steps.deepspeed_api import check_release
@@ -24,6 +24,8 @@ def trainer_arguments(run: RunConfig, folder: RunFolder) -> Any:
     _check_optimizer(run)
     _check_start(run)
     _check_sharding(run)
+    if run.training["method"] == "grpo":
+        _check_completions(run)
     if uses_deepspeed(run):
         check_release()
     values = config.training_arguments(run) | {"output_dir": str(folder.path), "use_cpu": not torch.cuda.is_available()}
@@ -54,6 +56,51 @@ def _check_sharding(run: RunConfig) -> None:
             "deepspeed.config: ZeRO-3 shards the base, which training.method: grpo does not generate with; set "
             "deepspeed.config to zero2"
         )
+
+
+def _check_completions(run: RunConfig) -> None:
+    """Refuse, before anything is loaded, completions that do not come in whole groups, or that nothing can generate."""
+    training = run.training
+    rows, number = training["per_device_train_batch_size"], training["num_generations"]
+    steps = training.get("steps_per_generation") or training["gradient_accumulation_steps"]
+    if training.get("generation_batch_size") is None and (rows * steps * distributed.world_size()) % number:
+        processes = distributed.world_size()
+        raise UserError(
+            f"training.num_generations: is {number}, but {rows * steps * processes} completions are generated at a "
+            f"time (per_device_train_batch_size {rows}, {steps} of these a generation, {processes} "
+            f"process{'es' if processes > 1 else ''}), which is no multiple of it; set it to a divisor, or raise "
+            "per_device_train_batch_size or gradient_accumulation_steps"
+        )
+    if training.get("use_vllm"):
+        from trl.generation import vllm_generation
+
+        if not vllm_generation.is_vllm_available():
+            raise UserError("training.use_vllm: vLLM is not installed; install it (pip install vllm), or leave it out")
+        return
+    from transformers import GenerationConfig
+
+    for name in training.get("generation_kwargs") or {}:
+        if (instead := _OF_COMPLETIONS.get(name)) is not None:
+            raise UserError(f"training.generation_kwargs.{name}: not to be set there; {instead}")
+        if not hasattr(GenerationConfig(), name):
+            nearest = did_you_mean(name, GenerationConfig().to_dict())
+            raise UserError(
+                f"training.generation_kwargs.{name}: transformers' generation has no such option; {nearest}"
+            )
+
+
+# options of transformers' generation that are training's own
+_OF_COMPLETIONS = {
+    **{name: f"set training.{name}" for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")},
+    **dict.fromkeys(("max_new_tokens", "max_length"), "set training.max_completion_length"),
+    "num_return_sequences": "set training.num_generations",
+    "cache_implementation": "set training.cache_implementation",
+    **dict.fromkeys(
+        ("do_sample", "return_dict_in_generate", "output_scores", "output_logits"),
+        "completions are drawn: leave it out",
+    ),
+    **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), "the tokenizer's is used: leave it out"),
+}
 
 
 def zero_stage(run: RunConfig) -> int:

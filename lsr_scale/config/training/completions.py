@@ -19,5 +19,12 @@ COMPLETIONS = Subject(
         "beta": {"ge": 0, "le": 1e6},
         "epsilon": {"gt": 0, "le": 1e6},
         "epsilon_high": {"gt": 0, "le": 1e6},
+        "delta": {"gt": 1, "le": 1e6},  # at 1 and below no ratio above 1 has a gradient
+        "top_entropy_quantile": {"gt": 0, "le": 1},
+        "entropy_coef": {"ge": -1e6, "le": 1e6},
+        "label_smoothing": {"ge": 0, "lt": 0.5},  # at a half both completions are preferred alike
+        "ld_alpha": {"ge": 0, "le": 1},
+        "desirable_weight": {"ge": 0, "le": 1e6},
+        "undesirable_weight": {"ge": 0, "le": 1e6},
     },
 )

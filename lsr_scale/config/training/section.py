@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Union, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
-from lsr_scale.config.methods import method_of
+from lsr_scale.config.methods import METHODS, method_of
 from lsr_scale.config.optimizers import OWN_OPTIMIZERS
 from lsr_scale.config.training.arguments import declaration
 from lsr_scale.config.training.compute import RENAMED
@@ -15,7 +15,7 @@ from lsr_scale.config.training.evaluation import early_stopping_defaults
 from lsr_scale.config.training.fields import BOUNDS, DEFAULTS, defaults_of, not_to_set, own_fields
 from lsr_scale.config.training.optimization import ROWS_PER_STEP
 from lsr_scale.config.training.subject import Task
-from lsr_scale.config.training.yaml_types import Flag, as_written, buildable, members_of, yaml_type
+from lsr_scale.config.training.yaml_types import Flag, as_written, buildable, members_of, narrowed, yaml_type
 
 
 class TrainingFields(BaseModel):
@@ -35,6 +35,8 @@ def training_model(task: Task, method: str = "sft") -> type[TrainingFields]:
         if field.init and field.name not in left_out:
             more = OWN_OPTIMIZERS if field.name == "optim" else ()
             kind = buildable(yaml_type(hints[field.name], [*(field.metadata.get("choices") or ()), *more]))
+            if task == "causal_lm":
+                kind = narrowed(kind, METHODS[method].choices.get(field.name), field.name in METHODS[method].filled)
             default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
             text = field.metadata.get("help", "").replace("%%", "%")
             fields[field.name] = _field(field.name, kind, defaults.get(field.name, default), text)

@@ -4,7 +4,7 @@ import enum
 import types
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, TypeAdapter
+from pydantic import BaseModel, BeforeValidator, Field, TypeAdapter
 
 
 def _flag(value: Any) -> Any:
@@ -47,6 +47,23 @@ def buildable(annotation: Any) -> Any:
     except Exception:
         return Any
     return annotation
+
+
+def narrowed(kind: Any, choices: tuple[str, ...] | None, filled: bool) -> Any:
+    """Return the type of a field with the values alone that a method's trainer can do something with.
+
+    Args:
+        kind: The field's, as `yaml_type` says it.
+        choices: Its only values, or those of its list, which then has one at least; None where it may be any.
+        filled: Null is no value of it.
+    """
+    if filled:
+        kind = Union[tuple(member for member in members_of(kind) if member is not types.NoneType)]  # noqa: UP007
+    if choices is None:
+        return kind
+    if get_origin(kind) is list:
+        return Annotated[list[Literal[choices]], Field(min_length=1)]  # pyright: ignore
+    return Literal[choices]
 
 
 def as_written(raw: Any, checked: Any) -> Any:

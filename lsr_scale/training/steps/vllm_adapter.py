@@ -84,10 +84,6 @@ def _adapter_generation() -> type:
                     f"training.use_vllm: the adapter's updates have rank {rank}, and vLLM takes {MAX_RANKS[-1]} at "
                     "most; lower adapter.rank or separation_rank, or leave use_vllm out"
                 )
-            if not vllm_generation.is_vllm_available():
-                raise UserError(
-                    "training.use_vllm: vLLM is not installed; install it (pip install vllm), or leave it out"
-                )
             engine = vllm_generation.LLM
             vllm_generation.LLM = functools.partial(engine, enable_lora=True, max_lora_rank=allowed, max_loras=1)
             try:

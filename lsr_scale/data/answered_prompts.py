@@ -24,6 +24,9 @@ KINDS = {
 }
 COLUMNS = ("prompt", "answer", "choices", "row")
 _ANSWERS = ("answer", "solution")  # the latter in sets that are made for TRL
+# names under which a user's reward is given something else, and columns that TRL's trainer keeps to itself
+_TAKEN = ("prompts", "completions", "completion_ids", "row", "trainer_state", "log_extra", "log_metric", "environments")
+_KEPT_BACK = ("completion", "image", "images", "environment")
 
 
 @dataclass(frozen=True)
@@ -79,9 +82,10 @@ def prompt_record(row: Row, form: PromptForm, task: str | None = None) -> dict[s
     Raises:
         RowError: for what is no prompt.
     """
-    taken = (*COLUMNS, "messages", *_ANSWERS)
-    others = {key: value for key, value in row.items() if key not in taken} if form.keeps_columns else {}
+    others = _others(row) if form.keeps_columns else {}
     has_prompt = bool(row.keys() & {"prompt", "messages"})
+    if not has_prompt and row.keys() <= {*_ANSWERS}:
+        raise RowError("expected a text or a list of messages under 'prompt', or a text under 'question', got nothing")
     if not has_prompt and ("choices" in row or "question" not in row):
         item = item_of(row, task)
         record = {"prompt": _question(item, form), "answer": item.choices[item.answer], "choices": list(item.choices)}
@@ -91,6 +95,15 @@ def prompt_record(row: Row, form: PromptForm, task: str | None = None) -> dict[s
         answer = None if given is None else _answer(given, choices)
         record = {"prompt": _prompt(row, form), "answer": answer, "choices": choices}
     return {**others, **record}
+
+
+def _others(row: Row) -> dict[str, Any]:
+    """Return a row's other columns, which a user's reward is given by their names."""
+    if clash := sorted(set(_TAKEN).intersection(row)):
+        raise RowError(
+            f"the column {clash[0]!r} has the name of something that a reward of your own is given; rename it"
+        )
+    return {key: value for key, value in row.items() if key not in (*COLUMNS, "messages", *_KEPT_BACK)}
 
 
 def prompt_ids(tokenizer: Any, prompt: Any) -> list[int]:

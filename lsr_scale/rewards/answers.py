@@ -2,7 +2,7 @@ r"""The answer in a text, as the solutions of GSM8K and MATH write it, and when 
 
 In this order: what stands behind the last `####` (arXiv 2110.14168), else in the last `\boxed{...}` (arXiv 2103.03874),
 else the last number. Behind `####` and in a box a number is read where there is one, and the text itself where there is
-none. Numbers are compared exactly, as fractions: 42, 42.0, $42, 1,234 and 1234, 1/2 and 0.5.
+none. Numbers are compared exactly, as fractions: 42, 42.0, $42, 1,234 and 1234, 1/2 and 0.5, 1e5 and 100000.
 """
 
 import re
@@ -10,9 +10,12 @@ from fractions import Fraction
 
 # a sign only where it does not stand behind another character: 24-12 ends in 12
 _NUMBER = re.compile(
-    r"(?:(?<![\w.)])[-+])?\$?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:\s*/\s*\d+)?", re.ASCII
+    r"(?:(?<![\w.)])[-+])?\$?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)"
+    r"(?:[eE][-+]?\d{1,3}(?!\w|\.\d)|\s*/\s*\d+)?",
+    re.ASCII,
 )
 _LATEX_FRACTION = re.compile(r"\\[dt]?frac\s*\{\s*(-?\d{1,40})\s*\}\s*\{\s*(\d{1,40})\s*\}")
+_EXPONENT = re.compile(r"(?<=[\d.])[eE](?=[-+]?\d)", re.ASCII)
 _MAX_DIGITS = 200
 _MARKUP = re.compile(r"\\(?:text|mathrm|left|right|,|!|;|\s)|[\s{}$]")
 
@@ -52,9 +55,8 @@ def _boxed(text: str) -> str | None:
 
 def _is_a_number(text: str) -> bool:
     """Tell a number with its unit (`$42`, `42 dollars`, `1/2`) from an expression with numbers in it, such as x+1."""
-    return (
-        re.search(r"[A-Za-z\\]\s*[-+*/^=(]|[-+*/^=(]\s*[A-Za-z\\]|[\^=]", _LATEX_FRACTION.sub(r"\1/\2", text)) is None
-    )
+    plain = _EXPONENT.sub("", _LATEX_FRACTION.sub(r"\1/\2", text))
+    return re.search(r"[A-Za-z\\]\s*[-+*/^=(]|[-+*/^=(]\s*[A-Za-z\\]|[\^=]", plain) is None
 
 
 def _numbers(text: str) -> list[Fraction]:

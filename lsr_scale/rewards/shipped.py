@@ -71,4 +71,12 @@ def unreadable(name: str, record: Mapping[str, Any]) -> str | None:
             )
     if name == "multiple_choice" and (answer is None or not choices):
         return "multiple_choice needs a question with choices and an answer, and the row has none; add them"
+    if name == "multiple_choice" and choices and sum(_as_named(one) == _as_named(str(answer)) for one in choices) > 1:
+        return f"multiple_choice cannot tell {answer!r:.60} from another of the choices; remove or reword one"
     return None
+
+
+def _as_named(choice: str) -> str:
+    """Return a choice as `multiple_choice` looks for it."""
+    text = choice.strip()
+    return text.casefold() if len(text) > 1 else text

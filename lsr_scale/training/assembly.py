@@ -32,6 +32,7 @@ from lsr_scale.fused import FuseReport, fuse, keep_in_bf16
 from lsr_scale.fused.cuda_graphs import StepGraphs, graphs_fallback_reason
 from lsr_scale.model import load_base_for
 from lsr_scale.model.shard import Sharding, is_sharded
+from lsr_scale.rewards.checked import CheckedReward, checked_rewards
 from lsr_scale.run.folder import RunFolder
 from lsr_scale.training.arguments import trainer_arguments, uses_deepspeed, zero_stage
 from lsr_scale.training.callbacks.eight_bit import EightBitCallback
@@ -81,6 +82,7 @@ def build_trainer(
     data = data or read_data(run, say=say)
     run = with_labels(run, data.labels)
     _make_ready(run, data, note)
+    rewards = _rewards(run, data)  # their code runs before the model is loaded, so that a mistake costs seconds
     model = _adapted_model(run, note, shared)
     meets = shared is not None and shared.meet is not None
     _set_checkpointing(model, arguments, note)
@@ -89,7 +91,7 @@ def build_trainer(
     if report is not None:
         say(str(report))
     callbacks = [*watch, *(callbacks or ())]  # it adds to the logs, which others record
-    trainer = make_trainer(run, model, arguments, data, callbacks)
+    trainer = make_trainer(run, model, arguments, data, callbacks, rewards)
     if hasattr(trainer, "say"):
         trainer.say = say
     _check_rows_left(run, trainer, data, note)
@@ -127,6 +129,22 @@ def _make_ready(run: RunConfig, data: RunData, note: Say) -> None:
     if data.made.notes is None:
         check_run_fits(run, data)
         data.made.notes = found
+
+
+def _rewards(run: RunConfig, data: RunData) -> list[CheckedReward]:
+    """Return what completions are worth to a run of GRPO; nothing for another one.
+
+    Raises:
+        UserError: for a reward's file that cannot be loaded, or that must be given what rows do not have.
+    """
+    if run.training["method"] != "grpo":
+        return []
+    rewards = checked_rewards(run.training)
+    for where, rows in (("data.train", data.train), ("data.validation", data.validation)):
+        for reward in rewards:
+            if rows is not None:
+                reward.check_columns(rows.column_names, where)
+    return rewards
 
 
 def _adapted_model(run: RunConfig, note: Say, shared: Shared | None) -> PeftModel:

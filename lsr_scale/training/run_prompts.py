@@ -30,6 +30,8 @@ def prompt_check(run: RunConfig, tokenizer: Any) -> Callable[[dict[str, Any]], N
         for name in names:
             if (problem := unreadable(name, record)) is not None:
                 raise RowError(problem)
+        if isinstance(record["prompt"], list) and not tokenizer.chat_template:
+            return  # told once, for all rows
         try:
             tokens = len(prompt_ids(tokenizer, record["prompt"]))
         except UserError as error:

@@ -15,6 +15,7 @@ from lsr_scale.config import RunConfig
 from lsr_scale.config.methods import METHODS
 from lsr_scale.data.cache import cached
 from lsr_scale.data.classification import tokenize_classification
+from lsr_scale.rewards.checked import CheckedReward
 from lsr_scale.scoring import classification
 from lsr_scale.training.checkpoint.resumable import Resumable
 from lsr_scale.training.methods import method_module
@@ -27,7 +28,12 @@ from lsr_scale.training.steps.finite_check import FiniteCheck
 
 
 def make_trainer(
-    run: RunConfig, model: PeftModel, arguments: Any, data: RunData, callbacks: list[TrainerCallback] | None
+    run: RunConfig,
+    model: PeftModel,
+    arguments: Any,
+    data: RunData,
+    callbacks: list[TrainerCallback] | None,
+    rewards: list[CheckedReward] | None = None,
 ) -> Any:
     """Return the trainer of a run, its rows tokenized.
 
@@ -48,6 +54,8 @@ def make_trainer(
         "train_dataset": made.given["train"],
         "eval_dataset": made.given.get("eval"),
     }
+    if rewards:
+        options["reward_funcs"] = rewards
     is_classifier = run.model.task == "seq_cls"
     make = _classifier_trainer if is_classifier else method_module(run.training["method"]).make_trainer
     if is_classifier or run.training["method"] == "sft":

@@ -111,6 +111,10 @@ def test_a_users_function_sees_what_trls_would(tmp_path):
         ("x = 1 / 0", "score", "line 1 raises ZeroDivisionError"),
         ("def scores(): pass", "score", "did you mean 'scores'"),
         ("score = 3", "score", "is no function, but int"),
+        ("import sys; sys.exit(0)", "score", "line 1 raises SystemExit: 0"),
+        ("class score: pass", "score", "is a class; write a plain function"),
+        ("async def score(completions): return []", "score", "is async; write a plain function"),
+        ("def score(completions, /): return []", "score", "takes some by their place alone"),
     ],
 )
 def test_a_file_that_gives_no_function_is_refused(tmp_path, text, name, said):
@@ -128,6 +132,8 @@ def test_a_file_that_gives_no_function_is_refused(tmp_path, text, name, said):
         ("exact_answer", {"answer": None}, "it has none"),
         ("exact_answer", {"answer": "none of it"}, "finds no answer"),
         ("multiple_choice", {"answer": "4"}, "needs a question with choices"),
+        ("multiple_choice", {"answer": "Yes", "choices": ["Yes", "yes"]}, "cannot tell 'Yes'"),
+        ("multiple_choice", {"answer": "a", "choices": ["a", "A"]}, None),
         ("exact_answer", {"answer": "#### 3"}, None),
         ("regex", {}, None),
     ],
@@ -145,7 +151,9 @@ def test_answers_that_a_reward_cannot_read_are_told(name, record, why):
         ({"name": "regex", "pattern": "("}, "no regular expression"),
         ({"name": "regex", "pattern": "(a*)*b"}, "take for ever"),
         ({"name": "exact_answer", "tokens": 3}, "an option of length"),
+        ({"name": "regex", "pattern": ""}, "at least 1 character"),
         ({"name": "mine.py:1"}, "behind the colon"),
+        ({"name": "mine.py:score:x"}, "got 'score:x' behind the colon"),
         ({"name": "length", "weight": math.nan}, "finite"),
     ],
 )
@@ -153,3 +161,41 @@ def test_options_that_mean_nothing_are_refused(options, said):
     with pytest.raises(ValueError, match="validation error") as error:
         Reward(**options)
     assert said in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("return [1e300] * len(completions)", "returned 1e+300"),
+        ("return [10**400] * len(completions)", "returned a number of many digits"),
+        ("raise SystemExit(0)", "line 3 raises SystemExit: 0 for rows.jsonl, line 1"),
+        ("raise ValueError('two\\nlines')", "raises ValueError: two lines for"),
+        ("raise KeyError", "raises KeyError for"),
+        ("import torch; return torch.ones(2, 1)", "returned tensor([[1.], [1.]]), where 2 rewards"),
+    ],
+)
+def test_what_is_no_reward_is_told_in_a_line(tmp_path, code, said):
+    with pytest.raises(UserError) as error:
+        of_file(tmp_path, code)(**BATCH)
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_function_is_given_what_it_takes_and_lists_of_its_own(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "import torch\n"
+        "def few(completions, answer):\n    return [float(len(one)) for one in answer]\n"
+        "def spoils(completions, **columns):\n"
+        "    torch.manual_seed(0)\n    completions.clear()\n    columns['row'].clear()\n    return [1, 2]\n"
+        "def wants(completions, level, *, more=1):\n    return []\n"
+    )
+    assert reward(f"{tmp_path / 'mine.py'}:few")(**BATCH) == [6.0, 1.0]
+    torch.manual_seed(5)
+    before = torch.random.get_rng_state()
+    assert reward(f"{tmp_path / 'mine.py'}:spoils")(**BATCH) == [1.0, 2.0]
+    assert torch.equal(torch.random.get_rng_state(), before), "or all completions would be drawn alike"
+    assert BATCH["row"]
+    wants = reward(f"{tmp_path / 'mine.py'}:wants")
+    wants.check_columns(["prompt", "level"], "data.train")
+    with pytest.raises(UserError, match=r"must be given level, which the rows of data\.validation do not have"):
+        wants.check_columns(["prompt", "answer"], "data.validation")

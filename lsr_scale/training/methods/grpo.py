@@ -13,9 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lsr_scale.config import RunConfig
-from lsr_scale.config.rewards import rewards_of
 from lsr_scale.data.answered_prompts import longest_prompt
-from lsr_scale.rewards.checked import CheckedReward
 from lsr_scale.run.folder import RunFolder
 from lsr_scale.training.checkpoint.resumable import Resumable
 from lsr_scale.training.methods import check_head_runs
@@ -30,11 +28,7 @@ BASES = (Resumable, FiniteCheck, EngineSteps, DecodedCompletions, OwnOptimizers)
 
 
 def make_trainer(run: RunConfig, options: dict[str, Any]) -> Any:
-    """Return the trainer; see `methods.sft`.
-
-    Raises:
-        UserError: for a reward's file that cannot be loaded.
-    """
+    """Return the trainer; see `methods.sft`. The options have the rewards, `reward_funcs`."""
     from trl import GRPOTrainer
 
     check_head_runs()
@@ -42,10 +36,11 @@ def make_trainer(run: RunConfig, options: dict[str, Any]) -> Any:
     class AdapterGRPOTrainer(*BASES, GRPOTrainer):
         pass
 
-    arguments, rewards = options["args"], checked_rewards(run)
+    del run
+    arguments, rewards = options["args"], options["reward_funcs"]
     arguments.reward_weights = [one.reward.weight for one in rewards]
     with sending_adapter() if arguments.use_vllm else nullcontext():
-        trainer = AdapterGRPOTrainer(reward_funcs=list(rewards), **options)
+        trainer = AdapterGRPOTrainer(**options)
     base = trainer.model.get_base_model()
     # fused or not: on a CPU TRL's makes the logits of prompts too. A bonus on entropies has its gradient by them
     if not trainer._entropy_bonus_enabled and head_fallback_reason(base, arguments) is None:
@@ -55,18 +50,3 @@ def make_trainer(run: RunConfig, options: dict[str, Any]) -> Any:
     longest = longest_prompt(trainer.train_dataset, options["processing_class"])
     trainer.longest_row = longest + arguments.max_completion_length
     return trainer
-
-
-def checked_rewards(run: RunConfig) -> list[CheckedReward]:
-    """Return a run's rewards, each under a name of its own.
-
-    Raises:
-        UserError: if a file cannot be loaded.
-    """
-    found: list[CheckedReward] = []
-    for reward in rewards_of(run.training):
-        one = CheckedReward(reward, run.training["max_completion_length"])
-        alike = sum(other.__name__.partition("-")[0] == one.__name__ for other in found)
-        one.__name__ += f"-{alike + 1}" if alike else ""
-        found.append(one)
-    return found

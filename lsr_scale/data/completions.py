@@ -78,12 +78,38 @@ def count_completions(
     from datasets import Dataset
 
     some, counted = counted_rows(where, dataset)
-    found = []
-    for name, samples in as_trained(some, kind, tokenizer, training).items():
+    found, by_name = [], as_trained(some, kind, tokenizer, training)
+    for name, samples in by_name.items():
         ids, labels = (list(column) for column in zip(*samples, strict=True))
         counts = count_tokens(Dataset.from_dict({"input_ids": ids, "labels": labels}), tokenizer, training)  # pyright: ignore
-        found.append((f"{counted}, {name}", counts, counts.notes(f"{where}, {name}", tokenizer, training)))
+        notes = counts.notes(f"{where}, {name}", tokenizer, training)
+        found.append((f"{counted}, {name}", counts, notes))
+    found[0][2].extend(_note_alike(where, list(by_name.values()), training))
+    if "label" in dataset.column_names:
+        found[0][2].extend(_note_one_class(where, dataset["label"]))
     return found
+
+
+def _note_alike(where: str, samples: list[list[tuple[list[int], list[int]]]], training: Mapping[str, Any]) -> list[str]:
+    """Note pairs that are cut to the same tokens."""
+    limit = training.get("max_length")
+    cut = slice(-limit, None) if limit and training.get("truncation_mode") == "keep_end" else slice(limit)
+    alike = sum(all(ids[cut] == row[0][0][cut] for ids, _ in row) for row in zip(*samples, strict=True))
+    if len(samples) == 1 or not alike:
+        return []
+    return [
+        f"{where}: of {alike:,} in {len(samples[0]):,} rows, chosen and rejected have the same tokens within "
+        f"training.max_length ({limit}): nothing is preferred; raise it, or remove them"
+    ]
+
+
+def _note_one_class(where: str, labels: Any) -> list[str]:
+    """Note that KTO has nothing to contrast."""
+    kinds = set(labels)
+    if len(kinds) > 1:
+        return []
+    only, other = ("desirable", "undesirable") if kinds == {True} else ("undesirable", "desirable")
+    return [f"{where}: all {len(labels):,} rows are {only}, and KTO contrasts both kinds; add {other} ones"]
 
 
 def _common(one: list[int], other: list[int]) -> int:

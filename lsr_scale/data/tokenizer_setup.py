@@ -131,11 +131,18 @@ def row_check(
             if spans is None:
                 return
             try:
-                for name in COMPLETIONS[str(kind_of(row))]:
-                    render(tokenizer, [*prompt, *row[name]], None)
+                texts = [render(tokenizer, [*prompt, *row[name]], None) for name in COMPLETIONS[str(kind_of(row))]]
                 prompt = render(tokenizer, prompt, None, add_generation_prompt=True)
             except UserError as error:
                 raise RowError(str(error)) from None
+        else:
+            end = getattr(tokenizer, "eos_token", None) or ""
+            texts = [row[name].removesuffix(end) for name in COMPLETIONS[str(kind_of(row))]]
+        if len(texts) > len(set(texts)):
+            raise RowError(
+                "'chosen' and 'rejected' are the same once the chat template, or the end token, is there: nothing is "
+                "preferred; remove the row"
+            )
         # a token has a byte or more
         if tokenizer is None or limit is None or len(prompt.encode()) < limit:
             return

@@ -101,6 +101,17 @@ def test_a_prompt_that_leaves_no_room_is_refused_with_its_line(tmp_path):
     read(tmp_path, [PAIR | {"prompt": "x" * 40}], check=row_check(tokenizer, True, keeps_end))
 
 
+def test_a_pair_that_is_the_same_to_the_trainer_is_refused_with_its_line(tmp_path):
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=byte_tokenizer(), eos_token="</s>")
+    tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}]{{ m.content | trim }}</s>{% endfor %}"
+    check = row_check(tokenizer, True, {"max_length": 64})
+    spaced = [{"role": "assistant", "content": "A knife. "}]
+    for row in (PAIR | {"rejected": " a knife</s>"}, CHAT | {"rejected": spaced}):
+        assert "are the same once the chat template, or the end token" in refused(tmp_path, row, check=check)
+
+
 @pytest.mark.parametrize(
     ("method", "row", "remedy"),
     [
@@ -161,6 +172,15 @@ def test_what_a_method_does_not_have_is_named():
     load(
         MINIMAL, "training.method=kto", "training.per_device_train_batch_size=1", "training.loss_type=apo_zero_unpaired"
     )
+    assert "at 0 dpo has no gradient" in problem(MINIMAL, "training.method=dpo", "training.beta=0")
+    load(MINIMAL, "training.method=dpo", "training.beta=0", "training.loss_type=[sft]")
+    sampled = "training.train_sampling_strategy=random"
+    assert "rows keep their order" in problem(MINIMAL, "training.method=kto", sampled)
+    weights = ("training.desirable_weight=0", "training.undesirable_weight=0")
+    assert "nothing is learned" in problem(MINIMAL, "training.method=kto", *weights)
+    assert "number >= 0" in problem(MINIMAL, "training.method=kto", "training.desirable_weight=-1")
+    assert "number < 0.5" in problem(MINIMAL, "training.method=dpo", "training.label_smoothing=0.5")
+    assert "label_smoothing above 0" in problem(MINIMAL, "training.method=dpo", "training.loss_type=[exo_pair]")
     classifier = MINIMAL.replace("name: some/model", "name: x\n  task: seq_cls\n  num_labels: 2")
     assert "dpo trains a language model" in problem(classifier, "training.method=dpo")
     assert load(MINIMAL, "training.method=orpo").training["learning_rate"] == 1e-4

@@ -112,6 +112,15 @@ def check_run_fits(run: RunConfig, data: RunData) -> None:
     """
     if data.kind in answered_prompts.KINDS:
         check_number(run, len(data.train))
+    if (
+        data.kind in ("unpaired", "chat_unpaired")
+        and len(data.train) < 2
+        and run.training.get("loss_type", "kto") == "kto"
+    ):
+        raise UserError(
+            "data.train: one row, and KTO takes its KL from each row's neighbours; add rows, or set loss_type: "
+            "apo_zero_unpaired"
+        )
     section = with_labels(run, data.labels).model
     model_config = load_config(section.name, section.revision)
     empty = partial(meta_model, model_config, section.task, section.num_labels)

@@ -216,6 +216,22 @@ def test_rewards_rise_where_there_is_something_to_learn(tmp_path):
         ({"reward": ["gone.py:score"]}, "gone.py: cannot be read"),
         ({"num_generations": 3}, "training.num_generations"),
         ({"num_generations": 1}, "training.num_generations"),
+        ({"num_generations": 16}, "is 16, but 8 completions are generated at a time"),
+        ({"num_generations": None}, "training.num_generations: expected int, got None"),
+        ({"max_completion_length": None}, "training.max_completion_length: expected int, got None"),
+        ({"loss_type": "gspo"}, "training.loss_type: expected one of its names"),
+        ({"importance_sampling_level": "x"}, "expected 'token' or 'sequence'"),
+        ({"scale_rewards": False}, "expected 'group', 'batch' or 'none'"),
+        ({"delta": 0.5}, "training.delta: expected a number > 1"),
+        ({"use_vllm": True}, "vLLM is not installed"),
+        ({"generation_kwargs": {"num_return_sequences": 3}}, "set training.num_generations"),
+        ({"generation_kwargs": {"num_beam": 3}}, "did you mean 'num_beams'"),
+        ({"reward": ["length", {"name": "length", "weight": 2}]}, "reward.1: length is named twice"),
+        ({"reward": [{"name": "length", "weight": 0}]}, "every weight is 0"),
+        ({"reward": [{"name": "length", "tokens": 8}]}, "reward.0.tokens: is 8, and completions have at most 8"),
+        ({"reward": [{"pattern": "a"}]}, "reward.0.name: missing; it has to be set: exact_answer"),
+        ({"reward": ["broken.py:score"]}, "broken.py:score: the file raises SyntaxError"),
+        ({"reward": ["wants.py:score"]}, "must be given level, which the rows of data.train do not have"),
         ({"reward_weights": [1.0]}, "give each reward its weight"),
         ({"log_completions": True}, "completions.jsonl"),
         ({"max_length": 100}, "unknown key for training.method: grpo"),
@@ -231,6 +247,9 @@ def test_what_cannot_be_is_refused_before_the_model_is_loaded(tmp_path, monkeypa
         raise AssertionError("the model is loaded")
 
     monkeypatch.setattr(assembly, "load_base_for", loaded)
+    monkeypatch.chdir(tmp_path)
+    Path("broken.py").write_text("def score(:")
+    Path("wants.py").write_text("def score(completions, level): return level")
     with pytest.raises(UserError) as error:
         do(grpo_run(tmp_path, training=changes))
     assert words in str(error.value)
@@ -261,6 +280,9 @@ def test_a_sharded_base_is_refused_before_it_is_loaded(tmp_path, monkeypatch, co
         ({"prompt": " ", "answer": "3"}, "exact_answer", "got an empty one"),
         ({"answer": "3", "prompt": None}, "exact_answer", "expected a text or a list of messages"),
         ({"prompt": "a", "answer": [1]}, "exact_answer", "expected a text or a number"),
+        ({"answer": "3"}, "exact_answer", "under 'prompt', or a text under 'question', got nothing"),
+        ({"prompt": "a", "row": "3"}, "mine.py:score", "the column 'row' has the name of something"),
+        ({"prompt": "a", "completions": []}, "mine.py:score", "the column 'completions' has the name"),
     ],
 )
 def test_rows_that_no_reward_can_judge_are_named(tmp_path, row, reward, words):
@@ -279,6 +301,50 @@ def test_a_reward_that_raises_ends_the_run_with_its_row(tmp_path):
     run = grpo_run(tmp_path, training={"reward": [str(tmp_path / "mine.py:score")], "max_steps": 6})
     with pytest.raises(UserError, match=r"line 2 raises ZeroDivisionError.*prompts\.jsonl, line 1"):
         do(run)
+
+
+def test_columns_that_the_trainer_keeps_to_itself_do_not_stop_it(tmp_path):
+    (tmp_path / "mine.py").write_text("def score(solution):\n    return [float(one) for one in solution]\n")
+    rows = [{"prompt": "a b", "solution": str(i), "image": "x", "completion": "y"} for i in range(4)]
+    run = grpo_run(tmp_path, rows=rows, training={"reward": [str(tmp_path / "mine.py:score")]})
+    read = read_data(run)
+    assert set(read.train.column_names) == {"prompt", "answer", "solution", "choices", "row"}
+
+
+def test_conversations_without_a_template_are_told_once(tmp_path):
+    rows = [{"prompt": [{"role": "user", "content": "a"}], "answer": "3"}] * 4
+    with pytest.raises(UserError, match="the data is conversations, and it has no chat template"):
+        do(grpo_run(tmp_path, rows=rows, training={"reward": ["exact_answer"]}))
+
+
+def test_a_run_whose_completions_are_all_worth_the_same_says_so(tmp_path, capsys):
+    from lsr_scale.run.train import train
+
+    for pattern, told in (("(a|[^a]|$)", True), ("[a-m]", False)):
+        options = {"reward": [{"name": "regex", "pattern": pattern}], "max_steps": 2, "save_strategy": "no"}
+        train(grpo_run(tmp_path, training=options), overwrite=True)
+        said = capsys.readouterr().out
+        assert ("in no step were two completions of a prompt worth different rewards" in said) == told
+    assert "  reward " in said
+
+
+def test_what_fields_may_be_is_what_trl_takes():
+    """Of each field that TRL declares as any text, all that its own trainer looks for."""
+    import inspect
+    import re
+
+    from trl import DPOTrainer
+
+    from lsr_scale.config.methods import METHODS
+
+    for method, trainer in (("grpo", GRPOTrainer), ("dpo", DPOTrainer)):
+        source = inspect.getsource(trainer)
+        for name, choices in METHODS[method].choices.items():
+            looked_for: set[str] = set()
+            for one in re.findall(rf"\b{name} (?:==|!=|in) (\[[^\]]*\]|\"\w+\")", source):
+                looked_for.update(re.findall(r'"(\w+)"', one))
+            assert looked_for, name
+            assert looked_for == set(choices), name
 
 
 def spoiled_trainer(place: Path, **options: Any) -> Any:

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lsr_scale
 from lsr_scale.config.training import training_arguments_class
-from lsr_scale.data.completions import tokenize_completions
+from lsr_scale.data.completions import count_completions, tokenize_completions
 from lsr_scale.errors import UserError
 from lsr_scale.fused import fallback, loss
 from lsr_scale.planning import plan
@@ -315,3 +315,21 @@ def test_a_loss_that_is_not_finite_is_recorded_with_both_completions(place, monk
         trainer.train()
     (line,) = [json.loads(text) for text in folder.nonfinite.read_text().splitlines()]
     assert {"chosen_input_ids", "rejected_input_ids"} <= line.keys()
+
+
+def test_rows_that_prefer_nothing_within_the_limit_and_rows_of_one_class_are_noted(place, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(place / "model")
+    long = " " + "b" * 40
+    pairs = Dataset.from_list([{"prompt": "a", "chosen": long + "x", "rejected": long + "y"}, *preferences(2)])
+    for limit, told in ((36, True), (None, False)):
+        found = count_completions("data.train", pairs, "preference", tokenizer, {"method": "dpo", "max_length": limit})
+        notes = [note for _, _, of_part in found for note in of_part]
+        assert any("of 1 in 3 rows, chosen and rejected have the same tokens" in note for note in notes) == told
+    for rows, told in ((unpaired(3), False), ([row | {"label": True} for row in unpaired(3)], True)):
+        (found,) = count_completions(
+            "data.train", Dataset.from_list(rows), "unpaired", tokenizer, {"method": "kto", "max_length": 64}
+        )
+        assert any("all 3 rows are desirable, and KTO contrasts both" in note for note in found[2]) == told
+    write_rows(tmp_path / "one.jsonl", unpaired(1))
+    with pytest.raises(UserError, match="one row, and KTO takes its KL from each row's neighbours"):
+        do(run_of(place, "kto", "single", data={"train": [str(tmp_path / "one.jsonl")]}))

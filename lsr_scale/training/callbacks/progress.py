@@ -173,6 +173,8 @@ class Progress(TrainerCallback):
         parts = [f"{state.global_step}/{state.max_steps}"]
         if "loss" in row:
             parts.append(f"loss {row['loss']:.4f}")
+        if "reward" in row:  # of GRPO, whose loss begins at 0 in every step
+            parts.append(f"reward {row['reward']:.3g}")
         if "tokens_per_s" in row:
             parts.append(f"{row['tokens_per_s']:,.0f} tokens/s")
         if "mfu" in row:

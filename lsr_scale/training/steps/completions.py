@@ -40,7 +40,7 @@ class DecodedCompletions(_Base):
     longest_row: int | None = None
     _decoder: Decoder | None = None
     _generation_said: str | None = None
-    _generation_s: float = 0.0
+    _rewards_differed: bool = False  # of one prompt's completions, in any step
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate, with the same draws each time, and none of training's."""
@@ -134,9 +134,16 @@ class DecodedCompletions(_Base):
         return {**batch, ROW: [one.get(ROW) for one in inputs]}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, and keep some of the last completions with their rewards."""
-        if self.model.training and self.completions_file is not None and "loss" in logs:
-            self._keep_completions()
+        """Log, keep some of the last completions with their rewards, and say at the end where these never differed."""
+        if self.model.training and "loss" in logs:
+            self._rewards_differed |= any(share < 1 for share in self._metrics["train"]["frac_reward_zero_std"])
+            if self.completions_file is not None:
+                self._keep_completions()
+        if "train_runtime" in logs and not self._rewards_differed:
+            self.say(
+                "note: in no step were two completions of a prompt worth different rewards, so nothing was learned: "
+                "completions.jsonl has some of them; change training.reward, or what prompts ask for"
+            )
         super().log(logs, start_time)
 
     def _keep_completions(self) -> None:

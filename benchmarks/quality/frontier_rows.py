@@ -26,6 +26,7 @@ TOLERANCE = 0.16
 LORA_8 = {"smollm2": 2_442_240, "qwen": 4_399_104}  # parameters of LoRA r=8 on the seven linears
 MODELS = {"smollm2": SMOLLM2, "qwen": "Qwen2.5-Coder-0.5B-Instruct"}
 NUM_LAYERS = {"smollm2": 30, "qwen": 24}
+HIDDEN_SIZE = {"smollm2": 576, "qwen": 896}
 
 # four points a row; where the best is the first or the last one, others beyond it follow (`frontier.points_of`)
 RATES = {

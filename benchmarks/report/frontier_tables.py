@@ -11,7 +11,7 @@ from pathlib import Path
 from benchmarks.quality import frontier_verdicts
 from benchmarks.quality.frontier import RESULTS
 from benchmarks.quality.frontier_rows import OURS
-from benchmarks.quality.frontier_verdicts import Frontier, Score, Suite, Verdict, load
+from benchmarks.quality.frontier_verdicts import Frontier, Score, Suite, Verdict, compare, load
 from benchmarks.report.drawing import count_ticks, rows_digest, save
 from benchmarks.report.plots import Plot
 
@@ -25,6 +25,10 @@ NAMES = {
     "krona": "KronA",
     "kron_lora": "Kron-LoRA",
     "lsr": "LSR-Adapt",
+}
+COLORS = {
+    **{"lora": "black", "lora_xs": "tab:orange", "slora": "tab:green", "inttune": "tab:olive", "vera": "tab:purple"},
+    **{"tinylora": "tab:brown", "krona": "tab:cyan", "kron_lora": "tab:blue", "lsr": "tab:red"},
 }
 VARIANT_NAMES = {
     "gradient": "from the gradient",
@@ -94,12 +98,16 @@ def verdict_table(found: list[Verdict]) -> list[str]:
         "|---|---|---|---|---:|---:|---|",
     ]
     for one in found:
-        result = "no separation" if not one.separates else "ours" if one.wins else "the other"
         lines.append(
             f"| {heading(one.ours.suite)} | {one.ours.size} | {label(one.ours)} | {label(one.theirs)} | "
-            f"{interval(one)} | {one.corrected_p:.2g} | {result} |"
+            f"{interval(one)} | {one.corrected_p:.2g} | {outcome(one)} |"
         )
     return lines
+
+
+def outcome(one: Verdict) -> str:
+    """Return which of the two is the better one, if they separate."""
+    return "no separation" if not one.separates else "ours" if one.wins else "the other"
 
 
 def interval(one: Verdict) -> str:
@@ -108,34 +116,61 @@ def interval(one: Verdict) -> str:
 
 
 def draw(found: Frontier, suite: Suite, path: Path) -> None:
-    """Draw a suite: nats a token against parameters, a line a method through its best row at each size."""
+    """Draw a suite against parameters: nats a token, and below it the best row of each method less the best of LoRA."""
     from matplotlib import pyplot
 
     mine = found.of(suite)
-    figure, axis = pyplot.subplots(figsize=(9, 5.5))
+    figure, (losses, differences) = pyplot.subplots(2, 1, figsize=(8, 8), sharex=True, height_ratios=(3, 2))
+    lora = {s.size: s for s in best_rows([s for s in mine if s.method == "lora"])}
+    shown: list[tuple[float, bool]] = []
     for method in NAMES:
         rows = [score for score in mine if series(score) == method]
         if not rows:
             continue
-        color = f"C{list(NAMES).index(method)}"
-        marker = "s" if method in OURS else "o"
-        of_sizes = (list(group) for _, group in itertools.groupby(rows, key=lambda s: s.size))
-        best = [min(of_size, key=lambda s: s.nats) for of_size in of_sizes]
-        width = 2 if method in OURS else 1.2
-        axis.plot([s.parameters for s in best], [s.nats for s in best], color=color, lw=width)
-        points = zip(*((s.parameters, s.nats, s.error) for s in rows), strict=True)
-        style = {"fmt": marker, "ms": 5, "ls": "", "elinewidth": 1, "capsize": 3}
-        axis.errorbar(*points, **style, color=color, label=NAMES[method])
+        best = best_rows(rows)
+        ours = method in OURS
+        style = {"color": COLORS[method], "marker": "s" if ours else "o", "ms": 6 if ours else 5, "capsize": 3}
+        style |= {"lw": 2.2 if ours else 1.2, "elinewidth": 1, "zorder": 4 if ours else 3}
+        losses.errorbar(*_points([(s.parameters, s.nats, s.error) for s in best]), **style, label=NAMES[method])
+        others = [score for score in rows if score not in best]
+        losses.plot(
+            *([s.parameters for s in others], [s.nats for s in others]),
+            **{"ls": "", "marker": style["marker"], "ms": 3, "color": COLORS[method], "alpha": 0.5},
+        )
+        if method != "lora" and any(s.size in lora for s in best):
+            pairs = [
+                (s.parameters, compare(s, lora[s.size]), s.draws - lora[s.size].draws) for s in best if s.size in lora
+            ]
+            points = [(count, one.difference, float(draws.std())) for count, one, draws in pairs]
+            shown += [(abs(difference) + error, ours) for _, difference, error in points]
+            differences.errorbar(*_points(points), **style)
     counts = [score.parameters for score in mine]
-    axis.set_xscale("log")
-    count_ticks(axis.xaxis, min(counts), max(counts))
-    axis.set_xlabel("trainable parameters (log scale)")
-    axis.set_ylabel("held-out loss of the right answers, nats a token")
-    axis.grid(alpha=0.3)
-    axis.legend(frameon=False, fontsize=8, title="bars: standard error over questions and seeds", title_fontsize=8)
-    axis.set_title(heading(suite), fontsize=11)
+    differences.axhline(0, color=COLORS["lora"], lw=1.2)
+    if shown:  # a method far above all others is in the upper panel only
+        most = sorted(reach for reach, _ in shown)[int(0.85 * (len(shown) - 1))]
+        limit = 1.15 * max([most, *(reach for reach, ours in shown if ours)])
+        differences.set_ylim(-limit, limit)
+    differences.set_xscale("log")
+    count_ticks(differences.xaxis, min(counts), max(counts))
+    differences.set_xlabel("trainable parameters (log scale)", fontsize=11)
+    differences.set_ylabel("less the best LoRA\nof the size, nats", fontsize=11)
+    losses.set_ylabel("held-out loss, nats a token", fontsize=11)
+    losses.legend(frameon=False, fontsize=10, ncols=2)
+    losses.set_title(f"{heading(suite)}\nbars: standard error; small points: other forms of a method", fontsize=11)
+    for axis in (losses, differences):
+        axis.grid(alpha=0.3)
+        axis.tick_params(labelsize=9)
     figure.tight_layout()
     save(figure, path, digest(found, suite))
+
+
+def best_rows(rows: list[Score]) -> list[Score]:
+    """Return the row with the lowest loss of each size."""
+    return [min(group, key=lambda s: s.nats) for _, group in itertools.groupby(rows, key=lambda s: s.size)]
+
+
+def _points(points: list[tuple[int, float, float]]) -> list[list[float]]:
+    return [list(values) for values in zip(*points, strict=True)]
 
 
 def digest(found: Frontier, suite: Suite) -> str:

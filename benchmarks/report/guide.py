@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.quality import ablations, glue, sequential, trials, vision
-from benchmarks.report import commonsense_tables
+from benchmarks.report import commonsense_tables, frontier_words
 from benchmarks.report.markdown import with_table
 from benchmarks.report.readme import scaling_table
 
@@ -115,6 +115,7 @@ def accuracy_table(results: Path) -> str:
 TABLES: dict[str, Callable[[Path], str]] = {
     "scaling": lambda results: scaling_table(results / "scaling"),
     "accuracy": accuracy_table,
+    "by size": lambda results: frontier_words.guide(results / "frontier"),
     "sizes": sizes_table,
     "widths": width_table,
     "vision": functools.partial(trial_table, "vision", vision.PROVIDERS),

@@ -1,4 +1,5 @@
-"""All that is made of the committed measurements: tables of README and GUIDE.md, RESULTS.md, LEADERBOARD.md, plots.
+"""All that is made of the committed measurements: tables of README and GUIDE.md, RESULTS.md, LEADERBOARD.md, plots,
+and what `lsr-scale plan --budget` proposes by.
 
     python -m benchmarks.report            write what is not up to date
     python -m benchmarks.report --check    fail if anything is not what the JSON under `results/` says
@@ -14,6 +15,7 @@ from pathlib import Path
 from benchmarks import ALL_RESULTS, ROOT
 from benchmarks.report import (
     commonsense_tables,
+    frontier_evidence,
     frontier_tables,
     grpo_tables,
     guide,
@@ -26,6 +28,8 @@ from benchmarks.report import (
 )
 from benchmarks.report.plots import Plot, drawn_from
 
+DESCRIPTION = (__doc__ or "").partition("\n\n")[0]
+
 
 def all_pages(results: Path) -> dict[Path, str]:
     """Return each page's text as the measurements in the folder of all results say it."""
@@ -35,6 +39,7 @@ def all_pages(results: Path) -> dict[Path, str]:
         ROOT / "GUIDE.md": guide.filled(texts["GUIDE.md"], results),
         ROOT / "benchmarks/RESULTS.md": results_page.page(results),
         ROOT / "benchmarks/LEADERBOARD.md": leaderboard.page(results),
+        frontier_evidence.FILE: frontier_evidence.text(results / "frontier"),
     }
 
 
@@ -52,7 +57,7 @@ def all_plots(results: Path) -> dict[Path, Plot]:
 
 def main(arguments: list[str] | None = None, results: Path = ALL_RESULTS) -> int:
     """Write everything, or with --check compare it; return the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=DESCRIPTION)
     parser.add_argument("--check", action="store_true", help="write nothing; fail if something would change")
     check = parser.parse_args(arguments).check
     pages = {

@@ -1,4 +1,4 @@
-"""README's tables of speed, and GUIDE.md's of several GPUs.
+"""README's tables of speed and what it says of small adapters, and GUIDE.md's table of several GPUs.
 
 The newest file of a model and a base that has LSR-Adapt, Unsloth and PEFT + Liger at 4 x 2,048 tokens is shown. A table
 stands in README.md between the two markers that name it.
@@ -7,7 +7,7 @@ stands in README.md between the two markers that name it.
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import eight_bit, real_training
+from benchmarks.report import eight_bit, frontier_words, real_training
 from benchmarks.report.markdown import grid, number, with_table
 from benchmarks.report.measurements import LABELS, LENGTH, MODES, TOKENS, by_provider, newest_headline, read
 
@@ -67,6 +67,7 @@ def filled(text: str, results: Path) -> str:
         "throughput": table(newest_headline(results / "throughput")),
         "real training": real_training.newest_table(results),
         "8 bits": eight_bit.newest(results),
+        "by size": frontier_words.readme(results / "frontier"),
     }
     for name, content in tables.items():
         text = with_table(text, name, content)

@@ -130,7 +130,8 @@ def _propose(args: argparse.Namespace) -> int:
         values = difference(config, written).values
         targets = config.adapter.options["target_modules"] or "all-linear"
         model = config.model
-        result = budget.propose(model.name, num_parameters, targets, model.task, model.num_labels, model.revision)
+        about = (model.task, model.num_labels, model.revision, model.quantization)
+        result = budget.propose(model.name, num_parameters, targets, *about)
     if args.json:
         print(result.to_json())
     else:

@@ -1,60 +1,64 @@
-"""What to train within a budget of parameters: a proposal per method, with exact counts and measured learning rates.
+"""What to train within a budget of parameters: adapters by what was measured at that size, with exact counts.
 
-Counts come from the model's own layers. The rest is this package's defaults and what `benchmarks/LOG.md` found; a
-proposal says what of it was measured and what was extrapolated to another size. GUIDE.md has the figures.
+Counts come from the model's own layers. `evidence.py` has what was measured, carried to the model by `at_size.py`;
+where nothing was, `rules.py` proposes.
 """
 
 import json
-import math
 import textwrap
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTunerLayer
-
-from lsr_scale import adapters
-from lsr_scale.adapters.factorize import balanced_split, divisor_for_block
-from lsr_scale.adapters.inject import inject
-from lsr_scale.adapters.methods.kron_lora import BLOCK_SIZE
-from lsr_scale.adapters.peft import in_out_features
 from lsr_scale.config.yaml_text import dump
 from lsr_scale.errors import UserError
 from lsr_scale.model import DTYPES, load_config, meta_model
+from lsr_scale.planning import evidence
+from lsr_scale.planning.at_size import Module, adapted_modules, fitted
+from lsr_scale.planning.evidence import Comparison, Row, Size, Suite
+from lsr_scale.planning.rules import NARROW, Proposal, by_rule, scaled_rate
 
-Sizes = list[tuple[int, int]]
-
-# Of LSR-Adapt, where its sweep was measured. With fewer terms a lower rank is better: at 300,000 to 700,000 parameters
-# rank 4 with 7 and 16 terms was as good as rank 16 with 8, while rank 64 with 4, and rank 16 with 4, were worse.
-RANK, MIN_TERMS, MAX_TERMS = 16, 8, 48
-MAX_RANK = 256
-# Learning rate of a narrow model (hidden size up to 1,024), one between, and a wide one (from 4,096). Measured on the
-# first (with 32 rows a step; with 128 the best were four times as high); the others are the rates that this package's
-# configurations start from, and LoRA-XS's is its authors', measured here on none.
-LEARNING_RATES = {
-    "lsr": (2e-3, 1e-3, 5e-4),
-    "kron_lora": (2e-3, 5e-4, 3e-4),
-    "lora": (2e-3, 5e-4, 2e-4),
-    "lora_xs": (2e-3, 2e-3, 2e-3),
-}
+# where the losses of two do not separate the earlier one is proposed: PEFT's own, which all programs take; exact pairs
+# of small factors, which export as such; factors made of the base's weight; those that run unfused, and are merged only
+SIMPLEST = ("lora", "lsr", "kron_lora", "lora_xs", "slora", "vera", "tinylora", "krona")
 
 
 @dataclass(frozen=True)
-class Proposal:
-    """One method within the budget: the options of its `adapter` section, its rate, and where they come from."""
+class Measured:
+    """The measured rows that carry the first proposal: the suite, its size, and how the proposed row compares.
 
-    method: str
-    parameters: int
+    Attributes:
+        suite: Model, texts and base that were measured.
+        hidden_size: Of that model.
+        size: The size's name.
+        share: Of LoRA r=8's parameters, measured.
+        budget_share: The same of the budget.
+        row: The proposed one; `benchmarks/results/frontier` has its trials.
+        label: What it is called.
+        nats: What it lost a token of held-out right answers.
+        error: The standard error.
+        seeds: How many were trained.
+        other: The other row that it is compared with: the lowest of another method, None where there is none.
+        difference: The loss of whichever of the two is higher, less the lower one's.
+    """
+
+    suite: str
+    hidden_size: int
+    size: str
     share: float
-    options: dict[str, Any]
-    learning_rate: float
-    splits: list[str]
-    why: str
+    budget_share: float
+    row: str
+    label: str
+    nats: float
+    error: float
+    seeds: int
+    other: str | None
+    difference: Comparison | None
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What fits a budget on a model, the proposed method first; `lora` is not in it where not even its rank 1 fits."""
+    """What fits a budget on a model, the proposed adapter first; `measured` is None where no measurement carries it."""
 
     model: str
     budget: int
@@ -63,6 +67,7 @@ class Budget:
     reason: str
     notes: list[str] = field(default_factory=list)
     targets: list[str] | str = "all-linear"
+    measured: Measured | None = None
 
     def to_json(self) -> str:
         """Return it as a JSON document."""
@@ -76,6 +81,7 @@ def propose(
     task: str = "causal_lm",
     num_labels: int | None = None,
     revision: str | None = None,
+    quantization: str = "nf4",
 ) -> Budget:
     """Return what fits `budget` trainable parameters, a classifier's head not counted.
 
@@ -86,140 +92,152 @@ def propose(
         task: "causal_lm" or "seq_cls".
         num_labels: Of a classifier.
         revision: Commit, branch or tag on the hub.
+        quantization: How the base is held, as `model.quantization` has it.
 
     Raises:
         UserError: for an unknown model or target, or a budget that not even the smallest adapter fits.
     """
     config = load_config(model, revision)
-    sizes = _sizes(meta_model(config, task, num_labels, DTYPES["bfloat16"], "auto"), targets, task)  # pyright: ignore
+
+    def modules_of(names: list[str] | str) -> list[Module]:
+        base = meta_model(config, task, num_labels, DTYPES["bfloat16"], "auto")  # pyright: ignore
+        return adapted_modules(base, names, task)
+
+    modules = modules_of(targets)
     hidden = config.get_text_config().hidden_size
-    found = (_lsr(sizes, budget, hidden), _kron_lora(sizes, budget, hidden), _lora_xs(sizes, budget, hidden))
-    ours = [proposal for proposal in found if proposal is not None]
+    everything = modules if targets == "all-linear" else modules_of("all-linear")
+    lora_8 = 8 * sum(sum(module.size) for module in everything)
+    found = _by_evidence(modules, targets, budget, lora_8, hidden, quantization)
+    if found is not None:
+        proposals, measured, reason, notes = found
+        if len(modules) < len(everything):
+            notes.append("measured with all linears adapted, or some by their names; here the run's alone are")
+        if task == "seq_cls":
+            notes.append("measured on the likelihood of answers, not on classifiers")
+        return Budget(model, budget, len(modules), proposals, reason, notes, targets, measured)
+    sizes = [module.size for module in modules]
+    proposals = by_rule(sizes, budget, hidden)
     lora_one = sum(map(sum, sizes))
-    lora = _lora(sizes, budget, hidden)
-    if not ours and lora is None:
+    if not proposals:
         raise UserError(
             f"--budget {budget:,}: on these {len(sizes)} modules the smallest LoRA-XS has {len(sizes):,} parameters, "
             f"LoRA of rank 1 {lora_one:,}; raise it, or adapt fewer modules with --set adapter.target_modules"
         )
-    if lora is None:
-        reason = f"LoRA of rank 1 takes {lora_one:,} parameters here, more than the budget"
-        proposals = ours
-    else:
+    if proposals[0].method == "lora":
         reason = (
-            f"LoRA of rank {lora.options['rank']} fits, and where they were compared at like parameters (SmolLM2-135M, "
-            "commonsense questions, five seeds; GUIDE.md) none was more accurate: those are for fewer parameters"
+            f"LoRA of rank {proposals[0].options['rank']} fits, and where they were compared at like parameters "
+            "(SmolLM2-135M, commonsense questions, five seeds; GUIDE.md) none was more accurate: those are for fewer "
+            "parameters"
         )
-        proposals = [lora, *ours]
-    notes = [] if hidden <= 1024 else ["learning rates were measured on a model of hidden size 576 only; tune them"]
+    else:
+        reason = f"LoRA of rank 1 takes {lora_one:,} parameters here, more than the budget"
+    without = "no comparison by size is in this release: there is no evidence which method is best at this one"
+    if evidence.load():
+        without = "no adapter that was compared by size fits here: there is no evidence which method is best"
+    notes = [without]
+    if hidden > NARROW:
+        notes.append("learning rates were measured on a model of hidden size 576 only; tune them")
     return Budget(model, budget, len(sizes), proposals, reason, notes, targets)
 
 
-def _sizes(base: Any, targets: list[str] | str, task: str) -> Sizes:
-    """Return (in_features, out_features) of every adapted module, found by injecting an adapter."""
-    model = inject(base, "lora", {"target_modules": targets, "rank": 1}, task)
-    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    return [size for layer in layers if (size := in_out_features(layer.get_base_layer())) is not None]
-
-
-def _count(method: str, sizes: Iterable[tuple[int, int]], options: dict[str, Any]) -> int | None:
-    """Return a method's parameters over all modules; None where one of them cannot take these options."""
-    tuner = adapters.METHODS[method]
-    config = tuner.config_class(**options)
-    counts: dict[tuple[int, int], int] = {}
-    for size in set(sizes):
-        try:
-            shapes = tuner.parameter_shapes(*size, config)
-        except UserError:
-            return None
-        if tuner.oversized_sides(*size, config):
-            return None  # a dense side would be smaller, and could do more
-        counts[size] = sum(math.prod(shape) for shape in shapes.values())
-    return sum(counts[size] for size in sizes)
-
-
-def _rate(method: str, hidden: int) -> float:
-    small, middle, large = LEARNING_RATES[method]
-    return small if hidden <= 1024 else large if hidden >= 4096 else middle
-
-
-def _lsr(sizes: Sizes, budget: int, hidden: int) -> Proposal | None:
-    """Return LSR-Adapt at its default rank with as many terms as fit; another rank only if too few or too many do."""
-
-    def most_terms(rank: int, least: int) -> tuple[int, int] | None:
-        for terms in range(MAX_TERMS, least - 1, -1):
-            count = _count("lsr", sizes, {"rank": rank, "separation_rank": terms})
-            if count is not None and count <= budget:
-                return terms, count
-        return None
-
-    fitting = {rank: most_terms(rank, MIN_TERMS) for rank in (RANK, RANK // 2, RANK // 4)}
-    rank = next((rank for rank, terms in fitting.items() if terms is not None), None)
-    if rank is None:
-        smaller = {rank: most_terms(rank, 1) for rank in (4, 2, 1)}
-        rank = next((rank for rank, terms in smaller.items() if terms is not None), None)
-        fitting |= smaller
-    best = fitting[rank] if rank is not None else None
-    if rank is None or best is None:
-        return None
-    while rank < MAX_RANK and rank >= RANK:
-        # more terms than the sweep had, or than a dense side allows, are left to a higher rank
-        wider = most_terms(2 * rank, max(MIN_TERMS, best[0]))
-        if wider is None or wider[1] <= best[1]:
-            break
-        rank, best = 2 * rank, wider
-    terms, count = best
-    options = {"rank": rank, "separation_rank": terms, "alpha": 2.0 * rank}
-    measured = rank == RANK and hidden <= 1024
-    why = (
-        "rank 16 with as many terms as fit, 8 at least: fewer cost accuracy"
-        if measured
-        else "as many terms as fit, no side larger than its dense form; measured on SmolLM2 only"
-    )
-    splits = [
-        f"{in_features} -> {out_features}: in {_pair(balanced_split(in_features))}, out "
-        f"{_pair(balanced_split(out_features))}, rank {_pair(balanced_split(rank))}"
-        for in_features, out_features in dict.fromkeys(sizes)
-    ]
-    return Proposal("lsr", count, count / budget, options, _rate("lsr", hidden), splits, why)
-
-
-def _pair(split: tuple[int, int]) -> str:
-    return f"{split[0]} x {split[1]}"
-
-
-def _kron_lora(sizes: Sizes, budget: int, hidden: int) -> Proposal | None:
-    """Return Kron-LoRA with the paper's split and scaling, of the largest rank that fits."""
-    split = {"left_in": 2, "left_out": divisor_for_block(hidden, BLOCK_SIZE)}
-    limit = min(min(size) for size in sizes) // max(split.values())
-    for rank in range(min(limit, MAX_RANK), 0, -1):
-        options = {"rank": rank, **split, "alpha": 4.0 * rank, "dropout": 0.0}
-        count = _count("kron_lora", sizes, options)
-        if count is not None and count <= budget:
-            splits = [f"A [{split['left_out']}, {split['left_in']}] in every module"]
-            why = "the paper's split and scaling"
-            return Proposal("kron_lora", count, count / budget, options, _rate("kron_lora", hidden), splits, why)
+def _by_evidence(
+    modules: list[Module], targets: list[str] | str, budget: int, lora_8: int, hidden: int, quantization: str
+) -> tuple[list[Proposal], Measured, str, list[str]] | None:
+    """Return proposals by what was measured nearest to the budget, with reason and notes; None where nothing fits."""
+    share = budget / lora_8
+    near = evidence.nearest_first(evidence.load(), share, quantization, lora_8)
+    for suite, size in near:
+        fitting: dict[str, Proposal] = {}
+        for row in size.rows:
+            if row.method == "tinylora" and quantization != "none":
+                continue
+            found = fitted(row, suite.num_layers, modules, budget, targets)
+            if found is not None:
+                fitting[row.row] = _proposal(row, *found, budget, hidden, targets)
+        rows = [row for row in size.rows if row.row in fitting]
+        if not rows:
+            continue
+        chosen, other = _chosen(rows)
+        comparison = None if other is None else (chosen.over.get(other.row) or other.over[chosen.row])
+        measured = Measured(
+            *(suite.in_words(), suite.hidden_size, size.name, size.share, share),
+            *(chosen.row, chosen.label, chosen.nats, chosen.error, chosen.seeds),
+            *(None if other is None else other.row, comparison),
+        )
+        proposals: dict[str, Proposal] = {}  # two measured ones can have one form here
+        for row in [chosen, *rows]:
+            one = fitting[row.row]
+            proposals.setdefault(json.dumps([one.method, one.options, one.optimizer], sort_keys=True), one)
+        named = " and ".join(row.row for row in (chosen, other) if row is not None)
+        notes = [f"carried by {named} at {size.name} in benchmarks/results/frontier"]
+        notes += _notes(suite, size, share, hidden)
+        notes += [_elsewhere(*pair) for pair in near if pair[0] is not suite]
+        return list(proposals.values()), measured, _reason(chosen, other, comparison, suite), notes
     return None
 
 
-def _lora_xs(sizes: Sizes, budget: int, hidden: int) -> Proposal | None:
-    """Return LoRA-XS of the largest rank that fits, one for all modules."""
-    rank = min(math.isqrt(budget // len(sizes)), min(min(size) for size in sizes))
-    if rank < 1:
-        return None
-    count, options = len(sizes) * rank**2, {"rank": rank, "alpha": 2.0 * rank}
-    why = "its authors' scaling and rate; not compared with the others here"
-    return Proposal("lora_xs", count, count / budget, options, _rate("lora_xs", hidden), [], why)
+def _proposal(
+    row: Row, options: dict[str, Any], parameters: int, budget: int, hidden: int, targets: list[str] | str
+) -> Proposal:
+    own = {name: value for name, value in options.items() if name != "target_modules" or value != targets}
+    why = f"as {row.label}: {row.parameters:,} parameters, rate {row.rate:g}, {row.nats:.4f} nats ({row.error:.4f})"
+    rate = scaled_rate(row.method, row.rate, hidden)
+    return Proposal(row.method, parameters, parameters / budget, own, rate, [], why, row.optimizer, row.nats)
 
 
-def _lora(sizes: Sizes, budget: int, hidden: int) -> Proposal | None:
-    rank = min(budget // sum(map(sum, sizes)), MAX_RANK, min(min(size) for size in sizes))
-    if rank < 1:
-        return None
-    count = rank * sum(map(sum, sizes))
-    options = {"rank": rank, "alpha": 2.0 * rank}
-    why = "PEFT's own" + ("" if hidden <= 1024 else "; QLoRA's rate" if hidden >= 4096 else "")
-    return Proposal("lora", count, count / budget, options, _rate("lora", hidden), [], why)
+def _chosen(rows: list[Row]) -> tuple[Row, Row | None]:
+    """Return the row to propose, and the one that it is compared with, None where there is no other method.
+
+    Proposed is the simplest of those that do not separate from the lowest, and compared with that; the lowest itself is
+    compared with the lowest of another method.
+    """
+    lowest = rows[0]
+    even = [lowest, *(row for row in rows[1:] if not row.over[lowest.row].separates)]
+
+    def simplicity(row: Row) -> tuple[int, bool, bool, float]:
+        return SIMPLEST.index(row.method), row.optimizer is not None, "init" in row.options, row.nats
+
+    chosen = min(even, key=simplicity)
+    if chosen is not lowest:
+        return chosen, lowest
+    return chosen, next((row for row in rows if row.method != chosen.method), None)
+
+
+def _reason(chosen: Row, other: Row | None, comparison: Comparison | None, suite: Suite) -> str:
+    nats = f"{chosen.nats:.4f} nats a token of held-out answers (standard error {chosen.error:.4f}, "
+    on = f"with {chosen.parameters:,} parameters on {suite.in_words()}"
+    lost = f"{on}, {chosen.label} lost {nats}{chosen.seeds} seeds)"
+    if other is None or comparison is None:
+        return f"{lost}; no other method was measured there that fits here"
+    if chosen.nats > other.nats:
+        words = f"{lost}; {other.label} lost less, but the two do not separate: {comparison.in_words()}"
+        return f"{words}; the simpler one is proposed"
+    if comparison.separates:
+        words = f"{lost}, the least of those that fit here"
+        return f"{words}; the next method, {other.label}, lost more: {comparison.in_words()}"
+    words = f"{lost}; it does not separate from {other.label}, {comparison.in_words()}"
+    return f"{words}, and is the simpler one"
+
+
+def _notes(suite: Suite, size: Size, share: float, hidden: int) -> list[str]:
+    notes, times = [], size.times(share)
+    if times > evidence.FAR:
+        notes.append(
+            f"far from what was measured: the budget is {100 * share:.2g} % of LoRA r=8's parameters, the nearest size "
+            f"{100 * size.share:.2g} %, a factor of {times:.1f}"
+        )
+    rates = f"rates were tuned at hidden size {suite.hidden_size} with {suite.tokens_a_step:,} tokens a step"
+    if hidden > NARROW:
+        notes.append(f"{rates}, and scaled to width {hidden:,} as this package's configurations are; tune them")
+    else:
+        notes.append(rates)
+    return notes
+
+
+def _elsewhere(suite: Suite, size: Size) -> str:
+    lowest = size.rows[0]
+    what = f"of those with {lowest.parameters:,} parameters or so"
+    return f"on {suite.in_words()}, {what}, {lowest.label} lost least: {lowest.nats:.4f} nats"
 
 
 def render(budget: Budget, values: Mapping[str, Any]) -> str:
@@ -230,25 +248,40 @@ def render(budget: Budget, values: Mapping[str, Any]) -> str:
         values: The other sections of that file.
     """
     first = budget.proposals[0]
-    rows = [("method", "parameters", "of budget", "rate", "options")]
-    for item in budget.proposals:
-        options = ", ".join(f"{name} {value:g}" for name, value in item.options.items())
-        share = f"{100 * item.share:.0f} %"
-        rows.append((item.method, f"{item.parameters:,}", share, f"{item.learning_rate:g}", options))
+    has_nats = budget.measured is not None
+    rows = [["method", "parameters", "of budget", "rate", *(["nats"] if has_nats else []), "options"]]
+    shown = {item.method: item for item in reversed(budget.proposals)}  # the first of each method
+    for item in sorted(shown.values(), key=budget.proposals.index):
+        share, nats = f"{100 * item.share:.0f} %", "" if item.nats is None else f"{item.nats:.4f}"
+        cells = [item.method, f"{item.parameters:,}", share, f"{item.learning_rate:g}", *([nats] if has_nats else [])]
+        rows.append([*cells, _options(item)])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     comments = [f"{budget.budget:,} parameters on {budget.adapted_modules} modules of {budget.model}", ""]
-    for method, parameters, share, rate, options in rows:
-        cells = (method.ljust(widths[0]), parameters.rjust(widths[1]), share.rjust(widths[2]), rate.rjust(widths[3]))
+    for method, *numbers, options in rows:
+        cells = (method.ljust(widths[0]), *(n.rjust(width) for n, width in zip(numbers, widths[1:-1], strict=True)))
         before = "  ".join((*cells, ""))
         comments += textwrap.wrap(options, 78, initial_indent=before, subsequent_indent=" " * len(before))
+    if more := len(budget.proposals) - len(shown):
+        comments.append(f"and {more} other forms of these: --json")
     comments += ["", *textwrap.wrap(f"{first.method}, because {budget.reason}.", 76)]
     for note in budget.notes:
         comments += textwrap.wrap(f"note: {note}", 76)
     sections = {name: dict(section) for name, section in values.items()}
-    adapter = {"method": first.method, "target_modules": budget.targets, **first.options}
-    sections["adapter"] = adapter
-    sections["training"] = {**sections.get("training", {}), "learning_rate": first.learning_rate}
+    sections["adapter"] = {"method": first.method, "target_modules": budget.targets, **first.options}
+    rate = {"learning_rate": first.learning_rate, **({"optim": first.optimizer} if first.optimizer else {})}
+    sections["training"] = {**sections.get("training", {}), **rate}
     order = [name for name in ("model", "adapter", "data", "training") if name in sections]
     ordered = {name: sections[name] for name in (*order, *(set(sections) - set(order)))}
     text = "".join(f"# {line}".rstrip() + "\n" for line in comments)
     return text + dump({name: section for name, section in ordered.items() if section}, short=True)
+
+
+def _options(proposal: Proposal) -> str:
+    """Return a proposal's options in a line."""
+    words = [f"{name} {value:g}" for name, value in proposal.options.items() if isinstance(value, int | float)]
+    words += [f"{name} {value}" for name, value in proposal.options.items() if isinstance(value, str)]
+    if isinstance(targets := proposal.options.get("target_modules"), list):
+        words.append(f"on {' '.join(targets)}")
+    if layers := proposal.options.get("layers_to_transform"):
+        words.append(f"in layers {layers[0]} to {layers[-1]}")
+    return ", ".join([*words, *([f"optim {proposal.optimizer}"] if proposal.optimizer else [])])

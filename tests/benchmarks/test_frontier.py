@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks.quality import frontier, frontier_verdicts, trials
-from benchmarks.quality.frontier_rows import NUM_LAYERS, ROWS, TOLERANCE, AdapterRow, target
+from benchmarks.quality.frontier_rows import HIDDEN_SIZE, NUM_LAYERS, ROWS, TOLERANCE, AdapterRow, target
 from benchmarks.report import frontier_tables
 from lsr_scale.adapters.inject import inject
 from lsr_scale.sweeping.results import TrialResult
@@ -32,6 +32,7 @@ def linears(model):
 
 @pytest.mark.parametrize("model", list(ROWS))
 def test_every_row_has_its_size(model):
+    assert HIDDEN_SIZE[model] == SHAPES[model]["hidden_size"]
     for size, rows in ROWS[model].items():
         for name, row in rows.items():
             section = row.section()
@@ -119,14 +120,16 @@ def test_questions_are_drawn_alike_for_all_rows_and_seeds_of_each():
     assert frontier_verdicts.drawn([far], tokens)[:, 0].std() > 2 * lone
 
 
-def test_every_two_rows_of_a_size_are_compared_and_corrected_together(tmp_path, monkeypatch):
+def test_a_row_is_compared_with_all_that_lost_less_and_corrected_for_all_others(tmp_path, monkeypatch):
     monkeypatch.setattr(frontier_verdicts, "DRAWS", 1_000)
-    write(*(tmp_path, made_up("60k", "lora_modules", 0.0), made_up("60k", "lsr_2_2", 0.0)), made_up("60k", "vera", 0.3))
-    pairs = frontier_verdicts.all_pairs(frontier_verdicts.load(tmp_path).scores)
-    assert len(pairs) == 3
-    assert all(one.difference <= 0 for one in pairs.values()), "the lower one first"
-    assert pairs["lsr_2_2", "vera"].corrected_p == pytest.approx(3 * 2 / 1001)
-    even = pairs.get(("lsr_2_2", "lora_modules")) or pairs["lora_modules", "lsr_2_2"]
+    rows = {"lora_modules": 0.0, "lsr_2_2": 0.0, "kron_lora": 0.1, "vera": 0.3}
+    write(tmp_path, *(made_up("60k", row, shift) for row, shift in rows.items()))
+    over = frontier_verdicts.over_lower(frontier_verdicts.load(tmp_path).scores)
+    assert sorted(map(len, over.values())) == [0, 1, 2, 3]
+    assert all(one.difference > 0 for several in over.values() for one in several)
+    assert {one.theirs.row for one in over["vera"]} == {"lora_modules", "lsr_2_2", "kron_lora"}
+    assert [one.corrected_p for one in over["vera"]] == pytest.approx([3 * 2 / 1001] * 3)
+    (even,) = over["lora_modules"] or over["lsr_2_2"]
     assert not even.separates
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from benchmarks import ALL_RESULTS, ROOT
 from benchmarks.command_line import current
+from benchmarks.quality import frontier_verdicts
 from benchmarks.report import (
     eight_bit,
     leaderboard,
@@ -21,6 +22,7 @@ from benchmarks.report import (
 )
 from benchmarks.speed import real_training as speed_real_training
 from benchmarks.speed.providers import PROVIDERS
+from tests.helpers.frontier_trials import made_up, write
 
 THROUGHPUT = ALL_RESULTS / "throughput"
 
@@ -70,6 +72,22 @@ def test_a_changed_loss_is_noticed(tmp_path, capsys):
         (results / "parametrization" / path.name).write_text(json.dumps(content))
     plots_of_the_guide = [f"parametrization/{name}.png" for name in ("ablations", "terms", "width")]
     assert stale(results, capsys) == ["GUIDE.md", *plots_of_the_guide]
+
+
+def test_a_frontier_makes_every_page_the_figure_and_what_plan_reads(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(frontier_verdicts, "DRAWS", 500)
+    results = results_without("frontier", tmp_path)
+    rows = [made_up("20k", row, shift) for row, shift in {"lora_modules": 0.0, "lsr_1_1": -0.1}.items()]
+    write(results / "frontier", *rows, *(made_up("60k", row, 0.0) for row in ("lora_modules", "lsr_2_2")))
+    pages_of = ["GUIDE.md", "README.md", "benchmarks/RESULTS.md"]
+    names = [*pages_of, "frontier/smollm2-commonsense-nf4.png", "lsr_scale/planning/frontier.json"]
+    assert stale(results, capsys) == names
+    texts = {str(path.relative_to(ROOT)): text for path, text in pages.all_pages(results).items()}
+    assert "is the best method at 20k; the best of both kinds do not separate at 60k." in texts["README.md"]
+    assert "(benchmarks/results/frontier/smollm2-commonsense-nf4.png)" in texts["README.md"]
+    assert "LSR-Adapt r=1 s=1 | LoRA r=1 on v in the last 26 layers | -0." in texts["GUIDE.md"]
+    evidence = json.loads(texts["lsr_scale/planning/frontier.json"])
+    assert [size["name"] for size in evidence["suites"][0]["sizes"]] == ["20k", "60k"]
 
 
 COMMAND = re.compile(r"python -m (benchmarks(?:\.[a-z]\w*)+)")

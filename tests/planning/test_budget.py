@@ -14,11 +14,20 @@ from lsr_scale.adapters import peft_config
 from lsr_scale.cli import main
 from lsr_scale.config import load_run
 from lsr_scale.model import DTYPES, load_config, meta_model
+from lsr_scale.planning import evidence
 from lsr_scale.planning.budget import propose
 from lsr_scale.units import parse_count
 
 SMOLLM2, MISTRAL = "HuggingFaceTB/SmolLM2-135M", "mistralai/Mistral-7B-v0.1"
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+
+
+@pytest.fixture(autouse=True)
+def nothing_measured(tmp_path_factory, monkeypatch):
+    """No results by size, so that proposals are by rule; test_evidence.py has those by results."""
+    file = tmp_path_factory.mktemp("evidence") / "frontier.json"
+    file.write_text('{"suites": []}')
+    monkeypatch.setattr(evidence, "FILE", file)
 
 
 @pytest.mark.parametrize(
@@ -59,8 +68,9 @@ def test_lora_comes_first_where_it_was_measured_ahead_and_not_where_it_does_not_
     assert small.proposals[0].options == {"rank": 4, "separation_rank": 6, "alpha": 8.0}  # not 16 with 3
     assert large.proposals[0].method == "lora"
     assert large.proposals[1].options == {"rank": 16, "separation_rank": 16, "alpha": 32.0}
-    assert not small.notes
-    assert "hidden size 576 only" in propose(MISTRAL, 4_000_000).notes[0]
+    (said,) = small.notes
+    assert "there is no evidence which method is best" in said
+    assert "hidden size 576 only" in propose(MISTRAL, 4_000_000).notes[1]
 
 
 def test_what_the_proposals_claim_stands_in_the_committed_results():

@@ -1,0 +1,149 @@
+"""Proposals by what was measured at a size: the lowest loss, or the simplest that does not separate from it."""
+
+import json
+
+import pytest
+from peft import get_peft_model
+
+from benchmarks.quality import frontier_verdicts
+from benchmarks.report import frontier_evidence
+from lsr_scale.adapters import peft_config
+from lsr_scale.cli import main
+from lsr_scale.config import load_run
+from lsr_scale.model import DTYPES, load_config, meta_model
+from lsr_scale.planning import evidence
+from lsr_scale.planning.budget import propose
+from tests.helpers.frontier_trials import made_up, write
+
+SMOLLM2, MISTRAL = "HuggingFaceTB/SmolLM2-135M", "mistralai/Mistral-7B-v0.1"
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+
+
+@pytest.fixture
+def measured(tmp_path, monkeypatch):
+    """Return a function that takes made-up rows as all that was measured."""
+    monkeypatch.setattr(frontier_verdicts, "DRAWS", 1_000)
+
+    def take(*rows):
+        file = tmp_path / "frontier.json"
+        file.write_text(frontier_evidence.text(write(tmp_path / "results", *rows)))
+        monkeypatch.setattr(evidence, "FILE", file)
+
+    return take
+
+
+def test_what_is_shipped_can_be_read():
+    for suite in evidence.load():
+        for size in suite.sizes:
+            assert [row.nats for row in size.rows] == sorted(row.nats for row in size.rows)
+            assert all(row.seeds >= 2 for row in size.rows)
+
+
+def test_the_lowest_loss_is_proposed_with_its_rate_and_what_carries_it(measured):
+    rows = {"lora_modules": 0.0, "kron_lora": 0.02, "lsr_2_2": -0.1, "lsr_8_1": 0.1}
+    measured(*(made_up("60k", row, shift, rate=1.6e-2) for row, shift in rows.items()))
+    result = propose(SMOLLM2, 64_000)
+    first = result.proposals[0]
+    assert (first.method, first.learning_rate, first.optimizer) == ("lsr", 1.6e-2, None)
+    assert first.options == {"rank": 2, "separation_rank": 2, "alpha": 4.0}
+    assert [p.method for p in result.proposals] == ["lsr", "lora", "kron_lora", "lsr"]
+    carried = result.measured
+    assert (carried.row, carried.other, carried.seeds, carried.size) == ("lsr_2_2", "lora_modules", 3, "60k")
+    assert carried.difference.difference == pytest.approx(0.1, abs=0.01)
+    assert carried.difference.low < carried.difference.difference < carried.difference.high
+    for words in (
+        "60,000 parameters on SmolLM2-135M, five commonsense tasks",
+        "base in nf4",
+        "LoRA r=1 on q, v",
+        "3 seeds",
+        "corrected p = 0.006",
+    ):
+        assert words in result.reason
+    assert "carried by lsr_2_2 and lora_modules at 60k in benchmarks/results/frontier" in result.notes
+    assert not any("far from" in note for note in result.notes)
+
+
+def test_of_methods_that_do_not_separate_the_simpler_is_proposed_and_that_is_said(measured):
+    measured(made_up("60k", "lora_modules", 0.0), made_up("60k", "lsr_2_2", -0.0005), made_up("60k", "vera", 0.4))
+    result = propose(SMOLLM2, 64_000)
+    assert [p.method for p in result.proposals] == ["lora", "lsr", "vera"]
+    assert result.proposals[0].options["target_modules"] == ["q_proj", "v_proj"]
+    assert "not separate" in result.reason
+    assert "simpler one" in result.reason
+
+
+def test_a_size_that_was_not_measured_is_said_to_be_far(measured):
+    measured(made_up("60k", "lora_modules", 0.0), made_up("60k", "lsr_2_2", -0.1))
+    (far,) = [note for note in propose(SMOLLM2, 180_000).notes if "far from" in note]
+    assert "7.4 % of LoRA r=8's parameters, the nearest size 2.5 %, a factor of 3.0" in far
+
+
+def test_the_base_that_is_held_alike_carries_and_the_other_is_named(measured):
+    suites = [("smollm2", "commonsense", base) for base in ("nf4", "none")]
+    rows = ("lora_modules", "lsr_2_2")
+    measured(
+        *(made_up("60k", row, 0.1 * (i == j), suite=s) for i, s in enumerate(suites) for j, row in enumerate(rows))
+    )
+    quantized, plain = propose(SMOLLM2, 64_000), propose(SMOLLM2, 64_000, quantization="none")
+    assert (quantized.proposals[0].method, plain.proposals[0].method) == ("lsr", "lora")
+    assert "base in nf4" in quantized.measured.suite
+    assert any("base in bf16" in note and "LoRA r=1 on q, v lost least" in note for note in quantized.notes)
+
+
+SIZES = {
+    "20k": ("lora_layers", "krona", "kron_lora", "tinylora", "lsr_1_1"),
+    "300k": ("lora", "slora", "lora_xs", "inttune", "vera", "krona", "kron_lora", "lsr_4_7", "lsr_8_5+gradient_rite"),
+}
+
+
+@pytest.mark.parametrize(
+    ("model", "budget", "least"), [(SMOLLM2, 22_000, 5), (SMOLLM2, 330_000, 8), (MISTRAL, 2_800_000, 7)]
+)
+def test_proposals_keep_to_the_budget_and_count_what_is_injected(measured, model, budget, least):
+    suite = ("smollm2", "commonsense", "none")
+    measured(*(made_up(size, row, 0.0, suite=suite) for size, rows in SIZES.items() for row in rows))
+    result = propose(model, budget, quantization="none")
+    assert len(result.proposals) >= least
+    for proposal in result.proposals:
+        assert budget / 2 <= proposal.parameters <= budget
+        base = meta_model(load_config(model, None), "causal_lm", None, DTYPES["bfloat16"], "auto")
+        options = {"target_modules": "all-linear", **proposal.options}
+        adapted = get_peft_model(base, peft_config(proposal.method, options))
+        assert adapted.get_nb_trainable_parameters()[0] == proposal.parameters, proposal
+
+
+def test_tinylora_is_for_bases_that_are_not_quantized(measured):
+    suite = ("smollm2", "commonsense", "none")
+    measured(made_up("20k", "tinylora", -0.2, suite=suite), made_up("20k", "lsr_1_1", 0.0, suite=suite))
+    assert propose(SMOLLM2, 22_000, quantization="none").proposals[0].method == "tinylora"
+    assert [p.method for p in propose(SMOLLM2, 22_000).proposals] == ["lsr"]
+
+
+def test_a_wide_model_s_rate_is_scaled_and_that_is_said(measured):
+    measured(made_up("60k", "lsr_2_2", 0.0, rate=8e-3), made_up("60k", "lora_modules", 0.1, rate=8e-3))
+    result = propose(MISTRAL, 520_000)
+    assert [p.learning_rate for p in result.proposals] == [2e-3, 8e-4]  # a quarter, and a tenth
+    assert any("scaled to width 4,096" in note for note in result.notes)
+
+
+def test_where_nothing_measured_fits_proposals_are_by_rule(measured):
+    measured(made_up("60k", "lora_modules", 0.0), made_up("60k", "vera", 0.4))  # q and v, that a run leaves out
+    result = propose(SMOLLM2, 64_000, ["down_proj"])
+    assert result.measured is None
+    assert any("no adapter that was compared by size fits here" in note for note in result.notes)
+
+
+def test_the_file_trains_with_the_measured_optimizer_and_layers(measured, tmp_path, capsys):
+    measured(made_up("60k", "lsr_2_2+gradient_rite", -0.1, rate=8e-3), made_up("60k", "lora_layers", 0.0))
+    assert main(["plan", "--budget", "64k", "--model", SMOLLM2]) == 0
+    page = capsys.readouterr().out
+    assert max(map(len, page.splitlines())) <= 80
+    (tmp_path / "run.yaml").write_text(page)
+    run = load_run(tmp_path / "run.yaml")
+    assert (run.adapter.options["init"], run.training["optim"]) == ("gradient", "lora_rite")
+    assert run.training["learning_rate"] == 8e-3
+    assert "in layers 24 to 29" in " ".join(page.replace("#", " ").split())
+    assert main(["plan", "--budget", "64k", "--model", SMOLLM2, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["measured"]["row"] == "lsr_2_2+gradient_rite"
+    assert document["proposals"][1]["options"]["layers_to_transform"] == [24, 25, 26, 27, 28, 29]

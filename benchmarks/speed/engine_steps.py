@@ -25,7 +25,6 @@ import datetime
 import gc
 import inspect
 import json
-import os
 import statistics
 import sys
 import tempfile
@@ -230,7 +229,6 @@ def trainers_of(alternative: Alternative) -> Iterator[None]:
 
 def trained(folder: Path, args: argparse.Namespace, alternative: Alternative, point: str, meter: Meter) -> Any:
     """Train a run by an alternative, and return its trainer."""
-    from accelerate.state import AcceleratorState
     from accelerate.utils import DistributedDataParallelKwargs
 
     from lsr_scale.config import run_from_dict
@@ -245,8 +243,6 @@ def trained(folder: Path, args: argparse.Namespace, alternative: Alternative, po
     run["data"] = {"train": [str(folder / f"rows-{point}.jsonl")]}
     run["training"]["max_grad_norm"] = float(alternative.clips)
     run["deepspeed"] = {"config": None if alternative.zero is None else {"zero_optimization": alternative.zero}}
-    os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)  # what an alternative before this one left
-    AcceleratorState._reset_state(reset_partial_state=True)
     with trainers_of(alternative), trainers.ignore_library_warnings():
         trainer: Any = assembly.build_trainer(run_from_dict(run), RunFolder(folder / "unused"), [meter])
         if alternative.zero_redundancy:  # or accelerate asks for its state, which is on no process as a whole

@@ -1,8 +1,10 @@
 """The trainer's arguments, from a run: made first, as what is wrong with them costs seconds, and a model minutes."""
 
+import os
 from typing import Any
 
 import torch
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from lsr_scale import config, distributed
 from lsr_scale.config import RunConfig
@@ -42,11 +44,23 @@ def trainer_arguments(run: RunConfig, folder: RunFolder) -> Any:
         # accumulation follows the number of processes, whatever number stands there
         numbers = dict.fromkeys(config.OF_TRAINING, "auto")
         values["deepspeed"] = config.engine_config(run.deepspeed.config) | numbers
+    _forget_engine()
     with naming_settings(run):
         arguments: Any = training_arguments_class(run.model.task, run.training["method"])(**values)
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # one process, one GPU: torch's DataParallel cannot copy a quantized layer
     return arguments
+
+
+def _forget_engine() -> None:
+    """Let the run alone say which engine trains it, whatever trained one before it in this process.
+
+    accelerate notes in the environment that DeepSpeed is used, and a run without it would be trained by an engine of
+    default settings: ZeRO-2, gradients clipped otherwise. transformers keeps a trainer's DeepSpeed configuration for as
+    long as the trainer lives, and shards what it loads if that is of ZeRO-3.
+    """
+    os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
+    unset_hf_deepspeed_config()
 
 
 def _check_sharding(run: RunConfig) -> None:

@@ -22,7 +22,7 @@ FP8, INT8 = (
     for compute in ("fp8", "int8")
 )
 ENGINES = {
-    "ddp": {"deepspeed": {"config": None}, **QUICK},  # first: DeepSpeed leaves its mark in the environment
+    "ddp": {"deepspeed": {"config": None}, **QUICK},
     "ddp-fused": {"deepspeed": {"config": None}, **FUSED},
     "ddp-fp8": {"deepspeed": {"config": None}, **FP8},
     "zero0": {"deepspeed": {"config": "zero0"}, **QUICK},
@@ -66,8 +66,6 @@ class Watch(TrainerCallback):
 
 def main() -> None:
     cli.quiet_libraries(debug=False)  # as the command does, before what reads these settings is imported
-    from accelerate.state import AcceleratorState
-
     from lsr_scale import adapters, distributed
     from lsr_scale.config import dump_yaml
     from lsr_scale.run import train
@@ -108,7 +106,6 @@ def main() -> None:
             seen[name] = {**watch.seen, "status": status, "forward": sorted(forward)}
         except Killed:
             seen[name] = {**watch.seen, "status": "killed"}
-        AcceleratorState._reset_state(reset_partial_state=True)
 
     for name, sections in ENGINES.items():
         do(name, **sections)

@@ -6,21 +6,10 @@ The folder holds `model` and rows of prompts. What each process saw goes to comp
 factors at the end, and what was logged.
 """
 
-import sys
-from pathlib import Path
-
 import torch
 
-from lsr_scale import cli
+from tests.ranks.run_after_run import result_file, trainers
 
-# without DeepSpeed first, as in two_ranks_watching: what its engine leaves in a process changes such a run
-RUNS = {
-    "plain": ({"config": None}, "off"),
-    "zero0": ({"config": "zero0"}, "off"),
-    "zero1": ({"config": "zero1"}, "off"),
-    "zero2": ({"config": "zero2"}, "off"),
-    "zero2-fused": ({"config": "zero2"}, "on"),
-}
 TRAINING = {
     "method": "grpo",
     # several, so that hardly any four completions are worth the same
@@ -33,32 +22,28 @@ TRAINING = {
     "beta": 0.1,
 }
 LOGGED = ("loss", "reward", "kl", "grad_norm")
+RUNS = {
+    name: {"deepspeed": {"config": config}, "training": {**TRAINING, "fused": fused}}
+    for name, config, fused in (
+        ("plain", None, "off"),
+        ("zero0", "zero0", "off"),
+        ("zero1", "zero1", "off"),
+        ("zero2", "zero2", "off"),
+        ("zero2-fused", "zero2", "on"),
+    )
+}
 
 
 def main() -> None:
-    cli.quiet_libraries(debug=False)  # as the command does, before what reads these settings is imported
-    import datasets
-    from accelerate.state import AcceleratorState
-
-    from lsr_scale import distributed
-    from tests.ranks.two_ranks_sharding import DEFAULT, first_trainer
-
-    datasets.disable_progress_bars()
-    folder, rank = Path(sys.argv[-1]), distributed.rank()
-    distributed.start(use_deepspeed=True)
     seen = {}
-    for name, (deepspeed, fused) in RUNS.items():
-        training = {**TRAINING, "fused": fused}
-        given = {"deepspeed": deepspeed, "training": training, "model": {"dtype": "float32"}}
-        trainer = first_trainer(folder, "nf4", "lsr", DEFAULT, **given)
+    for name, trainer in trainers(RUNS):
         parameters = trainer.model.named_parameters()
         seen[name] = {
             "factors": {key: value.detach().clone() for key, value in parameters if value.requires_grad},
             "logged": [[row[key] for key in LOGGED] for row in trainer.state.log_history if "reward" in row],
             "prompts": sorted(set(trainer._logs["prompt"])),
         }
-        AcceleratorState._reset_state(reset_partial_state=True)
-    torch.save(seen, folder / f"completions-{rank}.pt")
+    torch.save(seen, result_file("completions-{}.pt"))
 
 
 if __name__ == "__main__":

@@ -7,47 +7,36 @@ norms as logged, and the sum of the factors' squares at the end.
 """
 
 import json
-import sys
-from pathlib import Path
 
-from lsr_scale import cli
+from tests.ranks.run_after_run import logged, result_file, trainers
 
-# without DeepSpeed first, as in two_ranks_watching: what its engine leaves in a process changes such a run
-RUNS = {
-    "lora_pro": ({"config": None}, {"optim": "lora_pro", "learning_rate": 1e-4}),
-    "lora_rite": ({"config": "zero0"}, {"optim": "lora_rite"}),
-    "adamw": ({"config": "zero2"}, {"optim": "adamw_torch_fused"}),
-}
+LORA_PRO = {"optim": "lora_pro", "learning_rate": 1e-4}
 START = {"init": "gradient", "init_rows": 3}
+RUNS = {
+    name: {
+        "deepspeed": {"config": config},
+        "adapter": START,
+        "training": {**training, "per_device_train_batch_size": 1},
+    }
+    for name, config, training in (
+        ("lora_pro", None, LORA_PRO),
+        ("lora_rite", "zero0", {"optim": "lora_rite"}),
+        ("adamw", "zero2", {"optim": "adamw_torch_fused"}),
+        ("lora_pro-after-deepspeed", None, LORA_PRO),
+    )
+}
 
 
 def main() -> None:
-    cli.quiet_libraries(debug=False)  # as the command does, before what reads these settings is imported
-    import datasets
-    from accelerate.state import AcceleratorState
-
-    from lsr_scale import distributed
-    from tests.ranks.two_ranks_sharding import DEFAULT, first_trainer
-
-    datasets.disable_progress_bars()
-    folder, rank = Path(sys.argv[-1]), distributed.rank()
-    distributed.start(use_deepspeed=True)
-    seen = {}
-    for name, (deepspeed, training) in RUNS.items():
-        training = {**training, "per_device_train_batch_size": 1}
-        given = {"deepspeed": deepspeed, "training": training, "model": {"dtype": "float32"}, "adapter": START}
-        seen[name] = summary(first_trainer(folder, "nf4", "lsr", DEFAULT, **given))
-        AcceleratorState._reset_state(reset_partial_state=True)
-    (folder / f"optimizers-{rank}.json").write_text(json.dumps(seen))
+    seen = {name: summary(trainer) for name, trainer in trainers(RUNS)}
+    result_file("optimizers-{}.json").write_text(json.dumps(seen))
 
 
 def summary(trainer) -> dict[str, object]:
     """Return what is compared of a run."""
     trained = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
-    return {
-        "logged": [[row["loss"], row["grad_norm"]] for row in trainer.state.log_history if "loss" in row],
-        "squares": float(sum(parameter.detach().double().square().sum() for parameter in trained)),
-    }
+    squares = sum(parameter.detach().double().square().sum() for parameter in trained)
+    return {"logged": logged(trainer), "squares": float(squares)}
 
 
 if __name__ == "__main__":

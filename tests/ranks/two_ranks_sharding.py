@@ -108,7 +108,6 @@ class Gathered:
 def main() -> None:
     cli.quiet_libraries(debug=False)  # as the command does, before what reads these settings is imported
     import datasets
-    from accelerate.state import AcceleratorState
 
     from benchmarks.speed.sharding import measure
     from lsr_scale import distributed
@@ -123,7 +122,6 @@ def main() -> None:
         name = "/".join((stage, base, method, mode))
         losses, model = first_losses(folder, base, method, mode, deepspeed={"config": stage})
         seen["losses"][name], seen["sharded"][name] = losses, is_sharded(model)  # pyright: ignore
-        AcceleratorState._reset_state(reset_partial_state=True)
     for base, checkpoint in MEASURED:
         kind = "checkpoint" if checkpoint else "random"
         seen["bytes"][f"{base}/{kind}"] = measure(

@@ -16,7 +16,6 @@ from tests.helpers.gradients import InfiniteGradient
 
 def main() -> None:
     cli.quiet_libraries(debug=False)
-    from accelerate.state import AcceleratorState
 
     compute = SFTTrainer.compute_loss
 
@@ -32,7 +31,6 @@ def main() -> None:
         status = cli.main(["train", "--config", file])
         if status:
             sys.exit(status)
-        AcceleratorState._reset_state(reset_partial_state=True)
 
 
 if __name__ == "__main__":

@@ -4,10 +4,12 @@
 """
 
 import json
+import os
 import re
 from types import SimpleNamespace
 
 import pytest
+from transformers.integrations.deepspeed import HfDeepSpeedConfig, is_deepspeed_zero3_enabled
 
 from lsr_scale import distributed
 from lsr_scale.config import dump_yaml, load_run
@@ -18,7 +20,8 @@ from lsr_scale.training.steps import deepspeed_api
 from tests.conftest import two_processes
 from tests.helpers.launch import ROOT, launch
 from tests.helpers.tiny_runs import completions, save_llama, tiny_run, write_rows
-from tests.ranks.two_ranks_engine import CLIPPED, EXACT, RUNS
+from tests.ranks.run_after_run import EXACT, logged
+from tests.ranks.two_ranks_engine import CLIPPED, RUNS
 from tests.ranks.two_ranks_sharding import DEFAULT, first_trainer
 
 
@@ -43,28 +46,27 @@ def seen(place):
 def alone(place):
     """Return the losses and norms of one process without DeepSpeed, which sees the same rows in each step."""
     training = {**CLIPPED, "gradient_accumulation_steps": 2}
-    history = first_trainer(place, "none", "lsr", DEFAULT, training=training, model=EXACT).state.log_history
-    return [[row["loss"], row["grad_norm"]] for row in history if "loss" in row]
+    return logged(first_trainer(place, "none", "lsr", DEFAULT, training=training, model=EXACT))
 
 
 @pytest.mark.slow
 @two_processes
-@pytest.mark.parametrize(("stage", "rows"), RUNS)
-def test_gradients_are_summed_and_clipped_as_one_vector(seen, alone, stage, rows):
+@pytest.mark.parametrize("name", RUNS)
+def test_gradients_are_summed_and_clipped_as_one_vector(seen, alone, name):
     assert all(norm > 0.2 for _, norm in alone), "far above what it is clipped to"
     assert alone[2][0] < alone[0][0] * (1 - 1e-3)
-    for row, expected in zip(seen[0][f"{stage}/{rows}"]["logged"], alone, strict=True):
+    for row, expected in zip(seen[0][name]["logged"], alone, strict=True):
         assert row == pytest.approx(expected, rel=2e-5)
-    assert seen[1][f"{stage}/{rows}"]["logged"] == seen[0][f"{stage}/{rows}"]["logged"]
+    assert seen[1][name]["logged"] == seen[0][name]["logged"]
 
 
 @pytest.mark.slow
 @two_processes
-@pytest.mark.parametrize(("stage", "rows"), RUNS)
-def test_deepspeed_hooks_no_parameter(seen, stage, rows):
-    run = seen[0][f"{stage}/{rows}"]
+@pytest.mark.parametrize("name", RUNS)
+def test_deepspeed_hooks_no_parameter(seen, name):
+    run = seen[0][name]
     assert run["hooks"] == 0
-    assert run["optimizer"] == ("SGD" if stage == "zero0" else "FlatZeroOptimizer")
+    assert run["optimizer"] == ("SGD" if name.startswith("zero0/") else "FlatZeroOptimizer")
 
 
 def test_this_release_has_all_that_is_relied_on():
@@ -133,6 +135,17 @@ def test_an_optimizer_that_lacks_an_attribute_is_refused(name):
     deepspeed_api.check_engine(engine_without(None))
     with pytest.raises(UserError, match=rf"has no Zero\.{name}, which training under it relies on; pip install"):
         deepspeed_api.check_engine(engine_without(name))
+
+
+def test_a_run_without_deepspeed_knows_nothing_of_one_before_it(place, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    kept = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}})  # of a trainer that lives on
+    assert is_deepspeed_zero3_enabled()
+    run = tiny_run(place, training={"output_dir": str(place / "unused")}, deepspeed={"config": None})
+    assert arguments.trainer_arguments(run, RunFolder(place / "unused")).deepspeed_plugin is None
+    assert "ACCELERATE_USE_DEEPSPEED" not in os.environ
+    assert not is_deepspeed_zero3_enabled()
+    del kept
 
 
 def test_a_run_that_is_refused_trains_without_the_engine_as_advised(place, monkeypatch):

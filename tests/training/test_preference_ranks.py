@@ -7,6 +7,7 @@ import pytest
 from tests.conftest import two_processes
 from tests.helpers.launch import ROOT, launch
 from tests.helpers.tiny_runs import save_llama, tiny_run, write_rows
+from tests.ranks.run_after_run import EXACT, logged
 from tests.ranks.two_ranks_preferences import PAIRS, RUNS
 from tests.ranks.two_ranks_sharding import DEFAULT, first_trainer
 from tests.training.test_preferences import preferences
@@ -27,8 +28,7 @@ def place(tmp_path_factory):
 def alone(place):
     """Return the losses and norms of one process without DeepSpeed, which sees the same rows in each step."""
     training = {**PAIRS, "gradient_accumulation_steps": 2, "fused": "off"}
-    trainer = first_trainer(place, "nf4", "lsr", DEFAULT, training=training, model={"dtype": "float32"})
-    return [[row["loss"], row["grad_norm"]] for row in trainer.state.log_history if "loss" in row]
+    return logged(first_trainer(place, "nf4", "lsr", DEFAULT, training=training, model=EXACT))
 
 
 @pytest.fixture(scope="module")

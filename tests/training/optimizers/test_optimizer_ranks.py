@@ -7,6 +7,7 @@ import pytest
 from tests.conftest import two_processes
 from tests.helpers.launch import ROOT, launch
 from tests.helpers.tiny_runs import save_llama, tiny_run
+from tests.ranks.run_after_run import EXACT
 from tests.ranks.two_ranks_optimizers import RUNS, START, summary
 from tests.ranks.two_ranks_sharding import DEFAULT, first_trainer
 
@@ -31,11 +32,14 @@ def seen(place):
 
 @pytest.mark.parametrize("name", RUNS)
 def test_two_processes_start_and_step_as_one(place, seen, name):
-    training = {**RUNS[name][1], "per_device_train_batch_size": 2}
-    alone = summary(
-        first_trainer(place, "nf4", "lsr", DEFAULT, training=training, model={"dtype": "float32"}, adapter=START)
-    )
+    training = {**RUNS[name]["training"], "per_device_train_batch_size": 2}
+    alone = summary(first_trainer(place, "nf4", "lsr", DEFAULT, training=training, model=EXACT, adapter=START))
     assert seen[0][name] == seen[1][name]  # to the bit
     for row, expected in zip(seen[0][name]["logged"], alone["logged"], strict=True):
         assert row == pytest.approx(expected, rel=1e-3)
     assert seen[0][name]["squares"] == pytest.approx(alone["squares"], rel=1e-3)
+
+
+def test_a_run_without_deepspeed_is_the_same_after_one_under_it(seen):
+    for of_process in seen:
+        assert of_process["lora_pro-after-deepspeed"] == of_process["lora_pro"]  # to the bit

@@ -20,7 +20,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from lsr_scale.adapters.peft import AdapterConfig, AdapterLinear, Pair, check_sketch
+from lsr_scale.adapters.peft import AdapterConfig, AdapterLinear, Pair, check_own_factors
 from lsr_scale.adapters.peft.per_sample import BASE_MODEL, PairMemory, PerSampleAdapters, batch_lock
 from lsr_scale.adapters.read import CONFIG_NAME, WEIGHTS_NAME, read_config, read_weights
 from lsr_scale.errors import UserError
@@ -88,7 +88,7 @@ class AdapterBank:
             stack = stacks.setdefault(shapes, FactorStack())
             stack.modules[name] = layer
             self.stack_of[layer] = stack
-        self._sketch = getattr(tuner.peft_config[adapter], "base_sketch", None)
+        self._config = tuner.peft_config[adapter]
         frozen = {layer: layer.frozen_factors(adapter) for layer in layers.values()}
         size = sum(
             factor.numel()
@@ -194,7 +194,7 @@ class AdapterBank:
         if not isinstance(config, self.method.config_class):
             kind = getattr(config.peft_type, "value", config.peft_type)
             raise UserError(f"{folder}: a {kind} adapter; this bank is for {self.method.name} adapters")
-        check_sketch(getattr(config, "base_sketch", None), self._sketch, str(folder))
+        check_own_factors(config, self._config, str(folder))
         # a file is read into memory before its tensors can be checked: float64 factors and a long header at most
         stored = read_weights(folder, max_bytes=2 * 8 * self._numel + 2**20)
         tensors: dict[tuple[str, str], Tensor] = {}

@@ -10,7 +10,7 @@ from peft.utils.hotswap import hotswap_adapter as hotswap_lora
 from torch import Tensor, nn
 
 from lsr_scale.adapters.identity import check_base
-from lsr_scale.adapters.peft import AdapterConfig, AdapterLinear, check_sketch
+from lsr_scale.adapters.peft import AdapterConfig, AdapterLinear, check_own_factors
 from lsr_scale.adapters.read import read_base, read_config, read_weights
 from lsr_scale.errors import UserError, did_you_mean
 from lsr_scale.paths import user_path
@@ -49,7 +49,7 @@ def hotswap_adapter(model: PeftModel, folder: str | Path, adapter_name: str = "d
         except (ValueError, RuntimeError, KeyError) as error:
             raise UserError(f"{folder}: PEFT cannot swap it in: {str(error)[:300]}") from error
     # of another rank too it would need other frozen factors than are there
-    check_sketch(getattr(config, "base_sketch", None), getattr(old_config, "base_sketch", None), str(folder))
+    check_own_factors(config, old_config, str(folder))
     described = read_base(folder)
     if described is not None:
         check_base(described, model, str(folder))

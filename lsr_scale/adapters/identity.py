@@ -12,6 +12,7 @@ from torch import nn
 
 from lsr_scale.adapters.peft import in_out_features
 from lsr_scale.errors import UserError
+from lsr_scale.layers.frozen_linear import quantization_of
 from lsr_scale.model import builtin
 from lsr_scale.model.shard import full_numel
 
@@ -24,7 +25,7 @@ def base_description(model: nn.Module) -> dict[str, Any]:
     """
     config: Any = model.config
     shapes: dict[str, list[int]] = {}
-    quantization, quantized_classes = "none", {"Linear4bit": "4-bit", "Linear8bitLt": "int8"}
+    quantization = "none"
     num_parameters = 0
     seen: set[int] = set()
     for path, module in base_modules(model):
@@ -32,9 +33,8 @@ def base_description(model: nn.Module) -> dict[str, Any]:
         if size is not None:
             pattern = ".".join("*" if part.isdigit() else part for part in path.split("."))
             shapes[pattern] = [size[1], size[0]]
-            classes = [base.__name__ for base in type(module).__mro__ if base.__name__ in quantized_classes]
-            if classes:
-                quantization = getattr(module.weight, "quant_type", quantized_classes[classes[0]])
+            if (held := quantization_of(module)) != "none":
+                quantization = held
         for parameter in module.parameters(recurse=False):
             if id(parameter) not in seen:
                 seen.add(id(parameter))

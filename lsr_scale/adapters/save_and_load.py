@@ -175,7 +175,15 @@ def check_base_of(folder: Path, base: Any) -> list[str]:
 
 
 # options that may differ in `adapter.start_from`: of the initialization, or of no meaning for training
-_NOT_COMPARED = {"init", "init_rows", "base_sketch", "init_lora_weights", "init_weights", "runtime_config"}
+_NOT_COMPARED = {
+    "init",
+    "init_rows",
+    "base_sketch",
+    "base_quantization",
+    "init_lora_weights",
+    "init_weights",
+    "runtime_config",
+}
 # our names of PEFT's options
 _OPTION_NAMES = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "rank_dropout": "dropout"}
 

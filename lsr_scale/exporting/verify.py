@@ -21,7 +21,7 @@ from lsr_scale.adapters.save_and_load import load_adapter
 from lsr_scale.data.tasks import Example
 from lsr_scale.errors import UserError
 from lsr_scale.exporting.source import WRAPPER, AdapterSource
-from lsr_scale.layers.frozen_linear import dequantize, freeze_quantized
+from lsr_scale.layers.frozen_linear import dequantized, freeze_quantized
 from lsr_scale.model import chosen_dtype, load_base, load_config, load_tokenizer, local_device, read_tokenizer
 from lsr_scale.scoring.accuracy import TaskScore, mcnemar
 from lsr_scale.scoring.scorer import score
@@ -308,18 +308,10 @@ def in_float32(model: Any) -> Any:
     fits = num_bytes <= _room(next(model.parameters()).device)
     for name, module in quantized.items():
         if fits:
-            model.set_submodule(name, _dense(module))
+            model.set_submodule(name, dequantized(module, torch.float32))
         else:
             module.compute_dtype = torch.float32
     return model
-
-
-def _dense(layer: torch.nn.Linear) -> torch.nn.Linear:
-    """Return a plain layer with the values of a quantized one's weight, float32."""
-    dense = torch.nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
-    dense.weight = torch.nn.Parameter(dequantize(layer, torch.float32), requires_grad=False)
-    dense.bias = layer.bias
-    return dense
 
 
 def _room(device: torch.device) -> float:

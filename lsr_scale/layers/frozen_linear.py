@@ -26,6 +26,8 @@ from lsr_scale.kernels import dequantize_rotated as int8_kernels
 from lsr_scale.kernels.backend import is_fake, use_triton
 from lsr_scale.kernels.hadamard import int8_scale, rotate_reference
 
+_DEQUANTIZED_FROM = "dequantized_from"
+
 
 def dequantize(layer: nn.Linear, dtype: torch.dtype) -> Tensor:
     """Return the weight of a frozen linear layer: a new tensor where it is quantized.
@@ -57,6 +59,13 @@ def dequantize(layer: nn.Linear, dtype: torch.dtype) -> Tensor:
         return bnb_functional.dequantize_4bit(layer.weight.data, state).to(dtype)
     scale = _row_scales(layer)
     return bnb_functional.int8_vectorwise_dequant(layer.weight.data, scale).to(dtype)
+
+
+def quantization_of(layer: nn.Module) -> str:
+    """Return how a linear layer's weight is held: none, int8, nf4 or fp4; or was, before it was `dequantized`."""
+    if isinstance(layer, bnb.nn.Linear4bit):
+        return str(layer.weight.quant_type)
+    return "int8" if isinstance(layer, bnb.nn.Linear8bitLt) else getattr(layer, _DEQUANTIZED_FROM, "none")
 
 
 def _quant_state(layer: bnb.nn.Linear4bit) -> Any:
@@ -309,11 +318,16 @@ def dequantize_all(model: nn.Module) -> None:
     dequantize its weight anew. The model takes `dequantized_bytes` for it.
     """
     for name, layer in _quantized_layers(model):
-        plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-        plain.weight = nn.Parameter(dequantize(layer, _compute_dtype(layer)), requires_grad=False)
-        plain.bias = layer.bias
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, plain)
+        model.set_submodule(name, dequantized(layer, _compute_dtype(layer)))
+
+
+def dequantized(layer: nn.Linear, dtype: torch.dtype) -> nn.Linear:
+    """Return a plain layer with the weight that a quantized one stands for; what quantized it stays known."""
+    plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+    plain.weight = nn.Parameter(dequantize(layer, dtype), requires_grad=False)
+    plain.bias = layer.bias
+    setattr(plain, _DEQUANTIZED_FROM, quantization_of(layer))
+    return plain
 
 
 def dequantized_bytes(model: nn.Module) -> int:

@@ -1,5 +1,7 @@
 """LoRA-XS, SLoRA, NLoRA and IntTune: their equations, and factors that are made of the base's weights, not saved."""
 
+import json
+import math
 from typing import Any
 
 import pytest
@@ -16,7 +18,7 @@ from lsr_scale.adapters.peft import base_weight
 from lsr_scale.adapters.truncated_svd import MAX_EXACT, truncated_svd
 from lsr_scale.config import run_from_dict
 from lsr_scale.exporting import export
-from lsr_scale.layers.frozen_linear import dequantize, freeze_quantized
+from lsr_scale.layers.frozen_linear import dequantize, dequantize_all, freeze_quantized
 from lsr_scale.model.shard import Sharding
 from lsr_scale.model.share import share_base
 from lsr_scale.planning import plan
@@ -144,9 +146,52 @@ def test_the_file_has_what_trains_and_another_base_is_refused(way, ids, tmp_path
     other: Any = tiny_llama()
     with torch.no_grad():
         other.model.layers[1].mlp.down_proj.weight.copy_(torch.randn(48, 80) * 0.02)
-    for base in (other, quantize(tiny_llama(), "nf4")):
-        with pytest.raises(UserError, match=r"sketches differ by .* %, .*; load it on the base that it was trained on"):
-            PeftModel.from_pretrained(base, tmp_path)
+    with pytest.raises(UserError, match=r"sketches differ by .* %, .*; load it on the base that it was trained on"):
+        PeftModel.from_pretrained(other, tmp_path)
+
+
+HELD = {"none": "unquantized", "int8": "in int8", "nf4": "in nf4", "fp4": "in fp4"}
+
+
+def held(kind: str, dtype: torch.dtype = torch.float32) -> Any:
+    base = tiny_llama(torch.bfloat16).to(dtype)  # values that either dtype holds
+    return base if kind == "none" else quantize(base, kind, dtype)
+
+
+@pytest.mark.parametrize("kind", HELD)
+def test_a_base_that_is_held_otherwise_is_refused_however_little_that_rounds(kind, way, tmp_path, monkeypatch):
+    adapted(held(kind), *way).save_pretrained(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(base_weight, "TOLERANCE", math.inf)
+        for other in HELD.keys() - {kind}:
+            said = f"base's weights, which were held {HELD[kind]}, and this base's are {HELD[other]}; load it on"
+            with pytest.raises(UserError, match=said):
+                PeftModel.from_pretrained(held(other), tmp_path)
+    for dtype in (torch.float32, torch.bfloat16):
+        PeftModel.from_pretrained(held(kind, dtype), tmp_path)
+    plain = held(kind)
+    dequantize_all(plain)  # the same weights, however they are kept
+    PeftModel.from_pretrained(plain, tmp_path)
+
+
+def test_layers_that_are_not_held_alike_are_counted(tmp_path):
+    mixed: Any = held("nf4")
+    mixed.model.layers[0].self_attn.q_proj = held("none").model.layers[0].self_attn.q_proj
+    adapted(mixed, "lora_xs", {"rank": 4}).save_pretrained(tmp_path)
+    said = r"held in nf4 \(3 layers\) and unquantized \(1 layer\), and this base's are in nf4; "
+    with pytest.raises(UserError, match=said):
+        PeftModel.from_pretrained(held("nf4"), tmp_path)
+
+
+def test_an_adapter_that_was_saved_before_this_was_noted_is_known_by_its_sketch(tmp_path):
+    adapted(held("none"), "lora_xs", {"rank": 4}).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    config = json.loads(file.read_text())
+    assert config.pop("base_quantization") == {"none": 4}
+    file.write_text(json.dumps(config))
+    PeftModel.from_pretrained(held("none"), tmp_path)
+    with pytest.raises(UserError, match="sketches differ by"):
+        PeftModel.from_pretrained(held("nf4"), tmp_path)
 
 
 def test_the_decomposition_is_made_once_kept_in_the_cache_and_shared_in_memory(tmp_path, monkeypatch):

@@ -13,7 +13,7 @@
 Each imports only those above it, and none knows a method.
 """
 
-from lsr_scale.adapters.peft.base_weight import check_sketch
+from lsr_scale.adapters.peft.base_weight import check_own_factors
 from lsr_scale.adapters.peft.config import AdapterConfig, BaseWeightConfig, option
 from lsr_scale.adapters.peft.layer import AdapterLinear, in_out_features, module_suffixes, version_counters
 from lsr_scale.adapters.peft.method import AdapterMethod, LowRankPair, Pair, Params, Shapes, upcast
@@ -31,7 +31,7 @@ __all__ = [
     "Pair",
     "Params",
     "Shapes",
-    "check_sketch",
+    "check_own_factors",
     "in_out_features",
     "module_suffixes",
     "option",

@@ -3,7 +3,8 @@
     <cache>/factors/<digest of the weight, method and rank>.safetensors
 
 They are frozen and not saved with an adapter, whose file stays small: whoever loads it makes them again. So an adapter
-carries a sketch of them, and is refused on a base that gives others: of another model, or in another quantization.
+carries a sketch of them, and how the weights were held, and is refused on a base that gives others: of another model,
+or in another quantization.
 """
 
 import contextlib
@@ -14,9 +15,10 @@ import time
 import uuid
 import weakref
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,7 +28,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lsr_scale.adapters.peft.method import AdapterMethod, Params
 from lsr_scale.errors import UserError
-from lsr_scale.layers.frozen_linear import dequantize
+from lsr_scale.layers.frozen_linear import dequantize, quantization_of
 from lsr_scale.model.builtin import cache_folder
 from lsr_scale.model.gather import GatherGroup
 from lsr_scale.model.shard import sharded_matrices
@@ -163,26 +165,81 @@ def sketch(frozen: Mapping[str, Params]) -> list[float] | None:
     return [float(f"{value:.6g}") for value in (*sums, math.sqrt(square / SKETCH_SIZE))]
 
 
-def check_sketch(stored: Sequence[float] | None, now: Sequence[float] | None, where: str) -> None:
+class BaseMark(NamedTuple):
+    """By what the base is recognized of whose weights an adapter's frozen factors are made.
+
+    How the weights are held is compared exactly: int8 rounds so little that a sketch alone need not tell it from none.
+    The sketch tells one model from another; in it the dtype and the device of a base may differ.
+    """
+
+    sketch: list[float]
+    quantization: dict[str, int] | None  # modules by how their weights are held; None: saved before this was noted
+
+    @classmethod
+    def of_model(cls, model: nn.Module, adapter_name: str) -> "BaseMark | None":
+        """Return that of an injected adapter; None where it has no such factors, or no values yet."""
+        frozen = frozen_of(model, adapter_name)
+        values = sketch(frozen)
+        if values is None:
+            return None
+        modules = dict(model.named_modules())
+        held = Counter(quantization_of(cast(Any, modules[name]).get_base_layer()) for name in frozen)
+        return cls(values, dict(sorted(held.items())))
+
+    @classmethod
+    def of_config(cls, config: Any) -> "BaseMark | None":
+        """Return that which a configuration holds, if it holds one."""
+        values = getattr(config, "base_sketch", None)
+        return None if values is None else cls(values, config.base_quantization)
+
+
+def check_own_factors(stored: Any, now: Any, where: str) -> None:
+    """Raise UserError where the frozen factors of two adapters are not the same, by their configurations."""
+    marks = BaseMark.of_config(stored), BaseMark.of_config(now)
+    if marks[0] is not None and marks[1] is not None:
+        check_mark(marks[0], marks[1], where)
+    elif marks != (None, None):
+        raise UserError(f"{where}: of two adapters one is made of the base's weights (its init, train) and one is not")
+
+
+def check_mark(stored: BaseMark, now: BaseMark, where: str) -> None:
     """Raise UserError where factors that were made of two bases' weights are not the same.
 
     Args:
-        stored: The sketch that an adapter was saved with, None where it has no such factors.
+        stored: What an adapter was saved with.
         now: That of the base, or of the adapter, that it is to be used with.
         where: What is loaded, for the message.
     """
-    if stored is None and now is None:
-        return
-    if stored is None or now is None or len(stored) != len(now):
-        raise UserError(f"{where}: of two adapters one is made of the base's weights (its init, train) and one is not")
-    size = max(abs(stored[-1]), abs(now[-1]))
-    difference = max(abs(a - b) for a, b in zip(stored, now, strict=True))
-    if not difference <= TOLERANCE * size:
-        raise UserError(
-            f"{where}: its frozen factors are made of its base's weights, and this base gives other ones (sketches "
-            f"differ by {100 * difference / size if size else math.inf:.3g} %, rounding by less than "
-            f"{100 * TOLERANCE:g} %); load it on the base that it was trained on, quantized as then"
+    found = None
+    if stored.quantization is not None and now.quantization is not None and stored.quantization != now.quantization:
+        found = f"which were held {_as_held(stored.quantization)}, and this base's are {_as_held(now.quantization)}"
+    elif (difference := _difference(stored.sketch, now.sketch)) > TOLERANCE:
+        found = (
+            f"and this base gives other ones (sketches differ by {100 * difference:.3g} %, rounding by less than "
+            f"{100 * TOLERANCE:g} %)"
         )
+    if found:
+        raise UserError(
+            f"{where}: its frozen factors are made of its base's weights, {found}; load it on the base that it was "
+            "trained on, quantized as then"
+        )
+
+
+def _difference(one: Sequence[float], two: Sequence[float]) -> float:
+    """Return the largest difference of two sketches' sums over the size of a typical sum; inf if it is no number."""
+    size = max(abs(one[-1]), abs(two[-1]))
+    if len(one) != len(two) or not size:
+        return math.inf
+    difference = max(abs(a - b) for a, b in zip(one, two, strict=True)) / size
+    return difference if math.isfinite(difference) else math.inf
+
+
+def _as_held(quantization: Mapping[str, int]) -> str:
+    """Say how weights are held: "in nf4"; where not alike "in nf4 (12 layers) and unquantized (1 layer)"."""
+    words = {kind: "unquantized" if kind == "none" else f"in {kind}" for kind in quantization}
+    if len(words) == 1:
+        return next(iter(words.values()))
+    return " and ".join(f"{words[kind]} ({number} layer{'s' * (number > 1)})" for kind, number in quantization.items())
 
 
 def frozen_of(model: nn.Module, adapter_name: str) -> dict[str, Params]:

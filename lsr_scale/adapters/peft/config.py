@@ -106,3 +106,6 @@ class BaseWeightConfig(AdapterConfig):
     base_sketch: list[float] | None = option(
         None, "Of the factors that are made of the base's weights: others of another base are refused.", internal=True
     )
+    base_quantization: dict[str, int] | None = option(
+        None, "How those weights are held, and in how many modules: held otherwise they are refused.", internal=True
+    )

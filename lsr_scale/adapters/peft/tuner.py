@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lsr_scale.adapters.low_rank import lora_config, truncate
 from lsr_scale.adapters.packing import is_packed, unpack
-from lsr_scale.adapters.peft.base_weight import check_sketch, frozen_of, sketch
+from lsr_scale.adapters.peft.base_weight import BaseMark, check_mark
 from lsr_scale.adapters.peft.config import AdapterConfig
 from lsr_scale.adapters.peft.layer import AdapterLinear, in_out_features, module_suffixes
 from lsr_scale.adapters.peft.method import AdapterMethod
@@ -72,19 +72,18 @@ class AdapterModel(BaseTuner):
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Inject an adapter as PEFT does; where its frozen factors are made of the base's weights, note a sketch.
+        """Inject an adapter as PEFT does; where its frozen factors are made of the base's weights, note those.
 
         Raises:
-            UserError: if it was saved with a sketch that this base does not give.
+            UserError: if it was saved with factors that this base does not give.
         """
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         config: Any = self.peft_config[adapter_name]
-        frozen = frozen_of(model, adapter_name)
-        if now := sketch(frozen):
-            if config.base_sketch is not None:
-                check_sketch(config.base_sketch, now, f"adapter {adapter_name!r} of {config.base_model_name_or_path}")
+        if now := BaseMark.of_model(model, adapter_name):
+            if stored := BaseMark.of_config(config):
+                check_mark(stored, now, f"adapter {adapter_name!r} of {config.base_model_name_or_path}")
             else:
-                config.base_sketch = now
+                config.base_sketch, config.base_quantization = now
 
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
         """Check every target before the first one is touched: a refused injection leaves the model as it was."""

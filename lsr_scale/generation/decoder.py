@@ -33,6 +33,8 @@ logger = logging.getLogger(__name__)
 
 # steps between two looks at a GPU's rows, whether all have ended: each waits for the GPU
 STEPS_BETWEEN_LOOKS = 16
+# of rows that memory is kept for: so many tokens at least, and so many lengths until they are twice as long
+LEAST_LENGTH, LENGTHS_PER_DOUBLING = 64, 8
 
 
 class NotFiniteError(UserError):
@@ -225,7 +227,7 @@ class Decoder:
             use_cache=True,
             **options,
         )
-        length = max(64, rounded(input_ids.shape[1] + new, 8))
+        length = max(LEAST_LENGTH, rounded(input_ids.shape[1] + new, LENGTHS_PER_DOUBLING))
         rows = len(input_ids) if source is None else len(source)
         key = rows, length, named
         if key not in self.steps:

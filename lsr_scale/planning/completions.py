@@ -1,13 +1,47 @@
-"""What GRPO's completions take on each GPU while they are generated: keys and values, and the logits of a step."""
+"""What GRPO's completions take on each GPU while they are generated, when nothing of a training step is there.
 
+A time of completions is P prompts with G answers each, R = P G rows, of S tokens of prompt and C of completion, in a
+model of L layers, H key/value heads of size D, and V words; E bytes an element, T = S + C as `Decoder` rounds it up.
+
+    cache     2 L H D E R T      keys and values, of fixed size from the first token on
+    prefill   2 L H D E P S      those of the prompts, until they are copied, and a layer's keys for all rows: H D E R S
+    logits    R V (E + 3 * 4)    of a step: the model's, and in float32 what is drawn from, that scaled, its softmax
+
+Prefill's end and a step's logits do not meet: the most is the cache and the larger of both.
+"""
+
+from dataclasses import dataclass
 from typing import Any
 
 from lsr_scale.config import RunConfig
 from lsr_scale.config.training import longest_row
+from lsr_scale.fused.cuda_graphs import rounded
+from lsr_scale.generation.decoder import LEAST_LENGTH, LENGTHS_PER_DOUBLING
 from lsr_scale.model import DTYPES
-from lsr_scale.planning.stages import GIB
 
-_LOGITS_COPIES = 3  # in float32: the step's own, what is drawn from, and its softmax
+_FLOAT32_LOGITS = 3
+
+
+@dataclass(frozen=True)
+class GenerationMemory:
+    """Bytes of a generation, beside the weights.
+
+    Attributes:
+        rows: Completions at a time.
+        cache: Keys and values.
+        prefill: Keys and values of the prompts, beside the cache.
+        logits: Of one step.
+    """
+
+    rows: int
+    cache: int
+    prefill: int
+    logits: int
+
+    @property
+    def peak(self) -> int:
+        """The most that is allocated at any time."""
+        return self.cache + max(self.prefill, self.logits)
 
 
 def num_completions(run: RunConfig, gpus: int = 1) -> int:
@@ -19,27 +53,25 @@ def num_completions(run: RunConfig, gpus: int = 1) -> int:
     return training["per_device_train_batch_size"] * steps
 
 
-def generation_bytes(run: RunConfig, text_config: Any, gpus: int = 1) -> tuple[int, int]:
-    """Return the bytes of keys and values, and of logits, for all completions of a time at their longest.
+def generation_memory(run: RunConfig, text_config: Any, gpus: int = 1) -> GenerationMemory:
+    """Return what all completions of a time take, prompts and completions at their longest.
 
     Args:
         run: The run.
         text_config: The model's configuration.
         gpus: How many share a generation_batch_size.
     """
-    rows, length = num_completions(run, gpus), longest_row(run.training) or 0
-    heads = text_config.num_attention_heads
+    rows, element = num_completions(run, gpus), DTYPES[run.model.dtype].itemsize
+    prompt, heads = run.training["max_prompt_length"], text_config.num_attention_heads
     size = getattr(text_config, "head_dim", None) or text_config.hidden_size // heads
-    states = (getattr(text_config, "num_key_value_heads", None) or heads) * size
-    cache = 2 * text_config.num_hidden_layers * states * rows * length * DTYPES[run.model.dtype].itemsize
-    return cache, _LOGITS_COPIES * 4 * rows * text_config.vocab_size
-
-
-def completions_note(run: RunConfig, text_config: Any, gpus: int = 1) -> str:
-    """Return in words what the completions of a run take, which its training steps do not."""
-    cache, logits = generation_bytes(run, text_config, gpus)
-    return (
-        f"{num_completions(run, gpus):,} completions at a time take about {cache / GIB:.2f} GiB of keys and values and "
-        f"{logits / GIB:.2f} GiB of logits beside the weights, free again before a step's own passes; the reference is "
-        "the base itself, and takes nothing"
+    # of a token in a layer, keys and values
+    token = 2 * (getattr(text_config, "num_key_value_heads", None) or heads) * size * element
+    length = max(LEAST_LENGTH, rounded(longest_row(run.training) or 0, LENGTHS_PER_DOUBLING))
+    prompts = -(-rows // run.training["num_generations"])
+    layers = text_config.num_hidden_layers
+    return GenerationMemory(
+        rows,
+        cache=layers * token * rows * length,
+        prefill=layers * token * prompts * prompt + token * rows * prompt // 2,  # keys are copied before values
+        logits=rows * text_config.vocab_size * (element + 4 * _FLOAT32_LOGITS),
     )

@@ -62,21 +62,33 @@ def fit(run: RunConfig, result: Plan, card: float) -> Fit:
 
 def _fitting_changes(run: RunConfig, result: Plan, card: float) -> Iterator[str]:
     """Yield changes that fit: another stage, fewer tokens at once, offloading; then more GPUs."""
-    rows, length = run.training["per_device_train_batch_size"], run.training["max_length"]
-    fewer: list[tuple[str, dict[str, int]]] = []
-    if rows > 1:
-        fewer.append(("training.per_device_train_batch_size: 1", {"per_device_train_batch_size": 1}))
-    if length and length > SHORT_LENGTH:
-        shorter = {"max_length": SHORT_LENGTH, "per_device_train_batch_size": 1}
-        fewer.append((f"training.max_length: {SHORT_LENGTH}", shorter))
     yield from _fitting_stages(result, card)
-    for words, values in fewer:
+    for words, values in _fewer_tokens(run):
         smaller = run.model_copy(update={"training": {**run.training, **values}})
         yield from (f"{words}, {row}" for row in _fitting_stages(plan(smaller, result.gpus), card))
     yield from _fitting_stages(result, card, offload=True)
     for gpus in (2, 4, MAX_GPUS):
         if gpus > result.gpus:
             yield from (f"{row}, on {gpus} GPUs" for row in _fitting_stages(plan(run, gpus), card))
+
+
+def _fewer_tokens(run: RunConfig) -> Iterator[tuple[str, dict[str, int]]]:
+    """Yield settings of `training`, in words and as values, with fewer tokens at once, the nearest first."""
+    training = run.training
+    rows, one = training["per_device_train_batch_size"], {"per_device_train_batch_size": 1}
+    if training["method"] == "grpo":  # whose completions at a time are whole groups
+        steps, group = rows * training["gradient_accumulation_steps"], training["num_generations"]
+        if training.get("steps_per_generation") or training.get("generation_batch_size"):
+            return
+        for number in dict.fromkeys((steps, group)):
+            if rows > 1 or number < steps:
+                words = f"training.per_device_train_batch_size: 1, training.gradient_accumulation_steps: {number}"
+                yield words, {**one, "gradient_accumulation_steps": number}
+        return
+    if rows > 1:
+        yield "training.per_device_train_batch_size: 1", one
+    if (length := training["max_length"]) and length > SHORT_LENGTH:
+        yield f"training.max_length: {SHORT_LENGTH}", {"max_length": SHORT_LENGTH, **one}
 
 
 def _fitting_stages(result: Plan, card: float, offload: bool = False) -> Iterator[str]:

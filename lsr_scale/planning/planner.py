@@ -32,7 +32,7 @@ from lsr_scale.fused.fallback import DECODER_LAYERS
 from lsr_scale.fused.layer_state import Recompute
 from lsr_scale.model import DTYPES, check_quantization, chosen_dtype, load_config, local_device, meta_model
 from lsr_scale.planning import memory
-from lsr_scale.planning.completions import completions_note
+from lsr_scale.planning.completions import generation_memory
 from lsr_scale.planning.sizes import adapter_file_bytes, frozen_bytes, quantized_layers
 from lsr_scale.planning.stages import GIB, Memory, RunMemory
 from lsr_scale.training.gradient_start import planned_start
@@ -159,8 +159,7 @@ def plan(run: RunConfig, gpus: int = 1, trace: bool = True) -> Plan:
         except memory.TraceError as error:
             traced, steps = False, dict.fromkeys((False, True), memory.StepMemory(0, 0))
             notes.append(f"activations and workspace come on top, they could not be counted for this model ({error})")
-    if training["method"] == "grpo":
-        notes.append(completions_note(run, text, gpus))
+    generation = generation_memory(run, text, gpus).peak if training["method"] == "grpo" else 0
     if training["method"] == "orpo" and trace and fused is None:
         # bfloat16 logits, their log-softmax, and the gradient
         gib = 3 * DTYPES[section.dtype].itemsize * batch.rows * batch.length * text.vocab_size / GIB
@@ -169,7 +168,7 @@ def plan(run: RunConfig, gpus: int = 1, trace: bool = True) -> Plan:
         )
     if refusal:
         notes.append(f"the run would be refused, and is planned in bf16: {refusal}")
-    parts = RunMemory(frozen, trainable_bytes, steps, hidden_size, num_layers, gpus, optimizer_state)
+    parts = RunMemory(frozen, trainable_bytes, steps, hidden_size, num_layers, gpus, optimizer_state, generation)
     stages = {**SHIPPED, "run": run.deepspeed.config or {}}
     table = [
         Row(stage, checkpointing, parts.under(stages[stage], checkpointing))

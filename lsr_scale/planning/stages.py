@@ -22,6 +22,8 @@ class Memory:
     `workspace` everything temporary beyond that (gradients of activations, a dequantized weight, tiles of the head,
     cuBLAS, DeepSpeed's buckets, and the layers that are all-gathered under ZeRO-3). `loading` is the peak while the
     base is loaded, before there is anything else: all that stays of it, and one weight that is being quantized.
+    `generation` is what GRPO's completions take while neither activations nor workspace are there; `total` has the
+    larger of the two.
     """
 
     weights: float
@@ -31,6 +33,7 @@ class Memory:
     workspace: float
     total: float
     loading: float
+    generation: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,7 @@ class RunMemory:
     num_layers: int
     gpus: int
     optimizer_state: int | None = None  # bytes, where it is not AdamW's
+    generation: int = 0
 
     def under(self, deepspeed: Mapping[str, Any], checkpointing: bool) -> Memory:
         """Return one GPU's memory; an empty `deepspeed` is a run without it.
@@ -76,8 +80,9 @@ class RunMemory:
         if offloads_optimizer(deepspeed):
             optimizer = 0
         parts = [weights, gradients, optimizer, step.saved, workspace]
-        total, load = sum(parts), loading
-        return Memory(*(round(part / GIB, 4) for part in (*parts, total, load)))
+        generation = self.generation + CUBLAS_WORKSPACE if self.generation else 0
+        total = sum(parts[:3]) + max(sum(parts[3:]), generation)
+        return Memory(*(round(part / GIB, 4) for part in (*parts, total, loading, generation)))
 
     def _gathered(self) -> dict[str, int]:
         """Return the bytes of what is unsharded at once: a layer, and what is prefetched after it."""

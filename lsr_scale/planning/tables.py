@@ -37,7 +37,9 @@ def render(plan: Plan) -> Group:
     # so short that 80 columns hold the table
     columns = {
         **{"weights": "weights", "gradients": "grads", "optimizer": "optim", "activations": "activ"},
-        **{"workspace": "work", "total": "total", "loading": "loading"},
+        "workspace": "work",
+        **({"generation": "gener"} if plan.memory_gib.generation else {}),
+        **{"total": "total", "loading": "loading"},
     }
     title = f"GiB on one of {plan.gpus} GPUs" if plan.gpus > 1 else "GiB on one GPU"
     table = Table(title=f"{title}, {plan.tokens_per_gpu:,} tokens at once", title_justify="left", box=box.SIMPLE_HEAD)
@@ -64,6 +66,14 @@ def render(plan: Plan) -> Group:
         "weights (but for zero3), grads and optim are exact",
         "activ and work: activations and workspace, estimated at full max_length,",
         f"  per 1,000 tokens {thousand[True]:.2f} GiB with checkpointing, {thousand[False]:.2f} without",
+        *(
+            [
+                "gener: GRPO's completions, at their longest, when activ and work are not there;",
+                "  total has the larger of the two",
+            ]
+            if plan.memory_gib.generation
+            else []
+        ),
         f"nvidia-smi shows about {CUDA_GIB} GiB more, for CUDA itself",
     )
     note = Text("\n".join(lines), style="dim")

@@ -15,7 +15,6 @@ two times. Alpha is the method's rule. The test part is scored once a seed. Tria
 `--base none` repeats a row in bf16.
 """
 
-import base64
 import dataclasses
 import hashlib
 import json
@@ -35,9 +34,11 @@ from benchmarks import ALL_RESULTS
 from benchmarks.command_line import recorded, script_parser
 from benchmarks.quality import trials
 from benchmarks.quality.frontier_data import EPOCHS, PART_OF, REGIMES, num_tokens, questions, write_parts
-from benchmarks.quality.frontier_rows import MODELS, ROWS, SIZES, AdapterRow, rates_left
+from benchmarks.quality.frontier_rows import MODELS, ROWS, SIZES, AdapterRow
+from benchmarks.quality.rate_trials import RateTrial, packed, packed_bits, rates_left
 from benchmarks.quality.trials import TUNING_SEED
 from lsr_scale import api, files
+from lsr_scale.model import Quantization, load_base, load_tokenizer
 from lsr_scale.sweeping.results import SweepResults, TrialResult
 
 RESULTS = ALL_RESULTS / "frontier"
@@ -54,7 +55,7 @@ class Suite:
     model: str  # "smollm2" or "qwen"
     folder: str  # the model's name or folder
     regime: str
-    base: str  # model.quantization
+    base: Quantization
     limit: int | None = None  # of rows and questions: a trial of the program
     max_steps: int = -1
 
@@ -70,23 +71,13 @@ class Suite:
 
 
 @dataclasses.dataclass(frozen=True)
-class Trial:
+class Trial(RateTrial):
     """One training: an adapter at a size, a rate and a seed."""
 
     size: str
     row: str
     seed: int
     rate: float
-
-    @property
-    def tunes(self) -> bool:
-        """Whether it is scored on the part that rates are chosen on."""
-        return self.seed == TUNING_SEED
-
-    @property
-    def name(self) -> str:
-        """The end of its name, a folder's too."""
-        return f"{self.size}-{self.row}-{'tune' if self.tunes else f'seed{self.seed}'}-{self.rate:g}"
 
 
 def rates_to_try(row: AdapterRow, tuned: Mapping[float, float]) -> tuple[float, ...]:
@@ -181,8 +172,6 @@ class Scorer:
     """The base, loaded once, on which one adapter after the other is scored."""
 
     def __init__(self, suite: Suite) -> None:
-        from lsr_scale.model import load_base, load_tokenizer
-
         self.suite = suite
         self.tokenizer: Any = load_tokenizer(suite.folder)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -239,25 +228,6 @@ def mean_per_token(losses: np.ndarray, tokens: np.ndarray) -> tuple[float, float
     ratio = losses.sum() / tokens.sum()
     spread = (losses - ratio * tokens).std(ddof=1) if len(losses) > 1 else 0.0
     return float(ratio), float(spread / tokens.mean() / math.sqrt(len(losses)))
-
-
-def packed(values: np.ndarray) -> str:
-    """Return numbers as float16 in base64: half a thousandth of each is lost."""
-    return base64.b64encode(values.astype("<f2").tobytes()).decode()
-
-
-def packed_bits(values: np.ndarray) -> str:
-    """Return truth values as bits in base64, with their number before them."""
-    return f"{len(values)}:{base64.b64encode(np.packbits(values).tobytes()).decode()}"
-
-
-def unpacked(text: str) -> np.ndarray:
-    """Return what `packed` or `packed_bits` packed."""
-    number, _, rest = text.rpartition(":")
-    content = base64.b64decode(rest)
-    if number:
-        return np.unpackbits(np.frombuffer(content, np.uint8), count=int(number)).astype(bool)
-    return np.frombuffer(content, "<f2").astype(np.float64)
 
 
 def result_of(suite: Suite, trial: Trial, trained: TrialResult, scorer: Scorer) -> dict[str, Any]:

@@ -7,7 +7,7 @@ TinyLoRA takes only bases that are not quantized.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from benchmarks.models import LINEARS, SMOLLM2
@@ -63,25 +63,6 @@ class AdapterRow:
     def section(self) -> dict[str, Any]:
         """Return a run's section `adapter`."""
         return {"method": self.method, "target_modules": LINEARS, **self.options}
-
-
-def rates_left(rates: Sequence[float], tuned: Mapping[float, float], most_beyond: int) -> tuple[float, ...]:
-    """Return the rates that have no result yet; none left once the best is between two others.
-
-    Args:
-        rates: Those that are tried first, each the same multiple of the one before.
-        tuned: What each rate that was tried lost, infinite where the training diverged.
-        most_beyond: How many more are tried beyond an end, where the best is there.
-    """
-    missing = tuple(rate for rate in rates if rate not in tuned)
-    if missing:
-        return missing
-    ordered = sorted(tuned)
-    best = min(ordered, key=lambda rate: tuned[rate])
-    if len(tuned) >= len(rates) + most_beyond or best not in (ordered[0], ordered[-1]):
-        return ()
-    step = rates[1] / rates[0]
-    return (float(f"{best / step if best == ordered[0] else best * step:.4g}"),)
 
 
 def _last(model: str, number: int) -> dict[str, Any]:
@@ -145,8 +126,8 @@ def _variants(size: str, rows: Mapping[str, AdapterRow]) -> dict[str, AdapterRow
 
 def _smollm2() -> dict[str, dict[str, AdapterRow]]:
     last = lambda number: _last("smollm2", number)  # noqa: E731
-    query_value = {"target_modules": ["q_proj", "v_proj"]}
-    value = {"target_modules": ["v_proj"]}
+    query_value: dict[str, Any] = {"target_modules": ["q_proj", "v_proj"]}
+    value: dict[str, Any] = {"target_modules": ["v_proj"]}
     return {
         "5k": {
             **_between(5),

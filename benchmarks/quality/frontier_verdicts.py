@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.quality import trials
-from benchmarks.quality.frontier import unpacked
 from benchmarks.quality.frontier_rows import OURS, SIZES
+from benchmarks.quality.rate_trials import unpacked
 from benchmarks.quality.trials import TUNING_SEED
 
 DRAWS, CHUNK = 10_000, 250

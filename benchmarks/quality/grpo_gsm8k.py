@@ -36,10 +36,9 @@ from benchmarks import ALL_RESULTS, gsm8k
 from benchmarks.command_line import recorded, script_parser
 from benchmarks.pool import Job, do_all
 from benchmarks.quality import trials
-from benchmarks.quality.frontier import packed_bits
-from benchmarks.quality.frontier_rows import rates_left
 from benchmarks.quality.generated_answers import check_ends, right_answers
 from benchmarks.quality.grpo_rows import RATES, ROWS, TRAININGS
+from benchmarks.quality.rate_trials import RateTrial, packed_bits, rates_left
 from benchmarks.quality.trials import TUNING_SEED
 from lsr_scale import api, files
 from lsr_scale.errors import UserError
@@ -89,23 +88,13 @@ class Suite:
 
 
 @dataclasses.dataclass(frozen=True)
-class Trial:
+class Trial(RateTrial):
     """One training: by GRPO or SFT, an adapter, a seed and a rate."""
 
     training: str
     row: str
     seed: int
     rate: float
-
-    @property
-    def tunes(self) -> bool:
-        """Whether it is one of those that a rate is chosen by."""
-        return self.seed == TUNING_SEED
-
-    @property
-    def name(self) -> str:
-        """The end of its name, a folder's too."""
-        return f"{self.training}-{self.row}-{'tune' if self.tunes else f'seed{self.seed}'}-{self.rate:g}"
 
 
 def tuned_rates(suite: Suite, training: str, row: str, done: Results) -> dict[float, float]:

@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 
 from benchmarks.quality import trials
-from benchmarks.quality.frontier import unpacked
 from benchmarks.quality.frontier_rows import OURS, AdapterRow
 from benchmarks.quality.frontier_verdicts import drawn
 from benchmarks.quality.grpo_gsm8k import RESULTS
 from benchmarks.quality.grpo_rows import REFERENCE, ROWS, TRAININGS
+from benchmarks.quality.rate_trials import unpacked
 from benchmarks.quality.trials import TUNING_SEED
 from benchmarks.report.drawing import card, count_ticks, rows_digest, save
 from benchmarks.report.markdown import grid, number

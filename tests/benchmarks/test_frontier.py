@@ -1,13 +1,14 @@
 """The frontier: rows of their size, all tuned alike, trials that are kept, and verdicts that know what they can say."""
 
 import argparse
+import dataclasses
 import math
 
 import numpy as np
 import pytest
 import torch
 
-from benchmarks.quality import frontier, frontier_verdicts, trials
+from benchmarks.quality import frontier, frontier_verdicts, grpo_gsm8k, rate_trials, trials
 from benchmarks.quality.frontier_rows import HIDDEN_SIZE, NUM_LAYERS, ROWS, TOLERANCE, AdapterRow, target
 from benchmarks.report import frontier_tables
 from lsr_scale.adapters.inject import inject
@@ -57,11 +58,19 @@ def test_a_rate_at_an_end_is_followed_by_the_next_ones_beyond_it():
     assert frontier.rates_to_try(row, {**low, 1e-3: 0.5, 5e-4: 0.4}) == ()  # two beyond are all
 
 
+def test_trials_are_called_as_those_that_are_committed():
+    seed, tune = frontier.Trial("20k", "lsr_1_1", 2, 4e-3), frontier.Trial("20k", "lsr_1_1", trials.TUNING_SEED, 1.6e-2)
+    assert (seed.name, tune.name) == ("20k-lsr_1_1-seed2-0.004", "20k-lsr_1_1-tune-0.016")
+    assert (seed.tunes, tune.tunes) == (False, True)
+    assert dataclasses.asdict(seed) == {"size": "20k", "row": "lsr_1_1", "seed": 2, "rate": 4e-3}
+    assert grpo_gsm8k.Trial("sft", "lora_1", 0, 5e-4).name == "sft-lora_1-seed0-0.0005"
+
+
 def test_what_is_packed_comes_back():
     values = np.array([0.5, 1.25, 30.0])
-    assert frontier.unpacked(frontier.packed(values)).tolist() == values.tolist()
+    assert rate_trials.unpacked(rate_trials.packed(values)).tolist() == values.tolist()
     bits = np.array([True, False, True, True, False, False, True, False, True])
-    assert frontier.unpacked(frontier.packed_bits(bits)).tolist() == bits.tolist()
+    assert rate_trials.unpacked(rate_trials.packed_bits(bits)).tolist() == bits.tolist()
 
 
 def test_the_standard_error_is_that_of_a_ratio():
@@ -203,7 +212,7 @@ def test_trials_are_trained_together_scored_and_kept(one_row, data, tmp_path, ca
         tried = {r["rate"]: r["nll"] for r in done.values() if r["row"] == result["row"] and r["part"] == "dev"}
         assert result["rate"] == min(tried, key=tried.get)
         tokens = frontier_verdicts.answer_tokens(done, ("smollm2", "commonsense", "none"))
-        losses = frontier.unpacked(result["losses"])
+        losses = rate_trials.unpacked(result["losses"])
         assert losses.sum() / tokens.sum() == pytest.approx(result["nll"], rel=1e-3)
     assert "all trials are done" in capsys.readouterr().out
     assert frontier.main(words) == 0  # nothing is done again

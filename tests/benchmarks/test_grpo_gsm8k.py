@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from benchmarks.quality import generated_answers, grpo_gsm8k, trials
-from benchmarks.quality.frontier import packed_bits, unpacked
 from benchmarks.quality.frontier_rows import NUM_LAYERS, AdapterRow
 from benchmarks.quality.grpo_gsm8k import Suite, Trial
 from benchmarks.quality.grpo_rows import RATES, REFERENCE, ROWS, SIZES, TOLERANCE, TRAININGS
+from benchmarks.quality.rate_trials import packed_bits, unpacked
 from benchmarks.quality.trials import TUNING_SEED
 from benchmarks.report import grpo_tables
 from lsr_scale import api

@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.quality import frontier, trials
+from benchmarks.quality import trials
 from benchmarks.quality.frontier_rows import ROWS, target
+from benchmarks.quality.rate_trials import packed
 from benchmarks.quality.trials import TUNING_SEED
 
 TOKENS = np.array([2, 3, 4] * 100)
@@ -28,7 +29,7 @@ def made_up(
         noise = np.random.default_rng([seed, *map(ord, row)]).normal(0, 0.05, len(TOKENS))
         losses = common + TOKENS * (shift + noise)
         nll = losses.sum() / TOKENS.sum()
-        yield {**about, "seed": seed, "part": "test", "nll": nll, "accuracy": 0.5, "losses": frontier.packed(losses)}
+        yield {**about, "seed": seed, "part": "test", "nll": nll, "accuracy": 0.5, "losses": packed(losses)}
 
 
 def write(folder: Path, *rows: Iterable[dict[str, Any]]) -> Path:
@@ -36,7 +37,7 @@ def write(folder: Path, *rows: Iterable[dict[str, Any]]) -> Path:
     results = [result for row in rows for result in row]
     for suite in dict.fromkeys((r["model"], r["regime"], r["base"]) for r in results):
         about = dict(zip(("model", "regime", "base"), suite, strict=True)) | {"row": "base", "part": "test"}
-        content = {"answer_tokens": frontier.packed(TOKENS), "nll": 3.0, "accuracy": 0.3}
+        content = {"answer_tokens": packed(TOKENS), "nll": 3.0, "accuracy": 0.3}
         trials.add(folder, f"{'-'.join(suite)}-base-test", {**about, **content})
     for result in results:
         end = "tune" if result["seed"] == TUNING_SEED else f"seed{result['seed']}"

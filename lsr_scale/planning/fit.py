@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from lsr_scale.config import RunConfig
 from lsr_scale.fused.memory import MARGIN
-from lsr_scale.planning.planner import Plan, plan
+from lsr_scale.planning.planner import Plan, count
 from lsr_scale.planning.stages import CUDA_GIB, Memory
 
 MAX_GPUS, SHORT_LENGTH = 8, 512  # the most GPUs that are tried, and a shorter max_length
@@ -65,11 +65,13 @@ def _fitting_changes(run: RunConfig, result: Plan, card: float) -> Iterator[str]
     yield from _fitting_stages(result, card)
     for words, values in _fewer_tokens(run):
         smaller = run.model_copy(update={"training": {**run.training, **values}})
-        yield from (f"{words}, {row}" for row in _fitting_stages(plan(smaller, result.gpus), card))
+        yield from (f"{words}, {row}" for row in _fitting_stages(count(smaller).on(result.gpus), card))
     yield from _fitting_stages(result, card, offload=True)
-    for gpus in (2, 4, MAX_GPUS):
-        if gpus > result.gpus:
-            yield from (f"{row}, on {gpus} GPUs" for row in _fitting_stages(plan(run, gpus), card))
+    if result.gpus < MAX_GPUS:
+        counted = count(run)
+        for gpus in (2, 4, MAX_GPUS):
+            if gpus > result.gpus:
+                yield from (f"{row}, on {gpus} GPUs" for row in _fitting_stages(counted.on(gpus), card))
 
 
 def _fewer_tokens(run: RunConfig) -> Iterator[tuple[str, dict[str, int]]]:

@@ -82,6 +82,8 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operation and count what it made."""
+        if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
+            return args[0].fake_device  # two thirds of all calls
         if func is torch.ops.aten._grouped_mm.default and args[0].dtype != torch.bfloat16:
             # mixtures of experts; its meta kernel knows bfloat16 alone
             halves = [arg.bfloat16() if isinstance(arg, Tensor) and arg.is_floating_point() else arg for arg in args]

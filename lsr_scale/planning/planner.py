@@ -88,6 +88,41 @@ class Plan:
     warnings: list[str] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Counted:
+    """What a run takes however many GPUs there are, and how its memory is divided among them.
+
+    `run` is the run with its labels and its dtype, `memory` its memory on one GPU, `values` the fields of a `Plan`
+    that no number of GPUs changes, `warnings` likewise. It does not depend on `run.deepspeed`.
+    """
+
+    run: RunConfig
+    text_config: Any
+    memory: RunMemory
+    values: dict[str, Any]
+    warnings: list[str]
+
+    def on(self, gpus: int) -> Plan:
+        """Return the plan of the run on each of `gpus` GPUs."""
+        of_grpo = self.run.training["method"] == "grpo"
+        generation = generation_memory(self.run, self.text_config, gpus).peak if of_grpo else 0
+        parts = replace(self.memory, gpus=gpus, generation=generation)
+        stages = {**SHIPPED, "run": self.run.deepspeed.config or {}}
+        return Plan(
+            **self.values,
+            gpus=gpus,
+            # one process runs without DeepSpeed
+            memory_gib=parts.under(stages["run"] if gpus > 1 else {}, checkpoints_layers(self.run.training)),
+            table=[
+                Row(stage, checkpointing, parts.under(stages[stage], checkpointing))
+                for stage in SHIPPED
+                for checkpointing in (True, False)
+            ],
+            sharded={name: round(part / GIB, 4) for name, part in parts.sharded(SHIPPED["zero3"], True).items()},
+            warnings=list(self.warnings),
+        )
+
+
 def plan(run: RunConfig, gpus: int = 1, trace: bool = True) -> Plan:
     """Return what a run takes on each of `gpus` GPUs.
 
@@ -100,6 +135,11 @@ def plan(run: RunConfig, gpus: int = 1, trace: bool = True) -> Plan:
         UserError: for an unknown model, a target that matches nothing, a rank or split that does not fit, or a
             classifier's rows that cannot be read where the run does not say how many labels there are.
     """
+    return count(run, trace).on(gpus)
+
+
+def count(run: RunConfig, trace: bool = True) -> Counted:
+    """Return what a run takes, to be planned on any number of GPUs; arguments and errors are `plan`'s."""
     if run.model.task == "seq_cls":
         from lsr_scale.training.run_labels import with_labels  # imports datasets
 
@@ -159,7 +199,6 @@ def plan(run: RunConfig, gpus: int = 1, trace: bool = True) -> Plan:
         except memory.TraceError as error:
             traced, steps = False, dict.fromkeys((False, True), memory.StepMemory(0, 0))
             notes.append(f"activations and workspace come on top, they could not be counted for this model ({error})")
-    generation = generation_memory(run, text, gpus).peak if training["method"] == "grpo" else 0
     if training["method"] == "orpo" and trace and fused is None:
         # bfloat16 logits, their log-softmax, and the gradient
         gib = 3 * DTYPES[section.dtype].itemsize * batch.rows * batch.length * text.vocab_size / GIB
@@ -168,20 +207,12 @@ def plan(run: RunConfig, gpus: int = 1, trace: bool = True) -> Plan:
         )
     if refusal:
         notes.append(f"the run would be refused, and is planned in bf16: {refusal}")
-    parts = RunMemory(frozen, trainable_bytes, steps, hidden_size, num_layers, gpus, optimizer_state, generation)
-    stages = {**SHIPPED, "run": run.deepspeed.config or {}}
-    table = [
-        Row(stage, checkpointing, parts.under(stages[stage], checkpointing))
-        for stage in SHIPPED
-        for checkpointing in (True, False)
-    ]
-    return Plan(
+    values = dict(
         model=section.name,
         architecture=(base.config.architectures or [base.config.model_type])[0],
         quantization=section.quantization,
         dtype=section.dtype,
         method=run.adapter.method,
-        gpus=gpus,
         tokens_per_gpu=batch.rows * batch.length,
         trainable_parameters=num_trainable,
         adapter_parameters=num_trainable - to_save,
@@ -196,12 +227,9 @@ def plan(run: RunConfig, gpus: int = 1, trace: bool = True) -> Plan:
         fused=fused is not None,
         compute=compute,
         traced=traced,
-        # one process runs without DeepSpeed
-        memory_gib=parts.under(stages["run"] if gpus > 1 else {}, checkpoints_layers(training)),
-        table=table,
-        sharded={name: round(part / GIB, 4) for name, part in parts.sharded(SHIPPED["zero3"], True).items()},
-        warnings=notes,
     )
+    parts = RunMemory(frozen, trainable_bytes, steps, hidden_size, num_layers, 1, optimizer_state)
+    return Counted(run, text, parts, values, notes)
 
 
 def _skeleton(run: RunConfig, config: Any, masked: bool) -> Any:

@@ -15,7 +15,7 @@ from benchmarks.models import MODELS
 from lsr_scale.cli import main
 from lsr_scale.config import run_from_dict
 from lsr_scale.errors import UserError
-from lsr_scale.planning import fit, memory, plan, render
+from lsr_scale.planning import fit, memory, plan, planner, render
 from tests.helpers.tiny_runs import save_llama
 
 PARTS = ("weights", "gradients", "optimizer", "activations", "workspace")
@@ -37,19 +37,30 @@ def run(model, adapter, training=None, **section):
 
 
 @functools.cache
-def _planned(values: str, gpus: int):
-    return plan(run_from_dict(json.loads(values)), gpus)
+def _counted(values: str):
+    return planner.count(run_from_dict(json.loads(values)))
+
+
+def counted(run):
+    """Return what a run takes, counted once for all numbers of GPUs and engines: a step on fake tensors takes seconds.
+
+    All of a run is in its values.
+    """
+    values = run.model_dump()
+    of_engine = values.pop("deepspeed")
+    found = _counted(json.dumps(values, sort_keys=True))
+    return dataclasses.replace(found, run=run_from_dict({**found.run.model_dump(), "deepspeed": of_engine}))
 
 
 def planned(run, gpus=1):
-    """Return the plan of a run, made once: a step on fake tensors takes seconds."""
-    return _planned(json.dumps(run.model_dump(), sort_keys=True), gpus)
+    """Return the plan of a run that may have been counted before."""
+    return counted(run).on(gpus)
 
 
 @pytest.fixture
 def plans_made_once(monkeypatch):
-    """Have `fit` take plans that were made before; all of a run is in its values."""
-    monkeypatch.setattr(importlib.import_module("lsr_scale.planning.fit"), "plan", planned)
+    """Have `fit` take what was counted before."""
+    monkeypatch.setattr(importlib.import_module("lsr_scale.planning.fit"), "count", counted)
 
 
 @pytest.fixture
@@ -57,6 +68,18 @@ def counts_only(monkeypatch):
     """Leave out the step on fake tensors, which counts need nothing of."""
     step = memory.StepMemory(0, 0)
     monkeypatch.setattr(memory, "trace_step", lambda *args, **kwargs: {False: step, True: step})
+
+
+@pytest.mark.usefixtures("counts_only")
+def test_what_a_run_takes_is_counted_for_any_number_of_gpus_and_any_engine(tmp_path):
+    small = run(str(save_llama(tmp_path / "model")), {"method": "lsr", "rank": 4, "separation_rank": 2})
+    for engine, gpus in (("zero2", 1), ("zero1", 2), ("zero3_offload", 4)):
+        of_engine = run_from_dict({**small.model_dump(), "deepspeed": {"config": engine}})
+        assert counted(of_engine) == planner.count(of_engine)
+        assert planned(of_engine, gpus) == plan(of_engine, gpus)
+        assert counted(of_engine).memory is counted(small).memory
+        assert planned(of_engine, gpus).gpus == gpus
+        assert f"1/{gpus} of its master copy and moments" in planned(of_engine, gpus).sharded
 
 
 @pytest.mark.parametrize(

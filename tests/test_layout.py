@@ -7,9 +7,12 @@ from collections.abc import Iterator
 from functools import cache
 from importlib.metadata import packages_distributions
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from packaging.requirements import Requirement
+
+from tests.conftest import LONGEST, pytest_collection_modifyitems
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = "lsr_scale"
@@ -150,6 +153,20 @@ def test_every_module_says_what_it_is_for_and_none_is_longer_than_can_be_read(pa
     texts = {module: path.read_text(encoding="utf-8") for module, path in modules(package).items()}
     assert [module for module, text in texts.items() if not ast.get_docstring(ast.parse(text))] == []
     assert [module for module, text in texts.items() if text.count("\n") > MAX_LINES] == []
+
+
+def test_the_longest_files_of_tests_are_files_and_come_in_that_order():
+    assert [name for name in LONGEST if not (ROOT / "tests" / name).is_file()] == []
+    item = lambda name, slow: SimpleNamespace(path=ROOT / "tests" / name, get_closest_marker=lambda _: slow)  # noqa: E731
+    items = [
+        item("test_units.py", False),
+        item(LONGEST[1], False),
+        item("run/test_stops.py", True),
+        item(LONGEST[0], True),
+    ]
+    pytest_collection_modifyitems(items)
+    names = [str(one.path.relative_to(ROOT / "tests")) for one in items]
+    assert names == [*LONGEST[:2], "run/test_stops.py", "test_units.py"]
 
 
 def test_what_is_imported_is_declared_and_what_is_declared_is_imported():

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from lsr_scale.errors import UserError
 from lsr_scale.fused.fallback import lm_head_fallback_reason
-from lsr_scale.fused.loss import IGNORE_INDEX, Distributions, token_losses
+from lsr_scale.fused.loss import Distributions, token_losses
+from lsr_scale.fused.modules import FusedDecoder
+from lsr_scale.training.steps.unpadded import KnownRows, Rows, reads_documents
 
 # by which configurations scale or bound logits
 _LOGIT_OPTIONS = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
@@ -61,7 +63,7 @@ def use_fused_head(base: Any, temperature: float = 1.0, only_entropy: bool = Fal
             "this release of TRL does not ask the model for log-probabilities as 1.15 and 1.16 do; install "
             "'trl>=1.15,<1.17', or set training.fused: off"
         )
-    trl_has_head = "forward" in vars(base)
+    trl_has_head, known = "forward" in vars(base), KnownRows()
 
     @functools.wraps(type(base).forward)
     def forward(module: Any, *args: Any, fused_lm_head: bool = False, labels: Any = None, **kwargs: Any) -> Any:
@@ -71,9 +73,11 @@ def use_fused_head(base: Any, temperature: float = 1.0, only_entropy: bool = Fal
             return trls(*args, **kwargs, **({"fused_lm_head": fused_lm_head} if trl_has_head else {}))
         kwargs.pop("num_items_in_batch", None)
         logged = torch.is_grad_enabled() or not module.training
-        log_probs, described, mask = completion_log_probs(
-            module, labels, described=logged, only_entropy=only_entropy, temperature=temperature, **kwargs
+        rows = known.of(kwargs.get("attention_mask"), labels, reads_documents(module.model))
+        log_probs, described = completion_log_probs(
+            module, rows, described=logged, only_entropy=only_entropy, temperature=temperature, **kwargs
         )
+        mask = rows.mask
         of_all = {
             name: _at(mask, value)
             for name in ("entropy", "mean_logits", "is_top1")
@@ -87,33 +91,33 @@ def use_fused_head(base: Any, temperature: float = 1.0, only_entropy: bool = Fal
 
 def completion_log_probs(
     module: Any,
-    labels: Tensor,
+    rows: Rows,
     described: bool = False,
     only_entropy: bool = False,
     temperature: float = 1.0,
     **kwargs: Any,
-) -> tuple[Tensor, Distributions | None, Tensor]:
-    """Return the log-probability of each label that is not ignored, what its distribution is like, and where it is.
+) -> tuple[Tensor, Distributions | None]:
+    """Return the log-probability of each label that is not ignored, and what its distribution is like.
 
     Args:
         module: The causal language model.
-        labels: `[B, S]`, -100 where they are ignored; a position predicts the next one's.
+        rows: What is known of the batch.
         described: Describe the distributions too.
         only_entropy: By their entropies alone.
         temperature: What logits are divided by.
         kwargs: The model's, such as `input_ids`.
 
     Returns:
-        `[T]` in float32, in the rows' order; the distributions or None; a mask `[B, S - 1]` with T true.
+        `[N]` in float32, in the rows' order; the distributions or None.
     """
-    kwargs["use_cache"] = False
-    hidden = module.model(**kwargs).last_hidden_state[:, :-1]
-    wanted = labels[:, 1:].to(hidden.device)
-    mask = wanted != IGNORE_INDEX
+    kwargs |= {"use_cache": False}
+    if isinstance(module.model, FusedDecoder) and "input_ids" in kwargs:
+        kwargs |= rows.inputs(kwargs["input_ids"], kwargs.pop("attention_mask", None))
+    hidden = module.model(**kwargs).last_hidden_state.flatten(0, 1)
     weight = module.get_output_embeddings().weight
-    rows = hidden[mask].to(weight.dtype)
-    found = Distributions.empty(rows, only_entropy) if described else None
-    return -token_losses(rows, weight, wanted[mask], found, temperature), found, mask
+    chosen = hidden.index_select(0, rows.predicting.to(hidden.device)).to(weight.dtype)
+    found = Distributions.empty(chosen, only_entropy) if described else None
+    return -token_losses(chosen, weight, rows.targets.to(hidden.device), found, temperature), found
 
 
 def _at(mask: Tensor, values: Tensor) -> Tensor:

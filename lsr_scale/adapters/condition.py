@@ -109,24 +109,37 @@ def kronecker_sums(model: nn.Module) -> list[KroneckerSum]:
 
 @torch.no_grad()
 def conditions(sums: list[KroneckerSum]) -> Tensor:
-    """Return gamma of each sum, float64 on the CPU; sums of one shape are computed together."""
+    """Return gamma of each sum, float64 on the CPU; sums of one shape are computed together.
+
+    It is part of every log, so the host does little for each sum: a few hundred of them would take it longer than a
+    step of a small model.
+    """
     groups: dict[Any, list[int]] = {}
     for index, one in enumerate(sums):
-        groups.setdefault((one.left.shape, one.right.shape, one.left.device), []).append(index)
-    values = torch.empty(len(sums), dtype=torch.float64)
+        alike = one.left.shape, one.right.shape, one.left.device, one.left.dtype, one.right.dtype, one.weight is None
+        groups.setdefault(alike, []).append(index)
     computed = []
     for members in groups.values():
-        lefts, rights = zip(*(sums[index].factors() for index in members), strict=True)
-        computed.append((members, condition(torch.stack(lefts), torch.stack([right.float() for right in rights]))))
-    for members, gammas in computed:
-        values[members] = gammas.cpu()
+        some = [sums[index] for index in members]
+        left = torch.stack([one.left.data for one in some]).float()
+        weights = [one.weight.data for one in some if one.weight is not None]
+        if weights:
+            left = left * torch.stack(weights)[..., None, None]
+        computed.append(condition(left, torch.stack([one.right.data for one in some]).float()))
+    values = torch.empty(len(sums), dtype=torch.float64)
+    values[[index for members in groups.values() for index in members]] = torch.cat([one.cpu() for one in computed])
     return values
+
+
+# the unit roundoff of bfloat16, above those of the other dtypes that factors have
+_LARGEST_ROUNDOFF = torch.finfo(torch.bfloat16).eps / 2
 
 
 def ill_conditioned(sums: list[KroneckerSum], gammas: Tensor, tolerance: float) -> list[int]:
     """Return the indices of the sums that rounding to their factors' dtype changes by more than the tolerance."""
-    roundoff = [max(torch.finfo(p.dtype).eps / 2 for p in (one.left, one.right)) for one in sums]
-    return [i for i, (gamma, u) in enumerate(zip(gammas.tolist(), roundoff, strict=True)) if gamma * u > tolerance]
+    suspects = (gammas * _LARGEST_ROUNDOFF > tolerance).nonzero().flatten().tolist()
+    roundoff = {i: max(torch.finfo(p.dtype).eps / 2 for p in (sums[i].left, sums[i].right)) for i in suspects}
+    return [i for i in suspects if float(gammas[i]) * roundoff[i] > tolerance]
 
 
 @torch.no_grad()

@@ -36,7 +36,9 @@ class ConditionCallback(TrainerCallback):
         self.guard: Guard = guard
         self.tolerance, self.warn = tolerance, warn
         self.warned: set[tuple[str, str]] = set()
-        self._sums: list[KroneckerSum] | None = None  # found once in training, by a walk over all modules
+        # found once in training, by a walk over all modules; and which of them are of which side
+        self._sums: list[KroneckerSum] | None = None
+        self._sides: dict[str, list[int]] = {}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -56,13 +58,15 @@ class ConditionCallback(TrainerCallback):
         if not logs or "loss" not in logs:
             return
         if self._sums is None:
-            self._sums = kronecker_sums(kwargs["model"])
+            self._sums, self._sides = kronecker_sums(kwargs["model"]), {}
+            for index, one in enumerate(self._sums):
+                self._sides.setdefault(one.side, []).append(index)
         sums = self._sums
         if not sums:
             return
         gammas: Any = distributed.broadcast(conditions(sums))  # ranks may differ in the last digits, and then decide so
-        for side in dict.fromkeys(one.side for one in sums):
-            of_side = gammas[[index for index, one in enumerate(sums) if one.side == side]]
+        for side, members in self._sides.items():
+            of_side = gammas[members]
             logs[f"condition_{side}_median"] = float(of_side.median())
             logs[f"condition_{side}_max"] = float(of_side.max())
         ill = ill_conditioned(sums, gammas, self.tolerance)

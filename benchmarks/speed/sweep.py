@@ -12,14 +12,16 @@ Three ways to train `--trials` runs that differ in their learning rate:
 
 Each is timed from the start of its first process to the end of its last (`seconds`, with all that a user waits for:
 imports, loading, tokenizing, saving; of `one_by_one` only `--one-by-one` runs are done, and the time is theirs times
-trials over runs), and by the tokens/s that its runs log, the median over logging steps after the
-first two, summed over runs that are under way at the same time (`tokens_per_s`, without start-up). `gib` is the most
+trials over runs), and without start-up (`tokens_per_s`): by the tokens/s that runs log, the median over logging steps
+after the first two, of `together` the sum. Processes side by side do not begin their steps at one moment, so their rate
+is that of other ones with `--beside-steps` steps, over the time in which all of them are under way. `gib` is the most
 device memory in use at any time, all processes and their contexts; `cpu_s` the processor's seconds of all, which other
-load disturbs less than `seconds`. The runs are LSR-Adapt r=16 s=16 on random weights
-of a model's shapes, rows of one length and packed, or those of `--run` and `--set`.
+load disturbs less than `seconds`. The runs are LSR-Adapt r=16 s=16 on random weights of a model's shapes, rows of one
+length and packed, or those of `--run` and `--set`.
 """
 
 import argparse
+import itertools
 import json
 import resource
 import statistics
@@ -28,7 +30,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -146,13 +148,64 @@ def alone(folder: Path, base: dict[str, Any], args: argparse.Namespace, end: flo
     return speeds
 
 
+def rate_of_all(folder: Path, base: dict[str, Any], args: argparse.Namespace, end: float) -> float | None:
+    """Return the tokens/s of all runs at once while all of them are under way; None where they never are.
+
+    They are ended when the first one is done.
+    """
+    running = []
+    for index, rate in enumerate(rates(args.trials)):
+        training = {**base["training"], "learning_rate": rate, "output_dir": str(folder / f"rate-{index}")}
+        training |= {"max_steps": args.beside_steps}
+        running.append(start(folder, f"rate-{index}", "train", {**base, "training": training}, []))
+    seen: list[tuple[float, list[int]]] = []
+    try:
+        while all(process.poll() is None for process in running):
+            if time.monotonic() > end:
+                raise RuntimeError("side_by_side: no end in time")
+            seen.append((time.monotonic(), [logged_steps(folder / f"rate-{i}") for i in range(args.trials)]))
+            time.sleep(0.2)
+    finally:
+        for process in running:
+            process.terminate()
+        for process in running:
+            process.wait()
+    return common_rate(seen, args.logging_steps * PER_SPEED, args.tokens)
+
+
+def logged_steps(run_folder: Path) -> int:
+    """Return the last step that a run has logged, 0 before the first."""
+    path = run_folder / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    steps = [json.loads(line).get("step", 0) for line in lines if line.endswith("}")]
+    return max(steps, default=0)
+
+
+def common_rate(seen: Sequence[tuple[float, Sequence[int]]], first: int, tokens: int) -> float | None:
+    """Return the tokens/s of all runs from when each had logged so many steps; None where that never was.
+
+    Args:
+        seen: Times, and each run's last logged step then.
+        first: The step.
+        tokens: Of a step.
+    """
+    inside = [(moment, sum(steps)) for moment, steps in seen if min(steps) >= first]
+    if len(inside) < 2 or inside[-1][1] == inside[0][1]:
+        return None
+    # between changes of what is logged: a moment in between says nothing of the steps since
+    changes = [inside[0], *(now for before, now in itertools.pairwise(inside) if now[1] != before[1])]
+    (began, done), (ended, all_done) = changes[1 if len(changes) > 2 else 0], changes[-1]
+    return (all_done - done) * tokens / (ended - began)
+
+
 def summary(rows: dict[str, dict[str, Any]]) -> dict[str, float]:
     """Return how many times as fast the trials together are as each other way."""
     mine = rows.get("together")
     ratios: dict[str, float] = {}
     for way in WAYS[1:]:
         if mine and way in rows:
-            ratios[f"steps_over_{way}"] = mine["tokens_per_s"] / rows[way]["tokens_per_s"]
+            if rows[way]["tokens_per_s"]:
+                ratios[f"steps_over_{way}"] = mine["tokens_per_s"] / rows[way]["tokens_per_s"]
             ratios[f"all_over_{way}"] = rows[way]["seconds"] / mine["seconds"]
             ratios[f"cpu_of_{way}"] = mine["cpu_s"] / rows[way]["cpu_s"]
             if mine["gib"]:
@@ -175,6 +228,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--tokens", type=int, default=4096, help="tokens a step and trial")
     add("--seq-len", type=int, default=512)
     add("--steps", type=int, default=60)
+    add("--beside-steps", type=int, default=600, help="of the processes whose rate is taken; 0 takes none")
     add("--logging-steps", type=int, default=5)
     add("--ways", type=lambda text: text.split(","), default=list(WAYS), help="which, joined by commas")
     add("--device", default="cuda", choices=["cuda", "cpu"])
@@ -204,12 +258,14 @@ def main(arguments: list[str] | None = None) -> int:
                     say(f"{way}: {error}")
                     continue
                 seconds = time.monotonic() - began
-                # runs one after the other are as fast as one of them
-                total = statistics.fmean(speeds) if way == "one_by_one" else sum(speeds)
                 seconds *= args.trials / len(speeds)
                 cpu_s = (processor_seconds() - cpu) * args.trials / len(speeds)
-                figures = {"tokens_per_s": total, "by_run": speeds, "seconds": seconds, "cpu_s": cpu_s, "gib": peak()}
-                rows[way] = figures
+                figures = {"by_run": speeds, "seconds": seconds, "cpu_s": cpu_s, "gib": peak()}
+            # runs one after the other are as fast as one of them
+            total: float | None = statistics.fmean(speeds) if way == "one_by_one" else sum(speeds)
+            if way == "side_by_side":
+                total = rate_of_all(folder, base, args, end) if args.beside_steps else None
+            rows[way] = {"tokens_per_s": total, **figures}
             say(f"{way}: {json.dumps({key: value for key, value in rows[way].items() if key != 'by_run'})}")
             result = {"env": files.environment(), "config": config, "rows": rows, "ratios": summary(rows)}
             files.write_json(args.out, result)

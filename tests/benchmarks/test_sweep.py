@@ -1,6 +1,11 @@
 """The measurement of sweeps runs end to end, and its ratios are of what it measured."""
 
+import argparse
 import json
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 
@@ -28,3 +33,41 @@ def test_trials_together_beside_one_alone(tmp_path):
 def test_rates_cover_the_range():
     assert sweep.rates(1) == [sweep.RATES[0]]
     assert sweep.rates(3) == pytest.approx([1e-4, (1e-4 * 2e-3) ** 0.5, 2e-3])
+
+
+def test_the_rate_of_all_is_of_the_time_in_which_all_take_steps():
+    # the second run begins late; each logs every 10 steps, 20 steps a second together from second 4 on
+    seen = [(0.0, [0, 0]), (1.0, [30, 0]), (2.0, [60, 0]), (3.0, [70, 10]), (4.0, [80, 20]), (4.5, [80, 20])]
+    seen += [(5.0, [90, 30]), (6.0, [100, 40]), (6.4, [100, 40])]
+    assert sweep.common_rate(seen, 20, 64) == pytest.approx(20 * 64)
+    assert sweep.common_rate(seen[:5], 20, 64) is None
+    assert sweep.common_rate(seen, 1000, 64) is None
+
+
+# a process that logs a step every 20 ms, as the command's does
+LOGS = """
+import json, pathlib, sys, time
+path = pathlib.Path(sys.argv[1]) / "metrics.jsonl"
+path.parent.mkdir()
+for step in range(1, int(sys.argv[2]) + 1):
+    with path.open("a") as stream:
+        print(json.dumps({"step": step}), file=stream)
+    time.sleep(0.02)
+"""
+
+
+def test_processes_side_by_side_are_ended_when_one_is_done(tmp_path, monkeypatch):
+    started = []
+
+    def start(folder, name, command, run, words):
+        steps = "100" if name == "rate-0" else "1000000"
+        program = [sys.executable, "-c", LOGS, run["training"]["output_dir"], steps]
+        started.append(subprocess.Popen(program))
+        return started[-1]
+
+    monkeypatch.setattr(sweep, "start", start)
+    args = argparse.Namespace(trials=2, beside_steps=100, logging_steps=1, tokens=64)
+    rate = sweep.rate_of_all(tmp_path, {"training": {}}, args, end=time.monotonic() + 600)
+    assert rate is None or rate > 0  # on a busy machine one may be done before the other begins
+    assert [process.returncode for process in started] != [None, None]
+    assert started[1].returncode == -signal.SIGTERM

@@ -210,6 +210,23 @@ def joint_steps(path: Path, run: Run) -> str:
 _RATIOS = ("sequential", "long", "base")
 
 
+def sweeps(path: Path, run: Run) -> str:
+    """Return how fast the command's trials are together, one after the other, and as processes side by side."""
+    names = {"together": "together", "one_by_one": "one after the other", "side_by_side": "processes side by side"}
+    config, rows = run["config"], []
+    for way, row in run["rows"].items():
+        ratios = (run["ratios"].get(f"{kind}_over_{way}") for kind in ("steps", "all"))
+        figures = (number(row[name], kind) for name, kind in (("tokens_per_s", ",.0f"), ("seconds", ".0f")))
+        rows.append([names[way], *figures, *(number(ratio, ".2f") for ratio in ratios), number(row["gib"], ".1f")])
+    what = config["run"] or f"{config['model']}, {config['base']}"
+    text = (
+        f"{where(run, path)} {config['trials']} trials of {what}, {config['tokens']:,} tokens and {config['steps']} "
+        "steps each. The rate is that of steps; seconds are all that a user waits for."
+    )
+    head = ["", "tokens/s", "seconds", "together: rate over it", "seconds under it", "GiB"]
+    return "\n\n".join([text, grid(head, rows), f"    {config['command']}"])
+
+
 SECTIONS = {
     "throughput": ("Training steps", throughput),
     "trainer_overhead": ("The training command beside a bare loop", trainer_overhead),
@@ -218,6 +235,7 @@ SECTIONS = {
     "loss_curve": ("Fused training beside float32", loss_curve),
     "many_adapters": ("Many adapters in one batch", many_adapters),
     "joint_step": ("Several trials in one step", joint_steps),
+    "sweep": ("A sweep beside its trials by themselves", sweeps),
     "preference": ("Preference and reinforcement steps beside TRL's", preference.section),
 }
 

@@ -210,7 +210,7 @@ def joint_steps(path: Path, run: Run) -> str:
 _RATIOS = ("sequential", "long", "base")
 
 
-def sweeps(path: Path, run: Run) -> str:
+def trial_sweeps(path: Path, run: Run) -> str:
     """Return how fast the command's trials are together, one after the other, and as processes side by side."""
     names = {"together": "together", "one_by_one": "one after the other", "side_by_side": "processes side by side"}
     config, rows = run["config"], []
@@ -235,7 +235,7 @@ SECTIONS = {
     "loss_curve": ("Fused training beside float32", loss_curve),
     "many_adapters": ("Many adapters in one batch", many_adapters),
     "joint_step": ("Several trials in one step", joint_steps),
-    "sweep": ("A sweep beside its trials by themselves", sweeps),
+    "sweep": ("A sweep beside its trials by themselves", trial_sweeps),
     "preference": ("Preference and reinforcement steps beside TRL's", preference.section),
 }
 

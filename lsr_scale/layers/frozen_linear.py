@@ -64,7 +64,8 @@ def dequantize(layer: nn.Linear, dtype: torch.dtype) -> Tensor:
 def quantization_of(layer: nn.Module) -> str:
     """Return how a linear layer's weight is held: none, int8, nf4 or fp4; or was, before it was `dequantized`."""
     if isinstance(layer, bnb.nn.Linear4bit):
-        return str(layer.weight.quant_type)
+        weight: Any = layer.weight
+        return str(weight.quant_type)
     return "int8" if isinstance(layer, bnb.nn.Linear8bitLt) else getattr(layer, _DEQUANTIZED_FROM, "none")
 
 

@@ -136,8 +136,9 @@ class CheckedReward:
     def _checked(self, value: Any, index: int, given: dict[str, Any]) -> float:
         if hasattr(value, "item") and getattr(value, "shape", None) == ():
             value = value.item()  # a number of torch's or NumPy's
-        if isinstance(value, numbers.Real) and -_MOST <= value <= _MOST:
-            return float(value)
+        number: Any = value
+        if isinstance(value, numbers.Real) and -_MOST <= number <= _MOST:
+            return float(number)
         raise UserError(
             f"training.reward: {self.reward.name} returned {quoted(value)} for a completion of "
             f"{self._place(given, index)}, where a finite number is expected, of 1e12 at most; mend it, and resume "

@@ -61,7 +61,6 @@ def rows_of(attention_mask: Tensor | None, labels: Tensor, unpads: bool) -> Rows
         labels: `[B, S]`, `IGNORE_INDEX` where they are ignored; a place predicts the next one's.
         unpads: Leave padding out, unless a label stands behind it, which then predicts it.
     """
-    num_rows, length = labels.shape
     wanted = functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
     supervised = wanted != IGNORE_INDEX
     kept = torch.ones_like(supervised) if attention_mask is None else attention_mask != 0

@@ -79,7 +79,7 @@ def rows_of(attention_mask: Tensor | None, labels: Tensor, unpads: bool) -> Rows
     tokens = kept.flatten().nonzero().flatten()
     place_of = kept.flatten().cumsum(0) - 1
     bounds = functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
-    documents = dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), bounds)
+    documents: dict[str, Any] = dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), bounds)
     documents |= dict.fromkeys(("max_length_q", "max_length_k"), int(longest))
     return Rows(tokens, documents, place_of.index_select(0, predicting), targets, mask, False)
 

@@ -111,9 +111,10 @@ def completion_log_probs(
         `[N]` in float32, in the rows' order; the distributions or None.
     """
     kwargs |= {"use_cache": False}
+    decoder: Any = module.model
     if isinstance(module.model, FusedDecoder) and "input_ids" in kwargs:
         kwargs |= rows.inputs(kwargs["input_ids"], kwargs.pop("attention_mask", None))
-    hidden = module.model(**kwargs).last_hidden_state.flatten(0, 1)
+    hidden = decoder(**kwargs).last_hidden_state.flatten(0, 1)
     weight = module.get_output_embeddings().weight
     chosen = hidden.index_select(0, rows.predicting.to(hidden.device)).to(weight.dtype)
     found = Distributions.empty(chosen, only_entropy) if described else None

@@ -121,7 +121,8 @@ def load(model: str, quantization: str, checkpoint: bool, sharding: Any = None) 
 
     begun = time.perf_counter()
     with peak_of(local_device()) as peak:
-        base = load_base(model, quantization=quantization, random_weights=not checkpoint, sharding=sharding)  # pyright: ignore
+        options: dict[str, Any] = {"quantization": quantization, "random_weights": not checkpoint, "sharding": sharding}
+        base = load_base(model, dtype="bfloat16", **options)
     return base, peak, time.perf_counter() - begun
 
 

@@ -295,7 +295,7 @@ def test_a_plan_needs_no_network_and_is_json_and_a_page(monkeypatch):
     assert document["trainable_parameters"] == 4_096_000
     assert document["base_parameters"] == 7_241_732_096
     assert document["adapter_bytes"] > 4 * 4_096_000
-    assert set(document["memory_gib"]) == {*PARTS, "total", "loading"}
+    assert set(document["memory_gib"]) == {*PARTS, "generation", "total", "loading"}
     assert [row["stage"] for row in document["table"]][::2] == ["zero0", "zero1", "zero2", "zero3", "zero3_offload"]
     console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(render(result))

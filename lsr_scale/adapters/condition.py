@@ -111,8 +111,7 @@ def kronecker_sums(model: nn.Module) -> list[KroneckerSum]:
 def conditions(sums: list[KroneckerSum]) -> Tensor:
     """Return gamma of each sum, float64 on the CPU; sums of one shape are computed together.
 
-    It is part of every log, so the host does little for each sum: a few hundred of them would take it longer than a
-    step of a small model.
+    It is part of every log, for which the GPU waits, so the host makes a few calls for each shape, not for each sum.
     """
     groups: dict[Any, list[int]] = {}
     for index, one in enumerate(sums):

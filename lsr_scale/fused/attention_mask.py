@@ -28,7 +28,12 @@ def needs_mask(arguments: Mapping[str, Any], labels: Tensor | None = None) -> bo
     if not isinstance(mask, Tensor) or mask.dim() != 2 or any(other is not None for other in others):
         return True
     padding = mask == 0
-    needed = (padding[:, :-1] & ~padding[:, 1:]).any()
+    needed = has_tokens_behind_padding(padding)
     if labels is not None and labels.shape == mask.shape:
         needed = needed | (padding & (labels.to(mask.device) != IGNORE_INDEX)).any()
     return bool(needed)
+
+
+def has_tokens_behind_padding(padding: Tensor) -> Tensor:
+    """Tell, as a scalar on its device, whether `padding [B, S]` (true there) is followed by a token in any row."""
+    return (padding[:, :-1] & ~padding[:, 1:]).any()

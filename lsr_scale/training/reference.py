@@ -4,8 +4,8 @@ TRL's trainers, given a model with an adapter, copy the adapter as "ref" and tak
 that begins with an update of zero the copy is the base: it is taken out, and TRL then switches the adapter off. Of one
 that `adapter.start_from` names it stays.
 
-A step switches twice. PEFT's `disable_adapter` describes the model's adapters each time and sets what of them is
-trained, which takes the host as long as the forward pass of a small model; here a flag of each layer is set.
+A step switches twice. PEFT's `disable_adapter` describes the model's adapters each time (`get_model_status`) and sets
+what of them is trained, while the GPU waits; here a flag of each layer is set.
 """
 
 import functools

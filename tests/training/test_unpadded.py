@@ -98,3 +98,12 @@ def test_the_reference_asks_for_what_is_known(monkeypatch):
     assert known.of(mask, labels, True) is not first
     assert of_kl is not first
     assert known.of(mask, labels, False).tokens is None
+
+
+def test_tensors_of_inference_mode_are_asked_for_each_time():
+    known = KnownRows()
+    with torch.inference_mode():
+        _, mask, labels = batch("right")
+        before = known.of(mask, labels, True)
+        labels[0, 5] = IGNORE_INDEX
+        assert len(known.of(mask, labels, True).targets) == len(before.targets) - 1

@@ -1,8 +1,8 @@
 """Batches of padded rows as one row of their tokens: no time goes into padding, and attention needs no mask.
 
 The tokens of all rows stand one after another, with the boundaries of rows as those of packed documents and the
-positions that they had, so every token's output is what it was. Chosen and rejected completions, and GRPO's behind
-their prompts, have unlike lengths: a third to a half of such a batch is padding.
+positions that they had, so every token's output is what it was, but for rounding. Chosen and rejected completions, and
+GRPO's behind their prompts, have unlike lengths.
 """
 
 from dataclasses import dataclass
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from lsr_scale.fused.attention_mask import has_tokens_behind_padding
 from lsr_scale.fused.loss import IGNORE_INDEX
 from lsr_scale.fused.modules import FusedDecoder
 
@@ -66,7 +67,7 @@ def rows_of(attention_mask: Tensor | None, labels: Tensor, unpads: bool) -> Rows
     kept = torch.ones_like(supervised) if attention_mask is None else attention_mask != 0
     lengths = kept.sum(1)
     facts = torch.stack(
-        [kept.all(), (supervised & ~kept).any(), (~kept[:, :-1] & kept[:, 1:]).any(), lengths.max()]
+        [kept.all(), (supervised & ~kept).any(), has_tokens_behind_padding(~kept), lengths.max()]
     ).tolist()
     is_full, predicts_from_padding, has_left_padding, longest = facts
     predicting = supervised.flatten().nonzero().flatten()
@@ -93,7 +94,10 @@ class KnownRows:
     def of(self, attention_mask: Tensor | None, labels: Tensor, unpads: bool) -> Rows:
         """Return what `rows_of` does, without a wait where the same tensors were given."""
         key = (attention_mask, labels, unpads)
-        versions = tuple(one._version for one in (attention_mask, labels) if one is not None)
+        given = [one for one in (attention_mask, labels) if one is not None]
+        if any(one.is_inference() for one in given):  # of those nobody knows whether they were written to
+            return rows_of(attention_mask, labels, unpads)
+        versions = tuple(one._version for one in given)
         for (*known, seen), rows in self._last:
             if seen == versions and all(one is other for one, other in zip(known, key, strict=True)):
                 return rows

@@ -218,10 +218,13 @@ def trial_sweeps(path: Path, run: Run) -> str:
         ratios = (run["ratios"].get(f"{kind}_over_{way}") for kind in ("steps", "all"))
         figures = (number(row[name], kind) for name, kind in (("tokens_per_s", ",.0f"), ("seconds", ".0f")))
         rows.append([names[way], *figures, *(number(ratio, ".2f") for ratio in ratios), number(row["gib"], ".1f")])
-    what = config["run"] or f"{config['model']}, {config['base']}"
+    what = f"{config['model']}, {config['base']}, {config['tokens']:,} tokens and {config['steps']} steps each"
+    if config["run"]:  # whose tokens and steps are its own
+        changes = ", ".join(f"`{change}`" for change in config["set"])
+        what = f"`{config['run']}`" + (f" with {changes}" if changes else "")
     text = (
-        f"{where(run, path)} {config['trials']} trials of {what}, {config['tokens']:,} tokens and {config['steps']} "
-        "steps each. The rate is that of steps; seconds are all that a user waits for."
+        f"{where(run, path)} {config['trials']} trials of {what}. The rate is that of steps; seconds are all that a "
+        "user waits for."
     )
     head = ["", "tokens/s", "seconds", "together: rate over it", "seconds under it", "GiB"]
     return "\n\n".join([text, grid(head, rows), f"    {config['command']}"])

@@ -248,3 +248,16 @@ def test_a_sweep_has_a_plot_and_is_no_headline(tmp_path):
     plots.sweep_plot(sweep, results / "mistral-7b-nf4-sweep.png")
     assert plots.drawn_from(results / "mistral-7b-nf4-sweep.png") == plots.digest(sweep) != plots.digest(run)
     assert "mistral-7b-nf4-sweep.png" in results_page.page(tmp_path)
+
+
+def test_trials_of_a_run_are_not_given_the_sizes_of_made_up_ones():
+    config = {"run": "smollm2_lsr", "set": ["training.max_steps=8"], "model": "smollm2-135m", "base": "none"}
+    config |= {"trials": 4, "tokens": 4096, "steps": 60, "command": "words"}
+    row = {"tokens_per_s": 160.0, "seconds": 56.0, "gib": None}
+    env = {"gpus": [], "cpu": "x86_64, 2 cores", "torch": "2.13.0", "transformers": "5.23.0", "peft": "0.21.2"}
+    run = {"env": env, "config": config, "rows": {"together": row}, "ratios": {}}
+    text = results_page.trial_sweeps(ALL_RESULTS / "sweep" / "one.json", run)
+    assert "4 trials of `smollm2_lsr` with `training.max_steps=8`." in text
+    assert "4,096" not in text and "60 steps" not in text
+    of_sizes = results_page.trial_sweeps(ALL_RESULTS / "sweep" / "one.json", run | {"config": config | {"run": None}})
+    assert "4 trials of smollm2-135m, none, 4,096 tokens and 60 steps each." in of_sizes

@@ -78,7 +78,8 @@ def quantize(model: nn.Module, kind: str, dtype: torch.dtype = torch.bfloat16) -
         bias = module.bias is not None
         if kind == "int8":
             new = bnb.nn.Linear8bitLt(module.in_features, module.out_features, bias=bias, has_fp16_weights=False)
-            new.weight = bnb.nn.Int8Params(module.weight.data, has_fp16_weights=False, requires_grad=False)
+            # from the CPU: it is the way to its device that quantizes
+            new.weight = bnb.nn.Int8Params(module.weight.data.cpu(), has_fp16_weights=False, requires_grad=False)
         else:
             new = bnb.nn.Linear4bit(
                 module.in_features,

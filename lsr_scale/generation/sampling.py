@@ -85,7 +85,9 @@ class Sampling:
         scores: Any = self._processors(ids, logits)  # pyright: ignore[reportArgumentType]
         if not self.temperature:
             return scores.argmax(-1)
-        return torch.multinomial(scores.softmax(-1), 1)[:, 0]
+        likely = scores.softmax(-1)
+        # as torch.multinomial draws one, without its checks, for which the host would wait for the GPU twice
+        return likely.div_(torch.empty_like(likely).exponential_()).argmax(-1)
 
     def arguments(self) -> dict[str, Any]:
         """Return the keyword arguments for transformers' `generate`; the model's own defaults are not asked."""

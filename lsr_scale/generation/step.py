@@ -5,11 +5,15 @@ step to step is a number here: tokens, positions, the place in the cache and the
 moves on, so that the same kernels on the same memory do the next one.
 """
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
+
+from lsr_scale.generation.attention import attention_of_step, takes_kernel
 
 
 class FixedLayer(CacheLayerMixin):
@@ -70,6 +74,7 @@ class DecodeStep:
         device = first.device
         self.tokens = torch.zeros(rows, 1, dtype=torch.int64, device=device)
         self.positions = torch.zeros(rows, 1, dtype=torch.int64, device=device)
+        self.first = torch.zeros(rows, dtype=torch.int64, device=device)  # where a row's tokens begin
         self.place = torch.zeros(1, dtype=torch.int64, device=device)
         self.mask = torch.zeros(rows, 1, 1, length, dtype=first.dtype, device=device)  # added to the scores
         layers = []
@@ -80,6 +85,8 @@ class DecodeStep:
             )
             layers.append(FixedLayer(keys, values, self.place))
         self.layers: list[Any] = layers
+        self._base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+        self._takes_kernel = takes_kernel(self._base, first)
         self.cache = Cache(layers=layers)
         self.state: Any = None
         self._graph: Any = None
@@ -104,6 +111,7 @@ class DecodeStep:
         self.mask.fill_(closed)
         self.mask[:, 0, 0, :prompt].masked_fill_(attention_mask.bool(), 0.0)
         self.positions.copy_(attention_mask.sum(1, keepdim=True))
+        self.first.copy_(prompt - self.positions[:, 0])
         self.place.fill_(prompt)
 
     def run(self) -> Tensor:
@@ -125,6 +133,7 @@ class DecodeStep:
             return
         self.release()
         self.place.fill_(0)
+        self.first.fill_(0)
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             self._run()  # warm-up: kernels are compiled and libraries loaded, which must not happen during capture
@@ -141,13 +150,15 @@ class DecodeStep:
 
     def _run(self) -> Tensor:
         self.mask.index_fill_(3, self.place, 0.0)
-        outputs = self.model(
-            input_ids=self.tokens,
-            attention_mask=self.mask,  # four dimensions: transformers passes it on as it is
-            position_ids=self.positions,
-            past_key_values=self.cache,
-            use_cache=True,
-        )
+        by_kernel = attention_of_step(self._base, self.first, self.place) if self._takes_kernel else nullcontext()
+        with by_kernel:
+            outputs = self.model(
+                input_ids=self.tokens,
+                attention_mask=self.mask,  # four dimensions: transformers passes it on as it is
+                position_ids=self.positions,
+                past_key_values=self.cache,
+                use_cache=True,
+            )
         self.positions.add_(1)
         self.place.add_(1)
         return outputs.logits[:, -1]

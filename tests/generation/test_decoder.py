@@ -8,6 +8,8 @@ import pytest
 import torch
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     MistralConfig,
@@ -21,9 +23,10 @@ import lsr_scale
 from lsr_scale import AdapterBank, Decoder, UserError
 from lsr_scale.adapters import peft_config
 from lsr_scale.adapters.peft import METHODS, per_sample
-from lsr_scale.generation import Sampling
+from lsr_scale.generation import Sampling, attention
 from lsr_scale.generation.decoder import NotFiniteError
 from lsr_scale.generation.fallback import decoder_fallback_reason
+from lsr_scale.kernels.decode_attention import decode_attention
 from lsr_scale.kernels.row_pairs import add_row_pairs_triton
 from lsr_scale.layers.frozen_linear import freeze_quantized
 from tests.conftest import SEVEN_LINEARS, TINY_SIZES, quantize, randomize, tiny_llama
@@ -383,6 +386,39 @@ def test_a_steps_own_kernels(tmp_path, monkeypatch):
     actual = Decoder(model).generate(**batch, adapter_names=names, max_new_tokens=3, eos_token_id=[])
     assert torch.equal(actual, reference(model, batch, 3, adapter_names=names))
     assert len(launches) == 2 * 2 * len(SEVEN_LINEARS)  # steps, layers
+
+
+@pytest.fixture
+def attended(monkeypatch):
+    """Have steps ask for the kernel's attention, whose reference a CPU computes; return how often they did."""
+    calls = []
+
+    def counted(*given):
+        calls.append(given)
+        return decode_attention(*given)
+
+    monkeypatch.setattr(attention, "use_triton", lambda keys: True)
+    monkeypatch.setattr(attention, "decode_attention", counted)
+    return calls
+
+
+def test_a_steps_own_attention(attended):
+    model = adapted(tiny_llama())
+    check(model, prompts(rows=5))
+    assert attended
+    assert model.config._attn_implementation == "sdpa"
+    attended.clear()
+    batch, answers = prompts(), [2, 1, 3]
+    tokens = Decoder(model).generate(**batch, answers=answers, max_new_tokens=9, eos_token_id=[], pad_token_id=0)
+    assert torch.equal(tokens, reference(model, batch).repeat_interleave(torch.tensor(answers), 0))
+    assert len(attended) == 8 * 2  # steps, layers
+
+
+def test_attention_that_a_kernel_does_not_compute_is_transformers_own(attended):
+    sizes = {**SIZES, "attn_implementation": "eager"}
+    check(Gemma2ForCausalLM(Gemma2Config(**sizes, head_dim=16, attn_logit_softcapping=2.0)).eval(), prompts())
+    check(tiny_llama(attn_implementation="eager").eval(), prompts())
+    assert not attended
 
 
 def test_several_answers_to_a_prompt_are_those_to_the_prompt_repeated():

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from lsr_scale import AdapterBank, Decoder
+from lsr_scale.generation import attention
 from tests.conftest import quantize, randomize, tiny_llama
 from tests.generation.test_decoder import NAMES, adapted, prompts
 
@@ -54,7 +55,7 @@ def test_a_base_and_rows_that_end(dtype):
 @pytest.mark.parametrize("kind", ["none", "nf4", "int8"])
 @pytest.mark.parametrize("method", ["lsr", "kron_lora", "lora"])
 def test_an_adapter_that_changes(kind, method):
-    base: Any = on_gpu(tiny_llama(**BIG))  # before: bitsandbytes' int8 state does not follow `cuda()`
+    base: Any = on_gpu(tiny_llama(**BIG))
     if kind != "none":
         quantize(base, kind, torch.float32)
     model = adapted(base, method)
@@ -67,6 +68,15 @@ def test_an_adapter_that_changes(kind, method):
     with model.disable_adapter():
         check(model, decoder, batch)
     check(model, decoder, batch)
+
+
+def test_attention_is_the_kernels(monkeypatch):
+    calls = []
+    one = attention.decode_attention
+    monkeypatch.setattr(attention, "decode_attention", lambda *given: calls.append(1) or one(*given))
+    model = on_gpu(tiny_llama(torch.bfloat16, **BIG)).eval()
+    Decoder(model).generate(**batch_of(rows=2), max_new_tokens=5, eos_token_id=[])
+    assert len(calls) == 2 * BIG["num_hidden_layers"]  # in the warm-up and the capture
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,6 +1,7 @@
 """Triton's interpreter rounds to bfloat16 and e4m3, and multiplies bfloat16, as a GPU does.
 
-By itself it truncates, knows no NaN in e4m3, and multiplies the bits of bfloat16 as integers.
+By itself it truncates, knows no NaN in e4m3, and multiplies the bits of bfloat16 as integers. Nor does it take a bound
+of a loop that was loaded from memory.
 """
 
 from importlib.util import find_spec
@@ -34,5 +35,12 @@ def narrow_types_as_on_a_gpu(monkeypatch):
         a, b = (builder.cast_impl(x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
         return dot(builder, a, b, *arguments)
 
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def with_bounds(tensor, scope):
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", with_bounds)
     monkeypatch.setattr(interpreter, "_convert_float", exact)
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", widened)

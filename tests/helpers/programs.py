@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-LIBRARIES = ["torch", "transformers", "peft"]
+LIBRARIES = ["torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate", "deepspeed", "trl"]
 
 
 class Ended(NamedTuple):
@@ -22,7 +22,7 @@ class Ended(NamedTuple):
 
 
 def start_program(code: str, cwd: Path, out: Path, err: Path) -> multiprocessing.process.BaseProcess:
-    """Start a program that may find `LIBRARIES` imported, and not the package; it writes to two files."""
+    """Start a program that finds `LIBRARIES` imported, and not the package; it writes to two files."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(LIBRARIES)
     process = context.Process(target=_run, args=(code, str(cwd), str(out), str(err)))

@@ -29,8 +29,14 @@ MODES = {
 }
 DEFAULT = "linear-checkpointed"
 COMBINATIONS = [
-    *((stage, base, method, DEFAULT) for stage in STAGES for base in BASES for method in METHODS),
-    *(("zero3", base, "lsr", mode) for base in BASES[1:] for mode in MODES if mode != DEFAULT),
+    # every two of a stage, a base and a method meet once
+    *(
+        (stage, base, METHODS[(row + column) % len(METHODS)], DEFAULT)
+        for row, stage in enumerate(STAGES)
+        for column, base in enumerate(BASES)
+    ),
+    *(("zero3", "nf4", "lsr", mode) for mode in MODES if mode != DEFAULT),
+    ("zero3", "int8", "lsr", "fused-recomputed"),  # of which codes and scales are gathered
 ]
 # and whether from a checkpoint, fused then, or with random weights
 MEASURED = [("nf4", True), ("int8", True), ("none", False)]

@@ -17,6 +17,8 @@ from tests.helpers.gradients import InfiniteGradient
 def main() -> None:
     cli.quiet_libraries(debug=False)
 
+    from lsr_scale.run import train
+
     compute = SFTTrainer.compute_loss
 
     def poisoned(self, *args, **kwargs):
@@ -26,6 +28,7 @@ def main() -> None:
         return InfiniteGradient.apply(loss) if file.rpartition("/")[2].startswith("gradient") else loss * math.nan
 
     SFTTrainer.compute_loss = poisoned
+    train.show_at_end = lambda folder: "report: left out"  # nobody looks at it
     distributed.stop = lambda: None  # the processes stay together for the next run
     for file in sys.argv[1:]:
         status = cli.main(["train", "--config", file])

@@ -15,9 +15,11 @@ def main() -> None:
     cli.quiet_libraries(debug=False)
     from lsr_scale import distributed
     from lsr_scale.config import dump_yaml
+    from lsr_scale.run import train
     from tests.helpers.tiny_runs import tiny_run
 
     folder, rank = Path(sys.argv[-1]), distributed.rank()
+    train.show_at_end = lambda folder: "report: left out"  # nobody looks at it
     distributed.stop = lambda: None  # the processes stay together for the next run
 
     def do(name: str, engine: str | None, prompts: list[str], **training) -> None:

@@ -1,4 +1,4 @@
-"""Runs on conversations: labels in the trainer, packed, cut, cached, resumed, and on two processes."""
+"""Runs on conversations: labels in the trainer, packed, cut, cached, resumed; test_two_ranks has two processes."""
 
 import json
 from itertools import chain
@@ -7,21 +7,17 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 
-from lsr_scale.config import dump_yaml
 from lsr_scale.data.chat_tokens import tokenize_conversations
 from lsr_scale.data.formats import build_dataset
 from lsr_scale.model.tokenizer import read_tokenizer
 from lsr_scale.run.folder import RunFolder
 from lsr_scale.training import assembly
-from tests.conftest import two_processes
 from tests.helpers.chat_tokenizers import LLAMA_3, byte_level, template_text
-from tests.helpers.launch import ROOT, launch
 from tests.helpers.tiny_runs import (
     CHAT_TEMPLATE,
     TOOLS,
     do,
     factors,
-    metrics,
     results,
     same,
     save_llama,
@@ -138,19 +134,3 @@ def test_a_run_on_conversations_resumes_bit_for_bit_and_keeps_its_template(tmp_p
     assert read_tokenizer(resumed.tokenizer).chat_template == CHAT_TEMPLATE
     assert json.loads(resumed.data.read_text())["kind"] == "messages"
     assert results(resumed)["eval_loss"] == results(whole)["eval_loss"]
-
-
-@pytest.mark.slow
-@two_processes
-def test_two_processes_under_deepspeed_learn_the_same(tmp_path):
-    training = {"output_dir": str(tmp_path / "two"), "per_device_train_batch_size": 1, "fused": "off"}
-    run = chat_run(tmp_path, training=training, deepspeed={"config": "zero2"})
-    (tmp_path / "run.yaml").write_text(dump_yaml(run))
-    status, out, err = launch("deepspeed", ROOT / "launch" / "train.py", "--config", tmp_path / "run.yaml")
-    assert status == 0, out + err
-    assert out.count("chat: 16 assistant turns supervised of 36 turns") == 1
-    one = do(chat_run(tmp_path, training={"output_dir": str(tmp_path / "one"), "fused": "off"}))
-    losses = [
-        [row["loss"] for row in metrics(folder) if "loss" in row] for folder in (RunFolder(tmp_path / "two"), one)
-    ]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-2)

@@ -18,7 +18,8 @@ from lsr_scale.run.folder import RunFolder
 from lsr_scale.training import arguments, assembly
 from lsr_scale.training.steps import deepspeed_api
 from tests.conftest import two_processes
-from tests.helpers.launch import ROOT, launch
+from tests.helpers.launch import ROOT
+from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny_runs import completions, save_llama, tiny_run, write_rows
 from tests.ranks.run_after_run import EXACT, logged
 from tests.ranks.two_ranks_engine import CLIPPED, RUNS
@@ -37,7 +38,7 @@ def place(tmp_path_factory):
 @pytest.fixture(scope="module")
 def seen(place):
     """Run two_ranks_engine.py once for all tests."""
-    status, out, err = launch("torchrun", ROOT / "tests/ranks/two_ranks_engine.py", place)
+    status, out, err = run_ranks("tests.ranks.two_ranks_engine", place)
     assert status == 0, out + err
     return [json.loads((place / f"engine-{rank}.json").read_text()) for rank in (0, 1)]
 

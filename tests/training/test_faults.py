@@ -25,6 +25,7 @@ from lsr_scale.training.checkpoint.manifest import damage
 from tests.conftest import two_processes
 from tests.helpers.launch import LAUNCHERS, PATHS, QUICK_START, ROOT, launch
 from tests.helpers.ports import held_port
+from tests.helpers.ranks import COMMAND, Rank, run_ranks
 from tests.helpers.tiny_runs import do, factors, metrics, same, save_llama, tiny_run
 from tests.training.test_resume import arrange_stop, config_file
 
@@ -186,19 +187,12 @@ def start_ranks():
     started = []
     ports = contextlib.ExitStack()
 
-    def start(file, *options, script=ROOT / "launch" / "train.py"):
-        port = ports.enter_context(held_port())
-        for rank in ("0", "1"):
-            environment = {
-                **os.environ,
-                **QUICK_START,
-                **{"RANK": rank, "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"},
-                **({"CUDA_VISIBLE_DEVICES": rank} if torch.cuda.is_available() else {}),
-                **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1", "PYTHONPATH": PATHS},
-            }
-            command = [sys.executable, str(script), "--config", str(file), *options]
-            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-            started.append(subprocess.Popen(command, env=environment, text=True, **pipes))
+    def start(file, *options, module=COMMAND):
+        meeting = {"WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 2, "OMP_NUM_THREADS": 1}
+        meeting |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": ports.enter_context(held_port())}
+        for rank in range(2):
+            own = {"CUDA_VISIBLE_DEVICES": rank} if torch.cuda.is_available() else {}
+            started.append(Rank([module, "--config", file, *options], {**meeting, **own, "RANK": rank}))
         return started[-2:]
 
     yield start
@@ -259,7 +253,7 @@ def test_ranks_started_one_by_one_meet_and_end_together(place, tmp_path, start_r
 @two_processes
 def test_a_process_that_waits_for_one_that_ended_ends_too(place, tmp_path, start_ranks):
     _, file = endless_run(place, tmp_path, save_steps=20)
-    ranks = start_ranks(file, script=ROOT / "tests/ranks/waiting_rank.py")
+    ranks = start_ranks(file, module="tests.ranks.waiting_rank")
     wait_until((tmp_path / "waits").exists, ranks)  # and would for ever
     ranks[0].terminate()
     wait_until((tmp_path / "told").exists, ranks)  # to end after the step
@@ -420,7 +414,7 @@ def skipped(place, tmp_path_factory):
         text = dump_yaml(run(name, deepspeed={"config": engine}, training=training))
         files.append(where / f"{name}.yaml")
         files[-1].write_text(text)
-    status, out, err = launch("torchrun", ROOT / "tests/ranks/two_ranks_skipping.py", *files)
+    status, out, err = run_ranks("tests.ranks.two_ranks_skipping", *files)
     assert status == 0, out + err
     # one process has both batches in turn; of what the second one adds to the sum of the losses, nothing counts
     compute = SFTTrainer.compute_loss

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.conftest import two_processes
-from tests.helpers.launch import ROOT, launch
+from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny_runs import save_llama, tiny_run, write_rows
 from tests.ranks.two_ranks_completions import LOGGED, RUNS
 from tests.training.test_grpo import prompts
@@ -19,7 +19,7 @@ def seen(tmp_path_factory):
     save_llama(folder / "model")
     tiny_run(folder)
     write_rows(folder / "rows.jsonl", prompts(4))
-    status, out, err = launch("torchrun", ROOT / "tests/ranks/two_ranks_completions.py", folder)
+    status, out, err = run_ranks("tests.ranks.two_ranks_completions", folder)
     assert status == 0, out + err
     return [torch.load(folder / f"completions-{rank}.pt") for rank in (0, 1)]
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from tests.conftest import two_processes
-from tests.helpers.launch import ROOT, launch
+from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny_runs import save_llama, tiny_run, write_rows
 from tests.ranks.run_after_run import EXACT, logged
 from tests.ranks.two_ranks_preferences import PAIRS, RUNS
@@ -34,7 +34,7 @@ def alone(place):
 @pytest.fixture(scope="module")
 def seen(place):
     """Run two_ranks_preferences.py once for all tests."""
-    status, out, err = launch("torchrun", ROOT / "tests/ranks/two_ranks_preferences.py", place)
+    status, out, err = run_ranks("tests.ranks.two_ranks_preferences", place)
     assert status == 0, out + err
     return [json.loads((place / f"preferences-{rank}.json").read_text()) for rank in (0, 1)]
 

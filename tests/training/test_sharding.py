@@ -8,16 +8,14 @@ from safetensors.torch import load_file, save_file
 from lsr_scale.model import load_config, meta_model
 from lsr_scale.planning.sizes import frozen_bytes, quantized_layers
 from tests.conftest import two_processes
-from tests.helpers.launch import ROOT, launch
+from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny_runs import completions, save_llama, tiny_run, write_rows
 from tests.ranks.two_ranks_sharding import (
-    BASES,
     COMBINATIONS,
     DEFAULT,
     GATHERED,
     MEASURED,
     METHODS,
-    MODES,
     first_losses,
 )
 
@@ -40,7 +38,7 @@ def place(tmp_path_factory):
 @pytest.fixture(scope="module")
 def seen(place):
     """Run two_ranks_sharding.py once for all tests."""
-    status, out, err = launch("torchrun", ROOT / "tests/ranks/two_ranks_sharding.py", place)
+    status, out, err = run_ranks("tests.ranks.two_ranks_sharding", place)
     assert status == 0, out + err
     return [json.loads((place / f"sharding-{rank}.json").read_text()) for rank in (0, 1)]
 
@@ -49,9 +47,8 @@ def seen(place):
 def alone(place):
     """Return the losses of one process without DeepSpeed, which sees the same rows in each step."""
     losses = {}
-    modes = [(base, "lsr", mode) for base in BASES[1:] for mode in MODES if mode != DEFAULT]
-    for base, method, mode in [*((b, m, DEFAULT) for b in BASES for m in METHODS), *modes]:
-        accumulated = {"gradient_accumulation_steps": 2}
+    accumulated = {"gradient_accumulation_steps": 2}
+    for base, method, mode in dict.fromkeys(tuple(rest) for _, *rest in COMBINATIONS):
         losses[base, method, mode], _ = first_losses(place, base, method, mode, training=accumulated)
     return losses
 

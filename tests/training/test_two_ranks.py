@@ -15,6 +15,7 @@ from lsr_scale.run.folder import RunFolder
 from lsr_scale.training.checkpoint import select
 from tests.conftest import two_processes
 from tests.helpers.launch import ROOT, launch
+from tests.helpers.ranks import COMMAND, run_ranks
 from tests.helpers.tiny_runs import (
     completions,
     do,
@@ -27,6 +28,8 @@ from tests.helpers.tiny_runs import (
     tiny_run,
     write_rows,
 )
+from tests.ranks.two_ranks import EIGHT_BIT, STOPPED
+from tests.training.test_chat import chats
 from tests.training.test_resume import Killed, arrange_stop
 
 pytestmark = [pytest.mark.slow, two_processes]
@@ -53,6 +56,8 @@ def ran(place):
     write_rows(place / "rows.jsonl", completions(15))
     # one process has three and the other two; batches of zero3 hold a choice each
     write_rows(place / "questions.jsonl", questions(5))
+    save_llama(place / "talking", chat=True)
+    write_rows(place / "talk.jsonl", chats(12))
     for after in ("zero1", "zero3"):  # one process begins these
         with pytest.MonkeyPatch.context() as patch:
             arrange_stop(patch, 3)
@@ -102,7 +107,7 @@ def test_fused_layers_have_the_same_losses_under_an_engine(ran):
     assert sharded == pytest.approx(fused, rel=1e-3)
 
 
-@pytest.mark.parametrize("name", [*(f"{name}-fp8" for name in ("ddp", *STAGES)), "zero2-int8", "zero3-int8"])
+@pytest.mark.parametrize("name", ["ddp-fp8", *(f"{name}-{bits}" for name in EIGHT_BIT for bits in ("fp8", "int8"))])
 def test_every_engine_computes_in_8_bits(ran, name):
     place, *_ = ran
     folder, bf16 = RunFolder(place / name), RunFolder(place / "zero2-fused")
@@ -145,7 +150,7 @@ def test_zero3_scores_before_training_as_the_other_stages_do(ran, name):
         assert mine["log_likelihoods"] == pytest.approx(theirs["log_likelihoods"], abs=0.05)
 
 
-@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("name", STOPPED)
 def test_a_stopped_run_resumes_to_the_same_adapter_bit_for_bit(ran, name):
     place, *_ = ran
     whole, continued = RunFolder(place / name), RunFolder(place / f"{name}-stopped")
@@ -167,7 +172,7 @@ def test_a_run_stopped_in_its_second_epoch_resumes_with_its_rows(ran):
 CHANGES = ["zero3-to-zero2", "zero2-to-zero3", "one-to-zero1", "one-to-zero3"]
 
 
-@pytest.mark.parametrize("name", [*(f"{stage}-halved" for stage in STAGES), *CHANGES])
+@pytest.mark.parametrize("name", [*(f"{stage}-halved" for stage in STOPPED), *CHANGES])
 def test_another_number_of_processes_or_engine_resumes_with_the_same_samples(ran, name):
     place, *_ = ran
     if name.endswith("-halved"):
@@ -231,7 +236,7 @@ def test_a_run_that_was_resumed_elsewhere_resumes_from_its_own_config_file(ran, 
     file = in_folder(there, folder)
     words = ["--config", str(file), "--resume", "auto"]
     if number == 2:
-        status, out, err = launch("torchrun", "-m", "lsr_scale.launch", *words)
+        status, out, err = run_ranks(COMMAND, *words)
     else:
         status, out, err = cli.main(["train", *words]), "", ""
     assert status == 0, out + err
@@ -262,6 +267,18 @@ def test_tokens_of_both_ranks_are_counted_and_all_questions_scored(ran):
         assert [row["id"] for row in rows] == [f"tools-{number}" for number in range(5)]
 
 
+def test_conversations_are_learned_as_by_one_process(ran):
+    place, _, out, _ = ran
+    assert out.count("chat: 16 assistant turns supervised of 36 turns") == 1
+    model = {"name": str(place / "talking"), "quantization": "none"}
+    data = {name: [str(place / "talk.jsonl")] for name in ("train", "validation")}
+    training = {"output_dir": str(place / "talk-one"), "fused": "off"}
+    one = do(tiny_run(place, model=model, data=data, training=training, eval={"tasks": []}))
+    losses = [[row["loss"] for row in metrics(run) if "loss" in row] for run in (RunFolder(place / "talk"), one)]
+    assert len(losses[0]) == 6
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2)
+
+
 def test_one_process_scores_the_saved_adapter_as_the_two_did(ran, capsys):
     place, *_ = ran
     folder = RunFolder(place / "zero2")
@@ -280,8 +297,8 @@ def test_one_process_scores_the_saved_adapter_as_the_two_did(ran, capsys):
 
 def test_only_the_first_process_speaks_and_libraries_are_silent(ran):
     _, seen, out, err = ran
-    assert out.count("run folder: ") == len(seen[0]) + len(STAGES) + 1, "once a run, stopped ones twice"
-    assert out.count("step 4/4") + out.count("step 7/7") == len(seen[0])
+    assert out.count("run folder: ") == len(seen[0]) + len(STOPPED) + 1, "once a run, stopped ones twice"
+    assert sum(out.count(f"step {last}/{last}") for last in (1, 4, 6, 7)) == len(seen[0])
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     assert out.count(f"2 processes on {device}, DeepSpeed, ZeRO stage 3") == 10
     assert out.count(f"2 processes on {device}, no DeepSpeed") == 3

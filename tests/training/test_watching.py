@@ -6,7 +6,7 @@ import pytest
 
 from lsr_scale.run.folder import RunFolder
 from tests.conftest import two_processes
-from tests.helpers.launch import ROOT, launch
+from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny_runs import factors, metrics, results, same, save_llama, tiny_run, write_rows
 
 pytestmark = [pytest.mark.slow, two_processes]
@@ -19,7 +19,7 @@ def ran(tmp_path_factory):
     save_llama(place / "model")
     tiny_run(place)
     write_rows(place / "held.jsonl", [{"prompt": "a", "completion": "@#{}[]|~^"}] * 3)
-    status, out, err = launch("torchrun", ROOT / "tests/ranks/two_ranks_watching.py", place)
+    status, out, err = run_ranks("tests.ranks.two_ranks_watching", place)
     assert status == 0, out + err
     return place, out, err
 

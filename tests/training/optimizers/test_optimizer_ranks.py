@@ -5,7 +5,7 @@ import json
 import pytest
 
 from tests.conftest import two_processes
-from tests.helpers.launch import ROOT, launch
+from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny_runs import save_llama, tiny_run
 from tests.ranks.run_after_run import EXACT
 from tests.ranks.two_ranks_optimizers import RUNS, START, summary
@@ -25,7 +25,7 @@ def place(tmp_path_factory):
 @pytest.fixture(scope="module")
 def seen(place):
     """Run two_ranks_optimizers.py once for all tests."""
-    status, out, err = launch("torchrun", ROOT / "tests/ranks/two_ranks_optimizers.py", place)
+    status, out, err = run_ranks("tests.ranks.two_ranks_optimizers", place)
     assert status == 0, out + err
     return [json.loads((place / f"optimizers-{rank}.json").read_text()) for rank in (0, 1)]
 

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-INSTRUCTION = "Think step by step. End with #### and the number."
+INSTRUCTION = "Reason step by step, then give the final number after ####."
 
 
 def read(folder: Path, part: str) -> list[dict[str, Any]]:

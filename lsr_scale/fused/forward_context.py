@@ -15,7 +15,7 @@ from lsr_scale.adapters.peft import version_counters
 from lsr_scale.errors import UserError
 from lsr_scale.fused.fallback import layer_fallback_reason
 from lsr_scale.fused.layer_state import GradientBuffer, Positions, layer_linears
-from lsr_scale.kernels.attention import Sequences, dense_mask
+from lsr_scale.kernels.attention import Sequences, SharedKeys, dense_mask
 
 
 @dataclass
@@ -26,6 +26,7 @@ class ForwardContext:
         decoder: The model around the layers, such as `LlamaModel`.
         cu_seqlens: Boundaries of packed documents, or None.
         max_seqlen: Length of the longest.
+        shared: Beginnings that they have in common; the boundaries are then those of their other tokens.
         mask_placeholder: Stands for the attention mask `[B, 1, S, S]` of packed documents, which is made only for a
             layer that runs unfused.
         causal_only: Every sequence is one document and the caller gave no mask: causality and a layer's own window
@@ -35,6 +36,7 @@ class ForwardContext:
     decoder: Any
     cu_seqlens: Tensor | None = None
     max_seqlen: int = 0
+    shared: SharedKeys | None = None
     mask_placeholder: Tensor | None = None
     causal_only: bool = False
 
@@ -183,15 +185,17 @@ def layer_positions(layer: Any, hidden: Tensor, context: ForwardContext, argumen
     if cos.shape[0] not in (1, batch):
         raise ValueError(f"position embeddings are {tuple(cos.shape)}; expected 1 or {batch} in the first dimension")
     window, scale = _window_of(layer), layer.self_attn.scaling
+    shared = context.shared
     longest = context.max_seqlen or length
     documents = 0 if context.cu_seqlens is None else len(context.cu_seqlens) - 1
-    if documents * longest == batch * length:
+    if documents * longest == batch * length and shared is None:
         # documents of one length are a batch's sequences, on which attention is faster
         batch, documents = documents, 0
-    if window is not None and window >= longest:
+    if window is not None and window >= (longest if shared is None else shared.max_seqlen):
         window = None
     if documents:
-        sequences = Sequences(scale, cu_seqlens=context.cu_seqlens, max_seqlen=longest, window=window)
+        bounds = {"cu_seqlens": context.cu_seqlens, "max_seqlen": longest, "shared": shared}
+        sequences = Sequences(scale, window=window, **bounds)
     elif context.cu_seqlens is None and not context.causal_only and arguments.get("attention_mask") is not None:
         sequences = Sequences(scale, mask=arguments["attention_mask"])  # transformers' includes causality and window
     else:
@@ -203,7 +207,8 @@ def layer_positions(layer: Any, hidden: Tensor, context: ForwardContext, argumen
 
 def packed_mask(layer: Any, hidden: Tensor, context: ForwardContext) -> Tensor:
     """Return the bool mask `[B, 1, S, S]` of packed documents, as transformers would have made it for a layer."""
-    sequences = Sequences(layer.self_attn.scaling, cu_seqlens=context.cu_seqlens, window=_window_of(layer))
+    scale, window = layer.self_attn.scaling, _window_of(layer)
+    sequences = Sequences(scale, cu_seqlens=context.cu_seqlens, window=window, shared=context.shared)
     return dense_mask(hidden.shape[0], hidden.shape[1], sequences, hidden.device)
 
 

@@ -31,6 +31,30 @@ aten: Any = torch.ops.aten
 
 
 @dataclass(frozen=True)
+class SharedKeys:
+    """Beginnings that documents have in common, whose tokens are there once: a document's queries are its last tokens.
+
+    Attributes:
+        places: int64 `[E]`, the tokens whose keys and values each document has, one document after another.
+        cu_seqlens: int32 `[documents + 1]`, starts and end of the documents among those.
+        max_seqlen: Length of the longest (an upper bound will do).
+    """
+
+    places: Tensor
+    cu_seqlens: Tensor
+    max_seqlen: int
+
+    def taken(self, x: Tensor) -> Tensor:
+        """Return the keys or values `[E, H_kv, D]` of all documents, of `x [B, S, H_kv, D]`."""
+        return x.flatten(0, 1).index_select(0, self.places)
+
+    def added(self, grad: Tensor, x: Tensor) -> Tensor:
+        """Return the gradient of `x` of that of what was taken: sums in float32."""
+        total = grad.new_zeros(x.shape[:2].numel(), *x.shape[2:], dtype=torch.float32)
+        return total.index_add_(0, self.places, grad.float()).to(x.dtype).view(x.shape)
+
+
+@dataclass(frozen=True)
 class Sequences:
     """Which tokens attend to which: causal within a sequence, restricted further by whatever is set.
 
@@ -41,6 +65,7 @@ class Sequences:
             over all of these; none crosses from one row to the next.
         max_seqlen: Length of the longest document (an upper bound will do).
         window: A token attends to itself and the `window - 1` before it.
+        shared: Beginnings that packed documents have in common; `cu_seqlens` are then those of their queries.
     """
 
     scale: float
@@ -48,6 +73,7 @@ class Sequences:
     cu_seqlens: Tensor | None = None
     max_seqlen: int = 0
     window: int | None = None
+    shared: SharedKeys | None = None
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -115,12 +141,10 @@ def _forward(backend: str, q: Tensor, k: Tensor, v: Tensor, sequences: Sequences
         )
         return out.transpose(1, 2), (lse, seed, offset)
     packed = sequences.cu_seqlens is not None
-    rows = [x.flatten(0, 1) for x in (q, k, v)] if packed else [q, k, v]
-    longest = sequences.max_seqlen if packed else q.shape[1]
+    rows = [q.flatten(0, 1), *_keys(sequences, k, v)] if packed else [q, k, v]
     out, lse, seed, offset, _ = aten._flash_attention_forward(
-        *rows, sequences.cu_seqlens, sequences.cu_seqlens, longest, longest, 0.0, True, False, scale=scale,
-        **_flash_window(sequences),
-    )  # fmt: skip
+        *rows, *_bounds(sequences, q), 0.0, True, False, scale=scale, **_flash_window(sequences)
+    )
     return out.view(q.shape), (lse, seed, offset)
 
 
@@ -145,13 +169,33 @@ def _backward(
         )
         return d_q.transpose(1, 2), d_k.transpose(1, 2), d_v.transpose(1, 2)
     packed = sequences.cu_seqlens is not None
-    rows = [x.flatten(0, 1) for x in (grad, q, k, v, out)] if packed else [grad, q, k, v, out]
-    longest = sequences.max_seqlen if packed else q.shape[1]
+    rows = [grad, q, k, v, out]
+    if packed:
+        rows = [grad.flatten(0, 1), q.flatten(0, 1), *_keys(sequences, k, v), out.flatten(0, 1)]
     d_q, d_k, d_v = aten._flash_attention_backward(
-        *rows, lse, sequences.cu_seqlens, sequences.cu_seqlens, longest, longest, 0.0, True, seed, offset, scale=scale,
-        **_flash_window(sequences),
-    )  # fmt: skip
+        *rows, lse, *_bounds(sequences, q), 0.0, True, seed, offset, scale=scale, **_flash_window(sequences)
+    )
+    if sequences.shared is not None:
+        return d_q.view(q.shape), sequences.shared.added(d_k, k), sequences.shared.added(d_v, v)
     return d_q.view(q.shape), d_k.view(k.shape), d_v.view(v.shape)
+
+
+def _keys(sequences: Sequences, k: Tensor, v: Tensor) -> list[Tensor]:
+    """Return keys and values of packed documents as FLASH reads them."""
+    shared = sequences.shared
+    return [x.flatten(0, 1) if shared is None else shared.taken(x) for x in (k, v)]
+
+
+def _bounds(sequences: Sequences, q: Tensor) -> list[Any]:
+    """Return where documents are among queries and among keys, and how long the longest are, in FLASH's order.
+
+    Its last query is at its last key: causality is aligned there.
+    """
+    cu_seqlens, shared = sequences.cu_seqlens, sequences.shared
+    longest = q.shape[1] if cu_seqlens is None else sequences.max_seqlen
+    if shared is None:
+        return [cu_seqlens, cu_seqlens, longest, longest]
+    return [cu_seqlens, shared.cu_seqlens, longest, shared.max_seqlen]
 
 
 @functools.cache
@@ -196,6 +240,8 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences) -
 
 def dense_mask(batch: int, length: int, sequences: Sequences, device: torch.device) -> Tensor:
     """Return the bool mask `[B, 1, S, S]` of packed or windowed causal sequences, `[1, 1, S, S]` if rows have one."""
+    if sequences.shared is not None:
+        return _shared_mask(batch * length, sequences, sequences.shared).view(batch, 1, length, length)
     position = torch.arange(length, device=device)
     distance = position[:, None] - position[None, :]
     allowed = distance >= 0
@@ -206,6 +252,23 @@ def dense_mask(batch: int, length: int, sequences: Sequences, device: torch.devi
         document = torch.searchsorted(sequences.cu_seqlens, places, right=True).view(batch, 1, length)
         allowed = allowed & (document.transpose(1, 2) == document)
     return allowed.view(-1, 1, length, length)
+
+
+def _shared_mask(tokens: int, sequences: Sequences, shared: SharedKeys) -> Tensor:
+    """Return the bool mask `[T, T]` of the tokens of one row, whose documents have beginnings in common."""
+    bounds = sequences.cu_seqlens
+    assert bounds is not None
+    device = shared.places.device
+    queries, keys = torch.arange(tokens, device=device), torch.arange(len(shared.places), device=device)
+    of_query, of_key = (
+        torch.searchsorted(cu, places, right=True) - 1 for cu, places in ((bounds, queries), (shared.cu_seqlens, keys))
+    )
+    # counted from the end of a document, where queries and keys are one token
+    behind = (bounds[1:][of_query] - queries)[:, None] - (shared.cu_seqlens[1:][of_key] - keys)
+    allowed = (of_query[:, None] == of_key) & (behind <= 0)
+    if sequences.window is not None:
+        allowed &= behind > -sequences.window
+    return torch.zeros(tokens, tokens, device=device).index_add_(1, shared.places, allowed.float()) > 0
 
 
 def _flash_window(sequences: Sequences) -> dict[str, Any]:

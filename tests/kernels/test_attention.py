@@ -1,5 +1,6 @@
 """Attention: which kernel computes it, and that one whose results are wrong is not used."""
 
+import itertools
 import logging
 import types
 
@@ -8,7 +9,7 @@ import torch
 from torch.nn import functional
 
 from lsr_scale.kernels import attention as module
-from lsr_scale.kernels.attention import Sequences, attention, attention_backward, attention_reference
+from lsr_scale.kernels.attention import Sequences, SharedKeys, attention, attention_backward, attention_reference
 
 CPU = torch.device("cpu")
 
@@ -114,8 +115,29 @@ def exact(q, k, v, allowed, grad):
     return [out, *torch.autograd.grad(out, inputs, grad.double())]
 
 
+def beginnings_in_common(length, scale, window, device):
+    """Return sequences of four documents that begin like the one before, and which token attends to which."""
+    first, second, third = length // 2, length // 4, length // 8
+    rows = [list(range(first))]
+    for begins, own in ((first // 2, second), (first // 2 + 3, third), (1, length - first - second - third)):
+        taken = sum(map(len, rows[:1])) if len(rows) == 1 else max(map(max, rows)) + 1
+        rows.append(rows[-1][:begins] + list(range(taken, taken + own)))
+    allowed = torch.zeros(length, length, dtype=torch.bool, device=device)
+    for row in rows:
+        for at, token in enumerate(row):
+            seen = row[: at + 1] if window is None else row[max(0, at + 1 - window) : at + 1]
+            allowed[token] = False
+            allowed[token, seen] = True
+    bounds = lambda sizes: torch.tensor([0, *sizes], device=device).cumsum(0).int()  # noqa: E731
+    own = [first, second, third, length - first - second - third]
+    keys = SharedKeys(
+        torch.tensor([*itertools.chain(*rows)], device=device), bounds(map(len, rows)), max(map(len, rows))
+    )
+    return Sequences(scale, None, bounds(own), max(own), window, keys), allowed[None, None]
+
+
 @cuda
-@pytest.mark.parametrize("kind", ["left", "right", "both", "window", "packed", "plain"])
+@pytest.mark.parametrize("kind", ["left", "right", "both", "window", "packed", "shared", "shared window", "plain"])
 @pytest.mark.parametrize("length", [64, 192, 320, 63, 101])
 @pytest.mark.parametrize("logits", [1.0, 100.0])
 @pytest.mark.parametrize("head_dim", [64, 128])
@@ -123,7 +145,7 @@ def test_gradients_against_float64_whatever_the_mask(head_dim, logits, length, k
     if device == "cpu" and (length not in (63, 64) or head_dim != 64):
         pytest.skip("a CPU has one kernel for all of them")
     generator = torch.Generator().manual_seed(length)
-    batch, heads, kv_heads = (1 if kind == "packed" else 4), 14, 2
+    batch, heads, kv_heads = (1 if kind.split()[0] in ("packed", "shared") else 4), 14, 2
     q, k, v, grad = (
         torch.randn(batch, length, n, head_dim, generator=generator, dtype=torch.float64)
         .mul(size)
@@ -148,6 +170,9 @@ def test_gradients_against_float64_whatever_the_mask(head_dim, logits, length, k
         document = torch.searchsorted(ends, position, right=True)
         allowed = causal & (document[:, None] == document)
         sequences = Sequences(head_dim**-0.5, cu_seqlens=ends, max_seqlen=length)
+    elif kind.startswith("shared"):
+        window = 17 if kind.endswith("window") else None
+        sequences, allowed = beginnings_in_common(length, head_dim**-0.5, window, device)
     else:
         allowed = causal
     grad = grad * real[:, :, None, None]

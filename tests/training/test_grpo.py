@@ -187,7 +187,7 @@ def test_rewards_rise_where_there_is_something_to_learn(tmp_path):
     (tmp_path / "mine.py").write_text(
         "def score(completion_ids, **_):\n    return [sum(i < 150 for i in ids) / len(ids) for ids in completion_ids]\n"
     )
-    options = {"reward": ["mine.py:score"], "max_steps": 12, "per_device_train_batch_size": 32, "num_generations": 8}
+    options = {"reward": ["mine.py:score"], "max_steps": 16, "per_device_train_batch_size": 32, "num_generations": 8}
     options |= {
         "learning_rate": 0.1,
         "lr_scheduler_type": "constant",
@@ -198,7 +198,9 @@ def test_rewards_rise_where_there_is_something_to_learn(tmp_path):
     save_llama(
         tmp_path / "model", initializer_range=0.2
     )  # or its logits, and what an adapter changes of them, are tiny
-    run = grpo_run(tmp_path, model={"name": str(tmp_path / "model"), "quantization": "none"}, training={})
+    # in float32: bfloat16 rounds otherwise on other processors, and so draws other completions
+    model = {"name": str(tmp_path / "model"), "quantization": "none", "dtype": "float32"}
+    run = grpo_run(tmp_path, model=model, training={})
     from lsr_scale.config import dump_yaml
 
     file.write_text(dump_yaml(run))

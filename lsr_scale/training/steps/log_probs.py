@@ -73,7 +73,9 @@ def use_fused_head(base: Any, temperature: float = 1.0, only_entropy: bool = Fal
             return trls(*args, **kwargs, **({"fused_lm_head": fused_lm_head} if trl_has_head else {}))
         kwargs.pop("num_items_in_batch", None)
         logged = torch.is_grad_enabled() or not module.training
-        rows = known.of(kwargs.get("attention_mask"), labels, reads_documents(module.model))
+        ids = kwargs.get("input_ids")
+        unpads = ids is not None and reads_documents(module.model)
+        rows = known.of(labels if ids is None else ids, kwargs.get("attention_mask"), labels, unpads)
         log_probs, described = completion_log_probs(
             module, rows, described=logged, only_entropy=only_entropy, temperature=temperature, **kwargs
         )

@@ -64,7 +64,7 @@ class Suite:
     prompts: int = 32  # a step
     completions: int = 8  # a prompt
     new_tokens: int = 256
-    micro_batch: int = 32  # completions of a forward pass
+    micro_batch: int = 128  # completions of a forward pass
     tuning_steps: int = 20
     steps: int = 60
     test_batch: int = 660  # questions answered at a time

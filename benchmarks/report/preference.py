@@ -7,6 +7,7 @@ from benchmarks.report.measurements import MODES, Run, where
 
 LABELS = {
     "lsr": "**LSR-Adapt** r=16 s=16, a run's trainer",
+    "lsr_fp8": "LSR-Adapt r=16 s=16, a run's trainer with `compute: fp8`",
     "lora": "LoRA r=16, a run's trainer",
     "trl_lora_liger": "LoRA r=16, TRL + PEFT + Liger",
     "trl_lora": "LoRA r=16, TRL + PEFT",

@@ -28,10 +28,10 @@ from benchmarks.models import MODELS, model_values
 from benchmarks.speed.trainer_overhead import LETTERS, write_model
 from benchmarks.speed.workers import Worker, last_line, say, start_all
 
-TRAINERS = {"lsr": "OursLsr", "lora": "Ours", "trl_lora_liger": "TrlLiger", "trl_lora": "Trl"}
-OURS = ("lsr", "lora")
+TRAINERS = {"lsr": "OursLsr", "lsr_fp8": "OursLsrFp8", "lora": "Ours", "trl_lora_liger": "TrlLiger", "trl_lora": "Trl"}
+OURS = ("lsr", "lsr_fp8", "lora")
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "dpo": {"trainers": ["lsr", "lora", "trl_lora_liger"], "modes": ["none", "full"], "steps": 10, "warm_up": 3},
+    "dpo": {"trainers": ["lsr", "lsr_fp8", "lora", "trl_lora_liger"], "modes": ["none", "full"], "steps": 10, "warm_up": 3},
     "grpo": {"trainers": ["lsr", "lora", "trl_lora"], "modes": ["none"], "steps": 2, "warm_up": 1},
 }
 Turns = dict[tuple[str, str], list[dict[str, Any]]]  # by trainer and mode
@@ -171,7 +171,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--prompts", type=int, default=32, help="grpo: a step")
     add("--completions", type=int, default=8, help="grpo: a prompt")
     add("--new-tokens", type=int, default=256, help="grpo: of a completion, at most")
-    add("--micro-batch", type=int, default=32, help="grpo: completions of a forward pass")
+    add("--micro-batch", type=int, default=128, help="grpo: completions of a forward pass")
     add("--steps", type=int, help="of a turn, that count")
     add("--warm-up", type=int, help="steps of a turn before those that count")
     add("--rounds", type=int, default=2)

@@ -42,6 +42,7 @@ class Trained:
     """One trainer in a process of its own; see `workers.work`."""
 
     method, options = "lora", LORA
+    compute = "bf16"
 
     def __init__(self, config: dict[str, Any]) -> None:
         """Take a measurement's configuration, with `mode`: "none" keeps all activations, "full" recomputes them."""
@@ -138,7 +139,7 @@ class Ours(Trained):
                 "data": {"train": [config["rows"]]},
                 "training": {
                     **_shared(config),
-                    **{"memory": memory, "fused": "on" if on_gpu else "auto"},
+                    **{"memory": memory, "fused": "on" if on_gpu else "auto", "compute": self.compute},
                     **{"output_dir": f"{config['scratch']}/{type(self).__name__}-{config['mode']}"},
                     **({"reward": ["exact_answer"]} if config["case"] == "grpo" else {}),
                 },
@@ -161,6 +162,12 @@ class OursLsr(Ours):
     """An ordinary run's trainer with LSR-Adapt."""
 
     method, options = "lsr", LSR
+
+
+class OursLsrFp8(OursLsr):
+    """LSR-Adapt with the base's products in FP8."""
+
+    compute = "fp8"
 
 
 class Trl(Trained):

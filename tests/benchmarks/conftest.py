@@ -2,8 +2,26 @@
 
 import gzip
 import json
+import multiprocessing
 
 import pytest
+
+from tests.helpers.programs import LIBRARIES
+
+
+@pytest.fixture(autouse=True)
+def _processes_that_need_not_import(monkeypatch):
+    """Have the benchmarks' processes forked off one that has imported the libraries: a spawned one takes seconds to."""
+    of_method = multiprocessing.get_context
+
+    def get_context(method=None):
+        if method != "spawn":
+            return of_method(method)
+        context = of_method("forkserver")
+        context.set_forkserver_preload(LIBRARIES)
+        return context
+
+    monkeypatch.setattr(multiprocessing, "get_context", get_context)
 
 
 def rows_of(task, split, count=160):

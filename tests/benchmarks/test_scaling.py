@@ -7,12 +7,14 @@ import pytest
 
 from benchmarks.report import plots, results_page
 from benchmarks.speed import scaling
+from tests.helpers.ranks import popen
 
 SIZES = ["--model=tiny", "--device=cpu", "--tokens=128", "--seq-len=64", "--steps=8", "--logging-steps=2"]
 
 
 @pytest.mark.slow
-def test_two_processes_are_compared_with_one(tmp_path):
+def test_two_processes_are_compared_with_one(tmp_path, monkeypatch):
+    monkeypatch.setattr("subprocess.Popen", popen)
     out = tmp_path / "scaling" / "a.json"
     assert scaling.main([*SIZES, "--gpus=2", "--stages=1", f"--out={out}"]) == 0
     run = json.loads(out.read_text())

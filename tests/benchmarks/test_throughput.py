@@ -461,12 +461,12 @@ def test_a_smaller_gpu_reports_its_memory_and_no_more_can_be_allocated():
 def test_trainers_run_end_to_end_on_a_cpu(tmp_path):
     out = tmp_path / "a.json"
     names = ("lsr", "lsr_held", "peft_lora")
-    options = {"checkpointing": "full,auto", "layers": "1", "rounds": "1", "tokens": "64,128"}
+    options = {"checkpointing": "full,auto", "layers": "1", "rounds": "1", "tokens": "64"}
     throughput.main(arguments(out, *names, **options, flags=""))
     result = json.loads(out.read_text())
     assert {row["method"] for row in result["parity"]} == {"lsr"}
     cases = [(row["provider"], row["checkpointing"], row["tokens"]) for row in result["rows"]]
-    assert len(cases) == len(set(cases)) == 2 * (2 + 1 + 1)
+    assert len(cases) == len(set(cases)) == 2 + 1 + 1
     for row in result["rows"]:
         assert row["status"] == "ok", row
         assert row["trainable_parameters"] > 0

@@ -5,10 +5,12 @@ import json
 import pytest
 
 from benchmarks.speed import trainer_overhead
+from tests.helpers.ranks import popen
 
 
 @pytest.mark.slow
-def test_the_command_and_the_bare_loop_are_measured_in_turns(tmp_path):
+def test_the_command_and_the_bare_loop_are_measured_in_turns(tmp_path, monkeypatch):
+    monkeypatch.setattr("subprocess.Popen", popen)
     out = tmp_path / "a.json"
     sizes = ["--model=tiny", "--device=cpu", "--tokens=128", "--seq-len=64", "--steps=8", "--logging-steps=2"]
     assert trainer_overhead.main([*sizes, "--memory", "save", "--rounds=1", f"--out={out}"]) == 0

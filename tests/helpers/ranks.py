@@ -1,4 +1,4 @@
-"""Two processes that train together, forked off one that has imported the libraries, which takes each of them seconds.
+"""Processes that train, forked off one that has imported the libraries, which takes a fresh one seconds.
 
 What a launcher itself does is tested with `launch`. This module imports nothing but the standard library.
 """
@@ -7,36 +7,63 @@ import importlib
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from multiprocessing.connection import wait
 from pathlib import Path
+from typing import Any, Self
 
 from tests.helpers.ports import held_port
 from tests.helpers.programs import LIBRARIES
 
 COMMAND = "lsr_scale.launch"
+_POPEN = subprocess.Popen
 
 
 class Rank:
-    """A process that does a module's `main`, with some of `subprocess.Popen`'s attributes.
+    """A process that does what `python -m MODULE ...` does, with the most of `subprocess.Popen`'s attributes.
 
     Args:
         words: The module's name and its command line.
         variables: Of its environment, beside those that are here.
+        stdout: The file that takes what it writes; by default one that `communicate` reads.
+        stderr: Likewise.
+        start_new_session: It leads a session and a process group of its own.
     """
 
-    def __init__(self, words: Sequence[object], variables: dict[str, object]) -> None:
+    def __init__(
+        self,
+        words: Sequence[object],
+        variables: Mapping[str, object],
+        stdout: Path | None = None,
+        stderr: Path | None = None,
+        start_new_session: bool = False,
+    ) -> None:
         self._folder = tempfile.TemporaryDirectory()
-        self._files = [Path(self._folder.name) / name for name in ("out", "err")]
+        self._files = [given or Path(self._folder.name) / name for name, given in (("out", stdout), ("err", stderr))]
         for file in self._files:
             file.touch()
+        self.args = [*map(str, words)]
         environment = {**os.environ, **{name: str(value) for name, value in variables.items()}}
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(LIBRARIES)
-        self.process = context.Process(target=_do, args=([*map(str, words)], environment, *map(str, self._files)))
+        files = [str(file) for file in self._files]
+        self.process = context.Process(target=_do, args=(self.args, environment, *files, start_new_session))
         self.process.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.join()
+
+    @property
+    def pid(self) -> int:
+        """Its number."""
+        assert self.process.pid is not None
+        return self.process.pid
 
     @property
     def returncode(self) -> int | None:
@@ -47,10 +74,23 @@ class Rank:
         """Return the exit status, None while it runs."""
         return self.returncode
 
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait for its end; return the exit status."""
+        self.process.join(timeout)
+        if self.returncode is None:
+            raise subprocess.TimeoutExpired(self.args, timeout or 0.0)
+        return self.returncode
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        """Wait for its end; return what it wrote to stdout and to stderr."""
+        self.wait(timeout)
+        out, err = (file.read_text() for file in self._files)
+        return out, err
+
     def send_signal(self, number: int) -> None:
         """Send it a signal, unless it has ended."""
-        if self.returncode is None and self.process.pid is not None:
-            os.kill(self.process.pid, number)
+        if self.returncode is None:
+            os.kill(self.pid, number)
 
     def terminate(self) -> None:
         """Ask it to end."""
@@ -60,11 +100,21 @@ class Rank:
         """End it."""
         self.send_signal(signal.SIGKILL)
 
-    def communicate(self) -> tuple[str, str]:
-        """Wait for its end; return what it wrote to stdout and to stderr."""
-        self.process.join()
-        out, err = (file.read_text() for file in self._files)
-        return out, err
+
+def popen(words: Sequence[str], stdout: Any = None, stderr: Any = None, env: Any = None, **options: Any) -> Any:
+    """Stand in for `subprocess.Popen`: what runs this package by itself is a `Rank`, and the rest is what it is.
+
+    Of the environment what is set is taken, not what is left out.
+    """
+    command = [COMMAND, *words[2:]] if words[1].endswith("launch/train.py") else words[2:]
+    if words[0] != sys.executable or command[0] not in (COMMAND, "lsr_scale"):
+        return _POPEN(words, stdout=stdout, stderr=stderr, env=env, **options)
+    options.pop("text", None)
+    files = [Path(os.devnull) if file == subprocess.DEVNULL else file for file in (stdout, stderr)]
+    if stderr == subprocess.STDOUT:
+        files[1] = files[0]
+    out, err = (None if file in (None, subprocess.PIPE) else Path(getattr(file, "name", file)) for file in files)
+    return Rank(command, env or {}, stdout=out, stderr=err, **options)
 
 
 def run_ranks(module: str, *arguments: object) -> tuple[int, str, str]:
@@ -93,14 +143,16 @@ def run_ranks(module: str, *arguments: object) -> tuple[int, str, str]:
     return status, out, err
 
 
-def _do(words: list[str], environment: dict[str, str], out: str, err: str) -> None:
+def _do(words: list[str], environment: dict[str, str], out: str, err: str, leads: bool) -> None:
+    if leads:
+        os.setsid()
     os.environ.clear()
     os.environ.update(environment)
     for stream, file in ((1, out), (2, err)):
         os.dup2(os.open(file, os.O_WRONLY | os.O_APPEND), stream)
     sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
-    sys.argv = words
-    status = importlib.import_module(words[0]).main()
+    sys.argv = ["lsr-scale" if words[0] in (COMMAND, "lsr_scale") else words[0], *words[1:]]
+    status = importlib.import_module("lsr_scale.cli" if words[0] == "lsr_scale" else words[0]).main()
     import torch
 
     if torch.distributed.is_initialized():

@@ -83,8 +83,9 @@ def check(scratch, out, weight, extension):
         ("nf4", False, 64, (1, 8)),
     ],
 )
-@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
-@pytest.mark.parametrize("variant", [{}, {"vectors": 256}])
+@pytest.mark.parametrize(
+    ("dtype", "variant"), [*((dtype, {}) for dtype in KERNEL_DTYPES), (DTYPES[0], {"vectors": 256})]
+)
 def test_4bit_is_bit_equal_to_bitsandbytes(kind, nested, block_size, shape, dtype, variant, device):
     packed, state, weight = quantized(*shape, block_size, kind, nested, dtype, device)
     scratch, out, extension = pair(*shape, 24, 5, 2, 8, dtype, device)
@@ -209,8 +210,10 @@ def test_byte_views_and_shapes_that_do_not_fit():
         ops.copy_weight(torch.zeros(16, 72), out)
 
 
-@pytest.mark.parametrize("kind", ["4bit", "int8", "copy", "none"])
-@pytest.mark.parametrize(("vectors", "num_warps"), [(512, 4), (1024, 8)])
+@pytest.mark.parametrize(
+    ("vectors", "num_warps", "kind"),
+    [*((512, 4, kind) for kind in ("4bit", "int8", "copy", "none")), (1024, 8, "4bit")],
+)
 def test_compiles_for_ampere_and_hopper(kind, vectors, num_warps):
     names = [
         "weight_row_stride",

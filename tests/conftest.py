@@ -175,6 +175,39 @@ def _pictures_that_nobody_looks_at(request) -> Iterator[Callable[..., None]]:
         yield render
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _pages_that_nobody_looks_at(request) -> Iterator[None]:
+    """Leave out the pictures and the page at a run's end, a quarter of a tiny run's time, with LEAVES_OUT_PAGES."""
+    if not getattr(request.module, "LEAVES_OUT_PAGES", False):
+        yield
+        return
+    from lsr_scale.run import train
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "show_at_end", lambda folder: "report   left out")
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _cards_compiled_once() -> Iterator[None]:
+    """Compile the template of an adapter's card once, and not in every save."""
+    from jinja2.environment import Environment
+
+    compile_anew, made = Environment.compile, {}
+
+    def compile_once(self, *arguments, **options):
+        if not self.shared:  # with filters and the like of its own
+            return compile_anew(self, *arguments, **options)
+        key = self, arguments, tuple(options.items())
+        if key not in made:
+            made[key] = compile_anew(self, *arguments, **options)
+        return made[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Environment, "compile", compile_once)
+        yield
+
+
 @pytest.fixture
 def rendered(monkeypatch, _pictures_that_nobody_looks_at) -> None:
     """Have the pictures of a test rendered."""

@@ -1,8 +1,6 @@
 """Data that a model has no embeddings or positions for is refused before loading; what is left undone is said."""
 
 import shlex
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -32,6 +30,7 @@ from lsr_scale.run.train import train
 from lsr_scale.scoring import scorer
 from lsr_scale.training import assembly
 from tests.conftest import tiny_llama
+from tests.helpers.programs import run_program
 from tests.helpers.tiny_runs import (
     byte_tokenizer,
     completions,
@@ -42,6 +41,8 @@ from tests.helpers.tiny_runs import (
     tiny_run,
     write_rows,
 )
+
+LEAVES_OUT_PAGES = True
 
 NONE = {"quantization": "none", "dtype": "float32"}
 
@@ -71,7 +72,8 @@ def test_token_ids_beyond_the_embedding_are_refused_and_the_advice_works(tmp_pat
     with pytest.raises(UserError, match=r"data\.train: row \d+ has the token id 29\d.*has 290 rows") as error:
         do(run)
     command = shlex.split(str(error.value).splitlines()[-1])
-    subprocess.run([sys.executable, *command[1:]], check=True, capture_output=True)
+    assert command[:2] == ["python", "-c"]
+    assert run_program(command[2], tmp_path, *command[3:]).returncode == 0
     monkeypatch.undo()
     assert do(run).results.exists()
 

@@ -17,6 +17,8 @@ from lsr_scale.exporting.inspect import inspect_adapter
 from tests.conftest import SEVEN_LINEARS, randomize, tiny_llama
 from tests.helpers.tiny_runs import do, save_llama, tiny_run
 
+LEAVES_OUT_PAGES = True
+
 EXPRESSION = r".*layers\.[0-9]+\..*attn.*\.(q|v)_proj"
 
 

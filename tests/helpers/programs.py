@@ -21,28 +21,31 @@ class Ended(NamedTuple):
     stderr: str
 
 
-def start_program(code: str, cwd: Path, out: Path, err: Path) -> multiprocessing.process.BaseProcess:
+def start_program(
+    code: str, cwd: Path, out: Path, err: Path, *arguments: object
+) -> multiprocessing.process.BaseProcess:
     """Start a program that finds `LIBRARIES` imported, and not the package; it writes to two files."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(LIBRARIES)
-    process = context.Process(target=_run, args=(code, str(cwd), str(out), str(err)))
+    process = context.Process(target=_run, args=(code, str(cwd), str(out), str(err), *map(str, arguments)))
     out.touch()
     process.start()
     return process
 
 
-def run_program(code: str, cwd: Path) -> Ended:
+def run_program(code: str, cwd: Path, *arguments: object) -> Ended:
     """Run a program as `start_program` does, and wait for its end."""
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder) / name for name in ("out", "err")]
-        process = start_program(code, cwd, *files)
+        process = start_program(code, cwd, *files, *arguments)
         process.join()
         return Ended(process.exitcode, *(file.read_text() for file in files))
 
 
-def _run(code: str, cwd: str, out: str, err: str) -> None:
+def _run(code: str, cwd: str, out: str, err: str, *arguments: str) -> None:
     assert not [name for name in sys.modules if name.partition(".")[0] == "lsr_scale"]
     os.chdir(cwd)
+    sys.argv = ["-c", *arguments]
     for stream, file in ((1, out), (2, err)):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), stream)
     sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)

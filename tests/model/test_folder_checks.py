@@ -4,8 +4,6 @@ import json
 import os
 import shlex
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -17,6 +15,7 @@ from lsr_scale.errors import UserError
 from lsr_scale.model import load_base, load_config, load_tokenizer, meta_model
 from lsr_scale.model.folder_checks import read_json
 from tests.conftest import tiny_llama
+from tests.helpers.programs import run_program
 
 CPU = torch.device("cpu")
 
@@ -68,8 +67,8 @@ def test_pickled_weights_are_refused_and_the_command_converts_them(copied, saved
     with pytest.raises(UserError, match=r"its weights are a pickle \(pytorch_model\.bin\)") as error:
         load(copied)
     command = shlex.split(str(error.value).splitlines()[-1])
-    assert command[0] == "python"
-    subprocess.run([sys.executable, *command[1:]], check=True, capture_output=True)
+    assert command[:2] == ["python", "-c"]
+    assert run_program(command[2], copied, *command[3:]).returncode == 0
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in load(copied).state_dict().items())
 
 

@@ -43,7 +43,7 @@ def test_what_is_no_budget_is_refused(text):
         parse_count(text, "--budget")
 
 
-@pytest.mark.parametrize("budget", [22_000, 100_000, 349_440, 1_000_000, 1_400_000, 5_000_000, 20_000_000])
+@pytest.mark.parametrize("budget", [22_000, 349_440, 1_400_000, 20_000_000])
 def test_proposals_keep_to_the_budget_and_count_what_is_injected(budget):
     result = propose(SMOLLM2, budget)
     assert result.adapted_modules == 210
@@ -56,7 +56,9 @@ def test_proposals_keep_to_the_budget_and_count_what_is_injected(budget):
 
 
 def test_more_parameters_never_propose_a_smaller_adapter():
-    grown = [{p.method: p.parameters for p in propose(SMOLLM2, 2**power * 10_000).proposals} for power in range(2, 11)]
+    grown = [
+        {p.method: p.parameters for p in propose(SMOLLM2, 2**power * 10_000).proposals} for power in range(2, 11, 2)
+    ]
     for method in ("lsr", "kron_lora", "lora", "lora_xs"):
         counts = [found.get(method, 0) for found in grown]
         assert counts == sorted(counts)

@@ -17,7 +17,7 @@ from lsr_scale.run.classifier import _load as load_classifier
 from lsr_scale.run.confusion import draw_confusion
 from lsr_scale.run.folder import RunFolder
 from lsr_scale.scoring import classification
-from tests.helpers.launch import launch
+from tests.helpers.ranks import COMMAND, run_ranks
 from tests.helpers.tiny_runs import TOOLS, do, results, save_classifier, save_llama, tiny_run, write_rows
 
 NAMES = ["garden", "kitchen", "workshop"]
@@ -160,7 +160,7 @@ def test_two_processes_score_every_row_once(tmp_path):
     config = {"config": "zero3"}
     run = run_in(tmp_path, deepspeed=config, training={"max_steps": 2, "per_device_eval_batch_size": 2})
     (tmp_path / "run.yaml").write_text(dump_yaml(run))
-    status, out, err = launch("torchrun", "-m", "lsr_scale.launch", "--config", str(tmp_path / "run.yaml"))
+    status, out, err = run_ranks(COMMAND, "--config", tmp_path / "run.yaml")
     assert status == 0, out + err
     folder = RunFolder(tmp_path / "run")
     found = results(folder)

@@ -19,6 +19,8 @@ from lsr_scale.training.assembly import build_trainer
 from tests.conftest import SEVEN_LINEARS
 from tests.helpers.tiny_runs import do, factors, metrics, same, save_llama, tiny_run
 
+LEAVES_OUT_PAGES = True
+
 OPTIONS = {
     "lora": {"rank": 4},
     "lsr": {"rank": 4, "separation_rank": 2},

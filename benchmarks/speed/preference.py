@@ -19,6 +19,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,14 @@ from benchmarks.speed.workers import Worker, last_line, say, start_all
 TRAINERS = {"lsr": "OursLsr", "lsr_fp8": "OursLsrFp8", "lora": "Ours", "trl_lora_liger": "TrlLiger", "trl_lora": "Trl"}
 OURS = ("lsr", "lsr_fp8", "lora")
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "dpo": {"trainers": ["lsr", "lsr_fp8", "lora", "trl_lora_liger"], "modes": ["none", "full"], "steps": 10, "warm_up": 3},
+    "dpo": {
+        **{"trainers": ["lsr", "lsr_fp8", "lora", "trl_lora_liger"], "modes": ["none", "full"]},
+        **{"steps": 10, "warm_up": 3},
+    },
     "grpo": {"trainers": ["lsr", "lora", "trl_lora"], "modes": ["none"], "steps": 2, "warm_up": 1},
 }
 Turns = dict[tuple[str, str], list[dict[str, Any]]]  # by trainer and mode
+Broken = dict[tuple[str, str], dict[str, Any]]
 
 
 def write_pairs(path: Path, number: int, length: int) -> None:
@@ -83,11 +88,17 @@ def settings_of(given: Any, scratch: Path) -> dict[str, Any]:
     return {**config, **of_case, "model_folder": str(folder)}
 
 
-def measure_all(given: Any, config: dict[str, Any]) -> tuple[Turns, dict[tuple[str, str], dict[str, Any]]]:
-    """Have every trainer take its turns, mode after mode; return the turns, and how those broke that did."""
+def measure_all(given: Any, config: dict[str, Any], keep: Callable[[Turns, Broken], None]) -> None:
+    """Have every trainer take its turns, mode after mode.
+
+    Args:
+        given: The arguments.
+        config: What the trainers are made with.
+        keep: Given all turns so far, and how those broke that did, after each turn: who is cut off keeps them.
+    """
     ended = time.monotonic() + given.time_limit
     turns: Turns = {}
-    broken: dict[tuple[str, str], dict[str, Any]] = {}
+    broken: Broken = {}
     for mode in given.modes:
         workers = {
             name: Worker(
@@ -109,10 +120,10 @@ def measure_all(given: Any, config: dict[str, Any]) -> tuple[Turns, dict[tuple[s
                 else:
                     broken[name, mode] = worker.broken = reply
                 say(f"round {number + 1}: {name} {mode}: {reply['status']} {shown} {last_line(reply)}")
+                keep(turns, broken)
         finally:
             for worker in workers.values():
                 worker.stop()
-    return turns, broken
 
 
 def row_of(config: dict[str, Any], turns: list[dict[str, Any]]) -> dict[str, Any]:
@@ -201,12 +212,17 @@ def main(arguments: list[str] | None = None) -> int:
     given.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="preference-") as scratch:
         config = settings_of(given, Path(scratch))
-        turns, broken = measure_all(given, config)
-    rows = []
-    for mode, name in itertools.product(given.modes, given.trainers):
-        row = broken.get((name, mode)) or row_of(config, turns[name, mode])
-        rows.append({"trainer": name, "mode": mode, **row})
-    write(given, config, rows, arguments or sys.argv[1:])
+        rows: list[dict[str, Any]] = []
+
+        def keep(turns: Turns, broken: Broken) -> None:
+            rows.clear()
+            for mode, name in itertools.product(given.modes, given.trainers):
+                key = name, mode
+                if key in broken or key in turns:
+                    rows.append({"trainer": name, "mode": mode, **(broken.get(key) or row_of(config, turns[key]))})
+            write(given, config, rows, arguments or sys.argv[1:])
+
+        measure_all(given, config, keep)
     for row in rows:
         peak = "" if row.get("peak_memory_gib") is None else f", {row['peak_memory_gib']:.2f} GiB"
         said = f"{row['step_s']:.3f} s a step{peak}" if row["status"] == "ok" else last_line(row)

@@ -229,7 +229,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--seq-len", type=int, default=512)
     add("--steps", type=int, default=60)
     add("--beside-steps", type=int, default=600, help="of the processes whose rate is taken; 0 takes none")
-    add("--logging-steps", type=int, default=5)
+    add("--logging-steps", type=int, default=10, help="as runs have it by default")
     add("--ways", type=lambda text: text.split(","), default=list(WAYS), help="which, joined by commas")
     add("--device", default="cuda", choices=["cuda", "cpu"])
     add("--time-limit", type=float, default=1800.0, help="seconds for all; a way that it cuts short is left out")

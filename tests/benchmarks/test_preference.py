@@ -132,3 +132,18 @@ def test_a_trainer_that_breaks_has_a_row_that_says_so(tmp_path, here, monkeypatc
     assert [row["status"] for row in result["rows"]] == ["ok", "oom"]
     assert result["ratios"] == []
     assert "| oom |" in report.table(result)
+
+
+def test_a_measurement_that_is_cut_off_keeps_its_turns(tmp_path, here, monkeypatch):
+    def ask(self, request, limit_s):
+        if self.name == "Trl":
+            raise KeyboardInterrupt
+        return {"status": "ok", "step_s": [1.0], "peak_memory_gib": None, "trainable_parameters": 1, "notes": []}
+
+    monkeypatch.setattr(Here, "ask", ask)
+    out = tmp_path / "dpo.json"
+    words = ["dpo", "--model", "tiny", "--pairs", "1", "--length", "16", "--steps", "1", "--warm-up", "0"]
+    words += ["--device", "cpu", "--base", "bf16", "--trainers", "lora,trl_lora", "--modes", "none", "--out", str(out)]
+    with pytest.raises(KeyboardInterrupt):
+        preference.main(words)
+    assert [row["trainer"] for row in json.loads(out.read_text())["rows"]] == ["lora"]

@@ -44,7 +44,7 @@ def outcome(found, ids, mask, labels, unpads):
     rows = rows_of(ids, mask, labels, unpads)
     base = found.get_base_model()
     log_probs, described = completion_log_probs(base, rows, True, input_ids=ids, attention_mask=mask)
-    (log_probs * torch.linspace(1, 2, len(log_probs))).sum().backward()
+    (log_probs * torch.linspace(1, 2, len(log_probs), device=log_probs.device)).sum().backward()
     gradients = [p.grad.clone() for p in found.parameters() if p.requires_grad]
     return rows, log_probs.detach(), described, gradients
 

@@ -40,6 +40,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from lsr_scale.fused.layer_state import Recompute
+from lsr_scale.fused.modules import FusedLayer
 
 HEAD_TILE = 4096, 32768  # trl.kernels.chunked_logprob.TOKEN_CHUNK_SIZE, trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE
 STAGES = ("forward", "head", "backward")
@@ -58,11 +59,13 @@ class Batch:
 class StepMemory:
     """Bytes of one step, without weights, gradients of parameters, and optimizer.
 
-    `saved` is what the forward pass saves for the backward pass, `peak` the most that is allocated at any time.
+    `saved` is what the forward pass saves for the backward pass, `peak` the most that is allocated at any time. Neither
+    has `dequantized`: what fused layers would keep of their dequantized weights.
     """
 
     saved: int
     peak: int
+    dequantized: int = 0
 
 
 class TraceError(Exception):
@@ -271,11 +274,15 @@ def _trace(
             if stack:
                 parent, name, layers = stack
                 setattr(parent, name, nn.ModuleList(_most_adapted(layers, num_layers)))
-            runs.append(_run(model, mode, batch, task, supervised))
-        (saved, peaks), (saved_two, peaks_two) = runs[0], runs[-1]
+            saved, peaks = _run(model, mode, batch, task, supervised)
+            # a fused layer knows its sizes once it has run
+            sizes = [layer.sizes for layer in model.modules() if isinstance(layer, FusedLayer) and layer.sizes]
+            runs.append((saved, peaks, sum(one.cached_weights for one in sizes)))
+        (saved, peaks, dequantized), (saved_two, peaks_two, dequantized_two) = runs[0], runs[-1]
         memory[checkpointing] = StepMemory(
             saved=saved + (depth - 1) * (saved_two - saved),
             peak=max(peaks[stage] + (depth - 1) * (peaks_two[stage] - peaks[stage]) for stage in STAGES),
+            dequantized=dequantized + (depth - 1) * (dequantized_two - dequantized),
         )
     return memory
 

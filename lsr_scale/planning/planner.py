@@ -108,15 +108,19 @@ class Counted:
         generation = generation_memory(self.run, self.text_config, gpus).peak if of_grpo else 0
         parts = replace(self.memory, gpus=gpus, generation=generation)
         stages = {**SHIPPED, "run": self.run.deepspeed.config or {}}
+        keeps_weights = self.run.training["memory"] == "speed"
         return Plan(
             **self.values,
             gpus=gpus,
             # one process runs without DeepSpeed
-            memory_gib=parts.under(stages["run"] if gpus > 1 else {}, checkpoints_layers(self.run.training)),
+            memory_gib=parts.under(
+                stages["run"] if gpus > 1 else {}, checkpoints_layers(self.run.training), keeps_weights
+            ),
             table=[
-                Row(stage, checkpointing, parts.under(stages[stage], checkpointing))
+                # who recomputes has memory: save, and keeps no weights
+                Row(stage, recomputes, parts.under(stages[stage], recomputes, keeps_weights and not recomputes))
                 for stage in SHIPPED
-                for checkpointing in (True, False)
+                for recomputes in (True, False)
             ],
             sharded={name: round(part / GIB, 4) for name, part in parts.sharded(SHIPPED["zero3"], True).items()},
             warnings=list(self.warnings),

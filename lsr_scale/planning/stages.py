@@ -18,7 +18,8 @@ CUBLAS_WORKSPACE = 32 * 2**20
 class Memory:
     """One GPU's memory in GiB, by its use.
 
-    `weights` is the frozen base and the adapter, `activations` what the forward pass saves for the backward pass,
+    `weights` is the frozen base and the adapter, with `training.memory: speed` also what fused layers keep of their
+    dequantized weights, which is `dequantized`; `activations` is what the forward pass saves for the backward pass,
     `workspace` everything temporary beyond that (gradients of activations, a dequantized weight, tiles of the head,
     cuBLAS, DeepSpeed's buckets, and the layers that are all-gathered under ZeRO-3). `loading` is the peak while the
     base is loaded, before there is anything else: all that stays of it, and one weight that is being quantized.
@@ -34,6 +35,7 @@ class Memory:
     total: float
     loading: float
     generation: float = 0.0
+    dequantized: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,11 @@ class RunMemory:
     optimizer_state: int | None = None  # bytes, where it is not AdamW's
     generation: int = 0
 
-    def under(self, deepspeed: Mapping[str, Any], checkpointing: bool) -> Memory:
+    def under(self, deepspeed: Mapping[str, Any], checkpointing: bool, keeps_weights: bool = False) -> Memory:
         """Return one GPU's memory; an empty `deepspeed` is a run without it.
+
+        With `keeps_weights` fused layers keep their dequantized weights, but for those that stage 3 gathers anew.
+
 
         AdamW holds two moments of each trainable parameter. From stage 1 on DeepSpeed also holds a float32 master copy,
         all three sharded; stage 3 shards the frozen matrices too, a few of which are unsharded at a time, see
@@ -77,12 +82,14 @@ class RunMemory:
             # one process that has all matrices uses them where they are
             if self.gpus > 1 or offloaded:
                 workspace += sum(self._gathered().values())
+        dequantized = step.dequantized if keeps_weights and stage < 3 else 0
+        weights += dequantized
         if offloads_optimizer(deepspeed):
             optimizer = 0
         parts = [weights, gradients, optimizer, step.saved, workspace]
         generation = self.generation + CUBLAS_WORKSPACE if self.generation else 0
         total = sum(parts[:3]) + max(sum(parts[3:]), generation)
-        return Memory(*(round(part / GIB, 4) for part in (*parts, total, loading, generation)))
+        return Memory(*(round(part / GIB, 4) for part in (*parts, total, loading, generation, dequantized)))
 
     def _gathered(self) -> dict[str, int]:
         """Return the bytes of what is unsharded at once: a layer, and what is prefetched after it."""

@@ -64,6 +64,11 @@ def render(plan: Plan) -> Group:
     lines = (
         "recompute: layers are checkpointed, their activations computed again",
         "weights (but for zero3), grads and optim are exact",
+        *(
+            ["  training.memory: speed: weights has those that layers keep dequantized, too"]
+            if plan.memory_gib.dequantized
+            else []
+        ),
         "activ and work: activations and workspace, estimated at full max_length,",
         f"  per 1,000 tokens {thousand[True]:.2f} GiB with checkpointing, {thousand[False]:.2f} without",
         *(

@@ -210,6 +210,34 @@ def test_fused_memory_is_within_five_percent_of_every_committed_measurement(path
             assert totals[recomputed] == pytest.approx(peak, rel=0.05), (method, model, tokens, length, recomputed)
 
 
+HELD = [path for path in sorted(THROUGHPUT.glob("*.json")) if '"lsr_held"' in path.read_text()]
+
+
+@pytest.mark.parametrize("path", HELD, ids=lambda path: path.stem)
+def test_weights_that_are_kept_dequantized_are_counted(path):
+    of_file = json.loads(path.read_text())["rows"]
+    (row,) = (row for row in of_file if (row["provider"], row["checkpointing"]) == ("lsr_held", "none"))
+    training = {"per_device_train_batch_size": row["tokens"] // row["seq_len"], "max_length": row["seq_len"]}
+    found = planned(run(MODELS[row["model"]], LSR, {**training, "memory": "speed"}, quantization=row["base"]))
+    assert found.memory_gib.total == pytest.approx(row["peak_memory_gib"], rel=0.05)
+
+
+@pytest.mark.parametrize("compute", ["bf16", "fp8", "int8"])
+@pytest.mark.usefixtures("two_layers")
+def test_only_who_spends_memory_on_speed_keeps_weights_and_none_that_are_gathered(compute):
+    training = {"per_device_train_batch_size": 1, "max_length": 512, "compute": compute}
+    first, kept = (plan(run(MISTRAL, LSR, {**training, "memory": memory})) for memory in ("save", "speed"))
+    of_layer = 6144 * 4096 + 4096 * 4096 + 28672 * 4096 + 4096 * 14336
+    assert kept.memory_gib.dequantized == pytest.approx(2 * of_layer * 2 / 2**30, rel=0.05), "codes both ways, or bf16"
+    assert first.memory_gib.dequantized == 0
+    for before, row in zip(first.table, kept.table, strict=True):
+        further = 0 if row.checkpointing or "zero3" in row.stage else kept.memory_gib.dequantized
+        assert row.memory_gib.total - before.memory_gib.total == pytest.approx(further, abs=1e-3), row.stage
+    shown = io.StringIO()
+    Console(width=120, file=shown).print(render(kept))
+    assert "training.memory: speed: weights has those that layers keep dequantized, too" in shown.getvalue()
+
+
 @pytest.mark.usefixtures("two_layers")
 def test_what_cannot_run_fused_is_planned_unfused():
     result = plan(run(MISTRAL, {**KRON, "dropout": 0.1}, {"max_length": 512, "per_device_train_batch_size": 1}))
@@ -315,7 +343,7 @@ def test_a_plan_needs_no_network_and_is_json_and_a_page(monkeypatch):
     assert document["trainable_parameters"] == 4_096_000
     assert document["base_parameters"] == 7_241_732_096
     assert document["adapter_bytes"] > 4 * 4_096_000
-    assert set(document["memory_gib"]) == {*PARTS, "generation", "total", "loading"}
+    assert set(document["memory_gib"]) == {*PARTS, "generation", "total", "loading", "dequantized"}
     assert [row["stage"] for row in document["table"]][::2] == ["zero0", "zero1", "zero2", "zero3", "zero3_offload"]
     console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(render(result))

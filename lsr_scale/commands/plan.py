@@ -90,17 +90,22 @@ def _of_sweep(sweep: "Sweep", args: argparse.Namespace) -> int:
     card = args.card_gib or _own_card_gib()
     if args.json:
         together = {"trial": result.trial, "together_gib": result.totals(), "fit": card and result.most(card)}
+        together |= {"alone_because": result.alone_because}
         print(json.dumps({**asdict(result.one), **together}, indent=2))
         return 0
     console = Screen()
     console.print(f"the largest of {result.num_trials} trials: {result.trial}\n", soft_wrap=True)
     console.print(render(result.one))
-    totals = ", ".join(f"{number}: {gib:.2f} GiB" for number, gib in result.totals().items())
-    console.print(f"trials that share a step: {totals}", soft_wrap=True)
+    if result.alone_because:
+        why = f"trials are trained one after the other, as they cannot share steps: {result.alone_because}"
+        console.print(why, soft_wrap=True)
+    else:
+        totals = ", ".join(f"{number}: {gib:.2f} GiB" for number, gib in result.totals().items())
+        console.print(f"trials that share a step: {totals}", soft_wrap=True)
     if card and result.one.traced:
         number = result.most(card)
-        fits = f"{number} share a step" if number else "not one trial fits"
-        console.print(f"on a card of {card:.4g} GiB {fits}", style="bold")
+        fits = "it fits" if result.alone_because else f"{number} share a step"
+        console.print(f"on a card of {card:.4g} GiB {fits if number else 'not one trial fits'}", style="bold")
     return 0
 
 

@@ -9,18 +9,23 @@ from lsr_scale.config.trials import Sweep
 from lsr_scale.planning.fit import reserve
 from lsr_scale.planning.planner import Plan, plan
 from lsr_scale.planning.stages import GIB
+from lsr_scale.training.steps.sharing import sharing_fallback_reason
 
 _BYTES_PER_PARAMETER = 4 * 4  # a float32 factor, its gradient and two moments
 
 
 @dataclass(frozen=True)
 class TogetherPlan:
-    """The plan of a sweep's largest trial, and what each further one of its size adds, in GiB."""
+    """The plan of a sweep's largest trial, and what each further one of its size adds, in GiB.
+
+    `alone_because` is why trials cannot share a step, as far as runs tell; then one is in memory at a time.
+    """
 
     trial: str
     num_trials: int
     one: Plan
     further_gib: float
+    alone_because: str | None = None
 
     def gib(self, number: int) -> float:
         """Return what so many take."""
@@ -28,13 +33,16 @@ class TogetherPlan:
 
     def totals(self) -> dict[int, float]:
         """Return what 1, 2, 4, ... of them take, and all."""
-        numbers = [2**power for power in range(self.num_trials.bit_length()) if 2**power < self.num_trials]
-        return {number: round(self.gib(number), 4) for number in [*numbers, self.num_trials]}
+        all_of_them = 1 if self.alone_because else self.num_trials
+        numbers = [2**power for power in range(all_of_them.bit_length()) if 2**power < all_of_them]
+        return {number: round(self.gib(number), 4) for number in [*numbers, all_of_them]}
 
     def most(self, card: float) -> int:
-        """Return how many fit a GPU of so many GiB beside the reserve; 0 where not one does."""
+        """Return how many fit a GPU of so many GiB beside the reserve, at a time; 0 where not one does."""
         left = card - reserve(card) - max(self.one.memory_gib.total, self.one.memory_gib.loading)
-        return 0 if left < 0 else min(self.num_trials, 1 + int(left / self.further_gib))
+        if left < 0 or self.alone_because:
+            return int(left >= 0)
+        return min(self.num_trials, 1 + int(left / self.further_gib))
 
 
 def plan_together(sweep: Sweep) -> TogetherPlan:
@@ -46,7 +54,9 @@ def plan_together(sweep: Sweep) -> TogetherPlan:
     adapters = {str(trial.run.adapter.model_dump()): trial for trial in sweep.trials}
     sizes = {name: plan(trial.run, trace=False).trainable_parameters for name, trial in adapters.items()}
     largest = adapters[max(sizes, key=lambda name: sizes[name])]
-    one = plan(largest.run)
+    one, alone_because = plan(largest.run), sharing_fallback_reason([trial.run for trial in sweep.trials])
+    if alone_because:
+        return TogetherPlan(largest.name, len(sweep.trials), one, 0.0, alone_because)
     rows = 2 * largest.run.training["per_device_train_batch_size"]
     twice = plan(
         largest.run.model_copy(update={"training": {**largest.run.training, "per_device_train_batch_size": rows}})

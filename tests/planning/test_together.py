@@ -55,3 +55,18 @@ def test_the_command_plans_a_sweep(tmp_path, capsys):
     found = json.loads(capsys.readouterr().out)
     assert (found["trial"], found["fit"], list(found["together_gib"])) == ("rank=16", 3, ["1", "2", "3"])
     assert main(["plan", str(file), "--gpus", "2"]) == 2
+
+
+def test_trials_that_cannot_share_a_step_are_planned_one_after_the_other(tmp_path, capsys):
+    training = {**RUN["training"], "compute": "fp8"}
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump({**RUN, "training": training, "sweep": {"grid": {"adapter.rank": [2, 16]}}}))
+    assert main(["plan", str(file), "--card-gib", "24"]) == 0
+    shown = capsys.readouterr().out
+    assert "one after the other, as they cannot share steps: training.compute: fp8 has no shared form" in shown
+    assert "trials that share a step" not in shown
+    assert "on a card of 24 GiB it fits" in shown
+    assert main(["plan", str(file), "--json", "--card-gib", "0.1"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["fit"], list(found["together_gib"])) == (0, ["1"])
+    assert found["alone_because"].startswith("training.compute: fp8")

@@ -11,11 +11,13 @@ Protocol. A tenth of each train part is held out by the hash of its first senten
 LSR, is chosen there: five points a method, one seed that nothing else uses. The validation part, labelled for every
 task, is scored once a seed: accuracy, for STS-B Pearson's correlation. The new head trains at the same rate, or stays
 as it was drawn (`--head frozen`, as the released LSR-Adapt code has it); it is never counted among the adapter's
-parameters. A run is the library's `build_trainer` on an ordinary configuration.
+parameters. A run is the library's `build_trainer` on an ordinary configuration; with `--together` runs that train both
+adapter and head are trials of sweeps (`sweeps.py`), one after the other on one loading of the encoder.
 """
 
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import shutil
@@ -27,10 +29,12 @@ from typing import Any
 import numpy as np
 
 from benchmarks import ALL_RESULTS
-from benchmarks.quality import trials
+from benchmarks.quality import sweeps, trials
 from benchmarks.quality.commonsense_data import held_out
 from benchmarks.quality.trials import Provider, Trial, lsr_points, rates
 from lsr_scale import files
+from lsr_scale.run.folder import RunFolder
+from lsr_scale.run.metrics import read_metrics
 
 RESULTS = ALL_RESULTS / "glue"
 FROZEN_RESULTS = RESULTS / "frozen"
@@ -180,18 +184,78 @@ def measure(setting: Setting, trial: Trial, point: dict[str, float]) -> dict[str
             raise
         score, loss, steps = None, None, trainer.state.global_step  # the library stops such a run
     shutil.rmtree(folder.path, ignore_errors=True)
-    return {
-        "part": "dev" if trial.tunes else "test",
+    found = {
         "score": score,
-        "metric": "pearson" if TASKS[trial.task].num_labels == 1 else "accuracy",
         "steps": steps,
         "train_rows": len(trainer.train_dataset),
         "scored_rows": len(trainer.eval_dataset),
         "final_loss": loss if loss is not None and math.isfinite(loss) else None,
         "adapter_parameters": num_adapter,
         "trainable_parameters": sum(parameter.numel() for parameter in trained),
-        "head": setting.head,
-        "config": config_of(dataclasses.replace(setting, work=Path("WORK"), model="MODEL"), trial, point),
+    }
+    return _result(setting, trial, point, found)
+
+
+def _metric(trial: Trial) -> str:
+    return "pearson" if TASKS[trial.task].num_labels == 1 else "accuracy"
+
+
+def _result(setting: Setting, trial: Trial, point: dict[str, float], found: dict[str, Any]) -> dict[str, Any]:
+    """Return what was found out about a trial with what it depends on."""
+    anywhere = dataclasses.replace(setting, work=Path("WORK"), model="MODEL")
+    told = {"part": "dev" if trial.tunes else "test", "metric": _metric(trial), "head": setting.head}
+    return {**told, **found, "config": config_of(anywhere, trial, point)}
+
+
+def measure_together(
+    setting: Setting, together: sweeps.Together, group: list[tuple[Trial, dict[str, float]]]
+) -> dict[str, dict[str, Any]]:
+    """Train trials as those of sweeps, one for each kind of head; return by name what `measure` returns.
+
+    Trials that leave the head, or the encoder, as it is are none of a sweep: they are trained by themselves.
+    """
+    results = {}
+    swept: dict[int, list[tuple[Trial, dict[str, float]]]] = {}
+    for trial, point in group:
+        if setting.head == "frozen" or PROVIDERS[trial.provider].method is None:
+            results[trial.name] = measure(setting, trial, point)
+        else:
+            swept.setdefault(TASKS[trial.task].num_labels, []).append((trial, point))
+    for alike in swept.values():
+        configs = {
+            trial.name: {**config_of(setting, trial, point), "eval": {"before": False}} for trial, point in alike
+        }
+        trained = sweeps.train_together(configs, setting.work, together)
+        for trial, point in alike:
+            folder, error = trained[trial.name]
+            if error is None or "finite" in error:
+                found = _found(folder, trial, configs[trial.name]) if error is None else _DIVERGED
+                results[trial.name] = _result(setting, trial, point, found)
+                shutil.rmtree(folder.path, ignore_errors=True)
+    return results
+
+
+_DIVERGED: dict[str, Any] = {"score": None, "final_loss": None, "adapter_parameters": None}
+
+
+def _found(folder: RunFolder, trial: Trial, config: dict[str, Any]) -> dict[str, Any]:
+    """Return what a finished run's folder tells."""
+    from lsr_scale.config import run_from_dict
+    from lsr_scale.planning import plan
+
+    results = json.loads(folder.results.read_text(encoding="utf-8"))
+    scores = results["classification"]["validation"]["after"]
+    logged = [(row["step"], row["loss"]) for row in read_metrics(folder.metrics) if "loss" in row]
+    # each is the mean since the one before
+    parts = [(step - before) * loss for (before, _), (step, loss) in itertools.pairwise([(0, 0.0), *logged])]
+    return {
+        "score": scores[_metric(trial)],
+        "steps": results["steps"],
+        "train_rows": results["train_rows"],
+        "scored_rows": scores["num_examples"],
+        "final_loss": sum(parts) / logged[-1][0],
+        "adapter_parameters": plan(run_from_dict(config), trace=False).adapter_parameters,
+        "trainable_parameters": results["trainable_parameters"],
     }
 
 
@@ -229,6 +293,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--dev-rows", type=int, help="tune on the first so many of those held out")
     add("--epochs", type=int, help="in place of each task's own")
     add("--batch", type=int, default=32)
+    sweeps.add_option(parser)
     given = parser.parse_args(arguments)
     if given.table:
         print("\n".join(trials.table(trials.load(given.results), PROVIDERS)))
@@ -246,8 +311,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(describe(runs, rows, setting, given.results, given.jobs))
         return 0
     files.write_json(given.results / "environment.json", {**files.environment(), "rows": rows})
-    work = functools.partial(measure, setting)
-    return int(trials.execute(runs, PROVIDERS, work, given.results, given.jobs, given.time_limit) > 0)
+    one: trials.Measure = functools.partial(measure, setting)
+    several = None if given.together is None else functools.partial(measure_together, setting, given.together)
+    return int(trials.execute(runs, PROVIDERS, one, given.results, given.jobs, given.time_limit, several) > 0)
 
 
 if __name__ == "__main__":

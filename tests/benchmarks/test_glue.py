@@ -3,6 +3,7 @@
 import dataclasses
 import gzip
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from benchmarks.quality import glue, trials
 from benchmarks.quality.glue import PROVIDERS, TASKS, Setting
 from lsr_scale.config import run_from_dict
+from lsr_scale.run.folder import RunFolder
 
+BROKEN = RunFolder(Path("nothing")), "the loss of step 3 is not finite"
 pytestmark = pytest.mark.filterwarnings("ignore")
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{index}" for index in range(40))]
 
@@ -76,6 +79,27 @@ def test_a_run_trains_what_it_says(setting, provider, task, head):
     num_head = 64 * TASKS[task].num_labels + TASKS[task].num_labels
     assert result["trainable_parameters"] == result["adapter_parameters"] + num_head * (head == "trained")
     assert (result["adapter_parameters"] == 0) == (provider == "head_only")
+
+
+def test_trials_of_sweeps_have_the_results_of_runs_one_by_one(setting):
+    providers = [("rte", "lora_8"), ("rte", "lsr_4"), ("stsb", "lora_2"), ("mrpc", "head_only")]
+    group = [
+        (trials.Trial(task, name, trials.TUNING_SEED, 0), dict(PROVIDERS[name].points[0])) for task, name in providers
+    ]
+    swept = glue.measure_together(setting, "auto", group)
+    for trial, point in group:
+        alone = glue.measure(setting, trial, point)
+        assert swept[trial.name].keys() == alone.keys()
+        for name, digits in (("score", 1e-5), ("final_loss", 1e-4)):  # as they are written
+            assert swept[trial.name].pop(name) == pytest.approx(alone.pop(name), abs=digits), name
+        assert swept[trial.name] == alone
+
+
+def test_a_trial_of_a_sweep_that_diverges_has_no_score(setting, monkeypatch):
+    monkeypatch.setattr(glue.sweeps, "train_together", lambda configs, *given: dict.fromkeys(configs, BROKEN))
+    trial = trials.Trial("rte", "lora_8", trials.TUNING_SEED, 0)
+    result = glue.measure_together(setting, 1, [(trial, dict(PROVIDERS["lora_8"].points[0]))])[trial.name]
+    assert (result["score"], result["part"], result["head"]) == (None, "dev", "trained")
 
 
 def test_mpnet_takes_the_targets_that_are_the_default(setting):

@@ -69,13 +69,14 @@ def curves_figure(curves: Mapping[str, Curves], title: str = "", size: tuple[flo
         title: The figure's one title, "" for none.
         size: Its inches; a legend of many runs adds to the height.
     """
-    columns = 2 if size[0] > _NARROW and len(curves) > 2 else 1
+    longest = max((len(printable(name)) for name in curves), default=0)
+    columns = 2 if size[0] > _NARROW and len(curves) > 2 and longest <= _characters(size[0] / 2) else 1
     figure, axes = titled_figure(title, (size[0], size[1] + 0.2 * (2 + -(-len(curves) // columns))))
     width = max((smoothing(points["loss"]) for points in curves.values() if points.get("loss")), default=1)
     evaluated = False
     for index, (name, points) in enumerate(curves.items()):
         style = {"color": COLORS[index % len(COLORS)], "linestyle": _STYLES[index // len(COLORS) % len(_STYLES)]}
-        label = picture_text(name)
+        label = picture_text(shortened(printable(name), _characters(size[0] / columns)))
         if training := points.get("loss"):
             axes.plot(*_columns(_smoothed(training, width)), label=label, linewidth=1.6, **style)
             label = None
@@ -93,6 +94,11 @@ def curves_figure(curves: Mapping[str, Curves], title: str = "", size: tuple[flo
         legend = figure.legend(frameon=False, fontsize=8.5, title_fontsize=8.5, **place)
         legend.get_title().set_multialignment("center")
     return figure
+
+
+def _characters(inches: float) -> int:
+    """Return how many characters of a legend's text there is room for, beside the line that it names."""
+    return max(10, int((inches - 0.6) / 0.075))
 
 
 def draw_curves(curves: Mapping[str, Curves], picture: Path, title: str = "") -> None:

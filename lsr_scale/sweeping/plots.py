@@ -45,7 +45,10 @@ def scores_figure(trials: Sequence[TrialState], metric: str, rates: dict[str, fl
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9.0, 4.0), dpi=120, layout="constrained")
-    figure.suptitle(picture_text(title), fontsize=11)
+    best = next((trial for trial in scored if trial.status == "finished"), None)
+    # the best one's name may be longer than there is room beside its point
+    heading = [title, *([f"star: {best.name}"] if best else [])]
+    figure.suptitle("\n".join(picture_text(line) for line in heading), fontsize=10)
     axes = figure.subplots(1, 2, sharey=True)
     values = {
         "trained parameters": {trial.name: trial.results.get("trainable_parameters") for trial in scored},
@@ -57,15 +60,21 @@ def scores_figure(trials: Sequence[TrialState], metric: str, rates: dict[str, fl
             face = COLORS[0] if trial.status == "finished" else "none"
             panel.plot(value, trial.score, "o", color=COLORS[0], markerfacecolor=face, markersize=6)
         if len({value for value, _ in points}) > 1:
-            panel.set_xscale("log")
-        if best := next((point for point in points if point[1].status == "finished"), None):
-            value, trial = best
-            panel.plot(value, trial.score, "*", color=COLORS[1], markersize=14, markeredgecolor="white", zorder=5)
-            panel.annotate(
-                picture_text(trial.name), (value, trial.score), (6, 6), textcoords="offset points", fontsize=8
-            )
+            _logarithmic(panel, [value for value, _ in points])
+        if best is not None and (value := of_trial.get(best.name)):
+            panel.plot(value, best.score, "*", color=COLORS[1], markersize=14, markeredgecolor="white", zorder=5)
         panel.set_xlabel(label)
         panel.spines[["top", "right"]].set_visible(False)
         panel.grid(alpha=0.3)
     axes[0].set_ylabel(metric.replace("_", " "))
     return figure
+
+
+def _logarithmic(panel: Any, values: Sequence[float]) -> None:
+    """Make a panel's horizontal axis logarithmic, with numbers as they are written at a few ticks."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    panel.set_xscale("log")
+    panel.xaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5) if max(values) < 100 * min(values) else (1,)))
+    panel.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}" if min(values) >= 1 else "{x:g}"))
+    panel.xaxis.set_minor_formatter(NullFormatter())

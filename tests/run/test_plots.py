@@ -1,8 +1,9 @@
 """A run's figures: what is drawn, in which words, and ticks that read."""
 
 import matplotlib
+import pytest
 
-from lsr_scale.run.plots import conditions_figure, curves_figure, loss_figure, smoothing, underflow_figure
+from lsr_scale.run.plots import SIZE, conditions_figure, curves_figure, loss_figure, smoothing, underflow_figure
 from tests.helpers.run_folders import losses
 
 
@@ -77,6 +78,18 @@ def test_the_lines_of_twelve_runs_can_be_told_apart():
     told = words(figure)
     assert any("mean of 4 logged steps" in text and "stars: the best" in text for text in told)
     assert len([text for text in told if "run" in text]) == 12
+
+
+@pytest.mark.parametrize("length", [10, 40, 80, 200])
+@pytest.mark.parametrize("size", [SIZE, (4.0, 3.0)])
+def test_long_names_stay_within_the_picture(length, size):
+    names = [f"{number}:{'wide=' * length}"[:length] for number in range(5)]
+    figure = curves_figure({name: curves() for name in names}, "", size)
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    place = legend.get_window_extent()
+    assert 0 <= place.x0 < place.x1 <= figure.bbox.width
+    assert len({text for text in words(figure) if text[1:2] == ":"}) == 5
 
 
 def test_legends_lie_outside_of_the_panel():

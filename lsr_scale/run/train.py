@@ -104,6 +104,7 @@ def train(
     with starting(run, name, resume, overwrite) as start:
         _announce(start, resume is not None, say)
         _announce_dtype(start, run.model.dtype, say)
+        check_compute(start.run)
         tasks = evaluate.load_tasks(start.run.eval)
         stop = StopOnSignal(say, shared and shared.signals, stop_after_step)
         data, trainer, samples = _prepare(start, stop, say, quiet, shared)
@@ -188,7 +189,6 @@ def _prepare(
         # it has factors of its own, and tells what the adapter that was started from had that the run does not
         run = run.model_copy(update={"adapter": run.adapter.model_copy(update={"start_from": str(checkpoint)})})
     check_reporters(run.training["report_to"])
-    check_compute(run)
     watch = ConditionCallback(run.training["condition_tolerance"], run.training["condition_guard"], say)
     progress = Progress(folder.metrics, quiet=quiet or shared is not None)
     wanted = run.training["early_stopping"]

@@ -13,6 +13,7 @@ from lsr_scale.sweeping.pages import draw_trials
 from lsr_scale.sweeping.start import begin
 from lsr_scale.sweeping.table import again, best_of, write_table
 from lsr_scale.training.callbacks.signals import Signals, Terminated
+from lsr_scale.training.compute import check_machine
 
 
 def run_sweep(
@@ -42,7 +43,12 @@ def run_sweep(
         UserError: for what a user can fix, of the sweep as a whole; what a single trial meets is in its row.
         Terminated: if a signal ended the sweep.
     """
-    with workers.meeting(lambda: begin(sweep, name, resume, overwrite)) as (folder, notes):
+
+    def checked() -> tuple[SweepFolder, list[str]]:
+        check_machine(sweep.trials[0].run)  # all compute alike
+        return begin(sweep, name, resume, overwrite)
+
+    with workers.meeting(checked) as (folder, notes):
         board = Board(quiet, live=not workers.is_worker())
         if not workers.is_worker():
             board.say(f"sweep folder: {folder.path}, {len(sweep.trials)} trials")

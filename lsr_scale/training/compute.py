@@ -40,6 +40,17 @@ def check_compute(run: RunConfig) -> None:
     Raises:
         UserError: if this machine has no FP8 (with int8, too, input gradients are in e4m3), or as `check_layers` does.
     """
+    check_machine(run)
+    if run.training["compute"] != "bf16":
+        check_layers(run)
+
+
+def check_machine(run: RunConfig) -> None:
+    """Refuse a run with `training.compute: fp8` or `int8` on a machine that has no FP8; nothing is read for it.
+
+    Raises:
+        UserError: if it has none.
+    """
     compute = run.training["compute"]
     if compute == "bf16":
         return
@@ -47,7 +58,6 @@ def check_compute(run: RunConfig) -> None:
     if reason is not None:
         needs = ", as input gradients are in e4m3 with int8 too" if compute == "int8" else ""
         raise UserError(f"training.compute: {compute} cannot be here: {reason}{needs}; {_OTHERWISE}")
-    check_layers(run)
 
 
 def check_layers(run: RunConfig) -> None:

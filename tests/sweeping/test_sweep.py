@@ -20,8 +20,9 @@ from lsr_scale.run.evaluate import evaluate_run
 from lsr_scale.run.folder import RunFolder
 from lsr_scale.sweeping import pages, plots
 from lsr_scale.sweeping.bases import load_base_for
-from lsr_scale.sweeping.folder import SweepFolder
+from lsr_scale.sweeping.folder import SweepFolder, TrialState
 from lsr_scale.sweeping.sweep import run_sweep
+from lsr_scale.training import compute
 from lsr_scale.training.callbacks.signals import Terminated
 from tests.conftest import SEVEN_LINEARS
 from tests.helpers.launch import PATHS, QUICK_START
@@ -115,6 +116,23 @@ def test_the_pictures_are_drawn(done):
     assert is_own_picture(done.scores)
     left = {path.name for path in done.path.iterdir()} - {".sweep.lock"}
     assert left == {"sweep.json", "sweep.md", "losses.png", "scores.png", "trials"}
+
+
+def test_the_name_of_the_best_one_stays_within_the_picture():
+    names = [f"{number}-{'x' * 78}" for number in range(3)]
+    trials = [TrialState(name, {}, "finished", score=2.0 + index) for index, name in enumerate(names)]
+    for trial, number in zip(trials, (1144, 1600, 9000), strict=True):
+        trial.results["trainable_parameters"] = number
+    figure = plots.scores_figure(trials, "eval_loss", dict(zip(names, (1e-3, 2e-3, 4e-3), strict=True)), "sweep")
+    figure.draw_without_rendering()
+    assert f"star: {names[0]}" in figure.get_suptitle()
+    (heading,) = (text for text in figure.texts if names[0] in text.get_text())
+    place = heading.get_window_extent()
+    assert 0 <= place.x0 < place.x1 <= figure.bbox.width
+    for panel, numbers in zip(figure.axes, ({"1,000", "2,000", "5,000"}, {"0.001", "0.002", "0.005"}), strict=True):
+        low, high = panel.get_xlim()
+        shown = [t.get_text() for t in panel.get_xticklabels() if low <= t.get_position()[0] <= high]
+        assert set(filter(None, shown)) <= numbers
 
 
 def test_pages_are_drawn_at_the_end_and_what_lacks_one_gets_it(done, monkeypatch):
@@ -280,6 +298,15 @@ def test_trials_that_cannot_share_steps_are_trained_one_after_the_other_and_it_i
     assert set(statuses(folder).values()) == {"finished"}
     said = capsys.readouterr().out
     assert "note: trials are trained one after the other, as they cannot share steps: adapter.dropout is not 0" in said
+
+
+def test_a_machine_without_fp8_is_told_so_once_before_a_folder_is_made(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(compute, "fp8_fallback_reason", lambda device: "the GPU has compute capability 8.0")
+    given = sections(place, tmp_path / "sweep", {"grid": {"training.seed": [1, 2]}})
+    given["model"]["dtype"], given["training"]["compute"] = "bfloat16", "fp8"
+    with pytest.raises(UserError, match=r"^training\.compute: fp8 cannot be here: the GPU .* 8\.0; set training"):
+        lsr_scale.sweep(given, quiet=True)
+    assert not (tmp_path / "sweep").exists()
 
 
 def test_a_base_that_cannot_be_loaded_ends_the_sweep(place, tmp_path):

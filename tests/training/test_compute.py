@@ -40,6 +40,7 @@ def test_the_groups_that_a_run_may_name_are_those_of_a_layer():
 def test_a_machine_without_fp8_is_told_so_before_anything_is_read(place, monkeypatch, compute, why):
     monkeypatch.setattr(module, "fp8_fallback_reason", lambda device: "the GPU has compute capability 8.0")
     monkeypatch.setattr(train_module, "read_data", lambda *args: pytest.fail("data was read"))
+    monkeypatch.setattr(train_module.evaluate, "load_tasks", lambda *args: pytest.fail("questions were read"))
     with pytest.raises(
         UserError, match=rf"{compute} cannot be here: the GPU .* 8\.0{why}; set training\.compute: bf16"
     ):

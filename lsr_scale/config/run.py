@@ -137,7 +137,7 @@ def with_overrides(
         if key in RunConfig.model_fields and isinstance(value, Mapping):
             values = {f"{key}.{name}": part for name, part in value.items()}
         for name, part in values.items():
-            yaml_text.assign(data, known, name.split("."), plain(part), f"overrides[{name!r}]", "path")
+            yaml_text.assign(data, known, yaml_text.keys_of(name), plain(part), f"overrides[{name!r}]", "path")
     return data
 
 

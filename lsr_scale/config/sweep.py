@@ -48,7 +48,7 @@ def _keys(value: Any) -> Any:
         if not isinstance(key, str) or not all(key.split(".")):
             problems.append(Problem((key,), "expected a dotted key of the run, such as training.learning_rate"))
             continue
-        beginnings = (".".join(key.split(".")[:end]) for end in (1, 2))
+        beginnings = dict.fromkeys(".".join(key.split(".")[:end]) for end in (1, 2))
         problems += [Problem((key,), _FIXED[one]) for one in beginnings if one in _FIXED]
     raise_problems(problems)
     return value

@@ -193,11 +193,18 @@ def override(data: dict[str, Any], places: Places, overrides: Iterable[str], sho
     for assignment in overrides:
         where = f"--set {assignment}"
         dotted_path, equals, text = assignment.partition("=")
-        keys = dotted_path.strip().split(".")
+        keys = keys_of(dotted_path.strip())
         if not equals or not all(keys) or len(keys) > MAX_DEPTH:
             raise UserError(f"{where}: expected section.name=value, such as training.learning_rate=1e-3")
         value, _ = parse(text, where)
         assign(data, places, keys, value, where, shorthand)
+
+
+def keys_of(dotted_path: str) -> list[str]:
+    """Return the keys of a path `a.b.c`; what a sweep's grid or an entry of its list changes is one key with dots."""
+    keys = dotted_path.split(".")
+    depth = {"sweep.grid": 2, "sweep.list": 3}.get(".".join(keys[:2]), len(keys))
+    return [*keys[:depth], ".".join(keys[depth:])] if len(keys) > depth and all(keys) else keys
 
 
 def assign(data: dict[str, Any], places: Places, keys: Sequence[str], value: Any, where: str, shorthand: str) -> None:

@@ -3,6 +3,7 @@
 import pytest
 
 from lsr_scale.cli import main
+from lsr_scale.config.run import with_overrides
 from lsr_scale.config.sweep import SweepSection, changes_of
 from lsr_scale.config.trials import is_sweep, read_sweep, sweep_from_dict, trials_of
 from lsr_scale.errors import UserError
@@ -104,6 +105,21 @@ def test_what_follows_from_a_trials_own_values_is_its_own(read):
 def test_set_changes_the_section_and_the_run(read):
     sweep = read(SEEDS, MINIMAL, "sweep.together=4", "adapter.rank=3")
     assert (sweep.section.together, sweep.trials[1].run.adapter.options["rank"]) == (4, 3)
+
+
+def test_set_names_what_a_grid_or_a_list_changes_as_the_run_does(read):
+    named = "sweep.grid.training.learning_rate=[1e-3, 2e-3]", "sweep.grid.adapter.rank=[2]"
+    sweep = read("grid: {training.learning_rate: [5e-4]}", MINIMAL, *named)
+    assert [trial.changes for trial in sweep.trials] == [
+        {"training.learning_rate": rate, "adapter.rank": 2} for rate in (1e-3, 2e-3)
+    ]
+    sweep = read("list: [{name: a, training.seed: 1}]", MINIMAL, "sweep.list.0.training.seed=7")
+    assert [trial.changes for trial in sweep.trials] == [{"training.seed": 7}]
+    with pytest.raises(UserError) as caught:
+        read(SEEDS, MINIMAL, "sweep.grid.model=[a, b]")
+    assert str(caught.value).count("share one base") == 1
+    overridden = with_overrides({"sweep": {}}, {"sweep.grid.training.seed": [1, 2]})
+    assert overridden == {"sweep": {"grid": {"training.seed": [1, 2]}}}
 
 
 def test_trials_of_a_run_in_python():

@@ -17,6 +17,7 @@ def find_run(path: str | Path) -> Path:
     """
     folder = user_path(path)
     if not (folder / "config.yaml").is_file():
+        _refuse_sweep(path, folder)
         if (folder / "adapter_config.json").is_file():
             parent = folder.resolve().parent
             instead = (
@@ -27,6 +28,15 @@ def find_run(path: str | Path) -> Path:
         known = f"; runs here: {', '.join(f'runs/{name}' for name in runs[:8])}" if runs else ""
         raise UserError(f"{path}: not a run folder (there is no config.yaml in it){known}")
     return folder
+
+
+def _refuse_sweep(path: str | Path, folder: Path) -> None:
+    """Raise a UserError for the folder of a sweep, which names the folders of its trials."""
+    if (folder / "sweep.json").is_file():
+        trials = sorted(str(file.parent) for file in folder.glob("trials/*/config.yaml"))
+        named = f"name one of its trials: {', '.join(trials[:8])}" if trials else "none of its trials has begun"
+        table = f"; the best one is named in {folder / 'sweep.md'}" if (folder / "sweep.md").is_file() else ""
+        raise UserError(f"{path}: a sweep's folder, where a run's is expected; {named}{table}")
 
 
 def find_trained(path: str | Path) -> tuple[Path, Path | None]:
@@ -73,5 +83,6 @@ def find_adapter(path: str | Path) -> Path:
             instead = f"; or name its newest checkpoint: {newest}" if newest else ""
             raise UserError(f"{path}: the run has no adapter yet; train it, or resume it with --resume auto{instead}")
     if not (folder / "adapter_config.json").is_file():
+        _refuse_sweep(path, folder)
         raise UserError(f"{folder}: there is no adapter in this folder (adapter_config.json is missing)")
     return folder

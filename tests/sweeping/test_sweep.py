@@ -88,6 +88,16 @@ def test_what_diverges_or_fails_ends_alone_and_is_named(done):
         assert trial.results["steps"] == 6
 
 
+@pytest.mark.parametrize("command", ["eval", "generate", "report", "inspect", "export", "compare"])
+def test_the_folder_of_a_sweep_is_told_from_a_runs(done, command, tmp_path, capsys):
+    words = {"export": ["--to", "lora", "--out", str(tmp_path / "lora")], "generate": ["--prompt", "a knife"]}
+    assert main([command, str(done.path), *words.get(command, [])]) == 2
+    said = capsys.readouterr().err
+    assert f"{done.path}: a sweep's folder, where a run's is expected; name one of its trials: " in said
+    assert f"{done.path}/trials/lr=0.002," in said
+    assert f"the best one is named in {done.table}" in said
+
+
 def test_a_trials_folder_is_an_ordinary_runs(done, place, tmp_path):
     folder = done.trial("lr=0.005,rank=2")
     run = load_run(folder.config)

@@ -188,9 +188,8 @@ class Decoder:
             step, logits = self._prefill(input_ids, mask, new, pairs, adapter_names is not None, source)
             for done in range(new):
                 scores = logits.to(torch.float32, copy=True)
-                finite &= (scores < torch.inf).all(-1)  # NaN is not either; -inf is how models rule tokens out
+                finite &= scores.amax(-1) < torch.inf  # NaN is not either; -inf is how models rule tokens out
                 running &= finite
-                scores.nan_to_num_(0.0, torch.inf, -torch.inf)
                 likely = None if log_probs is None else scores.log_softmax(-1)
                 tokens = sampling.next_tokens(ids[:, : prompt + done], scores)
                 if log_probs is not None and likely is not None:

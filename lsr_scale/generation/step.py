@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from lsr_scale.generation.attention import attention_of_step, takes_kernel
+from lsr_scale.generation.fused_step import step_fallback_reason, step_logits
 
 
 class FixedLayer(CacheLayerMixin):
@@ -149,6 +150,15 @@ class DecodeStep:
         self._graph = self._logits = self.state = None
 
     def _run(self) -> Tensor:
+        if self._takes_kernel and step_fallback_reason(self._base) is None:
+            logits = step_logits(self._base, self.tokens, self.positions, self.layers, self.first)
+        else:
+            logits = self._logits_by_transformers()
+        self.positions.add_(1)
+        self.place.add_(1)
+        return logits
+
+    def _logits_by_transformers(self) -> Tensor:
         self.mask.index_fill_(3, self.place, 0.0)
         by_kernel = attention_of_step(self._base, self.first, self.place) if self._takes_kernel else nullcontext()
         with by_kernel:
@@ -159,6 +169,4 @@ class DecodeStep:
                 past_key_values=self.cache,
                 use_cache=True,
             )
-        self.positions.add_(1)
-        self.place.add_(1)
         return outputs.logits[:, -1]

@@ -14,6 +14,10 @@ from transformers import (
     GPT2LMHeadModel,
     MistralConfig,
     MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -23,7 +27,7 @@ import lsr_scale
 from lsr_scale import AdapterBank, Decoder, UserError
 from lsr_scale.adapters import peft_config
 from lsr_scale.adapters.peft import METHODS, per_sample
-from lsr_scale.generation import Sampling, attention
+from lsr_scale.generation import Sampling, attention, fused_step
 from lsr_scale.generation.decoder import NotFiniteError
 from lsr_scale.generation.fallback import decoder_fallback_reason
 from lsr_scale.kernels.decode_attention import decode_attention
@@ -390,7 +394,7 @@ def test_a_steps_own_kernels(tmp_path, monkeypatch):
 
 @pytest.fixture
 def attended(monkeypatch):
-    """Have steps ask for the kernel's attention, whose reference a CPU computes; return how often they did."""
+    """Have steps be as on a GPU, by kernels whose references a CPU computes; return the calls of their attention."""
     calls = []
 
     def counted(*given):
@@ -399,11 +403,19 @@ def attended(monkeypatch):
 
     monkeypatch.setattr(attention, "use_triton", lambda keys: True)
     monkeypatch.setattr(attention, "decode_attention", counted)
+    monkeypatch.setattr(fused_step, "decode_attention", counted)
     return calls
 
 
-def test_a_steps_own_attention(attended):
-    model = adapted(tiny_llama())
+def hooked(model):
+    """Have a layer's hooks be called, which the fused step would pass by."""
+    model.get_submodule("base_model.model.model.layers.1").register_forward_hook(lambda *_: None)
+    return model
+
+
+@pytest.mark.parametrize("change", [lambda model: model, hooked], ids=["fused", "attention"])
+def test_a_steps_own_attention(change, attended):
+    model = change(adapted(tiny_llama()))
     check(model, prompts(rows=5))
     assert attended
     assert model.config._attn_implementation == "sdpa"
@@ -412,6 +424,68 @@ def test_a_steps_own_attention(attended):
     tokens = Decoder(model).generate(**batch, answers=answers, max_new_tokens=9, eos_token_id=[], pad_token_id=0)
     assert torch.equal(tokens, reference(model, batch).repeat_interleave(torch.tensor(answers), 0))
     assert len(attended) == 8 * 2  # steps, layers
+
+
+OTHER_MODELS = {
+    "mistral": lambda: MistralForCausalLM(MistralConfig(**SIZES, sliding_window=64)),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=16)),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_MODELS)
+def test_fused_steps_of_other_models(kind, attended):
+    torch.manual_seed(0)
+    base = OTHER_MODELS[kind]()
+    for name, parameter in base.named_parameters():
+        if "bias" in name or "norm" in name:  # away from their start of zeros and ones
+            torch.nn.init.normal_(parameter, 1.0, 0.3)
+    assert fused_step.step_fallback_reason(base) is None
+    check(adapted(base.eval(), "lora"), prompts())
+    assert attended
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_fused_steps_of_quantized_and_fused_models(kind, attended):
+    base = quantize(tiny_llama(), kind, torch.float32)
+    freeze_quantized(base)
+    model = adapted(base)
+    lsr_scale.fuse(model)
+    assert fused_step.step_fallback_reason(model.get_base_model()) is None
+    check(model, prompts())
+    assert attended
+
+
+def test_fused_steps_of_a_bank(attended, tmp_path):
+    base = tiny_llama()
+    adapted(copy.deepcopy(base), "lsr", 3).save_pretrained(tmp_path / "anna")
+    model, batch = adapted(base), prompts(rows=2)
+    AdapterBank(model, tmp_path, 0.01)
+    names = ["anna", "__base__"]
+    actual = Decoder(model).generate(**batch, adapter_names=names, max_new_tokens=6, eos_token_id=[])
+    assert torch.equal(actual, reference(model, batch, 6, adapter_names=names))
+    assert attended
+
+
+def test_what_a_fused_step_would_pass_by_is_found():
+    reason = lambda model: fused_step.step_fallback_reason(model) or ""  # noqa: E731
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=96, n_positions=64, n_embd=32, n_layer=2, n_head=2))
+    assert "GPT2LMHeadModel is none of" in reason(gpt2)
+    model: Any = tiny_llama()
+    model.model.layers[0].mlp.act_fn = torch.nn.GELU()
+    assert "GELU, not SiLU" in reason(model)
+    model = tiny_llama()
+    model.model.layers[1].post_attention_layernorm = torch.nn.LayerNorm(48)
+    assert "post_attention_layernorm is not Llama's" in reason(model)
+    model = tiny_llama()
+    model.model.norm = torch.nn.Identity()
+    assert "the last norm is a Identity" in reason(model)
+    model = tiny_llama()
+    model.model.layers[1].self_attn.register_forward_pre_hook(lambda *_: None)
+    assert "LlamaAttention has hooks" in reason(model)
+    model = tiny_llama()
+    model.model.layers[1].forward = model.model.layers[1].forward
+    assert "LlamaDecoderLayer has a forward of its own" in reason(model)
 
 
 def test_attention_that_a_kernel_does_not_compute_is_transformers_own(attended):

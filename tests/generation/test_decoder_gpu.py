@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lsr_scale import AdapterBank, Decoder
-from lsr_scale.generation import attention
+from lsr_scale.generation import attention, fused_step
 from tests.conftest import quantize, randomize, tiny_llama
 from tests.generation.test_decoder import NAMES, adapted, prompts
 
@@ -70,11 +70,14 @@ def test_an_adapter_that_changes(kind, method):
     check(model, decoder, batch)
 
 
-def test_attention_is_the_kernels(monkeypatch):
+@pytest.mark.parametrize("place", [attention, fused_step])
+def test_attention_is_the_kernels(place, monkeypatch):
     calls = []
-    one = attention.decode_attention
-    monkeypatch.setattr(attention, "decode_attention", lambda *given: calls.append(1) or one(*given))
-    model = on_gpu(tiny_llama(torch.bfloat16, **BIG)).eval()
+    one = place.decode_attention
+    monkeypatch.setattr(place, "decode_attention", lambda *given: calls.append(1) or one(*given))
+    model: Any = on_gpu(tiny_llama(torch.bfloat16, **BIG)).eval()
+    if place is attention:  # hooks, which the fused step would pass by
+        model.model.layers[0].register_forward_hook(lambda *_: None)
     Decoder(model).generate(**batch_of(rows=2), max_new_tokens=5, eos_token_id=[])
     assert len(calls) == 2 * BIG["num_hidden_layers"]  # in the warm-up and the capture
 

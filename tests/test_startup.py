@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.programs import run_program
 from tests.helpers.run_folders import choice_rows, write_run
 
 ROOT = Path(__file__).parents[1]
@@ -103,9 +104,10 @@ def test_a_commands_threads_sleep_while_they_wait_unless_told_otherwise(given, p
     assert done.stdout.splitlines()[-1] == f"{policy} False"
 
 
-def test_a_plan_made_within_a_program_leaves_its_compiler_on():
+def test_a_plan_made_within_a_program_leaves_its_compiler_on(tmp_path, monkeypatch):
     program = "import os, torch; from lsr_scale.cli import main; main(['plan', 'smollm2_lsr']); "
     program += "import torch._dynamo; print('off' if torch._dynamo.config.disable else 'on')"
-    clean = {name: value for name, value in os.environ.items() if name != "TORCHDYNAMO_DISABLE"}
-    done = subprocess.run([sys.executable, "-c", program], env=clean, capture_output=True, text=True, check=True)
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
+    done = run_program(program, tmp_path)
+    assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "on"

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.launch import QUICK_START
+
 ROOT = Path(__file__).parents[1]
 # what a checkout has beside its files
 NOT_COPIED = shutil.ignore_patterns(
@@ -121,7 +123,7 @@ def test_the_wheel_is_used_from_an_empty_folder(environment, tmp_path):
     short = ["training.max_steps=1", "training.save_strategy=no", "eval.prompts=[]", "data.validation_split=null"]
     short += ["training.per_device_train_batch_size=1", "training.gradient_accumulation_steps=1"]
     words = [word for value in short for word in ("--set", value)]
-    run(python, "-m", "lsr_scale.launch", "--config", "chat.yaml", *words, cwd=tmp_path)
+    run(python, "-m", "lsr_scale.launch", "--config", "chat.yaml", *words, cwd=tmp_path, **QUICK_START)
     assert (tmp_path / "runs" / "chat" / "adapter" / "adapter_model.safetensors").is_file()
     words = ["generate", "runs/chat", "--prompt", "How do I resume a run?", "--max-new-tokens", "2"]
-    assert run(command, *words, cwd=tmp_path).strip()
+    assert run(command, *words, cwd=tmp_path, **QUICK_START).strip()

@@ -10,9 +10,12 @@ import time
 import pytest
 
 from benchmarks.speed import sweep
+from tests.helpers.launch import QUICK_START
 
 
-def test_trials_together_beside_one_alone(tmp_path):
+def test_trials_together_beside_one_alone(tmp_path, monkeypatch):
+    for name, value in {**QUICK_START, "OMP_NUM_THREADS": "1"}.items():
+        monkeypatch.setenv(name, value)
     out = tmp_path / "sweep.json"
     sizes = ["--model=tiny", "--trials=2", "--one-by-one=1", "--tokens=64", "--seq-len=16", "--steps=8"]
     arguments = [*sizes, "--logging-steps=2", "--device=cpu", "--ways=together,one_by_one", f"--out={out}"]

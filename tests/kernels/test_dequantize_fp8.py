@@ -61,7 +61,7 @@ def plain_triton(weight, out, weight_scale, **options):
     ops.dequantize_int8_fp8_triton(weight, None, out, weight_scale, **options)
 
 
-@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(("transposed", "small"), [(False, False), (True, True)])
 @pytest.mark.parametrize(
     ("kind", "nested", "block_size", "shape"),
     [
@@ -75,7 +75,6 @@ def plain_triton(weight, out, weight_scale, **options):
         ("nf4", False, 64, (1, 16)),
     ],
 )
-@pytest.mark.parametrize("small", [False, True])
 def test_4bit(kind, nested, block_size, shape, transposed, small, device):
     packed, state, _ = quantized(*shape, block_size, kind, nested, torch.float32, device)
     values = float_values(packed, state, shape)
@@ -83,9 +82,18 @@ def test_4bit(kind, nested, block_size, shape, transposed, small, device):
     tile = {"vectors": 4 if transposed else 128, "rows": 64} if small else {}
     kernel = partial(four_bits, ops.dequantize_4bit_fp8_triton, packed, state, **tile)
     check(kernel, values, weight_scale, transposed)
+    check(partial(four_bits, ops.dequantize_4bit_fp8, packed, state), values, weight_scale, transposed)
+
+
+@pytest.mark.parametrize(("transposed", "small"), [(False, False), (False, True), (True, False), (True, True)])
+def test_4bit_out_of_range(transposed, small, device):
+    packed, state, _ = quantized(96, 192, 64, "nf4", True, torch.float32, device)
+    values = float_values(packed, state, (96, 192))
+    weight_scale = power_of_two_scale(values.abs().amax().view(1))
+    tile = {"vectors": 4 if transposed else 128, "rows": 64} if small else {}
+    kernel = partial(four_bits, ops.dequantize_4bit_fp8_triton, packed, state, **tile)
     check(kernel, values, weight_scale / 16, transposed)  # saturates
     check(kernel, values, weight_scale * 2**12, transposed)  # underflows
-    check(partial(four_bits, ops.dequantize_4bit_fp8, packed, state), values, weight_scale, transposed)
 
 
 @pytest.mark.parametrize("transposed", [False, True])

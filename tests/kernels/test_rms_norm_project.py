@@ -99,8 +99,17 @@ def test_the_projection_reference_is_float64_exact_and_is_what_runs_without_a_gp
         check_project((7, 72), 48, dtype, "cpu", True, 20, rms_norm_project)
 
 
-@pytest.mark.parametrize("with_residual", [False, True])
-@pytest.mark.parametrize(("rank", "one_row"), [(0, False), (48, True), (48, False), (128, False), (192, False)])
+@pytest.mark.parametrize(
+    ("rank", "one_row", "with_residual"),
+    [
+        (0, False, False),
+        (0, False, True),
+        (48, True, False),
+        (48, False, True),
+        (128, False, False),
+        (192, False, True),
+    ],
+)
 def test_the_projection_compiles_for_sm80_and_sm90(rank, one_row, with_residual):
     row_strides = "x_row_stride residual_row_stride out_row_stride residual_out_row_stride down_row_stride"
     signature = {

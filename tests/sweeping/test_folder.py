@@ -1,15 +1,14 @@
 """A sweep's folder: its state on disk, who claims which trial, and whose trials are free again."""
 
 import json
-import subprocess
-import sys
+import time
 from typing import Any
 
 import pytest
 
 from lsr_scale import UserError
 from lsr_scale.sweeping.folder import SweepFolder, SweepState, TrialState, Worker
-from tests.helpers.launch import PATHS
+from tests.helpers.programs import start_program
 
 
 @pytest.fixture
@@ -64,29 +63,27 @@ def test_each_trial_is_claimed_once(folder):
     assert not folder.workers.exists()
 
 
-def test_the_trials_of_a_killed_worker_are_free_again(folder):
+def test_the_trials_of_a_killed_worker_are_free_again(folder, tmp_path):
     program = (
-        "import sys, time\nfrom pathlib import Path\nfrom lsr_scale.sweeping.folder import SweepFolder, Worker\n"
+        "import time\nfrom pathlib import Path\nfrom lsr_scale.sweeping.folder import SweepFolder, Worker\n"
         f"worker = Worker(SweepFolder(Path({str(folder.path)!r})))\n"
-        "with worker.joined():\n    print(worker.claim().name, flush=True)\n    sys.stdin.read()\n"
+        "with worker.joined():\n    print(worker.claim().name, flush=True)\n    time.sleep(600)\n"
     )
-    words = [sys.executable, "-c", program]
-    with subprocess.Popen(
-        words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={"PYTHONPATH": PATHS}
-    ) as child:
-        assert child.stdout is not None
-        assert child.stdout.readline() == "a\n"
-        worker = Worker(folder)
-        with worker.joined():
-            assert len(folder.alive(besides=worker.name)) == 1
-            assert [trial.name for trial in (worker.claim(), worker.claim()) if trial] == ["b", "c"]
-            assert worker.claim() is None
-            child.kill()
-            child.wait()
-            assert worker.may_come()
-            trial = worker.claim()
-            assert trial is not None
-            assert trial.name == "a"
+    child = start_program(program, tmp_path, out := tmp_path / "out", tmp_path / "err")
+    while out.read_text() != "a\n":
+        assert child.is_alive(), (tmp_path / "err").read_text()
+        time.sleep(0.02)
+    worker = Worker(folder)
+    with worker.joined():
+        assert len(folder.alive(besides=worker.name)) == 1
+        assert [trial.name for trial in (worker.claim(), worker.claim()) if trial] == ["b", "c"]
+        assert worker.claim() is None
+        child.kill()
+        child.join()
+        assert worker.may_come()
+        trial = worker.claim()
+        assert trial is not None
+        assert trial.name == "a"
     assert folder.alive() == set()
 
 

@@ -1,8 +1,6 @@
 """Several processes on one sweep: by a launcher, by hand, and what each claims."""
 
-import os
-import subprocess
-import sys
+import time
 
 import pytest
 
@@ -12,7 +10,8 @@ from lsr_scale.sweeping import workers
 from lsr_scale.sweeping.folder import SweepFolder
 from lsr_scale.sweeping.sweep import run_sweep
 from tests.conftest import two_processes
-from tests.helpers.launch import PATHS, QUICK_START, ROOT, launch
+from tests.helpers.launch import ROOT, launch
+from tests.helpers.programs import start_program
 from tests.helpers.tiny_runs import factors, same
 from tests.helpers.tiny_sweeps import sweep_place, tiny_sweep, write_sweep
 
@@ -62,24 +61,26 @@ def test_another_process_joins_by_resuming(place, alone, tmp_path):
     file = write_sweep(tmp_path / "run.yaml", place, tmp_path / "sweep", SECTION, max_steps=2)
     # it waits in its first trial until this process has done the others
     program = (
-        "import sys\nfrom lsr_scale.cli import main\nfrom lsr_scale.training.callbacks.progress import Progress\n"
+        "import pathlib, sys, time\nfrom lsr_scale.cli import main\n"
+        "from lsr_scale.training.callbacks.progress import Progress\n"
         "begin = Progress.on_train_begin\n"
         "def on_train_begin(self, *args, **more):\n"
-        "    print('now', flush=True)\n    sys.stdin.readline()\n    begin(self, *args, **more)\n"
+        "    print('now', flush=True)\n"
+        f"    while not pathlib.Path({str(tmp_path / 'go')!r}).exists():\n        time.sleep(0.02)\n"
+        "    begin(self, *args, **more)\n"
         "Progress.on_train_begin = on_train_begin\n"
         f"sys.exit(main(['sweep', {str(file)!r}]))\n"
     )
-    environment = {**os.environ, **QUICK_START, "PYTHONPATH": PATHS}
-    words = [sys.executable, "-c", program]
-    with subprocess.Popen(words, stdin=-1, stdout=-1, stderr=subprocess.DEVNULL, text=True, env=environment) as other:
-        assert other.stdout is not None
-        assert other.stdin is not None
-        assert any(line.endswith("now\n") for line in other.stdout)
-        assert main(["sweep", str(file), "--resume", "auto"]) == 0
-        state = SweepFolder(tmp_path / "sweep").read()
-        assert [trial.status for trial in state.trials.values()] == ["running", "finished", "finished", "finished"]
-        other.communicate("\n" * 9)
-        assert other.returncode == 0
+    other = start_program(program, tmp_path, out := tmp_path / "out", tmp_path / "err")
+    while "now\n" not in out.read_text():
+        assert other.is_alive(), (tmp_path / "err").read_text()
+        time.sleep(0.02)
+    assert main(["sweep", str(file), "--resume", "auto"]) == 0
+    state = SweepFolder(tmp_path / "sweep").read()
+    assert [trial.status for trial in state.trials.values()] == ["running", "finished", "finished", "finished"]
+    (tmp_path / "go").touch()
+    other.join()
+    assert other.exitcode == 0
     folder = SweepFolder(tmp_path / "sweep")
     assert {trial.status for trial in folder.read().trials.values()} == {"finished"}
     assert all(same(factors(folder.trial(name)), factors(alone.trial(name))) for name in folder.read().trials)

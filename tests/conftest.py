@@ -33,16 +33,16 @@ two_processes = pytest.mark.skipif(
 # The files that take longest, the longest first. Test processes take files in this order, then those that start whole
 # processes, then the others, so that none ends alone with a long one.
 LONGEST = [
-    "planning/test_planner.py",
-    "training/test_faults.py",
     "training/test_two_ranks.py",
+    "planning/test_planner.py",
+    "test_wheel.py",
+    "training/test_faults.py",
+    "training/test_sharding.py",
+    "sweeping/test_workers.py",
+    "sweeping/test_sweep.py",
     "training/test_resume.py",
     "training/test_joint.py",
-    "training/test_sharding.py",
     "test_api.py",
-    "test_wheel.py",
-    "sweeping/test_sweep.py",
-    "sweeping/test_workers.py",
 ]
 
 SEVEN_LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

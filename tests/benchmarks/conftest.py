@@ -6,7 +6,7 @@ import multiprocessing
 
 import pytest
 
-from tests.helpers.programs import LIBRARIES
+from tests.helpers.programs import with_libraries
 
 
 @pytest.fixture(autouse=True)
@@ -15,11 +15,7 @@ def _processes_that_need_not_import(monkeypatch):
     of_method = multiprocessing.get_context
 
     def get_context(method=None):
-        if method != "spawn":
-            return of_method(method)
-        context = of_method("forkserver")
-        context.set_forkserver_preload(LIBRARIES)
-        return context
+        return with_libraries() if method == "spawn" else of_method(method)
 
     monkeypatch.setattr(multiprocessing, "get_context", get_context)
 

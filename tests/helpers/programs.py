@@ -8,9 +8,24 @@ import os
 import sys
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 LIBRARIES = ["torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate", "deepspeed", "trl"]
+_of_method = multiprocessing.get_context  # which tests of benchmarks replace
+
+
+def with_libraries() -> Any:
+    """Return multiprocessing's context for processes that find `LIBRARIES` imported.
+
+    With a GPU they import them anew: bitsandbytes and DeepSpeed set CUDA up when they are imported, and then it does
+    not work in a forked process.
+    """
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        return _of_method("spawn")
+    context = _of_method("forkserver")
+    context.set_forkserver_preload(LIBRARIES)
+    return context
 
 
 class Ended(NamedTuple):
@@ -24,10 +39,8 @@ class Ended(NamedTuple):
 def start_program(
     code: str, cwd: Path, out: Path, err: Path, *arguments: object
 ) -> multiprocessing.process.BaseProcess:
-    """Start a program that finds `LIBRARIES` imported, and not the package; it writes to two files."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(LIBRARIES)
-    process = context.Process(target=_run, args=(code, str(cwd), str(out), str(err), *map(str, arguments)))
+    """Start a program that finds nothing of the package imported (see `with_libraries`); it writes to two files."""
+    process = with_libraries().Process(target=_run, args=(code, str(cwd), str(out), str(err), *map(str, arguments)))
     out.touch()
     process.start()
     return process

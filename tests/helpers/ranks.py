@@ -1,10 +1,9 @@
-"""Processes that train, forked off one that has imported the libraries, which takes a fresh one seconds.
+"""Processes that train, forked off one that has imported the libraries, which takes a fresh one seconds (`programs`).
 
 What a launcher itself does is tested with `launch`. This module imports nothing but the standard library.
 """
 
 import importlib
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from tests.helpers.ports import held_port
-from tests.helpers.programs import LIBRARIES
+from tests.helpers.programs import with_libraries
 
 COMMAND = "lsr_scale.launch"
 _POPEN = subprocess.Popen
@@ -47,10 +46,8 @@ class Rank:
             file.touch()
         self.args = [*map(str, words)]
         environment = {**os.environ, **{name: str(value) for name, value in variables.items()}}
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(LIBRARIES)
         files = [str(file) for file in self._files]
-        self.process = context.Process(target=_do, args=(self.args, environment, *files, start_new_session))
+        self.process = with_libraries().Process(target=_do, args=(self.args, environment, *files, start_new_session))
         self.process.start()
 
     def __enter__(self) -> Self:

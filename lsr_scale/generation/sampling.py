@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers.generation.logits_process import (
     LogitsProcessorList,
@@ -87,7 +86,7 @@ class Sampling:
             return scores.argmax(-1)
         likely = scores.softmax(-1)
         # as torch.multinomial draws one, without its checks, for which the host would wait for the GPU twice
-        return likely.div_(torch.empty_like(likely).exponential_()).argmax(-1)
+        return likely.div_(scores.exponential_()).argmax(-1)
 
     def arguments(self) -> dict[str, Any]:
         """Return the keyword arguments for transformers' `generate`; the model's own defaults are not asked."""

@@ -220,7 +220,7 @@ def _kind_of(adapted: Any) -> str:
 
 
 def _submodule_reason(name: str, child: nn.Module) -> str | None:
-    reason = _skipped_reason(name, child)
+    reason = skipped_reason(name, child)
     if reason:
         return reason
     if not _has_factors(child, name) and any(p.requires_grad for p in child.parameters(recurse=False)):
@@ -228,9 +228,15 @@ def _submodule_reason(name: str, child: nn.Module) -> str | None:
     return None
 
 
-def _skipped_reason(name: str, child: nn.Module) -> str | None:
-    """Return why a module's call must not be skipped, or None: something besides its class's forward happens there."""
-    if "forward" in child.__dict__:
+def skipped_reason(name: str, child: nn.Module, has_own: bool | None = None) -> str | None:
+    """Return why a module's call must not be skipped, or None: something besides its class's forward happens there.
+
+    Args:
+        name: What the module is called.
+        child: The module.
+        has_own: Whether it has a forward of its own that matters; by default any does.
+    """
+    if "forward" in child.__dict__ if has_own is None else has_own:
         return f"{name} has a forward of its own (a device map or a patch)"
     hooks = [child._forward_hooks, child._forward_pre_hooks, child._backward_hooks, child._backward_pre_hooks]
     # transformers' output-capturing hooks do nothing unless outputs are asked for, see call_fallback_reason
@@ -276,7 +282,7 @@ def lm_head_fallback_reason(model: Any, arguments: dict[str, Any]) -> str | None
         return f"lm_head is a {type(head).__name__}"
     if head.bias is not None:
         return "lm_head has a bias"
-    check = _skipped_reason if isinstance(head, ModulesToSaveWrapper) else _submodule_reason
+    check = skipped_reason if isinstance(head, ModulesToSaveWrapper) else _submodule_reason
     for name, child in head.named_modules(prefix="lm_head"):
         reason = check(name, child)
         if reason:

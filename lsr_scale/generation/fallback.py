@@ -48,6 +48,9 @@ def decoder_fallback_reason(model: Any, length: int, adapter_names: Sequence[str
         return "its weights are sharded by DeepSpeed"
     if isinstance(model, PeftModel) and any(c.is_prompt_learning for c in model.peft_config.values()):
         return "it has virtual tokens"
+    configs: Any = model.peft_config.values() if isinstance(model, PeftModel) else ()
+    if any(getattr(one, "alora_invocation_tokens", None) for one in configs):
+        return "an adapter acts from its invocation tokens on (aLoRA)"
     if adapter_names is not None:
         if tuner is None:
             return "adapter_names are of adapters that are not this library's"

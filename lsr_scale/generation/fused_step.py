@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers.activations import SiLUActivation
 
-from lsr_scale.fused.fallback import DECODER_LAYERS, FAMILIES
+from lsr_scale.fused.fallback import DECODER_LAYERS, FAMILIES, skipped_reason
 from lsr_scale.fused.subclass import original_class
 from lsr_scale.kernels.decode_attention import decode_attention
 from lsr_scale.kernels.rms_norm import rms_norm
@@ -24,14 +25,17 @@ from lsr_scale.kernels.rotary import rotate
 _CAUSAL_LMS = {getattr(module, f"{name}ForCausalLM"): (module, name) for name, module in FAMILIES.items()}
 
 
-def step_fallback_reason(base: Any) -> str | None:
-    """Return why a causal language model's steps must be transformers' own, or None."""
+def step_fallback_reason(model: Any) -> str | None:
+    """Return why the steps of a causal language model, which PEFT may be around, must be transformers' own, or None."""
+    wrapped = isinstance(model, PeftModel)
+    base: Any = model.get_base_model() if wrapped else model
     kind = original_class(base)
     if kind not in _CAUSAL_LMS:
         return f"{kind.__name__} is none of {', '.join(FAMILIES)}"
     module, name = _CAUSAL_LMS[kind]
-    inside: list[nn.Module] = [base, base.model, base.model.norm]
-    if type(base.model.norm) is not getattr(module, f"{name}RMSNorm"):
+    norm = getattr(module, f"{name}RMSNorm")
+    inside: list[nn.Module] = [base.model, base.model.norm]
+    if type(base.model.norm) is not norm:
         return f"the last norm is a {type(base.model.norm).__name__}"
     for layer in base.model.layers:
         parts = DECODER_LAYERS.get(original_class(layer), {})
@@ -40,21 +44,33 @@ def step_fallback_reason(base: Any) -> str | None:
             return f"a layer's {', '.join(others) or 'class'} is not {name}'s"
         if not isinstance(layer.mlp.act_fn, SiLUActivation | nn.SiLU):
             return f"the activation is {type(layer.mlp.act_fn).__name__}, not SiLU"
-        inside += [layer, *(getattr(layer, part) for part in parts)]
+        of_heads = [getattr(layer.self_attn, part) for part in ("q_norm", "k_norm") if hasattr(layer.self_attn, part)]
+        if any(type(one) is not norm for one in of_heads):
+            return f"a norm of heads is not {name}'s"
+        inside += [layer, layer.mlp.act_fn, *of_heads, *(getattr(layer, part) for part in parts)]
     # which nothing would call
-    for one in inside:
-        if one._forward_hooks or one._forward_pre_hooks:
-            return f"{type(one).__name__} has hooks"
-        if one is not base and "forward" in vars(one):
-            return f"{type(one).__name__} has a forward of its own"
-    return None
+    outside = {id(one): one for one in ((model, model.base_model, base) if wrapped else (base,))}
+    for one in outside.values():
+        if reason := skipped_reason(type(one).__name__, one, _has_forward_of_others(one)):
+            return reason
+    return next((reason for one in inside if (reason := skipped_reason(type(one).__name__, one))), None)
+
+
+def _has_forward_of_others(module: nn.Module) -> bool:
+    """Tell whether a model has a forward of its own that changes the logits, for all that is known of it.
+
+    Trainers give it one: TRL and this library for log-probabilities, accelerate for its autocast.
+    """
+    forward = vars(module).get("forward")
+    names = getattr(getattr(forward, "__func__", forward), "__globals__", {})
+    return forward is not None and names.get("__name__", "").partition(".")[0] not in ("trl", "lsr_scale", "accelerate")
 
 
 def step_logits(base: Any, tokens: Tensor, positions: Tensor, cache: Sequence[Any], first: Tensor) -> Tensor:
     """Return the logits of the next tokens, `[B, vocabulary]`, and write the new keys and values into the cache.
 
     Args:
-        base: The causal language model; `step_fallback_reason` has none.
+        base: The causal language model of transformers; `step_fallback_reason` has none.
         tokens: `[B, 1]`.
         positions: `[B, 1]`.
         cache: A `FixedLayer` for each layer.
@@ -99,5 +115,5 @@ def _attended(attention: Any, normed: Tensor, cos: Tensor, sin: Tensor, memory: 
             rms_norm(heads, norm.weight, norm.variance_epsilon, heads)
         rotate(heads, cos, sin, heads)
     keys, values = memory.update(k[:, :, None], v[:, :, None])
-    out = decode_attention(q, keys, values, first, memory.place, attention.scaling)
+    out = decode_attention(q.to(keys.dtype), keys, values, first, memory.place, attention.scaling)
     return attention.o_proj(out.flatten(1)[:, None])[:, 0]

@@ -36,7 +36,10 @@ class FixedLayer(CacheLayerMixin):
         del args, kwargs
         assert self.keys is not None
         assert self.values is not None
-        return self.keys.index_copy_(2, self.place, key_states), self.values.index_copy_(2, self.place, value_states)
+        for memory, states in ((self.keys, key_states), (self.values, value_states)):
+            # under autocast transformers' rotation makes float32 of keys, which a step's own leaves as they are
+            memory.index_copy_(2, self.place, states.to(memory.dtype))
+        return self.keys, self.values
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return the length of the memory and its offset, 0."""
@@ -150,7 +153,7 @@ class DecodeStep:
         self._graph = self._logits = self.state = None
 
     def _run(self) -> Tensor:
-        if self._takes_kernel and step_fallback_reason(self._base) is None:
+        if self._takes_kernel and step_fallback_reason(self.model) is None:
             logits = step_logits(self._base, self.tokens, self.positions, self.layers, self.first)
         else:
             logits = self._logits_by_transformers()
@@ -160,7 +163,7 @@ class DecodeStep:
 
     def _logits_by_transformers(self) -> Tensor:
         self.mask.index_fill_(3, self.place, 0.0)
-        by_kernel = attention_of_step(self._base, self.first, self.place) if self._takes_kernel else nullcontext()
+        by_kernel = attention_of_step(self.first, self.place) if self._takes_kernel else nullcontext()
         with by_kernel:
             outputs = self.model(
                 input_ids=self.tokens,

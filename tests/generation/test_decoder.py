@@ -1,7 +1,9 @@
 """`Decoder`: the tokens of transformers' own `generate`, from steps with a cache of fixed size."""
 
 import copy
+import functools
 import logging
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -30,11 +32,13 @@ from lsr_scale.adapters.peft import METHODS, per_sample
 from lsr_scale.generation import Sampling, attention, fused_step
 from lsr_scale.generation.decoder import NotFiniteError
 from lsr_scale.generation.fallback import decoder_fallback_reason
+from lsr_scale.kernels import decode_attention as decode_attention_kernels
+from lsr_scale.kernels import rms_norm, rotary
 from lsr_scale.kernels.decode_attention import decode_attention
 from lsr_scale.kernels.row_pairs import add_row_pairs_triton
 from lsr_scale.layers.frozen_linear import freeze_quantized
 from tests.conftest import SEVEN_LINEARS, TINY_SIZES, quantize, randomize, tiny_llama
-from tests.helpers import recorded_graphs
+from tests.helpers import interpreter, recorded_graphs
 from tests.helpers.recorded_graphs import RecordedGraph
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -231,6 +235,7 @@ def test_caches_of_the_last_shapes_are_kept():
         ("window", "sliding window of 8"),
         ("dynamic", "depend on the number of tokens"),
         ("lora names", "not this library's"),
+        ("alora", "invocation tokens"),
         ("modules_to_save", "modules_to_save"),
         ("virtual tokens", "virtual tokens"),
     ],
@@ -248,6 +253,10 @@ def test_what_it_cannot_do_transformers_does(how, words, caplog):
         model = tiny_llama(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
     elif how == "virtual tokens":
         model = get_peft_model(tiny_llama(), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    elif how == "alora":
+        lora = LoraConfig(target_modules=["q_proj", "v_proj"], alora_invocation_tokens=[5], task_type="CAUSAL_LM")
+        model = randomize(get_peft_model(tiny_llama(), lora))
+        batch["input_ids"][:, -2] = 5
     elif how == "lora names":
         names = ["default", "__base__", "default"]
         model = get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
@@ -445,6 +454,36 @@ def test_fused_steps_of_other_models(kind, attended):
     assert attended
 
 
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_fused_steps_by_their_own_kernels(kind, monkeypatch):
+    pytest.importorskip("triton", reason="Triton is not installed: kernels cannot be tested")
+    torch.manual_seed(0)
+    base = tiny_llama() if kind == "llama" else OTHER_MODELS[kind]()
+    for name, parameter in base.named_parameters():
+        if "norm" in name:
+            torch.nn.init.normal_(parameter, 1.0, 0.3)
+    model, batch = adapted(base.eval(), "lora"), prompts()
+    expected = reference(model, batch, 5)
+    launches = []
+    for module, names in (
+        (rms_norm, ["rms_norm_triton"]),
+        (rotary, ["rotate_triton"]),
+        (decode_attention_kernels, ["decode_attention_triton"]),
+        (attention, []),
+    ):
+        monkeypatch.setattr(module, "use_triton", lambda x: True)
+        for name in names:
+            run = getattr(module, name)
+            counted = lambda *given, run=run, name=name, **options: launches.append(name) or run(*given, **options)  # noqa: E731
+            monkeypatch.setattr(module, name, counted)
+    interpreter.as_on_a_gpu(monkeypatch)
+    actual = Decoder(model).generate(**batch, max_new_tokens=5, eos_token_id=[], pad_token_id=0)
+    assert torch.equal(actual, expected)
+    norms = 2 * 2 + 1 if kind == "llama" else 4 * 2 + 1  # of two layers, and the last
+    counts = [launches.count(name) for name in ("rms_norm_triton", "rotate_triton", "decode_attention_triton")]
+    assert counts == [4 * norms, 4 * 4, 4 * 2]  # steps
+
+
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_fused_steps_of_quantized_and_fused_models(kind, attended):
     base = quantize(tiny_llama(), kind, torch.float32)
@@ -467,6 +506,76 @@ def test_fused_steps_of_a_bank(attended, tmp_path):
     assert attended
 
 
+def test_steps_under_autocast_of_a_model_in_float32(attended, monkeypatch):
+    model, batch = adapted(tiny_llama(), "lora"), prompts()
+    found: dict[bool, list[Any]] = {}
+    for is_fused in (True, False):
+        monkeypatch.setattr(attention, "use_triton", lambda keys, is_fused=is_fused: is_fused)
+        found[is_fused] = []
+        with torch.autocast("cpu", torch.bfloat16):
+            Decoder(model).generate(**batch, max_new_tokens=2, eos_token_id=[], log_probs=found[is_fused])
+    assert attended
+    torch.testing.assert_close(torch.stack(found[True]), torch.stack(found[False]), rtol=0, atol=0.01)
+
+
+@pytest.mark.parametrize("place", ["", "base_model", "base_model.model"])
+def test_hooks_of_a_model_and_of_what_is_around_it_are_called(place, attended):
+    model, calls = adapted(tiny_llama()), []
+    model.get_submodule(place).register_forward_hook(lambda *_: calls.append(1))
+    check(model, prompts())
+    calls.clear()
+    Decoder(model).generate(**prompts(), max_new_tokens=5, eos_token_id=[])
+    assert len(calls) == 5
+
+
+def test_a_forward_that_changes_the_logits_is_called(attended):
+    model: Any = tiny_llama().eval()
+    forward = model.forward
+
+    @functools.wraps(forward)
+    def turned(**given: Any) -> Any:
+        outputs = forward(**given)
+        outputs.logits = -outputs.logits
+        return outputs
+
+    model.forward = turned
+    check(model, prompts())
+    assert attended
+
+
+def test_hidden_states_asked_for_once_leave_steps_fused(attended):
+    model = adapted(tiny_llama())
+    model(**prompts(), output_hidden_states=True)  # transformers' hooks for them stay
+    assert any(layer._forward_hooks for layer in model.get_base_model().model.layers)
+    assert fused_step.step_fallback_reason(model) is None
+    check(model, prompts())
+
+
+def test_another_thread_meanwhile_makes_its_masks(attended, monkeypatch):
+    model, batch = hooked(adapted(tiny_llama())), prompts()
+    expected, meanwhile = model(**batch).logits, []
+
+    def computed(*given):
+        if not meanwhile:
+            with ThreadPoolExecutor(1) as pool:
+                meanwhile.append(pool.submit(lambda: model(**batch).logits).result())
+        return decode_attention(*given)
+
+    monkeypatch.setattr(attention, "decode_attention", computed)
+    check(model, batch)
+    kept = batch["attention_mask"].bool()
+    torch.testing.assert_close(meanwhile[0][kept], expected[kept])
+
+
+def test_transformers_attention_compiles_after_a_step(attended):
+    model = tiny_llama().eval()
+    Decoder(hooked(adapted(model))).generate(**prompts(), max_new_tokens=2, eos_token_id=[])
+    assert attended
+    ids, plain = prompts()["input_ids"], tiny_llama().eval()
+    compiled = torch.compile(plain, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(ids).logits, plain(ids).logits)
+
+
 def test_what_a_fused_step_would_pass_by_is_found():
     reason = lambda model: fused_step.step_fallback_reason(model) or ""  # noqa: E731
     gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=96, n_positions=64, n_embd=32, n_layer=2, n_head=2))
@@ -480,6 +589,9 @@ def test_what_a_fused_step_would_pass_by_is_found():
     model = tiny_llama()
     model.model.norm = torch.nn.Identity()
     assert "the last norm is a Identity" in reason(model)
+    model = OTHER_MODELS["qwen3"]()
+    model.model.layers[0].self_attn.k_norm = torch.nn.Identity()
+    assert "a norm of heads is not Qwen3's" in reason(model)
     model = tiny_llama()
     model.model.layers[1].self_attn.register_forward_pre_hook(lambda *_: None)
     assert "LlamaAttention has hooks" in reason(model)

@@ -1,5 +1,7 @@
 """Log-probabilities and gradients of padded rows are those of their tokens in one row, without the padding."""
 
+from typing import Any
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -7,8 +9,8 @@ from transformers import MistralConfig, MistralForCausalLM
 
 from lsr_scale.fused import fuse
 from lsr_scale.fused.loss import IGNORE_INDEX
-from lsr_scale.training.steps import unpadded
-from lsr_scale.training.steps.log_probs import completion_log_probs
+from lsr_scale.training.steps import log_probs, unpadded
+from lsr_scale.training.steps.log_probs import completion_log_probs, use_fused_head
 from lsr_scale.training.steps.unpadded import MULTIPLE, KnownRows, rows_of
 from tests.conftest import SEVEN_LINEARS, TINY_SIZES, randomize, tiny_llama
 from tests.kernels.checks import error
@@ -186,3 +188,24 @@ def test_tensors_of_inference_mode_are_asked_for_each_time():
         before = known.of(ids, mask, labels, True)
         labels[0, 5] = IGNORE_INDEX
         assert len(known.of(ids, mask, labels, True).targets) == len(before.targets) - 1
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_layers_that_run_unfused_attend_to_what_rows_begin_with(attention, monkeypatch):
+    found = model(attn_implementation=attention)
+    base: Any = found.get_base_model()
+    base.model.layers[1].mlp.register_forward_hook(lambda *_: None)  # which a fused layer would pass by
+    ids, mask, labels = completions("both")
+    use_fused_head(base)
+    answers = []
+    for unpads in (False, True):
+        monkeypatch.setattr(log_probs, "reads_documents", lambda _, unpads=unpads: unpads)
+        answers.append(base(input_ids=ids, attention_mask=mask, labels=labels.clone(), fused_lm_head=True).log_probs)
+    torch.testing.assert_close(*answers, rtol=0, atol=2e-6)
+
+
+def test_a_batch_of_padding_alone_stays_as_it_is():
+    ids, mask, labels = batch("right")
+    rows = rows_of(ids, mask.zero_(), labels.fill_(IGNORE_INDEX), unpads=True)
+    assert rows.tokens is None
+    assert not len(rows.targets)

@@ -64,15 +64,26 @@ def reads_documents(decoder: Any) -> bool:
     return isinstance(decoder, FusedDecoder) and weight.is_cuda and is_half
 
 
-def rows_of(input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor, unpads: bool) -> Rows:
+def shares_beginnings(decoder: Any) -> bool:
+    """Tell whether all layers of a decoder attend to beginnings in common, also one that runs unfused.
+
+    That one has a mask of a fused decoder with "sdpa" alone; elsewhere it attends to a document's own tokens, or reads
+    keys that are not there.
+    """
+    return decoder.config._attn_implementation == "sdpa"
+
+
+def rows_of(
+    input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor, unpads: bool, shares: bool = True
+) -> Rows:
     """Return what is known of a batch, which is looked at on the host: on a GPU that waits for it once.
 
     Args:
         input_ids: `[B, S]`.
         attention_mask: `[B, S]`, 0 on padding, left or right; None: there is none.
         labels: `[B, S]`, `IGNORE_INDEX` where they are ignored; a place predicts the next one's.
-        unpads: Leave padding out, and compute beginnings in common once, unless a label stands behind padding, which
-            then predicts it.
+        unpads: Leave padding out, unless a label stands behind padding, which then predicts it.
+        shares: Compute beginnings in common once where padding is left out.
     """
     device = labels.device
     given = torch.ones_like(labels) if attention_mask is None else attention_mask.to(labels)
@@ -82,7 +93,8 @@ def rows_of(input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor, un
     supervised = wanted != IGNORE_INDEX
     known: dict[str, Any] = {"targets": wanted[supervised], "mask": supervised[:, :-1]}
     is_full, predicts_from_padding = bool(kept.all()), bool((supervised & ~kept).any())
-    packed = None if predicts_from_padding or not unpads else _packed(ids.numpy(), kept.numpy())
+    is_packed = unpads and bool(kept.any()) and not predicts_from_padding
+    packed = _packed(ids.numpy(), kept.numpy(), shares) if is_packed else None
     if packed is None or (is_full and packed.shared == 0):
         # without a mask, outputs at padding are others: it stays where labels stand on padding or behind it
         needed = not is_full and (predicts_from_padding or bool(has_tokens_behind_padding(~kept)))
@@ -122,8 +134,8 @@ class _Packed:
     shared: int
 
 
-def _packed(ids: np.ndarray, kept: np.ndarray) -> _Packed:
-    """Return the tokens of padded rows, the longest beginnings in common there once if they are many."""
+def _packed(ids: np.ndarray, kept: np.ndarray, shares: bool) -> _Packed:
+    """Return the tokens of padded rows, the longest beginnings in common there once if they are many and may be."""
     columns = [np.flatnonzero(row) for row in kept]
     positions = [row - row[:1] for row in columns]
     # what must be alike in tokens that are there once; rows that begin alike are neighbours in the order of bytes
@@ -134,7 +146,7 @@ def _packed(ids: np.ndarray, kept: np.ndarray) -> _Packed:
     for before, row in itertools.pairwise(order):
         shared[row] = _in_common(alike[before], alike[row])
     total = sum(map(len, columns))
-    if sum(shared.values()) < LEAST_SAVED * total:
+    if not shares or sum(shared.values()) < LEAST_SAVED * total:
         order, shared = list(range(len(ids))), dict.fromkeys(order, 0)
     places: dict[int, np.ndarray] = {}
     begin, before = 0, np.empty(0, np.int64)
@@ -188,16 +200,23 @@ class KnownRows:
     def __init__(self) -> None:
         self._last: list[tuple[tuple[Any, ...], Rows]] = []
 
-    def of(self, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor, unpads: bool) -> Rows:
+    def of(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        labels: Tensor,
+        unpads: bool,
+        shares: bool = True,
+    ) -> Rows:
         """Return what `rows_of` does, without a wait where the same tensors were given."""
-        key = (input_ids, attention_mask, labels, unpads)
+        key = (input_ids, attention_mask, labels, unpads, shares)
         given = [one for one in (input_ids, attention_mask, labels) if one is not None]
         if any(one.is_inference() for one in given):  # of those nobody knows whether they were written to
-            return rows_of(input_ids, attention_mask, labels, unpads)
+            return rows_of(*key)
         versions = tuple(one._version for one in given)
         for (*known, seen), rows in self._last:
             if seen == versions and all(one is other for one, other in zip(known, key, strict=True)):
                 return rows
-        rows = rows_of(input_ids, attention_mask, labels, unpads)
+        rows = rows_of(*key)
         self._last = [*self._last[-1:], ((*key, versions), rows)]
         return rows

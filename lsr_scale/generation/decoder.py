@@ -323,8 +323,10 @@ def _checked_mask(input_ids: Any, attention_mask: Any) -> Tensor:
 
 
 def _state(model: nn.Module) -> list[Any]:
-    """Return what a captured step depends on, beside a batch's shapes and pairs: weights, and which adapters act."""
+    """Return what a captured step depends on, beside shapes and pairs: weights, which adapters act, and autocast."""
     state: list[Any] = [tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())]
+    device = next(model.parameters()).device.type
+    state.append(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None)
     for layer in model.modules():
         if isinstance(layer, BaseTunerLayer):
             state.append((layer.disable_adapters, tuple(layer.merged_adapters), tuple(layer.active_adapters)))

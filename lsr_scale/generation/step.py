@@ -5,7 +5,8 @@ step to step is a number here: tokens, positions, the place in the cache and the
 moves on, so that the same kernels on the same memory do the next one.
 """
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -15,6 +16,17 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from lsr_scale.generation.attention import attention_of_step, takes_kernel
 from lsr_scale.generation.fused_step import step_fallback_reason, step_logits
+
+
+@contextmanager
+def _uncached_autocast() -> Iterator[None]:
+    """Have autocast convert weights at each use: copies that it keeps are gone at its end, when a graph reads them."""
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
 
 
 class FixedLayer(CacheLayerMixin):
@@ -138,14 +150,15 @@ class DecodeStep:
         self.release()
         self.place.fill_(0)
         self.first.fill_(0)
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            self._run()  # warm-up: kernels are compiled and libraries loaded, which must not happen during capture
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        # thread_local: other threads may make calls that a capture must not
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            logits = self._run()
+        with _uncached_autocast():
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                self._run()  # warm-up: kernels are compiled and libraries loaded, which must not happen during capture
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            # thread_local: other threads may make calls that a capture must not
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                logits = self._run()
         self._graph, self._logits, self.state = graph, logits, state
 
     def release(self) -> None:

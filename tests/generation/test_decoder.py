@@ -327,8 +327,10 @@ def test_a_row_that_diverged_is_named_and_harms_no_later_batch(tmp_path):
     assert torch.equal(actual, reference(model, shorter, 5, adapter_names=names))
 
 
-def test_a_replayed_step_is_the_step_whatever_adapters_its_rows_have(tmp_path, monkeypatch):
+@pytest.mark.parametrize("is_fused", [False, True], ids=["transformers", "fused"])
+def test_a_replayed_step_is_the_step_whatever_adapters_its_rows_have(is_fused, tmp_path, monkeypatch):
     recorded_graphs.stand_in(monkeypatch)
+    monkeypatch.setattr(attention, "use_triton", lambda keys: is_fused)
     base = tiny_llama()
     for seed, name in enumerate(NAMES):
         adapted(copy.deepcopy(base), "lsr", seed, alpha=3.0 + seed).save_pretrained(tmp_path / name)
@@ -357,6 +359,25 @@ def test_a_replayed_step_is_the_step_whatever_adapters_its_rows_have(tmp_path, m
     check_next(prompts(), 4)
     check_next(prompts(rows=2), 5, adapter_names=["ben", "__base__"])
     assert RecordedGraph.replays == 5 * 11
+
+
+def test_a_graph_reads_nothing_that_autocast_keeps(monkeypatch):
+    recorded_graphs.stand_in(monkeypatch)
+    model = adapted(tiny_llama(), "lora")
+    # a weight that is trained, of which autocast keeps a copy until its end
+    model.get_submodule("base_model.model.lm_head").requires_grad_(True)
+    copies: list[bool] = []
+    decoder, batch = Decoder(model, graphs=True), prompts()
+    hook = lambda *_: copies.append(torch.is_autocast_cache_enabled())  # noqa: E731
+    model.get_submodule("base_model.model.lm_head").register_forward_hook(hook)
+    with torch.autocast("cpu", torch.bfloat16):
+        decoder.generate(**batch, max_new_tokens=3, eos_token_id=[])
+        assert torch.is_autocast_cache_enabled()
+    assert copies == [True, False, False]  # the prompts, a warm-up and a capture
+    assert RecordedGraph.made == 1
+    actual = decoder.generate(**batch, max_new_tokens=3, eos_token_id=[])
+    assert RecordedGraph.made == 2  # in float32
+    assert torch.equal(actual, reference(model, batch, 3))
 
 
 def test_inference_mode_leaves_nothing_behind():

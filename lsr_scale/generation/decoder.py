@@ -137,8 +137,10 @@ class Decoder:
             self.model.eval()
         # without a seed the draws come from, and move on, the process's own state
         devices = [input_ids.device] if input_ids.is_cuda else []
+        # kernels are launched, and graphs captured, on the current GPU
+        on_gpu = torch.cuda.device(input_ids.device) if input_ids.is_cuda else nullcontext()
         try:
-            with torch.random.fork_rng(devices) if seed is not None else nullcontext():
+            with on_gpu, torch.random.fork_rng(devices) if seed is not None else nullcontext():
                 if seed is not None:
                     torch.manual_seed(seed)
                 if reason is not None:

@@ -98,3 +98,12 @@ def test_a_bank_whose_adapters_come_and_go(method, dtype, tmp_path):
         graphs.add(id(next(iter(decoder.steps.values()))._graph))
     assert len(graphs) == 1  # which adapter a row has is not in it
     assert bank.evictions > 0
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+def test_a_model_that_is_not_on_the_current_gpu():
+    model: Any = tiny_llama(**BIG).eval()
+    model.to("cuda:1")
+    batch = {name: tensor.to("cuda:1") for name, tensor in prompts().items()}
+    assert torch.cuda.current_device() == 0
+    check(model, Decoder(model), batch)

@@ -2,7 +2,8 @@
 
 The tokens of all rows stand one after another, with the boundaries of rows as those of packed documents. Chosen and
 rejected completions have one prompt, GRPO's eight or more; where rows begin alike, those tokens are there once, and
-the others attend to them (`kernels.attention.SharedKeys`). Every token's output is what it was, but for rounding.
+the others attend to them (`kernels.attention.SharedKeys`). Every token's output is what it was, but for rounding, and
+but for dropout, which is drawn once for tokens that are there once.
 """
 
 import itertools

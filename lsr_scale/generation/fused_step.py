@@ -110,10 +110,17 @@ def _attended(attention: Any, normed: Tensor, cos: Tensor, sin: Tensor, memory: 
         project(rows).unflatten(-1, (-1, size)).flatten(0, 1)
         for project in (attention.q_proj, attention.k_proj, attention.v_proj)
     )
-    for name, heads in (("q_norm", q), ("k_norm", k)):
-        if (norm := getattr(attention, name, None)) is not None:
-            rms_norm(heads, norm.weight, norm.variance_epsilon, heads)
-        rotate(heads, cos, sin, heads)
+    # not in place: a linear's hooks may have kept its output
+    q, k = (_rotated(heads, getattr(attention, norm, None), cos, sin) for heads, norm in ((q, "q_norm"), (k, "k_norm")))
     keys, values = memory.update(k[:, :, None], v[:, :, None])
     out = decode_attention(q.to(keys.dtype), keys, values, first, memory.place, attention.scaling)
     return attention.o_proj(out.flatten(1)[:, None])[:, 0]
+
+
+def _rotated(heads: Tensor, norm: Any, cos: Tensor, sin: Tensor) -> Tensor:
+    """Return heads `[B, H, D]` at their rows' positions, normed before if there is a norm."""
+    out = torch.empty_like(heads)
+    if norm is not None:
+        rms_norm(heads, norm.weight, norm.variance_epsilon, out)
+    rotate(heads if norm is None else out, cos, sin, out)
+    return out

@@ -539,6 +539,24 @@ def test_steps_under_autocast_of_a_model_in_float32(attended, monkeypatch):
     torch.testing.assert_close(torch.stack(found[True]), torch.stack(found[False]), rtol=0, atol=0.01)
 
 
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_what_hooks_of_linears_keep_is_what_these_returned(kind, attended, monkeypatch):
+    model = (tiny_llama() if kind == "llama" else OTHER_MODELS[kind]()).eval()
+    kept: list[torch.Tensor] = []
+    for name in ("q_proj", "k_proj", "v_proj", "gate_proj", "down_proj"):
+        of_layer = model.get_submodule(f"model.layers.1.{'mlp' if name[0] in 'gd' else 'self_attn'}.{name}")
+        of_layer.register_forward_hook(lambda *given: kept.append(given[-1]))
+    batch = prompts()
+    Decoder(model).generate(**batch, max_new_tokens=3, eos_token_id=[])
+    assert attended
+    fused, kept[:] = [*kept], []
+    monkeypatch.setattr(attention, "use_triton", lambda keys: False)
+    Decoder(model).generate(**batch, max_new_tokens=3, eos_token_id=[])
+    assert len(fused) == len(kept) == 15
+    for one, other in zip(fused, kept, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("place", ["", "base_model", "base_model.model"])
 def test_hooks_of_a_model_and_of_what_is_around_it_are_called(place, attended):
     model, calls = adapted(tiny_llama()), []

@@ -53,17 +53,18 @@ def _decode_kernel(
     scale,
     num_kv_heads,
     token_stride,
+    num_splits,
     GROUP: tl.constexpr,
     D: tl.constexpr,
-    SPLITS: tl.constexpr,
+    SPLIT: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
     """Attend to a part of a row's tokens with the query heads of a key/value head.
 
-    `out` is `[B, H, D]`, or float32 `[SPLITS, B, H, D]` not divided by the weights' sum, with the parts' largest score
-    and sum in `sums [SPLITS, B, H, 2]`.
+    `out` is `[B, H, D]`, or with SPLIT float32 `[num_splits, B, H, D]` not divided by the weights' sum, with the parts'
+    largest score and sum in `sums [num_splits, B, H, 2]`.
     """
     # 64 bits: rows times the cache's stride exceed 2^31
     row = (tl.program_id(0) // num_kv_heads).to(tl.int64)
@@ -81,7 +82,7 @@ def _decode_kernel(
     end = tl.load(place).to(tl.int32) + 1
     # parts begin at whole blocks of the tokens that are seen
     blocks = tl.cdiv(end - begin, BLOCK_T)
-    per_split = tl.cdiv(blocks, SPLITS)
+    per_split = tl.cdiv(blocks, num_splits)
     start = begin + split * per_split * BLOCK_T
     stop = tl.minimum(start + per_split * BLOCK_T, end)
     largest = tl.full([BLOCK_G], float("-inf"), tl.float32)
@@ -103,7 +104,7 @@ def _decode_kernel(
         summed = summed * shrink[:, None] + tl.dot(weights.to(value.dtype), value, input_precision="ieee")
         largest = higher
     target = row * num_kv_heads * GROUP + kv_head * GROUP + heads
-    if SPLITS == 1:
+    if not SPLIT:
         result = summed / total[:, None]
         tl.store(out + target[:, None] * D + columns[None, :], result.to(out.dtype.element_ty), mask=inside)
     else:
@@ -115,13 +116,13 @@ def _decode_kernel(
 
 @jit
 def _combine_kernel(
-    parts, sums, out, num_heads, D: tl.constexpr, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr
+    parts, sums, out, num_heads, num_splits, D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr
 ):
     """Add up the parts of a row's head: `out[b, h] = sum_s e^(m_s - m) part_s / sum_s e^(m_s - m) total_s`."""
     head = tl.program_id(0).to(tl.int64)
     splits, columns = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_D)
     places = head + splits.to(tl.int64) * num_heads
-    is_split, in_head = splits < SPLITS, columns < D
+    is_split, in_head = splits < num_splits, columns < D
     largest = tl.load(sums + 2 * places, mask=is_split, other=float("-inf"))
     total = tl.load(sums + 2 * places + 1, mask=is_split, other=0.0)
     # a part without tokens has a largest score of -inf and sums of 0
@@ -180,9 +181,10 @@ def decode_attention_triton(
         scale,
         kv_heads,
         keys.stride(2),
+        splits,
         GROUP=group,
         D=width,
-        SPLITS=splits,
+        SPLIT=splits > 1,
         BLOCK_G=max(16, triton.next_power_of_2(group)),
         BLOCK_D=block_d,
         BLOCK_T=block_t,
@@ -191,7 +193,7 @@ def decode_attention_triton(
     if splits > 1:
         block_s = triton.next_power_of_2(splits)
         _combine_kernel[(batch * heads,)](
-            parts, sums, out, batch * heads, D=width, SPLITS=splits, BLOCK_S=block_s, BLOCK_D=block_d
+            parts, sums, out, batch * heads, splits, D=width, BLOCK_S=block_s, BLOCK_D=block_d
         )
     return out
 

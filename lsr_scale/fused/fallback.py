@@ -29,6 +29,8 @@ from lsr_scale.layers.frozen_linear import FrozenLinear, FrozenLinear4bit, Froze
 ATTENTION_IMPLEMENTATIONS = ("sdpa", "flash_attention_2", "flash_attention_3")
 
 FAMILIES = {"Llama": modeling_llama, "Mistral": modeling_mistral, "Qwen2": modeling_qwen2, "Qwen3": modeling_qwen3}
+# each family's causal language model, with its module and name
+CAUSAL_LMS = {getattr(module, f"{name}ForCausalLM"): (module, name) for name, module in FAMILIES.items()}
 
 
 def _submodules(name: str, module: Any) -> dict[str, type]:

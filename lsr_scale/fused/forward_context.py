@@ -15,7 +15,7 @@ from lsr_scale.adapters.peft import version_counters
 from lsr_scale.errors import UserError
 from lsr_scale.fused.fallback import layer_fallback_reason
 from lsr_scale.fused.layer_state import GradientBuffer, Positions, layer_linears
-from lsr_scale.kernels.attention import Sequences, SharedKeys, dense_mask
+from lsr_scale.kernels.attention import Sequences, SharedPrefixes, dense_mask
 
 
 @dataclass
@@ -26,7 +26,7 @@ class ForwardContext:
         decoder: The model around the layers, such as `LlamaModel`.
         cu_seqlens: Boundaries of packed documents, or None.
         max_seqlen: Length of the longest.
-        shared: Beginnings that they have in common; the boundaries are then those of their other tokens.
+        shared: Prefixes that they share; the boundaries are then those of their other tokens.
         mask_placeholder: Stands for the attention mask `[B, 1, S, S]` of packed documents, which is made only for a
             layer that runs unfused.
         causal_only: Every sequence is one document and the caller gave no mask: causality and a layer's own window
@@ -36,7 +36,7 @@ class ForwardContext:
     decoder: Any
     cu_seqlens: Tensor | None = None
     max_seqlen: int = 0
-    shared: SharedKeys | None = None
+    shared: SharedPrefixes | None = None
     mask_placeholder: Tensor | None = None
     causal_only: bool = False
 

@@ -24,7 +24,7 @@ from lsr_scale.fused.linear import LinearMixin
 from lsr_scale.fused.linear_groups import CachedMatrix
 from lsr_scale.fused.loss import causal_lm_loss
 from lsr_scale.fused.subclass import Fused
-from lsr_scale.kernels.attention import SharedKeys
+from lsr_scale.kernels.attention import SharedPrefixes
 
 logger = logging.getLogger(__name__)
 
@@ -92,13 +92,17 @@ class FusedDecoder(Fused):
         return super().train(mode)  # pyright: ignore[reportAttributeAccessIssue]
 
     def forward(
-        self, *args: Any, mask_is_needed: bool | None = None, shared_keys: SharedKeys | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        mask_is_needed: bool | None = None,
+        shared_prefixes: SharedPrefixes | None = None,
+        **kwargs: Any,
     ) -> Any:
         """Run the model. In training there is no key/value cache, whatever `use_cache` says: nothing would read it.
 
         Nor is there an attention mask in training that is not needed, which is found out by `needs_mask` unless
-        `mask_is_needed` says so. With boundaries of packed documents there may be `shared_keys`, the beginnings that
-        these have in common.
+        `mask_is_needed` says so. With boundaries of packed documents there may be `shared_prefixes`, those that
+        these share.
         """
         module: Any = self
         if module.training or torch.is_grad_enabled():
@@ -114,7 +118,7 @@ class FusedDecoder(Fused):
         if len(args) < 2 and no_mask_or_cache and isinstance(tokens, Tensor):
             rows, length = tokens.shape[:2]
             context.cu_seqlens, context.max_seqlen = document_boundaries(kwargs, length, rows)
-            context.shared = shared_keys
+            context.shared = shared_prefixes
             cached = module.config.use_cache if kwargs.get("use_cache") is None else kwargs["use_cache"]
             if context.cu_seqlens is not None and module.config._attn_implementation == "sdpa" and not cached:
                 # four dimensions: transformers passes it on as it is

@@ -15,7 +15,7 @@ from lsr_scale.adapters.joint import JointLinear
 from lsr_scale.adapters.peft import AdapterLinear
 from lsr_scale.errors import UserError
 from lsr_scale.fused.eight_bit import eight_bit_groups, use_eight_bits
-from lsr_scale.fused.fallback import DECODER_LAYERS, FAMILIES, layer_fallback_reason, linear_fallback_reason
+from lsr_scale.fused.fallback import CAUSAL_LMS, DECODER_LAYERS, FAMILIES, layer_fallback_reason, linear_fallback_reason
 from lsr_scale.fused.layer_state import GROUPS, Recompute
 from lsr_scale.fused.linear_groups import CachedMatrix
 from lsr_scale.fused.modules import FusedCausalLM, FusedDecoder, FusedLayer, FusedLinear
@@ -26,7 +26,6 @@ from lsr_scale.layers.frozen_linear import freeze_quantized
 Compute = Literal["bf16", "fp8", "int8"]
 
 _DECODERS = {getattr(module, name + "Model") for name, module in FAMILIES.items()}
-_CAUSAL_LMS = {getattr(module, name + "ForCausalLM") for name, module in FAMILIES.items()}
 # what fused modules add to a module
 _ATTRIBUTES = (
     *("recompute", "sizes", "weight_cache", "eight_bit", "fallback_check", "warned"),
@@ -116,7 +115,7 @@ def fuse(
     report = FuseReport([], {})
     for name, module in list(model.named_modules()):
         original = original_class(module)
-        for mixin, known in ((FusedLayer, DECODER_LAYERS), (FusedDecoder, _DECODERS), (FusedCausalLM, _CAUSAL_LMS)):
+        for mixin, known in ((FusedLayer, DECODER_LAYERS), (FusedDecoder, _DECODERS), (FusedCausalLM, CAUSAL_LMS)):
             if original in known:
                 module.__class__ = subclass(mixin, original)
         if isinstance(module, BaseTunerLayer):

@@ -22,7 +22,7 @@ def decoder_fallback_reason(model: Any, length: int, adapter_names: Sequence[str
         adapter_names: An adapter a row, if rows have different ones.
     """
     tuner = tuner_of(model)
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = base_of(model)
     config, kind = base.config, type(base).__name__
     if config.is_encoder_decoder:
         return f"{kind} is an encoder and a decoder"
@@ -59,6 +59,11 @@ def decoder_fallback_reason(model: Any, length: int, adapter_names: Sequence[str
     return None
 
 
+def base_of(model: Any) -> Any:
+    """Return the base model, which PEFT may be around."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
 def tuner_of(model: Any) -> AdapterModel | None:
     """Return PEFT's tuner model of an adapter of this library."""
     tuner = model.base_model if isinstance(model, PeftModel) else None
@@ -67,7 +72,7 @@ def tuner_of(model: Any) -> AdapterModel | None:
 
 def arguments_of(model: Any) -> set[str]:
     """Return the names of a model's arguments."""
-    return _arguments_of(type(model.get_base_model() if isinstance(model, PeftModel) else model))
+    return _arguments_of(type(base_of(model)))
 
 
 @functools.cache

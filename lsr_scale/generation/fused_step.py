@@ -11,28 +11,25 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers.activations import SiLUActivation
 
-from lsr_scale.fused.fallback import DECODER_LAYERS, FAMILIES, skipped_reason
+from lsr_scale.fused.fallback import CAUSAL_LMS, DECODER_LAYERS, FAMILIES, skipped_reason
 from lsr_scale.fused.subclass import original_class
+from lsr_scale.generation.fallback import base_of
 from lsr_scale.kernels.decode_attention import decode_attention
 from lsr_scale.kernels.rms_norm import rms_norm
 from lsr_scale.kernels.rotary import rotate
 
-_CAUSAL_LMS = {getattr(module, f"{name}ForCausalLM"): (module, name) for name, module in FAMILIES.items()}
-
 
 def step_fallback_reason(model: Any) -> str | None:
     """Return why the steps of a causal language model, which PEFT may be around, must be transformers' own, or None."""
-    wrapped = isinstance(model, PeftModel)
-    base: Any = model.get_base_model() if wrapped else model
+    base = base_of(model)
     kind = original_class(base)
-    if kind not in _CAUSAL_LMS:
+    if kind not in CAUSAL_LMS:
         return f"{kind.__name__} is none of {', '.join(FAMILIES)}"
-    module, name = _CAUSAL_LMS[kind]
+    module, name = CAUSAL_LMS[kind]
     norm = getattr(module, f"{name}RMSNorm")
     inside: list[nn.Module] = [base.model, base.model.norm]
     if type(base.model.norm) is not norm:
@@ -49,7 +46,7 @@ def step_fallback_reason(model: Any) -> str | None:
             return f"a norm of heads is not {name}'s"
         inside += [layer, layer.mlp.act_fn, *of_heads, *(getattr(layer, part) for part in parts)]
     # which nothing would call
-    outside = {id(one): one for one in ((model, model.base_model, base) if wrapped else (base,))}
+    outside = {id(one): one for one in ((model, model.base_model, base) if base is not model else (base,))}
     for one in outside.values():
         if reason := skipped_reason(type(one).__name__, one, _has_forward_of_others(one)):
             return reason

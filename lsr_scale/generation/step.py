@@ -10,11 +10,11 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from lsr_scale.generation.attention import attention_of_step, takes_kernel
+from lsr_scale.generation.fallback import base_of
 from lsr_scale.generation.fused_step import step_fallback_reason, step_logits
 
 
@@ -101,7 +101,7 @@ class DecodeStep:
             )
             layers.append(FixedLayer(keys, values, self.place))
         self.layers: list[Any] = layers
-        self._base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+        self._base = base_of(model)
         self._takes_kernel = takes_kernel(self._base, first)
         self.cache = Cache(layers=layers)
         self.state: Any = None

@@ -31,8 +31,8 @@ aten: Any = torch.ops.aten
 
 
 @dataclass(frozen=True)
-class SharedKeys:
-    """Beginnings that documents have in common, whose tokens are there once: a document's queries are its last tokens.
+class SharedPrefixes:
+    """Prefixes that documents share, whose tokens are there once: a document's queries are its last tokens.
 
     Attributes:
         places: int64 `[E]`, the tokens whose keys and values each document has, one document after another.
@@ -65,7 +65,7 @@ class Sequences:
             over all of these; none crosses from one row to the next.
         max_seqlen: Length of the longest document (an upper bound will do).
         window: A token attends to itself and the `window - 1` before it.
-        shared: Beginnings that packed documents have in common; `cu_seqlens` are then those of their queries.
+        shared: Prefixes that packed documents share; `cu_seqlens` are then those of their queries.
     """
 
     scale: float
@@ -73,7 +73,7 @@ class Sequences:
     cu_seqlens: Tensor | None = None
     max_seqlen: int = 0
     window: int | None = None
-    shared: SharedKeys | None = None
+    shared: SharedPrefixes | None = None
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -254,8 +254,8 @@ def dense_mask(batch: int, length: int, sequences: Sequences, device: torch.devi
     return allowed.view(-1, 1, length, length)
 
 
-def _shared_mask(tokens: int, sequences: Sequences, shared: SharedKeys) -> Tensor:
-    """Return the bool mask `[T, T]` of the tokens of one row, whose documents have beginnings in common."""
+def _shared_mask(tokens: int, sequences: Sequences, shared: SharedPrefixes) -> Tensor:
+    """Return the bool mask `[T, T]` of the tokens of one row, whose documents share prefixes."""
     bounds = sequences.cu_seqlens
     assert bounds is not None
     device = shared.places.device

@@ -56,7 +56,6 @@ class RunMemory:
 
         With `keeps_weights` fused layers keep their dequantized weights, but for those that stage 3 gathers anew.
 
-
         AdamW holds two moments of each trainable parameter. From stage 1 on DeepSpeed also holds a float32 master copy,
         all three sharded; stage 3 shards the frozen matrices too, a few of which are unsharded at a time, see
         `_gathered`. Gradients are copied into a buffer to be averaged, see `_gradient_buffer`.

@@ -403,6 +403,17 @@ def test_a_capture_that_fails_leaves_steps_as_they_are(monkeypatch, caplog):
     assert caplog.text.count("operation not permitted") == 1
 
 
+def check_a_bank_of_one(folder, new):
+    """Fail unless a row with an adapter of a bank, and one without, have the tokens of `generate`."""
+    base = tiny_llama()
+    adapted(copy.deepcopy(base), "lsr", 3).save_pretrained(folder / "anna")
+    model, batch = adapted(base), prompts(rows=2)
+    AdapterBank(model, folder, 0.01)
+    names = ["anna", "__base__"]
+    actual = Decoder(model).generate(**batch, adapter_names=names, max_new_tokens=new, eos_token_id=[])
+    assert torch.equal(actual, reference(model, batch, new, adapter_names=names))
+
+
 def test_a_steps_own_kernels(tmp_path, monkeypatch):
     pytest.importorskip("triton", reason="Triton is not installed: kernels cannot be tested")
     launches = []
@@ -412,13 +423,7 @@ def test_a_steps_own_kernels(tmp_path, monkeypatch):
         return add_row_pairs_triton(*arguments)
 
     monkeypatch.setattr(per_sample, "add_row_pairs_", counted)
-    base = tiny_llama()
-    adapted(copy.deepcopy(base), "lsr", 3).save_pretrained(tmp_path / "anna")
-    model, batch = adapted(base), prompts(rows=2)
-    AdapterBank(model, tmp_path, 0.01)
-    names = ["anna", "__base__"]
-    actual = Decoder(model).generate(**batch, adapter_names=names, max_new_tokens=3, eos_token_id=[])
-    assert torch.equal(actual, reference(model, batch, 3, adapter_names=names))
+    check_a_bank_of_one(tmp_path, 3)
     assert len(launches) == 2 * 2 * len(SEVEN_LINEARS)  # steps, layers
 
 
@@ -517,13 +522,7 @@ def test_fused_steps_of_quantized_and_fused_models(kind, attended):
 
 
 def test_fused_steps_of_a_bank(attended, tmp_path):
-    base = tiny_llama()
-    adapted(copy.deepcopy(base), "lsr", 3).save_pretrained(tmp_path / "anna")
-    model, batch = adapted(base), prompts(rows=2)
-    AdapterBank(model, tmp_path, 0.01)
-    names = ["anna", "__base__"]
-    actual = Decoder(model).generate(**batch, adapter_names=names, max_new_tokens=6, eos_token_id=[])
-    assert torch.equal(actual, reference(model, batch, 6, adapter_names=names))
+    check_a_bank_of_one(tmp_path, 6)
     assert attended
 
 

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 
 from lsr_scale.kernels import attention as module
-from lsr_scale.kernels.attention import Sequences, SharedKeys, attention, attention_backward, attention_reference
+from lsr_scale.kernels.attention import Sequences, SharedPrefixes, attention, attention_backward, attention_reference
 
 CPU = torch.device("cpu")
 
@@ -115,7 +115,7 @@ def exact(q, k, v, allowed, grad):
     return [out, *torch.autograd.grad(out, inputs, grad.double())]
 
 
-def beginnings_in_common(length, scale, window, device):
+def shared_prefixes_of(length, scale, window, device):
     """Return sequences of four documents that begin like the one before, and which token attends to which."""
     first, second, third = length // 2, length // 4, length // 8
     rows = [list(range(first))]
@@ -130,7 +130,7 @@ def beginnings_in_common(length, scale, window, device):
             allowed[token, seen] = True
     bounds = lambda sizes: torch.tensor([0, *sizes], device=device).cumsum(0).int()  # noqa: E731
     own = [first, second, third, length - first - second - third]
-    keys = SharedKeys(
+    keys = SharedPrefixes(
         torch.tensor([*itertools.chain(*rows)], device=device), bounds(map(len, rows)), max(map(len, rows))
     )
     return Sequences(scale, None, bounds(own), max(own), window, keys), allowed[None, None]
@@ -172,7 +172,7 @@ def test_gradients_against_float64_whatever_the_mask(head_dim, logits, length, k
         sequences = Sequences(head_dim**-0.5, cu_seqlens=ends, max_seqlen=length)
     elif kind.startswith("shared"):
         window = 17 if kind.endswith("window") else None
-        sequences, allowed = beginnings_in_common(length, head_dim**-0.5, window, device)
+        sequences, allowed = shared_prefixes_of(length, head_dim**-0.5, window, device)
     else:
         allowed = causal
     grad = grad * real[:, :, None, None]

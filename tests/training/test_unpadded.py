@@ -98,7 +98,7 @@ def test_what_rows_begin_with_is_computed_once(side, window):
     rows, actual, alike, again = outcome(found, *given, unpads=True)
     tokens = int(given[1].sum()) - 2 * 9 - 6
     assert len(rows.tokens) == -(-tokens // MULTIPLE) * MULTIPLE
-    assert rows.documents["shared_keys"].max_seqlen >= int(given[1].sum(1).max())
+    assert rows.documents["shared_prefixes"].max_seqlen >= int(given[1].sum(1).max())
     assert torch.equal(rows.targets, padded.targets)
     torch.testing.assert_close(actual, expected, rtol=0, atol=2e-6)
     torch.testing.assert_close(alike.entropy, described.entropy, rtol=0, atol=2e-6)
@@ -118,7 +118,7 @@ def test_flash_attends_to_what_rows_begin_with(side, window):
     padded, near, _, of_padded = outcome(found, *given, unpads=False)
     rows, actual, _, again = outcome(found, *given, unpads=True)
     assert padded.tokens is None
-    assert "shared_keys" in rows.documents
+    assert "shared_prefixes" in rows.documents
     assert error(actual, expected) < 2 * error(near, expected) + 2e-3
     for one, other, exact in zip(again, of_padded, gradients, strict=True):
         assert error(one, exact) < 2 * error(other, exact) + 2e-2
@@ -141,7 +141,7 @@ def test_few_tokens_in_common_are_computed_again():
     ids, mask, labels = batch("right")
     ids[:2, 0] = 3
     rows = rows_of(ids, mask, labels, unpads=True)
-    assert "shared_keys" not in rows.documents
+    assert "shared_prefixes" not in rows.documents
     assert rows.tokens[:7].tolist() == list(range(7))
 
 

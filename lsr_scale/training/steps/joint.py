@@ -21,7 +21,7 @@ from lsr_scale.adapters.pairs import active_adapters, kind_of
 from lsr_scale.config import RunConfig
 from lsr_scale.config.training import checkpoints_layers
 from lsr_scale.fused import fit_memory, fuse
-from lsr_scale.fused.fallback import FAMILIES, lm_head_fallback_reason
+from lsr_scale.fused.fallback import CAUSAL_LMS, lm_head_fallback_reason
 from lsr_scale.fused.joint_graphs import JointGraphs, join_static
 from lsr_scale.fused.loss import token_losses
 from lsr_scale.fused.subclass import original_class
@@ -32,7 +32,6 @@ from lsr_scale.training.steps.head_loss import at_least_one
 from lsr_scale.training.steps.joint_batch import JointBatch, joint_batch
 
 _EAGER_STEPS = 2  # before graphs are captured: kernels are compiled
-_CAUSAL_LMS = {getattr(module, name + "ForCausalLM") for name, module in FAMILIES.items()}
 
 
 @dataclass(eq=False)
@@ -234,7 +233,7 @@ class JointStep:
             # fused, rows of their own may be packed: what is not finite in one stays there under attention's masks too
             inputs |= {name: inputs[name].view(len(divisors), -1) for name in ("input_ids", "position_ids")}
         with self._pairs:
-            if original_class(model) in _CAUSAL_LMS and lm_head_fallback_reason(model, {}) is None:
+            if original_class(model) in CAUSAL_LMS and lm_head_fallback_reason(model, {}) is None:
                 known = {} if type(model) is original_class(model) else {"mask_is_needed": batch.mask_is_needed}
                 hidden = model.model(**inputs, **known, use_cache=False).last_hidden_state
                 chosen, weight = hidden.flatten(0, 1)[supervised], model.lm_head.weight

@@ -16,7 +16,7 @@ from lsr_scale.errors import UserError
 from lsr_scale.fused.fallback import lm_head_fallback_reason
 from lsr_scale.fused.loss import Distributions, token_losses
 from lsr_scale.fused.modules import FusedDecoder
-from lsr_scale.training.steps.unpadded import KnownRows, Rows, reads_documents, shares_beginnings
+from lsr_scale.training.steps.unpadded import KnownRows, Rows, reads_documents, shares_prefixes
 
 # by which configurations scale or bound logits
 _LOGIT_OPTIONS = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
@@ -75,7 +75,7 @@ def use_fused_head(base: Any, temperature: float = 1.0, only_entropy: bool = Fal
         logged = torch.is_grad_enabled() or not module.training
         ids = kwargs.get("input_ids")
         unpads = ids is not None and reads_documents(module.model)
-        shares = shares_beginnings(module.model)
+        shares = shares_prefixes(module.model)
         rows = known.of(labels if ids is None else ids, kwargs.get("attention_mask"), labels, unpads, shares)
         log_probs, described = completion_log_probs(
             module, rows, described=logged, only_entropy=only_entropy, temperature=temperature, **kwargs

@@ -1,9 +1,9 @@
-"""Batches of padded rows as one row of their tokens: no time goes into padding, nor twice into what rows begin with.
+"""Batches of padded rows as one row of their tokens: no time goes into padding, nor twice into a shared prefix.
 
 The tokens of all rows stand one after another, with the boundaries of rows as those of packed documents. Chosen and
-rejected completions have one prompt, GRPO's eight or more; where rows begin alike, those tokens are there once, and
-the others attend to them (`kernels.attention.SharedKeys`). Every token's output is what it was, but for rounding, and
-but for dropout, which is drawn once for tokens that are there once.
+rejected completions have one prompt, GRPO's eight or more; the tokens of a prefix that rows share are there once, and
+the others attend to them (`kernels.attention.SharedPrefixes`). Every token's output is what it was, but for rounding,
+and but for dropout, which is drawn once for tokens that are there once.
 """
 
 import itertools
@@ -18,11 +18,11 @@ from torch.nn import functional
 from lsr_scale.fused.attention_mask import has_tokens_behind_padding
 from lsr_scale.fused.loss import IGNORE_INDEX
 from lsr_scale.fused.modules import FusedDecoder
-from lsr_scale.kernels.attention import SharedKeys
+from lsr_scale.kernels.attention import SharedPrefixes
 
 # tokens are made a multiple of it by a document more: kernels and GEMMs of other numbers are others
 MULTIPLE = 64
-# Least share of the tokens that beginnings in common must save: keys and values are gathered for it, their gradients
+# Least share of the tokens that shared prefixes must save: keys and values are gathered for it, their gradients
 # summed, and whole rows of one length lose the faster attention (benchmarks/LOG.md).
 LEAST_SAVED = 0.08
 
@@ -65,8 +65,8 @@ def reads_documents(decoder: Any) -> bool:
     return isinstance(decoder, FusedDecoder) and weight.is_cuda and is_half
 
 
-def shares_beginnings(decoder: Any) -> bool:
-    """Tell whether all layers of a decoder attend to beginnings in common, also one that runs unfused.
+def shares_prefixes(decoder: Any) -> bool:
+    """Tell whether all layers of a decoder attend to shared prefixes, also one that runs unfused.
 
     That one has a mask of a fused decoder with "sdpa" alone; elsewhere it attends to a document's own tokens, or reads
     keys that are not there.
@@ -84,7 +84,7 @@ def rows_of(
         attention_mask: `[B, S]`, 0 on padding, left or right; None: there is none.
         labels: `[B, S]`, `IGNORE_INDEX` where they are ignored; a place predicts the next one's.
         unpads: Leave padding out, unless a label stands behind padding, which then predicts it.
-        shares: Compute beginnings in common once where padding is left out.
+        shares: Compute shared prefixes once where padding is left out.
     """
     device = labels.device
     given = torch.ones_like(labels) if attention_mask is None else attention_mask.to(labels)
@@ -94,7 +94,7 @@ def rows_of(
     supervised = wanted != IGNORE_INDEX
     known: dict[str, Any] = {"targets": wanted[supervised], "mask": supervised[:, :-1]}
     is_full, predicts_from_padding = bool(kept.all()), bool((supervised & ~kept).any())
-    is_packed = unpads and bool(kept.any()) and not predicts_from_padding
+    is_packed = unpads and bool(kept.any()) and not predicts_from_padding and (shares or not is_full)
     packed = _packed(ids.numpy(), kept.numpy(), shares) if is_packed else None
     if packed is None or (is_full and packed.shared == 0):
         # without a mask, outputs at padding are others: it stays where labels stand on padding or behind it
@@ -108,7 +108,7 @@ def rows_of(
     documents: dict[str, Any] = {"cu_seq_lens_q": bounds["q"], "max_length_q": longest[0]}
     documents |= {"cu_seq_lens_k": bounds["k"], "max_length_k": longest[1]}
     if packed.shared:
-        documents["shared_keys"] = SharedKeys(bounds["places"], bounds["k"], longest[1])
+        documents["shared_prefixes"] = SharedPrefixes(bounds["places"], bounds["k"], longest[1])
     return Rows(mask_is_needed=False, documents=documents, **_to(device, known))
 
 
@@ -120,7 +120,7 @@ class _Packed:
         tokens: `[T]`, their places among the B S.
         positions: `[T]`, their positions in their rows.
         query_bounds: int32 `[documents + 1]`, of the rows among the tokens.
-        key_bounds: int32 `[documents + 1]`, of the rows with the beginnings that they have in common with others.
+        key_bounds: int32 `[documents + 1]`, of the rows with the prefixes that they share with others.
         key_places: `[E]`, the tokens of the latter.
         place_of: `[B, S]`, where among the tokens each place is; 0 on padding.
         shared: How many tokens are computed once instead of again.
@@ -136,19 +136,17 @@ class _Packed:
 
 
 def _packed(ids: np.ndarray, kept: np.ndarray, shares: bool) -> _Packed:
-    """Return the tokens of padded rows, the longest beginnings in common there once if they are many and may be."""
+    """Return the tokens of padded rows, their longest shared prefixes there once if that saves enough."""
     columns = [np.flatnonzero(row) for row in kept]
     positions = [row - row[:1] for row in columns]
-    # what must be alike in tokens that are there once; rows that begin alike are neighbours in the order of bytes
-    alike = [np.stack((of_row[row], at), 1) for of_row, row, at in zip(ids, columns, positions, strict=True)]
-    keys = [one.astype(">i8").tobytes() for one in alike]
-    order = sorted(range(len(ids)), key=keys.__getitem__)
-    shared = dict.fromkeys(order, 0)
-    for before, row in itertools.pairwise(order):
-        shared[row] = _in_common(alike[before], alike[row])
-    total = sum(map(len, columns))
-    if not shares or sum(shared.values()) < LEAST_SAVED * total:
-        order, shared = list(range(len(ids))), dict.fromkeys(order, 0)
+    shared = dict.fromkeys(range(len(ids)), 0)
+    if shares:
+        # what must be alike in a shared prefix
+        alike = [np.stack((of_row[row], at), 1) for of_row, row, at in zip(ids, columns, positions, strict=True)]
+        found = _shared_with_the_one_before(alike)
+        if sum(found.values()) >= LEAST_SAVED * sum(map(len, columns)):
+            shared = found
+    order = list(shared)
     places: dict[int, np.ndarray] = {}
     begin, before = 0, np.empty(0, np.int64)
     for row in order:
@@ -174,8 +172,19 @@ def _packed(ids: np.ndarray, kept: np.ndarray, shares: bool) -> _Packed:
     )
 
 
-def _in_common(one: np.ndarray, other: np.ndarray) -> int:
-    """Return how many tokens two rows begin with alike, less than all of the second's."""
+def _shared_with_the_one_before(rows: list[np.ndarray]) -> dict[int, int]:
+    """Return how long a prefix each row shares with the one before it, in an order in which none could be longer."""
+    # in the order of bytes rows that share a prefix are neighbours
+    keys = [row.astype(">i8").tobytes() for row in rows]
+    order = sorted(range(len(rows)), key=keys.__getitem__)
+    shared = dict.fromkeys(order, 0)
+    for before, row in itertools.pairwise(order):
+        shared[row] = _shared_prefix(rows[before], rows[row])
+    return shared
+
+
+def _shared_prefix(one: np.ndarray, other: np.ndarray) -> int:
+    """Return the length of the prefix that two rows share, less than all of the second."""
     least = max(0, min(len(one), len(other) - 1))
     differ = (one[:least] != other[:least]).any(1)
     return int(differ.argmax()) if differ.any() else least

@@ -2,14 +2,17 @@
 
 Equal to lm-eval's `HFLM` example by example, and small: inputs are sorted by length and batched by tokens, only the
 positions of the continuations are projected onto the vocabulary, and choices that differ in their last token alone
-(yes / no) share one forward pass.
+(yes / no) share one forward pass. Where many models are asked the same, `encode_examples` makes token ids and batches
+once, and `score_encoded` scores each model on them.
 """
 
+import dataclasses
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
@@ -86,21 +89,86 @@ def _logits_at(model: nn.Module, ids: Tensor, mask: Tensor, rows: Tensor, column
     return logits[0]
 
 
-def _score_batch(
-    model: nn.Module, batch: list[tuple[int, ...]], targets: list[list[list[int]]], device: Any
-) -> list[float]:
-    """Return a log-likelihood for each list of target ids, which are the end of their input, shifted by one."""
-    longest = len(batch[0])
-    ids = torch.tensor([inputs + (0,) * (longest - len(inputs)) for inputs in batch], device=device)
-    mask = torch.tensor([[1] * len(inputs) + [0] * (longest - len(inputs)) for inputs in batch], device=device)
-    spans = [(row, target) for row, several in enumerate(targets) for target in several]
-    rows = torch.tensor([row for row, target in spans for _ in target])
-    columns = torch.tensor([c for row, target in spans for c in range(len(batch[row]) - len(target), len(batch[row]))])
-    logits = _logits_at(model, ids, mask, rows, columns)
-    picks = torch.tensor([token for _, target in spans for token in target], device=logits.device)[:, None]
-    parts = zip(logits.split(256), picks.split(256), strict=True)  # float32 a little at a time
-    values = torch.cat([part.float().log_softmax(-1).gather(1, pick)[:, 0] for part, pick in parts])
-    return [float(span.sum()) for span in values.cpu().split([len(target) for _, target in spans])]
+@dataclasses.dataclass(frozen=True)
+class _Tensors:
+    """A batch on a device.
+
+    Attributes:
+        ids: `[inputs, longest]`, padded on the right.
+        mask: The same, 1 where there is an input.
+        rows: `[N]`, of each target token, the input that it follows.
+        columns: `[N]`, of each target token, the position before it.
+        targets: `[N, 1]`, the target tokens.
+    """
+
+    ids: Tensor
+    mask: Tensor
+    rows: Tensor
+    columns: Tensor
+    targets: Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class _Batch:
+    """Inputs of one forward pass, the longest first.
+
+    Attributes:
+        inputs: Their token ids.
+        targets: By input and request, the target ids, which are the end of the input, shifted by one.
+    """
+
+    inputs: list[tuple[int, ...]]
+    targets: list[dict[int, list[int]]]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(map(len, self.inputs))
+
+    def to(self, device: torch.device) -> _Tensors:
+        """Return its tensors."""
+        longest = len(self.inputs[0])
+        spans = [(row, target) for row, of_input in enumerate(self.targets) for target in of_input.values()]
+        lengths = [len(inputs) for inputs in self.inputs]
+        columns = [c for row, target in spans for c in range(lengths[row] - len(target), lengths[row])]
+        return _Tensors(
+            ids=torch.tensor([inputs + (0,) * (longest - len(inputs)) for inputs in self.inputs], device=device),
+            mask=torch.tensor([[1] * length + [0] * (longest - length) for length in lengths], device=device),
+            rows=torch.tensor([row for row, target in spans for _ in target], device=device),
+            columns=torch.tensor(columns, device=device),
+            targets=torch.tensor([token for _, target in spans for token in target], device=device)[:, None],
+        )
+
+
+@dataclasses.dataclass
+class EncodedExamples:
+    """Examples as models with the same tokenizer are asked them; made by `encode_examples`.
+
+    Attributes:
+        examples: What they were made of.
+        batches: Of their inputs.
+        largest_id: The largest token id of an input.
+    """
+
+    examples: Sequence[Example]
+    batches: list[_Batch]
+    largest_id: int
+    _kept: dict[torch.device, list[_Tensors]] = dataclasses.field(default_factory=dict, repr=False)
+
+    def keep_on(self, device: torch.device | str) -> None:
+        """Copy all batches to a device once, where models on it would have each copied anew."""
+        tensors = [batch.to(torch.device(device)) for batch in self.batches]
+        self._kept[tensors[0].ids.device] = tensors  # with its number: "cuda" is one of several
+
+    def tensors(self, index: int, device: torch.device) -> _Tensors:
+        """Return a batch on a device."""
+        return self._kept[device][index] if device in self._kept else self.batches[index].to(device)
+
+
+def _log_likelihoods(model: nn.Module, batch: _Tensors) -> Tensor:
+    """Return the log-likelihood of each target token of a batch, on the model's device."""
+    logits = _logits_at(model, batch.ids, batch.mask, batch.rows, batch.columns)
+    parts = zip(logits.split(256), batch.targets.to(logits.device).split(256), strict=True)
+    return torch.cat([part.float().log_softmax(-1).gather(1, pick)[:, 0] for part, pick in parts])  # float32 in parts
 
 
 def _batches(groups: Iterable[tuple[int, ...]], batch_tokens: int) -> list[list[tuple[int, ...]]]:
@@ -124,7 +192,53 @@ def _prediction(example: Example, log_likelihoods: tuple[float, ...]) -> Predict
     return Prediction(example.id, example.answer, log_likelihoods, best, best_norm)
 
 
-@torch.no_grad()  # not inference mode: a tensor that a module caches here must still serve training
+def input_limit(model: nn.Module) -> int | None:
+    """Return the longest input in tokens that a model's configuration allows, None where it says none."""
+    config: Any = model.config
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def encode_examples(
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    *,
+    batch_tokens: int = 4096,
+    max_length: int | None = None,
+    unconditional: bool = False,
+) -> EncodedExamples:
+    """Encode examples and batch them, for any number of models with this tokenizer: see `score_encoded`.
+
+    Args:
+        tokenizer: The models' tokenizer.
+        examples: What is to be scored.
+        batch_tokens: As of `score`.
+        max_length: Longest input in tokens, longer ones are truncated on the left; `input_limit` tells a model's own.
+        unconditional: As of `score`.
+
+    Raises:
+        UserError: Nothing to score, a continuation longer than `max_length`, or `unconditional` where all choices share
+            one continuation (WinoGrande).
+    """
+    if not examples:
+        raise UserError("scoring: expected at least one example, got none")
+    if unconditional and any(len(set(example.continuations)) == 1 for example in examples):
+        raise UserError("scoring without contexts: the choices of these examples share one continuation (WinoGrande)")
+    pairs = [
+        ("" if unconditional else context, continuation)
+        for example in examples
+        for context, continuation in zip(example.contexts, example.continuations, strict=True)
+    ]
+    limit = max_length or 2**31
+    groups: dict[tuple[int, ...], dict[int, list[int]]] = defaultdict(dict)  # inputs -> {request: target ids}
+    for request, (context_ids, target_ids) in enumerate(encode_pairs(tokenizer, pairs)):
+        if not 1 <= len(target_ids) <= limit:
+            what = f"got {len(target_ids)} for {pairs[request][1][:60]!r}"
+            raise UserError(f"scoring: expected a continuation of 1 to {limit} tokens (max_length), {what}")
+        groups[tuple((context_ids + target_ids)[-limit - 1 : -1])][request] = target_ids
+    batches = [_Batch(inputs, [groups[one] for one in inputs]) for inputs in _batches(groups, batch_tokens)]
+    return EncodedExamples(examples, batches, max((max(inputs, default=0) for inputs in groups), default=0))
+
+
 def score(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -156,50 +270,57 @@ def score(
         UserError: Nothing to score, a continuation longer than `max_length`, log-likelihoods that are not finite, or
             `unconditional` where all choices share one continuation (WinoGrande).
     """
-    if not examples:
-        raise UserError("scoring: expected at least one example, got none")
-    if unconditional and any(len(set(example.continuations)) == 1 for example in examples):
-        raise UserError("scoring without contexts: the choices of these examples share one continuation (WinoGrande)")
-    pairs = [
-        ("" if unconditional else context, continuation)
-        for example in examples
-        for context, continuation in zip(example.contexts, example.continuations, strict=True)
-    ]
-    config: Any = model.config
-    config = config.get_text_config()
-    limit: int = max_length or getattr(config, "max_position_embeddings", None) or 2**31
-    groups: dict[tuple[int, ...], dict[int, list[int]]] = defaultdict(dict)  # inputs -> {request: target ids}
-    for request, (context_ids, target_ids) in enumerate(encode_pairs(tokenizer, pairs)):
-        if not 1 <= len(target_ids) <= limit:
-            what = f"got {len(target_ids)} for {pairs[request][1][:60]!r}"
-            raise UserError(f"scoring: expected a continuation of 1 to {limit} tokens (max_length), {what}")
-        groups[tuple((context_ids + target_ids)[-limit - 1 : -1])][request] = target_ids
+    encoded = encode_examples(
+        tokenizer,
+        examples,
+        batch_tokens=batch_tokens,
+        max_length=max_length or input_limit(model),
+        unconditional=unconditional,
+    )
+    return score_encoded(model, tokenizer, encoded, device=device, progress=progress, distribute=distribute)
 
-    largest = max((max(inputs, default=0) for inputs in groups), default=0)
-    check_token_id(largest, model.get_input_embeddings().num_embeddings, tokenizer, config, "scoring: a question")  # pyright: ignore
+
+@torch.no_grad()  # not inference mode: a tensor that a module caches here must still serve training
+def score_encoded(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    encoded: EncodedExamples,
+    *,
+    device: torch.device | str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    distribute: bool = False,
+) -> TaskScore:
+    """Score examples that `encode_examples` encoded; arguments, result and errors are those of `score`."""
+    config: Any = model.config
+    config, rows = config.get_text_config(), model.get_input_embeddings().num_embeddings  # pyright: ignore
+    check_token_id(encoded.largest_id, rows, tokenizer, config, "scoring: a question")
     where = torch.device(device) if device is not None else next(model.parameters()).device
-    log_likelihoods = [math.nan] * len(pairs)
-    total, done = sum(map(len, groups)), 0
+    total, done = sum(batch.num_tokens for batch in encoded.batches), 0
+    rank, size = distributed.group_rank_and_size() if distribute else (0, 1)
+    numbers = list(range(len(encoded.batches)))
+    numbers += numbers[:1] * (-len(numbers) % size)  # repeated so that each process has equally many
+    mine, values = numbers[rank::size], []
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        batches = _batches(groups, batch_tokens)
-        rank, size = distributed.group_rank_and_size() if distribute else (0, 1)
-        batches += batches[:1] * (-len(batches) % size)  # repeated so that each process has equally many
-        for batch in batches[rank::size]:
-            scores = _score_batch(model, batch, [list(groups[inputs].values()) for inputs in batch], where)
-            for request, value in zip((r for inputs in batch for r in groups[inputs]), scores, strict=True):
-                log_likelihoods[request] = value
-            done += sum(map(len, batch)) * size
+        for number in mine:
+            values.append(_log_likelihoods(model, encoded.tensors(number, where)))
+            done += encoded.batches[number].num_tokens * size
             if progress is not None:
                 progress(min(done, total), total)
     finally:
         for module, training in modes:
             module.training = training
+    log_likelihoods = [math.nan] * sum(len(example.continuations) for example in encoded.examples)
+    targets = [pair for number in mine for of_input in encoded.batches[number].targets for pair in of_input.items()]
+    starts = np.cumsum([0, *(len(target) for _, target in targets[:-1])])
+    sums = np.add.reduceat(torch.cat(values).cpu().double().numpy(), starts)  # copied once, as a copy waits for a GPU
+    for (request, _), value in zip(targets, sums.tolist(), strict=True):
+        log_likelihoods[request] = value
     if size > 1:
         by_process = zip(*distributed.gather([log_likelihoods]), strict=True)
         log_likelihoods = [
             next((value for value in of_all if not math.isnan(value)), math.nan) for of_all in by_process
         ]
     remaining = iter(log_likelihoods)
-    return TaskScore.of([_prediction(e, tuple(next(remaining) for _ in e.continuations)) for e in examples])
+    return TaskScore.of([_prediction(e, tuple(next(remaining) for _ in e.continuations)) for e in encoded.examples])

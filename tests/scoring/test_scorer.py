@@ -14,7 +14,7 @@ from lsr_scale.data.tasks import TASKS, Example, to_example
 from lsr_scale.errors import UserError
 from lsr_scale.scoring import scorer
 from lsr_scale.scoring.accuracy import Prediction, TaskScore, mcnemar
-from lsr_scale.scoring.scorer import encode_pairs, score
+from lsr_scale.scoring.scorer import encode_examples, encode_pairs, score, score_encoded
 from tests.conftest import tiny_llama
 from tests.data.test_tasks import HUB_ROWS
 from tests.helpers.smollm2 import beginning_marked, smollm2_tokenizer
@@ -176,6 +176,26 @@ def test_batch_size_changes_no_prediction(model, tokenizer):
         assert one.log_likelihoods == pytest.approx(other.log_likelihoods, abs=1e-4)
         assert (one.choice, one.choice_norm) == (other.choice, other.choice_norm)
     assert score(model, tokenizer, examples, batch_tokens=100_000) == together
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_examples_encoded_once_score_several_models(model, tokenizer, monkeypatch, keep):
+    examples = examples_of("piqa") + examples_of("boolq")
+    other = tiny_llama(vocab_size=len(tokenizer), max_position_embeddings=512)
+    expected = [score(one, tokenizer, examples, batch_tokens=64) for one in (model, other)]
+    encoded = encode_examples(tokenizer, examples, batch_tokens=64, max_length=512)
+    if keep:
+        encoded.keep_on("cpu")
+        monkeypatch.setattr(scorer._Batch, "to", None)  # no batch is copied again
+    monkeypatch.setattr(scorer, "encode_pairs", None)
+    assert [score_encoded(one, tokenizer, encoded) for one in (model, other)] == expected
+    assert expected[0] != expected[1]
+
+
+def test_encoded_examples_are_refused_by_a_model_with_fewer_tokens(model, tokenizer):
+    encoded = encode_examples(tokenizer, examples_of("piqa"))
+    with pytest.raises(UserError, match="the embedding of"):
+        score_encoded(tiny_llama(vocab_size=32), tokenizer, encoded)
 
 
 def test_only_continuation_positions_reach_the_vocabulary_and_yes_no_shares_a_pass(model, tokenizer):

@@ -33,12 +33,15 @@ import torch
 from benchmarks import ALL_RESULTS
 from benchmarks.command_line import recorded, script_parser
 from benchmarks.quality import trials
-from benchmarks.quality.frontier_data import EPOCHS, PART_OF, REGIMES, num_tokens, questions, write_parts
+from benchmarks.quality.frontier_data import EPOCHS, PART_OF, REGIMES, num_tokens, questions, right_alone, write_parts
 from benchmarks.quality.frontier_rows import MODELS, ROWS, SIZES, AdapterRow
 from benchmarks.quality.rate_trials import RateTrial, packed, packed_bits, rates_left
 from benchmarks.quality.trials import TUNING_SEED
 from lsr_scale import api, files
+from lsr_scale.adapters.save_and_load import load_adapter
+from lsr_scale.data.tasks import Example
 from lsr_scale.model import Quantization, load_base, load_tokenizer
+from lsr_scale.scoring.scorer import EncodedExamples, encode_examples, input_limit, score_encoded
 from lsr_scale.sweeping.results import SweepResults, TrialResult
 
 RESULTS = ALL_RESULTS / "frontier"
@@ -141,7 +144,7 @@ def run_of(suite: Suite, output: Path) -> dict[str, Any]:
             "lr_scheduler_type": "cosine",
             "warmup_steps": 0.06,
             "save_strategy": "no",
-            "logging_steps": 20,
+            "logging_steps": 100,  # each waits for the GPU
         },
     }
 
@@ -169,44 +172,62 @@ def train(suite: Suite, chosen: Sequence[Trial], together: int | str) -> SweepRe
 
 
 class Scorer:
-    """The base, loaded once, on which one adapter after the other is scored."""
+    """The base, loaded once, on which one adapter after the other is scored; questions are encoded once."""
 
     def __init__(self, suite: Suite) -> None:
         self.suite = suite
         self.tokenizer: Any = load_tokenizer(suite.folder)
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.base: Any = load_base(suite.folder, quantization=suite.base, dtype="bfloat16", device=device)
-        self.batch_tokens = 32_768 if device.type == "cuda" else 4_096
-        self.parts: dict[str, Any] = {}
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.base: Any = load_base(suite.folder, quantization=suite.base, dtype="bfloat16", device=self.device)
+        self._parts: dict[str, tuple[dict[str, list[Example]], dict[str, np.ndarray]]] = {}
+        self._encoded: dict[tuple[str, bool], EncodedExamples] = {}
 
-    def part(self, name: str) -> tuple[dict[str, list[Any]], dict[str, np.ndarray]]:
+    def part(self, name: str) -> tuple[dict[str, list[Example]], dict[str, np.ndarray]]:
         """Return a part's questions by task, and how many tokens their right answers have."""
-        if name not in self.parts:
+        if name not in self._parts:
             asked = questions(self.suite.work, self.suite.regime, name, self.suite.limit)
-            self.parts[name] = asked, {task: num_tokens(self.tokenizer, rows) for task, rows in asked.items()}
-        return self.parts[name]
+            self._parts[name] = asked, {task: num_tokens(self.tokenizer, rows) for task, rows in asked.items()}
+        return self._parts[name]
 
-    def score(self, adapter: Path | None, part: str) -> dict[str, Any]:
+    def encoded(self, part: str, choices: bool) -> EncodedExamples:
+        """Return a part's questions as the model is asked them, on its device: with all choices, or the right ones."""
+        if (part, choices) not in self._encoded:
+            asked = [row for rows in self.part(part)[0].values() for row in rows]
+            made = encode_examples(
+                self.tokenizer,
+                asked if choices else [right_alone(row) for row in asked],
+                batch_tokens=32_768 if self.device.type == "cuda" else 4_096,
+                max_length=input_limit(self.base),
+            )
+            made.keep_on(self.device)
+            self._encoded[part, choices] = made
+        return self._encoded[part, choices]
+
+    def score(self, adapter: Path | None, part: str, choices: bool = True) -> dict[str, Any]:
         """Return what an adapter, or the base alone, makes of a part's answers.
+
+        Args:
+            adapter: Its folder, None for the base alone.
+            part: "dev" or "test".
+            choices: Score the wrong choices too, which only the accuracy is of.
 
         Returns:
             `nll`, nats a token over all answers; `nll_se`, its standard error over questions; `accuracy` (None without
-            choices); `tasks`; `losses`, nats of each answer, and `right`, both in the order of the tasks.
+            choices); `tasks`; `losses`, nats of each answer, and `right`, both in the order of the tasks; `score_s`.
         """
-        from lsr_scale.adapters.save_and_load import load_adapter
-        from lsr_scale.scoring.scorer import score
-
         asked, counts = self.part(part)
+        encoded = self.encoded(part, choices)
+        began = time.monotonic()
         model = self.base if adapter is None else load_adapter(self.base, adapter)[0]
         try:
-            everything = [row for rows in asked.values() for row in rows]
-            predicted = score(model, self.tokenizer, everything, batch_tokens=self.batch_tokens).predictions
+            predicted = score_encoded(model, self.tokenizer, encoded).predictions
         finally:
             if adapter is not None:
                 self.base = model.unload()
+        seconds = round(time.monotonic() - began, 2)
         losses = np.array([-one.log_likelihoods[one.answer] for one in predicted])
         right = np.array([one.choice == one.answer for one in predicted])
-        has_choices = any(len(row.continuations) > 1 for row in everything)
+        has_choices = any(len(one.log_likelihoods) > 1 for one in predicted)
         tokens = np.concatenate(list(counts.values()))
         tasks, start = {}, 0
         for task, rows in asked.items():
@@ -220,6 +241,7 @@ class Scorer:
         return {
             **{"nll": nll, "nll_se": error, "accuracy": accuracy, "tasks": tasks},
             **{"losses": packed(losses), **({"right": packed_bits(right)} if has_choices else {})},
+            "score_s": seconds,
         }
 
 
@@ -231,7 +253,11 @@ def mean_per_token(losses: np.ndarray, tokens: np.ndarray) -> tuple[float, float
 
 
 def result_of(suite: Suite, trial: Trial, trained: TrialResult, scorer: Scorer) -> dict[str, Any]:
-    """Return a trial's line; of one that diverged, `nll` is None. Answers are kept of the test part only."""
+    """Return a trial's line; of one that diverged, `nll` is None.
+
+    A rate is chosen by the right answers alone: of a trial that is for that, no other choices are scored, and no losses
+    of single answers are kept.
+    """
     row = ROWS[suite.model][trial.size][trial.row]
     copied = ("trainable_parameters", "steps", "tokens", "final_loss", "tokens_per_s", "training_s")
     about = {
@@ -248,7 +274,7 @@ def result_of(suite: Suite, trial: Trial, trained: TrialResult, scorer: Scorer) 
     }
     if trained.status != "finished":
         return {**about, "nll": None, "error": trained.error}
-    scores = scorer.score(trained.folder / "adapter", PART_OF[trial.tunes])
+    scores = scorer.score(trained.folder / "adapter", PART_OF[trial.tunes], choices=not trial.tunes)
     kept = {key: value for key, value in scores.items() if not trial.tunes or key not in ("losses", "right")}
     return {**about, **kept}
 
@@ -289,6 +315,8 @@ def execute(suite: Suite, given: Any, described: dict[str, Any]) -> int:
             trials.add(given.results, f"{suite.prefix}-{trial.name}", {**result, **shared})
             score = "diverged" if result["nll"] is None else f"{result['nll']:.4f} nats a token"
             print(f"{trial.name}: {score}", flush=True)
+        score_s = time.monotonic() - start - sweep_s
+        print(f"sweep: {sweep_s:.1f} s of set-up and training, {score_s:.1f} s of scoring", flush=True)
         shutil.rmtree(suite.work / "sweeps", ignore_errors=True)
 
 

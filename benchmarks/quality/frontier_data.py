@@ -59,5 +59,11 @@ def questions(work: Path, regime: str, part: str, limit: int | None) -> dict[str
 
 def num_tokens(tokenizer: Any, rows: Sequence[Example]) -> "np.ndarray":
     """Return how many tokens the right answer of each question has."""
-    pairs = [(row.contexts[row.answer], row.continuations[row.answer]) for row in rows]
+    pairs = [(row.contexts[0], row.continuations[0]) for row in map(right_alone, rows)]
     return np.array([len(target) for _, target in encode_pairs(tokenizer, pairs)])
+
+
+def right_alone(row: Example) -> Example:
+    """Return a question with its right answer as its one choice."""
+    right = row.answer
+    return Example(row.id, (row.contexts[right],), (row.continuations[right],), 0, (row.normalizers[right],))

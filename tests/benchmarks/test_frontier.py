@@ -177,7 +177,7 @@ def test_a_trial_that_fails_has_no_result_and_is_not_tried_twice(one_row, monkey
         def part(self, name):
             return {}, {"arc_easy": np.array([2, 3])}
 
-        def score(self, adapter, part):
+        def score(self, adapter, part, choices=True):
             return {"nll": 3.0, "accuracy": 0.3}
 
     monkeypatch.setattr(frontier, "train", train)
@@ -214,7 +214,22 @@ def test_trials_are_trained_together_scored_and_kept(one_row, data, tmp_path, ca
         tokens = frontier_verdicts.answer_tokens(done, ("smollm2", "commonsense", "none"))
         losses = rate_trials.unpacked(result["losses"])
         assert losses.sum() / tokens.sum() == pytest.approx(result["nll"], rel=1e-3)
+        assert 0 <= result["accuracy"] <= 1
+    rates = [r for r in done.values() if r["part"] == "dev" and r["row"] != "base"]
+    assert {r["accuracy"] for r in rates} == {None}, "rates are chosen by the right answers alone"
+    assert all("score_s" in r for r in done.values())
     assert "all trials are done" in capsys.readouterr().out
     assert frontier.main(words) == 0  # nothing is done again
     assert trials.load(tmp_path / "results") == done
     assert "trials can be done" not in capsys.readouterr().out
+
+
+def test_right_answers_alone_have_the_nats_that_they_have_among_all_choices(one_row, data, tmp_path):
+    suite = frontier.Suite(tmp_path, "smollm2", str(save_llama(tmp_path / "model")), "commonsense", "none", limit=16)
+    frontier.write_parts(data, tmp_path, "commonsense")
+    scorer = frontier.Scorer(suite)
+    among, alone = (scorer.score(None, "dev", choices=choices) for choices in (True, False))
+    assert alone["nll"] == pytest.approx(among["nll"], rel=1e-2)
+    assert (among["accuracy"] is None, alone["accuracy"]) == (False, None)
+    tasks = [{task: of_task["nll"] for task, of_task in one["tasks"].items()} for one in (among, alone)]
+    assert tasks[1] == pytest.approx(tasks[0], rel=1e-2)

@@ -158,6 +158,7 @@ def sweep(
     resume: str | None = None,
     overwrite: bool = False,
     quiet: bool = False,
+    pages: bool = True,
 ) -> SweepResults:
     """Train many variants of a run on one loading of its base, as `lsr-scale sweep` does.
 
@@ -169,6 +170,8 @@ def sweep(
         resume: "auto" to go on with the sweep that lies in the folder.
         overwrite: Start again in a folder that holds a sweep.
         quiet: Show nothing.
+        pages: Draw the sweep's pictures, and each trial's with its page; otherwise `lsr-scale report` writes the page
+            of a trial that is worth it.
 
     Raises:
         UserError: for what a user can fix of the sweep; what a single trial meets is in its result.
@@ -185,7 +188,7 @@ def sweep(
         sections = run.model_dump() if isinstance(run, RunConfig) else copy.deepcopy(config.plain(run))
         given = sweep_from_dict(config.with_overrides(sections, changes))
     with as_found(quiet):
-        folder = run_sweep(given, name, resume, overwrite, quiet)
+        folder = run_sweep(given, name, resume, overwrite, quiet, pages=pages)
     return read_results(folder)
 
 

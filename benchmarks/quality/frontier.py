@@ -168,7 +168,7 @@ def train(suite: Suite, chosen: Sequence[Trial], together: int | str) -> SweepRe
     digest = hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()[:12]
     output = suite.work / "sweeps" / f"{suite.prefix}-{digest}"
     section = {"list": entries, "together": together}
-    return api.sweep(run_of(suite, output), section, resume="auto" if output.is_dir() else None)
+    return api.sweep(run_of(suite, output), section, resume="auto" if output.is_dir() else None, pages=False)
 
 
 class Scorer:

@@ -85,9 +85,9 @@ class TrialStart:
 class Driver:
     """Trains a sweep's trials in this process, those that it claims of the sweep's folder."""
 
-    def __init__(self, sweep: Sweep, folder: SweepFolder, board: Board) -> None:
+    def __init__(self, sweep: Sweep, folder: SweepFolder, board: Board, pages: bool = True) -> None:
         sweep = _with_dtype(sweep, folder.read().dtype)
-        self.sweep, self.folder, self.board = sweep, folder, board
+        self.sweep, self.folder, self.board, self.pages = sweep, folder, board, pages
         self.plans = {trial.name: trial for trial in sweep.trials}
         self.worker, self.signals = Worker(folder, board.say), Signals()
         self.bases, self.rows = Bases(board.say), TrialRows()
@@ -114,7 +114,7 @@ class Driver:
                     if self.signals.received or not self.worker.may_come():
                         break
                     time.sleep(_POLL_S)
-                if not self.signals.received:
+                if self.pages and not self.signals.received:
                     draw_trials(self.folder, [name for name in self.plans if name in self.finished], self.board.say)
             finally:
                 self.board.clear()

@@ -24,6 +24,7 @@ def run_sweep(
     quiet: bool = False,
     gpus: int | None = None,
     command: Sequence[str] = (),
+    pages: bool = True,
 ) -> SweepFolder:
     """Train all trials of a sweep on one loading of their base, and leave a folder that a person can read.
 
@@ -35,6 +36,7 @@ def run_sweep(
         quiet: Print the results only.
         gpus: Deal the trials out over so many processes with a GPU each; None trains here.
         command: The arguments of `lsr-scale sweep` by which those processes are started.
+        pages: Draw the pictures and the pages of trials.
 
     Returns:
         The sweep's folder (`SweepFolder`).
@@ -59,9 +61,9 @@ def run_sweep(
         if gpus:
             _deal_out(folder, board, command, gpus)
         else:
-            Driver(sweep, folder, board).work()
+            Driver(sweep, folder, board, pages).work()
     if not workers.is_worker():
-        finish(sweep, folder)
+        finish(sweep, folder, pages)
     return folder
 
 
@@ -98,17 +100,19 @@ def _deal_out(folder: SweepFolder, board: Board, command: Sequence[str], gpus: i
         )
 
 
-def finish(sweep: Sweep, folder: SweepFolder) -> None:
-    """Write the table and the pictures, and print what came of it."""
+def finish(sweep: Sweep, folder: SweepFolder, pages: bool = True) -> None:
+    """Write the table and the pictures, if they are wanted, and print what came of it."""
     state = folder.read()
-    finished = [trial.name for trial in state.trials.values() if trial.status == "finished"]
-    draw_trials(folder, finished, print_line)  # what a process that was killed left undrawn
     write_table(folder, state)
-    plots.draw(folder, state, {trial.name: trial.run.training["learning_rate"] for trial in sweep.trials})
+    if pages:
+        finished = [trial.name for trial in state.trials.values() if trial.status == "finished"]
+        draw_trials(folder, finished, print_line)  # what a process that was killed left undrawn
+        plots.draw(folder, state, {trial.name: trial.run.training["learning_rate"] for trial in sweep.trials})
     for status in ("stopped", "diverged", "failed"):
         if names := [trial.name for trial in state.trials.values() if trial.status == status]:
             print_line(f"{status}: {', '.join(names)}")
     if best := best_of(state):
         print_line(f"best: {best.name}, {score_text(state.scored_by, best.score)}")
         print_line(f"again, alone: {again(folder, best)}")
-    print_line(f"table: {folder.table}, pictures: {folder.losses}, {folder.scores}")
+    pictures = f", pictures: {folder.losses}, {folder.scores}" if pages else ""
+    print_line(f"table: {folder.table}{pictures}")

@@ -379,3 +379,14 @@ def test_a_frame_needs_pandas(done, monkeypatch):
     monkeypatch.setitem(sys.modules, "pandas", None)
     with pytest.raises(UserError, match="frame: needs pandas: pip install pandas"):
         read_results(done).frame()
+
+
+def test_without_pages_there_is_a_table_and_no_picture_until_they_are_asked_for(place, tmp_path, capsys):
+    given = sections(place, tmp_path / "sweep", {"grid": {"training.seed": [1, 2]}, "together": 1}, max_steps=1)
+    found = lsr_scale.sweep(given, pages=False)
+    assert capsys.readouterr().out.splitlines()[-1] == f"table: {tmp_path / 'sweep/sweep.md'}"
+    assert [trial.status for trial in found] == ["finished"] * 2
+    drawn = lambda: sorted(file.name for ending in ("png", "html") for file in found.folder.rglob(f"*.{ending}"))  # noqa: E731
+    assert drawn() == []
+    lsr_scale.sweep(given, resume="auto", quiet=True)
+    assert drawn() == sorted(["losses.png", "scores.png", *["loss.png", "condition.png", "report.html"] * 2])

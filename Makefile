@@ -17,10 +17,11 @@ OLDEST := transformers==5.17.0 peft==0.21.0 accelerate==1.12.0 datasets==4.7.0 h
           httpx httpcore h11 anyio
 # and the newest that there are within it: later ones than PINS, once they are published.
 NEWEST := "transformers<5.24" "peft<0.22" "trl<1.17"
-# what touches their insides: the tuner, fused layers, the trainer's batches, checkpoints, tokenizers, one short run
+# what touches their insides: the tuner, fused layers, the trainer's batches, checkpoints, tokenizers, short runs, stops
 RANGE_TESTS := tests/config/test_declared.py tests/adapters/test_contract.py tests/fused/test_patching.py \
                tests/fused/test_fallback.py tests/model \
-               tests/training/test_head_loss.py tests/run/test_tokenizer.py tests/test_golden_losses.py
+               tests/training/test_head_loss.py tests/run/test_tokenizer.py tests/run/test_stops.py \
+               tests/test_golden_losses.py
 # of which these are the same to them as others that stay: kinds of quantization, one more method, a command's process
 RANGE_SKIP := not fp4 and not nf4-single and not kadaptation and not pickled
 # two processes share the files, which go in the order of tests/conftest.py: the longest first

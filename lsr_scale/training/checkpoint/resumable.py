@@ -44,6 +44,7 @@ class Resumable(_Base):
     first_num_processes = 0  # that the run began with
     _order: Any = None
     _saved_step = -1
+    _resumed_at = 0
 
     @property
     def rows_per_step(self) -> int:
@@ -169,6 +170,7 @@ class Resumable(_Base):
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         """Return the epochs done and the steps of the next; all epochs where a checkpoint is of a run's last step."""
         done = super()._init_training_state(*args, **kwargs)
+        self._resumed_at = self.state.global_step  # the oldest supported transformers has no such attribute
         early = early_stopping_of(self)
         stopped_early = early is not None and early.was_over(self.state)
         stop = self._stop()
@@ -181,7 +183,7 @@ class Resumable(_Base):
         if not self._stop().ended_early():
             return super()._finalize_training(trial, *args, **kwargs)
         step = self.state.global_step
-        resumed_there = step == self._initial_global_step and self._folder_of(step).is_dir()
+        resumed_there = step == self._resumed_at and self._folder_of(step).is_dir()
         if self._saved_step != step and not resumed_there:
             self._save_checkpoint(self.model, trial)
         best, self.state.best_model_checkpoint = self.state.best_model_checkpoint, None

@@ -11,19 +11,22 @@ base: the negative log-likelihood of each right answer, in nats a token, and for
 Protocol. Rows are packed to 512 tokens, eight packs a step, AdamW, a rate that falls by a cosine after 6 % of warm-up.
 Every adapter of `frontier_rows` is tuned alike: four rates, one epoch, a seed that no other trial uses, on a tenth of
 the train part that is held out; where the best is the first or the last of them, the next one beyond it is tried, up to
-two times. Alpha is the method's rule. The test part is scored once a seed. Trials of the NF4 base are the product's;
-`--base none` repeats a row in bf16.
+two times. `--carry-rates` tunes some sizes like this, and rows at others around the best rate of a neighbour
+(`frontier_trials`); every result says which rates were tried first. A rate is chosen by the right answers alone, and
+only they are scored for it. Alpha is the method's rule. The test part is scored once a seed. Trials of the NF4 base are
+the product's; `--base none` repeats a row in bf16.
 """
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import shutil
 import statistics
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,89 +36,19 @@ import torch
 from benchmarks import ALL_RESULTS
 from benchmarks.command_line import recorded, script_parser
 from benchmarks.quality import trials
-from benchmarks.quality.frontier_data import EPOCHS, PART_OF, REGIMES, num_tokens, questions, right_alone, write_parts
-from benchmarks.quality.frontier_rows import MODELS, ROWS, SIZES, AdapterRow
-from benchmarks.quality.rate_trials import RateTrial, packed, packed_bits, rates_left
-from benchmarks.quality.trials import TUNING_SEED
+from benchmarks.quality.frontier_data import PART_OF, REGIMES, num_tokens, questions, right_alone, write_parts
+from benchmarks.quality.frontier_rows import MODELS, ROWS, SIZES
+from benchmarks.quality.frontier_trials import Plan, Rates, Results, Suite, Trial, places
+from benchmarks.quality.rate_trials import packed, packed_bits
 from lsr_scale import api, files
 from lsr_scale.adapters.save_and_load import load_adapter
 from lsr_scale.data.tasks import Example
-from lsr_scale.model import Quantization, load_base, load_tokenizer
-from lsr_scale.scoring.scorer import EncodedExamples, encode_examples, input_limit, score_encoded
+from lsr_scale.model import load_base, load_tokenizer
+from lsr_scale.scoring.scorer import EncodedExamples, NonFiniteScoresError, encode_examples, input_limit, score_encoded
 from lsr_scale.sweeping.results import SweepResults, TrialResult
 
 RESULTS = ALL_RESULTS / "frontier"
 LONGEST, PACKS = 512, 8  # tokens of a pack, packs a step
-MOST_BEYOND = 2  # rates tried beyond an end
-Results = Mapping[str, dict[str, Any]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Suite:
-    """What the trials of one call share: model, base and texts, and where their files are."""
-
-    work: Path
-    model: str  # "smollm2" or "qwen"
-    folder: str  # the model's name or folder
-    regime: str
-    base: Quantization
-    limit: int | None = None  # of rows and questions: a trial of the program
-    max_steps: int = -1
-
-    @property
-    def about(self) -> dict[str, Any]:
-        """What a result says of them."""
-        return {"model": self.model, "regime": self.regime, "base": self.base}
-
-    @property
-    def prefix(self) -> str:
-        """The beginning of its trials' names."""
-        return f"{self.model}-{self.regime}-{self.base}"
-
-
-@dataclasses.dataclass(frozen=True)
-class Trial(RateTrial):
-    """One training: an adapter at a size, a rate and a seed."""
-
-    size: str
-    row: str
-    seed: int
-    rate: float
-
-
-def rates_to_try(row: AdapterRow, tuned: Mapping[float, float]) -> tuple[float, ...]:
-    """Return the rates of a row that have no result yet; none left once the best is between two others.
-
-    Args:
-        row: The adapter.
-        tuned: The nats a token of each rate that was tried, infinite where the training diverged.
-    """
-    return rates_left(row.rates, tuned, MOST_BEYOND)
-
-
-def tuned_rates(suite: Suite, size: str, row: str, done: Results) -> dict[float, float]:
-    """Return the nats a token of the rates that were tried of a row."""
-    start = f"{suite.prefix}-{size}-{row}-tune-"
-    found = (result for name, result in done.items() if name.startswith(start))
-    return {result["rate"]: math.inf if result["nll"] is None else result["nll"] for result in found}
-
-
-def next_trials(
-    suite: Suite, sizes: Iterable[str], rows: Iterable[str] | None, seeds: int, done: Results
-) -> list[Trial]:
-    """Return the trials that can be done now: rates to be tried, and seeds at rates that were chosen."""
-    found = []
-    for size in sizes:
-        for name, row in ROWS[suite.model].get(size, {}).items():
-            if (name not in rows if rows else "+" in name) or not row.takes(suite.base):
-                continue
-            tuned = tuned_rates(suite, size, name, done)
-            if left := rates_to_try(row, tuned):
-                found += [Trial(size, name, TUNING_SEED, rate) for rate in left]
-            else:
-                best = min(tuned, key=lambda rate: tuned[rate])
-                found += [Trial(size, name, seed, best) for seed in range(seeds)]
-    return [trial for trial in found if f"{suite.prefix}-{trial.name}" not in done]
 
 
 def run_of(suite: Suite, output: Path) -> dict[str, Any]:
@@ -151,24 +84,43 @@ def run_of(suite: Suite, output: Path) -> dict[str, Any]:
 
 def changes_of(suite: Suite, trial: Trial) -> dict[str, Any]:
     """Return what a trial changes of it."""
-    row = ROWS[suite.model][trial.size][trial.row]
+    row = suite.row(trial.place)
     return {
         "name": trial.name,
         "adapter": row.section(),
         **({"training.optim": row.optimizer} if row.optimizer else {}),
         "training.seed": trial.seed,
         "training.learning_rate": trial.rate,
-        "training.num_train_epochs": 1 if trial.tunes else EPOCHS[suite.regime],
+        "training.num_train_epochs": suite.epochs(trial),
     }
 
 
 def train(suite: Suite, chosen: Sequence[Trial], together: int | str) -> SweepResults:
     """Train trials on one loading of their base; a sweep of the same trials that was ended goes on."""
     entries = [changes_of(suite, trial) for trial in chosen]
-    digest = hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()[:12]
-    output = suite.work / "sweeps" / f"{suite.prefix}-{digest}"
+    content = json.dumps([entries, run_of(suite, Path())], sort_keys=True)
+    output = sweeps(suite) / hashlib.sha256(content.encode()).hexdigest()[:12]
     section = {"list": entries, "together": together}
     return api.sweep(run_of(suite, output), section, resume="auto" if output.is_dir() else None, pages=False)
+
+
+def sweeps(suite: Suite) -> Path:
+    """Return the folder of the suite's sweep that is under way."""
+    return suite.work / "sweeps" / suite.prefix
+
+
+def under_way(suite: Suite) -> dict[Trial, Rates]:
+    """Return the trials of the sweep that was under way when the program was ended, none if there is none."""
+    file = sweeps(suite) / "trials.json"
+    found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+    pairs = [(Trial(**one["trial"]), Rates.stored(one["rates"])) for one in found]
+    return {trial: rates for trial, rates in pairs if trial.row in ROWS[suite.model].get(trial.size, {})}
+
+
+def begin(suite: Suite, chosen: Mapping[Trial, Rates]) -> None:
+    """Note which trials a sweep has, so that this one goes on, whatever of it has been scored by then."""
+    content = [{"trial": dataclasses.asdict(one), "rates": dataclasses.asdict(two)} for one, two in chosen.items()]
+    files.write_text(sweeps(suite) / "trials.json", json.dumps(content))
 
 
 class Scorer:
@@ -252,17 +204,18 @@ def mean_per_token(losses: np.ndarray, tokens: np.ndarray) -> tuple[float, float
     return float(ratio), float(spread / tokens.mean() / math.sqrt(len(losses)))
 
 
-def result_of(suite: Suite, trial: Trial, trained: TrialResult, scorer: Scorer) -> dict[str, Any]:
-    """Return a trial's line; of one that diverged, `nll` is None.
+def result_of(suite: Suite, trial: Trial, rates: Rates, trained: TrialResult, scorer: Scorer) -> dict[str, Any]:
+    """Return a trial's line; of one that diverged, or whose scores are not finite, `nll` is None.
 
     A rate is chosen by the right answers alone: of a trial that is for that, no other choices are scored, and no losses
     of single answers are kept.
     """
-    row = ROWS[suite.model][trial.size][trial.row]
+    row = suite.row(trial.place)
     copied = ("trainable_parameters", "steps", "tokens", "final_loss", "tokens_per_s", "training_s")
     about = {
         **suite.about,
         **dataclasses.asdict(trial),
+        **dataclasses.asdict(rates),
         **{
             "method": row.method,
             "options": dict(row.options),
@@ -274,50 +227,110 @@ def result_of(suite: Suite, trial: Trial, trained: TrialResult, scorer: Scorer) 
     }
     if trained.status != "finished":
         return {**about, "nll": None, "error": trained.error}
-    scores = scorer.score(trained.folder / "adapter", PART_OF[trial.tunes], choices=not trial.tunes)
+    try:
+        scores = scorer.score(trained.folder / "adapter", PART_OF[trial.tunes], choices=not trial.tunes)
+    except NonFiniteScoresError as error:
+        return {**about, "status": "diverged", "nll": None, "error": str(error)}
     kept = {key: value for key, value in scores.items() if not trial.tunes or key not in ("losses", "right")}
     return {**about, **kept}
 
 
-def execute(suite: Suite, given: Any, described: dict[str, Any]) -> int:
-    """Do what has no result yet, sweep after sweep, until nothing is left or the time is over; return what is left.
+class Program:
+    """One call: sweep after sweep, until nothing is left or the time is over.
 
     A trial that fails has no result, and is not tried again by this call; one that diverges has, that it did.
     """
-    began, scorer = time.monotonic(), None
-    failed: set[Trial] = set()
-    env = files.environment()
-    while True:
-        done = trials.load(given.results)
-        left = next_trials(suite, given.sizes, given.rows, given.seeds, done)
-        ready = [trial for trial in left if trial not in failed]
-        if not ready or time.monotonic() - began > given.time_limit:
-            return len(left)
-        scorer = scorer or Scorer(suite)
-        for part in PART_OF.values():  # how long the answers are, and the base's own scores
-            name = f"{suite.prefix}-base-{part}"
+
+    def __init__(self, suite: Suite, given: Any, described: dict[str, Any]) -> None:
+        """Take what the trials share, the arguments of the command, and what is in the parts of the data."""
+        self.suite, self.given, self.described = suite, given, described
+        self.places = places(suite, given.sizes, given.rows)
+        self.failed: set[Trial] = set()
+        self.env = files.environment()
+        self.pace: float | None = None  # seconds that an epoch of a trial took, of the last sweep
+        self._scorer: Scorer | None = None
+
+    @property
+    def scorer(self) -> Scorer:
+        """The base, loaded when it is first needed."""
+        self._scorer = self._scorer or Scorer(self.suite)
+        return self._scorer
+
+    def execute(self) -> int:
+        """Do what has no result yet; return how many trials are left of those that can be done now."""
+        end = time.monotonic() + self.given.time_limit
+        while True:
+            done = trials.load(self.given.results)
+            failed = {trial.place for trial in self.failed}
+            plan = Plan(self.suite, self.places, done, self.given.carry_rates, failed)
+            left = plan.trials(self.given.seeds)
+            ready = {trial: rates for trial, rates in left.items() if trial not in self.failed}
+            again = under_way(self.suite)
+            chosen = again or self.fitting(ready, end - time.monotonic())
+            if not chosen or time.monotonic() > end:
+                return len(left)
+            self.score_base(done)
+            print(f"{len(ready)} trials can be done; a sweep of {len(chosen)}", flush=True)
+            start = time.monotonic()
+            self.sweep(chosen, done)
+            if not again:
+                self.pace = (time.monotonic() - start) / sum(map(self.suite.epochs, chosen))
+
+    def fitting(self, ready: Mapping[Trial, Rates], seconds: float) -> dict[Trial, Rates]:
+        """Return the first of the trials, so many as would end in time by the pace of the sweep before."""
+        chosen, total = {}, 0.0
+        for trial, rates in itertools.islice(ready.items(), self.given.trials_a_sweep):
+            total += (self.pace or 0.0) * self.suite.epochs(trial)
+            if total > seconds:
+                break
+            chosen[trial] = rates
+        return chosen
+
+    def score_base(self, done: Results) -> None:
+        """Keep how long the answers of each part are, and what the base alone makes of them.
+
+        Raises:
+            SystemExit: if the results that are there are of other data.
+        """
+        of_data = {"data": self.described, "limit": self.suite.limit}
+        for part in PART_OF.values():
+            name = f"{self.suite.prefix}-base-{part}"
             if name not in done:
-                counts = np.concatenate(list(scorer.part(part)[1].values()))
-                about = {**suite.about, "row": "base", "part": part, "answer_tokens": packed(counts), "data": described}
-                trials.add(given.results, name, {**about, **scorer.score(None, part), "env": env})
-        chosen = ready[: given.trials_a_sweep]
-        print(f"{len(ready)} trials can be done, {len(chosen)} of them now", flush=True)
+                counts = np.concatenate(list(self.scorer.part(part)[1].values()))
+                about = {**self.suite.about, "row": "base", "part": part, "answer_tokens": packed(counts), **of_data}
+                trials.add(self.given.results, name, {**about, **self.scorer.score(None, part), "env": self.env})
+            elif {key: done[name].get(key) for key in of_data} != of_data:
+                raise SystemExit(f"{self.given.results}: {name} is of other rows than --data has; put them elsewhere")
+
+    def sweep(self, chosen: Mapping[Trial, Rates], done: Results) -> None:
+        """Train trials, score those that have no result yet, and say how long both took."""
+        suite, given = self.suite, self.given
         start = time.monotonic()
-        trained = {result.name: result for result in train(suite, chosen, given.together)}
+        begin(suite, chosen)
+        trained = {result.name: result for result in train(suite, list(chosen), given.together)}
         sweep_s = round(time.monotonic() - start, 1)
-        for trial in chosen:
-            if trained[trial.name].status == "failed":
-                failed.add(trial)
-                print(f"{trial.name}: failed: {trained[trial.name].error}", flush=True)
+        shared = {"sweep_s": sweep_s, "sweep_trials": len(chosen), "command": given.command, "env": self.env}
+        for trial, rates in chosen.items():
+            name = f"{suite.prefix}-{trial.name}"
+            if name in done:
                 continue
-            result = result_of(suite, trial, trained[trial.name], scorer)
-            shared = {"sweep_s": sweep_s, "sweep_trials": len(chosen), "command": given.command, "env": env}
-            trials.add(given.results, f"{suite.prefix}-{trial.name}", {**result, **shared})
+            error = trained[trial.name].error if trained[trial.name].status == "failed" else None
+            if error is None:
+                try:
+                    result = result_of(suite, trial, rates, trained[trial.name], self.scorer)
+                except Exception as what:
+                    error = f"{type(what).__name__}: {what}"
+            if error is not None:
+                self.failed.add(trial)
+                self._scorer = None  # the adapter may be on its base still
+                print(f"{trial.name}: failed: {error}", flush=True)
+                continue
+            trials.add(given.results, name, {**result, **shared})
             score = "diverged" if result["nll"] is None else f"{result['nll']:.4f} nats a token"
             print(f"{trial.name}: {score}", flush=True)
         score_s = time.monotonic() - start - sweep_s
         print(f"sweep: {sweep_s:.1f} s of set-up and training, {score_s:.1f} s of scoring", flush=True)
-        shutil.rmtree(suite.work / "sweeps", ignore_errors=True)
+        shutil.rmtree(sweeps(suite), ignore_errors=True)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -325,7 +338,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = script_parser(__doc__)
     add = parser.add_argument
     add("--data", type=Path, required=True, help="folder of <task>/<split>.jsonl.gz")
-    add("--work", type=Path, required=True, help="for the parts and sweeps")
+    add("--work", type=Path, required=True, help="for the parts and sweeps, of one call at a time")
     add("--results", type=Path, default=RESULTS)
     add("--model", default="smollm2", help="smollm2, or qwen=FOLDER of its weights")
     add("--regime", default="commonsense", choices=list(REGIMES))
@@ -333,9 +346,10 @@ def main(arguments: list[str] | None = None) -> int:
     add("--sizes", nargs="+", default=list(SIZES), choices=list(SIZES))
     add("--rows", nargs="+", help="of the table in frontier_rows; by default all but variants")
     add("--seeds", type=int, default=3)
+    add("--carry-rates", action="store_true", help="tune some sizes in full, and others around their best rates")
     add("--together", default="auto", type=lambda text: text if text == "auto" else int(text))
     add("--trials-a-sweep", type=int, default=48, help="trained on one loading of the base, before they are scored")
-    add("--time-limit", type=float, default=math.inf, help="seconds after which no further sweep begins")
+    add("--time-limit", type=float, default=math.inf, help="seconds; no sweep begins that would end later")
     add("--smoke", action="store_true", help="16 rows a task, two steps: is it wired up?")
     given = parser.parse_args(arguments)
     model, _, folder = given.model.partition("=")
@@ -348,7 +362,7 @@ def main(arguments: list[str] | None = None) -> int:
     limits = {"limit": 16, "max_steps": 2} if given.smoke else {}
     work = given.work.resolve()
     suite = Suite(work, model, folder or MODELS[model], given.regime, given.base, **limits)
-    left = execute(suite, given, write_parts(given.data, work, given.regime))
+    left = Program(suite, given, write_parts(given.data, work, given.regime)).execute()
     print(f"{left} trials left, of those that can be done now" if left else "all trials are done")
     return int(left > 0)
 

@@ -26,6 +26,10 @@ from lsr_scale.model.tokenizer import appended_ids
 from lsr_scale.scoring.accuracy import Prediction, TaskScore
 
 
+class NonFiniteScoresError(UserError):
+    """A model's log-likelihoods are not finite."""
+
+
 def encode_pairs(
     tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]]
 ) -> list[tuple[list[int], list[int]]]:
@@ -183,7 +187,7 @@ def _batches(groups: Iterable[tuple[int, ...]], batch_tokens: int) -> list[list[
 
 def _prediction(example: Example, log_likelihoods: tuple[float, ...]) -> Prediction:
     if not all(map(math.isfinite, log_likelihoods)):
-        raise UserError(
+        raise NonFiniteScoresError(
             f"scoring: the log-likelihoods of example {example.id} are not finite {log_likelihoods}; the training "
             "diverged (lower the learning rate) or the dtype overflowed (use bfloat16 or float32)"
         )

@@ -2,16 +2,27 @@
 
 import argparse
 import dataclasses
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from benchmarks.quality import frontier, frontier_verdicts, grpo_gsm8k, rate_trials, trials
-from benchmarks.quality.frontier_rows import HIDDEN_SIZE, NUM_LAYERS, ROWS, TOLERANCE, AdapterRow, target
+from benchmarks.quality import (
+    frontier,
+    frontier_data,
+    frontier_trials,
+    frontier_verdicts,
+    grpo_gsm8k,
+    rate_trials,
+    trials,
+)
+from benchmarks.quality.frontier_rows import HIDDEN_SIZE, NUM_LAYERS, ROWS, SIZES, TOLERANCE, AdapterRow, target
 from benchmarks.report import frontier_tables
 from lsr_scale.adapters.inject import inject
+from lsr_scale.scoring.scorer import NonFiniteScoresError
 from lsr_scale.sweeping.results import TrialResult
 from tests.helpers.frontier_trials import made_up, write
 from tests.helpers.tiny_runs import save_llama
@@ -46,16 +57,16 @@ def test_every_row_has_its_size(model):
 
 def test_a_rate_at_an_end_is_followed_by_the_next_ones_beyond_it():
     row = AdapterRow("lora", {})
-    assert frontier.rates_to_try(row, {2e-3: 1.0}) == (4e-3, 8e-3, 1.6e-2)
+    assert frontier_trials.rates_to_try(row, {2e-3: 1.0}) == (4e-3, 8e-3, 1.6e-2)
     inside = {2e-3: 2.0, 4e-3: 1.0, 8e-3: 2.0, 1.6e-2: 3.0}
-    assert frontier.rates_to_try(row, inside) == ()
+    assert frontier_trials.rates_to_try(row, inside) == ()
     high = {2e-3: 4.0, 4e-3: 3.0, 8e-3: 2.0, 1.6e-2: 1.0}
-    assert frontier.rates_to_try(row, high) == (3.2e-2,)
-    assert frontier.rates_to_try(row, {**high, 3.2e-2: math.inf}) == ()  # diverged
+    assert frontier_trials.rates_to_try(row, high) == (3.2e-2,)
+    assert frontier_trials.rates_to_try(row, {**high, 3.2e-2: math.inf}) == ()  # diverged
     low = {2e-3: 1.0, 4e-3: 2.0, 8e-3: 3.0, 1.6e-2: 4.0}
-    assert frontier.rates_to_try(row, low) == (1e-3,)
-    assert frontier.rates_to_try(row, {**low, 1e-3: 0.5}) == (5e-4,)
-    assert frontier.rates_to_try(row, {**low, 1e-3: 0.5, 5e-4: 0.4}) == ()  # two beyond are all
+    assert frontier_trials.rates_to_try(row, low) == (1e-3,)
+    assert frontier_trials.rates_to_try(row, {**low, 1e-3: 0.5}) == (5e-4,)
+    assert frontier_trials.rates_to_try(row, {**low, 1e-3: 0.5, 5e-4: 0.4}) == ()  # two beyond are all
 
 
 def test_trials_are_called_as_those_that_are_committed():
@@ -162,32 +173,190 @@ def test_a_row_with_a_seed_that_diverged_is_named_and_left_out(tmp_path, monkeyp
     )
 
 
-def test_a_trial_that_fails_has_no_result_and_is_not_tried_twice(one_row, monkeypatch, tmp_path, capsys):
+SUITE = frontier.Suite(Path("work"), "smollm2", "none", "commonsense", "nf4")
+
+
+def tune(done, place, losses, rates):
+    """Add the results of a row's rates."""
+    for rate, nll in losses.items():
+        name = f"{SUITE.prefix}-{frontier.Trial(*place, trials.TUNING_SEED, rate).name}"
+        done[name] = {"rate": rate, "nll": nll, **json.loads(json.dumps(dataclasses.asdict(rates)))}
+
+
+def rates_of(place, done, **options):
+    """Return a row's rates, of its trials that can be done now."""
+    found = frontier_trials.Plan(SUITE, done=done, **{"places": [place], "carry": True, **options}).trials(2)
+    return {trial.rate for trial in found}, {trial.tunes for trial in found}
+
+
+@pytest.mark.parametrize(
+    ("model", "place", "nearest"),
+    [
+        ("smollm2", ("20k", "lora_xs"), [("60k", "lora_xs"), ("5k", "lora_xs")]),
+        ("smollm2", ("150k", "inttune"), [("300k", "inttune"), ("60k", "inttune")]),
+        ("smollm2", ("600k", "lsr_16_7"), [("300k", "lsr_8_5"), ("300k", "lsr_4_7"), ("2.4m", "lsr_64_14")]),
+        ("smollm2", ("1.2m", "lsr_64_7"), [("2.4m", "lsr_64_14"), ("2.4m", "lsr_16_27")]),
+        ("smollm2", ("150k", "lora_modules"), [("60k", "lora_modules"), ("300k", "lora")]),
+        ("smollm2", ("600k", "slora"), [("300k", "slora"), ("2.4m", "slora")]),
+        ("smollm2", ("20k", "tinylora"), []),  # which no quantized base takes
+        ("smollm2", ("60k", "lora_modules"), []),
+        ("qwen", ("60k", "vera"), [("20k", "vera")]),
+        ("qwen", ("600k", "slora"), []),
+    ],
+)
+def test_rates_are_carried_from_the_nearest_row_of_the_method(model, place, nearest):
+    suite = dataclasses.replace(SUITE, model=model)
+    assert frontier_trials.neighbours(suite, place)[: len(nearest) or None] == nearest
+
+
+def test_every_size_tuned_in_full_has_rows():
+    for model, sizes in frontier_trials.TUNED_IN_FULL.items():
+        assert set(sizes) <= set(ROWS[model])
+        assert sorted(sizes, key=SIZES.__getitem__) == list(sizes)
+
+
+def test_a_carried_rate_is_tried_between_two_and_at_an_end_goes_on():
+    place, there, own = ("20k", "lora_xs"), ("60k", "lora_xs"), (1e-3, 2e-3, 4e-3, 8e-3)
+    done: dict = {}
+    assert rates_of(place, done) == (set(own), {True}), "no neighbour"
+    assert rates_of(place, done, places=[place, there])[0] == set(own), "only the neighbour's: the other waits"
+    assert len(frontier_trials.Plan(SUITE, [place, there], done, carry=True).trials(2)) == 4
+    assert len(frontier_trials.Plan(SUITE, [place, there], done, True, [there]).trials(2)) == 8, "for none that failed"
+    tune(done, there, dict.fromkeys(own), frontier_trials.Rates(own))
+    assert rates_of(place, done)[0] == set(own), "a neighbour that always diverged tells nothing"
+    tune(done, there, dict(zip(own, (4.0, 3.0, 2.0, 3.0), strict=True)), frontier_trials.Rates(own))
+    assert rates_of(place, done) == ({2e-3, 4e-3, 8e-3}, {True})
+    assert rates_of(place, done, carry=False)[0] == set(own)
+    carried = frontier_trials.Rates((2e-3, 4e-3, 8e-3), there)
+    assert set(frontier_trials.Plan(SUITE, [place], done, carry=True).trials(2).values()) == {carried}
+    tune(done, place, {2e-3: 3.0, 4e-3: 2.0}, carried)
+    for carry in (True, False):  # what was begun goes on
+        assert rates_of(place, done, carry=carry)[0] == {8e-3}
+    tune(done, place, {8e-3: 1.0}, carried)
+    assert rates_of(place, done) == ({1.6e-2}, {True})
+    tune(done, place, {1.6e-2: None}, carried)
+    assert rates_of(place, done) == ({8e-3}, {False}), "between two others: its seeds"
+
+
+def test_a_carried_row_may_try_as_many_rates_as_the_others():
+    place, there = ("20k", "lora_xs"), ("60k", "lora_xs")
+    carried, done = frontier_trials.Rates((2e-3, 4e-3, 8e-3), there), {}
+    tune(done, place, {2e-3: 3.0, 4e-3: 4.0, 8e-3: 5.0, 1e-3: 2.0, 5e-4: 1.0}, carried)
+    assert rates_of(place, done) == ({2.5e-4}, {True})
+    tune(done, place, {2.5e-4: 0.5}, carried)
+    assert rates_of(place, done) == ({2.5e-4}, {False})
+
+
+class NoModel:
+    """Scores that need no model; what it is asked is noted."""
+
+    def __init__(self, suite):
+        pass
+
+    def part(self, name):
+        return {}, {"arc_easy": np.array([2, 3])}
+
+    def score(self, adapter, part, choices=True):
+        return {"nll": 3.0, "accuracy": 0.3 if choices else None, "score_s": 0.0}
+
+
+@pytest.fixture
+def program(one_row, monkeypatch, tmp_path):
+    """Return what makes a program of one row whose trials are not trained, and the rates of those that were asked."""
     suite = frontier.Suite(tmp_path, "smollm2", "none", "commonsense", "none")
+    given = argparse.Namespace(results=tmp_path / "r", sizes=["20k"], rows=None, seeds=1, time_limit=math.inf)
+    given.trials_a_sweep, given.together, given.command, given.carry_rates = 1, "auto", "words", False
     tried = []
+
+    def train(suite, chosen, together):
+        tried.extend(trial.rate for trial in chosen)
+        return [TrialResult(trial.name, {}, tmp_path, "finished") for trial in chosen]
+
+    monkeypatch.setattr(frontier, "train", train)
+    monkeypatch.setattr(frontier, "Scorer", NoModel)
+
+    def made(described=None, **options):
+        return frontier.Program(suite, argparse.Namespace(**{**vars(given), **options}), described or {})
+
+    return made, tried
+
+
+def test_a_trial_that_fails_has_no_result_and_is_not_tried_twice(program, monkeypatch, tmp_path, capsys):
+    made, tried = program
 
     def train(suite, chosen, together):
         tried.extend(trial.rate for trial in chosen)
         return [TrialResult(trial.name, {}, tmp_path, "failed", error="no memory") for trial in chosen]
 
-    class Scorer:
-        def __init__(self, suite):
-            pass
-
-        def part(self, name):
-            return {}, {"arc_easy": np.array([2, 3])}
-
-        def score(self, adapter, part, choices=True):
-            return {"nll": 3.0, "accuracy": 0.3}
-
     monkeypatch.setattr(frontier, "train", train)
-    monkeypatch.setattr(frontier, "Scorer", Scorer)
-    given = argparse.Namespace(results=tmp_path / "r", sizes=["20k"], rows=None, seeds=1, time_limit=math.inf)
-    given.trials_a_sweep, given.together, given.command = 1, "auto", "words"
-    assert frontier.execute(suite, given, {}) == 2
+    assert made().execute() == 2
     assert sorted(tried) == [1e-3, 4e-3]
     assert all(result["row"] == "base" for result in trials.load(tmp_path / "r").values())
     assert "failed: no memory" in capsys.readouterr().out
+
+
+def test_scores_that_fail_are_no_result_and_those_that_are_not_finite_are_one(program, monkeypatch, tmp_path, capsys):
+    made, _ = program
+    raised = iter([RuntimeError("out of memory"), NonFiniteScoresError("not finite")])
+    bases = []
+
+    class Scorer(NoModel):
+        def __init__(self, suite):
+            bases.append(suite)
+
+        def score(self, adapter, part, choices=True):
+            if adapter is None:
+                return super().score(adapter, part)
+            raise next(raised)
+
+    monkeypatch.setattr(frontier, "Scorer", Scorer)
+    assert made(trials_a_sweep=2).execute() == 1
+    rates = [r for r in trials.load(tmp_path / "r").values() if r["row"] != "base"]
+    assert [(r["rate"], r["nll"], r["status"], r["error"]) for r in rates] == [(4e-3, None, "diverged", "not finite")]
+    assert "0.001: failed: RuntimeError: out of memory" in capsys.readouterr().out
+    assert len(bases) == 2, "the failed one's adapter may be on the first"
+
+
+def test_a_program_that_is_ended_while_it_scores_goes_on_with_that_sweep(program, monkeypatch, tmp_path):
+    made, tried = program
+    scored = []
+
+    class Scorer(NoModel):
+        def score(self, adapter, part, choices=True):
+            if adapter is not None and len(scored) == 1:
+                scored.append("ended")
+                raise KeyboardInterrupt
+            scored.extend([part] if adapter is not None else [])
+            return super().score(adapter, part, choices)
+
+    monkeypatch.setattr(frontier, "Scorer", Scorer)
+    with pytest.raises(KeyboardInterrupt):
+        made(trials_a_sweep=2).execute()
+    assert tried == [1e-3, 4e-3]
+    assert made(trials_a_sweep=2, time_limit=0).execute() == 1, "no time for it"
+    assert made(trials_a_sweep=2).execute() == 0
+    assert tried == [1e-3, 4e-3, 1e-3, 4e-3, 1e-3], "the same sweep, which is not trained again; then a seed"
+    assert scored == ["dev", "ended", "dev", "test"], "what had a result is not scored again"
+    assert not list((tmp_path / "sweeps").iterdir())
+
+
+def test_no_sweep_begins_that_would_end_after_the_limit(program):
+    made, _ = program
+    one = made(trials_a_sweep=3)
+    rates = frontier_trials.Rates((1e-3,))
+    ready = {frontier.Trial("20k", "lora", seed, 1e-3): rates for seed in (trials.TUNING_SEED, 0, 1, 2)}
+    seeds = lambda seconds: [trial.seed for trial in one.fitting(ready, seconds)]  # noqa: E731
+    assert seeds(0.5) == [trials.TUNING_SEED, 0, 1], "of the first, nobody knows how long it takes"
+    one.pace = 10.0
+    assert frontier_data.EPOCHS["commonsense"] == 2
+    assert (seeds(9), seeds(29), seeds(30)) == ([], [trials.TUNING_SEED], [trials.TUNING_SEED, 0])
+
+
+def test_results_of_other_data_are_not_mixed(program):
+    made, _ = program
+    assert made({"arc_easy": "one"}).execute() == 0
+    with pytest.raises(SystemExit, match="is of other rows than --data has"):
+        made({"arc_easy": "another"}, seeds=2).execute()
 
 
 @pytest.fixture
@@ -195,8 +364,8 @@ def one_row(monkeypatch):
     """One row on the tiny model, and two rates."""
     rows = {"lora": AdapterRow("lora", {"rank": 1, "alpha": 2.0})}
     monkeypatch.setitem(ROWS, "smollm2", {"20k": rows})
-    monkeypatch.setattr(frontier.AdapterRow, "rates", (1e-3, 4e-3))
-    monkeypatch.setattr(frontier, "MOST_BEYOND", 0)
+    monkeypatch.setattr(AdapterRow, "rates", (1e-3, 4e-3))
+    monkeypatch.setattr(frontier_trials, "MOST_BEYOND", 0)
     monkeypatch.setitem(frontier.REGIMES, "commonsense", ("arc_easy", "openbookqa"))
 
 

@@ -278,6 +278,25 @@ def over_lower(of_size: Sequence[Score]) -> dict[str, list[Verdict]]:
     return found
 
 
+def carried(done: Results) -> tuple[int, int, int]:
+    """Return of how many rows rates were carried from a neighbouring size, and how it ended.
+
+    Returns:
+        These; those of them whose best rate was an end of the first three, so that others followed; those whose best
+        rate lies between two others.
+    """
+    rows: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for r in done.values():
+        if r["row"] != "base" and r["seed"] == TUNING_SEED and r.get("carried_from"):
+            rows.setdefault((r["model"], r["regime"], r["base"], r["size"], r["row"]), []).append(r)
+    followed = between = 0
+    for results in rows.values():
+        nats = {r["rate"]: math.inf if r["nll"] is None else r["nll"] for r in results}
+        followed += len(nats) > len(results[0]["first_rates"])
+        between += min(nats) < min(nats, key=lambda rate: nats[rate]) < max(nats)
+    return len(rows), followed, between
+
+
 def neighbours(done: Results) -> Iterator[tuple[str, str, str, float]]:
     """Yield what a rate carried from the next smaller size of a method would cost: is tuning at every size needed?
 

@@ -204,6 +204,11 @@ def sections(results: Path) -> list[str]:
         about = (frontier_verdicts.__doc__ or "").strip().partition("\n\n")[2]
         parts = ["## Which adapter at which size", about, *parts, "### The best of ours beside the best of the others"]
         parts.append("\n".join(verdict_table(found.verdicts)))
+    rows, followed, between = frontier_verdicts.carried(found.done)
+    if rows:
+        about = "were tried first at the best rate of their method at a neighbouring size and the ones beside it"
+        ends = f"the best was an end for {followed}, where others followed, and lies between two others for {between}"
+        parts.append(f"{rows} rows {about}: {ends}.")
     if found.diverged:
         parts.append(f"Diverged, and their rows left out: {', '.join(found.diverged)}.")
     return parts

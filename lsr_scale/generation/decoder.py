@@ -24,7 +24,7 @@ from lsr_scale.adapters.peft import AdapterLinear
 from lsr_scale.adapters.peft.per_sample import PairMemory, adapters_per_sample, batch_lock
 from lsr_scale.errors import UserError
 from lsr_scale.fused.cuda_graphs import rounded
-from lsr_scale.generation.active_pairs import active_pairs
+from lsr_scale.generation.active_pairs import PairedLora, active_pairs
 from lsr_scale.generation.fallback import arguments_of, decoder_fallback_reason, tuner_of
 from lsr_scale.generation.sampling import Sampling
 from lsr_scale.generation.step import DecodeStep
@@ -72,7 +72,8 @@ class Decoder:
         self.model, self.max_steps, self.graphs = model, max_steps, graphs
         self.longest, self.say = longest, say
         self.steps: OrderedDict[tuple[int, int, bool], DecodeStep] = OrderedDict()
-        self.memories: dict[int, PairMemory] = {}  # of pairs, by the number of rows
+        # of pairs, by the number of rows, and whether these have adapters of their own
+        self.memories: dict[tuple[int, bool], PairMemory] = {}
         self._said: set[str] = set()
         self._stream: Any = None  # that graphs are warmed up on
 
@@ -235,7 +236,8 @@ class Decoder:
             while len(self.steps) >= self.max_steps:
                 self.steps.popitem(last=False)
             # the pairs of this batch are in use, whatever was kept before
-            self.memories = {n: kept for n, kept in self.memories.items() if n in {key[0], *(k[0] for k in self.steps)}}
+            used = {(kind[0], kind[2]) for kind in (key, *self.steps)}
+            self.memories = {kind: kept for kind, kept in self.memories.items() if kind in used}
             self.steps[key] = DecodeStep(self.model, cache, length, rows)
         self.steps.move_to_end(key)
         step = self.steps[key]
@@ -243,7 +245,8 @@ class Decoder:
             reason = None
             try:
                 self._stream = self._stream or torch.cuda.Stream()
-                step.capture([*_state(self.model), *pairs.addresses()], self._stream)
+                pairs.renew()
+                step.capture(lambda: [*_state(self.model), *pairs.addresses()], self._stream)
             except RuntimeError as error:
                 reason = str(error).splitlines()[0]
             if reason is not None:  # not within the handler: until its end the error holds what the capture allocated
@@ -257,7 +260,7 @@ class Decoder:
     @contextmanager
     def _adapters(self, input_ids: Tensor, adapter_names: Sequence[str] | None, rows: int) -> Iterator[Any]:
         """Have the rows use their adapters, by pairs that a graph can read."""
-        memory = self.memories.setdefault(rows, {})
+        memory = self.memories.setdefault((rows, adapter_names is not None), {})
         tuner = tuner_of(self.model)
         with batch_lock(self.model if tuner is None else tuner):
             if adapter_names is None or tuner is None:
@@ -333,7 +336,8 @@ def _state(model: nn.Module) -> list[Any]:
         if isinstance(layer, BaseTunerLayer):
             state.append((layer.disable_adapters, tuple(layer.merged_adapters), tuple(layer.active_adapters)))
             if not isinstance(layer, AdapterLinear):
-                state.append(str(getattr(layer, "scaling", None)))
+                if not isinstance(layer, PairedLora):  # its scaling is in its pair
+                    state.append(str(getattr(layer, "scaling", None)))
             elif not layer.method.is_low_rank():
                 state.append([(name, config.scaling) for name, config in layer.adapter_configs.items()])
     return state

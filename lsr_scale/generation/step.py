@@ -5,7 +5,7 @@ step to step is a number here: tokens, positions, the place in the cache and the
 moves on, so that the same kernels on the same memory do the next one.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -138,14 +138,14 @@ class DecodeStep:
         assert self._logits is not None
         return self._logits
 
-    def capture(self, state: Any, stream: Any) -> None:
+    def capture(self, state: Callable[[], Any], stream: Any) -> None:
         """Make the step a CUDA graph, unless it is one that holds for the same `state`; before `start`.
 
         Args:
-            state: What it holds for.
+            state: Returns what it holds for, which a capture may add to: pairs that prompts did not ask for.
             stream: For the warm-up; the same for all steps, as libraries keep memory for each stream.
         """
-        if self._graph is not None and self.state == state:
+        if self._graph is not None and self.state == state():
             return
         self.release()
         self.place.fill_(0)
@@ -159,7 +159,7 @@ class DecodeStep:
             # thread_local: other threads may make calls that a capture must not
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 logits = self._run()
-        self._graph, self._logits, self.state = graph, logits, state
+        self._graph, self._logits, self.state = graph, logits, state()
 
     def release(self) -> None:
         """Drop the graph: steps are eager again."""

@@ -223,7 +223,7 @@ def test_caches_of_the_last_shapes_are_kept():
             decoder.generate(**batch, max_new_tokens=4, eos_token_id=[]), reference(decoder.model, batch, 4)
         )
     assert list(decoder.steps) == [(1, 64, False), (1, 104, False)]
-    assert list(decoder.memories) == [1]
+    assert list(decoder.memories) == [(1, False)]
     decoder.clear()
     assert not decoder.steps
 
@@ -536,6 +536,56 @@ def test_steps_under_autocast_of_a_model_in_float32(attended, monkeypatch):
             Decoder(model).generate(**batch, max_new_tokens=2, eos_token_id=[], log_probs=found[is_fused])
     assert attended
     torch.testing.assert_close(torch.stack(found[True]), torch.stack(found[False]), rtol=0, atol=0.01)
+
+
+@pytest.mark.parametrize("method", ["lsr", "lora"])
+def test_a_replayed_step_has_new_factors_where_its_inputs_are_of_another_dtype_than_the_prompts(
+    method, attended, monkeypatch
+):
+    recorded_graphs.stand_in(monkeypatch)
+    model, batch = adapted(tiny_llama(), method), prompts()
+
+    def generate(decoder: Decoder) -> torch.Tensor:
+        found: list[torch.Tensor] = []
+        decoder.generate(**batch, max_new_tokens=5, eos_token_id=[], log_probs=found)
+        return torch.stack(found)
+
+    decoder = Decoder(model, graphs=True)
+    with torch.autocast("cpu", torch.bfloat16):  # attention's output is bfloat16 in one and float32 in the other
+        before = generate(decoder)
+        randomize(model, seed=7)
+        after = generate(decoder)
+        assert RecordedGraph.made == 1
+        assert torch.equal(after, generate(Decoder(model, graphs=True)))
+    assert not torch.equal(after, before)
+
+
+@pytest.mark.parametrize("of_model", [False, True], ids=["bank", "model"])
+def test_a_replayed_step_has_new_rows_where_its_inputs_are_of_another_dtype_than_the_prompts(
+    of_model, attended, tmp_path, monkeypatch
+):
+    recorded_graphs.stand_in(monkeypatch)
+    base = tiny_llama()
+    for seed, name in enumerate(NAMES):
+        adapted(copy.deepcopy(base), "lsr", seed).save_pretrained(tmp_path / name)
+    model, batch = adapted(base), prompts()
+    if of_model:
+        for name in NAMES:
+            model.load_adapter(tmp_path / name, name)
+    else:
+        AdapterBank(model, tmp_path, 0.01)
+
+    def generate(decoder: Decoder, names: list[str]) -> torch.Tensor:
+        found: list[torch.Tensor] = []
+        decoder.generate(**batch, adapter_names=names, max_new_tokens=5, eos_token_id=[], log_probs=found)
+        return torch.stack(found)
+
+    decoder = Decoder(model, graphs=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        generate(decoder, ["anna", "ben", "cleo"])
+        after = generate(decoder, ["cleo", "anna", "anna"])
+        assert RecordedGraph.made == 1
+        assert torch.equal(after, generate(Decoder(model, graphs=True), ["cleo", "anna", "anna"]))
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])

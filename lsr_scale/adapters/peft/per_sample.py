@@ -68,6 +68,11 @@ class PerSampleAdapters(ABC):
         """Return where the pairs are that were asked for so far, None for a layer that no sample's adapter has."""
         return [None if side is None else side.data_ptr() for pair in self._pairs.values() for side in pair or (None,)]
 
+    def renew(self) -> None:
+        """Write also the pairs in memory that were not asked for yet: those that a graph reads may be among them."""
+        for layer, dtype, batch_size, _ in list(self.memory or ()):
+            self.pair(layer, dtype, batch_size)
+
     def repeats(self, batch_size: int) -> int:
         """Return how often each sample is repeated in a batch.
 
@@ -141,7 +146,7 @@ def add_batched(result: Tensor, x: Tensor, down: Tensor, up: Tensor, in_place: b
     # generation does this for every linear and token: the host's overhead counts
     xa = torch.bmm(x if x.dim() == 3 else x.reshape(len(x), -1, x.shape[-1]), down)
     flat = result if result.dim() == 3 else result.reshape(len(result), -1, result.shape[-1])
-    if xa.dtype != flat.dtype:
+    if not xa.dtype == up.dtype == flat.dtype:  # autocast casts for `bmm`, but for nothing in place
         xa, up = xa.to(flat.dtype), up.to(flat.dtype)
     return (flat.baddbmm_(xa, up) if in_place else torch.baddbmm(flat, xa, up)).view(result.shape)
 

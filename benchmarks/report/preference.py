@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from benchmarks.report.markdown import grid, number
-from benchmarks.report.measurements import MODES, Run, where
+from benchmarks.report.measurements import Run, where
 
 LABELS = {
     "lsr": "**LSR-Adapt** r=16 s=16, a run's trainer",
@@ -12,6 +12,7 @@ LABELS = {
     "trl_lora_liger": "LoRA r=16, TRL + PEFT + Liger",
     "trl_lora": "LoRA r=16, TRL + PEFT",
 }
+MODES = {"none": "saved, weights cached", "saved": "saved", "full": "recomputed"}
 TITLES = {"dpo": "DPO", "grpo": "GRPO"}
 
 
@@ -32,7 +33,7 @@ def table(run: Run) -> str:
     peers = list(dict.fromkeys(one["over"] for one in run["ratios"]))
     body = []
     for row in run["rows"]:
-        name = f"{LABELS[row['trainer']]}; activations {MODES[row['mode']]}"
+        name = f"{LABELS[row['trainer']]}; activations {_mode(row)}"
         ratios = {one["over"]: one for one in run["ratios"] if (one["trainer"], one["mode"]) == _of(row)}
         if row["status"] != "ok":
             body.append([name, row["status"], *[""] * ((2 if dpo else 5) + 2 * len(peers))])
@@ -50,6 +51,10 @@ def table(run: Run) -> str:
     parts = ["tokens/s"] if dpo else ["generation", "rewards", "training", "tokens of a completion"]
     over = [f"{what} over {peer}" for peer in peers for what in ("speed", "memory")]
     return grid(["", "s a step", *parts, "GiB", *over], body)
+
+
+def _mode(row: dict[str, str]) -> str:
+    return MODES["saved" if row["mode"] == "none" and row["trainer"].startswith("trl") else row["mode"]]
 
 
 def _of(row: dict[str, str]) -> tuple[str, str]:

@@ -8,8 +8,9 @@ tokens/s count chosen and rejected. `grpo` is on the Transformers model of FOLDE
 of `train.jsonl.gz`; a step generates, scores and learns from `--prompts` times `--completions` completions of at most
 `--new-tokens` tokens. Their rate is so low that everyone's completions stay the base's; how long they were is in the
 rows. All have the same rows in the same order, LoRA the same first factors. `trl_lora_liger` is TRL's trainer with
-`use_liger_kernel`. Each trainer lives in a process of its own and they take turns; "none" keeps all activations (a
-run's `memory: speed`), "full" recomputes them (`memory: save`; gradient checkpointing).
+`use_liger_kernel`. Each trainer lives in a process of its own and they take turns; "none" keeps all activations and,
+of ours, dequantized weights (a run's `memory: speed`), "saved" all activations alone, as a run does by itself where
+memory does not suffice for more, "full" recomputes them (`memory: save`; gradient checkpointing).
 """
 
 import itertools
@@ -30,6 +31,7 @@ from benchmarks.speed.trainer_overhead import LETTERS, write_model
 from benchmarks.speed.workers import Worker, last_line, say, start_all
 
 TRAINERS = {"lsr": "OursLsr", "lsr_fp8": "OursLsrFp8", "lora": "Ours", "trl_lora_liger": "TrlLiger", "trl_lora": "Trl"}
+MODES = ("none", "saved", "full")
 OURS = ("lsr", "lsr_fp8", "lora")
 DEFAULTS: dict[str, dict[str, Any]] = {
     "dpo": {
@@ -175,7 +177,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--layers", type=int, help="dpo: this many layers instead of the model's own")
     add("--data", type=Path, help="grpo: folder of train.jsonl.gz: question, answer")
     add("--trainers", type=listed, help=f"of {', '.join(TRAINERS)}; comma between")
-    add("--modes", type=listed, help="of none, full; comma between")
+    add("--modes", type=listed, help=f"of {', '.join(MODES)}; comma between")
     add("--base", default="nf4", choices=["nf4", "bf16"])
     add("--pairs", type=int, default=4, help="dpo: a step")
     add("--length", type=int, default=1024, help="dpo: tokens of a sequence")
@@ -206,7 +208,7 @@ def main(arguments: list[str] | None = None) -> int:
             check_ends(given.model)
         except UserError as error:
             parser.error(str(error))
-    for name, known in (("trainers", TRAINERS), ("modes", ("none", "full"))):
+    for name, known in (("trainers", TRAINERS), ("modes", MODES)):
         if wrong := set(getattr(given, name)) - set(known):
             parser.error(f"--{name}: expected {', '.join(known)}, got {', '.join(sorted(wrong))}")
     given.out.parent.mkdir(parents=True, exist_ok=True)

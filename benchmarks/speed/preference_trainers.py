@@ -45,7 +45,7 @@ class Trained:
     compute = "bf16"
 
     def __init__(self, config: dict[str, Any]) -> None:
-        """Take a measurement's configuration, with `mode`: "none" keeps all activations, "full" recomputes them."""
+        """Take a measurement's configuration, with one of its modes as `mode`."""
         self.config = config
         self.notes: list[str] = []
         self.parts: dict[str, list[float]] = {name: [] for name in PARTS}
@@ -148,13 +148,22 @@ class Ours(Trained):
         )
         folder = RunFolder(Path(run.training["output_dir"]))
         folder.path.mkdir(parents=True)
-        return build_trainer(run, folder, say=self.notes.append)
+        trainer = build_trainer(run, folder, say=self.notes.append)
+        if config["mode"] == "saved":
+            from lsr_scale.fused import clear_weight_cache
+
+            clear_weight_cache(trainer.model)
+        return trainer
 
     def free_memory(self) -> None:
-        """Free the weights that are kept dequantized too: the next turn makes them again."""
-        from lsr_scale.fused import clear_weight_cache
+        """Free the weights that are cached dequantized too: the next turn's first pass caches them again."""
+        from lsr_scale.fused.modules import FusedLayer
+        from lsr_scale.fused.patching import set_weight_cache
 
-        clear_weight_cache(self.trainer.model)
+        for layer in self.trainer.model.modules():
+            if isinstance(layer, FusedLayer) and layer.weight_cache:
+                set_weight_cache(layer, False)
+                set_weight_cache(layer, True)
         super().free_memory()
 
 

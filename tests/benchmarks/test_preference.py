@@ -88,6 +88,7 @@ def test_dpo_in_turns_has_the_losses_of_trl(tmp_path, here, monkeypatch):
     assert "--out dpo.json" in result["command"]
     page = report.section(out, result)
     assert "### DPO: tiny, BF16, 2 pairs of 2 x 32 tokens a step" in page
+    assert page.count("activations saved, weights cached") == 2
     assert page.count("activations saved") == 3
 
 

@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -278,41 +278,33 @@ def over_lower(of_size: Sequence[Score]) -> dict[str, list[Verdict]]:
     return found
 
 
-def carried(done: Results) -> tuple[int, int, int]:
-    """Return of how many rows rates were carried from a neighbouring size, and how it ended.
+@dataclasses.dataclass(frozen=True)
+class Carried:
+    """What came of a row whose rate was carried from a neighbouring size (`frontier_trials`).
 
-    Returns:
-        These; those of them whose best rate was an end of the first three, so that others followed; those whose best
-        rate lies between two others.
+    Attributes:
+        lost: Nats a token that the carried rate itself lost against the row's best, infinite where it diverged.
+        followed: Whether the best of the first three was an end of them, so that others followed.
+        is_between: Whether the best rate lies between two others.
     """
+
+    lost: float
+    followed: bool
+    is_between: bool
+
+
+def carried(done: Results) -> list[Carried]:
+    """Return what came of each row whose rate was carried."""
     rows: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for r in done.values():
         if r["row"] != "base" and r["seed"] == TUNING_SEED and r.get("carried_from"):
             rows.setdefault((r["model"], r["regime"], r["base"], r["size"], r["row"]), []).append(r)
-    followed = between = 0
+    found = []
     for results in rows.values():
         nats = {r["rate"]: math.inf if r["nll"] is None else r["nll"] for r in results}
-        followed += len(nats) > len(results[0]["first_rates"])
-        between += min(nats) < min(nats, key=lambda rate: nats[rate]) < max(nats)
-    return len(rows), followed, between
-
-
-def neighbours(done: Results) -> Iterator[tuple[str, str, str, float]]:
-    """Yield what a rate carried from the next smaller size of a method would cost: is tuning at every size needed?
-
-    Yields:
-        Suite, row and the row that the rate comes from, and the nats a token that it loses against the row's own best.
-    """
-    tuned: dict[tuple[str, str, str, str], dict[float, float]] = {}
-    for r in done.values():
-        if r["row"] != "base" and r["seed"] == TUNING_SEED and r["nll"] is not None:
-            suite = "-".join((r["model"], r["regime"], r["base"]))
-            tuned.setdefault((suite, r["method"], r["size"], r["row"]), {})[r["rate"]] = r["nll"]
-    order = list(SIZES)
-    keys = sorted(tuned, key=lambda key: (key[0], key[1], order.index(key[2]), key[3]))
-    for before, after in itertools.pairwise(keys):
-        if before[:2] == after[:2] and before[2] != after[2]:
-            carried = min(tuned[before], key=lambda rate: tuned[before][rate])
-            if carried in tuned[after]:
-                lost = tuned[after][carried] - min(tuned[after].values())
-                yield after[0], f"{after[2]} {after[3]}", f"{before[2]} {before[3]}", lost
+        first = results[0]["first_rates"]
+        best = min(nats, key=lambda rate: nats[rate])
+        if nats.keys() >= set(first) and math.isfinite(nats[best]):  # all of them have a result
+            is_between = min(nats) < best < max(nats)
+            found.append(Carried(nats[first[1]] - nats[best], len(nats) > len(first), is_between))
+    return found

@@ -5,13 +5,14 @@ python -m benchmarks.report.frontier_tables            print every table
 
 import functools
 import itertools
+import statistics
 import sys
 from pathlib import Path
 
 from benchmarks.quality import frontier_verdicts
 from benchmarks.quality.frontier import RESULTS
 from benchmarks.quality.frontier_rows import OURS
-from benchmarks.quality.frontier_verdicts import Frontier, Score, Suite, Verdict, compare, load
+from benchmarks.quality.frontier_verdicts import Carried, Frontier, Score, Suite, Verdict, compare, load
 from benchmarks.report.drawing import count_ticks, rows_digest, save
 from benchmarks.report.plots import Plot
 
@@ -103,6 +104,19 @@ def verdict_table(found: list[Verdict]) -> list[str]:
             f"{interval(one)} | {one.corrected_p:.2g} | {outcome(one)} |"
         )
     return lines
+
+
+def carried_text(rows: list[Carried]) -> str:
+    """Return of how many rows rates were carried, and whether that did harm."""
+    lost = [one.lost for one in rows]
+    followed, between = sum(one.followed for one in rows), sum(one.is_between for one in rows)
+    return (
+        f"{len(rows)} rows were tried first at the best rate of their method at a neighbouring size and the ones "
+        f"beside it. The best was an end for {followed}, where others followed, and lies between two others for "
+        f"{between}. The carried rate itself lost {statistics.median(lost):.4f} nats a token against the row's best in "
+        "the median, "
+        f"{max(lost):.4f} at most."
+    )
 
 
 def outcome(one: Verdict) -> str:
@@ -204,11 +218,8 @@ def sections(results: Path) -> list[str]:
         about = (frontier_verdicts.__doc__ or "").strip().partition("\n\n")[2]
         parts = ["## Which adapter at which size", about, *parts, "### The best of ours beside the best of the others"]
         parts.append("\n".join(verdict_table(found.verdicts)))
-    rows, followed, between = frontier_verdicts.carried(found.done)
-    if rows:
-        about = "were tried first at the best rate of their method at a neighbouring size and the ones beside it"
-        ends = f"the best was an end for {followed}, where others followed, and lies between two others for {between}"
-        parts.append(f"{rows} rows {about}: {ends}.")
+    if parts and (rows := frontier_verdicts.carried(found.done)):
+        parts.append(carried_text(rows))
     if found.diverged:
         parts.append(f"Diverged, and their rows left out: {', '.join(found.diverged)}.")
     return parts

@@ -166,17 +166,23 @@ def test_what_a_file_says_is_read_anew_when_it_changes(tmp_path):
 def test_rows_with_carried_rates_are_counted_by_how_that_ended(tmp_path, monkeypatch):
     monkeypatch.setattr(frontier_verdicts, "DRAWS", 500)
     write(tmp_path, made_up("20k", "lora_xs", 0.0), made_up("20k", "lsr_1_1", 0.0))
-    assert frontier_verdicts.carried(trials.load(tmp_path)) == (0, 0, 0)
+    assert frontier_verdicts.carried(trials.load(tmp_path)) == []
     first = (2e-3, 4e-3, 8e-3)
-    shifts = {"lora_xs": (0.1, 0.0, 0.1), "lsr_1_1": (0.1, 0.0, -0.1, 0.0), "vera": (0.2, 0.1, 0.0)}
+    shifts = {"lora_xs": (0.1, 0.0, 0.1), "lsr_1_1": (0.1, 0.0, -0.1, 0.0), "vera": (0.3, 0.2, 0.0)}
     for row, of_row in shifts.items():
         for rate, shift in zip((*first, 1.6e-2), of_row, strict=False):
             rates = {"first_rates": first, "carried_from": ("60k", "a row")}
             write(tmp_path, [{**r, **rates} for r in made_up("20k", row, shift, seeds=0, rate=rate)])
-    assert frontier_verdicts.carried(trials.load(tmp_path)) == (3, 1, 2)
+    found = frontier_verdicts.carried(trials.load(tmp_path))
+    assert [(round(one.lost, 6), one.followed, one.is_between) for one in found] == [
+        (0.0, False, True),
+        (0.1, True, True),
+        (0.2, False, False),
+    ]
     text = "\n".join(frontier_tables.sections(tmp_path))
     assert "3 rows were tried first at the best rate of their method at a neighbouring size" in text
     assert "an end for 1, where others followed, and lies between two others for 2." in text
+    assert "lost 0.1000 nats a token against the row's best in the median, 0.2000 at most." in text
 
 
 def test_a_row_with_a_seed_that_diverged_is_named_and_left_out(tmp_path, monkeypatch):

@@ -148,7 +148,7 @@ class Ours(Trained):
         )
         folder = RunFolder(Path(run.training["output_dir"]))
         folder.path.mkdir(parents=True)
-        trainer = build_trainer(run, folder, say=self.notes.append)
+        trainer: Any = build_trainer(run, folder, say=self.notes.append)
         if config["mode"] == "saved":
             from lsr_scale.fused import clear_weight_cache
 

@@ -27,9 +27,10 @@ def measure(folder: Path, args: argparse.Namespace, gpus: int, stage: int | None
     """Return a row: one start of the command on so many GPUs at a ZeRO stage, or without DeepSpeed."""
     row: dict[str, Any] = {
         **{"provider": "lsr", "model": args.model, "base": args.base, "tokens": args.tokens, "seq_len": args.seq_len},
-        **{"memory": args.memory, "num_gpus": gpus, "zero_stage": stage},
+        **{"memory": args.memory, "compute": args.compute, "num_gpus": gpus, "zero_stage": stage},
     }
     run = run_of(folder, args, args.memory, f"{gpus}-{stage}")
+    run["training"]["compute"] = args.compute
     if stage is not None:
         run["deepspeed"] = {"config": f"zero{stage}"}
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(gpus)]
@@ -62,6 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--tokens", type=int, default=8192, help="tokens a step and GPU")
     add("--seq-len", type=int, default=2048)
     add("--memory", default="save", choices=["save", "speed"])
+    add("--compute", default="bf16", choices=["bf16", "fp8", "int8"])
     add("--steps", type=int, default=20)
     add("--logging-steps", type=int, default=4)
     add("--device", default="cuda", choices=["cuda", "cpu"])

@@ -6,23 +6,24 @@
 
 Three ways to train `--trials` runs that differ in their learning rate:
 
-    together     `lsr-scale sweep`, all of them in one step (`--together`), one process
+    together     `lsr-scale sweep`, all of them in one step (`--together`), a process a GPU (`--gpus`)
     one_by_one   `lsr-scale train` for each, one after the other
     side_by_side `lsr-scale train` for each, all processes at once on the same device
 
 Each is timed from the start of its first process to the end of its last (`seconds`, with all that a user waits for:
 imports, loading, tokenizing, saving; of `one_by_one` only `--one-by-one` runs are done, and the time is theirs times
 trials over runs), and without start-up (`tokens_per_s`): by the tokens/s that runs log, the median over logging steps
-after the first two, of `together` the sum. Processes side by side do not begin their steps at one moment, so their rate
-is that of other ones with `--beside-steps` steps, over the time in which all of them are under way. `gib` is the most
-device memory in use at any time, all processes and their contexts; `cpu_s` the processor's seconds of all, which other
-load disturbs less than `seconds`. The runs are LSR-Adapt r=16 s=16 on random weights of a model's shapes, rows of one
-length and packed, or those of `--run` and `--set`.
+after the first two, of `together` the sum of those that train at a time. Processes side by side do not begin their
+steps at one moment, so their rate is that of other ones with `--beside-steps` steps, over the time in which all of them
+are under way. `gib` is the most device memory in use at any time, all processes and their contexts; `cpu_s` the
+processor's seconds of all, which other load disturbs less than `seconds`. The runs are LSR-Adapt r=16 s=16 on random
+weights of a model's shapes, rows of one length and packed, or those of `--run` and `--set`.
 """
 
 import argparse
 import itertools
 import json
+import re
 import resource
 import statistics
 import subprocess
@@ -91,12 +92,14 @@ def processor_seconds() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def start(folder: Path, name: str, command: str, run: dict[str, Any], words: list[str]) -> subprocess.Popen[str]:
+def start(
+    folder: Path, name: str, command: str, run: dict[str, Any], words: Sequence[str] = ("--quiet",)
+) -> subprocess.Popen[str]:
     """Start a command of this package on a run."""
     config = folder / f"{name}.yaml"
     config.write_text(json.dumps(run), encoding="utf-8")  # JSON is YAML
     log = (folder / f"{name}.log").open("w", encoding="utf-8")
-    call = [sys.executable, "-m", "lsr_scale", command, str(config), "--overwrite", "--quiet", *words]
+    call = [sys.executable, "-m", "lsr_scale", command, str(config), "--overwrite", *words]
     return subprocess.Popen(call, stdout=log, stderr=subprocess.STDOUT, text=True)
 
 
@@ -121,14 +124,25 @@ def logged_speed(run_folder: Path) -> float:
     return statistics.median(speeds[PER_SPEED - 1 :])
 
 
-def together(folder: Path, base: dict[str, Any], args: argparse.Namespace, end: float) -> list[float]:
-    """Do the sweep; return each trial's tokens/s."""
+def together(folder: Path, base: dict[str, Any], args: argparse.Namespace, end: float) -> tuple[list[float], list[str]]:
+    """Do the sweep; return each trial's tokens/s, and the notes that it printed."""
     output = folder / "together"
     run = {**base, "training": {**base["training"], "output_dir": str(output)}}
     run["sweep"] = {"grid": {"training.learning_rate": rates(args.trials)}, "together": args.together or args.trials}
-    finish(start(folder, "together", "sweep", run, []), folder, "together", end)
-    sys.stdout.write((folder / "together.log").read_text(encoding="utf-8")[-1500:])
-    return [logged_speed(path) for path in sorted((output / "trials").iterdir()) if path.is_dir()]
+    words = ["--gpus", str(args.gpus)] if args.gpus else []
+    finish(start(folder, "together", "sweep", run, words), folder, "together", end)
+    said = (folder / "together.log").read_text(encoding="utf-8")
+    sys.stdout.write(said[-1500:])
+    speeds = [logged_speed(path) for path in sorted((output / "trials").iterdir()) if path.is_dir()]
+    return speeds, [line.removeprefix("note: ") for line in said.splitlines() if line.startswith("note: ")]
+
+
+def at_a_time(args: argparse.Namespace, notes: Sequence[str]) -> int:
+    """Return how many trials of a sweep train at a time: as asked for, or as the sweep chose and said."""
+    if args.together != "auto":
+        return min(args.trials, (args.together or args.trials) * max(1, args.gpus))
+    chosen = [int(found[1]) for note in notes if (found := re.match(r"(\d+) trials share a step", note))]
+    return min(args.trials, sum(chosen) if chosen else max(1, args.gpus))
 
 
 def alone(folder: Path, base: dict[str, Any], args: argparse.Namespace, end: float, at_once: bool) -> list[float]:
@@ -138,7 +152,7 @@ def alone(folder: Path, base: dict[str, Any], args: argparse.Namespace, end: flo
     for index, rate in enumerate(wanted):
         name = f"{'beside' if at_once else 'alone'}-{index}"
         training = {**base["training"], "learning_rate": rate, "output_dir": str(folder / name)}
-        running.append((name, start(folder, name, "train", {**base, "training": training}, [])))
+        running.append((name, start(folder, name, "train", {**base, "training": training})))
         if not at_once:
             finish(running[-1][1], folder, name, end)
             say(f"{name}: {logged_speed(folder / name):,.0f} tokens/s")
@@ -157,7 +171,7 @@ def rate_of_all(folder: Path, base: dict[str, Any], args: argparse.Namespace, en
     for index, rate in enumerate(rates(args.trials)):
         training = {**base["training"], "learning_rate": rate, "output_dir": str(folder / f"rate-{index}")}
         training |= {"max_steps": args.beside_steps}
-        running.append(start(folder, f"rate-{index}", "train", {**base, "training": training}, []))
+        running.append(start(folder, f"rate-{index}", "train", {**base, "training": training}))
     seen: list[tuple[float, list[int]]] = []
     try:
         while all(process.poll() is None for process in running):
@@ -223,7 +237,12 @@ def main(arguments: list[str] | None = None) -> int:
     add("--run", help="a YAML file or the name of a shipped one, instead of --model")
     add("--set", nargs="*", default=[], metavar="KEY=VALUE", help="changes of --run")
     add("--trials", type=int, default=8)
-    add("--together", type=int, help="how many share a step; all by default")
+    add(
+        *("--together",),
+        type=lambda text: text if text == "auto" else int(text),
+        help="how many share a step, or auto; all by default",
+    )
+    add("--gpus", type=int, default=0, help="of the sweep: a process each; by default this one alone")
     add("--one-by-one", type=int, help="do only so many of the runs that follow each other")
     add("--tokens", type=int, default=4096, help="tokens a step and trial")
     add("--seq-len", type=int, default=512)
@@ -242,7 +261,6 @@ def main(arguments: list[str] | None = None) -> int:
     config["command"] = recorded("speed.sweep", arguments or sys.argv[1:], args.out)
     rows: dict[str, dict[str, Any]] = {}
     ways: dict[str, Callable[..., list[float]]] = {
-        "together": together,
         "one_by_one": lambda *given: alone(*given, at_once=False),
         "side_by_side": lambda *given: alone(*given, at_once=True),
     }
@@ -251,18 +269,24 @@ def main(arguments: list[str] | None = None) -> int:
         base = base_run(folder, args)
         for way in args.ways:
             began, cpu = time.monotonic(), processor_seconds()
+            notes: list[str] = []
             with peak_memory(args.device) as peak:
                 try:
-                    speeds = ways[way](folder, base, args, end)
+                    if way == "together":
+                        speeds, notes = together(folder, base, args, end)
+                    else:
+                        speeds = ways[way](folder, base, args, end)
                 except RuntimeError as error:
                     say(f"{way}: {error}")
                     continue
                 seconds = time.monotonic() - began
                 seconds *= args.trials / len(speeds)
                 cpu_s = (processor_seconds() - cpu) * args.trials / len(speeds)
-                figures = {"by_run": speeds, "seconds": seconds, "cpu_s": cpu_s, "gib": peak()}
+                figures: dict[str, Any] = {"by_run": speeds, "seconds": seconds, "cpu_s": cpu_s, "gib": peak()}
             # runs one after the other are as fast as one of them
-            total: float | None = statistics.fmean(speeds) if way == "one_by_one" else sum(speeds)
+            number = at_a_time(args, notes) if way == "together" else 1 if way == "one_by_one" else args.trials
+            total: float | None = statistics.fmean(speeds) * number
+            figures |= {"at_a_time": number, "notes": notes} if way == "together" else {}
             if way == "side_by_side":
                 total = rate_of_all(folder, base, args, end) if args.beside_steps else None
             rows[way] = {"tokens_per_s": total, **figures}

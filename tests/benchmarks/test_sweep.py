@@ -33,6 +33,17 @@ def test_trials_together_beside_one_alone(tmp_path, monkeypatch):
     assert mine["gib"] is None
 
 
+def test_a_sweep_that_chooses_says_how_many_train_at_a_time():
+    args = argparse.Namespace(trials=8, together="auto", gpus=0)
+    chosen = "4 trials share a step: a step takes a trial 20.0 ms alone, 12.0 in one of 2"
+    assert sweep.at_a_time(args, ["something else", chosen]) == 4
+    assert sweep.at_a_time(args, ["trials are trained one after the other: a step takes"]) == 1
+    args.gpus = 2
+    assert sweep.at_a_time(args, [chosen, chosen]) == 8
+    args.together = 3
+    assert sweep.at_a_time(args, []) == 6
+
+
 def test_rates_cover_the_range():
     assert sweep.rates(1) == [sweep.RATES[0]]
     assert sweep.rates(3) == pytest.approx([1e-4, (1e-4 * 2e-3) ** 0.5, 2e-3])
@@ -62,7 +73,7 @@ for step in range(1, int(sys.argv[2]) + 1):
 def test_processes_side_by_side_are_ended_when_one_is_done(tmp_path, monkeypatch):
     started = []
 
-    def start(folder, name, command, run, words):
+    def start(folder, name, command, run):
         steps = "100" if name == "rate-0" else "1000000"
         program = [sys.executable, "-c", LOGS, run["training"]["output_dir"], steps]
         started.append(subprocess.Popen(program))

@@ -33,7 +33,7 @@ from lsr_scale.model.builtin import cache_folder
 from lsr_scale.model.gather import GatherGroup
 from lsr_scale.model.shard import sharded_matrices
 
-MIN_CACHED = 2**17  # elements of a weight: of a smaller one the factors are made in milliseconds
+MIN_CACHED = 2**14  # elements of a weight: of a square one with so many the SVD takes 2 ms (one CPU core)
 DAYS_UNUSED = 30  # after which a file is removed
 # A sketch has so many sums over modules, and the size of a typical one. On SmolLM2-135M in NF4 in place of bfloat16 a
 # sum differs by 70 % (Nystrom's start) to 540 % (LoRA-XS) of that size, on a random float32 base in bfloat16 by 3 %.

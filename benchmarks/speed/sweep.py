@@ -68,22 +68,25 @@ def base_run(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
 @contextmanager
 def peak_memory(device: str) -> Iterator[Callable[[], float | None]]:
     """Yield a function that returns the most GiB of the device that were in use until now, by `nvidia-smi`."""
-    most, ended = [0.0], threading.Event()
+    if device != "cuda":
+        yield lambda: None
+        return
+    most = [0.0]
+    # one process that goes on: each that starts makes the driver wait
+    words = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "--loop-ms=500"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
 
-    def watch() -> None:
-        words = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
-        while not ended.wait(0.3):
-            said = subprocess.run(words, capture_output=True, text=True, check=False).stdout
-            numbers = [float(line) for line in said.split() if line.replace(".", "").isdigit()]
-            most[0] = max([most[0], *numbers])
+        def watch() -> None:
+            for line in process.stdout or ():
+                most[0] = max(most[0], float(line) if line.strip().isdigit() else 0.0)
 
-    thread = threading.Thread(target=watch, daemon=True)
-    if device == "cuda":
+        thread = threading.Thread(target=watch, daemon=True)
         thread.start()
-    try:
-        yield lambda: most[0] / 1024 if device == "cuda" else None
-    finally:
-        ended.set()
+        try:
+            yield lambda: most[0] / 1024
+        finally:
+            process.terminate()
+            thread.join()
 
 
 def processor_seconds() -> float:

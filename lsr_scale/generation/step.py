@@ -143,7 +143,8 @@ class DecodeStep:
 
         Args:
             state: Returns what it holds for, which a capture may add to: pairs that prompts did not ask for.
-            stream: For the warm-up; the same for all steps, as libraries keep memory for each stream.
+            stream: Of the model's GPU, for the warm-up and the capture; the same for all steps, as libraries keep
+                memory for each stream.
         """
         if self._graph is not None and self.state == state():
             return
@@ -156,8 +157,9 @@ class DecodeStep:
                 self._run()  # warm-up: kernels are compiled and libraries loaded, which must not happen during capture
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
+            # the default stream of captures is the first capture's in the process, maybe on another GPU;
             # thread_local: other threads may make calls that a capture must not
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                 logits = self._run()
         self._graph, self._logits, self.state = graph, logits, state()
 

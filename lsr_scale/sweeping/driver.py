@@ -18,7 +18,7 @@ from lsr_scale.screen import keeping_live_line
 from lsr_scale.sweeping import scores
 from lsr_scale.sweeping.bases import Bases
 from lsr_scale.sweeping.board import Board, Watch
-from lsr_scale.sweeping.folder import SweepFolder, TrialState, Worker
+from lsr_scale.sweeping.folder import SweepFolder, SweepState, TrialState, Worker
 from lsr_scale.sweeping.pages import draw_trials
 from lsr_scale.sweeping.places import Ended, Places
 from lsr_scale.sweeping.process_state import short_collections
@@ -147,9 +147,8 @@ class Driver:
     def _together(self) -> tuple[int, Any]:
         """Return how many trials share a step, decided once, and what does the step."""
         if self._shared is None:
-            state = self.folder.read()
-            left = [self.plans[trial.name] for trial in state.trials.values() if trial.status == "pending"]
-            choice = choose(self.sweep, left[: -(-len(left) // num_workers())], self.bases, self.rows)
+            share = [self.plans[name] for name in share_of(self.folder.read(), num_workers())]
+            choice = choose(self.sweep, share, self.bases, self.rows)
             if choice.why:
                 self.board.say(f"note: {choice.why}")
             run = self.sweep.trials[0].run
@@ -209,6 +208,13 @@ class Driver:
             trial.results = {**trial.results, "steps": scores.steps_of(folder)}
             if not isinstance(error, UserError | torch.OutOfMemoryError):
                 logger.error("trial %s", trial.name, exc_info=error)
+
+
+def share_of(state: SweepState, num_processes: int) -> list[str]:
+    """Return the pending trials that are one process's share of a sweep: all that others have begun count too."""
+    left = [trial.name for trial in state.trials.values() if not trial.has_ended]
+    pending = [name for name in left if state.trials[name].status == "pending"]
+    return pending[: -(-len(left) // num_processes)]
 
 
 def _with_dtype(sweep: Sweep, dtype: str) -> Sweep:

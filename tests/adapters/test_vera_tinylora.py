@@ -53,7 +53,8 @@ def test_it_is_pefts_starts_as_the_base_trains_and_loads(method, kind, values, c
         down = layer.vera_lambda_d["default"][:, None] * layer.vera_A["default"][:, :80]
         update = layer.vera_lambda_b["default"][:, None] * (layer.vera_B["default"][:48] @ down)
     else:
-        v = layer.tinylora_v["default"][layer._tinylora_v_key["default"]]
+        keys = getattr(layer, "_tinylora_v_key", None)  # PEFT 0.21.0 refers to the vector itself
+        v = layer._tinylora_v_ref["default"] if keys is None else layer.tinylora_v["default"][keys["default"]]
         middle = (v[:, None, None] * layer.tinylora_P["default"]).sum(0)
         update = layer.tinylora_B["default"] @ middle @ layer.tinylora_A["default"]
     torch.testing.assert_close(layer.get_delta_weight("default"), update)

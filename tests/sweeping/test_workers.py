@@ -7,7 +7,8 @@ import pytest
 from lsr_scale import UserError
 from lsr_scale.cli import main
 from lsr_scale.sweeping import workers
-from lsr_scale.sweeping.folder import SweepFolder
+from lsr_scale.sweeping.driver import share_of
+from lsr_scale.sweeping.folder import SweepFolder, SweepState, TrialState
 from lsr_scale.sweeping.sweep import run_sweep
 from tests.conftest import two_processes
 from tests.helpers.launch import ROOT, launch
@@ -90,6 +91,19 @@ def test_training_a_sweep_names_the_command(place, tmp_path, capsys):
     file = write_sweep(tmp_path / "run.yaml", place, tmp_path / "sweep", SECTION)
     assert main(["train", str(file)]) == 2
     assert f"all of them: lsr-scale sweep {file}" in capsys.readouterr().err
+
+
+def test_who_comes_second_takes_as_many_as_who_came_first():
+    trials = {f"trial-{number}": TrialState(f"trial-{number}", {}) for number in range(16)}
+    state = SweepState({}, {}, "final_loss", trials)
+    assert share_of(state, 2) == [f"trial-{number}" for number in range(8)]
+    for name in share_of(state, 2):
+        trials[name].status = "running"
+    assert share_of(state, 2) == [f"trial-{number}" for number in range(8, 16)]
+    for trial in trials.values():
+        trial.status = "finished"
+    trials["trial-3"].status = "pending"
+    assert share_of(state, 2) == ["trial-3"]
 
 
 @pytest.mark.parametrize(("visible", "number", "found"), [("", 1, "1"), ("3,5", 1, "5"), ("GPU-a,GPU-b", 0, "GPU-a")])

@@ -1,9 +1,11 @@
-"""The section of RESULTS.md on `speed/preference.py`: steps of DPO and GRPO beside TRL's own."""
+"""What RESULTS.md and README.md say of `speed/preference.py`: steps of DPO and GRPO beside TRL's own."""
 
 from pathlib import Path
+from typing import Any
 
+from benchmarks.quality.frontier_rows import MODELS
 from benchmarks.report.markdown import grid, number
-from benchmarks.report.measurements import Run, where
+from benchmarks.report.measurements import Run, read, where
 
 LABELS = {
     "lsr": "**LSR-Adapt** r=16 s=16, a run's trainer",
@@ -24,7 +26,8 @@ def heading(run: Run) -> str:
         "grpo": "{prompts} prompts x {completions} completions of at most {new_tokens} tokens a step",
     }
     size = of_case[config["case"]].format(**config)
-    return f"{TITLES[config['case']]}: {config['model']}, {config['base'].upper()}, {size}"
+    model = MODELS.get(config["model"], config["model"])
+    return f"{TITLES[config['case']]}: {model}, {config['base'].upper()}, {size}"
 
 
 def table(run: Run) -> str:
@@ -65,3 +68,30 @@ def section(path: Path, run: Run) -> str:
     """Return one measurement of the page: its heading, machine, table and command."""
     machine = f"{where(run, path)} TRL {run['env']['trl']}. Medians of {run['config']['rounds']} turns."
     return "\n\n".join([f"### {heading(run)}", machine, table(run), f"    {run['command']}"])
+
+
+def newest(results: Path) -> str:
+    """Return README's table: the newest measurement of each case and mode in which all turns were made."""
+    found: dict[tuple[str, str], tuple[Run, list[dict[str, Any]]]] = {}
+    for _, run in read(results / "preference"):
+        for mode in dict.fromkeys(row["mode"] for row in run["rows"]):
+            rows = [row for row in run["rows"] if row["mode"] == mode]
+            whole = [row["status"] == "ok" and len(row["turns"]) == run["config"]["rounds"] for row in rows]
+            if all(whole) and any(one["mode"] == mode for one in run["ratios"]):
+                found[run["config"]["case"], mode] = run, rows  # the oldest come first
+    body = []
+    for run, rows in sorted(found.values(), key=lambda one: one[0]["config"]["case"]):
+        of_trainer = {row["trainer"]: row for row in rows}
+        for one in run["ratios"]:
+            mine, peer = of_trainer.get(one["trainer"]), of_trainer.get(one["over"])
+            if mine is None or peer is None or one["mode"] != mine["mode"]:
+                continue
+            label = LABELS[one["trainer"]].replace(", a run's trainer", "")
+            name = f"{TITLES[run['config']['case']]}, activations {_mode(mine)}: {label}"
+            cells = [name, number(mine["step_s"], ".2f"), number(mine["peak_memory_gib"], ".1f")]
+            cells += [LABELS[one["over"]].removeprefix("LoRA r=16, "), number(peer["step_s"], ".2f")]
+            body.append([*cells, number(one["speed"], ".2f"), number(one["memory"], ".2f")])
+    cards = {run["env"]["gpus"][0].removeprefix("NVIDIA ") for run, _ in found.values()}
+    what = "; ".join(sorted({heading(run) for run, _ in found.values()}))
+    table = grid(["", "s a step", "GiB", "LoRA r=16 by", "s a step", "times as fast", "memory of it"], body)
+    return f"{what}; one {' or '.join(sorted(cards))}:\n\n{table}"

@@ -7,7 +7,7 @@ stands in README.md between the two markers that name it.
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import eight_bit, frontier_words, real_training
+from benchmarks.report import eight_bit, frontier_words, preference, real_training
 from benchmarks.report.markdown import grid, number, with_table
 from benchmarks.report.measurements import LABELS, LENGTH, MODES, TOKENS, by_provider, newest_headline, read
 
@@ -67,6 +67,7 @@ def filled(text: str, results: Path) -> str:
         "throughput": table(newest_headline(results / "throughput")),
         "real training": real_training.newest_table(results),
         "8 bits": eight_bit.newest(results),
+        "preferences": preference.newest(results),
         "by size": frontier_words.readme(results / "frontier"),
     }
     for name, content in tables.items():

@@ -9,6 +9,7 @@ import pytest
 from benchmarks.report import preference as report
 from benchmarks.speed import preference, preference_trainers
 from benchmarks.speed.preference_trainers import Ours, OursLsr, Trl
+from lsr_scale.files import write_json
 from lsr_scale.model import load_tokenizer
 from tests.helpers.tiny_runs import save_llama
 
@@ -90,6 +91,14 @@ def test_dpo_in_turns_has_the_losses_of_trl(tmp_path, here, monkeypatch):
     assert "### DPO: tiny, BF16, 2 pairs of 2 x 32 tokens a step" in page
     assert page.count("activations saved, weights cached") == 2
     assert page.count("activations saved") == 3
+    result["env"]["gpus"] = ["NVIDIA H200"]
+    write_json(tmp_path / "preference" / "dpo.json", result)
+    lines = report.newest(tmp_path).splitlines()
+    assert sum("DPO, activations saved, weights cached" in line for line in lines) == 2
+    assert f"| TRL + PEFT | {rows['trl_lora']['step_s']:.2f} | {ratio['speed']:.2f} |" in lines[-1]
+    del rows["lora"]["turns"][1]  # a mode that was cut off
+    write_json(tmp_path / "preference" / "dpo.json", result)
+    assert "DPO" not in report.newest(tmp_path)
 
 
 def test_a_grpo_step_is_split_into_its_parts(tmp_path, here):

@@ -147,7 +147,7 @@ class Driver:
     def _together(self) -> tuple[int, Any]:
         """Return how many trials share a step, decided once, and what does the step."""
         if self._shared is None:
-            share = [self.plans[name] for name in share_of(self.folder.read(), num_workers())]
+            share = [self.plans[name] for name in share_of(self.worker.look(), num_workers())]
             choice = choose(self.sweep, share, self.bases, self.rows)
             if choice.why:
                 self.board.say(f"note: {choice.why}")

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import math
 import os
+import secrets
 import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -212,7 +213,8 @@ class Worker:
     def __init__(self, folder: SweepFolder, say: Callable[[str], None] = lambda text: None) -> None:
         """Take the folder, and who is told of trials that were stopped."""
         self.folder, self.say = folder, say
-        self.name = f"{socket.gethostname()}-{os.getpid()}"
+        # not by its number alone: in a container it is often that of one that was killed
+        self.name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
 
     @contextlib.contextmanager
     def joined(self) -> Iterator[None]:
@@ -239,6 +241,11 @@ class Worker:
                     trial.status, trial.worker = "running", self.name
                     return dataclasses.replace(trial)
         return None
+
+    def look(self) -> SweepState:
+        """Return the state, once it is decided what can be: whose worker has ended, and who goes on at a rung."""
+        with self._compared() as state:
+            return state
 
     def may_come(self) -> bool:
         """Tell whether there may be a trial to claim later: others are at work on trials that this one depends on."""

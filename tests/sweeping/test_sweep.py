@@ -1,7 +1,9 @@
 """Whole sweeps of tiny runs: what trains, what ends alone, what resumes, and what the folder holds afterwards."""
 
 import json
+import os
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
@@ -14,7 +16,7 @@ from lsr_scale import UserError
 from lsr_scale.cli import main
 from lsr_scale.config import load_run
 from lsr_scale.files import is_own_picture
-from lsr_scale.report.write import show_at_end
+from lsr_scale.report.write import show_at_end, write_report
 from lsr_scale.run.evaluate import evaluate_run
 from lsr_scale.run.folder import RunFolder
 from lsr_scale.sweeping import pages, plots
@@ -23,6 +25,7 @@ from lsr_scale.sweeping.folder import SweepFolder, TrialState
 from lsr_scale.sweeping.sweep import run_sweep
 from lsr_scale.training import compute
 from lsr_scale.training.callbacks.signals import Terminated
+from lsr_scale.training.steps.joint import JointStep
 from tests.conftest import SEVEN_LINEARS
 from tests.helpers.programs import start_program
 from tests.helpers.tiny_runs import completions, do, factors, metrics, questions, results, same, write_rows
@@ -250,6 +253,24 @@ def test_a_killed_sweep_goes_on(place, tmp_path):
     assert main(["sweep", str(file)]) == 2, "it holds a sweep already"
 
 
+@pytest.mark.parametrize("own", [False, True], ids=["another number", "the same number"])
+def test_trials_that_were_under_way_when_their_process_was_killed_share_steps_again(place, tmp_path, monkeypatch, own):
+    section = {"grid": {"training.seed": [1, 2]}, "together": 2}
+    arrange_stop(monkeypatch, 3, signal.SIGTERM)
+    with pytest.raises(Terminated):
+        do_sweep(place, tmp_path / "sweep", section)
+    folder = SweepFolder(tmp_path / "sweep")
+    with folder.updating() as state:  # as if killed: in a container the next process often has the same number
+        for trial in state.trials.values():
+            trial.status, trial.worker = "running", f"{socket.gethostname()}-{os.getpid() + 1 - own}"
+    steps = []
+    run = JointStep.run
+    monkeypatch.setattr(JointStep, "run", lambda self, members: steps.append(len(members)) or run(self, members))
+    do_sweep(place, tmp_path / "sweep", section, resume="auto")
+    assert set(statuses(folder).values()) == {"finished"}
+    assert 2 in steps
+
+
 def test_overwriting_starts_again(place, tmp_path):
     section = {"grid": {"training.seed": [1, 2]}, "together": 1}
     folder = do_sweep(place, tmp_path / "sweep", section, max_steps=2)
@@ -388,5 +409,6 @@ def test_without_pages_there_is_a_table_and_no_picture_until_they_are_asked_for(
     assert [trial.status for trial in found] == ["finished"] * 2
     drawn = lambda: sorted(file.name for ending in ("png", "html") for file in found.folder.rglob(f"*.{ending}"))  # noqa: E731
     assert drawn() == []
+    write_report(found[0].folder)  # as `lsr-scale report` does
     lsr_scale.sweep(given, resume="auto", quiet=True)
     assert drawn() == sorted(["losses.png", "scores.png", *["loss.png", "condition.png", "report.html"] * 2])

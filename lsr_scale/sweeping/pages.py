@@ -21,7 +21,7 @@ def draw_trials(folder: SweepFolder, names: Sequence[str], say: Callable[[str], 
     plan = Plans()
     for name in names:
         trial = folder.trial(name)
-        if trial.report.exists():
+        if trial.report.exists() and trial.curve.exists():  # `lsr-scale report` writes the page alone
             continue
         try:
             line = show_at_end(trial, plan)

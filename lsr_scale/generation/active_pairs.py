@@ -58,7 +58,7 @@ class ActivePairs:
             if layer in self.layers:
                 self._pair(layer, dtype)
 
-    def addresses(self) -> list[int | None]:
+    def addresses(self) -> list[int]:
         """Return where the pairs are that were asked for."""
         return [tensor.data_ptr() for pair in self.pairs.values() for tensor in pair]
 

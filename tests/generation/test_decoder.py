@@ -588,6 +588,28 @@ def test_a_replayed_step_has_new_rows_where_its_inputs_are_of_another_dtype_than
         assert torch.equal(after, generate(Decoder(model, graphs=True), ["cleo", "anna", "anna"]))
 
 
+def test_a_graph_is_kept_where_linears_of_another_dtype_have_no_adapter(attended, tmp_path, monkeypatch):
+    recorded_graphs.stand_in(monkeypatch)
+    base = tiny_llama()
+    for seed, (name, linear) in enumerate((("anna", "q_proj"), ("ben", "o_proj"))):
+        adapted(copy.deepcopy(base), "lsr", seed, target_modules=[linear]).save_pretrained(tmp_path / name)
+    model, batch = adapted(base), prompts()
+    for name in ("anna", "ben"):
+        model.load_adapter(tmp_path / name, name)
+
+    def generate(decoder: Decoder, name: str) -> torch.Tensor:
+        found: list[torch.Tensor] = []
+        decoder.generate(**batch, adapter_names=[name] * 3, max_new_tokens=5, eos_token_id=[], log_probs=found)
+        return torch.stack(found)
+
+    decoder = Decoder(model, graphs=True)
+    with torch.autocast("cpu", torch.bfloat16):  # o_proj's inputs are bfloat16 in prompts and float32 in steps
+        for made, name in ((1, "anna"), (1, "anna"), (2, "ben"), (2, "ben"), (3, "anna")):
+            actual = generate(decoder, name)
+            assert RecordedGraph.made == made
+            assert torch.equal(actual, generate(Decoder(model, graphs=False), name))
+
+
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])
 def test_what_hooks_of_linears_keep_is_what_these_returned(kind, attended, monkeypatch):
     model = (tiny_llama() if kind == "llama" else OTHER_MODELS[kind]()).eval()

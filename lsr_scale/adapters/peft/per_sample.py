@@ -64,9 +64,9 @@ class PerSampleAdapters(ABC):
         """Tell whether the calling thread runs the batch; a forward pass of another one is not concerned."""
         return self._thread == threading.get_ident()
 
-    def addresses(self) -> list[int | None]:
-        """Return where the pairs are that were asked for so far, None for a layer that no sample's adapter has."""
-        return [None if side is None else side.data_ptr() for pair in self._pairs.values() for side in pair or (None,)]
+    def addresses(self) -> list[int]:
+        """Return where the pairs are that were asked for so far; a layer that no sample's adapter has has none."""
+        return [side.data_ptr() for pair in self._pairs.values() if pair is not None for side in pair]
 
     def renew(self) -> None:
         """Write also the pairs in memory that were not asked for yet: those that a graph reads may be among them."""

@@ -127,7 +127,7 @@ class Ours(Trained):
 
         config = self.config
         adapter = {"method": self.method, "target_modules": LINEARS, **self.options}
-        memory = "speed" if config["mode"] == "none" else "save"
+        memory = "save" if config["mode"] == "full" else "speed"
         on_gpu = config["device"] == "cuda"
         run = run_from_dict(
             {

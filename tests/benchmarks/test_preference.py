@@ -11,6 +11,7 @@ from benchmarks.speed import preference, preference_trainers
 from benchmarks.speed.preference_trainers import Ours, OursLsr, Trl
 from lsr_scale.files import write_json
 from lsr_scale.model import load_tokenizer
+from lsr_scale.training.assembly import build_trainer
 from tests.helpers.tiny_runs import save_llama
 
 LOSS_ERROR = 5e-3  # of bfloat16, after learning
@@ -126,6 +127,21 @@ def test_a_grpo_step_is_split_into_its_parts(tmp_path, here):
     for option in ("--data", "--model"):
         with pytest.raises(SystemExit):
             preference.main(["grpo", option, str(data), "--out", str(tmp_path / "other.json")])
+
+
+@pytest.mark.parametrize(("mode", "memory"), [("none", "speed"), ("saved", "speed"), ("full", "save")])
+def test_a_mode_recomputes_activations_or_saves_them(tmp_path, here, monkeypatch, mode, memory):
+    runs = []
+
+    def build(run, *given, **options):
+        runs.append(run)
+        return build_trainer(run, *given, **options)
+
+    monkeypatch.setattr("lsr_scale.training.assembly.build_trainer", build)
+    words = ["dpo", "--model", "tiny", "--pairs", "2", "--length", "16", "--steps", "1", "--warm-up", "0"]
+    words += ["--rounds", "1", "--device", "cpu", "--base", "bf16", "--trainers", "lora", "--modes", mode]
+    assert preference.main([*words, "--out", str(tmp_path / "dpo.json")]) == 0
+    assert [run.training["memory"] for run in runs] == [memory]
 
 
 def test_a_trainer_that_breaks_has_a_row_that_says_so(tmp_path, here, monkeypatch):

@@ -50,6 +50,11 @@ def escaped(character: str) -> str:
     return character.encode("unicode_escape", "surrogatepass").decode("ascii")
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an error says, the name of its class where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def shortened(text: str, length: int) -> str:
     """Return text of at most so many characters: its two ends where it is longer."""
     if len(text) <= length:

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lsr_scale import UserError
-from lsr_scale.errors import one_screen, printable, shortened
+from lsr_scale.errors import first_line, one_screen, printable, shortened
 from lsr_scale.screen import Progress, Screen, keeping_live_line, leave_live, open_streams, print_line, show_live
 
 
@@ -191,3 +191,9 @@ def test_progress_on_a_terminal_is_one_line_that_goes(capsys, monkeypatch):
         list(progress.over("ab", 2, "tensor"))
     parts = capsys.readouterr().err.split("\r\x1b[2K")
     assert parts == ["", "writing", "writing: tensor 1 of 2", "writing: tensor 2 of 2", ""]
+
+
+def test_an_error_that_says_nothing_is_named():
+    assert first_line(RuntimeError("one\ntwo")) == "one"
+    assert first_line(RuntimeError()) == "RuntimeError"
+    assert first_line(RuntimeError("\n")) == "RuntimeError"

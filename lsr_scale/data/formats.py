@@ -19,7 +19,7 @@ from lsr_scale.data.prompt_forms import scored_pair
 from lsr_scale.data.rows import Row, RowError, Rows
 from lsr_scale.data.sources import load_rows
 from lsr_scale.data.tasks import detect_task, is_uniform, to_example
-from lsr_scale.errors import UserError, did_you_mean
+from lsr_scale.errors import UserError, did_you_mean, first_line
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -335,7 +335,7 @@ def build_dataset(
             raise
         raise UserError(
             "data: the rows' other columns, which a reward of your own is given, are of different types in different "
-            f"rows ({str(error).splitlines()[0][:200]}); write them alike, or remove them"
+            f"rows ({first_line(error)[:200]}); write them alike, or remove them"
         ) from error
 
 

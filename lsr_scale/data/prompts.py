@@ -61,7 +61,8 @@ def _read(path: str) -> list[Prompt]:
     check_regular(file)
     if file.suffix == ".txt":
         try:
-            lines = file.read_text(encoding="utf-8").splitlines()
+            # lines as editors show them: prompts may hold what str.splitlines takes for an end, such as U+2028
+            lines = file.read_text(encoding="utf-8").split("\n")
         except (OSError, ValueError) as error:
             raise UserError(f"{file}: cannot be read as UTF-8 text ({error})") from error
         found: list[Prompt] = [line for line in lines if line.strip()]

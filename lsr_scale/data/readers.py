@@ -12,13 +12,14 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from lsr_scale.errors import UserError
+from lsr_scale.errors import UserError, first_line
 from lsr_scale.paths import is_special_file
 
 SUFFIXES = (
     *(".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet"),
     *(".csv", ".csv.gz", ".tsv", ".tsv.gz", ".arrow"),
 )
+_JSON_SPACE = " \t\r\n"  # str.strip takes more off, such as separators
 # csv's own limit of 131,072 characters a field is a book's chapter
 _LONGEST_FIELD = min(sys.maxsize, 2**31 - 1)
 
@@ -161,11 +162,11 @@ def _object(row: object, where: str) -> dict[str, Any]:
 
 def _json_lines(path: Path, lines: Iterable[tuple[int, str]]) -> NumberedRows:
     for number, line in lines:
-        if not line.strip():
+        if not line.strip(_JSON_SPACE):
             continue
         where = f"{path}, line {number}"
         try:
-            row = _parse(line.rstrip(), where)  # with its end, a cut line's mistake would be in the next one
+            row = _parse(line.rstrip(_JSON_SPACE), where)  # with its end, a cut line's mistake would be in the next one
         except json.JSONDecodeError as error:
             raise UserError(
                 f"{where}: not valid JSON ({error.msg} at column {error.colno}); each line must be one JSON object"
@@ -177,10 +178,10 @@ def _json(path: Path, stream: IO[bytes] | gzip.GzipFile, split: str | None) -> N
     """Read a list of objects, an object that holds the list, or JSON lines, one or many, under this ending."""
     content = stream.read()
     text = _decode(path, content, None)
-    if not text.strip():
+    if not text.strip(_JSON_SPACE):
         return
     try:
-        value = _parse(text.rstrip(), str(path))
+        value = _parse(text.rstrip(_JSON_SPACE), str(path))
     except json.JSONDecodeError as error:
         if error.msg.startswith("Extra data"):
             numbered = enumerate((part.decode() for part in text.encode().splitlines()), 1)
@@ -310,7 +311,7 @@ def _table(path: Path, kind: str, read: Callable[[], Any]) -> NumberedRows:
         table.validate(full=True)  # what is damaged inside would end the process
         rows = table.to_pylist()
     except pa.ArrowException as error:
-        words = str(error).splitlines()[0][:200]
+        words = first_line(error)[:200]
         raise UserError(f"{path}: cannot be read as {kind} ({words}); check that the file is whole") from error
     except (UnicodeDecodeError, OverflowError) as error:
         raise UserError(f"{path}: a value cannot be read ({str(error)[:200]}); write the file again") from error

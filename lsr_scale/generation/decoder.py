@@ -22,7 +22,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from lsr_scale.adapters.peft import AdapterLinear
 from lsr_scale.adapters.peft.per_sample import PairMemory, adapters_per_sample, batch_lock
-from lsr_scale.errors import UserError
+from lsr_scale.errors import UserError, first_line
 from lsr_scale.fused.cuda_graphs import rounded
 from lsr_scale.generation.active_pairs import PairedLora, active_pairs
 from lsr_scale.generation.fallback import arguments_of, decoder_fallback_reason, tuner_of
@@ -248,7 +248,7 @@ class Decoder:
                 pairs.renew()
                 step.capture(lambda: [*_state(self.model), *pairs.addresses()], self._stream)
             except RuntimeError as error:
-                reason = str(error).splitlines()[0]
+                reason = first_line(error)
             if reason is not None:  # not within the handler: until its end the error holds what the capture allocated
                 self.graphs = False
                 step.release()

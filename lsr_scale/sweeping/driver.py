@@ -12,7 +12,7 @@ import torch
 
 from lsr_scale.config import RunConfig
 from lsr_scale.config.trials import Sweep, TrialPlan
-from lsr_scale.errors import UserError
+from lsr_scale.errors import UserError, first_line
 from lsr_scale.run.train import train
 from lsr_scale.screen import keeping_live_line
 from lsr_scale.sweeping import scores
@@ -238,8 +238,8 @@ def _error_of(start: Callable[[], None]) -> BaseException | None:
 
 def _words(error: Exception) -> str:
     """Return an error in a line."""
-    lines = str(error).removeprefix(_DIVERGED).splitlines() or [""]
-    return lines[0] if isinstance(error, UserError) else f"{type(error).__name__}: {lines[0]}"
+    words = first_line(error).removeprefix(_DIVERGED)
+    return words if isinstance(error, UserError) else f"{type(error).__name__}: {words}"
 
 
 def _free_memory() -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lsr_scale import UserError
+from lsr_scale.data.prompts import load_prompts
 from lsr_scale.generation.sampling import Sampling
 from lsr_scale.run.folder import RunFolder
 from lsr_scale.run.generate import complete as answer
@@ -212,6 +213,11 @@ def test_prompts_can_lie_in_a_file(place, tmp_path, name, content, expected):
     folder = do(sampling(place, tmp_path / "run", str(tmp_path / name), training={"max_steps": 1}))
     prompts = [row["prompt"] for row in read(folder) if row["moment"] == "before"]
     assert prompts == (expected or ["a saw", [{"role": "user", "content": "x"}]])
+
+
+def test_a_line_of_prompts_ends_where_an_editor_ends_it(tmp_path):
+    (tmp_path / "p.txt").write_bytes("a\u2028saw\x1e!\r\na\x85rake".encode())
+    assert load_prompts(str(tmp_path / "p.txt")) == ["a\u2028saw\x1e!", "a\x85rake"]
 
 
 @pytest.mark.parametrize(

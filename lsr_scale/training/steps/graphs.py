@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers import Trainer
 
+from lsr_scale.errors import first_line
 from lsr_scale.fused.cuda_graphs import StepGraphs, static_batch
 from lsr_scale.training.steps.head_loss import at_least_one
 
@@ -110,7 +111,7 @@ class GraphSteps(_Base):
         except RuntimeError as error:
             if self.graphs.captured and not isinstance(error, torch.OutOfMemoryError):
                 raise
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
         if replayed is None:
             # steps are eager from here on: nothing was replayed yet, or the memory does not hold another shape's graph.
             # Not within the handler: until its end the error holds what the capture had allocated.

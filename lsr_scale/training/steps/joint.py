@@ -20,6 +20,7 @@ from lsr_scale.adapters.joint import JointLinear, JointPairs
 from lsr_scale.adapters.pairs import active_adapters, kind_of
 from lsr_scale.config import RunConfig
 from lsr_scale.config.training import checkpoints_layers
+from lsr_scale.errors import first_line
 from lsr_scale.fused import fit_memory, fuse
 from lsr_scale.fused.fallback import CAUSAL_LMS, lm_head_fallback_reason
 from lsr_scale.fused.joint_graphs import JointGraphs, join_static
@@ -147,7 +148,7 @@ class JointStep:
         except RuntimeError as error:
             if self._graphs.captured and not isinstance(error, torch.OutOfMemoryError):
                 raise
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
         # steps are eager from here on; not within the handler: until its end the error holds what a capture allocated
         self._graphs = None
         self.say(f"CUDA graphs are off: {reason}")

@@ -32,6 +32,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from peft import PeftModel
 
 from benchmarks import ALL_RESULTS
 from benchmarks.command_line import recorded, script_parser
@@ -41,7 +42,7 @@ from benchmarks.quality.frontier_rows import MODELS, ROWS, SIZES
 from benchmarks.quality.frontier_trials import Plan, Rates, Results, Suite, Trial, places
 from benchmarks.quality.rate_trials import packed, packed_bits
 from lsr_scale import api, files
-from lsr_scale.adapters.save_and_load import load_adapter
+from lsr_scale.adapters.save_and_load import load_adapter, load_in_place
 from lsr_scale.data.tasks import Example
 from lsr_scale.model import load_base, load_tokenizer
 from lsr_scale.scoring.scorer import EncodedExamples, NonFiniteScoresError, encode_examples, input_limit, score_encoded
@@ -124,13 +125,17 @@ def begin(suite: Suite, chosen: Mapping[Trial, Rates]) -> None:
 
 
 class Scorer:
-    """The base, loaded once, on which one adapter after the other is scored; questions are encoded once."""
+    """The base, loaded once, on which one adapter after the other is scored; questions are encoded once.
+
+    An adapter stays on the base until another is scored, of which only the tensors are loaded where it is alike.
+    """
 
     def __init__(self, suite: Suite) -> None:
         self.suite = suite
         self.tokenizer: Any = load_tokenizer(suite.folder)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.base: Any = load_base(suite.folder, quantization=suite.base, dtype="bfloat16", device=self.device)
+        self._adapted: PeftModel | None = None  # the base with the last adapter
         self._parts: dict[str, tuple[dict[str, list[Example]], dict[str, np.ndarray]]] = {}
         self._encoded: dict[tuple[str, bool], EncodedExamples] = {}
 
@@ -155,6 +160,17 @@ class Scorer:
             self._encoded[part, choices] = made
         return self._encoded[part, choices]
 
+    def model(self, adapter: Path | None) -> Any:
+        """Return the base with an adapter of a folder, or alone."""
+        if adapter is not None and self._adapted is not None and load_in_place(self._adapted, adapter) is not None:
+            return self._adapted
+        if self._adapted is not None:
+            self.base, self._adapted = self._adapted.unload(), None
+        if adapter is None:
+            return self.base
+        self._adapted = load_adapter(self.base, adapter)[0]
+        return self._adapted
+
     def score(self, adapter: Path | None, part: str, choices: bool = True) -> dict[str, Any]:
         """Return what an adapter, or the base alone, makes of a part's answers.
 
@@ -170,12 +186,7 @@ class Scorer:
         asked, counts = self.part(part)
         encoded = self.encoded(part, choices)
         began = time.monotonic()
-        model = self.base if adapter is None else load_adapter(self.base, adapter)[0]
-        try:
-            predicted = score_encoded(model, self.tokenizer, encoded).predictions
-        finally:
-            if adapter is not None:
-                self.base = model.unload()
+        predicted = score_encoded(self.model(adapter), self.tokenizer, encoded).predictions
         seconds = round(time.monotonic() - began, 2)
         losses = np.array([-one.log_likelihoods[one.answer] for one in predicted])
         right = np.array([one.choice == one.answer for one in predicted])
@@ -322,7 +333,7 @@ class Program:
                     error = f"{type(what).__name__}: {what}"
             if error is not None:
                 self.failed.add(trial)
-                self._scorer = None  # the adapter may be on its base still
+                self._scorer = None  # an adapter may be half loaded
                 print(f"{trial.name}: failed: {error}", flush=True)
                 continue
             trials.add(given.results, name, {**result, **shared})

@@ -9,11 +9,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftConfig, PeftModel
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
+from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Trainer
 
 from lsr_scale import distributed, files
@@ -154,6 +157,67 @@ def load_adapter(base: Any, folder: Path, trainable: bool = False) -> tuple[Peft
         raise UserError(f"{folder}: the weights are not those that {CONFIG_NAME} describes\n" + "\n".join(mismatches))
     cast_modules_to_save(model, folder)
     return model, notes
+
+
+def load_in_place(model: PeftModel, folder: Path) -> list[str] | None:
+    """Put a saved adapter's tensors in place of those of a model's own, where that is what `load_adapter` would give.
+
+    That saves the injection into every module. Tensors are copied, so what refers to them stays valid; frozen factors
+    that are made of the base's weights stay.
+
+    Args:
+        model: What `load_adapter` returned for an adapter that is not needed any more.
+        folder: The next adapter's.
+
+    Returns:
+        What `load_adapter` notes; None, the model unchanged, where the adapter must be injected: its configuration or
+        the names and shapes of its tensors are not those of the model's own, either has fully trained modules or
+        embeddings, or the model has another adapter, or one that is merged.
+
+    Raises:
+        UserError: if the adapter is missing, damaged, or from another base model.
+    """
+    config = read_config(folder)
+    check_own_base(folder, config)
+    if list(model.peft_config) != ["default"] or not _alike(config, model.peft_config["default"]):
+        return None
+    for module in model.modules():
+        if isinstance(module, AuxiliaryTrainingWrapper) or (isinstance(module, BaseTunerLayer) and module.merged):
+            return None
+    stored, live = read_weights(folder), _saved_tensors(model)
+    state = get_peft_model_state_dict(model, live, save_embedding_layers=False)
+    if {name: value.shape for name, value in stored.items()} != {name: value.shape for name, value in state.items()}:
+        return None
+    if not {value.data_ptr() for value in state.values()} <= {value.data_ptr() for value in live.values()}:
+        return None  # a method that computes what it saves
+    notes = check_base_of(folder, model)
+    with torch.no_grad():
+        for name, value in state.items():
+            value.copy_(stored[name])  # counted by the tensor's version, by which pairs are cached
+    return notes
+
+
+def _alike(one: PeftConfig, other: PeftConfig) -> bool:
+    """Tell whether two configurations are of one class, and differ in nothing but whether they train."""
+    return type(one) is type(other) and all(
+        getattr(one, field.name) == getattr(other, field.name)
+        for field in dataclasses.fields(one)
+        if field.name != "inference_mode"
+    )
+
+
+def _saved_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters and persistent buffers as `state_dict()` names and orders them.
+
+    The state of quantized weights, which quantized linears add to it, is left out: to pack it takes longer than all
+    else of saving an adapter.
+    """
+    return {
+        f"{path}.{name}" if path else name: tensor.detach()
+        for path, module in model.named_modules(remove_duplicate=False)
+        for name, tensor in (*module._parameters.items(), *module._buffers.items())
+        if tensor is not None and name not in module._non_persistent_buffers_set
+    }
 
 
 def check_base_of(folder: Path, base: Any) -> list[str]:

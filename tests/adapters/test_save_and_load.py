@@ -14,8 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from lsr_scale import UserError
-from lsr_scale.adapters import METHODS, peft_config
-from lsr_scale.adapters.save_and_load import load_adapter, save_adapter
+from lsr_scale.adapters import METHODS, PEFT_METHODS, peft_config
+from lsr_scale.adapters.save_and_load import load_adapter, load_in_place, save_adapter
 from lsr_scale.layers.frozen_linear import freeze_quantized
 from tests.conftest import SEVEN_LINEARS, quantize, randomize, tiny_llama
 
@@ -27,6 +27,9 @@ OPTIONS = {
     "lora_xs": {"rank": 4, "alpha": 160.0},
     "slora": {"rank": 4, "init": "nystrom"},
     "lora": {"rank": 4},
+    "lokr": {"rank": 4},
+    "vera": {"rank": 4},
+    "tinylora": {"rank": 2, "u": 4},
 }
 
 
@@ -42,12 +45,14 @@ class StandInTrainer:
         return model
 
 
-def adapted(method="lsr", seed=1):
-    config = peft_config(method, {"target_modules": SEVEN_LINEARS, **OPTIONS[method]}, "CAUSAL_LM")
-    return randomize(get_peft_model(base(), config), seed=seed).eval()
+def adapted(method="lsr", seed=1, kind="nf4", **changes):
+    config = peft_config(method, {"target_modules": SEVEN_LINEARS, **OPTIONS[method], **changes}, "CAUSAL_LM")
+    return randomize(get_peft_model(base(kind), config), seed=seed).eval()
 
 
 def base(kind="nf4"):
+    if kind == "none":
+        return tiny_llama()
     model = quantize(tiny_llama(), kind)
     freeze_quantized(model)
     return model
@@ -72,6 +77,74 @@ def test_a_saved_adapter_loads_bit_equal_and_gives_the_same_logits(tmp_path, met
     assert all(torch.equal(p, after[name]) for name, p in before.items())
     with torch.no_grad():
         assert torch.equal(model(ids).logits, loaded.eval()(ids).logits)
+
+
+def logits(model, ids):
+    with torch.no_grad():
+        return model(input_ids=ids).logits
+
+
+@pytest.mark.parametrize("method", [*sorted(METHODS), *sorted(PEFT_METHODS)])
+def test_an_adapter_loaded_in_place_of_another_gives_the_logits_of_one_that_is_injected(tmp_path, method, ids):
+    kind = "none" if method in ("lokr", "tinylora") else "nf4"  # those two take no quantized base
+    folders = [tmp_path / "one", tmp_path / "two"]
+    for seed, folder in enumerate(folders):
+        save_adapter(StandInTrainer(adapted(method, seed, kind)), folder)
+    injected = [logits(load_adapter(base(kind), folder)[0].eval(), ids) for folder in folders]
+    assert not torch.equal(*injected)
+    model = load_adapter(base(kind), folders[0])[0].eval()
+    assert torch.equal(logits(model, ids), injected[0])
+    for place in (1, 0):
+        assert load_in_place(model, folders[place]) == []
+        assert torch.equal(logits(model, ids), injected[place])
+
+
+OTHERWISE = {
+    "another method": lambda: adapted("kron_lora", 2),
+    "another rank": lambda: adapted(seed=2, rank=8),
+    "another alpha": lambda: adapted(seed=2, alpha=3.0),
+    "other modules": lambda: adapted(seed=2, target_modules=["q_proj", "down_proj"]),
+    "dropout": lambda: adapted(seed=2, dropout=0.1),
+    "fully trained modules": lambda: adapted(seed=2, modules_to_save=["lm_head"]),
+}
+
+
+@pytest.mark.parametrize("what", list(OTHERWISE))
+def test_an_adapter_of_another_configuration_is_not_loaded_in_place(saved, tmp_path, what, ids):
+    save_adapter(StandInTrainer(OTHERWISE[what]()), tmp_path / "other")
+    model = load_adapter(base(), saved)[0].eval()
+    before = logits(model, ids)
+    assert load_in_place(model, tmp_path / "other") is None
+    assert torch.equal(logits(model, ids), before)
+    assert load_in_place(model, saved) == [], "what was refused has changed nothing"
+
+
+def test_nothing_is_loaded_in_place_of_what_is_not_one_adapter_alone(saved):
+    model = load_adapter(base("none"), saved)[0]
+    model.merge_adapter()
+    assert load_in_place(model, saved) is None, "the base's weights have the adapter in them"
+    model.unmerge_adapter()
+    model.load_adapter(saved, "second")
+    assert load_in_place(model, saved) is None
+    with_head = saved.parent / "with_head"
+    save_adapter(StandInTrainer(adapted(modules_to_save=["lm_head"])), with_head)
+    assert load_in_place(load_adapter(base(), with_head)[0], with_head) is None
+    model = load_adapter(base(), saved)[0]
+    tensors = load_file(saved / "adapter_model.safetensors")
+    save_file(dict(list(tensors.items())[1:]), saved / "adapter_model.safetensors")
+    assert load_in_place(model, saved) is None, "load_adapter names the tensor that is missing"
+    (saved / "adapter_model.safetensors").write_bytes(b"cut")
+    with pytest.raises(UserError, match="damaged"):
+        load_in_place(model, saved)
+
+
+def test_an_adapter_of_another_base_is_not_loaded_in_place(saved, tmp_path):
+    model = load_adapter(base(), saved)[0]
+    described = json.loads((saved / "base.json").read_text())
+    described["linear_shapes"]["lm_head"] = [7, 7]
+    (saved / "base.json").write_text(json.dumps(described))
+    with pytest.raises(UserError, match="other shapes"):
+        load_in_place(model, saved)
 
 
 def test_only_the_finished_folder_is_left_beside_nothing_else(saved):

@@ -22,8 +22,10 @@ from benchmarks.quality import (
 from benchmarks.quality.frontier_rows import HIDDEN_SIZE, NUM_LAYERS, ROWS, SIZES, TOLERANCE, AdapterRow, target
 from benchmarks.report import frontier_tables
 from lsr_scale.adapters.inject import inject
+from lsr_scale.adapters.save_and_load import write_adapter
 from lsr_scale.scoring.scorer import NonFiniteScoresError
 from lsr_scale.sweeping.results import TrialResult
+from tests.conftest import SEVEN_LINEARS, randomize
 from tests.helpers.frontier_trials import made_up, write
 from tests.helpers.tiny_runs import save_llama
 
@@ -424,3 +426,42 @@ def test_right_answers_alone_have_the_nats_that_they_have_among_all_choices(one_
     assert (among["accuracy"] is None, alone["accuracy"]) == (False, None)
     tasks = [{task: of_task["nll"] for task, of_task in one["tasks"].items()} for one in (among, alone)]
     assert tasks[1] == pytest.approx(tasks[0], rel=1e-2)
+
+
+SMALL_ROWS = {
+    "lsr": {"rank": 2, "separation_rank": 2},
+    "lora": {"rank": 2},
+    "lora_xs": {"rank": 4},
+    "vera": {"rank": 4},
+    "krona": {},
+}
+
+
+def test_adapters_scored_one_after_the_other_have_the_scores_that_each_has_alone(data, tmp_path, monkeypatch):
+    suite = frontier.Suite(tmp_path, "smollm2", str(save_llama(tmp_path / "model")), "commonsense", "nf4", limit=4)
+    monkeypatch.setitem(frontier.REGIMES, "commonsense", ("arc_easy",))
+    frontier.write_parts(data, tmp_path, "commonsense")
+    folders = {}
+    for method, options in SMALL_ROWS.items():
+        for seed in (1, 2):
+            base = frontier.Scorer(suite).base
+            adapted = inject(base, method, {"target_modules": SEVEN_LINEARS, **options}, "causal_lm")
+            write_adapter(randomize(adapted, seed=seed), tmp_path / f"{method}-{seed}")
+            folders[method, seed] = tmp_path / f"{method}-{seed}"
+    injected, load = [], frontier.load_adapter
+    monkeypatch.setattr(frontier, "load_adapter", lambda base, folder: injected.append(folder) or load(base, folder))
+
+    def scores(scorer, folder):
+        return {name: value for name, value in scorer.score(folder, "dev").items() if name != "score_s"}
+
+    alone = {place: scores(frontier.Scorer(suite), folder) for place, folder in folders.items()}
+    assert len({one["nll"] for one in alone.values()}) == len(folders)
+    of_base = scores(frontier.Scorer(suite), None)
+    injected.clear()
+    scorer = frontier.Scorer(suite)
+    for place, folder in folders.items():
+        assert scores(scorer, folder) == alone[place], place
+    assert injected == [folder for (_, seed), folder in folders.items() if seed == 1], "one of each method"
+    for place in (("lsr", 2), ("lsr", 1), ("krona", 2), ("lsr", 2)):
+        assert scores(scorer, folders[place]) == alone[place], place
+    assert scores(scorer, None) == of_base

@@ -74,14 +74,14 @@ def write_adapter(model: Any, folder: Path, target: Path | None = None) -> None:
     Raises:
         RuntimeError: for an empty tensor, which is a bug.
     """
-    trained = None
+    kept = None
     if is_sharded(model):
-        trained = {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
-        # what PEFT saves beside it, such as VeRA's matrices, is in persistent buffers, of which a shared one has names
-        kept = model.state_dict().keys()
-        trained |= {name: value for name, value in model.named_buffers(remove_duplicate=False) if name in kept}
+        frozen = {name for name, one in model.named_parameters(remove_duplicate=False) if not one.requires_grad}
+        kept = {name: value for name, value in _saved_tensors(model).items() if name not in frozen}
+    elif not any(isinstance(module, AuxiliaryTrainingWrapper) for module in model.modules()):
+        kept = _saved_tensors(model)
     # a reference beside it, of DPO or KTO, is not what was trained
-    model.save_pretrained(folder, state_dict=trained, selected_adapters=["default"])
+    model.save_pretrained(folder, state_dict=kept, selected_adapters=["default"])
     described = base_description(model)
     if labels := label_names(model.config):
         described["labels"] = labels

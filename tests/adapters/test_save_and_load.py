@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from lsr_scale import UserError
 from lsr_scale.adapters import METHODS, PEFT_METHODS, peft_config
-from lsr_scale.adapters.save_and_load import load_adapter, load_in_place, save_adapter
+from lsr_scale.adapters.save_and_load import load_adapter, load_in_place, save_adapter, write_adapter
 from lsr_scale.layers.frozen_linear import freeze_quantized
 from tests.conftest import SEVEN_LINEARS, quantize, randomize, tiny_llama
 
@@ -31,6 +31,7 @@ OPTIONS = {
     "vera": {"rank": 4},
     "tinylora": {"rank": 2, "u": 4},
 }
+UNQUANTIZED = ("lokr", "tinylora")  # take no quantized base
 
 
 class StandInTrainer:
@@ -79,6 +80,17 @@ def test_a_saved_adapter_loads_bit_equal_and_gives_the_same_logits(tmp_path, met
         assert torch.equal(model(ids).logits, loaded.eval()(ids).logits)
 
 
+@pytest.mark.parametrize("method", [*sorted(METHODS), *sorted(PEFT_METHODS), "lora with a trained head"])
+def test_the_weights_are_saved_as_peft_saves_them(tmp_path, method):
+    method, _, head = method.partition(" ")
+    options = {"modules_to_save": ["lm_head"]} if head else {}
+    model = adapted(method, kind="none" if method in UNQUANTIZED else "nf4", **options)
+    model.save_pretrained(tmp_path / "peft")
+    write_adapter(model, tmp_path / "ours")
+    one, other = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("peft", "ours"))
+    assert one == other
+
+
 def logits(model, ids):
     with torch.no_grad():
         return model(input_ids=ids).logits
@@ -86,7 +98,7 @@ def logits(model, ids):
 
 @pytest.mark.parametrize("method", [*sorted(METHODS), *sorted(PEFT_METHODS)])
 def test_an_adapter_loaded_in_place_of_another_gives_the_logits_of_one_that_is_injected(tmp_path, method, ids):
-    kind = "none" if method in ("lokr", "tinylora") else "nf4"  # those two take no quantized base
+    kind = "none" if method in UNQUANTIZED else "nf4"
     folders = [tmp_path / "one", tmp_path / "two"]
     for seed, folder in enumerate(folders):
         save_adapter(StandInTrainer(adapted(method, seed, kind)), folder)

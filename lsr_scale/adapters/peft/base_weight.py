@@ -58,18 +58,18 @@ def factors_of_weight(layer: Any, method: type[AdapterMethod], config: Any, dtyp
     if group.matrices:
         group.unshard()
     try:
-        weight = layer.weight.T if isinstance(layer, Conv1D) else dequantize(layer, _weight_dtype(layer))
         if not method.cache_frozen:
-            return {name: _own(value, dtype) for name, value in method.weight_factors(weight, config).items()}
-        key = f"{_digest(layer, weight)}-{method.name}-{config.rank}-{str(dtype).removeprefix('torch.')}"
+            return {name: _own(value, dtype) for name, value in method.weight_factors(_weight(layer), config).items()}
+        key = f"{_digest(layer)}-{method.name}-{config.rank}-{str(dtype).removeprefix('torch.')}"
         names = list(method.frozen_names)
         made = {name: _IN_MEMORY[key, name] for name in names if (key, name) in _IN_MEMORY}
         if len(made) == len(names) and all(value.device == layer.weight.device for value in made.values()):
             return made
-        made = _cached(key, names, layer.weight.device) if weight.numel() >= MIN_CACHED else None
+        is_kept = math.prod(_shape(layer)) >= MIN_CACHED
+        made = _cached(key, names, layer.weight.device) if is_kept else None
         if made is None:
-            made = {name: _own(value, dtype) for name, value in method.weight_factors(weight, config).items()}
-            if weight.numel() >= MIN_CACHED:
+            made = {name: _own(value, dtype) for name, value in method.weight_factors(_weight(layer), config).items()}
+            if is_kept:
                 _write(key, made)
         _IN_MEMORY.update({(key, name): value for name, value in made.items()})
         return made
@@ -87,11 +87,20 @@ def _weight_dtype(layer: Any) -> torch.dtype:
     return layer.weight.dtype if type(layer.weight) is nn.Parameter else torch.float32
 
 
-def _digest(layer: Any, weight: Tensor) -> str:
+def _shape(layer: Any) -> tuple[int, int]:
+    return (layer.nf, layer.nx) if isinstance(layer, Conv1D) else (layer.out_features, layer.in_features)
+
+
+def _weight(layer: Any) -> Tensor:
+    """Return a layer's weight, `[out, in]`."""
+    return layer.weight.T if isinstance(layer, Conv1D) else dequantize(layer, _weight_dtype(layer))
+
+
+def _digest(layer: Any) -> str:
     """Return a digest of a weight as it is stored: of a 4-bit one its codes and scales, of others the values."""
     state = getattr(layer.weight, "quant_state", None)
-    stored: Iterable[Any] = (weight,) if state is None else (layer.weight.data, *state.as_dict().values())
-    sha256 = hashlib.sha256(f"{tuple(weight.shape)} {weight.dtype}".encode())
+    stored: Iterable[Any] = (_weight(layer),) if state is None else (layer.weight.data, *state.as_dict().values())
+    sha256 = hashlib.sha256(f"{_shape(layer)} {_weight_dtype(layer)}".encode())
     for part in stored:
         if isinstance(part, Tensor):
             sha256.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())

@@ -218,7 +218,8 @@ class AdapterBank:
     def _folder_of(self, name: str) -> Path:
         """Return the folder of an adapter; neither its name nor a link leads out of the bank's."""
         folder, root = self.folder / name, self.folder.resolve()
-        if "\0" in name or folder.resolve().parent != root:
+        # "a/" and "a/../a" would be other names of "a", each with a slot
+        if "\0" in name or Path(name).name != name or folder.resolve().parent != root:
             raise UserError(f"adapter_names: {name!r} is no name of a folder in {self.folder}")
         for file in (folder / CONFIG_NAME, folder / WEIGHTS_NAME):
             if not file.is_file():

@@ -177,7 +177,9 @@ def test_a_bad_adapter_is_refused_and_the_others_are_served(base, ids, tmp_path,
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["../anna", "/tmp", "", ".", "nobody", "anna/..", "a\0b"])
+@pytest.mark.parametrize(
+    "name", ["../anna", "/tmp", "", ".", "nobody", "anna/..", "anna/", "./anna", "anna/../anna", "a\0b"]
+)
 def test_names_stay_in_the_folder(base, ids, tmp_path, name):
     write(tmp_path / "inner", base)
     model, _ = bank_of(base, tmp_path / "inner")

@@ -150,7 +150,7 @@ class EncodedExamples:
     Attributes:
         examples: What they were made of.
         batches: Of their inputs.
-        largest_id: The largest token id of an input.
+        largest_id: The largest token id of an input or a target.
     """
 
     examples: Sequence[Example]
@@ -216,7 +216,8 @@ def encode_examples(
         tokenizer: The models' tokenizer.
         examples: What is to be scored.
         batch_tokens: As of `score`.
-        max_length: Longest input in tokens, longer ones are truncated on the left; `input_limit` tells a model's own.
+        max_length: Longest input in tokens, longer ones are truncated on the left; None: none are. `input_limit` tells
+            a model's own.
         unconditional: As of `score`.
 
     Raises:
@@ -240,7 +241,8 @@ def encode_examples(
             raise UserError(f"scoring: expected a continuation of 1 to {limit} tokens (max_length), {what}")
         groups[tuple((context_ids + target_ids)[-limit - 1 : -1])][request] = target_ids
     batches = [_Batch(inputs, [groups[one] for one in inputs]) for inputs in _batches(groups, batch_tokens)]
-    return EncodedExamples(examples, batches, max((max(inputs, default=0) for inputs in groups), default=0))
+    targets = (target for of_input in groups.values() for target in of_input.values())
+    return EncodedExamples(examples, batches, max(max(ids, default=0) for ids in (*groups, *targets)))
 
 
 def score(

@@ -1,5 +1,6 @@
 """The scorer against lm-eval's HFLM, example by example, for every prompt form; and its own promises."""
 
+import copy
 import importlib.util
 import itertools
 import json
@@ -196,6 +197,14 @@ def test_encoded_examples_are_refused_by_a_model_with_fewer_tokens(model, tokeni
     encoded = encode_examples(tokenizer, examples_of("piqa"))
     with pytest.raises(UserError, match="the embedding of"):
         score_encoded(tiny_llama(vocab_size=32), tokenizer, encoded)
+
+
+def test_a_last_token_that_a_model_has_not_is_refused(model):
+    larger = copy.deepcopy(smollm2_tokenizer())
+    larger.add_tokens(["<yes>"])  # which is no input: nothing follows it
+    examples = [Example("0", ("Is it? ", "Is it? "), ("<yes>", "no"), 0, (3, 2))]
+    with pytest.raises(UserError, match="the embedding of"):
+        score(model, larger, examples)
 
 
 def test_only_continuation_positions_reach_the_vocabulary_and_yes_no_shares_a_pass(model, tokenizer):

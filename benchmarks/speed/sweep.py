@@ -145,7 +145,8 @@ def at_a_time(args: argparse.Namespace, notes: Sequence[str]) -> int:
     if args.together != "auto":
         return min(args.trials, (args.together or args.trials) * max(1, args.gpus))
     chosen = [int(found[1]) for note in notes if (found := re.match(r"(\d+) trials share a step", note))]
-    return min(args.trials, sum(chosen) if chosen else max(1, args.gpus))
+    others = max(1, args.gpus) - len(chosen)  # processes whose trials are trained one after the other
+    return min(args.trials, sum(chosen) + max(0, others))
 
 
 def alone(folder: Path, base: dict[str, Any], args: argparse.Namespace, end: float, at_once: bool) -> list[float]:

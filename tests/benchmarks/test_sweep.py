@@ -40,6 +40,9 @@ def test_a_sweep_that_chooses_says_how_many_train_at_a_time():
     assert sweep.at_a_time(args, ["trials are trained one after the other: a step takes"]) == 1
     args.gpus = 2
     assert sweep.at_a_time(args, [chosen, chosen]) == 8
+    assert sweep.at_a_time(args, [chosen, "trials are trained one after the other: a step takes"]) == 5
+    assert sweep.at_a_time(args, [chosen]) == 5  # a process of which one trial is left says nothing
+    assert sweep.at_a_time(args, []) == 2
     args.together = 3
     assert sweep.at_a_time(args, []) == 6
 

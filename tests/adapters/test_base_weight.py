@@ -2,6 +2,7 @@
 
 import json
 import math
+import weakref
 from typing import Any
 
 import pytest
@@ -192,6 +193,24 @@ def test_an_adapter_that_was_saved_before_this_was_noted_is_known_by_its_sketch(
     PeftModel.from_pretrained(held("none"), tmp_path)
     with pytest.raises(UserError, match="sketches differ by"):
         PeftModel.from_pretrained(held("nf4"), tmp_path)
+
+
+class CollectedOnceSeen(weakref.WeakValueDictionary):
+    """What is in memory is garbage, which Python collects right after it was seen."""
+
+    def __contains__(self, key: Any) -> bool:
+        found = super().__contains__(key)
+        self.pop(key, None)
+        return found
+
+
+def test_factors_in_memory_may_be_collected_meanwhile(monkeypatch):
+    monkeypatch.setattr(base_weight, "_IN_MEMORY", CollectedOnceSeen())
+    base = tiny_llama()
+    one, two = (adapted(share_base(base), "lora_xs", {"rank": 4}) for _ in range(2))
+    for first, second in zip(layers_of(one), layers_of(two), strict=True):
+        for name, value in first.frozen_factors("default").items():
+            assert torch.equal(second.frozen_factors("default")[name], value)
 
 
 def test_the_decomposition_is_made_once_kept_in_the_cache_and_shared_in_memory(tmp_path, monkeypatch):

@@ -62,7 +62,8 @@ def factors_of_weight(layer: Any, method: type[AdapterMethod], config: Any, dtyp
             return {name: _own(value, dtype) for name, value in method.weight_factors(_weight(layer), config).items()}
         key = f"{_digest(layer)}-{method.name}-{config.rank}-{str(dtype).removeprefix('torch.')}"
         names = list(method.frozen_names)
-        made = {name: _IN_MEMORY[key, name] for name in names if (key, name) in _IN_MEMORY}
+        # looked up once each: between two looks an ended model's factors may be collected
+        made = {name: value for name in names if (value := _IN_MEMORY.get((key, name))) is not None}
         if len(made) == len(names) and all(value.device == layer.weight.device for value in made.values()):
             return made
         is_kept = math.prod(_shape(layer)) >= MIN_CACHED

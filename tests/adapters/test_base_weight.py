@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import time
 import weakref
 from typing import Any
 
@@ -238,6 +240,25 @@ def test_the_decomposition_is_made_once_kept_in_the_cache_and_shared_in_memory(t
     base_weight._IN_MEMORY.clear()
     adapted(quantize(tiny_llama(), "nf4"), "lora_xs", {"rank": 4})
     assert len(calls) == 12
+
+
+def test_a_process_looks_once_for_factors_that_have_not_been_used_for_long(tmp_path, monkeypatch):
+    monkeypatch.setattr(base_weight, "MIN_CACHED", 0)
+    folder = tmp_path / "cache" / "factors"
+    folder.mkdir(parents=True)
+    long_ago = time.time() - (base_weight.DAYS_UNUSED + 1) * 86_400
+
+    def old(name):
+        (folder / name).touch()
+        os.utime(folder / name, (long_ago, long_ago))
+
+    old("one")
+    (folder / "new").touch()
+    adapted(tiny_llama(), "lora_xs", {"rank": 4})
+    assert not (folder / "one").exists()
+    old("two")  # a look for each weight would take longer than the factors, where there are thousands
+    adapted(tiny_llama(), "lora_xs", {"rank": 5})
+    assert {"two", "new"} < {file.name for file in folder.iterdir()}
 
 
 @pytest.mark.filterwarnings("ignore")

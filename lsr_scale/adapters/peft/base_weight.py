@@ -8,6 +8,7 @@ or in another quantization.
 """
 
 import contextlib
+import functools
 import hashlib
 import math
 import os
@@ -141,7 +142,9 @@ def _folder() -> Path:
     return cache_folder() / "factors"
 
 
+@functools.cache  # once a process: with thousands of files a look takes longer than a small weight's factors
 def _remove_unused(folder: Path) -> None:
+    """Remove what has not been used for long."""
     for file in folder.iterdir():
         with contextlib.suppress(FileNotFoundError):
             if time.time() - file.stat().st_mtime > DAYS_UNUSED * 86_400:

@@ -5,6 +5,7 @@ python -m benchmarks.report.frontier_tables            print every table
 
 import functools
 import itertools
+import math
 import statistics
 import sys
 from pathlib import Path
@@ -108,15 +109,22 @@ def verdict_table(found: list[Verdict]) -> list[str]:
 
 def carried_text(rows: list[Carried]) -> str:
     """Return of how many rows rates were carried, and whether that did harm."""
-    lost = [one.lost for one in rows]
+    lost = [one.lost for one in rows if math.isfinite(one.lost)]
     followed, between = sum(one.followed for one in rows), sum(one.is_between for one in rows)
-    return (
+    text = (
         f"{len(rows)} rows were tried first at the best rate of their method at a neighbouring size and the ones "
         f"beside it. The best was an end for {followed}, where others followed, and lies between two others for "
-        f"{between}. The carried rate itself lost {statistics.median(lost):.4f} nats a token against the row's best in "
-        "the median, "
-        f"{max(lost):.4f} at most."
+        f"{between}. The carried rate itself "
     )
+    ended = []
+    if lost:
+        ended.append(
+            f"lost {statistics.median(lost):.4f} nats a token against the row's best in the median, {max(lost):.4f} at "
+            "most"
+        )
+    if diverged := len(rows) - len(lost):
+        ended.append(f"diverged for {diverged}")
+    return f"{text}{'; it '.join(ended)}."
 
 
 def outcome(one: Verdict) -> str:

@@ -185,6 +185,10 @@ def test_rows_with_carried_rates_are_counted_by_how_that_ended(tmp_path, monkeyp
     assert "3 rows were tried first at the best rate of their method at a neighbouring size" in text
     assert "an end for 1, where others followed, and lies between two others for 2." in text
     assert "lost 0.1000 nats a token against the row's best in the median, 0.2000 at most." in text
+    diverged = frontier_verdicts.Carried(math.inf, True, True)
+    text = frontier_tables.carried_text([*found, diverged])
+    assert "lost 0.1000 nats a token against the row's best in the median, 0.2000 at most; it diverged for 1." in text
+    assert frontier_tables.carried_text([diverged]).endswith("The carried rate itself diverged for 1.")
 
 
 def test_a_row_with_a_seed_that_diverged_is_named_and_left_out(tmp_path, monkeypatch):

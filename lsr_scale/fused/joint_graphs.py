@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from lsr_scale.fused.cuda_graphs import Batch, StepGraphs, rounded, static_losses
 
 
-def join_static(batches: Sequence[Batch]) -> Batch:
+def join_static(batches: Sequence[Batch], documents: int = 0) -> Batch:
     """Return one batch of the static batches of n trials, a row each; made on the host, it is copied to a GPU once.
 
     Args:
         batches: What `static_batch` made of each trial's batch, all on one device.
+        documents: Have so many at least, the further ones empty; given what earlier batches had, shapes are fewer.
 
     Returns:
         `input_ids` and `position_ids` `[n, T]`, T that of the longest, shorter ones continued by unsupervised documents
@@ -43,10 +44,10 @@ def join_static(batches: Sequence[Batch]) -> Batch:
             whole["position_ids"][row, own:] = torch.arange(length - own, device=of_row.device) % longest
             extra = torch.arange(own, length, longest, dtype=of_row.dtype, device=of_row.device)
             bounds.append(extra + row * length)
-    documents, end = sum(map(len, bounds)), rows * length
-    if documents * longest != end:
+    used, end = sum(map(len, bounds)), rows * length
+    if used * longest != end:
         # empty documents, so that shapes are few
-        bounds.append(bounds[0].new_full((rounded(documents, 4) - documents,), end))
+        bounds.append(bounds[0].new_full((max(rounded(used, 4), documents) - used,), end))
     result: Batch = {**whole, **{name: values.view(-1) for name, values in chosen.items()}}
     return {**result, "cu_seq_lens": torch.cat([*bounds, bounds[0].new_tensor([end])]), "longest": longest}
 

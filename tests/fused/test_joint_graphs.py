@@ -60,6 +60,18 @@ def test_losses_and_gradients_are_each_trial_s(lengths):
         assert (vector - expected).norm() <= 1e-9 * expected.norm()
 
 
+def test_further_documents_are_empty_and_change_nothing():
+    model, members = trials_of(2)
+    batches = [static_of((9, 30), seed=seed) for seed in (0, 1)]
+    graphs = JointGraphs(model, [trained(trial) for trial in members])
+    joined, more = join_static(batches), join_static(batches, 100)
+    assert len(joined["cu_seq_lens"]) < len(more["cu_seq_lens"]) == 101
+    assert len(join_static(batches, 3)["cu_seq_lens"]) == len(joined["cu_seq_lens"])
+    (losses, vectors), (found, others) = (graphs._outputs(batch, torch.ones(2)) for batch in (joined, more))
+    assert torch.equal(losses, found)
+    assert all(torch.equal(*pair) for pair in zip(vectors, others, strict=True))
+
+
 def test_a_replay_reads_parameters_and_batches_as_they_are_then(monkeypatch):
     recorded_graphs.stand_in(monkeypatch)
     model, members = trials_of(2)

@@ -93,6 +93,7 @@ class Driver:
         self.bases, self.rows = Bases(board.say), TrialRows()
         self.finished: set[str] = set()  # trials that this process brought to their end
         self._shared: tuple[int, Any] | None = None
+        self._holds_ended = False  # memory of trials that have ended
 
     def work(self) -> None:
         """Train until no trial is left that this process could train.
@@ -118,6 +119,7 @@ class Driver:
                     draw_trials(self.folder, [name for name in self.plans if name in self.finished], self.board.say)
             finally:
                 self.board.clear()
+                self._free_ended()
         if self.signals.received:
             state = self.folder.read()
             done = sum(trial.has_ended for trial in state.trials.values())
@@ -162,11 +164,18 @@ class Driver:
 
     def next_start(self) -> TrialStart | None:
         """Return the next trial of this process, None where there is none at the moment."""
+        self._free_ended()
         trial = self.worker.claim()
         if trial is None:
             return None
         self.board.begin(trial, self.folder.read())
         return TrialStart(self, self.plans[trial.name], trial)
+
+    def _free_ended(self) -> None:
+        """Free the memory of trials that have ended, once for a step: the collector looks at those under way too."""
+        if self._holds_ended:
+            self._holds_ended = False
+            _free_memory()
 
     def ended(self, start: TrialStart, error: BaseException | None) -> None:
         """Record how a trial ended, or that it paused or was interrupted.
@@ -184,7 +193,7 @@ class Driver:
             self.finished.add(trial.name)
         if not isinstance(error, Terminated | KeyboardInterrupt):
             self.board.end(trial, state)
-        _free_memory()
+        self._holds_ended = True
         if error is not None and not isinstance(error, Exception):
             raise error
 

@@ -19,7 +19,7 @@ from lsr_scale.files import is_own_picture
 from lsr_scale.report.write import show_at_end, write_report
 from lsr_scale.run.evaluate import evaluate_run
 from lsr_scale.run.folder import RunFolder
-from lsr_scale.sweeping import pages, plots
+from lsr_scale.sweeping import driver, pages, plots
 from lsr_scale.sweeping.bases import load_base_for
 from lsr_scale.sweeping.folder import SweepFolder, TrialState
 from lsr_scale.sweeping.sweep import run_sweep
@@ -269,6 +269,17 @@ def test_trials_that_were_under_way_when_their_process_was_killed_share_steps_ag
     do_sweep(place, tmp_path / "sweep", section, resume="auto")
     assert set(statuses(folder).values()) == {"finished"}
     assert 2 in steps
+
+
+@pytest.mark.parametrize("together", [1, 2])
+def test_memory_is_freed_once_for_all_trials_that_ended_before_others_begin(place, tmp_path, monkeypatch, together):
+    happened = []
+    ended, free = driver.Driver.ended, driver._free_memory
+    monkeypatch.setattr(driver.Driver, "ended", lambda *a: happened.append("end") or ended(*a))
+    monkeypatch.setattr(driver, "_free_memory", lambda: happened.append("free") or free())
+    section = {"grid": {"training.seed": [1, 2, 3, 4]}, "together": together}
+    do_sweep(place, tmp_path / "sweep", section, max_steps=1)
+    assert happened == [*["end"] * together, "free"] * (4 // together)
 
 
 def test_overwriting_starts_again(place, tmp_path):

@@ -47,6 +47,8 @@ class MeetingSteps(_Base):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train; the model has its own `zero_grad` again then."""
+        if self.meet is not None:  # nothing is in it yet, and garbage is collected by who starts and ends all trials
+            self.accelerator.free_memory = lambda *objects: objects
         try:
             return super().train(*args, **kwargs)
         finally:

@@ -2,13 +2,16 @@
 
 import contextlib
 import errno
+import hashlib
 import importlib.metadata
 import json
 import os
 import platform
 import re
 import shutil
+import socket
 import subprocess
+import time
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
@@ -30,7 +33,11 @@ MAX_JSON_BYTES = 16 * 2**20  # of what describes an adapter or a run: none comes
 PICTURE_METADATA = {"Software": "lsr_scale"}
 
 # what `temporary_path` makes of a name, and what libraries put after that
-_TEMPORARY = re.compile(r"\.(.+)\.([0-9]{1,9})\.part(\..+)?")
+_TEMPORARY = re.compile(r"\.(.+)\.([0-9]{1,9})(?:\.h([0-9a-f]{8}))?\.part(\..+)?")
+# numbers of processes are a host's own, and storage may be shared by several; a container's host name is its own too
+_HOST = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
+# after which what another host's process writes, if it still does, is taken for left over
+_OTHER_HOSTS_S = 24 * 3600.0
 
 _UMASK = os.umask(0)
 os.umask(_UMASK)
@@ -59,7 +66,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 def temporary_path(path: Path) -> Path:
     """Return where this process writes what becomes `path`, a file or a folder, once it is complete."""
-    return path.with_name(f".{path.name}.{os.getpid()}.part")
+    return path.with_name(f".{path.name}.{os.getpid()}.h{_HOST}.part")
 
 
 def remove_stale_temporaries(path: Path) -> None:
@@ -70,14 +77,30 @@ def remove_stale_temporaries(path: Path) -> None:
 def remove_left_over(folder: Path, is_ours: Callable[[str], bool]) -> None:
     """Remove every `temporary_path` in a folder that a process left which has ended, as by a kill; no other file.
 
+    Whether another host's process has ended is not known: what it left goes a day after the last write to it.
+
     Args:
         folder: Where to look; it need not exist.
         is_ours: Tells by its name whether a file or folder is one of those that are written here.
     """
     for entry in folder.iterdir() if folder.is_dir() else ():
         match = _TEMPORARY.fullmatch(entry.name)
-        if match and is_ours(match[1]) and (int(match[2]) == os.getpid() or not psutil.pid_exists(int(match[2]))):
+        if match is None or not is_ours(match[1]):
+            continue
+        if match[3] in (None, _HOST):  # of earlier releases: no host
+            has_ended = int(match[2]) == os.getpid() or not psutil.pid_exists(int(match[2]))
+        else:
+            has_ended = time.time() - _last_write(entry) > _OTHER_HOSTS_S
+        if has_ended:
             remove(entry)
+
+
+def _last_write(path: Path) -> float:
+    """Return when a file, or anything in a folder, was last written to."""
+    found = [time.time()]
+    with contextlib.suppress(OSError):  # it may go meanwhile
+        found = [entry.lstat().st_mtime for entry in (path, *path.rglob("*"))]
+    return max(found)
 
 
 def remove(path: Path) -> None:

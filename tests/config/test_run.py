@@ -17,6 +17,17 @@ SHIPPED_RUNS = [path for path in sorted(CONFIGS.glob("*.yaml")) if not path.stem
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
+@pytest.mark.parametrize(
+    "assignment",
+    [
+        *('model.revision=""', 'model.chat_template=""', 'adapter.start_from=""', 'eval.tasks=[{path: x, task: ""}]'),
+        *(f'data.train=[{{path: x, {name}: ""}}]' for name in ("name", "revision", "split")),
+    ],
+)
+def test_what_may_be_left_out_is_not_empty_where_it_is_there(assignment):
+    assert "expected text that is not empty, got ''" in problem(MINIMAL, assignment)
+
+
 # What is shipped
 
 

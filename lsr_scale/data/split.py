@@ -40,8 +40,11 @@ def split_by_hash(dataset: "Dataset", share: float) -> tuple["Dataset", "Dataset
 
 
 def _place(row: dict[str, Any]) -> float:
-    """Return a number from 0 to 1 for a row by its text; of one with a label, by what is to be classified."""
-    content = {name: value for name, value in row.items() if name != "label"}
+    """Return a number from 0 to 1 for a row by its text; of one with a label, by what is to be classified.
+
+    Where a row stands (`row`, of prompts) does not count: that is another once its file is moved or has a line more.
+    """
+    content = {name: value for name, value in row.items() if name not in ("label", "row")}
     text = json.dumps(_without_nulls(content), sort_keys=True, ensure_ascii=True)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
 

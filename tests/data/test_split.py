@@ -5,6 +5,7 @@ import re
 import pytest
 
 from lsr_scale import UserError
+from lsr_scale.data.answered_prompts import PromptForm
 from lsr_scale.data.cache import digest
 from lsr_scale.data.formats import build_dataset
 from lsr_scale.data.split import split_by_hash
@@ -75,6 +76,20 @@ def test_equal_rows_are_on_one_side(tmp_path):
     both = dataset(tmp_path, [{**row, "label": label} for row in KINDS["classification"] for label in (0, 1)])
     train, held = split_by_hash(both, 0.3)
     assert not set(train["sentence1"]) & set(held["sentence1"])
+
+
+def test_a_prompt_is_on_its_side_wherever_it_stands(tmp_path):
+    """The rows of GRPO say where they stand, for messages."""
+    rows = [{"prompt": f"say {n}", "answer": str(n)} for n in range(60)]
+    held = []
+    for name, written in (("a", rows), ("moved/b", rows[::-1]), ("c", rows * 2)):
+        path = write_rows(tmp_path / f"{name}.jsonl", written)
+        whole = build_dataset([path], method="grpo", form=PromptForm())[0]
+        train, validation = split_by_hash(whole, 0.3)
+        assert not {*train["prompt"]} & {*validation["prompt"]}
+        held.append({*validation["prompt"]})
+    assert 6 <= len(held[0]) <= 30
+    assert held[0] == held[1] == held[2]
 
 
 @pytest.mark.parametrize("share", [1e-9, 0.5, 1 - 1e-9])

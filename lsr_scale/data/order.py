@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from accelerate.data_loader import SeedableRandomSampler
@@ -52,3 +53,31 @@ class WholeSteps(Sampler[int]):
         elif isinstance(self.order, LengthGroupedSampler):
             self.generator.manual_seed(self.seed + self.epoch)
         return itertools.islice(itertools.cycle(list(self.order)), self.num_rows)
+
+
+class PromptOrder(Sampler[int]):
+    """The order of TRL's `RepeatSampler`, of an epoch by its number.
+
+    TRL's goes on with a generator from epoch to epoch: in a new process, which a run resumes in, any epoch would have
+    the first one's order.
+    """
+
+    def __init__(self, order: Any) -> None:
+        """Wrap TRL's sampler, none of whose epochs has begun."""
+        self.order, self.epoch = order, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Take the order of an epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        """Return the number of rows, repeated ones included."""
+        return len(self.order)
+
+    def __iter__(self) -> Iterator[int]:
+        """Yield the numbers of an epoch's rows."""
+        if self.order.shuffle:
+            self.order.generator.manual_seed(self.order.seed)
+            for _ in range(self.epoch):  # what TRL's draws for the epochs before
+                torch.randperm(self.order.num_samples, generator=self.order.generator)
+        yield from self.order

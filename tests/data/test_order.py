@@ -5,8 +5,9 @@ import torch
 from accelerate.data_loader import BatchSamplerShard, SeedableRandomSampler
 from torch.utils.data import BatchSampler, RandomSampler, SequentialSampler
 from transformers.trainer_pt_utils import LengthGroupedSampler
+from trl.trainer.utils import RepeatSampler
 
-from lsr_scale.data.order import WholeSteps
+from lsr_scale.data.order import PromptOrder, WholeSteps
 
 ROWS = 13
 KINDS = {
@@ -61,3 +62,18 @@ def test_the_order_is_that_of_accelerate_then_the_beginning_again():
 def test_an_incomplete_step_is_filled_or_left_out(drop, per_step, rows):
     order = list(WholeSteps(SequentialSampler(range(ROWS)), per_step, 0, drop_last=drop))
     assert order == [i % ROWS for i in range(rows)]
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_prompts_have_trls_order_in_every_epoch_also_in_one_that_a_run_begins_with(shuffle):
+    def trls() -> RepeatSampler:
+        return RepeatSampler(range(ROWS), mini_repeat_count=2, batch_size=3, repeat_count=2, shuffle=shuffle, seed=7)
+
+    running = trls()
+    epochs = [list(running) for _ in range(4)]
+    assert len({tuple(rows) for rows in epochs}) == (4 if shuffle else 1)
+    order = PromptOrder(trls())
+    for epoch in (2, 0, 3, 3, 1):
+        order.set_epoch(epoch)
+        assert list(order) == epochs[epoch]
+    assert len(order) == len(epochs[0])

@@ -13,12 +13,13 @@ import torch
 import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
 
 from lsr_scale import UserError, cli
 from lsr_scale.run.backup import Backup
 from lsr_scale.run.folder import RunFolder
 from lsr_scale.run.train import train
+from lsr_scale.training.assembly import build_trainer
 from lsr_scale.training.callbacks import progress
 from lsr_scale.training.checkpoint.manifest import damage, write_manifest
 from tests.helpers.tiny_runs import completions, do, factors, metrics, questions, same, save_llama, tiny_run, write_rows
@@ -766,3 +767,14 @@ def test_a_step_has_its_rows_however_many_micro_batches_share_them(place, tmp_pa
 def test_nothing_is_left_of_a_checkpoint_beyond_the_limit(place, tmp_path):
     folder = do(run_in(place, tmp_path, training={"save_total_limit": 1}, eval={"tasks": []}))
     assert [path.name for path in folder.path.glob("*checkpoint*")] == ["checkpoint-6"]
+
+
+@pytest.mark.parametrize("strategy", ["random", "group_by_length", "batch_rebalance"])
+def test_the_order_is_that_of_the_epoch_that_a_run_resumes_in(place, tmp_path, strategy):
+    """By the sampler itself: on several processes the loader that skips an epoch's first batches does not tell it."""
+    run = run_in(place, tmp_path / "run", training={"train_sampling_strategy": strategy})
+    trainer: Any = build_trainer(run, RunFolder(tmp_path / "run"))
+    trainer.get_train_dataloader()
+    TrainerState(global_step=9, train_batch_size=2).save_to_json(str(tmp_path / "trainer_state.json"))
+    assert trainer._init_training_state(12, 4, 3, str(tmp_path), None) == (2, 1)
+    assert trainer._order.epoch == 2

@@ -55,7 +55,8 @@ class Resumable(_Base):
         """Return the order of the rows, the same for any number of processes."""
         order = super()._get_train_sampler(train_dataset)
         if not isinstance(order, RandomSampler | SequentialSampler | LengthGroupedSampler):
-            return order  # a stream, or an order made for so many processes, which `select.fit` checks
+            self._order = order
+            return order  # a stream, prompts, or an order made for so many processes, which `select.fit` checks
         seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
         self._order = WholeSteps(order, self.rows_per_step, seed, self.args.dataloader_drop_last)
         return self._order
@@ -162,14 +163,14 @@ class Resumable(_Base):
                     f"--resume {folder}: {TENSORS} and {STATE} do not hold the state of this run's optimizer and "
                     f"schedule ({type(error).__name__}: {str(error)[:200]}); resume from another checkpoint"
                 ) from error
-            if isinstance(self._order, WholeSteps):
-                # where processes share batches, accelerate's loader that skips the first ones does not set its epoch
-                self._order.set_epoch(content["step"] * self.rows_per_step // len(self._order))
         return prepared
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         """Return the epochs done and the steps of the next; all epochs where a checkpoint is of a run's last step."""
         done = super()._init_training_state(*args, **kwargs)
+        if hasattr(self._order, "set_epoch"):
+            # where processes share batches, accelerate's loader that skips the first ones does not set its epoch
+            self._order.set_epoch(done[0])
         self._resumed_at = self.state.global_step  # the oldest supported transformers has no such attribute
         early = early_stopping_of(self)
         stopped_early = early is not None and early.was_over(self.state)

@@ -16,6 +16,7 @@ import torch
 from transformers import Trainer
 
 from lsr_scale import distributed
+from lsr_scale.data.order import PromptOrder
 from lsr_scale.generation.decoder import Decoder, NotFiniteError
 from lsr_scale.generation.fallback import decoder_fallback_reason
 from lsr_scale.rewards.checked import ROW, text_of
@@ -55,6 +56,10 @@ class DecodedCompletions(_Base):
         if self._buffered_inputs is None:
             self._step = max(self._step, micro)
         return super().training_step(model, inputs, num_items_in_batch)
+
+    def _get_train_sampler(self, dataset: Any = None) -> Any:
+        """Return TRL's order of the prompts, for a run that resumes too."""
+        return PromptOrder(super()._get_train_sampler(dataset))
 
     def generation_fallback_reason(self, longest_prompt: int) -> str | None:
         """Return why TRL generates the completions, or None."""

@@ -172,6 +172,17 @@ def test_a_stopped_run_resumes_as_if_it_had_not_stopped(place, whole, step, caps
     capsys.readouterr()
 
 
+def test_completions_that_a_checkpoint_lacks_are_told_where_a_run_resumes(tmp_path, capsys):
+    """Two steps learn from the same ones: those of the second are no longer there."""
+    run = grpo_run(tmp_path, training={"num_iterations": 2})
+    do(run, stop_after_step=1)
+    told = []
+    for step in (2, None):
+        train(run, resume="auto", stop_after_step=step)
+        told.append("note: step 2 was to learn from completions" in capsys.readouterr().out)
+    assert told == [True, False]
+
+
 def test_a_reward_that_changed_is_told_where_a_run_resumes(place, whole, capsys):
     run = load_run(whole.config, [f"training.output_dir={place / 'changed'}"])
     do(run, stop_after_step=2)

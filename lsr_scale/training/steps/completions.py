@@ -55,6 +55,11 @@ class DecodedCompletions(_Base):
         micro = self.state.global_step * self.args.gradient_accumulation_steps
         if self._buffered_inputs is None:
             self._step = max(self._step, micro)
+            if self._step % (self.args.steps_per_generation * self.num_iterations):
+                self.say(
+                    f"note: step {self.state.global_step + 1} was to learn from completions that a step before it had "
+                    "generated; a checkpoint has none, so they are generated anew"
+                )
         return super().training_step(model, inputs, num_items_in_batch)
 
     def _get_train_sampler(self, dataset: Any = None) -> Any:

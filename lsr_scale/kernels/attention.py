@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lsr_scale.kernels.backend import is_fake
+from lsr_scale.kernels.backend import has_triton, is_fake
+from lsr_scale.kernels.packed_attention import LARGEST_HEAD, packed_attention, packed_attention_backward
 
 logger = logging.getLogger(__name__)
 
@@ -93,6 +94,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences) -> tuple[Te
     backend = choose_backend(q, k, sequences)
     if backend == "sdpa":
         return attention_reference(q, k, v, sequences), ()
+    if backend == "packed":
+        assert sequences.cu_seqlens is not None
+        return packed_attention(q, k, v, sequences.cu_seqlens, sequences.scale, sequences.window)
     return _forward(backend, q, k, v, sequences)
 
 
@@ -128,6 +132,9 @@ def attention_backward(
             again = attention_reference(q, k, v, sequences)
         d_q, d_k, d_v = torch.autograd.grad(again, inputs, grad)
         return d_q, d_k, d_v
+    if backend == "packed":
+        statistics, starts, ends = saved
+        return packed_attention_backward(grad, q, k, v, out, (statistics, starts, ends), sequences.scale)
     return _backward(backend, grad, q, k, v, out, saved, sequences)
 
 
@@ -278,14 +285,26 @@ def _flash_window(sequences: Sequences) -> dict[str, Any]:
 
 
 def choose_backend(q: Tensor, k: Tensor, sequences: Sequences) -> str:
-    """Return "cudnn", "flash" or "sdpa": the fastest that can compute this."""
+    """Return "cudnn", "flash", "packed" or "sdpa": the fastest that can compute this; the same for the same shapes."""
     if not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16) or sequences.mask is not None:
         return "sdpa"
+    if has_triton and _has_short_documents(q, sequences):
+        return "packed"
     heads = q.device.index, q.dtype, q.shape[2], k.shape[2], q.shape[3]
     plain = sequences.cu_seqlens is None and sequences.window is None
     if plain and unavailable_reason("cudnn", *heads) is None:
         return "cudnn"
     return "sdpa" if unavailable_reason("flash", *heads) else "flash"
+
+
+# tokens of a packed document on average, up to which the kernel for short ones is faster than FLASH's
+_SHORT = 256
+
+
+def _has_short_documents(q: Tensor, sequences: Sequences) -> bool:
+    if sequences.cu_seqlens is None or sequences.shared is not None or q.shape[3] > LARGEST_HEAD:
+        return False
+    return q.shape[:2].numel() <= _SHORT * (len(sequences.cu_seqlens) - 1)
 
 
 # relative to the reference's norm: bfloat16 makes 4 % at most, an argument of another meaning about 100 %

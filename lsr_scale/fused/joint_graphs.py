@@ -13,19 +13,24 @@ from torch import Tensor, nn
 from lsr_scale.fused.cuda_graphs import Batch, StepGraphs, rounded, static_losses
 
 
-def join_static(batches: Sequence[Batch], documents: int = 0) -> Batch:
+def join_static(batches: Sequence[Batch], documents: int = 0, length: int = 0) -> Batch:
     """Return one batch of the static batches of n trials, a row each; made on the host, it is copied to a GPU once.
+
+    Shapes are few, as each is a graph, which takes as long to capture as ten steps or so.
 
     Args:
         batches: What `static_batch` made of each trial's batch, all on one device.
-        documents: Have so many at least, the further ones empty; given what earlier batches had, shapes are fewer.
+        documents: Have so many at least, the further ones empty: what earlier batches had. Empty documents cost next to
+            nothing, so their number is a power of two.
+        length: Of earlier batches' rows; where these have 7/8 of it they get it too.
 
     Returns:
         `input_ids` and `position_ids` `[n, T]`, T that of the longest, shorter ones continued by unsupervised documents
         of their own; `cu_seq_lens` `[documents + 1]`, counted over all rows, and `longest`; `supervised`, `targets` and
         `weights` `[n N]`, N of each row: the places that are supervised, among those of all rows.
     """
-    rows, length = len(batches), max(batch["input_ids"].shape[1] for batch in batches)
+    rows, needed = len(batches), max(batch["input_ids"].shape[1] for batch in batches)
+    length = length if 7 * length <= 8 * needed < 8 * length else needed
     longest = max(batch["longest"] for batch in batches)
     places = max(len(batch["supervised"]) for batch in batches)
     whole = {name: batches[0][name].new_zeros(rows, length) for name in ("input_ids", "position_ids")}
@@ -47,7 +52,7 @@ def join_static(batches: Sequence[Batch], documents: int = 0) -> Batch:
     used, end = sum(map(len, bounds)), rows * length
     if used * longest != end:
         # empty documents, so that shapes are few
-        bounds.append(bounds[0].new_full((max(rounded(used, 4), documents) - used,), end))
+        bounds.append(bounds[0].new_full((max(rounded(used, 1), documents) - used,), end))
     result: Batch = {**whole, **{name: values.view(-1) for name, values in chosen.items()}}
     return {**result, "cu_seq_lens": torch.cat([*bounds, bounds[0].new_tensor([end])]), "longest": longest}
 

@@ -309,7 +309,7 @@ def _tiles(q: Tensor, k: Tensor) -> dict[str, int]:
         "BLOCK": _BLOCK,
         "BLOCK_D": block_d,
         # tiles of large heads that are loaded ahead fit into no small GPU's shared memory
-        "num_stages": 2 if block_d <= 64 else 1,
+        "num_stages": 3 if block_d <= 64 else 1,
         "num_warps": 4,
     }
 

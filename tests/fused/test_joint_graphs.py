@@ -72,6 +72,19 @@ def test_further_documents_are_empty_and_change_nothing():
     assert all(torch.equal(*pair) for pair in zip(vectors, others, strict=True))
 
 
+def test_somewhat_shorter_rows_get_the_length_of_earlier_ones_and_nothing_changes():
+    model, members = trials_of(2)
+    batches = [static_of((9, 30, 21), seed=seed) for seed in (0, 1)]
+    length = batches[0]["input_ids"].shape[1]
+    graphs = JointGraphs(model, [trained(trial) for trial in members])
+    joined, more = join_static(batches), join_static(batches, length=length * 8 // 7)
+    assert joined["input_ids"].shape[1] == length < more["input_ids"].shape[1]
+    assert join_static(batches, length=length * 8 // 7 + 1)["input_ids"].shape[1] == length
+    (losses, vectors), (found, others) = (graphs._outputs(batch, torch.ones(2)) for batch in (joined, more))
+    torch.testing.assert_close(losses, found, rtol=1e-12, atol=0)
+    torch.testing.assert_close(vectors, others, rtol=1e-9, atol=1e-12)
+
+
 def test_a_replay_reads_parameters_and_batches_as_they_are_then(monkeypatch):
     recorded_graphs.stand_in(monkeypatch)
     model, members = trials_of(2)
@@ -105,13 +118,19 @@ def test_a_trial_that_is_not_finite_has_its_own_loss():
 
 
 @bounded(100)
-@given(lengths=st.lists(LENGTHS, min_size=1, max_size=4), longest=st.integers(1, 50), seed=st.integers(0, 9))
-def test_a_joined_batch_has_each_trial_s_documents_and_supervision_in_its_row(lengths, longest, seed):
+@given(
+    lengths=st.lists(LENGTHS, min_size=1, max_size=4),
+    longest=st.integers(1, 50),
+    before=st.integers(0, 300),
+    seed=st.integers(0, 9),
+)
+def test_a_joined_batch_has_each_trial_s_documents_and_supervision_in_its_row(lengths, longest, before, seed):
     batches = [static_of(row, longest, seed + place) for place, row in enumerate(lengths)]
-    joined = join_static(batches)
+    joined = join_static(batches, length=before)
     rows, length = joined["input_ids"].shape
     assert rows == len(lengths)
-    assert length == max(batch["input_ids"].shape[1] for batch in batches)
+    needed = max(batch["input_ids"].shape[1] for batch in batches)
+    assert length == (before if needed < before <= needed * 8 / 7 else needed)
     bounds = joined["cu_seq_lens"].tolist()
     assert bounds == sorted(bounds)
     assert (bounds[0], bounds[-1]) == (0, rows * length)

@@ -89,7 +89,7 @@ class JointStep:
         self._pairs = JointPairs([])
         self._graphs: JointGraphs | None = None
         self._eager_steps = 0  # of this joint model
-        self._documents = 0  # the most of a batch for a graph
+        self._documents = self._length = 0  # the most documents, and the longest rows, of a batch for a graph
         self._free: FreeMemory | None = None
         self._said = ""
 
@@ -141,8 +141,9 @@ class JointStep:
             ]
             divisor = torch.stack([torch.as_tensor(at_least_one(one), device=where) for one in divisors])
             # joined where the collators made them, on the host; then one copy to the graph's inputs
-            joined = join_static(static, self._documents)
+            joined = join_static(static, self._documents, self._length)
             self._documents = max(self._documents, len(joined["cu_seq_lens"]) - 1)
+            self._length = max(self._length, joined["input_ids"].shape[1])
             batch = {name: _pinned(value, self._device()) for name, value in joined.items()}
             losses, gradients = self._graphs.replay(batch, _pinned(divisor, self._device()))
             for member, gradient in zip(sorted_members, gradients, strict=True):

@@ -19,7 +19,6 @@ the product's; `--base none` repeats a row in bf16.
 
 import dataclasses
 import hashlib
-import itertools
 import json
 import math
 import shutil
@@ -258,7 +257,7 @@ class Program:
         self.places = places(suite, given.sizes, given.rows)
         self.failed: set[Trial] = set()
         self.env = files.environment()
-        self.pace: float | None = None  # seconds that an epoch of a trial took, of the last sweep
+        self.pace: dict[bool, float] = {}  # seconds that an epoch of a trial took, of the last sweep, fused or not
         self._scorer: Scorer | None = None
 
     @property
@@ -285,16 +284,28 @@ class Program:
             start = time.monotonic()
             self.sweep(chosen, done)
             if not again:
-                self.pace = (time.monotonic() - start) / sum(map(self.suite.epochs, chosen))
+                fused = self.is_fused(next(iter(chosen)))
+                self.pace[fused] = (time.monotonic() - start) / sum(map(self.suite.epochs, chosen))
+
+    def is_fused(self, trial: Trial) -> bool:
+        """Tell whether a trial's training takes the fused layers."""
+        return self.suite.row(trial.place).is_fused
 
     def fitting(self, ready: Mapping[Trial, Rates], seconds: float) -> dict[Trial, Rates]:
-        """Return the first of the trials, so many as would end in time by the pace of the sweep before."""
+        """Return the first of the trials, so many as would end in time by the pace of the sweep before.
+
+        Those that run unfused come last, in sweeps of their own; of a sweep, those that end with one another are
+        neighbours, as graphs are captured anew where the trials of a step change.
+        """
+        fused = any(map(self.is_fused, ready))
+        alike = [trial for trial in ready if self.is_fused(trial) == fused]
+        alike = sorted(alike[: self.given.trials_a_sweep], key=self.suite.epochs, reverse=True)
         chosen, total = {}, 0.0
-        for trial, rates in itertools.islice(ready.items(), self.given.trials_a_sweep):
-            total += (self.pace or 0.0) * self.suite.epochs(trial)
+        for trial in alike:
+            total += self.pace.get(fused, 0.0) * self.suite.epochs(trial)
             if total > seconds:
                 break
-            chosen[trial] = rates
+            chosen[trial] = ready[trial]
         return chosen
 
     def score_base(self, done: Results) -> None:

@@ -41,6 +41,7 @@ RATES = {
 }
 PRO_RATES = (3e-5, 1e-4, 3e-4, 1e-3)  # LoRA-Pro's are those of full fine-tuning
 OURS = ("lsr", "kron_lora")
+UNFUSED = ("krona", "tinylora", "vera")  # no low-rank pair: one such trial has all that share its step run unfused
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +60,11 @@ class AdapterRow:
     def takes(self, base: str) -> bool:
         """Whether it can be trained on a base that is held so."""
         return base == "none" or self.method != "tinylora"
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether its training takes the fused layers."""
+        return self.method not in UNFUSED
 
     def section(self) -> dict[str, Any]:
         """Return a run's section `adapter`."""

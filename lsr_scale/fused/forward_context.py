@@ -13,9 +13,11 @@ from lsr_scale.adapters.joint import JointLinear
 from lsr_scale.adapters.pairs import Adapter, AdapterBlocks, Pair, active_adapters, concatenate_pairs, materialize
 from lsr_scale.adapters.peft import version_counters
 from lsr_scale.errors import UserError
+from lsr_scale.fused.document_mask import DocumentMask
 from lsr_scale.fused.fallback import layer_fallback_reason
 from lsr_scale.fused.layer_state import GradientBuffer, Positions, layer_linears
 from lsr_scale.kernels.attention import Sequences, SharedPrefixes, dense_mask
+from lsr_scale.kernels.backend import is_fake
 
 
 @dataclass
@@ -206,10 +208,12 @@ def layer_positions(layer: Any, hidden: Tensor, context: ForwardContext, argumen
 
 
 def packed_mask(layer: Any, hidden: Tensor, context: ForwardContext) -> Tensor:
-    """Return the bool mask `[B, 1, S, S]` of packed documents, as transformers would have made it for a layer."""
+    """Return what stands for the mask `[B, 1, S, S]` of packed documents that transformers makes for a layer."""
     scale, window = layer.self_attn.scaling, _window_of(layer)
-    sequences = Sequences(scale, cu_seqlens=context.cu_seqlens, window=window, shared=context.shared)
-    return dense_mask(hidden.shape[0], hidden.shape[1], sequences, hidden.device)
+    sequences = Sequences(scale, None, context.cu_seqlens, context.max_seqlen, window, context.shared)
+    if is_fake(hidden):
+        return dense_mask(hidden.shape[0], hidden.shape[1], sequences, hidden.device)
+    return DocumentMask.of(sequences, hidden)
 
 
 def _window_of(layer: Any) -> int | None:

@@ -16,7 +16,7 @@ cuDNN's and FLASH's backward passes add in an order that varies from run to run;
 import functools
 import logging
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -75,6 +75,10 @@ class Sequences:
     max_seqlen: int = 0
     window: int | None = None
     shared: SharedPrefixes | None = None
+
+    def with_scale(self, scale: float) -> "Sequences":
+        """Return the same with another factor on the logits."""
+        return replace(self, scale=scale)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences) -> tuple[Tensor, tuple[Tensor, ...]]:

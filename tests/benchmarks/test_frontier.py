@@ -22,6 +22,7 @@ from benchmarks.quality import (
 from benchmarks.quality.frontier_rows import HIDDEN_SIZE, NUM_LAYERS, ROWS, SIZES, TOLERANCE, AdapterRow, target
 from benchmarks.report import frontier_tables
 from lsr_scale.adapters.inject import inject
+from lsr_scale.adapters.peft import METHODS
 from lsr_scale.adapters.save_and_load import write_adapter
 from lsr_scale.scoring.scorer import NonFiniteScoresError
 from lsr_scale.sweeping.results import TrialResult
@@ -374,10 +375,30 @@ def test_no_sweep_begins_that_would_end_after_the_limit(program):
     rates = frontier_trials.Rates((1e-3,))
     ready = {frontier.Trial("20k", "lora", seed, 1e-3): rates for seed in (trials.TUNING_SEED, 0, 1, 2)}
     seeds = lambda seconds: [trial.seed for trial in one.fitting(ready, seconds)]  # noqa: E731
-    assert seeds(0.5) == [trials.TUNING_SEED, 0, 1], "of the first, nobody knows how long it takes"
-    one.pace = 10.0
+    assert seeds(0.5) == [0, 1, trials.TUNING_SEED], "of the first, nobody knows how long it takes"
+    one.pace = {True: 10.0}
     assert frontier_data.EPOCHS["commonsense"] == 2
-    assert (seeds(9), seeds(29), seeds(30)) == ([], [trials.TUNING_SEED], [trials.TUNING_SEED, 0])
+    assert (seeds(19), seeds(39), seeds(50)) == ([], [0], [0, 1, trials.TUNING_SEED])
+
+
+def test_what_runs_unfused_comes_last_and_alone(program, monkeypatch):
+    made, _ = program
+    one = made(trials_a_sweep=3)
+    others = {"krona": AdapterRow("krona", {}), "vera": AdapterRow("vera", {"rank": 8})}
+    monkeypatch.setitem(ROWS["smollm2"], "20k", {**ROWS["smollm2"]["20k"], **others})
+    ready = {frontier.Trial("20k", row, 0, 1e-3): frontier_trials.Rates((1e-3,)) for row in ("krona", "lora", "vera")}
+    rows = lambda: [trial.row for trial in one.fitting(ready, math.inf)]  # noqa: E731
+    assert rows() == ["lora"]
+    del ready[frontier.Trial("20k", "lora", 0, 1e-3)]
+    assert rows() == ["krona", "vera"]
+    one.pace = {True: 1e9}
+    assert rows() == ["krona", "vera"], "their time is not that of others"
+
+
+def test_rows_that_are_said_to_run_unfused_do():
+    methods = {row.method: row.is_fused for sizes in ROWS.values() for rows in sizes.values() for row in rows.values()}
+    ours = {name: METHODS[name].is_low_rank() for name in methods if name not in ("lora", "vera", "tinylora")}
+    assert methods == {**ours, "lora": True, "vera": False, "tinylora": False}
 
 
 def test_results_of_other_data_are_not_mixed(program):

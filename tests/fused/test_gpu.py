@@ -7,8 +7,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 
 import lsr_scale
 from lsr_scale.adapters import peft_config
+from lsr_scale.fused import document_mask
 from lsr_scale.fused.linear_groups import base_layer
-from lsr_scale.kernels.attention import disable_cudnn_in_sdpa
+from lsr_scale.kernels.attention import choose_backend, disable_cudnn_in_sdpa
 from lsr_scale.kernels.dequantize import Extension
 from lsr_scale.layers.frozen_linear import dequantize, dequantize_into
 from tests.conftest import SEVEN_LINEARS, quantize, randomize
@@ -138,6 +139,20 @@ def test_uneven_ranks_and_rows(ids):
 def test_packed_documents(lengths, ids):
     positions = torch.cat([torch.arange(n) for n in lengths]).cuda()[None]
     compare(*models("nf4", "lsr"), ids.reshape(1, -1), position_ids=positions)
+
+
+@pytest.mark.parametrize("lengths", [(30, 7, 51, 20, 148) * 4, (700, 324)])
+def test_packed_documents_where_a_layer_runs_unfused(lengths, ids, monkeypatch):
+    chosen = []
+    run = document_mask.attention
+    monkeypatch.setattr(
+        document_mask, "attention", lambda *args: (chosen.append(choose_backend(*args[:2], args[3])), run(*args))[1]
+    )
+    model, exact = models("nf4", "lsr")
+    model.get_base_model().model.layers[1].mlp.register_forward_hook(lambda *_: None)
+    positions = torch.cat([torch.arange(n) for n in lengths]).cuda()[None]
+    compare(model, exact, ids.reshape(1, -1), position_ids=positions)
+    assert chosen == ["packed" if len(lengths) > 2 else "flash"] * 2  # in evaluation and in training
 
 
 def padded(ids, side):

@@ -123,6 +123,8 @@ def test_small_models_are_bound_by_the_host():
     assert host_bound(135_000_000, 30, 4_096)
     assert host_bound(135_000_000, 30, 32_768)
     assert not host_bound(7_200_000_000, 32, 8_192)
+    assert host_bound(7_200_000_000, 32, 2_048, joint=True), "190 ms to launch, some 115 to compute"
+    assert not host_bound(7_200_000_000, 32, 8_192, joint=True)
     assert host_bound(7_200_000_000, 32, 8_192, eight_bit=True)
     assert not host_bound(7_200_000_000, 32, 32_768, eight_bit=True)
 

@@ -93,6 +93,7 @@ def compare(model, exact, ids, recompute="none", **inputs) -> None:
     """Fail where the fused error against float64 is more than twice that of the per-linear path, plus a floor."""
     lsr_scale.unfuse(model)
     expected = results(exact, ids, **inputs)
+    disable_cudnn_in_sdpa()  # notes first what PyTorch's own setting is: fused layers take cuDNN by that
     # without a mask both have cuDNN's attention, whose rounding is not what is looked at here
     torch.backends.cuda.enable_cudnn_sdp("attention_mask" not in inputs)
     eager = results(model, ids, **inputs)

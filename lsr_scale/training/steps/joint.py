@@ -161,7 +161,7 @@ class JointStep:
     def _is_host_bound(self) -> bool:
         """Tell whether graphs pay for batches of the size of the eager steps'."""
         tokens = next(iter(self.linears.values())).tokens or 0
-        return host_bound(self._parameters, len(self.model.model.layers), len(self._members) * tokens)
+        return host_bound(self._parameters, len(self.model.model.layers), len(self._members) * tokens, joint=True)
 
     def _device(self) -> torch.device:
         return self.model.get_input_embeddings().weight.device

@@ -43,6 +43,7 @@ from benchmarks.quality.rate_trials import packed, packed_bits
 from lsr_scale import api, files
 from lsr_scale.adapters.save_and_load import load_adapter, load_in_place
 from lsr_scale.data.tasks import Example
+from lsr_scale.fused import fuse, unfuse
 from lsr_scale.model import load_base, load_tokenizer
 from lsr_scale.scoring.scorer import EncodedExamples, NonFiniteScoresError, encode_examples, input_limit, score_encoded
 from lsr_scale.sweeping.results import SweepResults, TrialResult
@@ -164,10 +165,14 @@ class Scorer:
         if adapter is not None and self._adapted is not None and load_in_place(self._adapted, adapter) is not None:
             return self._adapted
         if self._adapted is not None:
+            if self.device.type == "cuda":
+                unfuse(self._adapted)
             self.base, self._adapted = self._adapted.unload(), None
         if adapter is None:
             return self.base
         self._adapted = load_adapter(self.base, adapter)[0]
+        if self.device.type == "cuda":
+            fuse(self._adapted, cache_weights=True)  # as in training
         return self._adapted
 
     def score(self, adapter: Path | None, part: str, choices: bool = True) -> dict[str, Any]:

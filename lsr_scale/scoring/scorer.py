@@ -68,11 +68,12 @@ def encode_pairs(
     return encoded
 
 
-def _logits_at(model: nn.Module, ids: Tensor, mask: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+def _logits_at(model: nn.Module, ids: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """Run the model and return the logits [N, vocabulary] of the positions (rows[n], columns[n]) only.
 
     The model's own forward runs, with whatever it does to its logits (soft caps, scales); a hook narrows the input of
-    its output embedding to those positions.
+    its output embedding to those positions. There is no attention mask, as in lm-eval: what pads a row comes after its
+    tokens, which do not attend to it, and without a mask attention is faster.
     """
     narrowed = False
 
@@ -86,7 +87,7 @@ def _logits_at(model: nn.Module, ids: Tensor, mask: Tensor, rows: Tensor, column
     head = model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
     handle = head.register_forward_pre_hook(narrow)
     try:
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        logits = model(input_ids=ids, use_cache=False).logits
     finally:
         handle.remove()
     assert narrowed, "the model's forward does not call its output embedding"
@@ -99,14 +100,12 @@ class _Tensors:
 
     Attributes:
         ids: `[inputs, longest]`, padded on the right.
-        mask: The same, 1 where there is an input.
         rows: `[N]`, of each target token, the input that it follows.
         columns: `[N]`, of each target token, the position before it.
         targets: `[N, 1]`, the target tokens.
     """
 
     ids: Tensor
-    mask: Tensor
     rows: Tensor
     columns: Tensor
     targets: Tensor
@@ -136,7 +135,6 @@ class _Batch:
         columns = [c for row, target in spans for c in range(lengths[row] - len(target), lengths[row])]
         return _Tensors(
             ids=torch.tensor([inputs + (0,) * (longest - len(inputs)) for inputs in self.inputs], device=device),
-            mask=torch.tensor([[1] * length + [0] * (longest - length) for length in lengths], device=device),
             rows=torch.tensor([row for row, target in spans for _ in target], device=device),
             columns=torch.tensor(columns, device=device),
             targets=torch.tensor([token for _, target in spans for token in target], device=device)[:, None],
@@ -170,7 +168,7 @@ class EncodedExamples:
 
 def _log_likelihoods(model: nn.Module, batch: _Tensors) -> Tensor:
     """Return the log-likelihood of each target token of a batch, on the model's device."""
-    logits = _logits_at(model, batch.ids, batch.mask, batch.rows, batch.columns)
+    logits = _logits_at(model, batch.ids, batch.rows, batch.columns)
     parts = zip(logits.split(256), batch.targets.to(logits.device).split(256), strict=True)
     return torch.cat([part.float().log_softmax(-1).gather(1, pick)[:, 0] for part, pick in parts])  # float32 in parts
 

@@ -16,13 +16,13 @@ from typing import Any
 import torch
 
 from benchmarks.command_line import new_file, script_parser
-from benchmarks.speed import kernel_cases, kernel_cases_fp8, kernel_cases_int8
+from benchmarks.speed import kernel_cases, kernel_cases_documents, kernel_cases_fp8, kernel_cases_int8
 from benchmarks.speed.kernel_cases import Buffers, Case, Sizes
 from benchmarks.speed.providers.fused import no_fp8_reason
 from lsr_scale import files
 
 EIGHT_BIT = kernel_cases_fp8.GROUPS | kernel_cases_int8.GROUPS
-GROUPS = kernel_cases.GROUPS | EIGHT_BIT
+GROUPS = kernel_cases.GROUPS | kernel_cases_documents.GROUPS | EIGHT_BIT
 
 
 def milliseconds(b: Buffers, run: Callable[[int], Any]) -> float:

@@ -16,9 +16,9 @@ def test_every_case_runs_and_agrees_with_float64(tmp_path):
     out = tmp_path / "tiny.json"
     assert kernel_times.main(["--tiny", "--out", str(out)]) == 0
     rows = json.loads(out.read_text())["rows"]
-    assert len(rows) == 80
+    assert len(rows) == 83
     errors = [row["error"] for row in rows if "error" in row]
-    assert len(errors) == 57
+    assert len(errors) == 60
     assert max(errors) < 1e-2
     with pytest.raises(SystemExit):
         kernel_times.main(["--tiny", "--out", str(out)])

@@ -3,6 +3,7 @@
 What a launcher itself does is tested with `launch`. This module imports nothing but the standard library.
 """
 
+import contextlib
 import importlib
 import os
 import signal
@@ -98,11 +99,53 @@ class Rank:
         self.send_signal(signal.SIGKILL)
 
 
+class Ranks:
+    """Processes that torchrun would start, with what `subprocess.Popen`'s users ask of the launcher."""
+
+    def __init__(self, words: Sequence[str], env: Mapping[str, str], **options: Any) -> None:
+        from torch.distributed.run import parse_args
+
+        given = parse_args(words)  # which ends this process where torchrun does not take them
+        assert given.standalone
+        assert given.training_script.endswith("launch/train.py")
+        number = int(given.nproc_per_node)
+        self._port = contextlib.ExitStack()
+        meeting = {"WORLD_SIZE": number, "LOCAL_WORLD_SIZE": number, "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": 1}
+        meeting |= {**env, "MASTER_PORT": self._port.enter_context(held_port())}
+        self._ranks = [
+            Rank([COMMAND, *given.training_script_args], {**meeting, "RANK": rank, "LOCAL_RANK": rank}, **options)
+            for rank in range(number)
+        ]
+        self.pid = self._ranks[0].pid
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for rank in self._ranks:
+            rank.process.join()
+        self._port.close()
+
+    @property
+    def returncode(self) -> int | None:
+        """0 where all ended well."""
+        return next((rank.returncode for rank in self._ranks if rank.returncode != 0), 0)
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        """Wait for the end of all; return what they wrote to stdout and to stderr."""
+        said = [rank.communicate(timeout) for rank in self._ranks]
+        return "".join(out for out, _ in said), "".join(err for _, err in said)
+
+
 def popen(words: Sequence[str], stdout: Any = None, stderr: Any = None, env: Any = None, **options: Any) -> Any:
-    """Stand in for `subprocess.Popen`: what runs this package by itself is a `Rank`, and the rest is what it is.
+    """Stand in for `subprocess.Popen`: what runs this package by itself is a `Rank`, by torchrun one or more.
+
+    The rest is what it is.
 
     Of the environment what is set is taken, not what is left out.
     """
+    if words[:3] == [sys.executable, "-m", "torch.distributed.run"]:
+        return Ranks(words[3:], env or {}, start_new_session=options.get("start_new_session", False))
     command = [COMMAND, *words[2:]] if words[1].endswith("launch/train.py") else words[2:]
     if words[0] != sys.executable or command[0] not in (COMMAND, "lsr_scale"):
         return _POPEN(words, stdout=stdout, stderr=stderr, env=env, **options)
@@ -155,6 +198,10 @@ def _do(words: list[str], environment: dict[str, str], out: str, err: str, leads
     if torch.distributed.is_initialized():
         torch.distributed.barrier()  # none ends while another is in its last exchange
         torch.distributed.destroy_process_group()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for name in ("stdout", "stderr"):
+        try:
+            getattr(sys, name).flush()
+        except BrokenPipeError:  # as Python ends: what stdout could not write is seen by the status
+            status = 120 if name == "stdout" else status
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     sys.exit(status)

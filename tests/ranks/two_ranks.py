@@ -1,4 +1,4 @@
-"""What test_two_ranks.py has two processes do, in one launch: run after run, each under another engine.
+"""What test_two_ranks.py has two processes do, in one start: run after run, each under another engine.
 
     torchrun --nproc_per_node 2 tests/ranks/two_ranks.py FOLDER
 
@@ -68,7 +68,9 @@ class Watch(TrainerCallback):
 
 
 def main() -> None:
-    cli.quiet_libraries(debug=False)  # as the command does, before what reads these settings is imported
+    cli.quiet_libraries(debug=False)
+    import datasets
+
     from lsr_scale import adapters, distributed
     from lsr_scale.config import dump_yaml
     from lsr_scale.run import train
@@ -76,6 +78,7 @@ def main() -> None:
     from tests.helpers.fp8 import pretend_fp8
     from tests.helpers.tiny_runs import tiny_run
 
+    datasets.disable_progress_bars()  # a forked process has read that setting before
     pretend_fp8(pytest.MonkeyPatch())
     folder, rank = Path(sys.argv[-1]), distributed.rank()
     seen: dict[str, dict] = {}

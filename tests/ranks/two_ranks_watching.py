@@ -8,7 +8,8 @@ from pathlib import Path
 
 from lsr_scale import cli
 
-ENGINES = {"ddp": None, "zero0": "zero0", "zero1": "zero1", "zero2": "zero2", "zero3": "zero3"}
+# to the engine ZeRO-1 is ZeRO-2
+ENGINES = {"ddp": None, "zero0": "zero0", "zero2": "zero2", "zero3": "zero3"}
 
 
 def main() -> None:

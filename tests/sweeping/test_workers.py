@@ -12,6 +12,7 @@ from lsr_scale.sweeping.folder import SweepFolder, SweepState, TrialState
 from lsr_scale.sweeping.sweep import run_sweep
 from tests.conftest import two_processes
 from tests.helpers.launch import ROOT, launch
+from tests.helpers.ports import held_port
 from tests.helpers.programs import start_program
 from tests.helpers.tiny_runs import factors, same
 from tests.helpers.tiny_sweeps import sweep_place, tiny_sweep, write_sweep
@@ -30,10 +31,10 @@ def alone(place):
     return run_sweep(tiny_sweep(place, place / "alone", SECTION, max_steps=2), "run", quiet=True)
 
 
-@two_processes  # DeepSpeed's launcher here, and torchrun, which holds the store where they meet, below
+@two_processes  # torchrun holds the store where they meet; below the first process does, as under DeepSpeed's launcher
 def test_a_launchers_processes_deal_the_trials_out_and_each_is_as_alone(place, alone, tmp_path):
     file = write_sweep(tmp_path / "run.yaml", place, tmp_path / "sweep", SECTION, max_steps=2)
-    status, out, err = launch("deepspeed", ROOT / "launch" / "train.py", "--config", file)
+    status, out, err = launch("torchrun", ROOT / "launch" / "train.py", "--config", file)
     assert status == 0, err
     folder = SweepFolder(tmp_path / "sweep")
     assert {trial.status for trial in folder.read().trials.values()} == {"finished"}
@@ -49,13 +50,23 @@ def test_a_launchers_processes_deal_the_trials_out_and_each_is_as_alone(place, a
     assert not folder.workers.exists()
 
 
-@two_processes
-def test_a_mistake_ends_all_of_a_launchers_processes(place, tmp_path):
+def test_a_mistake_ends_all_of_a_launchers_processes(place, tmp_path, monkeypatch, capsys):
     file = write_sweep(tmp_path / "run.yaml", place, tmp_path / "sweep", SECTION, max_steps=2)
     (tmp_path / "sweep" / "trials").mkdir(parents=True)
-    status, _, err = launch("torchrun", ROOT / "launch" / "train.py", "--config", file)
-    assert status != 0
-    assert "holds trials, which no sweep wrote" in err
+    with held_port() as port:
+        # as a launched process tells the one that it executes; the first of them holds the store where they meet
+        first, second = (f"{rank} 2 127.0.0.1 {port} 0" for rank in range(2))
+        program = (
+            f"import os, sys\nos.environ['LSR_SCALE_SWEEP_RANK'] = {second!r}\nfrom lsr_scale.cli import main\n"
+            f"sys.exit(main(['sweep', {str(file)!r}]))\n"
+        )
+        other = start_program(program, tmp_path, tmp_path / "out", tmp_path / "err")
+        monkeypatch.setenv("LSR_SCALE_SWEEP_RANK", first)
+        assert main(["sweep", str(file)]) == 2
+        other.join()
+    assert other.exitcode == 2
+    for said in (capsys.readouterr().err, (tmp_path / "err").read_text()):
+        assert "holds trials, which no sweep wrote" in said
 
 
 def test_another_process_joins_by_resuming(place, alone, tmp_path):

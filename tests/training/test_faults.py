@@ -5,6 +5,7 @@ import io
 import json
 import math
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -381,8 +382,11 @@ def test_the_failing_rank_speaks_first_and_ends_the_run(place, tmp_path):
     script = ROOT / "tests/ranks/poisoned_rank.py"
     status, out, err = launch("torchrun", script, "--config", tmp_path / "run.yaml")
     assert status != 0
-    said = [line for line in (out + err).splitlines() if "lsr-scale: " in line]
+    lines = [*out.splitlines(), *err.splitlines()]
+    said = [line for line in lines if "lsr-scale: " in line]
     assert "lsr-scale: rank 1: training diverged: the loss is inf at step 2, on rows [" in said[0]
+    before = lines[: lines.index(said[0])]  # then torchrun speaks
+    assert [line for line in before if re.search(r"warn|deprecat|examples/s|\[rank", line, re.I)] == []
     (line,) = (tmp_path / "run" / "nonfinite.jsonl").read_text().splitlines()
     assert json.loads(line)["process"] == 1
 

@@ -1,4 +1,4 @@
-"""Two CPU processes under the launcher: every ZeRO stage, plain DDP, stopping and resuming, and mistakes."""
+"""Two CPU processes: every ZeRO stage, plain DDP, stopping and resuming, and mistakes."""
 
 import json
 import re
@@ -14,7 +14,6 @@ from lsr_scale.exporting import open_adapter
 from lsr_scale.run.folder import RunFolder
 from lsr_scale.training.checkpoint import select
 from tests.conftest import two_processes
-from tests.helpers.launch import ROOT, launch
 from tests.helpers.ranks import COMMAND, run_ranks
 from tests.helpers.tiny_runs import (
     completions,
@@ -65,7 +64,7 @@ def ran(place):
             arrange_stop(patch, 3)
             with pytest.raises(Killed):
                 do(one_process(place, f"one-to-{after}"))
-    status, out, err = launch("torchrun", ROOT / "tests/ranks/two_ranks.py", place)
+    status, out, err = run_ranks("tests.ranks.two_ranks", place)
     assert status == 0, out + err
     seen = [json.loads((place / f"seen-{rank}.json").read_text()) for rank in (0, 1)]
     return place, seen, out, err
@@ -313,7 +312,7 @@ def test_only_the_first_process_speaks_and_libraries_are_silent(ran):
 def test_a_mistake_is_reported_once_and_ends_both_processes(place):
     run = tiny_run(place, training={"output_dir": str(place / "bad")}, adapter={"rank": 999})
     (place / "bad.yaml").write_text(dump_yaml(run))
-    status, out, err = launch("deepspeed", ROOT / "launch" / "train.py", "--config", place / "bad.yaml")
+    status, out, err = run_ranks(COMMAND, "--config", place / "bad.yaml")
     assert status == 2
     said = [line for line in (out + err).splitlines() if "lsr-scale: " in line]
     assert len(said) == 1

@@ -9,7 +9,6 @@ import os
 import pkgutil
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import types
@@ -72,14 +71,6 @@ def test_no_package_and_no_module_has_the_name_of_a_function():
     assert set(lsr_scale.__all__) <= set(dir(lsr_scale))
     with pytest.raises(AttributeError, match="has no attribute 'trian'"):
         _ = lsr_scale.trian
-
-
-def test_importing_the_package_imports_no_trainer():
-    code = (
-        "import sys, lsr_scale; print([name for name in ('trl', 'datasets', 'lsr_scale.api') if name in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert done.stdout == "[]\n"
 
 
 def test_a_run_is_a_file_a_name_a_mapping_or_a_run(place):

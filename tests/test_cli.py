@@ -460,14 +460,17 @@ def test_no_commands_options_import_torch():
     assert not imported & HEAVY
 
 
-def test_a_program_run_as_a_module_has_the_methods_registered_by_the_import_alone(tmp_path):
+def test_a_program_run_as_a_module_has_the_methods_registered_by_the_import_alone_and_no_trainer(tmp_path):
     (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "__init__.py").write_text("import lsr_scale, peft\nprint(peft.PeftType('LSR').value)\n")
+    (tmp_path / "mine" / "__init__.py").write_text(
+        "import sys, lsr_scale, peft\nprint(peft.PeftType('LSR').value)\n"
+        "print([name for name in ('trl', 'datasets', 'lsr_scale.api') if name in sys.modules])\n"
+    )
     (tmp_path / "mine" / "__main__.py").write_text("")
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
     command = [sys.executable, "-m", "mine", "lsr_scale"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout == "LSR\n"
+    assert done.stdout == "LSR\n[]\n"
 
 
 OUT_OF_MEMORY = [

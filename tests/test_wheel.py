@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.launch import QUICK_START
+from tests.helpers.tiny_runs import save_llama
 
 ROOT = Path(__file__).parents[1]
 # what a checkout has beside its files
@@ -19,6 +20,20 @@ NOT_COPIED = shutil.ignore_patterns(
     *(".git", ".venv", "runs", "build", "dist", "*.egg-info", "__pycache__", ".*_cache", ".hypothesis", "shared")
 )
 BUILD = "import sys, setuptools.build_meta as backend; print(getattr(backend, sys.argv[1])(sys.argv[2]))"
+# in one process, as each imports for seconds
+USE = """
+import sys, lsr_scale
+print(lsr_scale.LsrConfig.__name__)
+from lsr_scale.cli import main
+assert main(["init", "chat", "--method", "lsr", "--out", "chat.yaml"]) == 0
+# a step of a row, nothing evaluated: what is looked at is that all of it is there
+short = ["training.max_steps=1", "training.save_strategy=no", "eval.prompts=[]", "data.validation_split=null"]
+short += ["training.per_device_train_batch_size=1", "training.gradient_accumulation_steps=1"]
+short += [f"model.name={sys.argv[1]}", "training.max_length=64"]
+assert main(["train", "chat.yaml", *(word for value in short for word in ("--set", value))]) == 0
+print("answer:", end=" ", flush=True)
+assert main(["generate", "runs/chat", "--prompt", "How do I resume a run?", "--max-new-tokens", "2"]) == 0
+"""
 
 pytestmark = pytest.mark.slow
 
@@ -116,14 +131,11 @@ def test_the_wheel_has_every_file_of_the_package_and_no_other(wheel):
 def test_the_wheel_is_used_from_an_empty_folder(environment, tmp_path):
     python, command = environment / "python", environment / "lsr-scale"
     assert "usage: lsr-scale" in run(command, "--help", cwd=tmp_path)
-    assert run(python, "-c", "import lsr_scale; print(lsr_scale.LsrConfig.__name__)", cwd=tmp_path) == "LsrConfig\n"
     assert "name: mistralai/Mistral-7B-v0.1" in run(command, "config", "mistral_lsr", cwd=tmp_path)
-    assert "written: chat.yaml" in run(command, "init", "chat", "--method", "lsr", "--out", "chat.yaml", cwd=tmp_path)
-    # a step of a row, nothing evaluated: what is looked at is that all of it is there
-    short = ["training.max_steps=1", "training.save_strategy=no", "eval.prompts=[]", "data.validation_split=null"]
-    short += ["training.per_device_train_batch_size=1", "training.gradient_accumulation_steps=1"]
-    words = [word for value in short for word in ("--set", value)]
-    run(python, "-m", "lsr_scale.launch", "--config", "chat.yaml", *words, cwd=tmp_path, **QUICK_START)
+    # a tiny model: the built-in one's weights are in no wheel
+    model = save_llama(tmp_path / "model", chat=True, max_position_embeddings=4096)
+    said = run(python, "-c", USE, model, cwd=tmp_path, OMP_NUM_THREADS="1", **QUICK_START)
+    assert said.startswith("LsrConfig\n")
+    assert "written: chat.yaml" in said
     assert (tmp_path / "runs" / "chat" / "adapter" / "adapter_model.safetensors").is_file()
-    words = ["generate", "runs/chat", "--prompt", "How do I resume a run?", "--max-new-tokens", "2"]
-    assert run(command, *words, cwd=tmp_path, **QUICK_START).strip()
+    assert said.partition("answer: ")[2].strip()

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,8 @@ from lsr_scale.run.folder import RunFolder
 from lsr_scale.run.lock import locked
 from lsr_scale.run.train import train
 from lsr_scale.training.callbacks.signals import Terminated
-from tests.helpers.launch import PATHS, QUICK_START, ROOT
+from tests.helpers.launch import PATHS, QUICK_START
+from tests.helpers.ranks import COMMAND, Rank
 from tests.helpers.tiny_runs import completions, do, factors, metrics, same, save_llama, tiny_run, write_rows
 from tests.training.test_resume import arrange_stop
 
@@ -151,28 +153,30 @@ def test_factors_that_are_not_finite_at_an_epochs_end_are_said_and_not_saved(pla
 def test_ctrl_c_on_a_run_whose_reader_is_gone_saves_and_says_so_by_its_status(place, tmp_path):
     run = run_in(place, tmp_path / "run", eval_strategy="no", num_train_epochs=500, save_steps=5000)
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(run.model_dump(exclude={"deepspeed"})))
-    command = [sys.executable, str(ROOT / "launch" / "train.py"), "--config", str(tmp_path / "run.yaml")]
-    environment = {**os.environ, **QUICK_START, "PYTHONPATH": PATHS, "OMP_NUM_THREADS": "1"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(command, env=environment, text=True, **pipes) as process:
-        try:
-            for line in process.stdout:
-                if line.startswith("step 3/"):
-                    break
-            process.stdout.close()
-            process.stderr.close()
-            process.send_signal(signal.SIGINT)
-            process.wait()
-        finally:
-            process.kill()
-    assert process.returncode == 130
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    # read and written: opening waits for nobody, and there is a reader until this one is closed
+    reader = os.open(pipe, os.O_RDWR)
+    rank = Rank([COMMAND, "--config", tmp_path / "run.yaml"], {"OMP_NUM_THREADS": 1}, stdout=pipe, stderr=pipe)
+    try:
+        said = b""
+        while b"\nstep 3/" not in said:
+            assert reader in wait([reader, rank.process.sentinel]), said
+            said += os.read(reader, 4096)
+        os.close(reader)
+        rank.send_signal(signal.SIGINT)
+        rank.wait()
+    finally:
+        rank.kill()
+    assert rank.returncode == 130
     assert len(RunFolder(tmp_path / "run").checkpoints()) == 1
 
 
 def test_a_lock_goes_with_its_process_and_not_with_the_loaders_workers(tmp_path):
     script = (
-        "import os, sys; from pathlib import Path; from lsr_scale.run.lock import locked\n"
-        "with locked(Path(sys.argv[1])):\n"
+        "import os, sys; from pathlib import Path; folder = Path(sys.argv[1]); sys.argv[0] = 'lsr-scale'\n"
+        "from lsr_scale.run.lock import locked\n"  # without torch, as the command
+        "with locked(folder):\n"
         "    if os.fork() == 0:\n"
         "        print('a worker', flush=True)\n"
         "        input()\n"

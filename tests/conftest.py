@@ -1,6 +1,7 @@
-"""Shared fixtures: tiny random models of several architectures, and adapters whose update is not zero."""
+"""What holds for all tests. It imports no library, for which the process that only hands tests out would wait."""
 
 import gc
+import importlib
 import io
 import logging
 import os
@@ -8,28 +9,12 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
-import torch
-
-if not torch.cuda.is_available():
-    # kernels run in Triton's interpreter; read when one is decorated, so before anything imports triton
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-
-import bitsandbytes as bnb
 import pytest
-from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
-# Tiny tensors: threads would only wait for each other, above all when test processes run side by side.
-torch.set_num_threads(1)
-
-two_processes = pytest.mark.skipif(
-    torch.cuda.device_count() == 1 and os.environ.get("LSR_SCALE_BACKEND") != "gloo",
-    reason="two processes need two GPUs or none, or LSR_SCALE_BACKEND=gloo",
-)
+if TYPE_CHECKING:
+    import torch
 
 # The files that take longest, the longest first. Test processes take files in this order, then those that start whole
 # processes, then the others, so that none ends alone with a long one.
@@ -46,84 +31,17 @@ LONGEST = [
     "test_api.py",
 ]
 
-SEVEN_LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-
-
-# grouped-query attention, dimensions that are no powers of two
-TINY_SIZES = dict(
-    hidden_size=48,
-    intermediate_size=80,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    vocab_size=96,
-    max_position_embeddings=128,
-    tie_word_embeddings=False,
-    pad_token_id=0,
-    attn_implementation="sdpa",
-)
-
-
-def tiny_llama(dtype: torch.dtype = torch.float32, **changes) -> LlamaForCausalLM:
-    """Return a random two-layer LLaMA of `TINY_SIZES`."""
-    torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**{**TINY_SIZES, **changes})).to(dtype)
-
-
-def quantize(model: nn.Module, kind: str, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
-    """Replace every linear layer of the decoder by a bitsandbytes one of that kind: nf4, nf4-single, fp4 or int8."""
-    model = model.to(dtype)
-    for name, module in list(model.named_modules()):
-        if type(module) is not nn.Linear or name == "lm_head":
-            continue
-        bias = module.bias is not None
-        if kind == "int8":
-            new = bnb.nn.Linear8bitLt(module.in_features, module.out_features, bias=bias, has_fp16_weights=False)
-            # from the CPU: it is the way to its device that quantizes
-            new.weight = bnb.nn.Int8Params(module.weight.data.cpu(), has_fp16_weights=False, requires_grad=False)
-        else:
-            new = bnb.nn.Linear4bit(
-                module.in_features,
-                module.out_features,
-                bias=bias,
-                compute_dtype=dtype,
-                compress_statistics=kind != "nf4-single",
-                quant_type=kind.split("-")[0],
-            )
-            new.weight = bnb.nn.Params4bit(
-                module.weight.data,
-                requires_grad=False,
-                compress_statistics=kind != "nf4-single",
-                quant_type=kind.split("-")[0],
-                module=new,
-            )
-        if bias:
-            new.bias = nn.Parameter(module.bias.data, requires_grad=False)
-        parent = model.get_submodule(name.rpartition(".")[0])
-        setattr(parent, name.rpartition(".")[2], new.to(module.weight.device))
-    return model
-
-
-def randomize(model: nn.Module, seed: int = 1, scale: float = 0.3) -> nn.Module:
-    """Give every trainable parameter new values, so that no adapter is at its zero start."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-                parameter.copy_((noise * scale).to(parameter.dtype))
-    return model
-
-
 # what a shell may hold: a cluster's job, a terminal's width and colours, how much the libraries say
 OF_THE_SHELL = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
 OF_THE_SHELL += ("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR", "TRANSFORMERS_VERBOSITY", "DATASETS_VERBOSITY")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Start from what no test asked for."""
+    """Start from what no test asked for; import what processes that test need first."""
     for name in OF_THE_SHELL:
         os.environ.pop(name, None)
+    if not getattr(config.option, "numprocesses", None):  # of xdist's processes only the first has it
+        importlib.import_module("tests.helpers.tiny_models")
 
 
 def pytest_make_parametrize_id(config: pytest.Config, val: object, argname: str) -> str | None:
@@ -231,12 +149,16 @@ def rendered(monkeypatch, _pictures_that_nobody_looks_at) -> None:
 @pytest.fixture
 def device() -> str:
     """Return where kernels are tested: the GPU, or the CPU through Triton's interpreter."""
+    import torch
+
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.fixture
-def ids() -> torch.Tensor:
+def ids() -> "torch.Tensor":
     """Return a batch of token ids for `tiny_llama`."""
+    import torch
+
     return torch.randint(1, 96, (2, 11), generator=torch.Generator().manual_seed(5))
 
 

@@ -15,7 +15,7 @@ from lsr_scale import AdapterBank, UserError
 from lsr_scale.adapters import peft_config
 from lsr_scale.adapters.methods import lsr
 from lsr_scale.kernels.kron_sum import kron_sum_triton
-from tests.conftest import SEVEN_LINEARS, quantize, randomize, tiny_llama
+from tests.helpers.tiny_models import SEVEN_LINEARS, quantize, randomize, tiny_llama
 
 OPTIONS = {"lsr": {"rank": 4, "separation_rank": 2}, "kron_lora": {"rank": 2}}
 NAMES = ["anna", "ben", "cleo"]

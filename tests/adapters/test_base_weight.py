@@ -25,7 +25,7 @@ from lsr_scale.layers.frozen_linear import dequantize, dequantize_all, freeze_qu
 from lsr_scale.model.shard import Sharding
 from lsr_scale.model.share import share_base
 from lsr_scale.planning import plan
-from tests.conftest import quantize, randomize, tiny_llama
+from tests.helpers.tiny_models import quantize, randomize, tiny_llama
 from tests.helpers.tiny_runs import do, save_llama, tiny_run
 
 NLORA = {"rank": 4, "init": "nystrom", "alpha": 40.0}

@@ -9,7 +9,7 @@ from peft import LoKrConfig, get_peft_model
 from lsr_scale import UserError
 from lsr_scale.adapters import METHODS, options, peft_config
 from lsr_scale.config.run import run_from_dict
-from tests.conftest import SEVEN_LINEARS, randomize, tiny_llama
+from tests.helpers.tiny_models import SEVEN_LINEARS, randomize, tiny_llama
 
 SMOLLM2 = [(576, 576), (576, 192), (576, 192), (576, 576), (576, 1536), (576, 1536), (1536, 576)]
 

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from lsr_scale import KronLoraConfig, LsrConfig, UserError
 from lsr_scale.adapters import METHODS, peft_config
 from lsr_scale.adapters.peft import AdapterLinear, tuner
-from tests.conftest import SEVEN_LINEARS, quantize, randomize, tiny_llama
+from tests.helpers.tiny_models import SEVEN_LINEARS, quantize, randomize, tiny_llama
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*more than its dense form.*")
 METHOD_NAMES = sorted(METHODS)

@@ -10,7 +10,7 @@ from lsr_scale import LsrConfig
 from lsr_scale.adapters.identity import base_description, check_base
 from lsr_scale.errors import UserError
 from lsr_scale.model import load_base
-from tests.conftest import SEVEN_LINEARS, tiny_llama
+from tests.helpers.tiny_models import SEVEN_LINEARS, tiny_llama
 
 CPU = torch.device("cpu")
 

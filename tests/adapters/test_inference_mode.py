@@ -7,7 +7,7 @@ from peft import PeftModel, get_peft_model
 import lsr_scale
 from lsr_scale.adapters import peft_config
 from lsr_scale.layers.frozen_linear import freeze_quantized
-from tests.conftest import SEVEN_LINEARS, quantize, randomize, tiny_llama
+from tests.helpers.tiny_models import SEVEN_LINEARS, quantize, randomize, tiny_llama
 
 
 def base(kind):

@@ -14,7 +14,7 @@ from transformers import (
 
 from lsr_scale import KronLoraConfig, UserError
 from lsr_scale.adapters.methods.kron_lora import KronLora
-from tests.conftest import SEVEN_LINEARS, randomize, tiny_llama
+from tests.helpers.tiny_models import SEVEN_LINEARS, randomize, tiny_llama
 
 SMOLLM2 = LlamaConfig(
     hidden_size=576,

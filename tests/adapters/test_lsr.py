@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 
 from lsr_scale import LsrConfig, UserError
 from lsr_scale.adapters.methods.lsr import Lsr
-from tests.conftest import SEVEN_LINEARS, tiny_llama
+from tests.helpers.tiny_models import SEVEN_LINEARS, tiny_llama
 
 
 def shapes(in_features, out_features, **options):

@@ -7,7 +7,7 @@ from peft import PeftModel, get_peft_model
 
 from lsr_scale.adapters import METHODS, peft_config
 from lsr_scale.adapters.peft import AdapterLinear
-from tests.conftest import SEVEN_LINEARS
+from tests.helpers.tiny_models import SEVEN_LINEARS
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 SIZES = dict(hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4)

@@ -14,7 +14,7 @@ from lsr_scale import AdapterBank, UserError, hotswap_adapter
 from lsr_scale.adapters import METHODS, peft_config
 from lsr_scale.adapters.peft import AdapterLinear
 from lsr_scale.adapters.peft.per_sample import ModelAdapters
-from tests.conftest import randomize, tiny_llama
+from tests.helpers.tiny_models import randomize, tiny_llama
 
 LOW_RANK = [name for name, method in sorted(METHODS.items()) if method.is_low_rank()]
 OPTIONS = {

@@ -15,7 +15,7 @@ from lsr_scale.adapters.save_and_load import load_adapter, resolve_start_from
 from lsr_scale.exporting import open_adapter
 from lsr_scale.exporting.inspect import inspect_adapter
 from tests.adapters.test_bank import adapted
-from tests.conftest import tiny_llama
+from tests.helpers.tiny_models import tiny_llama
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 

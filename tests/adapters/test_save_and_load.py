@@ -17,7 +17,7 @@ from lsr_scale import UserError
 from lsr_scale.adapters import METHODS, PEFT_METHODS, peft_config
 from lsr_scale.adapters.save_and_load import load_adapter, load_in_place, save_adapter, write_adapter
 from lsr_scale.layers.frozen_linear import freeze_quantized
-from tests.conftest import SEVEN_LINEARS, quantize, randomize, tiny_llama
+from tests.helpers.tiny_models import SEVEN_LINEARS, quantize, randomize, tiny_llama
 
 OPTIONS = {
     "lsr": {"rank": 4, "separation_rank": 3},

@@ -12,7 +12,7 @@ from lsr_scale.config import run_from_dict
 from lsr_scale.exporting import export
 from lsr_scale.layers.frozen_linear import freeze_quantized
 from lsr_scale.planning import plan
-from tests.conftest import SEVEN_LINEARS, quantize, randomize, tiny_llama
+from tests.helpers.tiny_models import SEVEN_LINEARS, quantize, randomize, tiny_llama
 from tests.helpers.tiny_runs import do, save_llama, tiny_run
 
 CLASSES = {"vera": VeraConfig, "tinylora": TinyLoraConfig}

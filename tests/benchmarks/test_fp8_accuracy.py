@@ -8,7 +8,7 @@ import torch
 from benchmarks.quality import fp8_accuracy as accuracy
 from benchmarks.quality import trials
 from lsr_scale.fused import fuse
-from tests.conftest import tiny_llama
+from tests.helpers.tiny_models import tiny_llama
 from tests.helpers.tiny_runs import save_llama
 
 

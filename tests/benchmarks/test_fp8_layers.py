@@ -8,7 +8,7 @@ import torch
 
 from benchmarks.quality import fp8_layers as layers
 from benchmarks.quality.fp8_recipes import RECIPES, Recipe, blocks, exactly, rows, rows_amax, rows_e5m2, tensor
-from tests.conftest import tiny_llama
+from tests.helpers.tiny_models import tiny_llama
 from tests.helpers.tiny_runs import save_llama
 
 

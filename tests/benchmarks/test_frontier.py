@@ -26,8 +26,8 @@ from lsr_scale.adapters.peft import METHODS
 from lsr_scale.adapters.save_and_load import write_adapter
 from lsr_scale.scoring.scorer import NonFiniteScoresError
 from lsr_scale.sweeping.results import TrialResult
-from tests.conftest import SEVEN_LINEARS, randomize
 from tests.helpers.frontier_trials import made_up, write
+from tests.helpers.tiny_models import SEVEN_LINEARS, randomize
 from tests.helpers.tiny_runs import save_llama
 
 SHAPES = {

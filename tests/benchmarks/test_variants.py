@@ -10,7 +10,7 @@ from benchmarks.quality import variants
 from benchmarks.quality.parametrization import PairedLinear
 from benchmarks.quality.variants import VARIANTS, Variant, kron_fit, lora, lsr, weight_gradients
 from lsr_scale.adapters.methods.kron_lora import KronLora
-from tests.conftest import tiny_llama
+from tests.helpers.tiny_models import tiny_llama
 
 
 def model():

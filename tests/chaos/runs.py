@@ -16,7 +16,7 @@ from lsr_scale.adapters import peft_config
 from lsr_scale.adapters.bank import AdapterBank
 from tests.chaos.place import NASTY, Planted, change_json, damage, odd_file, pick, shape, try_set
 from tests.chaos.runner import Case
-from tests.conftest import tiny_llama
+from tests.helpers.tiny_models import tiny_llama
 
 RESUME = ["train", "stopped.yaml", "--resume", "auto"]
 IN_RUN = ("stopped", "stopped.old", "stopped.lock")

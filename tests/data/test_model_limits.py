@@ -29,8 +29,8 @@ from lsr_scale.run.generate import complete
 from lsr_scale.run.train import train
 from lsr_scale.scoring import scorer
 from lsr_scale.training import assembly
-from tests.conftest import tiny_llama
 from tests.helpers.programs import run_program
+from tests.helpers.tiny_models import tiny_llama
 from tests.helpers.tiny_runs import (
     byte_tokenizer,
     completions,

@@ -27,9 +27,9 @@ from lsr_scale.exporting.verify import compare, in_float32
 from lsr_scale.layers.frozen_linear import dequantize, freeze_quantized
 from lsr_scale.model import builtin, load_base, resolve
 from tests.adapters.test_save_and_load import StandInTrainer
-from tests.conftest import SEVEN_LINEARS, randomize
 from tests.fuzz_adapters import fuzz
 from tests.helpers.smollm2 import smollm2_tokenizer
+from tests.helpers.tiny_models import SEVEN_LINEARS, randomize
 from tests.helpers.tiny_runs import do, save_llama, tiny_run
 
 OPTIONS = {

@@ -21,8 +21,8 @@ from lsr_scale.cli import main
 from lsr_scale.exporting import export
 from lsr_scale.exporting.gguf_file import ARCHITECTURES, names_of
 from lsr_scale.model import load_base, load_config
-from tests.conftest import TINY_SIZES, randomize
 from tests.exporting.test_folder import IDS, adapted, base_folder, logits, saved, silent  # noqa: F401
+from tests.helpers.tiny_models import TINY_SIZES, randomize
 from tests.helpers.tiny_runs import save_llama
 
 

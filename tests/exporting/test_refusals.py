@@ -18,8 +18,8 @@ from lsr_scale.exporting.inspect import inspect_adapter
 from lsr_scale.generation.sampling import Sampling
 from lsr_scale.model import load_base
 from lsr_scale.run.generate import complete
-from tests.conftest import tiny_llama
 from tests.exporting.test_folder import IDS, adapted, base_folder, saved, silent  # noqa: F401
+from tests.helpers.tiny_models import tiny_llama
 from tests.helpers.tiny_runs import save_classifier
 
 

@@ -14,7 +14,7 @@ from lsr_scale.adapters.inject import check_linear
 from lsr_scale.cli import main
 from lsr_scale.exporting import export, merge, open_adapter
 from lsr_scale.exporting.inspect import inspect_adapter
-from tests.conftest import SEVEN_LINEARS, randomize, tiny_llama
+from tests.helpers.tiny_models import SEVEN_LINEARS, randomize, tiny_llama
 from tests.helpers.tiny_runs import do, save_llama, tiny_run
 
 LEAVES_OUT_PAGES = True

@@ -12,7 +12,7 @@ from lsr_scale.fused.attention_mask import needs_mask
 from lsr_scale.kernels.attention import Sequences, attention_reference, disable_cudnn_in_sdpa
 from lsr_scale.model import load_base
 from lsr_scale.training.steps.head_loss import HeadCollator
-from tests.conftest import SEVEN_LINEARS, TINY_SIZES, randomize, tiny_llama
+from tests.helpers.tiny_models import SEVEN_LINEARS, TINY_SIZES, randomize, tiny_llama
 
 OPTIONS = {"target_modules": SEVEN_LINEARS, "rank": 4, "separation_rank": 2}
 TOLERANCE = 2e-5  # transformers' norms compute in float32

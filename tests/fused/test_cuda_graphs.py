@@ -19,9 +19,9 @@ from lsr_scale.training import assembly
 from lsr_scale.training.steps.finite_check import SkippingOptimizer
 from lsr_scale.training.steps.graphs import GraphSteps, host_bound
 from lsr_scale.training.steps.head_loss import HeadLoss
-from tests.conftest import SEVEN_LINEARS, randomize, tiny_llama
 from tests.helpers import recorded_graphs
 from tests.helpers.recorded_graphs import RecordedGraph
+from tests.helpers.tiny_models import SEVEN_LINEARS, randomize, tiny_llama
 from tests.helpers.tiny_runs import completions, do, factors, metrics, questions, same, save_llama, tiny_run, write_rows
 
 LEAVES_OUT_PAGES = True

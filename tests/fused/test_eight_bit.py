@@ -29,8 +29,8 @@ from lsr_scale.fused.linear_groups import base_layer
 from lsr_scale.kernels.fp8 import encode_reference, power_of_two_scale
 from lsr_scale.kernels.hadamard import encode_int8_reference, int8_scale, rotate_reference
 from lsr_scale.layers.frozen_linear import dequantize
-from tests.conftest import SEVEN_LINEARS, TINY_SIZES, quantize, randomize, tiny_llama
 from tests.helpers import recorded_graphs
+from tests.helpers.tiny_models import SEVEN_LINEARS, TINY_SIZES, quantize, randomize, tiny_llama
 
 METHODS = {
     "lsr": {"rank": 4, "separation_rank": 2},

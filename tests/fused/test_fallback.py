@@ -7,7 +7,7 @@ from transformers import GemmaConfig, GemmaForCausalLM, GPT2Config, GPT2LMHeadMo
 
 import lsr_scale
 from lsr_scale.adapters import peft_config
-from tests.conftest import SEVEN_LINEARS, randomize, tiny_llama
+from tests.helpers.tiny_models import SEVEN_LINEARS, randomize, tiny_llama
 from tests.helpers.tiny_runs import byte_tokenizer, do, factors, metrics, tiny_run
 
 SIZES = dict(hidden_size=48, intermediate_size=80, num_hidden_layers=1, num_attention_heads=4, vocab_size=96)

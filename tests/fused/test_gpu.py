@@ -12,7 +12,7 @@ from lsr_scale.fused.linear_groups import base_layer
 from lsr_scale.kernels.attention import choose_backend, disable_cudnn_in_sdpa
 from lsr_scale.kernels.dequantize import Extension
 from lsr_scale.layers.frozen_linear import dequantize, dequantize_into
-from tests.conftest import SEVEN_LINEARS, quantize, randomize
+from tests.helpers.tiny_models import SEVEN_LINEARS, quantize, randomize
 
 pytestmark = [
     pytest.mark.gpu,

@@ -10,10 +10,10 @@ from lsr_scale.fused.cuda_graphs import static_batch, static_losses
 from lsr_scale.fused.joint_graphs import JointGraphs, join_static
 from lsr_scale.layers.frozen_linear import dequantize, freeze_quantized
 from lsr_scale.model.share import share_base
-from tests.conftest import SEVEN_LINEARS, quantize, randomize
 from tests.fused.test_cuda_graphs import packed
 from tests.fused.test_gpu import FAMILIES, OPTIONS, SIZES
 from tests.fused.test_joint_layers import joint_of
+from tests.helpers.tiny_models import SEVEN_LINEARS, quantize, randomize
 
 pytestmark = [
     pytest.mark.gpu,

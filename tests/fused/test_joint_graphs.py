@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 import lsr_scale
 from lsr_scale.fused.cuda_graphs import static_batch, static_loss, static_losses
 from lsr_scale.fused.joint_graphs import JointGraphs, join_static
-from tests.conftest import randomize, tiny_llama
 from tests.fused.test_cuda_graphs import packed
 from tests.fused.test_joint_layers import TRIALS, joint_of, member
 from tests.helpers import recorded_graphs
 from tests.helpers.hypothesis_settings import bounded
 from tests.helpers.recorded_graphs import RecordedGraph
+from tests.helpers.tiny_models import randomize, tiny_llama
 
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=6)
 # of each trial

@@ -23,7 +23,7 @@ from lsr_scale.fused.joint_group import JointGroup
 from lsr_scale.fused.linear_groups import CachedMatrix, LinearGroup
 from lsr_scale.layers.frozen_linear import freeze_quantized
 from lsr_scale.model.share import share_base
-from tests.conftest import SEVEN_LINEARS, TINY_SIZES, quantize, randomize, tiny_llama
+from tests.helpers.tiny_models import SEVEN_LINEARS, TINY_SIZES, quantize, randomize, tiny_llama
 
 LSR = {"method": "lsr", "rank": 4, "separation_rank": 2}
 # methods, ranks, scalings and targets differ; the fourth trains like the first

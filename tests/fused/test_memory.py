@@ -12,8 +12,8 @@ from lsr_scale.fused import FuseReport, clear_weight_cache
 from lsr_scale.fused.decoder_layer import DecoderLayerFunction
 from lsr_scale.fused.memory import _cost
 from lsr_scale.training.callbacks.memory import FitMemoryCallback
-from tests.conftest import quantize, tiny_llama
 from tests.fused.test_patching import SAME, adapted, assert_same, results
+from tests.helpers.tiny_models import quantize, tiny_llama
 
 
 def layers_of(model: Any) -> Any:

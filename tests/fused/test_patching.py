@@ -30,7 +30,7 @@ from lsr_scale.fused.fallback import layer_fallback_reason
 from lsr_scale.fused.linear_groups import LinearGroup
 from lsr_scale.fused.subclass import original_classes
 from lsr_scale.layers.frozen_linear import freeze_quantized
-from tests.conftest import SEVEN_LINEARS, TINY_SIZES, quantize, randomize, tiny_llama
+from tests.helpers.tiny_models import SEVEN_LINEARS, TINY_SIZES, quantize, randomize, tiny_llama
 
 RANKS = {
     "lsr": {"rank": 4, "separation_rank": 2},

@@ -18,10 +18,10 @@ from lsr_scale import Decoder
 from lsr_scale.adapters.pairs import active_adapters
 from lsr_scale.generation.active_pairs import PairedLora, active_pairs
 from lsr_scale.layers.frozen_linear import freeze_quantized
-from tests.conftest import SEVEN_LINEARS, quantize, randomize, tiny_llama
 from tests.generation.test_decoder import SIZES, prompts, reference
 from tests.helpers import recorded_graphs
 from tests.helpers.recorded_graphs import RecordedGraph
+from tests.helpers.tiny_models import SEVEN_LINEARS, quantize, randomize, tiny_llama
 
 
 def with_lora(base: Any, seed: int = 1, **options: Any) -> Any:

@@ -37,9 +37,9 @@ from lsr_scale.kernels import rms_norm, rotary
 from lsr_scale.kernels.decode_attention import decode_attention
 from lsr_scale.kernels.row_pairs import add_row_pairs_triton
 from lsr_scale.layers.frozen_linear import freeze_quantized
-from tests.conftest import SEVEN_LINEARS, TINY_SIZES, quantize, randomize, tiny_llama
 from tests.helpers import interpreter, recorded_graphs
 from tests.helpers.recorded_graphs import RecordedGraph
+from tests.helpers.tiny_models import SEVEN_LINEARS, TINY_SIZES, quantize, randomize, tiny_llama
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "lsr": {"rank": 4, "separation_rank": 2},

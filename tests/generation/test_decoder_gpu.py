@@ -8,8 +8,8 @@ import torch
 
 from lsr_scale import AdapterBank, Decoder
 from lsr_scale.generation import attention, fused_step
-from tests.conftest import quantize, randomize, tiny_llama
 from tests.generation.test_decoder import NAMES, adapted, prompts
+from tests.helpers.tiny_models import quantize, randomize, tiny_llama
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")]
 BIG: dict[str, Any] = dict(

@@ -55,8 +55,15 @@ def run_program(code: str, cwd: Path, *arguments: object) -> Ended:
         return Ended(process.exitcode, *(file.read_text() for file in files))
 
 
+def one_thread() -> None:
+    """Have tiny tensors computed by one thread: in a forked process OMP_NUM_THREADS would come too late."""
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(1)
+
+
 def _run(code: str, cwd: str, out: str, err: str, *arguments: str) -> None:
     assert not [name for name in sys.modules if name.partition(".")[0] == "lsr_scale"]
+    one_thread()
     os.chdir(cwd)
     sys.argv = ["-c", *arguments]
     for stream, file in ((1, out), (2, err)):

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from tests.helpers.ports import held_port
-from tests.helpers.programs import with_libraries
+from tests.helpers.programs import one_thread, with_libraries
 
 COMMAND = "lsr_scale.launch"
 _POPEN = subprocess.Popen
@@ -188,6 +188,7 @@ def _do(words: list[str], environment: dict[str, str], out: str, err: str, leads
         os.setsid()
     os.environ.clear()
     os.environ.update(environment)
+    one_thread()
     for stream, file in ((1, out), (2, err)):
         os.dup2(os.open(file, os.O_WRONLY | os.O_APPEND), stream)
     sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)

@@ -23,7 +23,7 @@ from transformers import (
 from lsr_scale.config import RunConfig, run_from_dict
 from lsr_scale.run.folder import RunFolder
 from lsr_scale.run.train import train
-from tests.conftest import SEVEN_LINEARS, tiny_llama
+from tests.helpers.tiny_models import SEVEN_LINEARS, tiny_llama
 
 TOOLS = [
     *("a knife cuts bread", "a broom sweeps floors", "a needle sews cloth", "a hammer drives nails", "a saw cuts wood"),

@@ -7,7 +7,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 from lsr_scale.layers.fp32_modules import cast_modules_to_save
 from lsr_scale.planning.sizes import adapter_file_bytes
-from tests.conftest import tiny_llama
+from tests.helpers.tiny_models import tiny_llama
 
 IDS = torch.arange(5, 17)[None]
 

@@ -20,7 +20,7 @@ from lsr_scale.layers.frozen_linear import (
     largest_magnitude,
     rotated_row_scales,
 )
-from tests.conftest import quantize, tiny_llama
+from tests.helpers.tiny_models import quantize, tiny_llama
 
 
 def make(kind, in_features=64, out_features=48, bias=True):

@@ -14,8 +14,8 @@ from transformers import BitsAndBytesConfig
 from lsr_scale.errors import UserError
 from lsr_scale.model import load_base, load_config, load_tokenizer, meta_model
 from lsr_scale.model.folder_checks import read_json
-from tests.conftest import tiny_llama
 from tests.helpers.programs import run_program
+from tests.helpers.tiny_models import tiny_llama
 
 CPU = torch.device("cpu")
 

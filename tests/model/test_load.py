@@ -11,7 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from lsr_scale.errors import UserError
 from lsr_scale.layers.frozen_linear import FrozenLinear4bit, FrozenLinear8bit
 from lsr_scale.model import known_configs, load_base, load_config, meta_model, model_class, resolve
-from tests.conftest import tiny_llama
+from tests.helpers.tiny_models import tiny_llama
 
 SMOLLM2 = "builtin:smollm2-135m-instruct"
 CPU = torch.device("cpu")

@@ -18,7 +18,7 @@ from lsr_scale.model.gather import gather_on_use, replicate, reshard
 from lsr_scale.model.shard import Sharding, full_numel, full_shape, is_sharded
 from lsr_scale.training import assembly
 from tests.adapters.test_models import ARCHITECTURES, OPTIONS, build, inputs
-from tests.conftest import quantize, randomize, tiny_llama
+from tests.helpers.tiny_models import quantize, randomize, tiny_llama
 from tests.helpers.tiny_runs import tiny_run
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -8,7 +8,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from lsr_scale.adapters.inject import inject
 from lsr_scale.layers.frozen_linear import FrozenLinear4bit, FrozenLinear8bit, freeze_quantized
 from lsr_scale.model.share import share_base
-from tests.conftest import SEVEN_LINEARS, quantize, randomize, tiny_llama
+from tests.helpers.tiny_models import SEVEN_LINEARS, quantize, randomize, tiny_llama
 
 KINDS = ["none", "nf4", "nf4-single", "int8"]
 

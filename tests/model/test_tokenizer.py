@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 from lsr_scale.errors import UserError
 from lsr_scale.model import load_tokenizer
-from tests.conftest import tiny_llama
+from tests.helpers.tiny_models import tiny_llama
 
 
 def _tokenizer(folder, tokens, **special):

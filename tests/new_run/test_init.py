@@ -12,7 +12,7 @@ from lsr_scale import cli, config
 from lsr_scale.data.split import split_by_hash
 from lsr_scale.new_run.model_facts import look_at_model
 from lsr_scale.run.folder import RunFolder
-from tests.conftest import SEVEN_LINEARS
+from tests.helpers.tiny_models import SEVEN_LINEARS
 from tests.helpers.tiny_runs import (
     TOOLS,
     completions,

@@ -12,7 +12,7 @@ from lsr_scale.generation.decoder import Decoder
 from lsr_scale.planning import fit, plan
 from lsr_scale.planning.completions import generation_memory
 from lsr_scale.planning.stages import CUDA_GIB
-from tests.conftest import tiny_llama
+from tests.helpers.tiny_models import tiny_llama
 from tests.training.test_grpo import grpo_run
 
 

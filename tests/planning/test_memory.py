@@ -9,7 +9,7 @@ from transformers import LlamaConfig, RobertaConfig
 from lsr_scale import adapters
 from lsr_scale.model import load_base, meta_model
 from lsr_scale.planning import memory
-from tests.conftest import SEVEN_LINEARS
+from tests.helpers.tiny_models import SEVEN_LINEARS
 
 LLAMA = LlamaConfig(
     hidden_size=64,

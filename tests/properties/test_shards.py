@@ -10,8 +10,8 @@ from torch import nn
 
 from lsr_scale.layers.frozen_linear import dequantize, freeze_quantized
 from lsr_scale.model.shard import Sharding, full_numel, full_shape
-from tests.conftest import quantize
 from tests.helpers.hypothesis_settings import bounded
+from tests.helpers.tiny_models import quantize
 
 KINDS = ["nf4", "nf4-single", "fp4", "int8", "bfloat16", "float32"]
 

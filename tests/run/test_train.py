@@ -25,7 +25,7 @@ from lsr_scale.run.train import train
 from lsr_scale.training import assembly
 from lsr_scale.training.assembly import adapt, build_trainer
 from lsr_scale.training.callbacks.memory import FitMemoryCallback
-from tests.conftest import SEVEN_LINEARS
+from tests.helpers.tiny_models import SEVEN_LINEARS
 from tests.helpers.tiny_runs import (
     CHAT_TEMPLATE,
     TOOLS,

@@ -16,9 +16,9 @@ from lsr_scale.errors import UserError
 from lsr_scale.scoring import scorer
 from lsr_scale.scoring.accuracy import Prediction, TaskScore, mcnemar
 from lsr_scale.scoring.scorer import encode_examples, encode_pairs, score, score_encoded
-from tests.conftest import tiny_llama
 from tests.data.test_tasks import HUB_ROWS
 from tests.helpers.smollm2 import beginning_marked, smollm2_tokenizer
+from tests.helpers.tiny_models import tiny_llama
 
 SHIPPED = {
     "piqa": "piqa/piqa.yaml",

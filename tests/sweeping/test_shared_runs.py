@@ -19,7 +19,7 @@ from lsr_scale.sweeping.places import Places
 from lsr_scale.training.callbacks.signals import Signals, Terminated
 from lsr_scale.training.shared import Shared
 from lsr_scale.training.steps.joint import JointStep
-from tests.conftest import SEVEN_LINEARS
+from tests.helpers.tiny_models import SEVEN_LINEARS
 from tests.helpers.tiny_runs import completions, do, factors, metrics, results, same, save_llama, tiny_run, write_rows
 
 LEAVES_OUT_PAGES = True

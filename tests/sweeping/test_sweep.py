@@ -26,8 +26,8 @@ from lsr_scale.sweeping.sweep import run_sweep
 from lsr_scale.training import compute
 from lsr_scale.training.callbacks.signals import Terminated
 from lsr_scale.training.steps.joint import JointStep
-from tests.conftest import SEVEN_LINEARS
 from tests.helpers.programs import start_program
+from tests.helpers.tiny_models import SEVEN_LINEARS
 from tests.helpers.tiny_runs import completions, do, factors, metrics, questions, results, same, write_rows
 from tests.helpers.tiny_sweeps import sections, sweep_place, tiny_sweep, write_sweep
 from tests.training.test_resume import arrange_stop

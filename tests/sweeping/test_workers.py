@@ -10,10 +10,10 @@ from lsr_scale.sweeping import workers
 from lsr_scale.sweeping.driver import share_of
 from lsr_scale.sweeping.folder import SweepFolder, SweepState, TrialState
 from lsr_scale.sweeping.sweep import run_sweep
-from tests.conftest import two_processes
 from tests.helpers.launch import ROOT, launch
 from tests.helpers.ports import held_port
 from tests.helpers.programs import start_program
+from tests.helpers.tiny_models import two_processes
 from tests.helpers.tiny_runs import factors, same
 from tests.helpers.tiny_sweeps import sweep_place, tiny_sweep, write_sweep
 

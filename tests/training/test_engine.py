@@ -17,9 +17,9 @@ from lsr_scale.errors import UserError
 from lsr_scale.run.folder import RunFolder
 from lsr_scale.training import arguments, assembly
 from lsr_scale.training.steps import deepspeed_api
-from tests.conftest import two_processes
 from tests.helpers.launch import ROOT
 from tests.helpers.ranks import run_ranks
+from tests.helpers.tiny_models import two_processes
 from tests.helpers.tiny_runs import completions, save_llama, tiny_run, write_rows
 from tests.ranks.run_after_run import EXACT, logged
 from tests.ranks.two_ranks_engine import CLIPPED, RUNS

@@ -23,10 +23,10 @@ from lsr_scale.run.folder import RunFolder
 from lsr_scale.run.metrics import read_metrics
 from lsr_scale.training.callbacks import signals, watchdog
 from lsr_scale.training.checkpoint.manifest import damage
-from tests.conftest import two_processes
 from tests.helpers.launch import LAUNCHERS, PATHS, QUICK_START, ROOT, launch
 from tests.helpers.ports import held_port
 from tests.helpers.ranks import COMMAND, Rank, run_ranks
+from tests.helpers.tiny_models import two_processes
 from tests.helpers.tiny_runs import do, factors, metrics, same, save_llama, tiny_run
 from tests.training.test_resume import arrange_stop, config_file
 

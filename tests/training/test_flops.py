@@ -9,7 +9,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaForSequenceClassifica
 from lsr_scale import LsrConfig
 from lsr_scale.training import flops
 from lsr_scale.training.flops import flops_per_token, peak_flops, utilization
-from tests.conftest import quantize, tiny_llama
+from tests.helpers.tiny_models import quantize, tiny_llama
 
 # of tiny_llama: 48 wide, 4 heads of 12, 2 of them for keys, 80 between, 2 layers, 96 tokens
 LAYER = 48 * 48 * 2 + 2 * 48 * 24 + 3 * 48 * 80

@@ -6,7 +6,7 @@ from peft import get_peft_model
 
 from lsr_scale.adapters import METHODS, peft_config
 from lsr_scale.layers.frozen_linear import dequantize, freeze_quantized
-from tests.conftest import SEVEN_LINEARS, quantize, randomize, tiny_llama
+from tests.helpers.tiny_models import SEVEN_LINEARS, quantize, randomize, tiny_llama
 from tests.helpers.tiny_runs import do, factors, metrics, same, save_llama, tiny_run
 
 pytestmark = [

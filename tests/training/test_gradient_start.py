@@ -16,7 +16,7 @@ from lsr_scale.run.folder import RunFolder
 from lsr_scale.training import gradient_start
 from lsr_scale.training.arguments import trainer_arguments
 from lsr_scale.training.assembly import build_trainer
-from tests.conftest import SEVEN_LINEARS
+from tests.helpers.tiny_models import SEVEN_LINEARS
 from tests.helpers.tiny_runs import do, factors, metrics, same, save_llama, tiny_run
 
 LEAVES_OUT_PAGES = True

@@ -18,7 +18,7 @@ from lsr_scale.run.folder import RunFolder
 from lsr_scale.run.train import train
 from lsr_scale.training.assembly import build_trainer
 from lsr_scale.training.run_data import read_data
-from tests.conftest import tiny_llama
+from tests.helpers.tiny_models import tiny_llama
 from tests.helpers.tiny_runs import do, factors, metrics, same, save_llama, tiny_run, write_rows
 
 GRPO: dict[str, Any] = {

@@ -11,7 +11,7 @@ from lsr_scale import Decoder
 from lsr_scale.generation.step import DecodeStep
 from lsr_scale.run.folder import RunFolder
 from lsr_scale.training.assembly import build_trainer
-from tests.conftest import randomize
+from tests.helpers.tiny_models import randomize
 from tests.helpers.tiny_runs import save_llama
 from tests.training.test_grpo import grpo_run
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from tests.conftest import two_processes
 from tests.helpers.ranks import run_ranks
+from tests.helpers.tiny_models import two_processes
 from tests.helpers.tiny_runs import save_llama, tiny_run, write_rows
 from tests.ranks.two_ranks_completions import LOGGED, RUNS
 from tests.training.test_grpo import prompts

@@ -14,7 +14,7 @@ from lsr_scale.errors import UserError
 from lsr_scale.fused.loss import causal_lm_loss
 from lsr_scale.training import assembly
 from lsr_scale.training.steps.head_loss import HeadCollator, HeadLoss, head_loss_fallback_reason
-from tests.conftest import SEVEN_LINEARS, randomize, tiny_llama
+from tests.helpers.tiny_models import SEVEN_LINEARS, randomize, tiny_llama
 from tests.helpers.tiny_runs import completions, do, factors, metrics, save_llama, tiny_run, write_rows
 
 LEAVES_OUT_PAGES = True

@@ -22,9 +22,9 @@ from lsr_scale.model.share import share_base
 from lsr_scale.training.steps.graphs import PackedCollator
 from lsr_scale.training.steps.head_loss import HeadCollator
 from lsr_scale.training.steps.joint import JointStep, Member
-from tests.conftest import SEVEN_LINEARS, quantize, randomize, tiny_llama
 from tests.fused.test_memory import Gpu
 from tests.helpers import recorded_graphs
+from tests.helpers.tiny_models import SEVEN_LINEARS, quantize, randomize, tiny_llama
 
 STEPS = 12
 OWED = STEPS * 2.0**-24  # of float32: every step rounds each factor once, by half a unit in the last place

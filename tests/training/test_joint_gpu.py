@@ -11,7 +11,7 @@ import lsr_scale
 from lsr_scale.training.steps.graphs import PackedCollator
 from lsr_scale.training.steps.head_loss import HeadCollator
 from lsr_scale.training.steps.joint import JointStep, Member
-from tests.conftest import tiny_llama
+from tests.helpers.tiny_models import tiny_llama
 from tests.training.test_joint import OPTIONS, joint_run, trial
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")]

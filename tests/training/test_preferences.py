@@ -20,7 +20,7 @@ from lsr_scale.training.assembly import build_trainer
 from lsr_scale.training.callbacks.memory import max_forward_tokens
 from lsr_scale.training.steps import log_probs
 from lsr_scale.training.steps.sharing import sharing_fallback_reason
-from tests.conftest import SEVEN_LINEARS
+from tests.helpers.tiny_models import SEVEN_LINEARS
 from tests.helpers.tiny_runs import do, factors, metrics, results, same, save_llama, tiny_run, write_rows
 
 METHODS = ("dpo", "kto", "orpo")

@@ -6,7 +6,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from lsr_scale import LsrConfig
 from lsr_scale.training.reference import REFERENCE, set_reference
-from tests.conftest import SEVEN_LINEARS, randomize, tiny_llama
+from tests.helpers.tiny_models import SEVEN_LINEARS, randomize, tiny_llama
 
 IDS = torch.arange(12).view(2, 6)
 

@@ -14,8 +14,8 @@ from lsr_scale.run.load import load_run_model
 from lsr_scale.run.train import train
 from lsr_scale.training.callbacks import samples
 from lsr_scale.training.callbacks.samples import Sample, complete, shown
-from tests.conftest import tiny_llama
 from tests.helpers.run_text import MINIMAL, load, problem
+from tests.helpers.tiny_models import tiny_llama
 from tests.helpers.tiny_runs import TOOLS, completions, do, factors, metrics, same, save_llama, tiny_run, write_rows
 from tests.training.test_resume import Killed, arrange_stop
 

@@ -7,8 +7,8 @@ from safetensors.torch import load_file, save_file
 
 from lsr_scale.model import load_config, meta_model
 from lsr_scale.planning.sizes import frozen_bytes, quantized_layers
-from tests.conftest import two_processes
 from tests.helpers.ranks import run_ranks
+from tests.helpers.tiny_models import two_processes
 from tests.helpers.tiny_runs import completions, save_llama, tiny_run, write_rows
 from tests.ranks.two_ranks_sharding import (
     COMBINATIONS,

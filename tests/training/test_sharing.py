@@ -7,7 +7,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForC
 
 from lsr_scale.config import RunConfig, run_from_dict
 from lsr_scale.training.steps.sharing import base_fallback_reason, sharing_fallback_reason
-from tests.conftest import tiny_llama
+from tests.helpers.tiny_models import tiny_llama
 
 
 def run(**changes: Any) -> RunConfig:

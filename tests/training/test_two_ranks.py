@@ -13,8 +13,8 @@ from lsr_scale.config import dump_yaml, load_run
 from lsr_scale.exporting import open_adapter
 from lsr_scale.run.folder import RunFolder
 from lsr_scale.training.checkpoint import select
-from tests.conftest import two_processes
 from tests.helpers.ranks import COMMAND, run_ranks
+from tests.helpers.tiny_models import two_processes
 from tests.helpers.tiny_runs import (
     completions,
     do,

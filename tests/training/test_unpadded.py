@@ -12,7 +12,7 @@ from lsr_scale.fused.loss import IGNORE_INDEX
 from lsr_scale.training.steps import log_probs, unpadded
 from lsr_scale.training.steps.log_probs import completion_log_probs, use_fused_head
 from lsr_scale.training.steps.unpadded import MULTIPLE, KnownRows, rows_of
-from tests.conftest import SEVEN_LINEARS, TINY_SIZES, randomize, tiny_llama
+from tests.helpers.tiny_models import SEVEN_LINEARS, TINY_SIZES, randomize, tiny_llama
 from tests.kernels.checks import error
 
 LENGTHS = [7, 3, 11, 5]

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from lsr_scale.run.folder import RunFolder
-from tests.conftest import two_processes
 from tests.helpers.ranks import run_ranks
+from tests.helpers.tiny_models import two_processes
 from tests.helpers.tiny_runs import factors, metrics, results, same, save_llama, tiny_run, write_rows
 
 pytestmark = [pytest.mark.slow, two_processes]

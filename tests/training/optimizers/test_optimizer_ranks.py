@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from tests.conftest import two_processes
 from tests.helpers.ranks import run_ranks
+from tests.helpers.tiny_models import two_processes
 from tests.helpers.tiny_runs import save_llama, tiny_run
 from tests.ranks.run_after_run import EXACT
 from tests.ranks.two_ranks_optimizers import RUNS, START, summary

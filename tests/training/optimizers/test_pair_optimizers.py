@@ -14,7 +14,7 @@ from lsr_scale.training.optimizers.kron_side import Side, factor_steps, gram_roo
 from lsr_scale.training.optimizers.lora_pro import LoraPro, nearest_pair
 from lsr_scale.training.optimizers.lora_rite import LoraRite
 from lsr_scale.training.optimizers.state_bytes import pair_state_bytes
-from tests.conftest import randomize
+from tests.helpers.tiny_models import randomize
 
 LEAVES_OUT_PAGES = True
 

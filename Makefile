@@ -19,7 +19,7 @@ OLDEST := transformers==5.17.0 peft==0.21.0 accelerate==1.12.0 datasets==4.7.0 h
 NEWEST := "transformers<5.24" "peft<0.22" "trl<1.17"
 # what touches their insides: the tuner, fused layers, the trainer's batches, checkpoints, tokenizers, short runs, stops
 RANGE_TESTS := tests/config/test_declared.py tests/adapters/test_contract.py tests/fused/test_patching.py \
-               tests/fused/test_fallback.py tests/model \
+               tests/fused/test_fallback.py tests/fused/test_document_mask.py tests/model \
                tests/training/test_head_loss.py tests/run/test_tokenizer.py \
                tests/run/test_stops.py::test_a_stop_saves_what_is_not_the_best_too \
                tests/test_golden_losses.py

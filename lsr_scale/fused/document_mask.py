@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
+from torch.utils._pytree import tree_map_only
 
 from lsr_scale.kernels.attention import Sequences, attention, attention_backward, choose_backend, dense_mask
 
@@ -41,23 +42,23 @@ class DocumentMask(Tensor):
         cls, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Attend, or call a function with the dense mask in place of this one."""
-        kwargs = kwargs or {}
+        named: Any = kwargs or {}
         if func is functional.scaled_dot_product_attention:
-            out = _attended(*args, **kwargs)
+            out = _attended(*args, **named)
             if out is not None:
                 return out
-        if func is Tensor.__getitem__ and isinstance(args[0], cls):
-            return args[0]  # as many keys as there are: all
         with torch._C.DisableTorchFunctionSubclass():
-            if func.__name__ == "__get__":
-                return func(*args, **kwargs)  # its dtype, its device
-            return func(*map(_dense, args), **{name: _dense(value) for name, value in kwargs.items()})
+            if func not in _ALIKE:
+                args, named = tree_map_only(DocumentMask, _dense, (args, named))
+            return func(*args, **named)
 
 
-def _dense(value: Any) -> Any:
-    if not isinstance(value, DocumentMask):
-        return value
-    return dense_mask(value.rows, value.length, value.sequences, value.device)
+# what this mask and the dense one have in common: the latter need not be made to tell it
+_ALIKE: Any = (Tensor.dtype.__get__, Tensor.device.__get__)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _dense(mask: DocumentMask) -> Tensor:
+    return dense_mask(mask.rows, mask.length, mask.sequences, mask.device)
 
 
 def _attended(
@@ -71,14 +72,20 @@ def _attended(
     enable_gqa: bool = False,
 ) -> Tensor | None:
     """Do what `scaled_dot_product_attention` does, `[B, H, S, D]`; None where it has to be done with a dense mask."""
-    if not isinstance(attn_mask, DocumentMask) or dropout_p or query.shape[2] != key.shape[2]:
+    if not isinstance(attn_mask, DocumentMask) or dropout_p or not query.dtype == key.dtype == value.dtype:
         return None
     sequences = attn_mask.sequences.with_scale(float(query.shape[-1]) ** -0.5 if scale is None else scale)
-    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    if q.stride(3) != 1 or choose_backend(q, k, sequences) == "sdpa":
+    q, k, v = (_unit_stride(x.transpose(1, 2)) for x in (query, key, value))
+    is_of_documents = q.shape[:2] == k.shape[:2] == (attn_mask.rows, attn_mask.length)
+    if not is_of_documents or k.shape != v.shape or choose_backend(q, k, sequences) == "sdpa":
         return None
     out: Tensor = _Attention.apply(q, k, v, sequences)  # pyright: ignore
     return out.transpose(1, 2)
+
+
+def _unit_stride(x: Tensor) -> Tensor:
+    """Return a tensor as kernels take it: the elements of a head side by side."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 class _Attention(torch.autograd.Function):
@@ -95,5 +102,5 @@ class _Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         q, k, v, out, *statistics = ctx.saved_tensors
-        grad = grads[0] if grads[0].stride(3) == 1 else grads[0].contiguous()
+        grad = _unit_stride(grads[0])
         return *attention_backward(grad, q, k, v, out, tuple(statistics), ctx.sequences), None

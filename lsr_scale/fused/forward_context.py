@@ -186,15 +186,12 @@ def layer_positions(layer: Any, hidden: Tensor, context: ForwardContext, argumen
     batch, length = hidden.shape[:2]
     if cos.shape[0] not in (1, batch):
         raise ValueError(f"position embeddings are {tuple(cos.shape)}; expected 1 or {batch} in the first dimension")
-    window, scale = _window_of(layer), layer.self_attn.scaling
-    shared = context.shared
-    longest = context.max_seqlen or length
+    longest, scale, shared = context.max_seqlen or length, layer.self_attn.scaling, context.shared
+    window = _window_of(layer, longest if shared is None else shared.max_seqlen)
     documents = 0 if context.cu_seqlens is None else len(context.cu_seqlens) - 1
     if documents * longest == batch * length and shared is None:
         # documents of one length are a batch's sequences, on which attention is faster
         batch, documents = documents, 0
-    if window is not None and window >= (longest if shared is None else shared.max_seqlen):
-        window = None
     if documents:
         bounds = {"cu_seqlens": context.cu_seqlens, "max_seqlen": longest, "shared": shared}
         sequences = Sequences(scale, window=window, **bounds)
@@ -209,17 +206,20 @@ def layer_positions(layer: Any, hidden: Tensor, context: ForwardContext, argumen
 
 def packed_mask(layer: Any, hidden: Tensor, context: ForwardContext) -> Tensor:
     """Return what stands for the mask `[B, 1, S, S]` of packed documents that transformers makes for a layer."""
-    scale, window = layer.self_attn.scaling, _window_of(layer)
-    sequences = Sequences(scale, None, context.cu_seqlens, context.max_seqlen, window, context.shared)
+    shared, scale = context.shared, layer.self_attn.scaling
+    window = _window_of(layer, context.max_seqlen if shared is None else shared.max_seqlen)
+    sequences = Sequences(scale, None, context.cu_seqlens, context.max_seqlen, window, shared)
     if is_fake(hidden):
         return dense_mask(hidden.shape[0], hidden.shape[1], sequences, hidden.device)
     return DocumentMask.of(sequences, hidden)
 
 
-def _window_of(layer: Any) -> int | None:
-    """Return the sliding window of a layer's attention, where it has one."""
+def _window_of(layer: Any, longest: int) -> int | None:
+    """Return the sliding window of a layer's attention, where it has one that is shorter than the longest document."""
     attention = layer.self_attn
+    window = None
     if hasattr(attention, "sliding_window"):
-        return attention.sliding_window
-    # Mistral's attention reads it from the configuration
-    return getattr(attention.config, "sliding_window", None) if "Mistral" in type(attention).__name__ else None
+        window = attention.sliding_window
+    elif "Mistral" in type(attention).__name__:  # which reads it from the configuration
+        window = getattr(attention.config, "sliding_window", None)
+    return None if window is None or window >= longest else window

@@ -1,13 +1,12 @@
 """Causal softmax attention, forward and backward as plain calls: a layer decides itself what it saves for the backward.
 
 `out = softmax(scale q k^T + mask) v` per head, query head h reading key/value head h // (heads / kv_heads). Sequences
-lie side by side in a batch, or packed one after another in one row with their boundaries (`cu_seqlens`). The kernels
-are PyTorch's: cuDNN's where it applies (on an H100 1.8 times the speed of the FLASH backend, both ways), else FLASH's,
-which also knows packed sequences and sliding windows; masks, other dtypes and CPUs take
-`scaled_dot_product_attention`, never with cuDNN: its gradients under a mask are not finite
-(`disable_cudnn_in_sdpa`). These operators are
-no stable API of PyTorch, so each is tested once against the reference (`unavailable_reason`), and is not used, with a
-warning, where its results differ.
+lie side by side in a batch, or packed one after another in rows with their boundaries (`cu_seqlens`). Short packed
+ones have a kernel of their own (`packed_attention`); the others are PyTorch's: cuDNN's where it applies (on an H100 1.8
+times the speed of the FLASH backend, both ways), else FLASH's, which also knows packed sequences and sliding windows;
+masks, other dtypes and CPUs take `scaled_dot_product_attention`, never with cuDNN: its gradients under a mask are not
+finite (`disable_cudnn_in_sdpa`). These operators are no stable API of PyTorch, so each is tested once against the
+reference (`unavailable_reason`), and is not used, with a warning, where its results differ.
 
 cuDNN's and FLASH's backward passes add in an order that varies from run to run;
 `torch.use_deterministic_algorithms(True)` makes both deterministic, and slower.
@@ -301,7 +300,8 @@ def choose_backend(q: Tensor, k: Tensor, sequences: Sequences) -> str:
     return "sdpa" if unavailable_reason("flash", *heads) else "flash"
 
 
-# tokens of a packed document on average, up to which the kernel for short ones is faster than FLASH's
+# Tokens of a packed document on average, up to which the kernel for short ones is faster than FLASH's. Empty documents
+# count too: how many there are is known on the GPU only.
 _SHORT = 256
 
 

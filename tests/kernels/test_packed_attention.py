@@ -94,6 +94,30 @@ def test_bounds_of_documents_of_which_some_are_empty(window, device):
         assert (one.diff(dim=1) >= 0).all()
 
 
+def test_a_window_longer_than_any_row_bounds_nothing(device):
+    cu_seqlens = bounds_of(2, [3, 97], device)
+    for find in (document_bounds, bounds_reference):
+        for one, expected in zip(find(cu_seqlens, 2, 100, 2**31 - 1), find(cu_seqlens, 2, 100), strict=True):
+            assert torch.equal(one, expected)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("length", [1, 65])
+def test_whatever_the_layout_of_what_it_is_given(length, rows, device):
+    """`[B, H, S, D]` in memory, of which the stride of a row's only token says nothing; and the same for all rows."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, grad = (
+        torch.randn(rows, heads, length, 16, generator=generator).to(device).transpose(1, 2) for heads in (14, 2, 2, 14)
+    )
+    v = v[:1].expand(rows, -1, -1, -1)
+    cu_seqlens = bounds_of(rows, [0, length // 2, 0, length - length // 2], device)
+    out, saved = packed_attention(q, k, v, cu_seqlens, 0.25)
+    actual = [out, *packed_attention_backward(grad, q, k, v, out, saved, 0.25)]
+    starts, _ = bounds_reference(cu_seqlens, rows, length)
+    for one, expected in zip(actual, with_gradients(q, k, v, grad, starts, torch.float64), strict=True):
+        torch.testing.assert_close(one, expected.float(), rtol=1e-4, atol=1e-5)
+
+
 def test_a_row_that_is_not_finite_changes_no_other(device):
     q, k, v, grad, cu_seqlens = inputs((3, 2, 1, 16, [30, 71]), torch.float32, device)
 
@@ -115,6 +139,10 @@ def models():
         q, k = OnGpu.empty(2, 576, heads, size), OnGpu.empty(2, 576, kv_heads, size)
         out, saved = packed_attention(q, k, k, torch.zeros(18, dtype=torch.int32), 0.125)
         packed_attention_backward(out, q, k, k, out, saved, 0.125)
+    # Triton compiles a 1 into kernels
+    q = OnGpu.empty(1, 1, 1, 16)
+    out, saved = packed_attention(q, q, q, torch.zeros(2, dtype=torch.int32), 0.125, 1)
+    packed_attention_backward(out, q, q, q, out, saved, 0.125)
 
 
 def test_it_fits_into_every_gpu():

@@ -304,14 +304,13 @@ class Program:
         """
         fused = any(map(self.is_fused, ready))
         alike = [trial for trial in ready if self.is_fused(trial) == fused]
-        alike = sorted(alike[: self.given.trials_a_sweep], key=self.suite.epochs, reverse=True)
-        chosen, total = {}, 0.0
-        for trial in alike:
+        chosen, total = [], 0.0
+        for trial in alike[: self.given.trials_a_sweep]:
             total += self.pace.get(fused, 0.0) * self.suite.epochs(trial)
             if total > seconds:
                 break
-            chosen[trial] = ready[trial]
-        return chosen
+            chosen.append(trial)
+        return {trial: ready[trial] for trial in sorted(chosen, key=self.suite.epochs, reverse=True)}
 
     def score_base(self, done: Results) -> None:
         """Keep how long the answers of each part are, and what the base alone makes of them.

@@ -21,7 +21,7 @@ def join_static(batches: Sequence[Batch], documents: int = 0, length: int = 0) -
     Args:
         batches: What `static_batch` made of each trial's batch, all on one device.
         documents: Have so many at least, the further ones empty: what earlier batches had. Empty documents cost next to
-            nothing, so their number is a power of two.
+            nothing, so they make the number of all a power of two.
         length: Of earlier batches' rows; where these have 7/8 of it they get it too.
 
     Returns:

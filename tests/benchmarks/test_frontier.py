@@ -378,7 +378,9 @@ def test_no_sweep_begins_that_would_end_after_the_limit(program):
     assert seeds(0.5) == [0, 1, trials.TUNING_SEED], "of the first, nobody knows how long it takes"
     one.pace = {True: 10.0}
     assert frontier_data.EPOCHS["commonsense"] == 2
-    assert (seeds(19), seeds(39), seeds(50)) == ([], [0], [0, 1, trials.TUNING_SEED])
+    assert seeds(9) == []
+    assert seeds(29) == [trials.TUNING_SEED], "which others wait for"
+    assert (seeds(30), seeds(50)) == ([0, trials.TUNING_SEED], [0, 1, trials.TUNING_SEED])
 
 
 def test_what_runs_unfused_comes_last_and_alone(program, monkeypatch):

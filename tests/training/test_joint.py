@@ -19,6 +19,7 @@ from lsr_scale.config import RunConfig, run_from_dict
 from lsr_scale.errors import UserError
 from lsr_scale.layers.frozen_linear import freeze_quantized
 from lsr_scale.model.share import share_base
+from lsr_scale.training.steps import joint as joint_module
 from lsr_scale.training.steps.graphs import PackedCollator
 from lsr_scale.training.steps.head_loss import HeadCollator
 from lsr_scale.training.steps.joint import JointStep, Member
@@ -373,6 +374,26 @@ def test_batches_of_fewer_documents_or_tokens_than_earlier_ones_need_no_graph_of
         step.run([Member(model, batch) for model in models])
         captures.append(recorded_graphs.RecordedGraph.made)
     assert captures == [0, 0, 1, 1, 1, 1]
+
+
+def test_graphs_of_fewer_trials_have_no_more_documents_or_tokens_for_what_was_before(monkeypatch):
+    recorded_graphs.stand_in(monkeypatch)
+    base = frozen()
+    collator = PackedCollator(HeadCollator(DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)), 16)
+    models = [trial(base, "lora", {"rank": 2}, seed) for seed in range(4)]
+    joined, join = [], joint_module.join_static
+    monkeypatch.setattr(joint_module, "join_static", lambda *args: (joined.append(join(*args)), joined[-1])[1])
+    long, short = (
+        collator([{"input_ids": [*range(1, 1 + n)], "labels": [-100, *range(2, 1 + n)]} for n in lengths])
+        for lengths in ((7,) * 19, (9,) * 14)
+    )
+    step = JointStep(base, joint_run(fused="on"))
+    for members, batch in ((models, long), (models[:1], short)):
+        for _ in range(3):
+            step.run([Member(model, batch) for model in members])
+    alone = join([short["static"]])
+    assert joined[0]["cu_seq_lens"].shape > joined[1]["cu_seq_lens"].shape == alone["cu_seq_lens"].shape
+    assert joined[0]["input_ids"].shape[1] > joined[1]["input_ids"].shape[1] == alone["input_ids"].shape[1]
 
 
 @pytest.mark.parametrize(("total", "level"), [(2_000_000, ("full", False)), (40_000_000, ("none", True))])

@@ -89,7 +89,7 @@ class JointStep:
         self._pairs = JointPairs([])
         self._graphs: JointGraphs | None = None
         self._eager_steps = 0  # of this joint model
-        self._documents = self._length = 0  # the most documents, and the longest rows, of a batch for a graph
+        self._documents = self._length = 0  # the most documents, and the longest rows, of a batch for its graphs
         self._free: FreeMemory | None = None
         self._said = ""
 
@@ -177,6 +177,7 @@ class JointStep:
         order = _order(adapted)
         adapted = [adapted[place] for place in order]
         self._graphs, self._eager_steps = None, 0  # a graph is of its trials' parameters
+        self._documents = self._length = 0
         model: Any = share_base(self.base)
         self.linears = {}
         for path in dict.fromkeys(path for layers in adapted for path in layers):

@@ -97,9 +97,6 @@ def attention(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences) -> tuple[Te
     backend = choose_backend(q, k, sequences)
     if backend == "sdpa":
         return attention_reference(q, k, v, sequences), ()
-    if backend == "packed":
-        assert sequences.cu_seqlens is not None
-        return packed_attention(q, k, v, sequences.cu_seqlens, sequences.scale, sequences.window)
     return _forward(backend, q, k, v, sequences)
 
 
@@ -135,15 +132,15 @@ def attention_backward(
             again = attention_reference(q, k, v, sequences)
         d_q, d_k, d_v = torch.autograd.grad(again, inputs, grad)
         return d_q, d_k, d_v
-    if backend == "packed":
-        statistics, starts, ends = saved
-        return packed_attention_backward(grad, q, k, v, out, (statistics, starts, ends), sequences.scale)
     return _backward(backend, grad, q, k, v, out, saved, sequences)
 
 
 def _forward(backend: str, q: Tensor, k: Tensor, v: Tensor, sequences: Sequences) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Do what `attention` does by cuDNN's or FLASH's kernel."""
+    """Do what `attention` does by one of the kernels."""
     scale = sequences.scale
+    if backend == "packed":
+        assert sequences.cu_seqlens is not None
+        return packed_attention(q, k, v, sequences.cu_seqlens, scale, sequences.window)
     if backend == "cudnn":
         heads_first = [x.transpose(1, 2) for x in (q, k, v)]
         out, lse, _, _, _, _, seed, offset, _ = aten._scaled_dot_product_cudnn_attention(
@@ -169,8 +166,11 @@ def _backward(
     sequences: Sequences,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Do what `attention_backward` does by the kernel that `_forward` used."""
-    lse, seed, offset = saved
     scale = sequences.scale
+    if backend == "packed":
+        statistics, starts, ends = saved
+        return packed_attention_backward(grad, q, k, v, out, (statistics, starts, ends), scale)
+    lse, seed, offset = saved
     if backend == "cudnn":
         heads_first = [x.transpose(1, 2) for x in (grad, q, k, v, out)]
         length = q.shape[1]
@@ -291,9 +291,9 @@ def choose_backend(q: Tensor, k: Tensor, sequences: Sequences) -> str:
     """Return "cudnn", "flash", "packed" or "sdpa": the fastest that can compute this; the same for the same shapes."""
     if not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16) or sequences.mask is not None:
         return "sdpa"
-    if has_triton and _has_short_documents(q, sequences):
-        return "packed"
     heads = q.device.index, q.dtype, q.shape[2], k.shape[2], q.shape[3]
+    if _has_short_documents(q, sequences) and unavailable_reason("packed", *heads) is None:
+        return "packed"
     plain = sequences.cu_seqlens is None and sequences.window is None
     if plain and unavailable_reason("cudnn", *heads) is None:
         return "cudnn"
@@ -319,13 +319,16 @@ _MAX_RELATIVE_ERROR = 0.25
 def unavailable_reason(
     backend: str, device: int, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int
 ) -> str | None:
-    """Return why cuDNN's or FLASH's kernel cannot be used for these heads on this GPU, or None: tested once."""
-    enabled = _cudnn_was_enabled() if backend == "cudnn" else torch.backends.cuda.flash_sdp_enabled()
-    if not enabled:
+    """Return why a kernel cannot be used for these heads on this GPU, or None: tested once."""
+    if backend == "packed":
+        if not has_triton:
+            return "Triton is not installed"
+    elif not (_cudnn_was_enabled() if backend == "cudnn" else torch.backends.cuda.flash_sdp_enabled()):
         return "it is disabled"
     reason = _self_test(backend, torch.device("cuda", device), dtype, heads, kv_heads, head_dim)
     if reason:
-        logger.warning("attention does not use PyTorch's %s kernel: %s", backend, reason)
+        kernel = "the kernel for short documents" if backend == "packed" else f"PyTorch's {backend} kernel"
+        logger.warning("attention does not use %s: %s", kernel, reason)
     return reason
 
 
@@ -336,7 +339,11 @@ def _self_test(
 
     No random numbers are drawn: a resumed run would draw others than one that was not stopped.
     """
-    length, sequences = 64, Sequences(scale=head_dim**-0.5)
+    length, scale = 64, head_dim**-0.5
+    sequences = Sequences(scale)
+    if backend == "packed":
+        ends = torch.tensor([0, 5, 37, length], dtype=torch.int32, device=device)
+        sequences = Sequences(scale, cu_seqlens=ends, max_seqlen=length)
     with torch.inference_mode(False), torch.enable_grad():
         # waves of several lengths, so that no gradient is small beside what is summed for it
         q, k, v, grad = (
@@ -357,6 +364,8 @@ def _self_test(
         return " ".join(str(error).split())[:200] or type(error).__name__
     except (AttributeError, TypeError, ValueError) as error:
         return f"PyTorch {torch.__version__} returns another form than expected ({error})"
+    except Exception as error:  # Triton's: a GPU that it does not compile for, or with too little shared memory
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     for one, other in zip(actual, expected, strict=True):
         if one.shape != other.shape:
             return f"PyTorch {torch.__version__} returns shape {list(one.shape)}, expected {list(other.shape)}"

@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from lsr_scale.kernels import attention as module
 from lsr_scale.kernels.attention import Sequences, SharedPrefixes, attention, attention_backward, attention_reference
+from lsr_scale.kernels.packed_attention import packed_attention
 
 CPU = torch.device("cpu")
 
@@ -91,6 +92,47 @@ def test_the_reason_is_logged_once_and_the_next_backend_is_chosen(monkeypatch, c
         "attention does not use PyTorch's cudnn kernel: it has gone"
     ]
     module.unavailable_reason.cache_clear()
+
+
+SHORT = Sequences(1.0, cu_seqlens=torch.tensor([0, 16, 32, 64]), max_seqlen=32)
+
+
+@pytest.mark.parametrize("why", [None, "CompilationError: sm_70"])
+def test_short_documents_have_a_kernel_of_their_own_where_it_works(why, monkeypatch, caplog):
+    pytest.importorskip("triton", reason="Triton is not installed: kernels cannot be tested")
+    module.unavailable_reason.cache_clear()
+    monkeypatch.setattr(module, "_self_test", lambda backend, *_: why if backend == "packed" else None)
+    q = types.SimpleNamespace(
+        is_cuda=True, dtype=torch.bfloat16, device=torch.device("cuda", 0), shape=torch.Size((1, 64, 4, 64))
+    )
+    chosen = [module.choose_backend(q, q, SHORT) for _ in range(2)]  # pyright: ignore
+    assert chosen == ["flash" if why else "packed"] * 2
+    long = Sequences(1.0, cu_seqlens=torch.tensor([0, 64]), max_seqlen=64)
+    monkeypatch.setattr(module, "_SHORT", 63)
+    assert module.choose_backend(q, q, long) == "flash"  # pyright: ignore
+    said = [record.getMessage() for record in caplog.records]
+    assert said == ([f"attention does not use the kernel for short documents: {why}"] if why else [])
+    module.unavailable_reason.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_kernel_for_short_documents_is_tested_like_the_others(dtype, monkeypatch):
+    pytest.importorskip("triton", reason="Triton is not installed: kernels cannot be tested")
+    heads = CPU, dtype, 6, 2, 64
+    assert module._self_test("packed", *heads) is None
+    monkeypatch.setattr(
+        module, "packed_attention", lambda *args: packed_attention(*args[:3], args[3], 8 * args[4], args[5])
+    )
+    assert "differ from the reference by" in str(module._self_test("packed", *heads))
+
+    class OutOfResourcesError(Exception):
+        pass
+
+    def refuse(*_):
+        raise OutOfResourcesError("shared memory,\n Required: 110592")
+
+    monkeypatch.setattr(module, "packed_attention", refuse)
+    assert module._self_test("packed", *heads) == "OutOfResourcesError: shared memory, Required: 110592"
 
 
 def test_the_self_test_draws_no_random_numbers(monkeypatch):

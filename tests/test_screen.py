@@ -13,6 +13,7 @@ from rich.text import Text
 from lsr_scale import UserError
 from lsr_scale.errors import first_line, one_screen, printable, shortened
 from lsr_scale.screen import Progress, Screen, keeping_live_line, leave_live, open_streams, print_line, show_live
+from tests.helpers.programs import run_program
 
 
 @pytest.mark.parametrize(
@@ -99,8 +100,9 @@ def test_commands_answer_with_every_stream_closed():
 
 @pytest.mark.parametrize("module", ["lsr_scale.adapters", "transformers.utils.logging"])
 def test_ctrl_c_while_importing_ends_in_words(module, tmp_path):
-    (tmp_path / "lsr-scale").write_text(
+    program = (
         "import sys\n"
+        "sys.argv[0] = 'lsr-scale'\n"
         "class Interrupts:\n"
         "    def find_spec(self, name, *_):\n"
         f"        if name == {module!r}:\n"
@@ -109,10 +111,13 @@ def test_ctrl_c_while_importing_ends_in_words(module, tmp_path):
         "from lsr_scale.cli import main\n"
         "sys.exit(main(['doctor']))\n"
     )
-    done = subprocess.run(
-        [sys.executable, tmp_path / "lsr-scale"], capture_output=True, text=True, check=False,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-    )  # fmt: skip
+    if module.startswith("lsr_scale"):  # the libraries are imported before
+        done = run_program(program, tmp_path)
+    else:
+        done = subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, check=False,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        )  # fmt: skip
     assert (done.returncode, done.stderr.strip()) == (130, "lsr-scale: interrupted")
 
 

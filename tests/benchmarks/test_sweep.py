@@ -1,6 +1,7 @@
 """The measurement of sweeps runs end to end, and its ratios are of what it measured."""
 
 import argparse
+import itertools
 import json
 import signal
 import subprocess
@@ -10,12 +11,13 @@ import time
 import pytest
 
 from benchmarks.speed import sweep
-from tests.helpers.launch import QUICK_START
+from tests.helpers.ranks import popen
 
 
 def test_trials_together_beside_one_alone(tmp_path, monkeypatch):
-    for name, value in {**QUICK_START, "OMP_NUM_THREADS": "1"}.items():
-        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("subprocess.Popen", popen)
+    # of a process that is forked off another one's libraries it would know nothing
+    monkeypatch.setattr(sweep, "processor_seconds", itertools.accumulate(itertools.count(), initial=0.0).__next__)
     out = tmp_path / "sweep.json"
     sizes = ["--model=tiny", "--trials=2", "--one-by-one=1", "--tokens=64", "--seq-len=16", "--steps=8"]
     arguments = [*sizes, "--logging-steps=2", "--device=cpu", "--ways=together,one_by_one", f"--out={out}"]
@@ -29,8 +31,14 @@ def test_trials_together_beside_one_alone(tmp_path, monkeypatch):
     assert ratio == pytest.approx(mine["tokens_per_s"] / alone["tokens_per_s"])
     assert result["ratios"]["all_over_one_by_one"] == pytest.approx(alone["seconds"] / mine["seconds"])
     assert result["ratios"]["cpu_of_one_by_one"] == pytest.approx(mine["cpu_s"] / alone["cpu_s"])
-    assert mine["cpu_s"] > 0
+    assert (mine["cpu_s"], alone["cpu_s"]) == (0.0, 2 * 2.0), "of one trial of two"
     assert mine["gib"] is None
+
+
+def test_processor_seconds_are_of_the_processes_that_have_ended():
+    before = sweep.processor_seconds()
+    subprocess.run([sys.executable, "-c", "sum(range(3_000_000))"], check=True)
+    assert sweep.processor_seconds() > before
 
 
 def test_a_sweep_that_chooses_says_how_many_train_at_a_time():

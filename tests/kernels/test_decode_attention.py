@@ -78,18 +78,24 @@ def test_float64_is_exact():
     assert error(decode_attention(*given), exact(*given)) < 1e-14
 
 
-def models():
-    """Decode rows of Qwen2.5-0.5B, Mistral-7B and a model with heads of 256, few and many, in both dtypes."""
+# rows, heads, key/value heads, head's size: Qwen2.5-0.5B, few and many rows, Mistral-7B, and what takes most memory
+MODELS = ((256, 14, 2, 64), (1, 14, 2, 64), (4, 32, 8, 128), (1, 8, 4, 256))
+
+
+def decoded(*shapes):
+    """Decode rows of models, in both dtypes."""
     for dtype in (torch.bfloat16, torch.float32):
-        for rows, heads, kv_heads, size in ((256, 14, 2, 64), (1, 14, 2, 64), (4, 32, 8, 128), (1, 8, 4, 256)):
+        for rows, heads, kv_heads, size in shapes:
             keys = OnGpu.empty(rows, kv_heads, 1024, size, dtype=dtype)
             q = OnGpu.empty(rows, heads, size, dtype=dtype)
             first, place = torch.zeros(rows, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
             decode_attention(q, keys, keys, first, place, 0.125)
 
 
-def test_it_fits_into_every_gpu():
-    launches = launched(models, shared_bytes=99 * 1024, capabilities=(80, 86, 89, 90, 100, 120))
+# for sm_89 Triton makes what it makes for sm_86
+@pytest.mark.parametrize(("shapes", "capabilities"), [(MODELS, (80, 120)), (MODELS[-1:], (86, 90, 100))])
+def test_it_fits_into_every_gpu(shapes, capabilities):
+    launches = launched(decoded, *shapes, shared_bytes=99 * 1024, capabilities=capabilities)
     assert {name for name, _, _ in launches} == {"_decode_kernel", "_combine_kernel"}
-    assert {capability for _, capability, _ in launches} == {80, 86, 89, 90, 100, 120}
+    assert {capability for _, capability, _ in launches} == set(capabilities)
     assert max(used for _, _, used in launches) <= 99 * 1024

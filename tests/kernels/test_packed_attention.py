@@ -56,8 +56,7 @@ def with_gradients(q, k, v, grad, starts, dtype):
     return [out.detach(), *torch.autograd.grad(out, leaves, grad.to(dtype))]
 
 
-@pytest.mark.parametrize("window", [None, 9])
-@pytest.mark.parametrize("dtype", FLOORS)
+@pytest.mark.parametrize(("dtype", "window"), [(torch.float32, 9), *((dtype, None) for dtype in FLOORS)])
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "-".join(map(str, shape[:4])))
 def test_against_float64(shape, dtype, window, device):
     q, k, v, grad, cu_seqlens = inputs(shape, dtype, device)
@@ -133,9 +132,8 @@ def test_a_row_that_is_not_finite_changes_no_other(device):
         assert one[1].isnan().all()
 
 
-# heads, key/value heads, head's size, rows, tokens of a row: SmolLM2, Qwen2.5-0.5B and Mistral-7B, heads of an odd size, and
-# ones, which Triton compiles into kernels
-MODELS = ((9, 3, 64, 2, 576), (14, 2, 64, 2, 576), (4, 4, 80, 2, 576), (1, 1, 16, 1, 1), (32, 8, 128, 2, 576))
+# heads, key/value heads, head's size, rows, tokens: SmolLM2, ones, which Triton compiles into kernels, and Mistral-7B
+MODELS = ((9, 3, 64, 2, 576), (1, 1, 16, 1, 1), (32, 8, 128, 2, 576))
 
 
 def trained(*shapes):

@@ -122,6 +122,8 @@ def quiet_libraries(debug: bool = False) -> None:
     if transformers := sys.modules.get("transformers"):
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
+    if datasets := sys.modules.get("datasets"):  # which read its variable when it was imported
+        datasets.disable_progress_bars()
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.filterwarnings("ignore", message="Glyph .* missing from")  # a letter of a title that a picture cannot show

@@ -5,6 +5,7 @@ import logging
 import os
 import subprocess
 import sys
+import textwrap
 
 import pytest
 from rich.table import Table
@@ -202,3 +203,17 @@ def test_an_error_that_says_nothing_is_named():
     assert first_line(RuntimeError("one\ntwo")) == "one"
     assert first_line(RuntimeError()) == "RuntimeError"
     assert first_line(RuntimeError("\n")) == "RuntimeError"
+
+
+def test_progress_bars_of_libraries_that_are_there_already_are_left_out(tmp_path):
+    """As of a process that is forked off one that has imported them, which read their variables then."""
+    code = """
+        import datasets
+        from lsr_scale import cli
+
+        for debug in (True, False):
+            cli.quiet_libraries(debug)
+            print(datasets.are_progress_bars_disabled())
+        """
+    ended = run_program(textwrap.dedent(code), tmp_path)
+    assert ended.stdout.split() == ["False", "True"], ended.stderr

@@ -18,11 +18,9 @@ def trainers(runs: Mapping[str, Mapping[str, Any]], base: str = "nf4") -> Iterat
         base: How the model is quantized.
     """
     cli.quiet_libraries(debug=False)  # as the command does, before what reads these settings is imported
-    import datasets
 
     from tests.ranks.two_ranks_sharding import DEFAULT, first_trainer
 
-    datasets.disable_progress_bars()
     distributed.start(use_deepspeed=True)
     for name, changes in runs.items():
         yield name, first_trainer(Path(sys.argv[-1]), base, "lsr", DEFAULT, **{"model": EXACT, **changes})

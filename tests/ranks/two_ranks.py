@@ -69,7 +69,6 @@ class Watch(TrainerCallback):
 
 def main() -> None:
     cli.quiet_libraries(debug=False)
-    import datasets
 
     from lsr_scale import adapters, distributed
     from lsr_scale.config import dump_yaml
@@ -78,7 +77,6 @@ def main() -> None:
     from tests.helpers.fp8 import pretend_fp8
     from tests.helpers.tiny_runs import tiny_run
 
-    datasets.disable_progress_bars()  # a forked process has read that setting before
     pretend_fp8(pytest.MonkeyPatch())
     folder, rank = Path(sys.argv[-1]), distributed.rank()
     seen: dict[str, dict] = {}

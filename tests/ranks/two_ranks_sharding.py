@@ -113,13 +113,11 @@ class Gathered:
 
 def main() -> None:
     cli.quiet_libraries(debug=False)  # as the command does, before what reads these settings is imported
-    import datasets
 
     from benchmarks.speed.sharding import measure
     from lsr_scale import distributed
     from lsr_scale.model.shard import is_sharded
 
-    datasets.disable_progress_bars()
     folder, rank = Path(sys.argv[-1]), distributed.rank()
     distributed.start(use_deepspeed=True)
     gc.freeze()

@@ -165,8 +165,7 @@ class Scorer:
         if adapter is not None and self._adapted is not None and load_in_place(self._adapted, adapter) is not None:
             return self._adapted
         if self._adapted is not None:
-            if self.device.type == "cuda":
-                unfuse(self._adapted)
+            unfuse(self._adapted)
             self.base, self._adapted = self._adapted.unload(), None
         if adapter is None:
             return self.base

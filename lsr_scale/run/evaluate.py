@@ -10,6 +10,7 @@ from typing import Any
 
 from lsr_scale import distributed
 from lsr_scale.config import RunConfig, run_from_dict
+from lsr_scale.config.training import wants_fused
 from lsr_scale.data.formats import load_source, source_fields
 from lsr_scale.data.tasks import Example, examples
 from lsr_scale.errors import UserError, printable
@@ -140,8 +141,7 @@ def summary(scores: dict[str, dict[str, TaskScore]]) -> dict[str, Any]:
 
 def _fuse(model: Any, run: RunConfig) -> None:
     """Let the model run fused where its training does: faster, and what was scored after training is scored again."""
-    wanted = run.training["fused"]
-    if wanted == "on" or (wanted == "auto" and next(model.parameters()).is_cuda):
+    if wants_fused(run.training, pays=next(model.parameters()).is_cuda):
         with suppress(UserError):  # no layer can
             fuse(model)
 

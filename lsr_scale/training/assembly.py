@@ -20,7 +20,7 @@ from lsr_scale.adapters.peft import module_suffixes
 from lsr_scale.adapters.save_and_load import load_adapter, resolve_start_from
 from lsr_scale.config import RunConfig
 from lsr_scale.config.methods import METHODS
-from lsr_scale.config.training import checkpoints_layers, longest_row
+from lsr_scale.config.training import checkpoints_layers, longest_row, wants_fused
 from lsr_scale.data.chat_tokens import CONVERSATIONS
 from lsr_scale.data.classification import count_classification
 from lsr_scale.data.completions import count_completions
@@ -200,8 +200,8 @@ def _fuse(run: RunConfig, model: PeftModel, arguments: Any, calibrate: bool, kee
     Raises:
         UserError: for `training.compute: fp8` or `int8` where no layer runs fused.
     """
-    wanted, compute, keep = (run.training[name] for name in ("fused", "compute", "keep_in_bf16"))
-    if wanted == "off" or (wanted == "auto" and compute == "bf16" and not torch.cuda.is_available()):
+    compute, keep = (run.training[name] for name in ("compute", "keep_in_bf16"))
+    if not wants_fused(run.training, pays=compute != "bf16" or torch.cuda.is_available()):
         return None
     recompute = "full" if checkpoints_layers(run.training) else "none"
     # what is gathered anew for every pass cannot be held from pass to pass

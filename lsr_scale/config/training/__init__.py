@@ -11,7 +11,7 @@ how a dataclass's field is written in YAML.
 """
 
 from lsr_scale.config.training.arguments import training_arguments_class, training_kwargs
-from lsr_scale.config.training.compute import LINEAR_GROUPS, RENAMED, checkpoints_layers
+from lsr_scale.config.training.compute import LINEAR_GROUPS, RENAMED, checkpoints_layers, wants_fused
 from lsr_scale.config.training.evaluation import EVALUATED, EarlyStopping, evaluated
 from lsr_scale.config.training.fields import DEFAULTS, OWNED, TASK_DEFAULTS, defaults_of, not_to_set, own_fields
 from lsr_scale.config.training.rows import longest_row
@@ -39,5 +39,6 @@ __all__ = [
     "training_arguments_class",
     "training_kwargs",
     "training_model",
+    "wants_fused",
     "yaml_type",
 ]

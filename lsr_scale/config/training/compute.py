@@ -78,6 +78,11 @@ COMPUTE = Subject(
 )
 
 
+def wants_fused(training: Mapping[str, Any], pays: bool) -> bool:
+    """Tell whether `training.fused` lets layers run fused: on, or auto where it pays, which is on a GPU."""
+    return training["fused"] == "on" or (training["fused"] == "auto" and pays)
+
+
 def checkpoints_layers(training: Mapping[str, Any]) -> bool:
     """Tell whether a run's layers recompute activations in the backward pass, in its first step at least."""
     chosen = training["gradient_checkpointing"]

@@ -19,7 +19,7 @@ from lsr_scale.adapters.identity import base_description
 from lsr_scale.adapters.joint import JointLinear, JointPairs
 from lsr_scale.adapters.pairs import active_adapters, kind_of
 from lsr_scale.config import RunConfig
-from lsr_scale.config.training import checkpoints_layers
+from lsr_scale.config.training import checkpoints_layers, wants_fused
 from lsr_scale.errors import first_line
 from lsr_scale.fused import fit_memory, fuse
 from lsr_scale.fused.fallback import CAUSAL_LMS, lm_head_fallback_reason
@@ -192,8 +192,8 @@ class JointStep:
 
     def _set_speed(self) -> None:
         """Have the joint model recompute activations, and run fused, as each trial's does alone."""
-        wanted, recomputes = self.training["fused"], checkpoints_layers(self.training)
-        if wanted == "on" or (wanted == "auto" and torch.cuda.is_available()):
+        recomputes = checkpoints_layers(self.training)
+        if wants_fused(self.training, pays=torch.cuda.is_available()):
             report = fuse(self.model, "full" if recomputes else "none", self.training["memory"] == "speed")
             if report.fused or report.unfused:
                 # the layers see to it themselves, and make the pairs too

@@ -89,8 +89,11 @@ def results(model, ids, **inputs) -> dict[str, torch.Tensor]:
     return {name: value.double() for name, value in {"logits": logits, "loss": loss.detach(), **gradients}.items()}
 
 
-def compare(model, exact, ids, recompute="none", **inputs) -> None:
-    """Fail where the fused error against float64 is more than twice that of the per-linear path, plus a floor."""
+def compare(model, exact, ids, recompute="none", unfused=0, **inputs) -> None:
+    """Fail where the fused error against float64 is more than twice that of the per-linear path, plus a floor.
+
+    So many layers are expected to run unfused.
+    """
     lsr_scale.unfuse(model)
     expected = results(exact, ids, **inputs)
     disable_cudnn_in_sdpa()  # notes first what PyTorch's own setting is: fused layers take cuDNN by that
@@ -98,7 +101,7 @@ def compare(model, exact, ids, recompute="none", **inputs) -> None:
     torch.backends.cuda.enable_cudnn_sdp("attention_mask" not in inputs)
     eager = results(model, ids, **inputs)
     disable_cudnn_in_sdpa()
-    assert len(lsr_scale.fuse(model, recompute=recompute).fused) == SIZES["num_hidden_layers"]
+    assert len(lsr_scale.fuse(model, recompute=recompute).fused) == SIZES["num_hidden_layers"] - unfused
     fused = results(model, ids, **inputs)
     assert fused.keys() == eager.keys() == expected.keys()
     worst, problems = 0.0, []
@@ -152,7 +155,7 @@ def test_packed_documents_where_a_layer_runs_unfused(lengths, ids, monkeypatch):
     model, exact = models("nf4", "lsr")
     model.get_base_model().model.layers[1].mlp.register_forward_hook(lambda *_: None)
     positions = torch.cat([torch.arange(n) for n in lengths]).cuda()[None]
-    compare(model, exact, ids.reshape(1, -1), position_ids=positions)
+    compare(model, exact, ids.reshape(1, -1), unfused=1, position_ids=positions)
     assert chosen == ["packed" if len(lengths) > 2 else "flash"] * 2  # in evaluation and in training
 
 

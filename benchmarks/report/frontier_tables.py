@@ -12,7 +12,7 @@ from pathlib import Path
 
 from benchmarks.quality import frontier_verdicts
 from benchmarks.quality.frontier import RESULTS
-from benchmarks.quality.frontier_rows import OURS
+from benchmarks.quality.frontier_rows import OURS, AdapterRow
 from benchmarks.quality.frontier_verdicts import Carried, Frontier, Score, Suite, Verdict, compare, load
 from benchmarks.report.drawing import count_ticks, rows_digest, save
 from benchmarks.report.plots import Plot
@@ -43,7 +43,7 @@ MODEL_NAMES = {"smollm2": "SmolLM2-135M", "qwen": "Qwen2.5-Coder-0.5B"}
 REGIME_NAMES = {"commonsense": "five commonsense tasks", "gsm8k": "GSM8K's solutions"}
 
 
-def series(score: Score) -> str:
+def series(score: Score | AdapterRow) -> str:
     """Return the line of the figure that a row belongs to: its method, SLoRA's IntTune by itself."""
     return "inttune" if score.options.get("train") == "middle" else score.method
 

@@ -1,15 +1,15 @@
-"""What README and GUIDE.md say of the frontier: where LSR-Adapt or Kron-LoRA is the best method at its size, or is not.
+"""What README and GUIDE.md say of the frontier: which method has the lowest loss at which size, and what was not run.
 
 Every sentence follows from the verdicts of `frontier_verdicts`; without results the pages say that there are none.
 """
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.quality.frontier_verdicts import Frontier, Suite, Verdict, compare, compared, corrected, load
-from benchmarks.report.frontier_tables import heading, interval, label, outcome, picture, verdict_table
-from benchmarks.report.markdown import grid
+from benchmarks.quality.frontier_rows import ROWS
+from benchmarks.quality.frontier_verdicts import Frontier, Suite, compare, compared, corrected, load
+from benchmarks.report.frontier_tables import NAMES, heading, interval, label, picture, series, verdict_table
 
 NOTHING = (
     "Where LoRA of rank 1 fits, take LoRA; the two are for adapters smaller than that. How they compare with other "
@@ -24,30 +24,15 @@ def main_suite(found: Frontier) -> Suite:
 
 
 def readme(results: Path) -> str:
-    """Return README's paragraph on what the small adapters are for, its table and its figure."""
+    """Return README's paragraph on what the small adapters are for, and its figure."""
     found = load(results)
     if not found.verdicts:
         return NOTHING
+    about = "By the loss of held-out answers, all methods tuned alike, at sizes from 5 thousand parameters to those of "
+    about += "LoRA r=8, 2.4m ([by size](GUIDE.md#by-size); `lsr-scale plan --budget` proposes by it):"
     shown = main_suite(found)
-    head = [
-        "parameters",
-        "best of LSR-Adapt and Kron-LoRA",
-        "best of the others",
-        "difference, nats a token (95 %)",
-        "",
-    ]
-    rows = [
-        [one.ours.size, label(one.ours), label(one.theirs), interval(one), outcome(one)]
-        for one in found.verdicts
-        if one.ours.suite == shown
-    ]
-    about = "By the loss of held-out answers, all methods tuned alike ([by size](GUIDE.md#by-size); "
-    about += "`lsr-scale plan --budget` proposes by it):"
-    parts = [about, "\n".join(f"- {line}" for line in lines(found.verdicts))]
-    if rows:
-        parts += [f"{heading(shown)}; less than 0: LSR-Adapt or Kron-LoRA lost less:", grid(head, rows)]
-    parts.append(f"![held-out loss against trainable parameters](benchmarks/results/frontier/{picture(shown)})")
-    return "\n\n".join(parts)
+    figure = f"![held-out loss against trainable parameters](benchmarks/results/frontier/{picture(shown)})"
+    return "\n\n".join([about, _listed(lines(found)), figure])
 
 
 def guide(results: Path) -> str:
@@ -57,7 +42,7 @@ def guide(results: Path) -> str:
         return NOT_RUN
     parts = []
     if found.verdicts:
-        parts.append("\n".join(f"- {line}" for line in lines(found.verdicts)))
+        parts.append(_listed(lines(found)))
         parts.append("\n".join(verdict_table(found.verdicts)))
         parts.append(
             "p is of a paired bootstrap, corrected by Holm's method over this table; below 0.05 is a separation."
@@ -67,28 +52,49 @@ def guide(results: Path) -> str:
     return "\n\n".join(parts)
 
 
-def lines(found: Sequence[Verdict]) -> list[str]:
-    """Return a sentence a suite: at which sizes LSR-Adapt or Kron-LoRA is the best method, at which it is not."""
+def lines(found: Frontier) -> list[str]:
+    """Return a sentence a suite: at which sizes which method has the lowest loss, and which rows were not run."""
     texts = []
-    for suite, group in itertools.groupby(found, key=lambda one: one.ours.suite):
-        ours, theirs, even = _sorted(list(group))
-        parts = [f"LSR-Adapt or Kron-LoRA is the best method at {_sizes(ours) if ours else 'no measured size'}"]
-        parts += [f"another one is at {_sizes(theirs)}"] if theirs else []
-        parts += [f"the best of both kinds do not separate at {_sizes(even)}"] if even else []
-        texts.append(f"{heading(suite)}: {'; '.join(parts)}.")
+    for suite, group in itertools.groupby(found.verdicts, key=lambda one: one.ours.suite):
+        best: dict[str, list[str]] = {}
+        even = []
+        for one in group:
+            if one.separates:
+                best.setdefault(NAMES[series(one.ours if one.wins else one.theirs)], []).append(one.ours.size)
+            else:
+                even.append(one.ours.size)
+        first = [name for name in (NAMES["lsr"], NAMES["kron_lora"]) if name in best]
+        parts = [f"{name} at {_listed_in_words(best[name])}" for name in [*first, *(n for n in best if n not in first)]]
+        if not first:
+            parts = ["LSR-Adapt and Kron-LoRA at no size", *parts]
+        text = f"{heading(suite)}: the lowest loss has {'; '.join(parts)}"
+        if even:
+            text += f"; ours and the others do not separate at {_listed_in_words(even)}"
+        left = _not_run(found, suite)
+        texts.append(f"{text}. {f'Not run: {left}.' if left else 'All rows were run.'}")
     return texts
 
 
-def _sizes(found: Iterable[Verdict]) -> str:
-    *before, last = [one.ours.size for one in found]
+def _not_run(found: Frontier, suite: Suite) -> str:
+    """Return in words what the sizes of a suite lack of the methods that its base takes."""
+    model, _, base = suite
+    run = {(score.size, score.row): None for score in compared(found.of(suite))}  # in the order of sizes
+    left: dict[str, list[str]] = {}
+    for size in dict.fromkeys(size for size, _ in run):
+        for name, row in ROWS[model][size].items():
+            if row.takes(base) and "+" not in name and (size, name) not in run:
+                sizes = left.setdefault(NAMES[series(row)], [])
+                sizes += [size] if size not in sizes else []
+    return "; ".join(f"{name} at {_listed_in_words(sizes)}" for name, sizes in left.items())
+
+
+def _listed(texts: Sequence[str]) -> str:
+    return "\n".join(f"- {text}" for text in texts)
+
+
+def _listed_in_words(words: Sequence[str]) -> str:
+    *before, last = words
     return f"{', '.join(before)} and {last}" if before else last
-
-
-def _sorted(found: Sequence[Verdict]) -> tuple[list[Verdict], list[Verdict], list[Verdict]]:
-    """Return where ours is the best, where another is, and where they do not separate."""
-    ours = [one for one in found if one.wins]
-    theirs = [one for one in found if one.separates and not one.wins]
-    return ours, theirs, [one for one in found if not one.separates]
 
 
 def beside_lora_8(found: Frontier) -> str:

@@ -95,7 +95,8 @@ def kernels(path: Path, run: Run) -> str:
     rows = []
     for row in run["rows"]:
         other = f"{row['alternative']}: {row['alternative_ms']:.4f}" if "alternative_ms" in row else ""
-        rate = f"{row['gb_per_s']:,.0f} GB/s" if "gb_per_s" in row else f"{row.get('tflop_per_s', 0):,.0f} TFLOP/s"
+        units = {"gb_per_s": "GB/s", "tflop_per_s": "TFLOP/s"}
+        rate = next((f"{row[name]:,.0f} {unit}" for name, unit in units.items() if name in row), "")
         share = number(row.get("share_of_bound"), ".2f")
         error = number(row.get("error"), ".1e")
         rows.append([row["name"], row["shape"], f"{row['ms']:.4f}", rate, share, other, error])
@@ -113,7 +114,9 @@ def kernels(path: Path, run: Run) -> str:
     if totals := run.get("sums_ms"):
         ways = "; ".join(f"{way} {total:.2f}" for way, total in sorted(totals.items(), key=lambda pair: pair[1]))
         text += f" A layer's eight products in 8 bits with their adapters take, ms: {ways}."
-    return "\n\n".join([text, grid(head, rows), f"    python -m benchmarks.speed.kernel_times --out {path.name}"])
+    groups = f"--groups {' '.join(chosen)} " if (chosen := run["config"].get("groups")) else ""
+    command = f"    python -m benchmarks.speed.kernel_times {groups}--out {path.name}"
+    return "\n\n".join([text, grid(head, rows), command])
 
 
 def trainer_overhead(path: Path, run: Run) -> str:

@@ -18,7 +18,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "lora_xs": {"rank": 32, "alpha": 64},  # its authors', as is the rate
 }
 _LARGE_OPTIONS = {**_OPTIONS, "lsr": {"rank": 4, "separation_rank": 8}}  # below LoRA's rank 1
-_RATES = {"lora": (1e-3, 2e-4), "lsr": (2e-3, 5e-4), "kron_lora": (1e-3, 3e-4), "lora_xs": (2e-3, 2e-3)}
+_RATES = {"lora": (1e-3, 2e-4), "lsr": (2e-3, 2e-3), "kron_lora": (1e-3, 3e-4), "lora_xs": (2e-3, 2e-3)}
 _BILLION = 10**9
 _PLAIN = re.compile(r"[A-Za-z0-9_./~:@=-]+")
 _WHAT = {

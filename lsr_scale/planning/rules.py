@@ -19,7 +19,7 @@ RANK, MIN_TERMS = 16, 8
 NARROW = 1024  # the widest hidden size that counts as narrow
 # Learning rate of a narrow model (hidden size up to 1,024), one between, and a wide one (from 4,096). Measured on the
 # first (with 32 rows a step; with 128 the best were four times as high); the others are the rates that this package's
-# configurations start from, and LoRA-XS's is its authors', measured here on none.
+# configurations start from at LoRA's sizes, and LoRA-XS's is its authors', measured here on none.
 LEARNING_RATES = {
     "lsr": (2e-3, 1e-3, 5e-4),
     "kron_lora": (2e-3, 5e-4, 3e-4),

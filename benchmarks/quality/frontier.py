@@ -11,14 +11,15 @@ base: the negative log-likelihood of each right answer, in nats a token, and for
 Protocol. Rows are packed to 512 tokens, eight packs a step, AdamW, a rate that falls by a cosine after 6 % of warm-up.
 Every adapter of `frontier_rows` is tuned alike: four rates, one epoch, a seed that no other trial uses, on a tenth of
 the train part that is held out; where the best is the first or the last of them, the next one beyond it is tried, up to
-two times. `--carry-rates` tunes some sizes like this, and rows at others around the best rate of a neighbour
-(`frontier_trials`); every result says which rates were tried first. A rate is chosen by the right answers alone, and
-only they are scored for it. Alpha is the method's rule. The test part is scored once a seed. Trials of the NF4 base are
-the product's; `--base none` repeats a row in bf16.
+two times. `--carry-rates` tunes some sizes like this, and rows at others around the best rate of a neighbour;
+`--rates-from SUITE` does so by another suite's results (`frontier_trials`). Every result says which were tried first. A
+rate is chosen by the right answers alone, and only they are scored for it. Alpha is the method's rule. The test part is
+scored once a seed. Trials of the NF4 base are the product's; `--base none` repeats a row in bf16.
 """
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import shutil
@@ -38,7 +39,7 @@ from benchmarks.command_line import recorded, script_parser
 from benchmarks.quality import trials
 from benchmarks.quality.frontier_data import PART_OF, REGIMES, num_tokens, questions, right_alone, write_parts
 from benchmarks.quality.frontier_rows import MODELS, ROWS, SIZES
-from benchmarks.quality.frontier_trials import Plan, Rates, Results, Suite, Trial, places
+from benchmarks.quality.frontier_trials import Elsewhere, Plan, Rates, Results, Suite, Trial, places
 from benchmarks.quality.rate_trials import packed, packed_bits
 from lsr_scale import api, files
 from lsr_scale.adapters.save_and_load import load_adapter, load_in_place
@@ -263,6 +264,10 @@ class Program:
         self.env = files.environment()
         self.pace: dict[bool, float] = {}  # seconds that an epoch of a trial took, of the last sweep, fused or not
         self._scorer: Scorer | None = None
+        self.elsewhere: Elsewhere | None = None
+        if given.rates_from is not None:
+            model, regime, base = given.rates_from.split("-")
+            self.elsewhere = Elsewhere(Suite(suite.work, model, "", regime, base), trials.load(RESULTS))
 
     @property
     def scorer(self) -> Scorer:
@@ -276,7 +281,7 @@ class Program:
         while True:
             done = trials.load(self.given.results)
             failed = {trial.place for trial in self.failed}
-            plan = Plan(self.suite, self.places, done, self.given.carry_rates, failed)
+            plan = Plan(self.suite, self.places, done, self.given.carry_rates, failed, self.elsewhere)
             left = plan.trials(self.given.seeds)
             ready = {trial: rates for trial, rates in left.items() if trial not in self.failed}
             again = under_way(self.suite)
@@ -372,6 +377,13 @@ def main(arguments: list[str] | None = None) -> int:
     add("--rows", nargs="+", help="of the table in frontier_rows; by default all but variants")
     add("--seeds", type=int, default=3)
     add("--carry-rates", action="store_true", help="tune some sizes in full, and others around their best rates")
+    suites = ["-".join(of) for of in itertools.product(MODELS, REGIMES, ("nf4", "none", "int8"))]
+    add(
+        "--rates-from",
+        choices=suites,
+        metavar="MODEL-REGIME-BASE",
+        help="try the best rates of committed results first",
+    )
     add("--together", default="auto", type=lambda text: text if text == "auto" else int(text))
     add("--trials-a-sweep", type=int, default=48, help="trained on one loading of the base, before they are scored")
     add("--time-limit", type=float, default=math.inf, help="seconds; no sweep begins that would end later")

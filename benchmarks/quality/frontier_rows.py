@@ -139,7 +139,9 @@ def _smollm2() -> dict[str, dict[str, AdapterRow]]:
             **_between(5),
             "tinylora": _tinylora(8, 24),
             "lora_modules": _lora(**value, **last(7)),
+            "kron_modules": _kron_lora(1, 8, 8, **value),
             "lsr_1_1": _lsr(1, 1, **last(7)),
+            "lsr_modules": _lsr(1, 1, target_modules=["v_proj", "o_proj"]),
         },
         "20k": {
             **_between(10),

@@ -3,7 +3,8 @@
 With `carry` only the sizes of `TUNED_IN_FULL` are tuned over all rates of a method. A row at another size is tried at
 the best rate of the row of its method at a neighbouring one of them, and at the rate on each side of that; where the
 best is the first or the last of the three, the next ones beyond follow, as they do for every row, up to as many as all
-have. So the best lies between two others here too. A row without such a neighbour is tuned in full.
+have. So the best lies between two others here too. A row without such a neighbour is tuned in full. Rates of another
+suite (`Elsewhere`) are carried in the same way, to the rows of its method at its sizes.
 """
 
 import dataclasses
@@ -77,16 +78,19 @@ class Rates:
     Attributes:
         first_rates: These.
         carried_from: The size and row whose best rate is the middle one; None where they are the method's.
+        carried_suite: The prefix of the suite that this row is of, None for the same.
     """
 
     first_rates: tuple[float, ...]
     carried_from: Place | None = None
+    carried_suite: str | None = None
 
     @classmethod
     def stored(cls, result: Mapping[str, Any]) -> "Rates":
         """Return those of a result, as JSON has them."""
         carried = result["carried_from"]
-        return cls(tuple(result["first_rates"]), carried and (carried[0], carried[1]))
+        place = carried and (carried[0], carried[1])
+        return cls(tuple(result["first_rates"]), place, result.get("carried_suite"))
 
 
 def rates_to_try(row: AdapterRow, tuned: Mapping[float, float], rates: Rates | None = None) -> tuple[float, ...]:
@@ -102,6 +106,32 @@ def rates_to_try(row: AdapterRow, tuned: Mapping[float, float], rates: Rates | N
 
 
 @dataclasses.dataclass(frozen=True)
+class Elsewhere:
+    """Another suite, whose rates are tried first: the same rows on another base, another model or other texts.
+
+    Attributes:
+        suite: That one.
+        done: Its results by name.
+    """
+
+    suite: Suite
+    done: Results
+
+    def rates(self, place: Place, row: AdapterRow) -> Rates | None:
+        """Return the rates around the best one there: of a row's method at its size, as `neighbours` has them."""
+        plan = Plan(self.suite, (), self.done)
+        found = [
+            (place[0], name)
+            for name, other in ROWS[self.suite.model].get(place[0], {}).items()
+            if _kind(other) == _kind(row)
+        ]
+        for other in sorted(found, key=lambda one: (one[1] != place[1], _distance(self.suite.row(one), row))):
+            if (best := plan.best(other)) is not None:
+                return Rates(around(best, row.rates), other, self.suite.prefix)
+        return None
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
     """What can be done next, by what has been done.
 
@@ -109,8 +139,9 @@ class Plan:
         suite: Of the trials.
         places: The rows that are to be done.
         done: The results by name.
-        carry: Whether rates are carried.
+        carry: Whether rates are carried from neighbouring sizes.
         failed: Rows of which a trial failed, for which none waits.
+        elsewhere: Another suite, whose rates go before those of neighbours.
     """
 
     suite: Suite
@@ -118,6 +149,7 @@ class Plan:
     done: Results
     carry: bool = False
     failed: Collection[Place] = ()
+    elsewhere: Elsewhere | None = None
 
     def trials(self, seeds: int) -> dict[Trial, Rates]:
         """Return the trials that can be done now: rates to be tried, and seeds at rates that were chosen."""
@@ -130,7 +162,7 @@ class Plan:
             if left := rates_to_try(self.suite.row(place), tuned, rates):
                 found |= {Trial(*place, TUNING_SEED, rate): rates for rate in left}
             else:
-                best = min(tuned, key=lambda rate: tuned[rate])
+                best = min(tuned, key=lambda rate: tuned[rate])  # one that diverged too: its seeds say so
                 found |= {Trial(*place, seed, best): rates for seed in range(seeds)}
         return {trial: of_it for trial, of_it in found.items() if f"{self.suite.prefix}-{trial.name}" not in self.done}
 
@@ -144,15 +176,24 @@ class Plan:
         own = Rates(self.suite.row(place).rates)
         for result in self._tuning(place):
             return Rates.stored(result) if "first_rates" in result else own
+        if self.elsewhere is not None and (rates := self.elsewhere.rates(place, self.suite.row(place))) is not None:
+            return rates
         for other in neighbours(self.suite, place) if self.carry else ():
-            tuned = self.tuned(other)
-            if tuned and not rates_to_try(self.suite.row(other), tuned, self.rates(other)):
-                best = min(tuned, key=lambda rate: tuned[rate])
-                if math.isfinite(tuned[best]):
-                    return Rates(around(best, own.first_rates), other)
-            elif other in self.places and other not in self.failed:
+            if (best := self.best(other)) is not None:
+                return Rates(around(best, own.first_rates), other)
+            if not self._is_tuned(other) and other in self.places and other not in self.failed:
                 return None
         return own
+
+    def best(self, place: Place) -> float | None:
+        """Return the best rate of a row; None while rates are to be tried, and where all diverged."""
+        tuned = self.tuned(place)
+        best = min(tuned, key=lambda rate: tuned[rate], default=None)
+        return best if best is not None and self._is_tuned(place) and math.isfinite(tuned[best]) else None
+
+    def _is_tuned(self, place: Place) -> bool:
+        tuned = self.tuned(place)
+        return bool(tuned) and not rates_to_try(self.suite.row(place), tuned, self.rates(place))
 
     def _tuning(self, place: Place) -> list[dict[str, Any]]:
         start = f"{self.suite.prefix}-{'-'.join(place)}-tune-"
@@ -190,7 +231,7 @@ def neighbours(suite: Suite, place: Place) -> list[Place]:
 
     def distance(other: Place) -> tuple[bool, float, float]:
         of_size = abs(math.log(SIZES[other[0]] / SIZES[size]))
-        return other[1] != place[1], of_size, abs(_shape(suite.row(other)) - _shape(suite.row(place)))
+        return other[1] != place[1], of_size, _distance(suite.row(other), suite.row(place))
 
     found = [
         (one, name)
@@ -203,6 +244,10 @@ def neighbours(suite: Suite, place: Place) -> list[Place]:
 
 def _kind(row: AdapterRow) -> tuple[Any, ...]:
     return row.method, row.optimizer, row.options.get("init"), row.options.get("train")
+
+
+def _distance(one: AdapterRow, other: AdapterRow) -> float:
+    return abs(_shape(one) - _shape(other))
 
 
 def _shape(row: AdapterRow) -> float:

@@ -280,7 +280,7 @@ def over_lower(of_size: Sequence[Score]) -> dict[str, list[Verdict]]:
 
 @dataclasses.dataclass(frozen=True)
 class Carried:
-    """What came of a row whose rate was carried from a neighbouring size (`frontier_trials`).
+    """What came of a row whose rate was carried from a neighbouring size or another suite (`frontier_trials`).
 
     Attributes:
         lost: Nats a token that the carried rate itself lost against the row's best, infinite where it diverged.

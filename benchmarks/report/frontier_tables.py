@@ -112,9 +112,9 @@ def carried_text(rows: list[Carried]) -> str:
     lost = [one.lost for one in rows if math.isfinite(one.lost)]
     followed, between = sum(one.followed for one in rows), sum(one.is_between for one in rows)
     text = (
-        f"{len(rows)} rows were tried first at the best rate of their method at a neighbouring size and the ones "
-        f"beside it. The best was an end for {followed}, where others followed, and lies between two others for "
-        f"{between}. The carried rate itself "
+        f"{len(rows)} rows were tried first at the best rate of their method at a neighbouring size, or in another "
+        f"suite, and the ones beside it. The best was an end for {followed}, where others followed, and lies between "
+        f"two others for {between}. The carried rate itself "
     )
     ended = []
     if lost:

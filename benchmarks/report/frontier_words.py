@@ -78,12 +78,14 @@ def lines(found: Frontier) -> list[str]:
 def _not_run(found: Frontier, suite: Suite) -> str:
     """Return in words what the sizes of a suite lack of the methods that its base takes."""
     model, _, base = suite
-    run = {(score.size, score.row): None for score in compared(found.of(suite))}  # in the order of sizes
+    run = {(score.size, score.row): series(score) for score in compared(found.of(suite))}  # in the order of sizes
     left: dict[str, list[str]] = {}
     for size in dict.fromkeys(size for size, _ in run):
+        methods = {method for (of, _), method in run.items() if of == size}
         for name, row in ROWS[model][size].items():
             if row.takes(base) and "+" not in name and (size, name) not in run:
-                sizes = left.setdefault(NAMES[series(row)], [])
+                form = " in another form" if series(row) in methods else ""
+                sizes = left.setdefault(NAMES[series(row)] + form, [])
                 sizes += [size] if size not in sizes else []
     return "; ".join(f"{name} at {_listed_in_words(sizes)}" for name, sizes in left.items())
 

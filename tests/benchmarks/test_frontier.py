@@ -205,10 +205,10 @@ def test_a_row_with_a_seed_that_diverged_is_named_and_left_out(tmp_path, monkeyp
 SUITE = frontier.Suite(Path("work"), "smollm2", "none", "commonsense", "nf4")
 
 
-def tune(done, place, losses, rates):
+def tune(done, place, losses, rates, suite=SUITE):
     """Add the results of a row's rates."""
     for rate, nll in losses.items():
-        name = f"{SUITE.prefix}-{frontier.Trial(*place, trials.TUNING_SEED, rate).name}"
+        name = f"{suite.prefix}-{frontier.Trial(*place, trials.TUNING_SEED, rate).name}"
         done[name] = {"rate": rate, "nll": nll, **json.loads(json.dumps(dataclasses.asdict(rates)))}
 
 
@@ -276,6 +276,25 @@ def test_a_carried_row_may_try_as_many_rates_as_the_others():
     assert rates_of(place, done) == ({2.5e-4}, {False})
 
 
+def test_rates_of_another_suite_are_tried_first():
+    suite = dataclasses.replace(SUITE, model="qwen", regime="gsm8k")
+    other, done = dataclasses.replace(SUITE, regime="commonsense"), {}
+    elsewhere = frontier_trials.Elsewhere(other, done)
+    place, there, own = ("60k", "lsr_2_3"), ("60k", "lsr_2_2"), ROWS["smollm2"]["60k"]["lsr_2_2"].rates
+
+    def rates(place=place, carry=False):
+        return frontier_trials.Plan(suite, [place], {}, carry, elsewhere=elsewhere).rates(place)
+
+    assert rates() == frontier_trials.Rates(own), "there are no results"
+    tune(done, there, dict(zip(own, (4.0, 3.0, 2.0, 1.0), strict=True)), frontier_trials.Rates(own), other)
+    assert rates() == frontier_trials.Rates(own), "its best is not found yet"
+    tune(done, there, {3.2e-2: 2.0}, frontier_trials.Rates(own), other)
+    assert rates() == frontier_trials.Rates((8e-3, 1.6e-2, 3.2e-2), there, other.prefix), "the row most like it"
+    assert rates(("60k", "lora_modules")) == frontier_trials.Rates(ROWS["qwen"]["60k"]["lora_modules"].rates)
+    stored = {"first_rates": [8e-3, 1.6e-2, 3.2e-2], "carried_from": list(there), "carried_suite": other.prefix}
+    assert frontier_trials.Rates.stored(stored) == rates()
+
+
 class NoModel:
     """Scores that need no model; what it is asked is noted."""
 
@@ -295,6 +314,7 @@ def program(one_row, monkeypatch, tmp_path):
     suite = frontier.Suite(tmp_path, "smollm2", "none", "commonsense", "none")
     given = argparse.Namespace(results=tmp_path / "r", sizes=["20k"], rows=None, seeds=1, time_limit=math.inf)
     given.trials_a_sweep, given.together, given.command, given.carry_rates = 1, "auto", "words", False
+    given.rates_from = None
     tried = []
 
     def train(suite, chosen, together):

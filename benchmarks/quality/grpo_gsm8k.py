@@ -115,7 +115,7 @@ def next_trials(suite: Suite, trainings: Iterable[str], rows: Iterable[str], see
             if not ROWS[row].takes(suite.base):
                 continue
             tuned = tuned_rates(suite, training, row, done)
-            if left := rates_left(RATES[training][ROWS[row].method], tuned, MOST_BEYOND):
+            if left := rates_left(RATES[training][row], tuned, MOST_BEYOND):
                 found += [Trial(training, row, TUNING_SEED, rate) for rate in left]
             elif math.isfinite(tuned[best := min(sorted(tuned), key=lambda rate: tuned[rate])]):
                 found += [Trial(training, row, seed, best) for seed in range(seeds)]

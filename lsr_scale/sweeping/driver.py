@@ -28,6 +28,7 @@ from lsr_scale.sweeping.workers import num_workers
 from lsr_scale.training.callbacks.signals import Signals, Terminated
 from lsr_scale.training.shared import Shared
 from lsr_scale.training.steps.joint import JointStep
+from lsr_scale.training.steps.sharing import runs_fused
 from lsr_scale.training.trainers import ignore_library_warnings
 from lsr_scale.training.trial_rows import TrialRows
 
@@ -92,6 +93,9 @@ class Driver:
         self.worker, self.signals = Worker(folder, board.say), Signals()
         self.bases, self.rows = Bases(board.say), TrialRows()
         self.finished: set[str] = set()  # trials that this process brought to their end
+        self._under_way: list[str] = []
+        # those that cannot run fused share no step with those that can, and would run unfused with them
+        self._is_fused = {one.name: runs_fused(one.run, torch.cuda.is_available()) for one in sweep.trials}
         self._shared: tuple[int, Any] | None = None
         self._holds_ended = False  # memory of trials that have ended
 
@@ -165,9 +169,11 @@ class Driver:
     def next_start(self) -> TrialStart | None:
         """Return the next trial of this process, None where there is none at the moment."""
         self._free_ended()
-        trial = self.worker.claim()
+        kinds = {self._is_fused[name] for name in self._under_way}
+        trial = self.worker.claim(lambda name: not kinds or self._is_fused[name] in kinds)
         if trial is None:
             return None
+        self._under_way.append(trial.name)
         self.board.begin(trial, self.folder.read())
         return TrialStart(self, self.plans[trial.name], trial)
 
@@ -183,6 +189,7 @@ class Driver:
         Raises:
             KeyboardInterrupt: where that is how it ended.
         """
+        self._under_way.remove(start.plan.name)
         with self.folder.updating() as state:
             trial = state.trials[start.plan.name]
             trial.worker = None

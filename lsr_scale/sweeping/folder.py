@@ -233,11 +233,15 @@ class Worker:
                 with contextlib.suppress(OSError):
                     self.folder.workers.rmdir()
 
-    def claim(self) -> TrialState | None:
-        """Return the next trial to train, which is this worker's now, or None where there is none at the moment."""
+    def claim(self, wanted: Callable[[str], bool] = lambda name: True) -> TrialState | None:
+        """Return the next trial to train, which is this worker's now, or None where there is none at the moment.
+
+        Args:
+            wanted: Tells by its name whether a trial is one that can be taken now.
+        """
         with self._compared() as state:
             for trial in state.trials.values():
-                if trial.status == "pending":
+                if trial.status == "pending" and wanted(trial.name):
                     trial.status, trial.worker = "running", self.name
                     return dataclasses.replace(trial)
         return None

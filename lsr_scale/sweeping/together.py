@@ -28,7 +28,7 @@ from lsr_scale.training.assembly import adapt, build_trainer
 from lsr_scale.training.shared import Shared
 from lsr_scale.training.steps.joint import JointStep, Member
 from lsr_scale.training.steps.meeting import Meet
-from lsr_scale.training.steps.sharing import base_fallback_reason, sharing_fallback_reason
+from lsr_scale.training.steps.sharing import base_fallback_reason, runs_fused, sharing_fallback_reason
 from lsr_scale.training.trial_rows import TrialRows
 
 LEAST_GAIN = 0.05  # by which the time a trial has to fall for twice as many to share a step
@@ -58,14 +58,22 @@ def choose(sweep: Sweep, plans: Sequence[TrialPlan], bases: Bases, rows: TrialRo
     Raises:
         UserError: where the base cannot be loaded, or `together` is a number and trials cannot share steps.
     """
-    wanted, num_trials = sweep.section.together, len(plans)
-    if wanted == 1 or num_trials < 2:
+    wanted = sweep.section.together
+    if wanted == 1 or len(plans) < 2:
         return Choice(1, "")
     reason = sharing_fallback_reason([plan.run for plan in plans])
     if reason is None:
         reason = base_fallback_reason(bases.of(plans[0].run))
     if reason is not None:
         return Choice(1, f"trials are trained one after the other, as they cannot share steps: {reason}")
+    # those that run fused share no step with those that cannot
+    kinds = [
+        [one for one in plans if runs_fused(one.run, torch.cuda.is_available()) == fused] for fused in (True, False)
+    ]
+    plans = max(kinds, key=len)
+    num_trials = len(plans)
+    if num_trials < 2:
+        return Choice(1, "trials are trained one after the other: one runs fused, the other cannot")
     if wanted != "auto":
         return Choice(min(wanted, num_trials), "")
     most = _most_that_fit(sweep, num_trials)

@@ -26,6 +26,7 @@ from lsr_scale.sweeping.sweep import run_sweep
 from lsr_scale.training import compute
 from lsr_scale.training.callbacks.signals import Terminated
 from lsr_scale.training.steps.joint import JointStep
+from lsr_scale.training.steps.sharing import runs_fused
 from tests.helpers.programs import start_program
 from tests.helpers.tiny_models import SEVEN_LINEARS
 from tests.helpers.tiny_runs import completions, do, factors, metrics, questions, results, same, write_rows
@@ -269,6 +270,23 @@ def test_trials_that_were_under_way_when_their_process_was_killed_share_steps_ag
     do_sweep(place, tmp_path / "sweep", section, resume="auto")
     assert set(statuses(folder).values()) == {"finished"}
     assert 2 in steps
+
+
+def test_trials_that_cannot_run_fused_share_no_step_with_those_that_do(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(driver, "runs_fused", lambda run, pays: runs_fused(run, pays=True))  # as on a GPU
+    steps = []
+    run = JointStep.run
+
+    def noting(self, members):
+        steps.append(sorted(type(member.model.base_model).__name__ for member in members))
+        return run(self, members)
+
+    monkeypatch.setattr(JointStep, "run", noting)
+    methods = [{"method": name, "target_modules": SEVEN_LINEARS} for name in ("lora", "krona", "vera", "lsr")]
+    section = {"list": [{"name": one["method"], "adapter": one} for one in methods], "together": 4}
+    folder = do_sweep(place, tmp_path / "sweep", section, max_steps=3)
+    assert set(statuses(folder).values()) == {"finished"}
+    assert steps == [["LoraModel", "LsrModel"]] * 3 + [["KronaModel", "VeraModel"]] * 3
 
 
 @pytest.mark.parametrize("together", [1, 2])

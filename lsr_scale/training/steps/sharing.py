@@ -8,7 +8,7 @@ from torch import nn
 from lsr_scale import adapters
 from lsr_scale.config import RunConfig
 from lsr_scale.config.reporters import reporter_names
-from lsr_scale.config.training import checkpoints_layers
+from lsr_scale.config.training import checkpoints_layers, wants_fused
 
 # settings of `training` that runs have in common, or a step has rows of different kinds
 _ALIKE = ("per_device_train_batch_size", "gradient_accumulation_steps", "max_length", "packing", "padding_free")
@@ -54,6 +54,20 @@ def sharing_fallback_reason(runs: Sequence[RunConfig]) -> str | None:
         if first.model.random_weights and seeds[0] != seeds[1]:
             return f"training.seed differs: {seeds[0]} and {seeds[1]}, by which model.random_weights draws the base"
     return None
+
+
+def runs_fused(run: RunConfig, pays: bool) -> bool:
+    """Tell whether a run's layers can be fused: `training.fused` lets them be, and its adapter has a low-rank pair.
+
+    One run of another kind has all that share its step run unfused.
+
+    Args:
+        run: The run.
+        pays: Whether fused layers pay where it is trained: on a GPU.
+    """
+    method = run.adapter.method
+    has_pair = method == "lora" or (method in adapters.METHODS and adapters.METHODS[method].is_low_rank())
+    return has_pair and wants_fused(run.training, pays)
 
 
 def _own_reason(run: RunConfig) -> str | None:

@@ -2,8 +2,8 @@
 
 A size is named by SmolLM2's number of parameters; on another model it is the same share of LoRA r=8's there. A row is
 within `TOLERANCE` of its size (a test counts them). Below LoRA r=1 on all seven linears (305,280 on SmolLM2) LoRA has
-two rows: on all linears of fewer layers (the last ones), and on fewer linears of all layers. PEFT's
-TinyLoRA takes only bases that are not quantized.
+two rows or more: on all linears of fewer layers (the last ones), and on fewer linears of all layers, with the query or
+the output among them. PEFT's TinyLoRA takes only bases that are not quantized.
 """
 
 import dataclasses
@@ -158,6 +158,7 @@ def _smollm2() -> dict[str, dict[str, AdapterRow]]:
             "vera": _vera(600, "q_proj", "v_proj"),
             "lora_layers": _lora(**last(6)),
             "lora_modules": _lora(**query_value),
+            "lora_output": _lora(target_modules=["v_proj", "o_proj"]),
             "krona": AdapterRow("krona", query_value),
             "kron_lora": _kron_lora(1, 4, 16),
             "lsr_2_2": _lsr(2, 2),
@@ -168,6 +169,7 @@ def _smollm2() -> dict[str, dict[str, AdapterRow]]:
             "vera": _vera(576, "q_proj", "k_proj", "v_proj", "o_proj", "down_proj"),
             "lora_layers": _lora(**last(15)),
             "lora_modules": _lora(target_modules=["q_proj", "k_proj", "v_proj", "down_proj"]),
+            "lora_output": _lora(target_modules=["k_proj", "v_proj", "o_proj", "down_proj"]),
             "kron_lora": _kron_lora(3, 4, 16),
             "lsr_2_5": _lsr(2, 5),
             "lsr_4_3": _lsr(4, 3),

@@ -1,11 +1,11 @@
 """What the frontier's trials say: means with errors, and paired comparisons corrected for how many there are.
 
 A row's score is the nats a token of the test part's answers, over all answers and seeds. Its standard error, and the
-interval and p of a difference between two rows, come from one bootstrap that draws questions and, for each row, seeds,
-with replacement; the same questions for all rows of a table. Which rows are compared at a size is decided on the part
-that rates were chosen on: the best of LSR-Adapt and Kron-LoRA, and the best of the others, of rows with two seeds or
-more. p is corrected by Holm's method over all comparisons of the table (Holm 1979, Scandinavian Journal of Statistics
-6, 65-70).
+interval and p of a difference between two rows, are of questions, which are the same for both, and of seeds, which are
+each row's own; as seeds are few, by Student's distribution (`estimates.py`). Which rows are compared at a size is
+decided on the part that rates were chosen on: the best of LSR-Adapt and Kron-LoRA, and the best of the others, of rows
+with two seeds or more. p is corrected by Holm's method over all comparisons of the table (Holm 1979, Scandinavian
+Journal of Statistics 6, 65-70).
 """
 
 import dataclasses
@@ -18,15 +18,17 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.quality import trials
+from benchmarks.quality import estimates, trials
+from benchmarks.quality.estimates import Estimate
 from benchmarks.quality.frontier_rows import OURS, SIZES
 from benchmarks.quality.rate_trials import unpacked
 from benchmarks.quality.trials import TUNING_SEED
 
-DRAWS, CHUNK = 10_000, 250
+SIGNIFICANT = 0.05
 LEAST_SEEDS = 2  # of a row that is compared: one seed says nothing of the spread of seeds
 Results = Mapping[str, dict[str, Any]]
 Suite = tuple[str, str, str]  # model, regime and base: what scores must share to be compared
+Key = tuple[Suite, str, str]  # suite, size and row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,10 +44,14 @@ class Score:
         optimizer: `training.optim`, None for AdamW.
         parameters: Trained ones.
         rate: The learning rate that was chosen.
+        rates: All that were tried.
         tuned: Nats a token on the part that it was chosen on.
         seeds: How many.
         nats: A token of the test part's right answers, over all seeds.
-        draws: `[DRAWS]`, the same of resampled questions and seeds; the questions are those of every row of the suite.
+        losses: `[seeds, questions]`, nats of each.
+        tokens: `[questions]`, of each.
+        right: `[seeds, questions]`, whether each was answered rightly, so weighted that the mean is the accuracy; None
+            for texts without choices.
         accuracy: Mean over seeds and tasks, None for texts without choices.
     """
 
@@ -57,16 +63,24 @@ class Score:
     optimizer: str | None
     parameters: int
     rate: float
+    rates: Sequence[float]
     tuned: float
     seeds: int
     nats: float
-    draws: np.ndarray
+    losses: np.ndarray
+    tokens: np.ndarray
+    right: np.ndarray | None
     accuracy: float | None
 
     @property
     def error(self) -> float:
         """The standard error of its nats a token."""
-        return float(self.draws.std())
+        return estimates.mean(self.losses, self.tokens).error
+
+    @property
+    def is_at_end(self) -> bool:
+        """Whether its rate is the first or the last of those that were tried, and a better one may lie beyond."""
+        return not min(self.rates) < self.rate < max(self.rates)
 
     @property
     def is_ours(self) -> bool:
@@ -76,20 +90,29 @@ class Score:
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """One row beside another; `difference` is the first less the second, in nats a token, with its 95 % interval."""
+    """One row beside another; `estimate` is the first less the second, in nats a token."""
 
     ours: Score
     theirs: Score
-    difference: float
-    low: float
-    high: float
-    p: float
+    estimate: Estimate
     corrected_p: float = math.nan
+
+    @property
+    def difference(self) -> float:
+        """The first less the second."""
+        return self.estimate.value
+
+    @property
+    def accuracy(self) -> Estimate | None:
+        """The first's accuracy less the second's; None for texts without choices."""
+        if self.ours.right is None or self.theirs.right is None:
+            return None
+        return estimates.difference(self.ours.right, self.theirs.right, np.ones(self.ours.right.shape[1]))
 
     @property
     def separates(self) -> bool:
         """Whether they differ after the correction."""
-        return self.corrected_p < 0.05
+        return self.corrected_p < SIGNIFICANT
 
     @property
     def wins(self) -> bool:
@@ -120,6 +143,11 @@ class Frontier:
     def verdicts(self) -> list[Verdict]:
         """The best of ours beside the best of the others, at each size that has both; all corrected together."""
         return verdicts(self.scores)
+
+    @functools.cached_property
+    def tuned(self) -> dict[Key, float]:
+        """The nats a token of each row at its best rate, where rates are chosen; rows without seeds too."""
+        return {key: min(of_rates.values()) for key, of_rates in tuning(self.done).items()}
 
     @functools.cached_property
     def diverged(self) -> list[str]:
@@ -153,13 +181,27 @@ def answer_tokens(done: Results, suite: Suite) -> np.ndarray:
     return unpacked(done["-".join(suite) + "-base-test"]["answer_tokens"])
 
 
+def _key(result: Mapping[str, Any]) -> Key:
+    return (result["model"], result["regime"], result["base"]), result["size"], result["row"]
+
+
+def tuning(done: Results) -> dict[Key, dict[float, float]]:
+    """Return the nats a token of each rate that a row was tuned over, infinite where the training diverged."""
+    found: dict[Key, dict[float, float]] = {}
+    for result in done.values():
+        if result["row"] != "base" and result["seed"] == TUNING_SEED:
+            nats = math.inf if result["nll"] is None else result["nll"]
+            found.setdefault(_key(result), {})[result["rate"]] = nats
+    return found
+
+
 def scores(done: Results) -> list[Score]:
     """Return the rows of trials: see `Frontier.scores`."""
-    groups: dict[tuple[Suite, str, str], list[dict[str, Any]]] = {}
+    groups: dict[Key, list[dict[str, Any]]] = {}
     for result in done.values():
         if result["row"] != "base":
-            suite = result["model"], result["regime"], result["base"]
-            groups.setdefault((suite, result["size"], result["row"]), []).append(result)
+            groups.setdefault(_key(result), []).append(result)
+    tried = tuning(done)
     tests = {
         key: sorted((r for r in results if r["seed"] != TUNING_SEED), key=lambda r: r["seed"])
         for key, results in groups.items()
@@ -169,12 +211,10 @@ def scores(done: Results) -> list[Score]:
     for suite in dict.fromkeys(key[0] for key in whole):
         mine = {key: rows for key, rows in whole.items() if key[0] == suite}
         tokens = answer_tokens(done, suite)
-        losses = [np.array([unpacked(r["losses"]) for r in rows]) for rows in mine.values()]
-        columns = drawn(losses, tokens).T
-        for (key, rows), of_seeds, draws in zip(mine.items(), losses, columns, strict=True):
+        for key, rows in mine.items():
             first = rows[0]
-            tuned = [r["nll"] for r in groups[key] if r["seed"] == TUNING_SEED and r["rate"] == first["rate"]]
-            accuracies = [r["accuracy"] for r in rows]
+            of_rates = tried.get(key, {})
+            losses, accuracies = np.array([unpacked(r["losses"]) for r in rows]), [r["accuracy"] for r in rows]
             found.append(
                 Score(
                     *key,
@@ -183,10 +223,13 @@ def scores(done: Results) -> list[Score]:
                     optimizer=first.get("optimizer"),
                     parameters=first["trainable_parameters"],
                     rate=first["rate"],
-                    tuned=tuned[0] if tuned and tuned[0] is not None else math.inf,
+                    rates=sorted(of_rates) or (first["rate"],),
+                    tuned=of_rates.get(first["rate"], math.inf),
                     seeds=len(rows),
-                    nats=float(of_seeds.mean(0).sum() / tokens.sum()),
-                    draws=draws,
+                    nats=estimates.mean(losses, tokens).value,
+                    losses=losses,
+                    tokens=tokens,
+                    right=right_of(rows),
                     accuracy=None if None in accuracies else float(np.mean(accuracies)),
                 )
             )
@@ -194,40 +237,18 @@ def scores(done: Results) -> list[Score]:
     return sorted(found, key=lambda s: (s.suite, order.index(s.size), s.method, s.row))
 
 
-def drawn(several: Sequence[np.ndarray], tokens: np.ndarray, seed: int = 0) -> np.ndarray:
-    """Return `[DRAWS, rows]` of nats a token, of resampled questions (the same for all rows) and seeds (each its own).
-
-    Args:
-        several: The losses `[seeds, questions]` of each row, of the same questions.
-        tokens: `[questions]`, of each answer.
-        seed: Of the draws.
-    """
-    draw, size = np.random.default_rng(seed), len(tokens)
-    chunk = min(CHUNK, DRAWS)
-    starts = size * np.arange(chunk)[:, None]
-    stacked = np.concatenate(several).T
-    parts = []
-    for _ in range(DRAWS // chunk):
-        chosen = draw.integers(size, size=(chunk, size)) + starts
-        times = np.bincount(chosen.ravel(), minlength=chunk * size).reshape(chunk, size).astype(np.float64)
-        sums = times @ stacked  # [chunk, seeds of all rows]
-        rows, start = [], 0
-        for losses in several:
-            num = len(losses)
-            shares = draw.multinomial(num, np.full(num, 1 / num), chunk) / num
-            rows.append((shares * sums[:, start : start + num]).sum(1))
-            start += num
-        parts.append(np.stack(rows, 1) / (times @ tokens)[:, None])
-    return np.concatenate(parts)
+def right_of(rows: Sequence[dict[str, Any]]) -> np.ndarray | None:
+    """Return `[seeds, questions]`, what rows answered rightly, each task weighted alike; None without choices."""
+    if any("right" not in r for r in rows):
+        return None
+    counts = [task["rows"] for task in rows[0]["tasks"].values()]
+    weights = np.concatenate([np.full(count, sum(counts) / len(counts) / count) for count in counts])
+    return np.array([unpacked(r["right"]) for r in rows]) * weights
 
 
 def compare(ours: Score, theirs: Score) -> Verdict:
-    """Return the paired difference of two rows of a suite with its 95 % interval and two-sided p, not corrected."""
-    differences = ours.draws - theirs.draws
-    tail = min(np.count_nonzero(differences <= 0), np.count_nonzero(differences >= 0))
-    low, high = np.quantile(differences, (0.025, 0.975))
-    p = min(1.0, 2 * (tail + 1) / (len(differences) + 1))
-    return Verdict(ours, theirs, ours.nats - theirs.nats, float(low), float(high), p)
+    """Return the difference of two rows of a suite, its p not corrected."""
+    return Verdict(ours, theirs, estimates.difference(ours.losses, theirs.losses, ours.tokens))
 
 
 def holm(values: Sequence[float]) -> list[float]:
@@ -241,7 +262,7 @@ def holm(values: Sequence[float]) -> list[float]:
 
 def corrected(found: Sequence[Verdict]) -> list[Verdict]:
     """Return comparisons with their p corrected for how many they are."""
-    values = holm([verdict.p for verdict in found])
+    values = holm([verdict.estimate.p for verdict in found])
     return [dataclasses.replace(verdict, corrected_p=p) for verdict, p in zip(found, values, strict=True)]
 
 
@@ -257,6 +278,14 @@ def verdicts(rows: Sequence[Score]) -> list[Verdict]:
         if ours is not None and theirs is not None:
             found.append(compare(ours, theirs))
     return corrected(found)
+
+
+def by_accuracy(found: Sequence[Verdict]) -> list[tuple[Verdict, Estimate, float]]:
+    """Return comparisons with the difference of their accuracies and its p, corrected for how many have one."""
+    pairs = [(one, one.accuracy) for one in found]
+    known = [(one, accuracy) for one, accuracy in pairs if accuracy is not None]
+    values = holm([accuracy.p for _, accuracy in known])
+    return [(one, accuracy, p) for (one, accuracy), p in zip(known, values, strict=True)]
 
 
 def compared(rows: Iterable[Score]) -> list[Score]:

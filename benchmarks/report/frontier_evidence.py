@@ -44,7 +44,7 @@ def suite_text(found: Frontier, suite: Suite) -> str:
 def row(score: Score, over: list[Verdict]) -> dict[str, Any]:
     """Return what is told of a row: what it is, what it lost, and by how much more than each row with less."""
     layers = score.options.get("layers_to_transform")
-    numbers = {one.theirs.row: (one.difference, one.low, one.high, one.corrected_p) for one in over}
+    numbers = {one.theirs.row: (one.difference, *one.estimate.interval, one.corrected_p) for one in over}
     return {
         **{"row": score.row, "label": label(score), "method": score.method},
         "options": {name: value for name, value in score.options.items() if name != "layers_to_transform"},

@@ -8,6 +8,7 @@ import itertools
 import math
 import statistics
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.quality import frontier_verdicts
@@ -83,7 +84,7 @@ def score_table(found: Frontier, suite: Suite) -> list[str]:
             name = f"**{label(score)}**" if score.is_ours else label(score)
             lines.append(
                 f"| {size} | {name} | {score.parameters:,} | {score.nats:.4f} ({score.error:.4f}) | "
-                f"{_percent(score.accuracy)} | {score.seeds} | {score.rate:g} |"
+                f"{_percent(score.accuracy)} | {score.seeds} | {score.rate:g}{' (end)' if score.is_at_end else ''} |"
             )
     return lines
 
@@ -95,16 +96,37 @@ def _percent(share: float | None) -> str:
 def verdict_table(found: list[Verdict]) -> list[str]:
     """Return the comparisons at each size in Markdown."""
     lines = [
-        "| model, texts, base | size | best of ours | best of the others | difference, nats a token (95 %) | "
-        "p, corrected | |",
-        "|---|---|---|---|---:|---:|---|",
+        "| model, texts, base | size | best of ours (parameters) | best of the others (parameters) | "
+        "difference, nats a token (95 %) | p, corrected | | difference in accuracy, points (95 %) |",
+        "|---|---|---|---|---:|---:|---|---:|",
     ]
     for one in found:
+        both = " | ".join(f"{label(score)} ({score.parameters:,})" for score in (one.ours, one.theirs))
         lines.append(
-            f"| {heading(one.ours.suite)} | {one.ours.size} | {label(one.ours)} | {label(one.theirs)} | "
-            f"{interval(one)} | {one.corrected_p:.2g} | {outcome(one)} |"
+            f"| {heading(one.ours.suite)} | {one.ours.size} | {both} | {interval(one)} | {chance(one.corrected_p)} | "
+            f"{outcome(one)} | {points(one)} |"
         )
     return lines
+
+
+def points(one: Verdict) -> str:
+    """Return a difference in accuracy with its interval, in points; nothing for texts without choices."""
+    if one.accuracy is None:
+        return ""
+    low, high = one.accuracy.interval
+    return f"{100 * one.accuracy.value:+.2f} ({100 * low:+.2f} to {100 * high:+.2f})"
+
+
+def ends_text(rows: Sequence[Score]) -> str:
+    """Return over how many rates rows were tuned, and whose best is the first or the last of them; nothing of none."""
+    if not rows:
+        return ""
+    numbers = sorted({len(score.rates) for score in rows})
+    text = f"Each row was tuned over {' to '.join(map(str, dict.fromkeys((numbers[0], numbers[-1]))))} rates. "
+    names = [f"{label(score)} at {score.size}" for score in rows if score.is_at_end]
+    if not names:
+        return f"{text}Every best one lies between two others."
+    return f"{text}The best is the first or the last of them, and a better one may lie beyond, for {'; '.join(names)}."
 
 
 def carried_text(rows: list[Carried]) -> str:
@@ -132,53 +154,70 @@ def outcome(one: Verdict) -> str:
     return "no separation" if not one.separates else "ours" if one.wins else "the other"
 
 
+def chance(p: float) -> str:
+    """Return a p in a few characters: of far tails no more is known than that they are far."""
+    return "< 0.0001" if p < 1e-4 else f"{p:.2g}"
+
+
 def interval(one: Verdict) -> str:
     """Return a difference with its interval, in nats a token."""
-    return f"{one.difference:+.4f} ({one.low:+.4f} to {one.high:+.4f})"
+    low, high = one.estimate.interval
+    return f"{one.difference:+.4f} ({low:+.4f} to {high:+.4f})"
 
 
 def draw(found: Frontier, suite: Suite, path: Path) -> None:
-    """Draw a suite against parameters: nats a token, and below it the best row of each method less the best of LoRA."""
+    """Draw a suite against parameters: nats a token, and below it each method's row less LoRA's, on a scale for both.
+
+    Of a method's rows at a size the line has the one that is best where rates are chosen, as the tables do. An open
+    marker is a row whose best rate is at an end of those that were tried.
+    """
     from matplotlib import pyplot
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     mine = found.of(suite)
-    figure, (losses, differences) = pyplot.subplots(2, 1, figsize=(8, 8), sharex=True, height_ratios=(3, 2))
+    figure, (losses, differences) = pyplot.subplots(2, 1, figsize=(8, 8.6), sharex=True, height_ratios=(1, 1))
     lora = {s.size: s for s in best_rows([s for s in mine if s.method == "lora"])}
-    shown: list[tuple[float, bool]] = []
+    most = 0.01
     for method in NAMES:
         rows = [score for score in mine if series(score) == method]
         if not rows:
             continue
-        best = best_rows(rows)
-        ours = method in OURS
-        style = {"color": COLORS[method], "marker": "s" if ours else "o", "ms": 6 if ours else 5, "capsize": 3}
-        style |= {"lw": 2.2 if ours else 1.2, "elinewidth": 1, "zorder": 4 if ours else 3}
-        losses.errorbar(*_points([(s.parameters, s.nats, s.error) for s in best]), **style, label=NAMES[method])
+        best, ours = best_rows(rows), method in OURS
+        style = {"color": COLORS[method], "lw": 2.2 if ours else 1.2, "zorder": 4 if ours else 3}
+        shape = {"color": COLORS[method], "marker": "s" if ours else "o", "ls": "", "zorder": style["zorder"]}
+        bars = {**style, "fmt": "none", "capsize": 3, "elinewidth": 1}
+        less = [(s, compare(s, lora[s.size]).estimate) for s in best if s.size in lora and method != "lora"]
+        most = max([most, *(abs(one.value) + one.error for _, one in less)])
+        for axis, points in (
+            (losses, [(s, s.nats, s.error) for s in best]),
+            (differences, [(s, one.value, one.error) for s, one in less]),
+        ):
+            counts, values = [s.parameters for s, _, _ in points], [value for _, value, _ in points]
+            axis.plot(counts, values, **style)
+            axis.errorbar(counts, values, [error for _, _, error in points], **bars)
+            for score, value, _ in points:
+                inside = "white" if score.is_at_end else COLORS[method]
+                axis.plot(score.parameters, value, ms=6 if ours else 5, markerfacecolor=inside, **shape)
+        losses.plot([], [], **{**style, **shape, "ls": "-"}, label=NAMES[method])
         others = [score for score in rows if score not in best]
-        losses.plot(
-            *([s.parameters for s in others], [s.nats for s in others]),
-            **{"ls": "", "marker": style["marker"], "ms": 3, "color": COLORS[method], "alpha": 0.5},
-        )
-        if method != "lora" and any(s.size in lora for s in best):
-            pairs = [
-                (s.parameters, compare(s, lora[s.size]), s.draws - lora[s.size].draws) for s in best if s.size in lora
-            ]
-            points = [(count, one.difference, float(draws.std())) for count, one, draws in pairs]
-            shown += [(abs(difference) + error, ours) for _, difference, error in points]
-            differences.errorbar(*_points(points), **style)
-    counts = [score.parameters for score in mine]
+        losses.plot([s.parameters for s in others], [s.nats for s in others], **shape, ms=3, alpha=0.5)
     differences.axhline(0, color=COLORS["lora"], lw=1.2)
-    if shown:  # a method far above all others is in the upper panel only
-        most = sorted(reach for reach, _ in shown)[int(0.85 * (len(shown) - 1))]
-        limit = 1.15 * max([most, *(reach for reach, ours in shown if ours)])
-        differences.set_ylim(-limit, limit)
+    differences.set_yscale("symlog", linthresh=0.01)  # both 0.01 and 0.3 are to be seen
+    ends = [sign * size for sign in (-1, 1) for size in (0.01, 0.03, 0.1, 0.3, 1, 3) if size < 1.3 * most]
+    differences.set_ylim(-1.3 * most, 1.3 * most)
+    differences.yaxis.set_major_locator(FixedLocator(sorted([0, *ends])))
+    differences.yaxis.set_minor_locator(NullLocator())
+    differences.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:+g}" if value else "0"))
+    counts = [score.parameters for score in mine]
     differences.set_xscale("log")
     count_ticks(differences.xaxis, min(counts), max(counts))
     differences.set_xlabel("trainable parameters (log scale)", fontsize=11)
-    differences.set_ylabel("less the best LoRA\nof the size, nats", fontsize=11)
+    differences.set_ylabel("less LoRA of the size, nats a token\n(below 0 better; log scale from 0.01 on)", fontsize=10)
     losses.set_ylabel("held-out loss, nats a token", fontsize=11)
     losses.legend(frameon=False, fontsize=10, ncols=2)
-    losses.set_title(f"{heading(suite)}\nbars: standard error; small points: other forms of a method", fontsize=11)
+    about = "bars: standard error (above: mostly that of the questions, which all share)\n"
+    about += "small points: other forms of a method; open markers: best learning rate at an end of those tried"
+    losses.set_title(f"{heading(suite)}\n{about}", fontsize=10)
     for axis in (losses, differences):
         axis.grid(alpha=0.3)
         axis.tick_params(labelsize=9)
@@ -187,18 +226,14 @@ def draw(found: Frontier, suite: Suite, path: Path) -> None:
 
 
 def best_rows(rows: list[Score]) -> list[Score]:
-    """Return the row with the lowest loss of each size."""
-    return [min(group, key=lambda s: s.nats) for _, group in itertools.groupby(rows, key=lambda s: s.size)]
-
-
-def _points(points: list[tuple[int, float, float]]) -> list[list[float]]:
-    return [list(values) for values in zip(*points, strict=True)]
+    """Return the row of each size that has the lowest loss where rates are chosen."""
+    return [min(group, key=lambda s: s.tuned) for _, group in itertools.groupby(rows, key=lambda s: s.size)]
 
 
 def digest(found: Frontier, suite: Suite) -> str:
     """Return what a suite's figure is recognized by."""
-    tests = [r for r in found.done.values() if (r["model"], r["regime"], r["base"]) == suite and r["part"] == "test"]
-    return rows_digest([[r["row"], r.get("size"), r.get("seed"), r["nll"]] for r in tests])
+    mine = [r for r in found.done.values() if (r["model"], r["regime"], r["base"]) == suite]
+    return rows_digest([[r["row"], r["part"], r.get("size"), r.get("seed"), r.get("rate"), r["nll"]] for r in mine])
 
 
 def picture(suite: Suite) -> str:
@@ -226,6 +261,7 @@ def sections(results: Path) -> list[str]:
         about = (frontier_verdicts.__doc__ or "").strip().partition("\n\n")[2]
         parts = ["## Which adapter at which size", about, *parts, "### The best of ours beside the best of the others"]
         parts.append("\n".join(verdict_table(found.verdicts)))
+    parts += [text] if (text := ends_text(found.scores)) else []
     if parts and (rows := frontier_verdicts.carried(found.done)):
         parts.append(carried_text(rows))
     if found.diverged:

@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.quality import trials
+from benchmarks.quality import estimates, trials
+from benchmarks.quality.estimates import Estimate
 from benchmarks.quality.frontier_rows import OURS, AdapterRow
-from benchmarks.quality.frontier_verdicts import drawn
 from benchmarks.quality.grpo_gsm8k import RESULTS
 from benchmarks.quality.grpo_rows import REFERENCE, ROWS, TRAININGS
 from benchmarks.quality.rate_trials import unpacked
@@ -49,9 +49,13 @@ class Score:
     results: list[dict[str, Any]]
 
     @property
-    def accuracy(self) -> float:
+    def accuracy(self) -> Estimate:
         """Mean over questions and seeds."""
-        return float(self.right.mean())
+        return estimates.mean(self.right, np.ones(self.right.shape[1]))
+
+    def over(self, other: "Score") -> Estimate:
+        """Return the accuracy less another's, on the same questions."""
+        return estimates.difference(self.right, other.right, np.ones(self.right.shape[1]))
 
 
 def suites(done: Results) -> list[str]:
@@ -66,21 +70,8 @@ def scores(done: Results, suite: str) -> list[Score]:
         mine = [r for r in done.values() if (r["suite"], r["row"], r.get("training")) == (suite, row, training)]
         mine = [r for r in mine if r["seed"] != TUNING_SEED]
         if mine and all("right" in r for r in mine):
-            found.append(Score(training, row, np.array([unpacked(r["right"]) for r in mine]), mine))
+            found.append(Score(training, row, np.array([unpacked(r["right"]) for r in mine], np.float64), mine))
     return found
-
-
-def resampled(found: list[Score]) -> dict[tuple[str, str], np.ndarray]:
-    """Return `[draws]` accuracies of each adapter by training and row, of resampled questions and seeds."""
-    right = [score.right.astype(np.float64) for score in found]
-    columns = drawn(right, np.ones(right[0].shape[1])).T  # the same questions for all
-    return {(score.training, score.row): column for score, column in zip(found, columns, strict=True)}
-
-
-def interval(first: np.ndarray, second: np.ndarray) -> tuple[float, float]:
-    """Return the 95 % interval of what `resampled` accuracies are less others."""
-    low, high = np.quantile(first - second, (0.025, 0.975))
-    return float(low), float(high)
 
 
 def label(row: str) -> str:
@@ -98,8 +89,7 @@ def label(row: str) -> str:
 
 def table(done: Results, suite: str) -> str:
     """Return a suite's table: a row an adapter, GRPO and then SFT, each less the same training of LoRA r=8."""
-    of_suite = scores(done, suite)
-    found, draws = {(score.training, score.row): score for score in of_suite}, resampled(of_suite)
+    found = {(score.training, score.row): score for score in scores(done, suite)}
     base = done.get(f"{suite}-base", {}).get("accuracy")
     body = [["no adapter", "0", "", *[number(base and 100 * base, ".1f"), ""] * 2, "", ""]]
     for row in ROWS:
@@ -114,7 +104,7 @@ def table(done: Results, suite: str) -> str:
         cells = [name, f"{parameters:,}", share]
         for training, score in of_row.items():
             cells.append("" if score is None else accuracy_cell(score))
-            cells.append(difference_cell(score, found.get((training, REFERENCE)), draws))
+            cells.append(difference_cell(score, found.get((training, REFERENCE))))
         grpo = of_row["grpo"]
         cells.append("" if grpo is None else f"{statistics.fmean(step_seconds(grpo)):.1f}")
         cells.append(", ".join(f"{s.results[0]['rate']:g}" for s in of_row.values() if s is not None))
@@ -146,16 +136,16 @@ def accuracy_cell(score: Score) -> str:
     """Return a score in percent, and in brackets that of each seed."""
     by_seed = 100 * score.right.mean(1)
     spread = f" ({', '.join(f'{one:.1f}' for one in by_seed)})" if len(by_seed) > 1 else ""
-    return f"{100 * score.accuracy:.1f}{spread}"
+    return f"{100 * score.accuracy.value:.1f}{spread}"
 
 
-def difference_cell(score: Score | None, reference: Score | None, draws: Mapping[tuple[str, str], np.ndarray]) -> str:
+def difference_cell(score: Score | None, reference: Score | None) -> str:
     """Return in points how far a score is above the reference of the same training, with its interval."""
     if score is None or reference is None or score is reference:
         return ""
-    ends = interval(*(draws[one.training, one.row] for one in (score, reference)))
-    low, high = (100 * end for end in ends)
-    return f"{100 * (score.accuracy - reference.accuracy):+.1f} ({low:+.1f} to {high:+.1f})"
+    over = score.over(reference)
+    low, high = (100 * end for end in over.interval)
+    return f"{100 * over.value:+.1f} ({low:+.1f} to {high:+.1f})"
 
 
 def step_seconds(score: Score) -> list[float]:
@@ -179,15 +169,14 @@ def draw(done: Results, suite: str, path: Path) -> None:
 
     figure, (sizes, steps, seconds) = pyplot.subplots(1, 3, figsize=(16, 4.8), width_ratios=(1.4, 1, 1))
     found = scores(done, suite)
-    draws = resampled(found)
     colors = {row: f"C{index}" for index, row in enumerate(ROWS)}
     counts = [score.results[0]["trainable_parameters"] for score in found]
     for training, face in (("grpo", "full"), ("sft", "none")):
         for score, count in zip(found, counts, strict=True):
             if score.training == training:
-                error = 100 * draws[training, score.row].std()
+                error = 100 * score.accuracy.error
                 style = {"fmt": "s" if ROWS[score.row].method in OURS else "o", "fillstyle": face, "capsize": 3}
-                sizes.errorbar(count, 100 * score.accuracy, error, color=colors[score.row], **style)
+                sizes.errorbar(count, 100 * score.accuracy.value, error, color=colors[score.row], **style)
     base = done.get(f"{suite}-base", {}).get("accuracy")
     if base is not None:
         sizes.axhline(100 * base, color="black", lw=1, ls=":")
@@ -250,7 +239,7 @@ def sections(results: Path) -> list[str]:
     if not parts:
         return []
     about = "Accuracy on the test questions, answered greedily; by seed in brackets. Differences are in points; their "
-    about += "intervals are of a bootstrap of questions, the same for both, and of seeds. `benchmarks/quality/"
+    about += "intervals are of questions, the same for both, and of seeds (`estimates.py`). `benchmarks/quality/"
     about += "grpo_gsm8k.py` has the protocol; a rate is the best of those that were tried."
     lost = [name for name, r in done.items() if r.get("seed", TUNING_SEED) != TUNING_SEED and "right" not in r]
     ending = [f"Diverged, and their rows left out: {', '.join(lost)}."] if lost else []

@@ -40,7 +40,8 @@ class Comparison:
 
     def in_words(self) -> str:
         """Return it as a sentence has it."""
-        return f"{self.difference:+.4f} nats (95 %: {self.low:+.4f} to {self.high:+.4f}), corrected p = {self.p:.2g}"
+        p = "< 0.0001" if self.p < 1e-4 else f"= {self.p:.2g}"
+        return f"{self.difference:+.4f} nats (95 %: {self.low:+.4f} to {self.high:+.4f}), corrected p {p}"
 
 
 @dataclass(frozen=True)

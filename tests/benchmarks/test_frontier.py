@@ -103,8 +103,7 @@ def test_holm_corrects_for_the_number_of_comparisons():
     assert frontier_verdicts.holm([0.9, 0.8]) == [1.0, 1.0]
 
 
-def test_verdicts_separate_what_differs_and_nothing_else(tmp_path, monkeypatch):
-    monkeypatch.setattr(frontier_verdicts, "DRAWS", 1_000)
+def test_verdicts_separate_what_differs_and_nothing_else(tmp_path):
     write(
         tmp_path,
         made_up("20k", "lora_modules", 0.0),
@@ -118,7 +117,8 @@ def test_verdicts_separate_what_differs_and_nothing_else(tmp_path, monkeypatch):
     better, same = frontier_verdicts.load(tmp_path).verdicts
     assert (better.ours.row, better.theirs.row, better.wins) == ("lsr_1_1", "lora_modules", True)
     assert better.difference == pytest.approx(-0.1, abs=0.01)
-    assert better.low < better.difference < better.high < 0
+    low, high = better.estimate.interval
+    assert low < better.difference < high < 0
     assert (same.ours.size, same.ours.row, same.wins) == ("60k", "lsr_2_2", False)
     assert same.corrected_p >= 0.05
     table = "\n".join(frontier_tables.sections(tmp_path))
@@ -129,29 +129,14 @@ def test_verdicts_separate_what_differs_and_nothing_else(tmp_path, monkeypatch):
     assert path.is_file()
 
 
-def test_questions_are_drawn_alike_for_all_rows_and_seeds_of_each():
-    draw = np.random.default_rng(0)
-    tokens, common = draw.integers(1, 9, 300), draw.gamma(4.0, 1.0, 300)
-    one, other = common + draw.normal(0, 0.1, (3, 300)), common + 0.5 + draw.normal(0, 0.1, (2, 300))
-    first, second = frontier_verdicts.drawn([one, other], tokens).T
-    assert first.mean() == pytest.approx(one.mean(0).sum() / tokens.sum(), rel=0.01)
-    paired, apart = (second - first).std(), math.hypot(first.std(), second.std())
-    assert paired < apart / 3, "what is common to both rows is none of their difference"
-    lone = frontier_verdicts.drawn([common[None]], tokens)[:, 0].std()
-    assert lone == pytest.approx(frontier.mean_per_token(common, tokens)[1], rel=0.1)
-    far = np.stack([common, common + 4.0])  # seeds that spread are drawn too
-    assert frontier_verdicts.drawn([far], tokens)[:, 0].std() > 2 * lone
-
-
-def test_a_row_is_compared_with_all_that_lost_less_and_corrected_for_all_others(tmp_path, monkeypatch):
-    monkeypatch.setattr(frontier_verdicts, "DRAWS", 1_000)
+def test_a_row_is_compared_with_all_that_lost_less_and_corrected_for_all_others(tmp_path):
     rows = {"lora_modules": 0.0, "lsr_2_2": 0.0, "kron_lora": 0.1, "vera": 0.3}
     write(tmp_path, *(made_up("60k", row, shift) for row, shift in rows.items()))
     over = frontier_verdicts.over_lower(frontier_verdicts.load(tmp_path).scores)
     assert sorted(map(len, over.values())) == [0, 1, 2, 3]
     assert all(one.difference > 0 for several in over.values() for one in several)
     assert {one.theirs.row for one in over["vera"]} == {"lora_modules", "lsr_2_2", "kron_lora"}
-    assert [one.corrected_p for one in over["vera"]] == pytest.approx([3 * 2 / 1001] * 3)
+    assert max(one.corrected_p for one in over["vera"]) < 1e-4
     (even,) = over["lora_modules"] or over["lsr_2_2"]
     assert not even.separates
 
@@ -166,8 +151,7 @@ def test_what_a_file_says_is_read_anew_when_it_changes(tmp_path):
     assert len(frontier_verdicts.load(tmp_path).scores) == 2
 
 
-def test_rows_with_carried_rates_are_counted_by_how_that_ended(tmp_path, monkeypatch):
-    monkeypatch.setattr(frontier_verdicts, "DRAWS", 500)
+def test_rows_with_carried_rates_are_counted_by_how_that_ended(tmp_path):
     write(tmp_path, made_up("20k", "lora_xs", 0.0), made_up("20k", "lsr_1_1", 0.0))
     assert frontier_verdicts.carried(trials.load(tmp_path)) == []
     first = (2e-3, 4e-3, 8e-3)
@@ -192,8 +176,7 @@ def test_rows_with_carried_rates_are_counted_by_how_that_ended(tmp_path, monkeyp
     assert frontier_tables.carried_text([diverged]).endswith("The carried rate itself diverged for 1.")
 
 
-def test_a_row_with_a_seed_that_diverged_is_named_and_left_out(tmp_path, monkeypatch):
-    monkeypatch.setattr(frontier_verdicts, "DRAWS", 500)
+def test_a_row_with_a_seed_that_diverged_is_named_and_left_out(tmp_path):
     *kept, lost = made_up("20k", "lsr_1_1", 0.0)
     write(tmp_path, made_up("20k", "lora_modules", 0.0), [*kept, {**lost, "nll": None}])
     assert [score.row for score in frontier_verdicts.load(tmp_path).scores] == ["lora_modules"]

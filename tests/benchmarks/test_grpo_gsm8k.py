@@ -218,10 +218,7 @@ def made_up(suite, training, row, right, seed):
     return {**about, "accuracy": float(right.mean()), "right": packed_bits(right)}
 
 
-def test_tables_and_figure_show_accuracy_and_its_difference(tmp_path, monkeypatch):
-    from benchmarks.quality import frontier_verdicts
-
-    monkeypatch.setattr(frontier_verdicts, "DRAWS", 1_000)
+def test_tables_and_figure_show_accuracy_and_its_difference(tmp_path):
     suite, draw = Suite(tmp_path, "qwen", "folder"), np.random.default_rng(0)
     base = draw.random(400) < 0.3
     trials.add(tmp_path, f"{suite.prefix}-base", {**made_up(suite, "x", REFERENCE, base, 0), "row": "base"})
@@ -238,10 +235,10 @@ def test_tables_and_figure_show_accuracy_and_its_difference(tmp_path, monkeypatc
     lost = {**made_up(suite, "grpo", "lora_xs", base, 0), "right": None}
     trials.add(tmp_path, f"{suite.prefix}-lost", {k: v for k, v in lost.items() if v is not None})
     done = trials.load(tmp_path)
-    draws = grpo_tables.resampled(grpo_tables.scores(done, suite.prefix))
-    low, high = grpo_tables.interval(draws["grpo", "lora_1"], draws["grpo", REFERENCE])
+    scores = {(score.training, score.row): score for score in grpo_tables.scores(done, suite.prefix)}
+    low, high = scores["grpo", "lora_1"].over(scores["grpo", REFERENCE]).interval
     assert low < high < 0
-    low, high = grpo_tables.interval(draws["grpo", "lsr_60k"], draws["grpo", REFERENCE])
+    low, high = scores["grpo", "lsr_60k"].over(scores["grpo", REFERENCE]).interval
     assert low < 0 < high
     page = "\n".join(grpo_tables.sections(tmp_path))
     assert "| **LSR-Adapt r=6 s=1** | 60,000 | 1.4 |" in page

@@ -5,7 +5,6 @@ import json
 import pytest
 from peft import get_peft_model
 
-from benchmarks.quality import frontier_verdicts
 from benchmarks.report import frontier_evidence
 from lsr_scale.adapters import peft_config
 from lsr_scale.cli import main
@@ -22,7 +21,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.fixture
 def measured(tmp_path, monkeypatch):
     """Return a function that takes made-up rows as all that was measured."""
-    monkeypatch.setattr(frontier_verdicts, "DRAWS", 1_000)
 
     def take(*rows):
         file = tmp_path / "frontier.json"
@@ -56,7 +54,7 @@ def test_the_lowest_loss_is_proposed_with_its_rate_and_what_carries_it(measured)
         "base in nf4",
         "LoRA r=1 on q, v",
         "3 seeds",
-        "corrected p = 0.006",
+        "corrected p < 0.0001",
     ):
         assert words in result.reason
     assert "carried by lsr_2_2 and lora_modules at 60k in benchmarks/results/frontier" in result.notes

@@ -220,13 +220,14 @@ def _reason(chosen: Row, other: Row | None, comparison: Comparison | None, suite
 
 
 def _notes(suite: Suite, size: Size, share: float, hidden: int) -> list[str]:
-    notes, times = [], size.times(share)
+    notes, times = [f"nats are what the measured adapters lost, on {suite.model}"], size.times(share)
     if times > evidence.FAR:
         notes.append(
             f"far from what was measured: the budget is {100 * share:.2g} % of LoRA r=8's parameters, the nearest size "
             f"{100 * size.share:.2g} %, a factor of {times:.1f}"
         )
-    rates = f"rates were tuned at hidden size {suite.hidden_size} with {suite.tokens_a_step:,} tokens a step"
+    rates = f"rates were tuned at hidden size {suite.hidden_size} with {suite.tokens_a_step:,} tokens a step (smaller "
+    rates += "steps want lower ones)"
     if hidden > NARROW:
         notes.append(f"{rates}, and scaled to width {hidden:,} as this package's configurations are; tune them")
     else:

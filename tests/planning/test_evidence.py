@@ -58,6 +58,7 @@ def test_the_lowest_loss_is_proposed_with_its_rate_and_what_carries_it(measured)
     ):
         assert words in result.reason
     assert "carried by lsr_2_2 and lora_modules at 60k in benchmarks/results/frontier" in result.notes
+    assert "nats are what the measured adapters lost, on SmolLM2-135M" in result.notes
     assert not any("far from" in note for note in result.notes)
 
 

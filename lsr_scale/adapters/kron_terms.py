@@ -41,7 +41,7 @@ def nearest_terms(matrix: Tensor, left: Size, right: Size, terms: int) -> tuple[
         `[S, P, Q]`, of which the vectors are orthonormal, and `[S, p, q]`, the largest first; zeros where S is more
         than the rank that the rearranged matrix can have.
     """
-    u, values, v = torch.linalg.svd(rearranged(matrix, left, right), full_matrices=False)
+    u, values, v = _svd(rearranged(matrix, left, right))
     count = min(terms, len(values))
     lefts, rights = matrix.new_zeros(terms, *left), matrix.new_zeros(terms, *right)
     lefts[:count] = u[:, :count].T.unflatten(-1, left)
@@ -53,6 +53,7 @@ def leading_singular(matrix: Tensor, count: int, generator: torch.Generator) -> 
     """Return the first singular vectors and values of a matrix: left `[m, count]`, `[count]`, right `[count, n]`.
 
     Large matrices are decomposed in a subspace of 4 * count columns found by four iterations, as LoRA-GA's authors do.
+    The largest element of each right vector is positive.
 
     Args:
         matrix: `[m, n]`.
@@ -60,11 +61,22 @@ def leading_singular(matrix: Tensor, count: int, generator: torch.Generator) -> 
         generator: For the subspace's start, on the CPU.
     """
     if min(matrix.shape) <= max(EXACT_UP_TO, 4 * count):
-        u, values, v = torch.linalg.svd(matrix, full_matrices=False)
+        u, values, v = _svd(matrix)
         return u[:, :count], values[:count], v[:count]
     start = torch.randn(matrix.shape[1], 4 * count, generator=generator, dtype=matrix.dtype).to(matrix.device)
     basis = torch.linalg.qr(matrix @ start).Q
     for _ in range(4):
         basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.mT @ basis).Q).Q
-    u, values, v = torch.linalg.svd(basis.mT @ matrix, full_matrices=False)
+    u, values, v = _svd(basis.mT @ matrix)
     return basis @ u[:, :count], values[:count], v[:count]
+
+
+def _svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the reduced SVD, with the largest element of each right vector positive.
+
+    Otherwise signs are as rounding has them, and a sum of Kronecker products near rows of some signs is not one near
+    those of others.
+    """
+    u, values, v = torch.linalg.svd(matrix, full_matrices=False)
+    signs = v.gather(1, v.abs().argmax(1, keepdim=True)).sign()
+    return u * signs.mT, values, v * signs

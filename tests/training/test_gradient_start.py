@@ -148,6 +148,20 @@ def test_the_subspace_of_a_large_matrix_is_that_of_its_svd(monkeypatch):
     torch.testing.assert_close((u * values) @ v, (exact.U[:, :3] * exact.S[:3]) @ exact.Vh[:3])
 
 
+@pytest.mark.parametrize("exact_up_to", [512, 8])
+def test_singular_vectors_have_signs_of_their_own(monkeypatch, exact_up_to):
+    """LSR-Adapt's sums depend on them: with LAPACK's, which rounding turns, no two machines had one start."""
+    monkeypatch.setattr("lsr_scale.adapters.kron_terms.EXACT_UP_TO", exact_up_to)
+    gradient = gradient_of()
+    _, _, rows = leading_singular(gradient, 4, torch.Generator().manual_seed(0))
+    assert (rows.max(1).values == rows.abs().max(1).values).all()
+    params = [fresh(Lsr, LsrConfig(rank=4, separation_rank=2)) for _ in range(2)]
+    start(Lsr, params[0], gradient)
+    start(Lsr, params[1], -gradient)
+    torch.testing.assert_close(params[0]["down_left"], params[1]["down_left"])
+    torch.testing.assert_close(params[0]["down_right"], params[1]["down_right"])
+
+
 @pytest.mark.parametrize("packing", [False, True])
 def test_the_gradient_is_that_of_the_rows_mean_loss(place, tmp_path, monkeypatch, packing):
     """By autograd, on weights that train, over all rows at once; the model is left as it was."""

@@ -184,7 +184,7 @@ def count(run: RunConfig, trace: bool = True) -> Counted:
     if frozen_factors:
         notes.append(f"{run.adapter.method} holds {frozen_factors / 2**20:,.1f} MiB of frozen factors beside its base")
     if run.adapter.options.get("init") == "gradient" and run.adapter.start_from is None:
-        notes.append(planned_start(model, run.adapter.options["init_rows"]))
+        notes.append(planned_start(model, run))
     optimizer_state = pair_state_bytes(training["optim"], model)
     if optimizer_state is None and training["optim"] not in ("adamw_torch", "adamw_torch_fused", "lora_plus"):
         notes.append(f"the optimizer is counted as AdamW in float32; {training.get('optim')} may take less or more")

@@ -8,14 +8,19 @@ bit, on every base, at no cost in width or bytes, and the first step of gradient
 matrix of rank r to its gradient; the paper's, which moves `down` too, by that of rank 2r. What LSR-Adapt and Kron-LoRA
 take of G is in their own files.
 
-Rows are run one by one, without padding or packing. Gradients are float32 and of one group of modules at a time, of at
-most `GROUP_BYTES` (or one module's): so often the rows are run. All else is as in training, but for dropout, and for
+Packed sequences are taken apart into their documents, and rows or documents of similar lengths are padded to batches,
+the form that every architecture takes, classifiers too: of so many tokens as `pass_tokens` says, or of one that is
+longer. Gradients are float32 and of one group of modules at a time, of at most `GROUP_BYTES` (or one module's): so
+often the rows are run. All else is as in training, but for what is random, such as dropout, for recomputation, and for
 fused layers, whose operations are not: singular vectors of values that lie close together turn by the rounding over the
-distance of the values, so that of a gradient rounded otherwise (by 3e-7) factors would differ by up to 7e-5.
+distance of the values. Of gradients that were rounded otherwise, by 1e-6 at most (70 modules of SmolLM2-135M in NF4),
+factors of LoRA and Kron-LoRA differed by up to 3e-5 of their norm; LSR-Adapt's, which are found by turns, by 5e-4 in
+the median, and by up to half where another turn was the best.
 """
 
+import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -32,6 +37,9 @@ from lsr_scale.fused.loss import IGNORE_INDEX
 from lsr_scale.fused.subclass import original_classes
 
 GROUP_BYTES = 8 * 2**30
+# What a pass's linears read and write, in numbers, if it is not of one row. Of models of 0.1 to 7 billion parameters in
+# bfloat16 its backward pass needs 1.6 to 2.4 GiB then, as counted.
+PASS_NUMBERS = 2**30
 
 
 def start_from_gradient(trainer: Any, run: RunConfig, say: Callable[[str], None]) -> None:
@@ -40,18 +48,23 @@ def start_from_gradient(trainer: Any, run: RunConfig, say: Callable[[str], None]
     The rows are drawn by the run's seed; their order in training stays. Every process of several runs its share of them
     and all have the same factors.
 
+    Args:
+        trainer: The trainer, whose adapters are as they were drawn.
+        run: Its run.
+        say: Told in a line what was done.
+
     Raises:
         UserError: for fewer rows than `adapter.init_rows`, none with anything to be learned, or a gradient that is not
             finite.
     """
     if run.adapter.options.get("init") != "gradient":
         return
-    wanted, seed = run.adapter.options["init_rows"], run.training["seed"]
-    rows = list(_rows(trainer, wanted, seed))
-    adapters = {name: found[0] for name, module in trainer.model.named_modules() if (found := active_adapters(module))}
+    model, seed = trainer.model, run.training["seed"]
+    adapters = _adapters(model)
+    passes = list(_passes(trainer.data_collator, _rows(trainer, run), pass_tokens(model)))
     groups, shares = list(grouped(adapters)), []
     for group in groups:
-        for name, gradient in _gradients(trainer.model, group, rows, run.model.task).items():
+        for name, gradient in _gradients(model, group, passes, run.model.task).items():
             if not gradient.isfinite().all():
                 raise UserError(
                     f"adapter.init: gradient: the gradient of {name.removeprefix('base_model.model.')} is not finite; "
@@ -61,19 +74,51 @@ def start_from_gradient(trainer: Any, run: RunConfig, say: Callable[[str], None]
                 shares.append(_set(group[name], gradient, seed))
     median = f"{sorted(shares)[len(shares) // 2]:.0%}" if shares else "none"
     say(
-        f"adapters start from the gradient of {wanted} rows, run {len(groups)} time{'s' * (len(groups) > 1)}; their "
-        f"directions hold {median} of its square (median of {len(shares)} modules)"
+        f"adapters start from the gradient of {_rows_in_words(run)}, run {_times(len(groups))}; their directions hold "
+        f"{median} of its square (median of {len(shares)} modules)"
     )
 
 
-def planned_start(model: nn.Module, rows: int) -> str:
-    """Return in words what the start of a model costs before the first step, on any device, meta too."""
-    adapters = {name: found[0] for name, module in model.named_modules() if (found := active_adapters(module))}
-    sizes = [sum(4 * math.prod(_size(one)) for one in group.values()) for group in grouped(adapters)]
+def planned_start(model: nn.Module, run: RunConfig) -> str:
+    """Return in words what the start of a run's model costs before the first step, on any device, meta too."""
+    sizes = [sum(4 * math.prod(_size(one)) for one in group.values()) for group in grouped(_adapters(model))]
+    what, tokens = "document" if run.training.get("packing") else "row", pass_tokens(model)
+    at_once = f"{tokens:,} tokens or one longer {what}" if tokens else f"one {what}"
     return (
-        f"adapter.init: gradient runs {rows} rows forward and backward {len(sizes)} time{'s' * (len(sizes) > 1)} "
-        f"before the first step, unfused and recomputing nothing, with up to {max(sizes) / 2**30:.2f} GiB of gradients"
+        f"adapter.init: gradient runs {_rows_in_words(run)} forward and backward {_times(len(sizes))} before the first "
+        f"step, {at_once} at once, unfused and recomputing nothing, with up to {max(sizes) / 2**30:.2f} GiB of "
+        "gradients"
     )
+
+
+def _rows_in_words(run: RunConfig) -> str:
+    number = run.adapter.options["init_rows"]
+    word = "packed sequence" if run.training.get("packing") else "row"
+    return f"{number} {word}{'s' * (number > 1)}"
+
+
+def _times(number: int) -> str:
+    return f"{number} time{'s' * (number > 1)}"
+
+
+def _adapters(model: nn.Module) -> dict[str, Adapter]:
+    """Return the first active adapter of each adapted module, by the module's name."""
+    return {name: found[0] for name, module in model.named_modules() if (found := active_adapters(module))}
+
+
+def pass_tokens(model: Any) -> int:
+    """Return how many tokens a pass of several rows has at most, padding included; 0 where each runs by itself.
+
+    What a pass keeps grows with its tokens, and with what the linears read and write for each.
+    """
+    config = model.config.get_text_config()
+    if getattr(config, "output_router_logits", False):
+        return 0  # the experts' own loss is no mean over tokens
+    numbers = sum(sum(in_out_features(module) or ()) for module in model.modules())
+    # experts are one parameter `[experts, out, in]`
+    experts = [one for one in model.parameters() if one.dim() == 3 and not one.requires_grad]
+    numbers += (getattr(config, "num_experts_per_tok", None) or 1) * sum(sum(one.shape[1:]) for one in experts)
+    return PASS_NUMBERS // max(1, numbers)
 
 
 def grouped(adapters: dict[str, Adapter]) -> Iterator[dict[str, Adapter]]:
@@ -98,18 +143,16 @@ def _size(adapter: Adapter) -> tuple[int, int]:
     return size
 
 
-def _rows(trainer: Any, wanted: int, seed: int) -> Iterator[dict[str, Any]]:
-    """Yield some rows as batches of one, on the CPU, packed ones taken apart; of this process, every so manieth."""
-    dataset = trainer.train_dataset
+def _rows(trainer: Any, run: RunConfig) -> Iterator[dict[str, Any]]:
+    """Yield the documents of some rows, a row that is not packed as it is; of this process, of every so manieth."""
+    dataset, wanted = trainer.train_dataset, run.adapter.options["init_rows"]
     if len(dataset) < wanted:
-        raise UserError(
-            f"adapter.init_rows: {wanted}, but there are {len(dataset):,} training rows; set it to that or less"
-        )
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:wanted].tolist()
-    for place, index in enumerate(order):
+        kind = "packed sequences" if run.training.get("packing") else "training rows"
+        raise UserError(f"adapter.init_rows: {wanted}, but there are {len(dataset):,} {kind}; set it to that or less")
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(run.training["seed"]))
+    for place, index in enumerate(order[:wanted].tolist()):
         if place % distributed.world_size() == distributed.rank():
-            for row in _documents(dataset[index]):
-                yield trainer.data_collator([row])
+            yield from _documents(dataset[index])
 
 
 def _documents(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -125,22 +168,53 @@ def _documents(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
         begin += length
 
 
-def _gradients(model: Any, group: dict[str, Adapter], rows: Sequence[dict[str, Any]], task: Task) -> dict[str, Tensor]:
-    """Return the gradients `[out, in]` of the mean loss by the weights of some modules."""
+def _passes(collate: Any, rows: Iterable[dict[str, Any]], most: int) -> Iterator[dict[str, Any]]:
+    """Yield rows as batches, on the CPU, the longest first.
+
+    Args:
+        collate: The trainer's collator.
+        rows: The rows, none packed.
+        most: Tokens of a batch of several, padding included, of which less than half is padding.
+    """
+    if getattr(collate, "padding_free", False):
+        collate = dataclasses.replace(collate, padding_free=False)
+    batch: list[dict[str, Any]] = []
+    longest = 0
+    for row in sorted(rows, key=lambda row: -len(row["input_ids"])):
+        length = len(row["input_ids"])
+        if batch and (longest * (len(batch) + 1) > most or 2 * length < longest):
+            yield collate(batch)
+            batch = []
+        longest = longest if batch else length
+        batch.append(row)
+    if batch:
+        yield collate(batch)
+
+
+def _gradients(
+    model: Any, group: dict[str, Adapter], passes: Sequence[dict[str, Any]], task: Task
+) -> dict[str, Tensor]:
+    """Return the gradients `[out, in]` of the mean loss by the weights of some modules.
+
+    It is the mean over all that is supervised: tokens, or a classifier's rows.
+    """
     device = model.get_input_embeddings().weight.device
     sizes = {name: _size(adapter) for name, adapter in group.items()}
     gradients = {name: torch.zeros(out, inner, device=device) for name, (inner, out) in sizes.items()}
     is_classifier = task == "seq_cls"
-    counts = [1 if is_classifier else int((row["labels"][..., 1:] != IGNORE_INDEX).sum()) for row in rows]
+    counts = [
+        len(batch["labels"]) if is_classifier else int((batch["labels"][..., 1:] != IGNORE_INDEX).sum())
+        for batch in passes
+    ]
     total = torch.tensor(float(sum(counts)), device=device)
     distributed.sum_tensor(total)
     if not total:
         raise UserError("adapter.init: gradient: none of its rows has anything to be learned; raise adapter.init_rows")
     with _collecting(model, group, gradients):
-        for row, count in zip(rows, counts, strict=True):
+        for given, count in zip(passes, counts, strict=True):
             if not count:
                 continue
-            batch = {name: value.to(device) for name, value in row.items() if isinstance(value, Tensor)}
+            batch = {name: value.to(device) for name, value in given.items() if isinstance(value, Tensor)}
             extra = {} if is_classifier else {"use_cache": False}
             (model(**batch, **extra).loss * (count / total)).backward()
     for gradient in gradients.values():
@@ -173,8 +247,8 @@ def _collecting(model: nn.Module, group: dict[str, Adapter], gradients: dict[str
             handles.append(adapter.linear.register_forward_hook(hook(name)))
         model.train()
         for module in model.modules():
-            if isinstance(module, nn.Dropout):
-                module.eval()
+            # no dropout, which attention, and some layers, do by their own flag; bitsandbytes' linears heed theirs
+            module.training = isinstance(module, nn.Linear)
         with original_classes(model), torch.enable_grad():
             yield
     finally:

@@ -328,6 +328,7 @@ def test_a_plan_counts_the_state_of_optimizers_of_pairs_and_says_what_a_start_co
     assert rite.warnings == []
     (line,) = pro.warnings
     assert line.startswith("adapter.init: gradient runs 64 rows forward and backward 4 times before the first step")
+    assert "tokens or one longer row at once" in line
     assert "with up to 7." in line
 
 

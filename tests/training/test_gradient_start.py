@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from lsr_scale import KronLoraConfig, LsrConfig, UserError
 from lsr_scale.adapters.kron_terms import leading_singular
@@ -11,13 +12,24 @@ from lsr_scale.adapters.methods.kron_lora import KronLora
 from lsr_scale.adapters.methods.lsr import Lsr
 from lsr_scale.adapters.pairs import active_adapters
 from lsr_scale.adapters.peft import LowRankPair
+from lsr_scale.config import run_from_dict
 from lsr_scale.fused import fuse
 from lsr_scale.run.folder import RunFolder
 from lsr_scale.training import gradient_start
 from lsr_scale.training.arguments import trainer_arguments
 from lsr_scale.training.assembly import build_trainer
-from tests.helpers.tiny_models import SEVEN_LINEARS
-from tests.helpers.tiny_runs import do, factors, metrics, same, save_llama, tiny_run
+from tests.helpers.tiny_models import SEVEN_LINEARS, TINY_SIZES, tiny_llama
+from tests.helpers.tiny_runs import (
+    do,
+    factors,
+    labelled,
+    metrics,
+    same,
+    save_classifier,
+    save_llama,
+    tiny_run,
+    write_rows,
+)
 
 LEAVES_OUT_PAGES = True
 
@@ -162,38 +174,138 @@ def test_singular_vectors_have_signs_of_their_own(monkeypatch, exact_up_to):
     torch.testing.assert_close(params[0]["down_right"], params[1]["down_right"])
 
 
-@pytest.mark.parametrize("packing", [False, True])
-def test_the_gradient_is_that_of_the_rows_mean_loss(place, tmp_path, monkeypatch, packing):
-    """By autograd, on weights that train, over all rows at once; the model is left as it was."""
-    seen = {}
-    own = gradient_start._gradients
+@pytest.fixture
+def recorded(monkeypatch):
+    """Return the passes of the last start, and the gradients that it took, by the module's name."""
+    seen, own = {}, gradient_start._gradients
 
-    def recorded(*args):
-        seen["rows"] = args[2]
-        seen["gradients"] = own(*args)
-        return seen["gradients"]
+    def recording(*args):
+        seen["passes"], found = args[2], own(*args)
+        seen["gradients"] = {name.removeprefix("base_model.model."): one.clone() for name, one in found.items()}
+        return found
 
-    monkeypatch.setattr(gradient_start, "_gradients", recorded)
-    rows = {"init_rows": 1} if packing else {}
-    run = run_in(place, tmp_path, "lora", adapter=rows, packing=packing, max_length=64)
+    monkeypatch.setattr(gradient_start, "_gradients", recording)
+    return seen
+
+
+def documents_of(dataset, number, seed):
+    """Return token ids and labels of each document of the rows that a start draws."""
+    documents = []
+    for index in torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:number].tolist():
+        row = dataset[index]
+        lengths = [int(length) for length in row.get("seq_lengths", [len(row["input_ids"])])]
+        parts = [torch.as_tensor(row[name]).split(lengths) for name in ("input_ids", "labels")]
+        documents += zip(*parts, strict=True)
+    return documents
+
+
+def assert_near(found, expected, most=1e-5):
+    assert found.keys() == expected.keys()
+    for name, one in found.items():
+        assert (one - expected[name]).norm() <= most * expected[name].norm(), name
+
+
+@pytest.mark.parametrize(("packing", "rows"), [(False, 7), (True, 2)])
+def test_the_gradient_is_that_of_the_rows_mean_loss(place, tmp_path, recorded, packing, rows):
+    """By autograd, on weights that train, a document at a time; the model is left as it was."""
+    run = run_in(place, tmp_path, "lora", adapter={"init_rows": rows}, packing=packing, max_length=64)
     trainer, said = built(run)
-    assert sum("adapters start from the gradient of" in line for line in said) == 1
+    kind = "packed sequences" if packing else "rows"
+    assert sum(f"adapters start from the gradient of {rows} {kind}, run 1 time" in line for line in said) == 1
     model = trainer.model
     assert all(parameter.grad is None for parameter in model.parameters())
-    if packing:
-        assert len(seen["rows"]) > 1  # its documents
     weights = {name: one.linear.get_base_layer().weight for name, one in adapters_of(model).items()}
     for weight in weights.values():
         weight.requires_grad_()
-    total = sum(int((row["labels"][..., 1:] != -100).sum()) for row in seen["rows"])
+    documents = documents_of(trainer.train_dataset, rows, run.training["seed"])
+    assert len({len(ids) for ids, _ in documents}) > 2
+    assert len(documents) > len(recorded["passes"])
+    total = sum(int((labels[1:] != -100).sum()) for _, labels in documents)
     with model.disable_adapter():
-        for row in seen["rows"]:
-            logits = model(input_ids=row["input_ids"]).logits[0, :-1]
-            loss = torch.nn.functional.cross_entropy(logits, row["labels"][0, 1:], reduction="sum")
+        for ids, labels in documents:
+            logits = model(input_ids=ids[None]).logits[0, :-1]
+            loss = torch.nn.functional.cross_entropy(logits, labels[1:], reduction="sum")
             (loss / total).backward()
-    for name, weight in weights.items():
-        found = seen["gradients"][f"base_model.model.{name}"]
-        torch.testing.assert_close(found, weight.grad, rtol=1e-3, atol=1e-6)
+    assert_near(recorded["gradients"], {name: weight.grad for name, weight in weights.items()})
+
+
+@pytest.mark.parametrize(
+    ("method", "rows", "training"),
+    [
+        ("lora", 9, {"max_length": 64}),
+        ("lsr", 2, {"packing": True, "max_length": 64}),
+        ("kron_lora", 9, {"padding_free": True, "max_length": None}),
+        ("lsr", 9, {"pad_to_multiple_of": 8}),
+    ],
+)
+def test_rows_that_share_a_pass_start_adapters_as_rows_by_themselves(
+    place, tmp_path, monkeypatch, recorded, method, rows, training
+):
+    run = run_in(place, tmp_path, method, adapter={"init_rows": rows}, **training)
+    trainer, _ = built(run)
+    shared = dict(recorded)
+    monkeypatch.setattr(gradient_start, "PASS_NUMBERS", 0)
+    alone, _ = built(run)
+    documents = documents_of(trainer.train_dataset, rows, run.training["seed"])
+    assert len(shared["passes"]) < len(recorded["passes"]) == len(documents)
+    assert_near(shared["gradients"], recorded["gradients"])
+    for a, b in zip(values(trainer.model), values(alone.model), strict=True):
+        assert (a - b).norm() <= 1e-3 * b.norm()
+
+
+def test_passes_have_each_row_once_with_others_of_like_length(place):
+    lengths = [5, 90, 1, 33, 40, 41, 7, 7, 2, 300, 39]
+    rows = [{"input_ids": [place] * length} for place, length in enumerate(lengths)]
+    passes = list(gradient_start._passes(list, rows, most=128))
+    found = [[len(row["input_ids"]) for row in one] for one in passes]
+    assert found == [[300], [90], [41, 40, 39], [33], [7, 7, 5], [2, 1]]
+    assert sorted(row["input_ids"][0] for one in passes for row in one) == list(range(len(rows)))
+    assert [len(one) for one in gradient_start._passes(list, rows, most=0)] == [1] * len(rows)
+
+
+def test_a_models_size_says_how_many_tokens_share_a_pass():
+    model = tiny_llama()
+    of_a_layer = 2 * (48 + 48) + 2 * (48 + 24) + 3 * (48 + 80)
+    assert gradient_start.pass_tokens(model) == gradient_start.PASS_NUMBERS // (2 * of_a_layer + 48 + 96)
+    experts = MixtralForCausalLM(MixtralConfig(**TINY_SIZES, num_local_experts=4, num_experts_per_tok=2))
+    of_a_layer = 2 * (48 + 48) + 2 * (48 + 24) + 2 * (48 + 160 + 80 + 48)
+    experts.requires_grad_(False)
+    assert gradient_start.pass_tokens(experts) == gradient_start.PASS_NUMBERS // (2 * of_a_layer + 48 + 96)
+    experts.config.output_router_logits = True
+    assert gradient_start.pass_tokens(experts) == 0
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+def test_a_start_has_no_dropout_of_attention_either_and_draws_no_numbers(tmp_path, monkeypatch, recorded, kind):
+    save_classifier(tmp_path / "model", kind)
+    write_rows(tmp_path / "rows.jsonl", labelled(16))
+    run = run_from_dict(
+        {
+            "model": {"name": str(tmp_path / "model"), "task": "seq_cls", "num_labels": 2, **EXACT},
+            "adapter": {"method": "lora", "rank": 2, "init": "gradient", "init_rows": 9, "target_modules": ["query"]},
+            "data": {"train": [str(tmp_path / "rows.jsonl")]},
+            "training": {"output_dir": str(tmp_path / "out"), "per_device_train_batch_size": 2},
+            "eval": {"tasks": []},
+        }
+    )
+    built(run)
+    first = dict(recorded)
+    assert len(first["passes"]) < 9
+    own, states = gradient_start._gradients, []
+
+    def seeded(*args):
+        torch.manual_seed(7)
+        states.append(torch.get_rng_state())
+        found = own(*args)
+        states.append(torch.get_rng_state())
+        return found
+
+    monkeypatch.setattr(gradient_start, "_gradients", seeded)
+    monkeypatch.setattr(gradient_start, "PASS_NUMBERS", 0)
+    built(run)
+    assert torch.equal(*states)
+    assert len(recorded["passes"]) == 9
+    assert_near(recorded["gradients"], first["gradients"])
 
 
 @pytest.mark.parametrize("method", list(OPTIONS))

@@ -44,7 +44,7 @@ class KronLoraConfig(AdapterConfig):
     init: Literal["zero", "gradient"] = option(
         "zero", "What A and B2 are at the start, where B1 is zero: random (zero), or the loss's gradient's (gradient)."
     )
-    init_rows: int = option(64, "With init: gradient, of how many training rows the gradient is.")
+    init_rows: int = option(64, "With init: gradient, of how many training rows (or packed sequences) the gradient is.")
     left_in_pattern: dict[str, int] = option(dict, "left_in by module.")
     left_out_pattern: dict[str, int] = option(dict, "left_out by module.")
 

@@ -29,7 +29,7 @@ class LoraOptions:
         "zero",
         "What A is at the start, where B is zero: random (zero), or the loss's gradient's directions (gradient).",
     )
-    init_rows: int = option(64, "With init: gradient, of how many training rows the gradient is.")
+    init_rows: int = option(64, "With init: gradient, of how many training rows (or packed sequences) the gradient is.")
     modules_to_save: list[str] | None = option(None, "Modules fully trained and saved with the adapter.")
 
     def to_peft(self) -> LoraConfig:

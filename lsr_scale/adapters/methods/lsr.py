@@ -52,7 +52,7 @@ class LsrConfig(AdapterConfig):
         "zero: dW = 0 at the start; paper: every factor 0.01 * N(0, 1); gradient: dW = 0, in the directions of the "
         "loss's gradient.",
     )
-    init_rows: int = option(64, "With init: gradient, of how many training rows the gradient is.")
+    init_rows: int = option(64, "With init: gradient, of how many training rows (or packed sequences) the gradient is.")
 
     def __post_init__(self) -> None:
         """Validate, and fill in alpha."""

@@ -31,6 +31,7 @@ from lsr_scale.training.steps.joint import JointStep
 from lsr_scale.training.steps.sharing import runs_fused
 from lsr_scale.training.trainers import ignore_library_warnings
 from lsr_scale.training.trial_rows import TrialRows
+from lsr_scale.training.trial_starts import TrialStarts
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +63,7 @@ class TrialStart:
             say=driver.board.of_trial(name),
             callbacks=(Watch(driver.board, name, self._begun if self.state.overwrite else None),),
             rows=driver.rows,
+            starts=driver.starts,
         )
         train(
             driver.run_of(self.plan),
@@ -91,7 +93,7 @@ class Driver:
         self.sweep, self.folder, self.board, self.pages = sweep, folder, board, pages
         self.plans = {trial.name: trial for trial in sweep.trials}
         self.worker, self.signals = Worker(folder, board.say), Signals()
-        self.bases, self.rows = Bases(board.say), TrialRows()
+        self.bases, self.rows, self.starts = Bases(board.say), TrialRows(), TrialStarts()
         self.finished: set[str] = set()  # trials that this process brought to their end
         self._under_way: list[str] = []
         # those that cannot run fused share no step with those that can, and would run unfused with them

@@ -199,6 +199,8 @@ def _trainer(
 ) -> Any:
     training = {**plan.run.training, **changes, "output_dir": folder}
     run = plan.run.model_copy(update={"training": training})
+    if run.adapter.options.get("init") == "gradient":  # which takes a step as long
+        run = run.model_copy(update={"adapter": run.adapter.model_copy(update={"init": "zero"})})
     shared = Shared(base=bases.copy, meet=meet, rows=rows)
     return build_trainer(run, RunFolder(Path(folder)), data=rows.read(plan.run), shared=shared)
 

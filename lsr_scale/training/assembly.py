@@ -100,7 +100,7 @@ def build_trainer(
     if shared is not None and shared.rows is not None:
         shared.rows.keep(data)
     if checkpoint is None and run.adapter.start_from is None:
-        start_from_gradient(trainer, run, say)
+        start_from_gradient(trainer, run, say, None if shared is None else shared.starts)
     if shared is not None and meets:  # the joint step has the graphs, and the memory
         trainer.meet, trainer.data_collator = shared.meet, HeadCollator(trainer.data_collator)
         longest, wanted = row_lengths(trainer)[0], run.training["cuda_graphs"] != "off"

@@ -16,6 +16,8 @@ fused layers, whose operations are not: singular vectors of values that lie clos
 distance of the values. Of gradients that were rounded otherwise, by 1e-6 at most (70 modules of SmolLM2-135M in NF4),
 factors of LoRA and Kron-LoRA differed by up to 3e-5 of their norm; LSR-Adapt's, which are found by turns, by 5e-4 in
 the median, and by up to half where another turn was the best.
+
+Trials of a sweep that would compute the same start take the first one's (`trial_starts`).
 """
 
 import dataclasses
@@ -35,6 +37,7 @@ from lsr_scale.config.training import Task
 from lsr_scale.errors import UserError
 from lsr_scale.fused.loss import IGNORE_INDEX
 from lsr_scale.fused.subclass import original_classes
+from lsr_scale.training.trial_starts import Start, TrialStarts, start_key
 
 GROUP_BYTES = 8 * 2**30
 # What a pass's linears read and write, in numbers, if it is not of one row. Of models of 0.1 to 7 billion parameters in
@@ -42,7 +45,9 @@ GROUP_BYTES = 8 * 2**30
 PASS_NUMBERS = 2**30
 
 
-def start_from_gradient(trainer: Any, run: RunConfig, say: Callable[[str], None]) -> None:
+def start_from_gradient(
+    trainer: Any, run: RunConfig, say: Callable[[str], None], starts: TrialStarts | None = None
+) -> None:
     """Set the factors of a trainer's model, if the run wants them to start from the gradient.
 
     The rows are drawn by the run's seed; their order in training stays. Every process of several runs its share of them
@@ -52,6 +57,7 @@ def start_from_gradient(trainer: Any, run: RunConfig, say: Callable[[str], None]
         trainer: The trainer, whose adapters are as they were drawn.
         run: Its run.
         say: Told in a line what was done.
+        starts: Those of trials before, all of one process; None: there are none.
 
     Raises:
         UserError: for fewer rows than `adapter.init_rows`, none with anything to be learned, or a gradient that is not
@@ -62,6 +68,11 @@ def start_from_gradient(trainer: Any, run: RunConfig, say: Callable[[str], None]
     model, seed = trainer.model, run.training["seed"]
     adapters = _adapters(model)
     passes = list(_passes(trainer.data_collator, _rows(trainer, run), pass_tokens(model)))
+    key = None if starts is None else start_key(run, adapters, passes)
+    if starts is not None and key is not None and (known := starts.of(key)) is not None:
+        known.give(adapters)
+        say(f"{known.said}: computed for an earlier trial")
+        return
     groups, shares = list(grouped(adapters)), []
     for group in groups:
         for name, gradient in _gradients(model, group, passes, run.model.task).items():
@@ -73,10 +84,13 @@ def start_from_gradient(trainer: Any, run: RunConfig, say: Callable[[str], None]
             if gradient.any():  # a layer that no row reaches starts as it was drawn
                 shares.append(_set(group[name], gradient, seed))
     median = f"{sorted(shares)[len(shares) // 2]:.0%}" if shares else "none"
-    say(
+    said = (
         f"adapters start from the gradient of {_rows_in_words(run)}, run {_times(len(groups))}; their directions hold "
         f"{median} of its square (median of {len(shares)} modules)"
     )
+    if starts is not None and key is not None:
+        starts.keep(key, Start.of(adapters, said))
+    say(said)
 
 
 def planned_start(model: nn.Module, run: RunConfig) -> str:

@@ -10,6 +10,7 @@ from lsr_scale.config import RunConfig
 from lsr_scale.training.callbacks.signals import Signals
 from lsr_scale.training.steps.meeting import Meet
 from lsr_scale.training.trial_rows import TrialRows
+from lsr_scale.training.trial_starts import TrialStarts
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Shared:
         say: Told what the run would print, a line each.
         callbacks: Added to the trainer's, after all others.
         rows: Reads the rows of runs, those of equal runs once; None: each reads its own.
+        starts: The starts from the gradient, computed once for equal runs; None: each computes its own.
     """
 
     base: Callable[[RunConfig], Any]
@@ -34,3 +36,4 @@ class Shared:
     say: Callable[[str], None] = lambda text: None
     callbacks: Sequence[TrainerCallback] = ()
     rows: TrialRows | None = None
+    starts: TrialStarts | None = None

@@ -78,6 +78,17 @@ def test_steps_are_those_of_adamw(options, groups, given):
     assert_equal(of, other, flat, reference)
 
 
+def test_a_vector_may_have_the_parameters_in_another_order():
+    of, flat, other, reference = pair()
+    for number in range(2):
+        found = gradients(number, of)
+        flat.give(torch.cat([gradient.reshape(-1) for gradient in reversed(found)]), of[::-1])
+        flat.step()
+        flat.zero_grad()
+        step(reference, other, number)
+    assert_equal(of, other, flat, reference)
+
+
 def test_parameters_and_moments_are_views_of_one_vector():
     of, flat, *_ = pair(fused=True)
     step(flat, of, 0)

@@ -83,10 +83,11 @@ def choose_optimizer(trainer: Any, run: RunConfig) -> None:
         trainer.chosen_optimizer = name, optimizer_arguments(name, run.training.get("optim_args"))
 
 
-def _agree(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+def _agree(optimizer: Any, *_: Any) -> None:
     """Give all processes the main one's factors: their decompositions may differ in the last digit."""
-    parameters = [parameter.data for parameter in optimizer.param_groups[0]["params"]]
-    flat = torch.cat([parameter.reshape(-1) for parameter in parameters])
-    distributed.broadcast_tensor(flat)
-    for parameter, part in zip(parameters, flat.split([one.numel() for one in parameters]), strict=True):
-        parameter.copy_(part.view(parameter.shape))
+    vector = optimizer.factors_vector()
+    if vector is not None:
+        distributed.broadcast_tensor(vector)
+        return
+    for parameter in optimizer.param_groups[0]["params"]:
+        distributed.broadcast_tensor(parameter.data)

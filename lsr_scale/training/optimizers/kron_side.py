@@ -17,14 +17,18 @@ is `c L_k (x) R_k / c`. What is computed here does not depend on it:
 Gram matrices are float64; eigenvalues below 1e-12 of the largest count as zero. Leading dimensions are stacks.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lsr_scale.adapters.kron_terms import Size, arranged, rearranged
+from lsr_scale.training.optimizers.eigh import eigh
 
 CUTOFF = 1e-12  # of eigenvalues of Gram matrices: 1e-6 of singular values, above what float32 resolves
+TINY = torch.finfo(torch.float64).tiny
 
 
 @dataclass(frozen=True)
@@ -53,67 +57,155 @@ class Side:
         """The size of a right factor."""
         return self.right.shape[-2], self.right.shape[-1]
 
+    def dense(self) -> Tensor:
+        """Return the side itself, `[n, *size]`."""
+        if self.left is None:
+            return _on_diagonal(self.right[:, 0], self.left_size[0])
+        whole = torch.bmm(self.left.flatten(-2).mT, self.right.flatten(-2))
+        return arranged(whole, self.left_size, self.right_size)
 
-def gram_roots(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return of matrices `X [..., k, n]` the eigenvectors `[..., k, k]`, eigenvalues and their pseudo-inverse roots.
 
-    `X X^T = V diag(values) V^T`; an orthonormal basis of the rows is `diag(inverse roots) V^T X`. All float64.
-    """
+class Roots(NamedTuple):
+    """Of symmetric matrices, all float64: eigenvectors `[n, k, k]`, eigenvalues, and their pseudo-inverse roots."""
+
+    vectors: Tensor
+    values: Tensor
+    inverse_roots: Tensor
+
+
+def gram(rows: Tensor) -> Tensor:
+    """Return `X X^T` of matrices `X [n, k, m]`, float64."""
     wide = rows.double()
-    values, vectors = torch.linalg.eigh(wide @ wide.mT)
-    kept = values > CUTOFF * values[..., -1:].clamp_min(torch.finfo(torch.float64).tiny)
-    roots = torch.where(kept, values, 1.0).rsqrt() * kept
-    return vectors, torch.where(kept, values, 0.0), roots
+    return torch.bmm(wide, wide.mT)
+
+
+def symmetric_roots(matrices: Tensor) -> Roots:
+    """Return the decompositions of Gram matrices `[n, k, k]`; values that count as zero are zero, and so their roots.
+
+    With `X X^T = V diag(values) V^T` an orthonormal basis of the rows of X is `diag(inverse roots) V^T X`.
+    """
+    values, vectors = eigh(matrices)
+    dropped = values <= CUTOFF * values[:, -1:].clamp_min(TINY)
+    return Roots(vectors, values.masked_fill(dropped, 0.0), values.masked_fill(dropped, torch.inf).rsqrt())
+
+
+def gram_roots(rows: Tensor) -> Roots:
+    """Return `symmetric_roots` of the Gram matrices of `X [..., k, m]`."""
+    found = symmetric_roots(gram(rows.reshape(-1, *rows.shape[-2:])))
+    return Roots(*(one.view(*rows.shape[:-2], *one.shape[1:]) for one in found))
+
+
+class KronSides:
+    """Sides of several shapes, and the decompositions of their terms' Gram matrices, all that have as many at once."""
+
+    def __init__(self, sides: Sequence[Side]) -> None:
+        """Decompose the sides' terms."""
+        self.sides = list(sides)
+        by_terms: dict[int, list[int]] = {}
+        for index, side in enumerate(sides):
+            if side.left is not None:
+                by_terms.setdefault(side.left.shape[1], []).append(index)
+        self._terms = [_Terms([sides[index] for index in indices]) for indices in by_terms.values()]
+        self._indices = list(by_terms.values())
+
+    def gradients(self, of_left: Sequence[Tensor | None], of_right: Sequence[Tensor]) -> list[Tensor]:
+        """Return the part of each side's gradient that its factors can follow, `[n, *size]`.
+
+        Args:
+            of_left: The gradients of the left factors, None for the identity.
+            of_right: Those of the right factors.
+        """
+        found = list(of_right)
+        for index, side in enumerate(self.sides):
+            if side.left is None:
+                k, one = side.left_size[0], of_right[index][:, 0]
+                found[index] = one if k == 1 else _on_diagonal(one / k, k)
+        for indices, terms in zip(self._indices, self._terms, strict=True):
+            for place, index in enumerate(indices):
+                left = of_left[index]
+                assert left is not None
+                found[index] = terms.gradient(place, left.flatten(-2), of_right[index].flatten(-2))
+        return found
+
+    def steps(self, steps: Sequence[Tensor]) -> list[tuple[Tensor | None, Tensor]]:
+        """Return the steps of each side's factors that move it by a step `[n, *size]`, by least squares."""
+        found: list[tuple[Tensor | None, Tensor]] = [(None, step) for step in steps]
+        for index, (side, step) in enumerate(zip(self.sides, steps, strict=True)):
+            if side.left is None:
+                k = side.left_size[0]
+                blocks = step.unflatten(-1, (k, -1)).unflatten(-3, (k, -1)).diagonal(dim1=-4, dim2=-2)
+                found[index] = None, (step if k == 1 else blocks.mean(-1))[:, None]
+        for indices, terms in zip(self._indices, self._terms, strict=True):
+            for index, of_factors in zip(indices, terms.steps([steps[index] for index in indices]), strict=True):
+                found[index] = of_factors
+        return found
+
+
+class _Terms:
+    """Sides whose left factors are given, of equally many terms S; what is `[S, S]` is computed for all at once."""
+
+    def __init__(self, sides: Sequence[Side]) -> None:
+        self.sides = sides
+        self.lefts = [side.left.flatten(-2) for side in sides if side.left is not None]
+        self.rights = [side.right.flatten(-2) for side in sides]
+        self.wide_rights = [one.double() for one in self.rights]
+        self.counts = [len(one) for one in self.lefts]
+        grams = [*map(gram, self.lefts), *(torch.bmm(one, one.mT) for one in self.wide_rights)]
+        vectors, values, inverse_roots = symmetric_roots(torch.cat(grams))
+        spread = vectors * inverse_roots[:, None, :]
+        inverses = torch.bmm(spread, spread.mT).to(self.lefts[0].dtype).split([*self.counts, *self.counts])
+        self.inverse_lefts, self.inverse_rights = inverses[: len(sides)], inverses[len(sides) :]
+        # L^T R between orthonormal bases of the rows of both
+        roots = vectors * values.sqrt()[:, None, :]
+        half = sum(self.counts)
+        core = torch.bmm(roots[:half].mT, roots[half:])
+        self.squared, self.spread = torch.bmm(core.mT, core), spread[half:]
+
+    def gradient(self, place: int, of_left: Tensor, of_right: Tensor) -> Tensor:
+        """Return the part of a side's gradient that its factors can follow."""
+        side, left, right = self.sides[place], self.lefts[place], self.rights[place]
+        in_span = torch.bmm(left.mT, torch.bmm(self.inverse_lefts[place], of_right))
+        along = torch.bmm(torch.bmm(of_left, left.mT), self.inverse_lefts[place])
+        outside = torch.baddbmm(of_left, along, left, alpha=-1)
+        whole = torch.baddbmm(in_span, outside.mT, torch.bmm(self.inverse_rights[place], right))
+        return arranged(whole, side.left_size, side.right_size)
+
+    def steps(self, steps: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """Return the steps of the factors."""
+        of_rights, rests, sizes = [], [], []
+        for side, left, inverse, step in zip(self.sides, self.lefts, self.inverse_lefts, steps, strict=True):
+            moved = rearranged(step, side.left_size, side.right_size)
+            of_rights.append(torch.bmm(inverse, torch.bmm(left, moved)))
+            rests.append(torch.baddbmm(moved, left.mT, of_rights[-1], alpha=-1))
+            sizes.append(torch.linalg.vector_norm(moved, dim=(-2, -1), dtype=torch.float64))
+        damped = self.squared.clone()
+        damped.diagonal(dim1=-2, dim2=-1).add_(torch.cat(sizes).square().clamp_min(TINY)[:, None])
+        weights = torch.linalg.solve_ex(damped, self.squared).result
+        mixes = torch.bmm(self.spread, weights).split(self.counts)
+        found = []
+        of_sides = zip(self.sides, self.spread.split(self.counts), self.wide_rights, mixes, rests, strict=True)
+        for of_right, (side, spread, right, mix, rest) in zip(of_rights, of_sides, strict=True):
+            basis = torch.bmm(spread.mT, right)  # orthonormal rows [S, q]
+            of_left = torch.bmm(mix, torch.bmm(basis, rest.double().mT)).to(of_right.dtype)
+            found.append((of_left.unflatten(-1, side.left_size), of_right.unflatten(-1, side.right_size)))
+        return found
 
 
 def side_gradient(side: Side, of_left: Tensor | None, of_right: Tensor) -> Tensor:
-    """Return the part of a side's gradient that its factors can follow, `[n, *size]`.
-
-    Args:
-        side: The side.
-        of_left: The gradient of its left factors, None for the identity.
-        of_right: That of its right factors.
-    """
-    if side.left is None or of_left is None:
-        k = side.left_size[0]
-        if k == 1:
-            return of_right[..., 0, :, :]
-        eye = torch.eye(k, dtype=of_right.dtype, device=of_right.device)
-        blocks = (of_right[..., 0, :, :] / k)[..., None, :, None, :] * eye[:, None, :, None]
-        return blocks.flatten(-2).flatten(-3, -2)
-    left, right = side.left.flatten(-2), side.right.flatten(-2)
-    inverse_left, inverse_right = (_pseudo_inverse(gram_roots(one)).to(one.dtype) for one in (left, right))
-    in_span = left.mT @ (inverse_left @ of_right.flatten(-2))
-    flat = of_left.flatten(-2)
-    outside = flat - (flat @ left.mT) @ inverse_left @ left
-    return arranged(in_span + outside.mT @ (inverse_right @ right), side.left_size, side.right_size)
+    """Return what `KronSides.gradients` does, of one side."""
+    return KronSides([side]).gradients([of_left], [of_right])[0]
 
 
 def factor_steps(side: Side, step: Tensor) -> tuple[Tensor | None, Tensor]:
-    """Return the steps of a side's left and right factors that move it by a step `[n, *size]`, by least squares."""
-    moved = rearranged(step, side.left_size, side.right_size)
-    if side.left is None:
-        k = side.left_size[0]
-        # the identity as a vector picks the blocks on the diagonal
-        of_right = moved.unflatten(-2, (k, k)).diagonal(dim1=-3, dim2=-2).mean(-1)
-        return None, of_right.unflatten(-1, side.right_size).unsqueeze(-3)
-    left, right = side.left.flatten(-2), side.right.flatten(-2)
-    left_roots, right_roots = gram_roots(left), gram_roots(right)
-    of_right = _pseudo_inverse(left_roots).to(left.dtype) @ (left @ moved)
-    rest = moved - left.mT @ of_right
-    left_vectors, left_values, _ = left_roots
-    vectors, values, inverse_roots = right_roots
-    # L^T R between orthonormal bases of the rows of both
-    core = left_values.sqrt()[..., :, None] * (left_vectors.mT @ vectors) * values.sqrt()[..., None, :]
-    squared = core.mT @ core
-    size = moved.double().square().sum((-2, -1), keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
-    eye = torch.eye(squared.shape[-1], dtype=squared.dtype, device=squared.device)
-    weights = torch.linalg.solve_ex(squared + size * eye, squared).result
-    basis = inverse_roots[..., :, None] * (vectors.mT @ right.double())  # orthonormal rows [S, q]
-    of_left = (vectors * inverse_roots[..., None, :]) @ weights @ (basis @ rest.double().mT)
-    return of_left.to(left.dtype).unflatten(-1, side.left_size), of_right.unflatten(-1, side.right_size)
+    """Return what `KronSides.steps` does, of one side."""
+    return KronSides([side]).steps([step])[0]
 
 
-def _pseudo_inverse(roots: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-    vectors, _, inverse_roots = roots
-    return (vectors * inverse_roots.square()[..., None, :]) @ vectors.mT
+def _on_diagonal(blocks: Tensor, times: int) -> Tensor:
+    """Return the identity of `times` rows times, in Kronecker's sense, matrices `[n, p, q]`."""
+    if times == 1:
+        return blocks
+    n, p, q = blocks.shape
+    whole = blocks.new_zeros(n, times, p, times, q)
+    whole.diagonal(dim1=1, dim2=3).copy_(blocks[..., None])
+    return whole.flatten(-2).flatten(1, 2)

@@ -5,23 +5,29 @@ its gradient's norm; that is most of what a trainer's host does in a step whose 
 with other trainers (`steps.meeting`).
 """
 
+import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._utils import _flatten_dense_tensors
 from torch.optim.adam import adam
 
 
 @dataclass
-class _Vector:
+class Vector:
     """The parameters of a group, one after another, and what goes with them."""
 
     parameters: list[nn.Parameter]
     data: Tensor
     gradient: Tensor | None = None
     state: dict[str, Tensor] = field(default_factory=dict)  # as AdamW has it of one parameter
+
+    def is_of(self, parameters: Sequence[nn.Parameter]) -> bool:
+        """Tell whether these are the parameters, in that order."""
+        return len(parameters) == len(self.parameters) and all(map(operator.is_, parameters, self.parameters))
 
     def views(self, vector: Tensor) -> list[Tensor]:
         """Return a vector's parts, in the parameters' shapes."""
@@ -44,11 +50,10 @@ class FlatAdamW(torch.optim.AdamW):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._vectors: dict[int, _Vector] = {}  # by the id of a group's first parameter
+        self._vectors: dict[int, Vector] = {}  # by the id of a group's first parameter
         self._num_states = 0  # with fewer, somebody dropped one
         for group in self.param_groups:
-            if _is_uniform(group["params"]) and not group["differentiable"]:
-                self._vectors[id(group["params"][0])] = _flattened(group["params"])
+            self._flatten(group)
 
     @property
     def is_flat(self) -> bool:
@@ -65,7 +70,7 @@ class FlatAdamW(torch.optim.AdamW):
             accumulate: Add it to what was given since `drop`; the gradient that is given first is copied then.
         """
         vectors = [self._vector(group) for group in self.param_groups if group["params"]]
-        if len(vectors) == 1 and vectors[0] is not None and len(vectors[0].parameters) == len(parameters):
+        if len(vectors) == 1 and vectors[0] is not None and vectors[0].is_of(parameters):
             parts = [gradient]
         else:
             split = gradient.split([parameter.numel() for parameter in parameters])
@@ -87,10 +92,9 @@ class FlatAdamW(torch.optim.AdamW):
             vector = self._vector(group)
             if vector is None or (vector.gradient is not None and not accumulate):
                 continue
-            gradients = [parameter.grad for parameter in vector.parameters if parameter.grad is not None]
-            if len(gradients) < len(vector.parameters):
+            gradient = self._gradient_of(vector)
+            if gradient is None:
                 continue
-            gradient = torch.cat([gradient.reshape(-1) for gradient in gradients])
             if accumulate and vector.gradient is not None:
                 vector.gradient += gradient
             else:
@@ -144,7 +148,7 @@ class FlatAdamW(torch.optim.AdamW):
                 self.param_groups = groups
         return loss
 
-    def _step_vector(self, group: dict[str, Any], vector: _Vector) -> None:
+    def _step_vector(self, group: dict[str, Any], vector: Vector) -> None:
         if not vector.state:
             self._begin_state(group, vector)
         assert vector.gradient is not None
@@ -167,7 +171,10 @@ class FlatAdamW(torch.optim.AdamW):
     def state_dict(self) -> dict[str, Any]:
         """Return the state as torch's AdamW has it: each parameter's with a count of steps of its own."""
         found = super().state_dict()
-        states = {index: {**state, "step": state["step"].clone()} for index, state in found["state"].items()}
+        states = {
+            index: {name: value.clone() if name == "step" else value for name, value in state.items()}
+            for index, state in found["state"].items()
+        }
         return {**found, "state": states}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -175,28 +182,43 @@ class FlatAdamW(torch.optim.AdamW):
         super().load_state_dict(state_dict)
         for group in self.param_groups:
             vector = self._vector(group)
-            if vector is None:
-                continue
-            states = [self.state.get(parameter) or {} for parameter in vector.parameters]
-            vector.state = {}
-            if not any(states):
-                continue
-            if not _are_of_one_step(states):
-                self._unflatten(vector)
-                continue
-            for name, value in states[0].items():
-                parts = [one[name].reshape(-1) for one in states]
-                vector.state[name] = value.clone() if name == "step" else torch.cat(parts)
-            self._bind_state(vector)
+            if vector is not None:
+                self._load_vector(vector)
 
-    def _vector(self, group: dict[str, Any]) -> _Vector | None:
+    def _load_vector(self, vector: Vector) -> None:
+        """Make a vector's state that of its parameters."""
+        states = [self.state.get(parameter) or {} for parameter in vector.parameters]
+        vector.state = {}
+        if not any(states):
+            return
+        if not _are_of_one_step(states):
+            self._unflatten(vector)
+            return
+        for name, value in states[0].items():
+            parts = [one[name].reshape(-1) for one in states]
+            vector.state[name] = value.clone() if name == "step" else torch.cat(parts)
+        self._bind_state(vector)
+
+    def _flatten(self, group: dict[str, Any]) -> Vector | None:
+        """Move a group's parameters into a vector, where they can be one."""
+        if not _is_uniform(group["params"]) or group["differentiable"]:
+            return None
+        vector = self._vectors[id(group["params"][0])] = _flattened(group["params"])
+        return vector
+
+    def _gradient_of(self, vector: Vector) -> Tensor | None:
+        """Return the parameters' `grad` as one vector, None where some have none."""
+        gradients: Any = [parameter.grad for parameter in vector.parameters]
+        return None if any(gradient is None for gradient in gradients) else _flatten_dense_tensors(gradients)
+
+    def _vector(self, group: dict[str, Any]) -> Vector | None:
         """Return a group's vector, None where it has none, or no longer since somebody dropped a parameter's state."""
         vector = self._vectors.get(id(group["params"][0])) if group["params"] else None
         if vector is None or not vector.state or len(self.state) >= self._num_states:
             return vector
         return vector if all(parameter in self.state for parameter in vector.parameters) else self._unflatten(vector)
 
-    def _unflatten(self, vector: _Vector) -> None:
+    def _unflatten(self, vector: Vector) -> None:
         """Leave a group to torch's AdamW from here on: each parameter has a step count and a gradient of its own."""
         del self._vectors[id(vector.parameters[0])]
         if vector.gradient is not None:
@@ -206,14 +228,14 @@ class FlatAdamW(torch.optim.AdamW):
             if parameter in self.state:
                 self.state[parameter]["step"] = self.state[parameter]["step"].clone()
 
-    def _begin_state(self, group: dict[str, Any], vector: _Vector) -> None:
+    def _begin_state(self, group: dict[str, Any], vector: Vector) -> None:
         names = ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if group["amsgrad"] else ()))
         on_device = group["fused"] or group["capturable"]
         step = torch.zeros((), dtype=torch.float32, device=vector.data.device if on_device else "cpu")
         vector.state = {"step": step, **{name: torch.zeros_like(vector.data) for name in names}}
         self._bind_state(vector)
 
-    def _bind_state(self, vector: _Vector) -> None:
+    def _bind_state(self, vector: Vector) -> None:
         """Make the parameters' states views of the vector's; they share its count of steps."""
         views = {name: vector.views(value) for name, value in vector.state.items() if name != "step"}
         for index, parameter in enumerate(vector.parameters):
@@ -245,10 +267,10 @@ def _is_uniform(parameters: Iterable[nn.Parameter]) -> bool:
     return len(kinds) == 1 and next(iter(kinds))[2:] == (torch.strided, Tensor)
 
 
-def _flattened(parameters: list[nn.Parameter]) -> _Vector:
+def _flattened(parameters: list[nn.Parameter]) -> Vector:
     """Move parameters into one vector."""
     with torch.no_grad():
-        vector = _Vector(list(parameters), torch.cat([parameter.detach().reshape(-1) for parameter in parameters]))
+        vector = Vector(list(parameters), torch.cat([parameter.detach().reshape(-1) for parameter in parameters]))
     for parameter, view in zip(vector.parameters, vector.views(vector.data), strict=True):
         parameter.data = view
     return vector

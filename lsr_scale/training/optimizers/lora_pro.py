@@ -36,8 +36,10 @@ from lsr_scale.training.optimizers.pair_optimizer import PairOptimizer
 from lsr_scale.training.optimizers.sides import Sides
 from lsr_scale.training.optimizers.stacks import State, Step, bound_stack
 
-# of matrices of the weights' size that are stepped at once: a step has several tensors of theirs in memory
+# of matrices of the weights' size that are stepped at once: a step has several tensors of theirs in memory, and on a
+# CPU in its caches
 MOST_ELEMENTS = 2**25
+MOST_ELEMENTS_ON_CPU = 2**19
 
 
 @dataclass
@@ -80,7 +82,8 @@ class LoraPro(PairOptimizer):
         for down, up in zip(sides.groups[::2], sides.groups[1::2], strict=True):
             owners = [states[place.pair] for place in down.places]
             shape = up.size[1], down.size[1]
-            height = max(1, MOST_ELEMENTS // (shape[0] * shape[1]))
+            most = MOST_ELEMENTS_ON_CPU if like.device.type == "cpu" else MOST_ELEMENTS
+            height = max(1, most // (shape[0] * shape[1]))
             zero = like.new_zeros(()).expand(shape)
             stacks = []
             for first in range(0, len(owners), height):

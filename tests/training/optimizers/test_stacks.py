@@ -101,7 +101,7 @@ def test_modules_are_stepped_as_each_alone(kind, method):
 @pytest.mark.parametrize("method", ["lora", "lsr"])
 def test_so_they_are_in_parts_that_are_not_too_large(kind, method, monkeypatch):
     monkeypatch.setattr(stacks, "MOST_ELEMENTS", 500)
-    monkeypatch.setattr(lora_pro, "MOST_ELEMENTS", 400)
+    monkeypatch.setattr(lora_pro, "MOST_ELEMENTS_ON_CPU", 400)
     model, optimizer, other, alone = both(kind, method)
     for without in ((), (3,), ()):
         step(model, optimizer, without)

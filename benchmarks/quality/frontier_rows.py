@@ -41,7 +41,7 @@ RATES = {
 }
 PRO_RATES = (3e-5, 1e-4, 3e-4, 1e-3)  # LoRA-Pro's are those of full fine-tuning
 OURS = ("lsr", "kron_lora")
-UNFUSED = ("krona", "tinylora", "vera")  # no low-rank pair: one such trial has all that share its step run unfused
+UNFUSED = ("krona", "tinylora", "vera")  # no low-rank pair: slower by far, in shared steps of their own
 
 
 @dataclasses.dataclass(frozen=True)

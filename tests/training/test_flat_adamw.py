@@ -182,12 +182,50 @@ def test_gradients_accumulate(given, groups):
         else:
             for parameter, gradient in zip(of, found, strict=True):
                 parameter.grad = gradient
-            flat.gather(accumulate=True)
+            flat.gather()
             assert all(parameter.grad is None for parameter in of)
         for parameter, gradient in zip(other, found, strict=True):
             parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
     flat.step()
     reference.step()
+    assert_equal(of, other, flat, reference)
+
+
+WHICH = {"first": (0, 2), "second": (1, 3), "none": (), "all": range(len(SHAPES))}
+
+
+@pytest.mark.parametrize(
+    "batches", [("all", "first"), ("first", "all"), ("first", "second"), ("first", "first"), ("none", "first")]
+)
+@pytest.mark.parametrize("groups", [1, 2])
+def test_batches_that_have_no_gradient_of_some_parameters_accumulate(batches, groups):
+    """As of experts that no token of a batch took: what the other batches gave is not lost."""
+    of, flat, other, reference = pair(groups=groups)
+    for round_ in range(2):
+        for number, which in enumerate(batches):
+            found = gradients(10 * round_ + number, of)
+            for place in WHICH[which]:
+                for parameter in (of[place], other[place]):
+                    gradient = found[place].clone()
+                    parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+            flat.gather()
+        flat.step()
+        reference.step()
+        flat.zero_grad()
+        reference.zero_grad()
+    assert_equal(of, other, flat, reference)
+
+
+def test_gradients_are_those_that_the_parameters_have_at_a_step():
+    """Also where they are dropped, or kept, without the optimizer's `zero_grad`, as `model.zero_grad()` does."""
+    of, flat, other, reference = pair()
+    for number, keeps in enumerate((False, True, False)):
+        for tensors, optimizer in ((of, flat), (other, reference)):
+            for parameter, gradient in zip(tensors, gradients(number, tensors), strict=True):
+                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+            optimizer.step()
+            for parameter in tensors:
+                parameter.grad = parameter.grad if keeps else None
     assert_equal(of, other, flat, reference)
 
 

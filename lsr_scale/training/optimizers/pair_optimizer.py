@@ -171,7 +171,7 @@ class PairOptimizer(FlatAdamW, ABC):
     def _step_pairs(self) -> None:
         vector = self._vector_of_pairs()
         if vector is not None:
-            gradient = self._gradient_of(vector) if vector.gradient is None else vector.gradient
+            gradient = self._whole_gradient(vector)
             if gradient is not None:
                 self._step_numbers(range(len(self.pairs)), vector.data, gradient)
                 torch.autograd.graph.increment_version(vector.parameters)

@@ -61,13 +61,13 @@ class FlatAdamW(torch.optim.AdamW):
         return all(self._vector(group) is not None for group in self.param_groups if group["params"])
 
     def give(self, gradient: Tensor, parameters: Sequence[nn.Parameter], accumulate: bool = False) -> None:
-        """Take the gradients of all parameters as one vector, in place of their `grad`.
+        """Take the gradients of all parameters as one vector; a step takes them and the parameters' `grad` together.
 
         Args:
             gradient: `[n]`, the parameters' gradients one after another. Where there is one group, and nothing is
                 accumulated, it is not copied; clipping changes it.
             parameters: In that order.
-            accumulate: Add it to what was given since `drop`; the gradient that is given first is copied then.
+            accumulate: Add it to what was given or gathered since `drop`; what is given first is copied then.
         """
         vectors = [self._vector(group) for group in self.param_groups if group["params"]]
         if len(vectors) == 1 and vectors[0] is not None and vectors[0].is_of(parameters):
@@ -83,22 +83,20 @@ class FlatAdamW(torch.optim.AdamW):
             else:
                 vector.gradient = part.clone() if accumulate else part
 
-    def gather(self, accumulate: bool = False) -> None:
-        """Make vectors of the parameters' `grad`, which are dropped; for `accumulate` see `give`.
+    def gather(self) -> None:
+        """Move the parameters' `grad` into vectors, and add them to what was given or gathered since `drop`.
 
-        Without it, groups whose gradients were given are left.
+        Where some parameters of a group have none, and nothing was given, they stay: AdamW passes over those.
         """
         for group in self.param_groups:
             vector = self._vector(group)
-            if vector is None or (vector.gradient is not None and not accumulate):
+            gradient = None if vector is None else self._gradient_of(vector)
+            if vector is None or gradient is None:
                 continue
-            gradient = self._gradient_of(vector)
-            if gradient is None:
-                continue
-            if accumulate and vector.gradient is not None:
-                vector.gradient += gradient
-            else:
+            if vector.gradient is None:
                 vector.gradient = gradient
+            else:
+                vector.gradient += gradient
             for parameter in vector.parameters:
                 parameter.grad = None
 
@@ -130,16 +128,16 @@ class FlatAdamW(torch.optim.AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self.gather()
         ordinary = []
         for group in self.param_groups:
             vector = self._vector(group)
-            if vector is not None and vector.gradient is None and any(p.grad is not None for p in vector.parameters):
+            gradient = None if vector is None else self._whole_gradient(vector)
+            if vector is not None and gradient is None and any(p.grad is not None for p in vector.parameters):
                 vector = self._unflatten(vector)  # others have none, and AdamW passes over those
             if vector is None:
                 ordinary.append(group)
-            elif vector.gradient is not None:
-                self._step_vector(group, vector)
+            elif gradient is not None:
+                self._step_vector(group, vector, gradient)
         if ordinary:
             groups, self.param_groups = self.param_groups, ordinary
             try:
@@ -148,15 +146,14 @@ class FlatAdamW(torch.optim.AdamW):
                 self.param_groups = groups
         return loss
 
-    def _step_vector(self, group: dict[str, Any], vector: Vector) -> None:
+    def _step_vector(self, group: dict[str, Any], vector: Vector, gradient: Tensor) -> None:
         if not vector.state:
             self._begin_state(group, vector)
-        assert vector.gradient is not None
         beta1, beta2 = group["betas"]
         largest = [vector.state["max_exp_avg_sq"]] if group["amsgrad"] else []
         adam(
             [vector.data],
-            [vector.gradient],
+            [gradient],
             [vector.state["exp_avg"]],
             [vector.state["exp_avg_sq"]],
             largest,
@@ -206,10 +203,29 @@ class FlatAdamW(torch.optim.AdamW):
         vector = self._vectors[id(group["params"][0])] = _flattened(group["params"])
         return vector
 
+    def _whole_gradient(self, vector: Vector) -> Tensor | None:
+        """Return what was given or gathered and the parameters' `grad`, which stay as they are; None as `_gradient_of`.
+
+        A step reads `grad` as torch's optimizers do: it is there until somebody drops it.
+        """
+        gradient = self._gradient_of(vector)
+        if gradient is None or vector.gradient is None:
+            return vector.gradient if gradient is None else gradient
+        return vector.gradient + gradient
+
     def _gradient_of(self, vector: Vector) -> Tensor | None:
-        """Return the parameters' `grad` as one vector, None where some have none."""
-        gradients: Any = [parameter.grad for parameter in vector.parameters]
-        return None if any(gradient is None for gradient in gradients) else _flatten_dense_tensors(gradients)
+        """Return the parameters' `grad` as one vector, None where none has one, or some have none at all.
+
+        With a vector that was given every parameter has a gradient, and its `grad` is zero where it is None.
+        """
+        gradients: list[Any] = [parameter.grad for parameter in vector.parameters]
+        missing = sum(gradient is None for gradient in gradients)
+        if missing == len(gradients) or (missing and vector.gradient is None):
+            return None
+        if missing:
+            both = zip(vector.parameters, gradients, strict=True)
+            gradients = [torch.zeros_like(one) if gradient is None else gradient for one, gradient in both]
+        return _flatten_dense_tensors(gradients)
 
     def _vector(self, group: dict[str, Any]) -> Vector | None:
         """Return a group's vector, None where it has none, or no longer since somebody dropped a parameter's state."""
@@ -223,7 +239,7 @@ class FlatAdamW(torch.optim.AdamW):
         del self._vectors[id(vector.parameters[0])]
         if vector.gradient is not None:
             for parameter, gradient in zip(vector.parameters, vector.views(vector.gradient), strict=True):
-                parameter.grad = gradient
+                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
         for parameter in vector.parameters:
             if parameter in self.state:
                 self.state[parameter]["step"] = self.state[parameter]["step"].clone()

@@ -94,33 +94,31 @@ class MeetingSteps(_Base):
         optimizer = base_optimizer(self)
         return optimizer if isinstance(optimizer, FlatAdamW) and optimizer.is_flat else None
 
-    def _take_away(self) -> list[Tensor]:
+    def _take_away(self) -> list[Tensor | None]:
         """Return what a step's earlier batches left in the parameters' `grad`, which is None then; [] for nothing."""
-        if self._trained[0].grad is None:
+        gradients = [parameter.grad for parameter in self._trained]
+        if all(gradient is None for gradient in gradients):
             return []
-        gradients: Any = [parameter.grad for parameter in self._trained]
         for parameter in self._trained:
             parameter.grad = None
         return gradients
 
-    def _take_gradients(self, member: Member, before: list[Tensor], zeros: bool) -> None:
+    def _take_gradients(self, member: Member, before: list[Tensor | None], zeros: bool) -> None:
         """Add a joint step's gradients, or zeros, to those of a step's earlier batches."""
         optimizer, accumulates = self._flat(), self.current_gradient_accumulation_steps > 1
         if zeros:
             torch._foreach_zero_(_gradients(self._trained) if member.gradient is None else [member.gradient])
         if optimizer is not None and member.gradient is not None:
             optimizer.give(member.gradient, self._trained, accumulates)
-            return
-        if optimizer is not None:
-            optimizer.gather(accumulates)
-            return
-        if member.gradient is not None:
+        elif member.gradient is not None:
             vector = member.gradient.clone() if accumulates else member.gradient
             parts = vector.split([parameter.numel() for parameter in self._trained])
             for parameter, part in zip(self._trained, parts, strict=True):
                 parameter.grad = part.view(parameter.shape)
         if before:
-            torch._foreach_add_(_gradients(self._trained), before)
+            _add_gradients(self._trained, before)
+        if optimizer is not None and (member.gradient is None or before):
+            optimizer.gather()
 
     def _gradients(self) -> list[Tensor]:
         optimizer = self._flat()
@@ -144,10 +142,19 @@ class MeetingSteps(_Base):
         optimizer = self._flat()
         if optimizer is not None:
             optimizer.drop()
-            return
         for parameter in self._trained:
             parameter.grad = None
 
 
 def _gradients(parameters: list[torch.nn.Parameter]) -> list[Tensor]:
     return [parameter.grad for parameter in parameters if parameter.grad is not None]
+
+
+def _add_gradients(parameters: list[torch.nn.Parameter], gradients: list[Tensor | None]) -> None:
+    """Add to the parameters' `grad`; a parameter may have none here, there, or in both."""
+    pairs = [pair for pair in zip(parameters, gradients, strict=True) if pair[1] is not None]
+    has_both = [(parameter.grad, gradient) for parameter, gradient in pairs if parameter.grad is not None]
+    for parameter, gradient in pairs:
+        parameter.grad = gradient if parameter.grad is None else parameter.grad
+    if has_both:
+        torch._foreach_add_(*map(list, zip(*has_both, strict=True)))

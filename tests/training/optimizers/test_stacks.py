@@ -208,10 +208,10 @@ def test_gradients_that_are_gathered_know_which_modules_have_none(accumulate):
     model, optimizer, other, alone = both(LoraRite, "lora")
     for without in ((2, 3), (), (4,)):
         model.backward(without)
-        optimizer.gather(accumulate)
+        optimizer.gather()
         if accumulate:  # another batch, in which others have none
             model.backward((2, 3, 4, 5))
-            optimizer.gather(accumulate)
+            optimizer.gather()
         assert all(parameter.grad is None for parameter in model.trained)
         optimizer.step()
         optimizer.drop()
@@ -273,6 +273,7 @@ def test_a_step_is_as_many_operations_for_any_number_of_layers_and_waits_for_non
         for _ in range(2):
             model.backward()
             gradient = torch.cat([parameter.grad.reshape(-1) for parameter in model.trained])
+            model.model.zero_grad()
             optimizer.give(gradient, model.trained)
             with Counted() as counted:
                 optimizer.step()

@@ -35,6 +35,12 @@ class Estimate:
         return self.value - half, self.value + half
 
     @property
+    def separates(self) -> bool:
+        """Whether zero is outside of it."""
+        low, high = self.interval
+        return not low <= 0 <= high
+
+    @property
     def p(self) -> float:
         """Two-sided, that it is zero."""
         if self.error == 0:

@@ -2,8 +2,8 @@
 
     python -m benchmarks.report.commonsense_tables            print every table
 
-Statistics. Methods are compared on the same examples over common seeds: the mean over tasks of the differences, its
-95 % interval and two-sided p by a bootstrap that draws seeds and, within each task, examples, both with replacement.
+Statistics. Methods are compared on the same examples over common seeds: the mean over tasks of the differences, with a
+95 % interval and a two-sided p that know how few the seeds are (`quality/estimates.py`).
 An interval that holds zero is "no separation", and so is every comparison where LoRA-8 and LoRA-2 do not separate
 (on a quantized base, on which LoRA-2 was not run: where they do not on bf16). Error bars are the standard deviation
 over seeds.
@@ -19,10 +19,11 @@ from typing import Any
 import numpy as np
 
 from benchmarks.command_line import script_parser
-from benchmarks.quality import trials
+from benchmarks.quality import estimates, trials
 from benchmarks.quality.commonsense import RESULTS, mean_accuracy
 from benchmarks.quality.commonsense_data import REGIMES
 from benchmarks.quality.commonsense_methods import LABELS, PROVIDERS
+from benchmarks.quality.estimates import Estimate
 from benchmarks.report.drawing import count_ticks, label_points, rows_digest, save
 from benchmarks.report.plots import Plot
 
@@ -54,12 +55,8 @@ def seeds_of(all_results: list[dict[str, Any]], regime: str, base: str, provider
     }
 
 
-def compare(
-    ours: dict[int, dict[str, Any]], theirs: dict[int, dict[str, Any]], draws: int = 2000
-) -> tuple[float, float, float, float] | None:
-    """Return the difference of the means over tasks in points, its 95 % interval and two-sided p, by bootstrap.
-
-    Seeds, and within each task examples, are drawn with replacement. None without two common seeds.
+def compare(ours: dict[int, dict[str, Any]], theirs: dict[int, dict[str, Any]]) -> Estimate | None:
+    """Return the difference of the means over tasks in points, over common seeds; None without two of them.
 
     Raises:
         ValueError: if the two were not scored on the same examples.
@@ -67,59 +64,34 @@ def compare(
     seeds = sorted(ours.keys() & theirs.keys())
     if len(seeds) < 2:
         return None
-    differences = []  # a task each: [seeds, examples]
-    for task in ours[seeds[0]]["tasks"]:
-        rows = []
-        for seed in seeds:
-            pair = [results[seed]["tasks"][task]["after"] for results in (ours, theirs)]
+    rows: list[list[np.ndarray]] = [[], []]  # of each row a task each: [seeds, examples]
+    tasks = list(ours[seeds[0]]["tasks"])
+    for task in tasks:
+        parts = [[row[seed]["tasks"][task]["after"] for seed in seeds] for row in (ours, theirs)]
+        for seed, *pair in zip(seeds, *parts, strict=True):
             if pair[0]["ids_sha256"] != pair[1]["ids_sha256"]:
                 raise ValueError(f"{task}, seed {seed}: the two were scored on different examples")
-            hits = [np.frombuffer(part["right"].encode(), np.uint8).astype(np.int8) for part in pair]
-            rows.append(hits[0] - hits[1])
-        differences.append(np.stack(rows).astype(np.float64))
-    weights, counts = _drawn(len(seeds), tuple(difference.shape[1] for difference in differences), draws)
-    sampled = np.zeros(draws)
-    for difference, count in zip(differences, counts, strict=True):
-        sampled += ((count.astype(np.float64) @ difference.T) / difference.shape[1] * weights).sum(1)
-    sampled = 100 * sampled / len(differences)
-    low, high = np.quantile(sampled, [0.025, 0.975])
-    tail = min((sampled <= 0).mean(), (sampled >= 0).mean())
-    mean = 100 * float(np.mean([difference.mean() for difference in differences]))
-    return mean, float(low), float(high), float(min(1, 2 * max(tail, 1 / draws)))
-
-
-@functools.lru_cache(maxsize=4)
-def _drawn(num_seeds: int, sizes: tuple[int, ...], draws: int) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Return how often each seed `[draws, seeds]`, and of each task each example `[draws, examples]`, is drawn.
-
-    The same for every comparison of so many seeds and examples: drawing takes far longer than comparing.
-    """
-    generator = np.random.default_rng(0)
-    drawn = generator.integers(num_seeds, size=(draws, num_seeds))
-    weights = np.stack([(drawn == index).mean(1) for index in range(num_seeds)], 1)
-    counts = []
-    for size in sizes:
-        parts = [
-            generator.multinomial(size, np.full(size, 1 / size), size=min(250, draws - start_at)).astype(np.uint16)
-            for start_at in range(0, draws, 250)
-        ]
-        counts.append(np.concatenate(parts))
-    return weights, counts
+        for row, part in zip(rows, parts, strict=True):
+            hits = [np.frombuffer(one["right"].encode(), np.uint8) - ord("0") for one in part]
+            row.append(np.stack(hits) * (100 / len(hits[0])))
+    # each task weighs the same: the mean over examples of these numbers is the mean over tasks
+    scaled = [np.concatenate(row, 1) * (sum(part.shape[1] for part in row) / len(tasks)) for row in rows]
+    return estimates.difference(scaled[0], scaled[1], np.ones(scaled[0].shape[1]))
 
 
 def separate(all_results: list[dict[str, Any]], regime: str) -> bool:
     """Tell whether LoRA-8 and LoRA-2 differ at all: where four times the parameters change nothing, nothing counts."""
     comparison = compare(*(seeds_of(all_results, regime, "bf16", name) for name in ("lora_8", "lora_2")))
-    return comparison is not None and not comparison[1] <= 0 <= comparison[2]
+    return comparison is not None and comparison.separates
 
 
 def _versus(row: dict[int, Any], other: dict[int, Any], counts: bool) -> str:
     comparison = compare(row, other) if row is not other else None
     if comparison is None:
         return ""
-    difference, low, high, p = comparison
-    words = f"{difference:+.2f} ({low:+.2f} to {high:+.2f})"
-    return f"{words}, p = {p:.2g}" if counts and not low <= 0 <= high else f"{words}, no separation"
+    low, high = comparison.interval
+    words = f"{comparison.value:+.2f} ({low:+.2f} to {high:+.2f})"
+    return f"{words}, p = {comparison.p:.2g}" if counts and comparison.separates else f"{words}, no separation"
 
 
 def table(all_results: list[dict[str, Any]], regime: str = "joint", base: str = "bf16") -> str:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import statistics
 
 import numpy as np
 import pytest
@@ -85,10 +86,11 @@ def test_runs_leave_a_result_each_and_are_not_done_twice(data, tmp_path, capsys,
 
 def made_up(provider, seed, accuracy, parameters=100, examples=400):
     generator = np.random.default_rng([seed, *provider.encode()])
-    shared = np.random.default_rng(7).random(examples)  # the same questions are hard for all
     tasks = {}
-    for task in REGIMES["joint"].tasks:
-        right = 0.8 * shared + 0.2 * generator.random(examples) < accuracy
+    for more, task in enumerate(REGIMES["joint"].tasks):
+        number = examples + 100 * more
+        shared = np.random.default_rng(7).random(number)  # the same questions are hard for all
+        right = 0.8 * shared + 0.2 * generator.random(number) < accuracy
         word = "".join(str(int(value)) for value in right)
         tasks[task] = {"after": {"accuracy": float(right.mean()), "ids_sha256": task, "right": word}}
     return {
@@ -103,13 +105,17 @@ def test_a_difference_is_found_where_there_is_one_and_nowhere_else():
         {seed: made_up(name, seed, accuracy) for seed in seeds}
         for name, accuracy in (("lora_8", 0.60), ("lora_2", 0.55), ("lsr_4", 0.60))
     )
-    difference, low, high, p = commonsense_tables.compare(better, worse)
-    assert low < difference < high
-    assert low > 0
-    assert p < 0.05
-    difference, low, high, p = commonsense_tables.compare(better, same)
-    assert low < 0 < high
-    assert p > 0.05
+    found = commonsense_tables.compare(better, worse)
+    mean_accuracy = commonsense.mean_accuracy
+    assert found.value == pytest.approx(
+        statistics.fmean(mean_accuracy(better[seed]) - mean_accuracy(worse[seed]) for seed in seeds)
+    ), "tasks weigh the same, whatever their numbers of examples"
+    assert found.interval[0] > 0
+    assert found.separates
+    assert found.p < 0.05
+    found = commonsense_tables.compare(better, same)
+    assert not found.separates
+    assert found.p > 0.05
     assert commonsense_tables.compare({0: better[0]}, worse) is None
     worse[1]["tasks"]["piqa"]["after"]["ids_sha256"] = "others"
     with pytest.raises(ValueError, match="piqa, seed 1: the two were scored on different examples"):

@@ -83,7 +83,7 @@ def plan(stages: Iterable[str], providers: Iterable[str], seeds: int) -> list[Ru
             joint, in which LoRA-8 and LoRA-2 are tuned and compared over three seeds; all `providers` with `:all`
             after its name, which is worth while where those two separate.
         providers: Which rows of the headline.
-        seeds: Of the headline.
+        seeds: Of the headline; 0 only tunes.
     """
     runs: list[Run] = []
 
@@ -91,7 +91,7 @@ def plan(stages: Iterable[str], providers: Iterable[str], seeds: int) -> list[Ru
         names = list(names)
         for name in names:
             runs.extend(Run(regime, "bf16", name, TUNING_SEED, i) for i in range(len(PROVIDERS[name].points)))
-            runs.append(Run(regime, "bf16", name, 0, None))
+            runs.extend(Run(regime, "bf16", name, seed, None) for seed in range(min(number, 1)))
         runs.extend(Run(regime, "bf16", name, seed, None) for seed in range(1, number) for name in names)
 
     for stage in stages:

@@ -56,6 +56,7 @@ def test_every_prefix_of_the_plan_is_of_use():
     # six points, then the first seed, for one provider after the other
     assert [run.tunes for run in runs[: 7 * rows]] == ([True] * 6 + [False]) * rows
     assert [run.seed for run in runs[7 * rows : 9 * rows]] == [1] * rows + [2] * rows
+    assert commonsense.plan(["headline"], PROVIDERS, 0) == [run for run in runs if run.tunes]
 
 
 def test_runs_leave_a_result_each_and_are_not_done_twice(data, tmp_path, capsys, monkeypatch):

@@ -38,7 +38,7 @@ from benchmarks import ALL_RESULTS
 from benchmarks.command_line import recorded, script_parser
 from benchmarks.quality import trials
 from benchmarks.quality.frontier_data import PART_OF, REGIMES, num_tokens, questions, right_alone, write_parts
-from benchmarks.quality.frontier_rows import MODELS, ROWS, SIZES
+from benchmarks.quality.frontier_rows import MODELS, ROWS, SIZES, refused
 from benchmarks.quality.frontier_trials import Elsewhere, Plan, Rates, Results, Suite, Trial, places
 from benchmarks.quality.rate_trials import packed, packed_bits
 from lsr_scale import api, files
@@ -394,6 +394,12 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--model: expected {' or '.join(MODELS)}, got {model!r}")
     if given.smoke and given.results == RESULTS:
         parser.error("--smoke: its results are no measurements; give another folder with --results")
+    rows = {f"{size} {name}": row for size in given.sizes for name, row in ROWS[model].get(size, {}).items()}
+    asked = {name: row for name, row in rows.items() if not given.rows or name.split()[1] in given.rows}
+    if line := refused(asked, given.base):
+        print(line, flush=True)
+    if not any(row.takes(given.base) for row in asked.values()):
+        parser.error(f"--rows: none of them can be run: {line or 'no size has a row of that name'}")
     words = [word if not word.startswith(("/", "~", ".")) else Path(word).name for word in arguments or sys.argv[1:]]
     given.command = recorded("quality.frontier", words)
     limits = {"limit": 16, "max_steps": 2} if given.smoke else {}

@@ -71,6 +71,13 @@ class AdapterRow:
         return {"method": self.method, "target_modules": LINEARS, **self.options}
 
 
+def refused(rows: Mapping[str, AdapterRow], base: str) -> str:
+    """Return a line that names the rows that a base does not take, and why; nothing where it takes all."""
+    names = [name for name, row in rows.items() if not row.takes(base)]
+    why = f"PEFT's TinyLoRA takes no base in {base}, only one that is not quantized (--base none)"
+    return f"not run, as {why}: {', '.join(names)}" if names else ""
+
+
 def _last(model: str, number: int) -> dict[str, Any]:
     return {"layers_to_transform": list(range(NUM_LAYERS[model] - number, NUM_LAYERS[model]))}
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks.quality.frontier_data import EPOCHS
 from benchmarks.quality.frontier_rows import ROWS, SIZES, AdapterRow
-from benchmarks.quality.rate_trials import RateTrial, rates_left
+from benchmarks.quality.rate_trials import RateTrial, best_rate, rates_left
 from benchmarks.quality.trials import TUNING_SEED
 from lsr_scale.model import Quantization
 
@@ -162,7 +162,7 @@ class Plan:
             if left := rates_to_try(self.suite.row(place), tuned, rates):
                 found |= {Trial(*place, TUNING_SEED, rate): rates for rate in left}
             else:
-                best = min(tuned, key=lambda rate: tuned[rate])  # one that diverged too: its seeds say so
+                best = best_rate(tuned)  # one that diverged too: its seeds say so
                 found |= {Trial(*place, seed, best): rates for seed in range(seeds)}
         return {trial: of_it for trial, of_it in found.items() if f"{self.suite.prefix}-{trial.name}" not in self.done}
 
@@ -188,8 +188,8 @@ class Plan:
     def best(self, place: Place) -> float | None:
         """Return the best rate of a row; None while rates are to be tried, and where all diverged."""
         tuned = self.tuned(place)
-        best = min(tuned, key=lambda rate: tuned[rate], default=None)
-        return best if best is not None and self._is_tuned(place) and math.isfinite(tuned[best]) else None
+        best = best_rate(tuned) if self._is_tuned(place) else None
+        return best if best is not None and math.isfinite(tuned[best]) else None
 
     def _is_tuned(self, place: Place) -> bool:
         tuned = self.tuned(place)

@@ -21,7 +21,7 @@ import numpy as np
 from benchmarks.quality import estimates, trials
 from benchmarks.quality.estimates import Estimate
 from benchmarks.quality.frontier_rows import OURS, SIZES
-from benchmarks.quality.rate_trials import unpacked
+from benchmarks.quality.rate_trials import is_at_end, unpacked
 from benchmarks.quality.trials import TUNING_SEED
 
 SIGNIFICANT = 0.05
@@ -80,7 +80,7 @@ class Score:
     @property
     def is_at_end(self) -> bool:
         """Whether its rate is the first or the last of those that were tried, and a better one may lie beyond."""
-        return not min(self.rates) < self.rate < max(self.rates)
+        return is_at_end(self.rate, self.rates)
 
     @property
     def is_ours(self) -> bool:

@@ -36,9 +36,10 @@ from benchmarks import ALL_RESULTS, gsm8k
 from benchmarks.command_line import recorded, script_parser
 from benchmarks.pool import Job, do_all
 from benchmarks.quality import trials
+from benchmarks.quality.frontier_rows import refused
 from benchmarks.quality.generated_answers import check_ends, right_answers
-from benchmarks.quality.grpo_rows import RATES, ROWS, TRAININGS
-from benchmarks.quality.rate_trials import RateTrial, packed_bits, rates_left
+from benchmarks.quality.grpo_rows import LAST, RATES, ROWS, TRAININGS
+from benchmarks.quality.rate_trials import RateTrial, best_rate, packed_bits, rates_left
 from benchmarks.quality.trials import TUNING_SEED
 from lsr_scale import api, files
 from lsr_scale.errors import UserError
@@ -48,7 +49,6 @@ from lsr_scale.run.metrics import read_metrics
 
 RESULTS = ALL_RESULTS / "grpo"
 MOST_BEYOND = 1  # rates tried beyond an end
-LAST = 5  # steps whose mean chooses a rate
 CALCULATOR = re.compile(r"<<[^<>]*>>")
 Results = Mapping[str, dict[str, Any]]
 
@@ -117,7 +117,7 @@ def next_trials(suite: Suite, trainings: Iterable[str], rows: Iterable[str], see
             tuned = tuned_rates(suite, training, row, done)
             if left := rates_left(RATES[training][row], tuned, MOST_BEYOND):
                 found += [Trial(training, row, TUNING_SEED, rate) for rate in left]
-            elif math.isfinite(tuned[best := min(sorted(tuned), key=lambda rate: tuned[rate])]):
+            elif math.isfinite(tuned[best := best_rate(tuned)]):
                 found += [Trial(training, row, seed, best) for seed in range(seeds)]
     found = [trial for trial in found if f"{suite.prefix}-{trial.name}" not in done]
     return sorted(found, key=lambda trial: 0 if trial.tunes else trial.seed)  # a stable order
@@ -230,8 +230,9 @@ def measure(suite: Suite, trial: Trial | None) -> dict[str, Any]:
 def curve_of(training: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Return what a run's metrics say: the curve by step, and the mean of its last steps, the higher the better."""
     steps = [row for row in rows if "loss" in row]
-    names = {"reward": "reward", "tokens": "completions/mean_length", "generation_s": "generation_s"}
-    taken = {name: key for name, key in {**names, "loss": "loss"}.items() if all(key in row for row in steps)}
+    names = {"reward": "reward", "tokens": "completions/mean_length", "cut": "completions/clipped_ratio"}
+    names |= {"generation_s": "generation_s", "loss": "loss"}
+    taken = {name: key for name, key in names.items() if all(key in row for row in steps)}
     curve = {name: [round(row[key], 5) for row in steps] for name, key in taken.items()}
     last = curve["reward" if training == "grpo" else "loss"][-LAST:]
     mean = statistics.fmean(last)
@@ -300,6 +301,10 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--micro-batch: {given.micro_batch} does not divide a step's {completions} completions")
     if given.limit is not None and given.results == RESULTS:
         parser.error("--limit: its results are no measurements; give another folder with --results")
+    if line := refused({row: ROWS[row] for row in given.rows}, given.base):
+        print(line, flush=True)
+        if not any(ROWS[row].takes(given.base) for row in given.rows):
+            parser.error(f"--rows: none of them can be run: {line}")
     names = ("base", "prompts", "completions", "new_tokens", "micro_batch", "tuning_steps", "steps")
     names += ("test_batch", "limit")
     folder = str(Path(folder).resolve()) if Path(folder).is_dir() else folder

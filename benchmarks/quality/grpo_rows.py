@@ -26,6 +26,7 @@ SIZES = {
 }
 TOLERANCE = 0.05
 REFERENCE = "lora_8"  # what the others are compared with
+LAST = 5  # steps whose mean chooses a rate
 
 # Three points a row, a factor of three apart; where the best is the first or the last, the next beyond it follows. The
 # middle of SFT is what was best on SmolLM2 at the row's share of LoRA r=8's parameters (frontier); that of GRPO is

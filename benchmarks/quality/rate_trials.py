@@ -5,7 +5,8 @@ Used by `frontier.py` and `grpo_gsm8k.py`, whose results go on from one sitting 
 
 import base64
 import dataclasses
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -39,12 +40,34 @@ def rates_left(rates: Sequence[float], tuned: Mapping[float, float], most_beyond
     missing = tuple(rate for rate in rates if rate not in tuned)
     if missing:
         return missing
-    ordered = sorted(tuned)
-    best = min(ordered, key=lambda rate: tuned[rate])
-    if len(tuned) >= len(rates) + most_beyond or best not in (ordered[0], ordered[-1]):
+    best = best_rate(tuned)
+    if len(tuned) >= len(rates) + most_beyond or not is_at_end(best, tuned):
         return ()
     step = rates[1] / rates[0]
-    return (float(f"{best / step if best == ordered[0] else best * step:.4g}"),)
+    return (float(f"{best / step if best == min(tuned) else best * step:.4g}"),)
+
+
+def best_rate(tuned: Mapping[float, float]) -> float:
+    """Return the rate that lost the least: of equals one between two others, then the middle of them, then the lower.
+
+    A plateau of equals, such as no reward at any rate, is no reason to go beyond it. Where all diverged, it is the
+    lowest, below which one may do.
+
+    Args:
+        tuned: What each rate that was tried lost, infinite where the training diverged.
+    """
+    ordered, least = sorted(tuned), min(tuned.values())
+    if math.isinf(least):
+        return ordered[0]
+    equals = [place for place, rate in enumerate(ordered) if tuned[rate] == least]
+    middle = (len(equals) - 1) / 2
+    ranked = {place: (is_at_end(ordered[place], tuned), abs(index - middle)) for index, place in enumerate(equals)}
+    return ordered[min(ranked, key=lambda place: ranked[place])]
+
+
+def is_at_end(rate: float, tried: Collection[float]) -> bool:
+    """Tell whether a rate is the first or the last of those that were tried, so that a better one may lie beyond."""
+    return not min(tried, default=rate) < rate < max(tried, default=rate)
 
 
 def packed(values: np.ndarray) -> str:

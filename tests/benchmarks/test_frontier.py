@@ -72,6 +72,42 @@ def test_a_rate_at_an_end_is_followed_by_the_next_ones_beyond_it():
     assert frontier_trials.rates_to_try(row, {**low, 1e-3: 0.5, 5e-4: 0.4}) == ()  # two beyond are all
 
 
+@pytest.mark.parametrize(
+    ("tuned", "best", "left"),
+    [
+        ({1.0: 0.0, 3.0: 0.0, 9.0: 0.0}, 3.0, ()),  # no reward at any rate is no reason to go lower
+        ({1.0: 0.0, 3.0: 0.0, 9.0: 1.0}, 3.0, ()),  # of equals the one between two others
+        ({1.0: 1.0, 3.0: 0.0, 9.0: 0.0}, 3.0, ()),
+        ({1.0: 1.0, 3.0: 0.0, 9.0: 0.0, 27.0: 0.0}, 9.0, ()),  # the middle one
+        ({1.0: 1.0, 3.0: 0.0, 9.0: 0.0, 27.0: 1.0}, 3.0, ()),  # of two the lower
+        ({1.0: 0.0, 3.0: 1.0, 9.0: 2.0}, 1.0, (0.3333,)),
+        ({1.0: 2.0, 3.0: 1.0, 9.0: 0.0}, 9.0, (27.0,)),
+        (dict.fromkeys((1.0, 3.0, 9.0), math.inf), 1.0, (0.3333,)),  # below what diverged one may not
+    ],
+)
+def test_of_rates_that_lost_equally_the_middle_is_taken(tuned, best, left):
+    for order in (sorted(tuned), sorted(tuned, reverse=True)):  # whatever came first
+        shuffled = {rate: tuned[rate] for rate in order}
+        assert rate_trials.best_rate(shuffled) == best
+        assert rate_trials.rates_left((1.0, 3.0, 9.0), shuffled, 2) == left
+
+
+def test_rows_that_a_base_does_not_take_are_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(frontier, "write_parts", lambda *_: {})
+    monkeypatch.setattr(frontier.Program, "execute", lambda self: len(self.places))
+    words = ["--data", str(tmp_path), "--work", str(tmp_path), "--results", str(tmp_path), "--sizes", "20k"]
+    frontier.main([*words, "--rows", "tinylora", "lora_xs"])
+    said = capsys.readouterr().out
+    assert "not run, as PEFT's TinyLoRA takes no base in nf4" in said
+    assert "20k tinylora\n1 trials left" in said
+    for rows, why in (("tinylora", "takes no base in nf4"), ("tinylorra", "no size has a row of that name")):
+        with pytest.raises(SystemExit):
+            frontier.main([*words, "--rows", rows])
+        assert why in capsys.readouterr().err
+    frontier.main([*words, "--rows", "tinylora", "--base", "none"])
+    assert "not run" not in capsys.readouterr().out
+
+
 def test_trials_are_called_as_those_that_are_committed():
     seed, tune = frontier.Trial("20k", "lsr_1_1", 2, 4e-3), frontier.Trial("20k", "lsr_1_1", trials.TUNING_SEED, 1.6e-2)
     assert (seed.name, tune.name) == ("20k-lsr_1_1-seed2-0.004", "20k-lsr_1_1-tune-0.016")

@@ -106,8 +106,11 @@ def test_rates_come_first_then_the_first_seed_of_every_row(tmp_path):
     assert [(t.row, t.rate) for t in todo(done) if t.tunes] == [("lora_8", pytest.approx(3.333e-5))]
     equal = tuned(suite, "grpo", "lora_8", {9e-4: 0.5, 3e-4: 0.5, 1e-4: 0.1, 2.7e-3: 0.5})
     assert (
-        next(t for t in todo(done | equal) if t.row == "lora_8").rate == 3e-4
-    )  # of equals the lowest, whatever came first
+        next(t for t in todo(done | equal) if t.row == "lora_8").rate == 9e-4
+    )  # of equals the middle, whatever came first
+    none_right = tuned(suite, "grpo", "lora_8", dict.fromkeys((1e-4, 3e-4, 9e-4), 0.0))
+    first = next(t for t in todo({**none_right}) if t.row == "lora_8")
+    assert (first.seed, first.rate) == (0, 3e-4), "no reward at any rate: the middle one, and none beyond"
     lost = tuned(suite, "grpo", "lora_8", dict.fromkeys((3.333e-5, 1e-4, 3e-4, 9e-4)))
     assert {t.row for t in todo(done | lost)} == {"lsr_60k"}
 
@@ -119,6 +122,24 @@ def test_a_rate_is_judged_by_its_last_steps():
     assert found["score"] == pytest.approx(0.6)
     assert found["curve"]["s"] == [2.0 * i for i in range(1, 9)]
     assert grpo_gsm8k.curve_of("sft", rows)["score"] == pytest.approx(-1.4)
+
+
+def test_the_share_of_completions_that_were_cut_is_kept():
+    row = {"step": 1, "loss": 0.0, "reward": 0.5, "wall_s": 1.0, "completions/clipped_ratio": 0.25}
+    assert grpo_gsm8k.curve_of("grpo", [row])["curve"]["cut"] == [0.25]
+
+
+def test_a_row_that_the_base_does_not_take_is_said(tmp_path, gsm8k, monkeypatch, capsys):
+    monkeypatch.setattr(grpo_gsm8k, "execute", lambda *_: 0)
+    monkeypatch.setattr(grpo_gsm8k, "check_ends", lambda *_: None)
+    words = ["--data", str(gsm8k), "--work", str(tmp_path / "work"), "--results", str(tmp_path), "--model", "q=folder"]
+    assert grpo_gsm8k.main([*words, "--rows", "lora_8", "tinylora"]) == 0
+    assert "not run, as PEFT's TinyLoRA takes no base in nf4" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        grpo_gsm8k.main([*words, "--rows", "tinylora"])
+    assert "none of them can be run: not run, as PEFT's TinyLoRA" in capsys.readouterr().err
+    assert grpo_gsm8k.main([*words, "--rows", "tinylora", "--base", "none"]) == 0
+    assert "not run" not in capsys.readouterr().out
 
 
 def test_answers_are_those_of_each_prompt_by_itself(tmp_path):

@@ -1,18 +1,20 @@
 """What the frontier's trials say: means with errors, and paired comparisons corrected for how many there are.
 
-A row's score is the nats a token of the test part's answers, over all answers and seeds. Its standard error, and the
-interval and p of a difference between two rows, are of questions, which are the same for both, and of seeds, which are
-each row's own; as seeds are few, by Student's distribution (`estimates.py`). Which rows are compared at a size is
-decided on the part that rates were chosen on: the best of LSR-Adapt and Kron-LoRA, and the best of the others, of rows
-with two seeds or more. p is corrected by Holm's method over all comparisons of the table (Holm 1979, Scandinavian
-Journal of Statistics 6, 65-70).
+A row's score is the nats a token of the test part's answers, over all answers and seeds. Its seeds are those at the
+rate that lost least where rates are chosen; a row of which one of them diverged has no score (`frontier_scores.py`).
+The standard error of a score, and the interval and p of a difference between two rows, are of questions, which are the
+same for both, and of seeds, which are each row's own; as seeds are few, by Student's distribution (`estimates.py`).
+Which rows are compared at a size is decided on the part that rates were chosen on: the best of LSR-Adapt and Kron-LoRA,
+and the best of the others, of rows with two seeds or more. p is corrected by Holm's method over the comparisons of a
+suite, one a size (Holm 1979, Scandinavian Journal of Statistics 6, 65-70): what is claimed is claimed of one model, one
+kind of text and one way to hold the base, and another suite adds no chance to be wrong about this one.
 """
 
 import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,72 +22,12 @@ import numpy as np
 
 from benchmarks.quality import estimates, trials
 from benchmarks.quality.estimates import Estimate
-from benchmarks.quality.frontier_rows import OURS, SIZES
-from benchmarks.quality.rate_trials import is_at_end, unpacked
+from benchmarks.quality.frontier_scores import Results, Row, Score, Suite, rows, seeds
+from benchmarks.quality.rate_trials import best_rate, is_at_end
 from benchmarks.quality.trials import TUNING_SEED
 
 SIGNIFICANT = 0.05
 LEAST_SEEDS = 2  # of a row that is compared: one seed says nothing of the spread of seeds
-Results = Mapping[str, dict[str, Any]]
-Suite = tuple[str, str, str]  # model, regime and base: what scores must share to be compared
-Key = tuple[Suite, str, str]  # suite, size and row
-
-
-@dataclasses.dataclass(frozen=True)
-class Score:
-    """A row at a size, on one model, base and kind of text.
-
-    Attributes:
-        suite: Model ("smollm2" or "qwen"), kind of text, and how the base is held.
-        size: A size of `frontier_rows.SIZES`.
-        row: The row's name.
-        method: Its method.
-        options: Its adapter's.
-        optimizer: `training.optim`, None for AdamW.
-        parameters: Trained ones.
-        rate: The learning rate that was chosen.
-        rates: All that were tried.
-        tuned: Nats a token on the part that it was chosen on.
-        seeds: How many.
-        nats: A token of the test part's right answers, over all seeds.
-        losses: `[seeds, questions]`, nats of each.
-        tokens: `[questions]`, of each.
-        right: `[seeds, questions]`, whether each was answered rightly, so weighted that the mean is the accuracy; None
-            for texts without choices.
-        accuracy: Mean over seeds and tasks, None for texts without choices.
-    """
-
-    suite: Suite
-    size: str
-    row: str
-    method: str
-    options: Mapping[str, Any]
-    optimizer: str | None
-    parameters: int
-    rate: float
-    rates: Sequence[float]
-    tuned: float
-    seeds: int
-    nats: float
-    losses: np.ndarray
-    tokens: np.ndarray
-    right: np.ndarray | None
-    accuracy: float | None
-
-    @property
-    def error(self) -> float:
-        """The standard error of its nats a token."""
-        return estimates.mean(self.losses, self.tokens).error
-
-    @property
-    def is_at_end(self) -> bool:
-        """Whether its rate is the first or the last of those that were tried, and a better one may lie beyond."""
-        return is_at_end(self.rate, self.rates)
-
-    @property
-    def is_ours(self) -> bool:
-        """Whether it is one of this package's two methods."""
-        return self.method in OURS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,36 +69,42 @@ class Frontier:
     done: Results
 
     @functools.cached_property
-    def scores(self) -> list[Score]:
-        """All rows that have a seed on the test part, by model, text, base, size and row.
+    def rows(self) -> list[Row]:
+        """All rows that were tuned, by model, text, base, size and row."""
+        return rows(self.done)
 
-        A row of which a seed diverged is left out: `diverged` names those.
-        """
-        return scores(self.done)
+    @functools.cached_property
+    def scores(self) -> list[Score]:
+        """Those that have a seed on the test part, none of which diverged."""
+        return [row for row in self.rows if isinstance(row, Score)]
 
     @functools.cached_property
     def suites(self) -> list[Suite]:
         """The suites that have a row on the test part."""
         return list(dict.fromkeys(score.suite for score in self.scores))
 
+    def rows_of(self, suite: Suite) -> list[Row]:
+        """Return a suite's rows, those without a score too."""
+        return [row for row in self.rows if row.suite == suite]
+
     @functools.cached_property
     def verdicts(self) -> list[Verdict]:
-        """The best of ours beside the best of the others, at each size that has both; all corrected together."""
+        """The best of ours beside the best of the others, at each size that has both; of a suite corrected together."""
         return verdicts(self.scores)
 
     @functools.cached_property
-    def tuned(self) -> dict[Key, float]:
-        """The nats a token of each row at its best rate, where rates are chosen; rows without seeds too."""
-        return {key: min(of_rates.values()) for key, of_rates in tuning(self.done).items()}
+    def diverged(self) -> list[str]:
+        """The names of seeds that diverged at the best rate of their row."""
+        kept = {id(result) for results in seeds(self.done)[0].values() for result in results}
+        return [name for name, result in self.done.items() if id(result) in kept and result["nll"] is None]
 
     @functools.cached_property
-    def diverged(self) -> list[str]:
-        """The names of trials of the test part that diverged."""
-        tests = (pair for pair in self.done.items() if pair[1]["row"] != "base" and pair[1]["seed"] != TUNING_SEED)
-        return [name for name, result in tests if result["nll"] is None]
+    def at_other_rates(self) -> list[str]:
+        """The names of seeds that were trained at a rate that is not the best of their row, and are not counted."""
+        return seeds(self.done)[1]
 
     def of(self, suite: Suite) -> list[Score]:
-        """Return a suite's rows."""
+        """Return a suite's rows that have a score."""
         return [score for score in self.scores if score.suite == suite]
 
     def base(self, suite: Suite) -> dict[str, Any]:
@@ -174,76 +122,6 @@ def load(results: Path) -> Frontier:
 @functools.lru_cache(maxsize=2)
 def _loaded(results: Path, state: Any) -> Frontier:
     return Frontier(trials.load(results))
-
-
-def answer_tokens(done: Results, suite: Suite) -> np.ndarray:
-    """Return how many tokens each right answer of the test part has."""
-    return unpacked(done["-".join(suite) + "-base-test"]["answer_tokens"])
-
-
-def _key(result: Mapping[str, Any]) -> Key:
-    return (result["model"], result["regime"], result["base"]), result["size"], result["row"]
-
-
-def tuning(done: Results) -> dict[Key, dict[float, float]]:
-    """Return the nats a token of each rate that a row was tuned over, infinite where the training diverged."""
-    found: dict[Key, dict[float, float]] = {}
-    for result in done.values():
-        if result["row"] != "base" and result["seed"] == TUNING_SEED:
-            nats = math.inf if result["nll"] is None else result["nll"]
-            found.setdefault(_key(result), {})[result["rate"]] = nats
-    return found
-
-
-def scores(done: Results) -> list[Score]:
-    """Return the rows of trials: see `Frontier.scores`."""
-    groups: dict[Key, list[dict[str, Any]]] = {}
-    for result in done.values():
-        if result["row"] != "base":
-            groups.setdefault(_key(result), []).append(result)
-    tried = tuning(done)
-    tests = {
-        key: sorted((r for r in results if r["seed"] != TUNING_SEED), key=lambda r: r["seed"])
-        for key, results in groups.items()
-    }
-    whole = {key: rows for key, rows in tests.items() if rows and all(r["nll"] is not None for r in rows)}
-    found = []
-    for suite in dict.fromkeys(key[0] for key in whole):
-        mine = {key: rows for key, rows in whole.items() if key[0] == suite}
-        tokens = answer_tokens(done, suite)
-        for key, rows in mine.items():
-            first = rows[0]
-            of_rates = tried.get(key, {})
-            losses, accuracies = np.array([unpacked(r["losses"]) for r in rows]), [r["accuracy"] for r in rows]
-            found.append(
-                Score(
-                    *key,
-                    method=first["method"],
-                    options=first["options"],
-                    optimizer=first.get("optimizer"),
-                    parameters=first["trainable_parameters"],
-                    rate=first["rate"],
-                    rates=sorted(of_rates) or (first["rate"],),
-                    tuned=of_rates.get(first["rate"], math.inf),
-                    seeds=len(rows),
-                    nats=estimates.mean(losses, tokens).value,
-                    losses=losses,
-                    tokens=tokens,
-                    right=right_of(rows),
-                    accuracy=None if None in accuracies else float(np.mean(accuracies)),
-                )
-            )
-    order = list(SIZES)
-    return sorted(found, key=lambda s: (s.suite, order.index(s.size), s.method, s.row))
-
-
-def right_of(rows: Sequence[dict[str, Any]]) -> np.ndarray | None:
-    """Return `[seeds, questions]`, what rows answered rightly, each task weighted alike; None without choices."""
-    if any("right" not in r for r in rows):
-        return None
-    counts = [task["rows"] for task in rows[0]["tasks"].values()]
-    weights = np.concatenate([np.full(count, sum(counts) / len(counts) / count) for count in counts])
-    return np.array([unpacked(r["right"]) for r in rows]) * weights
 
 
 def compare(ours: Score, theirs: Score) -> Verdict:
@@ -266,10 +144,10 @@ def corrected(found: Sequence[Verdict]) -> list[Verdict]:
     return [dataclasses.replace(verdict, corrected_p=p) for verdict, p in zip(found, values, strict=True)]
 
 
-def verdicts(rows: Sequence[Score]) -> list[Verdict]:
-    """Return one comparison a model, text, base and size that has rows of both kinds, all corrected together."""
+def verdicts(scores: Sequence[Score]) -> list[Verdict]:
+    """Return one comparison a size that has rows of both kinds, those of a model, text and base corrected together."""
     found = []
-    for _, group in itertools.groupby(rows, key=lambda s: (s.suite, s.size)):
+    for _, group in itertools.groupby(scores, key=lambda s: (s.suite, s.size)):
         of_size = compared(group)
         ours, theirs = (
             min((s for s in of_size if s.is_ours == mine), key=lambda s: s.tuned, default=None)
@@ -277,20 +155,27 @@ def verdicts(rows: Sequence[Score]) -> list[Verdict]:
         )
         if ours is not None and theirs is not None:
             found.append(compare(ours, theirs))
-    return corrected(found)
+    return by_suite(found)
+
+
+def by_suite(found: Iterable[Verdict]) -> list[Verdict]:
+    """Return comparisons with their p corrected for how many there are of their suite, which come together."""
+    return [
+        one for _, group in itertools.groupby(found, key=lambda one: one.ours.suite) for one in corrected(list(group))
+    ]
 
 
 def by_accuracy(found: Sequence[Verdict]) -> list[tuple[Verdict, Estimate, float]]:
-    """Return comparisons with the difference of their accuracies and its p, corrected for how many have one."""
+    """Return a suite's comparisons with the difference of their accuracies and its p, corrected for their number."""
     pairs = [(one, one.accuracy) for one in found]
     known = [(one, accuracy) for one, accuracy in pairs if accuracy is not None]
     values = holm([accuracy.p for _, accuracy in known])
     return [(one, accuracy, p) for (one, accuracy), p in zip(known, values, strict=True)]
 
 
-def compared(rows: Iterable[Score]) -> list[Score]:
+def compared(scores: Iterable[Score]) -> list[Score]:
     """Return the rows that have seeds enough to be compared."""
-    return [score for score in rows if score.seeds >= LEAST_SEEDS]
+    return [score for score in scores if score.seeds >= LEAST_SEEDS]
 
 
 def over_lower(of_size: Sequence[Score]) -> dict[str, list[Verdict]]:
@@ -324,16 +209,16 @@ class Carried:
 
 def carried(done: Results) -> list[Carried]:
     """Return what came of each row whose rate was carried."""
-    rows: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    by_row: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for r in done.values():
         if r["row"] != "base" and r["seed"] == TUNING_SEED and r.get("carried_from"):
-            rows.setdefault((r["model"], r["regime"], r["base"], r["size"], r["row"]), []).append(r)
+            by_row.setdefault((r["model"], r["regime"], r["base"], r["size"], r["row"]), []).append(r)
     found = []
-    for results in rows.values():
+    for results in by_row.values():
         nats = {r["rate"]: math.inf if r["nll"] is None else r["nll"] for r in results}
         first = results[0]["first_rates"]
-        best = min(nats, key=lambda rate: nats[rate])
+        best = best_rate(nats)
         if nats.keys() >= set(first) and math.isfinite(nats[best]):  # all of them have a result
-            is_between = min(nats) < best < max(nats)
+            is_between = not is_at_end(best, nats)
             found.append(Carried(nats[first[1]] - nats[best], len(nats) > len(first), is_between))
     return found

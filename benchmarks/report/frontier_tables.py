@@ -14,7 +14,8 @@ from pathlib import Path
 from benchmarks.quality import frontier_verdicts
 from benchmarks.quality.frontier import RESULTS
 from benchmarks.quality.frontier_rows import OURS, AdapterRow
-from benchmarks.quality.frontier_verdicts import Carried, Frontier, Score, Suite, Verdict, compare, load
+from benchmarks.quality.frontier_scores import Score, Suite
+from benchmarks.quality.frontier_verdicts import Carried, Frontier, Verdict, compare, load
 from benchmarks.report.drawing import count_ticks, rows_digest, save
 from benchmarks.report.plots import Plot
 
@@ -266,6 +267,10 @@ def sections(results: Path) -> list[str]:
         parts.append(carried_text(rows))
     if found.diverged:
         parts.append(f"Diverged, and their rows left out: {', '.join(found.diverged)}.")
+    if found.at_other_rates:
+        parts.append(
+            f"At a rate that is not the best of their row, and not counted: {', '.join(found.at_other_rates)}."
+        )
     return parts
 
 

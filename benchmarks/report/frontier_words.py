@@ -9,12 +9,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from benchmarks.quality.frontier_rows import OURS, ROWS, AdapterRow
+from benchmarks.quality.frontier_scores import Score, Suite
 from benchmarks.quality.frontier_verdicts import (
     LEAST_SEEDS,
     SIGNIFICANT,
     Frontier,
-    Score,
-    Suite,
     Verdict,
     by_accuracy,
     compare,
@@ -74,8 +73,8 @@ def guide(results: Path) -> str:
         parts.append(_listed(lines(found)))
         parts.append("\n".join(verdict_table(found.verdicts)))
         parts.append(
-            "p is of Student's distribution, of questions and seeds, corrected by Holm's method over this table; below "
-            "0.05 is a separation. Intervals are not corrected."
+            "p is of Student's distribution, of questions and seeds, corrected by Holm's method over the sizes of "
+            "a model, kind of text and base; below 0.05 is a separation. Intervals are not corrected."
         )
         parts.append(ends_text(compared(found.scores)))
     parts += [line] if (line := beside_lora_8(found)) else []
@@ -86,7 +85,6 @@ def guide(results: Path) -> str:
 def lines(found: Frontier) -> list[str]:
     """Return a suite's sentences: at which sizes which method's loss and accuracy are better, and what was not run."""
     texts = []
-    accuracies = by_accuracy(found.verdicts)
     for suite, group in itertools.groupby(found.verdicts, key=lambda one: one.ours.suite):
         verdicts = list(group)
         better = [(_name(one.ours if one.wins else one.theirs), one.ours.size) for one in verdicts if one.separates]
@@ -95,7 +93,7 @@ def lines(found: Frontier) -> list[str]:
             text += f"; ours and the others do not separate at {_listed_in_words(even)}"
         if lower := _lower_still(found, verdicts):
             text += f"; lower still is {_by_name(lower, ours=False)}"
-        if of_suite := [one for one in accuracies if one[0].ours.suite == suite]:
+        if of_suite := by_accuracy(verdicts):
             pairs = [(v.ours if d.value > 0 else v.theirs, v.ours.size) for v, d, p in of_suite if p < SIGNIFICANT]
             ahead = _by_name([(_name(score), size) for score, size in pairs], ours=False)
             text += f". By accuracy {f'{ahead} is ahead; elsewhere they' if pairs else 'they'} do not separate"
@@ -131,6 +129,7 @@ def _left(found: Frontier, suite: Suite) -> str:
     """Return in words which rows of a suite's sizes, of the methods that its base takes, have no seeds."""
     model, _, base = suite
     run = {(score.size, score.row): _name(score) for score in compared(found.of(suite))}  # in the order of sizes
+    of_rates = {(row.size, row.row): row.tuned for row in found.rows_of(suite)}
     best = {one.ours.size: one.theirs.tuned for one in found.verdicts if one.ours.suite == suite}
     missing: list[tuple[str, str]] = []
     tuned: list[tuple[str, str]] = []
@@ -141,7 +140,7 @@ def _left(found: Frontier, suite: Suite) -> str:
             if not adapter.takes(base) or "+" in row or (size, row) in run:
                 continue
             name = _name(adapter) + (" in another form" if _name(adapter) in methods else "")
-            loss = found.tuned.get((suite, size, row))
+            loss = of_rates.get((size, row))
             (missing if loss is None else tuned).append((name, size))
             if loss is not None and loss < best.get(size, -math.inf):
                 open_.append((name, size))

@@ -13,6 +13,7 @@ import torch
 from benchmarks.quality import (
     frontier,
     frontier_data,
+    frontier_scores,
     frontier_trials,
     frontier_verdicts,
     grpo_gsm8k,
@@ -210,6 +211,34 @@ def test_rows_with_carried_rates_are_counted_by_how_that_ended(tmp_path):
     text = frontier_tables.carried_text([*found, diverged])
     assert "lost 0.1000 nats a token against the row's best in the median, 0.2000 at most; it diverged for 1." in text
     assert frontier_tables.carried_text([diverged]).endswith("The carried rate itself diverged for 1.")
+
+
+def test_only_seeds_at_the_best_rate_are_counted_and_the_others_are_named(tmp_path):
+    for rate, shift, seeds in ((4e-3, -0.05, 3), (8e-3, -0.25, 2), (1.6e-2, -0.1, 1)):
+        write(tmp_path, made_up("60k", "lsr_2_2", shift, seeds=seeds, rate=rate))
+    write(tmp_path, made_up("60k", "lora_modules", 0.0), list(made_up("60k", "lora_xs", -0.5))[1:])  # not tuned
+    found = frontier_verdicts.load(tmp_path)
+    assert [(score.row, score.seeds, score.rate) for score in found.scores] == [
+        ("lora_modules", 3, 4e-3),
+        ("lsr_2_2", 2, 8e-3),
+    ]
+    assert found.verdicts[0].difference == pytest.approx(-0.25, abs=0.01)
+    assert len(found.at_other_rates) == 3 + 1 + 3
+    text = "\n".join(frontier_tables.sections(tmp_path))
+    assert "not the best of their row, and not counted: smollm2-commonsense-nf4-60k-lora_xs-seed0-0.004, " in text
+    done = {name: r for name, r in found.done.items() if r.get("row") == "lsr_2_2"}
+    plan = frontier_trials.Plan(SUITE, [("60k", "lsr_2_2")], done)
+    assert min(plan.tuned(("60k", "lsr_2_2")).items(), key=lambda pair: pair[1])[0] == found.scores[1].rate
+
+
+def test_the_sizes_of_a_suite_are_one_family_and_suites_are_not(tmp_path):
+    for suite in (("smollm2", "commonsense", "nf4"), ("smollm2", "commonsense", "none")):
+        for size in ("20k", "60k"):
+            write(tmp_path, *(made_up(size, row, 0.0, suite=suite) for row in ("lora_modules", "kron_lora")))
+    found = frontier_verdicts.load(tmp_path).verdicts
+    for of_suite in (found[:2], found[2:]):
+        assert len({one.ours.suite for one in of_suite}) == 1
+        assert [one.corrected_p for one in of_suite] == frontier_verdicts.holm([one.estimate.p for one in of_suite])
 
 
 def test_a_row_with_a_seed_that_diverged_is_named_and_left_out(tmp_path):
@@ -470,7 +499,7 @@ def test_trials_are_trained_together_scored_and_kept(one_row, data, tmp_path, ca
     for result in tests:
         tried = {r["rate"]: r["nll"] for r in done.values() if r["row"] == result["row"] and r["part"] == "dev"}
         assert result["rate"] == min(tried, key=tried.get)
-        tokens = frontier_verdicts.answer_tokens(done, ("smollm2", "commonsense", "none"))
+        tokens = frontier_scores.answer_tokens(done, ("smollm2", "commonsense", "none"))
         losses = rate_trials.unpacked(result["losses"])
         assert losses.sum() / tokens.sum() == pytest.approx(result["nll"], rel=1e-3)
         assert 0 <= result["accuracy"] <= 1

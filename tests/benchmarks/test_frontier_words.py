@@ -100,7 +100,7 @@ def test_accuracy_is_said_beside_the_loss(tmp_path):
     assert (
         "the lower loss has LSR-Adapt at 20k and 60k. By accuracy LoRA at 60k is ahead; elsewhere they do not" in line
     )
-    right = frontier_verdicts.scores(found.done)[0].right
+    right = found.scores[0].right
     assert right is not None
     assert right.mean() == pytest.approx((np.sign(right[:, :100]).mean() + np.sign(right[:, 100:]).mean()) / 2)
 

@@ -1,0 +1,169 @@
+"""What came of each row of the frontier: the rate that was chosen for it, and what its seeds at that rate scored.
+
+A row's score is the nats a token of the test part's answers, over all answers and seeds. Its rate is the one that lost
+least where rates are chosen, as the trials are planned (`frontier_trials.Plan`); seeds at other rates, which a rate
+that was tried later leaves behind, are not counted. A row of which a seed diverged at its rate has no score.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from benchmarks.quality import estimates
+from benchmarks.quality.frontier_rows import OURS, SIZES
+from benchmarks.quality.rate_trials import best_rate, is_at_end, unpacked
+from benchmarks.quality.trials import TUNING_SEED
+
+Results = Mapping[str, dict[str, Any]]
+Suite = tuple[str, str, str]  # model, regime and base: what scores must share to be compared
+Key = tuple[Suite, str, str]  # suite, size and row
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A row at a size, on one model, base and kind of text, of which rates were tried.
+
+    Attributes:
+        suite: Model ("smollm2" or "qwen"), kind of text, and how the base is held.
+        size: A size of `frontier_rows.SIZES`.
+        row: The row's name.
+        method: Its method.
+        options: Its adapter's.
+        optimizer: `training.optim`, None for AdamW.
+        parameters: Trained ones, 0 where every trial diverged before they were counted.
+        rate: The learning rate that was chosen.
+        rates: All that were tried.
+        tuned: Nats a token on the part that it was chosen on, infinite where all diverged.
+        seeds: How many were trained at that rate.
+        diverged: How many of them diverged.
+    """
+
+    suite: Suite
+    size: str
+    row: str
+    method: str
+    options: Mapping[str, Any]
+    optimizer: str | None
+    parameters: int
+    rate: float
+    rates: Sequence[float]
+    tuned: float
+    seeds: int
+    diverged: int
+
+    @property
+    def is_at_end(self) -> bool:
+        """Whether its rate is the first or the last of those that were tried, and a better one may lie beyond."""
+        return is_at_end(self.rate, self.rates)
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether it is one of this package's two methods."""
+        return self.method in OURS
+
+
+@dataclasses.dataclass(frozen=True)
+class Score(Row):
+    """A row that has seeds on the test part, none of which diverged.
+
+    Attributes:
+        nats: A token of the test part's right answers, over all seeds.
+        losses: `[seeds, questions]`, nats of each.
+        tokens: `[questions]`, of each.
+        right: `[seeds, questions]`, whether each was answered rightly, so weighted that the mean is the accuracy; None
+            for texts without choices.
+        accuracy: Mean over seeds and tasks, None for texts without choices.
+    """
+
+    nats: float
+    losses: np.ndarray
+    tokens: np.ndarray
+    right: np.ndarray | None
+    accuracy: float | None
+
+    @property
+    def error(self) -> float:
+        """The standard error of its nats a token."""
+        return estimates.mean(self.losses, self.tokens).error
+
+
+def key_of(result: Mapping[str, Any]) -> Key:
+    """Return which row a trial is of."""
+    return (result["model"], result["regime"], result["base"]), result["size"], result["row"]
+
+
+def tuning(done: Results) -> dict[Key, dict[float, float]]:
+    """Return the nats a token of each rate that a row was tuned over, infinite where the training diverged."""
+    found: dict[Key, dict[float, float]] = {}
+    for result in done.values():
+        if result["row"] != "base" and result["seed"] == TUNING_SEED:
+            nats = math.inf if result["nll"] is None else result["nll"]
+            found.setdefault(key_of(result), {})[result["rate"]] = nats
+    return found
+
+
+def seeds(done: Results) -> tuple[dict[Key, list[dict[str, Any]]], list[str]]:
+    """Return the seeds of each row at the rate that is best, in their order, and the names of seeds at other rates."""
+    best = {key: best_rate(of_rates) for key, of_rates in tuning(done).items()}
+    kept: dict[Key, list[dict[str, Any]]] = {}
+    others = []
+    for name, result in done.items():
+        if result["row"] == "base" or result["seed"] == TUNING_SEED:
+            continue
+        if result["rate"] == best.get(key_of(result)):
+            kept.setdefault(key_of(result), []).append(result)
+        else:
+            others.append(name)
+    return {key: sorted(results, key=lambda r: r["seed"]) for key, results in kept.items()}, others
+
+
+def rows(done: Results) -> list[Row]:
+    """Return every row that was tuned, by suite, size and method; those that have one as a `Score`."""
+    kept, _ = seeds(done)
+    found = []
+    about: dict[Key, dict[str, Any]] = {}
+    for result in done.values():  # one that diverged may not know how many parameters it had
+        if result["row"] != "base" and (key_of(result) not in about or "trainable_parameters" in result):
+            about[key_of(result)] = result
+    for key, of_rates in tuning(done).items():
+        mine, first = kept.get(key, []), about[key]
+        row = {
+            **{"suite": key[0], "size": key[1], "row": key[2]},
+            **{"method": first["method"], "options": first["options"], "optimizer": first.get("optimizer")},
+            **{
+                "parameters": first.get("trainable_parameters", 0),
+                "rate": best_rate(of_rates),
+                "rates": sorted(of_rates),
+            },
+            **{"tuned": min(of_rates.values()), "seeds": len(mine)},
+            "diverged": sum(r["nll"] is None for r in mine),
+        }
+        found.append(Row(**row) if row["diverged"] or not mine else Score(**row, **_scored(done, key[0], mine)))
+    order = list(SIZES)
+    return sorted(found, key=lambda s: (s.suite, order.index(s.size), s.method, s.row))
+
+
+def _scored(done: Results, suite: Suite, results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    tokens, losses = answer_tokens(done, suite), np.array([unpacked(r["losses"]) for r in results])
+    accuracies = [r["accuracy"] for r in results]
+    return {
+        **{"nats": estimates.mean(losses, tokens).value, "losses": losses, "tokens": tokens},
+        **{"right": right_of(results), "accuracy": None if None in accuracies else float(np.mean(accuracies))},
+    }
+
+
+def answer_tokens(done: Results, suite: Suite) -> np.ndarray:
+    """Return how many tokens each right answer of the test part has."""
+    return unpacked(done["-".join(suite) + "-base-test"]["answer_tokens"])
+
+
+def right_of(results: Sequence[dict[str, Any]]) -> np.ndarray | None:
+    """Return `[seeds, questions]`, what seeds answered rightly, each task weighted alike; None without choices."""
+    if any("right" not in r for r in results):
+        return None
+    counts = [task["rows"] for task in results[0]["tasks"].values()]
+    weights = np.concatenate([np.full(count, sum(counts) / len(counts) / count) for count in counts])
+    return np.array([unpacked(r["right"]) for r in results]) * weights

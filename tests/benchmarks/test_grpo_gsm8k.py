@@ -6,17 +6,15 @@ import json
 import math
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 from benchmarks.quality import generated_answers, grpo_gsm8k, trials
 from benchmarks.quality.frontier_rows import NUM_LAYERS, AdapterRow
 from benchmarks.quality.grpo_gsm8k import Suite, Trial
-from benchmarks.quality.grpo_rows import RATES, REFERENCE, ROWS, SIZES, TOLERANCE, TRAININGS
-from benchmarks.quality.rate_trials import packed_bits, unpacked
+from benchmarks.quality.grpo_rows import RATES, ROWS, SIZES, TOLERANCE, TRAININGS
+from benchmarks.quality.rate_trials import unpacked
 from benchmarks.quality.trials import TUNING_SEED
-from benchmarks.report import grpo_tables
 from lsr_scale import api
 from lsr_scale.adapters.inject import inject
 from lsr_scale.config import run_from_dict
@@ -230,43 +228,3 @@ def test_a_trial_that_was_stopped_goes_on(tmp_path, gsm8k, monkeypatch):
     assert grpo_gsm8k.measure(suite, trial)["score"] == 0.5
     assert grpo_gsm8k.measure(suite, trial)["score"] == 0.5  # trained already
     assert calls == [None, "auto"]
-
-
-def made_up(suite, training, row, right, seed):
-    about = {**suite.about, "row": row, "training": training, "rate": 1e-3, "jobs": 2, "env": {"gpus": ["NVIDIA X"]}}
-    curve = {"reward": [0.1, 0.2, 0.3], "loss": [1.0, 0.9, 0.8], "s": [2.0, 4.0, 6.0]}
-    about |= {"trainable_parameters": int(SIZES[row]), "curve": curve, "command": "python -m x", "seed": seed}
-    return {**about, "accuracy": float(right.mean()), "right": packed_bits(right)}
-
-
-def test_tables_and_figure_show_accuracy_and_its_difference(tmp_path):
-    suite, draw = Suite(tmp_path, "qwen", "folder"), np.random.default_rng(0)
-    base = draw.random(400) < 0.3
-    trials.add(tmp_path, f"{suite.prefix}-base", {**made_up(suite, "x", REFERENCE, base, 0), "row": "base"})
-    for training in TRAININGS:
-        for row, gain in ((REFERENCE, 0.3), ("lsr_60k", 0.3), ("lora_1", 0.0)):
-            for seed in range(2):
-                right = base | (draw.random(400) < gain)
-                name = f"{suite.prefix}-{Trial(training, row, seed, 1e-3).name}"
-                trials.add(tmp_path, name, made_up(suite, training, row, right, seed))
-    for rate, score in ((3e-4, 0.5), (1e-3, 0.6), (3e-3, None)):
-        about = {**suite.about, "row": REFERENCE, "training": "grpo", "seed": TUNING_SEED, "command": "python -m x"}
-        about["env"] = {"gpus": ["NVIDIA X"]}
-        trials.add(tmp_path, f"{suite.prefix}-{rate}", {**about, "rate": rate, "score": score})
-    lost = {**made_up(suite, "grpo", "lora_xs", base, 0), "right": None}
-    trials.add(tmp_path, f"{suite.prefix}-lost", {k: v for k, v in lost.items() if v is not None})
-    done = trials.load(tmp_path)
-    scores = {(score.training, score.row): score for score in grpo_tables.scores(done, suite.prefix)}
-    low, high = scores["grpo", "lora_1"].over(scores["grpo", REFERENCE]).interval
-    assert low < high < 0
-    low, high = scores["grpo", "lsr_60k"].over(scores["grpo", REFERENCE]).interval
-    assert low < 0 < high
-    page = "\n".join(grpo_tables.sections(tmp_path))
-    assert "| **LSR-Adapt r=6 s=1** | 60,000 | 1.4 |" in page
-    assert "Diverged, and their rows left out" in page
-    assert "| LoRA r=8 | 0.0003: 0.500, **0.001: 0.600**, 0.003: diverged |" in page
-    assert "one X" in page
-    ((path, plot),) = grpo_tables.plots(tmp_path).items()
-    plot.draw(path)
-    assert path.is_file()
-    assert grpo_tables.sections(tmp_path / "none") == []

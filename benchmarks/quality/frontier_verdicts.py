@@ -22,6 +22,7 @@ import numpy as np
 
 from benchmarks.quality import estimates, trials
 from benchmarks.quality.estimates import Estimate
+from benchmarks.quality.frontier_rows import SIZES
 from benchmarks.quality.frontier_scores import Results, Row, Score, Suite, rows, seeds
 from benchmarks.quality.rate_trials import best_rate, is_at_end
 from benchmarks.quality.trials import TUNING_SEED
@@ -103,6 +104,20 @@ class Frontier:
         """The names of seeds that were trained at a rate that is not the best of their row, and are not counted."""
         return seeds(self.done)[1]
 
+    def would_be_best(self, suite: Suite) -> list[Row]:
+        """Return the rows of a suite that would be the best of their side at a size, had they seeds to be compared by.
+
+        They lost less than all that are compared on the part that rates are chosen on; of their own seeds one diverged,
+        or there are too few.
+        """
+        names = {(score.size, score.row) for score in compared(self.of(suite))}
+        found = []
+        for _, group in itertools.groupby(sorted(self.rows_of(suite), key=_side), key=_side):
+            best = min(group, key=lambda row: (row.tuned, (row.size, row.row) not in names))
+            if (best.size, best.row) not in names and math.isfinite(best.tuned):
+                found.append(best)
+        return found
+
     def of(self, suite: Suite) -> list[Score]:
         """Return a suite's rows that have a score."""
         return [score for score in self.scores if score.suite == suite]
@@ -110,6 +125,10 @@ class Frontier:
     def base(self, suite: Suite) -> dict[str, Any]:
         """Return what the base alone makes of a suite's test part."""
         return self.done["-".join(suite) + "-base-test"]
+
+
+def _side(row: Row) -> tuple[int, bool]:
+    return SIZES[row.size], not row.is_ours
 
 
 def load(results: Path) -> Frontier:

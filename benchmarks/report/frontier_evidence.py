@@ -10,7 +10,7 @@ from benchmarks.quality.frontier import LONGEST, PACKS
 from benchmarks.quality.frontier_rows import HIDDEN_SIZE, LORA_8, NUM_LAYERS, SIZES
 from benchmarks.quality.frontier_scores import Score, Suite
 from benchmarks.quality.frontier_verdicts import Frontier, Verdict, compared, load, over_lower
-from benchmarks.report.frontier_tables import MODEL_NAMES, REGIME_NAMES, label
+from benchmarks.report.frontier_names import MODEL_NAMES, REGIME_NAMES, label
 
 FILE = ROOT / "lsr_scale/planning/frontier.json"
 

@@ -13,63 +13,17 @@ from pathlib import Path
 
 from benchmarks.quality import frontier_verdicts
 from benchmarks.quality.frontier import RESULTS
-from benchmarks.quality.frontier_rows import OURS, AdapterRow
+from benchmarks.quality.frontier_rows import OURS
 from benchmarks.quality.frontier_scores import Score, Suite
-from benchmarks.quality.frontier_verdicts import Carried, Frontier, Verdict, compare, load
+from benchmarks.quality.frontier_verdicts import LEAST_SEEDS, Carried, Frontier, Verdict, compare, load
 from benchmarks.report.drawing import count_ticks, rows_digest, save
+from benchmarks.report.frontier_names import NAMES, heading, label, series
 from benchmarks.report.plots import Plot
 
-NAMES = {
-    "lora": "LoRA",
-    "lora_xs": "LoRA-XS",
-    "slora": "SLoRA",
-    "inttune": "IntTune",
-    "vera": "VeRA",
-    "tinylora": "TinyLoRA",
-    "krona": "KronA",
-    "kron_lora": "Kron-LoRA",
-    "lsr": "LSR-Adapt",
-}
 COLORS = {
     **{"lora": "black", "lora_xs": "tab:orange", "slora": "tab:green", "inttune": "tab:olive", "vera": "tab:purple"},
     **{"tinylora": "tab:brown", "krona": "tab:cyan", "kron_lora": "tab:blue", "lsr": "tab:red"},
 }
-VARIANT_NAMES = {
-    "gradient": "from the gradient",
-    "rite": "by LoRA-RITE",
-    "pro": "by LoRA-Pro",
-    "plus": "by LoRA+",
-    "gradient_rite": "from the gradient, by LoRA-RITE",
-}
-MODEL_NAMES = {"smollm2": "SmolLM2-135M", "qwen": "Qwen2.5-Coder-0.5B"}
-REGIME_NAMES = {"commonsense": "five commonsense tasks", "gsm8k": "GSM8K's solutions"}
-
-
-def series(score: Score | AdapterRow) -> str:
-    """Return the line of the figure that a row belongs to: its method, SLoRA's IntTune by itself."""
-    return "inttune" if score.options.get("train") == "middle" else score.method
-
-
-def label(score: Score) -> str:
-    """Return what a row is called: its method, size and where it is."""
-    options = dict(score.options)
-    words = [f"r={options['rank']}"] if "rank" in options else []
-    if "separation_rank" in options:
-        words.append(f"s={options['separation_rank']}")
-    if "left_in" in options:
-        words.append(f"({options['left_in']}, {options['left_out']})")
-    if "target_modules" in options:
-        words.append("on " + ", ".join(name.removesuffix("_proj") for name in options["target_modules"]))
-    if "layers_to_transform" in options:
-        words.append(f"in the last {len(options['layers_to_transform'])} layers")
-    variant = score.row.partition("+")[2]
-    return " ".join([NAMES[series(score)], *words, *([VARIANT_NAMES[variant]] if variant else [])])
-
-
-def heading(suite: Suite) -> str:
-    """Return what a suite is called."""
-    model, regime, base = suite
-    return f"{MODEL_NAMES[model]}, {REGIME_NAMES[regime]}, base in {'bf16' if base == 'none' else base}"
 
 
 def score_table(found: Frontier, suite: Suite) -> list[str]:
@@ -94,20 +48,30 @@ def _percent(share: float | None) -> str:
     return "" if share is None else f"{100 * share:.1f}"
 
 
-def verdict_table(found: list[Verdict]) -> list[str]:
+def verdict_table(found: Frontier) -> list[str]:
     """Return the comparisons at each size in Markdown."""
     lines = [
         "| model, texts, base | size | best of ours (parameters) | best of the others (parameters) | "
         "difference, nats a token (95 %) | p, corrected | | difference in accuracy, points (95 %) |",
         "|---|---|---|---|---:|---:|---|---:|",
     ]
-    for one in found:
+    for one in found.verdicts:
         both = " | ".join(f"{label(score)} ({score.parameters:,})" for score in (one.ours, one.theirs))
         lines.append(
             f"| {heading(one.ours.suite)} | {one.ours.size} | {both} | {interval(one)} | {chance(one.corrected_p)} | "
-            f"{outcome(one)} | {points(one)} |"
+            f"{outcome(one)}{_not_compared(found, one)} | {points(one)} |"
         )
     return lines
+
+
+def _not_compared(found: Frontier, one: Verdict) -> str:
+    """Return which rows would have been the best of their side at a comparison's size, had they seeds to compare."""
+    rows = [row for row in found.would_be_best(one.ours.suite) if row.size == one.ours.size]
+    texts = [
+        f"{label(row)}, {'of which a seed diverged' if row.diverged else f'without {LEAST_SEEDS} seeds'}"
+        for row in rows
+    ]
+    return f" (not compared: {'; '.join(texts)})" if texts else ""
 
 
 def points(one: Verdict) -> str:
@@ -123,7 +87,8 @@ def ends_text(rows: Sequence[Score]) -> str:
     if not rows:
         return ""
     numbers = sorted({len(score.rates) for score in rows})
-    text = f"Each row was tuned over {' to '.join(map(str, dict.fromkeys((numbers[0], numbers[-1]))))} rates. "
+    most = "one rate" if numbers[-1] == 1 else f"{numbers[-1]} rates"
+    text = f"Each row was tuned over {f'{numbers[0]} to ' if len(numbers) > 1 else ''}{most}. "
     names = [f"{label(score)} at {score.size}" for score in rows if score.is_at_end]
     if not names:
         return f"{text}Every best one lies between two others."
@@ -261,7 +226,7 @@ def sections(results: Path) -> list[str]:
     if parts:
         about = (frontier_verdicts.__doc__ or "").strip().partition("\n\n")[2]
         parts = ["## Which adapter at which size", about, *parts, "### The best of ours beside the best of the others"]
-        parts.append("\n".join(verdict_table(found.verdicts)))
+        parts.append("\n".join(verdict_table(found)))
     parts += [text] if (text := ends_text(found.scores)) else []
     if parts and (rows := frontier_verdicts.carried(found.done)):
         parts.append(carried_text(rows))

@@ -1,17 +1,15 @@
-"""What README and GUIDE.md say of the frontier: which method has the lower loss at which size, and what was not run.
+"""What README and GUIDE.md say of the frontier: which method has the lower loss at which size.
 
-Every sentence follows from the verdicts of `frontier_verdicts`; without results the pages say that there are none.
+Every sentence follows from the verdicts of `frontier_verdicts`; `frontier_left` says which rows those are without.
+Without results the pages say that there are none.
 """
 
-import itertools
-import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from benchmarks.quality.frontier_rows import OURS, ROWS, AdapterRow
+from benchmarks.quality.frontier_rows import LORA_8, SIZES, target
 from benchmarks.quality.frontier_scores import Score, Suite
 from benchmarks.quality.frontier_verdicts import (
-    LEAST_SEEDS,
     SIGNIFICANT,
     Frontier,
     Verdict,
@@ -22,23 +20,16 @@ from benchmarks.quality.frontier_verdicts import (
     load,
     over_lower,
 )
-from benchmarks.report.frontier_tables import (
-    NAMES,
-    chance,
-    ends_text,
-    heading,
-    interval,
-    label,
-    picture,
-    series,
-    verdict_table,
-)
+from benchmarks.report.frontier_left import left
+from benchmarks.report.frontier_names import MODEL_NAMES, by_name, heading, label, listed, name
+from benchmarks.report.frontier_tables import chance, ends_text, interval, picture, verdict_table
 
 NOTHING = (
     "Where LoRA of rank 1 fits, take LoRA; the two are for adapters smaller than that. How they compare with other "
 )
 NOTHING += "methods of those sizes has not been measured."
 NOT_RUN = "Not run yet."
+RANK_ONE = "300k"  # the size of LoRA r=1 on all linears
 
 
 def main_suite(found: Frontier) -> Suite:
@@ -49,117 +40,119 @@ def main_suite(found: Frontier) -> Suite:
 def readme(results: Path) -> str:
     """Return README's paragraph on what the small adapters are for, and its figure."""
     found = load(results)
-    if not found.verdicts:
+    told = lines(found)
+    if not told:
         return NOTHING
-    about = (
-        "The best of the two beside the best of all other methods, tuned alike, by the loss of held-out answers, at "
-    )
-    about += (
-        "sizes from 5 thousand parameters to those of LoRA r=8, 2.4m ([by size](GUIDE.md#by-size); `lsr-scale plan "
-    )
-    about += "--budget` proposes by it):"
-    shown = main_suite(found)
-    figure = f"![held-out loss against trainable parameters](benchmarks/results/frontier/{picture(shown)})"
-    return "\n\n".join([about, _listed(lines(found)), figure])
+    parts = [text] if (text := from_rank_one(found.verdicts)) else []
+    about = "The best of the two beside the best of those other methods that were run, tuned alike, by the loss of "
+    about += f"held-out answers{_sizes(found.verdicts)} ([by size](GUIDE.md#by-size); `lsr-scale plan --budget` "
+    parts += [f"{about}proposes by it):", _listed(told)]
+    if found.suites:
+        figure = f"benchmarks/results/frontier/{picture(main_suite(found))}"
+        parts.append(f"![held-out loss against trainable parameters]({figure})")
+    return "\n\n".join(parts)
+
+
+def from_rank_one(verdicts: Sequence[Verdict]) -> str:
+    """Return whether one of the two is better where LoRA of rank 1 fits; nothing where that was not compared."""
+    large = [one for one in verdicts if SIZES[one.ours.size] >= SIZES[RANK_ONE]]
+    if not large:
+        return ""
+    where = f"Where LoRA of rank 1 fits, from {RANK_ONE} on, "
+    wins = [f"{label(one.ours)} at {one.ours.size} ({heading(one.ours.suite)})" for one in large if one.wins]
+    if not wins:
+        return f"{where}neither of the two was better at any size: take LoRA, which is just as fast here."
+    return f"{where}the lower loss has {listed(wins)}; elsewhere take LoRA, which is just as fast here."
+
+
+def _sizes(verdicts: Sequence[Verdict]) -> str:
+    """Return which sizes are compared, and what they are on other models than the one that they are named by."""
+    if not verdicts:
+        return ""
+    sizes = sorted({one.ours.size for one in verdicts}, key=lambda size: SIZES[size])
+    text = f", at {' to '.join(dict.fromkeys((sizes[0], sizes[-1])))} parameters"
+    for model in dict.fromkeys(one.ours.suite[0] for one in verdicts):
+        if LORA_8[model] != LORA_8["smollm2"]:
+            size = min((one.ours.size for one in verdicts if one.ours.suite[0] == model), key=lambda of: SIZES[of])
+            text += f" of SmolLM2-135M (on {MODEL_NAMES[model]} the same shares of LoRA r=8's: {size} is "
+            text += f"{target(model, size):,.0f})"
+    return text
 
 
 def guide(results: Path) -> str:
     """Return GUIDE.md's section: what was found, the comparisons, the figures."""
     found = load(results)
-    if not found.scores:
+    told = lines(found)
+    if not found.scores and not told:
         return NOT_RUN
-    parts = []
+    parts = [_listed(told)] if told else []
     if found.verdicts:
-        parts.append(_listed(lines(found)))
-        parts.append("\n".join(verdict_table(found.verdicts)))
+        parts.append("\n".join(verdict_table(found)))
         parts.append(
             "p is of Student's distribution, of questions and seeds, corrected by Holm's method over the sizes of "
             "a model, kind of text and base; below 0.05 is a separation. Intervals are not corrected."
         )
-        parts.append(ends_text(compared(found.scores)))
+        parts.append(f"{spread_text(found)} {ends_text(compared(found.scores))}")
     parts += [line] if (line := beside_lora_8(found)) else []
     parts += [f"![{heading(suite)}](benchmarks/results/frontier/{picture(suite)})" for suite in found.suites]
     return "\n\n".join(parts)
 
 
 def lines(found: Frontier) -> list[str]:
-    """Return a suite's sentences: at which sizes which method's loss and accuracy are better, and what was not run."""
+    """Return a suite's sentences: at which sizes which method's loss and accuracy are better, and what was not run.
+
+    A suite has some once rows of both sides are compared at a size, or a seed of a row diverged.
+    """
     texts = []
-    for suite, group in itertools.groupby(found.verdicts, key=lambda one: one.ours.suite):
-        verdicts = list(group)
-        better = [(_name(one.ours if one.wins else one.theirs), one.ours.size) for one in verdicts if one.separates]
-        text = f"{heading(suite)}: the lower loss has {_by_name(better)}"
-        if even := [one.ours.size for one in verdicts if not one.separates]:
-            text += f"; ours and the others do not separate at {_listed_in_words(even)}"
-        if lower := _lower_still(found, verdicts):
-            text += f"; lower still is {_by_name(lower, ours=False)}"
-        if of_suite := by_accuracy(verdicts):
-            pairs = [(v.ours if d.value > 0 else v.theirs, v.ours.size) for v, d, p in of_suite if p < SIGNIFICANT]
-            ahead = _by_name([(_name(score), size) for score, size in pairs], ours=False)
-            text += f". By accuracy {f'{ahead} is ahead; elsewhere they' if pairs else 'they'} do not separate"
-        texts.append(f"{text}. {_left(found, suite)}")
+    for suite in dict.fromkeys(row.suite for row in found.rows):
+        verdicts = [one for one in found.verdicts if one.ours.suite == suite]
+        if verdicts or any(row.diverged for row in found.rows_of(suite)):
+            texts.append(f"{heading(suite)}: {_compared(found, suite, verdicts)}. {left(found, suite)}")
     return texts
 
 
-def _name(score: Score | AdapterRow) -> str:
-    return NAMES[series(score)]
+def _compared(found: Frontier, suite: Suite, verdicts: Sequence[Verdict]) -> str:
+    tried = [row for row in found.rows_of(suite) if row.diverged] + compared(found.of(suite))
+    alone = [size for size in SIZES if size in {row.size for row in tried} - {one.ours.size for one in verdicts}]
+    text = f"nothing is compared at {listed(alone)}, where a side has no row to compare" if alone else ""
+    if not verdicts:
+        return text
+    better = [(one.ours if one.wins else one.theirs) for one in verdicts if one.separates]
+    parts = [f"the lower loss has {by_name([(name(score, score.row), score.size) for score in better])}"]
+    if even := [one.ours.size for one in verdicts if not one.separates]:
+        parts.append(f"ours and the others do not separate at {listed(even)}")
+    if lower := _lower_still(found, verdicts):
+        them = by_name([(label(score), score.size) for score in lower], ours=False)
+        parts.append(f"these were chosen on the held-out part; on the test part lower still: {them}")
+    text = "; ".join([*parts, *([text] if text else [])])
+    if of_suite := by_accuracy(verdicts):
+        ahead = [(v.ours if d.value > 0 else v.theirs) for v, d, p in of_suite if p < SIGNIFICANT]
+        names = by_name([(name(score, score.row), score.size) for score in ahead], ours=False)
+        text += f". By accuracy {f'{names} is ahead; elsewhere they' if ahead else 'they'} do not separate"
+    return text
 
 
-def _by_name(pairs: Iterable[tuple[str, str]], ours: bool = True) -> str:
-    """Return at which sizes each name is, our methods first; with `ours` it is said where they are at none."""
-    sizes: dict[str, list[str]] = {}
-    for name, size in pairs:
-        sizes.setdefault(name, []).append(size)
-    first = [name for name in (NAMES[method] for method in OURS) if name in sizes]
-    parts = [f"{name} at {_listed_in_words(sizes[name])}" for name in dict.fromkeys([*first, *sizes])]
-    return "; ".join(parts if first or not ours else ["LSR-Adapt and Kron-LoRA at no size", *parts])
-
-
-def _lower_still(found: Frontier, verdicts: Iterable[Verdict]) -> list[tuple[str, str]]:
-    """Return by name and size the rows that are below both that are compared, and separate from the lower of them."""
+def _lower_still(found: Frontier, verdicts: Iterable[Verdict]) -> list[Score]:
+    """Return the rows that are below both that are compared, and separate from the lower of them."""
     rows = []
     for one in verdicts:
         lower = min(one.ours, one.theirs, key=lambda s: s.nats)
         of_size = [s for s in compared(found.of(lower.suite)) if s.size == lower.size]
-        rows += [(_name(other.theirs), lower.size) for other in over_lower(of_size)[lower.row] if other.separates]
-    return list(dict.fromkeys(rows))
+        rows += [other.theirs for other in over_lower(of_size)[lower.row] if other.separates]
+    return rows
 
 
-def _left(found: Frontier, suite: Suite) -> str:
-    """Return in words which rows of a suite's sizes, of the methods that its base takes, have no seeds."""
-    model, _, base = suite
-    run = {(score.size, score.row): _name(score) for score in compared(found.of(suite))}  # in the order of sizes
-    of_rates = {(row.size, row.row): row.tuned for row in found.rows_of(suite)}
-    best = {one.ours.size: one.theirs.tuned for one in found.verdicts if one.ours.suite == suite}
-    missing: list[tuple[str, str]] = []
-    tuned: list[tuple[str, str]] = []
-    open_: list[tuple[str, str]] = []
-    for size in dict.fromkeys(size for size, _ in run):
-        methods = {name for (of, _), name in run.items() if of == size}
-        for row, adapter in ROWS[model][size].items():
-            if not adapter.takes(base) or "+" in row or (size, row) in run:
-                continue
-            name = _name(adapter) + (" in another form" if _name(adapter) in methods else "")
-            loss = of_rates.get((size, row))
-            (missing if loss is None else tuned).append((name, size))
-            if loss is not None and loss < best.get(size, -math.inf):
-                open_.append((name, size))
-    if not missing and not tuned:
-        return "All rows were run."
-    parts = [f"Not run: {_by_name(dict.fromkeys(missing), ours=False)}."] if missing else []
-    if tuned:
-        parts.append(f"Tuned, but not run with {LEAST_SEEDS} seeds: {_by_name(dict.fromkeys(tuned), ours=False)}")
-        parts[-1] += f"; by that the best of the others would be {_by_name(open_, ours=False)}." if open_ else "."
-    return " ".join(parts)
+def spread_text(found: Frontier) -> str:
+    """Return by how much rows of a size differ in their parameters at most."""
+    counts: dict[tuple[Suite, str], list[int]] = {}
+    for score in compared(found.scores):
+        counts.setdefault((score.suite, score.size), []).append(score.parameters)
+    most = max(max(of_size) / min(of_size) - 1 for of_size in counts.values())
+    return f"Rows of a size differ in their parameters by up to {100 * most:.0f} %."
 
 
 def _listed(texts: Sequence[str]) -> str:
     return "\n".join(f"- {text}" for text in texts)
-
-
-def _listed_in_words(words: Sequence[str]) -> str:
-    *before, last = words
-    return f"{', '.join(before)} and {last}" if before else last
 
 
 def beside_lora_8(found: Frontier) -> str:

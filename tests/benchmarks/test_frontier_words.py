@@ -10,6 +10,20 @@ from benchmarks.report import frontier_tables, frontier_words
 from tests.helpers.frontier_trials import SUITE, TOKENS, made_up, write
 
 OTHER = ("smollm2", "gsm8k", "nf4")
+NO_VARIANT = "No row with another start or optimizer was run."
+
+
+def diverged(rows, seed=1):
+    """Yield a row's trials, one of whose seeds diverged."""
+    for result in rows:
+        lost = {"nll": None, "status": "diverged"} if result["seed"] == seed else {}
+        yield {name: value for name, value in result.items() if not lost or name != "losses"} | lost
+
+
+def only_line(folder):
+    """Return the sentences of the only suite in a folder of results."""
+    (line,) = frontier_words.lines(frontier_verdicts.load(folder))
+    return line
 
 
 def test_without_results_nothing_is_claimed(tmp_path):
@@ -41,13 +55,13 @@ def test_rows_without_seeds_are_named_and_those_that_a_base_does_not_take_are_no
     write(tmp_path, *(made_up("300k", row, 0.0, seeds=1 if row == "krona" else 3) for row in rows if row != "vera"))
     (line,) = frontier_words.lines(frontier_verdicts.load(tmp_path))
     tuned = "Tuned, but not run with 2 seeds: KronA at 300k"  # TinyLoRA takes no base in nf4
-    assert line.endswith(f"Not run: VeRA at 300k. {tuned}.")
+    assert f"Not run: VeRA at 300k. No row was run at 5k, 20k, 60k, 150k, 600k, 1.2m and 2.4m. {tuned}. No row" in line
     write(tmp_path, made_up("300k", "krona", -0.1, seeds=1))
     (line,) = frontier_words.lines(frontier_verdicts.load(tmp_path))
-    assert line.endswith(f"{tuned}; by that the best of the others would be KronA at 300k.")
+    assert f"{tuned}; by the held-out part the best of the others would be KronA at 300k. " in line
     write(tmp_path, *(made_up("300k", row, 0.0) for row in ("vera", "krona")))
     (line,) = frontier_words.lines(frontier_verdicts.load(tmp_path))
-    assert line.endswith("All rows were run.")
+    assert line.endswith("at 300k. No row was run at 5k, 20k, 60k, 150k, 600k, 1.2m and 2.4m. " + NO_VARIANT)
 
 
 def test_methods_that_win_nowhere_are_said_to(tmp_path):
@@ -82,7 +96,8 @@ def test_a_row_below_both_that_are_compared_is_named(tmp_path):
     unlucky = [{**r, "nll": 2.05} if r["part"] == "dev" else r for r in made_up("600k", "slora", -0.1)]
     write(tmp_path, unlucky)
     (line,) = frontier_words.lines(frontier_verdicts.load(tmp_path))
-    assert "at no size; LoRA at 600k; lower still is SLoRA at 600k. " in line
+    words = "at no size; LoRA at 600k; these were chosen on the held-out part; on the test part lower still: "
+    assert f"{words}SLoRA r=2 at 600k. " in line
 
 
 def test_accuracy_is_said_beside_the_loss(tmp_path):
@@ -114,3 +129,109 @@ def test_rows_whose_best_rate_is_at_an_end_are_named(tmp_path):
     named = "Each row was tuned over 2 to 3 rates. The best is the first or the last of them, and a better one may lie "
     assert f"{named}beyond, for LSR-Adapt r=1 s=1 at 20k." in text
     assert "| 3 | 0.004 (end) |" in "\n".join(frontier_tables.sections(tmp_path))
+
+
+def test_a_seed_that_diverged_is_said_and_which_row_that_would_have_been(tmp_path):
+    write(tmp_path, made_up("60k", "lora_modules", 0.0), diverged(made_up("60k", "lora_xs", -0.2)))
+    write(tmp_path, made_up("60k", "lsr_2_2", -0.05), diverged(made_up("60k", "kron_lora", 0.1)))
+    line = only_line(tmp_path)
+    assert "Tuned, but not run" not in line
+    words = "Not compared, as a seed diverged: Kron-LoRA at 60k; LoRA-XS at 60k; by the held-out part the best of the "
+    assert f"{words}others would be LoRA-XS r=17 at 60k. " in line
+    for page in (frontier_words.guide(tmp_path), "\n".join(frontier_tables.sections(tmp_path))):
+        assert "| ours (not compared: LoRA-XS r=17, of which a seed diverged) |" in page
+    assert words in frontier_words.readme(tmp_path)
+
+
+def test_where_all_of_a_side_diverged_that_is_said(tmp_path):
+    write(tmp_path, made_up("60k", "lora_modules", 0.0), diverged(made_up("60k", "lsr_2_2", -0.05)))
+    for page in (frontier_words.readme(tmp_path), frontier_words.guide(tmp_path)):
+        assert "base in nf4: nothing is compared at 60k, where a side has no row to compare. Not run: " in page
+        assert "as a seed diverged: LSR-Adapt at 60k; by the held-out part the best of ours would be LSR-Adapt" in page
+        assert "has not been measured" not in page
+    write(tmp_path, made_up("20k", "lora_modules", 0.0), made_up("20k", "lsr_1_1", -0.1))
+    assert "the lower loss has LSR-Adapt at 20k; nothing is compared at 60k, where" in only_line(tmp_path)
+    lone = tmp_path / "lone"
+    write(lone, diverged(made_up("60k", "lsr_2_2", 0.0)))
+    assert "nothing is compared at 60k" in frontier_words.readme(lone)
+    assert "nothing is compared at 60k" in frontier_words.guide(lone)
+
+
+@pytest.mark.parametrize(
+    ("shift", "words"),
+    [
+        (-0.2, "; by the held-out part the best of ours would be LSR-Adapt r=2 s=2 at 60k."),  # below both sides
+        (0.01, "; by the held-out part the best of ours would be LSR-Adapt r=2 s=2 at 60k."),  # below its own side
+        (0.1, "."),
+    ],
+)
+def test_a_row_without_seeds_is_compared_with_the_best_of_its_own_side(tmp_path, shift, words):
+    write(tmp_path, made_up("60k", "lora_modules", 0.0), made_up("60k", "lsr_8_1", 0.05))
+    write(tmp_path, made_up("60k", "lsr_2_2", shift, seeds=0))
+    line = only_line(tmp_path)
+    assert f"Tuned, but not run with 2 seeds: LSR-Adapt in another form at 60k{words} " in line
+    assert "of the others would" not in line
+
+
+def test_a_start_or_optimizer_is_named_where_its_row_wins(tmp_path):
+    write(tmp_path, made_up("60k", "lora_modules", 0.0), made_up("60k", "lsr_2_2", 0.05))
+    write(tmp_path, made_up("60k", "lsr_2_2+rite", -0.1), made_up("300k", "lsr_8_5", 0.0))
+    write(tmp_path, made_up("300k", "lora+gradient", -0.1), made_up("300k", "lsr_8_5+pro", -0.2, seeds=1))
+    line = only_line(tmp_path)
+    assert "the lower loss has LSR-Adapt by LoRA-RITE at 60k; LoRA from the gradient at 300k. Not run: " in line
+    assert (
+        "2 seeds: LSR-Adapt by LoRA-Pro at 300k; by the held-out part the best of ours would be LSR-Adapt r=8" in line
+    )
+    assert line.endswith("Of 26 rows with another start or optimizer 2 were run.")
+
+
+def test_that_all_rows_were_run_is_said_only_if_they_were(tmp_path):
+    qwen = ("qwen", "gsm8k", "nf4")
+    write(tmp_path, *(made_up(size, row, 0.0, suite=qwen) for size, rows in ROWS["qwen"].items() for row in rows))
+    assert only_line(tmp_path).endswith(" All rows were run.")
+    plain = tmp_path / "plain"
+    for size, rows in ROWS["smollm2"].items():
+        write(plain, *(made_up(size, row, 0.0) for row in rows if "+" not in row and row != "tinylora"))
+    assert only_line(plain).endswith(f" All rows with the plain start and AdamW were run. {NO_VARIANT}")
+
+
+def test_a_lower_row_of_ours_contradicts_nothing(tmp_path):
+    unlucky = [{**r, "nll": 2.05} if r["part"] == "dev" else r for r in made_up("60k", "lsr_8_1", -0.2)]
+    write(tmp_path, made_up("60k", "lora_modules", 0.0), made_up("60k", "lsr_2_2", 0.04), unlucky)
+    words = "LSR-Adapt and Kron-LoRA at no size; LoRA at 60k; these were chosen on the held-out part; on the test part "
+    assert f"{words}lower still: LSR-Adapt r=8 s=1 at 60k. " in only_line(tmp_path)
+
+
+def test_seeds_at_other_rates_are_named(tmp_path):
+    write(tmp_path, made_up("60k", "lora_modules", 0.0), made_up("60k", "lsr_2_2", -0.05))
+    write(tmp_path, made_up("60k", "lsr_2_2", -0.25, rate=8e-3))
+    assert "Seeds at another rate than the best one are not counted: LSR-Adapt at 60k." in only_line(tmp_path)
+
+
+def test_sizes_of_another_model_are_said_to_be_shares(tmp_path):
+    qwen = ("qwen", "commonsense", "nf4")
+    write(tmp_path, *(made_up(size, "lora_modules", 0.0, suite=qwen) for size in ("20k", "60k")))
+    write(tmp_path, *(made_up(size, "kron_lora", 0.0, suite=qwen) for size in ("20k", "60k")))
+    shares = (
+        "20k to 60k parameters of SmolLM2-135M (on Qwen2.5-Coder-0.5B the same shares of LoRA r=8's: 20k is 36,025)"
+    )
+    assert (
+        f"the best of those other methods that were run, tuned alike, by the loss of held-out answers, at {shares}"
+        in (frontier_words.readme(tmp_path))
+    )
+
+
+def test_whether_lora_of_rank_1_is_the_better_choice_follows_from_the_results(tmp_path):
+    write(tmp_path, made_up("300k", "lora", 0.0), made_up("300k", "lsr_8_5", 0.1))
+    assert "from 300k on, neither of the two was better at any size: take LoRA" in frontier_words.readme(tmp_path)
+    write(tmp_path, made_up("600k", "lora", 0.0), made_up("600k", "lsr_16_7", -0.1))
+    words = (
+        "from 300k on, the lower loss has LSR-Adapt r=16 s=7 at 600k (SmolLM2-135M, five commonsense tasks, base in "
+    )
+    assert f"{words}nf4); elsewhere take LoRA" in frontier_words.readme(tmp_path)
+
+
+def test_rows_of_one_rate_are_said_to_be(tmp_path):
+    write(tmp_path, made_up("60k", "lora_modules", 0.0), made_up("60k", "lsr_2_2", -0.05))
+    assert "Each row was tuned over one rate. " in frontier_words.guide(tmp_path)
+    assert "differ in their parameters by up to 0 %" in frontier_words.guide(tmp_path)

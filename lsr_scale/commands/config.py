@@ -66,4 +66,5 @@ def _of_sweep(sweep: "Sweep", whole: bool) -> str:
         for trial in sweep.trials
     ]
     heading = f"# {len(trials)} trials, compared by {sweep.scored_by()}"
-    return run + yaml_text.dump({"sweep": section}, short=True) + "\n".join([heading, *trials]) + "\n"
+    notes = [f"# note: {note}" for note in sweep.notes()]
+    return run + yaml_text.dump({"sweep": section}, short=True) + "\n".join([heading, *notes, *trials]) + "\n"

@@ -20,6 +20,8 @@ class TrainingMethod:
         has_reference: It compares the model with what it began as, see `lsr_scale.training.reference`.
         sequences: How many of a row a step's forward pass has.
         evaluated: What an evaluation during training finds, without the `eval_` before each.
+        objective: Which of these tells the better of two evaluations, where the run names none.
+        scaled_by: Fields that the objective is defined by: runs that differ in one cannot be compared by it.
         unused: Fields of the class that have no effect here, with what to do instead.
         own: Fields that the class does not have, whose defaults are in `defaults`: type and description.
         choices: The values of fields that the class declares as any text, or as a list of any.
@@ -33,6 +35,8 @@ class TrainingMethod:
     has_reference: bool = False
     sequences: int = 1
     evaluated: tuple[str, ...] = ("loss", "mean_token_accuracy", "entropy")
+    objective: str = "loss"
+    scaled_by: tuple[str, ...] = ()
     own: dict[str, tuple[Any, str]] = field(default_factory=dict)
     choices: dict[str, tuple[str, ...]] = field(default_factory=dict)
     filled: tuple[str, ...] = ()
@@ -97,6 +101,8 @@ _GRPO = TrainingMethod(
     },
     has_reference=True,
     evaluated=("loss", "reward", "kl", "entropy"),
+    objective="reward",  # the loss is of advantages, whose mean over a group is 0
+    scaled_by=("reward",),
     own={
         "reward": (
             list[AnyReward],
@@ -123,7 +129,10 @@ _OF_DPO = {
 
 METHODS: dict[str, TrainingMethod] = {
     "sft": TrainingMethod(
-        "trainer.sft_config.SFTConfig", ("prompt_completion", "chat_prompt_completion", "messages", "text"), _SFT
+        "trainer.sft_config.SFTConfig",
+        ("prompt_completion", "chat_prompt_completion", "messages", "text"),
+        _SFT,
+        scaled_by=("assistant_only_loss", "completion_only_loss", "label_smoothing_factor"),
     ),
     "dpo": TrainingMethod(
         "trainer.dpo_config.DPOConfig",
@@ -133,6 +142,7 @@ METHODS: dict[str, TrainingMethod] = {
         has_reference=True,
         sequences=2,
         evaluated=(*_REWARDS, "rewards/accuracies", "mean_token_accuracy", "entropy"),
+        scaled_by=("beta", "label_smoothing", "loss_weights", "ld_alpha", "f_divergence_type", "discopop_tau"),
         choices=_OF_DPO,
     ),
     "kto": TrainingMethod(
@@ -142,6 +152,7 @@ METHODS: dict[str, TrainingMethod] = {
         _NO_REFERENCE,
         has_reference=True,
         evaluated=(*_REWARDS, "kl", "entropy"),
+        scaled_by=("beta", "desirable_weight", "undesirable_weight"),
     ),
     "orpo": TrainingMethod(
         "experimental.orpo.orpo_config.ORPOConfig",
@@ -150,6 +161,7 @@ METHODS: dict[str, TrainingMethod] = {
         _OF_ORPO,
         sequences=2,
         evaluated=(*_REWARDS, "rewards/accuracies", "nll_loss"),
+        scaled_by=("beta",),
     ),
     "grpo": _GRPO,
 }

@@ -115,7 +115,9 @@ class RandomSection(Section):
 class StopSection(Section):
     """Successive halving: at each of some steps only the best trials go on."""
 
-    metric: str = Field("eval_loss", min_length=1, description="What is compared, of the last evaluation.")
+    metric: Annotated[str, Field(min_length=1)] | None = Field(
+        None, description="What is compared, of the last evaluation: by default eval_loss, of GRPO eval_reward."
+    )
     after: float = Field(0.2, gt=0, lt=1, description="The share of a trial's steps after which it is first compared.")
     keep: float = Field(
         0.5, gt=0, lt=1, description="The share of the trials that go on; next at after / keep, and so on."

@@ -11,13 +11,14 @@ from pydantic import ValidationError
 
 from lsr_scale.config import yaml_text
 from lsr_scale.config.bounds import out_of_bounds
+from lsr_scale.config.comparison import comparison_notes, differ_in_rows, evaluates, metrics_of, score_metric
 from lsr_scale.config.deepspeed import offloads_optimizer, offloads_parameters
 from lsr_scale.config.messages import explain, raise_problems
 from lsr_scale.config.run import RunConfig, plain, read_sections, section_models, validate
 from lsr_scale.config.sections import Section
 from lsr_scale.config.shipped import find_run
 from lsr_scale.config.sweep import Changes, Drawn, RandomSection, StopSection, SweepSection, changes_of
-from lsr_scale.config.training import EVALUATED, Task, evaluated
+from lsr_scale.config.training import EVALUATED, Task, training_model
 from lsr_scale.errors import UserError, did_you_mean, quoted
 
 # Of training: trials that share a step are rows of one batch, which goes through one model in one way.
@@ -56,16 +57,19 @@ class Sweep:
         return self.trials[0].run.training["output_dir"]
 
     def scored_by(self) -> str:
-        """Return what trials are compared by.
-
-        That is `stop.metric`, else the loss on held-out rows, else the mean "accuracy" of their tasks, else the
-        training loss.
-        """
-        if self.section.stop is not None:
+        """Return what trials are compared by: `stop.metric`, else as `score_metric` chooses."""
+        if self.section.stop is not None and self.section.stop.metric is not None:
             return self.section.stop.metric
-        if all(trial.run.data.has_validation for trial in self.trials):
-            return "eval_loss"
-        return "accuracy" if all(trial.run.eval.tasks for trial in self.trials) else "final_loss"
+        return score_metric(self.runs, stops=self.section.stop is not None)
+
+    def notes(self) -> list[str]:
+        """Return what a user should know before trials are compared, a line each."""
+        return comparison_notes(self.runs, self.scored_by())
+
+    @property
+    def runs(self) -> list[RunConfig]:
+        """The trials' runs."""
+        return [trial.run for trial in self.trials]
 
 
 def is_sweep(path: str | Path, overrides: Iterable[str] | Mapping[str, Any] = ()) -> bool:
@@ -169,7 +173,8 @@ def trials_of(
     _check_different(trials)
     _check_agree(trials, section, where, places or {})
     for trial in trials:
-        _check_trial(trial, section)
+        _check_trial(trial, section, where, places or {})
+    _check_stop(trials, section, where, places or {})
     return trials
 
 
@@ -207,12 +212,12 @@ def _check_agree(trials: list[TrialPlan], section: SweepSection, where: str, pla
     first = trials[0]
     names = [*MUST_AGREE, *(["seed"] if first.run.model.random_weights else [])]
     for trial in trials[1:]:
-        for name in names:
+        for name in [*_own_of_methods(first, trial, names), *names]:
             one, other = (run.training.get(name) for run in (first.run, trial.run))
             if one != other:
                 key = f"training.{name}"
                 place = yaml_text.place_of(_place_in(section, key, other), places, where)
-                why = "the base's weights are drawn by it" if name == "seed" else "they share steps of one base"
+                why = _WHY_AGREE.get(name, "they share steps of one base")
                 raise UserError(
                     f"{place}: sweep: {key} has to be the same in all trials, as {why}: it is {quoted(one)} in "
                     f"{first.name} and {quoted(other)} in {trial.name}; make a sweep of its own for each, with --set "
@@ -220,7 +225,23 @@ def _check_agree(trials: list[TrialPlan], section: SweepSection, where: str, pla
                 )
 
 
-def _check_trial(trial: TrialPlan, section: SweepSection) -> None:
+_WHY_AGREE = {
+    "seed": "the base's weights are drawn by it",
+    "method": "these two take rows in other forms, with other options",
+}
+
+
+def _own_of_methods(first: TrialPlan, trial: TrialPlan, names: list[str]) -> list[str]:
+    """Return ["method"] where trials differ by their methods in what only one of these has, else nothing."""
+    methods = [run.training["method"] for run in (first.run, trial.run)]
+    if methods[0] == methods[1]:
+        return []
+    models = [training_model(first.run.model.task, method).model_fields for method in methods]
+    differ = [name for name in names if first.run.training.get(name) != trial.run.training.get(name)]
+    return ["method"] if any(not all(name in fields for fields in models) for name in differ) else []
+
+
+def _check_trial(trial: TrialPlan, section: SweepSection, where: str, places: yaml_text.Places) -> None:
     """Refuse a trial that no single process can train, or that stop cannot compare."""
     content = trial.run.deepspeed.config or {}
     stage = content.get("zero_optimization", {}).get("stage", 0)
@@ -232,14 +253,31 @@ def _check_trial(trial: TrialPlan, section: SweepSection) -> None:
         )
     if section.stop is None:
         return
-    metric, run = section.stop.metric, trial.run
-    labels = len(run.model.labels) if run.model.labels else run.model.num_labels
-    known = [f"eval_{name}" for name in evaluated(run.model.task, labels, run.training["method"])]
-    if metric not in known:
+    metric, known = section.stop.metric, metrics_of(trial.run)
+    if metric is not None and metric not in known:
         near = did_you_mean(metric, known) if metric not in EVALUATED else f"this run's are {', '.join(known)}"
-        raise UserError(f"sweep.stop.metric: {metric!r}: {near}")
-    if not run.data.has_validation:
+        place = yaml_text.place_of(("sweep", "stop", "metric"), places, where)
+        raise UserError(f"{place}: sweep.stop.metric: {metric!r}: {near}")
+    if not evaluates(trial.run):
+        lacks, remedy = "no rows for them", "data.validation or data.validation_split: 0.05"
+        if trial.run.data.has_validation:
+            lacks, remedy = "none (training.eval_strategy: no)", "training.eval_strategy: steps"
+        place = yaml_text.place_of(("sweep", "stop"), places, where)
         raise UserError(
-            f"trial {trial.name}: sweep.stop compares evaluations ({metric}), and the run has no rows for them; add "
-            "data.validation or data.validation_split: 0.05"
+            f"{place}: trial {trial.name}: sweep.stop compares evaluations, and the run has {lacks}; add {remedy}"
         )
+
+
+def _check_stop(trials: list[TrialPlan], section: SweepSection, where: str, places: yaml_text.Places) -> None:
+    """Refuse to stop the worst of trials that are evaluated on different rows."""
+    runs = [trial.run for trial in trials]
+    if section.stop is None or not differ_in_rows(runs, "eval_"):
+        return
+    first = trials[0]
+    other = next(trial for trial in trials if differ_in_rows([first.run, trial.run], "eval_"))
+    raise UserError(
+        f"{yaml_text.place_of(('sweep', 'stop'), places, where)}: sweep.stop: trials are evaluated on different rows "
+        f"(those of {first.name} and of {other.name}), so it would stop those whose rows are harder; remove it "
+        "(training.early_stopping: {patience: 3} ends each trial by its own evaluations), or give all the same "
+        "data.validation"
+    )

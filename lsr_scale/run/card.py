@@ -8,6 +8,9 @@ from lsr_scale.adapters.read import read_base, read_config
 from lsr_scale.config import RunConfig
 from lsr_scale.run.folder import RunFolder
 
+# the loss of GRPO, which has rewards, tells nothing
+_AT_THE_END = {"final_reward": "reward at the end", "final_loss": "loss at the end"}
+
 
 def write_run_card(folder: RunFolder, run: RunConfig, results: dict[str, Any]) -> None:
     """Write `adapter/README.md`, in place of the one without scores that was saved with the adapter.
@@ -20,6 +23,7 @@ def write_run_card(folder: RunFolder, run: RunConfig, results: dict[str, Any]) -
     config, described = read_config(folder.adapter), read_base(folder.adapter) or {}
     base, method = run.model.name, run.adapter.method
     validation = {name.removeprefix("eval_"): value for name, value in results.items() if name.startswith("eval_")}
+    last = next((name for name in _AT_THE_END if name in results), None)
     rows = {
         "base": f"{base} ({described.get('architecture', 'unknown architecture')})",
         "base held in": described.get("quantization", "unknown"),
@@ -28,7 +32,7 @@ def write_run_card(folder: RunFolder, run: RunConfig, results: dict[str, Any]) -
         "trained parameters": f"{results['trainable_parameters']:,}",
         "data": data_names(run),
         "training": f"{results['steps']:,} steps, {results['train_rows']:,} rows",
-        **({"loss at the end": results["final_loss"]} if "final_loss" in results else {}),
+        **({_AT_THE_END[last]: results[last]} if last else {}),
         **{f"validation: {name}": value for name, value in validation.items()},
         "licence": licence_words(base),
     }

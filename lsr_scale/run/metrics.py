@@ -39,8 +39,8 @@ def finite_values(rows: list[dict[str, Any]], name: str) -> list[float]:
 def summarize_metrics(path: Path, best: int | None = None) -> dict[str, Any]:
     """Return what the results say of a metrics file.
 
-    The loss at the end (mean of the last tenth), tokens, memory, the largest condition number of each side, and the
-    largest shares of underflow in 8 bits.
+    The loss at the end (mean of the last tenth), of GRPO the reward too, tokens, memory, the largest condition number
+    of each side, and the largest shares of underflow in 8 bits.
 
     Args:
         path: The file.
@@ -50,7 +50,7 @@ def summarize_metrics(path: Path, best: int | None = None) -> dict[str, Any]:
     steps = [row for row in rows if finite_values([row], "loss")]
     if not steps:
         return {}
-    last = finite_values(steps[-max(1, len(steps) // 10) :], "loss")
+    last, rewards = (finite_values(steps[-max(1, len(steps) // 10) :], name) for name in ("loss", "reward"))
     speeds = sorted(finite_values(steps, "tokens_per_s"))
     evaluations = [row for row in rows if "eval_loss" in row and best in (None, row["step"])]
     tokens = finite_values(steps[-1:], "num_tokens") or finite_values(steps[-1:], "num_input_tokens_seen")
@@ -59,6 +59,7 @@ def summarize_metrics(path: Path, best: int | None = None) -> dict[str, Any]:
         "final_loss": round(sum(last) / len(last), 4),
         "tokens": round(tokens[-1]) if tokens else 0,
         "tokens_per_s": speeds[len(speeds) // 2] if speeds else None,
+        **({"final_reward": round(sum(rewards) / len(rewards), 4)} if rewards else {}),
         **({"mfu": shares[len(shares) // 2]} if shares else {}),
         "peak_memory_gib": max(finite_values(steps, "memory_gib"), default=None),
     }

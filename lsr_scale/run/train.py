@@ -16,6 +16,7 @@ from lsr_scale.adapters.identity import base_description
 from lsr_scale.adapters.save_and_load import check_base_of, save_adapter, weight_mismatches
 from lsr_scale.config import RunConfig
 from lsr_scale.config.methods import METHODS
+from lsr_scale.config.training import compared_by, lower_is_better
 from lsr_scale.data.tasks import Example
 from lsr_scale.errors import UserError
 from lsr_scale.exporting.as_lora import save_as_lora
@@ -335,20 +336,26 @@ def _run_trainer(start: Start, trainer: Trainer, stop: StopOnSignal, say: Say, s
     else:
         why = " (training.load_best_model_at_end: false)" if early and early.stopped else ""
         say(f"the adapter is that of the last step, {step}{why}")
-        if better := _better_step(trainer):
+        if better := _better_step(trainer, compared_by(start.run.model.task, start.run.training["method"])):
             say(better)
     return Trained(time.monotonic() - began, best_step, late_signal)
 
 
-def _better_step(trainer: Trainer) -> str:
-    """Return a line on the evaluation that was better than the last one, and how to keep its adapter; "" for none."""
+def _better_step(trainer: Trainer, metric: str) -> str:
+    """Return a line on the evaluation that was better than the last one, and how to keep its adapter; "" for none.
+
+    Args:
+        trainer: After its last step.
+        metric: What tells the better one where the run says nothing.
+    """
     args = trainer.args
-    name = f"eval_{(args.metric_for_best_model or 'loss').removeprefix('eval_')}"
+    name = f"eval_{(args.metric_for_best_model or metric).removeprefix('eval_')}"
+    greater = args.greater_is_better if args.metric_for_best_model else not lower_is_better(metric)
     found = {row["step"]: row[name] for row in trainer.state.log_history if math.isfinite(row.get(name, math.nan))}
     if not found:
         return ""
     last = found[max(found)]
-    best = (max if args.greater_is_better else min)(found, key=lambda step: found[step])
+    best = (max if greater else min)(found, key=lambda step: found[step])
     if f"{found[best]:.4f}" == f"{last:.4f}":
         return ""
     if early_stopping_of(trainer):

@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from lsr_scale.config.comparison import metric_words
 from lsr_scale.screen import print_line, show_live
 from lsr_scale.sweeping.folder import SweepState, TrialState
 from lsr_scale.units import clock
@@ -110,4 +111,4 @@ class Watch(TrainerCallback):
 
 def score_text(metric: str, value: float | None) -> str:
     """Return a score for people: `eval loss 1.2345`."""
-    return f"{metric.replace('_', ' ')} {'-' if value is None else f'{value:.4f}'}"
+    return f"{metric_words(metric)} {'-' if value is None else f'{value:.4f}'}"

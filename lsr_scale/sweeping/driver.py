@@ -211,7 +211,7 @@ class Driver:
         folder = self.folder.trial(trial.name)
         if error is None and folder.results.is_file():
             trial.status, trial.overwrite, trial.error = "finished", False, None
-            trial.results = scores.results_of(folder)
+            trial.results = scores.results_of(folder, metric)
             trial.score = scores.score_of(trial.results, metric)
         elif error is None:
             trial.status = "paused"

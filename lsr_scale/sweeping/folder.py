@@ -14,6 +14,7 @@ from typing import Any, Literal, Self
 from filelock import FileLock, Timeout
 
 from lsr_scale import files
+from lsr_scale.config.training import lower_is_better
 from lsr_scale.config.trials import Sweep
 from lsr_scale.errors import UserError
 from lsr_scale.model import chosen_dtype, local_device
@@ -71,6 +72,7 @@ class SweepState:
         scored_by: What trials are compared by.
         trials: The trials, by name.
         dtype: What `model.dtype: auto` is in all of them, on whichever machine.
+        notes: What a user should know before trials are compared.
     """
 
     run: dict[str, Any]
@@ -78,13 +80,17 @@ class SweepState:
     scored_by: str
     trials: dict[str, TrialState]
     dtype: str = "bfloat16"
+    notes: list[str] = field(default_factory=list)
 
     @classmethod
     def new(cls, sweep: Sweep) -> Self:
         """Return the state of a sweep that begins here."""
         trials = {trial.name: TrialState(trial.name, trial.changes) for trial in sweep.trials}
         dtype = chosen_dtype("auto", local_device())
-        return cls(sweep.written, sweep.section.model_dump(), sweep.scored_by(), trials, dtype)
+        section, scored_by = sweep.section.model_dump(), sweep.scored_by()
+        if section["stop"] is not None:  # so that it stays what it was when a default changes
+            section["stop"]["metric"] = scored_by
+        return cls(sweep.written, section, scored_by, trials, dtype, sweep.notes())
 
     @classmethod
     def of_json(cls, content: Any, path: Path) -> Self:
@@ -96,18 +102,20 @@ class SweepState:
         try:
             trials = {one["name"]: TrialState(**one) for one in content["trials"]}
             dtype = content.get("dtype", "bfloat16")  # as of the releases that had no auto
-            return cls(content["run"], content["sweep"], content["scored_by"], trials, dtype)
+            notes = content.get("notes", [])
+            return cls(content["run"], content["sweep"], content["scored_by"], trials, dtype, notes)
         except (KeyError, TypeError):
             raise UserError(f"{path}: is no sweep's, or another release's; move it away") from None
 
     def to_json(self) -> dict[str, Any]:
         """Return it as the content of a file."""
         parts = {"run": self.run, "sweep": self.sweep, "scored_by": self.scored_by, "dtype": self.dtype}
+        parts |= {"notes": self.notes} if self.notes else {}
         return {"lsr_scale": __version__, **parts, "trials": [dataclasses.asdict(one) for one in self.trials.values()]}
 
     def ranked(self) -> list[TrialState]:
         """Return the trials, the best first; those that were stopped after those that were not, no score last."""
-        sign = 1 if halving.lower_is_better(self.scored_by) else -1
+        sign = 1 if lower_is_better(self.scored_by) else -1
 
         def place(trial: TrialState) -> tuple[bool, int, float]:
             if trial.score is None or math.isnan(trial.score):

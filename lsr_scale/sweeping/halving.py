@@ -9,14 +9,10 @@ import math
 from typing import TYPE_CHECKING
 
 from lsr_scale.config.sweep import StopSection
+from lsr_scale.config.training import lower_is_better
 
 if TYPE_CHECKING:
     from lsr_scale.sweeping.folder import SweepState, TrialState
-
-
-def lower_is_better(metric: str) -> bool:
-    """Tell whether the best value of a metric is the lowest."""
-    return metric.endswith("loss") or metric.endswith("entropy")
 
 
 def compare(state: "SweepState") -> "list[TrialState]":
@@ -35,7 +31,7 @@ def compare(state: "SweepState") -> "list[TrialState]":
         here = [trial for trial in state.trials.values() if _reaches(trial, rung)]
         if any(trial.rung == rung and trial.status in ("pending", "running") for trial in here):
             break  # nor is any later rung complete
-        best = kept([_score(trial, rung) for trial in here], section.keep, lower_is_better(section.metric))
+        best = kept([_score(trial, rung) for trial in here], section.keep, lower_is_better(state.scored_by))
         for index, trial in enumerate(here):
             if trial.status == "paused" and trial.rung == rung:
                 if index in best:

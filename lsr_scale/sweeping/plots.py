@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from lsr_scale.config.comparison import metric_words
 from lsr_scale.run.metrics import finite_values, read_metrics
 from lsr_scale.run.plots import COLORS, CURVES, Curves, curves_figure, picture_text, save_figure
 from lsr_scale.sweeping.folder import SweepFolder, SweepState, TrialState
@@ -66,7 +67,7 @@ def scores_figure(trials: Sequence[TrialState], metric: str, rates: dict[str, fl
         panel.set_xlabel(label)
         panel.spines[["top", "right"]].set_visible(False)
         panel.grid(alpha=0.3)
-    axes[0].set_ylabel(metric.replace("_", " "))
+    axes[0].set_ylabel(metric_words(metric))
     return figure
 
 

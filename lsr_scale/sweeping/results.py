@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lsr_scale.config.training import lower_is_better
 from lsr_scale.errors import UserError, did_you_mean
 from lsr_scale.sweeping.folder import SweepFolder
-from lsr_scale.sweeping.halving import lower_is_better
 from lsr_scale.sweeping.scores import score_of
 
 

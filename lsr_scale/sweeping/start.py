@@ -125,7 +125,7 @@ def _continued(folder: SweepFolder, sweep: Sweep) -> tuple[SweepState, list[str]
     added = [name for name in now.trials if name not in state.trials]
     trials = {name: state.trials.get(name, trial) for name, trial in now.trials.items()}
     notes = [f"added to the sweep: {len(added)} trials"] if added else []
-    return SweepState(now.run, now.sweep, now.scored_by, trials, state.dtype), notes
+    return SweepState(now.run, now.sweep, now.scored_by, trials, state.dtype, now.notes), notes
 
 
 def _at(items: list[Any], number: int) -> Any:

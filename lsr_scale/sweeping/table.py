@@ -4,14 +4,21 @@ from collections.abc import Sequence
 from typing import Any
 
 from lsr_scale import files
+from lsr_scale.config.comparison import metric_words
 from lsr_scale.sweeping.folder import SweepFolder, SweepState, TrialState
+
+# columns beside the score; the loss of GRPO, whose mean over a group is 0, tells nothing
+_OF_LOSSES = ("eval_loss", "eval_rewards/accuracies", "final_loss")
+_OF_REWARDS = ("eval_reward", "final_reward")
 
 
 def write_table(folder: SweepFolder, state: SweepState) -> None:
     """Write the table."""
     ended = sum(trial.has_ended for trial in state.trials.values())
-    heading = f"# {folder.path.name}\n\n{ended} of {len(state.trials)} trials done; sorted by {state.scored_by}.\n"
+    done = f"{ended} of {len(state.trials)} trials done; sorted by {metric_words(state.scored_by)}."
+    heading = f"# {folder.path.name}\n\n{done}\n"
     columns, rows = table(state)
+    heading += "".join(f"\nNote: {note}.\n" for note in state.notes)
     lines = [_line(columns), _line(["---"] * len(columns)), *map(_line, rows)]
     text = "\n".join([heading, *lines]) + "\n"
     if best := best_of(state):
@@ -37,9 +44,10 @@ def table(state: SweepState) -> tuple[list[str], list[list[str]]]:
     trials = state.ranked()
     changed = list(dict.fromkeys(key for trial in trials for key in trial.changes))
     tasks = list(dict.fromkeys(task for trial in trials for task in trial.results.get("accuracy", {})))
-    columns = ["trial", *changed, "parameters", "steps", _heading(state.scored_by)]
-    others = [name for name in ("eval_loss", "final_loss") if name != state.scored_by and _any_has(trials, name)]
-    columns += [*map(_heading, others), *tasks, "status"]
+    columns = ["trial", *changed, "parameters", "steps", metric_words(state.scored_by)]
+    known = _OF_REWARDS if _any_has(trials, "final_reward") else _OF_LOSSES
+    others = [name for name in known if name != state.scored_by and _any_has(trials, name)]
+    columns += [*map(metric_words, others), *tasks, "status"]
     return columns, [
         [
             trial.name,
@@ -57,10 +65,6 @@ def table(state: SweepState) -> tuple[list[str], list[list[str]]]:
 
 def _any_has(trials: Sequence[TrialState], name: str) -> bool:
     return any(name in trial.results for trial in trials)
-
-
-def _heading(metric: str) -> str:
-    return {"final_loss": "training loss", "accuracy": "mean accuracy"}.get(metric, metric.replace("_", " "))
 
 
 def _line(cells: Sequence[str]) -> str:

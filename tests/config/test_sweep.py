@@ -212,9 +212,12 @@ def test_names_that_would_be_equal_or_differ_in_case_alone_are_numbered():
         ),
         (
             f"{SEEDS}\n  stop: {{}}",
-            "trial seed=1: sweep.stop compares evaluations (eval_loss), and the run has no rows",
+            "run.yaml:9: trial seed=1: sweep.stop compares evaluations, and the run has no rows for them; add",
         ),
-        (f"{SEEDS}\n  stop: {{metric: eval_los}}", "sweep.stop.metric: 'eval_los': did you mean 'eval_loss'?"),
+        (
+            f"{SEEDS}\n  stop: {{metric: eval_los}}",
+            "run.yaml:9: sweep.stop.metric: 'eval_los': did you mean 'eval_los",
+        ),
         (f"{SEEDS}\n  stop: {{metric: eval_accuracy}}", "sweep.stop.metric: 'eval_accuracy': this run's are eval_loss"),
     ],
 )
@@ -284,6 +287,92 @@ def test_what_trials_are_compared_by(read, addition, metric):
         else MINIMAL
     )
     assert read(SEEDS, run + addition).scored_by() == metric
+
+
+HELD_OUT = MINIMAL.replace("train: [arc_easy]", "train: [arc_easy]\n  validation_split: 0.1")
+REWARD = "reward: [exact_answer]"
+
+
+@pytest.mark.parametrize(
+    ("run", "training", "section", "metric"),
+    [
+        (HELD_OUT, f"method: grpo, {REWARD}", SEEDS, "eval_reward"),
+        (MINIMAL, f"method: grpo, {REWARD}", SEEDS, "final_reward"),
+        (HELD_OUT, f"method: grpo, {REWARD}", f"{SEEDS}\n  stop: {{}}", "eval_reward"),
+        (HELD_OUT, "eval_strategy: 'no'", SEEDS, "final_loss"),
+        (HELD_OUT, "method: dpo", SEEDS, "eval_loss"),
+        (HELD_OUT, "method: dpo", "grid: {training.beta: [0.1, 0.5]}", "eval_rewards/accuracies"),
+        (HELD_OUT, "method: dpo", "list: [{training.beta: 0.1}, {training.beta: 0.2}]", "eval_rewards/accuracies"),
+        (HELD_OUT, "method: orpo", "grid: {training.beta: [0.1, 0.5]}\n  stop: {}", "eval_rewards/accuracies"),
+        (HELD_OUT, "max_steps: 5", "grid: {training.method: [dpo, orpo]}", "eval_rewards/accuracies"),
+        (HELD_OUT, "method: dpo", "grid: {training.beta: [0.1, 0.5]}\n  stop: {metric: eval_loss}", "eval_loss"),
+        (HELD_OUT, "method: kto", "grid: {training.beta: [0.1, 0.5]}", "eval_loss"),
+    ],
+)
+def test_what_trials_of_a_method_are_compared_by(read, run, training, section, metric):
+    assert read(section, f"{run}training: {{{training}}}\n").scored_by() == metric
+
+
+@pytest.mark.parametrize(
+    ("run", "training", "section", "words"),
+    [
+        (
+            HELD_OUT,
+            "method: dpo",
+            "grid: {training.beta: [0.1, 0.5]}",
+            "training.beta, so their losses are not def",
+        ),
+        (
+            MINIMAL,
+            "method: dpo",
+            "grid: {training.beta: [0.1, 0.5]}",
+            "data.validation_split: 0.05 has them compar",
+        ),
+        (
+            HELD_OUT,
+            "method: kto",
+            "grid: {training.beta: [0.1, 0.5]}",
+            "by eval loss means little; judge them by ev",
+        ),
+        (HELD_OUT, "method: dpo", "grid: {training.method: [dpo, orpo]}", "trials differ in training.method"),
+        (
+            HELD_OUT,
+            f"method: grpo, {REWARD}",
+            "grid: {training.reward: [[exact_answer], [length]]}",
+            "training.reward, so their rewards are not defined alike, and their order by eval reward means little",
+        ),
+        (HELD_OUT, "seed: 1", "grid: {data.train: [[a.jsonl], [b.jsonl]]}", "trials have different held-out rows, so"),
+        (MINIMAL, "seed: 1", "grid: {data.train: [[a.jsonl], [b.jsonl]]}", "trials have different training rows, so"),
+        (MINIMAL, "seed: 1", "grid: {eval.tasks: [[arc_easy], [boolq]]}", "trials have different eval.tasks, so"),
+    ],
+)
+def test_scores_that_are_not_of_one_kind_are_noted(read, run, training, section, words, tmp_path, capsys):
+    (note,) = read(section, f"{run}training: {{{training}}}\n").notes()
+    assert words in note
+    assert main(["config", str(tmp_path / "run.yaml")]) == 0
+    assert f"# note: {note}\n" in capsys.readouterr().out
+
+
+def test_scores_of_one_kind_have_no_note(read):
+    assert read(SEEDS, HELD_OUT).notes() == []
+    same_rows = MINIMAL.replace("train: [arc_easy]", "train: [arc_easy]\n  validation: [held.jsonl]")
+    assert read("grid: {data.train: [[a.jsonl], [b.jsonl]]}\n  stop: {}", same_rows).notes() == []
+    assert read("grid: {training.beta: [0.1, 0.5]}", f"{MINIMAL}training: {{method: grpo, {REWARD}}}\n").notes() == []
+
+
+def test_trials_of_different_held_out_rows_are_not_stopped_by_them(problem):
+    found = problem("list: [{name: a, data.train: [a.jsonl]}, {name: b, data.train: [b.jsonl]}]\n  stop: {}", HELD_OUT)
+    assert found.startswith("run.yaml:10: sweep.stop: trials are evaluated on different rows (those of a and of b), so")
+    assert "training.early_stopping: {patience: 3} ends each" in found
+
+
+@pytest.mark.parametrize("methods", [["sft", "dpo"], ["dpo", "grpo"]])
+def test_methods_that_cannot_share_a_sweep_are_named_themselves(problem, methods):
+    section = f"list: [{', '.join(f'{{training.method: {method}}}' for method in methods)}]"
+    found = problem(section.replace("grpo}", f"grpo, training.{REWARD}}}"))
+    first, second = map(repr, methods)
+    assert found.startswith("run.yaml:8: sweep: training.method has to be the same in all trials, as these two take")
+    assert f"it is {first} in method={methods[0]} and {second} in method={methods[1]}" in found
 
 
 def test_rungs_go_on_to_the_end_of_a_trial():

@@ -15,6 +15,7 @@ import lsr_scale
 from lsr_scale import UserError
 from lsr_scale.cli import main
 from lsr_scale.config import load_run
+from lsr_scale.config.trials import sweep_from_dict
 from lsr_scale.files import is_own_picture
 from lsr_scale.report.write import show_at_end, write_report
 from lsr_scale.run.evaluate import evaluate_run
@@ -31,6 +32,7 @@ from tests.helpers.programs import start_program
 from tests.helpers.tiny_models import SEVEN_LINEARS
 from tests.helpers.tiny_runs import completions, do, factors, metrics, questions, results, same, write_rows
 from tests.helpers.tiny_sweeps import sections, sweep_place, tiny_sweep, write_sweep
+from tests.training.test_grpo import grpo_run, prompts
 from tests.training.test_resume import arrange_stop
 
 RATES = [2e-3, 5e-3]
@@ -72,6 +74,46 @@ def done(place):
         {"training.learning_rate": RATES[1], "adapter.rank": 2},
     ]
     return do_sweep(place, place / "done", {"list": entries, "together": 1})
+
+
+def columns_of(folder):
+    """Return the columns of a sweep's table, by their headings."""
+    lines = [line for line in folder.table.read_text().split("\n") if line.startswith("| ")]
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    return {heading: [row[index] for row in cells[2:]] for index, heading in enumerate(cells[0])}
+
+
+@pytest.mark.parametrize("held_out", [True, False])
+def test_trials_of_grpo_are_ordered_by_what_completions_are_worth(tmp_path, held_out):
+    data = {"train": [str(tmp_path / "prompts.jsonl")]}
+    training = {"output_dir": str(tmp_path / "run"), "report_to": "none"}
+    if held_out:
+        data["validation"] = [write_rows(tmp_path / "held-out.jsonl", prompts(2))]
+        training |= {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 8}
+    model = {"quantization": "none", "dtype": "float32"}
+    run = grpo_run(tmp_path, model=model, data=data, training=training)
+    sweep = sweep_from_dict({**run.model_dump(), "sweep": {"grid": {"training.learning_rate": [1e-4, 5e-2]}}})
+    folder = run_sweep(sweep, quiet=True)
+    state = folder.read()
+    name = "eval_reward" if held_out else "final_reward"
+    assert state.scored_by == name
+    scores = [trial.score for trial in state.ranked()]
+    for trial in state.trials.values():
+        assert trial.score == pytest.approx(results(folder.trial(trial.name))[name], abs=1e-6)
+    columns = columns_of(folder)
+    heading = "eval reward" if held_out else "training reward"
+    assert columns[heading] == [f"{score:.4f}" for score in scores]
+    assert not any("loss" in heading for heading in columns)
+    state.trials["lr=0.05"].score = 9.0
+    assert [trial.name for trial in state.ranked()] == ["lr=0.05", "lr=0.0001"]
+
+
+def test_a_score_that_results_do_not_have_is_that_of_the_evaluations(place, tmp_path):
+    section = {"grid": {"training.learning_rate": RATES}, "stop": {"metric": "eval_entropy", "keep": 0.9}}
+    folder = do_sweep(place, tmp_path / "sweep", {**section, "together": 1})
+    for trial in folder.read().trials.values():
+        last = [row["eval_entropy"] for row in metrics(folder.trial(trial.name)) if "eval_entropy" in row][-1]
+        assert trial.score == last
 
 
 def test_what_diverges_or_fails_ends_alone_and_is_named(done):

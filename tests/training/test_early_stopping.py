@@ -1,12 +1,16 @@
 """`training.early_stopping`: when it stops, which adapter is kept, and what a run that resumes knows."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import yaml
 
 from lsr_scale import UserError
 from lsr_scale.config import dump_yaml, run_from_dict
+from lsr_scale.config.training import compared_by
 from lsr_scale.run.folder import RunFolder
-from lsr_scale.run.train import train
+from lsr_scale.run.train import _better_step, train
 from tests.helpers.run_text import MINIMAL, load, problem
 from tests.helpers.tiny_runs import (
     do,
@@ -130,6 +134,22 @@ def test_a_better_step_than_the_last_is_named_with_a_way_to_keep_it_that_works(p
         said = capsys.readouterr().out
         assert f"the adapter is that of step {results(RunFolder(folder))['best_step']}, the best by" in said
         assert " at the last, " not in said
+
+
+def test_the_better_step_of_grpo_is_that_of_the_higher_reward():
+    history = [{"step": 1, "eval_loss": 0.0, "eval_reward": 0.9}, {"step": 2, "eval_loss": 0.1, "eval_reward": 0.4}]
+    args = SimpleNamespace(metric_for_best_model=None, greater_is_better=None)
+    state, handler = SimpleNamespace(log_history=history), SimpleNamespace(callbacks=[])
+    trainer: Any = SimpleNamespace(args=args, state=state, callback_handler=handler)
+    said = _better_step(trainer, compared_by("causal_lm", "grpo"))
+    assert said.startswith("eval_reward was 0.9000 at step 1, and is 0.4000 at the last, 2; training.early_stopping")
+
+
+@pytest.mark.parametrize("kept", ["early_stopping={}", "load_best_model_at_end=true"])
+def test_grpo_keeps_the_step_of_the_highest_reward(kept):
+    grpo = ["method=grpo", "reward=[exact_answer]", "eval_strategy=steps", "save_strategy=steps", kept]
+    run = load(MINIMAL, HELD_OUT, *(f"training.{one}" for one in grpo))
+    assert run.training["metric_for_best_model"] == "eval_reward"
 
 
 def test_a_run_that_resumes_has_counted_the_evaluations_before(place, tmp_path, whole):

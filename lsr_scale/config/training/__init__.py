@@ -12,7 +12,7 @@ how a dataclass's field is written in YAML.
 
 from lsr_scale.config.training.arguments import training_arguments_class, training_kwargs
 from lsr_scale.config.training.compute import LINEAR_GROUPS, RENAMED, checkpoints_layers, wants_fused
-from lsr_scale.config.training.evaluation import EVALUATED, EarlyStopping, evaluated
+from lsr_scale.config.training.evaluation import EVALUATED, EarlyStopping, compared_by, evaluated, lower_is_better
 from lsr_scale.config.training.fields import DEFAULTS, OWNED, TASK_DEFAULTS, defaults_of, not_to_set, own_fields
 from lsr_scale.config.training.rows import longest_row
 from lsr_scale.config.training.section import check_training, training_model
@@ -31,9 +31,11 @@ __all__ = [
     "Task",
     "check_training",
     "checkpoints_layers",
+    "compared_by",
     "defaults_of",
     "evaluated",
     "longest_row",
+    "lower_is_better",
     "not_to_set",
     "own_fields",
     "training_arguments_class",

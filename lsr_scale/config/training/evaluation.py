@@ -5,7 +5,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from lsr_scale.config.methods import METHODS
+from lsr_scale.config.methods import METHODS, method_of
 from lsr_scale.config.training.saving import SAVING
 from lsr_scale.config.training.subject import Subject, Task
 
@@ -15,6 +15,7 @@ _SCORES = ("pearson", "spearmanr")
 _OF_PREFERENCES = ("rewards/accuracies", "rewards/margins")
 EVALUATED = tuple(f"eval_{name}" for name in ("loss", "reward", *_CLASSES, *_SCORES, *_OF_PREFERENCES))
 
+_LOSS = "eval_loss"
 _NOT_USED = "the trainer does not read it; what runs follows from the sections data and eval"
 
 
@@ -37,7 +38,7 @@ EVALUATION = Subject(
     own={
         "early_stopping": (
             EarlyStopping | None,
-            "End training where metric_for_best_model (by default eval_loss) no longer improves: {patience, "
+            "End training where metric_for_best_model (eval_loss, of grpo eval_reward) no longer improves: {patience, "
             "threshold}. Evaluations and saves then coincide, and the best checkpoint's adapter is kept, if the run "
             "says nothing else.",
         ),
@@ -63,16 +64,31 @@ def evaluated(task: Task, num_labels: int | None, method: str = "sft") -> tuple[
     return "loss", *(name for name in _CLASSES if name != "f1" or num_labels == 2)  # F1 of class 1, of two
 
 
-def early_stopping_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a run that may stop early has where it says nothing: to keep the best, what is evaluated is saved."""
+def compared_by(task: Task, method: str) -> str:
+    """Return the metric of evaluations that tells which is the best, where a run names none."""
+    return f"eval_{METHODS[method].objective}" if task == "causal_lm" else _LOSS
+
+
+def lower_is_better(metric: str) -> bool:
+    """Tell whether the best value of a metric is the lowest."""
+    return metric.endswith(("loss", "entropy", "kl"))
+
+
+def best_step_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a run that keeps its best step, or may stop early, has where it says nothing.
+
+    Where it may stop early, what is evaluated is saved, so that the best can be kept.
+    """
+    metric = compared_by("causal_lm", method_of(values))  # a classifier's is the loss too
     if values.get("early_stopping") is None:
-        return {}
+        # transformers' own is the loss
+        return {"metric_for_best_model": metric} if values.get("load_best_model_at_end") and metric != _LOSS else {}
     saves = values.get("save_strategy", SAVING.defaults["save_strategy"])
     strategy = values.get("eval_strategy", saves if saves in ("steps", "epoch") else "steps")
     every = values.get("eval_steps", values.get("save_steps", SAVING.defaults["save_steps"]))
     return {
         "load_best_model_at_end": True,
-        "metric_for_best_model": "eval_reward" if values.get("method") == "grpo" else "eval_loss",
+        "metric_for_best_model": metric,
         "eval_strategy": strategy,
         "save_strategy": strategy,
         **({"eval_steps": every, "save_steps": every} if strategy == "steps" else {}),

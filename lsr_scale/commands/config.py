@@ -53,18 +53,27 @@ def _of_sweep(sweep: "Sweep", whole: bool) -> str:
     """Return a sweep as a file, and its trials as comments."""
     from lsr_scale import config
     from lsr_scale.config import yaml_text
+    from lsr_scale.config.difference import derived_otherwise
 
+    trials = [(trial.changes, trial.run) for trial in sweep.trials]
     if sweep.base is None:
         run = yaml_text.dump(sweep.written, short=True)
     elif whole:
-        run = config.dump_yaml(sweep.base)
+        left_out = derived_otherwise(sweep.base, sweep.written, trials)
+        resolved = sweep.base.model_dump().items()
+        run = yaml_text.dump(
+            {
+                section: {name: value for name, value in fields.items() if (section, name) not in left_out}
+                for section, fields in resolved
+            }
+        )
     else:
-        run = config.difference(sweep.base, sweep.written).to_yaml()
+        run = config.difference(sweep.base, sweep.written, trials).to_yaml()
     section = sweep.section.model_dump(exclude_none=True, exclude_defaults=not whole)
-    trials = [
+    lines = [
         f"# {trial.name}: {', '.join(f'{key}={value}' for key, value in trial.changes.items())}"
         for trial in sweep.trials
     ]
-    heading = f"# {len(trials)} trials, compared by {sweep.scored_by()}"
+    heading = f"# {len(sweep.trials)} trials, compared by {sweep.scored_by()}"
     notes = [f"# note: {note}" for note in sweep.notes()]
-    return run + yaml_text.dump({"sweep": section}, short=True) + "\n".join([heading, *notes, *trials]) + "\n"
+    return run + yaml_text.dump({"sweep": section}, short=True) + "\n".join([heading, *notes, *lines]) + "\n"

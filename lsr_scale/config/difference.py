@@ -1,7 +1,7 @@
 """A run's file as short as it can be: what differs from the defaults, and what the run derives from that."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic_core import PydanticUndefined
@@ -12,6 +12,9 @@ from lsr_scale.config.run import RunConfig
 from lsr_scale.config.sections import ADAPTER_SECTIONS, DataSection, EvalSection, ModelSection, SourceSection
 from lsr_scale.config.training import defaults_of, training_model
 
+Key = tuple[str, str]  # section and name
+Trials = Sequence[tuple[Mapping[str, Any], RunConfig]]  # what each changes by dotted keys, and the run that comes of it
+
 # what a file always says, whatever its value
 _ALWAYS = {("model", "name"), ("adapter", "method"), ("data", "train")}
 
@@ -21,7 +24,7 @@ class Difference:
     """What of a resolved run is not the default: `values` by section and name; `derived` are not in its file."""
 
     values: dict[str, dict[str, Any]]
-    derived: set[tuple[str, str]]
+    derived: set[Key]
 
     def to_yaml(self) -> str:
         """Return it as a run's file, which resolves to the same run; what is derived is marked by a comment."""
@@ -36,25 +39,49 @@ class Difference:
         return "\n".join(lines) + "\n"
 
 
-def difference(run: RunConfig, written: Mapping[str, Any]) -> Difference:
-    """Return what of a run differs from the defaults.
+def difference(run: RunConfig, written: Mapping[str, Any], trials: Trials = ()) -> Difference:
+    """Return what of a run differs from the defaults; of a sweep's run all that its trials are to find there.
 
     Args:
         run: The run, resolved.
         written: Its file's sections as they stand there, with what the command line set.
+        trials: Of a sweep, its trials. What is written is kept then, as another method's default may be another; what
+            is derived is left out where a trial derives something else.
     """
     resolved, defaults = run.model_dump(), _defaults(run)
     values: dict[str, dict[str, Any]] = {}
-    derived: set[tuple[str, str]] = set()
+    derived: set[Key] = set()
+    not_theirs = derived_otherwise(run, written, trials)
     for section, fields in resolved.items():
         in_file = written.get(section) or {}
         for name, value in fields.items():
-            if value == defaults[section].get(name, PydanticUndefined) and (section, name) not in _ALWAYS:
+            key, is_default = (section, name), value == defaults[section].get(name, PydanticUndefined)
+            if is_default and key not in _ALWAYS and not (trials and name in in_file):
+                continue
+            if key in not_theirs:
                 continue
             values.setdefault(section, {})[name] = _short(section, name, value)
             if name not in in_file and not isinstance(value, list | dict):
                 derived.add((section, name))
     return Difference(values, derived)
+
+
+def derived_otherwise(run: RunConfig, written: Mapping[str, Any], trials: Trials) -> set[Key]:
+    """Return the keys that stand in no file and that a sweep's trials have other values of, or do not have."""
+    unwritten = [
+        (section, name, value)
+        for section, fields in run.model_dump().items()
+        for name, value in fields.items()
+        if name not in (written.get(section) or {})
+    ]
+    found: set[Key] = set()
+    for changes, trial in trials:
+        theirs = trial.model_dump()
+        for section, name, value in unwritten:
+            same = name in theirs[section] and theirs[section][name] == value
+            if not same and not changes.keys() & {section, f"{section}.{name}"}:
+                found.add((section, name))
+    return found
 
 
 def _defaults(run: RunConfig) -> dict[str, dict[str, Any]]:

@@ -403,6 +403,28 @@ def test_config_prints_a_sweep_that_is_the_same(tmp_path, capsys):
     assert read_sweep(tmp_path / "again.yaml").section == first.section
 
 
+@pytest.mark.parametrize(
+    ("run", "section"),
+    [
+        ("training: {learning_rate: 1e-3}\n", "grid: {training.method: [dpo, orpo]}"),
+        ("training: {learning_rate: 1e-4, method: dpo}\n", "list: [{training.seed: 1}, {training.method: orpo}]"),
+        ("", "grid: {training.method: [dpo, orpo]}"),
+        ("", "grid: {adapter.rank: [4, 8]}"),
+        ("", "grid: {adapter: [{method: lora, rank: 4}, {method: lsr, rank: 4}]}"),
+        ("", "grid: {adapter.method: [lora, lsr]}"),
+        ("", "list: [{training.seed: 1}, {training.early_stopping: {}, data.validation_split: 0.1}]"),
+        ("", f"list: [{{training.seed: 1, training.method: grpo, training.{REWARD}}}]"),
+    ],
+)
+@pytest.mark.parametrize("options", [[], ["--all"]])
+def test_config_prints_a_sweep_of_equal_trials(read, tmp_path, capsys, run, section, options):
+    first = read(section, MINIMAL + run)
+    assert main(["config", str(tmp_path / "run.yaml"), *options]) == 0
+    (tmp_path / "again.yaml").write_text(capsys.readouterr().out)
+    again = read_sweep(tmp_path / "again.yaml")
+    assert [(one.name, one.run) for one in again.trials] == [(one.name, one.run) for one in first.trials]
+
+
 def test_config_prints_a_sweep_whose_run_is_none_without_its_trials(tmp_path, capsys):
     file = tmp_path / "run.yaml"
     file.write_text("model: {name: some/model}\nadapter: {method: lsr}\nsweep: {list: [{data.train: [a.jsonl]}]}\n")

@@ -24,6 +24,7 @@ from benchmarks.quality.trials import TUNING_SEED
 
 WITHIN = 0.01  # of the questions: one point
 SMALL = 0.02  # of the reference's parameters
+FALLEN = 0.25  # of the highest mean reward of `LAST` steps: more than chance takes
 Results = Mapping[str, dict[str, Any]]
 
 
@@ -79,11 +80,28 @@ class Score:
         """Return the accuracy less another's, on the same questions."""
         return estimates.difference(self.right, other.right, np.ones(self.right.shape[1]))
 
-    def at_the_end(self, name: str) -> float | None:
-        """Return the mean of a curve's last steps over the seeds; None where it was not kept."""
+    def mean_of(self, name: str, steps: slice = slice(None)) -> float | None:
+        """Return the mean of a curve's steps over the seeds; None where it was not kept."""
         if not all(result["curve"].get(name) for result in self.results):
             return None
-        return statistics.fmean(statistics.fmean(result["curve"][name][-LAST:]) for result in self.results)
+        return statistics.fmean(statistics.fmean(result["curve"][name][steps]) for result in self.results)
+
+    @property
+    def rewards(self) -> tuple[float, float]:
+        """The highest mean reward of `LAST` steps in a row, and that of the last ones; the seed that lost the most."""
+        return min((_highest_and_last(r["curve"]["reward"]) for r in self.results), key=lambda ends: ends[1] / ends[0])
+
+    @property
+    def fell(self) -> bool:
+        """Whether a seed's reward had fallen by the end, by more than `FALLEN` of its highest."""
+        highest, last = self.rewards
+        return last < (1 - FALLEN) * highest
+
+
+def _highest_and_last(rewards: Sequence[float]) -> tuple[float, float]:
+    means = [statistics.fmean(rewards[end - LAST : end]) for end in range(LAST, len(rewards) + 1)]
+    means = means or [statistics.fmean(rewards)]
+    return max(*means, 1e-9), means[-1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,6 +180,15 @@ def reference_parameters(done: Results, suite: str) -> int | None:
     """Return how many parameters the reference has, by any of its trials."""
     mine = (r for r in done.values() if (r["suite"], r["row"]) == (suite, REFERENCE))
     return next((r["trainable_parameters"] for r in mine if "trainable_parameters" in r), None)
+
+
+def over_base(done: Results, score: Score) -> Estimate | None:
+    """Return an accuracy less that of no adapter, which has no seeds; None where that was not measured."""
+    base = done.get(f"{score.results[0]['suite']}-base")
+    if base is None:
+        return None
+    right = unpacked(base["right"]).astype(np.float64)[None]
+    return estimates.difference(score.right, right, np.ones(right.shape[1]))
 
 
 def verdicts(done: Results, suite: str) -> list[Verdict]:

@@ -17,6 +17,7 @@ from benchmarks.quality.frontier_rows import MODELS, OURS, AdapterRow
 from benchmarks.quality.grpo_gsm8k import MOST_BEYOND, RESULTS
 from benchmarks.quality.grpo_rows import LAST, RATES, REFERENCE, ROWS, TRAININGS
 from benchmarks.quality.grpo_verdicts import (
+    FALLEN,
     SMALL,
     WITHIN,
     Results,
@@ -27,6 +28,7 @@ from benchmarks.quality.grpo_verdicts import (
     chosen,
     diverged,
     of_row,
+    over_base,
     reference_parameters,
     scores,
     suites,
@@ -35,7 +37,8 @@ from benchmarks.quality.grpo_verdicts import (
 )
 from benchmarks.quality.rate_trials import is_at_end, rates_left
 from benchmarks.report.drawing import card, count_ticks, label_points, rows_digest, save
-from benchmarks.report.frontier_tables import COLORS, NAMES
+from benchmarks.report.frontier_names import NAMES, listed
+from benchmarks.report.frontier_tables import COLORS
 from benchmarks.report.markdown import grid, number
 from benchmarks.report.plots import Plot
 
@@ -58,7 +61,7 @@ def label(row: str) -> str:
     words += [f"({options['left_in']}, {options['left_out']})"] if "left_in" in options else []
     words += [f"u={options['u']}"] if "u" in options else []
     if "target_modules" in options:
-        words.append("on " + ", ".join(name.removesuffix("_proj") for name in options["target_modules"]))
+        words.append("on " + listed([name.removesuffix("_proj") for name in options["target_modules"]]))
     return " ".join([NAMES[adapter.method], *words])
 
 
@@ -110,12 +113,20 @@ def training_table(done: Results, suite: str) -> str:
         cells += ["" if score is None else rate_cell(score) for score in both]
         grpo = both[0]
         cells.append("" if grpo is None else f"{statistics.fmean(step_seconds(grpo)):.1f}")
-        for name, form, factor in (("tokens", ".0f", 1), ("cut", ".1f", 100)):
-            value = None if grpo is None else grpo.at_the_end(name)
-            cells.append(number(None if value is None else factor * value, form))
+        cells.append("" if grpo is None else ", ".join(f"{reward:.3f}" for reward in grpo.rewards))
+        cells.append("" if grpo is None else lengths(grpo))
+        cut = None if grpo is None else grpo.mean_of("cut")
+        cells.append(number(None if cut is None else 100 * cut, ".1f"))
         body.append(cells)
     head = ["adapter", "seeds, GRPO", "seeds, SFT", "rate, GRPO", "rate, SFT", "s a step, GRPO"]
-    return grid([*head, f"tokens a completion, last {LAST} steps", f"completions cut, last {LAST} steps, %"], body)
+    head.append(f"reward of {LAST} steps, highest and last")
+    return grid([*head, f"tokens a completion, first and last {LAST} steps", "completions cut, all steps, %"], body)
+
+
+def lengths(score: Score) -> str:
+    """Return the mean length of completions at first and at the end, and the longest; nothing where it was not kept."""
+    ends = score.mean_of("tokens", slice(LAST)), score.mean_of("tokens", slice(-LAST, None))
+    return "" if None in ends else f"{ends[0]:.0f} to {ends[1]:.0f} of {score.results[0]['new_tokens']}"
 
 
 def tuning_table(done: Results, suite: str) -> str:
@@ -181,18 +192,34 @@ def verdict_text(done: Results, suite: str) -> str:
     one = answer(verdicts(done, suite))
     few = f"{100 * SMALL:.0f} % of LoRA r=8's parameters or fewer"
     if one is None:
-        return f"Whether LSR-Adapt with {few} is within a point of LoRA r=8 by GRPO is not known: it was not run."
+        has_reference = ("grpo", REFERENCE) in accuracies_of(done, suite)
+        what = "Such a row" if has_reference else "LoRA r=8"
+        return (
+            f"Whether LSR-Adapt with {few} is within a point of LoRA r=8 by GRPO is not known: {what} has no accuracy."
+        )
     return (
         f"Of LSR-Adapt with {few} the row that did best in tuning is {label(one.ours.row)}, with {100 * one.share:.1f} "
-        f"%: {outcome_words(one)}, {points(one.estimate)} points{seeds_known(one)}."
-    )
+        f"%. By GRPO {outcome_words(one)}: {points(one.estimate)} points{seeds_known(one)}. {learned_text(done, one)}"
+    ).rstrip()
 
 
 def outcome_words(one: Verdict) -> str:
     """Return a verdict's outcome as a clause."""
     if one.outcome == "undecided":
-        return "by GRPO it is undecided whether it is within a point of LoRA r=8"
-    return f"by GRPO it is {OUTCOMES[one.outcome]} {'of ' if one.outcome == 'within' else ''}LoRA r=8"
+        return "it is undecided whether it is within a point of LoRA r=8"
+    return f"it is {OUTCOMES[one.outcome]} {'of ' if one.outcome == 'within' else ''}LoRA r=8"
+
+
+def learned_text(done: Results, one: Verdict) -> str:
+    """Return how far above no adapter LoRA r=8 is; where that does not separate, being near it says little."""
+    over = over_base(done, one.reference)
+    if over is None:
+        return ""
+    text = f"LoRA r=8 itself is {points(over)} points over no adapter"
+    if over.separates:
+        return f"{text}."
+    says = "" if one.outcome == "below" else ", so that being near LoRA r=8 says little"
+    return f"{text}, which does not separate{says}."
 
 
 def seeds_known(one: Verdict) -> str:
@@ -252,10 +279,23 @@ def ends_text(found: Sequence[Score]) -> str:
     )
 
 
+def fell_text(found: Sequence[Score]) -> str:
+    """Return of which rows the reward had fallen by the end, which their tuning did not see; nothing of none."""
+    fallen = [score for score in found if score.training == "grpo" and score.fell]
+    if not fallen:
+        return ""
+    words = [f"{label(score.row)} (from {score.rewards[0]:.2f} to {score.rewards[1]:.2f})" for score in fallen]
+    tuning, steps = (fallen[0].results[0][name] for name in ("tuning_steps", "steps"))
+    return (
+        f"By the end the reward had fallen by more than {100 * FALLEN:.0f} % of its highest for "
+        f"{listed(words)}: a rate chosen after {tuning} steps may be too high for {steps}."
+    )
+
+
 def cut_text(found: Sequence[Score]) -> str:
     """Return that the share of completions that were cut is not known, where it was not kept."""
     grpo = [score for score in found if score.training == "grpo"]
-    unknown = [label(score.row) for score in grpo if score.at_the_end("cut") is None]
+    unknown = [label(score.row) for score in grpo if score.mean_of("cut") is None]
     if not unknown:
         return ""
     whose = "" if len(unknown) == len(grpo) else f" for {', '.join(unknown)}"
@@ -310,27 +350,28 @@ def draw_sizes(axis: Any, done: Results, suite: str) -> None:
         if any(of == training for of, _ in found):
             gray = {"color": "gray", "ls": dashes, "lw": 1.2, "marker": marker_of(training)}
             axis.plot([], [], label=TRAINING_NAMES[training], **gray)
+    low, high = axis.get_ylim()
+    low, high = low - 0.2 * (high - low), high + 0.05 * (high - low)  # below is room for the legend
+    across = (min(counts) / 2, max(counts) * 2)
+    thin = {"color": "gray", "lw": 1, "zorder": 1}
     reference = found.get(("grpo", REFERENCE))
-    if reference is not None:
+    if reference is not None:  # lines of data, not of the axes, so that labels keep off them
         value = 100 * reference.accuracy.value
-        axis.axhline(value, color=COLORS["lora"], lw=0.8, zorder=1)
+        axis.plot(across, (value, value), **{**thin, "color": COLORS["lora"]})
         name = f"LoRA r=8 by GRPO, {100 * WITHIN:.0f} point around"
         axis.axhspan(value - 100 * WITHIN, value + 100 * WITHIN, color="gray", alpha=0.2, lw=0, label=name, zorder=0)
-        small = SMALL * reference.parameters
-        axis.axvline(
-            small, color="gray", lw=1, ls="-.", label=f"{100 * SMALL:.0f} % of LoRA r=8's parameters", zorder=1
-        )
+        name = f"{100 * SMALL:.0f} % of LoRA r=8's parameters"
+        axis.plot([SMALL * reference.parameters] * 2, (low, high), ls="-.", label=name, **thin)
     base = done.get(f"{suite}-base", {}).get("accuracy")
     if base is not None:
-        axis.axhline(100 * base, color="gray", lw=1, ls=":", label="no adapter", zorder=1)
+        axis.plot(across, (100 * base, 100 * base), ls=":", label="no adapter", **thin)
     axis.set_xscale("log")
-    axis.set_xlim(min(counts) / 2, max(counts) * 2)
+    axis.set_xlim(*across)
+    axis.set_ylim(low, high)
     count_ticks(axis.xaxis, min(counts), max(counts))
-    low, high = axis.get_ylim()
-    axis.set_ylim(low - 0.2 * (high - low), high + 0.05 * (high - low))  # below is room for the legend
     axis.set_xlabel("trainable parameters (log scale)", fontsize=11)
     axis.set_ylabel("test questions right, %", fontsize=11)
-    axis.legend(frameon=False, fontsize=9, ncols=2, loc="lower center")
+    axis.legend(fontsize=9, ncols=2, loc="lower center", edgecolor="none")
     about = "bars: standard error (mostly that of the questions, which all share)\n"
     about += "open markers: best learning rate at an end of those tried"
     axis.set_title(f"{heading(done, suite).replace(': ', chr(10))}\n{about}", fontsize=10)
@@ -403,7 +444,7 @@ def sections(results: Path) -> list[str]:
         parts.append(f"### {heading(done, suite)}")
         if found := scores(done, suite):
             parts += [verdict_text(done, suite), table(done, suite), f"![{suite}](results/grpo/{picture(suite)})"]
-            notes = [seeds_text(found), ends_text(found), cut_text(found)]
+            notes = [fell_text(found), seeds_text(found), ends_text(found), cut_text(found)]
             parts += [training_table(done, suite), " ".join(note for note in notes if note)]
         parts += [text for text in (missing_text(done, suite), tuning_table(done, suite)) if text]
         if lost := diverged(done, suite):

@@ -7,7 +7,7 @@ stands in README.md between the two markers that name it.
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import eight_bit, frontier_words, preference, real_training
+from benchmarks.report import eight_bit, frontier_words, grpo_words, preference, real_training
 from benchmarks.report.markdown import grid, number, with_table
 from benchmarks.report.measurements import LABELS, LENGTH, MODES, TOKENS, by_provider, newest_headline, read
 
@@ -68,6 +68,7 @@ def filled(text: str, results: Path) -> str:
         "real training": real_training.newest_table(results),
         "8 bits": eight_bit.newest(results),
         "preferences": preference.newest(results),
+        "reinforcement by size": grpo_words.readme(results / "grpo"),
         "by size": frontier_words.readme(results / "frontier"),
     }
     for name, content in tables.items():

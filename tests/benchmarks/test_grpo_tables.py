@@ -40,10 +40,10 @@ def test_without_results_there_is_nothing(tmp_path):
 @pytest.mark.parametrize(
     ("accuracy", "options", "outcome", "words"),
     [
-        (0.305, {}, "within", "by GRPO it is within a point of LoRA r=8, +0.5"),
-        (0.2, {}, "below", "by GRPO it is more than a point below LoRA r=8, -10.0"),
-        (0.4, {}, "above", "by GRPO it is more than a point above LoRA r=8, +10.0"),
-        (0.3, {"noise": 0.5}, "undecided", "by GRPO it is undecided whether it is within a point of LoRA r=8, "),
+        (0.305, {}, "within", "By GRPO it is within a point of LoRA r=8: +0.5"),
+        (0.2, {}, "below", "By GRPO it is more than a point below LoRA r=8: -10.0"),
+        (0.4, {}, "above", "By GRPO it is more than a point above LoRA r=8: +10.0"),
+        (0.3, {"noise": 0.5}, "undecided", "By GRPO it is undecided whether it is within a point of LoRA r=8: "),
         (0.3, {"number": 1}, "within", "(of one seed: how far seeds spread is not in it)."),
     ],
 )
@@ -88,7 +88,7 @@ def test_the_answer_is_of_the_row_that_was_best_in_tuning_and_of_small_rows_alon
     answer = grpo_verdicts.answer(found)
     assert answer is not None
     assert answer.ours.row == "lsr_10k", "not the one that the test part prefers"
-    assert "the row that did best in tuning is LSR-Adapt r=1 s=1 on q, v, down, with 0.2 %" in page(tmp_path)
+    assert "the row that did best in tuning is LSR-Adapt r=1 s=1 on q, v and down, with 0.2 %" in page(tmp_path)
 
 
 def test_grpo_is_compared_with_sft_of_the_same_row(tmp_path):
@@ -140,7 +140,7 @@ def test_sft_alone_has_its_table_and_its_figure(tmp_path):
     write(tmp_path, base())
     write_rows(tmp_path, trainings=("sft",))
     text = page(tmp_path)
-    assert "is not known: it was not run." in text
+    assert "LoRA r=8 has no accuracy." in text
     assert "| LoRA r=8 | 4,399,104 | 100.0 |  |  | 30.0 (30.0, 30.0) |  |  |  |" in text
     assert drawn(tmp_path) == [f"{NAME}.png"]
 
@@ -148,7 +148,7 @@ def test_sft_alone_has_its_table_and_its_figure(tmp_path):
 def test_grpo_without_the_reference_has_no_verdict(tmp_path):
     write(tmp_path, tuned("grpo", "lsr_60k"), seeds("grpo", "lsr_60k", 0.3))
     text = page(tmp_path)
-    assert "is not known: it was not run." in text
+    assert "LoRA r=8 has no accuracy." in text
     assert "| **LSR-Adapt r=6 s=1** | 60,000 |  | 30.0 (30.0, 30.0) |" in text
     assert drawn(tmp_path) == [f"{NAME}.png"]
 
@@ -188,7 +188,7 @@ def test_an_end_that_seeds_were_trained_at_is_marked(tmp_path):
 
 def test_the_share_that_was_cut_is_shown_or_said_not_to_be_known(tmp_path):
     write_rows(tmp_path)
-    assert "| LoRA r=8 | 2 | 2 | 0.0003 | 0.0045 | 2.0 | 95 | 10.0 |" in page(tmp_path)
+    assert "| LoRA r=8 | 2 | 2 | 0.0003 | 0.0045 | 2.0 | 0.200, 0.200 | 95 to 95 of 256 | 10.0 |" in page(tmp_path)
     assert "was not kept" not in page(tmp_path)
     write(tmp_path, seeds("grpo", "lora_8", 0.3, cut=None))
     assert "cut at the longest length was not kept for LoRA r=8." in page(tmp_path)

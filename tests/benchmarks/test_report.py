@@ -25,6 +25,7 @@ from benchmarks.report import (
 )
 from benchmarks.speed import real_training as speed_real_training
 from benchmarks.speed.providers import PROVIDERS
+from tests.helpers import grpo_trials
 from tests.helpers.frontier_trials import made_up, write
 
 THROUGHPUT = ALL_RESULTS / "throughput"
@@ -96,6 +97,22 @@ def test_a_changed_loss_is_noticed(tmp_path, capsys):
         (results / "parametrization" / path.name).write_text(json.dumps(content))
     plots_of_the_guide = [f"parametrization/{name}.png" for name in ("ablations", "terms", "width")]
     assert stale(results, capsys) == ["GUIDE.md", *plots_of_the_guide]
+
+
+def test_reinforcement_by_size_makes_every_page_and_the_figure(tmp_path, capsys):
+    results = results_without("grpo", tmp_path)
+    for row in ("lora_8", "lsr_60k"):
+        grpo_trials.write(results / "grpo", grpo_trials.tuned("grpo", row), grpo_trials.seeds("grpo", row, 0.3))
+    assert stale(results, capsys) == [
+        "GUIDE.md",
+        "README.md",
+        "benchmarks/RESULTS.md",
+        f"grpo/{grpo_trials.SUITE.prefix}.png",
+    ]
+    texts = {str(path.relative_to(ROOT)): text for path, text in pages.all_pages(results).items()}
+    assert "LSR-Adapt r=6 s=1, with 1.4 % of LoRA r=8's parameters, is within a point of it" in texts["README.md"]
+    assert "it is within a point of LoRA r=8" in texts["GUIDE.md"]
+    assert "The default rate, 1e-4, was not tuned." not in texts["GUIDE.md"]
 
 
 def test_a_frontier_makes_every_page_the_figure_and_what_plan_reads(tmp_path, capsys):

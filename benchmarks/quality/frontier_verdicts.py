@@ -184,6 +184,17 @@ def by_suite(found: Iterable[Verdict]) -> list[Verdict]:
     ]
 
 
+def variants(scores: Iterable[Score]) -> list[Verdict]:
+    """Return each row with another start or optimizer beside the same row without; a suite's are a family of their own.
+
+    First is the row with it, so that a difference below 0 is what it brought.
+    """
+    rows = compared(scores)
+    plain = {(score.suite, score.size, score.row): score for score in rows}
+    pairs = [(score, plain.get((score.suite, score.size, score.row.partition("+")[0]))) for score in rows]
+    return by_suite(compare(score, other) for score, other in pairs if other is not None and other is not score)
+
+
 def by_accuracy(found: Sequence[Verdict]) -> list[tuple[Verdict, Estimate, float]]:
     """Return a suite's comparisons with the difference of their accuracies and its p, corrected for their number."""
     pairs = [(one, one.accuracy) for one in found]

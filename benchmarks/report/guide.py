@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.quality import ablations, glue, sequential, trials, vision
-from benchmarks.report import commonsense_tables, frontier_words, grpo_words
+from benchmarks.report import commonsense_tables, frontier_variants, frontier_words, grpo_words
 from benchmarks.report.markdown import with_table
 from benchmarks.report.readme import scaling_table
 
@@ -117,6 +117,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "accuracy": accuracy_table,
     "by size": lambda results: frontier_words.guide(results / "frontier"),
     "reinforcement by size": lambda results: grpo_words.guide(results / "grpo"),
+    "starts and optimizers": lambda results: frontier_variants.guide(results / "frontier"),
     "sizes": sizes_table,
     "widths": width_table,
     "vision": functools.partial(trial_table, "vision", vision.PROVIDERS),

@@ -9,6 +9,7 @@ from benchmarks.report import (
     export_tables,
     fp8_tables,
     frontier_tables,
+    frontier_variants,
     grpo_tables,
     preference,
     real_training,
@@ -360,6 +361,7 @@ def page(results: Path) -> str:
     parts += real_models(results / "real_model")
     parts += fp8_tables.sections(results)
     parts += frontier_tables.sections(results / "frontier")
+    parts += frontier_variants.section(results / "frontier")
     parts += grpo_tables.sections(results / "grpo")
     if (results / "variants").is_dir():
         parts += ["## Variants of the methods", (variants.__doc__ or "").strip(), variants.table(results / "variants")]

@@ -6,7 +6,7 @@ import pytest
 from benchmarks.quality import frontier_verdicts
 from benchmarks.quality.frontier_rows import ROWS
 from benchmarks.quality.rate_trials import packed_bits
-from benchmarks.report import frontier_tables, frontier_words
+from benchmarks.report import frontier_tables, frontier_variants, frontier_words
 from tests.helpers.frontier_trials import SUITE, TOKENS, made_up, write
 
 OTHER = ("smollm2", "gsm8k", "nf4")
@@ -235,3 +235,42 @@ def test_rows_of_one_rate_are_said_to_be(tmp_path):
     write(tmp_path, made_up("60k", "lora_modules", 0.0), made_up("60k", "lsr_2_2", -0.05))
     assert "Each row was tuned over one rate. " in frontier_words.guide(tmp_path)
     assert "differ in their parameters by up to 0 %" in frontier_words.guide(tmp_path)
+
+
+def test_what_a_start_or_optimizer_brought_is_its_row_less_the_same_row_without(tmp_path):
+    assert frontier_variants.guide(tmp_path) == ""
+    rows = {
+        "lsr_2_2": 0.0,
+        "lsr_2_2+rite": -0.1,
+        "lsr_2_2+gradient": 0.0,
+        "lora_modules": 0.0,
+        "lora_modules+plus": 0.1,
+    }
+    write(tmp_path, *(made_up("60k", row, shift) for row, shift in rows.items()))
+    write(tmp_path, made_up("60k", "kron_lora+pro", -0.1))  # without the same row without it
+    write(tmp_path, diverged(made_up("60k", "lora_modules+pro", 0.0)), made_up("300k", "lsr_8_5+rite", 0.0, seeds=1))
+    found = frontier_verdicts.load(tmp_path)
+    verdicts = frontier_verdicts.variants(found.scores)
+    assert [(one.ours.row, one.theirs.row, one.separates) for one in verdicts] == [
+        ("lora_modules+plus", "lora_modules", True),
+        ("lsr_2_2+gradient", "lsr_2_2", False),
+        ("lsr_2_2+rite", "lsr_2_2", True),
+    ]
+    assert [one.corrected_p for one in verdicts] == frontier_verdicts.holm([one.estimate.p for one in verdicts])
+    assert verdicts[2].difference == pytest.approx(-0.1, abs=0.01)
+    page = "\n".join(frontier_variants.section(tmp_path))
+    assert "| 60k | LSR-Adapt r=2 s=2 | by LoRA-RITE | -0." in page
+    assert "| < 0.0001 | better |" in page
+    assert "| worse |" in page
+    assert "not compared: LoRA r=1 on q, v by LoRA-Pro at 60k (SmolLM2-135M, five commonsense tasks" in page
+    text = frontier_variants.guide(tmp_path)
+    assert "|  | from the gradient | by LoRA-RITE | by LoRA+ |" in text
+    assert (
+        f"| LSR-Adapt r=2 s=2 at 60k | {verdicts[1].difference:+.4f} | **{verdicts[2].difference:+.4f}** |  |" in text
+    )
+
+
+def test_there_is_no_table_of_starts_and_optimizers_without_any(tmp_path):
+    write(tmp_path, made_up("60k", "lora_modules", 0.0), made_up("60k", "lsr_2_2", 0.0))
+    assert frontier_variants.guide(tmp_path) == ""
+    assert frontier_variants.section(tmp_path) == []

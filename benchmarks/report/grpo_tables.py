@@ -274,9 +274,8 @@ def ends_text(found: Sequence[Score]) -> str:
     names = [f"{label(s.row)} by {TRAINING_NAMES[s.training]}" for s in found if s.is_at_end]
     if not names:
         return "Every best rate lies between two others."
-    return (
-        f"The best rate is the first or the last that was tried, a better one may lie beyond, for {'; '.join(names)}."
-    )
+    whose = "; ".join(names)
+    return f"The best rate is the first or the last that was tried, and a better one may lie beyond, for {whose}."
 
 
 def fell_text(found: Sequence[Score]) -> str:

@@ -21,7 +21,6 @@ from benchmarks.quality.grpo_verdicts import (
     answer,
     chosen,
     of_row,
-    over_base,
     scores,
     suites,
     tried,
@@ -77,8 +76,11 @@ def _short(done: Results, suite: str, one: Verdict) -> str:
         f"r=8's parameters, {beside}: {_percent(ours)} of the test questions "
         f"are right beside {_percent(reference)}, {points(one.estimate)} points{seeds_known(one)}. "
     )
-    text += f"{fell} " if (fell := fell_text([ours, reference])) else ""
-    text += f"{learned_text(done, one)} " if over_base(done, reference) is not None else ""
+    parts = [learned_text(done, one).removesuffix(".")]
+    if fallen := [label(score.row) for score in (ours, reference) if score.fell]:
+        parts.append(f"by the end the reward of {listed(fallen)} had fallen")
+    if said := "; ".join(part for part in parts if part):
+        text += f"{said[0].upper()}{said[1:]}. "
     found = accuracies_of(done, suite)
     of_sft, of_lora = (found.get(("sft", row)) for row in (ours.row, REFERENCE))
     if of_sft is not None and of_lora is not None:
@@ -177,7 +179,11 @@ def rates_text(done: Results, suite: str) -> str:
     if not found:
         return ""
     steps = _tuning_steps(done, suite)
-    words = [f"{label(row)} {_rate(rate)}{' (end)' if end else ''}" for row, (rate, end) in found.items()]
+    fell = {score.row for score in scores(done, suite) if score.training == "grpo" and score.fell}
+    words = []
+    for row, (rate, end) in found.items():
+        notes = [note for note, holds in (("end", end), ("fell later", row in fell)) if holds]
+        words.append(f"{label(row)} {_rate(rate)}{f' ({listed(notes)})' if notes else ''}")
     text = f"The rates that were best by GRPO, by the reward after {steps} steps: {'; '.join(words)}"
     if any(end for _, end in found.values()):
         text += " (at an end of those tried one beyond may be better)"

@@ -12,7 +12,7 @@ from lsr_scale import adapters
 from lsr_scale.adapters.inject import inject
 from lsr_scale.adapters.peft import in_out_features
 from lsr_scale.errors import UserError
-from lsr_scale.planning.evidence import Row
+from lsr_scale.planning.evidence import Tuned
 
 MAX_RANK, MAX_TERMS = 256, 48
 # what makes a method larger; KronA's size follows from the layers alone
@@ -94,7 +94,7 @@ def largest(
 
 
 def fitted(
-    row: Row, num_layers: int, modules: Sequence[Module], budget: int, targets: list[str] | str
+    row: Tuned, num_layers: int, modules: Sequence[Module], budget: int, targets: list[str] | str
 ) -> tuple[dict[str, Any], int] | None:
     """Return a measured adapter's options on a model's modules, of the largest size within a budget.
 

@@ -15,7 +15,7 @@ from lsr_scale.errors import UserError
 from lsr_scale.model import DTYPES, load_config, meta_model
 from lsr_scale.planning import evidence
 from lsr_scale.planning.at_size import Module, adapted_modules, fitted
-from lsr_scale.planning.evidence import Comparison, Row, Size, Suite
+from lsr_scale.planning.evidence import Comparison, Row, Size, Suite, Tuned
 from lsr_scale.planning.rules import NARROW, Proposal, by_rule, scaled_rate
 
 # where the losses of two do not separate the earlier one is proposed: PEFT's own, which all programs take; exact pairs
@@ -145,14 +145,17 @@ def _by_evidence(
 ) -> tuple[list[Proposal], Measured, str, list[str]] | None:
     """Return proposals by what was measured nearest to the budget, with reason and notes; None where nothing fits."""
     share = budget / lora_8
-    near = evidence.nearest_first(evidence.load(), share, quantization, lora_8)
+    near = evidence.nearest_first(evidence.load(), share, quantization, hidden)
+
+    def fit(row: Tuned, suite: Suite) -> tuple[dict[str, Any], int] | None:
+        if row.method == "tinylora" and quantization != "none":
+            return None
+        return fitted(row, suite.num_layers, modules, budget, targets)
+
     for suite, size in near:
         fitting: dict[str, Proposal] = {}
         for row in size.rows:
-            if row.method == "tinylora" and quantization != "none":
-                continue
-            found = fitted(row, suite.num_layers, modules, budget, targets)
-            if found is not None:
+            if (found := fit(row, suite)) is not None:
                 fitting[row.row] = _proposal(row, *found, budget, hidden, targets)
         rows = [row for row in size.rows if row.row in fitting]
         if not rows:
@@ -171,8 +174,18 @@ def _by_evidence(
         named = " and ".join(row.row for row in (chosen, other) if row is not None)
         notes = [f"carried by {named} at {size.name} in benchmarks/results/frontier"]
         notes += _notes(suite, size, share, hidden)
+        notes += _of_another_size(suite, size, fitting[chosen.row].parameters / lora_8)
+        lower = [row for row in size.not_compared if row.tuned < chosen.tuned and fit(row, suite) is not None]
+        notes += [_not_compared(chosen, lower)] if lower else []
         notes += [_elsewhere(*pair) for pair in near if pair[0] is not suite]
-        return list(proposals.values()), measured, _reason(chosen, other, comparison, suite), notes
+        reason = _reason(chosen, other, comparison, suite)
+        for texts, of_texts in near:
+            alike = (texts.model, texts.base) == (suite.model, suite.base) and texts is not suite
+            if alike and of_texts.times(share) <= evidence.FAR:
+                here = [row for row in of_texts.rows if fit(row, texts) is not None]
+                if here and (there := _chosen(here)[0]).method != chosen.method:
+                    reason += _disagreement(suite, texts, there)
+        return list(proposals.values()), measured, reason, notes
     return None
 
 
@@ -233,6 +246,34 @@ def _notes(suite: Suite, size: Size, share: float, hidden: int) -> list[str]:
     else:
         notes.append(rates)
     return notes
+
+
+def _of_another_size(suite: Suite, size: Size, share: float) -> list[str]:
+    """Return that the proposed adapter, which fills a part of the budget, is of another size than was measured."""
+    nearest = suite.nearest(share)
+    if nearest is size:
+        return []
+    return [
+        f"the evidence is of {100 * size.share:.2g} % of LoRA r=8's parameters; the proposed adapter has "
+        f"{100 * share:.2g} % of them, nearer to {100 * nearest.share:.2g} %, which was measured too: --budget with "
+        "its number of parameters proposes by that"
+    ]
+
+
+def _not_compared(chosen: Row, rows: list[Tuned]) -> str:
+    """Return in a sentence which rows that are not compared lost less than the proposed one where rates are chosen."""
+    texts = [
+        f"{row.label} ({row.tuned:.4f}; {'a seed of it diverged' if row.diverged else 'without two seeds'})"
+        for row in sorted(rows, key=lambda row: row.tuned)
+    ]
+    lost = f"lost less than {chosen.label} ({chosen.tuned:.4f} nats) where rates are chosen, and"
+    return f"{' and '.join(texts)} {lost} cannot be compared on the test part"
+
+
+def _disagreement(suite: Suite, other: Suite, there: Row) -> str:
+    why = "was measured at more sizes" if len(suite.sizes) > len(other.sizes) else "comes first in the results"
+    text = f"the kinds of text do not agree: on {other.texts} {there.label} would be proposed"
+    return f"; {text}, and {suite.texts} is taken as it {why}"
 
 
 def _elsewhere(suite: Suite, size: Size) -> str:

@@ -1,7 +1,8 @@
 """What was measured of adapters by their size: `frontier.json`, made of the committed results by `benchmarks.report`.
 
 A suite is a model, a kind of text and a way to hold the base; at each of its sizes every row is an adapter that was
-tuned and then trained with several seeds. Its score is the negative log-likelihood of held-out right answers, in nats a
+tuned and then trained with several seeds; those that were only tuned, or of which a seed diverged, are beside them. A
+row's score is the negative log-likelihood of held-out right answers, in nats a
 token. Sizes are shares of the parameters that LoRA of rank 8 has on all linears of the model, so that they can be
 carried to another one.
 """
@@ -45,8 +46,8 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class Row:
-    """One adapter at one size.
+class Tuned:
+    """One adapter at one size, of which rates were tried.
 
     Attributes:
         row: Its name in the results.
@@ -57,10 +58,9 @@ class Row:
         optimizer: `training.optim`, None for AdamW.
         parameters: Trained ones.
         rate: The learning rate that was best.
-        nats: A token of held-out right answers, over all seeds.
-        error: Its standard error.
-        seeds: How many.
-        over: By the name of each row with a lower loss: the comparison with it.
+        tuned: Nats a token at that rate, on the part that rates are chosen on.
+        seeds: How many were trained at it.
+        diverged: How many of them diverged.
     """
 
     row: str
@@ -71,19 +71,34 @@ class Row:
     optimizer: str | None
     parameters: int
     rate: float
+    tuned: float
+    seeds: int
+    diverged: int
+
+
+@dataclass(frozen=True)
+class Row(Tuned):
+    """One adapter at one size that is compared.
+
+    Attributes:
+        nats: A token of held-out right answers, over all seeds.
+        error: Its standard error.
+        over: By the name of each row with a lower loss: the comparison with it.
+    """
+
     nats: float
     error: float
-    seeds: int
     over: dict[str, Comparison]
 
 
 @dataclass(frozen=True)
 class Size:
-    """The rows at a size, the lowest loss first; `share` is of LoRA r=8's parameters."""
+    """The rows at a size, the lowest loss first, and those not compared; `share` is of LoRA r=8's parameters."""
 
     name: str
     share: float
     rows: list[Row]
+    not_compared: list[Tuned]
 
     def times(self, share: float) -> float:
         """Return by which factor, from 1 on, another share is larger or smaller."""
@@ -123,30 +138,34 @@ def _read(file: Path) -> list[Suite]:
 
 
 def _suite(values: dict[str, Any]) -> Suite:
-    sizes = [Size(size["name"], size["share"], [_row(row) for row in size["rows"]]) for size in values["sizes"]]
-    return Suite(**{**values, "sizes": sizes})
+    return Suite(**{**values, "sizes": [_size(size) for size in values["sizes"]]})
+
+
+def _size(values: dict[str, Any]) -> Size:
+    rows = [_row(row) for row in values["rows"]]
+    return Size(values["name"], values["share"], rows, [Tuned(**row) for row in values["not_compared"]])
 
 
 def _row(values: dict[str, Any]) -> Row:
     return Row(**{**values, "over": {name: Comparison(*numbers) for name, numbers in values["over"].items()}})
 
 
-def nearest_first(suites: Sequence[Suite], share: float, quantization: str, lora_8: int) -> list[tuple[Suite, Size]]:
+def nearest_first(suites: Sequence[Suite], share: float, quantization: str, hidden: int) -> list[tuple[Suite, Size]]:
     """Return every suite with its size nearest to a share; first those that are nearest to a run.
 
     That is, in this order: a size that is not far, and else the nearest; a base that is held alike (quantized or not);
-    a model of like size; more rows to choose among.
+    a model of like width; more measured sizes, which budgets near each other have alike.
 
     Args:
         suites: What was measured.
         share: The budget, as a share of LoRA r=8's parameters on the run's model.
         quantization: The run's `model.quantization`.
-        lora_8: LoRA r=8's parameters there.
+        hidden: Its hidden size.
     """
 
     def distance(pair: tuple[Suite, Size]) -> tuple[float, bool, float, int]:
         suite, size = pair
         unlike = (suite.base == "none") != (quantization == "none")
-        return max(FAR, size.times(share)), unlike, abs(math.log(lora_8 / suite.lora_8)), -len(size.rows)
+        return max(FAR, size.times(share)), unlike, abs(math.log(hidden / suite.hidden_size)), -len(suite.sizes)
 
     return sorted(((suite, suite.nearest(share)) for suite in suites if suite.sizes), key=distance)

@@ -76,6 +76,7 @@ class Score(Row):
         right: `[seeds, questions]`, whether each was answered rightly, so weighted that the mean is the accuracy; None
             for texts without choices.
         accuracy: Mean over seeds and tasks, None for texts without choices.
+        worse_than_base: How many seeds lost more than the base without an adapter: they diverged, and ended finite.
     """
 
     nats: float
@@ -83,6 +84,7 @@ class Score(Row):
     tokens: np.ndarray
     right: np.ndarray | None
     accuracy: float | None
+    worse_than_base: int
 
     @property
     def error(self) -> float:
@@ -149,9 +151,11 @@ def rows(done: Results) -> list[Row]:
 def _scored(done: Results, suite: Suite, results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     tokens, losses = answer_tokens(done, suite), np.array([unpacked(r["losses"]) for r in results])
     accuracies = [r["accuracy"] for r in results]
+    base = done["-".join(suite) + "-base-test"]["nll"]
     return {
         **{"nats": estimates.mean(losses, tokens).value, "losses": losses, "tokens": tokens},
         **{"right": right_of(results), "accuracy": None if None in accuracies else float(np.mean(accuracies))},
+        "worse_than_base": int((losses.sum(1) / tokens.sum() > base).sum()),
     }
 
 

@@ -50,7 +50,7 @@ def row(score: Score, over: list[Verdict]) -> dict[str, Any]:
     numbers = {one.theirs.row: (one.difference, *one.estimate.interval, one.corrected_p) for one in over}
     return {
         **about_row(score),
-        **{"nats": round(score.nats, 5), "error": round(score.error, 5)},
+        **{"nats": round(score.nats, 5), "error": round(score.error, 5), "worse_than_base": score.worse_than_base},
         "over": {name: [float(f"{number:.3g}") for number in of_one] for name, of_one in numbers.items()},
     }
 

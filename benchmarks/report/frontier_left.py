@@ -45,6 +45,9 @@ def left(found: Frontier, suite: Suite) -> str:
     if diverged:
         text = f"Not compared, as a seed diverged: {by_name(dict.fromkeys(diverged), ours=False)}"
         parts.append(f"{text}{_would(row for row in would if row.diverged)}.")
+    if worse := [(name(score, score.row), score.size) for score in found.of(suite) if score.worse_than_base]:
+        ended = by_name(dict.fromkeys(worse), ours=False)
+        parts.append(f"Compared, though a seed ended with more loss than the base alone has: {ended}.")
     if others := _at_other_rates(found, suite):
         parts.append(f"Seeds at another rate than the best one are not counted: {by_name(others, ours=False)}.")
     if not (missing or empty or tuned or diverged):

@@ -39,9 +39,14 @@ def score_table(found: Frontier, suite: Suite) -> list[str]:
             name = f"**{label(score)}**" if score.is_ours else label(score)
             lines.append(
                 f"| {size} | {name} | {score.parameters:,} | {score.nats:.4f} ({score.error:.4f}) | "
-                f"{_percent(score.accuracy)} | {score.seeds} | {score.rate:g}{' (end)' if score.is_at_end else ''} |"
+                f"{_percent(score.accuracy)} | {_seeds(score)} | {score.rate:g}{' (end)' if score.is_at_end else ''} |"
             )
     return lines
+
+
+def _seeds(score: Score) -> str:
+    worse = score.worse_than_base
+    return f"{score.seeds}{f', {worse} of them with more loss than the base' if worse else ''}"
 
 
 def _percent(share: float | None) -> str:

@@ -202,15 +202,16 @@ def _chosen(rows: list[Row]) -> tuple[Row, Row | None]:
     """Return the row to propose, and the one that it is compared with, None where there is no other method.
 
     Proposed is the simplest of those that do not separate from the lowest, and compared with that; the lowest itself is
-    compared with the lowest of another method.
+    compared with the lowest of another method. A row of which a seed ended worse than the base hardly separates
+    from anything, so far do its seeds spread: it is no simpler choice.
     """
     lowest = rows[0]
-    even = [lowest, *(row for row in rows[1:] if not row.over[lowest.row].separates)]
+    even = [row for row in rows[1:] if not row.over[lowest.row].separates and not row.worse_than_base]
 
     def simplicity(row: Row) -> tuple[int, bool, bool, float]:
         return SIMPLEST.index(row.method), row.optimizer is not None, "init" in row.options, row.nats
 
-    chosen = min(even, key=simplicity)
+    chosen = min([lowest, *even], key=simplicity)
     if chosen is not lowest:
         return chosen, lowest
     return chosen, next((row for row in rows if row.method != chosen.method), None)

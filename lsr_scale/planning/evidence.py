@@ -83,11 +83,13 @@ class Row(Tuned):
     Attributes:
         nats: A token of held-out right answers, over all seeds.
         error: Its standard error.
+        worse_than_base: How many of its seeds lost more than the base without an adapter.
         over: By the name of each row with a lower loss: the comparison with it.
     """
 
     nats: float
     error: float
+    worse_than_base: int
     over: dict[str, Comparison]
 
 

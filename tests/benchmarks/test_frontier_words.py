@@ -274,3 +274,14 @@ def test_there_is_no_table_of_starts_and_optimizers_without_any(tmp_path):
     write(tmp_path, made_up("60k", "lora_modules", 0.0), made_up("60k", "lsr_2_2", 0.0))
     assert frontier_variants.guide(tmp_path) == ""
     assert frontier_variants.section(tmp_path) == []
+
+
+def test_a_seed_that_ended_worse_than_the_base_is_said(tmp_path):
+    """Its row separates from nothing, as its seeds spread: that alone would hide what happened."""
+    *kept, lost = made_up("60k", "lsr_2_2", -0.05)
+    (worse,) = [r for r in made_up("60k", "lsr_2_2", 6.0) if r["seed"] == lost["seed"]]
+    write(tmp_path, made_up("60k", "lora_modules", 0.0), [*kept, worse])
+    line = only_line(tmp_path)
+    assert "do not separate at 60k" in line
+    assert "Compared, though a seed ended with more loss than the base alone has: LSR-Adapt at 60k." in line
+    assert "| 3, 1 of them with more loss than the base |" in "\n".join(frontier_tables.sections(tmp_path))

@@ -203,3 +203,11 @@ def test_a_proposed_adapter_of_another_size_than_the_evidence_is_said(measured):
     own = propose(MISTRAL, result.proposals[0].parameters)
     assert (own.measured.size, own.proposals[0].options["rank"]) == ("300k", 1)
     assert not any("the evidence is of" in note for note in own.notes)
+
+
+def test_a_row_that_ended_worse_than_the_base_once_is_not_proposed_as_the_simpler_one(measured):
+    *kept, lost = made_up("60k", "lora_modules", 0.0)
+    (worse,) = [r for r in made_up("60k", "lora_modules", 6.0) if r["seed"] == lost["seed"]]
+    measured([*kept, worse], made_up("60k", "lsr_2_2", -0.05))
+    result = propose(SMOLLM2, 64_000)
+    assert (result.proposals[0].method, result.measured.difference.separates) == ("lsr", False)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from lsr_scale.config import RunConfig
 
+_MISSING = 8  # sources that are named
 _LARGEST = 10**9  # of what is counted on the command line
 BASE_HELP = "the base model, where it lies elsewhere than when the run began"
 
@@ -127,17 +128,36 @@ def read_run(args: argparse.Namespace) -> "tuple[RunConfig, dict[str, Any]]":
     return read_run(find_file(args), args.set)
 
 
-def first_trial(args: argparse.Namespace) -> "RunConfig":
-    """Return the run, as `load_run`; of a sweep its first trial's, which is said."""
+def one_trial(args: argparse.Namespace, name: str | None) -> "RunConfig":
+    """Return the run, as `load_run`; of a sweep a trial's, by its name, or the first one's, which is said.
+
+    Raises:
+        UserError: for a name that is no trial's; `load_run`'s.
+    """
     from lsr_scale.config.run import load_run
     from lsr_scale.config.trials import is_sweep, read_sweep
+    from lsr_scale.data.source_check import missing_of
 
     file = find_file(args)
     if not is_sweep(file, args.set):
+        if name is not None:
+            raise UserError(f"--trial {name}: {file} has no section sweep, so it is one run; leave it out")
         return load_run(file, args.set)
-    trials = read_sweep(file, args.set).trials
-    print(one_screen(f"note: the first of {len(trials)} trials: {trials[0].name}"), file=sys.stderr)
-    return trials[0].run
+    sweep = read_sweep(file, args.set)
+    if name is not None:
+        return sweep.trial(name).run
+    first, number = sweep.trials[0], len(sweep.trials)
+    others = f"; another: --trial {sweep.trials[1].name}" if number > 1 else ""
+    print(one_screen(f"note: the first of {number} trials: {first.name}{others}"), file=sys.stderr)
+    note_missing(missing_of(sweep.trials[1:], sweep))
+    return first.run
+
+
+def note_missing(lines: "list[str]") -> None:
+    """Say which sources of rows are not there: a screen of them, one line each."""
+    shown = [*lines[:_MISSING], *([f"... and {len(lines) - _MISSING} more"] if len(lines) > _MISSING else [])]
+    for line in shown:
+        print(one_screen(f"note: {line}"), file=sys.stderr)
 
 
 def find_file(args: argparse.Namespace) -> "Path":

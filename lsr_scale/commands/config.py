@@ -4,7 +4,7 @@ import argparse
 import json
 from typing import TYPE_CHECKING
 
-from lsr_scale.commands.arguments import Parser, add_run_arguments, find_file, names_run
+from lsr_scale.commands.arguments import Parser, add_run_arguments, find_file, names_run, note_missing
 from lsr_scale.errors import UserError
 
 if TYPE_CHECKING:
@@ -39,13 +39,17 @@ def run(args: argparse.Namespace) -> int:
     else:
         from lsr_scale.config.run import read_run
         from lsr_scale.config.trials import is_sweep, read_sweep
+        from lsr_scale.data.source_check import missing_of, missing_sources
 
         file = find_file(args)
         if is_sweep(file, args.set):
-            print(_of_sweep(read_sweep(file, args.set), args.all), end="")
+            sweep = read_sweep(file, args.set)
+            print(_of_sweep(sweep, args.all), end="")
+            note_missing(missing_of(sweep.trials, sweep))
             return 0
         resolved, written = read_run(file, args.set)
         print(config.dump_yaml(resolved) if args.all else config.difference(resolved, written).to_yaml(), end="")
+        note_missing([f"{file}: {key}: {text}" for key, text in missing_sources(resolved)])
     return 0
 
 

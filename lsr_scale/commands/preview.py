@@ -3,7 +3,7 @@
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from lsr_scale.commands.arguments import Parser, add_run_arguments, count, first_trial
+from lsr_scale.commands.arguments import Parser, add_run_arguments, count, one_trial
 from lsr_scale.screen import Screen
 
 if TYPE_CHECKING:
@@ -13,6 +13,7 @@ HELP = "Show a few training samples as they are trained on, what of them is supe
 EXAMPLES = (
     "lsr-scale preview run.yaml",
     "lsr-scale preview mistral_lsr --samples 1",
+    "lsr-scale preview smollm2_sweep --trial lr=0.001,rank=8",
 )
 SUPERVISED, CONTEXT, STYLE = "> ", "  ", "green"
 
@@ -21,11 +22,12 @@ def add_arguments(parser: Parser) -> None:
     """Add the command's options."""
     add_run_arguments(parser)
     parser.add_argument("--samples", type=count, default=3)
+    parser.add_argument("--trial", metavar="NAME", help="of a sweep, the trial whose rows are shown; else its first")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; return the exit status."""
-    config = first_trial(args)
+    config = one_trial(args, args.trial)
 
     from rich.text import Text
 

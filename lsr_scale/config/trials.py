@@ -43,13 +43,16 @@ class TrialPlan:
 class Sweep:
     """A sweep's section, its trials, and the run that they change: its sections as written, and resolved.
 
-    `base` is None where the run is none without what the trials add, such as their data.
+    `base` is None where the run is none without what the trials add, such as their data. `where` is the file or
+    whatever they come from, and `places` has where each value stands.
     """
 
     section: SweepSection
     trials: list[TrialPlan]
     written: dict[str, Any]
     base: RunConfig | None
+    where: str = "run"
+    places: yaml_text.Places = dataclasses.field(default_factory=dict, repr=False)
 
     @property
     def output_dir(self) -> str | None:
@@ -65,6 +68,26 @@ class Sweep:
     def notes(self) -> list[str]:
         """Return what a user should know before trials are compared, a line each."""
         return comparison_notes(self.runs, self.scored_by())
+
+    def trial(self, name: str) -> TrialPlan:
+        """Return the trial of a name.
+
+        Raises:
+            UserError: if there is none.
+        """
+        for trial in self.trials:
+            if trial.name == name:
+                return trial
+        near = did_you_mean(name, [trial.name for trial in self.trials])
+        raise UserError(f"{self.where}: no trial is called {name!r:.100}; {near}")
+
+    def place_of(self, trial: TrialPlan, key: str) -> str:
+        """Return where a trial's value of a dotted key of the run stands."""
+        changed = next(
+            (one for one in trial.changes if f"{key}.".startswith(f"{one}.") or one.startswith(f"{key}.")), ""
+        )
+        path = _place_in(self.section, changed, trial.changes[changed]) if changed else tuple(key.split("."))
+        return yaml_text.place_of(path, self.places, self.where)
 
     @property
     def runs(self) -> list[RunConfig]:
@@ -108,7 +131,7 @@ def _sweep(data: dict[str, Any], where: str, places: yaml_text.Places, folder: P
     base = None
     with contextlib.suppress(UserError):
         base = validate(copy.deepcopy(written), where, places, folder)
-    return Sweep(section, trials_of(written, section, where, places, folder), written, base)
+    return Sweep(section, trials_of(written, section, where, places, folder), written, base, where, places)
 
 
 def _section(data: dict[str, Any], where: str, places: yaml_text.Places) -> SweepSection:

@@ -56,6 +56,7 @@ def load_rows(
     """
     if limit is not None and limit < 1:
         raise UserError(f"data source {path!r}: expected limit of at least 1, got {limit}")
+    check_is_there(path)
     if path.startswith("builtin:"):
         _refuse_hub_keys(path, name, revision)
         _check_optional_task(task, path)
@@ -74,8 +75,6 @@ def load_rows(
         parent = local.resolve().parent.name
         _check_optional_task(task, path)
         return _load_files(path, [local], split, task or (parent if parent in TASKS else None), limit)
-    if _looks_local(path):
-        raise UserError(f"data source {path!r}: no such file or folder; {_nearest_sibling(local)}")
     _check_optional_task(task, path)
     known = TASKS.get(path) or TASKS.get(task or "") or _task_of_hub_dataset(path, name)
     # the hub has names without a slash too, so only what is as good as a task's name is taken for it misspelt
@@ -84,6 +83,20 @@ def load_rows(
     hub, subset = (known.hub, name or known.subset) if known and path == known.name else (path, name)
     chosen = split or default_split or (known.eval_split if known else None)
     return _load_hub(path, hub, subset, chosen, task or (known.name if known else None), limit, revision)
+
+
+def check_is_there(path: str) -> None:
+    """Raise a UserError where a source's path is that of no file, no folder and no set of the package.
+
+    A name that may be a dataset's of the hub passes.
+    """
+    if path.startswith("builtin:"):
+        if path not in BUILTINS:
+            raise UserError(f"data source {path!r}: {did_you_mean(path, BUILTINS)}")
+        return
+    local = _local_path(path)
+    if not local.exists() and _looks_local(path):
+        raise UserError(f"data source {path!r}: no such file or folder; {_nearest_sibling(local)}")
 
 
 def _refuse_hub_keys(path: str, name: str | None, revision: str | None) -> None:
@@ -138,8 +151,6 @@ def _task_of_hub_dataset(path: str, name: str | None) -> Task | None:
 
 
 def _load_builtin(path: str, split: str, task: str | None, limit: int | None) -> Rows:
-    if path not in BUILTINS:
-        raise UserError(f"data source {path!r}: {did_you_mean(path, BUILTINS)}")
     split = "heldout" if split == "validation" else split  # as a source of data.validation asks for it
     if split not in ("train", "heldout"):
         raise UserError(f"data source {path!r}: expected the split 'train' or 'heldout', got {split!r}")

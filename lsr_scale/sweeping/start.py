@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from lsr_scale.config.trials import Sweep
+from lsr_scale.data.source_check import missing_of
 from lsr_scale.errors import UserError
 from lsr_scale.paths import user_path
 from lsr_scale.run.folder import RunFolder
 from lsr_scale.sweeping.folder import SweepFolder, SweepState
 from lsr_scale.training.checkpoint.select import changes
+
+_SHOWN = 8  # sources that are not there; the rest is counted
 
 
 def begin(sweep: Sweep, name: str, resume: str | None, overwrite: bool) -> tuple[SweepFolder, list[str]]:
@@ -23,7 +26,7 @@ def begin(sweep: Sweep, name: str, resume: str | None, overwrite: bool) -> tuple
         overwrite: Start again in a folder that holds a sweep.
 
     Raises:
-        UserError: if the folder is taken, or holds a sweep of other trials.
+        UserError: if the folder is taken, or holds a sweep of other trials, or a trial's rows are not there.
     """
     if resume and overwrite:
         raise UserError("--resume resumes a sweep, --overwrite starts it again: give one of them")
@@ -38,6 +41,7 @@ def begin(sweep: Sweep, name: str, resume: str | None, overwrite: bool) -> tuple
                 state, notes = _continued(folder, sweep)
             else:
                 state, notes = _anew(folder, sweep)
+            _check_sources(sweep, state)
             folder.write(state)
     except UserError:
         if not folder.is_sweep():
@@ -45,6 +49,18 @@ def begin(sweep: Sweep, name: str, resume: str | None, overwrite: bool) -> tuple
             RunFolder(folder.path).release()
         raise
     return folder, notes
+
+
+def _check_sources(sweep: Sweep, state: SweepState) -> None:
+    """Refuse a sweep in which what a trial is to read is not there: it would be known once its turn comes.
+
+    Raises:
+        UserError: naming trials, keys and where they stand.
+    """
+    missing = missing_of([trial for trial in sweep.trials if not state.trials[trial.name].has_ended], sweep)
+    if missing:
+        more = [f"... and {len(missing) - _SHOWN} more"] if len(missing) > _SHOWN else []
+        raise UserError("\n".join([*missing[:_SHOWN], *more]))
 
 
 def _find(output_dir: str | None, name: str, again: bool) -> Path:

@@ -433,6 +433,63 @@ def test_config_prints_a_sweep_whose_run_is_none_without_its_trials(tmp_path, ca
     assert read_sweep(tmp_path / "again.yaml").trials[0].run == read_sweep(file).trials[0].run
 
 
+TENANTS = """model: {name: builtin:smollm2-135m-instruct}
+adapter: {method: lsr}
+sweep:
+  list:
+  - {name: alice, data.train: [alice.jsonl]}
+  - {name: bob, data.train: [bob.jsonl]}
+  - {name: carol, data.train: [carl.jsonl]}
+"""
+
+
+@pytest.fixture
+def tenants(tmp_path, monkeypatch):
+    """Return the file of a sweep of three tenants; of the last one's rows the file is not there."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "alice.jsonl").write_text('{"text": "a kettle boils water"}\n')
+    (tmp_path / "bob.jsonl").write_text('{"text": "a broom sweeps floors"}\n')
+    (tmp_path / "run.yaml").write_text(TENANTS)
+    return "run.yaml"
+
+
+MISSING = "run.yaml:7: trial carol: data.train: data source 'carl.jsonl': no such file or folder"
+
+
+def test_rows_that_are_not_there_are_named_before_anything_is_loaded(tenants, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("lsr_scale.sweeping.bases.load_base_for", None)
+    assert main(["sweep", tenants]) == 2
+    assert capsys.readouterr().err.startswith(f"\nlsr-scale: {MISSING}")
+    assert not (tmp_path / "runs" / "run-sweep").exists()
+
+
+@pytest.mark.parametrize("command", [["config"], ["preview"]])
+def test_rows_of_a_trial_that_are_not_there_are_noted(tenants, command, capsys):
+    assert main([*command, tenants]) == 0
+    assert f"note: {MISSING}" in capsys.readouterr().err
+
+
+def test_rows_of_a_run_that_are_not_there_are_noted_by_config(tenants, tmp_path, capsys):
+    (tmp_path / "one.yaml").write_text(MINIMAL.replace("arc_easy", "alise.jsonl"))
+    assert main(["config", "one.yaml"]) == 0
+    said = capsys.readouterr().err
+    assert said == (
+        "note: one.yaml: data.train: data source 'alise.jsonl': no such file or folder; did you mean 'alice.jsonl'?\n"
+    )
+
+
+def test_preview_shows_the_trial_that_is_named(tenants, capsys):
+    assert main(["preview", tenants, "--trial", "bob"]) == 0
+    shown = capsys.readouterr()
+    assert "a broom sweeps floors" in shown.out
+    assert "kettle" not in shown.out
+    assert "note: the first" not in shown.err
+    assert main(["preview", tenants, "--trial", "bop"]) == 2
+    assert "run.yaml: no trial is called 'bop'; did you mean 'bob'?" in capsys.readouterr().err
+    assert main(["preview", "smollm2_chat", "--trial", "bob"]) == 2
+    assert "has no section sweep, so it is one run; leave it out" in capsys.readouterr().err
+
+
 def test_preview_shows_the_first_trial(tmp_path, capsys):
     (tmp_path / "a.jsonl").write_text('{"text": "a kettle boils water"}\n')
     file = tmp_path / "run.yaml"

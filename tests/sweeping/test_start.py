@@ -9,7 +9,7 @@ from lsr_scale.config.trials import sweep_from_dict
 from lsr_scale.sweeping.folder import SweepFolder, Worker
 from lsr_scale.sweeping.start import begin
 
-RUN = {"model": {"name": "some/model"}, "adapter": {"method": "lsr"}, "data": {"train": ["a.jsonl"]}}
+RUN = {"model": {"name": "some/model"}, "adapter": {"method": "lsr"}, "data": {"train": ["builtin:chat"]}}
 LIST = [{"name": "a", "training.seed": 1}, {"name": "b", "training.seed": 2}]
 
 

@@ -10,11 +10,14 @@ as long as WORK is there, they go on from their last checkpoint, and otherwise t
 
 Protocol. A step has 32 prompts: under GRPO with 8 completions each of at most 256 tokens, worth 1 where the answer is
 exactly right, no KL; under SFT with their solutions, without the calculator's annotations. Both have the same questions
-in the same steps, drawn by the seed. AdamW, a constant rate after 3 steps of warm-up. Every adapter of `grpo_rows` is
-tuned alike, for GRPO and for SFT: three rates, 20 steps, a seed that no other trial uses; the best has the highest mean
-reward (SFT: the lowest mean loss) over the last 5 steps, on questions that were not seen before. Where it is the first
-or the last rate, the next one beyond it is tried, once. Then each seed is trained, and answers the test questions
-greedily, loaded from disk onto the base.
+in the same steps, drawn by the seed. AdamW, 3 steps of warm-up, a rate that falls to zero. Every adapter of `grpo_rows`
+is tuned alike, for GRPO and for SFT: three rates, as many steps as a seed has, a seed that no other trial uses; the
+best has the highest mean reward (SFT: the lowest mean loss) over the last 5 steps, on questions that were not seen
+before. Where it is the first or the last rate, the next one beyond it is tried, once. Then each seed is trained, and
+answers the test questions greedily, loaded from disk onto the base.
+
+A suite of before, `--tuning-steps 20 --steps 60 --schedule constant`, chose rates at which longer runs lost what they
+had learned; its results stay.
 """
 
 import dataclasses
@@ -48,6 +51,7 @@ from lsr_scale.run.folder import RunFolder
 from lsr_scale.run.metrics import read_metrics
 
 RESULTS = ALL_RESULTS / "grpo"
+SCHEDULES = {"linear": "linear", "constant": "constant_with_warmup"}
 MOST_BEYOND = 1  # rates tried beyond an end
 CALCULATOR = re.compile(r"<<[^<>]*>>")
 Results = Mapping[str, dict[str, Any]]
@@ -65,22 +69,24 @@ class Suite:
     completions: int = 8  # a prompt
     new_tokens: int = 256
     micro_batch: int = 128  # completions of a forward pass
-    tuning_steps: int = 20
-    steps: int = 60
+    tuning_steps: int = 40
+    steps: int = 40
+    schedule: str = "linear"
     test_batch: int = 660  # questions answered at a time
     limit: int | None = None  # of test questions: a trial of the program
 
     @property
     def about(self) -> dict[str, Any]:
         """What a result says of them."""
-        names = ("model", "base", "prompts", "completions", "new_tokens", "tuning_steps", "steps")
+        names = ("model", "base", "prompts", "completions", "new_tokens", "tuning_steps", "steps", "schedule")
         return {"suite": self.prefix, **{name: getattr(self, name) for name in names}}
 
     @property
     def prefix(self) -> str:
         """The beginning of its trials' names."""
         size = f"{self.prompts}x{self.completions}x{self.new_tokens}"
-        return f"{self.model}-{self.base}-{size}-{self.tuning_steps}+{self.steps}"
+        end = "" if self.schedule == "constant" else f"-{self.schedule}"
+        return f"{self.model}-{self.base}-{size}-{self.tuning_steps}+{self.steps}{end}"
 
     def steps_of(self, trial: "Trial") -> int:
         """Return how many steps a trial is trained."""
@@ -184,7 +190,7 @@ def run_of(suite: Suite, trial: Trial, rows: Path) -> dict[str, Any]:
             **{"method": trial.training, "output_dir": str(suite.work / "runs" / f"{suite.prefix}-{trial.name}")},
             **{"seed": trial.seed, "learning_rate": trial.rate, "memory": "speed", "logging_steps": 1},
             **{"max_steps": suite.steps_of(trial)},
-            **{"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 3},
+            **{"lr_scheduler_type": SCHEDULES[suite.schedule], "warmup_steps": 3},
             **{"save_strategy": "steps", "save_steps": 10, "save_total_limit": 1},
             **method[trial.training],
         },
@@ -289,6 +295,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--seeds", type=int, default=2)
     for field in ("steps", "tuning_steps", "prompts", "completions", "new_tokens", "micro_batch", "test_batch"):
         add(f"--{field.replace('_', '-')}", type=int, default=getattr(Suite, field))
+    add("--schedule", default=Suite.schedule, choices=list(SCHEDULES), help="of the rate, after its warm-up")
     add("--jobs", type=int, default=1, help="trials side by side on the device")
     add("--time-limit", type=float, default=math.inf, help="seconds after which running trials are stopped")
     add("--limit", type=int, help="only so many test questions: is it wired up? Such results are no measurements")
@@ -305,7 +312,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(line, flush=True)
         if not any(ROWS[row].takes(given.base) for row in given.rows):
             parser.error(f"--rows: none of them can be run: {line}")
-    names = ("base", "prompts", "completions", "new_tokens", "micro_batch", "tuning_steps", "steps")
+    names = ("base", "prompts", "completions", "new_tokens", "micro_batch", "tuning_steps", "steps", "schedule")
     names += ("test_batch", "limit")
     folder = str(Path(folder).resolve()) if Path(folder).is_dir() else folder
     suite = Suite(given.work.resolve(), model, folder, **{name: getattr(given, name) for name in names})

@@ -29,16 +29,17 @@ REFERENCE = "lora_8"  # what the others are compared with
 LAST = 5  # steps whose mean chooses a rate
 
 # Three points a row, a factor of three apart; where the best is the first or the last, the next beyond it follows. The
-# middle of SFT is what was best on SmolLM2 at the row's share of LoRA r=8's parameters (frontier); that of GRPO is
-# about a thirteenth of it, which for LoRA r=8 is what is usual, and was not measured. TinyLoRA's are guesses.
+# middle of SFT is a third of what was best on SmolLM2 at the row's share of LoRA r=8's parameters (frontier), which was
+# the highest that this model took; that of GRPO is about a quarter of it, which for LoRA r=8 is what is usual.
+# TinyLoRA's are guesses.
 _MIDDLES = {
     "grpo": {
         **{"lora_8": 3e-4, "lora_1": 6e-4, "lsr_10k": 4.5e-3, "lsr_60k": 2.4e-3, "lsr_300k": 1.2e-3},
         **{"lora_xs": 3e-4, "kron_lora": 2.4e-3, "tinylora": 3e-3},
     },
     "sft": {
-        **{"lora_8": 4.5e-3, "lora_1": 9e-3, "lsr_10k": 6e-2, "lsr_60k": 3e-2, "lsr_300k": 1.5e-2},
-        **{"lora_xs": 4.5e-3, "kron_lora": 3e-2, "tinylora": 3e-2},
+        **{"lora_8": 1.5e-3, "lora_1": 3e-3, "lsr_10k": 2e-2, "lsr_60k": 1e-2, "lsr_300k": 5e-3},
+        **{"lora_xs": 1.5e-3, "kron_lora": 1e-2, "tinylora": 1e-2},
     },
 }
 RATES = {

@@ -412,6 +412,7 @@ def heading(done: Results, suite: str) -> str:
     first = next(result for result in done.values() if result["suite"] == suite)
     base = "bf16" if first["base"] == "none" else first["base"].upper()
     size = f"{first['steps']} steps of {first['prompts']} prompts x {first['completions']} completions"
+    size += ", a rate that falls to zero" if first.get("schedule") == "linear" else ""
     return f"{MODELS.get(first['model'], first['model'])}, {base} base, GSM8K: {size}, one {card(first['env'])}"
 
 

@@ -187,12 +187,19 @@ def rates_text(done: Results, suite: str) -> str:
     text = f"The rates that were best by GRPO, by the reward after {steps} steps: {'; '.join(words)}"
     if any(end for _, end in found.values()):
         text += " (at an end of those tried one beyond may be better)"
-    times = sorted(rate / DEFAULT for rate, _ in found.values())
-    spread = " to ".join(dict.fromkeys(f"{one:.2g}" for one in (times[0], times[-1])))
-    text += f". They are {spread} times the default, {_rate(DEFAULT)}: "
-    near = [label(row) for row, (rate, _) in found.items() if 1 / CLEARLY < rate / DEFAULT < CLEARLY]
-    text += f"it fits {listed(near)}; for others set" if near else "set"
-    return f"{text} `learning_rate`{_by_size_text(found)}."
+    text += "."
+    held = {row: rate for row, rate in found.items() if row not in fell}
+    if held:
+        times = sorted(rate / DEFAULT for rate, _ in held.values())
+        spread = " to ".join(dict.fromkeys(f"{one:.2g}" for one in (times[0], times[-1])))
+        those = "Those that held" if fell else "They"
+        text += f" {those} are {spread} times the default, {_rate(DEFAULT)}: "
+        near = [label(row) for row, (rate, _) in held.items() if 1 / CLEARLY < rate / DEFAULT < CLEARLY]
+        text += f"it fits {listed(near)}; for others set" if near else "set"
+        text += f" `learning_rate`{_by_size_text(held)}."
+    if fell & found.keys():
+        text += " Where the reward fell later the rate is too high for a run as long: begin with a third of it."
+    return text
 
 
 def _by_size_text(found: dict[str, tuple[float, bool]]) -> str:

@@ -168,11 +168,11 @@ def test_rates_at_an_end_are_marked(tmp_path):
     assert "Every best rate lies between two others." in page(tmp_path)
     write(tmp_path, tuned("grpo", "lora_8", {1e-4: 0.1, 3e-4: 0.3, 9e-4: None}))
     assert "| LoRA r=8 | 0.0001: 0.100, **0.0003: 0.300**, 0.0009: diverged |" in page(tmp_path)
-    write(tmp_path, tuned("grpo", "lora_8", {1e-4: 0.5}), tuned("sft", "lsr_60k", {9e-2: -0.5}))
+    write(tmp_path, tuned("grpo", "lora_8", {1e-4: 0.5}), tuned("sft", "lsr_60k", {3e-2: -0.5}))
     write(tmp_path, seeds("grpo", "lora_8", 0.3))
     text = page(tmp_path)
     assert "| **0.0001: 0.500** (end), 0.0003: 0.300, 0.0009: diverged |" in text
-    assert "0.03: 1.000, **0.09: 0.500** (end) |" in text
+    assert "0.01: 1.000, **0.03: 0.500** (end) |" in text
 
 
 def test_an_end_that_seeds_were_trained_at_is_marked(tmp_path):
@@ -188,7 +188,7 @@ def test_an_end_that_seeds_were_trained_at_is_marked(tmp_path):
 
 def test_the_share_that_was_cut_is_shown_or_said_not_to_be_known(tmp_path):
     write_rows(tmp_path)
-    assert "| LoRA r=8 | 2 | 2 | 0.0003 | 0.0045 | 2.0 | 0.200, 0.200 | 95 to 95 of 256 | 10.0 |" in page(tmp_path)
+    assert "| LoRA r=8 | 2 | 2 | 0.0003 | 0.0015 | 2.0 | 0.200, 0.200 | 95 to 95 of 256 | 10.0 |" in page(tmp_path)
     assert "was not kept" not in page(tmp_path)
     write(tmp_path, seeds("grpo", "lora_8", 0.3, cut=None))
     assert "cut at the longest length was not kept for LoRA r=8." in page(tmp_path)

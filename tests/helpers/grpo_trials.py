@@ -11,7 +11,7 @@ from benchmarks.quality.grpo_rows import RATES, SIZES
 from benchmarks.quality.rate_trials import packed_bits
 from benchmarks.quality.trials import TUNING_SEED
 
-SUITE = Suite(Path("work"), "qwen", "folder")
+SUITE = Suite(Path("work"), "qwen", "folder", tuning_steps=20, steps=60, schedule="constant")
 QUESTIONS = 1_000
 ENV = {"gpus": ["NVIDIA X"]}
 

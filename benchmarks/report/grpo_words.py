@@ -78,7 +78,9 @@ def _short(done: Results, suite: str, one: Verdict) -> str:
     )
     parts = [learned_text(done, one).removesuffix(".")]
     if fallen := [label(score.row) for score in (ours, reference) if score.fell]:
-        parts.append(f"by the end the reward of {listed(fallen)} had fallen")
+        fell = f"by the end the reward of {listed(fallen)} had fallen"
+        shorter = _tuning_steps(done, suite) < about["steps"]
+        parts.append(f"{fell}, at rates chosen after {_tuning_steps(done, suite)} steps" if shorter else fell)
     if said := "; ".join(part for part in parts if part):
         text += f"{said[0].upper()}{said[1:]}. "
     found = accuracies_of(done, suite)

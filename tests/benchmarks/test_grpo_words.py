@@ -99,7 +99,8 @@ def test_a_reward_that_fell_is_said(tmp_path):
         result["curve"]["reward"] = [0.1] * 5 + [0.2] * 5 + [0.1] * 5
     write(tmp_path, fell)
     words = "by more than 25 % of its highest for LSR-Adapt r=6 s=1 (from 0.20 to 0.10): a rate chosen after 20 steps"
-    assert "; by the end the reward of LSR-Adapt r=6 s=1 had fallen. " in grpo_words.readme(tmp_path)
+    said = "; by the end the reward of LSR-Adapt r=6 s=1 had fallen, at rates chosen after 20 steps. "
+    assert said in grpo_words.readme(tmp_path)
     page = grpo_words.guide(tmp_path)
     assert words in page
     assert "LoRA r=8 3e-4; LSR-Adapt r=6 s=1 2.4e-3 (fell later)." in page

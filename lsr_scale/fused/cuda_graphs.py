@@ -9,7 +9,7 @@ together they take the memory of one step.
 """
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,40 @@ def rounded(number: int, parts: int) -> int:
     """Return the next number up with only log2(parts) + 1 significant binary digits: `parts` sizes per power of two."""
     step = 1 << max(0, (number - 1).bit_length() - parts.bit_length())
     return -(-number // step) * step
+
+
+class Shapes:
+    """Sizes that a run's batches are padded to: few, as each is a graph, whose capture takes as long as many steps.
+
+    Attributes:
+        made: Those that batches had: tokens of a row, documents, supervised places of a row.
+    """
+
+    def __init__(self) -> None:
+        self.made: list[tuple[int, int, int]] = []
+
+    def holding(self, tokens: int, documents: Callable[[int], int], places: int) -> tuple[int, int, int]:
+        """Return the sizes for a batch: the smallest of those before that hold it, with 1/7 more tokens at most.
+
+        Others are its own, with as many documents and places as any before had: those that are empty or weigh nothing
+        cost next to nothing, and so they grow no further soon.
+
+        Args:
+            tokens: Of its rows.
+            documents: Returns how many it has in rows of so many tokens, with those that fill them up.
+            places: Supervised ones of its rows.
+        """
+        held = [
+            made
+            for made in self.made
+            if tokens <= made[0] <= tokens * 8 / 7 and documents(made[0]) <= made[1] and places <= made[2]
+        ]
+        if held:
+            return min(held)
+        number, most = rounded(documents(tokens), 1), [max(of) for of in zip(*self.made, strict=True)]
+        found = (tokens, max(number, most[1]), max(places, most[2])) if most else (tokens, number, places)
+        self.made.append(found)
+        return found
 
 
 def static_batch(input_ids: Tensor, labels: Tensor, position_ids: Tensor, longest: int) -> Batch:

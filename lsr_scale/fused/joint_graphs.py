@@ -10,51 +10,54 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lsr_scale.fused.cuda_graphs import Batch, StepGraphs, rounded, static_losses
+from lsr_scale.fused.cuda_graphs import Batch, Shapes, StepGraphs, static_losses
 
 
-def join_static(batches: Sequence[Batch], documents: int = 0, length: int = 0) -> Batch:
+def join_static(batches: Sequence[Batch], shapes: Shapes | None = None) -> Batch:
     """Return one batch of the static batches of n trials, a row each; made on the host, it is copied to a GPU once.
-
-    Shapes are few, as each is a graph, which takes as long to capture as ten steps or so.
 
     Args:
         batches: What `static_batch` made of each trial's batch, all on one device.
-        documents: Have so many at least, the further ones empty: what earlier batches had. Empty documents cost next to
-            nothing, so they make the number of all a power of two.
-        length: Of earlier batches' rows; where these have 7/8 of it they get it too.
+        shapes: Of the batches before, of as many trials; None: there were none.
 
     Returns:
-        `input_ids` and `position_ids` `[n, T]`, T that of the longest, shorter ones continued by unsupervised documents
-        of their own; `cu_seq_lens` `[documents + 1]`, counted over all rows, and `longest`; `supervised`, `targets` and
-        `weights` `[n N]`, N of each row: the places that are supervised, among those of all rows.
+        `input_ids` and `position_ids` `[n, T]`, shorter rows continued by unsupervised documents of their own;
+        `cu_seq_lens` `[documents + 1]`, counted over all rows, empty ones at the end, and `longest`; `supervised`,
+        `targets` and `weights` `[n N]`, N of each row: the places that are supervised, among those of all rows.
     """
-    rows, needed = len(batches), max(batch["input_ids"].shape[1] for batch in batches)
-    length = length if 7 * length <= 8 * needed < 8 * length else needed
-    longest = max(batch["longest"] for batch in batches)
-    places = max(len(batch["supervised"]) for batch in batches)
+    rows, lengths = len(batches), [batch["input_ids"].shape[1] for batch in batches]
+    longest, places = (
+        max(of) for of in zip(*((one["longest"], len(one["supervised"])) for one in batches), strict=True)
+    )
+    own = sum(len(batch["cu_seq_lens"]) - 1 for batch in batches)
+
+    def documents(length: int) -> int:
+        return own + sum(-(-(length - one) // longest) for one in lengths)
+
+    length = max(lengths)
+    number = documents(length)
+    if number * longest != rows * length:  # else documents of one length: sequences
+        length, number, places = (shapes or Shapes()).holding(length, documents, places)
     whole = {name: batches[0][name].new_zeros(rows, length) for name in ("input_ids", "position_ids")}
     # beyond its own a trial's first place, of no weight: no trial reads another's
     chosen = {name: batches[0][name].new_zeros(rows, places) for name in ("supervised", "targets", "weights")}
     bounds: list[Tensor] = []
-    for row, batch in enumerate(batches):
-        own, count, of_row = batch["input_ids"].shape[1], len(batch["supervised"]), batch["cu_seq_lens"]
+    for row, (batch, of_own) in enumerate(zip(batches, lengths, strict=True)):
+        count, of_row = len(batch["supervised"]), batch["cu_seq_lens"]
         for name, values in whole.items():
-            values[row, :own] = batch[name][0]
+            values[row, :of_own] = batch[name][0]
         for name, values in chosen.items():
             values[row, :count] = batch[name]
         chosen["supervised"][row] += row * length
         bounds.append(of_row[:-1] + row * length)  # the end of a row is where the next begins
-        if own < length:
-            whole["position_ids"][row, own:] = torch.arange(length - own, device=of_row.device) % longest
-            extra = torch.arange(own, length, longest, dtype=of_row.dtype, device=of_row.device)
+        if of_own < length:
+            whole["position_ids"][row, of_own:] = torch.arange(length - of_own, device=of_row.device) % longest
+            extra = torch.arange(of_own, length, longest, dtype=of_row.dtype, device=of_row.device)
             bounds.append(extra + row * length)
-    used, end = sum(map(len, bounds)), rows * length
-    if used * longest != end:
-        # empty documents, so that shapes are few
-        bounds.append(bounds[0].new_full((max(rounded(used, 1), documents) - used,), end))
+    end = rows * length
+    bounds.append(bounds[0].new_full((number + 1 - sum(map(len, bounds)),), end))
     result: Batch = {**whole, **{name: values.view(-1) for name, values in chosen.items()}}
-    return {**result, "cu_seq_lens": torch.cat([*bounds, bounds[0].new_tensor([end])]), "longest": longest}
+    return {**result, "cu_seq_lens": torch.cat(bounds), "longest": longest}
 
 
 class JointGraphs(StepGraphs):

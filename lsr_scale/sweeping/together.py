@@ -106,18 +106,25 @@ def _most_that_fit(sweep: Sweep, num_trials: int) -> int:
 
 
 def _measured(plans: Sequence[TrialPlan], bases: Bases, rows: TrialRows, most: int) -> Choice:
-    """Return the choice by the time that its own step, and a joint step of 2, 4, ... trials, take a trial."""
+    """Return the choice by the time that its own step, and a joint step of 2, 4, ... trials, take a trial.
+
+    A joint step costs something that its trials share, so two may gain nothing where eight do: what ends the search is
+    that two numbers, one after the other, are not faster.
+    """
     seconds: dict[int, float] = {}
-    best, ended = 1, f"no more than {most} fit" if most < len(plans) else "there are no more"
+    best, slower, ended = 1, 0, f"no more than {most} fit" if most < len(plans) else "there are no more"
     for number, of_a_trial in _times(plans, bases, rows, most):
         if of_a_trial is None:
             ended = f"{number} do not fit"
             break
         seconds[number] = of_a_trial
-        if number > 1 and of_a_trial > (1 - LEAST_GAIN) * seconds[best]:
-            ended = f"{number} are not {100 * LEAST_GAIN:.0f} % faster"
+        if number == 1 or of_a_trial <= (1 - LEAST_GAIN) * seconds[best]:
+            best, slower = number, 0
+            continue
+        slower += 1
+        if slower == 2 or number == most:
+            ended = f"more are not {100 * LEAST_GAIN:.0f} % faster"
             break
-        best = number
     measured = ", ".join(
         f"{1000 * of_a_trial:.1f} {f'in one of {number}' if number > 1 else 'ms alone'}"
         for number, of_a_trial in seconds.items()

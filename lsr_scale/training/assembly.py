@@ -29,7 +29,7 @@ from lsr_scale.data.token_counts import TokenCounts
 from lsr_scale.data.tokenizer_setup import prepare_tokenizer, supervises_assistant, template_notes
 from lsr_scale.errors import UserError, did_you_mean
 from lsr_scale.fused import FuseReport, fuse, keep_in_bf16
-from lsr_scale.fused.cuda_graphs import StepGraphs, graphs_fallback_reason
+from lsr_scale.fused.cuda_graphs import Shapes, StepGraphs, graphs_fallback_reason
 from lsr_scale.model import load_base_for
 from lsr_scale.model.shard import Sharding, is_sharded
 from lsr_scale.rewards.checked import CheckedReward, checked_rewards
@@ -333,7 +333,7 @@ def _replay_steps(run: RunConfig, trainer: Any, report: FuseReport | None, say: 
     if wanted == "auto" and not host_bound(parameters, len(report.fused), tokens, bool(report.eight_bit)):
         return
     trainer.graphs = StepGraphs(model.get_base_model())
-    trainer.data_collator = PackedCollator(trainer.data_collator, longest)
+    trainer.data_collator = PackedCollator(trainer.data_collator, longest, Shapes())
     say("steps replay CUDA graphs from the third on")
 
 

@@ -14,10 +14,10 @@ from torch.nn.utils.rnn import pad_sequence
 import lsr_scale
 from lsr_scale.adapters import peft_config
 from lsr_scale.errors import UserError
-from lsr_scale.fused.cuda_graphs import StepGraphs, graphs_fallback_reason, rounded, static_batch, static_loss
+from lsr_scale.fused.cuda_graphs import Shapes, StepGraphs, graphs_fallback_reason, rounded, static_batch, static_loss
 from lsr_scale.training import assembly
 from lsr_scale.training.steps.finite_check import SkippingOptimizer
-from lsr_scale.training.steps.graphs import GraphSteps, host_bound
+from lsr_scale.training.steps.graphs import GraphSteps, PackedCollator, host_bound
 from lsr_scale.training.steps.head_loss import HeadLoss
 from tests.helpers import recorded_graphs
 from tests.helpers.recorded_graphs import RecordedGraph
@@ -505,3 +505,32 @@ class TestOnTheGpu:
             moved.append(bool((parameter != before).any()))
         assert moved == [True, False, True]
         assert float(optimizer.state[parameter]["step"]) == 2
+
+
+def test_batches_take_the_shapes_of_earlier_ones_where_that_is_a_seventh_more_at_most():
+    shapes = Shapes()
+    documents = lambda tokens: 100 + -(-(tokens - 1000) // 50)  # noqa: E731
+    assert shapes.holding(3328, documents, 1536) == (3328, 256, 1536)
+    assert shapes.holding(3072, documents, 1536) == (3328, 256, 1536)
+    assert shapes.holding(2816, documents, 1024) == (2816, 256, 1536), "too much more; no fewer documents or places"
+    assert shapes.holding(3328, documents, 2048) == (3328, 256, 2048), "more places"
+    assert shapes.holding(3584, documents, 1536) == (3584, 256, 2048)
+    assert shapes.holding(3500, lambda tokens: 300, 1536) == (3500, 512, 2048), "more documents"
+    assert shapes.holding(3328, documents, 1000) == (3328, 256, 1536)
+    assert len(shapes.made) == 5
+
+
+def test_few_graphs_are_captured_of_batches_whose_rows_are_short_and_uneven():
+    """128 rows a step, some 3,500 tokens, as of questions with short answers: ten shapes of their own, and five."""
+    generator = torch.Generator().manual_seed(0)
+    alone, shared, tokens = set(), set(), [0, 0]
+    own, held = (PackedCollator(lambda batch: batch, 60, shapes) for shapes in (None, Shapes()))
+    for seed in range(100):
+        lengths = torch.randint(14, 41, (128,), generator=generator).tolist()
+        batch = packed(lengths, seed=seed)
+        for place, (collator, found) in enumerate(((own, alone), (held, shared))):
+            static = collator(batch)["static"]
+            found.add(tuple(value.shape for value in static.values() if isinstance(value, torch.Tensor)))
+            tokens[place] += static["input_ids"].shape[1]
+    assert len(shared) <= 3 < len(alone)
+    assert tokens[1] < 1.05 * tokens[0]

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lsr_scale
-from lsr_scale.fused.cuda_graphs import static_batch, static_loss, static_losses
+from lsr_scale.fused.cuda_graphs import Shapes, static_batch, static_loss, static_losses
 from lsr_scale.fused.joint_graphs import JointGraphs, join_static
 from tests.fused.test_cuda_graphs import packed
 from tests.fused.test_joint_layers import TRIALS, joint_of, member
@@ -60,13 +60,22 @@ def test_losses_and_gradients_are_each_trial_s(lengths):
         assert (vector - expected).norm() <= 1e-9 * expected.norm()
 
 
+def shapes_of(*made):
+    """Return the shapes that earlier batches had: tokens of a row, documents, supervised places of a row."""
+    shapes = Shapes()
+    shapes.made += made
+    return shapes
+
+
 def test_further_documents_are_empty_and_change_nothing():
     model, members = trials_of(2)
     batches = [static_of((9, 30), seed=seed) for seed in (0, 1)]
     graphs = JointGraphs(model, [trained(trial) for trial in members])
-    joined, more = join_static(batches), join_static(batches, 100)
+    joined = join_static(batches)
+    length, places = joined["input_ids"].shape[1], len(joined["supervised"]) // 2
+    more = join_static(batches, shapes_of((length, 100, places)))
     assert len(joined["cu_seq_lens"]) < len(more["cu_seq_lens"]) == 101
-    assert len(join_static(batches, 3)["cu_seq_lens"]) == len(joined["cu_seq_lens"])
+    assert len(join_static(batches, shapes_of((length, 3, places)))["cu_seq_lens"]) == len(joined["cu_seq_lens"])
     (losses, vectors), (found, others) = (graphs._outputs(batch, torch.ones(2)) for batch in (joined, more))
     assert torch.equal(losses, found)
     assert all(torch.equal(*pair) for pair in zip(vectors, others, strict=True))
@@ -77,9 +86,10 @@ def test_somewhat_shorter_rows_get_the_length_of_earlier_ones_and_nothing_change
     batches = [static_of((9, 30, 21), seed=seed) for seed in (0, 1)]
     length = batches[0]["input_ids"].shape[1]
     graphs = JointGraphs(model, [trained(trial) for trial in members])
-    joined, more = join_static(batches), join_static(batches, length=length * 8 // 7)
+    joined, more = join_static(batches), join_static(batches, shapes_of((length * 8 // 7, 100, 100)))
     assert joined["input_ids"].shape[1] == length < more["input_ids"].shape[1]
-    assert join_static(batches, length=length * 8 // 7 + 1)["input_ids"].shape[1] == length
+    assert len(more["supervised"]) == 200
+    assert join_static(batches, shapes_of((length * 8 // 7 + 1, 100, 100)))["input_ids"].shape[1] == length
     (losses, vectors), (found, others) = (graphs._outputs(batch, torch.ones(2)) for batch in (joined, more))
     torch.testing.assert_close(losses, found, rtol=1e-12, atol=0)
     torch.testing.assert_close(vectors, others, rtol=1e-9, atol=1e-12)
@@ -126,11 +136,13 @@ def test_a_trial_that_is_not_finite_has_its_own_loss():
 )
 def test_a_joined_batch_has_each_trial_s_documents_and_supervision_in_its_row(lengths, longest, before, seed):
     batches = [static_of(row, longest, seed + place) for place, row in enumerate(lengths)]
-    joined = join_static(batches, length=before)
+    joined = join_static(batches, shapes_of((before, 1000, 1000)))
     rows, length = joined["input_ids"].shape
     assert rows == len(lengths)
     needed = max(batch["input_ids"].shape[1] for batch in batches)
-    assert length == (before if needed < before <= needed * 8 / 7 else needed)
+    alone = join_static(batches)
+    is_plain = bool((alone["cu_seq_lens"].diff() == alone["longest"]).all())  # documents of one length
+    assert length == (before if needed < before <= needed * 8 / 7 and not is_plain else needed)
     bounds = joined["cu_seq_lens"].tolist()
     assert bounds == sorted(bounds)
     assert (bounds[0], bounds[-1]) == (0, rows * length)

@@ -47,8 +47,11 @@ def measured(monkeypatch):
     ("times", "number", "why"),
     [
         ({1: 0.1, 2: 0.06, 4: 0.04, 8: 0.03}, 8, "there are no more"),
-        ({1: 0.1, 2: 0.06, 4: 0.058}, 2, "4 are not 5 % faster"),
-        ({1: 0.1, 2: 0.2}, 1, "2 are not 5 % faster"),
+        ({1: 0.1, 2: 0.06, 4: 0.058, 8: 0.059}, 2, "more are not 5 % faster"),
+        ({1: 0.1, 2: 0.2, 4: 0.2}, 1, "more are not 5 % faster"),
+        # two gain nothing, and eight do
+        ({1: 0.0124, 2: 0.013, 4: 0.011, 8: 0.0095}, 8, "there are no more"),
+        ({1: 0.1, 2: 0.06, 4: 0.058, 8: 0.05}, 8, "there are no more"),
         ({1: 0.1, 2: 0.06, 4: None}, 2, "4 do not fit"),
     ],
 )

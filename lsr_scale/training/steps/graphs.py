@@ -8,7 +8,8 @@ from torch import Tensor
 from transformers import Trainer
 
 from lsr_scale.errors import first_line
-from lsr_scale.fused.cuda_graphs import StepGraphs, static_batch
+from lsr_scale.fused.cuda_graphs import Shapes, StepGraphs, static_batch
+from lsr_scale.fused.joint_graphs import join_static
 from lsr_scale.training.steps.head_loss import at_least_one
 
 # What the host takes at least to launch a decoder layer's kernels, forward and backward, and what a GPU computes at
@@ -43,16 +44,19 @@ def host_bound(parameters: int, layers: int, tokens: int, eight_bit: bool = Fals
 class PackedCollator:
     """Adds to a batch of packed rows, as `static`, the same in a shape that repeats; goes around `HeadCollator`."""
 
-    def __init__(self, collator: Callable[[Any], dict[str, Any]], longest: int) -> None:
-        """Take a collator and an upper bound on the length of a row in tokens."""
-        self.collator = collator
-        self.longest = longest
+    def __init__(self, collator: Callable[[Any], dict[str, Any]], longest: int, shapes: Shapes | None = None) -> None:
+        """Take a collator, an upper bound on the length of a row in tokens, and the shapes of the batches before.
+
+        Without shapes a batch has its own: what is made of several trials' batches has shapes then.
+        """
+        self.collator, self.longest, self.shapes = collator, longest, shapes
 
     def __call__(self, examples: Any) -> dict[str, Any]:
         """Return a batch."""
         batch = self.collator(examples)
         names = ("input_ids", "labels", "position_ids")
-        return {**batch, "static": static_batch(*(batch[name] for name in names), longest=self.longest)}
+        static = static_batch(*(batch[name] for name in names), longest=self.longest)
+        return {**batch, "static": static if self.shapes is None else join_static([static], self.shapes)}
 
 
 class GraphSteps(_Base):

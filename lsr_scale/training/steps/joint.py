@@ -22,6 +22,7 @@ from lsr_scale.config import RunConfig
 from lsr_scale.config.training import checkpoints_layers, wants_fused
 from lsr_scale.errors import first_line
 from lsr_scale.fused import fit_memory, fuse
+from lsr_scale.fused.cuda_graphs import Shapes
 from lsr_scale.fused.fallback import CAUSAL_LMS, lm_head_fallback_reason
 from lsr_scale.fused.joint_graphs import JointGraphs, join_static
 from lsr_scale.fused.loss import token_losses
@@ -89,7 +90,7 @@ class JointStep:
         self._pairs = JointPairs([])
         self._graphs: JointGraphs | None = None
         self._eager_steps = 0  # of this joint model
-        self._documents = self._length = 0  # the most documents, and the longest rows, of a batch for its graphs
+        self._shapes = Shapes()  # of the batches of these trials
         self._free: FreeMemory | None = None
         self._said = ""
 
@@ -141,9 +142,7 @@ class JointStep:
             ]
             divisor = torch.stack([torch.as_tensor(at_least_one(one), device=where) for one in divisors])
             # joined where the collators made them, on the host; then one copy to the graph's inputs
-            joined = join_static(static, self._documents, self._length)
-            self._documents = max(self._documents, len(joined["cu_seq_lens"]) - 1)
-            self._length = max(self._length, joined["input_ids"].shape[1])
+            joined = join_static(static, self._shapes)
             batch = {name: _pinned(value, self._device()) for name, value in joined.items()}
             losses, gradients = self._graphs.replay(batch, _pinned(divisor, self._device()))
             for member, gradient in zip(sorted_members, gradients, strict=True):
@@ -177,7 +176,7 @@ class JointStep:
         order = _order(adapted)
         adapted = [adapted[place] for place in order]
         self._graphs, self._eager_steps = None, 0  # a graph is of its trials' parameters
-        self._documents = self._length = 0
+        self._shapes = Shapes()
         model: Any = share_base(self.base)
         self.linears = {}
         for path in dict.fromkeys(path for layers in adapted for path in layers):

@@ -13,7 +13,7 @@ HELP = "Show a few training samples as they are trained on, what of them is supe
 EXAMPLES = (
     "lsr-scale preview run.yaml",
     "lsr-scale preview mistral_lsr --samples 1",
-    "lsr-scale preview smollm2_sweep --trial lr=0.001,rank=8",
+    "lsr-scale preview smollm2_sweep --trial lr=0.002,rank=4",
 )
 SUPERVISED, CONTEXT, STYLE = "> ", "  ", "green"
 

@@ -55,6 +55,16 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
+def without_advice(text: str) -> str:
+    """Return what a message says before it says what to do: up to the first semicolon outside of parentheses."""
+    depth = 0
+    for index, character in enumerate(text):
+        depth += (character == "(") - (character == ")")
+        if character == ";" and depth <= 0:
+            return text[:index]
+    return text
+
+
 def shortened(text: str, length: int) -> str:
     """Return text of at most so many characters: its two ends where it is longer."""
     if len(text) <= length:

@@ -255,6 +255,9 @@ def _wrong_value(path: KeyPath, group: list[ErrorDetails], data: Mapping[str, An
         remedies.append(f"put it in quotes: '{value}'")
     elif isinstance(value, str) and _looks_like_number(value):
         remedies.append("remove the quotes")
+    elif "list" in kinds and path[:2] == ("sweep", "grid") and not isinstance(value, list | dict):
+        given = str(value).lower() if isinstance(value, bool) else value
+        remedies.append(f"write a list of values, such as [{given}, ...]; one for all trials goes into the run itself")
     elif "list" in kinds and isinstance(value, str | dict):
         remedies.append("write a list, one '- item' a line, or [item, item]")
     elif "mapping" in kinds and len(path) == 1:

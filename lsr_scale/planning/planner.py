@@ -119,12 +119,27 @@ class Counted:
             table=[
                 # who recomputes has memory: save, and keeps no weights
                 Row(stage, recomputes, parts.under(stages[stage], recomputes, keeps_weights and not recomputes))
-                for stage in SHIPPED
+                for stage in _stages(self.run)
                 for recomputes in (True, False)
             ],
-            sharded={name: round(part / GIB, 4) for name, part in parts.sharded(SHIPPED["zero3"], True).items()},
+            sharded={name: round(part / GIB, 4) for name, part in parts.sharded(SHIPPED["zero3"], True).items()}
+            if "zero3" in _stages(self.run)
+            else {},
             warnings=list(self.warnings),
         )
+
+
+def shards(stage: str) -> bool:
+    """Tell whether a shipped DeepSpeed configuration shards the base over processes, or offloads it."""
+    return SHIPPED[stage]["zero_optimization"]["stage"] == 3
+
+
+def _stages(run: RunConfig) -> list[str]:
+    """Return the shipped DeepSpeed configurations that a run can have."""
+    needs_whole = run.training["method"] == "grpo" or (
+        run.adapter.options.get("init") == "gradient" and run.adapter.start_from is None
+    )
+    return [stage for stage in SHIPPED if not (needs_whole and shards(stage))]
 
 
 def plan(run: RunConfig, gpus: int = 1, trace: bool = True) -> Plan:

@@ -18,6 +18,8 @@ def render(plan: Plan) -> Group:
 
     how = f", products with the base in {plan.compute}" if plan.compute != "bf16" else ""
     facts = Table.grid(padding=(0, 2))
+    facts.add_column()
+    facts.add_column(overflow="fold")  # a model's path may be long
     for name, text in (
         ("base", f"{plan.model}, {plan.quantization}, {plan.dtype}"),
         ("parameters", f"{plan.base_parameters:,} ({plan.architecture})"),
@@ -50,7 +52,8 @@ def render(plan: Plan) -> Group:
         table.add_column(heading, justify="right", no_wrap=True)
 
     def gib(value: float) -> str:
-        return "<0.01" if 0 < value < 0.005 else f"{value:.2f}"
+        digits = 2 if value < 99.995 else 1 if value < 999.95 else 0  # five characters, so that 80 columns hold them
+        return "<0.01" if 0 < value < 0.005 else f"{value:.{digits}f}"
 
     def add(stage: str, checkpointing: str, memory: Memory, style: str = "") -> None:
         table.add_row(stage, checkpointing, *(gib(getattr(memory, column)) for column in columns), style=style)
@@ -61,9 +64,10 @@ def render(plan: Plan) -> Group:
         add(row.stage, "on" if row.checkpointing else "off", row.memory_gib)
     first = {row.checkpointing: row.memory_gib for row in plan.table[:2]}
     thousand = {on: (m.activations + m.workspace) * 1000 / plan.tokens_per_gpu for on, m in first.items()}
+    has_zero3 = any(row.stage == "zero3" for row in plan.table)
     lines = (
         "recompute: layers are checkpointed, their activations computed again",
-        "weights (but for zero3), grads and optim are exact",
+        f"weights{' (but for zero3)' if has_zero3 else ''}, grads and optim are exact",
         *(
             ["  training.memory: speed: weights has those that layers keep dequantized, too"]
             if plan.memory_gib.dequantized
@@ -83,7 +87,7 @@ def render(plan: Plan) -> Group:
     )
     note = Text("\n".join(lines), style="dim")
     warned = [Text(f"warning: {line}", style="yellow") for line in plan.warnings]
-    return Group(facts, Text(), table, note, *([_sum(plan)] if plan.gpus > 1 else []), *warned)
+    return Group(facts, Text(), table, note, *([_sum(plan)] if plan.gpus > 1 and has_zero3 else []), *warned)
 
 
 def _sum(plan: Plan) -> Table:

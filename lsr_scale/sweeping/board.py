@@ -7,6 +7,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lsr_scale.config.comparison import metric_words
+from lsr_scale.errors import without_advice
 from lsr_scale.screen import print_line, show_live
 from lsr_scale.sweeping.folder import SweepState, TrialState
 from lsr_scale.units import clock
@@ -55,7 +56,7 @@ class Board:
         self.count(state)
         self.steps.pop(trial.name, None)
         seconds = time.monotonic() - self.began.pop(trial.name, time.monotonic())
-        words = trial.status if trial.error is None else f"{trial.status}: {trial.error.partition(';')[0]}"
+        words = trial.status if trial.error is None else f"{trial.status}: {without_advice(trial.error)}"
         score = "" if trial.score is None else f", {score_text(state.scored_by, trial.score)}"
         if trial.status == "paused":
             words, score = f"reached rung {trial.rung + 1}", f", {score_text(state.scored_by, trial.rung_scores[-1])}"
@@ -93,16 +94,15 @@ class Board:
 class Watch(TrainerCallback):
     """Tells the board where a trial is."""
 
-    def __init__(self, board: Board, name: str, begun: Callable[[], None] | None = None) -> None:
-        """Take the board, the trial's name, and what is called once when training begins."""
+    def __init__(self, board: Board, name: str, begun: Callable[[Any], None]) -> None:
+        """Take the board, the trial's name, and what is called with the model when training begins."""
         self.board, self.name, self.begun = board, name, begun
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Tell who waits for it."""
-        if self.begun is not None:
-            self.begun()
+        self.begun(kwargs["model"])
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Tell it."""

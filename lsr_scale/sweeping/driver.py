@@ -61,7 +61,7 @@ class TrialStart:
             meet=meet,
             signals=driver.signals,
             say=driver.board.of_trial(name),
-            callbacks=(Watch(driver.board, name, self._begun if self.state.overwrite else None),),
+            callbacks=(Watch(driver.board, name, self._begun),),
             rows=driver.rows,
             starts=driver.starts,
         )
@@ -72,15 +72,14 @@ class TrialStart:
             overwrite=overwrite,
             quiet=True,
             shared=shared,
-            take=self._take,
             stop_after_step=rungs[self.state.rung] if self.state.rung < len(rungs) else None,
         )
 
-    def _take(self, trainer: Any) -> None:
+    def _begun(self, model: Any) -> None:
         """Keep what only the model tells, and its folder only once it has finished."""
-        self.state.results["trainable_parameters"] = trainer.model.get_nb_trainable_parameters()[0]
-
-    def _begun(self) -> None:
+        self.state.results["trainable_parameters"] = model.get_nb_trainable_parameters()[0]
+        if not self.state.overwrite:
+            return
         with self.driver.folder.updating() as state:
             state.trials[self.plan.name].overwrite = False
 
@@ -208,6 +207,7 @@ class Driver:
 
     def _settle(self, trial: TrialState, metric: str, error: BaseException | None) -> None:
         """Note what came of a trial."""
+        done, _ = self.board.steps.get(trial.name, (0, 0))  # steps are logged now and then
         folder = self.folder.trial(trial.name)
         if error is None and folder.results.is_file():
             trial.status, trial.overwrite, trial.error = "finished", False, None
@@ -217,13 +217,13 @@ class Driver:
             trial.status = "paused"
             trial.score = scores.newest_score(folder, metric)
             trial.rung_scores = [*trial.rung_scores[: trial.rung], trial.score]
-            trial.results = {**trial.results, "steps": scores.steps_of(folder)}
+            trial.results = {**trial.results, "steps": max(done, scores.steps_of(folder))}
         elif isinstance(error, Terminated) or not isinstance(error, Exception):
             trial.status = "pending"
         else:
             trial.status = "diverged" if str(error).startswith(_DIVERGED) else "failed"
             trial.score, trial.error = None, _words(error)
-            trial.results = {**trial.results, "steps": scores.steps_of(folder)}
+            trial.results = {**trial.results, "steps": max(done, scores.steps_of(folder))}
             if not isinstance(error, UserError | torch.OutOfMemoryError):
                 logger.error("trial %s", trial.name, exc_info=error)
 

@@ -20,7 +20,7 @@ import torch
 
 from lsr_scale.config import RunConfig
 from lsr_scale.config.trials import Sweep, TrialPlan
-from lsr_scale.errors import UserError
+from lsr_scale.errors import UserError, without_advice
 from lsr_scale.planning.together import plan_together
 from lsr_scale.run.folder import RunFolder
 from lsr_scale.sweeping.bases import Bases
@@ -85,7 +85,7 @@ def choose(sweep: Sweep, plans: Sequence[TrialPlan], bases: Bases, rows: TrialRo
             return _measured(plans, bases, rows, most)
         why = f"measuring what pays would take {measured:,} steps of a trial, and all take {steps:,}"
     except UserError as error:  # the first trial's, in whose row it will stand
-        why = f"nothing was measured, as {plans[0].name} cannot be trained: {str(error).partition(';')[0]}"
+        why = f"nothing was measured, as {plans[0].name} cannot be trained: {without_advice(str(error))}"
     number = min(most, UNMEASURED)
     return Choice(number, f"{number} trials share a step: {why}")
 

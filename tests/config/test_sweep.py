@@ -173,7 +173,10 @@ def test_names_that_would_be_equal_or_differ_in_case_alone_are_numbered():
         ("{}", "run.yaml:7: sweep: names no trials; add grid:"),
         ("gird: {}", "run.yaml:8: sweep.gird: unknown key; did you mean 'grid'?"),
         ("grid: {training.seed: []}", "sweep.grid.training.seed: expected a list with at least 1 entry, got []"),
-        ("grid: {training.seed: 3}", "sweep.grid.training.seed: expected list, got 3"),
+        (
+            "grid: {training.seed: 3}",
+            "sweep.grid.training.seed: expected list, got 3; write a list of values, ",
+        ),
         ("grid: {training.sed: [1]}", "trial sed=1: run.yaml:8: training.sed: unknown key; did you mean 'seed'?"),
         ("grid: {lr: [1]}", "trial lr=1: run.yaml:8: lr: unknown key; here it is training.learning_rate"),
         ("grid: {training.seed: [1, x]}", "trial seed=x: run.yaml:8: training.seed: expected int, got 'x'"),

@@ -1,15 +1,18 @@
 """What GRPO's completions take: against what a generation allocates, and how it adds up with a training step."""
 
+import io
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
+from rich.console import Console
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lsr_scale.fused.memory import MARGIN
 from lsr_scale.generation.decoder import Decoder
-from lsr_scale.planning import fit, plan
+from lsr_scale.planning import fit, plan, render
 from lsr_scale.planning.completions import generation_memory
 from lsr_scale.planning.stages import CUDA_GIB
 from tests.helpers.tiny_models import tiny_llama
@@ -68,6 +71,18 @@ def test_a_generation_allocates_what_is_planned(tmp_path, prompt, new, sizes):
     assert planned.peak <= allocated.peak
     # not planned: a layer's activations of the prompts, and masks
     assert allocated.peak < 1.15 * planned.peak
+
+
+@pytest.mark.parametrize("gpus", [1, 2])
+def test_a_plan_of_grpo_fits_a_terminal_and_has_no_stage_that_is_refused(tmp_path, gpus):
+    result = plan(grpo_run(tmp_path), gpus=gpus)
+    assert {row.stage for row in result.table} == {"zero0", "zero1", "zero2"}
+    large = replace(result.memory_gib, activations=123.456, workspace=99.994, total=1234.5, loading=99.996)
+    shown = io.StringIO()
+    Console(width=80, file=shown).print(render(replace(result, memory_gib=large)))
+    assert "\u2026" not in shown.getvalue()
+    assert "zero3" not in shown.getvalue()
+    assert all(number in shown.getvalue() for number in (" 123.5 ", " 99.99 ", " 1234 ", " 100.0"))
 
 
 def test_the_larger_phase_is_in_the_total(tmp_path):

@@ -51,6 +51,8 @@ def test_the_command_plans_a_sweep(tmp_path, capsys):
     assert "the largest of 3 trials: rank=16" in shown
     assert "trials that share a step: 1: " in shown
     assert "on a card of 24 GiB 3 share a step" in shown
+    assert "zero2 " in shown
+    assert "zero3" not in shown, "which a sweep refuses"
     assert main(["plan", str(file), "--json", "--card-gib", "24"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["trial"], found["fit"], list(found["together_gib"])) == ("rank=16", 3, ["1", "2", "3"])

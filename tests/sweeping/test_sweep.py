@@ -20,9 +20,11 @@ from lsr_scale.files import is_own_picture
 from lsr_scale.report.write import show_at_end, write_report
 from lsr_scale.run.evaluate import evaluate_run
 from lsr_scale.run.folder import RunFolder
+from lsr_scale.run.metrics import read_metrics
 from lsr_scale.sweeping import driver, pages, plots
 from lsr_scale.sweeping.bases import load_base_for
-from lsr_scale.sweeping.folder import SweepFolder, TrialState
+from lsr_scale.sweeping.board import Board
+from lsr_scale.sweeping.folder import SweepFolder, SweepState, TrialState
 from lsr_scale.sweeping.sweep import run_sweep
 from lsr_scale.training import compute
 from lsr_scale.training.callbacks.signals import Terminated
@@ -131,6 +133,17 @@ def test_what_diverges_or_fails_ends_alone_and_is_named(done):
         trial = state.trials[name]
         assert trial.score == results(done.trial(name))["eval_loss"] == trial.results["eval_loss"]
         assert trial.results["steps"] == 6
+    diverged, rows = state.trials["lr=1e+06"], read_metrics(done.trial("lr=1e+06").nonfinite)
+    assert diverged.results["steps"] == rows[0]["step"] - 1
+    assert diverged.results["trainable_parameters"] == state.trials["lr=0.002"].results["trainable_parameters"]
+
+
+def test_what_a_trial_ended_by_is_said_without_its_advice(capsys):
+    error = "the loss is nan at step 4 (process 0; the tokens are in nonfinite.jsonl); set training.on_nonfinite: skip"
+    wild = TrialState("wild", {}, "diverged", error=error)
+    Board(live=False).end(wild, SweepState({}, {}, "eval_loss", {"wild": wild}))
+    said = "wild: diverged: the loss is nan at step 4 (process 0; the tokens are in nonfinite.jsonl) (0:00)\n"
+    assert capsys.readouterr().out == said
 
 
 @pytest.mark.parametrize("command", ["eval", "generate", "report", "inspect", "export", "compare"])

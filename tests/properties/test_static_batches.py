@@ -13,7 +13,7 @@ from lsr_scale.fused.attention_mask import needs_mask
 from lsr_scale.fused.cuda_graphs import rounded, static_batch, static_loss
 from lsr_scale.fused.forward_context import document_boundaries
 from lsr_scale.fused.loss import IGNORE_INDEX
-from lsr_scale.training.steps.head_loss import HeadCollator
+from lsr_scale.training.steps.head_loss import HeadCollator, joined_rows
 from tests.fused.test_cuda_graphs import adapted
 from tests.helpers.hypothesis_settings import bounded
 
@@ -142,3 +142,32 @@ def test_loss_and_gradients_are_those_of_the_rows_without_padding(model, lengths
     torch.testing.assert_close(loss.detach(), expected.detach(), rtol=1e-9, atol=1e-9)
     if expected.requires_grad and len(ids[0]) > 1:
         torch.testing.assert_close(found, torch.autograd.grad(expected, trained), rtol=1e-8, atol=1e-11)
+
+
+@bounded(100)
+@given(lengths=LENGTHS, more=LENGTHS, seed=st.integers(0, 99), packs=st.booleans(), labelled=st.booleans())
+def test_rows_that_are_joined_make_the_batch_that_they_make_one_by_one(lengths, more, seed, packs, labelled):
+    rows = rows_of(lengths, seed)
+    if packs:  # of several documents each, some of one
+        parts = [rows, rows_of(more, seed + 1), rows_of(lengths[:1], seed + 2)]
+        rows = [
+            {
+                **{name: [token for row in part for token in row[name]] for name in ("input_ids", "labels")},
+                "seq_lengths": [len(row["input_ids"]) for row in part],
+            }
+            for part in parts
+        ]
+    elif seed % 2:
+        rows.insert(1, {"input_ids": [], "labels": []})
+    if not labelled:
+        rows = [{name: value for name, value in row.items() if name != "labels"} for row in rows]
+    collator = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)
+    # of an empty row TRL makes a float tensor
+    expected = collator(copy.deepcopy([row for row in rows if row["input_ids"]]))
+    found = collator(joined_rows(rows))
+    assert expected.keys() == found.keys()
+    for name, value in expected.items():
+        if isinstance(value, torch.Tensor):
+            torch.testing.assert_close(found[name], value, rtol=0, atol=0)
+        else:
+            assert found[name] == value

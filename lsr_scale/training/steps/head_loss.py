@@ -1,6 +1,7 @@
 """A trainer whose training loss is the fused head's: TRL's also makes entropies and hits, and waits for the GPU."""
 
 from collections.abc import Callable, Mapping
+from itertools import chain
 from typing import Any
 
 import torch
@@ -30,7 +31,8 @@ class HeadCollator:
 
     def __call__(self, examples: Any) -> dict[str, Any]:
         """Return a batch."""
-        batch = self.collator(examples)
+        flat = getattr(self.collator, "padding_free", False)
+        batch = self.collator(joined_rows(examples) if flat else examples)
         wanted = functional.pad(batch["labels"], (0, 1), value=IGNORE_INDEX)[..., 1:].reshape(-1)
         supervised = (wanted != IGNORE_INDEX).nonzero().flatten()
         mask = batch.get("attention_mask")
@@ -44,6 +46,24 @@ class HeadCollator:
                 boundaries, longest = torch.tensor([0, length], dtype=torch.int32), length
             known |= {"cu_seq_lens_q": boundaries, "max_length_q": longest}
         return {**batch, "head": {"known": known, "tokens": tokens}}
+
+
+def joined_rows(examples: Any) -> Any:
+    """Return rows as one packed row, of which TRL's collator without padding makes the same batch.
+
+    It makes several tensors of every row, which takes the host some 5 ms for 128 rows; a small model's step takes 12.
+    """
+    if len(examples) < 2 or any(one.keys() - {"input_ids", "labels", "seq_lengths"} for one in examples):
+        return examples
+    ids, labels = ([one.get(name, one["input_ids"]) for one in examples] for name in ("input_ids", "labels"))
+    lengths = (one.get("seq_lengths", [len(one["input_ids"])]) for one in examples)
+    return [
+        {
+            "input_ids": list(chain.from_iterable(ids)),
+            "labels": list(chain.from_iterable(labels)),
+            "seq_lengths": [length for length in chain.from_iterable(lengths) if length],
+        }
+    ]
 
 
 class HeadLoss(_Base):

@@ -141,31 +141,38 @@ def _smollm2() -> dict[str, dict[str, AdapterRow]]:
     last = lambda number: _last("smollm2", number)  # noqa: E731
     query_value: dict[str, Any] = {"target_modules": ["q_proj", "v_proj"]}
     value: dict[str, Any] = {"target_modules": ["v_proj"]}
+    output: dict[str, Any] = {"target_modules": ["v_proj", "o_proj"]}
     return {
         "5k": {
             **_between(5),
+            "xs_output": _square("lora_xs", 9, **output),
             "tinylora": _tinylora(8, 24),
             "lora_modules": _lora(**value, **last(7)),
+            "lora_output": _lora(**output, **last(3)),
             "kron_modules": _kron_lora(1, 8, 8, **value),
             "lsr_1_1": _lsr(1, 1, **last(7)),
-            "lsr_modules": _lsr(1, 1, target_modules=["v_proj", "o_proj"]),
+            "lsr_modules": _lsr(1, 1, **output),
         },
         "20k": {
             **_between(10),
+            "xs_output": _square("lora_xs", 18, **output),
             "vera": _vera(480, "v_proj"),
             "tinylora": _tinylora(16, 95),
             "lora_layers": _lora(**last(2)),
             "lora_modules": _lora(**value, **last(26)),
+            "lora_output": _lora(**output, **last(10)),
             "krona": AdapterRow("krona", value),
             "kron_lora": _kron_lora(1, 4, 16, **last(10)),
             "lsr_1_1": _lsr(1, 1),
+            "lsr_modules": _lsr(1, 4, **output),
         },
         "60k": {
             **_between(17),
+            "xs_output": _square("lora_xs", 32, **output),
             "vera": _vera(600, "q_proj", "v_proj"),
             "lora_layers": _lora(**last(6)),
             "lora_modules": _lora(**query_value),
-            "lora_output": _lora(target_modules=["v_proj", "o_proj"]),
+            "lora_output": _lora(**output),
             "krona": AdapterRow("krona", query_value),
             "kron_lora": _kron_lora(1, 4, 16),
             "lsr_2_2": _lsr(2, 2),
@@ -173,6 +180,7 @@ def _smollm2() -> dict[str, dict[str, AdapterRow]]:
         },
         "150k": {
             **_between(27),
+            "xs_output": _square("lora_xs", 50, **output),
             "vera": _vera(576, "q_proj", "k_proj", "v_proj", "o_proj", "down_proj"),
             "lora_layers": _lora(**last(15)),
             "lora_modules": _lora(target_modules=["q_proj", "k_proj", "v_proj", "down_proj"]),

@@ -40,7 +40,7 @@ def main_suite(found: Frontier) -> Suite:
 def readme(results: Path) -> str:
     """Return README's paragraph on what the small adapters are for, and its figure."""
     found = load(results)
-    told = lines(found)
+    told = lines(found, brief=True)
     if not told:
         return NOTHING
     parts = [text] if (text := from_rank_one(found.verdicts)) else []
@@ -98,7 +98,7 @@ def guide(results: Path) -> str:
     return "\n\n".join(parts)
 
 
-def lines(found: Frontier) -> list[str]:
+def lines(found: Frontier, brief: bool = False) -> list[str]:
     """Return a suite's sentences: at which sizes which method's loss and accuracy are better, and what was not run.
 
     A suite has some once rows of both sides are compared at a size, or a seed of a row diverged.
@@ -107,7 +107,7 @@ def lines(found: Frontier) -> list[str]:
     for suite in dict.fromkeys(row.suite for row in found.rows):
         verdicts = [one for one in found.verdicts if one.ours.suite == suite]
         if verdicts or any(row.diverged for row in found.rows_of(suite)):
-            texts.append(f"{heading(suite)}: {_compared(found, suite, verdicts)}. {left(found, suite)}")
+            texts.append(f"{heading(suite)}: {_compared(found, suite, verdicts)}. {left(found, suite, brief)}")
     return texts
 
 

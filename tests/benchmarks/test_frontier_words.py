@@ -44,9 +44,14 @@ def test_either_outcome_is_said_by_size(tmp_path):
         "ours and the others do not separate at 150k. Not run: "
     )
     assert "LoRA-XS at 20k, 60k and 150k; " in line
-    for text in (frontier_words.readme(tmp_path), frontier_words.guide(tmp_path)):
-        assert f"- {line}" in text
-        assert "results/frontier/smollm2-commonsense-nf4.png" in text
+    text, page = frontier_words.readme(tmp_path), frontier_words.guide(tmp_path)
+    assert f"- {line}" in page
+    counted = "rows of these sizes were not run, or only tuned ([which](GUIDE.md#by-size))."
+    assert f"- {line.partition(' Not run: ')[0]} " in text
+    assert text.count(counted) == 1
+    assert "Not run" not in text
+    for one in (text, page):
+        assert "results/frontier/smollm2-commonsense-nf4.png" in one
     assert "| the other |" in frontier_words.guide(tmp_path)
 
 
@@ -68,7 +73,7 @@ def test_methods_that_win_nowhere_are_said_to(tmp_path):
     for size, row in {"20k": "lsr_1_1", "60k": "lsr_2_2"}.items():
         write(tmp_path, made_up(size, row, 0.1), made_up(size, "lora_modules", 0.0))
     text = frontier_words.readme(tmp_path)
-    assert "the lower loss has LSR-Adapt and Kron-LoRA at no size; LoRA at 20k and 60k. Not run: " in text
+    assert "the lower loss has LSR-Adapt and Kron-LoRA at no size; LoRA at 20k and 60k. " in text
     assert "| ours |" not in frontier_words.guide(tmp_path)
 
 
@@ -146,7 +151,7 @@ def test_a_seed_that_diverged_is_said_and_which_row_that_would_have_been(tmp_pat
 def test_where_all_of_a_side_diverged_that_is_said(tmp_path):
     write(tmp_path, made_up("60k", "lora_modules", 0.0), diverged(made_up("60k", "lsr_2_2", -0.05)))
     for page in (frontier_words.readme(tmp_path), frontier_words.guide(tmp_path)):
-        assert "base in nf4: nothing is compared at 60k, where a side has no row to compare. Not run: " in page
+        assert "base in nf4: nothing is compared at 60k, where a side has no row to compare. " in page
         assert "as a seed diverged: LSR-Adapt at 60k; by the held-out part the best of ours would be LSR-Adapt" in page
         assert "has not been measured" not in page
     write(tmp_path, made_up("20k", "lora_modules", 0.0), made_up("20k", "lsr_1_1", -0.1))

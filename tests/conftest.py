@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -95,15 +96,32 @@ def _pictures_that_nobody_looks_at(request) -> Iterator[Callable[..., None]]:
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _pages_that_nobody_looks_at(request) -> Iterator[None]:
-    """Leave out the pictures and the page at a run's end, a quarter of a tiny run's time, with LEAVES_OUT_PAGES."""
-    if not getattr(request.module, "LEAVES_OUT_PAGES", False):
-        yield
-        return
-    from lsr_scale.run import train
+def with_pages(request) -> Iterator[Callable[[], AbstractContextManager[None]]]:
+    """Leave out a run's pictures and page at its end, a third of a tiny run's time; return a context with them.
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "show_at_end", lambda folder: "report   left out")
+    A module with LOOKS_AT_PAGES, or a test with the fixture `written_pages`, has them.
+    """
+    modules = [importlib.import_module(name) for name in ("lsr_scale.run.train", "lsr_scale.sweeping.pages")]
+    write = modules[0].show_at_end
+
+    @contextmanager
+    def all_with(show_at_end: Callable[..., str]) -> Iterator[None]:
+        with pytest.MonkeyPatch.context() as patch:
+            for module in modules:
+                patch.setattr(module, "show_at_end", show_at_end)
+            yield
+
+    if getattr(request.module, "LOOKS_AT_PAGES", False):
+        yield nullcontext
+        return
+    with all_with(lambda folder, plan=None: "report   left out"):
+        yield lambda: all_with(write)
+
+
+@pytest.fixture
+def written_pages(with_pages) -> Iterator[None]:
+    """Have the runs of a test draw their pictures and write their pages at their end."""
+    with with_pages():
         yield
 
 

@@ -7,8 +7,6 @@ import torch
 
 from tests.golden_losses import CASES, FOLDER, losses
 
-LEAVES_OUT_PAGES = True
-
 pytestmark = [
     pytest.mark.filterwarnings("ignore"),
     pytest.mark.skipif(torch.cuda.is_available(), reason="python -m tests.golden_losses compares a GPU's"),

@@ -173,7 +173,7 @@ def test_other_methods_and_other_logs_are_not_measured():
     assert logs == {"loss": 1.0}
 
 
-@pytest.mark.usefixtures("rendered")
+@pytest.mark.usefixtures("rendered", "written_pages")
 def test_a_run_logs_and_draws_it(tmp_path):
     save_llama(tmp_path / "model")
     folder = do(tiny_run(tmp_path))

@@ -42,8 +42,6 @@ from tests.helpers.tiny_runs import (
     write_rows,
 )
 
-LEAVES_OUT_PAGES = True
-
 NONE = {"quantization": "none", "dtype": "float32"}
 
 

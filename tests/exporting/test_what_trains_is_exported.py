@@ -17,8 +17,6 @@ from lsr_scale.exporting.inspect import inspect_adapter
 from tests.helpers.tiny_models import SEVEN_LINEARS, randomize, tiny_llama
 from tests.helpers.tiny_runs import do, save_llama, tiny_run
 
-LEAVES_OUT_PAGES = True
-
 EXPRESSION = r".*layers\.[0-9]+\..*attn.*\.(q|v)_proj"
 
 

@@ -24,8 +24,6 @@ from tests.helpers.recorded_graphs import RecordedGraph
 from tests.helpers.tiny_models import SEVEN_LINEARS, randomize, tiny_llama
 from tests.helpers.tiny_runs import completions, do, factors, metrics, questions, same, save_llama, tiny_run, write_rows
 
-LEAVES_OUT_PAGES = True
-
 BIG: dict[str, Any] = dict(
     hidden_size=256, intermediate_size=704, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=3
 )

@@ -31,7 +31,11 @@ def quantized(num_rows, in_features, block_size, kind, nested, dtype, device):
         if nested:
             absmax = bnb_functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
         shape = (num_rows, in_features)
-        return packed, state, _dequantize_4bit_compute(packed.view(-1), absmax, state.code, block_size, shape, dtype)
+        return (
+            packed,
+            state,
+            _dequantize_4bit_compute.__wrapped__(packed.view(-1), absmax, state.code, block_size, shape, dtype),
+        )
     return packed, state, bnb_functional.dequantize_4bit(packed, state)
 
 

@@ -20,7 +20,7 @@ from lsr_scale.units import byte_size
 from tests.helpers.run_folders import choice_rows, write_run
 from tests.helpers.tiny_runs import do, results, save_llama, tiny_run
 
-LOOKS_AT_PICTURES = True
+LOOKS_AT_PAGES = LOOKS_AT_PICTURES = True
 HOSTILE = "</pre></style><script>alert(1)</script><img src=http://evil.example/x onerror=alert(2)>&amp;\"'"
 MESSAGES = [{"role": "system", "content": "Be brief. " + HOSTILE}, {"role": "user", "content": "What boils water?"}]
 SAMPLES = [

@@ -21,8 +21,6 @@ from lsr_scale.sweeping.start import begin
 from tests.helpers.tiny_runs import factors, same, save_llama, tiny_run
 from tests.helpers.tiny_sweeps import sections
 
-LEAVES_OUT_PAGES = True
-
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):

@@ -8,8 +8,6 @@ from lsr_scale.run import evaluate
 from lsr_scale.run.evaluate import evaluate_run
 from tests.helpers.tiny_runs import do, save_llama, tiny_run
 
-LEAVES_OUT_PAGES = True
-
 
 @pytest.mark.parametrize("fused", ["on", "off"])
 def test_a_run_is_scored_again_as_its_training_computed(fused, tmp_path, monkeypatch):

@@ -32,8 +32,6 @@ from lsr_scale.run.load import load_run_model
 from tests.helpers.launch import QUICK_START
 from tests.helpers.tiny_runs import TOOLS, do, factors, save_llama, tiny_run, write_rows
 
-LEAVES_OUT_PAGES = True
-
 TALK = [{"messages": [{"role": "user", "content": s}, {"role": "assistant", "content": "yes"}]} for s in TOOLS]
 SHORT = {"max_steps": 2, "save_strategy": "no", "max_length": 64}
 

@@ -22,8 +22,6 @@ from tests.helpers.tiny_runs import (
     write_rows,
 )
 
-LEAVES_OUT_PAGES = True
-
 # no step changes anything, so that what is saved is what was loaded
 STILL = {"learning_rate": 0.0, "save_strategy": "no"}
 PLAIN = {"eval": {"tasks": []}}

@@ -21,8 +21,6 @@ from tests.helpers.ranks import COMMAND, Rank
 from tests.helpers.tiny_runs import completions, do, factors, metrics, same, save_llama, tiny_run, write_rows
 from tests.training.test_resume import arrange_stop
 
-LEAVES_OUT_PAGES = True
-
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):

@@ -41,8 +41,6 @@ from lsr_scale.training import assembly
 from lsr_scale.training.run_data import read_data
 from tests.helpers.tiny_runs import byte_tokenizer, completions, do, save_llama, tiny_run, write_rows
 
-LEAVES_OUT_PAGES = True
-
 TURN = "{{ m.role }}\n{{ m.content }}<|assistant|>\n"
 TEMPLATE = "{% for m in messages %}" + TURN + "{% endfor %}{% if add_generation_prompt %}assistant\n{% endif %}"
 CHAT = [{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "a saw cuts wood"}]}] * 4

@@ -56,9 +56,10 @@ def place(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def plain(place):
+def plain(place, with_pages):
     """Return the folder of the plainest run, done once."""
-    return do(tiny_run(place, training={"output_dir": str(place / "plain")}))
+    with with_pages():
+        return do(tiny_run(place, training={"output_dir": str(place / "plain")}))
 
 
 def run_in(place, tmp_path, **sections):

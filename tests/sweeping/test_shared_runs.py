@@ -22,8 +22,6 @@ from lsr_scale.training.steps.joint import JointStep
 from tests.helpers.tiny_models import SEVEN_LINEARS
 from tests.helpers.tiny_runs import completions, do, factors, metrics, results, same, save_llama, tiny_run, write_rows
 
-LEAVES_OUT_PAGES = True
-
 # differ from run to run
 MEASURED = re.compile(r"wall_s|training_s|.*tokens_per_s|mfu|.*memory_gib|.*_runtime|.*_per_second")
 

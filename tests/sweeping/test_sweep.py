@@ -63,7 +63,7 @@ def statuses(folder):
 
 
 @pytest.fixture(scope="module")
-def done(place):
+def done(place, with_pages):
     """Return the folder of a sweep of four trials, one of whose rates diverges, and whose other rows are bad, and what
     was printed.
     """
@@ -75,7 +75,8 @@ def done(place):
         {"name": "bad", "data.train": [str(broken)]},
         {"training.learning_rate": RATES[1], "adapter.rank": 2},
     ]
-    return do_sweep(place, place / "done", {"list": entries, "together": 1})
+    with with_pages():
+        return do_sweep(place, place / "done", {"list": entries, "together": 1})
 
 
 def columns_of(folder):
@@ -486,6 +487,7 @@ def test_a_frame_needs_pandas(done, monkeypatch):
         read_results(done).frame()
 
 
+@pytest.mark.usefixtures("written_pages")
 def test_without_pages_there_is_a_table_and_no_picture_until_they_are_asked_for(place, tmp_path, capsys):
     given = sections(place, tmp_path / "sweep", {"grid": {"training.seed": [1, 2]}, "together": 1}, max_steps=1)
     found = lsr_scale.sweep(given, pages=False)

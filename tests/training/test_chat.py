@@ -25,8 +25,6 @@ from tests.helpers.tiny_runs import (
     write_rows,
 )
 
-LEAVES_OUT_PAGES = True
-
 
 def chats(num):
     """Return conversations of two, three and four turns; some end with the user's."""

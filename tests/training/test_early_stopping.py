@@ -26,8 +26,6 @@ from tests.helpers.tiny_runs import (
 )
 from tests.training.test_resume import Killed, arrange_stop
 
-LEAVES_OUT_PAGES = True
-
 HELD_OUT = "data.validation_split=0.1"
 
 

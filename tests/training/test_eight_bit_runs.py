@@ -42,8 +42,9 @@ def run_in(place, folder, compute="fp8", training=None, **sections):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(place):
-    return do(run_in(place, place / "undisturbed"))
+def undisturbed(place, with_pages):
+    with with_pages():
+        return do(run_in(place, place / "undisturbed"))
 
 
 @pytest.fixture(scope="module")

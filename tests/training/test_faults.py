@@ -30,8 +30,6 @@ from tests.helpers.tiny_models import two_processes
 from tests.helpers.tiny_runs import do, factors, metrics, same, save_llama, tiny_run
 from tests.training.test_resume import arrange_stop, config_file
 
-LEAVES_OUT_PAGES = True
-
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):

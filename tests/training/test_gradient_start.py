@@ -31,8 +31,6 @@ from tests.helpers.tiny_runs import (
     write_rows,
 )
 
-LEAVES_OUT_PAGES = True
-
 OPTIONS = {
     "lora": {"rank": 4},
     "lsr": {"rank": 4, "separation_rank": 2},

@@ -56,7 +56,7 @@ def place(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def whole(place):
+def whole(place, with_pages):
     """A run on an NF4 base with a reference, a user's reward beside a shipped one, and held-out rows; of two epochs."""
     (place / "mine.py").write_text("def score(completions, answer, **columns):\n    return [len(a) for a in answer]\n")
     options = {
@@ -67,7 +67,8 @@ def whole(place):
     options |= {"per_device_eval_batch_size": 4, "eval_steps": 4, "eval_strategy": "steps"}
     held_out = write_rows(place / "held-out.jsonl", prompts(8)[5:])
     data = {"train": [str(place / "prompts.jsonl")], "validation": [held_out]}
-    return do(grpo_run(place, prompts(5), data=data, training=options))
+    with with_pages():
+        return do(grpo_run(place, prompts(5), data=data, training=options))
 
 
 @pytest.mark.parametrize(("loss_type", "fused"), [("dapo", "on"), ("grpo", "off")])

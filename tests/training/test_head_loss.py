@@ -17,8 +17,6 @@ from lsr_scale.training.steps.head_loss import HeadCollator, HeadLoss, head_loss
 from tests.helpers.tiny_models import SEVEN_LINEARS, randomize, tiny_llama
 from tests.helpers.tiny_runs import completions, do, factors, metrics, save_llama, tiny_run, write_rows
 
-LEAVES_OUT_PAGES = True
-
 LAYOUTS = {
     "padded": {},
     "padding_free": {"padding_free": True, "max_length": None},

@@ -17,8 +17,6 @@ from lsr_scale.training.steps.finite_check import FiniteCheck, SkippingOptimizer
 from tests.helpers.gradients import make_infinite
 from tests.helpers.tiny_runs import do, factors, metrics, same, save_llama, tiny_run
 
-LEAVES_OUT_PAGES = True
-
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):

@@ -226,7 +226,7 @@ def test_tokens_told_of_rows_are_the_trainers(place, method):
 
 
 @pytest.fixture(scope="module", params=METHODS)
-def ran(request, place):
+def ran(request, place, with_pages):
     """Run once on an NF4 base and embedded-style questions, with held-out rows and a checkpoint."""
     method = request.param
     sections = {
@@ -234,7 +234,8 @@ def ran(request, place):
         "training": {"method": method, "output_dir": str(place / f"whole-{method}"), "fused": "on"},
         "eval": {"tasks": [str(place / "questions.jsonl")], "prompts": ["What sews cloth?"], "max_new_tokens": 2},
     }
-    return method, do(tiny_run(place, **sections))
+    with with_pages():
+        return method, do(tiny_run(place, **sections))
 
 
 def test_a_whole_run_logs_draws_and_is_reported(ran):

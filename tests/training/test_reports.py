@@ -27,8 +27,6 @@ from tests.helpers.tiny_runs import (
 )
 from tests.training.test_resume import Killed, arrange_stop
 
-LEAVES_OUT_PAGES = True
-
 TENSORBOARD = pytest.mark.skipif(importlib.util.find_spec("tensorboard") is None, reason="tensorboard is not installed")
 NOT_REPORTED = ("step", "epoch")
 

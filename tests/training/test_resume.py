@@ -24,8 +24,6 @@ from lsr_scale.training.callbacks import progress
 from lsr_scale.training.checkpoint.manifest import damage, write_manifest
 from tests.helpers.tiny_runs import completions, do, factors, metrics, questions, same, save_llama, tiny_run, write_rows
 
-LEAVES_OUT_PAGES = True
-
 # dropout makes the random state count
 DROPOUT = {"method": "kron_lora", "rank": 4, "left_out": 4, "dropout": 0.2}
 

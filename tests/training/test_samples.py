@@ -19,8 +19,6 @@ from tests.helpers.tiny_models import tiny_llama
 from tests.helpers.tiny_runs import TOOLS, completions, do, factors, metrics, same, save_llama, tiny_run, write_rows
 from tests.training.test_resume import Killed, arrange_stop
 
-LEAVES_OUT_PAGES = True
-
 PROMPTS = ["a knife", "a broom sweeps floors and", "a", "a needle"]
 FLOAT32 = {"quantization": "none", "dtype": "float32"}
 EVALUATING = {"eval_strategy": "steps", "eval_steps": 2, "learning_rate": 5e-2}

@@ -7,8 +7,6 @@ from lsr_scale import UserError, cli
 from lsr_scale.config import dump_yaml
 from tests.helpers.tiny_runs import completions, do, save_llama, tiny_run, write_rows
 
-LEAVES_OUT_PAGES = True
-
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):

@@ -20,8 +20,6 @@ from tests.helpers.tiny_models import SEVEN_LINEARS
 from tests.helpers.tiny_runs import completions, save_llama, tiny_run, write_rows
 from tests.helpers.tiny_sweeps import sweep_place, tiny_sweep
 
-LEAVES_OUT_PAGES = True
-
 START = {"init": "gradient", "init_rows": 3}
 
 

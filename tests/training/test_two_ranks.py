@@ -31,8 +31,6 @@ from tests.ranks.two_ranks import EIGHT_BIT, STOPPED
 from tests.training.test_chat import chats
 from tests.training.test_resume import Killed, arrange_stop
 
-LEAVES_OUT_PAGES = True
-
 pytestmark = [pytest.mark.slow, two_processes]
 STAGES = ["zero0", "zero1", "zero2", "zero3"]
 

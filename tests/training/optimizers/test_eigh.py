@@ -6,8 +6,6 @@ import torch
 from lsr_scale.training.optimizers import eigh as module
 from lsr_scale.training.optimizers.eigh import eigh, eigh_by_blocks
 
-LEAVES_OUT_PAGES = True
-
 
 def spectrum(size, values):
     """Return matrices with some eigenvalues `[n, size]`."""

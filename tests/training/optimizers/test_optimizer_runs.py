@@ -12,8 +12,6 @@ from lsr_scale.training.optimizers.lora_rite import LoraRite
 from tests.helpers.tiny_runs import do, factors, metrics, same, save_llama, tiny_run
 from tests.sweeping.test_shared_runs import assert_equal, flatly, together
 
-LEAVES_OUT_PAGES = True
-
 QUICK = {"model": {"quantization": "none"}, "eval": {"tasks": []}}
 
 

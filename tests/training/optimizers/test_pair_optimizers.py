@@ -16,8 +16,6 @@ from lsr_scale.training.optimizers.lora_rite import LoraRite
 from lsr_scale.training.optimizers.state_bytes import pair_state_bytes
 from tests.helpers.tiny_models import randomize
 
-LEAVES_OUT_PAGES = True
-
 IN, OUT, RANK = 12, 16, 4
 CONFIGS = {
     "lora": LoraConfig(r=RANK, lora_alpha=6, target_modules=["linear"]),

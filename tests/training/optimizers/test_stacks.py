@@ -16,8 +16,6 @@ from lsr_scale.training.optimizers.lora_rite import LoraRite
 from lsr_scale.training.optimizers.sides import _runs
 from tests.helpers.tiny_models import randomize
 
-LEAVES_OUT_PAGES = True
-
 KINDS = [LoraRite, LoraPro]
 LINEARS = {"square": (12, 12), "other": (12, 12), "wide": (12, 16), "narrow": (16, 12)}
 CONFIGS = {

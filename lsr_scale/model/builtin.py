@@ -9,6 +9,7 @@ version and the file's size in it. `python -m lsr_scale.model` does both beforeh
 
 import dataclasses
 import errno
+import functools
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -145,7 +146,7 @@ def name_of(folder: str) -> str | None:
 
 
 def ensure_converted(name: str) -> Path:
-    """Return the folder of the converted model, converting it first if this machine has not done so (about 20 s).
+    """Return the folder of the converted model, converting it first if this machine has not done so (about 6 s).
 
     Processes that start together wait for the one that converts; the folder appears complete or not at all.
 
@@ -177,7 +178,7 @@ def _convert(name: str, folder: Path) -> None:
     if shutil.disk_usage(folder.parent).free < NEEDED_BYTES:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     gguf = gguf_file(name)  # fetched first, where it is not here
-    logger.warning("converting %s into %s: once, about 20 s", name, folder)
+    logger.warning("converting %s into %s: once, about 6 s", name, folder)
     temporary = files.temporary_path(folder)
     try:
         temporary.mkdir()
@@ -198,7 +199,7 @@ def _write(gguf: Path, packaged: PackagedModel, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     source: dict[str, Any] = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-    with _without_output():
+    with _without_output(), _quick_reader():
         tokenizer = AutoTokenizer.from_pretrained(**source)
         # Dequantized in float32, or Transformers would still take the result for quantized and refuse to save it. The
         # published configuration is known; reading the file's would take 6 s and round rms_norm_eps to float32.
@@ -237,6 +238,31 @@ def _write(gguf: Path, packaged: PackagedModel, folder: Path) -> None:
     assert _is_complete(folder), f"transformers saved only {sorted(file.name for file in folder.iterdir())}"
     for file in folder.iterdir():
         file.chmod(0o644)  # safetensors makes its file private; a cache may be shared
+
+
+@contextmanager
+def _quick_reader() -> Iterator[None]:
+    """Have a GGUF file read in half the time.
+
+    gguf takes millions of slices of a memory-mapped array, each of which numpy makes one that keeps its file, and
+    Transformers makes the map of the tensors' names anew for each of the model's modules.
+    """
+    import gguf
+    import numpy as np
+
+    class Reader(gguf.GGUFReader):
+        def __setattr__(self, name: str, value: Any) -> None:
+            super().__setattr__(name, np.asarray(value) if name == "data" else value)  # mapped still
+
+    replaced = {"GGUFReader": Reader, "get_tensor_name_map": functools.cache(gguf.get_tensor_name_map)}
+    own = {name: getattr(gguf, name) for name in replaced}
+    try:
+        for name, value in replaced.items():
+            setattr(gguf, name, value)
+        yield
+    finally:
+        for name, value in own.items():
+            setattr(gguf, name, value)
 
 
 @contextmanager

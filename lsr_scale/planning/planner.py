@@ -10,6 +10,8 @@ supervised), DeepSpeed's buffers, and what is all-gathered under ZeRO-3. Sizes a
 H200 (tests/planning/test_planner.py) the totals are within 5 %; ZeRO-3 on several GPUs is not among the measured.
 """
 
+import dataclasses
+import json
 import warnings
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,6 +20,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from lsr_scale import adapters
 from lsr_scale.adapters.coverage import coverage_notes
 from lsr_scale.adapters.inject import inject
 from lsr_scale.adapters.peft import AdapterLinear, in_out_features
@@ -206,19 +209,14 @@ def count(run: RunConfig, trace: bool = True) -> Counted:
 
     stack = memory.layer_list(base)
     num_layers, hidden_size = len(stack[2]) if stack else 1, base.get_input_embeddings().weight.shape[1]
-    traced = trace
     refusal = _refusal(run) if trace else None
     compute = "bf16" if refusal else training["compute"]
-    steps = fused = _fused_step(run, config, batch, compute) if trace else None
-    if not trace:
-        steps = dict.fromkeys((False, True), memory.StepMemory(0, 0))
-    elif steps is None:
-        try:
-            steps = memory.trace_step(model, batch, section.task)
-        except memory.TraceError as error:
-            traced, steps = False, dict.fromkeys((False, True), memory.StepMemory(0, 0))
-            notes.append(f"activations and workspace come on top, they could not be counted for this model ({error})")
-    if training["method"] == "orpo" and trace and fused is None:
+    step = _step(run, config, batch, compute, model) if trace else _Step(None)
+    if trace and step.memory is None:
+        reason = f"they could not be counted for this model ({step.failure})"
+        notes.append(f"activations and workspace come on top, {reason}")
+    steps = step.memory or dict.fromkeys((False, True), memory.StepMemory(0, 0))
+    if training["method"] == "orpo" and trace and not step.fused:
         # bfloat16 logits, their log-softmax, and the gradient
         gib = 3 * DTYPES[section.dtype].itemsize * batch.rows * batch.length * text.vocab_size / GIB
         notes.append(
@@ -243,9 +241,9 @@ def count(run: RunConfig, trace: bool = True) -> Counted:
         share_of_lora16=(num_trainable - to_save) / (16 * lora),
         adapter_bytes=adapter_bytes,
         frozen_bytes=frozen.total,
-        fused=fused is not None,
+        fused=step.fused,
         compute=compute,
-        traced=traced,
+        traced=step.memory is not None,
     )
     parts = RunMemory(frozen, trainable_bytes, steps, hidden_size, num_layers, 1, optimizer_state)
     return Counted(run, text, parts, values, notes)
@@ -288,6 +286,39 @@ def _refusal(run: RunConfig) -> str | None:
     except UserError as error:
         return str(error)
     return None
+
+
+@dataclass(frozen=True)
+class _Step:
+    """The memory of a step without and with checkpointing, whether it runs fused; None where it could not be traced."""
+
+    memory: dict[bool, memory.StepMemory] | None
+    fused: bool = False
+    failure: str = ""
+
+
+def _step(run: RunConfig, config: Any, batch: memory.Batch, compute: Any, model: Any) -> _Step:
+    """Return the memory of a run's step, fused where it can be; traced once in a process for all runs with that step.
+
+    `model` is the run's, with its adapter; it cannot be used afterwards.
+    """
+    training, method = run.training, adapters.METHODS.get(run.adapter.method)
+    parts = config.to_dict(), run.model.model_dump(), run.adapter.model_dump(), dataclasses.astuple(batch), compute
+    text = json.dumps([*parts, training["fused"], training["keep_in_bf16"]], sort_keys=True, default=str)
+    key = text, method, memory.trace_step  # another of that name may be registered
+    if key not in _steps:
+        fused = _fused_step(run, config, batch, compute)
+        if fused is not None:
+            _steps[key] = _Step(fused, fused=True)
+        else:
+            try:
+                _steps[key] = _Step(memory.trace_step(model, batch, run.model.task))
+            except memory.TraceError as error:
+                _steps[key] = _Step(None, failure=str(error))
+    return _steps[key]
+
+
+_steps: dict[Any, _Step] = {}
 
 
 def _fused_step(run: RunConfig, config: Any, batch: memory.Batch, compute: Any) -> dict[bool, memory.StepMemory] | None:

@@ -239,6 +239,26 @@ def test_only_who_spends_memory_on_speed_keeps_weights_and_none_that_are_gathere
 
 
 @pytest.mark.usefixtures("two_layers")
+def test_a_step_is_traced_once_for_all_runs_that_have_it(monkeypatch):
+    traced = []
+
+    def trace_step(*args, **kwargs):
+        traced.append(args)
+        return {on: memory.StepMemory(len(traced), 2 * len(traced)) for on in (False, True)}
+
+    monkeypatch.setattr(memory, "trace_step", trace_step)
+    training = {"per_device_train_batch_size": 1, "max_length": 512}
+    runs = [{}, {"memory": "speed"}, {"learning_rate": 1e-3}, {"seed": 3}]
+    runs += [{"max_length": 256}, {"per_device_train_batch_size": 2}, {"fused": "off"}, {"compute": "int8"}]
+    counts = [planner.count(run(MISTRAL, LSR, {**training, **more})) for more in runs]
+    saved = [found.memory.steps[False].saved for found in counts]
+    assert saved == [1, 1, 1, 1, 2, 3, 4, 5]
+    assert planner.count(run(MISTRAL, {**LSR, "rank": 4}, training)).memory.steps[False].saved == 6
+    assert planner.count(run(MISTRAL, LSR, training, quantization="int8")).memory.steps[False].saved == 7
+    assert len(traced) == 7
+
+
+@pytest.mark.usefixtures("two_layers")
 def test_what_cannot_run_fused_is_planned_unfused():
     result = plan(run(MISTRAL, {**KRON, "dropout": 0.1}, {"max_length": 512, "per_device_train_batch_size": 1}))
     assert not result.fused

@@ -199,7 +199,7 @@ def _write(gguf: Path, packaged: PackagedModel, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     source: dict[str, Any] = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-    with _without_output(), _quick_reader():
+    with _without_output(), quick_reader():
         tokenizer = AutoTokenizer.from_pretrained(**source)
         # Dequantized in float32, or Transformers would still take the result for quantized and refuse to save it. The
         # published configuration is known; reading the file's would take 6 s and round rms_norm_eps to float32.
@@ -241,7 +241,7 @@ def _write(gguf: Path, packaged: PackagedModel, folder: Path) -> None:
 
 
 @contextmanager
-def _quick_reader() -> Iterator[None]:
+def quick_reader() -> Iterator[None]:
     """Have a GGUF file read in half the time.
 
     gguf takes millions of slices of a memory-mapped array, each of which numpy makes one that keeps its file, and

@@ -16,7 +16,8 @@ def smollm2_tokenizer() -> PreTrainedTokenizerBase:
         pytest.skip("SmolLM2's tokenizer is not here: python -m lsr_scale.model")
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    with builtin.quick_reader():
+        return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
 
 
 def beginning_marked(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerFast:

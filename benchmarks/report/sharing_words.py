@@ -125,6 +125,7 @@ def _auto(runs: list[Run]) -> str:
     texts = []
     for run in runs:
         notes = run["rows"]["together"].get("notes") or []
-        for note in notes if run["config"]["together"] == "auto" else ():
-            texts.append(f"{_what(run)}: {note.partition(';')[0]}")
+        measured = [note for note in notes if "ms alone" in note]
+        if run["config"]["together"] == "auto" and measured:
+            texts.append(f"{_what(run)}: {measured[0].partition(';')[0]}")
     return f"`together: auto` said there: {'; '.join(texts)}." if texts else ""

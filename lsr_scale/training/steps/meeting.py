@@ -89,10 +89,10 @@ class MeetingSteps(_Base):
         self._total_train_tokens = self._tokens  # TRL's, which its evaluations log
         return loss
 
-    def _flat(self) -> FlatAdamW | None:
-        """Return the optimizer where gradients are given to it as vectors."""
+    def _vectors(self) -> FlatAdamW | None:
+        """Return the optimizer where it holds gradients as vectors, of all of its groups or of some."""
         optimizer = base_optimizer(self)
-        return optimizer if isinstance(optimizer, FlatAdamW) and optimizer.is_flat else None
+        return optimizer if isinstance(optimizer, FlatAdamW) else None
 
     def _take_away(self) -> list[Tensor | None]:
         """Return what a step's earlier batches left in the parameters' `grad`, which is None then; [] for nothing."""
@@ -105,10 +105,11 @@ class MeetingSteps(_Base):
 
     def _take_gradients(self, member: Member, before: list[Tensor | None], zeros: bool) -> None:
         """Add a joint step's gradients, or zeros, to those of a step's earlier batches."""
-        optimizer, accumulates = self._flat(), self.current_gradient_accumulation_steps > 1
+        optimizer, accumulates = self._vectors(), self.current_gradient_accumulation_steps > 1
+        given = optimizer is not None and optimizer.is_flat and member.gradient is not None
         if zeros:
             torch._foreach_zero_(_gradients(self._trained) if member.gradient is None else [member.gradient])
-        if optimizer is not None and member.gradient is not None:
+        if optimizer is not None and member.gradient is not None and given:
             optimizer.give(member.gradient, self._trained, accumulates)
         elif member.gradient is not None:
             vector = member.gradient.clone() if accumulates else member.gradient
@@ -117,11 +118,11 @@ class MeetingSteps(_Base):
                 parameter.grad = part.view(parameter.shape)
         if before:
             _add_gradients(self._trained, before)
-        if optimizer is not None and (member.gradient is None or before):
+        if optimizer is not None and (not given or before):
             optimizer.gather()
 
     def _gradients(self) -> list[Tensor]:
-        optimizer = self._flat()
+        optimizer = self._vectors()
         return _gradients(self._trained) if optimizer is None else optimizer.gradients()
 
     def _clip_grad_norm(self, model: Any) -> Any:
@@ -139,7 +140,7 @@ class MeetingSteps(_Base):
     def _drop_joint_gradients(self, set_to_none: bool = True) -> None:
         """Free the trained parameters' gradients."""
         del set_to_none
-        optimizer = self._flat()
+        optimizer = self._vectors()
         if optimizer is not None:
             optimizer.drop()
         for parameter in self._trained:

@@ -42,7 +42,7 @@ def left(found: Frontier, suite: Suite, brief: bool = False) -> str:
     would = found.would_be_best(suite)
     parts: list[str] = []
     if brief and (missing or empty or tuned):
-        number = f"{len(missing) + len(tuned)} rows of these sizes were not run, or only tuned"
+        number = f"{len({*missing}) + len({*tuned})} kinds of rows at these sizes were not run, or only tuned"
         text = f"{number} ([which](GUIDE.md#by-size)){_would(row for row in would if not row.diverged)}"
         parts.append(f"{text}." if missing or tuned else f"No row was run at {listed(empty)}.")
     if missing and not brief:

@@ -285,10 +285,8 @@ def fell_text(found: Sequence[Score]) -> str:
         return ""
     words = [f"{label(score.row)} (from {score.rewards[0]:.2f} to {score.rewards[1]:.2f})" for score in fallen]
     tuning, steps = (fallen[0].results[0][name] for name in ("tuning_steps", "steps"))
-    return (
-        f"By the end the reward had fallen by more than {100 * FALLEN:.0f} % of its highest for "
-        f"{listed(words)}: a rate chosen after {tuning} steps may be too high for {steps}."
-    )
+    text = f"By the end the reward had fallen by more than {100 * FALLEN:.0f} % of its highest for {listed(words)}"
+    return f"{text}: a rate chosen after {tuning} steps may be too high for {steps}." if tuning < steps else f"{text}."
 
 
 def cut_text(found: Sequence[Score]) -> str:

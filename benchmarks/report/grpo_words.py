@@ -181,16 +181,18 @@ def rates_text(done: Results, suite: str) -> str:
     if not found:
         return ""
     steps = _tuning_steps(done, suite)
-    fell = {score.row for score in scores(done, suite) if score.training == "grpo" and score.fell}
+    trained = {score.row: score.fell for score in scores(done, suite) if score.training == "grpo"}
+    fell = {row for row, has_fallen in trained.items() if has_fallen}
+    later = "fell later" if any(r["suite"] == suite and r["steps"] > steps for r in done.values()) else "fell"
     words = []
     for row, (rate, end) in found.items():
-        notes = [note for note, holds in (("end", end), ("fell later", row in fell)) if holds]
+        notes = [note for note, holds in (("end", end), (later, row in fell)) if holds]
         words.append(f"{label(row)} {_rate(rate)}{f' ({listed(notes)})' if notes else ''}")
     text = f"The rates that were best by GRPO, by the reward after {steps} steps: {'; '.join(words)}"
     if any(end for _, end in found.values()):
         text += " (at an end of those tried one beyond may be better)"
     text += "."
-    held = {row: rate for row, rate in found.items() if row not in fell}
+    held = {row: rate for row, rate in found.items() if (row in trained if fell else True) and row not in fell}
     if held:
         times = sorted(rate / DEFAULT for rate, _ in held.values())
         spread = " to ".join(dict.fromkeys(f"{one:.2g}" for one in (times[0], times[-1])))
@@ -200,7 +202,7 @@ def rates_text(done: Results, suite: str) -> str:
         text += f"it fits {listed(near)}; for others set" if near else "set"
         text += f" `learning_rate`{_by_size_text(held)}."
     if fell & found.keys():
-        text += " Where the reward fell later the rate is too high for a run as long: begin with a third of it."
+        text += " Where the reward fell the rate is too high for a run as long: begin with a third of it."
     return text
 
 

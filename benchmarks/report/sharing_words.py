@@ -39,7 +39,7 @@ def _where(run: Run) -> str:
     cards = cards[: max(1, run["config"].get("gpus") or 0)]
     if not cards:
         return "two CPU cores" if ", 2 cores" in run["env"]["cpu"] else run["env"]["cpu"]
-    return f"{'one' if len(cards) == 1 else 'two'} {cards[0].removeprefix('NVIDIA ')}"
+    return f"{('one', 'two')[len(cards) - 1] if len(cards) < 3 else len(cards)} {cards[0].removeprefix('NVIDIA ')}"
 
 
 def _beside_alone(runs: list[Run]) -> list[list[str]]:
@@ -108,13 +108,14 @@ def _steps(folder: Path) -> list[list[str]]:
         steps = case["step_ms"]
         beside = {
             "sequential": (steps.get("short_graphs"), f"{case['trials']} steps of one trial", case["trials"]),
+            "eager": (steps.get("short"), f"{case['trials']} steps of one trial without graphs", case["trials"]),
             "long": (steps.get("long_graphs"), "one adapter with all tokens", 1),
             "base": (steps.get("base_graphs"), "no adapter", 1),
         }
         for name, (ms, others, number_of) in beside.items():
             if ms is not None:
-                ratio = case[f"{name}_ratio_graphs"]
-                cells = [f"{steps['joint_graphs']:.0f} ms", f"{ms * number_of:.0f} ms, {others}", f"{ratio:.2f}"]
+                ratio = case.get(f"{name}_ratio_graphs", ms * number_of / steps["joint_graphs"])
+                cells = [f"{steps['joint_graphs']:.0f} ms", f"{ms * number_of:,.0f} ms, {others}", f"{ratio:.2f}"]
                 rows.append([what, *cells])
                 what = "the same"
     return rows

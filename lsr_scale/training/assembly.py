@@ -333,7 +333,8 @@ def _replay_steps(run: RunConfig, trainer: Any, report: FuseReport | None, say: 
     if wanted == "auto" and not host_bound(parameters, len(report.fused), tokens, bool(report.eight_bit)):
         return
     trainer.graphs = StepGraphs(model.get_base_model())
-    trainer.data_collator = PackedCollator(trainer.data_collator, longest, Shapes())
+    shapes = None if trainer.args.dataloader_num_workers else Shapes()  # each worker would have its own
+    trainer.data_collator = PackedCollator(trainer.data_collator, longest, shapes)
     say("steps replay CUDA graphs from the third on")
 
 

@@ -46,7 +46,7 @@ def test_either_outcome_is_said_by_size(tmp_path):
     assert "LoRA-XS at 20k, 60k and 150k; " in line
     text, page = frontier_words.readme(tmp_path), frontier_words.guide(tmp_path)
     assert f"- {line}" in page
-    counted = "rows of these sizes were not run, or only tuned ([which](GUIDE.md#by-size))."
+    counted = "kinds of rows at these sizes were not run, or only tuned ([which](GUIDE.md#by-size))."
     assert f"- {line.partition(' Not run: ')[0]} " in text
     assert text.count(counted) == 1
     assert "Not run" not in text

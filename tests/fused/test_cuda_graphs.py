@@ -519,7 +519,7 @@ def test_batches_take_the_shapes_of_earlier_ones_where_that_is_a_seventh_more_at
 
 
 def test_few_graphs_are_captured_of_batches_whose_rows_are_short_and_uneven():
-    """128 rows a step, some 3,500 tokens, as of questions with short answers: ten shapes of their own, and five."""
+    """128 rows a step, some 3,500 tokens, as of questions with short answers."""
     generator = torch.Generator().manual_seed(0)
     alone, shared, tokens = set(), set(), [0, 0]
     own, held = (PackedCollator(lambda batch: batch, 60, shapes) for shapes in (None, Shapes()))
@@ -530,5 +530,5 @@ def test_few_graphs_are_captured_of_batches_whose_rows_are_short_and_uneven():
             static = collator(batch)["static"]
             found.add(tuple(value.shape for value in static.values() if isinstance(value, torch.Tensor)))
             tokens[place] += static["input_ids"].shape[1]
-    assert len(shared) <= 3 < len(alone)
+    assert (len(shared), len(alone)) == (2, 4)
     assert tokens[1] < 1.05 * tokens[0]

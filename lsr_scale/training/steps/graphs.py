@@ -47,7 +47,7 @@ class PackedCollator:
     def __init__(self, collator: Callable[[Any], dict[str, Any]], longest: int, shapes: Shapes | None = None) -> None:
         """Take a collator, an upper bound on the length of a row in tokens, and the shapes of the batches before.
 
-        Without shapes a batch has its own: what is made of several trials' batches has shapes then.
+        Without shapes every batch has its own, as where several trials' are joined later.
         """
         self.collator, self.longest, self.shapes = collator, longest, shapes
 

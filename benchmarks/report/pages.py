@@ -25,6 +25,7 @@ from benchmarks.report import (
     readme,
     real_training,
     results_page,
+    sharing_plot,
 )
 from benchmarks.report.plots import Plot, drawn_from
 
@@ -52,6 +53,7 @@ def all_plots(results: Path) -> dict[Path, Plot]:
         | real_training.plots(results)
         | frontier_tables.plots(results / "frontier")
         | grpo_tables.plots(results / "grpo")
+        | sharing_plot.plots(results)
     )
 
 

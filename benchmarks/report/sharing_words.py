@@ -94,17 +94,27 @@ def _alike(run: Run, other: Run) -> bool:
     return alike and "steps_over_one_by_one" in run["ratios"]
 
 
-def _steps(folder: Path) -> list[list[str]]:
-    """Return the newest of each case of a bare step, by CUDA graphs: beside one by one, one adapter, and none."""
+def newest_steps(folder: Path) -> list[tuple[Run, dict[str, Any]]]:
+    """Return the newest run, and row, of each case of a joint step that CUDA graphs were measured of."""
     cases: dict[str, tuple[Run, dict[str, Any]]] = {}
     for _, run in sorted(read(folder), key=lambda pair: _number(pair[0])):
         for name, case in run["rows"].items():
             if "joint_graphs" in case["step_ms"]:
                 cases[name] = run, case
+    return list(cases.values())
+
+
+def case_name(case: dict[str, Any]) -> str:
+    """Return the model, trials and tokens of a joint step."""
+    trials = f"{case['trials']} of LSR r={case['rank']}, {case['tokens']:,} tokens each"
+    return f"{NAMES[case['model']]}{BASES[case['base']]}, {trials}"
+
+
+def _steps(folder: Path) -> list[list[str]]:
+    """Return the newest of each case of a bare step, by CUDA graphs: beside one by one, one adapter, and none."""
     rows = []
-    for run, case in cases.values():
-        what = f"{NAMES[case['model']]}{BASES[case['base']]}, {case['trials']} of LSR r={case['rank']}, "
-        what += f"{case['tokens']:,} tokens each, {_where(run)}: a bare step"
+    for run, case in newest_steps(folder):
+        what = f"{case_name(case)}, {_where(run)}: a bare step"
         steps = case["step_ms"]
         beside = {
             "sequential": (steps.get("short_graphs"), f"{case['trials']} steps of one trial", case["trials"]),

@@ -2,7 +2,8 @@
 
 import json
 
-from benchmarks.report import sharing_words
+from benchmarks.report import sharing_plot, sharing_words
+from benchmarks.report.plots import drawn_from
 
 
 def sweep(folder, name, ratios, rows, **config):
@@ -52,3 +53,19 @@ def test_a_bare_step_is_beside_what_was_measured(tmp_path):
     what = "Mistral-7B NF4, 4 of LSR r=2, 1,024 tokens each, one X: a bare step"
     assert line == f"| {what} | 100 ms | 200 ms, 4 steps of one trial | 2.00 |"
     assert sharing_words.guide(tmp_path / "none") == ""
+
+
+def test_the_plot_has_the_share_of_the_bases_own_throughput(tmp_path):
+    times = {"joint_graphs": 100.0, "short_graphs": 50.0, "base_graphs": 80.0}
+    case = {"model": "smollm2-135m", "base": "bf16", "trials": 4, "tokens": 1024, "rank": 2, "step_ms": times}
+    found = sharing_plot.shares(case)
+    assert found == {"short": None, "short_graphs": 0.4, "joint_graphs": 0.8, "long_graphs": None}
+    (tmp_path / "joint_step").mkdir()
+    without = {**case, "step_ms": {"joint_graphs": 1.0}}
+    content = {"env": {"gpus": ["NVIDIA X"]}, "config": {}, "rows": {"y": without}}
+    (tmp_path / "joint_step" / "x.json").write_text(json.dumps(content))
+    assert sharing_plot.plots(tmp_path) == {}, "the base was not measured"
+    (tmp_path / "joint_step" / "x-2.json").write_text(json.dumps({**content, "rows": {"x": case}}))
+    ((path, plot),) = sharing_plot.plots(tmp_path).items()
+    plot.draw(path)
+    assert drawn_from(path) == plot.digest

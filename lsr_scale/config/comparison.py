@@ -51,6 +51,25 @@ def differing_scales(runs: Sequence[RunConfig]) -> list[str]:
     return [f"training.{name}" for name in names if any(_value(run, name) != _value(runs[0], name) for run in runs)]
 
 
+def keys_of_scale(runs: Sequence[RunConfig], metric: str) -> list[str]:
+    """Return the keys that define a metric and in which some runs differ, so that their order by it means little.
+
+    Those are of losses, rewards and margins; shares, such as accuracies, are of one kind whatever the loss.
+    """
+    kind = metric.removeprefix("eval_").removeprefix("final_")
+    is_scaled = kind in ("loss", "reward") or (kind.startswith("rewards/") and metric != ACCURACIES)
+    return differing_scales(runs) if is_scaled else []
+
+
+def share_of_right(runs: Sequence[RunConfig]) -> str | None:
+    """Return the metric of evaluations that is a share of right answers, or pairs, of all of some runs; None for none.
+
+    It is not the tokens' accuracy, whose tokens depend on the loss too.
+    """
+    known = (ACCURACIES, "eval_accuracy")
+    return next((name for name in known if all(name in metrics_of(run) for run in runs)), None)
+
+
 def differ_in_rows(runs: Sequence[RunConfig], metric: str) -> bool:
     """Tell whether some runs have a metric of different rows."""
     return any(_scored_rows(run, metric) != _scored_rows(runs[0], metric) for run in runs)
@@ -71,13 +90,23 @@ def comparison_notes(runs: Sequence[RunConfig], metric: str) -> list[str]:
         differ = f"trials differ in {', '.join(keys)}, so their {what} are not defined alike"
         if metric == ACCURACIES:
             notes.append(f"{differ}: they are compared by {words}, the share of pairs in the right order")
-        elif metric.endswith(("loss", "reward", "rewards/margins")):
-            remedy = "judge them by eval.tasks"
-            if all(ACCURACIES in metrics_of(run) for run in runs):  # they lack held-out rows, or stop names the metric
-                how = f"sweep.stop.metric: {ACCURACIES}" if evaluated_by(metric) else "data.validation_split: 0.05"
-                remedy = f"{how} has them compared by the share of pairs in the right order"
-            notes.append(f"{differ}, and their order by {words} means little; {remedy}")
+        elif keys_of_scale(runs, metric):
+            notes.append(f"{differ}, and their order by {words} means little{_remedy(runs)}")
     return notes
+
+
+def _remedy(runs: Sequence[RunConfig]) -> str:
+    """Return what tells the better of runs whose losses are not defined alike, nothing where there is nothing to do."""
+    if share := share_of_right(runs):
+        if all(evaluates(run) for run in runs):
+            return f"; judge them by {metric_words(share)}"
+        lacks_rows = any(not run.data.has_validation for run in runs)
+        how = f"{'data.validation_split: 0.05 with ' if lacks_rows else ''}training.eval_strategy: steps"
+        if share == ACCURACIES:
+            return f"; {how} has them compared by the share of pairs in the right order"
+        return f"; {how} tells their {metric_words(share)}"
+    has_tasks = runs[0].model.task == "seq_cls" or all(run.eval.tasks for run in runs)  # classifiers can have none
+    return "" if has_tasks else "; judge them by eval.tasks"
 
 
 def metric_words(metric: str) -> str:

@@ -11,7 +11,15 @@ from pydantic import ValidationError
 
 from lsr_scale.config import yaml_text
 from lsr_scale.config.bounds import out_of_bounds
-from lsr_scale.config.comparison import comparison_notes, differ_in_rows, evaluates, metrics_of, score_metric
+from lsr_scale.config.comparison import (
+    comparison_notes,
+    differ_in_rows,
+    evaluates,
+    keys_of_scale,
+    metrics_of,
+    score_metric,
+    share_of_right,
+)
 from lsr_scale.config.deepspeed import offloads_optimizer, offloads_parameters
 from lsr_scale.config.messages import explain, raise_problems
 from lsr_scale.config.run import RunConfig, plain, read_sections, section_models, validate
@@ -64,6 +72,12 @@ class Sweep:
         if self.section.stop is not None and self.section.stop.metric is not None:
             return self.section.stop.metric
         return score_metric(self.runs, stops=self.section.stop is not None)
+
+    def stopped_by(self, metric: str) -> "Sweep":
+        """Return the sweep with `stop` comparing a metric."""
+        assert self.section.stop is not None
+        stop = self.section.stop.model_copy(update={"metric": metric})
+        return dataclasses.replace(self, section=self.section.model_copy(update={"stop": stop}))
 
     def notes(self) -> list[str]:
         """Return what a user should know before trials are compared, a line each."""
@@ -292,15 +306,24 @@ def _check_trial(trial: TrialPlan, section: SweepSection, where: str, places: ya
 
 
 def _check_stop(trials: list[TrialPlan], section: SweepSection, where: str, places: yaml_text.Places) -> None:
-    """Refuse to stop the worst of trials that are evaluated on different rows."""
-    runs = [trial.run for trial in trials]
-    if section.stop is None or not differ_in_rows(runs, "eval_"):
+    """Refuse to stop the worst of trials whose evaluations are not comparable."""
+    if section.stop is None:
         return
-    first = trials[0]
-    other = next(trial for trial in trials if differ_in_rows([first.run, trial.run], "eval_"))
-    raise UserError(
-        f"{yaml_text.place_of(('sweep', 'stop'), places, where)}: sweep.stop: trials are evaluated on different rows "
-        f"(those of {first.name} and of {other.name}), so it would stop those whose rows are harder; remove it "
-        "(training.early_stopping: {patience: 3} ends each trial by its own evaluations), or give all the same "
-        "data.validation"
-    )
+    runs = [trial.run for trial in trials]
+    place = f"{yaml_text.place_of(('sweep', 'stop'), places, where)}: sweep.stop"
+    remove = "remove it (training.early_stopping: {patience: 3} ends each trial by its own evaluations)"
+    if differ_in_rows(runs, "eval_"):
+        first = trials[0]
+        other = next(trial for trial in trials if differ_in_rows([first.run, trial.run], "eval_"))
+        raise UserError(
+            f"{place}: trials are evaluated on different rows (those of {first.name} and of {other.name}), so it would "
+            f"stop those whose rows are harder; {remove}, or give all the same data.validation"
+        )
+    metric = section.stop.metric or score_metric(runs, stops=True)
+    if keys := keys_of_scale(runs, metric):
+        share = share_of_right(runs)
+        other = f"set sweep.stop.metric: {share}" if share else "make a sweep of its own for each value"
+        raise UserError(
+            f"{place}: trials differ in {', '.join(keys)}, so their {metric} is not defined alike and does not tell "
+            f"which are the worst; {other}, or {remove}"
+        )

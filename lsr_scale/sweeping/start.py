@@ -1,16 +1,20 @@
 """How a sweep starts: which folder it writes to, and whether it goes on with what lies there."""
 
+import contextlib
 import os
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
 
+from lsr_scale.config.comparison import keys_of_scale, metric_words, metrics_of
 from lsr_scale.config.trials import Sweep
 from lsr_scale.data.source_check import missing_of
 from lsr_scale.errors import UserError
 from lsr_scale.paths import user_path
 from lsr_scale.run.folder import RunFolder
-from lsr_scale.sweeping.folder import SweepFolder, SweepState
+from lsr_scale.sweeping.folder import SweepFolder, SweepState, TrialState
+from lsr_scale.sweeping.scores import results_of, score_of
 from lsr_scale.training.checkpoint.select import changes
 
 _SHOWN = 8  # sources that are not there; the rest is counted
@@ -121,7 +125,9 @@ def _continued(folder: SweepFolder, sweep: Sweep) -> tuple[SweepState, list[str]
     Raises:
         UserError: if its trials, or the run that they change, are others.
     """
-    state, now = folder.read(), SweepState.new(sweep)
+    state = folder.read()
+    sweep = _stopped_as_before(sweep, state, folder)
+    now = SweepState.new(sweep)
     different = [text for _, text in changes(_without_folder(state.run), _without_folder(now.run))]
     before = {name: value for name, value in state.sweep.items() if name not in ("together", "list")}
     after = {name: value for name, value in now.sweep.items() if name not in ("together", "list")}
@@ -141,7 +147,48 @@ def _continued(folder: SweepFolder, sweep: Sweep) -> tuple[SweepState, list[str]
     added = [name for name in now.trials if name not in state.trials]
     trials = {name: state.trials.get(name, trial) for name, trial in now.trials.items()}
     notes = [f"added to the sweep: {len(added)} trials"] if added else []
+    if now.scored_by != state.scored_by:
+        trials = {name: _scored(trial, folder.trial(name), now.scored_by) for name, trial in trials.items()}
+        notes.append(
+            f"trials are compared by {metric_words(now.scored_by)} now, no longer by {metric_words(state.scored_by)}: "
+            "those that ended have that of their results"
+        )
+        if without := [trial.name for trial in trials.values() if trial.status == "finished" and trial.score is None]:
+            notes.append(f"their results have no {metric_words(now.scored_by)}: {', '.join(without)}")
     return SweepState(now.run, now.sweep, now.scored_by, trials, state.dtype, now.notes), notes
+
+
+def _stopped_as_before(sweep: Sweep, state: SweepState, folder: SweepFolder) -> Sweep:
+    """Return a sweep whose `stop`, where it names no metric, compares at the next rung what it did at those before.
+
+    Raises:
+        UserError: if trials were added that cannot be compared by that.
+    """
+    metric = (state.sweep.get("stop") or {}).get("metric")
+    if metric is None or sweep.section.stop is None or sweep.section.stop.metric is not None:
+        return sweep
+    before = [trial.run for trial in sweep.trials if trial.name in state.trials]
+    lacking = [trial.name for trial in sweep.trials if metric not in metrics_of(trial.run)]
+    keys = [] if keys_of_scale(before, metric) else keys_of_scale(sweep.runs, metric)
+    if lacking or keys:
+        why = f"{lacking[0]} has none" if lacking else f"they differ in {', '.join(keys)} now, by which it is defined"
+        raise UserError(
+            f"{folder.path}: its trials are compared by {metric} since it began, and {why}; leave out what was added "
+            "and make a sweep of its own of that, or start anew with --overwrite or --set training.output_dir=..."
+        )
+    return sweep.stopped_by(metric)
+
+
+def _scored(trial: TrialState, folder: RunFolder, metric: str) -> TrialState:
+    """Return a trial with its score by another metric: of its folder's results, else of those that were kept of them.
+
+    One that has not finished has none: without `stop`, whose metric stays, only what finished has a score.
+    """
+    results = trial.results
+    if trial.status == "finished":
+        with contextlib.suppress(UserError):
+            results = {**results, **results_of(folder, metric)}
+    return replace(trial, results=results, score=score_of(results, metric) if trial.status == "finished" else None)
 
 
 def _at(items: list[Any], number: int) -> Any:

@@ -56,7 +56,7 @@ def run_sweep(
             board.say(f"sweep folder: {folder.path}, {len(sweep.trials)} trials")
             if any(trial.run.model.dtype == "auto" for trial in sweep.trials):
                 board.say(f"model.dtype: auto is {folder.read().dtype} in this sweep")
-            for note in [*notes, *sweep.notes(), *_notes_of(sweep, gpus or workers.num_workers())]:
+            for note in [*notes, *folder.read().notes, *_notes_of(sweep, gpus or workers.num_workers())]:
                 board.say(f"note: {note}")
         if gpus:
             _deal_out(folder, board, command, gpus)

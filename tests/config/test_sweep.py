@@ -308,7 +308,7 @@ REWARD = "reward: [exact_answer]"
         (HELD_OUT, "method: dpo", "list: [{training.beta: 0.1}, {training.beta: 0.2}]", "eval_rewards/accuracies"),
         (HELD_OUT, "method: orpo", "grid: {training.beta: [0.1, 0.5]}\n  stop: {}", "eval_rewards/accuracies"),
         (HELD_OUT, "max_steps: 5", "grid: {training.method: [dpo, orpo]}", "eval_rewards/accuracies"),
-        (HELD_OUT, "method: dpo", "grid: {training.beta: [0.1, 0.5]}\n  stop: {metric: eval_loss}", "eval_loss"),
+        (HELD_OUT, "method: dpo", "grid: {training.beta: [0.1, 0.5]}\n  stop: {metric: eval_entropy}", "eval_entropy"),
         (HELD_OUT, "method: kto", "grid: {training.beta: [0.1, 0.5]}", "eval_loss"),
     ],
 )
@@ -329,7 +329,19 @@ def test_what_trials_of_a_method_are_compared_by(read, run, training, section, m
             MINIMAL,
             "method: dpo",
             "grid: {training.beta: [0.1, 0.5]}",
-            "data.validation_split: 0.05 has them compar",
+            "data.validation_split: 0.05 with training.eval_strategy: steps has them compar",
+        ),
+        (
+            HELD_OUT,
+            "method: dpo, eval_strategy: 'no'",
+            "grid: {training.beta: [0.1, 0.5]}",
+            "by training loss means little; training.eval_strategy: steps has them compared by the share of pairs in",
+        ),
+        (
+            HELD_OUT.replace("model:\n", "model:\n  task: seq_cls\n  num_labels: 2\n"),
+            "seed: 1",
+            "grid: {training.label_smoothing_factor: [0, 0.1]}",
+            "by eval loss means little; judge them by eval accuracy",
         ),
         (
             HELD_OUT,
@@ -367,6 +379,44 @@ def test_trials_of_different_held_out_rows_are_not_stopped_by_them(problem):
     found = problem("list: [{name: a, data.train: [a.jsonl]}, {name: b, data.train: [b.jsonl]}]\n  stop: {}", HELD_OUT)
     assert found.startswith("run.yaml:10: sweep.stop: trials are evaluated on different rows (those of a and of b), so")
     assert "training.early_stopping: {patience: 3} ends each" in found
+
+
+def test_the_advice_to_have_tasks_is_not_given_to_who_has_them(read):
+    run = f"{HELD_OUT}training: {{method: kto}}\neval: {{tasks: [boolq]}}\n"
+    (note,) = read("grid: {training.beta: [0.1, 0.5]}", run).notes()
+    assert note.endswith("and their order by eval loss means little")
+
+
+@pytest.mark.parametrize(
+    ("training", "section", "words"),
+    [
+        ("method: kto", "grid: {training.beta: [0.1, 0.5]}\n  stop: {}", "training.beta, so their eval_loss is not"),
+        (
+            "seed: 1",
+            "grid: {training.label_smoothing_factor: [0, 0.1]}\n  stop: {}",
+            "own for each value, or remove it",
+        ),
+        (
+            "method: dpo",
+            "grid: {training.beta: [0.1, 0.5]}\n  stop: {metric: eval_loss}",
+            "worst; set sweep.stop.metric: eval_rewards/accuracies, or remove it",
+        ),
+        (
+            "method: dpo",
+            "grid: {training.beta: [0.1, 0.5]}\n  stop: {metric: eval_rewards/margins}",
+            "so their eval_rewards/margins is not defined alike",
+        ),
+        (
+            f"method: grpo, {REWARD}",
+            "grid: {training.reward: [[exact_answer], [length]]}\n  stop: {}",
+            "training.reward, so their eval_reward is not defined alike",
+        ),
+    ],
+)
+def test_trials_whose_scores_are_not_defined_alike_are_not_stopped_by_them(problem, training, section, words):
+    found = problem(section, f"{HELD_OUT}training: {{{training}}}\n")
+    assert ": sweep.stop: trials differ in " in found
+    assert words in found
 
 
 @pytest.mark.parametrize("methods", [["sft", "dpo"], ["dpo", "grpo"]])

@@ -101,6 +101,78 @@ def test_another_sweep_is_refused_with_the_difference(section, changes, differen
     assert folder.state.read_bytes() == before
 
 
+DPO = {"training": {"method": "dpo"}, "data": {"train": ["pairs.jsonl"], "validation_split": 0.1}}
+OTHER_BETA = {"list": [*LIST, {"name": "c", "training.beta": 0.5}]}
+
+
+@pytest.fixture
+def pairs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("pairs.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n' * 9)
+
+
+def scored(folder):
+    return {trial.name: trial.score for trial in folder.read().trials.values()}
+
+
+def finish_with(folder, name, score, **results):
+    with folder.updating() as state:
+        trial = state.trials[name]
+        trial.status, trial.score, trial.results = "finished", score, results
+
+
+@pytest.mark.usefixtures("pairs")
+def test_scores_are_those_of_the_metric_that_added_trials_bring():
+    folder, _ = begin(sweep(**DPO), "mine", None, False)
+    finish_with(folder, "a", 0.7, eval_loss=0.7)
+    own = folder.trial("a")
+    own.path.mkdir(parents=True)
+    own.results.write_text('{"eval_loss": 0.7, "eval_rewards/accuracies": 0.9, "accuracy": {}}')
+    finish_with(folder, "b", 0.5, **{"eval_loss": 0.5, "eval_rewards/accuracies": 0.6})  # whose folder was removed
+    _, notes = begin(sweep(OTHER_BETA, **DPO), "mine", "auto", False)
+    assert folder.read().scored_by == "eval_rewards/accuracies"
+    assert scored(folder) == {"a": 0.9, "b": 0.6, "c": None}
+    assert [trial.name for trial in folder.read().ranked()] == ["a", "b", "c"]
+    assert notes == [
+        "added to the sweep: 1 trials",
+        "trials are compared by eval reward accuracy now, no longer by eval loss: those that ended have that of their "
+        "results",
+    ]
+
+
+@pytest.mark.usefixtures("pairs")
+def test_what_has_no_value_of_the_new_metric_has_no_score():
+    folder, _ = begin(sweep(**DPO), "mine", None, False)
+    finish_with(folder, "a", 0.7, eval_loss=0.7)
+    _, notes = begin(sweep(OTHER_BETA, **DPO), "mine", "auto", False)
+    assert scored(folder) == {"a": None, "b": None, "c": None}
+    assert notes[-1] == "their results have no eval reward accuracy: a"
+
+
+@pytest.mark.usefixtures("pairs")
+def test_rungs_compare_what_they_did_when_the_sweep_began():
+    held_out = {"train": ["builtin:chat"], "validation_split": 0.1}
+    run = {"training": {"method": "grpo", "reward": ["exact_answer"]}, "data": held_out}
+    section = {"list": LIST, "stop": {"after": 0.3}}
+    folder, _ = begin(sweep({**section, "stop": {"after": 0.3, "metric": "eval_loss"}}, **run), "mine", None, False)
+    finish_with(folder, "a", 0.7)
+    _, notes = begin(sweep(section, **run), "mine", "auto", False)
+    state = folder.read()
+    assert (state.scored_by, state.sweep["stop"]["metric"], notes) == ("eval_loss", "eval_loss", [])
+    assert state.trials["a"].score == 0.7
+    with pytest.raises(UserError, match=r"sweep\.stop\.metric: 'eval_loss' -> 'eval_reward'; put that back"):
+        begin(sweep({**section, "stop": {"after": 0.3, "metric": "eval_reward"}}, **run), "mine", "auto", False)
+
+
+@pytest.mark.usefixtures("pairs")
+def test_an_added_trial_that_rungs_cannot_compare_is_refused():
+    folder, _ = begin(sweep({"list": LIST, "stop": {}}, **DPO), "mine", None, False)
+    before = folder.state.read_bytes()
+    with pytest.raises(UserError, match=r"compared by eval_loss since it began, and they differ in training\.beta now"):
+        begin(sweep({**OTHER_BETA, "stop": {}}, **DPO), "mine", "auto", False)
+    assert folder.state.read_bytes() == before
+
+
 def test_resume_is_auto_and_goes_without_overwrite():
     with pytest.raises(UserError, match="a sweep resumes each trial from its newest checkpoint; give --resume auto"):
         begin(sweep(), "mine", "runs/x/checkpoint-3", False)

@@ -5,14 +5,14 @@ import json
 
 from lsr_scale.commands.arguments import Parser
 
-HELP = "Compare runs: what differs in them, losses, scores with paired intervals, speed, memory."
+HELP = "Compare runs: what differs in them, losses or GRPO's rewards, scores with paired intervals, speed, memory."
 
 
 def add_arguments(parser: Parser) -> None:
     """Add the command's options."""
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs; differences are from the first")
     parser.add_argument("--all", action="store_true", help="every key, score and note, not a screen of them")
-    parser.add_argument("--plot", metavar="FILE", help="draw all loss curves into a PNG")
+    parser.add_argument("--plot", metavar="FILE", help="draw all curves of losses, of GRPO's rewards, into a PNG")
     parser.add_argument("--html", metavar="FILE", help="write a page that needs nothing else: tables and curves")
     parser.add_argument("--json", action="store_true", help="print JSON")
 

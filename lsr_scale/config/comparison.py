@@ -1,11 +1,14 @@
-"""What the trials of a sweep are compared by, and where their scores are not of one kind."""
+"""What runs and the trials of a sweep are compared by, and where their scores are not of one kind."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from lsr_scale.config.methods import METHODS
 from lsr_scale.config.run import RunConfig
 from lsr_scale.config.training import compared_by, evaluated, training_model
+
+Objective = Literal["loss", "reward"]
+OBJECTIVES: tuple[Objective, ...] = ("loss", "reward")
 
 ACCURACIES = "eval_rewards/accuracies"  # the share of pairs whose chosen completion has the higher reward
 
@@ -19,6 +22,22 @@ def metrics_of(run: RunConfig) -> list[str]:
     """Return the metrics that a run's evaluations find."""
     labels = len(run.model.labels) if run.model.labels else run.model.num_labels
     return [f"eval_{name}" for name in evaluated(run.model.task, labels, run.training["method"])]
+
+
+def objective_of(task: Any, method: Any) -> Objective:
+    """Return what training makes better, by which a run is judged: the loss, of GRPO the reward.
+
+    Args:
+        task: A run's `model.task`, as it stands in its file, which may be damaged.
+        method: Its `training.method`, likewise; None is the default.
+    """
+    is_known = task == "causal_lm" and isinstance(method, str) and method in METHODS
+    return "reward" if is_known and compared_by(task, method) == "eval_reward" else "loss"
+
+
+def plural(objective: Objective) -> str:
+    """Return an objective's name for several values of it."""
+    return {"loss": "losses", "reward": "rewards"}[objective]
 
 
 def score_metric(runs: Sequence[RunConfig], stops: bool) -> str:
@@ -86,7 +105,7 @@ def comparison_notes(runs: Sequence[RunConfig], metric: str) -> list[str]:
             f"better trial{remedy}"
         )
     if keys := differing_scales(runs):
-        what = "rewards" if metric.endswith("reward") else "losses"
+        what = plural("reward" if metric.endswith("reward") else "loss")
         differ = f"trials differ in {', '.join(keys)}, so their {what} are not defined alike"
         if metric == ACCURACIES:
             notes.append(f"{differ}: they are compared by {words}, the share of pairs in the right order")

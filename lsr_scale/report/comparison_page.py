@@ -3,10 +3,11 @@
 from collections.abc import Iterator
 from typing import Any
 
+from lsr_scale.config.comparison import OBJECTIVES, metric_words
 from lsr_scale.errors import shortened
 from lsr_scale.report.figures import drawn
 from lsr_scale.report.run_page import direction
-from lsr_scale.run.compare import Comparison, RunSummary, Score
+from lsr_scale.run.compare import Comparison, Loss, RunSummary, Score
 from lsr_scale.run.compare_tables import number, says_something, signed_percent, value_text
 from lsr_scale.run.plots import curves_figure
 from lsr_scale.units import byte_size, clock
@@ -35,13 +36,18 @@ def comparison_page(comparison: Comparison) -> dict[str, Any]:
         if says_something(row)
     ]
     figures = []
-    if any(points for run in runs for points in run.curves.values()):
-        alt = f"Loss over the steps of {len(runs)} runs: " + ", ".join(
-            f"{letter} ends at {number(run.loss.train, 3) or 'no loss'}"
+    curves = comparison.curves()
+    if any(points for of_run in curves.values() for points in of_run.values()):
+        what = " or ".join(comparison.objectives)
+        ends = [
+            f"{letter} ends at {f'{run.objective} ' if len(comparison.objectives) > 1 else ''}"
+            f"{number(run.judged.train, 3)}"
+            if run.judged.train is not None
+            else f"{letter} ends at no {run.objective}"
             for letter, run in zip(letters, runs, strict=True)
-        )
-        make = lambda size: curves_figure(comparison.curves(), "", size)  # noqa: E731
-        figures.append(drawn(make, alt, ""))
+        ]
+        alt = f"{what.capitalize()} over the steps of {len(runs)} runs: {', '.join(ends)}"
+        figures.append(drawn(lambda size: curves_figure(curves, "", size), alt, ""))
     tables = [{"task": task, "rows": rows} for task, rows in _score_tables(comparison).items()]
     sections = (
         ("runs", "Runs", True),
@@ -70,15 +76,20 @@ def comparison_page(comparison: Comparison) -> dict[str, Any]:
 
 
 def _cells(run: RunSummary) -> list[tuple[str, str]]:
-    loss = run.loss
     steps = f"{run.steps:,}" if run.is_finished else f"{run.steps:,}, not ended"
+    values = []
+    for name in OBJECTIVES:  # a column of the other's is empty, and is left out where it is so in all runs
+        judged = run.judged if name == run.objective else Loss(None, None, None, None)
+        values += [
+            (metric_words(f"final_{name}"), number(judged.train)),
+            (metric_words(f"eval_{name}"), number(judged.evaluation)),
+            (f"best {name}, at step", "" if judged.best is None else f"{judged.best:.4f}, {judged.best_step:,}"),
+        ]
     return [
         ("parameters", "" if run.parameters is None else f"{run.parameters:,}"),
         ("file", "" if run.adapter_bytes is None else byte_size(run.adapter_bytes)),
         ("steps", steps),
-        ("training loss", number(loss.train)),
-        ("evaluation loss", number(loss.evaluation)),
-        ("best, at step", "" if loss.best is None else f"{loss.best:.4f}, {loss.best_step:,}"),
+        *values,
         ("tokens/s", "" if run.tokens_per_s is None else f"{run.tokens_per_s:,.0f}"),
         ("peak memory", "" if run.memory_gib is None else byte_size(run.memory_gib * 2**30)),
         ("time", "" if run.wall_s is None else clock(run.wall_s)),

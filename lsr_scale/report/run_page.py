@@ -100,11 +100,11 @@ def _tiles(record: RunRecord, summary: RunSummary) -> Iterator[dict[str, str]]:
         if score := scores.get("accuracy"):
             before = "" if score.before is None else f"from {100 * score.before:.1f} %"
             yield tile(f"right, {task}", f"{100 * score.value:.1f} %", before)
-    loss = summary.loss
-    if loss.train is not None:
-        yield tile("training loss", number(loss.train), "mean of the last tenth")
-    if loss.best is not None:
-        yield tile("best evaluation loss", number(loss.best), f"step {loss.best_step:,}")
+    judged = summary.judged
+    if judged.train is not None:
+        yield tile(f"training {summary.objective}", number(judged.train), "mean of the last tenth")
+    if judged.best is not None:
+        yield tile(f"best evaluation {summary.objective}", number(judged.best), f"step {judged.best_step:,}")
     if summary.parameters is not None:
         size = "" if summary.adapter_bytes is None else f"file of {byte_size(summary.adapter_bytes)}"
         yield tile("trained parameters", f"{summary.parameters:,}", size)

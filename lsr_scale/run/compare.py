@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lsr_scale.config.training import EVALUATED
+from lsr_scale.config.comparison import OBJECTIVES, Objective, objective_of, plural
+from lsr_scale.config.methods import METHODS
+from lsr_scale.config.training import EVALUATED, lower_is_better
 from lsr_scale.errors import UserError
 from lsr_scale.run.record import Answers, RunRecord, flat, read_run
 from lsr_scale.scoring.paired import Paired, paired_accuracy, paired_bootstrap, wilson
@@ -23,12 +25,12 @@ ABSENT = "(absent)"  # a key that a run's configuration does not have
 
 @dataclass(frozen=True)
 class Loss:
-    """A run's losses in nats per token (per row for a classifier); None where there is none.
+    """A run's losses in nats per token (per row for a classifier), or GRPO's rewards; None where there is none.
 
     Attributes:
         train: The mean over the last tenth of the training steps.
         evaluation: The last evaluation's.
-        best: The lowest evaluation's.
+        best: The best evaluation's: the lowest loss, the highest reward.
         best_step: After which step that was.
     """
 
@@ -77,7 +79,9 @@ class RunSummary:
         method: The adapter's method.
         parameters: How many are trained; None where the run has not ended.
         adapter_bytes: Bytes of the adapter's file.
+        objective: What it is judged by: "loss", of GRPO "reward".
         loss: Its losses.
+        reward: Its rewards, of GRPO alone.
         evaluated: The last evaluation's other values (accuracy, F1, ... of a classifier's validation rows).
         scores: By task, then by the score's name.
         tokens_per_s: The median over logging steps.
@@ -88,7 +92,7 @@ class RunSummary:
         machine: What it ran on.
         on_gpu: Whether that was a GPU.
         versions: Of what it ran with.
-        curves: (step, value) of "loss" and "eval_loss".
+        curves: (step, value) of "loss", "eval_loss", "reward" and "eval_reward".
     """
 
     name: str
@@ -101,7 +105,9 @@ class RunSummary:
     method: str | None
     parameters: int | None
     adapter_bytes: int | None
+    objective: Objective
     loss: Loss
+    reward: Loss
     evaluated: dict[str, float]
     scores: dict[str, dict[str, Score]]
     tokens_per_s: float | None
@@ -113,6 +119,11 @@ class RunSummary:
     on_gpu: bool
     versions: dict[str, str]
     curves: dict[str, list[tuple[int, float]]] = field(repr=False)
+
+    @property
+    def judged(self) -> Loss:
+        """The values of what it is judged by: its losses, or its rewards."""
+        return self.reward if self.objective == "reward" else self.loss
 
 
 @dataclass(frozen=True)
@@ -132,9 +143,17 @@ class Comparison:
     notes: list[str]
 
     def curves(self) -> dict[str, dict[str, list[tuple[int, float]]]]:
-        """Return the runs' losses by their letters and names, as `plots.curves_figure` takes them."""
+        """Return what each run is judged by over its steps, by letters and names, as `plots.curves_figure` takes it."""
         named = zip(self.letters, self.short_names, self.runs, strict=True)
-        return {f"{letter}: {name}": run.curves for letter, name, run in named}
+        return {
+            f"{letter}: {name}": {key: run.curves[key] for key in (run.objective, f"eval_{run.objective}")}
+            for letter, name, run in named
+        }
+
+    @property
+    def objectives(self) -> list[Objective]:
+        """What the runs are judged by: losses, rewards, or both where GRPO's stand beside others."""
+        return _objectives(self.runs)
 
     @property
     def short_names(self) -> list[str]:
@@ -186,7 +205,7 @@ def compare(runs: Sequence[str | Path]) -> Comparison:
 def compare_records(records: Sequence[RunRecord], notes: Sequence[str] = ()) -> Comparison:
     """Return the comparison of runs that were read already; of a single one it is its summary."""
     firsts: dict[str, Answers] = {}
-    said = list(notes)
+    said: list[str] = []
     summaries = []
     for record in records:
         scores = {}
@@ -197,7 +216,8 @@ def compare_records(records: Sequence[RunRecord], notes: Sequence[str] = ()) -> 
     keys = [{key: value for key, value in flat(record.config).items()} for record in records]
     config = _differing(keys, leave_out=_OF_THE_FOLDER)
     versions = _differing([summary.versions for summary in summaries])
-    said += _cautions(records, summaries)
+    # what the columns mean comes first: a screen has the first notes only
+    said = [*_both_objectives(summaries), *notes, *said, *_cautions(records, summaries)]
     said += [note for record in records for note in record.notes]
     return Comparison(summaries, config, versions, list(dict.fromkeys(said)))
 
@@ -211,8 +231,6 @@ def _summary(record: RunRecord, scores: dict[str, dict[str, Score]]) -> RunSumma
         value = record.setting(*keys)
         return None if value is None else str(value)
 
-    evaluations = record.curve("eval_loss")
-    best_step, best = min(evaluations, key=lambda point: point[1], default=(None, None))
     versions = {key: str(value) for key, value in record.environment.items() if key not in ("gpus", "cpu", "system")}
     return RunSummary(
         name=record.name,
@@ -225,7 +243,9 @@ def _summary(record: RunRecord, scores: dict[str, dict[str, Score]]) -> RunSumma
         method=text("adapter", "method"),
         parameters=whole("trainable_parameters"),
         adapter_bytes=whole("adapter_bytes"),
-        loss=Loss(record.number("final_loss"), evaluations[-1][1] if evaluations else None, best, best_step),
+        objective=objective_of(record.setting("model", "task"), record.setting("training", "method")),
+        loss=_values_of(record, "loss"),
+        reward=_values_of(record, "reward"),
         evaluated={name: value for name in EVALUATED[1:] if (value := record.number(name)) is not None},
         scores=scores,
         tokens_per_s=record.number("tokens_per_s"),
@@ -236,8 +256,16 @@ def _summary(record: RunRecord, scores: dict[str, dict[str, Score]]) -> RunSumma
         machine=record.machine,
         on_gpu=bool(record.environment.get("gpus")),
         versions=versions,
-        curves={key: record.curve(key) for key in ("loss", "eval_loss")},
+        curves={key: record.curve(key) for name in OBJECTIVES for key in (name, f"eval_{name}")},
     )
+
+
+def _values_of(record: RunRecord, objective: Objective) -> Loss:
+    metric = f"eval_{objective}"
+    evaluations = record.curve(metric)
+    better = min if lower_is_better(metric) else max
+    best_step, best = better(evaluations, key=lambda point: point[1], default=(None, None))
+    return Loss(record.number(f"final_{objective}"), evaluations[-1][1] if evaluations else None, best, best_step)
 
 
 def _differing(mappings: Sequence[dict[str, Any]], leave_out: Sequence[str] = ()) -> dict[str, list[Any]]:
@@ -320,29 +348,53 @@ def _outputs_and_labels(rows: Sequence[dict[str, Any]]) -> "tuple[np.ndarray, np
     return outputs, labels
 
 
+def _objectives(runs: Sequence[RunSummary]) -> list[Objective]:
+    return [name for name in OBJECTIVES if any(run.objective == name for run in runs)]
+
+
+def _both_objectives(runs: Sequence[RunSummary]) -> list[str]:
+    """Return a line that says which runs have rewards, which losses, where GRPO's stand beside others."""
+    if len(_objectives(runs)) < 2:
+        return []
+    return [
+        "runs of grpo are shown by their rewards, the highest best, the others by their losses, the lowest best: a "
+        "reward and a loss do not compare"
+    ]
+
+
 def _cautions(records: Sequence[RunRecord], runs: Sequence[RunSummary]) -> list[str]:
     """Return what makes numbers of these runs incomparable, or less than they seem."""
     said = []
-    for record, run in zip(records, runs, strict=True):
+    pairs = list(zip(records, runs, strict=True))
+    judged = _objectives(runs)
+    values = " and ".join(map(plural, judged))
+    by_reward = [record for record, run in pairs if run.objective == "reward"]
+    for name in METHODS["grpo"].scaled_by:
+        if any(record.setting("training", name) != by_reward[0].setting("training", name) for record in by_reward):
+            said.append(f"runs of grpo differ in training.{name}: their {plural('reward')} are not defined alike")
+    for record, run in pairs:
         if not run.is_finished:
             resume = "resume it with --resume auto" if record.folder.own_checkpoints() else "it has no checkpoint"
             said.append(f"{run.name} has not ended (step {run.steps:,}); {resume}")
-    tasks = {run.task for run in runs}
-    if len(tasks) > 1:
+    by_loss = [run for run in runs if run.objective == "loss"]
+    if len({run.task for run in by_loss}) > 1:
         said.append("a classifier stands beside a language model: their losses are of different things")
-    elif len({run.model for run in runs}) > 1:
+    elif len({run.model for run in by_loss}) > 1:
         said.append("the base models differ: losses in nats per token compare under one tokenizer only")
     for part in ("train", "validation"):
-        sources = [_fingerprints(record.data.get(part)) for record in records]
-        if any(one != sources[0] for one in sources):
-            of = "losses of training" if part == "train" else "losses of evaluations"
-            said.append(f"data.{part}: the rows are not the same in all runs: {of} are of different rows")
+        of = "training" if part == "train" else "evaluations"
+        for name in judged:  # a reward's rows need not be a loss's
+            sources = [_fingerprints(one.data.get(part)) for one, run in pairs if run.objective == name]
+            if any(one != sources[0] for one in sources):
+                said.append(
+                    f"data.{part}: the rows are not the same in all runs: {plural(name)} of {of} are of different rows"
+                )
     if len({(run.machine, run.num_processes) for run in runs if run.is_finished}) > 1:
         said.append("the machines differ: so do tokens/s, memory and time")
     computes = sorted({run.compute for run in runs})
     if len(computes) > 1:
         said.append(
-            f"the base's products are not computed alike, but in {' and '.join(computes)} (training.compute): losses "
+            f"the base's products are not computed alike, but in {' and '.join(computes)} (training.compute): {values} "
             "differ by it"
         )
     kept = {
@@ -352,8 +404,8 @@ def _cautions(records: Sequence[RunRecord], runs: Sequence[RunSummary]) -> list[
     }
     if len(kept) > len({compute for compute, *_ in kept}):  # alike computed, otherwise kept
         said.append(
-            "not the same groups of linears stayed in bfloat16 (training.keep_in_bf16; compute.json): losses differ by "
-            "it"
+            f"not the same groups of linears stayed in bfloat16 (training.keep_in_bf16; compute.json): {values} differ "
+            "by it"
         )
     if len({run.on_gpu for run in runs}) > 1 or not any(run.on_gpu for run in runs):
         said.append("memory of a run without a GPU is that of its process")

@@ -21,7 +21,7 @@ _FIRST_KEYS = ("model", "adapter", "data", "training.learning_rate", "training.s
 def render(comparison: Comparison, show_all: bool = False) -> Group:
     """Return the comparison for a person, to be printed by a rich console."""
     letters = comparison.letters
-    parts: list[Any] = [_runs(comparison, letters), _losses(comparison, letters)]
+    parts: list[Any] = [_runs(comparison, letters), _values(comparison, letters)]
     if any(run.scores for run in comparison.runs):
         parts.append(_scores(comparison, letters, show_all))
     parts.append(_config(comparison, letters, show_all))
@@ -67,25 +67,30 @@ def _runs(comparison: Comparison, letters: Sequence[str]) -> Table:
     return table
 
 
-def _losses(comparison: Comparison, letters: Sequence[str]) -> Table:
+def _values(comparison: Comparison, letters: Sequence[str]) -> Table:
+    """Return the table of losses, or GRPO's rewards, with a column that tells them apart where there are both."""
     machines = {run.machine for run in comparison.runs}
     on = f", on {machines.pop()}" if len(machines) == 1 else ""
-    columns = ("", "train", "eval", "best", "at step", "tokens/s", "memory", "time", *(() if on else ("machine",)))
-    table = _table(f"Loss, speed, peak memory, time{on}", *columns)
+    both = len(comparison.objectives) > 1
+    of = ("of",) if both else ()
+    columns = ("", *of, "train", "eval", "best", "at step", "tokens/s", "memory", "time", *(() if on else ("machine",)))
+    title = " or ".join(comparison.objectives).capitalize()
+    table = _table(f"{title}, speed, peak memory, time{on}", *columns, left=1 + len(of))
     for letter, run in zip(letters, comparison.runs, strict=True):
-        loss = run.loss
+        judged = run.judged
         table.add_row(
             letter,
-            number(loss.train),
-            number(loss.evaluation),
-            number(loss.best),
-            "" if loss.best_step is None else f"{loss.best_step:,}",
+            *((run.objective,) if both else ()),
+            number(judged.train),
+            number(judged.evaluation),
+            number(judged.best),
+            "" if judged.best_step is None else f"{judged.best_step:,}",
             "" if run.tokens_per_s is None else f"{run.tokens_per_s:,.0f}",
             "" if run.memory_gib is None else byte_size(run.memory_gib * 2**30),
             "" if run.wall_s is None else clock(run.wall_s),
             *(() if on else (shortened(run.machine, 24),)),
         )
-    if all(run.loss.evaluation is None for run in comparison.runs):
+    if all(run.judged.evaluation is None for run in comparison.runs):
         table.columns = [column for column in table.columns if column.header not in ("eval", "best", "at step")]
     return table
 

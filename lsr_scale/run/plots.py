@@ -1,4 +1,4 @@
-"""A run's figures: losses and condition numbers over the steps, and the losses of several runs in one."""
+"""A run's figures: losses and condition numbers over the steps, and the losses or rewards of several runs in one."""
 
 import io
 import os
@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lsr_scale import files
+from lsr_scale.config.comparison import OBJECTIVES, Objective
+from lsr_scale.config.training import lower_is_better
 from lsr_scale.errors import UserError, printable, shortened
 from lsr_scale.run.metrics import finite_values, read_metrics
 
@@ -62,38 +64,55 @@ def loss_figure(curves: Curves, title: str, size: tuple[float, float] = SIZE, un
 
 
 def curves_figure(curves: Mapping[str, Curves], title: str = "", size: tuple[float, float] = SIZE) -> "Figure":
-    """Return the figure of several runs' losses: training as lines, smoothed, evaluations as marks on thinner ones.
+    """Return the figure of several runs' losses, or rewards: training as smoothed lines, evaluations as marks.
 
     Args:
-        curves: By the run's name, (step, loss) of training, "loss", and of evaluations, "eval_loss".
+        curves: By the run's name, (step, value) of training, "loss", and of evaluations, "eval_loss"; of a run that is
+            judged by its reward "reward" and "eval_reward" instead. Where there are both, each has a panel.
         title: The figure's one title, "" for none.
-        size: Its inches; a legend of many runs adds to the height.
+        size: Its inches; a legend of many runs, and a second panel, add to the height.
     """
     longest = max((len(printable(name)) for name in curves), default=0)
     columns = 2 if size[0] > _NARROW and len(curves) > 2 and longest <= _characters(size[0] / 2) else 1
-    figure, axes = titled_figure(title, (size[0], size[1] + 0.2 * (2 + -(-len(curves) // columns))))
-    width = max((smoothing(points["loss"]) for points in curves.values() if points.get("loss")), default=1)
-    evaluated = False
-    for index, (name, points) in enumerate(curves.items()):
+    shown = [name for name in OBJECTIVES if any(_has_curve(points, name) for points in curves.values())] or ["loss"]
+    height = size[1] * (1 + 0.6 * (len(shown) - 1)) + 0.2 * (2 + -(-len(curves) // columns))
+    figure, panels = titled_figure(title, (size[0], height), rows=len(shown))
+    axes_of = dict(zip(shown, panels if len(shown) > 1 else [panels], strict=True))
+    trained = [points[name] for points in curves.values() for name in shown if points.get(name)]
+    width = max(map(smoothing, trained), default=1)
+    evaluated, named = False, []
+    for index, (run, points) in enumerate(curves.items()):
         style = {"color": COLORS[index % len(COLORS)], "linestyle": _STYLES[index // len(COLORS) % len(_STYLES)]}
-        label = picture_text(shortened(printable(name), _characters(size[0] / columns)))
-        if training := points.get("loss"):
-            axes.plot(*_columns(_smoothed(training, width)), label=label, linewidth=1.6, **style)
-            label = None
-        if evaluation := points.get("eval_loss"):
-            evaluated = True
-            axes.plot(*_columns(evaluation), marker="o", markersize=4, linewidth=0.8, alpha=0.75, label=label, **style)
-            step, best = min(evaluation, key=lambda point: point[1])
-            axes.plot(step, best, "*", color=style["color"], markersize=13, markeredgecolor="white", zorder=5)
-    smoothed = f"training loss, mean of {width} logged steps" if width > 1 else "training loss"
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss, nats per token")
+        label = picture_text(shortened(printable(run), _characters(size[0] / columns)))
+        lines = []
+        for name, axes in axes_of.items():
+            if training := points.get(name):
+                lines += axes.plot(*_columns(_smoothed(training, width)), label=label, linewidth=1.6, **style)
+            if evaluation := points.get(f"eval_{name}"):
+                evaluated = True
+                marks = {"marker": "o", "markersize": 4, "linewidth": 0.8, "alpha": 0.75, "label": label}
+                lines += axes.plot(*_columns(evaluation), **marks, **style)
+                better = min if lower_is_better(f"eval_{name}") else max
+                best = better(evaluation, key=lambda point: point[1])
+                axes.plot(*best, "*", color=style["color"], markersize=13, markeredgecolor="white", zorder=5)
+        named += lines[:1]
+    axes_of[shown[-1]].set_xlabel("step")
+    for name, axes in axes_of.items():
+        axes.set_ylabel(f"loss, {NATS}" if name == "loss" else name)
+    training = f"training {' or '.join(shown)}"
+    smoothed = f"{training}, mean of {width} logged steps" if width > 1 else training
     heading = f"lines: {smoothed}" + ("; dots: evaluations, stars: the best" if evaluated else "")
-    if axes.lines:
+    if len(shown) > 1:
+        heading += "; runs of grpo are below, by reward"
+    if named:
         place = {"loc": "outside lower center", "ncols": columns, "title": textwrap.fill(heading, int(16 * size[0]))}
-        legend = figure.legend(frameon=False, fontsize=8.5, title_fontsize=8.5, **place)
+        legend = figure.legend(handles=named, frameon=False, fontsize=8.5, title_fontsize=8.5, **place)
         legend.get_title().set_multialignment("center")
     return figure
+
+
+def _has_curve(points: Curves, objective: Objective) -> bool:
+    return bool(points.get(objective) or points.get(f"eval_{objective}"))
 
 
 def _characters(inches: float) -> int:

@@ -72,6 +72,15 @@ def losses(num: int = 40, offset: float = 0.0, every: int = 10) -> list[dict[str
     return rows
 
 
+def rewards(num: int = 40, offset: float = 0.0, every: int = 10) -> list[dict[str, Any]]:
+    """Return GRPO's rows of metrics: losses about 0, a reward that rises, evaluations whose highest is not the last."""
+    rows = losses(num, every=every)
+    for row in rows:
+        reward = offset + 1 - math.exp(-row["step"] / 10) - (0.5 if row["step"] == num else 0)
+        row |= {"loss": 0.0, "reward": reward} if "loss" in row else {"eval_loss": 0.0, "eval_reward": reward}
+    return rows
+
+
 def write_run(
     folder: Path,
     config: dict[str, Any] | None = None,

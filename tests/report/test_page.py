@@ -17,7 +17,7 @@ from lsr_scale.report.write import report_at_end, write_report
 from lsr_scale.run.compare import compare
 from lsr_scale.run.folder import RunFolder
 from lsr_scale.units import byte_size
-from tests.helpers.run_folders import choice_rows, write_run
+from tests.helpers.run_folders import choice_rows, rewards, write_run
 from tests.helpers.tiny_runs import do, results, save_llama, tiny_run
 
 LOOKS_AT_PAGES = LOOKS_AT_PICTURES = True
@@ -90,6 +90,14 @@ def test_hostile_values_are_text(hostile):
     check_harmless(page)
     text = Reader(page).text
     assert text.count("<script>alert(1)</script>") >= 8
+
+
+def test_a_run_of_grpo_begins_with_its_rewards(tmp_path):
+    run = write_run(tmp_path / "run", {"training": {"method": "grpo"}}, {"final_reward": 0.75}, rewards())
+    text = Reader(write_report(run, planned=False)).text
+    assert re.search(r"training reward\W+0\.7500\W+mean of the last tenth", text)
+    assert re.search(r"best evaluation reward\W+0\.9502\W+step 30", text)
+    assert "training loss" not in text
 
 
 def test_a_comparison_s_hostile_values_are_text(hostile, tmp_path):

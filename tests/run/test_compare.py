@@ -17,7 +17,7 @@ from lsr_scale.run.compare_tables import MAX_KEYS
 from lsr_scale.run.folder import RunFolder
 from lsr_scale.scoring.classification import measure
 from lsr_scale.scoring.paired import paired_accuracy
-from tests.helpers.run_folders import CONFIG, choice_rows, class_rows, write_lines, write_run
+from tests.helpers.run_folders import CONFIG, choice_rows, class_rows, rewards, write_lines, write_run
 
 FIRST, SECOND = [True] * 4 + [False] * 6, [True] * 3 + [False] + [True] * 4 + [False] * 2
 
@@ -83,6 +83,80 @@ def test_runs_that_compute_otherwise_are_told_apart(two, tmp_path):
     assert not any(note.startswith(kept_otherwise) for note in found.notes)
     assert any(note.startswith(kept_otherwise) for note in compare([x, y]).notes)
     assert not any("computed" in note or kept_otherwise in note for note in compare(two).notes)
+
+
+def write_grpo(folder, offset=0.0, reward="exact_answer", **changes):
+    """Write a run of GRPO, whose losses say nothing."""
+    training = {"method": "grpo", "reward": [reward]}
+    results = {"final_loss": 0.0123, "final_reward": 0.5 + offset}
+    return write_run(folder, {"training": training}, results, rewards(offset=offset), **changes)
+
+
+def test_runs_of_grpo_are_compared_by_their_rewards(tmp_path, call):
+    pair = [write_grpo(tmp_path / name, offset) for name, offset in (("a", 0.0), ("b", 0.25))]
+    found = compare(pair)
+    assert found.objectives == ["reward"]
+    judged = found.runs[1].judged
+    assert (judged.train, judged.best_step) == (0.75, 30)
+    assert judged.best > judged.evaluation
+    assert [set(curves) for curves in found.curves().values()] == [{"reward", "eval_reward"}] * 2
+    page = tmp_path / "c.html"
+    status, out, _ = call(*pair, "--html", page)
+    assert status == 0
+    assert re.search(r"^Reward, speed", out, re.MULTILINE)
+    assert re.search(r"^B +0\.7500 +0\.7317 +1\.2002 +30 ", out, re.MULTILINE)
+    text = page.read_text()
+    for words in (
+        "training reward",
+        "eval reward",
+        "best reward, at step",
+        "Reward over the steps of 2 runs",
+        "0.7500",
+    ):
+        assert words in text
+    assert "loss" not in out.lower() + text.lower()
+
+
+def test_of_runs_of_grpo_notes_speak_of_rewards(tmp_path):
+    data = {"train": [{"path": "mine.jsonl", "sha256": "cd" * 32, "num_rows": 5}], "validation": []}
+    pair = [write_grpo(tmp_path / "a"), write_grpo(tmp_path / "b", reward="length", data=data)]
+    config = (pair[1] / "config.yaml").read_text().replace("some/base-7b", "some/other")
+    (pair[1] / "config.yaml").write_text(config)
+    notes = compare(pair).notes
+    assert "runs of grpo differ in training.reward: their rewards are not defined alike" in notes
+    assert any("rewards of training are of different rows" in note for note in notes)
+    assert not any("loss" in note for note in notes)
+
+
+def test_beside_others_runs_of_grpo_have_rewards_and_the_others_losses(two, tmp_path, call):
+    prompts = {"train": [{"path": "prompts.jsonl", "sha256": "cd" * 32, "num_rows": 5}], "validation": []}
+    runs = [*two, write_grpo(tmp_path / "c", data=prompts)]
+    found = compare(runs)
+    assert [run.judged for run in found.runs] == [found.runs[0].loss, found.runs[1].loss, found.runs[2].reward]
+    assert [set(curves) for curves in found.curves().values()] == [{"loss", "eval_loss"}] * 2 + [
+        {"reward", "eval_reward"}
+    ]
+    assert found.notes[0].startswith("runs of grpo are shown by their rewards, the highest best, the others by their ")
+    assert sum("do not compare" in note for note in found.notes) == 1
+    assert not any("different rows" in note for note in found.notes)
+    page = tmp_path / "c.html"
+    status, out, _ = call(*runs, "--html", page)
+    assert status == 0
+    assert max(map(len, out.split("\n"))) <= 80
+    assert re.search(r"^Loss or reward, speed", out, re.MULTILINE)
+    assert re.search(r"^A +loss +1\.2345 ", out, re.MULTILINE)
+    assert re.search(r"^C +reward +0\.5000 +0\.4817 +0\.9502 +30 ", out, re.MULTILINE)
+    text = page.read_text()
+    for words in ("training loss", "best loss, at step", "training reward", "best reward, at step", "do not compare"):
+        assert words in text
+    assert "0.0123" not in out + text
+
+
+def test_without_a_method_that_can_be_read_a_run_is_judged_by_its_loss(two):
+    for method in ("[grpo]", "none-such", "{a: 1}"):
+        text = (two[1] / "config.yaml").read_text()
+        (two[1] / "config.yaml").write_text(f"{text.partition('training:')[0]}training: {{method: {method}}}\n")
+        assert compare(two).runs[1].objective == "loss"
 
 
 def test_scores_are_paired_with_the_first_run_s_and_with_those_before(two):

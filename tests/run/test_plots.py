@@ -4,12 +4,12 @@ import matplotlib
 import pytest
 
 from lsr_scale.run.plots import SIZE, conditions_figure, curves_figure, loss_figure, smoothing, underflow_figure
-from tests.helpers.run_folders import losses
+from tests.helpers.run_folders import losses, rewards
 
 
-def curves(num=40, every=10):
-    rows = losses(num, every=every)
-    return {key: [(row["step"], row[key]) for row in rows if key in row] for key in ("loss", "eval_loss")}
+def curves(num=40, every=10, name="loss"):
+    rows = (losses if name == "loss" else rewards)(num, every=every)
+    return {key: [(row["step"], row[key]) for row in rows if key in row] for key in (name, f"eval_{name}")}
 
 
 def words(figure):
@@ -78,6 +78,31 @@ def test_the_lines_of_twelve_runs_can_be_told_apart():
     told = words(figure)
     assert any("mean of 4 logged steps" in text and "stars: the best" in text for text in told)
     assert len([text for text in told if "run" in text]) == 12
+
+
+def stars(axes):
+    """Return where the stars of a panel are."""
+    return [tuple(*line.get_xydata().tolist()) for line in axes.lines if line.get_marker() == "*"]
+
+
+def test_of_rewards_the_highest_has_the_star():
+    points = curves(name="reward")
+    figure = curves_figure({"a": points, "b": points})
+    (axes,) = figure.axes
+    assert axes.get_ylabel() == "reward"
+    assert stars(axes) == [max(points["eval_reward"], key=lambda point: point[1])] * 2
+    assert words(figure)[0].startswith("lines: training reward, mean of 4 logged steps;")
+
+
+def test_losses_and_rewards_have_a_panel_each():
+    figure = curves_figure({"a": curves(), "b": curves(name="reward"), "c": curves()})
+    above, below = figure.axes
+    assert [above.get_ylabel(), below.get_ylabel()] == ["loss, nats per token", "reward"]
+    assert [above.get_xlabel(), below.get_xlabel()] == ["", "step"]
+    assert [len(stars(axes)) for axes in (above, below)] == [2, 1]
+    heading, *names = words(figure)
+    assert names == ["a", "b", "c"]
+    assert "runs of grpo are below, by reward" in " ".join(heading.split())
 
 
 @pytest.mark.parametrize("length", [10, 40, 80, 200])

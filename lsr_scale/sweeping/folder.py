@@ -132,6 +132,7 @@ class SweepFolder:
     sweep.json    each trial: what it changes, where it is, its scores    trials/NAME/  ordinary run folders
     sweep.md      a row a trial, the best first                           .sweep.lock   held while sweep.json changes
     losses.png    the loss curves of all                                  .workers/     a lock a process at work here
+    rewards.png   of GRPO, in its place, the reward curves of all
     scores.png    scores against parameters and the learning rate
     """
 
@@ -149,8 +150,13 @@ class SweepFolder:
 
     @property
     def losses(self) -> Path:
-        """The loss curves of all trials."""
+        """The loss curves of all trials, where they are not GRPO's."""
         return self.path / "losses.png"
+
+    @property
+    def rewards(self) -> Path:
+        """The reward curves of all trials, where they are GRPO's."""
+        return self.path / "rewards.png"
 
     @property
     def scores(self) -> Path:

@@ -1,18 +1,19 @@
-"""A sweep's two pictures: the loss curves of all its trials, and their scores against parameters and learning rate."""
+"""A sweep's pictures: trials' losses or rewards over the steps, and their scores by parameters and learning rate."""
 
 from collections.abc import Sequence
 from typing import Any
 
-from lsr_scale.config.comparison import metric_words
+from lsr_scale import files
+from lsr_scale.config.comparison import Objective, metric_words
 from lsr_scale.run.metrics import finite_values, read_metrics
-from lsr_scale.run.plots import COLORS, CURVES, Curves, curves_figure, picture_text, save_figure
+from lsr_scale.run.plots import COLORS, Curves, curves_figure, picture_text, save_figure
 from lsr_scale.sweeping.folder import SweepFolder, SweepState, TrialState
 
 _NAMED = 12  # curves at most that are told apart; of more trials the best ones
 
 
 def draw(folder: SweepFolder, state: SweepState, rates: dict[str, float]) -> None:
-    """Draw both.
+    """Draw both: the curves of GRPO's rewards, of others' losses, and the scores.
 
     Args:
         folder: Where.
@@ -24,15 +25,24 @@ def draw(folder: SweepFolder, state: SweepState, rates: dict[str, float]) -> Non
     title = (
         f"{folder.path.name}: the best {_NAMED} of {len(trials)} trials" if len(trials) > _NAMED else folder.path.name
     )
+    # a sweep's trials are all of GRPO, or none is
+    rewarded = any("reward" in of_trial for of_trial in curves.values())
+    picture, other = (folder.rewards, folder.losses) if rewarded else (folder.losses, folder.rewards)
     if any(points for of_trial in curves.values() for points in of_trial.values()):
-        save_figure(curves_figure(curves, title), folder.losses)
+        save_figure(curves_figure(curves, title), picture)
+    if files.is_own_picture(other):  # of an earlier sweep here
+        other.unlink()
     if (figure := scores_figure(trials, state.scored_by, rates, folder.path.name)) is not None:
         save_figure(figure, folder.scores)
 
 
 def _curves(folder: SweepFolder, trial: TrialState) -> Curves:
+    """Return a trial's rewards over its steps where it has them, as only GRPO has, else its losses."""
     rows = read_metrics(folder.trial(trial.name).metrics)
-    return {key: [(row["step"], row[key]) for row in rows if finite_values([row], key)] for key in CURVES}
+    rewarded = any("reward" in row or "eval_reward" in row for row in rows)
+    objective: Objective = "reward" if rewarded else "loss"
+    keys = (objective, f"eval_{objective}")
+    return {key: [(row["step"], row[key]) for row in rows if finite_values([row], key)] for key in keys}
 
 
 def scores_figure(trials: Sequence[TrialState], metric: str, rates: dict[str, float], title: str) -> Any:

@@ -97,7 +97,7 @@ def _check_free(folder: SweepFolder, again: bool) -> None:
             f"{folder.path}: holds a run, and a sweep has a folder of its own; go elsewhere with --set "
             "training.output_dir=..."
         )
-    own = (folder.state, folder.table, folder.losses, folder.scores, folder.path / "trials")
+    own = (folder.state, folder.table, folder.losses, folder.rewards, folder.scores, folder.path / "trials")
     if others := [path.name for path in own if os.path.lexists(path)]:
         raise UserError(
             f"{folder.path}: holds {', '.join(others)}, which no sweep wrote and this one would write over; move them "

@@ -114,5 +114,6 @@ def finish(sweep: Sweep, folder: SweepFolder, pages: bool = True) -> None:
     if best := best_of(state):
         print_line(f"best: {best.name}, {score_text(state.scored_by, best.score)}")
         print_line(f"again, alone: {again(folder, best)}")
-    pictures = f", pictures: {folder.losses}, {folder.scores}" if pages else ""
+    drawn = [path for path in (folder.losses, folder.rewards, folder.scores) if path.is_file()]
+    pictures = f", pictures: {', '.join(map(str, drawn))}" if pages and drawn else ""
     print_line(f"table: {folder.table}{pictures}")

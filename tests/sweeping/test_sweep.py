@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -31,6 +32,7 @@ from lsr_scale.training.callbacks.signals import Terminated
 from lsr_scale.training.steps.joint import JointStep
 from lsr_scale.training.steps.sharing import runs_fused
 from tests.helpers.programs import start_program
+from tests.helpers.run_folders import losses, rewards, write_run
 from tests.helpers.tiny_models import SEVEN_LINEARS
 from tests.helpers.tiny_runs import completions, do, factors, metrics, questions, results, same, write_rows
 from tests.helpers.tiny_sweeps import sections, sweep_place, tiny_sweep, write_sweep
@@ -107,6 +109,8 @@ def test_trials_of_grpo_are_ordered_by_what_completions_are_worth(tmp_path, held
     heading = "eval reward" if held_out else "training reward"
     assert columns[heading] == [f"{score:.4f}" for score in scores]
     assert not any("loss" in heading for heading in columns)
+    left = {path.name for path in folder.path.iterdir()} - {".sweep.lock"}
+    assert left == {"sweep.json", "sweep.md", "rewards.png", "scores.png", "trials"}
     state.trials["lr=0.05"].score = 9.0
     assert [trial.name for trial in state.ranked()] == ["lr=0.05", "lr=0.0001"]
 
@@ -185,6 +189,20 @@ def test_the_pictures_are_drawn(done):
     assert is_own_picture(done.scores)
     left = {path.name for path in done.path.iterdir()} - {".sweep.lock"}
     assert left == {"sweep.json", "sweep.md", "losses.png", "scores.png", "trials"}
+
+
+def test_a_picture_of_what_was_trained_here_before_does_not_stay(tmp_path):
+    folder = SweepFolder(tmp_path / "sweep")
+    state = SweepState({}, {}, "eval_loss", {"only": TrialState("only", {}, "finished")})
+    for rows, drawn in ((losses(), folder.losses), (rewards(), folder.rewards)):
+        trial = folder.trial("only")
+        shutil.rmtree(trial.path, ignore_errors=True)
+        write_run(trial.path, metrics=rows)
+        plots.draw(folder, state, {})
+        assert list(folder.path.glob("*.png")) == [drawn]
+    folder.losses.write_text("mine")
+    plots.draw(folder, state, {})
+    assert folder.losses.read_text() == "mine"
 
 
 def test_the_name_of_the_best_one_stays_within_the_picture():

@@ -93,6 +93,13 @@ def _offloads(content: Mapping[str, Any], name: str) -> bool:
     return (content.get("zero_optimization", {}).get(name) or {}).get("device", "none") != "none"
 
 
+def beyond_a_trial(content: Mapping[str, Any]) -> str | None:
+    """Return what a configuration does that a sweep's trial, which one GPU trains, is refused for; None for nothing."""
+    if content.get("zero_optimization", {}).get("stage", 0) == 3:
+        return "ZeRO-3 shards the base over processes"
+    return "it offloads" if offloads_parameters(content) or offloads_optimizer(content) else None
+
+
 def without_effect(content: Mapping[str, Any]) -> list[str]:
     """Return the settings of a configuration that nothing here reads."""
     zero = content.get("zero_optimization", {})

@@ -20,7 +20,7 @@ from lsr_scale.config.comparison import (
     score_metric,
     share_of_right,
 )
-from lsr_scale.config.deepspeed import offloads_optimizer, offloads_parameters
+from lsr_scale.config.deepspeed import beyond_a_trial
 from lsr_scale.config.messages import explain, raise_problems
 from lsr_scale.config.run import RunConfig, plain, read_sections, section_models, validate
 from lsr_scale.config.sections import Section
@@ -280,10 +280,7 @@ def _own_of_methods(first: TrialPlan, trial: TrialPlan, names: list[str]) -> lis
 
 def _check_trial(trial: TrialPlan, section: SweepSection, where: str, places: yaml_text.Places) -> None:
     """Refuse a trial that no single process can train, or that stop cannot compare."""
-    content = trial.run.deepspeed.config or {}
-    stage = content.get("zero_optimization", {}).get("stage", 0)
-    if stage == 3 or offloads_parameters(content) or offloads_optimizer(content):
-        what = "ZeRO-3 shards the base over processes" if stage == 3 else "it offloads"
+    if what := beyond_a_trial(trial.run.deepspeed.config or {}):
         raise UserError(
             f"deepspeed.config: {what}, and a trial of a sweep is trained on one GPU by itself; set deepspeed.config: "
             "zero0 or null"

@@ -25,9 +25,11 @@ from lsr_scale.adapters.coverage import coverage_notes
 from lsr_scale.adapters.inject import inject
 from lsr_scale.adapters.peft import AdapterLinear, in_out_features
 from lsr_scale.config import RunConfig
+from lsr_scale.config.conflicts import conflicts
 from lsr_scale.config.deepspeed import SHIPPED
 from lsr_scale.config.methods import METHODS
 from lsr_scale.config.training import checkpoints_layers, longest_row
+from lsr_scale.config.yaml_text import dotted
 from lsr_scale.data.model_limits import num_positions
 from lsr_scale.errors import UserError
 from lsr_scale.fused import FuseReport, fuse, keep_in_bf16
@@ -38,6 +40,7 @@ from lsr_scale.planning import memory
 from lsr_scale.planning.completions import generation_memory
 from lsr_scale.planning.sizes import adapter_file_bytes, frozen_bytes, quantized_layers
 from lsr_scale.planning.stages import GIB, Memory, RunMemory
+from lsr_scale.training.arguments import check_stage
 from lsr_scale.training.gradient_start import planned_start
 from lsr_scale.training.optimizers.state_bytes import pair_state_bytes
 
@@ -112,6 +115,8 @@ class Counted:
         parts = replace(self.memory, gpus=gpus, generation=generation)
         stages = {**SHIPPED, "run": self.run.deepspeed.config or {}}
         keeps_weights = self.run.training["memory"] == "speed"
+        allowed = _stages(self.run)
+        refusal = _refused(self.run, stages["run"]) if gpus > 1 and stages["run"] else None
         return Plan(
             **self.values,
             gpus=gpus,
@@ -122,27 +127,32 @@ class Counted:
             table=[
                 # who recomputes has memory: save, and keeps no weights
                 Row(stage, recomputes, parts.under(stages[stage], recomputes, keeps_weights and not recomputes))
-                for stage in _stages(self.run)
+                for stage in allowed
                 for recomputes in (True, False)
             ],
             sharded={name: round(part / GIB, 4) for name, part in parts.sharded(SHIPPED["zero3"], True).items()}
-            if "zero3" in _stages(self.run)
+            if "zero3" in allowed
             else {},
-            warnings=list(self.warnings),
+            warnings=[*self.warnings, *([f"the run would be refused on {gpus} GPUs: {refusal}"] if refusal else [])],
         )
-
-
-def shards(stage: str) -> bool:
-    """Tell whether a shipped DeepSpeed configuration shards the base over processes, or offloads it."""
-    return SHIPPED[stage]["zero_optimization"]["stage"] == 3
 
 
 def _stages(run: RunConfig) -> list[str]:
     """Return the shipped DeepSpeed configurations that a run can have."""
-    needs_whole = run.training["method"] == "grpo" or (
-        run.adapter.options.get("init") == "gradient" and run.adapter.start_from is None
-    )
-    return [stage for stage in SHIPPED if not (needs_whole and shards(stage))]
+    return [stage for stage, content in SHIPPED.items() if not _refused(run, content)]
+
+
+def _refused(run: RunConfig, content: dict[str, Any]) -> str | None:
+    """Return why processes with a DeepSpeed configuration would refuse a run, None where they do not."""
+    other = run.model_copy(update={"deepspeed": run.deepspeed.model_copy(update={"config": content})})
+    own = list(conflicts(run))
+    if of_stage := [problem for problem in conflicts(other) if problem not in own]:
+        return f"{dotted(of_stage[0].path)}: {of_stage[0].text}"
+    try:
+        check_stage(other)
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def plan(run: RunConfig, gpus: int = 1, trace: bool = True) -> Plan:

@@ -5,9 +5,10 @@ A further trial adds its rows to the batch, and its adapter with gradients and A
 
 from dataclasses import dataclass, replace
 
+from lsr_scale.config.deepspeed import SHIPPED, beyond_a_trial
 from lsr_scale.config.trials import Sweep
 from lsr_scale.planning.fit import reserve
-from lsr_scale.planning.planner import Plan, plan, shards
+from lsr_scale.planning.planner import Plan, plan
 from lsr_scale.planning.stages import GIB
 from lsr_scale.training.steps.sharing import sharing_fallback_reason
 
@@ -55,8 +56,7 @@ def plan_together(sweep: Sweep) -> TogetherPlan:
     sizes = {name: plan(trial.run, trace=False).trainable_parameters for name, trial in adapters.items()}
     largest = adapters[max(sizes, key=lambda name: sizes[name])]
     one, alone_because = plan(largest.run), sharing_fallback_reason([trial.run for trial in sweep.trials])
-    # of a trial, which one process trains, nothing is sharded
-    one = replace(one, table=[row for row in one.table if not shards(row.stage)], sharded={})
+    one = replace(one, table=[row for row in one.table if not beyond_a_trial(SHIPPED[row.stage])], sharded={})
     if alone_because:
         return TogetherPlan(largest.name, len(sweep.trials), one, 0.0, alone_because)
     rows = 2 * largest.run.training["per_device_train_batch_size"]

@@ -23,9 +23,8 @@ def trainer_arguments(run: RunConfig, folder: RunFolder) -> Any:
         UserError: for a setting that the library refuses, an optimizer or method that cannot be sharded, or a DeepSpeed
             that cannot be patched.
     """
-    _check_optimizer(run)
-    _check_start(run)
-    _check_sharding(run)
+    if uses_deepspeed(run):
+        check_stage(run)
     if run.training["method"] == "grpo":
         _check_completions(run)
     if uses_deepspeed(run):
@@ -63,9 +62,22 @@ def _forget_engine() -> None:
     unset_hf_deepspeed_config()
 
 
+def check_stage(run: RunConfig) -> None:
+    """Refuse, before anything is loaded, what DeepSpeed's processes cannot train under the run's ZeRO stage.
+
+    What its file alone tells is refused by `config.conflicts`.
+
+    Raises:
+        UserError: for an optimizer, a start or a method that cannot be sharded like this.
+    """
+    _check_optimizer(run)
+    _check_start(run)
+    _check_sharding(run)
+
+
 def _check_sharding(run: RunConfig) -> None:
-    """Refuse, before anything is loaded, a sharded base whose processes would generate different numbers of tokens."""
-    if run.training["method"] == "grpo" and uses_deepspeed(run) and zero_stage(run) == 3:
+    """Refuse a sharded base whose processes would generate different numbers of tokens."""
+    if run.training["method"] == "grpo" and zero_stage(run) == 3:
         raise UserError(
             "deepspeed.config: ZeRO-3 shards the base, which training.method: grpo does not generate with; set "
             "deepspeed.config to zero2"
@@ -129,7 +141,8 @@ def uses_deepspeed(run: RunConfig) -> bool:
 
 def _check_start(run: RunConfig) -> None:
     """Refuse a start from the gradient of weights that no process has whole."""
-    if run.adapter.options.get("init") == "gradient" and uses_deepspeed(run) and zero_stage(run) == 3:
+    starts = run.adapter.options.get("init") == "gradient" and run.adapter.start_from is None
+    if starts and zero_stage(run) == 3:
         raise UserError(
             "adapter.init: gradient runs the model before DeepSpeed is there, and ZeRO-3 shards it by then; set "
             "deepspeed.config to zero2 or less, or adapter.init: zero (or adapter.start_from, of a run on one process)"
@@ -137,9 +150,9 @@ def _check_start(run: RunConfig) -> None:
 
 
 def _check_optimizer(run: RunConfig) -> None:
-    """Refuse, before anything is loaded, an optimizer whose state belongs to no one parameter where it is sharded."""
+    """Refuse an optimizer whose state belongs to no one parameter where it is sharded."""
     name, stage = run.training["optim"], zero_stage(run)
-    if not uses_deepspeed(run) or stage == 0:
+    if stage == 0:
         return
     if name in OWN_OPTIMIZERS and OWN_OPTIMIZERS[name].of_pairs:
         raise UserError(

@@ -291,6 +291,57 @@ def test_the_stages_divide_what_they_say(monkeypatch):
     assert one.frozen_bytes / 2**30 < rows["zero2"].loading < rows["zero2"].weights + 0.3
 
 
+GRPO = {"method": "grpo", "reward": ["exact_answer"]}
+
+
+@pytest.mark.usefixtures("counts_only")
+@pytest.mark.parametrize(
+    ("adapter", "training", "stages"),
+    [
+        ("lsr", {}, "zero0 zero1 zero2 zero3 zero3_offload"),
+        ("lsr", GRPO, "zero0 zero1 zero2"),
+        ("tinylora", {}, "zero0 zero1 zero2"),
+        ("lsr", {"optim": "lora_rite"}, "zero0"),
+        ("lora", {"optim": "lora_pro"}, "zero0"),
+        ("lsr", {"optim": "adamw_bnb_8bit"}, "zero0"),
+        ("lsr", {"condition_guard": "rescale"}, "zero0"),
+    ],
+)
+def test_stages_that_would_be_refused_are_not_planned(tmp_path, adapter, training, stages):
+    small = run_from_dict(
+        {
+            "model": {"name": str(save_llama(tmp_path / "model")), "quantization": "none"},
+            "adapter": {"method": adapter},
+            "data": {"train": ["arc_easy"]},
+            "training": training,
+            "deepspeed": {"config": "zero0"},
+        }
+    )
+    result = plan(small, gpus=2)
+    assert list(dict.fromkeys(row.stage for row in result.table)) == stages.split()
+    assert bool(result.sharded) == ("zero3" in stages)
+    assert not any("refused" in line for line in result.warnings)
+    shown = io.StringIO()
+    Console(width=80, file=shown).print(render(result))
+    assert ("zero3" in shown.getvalue()) == ("zero3" in stages)
+
+
+@pytest.mark.usefixtures("counts_only")
+@pytest.mark.parametrize(
+    ("training", "engine", "words"),
+    [
+        (GRPO, "zero3", "deepspeed.config: ZeRO-3 shards the base, which training.method: grpo does not generate with"),
+        ({"optim": "lora_rite"}, "zero2", "training.optim: lora_rite steps both factors of a pair together"),
+    ],
+)
+def test_a_run_whose_own_stage_is_refused_is_told(tmp_path, training, engine, words):
+    small = run(str(save_llama(tmp_path / "model")), {"method": "lsr"}, training)
+    small = run_from_dict({**small.model_dump(), "deepspeed": {"config": engine}})
+    of_all = planner.count(small)
+    assert any(line.startswith(f"the run would be refused on 2 GPUs: {words}") for line in of_all.on(2).warnings)
+    assert not any("refused" in line for line in of_all.on(1).warnings), "one process runs without DeepSpeed"
+
+
 @pytest.mark.usefixtures("two_layers")
 def test_packing_and_padding_and_windows_decide_the_mask(monkeypatch):
     seen = []

@@ -222,6 +222,86 @@ def test_what_does_not_go_together(call, mistake, advice, ways):
     followed(call, "config", mistake, advice, *ways)
 
 
+@pytest.mark.parametrize(
+    ("run", "key", "value", "example"),
+    [
+        ([], "training.seed", "3", "[3, ...]"),
+        ([], "training.packing", "true", "[true, ...]"),
+        ([], "training.fused", "'off'", "['off', ...]"),
+        ([], "training.keep_in_bf16", "auto", "[auto, ...]"),
+        ([], "training.keep_in_bf16", "1.down", "[[1.down], ...]"),
+        ([], "adapter.target_modules", "all-linear", "[all-linear, ...]"),
+        ([], "adapter.modules_to_save", "norm", "[[norm], ...]"),
+        ([], "data.train", "{place}/rows.jsonl", "[[{place}/rows.jsonl], ...]"),
+        ([], "eval.prompts", "'A: b'", "[['A: b'], ...]"),
+        (["training.method=grpo"], "training.reward", "exact_answer", "[[exact_answer], ...]"),
+    ],
+)
+def test_a_value_in_a_grid_is_shown_as_a_list_of_such(call, place, run, key, value, example):
+    example = example.replace("{place}", str(place))
+    changes = [*run, f"sweep.grid={{{key}: {value}}}"]
+    way = [*run, f"sweep.grid={{{key}: {example.replace(', ...', '')}}}"]
+    followed(call, "config", changes, f"write a list of values, such as {example}; one for all trials", way)
+
+
+def test_null_in_a_grid_is_no_value_to_list(call):
+    _, said = call("config", ["sweep.grid={training.seed: null}"])
+    assert "got None; write a list of values; one for all trials goes into the run itself" in said
+
+
+BETAS = ["data.train=[{place}/pairs.jsonl]", "training.method=dpo", "sweep.grid={training.beta: [0.1, 0.5]}"]
+HELD_OUT = "data.validation_split=0.2"
+BY_PAIRS = "compared by the share of pairs in the right order"
+
+
+@pytest.mark.parametrize(
+    ("mistake", "advice", "way"),
+    [
+        (
+            [*BETAS, HELD_OUT, "sweep.stop={metric: eval_loss}"],
+            "set sweep.stop.metric: eval_rewards/accuracies",
+            [*BETAS, HELD_OUT, "sweep.stop={metric: eval_rewards/accuracies}"],
+        ),
+        (
+            [*BETAS, HELD_OUT, "sweep.stop={metric: eval_loss}"],
+            "or remove it (training.early_stopping: {patience: 3}",
+            [*BETAS, HELD_OUT, "training.early_stopping={patience: 3}"],
+        ),
+        (
+            [*BETAS[:1], HELD_OUT, "training.method=kto", BETAS[2], "sweep.stop={}"],
+            "make a sweep of its own for each value",
+            [*BETAS[:1], HELD_OUT, "training.method=kto", "sweep.grid={training.beta: [0.1]}", "sweep.stop={}"],
+        ),
+    ],
+)
+def test_trials_that_stop_cannot_compare(call, mistake, advice, way):
+    followed(call, "config", mistake, advice, way)
+
+
+@pytest.mark.parametrize(
+    ("mistake", "advice", "ways"),
+    [
+        (
+            ["training.eval_strategy=no"],
+            "data.validation_split: 0.05 with training.eval_strategy: steps has them",
+            ["data.validation_split=0.05", "training.eval_strategy=steps"],
+        ),
+        (
+            ["training.eval_strategy=no", HELD_OUT],
+            "little; training.eval_strategy: steps has them",
+            [HELD_OUT, "training.eval_strategy=steps"],
+        ),
+    ],
+)
+def test_what_has_trials_compared_by_pairs_does(call, mistake, advice, ways):
+    status, said = call("config", [*BETAS, *mistake])
+    assert status == 0
+    assert f"{advice} {BY_PAIRS}" in said
+    status, said = call("config", [*BETAS, *ways])
+    assert status == 0
+    assert "compared by eval_rewards/accuracies" in said
+
+
 WAYS = {
     "set deepspeed.config": ["deepspeed.config=zero2"],
     "set model.dtype": ["model.dtype=bfloat16"],

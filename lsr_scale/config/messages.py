@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError, PydanticUndefined
@@ -11,7 +11,8 @@ from lsr_scale import option_names
 from lsr_scale.config.methods import METHODS, method_of
 from lsr_scale.config.rewards import Reward
 from lsr_scale.config.training import TASK_DEFAULTS, not_to_set
-from lsr_scale.config.yaml_text import KeyPath, Places, dotted, place_of
+from lsr_scale.config.training.yaml_types import members_of
+from lsr_scale.config.yaml_text import KeyPath, Places, dotted, dump, place_of
 from lsr_scale.errors import did_you_mean, shortened
 
 # Names from axolotl, LLaMA-Factory, PEFT, bitsandbytes and older transformers, and what they are called here.
@@ -256,8 +257,8 @@ def _wrong_value(path: KeyPath, group: list[ErrorDetails], data: Mapping[str, An
     elif isinstance(value, str) and _looks_like_number(value):
         remedies.append("remove the quotes")
     elif "list" in kinds and path[:2] == ("sweep", "grid") and not isinstance(value, list | dict):
-        given = str(value).lower() if isinstance(value, bool) else value
-        remedies.append(f"write a list of values, such as [{given}, ...]; one for all trials goes into the run itself")
+        example = _list_of(value, str(path[-1]), models)
+        remedies.append(f"write a list of values{example}; one for all trials goes into the run itself")
     elif "list" in kinds and isinstance(value, str | dict):
         remedies.append("write a list, one '- item' a line, or [item, item]")
     elif "mapping" in kinds and len(path) == 1:
@@ -269,6 +270,20 @@ def _wrong_value(path: KeyPath, group: list[ErrorDetails], data: Mapping[str, An
         default = str(field.default).lower() if isinstance(field.default, bool) else field.default
         remedies.append(f"the default is {default}")
     return "; ".join([f"expected {text}, got {value!r}", *remedies])
+
+
+def _list_of(value: Any, key: str, models: SectionModels) -> str:
+    """Return ", such as [value, ...]" in YAML; of a key that takes lists the value is one of these. Empty for null."""
+    text = dump([value], short=True).rstrip()
+    if value is None or "\n" in text:
+        return ""
+    section, _, name = key.rpartition(".")
+    known = [models("causal_lm", method).items() for method in METHODS]
+    fields = [model.model_fields for items in known for home, model in items if home.partition(".")[0] == section]
+    kinds = next((members_of(found[name].annotation) for found in fields if name in found), [])
+    takes = any(kind is type(value) or (get_origin(kind) is Literal and value in get_args(kind)) for kind in kinds)
+    nested = not takes and any(get_origin(kind) is list for kind in kinds)
+    return f", such as [{text if nested else text[1:-1]}, ...]"
 
 
 def _plain(context: Mapping[str, Any]) -> dict[str, Any]:

@@ -143,11 +143,36 @@ def test_the_better_step_of_grpo_is_that_of_the_higher_reward():
     assert said.startswith("eval_reward was 0.9000 at step 1, and is 0.4000 at the last, 2; training.early_stopping")
 
 
-@pytest.mark.parametrize("kept", ["early_stopping={}", "load_best_model_at_end=true"])
+@pytest.mark.parametrize(
+    "kept",
+    [
+        *("early_stopping={}", "load_best_model_at_end=true"),
+        *("lr_scheduler_type=reduce_lr_on_plateau", "lr_scheduler_type=greedy"),
+    ],
+)
 def test_grpo_keeps_the_step_of_the_highest_reward(kept):
     grpo = ["method=grpo", "reward=[exact_answer]", "eval_strategy=steps", "save_strategy=steps", kept]
     run = load(MINIMAL, HELD_OUT, *(f"training.{one}" for one in grpo))
     assert run.training["metric_for_best_model"] == "eval_reward"
+
+
+@pytest.mark.parametrize("schedule", ["reduce_lr_on_plateau", "greedy"])
+@pytest.mark.parametrize(
+    ("words", "arguments"),
+    [
+        (["method=grpo", "reward=[exact_answer]"], {"mode": "max"}),
+        (["method=grpo", "reward=[exact_answer]", "lr_scheduler_kwargs={factor: 0.5}"], {"factor": 0.5, "mode": "max"}),
+        (["method=grpo", "reward=[exact_answer]", "lr_scheduler_kwargs={mode: min}"], {"mode": "min"}),
+        (["method=grpo", "reward=[exact_answer]", "metric_for_best_model=eval_kl"], None),
+        (["method=dpo", "metric_for_best_model=eval_rewards/accuracies"], {"mode": "max"}),
+        ([], None),
+    ],
+)
+def test_a_schedule_that_follows_a_metric_takes_its_highest_value_for_the_best(schedule, words, arguments):
+    steered = [f"lr_scheduler_type={schedule}", "eval_strategy=steps"]
+    run = load(MINIMAL, HELD_OUT, *(f"training.{one}" for one in (*steered, *words)))
+    assert run.training.get("lr_scheduler_kwargs") == arguments
+    assert run_from_dict(yaml.safe_load(dump_yaml(run))).training == run.training
 
 
 def test_a_run_that_resumes_has_counted_the_evaluations_before(place, tmp_path, whole):

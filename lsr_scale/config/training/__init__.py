@@ -12,7 +12,14 @@ how a dataclass's field is written in YAML.
 
 from lsr_scale.config.training.arguments import training_arguments_class, training_kwargs
 from lsr_scale.config.training.compute import LINEAR_GROUPS, RENAMED, checkpoints_layers, wants_fused
-from lsr_scale.config.training.evaluation import EVALUATED, EarlyStopping, compared_by, evaluated, lower_is_better
+from lsr_scale.config.training.evaluation import (
+    EVALUATED,
+    STEERED_SCHEDULES,
+    EarlyStopping,
+    compared_by,
+    evaluated,
+    lower_is_better,
+)
 from lsr_scale.config.training.fields import DEFAULTS, OWNED, TASK_DEFAULTS, defaults_of, not_to_set, own_fields
 from lsr_scale.config.training.rows import longest_row
 from lsr_scale.config.training.section import check_training, training_model
@@ -25,6 +32,7 @@ __all__ = [
     "LINEAR_GROUPS",
     "OWNED",
     "RENAMED",
+    "STEERED_SCHEDULES",
     "TASK_DEFAULTS",
     "EarlyStopping",
     "Flag",

@@ -15,6 +15,8 @@ _SCORES = ("pearson", "spearmanr")
 _OF_PREFERENCES = ("rewards/accuracies", "rewards/margins")
 EVALUATED = tuple(f"eval_{name}" for name in ("loss", "reward", *_CLASSES, *_SCORES, *_OF_PREFERENCES))
 
+STEERED_SCHEDULES = ("reduce_lr_on_plateau", "greedy")  # whose rate follows metric_for_best_model
+
 _LOSS = "eval_loss"
 _NOT_USED = "the trainer does not read it; what runs follows from the sections data and eval"
 
@@ -75,14 +77,14 @@ def lower_is_better(metric: str) -> bool:
 
 
 def best_step_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a run that keeps its best step, or may stop early, has where it says nothing.
+    """Return what a run has, where it says nothing, whose kept step, end or rate goes by a metric of evaluations.
 
     Where it may stop early, what is evaluated is saved, so that the best can be kept.
     """
     metric = compared_by("causal_lm", method_of(values))  # a classifier's is the loss too
     if values.get("early_stopping") is None:
-        # transformers' own is the loss
-        return {"metric_for_best_model": metric} if values.get("load_best_model_at_end") and metric != _LOSS else {}
+        has_use = values.get("load_best_model_at_end") or values.get("lr_scheduler_type") in STEERED_SCHEDULES
+        return {"metric_for_best_model": metric} if has_use and metric != _LOSS else {}  # transformers' is the loss
     saves = values.get("save_strategy", SAVING.defaults["save_strategy"])
     strategy = values.get("eval_strategy", saves if saves in ("steps", "epoch") else "steps")
     every = values.get("eval_steps", values.get("save_steps", SAVING.defaults["save_steps"]))
@@ -93,3 +95,16 @@ def best_step_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
         "save_strategy": strategy,
         **({"eval_steps": every, "save_steps": every} if strategy == "steps" else {}),
     }
+
+
+def steering_arguments(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a schedule that follows a metric, where its best value is the highest.
+
+    The schedules' own `mode` is min: they would lower the rate as a reward, or an accuracy, rises.
+    """
+    arguments, greater = values.get("lr_scheduler_kwargs") or {}, values.get("greater_is_better")
+    if greater is None:
+        greater = not lower_is_better(values.get("metric_for_best_model") or _LOSS)
+    if values.get("lr_scheduler_type") not in STEERED_SCHEDULES or not greater or not isinstance(arguments, dict):
+        return {}
+    return {"lr_scheduler_kwargs": {"mode": "max", **arguments}}

@@ -11,7 +11,7 @@ from lsr_scale.config.methods import METHODS, method_of
 from lsr_scale.config.optimizers import OWN_OPTIMIZERS
 from lsr_scale.config.training.arguments import declaration
 from lsr_scale.config.training.compute import RENAMED
-from lsr_scale.config.training.evaluation import best_step_defaults
+from lsr_scale.config.training.evaluation import best_step_defaults, steering_arguments
 from lsr_scale.config.training.fields import BOUNDS, DEFAULTS, defaults_of, not_to_set, own_fields
 from lsr_scale.config.training.optimization import ROWS_PER_STEP
 from lsr_scale.config.training.subject import Task
@@ -82,6 +82,7 @@ def check_training(values: Any, task: Task, context: Any = None) -> dict[str, An
                 raise ValueError(f"{old} and {new} are two names of one field, set to different values; keep one")
             values[old] = values.pop(new)
     filled = {**defaults_of(task, method), **best_step_defaults(values), **values}
+    filled |= steering_arguments(filled)
     if (max_steps := filled.get("max_steps", -1)) != -1 and max_steps < 1:
         raise ValueError(f"max_steps: expected a number of steps, or -1 for num_train_epochs, got {max_steps}")
     if (rows := filled["per_device_train_batch_size"] * filled["gradient_accumulation_steps"]) > ROWS_PER_STEP:

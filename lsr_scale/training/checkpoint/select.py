@@ -9,6 +9,7 @@ from typing import Any
 
 from lsr_scale import config
 from lsr_scale.config import RunConfig
+from lsr_scale.config.training import STEERED_SCHEDULES
 from lsr_scale.errors import UserError
 from lsr_scale.run.folder import RunFolder
 from lsr_scale.training.checkpoint.manifest import State, damage, read_state
@@ -21,8 +22,6 @@ _FIXED = re.compile(
     r"adapter\..*|data\.validation_split|model\.(task|num_labels|labels|quantization|double_quantization|dtype)"
     r"|training\.(optim|optim_args|optim_target_modules|learning_rate|weight_decay|adam_beta1|adam_beta2|adam_epsilon)"
 )
-# Schedules that are no function of the step alone: their state, settings among it, is the checkpoint's.
-_STATEFUL_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
 
 
 def run_folder_of(checkpoint: Path) -> RunFolder:
@@ -129,13 +128,13 @@ def _changes_since(checkpoint: Path, run: RunConfig) -> list[str]:
     if not saved.is_file():
         return [f"there is no config.yaml beside {checkpoint.name} to compare the run with"]
     earlier = config.load_run(saved)
-    schedules = {str(one.training["lr_scheduler_type"]) for one in (earlier, run)}
+    # those that are no function of the step alone: their state, settings among it, is the checkpoint's
+    steered = any(one.training["lr_scheduler_type"] in STEERED_SCHEDULES for one in (earlier, run))
     changed = list(changes(earlier.model_dump(), run.model_dump()))
     fixed = [
         text
         for path, text in changed
-        if _FIXED.fullmatch(path)
-        or (path.startswith("training.lr_scheduler_") and not schedules.isdisjoint(_STATEFUL_SCHEDULES))
+        if _FIXED.fullmatch(path) or (path.startswith("training.lr_scheduler_") and steered)
     ]
     if fixed:
         raise UserError(

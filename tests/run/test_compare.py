@@ -142,7 +142,9 @@ def test_beside_others_runs_of_grpo_have_rewards_and_the_others_losses(two, tmp_
     page = tmp_path / "c.html"
     status, out, _ = call(*runs, "--html", page)
     assert status == 0
-    assert max(map(len, out.split("\n"))) <= 80
+    told, page_line = out.rstrip("\n").rsplit("\n", 1)
+    assert page_line == f"page  {page}", "as long as the path is"
+    assert max(map(len, told.split("\n"))) <= 80
     assert re.search(r"^Loss or reward, speed", out, re.MULTILINE)
     assert re.search(r"^A +loss +1\.2345 ", out, re.MULTILINE)
     assert re.search(r"^C +reward +0\.5000 +0\.4817 +0\.9502 +30 ", out, re.MULTILINE)

@@ -42,7 +42,7 @@ from benchmarks.quality import trials
 from benchmarks.quality.frontier_rows import refused
 from benchmarks.quality.generated_answers import check_ends, right_answers
 from benchmarks.quality.grpo_rows import LAST, RATES, ROWS, TRAININGS
-from benchmarks.quality.rate_trials import RateTrial, best_rate, packed_bits, rates_left
+from benchmarks.quality.rate_trials import RateTrial, best_rate, packed_bits, rates_left, tried
 from benchmarks.quality.trials import TUNING_SEED
 from lsr_scale import api, files
 from lsr_scale.errors import UserError
@@ -104,10 +104,9 @@ class Trial(RateTrial):
 
 
 def tuned_rates(suite: Suite, training: str, row: str, done: Results) -> dict[float, float]:
-    """Return what each rate of a row that was tried lost: less reward, or more loss; infinite where it diverged."""
+    """Return what each rate of a row that was tried lost."""
     start = f"{suite.prefix}-{training}-{row}-tune-"
-    found = (result for name, result in done.items() if name.startswith(start))
-    return {result["rate"]: math.inf if result["score"] is None else -result["score"] for result in found}
+    return tried(result for name, result in done.items() if name.startswith(start))
 
 
 def next_trials(suite: Suite, trainings: Iterable[str], rows: Iterable[str], seeds: int, done: Results) -> list[Trial]:

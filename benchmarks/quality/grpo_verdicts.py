@@ -19,7 +19,7 @@ import numpy as np
 from benchmarks.quality import estimates
 from benchmarks.quality.estimates import Estimate
 from benchmarks.quality.grpo_rows import LAST, REFERENCE, ROWS, TRAININGS
-from benchmarks.quality.rate_trials import best_rate, is_at_end, unpacked
+from benchmarks.quality.rate_trials import best_rate, is_at_end, tried, unpacked
 from benchmarks.quality.trials import TUNING_SEED
 
 WITHIN = 0.01  # of the questions: one point
@@ -146,11 +146,6 @@ def of_row(done: Results, suite: str, training: str, row: str) -> tuple[list[dic
     mine = [r for r in done.values() if (r["suite"], r.get("training"), r["row"]) == (suite, training, row)]
     tuning = [result for result in mine if result["seed"] == TUNING_SEED]
     return tuning, sorted((result for result in mine if result["seed"] != TUNING_SEED), key=lambda r: r["seed"])
-
-
-def tried(tuning: Sequence[Mapping[str, Any]]) -> dict[float, float]:
-    """Return what each rate lost that was tried: less reward, or more loss; infinite where the training diverged."""
-    return {result["rate"]: math.inf if result["score"] is None else -result["score"] for result in tuning}
 
 
 def chosen(of_rates: Mapping[float, float]) -> float | None:

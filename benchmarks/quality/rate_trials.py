@@ -6,7 +6,7 @@ Used by `frontier.py` and `grpo_gsm8k.py`, whose results go on from one sitting 
 import base64
 import dataclasses
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -87,3 +87,8 @@ def unpacked(text: str) -> np.ndarray:
     if number:
         return np.unpackbits(np.frombuffer(content, np.uint8), count=int(number)).astype(bool)
     return np.frombuffer(content, "<f2").astype(np.float64)
+
+
+def tried(tuning: Iterable[Mapping[str, Any]]) -> dict[float, float]:
+    """Return what each rate lost that was tried: less reward, or more loss; infinite where the training diverged."""
+    return {result["rate"]: math.inf if result["score"] is None else -result["score"] for result in tuning}

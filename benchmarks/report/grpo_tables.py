@@ -32,10 +32,9 @@ from benchmarks.quality.grpo_verdicts import (
     reference_parameters,
     scores,
     suites,
-    tried,
     verdicts,
 )
-from benchmarks.quality.rate_trials import is_at_end, rates_left
+from benchmarks.quality.rate_trials import is_at_end, rates_left, tried
 from benchmarks.report.drawing import card, count_ticks, label_points, rows_digest, save
 from benchmarks.report.frontier_names import NAMES, listed
 from benchmarks.report.frontier_tables import COLORS

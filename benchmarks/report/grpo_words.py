@@ -23,10 +23,9 @@ from benchmarks.quality.grpo_verdicts import (
     of_row,
     scores,
     suites,
-    tried,
     verdicts,
 )
-from benchmarks.quality.rate_trials import is_at_end, rates_left
+from benchmarks.quality.rate_trials import is_at_end, rates_left, tried
 from benchmarks.report.frontier_names import listed
 from benchmarks.report.grpo_tables import (
     OUTCOMES,

@@ -26,9 +26,7 @@ def join_static(batches: Sequence[Batch], shapes: Shapes | None = None) -> Batch
         `targets` and `weights` `[n N]`, N of each row: the places that are supervised, among those of all rows.
     """
     rows, lengths = len(batches), [batch["input_ids"].shape[1] for batch in batches]
-    longest, places = (
-        max(of) for of in zip(*((one["longest"], len(one["supervised"])) for one in batches), strict=True)
-    )
+    longest, places = max(batch["longest"] for batch in batches), max(len(batch["supervised"]) for batch in batches)
     own = sum(len(batch["cu_seq_lens"]) - 1 for batch in batches)
 
     def documents(length: int) -> int:

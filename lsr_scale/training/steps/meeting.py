@@ -106,19 +106,19 @@ class MeetingSteps(_Base):
     def _take_gradients(self, member: Member, before: list[Tensor | None], zeros: bool) -> None:
         """Add a joint step's gradients, or zeros, to those of a step's earlier batches."""
         optimizer, accumulates = self._vectors(), self.current_gradient_accumulation_steps > 1
-        given = optimizer is not None and optimizer.is_flat and member.gradient is not None
+        flat, vector = optimizer if optimizer is not None and optimizer.is_flat else None, member.gradient
         if zeros:
-            torch._foreach_zero_(_gradients(self._trained) if member.gradient is None else [member.gradient])
-        if optimizer is not None and member.gradient is not None and given:
-            optimizer.give(member.gradient, self._trained, accumulates)
-        elif member.gradient is not None:
-            vector = member.gradient.clone() if accumulates else member.gradient
+            torch._foreach_zero_(_gradients(self._trained) if vector is None else [vector])
+        if vector is not None and flat is not None:
+            flat.give(vector, self._trained, accumulates)
+        elif vector is not None:
+            vector = vector.clone() if accumulates else vector
             parts = vector.split([parameter.numel() for parameter in self._trained])
             for parameter, part in zip(self._trained, parts, strict=True):
                 parameter.grad = part.view(parameter.shape)
         if before:
             _add_gradients(self._trained, before)
-        if optimizer is not None and (not given or before):
+        if optimizer is not None and (vector is None or flat is None or before):
             optimizer.gather()
 
     def _gradients(self) -> list[Tensor]:

@@ -306,8 +306,8 @@ def draw(done: Results, suite: str, path: Path) -> None:
     from matplotlib import pyplot
 
     found = accuracies_of(done, suite)
-    grpo = [score for score in found.values() if score.training == "grpo"]
-    figure = pyplot.figure(figsize=(9, 9 if grpo else 5))
+    grpo = sorted((score for score in found.values() if score.training == "grpo"), key=lambda one: one.parameters)
+    figure = pyplot.figure(figsize=(9, 9.5 if grpo else 5))
     sizes = figure.subplot_mosaic("AA\nBC" if grpo else "A", height_ratios=(1.35, 1) if grpo else (1,))
     draw_sizes(sizes["A"], done, suite)
     for place, name, text in (("B", None, "step"), ("C", "s", f"seconds of training, {side_by_side(grpo)}")):
@@ -318,12 +318,12 @@ def draw(done: Results, suite: str, path: Path) -> None:
         if grpo:
             sizes[place].set_xlabel(text, fontsize=10)
             sizes[place].set_ylabel(f"reward: right completions\n(mean of {SMOOTHED} steps)", fontsize=10)
-    if grpo:
-        sizes["B"].legend(frameon=False, fontsize=8)
+    if grpo:  # of both, below them: curves are anywhere in their axes
+        figure.legend(*sizes["B"].get_legend_handles_labels(), loc="lower center", ncols=3, frameon=False, fontsize=9)
     for axis in sizes.values():
         axis.grid(alpha=0.3)
         axis.tick_params(labelsize=9)
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0.03 * -(-len(grpo) // 3), 1, 1))
     write_labels(sizes["A"], found)
     save(figure, path, digest(done, suite))
 

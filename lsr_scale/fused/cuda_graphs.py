@@ -8,6 +8,7 @@ shape; they share a memory pool, since one runs at a time, and so does the eager
 together they take the memory of one step.
 """
 
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -151,6 +152,9 @@ class StepGraphs:
 
     Everything that Python decides is fixed at the capture. Graphs are captured again where parameters moved, or layers
     recompute, cache or compute in 8 bits other things than before.
+
+    Attributes:
+        captures: How many graphs were captured, and the seconds that this took with the eager pass before each.
     """
 
     def __init__(self, model: Any, max_graphs: int = 24) -> None:
@@ -163,6 +167,7 @@ class StepGraphs:
         self.pool: Any = None
         self.stream: Any = None
         self.sums: list[Tensor] = []
+        self.captures: tuple[int, float] = 0, 0.0
 
     def replay(self, batch: Batch, divisor: Tensor | float) -> tuple[Tensor, list[Tensor]]:
         """Return the loss of a batch, a scalar of its own, and its gradients, which the next replay overwrites.
@@ -179,7 +184,9 @@ class StepGraphs:
         key = (batch["longest"], *(tensor.shape for tensor in tensors.values()))
         step = self.captured.get(key)
         if step is None:
+            began = time.perf_counter()
             step = self._capture(batch, divisor)
+            self.captures = self.captures[0] + 1, self.captures[1] + time.perf_counter() - began
             made = self._state()
             if made != self.state:
                 # what the capture's pass made is kept for others to read; earlier graphs read what it replaced
@@ -254,6 +261,12 @@ class StepGraphs:
         with torch.cuda.graph(graph, **options, capture_error_mode="thread_local"):
             loss, gradients = self._outputs(static, divisor)
         return _CapturedStep(graph, static, divisor, loss, gradients)
+
+
+def describe_captures(number: int, seconds: float) -> str:
+    """Return a line on what capturing graphs took."""
+    graphs = "1 CUDA graph was" if number == 1 else f"{number} CUDA graphs were"
+    return f"{graphs} captured, one a shape of the batches, in {seconds:.1f} s"
 
 
 def graphs_fallback_reason(model: Any, training: Mapping[str, Any]) -> str | None:

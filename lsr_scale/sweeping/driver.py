@@ -13,6 +13,7 @@ import torch
 from lsr_scale.config import RunConfig
 from lsr_scale.config.trials import Sweep, TrialPlan
 from lsr_scale.errors import UserError, first_line
+from lsr_scale.fused.cuda_graphs import describe_captures
 from lsr_scale.run.train import train
 from lsr_scale.screen import keeping_live_line
 from lsr_scale.sweeping import scores
@@ -141,8 +142,10 @@ class Driver:
         """Train what there is to claim now, in this thread where no trials share a step."""
         number, step = self._together()
         if number > 1:
-            places = Places(step.run, number, self.signals)
+            places, before = Places(step.run, number, self.signals), step.captures
             places.work(self.next_start, self._ended_in_place)
+            if step.captures != before:
+                self.board.say(describe_captures(*step.captures))
             return
         while not self.signals.received and (start := self.next_start()) is not None:
             self.ended(start, _error_of(start))

@@ -15,6 +15,7 @@ import lsr_scale
 from lsr_scale.adapters import peft_config
 from lsr_scale.errors import UserError
 from lsr_scale.fused.cuda_graphs import Shapes, StepGraphs, graphs_fallback_reason, rounded, static_batch, static_loss
+from lsr_scale.run.train import train
 from lsr_scale.training import assembly
 from lsr_scale.training.steps.finite_check import SkippingOptimizer
 from lsr_scale.training.steps.graphs import GraphSteps, PackedCollator, host_bound
@@ -220,9 +221,11 @@ def recorded(monkeypatch):
     monkeypatch.setattr(assembly, "graphs_fallback_reason", lambda *_: None)
 
 
-def test_recorded_graphs_are_the_steps_themselves_and_nothing_is_decided_anew(tmp_path, recorded):
+def test_recorded_graphs_are_the_steps_themselves_and_nothing_is_decided_anew(tmp_path, recorded, capsys):
     run = run_of_graphs(tmp_path, [20] * 5 + [33] + [20] * 3)
-    found, plain = do(run), do(without_graphs(run, tmp_path / "plain"))
+    found = train(run)
+    assert "2 CUDA graphs were captured, one a shape of the batches, in " in capsys.readouterr().out
+    plain = do(without_graphs(run, tmp_path / "plain"))
     assert (RecordedGraph.made, RecordedGraph.replays) == (2, 7)
     assert by_step(found, "loss") == pytest.approx(by_step(plain, "loss"), rel=1e-4)
     for name, factor in factors(found).items():

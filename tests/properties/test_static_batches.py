@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from datasets import Dataset
 from hypothesis import example, given
 from hypothesis import strategies as st
 from torch.nn.utils.rnn import pad_sequence
@@ -18,6 +19,7 @@ from tests.fused.test_cuda_graphs import adapted
 from tests.helpers.hypothesis_settings import bounded
 
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=12)
+READ_AS = st.sampled_from([None, "numpy", "torch"])  # what a row's values are
 
 
 def rows_of(lengths, seed):
@@ -145,8 +147,8 @@ def test_loss_and_gradients_are_those_of_the_rows_without_padding(model, lengths
 
 
 @bounded(100)
-@given(lengths=LENGTHS, more=LENGTHS, seed=st.integers(0, 99), packs=st.booleans(), labelled=st.booleans())
-def test_rows_that_are_joined_make_the_batch_that_they_make_one_by_one(lengths, more, seed, packs, labelled):
+@given(lengths=LENGTHS, more=LENGTHS, seed=st.integers(0, 99), packs=st.booleans(), labelled=st.booleans(), of=READ_AS)
+def test_rows_that_are_joined_make_the_batch_that_they_make_one_by_one(lengths, more, seed, packs, labelled, of):
     rows = rows_of(lengths, seed)
     if packs:  # of several documents each, some of one
         parts = [rows, rows_of(more, seed + 1), rows_of(lengths[:1], seed + 2)]
@@ -164,7 +166,8 @@ def test_rows_that_are_joined_make_the_batch_that_they_make_one_by_one(lengths, 
     collator = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)
     # of an empty row TRL makes a float tensor
     expected = collator(copy.deepcopy([row for row in rows if row["input_ids"]]))
-    found = collator(joined_rows(rows))
+    read = Dataset.from_list(rows).with_format(of)
+    found = collator(joined_rows(read.__getitems__(list(range(len(rows))))))
     assert expected.keys() == found.keys()
     for name, value in expected.items():
         if isinstance(value, torch.Tensor):

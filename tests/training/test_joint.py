@@ -360,6 +360,9 @@ def test_graphs_are_replayed_from_the_third_step_of_the_same_trials_on(monkeypat
     # of other trials there is none yet
     step.run([Member(model, batch()) for model in models[:2]])
     assert recorded_graphs.RecordedGraph.replays == 3
+    number, seconds = step.captures
+    assert number == 1, "those of trials before count"
+    assert seconds > 0
 
 
 def test_batches_of_fewer_documents_or_tokens_than_earlier_ones_need_no_graph_of_their_own(monkeypatch):

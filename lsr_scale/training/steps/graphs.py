@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import Trainer
 
 from lsr_scale.errors import first_line
-from lsr_scale.fused.cuda_graphs import Shapes, StepGraphs, static_batch
+from lsr_scale.fused.cuda_graphs import Shapes, StepGraphs, describe_captures, static_batch
 from lsr_scale.fused.joint_graphs import join_static
 from lsr_scale.training.steps.head_loss import at_least_one
 
@@ -80,6 +80,8 @@ class GraphSteps(_Base):
             vars(self.model).pop("zero_grad", None)
             if self.graphs is not None:
                 self.graphs.clear()
+                if self.graphs.captures[0]:
+                    self.say(describe_captures(*self.graphs.captures))
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate; where the memory does not hold that beside the graphs, this and later evaluations are without."""

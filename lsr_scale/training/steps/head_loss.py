@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -52,16 +53,23 @@ def joined_rows(examples: Any) -> Any:
     """Return rows as one packed row, of which TRL's collator without padding makes the same batch.
 
     It makes several tensors of every row, which takes the host some 5 ms for 128 rows; a small model's step takes 12.
+
+    Args:
+        examples: Rows; `input_ids`, `labels` and `seq_lengths` are lists or arrays.
     """
     if len(examples) < 2 or any(one.keys() - {"input_ids", "labels", "seq_lengths"} for one in examples):
         return examples
-    ids, labels = ([one.get(name, one["input_ids"]) for one in examples] for name in ("input_ids", "labels"))
-    lengths = (one.get("seq_lengths", [len(one["input_ids"])]) for one in examples)
+    rows = [one for one in examples if len(one["input_ids"])]  # the array of an empty row has another dtype
+    if not rows:
+        return examples
+    lengths = chain.from_iterable(one.get("seq_lengths", [len(one["input_ids"])]) for one in rows)
     return [
         {
-            "input_ids": list(chain.from_iterable(ids)),
-            "labels": list(chain.from_iterable(labels)),
-            "seq_lengths": [length for length in chain.from_iterable(lengths) if length],
+            **{
+                name: np.concatenate([one.get(name, one["input_ids"]) for one in rows])
+                for name in ("input_ids", "labels")
+            },
+            "seq_lengths": [int(length) for length in lengths if length],
         }
     ]
 

@@ -89,6 +89,7 @@ class JointStep:
         self._members: list[PeftModel] = []
         self._pairs = JointPairs([])
         self._graphs: JointGraphs | None = None
+        self._captures = 0, 0.0  # of graphs of trials before
         self._eager_steps = 0  # of this joint model
         self._shapes = Shapes()  # of the batches of these trials
         self._free: FreeMemory | None = None
@@ -113,6 +114,12 @@ class JointStep:
         losses = self._replay(sorted_members) or self._run_eagerly(sorted_members)
         found = dict(zip(order, losses, strict=True))
         return [found[place].detach() for place in range(len(members))]
+
+    @property
+    def captures(self) -> tuple[int, float]:
+        """How many graphs were captured, and the seconds that this took; see `StepGraphs`."""
+        number, seconds = (0, 0.0) if self._graphs is None else self._graphs.captures
+        return self._captures[0] + number, self._captures[1] + seconds
 
     def _run_eagerly(self, sorted_members: Sequence[Member]) -> list[Tensor]:
         """Return the losses of members in the order of their rows; gradients are the parameters'."""
@@ -153,6 +160,7 @@ class JointStep:
                 raise
             reason = first_line(error)
         # steps are eager from here on; not within the handler: until its end the error holds what a capture allocated
+        self._captures = self.captures
         self._graphs = None
         self.say(f"CUDA graphs are off: {reason}")
         return None
@@ -175,6 +183,7 @@ class JointStep:
         adapted = [dict(_adapted_linears(one)) for one in models]
         order = _order(adapted)
         adapted = [adapted[place] for place in order]
+        self._captures = self.captures
         self._graphs, self._eager_steps = None, 0  # a graph is of its trials' parameters
         self._shapes = Shapes()
         model: Any = share_base(self.base)

@@ -102,7 +102,7 @@ def guide(results: Path) -> str:
     """Return the end of GUIDE.md's part on reinforcement: what was found at which size, the rates, table and figure."""
     done = trials.load(results)
     parts = []
-    for suite in all_suites(done):
+    for suite in sorted(all_suites(done), key=lambda one: -_tuning_steps(done, one)):  # README's first
         found = scores(done, suite)
         texts = [_answer(done, suite), _of_sft(found), _over_sft(found)] if found else []
         texts += [

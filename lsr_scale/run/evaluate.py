@@ -20,7 +20,7 @@ from lsr_scale.run.folder import RunFolder
 from lsr_scale.run.load import load_run_model, open_trained
 from lsr_scale.run.tables import percent
 from lsr_scale.scoring.accuracy import Prediction, TaskScore, mcnemar
-from lsr_scale.scoring.scorer import score
+from lsr_scale.scoring.scorer import EncodedExamples, encode_examples, score
 from lsr_scale.screen import show_live
 
 Say = Callable[[str], None]
@@ -57,6 +57,7 @@ def score_tasks(
     batch_tokens: int,
     unconditional: bool = False,
     live: bool = False,
+    encode: Callable[..., EncodedExamples] = encode_examples,
 ) -> dict[str, TaskScore]:
     """Score every task, the batches distributed over the processes.
 
@@ -69,9 +70,11 @@ def score_tasks(
         batch_tokens: Padded tokens in one forward pass.
         unconditional: Score the choices without their contexts.
         live: Show how far it is, on a terminal.
+        encode: Encodes the examples: see `score`.
     """
     scores: dict[str, TaskScore] = {}
     options: dict[str, Any] = {"batch_tokens": batch_tokens, "unconditional": unconditional, "distribute": True}
+    options["encode"] = encode
     for name, items in tasks.items():
         if live:
             options["progress"] = lambda done, total, name=name: show_live(f"{when}: {name} {done / total:.0%}")

@@ -34,6 +34,7 @@ from lsr_scale.run.rewards import describe_rewards, reward_changes
 from lsr_scale.run.start import Start, begin, starting
 from lsr_scale.run.tables import print_results
 from lsr_scale.scoring.accuracy import TaskScore
+from lsr_scale.scoring.scorer import EncodesOnce
 from lsr_scale.screen import keeping_live_line, print_line
 from lsr_scale.training.arguments import uses_deepspeed, zero_stage
 from lsr_scale.training.assembly import build_trainer
@@ -107,6 +108,7 @@ def train(
         _announce_dtype(start, run.model.dtype, say)
         check_compute(start.run)
         tasks = evaluate.load_tasks(start.run.eval)
+        encode = EncodesOnce() if shared is None else shared.encode
         stop = StopOnSignal(say, shared and shared.signals, stop_after_step)
         data, trainer, samples = _prepare(start, stop, say, quiet, shared)
         start = dataclasses.replace(start, run=with_labels(start.run, data.labels))
@@ -114,7 +116,7 @@ def train(
         _announce_training(start.run, trainer, say)
         reports = Reports(trainer, start.folder.tensorboard, start.step if start.in_place else 0)
         samples.record = reports.samples
-        scores = _score_before(start, tasks, trainer, say, live)
+        scores = _score_before(start, tasks, trainer, say, live, encode)
         held_out = _held_out(start.run, data)
         of_classes = _score_held_out_before(start, held_out, trainer, say)
         if start.checkpoint is None:
@@ -127,7 +129,7 @@ def train(
             return start.folder
         _save_adapter(start.folder, trainer, trained, start.run.training["save_as_lora"], say)
         if tasks:
-            scores["after"] = _score(start, tasks, trainer, "after", say, live)
+            scores["after"] = _score(start, tasks, trainer, "after", say, live, encode)
         if held_out:
             of_classes["after"] = score_in_training(held_out, trainer, start.folder, "after", say)
         step = trained.best_step or trainer.state.global_step
@@ -248,22 +250,31 @@ def _num_rows(trainer: Trainer) -> int:
     return len(trainer.train_dataset)  # pyright: ignore[reportArgumentType]
 
 
-def _score_before(start: Start, tasks: dict[str, list[Example]], trainer: Trainer, say: Say, live: bool) -> Scores:
+def _score_before(
+    start: Start, tasks: dict[str, list[Example]], trainer: Trainer, say: Say, live: bool, encode: EncodesOnce
+) -> Scores:
     """Return the scores before training, where they are wanted: a run that resumes reads those that it began with."""
     if tasks and start.checkpoint is not None:
         return evaluate.read_scores(start.folder, tasks, "before", say)
     if tasks and start.run.eval.before:
-        return {"before": _score(start, tasks, trainer, "before", say, live)}
+        return {"before": _score(start, tasks, trainer, "before", say, live, encode)}
     return {}
 
 
 def _score(
-    start: Start, tasks: dict[str, list[Example]], trainer: Trainer, when: str, say: Say, live: bool
+    start: Start,
+    tasks: dict[str, list[Example]],
+    trainer: Trainer,
+    when: str,
+    say: Say,
+    live: bool,
+    encode: EncodesOnce,
 ) -> dict[str, TaskScore]:
     """Return the scores of the model as it is, every prediction saved."""
     model: Any = trainer.model
     tokenizer, batch_tokens = trainer.processing_class, start.run.eval.batch_tokens
-    scores = evaluate.score_tasks(tasks, model, tokenizer, say, f"{when} training", batch_tokens, live=live)
+    where = f"{when} training"
+    scores = evaluate.score_tasks(tasks, model, tokenizer, say, where, batch_tokens, live=live, encode=encode)
     reshard(model)
     evaluate.save_predictions(start.folder, tasks, scores, when)
     return scores

@@ -8,7 +8,7 @@ once, and `score_encoded` scores each model on them.
 
 import dataclasses
 import math
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -243,6 +243,32 @@ def encode_examples(
     return EncodedExamples(examples, batches, max(max(ids, default=0) for ids in (*groups, *targets)))
 
 
+class EncodesOnce:
+    """Encodes as `encode_examples` does, once for the same examples, tokenizer and options: 2 s for 4,500 questions.
+
+    Attributes:
+        most: How many encodings are kept; beyond that the one that was not asked for the longest goes.
+    """
+
+    def __init__(self, most: int = 16) -> None:
+        """Begin with none."""
+        self.most = most
+        # each with its tokenizer, whose id would be another's otherwise
+        self._kept: OrderedDict[Any, tuple[PreTrainedTokenizerBase, EncodedExamples]] = OrderedDict()
+
+    def __call__(
+        self, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], **options: Any
+    ) -> EncodedExamples:
+        """Return what `encode_examples` returns; see there."""
+        key = id(tokenizer), tuple(examples), tuple(sorted(options.items()))
+        if key not in self._kept:
+            self._kept[key] = tokenizer, encode_examples(tokenizer, examples, **options)
+            if len(self._kept) > self.most:
+                self._kept.popitem(last=False)
+        self._kept.move_to_end(key)
+        return self._kept[key][1]
+
+
 def score(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -254,6 +280,7 @@ def score(
     progress: Callable[[int, int], None] | None = None,
     unconditional: bool = False,
     distribute: bool = False,
+    encode: Callable[..., EncodedExamples] = encode_examples,
 ) -> TaskScore:
     """Score multiple-choice examples with a causal language model (plain, quantized or a PeftModel).
 
@@ -269,12 +296,13 @@ def score(
         distribute: Distribute the batches over the processes of this run, equally many each, since a sharded model must
             be run by all of them together; every process must call this, and gets all scores. Batches are the same for
             any number of processes.
+        encode: Encodes them: `encode_examples`, or an `EncodesOnce`.
 
     Raises:
         UserError: Nothing to score, a continuation longer than `max_length`, log-likelihoods that are not finite, or
             `unconditional` where all choices share one continuation (WinoGrande).
     """
-    encoded = encode_examples(
+    encoded = encode(
         tokenizer,
         examples,
         batch_tokens=batch_tokens,

@@ -15,6 +15,7 @@ from lsr_scale.config.trials import Sweep, TrialPlan
 from lsr_scale.errors import UserError, first_line
 from lsr_scale.fused.cuda_graphs import describe_captures
 from lsr_scale.run.train import train
+from lsr_scale.scoring.scorer import EncodesOnce
 from lsr_scale.screen import keeping_live_line
 from lsr_scale.sweeping import scores
 from lsr_scale.sweeping.bases import Bases
@@ -65,6 +66,7 @@ class TrialStart:
             callbacks=(Watch(driver.board, name, self._begun),),
             rows=driver.rows,
             starts=driver.starts,
+            encode=driver.encode,
         )
         train(
             driver.run_of(self.plan),
@@ -94,6 +96,7 @@ class Driver:
         self.plans = {trial.name: trial for trial in sweep.trials}
         self.worker, self.signals = Worker(folder, board.say), Signals()
         self.bases, self.rows, self.starts = Bases(board.say), TrialRows(), TrialStarts()
+        self.encode = EncodesOnce()
         self.finished: set[str] = set()  # trials that this process brought to their end
         self._under_way: list[str] = []
         # those that cannot run fused share no step with those that can, and would run unfused with them

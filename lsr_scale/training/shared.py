@@ -7,6 +7,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from lsr_scale.config import RunConfig
+from lsr_scale.scoring.scorer import EncodesOnce
 from lsr_scale.training.callbacks.signals import Signals
 from lsr_scale.training.steps.meeting import Meet
 from lsr_scale.training.trial_rows import TrialRows
@@ -28,6 +29,7 @@ class Shared:
         callbacks: Added to the trainer's, after all others.
         rows: Reads the rows of runs, those of equal runs once; None: each reads its own.
         starts: The starts from the gradient, computed once for equal runs; None: each computes its own.
+        encode: Encodes the questions that runs are scored on.
     """
 
     base: Callable[[RunConfig], Any]
@@ -37,3 +39,4 @@ class Shared:
     callbacks: Sequence[TrainerCallback] = ()
     rows: TrialRows | None = None
     starts: TrialStarts | None = None
+    encode: EncodesOnce = field(default_factory=EncodesOnce)

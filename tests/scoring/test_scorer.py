@@ -15,7 +15,7 @@ from lsr_scale.data.tasks import TASKS, Example, to_example
 from lsr_scale.errors import UserError
 from lsr_scale.scoring import scorer
 from lsr_scale.scoring.accuracy import Prediction, TaskScore, mcnemar
-from lsr_scale.scoring.scorer import encode_examples, encode_pairs, score, score_encoded
+from lsr_scale.scoring.scorer import EncodesOnce, encode_examples, encode_pairs, score, score_encoded
 from tests.data.test_tasks import HUB_ROWS
 from tests.helpers.smollm2 import beginning_marked, smollm2_tokenizer
 from tests.helpers.tiny_models import tiny_llama
@@ -338,3 +338,18 @@ def test_mcnemar_counts_what_changed():
     assert mcnemar(before, before) == (0, 0, 1.0)
     with pytest.raises(UserError, match="same examples"):
         mcnemar(before, predictions(True))
+
+
+def test_what_is_the_same_is_encoded_once_and_what_is_not_is_not(tokenizer, model):
+    encode, examples = EncodesOnce(most=3), examples_of("piqa")
+    first = encode(tokenizer, examples, batch_tokens=64, max_length=None)
+    assert encode(tokenizer, list(examples), batch_tokens=64, max_length=None) is first
+    others = [
+        encode(tokenizer, examples[:1], batch_tokens=64, max_length=None),
+        encode(tokenizer, examples, batch_tokens=128, max_length=None),
+        encode(copy.deepcopy(tokenizer), examples, batch_tokens=64, max_length=None),  # the fourth: the first goes
+    ]
+    assert len({id(one) for one in (first, *others)}) == 4
+    assert encode(tokenizer, examples, batch_tokens=64, max_length=None) is not first
+    found = score(model, tokenizer, examples, batch_tokens=64, encode=encode)
+    assert found == score(model, tokenizer, examples, batch_tokens=64)

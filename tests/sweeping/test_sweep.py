@@ -22,6 +22,8 @@ from lsr_scale.report.write import show_at_end, write_report
 from lsr_scale.run.evaluate import evaluate_run
 from lsr_scale.run.folder import RunFolder
 from lsr_scale.run.metrics import read_metrics
+from lsr_scale.scoring import scorer
+from lsr_scale.scoring.scorer import encode_examples
 from lsr_scale.sweeping import driver, pages, plots
 from lsr_scale.sweeping.bases import load_base_for
 from lsr_scale.sweeping.board import Board
@@ -268,6 +270,22 @@ def test_the_base_is_loaded_once(place, tmp_path, monkeypatch):
     folder = do_sweep(place, tmp_path / "sweep", {"grid": {"training.seed": [1, 2]}, "together": 1}, max_steps=1)
     assert set(statuses(folder).values()) == {"finished"}
     assert len(loaded) == 1
+
+
+def test_questions_are_encoded_once_for_all_trials_before_training_and_after(place, tmp_path, monkeypatch):
+    encoded = []
+
+    def encoding(tokenizer, examples, **options):
+        encoded.append([example.id for example in examples])
+        return encode_examples(tokenizer, examples, **options)
+
+    monkeypatch.setattr(scorer, "encode_examples", encoding)
+    tasks = [write_rows(tmp_path / f"{name}.jsonl", questions(number)) for name, number in (("one", 2), ("two", 3))]
+    section = {"grid": {"training.seed": [1, 2]}, "together": 2}
+    given = sections(place, tmp_path / "sweep", section, max_steps=1)
+    folder = run_sweep(sweep_from_dict({**given, "eval": {"tasks": tasks, "before": True}}), "run", quiet=True)
+    assert set(statuses(folder).values()) == {"finished"}
+    assert sorted(map(len, encoded)) == [2, 3]
 
 
 def test_each_trial_may_have_its_own_rows(place, tmp_path):

@@ -24,7 +24,8 @@ SIZES = {
 }
 TOLERANCE = 0.16
 LORA_8 = {"smollm2": 2_442_240, "qwen": 4_399_104}  # parameters of LoRA r=8 on the seven linears
-MODELS = {"smollm2": SMOLLM2, "qwen": "Qwen2.5-Coder-0.5B-Instruct"}
+MODELS = {"smollm2": SMOLLM2, "qwen": "Qwen/Qwen2.5-Coder-0.5B-Instruct"}
+MODEL_NAMES = {"smollm2": "SmolLM2-135M", "qwen": "Qwen2.5-Coder-0.5B-Instruct"}  # on pages
 NUM_LAYERS = {"smollm2": 30, "qwen": 24}
 HIDDEN_SIZE = {"smollm2": 576, "qwen": 896}
 

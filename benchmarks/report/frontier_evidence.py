@@ -8,10 +8,10 @@ from typing import Any
 
 from benchmarks import ROOT
 from benchmarks.quality.frontier import LONGEST, PACKS
-from benchmarks.quality.frontier_rows import HIDDEN_SIZE, LORA_8, NUM_LAYERS, SIZES
+from benchmarks.quality.frontier_rows import HIDDEN_SIZE, LORA_8, MODEL_NAMES, NUM_LAYERS, SIZES
 from benchmarks.quality.frontier_scores import Row, Score, Suite
 from benchmarks.quality.frontier_verdicts import Frontier, Verdict, compared, load, over_lower
-from benchmarks.report.frontier_names import MODEL_NAMES, REGIME_NAMES, label
+from benchmarks.report.frontier_names import REGIME_NAMES, label
 
 FILE = ROOT / "lsr_scale/planning/frontier.json"
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
-from benchmarks.quality.frontier_rows import OURS, AdapterRow
+from benchmarks.quality.frontier_rows import MODEL_NAMES, OURS, AdapterRow
 from benchmarks.quality.frontier_scores import Row, Suite
 
 NAMES = {
@@ -23,7 +23,6 @@ VARIANT_NAMES = {
     "plus": "by LoRA+",
     "gradient_rite": "from the gradient, by LoRA-RITE",
 }
-MODEL_NAMES = {"smollm2": "SmolLM2-135M", "qwen": "Qwen2.5-Coder-0.5B"}
 REGIME_NAMES = {"commonsense": "five commonsense tasks", "gsm8k": "GSM8K's solutions"}
 
 

@@ -7,7 +7,7 @@ Without results the pages say that there are none.
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from benchmarks.quality.frontier_rows import LORA_8, SIZES, target
+from benchmarks.quality.frontier_rows import LORA_8, MODEL_NAMES, SIZES, target
 from benchmarks.quality.frontier_scores import Score, Suite
 from benchmarks.quality.frontier_verdicts import (
     SIGNIFICANT,
@@ -21,7 +21,7 @@ from benchmarks.quality.frontier_verdicts import (
     over_lower,
 )
 from benchmarks.report.frontier_left import left
-from benchmarks.report.frontier_names import MODEL_NAMES, by_name, heading, label, listed, name
+from benchmarks.report.frontier_names import by_name, heading, label, listed, name
 from benchmarks.report.frontier_tables import chance, ends_text, interval, picture, verdict_table
 
 NOTHING = (

@@ -13,7 +13,7 @@ from typing import Any
 
 from benchmarks.quality import trials
 from benchmarks.quality.estimates import Estimate
-from benchmarks.quality.frontier_rows import MODELS, OURS, AdapterRow
+from benchmarks.quality.frontier_rows import MODEL_NAMES, OURS, AdapterRow
 from benchmarks.quality.grpo_gsm8k import MOST_BEYOND, RESULTS
 from benchmarks.quality.grpo_rows import LAST, RATES, REFERENCE, ROWS, TRAININGS
 from benchmarks.quality.grpo_verdicts import (
@@ -410,7 +410,7 @@ def heading(done: Results, suite: str) -> str:
     base = "bf16" if first["base"] == "none" else first["base"].upper()
     size = f"{first['steps']} steps of {first['prompts']} prompts x {first['completions']} completions"
     size += ", a rate that falls to zero" if first.get("schedule") == "linear" else ""
-    return f"{MODELS.get(first['model'], first['model'])}, {base} base, GSM8K: {size}, one {card(first['env'])}"
+    return f"{MODEL_NAMES.get(first['model'], first['model'])}, {base} base, GSM8K: {size}, one {card(first['env'])}"
 
 
 def digest(done: Results, suite: str) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from benchmarks.quality import trials
 from benchmarks.quality.estimates import Estimate
-from benchmarks.quality.frontier_rows import MODELS
+from benchmarks.quality.frontier_rows import MODEL_NAMES
 from benchmarks.quality.grpo_gsm8k import MOST_BEYOND
 from benchmarks.quality.grpo_rows import RATES, REFERENCE, ROWS
 from benchmarks.quality.grpo_verdicts import (
@@ -67,7 +67,7 @@ def _tuning_steps(done: Results, suite: str) -> int:
 def _short(done: Results, suite: str, one: Verdict) -> str:
     ours, reference = one.ours, one.reference
     about = next(result for result in done.values() if result["suite"] == suite)
-    model = MODELS.get(about["model"], about["model"])
+    model = MODEL_NAMES.get(about["model"], about["model"])
     beside = "may or may not be within a point" if one.outcome == "undecided" else f"is {OUTCOMES[one.outcome]}"
     beside += " it" if one.outcome in ("below", "above") else " of it"
     text = (

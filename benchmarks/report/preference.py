@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from benchmarks.quality.frontier_rows import MODELS
+from benchmarks.quality.frontier_rows import MODEL_NAMES
 from benchmarks.report.markdown import grid, number
 from benchmarks.report.measurements import Run, read, where
 
@@ -26,7 +26,7 @@ def heading(run: Run) -> str:
         "grpo": "{prompts} prompts x {completions} completions of at most {new_tokens} tokens a step",
     }
     size = of_case[config["case"]].format(**config)
-    model = MODELS.get(config["model"], config["model"])
+    model = MODEL_NAMES.get(config["model"], config["model"])
     return f"{TITLES[config['case']]}: {model}, {config['base'].upper()}, {size}"
 
 

@@ -217,9 +217,8 @@ def test_sizes_of_another_model_are_said_to_be_shares(tmp_path):
     qwen = ("qwen", "commonsense", "nf4")
     write(tmp_path, *(made_up(size, "lora_modules", 0.0, suite=qwen) for size in ("20k", "60k")))
     write(tmp_path, *(made_up(size, "kron_lora", 0.0, suite=qwen) for size in ("20k", "60k")))
-    shares = (
-        "20k to 60k parameters of SmolLM2-135M (on Qwen2.5-Coder-0.5B the same shares of LoRA r=8's: 20k is 36,025)"
-    )
+    shares = "20k to 60k parameters of SmolLM2-135M (on Qwen2.5-Coder-0.5B-Instruct the same shares of LoRA r=8's: "
+    shares += "20k is 36,025)"
     assert (
         f"the best of those other methods that were run, tuned alike, by the loss of held-out answers, at {shares}"
         in (frontier_words.readme(tmp_path))

@@ -107,9 +107,9 @@ def decode_4bit_reference(
 ) -> Tensor:
     """Return the first `num_values` of a 4-bit weight in float32, flat: of any number, also in half a byte."""
     scales = block_scales(absmax, nested)
-    flat = packed.view(torch.uint8).view(-1)
-    values = code.float()[torch.stack((flat >> 4, flat & 15), dim=1).view(-1)[:num_values].long()]
-    return values * scales[torch.arange(num_values, device=flat.device) // block_size]
+    flat = packed.view(torch.uint8).view(-1, 1)
+    halves = torch.cat((flat >> 4, flat & 15), dim=1).view(-1)[:num_values]
+    return code.float().index_select(0, halves.int()) * scales.repeat_interleave(block_size)[:num_values]
 
 
 def block_scales(absmax: Tensor, nested: Nested | None = None) -> Tensor:
@@ -117,8 +117,8 @@ def block_scales(absmax: Tensor, nested: Nested | None = None) -> Tensor:
     if nested is None:
         return absmax.float().view(-1)
     absmax2, code2, offset, block_size2 = nested
-    blocks = torch.arange(absmax.numel(), device=absmax.device) // block_size2
-    return code2.float()[absmax.view(-1).long()] * absmax2.float()[blocks] + offset.float()
+    codes = code2.float().index_select(0, absmax.view(-1).int())
+    return codes * absmax2.float().repeat_interleave(block_size2)[: codes.numel()] + offset.float()
 
 
 def dequantize_int8_reference(

@@ -3,6 +3,7 @@
 import gc
 import importlib
 import io
+import itertools
 import logging
 import os
 import signal
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+
+from tests.helpers.once import do_once
 
 if TYPE_CHECKING:
     import torch
@@ -139,22 +142,10 @@ def _short_collections() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _cards_compiled_once() -> Iterator[None]:
-    """Compile the template of an adapter's card once, and not in every save."""
-    from jinja2.environment import Environment
-
-    compile_anew, made = Environment.compile, {}
-
-    def compile_once(self, *arguments, **options):
-        if not self.shared:  # with filters and the like of its own
-            return compile_anew(self, *arguments, **options)
-        key = self, arguments, tuple(options.items())
-        if key not in made:
-            made[key] = compile_anew(self, *arguments, **options)
-        return made[key]
-
+def _done_once() -> Iterator[None]:
+    """Have libraries do once what they would do again in every run."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Environment, "compile", compile_once)
+        do_once(patch.setattr)
         yield
 
 
@@ -196,10 +187,23 @@ def _any_cpu() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session")
+def _working_folders(tmp_path_factory) -> Iterator[Path]:
+    """Return empty folders; pytest would look through those of all tests before for the next one's number."""
+    parent = tmp_path_factory.mktemp("working-folders")
+
+    def make(number: int) -> Path:
+        folder = parent / str(number)
+        folder.mkdir()
+        return folder
+
+    return map(make, itertools.count())
+
+
 @pytest.fixture(autouse=True)
-def _as_in_a_fresh_process(tmp_path_factory, monkeypatch):
+def _as_in_a_fresh_process(_working_folders, monkeypatch):
     """Undo what a command that ran in this process set for the whole of it; take Ctrl-C as a terminal gives it."""
-    monkeypatch.chdir(tmp_path_factory.mktemp("working-folder"))  # an empty one of its own
+    monkeypatch.chdir(next(_working_folders))  # an empty one of its own
     level = logging.getLogger().level
     # a shell's background job, such as a CI's, starts with SIGINT ignored
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -15,6 +15,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, Self
 
+from tests.helpers.once import do_once
 from tests.helpers.ports import held_port
 from tests.helpers.programs import one_thread, with_libraries
 
@@ -193,6 +194,7 @@ def _do(words: list[str], environment: dict[str, str], out: str, err: str, leads
         os.dup2(os.open(file, os.O_WRONLY | os.O_APPEND), stream)
     sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
     sys.argv = ["lsr-scale" if words[0] in (COMMAND, "lsr_scale") else words[0], *words[1:]]
+    do_once(setattr)
     status = importlib.import_module("lsr_scale.cli" if words[0] == "lsr_scale" else words[0]).main()
     import torch
 

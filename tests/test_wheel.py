@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.launch import QUICK_START
+from tests.helpers.programs import run_program
 from tests.helpers.tiny_runs import save_llama
 
 ROOT = Path(__file__).parents[1]
@@ -33,6 +34,19 @@ short += [f"model.name={sys.argv[1]}", "training.max_length=64"]
 assert main(["train", "chat.yaml", *(word for value in short for word in ("--set", value))]) == 0
 print("answer:", end=" ", flush=True)
 assert main(["generate", "runs/chat", "--prompt", "How do I resume a run?", "--max-new-tokens", "2"]) == 0
+"""
+# in a process that has the libraries; what it has of this checkout's tests, and where it would find more, is forgotten
+TESTS = """
+import os, sys
+for name in [name for name in sys.modules if name.partition(".")[0] == "tests"]:
+    del sys.modules[name]
+sys.path[:] = [os.getcwd(), *(folder for folder in sys.path if os.path.abspath(folder or ".") != {root!r})]
+import pytest
+status = pytest.main(sys.argv[1:])
+import lsr_scale, tests
+assert os.path.dirname(lsr_scale.__path__[0]) == os.path.dirname(tests.__path__[0])
+print("found in", os.path.dirname(tests.__path__[0]))
+sys.exit(status)
 """
 
 pytestmark = pytest.mark.slow
@@ -114,8 +128,10 @@ def test_the_sdist_has_every_file_of_the_checkout(sdist):
 
 def test_the_tests_run_in_the_unpacked_sdist(sdist):
     words = ["-q", "-n", "0", "-p", "no:cacheprovider", "tests/test_layout.py", "tests/config/test_shipped.py"]
-    said = run(sys.executable, "-m", "pytest", *words, cwd=sdist, PYTHONPATH=str(sdist))
-    assert " passed" in said
+    done = run_program(TESTS.format(root=str(ROOT)), sdist, *words)
+    assert done.returncode == 0, f"{done.stdout[-2000:]}{done.stderr[-4000:]}"
+    assert " passed" in done.stdout
+    assert f"found in {sdist}\n" in done.stdout
 
 
 def test_the_wheel_has_every_file_of_the_package_and_no_other(wheel):

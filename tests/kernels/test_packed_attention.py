@@ -19,7 +19,7 @@ from tests.kernels.checks import OnGpu, assert_close_to_float64, launched
 SHAPES = [
     (1, 4, 2, 64, [5, 60, 1, 64, 0, 0, 3, 130, 7]),
     (2, 3, 3, 24, [70, 31]),
-    (3, 6, 1, 16, [1, 1, 0, 17, 63, 2]),
+    (2, 3, 1, 16, [1, 1, 0, 17, 63, 2]),
     (1, 2, 1, 128, [200]),
 ]
 FLOORS = {torch.float32: 5e-6, torch.float16: 1.5e-3, torch.bfloat16: 8e-3}
@@ -106,7 +106,7 @@ def test_whatever_the_layout_of_what_it_is_given(length, rows, device):
     """`[B, H, S, D]` in memory, of which the stride of a row's only token says nothing; and the same for all rows."""
     generator = torch.Generator().manual_seed(0)
     q, k, v, grad = (
-        torch.randn(rows, heads, length, 16, generator=generator).to(device).transpose(1, 2) for heads in (14, 2, 2, 14)
+        torch.randn(rows, heads, length, 16, generator=generator).to(device).transpose(1, 2) for heads in (6, 2, 2, 6)
     )
     v = v[:1].expand(rows, -1, -1, -1)
     cu_seqlens = bounds_of(rows, [0, length // 2, 0, length - length // 2], device)

@@ -23,14 +23,8 @@ from tests.helpers.tiny_runs import (
 )
 
 # no step changes anything, so that what is saved is what was loaded
-STILL = {"learning_rate": 0.0, "save_strategy": "no"}
+STILL = {"learning_rate": 0.0, "save_strategy": "no", "max_steps": 1}
 PLAIN = {"eval": {"tasks": []}}
-
-
-@pytest.fixture
-def place(tmp_path):
-    save_llama(tmp_path / "model")
-    return tmp_path
 
 
 def trained(place, name="first", **sections):
@@ -41,6 +35,26 @@ def trained(place, name="first", **sections):
 def started(place, path, name="second", **sections):
     adapter = {"start_from": str(path), **sections.pop("adapter", {})}
     return trained(place, name, training={**STILL, **sections.pop("training", {})}, adapter=adapter, **sections)
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """Return the folder of a model, its data, and `first`, a run on it."""
+    folder = tmp_path_factory.mktemp("start-from")
+    save_llama(folder / "model")
+    trained(folder)
+    return folder
+
+
+@pytest.fixture
+def place(shared, tmp_path):
+    """Return a copy of it, a test's own."""
+    return shutil.copytree(shared, tmp_path, dirs_exist_ok=True)
+
+
+@pytest.fixture
+def first(place):
+    return RunFolder(place / "first")
 
 
 @pytest.mark.parametrize(
@@ -54,10 +68,10 @@ def started(place, path, name="second", **sections):
 )
 def test_a_run_begins_where_another_ended(place, adapter):
     sections = {"adapter": adapter, "model": {"quantization": "none"}}
-    first = trained(place, **sections)
+    first = trained(place, "other", **sections)
     for number, path in enumerate((first.path, first.adapter)):
         assert same(factors(first), factors(started(place, path, f"second{number}", **sections)))
-    moved = started(place, first.path, "third", training={"learning_rate": 1e-2}, **sections)
+    moved = started(place, first.path, "third", training={"learning_rate": 1e-2, "max_steps": 2}, **sections)
     assert not same(factors(first), factors(moved))
     assert str(first.path) in moved.config.read_text(encoding="utf-8")
 
@@ -70,7 +84,7 @@ def test_a_run_begins_where_another_ended(place, adapter):
     ],
 )
 def test_what_the_start_has_and_the_run_leaves_open_is_kept(place, first, second):
-    start = trained(place, adapter=first)
+    start = trained(place, "start", adapter=first)
     training = {"output_dir": str(place / "second"), "save_steps": 2}
     run = tiny_run(place, training=training, adapter={"start_from": str(start.path), **second}, **PLAIN)
     whole = factors(do(run))
@@ -79,14 +93,13 @@ def test_what_the_start_has_and_the_run_leaves_open_is_kept(place, first, second
     assert same(whole, factors(do(run, resume="auto")))
 
 
-def test_the_optimizer_and_the_schedule_begin_anew(place):
-    first = trained(place)
-    rows = metrics(started(place, first.path, training={"learning_rate": 1e-3, "lr_scheduler_type": "constant"}))
+def test_the_optimizer_and_the_schedule_begin_anew(place, first):
+    training = {"learning_rate": 1e-3, "lr_scheduler_type": "constant", "max_steps": -1}
+    rows = metrics(started(place, first.path, training=training))
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, 7))
 
 
-def test_rounded_factors_are_a_start_too(place):
-    first = trained(place)
+def test_rounded_factors_are_a_start_too(place, first):
     assert command(["export", str(first.path), "--to", "adapter", "--bits", "8", "--out", str(place / "small")]) == 0
     second = factors(started(place, place / "small"))
     for name, factor in factors(first).items():
@@ -94,8 +107,7 @@ def test_rounded_factors_are_a_start_too(place):
         assert second[name].dtype == torch.float32
 
 
-def test_a_resumed_run_takes_its_checkpoint_and_not_the_start(place):
-    first = trained(place)
+def test_a_resumed_run_takes_its_checkpoint_and_not_the_start(place, first):
     training = {"output_dir": str(place / "second"), "save_steps": 2}
     run = tiny_run(place, training=training, adapter={"start_from": str(first.path)}, **PLAIN)
     whole = factors(do(run))
@@ -137,16 +149,14 @@ def test_a_classifier_takes_its_head_along(tmp_path):
         ({"start_from": "model"}, "there is no adapter in this folder"),
     ],
 )
-def test_what_does_not_fit_is_told_before_anything_is_loaded(place, monkeypatch, adapter, message):
-    first = trained(place)
+def test_what_does_not_fit_is_told_before_anything_is_loaded(place, first, monkeypatch, adapter, message):
     monkeypatch.chdir(place)
     monkeypatch.setattr("lsr_scale.training.assembly.load_base_for", lambda *_: pytest.fail("the base was loaded"))
     with pytest.raises(UserError, match=message):
         started(place, adapter.get("start_from", first.path), adapter=adapter)
 
 
-def test_an_adapter_of_another_base_is_refused(place):
-    first = trained(place)
+def test_an_adapter_of_another_base_is_refused(place, first):
     described = json.loads((first.adapter / "base.json").read_text(encoding="utf-8"))
     described["linear_shapes"] = {name: [7, 7] for name in described["linear_shapes"]}
     (first.adapter / "base.json").write_text(json.dumps(described), encoding="utf-8")

@@ -68,7 +68,7 @@ def losses(name: str, folder: Path) -> list[float]:
         save_classifier(folder / "model", "bert")
         rows = labelled(12)
     else:
-        save_llama(folder / "model")
+        save_llama(folder / "model", num_hidden_layers=2)
         rows = completions(12)
         sections["eval"] = {"tasks": []}
     write_rows(folder / "rows.jsonl", rows)

@@ -30,7 +30,7 @@ KRON = ["adapter.method=kron_lora", "adapter.rank=4"]
 def place(tmp_path_factory):
     """Return a folder with a language model, a classifier, their data, and the file of a run of one step."""
     folder = tmp_path_factory.mktemp("advice")
-    save_llama(folder / "model")
+    save_llama(folder / "model", num_hidden_layers=2)
     save_classifier(folder / "bert", "bert")
     write_rows(folder / "pairs.jsonl", labelled())
     write_rows(folder / "three.jsonl", [{**row, "label": i % 3} for i, row in enumerate(labelled())])

@@ -196,7 +196,7 @@ def test_advice_of_the_command_line_is_told_as_arguments():
 
 def test_plan_has_parameters_and_memory_by_stage(place):
     found = plan(place / "run.yaml", gpus=2)
-    assert (found.gpus, found.trainable_parameters) == (2, 1600)
+    assert (found.gpus, found.trainable_parameters) == (2, 800)
     assert {row.stage for row in found.table} == {"zero0", "zero1", "zero2", "zero3", "zero3_offload"}
     assert all(row.memory_gib.total > 0 for row in found.table)
     of_base = plan(model=str(place / "model"), overrides={"adapter": {"rank": 4, "separation_rank": 2}})

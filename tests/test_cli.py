@@ -71,7 +71,7 @@ def test_train_prints_what_happens_and_ends_with_a_table_of_80_columns(call, pla
     assert status == 0, err
     lines = out.splitlines()
     assert lines[0] == f"run folder: {tmp_path / 'run'}"
-    assert "trainable parameters: 1,600 of " in out
+    assert "trainable parameters: 800 of " in out
     assert "before training: questions" in out
     assert sum(line.startswith("step ") for line in lines) == 6
     table = lines[lines.index("adapter saved: " + str(tmp_path / "run" / "adapter")) :]
@@ -154,7 +154,7 @@ def test_plan_tells_parameters_as_words_and_as_json(call, place):
     assert {"base_parameters", "adapter_bytes", "memory_gib"} <= set(found)
     status, out, _ = call("plan", place / "run.yaml")
     assert status == 0
-    assert "1,600" in out
+    assert "800 parameters" in out
 
 
 def test_doctor_reports_and_its_status_says_whether_something_is_bad(call):

@@ -25,7 +25,7 @@ def programs():
 
 def place_for_a_run():
     """Make a model and my_run.yaml in the working folder, which is a test's own."""
-    save_llama(Path("model").absolute(), chat=True, max_position_embeddings=256)
+    save_llama(Path("model").absolute(), chat=True, num_hidden_layers=2, max_position_embeddings=256)
     run = tiny_run(Path.cwd(), training={"output_dir": None, "max_length": 64, "save_strategy": "no"})
     Path("my_run.yaml").write_text(dump_yaml(run))
     return run

@@ -62,7 +62,7 @@ class Runs:
         gpus = [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(gpus)).split(",") if gpu]
         # those that runs take in turns, or all there are for each
         self.gpus = [gpus[at : at + processes] for at in range(0, len(gpus) - processes + 1, processes)] or [gpus]
-        save_llama(place / "model")
+        save_llama(place / "model", num_hidden_layers=2)
 
     def start(self, name: str, *options: str, turn: int = 0) -> subprocess.Popen:
         """Start a run."""

@@ -325,7 +325,7 @@ def test_plan_counts_what_trains_and_the_memory_of_what_does_not():
 
 
 def test_a_run_is_resumed_bit_for_bit_and_leaves_as_lora_and_merged(tmp_path):
-    save_llama(tmp_path / "model")
+    save_llama(tmp_path / "model", num_hidden_layers=2)
     adapter = {"method": "lora_xs", "rank": 4, "alpha": 80.0}
     steps = {"max_steps": 4, "save_as_lora": True}
     whole = do(tiny_run(tmp_path, adapter=adapter, training={**steps, "output_dir": str(tmp_path / "whole")}))

@@ -175,7 +175,7 @@ def test_other_methods_and_other_logs_are_not_measured():
 
 @pytest.mark.usefixtures("rendered", "written_pages")
 def test_a_run_logs_and_draws_it(tmp_path):
-    save_llama(tmp_path / "model")
+    save_llama(tmp_path / "model", num_hidden_layers=2)
     folder = do(tiny_run(tmp_path))
     rows = metrics(folder)
     assert all(row["condition_up_max"] >= row["condition_up_median"] for row in rows)

@@ -62,7 +62,7 @@ def test_it_is_pefts_starts_as_the_base_trains_and_loads(method, kind, values, c
 
 @pytest.mark.parametrize("method", CLASSES)
 def test_a_run_is_trained_planned_and_its_export_refused_in_words(method, tmp_path):
-    save_llama(tmp_path / "model")
+    save_llama(tmp_path / "model", num_hidden_layers=2)
     model = {"quantization": "nf4" if method == "vera" else "none"}
     adapter = {"method": method, "layers_to_transform": [0]}
     folder = do(tiny_run(tmp_path, model=model, adapter=adapter, training={"max_steps": 1}))

@@ -53,7 +53,7 @@ def test_sides_larger_than_dense_are_marked():
 
 def test_a_run_leaves_its_accuracy_on_the_development_part(data, tmp_path):
     commonsense_data.prepare(data, tmp_path / "work")
-    model = str(save_llama(tmp_path / "model"))
+    model = str(save_llama(tmp_path / "model", num_hidden_layers=2))
     trial = Trial("small", "r16_s2", TUNING_SEED, 0)
     result = ablations.measure(tmp_path / "work", model, True, trial, dict(PROVIDERS["r16_s2"].points[0]))
     assert result["condition_down_max"] > 0

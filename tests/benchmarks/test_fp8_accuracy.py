@@ -74,7 +74,8 @@ def test_trainings_are_kept_and_not_done_again(tmp_path, data, monkeypatch, caps
         return fuse(model)  # 8 bits take a GPU
 
     monkeypatch.setattr(accuracy, "fuse", fuse_in)
-    options = ["--model", str(save_llama(tmp_path / "tiny")), "--base", "none", "--data", str(data), "--limit", "6"]
+    model = save_llama(tmp_path / "tiny", num_hidden_layers=2)
+    options = ["--model", str(model), "--base", "none", "--data", str(data), "--limit", "6"]
     options += ["--epochs", "1", "--tokens", "300", "--seeds", "2", "--device", "cpu", "--out", str(tmp_path / "out")]
     assert accuracy.main([*options, "--methods", "lora", "--computes", "fp8"]) == 0
     assert computed == ["bf16", "fp8"]

@@ -98,7 +98,7 @@ def test_padding_is_no_token(tmp_path):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("with_data", [True, False])
 def test_a_model_leaves_a_file_and_a_picture(tmp_path, capsys, with_data):
-    folder = save_llama(tmp_path / "tiny", chat=True, max_position_embeddings=2048)
+    folder = save_llama(tmp_path / "tiny", num_hidden_layers=2, chat=True, max_position_embeddings=2048)
     options = ["--model", str(folder), "--base", "none", "--conversations", "2", "--longest", "1500"]
     if with_data:
         (tmp_path / "gsm8k").mkdir()

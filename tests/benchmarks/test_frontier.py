@@ -489,7 +489,7 @@ def one_row(monkeypatch):
 
 
 def test_trials_are_trained_together_scored_and_kept(one_row, data, tmp_path, capsys):
-    model = save_llama(tmp_path / "model")
+    model = save_llama(tmp_path / "model", num_hidden_layers=2)
     words = ["--data", str(data), "--work", str(tmp_path / "work"), "--results", str(tmp_path / "results")]
     words += ["--model", f"smollm2={model}", "--base", "none", "--sizes", "20k", "--seeds", "2", "--smoke"]
     assert frontier.main([*words, "--together", "2"]) == 0
@@ -513,7 +513,8 @@ def test_trials_are_trained_together_scored_and_kept(one_row, data, tmp_path, ca
 
 
 def test_right_answers_alone_have_the_nats_that_they_have_among_all_choices(one_row, data, tmp_path):
-    suite = frontier.Suite(tmp_path, "smollm2", str(save_llama(tmp_path / "model")), "commonsense", "none", limit=16)
+    model = str(save_llama(tmp_path / "model", num_hidden_layers=2))
+    suite = frontier.Suite(tmp_path, "smollm2", model, "commonsense", "none", limit=16)
     frontier.write_parts(data, tmp_path, "commonsense")
     scorer = frontier.Scorer(suite)
     among, alone = (scorer.score(None, "dev", choices=choices) for choices in (True, False))
@@ -533,7 +534,8 @@ SMALL_ROWS = {
 
 
 def test_adapters_scored_one_after_the_other_have_the_scores_that_each_has_alone(data, tmp_path, monkeypatch):
-    suite = frontier.Suite(tmp_path, "smollm2", str(save_llama(tmp_path / "model")), "commonsense", "nf4", limit=4)
+    model = str(save_llama(tmp_path / "model", num_hidden_layers=2))
+    suite = frontier.Suite(tmp_path, "smollm2", model, "commonsense", "nf4", limit=4)
     monkeypatch.setitem(frontier.REGIMES, "commonsense", ("arc_easy",))
     frontier.write_parts(data, tmp_path, "commonsense")
     folders = {}

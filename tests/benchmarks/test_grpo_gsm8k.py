@@ -143,7 +143,7 @@ def test_a_row_that_the_base_does_not_take_is_said(tmp_path, gsm8k, monkeypatch,
 def test_answers_are_those_of_each_prompt_by_itself(tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder = save_llama(tmp_path / "model", chat=True)
+    folder = save_llama(tmp_path / "model", num_hidden_layers=2, chat=True)
     model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     prompts = [[{"role": "user", "content": text}] for text in ("a knife", "a broom sweeps floors", "a saw")]
@@ -154,7 +154,7 @@ def test_answers_are_those_of_each_prompt_by_itself(tmp_path):
 
 
 def test_a_model_that_does_not_end_where_its_template_does_is_refused(tmp_path):
-    folder = save_llama(tmp_path / "model", chat=True)
+    folder = save_llama(tmp_path / "model", num_hidden_layers=2, chat=True)
     generated_answers.check_ends(str(folder))
     template = folder / "chat_template.jinja"
     template.write_text(template.read_text().replace("</s>", "<|user|>"))
@@ -173,7 +173,7 @@ def test_trials_are_trained_answered_and_kept(tmp_path, gsm8k, monkeypatch, caps
     monkeypatch.setattr(grpo_gsm8k, "ROWS", {"lora_8": AdapterRow("lora", {"rank": 1, "alpha": 2.0})})
     monkeypatch.setattr(grpo_gsm8k, "RATES", {name: dict.fromkeys(ROWS, (1e-3,)) for name in TRAININGS})
     monkeypatch.setattr(grpo_gsm8k, "MOST_BEYOND", 0)
-    model = save_llama(tmp_path / "model", chat=True)
+    model = save_llama(tmp_path / "model", num_hidden_layers=2, chat=True)
     words = ["--data", str(gsm8k), "--work", str(tmp_path / "work"), "--results", str(tmp_path / "results")]
     words += ["--model", f"tiny={model}", "--base", "none", "--rows", "lora_8", "--seeds", "1", "--prompts", "2"]
     words += ["--completions", "2", "--new-tokens", "4", "--tuning-steps", "1", "--steps", "2", "--limit", "3"]

@@ -109,7 +109,7 @@ def test_a_grpo_step_is_split_into_its_parts(tmp_path, here):
         file.writelines(
             json.dumps({"question": f"{i} and 1?", "answer": f"So.\n#### {i + 1}"}) + "\n" for i in range(6)
         )
-    model, out = save_llama(tmp_path / "model", chat=True), tmp_path / "grpo.json"
+    model, out = save_llama(tmp_path / "model", num_hidden_layers=2, chat=True), tmp_path / "grpo.json"
     words = ["grpo", "--model", str(model), "--data", str(data), "--prompts", "2", "--completions", "2"]
     words += ["--new-tokens", "6", "--micro-batch", "2", "--steps", "2", "--rounds", "1", "--device", "cpu"]
     words += ["--base", "bf16", "--trainers", "lora,trl_lora", "--out", str(out)]

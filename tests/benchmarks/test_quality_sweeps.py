@@ -44,7 +44,7 @@ def test_a_trial_is_the_run_that_it_would_be_by_itself(configs):
 
 def test_trials_of_a_sweep_have_the_results_of_runs_one_by_one(data, tmp_path, monkeypatch):
     commonsense_data.prepare(data, tmp_path / "work")
-    model = str(save_llama(tmp_path / "model"))
+    model = str(save_llama(tmp_path / "model", num_hidden_layers=2))
     config_of = ablations.config_of
 
     def in_float32(*args):

@@ -41,7 +41,7 @@ def test_packed_blocks_hold_everything_and_their_labels_are_the_answers():
 
 @pytest.mark.parametrize("layout", ["packed", "padded"])
 def test_providers_train_on_the_same_batches_from_the_same_start(tmp_path, data, layout):
-    model = save_llama(tmp_path / "model", chat=True)
+    model = save_llama(tmp_path / "model", num_hidden_layers=2, chat=True)
     out = tmp_path / "results" / "tiny.json"
     options = ["--model", str(model), "--data", str(data), "--out", str(out), "--device", "cpu", "--base", "bf16"]
     sizes = ["--steps", "4", "--turn", "2", "--rows", "3", "--length", "48", "--layout", layout]
@@ -58,7 +58,7 @@ def test_providers_train_on_the_same_batches_from_the_same_start(tmp_path, data,
 
 
 def test_a_second_epoch_has_the_rows_in_another_order(tmp_path, data, monkeypatch):
-    model = save_llama(tmp_path / "model", chat=True)
+    model = save_llama(tmp_path / "model", num_hidden_layers=2, chat=True)
     given = Namespace(model=str(model), data=data, length=48, seed=0, layout="padded", rows=12, steps=4, held_out=1)
     real_training.write_batches(given, tmp_path / "batches.pt")
     batches = torch.load(tmp_path / "batches.pt", weights_only=True)["train"]

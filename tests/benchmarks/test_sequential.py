@@ -27,7 +27,7 @@ def test_the_second_run_starts_from_the_first_at_the_chosen_rate(tmp_path):
 
 def test_both_tasks_are_trained_and_scored_once(data, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(trials, "do_all", do_all_here)
-    model = str(save_llama(tmp_path / "model"))
+    model = str(save_llama(tmp_path / "model", num_hidden_layers=2))
     words = ["--data", str(data), "--work", str(tmp_path / "work"), "--results", str(tmp_path / "results"), "--smoke"]
     words += ["--model", model, "--seeds", "1", "--providers", "lora_8", "--pairs", "arc_challenge-arc_easy"]
     assert sequential.main(words) == 0

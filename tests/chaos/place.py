@@ -84,7 +84,7 @@ def _template() -> Path:
     cli.quiet_libraries(debug=False)
     datasets.disable_progress_bars()  # a command says so in a variable, before it imports them
     with contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()):
-        save_llama(Path("model"), chat=True)
+        save_llama(Path("model"), num_hidden_layers=2, chat=True)
         save_classifier(Path("encoder"), "bert")
         write_rows(Path("labelled.jsonl"), labelled())
         run = tiny_run(

@@ -51,7 +51,7 @@ def silent(text):
 
 @pytest.fixture(scope="module")
 def base_folder(tmp_path_factory):
-    return save_llama(tmp_path_factory.mktemp("base"))
+    return save_llama(tmp_path_factory.mktemp("base"), num_hidden_layers=2)
 
 
 def adapted(base_folder, method="lsr", seed=1, quantization="none", scale=0.3, **options):

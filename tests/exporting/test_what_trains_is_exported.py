@@ -27,7 +27,7 @@ def silent(text):
 @pytest.mark.parametrize("method", ["lsr", "lora"])
 def test_an_expression_of_many_repeats_trains_and_is_exported(tmp_path, method):
     adapter = {"method": method, "target_modules": EXPRESSION, "rank": 4}
-    save_llama(tmp_path / "model")
+    save_llama(tmp_path / "model", num_hidden_layers=2)
     folder = do(tiny_run(tmp_path, adapter=adapter, training={"max_steps": 1}))
     assert set(inspect_adapter(folder.path)["modules"]) == {
         f"model.layers.{layer}.self_attn.{name}_proj" for layer in (0, 1) for name in "qv"
@@ -48,7 +48,7 @@ def test_embeddings_are_refused_at_config_time_and_the_advice_works(tmp_path, me
         tiny_run(tmp_path, adapter=adapter)
     if method == "lora" and targets != ".*":
         good = {"method": method, "target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}
-        save_llama(tmp_path / "model")
+        save_llama(tmp_path / "model", num_hidden_layers=2)
         folder = do(tiny_run(tmp_path, adapter=good, training={"max_steps": 1}))
         export(folder.path, "lora", tmp_path / "out", say=silent)
 
@@ -118,7 +118,7 @@ def test_lokrs_pair_is_pefts_update_of_every_module(tmp_path, options):
 
 
 def test_lokr_trains_and_leaves_in_every_format(tmp_path):
-    save_llama(tmp_path / "model")
+    save_llama(tmp_path / "model", num_hidden_layers=2)
     adapter = {"method": "lokr", "rank": 2, "rank_pattern": {"q_proj": 5}, "decompose_both": True}
     training = {"max_steps": 2, "learning_rate": 0.05}
     folder = do(tiny_run(tmp_path, model={"quantization": "none"}, adapter=adapter, training=training))

@@ -57,8 +57,8 @@ def byte_tokenizer() -> Tokenizer:
 
 
 def save_llama(folder: Path, chat: bool = False, pad_token: str | None = "<pad>", **changes: Any) -> Path:
-    """Save a random two-layer LLaMA with its tokenizer; about 0.1 s."""
-    model = tiny_llama(vocab_size=304, **changes)
+    """Save a random LLaMA with its tokenizer: of one layer, in which a run takes two thirds of the time of two."""
+    model = tiny_llama(**{"vocab_size": 304, "num_hidden_layers": 1, **changes})
     _save_with(model, byte_tokenizer(), folder, bos_token="<s>", eos_token="</s>", pad_token=pad_token)
     if chat:
         (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)

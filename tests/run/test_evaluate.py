@@ -13,7 +13,7 @@ from tests.helpers.tiny_runs import do, save_llama, tiny_run
 def test_a_run_is_scored_again_as_its_training_computed(fused, tmp_path, monkeypatch):
     reports, fuse = [], evaluate.fuse
     monkeypatch.setattr(evaluate, "fuse", lambda model: reports.append(fuse(model)))
-    save_llama(tmp_path / "model")
+    save_llama(tmp_path / "model", num_hidden_layers=2)
     folder = do(tiny_run(tmp_path, training={"fused": fused, "max_steps": 2}))
     again = evaluate_run(str(folder.path))["accuracy"]["questions"]["adapter"]
     after = json.loads(folder.results.read_text())["accuracy"]["questions"]["after"]

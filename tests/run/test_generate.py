@@ -40,7 +40,7 @@ SHORT = {"max_steps": 2, "save_strategy": "no", "max_length": 64}
 def place(tmp_path_factory):
     """Return a folder with a model, and the finished runs `text` and `talk`, the second trained on conversations."""
     folder = tmp_path_factory.mktemp("generate")
-    save_llama(folder / "model", chat=True, max_position_embeddings=256)
+    save_llama(folder / "model", chat=True, num_hidden_layers=2, max_position_embeddings=256)
     do(tiny_run(folder, eval={"tasks": []}, training={**SHORT, "output_dir": str(folder / "text")}))
     talk = write_rows(folder / "talk.jsonl", TALK)
     training = {**SHORT, "output_dir": str(folder / "talk")}

@@ -51,7 +51,7 @@ LORA = {"method": "lora", "rank": 4}
 def place(tmp_path_factory):
     """Return a folder with a model; runs in it name their own output folders."""
     folder = tmp_path_factory.mktemp("runs")
-    save_llama(folder / "model", chat=True)
+    save_llama(folder / "model", chat=True, num_hidden_layers=2)
     return folder
 
 

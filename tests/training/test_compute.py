@@ -22,7 +22,7 @@ ERRORS |= {"1.down.output": 0.1, "0.gate_up.gradient": 0.11, "0.gate_up.output":
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("compute")
-    save_llama(folder / "model")
+    save_llama(folder / "model", num_hidden_layers=2)
     save_classifier(folder / "bert", "bert")
     write_rows(folder / "pairs.jsonl", labelled())
     return folder
@@ -82,7 +82,7 @@ def test_a_layer_that_the_model_does_not_have_is_refused(place, monkeypatch):
 @pytest.mark.parametrize(("compute", "hidden_size", "unit"), [("fp8", 40, 16), ("int8", 48, 64)])
 def test_linears_of_other_sizes_are_refused(place, tmp_path, monkeypatch, compute, hidden_size, unit):
     pretend_fp8(monkeypatch)
-    save_llama(tmp_path / "narrow", hidden_size=hidden_size, intermediate_size=72)
+    save_llama(tmp_path / "narrow", num_hidden_layers=2, hidden_size=hidden_size, intermediate_size=72)
     name = {"name": str(tmp_path / "narrow")}
     reason = f"{compute} is for no linear of .*narrow: {hidden_size} inputs, no multiple of {unit}"
     with pytest.raises(UserError, match=rf"{reason}.*; set training"):

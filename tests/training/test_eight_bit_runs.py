@@ -24,7 +24,7 @@ SHARES = {f"underflow_{kind}_{which}" for kind in ("input", "gradient") for whic
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("eight_bits")
     # wide enough that an error is an average
-    save_llama(folder / "model", hidden_size=128, intermediate_size=192)
+    save_llama(folder / "model", num_hidden_layers=2, hidden_size=128, intermediate_size=192)
     write_rows(folder / "pairs.jsonl", labelled())
     return folder
 

@@ -77,7 +77,7 @@ def test_training_on_a_quantized_base_follows_the_cpu(name, kind):
 def test_fused_runs_that_add_in_a_fixed_order_are_equal_bit_for_bit(tmp_path, monkeypatch):
     for name in ("CUDA_LAUNCH_BLOCKING", "CUBLAS_WORKSPACE_CONFIG", "FLASH_ATTENTION_DETERMINISTIC"):
         monkeypatch.setenv(name, "")  # full_determinism sets them; put back as they were, after it
-    save_llama(tmp_path / "model")
+    save_llama(tmp_path / "model", num_hidden_layers=2)
     found = []
     try:
         for name in ("first", "second"):
@@ -90,7 +90,7 @@ def test_fused_runs_that_add_in_a_fixed_order_are_equal_bit_for_bit(tmp_path, mo
 
 @pytest.mark.parametrize("method", ["dpo", "kto", "orpo"])
 def test_preferences_are_learned_fused_as_by_trl(tmp_path, method):
-    save_llama(tmp_path / "model")
+    save_llama(tmp_path / "model", num_hidden_layers=2)
     found = {}
     for fused in ("on", "off"):
         training = {"method": method, "fused": fused, "output_dir": str(tmp_path / fused), "save_strategy": "no"}

@@ -42,7 +42,7 @@ EXACT = {"quantization": "none", "dtype": "float32"}
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("start")
-    save_llama(folder / "model")
+    save_llama(folder / "model", num_hidden_layers=2)
     tiny_run(folder)
     return folder
 

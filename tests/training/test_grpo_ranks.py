@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.slow, two_processes]
 def seen(tmp_path_factory):
     """Run two_ranks_completions.py once for all tests."""
     folder = tmp_path_factory.mktemp("grpo-ranks")
-    save_llama(folder / "model")
+    save_llama(folder / "model", num_hidden_layers=2)
     tiny_run(folder)
     write_rows(folder / "rows.jsonl", prompts(4))
     status, out, err = run_ranks("tests.ranks.two_ranks_completions", folder)

@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.slow, two_processes]
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sharding")
-    save_llama(folder / "model")
+    save_llama(folder / "model", num_hidden_layers=2)
     save_llama(folder / "deep", num_hidden_layers=5)
     save_llama(folder / "larger", hidden_size=256, intermediate_size=688, num_hidden_layers=6, head_dim=64)
     weights = folder / "larger" / "model.safetensors"

@@ -44,7 +44,8 @@ def one_process(place, name):
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    save_llama(folder / "model", hidden_size=64, intermediate_size=128)  # int8 rotates in blocks of 64
+    # int8 rotates in blocks of 64
+    save_llama(folder / "model", num_hidden_layers=2, hidden_size=64, intermediate_size=128)
     tiny_run(folder)
     return folder
 

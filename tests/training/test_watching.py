@@ -16,7 +16,7 @@ ENGINES = ["ddp", "zero0", "zero2", "zero3", "zero3-fused"]
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
     place = tmp_path_factory.mktemp("watching")
-    save_llama(place / "model")
+    save_llama(place / "model", num_hidden_layers=2)
     tiny_run(place)
     write_rows(place / "held.jsonl", [{"prompt": "a", "completion": "@#{}[]|~^"}] * 3)
     status, out, err = run_ranks("tests.ranks.two_ranks_watching", place)

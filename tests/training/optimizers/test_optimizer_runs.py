@@ -18,7 +18,7 @@ QUICK = {"model": {"quantization": "none"}, "eval": {"tasks": []}}
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("optimizers")
-    save_llama(folder / "model")
+    save_llama(folder / "model", num_hidden_layers=2)
     tiny_run(folder)
     return folder
 

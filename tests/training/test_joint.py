@@ -27,7 +27,7 @@ from tests.fused.test_memory import Gpu
 from tests.helpers import recorded_graphs
 from tests.helpers.tiny_models import SEVEN_LINEARS, quantize, randomize, tiny_llama
 
-STEPS = 8
+STEPS = 20
 OWED = STEPS * 2.0**-24  # of float32: every step rounds each factor once, by half a unit in the last place
 # two trials of each method, of different sizes and scalings
 OPTIONS: dict[str, list[dict[str, Any]]] = {

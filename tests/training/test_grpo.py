@@ -170,6 +170,9 @@ def test_a_stopped_run_resumes_as_if_it_had_not_stopped(place, whole, step, caps
     assert same(factors(stopped), factors(whole))
     kept = [[json.loads(line) for line in one.completions.read_text().splitlines()] for one in (stopped, whole)]
     assert kept[0] == kept[1]
+    counted = [[row["num_tokens"] for row in metrics(one) if "loss" in row] for one in (stopped, whole)]
+    assert counted[0] == counted[1]
+    assert not any("eval_num_tokens" in row for row in metrics(stopped))
     capsys.readouterr()
 
 

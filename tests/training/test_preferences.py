@@ -199,6 +199,18 @@ def test_a_run_that_resumes_keeps_its_reference(place, earlier):
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_a_run_that_resumes_counts_tokens_on_also_those_of_steps_that_were_not_logged(place, method):
+    saving = {"save_strategy": "steps", "save_steps": 2, "logging_steps": 4, "max_steps": 4}
+    whole = do(run_of(place, method, f"counted-{method}", training=saving))
+    shutil.copytree(whole.path, place / f"again-{method}")
+    shutil.rmtree(place / f"again-{method}" / "checkpoint-4")
+    again = do(run_of(place, method, f"again-{method}", training=saving), resume="auto")
+
+    counted = [[row["num_tokens"] for row in metrics(folder) if "loss" in row] for folder in (whole, again)]
+    assert counted[0] == counted[1]
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_tokens_told_of_rows_are_the_trainers(place, method):
     tokenizer = AutoTokenizer.from_pretrained(place / "model")
     chat = [

@@ -90,9 +90,11 @@ def test_a_resumed_run_counts_its_own_steps_and_keeps_the_time_and_tokens_before
     ]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     callback = Progress(file)
-    callback.on_train_begin(ARGUMENTS, state(4), None)
+    resumed = state(4)
+    resumed.num_input_tokens_seen = 400  # the checkpoint's count, from which the trainer counts on
+    callback.on_train_begin(ARGUMENTS, resumed, None)
     clocked.value += 2
-    log(callback, 5, num_tokens=150.0)  # TRL's count starts again at zero
+    log(callback, 5, num_tokens=550.0)
     found = [json.loads(line) for line in file.read_text().splitlines()]
     assert [row["step"] for row in found] == [1, 2, 3, 4, 5]
     assert (found[-1]["wall_s"], found[-1]["num_tokens"], found[-1]["tokens_per_s"]) == (42.0, 550.0, 75.0)

@@ -106,6 +106,15 @@ def test_a_killed_run_resumes_to_the_same_adapter_with_every_step_recorded_once(
     assert accuracy == json.loads(undisturbed.results.read_text())["accuracy"], "before comes from the first part"
 
 
+def test_tokens_of_steps_that_were_not_logged_before_a_kill_are_counted(place, undisturbed, tmp_path, stop_at):
+    run = run_in(place, tmp_path / "run", training={"logging_steps": 3})
+    stop_at(3)  # after the checkpoint of the second step, whose tokens no line has yet
+    with pytest.raises(Killed):
+        do(run)
+    last = metrics(do(run, resume="auto"))[-1]
+    assert (last["step"], last["num_tokens"]) == (6, metrics(undisturbed)[-1]["num_tokens"])
+
+
 def test_a_half_written_last_line_is_dropped_and_written_again(place, undisturbed, stopped):
     text = stopped.metrics.read_text()
     stopped.metrics.write_text(text[: text.rindex("{") + 20])

@@ -27,6 +27,7 @@ SAVING = Subject(
     },
     owned={
         "resume_from_checkpoint": "resuming belongs to the command, not to the run: lsr-scale train --resume auto",
+        "include_num_input_tokens_seen": "tokens are counted and logged in any case: leave it out",
         "hub_token": "a run folder holds a copy of its configuration: log in with `hf auth login`, or set HF_TOKEN",
     },
 )

@@ -38,8 +38,7 @@ class Progress(TrainerCallback):
         self.untrained_s = 0.0  # since last_time, in saves and evaluations
         self.step_ended = self.started  # the last moment that belongs to a step
         self.first_step = 0
-        # what the metrics file counts already where a run resumes: the clock and TRL's token count start again
-        self.wall_s_before = self.tokens_before = 0.0
+        self.wall_s_before = 0.0  # what the metrics file has already where a run resumes: the clock starts again
         self.utilization: float | None = None  # MFU of one token a second, where it is known
         self.last_row: dict[str, Any] = {}
         self.last_shown = 0.0
@@ -53,11 +52,9 @@ class Progress(TrainerCallback):
         if state.is_world_process_zero:
             rows = truncate(self.metrics, state.global_step or -1)
             self.wall_s_before = max(finite_values(rows, "wall_s"), default=0.0)
-            self.tokens_before = max(finite_values(rows, "num_tokens"), default=0.0)
             if "model" in kwargs:
                 rows = getattr(kwargs.get("train_dataloader"), "dataset", None)
                 self.utilization = utilization(kwargs["model"], rows)
-        # transformers' own count is in the checkpoint
         self.last_tokens = float(state.num_input_tokens_seen)
         self.started = self.last_time = self.step_ended = time.monotonic()
 
@@ -112,6 +109,7 @@ class Progress(TrainerCallback):
         for name in ("loss", "grad_norm"):
             if not math.isfinite(logs.get(name, 0.0)):
                 raise diverged(f"{name} is {logs[name]} at step {state.global_step}")
+        logs.pop("eval_num_tokens", None)  # TRL's count of those trained on, which lacks what the fused head counts
         if not state.is_world_process_zero:
             return
         now = time.monotonic()
@@ -128,8 +126,6 @@ class Progress(TrainerCallback):
             self.step_ended = now
         row["memory_gib"] = round(memory_gib(), 3)
         row |= {name: value for name, value in logs.items() if name != "epoch" and not name.startswith("train_")}
-        if "num_tokens" in row:
-            row["num_tokens"] += self.tokens_before
         if "loss" in row:
             logs |= {name: value for name, value in row.items() if name not in ("step", "epoch")}
         with self.metrics.open("a", encoding="utf-8") as stream:

@@ -3,7 +3,7 @@
     checkpoint-N/adapter_model.safetensors, adapter_config.json, base.json    the adapter, as PEFT saves it
     checkpoint-N/training_state.safetensors    float32 masters and the optimizer's tensors, unsharded, by parameter name
     checkpoint-N/training_state.json           the optimizer's and the schedule's numbers, each process's random state
-    checkpoint-N/trainer_state.json            transformers' own: the step, and with it the position in the data
+    checkpoint-N/trainer_state.json            transformers' own: the step, with it the position in the data, and tokens
     checkpoint-N/manifest.json                 every file's size and SHA-256, written last
 
 The loop is transformers'; `Resumable` goes before `Trainer` or a subclass of it among a class's bases.
@@ -45,6 +45,9 @@ class Resumable(_Base):
     _order: Any = None
     _saved_step = -1
     _resumed_at = 0
+    # tokens are counted by one of these: TRL, for all processes; a method, for this one; the state, by itself
+    _total_train_tokens = 0
+    _tokens = _logged_tokens = 0
 
     @property
     def rows_per_step(self) -> int:
@@ -74,6 +77,7 @@ class Resumable(_Base):
         self._saved_step = self.state.global_step
         target = self._folder_of(self.state.global_step)
         tensors, scalars = trained_state.collect(self)
+        self.state.num_input_tokens_seen = self._num_tokens()
         states = distributed.gather([_random_state()])
         best = self.state.best_global_step
         if best:
@@ -171,6 +175,7 @@ class Resumable(_Base):
         if hasattr(self._order, "set_epoch"):
             # where processes share batches, accelerate's loader that skips the first ones does not set its epoch
             self._order.set_epoch(done[0])
+        self._count_tokens_from(self.state.num_input_tokens_seen)
         self._resumed_at = self.state.global_step  # the oldest supported transformers has no such attribute
         early = early_stopping_of(self)
         stopped_early = early is not None and early.was_over(self.state)
@@ -192,6 +197,16 @@ class Resumable(_Base):
             return super()._finalize_training(trial, *args, **kwargs)
         finally:
             self.state.best_model_checkpoint = best
+
+    def _num_tokens(self) -> int:
+        """Return how many tokens all processes trained on; two of the counts lag behind, or are 0."""
+        own = sum(distributed.gather([self._tokens]))
+        return max(own, self._total_train_tokens, self.state.num_input_tokens_seen)
+
+    def _count_tokens_from(self, number: int) -> None:
+        """Count on from what the processes had trained on when the checkpoint was saved."""
+        self._total_train_tokens = number  # of all processes
+        self._tokens = self._logged_tokens = number if distributed.is_main() else 0
 
     def _stop(self) -> StopOnSignal:
         """Return the callback that ends training early, one that never does where the trainer has none."""

@@ -28,7 +28,6 @@ class WithoutLogits(_Base):
     """
 
     fused_head = False
-    _tokens = 0  # of this process
 
     def concatenated_forward(self, model: Any, batch: Any) -> tuple[Any, ...]:
         """Return the mean log-probabilities of chosen and rejected, mean logits of both, and chosen's cross-entropy."""

@@ -80,8 +80,6 @@ class HeadLoss(_Base):
     Evaluation stays TRL's in any case.
     """
 
-    _tokens = _logged_tokens = 0  # of this process
-
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:

@@ -86,7 +86,6 @@ class MeetingSteps(_Base):
         self._skip = self.is_skipped(loss, inputs)  # `FiniteCheck` then logs a loss of 0
         self._take_gradients(member, before, zeros=self._skip)
         self.count_tokens(inputs["head"])
-        self._total_train_tokens = self._tokens  # TRL's, which its evaluations log
         return loss
 
     def _vectors(self) -> FlatAdamW | None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lsr_scale.data.conversations import checked_messages
+from lsr_scale.data.conversations import check_no_system, plain_messages, with_system
 from lsr_scale.data.rows import Row, RowError, Rows
 from lsr_scale.data.task_layouts import Item
 from lsr_scale.data.tasks import item_of
@@ -136,10 +136,12 @@ def _question(item: Item, form: PromptForm) -> Any:
 
 
 def _prompt(row: Row, form: PromptForm) -> Any:
-    prompt = next((row[key] for key in ("prompt", "messages") if row.get(key) is not None), None)
+    key = next((key for key in ("prompt", "messages") if row.get(key) is not None), "prompt")
+    prompt = row.get(key)
     if isinstance(prompt, list):
-        return _conversation(prompt, form)
+        return with_system(row, _conversation(row, key, form))
     if isinstance(prompt, str):
+        check_no_system(row)
         return _instructed(_filled(prompt, "prompt"), form)
     question = row.get("question")
     if not isinstance(question, str):
@@ -147,16 +149,17 @@ def _prompt(row: Row, form: PromptForm) -> Any:
         raise RowError(f"expected a text or a list of messages under 'prompt', or a text under 'question', got {found}")
     question = _filled(question, "question")
     if form.chat:
-        return [{"role": "user", "content": _instructed(question, form)}]
+        return with_system(row, [{"role": "user", "content": _instructed(question, form)}])
+    check_no_system(row)
     return _instructed(f"Question: {question}", form) + "\nAnswer:"
 
 
-def _conversation(prompt: Sequence[Mapping[str, Any]], form: PromptForm) -> list[dict[str, Any]]:
-    turns = [dict(turn) for turn in checked_messages(prompt, "prompt")]
-    if len(turns) > 1 and turns[-1]["role"] == "assistant":
+def _conversation(row: Row, key: str, form: PromptForm) -> list[dict[str, str]]:
+    turns = [dict(turn) for turn in plain_messages(row, key)]
+    if len(turns) > 1 and turns[-1]["role"] == "assistant" and key == "messages":
         turns = turns[:-1]  # the answer of a row for supervised training
     if turns[-1]["role"] == "assistant":
-        raise RowError("expected messages that the assistant answers under 'prompt', got its own turn alone")
+        raise RowError(f"expected messages that the assistant answers under {key!r}, got its own turn at the end")
     if form.instruction:
         turns[-1]["content"] = _instructed(turns[-1]["content"], form)
     return turns

@@ -26,14 +26,38 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 def conversation(row: Row) -> dict[str, Any]:
     """Return a row of messages, or of ShareGPT's conversations, as `{"messages"}`, and `tools` where it has them."""
     key = "messages" if "messages" in row else "conversations"
-    messages = checked_messages(row.get(key), key)
-    system = row.get("system")
-    if system and messages[0]["role"] != "system":
-        if not isinstance(system, str):
-            raise RowError(f"expected a text under 'system', got {system!r:.60}")
-        messages.insert(0, {"role": "system", "content": system})
+    messages = with_system(row, checked_messages(row.get(key), key))
     check_learnable([message for message in messages if message["role"] == "assistant"], key)
     return {"messages": messages, **tools_of(row)}
+
+
+def with_system(row: Row, messages: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Return a row's messages behind the text of its column `system`, where they do not begin with one themselves."""
+    system = row.get("system")
+    if not system or messages[0]["role"] == "system":
+        return messages
+    if not isinstance(system, str):
+        raise RowError(f"expected a text under 'system', got {system!r:.60}")
+    return [{"role": "system", "content": system}, *messages]
+
+
+def check_no_system(row: Row) -> None:
+    """Raise where a row of raw texts has a system prompt, which would be left out."""
+    if system := row.get("system"):
+        raise RowError(
+            f"raw texts have no place for what is under 'system', {system!r:.60}; write it into the prompt, or the "
+            "row as messages"
+        )
+
+
+def plain_messages(row: Row, key: str) -> list[dict[str, str]]:
+    """Return the messages under a key, for trainers that take a role and a content alone."""
+    messages = checked_messages(row.get(key), key)
+    extra = {name for message in messages for name in message} - {"role", "content"}
+    if extra or row.get("tools"):
+        what = ", ".join(sorted(extra)) or "tools"
+        raise RowError(f"{what} under {key!r}: messages hold a role and a content alone here; remove it")
+    return messages
 
 
 def checked_messages(value: object, key: str) -> list[dict[str, str]]:

@@ -13,7 +13,14 @@ from typing import TYPE_CHECKING, Any, Literal
 from lsr_scale.config.methods import METHODS
 from lsr_scale.data import answered_prompts, preferences
 from lsr_scale.data.answered_prompts import PromptForm
-from lsr_scale.data.conversations import check_learnable, checked_messages, conversation, tools_of
+from lsr_scale.data.conversations import (
+    check_learnable,
+    check_no_system,
+    checked_messages,
+    conversation,
+    tools_of,
+    with_system,
+)
 from lsr_scale.data.labels import Labels, number_of
 from lsr_scale.data.prompt_forms import scored_pair
 from lsr_scale.data.rows import Row, RowError, Rows
@@ -86,7 +93,9 @@ def _prompt_completion(row: Row) -> dict[str, Any]:
     if isinstance(prompt, list) or isinstance(completion, list):
         turns = checked_messages(completion, "completion")
         check_learnable(turns, "completion")
-        return {"prompt": checked_messages(prompt, "prompt"), "completion": turns, **tools_of(row)}
+        messages = with_system(row, checked_messages(prompt, "prompt"))
+        return {"prompt": messages, "completion": turns, **tools_of(row)}
+    check_no_system(row)
     return {"prompt": _text(row, "prompt"), "completion": _filled(_text(row, "completion"), "completion")}
 
 

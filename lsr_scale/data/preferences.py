@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import takewhile
 from typing import Any
 
-from lsr_scale.data.conversations import checked_messages, is_empty
+from lsr_scale.data.conversations import check_no_system, is_empty, plain_messages, with_system
 from lsr_scale.data.prompt_forms import scored_pair
 from lsr_scale.data.rows import Row, RowError
 from lsr_scale.data.tasks import Example
@@ -26,6 +26,8 @@ COMPLETIONS: dict[str, tuple[str, ...]] = {
     "chat_unpaired": ("completion",),
 }
 
+_LABELS = {"true": True, "false": False}
+
 
 def preference(row: Row) -> dict[str, Any]:
     """Return a row of a preferred completion and another one.
@@ -36,6 +38,7 @@ def preference(row: Row) -> dict[str, Any]:
     chosen, rejected = row.get("chosen"), row.get("rejected")
     if isinstance(chosen, list) or isinstance(rejected, list):
         return _chat_preference(row)
+    check_no_system(row)
     record = {name: _text(row, name) for name in ("prompt", "chosen", "rejected")}
     _check_filled(record["prompt"], "prompt")
     for name in ("chosen", "rejected"):
@@ -45,8 +48,8 @@ def preference(row: Row) -> dict[str, Any]:
 
 
 def _chat_preference(row: Row) -> dict[str, Any]:
-    chosen, rejected = (_turns(row, name) for name in ("chosen", "rejected"))
-    prompt = _turns(row, "prompt") if isinstance(row.get("prompt"), list) else []
+    chosen, rejected = (plain_messages(row, name) for name in ("chosen", "rejected"))
+    prompt = plain_messages(row, "prompt") if isinstance(row.get("prompt"), list) else []
     if not prompt:  # whole conversations; a prompt beside them as a text is their first turn
         shared = 0
         while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
@@ -57,10 +60,20 @@ def _chat_preference(row: Row) -> dict[str, Any]:
             raise RowError(
                 "expected a list of messages under 'prompt', or 'chosen' and 'rejected' that begin with the same turns"
             )
+        _check_repeated(row.get("prompt"), prompt)
     for name, turns in (("chosen", chosen), ("rejected", rejected)):
         _check_answer(turns, name)
     _check_differ(chosen, rejected)
-    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    return {"prompt": with_system(row, prompt), "chosen": chosen, "rejected": rejected}
+
+
+def _check_repeated(text: Any, prompt: Turns) -> None:
+    """Raise where a prompt that stands as a text beside whole conversations is none of their turns: which one holds?"""
+    if not text or any(turn["content"].strip() == str(text).strip() for turn in prompt):
+        return
+    raise RowError(
+        f"expected a turn of 'chosen' and 'rejected' under 'prompt', got {text!r:.60}; remove one of the two prompts"
+    )
 
 
 def unpaired(row: Row) -> dict[str, Any]:
@@ -69,14 +82,15 @@ def unpaired(row: Row) -> dict[str, Any]:
     Raises:
         RowError: for what is missing or empty, or a label that is neither true nor false.
     """
-    label = row.get("label")
-    if not isinstance(label, bool):
-        found = "nothing" if label is None else repr(label)[:60]
+    label = _LABELS.get(str(row.get("label")).lower())  # the cells of a CSV are texts
+    if label is None:
+        found = "nothing" if row.get("label") is None else repr(row["label"])[:60]
         raise RowError(f"expected true (desirable) or false under 'label', got {found}")
     if isinstance(row.get("prompt"), list) or isinstance(row.get("completion"), list):
-        turns = _turns(row, "completion")
+        turns = plain_messages(row, "completion")
         _check_answer(turns, "completion")
-        return {"prompt": _turns(row, "prompt"), "completion": turns, "label": label}
+        return {"prompt": with_system(row, plain_messages(row, "prompt")), "completion": turns, "label": label}
+    check_no_system(row)
     record = {name: _text(row, name) for name in ("prompt", "completion")}
     for name, text in record.items():
         _check_filled(text, name)
@@ -138,15 +152,6 @@ def _text(row: Row, name: str) -> str:
 def _check_filled(text: str, name: str) -> None:
     if not text.strip():
         raise RowError(f"expected a text under {name!r}, got an empty one")
-
-
-def _turns(row: Row, name: str) -> Turns:
-    turns = checked_messages(row.get(name), name)
-    extra = {key for turn in turns for key in turn} - {"role", "content"}
-    if extra or row.get("tools"):
-        what = ", ".join(sorted(extra)) or "tools"
-        raise RowError(f"{what} under {name!r}: messages of preferences hold a role and a content alone; remove it")
-    return turns
 
 
 def _check_answer(turns: Sequence[Mapping[str, str]], name: str) -> None:

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from lsr_scale.data import commonsense
+from lsr_scale.data.answered_prompts import PromptForm
 from lsr_scale.data.formats import build_dataset
 from lsr_scale.data.tokenizer_setup import row_check
 from lsr_scale.errors import UserError
@@ -54,6 +55,72 @@ def test_unpaired_rows_are_taken_by_kto_and_are_prompts_and_completions_to_sft(t
     dataset, kind = read(tmp_path, [chat], "kto")
     assert (kind, dataset[0]) == ("chat_unpaired", chat)
     assert read(tmp_path, [ONE], "sft")[1] == "prompt_completion"
+
+
+def test_labels_of_a_csv_which_are_texts_are_read(tmp_path):
+    file = tmp_path / "rows.csv"
+    file.write_text("prompt,completion,label\na,b,true\nc,d,False\n")
+    dataset, kind = build_dataset([str(file)], model_task="causal_lm", method="kto")
+    assert (kind, dataset["label"][:]) == ("unpaired", [True, False])
+
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+
+
+@pytest.mark.parametrize(
+    ("method", "row"),
+    [
+        ("dpo", CHAT),
+        ("dpo", {"chosen": [TURN, ANSWERS[0]], "rejected": [TURN, ANSWERS[1]]}),
+        ("kto", {"prompt": [TURN], "completion": ANSWERS[:1], "label": True}),
+        ("sft", {"prompt": [TURN], "completion": ANSWERS[:1]}),
+        ("grpo", {"prompt": [TURN], "answer": "a knife"}),
+        ("grpo", {"question": TURN["content"], "answer": "a knife"}),
+    ],
+)
+def test_a_column_system_goes_before_the_prompts_messages(tmp_path, method, row):
+    form = {"form": PromptForm(chat=True)} if method == "grpo" else {}
+    dataset, _ = read(tmp_path, [{**row, "system": SYSTEM["content"]}, {**row, "system": None}], method, **form)
+    assert [turns[0] for turns in dataset["prompt"]] == [SYSTEM, TURN]
+    assert [len(turns) for turns in dataset["prompt"]] == [2, 1]
+
+
+@pytest.mark.parametrize(
+    ("method", "row"),
+    [
+        ("dpo", PAIR),
+        ("kto", ONE),
+        ("sft", ONE),
+        ("grpo", {"prompt": "What cuts bread?", "answer": "a knife"}),
+        ("grpo", {"question": "What cuts bread?", "answer": "a knife"}),
+    ],
+)
+def test_a_column_system_beside_raw_texts_is_refused_with_its_line(tmp_path, method, row):
+    form = {"form": PromptForm()} if method == "grpo" else {}
+    with pytest.raises(UserError, match=r"line 2: raw texts have no place for what is under 'system', 'Be brief\.'"):
+        read(tmp_path, [{**row, "system": ""}, {**row, "system": "Be brief."}], method, **form)
+
+
+def test_a_prompt_that_is_no_turn_of_the_conversations_beside_it_is_refused(tmp_path):
+    whole = {"prompt": "Who cuts bread?", "chosen": [TURN, ANSWERS[0]], "rejected": [TURN, ANSWERS[1]]}
+    assert "expected a turn of 'chosen' and 'rejected' under 'prompt', got 'Who" in refused(tmp_path, whole)
+    whole["prompt"] = f" {TURN['content']}\n"
+    assert read(tmp_path, [whole])[0][0] == CHAT
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": [TURN, ANSWERS[0]]}, "expected messages that the assistant answers under 'prompt', got its own"),
+        ({"messages": ANSWERS[:1]}, "expected messages that the assistant answers under 'messages', got its own"),
+        ({"prompt": [TURN], "tools": [{"type": "function"}]}, "tools under 'prompt': messages hold a role and"),
+    ],
+)
+def test_what_a_prompt_for_grpo_has_beside_its_turns_is_refused_and_not_left_out(tmp_path, row, message):
+    with pytest.raises(UserError, match=f"line 1: {message}"):
+        read(tmp_path, [{**row, "answer": "a knife"}], "grpo", form=PromptForm())
+    answered, _ = read(tmp_path, [{"messages": [TURN, ANSWERS[0]], "answer": "a knife"}], "grpo", form=PromptForm())
+    assert answered["prompt"][0] == [TURN], "the answer of a row for supervised training is no part of the prompt"
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@
 A row's other columns go to a user's own reward as they stand. `row` is added: where a row stands, for messages.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 

@@ -160,6 +160,16 @@ def test_a_run_leaves_rewards_completions_and_a_float32_adapter(whole):
     assert whole.rewards.exists()
 
 
+def test_the_reward_of_an_evaluation_is_the_mean_over_all_completions(tmp_path):
+    """Six completions in batches of four: those of one row are a batch of their own, and count for a third."""
+    (tmp_path / "mine.py").write_text("def score(completions, answer):\n    return [len(a) for a in answer]\n")
+    held_out = write_rows(tmp_path / "held-out.jsonl", [{"prompt": "a knife", "answer": "1" * i} for i in (1, 2, 6)])
+    data = {"train": [str(tmp_path / "prompts.jsonl")], "validation": [held_out]}
+    options = {"reward": [str(tmp_path / "mine.py:score")], "per_device_eval_batch_size": 4, "max_steps": 1}
+    rows = metrics(do(grpo_run(tmp_path, data=data, training=options | {"num_generations_eval": 2})))
+    assert [row["eval_reward"] for row in rows if "eval_reward" in row] == [3]
+
+
 @pytest.mark.parametrize("step", [1, 2, 3])
 def test_a_stopped_run_resumes_as_if_it_had_not_stopped(place, whole, step, capsys):
     """In an epoch, at its end and in the next one."""

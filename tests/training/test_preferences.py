@@ -211,6 +211,20 @@ def test_a_run_that_resumes_counts_tokens_on_also_those_of_steps_that_were_not_l
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_what_an_evaluation_finds_is_a_mean_over_rows_however_they_fall_into_batches(place, method):
+    """Seven rows: in batches of three the last one is alone, and of KTO's some have one label."""
+    write_rows(place / f"held-{method}.jsonl", ROWS[method](7))
+    found = []
+    for size in (7, 3):
+        training = {"per_device_eval_batch_size": size, "num_train_epochs": 2}
+        data = {"validation": [str(place / f"held-{method}.jsonl")]}
+        row = metrics(do(run_of(place, method, f"held-{method}-{size}", data=data, training=training)))[-1]
+        found.append({name: value for name, value in row.items() if name.startswith(("eval_rewards/", "eval_logps/"))})
+    assert len(found[0]) >= 5
+    assert found[0] == pytest.approx(found[1], abs=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_tokens_told_of_rows_are_the_trainers(place, method):
     tokenizer = AutoTokenizer.from_pretrained(place / "model")
     chat = [

@@ -14,9 +14,10 @@ from lsr_scale.training.checkpoint.resumable import Resumable
 from lsr_scale.training.methods import check_head_runs
 from lsr_scale.training.optimizers.create import OwnOptimizers
 from lsr_scale.training.steps.engine import EngineSteps
+from lsr_scale.training.steps.evaluation_means import EvaluationMeans
 from lsr_scale.training.steps.finite_check import FiniteCheck
 
-BASES = (Resumable, FiniteCheck, EngineSteps, OwnOptimizers)
+BASES = (Resumable, FiniteCheck, EngineSteps, EvaluationMeans, OwnOptimizers)
 
 
 def make_trainer(run: RunConfig, options: dict[str, Any]) -> Trainer:

@@ -20,11 +20,12 @@ from lsr_scale.training.methods import check_head_runs
 from lsr_scale.training.optimizers.create import OwnOptimizers
 from lsr_scale.training.steps.completions import DecodedCompletions
 from lsr_scale.training.steps.engine import EngineSteps
+from lsr_scale.training.steps.evaluation_means import EvaluationMeans
 from lsr_scale.training.steps.finite_check import FiniteCheck
 from lsr_scale.training.steps.log_probs import head_fallback_reason, use_fused_head
 from lsr_scale.training.steps.vllm_adapter import sending_adapter
 
-BASES = (Resumable, FiniteCheck, EngineSteps, DecodedCompletions, OwnOptimizers)
+BASES = (Resumable, FiniteCheck, EngineSteps, EvaluationMeans, DecodedCompletions, OwnOptimizers)
 
 
 def make_trainer(run: RunConfig, options: dict[str, Any]) -> Any:

@@ -11,14 +11,35 @@ from typing import Any
 
 from transformers import Trainer
 
+from lsr_scale import distributed
 from lsr_scale.config import RunConfig
 from lsr_scale.training.checkpoint.resumable import Resumable
 from lsr_scale.training.methods import check_head_runs
 from lsr_scale.training.optimizers.create import OwnOptimizers
 from lsr_scale.training.steps.engine import EngineSteps
+from lsr_scale.training.steps.evaluation_means import EvaluationMeans
 from lsr_scale.training.steps.finite_check import FiniteCheck
 
-BASES = (Resumable, FiniteCheck, EngineSteps, OwnOptimizers)
+
+class EvaluationOfLabels(EvaluationMeans):
+    """Evaluations whose rewards are means over all desirable completions, and over all others."""
+
+    def weight_of(self, name: str, inputs: Any) -> float:
+        """Return how much a batch's value counts for: of one label the rows that have it."""
+        label = {"chosen": True, "rejected": False}.get(name.rpartition("/")[2])
+        if label is None:
+            return super().weight_of(name, inputs)
+        return sum(distributed.gather([sum(bool(one) is label for one in inputs["label"])]))
+
+    def means_of(self, kept: dict[str, list[Any]]) -> dict[str, float]:
+        """Return the means; the margin is that between two of them, also where batches have one label alone."""
+        means = super().means_of(kept)
+        if {"rewards/chosen", "rewards/rejected"} <= means.keys():
+            means["rewards/margins"] = means["rewards/chosen"] - means["rewards/rejected"]
+        return means
+
+
+BASES = (Resumable, FiniteCheck, EngineSteps, EvaluationOfLabels, OwnOptimizers)
 
 
 def make_trainer(run: RunConfig, options: dict[str, Any]) -> Trainer:

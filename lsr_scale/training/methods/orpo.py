@@ -16,6 +16,7 @@ from lsr_scale.fused.loss import IGNORE_INDEX
 from lsr_scale.training.checkpoint.resumable import Resumable
 from lsr_scale.training.optimizers.create import OwnOptimizers
 from lsr_scale.training.steps.engine import EngineSteps
+from lsr_scale.training.steps.evaluation_means import EvaluationMeans
 from lsr_scale.training.steps.finite_check import FiniteCheck
 
 _Base: Any = Trainer
@@ -63,7 +64,7 @@ def _halves(chosen: int) -> tuple[slice, slice]:
     return slice(chosen), slice(chosen, None)
 
 
-BASES = (Resumable, FiniteCheck, EngineSteps, OwnOptimizers, WithoutLogits)
+BASES = (Resumable, FiniteCheck, EngineSteps, EvaluationMeans, OwnOptimizers, WithoutLogits)
 
 
 def make_trainer(run: RunConfig, options: dict[str, Any]) -> Trainer:

@@ -16,6 +16,12 @@ from lsr_scale.config.yaml_text import KeyPath, Places, dotted, dump, place_of
 from lsr_scale.errors import did_you_mean, shortened
 
 # Names from axolotl, LLaMA-Factory, PEFT, bitsandbytes and older transformers, and what they are called here.
+# values of model.quantization by what other trainers call them
+_VALUES_ELSEWHERE = {
+    **dict.fromkeys(("4", "4bit", "4-bit", "int4", "qlora"), "nf4"),
+    **dict.fromkeys(("8", "8bit", "8-bit"), "int8"),
+    **dict.fromkeys(("16", "16bit", "bf16", "bfloat16", "fp16", "float16", "None"), "none"),
+}
 _ELSEWHERE: dict[str, str] = {
     **{name: f"adapter.{option}" for name, option in option_names.ELSEWHERE.items()},
     "base_model": "model.name",
@@ -248,17 +254,23 @@ def _wrong_value(path: KeyPath, group: list[ErrorDetails], data: Mapping[str, An
     choices = re.findall("'([^']*)'", text)
     if len(choices) > 6:
         text = "one of its names"
-    if choices and isinstance(value, str):
+    if (here := _VALUES_ELSEWHERE.get(str(value))) in choices:
+        remedies.append(f"here it is {here}")
+    elif choices and isinstance(value, str):
         remedies.append(did_you_mean(value, choices))
     elif choices and isinstance(value, bool) and "no" in choices:
         remedies.append("did you mean 'no'?")
     elif "str" in kinds and isinstance(value, int | float):
         remedies.append(f"put it in quotes: '{value}'")
     elif isinstance(value, str) and _looks_like_number(value):
-        remedies.append("remove the quotes")
+        remedies.append(
+            f"write {value.replace('_', '')}" if "_" in value else "remove the quotes"
+        )  # YAML 1.2 has no 1_000
     elif "list" in kinds and path[:2] == ("sweep", "grid") and not isinstance(value, list | dict):
         example = _list_of(value, str(path[-1]), models)
         remedies.append(f"write a list of values{example}; one for all trials goes into the run itself")
+    elif "list" in kinds and path[:2] == ("sweep", "grid") and isinstance(value, dict) and value:
+        remedies.append(f"write dotted keys: {path[-1]}.{next(iter(value))}: [...]")
     elif "list" in kinds and isinstance(value, str | dict):
         remedies.append("write a list, one '- item' a line, or [item, item]")
     elif "mapping" in kinds and len(path) == 1:

@@ -47,7 +47,7 @@ class Reward(BaseModel):
             if self.pattern is None:
                 raise ValueError("regex needs a pattern: {name: regex, pattern: '#### [0-9]+'}")
             try:
-                check_regex(self.pattern, "pattern", "write it with fewer of them, or a function: file.py:name")
+                check_regex(self.pattern, "pattern", "write another one, or a function: file.py:name")
             except UserError as error:
                 raise ValueError(str(error)) from None
         return self

@@ -104,9 +104,10 @@ def read_sections(
     path = find_run(path)
     data, places = yaml_text.parse(yaml_text.read(path), str(path))
     if not isinstance(data, dict):
+        found = "nothing but comments" if data is None else type(data).__name__
         raise UserError(
             f"{path}: expected the sections {', '.join(RunConfig.model_fields)} at the top, each 'name:' on its own "
-            f"line, got {type(data).__name__}"
+            f"line, got {found}"
         )
     if isinstance(overrides, Mapping):
         with_overrides(data, overrides, places)

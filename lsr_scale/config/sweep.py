@@ -141,7 +141,8 @@ def _named(value: Any) -> Any:
             words = (
                 f"expected a folder's name of letters, digits and . _ = , + @ -, up to {_LONGEST_NAME}, got {name!r}"
             )
-            problems.append(Problem(place, words))
+            quotes = "" if isinstance(name, str) else f"; put it in quotes: '{name}'"
+            problems.append(Problem(place, words + quotes))
         elif (before := names.setdefault(name.lower(), index)) != index:
             problems.append(Problem(place, f"is the name of entry {before} too: {name!r}; name each trial once"))
     raise_problems(problems)

@@ -206,13 +206,25 @@ def trials_of(
         except UserError as error:
             if str(error) == alone:  # no trial's own
                 raise
-            raise UserError(f"trial {name}: {error}") from None
+            raise UserError(f"trial {name}: {error}{_of_sections(changes)}") from None
     _check_different(trials)
     _check_agree(trials, section, where, places or {})
     for trial in trials:
         _check_trial(trial, section, where, places or {})
     _check_stop(trials, section, where, places or {})
     return trials
+
+
+def _of_sections(changes: Changes) -> str:
+    """Return how a key of a section is written, where a trial has whole sections; nothing where it has none."""
+    key = next(
+        (f"{name}.{next(iter(value))}" for name, value in changes.items() if isinstance(value, dict) and value), None
+    )
+    return (
+        f"; a section of a trial stands in place of the run's whole one: for a key of it write {key}: ..."
+        if key
+        else ""
+    )
 
 
 def _mistake(data: dict[str, Any], where: str, places: yaml_text.Places, folder: Path) -> str | None:

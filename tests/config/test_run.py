@@ -105,6 +105,30 @@ def test_every_problem_is_listed_at_once_in_the_order_of_the_file():
     ]
 
 
+@pytest.mark.parametrize(
+    ("addition", "message"),
+    [
+        ("training: {max_steps: 1_000}", "training.max_steps: expected int, got '1_000'; write 1000"),
+        ("model: {name: some/model, quantization: 4bit}", "got '4bit'; here it is nf4"),
+        ("model: {name: some/model, quantization: 8}", "got 8; here it is int8"),
+        ("model: {name: some/model, quantization: bf16}", "got 'bf16'; here it is none"),
+        ("model: {name: some/model, quantization: null}", "got None; here it is none"),
+        (
+            "training: {method: grpo, reward: [{name: regex, pattern: '('}]}",
+            "position 0); write another one, or a function: file.py:name",
+        ),
+    ],
+)
+def test_what_other_tools_call_a_value_and_what_is_no_yaml_has_advice_that_can_be_followed(addition, message):
+    lines = ["model: {name: some/model}", "adapter: {method: lsr}", "data: {train: [arc_easy]}"]
+    kept = [line for line in lines if not addition.startswith(line.partition(" ")[0])]
+    assert message in problem("\n".join([*kept, addition]))
+
+
+def test_a_file_of_comments_is_told_so():
+    assert problem("# to be written\n").endswith("each 'name:' on its own line, got nothing but comments")
+
+
 def test_of_many_problems_the_first_eight_are_shown_shortened_and_the_rest_is_counted():
     lines = "".join(f"  {'k' * 900}{index}: 1\n" for index in range(100))
     message = problem(MINIMAL + "training:\n" + lines).splitlines()

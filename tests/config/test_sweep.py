@@ -189,6 +189,15 @@ def test_names_that_would_be_equal_or_differ_in_case_alone_are_numbered():
         ("list: [{deepspeed.config: zero1}]", "sweep.list.0.deepspeed.config: a trial is trained by one process"),
         ("list: [{training.output_dir: a}]", "sweep.list.0.training.output_dir: a trial's folder is trials/NAME"),
         ("list: [{name: a/b, training.seed: 1}]", "sweep.list.0.name: expected a folder's name of letters, digits"),
+        ("list: [{name: 3, training.seed: 1}]", "up to 80, got 3; put it in quotes: '3'"),
+        (
+            "grid: {training: {seed: [1, 2]}}",
+            "sweep.grid.training: expected list, got {'seed': [1, 2]}; write dotted keys: training.seed: [...]",
+        ),
+        (
+            "list: [{name: a, adapter: {rank: 8}}]",
+            "; a section of a trial stands in place of the run's whole one: for a key of it write adapter.rank: ...",
+        ),
         (
             "list: [{name: A, training.seed: 1}, {name: a, training.seed: 2}]",
             "sweep.list.1.name: is the name of entry 0",

@@ -80,8 +80,15 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
         return
     aside = files.temporary_path(folder)
     files.remove_stale_temporaries(folder)
-    tokenizer.save_pretrained(aside)
-    files.replace_folder(aside, folder, {path.name for path in aside.iterdir()})
+    try:
+        tokenizer.save_pretrained(aside)
+        files.replace_folder(aside, folder, {path.name for path in aside.iterdir()})
+    except Exception as error:  # that of tokenizers has the system's as text
+        files.remove(aside)
+        system = files.system_error(error)
+        if system is not None:
+            raise files.cannot_write(folder, system) from error
+        raise
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:

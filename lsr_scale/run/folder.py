@@ -17,6 +17,7 @@ from lsr_scale.run.find import CHECKPOINT, find_run
 
 # of a checkpoint: what no other trainer writes
 MANIFEST, STATE, TENSORS = "manifest.json", "training_state.json", "training_state.safetensors"
+SWEEP = "sweep.json"  # the state of a sweep, whose folder is no run's
 _PREDICTIONS = re.compile(r".*-(before|after|eval-(base|adapter|checkpoint-[0-9]+)(-without-questions)?)\.jsonl")
 _SECTIONS = {"model", "adapter", "data", "training"}
 

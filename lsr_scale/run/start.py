@@ -14,7 +14,7 @@ from lsr_scale.errors import UserError
 from lsr_scale.model import chosen_dtype, local_device, save_tokenizer
 from lsr_scale.paths import user_path
 from lsr_scale.run.backup import Backup, restore
-from lsr_scale.run.folder import RunFolder, step_of
+from lsr_scale.run.folder import SWEEP, RunFolder, step_of
 from lsr_scale.run.lock import locked
 from lsr_scale.run.metrics import truncate
 from lsr_scale.run.rewards import reward_record
@@ -284,7 +284,12 @@ def _recover(folder: RunFolder) -> None:
 
 
 def _check_free(folder: RunFolder, again: bool) -> None:
-    """Refuse a folder that holds a run, unless it is resumed or overwritten, or what no run wrote."""
+    """Refuse a folder that holds a sweep, or a run unless it is resumed or overwritten, or what no run wrote."""
+    if (folder.path / SWEEP).is_file():
+        raise UserError(
+            f"{folder.path}: holds a sweep, and a run has a folder of its own; go elsewhere with --set "
+            "training.output_dir=..."
+        )
     if folder.is_run() and not again:
         raise UserError(
             f"{folder.path}: holds a run already; --resume auto continues it, --overwrite starts it again, "

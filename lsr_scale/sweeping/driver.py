@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from lsr_scale import files
 from lsr_scale.config import RunConfig
 from lsr_scale.config.trials import Sweep, TrialPlan
 from lsr_scale.errors import UserError, first_line
@@ -230,7 +231,7 @@ class Driver:
             trial.status = "diverged" if str(error).startswith(_DIVERGED) else "failed"
             trial.score, trial.error = None, _words(error)
             trial.results = {**trial.results, "steps": max(done, scores.steps_of(folder))}
-            if not isinstance(error, UserError | torch.OutOfMemoryError):
+            if not isinstance(error, UserError | torch.OutOfMemoryError) and files.system_error(error) is None:
                 logger.error("trial %s", trial.name, exc_info=error)
 
 

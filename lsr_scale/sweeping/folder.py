@@ -18,7 +18,7 @@ from lsr_scale.config.training import lower_is_better
 from lsr_scale.config.trials import Sweep
 from lsr_scale.errors import UserError
 from lsr_scale.model import chosen_dtype, local_device
-from lsr_scale.run.folder import RunFolder
+from lsr_scale.run.folder import SWEEP, RunFolder
 from lsr_scale.sweeping import halving
 from lsr_scale.version import __version__
 
@@ -141,7 +141,7 @@ class SweepFolder:
     @property
     def state(self) -> Path:
         """The state of each trial."""
-        return self.path / "sweep.json"
+        return self.path / SWEEP
 
     @property
     def table(self) -> Path:

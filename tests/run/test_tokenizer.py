@@ -2,6 +2,7 @@
 
 import json
 import logging
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -198,6 +199,19 @@ def test_a_tokenizer_is_saved_beside_what_somebody_put_into_its_folder(tmp_path)
     assert same_state(read_tokenizer(tmp_path / "tokenizer"), fast())
     assert (tmp_path / "tokenizer" / "notes.txt").read_text() == "mine"
     assert [path.name for path in tmp_path.iterdir()] == ["tokenizer"]
+
+
+def test_a_full_disk_under_a_tokenizer_is_told_with_its_folder(tmp_path):
+    tokenizer = fast()
+
+    def full(folder):
+        Path(folder).mkdir()
+        raise Exception("No space left on device (os error 28)")  # what tokenizers raises
+
+    tokenizer.save_pretrained = full
+    with pytest.raises(UserError, match=r"tokenizer: cannot be written: No space left on device; free some space"):
+        save_tokenizer(tokenizer, tmp_path / "tokenizer")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_resumed_run_keeps_the_end_token_that_it_began_with(tmp_path, capsys):

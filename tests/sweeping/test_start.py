@@ -6,6 +6,7 @@ import pytest
 
 from lsr_scale import UserError
 from lsr_scale.config.trials import sweep_from_dict
+from lsr_scale.run.start import starting
 from lsr_scale.sweeping.folder import SweepFolder, Worker
 from lsr_scale.sweeping.start import begin
 
@@ -71,6 +72,17 @@ def test_what_no_sweep_wrote_is_not_written_over():
     with pytest.raises(UserError, match=r"^run: holds a run, and a sweep has a folder of its own; go elsewhere"):
         begin(sweep(training={"output_dir": "run"}), "mine", None, False)
     assert sorted(path.name for path in Path("run").iterdir()) == ["env.json"]
+
+
+@pytest.mark.parametrize("how", [{}, {"resume": "auto"}, {"overwrite": True}])
+def test_a_run_does_not_write_into_a_sweeps_folder(how):
+    begin(sweep(training={"output_dir": "here"}), "mine", None, False)
+    run = sweep(training={"output_dir": "here"}).trials[0].run
+    with (
+        pytest.raises(UserError, match=r"^here: holds a sweep, and a run has a folder of its own; go elsewhere"),
+        starting(run, "mine", how.get("resume"), "overwrite" in how),
+    ):
+        pass
 
 
 def test_trials_may_be_added_at_the_end_of_a_list():

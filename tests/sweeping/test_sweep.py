@@ -1,5 +1,6 @@
 """Whole sweeps of tiny runs: what trains, what ends alone, what resumes, and what the folder holds afterwards."""
 
+import errno
 import json
 import os
 import shutil
@@ -143,6 +144,17 @@ def test_what_diverges_or_fails_ends_alone_and_is_named(done):
     diverged, rows = state.trials["lr=1e+06"], read_metrics(done.trial("lr=1e+06").nonfinite)
     assert diverged.results["steps"] == rows[0]["step"] - 1
     assert diverged.results["trainable_parameters"] == state.trials["lr=0.002"].results["trainable_parameters"]
+
+
+def test_a_trial_that_a_full_disk_ends_is_named_without_a_traceback(place, tmp_path, monkeypatch, caplog):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(driver, "train", full)
+    folder = do_sweep(place, tmp_path / "sweep", {"grid": {"training.learning_rate": RATES}, "together": 1})
+    assert {trial.status for trial in folder.read().trials.values()} == {"failed"}
+    assert all("No space left on device" in str(trial.error) for trial in folder.read().trials.values())
+    assert not caplog.records
 
 
 def test_what_a_trial_ended_by_is_said_without_its_advice(capsys):

@@ -127,6 +127,8 @@ def quiet_libraries(debug: bool = False) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.filterwarnings("ignore", message="Glyph .* missing from")  # a letter of a title that a picture cannot show
+    # without the library's file and line that Python writes
+    warnings.formatwarning = lambda message, *args, **kwargs: f"note: {message}\n"
     for name in ("deepspeed", "torch.distributed", "trl", "peft", "accelerate", "torchao"):
         logging.getLogger(name).setLevel(logging.ERROR)
     # this one sets its level when it is imported, so a filter; it warns that there is no GPU, and the like

@@ -217,3 +217,10 @@ def test_progress_bars_of_libraries_that_are_there_already_are_left_out(tmp_path
         """
     ended = run_program(textwrap.dedent(code), tmp_path)
     assert ended.stdout.split() == ["False", "True"], ended.stderr
+
+
+def test_a_warning_is_a_note_without_the_line_of_a_library_that_it_was_raised_in(tmp_path):
+    code = (
+        "import warnings\nfrom lsr_scale import cli\ncli.quiet_libraries()\nwarnings.warn('mind this', stacklevel=1)\n"
+    )
+    assert run_program(code, tmp_path).stderr == "note: mind this\n"

@@ -44,7 +44,7 @@ def sha256(content: bytes) -> str:
 
 
 def load_function(file: Path, name: str) -> Callable[..., Any]:
-    """Return a function of a Python file, which runs for it.
+    """Return a function of a Python file, which runs for it, and may import what lies beside it.
 
     Raises:
         UserError: if the file cannot be read, raises, or has no such function.
@@ -57,6 +57,9 @@ def load_function(file: Path, name: str) -> Callable[..., Any]:
         raise UserError(f"{where}: expected a Python file; its name must end in .py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[module_name] = module  # what it defines can be pickled, its dataclasses can be made
+    folder = str(file.resolve().parent)
+    if folder not in sys.path:
+        sys.path.append(folder)  # last, so that a file beside it hides no library; for imports within its functions too
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:

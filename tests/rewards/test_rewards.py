@@ -1,6 +1,7 @@
 """What completions are worth, and that what is no reward ends the run with the row named."""
 
 import math
+import sys
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from lsr_scale.config.rewards import Reward
 from lsr_scale.errors import UserError
 from lsr_scale.rewards import shipped
 from lsr_scale.rewards.checked import CheckedReward
+from lsr_scale.rewards.user_file import load_function
 
 BATCH = {
     "prompts": ["Two and two?", "Three and three?"],
@@ -102,6 +104,17 @@ def test_a_users_function_sees_what_trls_would(tmp_path):
     assert tensors(**BATCH) == [1.0, 1.0]
     assert all(math.isfinite(value) for value in tensors(**BATCH))
     assert torch.tensor(tensors(**BATCH)).dtype == torch.float32
+
+
+def test_a_users_file_imports_what_lies_beside_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "beside_the_reward.py").write_text("def right(text):\n    return float('4' in text)\n")
+    (tmp_path / "beside_later.py").write_text("TIMES = 2\n")
+    lines = ["from beside_the_reward import right", "def score(completions):", "    import beside_later"]
+    lines.append("    return [beside_later.TIMES * right(one) for one in completions]")
+    (tmp_path / "mine.py").write_text("\n".join(lines))
+    assert load_function(tmp_path / "mine.py", "score")(["4", "5"]) == [2.0, 0.0]
+    assert sys.path[-1] == str(tmp_path), "it hides no library"
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,12 +19,14 @@ import psutil
 import torch
 
 from lsr_scale.config import RunConfig
+from lsr_scale.config.comparison import differ_in_rows
 from lsr_scale.config.trials import Sweep, TrialPlan
 from lsr_scale.errors import UserError, without_advice
 from lsr_scale.planning.together import plan_together
 from lsr_scale.run.folder import RunFolder
 from lsr_scale.sweeping.bases import Bases
 from lsr_scale.training.assembly import adapt, build_trainer
+from lsr_scale.training.callbacks.memory import max_forward_tokens, row_lengths
 from lsr_scale.training.shared import Shared
 from lsr_scale.training.steps.joint import JointStep, Member
 from lsr_scale.training.steps.meeting import Meet
@@ -76,7 +78,7 @@ def choose(sweep: Sweep, plans: Sequence[TrialPlan], bases: Bases, rows: TrialRo
         return Choice(1, "trials are trained one after the other: one runs fused, the other cannot")
     if wanted != "auto":
         return Choice(min(wanted, num_trials), "")
-    most = _most_that_fit(sweep, num_trials)
+    most = _most_that_fit(sweep, plans, bases, rows)
     if most < 2:
         return Choice(1, "trials are trained one after the other: no more than one fits")
     try:
@@ -90,19 +92,40 @@ def choose(sweep: Sweep, plans: Sequence[TrialPlan], bases: Bases, rows: TrialRo
     return Choice(number, f"{number} trials share a step: {why}")
 
 
-def _most_that_fit(sweep: Sweep, num_trials: int) -> int:
+def _most_that_fit(sweep: Sweep, plans: Sequence[TrialPlan], bases: Bases, rows: TrialRows) -> int:
     """Return how many fit the memory that is free now, by the plan of the largest; what memory says itself comes later.
 
     What the plan cannot count does not limit them.
     """
     with suppress(UserError):
-        planned = plan_together(sweep)
+        planned = plan_together(_of_real_rows(sweep, plans, bases, rows))
         if planned.one.traced:
             if torch.cuda.is_available():
-                return max(1, min(num_trials, planned.most(torch.cuda.get_device_properties(0).total_memory / 2**30)))
-            left = psutil.virtual_memory().available / 2**30 - planned.one.memory_gib.activations
-            return max(1, min(num_trials, int(left / planned.further_gib)))
-    return num_trials
+                most = planned.most(torch.cuda.get_device_properties(0).total_memory / 2**30)
+            else:
+                left = psutil.virtual_memory().available / 2**30 - planned.one.memory_gib.activations
+                most = int(left / planned.further_gib)
+            return max(1, min(len(plans), most))
+    return len(plans)
+
+
+def _of_real_rows(sweep: Sweep, plans: Sequence[TrialPlan], bases: Bases, rows: TrialRows) -> Sweep:
+    """Return a sweep of which a plan counts rows as long as the longest one is.
+
+    Rows are often far shorter than max_length, and where that is null a plan can only suppose how long they are.
+    """
+    runs = [trial.run for trial in sweep.trials]
+    if differ_in_rows(runs, "final_loss") or runs[0].training.get("packing"):
+        return sweep  # another trial's may be longer; a pack is as long as it may be
+    longest = None
+    with suppress(UserError), TemporaryDirectory() as folder:  # what is wrong with a trial is said of it later
+        longest, _ = row_lengths(_trainer(plans[0], bases, rows, folder, {}, _nobody_meets))
+
+    def shorter(trial: TrialPlan) -> TrialPlan:
+        training = {**trial.run.training, "max_length": longest or trial.run.training["max_length"]}
+        return replace(trial, run=trial.run.model_copy(update={"training": training}))
+
+    return replace(sweep, trials=[shorter(trial) for trial in sweep.trials])
 
 
 def _measured(plans: Sequence[TrialPlan], bases: Bases, rows: TrialRows, most: int) -> Choice:
@@ -122,7 +145,7 @@ def _measured(plans: Sequence[TrialPlan], bases: Bases, rows: TrialRows, most: i
             best, slower = number, 0
             continue
         slower += 1
-        if slower == 2 or number == most:
+        if slower == 2:
             ended = f"more are not {100 * LEAST_GAIN:.0f} % faster"
             break
     measured = ", ".join(
@@ -157,16 +180,18 @@ def _times(plans: Sequence[TrialPlan], bases: Bases, rows: TrialRows, most: int)
     run = plans[0].run
     models: list[Any] = []
     batches: list[dict[str, Any]] = []
+    most_tokens: int | None = None
     for number in _numbers(most):
         found: float | None = None
         try:
             if number == 1:
                 found = _seconds_alone(plans[0], bases, rows)
             else:
-                batches = batches or _batches(plans[0], bases, rows)
+                if not batches:
+                    batches, most_tokens = _batches(plans[0], bases, rows)
                 while len(models) < number:
                     models.append(adapt(plans[len(models)].run, bases.copy(run))[0].train())
-                found = _joint_seconds(JointStep(bases.of(run), run), models, batches) / number
+                found = _joint_seconds(JointStep(bases.of(run), run), models, batches, most_tokens) / number
         except torch.OutOfMemoryError as error:
             traceback.clear_frames(error.__traceback__)
         for model in models:
@@ -212,16 +237,22 @@ def _trainer(
     return build_trainer(run, RunFolder(Path(folder)), data=rows.read(plan.run), shared=shared)
 
 
-def _joint_seconds(step: JointStep, models: Sequence[Any], batches: Sequence[dict[str, Any]]) -> float:
-    return _seconds(lambda batch: step.run([Member(model, batch) for model in models]), batches)
+def _joint_seconds(
+    step: JointStep, models: Sequence[Any], batches: Sequence[dict[str, Any]], most_tokens: int | None
+) -> float:
+    def run(batch: dict[str, Any]) -> None:
+        step.run([Member(model, batch, most_tokens=most_tokens) for model in models])
+
+    return _seconds(run, batches)
 
 
-def _batches(plan: TrialPlan, bases: Bases, rows: TrialRows) -> list[dict[str, Any]]:
-    """Return the first batches of a trial, as its trainer makes them."""
+def _batches(plan: TrialPlan, bases: Bases, rows: TrialRows) -> tuple[list[dict[str, Any]], int | None]:
+    """Return the first batches of a trial, as its trainer makes them, and the most tokens that one can have."""
     with TemporaryDirectory() as folder:
         trainer = _trainer(plan, bases, rows, folder, {}, _nobody_meets)
         loader = iter(trainer.get_train_dataloader())
-        return [batch for _, batch in zip(range(_TIMED_GPU), loader, strict=False)]
+        batches = [batch for _, batch in zip(range(_TIMED_GPU), loader, strict=False)]
+        return batches, max_forward_tokens(trainer)
 
 
 def _nobody_meets(member: Any) -> Any:

@@ -35,7 +35,7 @@ def measured(monkeypatch):
             yield from times.items()
 
         monkeypatch.setattr(together, "_times", of_numbers)
-        monkeypatch.setattr(together, "_most_that_fit", lambda sweep, num_trials: fit)
+        monkeypatch.setattr(together, "_most_that_fit", lambda *_: fit)
         monkeypatch.setattr(together, "base_fallback_reason", lambda base: None)
         given = sweep(num_trials, training={"max_steps": steps})
         return choose(given, given.trials, NoBase(), TrialRows())
@@ -64,6 +64,24 @@ def test_as_many_share_a_step_as_pays(measured, times, number, why):
 
 def test_what_fits_limits_them(measured):
     assert measured({1: 0.1, 2: 0.05}, fit=2).why.endswith("no more than 2 fit")
+    assert measured({1: 0.1, 2: 0.2}, fit=2).why.endswith("no more than 2 fit"), "more may pay"
+
+
+def test_as_many_fit_as_the_rows_take_not_as_the_longest_that_may_be(tmp_path, monkeypatch):
+    place = sweep_place(tmp_path)
+    planned, plan_of = [], together.plan_together
+    monkeypatch.setattr(together, "plan_together", lambda given: (planned.append(given), plan_of(given))[1])
+    lengths = []
+    for number, changes in enumerate(({"max_length": None}, {"max_length": 1024}, {"max_length": 24})):
+        given = tiny_sweep(place, tmp_path / str(number), {"grid": {"adapter.rank": [2, 3]}}, **changes)
+        rows = TrialRows()
+        together._most_that_fit(given, given.trials, Bases(), rows)
+        tokenized = rows.read(given.trials[0].run).made.tokenized["train"]
+        lengths.append(max(map(len, tokenized["input_ids"])))
+        assert {trial.run.training["max_length"] for trial in planned[-1].trials} == {lengths[-1]}
+        assert {trial.run.training["max_length"] for trial in given.trials} == {changes["max_length"]}
+    assert lengths[0] == lengths[1] < 1024
+    assert lengths[2] == 24
 
 
 @pytest.mark.parametrize(("fit", "number"), [(3, 3), (32, 8)])
@@ -74,7 +92,7 @@ def test_nothing_is_measured_where_that_would_take_a_large_part_of_the_sweep(mea
 
 
 def test_a_first_trial_that_cannot_be_trained_ends_nothing(monkeypatch):
-    monkeypatch.setattr(together, "_most_that_fit", lambda sweep, num_trials: 3)
+    monkeypatch.setattr(together, "_most_that_fit", lambda *_: 3)
     monkeypatch.setattr(together, "base_fallback_reason", lambda base: None)
     given = sweep(4, data={"train": ["nothing.jsonl"]})
     choice = choose(given, given.trials, NoBase(), TrialRows())
@@ -87,7 +105,7 @@ def test_a_trial_alone_is_its_own_trainers_step(tmp_path, monkeypatch):
     place = sweep_place(tmp_path)
     given = tiny_sweep(place, tmp_path / "sweep", {"grid": {"adapter.rank": [2, 3]}}, learning_rate=1e6)
     met = []
-    monkeypatch.setattr(together, "_joint_seconds", lambda step, models, batches: met.append(len(models)) or 1.0)
+    monkeypatch.setattr(together, "_joint_seconds", lambda step, models, *_: met.append(len(models)) or 1.0)
     found = dict(together._times(given.trials, Bases(), TrialRows(), 2))
     assert met == [2], "no joint step of one"
     assert found[1] is not None

@@ -44,6 +44,8 @@ class Member:
         model: Its model: its adapter in a copy of the base that `share_base` made.
         inputs: Its micro-batch, as its data collator made it, on any device.
         divisor: What its summed loss is divided by; None: the number of its supervised tokens.
+        most_tokens: How many tokens, padding included, a micro-batch of it can have at most; None if unknown: then
+            fused layers recompute all that they can.
         gradient: `[n]`, the gradients of the trained parameters one after another, in the order of
             `model.parameters()`, where a step gives them so, in place of `grad`. The next step may write over it.
     """
@@ -51,6 +53,7 @@ class Member:
     model: PeftModel
     inputs: Mapping[str, Any]
     divisor: Tensor | float | None = None
+    most_tokens: int | None = None
     gradient: Tensor | None = None
 
 
@@ -125,7 +128,7 @@ class JointStep:
         """Return the losses of members in the order of their rows; gradients are the parameters'."""
         self._eager_steps += 1
         if self._eager_steps == 2:
-            self._fit_memory()
+            self._fit_memory([member.most_tokens for member in sorted_members])
         batch = joint_batch([member.inputs for member in sorted_members], flat=self._takes_flat_rows())
         with torch.enable_grad():
             losses = self._losses(batch, [member.divisor for member in sorted_members])
@@ -216,13 +219,13 @@ class JointStep:
             # not the reentrant kind: pairs are made outside of what is recomputed
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
 
-    def _fit_memory(self) -> None:
+    def _fit_memory(self, most_tokens: Sequence[int | None]) -> None:
         """Let fused layers keep what fits beside the first step of these trials; optimizers have their state by now."""
         free, self._free = self._free, None
-        longest = self.training["max_length"]
-        if free is None or longest is None:
+        known = [number for number in most_tokens if number is not None]
+        if free is None or len(known) < len(most_tokens):
             return
-        tokens = len(self._members) * self.training["per_device_train_batch_size"] * longest
+        tokens = sum(known)
         report = fit_memory(self.model, free.after_step(self.model, tokens), tokens)
         line = f"{len(self._members)} trials in a step: {report}"
         if report is not None and line != self._said:  # the model is made anew for every other trial

@@ -4,12 +4,13 @@ All else of a step is its own: rows, the loss's divisor, checks, clipping, the o
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from transformers import Trainer
 
+from lsr_scale.training.callbacks.memory import max_forward_tokens
 from lsr_scale.training.checkpoint.trained_state import base_optimizer
 from lsr_scale.training.steps.flat_adamw import FlatAdamW, clip
 from lsr_scale.training.steps.head_loss import at_least_one
@@ -30,6 +31,7 @@ class MeetingSteps(_Base):
 
     meet: Meet | None = None
     _trained: list[torch.nn.Parameter]
+    _most_tokens: int | None = None
 
     def get_optimizer_cls_and_kwargs(self, args: Any, model: Any = None) -> tuple[Any, Any]:
         """Return the optimizer's class and options; AdamW's is `FlatAdamW`, equal in value."""
@@ -41,6 +43,7 @@ class MeetingSteps(_Base):
         if self.meet is not None:
             self._hooked = True  # `FiniteCheck`'s hooks on gradients: those of a joint step are zeroed after it
             self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            self._most_tokens = max_forward_tokens(cast(Trainer, self))
             model.train()  # all of it: PEFT puts adapters in training mode into a base that is not
             vars(model)["zero_grad"] = self._drop_joint_gradients  # the module's own walks over all modules
         return model, loader
@@ -81,7 +84,7 @@ class MeetingSteps(_Base):
             supervised = inputs["head"]["known"]["supervised"]
             num_items_in_batch = supervised.numel() * self.current_gradient_accumulation_steps
         before = self._take_away()
-        member = Member(model, inputs, at_least_one(num_items_in_batch))
+        member = Member(model, inputs, at_least_one(num_items_in_batch), self._most_tokens)
         loss = self.meet(member)
         self._skip = self.is_skipped(loss, inputs)  # `FiniteCheck` then logs a loss of 0
         self._take_gradients(member, before, zeros=self._skip)

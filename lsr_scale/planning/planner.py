@@ -225,6 +225,11 @@ def count(run: RunConfig, trace: bool = True) -> Counted:
     if trace and step.memory is None:
         reason = f"they could not be counted for this model ({step.failure})"
         notes.append(f"activations and workspace come on top, {reason}")
+    elif trace and longest_row(training) is None:
+        notes.append(
+            f"training.max_length is null: activations and workspace are of rows of {UNKNOWN_LENGTH:,} tokens; set it "
+            "to what yours have"
+        )
     steps = step.memory or dict.fromkeys((False, True), memory.StepMemory(0, 0))
     if training["method"] == "orpo" and trace and not step.fused:
         # bfloat16 logits, their log-softmax, and the gradient

@@ -381,6 +381,12 @@ def test_a_warning_names_sides_larger_than_their_dense_form_once_per_shape():
 
 
 @pytest.mark.usefixtures("counts_only", "two_layers")
+def test_a_warning_names_the_length_that_rows_are_supposed_to_have():
+    (line,) = plan(run(MISTRAL, LSR, {"max_length": None})).warnings
+    assert line.startswith("training.max_length is null: activations and workspace are of rows of 1,024 tokens")
+
+
+@pytest.mark.usefixtures("counts_only", "two_layers")
 def test_a_warning_names_an_optimizer_that_is_counted_as_adamw():
     assert plan(run(MISTRAL, LSR)).warnings == []
     (line,) = plan(run(MISTRAL, LSR, {"optim": "adamw_bnb_8bit"})).warnings

@@ -82,25 +82,23 @@ def converse(
     while True:
         try:
             turn = read()
+            command = turn.strip()
+            if command in ("/exit", "/quit"):
+                return
+            if command == "/reset":
+                chat.reset()
+                note("the conversation is forgotten")
+            elif re.fullmatch(r"/[a-z]+", command):
+                note(f"no command {command}; {HELP}")
+            elif command:
+                answered(turn, chat.say(turn))
         except EOFError:
             return
-        except KeyboardInterrupt:
+        except KeyboardInterrupt:  # not in an answer, which ends by it, but before it or after
             if not interactive:
                 raise
             note(HELP)
-            continue
-        command = turn.strip()
-        if command in ("/exit", "/quit"):
-            return
-        if command == "/reset":
-            chat.reset()
-            note("the conversation is forgotten")
-        elif re.fullmatch(r"/[a-z]+", command):
-            note(f"no command {command}; {HELP}")
-        elif command:
-            try:
-                answered(turn, chat.say(turn))
-            except UserError as error:
-                if not interactive:
-                    raise
-                note(f"{error}; /reset forgets the conversation")
+        except UserError as error:
+            if not interactive:
+                raise
+            note(f"{error}; /reset forgets the conversation")

@@ -22,6 +22,7 @@ from lsr_scale.generation.sampling import Sampling
 from lsr_scale.layers.frozen_linear import FrozenLinear4bit, dequantize_all, dequantized_bytes
 from lsr_scale.model import load_base
 from lsr_scale.model.tokenizer import end_tokens
+from lsr_scale.run import chat as chat_module
 from lsr_scale.run import generator as generators
 from lsr_scale.run.chat import Chat, converse
 from lsr_scale.run.evaluate import evaluate_run
@@ -427,6 +428,23 @@ def test_a_conversation_is_kept_reset_and_left(place):
     converse(chat, lines("/reset", "/exit", "never said"), notes.append)
     assert chat.messages == [{"role": "system", "content": "Be brief."}]
     assert len(chat.answers) == 2
+
+
+def test_ctrl_c_just_before_an_answer_or_after_it_leaves_nothing(place, monkeypatch):
+    chat, notes, presses = chat_of(place), [], []
+
+    def press(*_):
+        presses.append(1)
+        raise KeyboardInterrupt
+
+    converse(chat, lines("a knife?", "a saw?"), notes.append, press)
+    assert [turn["role"] for turn in chat.messages] == ["user", "assistant"] * 2
+    monkeypatch.setattr(chat_module, "Streamer", press)
+    converse(chat, lines("a nail?"), notes.append)
+    assert notes == [chat_module.HELP] * len(presses) == [chat_module.HELP] * 3
+    assert len(chat.messages) == 4, "a turn without an answer is forgotten"
+    with pytest.raises(KeyboardInterrupt):
+        converse(chat, lines("a nail?"), notes.append, interactive=False)
 
 
 def test_ctrl_c_stops_an_answer_and_keeps_what_was_said(place, monkeypatch):

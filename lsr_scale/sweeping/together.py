@@ -48,6 +48,21 @@ class Choice:
     why: str
 
 
+@dataclass(frozen=True)
+class FirstBatches:
+    """A trial's first batches, as its trainer makes them, and what is known of all; None where that is unknown.
+
+    Attributes:
+        batches: The batches.
+        longest: Tokens of its longest row.
+        most_tokens: Tokens that a batch can have at most.
+    """
+
+    batches: list[dict[str, Any]]
+    longest: int | None
+    most_tokens: int | None
+
+
 def choose(sweep: Sweep, plans: Sequence[TrialPlan], bases: Bases, rows: TrialRows) -> Choice:
     """Return how many of some trials share a step.
 
@@ -78,27 +93,38 @@ def choose(sweep: Sweep, plans: Sequence[TrialPlan], bases: Bases, rows: TrialRo
         return Choice(1, "trials are trained one after the other: one runs fused, the other cannot")
     if wanted != "auto":
         return Choice(min(wanted, num_trials), "")
-    most = _most_that_fit(sweep, plans, bases, rows)
+    first, why = None, ""
+    try:
+        first = _first_batches(plans[0], bases, rows)
+    except (UserError, torch.OutOfMemoryError) as error:
+        why = _nothing_measured(plans[0], error)
+    most = _most_that_fit(sweep, plans, first)
     if most < 2:
         return Choice(1, "trials are trained one after the other: no more than one fits")
-    try:
-        steps, measured = num_trials * _num_steps(plans[0].run, rows), sum(_numbers(most)) * sum(_num_timed())
-        if measured <= MOST_OF_A_SWEEP * steps:
-            return _measured(plans, bases, rows, most)
-        why = f"measuring what pays would take {measured:,} steps of a trial, and all take {steps:,}"
-    except UserError as error:  # the first trial's, in whose row it will stand
-        why = f"nothing was measured, as {plans[0].name} cannot be trained: {without_advice(str(error))}"
+    if first is not None:
+        try:
+            steps, measured = num_trials * _num_steps(plans[0].run, rows), sum(_numbers(most)) * sum(_num_timed())
+            if measured <= MOST_OF_A_SWEEP * steps:
+                return _measured(plans, bases, rows, most, first)
+            why = f"measuring what pays would take {measured:,} steps of a trial, and all take {steps:,}"
+        except UserError as error:
+            why = _nothing_measured(plans[0], error)
     number = min(most, UNMEASURED)
     return Choice(number, f"{number} trials share a step: {why}")
 
 
-def _most_that_fit(sweep: Sweep, plans: Sequence[TrialPlan], bases: Bases, rows: TrialRows) -> int:
+def _nothing_measured(first: TrialPlan, error: Exception) -> str:
+    """Return why, where the first trial cannot be trained; the whole error will stand in its row."""
+    return f"nothing was measured, as {first.name} cannot be trained: {without_advice(str(error))}"
+
+
+def _most_that_fit(sweep: Sweep, plans: Sequence[TrialPlan], first: FirstBatches | None) -> int:
     """Return how many fit the memory that is free now, by the plan of the largest; what memory says itself comes later.
 
     What the plan cannot count does not limit them.
     """
     with suppress(UserError):
-        planned = plan_together(_of_real_rows(sweep, plans, bases, rows))
+        planned = plan_together(sweep if first is None else _of_real_rows(sweep, first))
         if planned.one.traced:
             if torch.cuda.is_available():
                 most = planned.most(torch.cuda.get_device_properties(0).total_memory / 2**30)
@@ -109,7 +135,7 @@ def _most_that_fit(sweep: Sweep, plans: Sequence[TrialPlan], bases: Bases, rows:
     return len(plans)
 
 
-def _of_real_rows(sweep: Sweep, plans: Sequence[TrialPlan], bases: Bases, rows: TrialRows) -> Sweep:
+def _of_real_rows(sweep: Sweep, first: FirstBatches) -> Sweep:
     """Return a sweep of which a plan counts rows as long as the longest one is.
 
     Rows are often far shorter than max_length, and where that is null a plan can only suppose how long they are.
@@ -117,18 +143,15 @@ def _of_real_rows(sweep: Sweep, plans: Sequence[TrialPlan], bases: Bases, rows: 
     runs = [trial.run for trial in sweep.trials]
     if differ_in_rows(runs, "final_loss") or runs[0].training.get("packing"):
         return sweep  # another trial's may be longer; a pack is as long as it may be
-    longest = None
-    with suppress(UserError), TemporaryDirectory() as folder:  # what is wrong with a trial is said of it later
-        longest, _ = row_lengths(_trainer(plans[0], bases, rows, folder, {}, _nobody_meets))
 
     def shorter(trial: TrialPlan) -> TrialPlan:
-        training = {**trial.run.training, "max_length": longest or trial.run.training["max_length"]}
+        training = {**trial.run.training, "max_length": first.longest or trial.run.training["max_length"]}
         return replace(trial, run=trial.run.model_copy(update={"training": training}))
 
     return replace(sweep, trials=[shorter(trial) for trial in sweep.trials])
 
 
-def _measured(plans: Sequence[TrialPlan], bases: Bases, rows: TrialRows, most: int) -> Choice:
+def _measured(plans: Sequence[TrialPlan], bases: Bases, rows: TrialRows, most: int, first: FirstBatches) -> Choice:
     """Return the choice by the time that its own step, and a joint step of 2, 4, ... trials, take a trial.
 
     A joint step costs something that its trials share, so two may gain nothing where eight do: what ends the search is
@@ -136,7 +159,7 @@ def _measured(plans: Sequence[TrialPlan], bases: Bases, rows: TrialRows, most: i
     """
     seconds: dict[int, float] = {}
     best, slower, ended = 1, 0, f"no more than {most} fit" if most < len(plans) else "there are no more"
-    for number, of_a_trial in _times(plans, bases, rows, most):
+    for number, of_a_trial in _times(plans, bases, rows, most, first):
         if of_a_trial is None:
             ended = f"{number} do not fit"
             break
@@ -175,23 +198,21 @@ def _num_steps(run: RunConfig, rows: TrialRows) -> int:
     return math.ceil(len(rows.read(run).train) / of_a_step * training["num_train_epochs"])
 
 
-def _times(plans: Sequence[TrialPlan], bases: Bases, rows: TrialRows, most: int) -> Iterator[tuple[int, float | None]]:
+def _times(
+    plans: Sequence[TrialPlan], bases: Bases, rows: TrialRows, most: int, first: FirstBatches
+) -> Iterator[tuple[int, float | None]]:
     """Yield numbers of trials and the seconds that a step takes one of so many, None where memory ran out."""
     run = plans[0].run
     models: list[Any] = []
-    batches: list[dict[str, Any]] = []
-    most_tokens: int | None = None
     for number in _numbers(most):
         found: float | None = None
         try:
             if number == 1:
                 found = _seconds_alone(plans[0], bases, rows)
             else:
-                if not batches:
-                    batches, most_tokens = _batches(plans[0], bases, rows)
                 while len(models) < number:
                     models.append(adapt(plans[len(models)].run, bases.copy(run))[0].train())
-                found = _joint_seconds(JointStep(bases.of(run), run), models, batches, most_tokens) / number
+                found = _joint_seconds(JointStep(bases.of(run), run), models, first) / number
         except torch.OutOfMemoryError as error:
             traceback.clear_frames(error.__traceback__)
         for model in models:
@@ -237,22 +258,24 @@ def _trainer(
     return build_trainer(run, RunFolder(Path(folder)), data=rows.read(plan.run), shared=shared)
 
 
-def _joint_seconds(
-    step: JointStep, models: Sequence[Any], batches: Sequence[dict[str, Any]], most_tokens: int | None
-) -> float:
+def _joint_seconds(step: JointStep, models: Sequence[Any], first: FirstBatches) -> float:
     def run(batch: dict[str, Any]) -> None:
-        step.run([Member(model, batch, most_tokens=most_tokens) for model in models])
+        step.run([Member(model, batch, most_tokens=first.most_tokens) for model in models])
 
-    return _seconds(run, batches)
+    return _seconds(run, first.batches)
 
 
-def _batches(plan: TrialPlan, bases: Bases, rows: TrialRows) -> tuple[list[dict[str, Any]], int | None]:
-    """Return the first batches of a trial, as its trainer makes them, and the most tokens that one can have."""
+def _first_batches(plan: TrialPlan, bases: Bases, rows: TrialRows) -> FirstBatches:
+    """Return the first batches of a trial.
+
+    Raises:
+        UserError: where its trainer cannot be made.
+    """
     with TemporaryDirectory() as folder:
         trainer = _trainer(plan, bases, rows, folder, {}, _nobody_meets)
         loader = iter(trainer.get_train_dataloader())
         batches = [batch for _, batch in zip(range(_TIMED_GPU), loader, strict=False)]
-        return batches, max_forward_tokens(trainer)
+        return FirstBatches(batches, row_lengths(trainer)[0], max_forward_tokens(trainer))
 
 
 def _nobody_meets(member: Any) -> Any:

@@ -6,7 +6,7 @@ import torch
 from lsr_scale.config.trials import sweep_from_dict
 from lsr_scale.sweeping import together
 from lsr_scale.sweeping.bases import Bases
-from lsr_scale.sweeping.together import Choice, choose
+from lsr_scale.sweeping.together import Choice, FirstBatches, choose
 from lsr_scale.training.trial_rows import TrialRows
 from tests.helpers.tiny_sweeps import sweep_place, tiny_sweep
 
@@ -30,11 +30,12 @@ def measured(monkeypatch):
     """Return a function that returns the choice for times (seconds a trial by number), None where memory ran out."""
 
     def measured(times, num_trials=8, fit=8, steps=1_000):
-        def of_numbers(plans, bases, rows, most):
+        def of_numbers(plans, bases, rows, most, first):
             assert (len(plans), most) == (num_trials, fit)
             yield from times.items()
 
         monkeypatch.setattr(together, "_times", of_numbers)
+        monkeypatch.setattr(together, "_first_batches", lambda *_: FirstBatches([], None, None))
         monkeypatch.setattr(together, "_most_that_fit", lambda *_: fit)
         monkeypatch.setattr(together, "base_fallback_reason", lambda base: None)
         given = sweep(num_trials, training={"max_steps": steps})
@@ -75,7 +76,7 @@ def test_as_many_fit_as_the_rows_take_not_as_the_longest_that_may_be(tmp_path, m
     for number, changes in enumerate(({"max_length": None}, {"max_length": 1024}, {"max_length": 24})):
         given = tiny_sweep(place, tmp_path / str(number), {"grid": {"adapter.rank": [2, 3]}}, **changes)
         rows = TrialRows()
-        together._most_that_fit(given, given.trials, Bases(), rows)
+        together._most_that_fit(given, given.trials, together._first_batches(given.trials[0], Bases(), rows))
         tokenized = rows.read(given.trials[0].run).made.tokenized["train"]
         lengths.append(max(map(len, tokenized["input_ids"])))
         assert {trial.run.training["max_length"] for trial in planned[-1].trials} == {lengths[-1]}
@@ -106,7 +107,8 @@ def test_a_trial_alone_is_its_own_trainers_step(tmp_path, monkeypatch):
     given = tiny_sweep(place, tmp_path / "sweep", {"grid": {"adapter.rank": [2, 3]}}, learning_rate=1e6)
     met = []
     monkeypatch.setattr(together, "_joint_seconds", lambda step, models, *_: met.append(len(models)) or 1.0)
-    found = dict(together._times(given.trials, Bases(), TrialRows(), 2))
+    bases, rows = Bases(), TrialRows()
+    found = dict(together._times(given.trials, bases, rows, 2, together._first_batches(given.trials[0], bases, rows)))
     assert met == [2], "no joint step of one"
     assert found[1] is not None
 
@@ -134,7 +136,8 @@ def test_numbers_of_trials_are_measured_on_the_real_base(tmp_path):
     bases = Bases()
     base = bases.of(given.trials[0].run)
     before = {name: parameter.clone() for name, parameter in base.named_parameters()}
-    found = dict(together._times(given.trials, bases, TrialRows(), 3))
+    rows = TrialRows()
+    found = dict(together._times(given.trials, bases, rows, 3, together._first_batches(given.trials[0], bases, rows)))
     assert list(found) == [1, 2, 3]
     assert all(seconds is not None and seconds > 0 for seconds in found.values())
     assert bases.of(given.trials[1].run) is base

@@ -15,13 +15,13 @@ from lsr_scale.config.training.yaml_types import members_of
 from lsr_scale.config.yaml_text import KeyPath, Places, dotted, dump, place_of
 from lsr_scale.errors import did_you_mean, shortened
 
-# Names from axolotl, LLaMA-Factory, PEFT, bitsandbytes and older transformers, and what they are called here.
-# values of model.quantization by what other trainers call them
+# Values of model.quantization as other trainers call them, and what they are here.
 _VALUES_ELSEWHERE = {
     **dict.fromkeys(("4", "4bit", "4-bit", "int4", "qlora"), "nf4"),
     **dict.fromkeys(("8", "8bit", "8-bit"), "int8"),
     **dict.fromkeys(("16", "16bit", "bf16", "bfloat16", "fp16", "float16", "None"), "none"),
 }
+# Names from axolotl, LLaMA-Factory, PEFT, bitsandbytes and older transformers, and what they are called here.
 _ELSEWHERE: dict[str, str] = {
     **{name: f"adapter.{option}" for name, option in option_names.ELSEWHERE.items()},
     "base_model": "model.name",

@@ -62,13 +62,12 @@ def joined_rows(examples: Any) -> Any:
     rows = [one for one in examples if len(one["input_ids"])]  # the array of an empty row has another dtype
     if not rows:
         return examples
+    ids, labels = ([one.get(name, one["input_ids"]) for one in rows] for name in ("input_ids", "labels"))
     lengths = chain.from_iterable(one.get("seq_lengths", [len(one["input_ids"])]) for one in rows)
     return [
         {
-            **{
-                name: np.concatenate([one.get(name, one["input_ids"]) for one in rows])
-                for name in ("input_ids", "labels")
-            },
+            "input_ids": np.concatenate(ids),
+            "labels": np.concatenate(labels),
             "seq_lengths": [int(length) for length in lengths if length],
         }
     ]

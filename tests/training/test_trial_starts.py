@@ -133,6 +133,8 @@ def test_steps_are_measured_without_a_start(place, tmp_path, monkeypatch, comput
     grid = {"training.learning_rate": [1e-3, 2e-3], "adapter": [adapter_of_sweep(place)]}
     given = tiny_sweep(place, tmp_path / "sweep", {"grid": grid})
     assert all(trial.run.adapter.options["init"] == "gradient" for trial in given.trials)
-    monkeypatch.setattr(together, "_joint_seconds", lambda step, models, batches: 1.0)
-    assert set(dict(together._times(given.trials, Bases(), TrialRows(), 2))) == {1, 2}
+    monkeypatch.setattr(together, "_joint_seconds", lambda *_: 1.0)
+    bases, rows = Bases(), TrialRows()
+    first = together._first_batches(given.trials[0], bases, rows)
+    assert set(dict(together._times(given.trials, bases, rows, 2, first))) == {1, 2}
     assert computed == []

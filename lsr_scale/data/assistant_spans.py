@@ -22,7 +22,7 @@ from typing import Any
 import jinja2
 from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
 
-from lsr_scale.data.conversations import is_empty
+from lsr_scale.data.conversations import has_no_weight, is_empty
 from lsr_scale.data.rows import RowError
 from lsr_scale.errors import UserError
 from lsr_scale.model.tokenizer import render_chat
@@ -136,7 +136,8 @@ class AssistantSpans:
             position, done = position + len(body), stop
         if text != _with_bodies(skeleton, places, text, spans):
             raise self._untold(turns[-1] if turns else 0)
-        return text, [span for turn, span in zip(turns, spans, strict=True) if turn >= learned_from]
+        learned = [turn >= learned_from and not has_no_weight(messages[turn]) for turn in turns]
+        return text, [span for span, is_learned in zip(spans, learned, strict=True) if is_learned]
 
     def learned_header(self) -> str:
         """Return what a template without a generation prompt writes in front of the assistant's text: it is learned."""
@@ -196,6 +197,15 @@ class AssistantSpans:
                 "the chat template's {% generation %} marks nothing of this conversation; put it around the "
                 "assistant's text and end token"
             )
+        unlearned = [has_no_weight(turn) for turn in messages if turn["role"] == "assistant"]
+        if any(unlearned):
+            if len(marked) != len(unlearned):
+                raise RowError(
+                    "the chat template's {% generation %} does not mark each of the assistant's turns once, so that "
+                    "one with weight 0 cannot be told; take the marks out of a copy of the template and set "
+                    "model.chat_template to that"
+                )
+            marked = [span for span, is_left in zip(marked, unlearned, strict=True) if not is_left]
         return texts[0], list(marked)
 
     def _render(self, messages: Sequence[Message], tools: list[Any] | None, **options: Any) -> str:

@@ -2,7 +2,8 @@
 
 A converted row is what an Arrow table holds without loss: each message a mapping of texts, `tools` and each message's
 `tool_calls` as JSON (as structs, two calls with different arguments would get each other's names). `as_messages` and
-`listed_tools` return them as chat templates take them.
+`listed_tools` return them as chat templates take them. A turn of the assistant that is not to be learned has `weight:
+"0"`.
 """
 
 import json
@@ -74,7 +75,8 @@ def _message(value: object, place: str) -> dict[str, str]:
         speaker = str(value["from"])
         if speaker not in SPEAKERS:
             raise RowError(f"unknown speaker {speaker!r:.60} in {place}; {did_you_mean(speaker, SPEAKERS)}")
-        value = {"role": SPEAKERS[speaker], "content": value.get("value")}
+        others = {name: item for name, item in value.items() if name not in ("from", "value")}
+        value = {**others, "role": SPEAKERS[speaker], "content": value.get("value")}
     role = value.get("role")
     if role not in ROLES:
         raise RowError(f"unknown role {role!r:.60} in {place}; {did_you_mean(str(role)[:60], ROLES)}")
@@ -84,13 +86,28 @@ def _message(value: object, place: str) -> dict[str, str]:
     message = {"role": role, "content": _content(value.get("content"), place, may_be_missing=bool(calls))}
     if calls:
         message["tool_calls"] = json.dumps(_tool_calls(calls, place), ensure_ascii=False)
+    if not _is_learned(value, place):
+        message["weight"] = "0"
     for name, item in value.items():
-        if name in ("role", "content", "tool_calls") or item is None:
+        if name in ("role", "content", "tool_calls", "weight") or item is None:
             continue
         if not isinstance(item, str):
-            raise RowError(f"expected a text under {name!r:.60} in {place}, got {item!r:.60}; remove it")
+            advice = "remove it, or, if it says whether the turn is learned, write it as weight: 0 or 1"
+            raise RowError(f"expected a text under {name!r:.60} in {place}, got {item!r:.60}; {advice}")
         message[name] = item
     return message
+
+
+def _is_learned(message: Mapping[str, Any], place: str) -> bool:
+    """Read a message's `weight`, as OpenAI's rows have it: 0 for a turn of the assistant that is not to be learned."""
+    weight = message.get("weight")
+    if weight is None or (message["role"] != "assistant" and weight == 0):
+        return True
+    if isinstance(weight, str) or weight not in (0, 1):
+        raise RowError(f"expected 0 (not learned) or 1 under 'weight' in {place}, got {weight!r:.60}")
+    if message["role"] != "assistant":
+        raise RowError(f"weight 1 in {place}, whose role is {message['role']}; the assistant's turns alone are learned")
+    return weight == 1
 
 
 def _content(content: object, place: str, may_be_missing: bool) -> str:
@@ -147,13 +164,21 @@ def check_learnable(messages: Sequence[Mapping[str, str]], key: str) -> None:
     """Raise where the turns to be learned hold no text, in their content or in what they have beside it."""
     if not messages:
         raise RowError(f"no assistant turn under {key!r}: there is nothing to learn")
+    messages = [message for message in messages if not has_no_weight(message)]
+    if not messages:
+        raise RowError(f"each assistant turn under {key!r} has weight 0: there is nothing to learn")
     if all(is_empty(message) for message in messages):
         raise RowError(f"expected something to learn under {key!r}, got empty assistant turns")
 
 
 def is_empty(message: Mapping[str, Any]) -> bool:
     """Tell whether a message holds nothing but white space: no content, no call, nothing beside them."""
-    return not any(text and str(text).strip() for name, text in message.items() if name != "role")
+    return not any(text and str(text).strip() for name, text in message.items() if name not in ("role", "weight"))
+
+
+def has_no_weight(message: Mapping[str, Any]) -> bool:
+    """Tell whether a message of a converted row is the assistant's and not to be learned."""
+    return message.get("weight") == "0"
 
 
 def tools_of(row: Row) -> dict[str, str]:

@@ -12,7 +12,7 @@ from accelerate import PartialState
 
 from lsr_scale.data.assistant_spans import render
 from lsr_scale.data.chat_tokens import CONVERSATIONS_COLUMNS, is_conversations, tokenize_conversations
-from lsr_scale.data.conversations import as_messages, is_empty, listed_tools
+from lsr_scale.data.conversations import as_messages, has_no_weight, is_empty, listed_tools
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -212,7 +212,8 @@ def _count_turns(dataset: "Dataset") -> TokenCounts:
         for messages in dataset[name]:
             turns += len(messages)
             if name != "prompt":
-                of_assistant = [is_empty(turn) for turn in messages if turn["role"] == "assistant"]
+                weighed = [turn for turn in messages if turn["role"] == "assistant" and not has_no_weight(turn)]
+                of_assistant = [is_empty(turn) for turn in weighed]
                 empty, learned = empty + sum(of_assistant), learned + len(of_assistant) - sum(of_assistant)
     return TokenCounts(turns=turns, assistant_turns=learned, empty_turns=empty)
 

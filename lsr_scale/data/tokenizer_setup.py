@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 from transformers import PreTrainedTokenizerBase
 
 from lsr_scale.data.assistant_spans import TRAINING_DATE, AssistantSpans, render
-from lsr_scale.data.chat_tokens import CONVERSATIONS
-from lsr_scale.data.conversations import listed_tools, messages_of
+from lsr_scale.data.chat_tokens import CONVERSATIONS, CONVERSATIONS_COLUMNS
+from lsr_scale.data.conversations import as_messages, has_no_weight, listed_tools, messages_of
 from lsr_scale.data.formats import KIND_MEANING, Kind
 from lsr_scale.data.preferences import COMPLETIONS, kind_of
 from lsr_scale.data.rows import RowError
@@ -17,6 +17,8 @@ from lsr_scale.model.tokenizer import undefined_names
 if TYPE_CHECKING:
     from datasets import Dataset
 
+# what messages have beside their text: who said it, which call it answers
+_NO_TEXTS = {"role", "content", "tool_calls", "tool_call_id", "name", "id", "weight"}
 WITH_TEMPLATE = (*CONVERSATIONS, "chat_preference", "chat_unpaired", "chat_prompts")
 
 
@@ -98,6 +100,11 @@ def template_notes(dataset: "Dataset", tokenizer: PreTrainedTokenizerBase, assis
         "in a copy of it and set model.chat_template to it"
         for missing in undefined_names(tokenizer, messages)
     ]
+    if left_out := _unwritten_names(dataset, tokenizer):
+        notes.append(
+            f"the chat template writes nothing of what messages have under {', '.join(map(repr, left_out))}; where the "
+            "model is to learn or read it, put it into the content, or set model.chat_template to a Jinja file"
+        )
     if assistant_only and (header := AssistantSpans(tokenizer).learned_header()):
         notes.append(
             f"the chat template has no generation prompt, so the assistant learns to write {header[:60]!r} itself; "
@@ -109,6 +116,28 @@ def template_notes(dataset: "Dataset", tokenizer: PreTrainedTokenizerBase, assis
             "they are the same tomorrow"
         )
     return notes
+
+
+def _unwritten_names(dataset: "Dataset", tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Return the names of messages' texts, such as reasoning_content, of which the chat template writes nothing."""
+    texts: dict[str, dict[str, Any]] = {}
+    for column in CONVERSATIONS_COLUMNS:
+        if column not in dataset.column_names:
+            continue
+        names = set(dataset.features[column].feature) - _NO_TEXTS  # pyright: ignore[reportAttributeAccessIssue]
+        for message in (message for row in dataset[column] for message in row) if names - set(texts) else ():
+            texts |= {name: message for name in names - set(texts) if (message[name] or "").strip()}
+    return [name for name, message in sorted(texts.items()) if not _writes(tokenizer, message, name)]
+
+
+def _writes(tokenizer: PreTrainedTokenizerBase, message: Mapping[str, Any], name: str) -> bool:
+    """Tell whether the chat template writes what a message has under a name, where that is the last one."""
+    mark, (turn,) = "Zq7f3axqZ", as_messages([message])
+    before = [] if turn["role"] != "assistant" else [{"role": "user", "content": "a"}]
+    try:
+        return mark in render(tokenizer, [*before, {**turn, name: mark}])
+    except UserError:  # no conversation that the template takes
+        return True
 
 
 def row_check(
@@ -161,6 +190,10 @@ def row_check(
             return
         messages, learned_from = messages_of(row)
         tools = listed_tools(row.get("tools"))
+        if not assistant_only and any(map(has_no_weight, messages)):
+            raise RowError(
+                "a turn has weight 0, but training.assistant_only_loss: false learns every turn; leave one of them out"
+            )
         try:
             if learned_from:
                 render(tokenizer, messages[:learned_from], tools, add_generation_prompt=True)

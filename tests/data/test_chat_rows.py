@@ -4,9 +4,11 @@ import json
 
 import pytest
 
+from lsr_scale.data.chat_tokens import tokenize_conversations
 from lsr_scale.data.conversations import messages_of
 from lsr_scale.data.formats import build_dataset
-from lsr_scale.data.tokenizer_setup import row_check
+from lsr_scale.data.token_counts import count_tokens
+from lsr_scale.data.tokenizer_setup import row_check, template_notes
 from lsr_scale.errors import UserError
 from tests.data.test_assistant_spans import CALL, FAMILIES, TOOLS, tokenizer_of
 from tests.helpers.tiny_runs import write_rows
@@ -66,7 +68,18 @@ def test_a_last_turn_of_the_user_two_in_a_row_and_an_empty_answer_are_taken(tmp_
             {},
             "an object, or its JSON, as arguments",
         ),
-        ([ASK, {**ANSWER, "weight": 1}], {}, r"expected a text under 'weight' in messages\[1\], got 1; remove it"),
+        (
+            [ASK, {**ANSWER, "weight": 0.5}],
+            {},
+            r"expected 0 \(not learned\) or 1 under 'weight' in messages\[1\], got 0\.5",
+        ),
+        ([{**ASK, "weight": 1}, ANSWER], {}, r"weight 1 in messages\[0\], whose role is user"),
+        ([ASK, {**ANSWER, "weight": 0}], {}, "each assistant turn under 'messages' has weight 0"),
+        (
+            [ASK, {**ANSWER, "train": False}],
+            {},
+            r"a text under 'train' in messages\[1\], got False; .*as weight: 0 or 1",
+        ),
         ([ASK, ANSWER], {"tools": "no JSON"}, "expected a list of tools"),
     ],
 )
@@ -104,3 +117,52 @@ def test_tools_that_a_template_does_not_write_are_refused(tmp_path):
     assert read(tmp_path, row) == [[ASK, ANSWER]]
     with pytest.raises(UserError, match=r"line 1: the chat template does not write 'tools'; take a model"):
         read(tmp_path, row, family="llama3")
+
+
+@pytest.mark.parametrize("sharegpt", [False, True])
+def test_a_turn_of_weight_0_is_read_and_not_learned(tmp_path, sharegpt):
+    turns = [ASK, {**ANSWER, "content": "Wrong."}, ASK, ANSWER]
+    weights = [0, 0, None, 1.0]
+    row: dict[str, object] = {"messages": [{**turn, "weight": w} for turn, w in zip(turns, weights, strict=True)]}
+    if sharegpt:
+        pairs = zip(turns, weights, strict=True)
+        row = {"conversations": [{"from": turn["role"], "value": turn["content"], "weight": w} for turn, w in pairs]}
+    source = write_rows(tmp_path / "rows.jsonl", [row])
+    for family in ("qwen2_5", "llama3", "mistral_v03"):
+        tokenizer = tokenizer_of(FAMILIES[family])
+        dataset, _ = build_dataset([source], check=row_check(tokenizer))
+        made = tokenize_conversations(dataset, tokenizer)
+        plain = tokenizer.apply_chat_template(turns, return_dict=True)["input_ids"]
+        assert made[0]["input_ids"] == plain
+        learned = tokenizer.decode([token for token in made[0]["labels"] if token != -100])
+        assert "Sunny." in learned
+        assert "Wrong" not in learned
+        counts = count_tokens(made, tokenizer, {})
+        assert (counts.assistant_turns, counts.turns) == (1, 4)
+    with pytest.raises(UserError, match=r"line 1: a turn has weight 0, but training\.assistant_only_loss: false"):
+        build_dataset([source], check=row_check(tokenizer, assistant_only=False))
+
+
+def test_a_template_with_marks_of_its_own_leaves_turns_of_weight_0_out(tmp_path):
+    row = {"messages": [ASK, {**ANSWER, "content": "Wrong.", "weight": 0}, ASK, ANSWER]}
+    source = write_rows(tmp_path / "rows.jsonl", [row])
+    tokenizer = tokenizer_of(FAMILIES["qwen2_5"])
+    marked = "{% for m in messages %}{{ m.role }}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+    tokenizer.chat_template = f"{marked}{{% endgeneration %}}{{% else %}}{{{{ m.content }}}}{{% endif %}}{{% endfor %}}"
+    dataset, _ = build_dataset([source], check=row_check(tokenizer))
+    (labels,) = tokenize_conversations(dataset, tokenizer)["labels"]
+    assert tokenizer.decode([token for token in labels if token != -100]) == "Sunny."
+    tokenizer.chat_template = (
+        "{% generation %}{% for m in messages %}{{ m.role }}{{ m.content }}{% endfor %}{% endgeneration %}"
+    )
+    with pytest.raises(UserError, match=r"line 1: .* does not mark each of the assistant's turns once"):
+        build_dataset([source], check=row_check(tokenizer))
+
+
+def test_what_a_template_writes_nothing_of_is_said_and_what_it_writes_is_not(tmp_path):
+    thoughtful = {**ANSWER, "reasoning_content": "hm", "name": "bob"}
+    source = write_rows(tmp_path / "rows.jsonl", [{"messages": [ASK, ANSWER]}, {"messages": [ASK, thoughtful]}])
+    dataset, _ = build_dataset([source])
+    (note,) = template_notes(dataset, tokenizer_of(FAMILIES["qwen2_5"]))
+    assert "writes nothing of what messages have under 'reasoning_content'; " in note
+    assert template_notes(dataset, tokenizer_of(FAMILIES["qwen3"])) == []

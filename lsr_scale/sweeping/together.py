@@ -26,7 +26,7 @@ from lsr_scale.planning.together import plan_together
 from lsr_scale.run.folder import RunFolder
 from lsr_scale.sweeping.bases import Bases
 from lsr_scale.training.assembly import adapt, build_trainer
-from lsr_scale.training.callbacks.memory import max_forward_tokens, row_lengths
+from lsr_scale.training.callbacks.memory import max_forward_tokens
 from lsr_scale.training.shared import Shared
 from lsr_scale.training.steps.joint import JointStep, Member
 from lsr_scale.training.steps.meeting import Meet
@@ -54,12 +54,10 @@ class FirstBatches:
 
     Attributes:
         batches: The batches.
-        longest: Tokens of its longest row.
         most_tokens: Tokens that a batch can have at most.
     """
 
     batches: list[dict[str, Any]]
-    longest: int | None
     most_tokens: int | None
 
 
@@ -136,17 +134,18 @@ def _most_that_fit(sweep: Sweep, plans: Sequence[TrialPlan], first: FirstBatches
 
 
 def _of_real_rows(sweep: Sweep, first: FirstBatches) -> Sweep:
-    """Return a sweep of which a plan counts rows as long as the longest one is.
+    """Return a sweep of which a plan counts rows as long as those of the largest batch that there can be.
 
     Rows are often far shorter than max_length, and where that is null a plan can only suppose how long they are.
     """
     runs = [trial.run for trial in sweep.trials]
-    if differ_in_rows(runs, "final_loss") or runs[0].training.get("packing"):
-        return sweep  # another trial's may be longer; a pack is as long as it may be
+    if first.most_tokens is None or differ_in_rows(runs, "final_loss"):
+        return sweep  # another trial's may be longer
 
     def shorter(trial: TrialPlan) -> TrialPlan:
-        training = {**trial.run.training, "max_length": first.longest or trial.run.training["max_length"]}
-        return replace(trial, run=trial.run.model_copy(update={"training": training}))
+        training = trial.run.training
+        length = math.ceil((first.most_tokens or 0) / training["per_device_train_batch_size"])
+        return replace(trial, run=trial.run.model_copy(update={"training": {**training, "max_length": length}}))
 
     return replace(sweep, trials=[shorter(trial) for trial in sweep.trials])
 
@@ -275,7 +274,7 @@ def _first_batches(plan: TrialPlan, bases: Bases, rows: TrialRows) -> FirstBatch
         trainer = _trainer(plan, bases, rows, folder, {}, _nobody_meets)
         loader = iter(trainer.get_train_dataloader())
         batches = [batch for _, batch in zip(range(_TIMED_GPU), loader, strict=False)]
-        return FirstBatches(batches, row_lengths(trainer)[0], max_forward_tokens(trainer))
+        return FirstBatches(batches, max_forward_tokens(trainer))
 
 
 def _nobody_meets(member: Any) -> Any:

@@ -145,7 +145,7 @@ def test_packed_documents(lengths, ids):
     compare(*models("nf4", "lsr"), ids.reshape(1, -1), position_ids=positions)
 
 
-@pytest.mark.parametrize("lengths", [(30, 7, 51, 20, 148) * 4, (700, 324)])
+@pytest.mark.parametrize("lengths", [(30, 7, 51, 20, 148) * 8, (1400, 648)])
 def test_packed_documents_where_a_layer_runs_unfused(lengths, ids, monkeypatch):
     chosen = []
     run = document_mask.attention
@@ -155,7 +155,7 @@ def test_packed_documents_where_a_layer_runs_unfused(lengths, ids, monkeypatch):
     model, exact = models("nf4", "lsr")
     model.get_base_model().model.layers[1].mlp.register_forward_hook(lambda *_: None)
     positions = torch.cat([torch.arange(n) for n in lengths]).cuda()[None]
-    compare(model, exact, ids.reshape(1, -1), unfused=1, position_ids=positions)
+    compare(model, exact, ids.reshape(1, -1).repeat(1, 2), unfused=1, position_ids=positions)
     assert chosen == ["packed" if len(lengths) > 2 else "flash"] * 2  # in evaluation and in training
 
 

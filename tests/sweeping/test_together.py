@@ -1,5 +1,7 @@
 """How many trials share a step: what is asked for, what cannot be, what fits, and what pays."""
 
+import math
+
 import pytest
 import torch
 
@@ -35,7 +37,7 @@ def measured(monkeypatch):
             yield from times.items()
 
         monkeypatch.setattr(together, "_times", of_numbers)
-        monkeypatch.setattr(together, "_first_batches", lambda *_: FirstBatches([], None, None))
+        monkeypatch.setattr(together, "_first_batches", lambda *_: FirstBatches([], None))
         monkeypatch.setattr(together, "_most_that_fit", lambda *_: fit)
         monkeypatch.setattr(together, "base_fallback_reason", lambda base: None)
         given = sweep(num_trials, training={"max_steps": steps})
@@ -72,17 +74,19 @@ def test_as_many_fit_as_the_rows_take_not_as_the_longest_that_may_be(tmp_path, m
     place = sweep_place(tmp_path)
     planned, plan_of = [], together.plan_together
     monkeypatch.setattr(together, "plan_together", lambda given: (planned.append(given), plan_of(given))[1])
-    lengths = []
-    for number, changes in enumerate(({"max_length": None}, {"max_length": 1024}, {"max_length": 24})):
-        given = tiny_sweep(place, tmp_path / str(number), {"grid": {"adapter.rank": [2, 3]}}, **changes)
+    of_a_batch = {"per_device_train_batch_size": 4, "max_length": None}
+    found = []
+    for number, changes in enumerate(({}, {"max_length": 1024}, {"max_length": 24}, {"padding_free": True})):
+        given = tiny_sweep(place, tmp_path / str(number), {"grid": {"adapter.rank": [2, 3]}}, **of_a_batch | changes)
         rows = TrialRows()
         together._most_that_fit(given, given.trials, together._first_batches(given.trials[0], Bases(), rows))
-        tokenized = rows.read(given.trials[0].run).made.tokenized["train"]
-        lengths.append(max(map(len, tokenized["input_ids"])))
-        assert {trial.run.training["max_length"] for trial in planned[-1].trials} == {lengths[-1]}
-        assert {trial.run.training["max_length"] for trial in given.trials} == {changes["max_length"]}
-    assert lengths[0] == lengths[1] < 1024
-    assert lengths[2] == 24
+        lengths = sorted(map(len, rows.read(given.trials[0].run).made.tokenized["train"]["input_ids"]))
+        found.append((lengths, *{trial.run.training["max_length"] for trial in planned[-1].trials}))
+        assert {trial.run.training["max_length"] for trial in given.trials} == {(of_a_batch | changes)["max_length"]}
+    (lengths, longest), (_, limited), (_, cut), (_, joined) = found
+    assert longest == limited == lengths[-1] < 1024
+    assert cut == 24
+    assert joined == math.ceil(sum(lengths[-4:]) / 4) < longest, "joined rows are not padded to the longest"
 
 
 @pytest.mark.parametrize(("fit", "number"), [(3, 3), (32, 8)])

@@ -46,7 +46,10 @@ def train(base: Any, models: list[Any], said: list[str], **training: Any) -> tup
     data = [packed(seed) for seed in range(len(models))]
     losses: list[list[float]] = [[] for _ in models]
     for number in range(STEPS):
-        members = [Member(model, of_trial[number], 50.0) for model, of_trial in zip(models, data, strict=True)]
+        members = [
+            Member(model, of_trial[number], 50.0, most_tokens=3 * 32)
+            for model, of_trial in zip(models, data, strict=True)
+        ]
         for own, loss in zip(losses, step.run(members), strict=True):
             own.append(float(loss))
         for member in members:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -86,12 +87,21 @@ class FitMemoryCallback(TrainerCallback):
 def max_forward_tokens(trainer: Trainer, sequences: int = 1) -> int | None:
     """Return the most tokens, padding included, that one forward pass of a trainer can have, None if unknown.
 
+    That is as many of its longest rows as a batch has where they are joined (`padding_free`), and where they are padded
+    so many times its longest one: a batch of very many short rows has far fewer.
+
     Args:
         trainer: The trainer.
         sequences: How many a row has: chosen and rejected are two.
     """
-    longest = row_lengths(trainer)[0]
-    return None if longest is None else longest * sequences * trainer.args.per_device_train_batch_size
+    lengths, rows = _lengths(trainer), trainer.args.per_device_train_batch_size
+    if lengths is None:
+        longest = row_lengths(trainer)[0]
+        return None if longest is None else longest * sequences * rows
+    if not getattr(trainer, "padding_free", False):
+        return int(lengths.max(initial=0)) * sequences * rows
+    tokens, multiple = int(np.sort(lengths)[-rows:].sum()), getattr(trainer.args, "pad_to_multiple_of", None) or 1
+    return -(-tokens // multiple) * multiple
 
 
 # TRL's columns of what is behind a prompt; KTO's KL has another row's completion there
@@ -103,16 +113,23 @@ def row_lengths(trainer: Trainer) -> tuple[int | None, float | None]:
 
     Of a row with several completions that is with the longest one.
     """
+    lengths = _lengths(trainer)
+    if lengths is None:
+        generated = getattr(trainer, "longest_row", None)  # with what it generates
+        most = generated if generated is not None else getattr(trainer.args, "max_length", None)
+        return most, most
+    return (int(lengths.max()), float(lengths.mean())) if len(lengths) else (0, 0.0)
+
+
+def _lengths(trainer: Trainer) -> np.ndarray | None:
+    """Return the tokens of each training row, None where they are not to be had."""
     rows: Any = trainer.train_dataset
-    if (longest := getattr(trainer, "longest_row", None)) is not None:  # with what it generates
-        return longest, longest
-    limit = getattr(trainer.args, "max_length", None)
     names = getattr(rows, "column_names", None) or ()
     # SFT's, or ORPO's, whole; else completions behind a prompt
     whole = [name for name in ("input_ids", "chosen_input_ids", "rejected_input_ids") if name in names]
     completions = [name for name in COMPLETIONS if name in names]
-    if not whole and not completions:
-        return limit, limit
+    if getattr(trainer, "longest_row", None) is not None or not (whole or completions):
+        return None
     import pyarrow.compute as compute
 
     arrow: Any = compute
@@ -120,5 +137,5 @@ def row_lengths(trainer: Trainer) -> tuple[int | None, float | None]:
     longest = lengths[0] if len(lengths) == 1 else arrow.max_element_wise(*lengths)
     if not whole:
         longest = arrow.add(longest, arrow.list_value_length(rows.data.column("prompt_ids")))
-    most, mean = (getattr(arrow, name)(longest).as_py() or 0 for name in ("max", "mean"))
-    return most if limit is None else min(most, limit), mean
+    found, limit = longest.to_numpy(), getattr(trainer.args, "max_length", None)
+    return found if limit is None else np.minimum(found, limit)

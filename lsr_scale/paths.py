@@ -47,6 +47,11 @@ def user_path(text: str | Path, where: str = "") -> Path:
     return path
 
 
+def looks_local(name: str) -> bool:
+    """Tell whether a name can be none of the hub, which has one slash or none."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
 def is_special_file(path: Path) -> bool:
     """Tell whether something lies here that is no file and no folder: a pipe, a socket or a device; never opens it."""
     return path.exists() and not path.is_file() and not path.is_dir()

@@ -4,15 +4,33 @@ from collections.abc import Iterator, Sequence
 
 from lsr_scale.config import RunConfig
 from lsr_scale.config.trials import Sweep, TrialPlan
-from lsr_scale.data.sources import check_is_there
+from lsr_scale.data.sources import check_is_there, nearest_sibling
 from lsr_scale.errors import UserError
+from lsr_scale.paths import looks_local, user_path
 
 
 def missing_sources(run: RunConfig) -> Iterator[tuple[str, str]]:
-    """Yield the dotted key of each list of sources in which one is not there, and what is wrong with it.
+    """Yield the dotted key of each path, and list of sources, in which one is not there, and what is wrong with it.
 
-    A dataset of the hub is not looked for.
+    Models and datasets of the hub are not looked for. Where a run writes to is a path that can be made.
     """
+    name, prompts = run.model.name, run.eval.prompts
+    # and whether something has to lie there
+    paths = {
+        "model.name": (name, looks_local(name)),
+        "model.chat_template": (run.model.chat_template, True),
+        "adapter.start_from": (run.adapter.start_from, True),
+        "eval.prompts": (prompts if isinstance(prompts, str) else None, True),
+        "training.output_dir": (run.training["output_dir"], False),
+    }
+    for key, (text, is_read) in paths.items():
+        try:
+            path = None if text is None else user_path(text)
+        except UserError as error:
+            yield key, str(error)
+            continue
+        if path is not None and is_read and not path.exists():
+            yield key, f"{text!r}: no such file or folder; {nearest_sibling(path)}"
     parts = {"data.train": run.data.train, "data.validation": run.data.validation, "eval.tasks": run.eval.tasks}
     for key, sources in parts.items():
         for source in sources or ():

@@ -16,7 +16,7 @@ from lsr_scale.data.readers import SUFFIXES, check_regular, label_names, names_o
 from lsr_scale.data.rows import FilePart, Provenance, Rows
 from lsr_scale.data.tasks import TASKS, Task, check_task
 from lsr_scale.errors import UserError, did_you_mean
-from lsr_scale.paths import user_path
+from lsr_scale.paths import looks_local, user_path
 
 BUILTIN = "builtin:commonsense"
 # by name, the module beside this one whose rows(split) they are, "train" or "heldout"
@@ -96,7 +96,7 @@ def check_is_there(path: str) -> None:
         return
     local = _local_path(path)
     if not local.exists() and _looks_local(path):
-        raise UserError(f"data source {path!r}: no such file or folder; {_nearest_sibling(local)}")
+        raise UserError(f"data source {path!r}: no such file or folder; {nearest_sibling(local)}")
 
 
 def _refuse_hub_keys(path: str, name: str | None, revision: str | None) -> None:
@@ -111,7 +111,7 @@ def _check_optional_task(task: str | None, path: str) -> None:
 
 
 def _looks_local(path: str) -> bool:
-    return path.startswith((".", "/", "~")) or path.count("/") > 1 or "\\" in path or suffix(Path(path)) is not None
+    return looks_local(path) or "\\" in path or suffix(Path(path)) is not None
 
 
 def _local_path(path: str) -> Path:
@@ -130,7 +130,8 @@ def _local_path(path: str) -> Path:
     return local
 
 
-def _nearest_sibling(path: Path) -> str:
+def nearest_sibling(path: Path) -> str:
+    """Return in words what is near a path that is not there."""
     folder = path.parent
     if not folder.is_dir():
         return f"the folder {str(folder)!r} does not exist either (paths are relative to {str(Path.cwd())!r})"

@@ -9,7 +9,7 @@ from lsr_scale.errors import UserError, did_you_mean
 from lsr_scale.model import builtin
 from lsr_scale.model.folder_checks import check_folder
 from lsr_scale.model.known_configs import known_names
-from lsr_scale.paths import user_path
+from lsr_scale.paths import looks_local, user_path
 
 NAME_FORMS = "a hub name (organization/model), a local folder with a config.json, or builtin:smollm2-135m-instruct"
 
@@ -36,13 +36,13 @@ def local_folder(name: str) -> Path | None:
         return path
     if path.is_file():
         raise UserError(f"model.name {name!r}: expected {NAME_FORMS}, got a file; give the folder that it lies in")
-    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
-    if not looks_local:
+    is_local = looks_local(name)
+    if not is_local:
         try:
             validate_repo_id(name)
             return None
         except hub.HFValidationError:
             pass
     near = did_you_mean(name, [*known_names(), *(builtin.PREFIX + model for model in builtin.MODELS)])
-    what = "there is no such folder" if looks_local else "this is none"
+    what = "there is no such folder" if is_local else "this is none"
     raise UserError(f"model.name {name!r}: expected {NAME_FORMS}; {what}; {near}")

@@ -13,7 +13,7 @@ from lsr_scale.data.rows import Rows
 from lsr_scale.data.split import split_by_hash
 from lsr_scale.data.tasks import TASKS
 from lsr_scale.errors import UserError, quoted, shortened
-from lsr_scale.paths import user_path
+from lsr_scale.paths import looks_local, user_path
 
 Kind = Literal["chat", "classify", "commonsense"]
 KINDS: tuple[Kind, ...] = ("chat", "classify", "commonsense")
@@ -120,8 +120,8 @@ def look_at_data(sources: Sequence[str], kind: Kind | None) -> DataFacts:
 def _is_here(source: str) -> bool:
     """Tell whether a source is to be read now: it exists, or is written like a file, whose absence is a mistake."""
     path = user_path(source, "--data")
-    looks_local = source.startswith((".", "/", "~")) or source.count("/") > 1 or suffix(Path(source)) is not None
-    return path.exists() or looks_local or source.startswith("builtin:")
+    is_local = looks_local(source) or suffix(Path(source)) is not None
+    return path.exists() or is_local or source.startswith("builtin:")
 
 
 def _kind_of(fitting: Sequence[Sequence[str]]) -> Kind:

@@ -540,6 +540,38 @@ def test_rows_of_a_run_that_are_not_there_are_noted_by_config(tenants, tmp_path,
     )
 
 
+PATHS = {
+    "model.name": ("~/models/llama", "'~/models/llama': no such file or folder"),
+    "model.chat_template": ("$TEMPLATES/a.jinja", "'$TEMPLATES/a.jinja': '$TEMPLATES' stands there as it is"),
+    "adapter.start_from": ("runs/first", "'runs/first': no such file or folder; "),
+    "eval.prompts": ("alice.txt", "'alice.txt': no such file or folder; did you mean 'alice.jsonl'?"),
+    "training.output_dir": (
+        "${HOME}/run",
+        "'${HOME}/run': '${HOME}' stands there as it is: only a shell fills in variables",
+    ),
+}
+
+
+def test_other_paths_of_a_run_that_are_not_there_are_noted_by_config(tenants, tmp_path, capsys):
+    (tmp_path / "one.yaml").write_text(MINIMAL)
+    changes = [word for key, (value, _) in PATHS.items() for word in ("--set", f"{key}={value}")]
+    assert main(["config", "one.yaml", *changes]) == 0
+    said = capsys.readouterr().err
+    for key, (_, words) in PATHS.items():
+        assert f"note: one.yaml: {key}: {words}" in said
+
+
+@pytest.mark.parametrize("key", ["adapter.start_from", "eval.prompts"])
+def test_other_paths_of_a_trial_that_are_not_there_are_named_before_anything_is_loaded(
+    tenants, key, monkeypatch, tmp_path, capsys
+):
+    monkeypatch.setattr("lsr_scale.sweeping.bases.load_base_for", None)
+    value, words = PATHS[key]
+    (tmp_path / "run.yaml").write_text(TENANTS.replace("carl.jsonl]", f"bob.jsonl], {key}: {value}"))
+    assert main(["sweep", tenants]) == 2
+    assert f"run.yaml:7: trial carol: {key}: {words}" in capsys.readouterr().err
+
+
 def test_preview_shows_the_trial_that_is_named(tenants, capsys):
     assert main(["preview", tenants, "--trial", "bob"]) == 0
     shown = capsys.readouterr()

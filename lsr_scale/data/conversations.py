@@ -26,10 +26,26 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 
 def conversation(row: Row) -> dict[str, Any]:
     """Return a row of messages, or of ShareGPT's conversations, as `{"messages"}`, and `tools` where it has them."""
-    key = "messages" if "messages" in row else "conversations"
-    messages = with_system(row, checked_messages(row.get(key), key))
+    key, turns = turns_of(row)
+    messages = with_system(row, checked_messages(turns, key))
     check_learnable([message for message in messages if message["role"] == "assistant"], key)
     return {"messages": messages, **tools_of(row)}
+
+
+def turns_of(row: Row) -> tuple[str, Any]:
+    """Return the column that has a row's conversation, and what it has, read where that is JSON, as in a CSV."""
+    key = next((name for name in ("messages", "conversations") if row.get(name) is not None), None)
+    if key is None:
+        columns = ", ".join(name for name, value in row.items() if value is not None)
+        raise RowError(f"nothing under 'messages' or 'conversations'; the row has {columns[:100] or 'nothing'}")
+    turns = row[key]
+    if isinstance(turns, str):
+        try:
+            read = json.loads(turns)
+        except (ValueError, RecursionError) as error:
+            raise RowError(f"expected a list of messages, or its JSON, under {key!r}, got {turns!r:.60}") from error
+        return key, read
+    return key, turns
 
 
 def with_system(row: Row, messages: list[dict[str, str]]) -> list[dict[str, str]]:

@@ -19,6 +19,7 @@ from lsr_scale.data.conversations import (
     checked_messages,
     conversation,
     tools_of,
+    turns_of,
     with_system,
 )
 from lsr_scale.data.labels import Labels, number_of
@@ -145,6 +146,10 @@ CONVERTERS: dict[str, Callable[[Row], dict[str, Any]]] = {
     "preference": preferences.preference,
     "unpaired": preferences.unpaired,
 }
+COLUMNS = (
+    "prompt and completion; messages; instruction and output; text; question, choices and answer; text and label; "
+    "prompt, chosen and rejected"
+)
 FORMATS = ("auto", "multiple_choice", "prompts", *CONVERTERS)
 
 
@@ -173,13 +178,17 @@ def fitting_formats(row: Row, method: str | None = None) -> list[str]:
         return ["preference"]
     if "unpaired" in taken and {"prompt", "completion"} <= keys:
         return ["unpaired"]
-    turns = next((row[key] for key in ("messages", "conversations") if isinstance(row.get(key), list)), None)
-    from_value = bool(turns) and isinstance(turns[0], Mapping) and "from" in turns[0]
+    try:
+        _, turns = turns_of(row)
+    except RowError:
+        turns = None
+    is_conversation = isinstance(turns, list)
+    from_value = isinstance(turns, list) and bool(turns) and isinstance(turns[0], Mapping) and "from" in turns[0]
     labelled_text = "label" in keys and "text" in keys
     fits = {
         "multiple_choice": is_uniform(row) or detect_task(row) is not None,
-        "messages": turns is not None and not from_value,
-        "sharegpt": turns is not None and from_value,
+        "messages": is_conversation and not from_value,
+        "sharegpt": from_value,
         "prompt_completion": {"prompt", "completion"} <= keys or _is_question_answer(row),
         "alpaca": bool(keys & {"instruction", "prompt", "query"}) and bool(keys & {"output", "response"}),
         "classification": "label" in keys
@@ -220,10 +229,12 @@ def _convert(
                     f"{where}: rows with the columns {columns} are not classification rows, which have a column label "
                     "and a text (text, sentence, or the pair sentence1 and sentence2); rename the columns"
                 )
-            what = f"fit more than one format ({', '.join(fits)})" if fits else "fit no format that is known"
-            raise UserError(
-                f"{where}: rows with the columns {columns} {what}; set format to one of: {', '.join(FORMATS[1:])}"
+            what = (
+                f"fit more than one format; set format to one of: {', '.join(fits)}"
+                if fits
+                else f"fit no format that is known; rename them: {COLUMNS}"
             )
+            raise UserError(f"{where}: rows with the columns {columns} {what}")
         data_format = fits[0]
     records, kinds = [], []
     taken = METHODS[method].rows if method else ()

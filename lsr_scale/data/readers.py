@@ -171,6 +171,11 @@ def _json_lines(path: Path, lines: Iterable[tuple[int, str]]) -> NumberedRows:
             raise UserError(
                 f"{where}: not valid JSON ({error.msg} at column {error.colno}); each line must be one JSON object"
             ) from None
+        if isinstance(row, list) and number == 1:
+            raise UserError(
+                f"{where}: expected an object {{...}}, got list; a file that is one list of rows ends in .json: "
+                "rename it"
+            )
         yield number, _object(row, where)
 
 

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from lsr_scale.data.classification import tokenize_classification
-from lsr_scale.data.formats import build_dataset, fitting_formats, load_source
+from lsr_scale.data.formats import COLUMNS, build_dataset, fitting_formats, load_source
 from lsr_scale.data.preview import preview
 from lsr_scale.data.tasks import TASKS, to_example
 from lsr_scale.data.tokenizer_setup import prepare_tokenizer
@@ -135,13 +135,32 @@ def test_hub_columns_are_multiple_choice(task):
     assert fitting_formats(HUB_ROWS[task][0]) == ["multiple_choice"]
 
 
-def test_unknown_and_ambiguous_rows_ask_for_a_format(built):
+@pytest.mark.parametrize("columns", COLUMNS.split("; "))
+def test_the_columns_that_are_proposed_are_detected(columns):
+    names = columns.replace(" and ", ", ").split(", ")
+    assert fitting_formats({name: CHAT["messages"] if name == "messages" else "a" for name in names})
+
+
+def test_a_conversation_may_be_json_in_a_text_as_a_csv_has_it(built):
+    messages = json.dumps(CHAT["messages"])
+    assert built([{"messages": messages}]) == built([CHAT])
+    assert fitting_formats({"conversations": json.dumps([{"from": "human", "value": "a"}])}) == ["sharegpt"]
     with pytest.raises(
-        UserError, match=r"columns col fit no format that is known; set format to one of: multiple_choice"
+        UserError, match=r"line 2: expected a list of messages, or its JSON, under 'messages', got '\[\{'"
     ):
+        built([{"messages": messages}, {"messages": "[{"}])
+
+
+def test_a_row_without_its_conversation_is_told_what_it_has(built):
+    with pytest.raises(UserError, match=r"line 2: nothing under 'messages' or 'conversations'; the row has prompt, "):
+        built([CHAT, PAIR])
+
+
+def test_unknown_and_ambiguous_rows_ask_for_a_format(built):
+    with pytest.raises(UserError, match=r"columns col fit no format .*; rename them: prompt and completion; messages;"):
         built([{"col": 1}])
     both = {"text": "a", "label": 1}
-    with pytest.raises(UserError, match=r"more than one format \(classification, text\)"):
+    with pytest.raises(UserError, match=r"more than one format; set format to one of: classification, text$"):
         built([both])
     assert built([both], data_format="text") == ([{"text": "a"}], "text")
     with pytest.raises(UserError, match="unknown format 'alpacca'; did you mean 'alpaca'"):

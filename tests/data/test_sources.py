@@ -139,6 +139,7 @@ def test_a_split_that_is_there_twice_is_refused(tmp_path):
     ("text", "message"),
     [
         ('{"a": 1}\n\n{"a": \n', r"a\.jsonl, line 3: not valid JSON"),
+        ('[{"a": 1}]', r"a\.jsonl, line 1: .* got list; a file that is one list of rows ends in \.json: rename it"),
         ('{"a": 1}\n[1, 2]\n', r"a\.jsonl, line 2: expected an object \{...\}, got list"),
         ("\n \n", "no rows in it"),
     ],

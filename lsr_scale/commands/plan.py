@@ -90,7 +90,7 @@ def _of_sweep(sweep: "Sweep", args: argparse.Namespace) -> int:
     card = args.card_gib or _own_card_gib()
     if args.json:
         together = {"trial": result.trial, "together_gib": result.totals(), "fit": card and result.most(card)}
-        together |= {"alone_because": result.alone_because}
+        together |= {"alone_because": result.alone_because or result.others}
         print(json.dumps({**asdict(result.one), **together}, indent=2))
         return 0
     console = Screen()
@@ -102,6 +102,8 @@ def _of_sweep(sweep: "Sweep", args: argparse.Namespace) -> int:
     else:
         totals = ", ".join(f"{number}: {gib:.2f} GiB" for number, gib in result.totals().items())
         console.print(f"trials that share a step: {totals}", soft_wrap=True)
+        if result.others:
+            console.print(result.others, soft_wrap=True)
     if card and result.one.traced:
         number = result.most(card)
         fits = "it fits" if result.alone_because else f"{number} share a step"

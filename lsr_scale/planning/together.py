@@ -10,7 +10,7 @@ from lsr_scale.config.trials import Sweep
 from lsr_scale.planning.fit import reserve
 from lsr_scale.planning.planner import Plan, plan
 from lsr_scale.planning.stages import GIB
-from lsr_scale.training.steps.sharing import sharing_fallback_reason
+from lsr_scale.training.steps.sharing import alone_words, own_fallback_reason, sharing_fallback_reason
 
 _BYTES_PER_PARAMETER = 4 * 4  # a float32 factor, its gradient and two moments
 
@@ -19,14 +19,17 @@ _BYTES_PER_PARAMETER = 4 * 4  # a float32 factor, its gradient and two moments
 class TogetherPlan:
     """The plan of a sweep's largest trial, and what each further one of its size adds, in GiB.
 
-    `alone_because` is why trials cannot share a step, as far as runs tell; then one is in memory at a time.
+    `alone_because` is why trials cannot share a step, as far as runs tell; then one is in memory at a time. Where some
+    can, `num_sharing` is how many, and `others` tells why the others are trained alone.
     """
 
     trial: str
     num_trials: int
     one: Plan
     further_gib: float
+    num_sharing: int
     alone_because: str | None = None
+    others: str | None = None
 
     def gib(self, number: int) -> float:
         """Return what so many take."""
@@ -34,7 +37,7 @@ class TogetherPlan:
 
     def totals(self) -> dict[int, float]:
         """Return what 1, 2, 4, ... of them take, and all."""
-        all_of_them = 1 if self.alone_because else self.num_trials
+        all_of_them = self.num_sharing
         numbers = [2**power for power in range(all_of_them.bit_length()) if 2**power < all_of_them]
         return {number: round(self.gib(number), 4) for number in [*numbers, all_of_them]}
 
@@ -43,7 +46,7 @@ class TogetherPlan:
         left = card - reserve(card) - max(self.one.memory_gib.total, self.one.memory_gib.loading)
         if left < 0 or self.alone_because:
             return int(left >= 0)
-        return min(self.num_trials, 1 + int(left / self.further_gib))
+        return min(self.num_sharing, 1 + int(left / self.further_gib))
 
 
 def plan_together(sweep: Sweep) -> TogetherPlan:
@@ -55,14 +58,16 @@ def plan_together(sweep: Sweep) -> TogetherPlan:
     adapters = {str(trial.run.adapter.model_dump()): trial for trial in sweep.trials}
     sizes = {name: plan(trial.run, trace=False).trainable_parameters for name, trial in adapters.items()}
     largest = adapters[max(sizes, key=lambda name: sizes[name])]
-    one, alone_because = plan(largest.run), sharing_fallback_reason([trial.run for trial in sweep.trials])
+    one, others = plan(largest.run), alone_words({trial.name: trial.run for trial in sweep.trials})
+    sharing = [trial.run for trial in sweep.trials if others is None or own_fallback_reason(trial.run) is None]
+    alone_because = sharing_fallback_reason(sharing)
     one = replace(one, table=[row for row in one.table if not beyond_a_trial(SHIPPED[row.stage])], sharded={})
     if alone_because:
-        return TogetherPlan(largest.name, len(sweep.trials), one, 0.0, alone_because)
+        return TogetherPlan(largest.name, len(sweep.trials), one, 0.0, 1, alone_because)
     rows = 2 * largest.run.training["per_device_train_batch_size"]
     twice = plan(
         largest.run.model_copy(update={"training": {**largest.run.training, "per_device_train_batch_size": rows}})
     )
     work = [part.memory_gib.activations + part.memory_gib.workspace for part in (one, twice)]
     further = work[1] - work[0] + one.trainable_parameters * _BYTES_PER_PARAMETER / GIB
-    return TogetherPlan(largest.name, len(sweep.trials), one, further)
+    return TogetherPlan(largest.name, len(sweep.trials), one, further, len(sharing), others=others)

@@ -31,7 +31,7 @@ from lsr_scale.sweeping.workers import num_workers
 from lsr_scale.training.callbacks.signals import Signals, Terminated
 from lsr_scale.training.shared import Shared
 from lsr_scale.training.steps.joint import JointStep
-from lsr_scale.training.steps.sharing import runs_fused
+from lsr_scale.training.steps.sharing import own_fallback_reason, runs_fused
 from lsr_scale.training.trainers import ignore_library_warnings
 from lsr_scale.training.trial_rows import TrialRows
 from lsr_scale.training.trial_starts import TrialStarts
@@ -102,6 +102,7 @@ class Driver:
         self._under_way: list[str] = []
         # those that cannot run fused share no step with those that can, and would run unfused with them
         self._is_fused = {one.name: runs_fused(one.run, torch.cuda.is_available()) for one in sweep.trials}
+        self._is_alone = {one.name: own_fallback_reason(one.run) is not None for one in sweep.trials}
         self._shared: tuple[int, Any] | None = None
         self._holds_ended = False  # memory of trials that have ended
 
@@ -143,15 +144,16 @@ class Driver:
         return plan.run.model_copy(update={"training": training})
 
     def _train_all(self) -> None:
-        """Train what there is to claim now, in this thread where no trials share a step."""
+        """Train what there is to claim now: first those that share steps, the others in this thread."""
         number, step = self._together()
         if number > 1:
             places, before = Places(step.run, number, self.signals), step.captures
-            places.work(self.next_start, self._ended_in_place)
+            places.work(lambda: self.next_start(lambda name: not self._is_alone[name]), self._ended_in_place)
             if step.captures != before:
                 self.board.say(describe_captures(*step.captures))
-            return
-        while not self.signals.received and (start := self.next_start()) is not None:
+        # others that can be claimed by then, such as after a rung, share steps in the next round
+        wanted = self._is_alone.__getitem__ if number > 1 else lambda name: True
+        while not self.signals.received and (start := self.next_start(wanted)) is not None:
             self.ended(start, _error_of(start))
 
     def _ended_in_place(self, end: Ended) -> None:
@@ -174,11 +176,11 @@ class Driver:
             self._shared = choice.number, step
         return self._shared
 
-    def next_start(self) -> TrialStart | None:
-        """Return the next trial of this process, None where there is none at the moment."""
+    def next_start(self, wanted: Callable[[str], bool]) -> TrialStart | None:
+        """Return the next trial of this process, of those that are wanted, None where there is none at the moment."""
         self._free_ended()
         kinds = {self._is_fused[name] for name in self._under_way}
-        trial = self.worker.claim(lambda name: not kinds or self._is_fused[name] in kinds)
+        trial = self.worker.claim(lambda name: wanted(name) and (not kinds or self._is_fused[name] in kinds))
         if trial is None:
             return None
         self._under_way.append(trial.name)

@@ -30,7 +30,13 @@ from lsr_scale.training.callbacks.memory import max_forward_tokens
 from lsr_scale.training.shared import Shared
 from lsr_scale.training.steps.joint import JointStep, Member
 from lsr_scale.training.steps.meeting import Meet
-from lsr_scale.training.steps.sharing import base_fallback_reason, runs_fused, sharing_fallback_reason
+from lsr_scale.training.steps.sharing import (
+    alone_words,
+    base_fallback_reason,
+    own_fallback_reason,
+    runs_fused,
+    sharing_fallback_reason,
+)
 from lsr_scale.training.trial_rows import TrialRows
 
 LEAST_GAIN = 0.05  # by which the time a trial has to fall for twice as many to share a step
@@ -62,7 +68,7 @@ class FirstBatches:
 
 
 def choose(sweep: Sweep, plans: Sequence[TrialPlan], bases: Bases, rows: TrialRows) -> Choice:
-    """Return how many of some trials share a step.
+    """Return how many of some trials share a step, of those that can; the others are trained alone.
 
     Args:
         sweep: The sweep, whose `together` decides where it is a number.
@@ -76,6 +82,17 @@ def choose(sweep: Sweep, plans: Sequence[TrialPlan], bases: Bases, rows: TrialRo
     wanted = sweep.section.together
     if wanted == 1 or len(plans) < 2:
         return Choice(1, "")
+    alone = alone_words({plan.name: plan.run for plan in plans})
+    if alone is None:
+        return _of_all(sweep, plans, bases, rows)
+    sharing = [plan for plan in plans if own_fallback_reason(plan.run) is None]
+    choice = _of_all(sweep, sharing, bases, rows)
+    return replace(choice, why="; ".join(filter(None, (choice.why, alone)))) if choice.number > 1 else choice
+
+
+def _of_all(sweep: Sweep, plans: Sequence[TrialPlan], bases: Bases, rows: TrialRows) -> Choice:
+    """Return the choice for trials of which all can share steps, or none."""
+    wanted = sweep.section.together
     reason = sharing_fallback_reason([plan.run for plan in plans])
     if reason is None:
         reason = base_fallback_reason(bases.of(plans[0].run))

@@ -59,6 +59,16 @@ def test_the_command_plans_a_sweep(tmp_path, capsys):
     assert main(["plan", str(file), "--gpus", "2"]) == 2
 
 
+def test_trials_that_share_no_step_are_counted_out(tmp_path, capsys):
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump({**RUN, "sweep": {"grid": {"adapter.dropout": [0, 0.1], "adapter.rank": [2, 16]}}}))
+    assert main(["plan", str(file), "--card-gib", "24"]) == 0
+    shown = capsys.readouterr().out
+    assert "trials that share a step: 1: " in shown
+    assert "trained alone, as they share no step: dropout=0.1,rank=2, dropout=0.1,rank=16 (adapter.dropout" in shown
+    assert "on a card of 24 GiB 2 share a step" in shown
+
+
 def test_trials_that_cannot_share_a_step_are_planned_one_after_the_other(tmp_path, capsys):
     training = {**RUN["training"], "compute": "fp8"}
     file = tmp_path / "run.yaml"

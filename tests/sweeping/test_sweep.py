@@ -393,6 +393,26 @@ def test_trials_that_cannot_run_fused_share_no_step_with_those_that_do(place, tm
     assert steps == [["LoraModel", "LsrModel"]] * 3 + [["KronaModel", "VeraModel"]] * 3
 
 
+@pytest.mark.parametrize("stop", [None, {"metric": "eval_loss", "after": 0.5, "keep": 0.9}], ids=["to the end", "rung"])
+def test_a_trial_that_shares_no_step_keeps_no_other_from_it(place, tmp_path, monkeypatch, capsys, stop):
+    steps = []
+    run = JointStep.run
+    monkeypatch.setattr(JointStep, "run", lambda self, members: steps.append(len(members)) or run(self, members))
+    entries = [{"name": "drops", "adapter": {**LORA, "dropout": 0.1}}, {"name": "lora", "adapter": LORA}]
+    section = {"list": [*entries, {"name": "lsr", "training.seed": 2}], "together": 3}
+    given = tiny_sweep(place, tmp_path / "sweep", section | ({"stop": stop} if stop else {}), max_steps=4)
+    folder = run_sweep(given, "run")
+    assert set(statuses(folder).values()) == {"finished"}
+    assert steps == [2] * 4
+    why = "adapter.dropout is not 0: its random numbers would not be those of the run alone; 0 lets it share steps"
+    assert f"note: trained alone, as they share no step: drops ({why})\n" in capsys.readouterr().out
+    # an evaluation draws a random number, so one at a rung changes which inputs are dropped from there on
+    for name in ("lora", "lsr") if stop else ("drops", "lora", "lsr"):
+        run_of = load_run(folder.trial(name).config)
+        alone = do(run_of.model_copy(update={"training": {**run_of.training, "output_dir": str(tmp_path / name)}}))
+        assert_alike(factors(alone), factors(folder.trial(name)))
+
+
 @pytest.mark.parametrize("together", [1, 2])
 def test_memory_is_freed_once_for_all_trials_that_ended_before_others_begin(place, tmp_path, monkeypatch, together):
     happened = []

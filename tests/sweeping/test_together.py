@@ -127,6 +127,16 @@ def test_a_number_is_taken_as_it_is(monkeypatch):
     assert choose(given, given.trials, Bases(), TrialRows()) == Choice(1, ""), "and no base is looked at"
 
 
+def test_many_that_share_no_step_are_counted(monkeypatch):
+    monkeypatch.setattr(together, "base_fallback_reason", lambda base: None)
+    section = {"grid": {"adapter.dropout": [0, 0.1], "training.seed": list(range(6))}, "together": 16}
+    given = sweep_from_dict({**RUN, "sweep": section})
+    choice = choose(given, given.trials, NoBase(), TrialRows())
+    assert choice.number == 6
+    named = ", ".join(f"dropout=0.1,seed={seed}" for seed in range(3))
+    assert choice.why.startswith(f"trained alone, as they share no step: {named} and 3 more (adapter.dropout")
+
+
 def test_a_reason_not_to_share_is_said():
     given = sweep(2, adapter={"method": "lora", "dropout": 0.1})
     choice = choose(given, given.trials, NoBase(), TrialRows())

@@ -1,6 +1,6 @@
 """Why runs cannot train in one step (`joint.py`); then they train one after the other, on one base in memory."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -25,6 +25,7 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
 _DROPOUTS = ("dropout", "lora_dropout", "rank_dropout", "module_dropout")
 # reporters that several runs of a process may have at a time
 _OF_A_RUN = {"tensorboard"}
+_SHOWN = 3  # runs that are named
 # layers whose rows depend on nothing but what attention lets them see
 _ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
 
@@ -35,7 +36,7 @@ def sharing_fallback_reason(runs: Sequence[RunConfig]) -> str | None:
     Any adapter methods, targets, ranks, scalings, data and optimizers may differ.
     """
     for run in runs:
-        reason = _own_reason(run)
+        reason = own_fallback_reason(run)
         if reason is not None:
             return reason
     first = runs[0]
@@ -56,6 +57,23 @@ def sharing_fallback_reason(runs: Sequence[RunConfig]) -> str | None:
     return None
 
 
+def alone_words(runs: Mapping[str, RunConfig]) -> str | None:
+    """Return which of some runs, by their names, share no step, and why, where others do; else None."""
+    named: dict[str, list[str]] = {}
+    for name, run in runs.items():
+        if reason := own_fallback_reason(run):
+            named.setdefault(reason, []).append(name)
+    if not named or len(runs) - sum(map(len, named.values())) < 2:
+        return None
+    reasons = [f"{_some(names)} ({reason})" for reason, names in named.items()]
+    return f"trained alone, as they share no step: {', '.join(reasons)}"
+
+
+def _some(names: list[str]) -> str:
+    left = len(names) - _SHOWN
+    return ", ".join(names[:_SHOWN]) + (f" and {left} more" if left > 0 else "")
+
+
 def runs_fused(run: RunConfig, pays: bool) -> bool:
     """Tell whether a run's layers can be fused: `training.fused` lets them be, and its adapter has a low-rank pair.
 
@@ -70,14 +88,15 @@ def runs_fused(run: RunConfig, pays: bool) -> bool:
     return has_pair and wants_fused(run.training, pays)
 
 
-def _own_reason(run: RunConfig) -> str | None:
+def own_fallback_reason(run: RunConfig) -> str | None:
+    """Return why a run shares no step, whatever the others are, naming the setting, or None."""
     if run.model.task != "causal_lm":
         return f"model.task: {run.model.task}, whose head is trained; only causal_lm shares a step"
     if run.training["method"] != "sft":
         return f"training.method: {run.training['method']}, whose loss is no mean over tokens; only sft shares a step"
     config: Any = adapters.peft_config(run.adapter.method, run.adapter.options, adapters.TASK_TYPES[run.model.task])
     if any(getattr(config, name, None) for name in _DROPOUTS):
-        return "adapter.dropout is not 0: its random numbers would not be those of the run alone"
+        return "adapter.dropout is not 0: its random numbers would not be those of the run alone; 0 lets it share steps"
     if config.modules_to_save:
         return "adapter.modules_to_save: each run has modules of its own"
     if others := [name for name in reporter_names(run.training.get("report_to")) if name not in _OF_A_RUN]:

@@ -179,11 +179,6 @@ class SweepSection(Section):
             for first, second in itertools.combinations(sources, 2)
             for key in sorted(sources[first] & sources[second])
         ]
-        problems += [
-            Problem(("list", index), "has a name and no dotted key; add what this trial changes")
-            for index, entry in enumerate(self.list)
-            if set(entry) == {"name"} and len(self.list) > 1 and not self.grid and self.random is None
-        ]
         raise_problems(problems)
         if (number := self.num_trials()) > MAX_TRIALS:
             raise ValueError(f"has {number:,} trials; expected at most {MAX_TRIALS:,}; random takes some of them")

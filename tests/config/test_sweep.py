@@ -65,6 +65,12 @@ def test_a_list_has_a_mapping_a_trial_and_needs_no_data_of_its_own_in_the_run(re
     assert sweep.base is None
 
 
+def test_a_trial_may_be_the_run_as_it_is(read):
+    first, second = read("list: [{name: plain}, {adapter.rank: 8}]").trials
+    assert (first.name, first.changes, first.run.adapter.options["rank"]) == ("plain", {}, 16)
+    assert (second.name, second.run.adapter.options["rank"]) == ("rank=8", 8)
+
+
 def test_a_list_and_a_grid_are_combined(read):
     names = [trial.name for trial in read(f"list: [{{name: a}}, {{adapter.rank: 8}}]\n  {SEEDS}").trials]
     assert names == ["a,seed=1", "a,seed=2", "rank=8,seed=1", "rank=8,seed=2"]
@@ -202,7 +208,7 @@ def test_names_that_would_be_equal_or_differ_in_case_alone_are_numbered():
             "list: [{name: A, training.seed: 1}, {name: a, training.seed: 2}]",
             "sweep.list.1.name: is the name of entry 0",
         ),
-        ("list: [{name: a}, {name: b}]", "sweep.list.0: has a name and no dotted key"),
+        ("list: [{name: a}, {name: b}]", "sweep: two trials are equal: a; remove one"),
         ("grid: {training.seed: [1, 1]}", "run.yaml:7: sweep: two trials are equal: seed=1 (training.seed: 1)"),
         ("list: [{training.seed: 42}, {adapter.rank: 16}]", "sweep: the trials seed=42 and rank=16 are one run"),
         (f"{SEEDS}\n  list: [{{training.seed: 1}}]", "sweep.list: training.seed is in grid too; keep one of them"),

@@ -52,7 +52,9 @@ def _of_completions(metrics: Metrics, title: str, size: tuple[float, float]) -> 
     other.spines[["top"]].set_visible(False)
     above.legend(frameon=False, fontsize=8.5)
     lines = [*below.lines, *other.lines]
-    below.legend(lines, [str(line.get_label()) for line in lines], frameon=False, fontsize=8.5)
+    # below the panel: "best" places it by the lines of one of the two axes alone
+    place = {"loc": "outside lower center", "ncols": len(lines)}
+    figure.legend(lines, [str(line.get_label()) for line in lines], frameon=False, fontsize=8.5, **place)
     return figure
 
 

@@ -59,6 +59,8 @@ def scores_figure(trials: Sequence[TrialState], metric: str, rates: dict[str, fl
     best = next((trial for trial in scored if trial.status == "finished"), None)
     # the best one's name may be longer than there is room beside its point
     heading = [title, *([f"star: {best.name}"] if best else [])]
+    if any(trial.status != "finished" for trial in scored):
+        heading.append("hollow: ended before its last step, with the score that it had by then")
     figure.suptitle("\n".join(picture_text(line) for line in heading), fontsize=10)
     axes = figure.subplots(1, 2, sharey=True)
     values = {

@@ -4,6 +4,7 @@ import matplotlib
 import pytest
 
 from lsr_scale.run.plots import SIZE, conditions_figure, curves_figure, loss_figure, smoothing, underflow_figure
+from lsr_scale.run.policy_plots import rewards_figure
 from tests.helpers.run_folders import losses, rewards
 
 
@@ -118,10 +119,15 @@ def test_long_names_stay_within_the_picture(length, size):
 
 
 def test_legends_lie_outside_of_the_panel():
-    for figure in (loss_figure(curves(), ""), curves_figure({"a": curves(), "b": curves()})):
+    rows = [
+        {"step": step, "reward": 0.5, "completions/mean_length": 8.0, "completions/clipped_ratio": 1.0}
+        for step in (1, 2)
+    ]
+    figures = (loss_figure(curves(), ""), curves_figure({"a": curves(), "b": curves()}), rewards_figure(rows, ""))
+    for figure in figures:
         figure.draw_without_rendering()
         (legend,) = figure.legends
-        assert not legend.get_window_extent().overlaps(figure.axes[0].get_window_extent())
+        assert not any(legend.get_window_extent().overlaps(axes.get_window_extent()) for axes in figure.axes)
 
 
 def test_the_user_s_backend_stays_what_it_is():

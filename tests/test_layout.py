@@ -1,6 +1,8 @@
 """What the layout promises, read off the source: no import circles, none upwards, and every import declared."""
 
 import ast
+import itertools
+import re
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -146,6 +148,21 @@ def test_kernels_know_tensors_only():
     for module, path in modules().items():
         if folder(module) == "kernels":
             assert {name.partition(".")[0] for name in names_imported(path)} - own <= {"torch", "triton"}, module
+
+
+def test_paths_in_commands_that_users_are_told_are_quoted():
+    """A folder's name may hold a space."""
+    commands = "train|sweep|eval|classify|generate|export|inspect|report|compare|preview|plan"
+    told, unquoted = re.compile(rf"lsr-scale ({commands}) $"), []
+    for module, path in modules().items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            parts = node.values if isinstance(node, ast.JoinedStr) else []
+            for before, value in itertools.pairwise(parts):
+                if isinstance(before, ast.Constant) and told.search(str(before.value)):
+                    written = ast.unparse(value).strip("f\"'{}")
+                    if written != "quoted" and not written.startswith("shlex.quote("):
+                        unquoted.append(f"{module}: {written}")
+    assert unquoted == []
 
 
 @pytest.mark.parametrize("package", [PACKAGE, "benchmarks"])

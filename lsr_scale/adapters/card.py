@@ -1,5 +1,6 @@
 """The model card beside an adapter, README.md: what it is, how it is loaded, and what the hub reads of it."""
 
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,7 @@ def loading(config: Any, folder: Path, code: Iterable[str]) -> list[str]:
             "lora": "as PEFT's LoRA, exactly, for vLLM and others",
             "merged": "merged into its base (its updates are of full rank, so no LoRA holds them)",
         }[to]
-        command = f"lsr-scale export {folder} --to {to} --out {to}"
+        command = f"lsr-scale export {shlex.quote(str(folder))} --to {to} --out {to}"
         lines += [f"Where `lsr_scale` is not installed: export it first, {what}:", "", "```", command, "```", ""]
     return lines
 

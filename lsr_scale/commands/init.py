@@ -112,9 +112,9 @@ def _default_name(source: str, method: str) -> str:
 def _next(out: str) -> list[tuple[Any, str]]:
     import shlex
 
-    file = shlex.quote(out)
+    quoted = shlex.quote(out)
     return [
-        (f"lsr-scale preview {file}", "what of the rows is learned"),
-        (f"lsr-scale plan {file}", "does it fit?"),
-        (f"lsr-scale train {file}", "an adapter"),
+        (f"lsr-scale preview {quoted}", "what of the rows is learned"),
+        (f"lsr-scale plan {quoted}", "does it fit?"),
+        (f"lsr-scale train {quoted}", "an adapter"),
     ]

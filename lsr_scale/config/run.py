@@ -1,6 +1,7 @@
 """The run as pydantic models: read a YAML file, apply `--set`, check all that needs no weights, write it back."""
 
 import functools
+import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -87,7 +88,7 @@ def read_run(path: str | Path, overrides: Iterable[str] | Mapping[str, Any] = ()
     if "sweep" in data:
         raise UserError(
             f"{places[('sweep',)]}: sweep: these are several runs, and one is expected here; all of them: lsr-scale "
-            f"sweep {path}; one: lsr-scale train trials/NAME/config.yaml of the sweep's folder"
+            f"sweep {shlex.quote(str(path))}; one: lsr-scale train trials/NAME/config.yaml of the sweep's folder"
         )
     path = find_run(path)
     return validate(data, str(path), places, path.parent), data

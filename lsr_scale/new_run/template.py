@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +39,12 @@ def run_text(model: ModelFacts, data: DataFacts, method: str, file: str) -> tupl
         file: The name that the file is to have.
     """
     batch, accumulation = _batch(data.num_rows)
+    quoted = shlex.quote(file)
     lines = [
         f"# {shortened(model.name, 60)} with {method}, trained on {_WHAT[data.kind]}. Written by lsr-scale init.",
-        f"#   lsr-scale preview {file}   what of the rows is learned, as tokens, and what is cut",
-        f"#   lsr-scale plan {file}      parameters, bytes, memory: does it fit?",
-        f"#   lsr-scale train {file}     or on all GPUs: deepspeed --module lsr_scale.launch --config {file}",
+        f"#   lsr-scale preview {quoted}   what of the rows is learned, as tokens, and what is cut",
+        f"#   lsr-scale plan {quoted}      parameters, bytes, memory: does it fit?",
+        f"#   lsr-scale train {quoted}     or on all GPUs: deepspeed --module lsr_scale.launch --config {quoted}",
         "# Any value can be set on the command line too: --set training.learning_rate=1e-4",
         *_model(model, data, method),
         *_adapter(model, method),

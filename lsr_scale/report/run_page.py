@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+import shlex
 import statistics
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -304,10 +305,8 @@ def _plan(record: RunRecord, summary: RunSummary, plan: Callable[..., Any] | Non
         remark = "" if found is None else "equal" if found == foreseen else f"{found / foreseen - 1:+.2%}"
         rows.append({"name": name, "planned": shown(foreseen), "measured": measured, "remark": remark})
     if not summary.on_gpu:
-        return (
-            rows,
-            f"Memory is planned for GPUs, and there was none: lsr-scale plan {record.folder.config} foretells it.",
-        )
+        command = f"lsr-scale plan {shlex.quote(str(record.folder.config))}"
+        return rows, f"Memory is planned for GPUs, and there was none: {command} foretells it."
     if not planned.traced:
         return rows, "Memory is not compared: this model's activations could not be counted."
     total, found = planned.memory_gib.total, summary.memory_gib

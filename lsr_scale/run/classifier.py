@@ -1,6 +1,7 @@
 """A classifier's run: scored on labelled rows before and after training and by `eval`; texts classified by it."""
 
 import json
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -150,8 +151,8 @@ def evaluate_classifier(
     """
     if not sources and not run.data.has_validation:
         raise UserError(
-            f"{folder.path}: the run has no held-out rows (data.validation); give some: lsr-scale eval {folder.path} "
-            "--data FILE"
+            f"{folder.path}: the run has no held-out rows (data.validation); give some: lsr-scale eval "
+            f"{shlex.quote(str(folder.path))} --data FILE"
         )
     loaded: dict[str, Any] = {}
     options: dict[str, Any] = {"model_task": "seq_cls", "labels": Labels.of_model(run.model)}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -196,9 +197,9 @@ def compare(runs: Sequence[str | Path]) -> Comparison:
         distinct.setdefault(place, path)
     records = [read_run(path) for path in distinct.values()]
     if len(records) < 2:
-        one = records[0].name if records else "RUN"
+        quoted = shlex.quote(records[0].name) if records else "RUN"
         also = " (the same one was named several times)" if len(runs) > 1 else ""
-        raise UserError(f"expected two runs or more to compare{also}; for one run: lsr-scale report {one}")
+        raise UserError(f"expected two runs or more to compare{also}; for one run: lsr-scale report {quoted}")
     return compare_records(records, notes)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shlex
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -188,7 +189,8 @@ def evaluate_run(
     run = run_from_dict({**run.model_dump(), "eval": {**run.eval.model_dump(), **changes}}, "lsr-scale eval")
     if not run.eval.tasks:
         raise UserError(
-            f"{path}: the run names no tasks (eval.tasks); give some: lsr-scale eval {path} --tasks arc_easy"
+            f"{path}: the run names no tasks (eval.tasks); give some: lsr-scale eval {shlex.quote(str(path))} --tasks "
+            "arc_easy"
         )
     loaded = load_tasks(run.eval)
     model, tokenizer, _ = load_run_model(path, base_only, base=base)

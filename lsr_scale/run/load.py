@@ -38,7 +38,7 @@ def open_trained(
         if run.model.task == "seq_cls":
             raise UserError(
                 f"{folder.path}: a classifier's run, and only language models generate; to classify a text: lsr-scale "
-                f'classify {folder.path} --text "..."'
+                f'classify {shlex.quote(str(folder.path))} --text "..."'
             )
         raise UserError(f"{folder.path}: a language model's run, and only a classifier's (task: seq_cls) has labels")
     if not base_only and not folder.adapter.is_dir():

@@ -1,6 +1,7 @@
 """How a run starts: which folder it writes to and which checkpoint it resumes from, decided once for all processes."""
 
 import os
+import shlex
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -261,7 +262,7 @@ def _interrupted_before(folder: RunFolder, name: str) -> list[str]:
     if not runs or runs[-1].has_adapter():
         return []
     before = runs[-1].path
-    again = f"to start it again: --overwrite --set training.output_dir={before}"
+    again = f"to start it again: --overwrite --set {shlex.quote(f'training.output_dir={before}')}"
     with suppress(UserError), locked(before):  # or it is under way
         checkpoint, _ = select.newest(runs[-1])
         if checkpoint is None:

@@ -1,5 +1,6 @@
 """`sweep.md`: a row a trial, the best first, and the command that runs the best one again, alone."""
 
+import shlex
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,7 +37,8 @@ def best_of(state: SweepState) -> TrialState | None:
 
 def again(folder: SweepFolder, trial: TrialState) -> str:
     """Return the command that runs a trial again by itself."""
-    return f"lsr-scale train {folder.trial(trial.name).config} --set training.output_dir=runs/{trial.name}"
+    place = f"training.output_dir=runs/{trial.name}"
+    return f"lsr-scale train {shlex.quote(str(folder.trial(trial.name).config))} --set {shlex.quote(place)}"
 
 
 def table(state: SweepState) -> tuple[list[str], list[list[str]]]:

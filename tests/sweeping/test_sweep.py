@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -30,6 +31,7 @@ from lsr_scale.sweeping.bases import load_base_for
 from lsr_scale.sweeping.board import Board
 from lsr_scale.sweeping.folder import SweepFolder, SweepState, TrialState
 from lsr_scale.sweeping.sweep import run_sweep
+from lsr_scale.sweeping.table import write_table
 from lsr_scale.training import compute
 from lsr_scale.training.callbacks.signals import Terminated
 from lsr_scale.training.steps.joint import JointStep
@@ -234,6 +236,12 @@ def test_the_name_of_the_best_one_stays_within_the_picture():
         low, high = panel.get_xlim()
         shown = [t.get_text() for t in panel.get_xticklabels() if low <= t.get_position()[0] <= high]
         assert set(filter(None, shown)) <= numbers
+
+
+def test_what_hollow_points_are_is_said_where_there_are_any():
+    trials = [TrialState(name, {}, status, score=2.0) for name, status in (("a", "finished"), ("b", "stopped"))]
+    headings = [plots.scores_figure(part, "eval_loss", {}, "sweep").get_suptitle() for part in (trials[:1], trials)]
+    assert ["hollow: ended before" in heading for heading in headings] == [False, True]
 
 
 def test_pages_are_drawn_at_the_end_and_what_lacks_one_gets_it(done, monkeypatch):
@@ -469,9 +477,12 @@ def test_what_is_printed_is_short(place, tmp_path, capsys):
     assert lines[-1] == "table: out/sweep.md, pictures: out/losses.png, out/scores.png"
 
 
-def test_the_best_one_runs_again_by_the_command_that_is_given(done, monkeypatch):
-    command = next(line for line in done.table.read_text().splitlines() if line.startswith("    lsr-scale train"))
-    assert main([*command.split()[1:], "--quiet", "--set", "training.max_steps=1"]) == 0
+def test_the_best_one_runs_again_by_the_command_that_is_given(done, tmp_path):
+    folder = SweepFolder(tmp_path / "my sweep")
+    shutil.copytree(done.path, folder.path)
+    write_table(folder, folder.read())
+    command = next(line for line in folder.table.read_text().splitlines() if line.startswith("    lsr-scale train"))
+    assert main([*shlex.split(command)[1:], "--quiet", "--set", "training.max_steps=1"]) == 0
     name = command.rpartition("runs/")[2]
     assert results(RunFolder(Path("runs") / name))["steps"] == 1
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from collections.abc import Iterator
 from itertools import zip_longest
 from pathlib import Path
@@ -139,7 +140,7 @@ def _changes_since(checkpoint: Path, run: RunConfig) -> list[str]:
     if fixed:
         raise UserError(
             f"--resume {checkpoint}: saved by a run with another {'; '.join(fixed)}; resume with its own "
-            f"configuration: --config {saved}"
+            f"configuration: --config {shlex.quote(str(saved))}"
         )
     return [f"changed since the run began: {text}" for path, text in changed if not path.endswith("_dir")]
 
@@ -172,8 +173,9 @@ def check_data(checkpoint: Path, sources: dict[str, list[dict[str, Any]]]) -> li
     if changed["train"]:
         raise UserError(
             f"--resume {checkpoint}: the training data changed, so the position in it would be lost; put it back as it "
-            f"was, or train on it from these factors, without --resume: --set adapter.start_from={checkpoint} --set "
-            "training.output_dir=FOLDER\n" + "\n".join(changed["train"][:8])
+            f"was, or train on it from these factors, without --resume: --set "
+            f"{shlex.quote(f'adapter.start_from={checkpoint}')} --set training.output_dir=FOLDER\n"
+            + "\n".join(changed["train"][:8])
         )
     return [f"data changed since the run began: {line}" for line in changed["validation"]]
 

@@ -1,8 +1,10 @@
 """What came of each row of the frontier: the rate that was chosen for it, and what its seeds at that rate scored.
 
 A row's score is the nats a token of the test part's answers, over all answers and seeds. Its rate is the one that lost
-least where rates are chosen, as the trials are planned (`frontier_trials.Plan`); seeds at other rates, which a rate
-that was tried later leaves behind, are not counted. A row of which a seed diverged at its rate has no score.
+least where rates are chosen, as the trials are planned (`frontier_trials.Plan`); where a seed diverged at it, or ended
+with more loss than the base alone has, the best of the lower rates, once the row has seeds there. Seeds at other rates,
+such as those or what a rate that was tried later leaves behind, are not counted. A row of which a seed diverged at its
+rate has no score.
 """
 
 import dataclasses
@@ -14,12 +16,13 @@ import numpy as np
 
 from benchmarks.quality import estimates
 from benchmarks.quality.frontier_rows import OURS, SIZES
-from benchmarks.quality.rate_trials import best_rate, is_at_end, unpacked
+from benchmarks.quality.rate_trials import is_at_end, seed_rates, unpacked
 from benchmarks.quality.trials import TUNING_SEED
 
 Results = Mapping[str, dict[str, Any]]
 Suite = tuple[str, str, str]  # model, regime and base: what scores must share to be compared
 Key = tuple[Suite, str, str]  # suite, size and row
+LEAST_SEEDS = 2  # of a row that is compared: one seed says nothing of the spread of seeds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,15 +110,31 @@ def tuning(done: Results) -> dict[Key, dict[float, float]]:
     return found
 
 
+def chosen_rates(done: Results) -> dict[Key, float]:
+    """Return the rate of each row that was tuned: the last of `seed_rates` that has seeds enough, else the first."""
+    by_rate: dict[Key, dict[float, list[float]]] = {}
+    for result in done.values():
+        if result["row"] != "base" and result["seed"] != TUNING_SEED:
+            nats = math.inf if result["nll"] is None else result["nll"]
+            by_rate.setdefault(key_of(result), {}).setdefault(result["rate"], []).append(nats)
+    found = {}
+    for key, of_rates in tuning(done).items():
+        of_seeds = by_rate.get(key, {})
+        limit = done.get("-".join(key[0]) + "-base-test", {"nll": math.inf})["nll"]
+        first, *lower = seed_rates(of_rates, of_seeds, limit)
+        found[key] = next((rate for rate in reversed(lower) if len(of_seeds.get(rate, ())) >= LEAST_SEEDS), first)
+    return found
+
+
 def seeds(done: Results) -> tuple[dict[Key, list[dict[str, Any]]], list[str]]:
-    """Return the seeds of each row at the rate that is best, in their order, and the names of seeds at other rates."""
-    best = {key: best_rate(of_rates) for key, of_rates in tuning(done).items()}
+    """Return the seeds of each row at the rate that is chosen, in their order, and names of seeds at other rates."""
+    chosen = chosen_rates(done)
     kept: dict[Key, list[dict[str, Any]]] = {}
     others = []
     for name, result in done.items():
         if result["row"] == "base" or result["seed"] == TUNING_SEED:
             continue
-        if result["rate"] == best.get(key_of(result)):
+        if result["rate"] == chosen.get(key_of(result)):
             kept.setdefault(key_of(result), []).append(result)
         else:
             others.append(name)
@@ -124,7 +143,7 @@ def seeds(done: Results) -> tuple[dict[Key, list[dict[str, Any]]], list[str]]:
 
 def rows(done: Results) -> list[Row]:
     """Return every row that was tuned, by suite, size and method; those that have one as a `Score`."""
-    kept, _ = seeds(done)
+    (kept, _), chosen = seeds(done), chosen_rates(done)
     found = []
     about: dict[Key, dict[str, Any]] = {}
     for result in done.values():  # one that diverged may not know how many parameters it had
@@ -137,10 +156,10 @@ def rows(done: Results) -> list[Row]:
             **{"method": first["method"], "options": first["options"], "optimizer": first.get("optimizer")},
             **{
                 "parameters": first.get("trainable_parameters", 0),
-                "rate": best_rate(of_rates),
+                "rate": chosen[key],
                 "rates": sorted(of_rates),
             },
-            **{"tuned": min(of_rates.values()), "seeds": len(mine)},
+            **{"tuned": of_rates[chosen[key]], "seeds": len(mine)},
             "diverged": sum(r["nll"] is None for r in mine),
         }
         found.append(Row(**row) if row["diverged"] or not mine else Score(**row, **_scored(done, key[0], mine)))

@@ -5,6 +5,9 @@ the best rate of the row of its method at a neighbouring one of them, and at the
 best is the first or the last of the three, the next ones beyond follow, as they do for every row, up to as many as all
 have. So the best lies between two others here too. A row without such a neighbour is tuned in full. Rates of another
 suite (`Elsewhere`) are carried in the same way, to the rows of its method at its sizes.
+
+Where a seed diverges at the best rate, or ends with more loss than the base alone has, the row's seeds are trained at
+the best of the lower rates too, and those are compared (`frontier_scores`).
 """
 
 import dataclasses
@@ -15,7 +18,7 @@ from typing import Any
 
 from benchmarks.quality.frontier_data import EPOCHS
 from benchmarks.quality.frontier_rows import ROWS, SIZES, AdapterRow
-from benchmarks.quality.rate_trials import RateTrial, best_rate, rates_left
+from benchmarks.quality.rate_trials import RateTrial, best_rate, rates_left, seed_rates
 from benchmarks.quality.trials import TUNING_SEED
 from lsr_scale.model import Quantization
 
@@ -162,8 +165,9 @@ class Plan:
             if left := rates_to_try(self.suite.row(place), tuned, rates):
                 found |= {Trial(*place, TUNING_SEED, rate): rates for rate in left}
             else:
-                best = best_rate(tuned)  # one that diverged too: its seeds say so
-                found |= {Trial(*place, seed, best): rates for seed in range(seeds)}
+                # one at which tuning diverged too: its seeds say so
+                for rate in seed_rates(tuned, self._seeds(place), self._limit):
+                    found |= {Trial(*place, seed, rate): rates for seed in range(seeds)}
         return {trial: of_it for trial, of_it in found.items() if f"{self.suite.prefix}-{trial.name}" not in self.done}
 
     def tuned(self, place: Place) -> dict[float, float]:
@@ -190,6 +194,20 @@ class Plan:
         tuned = self.tuned(place)
         best = best_rate(tuned) if self._is_tuned(place) else None
         return best if best is not None and math.isfinite(tuned[best]) else None
+
+    @property
+    def _limit(self) -> float:
+        """What the base alone loses, infinite while that is not known."""
+        return self.done.get(f"{self.suite.prefix}-base-test", {"nll": math.inf})["nll"]
+
+    def _seeds(self, place: Place) -> dict[float, list[float]]:
+        """Return what a row's seeds lost, by their rates."""
+        found: dict[float, list[float]] = {}
+        start = f"{self.suite.prefix}-{'-'.join(place)}-seed"
+        for name, result in self.done.items():
+            if name.startswith(start):
+                found.setdefault(result["rate"], []).append(math.inf if result["nll"] is None else result["nll"])
+        return found
 
     def _is_tuned(self, place: Place) -> bool:
         tuned = self.tuned(place)

@@ -1,7 +1,7 @@
 """What the frontier's trials say: means with errors, and paired comparisons corrected for how many there are.
 
 A row's score is the nats a token of the test part's answers, over all answers and seeds. Its seeds are those at the
-rate that lost least where rates are chosen; a row of which one of them diverged has no score (`frontier_scores.py`).
+rate that lost least where rates are chosen, or a lower one where seeds were lost at that (`frontier_scores.py`).
 The standard error of a score, and the interval and p of a difference between two rows, are of questions, which are the
 same for both, and of seeds, which are each row's own; as seeds are few, by Student's distribution (`estimates.py`).
 Which rows are compared at a size is decided on the part that rates were chosen on: the best of LSR-Adapt and Kron-LoRA,
@@ -23,12 +23,11 @@ import numpy as np
 from benchmarks.quality import estimates, trials
 from benchmarks.quality.estimates import Estimate
 from benchmarks.quality.frontier_rows import SIZES
-from benchmarks.quality.frontier_scores import Results, Row, Score, Suite, rows, seeds
+from benchmarks.quality.frontier_scores import LEAST_SEEDS, Results, Row, Score, Suite, rows, seeds
 from benchmarks.quality.rate_trials import best_rate, is_at_end
 from benchmarks.quality.trials import TUNING_SEED
 
 SIGNIFICANT = 0.05
-LEAST_SEEDS = 2  # of a row that is compared: one seed says nothing of the spread of seeds
 
 
 @dataclasses.dataclass(frozen=True)

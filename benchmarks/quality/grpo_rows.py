@@ -18,11 +18,12 @@ ROWS = {
     "lsr_300k": AdapterRow("lsr", {"rank": 16, "separation_rank": 3, "alpha": 32.0}),
     "lora_xs": AdapterRow("lora_xs", {"rank": 19, "alpha": 38.0}),
     "kron_lora": AdapterRow("kron_lora", {"rank": 1, "left_in": 8, "left_out": 16, "alpha": 4.0, "dropout": 0.0}),
+    "lsr_70k": AdapterRow("lsr", {"rank": 2, "separation_rank": 2, "alpha": 4.0}),
     "tinylora": AdapterRow("tinylora", {"rank": 8, "u": 60}),
 }
 SIZES = {
     **{"lora_8": LORA_8["qwen"], "lora_1": LORA_8["qwen"] / 8, "lsr_10k": 10_000, "lsr_60k": 60_000},
-    **{"lsr_300k": 300_000, "lora_xs": 60_000, "kron_lora": 70_000, "tinylora": 10_000},
+    **{"lsr_70k": 70_000, "lsr_300k": 300_000, "lora_xs": 60_000, "kron_lora": 70_000, "tinylora": 10_000},
 }
 TOLERANCE = 0.05
 REFERENCE = "lora_8"  # what the others are compared with
@@ -34,12 +35,12 @@ LAST = 5  # steps whose mean chooses a rate
 # TinyLoRA's are guesses.
 _MIDDLES = {
     "grpo": {
-        **{"lora_8": 3e-4, "lora_1": 6e-4, "lsr_10k": 4.5e-3, "lsr_60k": 2.4e-3, "lsr_300k": 1.2e-3},
-        **{"lora_xs": 3e-4, "kron_lora": 2.4e-3, "tinylora": 3e-3},
+        **{"lora_8": 3e-4, "lora_1": 6e-4, "lsr_10k": 4.5e-3, "lsr_60k": 2.4e-3, "lsr_70k": 2.4e-3},
+        **{"lsr_300k": 1.2e-3, "lora_xs": 3e-4, "kron_lora": 2.4e-3, "tinylora": 3e-3},
     },
     "sft": {
-        **{"lora_8": 1.5e-3, "lora_1": 3e-3, "lsr_10k": 2e-2, "lsr_60k": 1e-2, "lsr_300k": 5e-3},
-        **{"lora_xs": 1.5e-3, "kron_lora": 1e-2, "tinylora": 1e-2},
+        **{"lora_8": 1.5e-3, "lora_1": 3e-3, "lsr_10k": 2e-2, "lsr_60k": 1e-2, "lsr_70k": 1e-2},
+        **{"lsr_300k": 5e-3, "lora_xs": 1.5e-3, "kron_lora": 1e-2, "tinylora": 1e-2},
     },
 }
 RATES = {

@@ -65,6 +65,26 @@ def best_rate(tuned: Mapping[float, float]) -> float:
     return ordered[min(ranked, key=lambda place: ranked[place])]
 
 
+def seed_rates(tuned: Mapping[float, float], seeds: Mapping[float, Iterable[float]], limit: float) -> list[float]:
+    """Return the rates that seeds are trained at, one after the other: the first is the best.
+
+    Where a seed was lost at one, the next is the best of the lower ones that did not diverge: a rate that is best for
+    one seed, and the shorter training that it was tuned on, may be too high for others.
+
+    Args:
+        tuned: What each rate that was tried lost, infinite where the training diverged.
+        seeds: What the seeds at a rate lost, by the rate.
+        limit: A seed that lost more is lost, as one that diverged is.
+    """
+    found = [best_rate(tuned)]
+    while any(math.isinf(one) or one > limit for one in seeds.get(found[-1], ())):
+        lower = {rate: lost for rate, lost in tuned.items() if rate < found[-1] and math.isfinite(lost)}
+        if not lower:
+            break
+        found.append(best_rate(lower))
+    return found
+
+
 def is_at_end(rate: float, tried: Collection[float]) -> bool:
     """Tell whether a rate is the first or the last of those that were tried, so that a better one may lie beyond."""
     return not min(tried, default=rate) < rate < max(tried, default=rate)

@@ -3,8 +3,8 @@
 from collections.abc import Iterable
 
 from benchmarks.quality.frontier_rows import ROWS
-from benchmarks.quality.frontier_scores import Row, Suite, key_of
-from benchmarks.quality.frontier_verdicts import LEAST_SEEDS, Frontier, compared
+from benchmarks.quality.frontier_scores import LEAST_SEEDS, Row, Suite, key_of
+from benchmarks.quality.frontier_verdicts import Frontier, compared
 from benchmarks.report.frontier_names import by_name, label, listed, name
 
 Pairs = list[tuple[str, str]]  # what a row is called, and its size
@@ -59,7 +59,9 @@ def left(found: Frontier, suite: Suite, brief: bool = False) -> str:
         ended = by_name(dict.fromkeys(worse), ours=False)
         parts.append(f"Compared, though a seed ended with more loss than the base alone has: {ended}.")
     if others := _at_other_rates(found, suite):
-        parts.append(f"Seeds at another rate than the best one are not counted: {by_name(others, ours=False)}.")
+        parts.append(
+            f"Seeds at another rate than the one that is compared are not counted: {by_name(others, ours=False)}."
+        )
     if not (missing or empty or tuned or diverged):
         parts.append("All rows were run." if all(variants) else "All rows with the plain start and AdamW were run.")
     if not all(variants) and not brief:

@@ -14,8 +14,8 @@ from pathlib import Path
 from benchmarks.quality import frontier_verdicts
 from benchmarks.quality.frontier import RESULTS
 from benchmarks.quality.frontier_rows import OURS
-from benchmarks.quality.frontier_scores import Score, Suite
-from benchmarks.quality.frontier_verdicts import LEAST_SEEDS, Carried, Frontier, Verdict, compare, load
+from benchmarks.quality.frontier_scores import LEAST_SEEDS, Score, Suite
+from benchmarks.quality.frontier_verdicts import Carried, Frontier, Verdict, compare, load
 from benchmarks.report.drawing import count_ticks, rows_digest, save
 from benchmarks.report.frontier_names import NAMES, heading, label, series
 from benchmarks.report.plots import Plot
@@ -239,7 +239,7 @@ def sections(results: Path) -> list[str]:
         parts.append(f"Diverged, and their rows left out: {', '.join(found.diverged)}.")
     if found.at_other_rates:
         parts.append(
-            f"At a rate that is not the best of their row, and not counted: {', '.join(found.at_other_rates)}."
+            f"At another rate than the one that is compared, and not counted: {', '.join(found.at_other_rates)}."
         )
     return parts
 

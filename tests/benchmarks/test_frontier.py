@@ -225,10 +225,35 @@ def test_only_seeds_at_the_best_rate_are_counted_and_the_others_are_named(tmp_pa
     assert found.verdicts[0].difference == pytest.approx(-0.25, abs=0.01)
     assert len(found.at_other_rates) == 3 + 1 + 3
     text = "\n".join(frontier_tables.sections(tmp_path))
-    assert "not the best of their row, and not counted: smollm2-commonsense-nf4-60k-lora_xs-seed0-0.004, " in text
+    assert "than the one that is compared, and not counted: smollm2-commonsense-nf4-60k-lora_xs-seed0-0.004, " in text
     done = {name: r for name, r in found.done.items() if r.get("row") == "lsr_2_2"}
     plan = frontier_trials.Plan(SUITE, [("60k", "lsr_2_2")], done)
     assert min(plan.tuned(("60k", "lsr_2_2")).items(), key=lambda pair: pair[1])[0] == found.scores[1].rate
+
+
+@pytest.mark.parametrize("lost", [None, 3.5])
+def test_a_row_whose_seed_was_lost_is_compared_at_the_best_lower_rate(tmp_path, lost):
+    place = "60k", "lsr_2_2"
+    *kept, last = made_up(*place, -0.25, rate=8e-3)
+    losses = rate_trials.packed(np.full(len(rate_trials.unpacked(last["losses"])), 10.0))
+    write(tmp_path, [*kept, {**last, "nll": lost, "losses": losses}], made_up("60k", "lora_modules", 0.0))
+    for rate, shift in ((1.6e-2, -0.2), (4e-3, -0.1), (2e-3, 0.1)):
+        write(tmp_path, made_up(*place, shift, seeds=0, rate=rate))
+
+    def chosen():
+        done = trials.load(tmp_path)
+        plan = frontier_trials.Plan(SUITE, [place], done)
+        planned = {(trial.rate, trial.seed) for trial in plan.trials(3)}
+        found = frontier_verdicts.load(tmp_path)
+        return planned, next((row.rate, row.seeds, row.tuned) for row in found.rows if row.row == place[1])
+
+    assert chosen() == ({(4e-3, 0), (4e-3, 1), (4e-3, 2)}, (8e-3, 3, 1.75)), "not at the rate above"
+    write(tmp_path, made_up(*place, -0.1, seeds=1))
+    assert chosen() == ({(4e-3, 1), (4e-3, 2)}, (8e-3, 3, 1.75)), "one seed is not compared"
+    write(tmp_path, made_up(*place, -0.1))
+    assert chosen() == (set(), (4e-3, 3, 1.9))
+    assert len(frontier_verdicts.load(tmp_path).at_other_rates) == 3
+    assert not frontier_verdicts.load(tmp_path).diverged
 
 
 def test_the_sizes_of_a_suite_are_one_family_and_suites_are_not(tmp_path):

@@ -210,7 +210,9 @@ def test_a_lower_row_of_ours_contradicts_nothing(tmp_path):
 def test_seeds_at_other_rates_are_named(tmp_path):
     write(tmp_path, made_up("60k", "lora_modules", 0.0), made_up("60k", "lsr_2_2", -0.05))
     write(tmp_path, made_up("60k", "lsr_2_2", -0.25, rate=8e-3))
-    assert "Seeds at another rate than the best one are not counted: LSR-Adapt at 60k." in only_line(tmp_path)
+    assert "Seeds at another rate than the one that is compared are not counted: LSR-Adapt at 60k." in only_line(
+        tmp_path
+    )
 
 
 def test_sizes_of_another_model_are_said_to_be_shares(tmp_path):
@@ -289,3 +291,8 @@ def test_a_seed_that_ended_worse_than_the_base_is_said(tmp_path):
     assert "do not separate at 60k" in line
     assert "Compared, though a seed ended with more loss than the base alone has: LSR-Adapt at 60k." in line
     assert "| 3, 1 of them with more loss than the base |" in "\n".join(frontier_tables.sections(tmp_path))
+    write(tmp_path, made_up("60k", "lsr_2_2", -0.04, rate=2e-3))
+    line = only_line(tmp_path)
+    assert "the lower loss has LSR-Adapt at 60k" in line or "LSR-Adapt and Kron-LoRA at 60k" in line
+    assert "more loss than the base" not in line
+    assert "Seeds at another rate than the one that is compared are not counted: LSR-Adapt at 60k." in line

@@ -56,6 +56,13 @@ def test_sft_stands_beside(tmp_path):
     assert "GRPO beside SFT of the same adapter, in points (95 %): above: LSR-Adapt r=6 s=1 +15.0 (" in page
 
 
+def test_a_smaller_adapter_that_is_right_more_often_is_named(tmp_path):
+    write_pair(tmp_path, 0.3)
+    assert "most often" not in grpo_words.readme(tmp_path)
+    write(tmp_path, tuned("grpo", "lora_xs"), seeds("grpo", "lora_xs", 0.38))
+    assert "LoRA-XS r=19, with 1.4 %, is right most often: 38.0 %, -2.0 (" in grpo_words.readme(tmp_path)
+
+
 def test_sft_alone_gives_readme_nothing(tmp_path):
     write(tmp_path, base(), tuned("sft", "lora_8"), seeds("sft", "lora_8", 0.3))
     assert grpo_words.readme(tmp_path) == ""

@@ -90,8 +90,8 @@ def _short(done: Results, suite: str, one: Verdict) -> str:
     small = max(verdicts(done, suite), key=lambda other: other.ours.accuracy.value)
     if small.ours.accuracy.value > ours.accuracy.value:
         text += (
-            f"By GRPO, of adapters with as few parameters {label(small.ours.row)}, with {100 * small.share:.1f} %, is right most often: "
-            f"{_percent(small.ours)}, {points(small.estimate)} points beside LoRA r=8. "
+            f"By GRPO, of adapters with as few parameters {label(small.ours.row)}, with {100 * small.share:.1f} %, is "
+            f"right most often: {_percent(small.ours)}, {points(small.estimate)} points beside LoRA r=8. "
         )
     return f"{text}[All sizes](GUIDE.md#1-a-run-and-its-data)."
 

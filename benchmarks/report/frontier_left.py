@@ -1,4 +1,4 @@
-"""What README and GUIDE.md say of rows that are not compared: not run, tuned only, with a seed that diverged."""
+"""What GUIDE.md says of rows that are not compared: not run, tuned only, with a seed that diverged."""
 
 from collections.abc import Iterable
 
@@ -10,11 +10,8 @@ from benchmarks.report.frontier_names import by_name, label, listed, name
 Pairs = list[tuple[str, str]]  # what a row is called, and its size
 
 
-def left(found: Frontier, suite: Suite, brief: bool = False) -> str:
-    """Return in words which rows of a suite's sizes, of those that its base takes, are not compared, and why.
-
-    In brief those that were not run are counted, and only what may change who is ahead is named.
-    """
+def left(found: Frontier, suite: Suite) -> str:
+    """Return in words which rows of a suite's sizes, of those that its base takes, are not compared, and why."""
     model, _, base = suite
     rows = {(row.size, row.row): row for row in found.rows_of(suite)}
     run = {(score.size, score.row) for score in compared(found.of(suite))}
@@ -41,15 +38,11 @@ def left(found: Frontier, suite: Suite, brief: bool = False) -> str:
     empty = [size for size in ROWS[model] if not any(of == size for of, _ in rows)]
     would = found.would_be_best(suite)
     parts: list[str] = []
-    if brief and (missing or empty or tuned):
-        number = f"{len({*missing}) + len({*tuned})} kinds of rows at these sizes were not run, or only tuned"
-        text = f"{number} ([which](GUIDE.md#by-size)){_would(row for row in would if not row.diverged)}"
-        parts.append(f"{text}." if missing or tuned else f"No row was run at {listed(empty)}.")
-    if missing and not brief:
+    if missing:
         parts.append(f"Not run: {by_name(dict.fromkeys(missing), ours=False)}.")
-    if empty and not brief:
+    if empty:
         parts.append(f"No row was run at {listed(empty)}.")
-    if tuned and not brief:
+    if tuned:
         text = f"Tuned, but not run with {LEAST_SEEDS} seeds: {by_name(dict.fromkeys(tuned), ours=False)}"
         parts.append(f"{text}{_would(row for row in would if not row.diverged)}.")
     if diverged:
@@ -64,7 +57,7 @@ def left(found: Frontier, suite: Suite, brief: bool = False) -> str:
         )
     if not (missing or empty or tuned or diverged):
         parts.append("All rows were run." if all(variants) else "All rows with the plain start and AdamW were run.")
-    if not all(variants) and not brief:
+    if not all(variants):
         some = f"Of {len(variants)} rows with another start or optimizer {sum(variants)} were run."
         parts.append(some if any(variants) else "No row with another start or optimizer was run.")
     return " ".join(parts)

@@ -38,19 +38,62 @@ def main_suite(found: Frontier) -> Suite:
 
 
 def readme(results: Path) -> str:
-    """Return README's paragraph on what the small adapters are for, and its figure."""
+    """Return README's paragraph on what the small adapters are for: who is ahead at which size, and the figure."""
     found = load(results)
-    told = lines(found, brief=True)
-    if not told:
+    if not found.verdicts:
         return NOTHING
     parts = [text] if (text := from_rank_one(found.verdicts)) else []
-    about = "The best of the two beside the best of those other methods that were run, tuned alike, by the loss of "
-    about += f"held-out answers{_sizes(found.verdicts)} ([by size](GUIDE.md#by-size); `lsr-scale plan --budget` "
-    parts += [f"{about}proposes by it):", _listed(told)]
-    if found.suites:
-        figure = f"benchmarks/results/frontier/{picture(main_suite(found))}"
-        parts.append(f"![held-out loss against trainable parameters]({figure})")
+    parts += [
+        "Who has the lower loss of held-out answers at which size: the best of the two, or the best of those other "
+        "methods that were run, all tuned alike ([by size](GUIDE.md#by-size): by how much, and what was not run; "
+        f"`lsr-scale plan --budget` proposes by it){_shares(found)}:",
+        "\n".join(size_table(found)),
+        "In bold: one of the two. Even: they do not separate. *: a row that was not compared, or a seed that was lost, "
+        f"may change it. {_by_accuracy(found)}",
+    ]
+    figure = f"benchmarks/results/frontier/{picture(main_suite(found))}"
+    parts.append(f"![held-out loss against trainable parameters]({figure})")
     return "\n\n".join(parts)
+
+
+def size_table(found: Frontier) -> list[str]:
+    """Return a table in Markdown: a line a suite, the one with the most sizes first, a column a size."""
+    rows = {suite: _by_size(found, suite) for suite in found.suites}
+    sizes = [size for size in SIZES if any(size in of_suite for of_suite in rows.values())]
+    table = [f"| trained parameters | {' | '.join(sizes)} |", f"| --- |{' :---: |' * len(sizes)}"]
+    for suite in sorted(rows, key=lambda one: -len(rows[one])):
+        if rows[suite]:
+            table.append(f"| {heading(suite)} | {' | '.join(rows[suite].get(size, '') for size in sizes)} |")
+    return table
+
+
+def _by_size(found: Frontier, suite: Suite) -> dict[str, str]:
+    """Return who is ahead at each size that is compared."""
+    open_sizes = {row.size for row in found.would_be_best(suite)}
+    cells = {}
+    for one in found.verdicts:
+        if one.ours.suite != suite:
+            continue
+        ahead = one.ours if one.wins else one.theirs
+        cell = "even" if not one.separates else name(ahead, ahead.row)
+        cell = f"**{cell}**" if one.wins else cell
+        lost = one.ours.worse_than_base or one.theirs.worse_than_base
+        below = [row for row in _lower_still(found, [one]) if row.is_ours != ahead.is_ours]
+        cells[one.ours.size] = cell + ("*" if one.ours.size in open_sizes or lost or below else "")
+    return cells
+
+
+def _by_accuracy(found: Frontier) -> str:
+    """Return who is ahead by accuracy, of texts with choices; nothing without any."""
+    known, ahead = [], []
+    for suite in found.suites:
+        for one, difference, p in by_accuracy([v for v in found.verdicts if v.ours.suite == suite]):
+            known.append(one)
+            better = one.ours if difference.value > 0 else one.theirs
+            ahead += [f"{label(better)} ({heading(suite)})"] if p < SIGNIFICANT else []
+    if not known:
+        return ""
+    return f"By accuracy {f'{listed(ahead)} is ahead; elsewhere they' if ahead else 'they'} separate nowhere."
 
 
 def from_rank_one(verdicts: Sequence[Verdict]) -> str:
@@ -65,17 +108,15 @@ def from_rank_one(verdicts: Sequence[Verdict]) -> str:
     return f"{where}the lower loss has {listed(wins)}; elsewhere take LoRA, which is just as fast here."
 
 
-def _sizes(verdicts: Sequence[Verdict]) -> str:
-    """Return which sizes are compared, and what they are on other models than the one that they are named by."""
-    if not verdicts:
-        return ""
-    sizes = sorted({one.ours.size for one in verdicts}, key=lambda size: SIZES[size])
-    text = f", at {' to '.join(dict.fromkeys((sizes[0], sizes[-1])))} parameters"
-    for model in dict.fromkeys(one.ours.suite[0] for one in verdicts):
+def _shares(found: Frontier) -> str:
+    """Return what sizes are on other models than the one that they are named by."""
+    text = ""
+    for model in dict.fromkeys(one.ours.suite[0] for one in found.verdicts):
         if LORA_8[model] != LORA_8["smollm2"]:
-            size = min((one.ours.size for one in verdicts if one.ours.suite[0] == model), key=lambda of: SIZES[of])
-            text += f" of SmolLM2-135M (on {MODEL_NAMES[model]} the same shares of LoRA r=8's: {size} is "
-            text += f"{target(model, size):,.0f})"
+            sizes = (one.ours.size for one in found.verdicts if one.ours.suite[0] == model)
+            size = min(sizes, key=lambda of: SIZES[of])
+            text += f". Sizes are SmolLM2-135M's, on {MODEL_NAMES[model]} the same shares of LoRA r=8's: {size} is "
+            text += f"{target(model, size):,.0f}"
     return text
 
 
@@ -98,7 +139,7 @@ def guide(results: Path) -> str:
     return "\n\n".join(parts)
 
 
-def lines(found: Frontier, brief: bool = False) -> list[str]:
+def lines(found: Frontier) -> list[str]:
     """Return a suite's sentences: at which sizes which method's loss and accuracy are better, and what was not run.
 
     A suite has some once rows of both sides are compared at a size, or a seed of a row diverged.
@@ -107,7 +148,7 @@ def lines(found: Frontier, brief: bool = False) -> list[str]:
     for suite in dict.fromkeys(row.suite for row in found.rows):
         verdicts = [one for one in found.verdicts if one.ours.suite == suite]
         if verdicts or any(row.diverged for row in found.rows_of(suite)):
-            texts.append(f"{heading(suite)}: {_compared(found, suite, verdicts)}. {left(found, suite, brief)}")
+            texts.append(f"{heading(suite)}: {_compared(found, suite, verdicts)}. {left(found, suite)}")
     return texts
 
 

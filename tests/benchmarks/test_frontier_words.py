@@ -46,10 +46,8 @@ def test_either_outcome_is_said_by_size(tmp_path):
     assert "LoRA-XS at 20k, 60k and 150k; " in line
     text, page = frontier_words.readme(tmp_path), frontier_words.guide(tmp_path)
     assert f"- {line}" in page
-    counted = "kinds of rows at these sizes were not run, or only tuned ([which](GUIDE.md#by-size))."
-    assert f"- {line.partition(' Not run: ')[0]} " in text
-    assert text.count(counted) == 1
-    assert "Not run" not in text
+    assert "| trained parameters | 20k | 60k | 150k |\n| --- | :---: | :---: | :---: |\n" in text
+    assert "| SmolLM2-135M, five commonsense tasks, base in nf4 | **LSR-Adapt** | LoRA | even |\n" in text
     for one in (text, page):
         assert "results/frontier/smollm2-commonsense-nf4.png" in one
     assert "| the other |" in frontier_words.guide(tmp_path)
@@ -72,8 +70,8 @@ def test_rows_without_seeds_are_named_and_those_that_a_base_does_not_take_are_no
 def test_methods_that_win_nowhere_are_said_to(tmp_path):
     for size, row in {"20k": "lsr_1_1", "60k": "lsr_2_2"}.items():
         write(tmp_path, made_up(size, row, 0.1), made_up(size, "lora_modules", 0.0))
-    text = frontier_words.readme(tmp_path)
-    assert "the lower loss has LSR-Adapt and Kron-LoRA at no size; LoRA at 20k and 60k. " in text
+    assert "the lower loss has LSR-Adapt and Kron-LoRA at no size; LoRA at 20k and 60k. " in only_line(tmp_path)
+    assert " | LoRA | LoRA |\n" in frontier_words.readme(tmp_path)
     assert "| ours |" not in frontier_words.guide(tmp_path)
 
 
@@ -83,7 +81,11 @@ def test_every_suite_has_its_line_and_readme_the_figure_of_the_largest(tmp_path)
     write(tmp_path, *(made_up(size, row, 0.0, suite=OTHER) for size in ("20k", "60k") for row in rows))
     text = frontier_words.readme(tmp_path)
     assert frontier_words.main_suite(frontier_verdicts.load(tmp_path)) == OTHER
-    assert text.count("\n- ") == 2
+    table = [line for line in text.splitlines() if line.startswith("| SmolLM2")]
+    assert table == [
+        "| SmolLM2-135M, GSM8K's solutions, base in nf4 | even | even |",
+        "| SmolLM2-135M, five commonsense tasks, base in nf4 | **LSR-Adapt** |  |",
+    ]
     assert "smollm2-gsm8k-nf4.png" in text
     assert "smollm2-commonsense-nf4.png" in frontier_words.guide(tmp_path)
     assert SUITE in frontier_verdicts.load(tmp_path).suites
@@ -103,6 +105,7 @@ def test_a_row_below_both_that_are_compared_is_named(tmp_path):
     (line,) = frontier_words.lines(frontier_verdicts.load(tmp_path))
     words = "at no size; LoRA at 600k; these were chosen on the held-out part; on the test part lower still: "
     assert f"{words}SLoRA r=2 at 600k. " in line
+    assert " | LoRA |\n" in frontier_words.readme(tmp_path), "another of its side"
 
 
 def test_accuracy_is_said_beside_the_loss(tmp_path):
@@ -120,6 +123,8 @@ def test_accuracy_is_said_beside_the_loss(tmp_path):
     assert (
         "the lower loss has LSR-Adapt at 20k and 60k. By accuracy LoRA at 60k is ahead; elsewhere they do not" in line
     )
+    text = "By accuracy LoRA r=1 on q, v (SmolLM2-135M, five commonsense tasks, base in nf4) is ahead; elsewhere they "
+    assert f"{text}separate nowhere." in frontier_words.readme(tmp_path)
     right = found.scores[0].right
     assert right is not None
     assert right.mean() == pytest.approx((np.sign(right[:, :100]).mean() + np.sign(right[:, 100:]).mean()) / 2)
@@ -145,20 +150,19 @@ def test_a_seed_that_diverged_is_said_and_which_row_that_would_have_been(tmp_pat
     assert f"{words}others would be LoRA-XS r=17 at 60k. " in line
     for page in (frontier_words.guide(tmp_path), "\n".join(frontier_tables.sections(tmp_path))):
         assert "| ours (not compared: LoRA-XS r=17, of which a seed diverged) |" in page
-    assert words in frontier_words.readme(tmp_path)
+    assert "| **LSR-Adapt*** |" in frontier_words.readme(tmp_path)
 
 
 def test_where_all_of_a_side_diverged_that_is_said(tmp_path):
     write(tmp_path, made_up("60k", "lora_modules", 0.0), diverged(made_up("60k", "lsr_2_2", -0.05)))
-    for page in (frontier_words.readme(tmp_path), frontier_words.guide(tmp_path)):
-        assert "base in nf4: nothing is compared at 60k, where a side has no row to compare. " in page
-        assert "as a seed diverged: LSR-Adapt at 60k; by the held-out part the best of ours would be LSR-Adapt" in page
-        assert "has not been measured" not in page
+    page = frontier_words.guide(tmp_path)
+    assert "base in nf4: nothing is compared at 60k, where a side has no row to compare. " in page
+    assert "as a seed diverged: LSR-Adapt at 60k; by the held-out part the best of ours would be LSR-Adapt" in page
+    assert "has not been measured" in frontier_words.readme(tmp_path)
     write(tmp_path, made_up("20k", "lora_modules", 0.0), made_up("20k", "lsr_1_1", -0.1))
     assert "the lower loss has LSR-Adapt at 20k; nothing is compared at 60k, where" in only_line(tmp_path)
     lone = tmp_path / "lone"
     write(lone, diverged(made_up("60k", "lsr_2_2", 0.0)))
-    assert "nothing is compared at 60k" in frontier_words.readme(lone)
     assert "nothing is compared at 60k" in frontier_words.guide(lone)
 
 
@@ -205,6 +209,7 @@ def test_a_lower_row_of_ours_contradicts_nothing(tmp_path):
     write(tmp_path, made_up("60k", "lora_modules", 0.0), made_up("60k", "lsr_2_2", 0.04), unlucky)
     words = "LSR-Adapt and Kron-LoRA at no size; LoRA at 60k; these were chosen on the held-out part; on the test part "
     assert f"{words}lower still: LSR-Adapt r=8 s=1 at 60k. " in only_line(tmp_path)
+    assert "| LoRA* |" in frontier_words.readme(tmp_path)
 
 
 def test_seeds_at_other_rates_are_named(tmp_path):
@@ -219,12 +224,8 @@ def test_sizes_of_another_model_are_said_to_be_shares(tmp_path):
     qwen = ("qwen", "commonsense", "nf4")
     write(tmp_path, *(made_up(size, "lora_modules", 0.0, suite=qwen) for size in ("20k", "60k")))
     write(tmp_path, *(made_up(size, "kron_lora", 0.0, suite=qwen) for size in ("20k", "60k")))
-    shares = "20k to 60k parameters of SmolLM2-135M (on Qwen2.5-Coder-0.5B-Instruct the same shares of LoRA r=8's: "
-    shares += "20k is 36,025)"
-    assert (
-        f"the best of those other methods that were run, tuned alike, by the loss of held-out answers, at {shares}"
-        in (frontier_words.readme(tmp_path))
-    )
+    shares = ". Sizes are SmolLM2-135M's, on Qwen2.5-Coder-0.5B-Instruct the same shares of LoRA r=8's: 20k is 36,025:"
+    assert shares in frontier_words.readme(tmp_path)
 
 
 def test_whether_lora_of_rank_1_is_the_better_choice_follows_from_the_results(tmp_path):

@@ -15,6 +15,7 @@ from lsr_scale.errors import UserError
 from lsr_scale.layers.frozen_linear import quantization_of
 from lsr_scale.model import builtin
 from lsr_scale.model.shard import full_numel
+from lsr_scale.model.weights_digest import weights_digest
 
 
 def base_description(model: nn.Module) -> dict[str, Any]:
@@ -40,15 +41,25 @@ def base_description(model: nn.Module) -> dict[str, Any]:
                 seen.add(id(parameter))
                 packed = size is not None and parameter is module.weight
                 num_parameters += size[0] * size[1] if packed and size else full_numel(parameter)
-    content = {key: value for key, value in config.to_diff_dict().items() if key not in _NOT_ARCHITECTURE}
-    digest = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
     return {
-        "name": builtin.name_of(config.name_or_path) or config.name_or_path,
+        **model_description(config),
         "architecture": (config.architectures or [config.model_type])[0],
         "quantization": quantization,
         "num_parameters": num_parameters,
-        "config_sha256": digest,
         "linear_shapes": dict(sorted(shapes.items())),
+    }
+
+
+def model_description(config: Any) -> dict[str, Any]:
+    """Return what of a `base_description` a model's configuration and its files say; no weights are loaded for it.
+
+    `weights_sha256` is None for a model that lies in no local folder.
+    """
+    content = {key: value for key, value in config.to_diff_dict().items() if key not in _NOT_ARCHITECTURE}
+    return {
+        "name": builtin.name_of(config.name_or_path) or config.name_or_path,
+        "config_sha256": hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest(),
+        "weights_sha256": weights_digest(config.name_or_path),
     }
 
 
@@ -108,10 +119,26 @@ def check_base(stored: Mapping[str, Any], model: nn.Module, where: str) -> list[
             + "\n".join(mismatches[:6])
             + more
         )
-    notes = []
-    if stored["config_sha256"] != now["config_sha256"]:
-        notes.append(f"the settings of {now['name']} are not those of {stored['name']}, which it was trained on")
+    notes = other_model_notes(stored, now)
     if stored["quantization"] != now["quantization"]:
         quantization = f"{now['quantization']}; that of its training was {stored['quantization']}"
         notes.append(f"the base's quantization is {quantization}")
     return notes
+
+
+def other_model_notes(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return, in a line, how the model of one `model_description` is another than that of the one beside an adapter."""
+    if stored["config_sha256"] != now["config_sha256"]:
+        return [f"the settings of {now['name']} are not those of {stored['name']}, which it was trained on"]
+    if other_weights(stored, now):
+        return [
+            f"the weights of {now['name']} are not those that it was trained on ({stored['name']}); put those back, or "
+            "name their folder: what it learned is a difference to them"
+        ]
+    return []
+
+
+def other_weights(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Tell whether two descriptions, of models with the same settings, are known to be of different weights."""
+    digests = {described.get("weights_sha256") for described in (one, other)} - {None}
+    return len(digests) > 1

@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 
 from lsr_scale import files
+from lsr_scale.adapters.identity import model_description, other_model_notes, other_weights
 from lsr_scale.adapters.read import check_own_base
 from lsr_scale.errors import UserError
 from lsr_scale.exporting import pairs as lora
@@ -23,6 +24,7 @@ from lsr_scale.exporting.card import write_card
 from lsr_scale.exporting.source import AdapterSource, describe_file, open_adapter
 from lsr_scale.exporting.summary import in_words
 from lsr_scale.exporting.verify import EXACT, Agreement, Reference, base_section, questions_of
+from lsr_scale.model import load_config, resolve
 from lsr_scale.model.load_errors import suggest_base_option
 from lsr_scale.model.tokenizer import copy_tokenizer
 from lsr_scale.paths import user_path
@@ -93,6 +95,8 @@ def export(
     source = open_adapter(path)
     check_own_base(source.folder, source.config)
     with suggest_base_option(base), _new_folder(user_path(out, "--out")) as folder, progress:
+        if verify or options.form.startswith("merged"):  # or the base is not read
+            _note_other_base(source, options, say)
         if kind != "adapter":
             source = with_base_factors(source, base)
         progress.stage(f"writing {options.form}")
@@ -156,6 +160,9 @@ def merge(
     if len(bases) > 1:
         names = ", ".join(f"{source.folder}: {(source.base or {}).get('name')}" for source in bases.values())
         raise UserError(f"merge: the adapters belong to different bases ({names})")
+    for source in sources[1:]:
+        if source.base and sources[0].base and other_weights(source.base, sources[0].base):
+            say(f"note: {source.folder} was trained on other weights than {sources[0].folder}")
     pairs, errors = lora.truncated(lora.concatenate(sources, weights), max_rank)
     with _new_folder(user_path(out, "--out")) as folder:
         metadata = lora.metadata_of(sources[0], "merge", weights=list(weights))
@@ -220,6 +227,14 @@ def _checked_options(
     if dtype not in allowed:
         raise UserError(f"--dtype: expected one of {', '.join(allowed)} for --to {kind}, got {dtype!r}")
     return _Options(form, 16 if bits is None else bits, max_rank, dtype, base, base_gguf)
+
+
+def _note_other_base(source: AdapterSource, options: _Options, say: Say) -> None:
+    section = base_section(source, options.base)
+    if source.base is not None:
+        now = model_description(load_config(resolve(section["name"]), section["revision"]))
+        for note in other_model_notes(source.base, now):
+            say(f"note: {note}")
 
 
 def _write(folder: Path, source: AdapterSource, options: _Options, progress: Progress) -> dict[str, Any]:

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from lsr_scale import LsrConfig
-from lsr_scale.adapters.identity import base_description, check_base
+from lsr_scale.adapters.identity import base_description, check_base, model_description
 from lsr_scale.errors import UserError
-from lsr_scale.model import load_base
+from lsr_scale.model import load_base, load_config
 from tests.helpers.tiny_models import SEVEN_LINEARS, tiny_llama
 
 CPU = torch.device("cpu")
@@ -36,6 +36,7 @@ def test_the_description_is_the_same_with_and_without_adapters(folder, quantizat
     assert bare["linear_shapes"]["model.layers.*.mlp.up_proj"] == [80, 48]
     assert json.loads(json.dumps(bare)) == bare
     assert base_description(_adapted(model)) == bare
+    assert model_description(load_config(folder)).items() <= bare.items()
 
 
 def test_the_same_base_elsewhere_is_accepted_and_what_differs_is_told(folder, tmp_path):
@@ -48,6 +49,21 @@ def test_the_same_base_elsewhere_is_accepted_and_what_differs_is_told(folder, tm
     tiny_llama(torch.bfloat16, rope_parameters={"rope_theta": 5e5, "rope_type": "default"}).save_pretrained(tmp_path)
     (line,) = check_base(stored, load_base(str(tmp_path), quantization="nf4", device=CPU), "adapter")
     assert "the settings of" in line
+
+
+def test_other_weights_under_the_same_settings_are_told_and_other_files_of_the_same_weights_are_not(folder, tmp_path):
+    stored = base_description(load_base(folder, quantization="nf4", device=CPU))
+    model = tiny_llama(torch.bfloat16)
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len([*tmp_path.glob("*.safetensors")]) > 1
+    assert check_base(stored, load_base(str(tmp_path), quantization="nf4", device=CPU), "adapter") == []
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.add_(0.01)
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    (line,) = check_base(stored, load_base(str(tmp_path), quantization="nf4", device=CPU), "adapter")
+    assert line.startswith(f"the weights of {tmp_path} are not those that it was trained on ({folder}); put those back")
+    del stored["weights_sha256"]  # of an earlier release
+    assert check_base(stored, load_base(str(tmp_path), quantization="nf4", device=CPU), "adapter") == []
 
 
 def test_a_base_with_other_shapes_is_refused_by_the_names_of_its_layers(folder):

@@ -314,6 +314,33 @@ def test_an_export_is_complete_with_its_card_or_leaves_nothing(base_folder, tmp_
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "out"]
 
 
+@pytest.mark.parametrize("verified", [True, False])
+def test_an_export_onto_other_weights_or_settings_says_so(base_folder, tmp_path, verified):
+    adapter = saved(base_folder, tmp_path / "adapter")
+    said: list[str] = []
+    export(adapter, "merged", tmp_path / "own", verify=verified, say=said.append)
+    assert not [line for line in said if line.startswith("note: ")]
+    other = Path(shutil.copytree(base_folder, tmp_path / "other"))
+    weights = load_file(other / "model.safetensors")
+    save_file({name: value * 1.1 for name, value in weights.items()}, other / "model.safetensors", {"format": "pt"})
+    export(adapter, "merged", tmp_path / "merged", base=str(other), verify=verified, say=said.append)
+    assert [line for line in said if line.startswith(f"note: the weights of {other} are not those that it was trained")]
+    config = json.loads((other / "config.json").read_text()) | {"rms_norm_eps": 0.01}
+    (other / "config.json").write_text(json.dumps(config))
+    export(adapter, "merged", tmp_path / "set", base=str(other), verify=verified, say=said.append)
+    assert [line for line in said if line.startswith(f"note: the settings of {other} are not those of {base_folder}")]
+
+
+def test_adapters_of_other_weights_are_merged_and_that_is_said(base_folder, tmp_path):
+    other = Path(shutil.copytree(base_folder, tmp_path / "other"))
+    weights = load_file(other / "model.safetensors")
+    save_file({name: value * 1.1 for name, value in weights.items()}, other / "model.safetensors", {"format": "pt"})
+    one, two = saved(base_folder, tmp_path / "one"), saved(other, tmp_path / "two")
+    said: list[str] = []
+    merge([one, two], None, tmp_path / "sum", say=said.append)
+    assert f"note: {two} was trained on other weights than {one}" in said
+
+
 def test_an_export_that_is_not_the_adapter_is_refused(base_folder, tmp_path, monkeypatch):
     adapter = saved(base_folder, tmp_path / "adapter")
     monkeypatch.setattr("lsr_scale.exporting.pairs.AdapterSource.scaling", lambda *_: 1.01)

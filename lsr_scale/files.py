@@ -162,15 +162,16 @@ def _first_bytes(file: Path) -> bytes:
         return stream.read(512)
 
 
-def cannot_write(path: Path, error: OSError) -> UserError:
-    """Return the words for a failed write: what is wrong, and what to do about that."""
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+def cannot_write(path: Path, error: Exception) -> UserError:
+    """Return the words for a failed write, of a library too: what is wrong, and what to do about that."""
+    system = system_error(error) or OSError(str(error))
+    full = system.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     remedy = (
         "free some space (or raise the limit), then repeat the command, a training run with --resume auto"
         if full
         else "check the path and who may write there"
     )
-    return UserError(f"{path}: cannot be written: {error.strerror or error}; {remedy}")
+    return UserError(f"{path}: cannot be written: {system.strerror or system}; {remedy}")
 
 
 def system_error(error: Exception) -> OSError | None:

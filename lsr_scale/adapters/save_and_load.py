@@ -58,7 +58,7 @@ def save_adapter(trainer: Trainer, target: Path) -> None:
         files.apply_umask(temporary)
         files.replace_folder(temporary, target, (*ADAPTER_FILES, CARD_NAME))
     except (OSError, SafetensorError) as error:
-        raise _cannot_save(target, error) from error
+        raise files.cannot_write(target, error) from error
     finally:
         files.remove(temporary)
 
@@ -115,10 +115,6 @@ def label_names(config: Any) -> list[str]:
     """Return the names of a classifier's labels, none where its configuration has only transformers' own."""
     names = [config.id2label[number] for number in sorted(config.id2label or {})]
     return [] if all(re.fullmatch("LABEL_[0-9]+", str(name)) for name in names) else names
-
-
-def _cannot_save(target: Path, error: OSError | SafetensorError) -> UserError:
-    return files.cannot_write(target, files.system_error(error) or OSError(str(error)))
 
 
 def _check_saved(folder: Path) -> None:

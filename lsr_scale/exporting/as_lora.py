@@ -39,6 +39,6 @@ def save_as_lora(folder: RunFolder, model: Any) -> None:
         files.apply_umask(temporary)
         files.replace_folder(temporary, target, (*ADAPTER_FILES, CARD_NAME))
     except (OSError, SafetensorError) as error:
-        raise files.cannot_write(target, files.system_error(error) or OSError(str(error))) from error
+        raise files.cannot_write(target, error) from error
     finally:
         files.remove(temporary)

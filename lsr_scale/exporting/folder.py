@@ -358,6 +358,6 @@ def _new_folder(out: Path) -> Iterator[Path]:
         files.apply_umask(temporary)
         temporary.rename(out)
     except (OSError, SafetensorError) as error:
-        raise files.cannot_write(out, error if isinstance(error, OSError) else OSError(str(error))) from error
+        raise files.cannot_write(out, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

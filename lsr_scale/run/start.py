@@ -57,13 +57,15 @@ def named_by_file(run: RunConfig, file: Path, again: bool) -> tuple[RunConfig, s
 
     Args:
         run: The run.
-        file: What it was read from; a run's own config.yaml means that run, wherever it lies.
+        file: What it was read from; a run's own config.yaml means that run, wherever it lies, also where it was moved
+            from the folder that it names.
         again: It is resumed or overwritten.
     """
     folder = RunFolder(file.resolve().parent)
     if file.resolve() != folder.config or not folder.is_run():
         return run, file.stem
-    if run.training["output_dir"] is None and again:
+    named = run.training["output_dir"]
+    if again if named is None else named == config.load_run(file).training["output_dir"]:
         run = run.model_copy(update={"training": {**run.training, "output_dir": str(file.parent)}})
     return run, file.resolve().parent.name
 

@@ -8,12 +8,14 @@ import time
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from lsr_scale import UserError, cli, files
+from lsr_scale.config import load_run
 from lsr_scale.run import lock
 from lsr_scale.run.backup import Backup, restore
 from lsr_scale.run.folder import MANIFEST, RunFolder
-from lsr_scale.run.start import claim
+from lsr_scale.run.start import claim, named_by_file
 
 CONFIG = "model: {}\nadapter: {}\ndata: {}\ntraining: {}\n"
 SCORED = '{"id": "a", "log_likelihoods": [0.0]}\n'
@@ -382,6 +384,31 @@ def test_what_another_host_writes_stays_until_nothing_was_written_for_a_day(tmp_
         os.utime(path, (0, time.time() - 25 * 3600))
     files.write_text(tmp_path / "out", "x")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("again", [True, False])
+def test_a_run_that_was_moved_from_the_folder_that_it_names_is_the_one_whose_file_is_given(tmp_path, again):
+    folder = a_run(tmp_path / "moved")
+    named = str(tmp_path / "first")
+    sections = "model: {name: a/b}\nadapter: {method: lsr}\ndata: {train: [a.jsonl]}\n"
+    write(folder.config, f"{sections}training: {{output_dir: {named}}}\n")
+
+    def goes_to(*changes):
+        return named_by_file(load_run(folder.config, changes), folder.config, again)[0].training["output_dir"]
+
+    assert goes_to("training.save_steps=5") == str(folder.path)
+    assert goes_to(f"training.output_dir={tmp_path}/another") == f"{tmp_path}/another"
+    write(folder.config, f"{sections}training: {{}}\n")
+    assert goes_to() == (str(folder.path) if again else None)
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "x"), SafetensorError("I/O error: No space left on device (os error 28)")]
+)
+def test_a_full_disk_is_told_alike_whoever_writes(error):
+    assert str(files.cannot_write(Path("a"), error)).endswith(
+        "free some space (or raise the limit), then repeat the command, a training run with --resume auto"
+    )
 
 
 def test_unnamed_runs_resume_in_the_newest_folder_that_holds_one(tmp_path, monkeypatch):

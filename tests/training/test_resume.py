@@ -756,6 +756,17 @@ def test_a_moved_base_is_named_when_a_run_resumes(place, stopped, tmp_path, caps
     assert "note: changed since the run began: model.name: " in capsys.readouterr().out
 
 
+def test_a_moved_run_resumes_where_it_lies_now(place, undisturbed, tmp_path):
+    with pytest.MonkeyPatch.context() as patch:
+        arrange_stop(patch, 5)
+        with pytest.raises(Killed):
+            do(run_in(place, tmp_path / "first"))
+    (tmp_path / "first").rename(tmp_path / "second")
+    assert cli.main(["train", str(tmp_path / "second" / "config.yaml"), "--resume", "auto", "--quiet"]) == 0
+    assert same(factors(undisturbed), factors(RunFolder(tmp_path / "second")))
+    assert not (tmp_path / "first").exists()
+
+
 def test_a_step_has_its_rows_however_many_micro_batches_share_them(place, tmp_path):
     runs = {}
     for batch, accumulation in ((5, 1), (1, 5)):

@@ -25,7 +25,7 @@ from lsr_scale.model.folder_checks import check_weights, read_json
 from lsr_scale.model.gather import gather_on_use, replicate
 from lsr_scale.model.load_errors import explain_load_errors
 from lsr_scale.model.names import resolve
-from lsr_scale.model.quantize import Quantization, check_quantization, quantization_config
+from lsr_scale.model.quantize import Quantization, check_quantization, quantization_config, store_as_bytes
 from lsr_scale.model.random_weights import init_random_weights
 from lsr_scale.model.shard import Sharding, full_shape
 
@@ -104,12 +104,14 @@ def load_base(
             with sharded as shard, explain_load_errors(name, revision):
                 model = init_random_weights(empty, quantizer, device, shard)
         else:
-            check_quantization(config, quantization, name)
+            nested = check_quantization(config, quantization, name)
             path = resolve(name)
             if Path(path).is_dir():
                 auto_class = model_class(config, task).__name__
                 check_weights(name, Path(path), auto_class, read_json(Path(path) / "config.json"))
             kwargs: dict[str, Any] = {} if num_labels is None else {"num_labels": num_labels}
+            if nested is None:  # else the checkpoint has its own
+                kwargs["quantization_config"] = quantizer
             if attention != "auto":
                 kwargs["attn_implementation"] = attention
             with sharded as shard, explain_load_errors(name, revision, "its weights"):
@@ -117,7 +119,6 @@ def load_base(
                     path,
                     revision=revision,
                     dtype=dtype,
-                    quantization_config=quantizer,
                     trust_remote_code=False,
                     use_safetensors=True,
                     output_loading_info=True,
@@ -128,8 +129,9 @@ def load_base(
             _check_complete(name, model, report, task, say, head_from_adapter)
             _check_shapes(name, model, empty)
             for module in model.modules():
-                if isinstance(module, bnb.nn.Linear4bit):
-                    module.compute_dtype = dtype  # a checkpoint quantized already has one of its own
+                if isinstance(module, bnb.nn.Linear4bit):  # a checkpoint quantized already has a dtype of its own
+                    module.compute_dtype = dtype
+                    store_as_bytes(module.weight)
     if labels is not None:
         model.config.id2label = dict(enumerate(labels))
         model.config.label2id = {name: number for number, name in enumerate(labels)}

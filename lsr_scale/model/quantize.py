@@ -1,7 +1,8 @@
 """How a base is quantized by bitsandbytes: its configuration, and what a quantized checkpoint allows."""
 
-from typing import Literal
+from typing import Any, Literal
 
+import bitsandbytes as bnb
 import torch
 from transformers import BitsAndBytesConfig, PreTrainedConfig
 
@@ -32,17 +33,35 @@ def quantization_config(
     )
 
 
-def check_quantization(config: PreTrainedConfig, quantization: Quantization, name: str) -> None:
+def store_as_bytes(weight: Any) -> None:
+    """Have 4-bit codes that a checkpoint stores in another dtype, as those for FSDP do, be the bytes that they are.
+
+    As any floating dtype DeepSpeed's engine would cast them, and bitsandbytes' CPU kernel cannot read them.
+
+    Args:
+        weight: A parameter; one that is not of 4-bit codes, or is of bytes, stays as it is.
+    """
+    if isinstance(weight, bnb.nn.Params4bit) and weight.bnb_quantized and weight.dtype != torch.uint8:
+        weight.data = weight.data.contiguous().view(-1).view(torch.uint8).view(-1, 1)
+        weight.quant_storage = torch.uint8
+        if weight.module is not None:
+            weight.module.quant_storage = torch.uint8
+
+
+def check_quantization(config: PreTrainedConfig, quantization: Quantization, name: str) -> bool | None:
     """Refuse a quantization other than the one of a checkpoint that is quantized already.
 
     Transformers would silently take the checkpoint's.
+
+    Returns:
+        Whether the checkpoint's scales are quantized too; None where it is not quantized.
 
     Raises:
         UserError: naming both.
     """
     given = getattr(config, "quantization_config", None)
     if given is None:
-        return
+        return None
     given = given if isinstance(given, dict) else given.to_dict() if hasattr(given, "to_dict") else None
     if given is None:
         raise UserError(f"model.name {name!r}: quantization_config in its config.json is no mapping; remove it")
@@ -61,3 +80,4 @@ def check_quantization(config: PreTrainedConfig, quantization: Quantization, nam
             f"model.quantization: {quantization}, but the weights of {name!r} are quantized already, in {own[:40]}; "
             f"set it to {own[:40]}, or take the model's unquantized weights"
         )
+    return bool(given.get("bnb_4bit_use_double_quant"))

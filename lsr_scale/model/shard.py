@@ -22,6 +22,7 @@ from transformers import modeling_utils
 
 from lsr_scale.distributed import rank, world_size
 from lsr_scale.errors import UserError
+from lsr_scale.model.quantize import store_as_bytes
 
 # NCCL copies what is aligned by so many bytes at once, and byte by byte what is not
 _ALIGNMENT = 16
@@ -115,6 +116,7 @@ class Sharding:
         """Keep this process's shard of a matrix, as bytes, and its shape; the last shards are padded with zeros."""
         if parameter.dim() < 2 or hasattr(parameter, "shard"):
             return
+        store_as_bytes(parameter)
         if hasattr(parameter, "CB"):
             parameter.CB = None  # an int8 weight's second reference to its codes would keep them all
         data = parameter.requires_grad_(False).data

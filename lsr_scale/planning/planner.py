@@ -182,22 +182,22 @@ def count(run: RunConfig, trace: bool = True) -> Counted:
     section, training = run.model, run.training
     config = load_config(section.name, section.revision)
     text = config.get_text_config()
-    if not section.random_weights:
-        check_quantization(config, section.quantization, section.name)
+    own = None if section.random_weights else check_quantization(config, section.quantization, section.name)
+    double_quantization = section.double_quantization if own is None else own
     batch = _batch(run, getattr(text, "sliding_window", None))
     base: Any = _skeleton(run, config, batch.masked)
     positions = num_positions(base)
     if positions is not None and batch.length > positions:  # longer rows are refused when the run begins
         batch = replace(batch, length=positions)
     quantized = quantized_layers(base) if section.quantization != "none" else []
-    frozen = frozen_bytes(base, quantized, section.quantization, section.double_quantization)
+    frozen = frozen_bytes(base, quantized, section.quantization, double_quantization)
     base_parameters = sum(parameter.numel() for parameter in base.parameters())
     memory.count_dequantization(base, quantized, section.quantization)
     of_base = {id(buffer) for buffer in base.buffers()}
     model = _adapted(run, base)
     # what an adapter holds beside what trains, such as the frozen factors of LoRA-XS
-    own = {id(buffer): buffer for buffer in model.buffers() if id(buffer) not in of_base}
-    frozen_factors = sum(buffer.numel() * buffer.element_size() for buffer in own.values())
+    factors = {id(buffer): buffer for buffer in model.buffers() if id(buffer) not in of_base}
+    frozen_factors = sum(buffer.numel() * buffer.element_size() for buffer in factors.values())
     frozen = replace(frozen, state=frozen.state + frozen_factors)
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     sizes = [in_out_features(layer.get_base_layer()) or (0, 0) for layer in layers]

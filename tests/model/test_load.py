@@ -6,11 +6,13 @@ import shutil
 import pytest
 import safetensors.torch
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from lsr_scale.errors import UserError
-from lsr_scale.layers.frozen_linear import FrozenLinear4bit, FrozenLinear8bit
+from lsr_scale.layers.frozen_linear import FrozenLinear4bit, FrozenLinear8bit, dequantize
 from lsr_scale.model import known_configs, load_base, load_config, meta_model, model_class, resolve
+from lsr_scale.model.gather import GatherGroup
+from lsr_scale.model.shard import Sharding, sharded_matrices
 from tests.helpers.tiny_models import tiny_llama
 
 SMOLLM2 = "builtin:smollm2-135m-instruct"
@@ -140,6 +142,28 @@ def test_checkpoints_with_transposed_layers_load_too(tmp_path, quantization):
 def test_double_quantization_can_be_left_out(saved):
     model = load_base(str(saved), double_quantization=False, device=CPU)
     assert not model.model.layers[0].mlp.up_proj.weight.quant_state.nested
+
+
+@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16, torch.float16, torch.float32])
+def test_a_checkpoint_that_is_quantized_already_is_held_as_bytes(saved, tmp_path, storage, offload, recwarn):
+    """Whatever they are stored as: FSDP wants the dtype of the other weights, and DeepSpeed's engine casts those."""
+    wanted = load_base(str(saved), double_quantization=False, dtype="float32", device=CPU)
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_quant_storage=storage)
+    quantized = LlamaForCausalLM.from_pretrained(saved, quantization_config=config, dtype=torch.bfloat16)
+    quantized.save_pretrained(tmp_path)
+    file = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    assert file["model.layers.0.mlp.up_proj.weight"].dtype == storage
+    model = load_base(str(tmp_path), dtype="float32", device=CPU, sharding=Sharding(offload))
+    assert not [str(one.message) for one in recwarn if "quantization_config" in str(one.message)]
+    torch.nn.Module.to(model, torch.bfloat16)  # as an engine does
+    for name, module in model.named_modules():
+        if isinstance(module, FrozenLinear4bit):
+            GatherGroup(sharded_matrices([module])).unshard()
+            assert module.weight.dtype == module.quant_storage == torch.uint8
+            assert module.compute_dtype == torch.float32
+            assert not module.weight.quant_state.nested
+            assert torch.equal(dequantize(module, torch.float32), dequantize(wanted.get_submodule(name), torch.float32))
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])

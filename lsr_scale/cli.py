@@ -106,6 +106,22 @@ def parser() -> Parser:
     return top
 
 
+def _notes_said_once() -> Any:
+    """Return what writes a warning as a note, without the library's file and line; once, whatever its place.
+
+    Python's own "once" forgets what was said where filters change, as they do in each trial of a sweep.
+    """
+    said: set[str] = set()
+
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        note = f"note: {message}\n"
+        if note not in said:
+            said.add(note)
+            sys.stderr.write(note)
+
+    return show
+
+
 def quiet_libraries(debug: bool = False) -> None:
     """Leave the screen to the run: the libraries' warnings and progress bars only with --debug."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -127,8 +143,7 @@ def quiet_libraries(debug: bool = False) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.filterwarnings("ignore", message="Glyph .* missing from")  # a letter of a title that a picture cannot show
-    # without the library's file and line that Python writes
-    warnings.formatwarning = lambda message, *args, **kwargs: f"note: {message}\n"
+    warnings.showwarning = _notes_said_once()
     for name in ("deepspeed", "torch.distributed", "trl", "peft", "accelerate", "torchao"):
         logging.getLogger(name).setLevel(logging.ERROR)
     # this one sets its level when it is imported, so a filter; it warns that there is no GPU, and the like

@@ -223,4 +223,5 @@ def test_a_warning_is_a_note_without_the_line_of_a_library_that_it_was_raised_in
     code = (
         "import warnings\nfrom lsr_scale import cli\ncli.quiet_libraries()\nwarnings.warn('mind this', stacklevel=1)\n"
     )
-    assert run_program(code, tmp_path).stderr == "note: mind this\n"
+    again = "with warnings.catch_warnings():\n    warnings.warn('mind this', stacklevel=1)\n"
+    assert run_program(code + again, tmp_path).stderr == "note: mind this\n", "once, also within filters of its own"

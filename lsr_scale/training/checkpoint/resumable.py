@@ -71,6 +71,12 @@ class Resumable(_Base):
             loader._drop_last = True
         return loader
 
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate with none of training's random numbers: a run that stops at a rung is as if it had not."""
+        devices = [self.accelerator.device] if self.accelerator.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            return super().evaluation_loop(*args, **kwargs)
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Write a checkpoint to a temporary folder and rename it; every process takes part, the main one writes."""
         self.store_flos()

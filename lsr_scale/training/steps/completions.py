@@ -44,11 +44,9 @@ class DecodedCompletions(_Base):
     _rewards_differed: bool = False  # of one prompt's completions, in any step
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """Evaluate, with the same draws each time, and none of training's."""
-        devices = [self.accelerator.device] if self.accelerator.device.type == "cuda" else []
-        with torch.random.fork_rng(devices):
-            torch.manual_seed(self.args.seed + distributed.rank())
-            return super().evaluation_loop(*args, **kwargs)
+        """Evaluate, with the same draws each time; `Resumable` sees that they are none of training's."""
+        torch.manual_seed(self.args.seed + distributed.rank())
+        return super().evaluation_loop(*args, **kwargs)
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
         """Do a micro-batch; one that resumes is in TRL's cycle of generating and reusing where the run was."""

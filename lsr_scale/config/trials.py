@@ -206,7 +206,8 @@ def trials_of(
         except UserError as error:
             if str(error) == alone:  # no trial's own
                 raise
-            raise UserError(f"trial {name}: {error}{_of_sections(changes)}") from None
+            advice = _of_method(changes, str(error)) or _of_sections(changes)
+            raise UserError(f"trial {name}: {error}{advice}") from None
     _check_different(trials)
     _check_agree(trials, section, where, places or {})
     for trial in trials:
@@ -224,6 +225,17 @@ def _of_sections(changes: Changes) -> str:
         f"; a section of a trial stands in place of the run's whole one: for a key of it write {key}: ..."
         if key
         else ""
+    )
+
+
+def _of_method(changes: Changes, error: str) -> str:
+    """Return how a trial of another method is written, where it has the run's options of its own; else nothing."""
+    method = changes.get("adapter.method")
+    if not isinstance(method, str) or ": adapter." not in error:
+        return ""
+    return (
+        "; the run's other options of adapter are its method's: change the section in place of the method alone, "
+        f"adapter: {{method: {method}, rank: 8}}, in grid a list of such"
     )
 
 

@@ -277,6 +277,21 @@ def test_stages_that_shard_the_base_are_refused(problem, read):
     assert len(read(SEEDS, MINIMAL + "deepspeed: {config: zero1}\n").trials) == 2
 
 
+def test_a_trial_of_another_method_is_told_to_have_a_section_of_its_own(problem, read):
+    run = MINIMAL.replace("method: lsr", "method: lsr\n  separation_rank: 4")
+    found = problem("grid: {adapter.method: [lsr, lora]}", run)
+    assert found.startswith("trial method=lora: run.yaml:5: adapter.separation_rank: unknown key; ")
+    section = "adapter: {method: lora, rank: 8}"
+    assert f"change the section in place of its method alone, {section}, in grid a list of such" in found
+    name, _, value = section.partition(": ")
+    assert [
+        trial.run.adapter.method for trial in read(f"grid: {{{name}: [{value}, {{method: lsr}}]}}", run).trials
+    ] == [
+        "lora",
+        "lsr",
+    ]
+
+
 def test_a_mistake_of_the_run_itself_is_no_trials(problem):
     assert problem(SEEDS, MINIMAL + "training: {epochs: 3}\n").startswith("run.yaml:7: training.epochs: unknown key")
 

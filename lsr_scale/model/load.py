@@ -132,6 +132,8 @@ def load_base(
                 if isinstance(module, bnb.nn.Linear4bit):  # a checkpoint quantized already has a dtype of its own
                     module.compute_dtype = dtype
                     store_as_bytes(module.weight)
+            if nested is not None:
+                _cast_unquantized(model, empty)
     if labels is not None:
         model.config.id2label = dict(enumerate(labels))
         model.config.label2id = {name: number for number, name in enumerate(labels)}
@@ -178,6 +180,18 @@ def _check_complete(
 
 def _first(keys: list[str]) -> str:
     return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+
+
+def _cast_unquantized(model: PreTrainedModel, empty: PreTrainedModel) -> None:
+    """Cast embeddings, norms and heads to the dtypes of an empty model: of a checkpoint that is quantized already
+    Transformers leaves them as they are stored.
+    """
+    kept = (*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ()))
+    expected = dict(empty.named_parameters())
+    for path, loaded in model.named_parameters():
+        wanted = expected[path].dtype if path in expected else loaded.dtype
+        if loaded.is_floating_point() and loaded.dtype != wanted and not any(name in path for name in kept):
+            loaded.data = loaded.data.to(wanted)
 
 
 def _check_shapes(name: str, model: PreTrainedModel, empty: PreTrainedModel) -> None:

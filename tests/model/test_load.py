@@ -12,6 +12,7 @@ from lsr_scale.errors import UserError
 from lsr_scale.layers.frozen_linear import FrozenLinear4bit, FrozenLinear8bit, dequantize
 from lsr_scale.model import known_configs, load_base, load_config, meta_model, model_class, resolve
 from lsr_scale.model.gather import GatherGroup
+from lsr_scale.model.quantize import quantization_config
 from lsr_scale.model.shard import Sharding, sharded_matrices
 from tests.helpers.tiny_models import tiny_llama
 
@@ -137,6 +138,20 @@ def test_checkpoints_with_transposed_layers_load_too(tmp_path, quantization):
     GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=1, n_head=4, vocab_size=96)).save_pretrained(tmp_path)
     model = load_base(str(tmp_path), quantization=quantization, dtype="float32", device=CPU)
     assert torch.isfinite(model(torch.zeros(1, 3, dtype=torch.long)).logits).all()
+
+
+@pytest.mark.parametrize(("stored", "dtype"), [("float32", "bfloat16"), ("bfloat16", "float32")])
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_checkpoint_that_is_quantized_already_is_held_in_the_dtype_that_is_asked_for(
+    saved, tmp_path, kind, stored, dtype
+):
+    quantized = quantization_config(kind, True, getattr(torch, stored), ["lm_head"])
+    model = LlamaForCausalLM.from_pretrained(saved, dtype=stored, quantization_config=quantized)
+    model.save_pretrained(tmp_path)
+    held = load_base(str(tmp_path), quantization=kind, dtype=dtype, device=CPU)
+    floats = {name: p.dtype for name, p in held.named_parameters() if p.is_floating_point()}
+    assert {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"} <= set(floats)
+    assert set(floats.values()) == {getattr(torch, dtype)}
 
 
 def test_double_quantization_can_be_left_out(saved):

@@ -282,7 +282,7 @@ def test_a_trial_of_another_method_is_told_to_have_a_section_of_its_own(problem,
     found = problem("grid: {adapter.method: [lsr, lora]}", run)
     assert found.startswith("trial method=lora: run.yaml:5: adapter.separation_rank: unknown key; ")
     section = "adapter: {method: lora, rank: 8}"
-    assert f"change the section in place of its method alone, {section}, in grid a list of such" in found
+    assert f"change the section in place of the method alone, {section}, in grid a list of such" in found
     name, _, value = section.partition(": ")
     assert [
         trial.run.adapter.method for trial in read(f"grid: {{{name}: [{value}, {{method: lsr}}]}}", run).trials

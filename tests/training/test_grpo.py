@@ -524,11 +524,16 @@ def test_vllm_is_sent_the_adapter_exactly(tmp_path, monkeypatch, caplog):
     ids = [5, 6, 7]
     for step in (0, 1):
         trainer.state.global_step = step
+        trainer.model.train()
         with torch.no_grad():
             for parameter in trainer.model.parameters():
                 if parameter.requires_grad:
                     parameter.add_(0.1)
         completions, log_probs = trainer._generate_single_turn([ids], None, {}, 4)
+        sent = Path(trainer.vllm_generation.request.lora_path) / "adapter_model.safetensors"
+        assert trainer._metrics["train"]["vllm/sent_bytes"][step:] == [sent.stat().st_size]
+        assert all(seconds > 0 for seconds in trainer._metrics["train"]["vllm/sent_s"][step:])
+        assert not trainer.vllm_generation.sent
         assert completions == [[7, 2]]
         assert log_probs == [[-1.0, -1.0]]
         expected = trainer.model.eval()(torch.tensor([ids])).logits

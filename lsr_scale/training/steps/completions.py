@@ -95,8 +95,13 @@ class DecodedCompletions(_Base):
             result = super()._generate_single_turn(prompt_ids, images, *args, **kwargs)
         else:
             result = self._decoded(prompt_ids), None
+        sent = self.vllm_generation.sent if self.use_vllm else []
         if self.model.training:
             self._metrics["train"]["generation_s"].append(time.monotonic() - began)
+            for size, seconds in sent:
+                self._metrics["train"]["vllm/sent_bytes"].append(size)
+                self._metrics["train"]["vllm/sent_s"].append(seconds)
+        sent.clear()
         return result
 
     def _decoded(self, prompt_ids: Sequence[Sequence[int]]) -> list[list[int]]:

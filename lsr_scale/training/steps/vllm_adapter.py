@@ -65,6 +65,7 @@ def _adapter_generation() -> type:
             say: Told of the first transfer, and of some later ones, how large it is and how long it takes.
             exports: Where the LoRAs lie.
             request: The newest one, as vLLM wants it named; None before the first.
+            sent: Bytes and seconds of each transfer; whoever logs them empties it.
         """
 
         say: Callable[[str], None] = staticmethod(lambda text: None)
@@ -73,6 +74,7 @@ def _adapter_generation() -> type:
             self.exports = tempfile.TemporaryDirectory(prefix="lsr_scale_lora_")
             self.request: Any = None
             self.num_sent = 0
+            self.sent: list[tuple[int, float]] = []
             super().__init__(*args, **kwargs)
 
         def _init_vllm(self) -> None:
@@ -104,8 +106,9 @@ def _adapter_generation() -> type:
             self.request = LoRARequest(f"step-{self.num_sent}", self.num_sent, str(folder))
             self.llm.reset_prefix_cache()
             self._forget(self.num_sent - _KEPT)
+            self.sent.append((size, time.monotonic() - began))
             if self.num_sent == 1 or self.num_sent % 100 == 0:
-                self.say(f"vLLM is sent the adapter as LoRA: {byte_size(size)} in {time.monotonic() - began:.2f} s")
+                self.say(f"vLLM is sent the adapter as LoRA: {byte_size(size)} in {self.sent[-1][1]:.2f} s")
 
         def _forget(self, number: int) -> None:
             folder = Path(self.exports.name) / str(number)

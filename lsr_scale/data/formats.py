@@ -320,7 +320,8 @@ def build_dataset(
         raise UserError("data: expected at least one source, got an empty list")
     records: list[dict[str, Any]] = []
     kinds: dict[str, str] = {}
-    for source, rows in zip(sources, loaded or [load_source(source, default_split) for source in sources], strict=True):
+    loaded = loaded or [load_source(source, default_split) for source in sources]
+    for source, rows in zip(sources, loaded, strict=True):
         fields = source_fields(source)
         where = f"data source {fields['path']!r}"
         if form is not None:
@@ -338,7 +339,9 @@ def build_dataset(
         expected = "classification rows" if model_task == "seq_cls" else "text to generate"
         raise UserError(f"data: model.task is {model_task}, which takes {expected}, got {kind} ({KIND_MEANING[kind]})")
     if method is not None and model_task != "seq_cls" and kind not in METHODS[method].rows:
-        others = [name for name, one in METHODS.items() if kind in one.rows]
+        # rows for KTO are prompts and completions to all others
+        fitting = {kind, *(["unpaired"] if preferences.is_unpaired(loaded[0].rows[0]) else [])}
+        others = [name for name, one in METHODS.items() if fitting & set(one.rows)]
         remedy = f"; set training.method: {' or '.join(others)}, or rewrite the rows" if others else ""
         taken = " or ".join(f"{name} ({KIND_MEANING[name]})" for name in METHODS[method].rows)
         raise UserError(

@@ -97,6 +97,15 @@ def unpaired(row: Row) -> dict[str, Any]:
     return {**record, "label": label}
 
 
+def is_unpaired(row: Row) -> bool:
+    """Tell whether a row is one of a completion that is desirable or not."""
+    try:
+        unpaired(row)
+    except RowError:
+        return False
+    return True
+
+
 def preference_of_question(example: Example) -> dict[str, Any]:
     """Return a question's right choice as preferred to a wrong one, which the question's hash chooses."""
     right, wrong = (_whole(example, index) for index in (example.answer, _wrong_choice(example)))

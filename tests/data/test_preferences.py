@@ -185,6 +185,8 @@ def test_a_pair_that_is_the_same_to_the_trainer_is_refused_with_its_line(tmp_pat
         ("sft", PAIR, "set training.method: dpo or orpo"),
         ("dpo", {"text": "abc"}, "set training.method: sft"),
         ("kto", PAIR, "set training.method: dpo or orpo"),
+        ("dpo", {"prompt": "a", "completion": "b", "label": True}, "set training.method: sft or kto, or rewrite"),
+        ("dpo", {"prompt": "a", "completion": "b", "label": 3}, "set training.method: sft, or rewrite"),
     ],
 )
 def test_rows_of_another_method_are_refused_with_it(tmp_path, method, row, remedy):

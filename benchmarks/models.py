@@ -13,6 +13,8 @@ MODELS = {
     "mistral-7b": "mistralai/Mistral-7B-v0.1",
     "llama2-7b": "meta-llama/Llama-2-7b-hf",
     "llama3-8b": "meta-llama/Meta-Llama-3-8B",
+    "llama2-70b": "meta-llama/Llama-2-70b-hf",
+    "llama3.1-70b": "meta-llama/Llama-3.1-70B",
     "smollm2-135m": "HuggingFaceTB/SmolLM2-135M",
 }
 TINY = {

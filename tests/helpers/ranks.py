@@ -132,6 +132,10 @@ class Ranks:
         """0 where all ended well."""
         return next((rank.returncode for rank in self._ranks if rank.returncode != 0), 0)
 
+    def poll(self) -> int | None:
+        """Return the exit status, None while they run."""
+        return self.returncode
+
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
         """Wait for the end of all; return what they wrote to stdout and to stderr."""
         said = [rank.communicate(timeout) for rank in self._ranks]

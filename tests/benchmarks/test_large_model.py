@@ -1,0 +1,56 @@
+"""The benchmark of a base larger than a GPU, in its shortest form: a process on a CPU, a tiny model."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks.models import TINY
+from benchmarks.robustness import large_model
+from benchmarks.speed.trainer_overhead import write_model
+from lsr_scale.layers.frozen_linear import FrozenLinear4bit
+from lsr_scale.model import load_base
+from tests.helpers.ranks import popen
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("stored", ["nf4", "bfloat16"])
+def test_weights_are_written_layer_by_layer_as_a_checkpoint_has_them(tmp_path, stored):
+    write_model(tmp_path, TINY)
+    size = large_model.write_weights(tmp_path, stored, "cpu")
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert len(files) == 2 + 3, "a file each: layers, embedding, norm, head"
+    assert size < sum(file.stat().st_size for file in files) < 1.5 * size
+    model = load_base(str(tmp_path), device=CPU)
+    linear = model.model.layers[1].mlp.up_proj
+    assert isinstance(linear, FrozenLinear4bit)
+    assert linear.weight.quant_state.nested
+    assert torch.isfinite(model(torch.ones(1, 4, dtype=torch.long)).logits).all()
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumes_to_the_same_adapter(tmp_path, monkeypatch):
+    out = tmp_path / "large.json"
+    monkeypatch.setattr("subprocess.Popen", popen)
+    words = [
+        "--model",
+        "tiny",
+        "--device",
+        "cpu",
+        "--gpus",
+        "1",
+        "--steps",
+        "5",
+        "--save-steps",
+        "2",
+        "--seq-len",
+        "32",
+    ]
+    assert large_model.main([*words, "--out", str(out)]) == 0
+    result = json.loads(out.read_text())
+    assert result["same_adapter"]
+    assert result["whole"]["steps"] == 5
+    assert result["killed_at"] >= 4
+    assert result["whole"]["losses"][-1] == result["killed"]["losses"][-1]
+    assert result["plan"]["total_gib"] > 0

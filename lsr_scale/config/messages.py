@@ -21,7 +21,7 @@ _VALUES_ELSEWHERE = {
     **dict.fromkeys(("8", "8bit", "8-bit"), "int8"),
     **dict.fromkeys(("16", "16bit", "bf16", "bfloat16", "fp16", "float16", "None"), "none"),
 }
-# Names from axolotl, LLaMA-Factory, PEFT, bitsandbytes and older transformers, and what they are called here.
+# Names from axolotl, LLaMA-Factory, PEFT, TRL, bitsandbytes and older transformers, and what they are called here.
 _ELSEWHERE: dict[str, str] = {
     **{name: f"adapter.{option}" for name, option in option_names.ELSEWHERE.items()},
     "base_model": "model.name",
@@ -58,6 +58,14 @@ _ELSEWHERE: dict[str, str] = {
     "optimizer": "training.optim",
     "warmup_ratio": "training.warmup_steps, where a value below 1 is a share of all steps, such as 0.03",
     "evaluation_strategy": "training.eval_strategy",
+    "patience": "training.early_stopping: {patience: 3}",
+    "early_stopping_patience": "training.early_stopping: {patience: 3}",
+    "rl": "training.method",
+    "stage": "training.method",
+    "rl_beta": "training.beta",
+    "pref_beta": "training.beta",
+    "pref_loss": "training.loss_type",
+    "reward_funcs": "training.reward",
     "group_by_length": "training.train_sampling_strategy: group_by_length",
     "train_on_inputs": "training.completion_only_loss: false",
 }

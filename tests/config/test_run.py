@@ -81,6 +81,9 @@ def test_shipped_language_models_are_4_bit_with_seven_adapted_linears_and_no_dro
         ("model: {name: x, lora_r: 8}", "4: model.lora_r", "here it is adapter.rank"),
         ("base_model: x", "4: base_model", "here it is model.name"),
         ("training: {warmup_ratio: 0.1}", "4: training.warmup_ratio", "here it is training.warmup_steps"),
+        ("training: {patience: 2}", "4: training.patience", "here it is training.early_stopping: {patience: 3}"),
+        ("rl: dpo", "4: rl", "here it is training.method"),
+        ("training: {method: grpo, reward_funcs: [a]}", "4: training.reward_funcs", "here it is training.reward"),
     ],
 )
 def test_an_unknown_key_names_its_line_and_what_it_should_be(addition, path, nearest):

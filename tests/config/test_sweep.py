@@ -212,6 +212,10 @@ def test_names_that_would_be_equal_or_differ_in_case_alone_are_numbered():
         ("grid: {training.seed: [1, 1]}", "run.yaml:7: sweep: two trials are equal: seed=1 (training.seed: 1)"),
         ("list: [{training.seed: 42}, {adapter.rank: 16}]", "sweep: the trials seed=42 and rank=16 are one run"),
         (f"{SEEDS}\n  list: [{{training.seed: 1}}]", "sweep.list: training.seed is in grid too; keep one of them"),
+        (
+            f"{SEEDS}\n  stop: {{patience: 3}}",
+            "sweep.stop.patience: unknown key; here it is training.early_stopping",
+        ),
         (f"{SEEDS}\n  together: 0", "sweep.together: expected 'auto' or a number >= 1, got 0"),
         ("random: {trials: 3, values: {training.seed: [1, 2]}}", "random: trials: is 3, but only 2 that differ"),
         ("random: {trials: 1, values: {training.seed: {logs: [1, 2]}}}", "training.seed.logs: unknown key"),

@@ -133,6 +133,7 @@ def quiet_libraries(debug: bool = False) -> None:
         return
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # each try again where there is no network; the error says it
     # transformers reads this, and the line above, when it is imported: that takes seconds, and many commands never do
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if transformers := sys.modules.get("transformers"):
@@ -144,7 +145,7 @@ def quiet_libraries(debug: bool = False) -> None:
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.filterwarnings("ignore", message="Glyph .* missing from")  # a letter of a title that a picture cannot show
     warnings.showwarning = _notes_said_once()
-    for name in ("deepspeed", "torch.distributed", "trl", "peft", "accelerate", "torchao"):
+    for name in ("deepspeed", "torch.distributed", "trl", "peft", "accelerate", "torchao", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
     # this one sets its level when it is imported, so a filter; it warns that there is no GPU, and the like
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)

@@ -20,7 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 from lsr_scale.errors import UserError
 
-_LOGGERS = ("deepspeed", "DeepSpeed", "torch.distributed", "trl", "peft", "accelerate", "torchao")
+_LOGGERS = ("deepspeed", "DeepSpeed", "torch.distributed", "trl", "peft", "accelerate", "torchao", "huggingface_hub")
 
 
 @contextlib.contextmanager

@@ -219,6 +219,14 @@ def test_progress_bars_of_libraries_that_are_there_already_are_left_out(tmp_path
     assert ended.stdout.split() == ["False", "True"], ended.stderr
 
 
+@pytest.mark.parametrize("imported", ["before", "after"])
+def test_what_the_hub_is_asked_again_is_not_said(tmp_path, imported):
+    lines = ["import huggingface_hub.utils", "from lsr_scale import cli", "cli.quiet_libraries()"]
+    lines = lines if imported == "before" else [*lines[1:], lines[0]]
+    code = "\n".join([*lines, "import logging", "logging.getLogger('huggingface_hub.utils._http').warning('Retrying')"])
+    assert run_program(code, tmp_path).stderr == ""
+
+
 def test_a_warning_is_a_note_without_the_line_of_a_library_that_it_was_raised_in(tmp_path):
     code = (
         "import warnings\nfrom lsr_scale import cli\ncli.quiet_libraries()\nwarnings.warn('mind this', stacklevel=1)\n"

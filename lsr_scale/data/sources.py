@@ -3,6 +3,7 @@
 What was read is written down beside the rows (`Provenance`), so that a run folder can say what it was trained on.
 """
 
+import glob
 import hashlib
 import importlib
 import json
@@ -132,6 +133,10 @@ def _local_path(path: str) -> Path:
 
 def nearest_sibling(path: Path) -> str:
     """Return in words what is near a path that is not there."""
+    if path.is_symlink():
+        return f"it is a link to {str(path.readlink())!r}, which leads nowhere"
+    if glob.has_magic(str(path)):
+        return "patterns are not filled in here; list the files, or name a folder of splits"
     folder = path.parent
     if not folder.is_dir():
         return f"the folder {str(folder)!r} does not exist either (paths are relative to {str(Path.cwd())!r})"
@@ -261,7 +266,10 @@ def _load_folder(
         chosen = next((candidate for candidate in preferred if candidate in splits), preferred[0])
     if chosen not in splits:
         there = ", ".join(sorted(splits))
-        raise UserError(f"data source {path!r}: no split {chosen!r} in {str(folder)!r}; set split to one of: {there}")
+        raise UserError(
+            f"data source {path!r}: no split {chosen!r} in {str(folder)!r}; set split to one of: {there}; or list the "
+            "files"
+        )
     files = splits[chosen]
     _check_shards(path, chosen, files)
     return _load_files(path, files, chosen, name, limit)

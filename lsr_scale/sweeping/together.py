@@ -173,7 +173,7 @@ def _measured(plans: Sequence[TrialPlan], bases: Bases, rows: TrialRows, most: i
     A joint step costs something that its trials share, so two may gain nothing where eight do: what ends the search is
     that two numbers, one after the other, are not faster.
     """
-    seconds: dict[int, float] = {}
+    began, seconds = time.monotonic(), dict[int, float]()
     best, slower, ended = 1, 0, f"no more than {most} fit" if most < len(plans) else "there are no more"
     for number, of_a_trial in _times(plans, bases, rows, most, first):
         if of_a_trial is None:
@@ -192,7 +192,8 @@ def _measured(plans: Sequence[TrialPlan], bases: Bases, rows: TrialRows, most: i
         for number, of_a_trial in seconds.items()
     )
     share = f"{best} trials share a step" if best > 1 else "trials are trained one after the other"
-    return Choice(best, f"{share}: a step takes a trial {measured}; {ended}")
+    took = f"measured in {time.monotonic() - began:.0f} s"
+    return Choice(best, f"{share}: a step takes a trial {measured}; {ended} ({took})")
 
 
 def _numbers(most: int) -> list[int]:

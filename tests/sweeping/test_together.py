@@ -1,6 +1,7 @@
 """How many trials share a step: what is asked for, what cannot be, what fits, and what pays."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -61,13 +62,13 @@ def measured(monkeypatch):
 def test_as_many_share_a_step_as_pays(measured, times, number, why):
     choice = measured(times)
     assert choice.number == number
-    assert choice.why.endswith(why)
+    assert re.search(rf"; {re.escape(why)} \(measured in \d+ s\)$", choice.why)
     assert f"{1000 * times[1]:.1f}" in choice.why
 
 
 def test_what_fits_limits_them(measured):
-    assert measured({1: 0.1, 2: 0.05}, fit=2).why.endswith("no more than 2 fit")
-    assert measured({1: 0.1, 2: 0.2}, fit=2).why.endswith("no more than 2 fit"), "more may pay"
+    assert "; no more than 2 fit (" in measured({1: 0.1, 2: 0.05}, fit=2).why
+    assert "; no more than 2 fit (" in measured({1: 0.1, 2: 0.2}, fit=2).why, "more may pay"
 
 
 def test_as_many_fit_as_the_rows_take_not_as_the_longest_that_may_be(tmp_path, monkeypatch):

@@ -24,7 +24,8 @@ def with_base_factors(source: AdapterSource, base_name: str | None = None, model
     if not source.needs_base:
         return source
     if model is None:
-        model, _ = load_adapter(load_base(**base_section(source, base_name)), source.folder)
+        base = load_base(**base_section(source, base_name), head_from_adapter=True)
+        model, _ = load_adapter(base, source.folder)
     frozen = frozen_of(model, "default")
     on_cpu = {
         module.removeprefix(WRAPPER): {name: value.cpu() for name, value in factors.items()}

@@ -119,7 +119,7 @@ class Reference:
         self.source, self._progress = source, progress or Progress(quiet=True)
         self.section = base_section(source, base_name)
         self._progress.stage(f"verifying: loading {self.section['name']} ({self.section['quantization']})")
-        self.model: Any = in_float32(load_base(**self.section))
+        self.model: Any = in_float32(load_base(**self.section, head_from_adapter=True))
         self.tokenizer: Any = None
         with contextlib.suppress(UserError):  # random token ids do as well
             if source.tokenizer is not None:

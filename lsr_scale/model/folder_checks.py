@@ -35,11 +35,18 @@ _INTEGERS = {"BOOL", "I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64"}  # sa
 
 
 def check_folder(name: str, folder: Path) -> None:
-    """Refuse a folder with a pipe or device under the name of a file: reading it would never end.
+    """Refuse a run's folder, and one with a pipe or device under the name of a file: reading it would never end.
 
     Raises:
         UserError: naming it.
     """
+    names = {path.name for path in folder.iterdir()}
+    if {"config.yaml", "env.json"} <= names and "config.json" not in names:
+        raise UserError(
+            f"model.name {name!r}: a run's folder, where a model is expected; to train its adapter further name its "
+            f"base, and set adapter.start_from: {name}; to train on what it made: lsr-scale export {name} --to merged "
+            "--out FOLDER, and name that"
+        )
     for path in folder.iterdir():
         if path.suffix in _SUFFIXES and is_special_file(path):
             raise UserError(f"model.name {name!r}: {path.name} in this folder is no file; expected a plain file")

@@ -21,7 +21,10 @@ def find_run(path: str | Path) -> Path:
         if (folder / "adapter_config.json").is_file():
             parent = folder.resolve().parent
             instead = (
-                f"name the run's: {parent}" if (parent / "config.yaml").is_file() else "no run's folder is around it"
+                f"name the run's: {parent}"
+                if (parent / "config.yaml").is_file()
+                else f"no run's folder is around it; lsr-scale export {path} --to merged --out FOLDER makes a model of "
+                "it, which lsr-scale generate --model FOLDER takes"
             )
             raise UserError(f"{path}: an adapter's folder, where a run's is expected; {instead}")
         runs = sorted(p.parent.name for p in Path("runs").glob("*/config.yaml"))

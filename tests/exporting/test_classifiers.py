@@ -65,6 +65,13 @@ def test_a_merged_classifier_answers_by_name_in_transformers_own_pipeline(traine
     assert "text-classification" in (tmp_path / "out" / "README.md").read_text()
 
 
+@pytest.mark.parametrize("to", ["merged", "lora"])
+def test_an_export_does_not_say_that_the_head_starts_at_random(trained, tmp_path, to, caplog):
+    _, run = trained
+    export(run, to, tmp_path / "out", say=silent)
+    assert "start at random" not in caplog.text
+
+
 def test_a_classifier_quantized_again_is_smaller_and_keeps_its_head_and_names(trained, tmp_path):
     _, run = trained
     result = export(run, "merged", tmp_path / "out", dtype="nf4", say=silent)  # verified: it loads, and answers alike

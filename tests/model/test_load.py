@@ -99,6 +99,13 @@ def test_a_broken_configuration_is_refused(tmp_path, content, message):
         load_config(str(tmp_path))
 
 
+def test_a_runs_folder_is_no_base_model(tmp_path):
+    for name in ("config.yaml", "env.json"):
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(UserError, match=r"a run's folder, where a model is expected; .* set adapter\.start_from: "):
+        resolve(str(tmp_path))
+
+
 def test_an_adapter_folder_is_no_base_model(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(UserError, match="this is an adapter, without its base model"):

@@ -165,7 +165,8 @@ def test_an_adapters_folder_is_told_from_a_runs(place, call, unloaded, tmp_path)
     _, _, err = call(place / "text" / "adapter", "--prompt", "a")
     assert f"an adapter's folder, where a run's is expected; name the run's: {place / 'text'}" in err
     alone = shutil.copytree(place / "text" / "adapter", tmp_path / "alone")
-    assert "no run's folder is around it" in call(alone, "--prompt", "a")[2]
+    _, _, err = call(alone, "--prompt", "a")
+    assert f"no run's folder is around it; lsr-scale export {alone} --to merged --out FOLDER makes a model of it" in err
 
 
 def test_a_checkpoint_answers_as_its_adapter_and_an_interrupted_run_names_it(place, call, tmp_path, monkeypatch):

@@ -20,6 +20,7 @@ FAR = (
     1.5  # a measured size so many times the budget, or less than it, is far: measured ones are a factor of 2 to 5 apart
 )
 SIGNIFICANT = 0.05
+OURS = ("lsr", "kron_lora")
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,11 @@ class Size:
     rows: list[Row]
     not_compared: list[Tuned]
 
+    @property
+    def is_open(self) -> bool:
+        """Whether it does not tell which method is best: LSR-Adapt and Kron-LoRA, or all others, were only tuned."""
+        return len({row.method in OURS for row in self.rows}) < 2 and bool(self.not_compared)
+
     def times(self, share: float) -> float:
         """Return by which factor, from 1 on, another share is larger or smaller."""
         return math.exp(abs(math.log(share / self.share)))
@@ -121,8 +127,9 @@ class Suite:
     sizes: list[Size]
 
     def nearest(self, share: float) -> Size:
-        """Return the measured size that is nearest to a share."""
-        return min(self.sizes, key=lambda size: size.times(share))
+        """Return the measured size that is nearest to a share, of those that are not open if there are any."""
+        known = [size for size in self.sizes if not size.is_open] or self.sizes
+        return min(known, key=lambda size: size.times(share))
 
     def in_words(self) -> str:
         """Return what it is called."""
@@ -155,7 +162,7 @@ def _row(values: dict[str, Any]) -> Row:
 def nearest_first(suites: Sequence[Suite], share: float, quantization: str, hidden: int) -> list[tuple[Suite, Size]]:
     """Return every suite with its size nearest to a share; first those that are nearest to a run.
 
-    That is, in this order: a size that is not far, and else the nearest; a base that is held alike (quantized or not);
+    That is, in this order: a size that is not open; one that is not far, and else the nearest; a base that is held alike (quantized or not);
     a model of like width; more measured sizes, which budgets near each other have alike.
 
     Args:
@@ -165,9 +172,9 @@ def nearest_first(suites: Sequence[Suite], share: float, quantization: str, hidd
         hidden: Its hidden size.
     """
 
-    def distance(pair: tuple[Suite, Size]) -> tuple[float, bool, float, int]:
+    def distance(pair: tuple[Suite, Size]) -> tuple[bool, float, bool, float, int]:
         suite, size = pair
         unlike = (suite.base == "none") != (quantization == "none")
-        return max(FAR, size.times(share)), unlike, abs(math.log(hidden / suite.hidden_size)), -len(suite.sizes)
+        return size.is_open, max(FAR, size.times(share)), unlike, abs(math.log(hidden / suite.hidden_size)), -len(suite.sizes)
 
     return sorted(((suite, suite.nearest(share)) for suite in suites if suite.sizes), key=distance)

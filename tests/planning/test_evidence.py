@@ -37,6 +37,18 @@ def test_what_is_shipped_can_be_read():
             assert all(row.seeds >= 2 and not row.diverged for row in size.rows)
 
 
+def test_a_size_of_which_a_side_was_only_tuned_proposes_nothing_where_another_one_can(measured):
+    qwen = ("qwen", "commonsense", "nf4")
+    rows = [made_up("150k", "lora_xs", 0.0, suite=qwen)]
+    measured(*rows)
+    assert propose(MISTRAL, 1_000_000).proposals[0].method == "lora_xs", "nothing else was measured"
+    rows += [made_up("150k", "lora_xs", 0.0), made_up("150k", "lsr_2_5", -0.1)]
+    measured(*rows, made_up("150k", "lsr_4_6", -0.1, suite=qwen, seeds=0))
+    assert propose(MISTRAL, 1_000_000).proposals[0].method == "lsr"
+    measured(made_up("150k", "lsr_4_6", 0.1, suite=qwen))
+    assert propose(MISTRAL, 1_000_000).proposals[0].method == "lora_xs", "as Qwen's width is nearer"
+
+
 def test_the_lowest_loss_is_proposed_with_its_rate_and_what_carries_it(measured):
     rows = {"lora_modules": 0.0, "kron_lora": 0.02, "lsr_2_2": -0.1, "lsr_8_1": 0.1}
     measured(*(made_up("60k", row, shift, rate=1.6e-2) for row, shift in rows.items()))

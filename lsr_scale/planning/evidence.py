@@ -162,8 +162,8 @@ def _row(values: dict[str, Any]) -> Row:
 def nearest_first(suites: Sequence[Suite], share: float, quantization: str, hidden: int) -> list[tuple[Suite, Size]]:
     """Return every suite with its size nearest to a share; first those that are nearest to a run.
 
-    That is, in this order: a size that is not open; one that is not far, and else the nearest; a base that is held alike (quantized or not);
-    a model of like width; more measured sizes, which budgets near each other have alike.
+    That is, in this order: a size that is not open; one that is not far, and else the nearest; a base that is held
+    alike (quantized or not); a model of like width; more measured sizes, which budgets near each other have alike.
 
     Args:
         suites: What was measured.
@@ -175,6 +175,7 @@ def nearest_first(suites: Sequence[Suite], share: float, quantization: str, hidd
     def distance(pair: tuple[Suite, Size]) -> tuple[bool, float, bool, float, int]:
         suite, size = pair
         unlike = (suite.base == "none") != (quantization == "none")
-        return size.is_open, max(FAR, size.times(share)), unlike, abs(math.log(hidden / suite.hidden_size)), -len(suite.sizes)
+        width = abs(math.log(hidden / suite.hidden_size))
+        return size.is_open, max(FAR, size.times(share)), unlike, width, -len(suite.sizes)
 
     return sorted(((suite, suite.nearest(share)) for suite in suites if suite.sizes), key=distance)

@@ -26,6 +26,7 @@ def measured(tmp_path, monkeypatch):
         file = tmp_path / "frontier.json"
         file.write_text(frontier_evidence.text(write(tmp_path / "results", *rows)))
         monkeypatch.setattr(evidence, "FILE", file)
+        evidence._read.cache_clear()  # the same file, written again
 
     return take
 

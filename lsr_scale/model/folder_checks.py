@@ -44,8 +44,8 @@ def check_folder(name: str, folder: Path) -> None:
     if {"config.yaml", "env.json"} <= names and "config.json" not in names:
         raise UserError(
             f"model.name {name!r}: a run's folder, where a model is expected; to train its adapter further name its "
-            f"base, and set adapter.start_from: {name}; to train on what it made: lsr-scale export {name} --to merged "
-            "--out FOLDER, and name that"
+            f"base, and set adapter.start_from: {name}; to train on what it made: lsr-scale export {shlex.quote(name)} "
+            "--to merged --out FOLDER, and name that"
         )
     for path in folder.iterdir():
         if path.suffix in _SUFFIXES and is_special_file(path):

@@ -1,6 +1,7 @@
 """Whether a run or an adapter lies where a command is pointed to: told before torch is imported."""
 
 import re
+import shlex
 from pathlib import Path
 
 from lsr_scale.errors import UserError
@@ -23,8 +24,8 @@ def find_run(path: str | Path) -> Path:
             instead = (
                 f"name the run's: {parent}"
                 if (parent / "config.yaml").is_file()
-                else f"no run's folder is around it; lsr-scale export {path} --to merged --out FOLDER makes a model of "
-                "it, which lsr-scale generate --model FOLDER takes"
+                else f"no run's folder is around it; lsr-scale export {shlex.quote(str(path))} --to merged --out "
+                "FOLDER makes a model of it, which lsr-scale generate --model FOLDER takes"
             )
             raise UserError(f"{path}: an adapter's folder, where a run's is expected; {instead}")
         runs = sorted(p.parent.name for p in Path("runs").glob("*/config.yaml"))

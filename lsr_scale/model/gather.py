@@ -2,7 +2,7 @@
 
 A layer's matrices are gathered together, in one call, before its forward and before its backward pass; meanwhile those
 of the layer after it (before it, in a backward pass) are prefetched; and when the next layer begins they are resharded.
-So at most two layers are unsharded, or one and the head or the embedding.
+So at most two layers are unsharded, or one and the head or the embedding; for generation all are (`gathered`).
 
 Every process must run the same layers in the same order, and a loss that reads the head again in its backward pass
 needs that before the next forward pass.
@@ -12,8 +12,8 @@ import functools
 import inspect
 import itertools
 import logging
-from collections.abc import Iterable
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -117,9 +117,15 @@ def _coalescing_manager() -> Any:
 
 
 class GatherSchedule:
-    """Which group is unsharded in a pass through the model: one that is needed, until the next one is."""
+    """Which group is unsharded in a pass through the model: one that is needed, until the next one is.
+
+    Attributes:
+        groups: All of them.
+    """
 
     def __init__(self) -> None:
+        self.groups: list[GatherGroup] = []
+        self.holds_all = False  # see `gathered`
         self.unsharded: GatherGroup | None = None
         self.backward = -1  # the number of the backward pass at whose end that group is resharded
 
@@ -143,6 +149,8 @@ class GatherSchedule:
         self._use(head, head.next_backward if torch.is_grad_enabled() else None)
 
     def _use(self, group: GatherGroup, next_group: GatherGroup | None) -> None:
+        if self.holds_all:
+            return
         if group is not self.unsharded:
             self.reshard()
             group.unshard()
@@ -155,6 +163,20 @@ class GatherSchedule:
         if self.unsharded is not None:
             self.unsharded.reshard()
         self.unsharded = None
+
+    @contextmanager
+    def all_unsharded(self) -> Iterator[None]:
+        """Have every group unsharded meanwhile."""
+        self.reshard()
+        self.holds_all = True
+        try:
+            for group in self.groups:
+                group.unshard()
+            yield
+        finally:
+            self.holds_all = False
+            for group in self.groups:
+                group.reshard()
 
 
 def gather_on_use(model: PreTrainedModel, offload: bool = False) -> None:
@@ -188,6 +210,7 @@ def gather_on_use(model: PreTrainedModel, offload: bool = False) -> None:
         groups[embeddings].next_forward = groups[layers[0]]
     if layers and head.matrices:
         groups[layers[-1]].next_forward, head.next_backward = head, groups[layers[-1]]
+    schedule.groups = [group for group in (*groups.values(), head) if group.matrices]
     for module, group in groups.items():
         if group.matrices:
             _register_hooks(module, group, schedule)
@@ -200,6 +223,18 @@ def reshard(model: nn.Module) -> None:
     for module in model.modules():
         if _SCHEDULE in vars(module):
             vars(module)[_SCHEDULE].reshard()
+
+
+@contextmanager
+def gathered(model: nn.Module) -> Iterator[None]:
+    """Hold all of a sharded model on every process meanwhile: each may run as many forward passes as it wants, as in
+    generation, and takes the memory of the whole base. Every process must begin it; nothing to do for other models.
+    """
+    schedules = [vars(module)[_SCHEDULE] for module in model.modules() if _SCHEDULE in vars(module)]
+    with ExitStack() as stack:
+        for schedule in schedules:
+            stack.enter_context(schedule.all_unsharded())
+        yield
 
 
 def replicate(module: nn.Module, recurse: bool = True) -> None:

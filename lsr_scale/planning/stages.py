@@ -69,6 +69,7 @@ class RunMemory:
         if self.optimizer_state is not None:
             optimizer = self.optimizer_state
         workspace = step.peak - step.saved + CUBLAS_WORKSPACE
+        whole = 0  # of the base, gathered while completions are generated
         if stage >= 1 or self.gpus > 1:
             workspace += self._gradient_buffer(deepspeed)
         if stage >= 1 and self.optimizer_state is None:  # one of pairs would be refused
@@ -81,12 +82,13 @@ class RunMemory:
             # one process that has all matrices uses them where they are
             if self.gpus > 1 or offloaded:
                 workspace += sum(self._gathered().values())
+                whole = self.frozen.matrices
         dequantized = step.dequantized if keeps_weights and stage < 3 else 0
         weights += dequantized
         if offloads_optimizer(deepspeed):
             optimizer = 0
         parts = [weights, gradients, optimizer, step.saved, workspace]
-        generation = self.generation + CUBLAS_WORKSPACE if self.generation else 0
+        generation = self.generation + whole + CUBLAS_WORKSPACE if self.generation else 0
         total = sum(parts[:3]) + max(sum(parts[3:]), generation)
         return Memory(*(round(part / GIB, 4) for part in (*parts, total, loading, generation, dequantized)))
 
@@ -99,19 +101,28 @@ class RunMemory:
         }
 
     def sharded(self, deepspeed: Mapping[str, Any], checkpointing: bool) -> dict[str, int]:
-        """Return how `under` adds up for a stage-3 configuration, in bytes."""
+        """Return how `under` adds up for a stage-3 configuration, in bytes, in the phase that takes the most."""
         step = self.steps[checkpointing]
         packed = self.frozen.matrices / GIB
+        of_a_step = {
+            **(self._gathered() if self.gpus > 1 else {}),
+            f"saved activations of {self.num_layers} layers": step.saved,
+            "one layer's other activations and dequantized weights": step.peak - step.saved,
+            "cuBLAS, and the gradients' buffer": CUBLAS_WORKSPACE + self._gradient_buffer(deepspeed),
+        }
+        of_generation = {
+            **({"all frozen matrices, gathered to generate with": self.frozen.matrices} if self.gpus > 1 else {}),
+            "cache and logits of the completions": self.generation,
+            "cuBLAS": CUBLAS_WORKSPACE,
+        }
+        generates = self.generation and sum(of_generation.values()) > sum(of_a_step.values())
         return {
             f"1/{self.gpus} of the frozen matrices' {packed:.2f}": self.frozen.matrices // self.gpus,
             "quantization states, vectors and buffers, replicated": self.frozen.state,
             "the adapter": self.trainable,
             "its gradients": self.trainable,
             f"1/{self.gpus} of its master copy and moments": 3 * self.trainable // self.gpus,
-            **(self._gathered() if self.gpus > 1 else {}),
-            f"saved activations of {self.num_layers} layers": step.saved,
-            "one layer's other activations and dequantized weights": step.peak - step.saved,
-            "cuBLAS, and the gradients' buffer": CUBLAS_WORKSPACE + self._gradient_buffer(deepspeed),
+            **(of_generation if generates else of_a_step),
         }
 
     def _gradient_buffer(self, deepspeed: Mapping[str, Any]) -> int:

@@ -41,13 +41,13 @@ def render(plan: Plan) -> Group:
         **{"weights": "weights", "gradients": "grads", "optimizer": "optim", "activations": "activ"},
         "workspace": "work",
         **({"generation": "gener"} if plan.memory_gib.generation else {}),
-        **{"total": "total", "loading": "loading"},
+        **{"total": "total", "loading": "load"},
     }
     title = f"GiB on one of {plan.gpus} GPUs" if plan.gpus > 1 else "GiB on one GPU"
     table = Table(title=f"{title}, {plan.tokens_per_gpu:,} tokens at once", title_justify="left", box=box.SIMPLE_HEAD)
     table.padding, table.pad_edge, table.show_edge = (0, 1, 0, 0), False, False
     table.add_column("stage", no_wrap=True)
-    table.add_column("recompute", no_wrap=True)
+    table.add_column("recomp", no_wrap=True)
     for heading in columns.values():
         table.add_column(heading, justify="right", no_wrap=True)
 
@@ -66,7 +66,7 @@ def render(plan: Plan) -> Group:
     thousand = {on: (m.activations + m.workspace) * 1000 / plan.tokens_per_gpu for on, m in first.items()}
     has_zero3 = any(row.stage == "zero3" for row in plan.table)
     lines = (
-        "recompute: layers are checkpointed, their activations computed again",
+        "recomp: layers are checkpointed, their activations computed again",
         f"weights{' (but for zero3)' if has_zero3 else ''}, grads and optim are exact",
         *(
             ["  training.memory: speed: weights has those that layers keep dequantized, too"]

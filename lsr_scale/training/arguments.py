@@ -72,16 +72,6 @@ def check_stage(run: RunConfig) -> None:
     """
     _check_optimizer(run)
     _check_start(run)
-    _check_sharding(run)
-
-
-def _check_sharding(run: RunConfig) -> None:
-    """Refuse a sharded base whose processes would generate different numbers of tokens."""
-    if run.training["method"] == "grpo" and zero_stage(run) == 3:
-        raise UserError(
-            "deepspeed.config: ZeRO-3 shards the base, which training.method: grpo does not generate with; set "
-            "deepspeed.config to zero2"
-        )
 
 
 def _check_completions(run: RunConfig) -> None:

@@ -1,6 +1,7 @@
 """A model sharded in one process, its shards held aside as `offload_param` does: training/test_sharding.py has two."""
 
 import json
+from contextlib import suppress
 
 import pytest
 import torch
@@ -108,6 +109,23 @@ def test_the_head_is_resharded_when_scoring_is_done(ids):
         model(input_ids=ids)
     assert gathered_bytes(model) == model.lm_head.weight.nbytes > 0
     reshard(model)
+    assert gathered_bytes(model) == 0
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("fails", [True, False])
+def test_all_is_held_while_processes_generate_and_resharded_then(ids, tied, fails):
+    base, model = tiny_llama(tie_word_embeddings=tied), shard(tiny_llama(tie_word_embeddings=tied))
+    whole = sum(full_numel(p) * p.element_size() for p in model.parameters() if hasattr(p, "shard"))
+    with torch.no_grad(), suppress(MemoryError), gather.gathered(model):
+        for _ in range(2):
+            assert gathered_bytes(model) == whole
+            assert torch.equal(model(input_ids=ids).logits, base(input_ids=ids).logits)
+        if fails:
+            raise MemoryError
+    assert gathered_bytes(model) == 0
+    given = {"input_ids": ids, "labels": ids}
+    same(loss_and_gradients(adapted(model, ["q_proj"]), given), loss_and_gradients(adapted(base, ["q_proj"]), given))
     assert gathered_bytes(model) == 0
 
 

@@ -74,15 +74,23 @@ def test_a_generation_allocates_what_is_planned(tmp_path, prompt, new, sizes):
 
 
 @pytest.mark.parametrize("gpus", [1, 2])
-def test_a_plan_of_grpo_fits_a_terminal_and_has_no_stage_that_is_refused(tmp_path, gpus):
+def test_a_plan_of_grpo_fits_a_terminal_and_has_every_stage(tmp_path, gpus):
     result = plan(grpo_run(tmp_path), gpus=gpus)
-    assert {row.stage for row in result.table} == {"zero0", "zero1", "zero2"}
+    assert {row.stage for row in result.table} == {"zero0", "zero1", "zero2", "zero3", "zero3_offload"}
     large = replace(result.memory_gib, activations=123.456, workspace=99.994, total=1234.5, loading=99.996)
     shown = io.StringIO()
     Console(width=80, file=shown).print(render(replace(result, memory_gib=large)))
     assert "\u2026" not in shown.getvalue()
-    assert "zero3" not in shown.getvalue()
     assert all(number in shown.getvalue() for number in (" 123.5 ", " 99.99 ", " 1234 ", " 100.0"))
+
+
+def test_a_sharded_base_is_whole_while_completions_are_generated(tmp_path):
+    result = plan(grpo_run(tmp_path, training={"gradient_accumulation_steps": 512}), gpus=4)
+    rows = {row.stage: row.memory_gib for row in result.table if row.checkpointing}
+    matrices = result.sharded["all frozen matrices, gathered to generate with"]
+    assert rows["zero3"].generation == pytest.approx(rows["zero2"].generation + matrices, abs=2e-4)
+    assert sum(result.sharded.values()) == pytest.approx(rows["zero3"].total, abs=1e-3)
+    assert rows["zero3"].weights < rows["zero2"].weights
 
 
 def test_the_larger_phase_is_in_the_total(tmp_path):

@@ -285,21 +285,6 @@ def test_what_cannot_be_is_refused_before_the_model_is_loaded(tmp_path, monkeypa
     assert words in str(error.value)
 
 
-@pytest.mark.parametrize("config", ["zero3", "zero3_offload"])
-def test_a_sharded_base_is_refused_before_it_is_loaded(tmp_path, monkeypatch, config):
-    from lsr_scale import distributed
-    from lsr_scale.training import assembly
-
-    def loaded(*args: Any, **kwargs: Any) -> None:
-        raise AssertionError("the model is loaded")
-
-    monkeypatch.setattr(assembly, "load_base_for", loaded)
-    monkeypatch.setattr(distributed, "is_launched", lambda: True)
-    run = grpo_run(tmp_path, deepspeed={"config": config})
-    with pytest.raises(UserError, match=r"deepspeed\.config: ZeRO-3 .* set deepspeed\.config to zero2"):
-        build_trainer(run, RunFolder(tmp_path / "run"))
-
-
 @pytest.mark.parametrize(
     ("row", "reward", "words"),
     [

@@ -1,4 +1,4 @@
-"""GRPO on two CPU processes: under ZeRO-0 to 2 the adapter that they train without DeepSpeed."""
+"""GRPO on two CPU processes: under every stage of ZeRO the adapter that they train without DeepSpeed."""
 
 import pytest
 import torch
@@ -30,6 +30,8 @@ def test_every_stage_trains_the_adapter_of_two_processes_without_deepspeed(seen,
     assert len(found["logged"]) == 3
     for row, expected in zip(found["logged"], plain["logged"], strict=True):
         assert row == pytest.approx(expected, rel=1e-3, abs=1e-5)
+    assert found["sharded"] == name.startswith("zero3")
+    assert found["generated"].startswith("by TRL" if name == "zero3-trl" else "by the decoder")
     for key, expected in plain["factors"].items():
         assert (found["factors"][key] - expected).norm() <= 1e-3 * expected.norm(), key
         assert torch.equal(seen[1][name]["factors"][key], found["factors"][key]), key

@@ -8,6 +8,7 @@ What is learned from them is by the log-probabilities of training's own forward,
 import json
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from lsr_scale import distributed
 from lsr_scale.data.order import PromptOrder
 from lsr_scale.generation.decoder import Decoder, NotFiniteError
 from lsr_scale.generation.fallback import decoder_fallback_reason
+from lsr_scale.model.gather import gathered
 from lsr_scale.rewards.checked import ROW, text_of
 from lsr_scale.training.steps.nonfinite import diverged
 
@@ -91,10 +93,12 @@ class DecodedCompletions(_Base):
             self._generation_said = how
         if self.use_vllm:
             self.vllm_generation.say = self.say
-        if reason:
-            result = super()._generate_single_turn(prompt_ids, images, *args, **kwargs)
-        else:
-            result = self._decoded(prompt_ids), None
+        # processes generate different numbers of tokens, so a sharded base is not gathered layer by layer
+        with nullcontext() if self.use_vllm else gathered(self.model):
+            if reason:
+                result = super()._generate_single_turn(prompt_ids, images, *args, **kwargs)
+            else:
+                result = self._decoded(prompt_ids), None
         sent = self.vllm_generation.sent if self.use_vllm else []
         if self.model.training:
             self._metrics["train"]["generation_s"].append(time.monotonic() - began)

@@ -7,7 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.quality import ablations, glue, sequential, trials, vision
-from benchmarks.report import commonsense_tables, frontier_variants, frontier_words, grpo_words, sharing_words
+from benchmarks.report import (
+    commonsense_tables,
+    frontier_variants,
+    frontier_words,
+    grpo_words,
+    large_models,
+    sharing_words,
+)
 from benchmarks.report.markdown import with_table
 from benchmarks.report.readme import scaling_table
 
@@ -114,6 +121,7 @@ def accuracy_table(results: Path) -> str:
 
 TABLES: dict[str, Callable[[Path], str]] = {
     "scaling": lambda results: scaling_table(results / "scaling"),
+    "large models": large_models.guide,
     "sharing steps": sharing_words.guide,
     "accuracy": accuracy_table,
     "by size": lambda results: frontier_words.guide(results / "frontier"),

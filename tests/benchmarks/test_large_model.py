@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from benchmarks.models import TINY
+from benchmarks.report import large_models
 from benchmarks.robustness import large_model
 from benchmarks.speed.trainer_overhead import write_model
 from lsr_scale.layers.frozen_linear import FrozenLinear4bit
@@ -54,3 +55,10 @@ def test_a_killed_run_resumes_to_the_same_adapter(tmp_path, monkeypatch):
     assert result["killed_at"] >= 4
     assert result["whole"]["losses"][-1] == result["killed"]["losses"][-1]
     assert result["plan"]["total_gib"] > 0
+    assert large_models.guide(tmp_path) == large_models.NOTHING
+    (tmp_path / "large_model").mkdir()
+    out.rename(tmp_path / "large_model" / "tiny-cpu.json")
+    speed, killed = result["whole"]["tokens_per_s"], result["killed_at"]
+    line = large_models.guide(tmp_path).splitlines()[-1]
+    assert line.startswith(f"| tiny, weights on disk in nf4, 1 CPU, 32 tokens each | {speed:,.0f} |  | ")
+    assert line.endswith(f" | after step {killed}: the same adapter |")

@@ -10,8 +10,9 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from lsr_scale.data.readers import parse_json
 from lsr_scale.data.rows import Row, RowError
-from lsr_scale.errors import did_you_mean
+from lsr_scale.errors import UserError, did_you_mean
 
 SPEAKERS = {
     "human": "user",
@@ -20,6 +21,8 @@ SPEAKERS = {
     "assistant": "assistant",
     "system": "system",
     "tool": "tool",
+    "function_call": "assistant",  # its value is JSON: the call, or a list of calls
+    "observation": "tool",
 }
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
@@ -40,12 +43,21 @@ def turns_of(row: Row) -> tuple[str, Any]:
         raise RowError(f"nothing under 'messages' or 'conversations'; the row has {columns[:100] or 'nothing'}")
     turns = row[key]
     if isinstance(turns, str):
-        try:
-            read = json.loads(turns)
-        except (ValueError, RecursionError) as error:
-            raise RowError(f"expected a list of messages, or its JSON, under {key!r}, got {turns!r:.60}") from error
+        read = _read_json(turns, key)
+        if read is None:
+            raise RowError(f"expected a list of messages, or its JSON, under {key!r}, got {turns!r:.60}")
         return key, read
     return key, turns
+
+
+def _read_json(text: str, place: str) -> Any:
+    """Return what a text holds as JSON, None where it is none; what would be lost in reading is refused."""
+    try:
+        return parse_json(text, place)
+    except UserError as error:
+        raise RowError(str(error)) from None
+    except ValueError:
+        return None
 
 
 def with_system(row: Row, messages: list[dict[str, str]]) -> list[dict[str, str]]:
@@ -71,7 +83,7 @@ def plain_messages(row: Row, key: str) -> list[dict[str, str]]:
     """Return the messages under a key, for trainers that take a role and a content alone."""
     messages = checked_messages(row.get(key), key)
     extra = {name for message in messages for name in message} - {"role", "content"}
-    if extra or row.get("tools"):
+    if extra or tools_of(row):
         what = ", ".join(sorted(extra)) or "tools"
         raise RowError(f"{what} under {key!r}: messages hold a role and a content alone here; remove it")
     return messages
@@ -92,7 +104,10 @@ def _message(value: object, place: str) -> dict[str, str]:
         if speaker not in SPEAKERS:
             raise RowError(f"unknown speaker {speaker!r:.60} in {place}; {did_you_mean(speaker, SPEAKERS)}")
         others = {name: item for name, item in value.items() if name not in ("from", "value")}
-        value = {**others, "role": SPEAKERS[speaker], "content": value.get("value")}
+        said = {"content": value.get("value")}
+        if speaker == "function_call":
+            said = {"tool_calls": _calls_of(value.get("value"), place)}
+        value = {**others, "role": SPEAKERS[speaker], **said}
     role = value.get("role")
     if role not in ROLES:
         raise RowError(f"unknown role {role!r:.60} in {place}; {did_you_mean(str(role)[:60], ROLES)}")
@@ -146,6 +161,19 @@ def _content(content: object, place: str, may_be_missing: bool) -> str:
     return "".join(part["text"] for part in content)
 
 
+def _calls_of(value: object, place: str) -> list[Any]:
+    """Return the calls that ShareGPT's speaker function_call writes as JSON, one or a list of them."""
+    calls = _read_json(value, place) if isinstance(value, str) else value
+    if isinstance(calls, Mapping):
+        return [calls]
+    if not isinstance(calls, list) or not calls:
+        raise RowError(
+            'expected {"name": ..., "arguments": {...}}, or a list of such calls, as JSON alone under '
+            f"'value' in {place}, whose speaker is function_call, got {value!r:.60}"
+        )
+    return calls
+
+
 def _tool_calls(calls: object, place: str) -> list[dict[str, Any]]:
     """Return OpenAI's form of a message's calls, with arguments as an object: templates write them as JSON."""
     if not isinstance(calls, list):
@@ -160,10 +188,7 @@ def _tool_calls(calls: object, place: str) -> list[dict[str, Any]]:
             )
         arguments = function.get("arguments")
         if isinstance(arguments, str):
-            try:
-                arguments = json.loads(arguments)
-            except (ValueError, RecursionError):
-                arguments = None
+            arguments = _read_json(arguments, f"{place}.tool_calls[{index}]")
         elif arguments is None:
             arguments = {}
         if not isinstance(arguments, Mapping):
@@ -198,18 +223,29 @@ def has_no_weight(message: Mapping[str, Any]) -> bool:
 
 
 def tools_of(row: Row) -> dict[str, str]:
-    """Return `{"tools"}`, the JSON of a row's tools, or nothing where it has none."""
+    """Return `{"tools"}`, the JSON of a row's tools in OpenAI's form, or nothing where it has none."""
     tools = row.get("tools")
     if not tools:
         return {}
-    text = tools if isinstance(tools, str) else json.dumps(tools)
-    try:
-        listed = json.loads(text)
-    except (ValueError, RecursionError):
-        listed = None
-    if not isinstance(listed, list):
+    listed = _read_json(tools, "tools") if isinstance(tools, str) else tools
+    if not isinstance(listed, list) or not all(isinstance(tool, Mapping) for tool in listed):
         raise RowError(f"expected a list of tools, or its JSON, under 'tools', got {tools!r:.60}")
-    return {"tools": text}
+    if not listed:  # as rows without any have it, beside others with some
+        return {}
+    if any(map(_is_bare, listed)):
+        listed = [_wrapped(tool) if _is_bare(tool) else tool for tool in listed]
+    elif isinstance(tools, str):
+        return {"tools": tools}
+    return {"tools": json.dumps(listed)}
+
+
+def _is_bare(tool: Mapping[str, Any]) -> bool:
+    """Tell whether a tool is written without what OpenAI's form has around it, which templates expect."""
+    return isinstance(tool.get("name"), str) and "function" not in tool
+
+
+def _wrapped(tool: Mapping[str, Any]) -> dict[str, Any]:
+    return {"type": "function", "function": {name: item for name, item in tool.items() if name != "type"}}
 
 
 def listed_tools(tools: str | None) -> list[Any] | None:

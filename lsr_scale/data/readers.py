@@ -123,7 +123,7 @@ def check_characters(text: str, where: str) -> None:
         ) from None
 
 
-def _parse(text: str, where: str) -> Any:
+def parse_json(text: str, where: str) -> Any:
     """Return the value of a JSON text in which nothing is lost: no key twice, no half of a character.
 
     Raises:
@@ -166,7 +166,9 @@ def _json_lines(path: Path, lines: Iterable[tuple[int, str]]) -> NumberedRows:
             continue
         where = f"{path}, line {number}"
         try:
-            row = _parse(line.rstrip(_JSON_SPACE), where)  # with its end, a cut line's mistake would be in the next one
+            row = parse_json(
+                line.rstrip(_JSON_SPACE), where
+            )  # with its end, a cut line's mistake would be in the next one
         except json.JSONDecodeError as error:
             raise UserError(
                 f"{where}: not valid JSON ({error.msg} at column {error.colno}); each line must be one JSON object"
@@ -186,7 +188,7 @@ def _json(path: Path, stream: IO[bytes] | gzip.GzipFile, split: str | None) -> N
     if not text.strip(_JSON_SPACE):
         return
     try:
-        value = _parse(text.rstrip(_JSON_SPACE), str(path))
+        value = parse_json(text.rstrip(_JSON_SPACE), str(path))
     except json.JSONDecodeError as error:
         if error.msg.startswith("Extra data"):
             numbered = enumerate((part.decode() for part in text.encode().splitlines()), 1)

@@ -7,6 +7,7 @@ import pytest
 from lsr_scale.data.chat_tokens import tokenize_conversations
 from lsr_scale.data.conversations import messages_of
 from lsr_scale.data.formats import build_dataset
+from lsr_scale.data.preview import preview, runs
 from lsr_scale.data.token_counts import count_tokens
 from lsr_scale.data.tokenizer_setup import row_check, template_notes
 from lsr_scale.errors import UserError
@@ -37,6 +38,89 @@ def test_tool_calls_keep_their_arguments_apart_whatever_form_they_have(tmp_path)
     one, two = read(tmp_path, *rows)
     assert one == [ASK, {"role": "assistant", "content": "", "tool_calls": CALL}, RESULT, ANSWER]
     assert two[1]["tool_calls"] == [{"type": "function", "function": {"name": "rain", "arguments": {"days": 3}}}]
+
+
+FLAT = TOOLS[0]["function"]
+SHARED = [
+    {"from": "human", "value": "Weather?"},
+    {"from": "function_call", "value": '{"name": "weather", "arguments": {"city": "Paris"}}'},
+    {"from": "observation", "value": "sunny"},
+    {"from": "gpt", "value": "Sunny."},
+]
+
+
+def test_sharegpts_function_calls_and_observations_are_tool_calls_and_their_results(tmp_path):
+    call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Paris"}}}
+    several = json.dumps([{"name": "weather", "arguments": '{"city": "Paris"}'}, {"name": "rain"}])
+    two = [SHARED[0], {**SHARED[1], "value": several}, *SHARED[2:]]
+    rows = [{"conversations": turns, "tools": json.dumps([FLAT])} for turns in (SHARED, two)]
+    first, second = read(tmp_path, *rows)
+    result = {"role": "tool", "content": "sunny"}
+    assert first == [ASK, {"role": "assistant", "content": "", "tool_calls": [call]}, result, ANSWER]
+    assert second[1]["tool_calls"] == [call, {"type": "function", "function": {"name": "rain", "arguments": {}}}]
+
+
+def test_a_function_call_is_shown_and_learned_as_the_template_writes_it_and_its_result_is_not(tmp_path):
+    source = write_rows(tmp_path / "rows.jsonl", [{"conversations": SHARED, "tools": json.dumps([FLAT])}])
+    tokenizer = tokenizer_of(FAMILIES["qwen2_5"])
+    dataset, kind = build_dataset([source], check=row_check(tokenizer))
+    shown = runs(preview(dataset, kind, tokenizer).samples[0])
+    turns = [ASK, {"role": "assistant", "content": "", "tool_calls": CALL}, RESULT, ANSWER]
+    assert "".join(text for _, text in shown) == tokenizer.apply_chat_template(turns, tools=TOOLS, tokenize=False)
+    learned = "".join(text for is_learned, text in shown if is_learned)
+    assert '{"name": "weather", "arguments": {"city": "Paris"}}' in learned
+    assert "Sunny." in learned
+    assert "sunny" not in learned
+
+
+def test_a_call_and_its_result_may_have_the_number_that_a_template_asks_for(tmp_path):
+    numbered = json.dumps({"id": "abcdefghi", "name": "weather", "arguments": {"city": "Paris"}})
+    turns = [SHARED[0], {**SHARED[1], "value": numbered}, {**SHARED[2], "tool_call_id": "abcdefghi"}, SHARED[3]]
+    assert read(tmp_path, {"conversations": turns}, family="mistral_v03")[0][1]["tool_calls"] == CALL
+
+
+@pytest.mark.parametrize("tools", ["[]", [], "", None])
+@pytest.mark.parametrize("family", ["qwen2_5", "mistral_v03", "gemma"])
+def test_a_row_with_no_tools_is_one_without_that_column(tmp_path, tools, family):
+    source = write_rows(tmp_path / "rows.jsonl", [{"messages": [ASK, ANSWER], "tools": tools}])
+    dataset, _ = build_dataset([source], check=row_check(tokenizer_of(FAMILIES[family])))
+    assert dataset.column_names == ["messages"]
+
+
+def test_tools_that_are_written_bare_get_the_form_that_templates_expect(tmp_path):
+    for tools in ([FLAT], json.dumps([{"type": "function", **FLAT}]), TOOLS):
+        source = write_rows(tmp_path / "rows.jsonl", [{"messages": [ASK, ANSWER], "tools": tools}])
+        dataset, _ = build_dataset([source])
+        assert json.loads(dataset[0]["tools"]) == TOOLS
+
+
+@pytest.mark.parametrize(
+    ("turn", "message"),
+    [
+        (
+            {"value": '{"name": "weather", "arguments": {'},
+            r"or a list of such calls, as JSON alone under 'value' in conv",
+        ),
+        ({"value": "I look. {}"}, r"conversations\[1\], whose speaker is function_call, got 'I look\. \{\}'"),
+        ({"value": "[]"}, r"conversations\[1\], whose speaker is function_call, got '\[\]'"),
+        ({"value": None}, r"conversations\[1\], whose speaker is function_call, got None"),
+        ({"value": '{"arguments": {}}'}, r"as conversations\[1\]\.tool_calls\[0\], got \{'arguments'"),
+        (
+            {"value": '{"name": "f", "arguments": [1]}'},
+            r"as arguments of conversations\[1\]\.tool_calls\[0\], got \[1\]",
+        ),
+        ({"value": '{"name": "f", "name": "g"}'}, r"conversations\[1\]: the key 'name' is there twice"),
+        ({"value": '{"name": "f", "arguments": {"a": "\\ud83d"}}'}, r"conversations\[1\]: \\ud83d is half of a char"),
+        (
+            {"from": "function", "value": "{}"},
+            r"unknown speaker 'function' in conversations\[1\]; did you mean 'function_",
+        ),
+    ],
+)
+def test_a_function_call_that_cannot_be_read_is_refused_by_line(tmp_path, turn, message):
+    bad = {"conversations": [SHARED[0], {**SHARED[1], **turn}, *SHARED[2:]]}
+    with pytest.raises(UserError, match=rf"rows\.jsonl, line 2: .*{message}"):
+        read(tmp_path, {"conversations": SHARED}, bad)
 
 
 def test_parts_of_text_are_one_text(tmp_path):
@@ -81,6 +165,7 @@ def test_a_last_turn_of_the_user_two_in_a_row_and_an_empty_answer_are_taken(tmp_
             r"a text under 'train' in messages\[1\], got False; .*as weight: 0 or 1",
         ),
         ([ASK, ANSWER], {"tools": "no JSON"}, "expected a list of tools"),
+        ([ASK, ANSWER], {"tools": ["weather"]}, "expected a list of tools"),
     ],
 )
 def test_what_cannot_be_taken_is_refused_by_line(tmp_path, turns, more, message):

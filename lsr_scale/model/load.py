@@ -12,6 +12,7 @@ from typing import Any
 
 import bitsandbytes as bnb
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -25,7 +26,13 @@ from lsr_scale.model.folder_checks import check_weights, read_json
 from lsr_scale.model.gather import gather_on_use, replicate
 from lsr_scale.model.load_errors import explain_load_errors
 from lsr_scale.model.names import resolve
-from lsr_scale.model.quantize import Quantization, check_quantization, quantization_config, store_as_bytes
+from lsr_scale.model.quantize import (
+    Quantization,
+    check_quantization,
+    quantization_config,
+    skip_quantization,
+    store_as_bytes,
+)
 from lsr_scale.model.random_weights import init_random_weights
 from lsr_scale.model.shard import Sharding, full_shape
 
@@ -112,6 +119,8 @@ def load_base(
             kwargs: dict[str, Any] = {} if num_labels is None else {"num_labels": num_labels}
             if nested is None:  # else the checkpoint has its own
                 kwargs["quantization_config"] = quantizer
+            elif task == "seq_cls":  # a list of layers that are not quantized names the head that the checkpoint has
+                kwargs = {"config": skip_quantization(empty.config, head_modules(empty) or [])}
             if attention != "auto":
                 kwargs["attn_implementation"] = attention
             with sharded as shard, explain_load_errors(name, revision, "its weights"):
@@ -133,7 +142,7 @@ def load_base(
                     module.compute_dtype = dtype
                     store_as_bytes(module.weight)
             if nested is not None:
-                _cast_unquantized(model, empty)
+                _cast_unquantized(model, empty, shard)
     if labels is not None:
         model.config.id2label = dict(enumerate(labels))
         model.config.label2id = {name: number for number, name in enumerate(labels)}
@@ -182,16 +191,20 @@ def _first(keys: list[str]) -> str:
     return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
 
 
-def _cast_unquantized(model: PreTrainedModel, empty: PreTrainedModel) -> None:
+def _cast_unquantized(model: PreTrainedModel, empty: PreTrainedModel, shard: Callable[[nn.Module], None]) -> None:
     """Cast embeddings, norms and heads to the dtypes of an empty model: of a checkpoint that is quantized already
-    Transformers leaves them as they are stored.
+    Transformers leaves them as they are stored. One that is sharded, as bytes, is gathered for it and sharded again.
     """
     kept = (*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ()))
     expected = dict(empty.named_parameters())
+    modules = dict(model.named_modules())
     for path, loaded in model.named_parameters():
         wanted = expected[path].dtype if path in expected else loaded.dtype
         if loaded.is_floating_point() and loaded.dtype != wanted and not any(name in path for name in kept):
+            module = modules[path.rpartition(".")[0]]
+            replicate(module, recurse=False)
             loaded.data = loaded.data.to(wanted)
+            shard(module)
 
 
 def _check_shapes(name: str, model: PreTrainedModel, empty: PreTrainedModel) -> None:

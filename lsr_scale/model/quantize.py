@@ -1,5 +1,6 @@
 """How a base is quantized by bitsandbytes: its configuration, and what a quantized checkpoint allows."""
 
+import copy
 from typing import Any, Literal
 
 import bitsandbytes as bnb
@@ -46,6 +47,19 @@ def store_as_bytes(weight: Any) -> None:
         weight.quant_storage = torch.uint8
         if weight.module is not None:
             weight.module.quant_storage = torch.uint8
+
+
+def skip_quantization(config: PreTrainedConfig, modules: list[str]) -> PreTrainedConfig:
+    """Return the configuration of a checkpoint that is quantized already, by which these modules are not.
+
+    Where it has no list of such modules Transformers finds the head by itself.
+    """
+    config = copy.deepcopy(config)
+    given: Any = getattr(config, "quantization_config", None)
+    own = given if isinstance(given, dict) else vars(given)
+    if own.get("llm_int8_skip_modules") is not None:
+        own["llm_int8_skip_modules"] = [*own["llm_int8_skip_modules"], *modules]
+    return config
 
 
 def check_quantization(config: PreTrainedConfig, quantization: Quantization, name: str) -> bool | None:

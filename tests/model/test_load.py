@@ -147,18 +147,35 @@ def test_checkpoints_with_transposed_layers_load_too(tmp_path, quantization):
     assert torch.isfinite(model(torch.zeros(1, 3, dtype=torch.long)).logits).all()
 
 
-@pytest.mark.parametrize(("stored", "dtype"), [("float32", "bfloat16"), ("bfloat16", "float32")])
+@pytest.mark.parametrize(
+    ("stored", "dtype"), [("float32", "bfloat16"), ("bfloat16", "float32"), ("float16", "bfloat16")]
+)
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_a_checkpoint_that_is_quantized_already_is_held_in_the_dtype_that_is_asked_for(
-    saved, tmp_path, kind, stored, dtype
+    saved, tmp_path, ids, kind, stored, dtype
 ):
     quantized = quantization_config(kind, True, getattr(torch, stored), ["lm_head"])
     model = LlamaForCausalLM.from_pretrained(saved, dtype=stored, quantization_config=quantized)
     model.save_pretrained(tmp_path)
-    held = load_base(str(tmp_path), quantization=kind, dtype=dtype, device=CPU)
+    given = {"quantization": kind, "dtype": dtype, "device": CPU}
+    held, sharded = (load_base(str(tmp_path), **given, sharding=sharding) for sharding in (None, Sharding(True)))
     floats = {name: p.dtype for name, p in held.named_parameters() if p.is_floating_point()}
     assert {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"} <= set(floats)
     assert set(floats.values()) == {getattr(torch, dtype)}
+    assert torch.equal(sharded(input_ids=ids).logits, held(input_ids=ids).logits), "bytes of one dtype read as another"
+
+
+@pytest.mark.parametrize("skipped", [None, ["lm_head"]])
+def test_a_classifier_of_a_checkpoint_that_is_quantized_already_has_a_head_that_is_not(saved, tmp_path, ids, skipped):
+    quantized = quantization_config("nf4", True, torch.bfloat16, skipped)
+    model = LlamaForCausalLM.from_pretrained(saved, dtype=torch.bfloat16, quantization_config=quantized)
+    model.save_pretrained(tmp_path)
+    given = {"task": "seq_cls", "num_labels": 3, "dtype": "float32", "device": CPU}
+    held = load_base(str(tmp_path), **given, attention="eager")
+    assert type(held.score) is torch.nn.Linear
+    assert held.config._attn_implementation == "eager"
+    assert isinstance(held.model.layers[0].mlp.up_proj, FrozenLinear4bit)
+    assert held(input_ids=ids).logits.shape == (len(ids), 3)
 
 
 def test_double_quantization_can_be_left_out(saved):

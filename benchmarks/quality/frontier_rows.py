@@ -41,7 +41,6 @@ RATES = {
     "lsr": (2e-3, 4e-3, 8e-3, 1.6e-2),
 }
 PRO_RATES = (3e-5, 1e-4, 3e-4, 1e-3)  # LoRA-Pro's are those of full fine-tuning
-OURS = ("lsr", "kron_lora")
 UNFUSED = ("krona", "tinylora", "vera")  # no low-rank pair: slower by far, in shared steps of their own
 
 

@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 
 from benchmarks.quality import estimates
-from benchmarks.quality.frontier_rows import OURS, SIZES
+from benchmarks.quality.frontier_rows import SIZES
 from benchmarks.quality.rate_trials import is_at_end, seed_rates, unpacked
 from benchmarks.quality.trials import TUNING_SEED
+from lsr_scale.planning.evidence import OURS
 
 Results = Mapping[str, dict[str, Any]]
 Suite = tuple[str, str, str]  # model, regime and base: what scores must share to be compared

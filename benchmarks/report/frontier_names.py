@@ -2,8 +2,9 @@
 
 from collections.abc import Iterable, Sequence
 
-from benchmarks.quality.frontier_rows import MODEL_NAMES, OURS, AdapterRow
+from benchmarks.quality.frontier_rows import MODEL_NAMES, AdapterRow
 from benchmarks.quality.frontier_scores import Row, Suite
+from lsr_scale.planning.evidence import OURS
 
 NAMES = {
     "lora": "LoRA",

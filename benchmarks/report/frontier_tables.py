@@ -13,12 +13,12 @@ from pathlib import Path
 
 from benchmarks.quality import frontier_verdicts
 from benchmarks.quality.frontier import RESULTS
-from benchmarks.quality.frontier_rows import OURS
 from benchmarks.quality.frontier_scores import LEAST_SEEDS, Score, Suite
 from benchmarks.quality.frontier_verdicts import Carried, Frontier, Verdict, compare, load
 from benchmarks.report.drawing import count_ticks, rows_digest, save
 from benchmarks.report.frontier_names import NAMES, heading, label, series
 from benchmarks.report.plots import Plot
+from lsr_scale.planning.evidence import OURS
 
 COLORS = {
     **{"lora": "black", "lora_xs": "tab:orange", "slora": "tab:green", "inttune": "tab:olive", "vera": "tab:purple"},

@@ -13,7 +13,7 @@ from typing import Any
 
 from benchmarks.quality import trials
 from benchmarks.quality.estimates import Estimate
-from benchmarks.quality.frontier_rows import MODEL_NAMES, OURS, AdapterRow
+from benchmarks.quality.frontier_rows import MODEL_NAMES, AdapterRow
 from benchmarks.quality.grpo_gsm8k import MOST_BEYOND, RESULTS
 from benchmarks.quality.grpo_rows import LAST, RATES, REFERENCE, ROWS, TRAININGS
 from benchmarks.quality.grpo_verdicts import (
@@ -40,6 +40,7 @@ from benchmarks.report.frontier_names import NAMES, listed
 from benchmarks.report.frontier_tables import COLORS
 from benchmarks.report.markdown import grid, number
 from benchmarks.report.plots import Plot
+from lsr_scale.planning.evidence import OURS
 
 SMOOTHED = 5  # steps
 TRAINING_NAMES = {"grpo": "GRPO", "sft": "SFT"}

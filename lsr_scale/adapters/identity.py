@@ -59,7 +59,7 @@ def model_description(config: Any) -> dict[str, Any]:
     return {
         "name": builtin.name_of(config.name_or_path) or config.name_or_path,
         "config_sha256": hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest(),
-        "weights_sha256": weights_digest(config.name_or_path),
+        "weights_sha256": weights_digest(config.name_or_path, getattr(config, "transformers_weights", None)),
     }
 
 

@@ -145,17 +145,13 @@ def check_weights(name: str, folder: Path, auto_class: str, config: dict[str, An
     chosen = config.get("transformers_weights")  # a file name other than the usual one
     if chosen is not None and not (isinstance(chosen, str) and chosen.endswith((".safetensors", INDEX[5:]))):
         raise UserError(f"{folder / 'config.json'}: transformers_weights: expected a safetensors file, got {chosen!r}")
-    single, index = (folder / chosen,) * 2 if chosen else (folder / WEIGHTS, folder / INDEX)
-    if not index.name.endswith(".json") or (not chosen and single.is_file()):
-        files = [single]
-    elif index.is_file():
-        files = _shards(index)
-    elif any((folder / pickled).is_file() for pickled in PICKLES):
+    files = weight_files(folder, chosen)
+    if not files and any((folder / pickled).is_file() for pickled in PICKLES):
         raise UserError(
             f"model.name {name!r}: its weights are a pickle ({PICKLES[0]}), which can run code as it is read; only "
             "safetensors are loaded. If you trust where it is from, convert it once:\n" + convert(folder, auto_class)
         )
-    else:
+    if not files:
         others = sorted(
             path.name for path in folder.iterdir() if path.suffix in (".safetensors", ".gguf", ".bin", ".pt")
         )
@@ -179,6 +175,22 @@ def check_weights(name: str, folder: Path, auto_class: str, config: dict[str, An
                 f"{file}: {integers[:200]!r} has integers, though config.json has no quantization_config that says "
                 "what they stand for; fetch the model again"
             )
+
+
+def weight_files(folder: Path, chosen: str | None = None) -> list[Path]:
+    """Return the safetensors files that Transformers loads of a folder, of all that lie there; [] where it has none.
+
+    Args:
+        folder: A model's folder.
+        chosen: `transformers_weights` of its config.json: a file name other than the usual ones.
+
+    Raises:
+        UserError: for an index that cannot be read, or names files that are not there.
+    """
+    single, index = (folder / chosen,) * 2 if chosen else (folder / WEIGHTS, folder / INDEX)
+    if not index.name.endswith(".json") or (not chosen and single.is_file()):
+        return [single]
+    return _shards(index) if index.is_file() else []
 
 
 def convert(folder: Path, auto_class: str) -> str:

@@ -6,23 +6,27 @@ import struct
 from functools import lru_cache
 from pathlib import Path
 
+from lsr_scale.errors import UserError
+from lsr_scale.model.folder_checks import weight_files
+
 _SAMPLE = 64  # bytes, from the beginning, the middle and the end of a tensor
 _LARGEST_HEADER = 100_000_000
 
 
-def weights_digest(folder: str | Path) -> str | None:
-    """Return a digest of the tensors in a folder's safetensors files; None where there are none that can be read.
+def weights_digest(folder: str | Path, chosen: str | None = None) -> str | None:
+    """Return a digest of the tensors that Transformers loads of a folder; None where there are none that can be read.
 
     It is the same however they are split into files, and for a quantized copy in memory, since the files are looked at.
     A change of every value, such as training and merging make, is seen; one of a few values may be passed over.
 
     Args:
-        folder: A model's folder; a hub name is none.
+        folder: A model's folder; a hub name, or no name, is none.
+        chosen: See `weight_files`.
     """
     try:
-        files = sorted(Path(folder).glob("*.safetensors"))
+        files = sorted(weight_files(Path(folder), chosen)) if str(folder) else []
         return _digest(tuple((file, file.stat().st_size, file.stat().st_mtime_ns) for file in files))
-    except (OSError, ValueError, KeyError, TypeError, struct.error):
+    except (UserError, OSError, ValueError, KeyError, TypeError, struct.error):
         return None
 
 

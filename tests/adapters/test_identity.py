@@ -1,6 +1,7 @@
 """An adapter knows its base again, and says by name which layers another base has differently."""
 
 import json
+import shutil
 
 import peft
 import pytest
@@ -10,6 +11,7 @@ from lsr_scale import LsrConfig
 from lsr_scale.adapters.identity import base_description, check_base, model_description
 from lsr_scale.errors import UserError
 from lsr_scale.model import load_base, load_config
+from lsr_scale.model.weights_digest import weights_digest
 from tests.helpers.tiny_models import SEVEN_LINEARS, tiny_llama
 
 CPU = torch.device("cpu")
@@ -64,6 +66,13 @@ def test_other_weights_under_the_same_settings_are_told_and_other_files_of_the_s
     assert line.startswith(f"the weights of {tmp_path} are not those that it was trained on ({folder}); put those back")
     del stored["weights_sha256"]  # of an earlier release
     assert check_base(stored, load_base(str(tmp_path), quantization="nf4", device=CPU), "adapter") == []
+
+
+def test_files_that_transformers_never_opens_are_no_other_weights(folder, tmp_path):
+    other = shutil.copytree(folder, tmp_path / "other")
+    shutil.copy(other / "model.safetensors", other / "consolidated.safetensors")
+    assert weights_digest(other) == weights_digest(folder) is not None
+    assert weights_digest("organization/model") is weights_digest("") is None
 
 
 def test_a_base_with_other_shapes_is_refused_by_the_names_of_its_layers(folder):

@@ -62,6 +62,7 @@ _ELSEWHERE: dict[str, str] = {
     "early_stopping_patience": "training.early_stopping: {patience: 3}",
     "rl": "training.method",
     "stage": "training.method",
+    "deepspeed.stage": "deepspeed.config, such as zero3",  # not what another trainer's `stage: sft` is
     "rl_beta": "training.beta",
     "pref_beta": "training.beta",
     "pref_loss": "training.loss_type",
@@ -220,8 +221,8 @@ def _unknown(path: KeyPath, data: Mapping[str, Any], models: SectionModels) -> s
             if home == section:
                 return "unknown key for task seq_cls; it is a field of trl.SFTConfig, which only task causal_lm has"
             return f"unknown key; it belongs to the section {home}: {home}.{name}"
-    if name in _ELSEWHERE:
-        return f"unknown key; here it is {_ELSEWHERE[name]}"
+    if here := _ELSEWHERE.get(f"{section}.{name}", _ELSEWHERE.get(name)):
+        return f"unknown key; here it is {here}"
     model = _section(path[:-1], data, models)
     return f"unknown key; {did_you_mean(name, model.model_fields if model else ())}"
 

@@ -193,6 +193,7 @@ class SourceSection(Section):
         "prompt_completion",
         "messages",
         "alpaca",
+        "alpaca_chat",
         "sharegpt",
         "text",
         "multiple_choice",

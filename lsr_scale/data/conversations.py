@@ -24,6 +24,7 @@ SPEAKERS = {
     "function_call": "assistant",  # its value is JSON: the call, or a list of calls
     "observation": "tool",
 }
+COLUMNS = ("messages", "conversations")
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
@@ -35,22 +36,37 @@ def conversation(row: Row) -> dict[str, Any]:
     return {"messages": messages, **tools_of(row)}
 
 
+def has_turns(row: Row) -> bool:
+    """Tell whether a row has something in a column of conversations."""
+    return any(row.get(name) is not None for name in COLUMNS)
+
+
+def check_texts_alone(row: Row) -> None:
+    """Raise for a row with pictures and the like beside its texts, which would be left out."""
+    for name in ("images", "videos", "audios"):
+        if row.get(name):
+            raise RowError(
+                f"something under {name!r}, and only texts are trained on; remove the row, or, to train on its texts "
+                "alone, that column and what stands for it in the texts"
+            )
+
+
 def turns_of(row: Row) -> tuple[str, Any]:
     """Return the column that has a row's conversation, and what it has, read where that is JSON, as in a CSV."""
-    key = next((name for name in ("messages", "conversations") if row.get(name) is not None), None)
+    key = next((name for name in COLUMNS if row.get(name) is not None), None)
     if key is None:
         columns = ", ".join(name for name, value in row.items() if value is not None)
         raise RowError(f"nothing under 'messages' or 'conversations'; the row has {columns[:100] or 'nothing'}")
     turns = row[key]
     if isinstance(turns, str):
-        read = _read_json(turns, key)
+        read = read_json(turns, key)
         if read is None:
             raise RowError(f"expected a list of messages, or its JSON, under {key!r}, got {turns!r:.60}")
         return key, read
     return key, turns
 
 
-def _read_json(text: str, place: str) -> Any:
+def read_json(text: str, place: str) -> Any:
     """Return what a text holds as JSON, None where it is none; what would be lost in reading is refused."""
     try:
         return parse_json(text, place)
@@ -163,7 +179,7 @@ def _content(content: object, place: str, may_be_missing: bool) -> str:
 
 def _calls_of(value: object, place: str) -> list[Any]:
     """Return the calls that ShareGPT's speaker function_call writes as JSON, one or a list of them."""
-    calls = _read_json(value, place) if isinstance(value, str) else value
+    calls = read_json(value, place) if isinstance(value, str) else value
     if isinstance(calls, Mapping):
         return [calls]
     if not isinstance(calls, list) or not calls:
@@ -188,7 +204,7 @@ def _tool_calls(calls: object, place: str) -> list[dict[str, Any]]:
             )
         arguments = function.get("arguments")
         if isinstance(arguments, str):
-            arguments = _read_json(arguments, f"{place}.tool_calls[{index}]")
+            arguments = read_json(arguments, f"{place}.tool_calls[{index}]")
         elif arguments is None:
             arguments = {}
         if not isinstance(arguments, Mapping):
@@ -227,7 +243,7 @@ def tools_of(row: Row) -> dict[str, str]:
     tools = row.get("tools")
     if not tools:
         return {}
-    listed = _read_json(tools, "tools") if isinstance(tools, str) else tools
+    listed = read_json(tools, "tools") if isinstance(tools, str) else tools
     if not isinstance(listed, list) or not all(isinstance(tool, Mapping) for tool in listed):
         raise RowError(f"expected a list of tools, or its JSON, under 'tools', got {tools!r:.60}")
     if not listed:  # as rows without any have it, beside others with some

@@ -11,11 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from lsr_scale.config.methods import METHODS
-from lsr_scale.data import answered_prompts, preferences
+from lsr_scale.data import alpaca, answered_prompts, preferences
 from lsr_scale.data.answered_prompts import PromptForm
 from lsr_scale.data.conversations import (
     check_learnable,
     check_no_system,
+    check_texts_alone,
     checked_messages,
     conversation,
     tools_of,
@@ -24,7 +25,7 @@ from lsr_scale.data.conversations import (
 )
 from lsr_scale.data.labels import Labels, number_of
 from lsr_scale.data.prompt_forms import scored_pair
-from lsr_scale.data.rows import Row, RowError, Rows
+from lsr_scale.data.rows import Row, RowError, Rows, text_of
 from lsr_scale.data.sources import load_rows
 from lsr_scale.data.tasks import detect_task, is_uniform, to_example
 from lsr_scale.errors import UserError, did_you_mean, first_line
@@ -49,17 +50,6 @@ KIND_MEANING: dict[str, str] = {
     **answered_prompts.KINDS,
 }
 
-ALPACA_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further context. "
-    "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
-)
-ALPACA_NO_INPUT = (
-    "Below is an instruction that describes a task. "
-    "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Response:"
-)
-
 # Column pairs by which GLUE and its relatives name two sentences.
 SENTENCE_PAIRS = (
     ("sentence1", "sentence2"),
@@ -72,14 +62,6 @@ SENTENCE_PAIRS = (
 )
 
 
-def _text(row: Row, *keys: str) -> str:
-    key = next((key for key in keys if row.get(key) is not None), keys[0])
-    value = row.get(key)
-    if not isinstance(value, str):
-        raise RowError(f"expected a text under {key!r}, got {'nothing' if value is None else repr(value)[:60]}")
-    return value
-
-
 def _filled(text: str, key: str) -> str:
     if not text.strip():
         raise RowError(f"expected something to learn under {key!r}, got an empty text")
@@ -89,7 +71,7 @@ def _filled(text: str, key: str) -> str:
 def _prompt_completion(row: Row) -> dict[str, Any]:
     """The texts exactly as they are written; question/answer rows take the form of multiple-choice questions."""
     if _is_question_answer(row):
-        return {"prompt": f"Question: {_text(row, 'question')}\nAnswer:", "completion": f" {_text(row, 'answer')}"}
+        return {"prompt": f"Question: {text_of(row, 'question')}\nAnswer:", "completion": f" {text_of(row, 'answer')}"}
     prompt, completion = row.get("prompt"), row.get("completion")
     if isinstance(prompt, list) or isinstance(completion, list):
         turns = checked_messages(completion, "completion")
@@ -97,18 +79,7 @@ def _prompt_completion(row: Row) -> dict[str, Any]:
         messages = with_system(row, checked_messages(prompt, "prompt"))
         return {"prompt": messages, "completion": turns, **tools_of(row)}
     check_no_system(row)
-    return {"prompt": _text(row, "prompt"), "completion": _filled(_text(row, "completion"), "completion")}
-
-
-def _alpaca(row: Row) -> dict[str, Any]:
-    """Stanford Alpaca's template; Dolly's columns (context, response) and prompt/response fit it as well."""
-    if row.get("history") or row.get("system"):
-        raise RowError("'history' and 'system' have no place in Alpaca's template; write these rows as messages")
-    instruction = _text(row, "instruction", "prompt", "query")
-    context = next((_text(row, key) for key in ("input", "context") if row.get(key)), "")
-    template = ALPACA_INPUT if context.strip() else ALPACA_NO_INPUT
-    completion = _filled(_text(row, "output", "response"), "output")
-    return {"prompt": template.format(instruction=instruction, input=context), "completion": completion}
+    return {"prompt": text_of(row, "prompt"), "completion": _filled(text_of(row, "completion"), "completion")}
 
 
 def _classification(row: Row) -> dict[str, Any]:
@@ -126,21 +97,20 @@ def sentences(row: Row) -> dict[str, str]:
         (pair for pair in SENTENCE_PAIRS if pair[0] in row and (pair[1] is None or row.get(pair[1]) is not None)),
         SENTENCE_PAIRS[0],
     )
-    text = _text(row, first)
+    text = text_of(row, first)
     if not text.strip():
         raise RowError(f"expected a text to classify under {first!r}, got an empty one")
-    return {"sentence1": text, "sentence2": _text(row, second) if second else ""}
+    return {"sentence1": text, "sentence2": text_of(row, second) if second else ""}
 
 
 def _plain_text(row: Row) -> dict[str, Any]:
-    return {"text": _filled(_text(row, "text"), "text")}
+    return {"text": _filled(text_of(row, "text"), "text")}
 
 
 CONVERTERS: dict[str, Callable[[Row], dict[str, Any]]] = {
     "prompt_completion": _prompt_completion,
     "messages": conversation,
     "sharegpt": conversation,
-    "alpaca": _alpaca,
     "text": _plain_text,
     "classification": _classification,
     "preference": preferences.preference,
@@ -150,7 +120,7 @@ COLUMNS = (
     "prompt and completion; messages; instruction and output; text; question, choices and answer; text and label; "
     "prompt, chosen and rejected"
 )
-FORMATS = ("auto", "multiple_choice", "prompts", *CONVERTERS)
+FORMATS = ("auto", "multiple_choice", "prompts", "alpaca", "alpaca_chat", *CONVERTERS)
 
 
 def multiple_choice_record(row: Row, task: str | None = None) -> dict[str, str]:
@@ -174,8 +144,9 @@ def fitting_formats(row: Row, method: str | None = None) -> list[str]:
     """
     keys = row.keys()
     taken = METHODS[method].rows if method else ()
+    of_alpaca = alpaca.has_preference(row)
     if "preference" in taken and keys & {"chosen", "rejected"}:
-        return ["preference"]
+        return ["alpaca" if of_alpaca else "preference"]
     if "unpaired" in taken and {"prompt", "completion"} <= keys:
         return ["unpaired"]
     try:
@@ -185,19 +156,41 @@ def fitting_formats(row: Row, method: str | None = None) -> list[str]:
     is_conversation = isinstance(turns, list)
     from_value = isinstance(turns, list) and bool(turns) and isinstance(turns[0], Mapping) and "from" in turns[0]
     labelled_text = "label" in keys and "text" in keys
+    if "unpaired" in taken and is_conversation and keys & {"label", "kto_tag"}:
+        return ["unpaired"]
     fits = {
         "multiple_choice": is_uniform(row) or detect_task(row) is not None,
         "messages": is_conversation and not from_value,
         "sharegpt": from_value,
         "prompt_completion": {"prompt", "completion"} <= keys or _is_question_answer(row),
-        "alpaca": bool(keys & {"instruction", "prompt", "query"}) and bool(keys & {"output", "response"}),
+        "alpaca": bool(keys & set(alpaca.INSTRUCTIONS)) and bool(keys & set(alpaca.OUTPUTS)),
         "classification": "label" in keys
         and any(first in keys and (second is None or second in keys) for first, second in SENTENCE_PAIRS),
     }
     fitting = [name for name, fit in fits.items() if fit]
     if not fitting and {"chosen", "rejected"} <= keys:
-        return ["preference"]
+        return ["alpaca" if of_alpaca else "preference"]
     return [*fitting, "text"] if "text" in keys and (not fitting or labelled_text) else fitting
+
+
+def _check_judgement(row: Row, data_format: str, method: str | None, where: str) -> None:
+    """Raise for rows whose answers are judged, where the method would learn from all of them alike.
+
+    A column `label` is none that says so: it may mean anything.
+    """
+    taken = METHODS[method].rows if method else ()
+    is_conversation = data_format in ("messages", "sharegpt")
+    is_answer = is_conversation or data_format in ("prompt_completion", "alpaca")
+    if is_answer and row.get("kto_tag") is not None and not {"unpaired", "preference"} & set(taken):
+        names, methods, what = "'kto_tag'", "kto", "every answer, whatever its tag"
+    elif is_conversation and any(isinstance(row.get(name), Mapping) for name in ("chosen", "rejected")):
+        names, methods, what = "'chosen' and 'rejected'", "dpo or orpo", "the conversations without them"
+    else:
+        return
+    raise UserError(
+        f"{where}: rows with {names} are for training.method: {methods}; set that, or format: {data_format} to learn "
+        f"from {what}"
+    )
 
 
 def _is_question_answer(row: Row) -> bool:
@@ -236,19 +229,15 @@ def _convert(
             )
             raise UserError(f"{where}: rows with the columns {columns} {what}")
         data_format = fits[0]
+        _check_judgement(rows.rows[0], data_format, method, where)
+        if data_format == "alpaca" and any(map(alpaca.is_conversation, rows.rows)):
+            data_format = "alpaca_chat"
     records, kinds = [], []
-    taken = METHODS[method].rows if method else ()
-    of_question = next((read for kind, read in preferences.OF_QUESTIONS.items() if kind in taken), None)
+    convert = _converter(data_format, rows, labels, METHODS[method].rows if method else ())
     for index, row in enumerate(rows.rows):
         try:
-            if data_format == "multiple_choice" and of_question is not None:
-                records.append(of_question(to_example(row, rows.task)))
-            elif data_format == "multiple_choice":
-                records.append(multiple_choice_record(row, rows.task))
-            elif data_format == "classification" and labels is not None:
-                records.append({**sentences(row), "label": labels.encode(row, rows.label_names)})
-            else:
-                records.append(CONVERTERS[data_format](row))
+            check_texts_alone(row)
+            records.append(convert(row))
             if check is not None:
                 check(records[-1])
         except RowError as error:
@@ -257,6 +246,31 @@ def _convert(
         if kinds[-1] != kinds[0]:
             raise UserError(f"{rows.where(index)}: {kinds[-1]} among rows of kind {kinds[0]}; keep one kind a source")
     return records, kinds[0]
+
+
+def _converter(
+    data_format: str, rows: Rows, labels: Labels | None, taken: tuple[str, ...]
+) -> Callable[[Row], dict[str, Any]]:
+    """Return what converts the rows of one source.
+
+    Args:
+        data_format: Their format.
+        rows: The rows.
+        labels: A classifier's.
+        taken: The kinds of rows that the training method takes.
+    """
+    if data_format == "multiple_choice":
+        of_question = next((read for kind, read in preferences.OF_QUESTIONS.items() if kind in taken), None)
+        if of_question is not None:
+            return lambda row: of_question(to_example(row, rows.task))
+        return lambda row: multiple_choice_record(row, rows.task)
+    if data_format == "classification" and labels is not None:
+        return lambda row: {**sentences(row), "label": labels.encode(row, rows.label_names)}
+    if data_format in ("alpaca", "alpaca_chat"):
+        chat, target = data_format == "alpaca_chat", alpaca.target_of(rows.rows[0], taken)
+        convert = CONVERTERS[("messages" if chat else "prompt_completion") if target == "completion" else target]
+        return lambda row: convert(alpaca.own_row(row, target, chat))
+    return CONVERTERS[data_format]
 
 
 def _kind(record: Mapping[str, Any]) -> Kind:
@@ -333,16 +347,24 @@ def build_dataset(
         kinds.setdefault(kind, where)
     if len(kinds) > 1:
         listed = "; ".join(f"{where} is {kind} ({KIND_MEANING[kind]})" for kind, where in kinds.items())
-        raise UserError(f"data: sources that are trained on in different ways cannot be mixed: {listed}. Rewrite one")
+        firsts = [fitting_formats(rows.rows[0], method) for rows in loaded]
+        advice = "Rewrite one"
+        if ["alpaca"] in firsts:
+            advice = "Rewrite one, or set format: alpaca_chat, which makes conversations of rows in Alpaca's columns"
+        raise UserError(f"data: sources that are trained on in different ways cannot be mixed: {listed}. {advice}")
     (kind,) = kinds
     if model_task is not None and (model_task == "seq_cls") != (kind == "classification"):
         expected = "classification rows" if model_task == "seq_cls" else "text to generate"
         raise UserError(f"data: model.task is {model_task}, which takes {expected}, got {kind} ({KIND_MEANING[kind]})")
     if method is not None and model_task != "seq_cls" and kind not in METHODS[method].rows:
         # rows for KTO are prompts and completions to all others
-        fitting = {kind, *(["unpaired"] if preferences.is_unpaired(loaded[0].rows[0]) else [])}
+        first, given = loaded[0].rows[0], source_fields(sources[0]).get("format", "auto")
+        is_unpaired = preferences.is_unpaired(first) or first.get("kto_tag") is not None
+        fitting = {kind, *(["unpaired"] if is_unpaired else [])}
         others = [name for name, one in METHODS.items() if fitting & set(one.rows)]
         remedy = f"; set training.method: {' or '.join(others)}, or rewrite the rows" if others else ""
+        if given != "auto" and fitting_formats(first, method) in (["preference"], ["unpaired"]):
+            remedy = f"; leave format: {given} out, by which they are read so"
         taken = " or ".join(f"{name} ({KIND_MEANING[name]})" for name in METHODS[method].rows)
         raise UserError(
             f"data: training.method is {method}, which takes {taken}; got {kind} ({KIND_MEANING[kind]}){remedy}"

@@ -4,7 +4,12 @@
     {"prompt", "completion", "label"}    unpaired: one completion, true where it is desirable
 
 All are texts, or all lists of messages. Where `chosen` and `rejected` are whole conversations, the prompt is what they
-begin with alike. A multiple-choice question becomes either kind: its right choice is preferred to a wrong one.
+begin with alike. As other programs have them, beside a conversation (`messages`, or ShareGPT's `conversations`):
+
+    {"conversations", "chosen": {...}, "rejected": {...}}    its next turn, two of them
+    {"conversations", "kto_tag"}                             its last turn is desirable or not; also `label`
+
+A multiple-choice question becomes either kind: its right choice is preferred to a wrong one.
 """
 
 import hashlib
@@ -12,9 +17,16 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import takewhile
 from typing import Any
 
-from lsr_scale.data.conversations import check_no_system, is_empty, plain_messages, with_system
+from lsr_scale.data.conversations import (
+    check_no_system,
+    has_turns,
+    is_empty,
+    plain_messages,
+    turns_of,
+    with_system,
+)
 from lsr_scale.data.prompt_forms import scored_pair
-from lsr_scale.data.rows import Row, RowError
+from lsr_scale.data.rows import Row, RowError, filled_text_of
 from lsr_scale.data.tasks import Example
 
 Turns = list[dict[str, str]]
@@ -35,21 +47,24 @@ def preference(row: Row) -> dict[str, Any]:
     Raises:
         RowError: for what is missing or empty, or where both are the same.
     """
-    chosen, rejected = row.get("chosen"), row.get("rejected")
-    if isinstance(chosen, list) or isinstance(rejected, list):
+    answers = (row.get("chosen"), row.get("rejected"))
+    if any(isinstance(one, list | Mapping) for one in answers) or (row.get("prompt") is None and has_turns(row)):
         return _chat_preference(row)
     check_no_system(row)
-    record = {name: _text(row, name) for name in ("prompt", "chosen", "rejected")}
-    _check_filled(record["prompt"], "prompt")
-    for name in ("chosen", "rejected"):
-        _check_filled(record[name], name)
+    record = {name: filled_text_of(row, name) for name in ("prompt", "chosen", "rejected")}
     _check_differ(record["chosen"], record["rejected"])
     return record
 
 
 def _chat_preference(row: Row) -> dict[str, Any]:
-    chosen, rejected = (plain_messages(row, name) for name in ("chosen", "rejected"))
+    is_next = any(isinstance(row.get(name), Mapping) for name in ("chosen", "rejected"))
+    chosen, rejected = (_answers(row, name) for name in ("chosen", "rejected"))
     prompt = plain_messages(row, "prompt") if isinstance(row.get("prompt"), list) else []
+    if not prompt and is_next:
+        key, prompt = _conversation(row)
+        if prompt[-1]["role"] == "assistant":
+            raise RowError(f"expected messages that the assistant answers under {key!r}, got its own turn at the end")
+        _check_repeated(row.get("prompt"), prompt)
     if not prompt:  # whole conversations; a prompt beside them as a text is their first turn
         shared = 0
         while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
@@ -67,6 +82,18 @@ def _chat_preference(row: Row) -> dict[str, Any]:
     return {"prompt": with_system(row, prompt), "chosen": chosen, "rejected": rejected}
 
 
+def _answers(row: Row, name: str) -> Turns:
+    """Return the messages of an answer, which may stand alone, without a list around it."""
+    answer = row.get(name)
+    return plain_messages({**row, name: [answer]} if isinstance(answer, Mapping) else row, name)
+
+
+def _conversation(row: Row) -> tuple[str, Turns]:
+    """Return the column that has a row's conversation, and its turns."""
+    key, turns = turns_of(row)
+    return key, plain_messages({**row, key: turns}, key)
+
+
 def _check_repeated(text: Any, prompt: Turns) -> None:
     """Raise where a prompt that stands as a text beside whole conversations is none of their turns: which one holds?"""
     if not text or any(turn["content"].strip() == str(text).strip() for turn in prompt):
@@ -82,19 +109,32 @@ def unpaired(row: Row) -> dict[str, Any]:
     Raises:
         RowError: for what is missing or empty, or a label that is neither true nor false.
     """
-    label = _LABELS.get(str(row.get("label")).lower())  # the cells of a CSV are texts
-    if label is None:
-        found = "nothing" if row.get("label") is None else repr(row["label"])[:60]
-        raise RowError(f"expected true (desirable) or false under 'label', got {found}")
+    label = _label(row)
+    if row.get("completion") is None and has_turns(row):
+        key, turns = _conversation(row)
+        _check_answer(turns[-1:], key)
+        if len(turns) < 2:
+            raise RowError(f"expected turns before the assistant's answer under {key!r}, got that alone")
+        return {"prompt": with_system(row, turns[:-1]), "completion": turns[-1:], "label": label}
     if isinstance(row.get("prompt"), list) or isinstance(row.get("completion"), list):
         turns = plain_messages(row, "completion")
         _check_answer(turns, "completion")
         return {"prompt": with_system(row, plain_messages(row, "prompt")), "completion": turns, "label": label}
     check_no_system(row)
-    record = {name: _text(row, name) for name in ("prompt", "completion")}
-    for name, text in record.items():
-        _check_filled(text, name)
-    return {**record, "label": label}
+    return {**{name: filled_text_of(row, name) for name in ("prompt", "completion")}, "label": label}
+
+
+def _label(row: Row) -> bool:
+    """Return whether a row's completion is desirable."""
+    given = {name: row[name] for name in ("label", "kto_tag") if row.get(name) is not None}
+    for name, value in (given or {"kto_tag" if "kto_tag" in row else "label": None}).items():
+        if str(value).lower() not in _LABELS:  # the cells of a CSV are texts
+            found = "nothing" if value is None else repr(value)[:60]
+            raise RowError(f"expected true (desirable) or false under {name!r}, got {found}")
+    labels = {_LABELS[str(value).lower()] for value in given.values()}
+    if len(labels) > 1:
+        raise RowError("'label' and 'kto_tag' say different things; remove one of the two columns")
+    return labels.pop()
 
 
 def is_unpaired(row: Row) -> bool:
@@ -149,18 +189,6 @@ def _number(example: Example) -> int:
 
 def _whole(example: Example, index: int) -> str:
     return example.contexts[index] + example.continuations[index]
-
-
-def _text(row: Row, name: str) -> str:
-    value = row.get(name)
-    if not isinstance(value, str):
-        raise RowError(f"expected a text under {name!r}, got {'nothing' if value is None else repr(value)[:60]}")
-    return value
-
-
-def _check_filled(text: str, name: str) -> None:
-    if not text.strip():
-        raise RowError(f"expected a text under {name!r}, got an empty one")
 
 
 def _check_answer(turns: Sequence[Mapping[str, str]], name: str) -> None:

@@ -14,6 +14,32 @@ class RowError(ValueError):
     """What is wrong with one row, without saying where it stands; the caller knows the file and the line."""
 
 
+def text_of(row: Row, *keys: str) -> str:
+    """Return the text under the first of some columns that a row has.
+
+    Raises:
+        RowError: if none has one.
+    """
+    key = next((key for key in keys if row.get(key) is not None), keys[0])
+    value = row.get(key)
+    if not isinstance(value, str):
+        raise RowError(f"expected a text under {key!r}, got {'nothing' if value is None else repr(value)[:60]}")
+    return value
+
+
+def filled_text_of(row: Row, *keys: str) -> str:
+    """Return what `text_of` does.
+
+    Raises:
+        RowError: for a text of white space alone, too.
+    """
+    text = text_of(row, *keys)
+    if not text.strip():
+        key = next(key for key in keys if row.get(key) is not None)
+        raise RowError(f"expected a text under {key!r}, got an empty one")
+    return text
+
+
 @dataclass(frozen=True)
 class Provenance:
     """Where rows came from.

@@ -90,7 +90,10 @@ def read_data(
     if loaded["validation"]:
         validation, other = build_dataset(parts["validation"], "validation", loaded=loaded["validation"], **options)
         if other != kind:
-            raise UserError(f"data.validation: is {other}, but data.train is {kind}; give rows of one kind")
+            raise UserError(
+                f"data.validation: is {other}, but data.train is {kind}; give rows of one kind (format: alpaca_chat "
+                "makes conversations of rows in Alpaca's columns)"
+            )
     elif run.data.validation_split:
         train, validation = split_by_hash(train, run.data.validation_split)
         say(

@@ -189,7 +189,7 @@ def test_unknown_and_ambiguous_rows_ask_for_a_format(built):
             r"messages\[0\]\.tool_calls\[0\]",
         ),
         (SHARE, {"conversations": [{"from": "robot", "value": "Hi"}]}, "unknown speaker 'robot'"),
-        (ALPACA, {**ALPACA, "history": [["a", "b"]]}, "write these rows as messages"),
+        (CHAT, {**CHAT, "images": ["a.png"]}, "something under 'images', and only texts are trained on"),
         (ALPACA, {"instruction": "a", "output": 3}, "text under 'output', got 3"),
         ({"text": "a"}, {"text": ""}, "something to learn"),
         ({"sentence": "a", "label": 1}, {"sentence": "a", "label": "good"}, "class number"),

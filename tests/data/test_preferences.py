@@ -10,12 +10,13 @@ from lsr_scale.data.formats import build_dataset
 from lsr_scale.data.tokenizer_setup import row_check
 from lsr_scale.errors import UserError
 from tests.helpers.run_text import MINIMAL, load, problem
-from tests.helpers.tiny_runs import byte_tokenizer
+from tests.helpers.tiny_runs import byte_tokenizer, write_rows
 
 PAIR = {"prompt": "What cuts bread?", "chosen": " a knife", "rejected": " a spoon"}
 ONE = {"prompt": "What cuts bread?", "completion": " a knife", "label": True}
 TURN = {"role": "user", "content": "What cuts bread?"}
 ANSWERS = [{"role": "assistant", "content": text} for text in ("A knife.", "A spoon.")]
+SYSTEM = {"role": "system", "content": "Be brief."}
 CHAT = {"prompt": [TURN], "chosen": ANSWERS[:1], "rejected": ANSWERS[1:]}
 
 
@@ -48,6 +49,88 @@ def test_whole_conversations_are_split_where_they_differ(tmp_path):
     assert (kind, dataset[0]) == ("chat_preference", CHAT)
 
 
+SAID = {"from": "human", "value": "What cuts bread?"}
+NEXT = {
+    "conversations": [SAID],
+    "chosen": {"from": "gpt", "value": "A knife."},
+    "rejected": {"from": "gpt", "value": "A spoon."},
+}
+TAGGED = {"conversations": [SAID, NEXT["chosen"]], "kto_tag": True}
+
+
+@pytest.mark.parametrize("method", ["dpo", "orpo"])
+def test_a_conversation_with_two_next_turns_is_a_pair(tmp_path, method):
+    openai = {"messages": [TURN], "chosen": ANSWERS[0], "rejected": ANSWERS[1]}
+    for row in (NEXT, openai, {**openai, "prompt": TURN["content"]}):
+        dataset, kind = read(tmp_path, [row], method)
+        assert (kind, dataset[0]) == ("chat_preference", CHAT)
+    dataset, _ = read(tmp_path, [{**NEXT, "system": "Be brief.", "tools": "[]"}], method)
+    assert dataset[0] == {**CHAT, "prompt": [SYSTEM, TURN]}
+
+
+@pytest.mark.parametrize("column", ["kto_tag", "label"])
+def test_a_conversation_with_a_tag_is_its_last_answer_desirable_or_not(tmp_path, column):
+    (tag,) = (value for name, value in TAGGED.items() if name == "kto_tag")
+    rows = [
+        {"conversations": TAGGED["conversations"], column: tag},
+        {"messages": [TURN, ANSWERS[1], TURN, ANSWERS[0]], column: False, "system": "Be brief."},
+    ]
+    dataset, kind = read(tmp_path, rows, "kto")
+    assert kind == "chat_unpaired"
+    assert dataset[0] == {"prompt": [TURN], "completion": ANSWERS[:1], "label": True}
+    prompt = [SYSTEM, TURN, ANSWERS[1], TURN]
+    assert dataset[1] == {"prompt": prompt, "completion": ANSWERS[:1], "label": False}
+
+
+@pytest.mark.parametrize(
+    ("method", "row", "change", "message"),
+    [
+        ("dpo", NEXT, {"chosen": SAID}, "expected an assistant turn as the answer under 'chosen', got user"),
+        ("dpo", NEXT, {"rejected": {"from": "robot", "value": "x"}}, r"unknown speaker 'robot' in rejected\[0\]"),
+        ("dpo", NEXT, {"rejected": NEXT["chosen"]}, "'chosen' and 'rejected' are the same"),
+        ("dpo", NEXT, {"rejected": None}, "expected a list of messages under 'rejected', got None"),
+        ("dpo", NEXT, {"chosen": "a", "rejected": "b"}, "expected a list of messages under 'chosen', got 'a'"),
+        ("dpo", NEXT, {"conversations": None}, "nothing under 'messages' or 'conversations'"),
+        ("dpo", NEXT, {"conversations": [SAID, NEXT["chosen"]]}, "answers under 'conversations', got its own turn"),
+        ("dpo", NEXT, {"prompt": "Who?"}, "expected a turn of 'chosen' and 'rejected' under 'prompt', got 'Who"),
+        ("dpo", NEXT, {"chosen": {"from": "function_call", "value": '{"name": "f"}'}}, "tool_calls under 'chosen'"),
+        ("kto", TAGGED, {"conversations": [SAID]}, "an assistant turn as the answer under 'conversations', got user"),
+        (
+            "kto",
+            TAGGED,
+            {"conversations": [NEXT["chosen"]]},
+            "expected turns before the assistant's answer under 'conv",
+        ),
+        ("kto", TAGGED, {"kto_tag": 1}, r"expected true \(desirable\) or false under 'kto_tag', got 1"),
+        ("kto", TAGGED, {"tools": [{"name": "f"}]}, "tools under 'conversations': messages hold a role and a content"),
+        ("kto", TAGGED, {"images": ["a.png"]}, "something under 'images', and only texts are trained on"),
+    ],
+)
+def test_a_judged_conversation_that_cannot_be_read_is_refused_by_line(tmp_path, method, row, change, message):
+    with pytest.raises(UserError, match=rf"rows\.jsonl, line 2: .*{message}"):
+        read(tmp_path, [row, {**row, **change}], method)
+
+
+@pytest.mark.parametrize(("row", "methods"), [(NEXT, "dpo or orpo"), (TAGGED, "kto")])
+def test_judged_conversations_are_none_to_learn_from_unless_one_says_so(tmp_path, row, methods):
+    row = {**row, "conversations": TAGGED["conversations"]}
+    with pytest.raises(UserError, match=f"are for training.method: {methods}; set that, or format: sharegpt to learn"):
+        read(tmp_path, [row], "sft")
+    source = {"path": str(tmp_path / "rows.jsonl"), "format": "sharegpt"}
+    dataset, kind = build_dataset([source], model_task="causal_lm", method="sft")
+    assert (kind, dataset[0]) == ("messages", {"messages": [TURN, ANSWERS[0]]})
+
+
+@pytest.mark.parametrize(
+    ("row", "method"), [(NEXT | {"conversations": [SAID, ANSWERS[0], SAID]}, "dpo"), (TAGGED, "kto")]
+)
+def test_a_format_that_hides_what_the_method_needs_is_named(tmp_path, row, method):
+    source = write_rows(tmp_path / "rows.jsonl", [row])
+    with pytest.raises(UserError, match=r"got messages .*; leave format: sharegpt out, by which they are read so"):
+        build_dataset([{"path": source, "format": "sharegpt"}], model_task="causal_lm", method=method)
+    assert build_dataset([source], model_task="causal_lm", method=method)[1].startswith("chat_")
+
+
 def test_unpaired_rows_are_taken_by_kto_and_are_prompts_and_completions_to_sft(tmp_path):
     dataset, kind = read(tmp_path, [ONE, {**ONE, "label": False}], "kto")
     assert (kind, dataset["label"][:]) == ("unpaired", [True, False])
@@ -62,9 +145,6 @@ def test_labels_of_a_csv_which_are_texts_are_read(tmp_path):
     file.write_text("prompt,completion,label\na,b,true\nc,d,False\n")
     dataset, kind = build_dataset([str(file)], model_task="causal_lm", method="kto")
     assert (kind, dataset["label"][:]) == ("unpaired", [True, False])
-
-
-SYSTEM = {"role": "system", "content": "Be brief."}
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,8 @@ class MergedWeights:
             kind: What `--to` was, for messages.
 
         Raises:
-            UserError: if the base has no safetensors files, or an adapted layer is not among their tensors.
+            UserError: if the base has no safetensors files, or quantized ones, or an adapted layer is not among their
+                tensors.
         """
         if section["random_weights"]:
             raise UserError(
@@ -58,6 +59,11 @@ class MergedWeights:
             )
         self.source = source
         self.config: Any = load_config(section["name"], section["revision"])
+        if getattr(self.config, "quantization_config", None) is not None:
+            raise UserError(
+                f"--to {kind}: the weights of {section['name']!r} are quantized already, and an update is added to "
+                "those that they were made of: name these, a folder or hub name, with --base, or export lora"
+            )
         self.path = Path(resolve(section["name"]))
         if not self.path.is_dir():
             from huggingface_hub import snapshot_download

@@ -25,7 +25,7 @@ from lsr_scale.exporting.gguf_file import from_rotary_order, to_rotary_order
 from lsr_scale.exporting.pairs import truncate
 from lsr_scale.exporting.verify import compare, in_float32
 from lsr_scale.layers.frozen_linear import dequantize, freeze_quantized
-from lsr_scale.model import builtin, load_base, resolve
+from lsr_scale.model import builtin, load_base, quantization_config, resolve
 from tests.adapters.test_save_and_load import StandInTrainer
 from tests.fuzz_adapters import fuzz
 from tests.helpers.smollm2 import smollm2_tokenizer
@@ -312,6 +312,17 @@ def test_an_export_is_complete_with_its_card_or_leaves_nothing(base_folder, tmp_
     assert "there is something already" in capsys.readouterr().err
     assert main(["export", str(adapter), "--to", "lora", "--out", str(tmp_path / "new"), "--base", "no/such"]) == 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "out"]
+
+
+def test_a_base_that_is_quantized_already_is_merged_from_its_unquantized_weights(base_folder, tmp_path):
+    quantizer = quantization_config("nf4", True, torch.bfloat16, ["lm_head"])
+    model = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.bfloat16, quantization_config=quantizer)
+    model.save_pretrained(tmp_path / "quantized")
+    adapter = saved(tmp_path / "quantized", tmp_path / "adapter", quantization="nf4")
+    with pytest.raises(UserError, match=r"^--to merged: the weights of .* are quantized already, .* with --base, or "):
+        export(adapter, "merged", tmp_path / "merged", say=silent)
+    export(adapter, "merged", tmp_path / "merged", base=str(base_folder), say=silent)  # verified
+    export(adapter, "lora", tmp_path / "lora", say=silent)
 
 
 @pytest.mark.parametrize("verified", [True, False])

@@ -173,24 +173,22 @@ def fitting_formats(row: Row, method: str | None = None) -> list[str]:
     return [*fitting, "text"] if "text" in keys and (not fitting or labelled_text) else fitting
 
 
-def _check_judgement(row: Row, data_format: str, method: str | None, where: str) -> None:
-    """Raise for rows whose answers are judged, where the method would learn from all of them alike.
-
-    A column `label` is none that says so: it may mean anything.
-    """
-    taken = METHODS[method].rows if method else ()
-    is_conversation = data_format in ("messages", "sharegpt")
-    is_answer = is_conversation or data_format in ("prompt_completion", "alpaca")
-    if is_answer and row.get("kto_tag") is not None and not {"unpaired", "preference"} & set(taken):
-        names, methods, what = "'kto_tag'", "kto", "every answer, whatever its tag"
-    elif is_conversation and any(isinstance(row.get(name), Mapping) for name in ("chosen", "rejected")):
-        names, methods, what = "'chosen' and 'rejected'", "dpo or orpo", "the conversations without them"
-    else:
+def _check_unjudged(rows: Rows, data_format: str, method: str | None) -> None:
+    """Raise for a row whose answers are judged, where what is trained would take no notice of that."""
+    taken = METHODS[method or "sft"].rows
+    if data_format not in ("messages", "sharegpt", "prompt_completion", "alpaca"):
         return
-    raise UserError(
-        f"{where}: rows with {names} are for training.method: {methods}; set that, or format: {data_format} to learn "
-        f"from {what}"
-    )
+    for index, row in enumerate(rows.rows):
+        judged = preferences.judgement_of(row)
+        if judged is None or judged in taken:
+            continue
+        names = "'kto_tag'" if judged == "unpaired" else "'chosen' and 'rejected'"
+        methods = " or ".join(name for name, one in METHODS.items() if judged in one.rows)
+        learned = f", or format: {data_format} to learn every answer as if these were not there"
+        raise UserError(
+            f"{rows.where(index)}: rows with {names} are for training.method: {methods}; set that"
+            f"{learned if 'messages' in taken else ''}"
+        )
 
 
 def _is_question_answer(row: Row) -> bool:
@@ -229,7 +227,7 @@ def _convert(
             )
             raise UserError(f"{where}: rows with the columns {columns} {what}")
         data_format = fits[0]
-        _check_judgement(rows.rows[0], data_format, method, where)
+        _check_unjudged(rows, data_format, method)
         if data_format == "alpaca" and any(map(alpaca.is_conversation, rows.rows)):
             data_format = "alpaca_chat"
     records, kinds = [], []
@@ -359,8 +357,7 @@ def build_dataset(
     if method is not None and model_task != "seq_cls" and kind not in METHODS[method].rows:
         # rows for KTO are prompts and completions to all others
         first, given = loaded[0].rows[0], source_fields(sources[0]).get("format", "auto")
-        is_unpaired = preferences.is_unpaired(first) or first.get("kto_tag") is not None
-        fitting = {kind, *(["unpaired"] if is_unpaired else [])}
+        fitting = {kind, *(["unpaired"] if preferences.is_unpaired(first) else [])}
         others = [name for name, one in METHODS.items() if fitting & set(one.rows)]
         remedy = f"; set training.method: {' or '.join(others)}, or rewrite the rows" if others else ""
         if given != "auto" and fitting_formats(first, method) in (["preference"], ["unpaired"]):

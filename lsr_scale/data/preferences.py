@@ -137,6 +137,17 @@ def _label(row: Row) -> bool:
     return labels.pop()
 
 
+def judgement_of(row: Row) -> str | None:
+    """Return which kind of judgement a row has that says so by itself, "preference" or "unpaired", or None.
+
+    A column `label` does not: it may mean anything.
+    """
+    if row.get("kto_tag") is not None:
+        return "unpaired"
+    is_pair = has_turns(row) and any(isinstance(row.get(name), Mapping) for name in ("chosen", "rejected"))
+    return "preference" if is_pair else None
+
+
 def is_unpaired(row: Row) -> bool:
     """Tell whether a row is one of a completion that is desirable or not."""
     try:

@@ -3,11 +3,11 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from lsr_scale.data.formats import build_dataset, fitting_formats, load_source
 from lsr_scale.data.labels import Labels, find_labels
-from lsr_scale.data.preferences import COMPLETIONS
+from lsr_scale.data.preferences import COMPLETIONS, judgement_of
 from lsr_scale.data.readers import suffix
 from lsr_scale.data.rows import Rows
 from lsr_scale.data.split import split_by_hash
@@ -90,15 +90,14 @@ def look_at_data(sources: Sequence[str], kind: Kind | None) -> DataFacts:
             f"{sources[0]}: {kind} takes {_TAKES[kind]}, got rows with the columns {_columns(loaded[0])}; write: "
             f"lsr-scale init {found}"
         )
+    if kind == "chat" and (judged := judgement_of(loaded[0].rows[0])):
+        _refuse_judged(sources[0], judged)
     labels = find_labels(loaded, None, None) if kind == "classify" else None
     dataset, form = build_dataset(
         sources, loaded=loaded, labels=labels, model_task="seq_cls" if kind == "classify" else "causal_lm"
     )
     if form in COMPLETIONS:
-        raise UserError(
-            f"{sources[0]}: rows of chosen and rejected completions are for training.method: dpo; begin with "
-            f"lsr-scale train mistral_dpo --set 'data.train=[{sources[0]}]' --set 'data.validation=[]'"
-        )
+        _refuse_judged(sources[0], form)
     lines = [
         f"{source}: {len(rows.rows):,} row{'s' * (len(rows.rows) != 1)}, {_format(formats, kind)}; "
         f"columns {_columns(rows)}"
@@ -115,6 +114,15 @@ def look_at_data(sources: Sequence[str], kind: Kind | None) -> DataFacts:
         _, dataset = split_by_hash(dataset, facts.validation_split)
     prompts = (_prompt(row, form) for row in dataset)  # pyright: ignore[reportArgumentType]
     return dataclasses.replace(facts, prompt=next(filter(None, prompts), None))
+
+
+def _refuse_judged(source: str, form: str) -> NoReturn:
+    what, method = ("chosen and rejected", "dpo") if "preference" in form else ("desirable and other", "kto")
+    more = "" if method == "dpo" else f"--set training.method={method} "
+    raise UserError(
+        f"{source}: rows of {what} completions are for training.method: {method}; begin with "
+        f"lsr-scale train mistral_dpo {more}--set 'data.train=[{source}]' --set 'data.validation=[]'"
+    )
 
 
 def _is_here(source: str) -> bool:

@@ -104,7 +104,11 @@ def test_tagged_rows_are_no_answers_to_learn_unless_one_says_so(read, method):
         UserError, match=r"rows with 'kto_tag' are for training\.method: kto; set that, or format: alpaca"
     ):
         read([TAGGED], method=method)
+    with pytest.raises(UserError, match=r"line 2: rows with 'kto_tag' are"):
+        read([{**ROW, "kto_tag": None}, TAGGED], method=method)
     assert read([TAGGED], method=method, data_format="alpaca") == read([ROW])
+    with pytest.raises(UserError, match=r"rows with 'kto_tag' are for training\.method: kto; set that$"):
+        read([TAGGED], method="dpo")
 
 
 @pytest.mark.parametrize(
@@ -113,7 +117,6 @@ def test_tagged_rows_are_no_answers_to_learn_unless_one_says_so(read, method):
         ("sft", PAIR, "set training.method: dpo or orpo"),
         ("kto", PAIR, "set training.method: dpo or orpo"),
         ("dpo", ROW, "set training.method: sft"),
-        ("dpo", TAGGED, "set training.method: sft or kto"),
         ("kto", ROW, "set training.method: sft"),
     ],
 )

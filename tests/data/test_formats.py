@@ -2,11 +2,13 @@
 
 import copy
 import json
+import re
+from pathlib import Path
 
 import pytest
 
 from lsr_scale.data.classification import tokenize_classification
-from lsr_scale.data.formats import COLUMNS, build_dataset, fitting_formats, load_source
+from lsr_scale.data.formats import COLUMNS, FORMATS, build_dataset, fitting_formats, load_source
 from lsr_scale.data.preview import preview
 from lsr_scale.data.tasks import TASKS, to_example
 from lsr_scale.data.tokenizer_setup import prepare_tokenizer
@@ -139,6 +141,13 @@ def test_hub_columns_are_multiple_choice(task):
 def test_the_columns_that_are_proposed_are_detected(columns):
     names = columns.replace(" and ", ", ").split(", ")
     assert fitting_formats({name: CHAT["messages"] if name == "messages" else "a" for name in names})
+
+
+def test_the_guides_table_has_each_format():
+    guide = (Path(__file__).parents[2] / "GUIDE.md").read_text(encoding="utf-8")
+    table = guide.partition("| columns of a row | read as (`format`) |")[2].partition("\n\n")[0]
+    named = set(re.findall(r"`(\w+)`", " ".join(line.split(" | ")[1] for line in table.splitlines()[2:])))
+    assert named >= set(FORMATS) - {"auto"}
 
 
 def test_a_conversation_may_be_json_in_a_text_as_a_csv_has_it(built):

@@ -111,6 +111,14 @@ def test_a_judged_conversation_that_cannot_be_read_is_refused_by_line(tmp_path, 
         read(tmp_path, [row, {**row, **change}], method)
 
 
+@pytest.mark.parametrize(
+    ("method", "row", "methods"), [("kto", NEXT, "dpo or orpo"), ("dpo", TAGGED, "kto"), ("orpo", TAGGED, "kto")]
+)
+def test_judged_conversations_of_another_method_are_refused_with_it(tmp_path, method, row, methods):
+    with pytest.raises(UserError, match=rf"line 1: rows with .* are for training\.method: {methods}; set that$"):
+        read(tmp_path, [row], method)
+
+
 @pytest.mark.parametrize(("row", "methods"), [(NEXT, "dpo or orpo"), (TAGGED, "kto")])
 def test_judged_conversations_are_none_to_learn_from_unless_one_says_so(tmp_path, row, methods):
     row = {**row, "conversations": TAGGED["conversations"]}

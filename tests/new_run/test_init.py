@@ -3,13 +3,18 @@
 import builtins
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 from datasets import Dataset
 
 from lsr_scale import cli, config
+from lsr_scale.config.methods import METHODS
+from lsr_scale.data.formats import build_dataset
 from lsr_scale.data.split import split_by_hash
+from lsr_scale.errors import UserError
+from lsr_scale.new_run.data_facts import look_at_data
 from lsr_scale.new_run.model_facts import look_at_model
 from lsr_scale.run.folder import RunFolder
 from tests.helpers.tiny_models import SEVEN_LINEARS
@@ -268,3 +273,31 @@ def test_targets_follow_from_the_architecture_without_a_hub(name, task, targets,
 
     monkeypatch.setattr("socket.socket.connect", reached)
     assert look_at_model(name, task).targets == targets
+
+
+@pytest.mark.parametrize(
+    ("row", "options"),
+    [
+        ({"instruction": "Add.", "chosen": "3", "rejected": "4"}, []),
+        (
+            {
+                "conversations": [{"from": "human", "value": "Hi"}],
+                "chosen": {"from": "gpt", "value": "Hello"},
+                "rejected": {"from": "gpt", "value": "No"},
+            },
+            [],
+        ),
+        ({"messages": conversations(1)[0]["messages"], "kto_tag": True}, ["training.method=kto"]),
+        ({"instruction": "Add.", "output": "3", "kto_tag": False}, ["training.method=kto"]),
+    ],
+)
+def test_judged_rows_are_told_with_what_they_begin(tmp_path, row, options):
+    source = write_rows(tmp_path / "judged.jsonl", [row] * 2)
+    with pytest.raises(UserError, match="begin with lsr-scale train mistral_dpo ") as error:
+        look_at_data([source], None)
+    words = shlex.split(str(error.value).partition("lsr-scale train mistral_dpo ")[2])
+    settings = [word for word in words if word != "--set"]
+    assert settings == [*options, f"data.train=[{source}]", "data.validation=[]"]
+    run = config.load_run("mistral_dpo", settings)
+    dataset, kind = build_dataset(run.data.train, model_task="causal_lm", method=run.training["method"])
+    assert (len(dataset), kind in METHODS[run.training["method"]].rows) == (2, True)

@@ -90,6 +90,19 @@ def test_as_many_fit_as_the_rows_take_not_as_the_longest_that_may_be(tmp_path, m
     assert joined == math.ceil(sum(lengths[-4:]) / 4) < longest, "joined rows are not padded to the longest"
 
 
+@pytest.mark.parametrize("joined", [True, False])
+def test_a_batch_of_more_rows_than_there_are_has_no_more_tokens_than_is_reckoned_with(tmp_path, joined):
+    place = sweep_place(tmp_path)
+    options = {"per_device_train_batch_size": 40, "max_length": None, "padding_free": joined}
+    given = tiny_sweep(place, tmp_path / "sweep", {"grid": {"adapter.rank": [2, 3]}}, **options)
+    rows = TrialRows()
+    first = together._first_batches(given.trials[0], Bases(), rows)
+    assert len(rows.read(given.trials[0].run).train) < 40
+    tokens = max(batch["input_ids"].numel() for batch in first.batches)
+    assert first.most_tokens is not None
+    assert tokens <= first.most_tokens <= 1.5 * tokens
+
+
 @pytest.mark.parametrize(("fit", "number"), [(3, 3), (32, 8)])
 def test_nothing_is_measured_where_that_would_take_a_large_part_of_the_sweep(measured, fit, number):
     choice = measured({}, num_trials=40, fit=fit, steps=1)

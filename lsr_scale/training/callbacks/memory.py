@@ -100,7 +100,9 @@ def max_forward_tokens(trainer: Trainer, sequences: int = 1) -> int | None:
         return None if longest is None else longest * sequences * rows
     if not getattr(trainer, "padding_free", False):
         return int(lengths.max(initial=0)) * sequences * rows
-    tokens, multiple = int(np.sort(lengths)[-rows:].sum()), getattr(trainer.args, "pad_to_multiple_of", None) or 1
+    longest_first = np.sort(lengths)[::-1]
+    # a batch of more rows than there are repeats them (`WholeSteps`)
+    tokens, multiple = int(np.resize(longest_first, rows).sum()), getattr(trainer.args, "pad_to_multiple_of", None) or 1
     return -(-tokens // multiple) * multiple
 
 

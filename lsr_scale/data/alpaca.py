@@ -76,7 +76,7 @@ def own_row(row: Row, target: str, chat: bool) -> dict[str, Any]:
         if found := [name for name in _WITHOUT_PLACE if row.get(name) not in _NOTHING]:
             raise RowError(
                 f"{', '.join(map(repr, found))}: Stanford's template has no place for it; set format: alpaca_chat, "
-                "which makes conversations of the source's rows"
+                "which makes conversations of the source's rows, or remove it"
             )
         template = WITH_INPUT if context.strip() else WITHOUT_INPUT
         return {"prompt": template.format(instruction=instruction, input=context), **answers, **label}

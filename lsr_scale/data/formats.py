@@ -1,10 +1,10 @@
 """Rows of any usual shape -> the dataset that the trainer takes.
 
-Multiple choice, Alpaca and prompt/completion rows all become `{"prompt", "completion"}`; ShareGPT and messages become
-`{"messages"}`; plain text and classification rows stay what they are. The completion of a multiple-choice row is
-exactly the scored text of its right choice: TRL appends the end-of-sequence token behind it, so training has one more
-supervised token (the model learns to stop after the answer) that no score ever looks at. What says which completion is
-preferred is `preferences`'.
+Multiple choice, Alpaca and prompt/completion rows all become `{"prompt", "completion"}`; ShareGPT, messages and Alpaca
+with a history become `{"messages"}`; plain text and classification rows stay what they are. The completion of a
+multiple-choice row is exactly the scored text of its right choice: TRL appends the end-of-sequence token behind it, so
+training has one more supervised token (the model learns to stop after the answer) that no score ever looks at. What
+says which completion is preferred is `preferences`'.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -142,7 +142,7 @@ def judgement_of(row: Row) -> str | None:
 
     A column `label` does not: it may mean anything.
     """
-    if row.get("kto_tag") is not None:
+    if row.get("kto_tag") not in (None, ""):  # the latter is an empty cell of a CSV
         return "unpaired"
     is_pair = has_turns(row) and any(isinstance(row.get(name), Mapping) for name in ("chosen", "rejected"))
     return "preference" if is_pair else None

@@ -98,6 +98,16 @@ def test_whole_conversations_beside_an_instruction_stay_what_is_read(read):
     assert read([whole], method="dpo")[0] == [{"prompt": [ASKED], "chosen": [ANSWER], "rejected": [WRONG]}]
 
 
+def test_a_csvs_empty_cells_are_nothing(tmp_path):
+    file = tmp_path / "rows.csv"
+    file.write_text("instruction,input,output,history,system,tools,kto_tag\nAdd them.,1 and 2,3,,,,\n")
+    dataset, kind = build_dataset([str(file)], model_task="causal_lm", method="sft")
+    assert (kind, dataset[0]["completion"]) == ("prompt_completion", "3")
+    file.write_text('instruction,input,output,history,kto_tag\nAdd them.,1 and 2,3,"[[""Hi"", ""Hello!""]]",False\n')
+    dataset, kind = build_dataset([str(file)], model_task="causal_lm", method="kto")
+    assert (kind, dataset[0]["prompt"], dataset[0]["label"]) == ("chat_unpaired", [*TURNS[:2], ASKED], False)
+
+
 @pytest.mark.parametrize("method", ["sft", None])
 def test_tagged_rows_are_no_answers_to_learn_unless_one_says_so(read, method):
     with pytest.raises(

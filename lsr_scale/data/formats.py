@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from lsr_scale.config.methods import METHODS
-from lsr_scale.data import alpaca, answered_prompts, preferences
+from lsr_scale.data import alpaca, answered_prompts, conversations, preferences
 from lsr_scale.data.answered_prompts import PromptForm
 from lsr_scale.data.conversations import (
     check_learnable,
@@ -213,6 +213,8 @@ def _convert(
         fits = fitting_formats(rows.rows[0], method)
         if model_task == "seq_cls" and "classification" in fits:
             fits = ["classification"]
+        if not fits and model_task != "seq_cls" and rows.rows[0].keys() & set(conversations.COLUMNS):
+            fits = ["messages"]  # which says what is wrong with the first one
         if len(fits) != 1 or (model_task == "seq_cls" and fits == ["text"]):
             columns = ", ".join(rows.rows[0])[:200]
             if model_task == "seq_cls" and fits in ([], ["text"]):

@@ -158,6 +158,10 @@ def test_a_conversation_may_be_json_in_a_text_as_a_csv_has_it(built):
         UserError, match=r"line 2: expected a list of messages, or its JSON, under 'messages', got '\[\{'"
     ):
         built([{"messages": messages}, {"messages": "[{"}])
+    with pytest.raises(UserError, match="line 1: expected a list of messages, or its JSON, under 'conversations', got"):
+        built([{"conversations": "[{"}])
+    with pytest.raises(UserError, match="line 1: nothing under 'messages' or 'conversations'; the row has nothing"):
+        built([{"messages": None}, {"messages": messages}])
 
 
 def test_a_row_without_its_conversation_is_told_what_it_has(built):

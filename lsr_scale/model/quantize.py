@@ -55,11 +55,16 @@ def skip_quantization(config: PreTrainedConfig, modules: list[str]) -> PreTraine
     Where it has no list of such modules Transformers finds the head by itself.
     """
     config = copy.deepcopy(config)
-    given: Any = getattr(config, "quantization_config", None)
-    own = given if isinstance(given, dict) else vars(given)
-    if own.get("llm_int8_skip_modules") is not None:
-        own["llm_int8_skip_modules"] = [*own["llm_int8_skip_modules"], *modules]
+    if (skipped := skipped_modules(config)) is not None:
+        skipped += modules
     return config
+
+
+def skipped_modules(config: PreTrainedConfig) -> list[str] | None:
+    """Return the list, itself, of modules that a checkpoint which is quantized already has unquantized, if any."""
+    given: Any = getattr(config, "quantization_config", None)
+    own = given if isinstance(given, dict) else vars(given) if given is not None else {}
+    return own.get("llm_int8_skip_modules")
 
 
 def check_quantization(config: PreTrainedConfig, quantization: Quantization, name: str) -> bool | None:

@@ -35,7 +35,15 @@ from lsr_scale.errors import UserError
 from lsr_scale.fused import FuseReport, fuse, keep_in_bf16
 from lsr_scale.fused.fallback import DECODER_LAYERS
 from lsr_scale.fused.layer_state import Recompute
-from lsr_scale.model import DTYPES, check_quantization, chosen_dtype, load_config, local_device, meta_model
+from lsr_scale.model import (
+    DTYPES,
+    check_quantization,
+    chosen_dtype,
+    load_config,
+    local_device,
+    meta_model,
+    skipped_modules,
+)
 from lsr_scale.planning import memory
 from lsr_scale.planning.completions import generation_memory
 from lsr_scale.planning.sizes import adapter_file_bytes, frozen_bytes, quantized_layers
@@ -189,7 +197,8 @@ def count(run: RunConfig, trace: bool = True) -> Counted:
     positions = num_positions(base)
     if positions is not None and batch.length > positions:  # longer rows are refused when the run begins
         batch = replace(batch, length=positions)
-    quantized = quantized_layers(base) if section.quantization != "none" else []
+    skipped = () if own is None else skipped_modules(config) or ()
+    quantized = quantized_layers(base, skipped) if section.quantization != "none" else []
     frozen = frozen_bytes(base, quantized, section.quantization, double_quantization)
     base_parameters = sum(parameter.numel() for parameter in base.parameters())
     memory.count_dequantization(base, quantized, section.quantization)

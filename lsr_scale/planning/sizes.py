@@ -1,6 +1,7 @@
 """Exact sizes in bytes, without weights: the frozen base as bitsandbytes stores it, and an adapter's file."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,9 +45,16 @@ class FrozenBytes:
         return self.matrices + self.state
 
 
-def quantized_layers(model: Any) -> list[str]:
-    """Return the linear layers of a meta model that quantization replaces."""
-    skip = HfQuantizer.get_modules_to_not_convert(model, head_modules(model), model._keep_in_fp32_modules)
+def quantized_layers(model: Any, skipped: Sequence[str] = ()) -> list[str]:
+    """Return the linear layers of a meta model that quantization replaces.
+
+    Args:
+        model: The model.
+        skipped: Patterns of more that it leaves, as a checkpoint lists them that is quantized already.
+    """
+    heads = head_modules(model)
+    kept = [*(heads or ()), *skipped] if skipped else heads
+    skip = HfQuantizer.get_modules_to_not_convert(model, kept, model._keep_in_fp32_modules)
     return [
         name
         for name, module in model.named_modules()

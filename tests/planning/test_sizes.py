@@ -3,10 +3,12 @@
 import peft
 import pytest
 import torch
-from transformers import GPT2Config, LlamaConfig, Qwen3Config, RobertaConfig
+from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM, Qwen3Config, RobertaConfig
 
 from lsr_scale import adapters
-from lsr_scale.model import load_base, load_config, meta_model
+from lsr_scale.config import run_from_dict
+from lsr_scale.model import load_base, load_config, meta_model, quantization_config
+from lsr_scale.planning import planner
 from lsr_scale.planning.sizes import adapter_file_bytes, frozen_bytes, quantized_layers
 
 CONFIGS = {
@@ -82,6 +84,19 @@ def test_frozen_bytes_are_those_of_the_loaded_base(tmp_path, config, quantizatio
     assert frozen_bytes(empty, names, quantization, double).total == _stored_bytes(loaded)
     kinds = {name for name, module in loaded.named_modules() if "bit" in type(module).__name__}
     assert kinds == (set(names) if quantization != "none" else set())
+
+
+@pytest.mark.parametrize("config", [CONFIGS["llama"], CONFIGS["llama-tied"]], ids=["llama", "tied"])
+def test_layers_that_a_checkpoint_leaves_unquantized_are_counted_so(tmp_path, config):
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "whole")
+    quantizer = quantization_config("nf4", True, torch.bfloat16, ["lm_head", "model.layers.0.mlp"])
+    options = {"dtype": torch.bfloat16, "quantization_config": quantizer}
+    LlamaForCausalLM.from_pretrained(tmp_path / "whole", **options).save_pretrained(tmp_path / "nf4")
+    loaded = load_base(str(tmp_path / "nf4"), dtype="bfloat16", device=torch.device("cpu"))
+    adapter = {"method": "lora", "rank": 2, "target_modules": ["q_proj"]}
+    sections = {"model": {"name": str(tmp_path / "nf4")}, "adapter": adapter, "data": {"train": ["rows.jsonl"]}}
+    counted = planner.count(run_from_dict(sections), trace=False)
+    assert counted.memory.frozen.total == _stored_bytes(loaded)
 
 
 @pytest.mark.parametrize(

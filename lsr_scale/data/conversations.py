@@ -25,6 +25,8 @@ SPEAKERS = {
     "observation": "tool",
 }
 COLUMNS = ("messages", "conversations")
+# what says of an assistant's turn whether it is learned: OpenAI's name, axolotl's and XTuner's
+_LEARNED = ("weight", "train", "loss")
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
@@ -136,25 +138,25 @@ def _message(value: object, place: str) -> dict[str, str]:
     if not _is_learned(value, place):
         message["weight"] = "0"
     for name, item in value.items():
-        if name in ("role", "content", "tool_calls", "weight") or item is None:
+        if name in ("role", "content", "tool_calls", *_LEARNED) or item is None or item != item:  # a table's NaN
             continue
-        if not isinstance(item, str):
-            advice = "remove it, or, if it says whether the turn is learned, write it as weight: 0 or 1"
-            raise RowError(f"expected a text under {name!r:.60} in {place}, got {item!r:.60}; {advice}")
-        message[name] = item
+        # for a template that reads it: what it writes nothing of is said
+        message[name] = item if isinstance(item, str) else json.dumps(item, ensure_ascii=False)
     return message
 
 
 def _is_learned(message: Mapping[str, Any], place: str) -> bool:
-    """Read a message's `weight`, as OpenAI's rows have it: 0 for a turn of the assistant that is not to be learned."""
-    weight = message.get("weight")
-    if weight is None or (message["role"] != "assistant" and weight == 0):
-        return True
-    if isinstance(weight, str) or weight not in (0, 1):
-        raise RowError(f"expected 0 (not learned) or 1 under 'weight' in {place}, got {weight!r:.60}")
-    if message["role"] != "assistant":
-        raise RowError(f"weight 1 in {place}, whose role is {message['role']}; the assistant's turns alone are learned")
-    return weight == 1
+    """Read whether a message is learned: an assistant's turn with 0 or false under one of `_LEARNED` is not."""
+    given = {name: message[name] for name in _LEARNED if message.get(name) is not None}
+    for name, value in given.items():
+        if isinstance(value, str) or value not in (0, 1):
+            raise RowError(f"expected 0 (not learned) or 1 under {name!r} in {place}, got {value!r:.60}")
+        if message["role"] != "assistant" and value:
+            role = message["role"]
+            raise RowError(f"{name} 1 in {place}, whose role is {role}; the assistant's turns alone are learned")
+    if len({bool(value) for value in given.values()}) > 1:
+        raise RowError(f"{' and '.join(given)} in {place} disagree on whether it is learned; leave one of them")
+    return message["role"] != "assistant" or all(given.values())
 
 
 def _content(content: object, place: str, may_be_missing: bool) -> str:

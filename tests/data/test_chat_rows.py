@@ -159,11 +159,10 @@ def test_a_last_turn_of_the_user_two_in_a_row_and_an_empty_answer_are_taken(tmp_
         ),
         ([{**ASK, "weight": 1}, ANSWER], {}, r"weight 1 in messages\[0\], whose role is user"),
         ([ASK, {**ANSWER, "weight": 0}], {}, "each assistant turn under 'messages' has weight 0"),
-        (
-            [ASK, {**ANSWER, "train": False}],
-            {},
-            r"a text under 'train' in messages\[1\], got False; .*as weight: 0 or 1",
-        ),
+        ([ASK, {**ANSWER, "train": False}], {}, "each assistant turn under 'messages' has weight 0"),
+        ([ASK, {**ANSWER, "train": "no"}], {}, r"expected 0 \(not learned\) or 1 under 'train' in messages\[1\], got"),
+        ([ASK, {**ANSWER, "loss": True, "weight": 0}], {}, r"weight and loss in messages\[1\] disagree"),
+        ([{**ASK, "loss": True}, ANSWER], {}, r"loss 1 in messages\[0\], whose role is user"),
         ([ASK, ANSWER], {"tools": "no JSON"}, "expected a list of tools"),
         ([ASK, ANSWER], {"tools": ["weather"]}, "expected a list of tools"),
     ],
@@ -205,13 +204,16 @@ def test_tools_that_a_template_does_not_write_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("sharegpt", [False, True])
-def test_a_turn_of_weight_0_is_read_and_not_learned(tmp_path, sharegpt):
+@pytest.mark.parametrize(
+    ("key", "weights"),
+    [("weight", [0, 0, None, 1.0]), ("train", [False, False, None, True]), ("loss", [0, False, 0, 1])],
+)
+def test_a_turn_of_weight_0_is_read_and_not_learned(tmp_path, sharegpt, key, weights):
     turns = [ASK, {**ANSWER, "content": "Wrong."}, ASK, ANSWER]
-    weights = [0, 0, None, 1.0]
-    row: dict[str, object] = {"messages": [{**turn, "weight": w} for turn, w in zip(turns, weights, strict=True)]}
+    row: dict[str, object] = {"messages": [{**turn, key: w} for turn, w in zip(turns, weights, strict=True)]}
     if sharegpt:
         pairs = zip(turns, weights, strict=True)
-        row = {"conversations": [{"from": turn["role"], "value": turn["content"], "weight": w} for turn, w in pairs]}
+        row = {"conversations": [{"from": turn["role"], "value": turn["content"], key: w} for turn, w in pairs]}
     source = write_rows(tmp_path / "rows.jsonl", [row])
     for family in ("qwen2_5", "llama3", "mistral_v03"):
         tokenizer = tokenizer_of(FAMILIES[family])
@@ -226,6 +228,15 @@ def test_a_turn_of_weight_0_is_read_and_not_learned(tmp_path, sharegpt):
         assert (counts.assistant_turns, counts.turns) == (1, 4)
     with pytest.raises(UserError, match=r"line 1: a turn has weight 0, but training\.assistant_only_loss: false"):
         build_dataset([source], check=row_check(tokenizer, assistant_only=False))
+
+
+def test_what_turns_have_beside_texts_is_kept_as_json(tmp_path):
+    turns = [{**ASK, "id": 1, "name": "Ann"}, {**ANSWER, "score": 0.5, "tags": ["a"], "by": None, "at": float("nan")}]
+    (messages,) = read(tmp_path, {"messages": turns})
+    assert [{name: text for name, text in turn.items() if text} for turn in messages] == [
+        {**ASK, "id": "1", "name": "Ann"},
+        {**ANSWER, "score": "0.5", "tags": '["a"]'},
+    ]
 
 
 def test_a_template_with_marks_of_its_own_leaves_turns_of_weight_0_out(tmp_path):

@@ -7,10 +7,13 @@ import multiprocessing
 import os
 import sys
 import tempfile
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any, NamedTuple
 
 LIBRARIES = ["torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate", "deepspeed", "trl"]
+OF_A_COMMAND = ("HF_DATASETS_DISABLE_PROGRESS_BARS", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_HUB_VERBOSITY")
+OF_A_COMMAND += ("TRANSFORMERS_VERBOSITY",)
 _of_method = multiprocessing.get_context  # which tests of benchmarks replace
 
 
@@ -25,6 +28,10 @@ def with_libraries() -> Any:
         return _of_method("spawn")
     context = _of_method("forkserver")
     context.set_forkserver_preload(LIBRARIES)
+    # a command that a test has run in this process leaves these, which libraries read when they are imported
+    left = {name: os.environ.pop(name) for name in OF_A_COMMAND if name in os.environ}
+    forkserver.ensure_running()
+    os.environ.update(left)
     return context
 
 

@@ -27,6 +27,8 @@ SPEAKERS = {
 COLUMNS = ("messages", "conversations")
 # what says of an assistant's turn whether it is learned: OpenAI's name, axolotl's and XTuner's
 _LEARNED = ("weight", "train", "loss")
+# what a message has beside its texts: who says it, which one it is, which call it answers
+BESIDE_TEXTS = {"role", "name", "id", "tool_call_id", "weight"}
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
@@ -232,7 +234,7 @@ def check_learnable(messages: Sequence[Mapping[str, str]], key: str) -> None:
 
 def is_empty(message: Mapping[str, Any]) -> bool:
     """Tell whether a message holds nothing but white space: no content, no call, nothing beside them."""
-    return not any(text and str(text).strip() for name, text in message.items() if name not in ("role", "weight"))
+    return not any(text and str(text).strip() for name, text in message.items() if name not in BESIDE_TEXTS)
 
 
 def has_no_weight(message: Mapping[str, Any]) -> bool:

@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lsr_scale.data.assistant_spans import TRAINING_DATE, AssistantSpans, render
 from lsr_scale.data.chat_tokens import CONVERSATIONS, CONVERSATIONS_COLUMNS
-from lsr_scale.data.conversations import as_messages, has_no_weight, listed_tools, messages_of
+from lsr_scale.data.conversations import BESIDE_TEXTS, as_messages, has_no_weight, listed_tools, messages_of
 from lsr_scale.data.formats import KIND_MEANING, Kind
 from lsr_scale.data.preferences import COMPLETIONS, kind_of
 from lsr_scale.data.rows import RowError
@@ -17,8 +17,6 @@ from lsr_scale.model.tokenizer import undefined_names
 if TYPE_CHECKING:
     from datasets import Dataset
 
-# what messages have beside their text: who said it, which call it answers
-_NO_TEXTS = {"role", "content", "tool_calls", "tool_call_id", "name", "id", "weight"}
 WITH_TEMPLATE = (*CONVERSATIONS, "chat_preference", "chat_unpaired", "chat_prompts")
 
 
@@ -124,7 +122,8 @@ def _unwritten_names(dataset: "Dataset", tokenizer: PreTrainedTokenizerBase) -> 
     for column in CONVERSATIONS_COLUMNS:
         if column not in dataset.column_names:
             continue
-        names = set(dataset.features[column].feature) - _NO_TEXTS  # pyright: ignore[reportAttributeAccessIssue]
+        names = set(dataset.features[column].feature)  # pyright: ignore[reportAttributeAccessIssue]
+        names -= {"content", "tool_calls", *BESIDE_TEXTS}
         for message in (message for row in dataset[column] for message in row) if names - set(texts) else ():
             texts |= {name: message for name in names - set(texts) if (message[name] or "").strip()}
     return [name for name, message in sorted(texts.items()) if not _writes(tokenizer, message, name)]

@@ -142,6 +142,7 @@ def test_a_last_turn_of_the_user_two_in_a_row_and_an_empty_answer_are_taken(tmp_
         ([{"role": "function", "content": "x"}, ANSWER], {}, r"unknown role 'function' in messages\[0\]"),
         ([{"content": "x"}, ANSWER], {}, r"unknown role None in messages\[0\]"),
         ([ASK, {"role": "assistant", "content": ""}], {}, "empty assistant turns"),
+        ([ASK, {"role": "assistant", "content": "", "id": 7, "name": "Bob"}], {}, "empty assistant turns"),
         ([ASK], {}, "no assistant turn under 'messages'"),
         ([{"role": "user", "content": [{"type": "image", "image": "a.png"}]}, ANSWER], {}, "got 'image': only texts"),
         ([{"role": "user", "content": 3}, ANSWER], {}, r"expected a text as content of messages\[0\], got 3"),

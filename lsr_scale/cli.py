@@ -27,7 +27,7 @@ from lsr_scale.commands import (
     train,
 )
 from lsr_scale.commands.arguments import HelpWithExamples, Parser
-from lsr_scale.screen import open_streams
+from lsr_scale.screen import LOGGERS, open_streams
 from lsr_scale.version import __version__
 
 COMMANDS: dict[str, Any] = {
@@ -145,7 +145,7 @@ def quiet_libraries(debug: bool = False) -> None:
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.filterwarnings("ignore", message="Glyph .* missing from")  # a letter of a title that a picture cannot show
     warnings.showwarning = _notes_said_once()
-    for name in ("deepspeed", "torch.distributed", "trl", "peft", "accelerate", "torchao", "huggingface_hub"):
+    for name in LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
     # this one sets its level when it is imported, so a filter; it warns that there is no GPU, and the like
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)

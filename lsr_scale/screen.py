@@ -15,6 +15,8 @@ from rich.text import Text
 
 from lsr_scale.errors import printable
 
+# of the libraries that are quiet while a run has the screen
+LOGGERS = ("deepspeed", "torch.distributed", "trl", "peft", "accelerate", "torchao", "huggingface_hub")
 Item = TypeVar("Item")
 
 _live = SimpleNamespace(text="")  # what the terminal's last line shows, for as long as nothing else is written

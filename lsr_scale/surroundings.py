@@ -19,8 +19,9 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from lsr_scale.errors import UserError
+from lsr_scale.screen import LOGGERS
 
-_LOGGERS = ("deepspeed", "DeepSpeed", "torch.distributed", "trl", "peft", "accelerate", "torchao", "huggingface_hub")
+_LOGGERS = (*LOGGERS, "DeepSpeed")
 
 
 @contextlib.contextmanager

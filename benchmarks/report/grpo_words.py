@@ -53,18 +53,20 @@ CLEARLY = 2  # times the default, from which a rate is another one: rates are tr
 def readme(results: Path) -> str:
     """Return README's sentences: the answer of the suite tuned the longest, and SFT beside it; nothing without one."""
     done = trials.load(results)
-    answers = {suite: one for suite in suites(done) if (one := answer(verdicts(done, suite))) is not None}
-    if not answers:
+    found = {suite: of_suite for suite in suites(done) if answer(of_suite := verdicts(done, suite)) is not None}
+    if not found:
         return ""
-    suite = max(answers, key=lambda one: (_tuning_steps(done, one), len(scores(done, one))))
-    return _short(done, suite, answers[suite])
+    suite = max(found, key=lambda one: (_tuning_steps(done, one), len(scores(done, one))))
+    return _short(done, suite, found[suite])
 
 
 def _tuning_steps(done: Results, suite: str) -> int:
     return next(result["tuning_steps"] for result in done.values() if result["suite"] == suite)
 
 
-def _short(done: Results, suite: str, one: Verdict) -> str:
+def _short(done: Results, suite: str, of_suite: Sequence[Verdict]) -> str:
+    one = answer(of_suite)
+    assert one is not None
     ours, reference = one.ours, one.reference
     about = next(result for result in done.values() if result["suite"] == suite)
     model = MODEL_NAMES.get(about["model"], about["model"])
@@ -87,7 +89,7 @@ def _short(done: Results, suite: str, one: Verdict) -> str:
     if of_sft is not None and of_lora is not None:
         over = of_sft.over(of_lora)
         text += f"By SFT on the same questions it {_beside(over)} LoRA r=8: {points(over)} points. "
-    small = max(verdicts(done, suite), key=lambda other: other.ours.accuracy.value)
+    small = max(of_suite, key=lambda other: other.ours.accuracy.value)
     if small.ours.accuracy.value > ours.accuracy.value:
         text += (
             f"By GRPO, of adapters with as few parameters {label(small.ours.row)}, with {100 * small.share:.1f} %, is "

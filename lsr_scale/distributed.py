@@ -115,8 +115,8 @@ def start(use_deepspeed: bool, timeout_s: float = TIMEOUT_S) -> None:
     On CPUs DeepSpeed would compile a shared-memory helper first, a minute on two cores and in need of a C++ compiler;
     an adapter's gradients are a few MB, for which gloo does, so the helper is left out.
 
-    Processes talk by NCCL on GPUs and gloo on CPUs, or by what LSR_SCALE_BACKEND names: gloo lets several processes
-    share a GPU, to try out what otherwise takes several GPUs.
+    Processes talk by NCCL on GPUs and gloo on CPUs, or by what LSR_SCALE_BACKEND names. Several may share a GPU
+    (`may_share_gpus`), to try out what otherwise takes several GPUs.
 
     Raises:
         UserError: if the others did not come, this process has no GPU for itself, NCCL does not start, or what the
@@ -178,14 +178,23 @@ def _own_gpu(backend: str) -> int:
             f"process's number on its host, 0 to {count - 1}, which deepspeed and torchrun do"
         )
     local = int(given or 0)
-    if local >= count and backend == "nccl":
+    if local >= count and not may_share_gpus(backend):
         raise UserError(
             f"process {rank()} is number {local + 1} of this host, which has {count} GPU{'s' * (count > 1)}: start one "
-            f"process a GPU (--num_gpus {count}, --nproc_per_node {count}), or set LSR_SCALE_BACKEND=gloo to try "
-            "several on one, slowly"
+            f"process a GPU (--num_gpus {count}, --nproc_per_node {count}), or to try several on one, slowly: "
+            f"{HOW_TO_SHARE_GPUS}"
         )
     os.environ["LOCAL_RANK"] = str(local % count)
     return local % count
+
+
+HOW_TO_SHARE_GPUS = "set LSR_SCALE_BACKEND=gloo, or with NCCL from 2.30 on NCCL_MULTI_RANK_GPU_ENABLE=1"
+
+
+def may_share_gpus(backend: str | None = None) -> bool:
+    """Tell whether several processes may have one GPU: gloo lets them, and NCCL where its own variable asks for it."""
+    backend = backend or os.environ.get("LSR_SCALE_BACKEND") or "nccl"
+    return backend != "nccl" or os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE", "").strip() == "1"
 
 
 def gather(value: list) -> list:

@@ -8,6 +8,8 @@ from benchmarks.report.measurements import Run, read
 
 NOTHING = "None was run: `python -m benchmarks.robustness.large_model --gpus 2 --card-gib 24 --out NAME.json` does it."
 
+ABOUT = "Random weights, activations recomputed. Where processes share a GPU, tokens/s are not those of as many cards:"
+
 
 def guide(results: Path) -> str:
     """Return a line a run, the oldest first; without any, how one is made."""
@@ -15,16 +17,15 @@ def guide(results: Path) -> str:
     if not rows:
         return NOTHING
     head = ["run, `zero3`", "tokens/s", "peak, GiB", "by `plan`", "start, s", "killed and resumed"]
-    return "\n\n".join(["Random weights, activations recomputed, as many GPUs as processes:", grid(head, rows)])
+    return "\n\n".join([ABOUT, grid(head, rows)])
 
 
 def _row(run: Run) -> list[str]:
     config, whole, plan = run["config"], run["whole"], run["plan"]
-    cards = (run["env"].get("gpus") or ["CPU"])[0].removeprefix("NVIDIA ")
     held = f" held to {config['card_gib']:g} GiB" if config["card_gib"] else ""
     layers = f", {config['layers']} layers" if config["layers"] else ""
-    model = MODELS.get(config["model"], config["model"]).rpartition("/")[2]
-    what = f"{model}{layers}, weights on disk in {config['stored']}, {config['gpus']} {cards}{held}, "
+    model = str(MODELS.get(config["model"]) or config["model"]).rpartition("/")[2]
+    what = f"{model}{layers}, weights on disk in {config['stored']}, {_cards(run)}{held}, "
     return [
         f"{what}{config['seq_len']:,} tokens each",
         f"{whole['tokens_per_s']:,.0f}",
@@ -33,6 +34,15 @@ def _row(run: Run) -> list[str]:
         f"{whole['start_and_end_s']:.0f}",
         _resumed(run),
     ]
+
+
+def _cards(run: Run) -> str:
+    """Return how many processes had which GPUs; several may share one, which is then no measure of their speed."""
+    names, number = run["env"].get("gpus") or [], run["config"]["gpus"]
+    if not names:
+        return f"{number} CPU process{'es' * (number > 1)}"
+    card = names[0].removeprefix("NVIDIA ")
+    return f"{number} {card}" if len(names) >= number else f"{number} processes that share {len(names)} {card}"
 
 
 def _resumed(run: Run) -> str:

@@ -8,7 +8,8 @@ and sharded when it is read. Two runs of the training command (`lsr_scale.launch
 recomputed, runs add in a fixed order): one undisturbed, the other killed with SIGKILL after a checkpoint and resumed.
 Their adapters are compared by SHA-256. `limited_launch` lets no process allocate more than a card has and notes its
 peak, which is to be within 10 % of `plan`'s. `start_and_end_s` are the seconds without steps and saves, most of which
-load the base.
+load the base. Where processes share a GPU (NCCL_MULTI_RANK_GPU_ENABLE=1 with NCCL from 2.30 on, and CUDA MPS) all of it
+is as on as many GPUs but the speed.
 """
 
 import argparse
@@ -194,7 +195,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--layers", type=int, help="this many layers instead of the model's own")
     add("--stored", default="nf4", choices=["nf4", "bfloat16"], help="how the weights are on disk")
     add("--folder", type=Path, help="for weights and runs, several GB; weights that are there are taken")
-    add("--gpus", type=int, default=2)
+    add("--gpus", type=int, default=2, help="processes; of more than there are GPUs several share one (see above)")
     add("--card-gib", type=float, help="memory that each process is held to")
     add("--seq-len", type=int, default=512, help="tokens of a GPU and step")
     add("--steps", type=int, default=20)

@@ -25,7 +25,7 @@ def main() -> int:
     gib, *words = sys.argv[1:]
     rank = int(os.environ.get("LOCAL_RANK", "0"))
     if torch.cuda.is_available():
-        torch.cuda.set_device(rank)
+        torch.cuda.set_device(rank % torch.cuda.device_count())
         if float(gib):
             SmallerGpu(float(gib), torch.cuda).limit_allocator()
     status = command_line(["train", *words])

@@ -78,15 +78,17 @@ def _own_gpu(number: int) -> dict[str, str]:
     Raises:
         UserError: if there are fewer.
     """
+    from lsr_scale import distributed  # which loads PyTorch
+
     num_gpus = _num_gpus()
     if num_gpus == 0:
         return {}
     given = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
     names = given or [str(index) for index in range(num_gpus)]
-    if number >= len(names) and os.environ.get("LSR_SCALE_BACKEND") != "gloo":
+    if number >= len(names) and not distributed.may_share_gpus():
         raise UserError(
             f"process {number + 1} of this host has no GPU for itself: there {'are' if len(names) > 1 else 'is'} "
-            f"{len(names)}; start one process a GPU, or set LSR_SCALE_BACKEND=gloo to try several on one"
+            f"{len(names)}; start one process a GPU, or to try several on one: {distributed.HOW_TO_SHARE_GPUS}"
         )
     return {"CUDA_VISIBLE_DEVICES": names[number % len(names)]}
 

@@ -60,5 +60,13 @@ def test_a_killed_run_resumes_to_the_same_adapter(tmp_path, monkeypatch):
     out.rename(tmp_path / "large_model" / "tiny-cpu.json")
     speed, killed = result["whole"]["tokens_per_s"], result["killed_at"]
     line = large_models.guide(tmp_path).splitlines()[-1]
-    assert line.startswith(f"| tiny, weights on disk in nf4, 1 CPU, 32 tokens each | {speed:,.0f} |  | ")
+    assert line.startswith(f"| tiny, weights on disk in nf4, 1 CPU process, 32 tokens each | {speed:,.0f} |  | ")
     assert line.endswith(f" | after step {killed}: the same adapter |")
+
+
+@pytest.mark.parametrize(
+    ("gpus", "said"),
+    [(["NVIDIA H200"] * 4, "4 H200"), (["NVIDIA H200"], "4 processes that share 1 H200"), ([], "4 CPU processes")],
+)
+def test_processes_that_share_a_gpu_are_not_taken_for_as_many_gpus(gpus, said):
+    assert large_models._cards({"env": {"gpus": gpus}, "config": {"gpus": 4}}) == said

@@ -339,10 +339,16 @@ def test_what_keeps_processes_from_communicating_is_reported(monkeypatch):
         distributed.start(use_deepspeed=False)
 
 
-def test_by_gloo_several_processes_share_a_gpu(monkeypatch):
+@pytest.mark.parametrize(("backend", "asked"), [("gloo", None), ("nccl", "1")])
+def test_several_processes_share_a_gpu_by_gloo_or_where_nccl_is_asked_to(monkeypatch, backend, asked):
     monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.delenv("NCCL_MULTI_RANK_GPU_ENABLE", raising=False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert distributed._own_gpu("gloo") == 1
+    if asked:
+        with pytest.raises(UserError, match="NCCL_MULTI_RANK_GPU_ENABLE=1"):
+            distributed._own_gpu(backend)
+        monkeypatch.setenv("NCCL_MULTI_RANK_GPU_ENABLE", asked)  # the advice, followed
+    assert distributed._own_gpu(backend) == 1
     assert os.environ["LOCAL_RANK"] == "1"
 
 

@@ -7,6 +7,8 @@
 Trials are those of `lsr-scale sweep`: as many as pay share a step on one base. Every trial that has ended is a line of
 `trials.jsonl`; one that was killed goes on where its sweep was. What is measured, with the adapter in bf16 on its own
 base: the negative log-likelihood of each right answer, in nats a token, and for questions with choices the accuracy.
+Of GSM8K's solutions that is all, but with `--answers`, by which the model writes its own solution of each test question
+(greedily), and the accuracy is of the number at its end.
 
 Protocol. Rows are packed to 512 tokens, eight packs a step, AdamW, a rate that falls by a cosine after 6 % of warm-up.
 Every adapter of `frontier_rows` is tuned alike: four rates, one epoch, a seed that no other trial uses, on a tenth of
@@ -37,9 +39,18 @@ from peft import PeftModel
 from benchmarks import ALL_RESULTS
 from benchmarks.command_line import recorded, script_parser
 from benchmarks.quality import trials
-from benchmarks.quality.frontier_data import PART_OF, REGIMES, num_tokens, questions, right_alone, write_parts
+from benchmarks.quality.frontier_data import (
+    PART_OF,
+    REGIMES,
+    judged,
+    num_tokens,
+    questions,
+    right_alone,
+    write_parts,
+)
 from benchmarks.quality.frontier_rows import MODELS, ROWS, SIZES, refused
 from benchmarks.quality.frontier_trials import Elsewhere, Plan, Rates, Results, Suite, Trial, places
+from benchmarks.quality.generated_answers import right_answers
 from benchmarks.quality.rate_trials import packed, packed_bits
 from lsr_scale import api, files
 from lsr_scale.adapters.save_and_load import load_adapter, load_in_place
@@ -51,6 +62,7 @@ from lsr_scale.sweeping.results import SweepResults, TrialResult
 
 RESULTS = ALL_RESULTS / "frontier"
 LONGEST, PACKS = 512, 8  # tokens of a pack, packs a step
+SOLUTION = 320  # tokens of a solution that a model writes
 
 
 def run_of(suite: Suite, output: Path) -> dict[str, Any]:
@@ -185,7 +197,8 @@ class Scorer:
 
         Returns:
             `nll`, nats a token over all answers; `nll_se`, its standard error over questions; `accuracy` (None without
-            choices); `tasks`; `losses`, nats of each answer, and `right`, both in the order of the tasks; `score_s`.
+            choices, unless questions were answered); `tasks`; `losses`, nats of each answer, and `right`, both in the
+            order of the tasks; `score_s`.
         """
         asked, counts = self.part(part)
         encoded = self.encoded(part, choices)
@@ -209,7 +222,16 @@ class Scorer:
             **{"nll": nll, "nll_se": error, "accuracy": accuracy, "tasks": tasks},
             **{"losses": packed(losses), **({"right": packed_bits(right)} if has_choices else {})},
             "score_s": seconds,
+            **(self.answer(adapter, part) if self.suite.answers and choices and part == PART_OF[False] else {}),
         }
+
+    def answer(self, adapter: Path | None, part: str) -> dict[str, Any]:
+        """Return which of GSM8K's questions an adapter, or the base alone, answers rightly, and how long that took."""
+        asked = judged(self.suite.work, part, self.suite.limit)
+        began = time.monotonic()
+        right = right_answers(self.model(adapter).eval(), self.tokenizer, asked, len(asked), SOLUTION)
+        seconds = round(time.monotonic() - began, 2)
+        return {"accuracy": statistics.fmean(right), "right": packed_bits(np.array(right)), "answer_s": seconds}
 
 
 def mean_per_token(losses: np.ndarray, tokens: np.ndarray) -> tuple[float, float]:
@@ -387,6 +409,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--together", default="auto", type=lambda text: text if text == "auto" else int(text))
     add("--trials-a-sweep", type=int, default=48, help="trained on one loading of the base, before they are scored")
     add("--time-limit", type=float, default=math.inf, help="seconds; no sweep begins that would end later")
+    add("--answers", action="store_true", help="of GSM8K: each seed's adapter answers the test questions too")
     add("--smoke", action="store_true", help="16 rows a task, two steps: is it wired up?")
     given = parser.parse_args(arguments)
     model, _, folder = given.model.partition("=")
@@ -394,6 +417,8 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--model: expected {' or '.join(MODELS)}, got {model!r}")
     if given.smoke and given.results == RESULTS:
         parser.error("--smoke: its results are no measurements; give another folder with --results")
+    if given.answers and given.regime != "gsm8k":
+        parser.error("--answers: only questions of --regime gsm8k are answered; others have choices, which are scored")
     rows = {f"{size} {name}": row for size in given.sizes for name, row in ROWS[model].get(size, {}).items()}
     asked = {name: row for name, row in rows.items() if not given.rows or name.split()[1] in given.rows}
     if line := refused(asked, given.base):
@@ -404,7 +429,7 @@ def main(arguments: list[str] | None = None) -> int:
     given.command = recorded("quality.frontier", words)
     limits = {"limit": 16, "max_steps": 2} if given.smoke else {}
     work = given.work.resolve()
-    suite = Suite(work, model, folder or MODELS[model], given.regime, given.base, **limits)
+    suite = Suite(work, model, folder or MODELS[model], given.regime, given.base, **limits, answers=given.answers)
     left = Program(suite, given, write_parts(given.data, work, given.regime)).execute()
     print(f"{left} trials left, of those that can be done now" if left else "all trials are done")
     return int(left > 0)

@@ -50,11 +50,24 @@ def questions(work: Path, regime: str, part: str, limit: int | None) -> dict[str
     if regime == "commonsense":
         folders = {task: str(work / "data" / task) for task in REGIMES[regime]}
         return {task: examples(load_rows(path, split=part))[:limit] for task, path in folders.items()}
-    path = work / "data" / "gsm8k" / f"{part}.jsonl"
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()][:limit]
-    # as `lsr_scale.data.formats` writes rows with a question and an answer
-    pairs = [(f"Question: {row['question']}\nAnswer:", f" {row['answer']}") for row in rows]
+    pairs = [(_prompt(row), f" {row['answer']}") for row in _gsm8k(work, part, limit)]
     return {"gsm8k": [Example(str(i), (q,), (a,), 0, (len(a),)) for i, (q, a) in enumerate(pairs)]}
+
+
+def judged(work: Path, part: str, limit: int | None) -> list[dict[str, str]]:
+    """Return GSM8K's questions as they are asked in training, and the line of each solution that has the number."""
+    rows = _gsm8k(work, part, limit)
+    return [{"prompt": _prompt(row), "answer": row["answer"].rpartition("\n")[2]} for row in rows]
+
+
+def _gsm8k(work: Path, part: str, limit: int | None) -> list[dict[str, str]]:
+    text = (work / "data" / "gsm8k" / f"{part}.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.removesuffix("\n").split("\n")][:limit]
+
+
+def _prompt(row: dict[str, str]) -> str:
+    """Return a question as `lsr_scale.data.formats` writes rows with a question and an answer."""
+    return f"Question: {row['question']}\nAnswer:"
 
 
 def num_tokens(tokenizer: Any, rows: Sequence[Example]) -> "np.ndarray":

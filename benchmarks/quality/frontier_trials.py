@@ -39,6 +39,7 @@ class Suite:
     base: Quantization
     limit: int | None = None  # of rows and questions: a trial of the program
     max_steps: int = -1
+    answers: bool = False  # whether the test questions of GSM8K are answered too
 
     @property
     def about(self) -> dict[str, Any]:

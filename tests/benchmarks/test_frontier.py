@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import gzip
 import json
 import math
 from pathlib import Path
@@ -547,6 +548,38 @@ def test_right_answers_alone_have_the_nats_that_they_have_among_all_choices(one_
     assert (among["accuracy"] is None, alone["accuracy"]) == (False, None)
     tasks = [{task: of_task["nll"] for task, of_task in one["tasks"].items()} for one in (among, alone)]
     assert tasks[1] == pytest.approx(tasks[0], rel=1e-2)
+
+
+def test_questions_of_gsm8k_are_answered_by_the_adapter_that_is_scored(one_row, tmp_path, monkeypatch):
+    model = str(save_llama(tmp_path / "model", num_hidden_layers=2))
+    rows = [{"question": f"What is {n} and {n}?", "answer": f"It is\u2028 {2 * n}.\n#### {2 * n}"} for n in range(40)]
+    folder = tmp_path / "gsm8k"
+    folder.mkdir()
+    for part in ("train", "test"):
+        with gzip.open(folder / f"{part}.jsonl.gz", "wt", encoding="utf-8") as stream:
+            stream.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    asked = []
+
+    def answers(model, tokenizer, rows, batch, longest):
+        asked.append((getattr(model, "peft_config", None) is not None, model.training, rows[3]))
+        return [row["answer"] == "#### 6" for row in rows]
+
+    monkeypatch.setattr(frontier, "right_answers", answers)
+    words = ["--data", str(tmp_path), "--work", str(tmp_path / "work"), "--results", str(tmp_path / "r"), "--answers"]
+    words += ["--model", f"smollm2={model}", "--regime", "gsm8k", "--base", "none", "--sizes", "20k", "--seeds", "1"]
+    assert frontier.main([*words, "--smoke"]) == 0
+    done = trials.load(tmp_path / "r")
+    accuracies = {(r["row"], r["part"], r.get("seed") == trials.TUNING_SEED): r["accuracy"] for r in done.values()}
+    tests = {key: value for key, value in accuracies.items() if key[1] == "test"}
+    assert set(tests.values()) == {1 / 16}, "one of 16 questions, of the base and of a seed"
+    assert {value for key, value in accuracies.items() if key not in tests} == {None}
+    question = {"prompt": "Question: What is 3 and 3?\nAnswer:", "answer": "#### 6"}
+    assert asked == [(False, False, question), (True, False, question)]
+    (score,) = frontier_scores.rows(done)
+    assert score.accuracy == 1 / 16
+    assert score.right.tolist() == [[n == 3 for n in range(16)]]
+    with pytest.raises(SystemExit):
+        frontier.main([word for word in words if word not in ("--regime", "gsm8k")])
 
 
 SMALL_ROWS = {

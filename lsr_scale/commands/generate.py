@@ -44,7 +44,9 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--base-only", action="store_true", help="without the adapter")
     parser.add_argument("--compare-base", action="store_true", help="the base's answer too, before the adapter's")
     parser.add_argument(
-        "--quantization", choices=("nf4", "fp4", "int8", "none"), help="how --model is held; nf4 by default"
+        "--quantization",
+        choices=("nf4", "fp4", "int8", "none"),
+        help="how --model is held; as it is quantized already, or nf4",
     )
     parser.add_argument("--json", action="store_true", help="print JSON, a line an answer")
 
@@ -58,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     names = ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "seed")
     sampling = Sampling(**{name: getattr(args, name) for name in names})
     if args.model:
-        generator = Generator.of_base(args.model, args.quantization or "nf4", say=_note)
+        generator = Generator.of_base(args.model, args.quantization, say=_note)
     else:
         generator = Generator.of_run(args.run, args.base_only, args.base, say=_note)
     if talks:

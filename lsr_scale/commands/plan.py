@@ -132,6 +132,8 @@ def _propose(args: argparse.Namespace) -> int:
     values: dict[str, Any] = {"model": {"name": args.model}, "data": {"train": ["rows.jsonl"]}}
     if args.model:
         result = budget.propose(args.model, num_parameters)
+        if result.quantization != "nf4":
+            values["model"]["quantization"] = result.quantization
     else:
         config, written = read_run(args)
         values = difference(config, written).values

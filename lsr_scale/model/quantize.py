@@ -67,6 +67,15 @@ def skipped_modules(config: PreTrainedConfig) -> list[str] | None:
     return own.get("llm_int8_skip_modules")
 
 
+def own_quantization(config: PreTrainedConfig, name: str) -> Quantization | None:
+    """Return in what a checkpoint is quantized already, None where it is not.
+
+    Raises:
+        UserError: for one that bitsandbytes did not quantize.
+    """
+    return _own(config, name)[0]
+
+
 def check_quantization(config: PreTrainedConfig, quantization: Quantization, name: str) -> bool | None:
     """Refuse a quantization other than the one of a checkpoint that is quantized already.
 
@@ -78,25 +87,34 @@ def check_quantization(config: PreTrainedConfig, quantization: Quantization, nam
     Raises:
         UserError: naming both.
     """
+    own, nested = _own(config, name)
+    if own is None:
+        return None
+    if own != quantization:
+        raise UserError(
+            f"model.quantization: {quantization}, but the weights of {name!r} are quantized already, in {own}; "
+            f"set it to {own}, or take the model's unquantized weights"
+        )
+    return nested
+
+
+def _own(config: PreTrainedConfig, name: str) -> tuple[Quantization | None, bool]:
+    """Return in what a checkpoint is quantized already, if at all, and whether its scales are quantized too."""
     given = getattr(config, "quantization_config", None)
     if given is None:
-        return None
+        return None, False
     given = given if isinstance(given, dict) else given.to_dict() if hasattr(given, "to_dict") else None
     if given is None:
         raise UserError(f"model.name {name!r}: quantization_config in its config.json is no mapping; remove it")
     method = str(given.get("quant_method") or "bitsandbytes")
-    if given.get("load_in_8bit"):
-        own = "int8"
-    elif given.get("load_in_4bit"):
+    if given.get("load_in_4bit") and not given.get("load_in_8bit"):
         own = str(given.get("bnb_4bit_quant_type", "fp4"))
+        method += f" in {own}"
     else:
+        own = "int8" if given.get("load_in_8bit") else None
+    if own not in ("int8", "nf4", "fp4"):
         raise UserError(
             f"model.name {name!r}: its weights are quantized already, by {method[:40]}; adapters are trained here on "
-            "weights that bitsandbytes quantizes, or none: take the model's unquantized weights"
+            "weights that bitsandbytes quantizes in nf4, fp4 or int8, or none: take the model's unquantized weights"
         )
-    if own != quantization:
-        raise UserError(
-            f"model.quantization: {quantization}, but the weights of {name!r} are quantized already, in {own[:40]}; "
-            f"set it to {own[:40]}, or take the model's unquantized weights"
-        )
-    return bool(given.get("bnb_4bit_use_double_quant"))
+    return own, bool(given.get("bnb_4bit_use_double_quant"))

@@ -8,7 +8,7 @@ from huggingface_hub import try_to_load_from_cache
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lsr_scale.model import builtin, load_config, meta_model
+from lsr_scale.model import Quantization, builtin, load_config, meta_model, own_quantization
 from lsr_scale.model.known_configs import known_config
 from lsr_scale.model.names import local_folder
 
@@ -24,6 +24,7 @@ class ModelFacts:
         targets: Names of the linear layers in every block, or "all-linear" where nothing is known of the model.
         num_parameters: Of the base, None where nothing is known.
         is_small_encoder: An encoder, which is not quantized as a rule.
+        quantization: In what its weights are quantized already; None where they are not, or nothing is known.
         line: What is to be said of it.
     """
 
@@ -31,6 +32,7 @@ class ModelFacts:
     targets: list[str] | str
     num_parameters: int | None
     is_small_encoder: bool
+    quantization: Quantization | None
     line: str
 
 
@@ -38,20 +40,22 @@ def look_at_model(name: str, task: Literal["causal_lm", "seq_cls"]) -> ModelFact
     """Read a model's configuration where it is on this machine or known to this package.
 
     Raises:
-        UserError: for a folder that holds no model, a name that none can have, or a model that cannot do the task.
+        UserError: for a folder that holds no model, a name that none can have, or a model that cannot do the task or
+            that others than bitsandbytes quantized.
     """
     here = name.startswith(builtin.PREFIX) or local_folder(name) is not None
     cached = not here and isinstance(try_to_load_from_cache(name, "config.json"), str)
     if not (here or cached or known_config(name) is not None):
-        return ModelFacts(name, "all-linear", None, False, f"{name}: not on this machine, so nobody looked at it")
+        return ModelFacts(name, "all-linear", None, False, None, f"{name}: not on this machine, so nobody looked at it")
     config = load_config(name)
+    quantization = own_quantization(config, name)
     model = meta_model(config, task)
     targets = linear_names(model)
     count = sum(parameter.numel() for parameter in model.parameters())
     encoder = task == "seq_cls" and config.model_type not in _CAUSAL
     architecture = (config.architectures or [config.model_type])[0]
     line = f"{name}: {architecture}, {count / 1e6:,.0f} M parameters; linear layers of a block: {', '.join(targets)}"
-    return ModelFacts(name, targets or "all-linear", count, encoder, line)
+    return ModelFacts(name, targets or "all-linear", count, encoder, quantization, line)
 
 
 def linear_names(model: nn.Module) -> list[str]:

@@ -67,7 +67,9 @@ def _model(model: ModelFacts, data: DataFacts, method: str) -> list[str]:
         listed = f"[{', '.join(_scalar(name) for name in names)}]" if 0 < len(names) <= 12 else "[no, yes]"
         lines += [f"  # labels: {listed}   # found in the rows; class 0 first where their order matters"]
         lines += ["  # num_labels: 1   # for scores instead of classes"]
-    if method in ("lokr", "tinylora"):
+    if model.quantization:
+        lines += [f"  quantization: {model.quantization}   # as its weights are already"]
+    elif method in ("lokr", "tinylora"):
         lines += [f"  quantization: none   # PEFT's {method} takes no 4-bit base"]
     elif model.is_small_encoder:
         lines += ["  quantization: none   # nf4 for a large one", "  dtype: float32"]

@@ -12,7 +12,7 @@ from typing import Any
 
 from lsr_scale.config.yaml_text import dump
 from lsr_scale.errors import UserError
-from lsr_scale.model import DTYPES, load_config, meta_model
+from lsr_scale.model import DTYPES, Quantization, check_quantization, load_config, meta_model, own_quantization
 from lsr_scale.planning import evidence
 from lsr_scale.planning.at_size import Module, adapted_modules, fitted
 from lsr_scale.planning.evidence import Comparison, Row, Size, Suite, Tuned
@@ -67,6 +67,7 @@ class Budget:
     reason: str
     notes: list[str] = field(default_factory=list)
     targets: list[str] | str = "all-linear"
+    quantization: Quantization = "nf4"
     measured: Measured | None = None
 
     def to_json(self) -> str:
@@ -81,7 +82,7 @@ def propose(
     task: str = "causal_lm",
     num_labels: int | None = None,
     revision: str | None = None,
-    quantization: str = "nf4",
+    quantization: Quantization | None = None,
 ) -> Budget:
     """Return what fits `budget` trainable parameters, a classifier's head not counted.
 
@@ -92,12 +93,14 @@ def propose(
         task: "causal_lm" or "seq_cls".
         num_labels: Of a classifier.
         revision: Commit, branch or tag on the hub.
-        quantization: How the base is held, as `model.quantization` has it.
+        quantization: How the base is held, as `model.quantization` has it; None: as its weights are already, or nf4.
 
     Raises:
         UserError: for an unknown model or target, or a budget that not even the smallest adapter fits.
     """
     config = load_config(model, revision)
+    held: Quantization = quantization or own_quantization(config, model) or "nf4"
+    check_quantization(config, held, model)
 
     def modules_of(names: list[str] | str) -> list[Module]:
         base = meta_model(config, task, num_labels, DTYPES["bfloat16"], "auto")  # pyright: ignore
@@ -107,14 +110,14 @@ def propose(
     hidden = config.get_text_config().hidden_size
     everything = modules if targets == "all-linear" else modules_of("all-linear")
     lora_8 = 8 * sum(sum(module.size) for module in everything)
-    found = _by_evidence(modules, targets, budget, lora_8, hidden, quantization)
+    found = _by_evidence(modules, targets, budget, lora_8, hidden, held)
     if found is not None:
         proposals, measured, reason, notes = found
         if len(modules) < len(everything):
             notes.append("measured with all linears adapted, or some by their names; here the run's alone are")
         if task == "seq_cls":
             notes.append("measured on the likelihood of answers, not on classifiers")
-        return Budget(model, budget, len(modules), proposals, reason, notes, targets, measured)
+        return Budget(model, budget, len(modules), proposals, reason, notes, targets, held, measured)
     sizes = [module.size for module in modules]
     proposals = by_rule(sizes, budget, hidden)
     lora_one = sum(map(sum, sizes))
@@ -137,7 +140,7 @@ def propose(
     notes = [without]
     if hidden > NARROW:
         notes.append("learning rates were measured on a model of hidden size 576 only; tune them")
-    return Budget(model, budget, len(sizes), proposals, reason, notes, targets)
+    return Budget(model, budget, len(sizes), proposals, reason, notes, targets, held)
 
 
 def _by_evidence(

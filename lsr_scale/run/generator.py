@@ -17,7 +17,7 @@ from lsr_scale.errors import UserError
 from lsr_scale.generation.decoder import Decoder
 from lsr_scale.generation.sampling import Sampling
 from lsr_scale.layers.frozen_linear import dequantize_all, dequantized_bytes
-from lsr_scale.model import load_base_for, load_config, load_tokenizer, meta_model, tokenizer_of
+from lsr_scale.model import load_base_for, load_config, load_tokenizer, meta_model, own_quantization, tokenizer_of
 from lsr_scale.model.load_errors import suggest_base_option
 from lsr_scale.model.tokenizer import render_chat, without_appended
 from lsr_scale.paths import user_path
@@ -90,19 +90,20 @@ class Generator:
         return cls(tokenizer, config, context, load, trained_on_chat(folder, run), say)
 
     @classmethod
-    def of_base(cls, name: str, quantization: str = "nf4", say: Say = logger.warning) -> "Generator":
+    def of_base(cls, name: str, quantization: str | None = None, say: Say = logger.warning) -> "Generator":
         """Return that of a base model.
 
         Args:
             name: Hub name, local folder, or `builtin:` name.
-            quantization: "nf4", "fp4", "int8" or "none".
+            quantization: "nf4", "fp4", "int8" or "none"; None: as its weights are already, or nf4.
             say: Told what a user should know, a line each.
 
         Raises:
             UserError: for an unknown model.
         """
-        section = ModelSection.model_validate({"name": name, "quantization": quantization})
         config = load_config(name)
+        held = quantization or own_quantization(config, name) or "nf4"
+        section = ModelSection.model_validate({"name": name, "quantization": held})
         context = context_length(config, partial(meta_model, config))
         tokenizer = without_appended(load_tokenizer(name), say)
         return cls(tokenizer, config, context, lambda: _fast_on_cpu(load_base_for(section, 0).eval()), say=say)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from lsr_scale import cli, config
 from lsr_scale.config.methods import METHODS
@@ -107,6 +108,32 @@ def test_what_is_written_trains_as_it_is(init, kind):
         asked = [row["messages"][:1] for row in held_out]
         assert all(sample["prompt"] in asked for sample in samples)
         assert {sample["moment"] for sample in samples} == {"before", "evaluation", "after"}
+
+
+@pytest.mark.parametrize(("options", "held"), [({"load_in_8bit": True}, "int8"), ({"load_in_4bit": True}, "fp4")])
+def test_weights_that_are_quantized_already_are_taken_as_they_are(init, capsys, options, held):
+    words = written("chat")
+    quantizer = BitsAndBytesConfig(**options)
+    model = AutoModelForCausalLM.from_pretrained("model", quantization_config=quantizer, device_map={"": "cpu"})
+    model.save_pretrained("model")
+    assert init(*words, "--out", "mine.yaml")[0] == 0
+    assert cli.main(["train", "mine.yaml", "--quiet", "--set", "training.max_steps=1"]) == 0
+    capsys.readouterr()
+    assert cli.main(["plan", "--budget", "1k", "--model", "model"]) == 0
+    Path("proposed.yaml").write_text(capsys.readouterr().out)
+    assert [config.load_run(file).model.quantization for file in ("mine.yaml", "proposed.yaml")] == [held, held]
+    assert cli.main(["generate", "--model", "model", "--prompt", "a", "--max-new-tokens", "2"]) == 0
+    assert cli.main(["plan", "proposed.yaml", "--set", "model.quantization=nf4", "--budget", "1k"]) == 2
+    assert f"quantized already, in {held}; set it to {held}" in capsys.readouterr().err
+
+
+def test_weights_that_none_can_train_on_are_refused_at_once(init):
+    words = written("chat")
+    file = Path("model/config.json")
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": {"quant_method": "gptq"}}))
+    status, _, err = init(*words, "--out", "mine.yaml")
+    assert (status, Path("mine.yaml").exists()) == (2, False)
+    assert "its weights are quantized already, by gptq" in err
 
 
 def test_a_prompt_of_a_row_that_is_trained_on_is_called_so_and_the_run_folder_is_that_of_the_file(init):

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from lsr_scale.data.conversations import check_no_system, plain_messages, with_system
+from lsr_scale.data.conversations import check_no_place, checked_messages, tools_of, with_system
 from lsr_scale.data.rows import Row, RowError, Rows
 from lsr_scale.data.task_layouts import Item
 from lsr_scale.data.tasks import item_of
@@ -141,7 +141,7 @@ def _prompt(row: Row, form: PromptForm) -> Any:
     if isinstance(prompt, list):
         return with_system(row, _conversation(row, key, form))
     if isinstance(prompt, str):
-        check_no_system(row)
+        check_no_place(row)
         return _instructed(_filled(prompt, "prompt"), form)
     question = row.get("question")
     if not isinstance(question, str):
@@ -150,12 +150,18 @@ def _prompt(row: Row, form: PromptForm) -> Any:
     question = _filled(question, "question")
     if form.chat:
         return with_system(row, [{"role": "user", "content": _instructed(question, form)}])
-    check_no_system(row)
+    check_no_place(row)
     return _instructed(f"Question: {question}", form) + "\nAnswer:"
 
 
 def _conversation(row: Row, key: str, form: PromptForm) -> list[dict[str, str]]:
-    turns = [dict(turn) for turn in plain_messages(row, key)]
+    turns = checked_messages(row[key], key)
+    extra = {name for turn in turns for name in turn} - {"role", "content"}
+    if extra or tools_of(row):
+        raise RowError(
+            f"{', '.join(sorted(extra)) or 'tools'} under {key!r}: prompts for training.method: grpo hold roles and "
+            "contents alone, as no tool is called while the model completes them; remove it"
+        )
     if len(turns) > 1 and turns[-1]["role"] == "assistant" and key == "messages":
         turns = turns[:-1]  # the answer of a row for supervised training
     if turns[-1]["role"] == "assistant":

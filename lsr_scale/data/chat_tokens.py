@@ -45,14 +45,14 @@ def tokenize_conversations(
         "tokenizer": tokenizer,
         "assistant_only": assistant_only,
         "completion_only": completion_only,
-        "code": _digest(),
+        "code": code_digest(__file__),
     }
     return dataset.map(_tokenize, batched=True, batch_size=200, fn_kwargs=options, num_proc=num_proc)
 
 
-def _digest() -> str:
-    """Return a digest of the code that makes the tokens, by which cached ones are found."""
-    files = (Path(__file__), Path(assistant_spans.__file__))
+def code_digest(file: str) -> str:
+    """Return a digest of the code that makes tokens, a module's and what it renders by: cached ones are found by it."""
+    files = (Path(file), Path(assistant_spans.__file__))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 

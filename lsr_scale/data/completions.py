@@ -1,12 +1,17 @@
 """Prompts with chosen and rejected completions -> tokens, as TRL's trainers make them, and how many of them are cut.
 
-The trainers tokenize by themselves; this is for what is told of rows before, and tests compare the two.
+The trainers tokenize by themselves; this is for what is told of rows before, and tests compare the two. Converted
+conversations hold tool calls and tools as JSON, which the trainers know nothing of: `RowTokenizer` reads it for those
+of DPO and KTO, `as_texts` for ORPO's, which takes no tools.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lsr_scale.data.assistant_spans import render
+from lsr_scale.data.chat_tokens import code_digest
+from lsr_scale.data.conversations import as_messages, listed_tools
 from lsr_scale.data.preferences import COMPLETIONS
 from lsr_scale.data.token_counts import TokenCounts, count_tokens, counted_rows
 
@@ -14,6 +19,73 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 _IGNORED = -100
+
+
+def written(row: Mapping[str, Any], kind: str, tokenizer: Any) -> tuple[str, dict[str, str]]:
+    """Return the prompt of a converted conversation as the chat template writes it, and all of it by completion.
+
+    Args:
+        row: A converted row.
+        kind: Its kind, a key of `COMPLETIONS`.
+        tokenizer: The run's.
+
+    Raises:
+        UserError: if the template fails.
+    """
+    prompt, tools = as_messages(row["prompt"]), listed_tools(row.get("tools"))
+    before = render(tokenizer, prompt, tools, add_generation_prompt=True)
+    return before, {name: render(tokenizer, [*prompt, *as_messages(row[name])], tools) for name in COMPLETIONS[kind]}
+
+
+@dataclass(frozen=True)
+class RowTokenizer:
+    """A tokenizer, as the trainers of DPO and KTO ask one, that takes the messages of converted rows.
+
+    Attributes:
+        tokenizer: The run's.
+        code: A digest of the code that makes the tokens, by which cached ones are found.
+    """
+
+    tokenizer: Any
+    code: str
+
+    def __call__(self, text: str) -> Any:
+        """Tokenize a text."""
+        return self.tokenizer(text=text)
+
+    def apply_chat_template(
+        self, messages: Sequence[Mapping[str, Any]], tools: list[Any] | None = None, **options: Any
+    ) -> Any:
+        """Tokenize a conversation."""
+        prompts = options.get("add_generation_prompt", False)
+        text = render(self.tokenizer, as_messages(messages), tools, add_generation_prompt=prompts)
+        return self.tokenizer(text, add_special_tokens=False)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of tokens."""
+        return self.tokenizer.decode(ids)
+
+
+class TokenizesRows:
+    """TRL's preparation of rows, of converted ones with tool calls too; goes before TRL's trainer of DPO or KTO."""
+
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
+        prepare: Any = super()._prepare_dataset  # pyright: ignore[reportAttributeAccessIssue]
+        return prepare(dataset, RowTokenizer(processing_class, code_digest(__file__)), args, dataset_name)
+
+
+def as_texts(dataset: "Dataset", tokenizer: Any, num_proc: int | None = None) -> "Dataset":
+    """Return pairs as the texts that the chat template writes; those that are texts stay as they are."""
+    if isinstance(dataset[0]["prompt"], str):
+        return dataset
+    options = {"tokenizer": tokenizer, "code": code_digest(__file__)}
+    return dataset.map(_texts, fn_kwargs=options, remove_columns=dataset.column_names, num_proc=num_proc)
+
+
+def _texts(row: Mapping[str, Any], tokenizer: Any, code: str) -> dict[str, str]:
+    before, whole = written(row, "chat_preference", tokenizer)
+    start = min(_common(before, text) for text in whole.values())
+    return {"prompt": before[:start], **{name: text[start:] for name, text in whole.items()}}
 
 
 def tokenize_completions(
@@ -36,8 +108,7 @@ def tokenize_completions(
         texts = {name: prompt + row[name] + ("" if row[name].endswith(ends) else ends) for name in COMPLETIONS[kind]}
         before = prompt
     else:
-        texts = {name: render(tokenizer, [*prompt, *row[name]], None) for name in COMPLETIONS[kind]}
-        before = render(tokenizer, prompt, None, add_generation_prompt=True)
+        before, texts = written(row, kind, tokenizer)
     special = isinstance(prompt, str) and not of_orpo
 
     def encode(text: str, end: Any = None) -> list[int]:
@@ -112,7 +183,7 @@ def _note_one_class(where: str, labels: Any) -> list[str]:
     return [f"{where}: all {len(labels):,} rows are {only}, and KTO contrasts both kinds; add {other} ones"]
 
 
-def _common(one: list[int], other: list[int]) -> int:
-    """Return how many first tokens two rows share."""
+def _common(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """Return how many first tokens, or characters, two rows share."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))

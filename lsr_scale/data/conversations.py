@@ -90,23 +90,14 @@ def with_system(row: Row, messages: list[dict[str, str]]) -> list[dict[str, str]
     return [{"role": "system", "content": system}, *messages]
 
 
-def check_no_system(row: Row) -> None:
-    """Raise where a row of raw texts has a system prompt, which would be left out."""
-    if system := row.get("system"):
-        raise RowError(
-            f"raw texts have no place for what is under 'system', {system!r:.60}; write it into the prompt, or the "
-            "row as messages"
-        )
-
-
-def plain_messages(row: Row, key: str) -> list[dict[str, str]]:
-    """Return the messages under a key, for trainers that take a role and a content alone."""
-    messages = checked_messages(row.get(key), key)
-    extra = {name for message in messages for name in message} - {"role", "content"}
-    if extra or tools_of(row):
-        what = ", ".join(sorted(extra)) or "tools"
-        raise RowError(f"{what} under {key!r}: messages hold a role and a content alone here; remove it")
-    return messages
+def check_no_place(row: Row) -> None:
+    """Raise where a row of raw texts has a system prompt or tools, which would be left out."""
+    for name, value in (("system", row.get("system")), ("tools", tools_of(row).get("tools"))):
+        if value:
+            raise RowError(
+                f"raw texts have no place for what is under {name!r}, {value!r:.60}; write it into the prompt, or the "
+                "row as messages"
+            )
 
 
 def checked_messages(value: object, key: str) -> list[dict[str, str]]:

@@ -15,7 +15,7 @@ from lsr_scale.data import alpaca, answered_prompts, conversations, preferences
 from lsr_scale.data.answered_prompts import PromptForm
 from lsr_scale.data.conversations import (
     check_learnable,
-    check_no_system,
+    check_no_place,
     check_texts_alone,
     checked_messages,
     conversation,
@@ -78,7 +78,7 @@ def _prompt_completion(row: Row) -> dict[str, Any]:
         check_learnable(turns, "completion")
         messages = with_system(row, checked_messages(prompt, "prompt"))
         return {"prompt": messages, "completion": turns, **tools_of(row)}
-    check_no_system(row)
+    check_no_place(row)
     return {"prompt": text_of(row, "prompt"), "completion": _filled(text_of(row, "completion"), "completion")}
 
 

@@ -3,8 +3,9 @@
     {"prompt", "chosen", "rejected"}     preference: two completions of one prompt
     {"prompt", "completion", "label"}    unpaired: one completion, true where it is desirable
 
-All are texts, or all lists of messages. Where `chosen` and `rejected` are whole conversations, the prompt is what they
-begin with alike. As other programs have them, beside a conversation (`messages`, or ShareGPT's `conversations`):
+All are texts, or all lists of messages, which may call the row's `tools`. Where `chosen` and `rejected` are whole
+conversations, the prompt is what they begin with alike. As other programs have them, beside a conversation (`messages`,
+or ShareGPT's `conversations`):
 
     {"conversations", "chosen": {...}, "rejected": {...}}    its next turn, two of them
     {"conversations", "kto_tag"}                             its last turn is desirable or not; also `label`
@@ -18,10 +19,12 @@ from itertools import takewhile
 from typing import Any
 
 from lsr_scale.data.conversations import (
-    check_no_system,
+    check_no_place,
+    checked_messages,
+    has_no_weight,
     has_turns,
     is_empty,
-    plain_messages,
+    tools_of,
     turns_of,
     with_system,
 )
@@ -50,7 +53,7 @@ def preference(row: Row) -> dict[str, Any]:
     answers = (row.get("chosen"), row.get("rejected"))
     if any(isinstance(one, list | Mapping) for one in answers) or (row.get("prompt") is None and has_turns(row)):
         return _chat_preference(row)
-    check_no_system(row)
+    check_no_place(row)
     record = {name: filled_text_of(row, name) for name in ("prompt", "chosen", "rejected")}
     _check_differ(record["chosen"], record["rejected"])
     return record
@@ -59,7 +62,7 @@ def preference(row: Row) -> dict[str, Any]:
 def _chat_preference(row: Row) -> dict[str, Any]:
     is_next = any(isinstance(row.get(name), Mapping) for name in ("chosen", "rejected"))
     chosen, rejected = (_answers(row, name) for name in ("chosen", "rejected"))
-    prompt = plain_messages(row, "prompt") if isinstance(row.get("prompt"), list) else []
+    prompt = checked_messages(row["prompt"], "prompt") if isinstance(row.get("prompt"), list) else []
     if not prompt and is_next:
         key, prompt = _conversation(row)
         if prompt[-1]["role"] == "assistant":
@@ -79,19 +82,24 @@ def _chat_preference(row: Row) -> dict[str, Any]:
     for name, turns in (("chosen", chosen), ("rejected", rejected)):
         _check_answer(turns, name)
     _check_differ(chosen, rejected)
-    return {"prompt": with_system(row, prompt), "chosen": chosen, "rejected": rejected}
+    return {"prompt": _prompt(row, prompt), "chosen": chosen, "rejected": rejected, **tools_of(row)}
 
 
 def _answers(row: Row, name: str) -> Turns:
     """Return the messages of an answer, which may stand alone, without a list around it."""
     answer = row.get(name)
-    return plain_messages({**row, name: [answer]} if isinstance(answer, Mapping) else row, name)
+    return checked_messages([answer] if isinstance(answer, Mapping) else answer, name)
 
 
 def _conversation(row: Row) -> tuple[str, Turns]:
     """Return the column that has a row's conversation, and its turns."""
     key, turns = turns_of(row)
-    return key, plain_messages({**row, key: turns}, key)
+    return key, checked_messages(turns, key)
+
+
+def _prompt(row: Row, messages: Turns) -> Turns:
+    """Return the messages before a completion; that one of them is not to be learned holds for all of them."""
+    return with_system(row, [{name: turn[name] for name in turn if name != "weight"} for turn in messages])
 
 
 def _check_repeated(text: Any, prompt: Turns) -> None:
@@ -115,12 +123,13 @@ def unpaired(row: Row) -> dict[str, Any]:
         _check_answer(turns[-1:], key)
         if len(turns) < 2:
             raise RowError(f"expected turns before the assistant's answer under {key!r}, got that alone")
-        return {"prompt": with_system(row, turns[:-1]), "completion": turns[-1:], "label": label}
+        return {"prompt": _prompt(row, turns[:-1]), "completion": turns[-1:], "label": label, **tools_of(row)}
     if isinstance(row.get("prompt"), list) or isinstance(row.get("completion"), list):
-        turns = plain_messages(row, "completion")
+        turns = checked_messages(row.get("completion"), "completion")
         _check_answer(turns, "completion")
-        return {"prompt": with_system(row, plain_messages(row, "prompt")), "completion": turns, "label": label}
-    check_no_system(row)
+        prompt = _prompt(row, checked_messages(row.get("prompt"), "prompt"))
+        return {"prompt": prompt, "completion": turns, "label": label, **tools_of(row)}
+    check_no_place(row)
     return {**{name: filled_text_of(row, name) for name in ("prompt", "completion")}, "label": label}
 
 
@@ -208,6 +217,8 @@ def _check_answer(turns: Sequence[Mapping[str, str]], name: str) -> None:
         raise RowError(f"expected an assistant turn as the answer under {name!r}, got {found}")
     if all(is_empty(turn) for turn in turns):
         raise RowError(f"expected an answer under {name!r}, got an empty one")
+    if any(map(has_no_weight, turns)):
+        raise RowError(f"a turn under {name!r} is not to be learned, but answers are judged whole; remove its weight")
 
 
 def _check_differ(chosen: Any, rejected: Any) -> None:

@@ -7,6 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lsr_scale.data.assistant_spans import TRAINING_DATE, AssistantSpans, render
 from lsr_scale.data.chat_tokens import CONVERSATIONS, CONVERSATIONS_COLUMNS
+from lsr_scale.data.completions import written
 from lsr_scale.data.conversations import BESIDE_TEXTS, as_messages, has_no_weight, listed_tools, messages_of
 from lsr_scale.data.formats import KIND_MEANING, Kind
 from lsr_scale.data.preferences import COMPLETIONS, kind_of
@@ -108,7 +109,7 @@ def template_notes(dataset: "Dataset", tokenizer: PreTrainedTokenizerBase, assis
             f"the chat template has no generation prompt, so the assistant learns to write {header[:60]!r} itself; "
             "write it where add_generation_prompt is set, in a copy of the template, and set model.chat_template to it"
         )
-    if "strftime_now" in str(tokenizer.chat_template) and not {"chosen", "label"} & set(row):
+    if "strftime_now" in str(tokenizer.chat_template):
         notes.append(
             f"the chat template asks for today's date, which training rows have as {TRAINING_DATE:%d %b %Y}, so that "
             "they are the same tomorrow"
@@ -119,7 +120,7 @@ def template_notes(dataset: "Dataset", tokenizer: PreTrainedTokenizerBase, assis
 def _unwritten_names(dataset: "Dataset", tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Return the names of messages' texts, such as reasoning_content, of which the chat template writes nothing."""
     texts: dict[str, dict[str, Any]] = {}
-    for column in CONVERSATIONS_COLUMNS:
+    for column in (*CONVERSATIONS_COLUMNS, "chosen", "rejected"):
         if column not in dataset.column_names:
             continue
         names = set(dataset.features[column].feature)  # pyright: ignore[reportAttributeAccessIssue]
@@ -158,9 +159,12 @@ def row_check(
         if isinstance(prompt, list):
             if spans is None:
                 return
+            kind, tools = str(kind_of(row)), listed_tools(row.get("tools"))
             try:
-                texts = [render(tokenizer, [*prompt, *row[name]], None) for name in COMPLETIONS[str(kind_of(row))]]
-                prompt = render(tokenizer, prompt, None, add_generation_prompt=True)
+                prompt, whole = written(row, kind, tokenizer)
+                for name in COMPLETIONS[kind]:
+                    spans.check_written([*as_messages(row["prompt"]), *as_messages(row[name])], tools)
+                texts = list(whole.values())
             except UserError as error:
                 raise RowError(str(error)) from None
         else:

@@ -54,8 +54,13 @@ def test_empty_columns_leave_rows_in_stanfords_template(read):
 
 
 def test_tools_beside_an_instruction_are_not_lost(read):
-    rows, kind = read([{**ROW, "tools": json.dumps(TOOLS)}])
-    assert (kind, json.loads(rows[0]["tools"])) == ("messages", TOOLS)
+    for row, method, read_as in (
+        (ROW, "sft", "messages"),
+        (PAIR, "dpo", "chat_preference"),
+        (TAGGED, "kto", "chat_unpaired"),
+    ):
+        rows, kind = read([{**row, "tools": json.dumps(TOOLS)}], method=method)
+        assert (kind, json.loads(rows[0]["tools"])) == (read_as, TOOLS)
 
 
 def test_each_reading_can_be_chosen_by_its_format(read):
@@ -149,7 +154,7 @@ def test_rows_of_another_method_are_refused_with_it(read, method, row, remedy):
         ("dpo", PAIR, {"rejected": None}, "expected a text under 'rejected', got nothing"),
         ("dpo", PAIR, {"rejected": "3"}, "'chosen' and 'rejected' are the same"),
         ("dpo", PAIR, {"instruction": None}, "expected a text under 'instruction', got nothing"),
-        ("dpo", PAIR, {"tools": TOOLS}, "tools under 'chosen': messages hold a role and a content alone here"),
+        ("dpo", PAIR, {"tools": [1]}, "expected a list of tools, or its JSON, under 'tools'"),
         ("kto", TAGGED, {"kto_tag": "yes"}, r"expected true \(desirable\) or false under 'kto_tag', got 'yes'"),
         ("kto", TAGGED, {"kto_tag": None}, r"expected true \(desirable\) or false under 'kto_tag', got nothing"),
         ("kto", TAGGED, {"label": False}, "'label' and 'kto_tag' say different things"),

@@ -6,9 +6,11 @@ import pytest
 
 from lsr_scale.data import commonsense
 from lsr_scale.data.answered_prompts import PromptForm
+from lsr_scale.data.conversations import as_messages
 from lsr_scale.data.formats import build_dataset
 from lsr_scale.data.tokenizer_setup import row_check
 from lsr_scale.errors import UserError
+from tests.data.test_assistant_spans import FAMILIES, tokenizer_of
 from tests.helpers.run_text import MINIMAL, load, problem
 from tests.helpers.tiny_runs import byte_tokenizer, write_rows
 
@@ -93,7 +95,8 @@ def test_a_conversation_with_a_tag_is_its_last_answer_desirable_or_not(tmp_path,
         ("dpo", NEXT, {"conversations": None}, "nothing under 'messages' or 'conversations'"),
         ("dpo", NEXT, {"conversations": [SAID, NEXT["chosen"]]}, "answers under 'conversations', got its own turn"),
         ("dpo", NEXT, {"prompt": "Who?"}, "expected a turn of 'chosen' and 'rejected' under 'prompt', got 'Who"),
-        ("dpo", NEXT, {"chosen": {"from": "function_call", "value": '{"name": "f"}'}}, "tool_calls under 'chosen'"),
+        ("dpo", NEXT, {"chosen": {"from": "function_call", "value": "f()"}}, r"as JSON alone under 'value' in chosen"),
+        ("dpo", NEXT, {"chosen": {**NEXT["chosen"], "weight": 0}}, "under 'chosen' is not to be learned, but answers"),
         ("kto", TAGGED, {"conversations": [SAID]}, "an assistant turn as the answer under 'conversations', got user"),
         (
             "kto",
@@ -102,7 +105,13 @@ def test_a_conversation_with_a_tag_is_its_last_answer_desirable_or_not(tmp_path,
             "expected turns before the assistant's answer under 'conv",
         ),
         ("kto", TAGGED, {"kto_tag": 1}, r"expected true \(desirable\) or false under 'kto_tag', got 1"),
-        ("kto", TAGGED, {"tools": [{"name": "f"}]}, "tools under 'conversations': messages hold a role and a content"),
+        ("kto", TAGGED, {"tools": [1]}, "expected a list of tools, or its JSON, under 'tools'"),
+        (
+            "kto",
+            TAGGED,
+            {"conversations": [SAID, {**NEXT["chosen"], "train": False}]},
+            "is not to be learned, but answ",
+        ),
         ("kto", TAGGED, {"images": ["a.png"]}, "something under 'images', and only texts are trained on"),
     ],
 )
@@ -137,6 +146,62 @@ def test_a_format_that_hides_what_the_method_needs_is_named(tmp_path, row, metho
     with pytest.raises(UserError, match=r"got messages .*; leave format: sharegpt out, by which they are read so"):
         build_dataset([{"path": source, "format": "sharegpt"}], model_task="causal_lm", method=method)
     assert build_dataset([source], model_task="causal_lm", method=method)[1].startswith("chat_")
+
+
+CALLED = [{"type": "function", "function": {"name": "cut", "arguments": {"what": "bread"}}}]
+CALL = {"role": "assistant", "content": None, "tool_calls": CALLED}
+RESULT = {"role": "tool", "content": "cut"}
+CUT = {"type": "function", "function": {"name": "cut", "description": "Cuts.", "parameters": {}}}
+
+
+@pytest.mark.parametrize(
+    ("method", "row"),
+    [
+        ("dpo", {"prompt": [TURN], "chosen": [CALL], "rejected": [ANSWERS[0]]}),
+        ("orpo", {"chosen": [TURN, CALL, RESULT, ANSWERS[0]], "rejected": [TURN, CALL, RESULT, ANSWERS[1]]}),
+        (
+            "dpo",
+            {
+                "conversations": [SAID],
+                "chosen": {"from": "function_call", "value": '{"name": "cut", "arguments": {"what": "bread"}}'},
+                "rejected": NEXT["rejected"],
+            },
+        ),
+        ("kto", {"prompt": [TURN, CALL, RESULT], "completion": ANSWERS[:1], "label": True}),
+        ("kto", {"messages": [TURN, CALL], "label": False}),
+    ],
+)
+def test_tools_and_their_calls_are_kept(tmp_path, method, row):
+    dataset, kind = read(tmp_path, [{**row, "tools": [CUT]}, {**row, "tools": None}], method)
+    assert kind == ("chat_unpaired" if method == "kto" else "chat_preference")
+    assert [json.loads(tools) if tools else tools for tools in dataset["tools"]] == [[CUT], None]
+    columns = ("prompt", "completion") if method == "kto" else ("prompt", "chosen")
+    turns = [turn for column in columns for turn in as_messages(dataset[0][column])]
+    assert {**CALL, "content": ""} in turns
+
+
+@pytest.mark.parametrize(("method", "row"), [("dpo", PAIR), ("kto", ONE), ("sft", ONE)])
+def test_tools_beside_raw_texts_are_refused_with_their_line(tmp_path, method, row):
+    with pytest.raises(UserError, match=r"line 2: raw texts have no place for what is under 'tools'"):
+        read(tmp_path, [{**row, "tools": "[]"}, {**row, "tools": [CUT]}], method)
+
+
+@pytest.mark.parametrize(("method", "row"), [("dpo", CHAT), ("kto", {**CHAT, "completion": ANSWERS[:1]})])
+def test_turns_before_an_answer_may_be_ones_that_are_not_to_be_learned(tmp_path, method, row):
+    spoken = {**ANSWERS[1], "weight": 0}
+    dataset, _ = read(tmp_path, [{**row, "prompt": [TURN, spoken, TURN], "label": True}], method)
+    assert dataset[0]["prompt"] == [TURN, ANSWERS[1], TURN]
+
+
+def test_calls_that_a_template_does_not_write_are_refused_with_their_line(tmp_path):
+    tokenizer = tokenizer_of(FAMILIES["gemma3"])
+    pair = {**CHAT, "chosen": [CALL], "tools": [CUT]}
+    with pytest.raises(UserError, match="line 2: the chat template does not write the tool calls of message 2; take a"):
+        read(tmp_path, [CHAT, pair], check=row_check(tokenizer))
+    with pytest.raises(UserError, match="line 2: the chat template does not write 'tools'; take a"):
+        read(tmp_path, [CHAT, {**pair, "chosen": ANSWERS[:1]}], check=row_check(tokenizer))
+    for family in ("qwen2_5", "llama3_1"):
+        read(tmp_path, [CHAT, pair], check=row_check(tokenizer_of(FAMILIES[family])))
 
 
 def test_unpaired_rows_are_taken_by_kto_and_are_prompts_and_completions_to_sft(tmp_path):
@@ -201,7 +266,10 @@ def test_a_prompt_that_is_no_turn_of_the_conversations_beside_it_is_refused(tmp_
     [
         ({"prompt": [TURN, ANSWERS[0]]}, "expected messages that the assistant answers under 'prompt', got its own"),
         ({"messages": ANSWERS[:1]}, "expected messages that the assistant answers under 'messages', got its own"),
-        ({"prompt": [TURN], "tools": [{"type": "function"}]}, "tools under 'prompt': messages hold a role and"),
+        (
+            {"prompt": [TURN], "tools": [{"type": "function"}]},
+            "tools under 'prompt': prompts for training.method: grpo",
+        ),
     ],
 )
 def test_what_a_prompt_for_grpo_has_beside_its_turns_is_refused_and_not_left_out(tmp_path, row, message):

@@ -1,6 +1,7 @@
 """DPO, KTO and ORPO: TRL's losses, fused and unfused, on our adapters; the reference; and whole runs."""
 
 import json
+import math
 import shutil
 
 import pytest
@@ -249,6 +250,55 @@ def test_tokens_told_of_rows_are_the_trainers(place, method):
                     assert trained[f"{column}_labels"] == [-100] * len(prompt) + completion
                 else:
                     assert (trained["prompt_ids"], trained[f"{column}_ids"]) == (prompt, completion)
+
+
+TEMPLATE = (
+    "{% if tools %}<|tools|>{{ tools | tojson }}</s>{% endif %}{% for message in messages %}<|{{ message.role }}|>"
+    "{{ message.content }}{% if message.tool_calls %}{{ message.tool_calls | tojson }}{% endif %}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+CUT = [{"type": "function", "function": {"name": "cut", "parameters": {"type": "object", "properties": {}}}}]
+
+
+def called(name):
+    function = {"name": name, "arguments": {}}
+    return {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_tools_and_their_calls_are_trained_on_as_the_template_writes_them(place, tmp_path, method):
+    asked = [{"role": "user", "content": "Cut bread."}]
+    later = [*asked, called("cut"), {"role": "tool", "content": "It is cut."}]
+    pairs = [
+        {"prompt": asked, "chosen": [called("cut")], "rejected": [{"role": "assistant", "content": "No."}]},
+        {"prompt": later, "chosen": [{"role": "assistant", "content": "Done."}], "rejected": [called("saw")]},
+    ]
+    rows = [{**pairs[0], "tools": CUT}, {**pairs[1], "tools": CUT}, pairs[0]]
+    if method == "kto":
+        rows = [{"completion": row.pop("chosen"), "label": i > 0, **row} for i, row in enumerate(map(dict, rows))]
+    source = write_rows(tmp_path / "rows.jsonl", rows)
+    template = tmp_path / "template.jinja"
+    template.write_text(TEMPLATE)
+    model = {"dtype": "float32", "quantization": "none", "chat_template": str(template)}
+    run = run_of(place, method, f"tools-{method}", data={"train": [source], "validation": [source]}, model=model)
+    trainer = build_trainer(run, RunFolder(place / "tools"))
+    tokenizer = AutoTokenizer.from_pretrained(place / "model")
+    tokenizer.chat_template = TEMPLATE
+    for row, trained in zip([*rows, *rows], [*trainer.train_dataset, *trainer.eval_dataset], strict=True):
+        tools = row.get("tools")
+        prompt = tokenizer.apply_chat_template(row["prompt"], tools=tools, tokenize=False, add_generation_prompt=True)
+        for column in ("completion",) if method == "kto" else ("chosen", "rejected"):
+            whole = tokenizer.apply_chat_template(row["prompt"] + row[column], tools=tools, tokenize=False)
+            if method == "orpo":
+                labels = trained[f"{column}_labels"]
+                learned = [token for token in labels if token != -100]
+                before = trained[f"{column}_input_ids"][: labels.index(learned[0])]
+            else:
+                before, learned = trained["prompt_ids"], trained[f"{column}_ids"]
+            begin = "<s>" if method == "orpo" else ""  # its trainer's own
+            assert (tokenizer.decode(before), tokenizer.decode(learned)) == (begin + prompt, whole[len(prompt) :])
+    trainer.train()
+    assert all(map(math.isfinite, losses(trainer)))
 
 
 @pytest.fixture(scope="module", params=METHODS)

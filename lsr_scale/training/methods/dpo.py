@@ -10,6 +10,7 @@ from typing import Any
 from transformers import Trainer
 
 from lsr_scale.config import RunConfig
+from lsr_scale.data.completions import TokenizesRows
 from lsr_scale.training.checkpoint.resumable import Resumable
 from lsr_scale.training.methods import check_head_runs
 from lsr_scale.training.optimizers.create import OwnOptimizers
@@ -17,7 +18,7 @@ from lsr_scale.training.steps.engine import EngineSteps
 from lsr_scale.training.steps.evaluation_means import EvaluationMeans
 from lsr_scale.training.steps.finite_check import FiniteCheck
 
-BASES = (Resumable, FiniteCheck, EngineSteps, EvaluationMeans, OwnOptimizers)
+BASES = (Resumable, FiniteCheck, EngineSteps, EvaluationMeans, OwnOptimizers, TokenizesRows)
 
 
 def make_trainer(run: RunConfig, options: dict[str, Any]) -> Trainer:

@@ -13,6 +13,7 @@ from transformers import Trainer
 
 from lsr_scale import distributed
 from lsr_scale.config import RunConfig
+from lsr_scale.data.completions import TokenizesRows
 from lsr_scale.training.checkpoint.resumable import Resumable
 from lsr_scale.training.methods import check_head_runs
 from lsr_scale.training.optimizers.create import OwnOptimizers
@@ -39,7 +40,7 @@ class EvaluationOfLabels(EvaluationMeans):
         return means
 
 
-BASES = (Resumable, FiniteCheck, EngineSteps, EvaluationOfLabels, OwnOptimizers)
+BASES = (Resumable, FiniteCheck, EngineSteps, EvaluationOfLabels, OwnOptimizers, TokenizesRows)
 
 
 def make_trainer(run: RunConfig, options: dict[str, Any]) -> Trainer:

@@ -12,6 +12,7 @@ from transformers import Trainer
 
 from lsr_scale import distributed
 from lsr_scale.config import RunConfig
+from lsr_scale.data.completions import as_texts
 from lsr_scale.fused.loss import IGNORE_INDEX
 from lsr_scale.training.checkpoint.resumable import Resumable
 from lsr_scale.training.optimizers.create import OwnOptimizers
@@ -69,10 +70,12 @@ BASES = (Resumable, FiniteCheck, EngineSteps, EvaluationMeans, OwnOptimizers, Wi
 
 def make_trainer(run: RunConfig, options: dict[str, Any]) -> Trainer:
     """Return the trainer; see `methods.sft`."""
-    del run
     from trl.experimental.orpo import ORPOTrainer
 
     class AdapterORPOTrainer(*BASES, ORPOTrainer):
         pass
 
-    return AdapterORPOTrainer(**options)
+    tokenizer, num_proc = options["processing_class"], run.training.get("dataset_num_proc")
+    parts = {name: options[name] for name in ("train_dataset", "eval_dataset") if options[name] is not None}
+    texts = {name: as_texts(rows, tokenizer, num_proc) for name, rows in parts.items()}
+    return AdapterORPOTrainer(**{**options, **texts})

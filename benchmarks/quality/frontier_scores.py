@@ -127,9 +127,8 @@ def chosen_rates(done: Results) -> dict[Key, float]:
     return found
 
 
-def seeds(done: Results) -> tuple[dict[Key, list[dict[str, Any]]], list[str]]:
-    """Return the seeds of each row at the rate that is chosen, in their order, and names of seeds at other rates."""
-    chosen = chosen_rates(done)
+def seeds(done: Results, chosen: Mapping[Key, float]) -> tuple[dict[Key, list[dict[str, Any]]], list[str]]:
+    """Return the seeds of each row at the rate that was chosen, in their order, and names of seeds at other rates."""
     kept: dict[Key, list[dict[str, Any]]] = {}
     others = []
     for name, result in done.items():
@@ -144,7 +143,8 @@ def seeds(done: Results) -> tuple[dict[Key, list[dict[str, Any]]], list[str]]:
 
 def rows(done: Results) -> list[Row]:
     """Return every row that was tuned, by suite, size and method; those that have one as a `Score`."""
-    (kept, _), chosen = seeds(done), chosen_rates(done)
+    chosen = chosen_rates(done)
+    kept, _ = seeds(done, chosen)
     found = []
     about: dict[Key, dict[str, Any]] = {}
     for result in done.values():  # one that diverged may not know how many parameters it had

@@ -23,7 +23,7 @@ import numpy as np
 from benchmarks.quality import estimates, trials
 from benchmarks.quality.estimates import Estimate
 from benchmarks.quality.frontier_rows import SIZES
-from benchmarks.quality.frontier_scores import LEAST_SEEDS, Results, Row, Score, Suite, rows, seeds
+from benchmarks.quality.frontier_scores import LEAST_SEEDS, Results, Row, Score, Suite, chosen_rates, rows, seeds
 from benchmarks.quality.rate_trials import best_rate, is_at_end
 from benchmarks.quality.trials import TUNING_SEED
 
@@ -95,13 +95,17 @@ class Frontier:
     @functools.cached_property
     def diverged(self) -> list[str]:
         """The names of seeds that diverged at the best rate of their row."""
-        kept = {id(result) for results in seeds(self.done)[0].values() for result in results}
+        kept = {id(result) for results in self._seeds[0].values() for result in results}
         return [name for name, result in self.done.items() if id(result) in kept and result["nll"] is None]
 
     @functools.cached_property
     def at_other_rates(self) -> list[str]:
         """The names of seeds that were trained at a rate that is not the best of their row, and are not counted."""
-        return seeds(self.done)[1]
+        return self._seeds[1]
+
+    @functools.cached_property
+    def _seeds(self) -> tuple[dict[Any, list[dict[str, Any]]], list[str]]:
+        return seeds(self.done, chosen_rates(self.done))
 
     def would_be_best(self, suite: Suite) -> list[Row]:
         """Return the rows of a suite that would be the best of their side at a size, had they seeds to be compared by.

@@ -19,7 +19,7 @@ def user_path(text: str | Path, where: str = "") -> Path:
 
     Raises:
         UserError: if it is none: nothing, an address, with control characters or half a surrogate pair, with a shell's
-            variable that no shell filled in, or in a home that nobody has.
+            variable that no shell filled in, in a home that nobody has, or at or beyond a link that leads nowhere.
     """
     before = f"{where}: " if where else ""
     if not str(text) or str(text).isspace():
@@ -44,6 +44,10 @@ def user_path(text: str | Path, where: str = "") -> Path:
             f"{shown}: {variable[0]!r} stands there as it is: only a shell fills in variables, outside single quotes "
             "and outside files; write the whole path"
         )
+    for link in (path, *path.parents):
+        if os.path.islink(link) and not os.path.exists(link):  # these take names of any length, and loops
+            whose = "a link" if link == path else f"{str(link)!r} is a link"
+            raise UserError(f"{shown}: {whose} to {os.readlink(link)!r}, which leads nowhere; mend it, or name another")
     return path
 
 

@@ -83,6 +83,19 @@ def test_every_command_refuses_such_a_path_in_words(command, user, capsys, tmp_p
     assert "there is no home folder for" in said or "no file can have this name" in said
 
 
+@pytest.mark.parametrize("target", ["nowhere", "link"])
+@pytest.mark.parametrize("name", ["link", "link/beyond"])
+@pytest.mark.parametrize(
+    "words", ["train", "config", "eval", "generate --prompt a", "inspect", "export --to lora --out x"]
+)
+def test_every_command_says_that_a_link_leads_nowhere(words, name, target, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    os.symlink(target, "link")
+    command, *options = words.split()
+    assert cli.main([command, name, *options]) == 2
+    assert f"a link to '{target}', which leads nowhere; mend it, or name another" in capsys.readouterr().err
+
+
 def test_a_pipe_is_told_from_a_file_and_a_folder(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "file").write_text("x")

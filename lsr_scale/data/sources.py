@@ -133,8 +133,6 @@ def _local_path(path: str) -> Path:
 
 def nearest_sibling(path: Path) -> str:
     """Return in words what is near a path that is not there."""
-    if path.is_symlink():
-        return f"it is a link to {str(path.readlink())!r}, which leads nowhere"
     if glob.has_magic(str(path)):
         return "patterns are not filled in here; list the files, or name a folder of splits"
     folder = path.parent

@@ -224,7 +224,8 @@ def _unknown(path: KeyPath, data: Mapping[str, Any], models: SectionModels) -> s
     if here := _ELSEWHERE.get(f"{section}.{name}", _ELSEWHERE.get(name)):
         return f"unknown key; here it is {here}"
     model = _section(path[:-1], data, models)
-    return f"unknown key; {did_you_mean(name, model.model_fields if model else ())}"
+    names = [*model.model_fields] if model else []
+    return f"unknown key; {did_you_mean(name, [*names, 'sweep'] if len(path) == 1 else names)}"
 
 
 def _of_another_method(name: str, data: Mapping[str, Any], models: SectionModels) -> str | None:

@@ -107,8 +107,8 @@ def read_sections(
     if not isinstance(data, dict):
         found = "nothing but comments" if data is None else type(data).__name__
         raise UserError(
-            f"{path}: expected the sections {', '.join(RunConfig.model_fields)} at the top, each 'name:' on its own "
-            f"line, got {found}"
+            f"{path}: expected the sections {', '.join(RunConfig.model_fields)}, sweep at the top, each 'name:' on its "
+            f"own line, got {found}"
         )
     if isinstance(overrides, Mapping):
         with_overrides(data, overrides, places)

@@ -136,6 +136,7 @@ def sweep_from_dict(data: Mapping[str, Any], where: str = "run") -> Sweep:
 
 def _sweep(data: dict[str, Any], where: str, places: yaml_text.Places, folder: Path) -> Sweep:
     if "sweep" not in data:
+        validate(data, where, places, folder)  # where the section is misspelt this says so, by its line
         raise UserError(
             f"{where}: has no section sweep; add one, such as sweep: {{grid: {{training.learning_rate: [1e-3, 2e-3]}}}}"
             "; or train the one run that it describes with lsr-scale train"

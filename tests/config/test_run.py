@@ -84,6 +84,8 @@ def test_shipped_language_models_are_4_bit_with_seven_adapted_linears_and_no_dro
         ("training: {patience: 2}", "4: training.patience", "here it is training.early_stopping: {patience: 3}"),
         ("rl: dpo", "4: rl", "here it is training.method"),
         ("stage: sft", "4: stage", "here it is training.method"),
+        ("sweeps: {grid: {}}", "4: sweeps", "did you mean 'sweep'?"),
+        ("xyz: {}", "4: xyz", "valid: adapter, data, deepspeed, eval, model, sweep, training"),
         ("deepspeed: {stage: 3}", "4: deepspeed.stage", "here it is deepspeed.config, such as zero3"),
         ("training: {method: grpo, reward_funcs: [a]}", "4: training.reward_funcs", "here it is training.reward"),
     ],

@@ -307,6 +307,9 @@ def test_a_run_without_the_section_is_no_sweep(tmp_path):
     assert is_sweep(path, ["sweep.grid={training.seed: [1]}"])
     with pytest.raises(UserError, match=r"has no section sweep; add one, such as .*; or train the one run"):
         read_sweep(path)
+    path.write_text(MINIMAL + "sweeps: {grid: {training.seed: [1]}}\n")
+    with pytest.raises(UserError, match=r"run\.yaml:7: sweeps: unknown key; did you mean 'sweep'\?"):
+        read_sweep(path)
 
 
 @pytest.mark.parametrize(

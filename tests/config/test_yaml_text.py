@@ -77,7 +77,7 @@ def test_empty_sections_and_merge_keys_and_anchors_are_taken():
         ("model: &m {name: *m}", "model.name contains itself"),
         (MINIMAL + "model: {name: y}", "run.yaml:7: model: already set on line 1; keep one of them"),
         ("model:\n  name: x\n  name: y", "run.yaml:3: model.name: already set on line 2"),
-        ("- a\n- b", "run.yaml: expected the sections model, adapter, data, training, deepspeed, eval at the top"),
+        ("- a\n- b", "expected the sections model, adapter, data, training, deepspeed, eval, sweep at the top"),
         ("model", "expected the sections"),
         (" \n", "run.yaml: the file is empty"),
         ("# only a comment\n", "expected the sections"),

@@ -19,7 +19,7 @@ from lsr_scale.run.train import train
 from lsr_scale.training.assembly import build_trainer
 from lsr_scale.training.run_data import read_data
 from tests.helpers.tiny_models import tiny_llama
-from tests.helpers.tiny_runs import do, factors, metrics, same, save_llama, tiny_run, write_rows
+from tests.helpers.tiny_runs import do, factors, metrics, results, same, save_llama, tiny_run, write_rows
 
 GRPO: dict[str, Any] = {
     "method": "grpo",
@@ -339,6 +339,14 @@ def test_a_run_whose_completions_are_all_worth_the_same_says_so(tmp_path, capsys
         said = capsys.readouterr().out
         assert ("in no step were two completions of a prompt worth different rewards" in said) == told
     assert "  reward " in said
+
+
+def test_a_run_that_resumes_knows_that_completions_were_worth_different_rewards(tmp_path, capsys):
+    run = grpo_run(tmp_path, training={"reward": [{"name": "regex", "pattern": "[a-m]"}], "max_steps": 2})
+    for options in ({}, {"resume": "auto"}):
+        folder = train(run, **options)
+    assert "nothing was left to train" in capsys.readouterr().out
+    assert "notes" not in results(folder)
 
 
 def test_what_fields_may_be_is_what_trl_takes():

@@ -43,7 +43,6 @@ class DecodedCompletions(_Base):
     longest_row: int | None = None
     _decoder: Decoder | None = None
     _generation_said: str | None = None
-    _rewards_differed: bool = False  # of one prompt's completions, in any step
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate, with the same draws each time; `Resumable` sees that they are none of training's."""
@@ -152,16 +151,20 @@ class DecodedCompletions(_Base):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, keep some of the last completions with their rewards, and say at the end where these never differed."""
-        if self.model.training and "loss" in logs:
-            self._rewards_differed |= any(share < 1 for share in self._metrics["train"]["frac_reward_zero_std"])
-            if self.completions_file is not None:
-                self._keep_completions()
-        if "train_runtime" in logs and not self._rewards_differed:
+        if self.model.training and "loss" in logs and self.completions_file is not None:
+            self._keep_completions()
+        if "train_runtime" in logs and not self._rewards_differed():
             self.say(
                 "note: in no step were two completions of a prompt worth different rewards, so nothing was learned: "
                 "completions.jsonl has some of them; change training.reward, or what prompts ask for"
             )
         super().log(logs, start_time)
+
+    def _rewards_differed(self) -> bool:
+        """Tell whether completions of one prompt were worth different rewards in any step, before a resume too."""
+        name = "frac_reward_zero_std"
+        shares = [row[name] for row in self.state.log_history if name in row]
+        return any(share < 1 for share in [*shares, *self._metrics["train"][name]])
 
     def _keep_completions(self) -> None:
         if not self.is_world_process_zero() or not self._logs["prompt"]:

@@ -20,6 +20,7 @@ from lsr_scale.generation.decoder import LEAST_LENGTH, LENGTHS_PER_DOUBLING
 from lsr_scale.model import DTYPES
 
 _FLOAT32_LOGITS = 3
+VLLM_SHARE = 0.3  # of a GPU, where training.vllm_gpu_memory_utilization is not set: TRL's default
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,12 @@ class GenerationMemory:
     def peak(self) -> int:
         """The most that is allocated at any time."""
         return self.cache + max(self.prefill, self.logits)
+
+
+def vllm_share(run: RunConfig) -> float:
+    """Return the share of each GPU that vLLM has to itself, for a base of its own and its cache; 0 without it."""
+    training = run.training
+    return (training.get("vllm_gpu_memory_utilization") or VLLM_SHARE) if training.get("use_vllm") else 0.0
 
 
 def num_completions(run: RunConfig, gpus: int = 1) -> int:

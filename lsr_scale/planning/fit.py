@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from lsr_scale.config import RunConfig
 from lsr_scale.fused.memory import MARGIN
+from lsr_scale.planning.completions import vllm_share
 from lsr_scale.planning.planner import Plan, count
 from lsr_scale.planning.stages import CUDA_GIB, Memory
 
@@ -16,17 +17,20 @@ class Fit:
     """Whether a run fits a GPU's memory, in GiB.
 
     `free` is what is left beside the run's peak, while it loads or trains, and the `reserve`; negative is what is
-    missing. `nearest` is what would fit, in words, if the run does not.
+    missing. `nearest` is what would fit, in words, if the run does not. `vllm` is what vLLM has of the card to itself.
     """
 
     card: float
     reserve: float
     free: float
     nearest: str | None
+    vllm: float = 0.0
 
     def in_words(self) -> str:
         """Return it as a sentence or two."""
         reserve = f"{self.reserve:.1f} in reserve ({CUDA_GIB} for CUDA, {100 * MARGIN:.0f} % for fragments and NCCL)"
+        if self.vllm:
+            reserve += f", {self.vllm:.1f} vLLM's own"
         if self.nearest is None:
             return f"fits on a card of {self.card:.4g} GiB: {self.free:.1f} free, {reserve}"
         return (
@@ -53,11 +57,13 @@ def fit(run: RunConfig, result: Plan, card: float) -> Fit:
         result: Its plan.
         card: Memory of one GPU in GiB: the MiB that nvidia-smi shows, over 1,024.
     """
-    remaining = free(result.memory_gib, card)
+    vllm = vllm_share(run) * card
+    left = card - vllm
+    remaining = free(result.memory_gib, left)
     nearest = None
     if remaining < 0:
-        nearest = next(_fitting_changes(run, result, card), f"nothing on up to {MAX_GPUS} GPUs")
-    return Fit(card, round(reserve(card), 2), round(remaining, 2), nearest)
+        nearest = next(_fitting_changes(run, result, left), f"nothing on up to {MAX_GPUS} GPUs")
+    return Fit(card, round(reserve(left), 2), round(remaining, 2), nearest, round(vllm, 2))
 
 
 def _fitting_changes(run: RunConfig, result: Plan, card: float) -> Iterator[str]:

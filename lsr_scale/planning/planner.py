@@ -45,7 +45,7 @@ from lsr_scale.model import (
     skipped_modules,
 )
 from lsr_scale.planning import memory
-from lsr_scale.planning.completions import generation_memory
+from lsr_scale.planning.completions import generation_memory, vllm_share
 from lsr_scale.planning.sizes import adapter_file_bytes, frozen_bytes, quantized_layers
 from lsr_scale.planning.stages import GIB, Memory, RunMemory
 from lsr_scale.training.arguments import check_stage
@@ -118,8 +118,8 @@ class Counted:
 
     def on(self, gpus: int) -> Plan:
         """Return the plan of the run on each of `gpus` GPUs."""
-        of_grpo = self.run.training["method"] == "grpo"
-        generation = generation_memory(self.run, self.text_config, gpus).peak if of_grpo else 0
+        decodes = self.run.training["method"] == "grpo" and not vllm_share(self.run)
+        generation = generation_memory(self.run, self.text_config, gpus).peak if decodes else 0
         parts = replace(self.memory, gpus=gpus, generation=generation)
         stages = {**SHIPPED, "run": self.run.deepspeed.config or {}}
         keeps_weights = self.run.training["memory"] == "speed"
@@ -245,6 +245,11 @@ def count(run: RunConfig, trace: bool = True) -> Counted:
         gib = 3 * DTYPES[section.dtype].itemsize * batch.rows * batch.length * text.vocab_size / GIB
         notes.append(
             f"TRL's ORPO makes all logits where layers run unfused, which are not counted: about {gib:.1f} GiB"
+        )
+    if share := vllm_share(run):
+        notes.append(
+            f"vLLM takes {100 * share:.0f} % of each GPU beside what is counted, for a base of its own and its cache "
+            "(training.vllm_gpu_memory_utilization)"
         )
     if refusal:
         notes.append(f"the run would be refused, and is planned in bf16: {refusal}")

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import trl
 from rich.console import Console
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -13,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from lsr_scale.fused.memory import MARGIN
 from lsr_scale.generation.decoder import Decoder
 from lsr_scale.planning import fit, plan, render
-from lsr_scale.planning.completions import generation_memory
+from lsr_scale.planning.completions import generation_memory, vllm_share
 from lsr_scale.planning.stages import CUDA_GIB
 from tests.helpers.tiny_models import tiny_llama
 from tests.training.test_grpo import grpo_run
@@ -91,6 +92,23 @@ def test_a_sharded_base_is_whole_while_completions_are_generated(tmp_path):
     assert rows["zero3"].generation == pytest.approx(rows["zero2"].generation + matrices, abs=2e-4)
     assert sum(result.sharded.values()) == pytest.approx(rows["zero3"].total, abs=1e-3)
     assert rows["zero3"].weights < rows["zero2"].weights
+
+
+def test_vllm_generates_in_a_share_of_its_own_and_no_base_is_gathered_for_it(tmp_path):
+    training = {"gradient_accumulation_steps": 512, "use_vllm": True}
+    run = grpo_run(tmp_path, training=training)
+    result = plan(run, gpus=4)
+    assert {row.memory_gib.generation for row in result.table} == {0}
+    assert not any("generate" in part or "completions" in part for part in result.sharded)
+    assert vllm_share(run) == trl.GRPOConfig.vllm_gpu_memory_utilization
+    (told,) = (line for line in result.warnings if "vLLM" in line)
+    assert told.startswith("vLLM takes 30 % of each GPU beside what is counted")
+    run.training["vllm_gpu_memory_utilization"] = 0.5
+    card = 2 * (result.memory_gib.total + CUDA_GIB) / (1 - MARGIN)
+    verdict, smaller = (fit(run, result, size) for size in (card + 0.1, card - 0.1))
+    assert f", {card / 2 + 0.05:.1f} vLLM's own" in verdict.in_words()
+    assert verdict.nearest is None
+    assert smaller.free < 0
 
 
 def test_the_larger_phase_is_in_the_total(tmp_path):

@@ -14,6 +14,7 @@ from lsr_scale.adapters.peft import in_out_features
 from lsr_scale.errors import UserError
 from lsr_scale.layers.frozen_linear import quantization_of
 from lsr_scale.model import builtin
+from lsr_scale.model.architecture import snapshot_of
 from lsr_scale.model.shard import full_numel
 from lsr_scale.model.weights_digest import weights_digest
 
@@ -53,13 +54,18 @@ def base_description(model: nn.Module) -> dict[str, Any]:
 def model_description(config: Any) -> dict[str, Any]:
     """Return what of a `base_description` a model's configuration and its files say; no weights are loaded for it.
 
-    `weights_sha256` is None for a model that lies in no local folder.
+    `commit` is the hub's, of which the files in its cache are; None for a model that is not from there.
+    `weights_sha256` is None for a model whose files are not here.
     """
+    snapshot = snapshot_of(config)
     content = {key: value for key, value in config.to_diff_dict().items() if key not in _NOT_ARCHITECTURE}
     return {
         "name": builtin.name_of(config.name_or_path) or config.name_or_path,
         "config_sha256": hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest(),
-        "weights_sha256": weights_digest(config.name_or_path, getattr(config, "transformers_weights", None)),
+        "commit": None if snapshot is None else snapshot.name,
+        "weights_sha256": weights_digest(
+            snapshot or config.name_or_path, getattr(config, "transformers_weights", None)
+        ),
     }
 
 
@@ -131,9 +137,13 @@ def other_model_notes(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list
     if stored["config_sha256"] != now["config_sha256"]:
         return [f"the settings of {now['name']} are not those of {stored['name']}, which it was trained on"]
     if other_weights(stored, now):
+        commit = stored.get("commit")
+        back = f"set model.revision: {commit}" if commit else "put those back, or name their folder"
+        if commit and stored["name"] != now["name"]:
+            back = f"set model.name: {stored['name']} and model.revision: {commit}"
         return [
-            f"the weights of {now['name']} are not those that it was trained on ({stored['name']}); put those back, or "
-            "name their folder: what it learned is a difference to them"
+            f"the weights of {now['name']} are not those that it was trained on ({stored['name']}); {back}: what it "
+            "learned is a difference to them"
         ]
     return []
 

@@ -3,11 +3,13 @@
 Code from a model repository is never run.
 """
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -57,14 +59,34 @@ def load_config(name: str, revision: str | None = None) -> PreTrainedConfig:
     if isinstance(cached, str):
         _check_config_file(name, Path(cached).parent)
     try:
-        return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False, local_files_only=True)
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False, local_files_only=True)
+        return with_commit(config, name, revision)
     except Exception:  # not in the cache, or not readable there: the hub's own answer is the one to report
         pass
     config = known_config(name) if revision is None else None
     if config is not None:
         return config
     with explain_load_errors(name, revision, "its config.json"):
-        return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+    return with_commit(config, name, revision)
+
+
+def with_commit(config: PreTrainedConfig, name: str, revision: str | None) -> PreTrainedConfig:
+    """Keep in a hub model's configuration which commit of it the hub's cache has, where no configuration is saved."""
+    cached = try_to_load_from_cache(name, "config.json", revision=revision)
+    if isinstance(cached, str):
+        config._commit_hash = Path(cached).parent.name  # pyright: ignore[reportAttributeAccessIssue]
+    return config
+
+
+def snapshot_of(config: PreTrainedConfig) -> Path | None:
+    """Return the folder in the hub's cache that has the files of a model's commit; None where it is not from there."""
+    commit = getattr(config, "_commit_hash", None)
+    with suppress(HFValidationError):  # that of random weights, which are none of the hub's
+        name = str(config.name_or_path)
+        cached = try_to_load_from_cache(name, "config.json", revision=commit) if commit else None
+        return Path(cached).parent if isinstance(cached, str) else None
+    return None
 
 
 def _check_config_file(name: str, folder: Path) -> None:

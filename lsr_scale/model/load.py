@@ -20,7 +20,15 @@ from lsr_scale.distributed import local_rank
 from lsr_scale.errors import UserError, did_you_mean
 from lsr_scale.kernels.attention import disable_cudnn_in_sdpa
 from lsr_scale.layers.frozen_linear import freeze_quantized
-from lsr_scale.model.architecture import DTYPES, Task, head_modules, load_config, meta_model, model_class
+from lsr_scale.model.architecture import (
+    DTYPES,
+    Task,
+    head_modules,
+    load_config,
+    meta_model,
+    model_class,
+    with_commit,
+)
 from lsr_scale.model.dtype import chosen_dtype
 from lsr_scale.model.folder_checks import check_weights, read_json
 from lsr_scale.model.gather import gather_on_use, replicate
@@ -135,6 +143,8 @@ def load_base(
                     **kwargs,
                 )
                 shard(model)
+            if not Path(path).is_dir():
+                with_commit(model.config, path, revision)
             _check_complete(name, model, report, task, say, head_from_adapter)
             _check_shapes(name, model, empty)
             for module in model.modules():

@@ -6,6 +6,7 @@ import shutil
 import peft
 import pytest
 import torch
+from huggingface_hub import constants
 
 from lsr_scale import LsrConfig
 from lsr_scale.adapters.identity import base_description, check_base, model_description
@@ -66,6 +67,38 @@ def test_other_weights_under_the_same_settings_are_told_and_other_files_of_the_s
     assert line.startswith(f"the weights of {tmp_path} are not those that it was trained on ({folder}); put those back")
     del stored["weights_sha256"]  # of an earlier release
     assert check_base(stored, load_base(str(tmp_path), quantization="nf4", device=CPU), "adapter") == []
+
+
+def test_another_commit_of_a_hubs_model_is_told_where_its_weights_differ(folder, tmp_path, monkeypatch):
+    repository = tmp_path / "hub" / "models--someone--model"
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+
+    def push(commit, model=None):
+        """Have the cache hold a commit, the newest of the branch main."""
+        snapshot = shutil.copytree(folder, repository / "snapshots" / commit)
+        if model is not None:
+            model.save_pretrained(snapshot)
+        (repository / "refs").mkdir(exist_ok=True)
+        (repository / "refs" / "main").write_text(commit)
+        return load_base("someone/model", quantization="nf4", device=CPU)
+
+    stored = base_description(push("a" * 40))
+    assert (stored["name"], stored["commit"]) == ("someone/model", "a" * 40)
+    local = base_description(load_base(folder, quantization="nf4", device=CPU))
+    assert (local["commit"], local["weights_sha256"]) == (None, stored["weights_sha256"])
+    assert model_description(load_config("someone/model")).items() <= stored.items()
+    assert check_base(stored, push("b" * 40), "adapter") == [], "another README is no other base"
+    changed = tiny_llama(torch.bfloat16)
+    with torch.no_grad():
+        changed.model.layers[0].mlp.up_proj.weight.add_(0.01)
+    (line,) = check_base(stored, push("c" * 40, changed), "adapter")
+    assert line.startswith("the weights of someone/model are not those that it was trained on (someone/model); set mod")
+    assert f"set model.revision: {'a' * 40}: what" in line
+    back = load_base("someone/model", revision="a" * 40, quantization="nf4", device=CPU)
+    assert check_base(stored, back, "adapter") == []
+    changed.save_pretrained(tmp_path / "local")
+    (line,) = check_base(stored, load_base(str(tmp_path / "local"), quantization="nf4", device=CPU), "adapter")
+    assert f"set model.name: someone/model and model.revision: {'a' * 40}: what" in line
 
 
 def test_files_that_transformers_never_opens_are_no_other_weights(folder, tmp_path):

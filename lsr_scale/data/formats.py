@@ -7,7 +7,7 @@ training has one more supervised token (the model learns to stop after the answe
 says which completion is preferred is `preferences`'.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from lsr_scale.config.methods import METHODS
@@ -27,7 +27,7 @@ from lsr_scale.data.labels import Labels, number_of
 from lsr_scale.data.prompt_forms import scored_pair
 from lsr_scale.data.rows import Row, RowError, Rows, text_of
 from lsr_scale.data.sources import load_rows
-from lsr_scale.data.tasks import detect_task, is_uniform, to_example
+from lsr_scale.data.tasks import Example, detect_task, is_uniform, to_example
 from lsr_scale.errors import UserError, did_you_mean, first_line
 
 if TYPE_CHECKING:
@@ -129,9 +129,18 @@ def multiple_choice_record(row: Row, task: str | None = None) -> dict[str, str]:
     Raises:
         RowError: The row does not fit; the message does not say where it stands.
     """
-    example = to_example(row, task)
+    return _of_question(to_example(row, task))
+
+
+def _of_question(example: Example) -> dict[str, str]:
     prompt, completion = scored_pair(example.contexts[example.answer], example.continuations[example.answer])
     return {"prompt": prompt, "completion": completion}
+
+
+def question_records(examples: Iterable[Example], kind: Kind) -> list[dict[str, Any]]:
+    """Return questions as rows of a kind would have them; none of a kind that is not made of scored texts."""
+    convert = {"prompt_completion": _of_question, **preferences.OF_QUESTIONS}.get(kind)
+    return [] if convert is None else [convert(example) for example in examples]
 
 
 def fitting_formats(row: Row, method: str | None = None) -> list[str]:

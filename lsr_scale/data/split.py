@@ -1,4 +1,5 @@
-"""Held-out rows by hash (`data.validation_split`): a row's side depends on what it says and on nothing else.
+"""Held-out rows by hash (`data.validation_split`): a row's side depends on what it says and on nothing else; and which
+rows that are given as held out are trained on.
 
 So equal rows are on one side, and a row stays on its side when rows, sources or processes are added, taken away or
 reordered. `datasets`' own `train_test_split` draws by position.
@@ -6,6 +7,7 @@ reordered. `datasets`' own `train_test_split` draws by position.
 
 import hashlib
 import json
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from lsr_scale.errors import UserError
@@ -27,7 +29,7 @@ def split_by_hash(dataset: "Dataset", share: float) -> tuple["Dataset", "Dataset
     Raises:
         UserError: if all rows are equal.
     """
-    places = [_place(row) for row in dataset]  # pyright: ignore[reportArgumentType]
+    places = [_number(row) / 2**64 for row in dataset]  # pyright: ignore[reportArgumentType]
     distinct = sorted(set(places))
     if len(distinct) < 2:
         raise UserError(
@@ -39,14 +41,34 @@ def split_by_hash(dataset: "Dataset", share: float) -> tuple["Dataset", "Dataset
     return _rows(dataset, [not held for held in held_out]), _rows(dataset, held_out)
 
 
-def _place(row: dict[str, Any]) -> float:
-    """Return a number from 0 to 1 for a row by its text; of one with a label, by what is to be classified.
+def note_shared(train: "Dataset", held_out: Mapping[str, Iterable[Mapping[str, Any]]]) -> list[str]:
+    """Return, in a line for each part, how many held-out rows are trained on: nothing where none is.
+
+    Args:
+        train: The rows to train on.
+        held_out: The parts' rows by what they are called ("data.validation"), converted as those to train on are.
+    """
+    numbers = {where: [_number(row) for row in rows] for where, rows in held_out.items()}
+    wanted = {number for part in numbers.values() for number in part}
+    # the held-out rows' alone are kept: those to train on may be many
+    found = wanted.intersection(map(_number, train if wanted else ()))  # pyright: ignore[reportArgumentType]
+    shared = {where: sum(number in found for number in part) for where, part in numbers.items()}
+    return [
+        f"{where}: shares {count:,} of its {len(numbers[where]):,} rows with data.train: what is measured on them "
+        "tells what was memorized; remove them from one of the two"
+        for where, count in shared.items()
+        if count
+    ]
+
+
+def _number(row: Mapping[str, Any]) -> int:
+    """Return a number below 2**64 for a row by its text; of one with a label, by what is to be classified.
 
     Where a row stands (`row`, of prompts) does not count: that is another once its file is moved or has a line more.
     """
     content = {name: value for name, value in row.items() if name not in ("label", "row")}
     text = json.dumps(_without_nulls(content), sort_keys=True, ensure_ascii=True)
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
 def _without_nulls(value: Any) -> Any:

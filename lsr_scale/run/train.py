@@ -17,6 +17,8 @@ from lsr_scale.adapters.save_and_load import check_base_of, save_adapter, weight
 from lsr_scale.config import RunConfig
 from lsr_scale.config.methods import METHODS
 from lsr_scale.config.training import compared_by, lower_is_better
+from lsr_scale.data.formats import question_records
+from lsr_scale.data.split import note_shared
 from lsr_scale.data.tasks import Example
 from lsr_scale.errors import UserError
 from lsr_scale.exporting.as_lora import save_as_lora
@@ -111,6 +113,9 @@ def train(
         encode = EncodesOnce() if shared is None else shared.encode
         stop = StopOnSignal(say, shared and shared.signals, stop_after_step)
         data, trainer, samples = _prepare(start, stop, say, quiet, shared)
+        asked = {f"eval.tasks, {task}": question_records(examples, data.kind) for task, examples in tasks.items()}
+        for line in note_shared(data.train, asked):
+            say(f"note: {line}")
         start = dataclasses.replace(start, run=with_labels(start.run, data.labels))
         _begin_folder(start, data, say)
         _announce_training(start.run, trainer, say)

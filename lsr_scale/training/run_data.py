@@ -14,7 +14,7 @@ from lsr_scale.data.formats import Kind, build_dataset, load_source
 from lsr_scale.data.labels import Labels
 from lsr_scale.data.model_limits import check_model_limits, check_token_id, num_positions, stated_length
 from lsr_scale.data.prompts import EncodedPrompt, encode_prompts, load_prompts
-from lsr_scale.data.split import split_by_hash
+from lsr_scale.data.split import note_shared, split_by_hash
 from lsr_scale.data.token_counts import TokenCounts
 from lsr_scale.data.tokenizer_setup import row_check
 from lsr_scale.errors import UserError
@@ -94,6 +94,8 @@ def read_data(
                 f"data.validation: is {other}, but data.train is {kind}; give rows of one kind (format: alpaca_chat "
                 "makes conversations of rows in Alpaca's columns)"
             )
+        for line in note_shared(train, {"data.validation": validation}):  # pyright: ignore[reportArgumentType]
+            say(f"note: {line}")
     elif run.data.validation_split:
         train, validation = split_by_hash(train, run.data.validation_split)
         say(

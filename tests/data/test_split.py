@@ -7,8 +7,9 @@ import pytest
 from lsr_scale import UserError
 from lsr_scale.data.answered_prompts import PromptForm
 from lsr_scale.data.cache import digest
-from lsr_scale.data.formats import build_dataset
-from lsr_scale.data.split import split_by_hash
+from lsr_scale.data.formats import build_dataset, load_source, question_records
+from lsr_scale.data.split import note_shared, split_by_hash
+from lsr_scale.data.tasks import examples
 from tests.helpers.run_text import MINIMAL, load, problem
 from tests.helpers.tiny_runs import labelled, questions, write_rows
 
@@ -123,6 +124,34 @@ def test_the_rows_that_are_held_out_are_the_same_from_release_to_release(tmp_pat
     assert held["prompt"][:] == ["Question: What sews cloth?\nAnswer:", "Question: What drives nails?\nAnswer:"]
     held = split_by_hash(dataset(tmp_path, labelled()[:10]), 0.3)[1]
     assert held["sentence1"][:] == ["a needle sews cloth", "a ladle serves soup", "a spade digs holes"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_held_out_rows_that_are_trained_on_are_counted(tmp_path, kind):
+    rows = KINDS[kind]
+    train, held, other = (
+        dataset(tmp_path / f"{n}", part) for n, part in enumerate((rows[:150], rows[148:], rows[150:]))
+    )
+    parts = {"data.validation": held, "eval.tasks, one": [held[0], held[0], held[9]], "eval.tasks, two": other}
+    assert note_shared(train, parts) == [
+        f"{where}: shares {shared} rows with data.train: what is measured on them tells what was memorized; remove "
+        "them from one of the two"
+        for where, shared in (("data.validation", "2 of its 52"), ("eval.tasks, one", "2 of its 3"))
+    ]
+    assert note_shared(train, {"data.validation": other}) == []
+    rest, split = split_by_hash(train, 0.2)
+    assert note_shared(rest, {"data.validation": split}) == []
+
+
+@pytest.mark.parametrize(("kind", "method"), [("prompt_completion", "sft"), ("preference", "dpo"), ("unpaired", "kto")])
+def test_questions_that_are_trained_on_are_counted_whatever_they_become(tmp_path, kind, method):
+    source = write_rows(tmp_path / "questions.jsonl", questions(6))
+    train, read_as = build_dataset([{"path": source, "limit": 4}], model_task="causal_lm", method=method)
+    assert read_as == kind
+    asked = question_records(examples(load_source(source, None)), kind)
+    (note,) = note_shared(train, {"eval.tasks, questions": asked})
+    assert note.startswith("eval.tasks, questions: shares 4 of its 6 rows with data.train")
+    assert question_records(examples(load_source(source, None)), "messages") == []
 
 
 @pytest.mark.parametrize("share", ["0", "1", "-0.1", "1.5", "'5%'", "true", ".nan"])

@@ -429,6 +429,16 @@ def test_rows_that_lose_all_supervision_are_an_error_where_none_is_left(place, t
     assert not (tmp_path / "run").exists()
 
 
+def test_held_out_rows_and_questions_that_are_trained_on_are_said(place, tmp_path, capsys):
+    source = str(place / "questions.jsonl")
+    train(run_in(place, tmp_path / "run", data={"train": [source], "validation": [{"path": source, "limit": 2}]}))
+    notes = [line for line in capsys.readouterr().out.splitlines() if "rows with data.train" in line]
+    assert [note.partition(" rows")[0] for note in notes] == [
+        "note: data.validation: shares 2 of its 2",
+        "note: eval.tasks, questions: shares 6 of its 6",
+    ]
+
+
 def test_two_sources_of_one_name_are_scored_apart(place, tmp_path):
     names = [str(place / "questions.jsonl")] * 2
     done = do(run_in(place, tmp_path, eval={"tasks": names, "limit": 2, "before": False}))

@@ -83,6 +83,7 @@ def _of_sweep(sweep: "Sweep", args: argparse.Namespace) -> int:
     """Print the plan of a sweep's largest trial, and what several take together."""
     from lsr_scale.planning import render
     from lsr_scale.planning.together import plan_together
+    from lsr_scale.training.steps.sharing import alone_words
 
     if args.gpus:
         raise UserError("--gpus: each trial of a sweep is trained on one GPU; leave it out")
@@ -90,7 +91,7 @@ def _of_sweep(sweep: "Sweep", args: argparse.Namespace) -> int:
     card = args.card_gib or _own_card_gib()
     if args.json:
         together = {"trial": result.trial, "together_gib": result.totals(), "fit": card and result.most(card)}
-        together |= {"alone_because": result.alone_because or result.others}
+        together |= {"alone_because": result.alone_because, "alone": result.alone}
         print(json.dumps({**asdict(result.one), **together}, indent=2))
         return 0
     console = Screen()
@@ -102,8 +103,8 @@ def _of_sweep(sweep: "Sweep", args: argparse.Namespace) -> int:
     else:
         totals = ", ".join(f"{number}: {gib:.2f} GiB" for number, gib in result.totals().items())
         console.print(f"trials that share a step: {totals}", soft_wrap=True)
-        if result.others:
-            console.print(result.others, soft_wrap=True)
+        if result.alone:
+            console.print(alone_words(result.alone), soft_wrap=True)
     if card and result.one.traced:
         number = result.most(card)
         fits = "it fits" if result.alone_because else f"{number} share a step"

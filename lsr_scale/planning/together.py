@@ -3,14 +3,14 @@
 A further trial adds its rows to the batch, and its adapter with gradients and AdamW's moments; the base stays one.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from lsr_scale.config.deepspeed import SHIPPED, beyond_a_trial
 from lsr_scale.config.trials import Sweep
 from lsr_scale.planning.fit import reserve
 from lsr_scale.planning.planner import Plan, plan
 from lsr_scale.planning.stages import GIB
-from lsr_scale.training.steps.sharing import alone_words, own_fallback_reason, sharing_fallback_reason
+from lsr_scale.training.steps.sharing import alone_reasons, sharing_fallback_reason
 
 _BYTES_PER_PARAMETER = 4 * 4  # a float32 factor, its gradient and two moments
 
@@ -20,7 +20,7 @@ class TogetherPlan:
     """The plan of a sweep's largest trial, and what each further one of its size adds, in GiB.
 
     `alone_because` is why trials cannot share a step, as far as runs tell; then one is in memory at a time. Where some
-    can, `num_sharing` is how many, and `others` tells why the others are trained alone.
+    can, `num_sharing` is how many, and `alone` has the names of the others, and why they cannot.
     """
 
     trial: str
@@ -29,7 +29,7 @@ class TogetherPlan:
     further_gib: float
     num_sharing: int
     alone_because: str | None = None
-    others: str | None = None
+    alone: dict[str, str] = field(default_factory=dict)
 
     def gib(self, number: int) -> float:
         """Return what so many take."""
@@ -58,8 +58,8 @@ def plan_together(sweep: Sweep) -> TogetherPlan:
     adapters = {str(trial.run.adapter.model_dump()): trial for trial in sweep.trials}
     sizes = {name: plan(trial.run, trace=False).trainable_parameters for name, trial in adapters.items()}
     largest = adapters[max(sizes, key=lambda name: sizes[name])]
-    one, others = plan(largest.run), alone_words({trial.name: trial.run for trial in sweep.trials})
-    sharing = [trial.run for trial in sweep.trials if others is None or own_fallback_reason(trial.run) is None]
+    one, alone = plan(largest.run), alone_reasons({trial.name: trial.run for trial in sweep.trials})
+    sharing = [trial.run for trial in sweep.trials if trial.name not in alone]
     alone_because = sharing_fallback_reason(sharing)
     one = replace(one, table=[row for row in one.table if not beyond_a_trial(SHIPPED[row.stage])], sharded={})
     if alone_because:
@@ -70,4 +70,4 @@ def plan_together(sweep: Sweep) -> TogetherPlan:
     )
     work = [part.memory_gib.activations + part.memory_gib.workspace for part in (one, twice)]
     further = work[1] - work[0] + one.trainable_parameters * _BYTES_PER_PARAMETER / GIB
-    return TogetherPlan(largest.name, len(sweep.trials), one, further, len(sharing), others=others)
+    return TogetherPlan(largest.name, len(sweep.trials), one, further, len(sharing), alone=alone)

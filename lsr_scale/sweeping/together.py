@@ -31,9 +31,9 @@ from lsr_scale.training.shared import Shared
 from lsr_scale.training.steps.joint import JointStep, Member
 from lsr_scale.training.steps.meeting import Meet
 from lsr_scale.training.steps.sharing import (
+    alone_reasons,
     alone_words,
     base_fallback_reason,
-    own_fallback_reason,
     runs_fused,
     sharing_fallback_reason,
 )
@@ -82,12 +82,10 @@ def choose(sweep: Sweep, plans: Sequence[TrialPlan], bases: Bases, rows: TrialRo
     wanted = sweep.section.together
     if wanted == 1 or len(plans) < 2:
         return Choice(1, "")
-    alone = alone_words({plan.name: plan.run for plan in plans})
-    if alone is None:
-        return _of_all(sweep, plans, bases, rows)
-    sharing = [plan for plan in plans if own_fallback_reason(plan.run) is None]
-    choice = _of_all(sweep, sharing, bases, rows)
-    return replace(choice, why="; ".join(filter(None, (choice.why, alone)))) if choice.number > 1 else choice
+    alone = alone_reasons({plan.name: plan.run for plan in plans})
+    choice = _of_all(sweep, [plan for plan in plans if plan.name not in alone], bases, rows)
+    words = "; ".join(filter(None, (choice.why, alone_words(alone))))
+    return replace(choice, why=words) if choice.number > 1 else choice
 
 
 def _of_all(sweep: Sweep, plans: Sequence[TrialPlan], bases: Bases, rows: TrialRows) -> Choice:

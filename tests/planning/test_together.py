@@ -67,6 +67,11 @@ def test_trials_that_share_no_step_are_counted_out(tmp_path, capsys):
     assert "trials that share a step: 1: " in shown
     assert "trained alone, as they share no step: dropout=0.1,rank=2, dropout=0.1,rank=16 (adapter.dropout" in shown
     assert "on a card of 24 GiB 2 share a step" in shown
+    assert main(["plan", str(file), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["alone_because"] is None, "some share steps"
+    assert list(found["alone"]) == ["dropout=0.1,rank=2", "dropout=0.1,rank=16"]
+    assert all(reason.startswith("adapter.dropout is not 0") for reason in found["alone"].values())
 
 
 def test_trials_that_cannot_share_a_step_are_planned_one_after_the_other(tmp_path, capsys):
@@ -82,3 +87,4 @@ def test_trials_that_cannot_share_a_step_are_planned_one_after_the_other(tmp_pat
     found = json.loads(capsys.readouterr().out)
     assert (found["fit"], list(found["together_gib"])) == (0, ["1"])
     assert found["alone_because"].startswith("training.compute: fp8")
+    assert found["alone"] == {}

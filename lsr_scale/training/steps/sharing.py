@@ -57,14 +57,19 @@ def sharing_fallback_reason(runs: Sequence[RunConfig]) -> str | None:
     return None
 
 
-def alone_words(runs: Mapping[str, RunConfig]) -> str | None:
-    """Return which of some runs, by their names, share no step, and why, where others do; else None."""
+def alone_reasons(runs: Mapping[str, RunConfig]) -> dict[str, str]:
+    """Return which of some runs, by their names, share no step, and why, where others can; nothing where none can."""
+    reasons = {name: reason for name, run in runs.items() if (reason := own_fallback_reason(run)) is not None}
+    return reasons if len(runs) - len(reasons) > 1 else {}
+
+
+def alone_words(alone: Mapping[str, str]) -> str:
+    """Return in words what `alone_reasons` does, "" for nothing."""
     named: dict[str, list[str]] = {}
-    for name, run in runs.items():
-        if reason := own_fallback_reason(run):
-            named.setdefault(reason, []).append(name)
-    if not named or len(runs) - sum(map(len, named.values())) < 2:
-        return None
+    for name, reason in alone.items():
+        named.setdefault(reason, []).append(name)
+    if not named:
+        return ""
     reasons = [f"{_some(names)} ({reason})" for reason, names in named.items()]
     return f"trained alone, as they share no step: {', '.join(reasons)}"
 

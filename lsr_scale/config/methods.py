@@ -132,7 +132,7 @@ METHODS: dict[str, TrainingMethod] = {
         "trainer.sft_config.SFTConfig",
         ("prompt_completion", "chat_prompt_completion", "messages", "text"),
         _SFT,
-        scaled_by=("assistant_only_loss", "completion_only_loss", "label_smoothing_factor"),
+        scaled_by=("loss_type", "assistant_only_loss", "completion_only_loss", "label_smoothing_factor"),
     ),
     "dpo": TrainingMethod(
         "trainer.dpo_config.DPOConfig",
@@ -142,7 +142,9 @@ METHODS: dict[str, TrainingMethod] = {
         has_reference=True,
         sequences=2,
         evaluated=(*_REWARDS, "rewards/accuracies", "mean_token_accuracy", "entropy"),
-        scaled_by=("beta", "label_smoothing", "loss_weights", "ld_alpha", "f_divergence_type", "discopop_tau"),
+        scaled_by=(
+            *("loss_type", "beta", "label_smoothing", "loss_weights", "ld_alpha", "f_divergence_type", "discopop_tau"),
+        ),
         choices=_OF_DPO,
     ),
     "kto": TrainingMethod(
@@ -152,7 +154,7 @@ METHODS: dict[str, TrainingMethod] = {
         _NO_REFERENCE,
         has_reference=True,
         evaluated=(*_REWARDS, "kl", "entropy"),
-        scaled_by=("beta", "desirable_weight", "undesirable_weight"),
+        scaled_by=("loss_type", "beta", "desirable_weight", "undesirable_weight"),
     ),
     "orpo": TrainingMethod(
         "experimental.orpo.orpo_config.ORPOConfig",

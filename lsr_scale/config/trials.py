@@ -30,9 +30,11 @@ from lsr_scale.config.training import EVALUATED, Task, training_model
 from lsr_scale.errors import UserError, did_you_mean, quoted
 
 # Of training: trials that share a step are rows of one batch, which goes through one model in one way.
-MUST_AGREE = (
+_OF_A_STEP = (
     *("max_length", "per_device_train_batch_size", "gradient_accumulation_steps"),
     *("packing", "packing_strategy", "padding_free", "pad_to_multiple_of", "loss_type"),
+)
+_OF_THE_BASE = (
     *("fused", "compute", "keep_in_bf16", "compute_tolerance", "memory", "cuda_graphs", "gradient_checkpointing"),
     *("activation_checkpointing", "use_liger_kernel", "torch_compile", "ddp_timeout"),
 )
@@ -272,19 +274,27 @@ def _check_different(trials: list[TrialPlan]) -> None:
 def _check_agree(trials: list[TrialPlan], section: SweepSection, where: str, places: yaml_text.Places) -> None:
     """Refuse trials that differ in what they must agree in."""
     first = trials[0]
-    names = [*MUST_AGREE, *(["seed"] if first.run.model.random_weights else [])]
+    of_the_base = [*_OF_THE_BASE, *(["seed"] if first.run.model.random_weights else [])]
+    shares = section.together != 1 and any(_may_share(trial.run) for trial in trials)
     for trial in trials[1:]:
-        for name in [*_own_of_methods(first, trial, names), *names]:
+        names = [*_OF_A_STEP, *of_the_base] if shares else of_the_base
+        for name in [*_own_of_methods(first, trial, [*_OF_A_STEP, *of_the_base]), *names]:
             one, other = (run.training.get(name) for run in (first.run, trial.run))
             if one != other:
                 key = f"training.{name}"
                 place = yaml_text.place_of(_place_in(section, key, other), places, where)
-                why = _WHY_AGREE.get(name, "they share steps of one base")
+                why = "they share steps of one base" if name in _OF_A_STEP else "they are trained on one base"
+                why = _WHY_AGREE.get(name, why)
                 raise UserError(
                     f"{place}: sweep: {key} has to be the same in all trials, as {why}: it is {quoted(one)} in "
                     f"{first.name} and {quoted(other)} in {trial.name}; make a sweep of its own for each, with --set "
-                    f"{key}=..."
+                    f"{key}=...{', or set sweep.together: 1' if name in _OF_A_STEP else ''}"
                 )
+
+
+def _may_share(run: RunConfig) -> bool:
+    """Tell whether a run is of the kind that can share steps, as far as its method tells (`training.steps.sharing`)."""
+    return run.model.task == "causal_lm" and run.training["method"] == "sft"
 
 
 _WHY_AGREE = {

@@ -5,7 +5,9 @@ A further trial adds its rows to the batch, and its adapter with gradients and A
 
 from dataclasses import dataclass, field, replace
 
+from lsr_scale.config import RunConfig
 from lsr_scale.config.deepspeed import SHIPPED, beyond_a_trial
+from lsr_scale.config.training import longest_row
 from lsr_scale.config.trials import Sweep
 from lsr_scale.planning.fit import reserve
 from lsr_scale.planning.planner import Plan, plan
@@ -19,6 +21,7 @@ _BYTES_PER_PARAMETER = 4 * 4  # a float32 factor, its gradient and two moments
 class TogetherPlan:
     """The plan of a sweep's largest trial, and what each further one of its size adds, in GiB.
 
+    The largest has the most tokens at a time, and of those the most parameters.
     `alone_because` is why trials cannot share a step, as far as runs tell; then one is in memory at a time. Where some
     can, `num_sharing` is how many, and `alone` has the names of the others, and why they cannot.
     """
@@ -49,15 +52,21 @@ class TogetherPlan:
         return min(self.num_sharing, 1 + int(left / self.further_gib))
 
 
+def _size_key(run: RunConfig) -> str:
+    """Return a text that is the same for runs, of one base, with as many tokens at a time and parameters."""
+    rows = run.training["per_device_train_batch_size"], longest_row(run.training), run.training.get("packing")
+    return str((run.adapter.model_dump(), run.training["method"], *rows))
+
+
 def plan_together(sweep: Sweep) -> TogetherPlan:
     """Return what a sweep's trials take; nothing is loaded.
 
     Raises:
         UserError: as `plan`.
     """
-    adapters = {str(trial.run.adapter.model_dump()): trial for trial in sweep.trials}
-    sizes = {name: plan(trial.run, trace=False).trainable_parameters for name, trial in adapters.items()}
-    largest = adapters[max(sizes, key=lambda name: sizes[name])]
+    kinds = {_size_key(trial.run): trial for trial in sweep.trials}
+    plans = {name: plan(trial.run, trace=False) for name, trial in kinds.items()}
+    largest = kinds[max(plans, key=lambda name: (plans[name].tokens_per_gpu, plans[name].trainable_parameters))]
     one, alone = plan(largest.run), alone_reasons({trial.name: trial.run for trial in sweep.trials})
     sharing = [trial.run for trial in sweep.trials if trial.name not in alone]
     alone_because = sharing_fallback_reason(sharing)

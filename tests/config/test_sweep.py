@@ -263,7 +263,38 @@ def test_what_trials_must_agree_in_is_named_with_both_values(problem, key, value
     assert f"run.yaml:8: sweep: training.{key} has to be the same in all trials" in found
     assert f"it is {first} in " in found
     assert f" and {second} in " in found
-    assert f"make a sweep of its own for each, with --set training.{key}=..." in found
+    other = "" if key == "compute" else ", or set sweep.together: 1"
+    assert found.endswith(f"make a sweep of its own for each, with --set training.{key}=...{other}")
+
+
+@pytest.mark.parametrize(
+    ("training", "section"),
+    [
+        ("method: dpo", "grid: {training.loss_type: [[sigmoid], [ipo]], training.per_device_train_batch_size: [2, 4]}"),
+        (
+            "method: grpo, reward: [exact_answer]",
+            "grid: {training.gradient_accumulation_steps: [2, 4], training.loss_type: [grpo, dapo]}",
+        ),
+        ("max_length: 64", "together: 1\n  grid: {training.max_length: [64, 128], training.packing: [true, false]}"),
+    ],
+)
+def test_trials_that_share_no_step_may_differ_in_what_a_step_has_in_common(problem, read, training, section):
+    run = f"{MINIMAL}training: {{{training}}}\n"
+    assert len(read(section, run).trials) == 4
+    compute = section.replace("grid: {", "grid: {training.memory: [speed, save], ")
+    found = problem(compute, run)
+    assert "training.memory has to be the same in all trials, as they are trained on one base: it is 'speed'" in found
+    assert "sweep.together" not in found
+
+
+def test_classifiers_may_differ_in_the_rows_a_step(read):
+    run = MINIMAL.replace("some/model", "some/model\n  task: seq_cls\n  num_labels: 2")
+    assert len(read("grid: {training.per_device_train_batch_size: [4, 8]}", run).trials) == 2
+
+
+def test_losses_of_other_types_are_not_defined_alike(read):
+    (note,) = read("grid: {training.loss_type: [[sigmoid], [ipo]]}", f"{MINIMAL}training: {{method: dpo}}\n").notes()
+    assert note.startswith("trials differ in training.loss_type, so their losses are not defined alike")
 
 
 def test_seeds_agree_where_they_draw_the_base(problem, read):

@@ -28,6 +28,14 @@ def test_the_largest_trial_is_planned(planned):
     assert planned.one.trainable_parameters == max(16 * (576 + out) for out in (576,)) * 30 + 16 * (576 + 192) * 30
 
 
+def test_of_trials_that_share_no_step_the_one_with_the_most_tokens_is_planned():
+    section = {"together": 1, "list": [{"training.max_length": 128, "adapter.rank": 2}, {"adapter.rank": 16}]}
+    result = plan_together(sweep_from_dict({**RUN, "sweep": section}))
+    assert (result.trial, result.one.tokens_per_gpu) == ("max_length=128,rank=2", 2 * 128)
+    assert result.num_sharing == 1
+    assert result.alone_because is not None
+
+
 def test_each_further_one_adds_less_than_the_first(planned):
     totals = planned.totals()
     assert list(totals) == [1, 2, 3]

@@ -494,6 +494,16 @@ def test_trials_that_cannot_share_steps_are_trained_one_after_the_other_and_it_i
     assert "note: trials are trained one after the other, as they cannot share steps: adapter.dropout is not 0" in said
 
 
+def test_trials_that_share_no_step_may_take_as_many_rows_a_step_as_they_like(place, tmp_path):
+    values = {"training.per_device_train_batch_size": [1, 2], "training.loss_type": ["nll", "dft"]}
+    sweep = tiny_sweep(place, tmp_path / "sweep", {"grid": values, "together": 1}, max_steps=2)
+    folder = run_sweep(sweep, quiet=True)
+    for trial in sweep.trials:
+        alone = trial.run.training | {"output_dir": str(tmp_path / trial.name)}
+        expected = do(trial.run.model_copy(update={"training": alone}))
+        assert same(factors(expected), factors(folder.trial(trial.name)))
+
+
 def test_a_machine_without_fp8_is_told_so_once_before_a_folder_is_made(place, tmp_path, monkeypatch):
     monkeypatch.setattr(compute, "fp8_fallback_reason", lambda device: "the GPU has compute capability 8.0")
     given = sections(place, tmp_path / "sweep", {"grid": {"training.seed": [1, 2]}})

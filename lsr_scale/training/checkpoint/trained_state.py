@@ -31,6 +31,8 @@ def collect(trainer: Trainer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     zero = _zero_optimizer(trainer)
     flats = _flats(zero) if zero else {}
     plain = {} if zero else _plain_state(trainer)
+    if zero:
+        _link_state(zero)
     tensors: dict[str, torch.Tensor] = {}
     scalars: dict[str, Any] = {}
     for name, parameter in _trained(trainer):
@@ -188,6 +190,18 @@ def _flats(zero: Any) -> dict[int, torch.Tensor]:
     return {id(parameter): flat for flat, group in zip(flats, groups, strict=True) for parameter in group}
 
 
+def _link_state(zero: Any) -> None:
+    """Have each parameter find its share of the optimizer's state.
+
+    DeepSpeed does so once, after the first step of the first group, when the others have no state: those that are not
+    decayed, or LoRA+'s second factors.
+    """
+    from deepspeed.utils import lazy_init_hp_params_optimizer_state
+
+    for flat, group in zip(zero.single_partition_of_fp32_groups, zero.bit16_groups, strict=True):
+        lazy_init_hp_params_optimizer_state(group, flat, zero.optimizer.state)
+
+
 def _from_zero(
     zero: Any, name: str, parameter: torch.nn.Parameter, flat: torch.Tensor
 ) -> tuple[torch.Tensor, dict[str, Any]]:
@@ -226,7 +240,7 @@ def _into_zero(zero: Any, trainer: Trainer, states: dict[str, dict[str, Any]]) -
                 held[key] = value.to(flat.device) if fused else value.clone()
             elif key not in held:
                 held[key] = torch.zeros_like(flat)
-    zero._lazy_init_hp_params_optimizer_state()  # what ZeRO-1 and 2 do after their first step
+    _link_state(zero)
     for name, parameter in _trained(trainer):
         for key, value in states[name].items():
             if isinstance(value, torch.Tensor) and value.shape == parameter.shape:

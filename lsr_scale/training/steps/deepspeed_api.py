@@ -23,9 +23,9 @@ SIGNATURES: dict[str, tuple[str, ...] | None] = {
     f"{_ZERO}.get_gradient_for_reduction": ("self", "param"),
     f"{_ZERO}.step": ("self", "closure"),
     f"{_ZERO}._update_model_bit16_weights": ("self", "group_index"),
-    f"{_ZERO}._lazy_init_hp_params_optimizer_state": ("self",),
     "deepspeed.runtime.zero.stage_1_and_2:GradPartitionBufferGroup": ("grad_buffers", "flat_partition"),
     "deepspeed.runtime.base_optimizer:ZeROOptimizer": None,  # isinstance
+    "deepspeed.utils:lazy_init_hp_params_optimizer_state": ("lp_param_list", "flat_hp_partition", "optimizer_state"),
     "deepspeed.utils:safe_get_full_fp32_param": ("param",),
     "deepspeed.utils:safe_get_full_optimizer_state": ("param", "optim_state_key"),
     "deepspeed.utils:safe_set_full_fp32_param": ("param", "value"),

@@ -8,7 +8,7 @@ from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny_models import two_processes
 from tests.helpers.tiny_runs import save_llama, tiny_run
 from tests.ranks.run_after_run import EXACT
-from tests.ranks.two_ranks_optimizers import RUNS, START, summary
+from tests.ranks.two_ranks_optimizers import RUNS, summary
 from tests.ranks.two_ranks_sharding import DEFAULT, first_trainer
 
 pytestmark = [pytest.mark.slow, two_processes]
@@ -33,7 +33,8 @@ def seen(place):
 @pytest.mark.parametrize("name", RUNS)
 def test_two_processes_start_and_step_as_one(place, seen, name):
     training = {**RUNS[name]["training"], "per_device_train_batch_size": 2}
-    alone = summary(first_trainer(place, "nf4", "lsr", DEFAULT, training=training, model=EXACT, adapter=START))
+    adapter = RUNS[name]["adapter"]
+    alone = summary(first_trainer(place, "nf4", "lsr", DEFAULT, training=training, model=EXACT, adapter=adapter))
     assert seen[0][name] == seen[1][name]  # to the bit
     for row, expected in zip(seen[0][name]["logged"], alone["logged"], strict=True):
         assert row == pytest.approx(expected, rel=1e-3)

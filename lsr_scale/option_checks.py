@@ -17,6 +17,10 @@ _RANKS = ("rank", "r", "separation_rank", "u")
 _ALPHAS = ("alpha", "lora_alpha")
 _SEEDS = ("projection_prng_key", "projection_seed")
 _NAMES = ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern")
+LAYERS_BESIDE_EXPRESSION = (
+    "has no effect where target_modules is an expression; put the layers there, such as "
+    r".*\.[01]\..*q_proj, or name the modules in a list"
+)
 
 
 def check_options(options: Mapping[str, Any]) -> None:

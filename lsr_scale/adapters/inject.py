@@ -34,6 +34,7 @@ def inject(base: Any, method: str, options: Mapping[str, Any], task: str) -> Pef
     config: Any = adapters.peft_config(method, options, adapters.TASK_TYPES[task])
     if task == "seq_cls":
         _train_heads(base, config)
+    _name_linears_of_layers(base, config)
     _check_names(base, config.target_modules)
     try:
         model: Any = get_peft_model(base, config)
@@ -89,6 +90,17 @@ def _train_heads(base: Any, config: Any) -> None:
             config.exclude_modules = "|".join([f"(?:{excluded})", *map(re.escape, inside)])
         elif inside:
             config.exclude_modules = {*(excluded or ()), *inside}
+
+
+def _name_linears_of_layers(base: nn.Module, config: Any) -> None:
+    """Write the linears' own names in place of all-linear beside layers_to_transform.
+
+    PEFT writes whole names where they are few, and a module that is named wholly is adapted whatever its layer.
+    """
+    if config.target_modules == "all-linear" and config.layers_to_transform not in (None, []):
+        linears = [name for name, module in base.named_modules() if in_out_features(module) is not None]
+        inside = [name for name in linears if any(part.isdigit() for part in name.split("."))]
+        config.target_modules = {name.rpartition(".")[2] for name in inside}
 
 
 def _check_names(base: nn.Module, targets: Any) -> None:

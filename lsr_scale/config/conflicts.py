@@ -13,6 +13,7 @@ from lsr_scale.config.reporters import REPORTERS, reporter_names
 from lsr_scale.config.rewards import rewards_of
 from lsr_scale.config.training import LINEAR_GROUPS, evaluated
 from lsr_scale.errors import did_you_mean
+from lsr_scale.option_checks import LAYERS_BESIDE_EXPRESSION
 
 if TYPE_CHECKING:
     from lsr_scale.config.run import RunConfig
@@ -193,11 +194,7 @@ def _adapter(run: "RunConfig") -> Iterator[Problem]:
             "names, such as [q_proj, v_proj], or all-linear",
         )
     elif isinstance(targets, str) and targets != "all-linear" and run.adapter.options.get("layers_to_transform"):
-        yield Problem(
-            ("adapter", "layers_to_transform"),
-            "has no effect where target_modules is an expression; put the layers there, such as "
-            r".*\.[01]\..*q_proj, or name the modules in a list",
-        )
+        yield Problem(("adapter", "layers_to_transform"), LAYERS_BESIDE_EXPRESSION)
     elif model.task == "causal_lm" and _named(targets, "lm_head"):
         yield Problem(
             ("adapter", "target_modules"),

@@ -5,11 +5,14 @@ import pickle
 import warnings
 
 import pytest
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 from lsr_scale import KronLoraConfig, LsrConfig, UserError
-from lsr_scale.adapters import METHODS
+from lsr_scale.adapters import METHODS, method_names, options
+from lsr_scale.adapters.inject import inject
 from lsr_scale.config import run_from_dict
+from tests.helpers.tiny_models import tiny_llama
 
 
 @pytest.mark.parametrize("method", list(METHODS))
@@ -65,3 +68,22 @@ def test_an_option_that_a_later_release_saved_is_left_out_with_a_warning_as_peft
         warnings.simplefilter("always")
         assert PeftConfig.from_pretrained(str(tmp_path)).rank == 4  # pyright: ignore[reportAttributeAccessIssue]
     assert any("of_tomorrow" in str(warning.message) for warning in caught)
+
+
+SMALL = {"kadaptation": {"phm_dim": 4}, "krona": {}, "vera": {"rank": 4}, "tinylora": {"rank": 2, "u": 4}}
+WITH_LAYERS = [name for name in method_names() if "layers_to_transform" in options(name).__dataclass_fields__]
+
+
+@pytest.mark.filterwarnings("ignore:.*more than its dense form.*")
+@pytest.mark.parametrize("method", WITH_LAYERS)
+def test_every_method_takes_all_linears_of_some_layers(method, tmp_path):
+    values = {"target_modules": "all-linear", "layers_to_transform": [1], **SMALL.get(method, {"rank": 4})}
+    data = {"model": {"name": "a", "quantization": "none"}, "data": {"train": ["arc_easy"]}}
+    run = run_from_dict({**data, "adapter": {"method": method, **values}})
+    inject(tiny_llama(), method, run.adapter.options, "causal_lm").save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path)
+    adapted = [name for name, module in loaded.named_modules() if isinstance(module, BaseTunerLayer)]
+    assert len(adapted) == 7
+    assert all(".layers.1." in name for name in adapted)
+    with pytest.raises(UserError, match=r"layers_to_transform: has no effect where target_modules is an expression"):
+        run_from_dict({**data, "adapter": {"method": method, **values, "target_modules": ".*q_proj"}})

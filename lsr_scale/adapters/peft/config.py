@@ -43,7 +43,7 @@ class AdapterConfig(PeftConfig):
     rank: int = option(8, "Rank of the adapter.")
     alpha: float | None = option(None, "Numerator of the scaling alpha / rank; 2 * rank by default.")
     dropout: float = option(0.0, "Dropout on the adapter's input, in training; 0 keeps the fast path.")
-    use_rslora: bool = option(False, "Scale by alpha / sqrt(rank) instead of alpha / rank.")
+    use_rslora: bool = option(False, "Scale by alpha / sqrt(rank), as rsLoRA and RoRA do, instead of alpha / rank.")
     rank_pattern: dict[str, int] = option(dict, "Rank by module.")
     alpha_pattern: dict[str, float] = option(dict, "Alpha by module.")
     layers_to_transform: list[int] | int | None = option(None, "Indices of the layers to adapt; all by default.")

@@ -11,18 +11,20 @@ Pairs = list[tuple[str, str]]  # what a row is called, and its size
 
 
 def left(found: Frontier, suite: Suite) -> str:
-    """Return in words which rows of a suite's sizes, of those that its base takes, are not compared, and why."""
+    """Return in words which rows of a suite's sizes are not compared, and why."""
     model, _, base = suite
     rows = {(row.size, row.row): row for row in found.rows_of(suite)}
     run = {(score.size, score.row) for score in compared(found.of(suite))}
     missing: Pairs = []
     tuned: Pairs = []
     diverged: Pairs = []
+    refused: list[str] = []  # what methods are called that do not take the base
     variants: list[bool] = []  # whether each was run
     for size, adapters in ROWS[model].items():
         names = {name(row, row.row) for row in rows.values() if (row.size, row.row) in run and row.size == size}
         for row_name, adapter in adapters.items():
             if not adapter.takes(base):
+                refused += [name(adapter, row_name)] if any(of == size for of, _ in rows) else []
                 continue
             if "+" in row_name:
                 variants.append((size, row_name) in run)
@@ -40,6 +42,8 @@ def left(found: Frontier, suite: Suite) -> str:
     parts: list[str] = []
     if missing:
         parts.append(f"Not run: {by_name(dict.fromkeys(missing), ours=False)}.")
+    if refused:
+        parts.append(f"{listed(list(dict.fromkeys(refused)))} takes no base in {base}.")
     if empty:
         parts.append(f"No row was run at {listed(empty)}.")
     if tuned:

@@ -56,12 +56,13 @@ def _percent(share: float | None) -> str:
 def verdict_table(found: Frontier) -> list[str]:
     """Return the comparisons at each size in Markdown."""
     lines = [
-        "| model, texts, base | size | best of ours (parameters) | best of the others (parameters) | "
+        "| model, texts, base | size | best of ours (parameters; seeds) | best of the others (parameters; seeds) | "
         "difference, nats a token (95 %) | p, corrected | | difference in accuracy, points (95 %) |",
         "|---|---|---|---|---:|---:|---|---:|",
     ]
     for one in found.verdicts:
-        both = " | ".join(f"{label(score)} ({score.parameters:,})" for score in (one.ours, one.theirs))
+        pair = (one.ours, one.theirs)
+        both = " | ".join(f"{label(score)} ({score.parameters:,}; {score.seeds})" for score in pair)
         lines.append(
             f"| {heading(one.ours.suite)} | {one.ours.size} | {both} | {interval(one)} | {chance(one.corrected_p)} | "
             f"{outcome(one)}{_not_compared(found, one)} | {points(one)} |"

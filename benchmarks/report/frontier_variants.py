@@ -3,7 +3,8 @@
 import itertools
 from pathlib import Path
 
-from benchmarks.quality.frontier_verdicts import Verdict, load, variants
+from benchmarks.quality.frontier_scores import Suite
+from benchmarks.quality.frontier_verdicts import Frontier, Verdict, compared, load, variants
 from benchmarks.report.frontier_names import VARIANT_NAMES, heading, label, variant
 from benchmarks.report.frontier_tables import chance, interval
 from benchmarks.report.markdown import grid
@@ -49,7 +50,25 @@ def guide(results: Path) -> str:
         about = f"{heading(suite)}: what each brought, in nats a token of held-out answers, less the same row with the "
         about += "plain start and AdamW (below 0 better; bold: separates, corrected for the table)."
         parts += [about, grid(["", *(VARIANT_NAMES[name] for name in names)], rows)]
+        parts += [text] if (text := _left(found, suite)) else []
     return "\n\n".join(parts)
+
+
+def _left(found: Frontier, suite: Suite) -> str:
+    """Return which rows with another start or optimizer were tuned alone, and what they lost; and which have no row."""
+    rows = {(row.size, row.row): row for row in found.rows_of(suite)}
+    run = {(score.size, score.row) for score in compared(found.of(suite))}
+    tuned, tried = [], set()
+    for (size, row_name), row in rows.items():
+        plain_name, _, changed = row_name.partition("+")
+        tried.add(changed)
+        plain = rows.get((size, plain_name))
+        if changed and (size, row_name) not in run and not row.diverged and plain is not None:
+            tuned.append(f"{label(row)} at {size} {row.tuned:.4f}, plain {plain.tuned:.4f}")
+    never = [text for name, text in VARIANT_NAMES.items() if name not in tried]
+    parts = [f"Tuned alone, of one seed, on the part that rates are chosen on: {'; '.join(tuned)}."] if tuned else []
+    parts += [f"Tried with no row: {'; '.join(never)}."] if never else []
+    return " ".join(parts)
 
 
 def _cell(one: Verdict) -> str:

@@ -1,5 +1,7 @@
 """What the pages say of the frontier: either outcome in its words, and that nothing was measured where nothing was."""
 
+import re
+
 import numpy as np
 import pytest
 
@@ -51,6 +53,9 @@ def test_either_outcome_is_said_by_size(tmp_path):
     for one in (text, page):
         assert "results/frontier/smollm2-commonsense-nf4.png" in one
     assert "| the other |" in frontier_words.guide(tmp_path)
+    assert re.search(r"\| 20k \| LSR-Adapt r=1 s=1 \([\d,]+; 3\) \| LoRA r=1 .* \([\d,]+; 3\) \|", page), (
+        "with their seeds"
+    )
 
 
 def test_rows_without_seeds_are_named_and_those_that_a_base_does_not_take_are_not(tmp_path):
@@ -65,6 +70,15 @@ def test_rows_without_seeds_are_named_and_those_that_a_base_does_not_take_are_no
     write(tmp_path, *(made_up("300k", row, 0.0) for row in ("vera", "krona")))
     (line,) = frontier_words.lines(frontier_verdicts.load(tmp_path))
     assert line.endswith("at 300k. No row was run at 5k, 20k, 60k, 150k, 600k, 1.2m and 2.4m. " + NO_VARIANT)
+
+
+def test_a_method_that_takes_no_such_base_is_said_where_it_has_a_row(tmp_path):
+    for base, said in (("nf4", " TinyLoRA takes no base in nf4. "), ("none", "TinyLoRA at 20k")):
+        suite = ("smollm2", "commonsense", base)
+        write(tmp_path / base, *(made_up("20k", row, 0.0, suite=suite) for row in ("lsr_1_1", "lora_modules")))
+        line = only_line(tmp_path / base)
+        assert said in line
+        assert ("takes no base" in line) == (base == "nf4")
 
 
 def test_methods_that_win_nowhere_are_said_to(tmp_path):
@@ -275,6 +289,11 @@ def test_what_a_start_or_optimizer_brought_is_its_row_less_the_same_row_without(
     assert (
         f"| LSR-Adapt r=2 s=2 at 60k | {verdicts[1].difference:+.4f} | **{verdicts[2].difference:+.4f}** |  |" in text
     )
+    assert "Tuned alone" not in text, "without the same row without it there is nothing to compare"
+    write(tmp_path, made_up("300k", "lsr_8_5", 0.1))
+    tuned = {row.row: row.tuned for row in frontier_verdicts.load(tmp_path).rows if row.size == "300k"}
+    alone = f"LSR-Adapt r=8 s=5 by LoRA-RITE at 300k {tuned['lsr_8_5+rite']:.4f}, plain {tuned['lsr_8_5']:.4f}."
+    assert frontier_variants.guide(tmp_path).endswith(f"{alone} Tried with no row: from the gradient, by LoRA-RITE.")
 
 
 def test_there_is_no_table_of_starts_and_optimizers_without_any(tmp_path):

@@ -125,7 +125,7 @@ def test_a_frontier_makes_every_page_the_figure_and_what_plan_reads(tmp_path, ca
     texts = {str(path.relative_to(ROOT)): text for path, text in pages.all_pages(results).items()}
     assert "| SmolLM2-135M, five commonsense tasks, base in nf4 | **LSR-Adapt** | even |" in texts["README.md"]
     assert "(benchmarks/results/frontier/smollm2-commonsense-nf4.png)" in texts["README.md"]
-    assert "LSR-Adapt r=1 s=1 (20,000) | LoRA r=1 on v in the last 26 layers (20,000) | -0." in texts["GUIDE.md"]
+    assert "LSR-Adapt r=1 s=1 (20,000; 3) | LoRA r=1 on v in the last 26 layers (20,000; 3) | -0." in texts["GUIDE.md"]
     evidence = json.loads(texts["lsr_scale/planning/frontier.json"])
     assert [size["name"] for size in evidence["suites"][0]["sizes"]] == ["20k", "60k"]
 

@@ -12,7 +12,7 @@ from tests.helpers.tiny_runs import completions, save_llama, tiny_run, write_row
 def sweep_place(folder: Path) -> Path:
     """Save a model and rows for training and validation; return the folder."""
     save_llama(folder / "model")
-    write_rows(folder / "held-out.jsonl", completions(12)[10:])
+    write_rows(folder / "held-out.jsonl", completions(14)[12:])
     tiny_run(folder)
     return folder
 

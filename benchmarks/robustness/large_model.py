@@ -8,8 +8,8 @@ and sharded when it is read. Two runs of the training command (`lsr_scale.launch
 recomputed, runs add in a fixed order): one undisturbed, the other killed with SIGKILL after a checkpoint and resumed.
 Their adapters are compared by SHA-256. `limited_launch` lets no process allocate more than a card has and notes its
 peak, which is to be within 10 % of `plan`'s. `start_and_end_s` are the seconds without steps and saves, most of which
-load the base. Where processes share a GPU (NCCL_MULTI_RANK_GPU_ENABLE=1 with NCCL from 2.30 on, and CUDA MPS) all of it
-is as on as many GPUs but the speed.
+load the base. Of more processes than there are GPUs several share one, by NCCL from 2.30 on and CUDA MPS: all of it is
+as on as many GPUs but the speed.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 import signal
 import statistics
 import subprocess
@@ -38,7 +39,9 @@ from benchmarks.speed.workers import say
 from lsr_scale.run.metrics import read_metrics
 
 POLL_S = 0.2
+SAID = 3_000  # characters of a failed run's words
 STD = 0.02  # of weights
+NUM_CHANNELS = 64  # of NCCL on a GPU: blocks of all processes, which wait for each other, so all must find a place
 
 
 def write_weights(folder: Path, stored: str, device: str) -> int:
@@ -96,11 +99,47 @@ def _stored(name: str, shape: torch.Size, quantized: bool, device: str) -> Itera
         yield f"{name}.{key}", value.cpu()
 
 
+class SharedGpus:
+    """CUDA MPS, by which the kernels of processes that share a GPU run at one time, and not in turns of milliseconds.
+
+    Every group of processes has a daemon of its own: where a client was killed, later ones of the same daemon fail.
+    """
+
+    def __init__(self, processes: int) -> None:
+        self.processes, self._places = processes, list[str]()
+
+    def begin(self) -> dict[str, str]:
+        """Start a daemon in the place of the one before; return the environment of the processes to be started."""
+        self.end()
+        place = tempfile.mkdtemp(prefix="mps-")
+        self._places.append(place)
+        subprocess.run(["nvidia-cuda-mps-control", "-d"], env=self._environment(place), check=True)
+        return self._environment(place)
+
+    def end(self) -> None:
+        """Stop the daemon, if there is one."""
+        while self._places:
+            quit_it: dict[str, Any] = {"input": "quit -t 1\n", "env": self._environment(place := self._places.pop())}
+            with contextlib.suppress(subprocess.TimeoutExpired):  # of one whose clients were killed
+                subprocess.run(["nvidia-cuda-mps-control"], text=True, capture_output=True, timeout=10, **quit_it)
+            shutil.rmtree(place, ignore_errors=True)
+
+    def _environment(self, place: str) -> dict[str, str]:
+        return {
+            **os.environ,
+            **dict.fromkeys(("CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY"), place),
+            **{"NCCL_MULTI_RANK_GPU_ENABLE": "1", "NCCL_MIN_NCHANNELS": "1"},
+            "NCCL_MAX_NCHANNELS": str(max(1, NUM_CHANNELS // self.processes)),
+        }
+
+
 class Runs:
     """Starts the training command on several processes, and kills it."""
 
     def __init__(self, folder: Path, args: argparse.Namespace) -> None:
         self.folder, self.args = folder, args
+        shared = args.device == "cuda" and args.gpus > torch.cuda.device_count()
+        self.shared = SharedGpus(args.gpus) if shared else None
 
     def sections(self, name: str) -> dict[str, Any]:
         """Return a run, as its YAML file has it."""
@@ -128,6 +167,7 @@ class Runs:
         words = on_gpus if self.args.device == "cuda" else [str(ROOT / "launch/train.py")]
         words += ["--config", str(config), "--quiet", *(["--resume", "auto"] if resume else [])]
         pipes: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+        pipes["env"] = self.shared.begin() if self.shared else None
         return subprocess.Popen([sys.executable, *launcher, *words], **pipes, start_new_session=True, cwd=ROOT)
 
     def finish(self, name: str, resume: bool = False) -> dict[str, Any]:
@@ -145,7 +185,7 @@ class Runs:
             finally:
                 _kill(process)
         if process.returncode:
-            raise SystemExit(f"{name}: failed:\n{said[-3000:]}")
+            raise SystemExit(f"{name}: failed:\n{said[:SAID]}")  # what the launcher says comes after
         output = self.folder / name
         rows = [row for row in read_metrics(output / "metrics.jsonl") if "tokens_per_s" in row]
         results = json.loads((output / "results.json").read_text(encoding="utf-8"))
@@ -175,7 +215,7 @@ class Runs:
                 while not any(row["step"] >= step for row in read_metrics(metrics)):
                     if process.poll() is not None or time.monotonic() - began > self.args.limit:
                         said = process.stderr.read() if process.stderr and process.poll() is not None else "too slow"
-                        raise SystemExit(f"{name}: was to be killed after step {step}: {said[-3000:]}")
+                        raise SystemExit(f"{name}: was to be killed after step {step}: {said[:SAID]}")
                     time.sleep(POLL_S)
             finally:
                 _kill(process)
@@ -195,7 +235,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--layers", type=int, help="this many layers instead of the model's own")
     add("--stored", default="nf4", choices=["nf4", "bfloat16"], help="how the weights are on disk")
     add("--folder", type=Path, help="for weights and runs, several GB; weights that are there are taken")
-    add("--gpus", type=int, default=2, help="processes; of more than there are GPUs several share one (see above)")
+    add("--gpus", type=int, default=2, help="processes; of more than there are GPUs several share one ")
     add("--card-gib", type=float, help="memory that each process is held to")
     add("--seq-len", type=int, default=512, help="tokens of a GPU and step")
     add("--steps", type=int, default=20)
@@ -222,6 +262,8 @@ def main(arguments: list[str] | None = None) -> int:
             say(f"{written / 2**30:.1f} GiB of weights written in {time.monotonic() - began:.0f} s")
         write_rows(folder / "rows.jsonl", args.steps * args.gpus, args.seq_len)
         runs = Runs(folder, args)
+        if runs.shared:
+            stack.callback(runs.shared.end)
         planned = api.plan(runs.sections("whole"), gpus=args.gpus)
         memory = planned.memory_gib
         result["plan"] = {

@@ -1,6 +1,8 @@
 """The benchmark of a base larger than a GPU, in its shortest form: a process on a CPU, a tiny model."""
 
 import json
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -62,6 +64,27 @@ def test_a_killed_run_resumes_to_the_same_adapter(tmp_path, monkeypatch):
     line = large_models.guide(tmp_path).splitlines()[-1]
     assert line.startswith(f"| tiny, weights on disk in nf4, 1 CPU process, 32 tokens each | {speed:,.0f} |  | ")
     assert line.endswith(f" | after step {killed}: the same adapter |")
+
+
+def test_each_group_of_processes_that_share_a_gpu_has_an_mps_daemon_of_its_own(monkeypatch):
+    commands = []
+
+    def run(words, env, **options):
+        commands.append((words[1:], options.get("input"), env["CUDA_MPS_PIPE_DIRECTORY"]))
+        assert Path(env["CUDA_MPS_PIPE_DIRECTORY"]).is_dir()
+        if options.get("input"):
+            raise subprocess.TimeoutExpired(words, 10)  # its clients were killed
+
+    monkeypatch.setattr("subprocess.run", run)
+    shared = large_model.SharedGpus(4)
+    first, second = shared.begin(), shared.begin()
+    shared.end()
+    shared.end()
+    places = [env["CUDA_MPS_PIPE_DIRECTORY"] for env in (first, second)]
+    assert [place for _, _, place in commands] == [places[0], places[0], places[1], places[1]]
+    assert [words for words, said, _ in commands if not said] == [["-d"]] * 2
+    assert not any(Path(place).exists() for place in places)
+    assert (first["NCCL_MULTI_RANK_GPU_ENABLE"], first["NCCL_MAX_NCHANNELS"]) == ("1", "16")
 
 
 @pytest.mark.parametrize(

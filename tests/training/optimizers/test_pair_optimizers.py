@@ -154,6 +154,49 @@ def test_lora_pro_does_not_see_the_scaling():
     torch.testing.assert_close(*moved, rtol=1e-4, atol=1e-4)
 
 
+def pro_reference(model, adapter, lr, steps, betas=(0.9, 0.999), eps=1e-8):
+    """The paper's algorithm with Adam as it is written, one pair, its Sylvester equation solved as a linear system."""
+    a, b, s = adapter.factors()["down"], adapter.factors()["up"], adapter.scaling
+    eye, moments = torch.eye(RANK).double(), [torch.zeros(OUT, IN).double() for _ in range(2)]
+    x, y = normal(20, IN), normal(20, OUT, seed=4)
+
+    def of_gradients(grad_a, grad_b):
+        of_a, of_b = torch.linalg.inv(a @ a.T), torch.linalg.inv(b.T @ b)
+        system = torch.kron(b.T @ b, eye) + torch.kron(eye, a @ a.T)  # of the row-major X
+        right = -of_b @ grad_a @ a.T / s**2
+        found = torch.linalg.solve(system, right.flatten()).view(RANK, RANK)
+        outside = torch.eye(OUT).double() - b @ of_b @ b.T
+        return of_b @ grad_a / s**2 + found @ a, outside @ grad_b @ of_a / s**2 - b @ found
+
+    for t in range(1, steps + 1):
+        model.zero_grad()
+        (model(x) - y).square().log1p().sum().backward()
+        with torch.no_grad():
+            g_a, g_b = of_gradients(a.grad, b.grad)
+            equivalent = s * (b @ g_a + g_b @ a)
+            moments = [d * m + (1 - d) * equivalent**n for n, (d, m) in enumerate(zip(betas, moments, strict=True), 1)]
+            first, second = (m / (1 - d**t) for d, m in zip(betas, moments, strict=True))
+            step = first / (second.sqrt() + eps)
+            g_a, g_b = of_gradients(s * b.T @ step, s * step @ a.T)
+            a -= lr * g_a
+            b -= lr * g_b
+
+
+def test_lora_pro_is_the_papers_algorithm():
+    """At a rate at which a step is small beside the factors: the damping of larger ones is not the paper's."""
+    moved = []
+    for reference in (False, True):
+        model, adapter = adapted("lora")
+        before = product(adapter)
+        if reference:
+            pro_reference(model, adapter, 1e-6, 6)
+        else:
+            train(model, LoraPro([adapter], lr=1e-6))
+        moved.append((product(adapter) - before) / 1e-6)
+    assert moved[1].norm() > 1
+    torch.testing.assert_close(*moved, rtol=1e-4, atol=1e-4)
+
+
 def rite_reference(model, adapter, lr, steps, betas=(0.9, 0.999), eps=1e-8):
     """The paper's algorithm as it is written, with QR decompositions, one pair, one side after the other."""
     a, b = adapter.factors()["up"], adapter.factors()["down"]  # Z = a b

@@ -16,6 +16,7 @@ ELSEWHERE: dict[str, str] = {
     "lora_target_linear": "target_modules: all-linear",
     "lora_modules_to_save": "modules_to_save",
     "additional_target": "modules_to_save",
+    "init_lora_weights": "init",
     "finetuning_type": "method",
     "peft_type": "method",
 }

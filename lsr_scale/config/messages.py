@@ -15,12 +15,15 @@ from lsr_scale.config.training.yaml_types import members_of
 from lsr_scale.config.yaml_text import KeyPath, Places, dotted, dump, place_of
 from lsr_scale.errors import did_you_mean, shortened
 
-# Values of model.quantization as other trainers call them, and what they are here.
+# Values of model.quantization and adapter.init as other trainers call them, and what they are here.
 _VALUES_ELSEWHERE = {
     **dict.fromkeys(("4", "4bit", "4-bit", "int4", "qlora"), "nf4"),
     **dict.fromkeys(("8", "8bit", "8-bit"), "int8"),
     **dict.fromkeys(("16", "16bit", "bf16", "bfloat16", "fp16", "float16", "None"), "none"),
+    **dict.fromkeys(("lora_ga", "loraga"), "gradient"),
 }
+# Of adapter.init: what PEFT's LoRA and others have and this package has not.
+_CHANGES_THE_BASE = ("pissa", "olora", "corda", "mica", "loftq")
 # Names from axolotl, LLaMA-Factory, PEFT, TRL, bitsandbytes and older transformers, and what they are called here.
 _ELSEWHERE: dict[str, str] = {
     **{name: f"adapter.{option}" for name, option in option_names.ELSEWHERE.items()},
@@ -56,6 +59,7 @@ _ELSEWHERE: dict[str, str] = {
     "lr": "training.learning_rate",
     "lr_scheduler": "training.lr_scheduler_type",
     "optimizer": "training.optim",
+    "loraplus_lr_ratio": "training.optim_args: lr_ratio=16, of training.optim: lora_plus",
     "warmup_ratio": "training.warmup_steps, where a value below 1 is a share of all steps, such as 0.03",
     "evaluation_strategy": "training.eval_strategy",
     "patience": "training.early_stopping: {patience: 3}",
@@ -266,6 +270,9 @@ def _wrong_value(path: KeyPath, group: list[ErrorDetails], data: Mapping[str, An
         text = "one of its names"
     if (here := _VALUES_ELSEWHERE.get(str(value))) in choices:
         remedies.append(f"here it is {here}")
+    elif path == ("adapter", "init") and str(value).startswith(_CHANGES_THE_BASE):
+        like = "; gradient begins in directions too" if "gradient" in choices else ""
+        remedies.append(f"{value} changes the base's weights, and they stay as they are here{like}")
     elif choices and isinstance(value, str):
         remedies.append(did_you_mean(value, choices))
     elif choices and isinstance(value, bool) and "no" in choices:

@@ -8,7 +8,7 @@ from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from lsr_scale import adapters
+from lsr_scale import adapters, option_checks
 from lsr_scale.adapters.inject import inject
 from lsr_scale.adapters.peft import in_out_features
 from lsr_scale.errors import UserError
@@ -87,9 +87,12 @@ def largest(
         return math.inf if found is None else found
 
     smallest_side = min(min(size) for size in sizes)
-    limits = {"lsr": MAX_TERMS, "lora": MAX_RANK, "kron_lora": MAX_RANK, "tinylora": options.get("rank", 1) ** 2}
-    limit = min(limits.get(method, smallest_side), math.inf if method in ("lsr", "tinylora") else smallest_side)
-    value = bisect.bisect_right(range(1, int(limit) + 1), budget, key=parameters)
+    limits = {
+        **{"lora": min(MAX_RANK, smallest_side), "kron_lora": min(MAX_RANK, smallest_side)},
+        # no side bounds these: VeRA's rank is of matrices that all modules share
+        **{"lsr": MAX_TERMS, "tinylora": options.get("rank", 1) ** 2, "vera": min(budget, option_checks.MAX_RANK)},
+    }
+    value = bisect.bisect_right(range(1, limits.get(method, smallest_side) + 1), budget, key=parameters)
     return (of(value), int(parameters(value))) if value else None
 
 

@@ -11,6 +11,7 @@ from lsr_scale.cli import main
 from lsr_scale.config import load_run
 from lsr_scale.model import DTYPES, load_config, meta_model
 from lsr_scale.planning import evidence
+from lsr_scale.planning.at_size import adapted_modules, fitted
 from lsr_scale.planning.budget import propose
 from tests.helpers.frontier_trials import made_up, write
 
@@ -36,6 +37,19 @@ def test_what_is_shipped_can_be_read():
         for size in suite.sizes:
             assert [row.nats for row in size.rows] == sorted(row.nats for row in size.rows)
             assert all(row.seeds >= 2 and not row.diverged for row in size.rows)
+
+
+def test_what_was_measured_fits_the_model_that_it_was_measured_on():
+    base = meta_model(load_config(SMOLLM2), "causal_lm", None, DTYPES["bfloat16"], "auto")  # pyright: ignore
+    modules = adapted_modules(base, "all-linear", "causal_lm")
+    methods = set()
+    for suite in evidence.load():
+        rows = [row for size in suite.sizes for row in (*size.rows, *size.not_compared)]
+        for row in rows if suite.model == "SmolLM2-135M" else []:
+            options, parameters = fitted(row, suite.num_layers, modules, row.parameters, "all-linear") or ({}, 0)
+            assert (parameters, options) == (row.parameters, {**options, **row.options}), row.label
+            methods.add(row.method)
+    assert methods >= {"lora", "lora_xs", "slora", "vera", "krona", "kron_lora", "lsr"}
 
 
 def test_a_size_of_which_a_side_was_only_tuned_proposes_nothing_where_another_one_can(measured):

@@ -45,7 +45,7 @@ from lsr_scale.training.callbacks.early_stopping import StopEarly, early_stoppin
 from lsr_scale.training.callbacks.progress import Progress
 from lsr_scale.training.callbacks.reports import Reports, check_reporters
 from lsr_scale.training.callbacks.samples import Samples
-from lsr_scale.training.callbacks.signals import StopOnSignal, Terminated, end_with_peers
+from lsr_scale.training.callbacks.signals import StopOnSignal, Terminated, end_with_peers, interrupts_kept
 from lsr_scale.training.checkpoint import select
 from lsr_scale.training.compute import check_compute
 from lsr_scale.training.run_data import RunData, read_data
@@ -112,7 +112,8 @@ def train(
         tasks = evaluate.load_tasks(start.run.eval)
         encode = EncodesOnce() if shared is None else shared.encode
         stop = StopOnSignal(say, shared and shared.signals, stop_after_step)
-        data, trainer, samples = _prepare(start, stop, say, quiet, shared)
+        with interrupts_kept():
+            data, trainer, samples = _prepare(start, stop, say, quiet, shared)
         asked = {f"eval.tasks, {task}": question_records(examples, data.kind) for task, examples in tasks.items()}
         for line in note_shared(data.train, asked):
             say(f"note: {line}")

@@ -16,6 +16,7 @@ import pytest
 import torch
 from trl import SFTTrainer
 
+import lsr_scale.run.train
 from lsr_scale import UserError, cli, distributed
 from lsr_scale.config import dump_yaml
 from lsr_scale.errors import LOST_PEER
@@ -70,6 +71,27 @@ def test_a_second_ctrl_c_ends_the_run_at_once(place, tmp_path, monkeypatch, capf
     captured = capfd.readouterr()
     assert "lsr-scale: interrupted; where a checkpoint was saved" in captured.err
     assert [path.name for path in RunFolder(tmp_path / "run").checkpoints()] == ["checkpoint-2"]
+
+
+def test_ctrl_c_that_a_library_swallows_before_training_is_heeded(place, tmp_path, monkeypatch, capfd):
+    class Unhashable:
+        def __reduce__(self):
+            os.kill(os.getpid(), signal.SIGINT)  # while datasets hashes what rows are mapped with, under a bare except
+
+    read, seen = lsr_scale.run.train.read_data, []
+
+    def reading(*arguments):
+        data = read(*arguments)
+        data.train.map(lambda row, other: row, fn_kwargs={"other": Unhashable()})
+        seen.append(data)
+        return data
+
+    monkeypatch.setattr(lsr_scale.run.train, "read_data", reading)
+    assert cli.main(["train", config_file(place, tmp_path)]) == 130
+    assert "lsr-scale: interrupted" in capfd.readouterr().err
+    assert seen, "it was swallowed"
+    assert not (tmp_path / "run").exists()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 class _Interrupting(io.RawIOBase):

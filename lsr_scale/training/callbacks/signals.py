@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,6 +34,28 @@ class Terminated(Exception):  # noqa: N818
         name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
         super().__init__(f"ended by {name} {when}; {what_next}")
         self.status = 128 + number
+
+
+@contextmanager
+def interrupts_kept() -> Iterator[None]:
+    """Raise Ctrl-C's KeyboardInterrupt at the end where a library within swallowed it: datasets has a bare except."""
+    before, came = signal.getsignal(signal.SIGINT), False
+    if threading.current_thread() is not threading.main_thread() or before is not signal.default_int_handler:
+        yield
+        return
+
+    def handle(number: int, frame: Any) -> None:
+        nonlocal came
+        came = True
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if came:
+        raise KeyboardInterrupt
 
 
 class Signals:

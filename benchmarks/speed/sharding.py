@@ -228,7 +228,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options, _ = parser.parse_known_args()  # the launcher's --local_rank
 
-    os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")  # threads would load unseen
     from lsr_scale import cli, distributed, files
     from lsr_scale.model import load_config
 

@@ -1,5 +1,6 @@
 """Messages for what goes wrong when a model is loaded: one sentence with what to do."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -33,7 +34,8 @@ def explain_load_errors(name: str, revision: str | None, reading: str | None = N
         raise
     except torch.OutOfMemoryError as error:
         raise UserError(
-            f"{where}: the model does not fit into the GPU's memory; `lsr-scale plan` says what it takes"
+            f"{where}: the model does not fit into the GPU's memory ({_allocator_words(error)}); `lsr-scale plan` says "
+            "what it takes"
         ) from error
     except MemoryError as error:
         raise UserError(
@@ -65,6 +67,12 @@ def suggest_base_option(given: str | None, option: str = "--base FOLDER") -> Ite
         if given is not None or not str(error).startswith("model.name"):
             raise
         raise UserError(f"{error}; if it lies elsewhere now: {option}") from error
+
+
+def _allocator_words(error: torch.OutOfMemoryError) -> str:
+    """Return what PyTorch's allocator wanted, and what there was: the sentences with numbers, without its advice."""
+    sentences = " ".join(str(error).split()).removeprefix("CUDA out of memory. ").split(". ")
+    return ". ".join(one for one in sentences[:4] if re.search(r"\d", one))
 
 
 def _remedy(error: BaseException) -> str | None:

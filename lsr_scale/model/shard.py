@@ -11,6 +11,7 @@ share, the states, and one weight. `model.gather` all-gathers a layer's matrices
 reads one at another time finds it empty, `[0]`.
 """
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -28,6 +29,8 @@ from lsr_scale.model.quantize import store_as_bytes
 _ALIGNMENT = 16
 # Pinned memory comes in powers of two: a shard of its own would take up to twice its bytes.
 _PINNED_BYTES = 2**28
+# by which Transformers loads one weight after the other
+_NO_THREADS = "HF_DEACTIVATE_ASYNC_LOAD"
 # what a sharded matrix carries; but for the first by DeepSpeed's names, which PEFT and Transformers know
 _ATTRIBUTES = ("shard", "ds_shape", "ds_numel", "ds_optim_param")
 
@@ -102,15 +105,20 @@ class Sharding:
             for parameter in module.parameters():
                 self._shard(parameter)
 
-        warm_up = modeling_utils.caching_allocator_warmup
+        warm_up, threads = modeling_utils.caching_allocator_warmup, os.environ.get(_NO_THREADS)
         hook = nn.modules.module.register_module_parameter_registration_hook(on_registration)
         # it would take memory for the unsharded model first
         modeling_utils.caching_allocator_warmup = lambda *args, **kwargs: None
+        # threads would put weights on the device ahead of the one that shards them, as many as there are
+        os.environ[_NO_THREADS] = "1"
         try:
             yield shard_rest
         finally:
             hook.remove()
             modeling_utils.caching_allocator_warmup = warm_up
+            os.environ.pop(_NO_THREADS)
+            if threads is not None:
+                os.environ[_NO_THREADS] = threads
 
     def _shard(self, parameter: Any) -> None:
         """Keep this process's shard of a matrix, as bytes, and its shape; the last shards are padded with zeros."""

@@ -1,6 +1,7 @@
 """Names, configurations, meta models, frozen quantized bases, tokenizers, and errors."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -12,6 +13,7 @@ from lsr_scale.errors import UserError
 from lsr_scale.layers.frozen_linear import FrozenLinear4bit, FrozenLinear8bit, dequantize
 from lsr_scale.model import known_configs, load_base, load_config, meta_model, model_class, resolve
 from lsr_scale.model.gather import GatherGroup
+from lsr_scale.model.load_errors import explain_load_errors
 from lsr_scale.model.quantize import quantization_config
 from lsr_scale.model.shard import Sharding, sharded_matrices
 from tests.helpers.tiny_models import tiny_llama
@@ -270,3 +272,18 @@ def test_an_unknown_dtype_or_attention_is_refused(saved):
         load_base(str(saved), dtype="bfloat", device=CPU)
     with pytest.raises(UserError, match="flash-attn is not installed; set it to auto"):
         load_base(str(saved), attention="flash_attention_2", device=CPU)
+
+
+def test_a_model_that_does_not_fit_is_told_with_what_there_was():
+    said = (
+        "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 15.77 GiB of which 1.21 GiB is "
+        "free. Including non-PyTorch memory, this process has 14.5 GiB memory in use. If reserved but unallocated "
+        "memory is large try setting PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True. See documentation"
+    )
+    told = (
+        "model.name 'm': the model does not fit into the GPU's memory (Tried to allocate 2.00 GiB. GPU 0 has a total "
+        "capacity of 15.77 GiB of which 1.21 GiB is free. Including non-PyTorch memory, this process has 14.5 GiB "
+        "memory in use); `lsr-scale plan` says what it takes"
+    )
+    with pytest.raises(UserError, match=f"^{re.escape(told)}$"), explain_load_errors("m", None):
+        raise torch.OutOfMemoryError(said)

@@ -1,6 +1,9 @@
 """A model sharded in one process, its shards held aside as `offload_param` does: training/test_sharding.py has two."""
 
 import json
+import os
+import time
+import weakref
 from contextlib import suppress
 
 import pytest
@@ -8,7 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM, modeling_utils
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM, core_model_loading, modeling_utils
 
 from lsr_scale.adapters import peft_config
 from lsr_scale.adapters.save_and_load import write_adapter
@@ -166,6 +169,32 @@ def test_a_fully_trained_module_gets_its_gradient(tmp_path, ids, name):
     model = get_peft_model(base, peft_config("lsr", options)).train()
     _, gradients = loss_and_gradients(model, {"input_ids": ids, "labels": ids})
     assert any("modules_to_save" in key and gradient.abs().sum() > 0 for key, gradient in gradients.items())
+
+
+@pytest.mark.parametrize("given", [None, "0"])
+def test_weights_of_a_checkpoint_are_sharded_one_after_the_other(tmp_path, monkeypatch, given):
+    tiny_llama().save_pretrained(tmp_path)
+    name = "HF_DEACTIVATE_ASYNC_LOAD"
+    monkeypatch.setenv(name, given) if given else monkeypatch.delenv(name, raising=False)
+    read, full, most = core_model_loading._materialize_copy, [], []
+
+    def reading(*args, **kwargs):
+        tensor = read(*args, **kwargs)
+        if tensor.dim() > 1:  # vectors stay, as they are replicated
+            full.append(weakref.ref(tensor.untyped_storage()))
+            most.append(sum(one() is not None for one in full))
+        return tensor
+
+    def shard_slowly(*args, _shard=Sharding._shard):
+        time.sleep(0.05)  # threads would read on meanwhile
+        _shard(*args)
+
+    monkeypatch.setattr(core_model_loading, "_materialize_copy", reading)
+    monkeypatch.setattr(Sharding, "_shard", shard_slowly)
+    load_base(str(tmp_path), quantization="none", dtype="float32", sharding=Sharding(offload=True))
+    assert len(most) == 16
+    assert max(most) <= 2
+    assert os.environ.get(name) == given
 
 
 @pytest.mark.parametrize("equal", [True, False])

@@ -24,6 +24,7 @@ COLORS = {
     **{"lora": "black", "lora_xs": "tab:orange", "slora": "tab:green", "inttune": "tab:olive", "vera": "tab:purple"},
     **{"tinylora": "tab:brown", "krona": "tab:cyan", "kron_lora": "tab:blue", "lsr": "tab:red"},
 }
+LEAST_SPAN = 4.0  # of a figure: its largest number of parameters by its smallest
 
 
 def score_table(found: Frontier, suite: Suite) -> list[str]:
@@ -180,9 +181,12 @@ def draw(found: Frontier, suite: Suite, path: Path) -> None:
     differences.yaxis.set_major_locator(FixedLocator(sorted([0, *ends])))
     differences.yaxis.set_minor_locator(NullLocator())
     differences.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:+g}" if value else "0"))
-    counts = [score.parameters for score in mine]
+    low, high = min(score.parameters for score in mine), max(score.parameters for score in mine)
+    wider = max(1.0, math.sqrt(LEAST_SPAN * low / high))  # rows of one size are not to look far apart
     differences.set_xscale("log")
-    count_ticks(differences.xaxis, min(counts), max(counts))
+    if wider > 1:
+        differences.set_xlim(low / wider, high * wider)
+    count_ticks(differences.xaxis, low / wider, high * wider)
     differences.set_xlabel("trainable parameters (log scale)", fontsize=11)
     differences.set_ylabel("less LoRA of the size, nats a token\n(below 0 better; log scale from 0.01 on)", fontsize=10)
     losses.set_ylabel("held-out loss, nats a token", fontsize=11)

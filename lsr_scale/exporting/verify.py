@@ -57,9 +57,11 @@ class Agreement:
         """Return it in words."""
         what = "label the same for" if self.is_classifier else "next token the same at"
         where = "texts" if self.is_classifier else "positions"
+        share = 100 * self.share_of_effect
+        of_effect = f"{share:,.0f}" if share >= 1000 else f"{share:.3g}"
         return (
             f"logits of {self.prompts} prompts differ by {self.max_difference:.2g} at most, relatively "
-            f"{self.relative_error:.2g} ({100 * self.share_of_effect:.3g} % of what the adapter changes); {what} "
+            f"{self.relative_error:.2g} ({of_effect} % of what the adapter changes); {what} "
             f"{100 * self.same_next_token:.1f} % of {self.positions} {where}"
         )
 

@@ -424,6 +424,22 @@ def test_a_merged_model_in_4_bits_holds_the_codes_whose_error_it_reports(base_fo
     assert 0.01 < max(errors) < 0.15
 
 
+@pytest.mark.parametrize(
+    ("options", "scale", "remedy"),
+    [
+        ({"kind": "merged", "dtype": "bfloat16"}, 0.02, "more bits (--bits 16, --dtype float32)"),
+        ({"kind": "merged", "dtype": "float32"}, 0.02, None),
+        ({"kind": "lora", "max_rank": 1}, 0.3, "a higher --max-rank"),
+    ],
+)
+def test_an_export_in_which_most_of_what_was_learned_is_lost_says_so(base_folder, tmp_path, options, scale, remedy):
+    adapter, said = saved(base_folder, tmp_path / "adapter", scale=scale), []
+    export(adapter, out=tmp_path / "out", say=said.append, **options)
+    notes = [line for line in said if "what writing it so changes is more than half" in line]
+    assert len(notes) == (remedy is not None)
+    assert all(line.startswith("note: ") and f": take {remedy}, or keep the adapter" in line for line in notes)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bf16"])
 def test_a_gguf_adapter_reads_back_as_the_pairs(base_folder, tmp_path, dtype):
     adapter = saved(base_folder, tmp_path / "adapter", "kron_lora")

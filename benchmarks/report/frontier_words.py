@@ -42,10 +42,10 @@ def readme(results: Path) -> str:
     found = load(results)
     if not found.verdicts:
         return NOTHING
-    parts = [text] if (text := from_rank_one(found.verdicts)) else []
+    parts = [" ".join(filter(None, (below_rank_one(found.verdicts), from_rank_one(found.verdicts))))]
     parts += [
-        "Who has the lower loss of held-out answers at which size: the best of the two, or the best of those other "
-        "methods that were run, all tuned alike ([by size](GUIDE.md#by-size): by how much, and what was not run; "
+        "Who is ahead at which size: the best of the two, or the best of those other methods that were run, all tuned "
+        "alike ([by size](GUIDE.md#by-size): by how much, and what was not run; "
         f"`lsr-scale plan --budget` proposes by it){_shares(found)}:",
         "\n".join(size_table(found)),
         "In bold: one of the two. Even: they do not separate. *: a row that was not compared, or a seed that was lost, "
@@ -94,6 +94,19 @@ def _by_accuracy(found: Frontier) -> str:
     if not known:
         return ""
     return f"By accuracy {f'{listed(ahead)} is ahead; elsewhere they' if ahead else 'they'} separate nowhere."
+
+
+def below_rank_one(verdicts: Sequence[Verdict]) -> str:
+    """Return in how many comparisons below the size of LoRA of rank 1 one of the two is better; nothing without any."""
+    small = [one for one in verdicts if SIZES[one.ours.size] < SIZES[RANK_ONE]]
+    if not small:
+        return ""
+    gains = [-one.difference for one in small if one.wins]
+    text = "At sizes below that of LoRA of rank 1 one of the two has the lower loss of held-out answers in "
+    if not gains:
+        return f"{text}none of {len(small)} comparisons."
+    by = f"{min(gains):.3f} to {max(gains):.3f}" if len(gains) > 1 else f"{gains[0]:.3f}"
+    return f"{text}{len(gains)} of {len(small)} comparisons, by {by} nats a token."
 
 
 def from_rank_one(verdicts: Sequence[Verdict]) -> str:

@@ -52,6 +52,10 @@ def test_either_outcome_is_said_by_size(tmp_path):
     assert "| SmolLM2-135M, five commonsense tasks, base in nf4 | **LSR-Adapt** | LoRA | even |\n" in text
     for one in (text, page):
         assert "results/frontier/smollm2-commonsense-nf4.png" in one
+    ahead, by = text.partition("\n")[0].split(" comparisons, by ")
+    assert ahead.startswith("At sizes below that of LoRA of rank 1 one of the two has the lower loss ")
+    assert ahead.endswith(" in 1 of 3")
+    assert float(by.removesuffix(" nats a token.")) == pytest.approx(0.1, abs=0.02)
     assert "| the other |" in frontier_words.guide(tmp_path)
     assert re.search(r"\| 20k \| LSR-Adapt r=1 s=1 \([\d,]+; 3\) \| LoRA r=1 .* \([\d,]+; 3\) \|", page), (
         "with their seeds"
@@ -86,6 +90,7 @@ def test_methods_that_win_nowhere_are_said_to(tmp_path):
         write(tmp_path, made_up(size, row, 0.1), made_up(size, "lora_modules", 0.0))
     assert "the lower loss has LSR-Adapt and Kron-LoRA at no size; LoRA at 20k and 60k. " in only_line(tmp_path)
     assert " | LoRA | LoRA |\n" in frontier_words.readme(tmp_path)
+    assert "held-out answers in none of 2 comparisons.\n" in frontier_words.readme(tmp_path)
     assert "| ours |" not in frontier_words.guide(tmp_path)
 
 

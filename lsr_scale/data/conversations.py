@@ -110,7 +110,12 @@ def checked_messages(value: object, key: str) -> list[dict[str, str]]:
 def _message(value: object, place: str) -> dict[str, str]:
     if not isinstance(value, Mapping):
         raise RowError(f"expected {{'role': ..., 'content': ...}} as {place}, got {value!r:.60}")
-    if "from" in value:
+    if value.get("role") is None and value.get("from") is None:
+        name, known = ("from", SPEAKERS) if {"from", "value"} & value.keys() else ("role", ROLES)
+        raise RowError(
+            f"nothing under {name!r} in {place}, which is whose turn it is; valid: {', '.join(sorted(known))}"
+        )
+    if value.get("from") is not None:  # columnar files have the other shape's keys, with nothing under them
         speaker = str(value["from"])
         if speaker not in SPEAKERS:
             raise RowError(f"unknown speaker {speaker!r:.60} in {place}; {did_you_mean(speaker, SPEAKERS)}")

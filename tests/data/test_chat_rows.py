@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from datasets import Dataset
 
 from lsr_scale.data.chat_tokens import tokenize_conversations
 from lsr_scale.data.conversations import messages_of
@@ -73,6 +74,16 @@ def test_a_function_call_is_shown_and_learned_as_the_template_writes_it_and_its_
     assert "sunny" not in learned
 
 
+def test_a_columnar_file_may_have_turns_of_both_shapes(tmp_path):
+    shared = [{"from": "human", "value": ASK["content"]}, {"from": "gpt", "value": ANSWER["content"]}]
+    rows = [{"messages": [ASK, ANSWER]}, {"messages": shared}]  # as columns each turn has all four keys
+    Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
+    dataset, _ = build_dataset([str(tmp_path / "rows.parquet")])
+    assert [dataset[index]["messages"] for index in (0, 1)] == [[ASK, ANSWER]] * 2
+    with pytest.raises(UserError, match=r"nothing under 'from' in conversations\[0\], .*; valid: assist"):
+        build_dataset([write_rows(tmp_path / "rows.jsonl", [{"conversations": [{"value": "a"}, shared[1]]}])])
+
+
 def test_a_call_and_its_result_may_have_the_number_that_a_template_asks_for(tmp_path):
     numbered = json.dumps({"id": "abcdefghi", "name": "weather", "arguments": {"city": "Paris"}})
     turns = [SHARED[0], {**SHARED[1], "value": numbered}, {**SHARED[2], "tool_call_id": "abcdefghi"}, SHARED[3]]
@@ -140,7 +151,11 @@ def test_a_last_turn_of_the_user_two_in_a_row_and_an_empty_answer_are_taken(tmp_
         ([ASK, {"role": "assistant", "content": None}], {}, r"no content in messages\[1\]"),
         ([{"role": "asistant", "content": "x"}], {}, r"unknown role 'asistant' in messages\[0\]; did you mean 'assis"),
         ([{"role": "function", "content": "x"}, ANSWER], {}, r"unknown role 'function' in messages\[0\]"),
-        ([{"content": "x"}, ANSWER], {}, r"unknown role None in messages\[0\]"),
+        (
+            [{"content": "x"}, ANSWER],
+            {},
+            r"nothing under 'role' in messages\[0\], which is whose turn it is; valid: assistant, dev",
+        ),
         ([ASK, {"role": "assistant", "content": ""}], {}, "empty assistant turns"),
         ([ASK, {"role": "assistant", "content": "", "id": 7, "name": "Bob"}], {}, "empty assistant turns"),
         ([ASK], {}, "no assistant turn under 'messages'"),

@@ -1,4 +1,4 @@
-"""Numbers in the units that people read and write: bytes, durations, parameters."""
+"""Numbers in the units that people read and write: bytes, durations, parameters, amounts of things."""
 
 from lsr_scale.errors import UserError
 
@@ -14,6 +14,12 @@ def byte_size(num_bytes: float) -> str:
         return "1 byte" if num_bytes == 1 else f"{value:.0f} bytes"
     digits = 2 if abs(value) < 9.995 else 1 if abs(value) < 99.95 else 0
     return f"{value:.{digits}f} {_BINARY[unit]}"
+
+
+def amount(number: int, noun: str) -> str:
+    """Return a number of things, such as "1 row", "2,000 rows", "3 processes"."""
+    plural = f"{noun}es" if noun.endswith(("s", "ch")) else f"{noun}s"
+    return f"{number:,} {noun if number == 1 else plural}"
 
 
 def clock(seconds: float) -> str:

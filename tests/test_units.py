@@ -2,7 +2,22 @@
 
 import pytest
 
-from lsr_scale.units import byte_size
+from lsr_scale.units import amount, byte_size
+
+
+@pytest.mark.parametrize(
+    ("number", "noun", "text"),
+    [
+        (0, "row", "0 rows"),
+        (1, "row", "1 row"),
+        (2000, "more note", "2,000 more notes"),
+        (1, "process", "1 process"),
+        (2, "process", "2 processes"),
+        (2, "batch", "2 batches"),
+    ],
+)
+def test_one_of_a_thing_is_no_plural(number, noun, text):
+    assert amount(number, noun) == text
 
 
 @pytest.mark.parametrize(

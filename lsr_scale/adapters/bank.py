@@ -25,6 +25,7 @@ from lsr_scale.adapters.peft.per_sample import BASE_MODEL, PairMemory, PerSample
 from lsr_scale.adapters.read import CONFIG_NAME, WEIGHTS_NAME, read_config, read_weights
 from lsr_scale.errors import UserError
 from lsr_scale.paths import user_path
+from lsr_scale.units import amount
 
 
 @dataclass
@@ -212,7 +213,9 @@ class AdapterBank:
                     raise UserError(f"{folder}: {name} has values beyond {stacked.dtype}, the dtype of this bank")
                 tensors[module, key] = tensor
         if stored:
-            raise UserError(f"{folder}: {len(stored)} tensors that this bank's adapters do not have: {min(stored)}")
+            raise UserError(
+                f"{folder}: {amount(len(stored), 'tensor')} that this bank's adapters do not have: {min(stored)}"
+            )
         return config, tensors
 
     def _folder_of(self, name: str) -> Path:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from lsr_scale.commands.failures import rank
 from lsr_scale.errors import UserError, nearest, one_screen
 from lsr_scale.paths import user_path
+from lsr_scale.units import amount
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -148,7 +149,7 @@ def one_trial(args: argparse.Namespace, name: str | None) -> "RunConfig":
         return sweep.trial(name).run
     first, number = sweep.trials[0], len(sweep.trials)
     others = f"; another: --trial {sweep.trials[1].name}" if number > 1 else ""
-    print(one_screen(f"note: the first of {number} trials: {first.name}{others}"), file=sys.stderr)
+    print(one_screen(f"note: the first of {amount(number, 'trial')}: {first.name}{others}"), file=sys.stderr)
     note_missing(missing_of(sweep.trials[1:], sweep))
     return first.run
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from lsr_scale.commands.arguments import Parser, add_run_arguments, find_file, names_run, note_missing
 from lsr_scale.errors import UserError
+from lsr_scale.units import amount
 
 if TYPE_CHECKING:
     from lsr_scale.config.trials import Sweep
@@ -78,6 +79,6 @@ def _of_sweep(sweep: "Sweep", whole: bool) -> str:
         f"# {trial.name}: {', '.join(f'{key}={value}' for key, value in trial.changes.items())}"
         for trial in sweep.trials
     ]
-    heading = f"# {len(sweep.trials)} trials, compared by {sweep.scored_by()}"
+    heading = f"# {amount(len(sweep.trials), 'trial')}, compared by {sweep.scored_by()}"
     notes = [f"# note: {note}" for note in sweep.notes()]
     return run + yaml_text.dump({"sweep": section}, short=True) + "\n".join([heading, *notes, *lines]) + "\n"

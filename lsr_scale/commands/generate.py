@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lsr_scale.commands.arguments import BASE_HELP, Parser, count
 from lsr_scale.errors import UserError, printable
+from lsr_scale.units import amount
 
 if TYPE_CHECKING:
     from lsr_scale.data.prompts import Prompt
@@ -222,8 +223,8 @@ def _note_speed(answers: "list[Answer]", sampling: "Sampling") -> None:
         return
     cut = sum(answer.stopped == "length" for answer in answers)
     which = "cut" if len(answers) == 1 else f"{cut} cut"
-    more = f"; {which} at {sampling.max_new_tokens:,} tokens (--max-new-tokens)" if cut else ""
-    _note(f"{tokens:,} tokens in {seconds:.1f} s, {tokens / max(seconds, 1e-9):,.1f} tokens/s{more}")
+    more = f"; {which} at {amount(sampling.max_new_tokens, 'token')} (--max-new-tokens)" if cut else ""
+    _note(f"{amount(tokens, 'token')} in {seconds:.1f} s, {tokens / max(seconds, 1e-9):,.1f} tokens/s{more}")
 
 
 def _with_new_lines(text: str) -> str:

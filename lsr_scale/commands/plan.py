@@ -17,7 +17,7 @@ from lsr_scale.commands.arguments import (
 )
 from lsr_scale.errors import UserError, printable
 from lsr_scale.screen import Screen
-from lsr_scale.units import parse_count
+from lsr_scale.units import amount, parse_count
 
 if TYPE_CHECKING:
     from lsr_scale.config.trials import Sweep
@@ -95,7 +95,7 @@ def _of_sweep(sweep: "Sweep", args: argparse.Namespace) -> int:
         print(json.dumps({**asdict(result.one), **together}, indent=2))
         return 0
     console = Screen()
-    console.print(f"the largest of {result.num_trials} trials: {result.trial}\n", soft_wrap=True)
+    console.print(f"the largest of {amount(result.num_trials, 'trial')}: {result.trial}\n", soft_wrap=True)
     console.print(render(result.one))
     if result.alone_because:
         why = f"trials are trained one after the other, as they cannot share steps: {result.alone_because}"

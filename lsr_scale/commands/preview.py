@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from lsr_scale.commands.arguments import Parser, add_run_arguments, count, one_trial
 from lsr_scale.screen import Screen
+from lsr_scale.units import amount
 
 if TYPE_CHECKING:
     from lsr_scale.data.token_counts import TokenCounts
@@ -42,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     check_run_fits(config, data)
     shown = preview(data.train, data.kind, data.tokenizer, args.samples, config.training, data.validation)
     console = Screen()
-    console.print(f"{len(data.train):,} rows, {data.kind}: {KIND_MEANING[data.kind]}")
+    console.print(f"{amount(len(data.train), 'row')}, {data.kind}: {KIND_MEANING[data.kind]}")
     if shown.labels is None:
         what = "What is learned, or unlearned, is " if shown.names else "What is supervised is "
         if data.kind in PROMPTS:
@@ -57,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
         if shown.names:
             number, label = f"{index * args.samples // len(shown.samples) + 1} {shown.names[index]}", ""
         learned = "" if data.kind in PROMPTS else f", {supervised} supervised{label}"
-        console.print(Text.assemble("\n", (number, "bold"), f"  {len(sample)} tokens{learned}"))
+        console.print(Text.assemble("\n", (number, "bold"), f"  {amount(len(sample), 'token')}{learned}"))
         console.print(_text_of(runs(sample)), soft_wrap=True)
     console.print()
     console.print(_table(shown.parts))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import PreTrainedTokenizerBase
 
 from lsr_scale.data.token_counts import TokenCounts, counted_rows
+from lsr_scale.units import amount
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -68,5 +69,6 @@ def count_classification(
         lengths = [length for length in lengths if length < limit] + [len(ids) for ids in whole]
     cut = sum(length > limit for length in lengths)
     counts = TokenCounts(rows=len(some), truncated=cut, lengths=Counter(lengths))
-    note = f"{where}: training.max_length ({limit}) cuts {cut:,} of {len(some):,} rows; raise it, or shorten the rows"
+    of_rows = f"{cut:,} of {amount(len(some), 'row')}"
+    note = f"{where}: training.max_length ({limit}) cuts {of_rows}; raise it, or shorten the rows"
     return where_counted, counts, [note] if cut else []

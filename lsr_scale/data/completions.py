@@ -14,6 +14,7 @@ from lsr_scale.data.chat_tokens import code_digest
 from lsr_scale.data.conversations import as_messages, listed_tools
 from lsr_scale.data.preferences import COMPLETIONS
 from lsr_scale.data.token_counts import TokenCounts, count_tokens, counted_rows
+from lsr_scale.units import amount
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -169,7 +170,7 @@ def _note_alike(where: str, samples: list[list[tuple[list[int], list[int]]]], tr
     if len(samples) == 1 or not alike:
         return []
     return [
-        f"{where}: of {alike:,} in {len(samples[0]):,} rows, chosen and rejected have the same tokens within "
+        f"{where}: of {alike:,} in {amount(len(samples[0]), 'row')}, chosen and rejected have the same tokens within "
         f"training.max_length ({limit}): nothing is preferred; raise it, or remove them"
     ]
 
@@ -180,7 +181,7 @@ def _note_one_class(where: str, labels: Any) -> list[str]:
     if len(kinds) > 1:
         return []
     only, other = ("desirable", "undesirable") if kinds == {True} else ("undesirable", "desirable")
-    return [f"{where}: all {len(labels):,} rows are {only}, and KTO contrasts both kinds; add {other} ones"]
+    return [f"{where}: every row is {only}, and KTO contrasts both kinds; add {other} ones"]
 
 
 def _common(one: Sequence[Any], other: Sequence[Any]) -> int:

@@ -16,6 +16,7 @@ from typing import Any
 
 from lsr_scale.data.rows import RowError, Rows
 from lsr_scale.errors import UserError, did_you_mean, quoted
+from lsr_scale.units import amount
 
 Label = str | bool | int | float
 
@@ -193,8 +194,8 @@ def find_labels(sources: Sequence[Rows], labels: Sequence[str] | None, num_label
         )
     if len(names) < 2:
         raise UserError(
-            f"data.train: all {sum(found.counts.values()):,} rows have the label {', '.join(names)!r}; a classifier "
-            "needs two classes or more: add rows of the others, or list all labels in model.labels"
+            f"data.train: every row has the label {', '.join(names)!r}; a classifier needs two classes or more: add "
+            "rows of the others, or list all labels in model.labels"
         )
     if num_labels is not None and len(names) != num_labels:
         raise UserError(
@@ -249,7 +250,8 @@ class _Found:
         self.feature = tuple(name.strip() for name in shared) if shared else None
         self.notes = []
         if spaced:
-            self.notes.append(f"{len(spaced):,} labels have spaces around them, left out here; the first: {spaced[0]}")
+            first_one = f"{amount(len(spaced), 'label')} with spaces around, left out here; the first: {spaced[0]}"
+            self.notes.append(first_one)
 
     def labels(self, names: tuple[str, ...], fixed: bool) -> Labels:
         """Return these classes with their numbers of rows, and notes on what is odd about them."""
@@ -263,7 +265,7 @@ class _Found:
             notes.append(f"no training row has the label {', '.join(without)[:200]}; nothing teaches it")
         if len(names) > max(20, num_rows // 2):
             notes.append(
-                f"{len(names):,} classes for {num_rows:,} rows: is label the right column? for scores, set "
+                f"{len(names):,} classes for {amount(num_rows, 'row')}: is label the right column? for scores, set "
                 "model.num_labels: 1"
             )
         return Labels(names, fixed, tuple(counts), tuple(notes))

@@ -19,6 +19,7 @@ from lsr_scale.data.preferences import COMPLETIONS
 from lsr_scale.data.token_counts import CountsTokens, TokenCounts, count_tokens, counted_rows
 from lsr_scale.data.tokenizer_setup import prepare_tokenizer, supervises_assistant, template_notes
 from lsr_scale.errors import UserError
+from lsr_scale.units import amount
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -155,7 +156,9 @@ def preview(
         notes.append("Every turn is supervised; without training.assistant_only_loss: false, the assistant's alone.")
     if len(rows) < len(head):
         num_dropped, limit = len(head) - len(rows), options.get("max_length", "default")
-        notes.append(f"{num_dropped} of {len(head)} rows are dropped: max_length ({limit}) cuts off all supervision.")
+        notes.append(
+            f"{num_dropped} of {amount(len(head), 'row')} dropped: max_length ({limit}) cuts off all supervision."
+        )
     if not len(rows):
         raise UserError("data: no supervised token is left in these rows; raise training.max_length")
     settings = {"max_length": _default_length(), **(training or {})}

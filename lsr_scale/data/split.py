@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from lsr_scale.errors import UserError
+from lsr_scale.units import amount
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -32,9 +33,9 @@ def split_by_hash(dataset: "Dataset", share: float) -> tuple["Dataset", "Dataset
     places = [_number(row) / 2**64 for row in dataset]  # pyright: ignore[reportArgumentType]
     distinct = sorted(set(places))
     if len(distinct) < 2:
+        alike = f"all {len(places):,} rows are equal" if len(places) > 1 else "there is one row"
         raise UserError(
-            f"data.validation_split: all {len(places):,} rows are equal, so none can be held out; give rows that "
-            "differ, or leave it out"
+            f"data.validation_split: {alike}, so none can be held out; give rows that differ, or leave it out"
         )
     bound = min(max(share, distinct[1]), distinct[-1])  # held out are those below it: the first at least, not the last
     held_out = [place < bound for place in places]
@@ -54,7 +55,7 @@ def note_shared(train: "Dataset", held_out: Mapping[str, Iterable[Mapping[str, A
     found = wanted.intersection(map(_number, train if wanted else ()))  # pyright: ignore[reportArgumentType]
     shared = {where: sum(number in found for number in part) for where, part in numbers.items()}
     return [
-        f"{where}: shares {count:,} of its {len(numbers[where]):,} rows with data.train: what is measured on them "
+        f"{where}: shares {count:,} of {amount(len(numbers[where]), 'row')} with data.train: what is measured on them "
         "tells what was memorized; remove them from one of the two"
         for where, count in shared.items()
         if count

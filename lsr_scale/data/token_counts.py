@@ -13,6 +13,7 @@ from accelerate import PartialState
 from lsr_scale.data.assistant_spans import render
 from lsr_scale.data.chat_tokens import CONVERSATIONS_COLUMNS, is_conversations, tokenize_conversations
 from lsr_scale.data.conversations import as_messages, has_no_weight, is_empty, listed_tools
+from lsr_scale.units import amount
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -76,8 +77,10 @@ class TokenCounts:
 
     def supervision(self) -> str:
         """Return in words how much of conversations is supervised."""
-        turns = f"{self.assistant_turns:,} assistant turns supervised of {self.turns:,} turns"
-        return f"{turns}, {self.supervised:,} of {self.tokens:,} tokens ({_share(self.supervised, self.tokens)})"
+        turns = f"{amount(self.assistant_turns, 'assistant turn')} supervised of {amount(self.turns, 'turn')}"
+        return (
+            f"{turns}, {self.supervised:,} of {amount(self.tokens, 'token')} ({_share(self.supervised, self.tokens)})"
+        )
 
     def __add__(self, other: "TokenCounts") -> "TokenCounts":
         """Return the counts of both."""
@@ -86,10 +89,10 @@ class TokenCounts:
     def line(self) -> str:
         """Return in a line what is lost."""
         if not self.supervised:  # a classifier's
-            return f"{self.rows:,} rows, {self.truncated:,} cut"
+            return f"{amount(self.rows, 'row')}, {self.truncated:,} cut"
         lost = _share(self.supervised_lost, self.supervised)
         return (
-            f"{self.rows:,} rows, {self.truncated:,} cut, {self.unsupervised:,} left out; "
+            f"{amount(self.rows, 'row')}, {self.truncated:,} cut, {self.unsupervised:,} left out; "
             f"lost: {lost} of {self.supervised:,} supervised tokens, {self.ends_lost:,} of {self.ends:,} end tokens"
         )
 
@@ -102,7 +105,7 @@ class TokenCounts:
             training: The run's training arguments.
         """
         notes, limit = [], training.get("max_length")
-        of_rows = f"of {self.rows:,} rows"
+        of_rows = f"of {amount(self.rows, 'row')}"
         if self.truncated and _packs_in_parts(training):
             notes.append(
                 f"{where}: packing splits {self.truncated:,} {of_rows}, longer than training.max_length ({limit}), "
@@ -117,27 +120,28 @@ class TokenCounts:
             )
         if self.without_end:
             notes.append(
-                f"{where}: {self.without_end:,} {of_rows} do not teach the end token {tokenizer.eos_token!r}, at which "
-                "generation stops; set training.eos_token to the token with which the chat template ends a turn"
+                f"{where}: {self.without_end:,} {of_rows} without the end token {tokenizer.eos_token!r}, at which "
+                "generation stops, in what is learned; set training.eos_token to the token with which the chat "
+                "template ends a turn"
             )
         if self.empty_turns:
-            notes.append(f"{where}: {self.empty_turns:,} of the assistant's turns hold no text, and are not learned")
+            notes.append(f"{where}: not learned, as without a text: {self.empty_turns:,} of the assistant's turns")
         if self.unsupervised and training.get("packing") and not _packs_in_parts(training):
             notes.append(
-                f"{where}: {self.unsupervised:,} {of_rows} are left out: training.max_length ({limit}) cuts off all "
+                f"{where}: {self.unsupervised:,} {of_rows} left out: training.max_length ({limit}) cuts off all "
                 "that is to be learned of them; raise it"
             )
         if self.doubled:
             either = f"{tokenizer.bos_token!r} or {tokenizer.eos_token!r}"
             notes.append(
-                f"{where}: {self.doubled:,} {of_rows} have {either} twice side by side; take it out of the texts (or "
+                f"{where}: {self.doubled:,} {of_rows} with {either} twice side by side; take it out of the texts (or "
                 "the chat template): it is added where it belongs"
             )
         if self.retokenized:
             notes.append(
-                f"{where}: the last tokens of {self.retokenized:,} of {self.prompts:,} prompts become others with the "
-                "completion behind them, so training sees another prompt than generation; end prompts where a word "
-                "ends, and write the space that follows in front of the completion"
+                f"{where}: the last tokens of {self.retokenized:,} of {amount(self.prompts, 'prompt')} become others "
+                "with the completion behind them, so training sees another prompt than generation; end prompts where a "
+                "word ends, and write the space that follows in front of the completion"
             )
         return notes
 

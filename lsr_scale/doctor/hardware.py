@@ -12,7 +12,7 @@ import torch
 from lsr_scale import distributed
 from lsr_scale.doctor.report import Finding
 from lsr_scale.model.dtype import chosen_dtype, without_bfloat16
-from lsr_scale.units import byte_size
+from lsr_scale.units import amount, byte_size
 
 GIB = 2**30
 
@@ -21,7 +21,11 @@ def check_hardware() -> Iterator[Finding]:
     """Tell processor, memory and GPUs, and whether torch can use them."""
     cores = distributed.num_cores()
     memory = psutil.virtual_memory()
-    yield Finding("hardware", "CPU", f"{platform.machine()}, {cores} cores usable, {torch.get_num_threads()} threads")
+    yield Finding(
+        "hardware",
+        "CPU",
+        f"{platform.machine()}, {amount(cores, 'core')} usable, {amount(torch.get_num_threads(), 'thread')}",
+    )
     if not torch.cuda.is_available():
         yield _dtype()
     yield Finding("hardware", "memory", f"{byte_size(memory.available)} of {byte_size(memory.total)} free")

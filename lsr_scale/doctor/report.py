@@ -8,6 +8,8 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from lsr_scale.units import amount
+
 Status = Literal["ok", "note", "bad"]
 
 # what a screen has of the versions that are well
@@ -60,7 +62,7 @@ def render(report: Report, whole: bool = True) -> Group:
         whole: Every finding in full; else a screen: a line each, and the versions that are well in one.
     """
     bad = sum(finding.status == "bad" for finding in report.findings)
-    verdict = f"{bad} known problem{'s' if bad > 1 else ''}, see above" if bad else "nothing known to be bad"
+    verdict = f"{amount(bad, 'known problem')}, see above" if bad else "nothing known to be bad"
     if not whole:
         verdict += "; --all tells all in full"
     tables = _whole(report) if whole else [_screen(report)]

@@ -26,6 +26,7 @@ from lsr_scale.model import chosen_dtype, load_base, load_config, load_tokenizer
 from lsr_scale.scoring.accuracy import TaskScore, mcnemar
 from lsr_scale.scoring.scorer import score
 from lsr_scale.screen import Progress
+from lsr_scale.units import amount
 
 PROMPTS = (
     "Question: Which is heavier, a feather or a brick?\nAnswer:",
@@ -60,7 +61,7 @@ class Agreement:
         share = 100 * self.share_of_effect
         of_effect = f"{share:,.0f}" if share >= 1000 else f"{share:.3g}"
         return (
-            f"logits of {self.prompts} prompts differ by {self.max_difference:.2g} at most, relatively "
+            f"logits of {amount(self.prompts, 'prompt')} differ by {self.max_difference:.2g} at most, relatively "
             f"{self.relative_error:.2g} ({of_effect} % of what the adapter changes); {what} "
             f"{100 * self.same_next_token:.1f} % of {self.positions} {where}"
         )
@@ -69,7 +70,7 @@ class Agreement:
         """Return the change of accuracy in words, a line a task."""
         return [
             f"{task}: {100 * row['trained']:.1f} % as trained, {100 * row['exported']:.1f} % exported, of "
-            f"{row['questions']} questions; {row['answered_otherwise']} answered otherwise "
+            f"{amount(row['questions'], 'question')}; {row['answered_otherwise']} answered otherwise "
             f"({row['newly_right']} newly right, {row['newly_wrong']} newly wrong)"
             for task, row in self.accuracy.items()
         ]

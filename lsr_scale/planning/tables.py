@@ -7,7 +7,7 @@ from rich.text import Text
 
 from lsr_scale.planning.planner import Plan
 from lsr_scale.planning.stages import CUDA_GIB, Memory
-from lsr_scale.units import byte_size
+from lsr_scale.units import amount, byte_size
 
 
 def render(plan: Plan) -> Group:
@@ -24,8 +24,8 @@ def render(plan: Plan) -> Group:
         ("base", f"{plan.model}, {plan.quantization}, {plan.dtype}"),
         ("parameters", f"{plan.base_parameters:,} ({plan.architecture})"),
         ("frozen bytes", f"{plan.frozen_bytes:,} ({byte_size(plan.frozen_bytes)}), exact"),
-        ("adapter", f"{plan.method} on {plan.adapted_modules} modules"),
-        ("trainable", f"{plan.trainable_parameters:,} parameters"),
+        ("adapter", f"{plan.method} on {amount(plan.adapted_modules, 'module')}"),
+        ("trainable", f"{amount(plan.trainable_parameters, 'parameter')}"),
         (
             "of LoRA",
             f"{percent(plan.share_of_lora8)} of rank 8 ({plan.lora8_parameters:,}), "
@@ -44,7 +44,9 @@ def render(plan: Plan) -> Group:
         **{"total": "total", "loading": "load"},
     }
     title = f"GiB on one of {plan.gpus} GPUs" if plan.gpus > 1 else "GiB on one GPU"
-    table = Table(title=f"{title}, {plan.tokens_per_gpu:,} tokens at once", title_justify="left", box=box.SIMPLE_HEAD)
+    table = Table(
+        title=f"{title}, {amount(plan.tokens_per_gpu, 'token')} at once", title_justify="left", box=box.SIMPLE_HEAD
+    )
     table.padding, table.pad_edge, table.show_edge = (0, 1, 0, 0), False, False
     table.add_column("stage", no_wrap=True)
     table.add_column("recomp", no_wrap=True)

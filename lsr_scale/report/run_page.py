@@ -18,7 +18,7 @@ from lsr_scale.run.plots import NATS, conditions_figure, loss_figure, underflow_
 from lsr_scale.run.policy_plots import rewards_figure
 from lsr_scale.run.record import RunRecord, flat
 from lsr_scale.scoring.paired import wilson
-from lsr_scale.units import byte_size, clock
+from lsr_scale.units import amount, byte_size, clock
 
 MAX_SAMPLES = 24  # prompts on a page
 _MAX_PICTURE = 4 * 2**20
@@ -88,7 +88,7 @@ def _lead(record: RunRecord, summary: RunSummary) -> str:
     held += f", multiplied in {summary.compute}" if summary.compute != "bf16" else ""
     state = "" if record.is_finished else " (not ended)"
     method, base = summary.method or "an adapter", summary.model or "an unknown base"
-    return f"{method} on {base}{held}, {summary.steps:,} steps{state}"
+    return f"{method} on {base}{held}, {amount(summary.steps, 'step')}{state}"
 
 
 def _tiles(record: RunRecord, summary: RunSummary) -> Iterator[dict[str, str]]:
@@ -187,7 +187,7 @@ def _figures(record: RunRecord, summary: RunSummary) -> Iterator[Drawn]:
     has_rewards = rewards_figure(record.metrics, "") is not None
     if summary.curves["loss"] or summary.curves["eval_loss"]:
         loss = summary.loss
-        alt = f"Loss over {summary.steps:,} steps"
+        alt = f"Loss over {amount(summary.steps, 'step')}"
         if training := summary.curves["loss"]:
             alt += f", training from {training[0][1]:.3f} to {number(loss.train, 3) or f'{training[-1][1]:.3f}'}"
         if loss.best is not None:

@@ -7,6 +7,7 @@ from lsr_scale.adapters.card import CARD_NAME, cell, front_matter, held_note, li
 from lsr_scale.adapters.read import read_base, read_config
 from lsr_scale.config import RunConfig
 from lsr_scale.run.folder import RunFolder
+from lsr_scale.units import amount
 
 # the loss of GRPO, which has rewards, tells nothing
 _AT_THE_END = {"final_reward": "reward at the end", "final_loss": "loss at the end"}
@@ -31,7 +32,7 @@ def write_run_card(folder: RunFolder, run: RunConfig, results: dict[str, Any]) -
         "rank": getattr(config, "rank", getattr(config, "r", None)),
         "trained parameters": f"{results['trainable_parameters']:,}",
         "data": data_names(run),
-        "training": f"{results['steps']:,} steps, {results['train_rows']:,} rows",
+        "training": f"{amount(results['steps'], 'step')}, {amount(results['train_rows'], 'row')}",
         **({_AT_THE_END[last]: results[last]} if last else {}),
         **{f"validation: {name}": value for name, value in validation.items()},
         "licence": licence_words(base),

@@ -25,6 +25,7 @@ from lsr_scale.run.confusion import draw_confusion
 from lsr_scale.run.folder import RunFolder
 from lsr_scale.run.load import load_run_model, open_trained
 from lsr_scale.scoring import classification
+from lsr_scale.units import amount
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -127,7 +128,7 @@ def score_in_training(held_out: HeldOut, trainer: Any, folder: RunFolder, when: 
 def in_words(scores: dict[str, float]) -> str:
     """Return scores in a line."""
     shown = [f"{name} {value:.4f}" for name, value in scores.items() if name != "num_examples"]
-    return f"{', '.join(shown)} on {scores['num_examples']:,} rows"
+    return f"{', '.join(shown)} on {amount(int(scores['num_examples']), 'row')}"
 
 
 def evaluate_classifier(

@@ -14,6 +14,7 @@ from lsr_scale.config.training import EVALUATED, lower_is_better
 from lsr_scale.errors import UserError
 from lsr_scale.run.record import Answers, RunRecord, flat, read_run
 from lsr_scale.scoring.paired import Paired, paired_accuracy, paired_bootstrap, wilson
+from lsr_scale.units import amount
 
 if TYPE_CHECKING:
     import numpy as np
@@ -288,8 +289,8 @@ def _scores(record: RunRecord, after: Answers, first: Answers | None, notes: lis
             notes.append(f"{after.task}: {record.name} answered other questions than the first run: not compared")
         elif {common} != {len(first.rows), len(after.rows)}:
             notes.append(
-                f"{after.task}: of {len(after.rows):,} questions of {record.name} and {len(first.rows):,} of the first "
-                f"run {common:,} are common, and compared"
+                f"{after.task}: of {amount(len(after.rows), 'question')} of {record.name} and {len(first.rows):,} of "
+                f"the first run {common:,} are common, and compared"
             )
     scores = {}
     for name, value in _values(after, list(after.rows)).items():

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from lsr_scale.errors import shortened
 from lsr_scale.run.compare import ABSENT, Comparison, Score
-from lsr_scale.units import byte_size, clock
+from lsr_scale.units import amount, byte_size, clock
 
 MAX_KEYS = 12  # of the configuration, without --all
 MAX_SCORES = 16  # rows of the table of scores, without --all
@@ -28,7 +28,7 @@ def render(comparison: Comparison, show_all: bool = False) -> Group:
     notes = comparison.notes if show_all else comparison.notes[:6]
     parts += [Text(f"note: {note}", style="yellow") for note in notes]
     if left := len(comparison.notes) - len(notes):
-        parts.append(Text(f"... and {left} more notes: --all", style="dim"))
+        parts.append(Text(f"... and {amount(left, 'more note')}: --all", style="dim"))
     return Group(*parts)
 
 
@@ -120,7 +120,7 @@ def _scores(comparison: Comparison, letters: Sequence[str], show_all: bool) -> G
             _keep_rows(part, MAX_SCORES)
         parts.append(part)
         if left > 0 and not show_all:
-            parts.append(Text(f"... and {left} more rows: --all", style="dim"))
+            parts.append(Text(f"... and {amount(left, 'more row')}: --all", style="dim"))
     return Group(*parts)
 
 

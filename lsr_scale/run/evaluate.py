@@ -23,6 +23,7 @@ from lsr_scale.run.tables import percent
 from lsr_scale.scoring.accuracy import Prediction, TaskScore, mcnemar
 from lsr_scale.scoring.scorer import EncodedExamples, encode_examples, score
 from lsr_scale.screen import show_live
+from lsr_scale.units import amount
 
 Say = Callable[[str], None]
 logger = logging.getLogger(__name__)
@@ -81,7 +82,7 @@ def score_tasks(
             options["progress"] = lambda done, total, name=name: show_live(f"{when}: {name} {done / total:.0%}")
         scores[name] = result = score(model, tokenizer, items, **options)
         show_live("")
-        say(f"{when}: {name} {percent(result)} on {result.num_examples} questions")
+        say(f"{when}: {name} {percent(result)} on {amount(result.num_examples, 'question')}")
     return scores
 
 

@@ -16,6 +16,7 @@ from lsr_scale.errors import UserError
 from lsr_scale.generation.decoder import Decoder, NotFiniteError
 from lsr_scale.generation.sampling import Sampling
 from lsr_scale.model.tokenizer import end_tokens, render_chat
+from lsr_scale.units import amount
 
 logger = logging.getLogger(__name__)
 
@@ -132,7 +133,9 @@ def check_fits(ids: list[int], tokenizer: Any, config: Any, context: int | None,
     if isinstance(rows, int):
         check_token_id(max(ids), rows, tokenizer, config, where)
     if context is not None and len(ids) >= context:
-        raise UserError(f"{where}: has {len(ids):,} tokens, but the model has {context:,} positions; shorten it")
+        raise UserError(
+            f"{where}: has {amount(len(ids), 'token')}, but the model has {context:,} positions; shorten it"
+        )
 
 
 @torch.no_grad()
@@ -189,8 +192,8 @@ def complete(
             )
         except NotFiniteError as error:
             raise UserError(
-                f"the model's logits are not finite after {error.tokens} tokens: the adapter diverged, or the base "
-                "overflows in model.dtype; --base-only tells which"
+                f"the model's logits are not finite after {amount(error.tokens, 'token')}: the adapter diverged, or "
+                "the base overflows in model.dtype; --base-only tells which"
             ) from None
     new = out[0, len(ids) :].tolist()
     seconds = time.perf_counter() - began

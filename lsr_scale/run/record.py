@@ -16,6 +16,7 @@ from lsr_scale.config import yaml_text
 from lsr_scale.errors import UserError
 from lsr_scale.run.folder import RunFolder, open_run, step_of
 from lsr_scale.run.metrics import finite_values, read_metrics, summarize_metrics
+from lsr_scale.units import amount
 
 _PREDICTIONS = re.compile(r"(?P<task>.+?)(\+[0-9a-f]{16})?-(?P<when>before|after|eval-adapter)\.jsonl")
 _MAX_BYTES = 2**30  # of a file of predictions: that of a million questions is far smaller
@@ -222,7 +223,7 @@ def _rows(file: Path, notes: list[str]) -> list[dict[str, Any]]:
         else:
             bad += 1
     if bad:
-        notes.append(f"{file}: {bad:,} line{'s' if bad > 1 else ''} left out: no JSON object")
+        notes.append(f"{file}: {amount(bad, 'line')} left out: no JSON object")
     return rows
 
 
@@ -251,7 +252,7 @@ def _all_answers(
         numbered = [_with_number(row, labels) for row in rows]
         sound = [row for row in numbered if _is_choice(row) or _is_classified(row)]
         if len(sound) < len(rows):
-            notes.append(f"{file}: {len(rows) - len(sound):,} of {len(rows):,} lines left out: no prediction")
+            notes.append(f"{file}: {len(rows) - len(sound):,} of {amount(len(rows), 'line')} left out: no prediction")
         if not sound or len({_is_choice(row) for row in sound}) > 1:
             continue
         seen: Counter[str] = Counter()

@@ -12,7 +12,7 @@ from lsr_scale.errors import printable, shortened
 from lsr_scale.run.folder import RunFolder
 from lsr_scale.scoring.accuracy import TaskScore
 from lsr_scale.screen import Screen
-from lsr_scale.units import byte_size
+from lsr_scale.units import amount, byte_size
 
 
 def print_results(folder: RunFolder, results: dict[str, Any], scores: dict[str, dict[str, TaskScore]]) -> None:
@@ -47,7 +47,7 @@ def print_results(folder: RunFolder, results: dict[str, Any], scores: dict[str, 
 def _classifier_table(name: str, by_moment: dict[str, Any]) -> Table:
     """Return a table of a classifier's scores before and after training."""
     number = next(iter(by_moment.values()))["num_examples"]
-    title = f"{name}, {number:,} rows"
+    title = f"{name}, {amount(number, 'row')}"
     table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left")
     for column in ("", *by_moment):
         table.add_column(column, justify="right" if column else "left")

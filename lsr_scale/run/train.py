@@ -54,7 +54,7 @@ from lsr_scale.training.settings import naming_settings
 from lsr_scale.training.shared import Shared
 from lsr_scale.training.steps.nonfinite import check_finite
 from lsr_scale.training.trainers import ignore_library_warnings
-from lsr_scale.units import clock
+from lsr_scale.units import amount, clock
 
 Say = Callable[[str], None]
 Scores = dict[str, dict[str, TaskScore]]  # by "before" and "after", then by task
@@ -166,7 +166,7 @@ def _announce(start: Start, is_resumed: bool, say: Say) -> None:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     num = distributed.world_size()
     engine = f"DeepSpeed, ZeRO stage {zero_stage(start.run)}" if uses_deepspeed(start.run) else "no DeepSpeed"
-    say(f"{num} process{'es' if num > 1 else ''} on {device}, {engine}")
+    say(f"{amount(num, 'process')} on {device}, {engine}")
     if not distributed.is_launched() and torch.cuda.device_count() > 1:
         all_of_them = "deepspeed --module lsr_scale.launch --config ..."
         say(f"one of {torch.cuda.device_count()} GPUs is used; for all: {all_of_them}")
@@ -390,7 +390,8 @@ def _count_nonfinite(folder: RunFolder) -> str:
     """Return how many batches and steps of a run were left out, and where more is said of them."""
     rows = read_metrics(folder.nonfinite)
     losses = sum("loss" in row for row in rows)
-    return f"{losses:,} losses of batches, {len(rows) - losses:,} gradients of steps; see {folder.nonfinite}"
+    steps = amount(len(rows) - losses, "step")
+    return f"the loss of {amount(losses, 'batch')}, the gradient of {steps}; see {folder.nonfinite}"
 
 
 def _save_adapter(folder: RunFolder, trainer: Trainer, trained: Trained, as_lora: bool, say: Say) -> None:

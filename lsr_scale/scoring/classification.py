@@ -12,6 +12,7 @@ import torch
 
 from lsr_scale import distributed
 from lsr_scale.errors import UserError
+from lsr_scale.units import amount
 
 
 def measure_prediction(prediction: Any) -> dict[str, float]:
@@ -104,8 +105,8 @@ def check_finite(outputs: np.ndarray) -> None:
     """Raise a UserError for outputs that are not finite: nothing can be said of such a model."""
     if bad := int((~np.isfinite(outputs)).reshape(len(outputs), -1).any(1).sum()):
         raise UserError(
-            f"the classifier's outputs are not finite on {bad:,} of {len(outputs):,} rows: training diverged; lower "
-            "training.learning_rate or resume from an earlier checkpoint"
+            f"the classifier's outputs are not finite on {bad:,} of {amount(len(outputs), 'row')}: training diverged; "
+            "lower training.learning_rate or resume from an earlier checkpoint"
         )
 
 

@@ -10,7 +10,7 @@ from lsr_scale.config.comparison import metric_words
 from lsr_scale.errors import without_advice
 from lsr_scale.screen import print_line, show_live
 from lsr_scale.sweeping.folder import SweepState, TrialState
-from lsr_scale.units import clock
+from lsr_scale.units import amount, clock
 
 _SHOWN_EVERY_S = 0.1
 
@@ -88,7 +88,7 @@ class Board:
             return
         self._shown = now
         work = ", ".join(f"{name} {done}/{total}" if total else name for name, (done, total) in self.steps.items())
-        show_live(f"{self.done} of {self.total} trials done" + (f"; at work: {work}" if work else ""))
+        show_live(f"{self.done} of {amount(self.total, 'trial')} done" + (f"; at work: {work}" if work else ""))
 
 
 class Watch(TrainerCallback):

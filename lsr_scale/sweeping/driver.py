@@ -35,6 +35,7 @@ from lsr_scale.training.steps.sharing import own_fallback_reason, runs_fused
 from lsr_scale.training.trainers import ignore_library_warnings
 from lsr_scale.training.trial_rows import TrialRows
 from lsr_scale.training.trial_starts import TrialStarts
+from lsr_scale.units import amount
 
 logger = logging.getLogger(__name__)
 
@@ -135,7 +136,8 @@ class Driver:
             state = self.folder.read()
             done = sum(trial.has_ended for trial in state.trials.values())
             raise Terminated(
-                self.signals.received, f"with {done} of {len(state.trials)} trials done, in {self.folder.path}"
+                self.signals.received,
+                f"with {done} of {amount(len(state.trials), 'trial')} done, in {self.folder.path}",
             )
 
     def run_of(self, plan: TrialPlan) -> RunConfig:

@@ -16,6 +16,7 @@ from lsr_scale.run.folder import RunFolder
 from lsr_scale.sweeping.folder import SweepFolder, SweepState, TrialState
 from lsr_scale.sweeping.scores import results_of, score_of
 from lsr_scale.training.checkpoint.select import changes
+from lsr_scale.units import amount
 
 _SHOWN = 8  # sources that are not there; the rest is counted
 
@@ -146,7 +147,7 @@ def _continued(folder: SweepFolder, sweep: Sweep) -> tuple[SweepState, list[str]
         )
     added = [name for name in now.trials if name not in state.trials]
     trials = {name: state.trials.get(name, trial) for name, trial in now.trials.items()}
-    notes = [f"added to the sweep: {len(added)} trials"] if added else []
+    notes = [f"added to the sweep: {amount(len(added), 'trial')}"] if added else []
     if now.scored_by != state.scored_by:
         trials = {name: _scored(trial, folder.trial(name), now.scored_by) for name, trial in trials.items()}
         notes.append(

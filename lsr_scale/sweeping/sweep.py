@@ -14,6 +14,7 @@ from lsr_scale.sweeping.start import begin
 from lsr_scale.sweeping.table import again, best_of, write_table
 from lsr_scale.training.callbacks.signals import Signals, Terminated
 from lsr_scale.training.compute import check_machine
+from lsr_scale.units import amount
 
 
 def run_sweep(
@@ -53,7 +54,7 @@ def run_sweep(
     with workers.meeting(checked) as (folder, notes):
         board = Board(quiet, live=not workers.is_worker())
         if not workers.is_worker():
-            board.say(f"sweep folder: {folder.path}, {len(sweep.trials)} trials")
+            board.say(f"sweep folder: {folder.path}, {amount(len(sweep.trials), 'trial')}")
             if any(trial.run.model.dtype == "auto" for trial in sweep.trials):
                 board.say(f"model.dtype: auto is {folder.read().dtype} in this sweep")
             for note in [*notes, *folder.read().notes, *_notes_of(sweep, gpus or workers.num_workers())]:
@@ -92,10 +93,12 @@ def _deal_out(folder: SweepFolder, board: Board, command: Sequence[str], gpus: i
     left = [trial.name for trial in state.trials.values() if not trial.has_ended]
     if signals.received:
         done = len(state.trials) - len(left)
-        raise Terminated(signals.received, f"with {done} of {len(state.trials)} trials done, in {folder.path}")
+        raise Terminated(
+            signals.received, f"with {done} of {amount(len(state.trials), 'trial')} done, in {folder.path}"
+        )
     if left:
         raise UserError(
-            f"{folder.path}: {len(left)} trials were not trained to their end, as the processes ended with the "
+            f"{folder.path}: {amount(len(left), 'trial')} not trained to the end, as the processes ended with the "
             f"statuses {', '.join(map(str, statuses))}; what they said tells why; --resume auto goes on"
         )
 

@@ -7,6 +7,7 @@ from typing import Any
 from lsr_scale import files
 from lsr_scale.config.comparison import metric_words
 from lsr_scale.sweeping.folder import SweepFolder, SweepState, TrialState
+from lsr_scale.units import amount
 
 # columns beside the score; the loss of GRPO, whose mean over a group is 0, tells nothing
 _OF_LOSSES = ("eval_loss", "eval_rewards/accuracies", "final_loss")
@@ -16,7 +17,7 @@ _OF_REWARDS = ("eval_reward", "final_reward")
 def write_table(folder: SweepFolder, state: SweepState) -> None:
     """Write the table."""
     ended = sum(trial.has_ended for trial in state.trials.values())
-    done = f"{ended} of {len(state.trials)} trials done; sorted by {metric_words(state.scored_by)}."
+    done = f"{ended} of {amount(len(state.trials), 'trial')} done; sorted by {metric_words(state.scored_by)}."
     heading = f"# {folder.path.name}\n\n{done}\n"
     columns, rows = table(state)
     heading += "".join(f"\nNote: {note}.\n" for note in state.notes)

@@ -14,6 +14,7 @@ from lsr_scale.errors import UserError, did_you_mean
 from lsr_scale.run.folder import RunFolder
 from lsr_scale.training.settings import naming_settings
 from lsr_scale.training.steps.deepspeed_api import check_release
+from lsr_scale.units import amount
 
 
 def trainer_arguments(run: RunConfig, folder: RunFolder) -> Any:
@@ -83,8 +84,8 @@ def _check_completions(run: RunConfig) -> None:
         processes = distributed.world_size()
         raise UserError(
             f"training.num_generations: is {number}, but {rows * steps * processes} completions are generated at a "
-            f"time (per_device_train_batch_size {rows}, {steps} of these a generation, {processes} "
-            f"process{'es' if processes > 1 else ''}), which is no multiple of it; set it to a divisor, or raise "
+            f"time (per_device_train_batch_size {rows}, {steps} of these a generation, "
+            f"{amount(processes, 'process')}), which is no multiple of it; set it to a divisor, or raise "
             "per_device_train_batch_size or gradient_accumulation_steps"
         )
     if training.get("use_vllm"):

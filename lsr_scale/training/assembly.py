@@ -47,6 +47,7 @@ from lsr_scale.training.steps.graphs import PackedCollator, host_bound
 from lsr_scale.training.steps.head_loss import HeadCollator, head_loss_fallback_reason
 from lsr_scale.training.steps.log_probs import head_fallback_reason, use_fused_head
 from lsr_scale.training.trainers import ignore_library_warnings, make_trainer
+from lsr_scale.units import amount
 
 Say = Callable[[str], None]
 
@@ -236,7 +237,7 @@ def _check_rows_left(run: RunConfig, trainer: Any, data: RunData, note: Say) -> 
             )
     if (lost := len(data.train) - num_left) > 0 and not run.training.get("packing"):
         note(
-            f"{lost:,} of {lost + num_left:,} training rows are left out: training.max_length ({limit}) cuts off "
+            f"{lost:,} of {amount(lost + num_left, 'training row')} left out: training.max_length ({limit}) cuts off "
             "all that is to be learned of them; raise it"
         )
     for split, where, rows in (("train", "data.train", data.train), ("eval", held_out, data.validation)):

@@ -38,6 +38,7 @@ from lsr_scale.errors import UserError
 from lsr_scale.fused.loss import IGNORE_INDEX
 from lsr_scale.fused.subclass import original_classes
 from lsr_scale.training.trial_starts import Start, TrialStarts, start_key
+from lsr_scale.units import amount
 
 GROUP_BYTES = 8 * 2**30
 # What a pass's linears read and write, in numbers, if it is not of one row. Of models of 0.1 to 7 billion parameters in
@@ -86,7 +87,7 @@ def start_from_gradient(
     median = f"{sorted(shares)[len(shares) // 2]:.0%}" if shares else "none"
     said = (
         f"adapters start from the gradient of {_rows_in_words(run)}, run {_times(len(groups))}; their directions hold "
-        f"{median} of its square (median of {len(shares)} modules)"
+        f"{median} of its square (median of {amount(len(shares), 'module')})"
     )
     if starts is not None and key is not None:
         starts.keep(key, Start.of(adapters, said))

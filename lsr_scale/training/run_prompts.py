@@ -10,6 +10,7 @@ from lsr_scale.data.answered_prompts import PromptForm, prompt_ids
 from lsr_scale.data.rows import RowError
 from lsr_scale.errors import UserError
 from lsr_scale.rewards.shipped import unreadable
+from lsr_scale.units import amount
 
 
 def prompt_form(run: RunConfig, tokenizer: Any) -> PromptForm:
@@ -59,6 +60,6 @@ def check_number(run: RunConfig, number: int) -> None:
     completions = completions or training["per_device_train_batch_size"] * steps * distributed.world_size()
     if number < (prompts := completions // training["num_generations"]):
         raise UserError(
-            f"data.train: {number:,} rows are fewer than the {prompts:,} prompts that completions are generated for at "
-            "a time; add rows, or lower training.gradient_accumulation_steps or per_device_train_batch_size"
+            f"data.train: {amount(number, 'row')}, fewer than the {prompts:,} prompts that completions are generated "
+            "for at a time; add rows, or lower training.gradient_accumulation_steps or per_device_train_batch_size"
         )

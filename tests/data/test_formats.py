@@ -306,7 +306,7 @@ def test_preview_heeds_max_length_and_says_what_is_dropped(built, tokenizer, tmp
     dataset, kind = build_dataset([str(tmp_path / "0.jsonl")])
     seen = preview(dataset, kind, tokenizer, training={"max_length": 20, "learning_rate": 1.0})
     assert len(seen.samples) == 1
-    assert any("1 of 2 rows are dropped: max_length (20)" in note for note in seen.notes)
+    assert any("1 of 2 rows dropped: max_length (20)" in note for note in seen.notes)
     assert len(preview(dataset, kind, tokenizer, training={"max_length": None}).samples) == 2
     with pytest.raises(UserError, match="no supervised token"):
         preview(dataset, kind, tokenizer, training={"max_length": 1})

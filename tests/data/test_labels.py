@@ -85,8 +85,8 @@ def test_given_names_fix_the_order_and_a_row_may_then_give_a_number(tmp_path):
         ([[True, False], ["1"]], {}, r"1.jsonl, line 1: the label '1' \(number as text\) stands beside 'true'"),
         ([["spam", "ham", "Spam"]], {}, r"line 3: the label 'Spam' differs from 'spam' \(.*line 1\) in case or spaces"),
         ([["a b", "c", "a  b"]], {}, "line 3: the label 'a  b' differs from 'a b'"),
-        ([["spam", "spam"]], {}, "data.train: all 2 rows have the label 'spam'; a classifier needs two classes"),
-        ([[1, 1, 1]], {}, "all 3 rows have the label '1'"),
+        ([["spam", "spam"]], {}, "data.train: every row has the label 'spam'; a classifier needs two classes"),
+        ([[1, 1, 1]], {}, "every row has the label '1'"),
         ([[-1, 0, 1]], {}, "line 1: label -1 means unlabelled .*, or list it as a class: model.labels: .-1, 0, 1."),
         ([["a", "b", "c"]], {"num_labels": 2}, r"data.train: has 3 labels \(a, b, c\), but model.num_labels is 2"),
     ],
@@ -98,7 +98,7 @@ def test_odd_labels_are_refused_by_file_and_line(tmp_path, parts, options, messa
 
 def test_what_is_odd_but_may_be_meant_is_said(tmp_path):
     (note,) = found(tmp_path, ["a ", "b", " a"]).notes
-    assert re.fullmatch(r"2 labels have spaces around them, left out here; the first: .*0\.jsonl, line 1", note)
+    assert re.fullmatch(r"2 labels with spaces around, left out here; the first: .*0\.jsonl, line 1", note)
     (note,) = found(tmp_path, [str(number) + "x" for number in range(30)]).notes
     assert note.startswith("30 classes for 30 rows: is label the right column?")
     (note,) = found(tmp_path, [1.0, 2.0]).notes

@@ -105,8 +105,8 @@ def test_either_side_has_a_row_however_few_there_are(tmp_path, share, number):
 
 
 def test_rows_that_are_all_equal_are_refused(tmp_path):
-    for number in (1, 4):
-        with pytest.raises(UserError, match=rf"validation_split: all {number} rows are equal, so none can be held out"):
+    for number, alike in ((1, "there is one row"), (4, "all 4 rows are equal")):
+        with pytest.raises(UserError, match=rf"validation_split: {alike}, so none can be held out"):
             split_by_hash(dataset(tmp_path, KINDS["text"][:1] * number), 0.5)
 
 
@@ -136,7 +136,7 @@ def test_held_out_rows_that_are_trained_on_are_counted(tmp_path, kind):
     assert note_shared(train, parts) == [
         f"{where}: shares {shared} rows with data.train: what is measured on them tells what was memorized; remove "
         "them from one of the two"
-        for where, shared in (("data.validation", "2 of its 52"), ("eval.tasks, one", "2 of its 3"))
+        for where, shared in (("data.validation", "2 of 52"), ("eval.tasks, one", "2 of 3"))
     ]
     assert note_shared(train, {"data.validation": other}) == []
     rest, split = split_by_hash(train, 0.2)
@@ -150,7 +150,7 @@ def test_questions_that_are_trained_on_are_counted_whatever_they_become(tmp_path
     assert read_as == kind
     asked = question_records(examples(load_source(source, None)), kind)
     (note,) = note_shared(train, {"eval.tasks, questions": asked})
-    assert note.startswith("eval.tasks, questions: shares 4 of its 6 rows with data.train")
+    assert note.startswith("eval.tasks, questions: shares 4 of 6 rows with data.train")
     assert question_records(examples(load_source(source, None)), "messages") == []
 
 

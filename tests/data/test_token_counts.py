@@ -69,7 +69,7 @@ def test_validation_rows_are_counted_too(tmp_path):
 def test_doubled_special_tokens_are_counted(tmp_path):
     rows = [{"text": "<s>a saw"}, {"text": "a saw</s></s>"}, {"text": "a saw</s>"}, {"text": "a saw"}]
     (note,) = [text for text in counted(tmp_path, rows, fast("<s> $A")).notes if "twice" in text]
-    assert note.startswith("data.train: 2 of 4 rows have '<s>' or '</s>' twice side by side; take it out of the texts")
+    assert note.startswith("data.train: 2 of 4 rows with '<s>' or '</s>' twice side by side; take it out of the texts")
     mended = [{"text": "a saw"}, {"text": "a saw</s>"}]
     assert not any("twice" in text for text in counted(tmp_path, mended, fast("<s> $A")).notes)
 
@@ -87,11 +87,13 @@ def test_prompts_that_are_tokenized_otherwise_are_counted(tmp_path):
 def test_turns_without_the_end_token_are_counted(tmp_path):
     tokenizer = fast()
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<|assistant|>{% endfor %}"
-    (note,) = [text for text in counted(tmp_path, CHAT, tokenizer).notes if "do not teach" in text]
-    assert note.startswith("data.train: 4 of 4 rows do not teach the end token '</s>', at which generation stops; set")
+    (note,) = [text for text in counted(tmp_path, CHAT, tokenizer).notes if "without the end token" in text]
+    assert note.startswith(
+        "data.train: 4 of 4 rows without the end token '</s>', at which generation stops, in what is learned; set"
+    )
     tokenizer.save_pretrained(tmp_path / "model")
     mended = tokenizer_of(described(tmp_path / "model", eos_token="<|assistant|>"))  # set training.eos_token
-    assert not any("do not teach" in text for text in counted(tmp_path, CHAT, mended).notes)
+    assert not any("without the end token" in text for text in counted(tmp_path, CHAT, mended).notes)
 
 
 def test_characters_of_several_tokens_are_shown_as_one(tmp_path):

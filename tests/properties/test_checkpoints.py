@@ -19,6 +19,7 @@ from lsr_scale.data.order import WholeSteps
 from lsr_scale.run.folder import STATE, TENSORS, RunFolder
 from lsr_scale.training.checkpoint import manifest, select, trained_state
 from lsr_scale.training.checkpoint.rotate import rotate
+from lsr_scale.units import amount
 from tests.helpers.hypothesis_settings import bounded
 
 
@@ -132,7 +133,7 @@ def test_a_run_resumes_with_its_rows_a_step_or_is_told_how(tmp_path_factory, bat
     else:
         with pytest.raises(UserError, match=rf"its steps had {rows} rows \({saved_on} process") as refused:
             select.fit(checkpoint, run, now)
-        assert f"whose product is {rows / now:g}, or {saved_on} process(es)" in str(refused.value)
+        assert f"whose product is {rows / now:g}, or {amount(saved_on, 'process')}" in str(refused.value)
         select.fit(checkpoint, run, saved_on)
 
 

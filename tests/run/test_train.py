@@ -16,6 +16,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from lsr_scale import UserError, files
 from lsr_scale.adapters.methods.lsr import Lsr
 from lsr_scale.adapters.save_and_load import load_adapter
+from lsr_scale.cli import main
 from lsr_scale.config import dump_yaml, load_run
 from lsr_scale.config.training import checkpoints_layers
 from lsr_scale.fused import attention_block
@@ -416,7 +417,7 @@ def test_factors_that_are_not_finite_are_not_saved(place, tmp_path, monkeypatch,
 def test_rows_that_lose_all_supervision_are_told(place, tmp_path, capsys):
     train(run_in(place, tmp_path / "run", training={"max_length": 4}, eval={"tasks": []}))
     said = capsys.readouterr().out
-    found = re.search(r"note: (\d+) of (\d+) training rows are left out: training\.max_length \(4\)", said)
+    found = re.search(r"note: (\d+) of (\d+) training rows left out: training\.max_length \(4\)", said)
     assert found
     lost, rows = map(int, found.groups())
     assert 0 < lost < rows
@@ -429,13 +430,32 @@ def test_rows_that_lose_all_supervision_are_an_error_where_none_is_left(place, t
     assert not (tmp_path / "run").exists()
 
 
+def test_one_of_a_thing_is_none_of_several(place, tmp_path, capsys):
+    """All is one here: row, question, step, trial."""
+    source = {"path": str(place / "questions.jsonl"), "limit": 1}
+    eval_section = {"tasks": [source], "prompts": ["What sews cloth?"], "max_new_tokens": 1}
+    training = {"max_steps": 1, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}
+    data = {"train": [source], "validation": [source]}
+    run = run_in(place, tmp_path / "run", data=data, training=training, eval=eval_section)
+    train(run)
+    sections = {**run.model_dump(), "sweep": {"list": [{"name": "only"}]}}
+    sections["training"]["output_dir"] = str(tmp_path / "sweep")
+    file = tmp_path / "sweep.yaml"
+    file.write_text(yaml.safe_dump(sections))
+    for command in ("preview", "plan", "sweep"):
+        assert main([command, str(file)]) == 0
+    said = capsys.readouterr().out
+    assert "1 row with data.train" in said
+    assert re.findall(r"(?<![\d.,-])1 (?!process\b|begins\b)[a-z]+s\b.*", said) == []
+
+
 def test_held_out_rows_and_questions_that_are_trained_on_are_said(place, tmp_path, capsys):
     source = str(place / "questions.jsonl")
     train(run_in(place, tmp_path / "run", data={"train": [source], "validation": [{"path": source, "limit": 2}]}))
     notes = [line for line in capsys.readouterr().out.splitlines() if "rows with data.train" in line]
     assert [note.partition(" rows")[0] for note in notes] == [
-        "note: data.validation: shares 2 of its 2",
-        "note: eval.tasks, questions: shares 6 of its 6",
+        "note: data.validation: shares 2 of 2",
+        "note: eval.tasks, questions: shares 6 of 6",
     ]
 
 

@@ -265,7 +265,7 @@ def test_rewards_rise_where_there_is_something_to_learn(tmp_path):
         ({"reward_weights": [1.0]}, "give each reward its weight"),
         ({"log_completions": True}, "completions.jsonl"),
         ({"max_length": 100}, "unknown key for training.method: grpo"),
-        ({"per_device_train_batch_size": 64}, "12 rows are fewer than the 16 prompts"),
+        ({"per_device_train_batch_size": 64}, "12 rows, fewer than the 16 prompts"),
         ({"max_prompt_length": 2}, "prompts.jsonl, line 1: the prompt has"),
         ({"use_vllm": True, "vllm_mode": "server"}, "training.vllm_mode: server is sent all weights"),
     ],

@@ -109,9 +109,7 @@ def test_the_advice_to_skip_and_resume_works(place, tmp_path, monkeypatch, capsy
 
     folder = train(run_in(place, tmp_path, on_nonfinite="skip"), resume="auto")
     assert [row["step"] for row in metrics(folder)] == [1, 2, 3]
-    said = (
-        "note: what was not finite counted for nothing (training.on_nonfinite: skip): 0 losses of batches, 1 gradients"
-    )
+    said = "counted for nothing (training.on_nonfinite: skip): the loss of 0 batches, the gradient of 1 step; see"
     assert said in capsys.readouterr().out
 
 

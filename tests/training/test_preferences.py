@@ -406,7 +406,7 @@ def test_rows_that_prefer_nothing_within_the_limit_and_rows_of_one_class_are_not
         (found,) = count_completions(
             "data.train", Dataset.from_list(rows), "unpaired", tokenizer, {"method": "kto", "max_length": 64}
         )
-        assert any("all 3 rows are desirable, and KTO contrasts both" in note for note in found[2]) == told
+        assert any("every row is desirable, and KTO contrasts both" in note for note in found[2]) == told
     write_rows(tmp_path / "one.jsonl", unpaired(1))
     with pytest.raises(UserError, match="one row, and KTO takes its KL from each row's neighbours"):
         do(run_of(place, "kto", "single", data={"train": [str(tmp_path / "one.jsonl")]}))

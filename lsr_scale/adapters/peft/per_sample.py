@@ -23,6 +23,7 @@ from lsr_scale.adapters.peft.layer import AdapterLinear
 from lsr_scale.adapters.peft.method import AdapterMethod, Pair
 from lsr_scale.errors import UserError, did_you_mean
 from lsr_scale.kernels.row_pairs import add_row_pairs_
+from lsr_scale.units import amount
 
 # PEFT's name for samples that use no adapter
 BASE_MODEL = "__base__"
@@ -82,7 +83,8 @@ class PerSampleAdapters(ABC):
         if batch_size in (len(self.index), self.expand_size * len(self.index)):
             return batch_size // len(self.index)
         raise UserError(
-            f"adapter_names: {len(self.index)} names for a batch of {batch_size} samples; give one for each sample"
+            f"adapter_names: {amount(len(self.index), 'name')} for a batch of {amount(batch_size, 'sample')}; give one "
+            "for each sample"
         )
 
     def add_to(self, result: Tensor, x: Tensor, layer: AdapterLinear) -> Tensor:
@@ -183,10 +185,8 @@ def adapters_per_sample(
         _check(tuner, method, bank, adapter_names, layers, wrappers)
         for batch in (*args[:1], *(kwargs.get(key) for key in ("input_ids", "inputs", "inputs_embeds"))):
             if isinstance(batch, Tensor) and len(batch) != len(adapter_names):
-                raise UserError(
-                    f"adapter_names: {len(adapter_names)} names for a batch of {len(batch)} samples; give one for each "
-                    "sample"
-                )
+                names, samples = amount(len(adapter_names), "name"), amount(len(batch), "sample")
+                raise UserError(f"adapter_names: {names} for a batch of {samples}; give one for each sample")
         expand_size = _expand_size(tuner.model, kwargs)
         per_sample: PerSampleAdapters = (
             ModelAdapters(adapter_names, expand_size, memory)

@@ -24,6 +24,7 @@ from lsr_scale.adapters.peft.method import AdapterMethod
 from lsr_scale.adapters.peft.per_sample import adapters_per_sample
 from lsr_scale.errors import UserError, did_you_mean
 from lsr_scale.layers.frozen_linear import freeze_quantized
+from lsr_scale.units import amount
 
 # Parameters of one module's adapter, if it is larger than the matrix it adapts: more are refused, fewer warned of, for
 # tests take tiny models.
@@ -123,7 +124,7 @@ class AdapterModel(BaseTuner):
             for line in self.method.oversized_sides(*size, module_config):
                 oversized.setdefault(line, []).append(name)
         if problems:
-            more = f"\n... and {len(problems) - 8} more modules" if len(problems) > 8 else ""
+            more = f"\n... and {amount(len(problems) - 8, 'more module')}" if len(problems) > 8 else ""
             raise UserError("\n".join(problems[:8]) + more)
         for line, where in oversized.items():
             more = f" and {len(where) - 1} more of that shape" if len(where) > 1 else ""

@@ -14,6 +14,7 @@ from lsr_scale.config.training import STEERED_SCHEDULES
 from lsr_scale.errors import UserError
 from lsr_scale.run.folder import RunFolder
 from lsr_scale.training.checkpoint.manifest import State, damage, read_state
+from lsr_scale.units import amount
 
 _BATCH, _ACCUMULATION = "per_device_train_batch_size", "gradient_accumulation_steps"
 
@@ -68,7 +69,7 @@ def fit(checkpoint: Path, run: RunConfig, num_processes: int) -> tuple[RunConfig
     _check_rows_per_step(checkpoint, state, run, num_processes)
     notes = _changes_since(checkpoint, run)
     if (before := state.num_processes) != num_processes:
-        notes.insert(0, f"{before} process(es) saved the checkpoint, {num_processes} resume from it")
+        notes.insert(0, f"{amount(before, 'process')} saved the checkpoint, {num_processes} resume from it")
     return run, notes
 
 
@@ -108,18 +109,18 @@ def _check_rows_per_step(checkpoint: Path, state: State, run: RunConfig, num_pro
         accumulation, remainder = divmod(rows, batch * num_processes)
         remedy = (
             f"training.{_BATCH} and training.{_ACCUMULATION} whose product is "
-            f"{rows / num_processes:g}, or {before} process(es)"
+            f"{rows / num_processes:g}, or {amount(before, 'process')}"
             if remainder
             else f"training.{_ACCUMULATION}={accumulation}"
         )
         raise UserError(
-            f"--resume {checkpoint}: its steps had {rows} rows ({before} process(es)), these would have {rows_now}, so "
-            f"the position in the data would be lost; set {remedy}"
+            f"--resume {checkpoint}: its steps had {amount(rows, 'row')} ({amount(before, 'process')}), these would "
+            f"have {rows_now}, so the position in the data would be lost; set {remedy}"
         )
     if before != num_processes and run.training.get("train_sampling_strategy") == "batch_rebalance":
         raise UserError(
             f"--resume {checkpoint}: training.train_sampling_strategy: batch_rebalance orders the rows by the number "
-            f"of processes, so the position in the data would be lost; resume with {before} process(es)"
+            f"of processes, so the position in the data would be lost; resume with {amount(before, 'process')}"
         )
 
 
@@ -186,7 +187,7 @@ def _identity(source: dict[str, Any]) -> tuple[str, str, int]:
 
 
 def _described(source: tuple[str, str, int] | None) -> str:
-    return "nothing" if source is None else f"{source[0]} with {source[2]:,} rows (hash {source[1][:12]})"
+    return "nothing" if source is None else f"{source[0]} with {amount(source[2], 'row')} (hash {source[1][:12]})"
 
 
 def changes(before: Any, after: Any, path: str = "") -> Iterator[tuple[str, str]]:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from lsr_scale.data.conversations import check_no_place, checked_messages, tools_of, with_system
+from lsr_scale.data.conversations import check_no_place, checked_messages, tools_of, turns_of, with_lists, with_system
 from lsr_scale.data.rows import Row, RowError, Rows
 from lsr_scale.data.task_layouts import Item
 from lsr_scale.data.tasks import item_of
@@ -137,6 +137,7 @@ def _question(item: Item, form: PromptForm) -> Any:
 
 def _prompt(row: Row, form: PromptForm) -> Any:
     key = next((key for key in ("prompt", "messages") if row.get(key) is not None), "prompt")
+    row = with_lists(row, "prompt") if key == "prompt" else {**row, key: turns_of(row)[1]}
     prompt = row.get(key)
     if isinstance(prompt, list):
         return with_system(row, _conversation(row, key, form))

@@ -64,10 +64,31 @@ def turns_of(row: Row) -> tuple[str, Any]:
     turns = row[key]
     if isinstance(turns, str):
         read = read_json(turns, key)
+        if isinstance(read, str):  # written as JSON twice
+            read = read_json(read, key)
         if read is None:
-            raise RowError(f"expected a list of messages, or its JSON, under {key!r}, got {turns!r:.60}")
+            python = turns.lstrip().startswith(("[{'", "({'"))
+            advice = "; these quotes are Python's: write the column with json.dumps" if python else ""
+            raise RowError(f"expected a list of messages, or its JSON, under {key!r}, got {turns!r:.60}{advice}")
         return key, read
     return key, turns
+
+
+def with_lists(row: Row, *names: str) -> Row:
+    """Return a row whose messages under some names are read where they are JSON, as in a CSV.
+
+    They are texts, and the row stays as it is, unless each of them that is a text holds messages.
+    """
+    texts = {name: row[name] for name in names if isinstance(row.get(name), str)}
+    if not all(text.lstrip().startswith("[") for text in texts.values()):
+        return row
+    read = {name: read_json(text, name) for name, text in texts.items()}
+    return {**row, **read} if all(map(_holds_messages, read.values())) else row
+
+
+def _holds_messages(value: object) -> bool:
+    turns = value if isinstance(value, list) else []
+    return bool(turns) and all(isinstance(turn, Mapping) and ("role" in turn or "from" in turn) for turn in turns)
 
 
 def read_json(text: str, place: str) -> Any:
@@ -108,6 +129,8 @@ def checked_messages(value: object, key: str) -> list[dict[str, str]]:
 
 
 def _message(value: object, place: str) -> dict[str, str]:
+    if isinstance(value, str) and isinstance(read := read_json(value, place), Mapping):
+        value = read
     if not isinstance(value, Mapping):
         raise RowError(f"expected {{'role': ..., 'content': ...}} as {place}, got {value!r:.60}")
     if value.get("role") is None and value.get("from") is None:

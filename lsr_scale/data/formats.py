@@ -21,6 +21,7 @@ from lsr_scale.data.conversations import (
     conversation,
     tools_of,
     turns_of,
+    with_lists,
     with_system,
 )
 from lsr_scale.data.labels import Labels, number_of
@@ -72,6 +73,7 @@ def _prompt_completion(row: Row) -> dict[str, Any]:
     """The texts exactly as they are written; question/answer rows take the form of multiple-choice questions."""
     if _is_question_answer(row):
         return {"prompt": f"Question: {text_of(row, 'question')}\nAnswer:", "completion": f" {text_of(row, 'answer')}"}
+    row = with_lists(row, "prompt", "completion")
     prompt, completion = row.get("prompt"), row.get("completion")
     if isinstance(prompt, list) or isinstance(completion, list):
         turns = checked_messages(completion, "completion")

@@ -26,6 +26,7 @@ from lsr_scale.data.conversations import (
     is_empty,
     tools_of,
     turns_of,
+    with_lists,
     with_system,
 )
 from lsr_scale.data.prompt_forms import scored_pair
@@ -50,6 +51,7 @@ def preference(row: Row) -> dict[str, Any]:
     Raises:
         RowError: for what is missing or empty, or where both are the same.
     """
+    row = with_lists(row, "chosen", "rejected")
     answers = (row.get("chosen"), row.get("rejected"))
     if any(isinstance(one, list | Mapping) for one in answers) or (row.get("prompt") is None and has_turns(row)):
         return _chat_preference(row)
@@ -62,6 +64,7 @@ def preference(row: Row) -> dict[str, Any]:
 def _chat_preference(row: Row) -> dict[str, Any]:
     is_next = any(isinstance(row.get(name), Mapping) for name in ("chosen", "rejected"))
     chosen, rejected = (_answers(row, name) for name in ("chosen", "rejected"))
+    row = with_lists(row, "prompt")
     prompt = checked_messages(row["prompt"], "prompt") if isinstance(row.get("prompt"), list) else []
     if not prompt and is_next:
         key, prompt = _conversation(row)
@@ -117,7 +120,7 @@ def unpaired(row: Row) -> dict[str, Any]:
     Raises:
         RowError: for what is missing or empty, or a label that is neither true nor false.
     """
-    label = _label(row)
+    label, row = _label(row), with_lists(row, "prompt", "completion")
     if row.get("completion") is None and has_turns(row):
         key, turns = _conversation(row)
         _check_answer(turns[-1:], key)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lsr_scale.data.conversations import with_lists
 from lsr_scale.data.formats import Kind
 from lsr_scale.data.readers import check_characters, check_regular, read_file, suffix
 from lsr_scale.errors import UserError
@@ -81,6 +82,7 @@ def prompt_of_row(row: dict[str, Any], where: str) -> Prompt:
     Raises:
         UserError: which begins with `where`, if it has neither.
     """
+    row = dict(with_lists(row, "prompt" if "prompt" in row else "messages"))
     prompt = row.get("prompt", row.get("messages"))
     if isinstance(prompt, str) and prompt.strip():
         return prompt

@@ -134,6 +134,19 @@ def test_a_function_call_that_cannot_be_read_is_refused_by_line(tmp_path, turn, 
         read(tmp_path, {"conversations": SHARED}, bad)
 
 
+def test_messages_that_are_json_twice_or_one_by_one_are_read(tmp_path):
+    turns = [ASK, ANSWER]
+    for written in (json.dumps(json.dumps(turns)), [json.dumps(turn) for turn in turns]):
+        assert read(tmp_path, {"messages": written}) == [turns]
+
+
+def test_messages_in_pythons_notation_are_told_how_to_be_written(tmp_path):
+    with pytest.raises(
+        UserError, match=r"line 1: expected a list of messages, or its JSON, .*write the column with json"
+    ):
+        read(tmp_path, {"messages": str([ASK, ANSWER])})
+
+
 def test_parts_of_text_are_one_text(tmp_path):
     parts = [{"type": "text", "text": "Weath"}, {"type": "text", "text": "er?"}]
     assert read(tmp_path, {"messages": [{"role": "user", "content": parts}, ANSWER]}) == [[ASK, ANSWER]]

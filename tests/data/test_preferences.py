@@ -204,6 +204,31 @@ def test_calls_that_a_template_does_not_write_are_refused_with_their_line(tmp_pa
         read(tmp_path, [CHAT, pair], check=row_check(tokenizer_of(FAMILIES[family])))
 
 
+@pytest.mark.parametrize(
+    ("method", "row"),
+    [
+        ("dpo", CHAT),
+        ("dpo", {"chosen": [TURN, ANSWERS[0]], "rejected": [TURN, ANSWERS[1]]}),
+        ("kto", {"prompt": [TURN], "completion": ANSWERS[:1], "label": True}),
+        ("kto", {"messages": [TURN, ANSWERS[0]], "label": True}),
+        ("sft", {"prompt": [TURN], "completion": ANSWERS[:1]}),
+        ("sft", {"messages": [TURN, ANSWERS[0]]}),
+        ("sft", {"conversations": [SAID, NEXT["chosen"]]}),
+        ("grpo", {"prompt": [TURN], "answer": "a knife"}),
+        ("grpo", {"messages": [TURN, ANSWERS[0]], "answer": "a knife"}),
+    ],
+)
+def test_messages_that_are_json_as_in_a_csv_are_messages(tmp_path, method, row):
+    form = {"form": PromptForm(chat=True)} if method == "grpo" else {}
+    written = {name: json.dumps(value) if isinstance(value, list) else value for name, value in row.items()}
+    assert list(read(tmp_path, [written], method, **form)[0]) == list(read(tmp_path, [row], method, **form)[0])
+
+
+def test_texts_that_hold_a_list_of_anything_else_stay_texts(tmp_path):
+    row = {"prompt": "[1, 2", "completion": '[{"a": 1}]'}
+    assert read(tmp_path, [row, {"prompt": json.dumps([TURN]), "completion": "A knife."}], "sft")[0][0] == row
+
+
 def test_unpaired_rows_are_taken_by_kto_and_are_prompts_and_completions_to_sft(tmp_path):
     dataset, kind = read(tmp_path, [ONE, {**ONE, "label": False}], "kto")
     assert (kind, dataset["label"][:]) == ("unpaired", [True, False])

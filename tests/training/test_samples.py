@@ -213,6 +213,14 @@ def test_prompts_can_lie_in_a_file(place, tmp_path, name, content, expected):
     assert prompts == (expected or ["a saw", [{"role": "user", "content": "x"}]])
 
 
+@pytest.mark.parametrize("key", ["prompt", "messages"])
+def test_prompts_of_messages_may_be_json_as_in_a_csv(tmp_path, key):
+    turns = [{"role": "user", "content": "Hi"}]
+    rows = [{key: turns}, {key: json.dumps(turns)}, {key: "[Hi]"}]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert load_prompts(str(tmp_path / "p.jsonl")) == [turns, turns, "[Hi]"]
+
+
 def test_a_line_of_prompts_ends_where_an_editor_ends_it(tmp_path):
     (tmp_path / "p.txt").write_bytes("a\u2028saw\x1e!\r\na\x85rake".encode())
     assert load_prompts(str(tmp_path / "p.txt")) == ["a\u2028saw\x1e!", "a\x85rake"]

@@ -3,6 +3,7 @@
 What trains a method is a file of its name in `lsr_scale/training/methods/`.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -167,6 +168,17 @@ METHODS: dict[str, TrainingMethod] = {
     ),
     "grpo": _GRPO,
 }
+
+
+def low_rate_note(training: Mapping[str, Any]) -> str | None:
+    """Return what is to be known of a run of GRPO with the default rate, which is safe and learns little; else None."""
+    default = _GRPO.defaults["learning_rate"]
+    if training["method"] != "grpo" or training["learning_rate"] != default:
+        return None
+    return (
+        f"training.learning_rate is {default:g}, the default of grpo, and wherever it was tuned the best one was "
+        "higher, the more so the smaller the adapter; try several times as much (GUIDE: Reinforcement has the rates)"
+    )
 
 
 def method_of(training: Any) -> str:

@@ -27,7 +27,7 @@ from lsr_scale.adapters.peft import AdapterLinear, in_out_features
 from lsr_scale.config import RunConfig
 from lsr_scale.config.conflicts import conflicts
 from lsr_scale.config.deepspeed import SHIPPED
-from lsr_scale.config.methods import METHODS
+from lsr_scale.config.methods import METHODS, low_rate_note
 from lsr_scale.config.training import checkpoints_layers, longest_row
 from lsr_scale.config.yaml_text import dotted
 from lsr_scale.data.model_limits import num_positions
@@ -246,6 +246,8 @@ def count(run: RunConfig, trace: bool = True) -> Counted:
         notes.append(
             f"TRL's ORPO makes all logits where layers run unfused, which are not counted: about {gib:.1f} GiB"
         )
+    if note := low_rate_note(training):
+        notes.append(note)
     if share := vllm_share(run):
         notes.append(
             f"vLLM takes {100 * share:.0f} % of each GPU beside what is counted, for a base of its own and its cache "

@@ -15,7 +15,7 @@ from lsr_scale import distributed, files
 from lsr_scale.adapters.identity import base_description
 from lsr_scale.adapters.save_and_load import check_base_of, save_adapter, weight_mismatches
 from lsr_scale.config import RunConfig
-from lsr_scale.config.methods import METHODS
+from lsr_scale.config.methods import METHODS, low_rate_note
 from lsr_scale.config.training import compared_by, lower_is_better
 from lsr_scale.data.formats import question_records
 from lsr_scale.data.split import note_shared
@@ -211,6 +211,8 @@ def _prepare(
                 say(f"note: {note}")
         for line in describe_rewards(run):
             say(line)
+        if note := low_rate_note(run.training):
+            say(f"note: {note}")
         say(loading)  # the rows were read before it, so that a mistake in one does not wait for the weights
         samples = Samples(data.prompts, run.eval.max_new_tokens, folder.samples, say)
         # in this order: progress refuses what is not finite, records what was measured before it, and counts the time

@@ -1,6 +1,7 @@
 """GRPO: TRL's loss, from completions of the decoder; whole runs, their files, resuming, and what is refused."""
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,8 +13,10 @@ from peft import LoraConfig, PeftModel
 from trl import GRPOConfig, GRPOTrainer
 
 from lsr_scale.config import RunConfig, load_run
+from lsr_scale.config.methods import METHODS, low_rate_note
 from lsr_scale.errors import UserError
 from lsr_scale.model import tokenizer_of
+from lsr_scale.planning import plan
 from lsr_scale.run.folder import RunFolder
 from lsr_scale.run.train import train
 from lsr_scale.training.assembly import build_trainer
@@ -307,6 +310,21 @@ def test_rows_that_no_reward_can_judge_are_named(tmp_path, row, reward, words):
     with pytest.raises(UserError, match=r"prompts\.jsonl, line \d") as error:
         read_data(run)
     assert words in str(error.value)
+
+
+def test_the_default_rate_is_said_to_be_below_those_that_were_best(tmp_path, capsys):
+    run = grpo_run(tmp_path, training={"learning_rate": METHODS["grpo"].defaults["learning_rate"], "max_steps": 1})
+    train(run)
+    words = "training.learning_rate is 0.0001, the default of grpo, and wherever it was tuned the best one was higher"
+    assert f"note: {words}" in capsys.readouterr().out
+    assert [line for line in plan(run).warnings if words in line]
+    assert low_rate_note(grpo_run(tmp_path).training) is None
+    assert low_rate_note({"method": "dpo", "learning_rate": 1e-4}) is None
+    guide = (Path(__file__).parents[2] / "GUIDE.md").read_text(encoding="utf-8")
+    found = re.findall(r"The rates that were best by GRPO.*?: (.*?)\. Those", guide)
+    rates = [float(rate) for text in found for rate in re.findall(r"\b\d(?:\.\d)?e-\d\b", text)]
+    assert len(rates) > 2
+    assert min(rates) > run.training["learning_rate"]
 
 
 def test_a_reward_that_raises_ends_the_run_with_its_row(tmp_path):

@@ -650,5 +650,5 @@ def test_preview_shows_the_first_trial(tmp_path, capsys):
     file.write_text(f"model: {{name: builtin:smollm2-135m-instruct}}\nadapter: {{method: lsr}}\nsweep: {{{rows}}}\n")
     assert main(["preview", str(file)]) == 0
     shown = capsys.readouterr()
-    assert "note: the first of 1 trials: alice" in shown.err
+    assert "note: the first of 1 trial: alice" in shown.err
     assert "a kettle boils water" in shown.out

@@ -122,7 +122,7 @@ def test_of_many_rows_some_are_counted_and_that_is_said(tmp_path, monkeypatch):
 def test_a_classifiers_truncated_rows_are_counted(tmp_path):
     rows = [{"sentence1": "a saw cuts wood", "label": 1}, {"sentence1": "a", "label": 0}]
     seen = counted(tmp_path, rows, fast(), validation=rows[1:], max_length=3)
-    assert seen.counts == ["data.train: 2 rows, 1 cut", "data.validation: 1 rows, 0 cut"]
+    assert seen.counts == ["data.train: 2 rows, 1 cut", "data.validation: 1 row, 0 cut"]
     assert "data.train: training.max_length (3) cuts 1 of 2 rows; raise it, or shorten the rows" in seen.notes
     assert counted(tmp_path, rows, fast(), max_length=100).counts == ["data.train: 2 rows, 0 cut"]
 
@@ -147,11 +147,12 @@ def test_train_and_preview_tell_the_same(tmp_path, capsys):
     train(run)
     told = capsys.readouterr().out
     notes = [line for line in shown.splitlines() if line.startswith("note: data.")]
-    assert [note.partition(" cuts ")[0] for note in notes] == [
+    assert [note.partition(" cuts ")[0].partition(" rows ")[0] for note in notes] == [
+        "note: data.validation: shares 6 of 7",
         "note: data.train: training.max_length (10)",
         "note: data.validation: training.max_length (10)",
     ]
-    assert "cuts 7 of 7 rows" in notes[1]
+    assert "cuts 7 of 7 rows" in notes[2]
     assert all(note in told for note in notes)
     texts = write_rows(tmp_path / "texts.jsonl", [{"text": "a saw cuts wood"}])
     for command in (["preview"], ["train", "--overwrite"]):

@@ -131,7 +131,7 @@ def test_a_run_resumes_with_its_rows_a_step_or_is_told_how(tmp_path_factory, bat
             meant, _ = select.fit(checkpoint, run_with(batch, elsewhere), now)  # for those that saved it
             assert meant.training["gradient_accumulation_steps"] * batch * now == rows
     else:
-        with pytest.raises(UserError, match=rf"its steps had {rows} rows \({saved_on} process") as refused:
+        with pytest.raises(UserError, match=rf"its steps had {amount(rows, 'row')} \({saved_on} process") as refused:
             select.fit(checkpoint, run, now)
         assert f"whose product is {rows / now:g}, or {amount(saved_on, 'process')}" in str(refused.value)
         select.fit(checkpoint, run, saved_on)

@@ -90,7 +90,7 @@ def test_trials_may_be_added_at_the_end_of_a_list():
     finish(folder, "a")
     more = sweep({"list": [*LIST, {"name": "c", "training.seed": 3}], "together": 2})
     _, notes = begin(more, "mine", "auto", False)
-    assert notes == ["added to the sweep: 1 trials"]
+    assert notes == ["added to the sweep: 1 trial"]
     assert statuses(folder) == {"a": "finished", "b": "pending", "c": "pending"}
 
 
@@ -146,7 +146,7 @@ def test_scores_are_those_of_the_metric_that_added_trials_bring():
     assert scored(folder) == {"a": 0.9, "b": 0.6, "c": None}
     assert [trial.name for trial in folder.read().ranked()] == ["a", "b", "c"]
     assert notes == [
-        "added to the sweep: 1 trials",
+        "added to the sweep: 1 trial",
         "trials are compared by eval reward accuracy now, no longer by eval loss: those that ended have that of their "
         "results",
     ]

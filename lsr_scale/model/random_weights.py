@@ -43,9 +43,9 @@ def init_random_weights(
             _quantize(model, module, device)
         else:
             module.to_empty(device=device, recurse=False)
-            if isinstance(module, nn.Linear | nn.Embedding):
+            if _has_matrices(module):
                 _init(model, module)
-        if isinstance(module, nn.Linear | nn.Embedding):
+        if _has_matrices(module):
             shard(module)  # at once: these have all but a few of a model's bytes
     model.initialize_weights()  # skips parameters with _is_hf_initialized
     model.tie_weights()
@@ -55,6 +55,11 @@ def init_random_weights(
         hub_quantizer.postprocess_model(model)
     model.config.name_or_path = f"{model.config.name_or_path or model.config.model_type} (random weights)"
     return model.eval()
+
+
+def _has_matrices(module: nn.Module) -> bool:
+    """Tell whether a module has matrices of its own, as linear layers, embeddings and experts do."""
+    return any(parameter.dim() > 1 for parameter in module.parameters(recurse=False))
 
 
 def _init(model: PreTrainedModel, module: nn.Module) -> None:

@@ -103,7 +103,8 @@ class Sharding:
 
         def shard_rest(module: nn.Module) -> None:
             for parameter in module.parameters():
-                self._shard(parameter)
+                if not parameter.is_meta:  # of a module below, whose turn is to come
+                    self._shard(parameter)
 
         warm_up, threads = modeling_utils.caching_allocator_warmup, os.environ.get(_NO_THREADS)
         hook = nn.modules.module.register_module_parameter_registration_hook(on_registration)

@@ -17,7 +17,7 @@ from lsr_scale.adapters import peft_config
 from lsr_scale.adapters.save_and_load import write_adapter
 from lsr_scale.errors import UserError
 from lsr_scale.layers.frozen_linear import freeze_quantized
-from lsr_scale.model import gather, load_base
+from lsr_scale.model import gather, load_base, random_weights
 from lsr_scale.model.gather import gather_on_use, replicate, reshard
 from lsr_scale.model.shard import Sharding, full_numel, full_shape, is_sharded
 from lsr_scale.training import assembly
@@ -158,6 +158,28 @@ def test_experts_are_sharded_with_their_layer():
     sharded, given = shard(model()), {"input_ids": torch.arange(5, 14)[None]}
     assert sum(p.numel() for p in sharded.parameters()) < 0.02 * sum(p.numel() for p in model().parameters())
     same(*(loss_and_gradients(adapted(base, ["q_proj"]), given) for base in (sharded, model())))
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+def test_random_experts_are_sharded_as_soon_as_they_have_weights(tmp_path, monkeypatch, quantization):
+    sizes = dict(hidden_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
+    Qwen3MoeConfig(**sizes, vocab_size=64, moe_intermediate_size=64, num_experts=4).save_pretrained(tmp_path)
+    init, most = random_weights._init, []
+
+    def counting(model, module):
+        most.append(sum(p.numel() for p in model.parameters() if p.dim() > 1 and not p.is_meta))
+        init(model, module)
+
+    monkeypatch.setattr(random_weights, "_init", counting)
+    options = dict(quantization=quantization, random_weights=True, dtype="float32")
+    sharded = load_base(str(tmp_path), **options, sharding=Sharding(offload=True))
+    experts = sharded.model.layers[0].mlp.experts
+    assert max(most) == experts.gate_up_proj.ds_numel + experts.down_proj.ds_numel
+    whole = load_base(str(tmp_path), **options)
+    with gather.gathered(sharded):
+        for (name, one), other in zip(sharded.named_parameters(), whole.parameters(), strict=True):
+            assert torch.equal(one, other), name
+    assert 0.018 < whole.model.layers[2].mlp.experts.down_proj.std() < 0.022
 
 
 @pytest.mark.parametrize("name", ["down_proj", "lm_head"])

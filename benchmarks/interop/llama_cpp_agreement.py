@@ -36,7 +36,7 @@ class LlamaCpp:
     """A GGUF model in llama.cpp, an adapter on it at choice."""
 
     def __init__(self, model: Path, adapter: Path | None = None) -> None:
-        import llama_cpp
+        import llama_cpp  # pyright: ignore[reportMissingImports]
 
         self.model = llama_cpp.Llama(
             str(model),
@@ -54,7 +54,7 @@ class LlamaCpp:
 
 def dequantized(model: Path, out: Path) -> Path:
     """Return a GGUF model in float32, written by llama.cpp itself."""
-    import llama_cpp
+    import llama_cpp  # pyright: ignore[reportMissingImports]
 
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype, params.allow_requantize, params.nthread = 0, True, 1
@@ -148,7 +148,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=new_file, required=True, help="the JSON to write; must not exist yet")
     args = parser.parse_args(arguments)
     try:
-        import llama_cpp
+        import llama_cpp  # pyright: ignore[reportMissingImports]
     except ImportError:
         parser.error("llama.cpp is not here; run: pip install llama-cpp-python")
     from peft import PeftModel

@@ -75,6 +75,7 @@ def write_adapter(base: Path, folder: Path, quantization: str) -> None:
     folder.mkdir(parents=True)
     config.save_pretrained(str(folder))
     tensors, shapes = {}, {}
+    module: Any
     for name, module in meta_model(AutoConfig.from_pretrained(base)).named_modules():
         if name.rpartition(".")[2] in LINEARS:
             for factor, shape in (

@@ -129,8 +129,8 @@ class Trainee:
         for modules, stacked, method, scaling in self.groups:
             down, up = (stacked["down"], stacked["up"]) if method is None else method.materialize(stacked)
             downs, ups = down.bfloat16().unbind(), (up * scaling).bfloat16().unbind()
-            for module, *pair in zip(modules, downs, ups, strict=True):
-                module.pair = tuple(pair)
+            for module, down_of_it, up_of_it in zip(modules, downs, ups, strict=True):
+                module.pair = down_of_it, up_of_it
 
     def losses(self, ids: Tensor, labels: Tensor) -> Tensor:
         """Return the summed negative log-likelihood of each row's supervised tokens."""
@@ -300,7 +300,8 @@ def main() -> None:
 
     folder = ensure_converted(SMOLLM2)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, attn_implementation="sdpa").cuda()
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, attn_implementation="sdpa")
+    model.cuda()
     model.eval().requires_grad_(False)
     train, held_out = encoded(tokenizer, args.data)
     for name, module in model.named_modules():

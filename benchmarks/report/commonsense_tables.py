@@ -196,7 +196,7 @@ def draw(all_results: list[dict[str, Any]], path: Path, regime: str = "joint", b
 
     figure, axis = pyplot.subplots(figsize=(9, 5.5))
     points: dict[str, list[tuple[int, float, float, str]]] = {}
-    labels: list[tuple[float, float, str, str]] = []
+    labels: list[tuple[float, float, str, Any]] = []
     for name in PROVIDERS:
         row = seeds_of(all_results, regime, base, name)
         if row:

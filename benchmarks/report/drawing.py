@@ -12,6 +12,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator, StrMethodFormatter
+from matplotlib.transforms import Bbox
 
 STYLE = 2  # raise it where plots are drawn differently, and all are drawn anew
 
@@ -63,13 +64,13 @@ def short_count(value: float) -> str:
     return f"{value:g}"
 
 
-def label_points(axes: Any, points: Sequence[tuple[float, float, str, str]], fontsize: float = 7.5) -> None:
+def label_points(axes: Any, points: Sequence[tuple[float, float, str, Any]], fontsize: float = 7.5) -> None:
     """Write a label of a colour beside each point, where it covers no other label, point, error bar or line, if it can.
 
     Called last: the axes' limits are to be what they stay.
     """
     axes.figure.canvas.draw()
-    taken = [_box_around(*axes.transData.transform((x, y)), 5) for x, y, *_ in points]
+    taken = [_box_around(axes.transData.transform((x, y)), 5) for x, y, *_ in points]
     strokes = _strokes(axes)
     for x, y, text, color in sorted(points, key=lambda point: (point[1], point[0])):
         best: tuple[int, Any, Any] | None = None
@@ -78,7 +79,7 @@ def label_points(axes: Any, points: Sequence[tuple[float, float, str, str]], fon
             label = axes.annotate(text, (x, y), (right, up), textcoords="offset points", **style)
             box = label.get_window_extent().expanded(1.02, 1.05)
             outside = not axes.bbox.contains(box.x0, box.y0) or not axes.bbox.contains(box.x1, box.y1)
-            own = _box_around(*axes.transData.transform((x, y)), 3)
+            own = _box_around(axes.transData.transform((x, y)), 3)
             covered = sum(box.overlaps(other) for other in taken if not own.overlaps(other) or other.width > 11)
             covered += sum(any(box.contains(*place) for place in stroke) for stroke in strokes)
             cost = 10 * outside + covered
@@ -94,8 +95,9 @@ def label_points(axes: Any, points: Sequence[tuple[float, float, str, str]], fon
         taken.append(best[2])
 
 
-def _box_around(x: float, y: float, size: float) -> Any:
-    return matplotlib.transforms.Bbox.from_extents(x - size, y - size, x + size, y + size)
+def _box_around(place: Sequence[float], size: float) -> Any:
+    x, y = place
+    return Bbox.from_extents(x - size, y - size, x + size, y + size)
 
 
 def _strokes(axes: Any) -> list[list[tuple[float, float]]]:

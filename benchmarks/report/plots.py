@@ -71,6 +71,7 @@ def memory_plot(run: dict[str, Any], path: Path) -> None:
     thousands(axis.yaxis)
     heading = "filled: activations saved; open: recomputed"
     legend = axis.legend(frameon=False, fontsize=8, loc="lower right", title=heading, title_fontsize=8)
+    handle: Any
     for handle in legend.legend_handles:
         handle.set_sizes([50])
     config, rows = run["config"], run["rows"]

@@ -93,7 +93,7 @@ def draw(run: Run, path: Path) -> None:
         usual = statistics.median(row["step_ms"]) / 1e3  # without compilation and a first turn's captures
         seconds = list(itertools.accumulate(usual for _ in row["losses"]))
         losses = row["losses"]
-        style = {"color": "black", "linestyle": ":"} if name == REFERENCE else {"linewidth": 1.6}
+        style: dict[str, Any] = {"color": "black", "linestyle": ":"} if name == REFERENCE else {"linewidth": 1.6}
         axis.plot(seconds, smoothed(losses), label=LABELS[name].replace("`", ""), **style)
     axis.set_xscale("log")
     axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")

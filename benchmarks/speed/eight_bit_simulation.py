@@ -88,7 +88,7 @@ def simulated(model: nn.Module, compute: str, dtype: torch.dtype = torch.bfloat1
     replaced: list[tuple[Any, nn.Linear]] = []
     for parent in list(model.modules()):
         for names in SHARED_INPUTS:
-            adapted = [getattr(parent, name, None) for name in names]
+            adapted: list[Any] = [getattr(parent, name, None) for name in names]
             if any(linear is None or base_layer(linear) is linear for linear in adapted):
                 continue
             bases = [base_layer(linear) for linear in adapted]

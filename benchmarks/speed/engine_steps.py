@@ -180,7 +180,8 @@ def average_at_once(engine: Any, max_norm: float) -> None:
     trained = trained_of(engine.module)
 
     def reduce(*_: Any) -> None:
-        flat = torch.cat([parameter.grad.reshape(-1) for parameter in trained]).div_(distributed.get_world_size())
+        gradients: list[Any] = [parameter.grad for parameter in trained]
+        flat = torch.cat([gradient.reshape(-1) for gradient in gradients]).div_(distributed.get_world_size())
         distributed.all_reduce(flat)
         norm = flat.norm()
         flat.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0))

@@ -66,7 +66,7 @@ def group_shapes(s: Sizes) -> list[tuple[str, int, int]]:
 
 def nf4(b: Buffers, N: int, K: int) -> list[dict[str, Any]]:
     """Return random weights in NF4, its scales quantized: the arguments of kernels that dequantize them."""
-    made = [
+    made: list[Any] = [
         bnb_functional.quantize_4bit(w, quant_type="nf4", compress_statistics=True) for w in b.rand(N, K, scale=0.02)
     ]
     return [

@@ -33,7 +33,8 @@ def milliseconds(b: Buffers, run: Callable[[int], Any]) -> float:
     from triton.testing import do_bench
 
     turn = iter(range(10**9))
-    return do_bench(lambda: run(next(turn) % b.sets), warmup=15, rep=60, return_mode="median")
+    median: Any = do_bench(lambda: run(next(turn) % b.sets), warmup=15, rep=60, return_mode="median")
+    return median
 
 
 def copy_bandwidth(b: Buffers, size: int) -> float:

@@ -19,13 +19,15 @@ from torch import Tensor, nn
 from benchmarks.speed.eight_bit_simulation import simulated
 from benchmarks.speed.providers import PROVIDERS, find_provider
 from benchmarks.speed.providers.fused import FusedAdapter, no_fp8_reason
+from lsr_scale.fused.layer_state import Recompute
+from lsr_scale.fused.patching import Compute
 
 TOKENS = 512
 FLOOR = 2e-3
 # by what is computed in: how many times as far from float32 as the same without fusing
 ALLOWED = {"bf16": 2.0, "fp8": 1.25, "int8": 1.25}
 # what is recomputed, and whether dequantized weights are cached
-VARIANTS = (("none", False), ("mlp", False), ("full", False), ("none", True))
+VARIANTS: tuple[tuple[Recompute, bool], ...] = (("none", False), ("mlp", False), ("full", False), ("none", True))
 
 
 class Parity:
@@ -36,7 +38,9 @@ class Parity:
         self.config = {**config, "values": values, "shape": {**config["shape"], "layers": 2}}
         owners = [find_provider(name) for name in config["providers"] if name in PROVIDERS]
         own = [each for each in owners if issubclass(each, FusedAdapter) and each.method]
-        self.methods = {(each.method, each.compute): each.options for each in own}
+        self.methods: dict[tuple[str, Any], dict[str, Any]] = {
+            (str(each.method), each.compute): each.options for each in own
+        }
 
     def build(self) -> None:
         """Nothing: models are made one after the other."""
@@ -57,7 +61,7 @@ class Parity:
             self.free_memory()
         return {"parity": rows}
 
-    def check(self, method: str, options: dict[str, Any], compute: str) -> list[dict[str, Any]]:
+    def check(self, method: str, options: dict[str, Any], compute: Compute) -> list[dict[str, Any]]:
         """Return the rows of one method."""
         import lsr_scale
 

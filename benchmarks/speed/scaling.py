@@ -47,8 +47,7 @@ def add_scaling(rows: list[dict[str, Any]]) -> None:
     """Fill `scaling` where one GPU without DeepSpeed was measured."""
     alone = next((r for r in rows if (r["num_gpus"], r["zero_stage"], r["status"]) == (1, None, "ok")), None)
     for row in rows:
-        known = alone is not None and row["status"] == "ok"
-        row["scaling"] = row["tokens_per_s"] / alone["tokens_per_s"] if known else None
+        row["scaling"] = row["tokens_per_s"] / alone["tokens_per_s"] if alone and row["status"] == "ok" else None
 
 
 def main(arguments: list[str] | None = None) -> int:

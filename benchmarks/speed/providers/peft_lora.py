@@ -27,7 +27,7 @@ class PeftLora(Provider):
 
     def apply_liger(self) -> None:
         """Patch the model's architecture before it is made: RoPE, RMSNorm, SwiGLU, fused linear cross-entropy."""
-        from liger_kernel import transformers as liger
+        from liger_kernel import transformers as liger  # pyright: ignore[reportMissingImports]
 
         kind = self.config["values"]["model_type"]
         apply = getattr(liger, f"apply_liger_kernel_to_{kind}")

@@ -34,7 +34,7 @@ class UnslothLora(Provider):
 
     def make(self) -> None:
         """Load, then adapt; the checkpointing is the worker's, for good."""
-        from unsloth import FastLanguageModel
+        from unsloth import FastLanguageModel  # pyright: ignore[reportMissingImports]
 
         if self.config["base"] == "int8":
             raise RuntimeError("Unsloth's kernels take a 4-bit or 16-bit base; on int8 it leaves its fast path")
@@ -76,7 +76,7 @@ class UnslothLora(Provider):
 
     def loaded(self, loader: Any, folder: Path, in_memory: bool) -> Any:
         """Return the base as Unsloth loads it."""
-        import unsloth.models.llama as target
+        import unsloth.models.llama as target  # pyright: ignore[reportMissingImports]
 
         config = self.config
         original = target.AutoModelForCausalLM

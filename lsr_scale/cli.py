@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 0
     except Exception as error:
-        explained = failures.explain(error)
+        explained = failures.explain(error, getattr(COMMANDS[args.command], "GPU_REMEDY", None))
         if explained is None:
             raise
         if args.debug:

@@ -28,6 +28,18 @@ class UserError(ValueError):
         super().__init__(one_screen(message))
 
 
+class DoesNotFitError(UserError):
+    """A model that does not fit into memory. The command line adds what its command can do about it.
+
+    Attributes:
+        on_gpu: It is the GPU's.
+    """
+
+    def __init__(self, message: str, on_gpu: bool) -> None:
+        super().__init__(message)
+        self.on_gpu = on_gpu
+
+
 _JOINERS = "\u200c\u200d"
 
 

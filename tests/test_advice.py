@@ -14,6 +14,7 @@ from tests.helpers.tiny_runs import (
     CHAT_TEMPLATE,
     completions,
     labelled,
+    questions,
     save_classifier,
     save_llama,
     tiny_run,
@@ -479,6 +480,19 @@ def test_a_finished_run(place, done, tmp_path, capfd, words, advice, instead):
     assert advice.format(**where) in said
     status, said = say(capfd, *(word.format(**where) for word in instead))
     assert status == 0, said
+
+
+def test_what_those_that_train_a_base_are_asked_that_no_gpu_holds(done, tmp_path, capfd):
+    folder = shutil.copytree(done, tmp_path / "run")
+    asked = write_rows(tmp_path / "other.jsonl", questions(3))
+    words = ["train", "--config", str(folder / "config.yaml"), "--resume", "auto"]
+    before = (folder / "adapter" / "adapter_model.safetensors").read_bytes()
+    status, said = say(capfd, *words, "--set", f"eval.tasks=[{asked}]", "--set", 'eval.prompts=["a broom"]')
+    assert status == 0, said
+    assert "nothing was left to train" in said
+    assert json.loads((folder / "results.json").read_text())["accuracy"]["other"]["after"]["num_examples"] == 3
+    assert json.loads((folder / "samples.jsonl").read_text().splitlines()[-1])["prompt"] == "a broom"
+    assert (folder / "adapter" / "adapter_model.safetensors").read_bytes() == before
 
 
 @pytest.mark.parametrize("variables", [{"RANK": "one"}, {"RANK": "0"}, {"RANK": "0", "WORLD_SIZE": ""}])

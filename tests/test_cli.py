@@ -401,6 +401,35 @@ def test_a_gpu_without_memory_is_said_with_what_to_lower(call, monkeypatch):
     assert "lower training.per_device_train_batch_size" in refused(call, "doctor")
 
 
+@pytest.mark.parametrize(
+    ("words", "remedy"),
+    [
+        (("eval",), "asked by those that train it: deepspeed --module lsr_scale.launch --config RUN/config.yaml"),
+        (("generate", "--prompt", "a"), "--resume auto --set 'eval.prompts=[...]'"),
+        (("export", "--to", "lora", "--out", "lora"), "--no-verify loads no base"),
+        (("export", "--to", "merged", "--out", "merged"), "CUDA_VISIBLE_DEVICES= before the command"),
+    ],
+)
+@pytest.mark.parametrize("when", ["loading", "computing"])
+def test_a_base_that_no_gpu_holds_is_said_with_what_does_without(
+    call, done, monkeypatch, tmp_path, when, words, remedy
+):
+    import torch
+    from transformers import LlamaForCausalLM
+
+    def fail(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1 GiB.")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(LlamaForCausalLM, "from_pretrained" if when == "loading" else "forward", fail)
+    command, *options = words
+    said = " ".join(refused(call, command, done.path, *options).split())
+    assert remedy in said
+    assert "per_device_train_batch_size" not in said
+    assert "if it lies elsewhere" not in said
+    assert ("Tried to allocate 2.00 GiB" in said) == (when == "loading")
+
+
 def test_another_rank_names_itself_and_waits_for_the_first_to_speak(call, monkeypatch):
     waited = []
     monkeypatch.setenv("RANK", "1")

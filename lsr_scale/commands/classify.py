@@ -4,8 +4,10 @@ import argparse
 import json
 
 from lsr_scale.commands.arguments import BASE_HELP, Parser, count
+from lsr_scale.commands.failures import ON_THE_CPU
 
 HELP = "Try a classifier's run: label texts, or the rows of a file."
+GPU_REMEDY = ON_THE_CPU
 
 
 def add_arguments(parser: Parser) -> None:

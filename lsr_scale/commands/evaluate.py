@@ -4,8 +4,10 @@ import argparse
 import json
 
 from lsr_scale.commands.arguments import BASE_HELP, Parser, count
+from lsr_scale.commands.failures import ON_ALL_GPUS
 
 HELP = "Load a run's adapter onto its base again and score multiple-choice tasks, or a classifier's labelled rows."
+GPU_REMEDY = f"{ON_ALL_GPUS} 'eval.tasks=[...]'"
 EXAMPLES = (
     "lsr-scale eval runs/demo",
     "lsr-scale eval runs/demo --tasks piqa winogrande --limit 100",

@@ -3,10 +3,14 @@
 import argparse
 
 from lsr_scale.commands.arguments import BASE_HELP, Parser, YesOrNo, count
+from lsr_scale.commands.failures import ON_THE_CPU
 from lsr_scale.paths import user_path
 from lsr_scale.screen import Progress
 
 HELP = "Write a trained adapter for other programs, and verify it."
+GPU_REMEDY = (
+    f"{ON_THE_CPU}; --no-verify loads no base, but for methods whose frozen factors are made of its weights (lora_xs)"
+)
 EXAMPLES = (
     "lsr-scale export runs/demo --to lora --out lora",
     "lsr-scale export runs/demo --to adapter --bits 4 --out small",

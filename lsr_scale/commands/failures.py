@@ -5,9 +5,19 @@ import os
 import sys
 import time
 
-from lsr_scale.errors import LOST_PEER, UserError, one_screen
+from lsr_scale.errors import LOST_PEER, DoesNotFitError, UserError, one_screen
 
 SECONDS_FOR_RANK_0 = 4.0
+# what helps where the GPU's memory ran out: while training, and where one process has a run's base to itself
+_GPU_REMEDY = (
+    "lower training.per_device_train_batch_size or training.max_length, or set training.memory: save (lsr-scale plan "
+    "tells what each takes)"
+)
+ON_THE_CPU = "CUDA_VISIBLE_DEVICES= before the command has it done on the CPU, slowly"
+ON_ALL_GPUS = (
+    f"{ON_THE_CPU}; a base that no GPU holds alone is asked by those that train it: deepspeed --module "
+    "lsr_scale.launch --config RUN/config.yaml --resume auto --set"
+)
 # the system's words, and what torch.save makes of them
 _FULL_DISK = ("No space left on device", "PytorchStreamWriter", "inline_container", "iostream error")
 # CUDA's words where torch has no exception of its own
@@ -18,16 +28,22 @@ _FULL_MEMORY = ("DefaultCPUAllocator: ", "std::bad_alloc", "Cannot allocate memo
 _LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "ncclRemoteError", "ncclSystemError")
 
 
-def explain(error: Exception) -> tuple[str, int] | None:
-    """Return the words for a user's mistake or a failure of the machine, and the exit status; None for a bug."""
+def explain(error: Exception, gpu_remedy: str | None = None) -> tuple[str, int] | None:
+    """Return the words for a user's mistake or a failure of the machine, and the exit status; None for a bug.
+
+    Args:
+        error: What ended a command.
+        gpu_remedy: What helps where the GPU's memory does not do for this command; by default what does in training.
+    """
     if isinstance(error, UserError):
-        return str(error), 2
+        too_large = isinstance(error, DoesNotFitError) and error.on_gpu
+        return f"{error}; {gpu_remedy}" if too_large and gpu_remedy else str(error), 2
     # whatever raised these has imported them
     from lsr_scale.training.callbacks.signals import Terminated
 
     if isinstance(error, Terminated):
         return str(error), error.status
-    words = _machine_failure(error)
+    words = _machine_failure(error, gpu_remedy or _GPU_REMEDY)
     return None if words is None else (words, 2)
 
 
@@ -58,17 +74,14 @@ def _load_per_core() -> float:
     return min(10.0, max(1.0, load / (os.cpu_count() or 1)))
 
 
-def _machine_failure(error: Exception) -> str | None:
-    """Return words for a failure of the machine rather than of the program."""
+def _machine_failure(error: Exception, gpu_remedy: str) -> str | None:
+    """Return words for a failure of the machine rather than of the program; `gpu_remedy` is `explain`'s."""
     import torch
     from safetensors import SafetensorError
 
     text = str(error)
     if isinstance(error, torch.OutOfMemoryError) or any(words in text for words in _FULL_GPU):
-        return (
-            "the GPU's memory ran out; lower training.per_device_train_batch_size or training.max_length, or set "
-            "training.memory: save (lsr-scale plan tells what each takes)"
-        )
+        return f"the GPU's memory ran out; {gpu_remedy}"
     if _is_out_of_memory(error):
         return (
             "this machine's memory (not the GPU's) ran out; lower training.per_device_train_batch_size, "

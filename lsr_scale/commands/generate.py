@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from lsr_scale.commands.arguments import BASE_HELP, Parser, count
+from lsr_scale.commands.failures import ON_ALL_GPUS
 from lsr_scale.errors import UserError, printable
 from lsr_scale.units import amount
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from lsr_scale.run.generator import Generator
 
 HELP = "Try a run: continue prompts, or talk to it (--chat)."
+GPU_REMEDY = f"{ON_ALL_GPUS} 'eval.prompts=[...]'"
 STDIN = "-"
 
 

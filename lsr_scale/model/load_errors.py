@@ -9,7 +9,7 @@ from huggingface_hub import errors as hub
 from safetensors import SafetensorError
 from torch.distributed import DistError
 
-from lsr_scale.errors import UserError, did_you_mean
+from lsr_scale.errors import DoesNotFitError, UserError, did_you_mean
 from lsr_scale.model.known_configs import known_names
 from lsr_scale.model.names import NAME_FORMS
 
@@ -33,13 +33,14 @@ def explain_load_errors(name: str, revision: str | None, reading: str | None = N
     except UserError:
         raise
     except torch.OutOfMemoryError as error:
-        raise UserError(
+        raise DoesNotFitError(
             f"{where}: the model does not fit into the GPU's memory ({_allocator_words(error)}); `lsr-scale plan` says "
-            "what it takes"
+            "what it takes",
+            on_gpu=True,
         ) from error
     except MemoryError as error:
-        raise UserError(
-            f"{where}: it does not fit into the machine's memory; `lsr-scale plan` says what it takes"
+        raise DoesNotFitError(
+            f"{where}: it does not fit into the machine's memory; `lsr-scale plan` says what it takes", on_gpu=False
         ) from error
     except DistError:
         raise
@@ -63,6 +64,8 @@ def suggest_base_option(given: str | None, option: str = "--base FOLDER") -> Ite
     """
     try:
         yield
+    except DoesNotFitError:  # wherever it lies
+        raise
     except UserError as error:
         if given is not None or not str(error).startswith("model.name"):
             raise

@@ -522,6 +522,17 @@ def test_memory_of_the_machine_that_is_out_is_said(monkeypatch, capsys, error):
     assert "this machine's memory (not the GPU's) ran out; lower training.per_device_train" in capsys.readouterr().err
 
 
+def test_every_option_says_what_it_is():
+    commands = next(one for one in cli.parser()._actions if one.dest == "command")
+    silent = [
+        f"{name} {option.dest}"
+        for name, of_it in commands.choices.items()
+        for option in of_it._actions
+        if not option.help
+    ]
+    assert not silent
+
+
 @pytest.mark.parametrize("name", [name for name, command in cli.COMMANDS.items() if hasattr(command, "EXAMPLES")])
 def test_the_examples_of_a_command_s_help_are_ones_that_it_takes(name, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")

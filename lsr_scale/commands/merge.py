@@ -10,7 +10,7 @@ EXAMPLES = ("lsr-scale merge runs/a runs/b --weights 0.5 0.5 --out sum",)
 
 def add_arguments(parser: Parser) -> None:
     """Add the command's options."""
-    parser.add_argument("sources", nargs="+", metavar="RUN_OR_ADAPTER")
+    parser.add_argument("sources", nargs="+", metavar="RUN_OR_ADAPTER", help="folders of runs or adapters, of one base")
     parser.add_argument("--weights", nargs="+", type=float, help="one for each; 1 by default")
     parser.add_argument("--out", required=True, metavar="DIR", help="a new folder")
     parser.add_argument("--max-rank", type=count, help="truncate the sum to this rank")

@@ -22,7 +22,7 @@ SUPERVISED, CONTEXT, STYLE = "> ", "  ", "green"
 def add_arguments(parser: Parser) -> None:
     """Add the command's options."""
     add_run_arguments(parser)
-    parser.add_argument("--samples", type=count, default=3)
+    parser.add_argument("--samples", type=count, default=3, help="how many are shown; 3 by default")
     parser.add_argument("--trial", metavar="NAME", help="of a sweep, the trial whose rows are shown; else its first")
 
 

@@ -243,7 +243,8 @@ def replicate(module: nn.Module, recurse: bool = True) -> None:
     if group.matrices:
         group.unshard()
     for matrix in group.matrices:
-        matrix.data = matrix.data.clone()  # not a part of a longer buffer
+        if matrix.data.untyped_storage().nbytes() != matrix.data.nbytes:
+            matrix.data = matrix.data.clone()  # not a part of a longer buffer
         forget_sharding(matrix)
 
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import bitsandbytes as bnb
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -152,7 +151,7 @@ def load_base(
                     module.compute_dtype = dtype
                     store_as_bytes(module.weight)
             if nested is not None:
-                _cast_unquantized(model, empty, shard)
+                _cast_unquantized(model, empty, sharding)
     if labels is not None:
         model.config.id2label = dict(enumerate(labels))
         model.config.label2id = {name: number for number, name in enumerate(labels)}
@@ -201,20 +200,19 @@ def _first(keys: list[str]) -> str:
     return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
 
 
-def _cast_unquantized(model: PreTrainedModel, empty: PreTrainedModel, shard: Callable[[nn.Module], None]) -> None:
+def _cast_unquantized(model: PreTrainedModel, empty: PreTrainedModel, sharding: Sharding | None) -> None:
     """Cast embeddings, norms and heads to the dtypes of an empty model: of a checkpoint that is quantized already
-    Transformers leaves them as they are stored. One that is sharded, as bytes, is gathered for it and sharded again.
+    Transformers leaves them as they are stored.
     """
     kept = (*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ()))
     expected = dict(empty.named_parameters())
-    modules = dict(model.named_modules())
     for path, loaded in model.named_parameters():
         wanted = expected[path].dtype if path in expected else loaded.dtype
         if loaded.is_floating_point() and loaded.dtype != wanted and not any(name in path for name in kept):
-            module = modules[path.rpartition(".")[0]]
-            replicate(module, recurse=False)
-            loaded.data = loaded.data.to(wanted)
-            shard(module)
+            if sharding is not None and hasattr(loaded, "shard"):
+                sharding.cast(loaded, wanted)
+            else:
+                loaded.data = loaded.data.to(wanted)
 
 
 def _check_shapes(name: str, model: PreTrainedModel, empty: PreTrainedModel) -> None:

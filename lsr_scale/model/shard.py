@@ -98,8 +98,9 @@ class Sharding:
         def on_registration(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
             if parameter is None or parameter.is_meta or (tied and isinstance(module, nn.Embedding)):
                 return
-            if getattr(parameter, "_is_hf_initialized", False):
-                self._shard(parameter)
+            whole = parameter.data
+            if getattr(parameter, "_is_hf_initialized", False) and self._shard(parameter):
+                _free(whole)
 
         def shard_rest(module: nn.Module) -> None:
             for parameter in module.parameters():
@@ -121,10 +122,23 @@ class Sharding:
             if threads is not None:
                 os.environ[_NO_THREADS] = threads
 
-    def _shard(self, parameter: Any) -> None:
-        """Keep this process's shard of a matrix, as bytes, and its shape; the last shards are padded with zeros."""
+    def cast(self, matrix: Any, dtype: torch.dtype) -> None:
+        """Cast a sharded matrix: each process its shard, so that none holds it all."""
+        cast = matrix.shard.view(matrix.dtype).to(dtype).view(torch.uint8)
+        if self.offload:
+            matrix.shard = self._host_memory(len(cast), pinned=matrix.is_cuda).copy_(cast)
+        else:
+            matrix.shard = cast
+        matrix.data = matrix.data.to(dtype)
+
+    def _shard(self, parameter: Any) -> bool:
+        """Keep this process's shard of a matrix, as bytes, and its shape; the last shards are padded with zeros.
+
+        Returns:
+            Whether it is one that was whole.
+        """
         if parameter.dim() < 2 or hasattr(parameter, "shard"):
-            return
+            return False
         store_as_bytes(parameter)
         if hasattr(parameter, "CB"):
             parameter.CB = None  # an int8 weight's second reference to its codes would keep them all
@@ -138,15 +152,22 @@ class Sharding:
         parameter.ds_shape, parameter.ds_numel = data.shape, data.numel()
         parameter.ds_optim_param = True  # DeepSpeed's sign that processes hold different shards: nothing to broadcast
         parameter.data = data.new_empty(0)
+        return True
 
     def _host_memory(self, size: int, pinned: bool) -> Tensor:
         """Return so many bytes on the CPU."""
         if size > len(self._host_buffer):
-            self._host_buffer = torch.empty(
-                max(size, _PINNED_BYTES if pinned else 0), dtype=torch.uint8, pin_memory=pinned
-            )
+            wanted = 1 << (max(size, _PINNED_BYTES) - 1).bit_length() if pinned else size
+            self._host_buffer = torch.empty(wanted, dtype=torch.uint8, pin_memory=pinned)
         memory, self._host_buffer = self._host_buffer[:size], self._host_buffer[size:]
         return memory
+
+
+def _free(whole: Tensor) -> None:
+    """Free the memory of a matrix that is sharded: Transformers refers to one until it has read the next."""
+    storage = whole.untyped_storage()
+    if storage.resizable() and storage.nbytes() == whole.nbytes:  # neither a file's nor a part of another's
+        storage.resize_(0)
 
 
 def forget_sharding(matrix: nn.Parameter) -> None:

@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM, core_model_loading, modeling_utils
+from transformers import LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM, core_model_loading, modeling_utils
 
 from lsr_scale.adapters import peft_config
 from lsr_scale.adapters.save_and_load import write_adapter
@@ -19,6 +19,7 @@ from lsr_scale.errors import UserError
 from lsr_scale.layers.frozen_linear import freeze_quantized
 from lsr_scale.model import gather, load_base, random_weights
 from lsr_scale.model.gather import gather_on_use, replicate, reshard
+from lsr_scale.model.quantize import quantization_config
 from lsr_scale.model.shard import Sharding, full_numel, full_shape, is_sharded
 from lsr_scale.training import assembly
 from tests.adapters.test_models import ARCHITECTURES, OPTIONS, build, inputs
@@ -195,7 +196,7 @@ def test_a_fully_trained_module_gets_its_gradient(tmp_path, ids, name):
 
 @pytest.mark.parametrize("given", [None, "0"])
 def test_weights_of_a_checkpoint_are_sharded_one_after_the_other(tmp_path, monkeypatch, given):
-    tiny_llama().save_pretrained(tmp_path)
+    tiny_llama(torch.bfloat16).save_pretrained(tmp_path)
     name = "HF_DEACTIVATE_ASYNC_LOAD"
     monkeypatch.setenv(name, given) if given else monkeypatch.delenv(name, raising=False)
     read, full, most = core_model_loading._materialize_copy, [], []
@@ -204,19 +205,52 @@ def test_weights_of_a_checkpoint_are_sharded_one_after_the_other(tmp_path, monke
         tensor = read(*args, **kwargs)
         if tensor.dim() > 1:  # vectors stay, as they are replicated
             full.append(weakref.ref(tensor.untyped_storage()))
-            most.append(sum(one() is not None for one in full))
+            most.append(sum(one.nbytes() for one in (ref() for ref in full) if one is not None))
         return tensor
 
     def shard_slowly(*args, _shard=Sharding._shard):
         time.sleep(0.05)  # threads would read on meanwhile
-        _shard(*args)
+        return _shard(*args)
 
     monkeypatch.setattr(core_model_loading, "_materialize_copy", reading)
     monkeypatch.setattr(Sharding, "_shard", shard_slowly)
     load_base(str(tmp_path), quantization="none", dtype="float32", sharding=Sharding(offload=True))
     assert len(most) == 16
-    assert max(most) <= 2
+    assert max(most) == 4 * 96 * 48, "that of the embedding, by itself"
     assert os.environ.get(name) == given
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+@pytest.mark.parametrize(
+    ("stored", "wanted"), [("float16", "bfloat16"), ("float32", "bfloat16"), ("float16", "float32")]
+)
+def test_a_quantized_checkpoint_in_another_dtype_is_cast_shard_by_shard(
+    tmp_path, monkeypatch, world_size, stored, wanted
+):
+    tiny_llama(getattr(torch, stored)).save_pretrained(tmp_path / "whole")
+    quantizer = quantization_config("nf4", True, getattr(torch, stored), None)
+    options = {"dtype": getattr(torch, stored), "quantization_config": quantizer}
+    LlamaForCausalLM.from_pretrained(tmp_path / "whole", **options).save_pretrained(tmp_path / "nf4")
+    expected = load_base(str(tmp_path / "nf4"), dtype=wanted)
+    cast, names = Sharding.cast, ("model.embed_tokens.weight", "lm_head.weight")
+    seen = []
+
+    def cast_a_shard(self, matrix, dtype):
+        seen.append(matrix.numel())
+        cast(self, matrix, dtype)
+
+    monkeypatch.setattr(Sharding, "cast", cast_a_shard)
+    monkeypatch.setenv("WORLD_SIZE", str(world_size))
+    shards = []
+    for rank in range(world_size):
+        monkeypatch.setenv("RANK", str(rank))
+        base = load_base(str(tmp_path / "nf4"), dtype=wanted, sharding=Sharding(offload=world_size == 1))
+        shards.append([base.get_parameter(name).shard for name in names])
+        assert [base.get_parameter(name).dtype for name in names] == [getattr(torch, wanted)] * 2
+    assert seen == [0] * 2 * world_size, "none is gathered"
+    for name, parts in zip(names, zip(*shards, strict=True), strict=True):
+        weight = expected.get_parameter(name)
+        assert torch.equal(torch.cat(parts)[: weight.nbytes].view(weight.dtype).view(weight.shape), weight)
 
 
 @pytest.mark.parametrize("equal", [True, False])

@@ -104,4 +104,6 @@ def _fitting_stages(result: Plan, card: float, offload: bool = False) -> Iterato
         if free(row.memory_gib, card) < 0 or ("offload" in row.stage) != offload:
             continue
         how = f"training.memory: {'save' if row.checkpointing else 'speed'}"
+        if host := result.gpus * row.memory_gib.host:
+            how += f", {host:.1f} GiB of the machine's own memory"
         yield how if result.gpus == 1 and row.stage == "zero0" else f"deepspeed.config: {row.stage}, {how}"

@@ -39,6 +39,7 @@ from lsr_scale.model import (
     DTYPES,
     check_quantization,
     chosen_dtype,
+    head_modules,
     load_config,
     local_device,
     meta_model,
@@ -199,7 +200,8 @@ def count(run: RunConfig, trace: bool = True) -> Counted:
         batch = replace(batch, length=positions)
     skipped = () if own is None else skipped_modules(config) or ()
     quantized = quantized_layers(base, skipped) if section.quantization != "none" else []
-    frozen = frozen_bytes(base, quantized, section.quantization, double_quantization)
+    trained = [*(run.adapter.options.get("modules_to_save") or ()), *_trained_head(run, base)]
+    frozen = frozen_bytes(base, quantized, section.quantization, double_quantization, trained)
     base_parameters = sum(parameter.numel() for parameter in base.parameters())
     memory.count_dequantization(base, quantized, section.quantization)
     of_base = {id(buffer) for buffer in base.buffers()}
@@ -278,6 +280,11 @@ def count(run: RunConfig, trace: bool = True) -> Counted:
     )
     parts = RunMemory(frozen, trainable_bytes, steps, hidden_size, num_layers, 1, optimizer_state)
     return Counted(run, text, parts, values, notes)
+
+
+def _trained_head(run: RunConfig, base: Any) -> list[str]:
+    """Return the names of the modules outside a classifier's base, which train."""
+    return head_modules(base) or [] if run.model.task == "seq_cls" else []
 
 
 def _skeleton(run: RunConfig, config: Any, masked: bool) -> Any:

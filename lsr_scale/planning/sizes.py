@@ -23,8 +23,9 @@ BLOCK, NESTED_BLOCK = 64, 256
 class FrozenBytes:
     """Bytes of the frozen base: matrices, which stage 3 shards, and `state`, which it does not: all else.
 
-    That is vectors, quantization states and buffers. `embedding` and `head` are among the matrices, and one if they are
-    tied. `largest` is the most that one weight takes while it is quantized: unquantized and quantized.
+    That is vectors, quantization states, buffers, and what trains. `embedding` and `head` are those among the matrices,
+    and one if they are tied. `largest` is the most that one weight takes while it is made: unquantized and quantized,
+    or that of all experts and each of theirs, which it is joined of.
     """
 
     matrices: int
@@ -62,21 +63,36 @@ def quantized_layers(model: Any, skipped: Sequence[str] = ()) -> list[str]:
     ]
 
 
-def frozen_bytes(model: nn.Module, quantized: list[str], quantization: str, double_quantization: bool) -> FrozenBytes:
+def frozen_bytes(
+    model: nn.Module,
+    quantized: list[str],
+    quantization: str,
+    double_quantization: bool,
+    replicated: Sequence[str] = (),
+) -> FrozenBytes:
     """Return the exact bytes of a base as bitsandbytes stores it, from its meta model.
 
     4-bit: two weights per byte; a float32 scale per block of 64, or with double quantization a uint8 scale per block, a
     float32 scale per 256 blocks and one float32 offset; a table of 16 float32 values per layer, and one of 256 for all.
     int8: a byte a weight and a float32 scale per row. Everything else in its dtype, tied weights once.
+
+    Args:
+        model: The meta model.
+        quantized: Names of the layers that are.
+        quantization: As in a run.
+        double_quantization: As in a run.
+        replicated: As `Sharding` takes them: ends of the names of modules that stage 3 does not shard.
     """
+    whole = [module for name, module in model.named_modules() if replicated and name.endswith(tuple(replicated))]
+    kept = {id(parameter) for module in whole for parameter in module.parameters()}
     weights = {id(model.get_submodule(name).weight): model.get_submodule(name) for name in quantized}
     matrices = state = largest = 0
     for parameter in model.parameters():  # each once
         layer = weights.get(id(parameter)) if quantization != "none" else None
         if layer is None:
             size = parameter.numel() * parameter.element_size()
-            largest = max(largest, size)
-            if parameter.dim() > 1:
+            largest = max(largest, size * (2 if parameter.dim() > 2 else 1))
+            if parameter.dim() > 1 and id(parameter) not in kept:
                 matrices += size
             else:
                 state += size
@@ -98,11 +114,11 @@ def frozen_bytes(model: nn.Module, quantized: list[str], quantization: str, doub
     buffers = {id(buffer): buffer.numel() * buffer.element_size() for buffer in model.buffers()}
     ends: Any = [getattr(model, f"get_{which}_embeddings", lambda: None)() for which in ("input", "output")]
     embedding, head = (None if module is None else module.weight for module in ends)
+    of_ends = [0 if one is None or id(one) in kept else one.numel() * one.element_size() for one in (embedding, head)]
     return FrozenBytes(
         matrices,
         state + sum(buffers.values()),
-        embedding=0 if embedding is None else embedding.numel() * embedding.element_size(),
-        head=0 if head is None else head.numel() * head.element_size(),
+        *of_ends,
         tied=head is not None and head is embedding,
         largest=largest,
     )

@@ -24,7 +24,7 @@ class Memory:
     cuBLAS, DeepSpeed's buckets, and the layers that are all-gathered under ZeRO-3). `loading` is the peak while the
     base is loaded, before there is anything else: all that stays of it, and one weight that is being quantized.
     `generation` is what GRPO's completions take while neither activations nor workspace are there; `total` has the
-    larger of the two.
+    larger of the two. `host` is what is offloaded to the machine's own memory, where it is pinned.
     """
 
     weights: float
@@ -36,6 +36,7 @@ class Memory:
     loading: float
     generation: float = 0.0
     dequantized: float = 0.0
+    host: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -69,14 +70,16 @@ class RunMemory:
         if self.optimizer_state is not None:
             optimizer = self.optimizer_state
         workspace = step.peak - step.saved + CUBLAS_WORKSPACE
-        whole = 0  # of the base, gathered while completions are generated
+        whole = host = 0  # of the base, gathered while completions are generated
         if stage >= 1 or self.gpus > 1:
             workspace += self._gradient_buffer(deepspeed)
         if stage >= 1 and self.optimizer_state is None:  # one of pairs would be refused
             optimizer = 3 * self.trainable // self.gpus
         if stage == 3:
             offloaded = offloads_parameters(deepspeed)
-            share = 0 if offloaded else self.frozen.matrices // self.gpus
+            share = self.frozen.matrices // self.gpus
+            if offloaded:
+                share, host = 0, share
             weights = self.frozen.state + self.trainable + share
             loading = self.frozen.state + share + self.frozen.largest
             # one process that has all matrices uses them where they are
@@ -86,11 +89,11 @@ class RunMemory:
         dequantized = step.dequantized if keeps_weights and stage < 3 else 0
         weights += dequantized
         if offloads_optimizer(deepspeed):
-            optimizer = 0
+            optimizer, host = 0, host + optimizer
         parts = [weights, gradients, optimizer, step.saved, workspace]
         generation = self.generation + whole + CUBLAS_WORKSPACE if self.generation else 0
         total = sum(parts[:3]) + max(sum(parts[3:]), generation)
-        return Memory(*(round(part / GIB, 4) for part in (*parts, total, loading, generation, dequantized)))
+        return Memory(*(round(part / GIB, 4) for part in (*parts, total, loading, generation, dequantized, host)))
 
     def _gathered(self) -> dict[str, int]:
         """Return the bytes of what is unsharded at once: a layer, and what is prefetched after it."""

@@ -66,6 +66,7 @@ def render(plan: Plan) -> Group:
         add(row.stage, "on" if row.checkpointing else "off", row.memory_gib)
     first = {row.checkpointing: row.memory_gib for row in plan.table[:2]}
     thousand = {on: (m.activations + m.workspace) * 1000 / plan.tokens_per_gpu for on, m in first.items()}
+    offloaded = {row.stage: row.memory_gib.host for row in plan.table if row.memory_gib.host}
     has_zero3 = any(row.stage == "zero3" for row in plan.table)
     lines = (
         "recomp: layers are checkpointed, their activations computed again",
@@ -84,6 +85,10 @@ def render(plan: Plan) -> Group:
             ]
             if plan.memory_gib.generation
             else []
+        ),
+        *(
+            f"{stage}: {host:.2f} GiB of the machine's own memory a process, {plan.gpus * host:.2f} in all"
+            for stage, host in offloaded.items()
         ),
         f"nvidia-smi shows about {CUDA_GIB} GiB more, for CUDA itself",
     )

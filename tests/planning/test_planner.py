@@ -291,6 +291,33 @@ def test_the_stages_divide_what_they_say(monkeypatch):
     assert one.frozen_bytes / 2**30 < rows["zero2"].loading < rows["zero2"].weights + 0.3
 
 
+@pytest.mark.usefixtures("counts_only")
+def test_a_module_that_trains_is_whole_on_every_gpu_under_stage_3(tmp_path):
+    name = str(save_llama(tmp_path / "model"))
+    adapter = {"method": "lora", "rank": 2, "target_modules": ["q_proj"]}
+    plain, trained = (planner.count(run(name, {**adapter, **more})) for more in ({}, {"modules_to_save": ["lm_head"]}))
+    numel = 304 * 48
+    assert plain.memory.frozen.head == 2 * numel
+    assert trained.memory.frozen.head == 0
+    assert trained.memory.frozen.total == plain.memory.frozen.total
+    assert trained.memory.trainable == plain.memory.trainable + 4 * numel
+    assert plain.memory.frozen.matrices - trained.memory.frozen.matrices == 2 * numel
+    assert trained.memory.frozen.layers == plain.memory.frozen.layers
+
+
+@pytest.mark.usefixtures("counts_only")
+def test_what_is_offloaded_is_told_of_the_machine():
+    planned_run = plan(run(MISTRAL, LSR), gpus=4)
+    rows = {row.stage: row.memory_gib for row in planned_run.table if row.checkpointing}
+    assert [rows[stage].host for stage in ("zero0", "zero2", "zero3")] == [0, 0, 0]
+    offloaded = rows["zero3_offload"].host
+    assert offloaded == planned_run.sharded["1/4 of the frozen matrices' 3.74"]
+    assert rows["zero3"].weights - rows["zero3_offload"].weights == pytest.approx(offloaded, abs=2e-4)
+    console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(render(planned_run))
+    assert f"{4 * offloaded:.2f} in all" in console.export_text()
+
+
 GRPO = {"method": "grpo", "reward": ["exact_answer"]}
 
 
@@ -415,7 +442,7 @@ def test_a_plan_needs_no_network_and_is_json_and_a_page(monkeypatch):
     assert document["trainable_parameters"] == 4_096_000
     assert document["base_parameters"] == 7_241_732_096
     assert document["adapter_bytes"] > 4 * 4_096_000
-    assert set(document["memory_gib"]) == {*PARTS, "generation", "total", "loading", "dequantized"}
+    assert set(document["memory_gib"]) == {*PARTS, "generation", "total", "loading", "dequantized", "host"}
     assert [row["stage"] for row in document["table"]][::2] == ["zero0", "zero1", "zero2", "zero3", "zero3_offload"]
     console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(render(result))
@@ -466,7 +493,9 @@ def test_whether_a_run_fits_names_what_is_free_or_what_would_fit():
 def test_a_proposal_fits_when_it_is_followed():
     large = run("meta-llama/Llama-2-70b-hf", LSR, {"per_device_train_batch_size": 1, "max_length": 512})
     alone = fit(large, planned(large), 40.0)
-    assert alone.nearest == "deepspeed.config: zero3_offload, training.memory: save"
+    of_host = next(row.memory_gib.host for row in planned(large).table if row.stage == "zero3_offload")
+    words = f"deepspeed.config: zero3_offload, training.memory: save, {of_host:.1f} GiB of the machine's own memory"
+    assert alone.nearest == words
     values = large.model_dump()
     values["deepspeed"]["config"] = "zero3"
     sharded = run_from_dict(values)

@@ -3,7 +3,7 @@
 import peft
 import pytest
 import torch
-from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM, Qwen3Config, RobertaConfig
+from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3MoeConfig, RobertaConfig
 
 from lsr_scale import adapters
 from lsr_scale.config import run_from_dict
@@ -125,3 +125,10 @@ def test_a_mistral_in_four_bits_takes_what_its_layout_says():
     assert frozen.matrices == frozen.layers + frozen.embedding + frozen.head
     scales = linears // 64 + 4 * linears // 64 // 256
     assert frozen.state == 2 * 65 * 4096 + scales + 224 * (64 + 4 + 1024) + sum(b.numel() * 4 for b in model.buffers())
+
+
+def test_experts_are_read_one_by_one_and_joined():
+    sizes = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
+    config = Qwen3MoeConfig(**sizes, vocab_size=64, moe_intermediate_size=96, num_experts=4)
+    model = meta_model(config)
+    assert frozen_bytes(model, quantized_layers(model), "nf4", True).largest == 2 * 2 * (4 * 2 * 96 * 64)

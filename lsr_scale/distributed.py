@@ -1,8 +1,11 @@
 """The process group: ranks as launchers give them, joining it on GPUs or CPUs, and the few collectives in use."""
 
 import datetime
+import itertools
 import os
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -225,6 +228,45 @@ def broadcast_tensor(tensor: torch.Tensor) -> None:
     """Broadcast the main process's values of a tensor to every process, in place."""
     if _has_joined():
         torch.distributed.broadcast(tensor, src=0)
+
+
+# how often those that wait for the main process look up, so that a signal is heard
+_LOOK_UP = datetime.timedelta(seconds=1)
+_numbers = itertools.count()  # of the barriers, equal on all processes
+
+
+@contextmanager
+def patient_barriers() -> Iterator[None]:
+    """Have accelerate's barriers wait as long as it takes within.
+
+    What is made of many rows is made by the main process first, and a base is fetched by one host before another. A
+    collective would give up after its timeout, and with NCCL end the run. These wait by the store where the processes
+    met. One that ends meanwhile is seen by the launcher, which ends the others.
+    """
+    if not _has_joined():
+        yield
+        return
+    from accelerate import PartialState
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    store, barrier = _get_default_store(), PartialState.wait_for_everyone
+
+    def wait(self: PartialState) -> None:
+        name = f"lsr_scale/barrier-{next(_numbers)}"
+        if store.add(name, 1) == torch.distributed.get_world_size():
+            store.set(f"{name}/all", "here")
+        while True:
+            try:
+                store.wait([f"{name}/all"], _LOOK_UP)
+                return
+            except torch.distributed.DistStoreError:  # a lost connection is another one
+                continue
+
+    PartialState.wait_for_everyone = wait
+    try:
+        yield
+    finally:
+        PartialState.wait_for_everyone = barrier
 
 
 class DelayedMax:

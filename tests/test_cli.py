@@ -380,6 +380,7 @@ def test_a_bug_is_no_mistake_and_keeps_its_traceback(monkeypatch):
         (KeyboardInterrupt(), "lsr-scale: interrupted", 130),
         (OSError(28, "No space left on device"), "the disk is full; free some space", 2),
         (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"), "the disk is full", 2),
+        (RuntimeError("[unbound_buffer.cc:78] Timed out waiting 600000ms for recv"), "raise training.ddp_timeout", 2),
         (PermissionError(13, "Permission denied", "/some/file"), "lsr-scale: /some/file: Permission denied", 2),
     ],
 )

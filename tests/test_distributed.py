@@ -9,6 +9,8 @@ from lsr_scale import UserError, cli, distributed
 from lsr_scale.config import dump_yaml
 from lsr_scale.model import local_device
 from lsr_scale.run import start
+from tests.helpers.ranks import run_ranks
+from tests.helpers.tiny_models import two_processes
 from tests.helpers.tiny_runs import completions, save_llama, tiny_run, write_rows
 
 WHOLE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
@@ -118,3 +120,14 @@ def test_a_local_rank_that_is_no_number_is_refused_by_every_command_on_a_gpu(lau
         local_device()
     launched(LOCAL_RANK="3")
     assert local_device() == torch.device("cuda", 1)
+
+
+@pytest.mark.slow
+@two_processes
+def test_what_the_main_process_does_first_may_take_longer_than_a_collective(tmp_path):
+    status, out, err = run_ranks("tests.ranks.patient_ranks", tmp_path / "came", number=3)
+    assert status == 0, out + err
+    first, *others = (tmp_path / "came").read_text().splitlines()
+    assert first.startswith("rank 0 had ")
+    assert "Timed out waiting" in first
+    assert sorted(others) == ["rank 1 came", "rank 2 came"]

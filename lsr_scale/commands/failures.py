@@ -26,6 +26,8 @@ _FULL_GPU = ("CUDA out of memory", "CUDA error: out of memory", "CUBLAS_STATUS_A
 _FULL_MEMORY = ("DefaultCPUAllocator: ", "std::bad_alloc", "Cannot allocate memory", "not enough memory: you tried")
 # a peer's end, in gloo's words and NCCL's
 _LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "ncclRemoteError", "ncclSystemError")
+# gloo's words; NCCL says its own, and ends the process
+_TIMED_OUT = ("Timed out waiting",)
 
 
 def explain(error: Exception, gpu_remedy: str | None = None) -> tuple[str, int] | None:
@@ -94,6 +96,11 @@ def _machine_failure(error: Exception, gpu_remedy: str) -> str | None:
         )
     if any(words in text for words in _LOST_PEER):
         return LOST_PEER
+    if any(words in text for words in _TIMED_OUT):
+        return (
+            "another process of the run did not come in time; where it does something slow by itself, such as writing "
+            "to a slow disk, raise training.ddp_timeout (in seconds, 600 by default), and resume with --resume auto"
+        )
     if isinstance(error, SafetensorError):
         return f"a weight file is damaged or cut short ({text}); restore it, or resume from the checkpoint before"
     if isinstance(error, OSError) and error.errno is not None:

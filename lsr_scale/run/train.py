@@ -112,7 +112,7 @@ def train(
         tasks = evaluate.load_tasks(start.run.eval)
         encode = EncodesOnce() if shared is None else shared.encode
         stop = StopOnSignal(say, shared and shared.signals, stop_after_step)
-        with interrupts_kept():
+        with interrupts_kept(), distributed.patient_barriers():
             data, trainer, samples = _prepare(start, stop, say, quiet, shared)
         asked = {f"eval.tasks, {task}": question_records(examples, data.kind) for task, examples in tasks.items()}
         for line in note_shared(data.train, asked):

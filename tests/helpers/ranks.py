@@ -162,18 +162,18 @@ def popen(words: Sequence[str], stdout: Any = None, stderr: Any = None, env: Any
     return Rank(command, env or {}, stdout=out, stderr=err, **options)
 
 
-def run_ranks(module: str, *arguments: object) -> tuple[int, str, str]:
-    """Have two processes do a module's `main`, with the variables that torchrun sets; where one fails, end the other.
+def run_ranks(module: str, *arguments: object, number: int = 2) -> tuple[int, str, str]:
+    """Have so many processes do a module's `main`, with what torchrun sets; where one fails, end the others.
 
     However long it takes: what hangs is ended by pytest's own limit.
 
     Returns:
-        0, or the status of the first that failed; what both wrote to stdout, and to stderr.
+        0, or the status of the first that failed; what all wrote to stdout, and to stderr.
     """
     with held_port() as port:
-        meeting = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        meeting = {"WORLD_SIZE": number, "LOCAL_WORLD_SIZE": number, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         meeting |= {"OMP_NUM_THREADS": 1}
-        ranks = [Rank([module, *arguments], {**meeting, "RANK": rank, "LOCAL_RANK": rank}) for rank in range(2)]
+        ranks = [Rank([module, *arguments], {**meeting, "RANK": rank, "LOCAL_RANK": rank}) for rank in range(number)]
         status, running = 0, list(ranks)
         while running:
             wait([rank.process.sentinel for rank in running])

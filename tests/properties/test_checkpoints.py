@@ -133,7 +133,12 @@ def test_a_run_resumes_with_its_rows_a_step_or_is_told_how(tmp_path_factory, bat
     else:
         with pytest.raises(UserError, match=rf"its steps had {amount(rows, 'row')} \({saved_on} process") as refused:
             select.fit(checkpoint, run, now)
-        assert f"whose product is {rows / now:g}, or {amount(saved_on, 'process')}" in str(refused.value)
+        resumes_on = f"resume with {amount(saved_on, 'process')}"
+        if rows % now:
+            assert f"{resumes_on}, or another number of them that divides {rows}" in str(refused.value)
+        else:
+            assert f"whose product is {rows // now}, or {resumes_on}" in str(refused.value)
+            select.fit(checkpoint, run_with(1, rows // now), now)
         select.fit(checkpoint, run, saved_on)
 
 

@@ -107,15 +107,18 @@ def _check_rows_per_step(checkpoint: Path, state: State, run: RunConfig, num_pro
     rows_now = batch * run.training[_ACCUMULATION] * num_processes
     if rows_now != rows:
         accumulation, remainder = divmod(rows, batch * num_processes)
-        remedy = (
-            f"training.{_BATCH} and training.{_ACCUMULATION} whose product is "
-            f"{rows / num_processes:g}, or {amount(before, 'process')}"
-            if remainder
-            else f"training.{_ACCUMULATION}={accumulation}"
-        )
+        if rows % num_processes:
+            remedy = f"resume with {amount(before, 'process')}, or another number of them that divides {rows}"
+        elif remainder:
+            remedy = (
+                f"set training.{_BATCH} and training.{_ACCUMULATION} whose product is {rows // num_processes}, or "
+                f"resume with {amount(before, 'process')}"
+            )
+        else:
+            remedy = f"set training.{_ACCUMULATION}={accumulation}"
         raise UserError(
             f"--resume {checkpoint}: its steps had {amount(rows, 'row')} ({amount(before, 'process')}), these would "
-            f"have {rows_now}, so the position in the data would be lost; set {remedy}"
+            f"have {rows_now}, so the position in the data would be lost; {remedy}"
         )
     if before != num_processes and run.training.get("train_sampling_strategy") == "batch_rebalance":
         raise UserError(

@@ -137,10 +137,10 @@ def other_model_notes(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list
     if stored["config_sha256"] != now["config_sha256"]:
         return [f"the settings of {now['name']} are not those of {stored['name']}, which it was trained on"]
     if other_weights(stored, now):
-        commit = stored.get("commit")
-        back = f"set model.revision: {commit}" if commit else "put those back, or name their folder"
-        if commit and stored["name"] != now["name"]:
-            back = f"set model.name: {stored['name']} and model.revision: {commit}"
+        back = "put those back, or name their folder"
+        if commit := stored.get("commit"):
+            model = "" if stored["name"] == now["name"] else f"model.name: {stored['name']} and "
+            back = f"set {model}model.revision: {commit}, or name a folder with the files of that commit (--base)"
         return [
             f"the weights of {now['name']} are not those that it was trained on ({stored['name']}); {back}: what it "
             "learned is a difference to them"

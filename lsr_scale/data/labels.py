@@ -250,8 +250,8 @@ class _Found:
         self.feature = tuple(name.strip() for name in shared) if shared else None
         self.notes = []
         if spaced:
-            first_one = f"{amount(len(spaced), 'label')} with spaces around, left out here; the first: {spaced[0]}"
-            self.notes.append(first_one)
+            number = amount(len(spaced), "label")
+            self.notes.append(f"spaces at the ends of {number} are left out here; the first: {spaced[0]}")
 
     def labels(self, names: tuple[str, ...], fixed: bool) -> Labels:
         """Return these classes with their numbers of rows, and notes on what is odd about them."""

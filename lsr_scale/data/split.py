@@ -7,7 +7,7 @@ reordered. `datasets`' own `train_test_split` draws by position.
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from lsr_scale.errors import UserError
@@ -30,7 +30,7 @@ def split_by_hash(dataset: "Dataset", share: float) -> tuple["Dataset", "Dataset
     Raises:
         UserError: if all rows are equal.
     """
-    places = [_number(row) / 2**64 for row in dataset]  # pyright: ignore[reportArgumentType]
+    places = [_place(row) for row in _iterate(dataset)]
     distinct = sorted(set(places))
     if len(distinct) < 2:
         alike = f"all {len(places):,} rows are equal" if len(places) > 1 else "there is one row"
@@ -49,27 +49,46 @@ def note_shared(train: "Dataset", held_out: Mapping[str, Iterable[Mapping[str, A
         train: The rows to train on.
         held_out: The parts' rows by what they are called ("data.validation"), converted as those to train on are.
     """
-    numbers = {where: [_number(row) for row in rows] for where, rows in held_out.items()}
-    wanted = {number for part in numbers.values() for number in part}
+    keys = {where: [_key(row) for row in rows] for where, rows in held_out.items()}
+    wanted = {key for part in keys.values() for key in part}
     # the held-out rows' alone are kept: those to train on may be many
-    found = wanted.intersection(map(_number, train if wanted else ()))  # pyright: ignore[reportArgumentType]
-    shared = {where: sum(number in found for number in part) for where, part in numbers.items()}
+    found = wanted.intersection(map(_key, _iterate(train) if wanted else ()))
+    shared = {where: sum(key in found for key in part) for where, part in keys.items()}
     return [
-        f"{where}: shares {count:,} of {amount(len(numbers[where]), 'row')} with data.train: what is measured on them "
+        f"{where}: shares {count:,} of {amount(len(keys[where]), 'row')} with data.train: what is measured on them "
         "tells what was memorized; remove them from one of the two"
         for where, count in shared.items()
         if count
     ]
 
 
-def _number(row: Mapping[str, Any]) -> int:
-    """Return a number below 2**64 for a row by its text; of one with a label, by what is to be classified.
+# Where a row stands (`row`, of prompts) does not count: that is another once its file is moved or has a line more. Nor
+# does a label: what is to be classified may have another one elsewhere.
+_NO_CONTENT = ("label", "row")
 
-    Where a row stands (`row`, of prompts) does not count: that is another once its file is moved or has a line more.
-    """
-    content = {name: value for name, value in row.items() if name not in ("label", "row")}
+
+def _place(row: Mapping[str, Any]) -> float:
+    """Return a number from 0 to 1 for a row by its content, the same in every process and release."""
+    content = {name: value for name, value in row.items() if name not in _NO_CONTENT}
     text = json.dumps(_without_nulls(content), sort_keys=True, ensure_ascii=True)
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
+
+
+def _key(row: Mapping[str, Any]) -> int:
+    """Return a number for a row by its content, the same in this process alone: at a third of the time of `_place`."""
+    return hash(_hashable({name: value for name, value in row.items() if name not in _NO_CONTENT}))
+
+
+def _hashable(value: Any) -> Any:
+    if isinstance(value, dict):
+        return tuple(sorted((name, _hashable(item)) for name, item in value.items() if item is not None))
+    return tuple(map(_hashable, value)) if isinstance(value, list) else value
+
+
+def _iterate(dataset: "Dataset") -> Iterator[dict[str, Any]]:
+    """Yield rows by batches: `Dataset`'s own iteration takes ten times as long."""
+    for batch in dataset.with_format("arrow").iter(batch_size=1000):
+        yield from batch.to_pylist()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _without_nulls(value: Any) -> Any:

@@ -31,7 +31,7 @@ from lsr_scale.paths import user_path
 from lsr_scale.screen import Progress
 
 KINDS = ("adapter", "lora", "merged", "gguf")
-LOST = 0.5  # of what the adapter changes: from here on it is said
+LOST = 0.5  # error, as a share of what the adapter changes, from which on it is said
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # where they are not those; the first is the default
 _DTYPES_OF = {"merged": ("bfloat16", "float32", "nf4"), "merged gguf": ("float16", "float32", "bfloat16", "q8_0")}
@@ -301,10 +301,10 @@ def _verify(
     elif not exact and source.run is not None and source.run.eval.tasks:
         lines["accuracy"] = "not compared; --accuracy scores the run's tasks, as trained and exported"
     if agreement.share_of_effect > LOST:
-        remedy = "a higher --max-rank" if truncated else "more bits (--bits 16, --dtype float32)"
+        more_bits = "--bits 16" if "--bits" in _OPTIONS_OF[options.form] else "--dtype float32"
         lines["note"] = (
-            f"what writing it so changes is more than half of what the adapter changes: take {remedy}, or keep the "
-            "adapter as it is beside its base"
+            "the error of this export is more than half of what the adapter changes: take "
+            f"{'a higher --max-rank' if truncated else more_bits}, or keep the adapter as it is beside its base"
         )
     return agreement, lines
 

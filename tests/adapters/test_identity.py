@@ -93,12 +93,12 @@ def test_another_commit_of_a_hubs_model_is_told_where_its_weights_differ(folder,
         changed.model.layers[0].mlp.up_proj.weight.add_(0.01)
     (line,) = check_base(stored, push("c" * 40, changed), "adapter")
     assert line.startswith("the weights of someone/model are not those that it was trained on (someone/model); set mod")
-    assert f"set model.revision: {'a' * 40}: what" in line
+    assert f"set model.revision: {'a' * 40}, or name a folder with the files of that commit (--base): what" in line
     back = load_base("someone/model", revision="a" * 40, quantization="nf4", device=CPU)
     assert check_base(stored, back, "adapter") == []
     changed.save_pretrained(tmp_path / "local")
     (line,) = check_base(stored, load_base(str(tmp_path / "local"), quantization="nf4", device=CPU), "adapter")
-    assert f"set model.name: someone/model and model.revision: {'a' * 40}: what" in line
+    assert f"set model.name: someone/model and model.revision: {'a' * 40}, or name a folder with the files of that commit (--base): what" in line
 
 
 def test_files_that_transformers_never_opens_are_no_other_weights(folder, tmp_path):

@@ -98,7 +98,7 @@ def test_odd_labels_are_refused_by_file_and_line(tmp_path, parts, options, messa
 
 def test_what_is_odd_but_may_be_meant_is_said(tmp_path):
     (note,) = found(tmp_path, ["a ", "b", " a"]).notes
-    assert re.fullmatch(r"2 labels with spaces around, left out here; the first: .*0\.jsonl, line 1", note)
+    assert re.fullmatch(r"spaces at the ends of 2 labels are left out here; the first: .*0\.jsonl, line 1", note)
     (note,) = found(tmp_path, [str(number) + "x" for number in range(30)]).notes
     assert note.startswith("30 classes for 30 rows: is label the right column?")
     (note,) = found(tmp_path, [1.0, 2.0]).notes

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from lsr_scale.errors import UserError
+from lsr_scale.units import amount
 
 TIMEOUT_S = 600.0
 # what deepspeed and torchrun set, for this package and for accelerate
@@ -183,7 +184,7 @@ def _own_gpu(backend: str) -> int:
     local = int(given or 0)
     if local >= count and not may_share_gpus(backend):
         raise UserError(
-            f"process {rank()} is number {local + 1} of this host, which has {count} GPU{'s' * (count > 1)}: start one "
+            f"process {rank()} is number {local + 1} of this host, which has {amount(count, 'GPU')}: start one "
             f"process a GPU (--num_gpus {count}, --nproc_per_node {count}), or to try several on one, slowly: "
             f"{HOW_TO_SHARE_GPUS}"
         )

@@ -5,6 +5,7 @@ from pathlib import Path
 from benchmarks.models import MODELS
 from benchmarks.report.markdown import grid
 from benchmarks.report.measurements import Run, read
+from lsr_scale.units import amount
 
 NOTHING = "None was run: `python -m benchmarks.robustness.large_model --gpus 2 --card-gib 24 --out NAME.json` does it."
 
@@ -40,7 +41,7 @@ def _cards(run: Run) -> str:
     """Return how many processes had which GPUs; several may share one, which is then no measure of their speed."""
     names, number = run["env"].get("gpus") or [], run["config"]["gpus"]
     if not names:
-        return f"{number} CPU process{'es' * (number > 1)}"
+        return amount(number, "CPU process")
     card = names[0].removeprefix("NVIDIA ")
     return f"{number} {card}" if len(names) >= number else f"{number} processes that share {len(names)} {card}"
 

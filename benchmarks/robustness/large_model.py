@@ -106,28 +106,30 @@ class SharedGpus:
     """
 
     def __init__(self, processes: int) -> None:
-        self.processes, self._places = processes, list[str]()
+        self.processes, self._place = processes, ""
 
     def begin(self) -> dict[str, str]:
         """Start a daemon in the place of the one before; return the environment of the processes to be started."""
         self.end()
-        place = tempfile.mkdtemp(prefix="mps-")
-        self._places.append(place)
-        subprocess.run(["nvidia-cuda-mps-control", "-d"], env=self._environment(place), check=True)
-        return self._environment(place)
+        self._place = tempfile.mkdtemp(prefix="mps-")
+        environment = self._environment()
+        subprocess.run(["nvidia-cuda-mps-control", "-d"], env=environment, check=True)
+        return environment
 
     def end(self) -> None:
         """Stop the daemon, if there is one."""
-        while self._places:
-            quit_it: dict[str, Any] = {"input": "quit -t 1\n", "env": self._environment(place := self._places.pop())}
-            with contextlib.suppress(subprocess.TimeoutExpired):  # of one whose clients were killed
-                subprocess.run(["nvidia-cuda-mps-control"], text=True, capture_output=True, timeout=10, **quit_it)
-            shutil.rmtree(place, ignore_errors=True)
+        if not self._place:
+            return
+        quit_it: dict[str, Any] = {"input": "quit -t 1\n", "env": self._environment()}
+        with contextlib.suppress(subprocess.TimeoutExpired):  # of one whose clients were killed
+            subprocess.run(["nvidia-cuda-mps-control"], text=True, capture_output=True, timeout=10, **quit_it)
+        shutil.rmtree(self._place, ignore_errors=True)
+        self._place = ""
 
-    def _environment(self, place: str) -> dict[str, str]:
+    def _environment(self) -> dict[str, str]:
         return {
             **os.environ,
-            **dict.fromkeys(("CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY"), place),
+            **dict.fromkeys(("CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY"), self._place),
             **{"NCCL_MULTI_RANK_GPU_ENABLE": "1", "NCCL_MIN_NCHANNELS": "1"},
             "NCCL_MAX_NCHANNELS": str(max(1, NUM_CHANNELS // self.processes)),
         }

@@ -271,8 +271,8 @@ def _wrong_value(path: KeyPath, group: list[ErrorDetails], data: Mapping[str, An
     if (here := _VALUES_ELSEWHERE.get(str(value))) in choices:
         remedies.append(f"here it is {here}")
     elif path == ("adapter", "init") and str(value).startswith(_CHANGES_THE_BASE):
-        like = "; gradient begins in directions too" if "gradient" in choices else ""
-        remedies.append(f"{value} changes the base's weights, and they stay as they are here{like}")
+        nearest = "gradient, which changes none, is the nearest" if "gradient" in choices else "leave it out"
+        remedies.append(f"{value} changes the base's weights, which stay frozen here; {nearest}")
     elif choices and isinstance(value, str):
         remedies.append(did_you_mean(value, choices))
     elif choices and isinstance(value, bool) and "no" in choices:

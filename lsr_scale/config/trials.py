@@ -29,11 +29,12 @@ from lsr_scale.config.sweep import Changes, Drawn, RandomSection, StopSection, S
 from lsr_scale.config.training import EVALUATED, Task, training_model
 from lsr_scale.errors import UserError, did_you_mean, quoted
 
-# Of training: trials that share a step are rows of one batch, which goes through one model in one way.
+# Of training: trials that share a step are rows of one batch.
 _OF_A_STEP = (
     *("max_length", "per_device_train_batch_size", "gradient_accumulation_steps"),
     *("packing", "packing_strategy", "padding_free", "pad_to_multiple_of", "loss_type"),
 )
+# All trials are trained on one base, which computes in one way.
 _OF_THE_BASE = (
     *("fused", "compute", "keep_in_bf16", "compute_tolerance", "memory", "cuda_graphs", "gradient_checkpointing"),
     *("activation_checkpointing", "use_liger_kernel", "torch_compile", "ddp_timeout"),

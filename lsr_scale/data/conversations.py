@@ -7,6 +7,7 @@ A converted row is what an Arrow table holds without loss: each message a mappin
 """
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -67,8 +68,7 @@ def turns_of(row: Row) -> tuple[str, Any]:
         if isinstance(read, str):  # written as JSON twice
             read = read_json(read, key)
         if read is None:
-            python = turns.lstrip().startswith(("[{'", "({'"))
-            advice = "; these quotes are Python's: write the column with json.dumps" if python else ""
+            advice = _PYTHONS_ADVICE if _PYTHONS_MESSAGES.match(turns) else ""
             raise RowError(f"expected a list of messages, or its JSON, under {key!r}, got {turns!r:.60}{advice}")
         return key, read
     return key, turns
@@ -78,16 +78,31 @@ def with_lists(row: Row, *names: str) -> Row:
     """Return a row whose messages under some names are read where they are JSON, as in a CSV.
 
     They are texts, and the row stays as it is, unless each of them that is a text holds messages.
+
+    Raises:
+        RowError: if they hold messages in Python's notation, or JSON of which something would be lost.
     """
     texts = {name: row[name] for name in names if isinstance(row.get(name), str)}
-    if not all(text.lstrip().startswith("[") for text in texts.values()):
+    if not texts or not all(text.lstrip().startswith("[") for text in texts.values()):
         return row
-    read = {name: read_json(text, name) for name, text in texts.items()}
-    return {**row, **read} if all(map(_holds_messages, read.values())) else row
+    if all(map(_PYTHONS_MESSAGES.match, texts.values())):
+        name, text = next(iter(texts.items()))
+        raise RowError(f"expected a text, or messages as JSON, under {name!r}, got {text!r:.60}{_PYTHONS_ADVICE}")
+    if not all(map(_holds_messages, texts.values())):
+        return row
+    return {**row, **{name: read_json(text, name) for name, text in texts.items()}}
 
 
-def _holds_messages(value: object) -> bool:
-    turns = value if isinstance(value, list) else []
+_PYTHONS_MESSAGES = re.compile(r"\s*[\[(]\{'(role|content|from|value)': ")
+_PYTHONS_ADVICE = "; these quotes are Python's: write the column with json.dumps"
+
+
+def _holds_messages(text: str) -> bool:
+    try:
+        turns = json.loads(text)  # `read_json` would refuse what may be any text
+    except (ValueError, RecursionError):
+        return False
+    turns = turns if isinstance(turns, list) else []
     return bool(turns) and all(isinstance(turn, Mapping) and ("role" in turn or "from" in turn) for turn in turns)
 
 

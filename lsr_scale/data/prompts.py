@@ -7,6 +7,7 @@ from typing import Any
 from lsr_scale.data.conversations import with_lists
 from lsr_scale.data.formats import Kind
 from lsr_scale.data.readers import check_characters, check_regular, read_file, suffix
+from lsr_scale.data.rows import RowError
 from lsr_scale.errors import UserError
 from lsr_scale.model.tokenizer import render_chat
 from lsr_scale.paths import user_path
@@ -80,9 +81,12 @@ def prompt_of_row(row: dict[str, Any], where: str) -> Prompt:
     """Return the `prompt` or the `messages` of a row.
 
     Raises:
-        UserError: which begins with `where`, if it has neither.
+        UserError: which begins with `where`, if it has neither, or messages that cannot be read.
     """
-    row = dict(with_lists(row, "prompt" if "prompt" in row else "messages"))
+    try:
+        row = dict(with_lists(row, "prompt" if "prompt" in row else "messages"))
+    except RowError as error:
+        raise UserError(f"{where}: {error}") from None
     prompt = row.get("prompt", row.get("messages"))
     if isinstance(prompt, str) and prompt.strip():
         return prompt

@@ -72,7 +72,10 @@ def load_config(name: str, revision: str | None = None) -> PreTrainedConfig:
 
 
 def with_commit(config: PreTrainedConfig, name: str, revision: str | None) -> PreTrainedConfig:
-    """Keep in a hub model's configuration which commit of it the hub's cache has, where no configuration is saved."""
+    """Note in a hub model's configuration which commit of it the hub's cache has.
+
+    The name is one that Transformers leaves out where it saves a configuration, and no longer sets itself.
+    """
     cached = try_to_load_from_cache(name, "config.json", revision=revision)
     if isinstance(cached, str):
         config._commit_hash = Path(cached).parent.name  # pyright: ignore[reportAttributeAccessIssue]

@@ -14,6 +14,7 @@ from lsr_scale.data.split import split_by_hash
 from lsr_scale.data.tasks import TASKS
 from lsr_scale.errors import UserError, quoted, shortened
 from lsr_scale.paths import looks_local, user_path
+from lsr_scale.units import amount
 
 Kind = Literal["chat", "classify", "commonsense"]
 KINDS: tuple[Kind, ...] = ("chat", "classify", "commonsense")
@@ -99,8 +100,7 @@ def look_at_data(sources: Sequence[str], kind: Kind | None) -> DataFacts:
     if form in COMPLETIONS:
         _refuse_judged(sources[0], form)
     lines = [
-        f"{source}: {len(rows.rows):,} row{'s' * (len(rows.rows) != 1)}, {_format(formats, kind)}; "
-        f"columns {_columns(rows)}"
+        f"{source}: {amount(len(rows.rows), 'row')}, {_format(formats, kind)}; columns {_columns(rows)}"
         for source, rows, formats in zip(sources, loaded, fitting, strict=True)
     ]
     lines += _label_lines(labels)

@@ -86,8 +86,8 @@ def start_from_gradient(
                 shares.append(_set(group[name], gradient, seed))
     median = f"{sorted(shares)[len(shares) // 2]:.0%}" if shares else "none"
     said = (
-        f"adapters start from the gradient of {_rows_in_words(run)}, run {_times(len(groups))}; their directions hold "
-        f"{median} of its square (median of {amount(len(shares), 'module')})"
+        f"adapters start from the gradient of {_rows_in_words(run)}, run {amount(len(groups), 'time')}; their "
+        f"directions hold {median} of its square (median of {amount(len(shares), 'module')})"
     )
     if starts is not None and key is not None:
         starts.keep(key, Start.of(adapters, said))
@@ -100,20 +100,15 @@ def planned_start(model: nn.Module, run: RunConfig) -> str:
     what, tokens = "document" if run.training.get("packing") else "row", pass_tokens(model)
     at_once = f"{tokens:,} tokens or one longer {what}" if tokens else f"one {what}"
     return (
-        f"adapter.init: gradient runs {_rows_in_words(run)} forward and backward {_times(len(sizes))} before the first "
-        f"step, {at_once} at once, unfused and recomputing nothing, with up to {max(sizes) / 2**30:.2f} GiB of "
-        "gradients"
+        f"adapter.init: gradient runs {_rows_in_words(run)} forward and backward {amount(len(sizes), 'time')} before "
+        f"the first step, {at_once} at once, unfused and recomputing nothing, with up to {max(sizes) / 2**30:.2f} GiB "
+        "of gradients"
     )
 
 
 def _rows_in_words(run: RunConfig) -> str:
     number = run.adapter.options["init_rows"]
-    word = "packed sequence" if run.training.get("packing") else "row"
-    return f"{number} {word}{'s' * (number > 1)}"
-
-
-def _times(number: int) -> str:
-    return f"{number} time{'s' * (number > 1)}"
+    return amount(number, "packed sequence" if run.training.get("packing") else "row")
 
 
 def _adapters(model: nn.Module) -> dict[str, Adapter]:

@@ -204,7 +204,7 @@ def test_arguments_of_an_optimizer_that_takes_none_are_refused():
         ("adapter.dropout=1.5", "adapter.dropout: expected 0 <= dropout < 1, got 1.5"),
         ("adapter.init=papr", "expected 'zero', 'paper' or 'gradient', got 'papr'; did you mean 'paper'?"),
         ("adapter.init=lora_ga", "expected 'zero', 'paper' or 'gradient', got 'lora_ga'; here it is gradient"),
-        ("adapter.init=pissa", "pissa changes the base's weights, and they stay as they are here; gradient"),
+        ("adapter.init=pissa", "pissa changes the base's weights, which stay frozen here; gradient, which"),
         ("adapter.target_modules=[1, q_proj]", "adapter.target_modules.0: expected str, got 1"),
         ("adapter.rank_pattern={q_proj: x}", "adapter.rank_pattern.q_proj: expected int, got 'x'"),
         ("data.train=[]", "data.train: expected a list with at least 1 entry, got []"),

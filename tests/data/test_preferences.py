@@ -224,9 +224,28 @@ def test_messages_that_are_json_as_in_a_csv_are_messages(tmp_path, method, row):
     assert list(read(tmp_path, [written], method, **form)[0]) == list(read(tmp_path, [row], method, **form)[0])
 
 
-def test_texts_that_hold_a_list_of_anything_else_stay_texts(tmp_path):
-    row = {"prompt": "[1, 2", "completion": '[{"a": 1}]'}
+@pytest.mark.parametrize("prompt", ["[1, 2", '[{"a": 1, "a": 2}]', "[" * 2000, "[" + "1" * 5000 + "]", "[{'a': 1}]"])
+def test_texts_that_hold_a_list_of_anything_else_stay_texts(tmp_path, prompt):
+    row = {"prompt": prompt, "completion": '[{"a": 1}]'}
     assert read(tmp_path, [row, {"prompt": json.dumps([TURN]), "completion": "A knife."}], "sft")[0][0] == row
+
+
+@pytest.mark.parametrize(
+    ("method", "row"),
+    [
+        ("sft", {"prompt": [TURN], "completion": ANSWERS[:1]}),
+        ("kto", {"prompt": [TURN], "completion": ANSWERS[:1], "label": True}),
+        ("dpo", {"chosen": [TURN, ANSWERS[0]], "rejected": [TURN, ANSWERS[1]]}),
+        ("grpo", {"prompt": [TURN], "answer": "a knife"}),
+    ],
+)
+def test_messages_in_pythons_notation_are_told_how_to_be_written_and_are_no_texts(tmp_path, method, row):
+    form = {"form": PromptForm(chat=True)} if method == "grpo" else {}
+    written = {name: str(value) if isinstance(value, list) else value for name, value in row.items()}
+    with pytest.raises(
+        UserError, match=r"line 1: expected a text, or messages as JSON, .*: write the column with json"
+    ):
+        read(tmp_path, [written], method, **form)
 
 
 def test_unpaired_rows_are_taken_by_kto_and_are_prompts_and_completions_to_sft(tmp_path):

@@ -221,6 +221,19 @@ def test_prompts_of_messages_may_be_json_as_in_a_csv(tmp_path, key):
     assert load_prompts(str(tmp_path / "p.jsonl")) == [turns, turns, "[Hi]"]
 
 
+@pytest.mark.parametrize(
+    ("prompt", "said"),
+    [
+        ('[{"role": "user", "content": "a", "content": "b"}]', "prompt: the key 'content' is there twice; keep one"),
+        ("[{'role': 'user', 'content': 'a'}]", "these quotes are Python's: write the column with json.dumps"),
+    ],
+)
+def test_prompts_of_messages_that_cannot_be_read_are_told_by_line(tmp_path, prompt, said):
+    (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": prompt}))
+    with pytest.raises(UserError, match=rf"p\.jsonl, line 1: .*{said}"):
+        load_prompts(str(tmp_path / "p.jsonl"))
+
+
 def test_a_line_of_prompts_ends_where_an_editor_ends_it(tmp_path):
     (tmp_path / "p.txt").write_bytes("a\u2028saw\x1e!\r\na\x85rake".encode())
     assert load_prompts(str(tmp_path / "p.txt")) == ["a\u2028saw\x1e!", "a\x85rake"]

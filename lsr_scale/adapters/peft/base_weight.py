@@ -33,6 +33,7 @@ from lsr_scale.layers.frozen_linear import dequantize, quantization_of
 from lsr_scale.model.builtin import cache_folder
 from lsr_scale.model.gather import GatherGroup
 from lsr_scale.model.shard import sharded_matrices
+from lsr_scale.units import amount
 
 MIN_CACHED = 2**14  # elements of a weight: of a square one with so many the SVD takes 2 ms (one CPU core)
 DAYS_UNUSED = 30  # after which a file is removed
@@ -252,7 +253,7 @@ def _as_held(quantization: Mapping[str, int]) -> str:
     words = {kind: "unquantized" if kind == "none" else f"in {kind}" for kind in quantization}
     if len(words) == 1:
         return next(iter(words.values()))
-    return " and ".join(f"{words[kind]} ({number} layer{'s' * (number > 1)})" for kind, number in quantization.items())
+    return " and ".join(f"{words[kind]} ({amount(number, 'layer')})" for kind, number in quantization.items())
 
 
 def frozen_of(model: nn.Module, adapter_name: str) -> dict[str, Params]:

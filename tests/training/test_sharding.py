@@ -10,6 +10,7 @@ from lsr_scale.planning.sizes import frozen_bytes, quantized_layers
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny_models import two_processes
 from tests.helpers.tiny_runs import completions, save_llama, tiny_run, write_rows
+from tests.ranks.three_ranks import BASES
 from tests.ranks.two_ranks_sharding import (
     COMBINATIONS,
     DEFAULT,
@@ -101,3 +102,18 @@ def test_a_layer_is_unsharded_and_the_next_one_prefetched_and_never_more(seen, p
     layer = frozen.layers / 6
     found = seen[rank]["gathered"][f"{base}/{fused}"]
     assert found == pytest.approx(max(2 * layer, layer + frozen.head), rel=0.02)
+
+
+def test_three_processes_hold_and_compute_what_one_does(place):
+    status, out, err = run_ranks("tests.ranks.three_ranks", place, number=3)
+    assert status == 0, out + err
+    for rank in range(3):
+        seen = json.loads((place / f"three-{rank}.json").read_text())
+        assert list(seen) == list(BASES)
+        for base, found in seen.items():
+            assert found["logits"], base
+            assert found["matrices"], base
+            assert found["left"] == 0, "nothing stays gathered"
+            whole, sharded = found["scores"]
+            assert whole == sharded
+            assert len(whole) == 2

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _IGNORED = -100
 
 
-def written(row: Mapping[str, Any], kind: str, tokenizer: Any) -> tuple[str, dict[str, str]]:
+def rendered(row: Mapping[str, Any], kind: str, tokenizer: Any) -> tuple[str, dict[str, str]]:
     """Return the prompt of a converted conversation as the chat template writes it, and all of it by completion.
 
     Args:
@@ -84,7 +84,7 @@ def as_texts(dataset: "Dataset", tokenizer: Any, num_proc: int | None = None) ->
 
 
 def _texts(row: Mapping[str, Any], tokenizer: Any, code: str) -> dict[str, str]:
-    before, whole = written(row, "chat_preference", tokenizer)
+    before, whole = rendered(row, "chat_preference", tokenizer)
     start = min(_common(before, text) for text in whole.values())
     return {"prompt": before[:start], **{name: text[start:] for name, text in whole.items()}}
 
@@ -109,7 +109,7 @@ def tokenize_completions(
         texts = {name: prompt + row[name] + ("" if row[name].endswith(ends) else ends) for name in COMPLETIONS[kind]}
         before = prompt
     else:
-        before, texts = written(row, kind, tokenizer)
+        before, texts = rendered(row, kind, tokenizer)
     special = isinstance(prompt, str) and not of_orpo
 
     def encode(text: str, end: Any = None) -> list[int]:

@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lsr_scale.data.assistant_spans import TRAINING_DATE, AssistantSpans, render
 from lsr_scale.data.chat_tokens import CONVERSATIONS, CONVERSATIONS_COLUMNS
-from lsr_scale.data.completions import written
+from lsr_scale.data.completions import rendered
 from lsr_scale.data.conversations import BESIDE_TEXTS, as_messages, has_no_weight, listed_tools, messages_of
 from lsr_scale.data.formats import KIND_MEANING, Kind
 from lsr_scale.data.preferences import COMPLETIONS, kind_of
@@ -161,7 +161,7 @@ def row_check(
                 return
             kind, tools = str(kind_of(row)), listed_tools(row.get("tools"))
             try:
-                prompt, whole = written(row, kind, tokenizer)
+                prompt, whole = rendered(row, kind, tokenizer)
                 for name in COMPLETIONS[kind]:
                     spans.check_written([*as_messages(row["prompt"]), *as_messages(row[name])], tools)
                 texts = list(whole.values())

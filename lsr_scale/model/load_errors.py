@@ -34,7 +34,7 @@ def explain_load_errors(name: str, revision: str | None, reading: str | None = N
         raise
     except torch.OutOfMemoryError as error:
         raise DoesNotFitError(
-            f"{where}: the model does not fit into the GPU's memory ({_allocator_words(error)}); `lsr-scale plan` says "
+            f"{where}: the model does not fit into the GPU's memory{_allocator_words(error)}; `lsr-scale plan` says "
             "what it takes",
             on_gpu=True,
         ) from error
@@ -73,9 +73,13 @@ def suggest_base_option(given: str | None, option: str = "--base FOLDER") -> Ite
 
 
 def _allocator_words(error: torch.OutOfMemoryError) -> str:
-    """Return what PyTorch's allocator wanted, and what there was: the sentences with numbers, without its advice."""
+    """Return in brackets what PyTorch's allocator wanted, and what there was; "" where it does not say.
+
+    These are the sentences with numbers; its advice, about settings of the allocator, comes after them.
+    """
     sentences = " ".join(str(error).split()).removeprefix("CUDA out of memory. ").split(". ")
-    return ". ".join(one for one in sentences[:4] if re.search(r"\d", one))
+    told = ". ".join(one for one in sentences[:4] if re.search(r"\d", one))
+    return f" ({told})" if told else ""
 
 
 def _remedy(error: BaseException) -> str | None:

@@ -287,3 +287,5 @@ def test_a_model_that_does_not_fit_is_told_with_what_there_was():
     )
     with pytest.raises(UserError, match=f"^{re.escape(told)}$"), explain_load_errors("m", None):
         raise torch.OutOfMemoryError(said)
+    with pytest.raises(UserError, match="the GPU's memory; `lsr-scale plan`"), explain_load_errors("m", None):
+        raise torch.OutOfMemoryError("CUDA error: out of memory")

@@ -159,7 +159,7 @@ def spoil(where: Path, how: str) -> None:
         ("method", "this bank is for lsr adapters"),
         ("shape", r"is \[2, 2\], this bank's adapters have"),
         ("nan", "values that are not finite"),
-        ("more", "tensors that this bank's adapters do not have"),
+        ("more", "tensor that this bank's adapters do not have"),
         ("fewer", "is missing"),
     ],
 )

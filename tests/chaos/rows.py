@@ -59,7 +59,7 @@ def data_odd_lines(place: Path, chance: random.Random) -> Case:
     )  # fmt: skip
     file = place / f"odd.{pick(chance, 'jsonl', 'jsonl', 'json')}"
     file.write_bytes(text.encode())
-    return _preview(file.name, expect="answered", says=(f"{num} rows",))
+    return _preview(file.name, expect="answered", says=(f"{num} row{'s' * (num > 1)}",))
 
 
 @shape(6)

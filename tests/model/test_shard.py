@@ -247,7 +247,8 @@ def test_a_quantized_checkpoint_in_another_dtype_is_cast_shard_by_shard(
         base = load_base(str(tmp_path / "nf4"), dtype=wanted, sharding=Sharding(offload=world_size == 1))
         shards.append([base.get_parameter(name).shard for name in names])
         assert [base.get_parameter(name).dtype for name in names] == [getattr(torch, wanted)] * 2
-    assert seen == [0] * 2 * world_size, "none is gathered"
+    # some releases of Transformers cast while they read
+    assert seen in ([], [0] * 2 * world_size), "none is gathered"
     for name, parts in zip(names, zip(*shards, strict=True), strict=True):
         weight = expected.get_parameter(name)
         assert torch.equal(torch.cat(parts)[: weight.nbytes].view(weight.dtype).view(weight.shape), weight)

@@ -14,6 +14,11 @@ def read(folder: Path, part: str) -> list[dict[str, Any]]:
         return [json.loads(line) for line in stream]
 
 
+def lines_of(path: Path) -> list[str]:
+    """Return the lines of a file of rows, in which other characters that end lines may stand."""
+    return path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+
+
 def prompt(row: dict[str, Any]) -> list[dict[str, str]]:
     """Return a row's question as a conversation that the assistant is to answer."""
     return [{"role": "user", "content": f"{row['question']}\n{INSTRUCTION}"}]

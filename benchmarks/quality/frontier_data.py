@@ -1,6 +1,5 @@
 """The texts of the frontier: two regimes with their training rows, and the answers whose likelihood is measured."""
 
-import gzip
 import hashlib
 import json
 from collections.abc import Sequence
@@ -9,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks import gsm8k
 from benchmarks.quality.commonsense_data import JOINT, prepare
 from lsr_scale import files
 from lsr_scale.data.sources import load_rows
@@ -28,21 +28,16 @@ def write_parts(data: Path, work: Path, regime: str) -> dict[str, Any]:
     if regime == "commonsense":
         return prepare(data, work)
     parts: dict[str, list[dict[str, Any]]] = {"train": [], "dev": []}
-    for row in _rows(data / "gsm8k" / "train.jsonl.gz"):
+    for row in gsm8k.read(data / "gsm8k", "train"):
         held_out = int(hashlib.sha256(row["question"].encode()).hexdigest(), 16) % 10 == 0
         parts["dev" if held_out else "train"].append(row)
-    parts["test"] = _rows(data / "gsm8k" / "test.jsonl.gz")
+    parts["test"] = gsm8k.read(data / "gsm8k", "test")
     described = {}
     for part, rows in parts.items():
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         files.write_text(work / "data" / "gsm8k" / f"{part}.jsonl", text)
         described[part] = {"rows": len(rows), "sha256": hashlib.sha256(text.encode()).hexdigest()}
     return {"gsm8k": described}
-
-
-def _rows(path: Path) -> list[dict[str, Any]]:
-    with gzip.open(path, "rt", encoding="utf-8") as stream:
-        return [json.loads(line) for line in stream]
 
 
 def questions(work: Path, regime: str, part: str, limit: int | None) -> dict[str, list[Example]]:
@@ -61,8 +56,7 @@ def judged(work: Path, part: str, limit: int | None) -> list[dict[str, str]]:
 
 
 def _gsm8k(work: Path, part: str, limit: int | None) -> list[dict[str, str]]:
-    text = (work / "data" / "gsm8k" / f"{part}.jsonl").read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.removesuffix("\n").split("\n")][:limit]
+    return [json.loads(line) for line in gsm8k.lines_of(work / "data" / "gsm8k" / f"{part}.jsonl")[:limit]]
 
 
 def _prompt(row: dict[str, str]) -> str:

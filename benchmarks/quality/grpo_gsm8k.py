@@ -150,16 +150,11 @@ def write_rows(data: Path, work: Path) -> dict[str, Any]:
 
 def drawn_rows(suite: Suite, trial: Trial) -> Path:
     """Write the rows of a trial in the order of its steps, the same questions for GRPO and SFT; return the file."""
-    lines = lines_of(suite.work / f"{trial.training}.jsonl")
+    lines = gsm8k.lines_of(suite.work / f"{trial.training}.jsonl")
     order = np.random.default_rng(trial.seed).permutation(len(lines))[: suite.prompts * suite.steps_of(trial)]
     path = suite.work / "drawn" / f"{suite.prefix}-{trial.name}.jsonl"
     files.write_text(path, "".join(f"{lines[index]}\n" for index in order))
     return path
-
-
-def lines_of(path: Path) -> list[str]:
-    """Return the lines of a file of rows, in which other characters that end lines may stand."""
-    return path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
 
 
 def run_of(suite: Suite, trial: Trial, rows: Path) -> dict[str, Any]:
@@ -246,7 +241,7 @@ def curve_of(training: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def answers(suite: Suite, model: Any, tokenizer: Any) -> dict[str, Any]:
     """Return which of the test questions a model answers rightly, and how long that took."""
-    lines = lines_of(suite.work / "test.jsonl")[: suite.limit]
+    lines = gsm8k.lines_of(suite.work / "test.jsonl")[: suite.limit]
     began = time.monotonic()
     right = right_answers(model, tokenizer, [json.loads(line) for line in lines], suite.test_batch, suite.new_tokens)
     seconds = round(time.monotonic() - began, 1)

@@ -237,7 +237,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--layers", type=int, help="this many layers instead of the model's own")
     add("--stored", default="nf4", choices=["nf4", "bfloat16"], help="how the weights are on disk")
     add("--folder", type=Path, help="for weights and runs, several GB; weights that are there are taken")
-    add("--gpus", type=int, default=2, help="processes; of more than there are GPUs several share one ")
+    add("--gpus", type=int, default=2, help="processes; of more than there are GPUs several share one")
     add("--card-gib", type=float, help="memory that each process is held to")
     add("--seq-len", type=int, default=512, help="tokens of a GPU and step")
     add("--steps", type=int, default=20)

@@ -3,6 +3,7 @@
 import datetime
 import itertools
 import os
+import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -231,8 +232,7 @@ def broadcast_tensor(tensor: torch.Tensor) -> None:
         torch.distributed.broadcast(tensor, src=0)
 
 
-# how often those that wait for the main process look up, so that a signal is heard
-_LOOK_UP = datetime.timedelta(seconds=1)
+_LOOK_UP_S = 0.05  # after which those that wait for the main process ask again; a signal is heard meanwhile
 _numbers = itertools.count()  # of the barriers, equal on all processes
 
 
@@ -256,12 +256,8 @@ def patient_barriers() -> Iterator[None]:
         name = f"lsr_scale/barrier-{next(_numbers)}"
         if store.add(name, 1) == torch.distributed.get_world_size():
             store.set(f"{name}/all", "here")
-        while True:
-            try:
-                store.wait([f"{name}/all"], _LOOK_UP)
-                return
-            except torch.distributed.DistStoreError:  # a lost connection is another one
-                continue
+        while not store.check([f"{name}/all"]):  # its own wait would warn on the screen at each timeout
+            time.sleep(_LOOK_UP_S)
 
     PartialState.wait_for_everyone = wait
     try:

@@ -9,6 +9,7 @@ import sys as _sys
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any as _Any
 
+from lsr_scale.quick_imports import quick_imports as _quick_imports
 from lsr_scale.version import __version__ as __version__
 
 __all__ = [
@@ -51,14 +52,15 @@ def _is_command() -> bool:
 # expects them registered after `import lsr_scale`, in whatever order it imports peft: so here, at once, rather than
 # lazily by a hook on peft's import, which would run in the midst of transformers' own imports.
 if _TYPE_CHECKING or not _is_command():
-    from lsr_scale import adapters as _adapters  # registers every method with PEFT
-    from lsr_scale.adapters.bank import AdapterBank
-    from lsr_scale.adapters.hotswap import hotswap_adapter
-    from lsr_scale.adapters.methods.kron_lora import KronLoraConfig
-    from lsr_scale.adapters.methods.lsr import LsrConfig
-    from lsr_scale.errors import UserError
-    from lsr_scale.fused import fit_memory, fuse, unfuse
-    from lsr_scale.generation import Decoder
+    with _quick_imports():
+        from lsr_scale import adapters as _adapters  # registers every method with PEFT
+        from lsr_scale.adapters.bank import AdapterBank
+        from lsr_scale.adapters.hotswap import hotswap_adapter
+        from lsr_scale.adapters.methods.kron_lora import KronLoraConfig
+        from lsr_scale.adapters.methods.lsr import LsrConfig
+        from lsr_scale.errors import UserError
+        from lsr_scale.fused import fit_memory, fuse, unfuse
+        from lsr_scale.generation import Decoder
 
     del _adapters
 

@@ -5,6 +5,7 @@ import json
 
 from lsr_scale.commands.arguments import BASE_HELP, Parser, count
 from lsr_scale.commands.failures import ON_THE_CPU
+from lsr_scale.quick_imports import quick_imports
 
 HELP = "Try a classifier's run: label texts, or the rows of a file."
 GPU_REMEDY = ON_THE_CPU
@@ -23,8 +24,9 @@ def add_arguments(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; return the exit status."""
-    from lsr_scale.run.classifier import classify
-    from lsr_scale.run.tables import print_classified
+    with quick_imports():
+        from lsr_scale.run.classifier import classify
+        from lsr_scale.run.tables import print_classified
 
     found = classify(args.run, args.text, args.pair, args.data, args.limit, args.base)
     if args.json:

@@ -3,6 +3,7 @@
 import argparse
 
 from lsr_scale.commands.arguments import Parser, add_run_arguments, load_run, names_run
+from lsr_scale.quick_imports import quick_imports
 from lsr_scale.screen import Screen
 
 HELP = "Report versions, hardware, which fast paths are on, and known bad combinations."
@@ -22,7 +23,8 @@ def add_arguments(parser: Parser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the command; return the exit status: 1 where something is bad."""
     config = load_run(args) if names_run(args) else None
-    from lsr_scale import doctor
+    with quick_imports():
+        from lsr_scale import doctor
 
     report = doctor.doctor(config)
     if args.json:

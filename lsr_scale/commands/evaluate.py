@@ -5,6 +5,7 @@ import json
 
 from lsr_scale.commands.arguments import BASE_HELP, Parser, count
 from lsr_scale.commands.failures import ON_ALL_GPUS
+from lsr_scale.quick_imports import quick_imports
 
 HELP = "Load a run's adapter onto its base again and score multiple-choice tasks, or a classifier's labelled rows."
 GPU_REMEDY = f"{ON_ALL_GPUS} 'eval.tasks=[...]'"
@@ -33,8 +34,9 @@ def run(args: argparse.Namespace) -> int:
     from lsr_scale.run.find import find_trained
 
     find_trained(args.run)  # a mistake does not wait for torch
-    from lsr_scale.run.evaluate import evaluate_run
-    from lsr_scale.run.tables import print_accuracy
+    with quick_imports():
+        from lsr_scale.run.evaluate import evaluate_run
+        from lsr_scale.run.tables import print_accuracy
 
     options = {"base": args.base, "data": args.data}
     result = evaluate_run(args.run, args.tasks, args.limit, args.base_only, args.without_questions, **options)

@@ -5,6 +5,7 @@ import argparse
 from lsr_scale.commands.arguments import BASE_HELP, Parser, YesOrNo, count
 from lsr_scale.commands.failures import ON_THE_CPU
 from lsr_scale.paths import user_path
+from lsr_scale.quick_imports import quick_imports
 from lsr_scale.screen import Progress
 
 HELP = "Write a trained adapter for other programs, and verify it."
@@ -46,7 +47,8 @@ def run(args: argparse.Namespace) -> int:
 
     if not user_path(args.source).exists():
         find_adapter(args.source)  # a mistake does not wait for torch
-    from lsr_scale.exporting import export
+    with quick_imports():
+        from lsr_scale.exporting import export
 
     options = {"bits": args.bits, "max_rank": args.max_rank, "dtype": args.dtype}
     options |= {"merged": args.merged, "base_gguf": args.base_gguf}

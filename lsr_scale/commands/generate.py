@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lsr_scale.commands.arguments import BASE_HELP, Parser, count
 from lsr_scale.commands.failures import ON_ALL_GPUS
 from lsr_scale.errors import UserError, printable
+from lsr_scale.quick_imports import quick_imports
 from lsr_scale.units import amount
 
 if TYPE_CHECKING:
@@ -57,8 +58,9 @@ def add_arguments(parser: Parser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the command; return the exit status."""
     talks = _check_together(args)
-    from lsr_scale.generation.sampling import Sampling
-    from lsr_scale.run.generator import Generator
+    with quick_imports():
+        from lsr_scale.generation.sampling import Sampling
+        from lsr_scale.run.generator import Generator
 
     names = ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "seed")
     sampling = Sampling(**{name: getattr(args, name) for name in names})

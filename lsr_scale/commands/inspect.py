@@ -7,6 +7,7 @@ import sys
 from lsr_scale.commands.arguments import Parser
 from lsr_scale.errors import UserError
 from lsr_scale.paths import user_path
+from lsr_scale.quick_imports import quick_imports
 from lsr_scale.screen import Screen
 
 HELP = "Show what is in an adapter: shapes, ranks, size, spectrum and condition of its factors."
@@ -29,7 +30,8 @@ def run(args: argparse.Namespace) -> int:
     from lsr_scale.run.find import find_adapter
 
     find_adapter(args.source)  # a mistake does not wait for torch
-    from lsr_scale.exporting import inspect
+    with quick_imports():
+        from lsr_scale.exporting import inspect
 
     if args.png:
         inspect.check_place(user_path(args.png, "--png"))

@@ -3,6 +3,7 @@
 import argparse
 
 from lsr_scale.commands.arguments import Parser, count
+from lsr_scale.quick_imports import quick_imports
 
 HELP = "Add adapters of one base up, exactly, into one LoRA adapter."
 EXAMPLES = ("lsr-scale merge runs/a runs/b --weights 0.5 0.5 --out sum",)
@@ -23,7 +24,8 @@ def run(args: argparse.Namespace) -> int:
 
     for source in args.sources:
         find_adapter(source)  # a mistake does not wait for torch
-    from lsr_scale.exporting import merge
+    with quick_imports():
+        from lsr_scale.exporting import merge
 
     merge(args.sources, args.weights, args.out, max_rank=args.max_rank, dtype=args.dtype)
     return 0

@@ -2,8 +2,6 @@
 
 import argparse
 import json
-import os
-import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +14,7 @@ from lsr_scale.commands.arguments import (
     read_run,
 )
 from lsr_scale.errors import UserError, printable
+from lsr_scale.quick_imports import quick_imports
 from lsr_scale.screen import Screen
 from lsr_scale.units import amount, parse_count
 
@@ -47,10 +46,6 @@ def add_arguments(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; return the exit status."""
-    # Nothing is computed, so nothing is compiled; bitsandbytes would spend a second on preparing that when imported.
-    # That is for the whole process, so only where this command is all that the process does.
-    if "torch" not in sys.modules:
-        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     if args.budget:
         return _propose(args)
     if args.model:
@@ -64,7 +59,8 @@ def run(args: argparse.Namespace) -> int:
     if is_sweep(file, args.set):
         return _of_sweep(read_sweep(file, args.set), args)
     config = load_run(file, args.set)
-    from lsr_scale.planning import fit, plan, render
+    with quick_imports():
+        from lsr_scale.planning import fit, plan, render
 
     result = plan(config, args.gpus or 1)
     card = args.card_gib or _own_card_gib()
@@ -81,9 +77,10 @@ def run(args: argparse.Namespace) -> int:
 
 def _of_sweep(sweep: "Sweep", args: argparse.Namespace) -> int:
     """Print the plan of a sweep's largest trial, and what several take together."""
-    from lsr_scale.planning import render
-    from lsr_scale.planning.together import plan_together
-    from lsr_scale.training.steps.sharing import alone_words
+    with quick_imports():
+        from lsr_scale.planning import render
+        from lsr_scale.planning.together import plan_together
+        from lsr_scale.training.steps.sharing import alone_words
 
     if args.gpus:
         raise UserError("--gpus: each trial of a sweep is trained on one GPU; leave it out")
@@ -128,7 +125,9 @@ def _propose(args: argparse.Namespace) -> int:
     if args.model and args.set:
         raise UserError("--set: has no effect with --model, which brings no configuration; leave it out")
     from lsr_scale.config import difference
-    from lsr_scale.planning import budget
+
+    with quick_imports():
+        from lsr_scale.planning import budget
 
     values: dict[str, Any] = {"model": {"name": args.model}, "data": {"train": ["rows.jsonl"]}}
     if args.model:

@@ -4,6 +4,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from lsr_scale.commands.arguments import Parser, add_run_arguments, count, one_trial
+from lsr_scale.quick_imports import quick_imports
 from lsr_scale.screen import Screen
 from lsr_scale.units import amount
 
@@ -32,11 +33,12 @@ def run(args: argparse.Namespace) -> int:
 
     from rich.text import Text
 
-    from lsr_scale.data.answered_prompts import KINDS as PROMPTS
-    from lsr_scale.data.formats import KIND_MEANING
-    from lsr_scale.data.labels import Labels
-    from lsr_scale.data.preview import preview, runs
-    from lsr_scale.training.assembly import check_run_fits, read_data
+    with quick_imports():
+        from lsr_scale.data.answered_prompts import KINDS as PROMPTS
+        from lsr_scale.data.formats import KIND_MEANING
+        from lsr_scale.data.labels import Labels
+        from lsr_scale.data.preview import preview, runs
+        from lsr_scale.training.assembly import check_run_fits, read_data
 
     notes: list[str] = []
     data = read_data(config, say=notes.append)

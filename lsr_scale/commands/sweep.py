@@ -6,6 +6,7 @@ from typing import Any
 
 from lsr_scale.commands.arguments import Parser, add_run_arguments, count, find_file
 from lsr_scale.errors import UserError
+from lsr_scale.quick_imports import quick_imports
 
 HELP = "Train many variants of a run on one loading of its base, together where that pays."
 EXAMPLES = (
@@ -45,7 +46,8 @@ def run(args: argparse.Namespace) -> int:
             raise UserError("--gpus: the launcher has started a process a GPU already; leave it out")
         again = [*(["--resume", args.resume] if args.resume else []), *(["--overwrite"] if args.overwrite else [])]
         workers.become_worker([*command, *again])
-    from lsr_scale.sweeping.sweep import run_sweep
+    with quick_imports():
+        from lsr_scale.sweeping.sweep import run_sweep
 
     options: dict[str, Any] = {"gpus": args.gpus, "command": command} if args.gpus else {}
     folder = run_sweep(sweep, file.stem, args.resume, args.overwrite, args.quiet, **options)

@@ -4,6 +4,7 @@ import argparse
 
 from lsr_scale.commands import sweep
 from lsr_scale.commands.arguments import Parser, add_run_arguments, load_run
+from lsr_scale.quick_imports import quick_imports
 from lsr_scale.sweeping.workers import is_launched
 
 HELP = "Train a run: score, train, score again, save the adapter."
@@ -34,7 +35,9 @@ def run(args: argparse.Namespace) -> int:
         return sweep.run(argparse.Namespace(**vars(args), together=None, gpus=None))
     config, file = load_run(args), find_run(args.config or args.config_path)
     from lsr_scale.run.start import named_by_file  # a mistake in the file does not wait for torch
-    from lsr_scale.run.train import train
+
+    with quick_imports():
+        from lsr_scale.run.train import train
 
     config, name = named_by_file(config, file, args.overwrite or args.resume == "auto")
     train(config, name, args.resume, args.overwrite, args.quiet)

@@ -18,7 +18,6 @@ import hashlib
 import json
 import os
 import shutil
-import signal
 import statistics
 import subprocess
 import sys
@@ -33,6 +32,7 @@ import torch
 from benchmarks import ROOT
 from benchmarks.command_line import new_file, recorded, script_parser
 from benchmarks.models import LINEARS, MODELS, model_values
+from benchmarks.processes import kill_all
 from benchmarks.robustness.limited_launch import PEAKS
 from benchmarks.speed.trainer_overhead import write_model, write_rows
 from benchmarks.speed.workers import say
@@ -161,7 +161,7 @@ class Runs:
         }
 
     def start(self, name: str, resume: bool = False) -> "subprocess.Popen[str]":
-        """Start a run, in a session of its own."""
+        """Start a run."""
         config = self.folder / f"{name}.yaml"
         config.write_text(json.dumps(self.sections(name)), encoding="utf-8")  # JSON is YAML
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(self.args.gpus)]
@@ -170,7 +170,7 @@ class Runs:
         words += ["--config", str(config), "--quiet", *(["--resume", "auto"] if resume else [])]
         pipes: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
         pipes["env"] = self.shared.begin() if self.shared else None
-        return subprocess.Popen([sys.executable, *launcher, *words], **pipes, start_new_session=True, cwd=ROOT)
+        return subprocess.Popen([sys.executable, *launcher, *words], **pipes, cwd=ROOT)
 
     def finish(self, name: str, resume: bool = False) -> dict[str, Any]:
         """Let a run end; return its hash, seconds and peaks.
@@ -185,7 +185,7 @@ class Runs:
             except subprocess.TimeoutExpired as error:
                 raise SystemExit(f"{name}: took more than {self.args.limit:.0f} s") from error
             finally:
-                _kill(process)
+                kill_all(process)
         if process.returncode:
             raise SystemExit(f"{name}: failed:\n{said[:SAID]}")  # what the launcher says comes after
         output = self.folder / name
@@ -220,13 +220,8 @@ class Runs:
                         raise SystemExit(f"{name}: was to be killed after step {step}: {said[:SAID]}")
                     time.sleep(POLL_S)
             finally:
-                _kill(process)
+                kill_all(process)
         return max(row["step"] for row in read_metrics(metrics))
-
-
-def _kill(process: "subprocess.Popen[str]") -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
 
 
 def main(arguments: list[str] | None = None) -> int:

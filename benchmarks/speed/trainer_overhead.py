@@ -10,11 +10,8 @@ the loop's; 0.97 is wanted.
 """
 
 import argparse
-import contextlib
 import json
-import os
 import random
-import signal
 import statistics
 import subprocess
 import sys
@@ -25,6 +22,7 @@ from typing import Any
 from benchmarks import ROOT
 from benchmarks.command_line import new_file, script_parser
 from benchmarks.models import MODELS, model_values
+from benchmarks.processes import kill_all
 from benchmarks.speed.floors import shape_of
 from benchmarks.speed.workers import Worker, say, start_all
 
@@ -88,16 +86,14 @@ def trained(folder: Path, run: dict[str, Any], limit: float, launcher: list[str]
     config.write_text(json.dumps(run), encoding="utf-8")  # JSON is YAML
     words = [str(ROOT / "launch/train.py"), "--config", str(config), "--overwrite", "--quiet"]
     start = [sys.executable, *launcher, *words]
-    # a session of its own: a launcher's processes are to end with it
     pipes: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(start, **pipes, start_new_session=True) as process:
+    with subprocess.Popen(start, **pipes) as process:
         try:
             _, said = process.communicate(timeout=limit)
         except subprocess.TimeoutExpired as error:
             raise TrainingError(f"{' '.join(start)} took more than {limit:.0f} s") from error
         finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+            kill_all(process)
     if process.returncode:
         raise TrainingError(f"{' '.join(start)} failed:\n{said[-2000:]}")
     text = (Path(run["training"]["output_dir"]) / "metrics.jsonl").read_text(encoding="utf-8")

@@ -136,6 +136,12 @@ class Ranks:
         """Return the exit status, None while they run."""
         return self.returncode
 
+    def wait(self, timeout: float | None = None) -> int | None:
+        """Wait for the end of all; return the exit status."""
+        for rank in self._ranks:
+            rank.wait(timeout)
+        return self.returncode
+
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
         """Wait for the end of all; return what they wrote to stdout and to stderr."""
         said = [rank.communicate(timeout) for rank in self._ranks]

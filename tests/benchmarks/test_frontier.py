@@ -506,12 +506,14 @@ def test_results_of_other_data_are_not_mixed(program):
 
 @pytest.fixture
 def one_row(monkeypatch):
-    """One row on the tiny model, and two rates."""
+    """One row on the tiny model, two rates, and packs of which attention takes a sixteenth."""
     rows = {"lora": AdapterRow("lora", {"rank": 1, "alpha": 2.0})}
     monkeypatch.setitem(ROWS, "smollm2", {"20k": rows})
     monkeypatch.setattr(AdapterRow, "rates", (1e-3, 4e-3))
     monkeypatch.setattr(frontier_trials, "MOST_BEYOND", 0)
     monkeypatch.setitem(frontier.REGIMES, "commonsense", ("arc_easy", "openbookqa"))
+    monkeypatch.setattr(frontier, "PACKS", 2)
+    monkeypatch.setattr(frontier, "LONGEST", 256)
 
 
 def test_trials_are_trained_together_scored_and_kept(one_row, data, tmp_path, capsys):

@@ -61,6 +61,7 @@ def test_every_prefix_of_the_plan_is_of_use():
 
 def test_runs_leave_a_result_each_and_are_not_done_twice(data, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(commonsense, "do_all", do_all_here)
+    monkeypatch.setattr(commonsense, "BATCH", 8)  # attention between all tokens of a step takes the longest
     setting = Setting(tmp_path / "work", str(save_llama(tmp_path / "model", num_hidden_layers=2)), smoke=True)
     hashes, results = commonsense_data.prepare(data, setting.work), tmp_path / "results"
     tuning = Run("small", "bf16", "lora_2", TUNING_SEED, 3)

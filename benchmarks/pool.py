@@ -14,6 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.processes import end_with_parent
+
 DIED = "its process died"
 GRACE_S = 20.0
 
@@ -83,6 +85,7 @@ def _leave(*_: Any) -> None:
 def _serve(connection: Any, call: Callable[..., Any], threads: int, logs: Path | None) -> None:
     """Make the calls that come; in a process of its own."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    end_with_parent()
     with contextlib.suppress(_Ended, EOFError, BrokenPipeError):
         signal.signal(signal.SIGTERM, _leave)
         _serve_all(connection, call, threads, logs)

@@ -1,11 +1,30 @@
 """Processes that a benchmark starts, and ends with all that they have started."""
 
 import contextlib
+import multiprocessing
+import multiprocessing.connection
+import os
 import subprocess
+import threading
 
 import psutil
 
 ENDS_S = 60.0  # that the system may take to free what a killed process held, a GPU's memory above all
+
+
+def end_with_parent() -> None:
+    """Have this process end when the one that started it by multiprocessing is gone, whatever either is busy with.
+
+    A killed benchmark's processes would keep the GPU else.
+    """
+    parent = multiprocessing.parent_process()
+
+    def wait() -> None:
+        if parent is not None:
+            multiprocessing.connection.wait([parent.sentinel])
+            os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def kill_all(process: "subprocess.Popen[str]") -> None:

@@ -5,13 +5,13 @@ import multiprocessing
 import os
 import signal
 import sys
-import threading
 import time
 import traceback
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
+from benchmarks.processes import end_with_parent
 from benchmarks.speed.providers import MissingError, find_provider
 
 # This file imports nothing heavy: every worker imports it first, and Unsloth wants to come before Transformers.
@@ -31,14 +31,6 @@ def failure(error: BaseException) -> dict[str, str]:
     return {"status": "error", "detail": "\n".join(lines[-6:])[-1500:]}
 
 
-def end_with_parent() -> None:
-    """End this process when the benchmark is gone, whatever it is busy with."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        wait([parent.sentinel])
-        os._exit(1)
-
-
 def work(connection: Any, name: str, settings: dict[str, Any], log: str) -> None:
     """Build a provider in this process, then answer requests to measure until told to stop.
 
@@ -50,7 +42,7 @@ def work(connection: Any, name: str, settings: dict[str, Any], log: str) -> None
     """
     with contextlib.suppress(OSError):
         os.setpgid(0, 0)  # so that compilers that it starts can be ended with it
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    end_with_parent()
     stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(stream, 1)
     os.dup2(stream, 2)

@@ -2,13 +2,17 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 
-from benchmarks import pool
+from benchmarks import ROOT, pool
 from benchmarks.pool import Job, do_all
 
 
@@ -84,3 +88,37 @@ def test_what_is_ended_can_leave_in_order(note, monkeypatch):
 def test_what_does_not_leave_is_killed(note, monkeypatch):
     monkeypatch.setattr(pool, "GRACE_S", 0.1)
     assert do([f"deaf {note}"], time_limit=0.2)[1] == [f"0-deaf {note}"]
+
+
+# hangs in a job; says which process does it
+PARENT = """
+import os, sys
+from benchmarks.pool import Job, do_all
+from tests.benchmarks.test_pool import hang_and_tell
+if __name__ == "__main__":
+    jobs = [Job("one", (sys.argv[1],))]
+    do_all(lambda: jobs.pop() if jobs else None, hang_and_tell, print)
+"""
+
+
+def hang_and_tell(path):
+    """Write this process's number to a file, and go on for ever."""
+    Path(f"{path}.part").write_text(str(os.getpid()))
+    Path(f"{path}.part").rename(path)
+    threading.Event().wait()
+
+
+@pytest.mark.slow
+def test_jobs_end_with_the_program_that_gave_them_though_it_was_killed(tmp_path):
+    program, told = tmp_path / "parent.py", tmp_path / "pid"
+    program.write_text(PARENT)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    with subprocess.Popen([sys.executable, str(program), str(told)], env=environment) as parent:
+        while not told.exists():
+            assert parent.poll() is None
+            time.sleep(0.01)
+        worker = psutil.Process(int(told.read_text()))
+        assert worker.ppid() == parent.pid
+        parent.kill()
+    psutil.wait_procs([worker])
+    assert not worker.is_running()

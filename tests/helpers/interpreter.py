@@ -1,5 +1,9 @@
-"""What Triton's interpreter lacks beside a GPU: rounding of narrow types, their products, bounds that were loaded."""
+"""What Triton's interpreter lacks beside a GPU: rounding of narrow types, their products, bounds that were loaded.
 
+And its language, which it puts in place once for a launch, not for every call of a function within.
+"""
+
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -40,6 +44,41 @@ def as_on_a_gpu(monkeypatch: Any) -> None:
         patch_tensor(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
+    patch_once(monkeypatch.setattr)
     monkeypatch.setattr(interpreter, "_patch_lang_tensor", with_bounds)
     monkeypatch.setattr(interpreter, "_convert_float", exact)
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", widened)
+
+
+def patch_once(setattr: Callable[..., None]) -> None:
+    """Have a launch replace what `triton.language` has once, and put it all back at its end.
+
+    By itself every call of a function within a kernel, `tl.sum` among them, looks for something to replace among all
+    members again, which takes longer than most kernels compute, and puts nothing back.
+    """
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    patch_lang, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
+    scopes: dict[tuple[bool, ...], Any] = {}  # of the launch that runs, by which of the language's modules they are of
+
+    def patch(function):
+        visible = list(function.__globals__.values())
+        modules = tuple(any(value is module for value in visible) for module in (tl, tl.core))
+        if modules in scopes:
+            return interpreter._LangPatchScope()
+        scope = patch_lang(function)
+        outermost = next(iter(scopes.values()), scope)
+        scopes[modules] = scope
+        if outermost is not scope:  # what is put back at the launch's end
+            outermost._changes.extend(scope._changes)
+        return scope
+
+    def launched(self, *arguments, **options):
+        try:
+            return launch(self, *arguments, **options)
+        finally:
+            scopes.clear()
+
+    setattr(interpreter, "_patch_lang", patch)
+    setattr(interpreter.GridExecutor, "__call__", launched)

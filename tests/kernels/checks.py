@@ -50,6 +50,8 @@ def assert_close_to_float64(actual: Tensor, reference: Tensor, eager: Tensor, fl
 def compile_for(kernel, signature: dict[str, str], constexprs: dict, num_warps: int = 4, num_stages: int = 3) -> dict:
     """Compile a kernel for sm_80 and sm_90 without a GPU, in a process of its own that does not interpret kernels.
 
+    For sm_80 to the end, for sm_90 down to what says how much shared memory it needs, as GPU tests assemble it.
+
     Args:
         kernel: The decorated function.
         signature: Triton type of each argument that is no constexpr ("*bf16", "i32", "i64", "fp32").
@@ -83,7 +85,7 @@ def _compiler() -> ProcessPoolExecutor:
 def _compile(name: tuple[str, str], signature: dict[str, str], constexprs: dict, options: dict) -> dict[int, dict]:
     from triton import compile as compile_source
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+    from triton.compiler import ASTSource, make_backend
 
     function = getattr(importlib.import_module(name[0]), name[1])
     full = {**signature, **dict.fromkeys(constexprs, "constexpr")}
@@ -92,8 +94,13 @@ def _compile(name: tuple[str, str], signature: dict[str, str], constexprs: dict,
     metadata_of = {}
     for capability in (80, 90):
         source = ASTSource(fn=function, signature=full, constexprs=fixed)
-        compiled = compile_source(source, target=GPUTarget("cuda", capability, 32), options=options)
-        metadata_of[capability] = {"shared": compiled.metadata.shared, "num_warps": compiled.metadata.num_warps}
+        target = GPUTarget("cuda", capability, 32)
+        if capability == 80:
+            shared = compile_source(source, target=target, options=options).metadata.shared
+        else:
+            backend = make_backend(target)
+            shared = _shared_memory_of(source, backend, target, backend.parse_options(options))
+        metadata_of[capability] = {"shared": shared}
     return metadata_of
 
 

@@ -4,6 +4,7 @@ What a launcher itself does is tested with `launch`. This module imports nothing
 """
 
 import contextlib
+import gc
 import importlib
 import os
 import signal
@@ -205,7 +206,9 @@ def _do(words: list[str], environment: dict[str, str], out: str, err: str, leads
     sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
     sys.argv = ["lsr-scale" if words[0] in (COMMAND, "lsr_scale") else words[0], *words[1:]]
     do_once(setattr)
-    status = importlib.import_module("lsr_scale.cli" if words[0] == "lsr_scale" else words[0]).main()
+    main = importlib.import_module("lsr_scale.cli" if words[0] == "lsr_scale" else words[0]).main
+    gc.freeze()  # every run collects garbage, and need not look through half a million objects of the libraries
+    status = main()
     import torch
 
     if torch.distributed.is_initialized():

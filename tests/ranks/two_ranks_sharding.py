@@ -16,7 +16,7 @@ from pathlib import Path
 
 from lsr_scale import cli
 
-STAGES = ("zero0", "zero1", "zero2", "zero3", "zero3_offload")
+STAGES = ("zero0", "zero2", "zero3", "zero3_offload")  # to the engine ZeRO-1 is ZeRO-2
 BASES = ("none", "nf4", "int8")
 METHODS = ("lsr", "kron_lora", "lora")
 # fused, gradient_checkpointing, gradient_checkpointing_kwargs; the first is the default on a CPU
@@ -40,8 +40,9 @@ COMBINATIONS = [
 ]
 # and whether from a checkpoint, fused then, or with random weights
 MEASURED = [("nf4", True), ("int8", True), ("none", False)]
-# what is unsharded at once, fused or not
-GATHERED = [("nf4", True), ("nf4", False), ("none", False)]
+# what is unsharded at once, fused or not: of those runs, and of one beside them
+GATHERED = [("nf4", True), ("nf4", False), ("int8", True), ("none", False)]
+TOKENS = 2  # in a row: no size that is measured depends on it, and a CPU multiplies bfloat16 slowly
 
 
 def first_losses(folder: Path, base: str, method: str, mode: str, **changes) -> tuple[list[float], object]:
@@ -120,22 +121,22 @@ def main() -> None:
 
     folder, rank = Path(sys.argv[-1]), distributed.rank()
     distributed.start(use_deepspeed=True)
-    gc.freeze()
     seen: dict = {"losses": {}, "sharded": {}, "bytes": {}}
     for stage, base, method, mode in COMBINATIONS:
+        gc.freeze()  # what the run before imported
         name = "/".join((stage, base, method, mode))
         losses, model = first_losses(folder, base, method, mode, deepspeed={"config": stage})
         seen["losses"][name], seen["sharded"][name] = losses, is_sharded(model)  # pyright: ignore
+    gathered, seen["gathered"], larger = Gathered(), {}, str(folder / "larger")
     for base, checkpoint in MEASURED:
-        kind = "checkpoint" if checkpoint else "random"
-        seen["bytes"][f"{base}/{kind}"] = measure(
-            str(folder / "larger"), base, checkpoint=checkpoint, tokens=16, fused=checkpoint
-        )
-    gathered, seen["gathered"] = Gathered(), {}
-    for base, fused in GATHERED:
         gathered.peak = 0
-        measure(str(folder / "larger"), base, checkpoint=True, tokens=16, fused=fused)
-        seen["gathered"][f"{base}/{fused}"] = gathered.peak
+        kind = "checkpoint" if checkpoint else "random"
+        found = measure(larger, base, checkpoint=checkpoint, tokens=TOKENS, fused=checkpoint)
+        seen["bytes"][f"{base}/{kind}"], seen["gathered"][f"{base}/{checkpoint}"] = found, gathered.peak
+    gathered.peak, known = 0, seen["bytes"]["nf4/checkpoint"]
+    whole = {name: known[name] for name in ("whole_bytes", "whole_load_peak_bytes")}
+    measure(larger, "nf4", checkpoint=True, tokens=TOKENS, fused=False, whole=whole)
+    seen["gathered"]["nf4/False"] = gathered.peak
     (folder / f"sharding-{rank}.json").write_text(json.dumps(seen))
 
 

@@ -1,5 +1,6 @@
 """What the scripts of this folder that train run after run, three steps each, begin alike with."""
 
+import gc
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -23,6 +24,7 @@ def trainers(runs: Mapping[str, Mapping[str, Any]], base: str = "nf4") -> Iterat
 
     distributed.start(use_deepspeed=True)
     for name, changes in runs.items():
+        gc.freeze()  # what the run before imported
         yield name, first_trainer(Path(sys.argv[-1]), base, "lsr", DEFAULT, **{"model": EXACT, **changes})
 
 

@@ -28,7 +28,7 @@ RUNS: dict[str, dict[str, Any]] = {
         ("lora_rite", "zero0", START, {"optim": "lora_rite"}),
         ("adamw", "zero2", START, {"optim": "adamw_torch_fused"}),
         ("adamw-norms", "zero2", NORMS, {"optim": "adamw_torch_fused", "weight_decay": 0.01}),
-        *((f"lora_plus-{zero}", zero, LORA, {"optim": "lora_plus"}) for zero in ("zero0", "zero1", "zero2")),
+        *((f"lora_plus-{zero}", zero, LORA, {"optim": "lora_plus"}) for zero in ("zero0", "zero1")),
         ("lora_pro-after-deepspeed", None, START, LORA_PRO),
     )
 }

@@ -3,6 +3,7 @@
 torchrun --nproc_per_node 2 tests/ranks/two_ranks_watching.py FOLDER
 """
 
+import gc
 import sys
 from pathlib import Path
 
@@ -33,6 +34,7 @@ def main() -> None:
             eval={"tasks": [], "prompts": prompts, "max_new_tokens": 5},
             deepspeed={"config": engine},
         )
+        gc.freeze()  # what the run before imported
         file = folder / f"{name}-{rank}.yaml"
         file.write_text(dump_yaml(run))
         assert cli.main(["train", f"--local_rank={rank}", "--config", str(file)]) == 0

@@ -175,8 +175,7 @@ def trained(place):
         *((compute, {"memory": memory}) for compute in ("fp8", "int8") for memory in ("save", "speed")),
         *((compute, {"packing": True, "max_length": 64}) for compute in ("fp8", "int8")),
         # the trainer's, whatever the format
-        ("fp8", {"gradient_accumulation_steps": 2}),
-        ("fp8", {"on_nonfinite": "skip"}),
+        ("fp8", {"gradient_accumulation_steps": 2, "on_nonfinite": "skip"}),
     ],
     ids=str,
 )

@@ -28,7 +28,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("accumulation", [1, 3])
 def test_a_run_ends_where_it_does_with_trls_head(tmp_path, monkeypatch, layout, accumulation):
     save_llama(tmp_path / "model")
-    write_rows(tmp_path / "rows.jsonl", completions(25))
+    write_rows(tmp_path / "rows.jsonl", completions(15))
     write_rows(tmp_path / "held_out.jsonl", completions(5))
     losses = []
     compute = SFTTrainer.compute_loss

@@ -18,9 +18,8 @@ from lsr_scale import cli
 
 QUICK = {"training": {"save_strategy": "no"}, "eval": {"tasks": []}}
 # engines whose optimizers differ, and a sharded base; to the engine ZeRO-2 is ZeRO-1
+EIGHT_BIT = ("zero2", "zero3")
 STOPPED = ("zero0", "zero2", "zero3")
-RESUMED = ("zero0", "zero3")  # ZeRO-2 is in "epochs"
-EIGHT_BIT = ("zero2-fp8", "zero3-fp8", "zero3-int8", "ddp-int8")
 FUSED = {"training": {"save_strategy": "no", "fused": "on"}, "eval": {"tasks": []}}
 FP8, INT8 = (
     {"training": {"save_strategy": "no", "fused": "on", "compute": compute}, "eval": {"tasks": []}}
@@ -29,18 +28,18 @@ FP8, INT8 = (
 ENGINES = {
     "ddp": {"deepspeed": {"config": None}, **QUICK},
     "ddp-fused": {"deepspeed": {"config": None}, **FUSED},
-    "ddp-int8": {"deepspeed": {"config": None}, **INT8},
+    "ddp-fp8": {"deepspeed": {"config": None}, **FP8},
     "zero0": {"deepspeed": {"config": "zero0"}, **QUICK},
+    "zero1": {"deepspeed": {"config": "zero1"}, **QUICK},
     "zero2": {"deepspeed": {"config": "zero2"}},
     "zero2-fused": {"deepspeed": {"config": "zero2"}, **FUSED},
-    "zero2-fp8": {"deepspeed": {"config": "zero2"}, **FP8},
-    "zero3-fp8": {"deepspeed": {"config": "zero3"}, **FP8},
-    "zero3-int8": {"deepspeed": {"config": "zero3"}, **INT8},
+    **{f"{name}-fp8": {"deepspeed": {"config": name}, **FP8} for name in EIGHT_BIT},
+    **{f"{name}-int8": {"deepspeed": {"config": name}, **INT8} for name in EIGHT_BIT},
     "zero3": {"deepspeed": {"config": "zero3"}, "eval": {"batch_tokens": 32}, "training": {"save_as_lora": True}},
     "zero3-fused": {"deepspeed": {"config": "zero3"}, "training": {"save_strategy": "no", "fused": "on"}},
     "zero3-bfloat16": {"deepspeed": {"config": "zero3"}, "model": {"quantization": "none"}},
 }
-SAVING = {name: {"deepspeed": {"config": name}, "eval": {"tasks": []}} for name in ("zero0", "zero2", "zero3")}
+SAVING = {name: {"deepspeed": {"config": name}, "eval": {"tasks": []}} for name in ("zero0", "zero1", "zero2", "zero3")}
 
 
 class Killed(BaseException):
@@ -128,22 +127,24 @@ def main() -> None:
             shutil.copytree(folder / f"{name}-stopped", folder / f"{name}-halved")
             if name == "zero2":
                 shutil.copytree(folder / f"{name}-stopped", folder / "there-and-back")
-        if name in RESUMED:
-            do(f"{name}-stopped", "--resume", "auto", **SAVING[name])
+        do(f"{name}-stopped", "--resume", "auto", **SAVING[name])
     # seven steps, saved after the third and the sixth, which is the second epoch's second
     training = {"num_train_epochs": 2, "max_steps": 7, "save_steps": 3, "per_device_train_batch_size": 2}
     epochs = {"deepspeed": {"config": "zero2"}, "eval": {"tasks": []}, "adapter": {"dropout": 0.2}}
     do("epochs", training=training, **epochs)
     do("epochs-stopped", stop_after=6, training=training, **epochs)
     do("epochs-stopped", "--resume", "auto", training=training, **epochs)
-    if rank == 0:
-        shutil.copytree(folder / "zero3-halved", folder / "zero3-to-zero2")
-    distributed.broadcast(None)
-    do("zero3-to-zero2", "--resume", "auto", **SAVING["zero2"])
+    for before, after in (("zero3", "zero2"), ("zero2", "zero3")):
+        name = f"{before}-to-{after}"
+        if rank == 0:
+            shutil.copytree(folder / f"{before}-halved", folder / name)
+        distributed.broadcast(None)
+        do(name, "--resume", "auto", **SAVING[after])
     talk = {"model": {"name": str(folder / "talking"), "quantization": "none"}}
     talk["data"] = {"train": [str(folder / "talk.jsonl")], "validation": [str(folder / "talk.jsonl")]}
     do("talk", training={"per_device_train_batch_size": 1}, eval={"tasks": []}, deepspeed={"config": "zero2"}, **talk)
-    do("one-to-zero3", "--resume", "auto", **SAVING["zero3"])
+    for after in ("zero1", "zero3"):
+        do(f"one-to-{after}", "--resume", "auto", **SAVING[after])
     (folder / f"seen-{rank}.json").write_text(json.dumps(seen))
 
 

@@ -381,8 +381,7 @@ def test_what_the_deepspeed_command_started_ends_with_it(place, tmp_path):
     environment = {**os.environ, **QUICK_START, "OMP_NUM_THREADS": "1", "PYTHONPATH": PATHS}
     pipe, log = subprocess.DEVNULL, tmp_path / "said"
     with log.open("w") as said, held_port() as port:
-        # one process: that two heed what one of them hears of is in test_ranks_started_one_by_one
-        launcher = [sys.executable, *LAUNCHERS["deepspeed"], port, "--num_gpus", "1", "--module"]
+        launcher = [sys.executable, *LAUNCHERS["deepspeed"], port, "--module"]
         words = [*launcher, "lsr_scale.launch", "--config", file]
         command = subprocess.Popen(
             list(map(str, words)), stdin=pipe, stdout=said, stderr=said, env=environment, start_new_session=True

@@ -27,7 +27,7 @@ def with_libraries() -> Any:
     if torch is not None and torch.cuda.is_available():
         return _of_method("spawn")
     context = _of_method("forkserver")
-    context.set_forkserver_preload(["tests.helpers.libraries"])
+    context.set_forkserver_preload(LIBRARIES)
     # a command that a test has run in this process leaves these, which libraries read when they are imported
     left = {name: os.environ.pop(name) for name in OF_A_COMMAND if name in os.environ}
     forkserver.ensure_running()
